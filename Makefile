@@ -1,0 +1,41 @@
+# Every target makes its own .venv first; nothing else has to be set up.
+#   make install PYTHON=python3.12   picks the interpreter (3.11 or newer)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# deepspeed is built from source and imports torch while it builds, so these come first.
+BUILD_FIRST := $(shell grep -E '^(torch|setuptools|wheel|numpy|ninja)==' requirements.lock)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint bench
+
+help:  ## show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+install: $(STAMP)  ## make .venv with the exact versions of requirements.lock
+
+$(STAMP): requirements.lock setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "make: '$(PYTHON)' is missing or older than Python 3.11; say: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(BUILD_FIRST)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: $(STAMP)  ## the whole job on embedded real text: tokenizer, training on 2 processes, resume, export
+	$(BIN)/v4 demo
+
+test: $(STAMP)  ## the test suite
+	$(BIN)/python -m pytest tests
+
+lint: $(STAMP)  ## ruff, mypy and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## tokens per second and memory beside transformers
+	$(BIN)/python benchmarks/vs_transformers.py

@@ -1,0 +1,49 @@
+"""Packaging of v4-pretrain. The packages keep the names of their folders."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOMS = ("data", "model", "optim", "trainer", "launch")
+
+TEST = [
+    "import-linter>=2.3",
+    "mypy>=1.15",
+    "pytest>=8.3",
+    "pytest-timeout>=2.3",
+    "ruff>=0.11",
+    "types-PyYAML>=6.0.12",
+]
+
+readme = Path(__file__).with_name("README.md")
+
+setup(
+    name="v4-pretrain",
+    version="0.1.0",
+    description="Pre-training of the DeepSeek-V4 architecture, raw text to transformers model",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=[name for room in ROOMS for name in (room, f"{room}.*")]),
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=2.0",
+        "deepspeed>=0.18",
+        "megatron-core>=0.16",
+        "transformers>=5.23.0",
+        "datasets>=4.0",
+        "sentencepiece>=0.2.1",
+        "safetensors>=0.6",
+        "wandb>=0.20",
+        "optuna>=4.0",
+        "matplotlib>=3.9",
+        "numba>=0.61",
+        "pydantic>=2.10",
+        "pyyaml>=6.0.2",
+        "typer>=0.15",
+        "rich>=13.9",
+    ],
+    extras_require={"test": TEST},
+    entry_points={"console_scripts": ["v4 = launch.cli:main"]},
+)
