@@ -1,0 +1,27 @@
+"""The global gradient norm and clipping by it (V3: 1.0). Nothing here waits for the device."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of all `.grad` together: a 0-dim fp32 tensor on their device.
+
+    Summed in fp64 whatever the gradients' precision: fp32 loses a few parts in a thousand on a
+    matrix of 10M elements on CPU, where sums are sequential. Parameters without a gradient count as nothing. A non-finite gradient gives a non-finite norm.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms)).float()
+
+
+def clip_(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale every `.grad` in place so that a global norm of `norm` becomes at most `max_norm`.
+
+    A norm that is not finite makes the gradients not finite: check it before the update.
+    """
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

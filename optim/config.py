@@ -1,0 +1,86 @@
+"""Settings of the optimizer. Imports no torch, so that a login node can read them.
+
+Defaults are those of V4 Flash (REP 4.2, v4-spec sections 6 and 7).
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Decay = Annotated[float, Field(ge=0.0, le=1.0)]
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ScheduleConfig(_Strict):
+    """Linear warm-up, then constant, then a cosine down to the final learning rate (REP 4.2)."""
+
+    warmup_steps: int = Field(2000, ge=0)
+    """Steps of linear warm-up; the last of them runs at the full learning rate."""
+    decay_fraction: float | None = Field(None, ge=0.0, le=1.0)
+    """Share of the run, at its end, that the cosine takes: 0.1 where neither this nor decay_start
+    is given. REP says "near the end" (L)."""
+    decay_start: int | None = Field(None, ge=0)
+    """First step of the cosine, counted from 0; the other way to say where the decay starts."""
+    final_ratio: float = Field(0.1, ge=0.0, le=1.0)
+    """Learning rate of the last step divided by the peak: 0.1 in Flash and in Pro."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.decay_start is None:
+            return self
+        if self.decay_fraction is not None:
+            raise ValueError(
+                f"decay_start is {self.decay_start} and decay_fraction is {self.decay_fraction}, "
+                "but both say where the decay starts; set one of them to null"
+            )
+        if self.decay_start < self.warmup_steps:
+            raise ValueError(
+                f"decay_start is {self.decay_start}, inside the warm-up; it must be at least "
+                f"warmup_steps, which is {self.warmup_steps}"
+            )
+        return self
+
+
+class MuonConfig(_Strict):
+    """Muon with the hybrid Newton–Schulz iteration (v4-spec section 6)."""
+
+    momentum: Momentum = 0.95
+    weight_decay: Decay = 0.1
+    update_rms: float = Field(0.18, gt=0.0)
+    """Root mean square of every update, before the learning rate; makes AdamW's rates fit Muon."""
+    coarse_steps: int = Field(8, ge=0)
+    """Newton–Schulz steps with the coefficients that lift small singular values."""
+    fine_steps: int = Field(2, ge=0)
+    """Newton–Schulz steps with the coefficients that converge to 1."""
+    newton_schulz_precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` is bf16 on accelerators, as in the report, and fp32 on CPU."""
+    query_matrices: Literal["whole", "per_head"] = "whole"
+    """Whether wq_b (attention and indexer) is one matrix or one per head; unpublished (L)."""
+    batch_bytes: int = Field(64 * 2**20, ge=1)
+    """Most fp32 bytes of same-shape matrices that go through Newton–Schulz at once."""
+
+
+class AdamWConfig(_Strict):
+    """AdamW, for what is not a matrix, the embedding and the output head."""
+
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
+    eps: float = Field(1e-20, ge=0.0)
+    weight_decay: Decay = 0.1
+    """Also on norm weights, sinks, ape and hyper-connection biases: the report's list names no
+    exception."""
+
+
+class OptimConfig(_Strict):
+    """Everything that turns gradients into the next weights."""
+
+    learning_rate: float = Field(2.7e-4, gt=0.0)
+    """Peak learning rate, of Muon and AdamW alike."""
+    clip_norm: float | None = Field(1.0, gt=0.0)
+    """Largest global gradient norm (V3); null never clips."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    muon: MuonConfig = MuonConfig()
+    adamw: AdamWConfig = AdamWConfig()

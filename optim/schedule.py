@@ -1,0 +1,38 @@
+"""Learning rate as a pure function of the step (REP 4.2): warm-up, constant, cosine."""
+
+import math
+
+from optim.config import OptimConfig
+
+DEFAULT_DECAY_FRACTION = 0.1
+
+
+def decay_start(config: OptimConfig, total_steps: int) -> int:
+    """First step (from 0) whose learning rate lies on the cosine; never inside the warm-up."""
+    shape = config.schedule
+    if shape.decay_start is not None:
+        return shape.decay_start
+    fraction = DEFAULT_DECAY_FRACTION if shape.decay_fraction is None else shape.decay_fraction
+    return max(shape.warmup_steps, total_steps - round(total_steps * fraction))
+
+
+def in_decay(config: OptimConfig, step: int, total_steps: int) -> bool:
+    """Whether `step` lies in the decay, which is also where V4 lowers the MTP loss weight."""
+    return step >= decay_start(config, total_steps)
+
+
+def schedule(config: OptimConfig, step: int, total_steps: int) -> float:
+    """Learning rate of update number `step`, counted from 0, in a run of `total_steps`.
+
+    The last warm-up step has the full rate, the last step of the run has the final one, and steps
+    beyond it keep the final one. A run shorter than its warm-up just ends inside it.
+    """
+    peak, shape = config.learning_rate, config.schedule
+    if step < shape.warmup_steps:
+        return peak * (step + 1) / shape.warmup_steps
+    start = decay_start(config, total_steps)
+    if step < start:
+        return peak
+    progress = min(1.0, (step + 1 - start) / max(1, total_steps - start))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return peak * (shape.final_ratio + (1.0 - shape.final_ratio) * cosine)
