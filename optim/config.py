@@ -1,6 +1,6 @@
 """Settings of the optimizer. Imports no torch, so that a login node can read them.
 
-Defaults are those of V4 Flash (REP 4.2, v4-spec sections 6 and 7).
+Defaults are those of V4 Flash (REP 4.2, where REP is the V4 report, arXiv 2606.19348).
 """
 
 from typing import Annotated, Literal, Self
@@ -46,7 +46,7 @@ class ScheduleConfig(_Strict):
 
 
 class MuonConfig(_Strict):
-    """Muon with the hybrid Newton–Schulz iteration (v4-spec section 6)."""
+    """Muon with the hybrid Newton–Schulz iteration."""
 
     momentum: Momentum = 0.95
     weight_decay: Decay = 0.1
@@ -60,8 +60,9 @@ class MuonConfig(_Strict):
     """`auto` is bf16 on accelerators, as in the report, and fp32 on CPU."""
     query_matrices: Literal["whole", "per_head"] = "whole"
     """Whether wq_b (attention and indexer) is one matrix or one per head; unpublished (L)."""
-    batch_bytes: int = Field(64 * 2**20, ge=1)
-    """Most fp32 bytes of same-shape matrices that go through Newton–Schulz at once."""
+    batch_bytes: int | None = Field(None, ge=1)
+    """Most fp32 bytes of same-shape matrices that go through Newton–Schulz at once. Where null:
+    2 MiB on CPU, which stays in its cache, and 256 MiB on accelerators."""
 
 
 class AdamWConfig(_Strict):

@@ -1,0 +1,45 @@
+"""Muon's update as pure functions (the Muon section of the V4 report, arXiv 2606.19348).
+
+    M ← μM + G,   O = NS(μM + G),   W ← W(1 − ηλ) − η · rms · sqrt(max(R, C)) · O
+
+W is one logically independent matrix; every function here takes a stack of them, [N, R, C].
+Which parameters these are stands in optim/partition.py, how they are batched in
+optim/optimizer.py.
+"""
+
+import torch
+from torch import Tensor
+
+from optim.config import MuonConfig
+from optim.newton_schulz import newton_schulz
+
+
+def look_ahead(momentum_NRC: Tensor, gradient_NRC: Tensor, mu: float) -> Tensor:
+    """Nesterov's direction μM + G, where M already holds this step's gradient."""
+    return torch.add(gradient_NRC, momentum_NRC, alpha=mu)
+
+
+def orthogonal_update(direction_NRC: Tensor, config: MuonConfig) -> Tensor:
+    """What is subtracted from the weights at learning rate 1: NS(direction) at the set RMS.
+
+    A semi-orthogonal [R, C] matrix has root mean square 1/sqrt(max(R, C)), so the factor gives
+    every full-rank update the same RMS, whatever its shape. fp32, whatever the precision inside.
+    """
+    dtype = newton_schulz_dtype(config, direction_NRC.device)
+    update_NRC = newton_schulz(direction_NRC, config.coarse_steps, config.fine_steps, dtype)
+    return update_NRC.float() * (config.update_rms * max(direction_NRC.shape[-2:]) ** 0.5)
+
+
+def apply_update_(
+    weight_NRC: Tensor, update_NRC: Tensor, learning_rate: float, weight_decay: float
+) -> None:
+    """Decoupled decay, then the update, in place on the (fp32) weights."""
+    weight_NRC.mul_(1.0 - learning_rate * weight_decay)
+    weight_NRC.add_(update_NRC, alpha=-learning_rate)
+
+
+def newton_schulz_dtype(config: MuonConfig, device: torch.device) -> torch.dtype:
+    """The precision that `config.newton_schulz_precision` means on `device`."""
+    if config.newton_schulz_precision == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.float32 if config.newton_schulz_precision == "fp32" else torch.bfloat16

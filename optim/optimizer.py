@@ -1,0 +1,227 @@
+"""Muon and AdamW over all parameters of a model, with fp32 masters.
+
+A step has three phases:
+  1. AdamW on its parameters, through torch's functional form.
+  2. Muon: momentum for every parameter; then same-shape matrices of many parameters (a matrix
+     and a transposed one have the same shape here) go through Newton–Schulz together.
+  3. Parameters of lower precision are rounded from their masters.
+
+All state exists from construction, so a checkpoint holds the same names at every step. State is
+kept by logical parameter name.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim.adamw import adamw
+
+from optim.config import OptimConfig
+from optim.errors import OptimError
+from optim.muon import apply_update_, look_ahead, orthogonal_update
+from optim.partition import Assignment
+
+CPU_BATCH_BYTES = 2 * 2**20
+ACCELERATOR_BATCH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Matrices `first` to `last` (excluded) of one parameter's stack."""
+
+    entry: Assignment
+    first: int
+    last: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These matrices as a [N, R, C] view of a tensor of the parameter's shape."""
+        assert self.entry.matrices is not None
+        return tensor.view(self.entry.matrices)[self.first : self.last]
+
+
+class Optimizer:
+    """Updates `named_parameters` in place as `table` says.
+
+    A parameter whose gradient is None is left alone: no decay, no momentum, no change of state.
+    Build it when the model has its storage: fp32 masters share it, so later changes of weights
+    must be made in place. Raises OptimError when table and parameters do not fit each other.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Mapping[str, Parameter],
+        table: list[Assignment],
+        config: OptimConfig,
+    ) -> None:
+        _check_cover(named_parameters, table)
+        self.config = config
+        self.table = table
+        self.parameters = dict(named_parameters)
+        self.step_count = 0
+        self._adamw = [entry for entry in table if entry.optimizer == "adamw"]
+        self._muon = [entry for entry in table if entry.optimizer == "muon"]
+        # An fp32 parameter is its own master: the same storage, no copy.
+        self._masters = {
+            name: parameter.detach() if _is_fp32(parameter) else parameter.detach().float()
+            for name, parameter in self.parameters.items()
+        }
+        self._momentum = {entry.name: self._zeros(entry) for entry in self._muon}
+        self._exp_avg = {entry.name: self._zeros(entry) for entry in self._adamw}
+        self._exp_avg_sq = {entry.name: self._zeros(entry) for entry in self._adamw}
+        # Steps count per parameter, because AdamW's bias correction starts when training does.
+        self._steps = {entry.name: torch.zeros(1) for entry in self._adamw}
+
+    def _zeros(self, entry: Assignment) -> Tensor:
+        master = self._masters[entry.name]
+        return torch.zeros_like(master, memory_format=torch.contiguous_format)
+
+    @torch.no_grad()
+    def step(
+        self, learning_rate: float, gradients: Mapping[str, Tensor | None] | None = None
+    ) -> None:
+        """One update at `learning_rate`, from `.grad` or from `gradients` by parameter name.
+
+        Pass `gradients` where they are accumulated apart from the parameters, for example in fp32
+        beside bf16 parameters; a name that is missing there counts as None.
+        """
+        if gradients is None:
+            gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
+        present = {name: grad for name, grad in gradients.items() if grad is not None}
+        self._adamw_step(learning_rate, present)
+        self._muon_step(learning_rate, present)
+        self.write_parameters(present)
+        self.step_count += 1
+
+    def _adamw_step(self, learning_rate: float, gradients: Mapping[str, Tensor]) -> None:
+        names = [entry.name for entry in self._adamw if entry.name in gradients]
+        if not names:
+            return
+        settings = self.config.adamw
+        adamw(
+            [self._masters[name] for name in names],
+            [gradients[name].float() for name in names],
+            [self._exp_avg[name] for name in names],
+            [self._exp_avg_sq[name] for name in names],
+            [],
+            [self._steps[name] for name in names],
+            foreach=True,
+            amsgrad=False,
+            beta1=settings.betas[0],
+            beta2=settings.betas[1],
+            lr=learning_rate,
+            weight_decay=settings.weight_decay,
+            eps=settings.eps,
+            maximize=False,
+        )
+
+    def _muon_step(self, learning_rate: float, gradients: Mapping[str, Tensor]) -> None:
+        mu = self.config.muon.momentum
+        entries = [entry for entry in self._muon if entry.name in gradients]
+        gradients = {entry.name: gradients[entry.name].contiguous() for entry in entries}
+        for name, gradient in gradients.items():
+            self._momentum[name].mul_(mu).add_(gradient)
+        for batch in self._batches(entries):
+            directions = []
+            for piece in batch:
+                name = piece.entry.name
+                momentum_NRC = piece.of(self._momentum[name])
+                directions.append(_wide(look_ahead(momentum_NRC, piece.of(gradients[name]), mu)))
+            update_NRC = orthogonal_update(torch.cat(directions), self.config.muon)
+            sizes = [direction.size(0) for direction in directions]
+            for piece, part_NRC in zip(batch, update_NRC.split(sizes), strict=True):
+                weight_NRC = _wide(piece.of(self._masters[piece.entry.name]))
+                apply_update_(weight_NRC, part_NRC, learning_rate, piece.entry.weight_decay)
+
+    def _batches(self, entries: list[Assignment]) -> Iterator[list[_Piece]]:
+        """Pieces of equal matrix shape, at most `batch_bytes` together, in the table's order."""
+        by_shape: dict[tuple[int, ...], list[Assignment]] = {}
+        for entry in entries:
+            assert entry.matrices is not None
+            by_shape.setdefault(tuple(sorted(entry.matrices[1:])), []).append(entry)
+        for (rows, columns), group in by_shape.items():
+            room = limit = max(1, self._batch_bytes(group[0]) // (4 * rows * columns))
+            batch: list[_Piece] = []
+            for entry in group:
+                first, count = 0, entry.matrices[0] if entry.matrices else 0
+                while first < count:
+                    last = min(count, first + room)
+                    batch.append(_Piece(entry, first, last))
+                    room -= last - first
+                    first = last
+                    if room == 0:
+                        yield batch
+                        batch, room = [], limit
+            if batch:
+                yield batch
+
+    def _batch_bytes(self, entry: Assignment) -> int:
+        if self.config.muon.batch_bytes is not None:
+            return self.config.muon.batch_bytes
+        on_cpu = self._masters[entry.name].device.type == "cpu"
+        return CPU_BATCH_BYTES if on_cpu else ACCELERATOR_BATCH_BYTES
+
+    def zero_grad(self) -> None:
+        """Drop every gradient."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that a resume needs, by "kind.parameter", as the live tensors.
+
+        Kinds: `momentum` (Muon); `exp_avg`, `exp_avg_sq`, `step` (AdamW; `step` is [1], on CPU);
+        `master` (fp32, only of parameters of lower precision). To restore, copy into them, then
+        call `write_parameters()`.
+        """
+        masters = {n: t for n, t in self._masters.items() if not _is_fp32(self.parameters[n])}
+        kinds = {
+            "master": masters,
+            "momentum": self._momentum,
+            "exp_avg": self._exp_avg,
+            "exp_avg_sq": self._exp_avg_sq,
+            "step": self._steps,
+        }
+        return {f"{kind}.{n}": t for kind, tensors in kinds.items() for n, t in tensors.items()}
+
+    @torch.no_grad()
+    def write_parameters(self, names: Mapping[str, object] | None = None) -> None:
+        """Round the masters into parameters of lower precision (all, or those in `names`)."""
+        for name in self.parameters if names is None else names:
+            if not _is_fp32(self.parameters[name]):
+                self.parameters[name].copy_(self._masters[name])
+
+    @torch.no_grad()
+    def read_parameters(self) -> None:
+        """Take the masters anew from the parameters, after weights were loaded into the model."""
+        for name, parameter in self.parameters.items():
+            if not _is_fp32(parameter):
+                self._masters[name].copy_(parameter)
+
+
+def _wide(matrices_NRC: Tensor) -> Tensor:
+    """The same matrices with no more rows than columns, as a view."""
+    return matrices_NRC.mT if matrices_NRC.size(1) > matrices_NRC.size(2) else matrices_NRC
+
+
+def _is_fp32(parameter: Tensor) -> bool:
+    return parameter.dtype == torch.float32
+
+
+def _check_cover(named_parameters: Mapping[str, Parameter], table: list[Assignment]) -> None:
+    names = [entry.name for entry in table]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    differing = sorted(set(names) ^ set(named_parameters))
+    shapes = {entry.name: entry.shape for entry in table}
+    wrong = [n for n, p in named_parameters.items() if n in shapes and shapes[n] != tuple(p.shape)]
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    odd = [name for name, parameter in named_parameters.items() if parameter.dtype not in dtypes]
+    for problem, found in (
+        ("appear twice in the optimizer table", twice),
+        ("are in the model or in the optimizer table, but not in both", differing),
+        ("have another shape in the optimizer table than in the model", wrong),
+        ("are not fp32, bf16 or fp16", odd),
+    ):
+        if found:
+            raise OptimError(f"these parameters {problem}: {', '.join(found[:5])}")
