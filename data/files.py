@@ -1,0 +1,54 @@
+"""Files that appear whole or not at all, and the hash of a file."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from data.errors import DataError
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_file(path: Path) -> None:
+    """Make the bytes of a file that has been closed durable."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `path` so that a reader sees the old file or the whole new one.
+
+    Raises DataError where the disk is full or the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}.") from error
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        raise DataError(
+            f"cannot write {path}: {error.strerror}; what was there before is unchanged."
+        ) from error

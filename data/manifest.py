@@ -1,0 +1,78 @@
+"""What a folder of shards holds, and for which tokenizer.
+
+`manifest.json` is the only name that counts: it is replaced in one step, and points to the folder
+with the shards, so that a reader finds the old shards or the new ones and never a mixture.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data.errors import DataError
+from data.files import write_atomically
+
+MANIFEST_FILE = "manifest.json"
+Split = Literal["train", "heldout"]
+
+
+class Shard(BaseModel):
+    """One `.bin/.idx` pair: the documents of one source in one split.
+
+    `tokens` counts bos and eos too; `bytes` is the UTF-8 size of the text.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    domain: str
+    split: Split
+    name: str
+    documents: int
+    tokens: int
+    bytes: int
+
+
+class Manifest(BaseModel):
+    """The contents of a folder of shards; `digest` names what they were made from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    digest: str
+    folder: str
+    tokenizer_hash: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    empty_documents: dict[str, int]
+    shards: tuple[Shard, ...]
+
+    def of_split(self, split: Split) -> list[Shard]:
+        """The shards of one split, in the order of the sources."""
+        return [shard for shard in self.shards if shard.split == split]
+
+    def tokens(self, split: Split) -> int:
+        """Tokens in one split, bos and eos of every document included."""
+        return sum(shard.tokens for shard in self.of_split(split))
+
+    def save(self, shards: Path) -> None:
+        """Publish the manifest in the folder `shards`."""
+        write_atomically(shards / MANIFEST_FILE, (self.model_dump_json(indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, shards: str | Path) -> "Manifest":
+        """Read the manifest of a folder; DataError where it is missing or damaged."""
+        path = Path(shards) / MANIFEST_FILE
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise DataError(
+                f"no {MANIFEST_FILE} in {shards}; make it with `v4 data prepare CONFIG`."
+            ) from None
+        except ValidationError as error:
+            raise DataError(
+                f"{path} is damaged ({error.errors()[0]['msg']}); delete it and run "
+                "`v4 data prepare CONFIG` again."
+            ) from error

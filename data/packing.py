@@ -1,0 +1,133 @@
+"""Best-fit packing of documents into rows (Ding et al. 2024; REP 4.1).
+
+A document longer than the row is cut into pieces of the row length and a remainder; the pieces are
+then placed, longest first, each into the row with the least room that still holds it. Only
+documents longer than a row are ever cut, where concatenate-and-cut breaks one at every row's end.
+"""
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows of pieces, one array entry a piece, rows one after another.
+
+    Attributes:
+        offsets [R+1]: row r owns the pieces offsets[r] … offsets[r+1]-1.
+        document, start, length [P]: the piece is positions start … start+length-1 of a document.
+    """
+
+    offsets: Ints
+    document: Ints
+    start: Ints
+    length: Ints
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def row(self, index: int) -> list[tuple[int, int, int]]:
+        """The (document, start, length) of each piece of row `index`, in their order in the row."""
+        pieces = slice(self.offsets[index], self.offsets[index + 1])
+        columns = (self.document[pieces], self.start[pieces], self.length[pieces])
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def pack(lengths: Ints, row_length: int, order: Ints | None = None) -> PackedRows:
+    """Pack documents of the given lengths (in positions) into rows of `row_length`.
+
+    `order` is the order in which documents are looked at, all of them once or a window of them;
+    it decides between pieces of equal length. Documents of length 0 take no room. The result is a
+    function of the arguments alone.
+    """
+    order = np.arange(len(lengths)) if order is None else order
+    document, start, length = _cut(lengths.astype(np.int64), row_length, order.astype(np.int64))
+    # Stable, so that equal lengths keep the order asked for; radix sort on 32-bit keys.
+    longest_first = np.argsort((row_length - length).astype(np.int32), kind="stable")
+    row_of, rows = _best_fit(length[longest_first], row_length)
+    by_row = np.argsort(row_of, kind="stable")
+    pieces = longest_first[by_row]
+    offsets = np.zeros(rows + 1, dtype=np.int64)
+    np.cumsum(np.bincount(row_of, minlength=rows), out=offsets[1:])
+    return PackedRows(offsets, document[pieces], start[pieces], length[pieces])
+
+
+def pack_windows(lengths: Ints, row_length: int, order: Ints, window: int) -> PackedRows:
+    """`pack` applied to `window` documents of `order` at a time; the rows follow each other."""
+    parts = [
+        pack(lengths, row_length, order[first : first + window])
+        for first in range(0, len(order), window)
+    ]
+    starts = np.cumsum([0] + [len(part.document) for part in parts])
+    offsets = [part.offsets[1:] + base for part, base in zip(parts, starts, strict=False)]
+    return PackedRows(
+        np.concatenate([np.zeros(1, dtype=np.int64), *offsets]),
+        np.concatenate([part.document for part in parts]),
+        np.concatenate([part.start for part in parts]),
+        np.concatenate([part.length for part in parts]),
+    )
+
+
+def _cut(lengths: Ints, row_length: int, order: Ints) -> tuple[Ints, Ints, Ints]:
+    """Pieces (document, start, length) of the documents in `order`, each cut at `row_length`."""
+    chosen = lengths[order]
+    counts = -(-chosen // row_length)
+    document = np.repeat(order, counts)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    start = (np.arange(len(document)) - first) * row_length
+    return document, start, np.minimum(row_length, lengths[document] - start)
+
+
+@numba.njit(cache=True)
+def _best_fit(lengths: Ints, row_length: int) -> tuple[Ints, int]:
+    """Row of each piece, and the number of rows.
+
+    Rows with the same room left form a stack; the last one touched is taken first. A binary tree
+    over the amounts of room, node k above 2k and 2k+1, says which stacks are not empty, so that
+    the smallest sufficient room is found in log2(row_length) steps.
+    """
+    leaves = 1
+    while leaves < row_length + 1:
+        leaves *= 2
+    filled = np.zeros(2 * leaves, dtype=np.bool_)
+    top = np.full(row_length + 1, -1, dtype=np.int64)
+    below = np.empty(len(lengths), dtype=np.int64)
+    row_of = np.empty(len(lengths), dtype=np.int64)
+    rows = 0
+    for i in range(len(lengths)):
+        node = leaves + lengths[i]
+        if not filled[node]:
+            # Climb until a right-hand neighbour holds something, then descend to its least leaf.
+            while node > 1 and (node % 2 == 1 or not filled[node + 1]):
+                node //= 2
+            if node > 1:
+                node += 1
+                while node < leaves:
+                    node = 2 * node if filled[2 * node] else 2 * node + 1
+        if node > 1:
+            room = node - leaves
+            row = top[room]
+            top[room] = below[row]
+            if top[room] < 0:
+                filled[node] = False
+                while node > 1:
+                    node //= 2
+                    filled[node] = filled[2 * node] or filled[2 * node + 1]
+        else:
+            room, row = row_length, rows
+            rows += 1
+        row_of[i] = row
+        left = room - lengths[i]
+        if left > 0:
+            below[row] = top[left]
+            top[left] = row
+            node = leaves + left
+            while node >= 1 and not filled[node]:
+                filled[node] = True
+                node //= 2
+    return row_of, rows

@@ -1,0 +1,49 @@
+"""Orders that depend on a seed only: the same on every machine and in every version of numpy."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MASK = (1 << 64) - 1
+_ROUNDS = 6
+
+
+def mix64(value: int) -> int:
+    """A 64-bit mixer (the finaliser of splitmix64, Steele et al. 2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def key_of(*parts: int) -> int:
+    """One 64-bit key from several integers, their order included."""
+    key = 0
+    for part in parts:
+        key = mix64(key ^ mix64(part & _MASK))
+    return key
+
+
+def shuffled(count: int, key: int) -> NDArray[np.int64]:
+    """0 … count-1 in an order given by `key`; all at once, O(count) memory."""
+    value = np.arange(count, dtype=np.uint64) + np.uint64(key)  # wraps around, as meant
+    value += np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(value ^ (value >> np.uint64(31)), kind="stable").astype(np.int64)
+
+
+def permuted(index: int, count: int, key: int) -> int:
+    """Where a permutation of 0 … count-1, given by `key`, sends `index`; constant memory.
+
+    A Feistel network permutes the smallest 4^k ≥ count; a value outside is sent on until it falls
+    inside, which takes fewer than four steps on average.
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for i in range(_ROUNDS):
+            left, right = right, left ^ (key_of(key, i, right) & mask)
+        index = (left << half) | right
+        if index < count:
+            return index

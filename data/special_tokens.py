@@ -1,0 +1,110 @@
+"""DeepSeek-V4's special tokens and the ids they get (v4-spec section 8).
+
+In the 128K configuration (vocab 129280) every token has DeepSeek-V4's own id. A smaller vocabulary
+keeps bos, eos and pad at 0, 1, 2 and puts the 47 named tokens, in the same order, at its top; the
+reserved place holders and the tokens for images are left out there.
+
+How sure: bos, eos, pad, fim, User, Assistant, think and DSML are certain in spelling and id, and so
+is what every id from 128800 to 128846 is for. The remaining spellings, and those of 128847-129279,
+were read from public ports of DeepSeek-V4's tokenizer that agree with each other, the odd closing
+bar of `<｜/table>｜` included.
+"""
+
+V4_VOCAB_SIZE = 129280
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
+EDGES = (BOS, EOS, PAD)
+
+FIRST_PLACE_HOLDER_ID = 128000
+FIRST_NAMED_ID = 128800
+FIRST_MULTIMODAL_ID = 128847
+
+# Ids 128800 … 128846, without a gap.
+NAMED = (
+    "<｜fim▁hole｜>",
+    "<｜fim▁begin｜>",
+    "<｜fim▁end｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<|EOT|>",  # plain bars: inherited from V2
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁outputs▁begin｜>",
+    "<｜tool▁outputs▁end｜>",
+    "<｜tool▁output▁begin｜>",
+    "<｜tool▁output▁end｜>",
+    "<｜tool▁sep｜>",
+    "<｜begin▁of▁repo▁name｜>",
+    "<｜end▁of▁repo▁name｜>",
+    "<｜begin▁of▁file▁name｜>",
+    "<｜end▁of▁file▁name｜>",
+    "<｜begin▁of▁file｜>",
+    "<｜end▁of▁file｜>",
+    "<think>",
+    "</think>",
+    "<｜place▁holder▁for▁copy｜>",
+    "<｜place▁holder▁for▁pointer▁replace｜>",
+    "｜DSML｜",
+    "<｜begin▁sys｜>",
+    "<｜end▁sys｜>",
+    "<｜latest_reminder｜>",
+    "<｜action｜>",
+    "<｜query｜>",
+    "<｜authority｜>",
+    "<｜domain｜>",
+    "<｜task｜>",
+    "<｜political｜>",
+    "<｜entity｜>",
+    "<｜title｜>",
+    "<｜safety｜>",
+    "<｜answer｜>",
+    "<｜search｜>",
+    "<dsml:",
+    "</dsml:",
+    "<｜search▁begin｜>",
+    "<｜search▁end｜>",
+    "<｜extracted_url｜>",
+    "<｜read_url｜>",
+    "<｜end_of_query｜>",
+)
+
+# Ids 129262 … 129279, after the numbered multimodal spans.
+IMAGE = (
+    "<｜rl_image_pad｜>",
+    "<｜rl_image_start｜>",
+    "<｜image2｜>",
+    "<｜/table>｜",
+    "<｜table｜>",
+    "<｜/td｜>",
+    "<｜td｜>",
+    "<｜/tr｜>",
+    "<｜tr｜>",
+    "<｜/polygon｜>",
+    "<｜polygon｜>",
+    "<｜/point｜>",
+    "<｜point｜>",
+    "<｜/box｜>",
+    "<｜box｜>",
+    "<｜/ref｜>",
+    "<｜ref｜>",
+    "<｜image｜>",
+)
+
+
+def special_ids(vocab_size: int) -> dict[str, int]:
+    """Written form -> id of every special token in a vocabulary of `vocab_size`, by rising id."""
+    table = dict(zip(EDGES, (BOS_ID, EOS_ID, PAD_ID), strict=True))
+    if vocab_size < V4_VOCAB_SIZE:
+        first = vocab_size - len(NAMED)
+        return table | {token: first + i for i, token in enumerate(NAMED)}
+    place_holders = [f"<｜place▁holder▁no▁{i}｜>" for i in range(800)]
+    spans = [f"<|place_holder_mm_span_{i:04d}|>" for i in range(21, 436)]
+    tokens = [*place_holders, *NAMED, *spans, *IMAGE]
+    return table | {token: FIRST_PLACE_HOLDER_ID + i for i, token in enumerate(tokens)}
+
+
+def base_size(vocab_size: int) -> int:
+    """How many ids, from 0 on, belong to bos, eos, pad and the ordinary pieces."""
+    return vocab_size - (len(special_ids(vocab_size)) - len(EDGES))

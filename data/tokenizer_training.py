@@ -1,0 +1,136 @@
+"""Training the SentencePiece model on a bounded sample of the sources.
+
+SentencePiece runs with identity normalisation, no dummy prefix and no removal of spaces; digits
+stand alone; runs of spaces may be pieces, so that indentation is cheap. The result is the same for
+the same texts, whatever the machine. Where the sample cannot fill the vocabulary (a 128K vocabulary
+on a small corpus), the ids left over get unused pieces that no text encodes to, so that the special
+tokens stand at V4's ids all the same.
+"""
+
+import heapq
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from data.config import DataConfig, TokenizerConfig
+from data.corpus import Corpus
+from data.errors import DataError
+from data.files import write_atomically
+from data.hf_tokenizer import SPACE
+from data.special_tokens import BOS, EDGES, EOS, PAD, PAD_ID, base_size, special_ids
+from data.splits import document_hash, is_heldout
+from data.tokenizer import MODEL_FILE, Tokenizer, sentencepiece_schema
+
+_CHUNK_CHARACTERS = 2048  # SentencePiece is fed lines joined up to this length
+_LONGEST_LINE = 1 << 16  # a longer line is cut; only the statistics of one pair change
+
+
+def train_tokenizer(config: DataConfig) -> Path:
+    """Train on the training documents of `config.sources`; returns the model file.
+
+    The sample is the `sample_bytes` worth of documents with the lowest hashes: a random sample
+    that does not depend on the order of the files. Raises DataError where the corpus is empty or
+    cannot be read, or the vocabulary is too small for the characters of the sample.
+    """
+    sample = _sample(_training_texts(config), config.tokenizer.sample_bytes)
+    if not sample:
+        raise DataError("the sources hold no document to train a tokenizer on.")
+    model = train_model(sample, config.tokenizer)
+    path = Path(config.tokenizer.path) / MODEL_FILE
+    write_atomically(path, model)
+    Tokenizer(path)  # refuses a model that could not be used
+    return path
+
+
+def train_model(texts: Iterable[str], config: TokenizerConfig) -> bytes:
+    """The serialised SentencePiece model of `texts`, special tokens in place."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_chunks(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=base_size(config.vocab_size),
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            character_coverage=config.character_coverage,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=1 << 30,
+            shuffle_input_sentence=False,
+            num_threads=1,
+            bos_id=0,
+            eos_id=1,
+            unk_id=PAD_ID,  # SentencePiece wants an unknown piece; byte fallback never uses it
+            pad_id=-1,
+            bos_piece=BOS,
+            eos_piece=EOS,
+            unk_piece=PAD,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(
+            f"SentencePiece cannot train vocab_size {config.vocab_size} on this sample: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    return _with_special_tokens(model.getvalue(), config.vocab_size)
+
+
+def _with_special_tokens(serialised: bytes, vocab_size: int) -> bytes:
+    """Fill up with unused pieces, then put the special tokens at their ids."""
+    schema = sentencepiece_schema()
+    kind = schema.ModelProto.SentencePiece
+    model = schema.ModelProto.FromString(serialised)
+    while len(model.pieces) < base_size(vocab_size):
+        name = f"<｜unused▁{len(model.pieces)}｜>"
+        model.pieces.add(piece=name, score=0.0, type=kind.UNUSED)
+    for token, i in special_ids(vocab_size).items():
+        if token not in EDGES:
+            assert i == len(model.pieces)
+            model.pieces.add(piece=token, score=0.0, type=kind.CONTROL)
+    model.trainer_spec.vocab_size = vocab_size
+    return model.SerializeToString(deterministic=True)
+
+
+def _training_texts(config: DataConfig) -> Iterator[str]:
+    for source in config.sources:
+        for text in Corpus(source):
+            if not is_heldout(source, text, config.heldout_fraction):
+                yield text
+
+
+def _sample(texts: Iterable[str], limit: int) -> list[str]:
+    """The documents with the lowest hashes, up to `limit` UTF-8 bytes, by rising hash.
+
+    Memory stays within `limit` and one document. A first document over the limit is cut.
+    """
+    kept: list[tuple[int, int, str]] = []  # (-hash, bytes, text): the highest hash on top
+    total = 0
+    for text in texts:
+        size = len(text.encode())
+        heapq.heappush(kept, (-document_hash(text), size, text))
+        total += size
+        while total > limit and len(kept) > 1:
+            total -= heapq.heappop(kept)[1]
+    texts = [text for _, _, text in sorted(kept, reverse=True)]
+    return [text[:limit] for text in texts]
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[str]:
+    """Whole lines joined to about `_CHUNK_CHARACTERS`; ends of lines stay inside the chunk."""
+    for text in texts:
+        chunk: list[str] = []
+        length = 0
+        for line in text.replace(SPACE, " ").splitlines(keepends=True):
+            chunk.append(line[:_LONGEST_LINE])
+            length += len(chunk[-1])
+            if length >= _CHUNK_CHARACTERS:
+                yield "".join(chunk)
+                chunk, length = [], 0
+        if chunk:
+            yield "".join(chunk)
