@@ -1,0 +1,39 @@
+"""The DeepSeek-V4 model: plain PyTorch mathematics on local tensors.
+
+Importing this package costs nothing; torch is imported with the first name that needs it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from model.config import ModelConfig, ModelConfigError
+
+if TYPE_CHECKING:
+    from model.layout import SampleLayout
+    from model.loss import IGNORE, TokenCounts
+    from model.transformer import ModelOutput, V4Model
+
+__all__ = [
+    "IGNORE",
+    "ModelConfig",
+    "ModelConfigError",
+    "ModelOutput",
+    "SampleLayout",
+    "TokenCounts",
+    "V4Model",
+]
+
+_HOMES = {
+    "SampleLayout": "model.layout",
+    "TokenCounts": "model.loss",
+    "IGNORE": "model.loss",
+    "V4Model": "model.transformer",
+    "ModelOutput": "model.transformer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'model' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,69 @@
+"""V4's attention: low-rank queries, one shared key-value head, grouped output (report 2.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.compressor import Compressor
+from model.config import LayerType, ModelConfig
+from model.indexer import Indexer
+from model.kernels.attention import attention
+from model.norm import RMSNorm
+from model.positions import Positions
+from model.rope import rotate
+
+
+class Attention(nn.Module):
+    """Window-only, compressed sparse ("csa") or heavily compressed ("hca") attention."""
+
+    def __init__(self, config: ModelConfig, kind: LayerType, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kind = kind
+        self.heads, self.dim, self.groups = (
+            config.num_attention_heads,
+            config.head_dim,
+            config.o_groups,
+        )
+        self.eps = config.rms_norm_eps
+        inner = self.heads * self.dim
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=False, dtype=dtype)
+
+        self.wq_a = linear(config.hidden_size, config.q_lora_rank)
+        self.q_norm = RMSNorm(config.q_lora_rank, self.eps)
+        self.wq_b = linear(config.q_lora_rank, inner)
+        self.wkv = linear(config.hidden_size, self.dim)
+        self.kv_norm = RMSNorm(self.dim, self.eps)
+        self.wo_a = linear(inner // self.groups, self.groups * config.o_lora_rank)
+        self.wo_b = linear(self.groups * config.o_lora_rank, config.hidden_size)
+        self.attn_sink = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
+        self.compressor = None if kind == "window" else Compressor(config, kind, self.dim, dtype)
+        self.indexer = Indexer(config, dtype) if kind == "csa" else None
+
+    def forward(self, x_TD: Tensor, positions: Positions) -> Tensor:
+        """[T, D] to [T, D]; no token sees another sample."""
+        rotation_TR = positions.rotation(self.kind)
+        q_TQ = self.q_norm(self.wq_a(x_TD))
+        q_THK = self.wq_b(q_TQ).unflatten(-1, (self.heads, self.dim))
+        kv_TK = rotate(self.kv_norm(self.wkv(x_TD)), rotation_TR)
+        entries_CK = None if self.compressor is None else self.compressor(x_TD, positions)
+        selected_Tk = None if self.indexer is None else self.indexer(x_TD, q_TQ, positions)
+        o_THK = attention(
+            q_THK,
+            kv_TK,
+            entries_CK,
+            self.attn_sink,
+            rotation_TR,
+            positions.ranges(self.kind),
+            selected_Tk,
+            norm_eps=self.eps,
+        )
+        return self.wo_b(self._grouped_output(o_THK))
+
+    def _grouped_output(self, o_THK: Tensor) -> Tensor:
+        """Each group of heads through a matrix of its own: [T, H, K] to [T, G·O]."""
+        o_GTX = o_THK.reshape(o_THK.shape[0], self.groups, -1).transpose(0, 1)
+        weight_GXO = self.wo_a.weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        return torch.bmm(o_GTX, weight_GXO).transpose(0, 1).flatten(1)

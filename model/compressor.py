@@ -1,0 +1,40 @@
+"""Compressors: windows of tokens pooled into one key-value entry each (report 2.3.1, 2.3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.config import LayerType, ModelConfig
+from model.kernels.compressor import pool_windows
+from model.norm import RMSNorm
+from model.positions import Positions
+from model.rope import rotate
+
+
+class Compressor(nn.Module):
+    """Entries of width ``dim``: overlapping windows in a CSA layer, plain ones in an HCA layer."""
+
+    def __init__(self, config: ModelConfig, kind: LayerType, dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kind = kind
+        self.overlap = kind == "csa"
+        width = 2 * dim if self.overlap else dim
+        self.wkv = nn.Linear(config.hidden_size, width, bias=False, dtype=dtype)
+        self.wgate = nn.Linear(config.hidden_size, width, bias=False, dtype=dtype)
+        ratio = config.compress_ratio(kind)
+        self.ape = nn.Parameter(torch.empty(ratio, width, dtype=torch.float32))
+        self.norm = RMSNorm(dim, config.rms_norm_eps)
+
+    def forward(self, x_TD: Tensor, positions: Positions) -> Tensor:
+        """Entries [C, dim] of every complete window, normed and rotated, in x's dtype."""
+        entries = positions.entries(self.kind)
+        pooled_CK = pool_windows(
+            self.wkv(x_TD),
+            self.wgate(x_TD),
+            self.ape,
+            entries.first_token_C,
+            entries.has_previous_C,
+            self.overlap,
+        )
+        return rotate(self.norm(pooled_CK), positions.entry_rotation(self.kind)).to(x_TD.dtype)

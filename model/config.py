@@ -1,0 +1,366 @@
+"""Sizes and constants of a DeepSeek-V4 model, and their Hugging Face and official spellings.
+
+Imports nothing heavier than pydantic, so that a configuration can be read on a login node.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+LayerType = Literal["window", "csa", "hca"]
+
+_HF_LAYER_TYPES: dict[str, LayerType] = {
+    "sliding_attention": "window",
+    "compressed_sparse_attention": "csa",
+    "heavily_compressed_attention": "hca",
+}
+_HF_NAMES = {ours: theirs for theirs, ours in _HF_LAYER_TYPES.items()}
+
+# Fields that have the same name and meaning in our configuration and in a Hugging Face one.
+_SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "q_lora_rank",
+    "o_groups",
+    "o_lora_rank",
+    "sliding_window",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_shared_experts",
+    "moe_intermediate_size",
+    "routed_scaling_factor",
+    "swiglu_limit",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+    "hc_eps",
+    "rms_norm_eps",
+    "rope_theta",
+    "compress_rope_theta",
+    "max_position_embeddings",
+)
+_OPTIONAL_FIELDS = (
+    "num_nextn_predict_layers",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "initializer_range",
+)
+
+
+class ModelConfigError(ValueError):
+    """A model configuration that cannot be built; the message names the field and the remedy."""
+
+
+class Yarn(BaseModel):
+    """YaRN parameters of the layers that have a compressor; no attention factor is folded in."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    factor: PositiveFloat
+    original_max_position_embeddings: PositiveInt
+    beta_fast: PositiveFloat
+    beta_slow: PositiveFloat
+
+
+class ModelConfig(BaseModel):
+    """Everything that determines the mathematics of a V4 model.
+
+    Names follow the official ``config.json`` where one exists. Architecture sizes have no
+    defaults: a silently assumed rope base or rank trains the wrong model.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    max_position_embeddings: PositiveInt
+
+    # Attention (report 2.3)
+    num_attention_heads: PositiveInt
+    head_dim: PositiveInt
+    qk_rope_head_dim: PositiveInt
+    q_lora_rank: PositiveInt
+    o_groups: PositiveInt
+    o_lora_rank: PositiveInt
+    sliding_window: PositiveInt
+    layer_types: tuple[LayerType, ...]
+    csa_compress_ratio: PositiveInt = 4
+    hca_compress_ratio: PositiveInt = 128
+    index_n_heads: PositiveInt
+    index_head_dim: PositiveInt
+    index_topk: PositiveInt
+    rope_theta: PositiveFloat
+    compress_rope_theta: PositiveFloat
+    rope_scaling: Yarn | None
+
+    # Mixture of experts (report 2.1)
+    num_hash_layers: NonNegativeInt
+    n_routed_experts: PositiveInt
+    num_experts_per_tok: PositiveInt
+    n_shared_experts: PositiveInt = 1
+    moe_intermediate_size: PositiveInt
+    routed_scaling_factor: PositiveFloat
+    swiglu_limit: PositiveFloat = 10.0
+    balance_loss_weight: float = Field(default=1e-4, ge=0)
+
+    # Manifold-constrained hyper-connections (report 2.2)
+    hc_mult: PositiveInt = 4
+    hc_sinkhorn_iters: PositiveInt = 20
+    hc_eps: PositiveFloat = 1e-6
+    hc_init_scale: float = 0.01
+    """Initial gating factors (mHC paper)."""
+    hc_init_own_read: float = Field(default=0.85, gt=0, lt=1)
+    """Initial share of a sub-layer's input read from the stream it is assigned in turn, the other
+    streams sharing the rest; unpublished, chosen so that streams stay distinguishable."""
+    hc_init_comb_diagonal: float = 4.0
+    """Initial logit of each stream's carry to itself; unpublished, close to a plain residual."""
+
+    # Multi-token prediction
+    num_nextn_predict_layers: int = Field(default=1, ge=0, le=1)
+    mtp_loss_weight: float = Field(default=0.3, ge=0)
+
+    rms_norm_eps: PositiveFloat = 1e-6
+    initializer_range: PositiveFloat = 0.006
+    bos_token_id: NonNegativeInt = 0
+    eos_token_id: NonNegativeInt = 1
+    pad_token_id: NonNegativeInt = 2
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for problem in self._problems():
+            raise ModelConfigError(problem)
+        return self
+
+    def _problems(self) -> list[str]:
+        problems = []
+
+        def require(ok: bool, problem: str) -> None:
+            if not ok:
+                problems.append(problem)
+
+        require(
+            len(self.layer_types) == self.num_hidden_layers,
+            f"layer_types has {len(self.layer_types)} entries but num_hidden_layers is "
+            f"{self.num_hidden_layers}; give one entry per layer",
+        )
+        require(
+            self.num_attention_heads % self.o_groups == 0,
+            f"num_attention_heads ({self.num_attention_heads}) must be a multiple of o_groups "
+            f"({self.o_groups})",
+        )
+        require(
+            self.qk_rope_head_dim % 2 == 0 and self.qk_rope_head_dim <= self.head_dim,
+            f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even and at most head_dim "
+            f"({self.head_dim})",
+        )
+        require(
+            "csa" not in self.layer_types or self.qk_rope_head_dim <= self.index_head_dim,
+            f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be at most index_head_dim "
+            f"({self.index_head_dim}): the indexer rotates that many dims of its keys",
+        )
+        require(
+            self.head_dim % 2 == 0 and self.index_head_dim % 2 == 0,
+            f"head_dim ({self.head_dim}) and index_head_dim ({self.index_head_dim}) must be even",
+        )
+        require(
+            self.hidden_size % 8 == 0 and self.moe_intermediate_size % 8 == 0,
+            f"hidden_size ({self.hidden_size}) and moe_intermediate_size "
+            f"({self.moe_intermediate_size}) must be multiples of 8: grouped matrix products need "
+            "rows of 16 bytes",
+        )
+        require(
+            self.num_experts_per_tok <= self.n_routed_experts,
+            f"num_experts_per_tok ({self.num_experts_per_tok}) must be at most n_routed_experts "
+            f"({self.n_routed_experts})",
+        )
+        require(
+            self.num_hash_layers <= self.num_hidden_layers,
+            f"num_hash_layers ({self.num_hash_layers}) must be at most num_hidden_layers "
+            f"({self.num_hidden_layers})",
+        )
+        special = max(self.bos_token_id, self.eos_token_id, self.pad_token_id)
+        require(
+            special < self.vocab_size,
+            f"vocab_size ({self.vocab_size}) must exceed bos_token_id, eos_token_id and "
+            f"pad_token_id (largest is {special})",
+        )
+        return problems
+
+    def compress_ratio(self, layer_type: LayerType) -> int:
+        """Tokens per compressed entry in a layer of this type; 0 where nothing is compressed."""
+        return {
+            "window": 0,
+            "csa": self.csa_compress_ratio,
+            "hca": self.hca_compress_ratio,
+        }[layer_type]
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], **training: Any) -> ModelConfig:
+        """Read a Hugging Face ``to_dict()`` or an official ``config.json``.
+
+        ``training`` sets fields that such files do not carry (``balance_loss_weight``, ...).
+
+        Raises:
+            ModelConfigError: a needed key is missing, or asks for something that V4 is not.
+        """
+        _refuse_other_architectures(config)
+        fields: dict[str, Any] = {}
+        for name in _SHARED_FIELDS:
+            source = (
+                "num_local_experts" if name not in config and name == "n_routed_experts" else name
+            )
+            if config.get(source) is None:
+                raise ModelConfigError(f"config.json has no {name}; it must be given")
+            fields[name] = config[source]
+        for name in _OPTIONAL_FIELDS:
+            if config.get(name) is not None:
+                fields[name] = config[name]
+        if isinstance(fields.get("eos_token_id"), list):
+            fields["eos_token_id"] = fields["eos_token_id"][0]
+        fields |= _layer_types_from_hf(config) | _rope_from_hf(config)
+        fields["num_hash_layers"] = _hash_layers_from_hf(config)
+        return cls(**(fields | training))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The ``config.json`` that ``transformers`` reads (its own field names)."""
+        fields = {name: getattr(self, name) for name in (*_SHARED_FIELDS, *_OPTIONAL_FIELDS)}
+        rotary_share = self.qk_rope_head_dim / self.head_dim
+        main = {"rope_type": "default", "rope_theta": self.rope_theta}
+        compress: dict[str, Any] = {"rope_type": "default", "rope_theta": self.compress_rope_theta}
+        if self.rope_scaling is not None:
+            compress |= {"rope_type": "yarn", "attention_factor": 1.0}
+            compress |= self.rope_scaling.model_dump()
+        for rope in (main, compress):
+            rope["partial_rotary_factor"] = rotary_share
+        learned = self.num_hidden_layers - self.num_hash_layers
+        return fields | {
+            "architectures": ["DeepseekV4ForCausalLM"],
+            "model_type": "deepseek_v4",
+            "layer_types": [_HF_NAMES[t] for t in self.layer_types],
+            "mlp_layer_types": ["hash_moe"] * self.num_hash_layers + ["moe"] * learned,
+            "compress_rates": {
+                "compressed_sparse_attention": self.csa_compress_ratio,
+                "heavily_compressed_attention": self.hca_compress_ratio,
+            },
+            "qk_rope_head_dim": self.qk_rope_head_dim,
+            "partial_rotary_factor": rotary_share,
+            "rope_parameters": {"main": main, "compress": compress},
+            "num_key_value_heads": 1,
+            "scoring_func": "sqrtsoftplus",
+            "norm_topk_prob": True,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "attention_dropout": 0.0,
+            "tie_word_embeddings": False,
+        }
+
+
+def _refuse_other_architectures(config: dict[str, Any]) -> None:
+    fixed = {
+        "scoring_func": "sqrtsoftplus",
+        "norm_topk_prob": True,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 1,
+    }
+    for name, value in fixed.items():
+        if config.get(name, value) != value:
+            raise ModelConfigError(f"config.json has {name} = {config[name]!r}; V4 has {value!r}")
+
+
+def _layer_types_from_hf(config: dict[str, Any]) -> dict[str, Any]:
+    layers = config["num_hidden_layers"]
+    rates = config.get("compress_rates") or {}
+    csa = rates.get("compressed_sparse_attention", config.get("compress_rate_csa", 4))
+    hca = rates.get("heavily_compressed_attention", config.get("compress_rate_hca", 128))
+    if config.get("layer_types") is not None:
+        try:
+            types = [_HF_LAYER_TYPES[name] for name in config["layer_types"]]
+        except KeyError as error:
+            raise ModelConfigError(
+                f"config.json has the layer type {error.args[0]!r}; V4 has {', '.join(_HF_LAYER_TYPES)}"
+            ) from None
+    elif config.get("compress_ratios") is not None:
+        # The official list goes on with the ratio of the MTP block, which is always window-only.
+        kinds: dict[int, LayerType] = {0: "window", csa: "csa", hca: "hca"}
+        ratios = config["compress_ratios"][:layers]
+        unknown = [ratio for ratio in ratios if ratio not in kinds]
+        if unknown:
+            raise ModelConfigError(
+                f"config.json has the compression ratio {unknown[0]}; V4 has {sorted(kinds)}"
+            )
+        types = [kinds[ratio] for ratio in ratios]
+    else:
+        raise ModelConfigError("config.json has neither layer_types nor compress_ratios")
+    return {
+        "layer_types": types,
+        "csa_compress_ratio": csa,
+        "hca_compress_ratio": hca,
+    }
+
+
+def _rope_from_hf(config: dict[str, Any]) -> dict[str, Any]:
+    if config.get("qk_rope_head_dim") is not None:
+        rotary = config["qk_rope_head_dim"]
+    elif config.get("partial_rotary_factor") is not None:
+        rotary = int(config["head_dim"] * config["partial_rotary_factor"])
+    else:
+        raise ModelConfigError("config.json has neither qk_rope_head_dim nor partial_rotary_factor")
+    nested = config.get("rope_parameters") or {}
+    if isinstance(nested.get("compress"), dict):
+        bases = {
+            "rope_theta": nested["main"]["rope_theta"],
+            "compress_rope_theta": nested["compress"]["rope_theta"],
+        }
+        scaling = nested["compress"]
+    else:
+        bases = {}
+        scaling = config.get("rope_scaling") or nested
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "yarn"):
+        raise ModelConfigError(f"config.json asks for {kind!r} rope; V4 has 'default' or 'yarn'")
+    if scaling.get("attention_factor", 1.0) != 1.0:
+        raise ModelConfigError(
+            f"config.json has attention_factor = {scaling['attention_factor']}; V4 has 1.0"
+        )
+    yarn = None
+    if kind == "yarn":
+        try:
+            yarn = {name: scaling[name] for name in Yarn.model_fields}
+        except KeyError as error:
+            raise ModelConfigError(f"config.json's yarn rope has no {error.args[0]}") from None
+    return {"qk_rope_head_dim": rotary, "rope_scaling": yarn} | bases
+
+
+def _hash_layers_from_hf(config: dict[str, Any]) -> int:
+    types = config.get("mlp_layer_types")
+    if types is None:
+        if config.get("num_hash_layers") is None:
+            raise ModelConfigError("config.json has neither mlp_layer_types nor num_hash_layers")
+        return config["num_hash_layers"]
+    hashed = types.count("hash_moe")
+    if list(types) != ["hash_moe"] * hashed + ["moe"] * (len(types) - hashed):
+        raise ModelConfigError(
+            "config.json's mlp_layer_types must be hash_moe layers, then moe layers"
+        )
+    return hashed

@@ -1,0 +1,64 @@
+"""Cross-entropy of a linear head that never holds the logits of more than one chunk of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK_LOGITS = 1 << 21
+"""Logits held at once."""
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, denominator: float, ignore: int
+) -> Tensor:
+    """Σ_t -log softmax(W h_t)[target_t] / denominator over the tokens that have a target, fp32.
+
+    The gradients are formed in the forward pass, chunk by chunk while the logits are there, and
+    only scaled in the backward pass.
+
+    Args:
+        hidden_TD, weight_VD: hidden states and head, of one dtype.
+        target_T: int64 token ids, ``ignore`` where nothing is predicted.
+        denominator: the number of predictions in the whole global batch.
+    """
+    needs_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+    return _LinearCrossEntropy.apply(
+        hidden_TD, weight_VD, target_T, float(denominator), ignore, needs_grad
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, target, denominator, ignore, needs_grad) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        valid_T = target != ignore
+        target_T = target.masked_fill(~valid_T, 0)
+        step = max(_CHUNK_LOGITS // weight.shape[0], 1)
+        for start in range(0, hidden.shape[0], step):
+            rows = slice(start, start + step)
+            valid, index = valid_T[rows], target_T[rows, None]
+            logits_nV = torch.mm(hidden[rows], weight.t()).float()
+            picked = logits_nV.gather(1, index)[:, 0]
+            lse = torch.logsumexp(logits_nV, dim=-1)
+            total += ((lse - picked) * valid).sum()
+            if needs_grad:
+                grad = logits_nV.sub_(lse[:, None]).exp_()
+                grad.scatter_add_(1, index, grad.new_full(index.shape, -1.0))
+                grad.mul_((valid / denominator)[:, None])
+                grad = grad.to(hidden.dtype)
+                torch.mm(grad, weight, out=grad_hidden[rows])
+                grad_weight += torch.mm(grad.t(), hidden[rows])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total / denominator
+
+    @staticmethod
+    def backward(ctx: Any, grad_total) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+        return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight, *[None] * 4

@@ -1,0 +1,174 @@
+"""Manifold-constrained hyper-connections: the streams' coefficients and their mixing.
+
+mHC paper (arXiv 2512.24880) and report 2.2. Streams are read and written as [T, N, D]; all
+coefficients are fp32. Backward recomputes them from the N(N+2) projections, so a sub-layer keeps
+no more than its streams.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def read_streams(
+    streams_TND: Tensor,
+    fn_wX: Tensor,
+    base_w: Tensor,
+    scale_3: Tensor,
+    *,
+    norm_eps: float,
+    hc_eps: float,
+    iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A sub-layer's input, and how its output goes back.
+
+    Args:
+        streams_TND: the residual streams.
+        fn_wX: [(2+N)·N, N·D], rows in the order pre N, post N, comb N².
+        base_w, scale_3: static biases and the gating factors of pre, post, comb.
+
+    Returns:
+        x [T, D] = Σ_j pre_j X_j in the streams' dtype; post [T, N] and comb [T, N, N] in fp32.
+    """
+    return _ReadStreams.apply(streams_TND, fn_wX, base_w, scale_3, norm_eps, hc_eps, iterations)
+
+
+def write_streams(streams_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
+    """X'_k = post_k · y + Σ_j comb[j, k] · X_j, [T, N, D]; the sum runs over comb's first index."""
+    return _WriteStreams.apply(streams_TND, y_TD, post_TN, comb_TNN)
+
+
+def collapse_streams(
+    streams_TND: Tensor,
+    fn_NX: Tensor,
+    base_N: Tensor,
+    scale_1: Tensor,
+    *,
+    norm_eps: float,
+    hc_eps: float,
+) -> Tensor:
+    """The head's weighted sum of the streams, [T, D]: weights σ(scale · w + base) + eps."""
+    return _ReadStreams.apply(streams_TND, fn_NX, base_N, scale_1, norm_eps, hc_eps, None)
+
+
+def coefficients(
+    w: Tensor, base: Tensor, scale: Tensor, hc_eps: float, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """pre [T, N], post [T, N] and comb [T, N, N] from the projections w [T, (2+N)·N]."""
+    streams = round((1 + w.shape[1]) ** 0.5) - 1
+    sizes = [streams, streams, streams * streams]
+    pre, post, comb = w.split(sizes, dim=1)
+    pre_base, post_base, comb_base = base.split(sizes)
+    pre = torch.sigmoid(pre * scale[0] + pre_base) + hc_eps
+    post = 2 * torch.sigmoid(post * scale[1] + post_base)
+    comb = (comb * scale[2] + comb_base).unflatten(1, (streams, streams))
+    return pre, post, sinkhorn(comb, hc_eps, iterations)
+
+
+def sinkhorn(logits_TNN: Tensor, eps: float, iterations: int) -> Tensor:
+    """Softmax over the last dim, then alternate normalisation of columns and rows.
+
+    The first step divides by the sum over dim -2, each of the ``iterations`` - 1 others by the sum
+    over dim -1 and then over dim -2; every divisor has ``eps`` added, as has the softmax.
+    """
+    return _Sinkhorn.apply(logits_TNN, eps, iterations)
+
+
+class _Sinkhorn(torch.autograd.Function):
+    # Tokens come last inside, so that each of the many small steps runs over contiguous memory.
+
+    @staticmethod
+    def forward(ctx: Any, logits_TNN, eps, iterations) -> Tensor:
+        ctx.eps, ctx.iterations = eps, iterations
+        ctx.save_for_backward(logits_TNN)
+        x = logits_TNN.permute(1, 2, 0).contiguous()
+        x = torch.softmax(x, dim=1).add_(eps)
+        for dim in _normalised_dims(iterations):
+            x.div_(x.sum(dim, keepdim=True).add_(eps))
+        return x.permute(2, 0, 1).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad_TNN) -> tuple[Tensor | None, ...]:
+        (logits_TNN,) = ctx.saved_tensors
+        soft = torch.softmax(logits_TNN.permute(1, 2, 0).contiguous(), dim=1)
+        x = soft + ctx.eps
+        steps = []
+        for dim in _normalised_dims(ctx.iterations):
+            divisor = x.sum(dim, keepdim=True).add_(ctx.eps)
+            x = x / divisor
+            steps.append((dim, x, divisor))
+        grad = grad_TNN.permute(1, 2, 0).contiguous()
+        for dim, y, divisor in reversed(steps):
+            # y = x / (Σx + eps), so dx = (dy - Σ dy·y) / (Σx + eps)
+            grad = grad.sub((grad * y).sum(dim, keepdim=True)).div_(divisor)
+        grad = (grad - (grad * soft).sum(1, keepdim=True)).mul_(soft)
+        return grad.permute(2, 0, 1).contiguous(), None, None
+
+
+def _normalised_dims(iterations: int) -> list[int]:
+    return [0] + [1, 0] * (iterations - 1)
+
+
+class _ReadStreams(torch.autograd.Function):
+    """Norm, projection, coefficients and weighted read; ``iterations`` None reads only (head)."""
+
+    @staticmethod
+    def forward(ctx: Any, streams, fn, base, scale, norm_eps, hc_eps, iterations) -> Any:
+        flat_TX = streams.flatten(1).float()
+        square = torch.linalg.vector_norm(flat_TX, dim=1, keepdim=True).square_()
+        rstd = square.div_(flat_TX.shape[1]).add_(norm_eps).rsqrt_()
+        w = torch.mm(flat_TX, fn.float().t()).mul_(rstd)
+        ctx.hc_eps, ctx.iterations = hc_eps, iterations
+        ctx.save_for_backward(streams, fn, base, scale, w, rstd)
+        outputs = _ReadStreams.weights(w, base.float(), scale.float(), hc_eps, iterations)
+        read = torch.bmm(outputs[0][:, None], flat_TX.view(streams.shape))[:, 0]
+        return (read.to(streams.dtype), *outputs[1:]) if iterations else read.to(streams.dtype)
+
+    @staticmethod
+    def weights(w, base, scale, hc_eps, iterations) -> tuple[Tensor, ...]:
+        if iterations is None:
+            return (torch.sigmoid(w * scale + base) + hc_eps,)
+        return coefficients(w, base, scale, hc_eps, iterations)
+
+    @staticmethod
+    def backward(ctx: Any, grad_read, *grad_outputs) -> tuple[Tensor | None, ...]:
+        streams, fn, base, scale, w, rstd = ctx.saved_tensors
+        wide = streams.float()
+        grad_read = grad_read.float()
+        grad_pre = torch.bmm(wide, grad_read[..., None])[..., 0]
+        with torch.enable_grad():
+            leaves = [x.detach().float().requires_grad_() for x in (w, base, scale)]
+            outputs = _ReadStreams.weights(*leaves, ctx.hc_eps, ctx.iterations)
+            grads = torch.autograd.grad(outputs, leaves, (grad_pre, *grad_outputs))
+        grad_w, grad_base, grad_scale = grads
+        flat_TX = wide.flatten(1)
+        # w = (X · fnᵀ) · rstd, and d rstd / dX = -rstd³ · X / (N·D)
+        along = torch.linalg.vecdot(grad_w, w)[:, None] * rstd.square() / flat_TX.shape[1]
+        grad_projected = grad_w * rstd
+        grad_streams = torch.mul(outputs[0].detach()[..., None], grad_read[:, None]).flatten(1)
+        grad_streams.addmm_(grad_projected, fn.float()).addcmul_(flat_TX, along, value=-1)
+        grad_fn = torch.mm(grad_projected.t(), flat_TX).to(fn.dtype)
+        grad_streams = grad_streams.view_as(streams).to(streams.dtype)
+        parameters = (grad_fn, grad_base.to(base.dtype), grad_scale.to(scale.dtype))
+        return grad_streams, *parameters, None, None, None
+
+
+class _WriteStreams(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, streams, y, post, comb) -> Tensor:
+        ctx.save_for_backward(streams, y, post, comb)
+        out = torch.bmm(comb.transpose(1, 2), streams.float())
+        return out.addcmul_(post[..., None], y.float()[:, None]).to(streams.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out) -> tuple[Tensor, ...]:
+        streams, y, post, comb = ctx.saved_tensors
+        grad_out = grad_out.float()
+        grad_streams = torch.bmm(comb, grad_out).to(streams.dtype)
+        grad_comb = torch.bmm(streams.float(), grad_out.transpose(1, 2))
+        grad_post = torch.bmm(grad_out, y.float()[..., None])[..., 0]
+        grad_y = torch.bmm(post[:, None], grad_out)[:, 0].to(y.dtype)
+        return grad_streams, grad_y, grad_post, grad_comb

@@ -1,0 +1,54 @@
+"""Clamped SwiGLU (report 2.1 and 4.2.3), optionally weighted per row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, weight: Tensor | None = None) -> Tensor:
+    """silu(min(gate, limit)) · clamp(up, -limit, limit) · weight.
+
+    Args:
+        gate, up: [n, F].
+        weight: fp32 [n], or None for 1.
+
+    Returns:
+        [n, F] in gate's dtype, computed in fp32.
+    """
+    return _ClampedSwiGLU.apply(gate, up, limit, weight)
+
+
+class _ClampedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate, up, limit, weight) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        ctx.limit = limit
+        clamped = gate.float().clamp(max=limit)
+        out = torch.sigmoid(clamped).mul_(clamped)
+        out.mul_(up.float().clamp(-limit, limit))
+        if weight is not None:
+            out.mul_(weight[:, None])
+        return out.to(gate.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out) -> tuple[Tensor | None, ...]:
+        gate, up, weight = ctx.saved_tensors
+        limit = ctx.limit
+        grad_out = grad_out.float()
+        wide_gate, wide_up = gate.float(), up.float()
+        clamped = wide_gate.clamp(max=limit)
+        bounded = wide_up.clamp(-limit, limit)
+        sigmoid = torch.sigmoid(clamped)
+        silu = sigmoid * clamped
+        grad_weight = None
+        if weight is not None:
+            grad_weight = torch.linalg.vecdot(grad_out, silu * bounded)
+            grad_out = grad_out * weight[:, None]
+        grad_up = (grad_out * silu).masked_fill_(wide_up.abs() > limit, 0)
+        # d silu = sigmoid · (1 + x · (1 - sigmoid)) = sigmoid + silu · (1 - sigmoid)
+        slope = torch.addcmul(sigmoid + silu, silu, sigmoid, value=-1)
+        grad_gate = slope.mul_(grad_out).mul_(bounded).masked_fill_(wide_gate > limit, 0)
+        return grad_gate.to(gate.dtype), grad_up.to(up.dtype), None, grad_weight

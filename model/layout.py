@@ -1,0 +1,173 @@
+"""Which tokens belong together: the samples of packed rows as integer ranges.
+
+The model sees a microbatch as one flat run of T = B·S tokens. A sample never crosses a row, so
+rows need no special treatment: every mask in every layer is a range of flat token indices and a
+range of compressed-entry indices, and no [S, S] mask exists anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The compressed entries of every complete window of ``ratio`` tokens, sample after sample.
+
+    Attributes:
+        first_token_C: flat index of each window's first token.
+        position_C: that token's position in its sample (where the entry is rotated).
+        has_previous_C: whether the window before it belongs to the same sample.
+        start_T, end_T: the range of entries that a query at token t may see: its sample's entries
+            from the first up to (position + 1) // ratio.
+        host_start_T, host_end_T: the same on the host, so that loops need no device sync.
+    """
+
+    ratio: int
+    first_token_C: Tensor
+    position_C: Tensor
+    has_previous_C: Tensor
+    start_T: Tensor
+    end_T: Tensor
+    host_start_T: np.ndarray
+    host_end_T: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """C, the number of entries."""
+        return self.first_token_C.shape[0]
+
+    @property
+    def most_visible(self) -> int:
+        """The largest number of entries that any query sees."""
+        return int((self.host_end_T - self.host_start_T).max(initial=0))
+
+
+@dataclass(frozen=True)
+class SampleLayout:
+    """Samples of B packed rows of length S, on one device.
+
+    Attributes:
+        rows, row_length: B and S.
+        sample_lengths: length of every sample in flat order, padding included.
+        position_T: each token's 0-based position in its sample.
+        start_T: flat index of the first token of its sample.
+        sample_T: number of its sample.
+        padding_T: True for tokens behind a row's last sample. They form samples of their own, so
+            nothing real sees them; routers leave them out of loads and losses.
+    """
+
+    rows: int
+    row_length: int
+    sample_lengths: np.ndarray
+    position_T: Tensor
+    start_T: Tensor
+    sample_T: Tensor
+    padding_T: Tensor
+    host_position_T: np.ndarray
+    host_start_T: np.ndarray
+    _entries: dict[int, Entries] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_lengths(
+        cls,
+        lengths: Sequence[Sequence[int]],
+        row_length: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> SampleLayout:
+        """Lay out rows given each row's sample lengths.
+
+        Args:
+            lengths: per row, the lengths of its samples in order.
+            row_length: S; defaults to the longest row. What a row lacks is padding.
+
+        Raises:
+            ValueError: no rows, a length below 1, or samples longer than their row.
+        """
+        if not lengths:
+            raise ValueError("a layout needs at least one row of sample lengths")
+        longest = max(sum(row) for row in lengths)
+        row_length = longest if row_length is None else row_length
+        flat: list[int] = []
+        padded: list[bool] = []
+        for number, row in enumerate(lengths):
+            if any(length < 1 for length in row):
+                raise ValueError(f"row {number} has a sample length below 1: {list(row)}")
+            rest = row_length - sum(row)
+            if rest < 0:
+                raise ValueError(
+                    f"row {number} holds {sum(row)} tokens of samples but is {row_length} long"
+                )
+            flat += [*row, rest] if rest else [*row]
+            padded += [False] * len(row) + [True] * bool(rest)
+        return cls._build(len(lengths), row_length, np.array(flat), np.array(padded), device)
+
+    @classmethod
+    def whole_rows(cls, tokens_BS: Tensor) -> SampleLayout:
+        """The layout in which every row is one sample."""
+        rows, length = tokens_BS.shape
+        return cls.from_lengths([[length]] * rows, device=tokens_BS.device)
+
+    @classmethod
+    def _build(cls, rows, row_length, sample_lengths, padded, device) -> SampleLayout:
+        starts = np.cumsum(sample_lengths) - sample_lengths
+        sample_T = np.repeat(np.arange(len(sample_lengths)), sample_lengths)
+        start_T = starts[sample_T]
+        position_T = np.arange(rows * row_length) - start_T
+        return cls(
+            rows=rows,
+            row_length=row_length,
+            sample_lengths=sample_lengths,
+            position_T=torch.from_numpy(position_T).to(device),
+            start_T=torch.from_numpy(start_T).to(device),
+            sample_T=torch.from_numpy(sample_T).to(device),
+            padding_T=torch.from_numpy(padded[sample_T]).to(device),
+            host_position_T=position_T,
+            host_start_T=start_T,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """T, padding included."""
+        return self.rows * self.row_length
+
+    @property
+    def num_samples(self) -> int:
+        """Samples, counting each row's padding as one."""
+        return len(self.sample_lengths)
+
+    def entries(self, ratio: int) -> Entries:
+        """The compressed entries at m = ``ratio``; computed once and kept."""
+        if ratio not in self._entries:
+            self._entries[ratio] = self._build_entries(ratio)
+        return self._entries[ratio]
+
+    def _build_entries(self, ratio: int) -> Entries:
+        device = self.position_T.device
+        per_sample = self.sample_lengths // ratio
+        first_entry = np.cumsum(per_sample) - per_sample
+        sample_C = np.repeat(np.arange(len(per_sample)), per_sample)
+        index_C = np.arange(len(sample_C)) - first_entry[sample_C]
+        token_starts = np.cumsum(self.sample_lengths) - self.sample_lengths
+        sample_T = np.repeat(np.arange(len(per_sample)), self.sample_lengths)
+        start_T = first_entry[sample_T]
+        end_T = start_T + (self.host_position_T + 1) // ratio
+
+        def on_device(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        return Entries(
+            ratio=ratio,
+            first_token_C=on_device(token_starts[sample_C] + index_C * ratio),
+            position_C=on_device(index_C * ratio),
+            has_previous_C=on_device(index_C > 0),
+            start_T=on_device(start_T),
+            end_T=on_device(end_T),
+            host_start_T=start_T,
+            host_end_T=end_T,
+        )

@@ -1,0 +1,52 @@
+"""Global token counts, targets and their shifts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from model.layout import SampleLayout
+
+IGNORE = -100
+"""Target of a position at which nothing is predicted."""
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Denominators of the losses: predictions of the main head, of the MTP head, routed tokens.
+
+    Summed over all microbatches and ranks first, they make every loss a token mean over the
+    global batch, whatever the topology.
+    """
+
+    lm: int
+    mtp: int
+    routed: int
+
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(self.lm + other.lm, self.mtp + other.mtp, self.routed + other.routed)
+
+    @classmethod
+    def of(cls, layout: SampleLayout, targets_BS: Tensor) -> TokenCounts:
+        """The counts of one microbatch."""
+        targets_T = targets_BS.flatten()
+        return cls(
+            lm=int((targets_T != IGNORE).sum()),
+            mtp=int((second_targets(layout, targets_T) != IGNORE).sum()),
+            routed=int((~layout.padding_T).sum()),
+        )
+
+
+def next_in_sample(layout: SampleLayout, values_T: Tensor, fill: Tensor | int) -> Tensor:
+    """values[t + 1] where t + 1 belongs to the same sample, else ``fill``."""
+    sample_T = layout.sample_T
+    shifted = values_T.roll(-1)
+    same = sample_T.roll(-1) == sample_T
+    same[-1] = False
+    return shifted.where(same, fill)
+
+
+def second_targets(layout: SampleLayout, targets_T: Tensor) -> Tensor:
+    """What the MTP head predicts at t: the main head's target at t + 1, within the sample."""
+    return next_in_sample(layout, targets_T, IGNORE)

@@ -1,0 +1,50 @@
+"""Multi-token prediction: one more block that predicts the token after next (V3 2.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.block import Block
+from model.config import ModelConfig
+from model.hyper_connection import head_of_streams, register_hyper_head
+from model.moe import MoEStats
+from model.norm import RMSNorm
+from model.positions import Positions
+
+
+class MTPBlock(Block):
+    """A window-only block with a learned router over the main model's streams and the next token.
+
+    Embedding and output head are the main model's; norm and streams' head are its own.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__(config, "window", hashed=False, dtype=dtype)
+        dim, eps = config.hidden_size, config.rms_norm_eps
+        self.e_proj = nn.Linear(dim, dim, bias=False, dtype=dtype)
+        self.h_proj = nn.Linear(dim, dim, bias=False, dtype=dtype)
+        self.enorm = RMSNorm(dim, eps)
+        self.hnorm = RMSNorm(dim, eps)
+        self.norm = RMSNorm(dim, eps)
+        register_hyper_head(self, config)
+
+    def predict(
+        self,
+        streams_TND: Tensor,
+        next_embedding_TD: Tensor,
+        next_tokens_T: Tensor,
+        positions: Positions,
+        routed_tokens: float,
+    ) -> tuple[Tensor, MoEStats]:
+        """Hidden states [T, D] for the output head, which then predict t_{i+2} at position i.
+
+        Args:
+            streams_TND: the main model's streams before its own head.
+            next_embedding_TD: embedding of t_{i+1}; anything at a sample's last position.
+            next_tokens_T: the ids of t_{i+1}.
+        """
+        next_TND = self.e_proj(self.enorm(next_embedding_TD))[:, None]
+        streams_TND = next_TND + self.h_proj(self.hnorm(streams_TND))
+        streams_TND, stats = self(streams_TND, next_tokens_T, positions, routed_tokens)
+        return self.norm(head_of_streams(self, self.config, streams_TND)), stats

@@ -1,0 +1,128 @@
+"""Which experts a token goes to, with what weight, and how evenly (report 2.1, V3 2.1.2)."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.layout import SampleLayout
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A layer's choice: A distinct experts a token, their weights, and every expert's score."""
+
+    indices_TA: Tensor
+    weights_TA: Tensor
+    scores_TE: Tensor
+
+
+class Router(nn.Module):
+    """Scores sqrt(softplus(gate·x)) in fp32; the choice comes from the scores or from a table.
+
+    A learned layer takes the A experts with the largest score plus ``bias``, a buffer that the
+    trainer moves against the load and that affects nothing but the choice. A hash layer takes the
+    token id's row of ``tid2eid``. Weights are the chosen scores, normalised, times the scale.
+    """
+
+    bias: Tensor
+    tid2eid: Tensor
+
+    def __init__(self, config: ModelConfig, hashed: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.hashed = hashed
+        self.experts, self.active = config.n_routed_experts, config.num_experts_per_tok
+        self.scale = config.routed_scaling_factor
+        weight = torch.empty(self.experts, config.hidden_size, dtype=dtype)
+        self.weight = nn.Parameter(weight)
+        if hashed:
+            table = torch.zeros(config.vocab_size, self.active, dtype=torch.int64)
+            self.register_buffer("tid2eid", table)
+        else:
+            self.register_buffer("bias", torch.zeros(self.experts, dtype=torch.float32))
+
+    def forward(self, x_TD: Tensor, tokens_T: Tensor) -> Routing:
+        """Route tokens with hidden states ``x_TD`` and ids ``tokens_T``."""
+        logits = F.linear(x_TD.float(), self.weight.float())
+        # The floor keeps the root differentiable where softplus underflows to zero.
+        scores = F.softplus(logits).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+        if self.hashed:
+            indices = self.tid2eid[tokens_T]
+        else:
+            indices = (scores.detach() + self.bias).topk(self.active, dim=-1).indices
+        chosen = scores.gather(1, indices)
+        weights = chosen / (chosen.sum(-1, keepdim=True) + 1e-20) * self.scale
+        return Routing(indices, weights, scores)
+
+
+def expert_load(routing: Routing, layout: SampleLayout) -> Tensor:
+    """How many real tokens chose each expert, fp32 [E]."""
+    real = (~layout.padding_T).to(torch.float32)[:, None].expand_as(routing.indices_TA)
+    load = torch.zeros_like(routing.scores_TE[0], requires_grad=False)
+    return load.index_add_(0, routing.indices_TA.flatten(), real.flatten())
+
+
+def balance_loss(routing: Routing, layout: SampleLayout, denominator: float) -> Tensor:
+    """Sequence-wise balance loss of one layer without its weight (V3 eq. 17-20).
+
+    For each sample Σ_i f_i · P_i, f_i = E / (A · T_s) · count_i, P_i the mean over its tokens of
+    score_i / Σ_j score_j: 1 when balanced, E/A when all tokens choose the same experts. Samples
+    weigh as many tokens as they have, of ``denominator`` in the whole global batch; padding has
+    no part in it.
+    """
+    experts, active = routing.scores_TE.shape[1], routing.indices_TA.shape[1]
+    scores = routing.scores_TE
+    share_TE = scores / scores.sum(-1, keepdim=True)
+    share_SE = share_TE.new_zeros(layout.num_samples, experts).index_add(
+        0, layout.sample_T, share_TE
+    )
+    slot_TA = layout.sample_T[:, None] * experts + routing.indices_TA
+    count_SE = torch.zeros_like(share_SE, requires_grad=False).flatten()
+    count_SE.index_add_(0, slot_TA.flatten(), count_SE.new_ones(slot_TA.numel()))
+    length_S = torch.from_numpy(layout.sample_lengths).to(share_SE)
+    real_S = torch.ones_like(length_S)
+    real_S[layout.sample_T[layout.padding_T]] = 0
+    products_S = (count_SE.view_as(share_SE) * share_SE).sum(-1)
+    return (products_S / length_S * real_S).sum() * (experts / (active * denominator))
+
+
+def balanced_table(
+    generator: torch.Generator,
+    vocab_size: int,
+    experts: int,
+    active: int,
+    token_counts: Sequence[float] | None = None,
+) -> Tensor:
+    """A hash layer's table: ``active`` distinct experts for every token id, loads balanced.
+
+    Tokens, the most frequent first (in random order where counts are equal or not given), each
+    take the experts with the least load so far; ties fall at random. Loads then differ by at most
+    one token when counts are equal. The report leaves the rule open.
+
+    Returns:
+        int64 [V, A].
+    """
+    counts = [1.0] * vocab_size if token_counts is None else [float(c) for c in token_counts]
+    if len(counts) != vocab_size:
+        raise ValueError(f"token_counts has {len(counts)} entries, the vocabulary {vocab_size}")
+    order = torch.randperm(vocab_size, generator=generator).tolist()
+    order.sort(key=lambda token: -counts[token])
+    ties = torch.rand(vocab_size + 1, active, generator=generator, dtype=torch.float64).tolist()
+    start = torch.rand(experts, generator=generator, dtype=torch.float64).tolist()
+    heap = [(0.0, tie, expert) for expert, tie in enumerate(start)]
+    heapq.heapify(heap)
+    table = torch.zeros(vocab_size, active, dtype=torch.int64)
+    rows = [[0] * active] * vocab_size
+    for token in order:
+        taken = [heapq.heappop(heap) for _ in range(active)]
+        rows[token] = [expert for _, _, expert in taken]
+        for (load, _, expert), tie in zip(taken, ties[token], strict=True):
+            heapq.heappush(heap, (load + counts[token], tie, expert))
+    table.copy_(torch.tensor(rows))
+    return table
