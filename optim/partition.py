@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from optim.config import OptimConfig
 from optim.errors import OptimError
@@ -126,7 +126,9 @@ def render_table(table: list[Assignment]) -> Table:
         shape = "x".join(map(str, entry.shape))
         pattern = re.sub(r"\.\d+\.", ".*.", entry.name)
         lines[pattern, shape, entry.optimizer, stack, f"{entry.weight_decay:g}"] += 1
-    view = Table("parameter", "shape", "optimizer", "matrices", "decay", "count")
+    view = Table(
+        Column("parameter", overflow="fold"), "shape", "optimizer", "matrices", "decay", "count"
+    )
     for key, count in lines.items():
         view.add_row(*key, str(count))
     return view

@@ -34,7 +34,7 @@ def test_singular_values_in_bf16(shape: tuple[int, ...]) -> None:
     result = newton_schulz(gaussian(shape), dtype=torch.bfloat16)
     assert result.dtype == torch.bfloat16
     values = torch.linalg.svdvals(result.double())
-    assert values.min() >= 0.99 and values.max() <= 1.01
+    assert values.min() >= 0.993 and values.max() <= 1.007
 
 
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48), (4, 31, 57)])

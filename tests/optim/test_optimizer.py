@@ -81,6 +81,22 @@ def test_muon_against_a_reference(batch_bytes: int | None) -> None:
         assert error < 2e-4, (name, error)
 
 
+def test_batches_hold_every_matrix_once_and_stay_small() -> None:
+    ours = optimizer(model(), batch_bytes=20_000)
+    seen = []
+    batches = list(ours._batches(ours._muon))
+    for batch in batches:
+        shape = {tuple(sorted(piece.entry.matrices[1:])) for piece in batch}
+        assert len(shape) == 1
+        (rows, columns) = shape.pop()
+        count = sum(piece.last - piece.first for piece in batch)
+        assert count == 1 or count * rows * columns * 4 <= 20_000
+        seen += [(p.entry.name, index) for p in batch for index in range(p.first, p.last)]
+    wanted = [(entry.name, index) for entry in ours._muon for index in range(entry.matrices[0])]
+    assert sorted(seen) == sorted(wanted)
+    assert len(batches) < len(wanted) / 2
+
+
 def test_queries_per_head_against_a_reference() -> None:
     name = "layers.0.attn.wq_b.weight"
     for choice, split in {"per_head": lambda w: list(w.split(16)), "whole": lambda w: [w]}.items():
