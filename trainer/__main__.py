@@ -1,0 +1,40 @@
+"""`python -m trainer CONFIG [key=value ...]`: trains, alone or as one process of torchrun."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from trainer.config import RunConfig, load_run
+
+
+def train(config: RunConfig) -> None:
+    """Train `config` on the processes that torchrun's environment describes."""
+    import torch
+
+    from trainer.parallel.grid import open_grid
+    from trainer.signals import stop_on_signals
+    from trainer.trainer import Trainer
+
+    with stop_on_signals() as stop, open_grid() as grid:
+        if config.deterministic:
+            if grid.device.type == "cuda":
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        Trainer(config, grid, stop).run()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0 at the end or after a signal, 2 with one line on stderr for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
+    parser.add_argument("config", help="config file, or the folder of a run to go on with")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+
+    from trainer.errors import run_or_explain
+
+    return run_or_explain(lambda: train(load_run(options.config, options.overrides)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""Checkpoints: whole logical tensors in safetensors, published atomically.
+
+    checkpoints/step-00000020/
+        shard-00001-model-00001-of-00001.safetensors   what rank 0 wrote, and so on for each rank
+        state.json      step, tokens, seed, digests, the model's config
+        manifest.json   size and SHA-256 of every other file
+
+torch.distributed.checkpoint plans who writes what and opens the result at any number of ranks. Its
+safetensors storage writes no metadata file of its own: the reader builds it from the safetensors
+headers, so nothing from the disk is ever unpickled. All ranks need to see the same folder.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from data.files import fsync_folder
+from trainer import manifest
+from trainer.errors import CheckpointError, SaveError
+from trainer.files import remove_folder, write_synced
+from trainer.parallel.collectives import gather_objects
+from trainer.parallel.grid import Grid
+
+Item = TypeVar("Item")
+
+FORMAT = 1
+_NAME = re.compile(r"^step-(\d{8,})$")
+
+# Fields of the model's config that change neither what a tensor holds nor how it is used: a run
+# may go on with another value.
+FREE_FIELDS = frozenset(
+    {"mtp_loss_weight", "balance_loss_weight", "initializer_range", "max_position_embeddings"}
+)
+_FREE_PREFIX = "hc_init_"
+
+
+def folder_name(step: int) -> str:
+    """`step-%08d`."""
+    return f"step-{step:08d}"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Published checkpoints, oldest first; temporary folders are not among them."""
+    if not folder.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.match(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def model_digest(model: dict[str, Any]) -> str:
+    """SHA-256 of a model's config, in hexadecimal."""
+    return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
+
+
+class CheckpointFolder:
+    """The `checkpoints/` folder of a run, seen by all ranks of a grid."""
+
+    def __init__(self, folder: Path, grid: Grid, keep: int = 0) -> None:
+        self.folder = folder
+        self.grid = grid
+        self.keep = keep
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+        """Write one checkpoint and prune old ones; every rank calls it.
+
+        `state` is what `state.json` holds. Returns the published folder. Raises SaveError on all
+        ranks when any of them could not write, with nothing left behind and nothing else touched.
+        """
+        target = self.folder / folder_name(step)
+        aside = target.with_name(f".{target.name}.tmp")
+        try:
+            self._together(lambda: self._prepare(aside))
+            self._together(lambda: self._write_shards(aside, tensors))
+            files = self._together(lambda: self._record_share(aside))
+            self._together(lambda: self._publish(aside, target, files, {"format": FORMAT, **state}))
+        except OSError as error:
+            if self.grid.is_first:
+                shutil.rmtree(aside, ignore_errors=True)
+            reason = error.strerror or type(error).__name__
+            raise SaveError(
+                f"{target}: the checkpoint could not be written: {reason}{self._left()}"
+            ) from None
+        if self.grid.is_first and self.keep:
+            for old in checkpoints_in(self.folder)[: -self.keep]:
+                remove_folder(old)
+        return target
+
+    def _together(self, action: Callable[[], Item]) -> list[Item]:
+        """Every rank's result of `action`, by rank; an OSError on any rank is raised on all.
+
+        Without this a rank whose disk is full would leave the others waiting in a collective.
+        """
+        outcome: Item | OSError
+        try:
+            outcome = action()
+        except OSError as error:
+            outcome = OSError(error.errno, error.strerror)
+        outcomes = gather_objects(outcome, self.grid.data)
+        for failed in outcomes:
+            if isinstance(failed, OSError):
+                raise failed
+        return [item for item in outcomes if not isinstance(item, OSError)]
+
+    def _prepare(self, aside: Path) -> None:
+        if self.grid.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+
+    def _write_shards(self, aside: Path, tensors: dict[str, Tensor]) -> None:
+        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        try:
+            alone = self.grid.data is None
+            dcp.save(tensors, storage_writer=writer, process_group=self.grid.data, no_dist=alone)
+        except dcp.CheckpointException as error:
+            raise _os_error_in(error) from None
+
+    def _record_share(self, aside: Path) -> dict[str, manifest.FileRecord]:
+        names = [path.name for path in aside.glob("*.safetensors")]
+        return manifest.record(
+            aside, manifest.share_of(names, self.grid.rank, self.grid.world_size)
+        )
+
+    def _publish(
+        self,
+        aside: Path,
+        target: Path,
+        shards: list[dict[str, manifest.FileRecord]],
+        state: dict[str, Any],
+    ) -> None:
+        if not self.grid.is_first:
+            return
+        write_synced(aside / "state.json", json.dumps(state, indent=1) + "\n")
+        files = manifest.record(aside, ["state.json"])
+        for part in shards:
+            files |= part
+        manifest.write(aside, files)
+        fsync_folder(aside)
+        aside.rename(target)
+        fsync_folder(target.parent)
+
+    def _left(self) -> str:
+        whole = checkpoints_in(self.folder)
+        return f"; the newest whole one is {whole[-1]}" if whole else "; there is none before it"
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint, verified byte by byte by all ranks together, or None.
+
+        Raises CheckpointError when it is damaged, naming the previous whole one.
+        """
+        found = checkpoints_in(self.folder)
+        if not found:
+            return None
+        problem = self._problem(found[-1], self.grid.rank, self.grid.world_size)
+        problems = [text for text in gather_objects(problem, self.grid.data) if text]
+        if not problems:
+            return found[-1]
+        raise CheckpointError(
+            f"{found[-1]} is damaged: {problems[0]}; {self._previous(found[:-1])}"
+        )
+
+    def _previous(self, older: Iterable[Path]) -> str:
+        for path in reversed(list(older)):
+            if self._problem(path, 0, 1) is None:
+                return (
+                    f"the previous whole checkpoint is {path}: remove the damaged folder to "
+                    "resume from there"
+                )
+        return "there is no whole checkpoint before it"
+
+    @staticmethod
+    def _problem(path: Path, rank: int, world_size: int) -> str | None:
+        files, broken = manifest.read(path)
+        if broken:
+            return broken
+        return manifest.problem(path, files, manifest.share_of(list(files), rank, world_size))
+
+    def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """Copy a verified checkpoint into live tensors, at any number of ranks.
+
+        Raises CheckpointError naming the first tensor that is missing or of another shape.
+        """
+        reader = HuggingFaceStorageReader(str(path))
+        check_tensors(path, _shapes_in(reader), tensors)
+        alone = self.grid.data is None
+        dcp.load(tensors, storage_reader=reader, process_group=self.grid.data, no_dist=alone)
+
+
+def _shapes_in(reader: HuggingFaceStorageReader) -> dict[str, tuple[int, ...]]:
+    entries = reader.read_metadata().state_dict_metadata
+    return {
+        name: tuple(entry.size)
+        for name, entry in entries.items()
+        if isinstance(entry, dcp.TensorStorageMetadata)
+    }
+
+
+def check_tensors(
+    path: Path, shapes: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]
+) -> None:
+    """Raise CheckpointError unless the file's names and shapes are those of the run."""
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            raise CheckpointError(f"{path}: holds no tensor {name}, which this run needs")
+        if shapes[name] != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{path}: {name} has the shape {list(shapes[name])}, while this run's model has "
+                f"{list(tensor.shape)}"
+            )
+    if extra := sorted(shapes.keys() - tensors.keys()):
+        raise CheckpointError(f"{path}: holds {extra[0]}, which this run's model does not have")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a whole checkpoint. Raises CheckpointError for another format."""
+    state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: has checkpoint format {state.get('format')!r}, this version reads {FORMAT}"
+        )
+    return state
+
+
+def check_model(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise CheckpointError naming the first field in which the two model configs differ."""
+    for field in ours:
+        if field not in saved or field in FREE_FIELDS or field.startswith(_FREE_PREFIX):
+            continue
+        if saved[field] != ours[field]:
+            raise CheckpointError(
+                f"{path}: is of another model: model.{field} is {saved[field]!r} there and "
+                f"{ours[field]!r} in this run's config"
+            )
+
+
+def _os_error_in(error: dcp.CheckpointException) -> OSError:
+    """The operating system's error inside DCP's, which carries one exception for each rank."""
+    for failure, _ in error.failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, OSError):
+                return cause
+            cause = cause.__cause__ or cause.__context__
+    raise error

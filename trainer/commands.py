@@ -1,0 +1,116 @@
+"""`python -m trainer.commands VERB ...`: everything but training that needs torch or data.
+
+The `v4` command starts these as subprocesses; they work on their own, too.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.config import RunConfig, load_run
+from trainer.errors import run_or_explain
+
+
+def tokenizer_train(config: RunConfig, options: argparse.Namespace) -> None:
+    """Train the tokenizer of `data.tokenizer` on `data.sources`."""
+    from data.tokenizer_training import train_tokenizer
+
+    print(f"wrote {train_tokenizer(config.data)}")
+
+
+def data_prepare(config: RunConfig, options: argparse.Namespace) -> None:
+    """Turn `data.sources` into token shards."""
+    from data.prepare import prepare
+
+    manifest = prepare(config.data, progress=sys.stderr.isatty())
+    train, heldout = manifest.tokens("train"), manifest.tokens("heldout")
+    print(f"{config.data.shards}: {train:,} tokens to train on, {heldout:,} held out")
+
+
+def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
+    """Loss of the newest checkpoint on the held-out text, beside its unigram entropy."""
+    from trainer.evaluate import Heldout
+    from trainer.parallel.grid import open_grid
+    from trainer.transfer import open_run
+
+    with open_grid() as grid:
+        checkpoint, state = open_run(config, grid)
+        heldout = Heldout(config, grid)
+        found = heldout.evaluate(checkpoint.model)
+        if not grid.is_first:
+            return
+        result = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "heldout_loss": found.loss,
+            "heldout_tokens": found.tokens,
+            "unigram_entropy": heldout.unigram_entropy(),
+        }
+        print(json.dumps(result))
+
+
+def export(config: RunConfig, options: argparse.Namespace) -> None:
+    """Write the newest checkpoint as a Hugging Face folder."""
+    from trainer.transfer import export_run
+
+    print(export_run(config, Path(options.folder)))
+
+
+def import_(config: RunConfig, options: argparse.Namespace) -> None:
+    """Start a run from a Hugging Face folder."""
+    from trainer.transfer import import_run
+
+    print(import_run(config, Path(options.folder)))
+
+
+def report(config: RunConfig, options: argparse.Namespace) -> None:
+    """Draw the run's curves into report.html."""
+    from trainer.report import write_report
+
+    print(f"wrote {write_report(config)}")
+
+
+def plan(config: RunConfig, options: argparse.Namespace) -> None:
+    """Show what the config asks for."""
+    from rich.console import Console
+
+    from trainer.plan import plan as make_plan
+
+    Console().print(make_plan(config, options.processes))
+
+
+VERBS = {
+    "tokenizer-train": tokenizer_train,
+    "prepare": data_prepare,
+    "eval": evaluate,
+    "export": export,
+    "import": import_,
+    "report": report,
+    "plan": plan,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line on stderr for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.commands", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for name, function in VERBS.items():
+        verb = verbs.add_parser(name, help=function.__doc__)
+        verb.add_argument("config", help="config file or run folder")
+        if name in ("export", "import"):
+            verb.add_argument("folder", help="Hugging Face folder")
+        if name == "plan":
+            verb.add_argument("--processes", type=int, default=1)
+        verb.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+
+    def run() -> None:
+        VERBS[options.verb](load_run(options.config, options.overrides), options)
+
+    return run_or_explain(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

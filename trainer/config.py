@@ -1,0 +1,194 @@
+"""The root of a run's configuration, and how it is read. Imports no torch.
+
+    config = load_config("configs/debug.yaml", ["steps=20", "data.batch_rows=8"])
+
+Unknown keys, wrong types and values that do not fit together raise ConfigError with one sentence.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from data.config import DataConfig
+from model.config import ModelConfig
+from optim.config import OptimConfig
+from trainer.config_errors import explain
+from trainer.config_source import ConfigError, dump_yaml, read_source
+
+__all__ = ["ConfigError", "RunConfig", "load_config", "load_run"]
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NaturalInt = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys fail, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ParallelConfig(Section):
+    """How the model is spread; the processes that remain are data parallel."""
+
+    tensor: PositiveInt = 1
+    expert: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    context: PositiveInt = 1
+
+    @field_validator("tensor", "expert", "pipeline", "context")
+    @classmethod
+    def _only_data_parallel(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError(
+                f"{value} is not possible yet; it should be 1, and all processes share the data"
+            )
+        return value
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many stay."""
+
+    every: NaturalInt = 1000
+    """Steps between checkpoints; 0 writes only the last one (and one on SIGTERM or SIGINT)."""
+    keep: NaturalInt = 3
+    """How many of the newest stay; 0 keeps all."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases. The API key comes from wandb's own login and is never written by us."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto` is online where a key is found, else offline (`wandb sync` sends it later)."""
+    project: str = "v4-pretrain"
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+class MetricsConfig(Section):
+    """What is reported. `metrics.jsonl` has one object for every step in any case."""
+
+    every: PositiveInt = 1
+    """Steps between plain progress lines, and between points sent to wandb."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Peak of one device in TFLOP/s at the training precision; with it, `mfu` is reported."""
+    wandb: WandbConfig = WandbConfig()
+
+
+class EvaluationConfig(Section):
+    """Loss on the held-out split during training."""
+
+    every: NaturalInt = 1000
+    """Steps between evaluations; 0 evaluates only after the last step."""
+    rows: PositiveInt | None = None
+    """Held-out rows that are read; null reads all of them."""
+
+
+class RunConfig(Section):
+    """A whole run. Fields are the interface of config files and of the command line."""
+
+    run_dir: Path
+    """The run's folder: config.yaml, metrics.jsonl, checkpoints/, wandb/, report.html."""
+    steps: PositiveInt
+    """Optimizer steps of the whole run, those before a resume included."""
+    seed: NaturalInt = 0
+    """Decides initial weights and data order."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` computes in bfloat16 and keeps fp32 master weights in the optimizer."""
+    engine: Literal["native"] = "native"
+    mtp_loss_weight_in_decay: Annotated[float, Field(ge=0)] | None = 0.1
+    """MTP loss weight once the learning rate decays (REP 4.2); null keeps model.mtp_loss_weight."""
+    deterministic: bool = False
+    """Refuse operations whose result may differ from run to run."""
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        data = self.data
+        if data.row_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.row_length = {data.row_length} should be at most "
+                f"model.max_position_embeddings = {self.model.max_position_embeddings}"
+            )
+        if data.batch_rows % data.micro_rows:
+            raise ValueError(
+                f"data.batch_rows = {data.batch_rows} should be a multiple of data.micro_rows = "
+                f"{data.micro_rows}"
+            )
+        vocabulary, ids = self.model.vocab_size, self.data.tokenizer.vocab_size
+        if ids > vocabulary:
+            raise ValueError(
+                f"model.vocab_size = {vocabulary} should be at least data.tokenizer.vocab_size = "
+                f"{ids}"
+            )
+        return self
+
+    def check_world(self, world_size: int) -> None:
+        """Raise ConfigError when there are more processes than rows for them.
+
+        Processes need not divide the rows: filler rows, which count nothing, even them out.
+        """
+        if (rows := self.data.batch_rows) < world_size:
+            raise ConfigError(
+                f"data.batch_rows = {rows} should be at least the number of processes, {world_size}"
+            )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise ConfigError when the tokenizer has ids that the model has no embedding for."""
+        if vocab_size > self.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size = {self.model.vocab_size} should be at least the {vocab_size} "
+                f"ids of the tokenizer in data.tokenizer.path = {self.data.tokenizer.path}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in YAML or JSON."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The resolved config, itself a valid config."""
+        return dump_yaml(self.to_dict())
+
+    def digest(self) -> str:
+        """SHA-256 of all values, in hexadecimal."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a config file with its bases and `key.sub=value` overrides.
+
+    Raises ConfigError: one sentence with the file (or "command line"), the dotted key, and what
+    would be right, with the nearest name for a key that does not exist.
+    """
+    source = read_source(Path(path), overrides)
+    try:
+        # Strict JSON reading: no "10" for 10 and no true for 1, yet lists become tuples and
+        # strings become paths.
+        return RunConfig.model_validate_json(json.dumps(source.values), strict=True)
+    except ValidationError as error:
+        raise explain(error, RunConfig, source) from None
+
+
+def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """The config of a run, given its folder or a config file.
+
+    Raises ConfigError, also when the folder holds no `config.yaml`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "config.yaml").is_file():
+            raise ConfigError(f"{path}: no run folder, since it holds no config.yaml")
+        return load_config(path / "config.yaml", overrides)
+    return load_config(path, overrides)

@@ -1,0 +1,199 @@
+"""Reads config files: YAML, `base:` inheritance, command-line overrides.
+
+The result is a plain dictionary plus the origin of every key, so that an error can name the file
+(or the command line) that a wrong key came from.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Key = tuple[str | int, ...]
+Resolvers = dict[str, list[tuple[str, re.Pattern[str]]]]
+COMMAND_LINE = "command line"
+
+# YAML 1.1, which PyYAML follows, reads `1e-20` as a string, `no` and `off` as False and `010` as 8.
+# These are the scalars of YAML 1.2 instead, with `_` allowed between digits.
+_SCALARS = (
+    ("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), "-+0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        re.compile(
+            r"^[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+            r"|[0-9][0-9_]*\.?[eE][-+]?[0-9]+|[0-9][0-9_]*\.|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+        ),
+        "-+0123456789.",
+    ),
+)
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message is one sentence for the person who wrote it."""
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: Resolvers = {}  # noqa: RUF012 - PyYAML's own declaration
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that stands twice: the second would win in silence."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} should be a name", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers: Resolvers = {}  # noqa: RUF012 - PyYAML's own declaration
+
+
+for _tag, _pattern, _first in _SCALARS:
+    _Loader.add_implicit_resolver(_tag, _pattern, list(_first))
+    _Dumper.add_implicit_resolver(_tag, _pattern, list(_first))
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """The value of a YAML text. Raises ConfigError with the place of a syntax error."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{origin}{place}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{origin}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def dump_yaml(value: Any) -> str:
+    """YAML text that `parse_yaml` reads back as the same value."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+class ConfigSource:
+    """The merged dictionary of a config and where each of its keys came from."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self._origins: dict[Key, str] = {}
+
+    def origin_of(self, key: Key) -> str:
+        """The file, or "command line", that set `key` or the nearest key above it."""
+        for length in range(len(key), -1, -1):
+            if (origin := self._origins.get(tuple(key[:length]))) is not None:
+                return origin
+        return "config"
+
+    def merge(self, values: Mapping[str, Any], origin: str) -> None:
+        """Lay `values` over what is there: sections merge, everything else is replaced."""
+        self._origins.setdefault((), origin)
+        self._merge(self.values, values, (), origin)
+
+    def _merge(self, into: dict[str, Any], values: Mapping[str, Any], at: Key, origin: str) -> None:
+        for name, value in values.items():
+            key = (*at, name)
+            if isinstance(value, Mapping):
+                if not isinstance(into.get(name), dict):
+                    into[name] = {}
+                    self._origins[key] = origin
+                self._merge(into[name], value, key, origin)
+                continue
+            into[name] = value
+            self._origins[key] = origin
+
+    def override(self, assignment: str) -> None:
+        """Apply one `key.sub=value` of the command line; list items are named by their number.
+
+        Raises ConfigError when the text has no `=` or a list item does not exist.
+        """
+        dotted, equals, text = assignment.partition("=")
+        names = dotted.split(".")
+        if not equals or not all(names):
+            raise ConfigError(
+                f"{COMMAND_LINE}: {assignment!r} should read key=value, such as steps=100"
+            )
+        value = parse_yaml(text, f"{COMMAND_LINE}, {dotted}")
+        self._set(names, value, dotted)
+
+    def _set(self, names: list[str], value: Any, dotted: str) -> None:
+        node: Any = self.values
+        slots: list[str | int] = []
+        for i, name in enumerate(names):
+            slots.append(self._slot(node, name, dotted, ".".join(names[:i])))
+            if i == len(names) - 1:
+                break
+            inner = node.get(name) if isinstance(node, dict) else node[slots[-1]]
+            if not isinstance(inner, dict | list):
+                inner = node[slots[-1]] = {}
+                self._origins[tuple(slots)] = COMMAND_LINE
+            node = inner
+        node[slots[-1]] = value
+        self._origins[tuple(slots)] = COMMAND_LINE
+
+    @staticmethod
+    def _slot(node: Any, name: str, dotted: str, above: str) -> str | int:
+        if not isinstance(node, list):
+            return name
+        if not (name.isdecimal() and int(name) < len(node)):
+            raise ConfigError(
+                f"{COMMAND_LINE}: {dotted}: {name!r} should be the number of an item of {above}, "
+                f"0 to {len(node) - 1}"
+            )
+        return int(name)
+
+
+def read_source(path: Path, overrides: Iterable[str] = ()) -> ConfigSource:
+    """Read a config file, the files that its `base:` names (relative to it), and the overrides.
+
+    Raises ConfigError for a missing or unreadable file, a circle of bases, or wrong overrides.
+    """
+    source = ConfigSource()
+    chain = _chain(Path(path), [])
+    for file, values in chain:
+        source.merge(values, str(file))
+    source._origins[()] = str(path)
+    for assignment in overrides:
+        source.override(assignment)
+    return source
+
+
+def _chain(path: Path, children: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """The file's values after those of its bases, farthest base first."""
+    if path.resolve() in children:
+        raise ConfigError(f"{path}: base: the files inherit from each other in a circle")
+    values = read_yaml_mapping(path)
+    base = values.pop("base", None)
+    if base is None:
+        return [(path, values)]
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base = {base!r} should be the path of another config file")
+    below = _chain(path.parent / base, [*children, path.resolve()])
+    return [*below, (path, values)]
+
+
+def read_yaml_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError when there is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such config file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a config should be a mapping of names to values")
+    return values

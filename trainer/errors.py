@@ -1,0 +1,54 @@
+"""All exceptions that are a user's to mend: one sentence on stderr and exit code 2."""
+
+import sys
+from collections.abc import Callable
+
+from data.errors import DataError
+from model.config import ModelConfigError
+from optim.errors import OptimError
+from trainer.config_source import ConfigError
+
+EXIT_CODE = 2
+PREFIX = "v4: error: "
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one sentence."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written; earlier ones are untouched."""
+
+
+class DivergedError(ValueError):
+    """Loss or gradients are no longer finite."""
+
+
+class ExportError(ValueError):
+    """A Hugging Face folder that cannot be written or read."""
+
+
+class ReportError(ValueError):
+    """A run whose metrics cannot be drawn."""
+
+
+USER_ERRORS: tuple[type[ValueError], ...] = (
+    ConfigError,
+    ModelConfigError,
+    DataError,
+    OptimError,
+    CheckpointError,
+    DivergedError,
+    ExportError,
+    ReportError,
+)
+
+
+def run_or_explain(action: Callable[[], None]) -> int:
+    """Run a command: 0, or 2 after one line on stderr when the user has something to mend."""
+    try:
+        action()
+    except USER_ERRORS as error:
+        print(PREFIX + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        return EXIT_CODE
+    return 0

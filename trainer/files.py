@@ -1,0 +1,69 @@
+"""Files that appear whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data.files import fsync_file, fsync_folder
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a text file and wait until it is on the disk."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file aside and rename it, so that a reader finds the old or the new one."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        write_synced(aside, text)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; it vanishes under its own name first, so that no half of it is ever seen."""
+    if not folder.exists():
+        return
+    doomed = folder
+    if not folder.name.startswith("."):
+        doomed = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the block ends well.
+
+    An empty folder that is already at `path` is replaced. After an error nothing is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        sync_tree(aside)
+        os.replace(aside, path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make every file below `folder`, and the folders themselves, durable."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            fsync_file(Path(root, name))
+        fsync_folder(Path(root))

@@ -1,0 +1,124 @@
+"""Hugging Face folders out and in: config.json, sharded safetensors, tokenizer files."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data import Tokenizer
+from model import ModelConfig
+from trainer.errors import ExportError
+from trainer.files import new_folder, write_synced
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARD_BYTES = 5 * 10**9
+
+
+def write_hf_folder(
+    folder: Path,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    dtype: str,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write what `AutoModelForCausalLM` and `AutoTokenizer` load, all of it or nothing.
+
+    `weights` carry official names. Raises ExportError when `folder` is there and not empty, or
+    when it cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"{folder}: is already there; name a folder that is new or empty")
+    generation = {
+        "_from_model_config": True,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
+    try:
+        with new_folder(folder) as aside:
+            _write_json(aside / "config.json", {**config.to_hf(), "dtype": dtype})
+            _write_json(aside / "generation_config.json", generation)
+            tokenizer.export_hf(aside)
+            _write_weights(aside, weights, shard_bytes)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ExportError(f"{folder}: cannot be written: {reason}") from None
+
+
+def _write_weights(folder: Path, weights: Mapping[str, Tensor], shard_bytes: int) -> None:
+    """One file, or numbered ones of at most `shard_bytes` (or one tensor) with their index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = total = 0
+    for name, tensor in weights.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    if len(shards) == 1:
+        save_file(_storable(shards[0]), folder / SINGLE, metadata={"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(_storable(shard), folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the host that share no storage: experts are views of their stack."""
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_synced(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_hf_config(folder: Path, **training: Any) -> ModelConfig:
+    """The model of a Hugging Face folder; `training` sets what config.json does not carry.
+
+    Raises ExportError without a readable config.json, ModelConfigError for another architecture.
+    """
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExportError(f"{folder}: not a Hugging Face folder, no config.json") from None
+    except ValueError:
+        raise ExportError(f"{folder / 'config.json'}: is not valid JSON") from None
+    return ModelConfig.from_hf(values, **training)
+
+
+def read_hf_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files, on the host.
+
+    Raises ExportError for missing or damaged files.
+    """
+    weights: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dictionary
+                    weights[name] = file.get_tensor(name)
+        except FileNotFoundError:
+            raise ExportError(f"{path}: is missing, though {INDEX} names it") from None
+        except SafetensorError as error:
+            raise ExportError(f"{path}: is truncated or no safetensors file: {error}") from None
+    return weights
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        yield from (folder / name for name in sorted(set(index["weight_map"].values())))
+    elif (folder / SINGLE).is_file():
+        yield folder / SINGLE
+    else:
+        raise ExportError(f"{folder}: holds neither {SINGLE} nor {INDEX}")

@@ -1,0 +1,75 @@
+"""The manifest of a checkpoint folder: the size and SHA-256 of each of its files.
+
+It is written last, so a folder with a valid manifest is whole.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TypedDict
+
+from data.files import sha256_of
+from trainer.files import write_synced
+
+NAME = "manifest.json"
+
+
+class FileRecord(TypedDict):
+    """What the manifest says about one file."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+def share_of(names: list[str], rank: int, world_size: int) -> list[str]:
+    """The files that `rank` hashes, so that all ranks together read each file once."""
+    return sorted(names)[rank::world_size]
+
+
+def record(folder: Path, names: list[str]) -> dict[str, FileRecord]:
+    """Sizes and hashes of the named files as they are now."""
+    return {
+        name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+        for name in names
+    }
+
+
+def write(folder: Path, files: dict[str, FileRecord]) -> None:
+    """Write the manifest; it also carries a hash of itself."""
+    document = {"files": files, "sha256": _digest(files)}
+    write_synced(folder / NAME, json.dumps(document, indent=1, sort_keys=True) + "\n")
+
+
+def read(folder: Path) -> tuple[dict[str, FileRecord], str | None]:
+    """The manifest's files, and the problem with the manifest, if it has one."""
+    try:
+        document = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        files, digest = document["files"], document["sha256"]
+    except FileNotFoundError:
+        return {}, f"{NAME} is missing"
+    except (ValueError, KeyError, TypeError, OSError):
+        return {}, f"{NAME} is truncated or altered"
+    if not isinstance(files, dict) or digest != _digest(files):
+        return {}, f"{NAME} was altered"
+    return files, None
+
+
+def problem(folder: Path, files: dict[str, FileRecord], names: list[str]) -> str | None:
+    """What is wrong with the named files, or None; sizes are compared before any hash."""
+    if unknown := {path.name for path in folder.glob("*.safetensors")} - files.keys():
+        return f"{min(unknown)} is not in {NAME}"
+    for name in names:
+        path, want = folder / name, files[name]
+        if not path.is_file():
+            return f"{name} is missing"
+        if (size := path.stat().st_size) != want["size"]:
+            return f"{name} has {size} bytes instead of {want['size']}"
+    for name in names:
+        if sha256_of(folder / name) != files[name]["sha256"]:
+            return f"{name} was altered"
+    return None
+
+
+def _digest(files: dict[str, FileRecord]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,63 @@
+"""What a run reports: `metrics.jsonl`, wandb, and a progress line on the first rank."""
+
+import time
+
+from trainer.config import RunConfig
+from trainer.metrics_file import MetricsFile, Record
+from trainer.progress import Progress
+from trainer.state import TrainState
+from trainer.step import StepResult
+from trainer.wandb_log import WandbLog
+
+
+class Metrics:
+    """Periodic hook that turns a step's result into one record. Lives on the first rank only."""
+
+    def __init__(
+        self, config: RunConfig, state: TrainState, world_size: int, flops_per_token: float | None
+    ) -> None:
+        self.config = config
+        self.world_size = world_size
+        self.flops_per_token = flops_per_token
+        self.file = MetricsFile(config.run_dir / "metrics.jsonl", state.step)
+        self.wandb = WandbLog(config)
+        self.progress = Progress(config.steps, state.step, config.metrics.every)
+
+    def __call__(self, state: TrainState, result: StepResult) -> None:
+        record = self.record(state, result)
+        self.file.write(record)
+        if state.step % self.config.metrics.every == 0 or "heldout_loss" in record:
+            self.wandb.log(record)
+        self.progress.update(record)
+
+    def record(self, state: TrainState, result: StepResult) -> Record:
+        """The step's object, JSON-ready."""
+        speed = result.tokens / result.seconds
+        record: Record = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "loss": result.loss,
+            "lm_loss": result.lm_loss,
+            "mtp_loss": result.mtp_loss,
+            "balance_loss": result.balance_loss,
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "expert_load_max": result.expert_load_max,
+            "expert_load_min": result.expert_load_min,
+            "seconds": result.seconds,
+            "tokens_per_second": speed,
+            "time": time.time(),
+        }
+        if self.flops_per_token is not None:
+            record["tflops_per_second"] = speed * self.flops_per_token / 1e12
+            if (peak := self.config.metrics.peak_tflops) is not None:
+                record["mfu"] = record["tflops_per_second"] / (peak * self.world_size)
+        if result.heldout_loss is not None:
+            record["heldout_loss"] = result.heldout_loss
+        return record
+
+    def close(self) -> None:
+        """Flush the file, end the progress line and the wandb run."""
+        self.progress.close()
+        self.file.close()
+        self.wandb.close()

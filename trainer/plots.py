@@ -1,0 +1,136 @@
+"""The curves of a run as SVG that takes its text colour from the page around it."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+MOST_POINTS = 1200  # more cannot be told apart on a screen
+_INK = "#010203"  # stands for the page's own text colour, see `_to_svg`
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "v4",
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "grid.color": _INK,
+    "grid.alpha": 0.12,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart: the records' `key` over their step."""
+
+    key: str
+    label: str
+    color: str
+    dots: bool = False
+    """Sparse values, each shown as a dot."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A titled chart with one or more curves."""
+
+    title: str
+    unit: str
+    curves: tuple[Curve, ...]
+    wide: bool = False
+    log: bool = False
+
+
+CHARTS = (
+    Chart(
+        "Loss",
+        "nats per token",
+        (
+            Curve("lm_loss", "training", "#3b82c4"),
+            Curve("heldout_loss", "held out", "#e07b39", dots=True),
+        ),
+        wide=True,
+    ),
+    Chart("Multi-token prediction loss", "nats per token", (Curve("mtp_loss", "", "#3b82c4"),)),
+    Chart("Balance loss", "weighted, all layers", (Curve("balance_loss", "", "#3b82c4"),)),
+    Chart("Learning rate", "per step", (Curve("learning_rate", "", "#7a5bb5"),)),
+    Chart("Gradient norm", "before clipping", (Curve("grad_norm", "", "#7a5bb5"),), log=True),
+    Chart("Speed", "tokens per second", (Curve("tokens_per_second", "", "#2f9e76"),)),
+    Chart(
+        "Expert load",
+        "share of the mean load",
+        (
+            Curve("expert_load_max", "busiest expert", "#c24b4b"),
+            Curve("expert_load_min", "idlest expert", "#2f9e76"),
+        ),
+    ),
+)
+
+
+def points(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the records that have `key`, averaged down to MOST_POINTS."""
+    pairs = [(record["step"], record[key]) for record in records if key in record]
+    size = -(-len(pairs) // MOST_POINTS) or 1
+    steps, values = [], []
+    for start in range(0, len(pairs), size):
+        group = pairs[start : start + size]
+        steps.append(group[-1][0])
+        values.append(sum(value for _, value in group) / len(group))
+    return steps, values
+
+
+def smooth(values: Sequence[float], weight: float) -> list[float]:
+    """Exponential mean of the values so far, without a bias towards the first."""
+    means, mean, total = [], 0.0, 0.0
+    for value in values:
+        mean = weight * mean + (1 - weight) * value
+        total = weight * total + (1 - weight)
+        means.append(mean / total)
+    return means
+
+
+def draw(chart: Chart, records: Sequence[dict[str, Any]]) -> str:
+    """The chart as an `<svg>` element."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(10.4, 3.6) if chart.wide else (5.1, 2.9), layout="constrained")
+        axes = figure.subplots()
+        for curve in chart.curves:
+            steps, values = points(records, curve.key)
+            if curve.dots:
+                axes.plot(steps, values, "o-", color=curve.color, ms=4.5, lw=1.2, label=curve.label)
+            elif len(values) > 40:
+                axes.plot(steps, values, color=curve.color, lw=0.7, alpha=0.3)
+                means = smooth(values, 0.9)
+                axes.plot(steps, means, color=curve.color, lw=1.7, label=curve.label)
+            else:
+                axes.plot(steps, values, color=curve.color, lw=1.7, label=curve.label)
+        if chart.log:
+            axes.set_yscale("log")
+        elif chart.curves[0].key in ("learning_rate", "tokens_per_second", "balance_loss"):
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel("step")
+        axes.set_ylabel(chart.unit)
+        if any(curve.label for curve in chart.curves):
+            axes.legend()
+        return _to_svg(figure, chart.title)
+
+
+def _to_svg(figure: Figure, title: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    svg = text[text.index("<svg") :].replace(_INK, "currentColor")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)

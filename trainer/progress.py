@@ -1,0 +1,64 @@
+"""The progress of a run on stdout: a live line on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+
+class Progress:
+    """Shows step, loss, speed and the time left."""
+
+    def __init__(self, steps: int, done: int, every: int) -> None:
+        self.steps = steps
+        self.every = every
+        self._first = done
+        self._start = time.monotonic()
+        self._bar: RichProgress | None = None
+        if sys.stdout.isatty():
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.description}"),
+            )
+            self._bar = RichProgress(*columns, console=Console())
+            self._bar.start()
+            self._task = self._bar.add_task("", total=steps, completed=done)
+
+    def update(self, record: dict[str, Any]) -> None:
+        """Show a step's record."""
+        step = record["step"]
+        text = describe(record, self._time_left(step))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif step % self.every == 0 or step == self.steps:
+            print(f"step {step}/{self.steps}  {text}", flush=True)
+
+    def note(self, text: str) -> None:
+        """A line of its own, above the live one."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _time_left(self, step: int) -> timedelta:
+        spent = time.monotonic() - self._start
+        return timedelta(seconds=round(spent / (step - self._first) * (self.steps - step)))
+
+
+def describe(record: dict[str, Any], left: timedelta) -> str:
+    """`loss 3.214  heldout 3.401  12 345 tokens/s  ETA 0:01:40`."""
+    heldout = f"  heldout {record['heldout_loss']:.4f}" if "heldout_loss" in record else ""
+    speed = f"{record['tokens_per_second']:,.0f}".replace(",", " ")
+    return f"loss {record['loss']:.4f}{heldout}  {speed} tokens/s  ETA {left}"

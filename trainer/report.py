@@ -1,0 +1,175 @@
+"""`v4 report`: the curves and facts of a run in one HTML file that needs nothing else."""
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from trainer.config import RunConfig
+from trainer.errors import ReportError
+from trainer.files import write_whole
+from trainer.metrics_file import read_metrics
+from trainer.parameters import count_parameters
+from trainer.plots import CHARTS, draw
+
+_CSS = """
+:root { color-scheme: light dark; --ink: #1d2430; --soft: #667085; --page: #f7f8fa;
+  --card: #ffffff; --line: #e4e7ec; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3;
+  --page: #14171c; --card: #1b1f26; --line: #2b313b; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 64px; }
+h1 { font-size: 26px; font-weight: 650; margin: 0; letter-spacing: -0.01em; }
+h2 { font-size: 14px; font-weight: 600; margin: 0 0 8px; }
+p.sub { margin: 4px 0 28px; color: var(--soft); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; }
+.tile, figure, .facts { background: var(--card); border: 1px solid var(--line);
+  border-radius: 10px; }
+.tile { padding: 14px 16px; }
+.tile b { display: block; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
+.tile span { color: var(--soft); font-size: 13px; }
+.charts { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; margin: 12px 0; }
+@media (max-width: 760px) { .charts { grid-template-columns: 1fr; } }
+figure { margin: 0; padding: 16px 18px 10px; }
+figure.wide { grid-column: 1 / -1; }
+figure svg { width: 100%; height: auto; display: block; }
+svg text { font-family: inherit !important; }
+.facts { padding: 16px 18px; columns: 2; column-gap: 40px; }
+@media (max-width: 760px) { .facts { columns: 1; } }
+.facts section { break-inside: avoid; margin-bottom: 18px; }
+table { width: 100%; border-collapse: collapse; font-size: 13.5px; }
+td { padding: 4px 0; border-top: 1px solid var(--line); vertical-align: top; }
+td:first-child { color: var(--soft); padding-right: 16px; }
+td:last-child { text-align: right; font-variant-numeric: tabular-nums; word-break: break-word; }
+"""
+
+
+def write_report(config: RunConfig) -> Path:
+    """Write `report.html` into the run folder; returns its path.
+
+    Raises ReportError where the run has no metrics yet.
+    """
+    path = config.run_dir / "metrics.jsonl"
+    records = read_metrics(path) if path.is_file() else []
+    if not records:
+        raise ReportError(f"{path}: there is nothing to draw; train the run first")
+    target = config.run_dir / "report.html"
+    write_whole(target, render(config, records))
+    return target
+
+
+def render(config: RunConfig, records: list[dict[str, Any]]) -> str:
+    """The page as HTML text."""
+    last = records[-1]
+    charts = "".join(
+        f"<figure{' class=wide' if chart.wide else ''}><h2>{escape(chart.title)}</h2>"
+        f"{draw(chart, records)}</figure>"
+        for chart in CHARTS
+        if any(curve.key in record for curve in chart.curves for record in records)
+    )
+    tiles = "".join(
+        f"<div class=tile><b>{escape(value)}</b><span>{escape(name)}</span></div>"
+        for name, value in _headline(config, records)
+    )
+    facts = "".join(
+        f"<section><h2>{escape(title)}</h2><table>{_rows(rows)}</table></section>"
+        for title, rows in _facts(config, last)
+    )
+    name = escape(str(config.run_dir))
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name}</title><style>{_CSS}</style></head><body><main><h1>{name}</h1>"
+        f"<p class=sub>DeepSeek-V4 pre-training, step {last['step']:,} of {config.steps:,}</p>"
+        f"<div class=tiles>{tiles}</div><div class=charts>{charts}</div>"
+        f"<div class=facts>{facts}</div></main></body></html>\n"
+    )
+
+
+def _rows(rows: list[tuple[str, Any]]) -> str:
+    return "".join(
+        f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in rows
+    )
+
+
+def _headline(config: RunConfig, records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    last = records[-1]
+    heldout = [record["heldout_loss"] for record in records if "heldout_loss" in record]
+    speeds = sorted(record["tokens_per_second"] for record in records)
+    counts = count_parameters(config.model)
+    tiles = [
+        ("parameters", short(counts.total)),
+        ("tokens trained on", short(last["tokens"])),
+        ("final training loss", f"{last['lm_loss']:.4f}"),
+        ("tokens per second, median", short(speeds[len(speeds) // 2])),
+    ]
+    if heldout:
+        tiles.insert(3, ("final held-out loss", f"{heldout[-1]:.4f}"))
+    return tiles
+
+
+def _facts(config: RunConfig, last: dict[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]:
+    model, data, optim = config.model, config.data, config.optim
+    counts = count_parameters(model)
+    kinds = [f"{model.layer_types.count(kind)} {kind}" for kind in ("window", "csa", "hca")]
+    return [
+        (
+            "Model",
+            [
+                ("parameters", f"{counts.total:,}"),
+                ("active for a token, without MTP", f"{counts.active:,}"),
+                ("of these in the MTP block", f"{counts.mtp:,}"),
+                ("vocabulary", f"{model.vocab_size:,}"),
+                ("hidden size", model.hidden_size),
+                ("layers", f"{model.num_hidden_layers} ({', '.join(kinds)})"),
+                ("heads x dimension", f"{model.num_attention_heads} x {model.head_dim}"),
+                ("routed experts", model.n_routed_experts),
+                ("routed experts, active", model.num_experts_per_tok),
+                ("residual streams", model.hc_mult),
+            ],
+        ),
+        (
+            "Training",
+            [
+                ("steps", f"{last['step']:,} of {config.steps:,}"),
+                ("tokens", f"{last['tokens']:,}"),
+                ("rows of a step x length", f"{data.batch_rows} x {data.row_length}"),
+                ("peak learning rate", f"{optim.learning_rate:g}"),
+                ("precision", config.precision),
+                ("seed", config.seed),
+            ],
+        ),
+        (
+            "At the end",
+            [(name.replace("_", " "), number(last[name])) for name in _FINAL if name in last],
+        ),
+    ]
+
+
+_FINAL = (
+    "loss",
+    "lm_loss",
+    "heldout_loss",
+    "mtp_loss",
+    "balance_loss",
+    "learning_rate",
+    "grad_norm",
+    "expert_load_max",
+    "expert_load_min",
+    "tokens_per_second",
+    "mfu",
+)
+
+
+def short(value: float) -> str:
+    """A number with a unit letter: 10.3M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def number(value: float) -> str:
+    """Six significant digits, thousands apart."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"

@@ -1,0 +1,90 @@
+"""What a run saves in a checkpoint and how it goes on from one."""
+
+from pathlib import Path
+from typing import Any
+
+from model import V4Model
+from optim import Optimizer
+from trainer.checkpoint import (
+    CheckpointFolder,
+    check_model,
+    checkpoints_in,
+    model_digest,
+    read_state,
+)
+from trainer.config import RunConfig
+from trainer.errors import CheckpointError
+from trainer.parallel.grid import Grid
+from trainer.state import TrainState
+from trainer.tensors import logical_tensors
+
+
+class RunCheckpoint:
+    """Saves and restores model, optimizer and counters of one run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        grid: Grid,
+        model: V4Model,
+        optimizer: Optimizer,
+        tokenizer_hash: str,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.optimizer = optimizer
+        self.tokenizer_hash = tokenizer_hash
+        self.folder = CheckpointFolder(config.run_dir / "checkpoints", grid, config.checkpoint.keep)
+
+    def save(self, state: TrainState) -> Path:
+        """Publish a checkpoint of the present state. Raises SaveError."""
+        return self.folder.save(state.step, self._tensors(), self._document(state))
+
+    def load(self, state: TrainState) -> Path | None:
+        """Go on from the newest checkpoint, if there is one: fills model, optimizer and `state`.
+
+        Raises CheckpointError for a damaged checkpoint and for one of another model, seed or
+        tokenizer, naming the field.
+        """
+        path = self.folder.newest()
+        if path is None:
+            return None
+        saved = read_state(path)
+        ours = self._document(state)
+        check_model(path, saved["model"], ours["model"])
+        for field, what in (("seed", "seed"), ("tokenizer", "data.tokenizer.path")):
+            if saved[field] != ours[field]:
+                raise CheckpointError(
+                    f"{path}: was trained with another {what}: {saved[field]!r} there and "
+                    f"{ours[field]!r} in this run"
+                )
+        self.folder.load(path, self._tensors())
+        self.optimizer.write_parameters()
+        self.optimizer.step_count = saved["optimizer_steps"]
+        state.step, state.tokens = saved["step"], saved["tokens"]
+        if state.step > self.config.steps:
+            raise CheckpointError(
+                f"{path}: is at step {state.step}, beyond steps = {self.config.steps} of the config"
+            )
+        return path
+
+    def where_to_go_on(self) -> str:
+        """A clause that names the newest checkpoint."""
+        found = checkpoints_in(self.folder.folder)
+        return f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+    def _tensors(self) -> dict[str, Any]:
+        return logical_tensors(self.model, self.optimizer.state_tensors())
+
+    def _document(self, state: TrainState) -> dict[str, Any]:
+        model = self.config.model.model_dump(mode="json")
+        return {
+            "step": state.step,
+            "tokens": state.tokens,
+            "optimizer_steps": self.optimizer.step_count,
+            "seed": self.config.seed,
+            "tokenizer": self.tokenizer_hash,
+            "config_digest": self.config.digest(),
+            "model_digest": model_digest(model),
+            "model": model,
+        }

@@ -1,0 +1,175 @@
+"""A training run: build, resume, step after step, with what is due in between."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from data import Batch, Loader, Tokenizer
+from model import V4Model
+from optim import MatrixSizes, Optimizer, build_table, clip_, gradient_norm
+from optim.schedule import in_decay, schedule
+from trainer.config import RunConfig
+from trainer.engine import NativeEngine, StepLosses
+from trainer.errors import DivergedError, SaveError
+from trainer.evaluate import Heldout
+from trainer.files import write_whole
+from trainer.metrics import Metrics
+from trainer.parallel.grid import Grid
+from trainer.run_checkpoint import RunCheckpoint
+from trainer.signals import StopRequest
+from trainer.state import TrainState
+from trainer.step import StepResult
+
+Hook = Callable[[TrainState, StepResult], None]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Trainer:
+    """Trains as `config` says on the processes of `grid`.
+
+    Raises the errors of trainer.errors.USER_ERRORS for input that cannot be trained on.
+    """
+
+    def __init__(self, config: RunConfig, grid: Grid, stop: StopRequest | None = None) -> None:
+        config.check_world(grid.world_size)
+        self.config = config
+        self.grid = grid
+        self.stop = stop or StopRequest()
+        self.state = TrainState()
+        tokenizer = Tokenizer(config.data.tokenizer.path)
+        config.check_vocabulary(tokenizer.vocab_size)
+        self.loader = Loader(config.data, config.seed, grid.rank, grid.world_size)
+        self.heldout: Heldout | None = None
+        if self.loader.manifest.of_split("heldout"):
+            self.heldout = Heldout(config, grid, config.evaluation.rows)
+        self.model, self.optimizer = build(config, grid)
+        self.engine = NativeEngine(self.model, grid)
+        self.checkpoint = RunCheckpoint(config, grid, self.model, self.optimizer, tokenizer.hash)
+        self.metrics: Metrics | None = None
+        self.periodic: list[Hook] = [self._evaluate, self._report, self._save]
+
+    def run(self) -> TrainState:
+        """Train from the newest checkpoint, or from the start, to the last step or a signal."""
+        self._open()
+        while self.state.step < self.config.steps and not self.state.stopping:
+            start = time.perf_counter()
+            result = self.step(self.loader.at(self.state.step))
+            result.seconds = time.perf_counter() - start
+            self.state.step += 1
+            self.state.tokens += result.tokens
+            for due in self.periodic:  # evaluation, metrics, checkpoint
+                due(self.state, result)
+        if self.metrics is not None:
+            self.metrics.close()
+        return self.state
+
+    def step(self, batches: Sequence[Batch]) -> StepResult:
+        """One optimizer step on this rank's microbatches of a global batch."""
+        losses = self.engine.forward_backward(batches, self._mtp_weight(), self.stop.made)
+        self.state.stopping = losses.stop
+        norm = gradient_norm(self.model.parameters())
+        result = self._on_host(losses, norm)  # the only wait for the device in a step
+        if (max_norm := self.config.optim.clip_norm) is not None:
+            clip_(self.model.parameters(), norm, max_norm)
+        self.optimizer.step(result.learning_rate)
+        self.model.update_router_bias(losses.expert_load)
+        return result
+
+    def _mtp_weight(self) -> float:
+        """The MTP loss weight falls when the learning rate starts to (v4-spec section 5)."""
+        later = self.config.mtp_loss_weight_in_decay
+        if later is not None and in_decay(self.config.optim, self.state.step, self.config.steps):
+            return min(later, self.config.model.mtp_loss_weight)
+        return self.config.model.mtp_loss_weight
+
+    def _on_host(self, losses: StepLosses, norm: Tensor) -> StepResult:
+        """The step's numbers. Raises DivergedError, before the update, unless they are finite."""
+        share = losses.expert_load / losses.expert_load.mean(dim=1, keepdim=True).clamp(min=1.0)
+        numbers = (losses.loss, losses.lm, losses.mtp, losses.balance, norm)
+        packed = torch.stack([n.double() for n in (*numbers, share.max(), share.min())])
+        loss, lm, mtp, balance, grad_norm, most, least = packed.tolist()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergedError(
+                f"step {self.state.step + 1}: the loss is {loss}, the gradient norm {grad_norm}; "
+                f"{self.checkpoint.where_to_go_on()}, with a lower optim.learning_rate perhaps"
+            )
+        return StepResult(
+            loss=loss,
+            lm_loss=lm,
+            mtp_loss=mtp,
+            balance_loss=balance,
+            grad_norm=grad_norm,
+            learning_rate=schedule(self.config.optim, self.state.step, self.config.steps),
+            expert_load_max=most,
+            expert_load_min=least,
+            tokens=losses.counts.routed,
+            seconds=0.0,
+        )
+
+    def _open(self) -> None:
+        """Resume, then open the run folder's files on the first rank."""
+        resumed = self.checkpoint.load(self.state)
+        if not self.grid.is_first:
+            return
+        self.config.run_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(self.config.run_dir / "config.yaml", self.config.to_yaml())
+        flops = None
+        self.metrics = Metrics(self.config, self.state, self.grid.world_size, flops)
+        if resumed is not None:
+            self._note(f"resumed from {resumed}")
+        if self.heldout is None:
+            self._note(f"{self.config.data.shards} holds no held-out text: nothing is evaluated")
+
+    def _evaluate(self, state: TrainState, result: StepResult) -> None:
+        """Held-out loss, where it is due; every rank takes part."""
+        every = self.config.evaluation.every
+        last = state.step == self.config.steps
+        due = last or (every > 0 and state.step % every == 0 and not state.stopping)
+        if due and self.heldout is not None:
+            result.heldout_loss = self.heldout.evaluate(self.model).loss
+
+    def _report(self, state: TrainState, result: StepResult) -> None:
+        if self.metrics is not None:
+            self.metrics(state, result)
+
+    def _save(self, state: TrainState, result: StepResult) -> None:
+        """Checkpoint, where it is due. A full disk ends only a run that would end anyway."""
+        every = self.config.checkpoint.every
+        ends = state.stopping or state.step == self.config.steps
+        if not ends and not (every and state.step % every == 0):
+            return
+        try:
+            path = self.checkpoint.save(state)
+        except SaveError as error:
+            if ends:
+                raise
+            self._note(f"warning: {error}; training goes on")
+            return
+        if state.stopping and state.step < self.config.steps:
+            again = self.config.run_dir / "config.yaml"
+            self._note(f"stopped after step {state.step}, saved {path}; resume: v4 train {again}")
+
+    def _note(self, text: str) -> None:
+        if self.metrics is not None:
+            self.metrics.progress.note(text)
+
+
+def build(config: RunConfig, grid: Grid) -> tuple[V4Model, Optimizer]:
+    """The model with its initial weights, and the optimizer with all of its state."""
+    with torch.device("meta"):
+        model = V4Model(config.model, DTYPES[config.precision])
+    model.to_empty(device=grid.device)
+    model.init_weights(config.seed)
+    sizes = MatrixSizes(
+        o_groups=config.model.o_groups,
+        num_attention_heads=config.model.num_attention_heads,
+        head_dim=config.model.head_dim,
+        index_head_dim=config.model.index_head_dim,
+    )
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    table = build_table(shapes, sizes, config.optim)
+    return model, Optimizer(parameters, table, config.optim)

@@ -1,0 +1,81 @@
+"""`v4 export` and `v4 import`: a run's newest checkpoint out, a Hugging Face folder in."""
+
+from pathlib import Path
+
+from data import Tokenizer
+from model.hf import named_tensors, to_official
+from trainer.checkpoint import checkpoints_in
+from trainer.config import RunConfig
+from trainer.errors import CheckpointError, ExportError
+from trainer.files import write_whole
+from trainer.hf_folder import read_hf_config, read_hf_weights, write_hf_folder
+from trainer.parallel.grid import Grid
+from trainer.run_checkpoint import RunCheckpoint
+from trainer.state import TrainState
+from trainer.trainer import DTYPES, build
+
+# Settings of training that a Hugging Face config.json does not carry.
+_OURS = (
+    "balance_loss_weight",
+    "mtp_loss_weight",
+    "hc_init_scale",
+    "hc_init_own_read",
+    "hc_init_comb_diagonal",
+)
+
+
+def open_run(config: RunConfig, grid: Grid) -> tuple[RunCheckpoint, TrainState]:
+    """Model, optimizer and counters of a run's newest checkpoint.
+
+    Raises CheckpointError when there is none.
+    """
+    tokenizer = Tokenizer(config.data.tokenizer.path)
+    model, optimizer = build(config, grid)
+    checkpoint = RunCheckpoint(config, grid, model, optimizer, tokenizer.hash)
+    state = TrainState()
+    if checkpoint.load(state) is None:
+        raise CheckpointError(f"{config.run_dir}: holds no checkpoint yet; train the run first")
+    return checkpoint, state
+
+
+def export_run(config: RunConfig, out: Path) -> str:
+    """Write the newest checkpoint as a Hugging Face folder; returns a sentence about it."""
+    checkpoint, state = open_run(config, Grid.single())
+    weights = dict(to_official(named_tensors(checkpoint.model).items()))
+    dtype = str(DTYPES[config.precision]).removeprefix("torch.")
+    tokenizer = Tokenizer(config.data.tokenizer.path)
+    write_hf_folder(out, config.model, weights, tokenizer, dtype)
+    return f"wrote step {state.step} of {config.run_dir} to {out}"
+
+
+def import_run(config: RunConfig, source: Path) -> str:
+    """Make a run that starts from a Hugging Face folder; returns a sentence about it.
+
+    The model's sizes come from the folder, everything else from `config`. The run folder gets a
+    checkpoint of step 0 and the config to train it with. Raises ExportError when the run folder
+    already has checkpoints, ModelConfigError when weights are missing or do not fit.
+    """
+    checkpoints = config.run_dir / "checkpoints"
+    if found := checkpoints_in(checkpoints):
+        raise ExportError(f"{config.run_dir}: already holds {found[-1].name}; name a new run_dir")
+    ours = {name: getattr(config.model, name) for name in _OURS}
+    model_config = read_hf_config(source, **ours)
+    config = config.model_copy(update={"model": model_config})
+    tokenizer = Tokenizer(config.data.tokenizer.path)
+    config.check_vocabulary(tokenizer.vocab_size)
+    weights = read_hf_weights(source)
+    grid = Grid.single()
+    model, optimizer = build(config, grid)
+    model.load_hf_state_dict(weights)
+    optimizer.read_parameters()
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    path = RunCheckpoint(config, grid, model, optimizer, tokenizer.hash).save(TrainState())
+    write_whole(config.run_dir / "config.yaml", config.to_yaml())
+    fresh = "" if any(name.startswith("mtp.") for name in weights) else _fresh_mtp(config)
+    return f"wrote {path}{fresh}; train it: v4 train {config.run_dir / 'config.yaml'}"
+
+
+def _fresh_mtp(config: RunConfig) -> str:
+    if config.model.num_nextn_predict_layers == 0:
+        return ""
+    return f" (mtp.* was not in the folder and starts fresh from seed {config.seed})"
