@@ -79,20 +79,16 @@ class Optimizer:
         return torch.zeros_like(master, memory_format=torch.contiguous_format)
 
     @torch.no_grad()
-    def step(
-        self, learning_rate: float, gradients: Mapping[str, Tensor | None] | None = None
-    ) -> None:
-        """One update at `learning_rate`, from `.grad` or from `gradients` by parameter name.
-
-        Pass `gradients` where they are accumulated apart from the parameters, for example in fp32
-        beside bf16 parameters; a name that is missing there counts as None.
-        """
-        if gradients is None:
-            gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
-        present = {name: grad for name, grad in gradients.items() if grad is not None}
-        self._adamw_step(learning_rate, present)
-        self._muon_step(learning_rate, present)
-        self.write_parameters(present)
+    def step(self, learning_rate: float) -> None:
+        """One update at `learning_rate` from every parameter's `.grad`, fp32 or lower."""
+        gradients = {
+            name: parameter.grad
+            for name, parameter in self.parameters.items()
+            if parameter.grad is not None
+        }
+        self._adamw_step(learning_rate, gradients)
+        self._muon_step(learning_rate, gradients)
+        self.write_parameters()
         self.step_count += 1
 
     def _adamw_step(self, learning_rate: float, gradients: Mapping[str, Tensor]) -> None:
@@ -163,11 +159,6 @@ class Optimizer:
         on_cpu = self._masters[entry.name].device.type == "cpu"
         return CPU_BATCH_BYTES if on_cpu else ACCELERATOR_BATCH_BYTES
 
-    def zero_grad(self) -> None:
-        """Drop every gradient."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
-
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resume needs, by "kind.parameter", as the live tensors.
 
@@ -186,11 +177,11 @@ class Optimizer:
         return {f"{kind}.{n}": t for kind, tensors in kinds.items() for n, t in tensors.items()}
 
     @torch.no_grad()
-    def write_parameters(self, names: Mapping[str, object] | None = None) -> None:
-        """Round the masters into parameters of lower precision (all, or those in `names`)."""
-        for name in self.parameters if names is None else names:
-            if not _is_fp32(self.parameters[name]):
-                self.parameters[name].copy_(self._masters[name])
+    def write_parameters(self) -> None:
+        """Round the masters into the parameters of lower precision."""
+        for name, parameter in self.parameters.items():
+            if not _is_fp32(parameter):
+                parameter.copy_(self._masters[name])
 
     @torch.no_grad()
     def read_parameters(self) -> None:

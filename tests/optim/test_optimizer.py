@@ -171,9 +171,10 @@ def test_masters_carry_steps_too_small_for_bf16() -> None:
     ours, exact = optimizer(low), optimizer(full)
     for seed in range(4):
         give_gradients(low, seed)
-        gradients = {name: parameter.grad.float() for name, parameter in low.items()}
+        for name, parameter in low.items():
+            full[name].grad = parameter.grad.float()
         ours.step(1e-4)
-        exact.step(1e-4, gradients)
+        exact.step(1e-4)
     state = ours.state_tensors()
     for name, parameter in low.items():
         if parameter.dtype == torch.bfloat16:
@@ -224,13 +225,6 @@ def test_weights_loaded_later_reach_the_masters() -> None:
     parameter.data.fill_(0.5)
     ours.read_parameters()
     assert (ours.state_tensors()["master.layers.0.attn.wkv.weight"] == 0.5).all()
-
-
-def test_zero_grad() -> None:
-    parameters = model()
-    give_gradients(parameters, 0)
-    optimizer(parameters).zero_grad()
-    assert all(parameter.grad is None for parameter in parameters.values())
 
 
 def test_a_table_that_does_not_fit() -> None:
