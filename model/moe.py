@@ -14,34 +14,54 @@ from model.kernels.swiglu import clamped_swiglu
 from model.layout import SampleLayout
 from model.router import Router, Routing, balance_loss, expert_load
 
+ROW_ALIGNMENT = 16
+"""Every expert's rows are rounded up to this. Grouped products want aligned groups, and matrix
+products of a handful of rows take other code paths, which round differently: with it, a token's
+output does not depend on which experts other tokens chose."""
+
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Rows sorted by expert, ready for grouped products, and what brings them back."""
+    """Rows sorted by expert, ready for grouped products, and what brings them back.
+
+    Rows that only fill an expert's share up have weight 0, and so no effect and no gradient; rows
+    behind the last expert's end are not computed at all.
+    """
 
     rows_PD: Tensor
     weights_P: Tensor
     ends_E: Tensor
     order_P: Tensor
-    place_P: Tensor
+    place_L: Tensor
 
 
 class LocalDispatch:
     """All experts are here: rows are only sorted. Expert parallelism swaps this object."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing, experts: int) -> Dispatched:
-        """Copy each token's row to each of its experts, in the order of experts."""
-        expert_P = routing.indices_TA.flatten()
-        order_P = torch.argsort(expert_P, stable=True)
-        place_P = torch.empty_like(order_P)
-        place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
-        ends_E = torch.bincount(expert_P, minlength=experts).cumsum(0).to(torch.int32)
-        weights_P = routing.weights_TA.flatten()[order_P]
-        return Dispatched(spread_rows(x_TD, order_P, place_P), weights_P, ends_E, order_P, place_P)
+        """Copy each token's row to each of its experts, in the order of experts.
+
+        L = T·A pairs (token, choice) get P >= L places; P is known without asking the device.
+        """
+        expert_L = routing.indices_TA.flatten()
+        pairs = len(expert_L)
+        count_E = torch.bincount(expert_L, minlength=experts)
+        padded_E = (count_E + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
+        ends_E = padded_E.cumsum(0)
+        shift_E = (ends_E - padded_E) - (count_E.cumsum(0) - count_E)
+        sorted_L = torch.argsort(expert_L, stable=True)
+        place = torch.arange(pairs, device=expert_L.device) + shift_E[expert_L[sorted_L]]
+        places = pairs + min(experts, pairs) * (ROW_ALIGNMENT - 1)
+        order_P = sorted_L.new_zeros(places).index_copy_(0, place, sorted_L)
+        place_L = torch.empty_like(sorted_L).index_copy_(0, sorted_L, place)
+        weights_L = routing.weights_TA.flatten()
+        weights_P = weights_L.new_zeros(places).index_copy(0, place_L, weights_L)
+        rows_PD = spread_rows(x_TD, order_P, place_L)
+        return Dispatched(rows_PD, weights_P, ends_E.to(torch.int32), order_P, place_L)
 
     def combine(self, y_PD: Tensor, sent: Dispatched, tokens: int) -> Tensor:
         """Sum each token's expert outputs, [T, D]."""
-        return collect_rows(y_PD, sent.order_P, sent.place_P, tokens)
+        return collect_rows(y_PD, sent.order_P, sent.place_L, tokens)
 
 
 class Experts(nn.Module):

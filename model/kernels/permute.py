@@ -8,50 +8,55 @@ import torch
 from torch import Tensor
 
 
-def spread_rows(x_TD: Tensor, order_P: Tensor, place_P: Tensor) -> Tensor:
-    """Copy each token's row to its A places: out[p] = x[order[p] // A], [P, D] with P = T·A.
+def spread_rows(x_TD: Tensor, order_P: Tensor, place_L: Tensor) -> Tensor:
+    """Copy each token's row to its A places: out[p] = x[order[p] // A], [P, D].
 
     Args:
-        order_P: a permutation of the (token, choice) pairs, numbered token · A + choice.
-        place_P: its inverse.
+        order_P: which of the L = T·A (token, choice) pairs, numbered token · A + choice, stands at
+            each place. A place that belongs to no pair holds the copy of any; see ``place_L``.
+        place_L: the place of each pair, all different. Gradients come back through these only.
     """
-    return _Spread.apply(x_TD, order_P, place_P)
+    return _Spread.apply(x_TD, order_P, place_L)
 
 
-def collect_rows(y_PD: Tensor, order_P: Tensor, place_P: Tensor, tokens: int) -> Tensor:
-    """Sum of each token's A rows in the order of its choices: the adjoint of ``spread_rows``."""
-    return _Collect.apply(y_PD, order_P, place_P, tokens)
+def collect_rows(y_PD: Tensor, order_P: Tensor, place_L: Tensor, tokens: int) -> Tensor:
+    """Sum of each token's A rows in the order of its choices, [T, D]: the way back.
+
+    The gradient of a place that belongs to no pair is not zero but that of the pair copied there;
+    what stands at such a place must not depend on any parameter (a weight of 0 sees to it).
+    """
+    return _Collect.apply(y_PD, order_P, place_L, tokens)
 
 
-def _spread(x_TD: Tensor, order_P: Tensor) -> Tensor:
-    choices = order_P.shape[0] // x_TD.shape[0]
+def _spread(x_TD: Tensor, order_P: Tensor, choices: int) -> Tensor:
     return x_TD.index_select(0, order_P // choices)
 
 
-def _collect(y_PD: Tensor, place_P: Tensor, tokens: int) -> Tensor:
-    return y_PD.index_select(0, place_P).unflatten(0, (tokens, -1)).sum(1)
+def _collect(y_PD: Tensor, place_L: Tensor, tokens: int) -> Tensor:
+    return y_PD.index_select(0, place_L).unflatten(0, (tokens, -1)).sum(1)
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, order, place) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(place)
         ctx.tokens = x.shape[0]
-        return _spread(x, order)
+        return _spread(x, order, place.shape[0] // x.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, grad) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (place,) = ctx.saved_tensors
         return _collect(grad, place, ctx.tokens), None, None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y, order, place, tokens) -> Tensor:
+    def forward(ctx: Any, y: Tensor, order: Tensor, place: Tensor, tokens: int) -> Tensor:
         ctx.save_for_backward(order)
+        ctx.choices = place.shape[0] // tokens
         return _collect(y, place, tokens)
 
     @staticmethod
-    def backward(ctx: Any, grad) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (order,) = ctx.saved_tensors
-        return _spread(grad, order), None, None, None
+        return _spread(grad, order, ctx.choices), None, None, None

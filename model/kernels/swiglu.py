@@ -21,13 +21,19 @@ def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, weight: Tensor | None
     return _ClampedSwiGLU.apply(gate, up, limit, weight)
 
 
+def _sigmoid(x: Tensor) -> Tensor:
+    # torch.sigmoid rounds differently in the tail of a thread's share, and which rows are there
+    # depends on other samples' experts; torch.exp gives a number the same bits everywhere.
+    return x.neg().exp_().add_(1).reciprocal_()
+
+
 class _ClampedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate, up, limit, weight) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         ctx.limit = limit
         clamped = gate.float().clamp(max=limit)
-        out = torch.sigmoid(clamped).mul_(clamped)
+        out = _sigmoid(clamped).mul_(clamped)
         out.mul_(up.float().clamp(-limit, limit))
         if weight is not None:
             out.mul_(weight[:, None])
@@ -41,7 +47,7 @@ class _ClampedSwiGLU(torch.autograd.Function):
         wide_gate, wide_up = gate.float(), up.float()
         clamped = wide_gate.clamp(max=limit)
         bounded = wide_up.clamp(-limit, limit)
-        sigmoid = torch.sigmoid(clamped)
+        sigmoid = _sigmoid(clamped)
         silu = sigmoid * clamped
         grad_weight = None
         if weight is not None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.model.tiny import random_model, random_tokens, tiny_config
 
 from model import IGNORE, SampleLayout, TokenCounts
+from tests.model.tiny import random_model, random_tokens, tiny_config
 
 LENGTHS = [1, 3, 4, 5, 127, 128, 129, 500]
 # Real compression ratios, and a top-k that binds from position 128 on.
