@@ -187,6 +187,20 @@ def test_masters_carry_steps_too_small_for_bf16() -> None:
             torch.testing.assert_close(parameter, full[name])
 
 
+def test_fp32_gradients_of_bf16_parameters_stay_fp32() -> None:
+    name = "embed.weight"
+    results = []
+    for scale in (1.0, 1.001):  # a difference that bf16 cannot hold
+        parameters = model(torch.bfloat16, [name])
+        parameters[name].grad_dtype = torch.float32
+        ours = optimizer(parameters)
+        for gradient in (1.0, scale):
+            parameters[name].grad = torch.full(parameters[name].shape, gradient)
+            ours.step(RATE)
+        results.append(ours.state_tensors()[f"exp_avg.{name}"].clone())
+    assert (results[1] > results[0]).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_round_trip_is_exact(dtype: torch.dtype) -> None:
     straight, stopped = model(dtype), model(dtype)
