@@ -39,6 +39,7 @@ setup(
         "optuna>=4.0",
         "matplotlib>=3.9",
         "numba>=0.61",
+        "psutil>=6.0",
         "pydantic>=2.10",
         "pyyaml>=6.0.2",
         "typer>=0.15",
