@@ -4,11 +4,18 @@ A document is one sequence of tokens, [bos] + text + [eos].
 """
 
 import os
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+
+# magic, version, code of the token type, number of sequences, number of document boundaries
+_HEADER = struct.Struct("<9sQBQQ")
+_VERSION = 1
+_BYTES_PER_SEQUENCE = 4 + 8  # its length and its place
+_BYTES_PER_BOUNDARY = 8
 
 
 def indexed_module() -> Any:
@@ -22,23 +29,34 @@ def indexed_module() -> Any:
 def open_shard(prefix: Path, documents: int, tokens: int) -> Any:
     """The memory-mapped IndexedDataset at `prefix` (.bin and .idx).
 
-    Raises DataError where a file is missing or its size is not that of `documents` sequences and
-    `tokens` tokens.
+    Raises DataError where a file is missing, cannot be read, or does not have the size and the
+    header of `documents` sequences and `tokens` tokens in all. This is checked before megatron
+    opens the files, since it only asserts, and its destructors then complain on stderr.
     """
     module = indexed_module()
-    for suffix in (".idx", ".bin"):
-        if not os.path.isfile(f"{prefix}{suffix}"):
-            raise _damaged(f"{prefix}{suffix} is missing")
     try:
-        dataset = module.IndexedDataset(str(prefix))
-    except Exception as error:  # bare assertions, struct and numpy errors alike
-        raise _damaged(f"{prefix}.idx is damaged") from error
-    if len(dataset) != documents or int(dataset.sequence_lengths.sum()) != tokens:
-        raise _damaged(f"{prefix}.idx does not hold {documents} documents of {tokens} tokens")
-    expected = tokens * dataset.index.dtype_size
-    actual = os.path.getsize(f"{prefix}.bin")
-    if actual != expected:
-        raise _damaged(f"{prefix}.bin has {actual} bytes instead of {expected}")
+        with open(f"{prefix}.idx", "rb") as stream:
+            header = stream.read(_HEADER.size)
+        index_bytes = os.path.getsize(f"{prefix}.idx")
+        token_bytes = os.path.getsize(f"{prefix}.bin")
+    except OSError as error:
+        raise _damaged(f"{error.filename} cannot be read ({error.strerror})") from error
+    boundaries = documents + 1
+    expected = _HEADER.size + documents * _BYTES_PER_SEQUENCE + boundaries * _BYTES_PER_BOUNDARY
+    if index_bytes != expected:
+        raise _damaged(f"{prefix}.idx has {index_bytes} bytes instead of {expected}")
+    magic, version, code, *counts = _HEADER.unpack(header)
+    codes = {kind.value for kind in module.DType}
+    if (magic, version, counts) != (module._INDEX_HEADER, _VERSION, [documents, boundaries]) or (
+        code not in codes
+    ):
+        raise _damaged(f"{prefix}.idx does not begin like the index of {documents} documents")
+    expected = tokens * module.DType.size(module.DType.dtype_from_code(code))
+    if token_bytes != expected:
+        raise _damaged(f"{prefix}.bin has {token_bytes} bytes instead of {expected}")
+    dataset = module.IndexedDataset(str(prefix))
+    if int(dataset.sequence_lengths.sum()) != tokens:
+        raise _damaged(f"{prefix}.idx does not add up to {tokens} tokens")
     return dataset
 
 

@@ -86,9 +86,8 @@ def _with_special_tokens(serialised: bytes, vocab_size: int) -> bytes:
     schema = sentencepiece_schema()
     kind = schema.ModelProto.SentencePiece
     model = schema.ModelProto.FromString(serialised)
-    while len(model.pieces) < base_size(vocab_size):
-        name = f"<｜unused▁{len(model.pieces)}｜>"
-        model.pieces.add(piece=name, score=0.0, type=kind.UNUSED)
+    for i in range(len(model.pieces), base_size(vocab_size)):
+        model.pieces.add(piece=f"<｜unused▁{i}｜>", score=0.0, type=kind.UNUSED)
     for token, i in special_ids(vocab_size).items():
         if token not in EDGES:
             assert i == len(model.pieces)
@@ -110,15 +109,19 @@ def _sample(texts: Iterable[str], limit: int) -> list[str]:
     Memory stays within `limit` and one document. A first document over the limit is cut.
     """
     kept: list[tuple[int, int, str]] = []  # (-hash, bytes, text): the highest hash on top
+    bound = 1 << 64  # the lowest hash turned away; nothing above it may come in later
     total = 0
     for text in texts:
+        if (number := document_hash(text)) >= bound:
+            continue
         size = len(text.encode())
-        heapq.heappush(kept, (-document_hash(text), size, text))
+        heapq.heappush(kept, (-number, size, text))
         total += size
         while total > limit and len(kept) > 1:
-            total -= heapq.heappop(kept)[1]
-    texts = [text for _, _, text in sorted(kept, reverse=True)]
-    return [text[:limit] for text in texts]
+            highest, size, _ = heapq.heappop(kept)
+            bound = -highest
+            total -= size
+    return [text[:limit] for _, _, text in sorted(kept, reverse=True)]
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:
