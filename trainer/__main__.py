@@ -6,17 +6,17 @@ import sys
 from collections.abc import Sequence
 
 from trainer.config import RunConfig, load_run
+from trainer.signals import StopRequest, stop_on_signals
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, stop: StopRequest) -> None:
     """Train `config` on the processes that torchrun's environment describes."""
     import torch
 
     from trainer.parallel.grid import open_grid
-    from trainer.signals import stop_on_signals
     from trainer.trainer import Trainer
 
-    with stop_on_signals() as stop, open_grid() as grid:
+    with open_grid() as grid:
         if config.deterministic:
             if grid.device.type == "cuda":
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -30,10 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="config file, or the folder of a run to go on with")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
+    # Before torch is imported, so that a signal during the start is not lost either.
+    with stop_on_signals() as stop:
+        from trainer.errors import run_or_explain
 
-    from trainer.errors import run_or_explain
-
-    return run_or_explain(lambda: train(load_run(options.config, options.overrides)))
+        return run_or_explain(lambda: train(load_run(options.config, options.overrides), stop))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,8 +119,8 @@ class CheckpointFolder:
     def _write_shards(self, aside: Path, tensors: dict[str, Tensor]) -> None:
         writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
         try:
-            alone = self.grid.data is None
-            dcp.save(tensors, storage_writer=writer, process_group=self.grid.data, no_dist=alone)
+            with _quiet():
+                dcp.save(tensors, storage_writer=writer, process_group=self.grid.data)
         except dcp.CheckpointException as error:
             raise _os_error_in(error) from None
 
@@ -189,8 +191,16 @@ class CheckpointFolder:
         """
         reader = HuggingFaceStorageReader(str(path))
         check_tensors(path, _shapes_in(reader), tensors)
-        alone = self.grid.data is None
-        dcp.load(tensors, storage_reader=reader, process_group=self.grid.data, no_dist=alone)
+        with _quiet():
+            dcp.load(tensors, storage_reader=reader, process_group=self.grid.data)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DCP's warning that there is no process group: one process needs none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _shapes_in(reader: HuggingFaceStorageReader) -> dict[str, tuple[int, ...]]:

@@ -81,6 +81,22 @@ def plan(config: RunConfig, options: argparse.Namespace) -> None:
     Console().print(make_plan(config, options.processes))
 
 
+def demo_corpus(folder: str, options: argparse.Namespace) -> None:
+    """Write the text that is on this machine, code and prose, as two .jsonl files."""
+    from data.demo_corpus import build_demo_corpus
+
+    for path in build_demo_corpus(folder):
+        print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def sample(folder: str, options: argparse.Namespace) -> None:
+    """Load an exported folder with transformers and let it go on after a prompt."""
+    from trainer.sample import sample as write
+
+    print(json.dumps(write(Path(folder), options.prompt)))
+
+
+# Verbs that read a config, and those that only need a folder.
 VERBS = {
     "tokenizer-train": tokenizer_train,
     "prepare": data_prepare,
@@ -90,12 +106,30 @@ VERBS = {
     "report": report,
     "plan": plan,
 }
+FOLDER_VERBS = {"demo-corpus": demo_corpus, "sample": sample}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on stderr for bad input."""
+    options = _parser().parse_args(arguments)
+
+    def run() -> None:
+        if options.verb in FOLDER_VERBS:
+            FOLDER_VERBS[options.verb](options.folder, options)
+        else:
+            VERBS[options.verb](load_run(options.config, options.overrides), options)
+
+    return run_or_explain(run)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer.commands", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
+    for name, folder_function in FOLDER_VERBS.items():
+        verb = verbs.add_parser(name, help=folder_function.__doc__)
+        verb.add_argument("folder")
+        if name == "sample":
+            verb.add_argument("prompt")
     for name, function in VERBS.items():
         verb = verbs.add_parser(name, help=function.__doc__)
         verb.add_argument("config", help="config file or run folder")
@@ -104,12 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "plan":
             verb.add_argument("--processes", type=int, default=1)
         verb.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args(arguments)
-
-    def run() -> None:
-        VERBS[options.verb](load_run(options.config, options.overrides), options)
-
-    return run_or_explain(run)
+    return parser
 
 
 if __name__ == "__main__":

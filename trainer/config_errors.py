@@ -50,13 +50,12 @@ def _nearest(root: type[BaseModel], key: Key) -> str:
 
 
 def _sections_with(root: type[BaseModel], name: str) -> list[str]:
-    """Dotted keys one level down that bear exactly this name: it was put into a wrong section."""
-    found = [name] if name in root.model_fields else []
+    """Dotted keys of other sections whose last name is nearest: it was put into a wrong place."""
+    keys = {name: name for name in root.model_fields}
     for section, field in root.model_fields.items():
-        model = _model_in(field.annotation)
-        if model is not None and name in model.model_fields:
-            found.append(f"{section}.{name}")
-    return found
+        if (model := _model_in(field.annotation)) is not None:
+            keys |= {inner: f"{section}.{inner}" for inner in model.model_fields}
+    return [keys[near] for near in difflib.get_close_matches(name, keys, n=1, cutoff=0.6)]
 
 
 def _model_at(root: type[BaseModel], key: Key) -> type[BaseModel] | None:

@@ -8,12 +8,14 @@ rows in a microbatch give the same result.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from data import Batch
 from model import SampleLayout, TokenCounts, V4Model
+from model.flops import training_flops
 from trainer.parallel.collectives import FlatGradients, sum_
 from trainer.parallel.grid import Grid
 
@@ -31,6 +33,8 @@ class StepLosses:
     """[L_moe, E] fp32: tokens routed to each expert."""
     counts: TokenCounts
     """The denominators, on the host."""
+    flops: float
+    """Operations of forward and backward over all ranks, each sample at its own length."""
     stop: bool
     """Whether any rank was asked to stop."""
 
@@ -41,6 +45,7 @@ class _Microbatch:
     targets_BS: Tensor
     layout: SampleLayout
     counts: TokenCounts
+    flops: float
 
 
 class NativeEngine:
@@ -50,6 +55,7 @@ class NativeEngine:
         self.model = model
         self.grid = grid
         self.gradients = FlatGradients(model.parameters())
+        self._flops_of = cache(lambda length: training_flops(model.config, [length]))
 
     def forward_backward(
         self, batches: Sequence[Batch], mtp_loss_weight: float | None = None, stop: bool = False
@@ -59,7 +65,7 @@ class NativeEngine:
         `batches` are this rank's microbatches of the step. `stop` travels with the token counts.
         """
         microbatches = [self._prepare(batch) for batch in batches]
-        counts, stop = self._agree(microbatches, stop)
+        counts, flops, stop = self._agree(microbatches, stop)
         self.gradients.zero_()
         losses: Tensor | None = None
         load: Tensor | None = None
@@ -77,7 +83,7 @@ class NativeEngine:
         sum_(load, self.grid.data)
         self.gradients.sum_(self.grid.data)
         loss, lm, mtp, balance = losses.unbind(0)
-        return StepLosses(loss, lm, mtp, balance, load, counts, stop)
+        return StepLosses(loss, lm, mtp, balance, load, counts, flops, stop)
 
     def _prepare(self, batch: Batch) -> _Microbatch:
         """Rows and integer ranges on the device; counts stay on the host."""
@@ -92,11 +98,18 @@ class NativeEngine:
             batch.targets.to(device, non_blocking=True),
             on_device,
             TokenCounts.of(on_host, batch.targets),  # on the host: no wait for the device
+            sum(self._flops_of(sample) for row in batch.lengths for sample in row),
         )
 
-    def _agree(self, microbatches: list[_Microbatch], stop: bool) -> tuple[TokenCounts, bool]:
-        """Global counts, and whether any rank wants to stop: one small all-reduce on the host."""
+    def _agree(
+        self, microbatches: list[_Microbatch], stop: bool
+    ) -> tuple[TokenCounts, float, bool]:
+        """Global counts and operations, and whether any rank wants to stop.
+
+        One small all-reduce on the host; fp64 holds the counts exactly.
+        """
         mine = sum((micro.counts for micro in microbatches[1:]), microbatches[0].counts)
-        numbers = torch.tensor([mine.lm, mine.mtp, mine.routed, int(stop)], dtype=torch.int64)
-        lm, mtp, routed, stops = sum_(numbers, self.grid.data).tolist()
-        return TokenCounts(lm=lm, mtp=mtp, routed=routed), stops > 0
+        flops = sum(micro.flops for micro in microbatches)
+        numbers = torch.tensor([mine.lm, mine.mtp, mine.routed, flops, stop], dtype=torch.float64)
+        lm, mtp, routed, flops, stops = sum_(numbers, self.grid.data).tolist()
+        return TokenCounts(lm=int(lm), mtp=int(mtp), routed=int(routed)), flops, stops > 0

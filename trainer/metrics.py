@@ -13,12 +13,9 @@ from trainer.wandb_log import WandbLog
 class Metrics:
     """Periodic hook that turns a step's result into one record. Lives on the first rank only."""
 
-    def __init__(
-        self, config: RunConfig, state: TrainState, world_size: int, flops_per_token: float | None
-    ) -> None:
+    def __init__(self, config: RunConfig, state: TrainState, world_size: int) -> None:
         self.config = config
         self.world_size = world_size
-        self.flops_per_token = flops_per_token
         self.file = MetricsFile(config.run_dir / "metrics.jsonl", state.step)
         self.wandb = WandbLog(config)
         self.progress = Progress(config.steps, state.step, config.metrics.every)
@@ -32,7 +29,6 @@ class Metrics:
 
     def record(self, state: TrainState, result: StepResult) -> Record:
         """The step's object, JSON-ready."""
-        speed = result.tokens / result.seconds
         record: Record = {
             "step": state.step,
             "tokens": state.tokens,
@@ -45,13 +41,12 @@ class Metrics:
             "expert_load_max": result.expert_load_max,
             "expert_load_min": result.expert_load_min,
             "seconds": result.seconds,
-            "tokens_per_second": speed,
+            "tokens_per_second": result.tokens / result.seconds,
+            "tflops_per_second": result.flops / result.seconds / 1e12,
             "time": time.time(),
         }
-        if self.flops_per_token is not None:
-            record["tflops_per_second"] = speed * self.flops_per_token / 1e12
-            if (peak := self.config.metrics.peak_tflops) is not None:
-                record["mfu"] = record["tflops_per_second"] / (peak * self.world_size)
+        if (peak := self.config.metrics.peak_tflops) is not None:
+            record["mfu"] = record["tflops_per_second"] / (peak * self.world_size)
         if result.heldout_loss is not None:
             record["heldout_loss"] = result.heldout_loss
         return record

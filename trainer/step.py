@@ -20,6 +20,8 @@ class StepResult:
     expert_load_min: float
     tokens: int
     """Tokens of the global batch, padding not counted."""
+    flops: float
+    """Operations of forward and backward over all ranks."""
     seconds: float
     """From fetching the rows to the end of the update."""
     heldout_loss: float | None = None

@@ -106,6 +106,7 @@ class Trainer:
             expert_load_max=most,
             expert_load_min=least,
             tokens=losses.counts.routed,
+            flops=losses.flops,
             seconds=0.0,
         )
 
@@ -116,8 +117,7 @@ class Trainer:
             return
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
         write_whole(self.config.run_dir / "config.yaml", self.config.to_yaml())
-        flops = None
-        self.metrics = Metrics(self.config, self.state, self.grid.world_size, flops)
+        self.metrics = Metrics(self.config, self.state, self.grid.world_size)
         if resumed is not None:
             self._note(f"resumed from {resumed}")
         if self.heldout is None:

@@ -1,0 +1,1 @@
+"""The `v4` command. Imports of ours only `trainer.config`; everything else runs as a subprocess."""

@@ -1,0 +1,127 @@
+"""The `v4` command: reads the config, then starts the work as subprocesses."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch import processes
+from launch.demo import run_demo
+from trainer.config import ConfigError, RunConfig, load_run
+
+app = typer.Typer(
+    help="Pre-training of the DeepSeek-V4 architecture, from raw text to a transformers model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+tokenizer_app = typer.Typer(help="The tokenizer.", no_args_is_help=True)
+data_app = typer.Typer(help="Training data.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+
+Config = Annotated[str, typer.Argument(help="Config file, or the folder of a run.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values instead of the file's.")
+]
+
+
+def _finish(code: int) -> None:
+    raise typer.Exit(code)
+
+
+def _command(verb: str, config: str, overrides: list[str] | None, *more: str) -> None:
+    """Check the config here, where it is cheap, then run the verb in a subprocess."""
+    _check(config, overrides)
+    _finish(processes.run(processes.command(verb, config, *more, *(overrides or []))))
+
+
+def _check(config: str, overrides: list[str] | None) -> RunConfig:
+    return load_run(config, overrides or [])
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(config: Config, overrides: Overrides = None) -> None:
+    """Train the tokenizer of data.tokenizer on data.sources."""
+    _command("tokenizer-train", config, overrides)
+
+
+@data_app.command("prepare")
+def data_prepare(config: Config, overrides: Overrides = None) -> None:
+    """Turn data.sources into token shards."""
+    _command("prepare", config, overrides)
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    nproc_per_node: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine (torchrun when more than one).")
+    ] = 1,
+) -> None:
+    """Train, or go on from the newest checkpoint. SIGTERM or Ctrl-C: checkpoint and a clean end."""
+    _check(config, overrides).check_world(nproc_per_node)
+    _finish(processes.train([config, *(overrides or [])], nproc_per_node))
+
+
+@app.command("eval")
+def evaluate(config: Config, overrides: Overrides = None) -> None:
+    """Loss of the newest checkpoint on the held-out text."""
+    _command("eval", config, overrides)
+
+
+@app.command()
+def export(config: Config, out: Path, overrides: Overrides = None) -> None:
+    """Write the newest checkpoint as a Hugging Face folder."""
+    _command("export", config, overrides, str(out))
+
+
+@app.command("import")
+def import_(source: Path, config: Config, overrides: Overrides = None) -> None:
+    """Start a run from a Hugging Face folder; CONFIG says everything but the model's sizes."""
+    _command("import", config, overrides, str(source))
+
+
+@app.command()
+def report(config: Config, overrides: Overrides = None) -> None:
+    """Draw the run's curves into report.html."""
+    _command("report", config, overrides)
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes in all.")] = 1,
+) -> None:
+    """Show steps, tokens, parameters and memory of a config."""
+    _check(config, overrides).check_world(nproc)
+    _command("plan", config, overrides, f"--processes={nproc}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(
+        "runs/demo"
+    ),
+    nproc_per_node: Annotated[int, typer.Option(min=1)] = 2,
+    overrides: Overrides = None,
+) -> None:
+    """The whole job on real text that is on this machine: corpus to transformers model."""
+    _finish(run_demo(out, nproc_per_node, overrides or []))
+
+
+def main() -> None:
+    """Entry point: one line on stderr and exit code 2 for a config that cannot be used."""
+    try:
+        app()
+    except ConfigError as error:
+        print(f"{processes.ERROR_PREFIX}{' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(processes.USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()

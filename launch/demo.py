@@ -1,0 +1,146 @@
+"""`v4 demo`: the whole job, from text on this machine to a model that transformers loads."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from launch import processes
+from trainer.config import RunConfig, load_config
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "debug.yaml"
+PROMPT = "def main(argv):\n"
+
+
+class DemoFailed(Exception):
+    """A step of the demo ended with an exit code; its own words are on stderr already."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"exit code {code}")
+        self.code = code
+
+
+def run_demo(out: Path, nproc: int, overrides: list[str]) -> int:
+    """Run every step under `out`; returns the exit code."""
+    started = time.monotonic()
+    console = Console(highlight=False)
+    run_dir = out / "run"
+    arguments = [
+        str(CONFIG),
+        f"run_dir={run_dir}",
+        f"data.sources.0.paths=[{json.dumps(str(out / 'corpus' / 'code.jsonl'))}]",
+        f"data.sources.1.paths=[{json.dumps(str(out / 'corpus' / 'prose.jsonl'))}]",
+        f"data.tokenizer.path={json.dumps(str(out / 'tokenizer'))}",
+        f"data.shards={json.dumps(str(out / 'shards'))}",
+        *overrides,
+    ]
+    config = load_config(arguments[0], arguments[1:])
+    config.check_world(nproc)
+    hugging_face = _unused(out / "hf")
+
+    def say(text: str) -> None:
+        console.rule(f"[bold]{text}", align="left")
+
+    try:
+        say("1  text: the standard library, its documentation, the packages' own pages")
+        _run("demo-corpus", str(out / "corpus"))
+        say("2  tokenizer")
+        _run("tokenizer-train", *arguments)
+        say("3  token shards")
+        _run("prepare", *arguments)
+        say(f"4  training on {nproc} processes, stopped by SIGTERM half-way")
+        _train_half(config, arguments, nproc)
+        say("5  training goes on from the checkpoint")
+        _expect(0, processes.train(arguments, nproc))
+        say("6  held-out loss")
+        result = json.loads(_run("eval", str(run_dir), captured=True))
+        say("7  export, and transformers writes a few words")
+        _run("export", str(run_dir), str(hugging_face))
+        sample = json.loads(_run("sample", str(hugging_face), PROMPT, captured=True))
+        console.print(sample["text"], markup=False)
+        say("8  report")
+        _run("report", str(run_dir))
+    except DemoFailed as failed:
+        return failed.code
+    seconds = time.monotonic() - started
+    console.print(_table(config, result, sample, hugging_face, seconds))
+    return 0
+
+
+def _unused(folder: Path) -> Path:
+    """`folder`, or `folder-2` and so on where an earlier demo has filled it."""
+    candidate, number = folder, 1
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def _run(verb: str, *arguments: str, captured: bool = False) -> str:
+    """Run a verb of trainer.commands; returns its last line of output when `captured`."""
+    if not captured:
+        _expect(0, processes.run(processes.command(verb, *arguments)))
+        return ""
+    command = processes.command(verb, *arguments)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    _expect(0, done.returncode)
+    return done.stdout.strip().splitlines()[-1]
+
+
+def _expect(code: int, got: int) -> None:
+    if got != code:
+        raise DemoFailed(got or 1)
+
+
+def _train_half(config: RunConfig, arguments: list[str], nproc: int) -> None:
+    """Train as a user would, and send SIGTERM once half of the steps are in metrics.jsonl."""
+    half = config.steps // 2
+    metrics = config.run_dir / "metrics.jsonl"
+    if _steps_in(metrics) >= half:
+        return  # an earlier demo in the same folder came as far
+    command = [sys.executable, "-m", "launch.cli", "train", *arguments]
+    with subprocess.Popen([*command, f"--nproc-per-node={nproc}"]) as process:
+        while process.poll() is None and _steps_in(metrics) < half:
+            time.sleep(0.2)
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        _expect(0, process.wait())
+
+
+def _steps_in(metrics: Path) -> int:
+    if not metrics.is_file():
+        return 0
+    return metrics.read_bytes().count(b"\n")
+
+
+def _table(
+    config: RunConfig,
+    result: dict[str, Any],
+    sample: dict[str, Any],
+    hugging_face: Path,
+    seconds: float,
+) -> Table:
+    lines = (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    speeds = sorted(json.loads(line)["tokens_per_second"] for line in lines)
+    table = Table(title="v4 demo", show_header=False, title_justify="left")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for name, value in (
+        ("parameters", f"{sample['parameters']:,}"),
+        ("tokens trained on", f"{result['tokens']:,}"),
+        ("held-out loss, nats per token", f"{result['heldout_loss']:.3f}"),
+        ("unigram entropy of the held-out text", f"{result['unigram_entropy']:.3f}"),
+        ("tokens per second, median", f"{speeds[len(speeds) // 2]:,.0f}"),
+        ("time of the whole demo", f"{seconds / 60:.1f} min"),
+        ("report", str(config.run_dir / "report.html")),
+        ("transformers model", str(hugging_face)),
+        ("run folder", str(config.run_dir)),
+    ):
+        table.add_row(name, value)
+    return table

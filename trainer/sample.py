@@ -1,0 +1,32 @@
+"""Loads an exported folder with transformers, as a user would, and lets it write."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.errors import ExportError
+
+
+def sample(folder: Path, prompt: str, new_tokens: int = 48) -> dict[str, Any]:
+    """Text that `AutoModelForCausalLM` writes after `prompt`, greedily, and what it loaded.
+
+    Raises ExportError when transformers finds weights missing or unexpected.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise ExportError(f"{folder}: transformers reports {kind}: {sorted(info[kind])[:3]}")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=inputs["input_ids"], max_new_tokens=new_tokens, do_sample=False
+        )
+    return {
+        "text": tokenizer.decode(output[0], skip_special_tokens=True),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
