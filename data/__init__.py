@@ -2,11 +2,21 @@
 
 text -> `datasets` (corpus) -> tokenizer -> .bin/.idx shards (prepare) -> best-fit packing (packing)
 -> rows of a step as a function of (seed, step) (loader). Names are loaded on first use, so that
-importing the package costs nothing and `data.config` works without torch.
+importing the package costs nothing and `data.config` works without torch. `prepare` is not among
+them, its module has that name: `from data.prepare import prepare`.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data.config import DataConfig, SourceConfig, TokenizerConfig
+    from data.demo_corpus import build_demo_corpus
+    from data.errors import DataError
+    from data.loader import Batch, Loader, unigram_entropy
+    from data.manifest import Manifest
+    from data.tokenizer import Tokenizer
+    from data.tokenizer_training import train_tokenizer
 
 _HOMES = {
     "Batch": "loader",
@@ -18,11 +28,22 @@ _HOMES = {
     "Tokenizer": "tokenizer",
     "TokenizerConfig": "config",
     "build_demo_corpus": "demo_corpus",
-    "prepare": "prepare",
     "train_tokenizer": "tokenizer_training",
     "unigram_entropy": "loader",
 }
-__all__ = sorted(_HOMES)
+__all__ = [
+    "Batch",
+    "DataConfig",
+    "DataError",
+    "Loader",
+    "Manifest",
+    "SourceConfig",
+    "Tokenizer",
+    "TokenizerConfig",
+    "build_demo_corpus",
+    "train_tokenizer",
+    "unigram_entropy",
+]
 
 
 def __getattr__(name: str) -> Any:
