@@ -39,6 +39,7 @@ setup(
         "optuna>=4.0",
         "matplotlib>=3.9",
         "numba>=0.61",
+        "zstandard>=0.23",
         "psutil>=6.0",
         "pydantic>=2.10",
         "pyyaml>=6.0.2",
