@@ -25,7 +25,7 @@ class Attention(nn.Module):
             config.head_dim,
             config.o_groups,
         )
-        self.eps = config.rms_norm_eps
+        self.eps, self.window = config.rms_norm_eps, config.sliding_window
         inner = self.heads * self.dim
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -58,6 +58,7 @@ class Attention(nn.Module):
             rotation_TR,
             positions.ranges(self.kind),
             selected_Tk,
+            window=self.window,
             norm_eps=self.eps,
         )
         return self.wo_b(self._grouped_output(o_THK))

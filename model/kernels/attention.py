@@ -7,15 +7,20 @@ Backward recomputes the probabilities block by block, so nothing quadratic is ev
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK_ROWS = 512
-"""Query-head pairs handled at once: the logits of one block then stay in a core's cache."""
+_CHUNK_ROWS = 1024
+"""Query-head pairs handled at once: the logits of one chunk then stay in a core's cache."""
+
+_LOG2E = math.log2(math.e)
+"""Probabilities are powers of two inside: exp2 is the cheaper function, on CPU and GPU alike."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ def attention(
     ranges: AttentionRanges,
     selected_Tk: Tensor | None = None,
     *,
+    window: int,
     norm_eps: float,
 ) -> Tensor:
     """V4's multi-query attention with one shared key-value head.
@@ -56,6 +62,7 @@ def attention(
         ranges: the visible range of tokens and of entries per query.
         selected_Tk: the entries kept for each query (-1: none); without it a query sees its whole
             range. A query that sees at most k entries must have all of them selected.
+        window: W, the most tokens that a query sees.
 
     Returns:
         [T, H, K] in q's dtype: softmax(q·k / sqrt(K)) · k, its last R dims rotated back by the
@@ -64,54 +71,41 @@ def attention(
     if entries_CK is None or entries_CK.shape[0] == 0:
         entries_CK, selected_Tk = None, None
     return _Attention.apply(
-        q_THK, kv_TK, entries_CK, sink_H, rotation_TR, ranges, selected_Tk, norm_eps
+        q_THK, kv_TK, entries_CK, sink_H, rotation_TR, ranges, selected_Tk, window, norm_eps
     )
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Queries [start, stop), the tokens from ``key_start`` on and the entries they may see."""
+class _Chunk:
+    """Queries [start, stop) in bands of ``band`` tokens, each band sharing its window's keys."""
 
     start: int
     stop: int
-    key_start: int
-    entry_start: int
-    entry_stop: int
-    gather: bool
+    band: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
 
 
-def _blocks(
-    ranges: AttentionRanges, heads: int, topk: int | None, has_entries: bool
-) -> list[_Block]:
-    tokens = len(ranges.host_window_start_T)
-    step = max(_BLOCK_ROWS // heads, 16)
-    blocks = []
-    for start in range(0, tokens, step):
-        stop = min(start + step, tokens)
-        first = last = 0
-        gather = False
-        if has_entries:
-            first = int(ranges.host_entry_start_T[start])
-            last = int(ranges.host_entry_end_T[start:stop].max())
-            if topk is not None:
-                visible = (
-                    ranges.host_entry_end_T[start:stop] - ranges.host_entry_start_T[start:stop]
-                )
-                gather = int(visible.max()) > topk
-        key_start = int(ranges.host_window_start_T[start])
-        blocks.append(_Block(start, stop, key_start, first, max(first, last), gather))
-    return blocks
+def _chunks(tokens: int, heads: int, window: int) -> list[_Chunk]:
+    """A band computes W - 1 + band keys per query for W that count; overheads want it wide."""
+    band = max(window // 4, 8)
+    step = max(_CHUNK_ROWS // (heads * band), 1) * band
+    whole = tokens // band * band
+    chunks = [_Chunk(s, min(s + step, whole), band) for s in range(0, whole, step)]
+    return chunks if whole == tokens else [*chunks, _Chunk(whole, tokens, tokens - whole)]
 
 
 class _Queries:
-    """A block's queries, ready for the dot product, and the way back for their gradient."""
+    """A chunk's queries, ready for the dot product, and the way back for their gradient."""
 
     def __init__(self, q_nHK: Tensor, rotation_nR: Tensor, eps: float) -> None:
         self.raw = q_nHK.float()
         self.rotation = rotation_nR[:, None]
         self.scale = self.raw.shape[-1] ** -0.5
-        mean_square = torch.linalg.vector_norm(self.raw, dim=-1, keepdim=True).square_()
-        self.rstd = mean_square.div_(self.raw.shape[-1]).add_(eps).rsqrt_()
+        square = torch.linalg.vector_norm(self.raw, dim=-1, keepdim=True).square_()
+        self.rstd = square.div_(self.raw.shape[-1]).add_(eps).rsqrt_()
         self.ready = rotate_(self.raw * (self.rstd * self.scale), self.rotation)
 
     def backward(self, grad_ready: Tensor) -> Tensor:
@@ -129,119 +123,180 @@ def rotate_(x: Tensor, rotation: Tensor) -> Tensor:
     return x
 
 
-class _Keys:
-    """What one block attends to: window tokens and a range of entries, or gathered entries."""
+def _bias(visible: Tensor) -> Tensor:
+    return torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, float("-inf"))
 
-    def __init__(self, block: _Block, kv_TK, entries_CK, selected_Tk, ranges) -> None:
-        self.block = block
-        rows = slice(block.start, block.stop)
-        keys = kv_TK[block.key_start : block.stop].float()
-        device = keys.device
-        index = torch.arange(block.key_start, block.stop, device=device)
-        token_T = index[block.start - block.key_start :, None]
-        hidden = (index < ranges.window_start_T[rows, None]) | (index > token_T)
-        self.window = len(index)
-        self.picked: Tensor | None = None
-        if block.gather:
-            picked_nk = selected_Tk[rows]
-            hidden = torch.cat([hidden, picked_nk < 0], dim=1)
-            self.picked = picked_nk.clamp(min=0).flatten()
-            gathered = entries_CK.index_select(0, self.picked).float()
-            self.gathered_nkK = gathered.view(*picked_nk.shape, -1)
-        elif block.entry_stop > block.entry_start:
-            seen = slice(block.entry_start, block.entry_stop)
-            keys = torch.cat([keys, entries_CK[seen].float()])
-            index = torch.arange(block.entry_start, block.entry_stop, device=device)
-            start, end = ranges.entry_start_T[rows, None], ranges.entry_end_T[rows, None]
-            hidden = torch.cat([hidden, (index < start) | (index >= end)], dim=1)
-        self.shared_cK = keys
-        self.hidden_nc = hidden
+
+# The keys of a chunk come in one or two parts with the same four methods: ``bias`` [n, c] is 0 or
+# -inf, ``dot`` takes x [n, H, K] to x·kᵀ [n, H, c], ``mix`` takes p [n, H, c] to p·k [n, H, K], and
+# ``accumulate`` adds Σ aᵀ·b over pairs of a [n, H, c] and b [n, H, K] to the keys' gradient.
+
+
+class _WindowKeys:
+    """The tokens of each band's window: overlapping slices of one array, never copied."""
+
+    def __init__(self, chunk: _Chunk, padded_kv: Tensor, window: int, start_T: Tensor) -> None:
+        # Row r of the padded array is token r - (W - 1).
+        self.chunk, self.bands = chunk, (chunk.stop - chunk.start) // chunk.band
+        self.width = window - 1 + chunk.band
+        self.keys = self._slices(padded_kv, 0, self.width)
+        first = torch.arange(chunk.start, chunk.stop, chunk.band, device=padded_kv.device)
+        token = first[:, None] + torch.arange(1 - window, chunk.band, device=first.device)
+        query = first[:, None] + torch.arange(chunk.band, device=first.device)
+        lowest = start_T[chunk.rows].view(self.bands, chunk.band, 1)
+        visible = (token[:, None] >= lowest) & (token[:, None] <= query[..., None])
+        self.bias = _bias(visible.flatten(0, 1))
+
+    def _slices(self, padded: Tensor, offset: int, width: int) -> Tensor:
+        dim, band = padded.shape[1], self.chunk.band
+        start = (self.chunk.start + offset) * dim
+        return padded.as_strided((self.bands, width, dim), (band * dim, dim, 1), start)
+
+    def _banded(self, x: Tensor) -> Tensor:
+        return x.view(self.bands, -1, x.shape[-1])
 
     def dot(self, x_nHK: Tensor) -> Tensor:
-        """x · kᵀ over everything the block attends to, [n, H, c]."""
-        n, heads, dim = x_nHK.shape
-        shared = self.shared_cK.shape[0]
-        result = x_nHK.new_empty(n, heads, self.hidden_nc.shape[1])
-        out = result.view(n * heads, -1)[:, :shared]
-        torch.mm(x_nHK.view(-1, dim), self.shared_cK.t(), out=out)
-        if self.picked is not None:
-            result[..., shared:] = torch.bmm(x_nHK, self.gathered_nkK.transpose(1, 2))
-        return result
+        out = torch.bmm(self._banded(x_nHK), self.keys.transpose(1, 2))
+        return out.view(*x_nHK.shape[:2], -1)
 
-    def logits(self, ready_nHK: Tensor) -> Tensor:
-        """Logits [n, H, c] with what a query may not see at -inf."""
-        return self.dot(ready_nHK).masked_fill_(self.hidden_nc[:, None], float("-inf"))
+    def mix(self, p_nHc: Tensor) -> Tensor:
+        return torch.bmm(self._banded(p_nHc), self.keys).view(*p_nHc.shape[:2], -1)
 
-    def weighted_sum(self, p_nHc: Tensor) -> Tensor:
-        """p · k, [n, H, K]."""
-        n, heads, _ = p_nHc.shape
-        shared = self.shared_cK.shape[0]
-        out = torch.mm(p_nHc.view(n * heads, -1)[:, :shared], self.shared_cK).view(n, heads, -1)
-        if self.picked is not None:
-            out.baddbmm_(p_nHc[..., shared:], self.gathered_nkK)
-        return out
+    def accumulate(self, padded_grad: Tensor, pairs: _Pairs) -> None:
+        (a, b), (c, d) = [(self._banded(x).transpose(1, 2), self._banded(y)) for x, y in pairs]
+        grad = torch.bmm(a, b).baddbmm_(c, d)
+        # Slices of one band's length do not overlap, so that each can be added at once.
+        for offset in range(0, self.width, self.chunk.band):
+            part = grad[:, offset : offset + self.chunk.band]
+            self._slices(padded_grad, offset, part.shape[1]).add_(part)
 
-    def accumulate(self, grad_kv_TK, grad_entries_CK, pairs) -> None:
-        """Add Σ aᵀ·b over ``pairs`` of a [n, H, c] and b [n, H, K] to the keys' gradients."""
-        shared = self.shared_cK.shape[0]
-        grad = torch.zeros_like(self.shared_cK)
+
+class _EntryRange:
+    """Every entry from the first that the chunk's first query sees to the last of its last."""
+
+    def __init__(self, chunk: _Chunk, entries: Tensor, ranges: AttentionRanges) -> None:
+        rows = chunk.rows
+        self.seen = slice(
+            int(ranges.host_entry_start_T[chunk.start]), int(ranges.host_entry_end_T[rows].max())
+        )
+        self.keys = entries[self.seen].float()
+        index = torch.arange(self.seen.start, self.seen.stop, device=entries.device)
+        start, end = ranges.entry_start_T[rows, None], ranges.entry_end_T[rows, None]
+        self.bias = _bias((index >= start) & (index < end))
+
+    def dot(self, x_nHK: Tensor) -> Tensor:
+        return torch.mm(x_nHK.flatten(0, 1), self.keys.t()).view(*x_nHK.shape[:2], -1)
+
+    def mix(self, p_nHc: Tensor) -> Tensor:
+        return torch.mm(p_nHc.flatten(0, 1), self.keys).view(*p_nHc.shape[:2], -1)
+
+    def accumulate(self, grad_entries: Tensor, pairs: _Pairs) -> None:
         for a_nHc, b_nHK in pairs:
-            grad.addmm_(a_nHc.flatten(0, 1)[:, :shared].t(), b_nHK.flatten(0, 1))
-        grad_kv_TK[self.block.key_start : self.block.stop] += grad[: self.window]
-        if self.picked is not None:
-            grad = torch.zeros_like(self.gathered_nkK)
-            for a_nHc, b_nHK in pairs:
-                grad.baddbmm_(a_nHc[..., shared:].transpose(1, 2), b_nHK)
-            grad_entries_CK.index_add_(0, self.picked, grad.flatten(0, 1))
-        elif shared > self.window:
-            seen = slice(self.block.entry_start, self.block.entry_stop)
-            grad_entries_CK[seen] += grad[self.window :]
+            grad_entries[self.seen].addmm_(a_nHc.flatten(0, 1).t(), b_nHK.flatten(0, 1))
+
+
+class _PickedEntries:
+    """Each query's own selection, gathered."""
+
+    def __init__(self, picked_nk: Tensor, entries: Tensor) -> None:
+        self.index = picked_nk.clamp(min=0).flatten()
+        self.keys = entries.index_select(0, self.index).float().view(*picked_nk.shape, -1)
+        self.bias = _bias(picked_nk >= 0)
+
+    def dot(self, x_nHK: Tensor) -> Tensor:
+        return torch.bmm(x_nHK, self.keys.transpose(1, 2))
+
+    def mix(self, p_nHc: Tensor) -> Tensor:
+        return torch.bmm(p_nHc, self.keys)
+
+    def accumulate(self, grad_entries: Tensor, pairs: _Pairs) -> None:
+        (a, b), (c, d) = pairs
+        grad = torch.bmm(a.transpose(1, 2), b).baddbmm_(c.transpose(1, 2), d)
+        grad_entries.index_add_(0, self.index, grad.flatten(0, 1))
+
+
+_Keys = _WindowKeys | _EntryRange | _PickedEntries
+_Pairs = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _keys_of(
+    chunk: _Chunk,
+    padded_kv: Tensor,
+    entries: Tensor | None,
+    selected: Tensor | None,
+    ranges: AttentionRanges,
+    window: int,
+) -> list[_Keys]:
+    parts: list[_Keys] = [_WindowKeys(chunk, padded_kv, window, ranges.window_start_T)]
+    if entries is None:
+        return parts
+    visible = ranges.host_entry_end_T[chunk.rows] - ranges.host_entry_start_T[chunk.rows]
+    most = int(visible.max())
+    if selected is not None and most > selected.shape[1]:
+        parts.append(_PickedEntries(selected[chunk.rows], entries))
+    elif most > 0:
+        parts.append(_EntryRange(chunk, entries, ranges))
+    return parts
+
+
+def _logits(part: _Keys, ready_nHK: Tensor) -> Tensor:
+    """Base-2 logits, -inf where a query may not look."""
+    return part.dot(ready_nHK * _LOG2E).add_(part.bias[:, None])
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, kv, entries, sink, rotation, ranges, selected, eps) -> Tensor:
-        heads = q.shape[1]
-        topk = None if selected is None else selected.shape[1]
-        ctx.blocks = _blocks(ranges, heads, topk, entries is not None)
+    def forward(
+        ctx: Any, q, kv, entries, sink, rotation, ranges, selected, window, eps
+    ) -> Tensor:
+        ctx.chunks = _chunks(q.shape[0], q.shape[1], window)
+        padded_kv = F.pad(kv.float(), (0, 0, window - 1, 0))
         out_THK = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse_TH = q.new_empty(q.shape[:2], dtype=torch.float32)
-        sink_H = sink.float()
-        for block in ctx.blocks:
-            rows = slice(block.start, block.stop)
-            queries = _Queries(q[rows], rotation[rows], eps)
-            keys = _Keys(block, kv, entries, selected, ranges)
-            p_nHc = keys.logits(queries.ready)
-            top_nH = torch.maximum(p_nHc.amax(-1), sink_H)
-            p_nHc.sub_(top_nH[..., None]).exp_()
-            total_nH = p_nHc.sum(-1) + torch.exp(sink_H - top_nH)
-            out = keys.weighted_sum(p_nHc).div_(total_nH[..., None])
-            out_THK[rows] = rotate_(out, queries.rotation.conj())
-            lse_TH[rows] = top_nH + total_nH.log()
-        ctx.ranges, ctx.eps = ranges, eps
+        sink_H = sink.float() * _LOG2E
+        for chunk in ctx.chunks:
+            queries = _Queries(q[chunk.rows], rotation[chunk.rows], eps)
+            parts = _keys_of(chunk, padded_kv, entries, selected, ranges, window)
+            logits = [_logits(part, queries.ready) for part in parts]
+            top_nH = sink_H
+            for x_nHc in logits:
+                top_nH = torch.maximum(top_nH, x_nHc.amax(-1))
+            total_nH = torch.exp2(sink_H - top_nH)
+            out = torch.zeros_like(queries.ready)
+            for part, x_nHc in zip(parts, logits, strict=True):
+                p_nHc = x_nHc.sub_(top_nH[..., None]).exp2_()
+                total_nH += p_nHc.sum(-1)
+                out += part.mix(p_nHc)
+            out_THK[chunk.rows] = rotate_(out.div_(total_nH[..., None]), queries.rotation.conj())
+            lse_TH[chunk.rows] = top_nH + total_nH.log2()
+        ctx.ranges, ctx.window, ctx.eps = ranges, window, eps
         ctx.save_for_backward(q, kv, entries, sink, rotation, selected, out_THK, lse_TH)
         return out_THK
 
     @staticmethod
     def backward(ctx: Any, grad_out_THK: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, entries, sink, rotation, selected, out_THK, lse_TH = ctx.saved_tensors
+        padded_kv = F.pad(kv.float(), (0, 0, ctx.window - 1, 0))
         grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-        grad_kv = torch.zeros_like(kv, dtype=torch.float32)
+        grad_kv = torch.zeros_like(padded_kv)
         grad_entries = None if entries is None else torch.zeros_like(entries, dtype=torch.float32)
-        grad_sink = torch.zeros_like(sink, dtype=torch.float32)
-        for block in ctx.blocks:
-            rows = slice(block.start, block.stop)
+        along_TH = torch.linalg.vecdot(grad_out_THK.float(), out_THK.float())
+        for chunk in ctx.chunks:
+            rows = chunk.rows
             queries = _Queries(q[rows], rotation[rows], ctx.eps)
-            keys = _Keys(block, kv, entries, selected, ctx.ranges)
-            grad_nHK = grad_out_THK[rows].to(torch.float32, copy=True)
-            # Rotating both back leaves their product as it was, so take it before rotating.
-            along_nH = torch.linalg.vecdot(grad_nHK, out_THK[rows].float())
-            grad_nHK = rotate_(grad_nHK.contiguous(), queries.rotation)
-            p_nHc = keys.logits(queries.ready).sub_(lse_TH[rows, :, None]).exp_()
-            ds_nHc = keys.dot(grad_nHK).sub_(along_nH[..., None]).mul_(p_nHc)
-            grad_sink -= (torch.exp(sink.float() - lse_TH[rows]) * along_nH).sum(0)
-            keys.accumulate(grad_kv, grad_entries, [(ds_nHc, queries.ready), (p_nHc, grad_nHK)])
-            grad_q[rows] = queries.backward(keys.weighted_sum(ds_nHc))
+            grad_nHK = grad_out_THK[rows].to(torch.float32, copy=True).contiguous()
+            rotate_(grad_nHK, queries.rotation)
+            grad_ready = torch.zeros_like(queries.ready)
+            for part in _keys_of(chunk, padded_kv, entries, selected, ctx.ranges, ctx.window):
+                p_nHc = _logits(part, queries.ready).sub_(lse_TH[rows, :, None]).exp2_()
+                ds_nHc = part.dot(grad_nHK).sub_(along_TH[rows, :, None]).mul_(p_nHc)
+                target = grad_kv if isinstance(part, _WindowKeys) else grad_entries
+                part.accumulate(target, ((ds_nHc, queries.ready), (p_nHc, grad_nHK)))
+                grad_ready += part.mix(ds_nHc)
+            grad_q[rows] = queries.backward(grad_ready)
+        sink_share_TH = torch.exp2(sink.float() * _LOG2E - lse_TH)
+        grad_sink = -(sink_share_TH * along_TH).sum(0).to(sink.dtype)
+        grad_kv = grad_kv[ctx.window - 1 :].to(kv.dtype)
         if grad_entries is not None:
             grad_entries = grad_entries.to(entries.dtype)
-        return grad_q, grad_kv.to(kv.dtype), grad_entries, grad_sink.to(sink.dtype), *[None] * 4
+        return grad_q, grad_kv, grad_entries, grad_sink, *[None] * 5

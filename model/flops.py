@@ -1,0 +1,67 @@
+"""Floating-point operations of the model's matrix products, counted from its sizes.
+
+A multiplication and an addition are two operations. Attention and experts run once per token, not
+once per residual stream; a query is charged for the tokens and entries that it sees, so packed
+rows cost what their samples cost. Recomputation is not charged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from model.config import LayerType, ModelConfig
+
+
+def training_flops(config: ModelConfig, sample_lengths: Iterable[int], mtp: bool = True) -> float:
+    """Forward and backward over samples of these lengths.
+
+    Backward costs twice the forward, except in the indexer, which the language-model loss does
+    not train.
+    """
+    total = 0.0
+    for length in sample_lengths:
+        position = np.arange(int(length))
+        layers = [*config.layer_types]
+        heads = 1
+        if mtp and config.num_nextn_predict_layers:
+            layers.append("window")
+            heads = 2
+            total += 3 * len(position) * 2 * config.hidden_size**2 * (1 + config.hc_mult)
+        for kind in layers:
+            total += 3 * _layer_flops(config, kind, position) + _indexer_flops(
+                config, kind, position
+            )
+        total += 3 * heads * len(position) * 2 * config.hidden_size * config.vocab_size
+    return total
+
+
+def _layer_flops(config: ModelConfig, kind: LayerType, position: np.ndarray) -> float:
+    dim, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+    ratio = config.compress_ratio(kind)
+    attention = dim * config.q_lora_rank + config.q_lora_rank * inner + dim * config.head_dim
+    attention += inner * config.o_lora_rank + config.o_groups * config.o_lora_rank * dim
+    if ratio:
+        attention += 2 * dim * config.head_dim * (2 if kind == "csa" else 1)
+    experts = dim * config.n_routed_experts
+    experts += 3 * dim * config.moe_intermediate_size * (
+        config.num_experts_per_tok + config.n_shared_experts
+    )
+    streams = config.hc_mult
+    mixing = 2 * dim * ((2 + streams) * streams * streams + streams + streams + streams**2)
+    seen = np.minimum(position + 1, config.sliding_window)
+    if ratio:
+        entries = (position + 1) // ratio
+        seen = seen + (np.minimum(entries, config.index_topk) if kind == "csa" else entries)
+    return 2.0 * (len(position) * (attention + experts + mixing) + 2 * inner * float(seen.sum()))
+
+
+def _indexer_flops(config: ModelConfig, kind: LayerType, position: np.ndarray) -> float:
+    if kind != "csa":
+        return 0.0
+    width = config.index_n_heads * config.index_head_dim
+    projections = config.q_lora_rank * width + config.hidden_size * config.index_n_heads
+    projections += 4 * config.hidden_size * config.index_head_dim
+    scored = float(((position + 1) // config.csa_compress_ratio).sum())
+    return 2.0 * (len(position) * projections + (width + config.index_n_heads) * scored)
