@@ -92,26 +92,28 @@ class Optimizer:
         self.step_count += 1
 
     def _adamw_step(self, learning_rate: float, gradients: Mapping[str, Tensor]) -> None:
-        names = [entry.name for entry in self._adamw if entry.name in gradients]
-        if not names:
-            return
         settings = self.config.adamw
-        adamw(
-            [self._masters[name] for name in names],
-            [gradients[name].float() for name in names],
-            [self._exp_avg[name] for name in names],
-            [self._exp_avg_sq[name] for name in names],
-            [],
-            [self._steps[name] for name in names],
-            foreach=True,
-            amsgrad=False,
-            beta1=settings.betas[0],
-            beta2=settings.betas[1],
-            lr=learning_rate,
-            weight_decay=settings.weight_decay,
-            eps=settings.eps,
-            maximize=False,
-        )
+        groups: dict[float, list[str]] = {}
+        for entry in self._adamw:
+            if entry.name in gradients:
+                groups.setdefault(entry.weight_decay, []).append(entry.name)
+        for weight_decay, names in groups.items():
+            adamw(
+                [self._masters[name] for name in names],
+                [gradients[name].float() for name in names],
+                [self._exp_avg[name] for name in names],
+                [self._exp_avg_sq[name] for name in names],
+                [],
+                [self._steps[name] for name in names],
+                foreach=True,
+                amsgrad=False,
+                beta1=settings.betas[0],
+                beta2=settings.betas[1],
+                lr=learning_rate,
+                weight_decay=weight_decay,
+                eps=settings.eps,
+                maximize=False,
+            )
 
     def _muon_step(self, learning_rate: float, gradients: Mapping[str, Tensor]) -> None:
         mu = self.config.muon.momentum

@@ -1,5 +1,7 @@
 """The step against few-line references, and the state."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -145,6 +147,18 @@ def test_zero_gradients_only_decay() -> None:
     optimizer(parameters).step(RATE)
     for name, parameter in parameters.items():
         torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.1 * RATE))
+
+
+def test_the_decay_is_the_tables() -> None:
+    parameters = model(names=["norm.weight", "hc_head_fn"])
+    table = build_table({n: tuple(p.shape) for n, p in parameters.items()}, SIZES, OptimConfig())
+    table = [replace(entry, weight_decay=0.5) for entry in table]
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    Optimizer(parameters, table, OptimConfig()).step(RATE)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.5 * RATE))
 
 
 def test_a_missing_gradient_leaves_everything_alone() -> None:
