@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from data.config import DataConfig
+from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import train_model, train_tokenizer
@@ -92,8 +92,13 @@ def test_sentencepiece_agrees_on_real_text(tokenizer: Tokenizer, documents: list
     assert processor.piece_to_id("<think>") == tokenizer.special["<think>"]
 
 
-def test_digits_stand_alone(tokenizer: Tokenizer) -> None:
-    assert len(tokenizer.encode("2024")) == 4
+def test_digits_stand_alone(tmp_path: Path) -> None:
+    """However often a number occurs, and whatever stands before it."""
+    model = train_model(["in 2024 or x2024\n"] * 500, TokenizerConfig(path="", vocab_size=384))
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    tokenizer = Tokenizer(tmp_path)
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("2024")] == list("2024")
+    assert len(tokenizer.encode(" 2024")) == 5
 
 
 def test_training_is_deterministic(config: DataConfig, documents: list[str]) -> None:
