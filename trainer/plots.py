@@ -3,11 +3,12 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import FuncFormatter
 
 MOST_POINTS = 1200  # more cannot be told apart on a screen
 _INK = "#010203"  # stands for the page's own text colour, see `_to_svg`
@@ -39,8 +40,8 @@ class Curve:
     key: str
     label: str
     color: str
-    dots: bool = False
-    """Sparse values, each shown as a dot."""
+    style: Literal["noisy", "exact", "dots"] = "noisy"
+    """A smoothed line over the faint values, the values themselves, or sparse values as dots."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,6 @@ class Chart:
     unit: str
     curves: tuple[Curve, ...]
     wide: bool = False
-    log: bool = False
 
 
 CHARTS = (
@@ -60,14 +60,14 @@ CHARTS = (
         "nats per token",
         (
             Curve("lm_loss", "training", "#3b82c4"),
-            Curve("heldout_loss", "held out", "#e07b39", dots=True),
+            Curve("heldout_loss", "held out", "#e07b39", style="dots"),
         ),
         wide=True,
     ),
     Chart("Multi-token prediction loss", "nats per token", (Curve("mtp_loss", "", "#3b82c4"),)),
     Chart("Balance loss", "weighted, all layers", (Curve("balance_loss", "", "#3b82c4"),)),
-    Chart("Learning rate", "per step", (Curve("learning_rate", "", "#7a5bb5"),)),
-    Chart("Gradient norm", "before clipping", (Curve("grad_norm", "", "#7a5bb5"),), log=True),
+    Chart("Learning rate", "per step", (Curve("learning_rate", "", "#7a5bb5", style="exact"),)),
+    Chart("Gradient norm", "before clipping", (Curve("grad_norm", "", "#7a5bb5"),)),
     Chart("Speed", "tokens per second", (Curve("tokens_per_second", "", "#2f9e76"),)),
     Chart(
         "Expert load",
@@ -92,13 +92,13 @@ def points(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list
     return steps, values
 
 
-def smooth(values: Sequence[float], weight: float) -> list[float]:
-    """Exponential mean of the values so far, without a bias towards the first."""
-    means, mean, total = [], 0.0, 0.0
-    for value in values:
-        mean = weight * mean + (1 - weight) * value
-        total = weight * total + (1 - weight)
-        means.append(mean / total)
+def smooth(values: Sequence[float], reach: int) -> list[float]:
+    """Mean over each value and up to `reach` neighbours on both sides: no lag behind the data."""
+    totals = list(accumulate(values, initial=0.0))
+    means = []
+    for i in range(len(values)):
+        near = min(reach, i, len(values) - 1 - i)
+        means.append((totals[i + near + 1] - totals[i - near]) / (2 * near + 1))
     return means
 
 
@@ -109,18 +109,14 @@ def draw(chart: Chart, records: Sequence[dict[str, Any]]) -> str:
         axes = figure.subplots()
         for curve in chart.curves:
             steps, values = points(records, curve.key)
-            if curve.dots:
+            if curve.style == "dots":
                 axes.plot(steps, values, "o-", color=curve.color, ms=4.5, lw=1.2, label=curve.label)
-            elif len(values) > 40:
-                axes.plot(steps, values, color=curve.color, lw=0.7, alpha=0.3)
-                means = smooth(values, 0.9)
-                axes.plot(steps, means, color=curve.color, lw=1.7, label=curve.label)
-            else:
-                axes.plot(steps, values, color=curve.color, lw=1.7, label=curve.label)
-        if chart.log:
-            axes.set_yscale("log")
-        elif chart.curves[0].key in ("learning_rate", "tokens_per_second", "balance_loss"):
-            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+                continue
+            if curve.style == "noisy" and len(values) > 40:
+                axes.plot(steps, values, color=curve.color, lw=0.7, alpha=0.4)
+                values = smooth(values, len(values) // 60 + 1)
+            axes.plot(steps, values, color=curve.color, lw=1.7, label=curve.label)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
         axes.set_xlabel("step")
         axes.set_ylabel(chart.unit)
         if any(curve.label for curve in chart.curves):

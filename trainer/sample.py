@@ -14,7 +14,9 @@ def sample(folder: Path, prompt: str, new_tokens: int = 48) -> dict[str, Any]:
     Raises ExportError when transformers finds weights missing or unexpected.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -25,7 +25,7 @@ class WandbLog:
 
         mode = settings.mode
         if mode == "auto":
-            mode = "online" if wandb.api.api_key else "offline"
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         folder = config.run_dir / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
