@@ -1,0 +1,31 @@
+"""The tiny run that the trainer's tests share."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import spawn
+from tests.trainer.tiny import Job, make_tiny, train_jobs
+
+COMPARED = ["steps=8", "data.batch_rows=6", "evaluation.rows=null"]
+TWO_RANKS: list[Job] = [
+    ("straight", ["steps=20"], 0),
+    ("halves", ["steps=20"], 10),
+    ("halves", ["steps=20"], 0),
+    ("compared", COMPARED, 0),
+    ("moved", ["steps=3"], 0),
+]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Config file of a run whose tokenizer and shards are ready."""
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the runs of TWO_RANKS, each trained on two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    spawn(train_jobs, 2, tiny, folder, TWO_RANKS)
+    return folder
