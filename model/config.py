@@ -297,8 +297,9 @@ def _layer_types_from_hf(config: dict[str, Any]) -> dict[str, Any]:
         try:
             types = [_HF_LAYER_TYPES[name] for name in config["layer_types"]]
         except KeyError as error:
+            known = ", ".join(_HF_LAYER_TYPES)
             raise ModelConfigError(
-                f"config.json has the layer type {error.args[0]!r}; V4 has {', '.join(_HF_LAYER_TYPES)}"
+                f"config.json has the layer type {error.args[0]!r}; V4 has {known}"
             ) from None
     elif config.get("compress_ratios") is not None:
         # The official list goes on with the ratio of the MTP block, which is always window-only.

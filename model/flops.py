@@ -45,8 +45,11 @@ def _layer_flops(config: ModelConfig, kind: LayerType, position: np.ndarray) -> 
     if ratio:
         attention += 2 * dim * config.head_dim * (2 if kind == "csa" else 1)
     experts = dim * config.n_routed_experts
-    experts += 3 * dim * config.moe_intermediate_size * (
-        config.num_experts_per_tok + config.n_shared_experts
+    experts += (
+        3
+        * dim
+        * config.moe_intermediate_size
+        * (config.num_experts_per_tok + config.n_shared_experts)
     )
     streams = config.hc_mult
     mixing = 2 * dim * ((2 + streams) * streams * streams + streams + streams + streams**2)

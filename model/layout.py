@@ -114,7 +114,14 @@ class SampleLayout:
         return cls.from_lengths([[length]] * rows, device=tokens_BS.device)
 
     @classmethod
-    def _build(cls, rows, row_length, sample_lengths, padded, device) -> SampleLayout:
+    def _build(
+        cls,
+        rows: int,
+        row_length: int,
+        sample_lengths: np.ndarray,
+        padded: np.ndarray,
+        device: torch.device | str | None,
+    ) -> SampleLayout:
         starts = np.cumsum(sample_lengths) - sample_lengths
         sample_T = np.repeat(np.arange(len(sample_lengths)), sample_lengths)
         start_T = starts[sample_T]

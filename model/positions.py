@@ -24,7 +24,7 @@ class Positions:
         start = np.maximum(
             layout.host_start_T, np.arange(layout.num_tokens) - config.sliding_window + 1
         )
-        window = (torch.from_numpy(start).to(device), start)
+        start_T = torch.from_numpy(start).to(device)
         plain = layer_frequencies(config, compressed=False, device=device)
         scaled = layer_frequencies(config, compressed=True, device=device)
         self._rotation: dict[bool, Tensor] = {False: rotation(layout.position_T, plain)}
@@ -34,11 +34,17 @@ class Positions:
         self._entry_rotation: dict[LayerType, Tensor] = {}
         for kind, ratio in self._ratio.items():
             if ratio == 0:
-                self._ranges[kind] = AttentionRanges(*window)
+                self._ranges[kind] = AttentionRanges(start_T, start)
                 continue
             entries = layout.entries(ratio)
-            visible = (entries.start_T, entries.end_T, entries.host_start_T, entries.host_end_T)
-            self._ranges[kind] = AttentionRanges(*window, *visible)
+            self._ranges[kind] = AttentionRanges(
+                start_T,
+                start,
+                entries.start_T,
+                entries.end_T,
+                entries.host_start_T,
+                entries.host_end_T,
+            )
             self._entry_rotation[kind] = rotation(entries.position_C, scaled)
 
     def rotation(self, kind: LayerType) -> Tensor:

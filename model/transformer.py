@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from model.moe import MoEStats
 from model.mtp import MTPBlock
 from model.norm import RMSNorm
 from model.positions import Positions
+from model.router import Router
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class V4Model(nn.Module):
         targets_T = targets.flatten()
         lm_loss = self._cross_entropy(hidden_TD, targets_T, counts.lm)
         mtp_loss = torch.zeros_like(lm_loss)
-        for block in self.mtp:
+        for block in cast(Sequence[MTPBlock], self.mtp):
             next_T = next_in_sample(layout, tokens_T, tokens_T)
             hidden_TD, seen = block.predict(
                 streams_TND, self.embed(next_T), next_T, positions, counts.routed
@@ -145,9 +147,10 @@ class V4Model(nn.Module):
             expert_load=torch.stack([seen.load_E for seen in stats]),
         )
 
-    def routers(self) -> list[nn.Module]:
+    def routers(self) -> list[Router]:
         """Every layer's router, then the MTP block's: the rows of ``expert_load``."""
-        return [block.ffn.gate for block in (*self.layers, *self.mtp)]
+        blocks = cast(Sequence[Block], [*self.layers, *self.mtp])
+        return [block.ffn.gate for block in blocks]
 
     @torch.no_grad()
     def update_router_bias(self, load: Tensor, speed: float = 0.001) -> None:

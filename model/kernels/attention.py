@@ -175,6 +175,8 @@ class _EntryRange:
     """Every entry from the first that the chunk's first query sees to the last of its last."""
 
     def __init__(self, chunk: _Chunk, entries: Tensor, ranges: AttentionRanges) -> None:
+        assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
+        assert ranges.host_entry_start_T is not None and ranges.host_entry_end_T is not None
         rows = chunk.rows
         self.seen = slice(
             int(ranges.host_entry_start_T[chunk.start]), int(ranges.host_entry_end_T[rows].max())
@@ -230,6 +232,7 @@ def _keys_of(
     parts: list[_Keys] = [_WindowKeys(chunk, padded_kv, window, ranges.window_start_T)]
     if entries is None:
         return parts
+    assert ranges.host_entry_start_T is not None and ranges.host_entry_end_T is not None
     visible = ranges.host_entry_end_T[chunk.rows] - ranges.host_entry_start_T[chunk.rows]
     most = int(visible.max())
     if selected is not None and most > selected.shape[1]:
@@ -247,7 +250,16 @@ def _logits(part: _Keys, ready_nHK: Tensor) -> Tensor:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q, kv, entries, sink, rotation, ranges, selected, window, eps
+        ctx: Any,
+        q: Tensor,
+        kv: Tensor,
+        entries: Tensor | None,
+        sink: Tensor,
+        rotation: Tensor,
+        ranges: AttentionRanges,
+        selected: Tensor | None,
+        window: int,
+        eps: float,
     ) -> Tensor:
         ctx.chunks = _chunks(q.shape[0], q.shape[1], window)
         padded_kv = F.pad(kv.float(), (0, 0, window - 1, 0))
@@ -291,6 +303,7 @@ class _Attention(torch.autograd.Function):
                 p_nHc = _logits(part, queries.ready).sub_(lse_TH[rows, :, None]).exp2_()
                 ds_nHc = part.dot(grad_nHK).sub_(along_TH[rows, :, None]).mul_(p_nHc)
                 target = grad_kv if isinstance(part, _WindowKeys) else grad_entries
+                assert target is not None
                 part.accumulate(target, ((ds_nHc, queries.ready), (p_nHc, grad_nHK)))
                 grad_ready += part.mix(ds_nHc)
             grad_q[rows] = queries.backward(grad_ready)

@@ -32,7 +32,15 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, weight, target, denominator, ignore, needs_grad) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        denominator: float,
+        ignore: int,
+        needs_grad: bool,
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
@@ -46,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             picked = logits_nV.gather(1, index)[:, 0]
             lse = torch.logsumexp(logits_nV, dim=-1)
             total += ((lse - picked) * valid).sum()
-            if needs_grad:
+            if grad_hidden is not None and grad_weight is not None:
                 grad = logits_nV.sub_(lse[:, None]).exp_()
                 grad.scatter_add_(1, index, grad.new_full(index.shape, -1.0))
                 grad.mul_((valid / denominator)[:, None])
@@ -58,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / denominator
 
     @staticmethod
-    def backward(ctx: Any, grad_total) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
         return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight, *[None] * 4

@@ -81,7 +81,7 @@ class _Sinkhorn(torch.autograd.Function):
     # Tokens come last inside, so that each of the many small steps runs over contiguous memory.
 
     @staticmethod
-    def forward(ctx: Any, logits_TNN, eps, iterations) -> Tensor:
+    def forward(ctx: Any, logits_TNN: Tensor, eps: float, iterations: int) -> Tensor:
         ctx.eps, ctx.iterations = eps, iterations
         ctx.save_for_backward(logits_TNN)
         x = logits_TNN.permute(1, 2, 0).contiguous()
@@ -91,7 +91,7 @@ class _Sinkhorn(torch.autograd.Function):
         return x.permute(2, 0, 1).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, grad_TNN) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_TNN: Tensor) -> tuple[Tensor | None, ...]:
         (logits_TNN,) = ctx.saved_tensors
         soft = torch.softmax(logits_TNN.permute(1, 2, 0).contiguous(), dim=1)
         x = soft + ctx.eps
@@ -116,7 +116,16 @@ class _ReadStreams(torch.autograd.Function):
     """Norm, projection, coefficients and weighted read; ``iterations`` None reads only (head)."""
 
     @staticmethod
-    def forward(ctx: Any, streams, fn, base, scale, norm_eps, hc_eps, iterations) -> Any:
+    def forward(
+        ctx: Any,
+        streams: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        norm_eps: float,
+        hc_eps: float,
+        iterations: int | None,
+    ) -> Any:
         flat_TX = streams.flatten(1).float()
         square = torch.linalg.vector_norm(flat_TX, dim=1, keepdim=True).square_()
         rstd = square.div_(flat_TX.shape[1]).add_(norm_eps).rsqrt_()
@@ -128,20 +137,25 @@ class _ReadStreams(torch.autograd.Function):
         return (read.to(streams.dtype), *outputs[1:]) if iterations else read.to(streams.dtype)
 
     @staticmethod
-    def weights(w, base, scale, hc_eps, iterations) -> tuple[Tensor, ...]:
+    def weights(
+        w: Tensor, base: Tensor, scale: Tensor, hc_eps: float, iterations: int | None
+    ) -> tuple[Tensor, ...]:
         if iterations is None:
             return (torch.sigmoid(w * scale + base) + hc_eps,)
         return coefficients(w, base, scale, hc_eps, iterations)
 
     @staticmethod
-    def backward(ctx: Any, grad_read, *grad_outputs) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_read: Tensor, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         streams, fn, base, scale, w, rstd = ctx.saved_tensors
         wide = streams.float()
         grad_read = grad_read.float()
         grad_pre = torch.bmm(wide, grad_read[..., None])[..., 0]
         with torch.enable_grad():
             leaves = [x.detach().float().requires_grad_() for x in (w, base, scale)]
-            outputs = _ReadStreams.weights(*leaves, ctx.hc_eps, ctx.iterations)
+            w_leaf, base_leaf, scale_leaf = leaves
+            outputs = _ReadStreams.weights(
+                w_leaf, base_leaf, scale_leaf, ctx.hc_eps, ctx.iterations
+            )
             grads = torch.autograd.grad(outputs, leaves, (grad_pre, *grad_outputs))
         grad_w, grad_base, grad_scale = grads
         flat_TX = wide.flatten(1)
@@ -158,13 +172,13 @@ class _ReadStreams(torch.autograd.Function):
 
 class _WriteStreams(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, streams, y, post, comb) -> Tensor:
+    def forward(ctx: Any, streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         ctx.save_for_backward(streams, y, post, comb)
         out = torch.bmm(comb.transpose(1, 2), streams.float())
         return out.addcmul_(post[..., None], y.float()[:, None]).to(streams.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_out) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
         streams, y, post, comb = ctx.saved_tensors
         grad_out = grad_out.float()
         grad_streams = torch.bmm(comb, grad_out).to(streams.dtype)

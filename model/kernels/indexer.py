@@ -28,6 +28,7 @@ def select_topk(
         int32 [T, k]: entry indices, -1 where a query sees fewer than k.
     """
     assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
+    assert ranges.host_entry_start_T is not None and ranges.host_entry_end_T is not None
     start_T, end_T = ranges.entry_start_T, ranges.entry_end_T
     all_Tk = start_T[:, None] + torch.arange(k, device=start_T.device)
     selected_Tk = torch.where(all_Tk < end_T[:, None], all_Tk, -1).to(torch.int32)

@@ -29,7 +29,7 @@ def _sigmoid(x: Tensor) -> Tensor:
 
 class _ClampedSwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate, up, limit, weight) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, limit: float, weight: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         ctx.limit = limit
         clamped = gate.float().clamp(max=limit)
@@ -40,7 +40,7 @@ class _ClampedSwiGLU(torch.autograd.Function):
         return out.to(gate.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_out) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight = ctx.saved_tensors
         limit = ctx.limit
         grad_out = grad_out.float()
