@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from model import ModelConfig, V4Model
+
+if TYPE_CHECKING:
+    from transformers import DeepseekV4ForCausalLM
 
 YARN = {"factor": 16, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
 
@@ -72,6 +74,8 @@ def random_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.
 
 def transformers_twin(model: V4Model) -> DeepseekV4ForCausalLM:
     """The transformers model with the same weights; fails if a name is missing or unexpected."""
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM  # takes seconds
+
     config = DeepseekV4Config(**model.config.to_hf())
     config._attn_implementation = "eager"
     twin = DeepseekV4ForCausalLM(config).float()
