@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 _CHUNK_LOGITS = 1 << 21
 """Logits held at once."""
+
+_LOG2E = math.log2(math.e)
 
 
 def linear_cross_entropy(
@@ -50,20 +53,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], step):
             rows = slice(start, start + step)
             valid, index = valid_T[rows], target_T[rows, None]
-            logits_nV = torch.mm(hidden[rows], weight.t()).float()
-            picked = logits_nV.gather(1, index)[:, 0]
-            lse = torch.logsumexp(logits_nV, dim=-1)
-            total += ((lse - picked) * valid).sum()
-            if grad_hidden is not None and grad_weight is not None:
-                grad = logits_nV.sub_(lse[:, None]).exp_()
-                grad.scatter_add_(1, index, grad.new_full(index.shape, -1.0))
-                grad.mul_((valid / denominator)[:, None])
+            # Logits in base 2, less their maximum: exp2 is cheaper than exp.
+            logits_nV = torch.mm(hidden[rows], weight.t()).float().mul_(_LOG2E)
+            logits_nV.sub_(logits_nV.amax(-1, keepdim=True))
+            picked = logits_nV.gather(1, index)
+            powers_nV = logits_nV.exp2_()
+            sum_n1 = powers_nV.sum(-1, keepdim=True)
+            total += ((sum_n1.log2() - picked)[:, 0] * valid).sum()
+            if needs_grad:
+                share_n1 = valid[:, None] / denominator
+                grad = powers_nV.mul_(share_n1 / sum_n1)
+                grad.scatter_add_(1, index, -share_n1)
                 grad = grad.to(hidden.dtype)
                 torch.mm(grad, weight, out=grad_hidden[rows])
                 grad_weight += torch.mm(grad.t(), hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
-        return total / denominator
+        return total / (_LOG2E * denominator)
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
