@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK_ROWS = 1024
+_CHUNK_ROWS = 2048
 """Query-head pairs handled at once: the logits of one chunk then stay in a core's cache."""
 
 _LOG2E = math.log2(math.e)

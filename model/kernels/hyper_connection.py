@@ -82,26 +82,24 @@ class _Sinkhorn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_TNN: Tensor, eps: float, iterations: int) -> Tensor:
-        ctx.eps, ctx.iterations = eps, iterations
-        ctx.save_for_backward(logits_TNN)
-        x = logits_TNN.permute(1, 2, 0).contiguous()
-        x = torch.softmax(x, dim=1).add_(eps)
+        soft = torch.softmax(logits_TNN.permute(1, 2, 0).contiguous(), dim=1)
+        x = soft + eps
+        steps = []
         for dim in _normalised_dims(iterations):
-            x.div_(x.sum(dim, keepdim=True).add_(eps))
+            divisor = x.sum(dim, keepdim=True).add_(eps)
+            x = x / divisor
+            if ctx.needs_input_grad[0]:
+                steps += [x, divisor]
+        ctx.iterations = iterations
+        ctx.save_for_backward(soft, *steps)
         return x.permute(2, 0, 1).contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad_TNN: Tensor) -> tuple[Tensor | None, ...]:
-        (logits_TNN,) = ctx.saved_tensors
-        soft = torch.softmax(logits_TNN.permute(1, 2, 0).contiguous(), dim=1)
-        x = soft + ctx.eps
-        steps = []
-        for dim in _normalised_dims(ctx.iterations):
-            divisor = x.sum(dim, keepdim=True).add_(ctx.eps)
-            x = x / divisor
-            steps.append((dim, x, divisor))
+        soft, *steps = ctx.saved_tensors
         grad = grad_TNN.permute(1, 2, 0).contiguous()
-        for dim, y, divisor in reversed(steps):
+        dims = _normalised_dims(ctx.iterations)
+        for dim, y, divisor in reversed(list(zip(dims, steps[::2], steps[1::2], strict=True))):
             # y = x / (Σx + eps), so dx = (dy - Σ dy·y) / (Σx + eps)
             grad = grad.sub((grad * y).sum(dim, keepdim=True)).div_(divisor)
         grad = (grad - (grad * soft).sum(1, keepdim=True)).mul_(soft)
@@ -149,7 +147,7 @@ class _ReadStreams(torch.autograd.Function):
         streams, fn, base, scale, w, rstd = ctx.saved_tensors
         wide = streams.float()
         grad_read = grad_read.float()
-        grad_pre = torch.bmm(wide, grad_read[..., None])[..., 0]
+        grad_pre = torch.linalg.vecdot(wide, grad_read[:, None])
         with torch.enable_grad():
             leaves = [x.detach().float().requires_grad_() for x in (w, base, scale)]
             w_leaf, base_leaf, scale_leaf = leaves
@@ -183,6 +181,6 @@ class _WriteStreams(torch.autograd.Function):
         grad_out = grad_out.float()
         grad_streams = torch.bmm(comb, grad_out).to(streams.dtype)
         grad_comb = torch.bmm(streams.float(), grad_out.transpose(1, 2))
-        grad_post = torch.bmm(grad_out, y.float()[..., None])[..., 0]
+        grad_post = torch.linalg.vecdot(grad_out, y.float()[:, None])
         grad_y = torch.bmm(post[:, None], grad_out)[:, 0].to(y.dtype)
         return grad_streams, grad_y, grad_post, grad_comb
