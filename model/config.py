@@ -14,6 +14,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationError,
     model_validator,
 )
 
@@ -236,7 +237,10 @@ class ModelConfig(BaseModel):
             fields["eos_token_id"] = fields["eos_token_id"][0]
         fields |= _layer_types_from_hf(config) | _rope_from_hf(config)
         fields["num_hash_layers"] = _hash_layers_from_hf(config)
-        return cls(**(fields | training))
+        try:
+            return cls(**(fields | training))
+        except ValidationError as error:
+            raise ModelConfigError(f"config.json: {_first_problem(error)}") from None
 
     def to_hf(self) -> dict[str, Any]:
         """The ``config.json`` that ``transformers`` reads (its own field names)."""
@@ -273,8 +277,17 @@ class ModelConfig(BaseModel):
         }
 
 
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    if isinstance(reason := problem.get("ctx", {}).get("error"), ModelConfigError):
+        return str(reason)
+    name = ".".join(str(part) for part in problem["loc"])
+    return f"{name} = {problem['input']!r}: {problem['msg']}"
+
+
 def _refuse_other_architectures(config: dict[str, Any]) -> None:
     fixed = {
+        "model_type": "deepseek_v4",
         "scoring_func": "sqrtsoftplus",
         "norm_topk_prob": True,
         "hidden_act": "silu",
@@ -329,10 +342,16 @@ def _rope_from_hf(config: dict[str, Any]) -> dict[str, Any]:
         raise ModelConfigError("config.json has neither qk_rope_head_dim nor partial_rotary_factor")
     nested = config.get("rope_parameters") or {}
     if isinstance(nested.get("compress"), dict):
-        bases = {
-            "rope_theta": nested["main"]["rope_theta"],
-            "compress_rope_theta": nested["compress"]["rope_theta"],
-        }
+        try:
+            bases = {
+                "rope_theta": nested["main"]["rope_theta"],
+                "compress_rope_theta": nested["compress"]["rope_theta"],
+            }
+        except KeyError as error:
+            raise ModelConfigError(
+                f"config.json's rope_parameters lack {error.args[0]!r}; they need main.rope_theta "
+                "and compress.rope_theta"
+            ) from None
         scaling = nested["compress"]
     else:
         bases = {}

@@ -168,13 +168,12 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise ModelConfigError(f"the weights lack {missing[0]} ({len(missing)} missing in all)")
     if unknown:
         raise ModelConfigError(f"the weights have {unknown[0]}, which this model has not")
+    given = {name: tensor for name, tensor in given.items() if name in own}
+    for name, tensor in given.items():
+        if own[name].shape != tensor.shape:
+            raise ModelConfigError(
+                f"{name} has shape {tuple(tensor.shape)}; this model has {tuple(own[name].shape)}"
+            )
     with torch.no_grad():
         for name, tensor in given.items():
-            if name not in own:
-                continue
-            if own[name].shape != tensor.shape:
-                raise ModelConfigError(
-                    f"{name} has shape {tuple(tensor.shape)}; this model has "
-                    f"{tuple(own[name].shape)}"
-                )
             own[name].copy_(tensor)
