@@ -60,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             powers_nV = logits_nV.exp2_()
             sum_n1 = powers_nV.sum(-1, keepdim=True)
             total += ((sum_n1.log2() - picked)[:, 0] * valid).sum()
-            if needs_grad:
+            if grad_hidden is not None and grad_weight is not None:
                 share_n1 = valid[:, None] / denominator
                 grad = powers_nV.mul_(share_n1 / sum_n1)
                 grad.scatter_add_(1, index, -share_n1)
