@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from model.kernels.cross_entropy import linear_cross_entropy
 from tests.model.kernels.compare import assert_same, rand
@@ -92,6 +93,13 @@ def test_without_some_or_all_gradients(frozen):
         loss.backward()
         assert (hidden.grad is None) == (frozen == "hidden")
         assert (weight.grad is None) == (frozen == "weight")
+
+
+def test_evaluation_does_not_pay_for_gradients():
+    hidden, weight = (rand(n, 8, seed=n).requires_grad_() for n in (50, 31))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(hidden, weight, targets_of(50, 31), 9, IGNORE)
+    assert counter.get_total_flops() == 2 * 50 * 31 * 8
 
 
 def test_large_logits_stay_finite():
