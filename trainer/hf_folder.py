@@ -1,6 +1,7 @@
 """Hugging Face folders out and in: config.json, sharded safetensors, tokenizer files."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from trainer.files import new_folder, write_synced
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
+_SAVED_BY_TRANSFORMERS = re.compile(r"^model\.layers\.\d+\.(attn|ffn)\.")
 
 
 def write_hf_folder(
@@ -97,7 +99,7 @@ def read_hf_config(folder: Path, **training: Any) -> ModelConfig:
 
 
 def read_hf_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors files, on the host.
+    """All tensors of a folder's safetensors files, on the host, in official or transformers' names.
 
     Raises ExportError for missing or damaged files.
     """
@@ -111,7 +113,20 @@ def read_hf_weights(folder: Path) -> dict[str, Tensor]:
             raise ExportError(f"{path}: is missing, though {INDEX} names it") from None
         except SafetensorError as error:
             raise ExportError(f"{path}: is truncated or no safetensors file: {error}") from None
+    if any(_SAVED_BY_TRANSFORMERS.match(name) for name in weights):
+        return {_official(name): tensor for name, tensor in weights.items()}
     return weights
+
+
+def _official(name: str) -> str:
+    """The official name of a tensor that transformers' `save_pretrained` has written.
+
+    It turns its renaming back only in part (5.23.0): `model.` stays in front, and a few leaves.
+    """
+    name = name.removeprefix("model.")
+    name = re.sub(r"^embed_tokens\.", "embed.", name)
+    name = re.sub(r"^hc_head\.hc_", "hc_head_", name)
+    return re.sub(r"^(layers\.\d+\.attn)\.norm\.", r"\1.kv_norm.", name)
 
 
 def _weight_files(folder: Path) -> Iterator[Path]:

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.distributed import spawn
 from tests.trainer.tiny import Job, make_tiny, train_jobs
 
-COMPARED = ["steps=8", "data.batch_rows=6", "evaluation.rows=null"]
+COMPARED = ["steps=8", "data.batch_rows=5", "data.micro_rows=1", "evaluation.rows=null"]
 TWO_RANKS: list[Job] = [
     ("straight", ["steps=20"], 0),
     ("halves", ["steps=20"], 10),
@@ -15,6 +16,12 @@ TWO_RANKS: list[Job] = [
     ("compared", COMPARED, 0),
     ("moved", ["steps=3"], 0),
 ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny matrices: more threads only wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,7 @@ Job = tuple[str, list[str], int]
 
 
 def train_jobs(rank: int, world_size: int, path: Path, folder: Path, jobs: list[Job]) -> None:
-    """Several runs one after another: a worker of tests.distributed.spawn, which is slow to start."""
+    """Several runs one after another, as a worker of tests.distributed.spawn."""
     for name, overrides, stop_at in jobs:
         train(path, folder / name, *overrides, stop_at=stop_at)
 

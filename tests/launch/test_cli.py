@@ -1,0 +1,149 @@
+"""The `v4` command: exit codes, one line for a user's mistake, signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch import processes
+from tests.distributed import spawn
+from tests.trainer.tiny import assert_same_run, make_tiny, steps_in_file, train, train_jobs
+from trainer.errors import EXIT_CODE, PREFIX
+
+V4 = [sys.executable, "-m", "launch.cli"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny matrices: more threads only wait for each other."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
+
+def v4(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*V4, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def assert_one_sentence(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("v4: error: "), done.stderr
+    assert done.stdout == ""
+    for part in parts:
+        assert part in done.stderr
+
+
+def test_both_sides_know_the_same_sign_of_an_error() -> None:
+    assert (processes.ERROR_PREFIX, processes.USER_ERROR) == (PREFIX, EXIT_CODE)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("train",), ("data", "prepare"), ("tokenizer", "train"), ("eval",), ("plan",)]
+)
+def test_a_mistyped_key_is_one_line(tiny: Path, arguments: tuple[str, ...]) -> None:
+    done = v4(*arguments, tiny, "data.row_lenght=3")
+    assert_one_sentence(done, "data.row_lenght", "'data.row_length'")
+
+
+def test_mistakes_found_by_the_subprocess(tiny: Path, tmp_path: Path) -> None:
+    assert_one_sentence(v4("report", tiny, f"run_dir={tmp_path}"), "nothing to draw")
+    assert_one_sentence(v4("train", tiny, f"data.shards={tmp_path}"), "data prepare")
+    assert_one_sentence(v4("eval", tmp_path), "config.yaml")
+
+
+def test_a_crash_is_not_a_mistake(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file where the run folder should be")
+    done = v4("train", tiny, f"run_dir={tmp_path / 'run'}")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_ranks_say_it_once_and_torchrun_says_nothing(tiny: Path, tmp_path: Path) -> None:
+    train(tiny, tmp_path, "steps=2")
+    next((tmp_path / "checkpoints/step-00000002").glob("*.safetensors")).unlink()
+    done = v4("train", tiny, f"run_dir={tmp_path}", "steps=4", "--nproc-per-node=2")
+    assert_one_sentence(done, "step-00000002 is damaged", "no whole checkpoint before it")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_and_the_run_goes_on(tiny: Path, tmp_path: Path, ranks: int) -> None:
+    """Stopped by a real signal wherever it comes, resumed: equal to the run that was not."""
+    common = ["steps=16"]
+    command = [*V4, "train", str(tiny), f"run_dir={tmp_path / 'run'}", *common]
+    command.append(f"--nproc-per-node={ranks}")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_for_step(tmp_path / "run", 3, process)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err.decode()
+    stopped = steps_in_file(tmp_path / "run")[-1]
+    assert 3 <= stopped < 16
+    last = out.decode().splitlines()[-1]
+    assert last.startswith(f"stopped after step {stopped}, saved ")
+    assert last.endswith(f"resume: v4 train {tmp_path / 'run' / 'config.yaml'}")
+    done = v4("train", tmp_path / "run/config.yaml", f"--nproc-per-node={ranks}")
+    assert done.returncode == 0, done.stderr
+    if ranks == 1:
+        train(tiny, tmp_path / "straight", *common)
+    else:
+        jobs = [("straight", common, 0)]
+        spawn(train_jobs, ranks, tiny, tmp_path, jobs)
+    assert_same_run(tmp_path / "straight", tmp_path / "run", 16)
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").is_file() or steps_in_file(run_dir)[-1:] < [step]:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_second_signal_kills(tiny: Path, tmp_path: Path) -> None:
+    command = [*V4, "train", str(tiny), f"run_dir={tmp_path}", "steps=100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_for_step(tmp_path, 1, process)
+        worker = next(child for child in processes.psutil.Process(process.pid).children())
+        worker.suspend()  # it cannot finish its step
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert not processes.psutil.pid_exists(worker.pid)
+
+
+def test_eval_export_import_and_plan(tiny: Path, tmp_path: Path) -> None:
+    train(tiny, tmp_path / "run", "steps=2")
+    done = v4("eval", tmp_path / "run")
+    assert done.returncode == 0 and '"unigram_entropy"' in done.stdout, done.stderr
+    done = v4("export", tmp_path / "run", tmp_path / "hf")
+    assert done.returncode == 0 and (tmp_path / "hf/model.safetensors").is_file(), done.stderr
+    done = v4("import", tmp_path / "hf", tiny, f"run_dir={tmp_path / 'again'}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again/checkpoints/step-00000000/manifest.json").is_file()
+    done = v4("plan", tiny, "--nproc", 2)
+    assert done.returncode == 0 and "parameters" in done.stdout, done.stderr
+
+
+def test_the_launcher_loads_no_torch() -> None:
+    code = "import sys, launch.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "typer" in done.stdout.split() and "torch" not in done.stdout.split()
+
+
+def test_threads_are_shared_unless_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = len(os.sched_getaffinity(0))
+    assert processes._environment(1)["OMP_NUM_THREADS"] == str(cores)
+    assert processes._environment(4 * cores)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert processes._environment(1)["OMP_NUM_THREADS"] == "7"
