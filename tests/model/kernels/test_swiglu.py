@@ -67,8 +67,8 @@ def test_bf16():
 
 def test_a_row_has_the_same_bits_wherever_it_stands():
     # 13 is no multiple of a vector register, so that rows fall into vectors and remainders alike.
-    gate, up = rand(500, 13, seed=1, scale=2), rand(500, 13, seed=2)
+    gate, up = rand(200, 13, seed=1, scale=2), rand(200, 13, seed=2)
     whole = clamped_swiglu(gate, up, LIMIT)
-    for start in (1, 7, 13):
-        part = clamped_swiglu(gate[start:], up[start:], LIMIT)
-        assert torch.equal(part, whole[start:])
+    for start in range(1, 200):
+        assert torch.equal(clamped_swiglu(gate[start:], up[start:], LIMIT), whole[start:]), start
+        assert torch.equal(clamped_swiglu(gate[:start], up[:start], LIMIT), whole[:start]), start
