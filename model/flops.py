@@ -33,7 +33,9 @@ def training_flops(config: ModelConfig, sample_lengths: Iterable[int], mtp: bool
             total += 3 * _layer_flops(config, kind, position) + _indexer_flops(
                 config, kind, position
             )
-        total += 3 * heads * len(position) * 2 * config.hidden_size * config.vocab_size
+        # Each head first weighs its streams, then multiplies by the output matrix.
+        per_head = (config.hc_mult + 1) * config.hc_mult + config.vocab_size
+        total += 3 * heads * len(position) * 2 * config.hidden_size * per_head
     return total
 
 
