@@ -98,6 +98,14 @@ def test_a_part_of_the_model_has_the_whole_s_numbers():
         assert few[name].shape[0] == 5 and torch.equal(few[name], whole[name][:5])
 
 
+def test_every_expert_has_a_generator_of_its_own():
+    """A generator's first numbers are the same however many follow: so is each expert's start."""
+    whole, narrow = state(initialised()), state(initialised(moe_intermediate_size=16))
+    for j in range(8):
+        name = "layers.2.ffn.experts.w1"
+        assert torch.equal(narrow[name][j], whole[name][j, :16]), j
+
+
 def test_bf16_is_the_same_rounded_and_fp32_parameters_stay_fp32():
     whole, low = state(initialised()), state(initialised(dtype=torch.bfloat16))
     kinds = {tensor.dtype for tensor in low.values()}

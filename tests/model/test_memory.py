@@ -102,6 +102,16 @@ def test_what_is_kept_for_backward_is_linear(kind):
     assert_linear([saved_bytes(lambda step=step: step(backward=False)) for step in steps])
 
 
+@pytest.mark.parametrize("kind", ["window", "csa", "hca"])
+def test_peak_of_evaluation_is_linear(kind):
+    """Nothing is kept here, so that a large mask or score matrix of a moment is the peak."""
+    config = tiny_config(**CONFIG, num_hidden_layers=1, layer_types=(kind,))
+    model = random_model(config)
+    steps = [training_step(model, length) for length in LENGTHS]
+    with torch.no_grad():
+        assert_linear([peak_bytes(lambda step=step: step(backward=False)) for step in steps])
+
+
 def test_many_short_samples_take_no_more_than_one_long_one():
     model = random_model(tiny_config(**CONFIG))
     packed = peak_bytes(training_step(model, 1024, [31] * 33 + [1]))
