@@ -71,7 +71,15 @@ def attention(
     if entries_CK is None or entries_CK.shape[0] == 0:
         entries_CK, selected_Tk = None, None
     return _Attention.apply(
-        q_THK, kv_TK, entries_CK, sink_H, rotation_TR, ranges, selected_Tk, window, norm_eps
+        q_THK.contiguous(),
+        kv_TK,
+        entries_CK,
+        sink_H,
+        rotation_TR,
+        ranges,
+        selected_Tk,
+        window,
+        norm_eps,
     )
 
 

@@ -214,3 +214,23 @@ def test_a_small_fault_is_seen(fault):
     moved = 1e-3 if fault == "sink" else 0.0
     with pytest.raises(AssertionError, match="result 0"):
         assert_same(case.run, lambda *x: case.reference(*x[:-1], x[-1] + moved), inputs, 2e-5)
+
+
+def test_strided_queries_give_the_same():
+    case = Case([[37]], 8, 4, heads=3, dim=8)
+    q = rand(case.dim, case.heads, case.tokens, seed=1)
+    kv, sink = rand(case.tokens, case.dim, seed=2), rand(case.heads, seed=3)
+    results = []
+    for queries in (q.permute(2, 1, 0), q.permute(2, 1, 0).contiguous()):
+        out = attention(
+            queries.float(),
+            kv.float(),
+            None,
+            sink.float(),
+            case.rotation,
+            case.ranges,
+            window=case.window,
+            norm_eps=EPS,
+        )
+        results.append(out)
+    assert torch.equal(*results)
