@@ -75,14 +75,21 @@ def test_ranks_say_it_once_and_torchrun_says_nothing(tiny: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_saves_and_the_run_goes_on(tiny: Path, tmp_path: Path, ranks: int) -> None:
-    """Stopped by a real signal wherever it comes, resumed: equal to the run that was not."""
+def test_a_signal_saves_and_the_run_goes_on(tiny: Path, tmp_path: Path, ranks: int) -> None:
+    """Stopped by a real signal wherever it comes, resumed: equal to the run that was not.
+
+    One rank gets SIGTERM; with two, the whole process group gets SIGINT, as from Ctrl-C.
+    """
     common = ["steps=16"]
     command = [*V4, "train", str(tiny), f"run_dir={tmp_path / 'run'}", *common]
     command.append(f"--nproc-per-node={ranks}")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, start_new_session=True) as process:
         wait_for_step(tmp_path / "run", 3, process)
-        process.send_signal(signal.SIGTERM)
+        if ranks == 1:
+            process.send_signal(signal.SIGTERM)
+        else:
+            os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err.decode()
     stopped = steps_in_file(tmp_path / "run")[-1]

@@ -68,6 +68,8 @@ def test_an_error_names_the_file_that_the_key_came_from(tmp_path: Path) -> None:
     text = refused(path=child)
     assert text.startswith(f"{base}: unknown key 'optim.learning_rat'")
     assert "did you mean 'optim.learning_rate'?" in text
+    base.write_text(f"base: {DEBUG}\noptimm: {{learning_rate: 1.0}}\n")
+    assert refused(path=child).startswith(f"{base}: unknown key 'optimm'")
 
 
 @pytest.mark.parametrize(
