@@ -4,8 +4,8 @@ import math
 
 from rich.table import Table
 
+from model.sizes import parameter_counts
 from trainer.config import RunConfig
-from trainer.parameters import count_parameters
 
 GIB = 2**30
 
@@ -13,7 +13,7 @@ GIB = 2**30
 def plan(config: RunConfig, world_size: int) -> Table:
     """Steps, tokens, parameters and the memory of one process when all are data parallel."""
     config.check_world(world_size)
-    counts = count_parameters(config.model)
+    counts = parameter_counts(config.model)
     data = config.data
     step_tokens = data.batch_rows * data.row_length
     table = Table(title=f"{config.run_dir}", show_header=False, title_justify="left")

@@ -4,11 +4,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from model.sizes import parameter_counts
 from trainer.config import RunConfig
 from trainer.errors import ReportError
 from trainer.files import write_whole
 from trainer.metrics_file import read_metrics
-from trainer.parameters import count_parameters
 from trainer.plots import CHARTS, draw
 
 _CSS = """
@@ -97,7 +97,7 @@ def _headline(config: RunConfig, records: list[dict[str, Any]]) -> list[tuple[st
     last = records[-1]
     heldout = [record["heldout_loss"] for record in records if "heldout_loss" in record]
     speeds = sorted(record["tokens_per_second"] for record in records)
-    counts = count_parameters(config.model)
+    counts = parameter_counts(config.model)
     tiles = [
         ("parameters", short(counts.total)),
         ("tokens trained on", short(last["tokens"])),
@@ -111,7 +111,7 @@ def _headline(config: RunConfig, records: list[dict[str, Any]]) -> list[tuple[st
 
 def _facts(config: RunConfig, last: dict[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]:
     model, data, optim = config.model, config.data, config.optim
-    counts = count_parameters(model)
+    counts = parameter_counts(model)
     kinds = [f"{model.layer_types.count(kind)} {kind}" for kind in ("window", "csa", "hca")]
     return [
         (
