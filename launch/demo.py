@@ -1,10 +1,12 @@
 """`v4 demo`: the whole job, from text on this machine to a model that transformers loads."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+import webbrowser
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +68,19 @@ def run_demo(out: Path, nproc: int, overrides: list[str]) -> int:
         console.print(sample["text"], markup=False)
         say("8  report")
         _run("report", str(run_dir))
+        _open(run_dir / "report.html", console)
     except DemoFailed as failed:
         return failed.code
     seconds = time.monotonic() - started
     console.print(_table(config, result, sample, hugging_face, seconds))
     return 0
+
+
+def _open(report: Path, console: Console) -> None:
+    """Show the report where somebody sits before a graphical screen."""
+    screen = sys.platform in ("darwin", "win32") or "DISPLAY" in os.environ
+    if console.is_terminal and (screen or "WAYLAND_DISPLAY" in os.environ):
+        webbrowser.open(report.resolve().as_uri())
 
 
 def _unused(folder: Path) -> Path:
