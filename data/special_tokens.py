@@ -6,8 +6,8 @@ reserved place holders and the tokens for images are left out there.
 
 How sure: bos, eos, pad, fim, User, Assistant, think and DSML are certain in spelling and id, and so
 is what every id from 128800 to 128846 is for. The remaining spellings, and those of 128847-129279,
-were read from public ports of DeepSeek-V4's tokenizer, the odd closing bar of `<｜/table>｜` included.
-The ports agree but for 129264-129270, which one of V4.1 renames; here they are as in V4.
+were read from public ports of DeepSeek-V4's tokenizer, the odd closing bar of `<｜/table>｜`
+included. The ports agree but for 129264-129270, which one of V4.1 renames; here they are as in V4.
 """
 
 V4_VOCAB_SIZE = 129280

@@ -119,7 +119,7 @@ def _facts(config: RunConfig, last: dict[str, Any]) -> list[tuple[str, list[tupl
             [
                 ("parameters", f"{counts.total:,}"),
                 ("active for a token, without MTP", f"{counts.active:,}"),
-                ("of these in the MTP block", f"{counts.mtp:,}"),
+                ("of all, in the MTP block", f"{counts.mtp:,}"),
                 ("vocabulary", f"{model.vocab_size:,}"),
                 ("hidden size", model.hidden_size),
                 ("layers", f"{model.num_hidden_layers} ({', '.join(kinds)})"),
