@@ -28,7 +28,9 @@ def _gradients(model):
 @pytest.mark.parametrize("pad", [0, 7])
 def test_packed_row_equals_samples_one_by_one(pad):
     config = tiny_config(**CONFIG)
-    model = random_model(config)
+    # With these weights no gradient is a sum over all tokens that nearly cancels, as that of a
+    # single gating factor (hc_*_scale) can be: its rounding is 1e-7 of the terms, not of the sum.
+    model = random_model(config, seed=1)
     samples = [random_tokens(config, 1, n, seed=n) for n in LENGTHS]
     padding = torch.full((1, pad), config.pad_token_id)
     row = torch.cat([*samples, padding], dim=1)
