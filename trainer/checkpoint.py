@@ -105,7 +105,7 @@ class CheckpointFolder:
             outcome = action()
         except OSError as error:
             outcome = OSError(error.errno, error.strerror)
-        outcomes = gather_objects(outcome, self.grid.data)
+        outcomes = gather_objects(outcome, self.grid.world)
         for failed in outcomes:
             if isinstance(failed, OSError):
                 raise failed
@@ -120,7 +120,7 @@ class CheckpointFolder:
         writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
         try:
             with _quiet():
-                dcp.save(tensors, storage_writer=writer, process_group=self.grid.data)
+                dcp.save(tensors, storage_writer=writer, process_group=self.grid.world.group)
         except dcp.CheckpointException as error:
             raise _os_error_in(error) from None
 
@@ -161,7 +161,7 @@ class CheckpointFolder:
         if not found:
             return None
         problem = self._problem(found[-1], self.grid.rank, self.grid.world_size)
-        problems = [text for text in gather_objects(problem, self.grid.data) if text]
+        problems = [text for text in gather_objects(problem, self.grid.world) if text]
         if not problems:
             return found[-1]
         raise CheckpointError(
@@ -192,7 +192,7 @@ class CheckpointFolder:
         reader = HuggingFaceStorageReader(str(path))
         check_tensors(path, _shapes_in(reader), tensors)
         with _quiet():
-            dcp.load(tensors, storage_reader=reader, process_group=self.grid.data)
+            dcp.load(tensors, storage_reader=reader, process_group=self.grid.world.group)
 
 
 @contextmanager

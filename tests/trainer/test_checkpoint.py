@@ -16,7 +16,7 @@ from tests.distributed import spawn
 from tests.trainer.tiny import assert_same_run, column, saved_tensors, steps_in_file, train
 from trainer.checkpoint import CheckpointFolder, checkpoints_in
 from trainer.errors import CheckpointError, SaveError
-from trainer.parallel.grid import Grid
+from trainer.parallel.grid import Grid, Sizes
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_a_full_disk_loses_nothing(tiny: Path, copy: Path) -> None:
 
 def save_where_one_rank_has_no_room(rank: int, world_size: int, folder: Path) -> str:
     assert dist.group.WORLD is not None
-    grid = Grid.of_group(dist.group.WORLD, torch.device("cpu"))
+    grid = Grid.build(Sizes(world_size), torch.device("cpu"))
     checkpoints = CheckpointFolder(folder, grid)
     tensors = {f"t{i}": torch.full((1000,), float(i)) for i in range(8)}
     checkpoints.save(1, tensors, {"step": 1})

@@ -1,46 +1,160 @@
-"""The collectives of data-parallel training, each a no-op when the group is None."""
+"""The collectives of training over the axes of a grid, each a no-op on an axis of one process.
 
-from collections.abc import Iterable
-from typing import TypeVar
+Those that carry activations are differentiable, and each is the exact transpose of another: the
+loss of a job is the sum of what its ranks computed, every rank differentiates its own part, and a
+weight's gradient is the sum over the ranks that hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from trainer.parallel.grid import Axis
+
 Item = TypeVar("Item")
 
 BUCKET_ELEMENTS = 32 * 1024 * 1024  # 128 MiB of fp32: long enough to use the links fully
 
 
-def sum_(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum `tensor` over the group, in place; returns it."""
-    if group is not None:
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
+def sum_(tensor: Tensor, axis: Axis) -> Tensor:
+    """Sum `tensor` over the axis, in place; returns it."""
+    if axis.group is not None:
+        _count(axis, "sum", 2 * (axis.size - 1) / axis.size * tensor.nbytes)
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=axis.group)
     return tensor
 
 
-def gather_objects(item: Item, group: dist.ProcessGroup | None) -> list[Item]:
+def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
+    """The tensors of all ranks, which have one shape, behind each other along dim 0."""
+    if axis.group is None:
+        return tensor
+    tensor = tensor.contiguous()
+    _count(axis, "gather", (axis.size - 1) * tensor.nbytes)
+    out = tensor.new_empty(axis.size * tensor.shape[0], *tensor.shape[1:])
+    dist.all_gather_into_tensor(out, tensor, group=axis.group)
+    return out
+
+
+def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
+    """This rank's share along dim 0 of the sum over all ranks."""
+    if axis.group is None:
+        return tensor
+    tensor = tensor.contiguous()
+    _count(axis, "scatter", (axis.size - 1) / axis.size * tensor.nbytes)
+    out = tensor.new_empty(tensor.shape[0] // axis.size, *tensor.shape[1:])
+    dist.reduce_scatter_tensor(out, tensor, group=axis.group)
+    return out
+
+
+def all_to_all(tensor: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis) -> Tensor:
+    """Rows to their ranks: the first send[0] to rank 0, and so on; receive[r] come from rank r."""
+    if axis.group is None:
+        return tensor
+    tensor = tensor.contiguous()
+    row = tensor.element_size() * tensor[:1].numel() if len(tensor) else 0
+    _count(axis, "exchange", (sum(send) - send[axis.rank]) * row)
+    out = tensor.new_empty(sum(receive), *tensor.shape[1:])
+    dist.all_to_all_single(out, tensor, list(receive), list(send), group=axis.group)
+    return out
+
+
+def gather_tokens(x: Tensor, axis: Axis) -> Tensor:
+    """Differentiable `all_gather`; backward is `reduce_scatter`."""
+    return x if axis.group is None else _Gather.apply(x, axis)
+
+
+def scatter_sum(x: Tensor, axis: Axis) -> Tensor:
+    """Differentiable `reduce_scatter`; backward is `all_gather`."""
+    return x if axis.group is None else _ScatterSum.apply(x, axis)
+
+
+def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis) -> Tensor:
+    """Differentiable `all_to_all`; backward sends the rows back."""
+    return x if axis.group is None else _Exchange.apply(x, send, receive, axis)
+
+
+def own_part(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's share along dim 0 of what all ranks hold alike; backward gathers the shares."""
+    return x if axis.group is None else _OwnPart.apply(x, axis)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(grad, ctx.axis), None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return reduce_scatter(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grad, ctx.axis), None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis
+    ) -> Tensor:
+        ctx.send, ctx.receive, ctx.axis = send, receive, axis
+        return all_to_all(x, send, receive, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return all_to_all(grad, ctx.receive, ctx.send, ctx.axis), None, None, None
+
+
+class _OwnPart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.tensor_split(axis.size)[axis.rank]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grad, ctx.axis), None
+
+
+def gather_objects(item: Item, axis: Axis) -> list[Item]:
     """Every rank's `item`, by rank. For small things outside the step: it pickles over the wire."""
-    if group is None:
+    if axis.group is None:
         return [item]
-    items: list[Item] = [item] * dist.get_world_size(group)
-    dist.all_gather_object(items, item, group=group)
+    items: list[Item] = [item] * axis.size
+    dist.all_gather_object(items, item, group=axis.group)
     return items
 
 
-def barrier(group: dist.ProcessGroup | None) -> None:
-    """Wait until every rank of the group is here."""
-    if group is not None:
-        dist.barrier(group=group)
+def barrier(axis: Axis) -> None:
+    """Wait until every rank of the axis is here."""
+    if axis.group is not None:
+        dist.barrier(group=axis.group)
+
+
+def _count(axis: Axis, collective: str, size: float) -> None:
+    axis.traffic.add(axis.name, collective, size)
 
 
 class FlatGradients:
-    """fp32 gradients of all parameters, in a few flat buckets of which every `.grad` is a view.
+    """fp32 gradients of parameters that the same ranks hold, in a few flat buckets.
 
-    Backward adds into the buckets in place, so that summing over ranks copies nothing, bf16
-    parameters gather their microbatches in fp32, and a parameter that got no gradient on one rank
-    has zeros there rather than None.
+    Every `.grad` is a view of a bucket. Backward adds into the buckets in place, so that summing
+    over ranks copies nothing, bf16 parameters gather their microbatches in fp32, and a parameter
+    that got no gradient on one rank has zeros there rather than None.
     """
 
     def __init__(
@@ -73,10 +187,13 @@ class FlatGradients:
         for bucket in self.buckets:
             bucket.zero_()
 
-    def sum_(self, group: dist.ProcessGroup | None) -> None:
-        """Sum all gradients over the group, bucket by bucket."""
-        if group is None:
+    def sum_(self, axis: Axis) -> None:
+        """Sum all gradients over the axis, bucket by bucket."""
+        if axis.group is None:
             return
-        works = [dist.all_reduce(bucket, group=group, async_op=True) for bucket in self.buckets]
+        works = []
+        for bucket in self.buckets:
+            _count(axis, "sum", 2 * (axis.size - 1) / axis.size * bucket.nbytes)
+            works.append(dist.all_reduce(bucket, group=axis.group, async_op=True))
         for work in works:
             work.wait()

@@ -1,26 +1,154 @@
-"""The processes of a run and the groups they form. Passed on explicitly, never looked up."""
+"""The processes of a run and the groups they form. Passed on explicitly, never looked up.
 
+Every process has one place in two divisions of the world, both by megatron-core's HyperCommGrid,
+the first name varying fastest from rank to rank:
+
+    dense weights    tensor x context x data x pipeline
+    routed experts   expert_tensor x expert x expert_data x pipeline
+
+The pipeline axis is the slowest of both, so that a stage is one run of ranks either way, and the
+expert axes divide a stage's ranks anew: expert and tensor degrees do not depend on each other.
+"""
+
+from __future__ import annotations
+
+import math
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from rich.table import Table
+
+DENSE = ("tensor", "context", "data", "pipeline")
+EXPERT = ("expert_tensor", "expert", "expert_data", "pipeline")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Degrees of every axis for a number of processes; `data` and `expert_data` are what remains.
+
+    Raises ValueError when a product does not divide the world; a run's config is checked before.
+    """
+
+    world: int
+    tensor: int = 1
+    expert: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert_tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for product in (self.tensor * self.context, self.expert_tensor * self.expert):
+            if self.world % (product * self.pipeline):
+                raise ValueError(f"{self} does not divide the world")
+
+    @property
+    def data(self) -> int:
+        """Ranks that share a global batch's rows."""
+        return self.world // (self.tensor * self.context * self.pipeline)
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.world // (self.expert_tensor * self.expert * self.pipeline)
+
+    def of(self, names: Sequence[str]) -> list[int]:
+        """Sizes of the named axes."""
+        return [getattr(self, name) for name in names]
+
+
+class Traffic:
+    """Bytes that this rank has sent, by (axis, collective), and how often.
+
+    Counted as a ring sends them: a gather (n-1) times its part, a scatter (n-1)/n of its whole,
+    a sum both, an exchange everything that is not for this rank itself.
+    """
+
+    def __init__(self) -> None:
+        self.bytes: Counter[tuple[str, str]] = Counter()
+        self.calls: Counter[tuple[str, str]] = Counter()
+
+    def add(self, axis: str, collective: str, size: float) -> None:
+        """One call that sent `size` bytes."""
+        self.bytes[axis, collective] += round(size)
+        self.calls[axis, collective] += 1
+
+    def clear(self) -> None:
+        """Start anew."""
+        self.bytes.clear()
+        self.calls.clear()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One process's place on an axis, or on several taken together.
+
+    `group` is None where there is one process; collectives over such an axis do nothing.
+    """
+
+    name: str
+    rank: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None
+    traffic: Traffic = field(compare=False)
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return len(self.ranks)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the first of them."""
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this process is the last of them."""
+        return self.rank == self.size - 1
 
 
 @dataclass(frozen=True)
 class Grid:
-    """This process's place among all processes; today there is only the data axis.
+    """This process's place among all processes.
 
-    `data` is the group over which gradients are summed, None when there is one process. Its
-    collectives take tensors on `device` and on the CPU alike.
+    Attributes:
+        tensor: ranks that split heads, groups, vocabulary and the shared expert.
+        context: ranks that split rows of tokens.
+        sequence: tensor and context together: each holds tokens of its own.
+        data: ranks that have rows of their own.
+        pipeline: ranks that hold layers of their own.
+        stage: all ranks of a pipeline stage; they hold the same weights but for split ones.
+        split: ranks that hold the same part of a weight that tensor ranks split.
+        expert: ranks that tokens are exchanged over (with expert_tensor inside).
+        expert_tensor: ranks that split each expert.
+        expert_data: ranks that hold the same experts.
+        tied: first and last pipeline rank of this rank's column, which share the embedding.
+        world: all of them.
     """
 
     rank: int
     world_size: int
     device: torch.device
-    data: dist.ProcessGroup | None
+    sizes: Sizes
+    traffic: Traffic
+    tensor: Axis
+    context: Axis
+    sequence: Axis
+    data: Axis
+    pipeline: Axis
+    stage: Axis
+    split: Axis
+    expert: Axis
+    expert_tensor: Axis
+    expert_data: Axis
+    tied: Axis
+    world: Axis
 
     @property
     def is_first(self) -> bool:
@@ -28,14 +156,100 @@ class Grid:
         return self.rank == 0
 
     @classmethod
-    def single(cls) -> "Grid":
+    def single(cls, device: torch.device | None = None) -> Grid:
         """One process without torch.distributed."""
-        return cls(0, 1, local_device(0), None)
+        return cls.build(Sizes(1), device or local_device(0))
 
     @classmethod
-    def of_group(cls, group: dist.ProcessGroup, device: torch.device) -> "Grid":
-        """A grid over a process group that is already up."""
-        return cls(dist.get_rank(group), dist.get_world_size(group), device, group)
+    def build(cls, sizes: Sizes, device: torch.device) -> Grid:
+        """The grid over the default process group, which is up unless there is one process."""
+        rank = dist.get_rank() if sizes.world > 1 else 0
+        traffic = Traffic()
+        makers = [_AxisMaker(names, sizes, rank, traffic) for names in (DENSE, EXPERT)]
+        dense, expert = makers
+        return cls(
+            rank=rank,
+            world_size=sizes.world,
+            device=device,
+            sizes=sizes,
+            traffic=traffic,
+            tensor=dense.axis("tensor", "tensor"),
+            context=dense.axis("context", "context"),
+            sequence=dense.axis("sequence", "tensor", "context"),
+            data=dense.axis("data", "data"),
+            pipeline=dense.axis("pipeline", "pipeline"),
+            stage=dense.axis("stage", "tensor", "context", "data"),
+            split=dense.axis("split", "context", "data"),
+            expert=expert.axis("expert", "expert_tensor", "expert"),
+            expert_tensor=expert.axis("expert_tensor", "expert_tensor"),
+            expert_data=expert.axis("expert_data", "expert_data"),
+            tied=dense.ends("tied", "pipeline"),
+            world=dense.axis("world", *DENSE),
+        )
+
+
+class _AxisMaker:
+    """Process groups of one division of the world; each is made once, and only if it is needed."""
+
+    def __init__(self, names: Sequence[str], sizes: Sizes, rank: int, traffic: Traffic) -> None:
+        self.names, self.rank, self.traffic = names, rank, traffic
+        self.sizes = dict(zip(names, sizes.of(names), strict=True))
+        self.world = sizes.world
+        self._made: dict[tuple[str, ...], Axis] = {}
+        if sizes.world > 1:
+            from megatron.core.hyper_comm_grid import HyperCommGrid  # takes seconds
+
+            self.grid = HyperCommGrid(sizes.of(names), list(names))
+
+    def axis(self, name: str, *over: str) -> Axis:
+        """The axis that the axes `over` form together."""
+        wide = tuple(part for part in over if self.sizes[part] > 1)
+        if not wide:
+            return Axis(name, 0, (self.rank,), None, self.traffic)
+        if wide not in self._made:
+            self._made[wide] = self._make(wide)
+        made = self._made[wide]
+        return Axis(name, made.rank, made.ranks, made.group, self.traffic)
+
+    def _make(self, wide: tuple[str, ...]) -> Axis:
+        mine = next(r for r in self.grid.get_rank_enum(list(wide)) if self.rank in r)
+        everyone = math.prod(self.sizes[part] for part in wide) == self.world
+        group = dist.group.WORLD if everyone else self.grid.create_pg(list(wide))
+        return Axis("", mine.index(self.rank), tuple(mine), group, self.traffic)
+
+    def ends(self, name: str, over: str) -> Axis:
+        """First and last rank along `over`; alone for ranks between, and where they are one."""
+        alone = Axis(name, 0, (self.rank,), None, self.traffic)
+        if self.sizes[over] == 1:
+            return alone
+        pairs = [[ranks[0], ranks[-1]] for ranks in self.grid.get_rank_enum(over)]
+        group, _ = dist.new_subgroups_by_enumeration(pairs)
+        mine = next((pair for pair in pairs if self.rank in pair), None)
+        if mine is None:
+            return alone
+        return Axis(name, mine.index(self.rank), tuple(mine), group, self.traffic)
+
+
+def who_is_where(sizes: Sizes, most: int = 64) -> Table:
+    """The coordinates of every rank on every axis, at most the first `most` ranks."""
+    names = [*DENSE, *EXPERT[:-1]]
+    table = Table(title="who is where", title_justify="left")
+    for name in ("rank", *names):
+        table.add_column(name, justify="right")
+    for rank in range(min(sizes.world, most)):
+        places = {**place_of(rank, DENSE, sizes), **place_of(rank, EXPERT, sizes)}
+        table.add_row(str(rank), *(str(places[name]) for name in names))
+    if sizes.world > most:
+        table.add_row("…", *[""] * len(names))
+    return table
+
+
+def place_of(rank: int, names: Sequence[str], sizes: Sizes) -> dict[str, int]:
+    """Coordinates of a rank in one division of the world, without any process group."""
+    places = {}
+    for name, size in zip(names, sizes.of(names), strict=True):
+        rank, places[name] = divmod(rank, size)
+    return places
 
 
 def local_device(local_rank: int) -> torch.device:
@@ -46,20 +260,27 @@ def local_device(local_rank: int) -> torch.device:
 
 
 @contextmanager
-def open_grid() -> Iterator[Grid]:
-    """The grid that torchrun's RANK, LOCAL_RANK and WORLD_SIZE describe; one process without them.
+def open_grid(
+    sizes_of: Callable[[int], Sizes] = Sizes, timeout_seconds: float | None = None
+) -> Iterator[Grid]:
+    """The grid over the processes that torchrun's RANK, LOCAL_RANK and WORLD_SIZE describe.
 
-    Brings the process group up and takes it down at a normal end. After an error it is left to
-    the end of the process: the others may be waiting inside a collective.
+    `sizes_of` gives the degrees for a number of processes; without torchrun there is one. Brings
+    the process group up and takes it down at a normal end. After an error it is left to the end
+    of the process: the others may be waiting inside a collective. A collective that waits longer
+    than the timeout (torch's default: 10 minutes on GPUs, 30 elsewhere) is an error.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    sizes = sizes_of(world_size)
+    device = local_device(int(os.environ.get("LOCAL_RANK", "0")))
     if world_size == 1:
-        yield Grid.single()
+        yield Grid.build(sizes, device)
         return
-    device = local_device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    assert dist.group.WORLD is not None
-    yield Grid.of_group(dist.group.WORLD, device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=None if timeout_seconds is None else timedelta(seconds=timeout_seconds),
+    )
+    yield Grid.build(sizes, device)
     dist.destroy_process_group()

@@ -1,0 +1,101 @@
+"""Which part of every logical tensor a rank holds, as a function of its name and the grid's sizes.
+
+Tensor ranks split what belongs to heads, output groups, vocabulary and the shared expert's inner
+dimension; expert ranks split the experts, and expert-tensor ranks each expert's inner dimension.
+Everything else is whole on every rank of its pipeline stage.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from trainer.parallel.grid import DENSE, EXPERT, Sizes, place_of
+
+Kind = Literal["whole", "tensor", "expert"]
+Shape = tuple[int, ...]
+
+# The dimension that tensor ranks split; for experts the one that expert-tensor ranks split.
+_TENSOR = (
+    (r"embed\.weight|head\.weight", 0),
+    (r".*\.attn\.(?:wq_b\.weight|wo_a\.weight|attn_sink)", 0),
+    (r".*\.attn\.wo_b\.weight", 1),
+    (r".*\.ffn\.shared_experts\.w[13]\.weight", 0),
+    (r".*\.ffn\.shared_experts\.w2\.weight", 1),
+)
+_EXPERTS = re.compile(r".*\.ffn\.experts\.w([123])")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The part of a logical tensor that this rank holds.
+
+    Attributes:
+        kind: whose axes split it.
+        shape: of the whole logical tensor.
+        offset, size: where the local tensor begins in the whole, and its shape.
+        dim: the dimension that tensor ranks (expert-tensor ranks for experts) split, or None.
+        replicas: how many ranks of the pipeline stage hold this same part.
+    """
+
+    kind: Kind
+    shape: Shape
+    offset: Shape
+    size: Shape
+    dim: int | None
+    replicas: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is split."""
+        return self.shape == self.size
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor of the whole shape, as a view."""
+        for dim, (start, length) in enumerate(zip(self.offset, self.size, strict=True)):
+            whole = whole.narrow(dim, start, length)
+        return whole
+
+
+def split_dim(name: str) -> tuple[Kind, int | None]:
+    """Whose axes split a parameter or buffer, and along which dimension."""
+    if found := _EXPERTS.fullmatch(name):
+        return "expert", 2 if found[1] == "2" else 1
+    for pattern, dim in _TENSOR:
+        if re.fullmatch(pattern, name):
+            return "tensor", dim
+    return "whole", None
+
+
+def place(name: str, shape: Shape, sizes: Sizes, rank: int) -> Placement:
+    """The part of the tensor `name` of the whole `shape` that `rank` holds."""
+    kind, dim = split_dim(name)
+    offset, size = [0] * len(shape), list(shape)
+    stage = sizes.world // sizes.pipeline
+
+    def cut(along: int, index: int, parts: int) -> None:
+        size[along] = shape[along] // parts
+        offset[along] = index * size[along]
+
+    if kind == "tensor":
+        assert dim is not None
+        cut(dim, place_of(rank, DENSE, sizes)["tensor"], sizes.tensor)
+        stage //= sizes.tensor
+        dim = dim if sizes.tensor > 1 else None
+    elif kind == "expert":
+        assert dim is not None
+        places = place_of(rank, EXPERT, sizes)
+        cut(0, places["expert"], sizes.expert)
+        cut(dim, places["expert_tensor"], sizes.expert_tensor)
+        stage = sizes.expert_data
+        dim = dim if sizes.expert_tensor > 1 else None
+    return Placement(kind, shape, tuple(offset), tuple(size), dim, stage)
+
+
+def place_all(shapes: Mapping[str, Shape], sizes: Sizes, rank: int) -> dict[str, Placement]:
+    """The placement of every tensor by name."""
+    return {name: place(name, tuple(shape), sizes, rank) for name, shape in shapes.items()}
