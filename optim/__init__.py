@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from optim.optimizer import Optimizer
     from optim.partition import Assignment, MatrixSizes, build_table, render_table
     from optim.schedule import in_decay
+    from optim.shard import Shard
 
 __all__ = [
     "AdamWConfig",
@@ -25,6 +26,7 @@ __all__ = [
     "OptimError",
     "Optimizer",
     "ScheduleConfig",
+    "Shard",
     "build_table",
     "clip_",
     "gradient_norm",
@@ -46,6 +48,7 @@ _HOME = {
     "build_table": "partition",
     "render_table": "partition",
     "in_decay": "schedule",
+    "Shard": "shard",
 }
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,15 @@ from rich.table import Table
 
 DENSE = ("tensor", "context", "data", "pipeline")
 EXPERT = ("expert_tensor", "expert", "expert_data", "pipeline")
+_SHORT = {
+    "tensor": "tp",
+    "context": "cp",
+    "data": "dp",
+    "pipeline": "pp",
+    "expert_tensor": "etp",
+    "expert": "ep",
+    "expert_data": "edp",
+}
 
 
 @dataclass(frozen=True)
@@ -197,9 +207,10 @@ class _AxisMaker:
         self.world = sizes.world
         self._made: dict[tuple[str, ...], Axis] = {}
         if sizes.world > 1:
-            from megatron.core.hyper_comm_grid import HyperCommGrid  # takes seconds
+            with warnings.catch_warnings(action="ignore"):  # about absent NVIDIA packages
+                from megatron.core.hyper_comm_grid import HyperCommGrid  # takes seconds
 
-            self.grid = HyperCommGrid(sizes.of(names), list(names))
+            self.grid = HyperCommGrid(sizes.of(names), [_SHORT[name] for name in names])
 
     def axis(self, name: str, *over: str) -> Axis:
         """The axis that the axes `over` form together."""
@@ -212,9 +223,10 @@ class _AxisMaker:
         return Axis(name, made.rank, made.ranks, made.group, self.traffic)
 
     def _make(self, wide: tuple[str, ...]) -> Axis:
-        mine = next(r for r in self.grid.get_rank_enum(list(wide)) if self.rank in r)
+        dims = [_SHORT[part] for part in wide]
+        mine = next(ranks for ranks in self.grid.get_rank_enum(dims) if self.rank in ranks)
         everyone = math.prod(self.sizes[part] for part in wide) == self.world
-        group = dist.group.WORLD if everyone else self.grid.create_pg(list(wide))
+        group = dist.group.WORLD if everyone else self.grid.create_pg(dims)
         return Axis("", mine.index(self.rank), tuple(mine), group, self.traffic)
 
     def ends(self, name: str, over: str) -> Axis:
@@ -222,7 +234,7 @@ class _AxisMaker:
         alone = Axis(name, 0, (self.rank,), None, self.traffic)
         if self.sizes[over] == 1:
             return alone
-        pairs = [[ranks[0], ranks[-1]] for ranks in self.grid.get_rank_enum(over)]
+        pairs = [[ranks[0], ranks[-1]] for ranks in self.grid.get_rank_enum(_SHORT[over])]
         group, _ = dist.new_subgroups_by_enumeration(pairs)
         mine = next((pair for pair in pairs if self.rank in pair), None)
         if mine is None:
