@@ -20,13 +20,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, kind: LayerType, dtype: torch.dtype) -> None:
         super().__init__()
         self.kind = kind
-        self.heads, self.dim, self.groups = (
-            config.num_attention_heads,
-            config.head_dim,
-            config.o_groups,
-        )
+        self.dim, self.rank = config.head_dim, config.o_lora_rank
         self.eps, self.window = config.rms_norm_eps, config.sliding_window
-        inner = self.heads * self.dim
+        heads, groups = config.num_attention_heads, config.o_groups
+        inner = heads * self.dim
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=False, dtype=dtype)
@@ -36,35 +33,40 @@ class Attention(nn.Module):
         self.wq_b = linear(config.q_lora_rank, inner)
         self.wkv = linear(config.hidden_size, self.dim)
         self.kv_norm = RMSNorm(self.dim, self.eps)
-        self.wo_a = linear(inner // self.groups, self.groups * config.o_lora_rank)
-        self.wo_b = linear(self.groups * config.o_lora_rank, config.hidden_size)
-        self.attn_sink = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
+        self.wo_a = linear(inner // groups, groups * self.rank)
+        self.wo_b = linear(groups * self.rank, config.hidden_size)
+        self.attn_sink = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.compressor = None if kind == "window" else Compressor(config, kind, self.dim, dtype)
         self.indexer = Indexer(config, dtype) if kind == "csa" else None
 
     def forward(self, x_TD: Tensor, positions: Positions) -> Tensor:
-        """[T, D] to [T, D]; no token sees another sample."""
-        rotation_TR = positions.rotation(self.kind)
+        """[T, D] to [T, D]; no token sees another sample.
+
+        Heads and groups are those of the weights at hand: a rank may hold some of them, and then
+        `positions` brings it more tokens than its own.
+        """
         q_TQ = self.q_norm(self.wq_a(x_TD))
-        q_THK = self.wq_b(q_TQ).unflatten(-1, (self.heads, self.dim))
-        kv_TK = rotate(self.kv_norm(self.wkv(x_TD)), rotation_TR)
+        q_THK = self.wq_b(positions.to_queries(q_TQ)).unflatten(-1, (-1, self.dim))
+        kv_TK = rotate(self.kv_norm(self.wkv(x_TD)), positions.rotation(self.kind))
         entries_CK = None if self.compressor is None else self.compressor(x_TD, positions)
         selected_Tk = None if self.indexer is None else self.indexer(x_TD, q_TQ, positions)
+        if selected_Tk is not None:
+            selected_Tk = positions.to_queries(selected_Tk)
         o_THK = attention(
             q_THK,
-            kv_TK,
+            positions.keys(kv_TK),
             entries_CK,
             self.attn_sink,
-            rotation_TR,
-            positions.ranges(self.kind),
+            positions.query_rotation(self.kind),
+            positions.query_ranges(self.kind),
             selected_Tk,
             window=self.window,
             norm_eps=self.eps,
         )
-        return self.wo_b(self._grouped_output(o_THK))
+        return positions.to_own(self.wo_b(self._grouped_output(o_THK)))
 
     def _grouped_output(self, o_THK: Tensor) -> Tensor:
         """Each group of heads through a matrix of its own: [T, H, K] to [T, G·O]."""
-        o_GTX = o_THK.reshape(o_THK.shape[0], self.groups, -1).transpose(0, 1)
-        weight_GXO = self.wo_a.weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        weight_GXO = self.wo_a.weight.unflatten(0, (-1, self.rank)).transpose(1, 2)
+        o_GTX = o_THK.reshape(o_THK.shape[0], len(weight_GXO), -1).transpose(0, 1)
         return torch.bmm(o_GTX, weight_GXO).transpose(0, 1).flatten(1)

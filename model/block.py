@@ -38,7 +38,7 @@ class Block(nn.Module):
             return self.attn(self.attn_norm(x_TD), positions)
 
         def mix_experts(x_TD: Tensor) -> Tensor:
-            out, seen = self.ffn(self.ffn_norm(x_TD), tokens_T, positions.layout, routed_tokens)
+            out, seen = self.ffn(self.ffn_norm(x_TD), tokens_T, positions, routed_tokens)
             stats.append(seen)
             return out
 

@@ -28,13 +28,15 @@ class Compressor(nn.Module):
 
     def forward(self, x_TD: Tensor, positions: Positions) -> Tensor:
         """Entries [C, dim] of every complete window, normed and rotated, in x's dtype."""
-        entries = positions.entries(self.kind)
+        windows = positions.windows(self.kind)
+        values, gates = positions.with_previous(self.kind, self.wkv(x_TD), self.wgate(x_TD))
         pooled_CK = pool_windows(
-            self.wkv(x_TD),
-            self.wgate(x_TD),
+            values,
+            gates,
             self.ape,
-            entries.first_token_C,
-            entries.has_previous_C,
+            windows.first_token_C,
+            windows.has_previous_C,
             self.overlap,
         )
-        return rotate(self.norm(pooled_CK), positions.entry_rotation(self.kind)).to(x_TD.dtype)
+        entries_CK = rotate(self.norm(pooled_CK), windows.rotation_CR).to(x_TD.dtype)
+        return positions.all_entries(self.kind, entries_CK)

@@ -25,11 +25,11 @@ class Indexer(nn.Module):
 
     @torch.no_grad()
     def forward(self, x_TD: Tensor, q_TQ: Tensor, positions: Positions) -> Tensor | None:
-        """int32 [T, k] of selected entries, -1 for none; None where every query sees at most k.
+        """int32 [T, k] of entries for the own tokens, -1 for none; None where all see at most k.
 
         The choice has no gradient: the language-model loss does not train the indexer.
         """
-        if positions.entries("csa").most_visible <= self.topk:
+        if positions.most_visible("csa") <= self.topk:
             return None
         queries = self.wq_b(q_TQ).unflatten(-1, (self.heads, self.dim))
         queries = rotate(queries, positions.rotation("csa"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +15,41 @@ from model.config import ModelConfig
 from model.router import balanced_table
 
 
+class Part(Protocol):
+    """Where a parameter lies in the whole one of which it is a part."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+
+    @property
+    def offset(self) -> tuple[int, ...]:
+        """Index of its first element in the whole."""
+
+    def own(self, whole: Tensor) -> Tensor:
+        """Its part of a tensor of the whole shape."""
+
+    def own_matrix(self, matrix: Tensor) -> Tensor:
+        """Its part of one of the whole's stacked matrices."""
+
+
 def initialise(
     model: nn.Module,
     config: ModelConfig,
     seed: int,
-    token_counts: Sequence[float] | None = None,
+    token_counts: Sequence[float] | None,
+    parts: Mapping[str, Part],
 ) -> None:
     """Fill every parameter and buffer of ``model`` in place.
 
     Matrices are normal with ``initializer_range`` (V3), norms 1, sinks and positional gate biases
     0, hyper-connections as ``hyper_connection_bias`` says. ``token_counts`` balances the hash
-    tables by frequency.
+    tables by frequency. Parameters named in ``parts`` are parts of whole ones and get their part
+    of the same values.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            _fill_parameter(name, parameter, config, seed)
+            _fill_parameter(name, parameter, config, seed, parts.get(name))
         for name, buffer in model.named_buffers():
             if name.endswith("tid2eid"):
                 generator = _generator(seed, name)
@@ -43,7 +64,11 @@ def _generator(seed: int, name: str, expert: int | None = None) -> torch.Generat
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _fill_parameter(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
+def _fill_parameter(
+    name: str, parameter: Tensor, config: ModelConfig, seed: int, part: Part | None
+) -> None:
+    shape = parameter.shape if part is None else part.shape
+    whole = part is None or part.shape == parameter.shape
     if name.endswith("norm.weight"):
         parameter.fill_(1.0)
     elif name.endswith(("attn_sink", "ape")):
@@ -53,13 +78,16 @@ def _fill_parameter(name: str, parameter: Tensor, config: ModelConfig, seed: int
     elif name.endswith(("hc_attn_base", "hc_ffn_base", "hc_head_base")):
         parameter.copy_(hyper_connection_bias(name, config))
     elif ".experts." in name:
-        for expert, matrix in enumerate(parameter):
-            matrix.copy_(_normal(_generator(seed, name, expert), matrix.shape, config))
+        first = 0 if part is None else part.offset[0]
+        for expert, matrix in enumerate(parameter, start=first):
+            values = _normal(_generator(seed, name, expert), shape[1:], config)
+            matrix.copy_(values if part is None or whole else part.own_matrix(values))
     else:
-        parameter.copy_(_normal(_generator(seed, name), parameter.shape, config))
+        values = _normal(_generator(seed, name), shape, config)
+        parameter.copy_(values if part is None or whole else part.own(values))
 
 
-def _normal(generator: torch.Generator, shape: torch.Size, config: ModelConfig) -> Tensor:
+def _normal(generator: torch.Generator, shape: Sequence[int], config: ModelConfig) -> Tensor:
     return torch.randn(shape, generator=generator) * config.initializer_range
 
 

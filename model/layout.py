@@ -8,7 +8,7 @@ range of compressed-entry indices, and no [S, S] mask exists anywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -147,6 +147,24 @@ class SampleLayout:
     def num_samples(self) -> int:
         """Samples, counting each row's padding as one."""
         return len(self.sample_lengths)
+
+    def part(self, tokens_T: Tensor, row_length: int) -> SampleLayout:
+        """The layout of some tokens of every row, by their flat indices; samples keep numbers.
+
+        Only what describes single tokens is cut; `sample_lengths` stay those of whole samples.
+        """
+        host = tokens_T.cpu().numpy()
+        return replace(
+            self,
+            row_length=row_length,
+            position_T=self.position_T[tokens_T],
+            start_T=self.start_T[tokens_T],
+            sample_T=self.sample_T[tokens_T],
+            padding_T=self.padding_T[tokens_T],
+            host_position_T=self.host_position_T[host],
+            host_start_T=self.host_start_T[host],
+            _entries={},
+        )
 
     def entries(self, ratio: int) -> Entries:
         """The compressed entries at m = ``ratio``; computed once and kept."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.kernels.permute import collect_rows, spread_rows
 from model.kernels.swiglu import clamped_swiglu
-from model.layout import SampleLayout
+from model.positions import Positions
 from model.router import Router, Routing, balance_loss, expert_load
 
 ROW_ALIGNMENT = 16
@@ -124,12 +124,14 @@ class MoE(nn.Module):
         self.dispatch = LocalDispatch()
 
     def forward(
-        self, x_TD: Tensor, tokens_T: Tensor, layout: SampleLayout, routed_tokens: float
+        self, x_TD: Tensor, tokens_T: Tensor, positions: Positions, routed_tokens: float
     ) -> tuple[Tensor, MoEStats]:
         """[T, D] to [T, D]; ``routed_tokens`` is the balance loss's global denominator."""
         routing = self.gate(x_TD, tokens_T)
         sent = self.dispatch.dispatch(x_TD, routing, self.gate.experts)
         routed_TD = self.dispatch.combine(self.experts(sent), sent, x_TD.shape[0])
-        balance = None if self.gate.hashed else balance_loss(routing, layout, routed_tokens)
-        stats = MoEStats(expert_load(routing, layout), balance)
-        return routed_TD + self.shared_experts(x_TD), stats
+        balance = None
+        if not self.gate.hashed:
+            balance = balance_loss(routing, positions.layout, routed_tokens, positions.sum_counts)
+        shared_TD = positions.to_own(self.shared_experts(positions.to_queries(x_TD)))
+        return routed_TD + shared_TD, MoEStats(expert_load(routing, positions.layout), balance)

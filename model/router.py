@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,13 +68,19 @@ def expert_load(routing: Routing, layout: SampleLayout) -> Tensor:
     return load.index_add_(0, routing.indices_TA.flatten(), real.flatten())
 
 
-def balance_loss(routing: Routing, layout: SampleLayout, denominator: float) -> Tensor:
+def balance_loss(
+    routing: Routing,
+    layout: SampleLayout,
+    denominator: float,
+    sum_counts: Callable[[Tensor], Tensor] = lambda counts_SE: counts_SE,
+) -> Tensor:
     """Sequence-wise balance loss of one layer without its weight (V3 eq. 17-20).
 
     For each sample Σ_i f_i · P_i, f_i = E / (A · T_s) · count_i, P_i the mean over its tokens of
     score_i / Σ_j score_j: 1 when balanced, E/A when all tokens choose the same experts. Samples
     weigh as many tokens as they have, of ``denominator`` in the whole global batch; padding has
-    no part in it.
+    no part in it. Where samples are divided over ranks, ``sum_counts`` sums the counts over them,
+    and what the ranks return adds up to the loss.
     """
     experts, active = routing.scores_TE.shape[1], routing.indices_TA.shape[1]
     scores = routing.scores_TE
@@ -88,7 +94,8 @@ def balance_loss(routing: Routing, layout: SampleLayout, denominator: float) -> 
     length_S = torch.from_numpy(layout.sample_lengths).to(share_SE)
     real_S = torch.ones_like(length_S)
     real_S[layout.sample_T[layout.padding_T]] = 0
-    products_S = (count_SE.view_as(share_SE) * share_SE).sum(-1)
+    count_SE = sum_counts(count_SE.view_as(share_SE))
+    products_S = (count_SE * share_SE).sum(-1)
     return (products_S / length_S * real_S).sum() * (experts / (active * denominator))
 
 

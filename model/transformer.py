@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,15 +13,17 @@ from model import hf
 from model.block import Block
 from model.config import ModelConfig
 from model.hyper_connection import head_of_streams, register_hyper_head
-from model.init import initialise
+from model.init import Part, initialise
 from model.kernels.cross_entropy import linear_cross_entropy
 from model.layout import SampleLayout
 from model.loss import IGNORE, TokenCounts, next_in_sample, second_targets
 from model.moe import MoEStats
 from model.mtp import MTPBlock
 from model.norm import RMSNorm
-from model.positions import Positions
+from model.positions import MakePositions, Positions
 from model.router import Router
+
+CrossEntropy = Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,73 @@ class ModelOutput:
     expert_load: Tensor | None = None
 
 
+class Microbatch:
+    """A microbatch as the parts of the model see it.
+
+    Attributes:
+        positions: where its tokens are.
+        tokens_T, next_T: ids of the own tokens, and of those that follow them in their sample.
+        counts, mtp_loss_weight: denominators of the losses, and the second loss's weight.
+    """
+
+    def __init__(
+        self,
+        positions: Positions,
+        layout: SampleLayout,
+        tokens_BS: Tensor,
+        targets_BS: Tensor | None,
+        counts: TokenCounts | None,
+        mtp_loss_weight: float,
+    ) -> None:
+        self.positions, self.layout = positions, layout
+        self.counts, self.mtp_loss_weight = counts, mtp_loss_weight
+        self._whole_T = tokens_BS.flatten()
+        self._whole_next_T = next_in_sample(layout, self._whole_T, self._whole_T)
+        self._targets_T = None if targets_BS is None else targets_BS.flatten()
+        self.tokens_T = positions.own(self._whole_T)
+        self.next_T = positions.own(self._whole_next_T)
+
+    @property
+    def routed(self) -> float:
+        """Denominator of the balance loss."""
+        return self.counts.routed if self.counts is not None else self.layout.num_tokens
+
+    @property
+    def query_tokens_T(self) -> Tensor:
+        """Ids to embed."""
+        return self.positions.queries(self._whole_T)
+
+    @property
+    def query_next_T(self) -> Tensor:
+        """Ids to embed for the MTP block."""
+        return self.positions.queries(self._whole_next_T)
+
+    @property
+    def targets_T(self) -> Tensor:
+        """What the main head predicts at the queries."""
+        assert self._targets_T is not None
+        return self.positions.queries(self._targets_T)
+
+    @property
+    def second_targets_T(self) -> Tensor:
+        """What the MTP head predicts at the queries."""
+        assert self._targets_T is not None
+        return self.positions.queries(second_targets(self.layout, self._targets_T))
+
+
 class V4Model(nn.Module):
     """Embedding, blocks over N residual streams, head of the streams, norm, output head, MTP.
 
     Matrices are held in ``dtype``; hyper-connections, norms, sinks and positional gate biases
     always in fp32. Build on the meta device, ``to_empty``, then ``init_weights``.
+
+    ``forward`` is ``embed_streams``, ``run_blocks`` and ``predict`` one after another; a pipeline
+    calls them on different ranks. trainer/parallel/plan.py makes a model a part of a whole one: it
+    swaps ``make_positions`` and ``cross_entropy`` and modules that are split.
     """
+
+    make_positions: MakePositions = Positions
+    cross_entropy: CrossEntropy = staticmethod(linear_cross_entropy)
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -67,9 +130,14 @@ class V4Model(nn.Module):
             MTPBlock(config, dtype) for _ in range(config.num_nextn_predict_layers)
         )
 
-    def init_weights(self, seed: int, token_counts: Sequence[float] | None = None) -> None:
+    def init_weights(
+        self,
+        seed: int,
+        token_counts: Sequence[float] | None = None,
+        parts: Mapping[str, Part] | None = None,
+    ) -> None:
         """Initial values as a function of (seed, name, expert); see ``model.init``."""
-        initialise(self, self.config, seed, token_counts)
+        initialise(self, self.config, seed, token_counts, parts or {})
 
     def forward(
         self,
@@ -92,53 +160,80 @@ class V4Model(nn.Module):
         Raises:
             ValueError: tokens, targets and layout do not have the same shape.
         """
+        micro = self.microbatch(tokens, layout, targets, counts, mtp_loss_weight)
+        streams_TND, stats = self.run_blocks(self.embed_streams(micro), micro, self.layers)
+        if targets is None:
+            hidden_TD = self.norm(head_of_streams(self, self.config, streams_TND))
+            return ModelOutput(logits=self.head(hidden_TD).view(*tokens.shape, -1))
+        lm_loss, mtp_loss, seen = self.predict(streams_TND, micro)
+        return self._losses(lm_loss, mtp_loss, micro.mtp_loss_weight, stats + seen)
+
+    def microbatch(
+        self,
+        tokens: Tensor,
+        layout: SampleLayout | None = None,
+        targets: Tensor | None = None,
+        counts: TokenCounts | None = None,
+        mtp_loss_weight: float | None = None,
+    ) -> Microbatch:
+        """Arguments of ``forward``, checked and made ready for the model's parts."""
         layout = SampleLayout.whole_rows(tokens) if layout is None else layout
         _check_shapes(tokens, layout, targets)
         if targets is not None and counts is None:
             counts = TokenCounts.of(layout, targets)
-        positions = Positions(self.config, layout)
-        tokens_T = tokens.flatten()
-        routed = counts.routed if counts is not None else layout.num_tokens
-        streams_TND, stats = self._run_blocks(tokens_T, positions, routed)
-        hidden_TD = self.norm(head_of_streams(self, self.config, streams_TND))
-        if targets is None:
-            return ModelOutput(logits=self.head(hidden_TD).view(*tokens.shape, -1))
-        assert counts is not None
-        targets_T = targets.flatten()
-        lm_loss = self._cross_entropy(hidden_TD, targets_T, counts.lm)
-        mtp_loss = torch.zeros_like(lm_loss)
-        for block in cast(Sequence[MTPBlock], self.mtp):
-            next_T = next_in_sample(layout, tokens_T, tokens_T)
-            hidden_TD, seen = block.predict(
-                streams_TND, self.embed(next_T), next_T, positions, counts.routed
-            )
-            stats.append(seen)
-            mtp_loss = self._cross_entropy(hidden_TD, second_targets(layout, targets_T), counts.mtp)
         weight = self.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
-        return self._losses(lm_loss, mtp_loss, weight, stats)
+        positions = self.make_positions(self.config, layout)
+        return Microbatch(positions, layout, tokens, targets, counts, weight)
 
-    def _run_blocks(
-        self, tokens_T: Tensor, positions: Positions, routed: float
+    def embed_streams(self, micro: Microbatch) -> Tensor:
+        """The own tokens' embeddings, copied to the streams, [T, N, D]."""
+        embedded_TD = self.embed(micro.query_tokens_T)
+        return embedded_TD[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
+
+    def run_blocks(
+        self, streams_TND: Tensor, micro: Microbatch, blocks: Iterable[nn.Module]
     ) -> tuple[Tensor, list[MoEStats]]:
-        embedded_TD = self.embed(tokens_T)
-        streams_TND = embedded_TD[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
+        """Streams through some blocks, and what their routers did."""
         stats = []
-        for block in self.layers:
-            streams_TND, seen = block(streams_TND, tokens_T, positions, routed)
+        for block in blocks:
+            streams_TND, seen = block(streams_TND, micro.tokens_T, micro.positions, micro.routed)
             stats.append(seen)
         return streams_TND, stats
 
+    def predict(
+        self, streams_TND: Tensor, micro: Microbatch
+    ) -> tuple[Tensor, Tensor, list[MoEStats]]:
+        """Losses of the main head and, unweighted, of the MTP heads, and their routers' doings."""
+        assert micro.counts is not None
+        hidden_TD = self.norm(head_of_streams(self, self.config, streams_TND))
+        lm_loss = self._cross_entropy(hidden_TD, micro.targets_T, micro.counts.lm)
+        mtp_loss = torch.zeros_like(lm_loss)
+        stats = []
+        for block in cast(Sequence[MTPBlock], self.mtp):
+            hidden_TD, seen = block.predict(
+                streams_TND,
+                self.embed(micro.query_next_T),
+                micro.next_T,
+                micro.positions,
+                micro.routed,
+            )
+            stats.append(seen)
+            mtp_loss = self._cross_entropy(hidden_TD, micro.second_targets_T, micro.counts.mtp)
+        return lm_loss, mtp_loss, stats
+
     def _cross_entropy(self, hidden_TD: Tensor, targets_T: Tensor, count: int) -> Tensor:
-        return linear_cross_entropy(hidden_TD, self.head.weight, targets_T, max(count, 1), IGNORE)
+        return self.cross_entropy(hidden_TD, self.head.weight, targets_T, max(count, 1), IGNORE)
+
+    def weighted_balance(self, stats: Iterable[MoEStats]) -> Tensor | None:
+        """The balance loss of several layers with its weight; None where all are hash layers."""
+        terms = [seen.balance for seen in stats if seen.balance is not None]
+        return sum(terms[1:], terms[0]) * self.config.balance_loss_weight if terms else None
 
     def _losses(
         self, lm_loss: Tensor, mtp_loss: Tensor, mtp_weight: float, stats: list[MoEStats]
     ) -> ModelOutput:
-        balance = torch.zeros_like(lm_loss)
-        for seen in stats:
-            if seen.balance is not None:
-                balance = balance + seen.balance
-        balance = balance * self.config.balance_loss_weight
+        balance = self.weighted_balance(stats)
+        balance = torch.zeros_like(lm_loss) if balance is None else balance
         return ModelOutput(
             loss=lm_loss + mtp_weight * mtp_loss + balance,
             lm_loss=lm_loss.detach(),
@@ -147,10 +242,10 @@ class V4Model(nn.Module):
             expert_load=torch.stack([seen.load_E for seen in stats]),
         )
 
-    def routers(self) -> list[Router]:
-        """Every layer's router, then the MTP block's: the rows of ``expert_load``."""
-        blocks = cast(Sequence[Block], [*self.layers, *self.mtp])
-        return [block.ffn.gate for block in blocks]
+    def routers(self) -> dict[int, Router]:
+        """The routers by their rows of ``expert_load``: every layer's, then the MTP block's."""
+        blocks = enumerate([*self.layers, *self.mtp])
+        return {row: block.ffn.gate for row, block in blocks if isinstance(block, Block)}
 
     @torch.no_grad()
     def update_router_bias(self, load: Tensor, speed: float = 0.001) -> None:
@@ -159,9 +254,12 @@ class V4Model(nn.Module):
         Args:
             load: [layers (+ MTP), E] as in ``expert_load``, summed over the global batch.
         """
-        for gate, load_E in zip(self.routers(), load, strict=True):
+        rows = len(self.layers) + len(self.mtp)
+        if len(load) != rows:
+            raise ValueError(f"the load has {len(load)} rows, the model {rows} routers")
+        for row, gate in self.routers().items():
             if not gate.hashed:
-                gate.bias += speed * torch.sign(load_E.mean() - load_E).to(gate.bias)
+                gate.bias += speed * torch.sign(load[row].mean() - load[row]).to(gate.bias)
 
     def load_hf_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy weights with ``transformers``' in-memory names or official names into the model.

@@ -25,14 +25,17 @@ _LOG2E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class AttentionRanges:
-    """What each query may see: tokens [window_start, t], entries [entry_start, entry_end).
+    """What each query may see: keys [window_start, its own], entries [entry_start, entry_end).
 
+    Query t's own key is number t + shift of the keys, with the shift of t's segment: queries
+    [start, stop) of a segment and their keys follow each other without a gap. Where keys are
+    exactly the queries' own there is one segment with shift 0. ``window_start_T`` counts keys.
     ``host_*`` are the same numbers on the host; all of them never decrease with t. The entry
     ranges are None in a layer that compresses nothing.
     """
 
     window_start_T: Tensor
-    host_window_start_T: np.ndarray
+    segments: tuple[tuple[int, int, int], ...]
     entry_start_T: Tensor | None = None
     entry_end_T: Tensor | None = None
     host_entry_start_T: np.ndarray | None = None
@@ -55,7 +58,7 @@ def attention(
 
     Args:
         q_THK: queries before their norm and rotation.
-        kv_TK: the tokens' keys, which are also the values, normed and rotated.
+        kv_TK: the keys, which are also the values, normed and rotated; at least the queries' own.
         entries_CK: compressed entries, normed and rotated.
         sink_H: logit of each head's sink, which takes probability and gives no value.
         rotation_TR: complex [T, R/2], the rotation at each query's position.
@@ -90,19 +93,25 @@ class _Chunk:
     start: int
     stop: int
     band: int
+    shift: int
 
     @property
     def rows(self) -> slice:
         return slice(self.start, self.stop)
 
 
-def _chunks(tokens: int, heads: int, window: int) -> list[_Chunk]:
+def _chunks(segments: tuple[tuple[int, int, int], ...], heads: int, window: int) -> list[_Chunk]:
     """A band computes W - 1 + band keys per query for W that count; overheads want it wide."""
     band = max(window // 4, 8)
     step = max(_CHUNK_ROWS // (heads * band), 1) * band
-    whole = tokens // band * band
-    chunks = [_Chunk(s, min(s + step, whole), band) for s in range(0, whole, step)]
-    return chunks if whole == tokens else [*chunks, _Chunk(whole, tokens, tokens - whole)]
+    chunks = []
+    for start, stop, shift in segments:
+        whole = start + (stop - start) // band * band
+        for first in range(start, whole, step):
+            chunks.append(_Chunk(first, min(first + step, whole), band, shift))
+        if whole < stop:
+            chunks.append(_Chunk(whole, stop, stop - whole, shift))
+    return chunks
 
 
 class _Queries:
@@ -144,20 +153,21 @@ class _WindowKeys:
     """The tokens of each band's window: overlapping slices of one array, never copied."""
 
     def __init__(self, chunk: _Chunk, padded_kv: Tensor, window: int, start_T: Tensor) -> None:
-        # Row r of the padded array is token r - (W - 1).
+        # Row r of the padded array is key r - (W - 1).
         self.chunk, self.bands = chunk, (chunk.stop - chunk.start) // chunk.band
         self.width = window - 1 + chunk.band
         self.keys = self._slices(padded_kv, 0, self.width)
         first = torch.arange(chunk.start, chunk.stop, chunk.band, device=padded_kv.device)
-        token = first[:, None] + torch.arange(1 - window, chunk.band, device=first.device)
-        query = first[:, None] + torch.arange(chunk.band, device=first.device)
+        first += chunk.shift
+        key = first[:, None] + torch.arange(1 - window, chunk.band, device=first.device)
+        own = first[:, None] + torch.arange(chunk.band, device=first.device)
         lowest = start_T[chunk.rows].view(self.bands, chunk.band, 1)
-        visible = (token[:, None] >= lowest) & (token[:, None] <= query[..., None])
+        visible = (key[:, None] >= lowest) & (key[:, None] <= own[..., None])
         self.bias = _bias(visible.flatten(0, 1))
 
     def _slices(self, padded: Tensor, offset: int, width: int) -> Tensor:
         dim, band = padded.shape[1], self.chunk.band
-        start = (self.chunk.start + offset) * dim
+        start = (self.chunk.start + self.chunk.shift + offset) * dim
         return padded.as_strided((self.bands, width, dim), (band * dim, dim, 1), start)
 
     def _banded(self, x: Tensor) -> Tensor:
@@ -269,7 +279,7 @@ class _Attention(torch.autograd.Function):
         window: int,
         eps: float,
     ) -> Tensor:
-        ctx.chunks = _chunks(q.shape[0], q.shape[1], window)
+        ctx.chunks = _chunks(ranges.segments, q.shape[1], window)
         padded_kv = F.pad(kv.float(), (0, 0, window - 1, 0))
         out_THK = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse_TH = q.new_empty(q.shape[:2], dtype=torch.float32)

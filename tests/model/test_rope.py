@@ -120,4 +120,7 @@ def test_positions_restart_with_each_sample_and_entries_stand_at_their_first_tok
     for kind, ratio in (("csa", 4), ("hca", 16)):
         assert torch.equal(positions.rotation(kind), rotation(place, scaled))
         first = [i * ratio for n in (5, 37, 42) for i in range(n // ratio)]
-        assert torch.equal(positions.entry_rotation(kind), rotation(torch.tensor(first), scaled))
+        turned = rotation(torch.tensor(first), scaled)
+        assert torch.equal(positions.windows(kind).rotation_CR, turned)
+            positions.windows(kind).rotation_CR, rotation(torch.tensor(first), scaled)
+        )

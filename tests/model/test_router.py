@@ -94,7 +94,7 @@ class TestBalanceLoss:
 def make_gates_even(model) -> None:
     """Zero gate weights give even scores; A = E then makes the choice even too."""
     with torch.no_grad():
-        for gate in model.routers():
+        for gate in model.routers().values():
             gate.weight.zero_()
 
 
@@ -121,7 +121,7 @@ def test_the_model_s_balance_loss_is_weight_times_experts_over_active_when_colla
     config = tiny_config(num_experts_per_tok=1, num_hash_layers=0, balance_loss_weight=1e-4)
     model = random_model(config)
     with torch.no_grad():
-        for gate in model.routers():
+        for gate in model.routers().values():
             # Every token looks the same to the gate, and only expert 3 gets a score.
             gate.register_forward_pre_hook(lambda _, args: (torch.ones_like(args[0]), args[1]))
             gate.weight.fill_(-100.0)
@@ -297,7 +297,7 @@ class TestBiasUpdate:
         load[2] = load[2].flip(0)
         model.update_router_bias(load, speed=0.01)
         step = torch.tensor([0.01, -0.01, 0, 0, 0, 0, 0, 0])
-        for number, gate in enumerate(model.routers()):
+        for number, gate in model.routers().items():
             if gate.hashed:
                 assert torch.equal(gate.tid2eid, before["layers.0.ffn.gate.tid2eid"])
                 continue

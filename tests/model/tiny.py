@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,3 +95,16 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     """max |value - reference| over the largest reference value."""
     value, reference = value.detach(), reference.detach()
     return float((value - reference).abs().max() / reference.abs().max().clamp(min=1e-30))
+
+
+def gradient_scale(name: str, grads: Mapping[str, Tensor]) -> float:
+    """What the rounding of a gradient is measured against: its largest element.
+
+    A gating factor of a hyper-connection is one number, whose gradient sums terms of both signs
+    over all tokens and can come out far smaller than its terms; its rounding does not. It is
+    measured against all gradients of its connection, which sum the same terms.
+    """
+    family = [name]
+    if name.endswith("scale"):
+        family = [name.removesuffix("scale") + part for part in ("fn", "base", "scale")]
+    return max(float(grads[member].abs().max()) for member in family)

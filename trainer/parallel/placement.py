@@ -60,6 +60,12 @@ class Placement:
             whole = whole.narrow(dim, start, length)
         return whole
 
+    def own_matrix(self, matrix: Tensor) -> Tensor:
+        """This rank's part of one of the matrices that the whole tensor stacks, as a view."""
+        for dim, (start, length) in enumerate(zip(self.offset[1:], self.size[1:], strict=True)):
+            matrix = matrix.narrow(dim, start, length)
+        return matrix
+
 
 def split_dim(name: str) -> tuple[Kind, int | None]:
     """Whose axes split a parameter or buffer, and along which dimension."""
