@@ -122,5 +122,3 @@ def test_positions_restart_with_each_sample_and_entries_stand_at_their_first_tok
         first = [i * ratio for n in (5, 37, 42) for i in range(n // ratio)]
         turned = rotation(torch.tensor(first), scaled)
         assert torch.equal(positions.windows(kind).rotation_CR, turned)
-            positions.windows(kind).rotation_CR, rotation(torch.tensor(first), scaled)
-        )
