@@ -61,10 +61,13 @@ def train(
     nproc_per_node: Annotated[
         int, typer.Option(min=1, help="Processes on this machine (torchrun when more than one).")
     ] = 1,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Restarts after a crash, from the newest checkpoint.")
+    ] = 0,
 ) -> None:
     """Train, or go on from the newest checkpoint. SIGTERM or Ctrl-C: checkpoint and a clean end."""
     _check(config, overrides).check_world(nproc_per_node)
-    _finish(processes.train([config, *(overrides or [])], nproc_per_node))
+    _finish(processes.train([config, *(overrides or [])], nproc_per_node, max_restarts))
 
 
 @app.command("eval")

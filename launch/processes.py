@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import IO
 
@@ -15,19 +16,32 @@ ERROR_PREFIX = "v4: error: "
 USER_ERROR = 2
 _POLL_SECONDS = 0.2
 
+# For torchrun, wherever it may have to restart. Without it, torch 2.13's agents keep one store for
+# all attempts: workers find the addresses of dead ones in it, and a host that was replaced waits
+# for an entry that nobody writes again.
+RESTART_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
 
 def command(verb: str, *arguments: str) -> list[str]:
     """The subprocess that does `verb` of trainer.commands."""
     return [sys.executable, "-m", "trainer.commands", verb, *arguments]
 
 
-def training_command(arguments: Sequence[str], processes: int) -> list[str]:
-    """The subprocess that trains: plain for one process, torchrun for several on this machine."""
+def training_command(arguments: Sequence[str], processes: int, restarts: int = 0) -> list[str]:
+    """The subprocess that trains: plain for one process, torchrun for several on this machine.
+
+    Restarts are torchrun's, too: after a crash it starts all processes again, up to that often.
+    """
     python = [sys.executable, "-m"]
-    if processes == 1:
+    if not _needs_torchrun(processes, restarts):
         return [*python, "trainer", *arguments]
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    torchrun += ["--max-restarts", str(restarts)]
     return [*python, *torchrun, "-m", "trainer", *arguments]
+
+
+def _needs_torchrun(processes: int, restarts: int) -> bool:
+    return processes > 1 or restarts > 0
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -40,13 +54,14 @@ def run(arguments: Sequence[str]) -> int:
                 pass  # the subprocess got it, too, and decides
 
 
-def train(arguments: Sequence[str], processes: int) -> int:
+def train(arguments: Sequence[str], processes: int, restarts: int = 0) -> int:
     """Train to the end, or to the checkpoint that follows SIGTERM, SIGINT or SIGHUP.
 
-    A second signal kills the training. Returns 0, 2 after one line on stderr about bad input, or
-    what the training processes returned.
+    A second signal kills the training. After a crash it starts again from the newest checkpoint,
+    at most `restarts` times. Returns 0, 2 after one line on stderr about bad input, or what the
+    training processes returned.
     """
-    training = _Training(training_command(arguments, processes), processes)
+    training = _Training(arguments, processes, restarts)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     old = {number: signal.signal(number, training.on_signal) for number in numbers}
     try:
@@ -63,12 +78,13 @@ class _Training:
     workers to stop. torchrun itself is left out: it would give them 30 seconds and then fail.
     """
 
-    def __init__(self, arguments: list[str], processes: int) -> None:
-        self.with_torchrun = processes > 1
+    def __init__(self, arguments: Sequence[str], processes: int, restarts: int) -> None:
+        self.with_torchrun = _needs_torchrun(processes, restarts)
+        self.may_restart = restarts > 0
         self.signals = 0
         self.asked: set[int] = set()
         self.process = subprocess.Popen(
-            arguments,
+            training_command(arguments, processes, restarts),
             env=_environment(processes),
             start_new_session=True,
             stderr=subprocess.PIPE if self.with_torchrun else None,
@@ -87,10 +103,10 @@ class _Training:
                 code = self.process.wait(timeout=_POLL_SECONDS)
                 break
             except subprocess.TimeoutExpired:
-                if self.signals == 1:
+                if self.signals > 1 or (self.may_restart and self.errors.found):
+                    self._kill()  # what the user has to mend is the same at every restart
+                elif self.signals == 1:
                     self._ask()
-                elif self.signals > 1:
-                    self._kill()
         self.errors.join()
         return USER_ERROR if self.errors.found else code
 
@@ -99,11 +115,13 @@ class _Training:
         for worker in self._workers():
             if worker.pid not in self.asked:
                 self.asked.add(worker.pid)
-                worker.terminate()
+                with suppress(psutil.NoSuchProcess):
+                    worker.terminate()
 
     def _kill(self) -> None:
-        for worker in [*self._workers(), psutil.Process(self.process.pid)]:
-            worker.kill()
+        for worker in [psutil.Process(self.process.pid), *self._workers()]:
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
 
     def _workers(self) -> list[psutil.Process]:
         parent = psutil.Process(self.process.pid)
@@ -138,4 +156,4 @@ class _ErrorFilter:
 def _environment(processes: int) -> dict[str, str]:
     """Share the cores between the processes, unless the user has said how many threads to use."""
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    return {"OMP_NUM_THREADS": str(threads), **os.environ}
+    return {"OMP_NUM_THREADS": str(threads), **RESTART_ENVIRONMENT, **os.environ}

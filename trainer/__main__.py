@@ -13,15 +13,20 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     """Train `config` on the processes that torchrun's environment describes."""
     import torch
 
+    from trainer.failures import told_once
     from trainer.parallel.grid import open_grid
+    from trainer.preflight import preflight
     from trainer.trainer import Trainer
 
-    with open_grid() as grid:
+    with told_once() as watch, open_grid() as grid:
+        watch.connect(grid)
         if config.deterministic:
             if grid.device.type == "cuda":
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+        preflight(config, grid)
         Trainer(config, grid, stop).run()
+        watch.close(grid)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

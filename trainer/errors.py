@@ -28,6 +28,10 @@ class ExportError(ValueError):
     """A Hugging Face folder that cannot be written or read."""
 
 
+class PreflightError(ValueError):
+    """Processes that cannot train together, or not on this hardware."""
+
+
 class ReportError(ValueError):
     """A run whose metrics cannot be drawn."""
 
@@ -40,8 +44,14 @@ USER_ERRORS: tuple[type[ValueError], ...] = (
     CheckpointError,
     DivergedError,
     ExportError,
+    PreflightError,
     ReportError,
 )
+
+
+def explain(error: Exception) -> str:
+    """The one line about a user's error."""
+    return PREFIX + " ".join(str(error).split())
 
 
 def run_or_explain(action: Callable[[], None]) -> int:
@@ -49,6 +59,6 @@ def run_or_explain(action: Callable[[], None]) -> int:
     try:
         action()
     except USER_ERRORS as error:
-        print(PREFIX + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        print(explain(error), file=sys.stderr, flush=True)
         return EXIT_CODE
     return 0

@@ -154,3 +154,25 @@ def test_threads_are_shared_unless_the_user_says(monkeypatch: pytest.MonkeyPatch
     assert processes._environment(4 * cores)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert processes._environment(1)["OMP_NUM_THREADS"] == "7"
+
+
+def test_a_killed_process_is_started_again(tiny: Path, tmp_path: Path) -> None:
+    """SIGKILL after step 5 and restart from the checkpoint of step 3: equal to an unhurt run."""
+    common = ["steps=9", "checkpoint.every=3", "checkpoint.keep=0"]
+    command = [*V4, "train", str(tiny), f"run_dir={tmp_path / 'run'}", *common]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*command, "--max-restarts=1"], stdout=pipe, stderr=pipe) as process:
+        wait_for_step(tmp_path / "run", 5, process)
+        (torchrun,) = processes.psutil.Process(process.pid).children()
+        (worker,) = torchrun.children()
+        worker.kill()
+        out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err.decode()
+    assert "resumed from" in out.decode()
+    train(tiny, tmp_path / "straight", *common)
+    assert_same_run(tmp_path / "straight", tmp_path / "run", 9)
+
+
+def test_a_mistake_is_not_tried_again(tiny: Path, tmp_path: Path) -> None:
+    done = v4("train", tiny, f"data.shards={tmp_path}", "--max-restarts=9", "--nproc-per-node=2")
+    assert_one_sentence(done, "data prepare")

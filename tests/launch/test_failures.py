@@ -1,0 +1,64 @@
+"""A rank that fails takes the others down, says who it was and why, once, and in time."""
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.processes import RESTART_ENVIRONMENT
+from tests.trainer.tiny import make_tiny
+
+RANKS = 3
+LIMIT = 60.0  # seconds
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"OMP_NUM_THREADS": "1", **RESTART_ENVIRONMENT}.items():
+        monkeypatch.setenv(name, value)
+
+
+def torchrun(*arguments: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(RANKS), "--max-restarts", str(restarts)]
+    command += ["-m", "tests.launch.failing", *map(str, arguments)]
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * LIMIT)
+    assert time.monotonic() - started < LIMIT
+    return done
+
+
+@pytest.mark.parametrize(("rank", "how"), [(1, "crash"), (0, "crash"), (1, "early")])
+def test_a_crash_names_its_rank_and_ends_all(
+    tiny: Path, tmp_path: Path, rank: int, how: str
+) -> None:
+    done = torchrun(rank, how, tiny, f"run_dir={tmp_path}")
+    assert done.returncode == 1
+    sentence = f"v4: rank {rank} on {socket.gethostname()} failed: RuntimeError: out of luck"
+    assert done.stderr.splitlines().count(sentence) == 1
+    ours, page = done.stderr.split("ChildFailedError", 1)
+    assert ours.count("Traceback (most recent call last)") == 2  # ours, and torchrun's of itself
+    page = page.split("Root Cause", 1)[1]
+    assert f"rank      : {rank} " in page and "out of luck" in page
+
+
+def test_a_mistake_seen_by_one_rank_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
+    done = torchrun(1, "mistake", tiny, f"run_dir={tmp_path}")
+    assert done.stderr.count("v4: error: the shard is damaged.\n") == 1
+    assert "exitcode  : 2" in done.stderr and "failing.py" not in done.stderr
+    assert done.returncode == 1  # torchrun's own
+
+
+def test_a_crash_before_the_checks_are_met_hangs_nobody(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file where the run folder should be")
+    done = torchrun(1, "crash", tiny, f"run_dir={tmp_path / 'run'}")
+    assert done.stderr.count("v4: error: ") == 1
+    assert f"cannot write into run_dir = {tmp_path / 'run'}" in done.stderr

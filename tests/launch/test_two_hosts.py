@@ -1,0 +1,157 @@
+"""Two hosts, each a network namespace with an address of its own: one dies, the run goes on."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.processes import RESTART_ENVIRONMENT
+from tests.distributed import spawn
+from tests.trainer.tiny import assert_same_run, make_tiny, steps_in_file, train_jobs
+
+STEPS = 14
+RUN = [f"steps={STEPS}", "checkpoint.every=3", "checkpoint.keep=0"]
+HEAD = "10.77.0.1"
+PORT = 29500
+LIMIT = 75.0  # seconds that a whole job with a death in it may take
+
+
+def ip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+
+
+class Host:
+    """A network namespace that shares nothing but the files with the other one."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.space = f"v4test{os.getpid()}-{number}"
+        self.link = f"v4t{number}"
+        self.address = f"10.77.0.{number}"
+        self.torchrun: subprocess.Popen[str] | None = None
+
+    def command(self, config: Path, *overrides: str) -> list[str]:
+        """torchrun as a person would start it on this host."""
+        head = "true" if self.address == HEAD else "false"
+        return [
+            *("ip", "netns", "exec", self.space, sys.executable, "-m", "torch.distributed.run"),
+            *("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
+            *("--rdzv-endpoint", f"{HEAD}:{PORT}", "--rdzv-id", "two", "--max-restarts", "3"),
+            *("--rdzv-conf", f"is_host={head}", "--local-addr", self.address),
+            *("-m", "trainer", str(config), *RUN, *overrides),
+        ]
+
+    def start(self, config: Path, log: Path, *overrides: str) -> None:
+        """Start this host's share of the job; what it says is appended to `log`."""
+        environment = os.environ | RESTART_ENVIRONMENT
+        environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.link}
+        with log.open("a") as file:
+            self.torchrun = subprocess.Popen(
+                self.command(config, *overrides),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                text=True,
+            )
+
+    def workers(self) -> list[psutil.Process]:
+        """The training processes of this host."""
+        assert self.torchrun is not None
+        return psutil.Process(self.torchrun.pid).children()
+
+    def kill(self) -> None:
+        """The power goes: torchrun and its workers die without a word."""
+        if self.torchrun is None or self.torchrun.poll() is not None:
+            return
+        doomed = [psutil.Process(self.torchrun.pid), *self.workers()]
+        for process in doomed:
+            process.kill()
+        self.torchrun.wait()
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[Host]]:
+    """Two hosts joined by a cable; nothing of them is left afterwards."""
+    if shutil.which("ip") is None:
+        pytest.skip("needs iproute2's `ip` to make two hosts")
+    if os.geteuid() != 0:
+        pytest.skip("needs root to make network namespaces")
+    pair = [Host(1), Host(2)]
+    with ExitStack() as stack:
+        for host in pair:
+            made = ip("netns", "add", host.space)
+            if made.returncode:
+                pytest.skip(f"cannot make a network namespace here: {made.stderr.strip()}")
+            stack.callback(ip, "netns", "del", host.space)
+            stack.callback(host.kill)
+        one, two = pair
+        cable = ["link", "add", one.link, "netns", one.space, "type", "veth"]
+        made = ip(*cable, "peer", "name", two.link, "netns", two.space)
+        if made.returncode:
+            pytest.skip(f"cannot join two network namespaces here: {made.stderr.strip()}")
+        for host in pair:
+            ip("-n", host.space, "addr", "add", f"{host.address}/24", "dev", host.link)
+            for link in ("lo", host.link):
+                assert ip("-n", host.space, "link", "set", link, "up").returncode == 0
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run on two ranks that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    spawn(train_jobs, 2, tiny, folder, [("run", RUN, 0)])
+    return folder / "run"
+
+
+def wait_for_step(run_dir: Path, step: int, hosts: list[Host]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not (run_dir / "metrics.jsonl").is_file() or steps_in_file(run_dir)[-1:] < [step]:
+        for host in hosts:
+            assert host.torchrun is not None and host.torchrun.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("dies", ["worker", "host"])
+def test_a_death_costs_no_more_than_the_steps_since_the_checkpoint(
+    tiny: Path, undisturbed: Path, hosts: list[Host], tmp_path: Path, dies: str
+) -> None:
+    """SIGKILL on one host after step 5; the job restarts from step 3 by itself.
+
+    A dead host is started again by its cluster manager, here by the test; the other host's
+    torchrun waits for it.
+    """
+    run_dir = tmp_path / "run"
+    logs = [tmp_path / "log1", tmp_path / "log2"]
+    for host, log in zip(hosts, logs, strict=True):
+        host.start(tiny, log, f"run_dir={run_dir}")
+    try:
+        wait_for_step(run_dir, 5, hosts)
+        if dies == "worker":
+            (worker,) = hosts[1].workers()
+            worker.kill()
+        else:
+            hosts[1].kill()
+            hosts[1].start(tiny, logs[1], f"run_dir={run_dir}")
+        for host in hosts:
+            assert host.torchrun is not None
+            assert host.torchrun.wait(LIMIT) == 0
+    except BaseException:
+        print(*(log.read_text() for log in logs), sep="\n")
+        raise
+    assert "resumed from" in (logs[0].read_text() + logs[1].read_text())
+    assert steps_in_file(run_dir) == list(range(1, STEPS + 1))
+    assert_same_run(undisturbed, run_dir, STEPS)

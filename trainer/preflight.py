@@ -1,0 +1,221 @@
+"""What must hold before a model is built: one code, one config, one torch, one data, one folder.
+
+Ranks that differ in any of these train without an error message and to a wrong result, or wait
+for each other for ever. One exchange of digests, and every rank comes to the same verdict.
+"""
+
+import hashlib
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from data.errors import DataError
+from data.files import sha256_of
+from data.manifest import MANIFEST_FILE
+from data.tokenizer import tokenizer_file
+from model.sizes import parameter_counts
+from trainer.config import RunConfig
+from trainer.errors import PreflightError
+from trainer.parallel.collectives import gather_objects
+from trainer.parallel.grid import Grid
+from trainer.plan import GIB, memory_parts
+
+PACKAGES = ("data", "model", "optim", "trainer")
+MISSING = "missing"
+SHOWN_HOSTS = 4
+SEE_SECONDS = 15.0  # that a network file system may take to show a new file
+LARGEST = ("parallel.tensor", "parallel.expert", "parallel.pipeline")
+
+CODE = f"the code ({', '.join(PACKAGES)})"
+CONFIG = "the resolved config"
+TORCH = "the version of torch"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one rank sees.
+
+    `digests` maps what is compared to a digest or version; `memory` is in bytes, of the device
+    that this process trains on, or its share of the machine's.
+    """
+
+    rank: int
+    host: str
+    digests: dict[str, str]
+    memory: int
+
+
+def preflight(config: RunConfig, grid: Grid, see_seconds: float = SEE_SECONDS) -> None:
+    """Raise PreflightError, the same on all ranks, unless they can train together.
+
+    Every rank calls it. `see_seconds` is how long the run's folder may take to show a new file.
+    """
+    facts = Facts(grid.rank, socket.gethostname(), _digests(config), _memory(grid.device))
+    everyone = gather_objects(facts, grid.world)
+    _check_equal(everyone, config, grid)
+    _check_memory(everyone, config)
+    if grid.world_size > 1:
+        _check_folder(everyone, config.run_dir, grid, see_seconds)
+
+
+def code_digest(root: Path) -> str:
+    """SHA-256 of names and contents of the .py files of our packages below `root`."""
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root).as_posix()} {sha256_of(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _digests(config: RunConfig) -> dict[str, str]:
+    manifest = Path(config.data.shards) / MANIFEST_FILE
+    return {
+        CODE: code_digest(Path(__file__).resolve().parents[1]),
+        TORCH: str(torch.__version__),
+        CONFIG: config.digest(),
+        f"the shards in data.shards = {config.data.shards}": _file_digest(manifest),
+        f"the tokenizer at data.tokenizer.path = {config.data.tokenizer.path}": _tokenizer(config),
+    }
+
+
+def _file_digest(path: Path) -> str:
+    """Missing on all ranks is found, and said better, where the file is read."""
+    try:
+        return sha256_of(path)
+    except OSError:
+        return MISSING
+
+
+def _tokenizer(config: RunConfig) -> str:
+    try:
+        return _file_digest(tokenizer_file(config.data.tokenizer.path))
+    except DataError:
+        return MISSING
+
+
+def _check_equal(everyone: list[Facts], config: RunConfig, grid: Grid) -> None:
+    """The config comes before the files it names: their names would differ, too."""
+    for what in everyone[0].digests:
+        values = [facts.digests.get(what, MISSING) for facts in everyone]
+        others = [f for f, value in zip(everyone, values, strict=True) if value != values[0]]
+        if not others:
+            continue
+        if what == CONFIG:
+            configs = gather_objects(config.to_dict(), grid.world)
+            first = _difference(configs[0], configs[others[0].rank])
+            what = f"{CONFIG}: {first}"
+        else:
+            mine, theirs = values[0], others[0].digests.get(what, MISSING)
+            what = f"{what}: {mine[:16]} and {theirs[:16]}"
+        raise PreflightError(
+            f"{where([everyone[0]])} and {where(others)} differ in {what}; "
+            "every host should see the same"
+        )
+
+
+def _difference(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "") -> str:
+    """`steps is 5 and 6`, for the first key in which two configs differ."""
+    for name, value in one.items():
+        theirs = other.get(name)
+        if value == theirs:
+            continue
+        if isinstance(value, Mapping) and isinstance(theirs, Mapping):
+            return _difference(value, theirs, f"{above}{name}.")
+        return f"{above}{name} is {value!r} and {theirs!r}"
+    return "a key that one of them does not have"
+
+
+def _check_memory(everyone: list[Facts], config: RunConfig) -> None:
+    """Raise when what a process must hold all the time is more than there is."""
+    parts = memory_parts(config, parameter_counts(config.model).total)
+    needed = sum(parts.values())
+    short = [facts for facts in everyone if facts.memory < needed]
+    if not short:
+        return
+    least = min(short, key=lambda facts: facts.memory)
+    raise PreflightError(
+        f"weights, gradients and optimizer states take {needed / GIB:,.2f} GiB on a process, while "
+        f"{where([least])} has {least.memory / GIB:,.2f} GiB; spread the model with a higher "
+        f"{', '.join(LARGEST[:-1])} or {LARGEST[-1]}, or use a smaller one"
+    )
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of this process's device, or of the machine divided by the processes on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _check_folder(everyone: list[Facts], folder: Path, grid: Grid, see_seconds: float) -> None:
+    """Raise unless a file that the first rank writes into the run's folder is seen by all."""
+    token = folder / f".preflight-{secrets.token_hex(8)}"
+    mine = _write(token) if grid.is_first else ""
+    try:
+        problem, name = gather_objects((mine, token.name), grid.world)[0]
+        if problem:
+            raise PreflightError(
+                f"{where([everyone[0]])} cannot write into run_dir = {folder}: {problem}"
+            )
+        seen = gather_objects(_appears(folder / name, see_seconds), grid.world)
+        blind = [facts for facts, good in zip(everyone, seen, strict=True) if not good]
+        if blind:
+            raise PreflightError(
+                f"run_dir = {folder} is not the same folder on {where([everyone[0]])} and "
+                f"{where(blind)}; it should be on a file system that all hosts share"
+            )
+    finally:
+        if grid.is_first and not mine:
+            token.unlink(missing_ok=True)
+
+
+def _write(token: Path) -> str:
+    """Write the file; returns the reason where that is not possible."""
+    try:
+        token.parent.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return ""
+
+
+def _appears(path: Path, seconds: float) -> bool:
+    """Whether the file is there, or comes within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            # Reading the folder makes a network file system forget what it believed of it.
+            if path.name in os.listdir(path.parent):
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+
+
+def where(ranks: Iterable[Facts]) -> str:
+    """`rank 3 on host-b`, `ranks 2, 3 on host-b and rank 4 on host-c`, cut after a few hosts."""
+    hosts: dict[str, list[int]] = {}
+    for facts in ranks:
+        hosts.setdefault(facts.host, []).append(facts.rank)
+    named = [
+        f"rank{'s' if len(numbers) > 1 else ''} {_few(numbers)} on {host}"
+        for host, numbers in list(hosts.items())[:SHOWN_HOSTS]
+    ]
+    if (more := len(hosts) - len(named)) > 0:
+        named.append(f"those on {more} more host{'s' if more > 1 else ''}")
+    return named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
+
+
+def _few(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    return shown if len(numbers) <= 8 else f"{shown}, …"
