@@ -1,11 +1,12 @@
-"""Checkpoints: whole logical tensors in safetensors, published atomically.
+"""Checkpoints: logical tensors in safetensors, published atomically.
 
     checkpoints/step-00000020/
         shard-00001-model-00001-of-00001.safetensors   what rank 0 wrote, and so on for each rank
         state.json      step, tokens, seed, digests, the model's config
         manifest.json   size and SHA-256 of every other file
 
-torch.distributed.checkpoint plans who writes what and opens the result at any number of ranks. Its
+torch.distributed.checkpoint plans who writes what and opens the result at any topology: a tensor
+that ranks split stands in their files in pieces, with the place of each in the file's header. Its
 safetensors storage writes no metadata file of its own: the reader builds it from the safetensors
 headers, so nothing from the disk is ever unpickled. All ranks need to see the same folder.
 """
@@ -15,11 +16,12 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -28,8 +30,11 @@ from data.files import fsync_folder
 from trainer import manifest
 from trainer.errors import CheckpointError, SaveError
 from trainer.files import remove_folder, write_synced
-from trainer.parallel.collectives import gather_objects
+from trainer.parallel.collectives import gather_objects, sum_
 from trainer.parallel.grid import Grid
+from trainer.parallel.placement import Shape
+from trainer.planners import PartLoadPlanner, PartSavePlanner
+from trainer.tensors import Part
 
 Item = TypeVar("Item")
 
@@ -70,17 +75,19 @@ class CheckpointFolder:
         self.grid = grid
         self.keep = keep
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    def save(self, step: int, tensors: Mapping[str, Part | Tensor], state: dict[str, Any]) -> Path:
         """Write one checkpoint and prune old ones; every rank calls it.
 
-        `state` is what `state.json` holds. Returns the published folder. Raises SaveError on all
-        ranks when any of them could not write, with nothing left behind and nothing else touched.
+        `tensors` are what this rank holds, by name; a plain tensor is whole. `state` is what
+        `state.json` holds. Returns the published folder. Raises SaveError on all ranks when any
+        of them could not write, with nothing left behind and nothing else touched.
         """
         target = self.folder / folder_name(step)
         aside = target.with_name(f".{target.name}.tmp")
+        parts = _parts(tensors)
         try:
             self._together(lambda: self._prepare(aside))
-            self._together(lambda: self._write_shards(aside, tensors))
+            self._together(lambda: self._write_shards(aside, parts))
             files = self._together(lambda: self._record_share(aside))
             self._together(lambda: self._publish(aside, target, files, {"format": FORMAT, **state}))
         except OSError as error:
@@ -116,11 +123,16 @@ class CheckpointFolder:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
 
-    def _write_shards(self, aside: Path, tensors: dict[str, Tensor]) -> None:
+    def _write_shards(self, aside: Path, parts: dict[str, Part]) -> None:
         writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
         try:
             with _quiet():
-                dcp.save(tensors, storage_writer=writer, process_group=self.grid.world.group)
+                dcp.save(
+                    parts,
+                    storage_writer=writer,
+                    planner=PartSavePlanner(),
+                    process_group=self.grid.world.group,
+                )
         except dcp.CheckpointException as error:
             raise _os_error_in(error) from None
 
@@ -184,15 +196,39 @@ class CheckpointFolder:
             return broken
         return manifest.problem(path, files, manifest.share_of(list(files), rank, world_size))
 
-    def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Copy a verified checkpoint into live tensors, at any number of ranks.
+    def load(self, path: Path, tensors: Mapping[str, Part | Tensor]) -> None:
+        """Copy a verified checkpoint into live tensors, at any topology; every rank calls it.
 
-        Raises CheckpointError naming the first tensor that is missing or of another shape.
+        `tensors` are what this rank holds, by name; it reads no more than that. Raises
+        CheckpointError on all ranks, naming the first tensor that is missing, of another shape,
+        or held by no rank.
         """
+        parts = _parts(tensors)
         reader = HuggingFaceStorageReader(str(path))
-        check_tensors(path, _shapes_in(reader), tensors)
+        shapes = _shapes_in(reader)
+        problems = gather_objects(misfit(shapes, parts), self.grid.world)
+        problem = next(filter(None, problems), None) or self._unclaimed(shapes, parts)
+        if problem:
+            raise CheckpointError(f"{path}: {problem}")
         with _quiet():
-            dcp.load(tensors, storage_reader=reader, process_group=self.grid.world.group)
+            dcp.load(
+                parts,
+                storage_reader=reader,
+                planner=PartLoadPlanner(),
+                process_group=self.grid.world.group,
+            )
+
+    def _unclaimed(self, shapes: Mapping[str, Shape], parts: Mapping[str, Part]) -> str | None:
+        """What the checkpoint holds and no rank has; the same answer on all ranks."""
+        names = sorted(shapes)
+        held = torch.tensor([name in parts for name in names], dtype=torch.int32)
+        holders = sum_(held, self.grid.world).tolist()
+        extra = [name for name, count in zip(names, holders, strict=True) if count == 0]
+        return f"holds {extra[0]}, which this run's model does not have" if extra else None
+
+
+def _parts(tensors: Mapping[str, Part | Tensor]) -> dict[str, Part]:
+    return {n: Part.whole(t) if isinstance(t, Tensor) else t for n, t in tensors.items()}
 
 
 @contextmanager
@@ -203,7 +239,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _shapes_in(reader: HuggingFaceStorageReader) -> dict[str, tuple[int, ...]]:
+def _shapes_in(reader: HuggingFaceStorageReader) -> dict[str, Shape]:
     entries = reader.read_metadata().state_dict_metadata
     return {
         name: tuple(entry.size)
@@ -212,20 +248,17 @@ def _shapes_in(reader: HuggingFaceStorageReader) -> dict[str, tuple[int, ...]]:
     }
 
 
-def check_tensors(
-    path: Path, shapes: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]
-) -> None:
-    """Raise CheckpointError unless the file's names and shapes are those of the run."""
-    for name, tensor in tensors.items():
+def misfit(shapes: Mapping[str, Shape], parts: Mapping[str, Part]) -> str | None:
+    """What a checkpoint with tensors of these whole shapes lacks for the parts, or None."""
+    for name, part in parts.items():
         if name not in shapes:
-            raise CheckpointError(f"{path}: holds no tensor {name}, which this run needs")
-        if shapes[name] != tuple(tensor.shape):
-            raise CheckpointError(
-                f"{path}: {name} has the shape {list(shapes[name])}, while this run's model has "
-                f"{list(tensor.shape)}"
+            return f"holds no tensor {name}, which this run needs"
+        if shapes[name] != part.shape:
+            return (
+                f"{name} has the shape {list(shapes[name])}, while this run's model has "
+                f"{list(part.shape)}"
             )
-    if extra := sorted(shapes.keys() - tensors.keys()):
-        raise CheckpointError(f"{path}: holds {extra[0]}, which this run's model does not have")
+    return None
 
 
 def read_state(path: Path) -> dict[str, Any]:

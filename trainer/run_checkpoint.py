@@ -1,5 +1,6 @@
 """What a run saves in a checkpoint and how it goes on from one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from trainer.checkpoint import (
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
 from trainer.parallel.grid import Grid
+from trainer.parallel.placement import Placement
 from trainer.state import TrainState
-from trainer.tensors import logical_tensors
+from trainer.tensors import Part, logical_tensors
 
 
 class RunCheckpoint:
-    """Saves and restores model, optimizer and counters of one run."""
+    """Saves and restores model, optimizer and counters of one run.
+
+    `placements` say which parts of the model's tensors are here; by default they are whole.
+    """
 
     def __init__(
         self,
@@ -29,11 +34,13 @@ class RunCheckpoint:
         model: V4Model,
         optimizer: Optimizer,
         tokenizer_hash: str,
+        placements: Mapping[str, Placement] | None = None,
     ) -> None:
         self.config = config
         self.model = model
         self.optimizer = optimizer
         self.tokenizer_hash = tokenizer_hash
+        self.placements = placements
         self.folder = CheckpointFolder(config.run_dir / "checkpoints", grid, config.checkpoint.keep)
 
     def save(self, state: TrainState) -> Path:
@@ -73,8 +80,8 @@ class RunCheckpoint:
         found = checkpoints_in(self.folder.folder)
         return f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
-    def _tensors(self) -> dict[str, Any]:
-        return logical_tensors(self.model, self.optimizer.state_tensors())
+    def _tensors(self) -> dict[str, Part]:
+        return logical_tensors(self.model, self.optimizer.state_tensors(), self.placements)
 
     def _document(self, state: TrainState) -> dict[str, Any]:
         model = self.config.model.model_dump(mode="json")
