@@ -1,0 +1,175 @@
+"""What must be equal on all ranks before training, and the one sentence where it is not."""
+
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed import spawn
+from trainer import preflight as checks
+from trainer.config import load_config
+from trainer.errors import USER_ERRORS, PreflightError
+from trainer.parallel.grid import Grid, Sizes
+from trainer.preflight import Facts, code_digest, preflight, where
+
+RANKS = 3
+
+
+def other_torch(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch, "__version__", "2.12.0")
+
+
+def other_code(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(checks, "code_digest", lambda root: "0" * 64)
+
+
+def little_memory(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(checks, "_memory", lambda device: 2**10)
+
+
+def other_shards(patch: pytest.MonkeyPatch) -> None:
+    manifest = Path("shards/manifest.json")
+    manifest.write_text(manifest.read_text() + " ")
+
+
+def no_shards(patch: pytest.MonkeyPatch) -> None:
+    Path("shards/manifest.json").unlink()
+
+
+def no_tokenizer(patch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree("tokenizer")
+
+
+def nothing(patch: pytest.MonkeyPatch) -> None:
+    """Equal on all ranks, or different by the config alone."""
+
+
+# What ranks 1 and 2 have, which are on another host than rank 0.
+CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "same": nothing,
+    "config": nothing,
+    "own folder": nothing,
+    "unwritable": nothing,
+    "torch": other_torch,
+    "code": other_code,
+    "memory": little_memory,
+    "other shards": other_shards,
+    "no shards": no_shards,
+    "no tokenizer": no_tokenizer,
+}
+
+
+def verdict(path: Path, overrides: list[str]) -> str:
+    """What preflight says on this rank; empty where it has nothing against the run."""
+    grid = Grid.build(Sizes(dist.get_world_size()), torch.device("cpu"))
+    try:
+        preflight(load_config(path, overrides), grid, see_seconds=0.5)
+    except PreflightError as error:
+        return str(error)
+    return ""
+
+
+def all_verdicts(rank: int, world_size: int, tiny: Path, folder: Path) -> dict[str, str]:
+    """Every case, each rank with a working directory and so with data of its own."""
+    found = {}
+    (folder / "unwritable").write_text("a file where the run folder should be")
+    for case, change in CASES.items():
+        here = folder / f"{case}, rank {rank}"
+        for name in ("shards", "tokenizer"):
+            shutil.copytree(tiny.parent / name, here / name)
+        run = "run" if case == "own folder" else folder / ("unwritable" if case[0] == "u" else "x")
+        overrides = [f"run_dir={run}", "data.shards=shards", "data.tokenizer.path=tokenizer"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(here)
+            patch.setattr(socket, "gethostname", lambda: "b" if rank else "a")
+            if rank:
+                change(patch)
+                overrides += ["optim.schedule.warmup_steps=3"] * (case == "config")
+            found[case] = verdict(tiny, overrides)
+    return found
+
+
+@pytest.fixture(scope="module")
+def verdicts(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("preflight")
+    by_rank = spawn(all_verdicts, RANKS, tiny, folder)
+    assert by_rank[0] == by_rank[1] == by_rank[2]  # no rank trains on, or waits
+    assert not list(folder.rglob(".preflight-*"))
+    return by_rank[0]
+
+
+def test_equal_ranks_may_train(verdicts: dict[str, str]) -> None:
+    assert verdicts["same"] == ""
+
+
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        ("code", ("the code (data, model, optim, trainer)", "0000000000000000")),
+        ("torch", ("the version of torch", f"{torch.__version__} and 2.12.0")),
+        ("config", ("the resolved config", "optim.schedule.warmup_steps is 2 and 3")),
+        ("other shards", ("data.shards = shards",)),
+        ("no shards", ("data.shards = shards", "and missing")),
+        ("no tokenizer", ("data.tokenizer.path = tokenizer", "and missing")),
+    ],
+)
+def test_a_difference_is_named_with_its_ranks(
+    verdicts: dict[str, str], case: str, parts: tuple[str, ...]
+) -> None:
+    text = verdicts[case]
+    assert text.startswith("rank 0 on a and ranks 1, 2 on b differ in ")
+    for part in parts:
+        assert part in text
+    assert "\n" not in text
+
+
+def test_the_run_folder_is_one(verdicts: dict[str, str]) -> None:
+    text = verdicts["own folder"]
+    assert "run_dir = run is not the same folder on rank 0 on a and ranks 1, 2 on b" in text
+    assert "rank 0 on a cannot write into run_dir = " in verdicts["unwritable"]
+
+
+def test_memory_names_fields_and_numbers(verdicts: dict[str, str]) -> None:
+    text = verdicts["memory"]
+    assert "GiB on a process, while rank 1 on b has 0.00 GiB" in text
+    assert "parallel.tensor" in text and "parallel.pipeline" in text
+
+
+def test_a_model_too_large_for_one_process_is_refused(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    half = psutil.virtual_memory().total // 2
+    assert checks._memory(torch.device("cpu")) == half
+    preflight(load_config(tiny), Grid.single(torch.device("cpu")))
+    large = load_config(tiny, ["model.n_routed_experts=4096", "model.moe_intermediate_size=65536"])
+    with pytest.raises(PreflightError, match=f"has {half / 2**30:,.2f} GiB"):
+        preflight(large, Grid.single(torch.device("cpu")))
+
+
+def test_the_code_is_its_names_and_contents(tmp_path: Path) -> None:
+    for package in checks.PACKAGES:
+        (tmp_path / package / "inner").mkdir(parents=True)
+    file = tmp_path / "model/inner/a.py"
+    file.write_text("x = 1\n")
+    first = code_digest(tmp_path)
+    (tmp_path / "model/inner/notes.txt").write_text("not code")
+    assert code_digest(tmp_path) == first
+    file.write_text("x = 2\n")
+    second = code_digest(tmp_path)
+    file.rename(file.with_name("b.py"))
+    assert len({first, second, code_digest(tmp_path)}) == 3
+
+
+def test_many_hosts_make_no_long_sentence() -> None:
+    many = [Facts(rank, f"host{rank // 16}", {}, 0) for rank in range(16 * 9)]
+    text = where(many)
+    assert text.startswith("ranks 0, 1, 2, 3, 4, 5, 6, 7, … on host0, ranks 16, 17")
+    assert text.endswith("on host3 and those on 5 more hosts")
+    assert where(many[:1]) == "rank 0 on host0"
+    assert PreflightError in USER_ERRORS
