@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -19,10 +19,11 @@ from optim.config import OptimConfig
 from trainer.config_errors import explain
 from trainer.config_source import ConfigError, dump_yaml, read_source
 
-__all__ = ["ConfigError", "RunConfig", "load_config", "load_run"]
+__all__ = ["ConfigError", "RunConfig", "Section", "load_as", "load_config", "load_run"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NaturalInt = Annotated[int, Field(ge=0)]
+Root = TypeVar("Root", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -172,13 +173,18 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises ConfigError: one sentence with the file (or "command line"), the dotted key, and what
     would be right, with the nearest name for a key that does not exist.
     """
+    return load_as(RunConfig, path, overrides)
+
+
+def load_as(root: type[Root], path: str | Path, overrides: Iterable[str] = ()) -> Root:
+    """Read a file of another kind in the same way, with the same errors, as `root`."""
     source = read_source(Path(path), overrides)
     try:
         # Strict JSON reading: no "10" for 10 and no true for 1, yet lists become tuples and
         # strings become paths.
-        return RunConfig.model_validate_json(json.dumps(source.values), strict=True)
+        return root.model_validate_json(json.dumps(source.values), strict=True)
     except ValidationError as error:
-        raise explain(error, RunConfig, source) from None
+        raise explain(error, root, source) from None
 
 
 def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
