@@ -16,10 +16,10 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -34,9 +34,9 @@ from trainer.parallel.collectives import gather_objects, sum_
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Shape
 from trainer.planners import PartLoadPlanner, PartSavePlanner
+from trainer.stored import StoredTensors
 from trainer.tensors import Part
-
-Item = TypeVar("Item")
+from trainer.together import together
 
 FORMAT = 1
 _NAME = re.compile(r"^step-(\d{8,})$")
@@ -84,12 +84,13 @@ class CheckpointFolder:
         """
         target = self.folder / folder_name(step)
         aside = target.with_name(f".{target.name}.tmp")
-        parts = _parts(tensors)
+        parts, world = _parts(tensors), self.grid.world
+        document = {"format": FORMAT, **state}
         try:
-            self._together(lambda: self._prepare(aside))
-            self._together(lambda: self._write_shards(aside, parts))
-            files = self._together(lambda: self._record_share(aside))
-            self._together(lambda: self._publish(aside, target, files, {"format": FORMAT, **state}))
+            together(lambda: self._prepare(aside), world)
+            together(lambda: self._write_shards(aside, parts), world)
+            files = together(lambda: self._record_share(aside), world)
+            together(lambda: self._publish(aside, target, files, document), world)
         except OSError as error:
             if self.grid.is_first:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -101,22 +102,6 @@ class CheckpointFolder:
             for old in checkpoints_in(self.folder)[: -self.keep]:
                 remove_folder(old)
         return target
-
-    def _together(self, action: Callable[[], Item]) -> list[Item]:
-        """Every rank's result of `action`, by rank; an OSError on any rank is raised on all.
-
-        Without this a rank whose disk is full would leave the others waiting in a collective.
-        """
-        outcome: Item | OSError
-        try:
-            outcome = action()
-        except OSError as error:
-            outcome = OSError(error.errno, error.strerror)
-        outcomes = gather_objects(outcome, self.grid.world)
-        for failed in outcomes:
-            if isinstance(failed, OSError):
-                raise failed
-        return [item for item in outcomes if not isinstance(item, OSError)]
 
     def _prepare(self, aside: Path) -> None:
         if self.grid.is_first:
@@ -204,8 +189,7 @@ class CheckpointFolder:
         or held by no rank.
         """
         parts = _parts(tensors)
-        reader = HuggingFaceStorageReader(str(path))
-        shapes = _shapes_in(reader)
+        shapes = StoredTensors(path).shapes
         problems = gather_objects(misfit(shapes, parts), self.grid.world)
         problem = next(filter(None, problems), None) or self._unclaimed(shapes, parts)
         if problem:
@@ -213,7 +197,7 @@ class CheckpointFolder:
         with _quiet():
             dcp.load(
                 parts,
-                storage_reader=reader,
+                storage_reader=HuggingFaceStorageReader(str(path)),
                 planner=PartLoadPlanner(),
                 process_group=self.grid.world.group,
             )
@@ -237,15 +221,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def _shapes_in(reader: HuggingFaceStorageReader) -> dict[str, Shape]:
-    entries = reader.read_metadata().state_dict_metadata
-    return {
-        name: tuple(entry.size)
-        for name, entry in entries.items()
-        if isinstance(entry, dcp.TensorStorageMetadata)
-    }
 
 
 def misfit(shapes: Mapping[str, Shape], parts: Mapping[str, Part]) -> str | None:

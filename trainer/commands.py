@@ -52,10 +52,17 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
 
 
 def export(config: RunConfig, options: argparse.Namespace) -> None:
-    """Write the newest checkpoint as a Hugging Face folder."""
-    from trainer.transfer import export_run
+    """Write the newest checkpoint as a Hugging Face folder; processes share out its files."""
+    from trainer.export import export_run
+    from trainer.failures import told_once
+    from trainer.parallel.grid import open_grid
 
-    print(export_run(config, Path(options.folder)))
+    with told_once() as watch, open_grid() as grid:
+        watch.connect(grid)
+        text = export_run(config, Path(options.folder), grid)
+        if grid.is_first:
+            print(text)
+        watch.close(grid)
 
 
 def import_(config: RunConfig, options: argparse.Namespace) -> None:

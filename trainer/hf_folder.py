@@ -1,8 +1,11 @@
 """Hugging Face folders out and in: config.json, sharded safetensors, tokenizer files."""
 
+from __future__ import annotations
+
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data import Tokenizer
+from data.files import fsync_file
 from model import ModelConfig
 from trainer.errors import ExportError
-from trainer.files import new_folder, write_synced
+from trainer.files import write_synced
+from trainer.parallel.grid import Axis, Grid
+from trainer.together import new_folder, together
+
+Read = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -28,51 +36,93 @@ def write_hf_folder(
     tokenizer: Tokenizer,
     dtype: str,
     shard_bytes: int = SHARD_BYTES,
+    read: Read | None = None,
+    grid: Grid | None = None,
 ) -> None:
     """Write what `AutoModelForCausalLM` and `AutoTokenizer` load, all of it or nothing.
 
-    `weights` carry official names. Raises ExportError when `folder` is there and not empty, or
-    when it cannot be written.
+    `weights` carry official names. They may be on the meta device: `read` then gives the tensors
+    of a shard, on the host, just before that is written, and they are dropped behind it. The
+    ranks of `grid` share out the shards. Raises ExportError on all ranks when `folder` is there
+    and not empty, or when it cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExportError(f"{folder}: is already there; name a folder that is new or empty")
+    world = (grid or Grid.single()).world
+    refuse_full(folder, world)
+    shards = _Shards.plan(weights, shard_bytes)
     generation = {
         "_from_model_config": True,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
     }
-    try:
-        with new_folder(folder) as aside:
+
+    def write(aside: Path) -> None:
+        shards.write(aside, read or _storable, world)
+        if world.is_first:
             _write_json(aside / "config.json", {**config.to_hf(), "dtype": dtype})
             _write_json(aside / "generation_config.json", generation)
             tokenizer.export_hf(aside)
-            _write_weights(aside, weights, shard_bytes)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ExportError(f"{folder}: cannot be written: {reason}") from None
+            shards.write_index(aside)
+
+    try:
+        with new_folder(folder, world) as aside:
+            together(lambda: write(aside), world)
+    except OSError as error:
+        raise ExportError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
-def _write_weights(folder: Path, weights: Mapping[str, Tensor], shard_bytes: int) -> None:
-    """One file, or numbered ones of at most `shard_bytes` (or one tensor) with their index."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = total = 0
-    for name, tensor in weights.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    if len(shards) == 1:
-        save_file(_storable(shards[0]), folder / SINGLE, metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(_storable(shard), folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+def refuse_full(folder: Path, world: Axis) -> None:
+    """Raise ExportError, on all ranks, unless `folder` is new or an empty folder."""
+    try:
+        full = together(lambda: _is_full(folder), world)
+    except OSError as error:
+        raise ExportError(f"{folder}: cannot be read: {error.strerror}") from None
+    if any(full):
+        raise ExportError(f"{folder}: is already there; name a folder that is new or empty")
+
+
+def _is_full(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """Which tensor stands in which file: a function of names, shapes and dtypes alone."""
+
+    files: Mapping[str, Mapping[str, Tensor]]
+
+    @classmethod
+    def plan(cls, weights: Mapping[str, Tensor], shard_bytes: int) -> _Shards:
+        """One file, or numbered ones of at most `shard_bytes` (or one tensor)."""
+        shards: list[dict[str, Tensor]] = [{}]
+        size = 0
+        for name, tensor in weights.items():
+            if shards[-1] and size + tensor.nbytes > shard_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][name] = tensor
+            size += tensor.nbytes
+        if len(shards) == 1:
+            return cls({SINGLE: shards[0]})
+        names = (f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n, _ in enumerate(shards, 1))
+        return cls(dict(zip(names, shards, strict=True)))
+
+    def write(self, folder: Path, read: Read, world: Axis) -> None:
+        """Write this rank's share of the files, one after another. Raises OSError."""
+        for file in list(self.files)[world.rank :: world.size]:
+            try:
+                save_file(read(self.files[file]), folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(0, str(error)) from None
+            fsync_file(folder / file)
+
+    def write_index(self, folder: Path) -> None:
+        """Write the index that says which file holds a tensor, if there is more than one."""
+        if len(self.files) == 1:
+            return
+        total = sum(tensor.nbytes for shard in self.files.values() for tensor in shard.values())
+        weight_map = {name: file for file, shard in self.files.items() for name in shard}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

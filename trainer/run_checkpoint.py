@@ -21,6 +21,31 @@ from trainer.state import TrainState
 from trainer.tensors import Part, logical_tensors
 
 
+def newest_of(
+    config: RunConfig, folder: CheckpointFolder, tokenizer_hash: str
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint, verified, and its `state.json`; None where there is none.
+
+    Raises CheckpointError for a damaged checkpoint and for one of another model, seed or
+    tokenizer, naming the field.
+    """
+    path = folder.newest()
+    if path is None:
+        return None
+    saved = read_state(path)
+    check_model(path, saved["model"], config.model.model_dump(mode="json"))
+    for field, ours, what in (
+        ("seed", config.seed, "seed"),
+        ("tokenizer", tokenizer_hash, "data.tokenizer.path"),
+    ):
+        if saved[field] != ours:
+            raise CheckpointError(
+                f"{path}: was trained with another {what}: {saved[field]!r} there and "
+                f"{ours!r} in this run"
+            )
+    return path, saved
+
+
 class RunCheckpoint:
     """Saves and restores model, optimizer and counters of one run.
 
@@ -53,18 +78,10 @@ class RunCheckpoint:
         Raises CheckpointError for a damaged checkpoint and for one of another model, seed or
         tokenizer, naming the field.
         """
-        path = self.folder.newest()
-        if path is None:
+        found = newest_of(self.config, self.folder, self.tokenizer_hash)
+        if found is None:
             return None
-        saved = read_state(path)
-        ours = self._document(state)
-        check_model(path, saved["model"], ours["model"])
-        for field, what in (("seed", "seed"), ("tokenizer", "data.tokenizer.path")):
-            if saved[field] != ours[field]:
-                raise CheckpointError(
-                    f"{path}: was trained with another {what}: {saved[field]!r} there and "
-                    f"{ours[field]!r} in this run"
-                )
+        path, saved = found
         self.folder.load(path, self._tensors())
         self.optimizer.write_parameters()
         self.optimizer.step_count = saved["optimizer_steps"]

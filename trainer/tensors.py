@@ -19,6 +19,7 @@ from trainer.parallel.placement import Placement, Shape, place
 MASTER = "master."
 STEP = "step"
 """The optimizer's state that is one number for a whole parameter, however that is split."""
+_STATES = "optim."
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,16 @@ def logical_tensors(
             continue
         state, _, name = key.partition(".")
         if state == STEP:
-            logical[f"optim.{key}"] = Part.whole(tensor)
+            logical[f"{_STATES}{key}"] = Part.whole(tensor)
             continue
         for entry, part in _entries(name, tensor, placements):
-            logical[f"optim.{state}.{entry}"] = part
+            logical[f"{_STATES}{state}.{entry}"] = part
     return logical
+
+
+def is_state(name: str) -> bool:
+    """Whether an entry of a checkpoint is the optimizer's, not a weight or buffer of the model."""
+    return name.startswith(_STATES)
 
 
 def _entries(

@@ -1,18 +1,17 @@
-"""`v4 export` and `v4 import`: a run's newest checkpoint out, a Hugging Face folder in."""
+"""`v4 import`: a Hugging Face folder in. `open_run`: a run's newest checkpoint, ready to use."""
 
 from pathlib import Path
 
 from data import Tokenizer
-from model.hf import named_tensors, to_official
 from trainer.checkpoint import checkpoints_in
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError, ExportError
 from trainer.files import write_whole
-from trainer.hf_folder import read_hf_config, read_hf_weights, write_hf_folder
+from trainer.hf_folder import read_hf_config, read_hf_weights
 from trainer.parallel.grid import Grid
 from trainer.run_checkpoint import RunCheckpoint
 from trainer.state import TrainState
-from trainer.trainer import DTYPES, build
+from trainer.trainer import build
 
 # Settings of training that a Hugging Face config.json does not carry.
 _OURS = (
@@ -36,16 +35,6 @@ def open_run(config: RunConfig, grid: Grid) -> tuple[RunCheckpoint, TrainState]:
     if checkpoint.load(state) is None:
         raise CheckpointError(f"{config.run_dir}: holds no checkpoint yet; train the run first")
     return checkpoint, state
-
-
-def export_run(config: RunConfig, out: Path) -> str:
-    """Write the newest checkpoint as a Hugging Face folder; returns a sentence about it."""
-    checkpoint, state = open_run(config, Grid.single())
-    weights = dict(to_official(named_tensors(checkpoint.model).items()))
-    dtype = str(DTYPES[config.precision]).removeprefix("torch.")
-    tokenizer = Tokenizer(config.data.tokenizer.path)
-    write_hf_folder(out, config.model, weights, tokenizer, dtype)
-    return f"wrote step {state.step} of {config.run_dir} to {out}"
 
 
 def import_run(config: RunConfig, source: Path) -> str:

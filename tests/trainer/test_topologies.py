@@ -109,12 +109,13 @@ def held_by(run: Held, sizes: Sizes, rank: int) -> tuple[Held, dict[str, Placeme
 
 
 def checkpoint_of(
-    config: RunConfig, folder: Path, sizes: Sizes, rank: int
+    config: RunConfig, folder: Path, sizes: Sizes, rank: int, tokenizer: str = "hash"
 ) -> tuple[RunCheckpoint, Held]:
     grid = Grid.build(sizes, torch.device("cpu"))
     held, placements = held_by(whole_run(config), sizes, rank)
     config = config.model_copy(update={"run_dir": folder})
-    return RunCheckpoint(config, grid, held, held, "hash", placements), held  # type: ignore[arg-type]
+    checkpoint = RunCheckpoint(config, grid, held, held, tokenizer, placements)  # type: ignore
+    return checkpoint, held
 
 
 class Counting(PartLoadPlanner):

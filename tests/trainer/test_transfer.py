@@ -12,10 +12,11 @@ from data import Tokenizer
 from tests.trainer.tiny import column, saved_tensors, train
 from trainer.config import RunConfig, load_config
 from trainer.errors import CheckpointError, ExportError
+from trainer.export import export_run
 from trainer.hf_folder import read_hf_weights, write_hf_folder
 from trainer.parallel.grid import Grid
 from trainer.sample import sample
-from trainer.transfer import export_run, import_run, open_run
+from trainer.transfer import import_run, open_run
 
 
 @pytest.fixture(scope="module")
