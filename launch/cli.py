@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from launch import processes
+from launch.cluster import load_cluster, write_job
 from launch.demo import run_demo
 from trainer.config import ConfigError, RunConfig, load_run
 
@@ -99,10 +100,25 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes in all.")] = 1,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Write a job, too: a cluster file, or slurm or kubernetes for ours."),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Processes on each of them.")] = 8,
+    out: Annotated[Path, typer.Option(help="Folder for the job's file.")] = Path("job"),
 ) -> None:
-    """Show steps, tokens, parameters and memory of a config."""
-    _check(config, overrides).check_world(nproc)
-    _command("plan", config, overrides, f"--processes={nproc}")
+    """Show steps, tokens, parameters and memory of a config; write the job for a cluster."""
+    run = _check(config, overrides)
+    if cluster is not None:
+        arguments = [config, *(overrides or [])]
+        nproc = nodes * gpus_per_node
+        path = write_job(run, arguments, load_cluster(cluster), nodes, gpus_per_node, out)
+        submit = "sbatch" if path.suffix == ".sbatch" else "kubectl apply -f"
+        print(f"wrote {path}; submit it with: {submit} {path}", flush=True)
+    run.check_world(nproc)
+    command = processes.command("plan", config, *(overrides or []), f"--processes={nproc}")
+    _finish(processes.run(command))
 
 
 @app.command()

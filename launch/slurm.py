@@ -1,0 +1,101 @@
+"""The sbatch script of a job.
+
+Slurm warns the batch shell with SIGTERM some time before the limit. The shell asks srun, srun all
+torchruns, and these their workers, which save a checkpoint together; then the job is queued again
+and goes on from there. After a node's death Slurm queues it again by itself.
+"""
+
+import shlex
+
+from launch.cluster import Job, SlurmConfig
+
+_BODY = """
+set -euo pipefail
+cd {folder}
+{setup}
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export V4_HEAD="${{hosts[0]}}"
+
+# One torchrun on every node; the first node lets them find each other.
+# shellcheck disable=SC2016
+node='
+if [[ $SLURM_NODEID == 0 ]]; then is_host=true; else is_host=false; fi
+exec {torchrun} "$@"
+'
+arguments=({arguments})
+
+stopping=
+step=
+ask_to_stop() {{
+    stopping=yes
+    if [[ -n $step ]]; then kill -TERM "$step" 2>/dev/null || true; fi
+}}
+trap ask_to_stop TERM
+
+srun --kill-on-bad-exit=1{srun} \\
+    bash -c "$node" node "${{arguments[@]}}" &
+step=$!
+
+# A signal interrupts the wait; the second one is for the end.
+code=0
+wait "$step" || code=$?
+if [[ -n $stopping ]]; then
+    code=0
+    wait "$step" || code=$?
+fi
+if [[ -n $stopping && ! -d {last} ]]; then
+    exec scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
+"""
+
+
+def script(job: Job) -> str:
+    """The text of `train.sbatch`."""
+    slurm = job.cluster.slurm
+    assert slurm is not None
+    torchrun = job.torchrun(f"$V4_HEAD:{job.cluster.port}", "$SLURM_JOB_ID", "$is_host")
+    setup = [f"export {name}={shlex.quote(value)}" for name, value in job.environment.items()]
+    body = _BODY.format(
+        folder=shlex.quote(str(job.cluster.folder.absolute())),
+        setup="\n".join([*setup, *slurm.setup]),
+        torchrun=" \\\n    ".join(torchrun),
+        arguments=shlex.join(job.arguments),
+        srun=_container(job, slurm),
+        last=shlex.quote(str(job.last_checkpoint)),
+    )
+    head = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(job, slurm))]
+    return "\n".join(head) + "\n" + body
+
+
+def _options(job: Job, slurm: SlurmConfig) -> list[str]:
+    options = [
+        f"--job-name={job.name}",
+        f"--nodes={job.nodes}",
+        "--ntasks-per-node=1",
+        f"--time={slurm.time}",
+        f"--signal=B:TERM@{job.cluster.save_seconds + 60}",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={shlex.quote(str(job.folder / '%x-%j.log'))}",
+    ]
+    if job.cluster.gpus:
+        options.append(f"--gpus-per-node={job.processes}")
+    for name in ("partition", "account", "qos"):
+        if (value := getattr(slurm, name)) is not None:
+            options.append(f"--{name}={value}")
+    if slurm.cpus_per_node is not None:
+        options.append(f"--cpus-per-task={slurm.cpus_per_node}")
+    if slurm.exclusive:
+        options.append("--exclusive")
+    return [*options, *slurm.options]
+
+
+def _container(job: Job, slurm: SlurmConfig) -> str:
+    if slurm.container is None:
+        return ""
+    words = [f"--container-image={slurm.container}"]
+    words.append(f"--container-workdir={job.cluster.folder.absolute()}")
+    if slurm.container_mounts:
+        words.append(f"--container-mounts={','.join(slurm.container_mounts)}")
+    return "".join(f" \\\n    {shlex.quote(word)}" for word in words)
