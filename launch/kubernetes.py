@@ -3,7 +3,8 @@
 The master's pod is the first node, named `JOB-master-0` by the operator's service. A pod that is
 taken away gets SIGTERM and time for a last checkpoint. All ranks stop with it, so torchrun's end
 is a good one everywhere though the run has not come to its last step: such a pod ends with 143,
-which the operator takes for an interruption, and starts it again.
+which the operator takes for an interruption, and starts it again. So does one that has lost the
+first node. A pod whose processes failed more often than `max_restarts` ends the job.
 """
 
 import re
@@ -17,6 +18,8 @@ from launch.cluster import Job, KubernetesConfig
 _SCRIPT = """\
 set -euo pipefail
 cd {folder}
+export TORCHELASTIC_ERROR_FILE="${{TMPDIR:-/tmp}}/torchrun-error.json"
+rm -f "$TORCHELASTIC_ERROR_FILE"
 job=
 ask_to_stop() {{ if [[ -n $job ]]; then kill -TERM "$job" 2>/dev/null || true; fi; }}
 trap ask_to_stop TERM
@@ -32,6 +35,8 @@ if kill -0 "$job" 2>/dev/null; then
 fi
 if [[ -d {last} ]]; then exit 0; fi
 if [[ -n $stopped || $code == 0 ]]; then exit 143; fi
+# The node that keeps the nodes together has gone, which is not this one's failure.
+if grep -qs '"message": "Rendezvous' "$TORCHELASTIC_ERROR_FILE"; then exit 143; fi
 exit "$code"
 """
 _TORCHRUN_LINE = " \\\n    "

@@ -1,5 +1,6 @@
 """Jobs for Slurm and Kubernetes: what stands in the files, and the scripts at work."""
 
+import json
 import os
 import re
 import shlex
@@ -287,3 +288,19 @@ def test_a_pod_that_is_taken_away_saves_and_counts_as_interrupted(
     mistake = [word.replace(f"run_dir={tmp_path}/run", "data.shards=nowhere") for word in command]
     (tmp_path / f"run/checkpoints/step-{last + 2:08d}").rename(tmp_path / "elsewhere")
     assert subprocess.run(mistake, env=environment).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [("RendezvousConnectionError: gone", 143), ("RuntimeError: ours", 1)]
+)
+def test_a_pod_that_has_lost_the_first_node_starts_again(
+    tmp_path: Path, error: str, code: int
+) -> None:
+    torchrun = tmp_path / "python"
+    page = json.dumps({"message": {"message": error}})
+    torchrun.write_text(f"#!/bin/bash\necho '{page}' > $TORCHELASTIC_ERROR_FILE; exit 1\n")
+    torchrun.chmod(0o755)
+    text = f"python: {torchrun}\nfolder: {tmp_path}\nkind: kubernetes\n"
+    job = write(tmp_path, text + "kubernetes: {image: x, claim: work, mount: /work}\n")
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    assert subprocess.run(pod(job), env=environment, check=False).returncode == code
