@@ -26,7 +26,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
             torch.use_deterministic_algorithms(True)
         preflight(config, grid)
         Trainer(config, grid, stop).run()
-        watch.close(grid)
+        watch.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from trainer.errors import EXIT_CODE, USER_ERRORS, explain
-from trainer.parallel.collectives import barrier, gather_objects
+from trainer.parallel.collectives import gather_objects
 from trainer.parallel.grid import Grid
 
 FAILED = 1
@@ -54,9 +54,8 @@ class FailureWatch:
         )
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def close(self, grid: Grid) -> None:
-        """Stop to listen; all ranks call it at a good end, and none leaves before the others."""
-        barrier(grid.world)
+    def close(self) -> None:
+        """Stop to listen, at a good end."""
         self._over.set()
 
     def tell(self, error: Exception) -> None:
