@@ -10,9 +10,10 @@ import shlex
 from launch.cluster import Job, SlurmConfig
 
 _BODY = """
-set -euo pipefail
+set -eo pipefail
 cd {folder}
 {setup}
+set -u  # only now: what `module load` runs may not be written for it
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export V4_HEAD="${{hosts[0]}}"
 

@@ -33,6 +33,7 @@ def torchrun(*arguments: object, restarts: int = 0) -> subprocess.CompletedProce
     started = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=2 * LIMIT)
     assert time.monotonic() - started < LIMIT
+    assert "forcefully" not in done.stderr  # nobody waits for torchrun's SIGKILL
     return done
 
 
