@@ -22,21 +22,28 @@ def training_flops(config: ModelConfig, sample_lengths: Iterable[int], mtp: bool
     """
     total = 0.0
     for length in sample_lengths:
-        position = np.arange(int(length))
-        layers = [*config.layer_types]
-        heads = 1
-        if mtp and config.num_nextn_predict_layers:
-            layers.append("window")
-            heads = 2
-            total += 3 * len(position) * 2 * config.hidden_size**2 * (1 + config.hc_mult)
-        for kind in layers:
-            total += 3 * _layer_flops(config, kind, position) + _indexer_flops(
-                config, kind, position
-            )
-        # Each head first weighs its streams, then multiplies by the output matrix.
-        per_head = (config.hc_mult + 1) * config.hc_mult + config.vocab_size
-        total += 3 * heads * len(position) * 2 * config.hidden_size * per_head
+        layers, tail = flops_by_part(config, int(length), mtp)
+        total += sum(layers) + tail
     return total
+
+
+def flops_by_part(config: ModelConfig, length: int, mtp: bool = True) -> tuple[list[float], float]:
+    """Forward and backward over one sample: of each layer, and of all that comes behind them.
+
+    The latter is the head and, with ``mtp``, the MTP block with its own pass through the head.
+    """
+    position = np.arange(length)
+    mtp = mtp and config.num_nextn_predict_layers > 0
+
+    def block(kind: LayerType) -> float:
+        return 3 * _layer_flops(config, kind, position) + _indexer_flops(config, kind, position)
+
+    # Each head first weighs its streams, then multiplies by the output matrix.
+    per_head = (config.hc_mult + 1) * config.hc_mult + config.vocab_size
+    tail = 3 * (1 + mtp) * length * 2.0 * config.hidden_size * per_head
+    if mtp:
+        tail += 3 * length * 2 * config.hidden_size**2 * (1 + config.hc_mult) + block("window")
+    return [block(kind) for kind in config.layer_types], tail
 
 
 def _layer_flops(config: ModelConfig, kind: LayerType, position: np.ndarray) -> float:

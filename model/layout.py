@@ -25,7 +25,7 @@ class Entries:
         has_previous_C: whether the window before it belongs to the same sample.
         start_T, end_T: the range of entries that a query at token t may see: its sample's entries
             from the first up to (position + 1) // ratio.
-        host_start_T, host_end_T: the same on the host, so that loops need no device sync.
+        host_*: the same on the host, so that loops need no device sync.
     """
 
     ratio: int
@@ -34,6 +34,8 @@ class Entries:
     has_previous_C: Tensor
     start_T: Tensor
     end_T: Tensor
+    host_first_token_C: np.ndarray
+    host_position_C: np.ndarray
     host_start_T: np.ndarray
     host_end_T: np.ndarray
 
@@ -148,12 +150,12 @@ class SampleLayout:
         """Samples, counting each row's padding as one."""
         return len(self.sample_lengths)
 
-    def part(self, tokens_T: Tensor, row_length: int) -> SampleLayout:
+    def part(self, tokens: np.ndarray, row_length: int) -> SampleLayout:
         """The layout of some tokens of every row, by their flat indices; samples keep numbers.
 
         Only what describes single tokens is cut; `sample_lengths` stay those of whole samples.
         """
-        host = tokens_T.cpu().numpy()
+        tokens_T = torch.from_numpy(tokens).to(self.position_T.device)
         return replace(
             self,
             row_length=row_length,
@@ -161,8 +163,8 @@ class SampleLayout:
             start_T=self.start_T[tokens_T],
             sample_T=self.sample_T[tokens_T],
             padding_T=self.padding_T[tokens_T],
-            host_position_T=self.host_position_T[host],
-            host_start_T=self.host_start_T[host],
+            host_position_T=self.host_position_T[tokens],
+            host_start_T=self.host_start_T[tokens],
             _entries={},
         )
 
@@ -182,17 +184,20 @@ class SampleLayout:
         sample_T = np.repeat(np.arange(len(per_sample)), self.sample_lengths)
         start_T = first_entry[sample_T]
         end_T = start_T + (self.host_position_T + 1) // ratio
+        first_token_C = token_starts[sample_C] + index_C * ratio
 
         def on_device(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(device)
 
         return Entries(
             ratio=ratio,
-            first_token_C=on_device(token_starts[sample_C] + index_C * ratio),
+            first_token_C=on_device(first_token_C),
             position_C=on_device(index_C * ratio),
             has_previous_C=on_device(index_C > 0),
             start_T=on_device(start_T),
             end_T=on_device(end_T),
+            host_first_token_C=first_token_C,
+            host_position_C=index_C * ratio,
             host_start_T=start_T,
             host_end_T=end_T,
         )

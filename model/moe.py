@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,16 @@ class LocalDispatch:
         return collect_rows(y_PD, sent.order_P, sent.place_L, tokens)
 
 
+class Dispatch(Protocol):
+    """How tokens reach their experts; see LocalDispatch."""
+
+    def dispatch(self, x_TD: Tensor, routing: Routing, experts: int) -> Dispatched:
+        """Rows for the experts that are here, sorted by expert."""
+
+    def combine(self, y_PD: Tensor, sent: Dispatched, tokens: int) -> Tensor:
+        """The sum of each token's expert outputs, [T, D]."""
+
+
 class Experts(nn.Module):
     """E clamped SwiGLU experts, their matrices stacked."""
 
@@ -121,7 +132,7 @@ class MoE(nn.Module):
         self.gate = Router(config, hashed, dtype)
         self.experts = Experts(config, dtype)
         self.shared_experts = SharedExpert(config, dtype)
-        self.dispatch = LocalDispatch()
+        self.dispatch: Dispatch = LocalDispatch()
 
     def forward(
         self, x_TD: Tensor, tokens_T: Tensor, positions: Positions, routed_tokens: float

@@ -109,6 +109,10 @@ class Positions:
         """From own tokens to queries."""
         return own_TX
 
+    def pick_own(self, query_TX: Tensor) -> Tensor:
+        """From what is whole at all queries to the own tokens."""
+        return query_TX
+
     def to_own(self, partial_TX: Tensor) -> Tensor:
         """From the queries' partial sums over heads to the own tokens' whole sums."""
         return partial_TX

@@ -187,7 +187,7 @@ class V4Model(nn.Module):
 
     def embed_streams(self, micro: Microbatch) -> Tensor:
         """The own tokens' embeddings, copied to the streams, [T, N, D]."""
-        embedded_TD = self.embed(micro.query_tokens_T)
+        embedded_TD = micro.positions.pick_own(self.embed(micro.query_tokens_T))
         return embedded_TD[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
 
     def run_blocks(
@@ -206,22 +206,26 @@ class V4Model(nn.Module):
         """Losses of the main head and, unweighted, of the MTP heads, and their routers' doings."""
         assert micro.counts is not None
         hidden_TD = self.norm(head_of_streams(self, self.config, streams_TND))
-        lm_loss = self._cross_entropy(hidden_TD, micro.targets_T, micro.counts.lm)
+        lm_loss = self._cross_entropy(micro, hidden_TD, micro.targets_T, micro.counts.lm)
         mtp_loss = torch.zeros_like(lm_loss)
         stats = []
         for block in cast(Sequence[MTPBlock], self.mtp):
             hidden_TD, seen = block.predict(
                 streams_TND,
-                self.embed(micro.query_next_T),
+                micro.positions.pick_own(self.embed(micro.query_next_T)),
                 micro.next_T,
                 micro.positions,
                 micro.routed,
             )
             stats.append(seen)
-            mtp_loss = self._cross_entropy(hidden_TD, micro.second_targets_T, micro.counts.mtp)
+            targets_T = micro.second_targets_T
+            mtp_loss = self._cross_entropy(micro, hidden_TD, targets_T, micro.counts.mtp)
         return lm_loss, mtp_loss, stats
 
-    def _cross_entropy(self, hidden_TD: Tensor, targets_T: Tensor, count: int) -> Tensor:
+    def _cross_entropy(
+        self, micro: Microbatch, hidden_TD: Tensor, targets_T: Tensor, count: int
+    ) -> Tensor:
+        hidden_TD = micro.positions.to_queries(hidden_TD)
         return self.cross_entropy(hidden_TD, self.head.weight, targets_T, max(count, 1), IGNORE)
 
     def weighted_balance(self, stats: Iterable[MoEStats]) -> Tensor | None:
@@ -254,7 +258,7 @@ class V4Model(nn.Module):
         Args:
             load: [layers (+ MTP), E] as in ``expert_load``, summed over the global batch.
         """
-        rows = len(self.layers) + len(self.mtp)
+        rows = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
         if len(load) != rows:
             raise ValueError(f"the load has {len(load)} rows, the model {rows} routers")
         for row, gate in self.routers().items():

@@ -18,7 +18,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     from trainer.preflight import preflight
     from trainer.trainer import Trainer
 
-    with told_once() as watch, open_grid() as grid:
+    with told_once() as watch, open_grid(config.sizes, config.parallel.timeout_seconds) as grid:
         watch.connect(grid)
         if config.deterministic:
             if grid.device.type == "cuda":

@@ -5,6 +5,7 @@ The `v4` command starts these as subprocesses; they work on their own, too.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,12 +34,15 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     """Loss of the newest checkpoint on the held-out text, beside its unigram entropy."""
     from trainer.evaluate import Heldout
     from trainer.parallel.grid import open_grid
+    from trainer.trainer import make_engine
     from trainer.transfer import open_run
 
-    with open_grid() as grid:
-        checkpoint, state = open_run(config, grid)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        config = config.alone()  # checkpoints open at any topology
+    with open_grid(config.sizes) as grid:
+        local, state = open_run(config, grid)
         heldout = Heldout(config, grid)
-        found = heldout.evaluate(checkpoint.model)
+        found = heldout.evaluate(make_engine(config, local, grid))
         if not grid.is_first:
             return
         result = {
@@ -62,7 +66,7 @@ def export(config: RunConfig, options: argparse.Namespace) -> None:
         text = export_run(config, Path(options.folder), grid)
         if grid.is_first:
             print(text)
-        watch.close(grid)
+        watch.close()
 
 
 def import_(config: RunConfig, options: argparse.Namespace) -> None:

@@ -11,13 +11,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.config import DataConfig
 from model.config import ModelConfig
 from optim.config import OptimConfig
 from trainer.config_errors import explain
+from trainer.config_parallel import ParallelConfig
 from trainer.config_source import ConfigError, dump_yaml, read_source
+from trainer.parallel.sizes import Sizes
 
 __all__ = ["ConfigError", "RunConfig", "Section", "load_as", "load_config", "load_run"]
 
@@ -30,24 +32,6 @@ class Section(BaseModel):
     """A part of the config: unknown keys fail, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class ParallelConfig(Section):
-    """How the model is spread; the processes that remain are data parallel."""
-
-    tensor: PositiveInt = 1
-    expert: PositiveInt = 1
-    pipeline: PositiveInt = 1
-    context: PositiveInt = 1
-
-    @field_validator("tensor", "expert", "pipeline", "context")
-    @classmethod
-    def _only_data_parallel(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(
-                f"{value} is not possible yet; it should be 1, and all processes share the data"
-            )
-        return value
 
 
 class CheckpointConfig(Section):
@@ -133,17 +117,27 @@ class RunConfig(Section):
                 f"model.vocab_size = {vocabulary} should be at least data.tokenizer.vocab_size = "
                 f"{ids}"
             )
+        for problem in self.parallel.problems(self.model, data):
+            raise ValueError(problem)
         return self
 
     def check_world(self, world_size: int) -> None:
-        """Raise ConfigError when there are more processes than rows for them.
+        """Raise ConfigError when the run cannot be spread over this many processes.
 
-        Processes need not divide the rows: filler rows, which count nothing, even them out.
+        Without a pipeline, data-parallel ranks need not divide the rows: filler rows, which count
+        nothing, even them out.
         """
-        if (rows := self.data.batch_rows) < world_size:
-            raise ConfigError(
-                f"data.batch_rows = {rows} should be at least the number of processes, {world_size}"
-            )
+        for problem in self.parallel.world_problems(world_size, self.data):
+            raise ConfigError(problem)
+
+    def sizes(self, world_size: int) -> Sizes:
+        """Degrees of all axes for this many processes. Raises ConfigError as `check_world`."""
+        self.check_world(world_size)
+        return self.parallel.sizes(world_size)
+
+    def alone(self) -> "RunConfig":
+        """The same run on one process."""
+        return self.model_copy(update={"parallel": ParallelConfig()})
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ConfigError when the tokenizer has ids that the model has no embedding for."""

@@ -1,9 +1,9 @@
-"""Forward and backward of one optimizer step on this rank, and the sum over all ranks.
+"""Forward and backward of one optimizer step on this rank, and the sums over all ranks.
 
 Losses are token means over the global batch: the numbers of predictions are counted over all
 microbatches and ranks before the first backward, every microbatch divides its sums by them, and
-then losses, gradients and expert loads simply add up. So any number of ranks and any number of
-rows in a microbatch give the same result.
+then losses, gradients and expert loads simply add up. So any division of the model and of its
+tokens over ranks gives the same result.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,16 @@ import torch
 from torch import Tensor
 
 from data import Batch
-from model import SampleLayout, TokenCounts, V4Model
+from model import SampleLayout, TokenCounts
 from model.flops import training_flops
-from trainer.parallel.collectives import FlatGradients, sum_
+from model.transformer import Microbatch
+from trainer.parallel.collectives import sum_
+from trainer.parallel.gradients import Gradients
 from trainer.parallel.grid import Grid
+from trainer.parallel.pipeline import Pipeline, Tally
+from trainer.parallel.plan import LocalModel
+
+_SUMS = TokenCounts(lm=1, mtp=1, routed=1)  # denominators of 1: losses are plain sums
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class StepLosses:
     mtp: Tensor
     balance: Tensor
     expert_load: Tensor
-    """[L_moe, E] fp32: tokens routed to each expert."""
+    """[layers (+ MTP), E] fp32: tokens routed to each expert."""
     counts: TokenCounts
     """The denominators, on the host."""
     flops: float
@@ -40,7 +46,9 @@ class StepLosses:
 
 
 @dataclass(frozen=True)
-class _Microbatch:
+class _Rows:
+    """A microbatch's rows on the device, and on the host what they count."""
+
     tokens_BS: Tensor
     targets_BS: Tensor
     layout: SampleLayout
@@ -49,13 +57,17 @@ class _Microbatch:
 
 
 class NativeEngine:
-    """Data parallelism: every rank holds the model, gradients are summed in flat fp32 buckets."""
+    """Runs this rank's part of the model; gradients are summed in flat fp32 buckets."""
 
-    def __init__(self, model: V4Model, grid: Grid) -> None:
-        self.model = model
+    def __init__(self, local: LocalModel, grid: Grid, micro_rows: int, row_length: int) -> None:
+        self.model = local.model
         self.grid = grid
-        self.gradients = FlatGradients(model.parameters())
-        self._flops_of = cache(lambda length: training_flops(model.config, [length]))
+        self.gradients = Gradients(local, grid)
+        tokens = micro_rows * row_length // grid.sequence.size
+        config = local.model.config
+        shape = (tokens, config.hc_mult, config.hidden_size)
+        self.pipeline = Pipeline(local.model, local.stages, grid.pipeline, shape)
+        self._flops_of = cache(lambda length: training_flops(config, [length]))
 
     def forward_backward(
         self, batches: Sequence[Batch], mtp_loss_weight: float | None = None, stop: bool = False
@@ -64,28 +76,34 @@ class NativeEngine:
 
         `batches` are this rank's microbatches of the step. `stop` travels with the token counts.
         """
-        microbatches = [self._prepare(batch) for batch in batches]
-        counts, flops, stop = self._agree(microbatches, stop)
+        rows = [self._rows(batch) for batch in batches]
+        counts, flops, stop = self._agree(rows, stop)
+        weight = self.model.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
         self.gradients.zero_()
-        losses: Tensor | None = None
-        load: Tensor | None = None
-        for micro in microbatches:
-            out = self.model(
-                micro.tokens_BS, micro.layout, micro.targets_BS, counts, mtp_loss_weight
-            )
-            out.loss.backward()
-            parts = (out.loss, out.lm_loss, out.mtp_loss, out.balance_loss)
-            stacked = torch.stack([part.detach().double() for part in parts])
-            losses = stacked if losses is None else losses + stacked
-            load = out.expert_load if load is None else load + out.expert_load
-        assert losses is not None and load is not None, "a rank without rows"
-        sum_(losses, self.grid.data)
-        sum_(load, self.grid.data)
-        self.gradients.sum_(self.grid.data)
-        loss, lm, mtp, balance = losses.unbind(0)
-        return StepLosses(loss, lm, mtp, balance, load, counts, flops, stop)
+        tally = Tally.zeros(self.model, self.grid.device)
+        self.pipeline.run(self._microbatches(rows, counts, weight), tally, backward=True)
+        self.gradients.sum_()
+        lm, mtp, balance = self._over_ranks(tally).losses.unbind(0)
+        loss = lm + weight * mtp + balance
+        return StepLosses(loss, lm, mtp, balance, tally.load, counts, flops, stop)
 
-    def _prepare(self, batch: Batch) -> _Microbatch:
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """Sum of the main head's losses over all ranks' microbatches, 0-dim fp64."""
+        tally = Tally.zeros(self.model, self.grid.device)
+        microbatches = self._microbatches([self._rows(batch) for batch in batches], _SUMS, 0.0)
+        self.pipeline.run(microbatches, tally, backward=False)
+        return self._over_ranks(tally).losses[0]
+
+    def _over_ranks(self, tally: Tally) -> Tally:
+        """The tally of all ranks, in place. Tensor ranks all computed the heads' whole losses."""
+        if not self.grid.tensor.is_first:
+            tally.losses[:2] = 0.0
+        sum_(tally.losses, self.grid.world)
+        sum_(tally.load, self.grid.world)
+        return tally
+
+    def _rows(self, batch: Batch) -> _Rows:
         """Rows and integer ranges on the device; counts stay on the host."""
         device = self.grid.device
         length = batch.tokens.shape[1]
@@ -93,7 +111,7 @@ class NativeEngine:
         on_device = on_host
         if device.type != "cpu":
             on_device = SampleLayout.from_lengths(batch.lengths, length, device)
-        return _Microbatch(
+        return _Rows(
             batch.tokens.to(device, non_blocking=True),
             batch.targets.to(device, non_blocking=True),
             on_device,
@@ -101,15 +119,24 @@ class NativeEngine:
             sum(self._flops_of(sample) for row in batch.lengths for sample in row),
         )
 
-    def _agree(
-        self, microbatches: list[_Microbatch], stop: bool
-    ) -> tuple[TokenCounts, float, bool]:
+    def _microbatches(
+        self, rows: list[_Rows], counts: TokenCounts, mtp_loss_weight: float
+    ) -> list[Microbatch]:
+        return [
+            self.model.microbatch(r.tokens_BS, r.layout, r.targets_BS, counts, mtp_loss_weight)
+            for r in rows
+        ]
+
+    def _agree(self, rows: list[_Rows], stop: bool) -> tuple[TokenCounts, float, bool]:
         """Global counts and operations, and whether any rank wants to stop.
 
-        One small all-reduce on the host; fp64 holds the counts exactly.
+        One small all-reduce on the host; fp64 holds the counts exactly. Of the ranks that read the
+        same rows one counts them.
         """
-        mine = sum((micro.counts for micro in microbatches[1:]), microbatches[0].counts)
-        flops = sum(micro.flops for micro in microbatches)
+        mine = sum((micro.counts for micro in rows[1:]), rows[0].counts)
+        flops = sum(micro.flops for micro in rows)
         numbers = torch.tensor([mine.lm, mine.mtp, mine.routed, flops, stop], dtype=torch.float64)
-        lm, mtp, routed, flops, stops = sum_(numbers, self.grid.data).tolist()
+        if not (self.grid.sequence.is_first and self.grid.pipeline.is_first):
+            numbers[:4] = 0.0
+        lm, mtp, routed, flops, stops = sum_(numbers, self.grid.world).tolist()
         return TokenCounts(lm=int(lm), mtp=int(mtp), routed=int(routed)), flops, stops > 0

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from data import Loader
-from model import SampleLayout, TokenCounts, V4Model
 from trainer.config import RunConfig
+from trainer.engine import NativeEngine
 from trainer.parallel.collectives import sum_
 from trainer.parallel.grid import Grid
 
-_SUMS = TokenCounts(lm=1, mtp=1, routed=1)  # denominators of 1: the model returns plain sums
 _IGNORE = -100
 
 
@@ -33,7 +32,7 @@ class Heldout:
 
     def __init__(self, config: RunConfig, grid: Grid, rows: int | None = None) -> None:
         self.grid = grid
-        self.loader = Loader(config.data, config.seed, grid.rank, grid.world_size, "heldout")
+        self.loader = Loader(config.data, config.seed, grid.data.rank, grid.data.size, "heldout")
         self.steps = self.loader.num_steps
         if rows is not None:
             self.steps = min(self.steps, -(-rows // config.data.batch_rows))
@@ -42,20 +41,13 @@ class Heldout:
         """Nats per target of the best guess that ignores the context, on the same rows."""
         return self.loader.unigram_entropy(self.steps)
 
-    @torch.no_grad()
-    def evaluate(self, model: V4Model) -> Evaluation:
-        """Loss of `model`; every rank of the grid takes part and gets the same result."""
-        device = self.grid.device
-        total = torch.zeros(2, dtype=torch.float64, device=device)
+    def evaluate(self, engine: NativeEngine) -> Evaluation:
+        """Loss of the engine's model; every rank of the grid takes part and gets the same."""
+        total = torch.zeros((), dtype=torch.float64, device=self.grid.device)
+        targets = torch.zeros((), dtype=torch.float64)
         for step in range(self.steps):
-            for batch in self.loader.at(step):
-                targets = int((batch.targets != _IGNORE).sum())
-                if targets == 0:
-                    continue  # a row that only fills up the last batch
-                layout = SampleLayout.from_lengths(batch.lengths, batch.tokens.shape[1], device)
-                out = model(batch.tokens.to(device), layout, batch.targets.to(device), _SUMS)
-                assert out.lm_loss is not None
-                total[0] += out.lm_loss.double()
-                total[1] += targets
-        summed, tokens = sum_(total, self.grid.data).tolist()
-        return Evaluation(summed / tokens, int(tokens))
+            batches = self.loader.at(step)
+            total += engine.evaluate(batches)
+            targets += sum(int((batch.targets != _IGNORE).sum()) for batch in batches)
+        tokens = int(sum_(targets, self.grid.data))
+        return Evaluation(float(total) / tokens, tokens)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from data import Batch, Loader, Tokenizer
-from model import V4Model
-from optim import MatrixSizes, Optimizer, build_table, clip_, gradient_norm
+from optim import MatrixSizes, Optimizer, build_table, clip_
 from optim.schedule import in_decay, schedule
 from trainer.config import RunConfig
 from trainer.engine import NativeEngine, StepLosses
@@ -18,6 +17,8 @@ from trainer.evaluate import Heldout
 from trainer.files import write_whole
 from trainer.metrics import Metrics
 from trainer.parallel.grid import Grid
+from trainer.parallel.plan import LocalModel, localise
+from trainer.parallel.shards import shards_of
 from trainer.run_checkpoint import RunCheckpoint
 from trainer.signals import StopRequest
 from trainer.state import TrainState
@@ -41,13 +42,16 @@ class Trainer:
         self.state = TrainState()
         tokenizer = Tokenizer(config.data.tokenizer.path)
         config.check_vocabulary(tokenizer.vocab_size)
-        self.loader = Loader(config.data, config.seed, grid.rank, grid.world_size)
+        self.loader = Loader(config.data, config.seed, grid.data.rank, grid.data.size)
         self.heldout: Heldout | None = None
         if self.loader.manifest.of_split("heldout"):
             self.heldout = Heldout(config, grid, config.evaluation.rows)
-        self.model, self.optimizer = build(config, grid)
-        self.engine = NativeEngine(self.model, grid)
-        self.checkpoint = RunCheckpoint(config, grid, self.model, self.optimizer, tokenizer.hash)
+        local, self.optimizer = build(config, grid)
+        self.model = local.model
+        self.engine = make_engine(config, local, grid)
+        self.checkpoint = RunCheckpoint(
+            config, grid, self.model, self.optimizer, tokenizer.hash, local.placements
+        )
         self.metrics: Metrics | None = None
         self.periodic: list[Hook] = [self._evaluate, self._report, self._save]
 
@@ -70,7 +74,7 @@ class Trainer:
         """One optimizer step on this rank's microbatches of a global batch."""
         losses = self.engine.forward_backward(batches, self._mtp_weight(), self.stop.made)
         self.state.stopping = losses.stop
-        norm = gradient_norm(self.model.parameters())
+        norm = self.engine.gradients.norm()
         result = self._on_host(losses, norm)  # the only wait for the device in a step
         if (max_norm := self.config.optim.clip_norm) is not None:
             clip_(self.model.parameters(), norm, max_norm)
@@ -129,7 +133,7 @@ class Trainer:
         last = state.step == self.config.steps
         due = last or (every > 0 and state.step % every == 0 and not state.stopping)
         if due and self.heldout is not None:
-            result.heldout_loss = self.heldout.evaluate(self.model).loss
+            result.heldout_loss = self.heldout.evaluate(self.engine).loss
 
     def _report(self, state: TrainState, result: StepResult) -> None:
         if self.metrics is not None:
@@ -157,19 +161,33 @@ class Trainer:
             self.metrics.progress.note(text)
 
 
-def build(config: RunConfig, grid: Grid) -> tuple[V4Model, Optimizer]:
-    """The model with its initial weights, and the optimizer with all of its state."""
-    with torch.device("meta"):
-        model = V4Model(config.model, DTYPES[config.precision])
-    model.to_empty(device=grid.device)
-    model.init_weights(config.seed)
+def build(config: RunConfig, grid: Grid) -> tuple[LocalModel, Optimizer]:
+    """This rank's part of the model with its initial weights, and the optimizer with its state."""
+    local = localise(
+        config.model,
+        DTYPES[config.precision],
+        grid,
+        config.parallel.stages(config.model, config.data.row_length),
+        config.parallel.recompute,
+    )
+    local.model.to_empty(device=grid.device)
+    local.model.init_weights(config.seed, parts=local.placements)
     sizes = MatrixSizes(
         o_groups=config.model.o_groups,
         num_attention_heads=config.model.num_attention_heads,
         head_dim=config.model.head_dim,
         index_head_dim=config.model.index_head_dim,
     )
-    parameters = dict(model.named_parameters())
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    parameters = dict(local.model.named_parameters())
+    shapes = {name: local.placements[name].matrix_shape for name in parameters}
     table = build_table(shapes, sizes, config.optim)
-    return model, Optimizer(parameters, table, config.optim)
+    shards = shards_of(local.placements, grid)
+    own = {name: shard for name, shard in shards.items() if name in parameters}
+    return local, Optimizer(parameters, table, config.optim, own)
+
+
+def make_engine(config: RunConfig, local: LocalModel, grid: Grid) -> NativeEngine:
+    """The engine for microbatches of the config's shape."""
+    data = config.data
+    rows = min(data.micro_rows, -(-data.batch_rows // grid.data.size))
+    return NativeEngine(local, grid, rows, data.row_length)

@@ -9,6 +9,7 @@ from trainer.errors import CheckpointError, ExportError
 from trainer.files import write_whole
 from trainer.hf_folder import read_hf_config, read_hf_weights
 from trainer.parallel.grid import Grid
+from trainer.parallel.plan import LocalModel
 from trainer.run_checkpoint import RunCheckpoint
 from trainer.state import TrainState
 from trainer.trainer import build
@@ -23,18 +24,20 @@ _OURS = (
 )
 
 
-def open_run(config: RunConfig, grid: Grid) -> tuple[RunCheckpoint, TrainState]:
-    """Model, optimizer and counters of a run's newest checkpoint.
+def open_run(config: RunConfig, grid: Grid) -> tuple[LocalModel, TrainState]:
+    """This rank's part of the model of a run's newest checkpoint, and its counters.
 
     Raises CheckpointError when there is none.
     """
     tokenizer = Tokenizer(config.data.tokenizer.path)
-    model, optimizer = build(config, grid)
-    checkpoint = RunCheckpoint(config, grid, model, optimizer, tokenizer.hash)
+    local, optimizer = build(config, grid)
+    checkpoint = RunCheckpoint(
+        config, grid, local.model, optimizer, tokenizer.hash, local.placements
+    )
     state = TrainState()
     if checkpoint.load(state) is None:
         raise CheckpointError(f"{config.run_dir}: holds no checkpoint yet; train the run first")
-    return checkpoint, state
+    return local, state
 
 
 def import_run(config: RunConfig, source: Path) -> str:
@@ -54,11 +57,11 @@ def import_run(config: RunConfig, source: Path) -> str:
     config.check_vocabulary(tokenizer.vocab_size)
     weights = read_hf_weights(source)
     grid = Grid.single()
-    model, optimizer = build(config, grid)
-    model.load_hf_state_dict(weights)
+    local, optimizer = build(config.alone(), grid)
+    local.model.load_hf_state_dict(weights)
     optimizer.read_parameters()
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    path = RunCheckpoint(config, grid, model, optimizer, tokenizer.hash).save(TrainState())
+    path = RunCheckpoint(config, grid, local.model, optimizer, tokenizer.hash).save(TrainState())
     write_whole(config.run_dir / "config.yaml", config.to_yaml())
     fresh = "" if any(name.startswith("mtp.") for name in weights) else _fresh_mtp(config)
     return f"wrote {path}{fresh}; train it: v4 train {config.run_dir / 'config.yaml'}"

@@ -85,7 +85,10 @@ def test_an_error_names_the_file_that_the_key_came_from(tmp_path: Path) -> None:
         ("optim.learning_rate=1e-3x", ("optim.learning_rate = '1e-3x'", "number")),
         ("steps=0", ("steps = 0", "greater than or equal to 1")),
         ("engine=deepspeed", ("engine = 'deepspeed'", "'native'")),
-        ("parallel.tensor=2", ("parallel.tensor", "2", "should be 1")),
+        (
+            "parallel.tensor=3",
+            ("model.num_attention_heads = 8", "parallel.tensor = 3", "should be 2"),
+        ),
         ("data.batch_rows=7", ("data.batch_rows = 7", "data.micro_rows = 4")),
         ("data.row_length=99999", ("data.row_length", "model.max_position_embeddings = 16384")),
         ("model.vocab_size=999", ("model.vocab_size = 999", "data.tokenizer.vocab_size = 4096")),
@@ -125,7 +128,7 @@ def test_the_resolved_config_is_a_valid_config(tmp_path: Path) -> None:
 def test_more_processes_than_rows() -> None:
     config = load_config(DEBUG, ["data.batch_rows=4"])
     config.check_world(3)
-    with pytest.raises(ConfigError, match=r"data\.batch_rows = 4 .* processes, 5"):
+    with pytest.raises(ConfigError, match=r"data\.batch_rows = 4 .* data-parallel ranks, 5"):
         config.check_world(5)
 
 

@@ -10,14 +10,13 @@ import torch
 from tests.trainer.test_checkpoint import full_disk
 from tests.trainer.tiny import column, steps_in_file, train
 from trainer.config import RunConfig, load_config
-from trainer.engine import NativeEngine
 from trainer.errors import DivergedError, ReportError
 from trainer.evaluate import Heldout
 from trainer.metrics_file import MetricsFile, read_metrics
 from trainer.parallel.grid import Grid
 from trainer.plots import CHARTS, MOST_POINTS, points, smooth
 from trainer.report import write_report
-from trainer.trainer import Trainer
+from trainer.trainer import Trainer, make_engine
 from trainer.transfer import open_run
 
 COLUMNS = {
@@ -65,9 +64,10 @@ def test_the_mtp_weight_falls_with_the_learning_rate(run: RunConfig) -> None:
 
 
 def test_heldout_loss_is_the_mean_over_all_targets(run: RunConfig) -> None:
-    checkpoint, _ = open_run(run, Grid.single())
+    local, _ = open_run(run, Grid.single())
+    engine = make_engine(run, local, Grid.single())
     heldout = Heldout(run, Grid.single())
-    found = heldout.evaluate(checkpoint.model)
+    found = heldout.evaluate(engine)
     total = count = 0.0
     for step in range(heldout.loader.num_steps):
         for batch in heldout.loader.at(step):
@@ -78,7 +78,7 @@ def test_heldout_loss_is_the_mean_over_all_targets(run: RunConfig) -> None:
                 for length in lengths:
                     span = slice(start, start + length)
                     with torch.no_grad():
-                        logits = checkpoint.model(tokens[None, span]).logits[0]
+                        logits = local.model(tokens[None, span]).logits[0]
                     wanted = targets[span]
                     losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
                     total += float(losses.double().sum())
@@ -89,7 +89,7 @@ def test_heldout_loss_is_the_mean_over_all_targets(run: RunConfig) -> None:
     assert found.loss == pytest.approx(
         read_metrics(run.run_dir / "metrics.jsonl")[-1]["heldout_loss"], rel=1e-6
     )
-    assert Heldout(run, Grid.single(), rows=1).evaluate(checkpoint.model).tokens < count
+    assert Heldout(run, Grid.single(), rows=1).evaluate(engine).tokens < count
 
 
 def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_flops_count_samples_not_rows(tiny: Path, tmp_path: Path) -> None:
 
     trainer = Trainer(load_config(tiny, [f"run_dir={tmp_path}"]), Grid.single())
     batches = trainer.loader.at(0)
-    losses = NativeEngine(trainer.model, Grid.single()).forward_backward(batches)
+    losses = trainer.engine.forward_backward(batches)
     lengths = [sample for batch in batches for row in batch.lengths for sample in row]
     assert losses.flops == pytest.approx(training_flops(trainer.config.model, lengths))
     assert losses.counts.routed == sum(lengths)

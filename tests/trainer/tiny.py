@@ -14,7 +14,7 @@ from data.prepare import prepare
 from data.tokenizer_training import train_tokenizer
 from trainer.config import RunConfig, load_config
 from trainer.metrics_file import read_metrics
-from trainer.parallel.grid import Grid, Sizes
+from trainer.parallel.grid import Grid
 from trainer.signals import StopRequest
 from trainer.trainer import Trainer
 
@@ -91,7 +91,7 @@ def train(
     config = load_config(path, [f"run_dir={run_dir}", *overrides])
     grid = Grid.single()
     if dist.is_initialized():
-        grid = Grid.build(Sizes(dist.get_world_size()), torch.device("cpu"))
+        grid = Grid.build(config.sizes(dist.get_world_size()), torch.device("cpu"))
     stop = StopRequest()
     trainer = Trainer(config, grid, stop)
     if stop_at and grid.is_first:

@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-DENSE = ("tensor", "context", "data", "pipeline")
-EXPERT = ("expert_tensor", "expert", "expert_data", "pipeline")
+from trainer.parallel.sizes import DENSE, EXPERT, Sizes, place_of
+
 _SHORT = {
     "tensor": "tp",
     "context": "cp",
@@ -36,40 +36,6 @@ _SHORT = {
     "expert": "ep",
     "expert_data": "edp",
 }
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Degrees of every axis for a number of processes; `data` and `expert_data` are what remains.
-
-    Raises ValueError when a product does not divide the world; a run's config is checked before.
-    """
-
-    world: int
-    tensor: int = 1
-    expert: int = 1
-    pipeline: int = 1
-    context: int = 1
-    expert_tensor: int = 1
-
-    def __post_init__(self) -> None:
-        for product in (self.tensor * self.context, self.expert_tensor * self.expert):
-            if self.world % (product * self.pipeline):
-                raise ValueError(f"{self} does not divide the world")
-
-    @property
-    def data(self) -> int:
-        """Ranks that share a global batch's rows."""
-        return self.world // (self.tensor * self.context * self.pipeline)
-
-    @property
-    def expert_data(self) -> int:
-        """Ranks that hold the same experts."""
-        return self.world // (self.expert_tensor * self.expert * self.pipeline)
-
-    def of(self, names: Sequence[str]) -> list[int]:
-        """Sizes of the named axes."""
-        return [getattr(self, name) for name in names]
 
 
 class Traffic:
@@ -254,14 +220,6 @@ def who_is_where(sizes: Sizes, most: int = 64) -> Table:
     if sizes.world > most:
         table.add_row("…", *[""] * len(names))
     return table
-
-
-def place_of(rank: int, names: Sequence[str], sizes: Sizes) -> dict[str, int]:
-    """Coordinates of a rank in one division of the world, without any process group."""
-    places = {}
-    for name, size in zip(names, sizes.of(names), strict=True):
-        rank, places[name] = divmod(rank, size)
-    return places
 
 
 def local_device(local_rank: int) -> torch.device:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from trainer.parallel.grid import DENSE, EXPERT, Sizes, place_of
+from trainer.parallel.sizes import DENSE, EXPERT, Sizes, place_of
 
 Kind = Literal["whole", "tensor", "expert"]
 Shape = tuple[int, ...]
@@ -53,6 +53,11 @@ class Placement:
     def is_whole(self) -> bool:
         """Whether nothing is split."""
         return self.shape == self.size
+
+    @property
+    def matrix_shape(self) -> Shape:
+        """The whole shape, but of experts only those that are here: each is a matrix apart."""
+        return (self.size[0], *self.shape[1:]) if self.kind == "expert" else self.shape
 
     def own(self, whole: Tensor) -> Tensor:
         """This rank's part of a tensor of the whole shape, as a view."""

@@ -1,0 +1,121 @@
+"""One small run with every kind of layer, trained at any topology and compared with one rank."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tests.distributed import spawn
+from tests.trainer.tiny import column, train
+from trainer.config import load_config
+from trainer.metrics_file import read_metrics
+from trainer.parallel.grid import Grid
+from trainer.transfer import open_run
+
+# Four heads and groups split over up to four tensor ranks; rows of 48 over up to eight runs of
+# six tokens, shorter than the window of 8 and than the 16 tokens of an HCA entry.
+MODEL = (
+    "model.num_hidden_layers=4",
+    "model.layer_types=[window, csa, hca, csa]",
+    "model.num_attention_heads=4",
+    "model.hc_mult=4",
+    "model.o_groups=4",
+    "model.n_routed_experts=8",
+    "model.moe_intermediate_size=32",
+    "data.batch_rows=8",
+    "data.micro_rows=1",
+    "evaluation.rows=8",
+    "steps=10",
+    # The gradients of some of the streams' coefficients are nothing but rounding (the first
+    # layer's streams are copies, a norm undoes how they are weighed). With V4's eps of 1e-20 AdamW
+    # would follow it as if it were a gradient of any other size.
+    "optim.adamw.eps=1e-6",
+    # Likewise Newton-Schulz makes something of the directions in which a matrix's gradient is
+    # nothing but rounding (Sinkhorn's result does not depend on some of the logits' sums).
+    "optim.learning_rate=1e-3",
+)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Processes and the config's words for how they are used."""
+
+    world: int
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        words = [word.removeprefix("parallel.").replace("=", " ") for word in self.overrides]
+        return f"{self.world} ranks, {', '.join(words) or 'data'}"
+
+
+def topology(world: int, *more: str, **degrees: object) -> Topology:
+    """E.g. topology(4, tensor=2, context=2)."""
+    words = tuple(f"parallel.{name}={value}" for name, value in degrees.items())
+    return Topology(world, words + more)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Losses by step, the held-out loss, and the final weights whole."""
+
+    losses: dict[str, list[float]]
+    heldout: float
+    weights: dict[str, Tensor]
+
+
+def run_jobs(rank: int, world: int, path: Path, jobs: list[tuple[Path, tuple[str, ...]]]) -> None:
+    """Worker: several runs one after another."""
+    os.environ["WORLD_SIZE"] = str(world)
+    for run_dir, overrides in jobs:
+        train(path, run_dir, *overrides)
+
+
+def run_all(path: Path, folder: Path, topologies: list[Topology], *more: str) -> dict[str, Path]:
+    """Train at each topology; returns run folders by name. One spawn for each world size."""
+    runs = {t.name: folder / f"run-{number}" for number, t in enumerate(topologies)}
+    for world in sorted({t.world for t in topologies}):
+        jobs = [
+            (runs[t.name], (*MODEL, *t.overrides, *more)) for t in topologies if t.world == world
+        ]
+        if world == 1:
+            run_jobs(0, 1, path, jobs)
+        else:
+            spawn(run_jobs, world, path, jobs, timeout=20 * len(jobs) + 20 * world)
+    return runs
+
+
+def outcome(path: Path, run_dir: Path) -> Outcome:
+    """What a run came to."""
+    config = load_config(path, [*MODEL, f"run_dir={run_dir}"])
+    local, _ = open_run(config, Grid.single())
+    names = ("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "expert_load_max")
+    return Outcome(
+        {name: column(run_dir, name) for name in names},
+        read_metrics(run_dir / "metrics.jsonl")[-1]["heldout_loss"],
+        {name: tensor.clone() for name, tensor in local.model.state_dict().items()},
+    )
+
+
+def differences(one: Outcome, other: Outcome) -> tuple[float, float, str]:
+    """Largest relative difference of any loss of any step and of any tensor, and whose it is.
+
+    Tensors differ by the norm of their difference over their norm.
+    """
+    worst = abs(one.heldout - other.heldout) / abs(one.heldout)
+    for name in ("loss", "lm_loss", "mtp_loss", "grad_norm"):
+        for a, b in zip(one.losses[name], other.losses[name], strict=True):
+            worst = max(worst, abs(a - b) / abs(a))
+    assert one.losses["expert_load_max"] == other.losses["expert_load_max"]
+    errors = {}
+    for name, ours in one.weights.items():
+        if ours.is_floating_point():
+            size = max(float(ours.norm()), 1e-30)
+            errors[name] = float((ours - other.weights[name]).norm()) / size
+    weight = max(errors, key=lambda name: errors[name])
+    assert all(torch.isfinite(t).all() for t in other.weights.values())
+    return worst, errors[weight], weight

@@ -1,0 +1,91 @@
+"""Tokens to the ranks of their experts and back: all of them, and nothing but them.
+
+One all-to-all tells every rank how many rows come from where, one carries the rows and one their
+weights, and one brings the results back. Nothing is dropped and nothing is padded on the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.kernels.permute import collect_rows, spread_rows
+from model.moe import Dispatched, LocalDispatch
+from model.router import Routing
+from trainer.parallel.collectives import all_to_all, exchange
+from trainer.parallel.grid import Grid
+
+
+@dataclass(frozen=True)
+class _Sent(Dispatched):
+    """Rows that came from all ranks, sorted by expert; and how the own ones were sent."""
+
+    send: list[int]
+    receive: list[int]
+    order_L: Tensor
+    sent_place_L: Tensor
+    rows: int
+
+
+class ExpertDispatch:
+    """`LocalDispatch` where experts are divided over the ranks of the grid's expert axis.
+
+    Expert e is on the expert_tensor ranks of expert rank e // E_local. Each of them gets the rows
+    of its experts and returns partial sums over its part of the inner dimension.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.axis = grid.expert
+        self.parts = grid.expert_tensor.size
+        self.local = LocalDispatch()
+
+    def dispatch(self, x_TD: Tensor, routing: Routing, experts: int) -> _Sent:
+        """Copy each token's row to the ranks of its experts; there, sort by expert.
+
+        The numbers of rows are known to the host only once all ranks have counted: the one wait
+        for the device in a layer.
+        """
+        here = experts * self.parts // self.axis.size
+        slot_L = self._slots(routing.indices_TA, here).flatten()
+        weights_L = routing.weights_TA.repeat_interleave(self.parts, dim=1).flatten()
+        order_L = torch.argsort(slot_L, stable=True)
+        place_L = torch.empty_like(order_L)
+        place_L[order_L] = torch.arange(len(order_L), device=order_L.device)
+        count_RE = torch.bincount(slot_L, minlength=self.axis.size * here).view(-1, here)
+        ones = [1] * self.axis.size
+        come_RE = all_to_all(count_RE, ones, ones, self.axis)
+        send, receive = torch.stack([count_RE.sum(1), come_RE.sum(1)]).tolist()
+        rows_PD = exchange(spread_rows(x_TD, order_L, place_L), send, receive, self.axis)
+        weights_P = exchange(weights_L[order_L], send, receive, self.axis)
+        number_P = torch.arange(here, device=x_TD.device).repeat(self.axis.size)
+        expert_P = number_P.repeat_interleave(come_RE.flatten(), output_size=sum(receive))
+        # One row of weight 0 behind them: there is something to compute where nothing came.
+        rows_PD, weights_P = F.pad(rows_PD, (0, 0, 0, 1)), F.pad(weights_P, (0, 1))
+        expert_P = F.pad(expert_P, (0, 1))
+        arrived = Routing(expert_P[:, None], weights_P[:, None], routing.scores_TE)
+        local = self.local.dispatch(rows_PD, arrived, here)
+        return _Sent(
+            **vars(local),
+            send=send,
+            receive=receive,
+            order_L=order_L,
+            sent_place_L=place_L,
+            rows=len(rows_PD),
+        )
+
+    def combine(self, y_PD: Tensor, sent: Dispatched, tokens: int) -> Tensor:
+        """Bring the experts' outputs back and sum those of each token, [T, D]."""
+        assert isinstance(sent, _Sent)
+        rows_PD = self.local.combine(y_PD, sent, sent.rows)[:-1]
+        back_LD = exchange(rows_PD, sent.receive, sent.send, self.axis)
+        return collect_rows(back_LD, sent.order_L, sent.sent_place_L, tokens)
+
+    def _slots(self, indices_TA: Tensor, here: int) -> Tensor:
+        """rank · E_local + expert on that rank, for each of the parts of each chosen expert."""
+        owner, number = indices_TA // here, indices_TA % here
+        part = torch.arange(self.parts, device=indices_TA.device)
+        slots = (owner[..., None] * self.parts + part) * here + number[..., None]
+        return slots.flatten(1)

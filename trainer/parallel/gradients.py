@@ -1,0 +1,61 @@
+"""Gradients of a rank's part of the model, summed over the ranks that hold the same part."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from optim import gradient_norm
+from trainer.parallel.collectives import FlatGradients, sum_
+from trainer.parallel.grid import Grid
+from trainer.parallel.placement import Kind
+from trainer.parallel.plan import LocalModel, tied_embedding
+
+
+class Gradients:
+    """Flat fp32 buckets by the axis that they are summed over.
+
+    Weights that every rank of a stage holds are summed over the stage, those that tensor ranks
+    split over the ranks with the same part, experts over the ranks with the same experts, and the
+    embedding over the first and the last stage besides, where both hold it.
+    """
+
+    def __init__(self, local: LocalModel, grid: Grid) -> None:
+        self.grid = grid
+        mtp = local.model.config.num_nextn_predict_layers
+        self.tied = grid.tied.size > 1 and tied_embedding(local.stages, mtp)
+        self.parameters = dict(local.model.named_parameters())
+        self.replicas = []
+        groups: dict[Kind | str, list[Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            placement = local.placements[name]
+            shared = self.tied and name == "embed.weight"
+            groups.setdefault("embedding" if shared else placement.kind, []).append(parameter)
+            self.replicas.append(placement.replicas * (2 if shared else 1))
+        axes = {
+            "whole": [grid.stage],
+            "tensor": [grid.split],
+            "expert": [grid.expert_data],
+            "embedding": [grid.split, grid.tied],
+        }
+        # In one order on every rank, whatever parameters it holds.
+        self.buckets = [
+            (FlatGradients(groups[kind]), over) for kind, over in axes.items() if kind in groups
+        ]
+
+    def zero_(self) -> None:
+        """Set every gradient to zero."""
+        for flat, _ in self.buckets:
+            flat.zero_()
+
+    def sum_(self) -> None:
+        """Sum every gradient over the ranks that hold the same part."""
+        for flat, over in self.buckets:
+            for axis in over:
+                flat.sum_(axis)
+
+    def norm(self) -> Tensor:
+        """Norm of the whole model's gradient, every element counted once; 0-dim fp32."""
+        return gradient_norm(
+            self.parameters.values(), self.replicas, lambda total: sum_(total, self.grid.world)
+        )

@@ -1,0 +1,229 @@
+"""Layers divided over pipeline ranks, run by the schedules of torch.distributed.pipelining.
+
+A stage is a run of layers; the first also embeds, the last also has the streams' head, the final
+norm, the output head and the MTP block with a copy of the embedding. Stages send the residual
+streams to each other. Every rank reads the token ids of its rows itself, so hash layers, targets
+and layouts need no message, and balance losses are differentiated on the stage they arise on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+
+from model import V4Model
+from model.transformer import Microbatch
+from trainer.parallel.grid import Axis
+from trainer.parallel.stages import StagePlan
+
+_SINGLE = Schedule1F1B
+_MULTI = {
+    "interleaved_1f1b": ScheduleInterleaved1F1B,
+    "zero_bubble_v": ScheduleZBVZeroBubble,
+    "dual_pipe_v": ScheduleDualPipeV,
+}
+
+
+@dataclass
+class Tally:
+    """What stages note down while a step runs: sums over microbatches, on the device."""
+
+    losses: Tensor
+    """fp64 [3]: lm, mtp (unweighted) and balance."""
+    load: Tensor
+    """fp32 [layers (+ MTP), E]."""
+
+    @classmethod
+    def zeros(cls, model: V4Model, device: torch.device) -> Tally:
+        """Nothing noted yet."""
+        rows = model.config.num_hidden_layers + model.config.num_nextn_predict_layers
+        load = torch.zeros(rows, model.config.n_routed_experts, device=device)
+        return cls(torch.zeros(3, dtype=torch.float64, device=device), load)
+
+
+@dataclass
+class Feed:
+    """The step's microbatches, which every stage looks up by number, and the step's tally."""
+
+    microbatches: list[Microbatch] = field(default_factory=list)
+    tally: Tally | None = None
+
+
+class Stage(nn.Module):
+    """One stage: some blocks of a model, and what the first and the last stage have besides."""
+
+    def __init__(self, model: V4Model, plan: StagePlan, number: int, feed: Feed) -> None:
+        super().__init__()
+        self.first, self.last = number == 0, plan.is_last(number)
+        self.rows = list(plan.layers_of(number))
+        self.blocks = nn.ModuleList(model.layers[row] for row in self.rows)
+        # The parameters of this stage, registered so that zero-bubble schedules find them.
+        if self.first or (self.last and len(model.mtp)):
+            self.embed = model.embed
+        if self.last:
+            self.norm, self.head, self.mtp = model.norm, model.head, model.mtp
+            for name in ("hc_head_fn", "hc_head_base", "hc_head_scale"):
+                self.register_parameter(name, getattr(model, name))
+        self._model = [model]  # not a submodule: it may have other stages' layers, too
+        self.feed = feed
+
+    def forward(self, streams: Tensor, index: Tensor) -> Tensor:
+        """Streams to streams, or in the last stage to the loss [1]; the first embeds."""
+        model, micro = self._model[0], self.feed.microbatches[int(index)]
+        if self.first:
+            streams = model.embed_streams(micro)
+        streams, stats = model.run_blocks(streams, micro, self.blocks)
+        rows = list(self.rows)
+        lm = mtp = None
+        if self.last:
+            lm, mtp, seen = model.predict(streams, micro)
+            stats, rows = stats + seen, rows + [model.config.num_hidden_layers] * len(seen)
+        balance = model.weighted_balance(stats)
+        self._note(lm, mtp, balance, rows, [seen.load_E for seen in stats])
+        if lm is not None and mtp is not None:
+            loss = lm + micro.mtp_loss_weight * mtp
+            return (loss if balance is None else loss + balance).view(1)
+        return streams if balance is None else _WithLoss.apply(streams, balance)
+
+    @torch.no_grad()
+    def _note(
+        self,
+        lm: Tensor | None,
+        mtp: Tensor | None,
+        balance: Tensor | None,
+        rows: list[int],
+        loads: list[Tensor],
+    ) -> None:
+        tally = self.feed.tally
+        assert tally is not None
+        for place, loss in enumerate((lm, mtp, balance)):
+            if loss is not None:
+                tally.losses[place] += loss.double()
+        for row, load_E in zip(rows, loads, strict=True):
+            tally.load[row] += load_E
+
+
+class _WithLoss(torch.autograd.Function):
+    """Streams as they are; in backward, `loss` gets the gradient 1 as if it were in the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, streams: Tensor, loss: Tensor) -> Tensor:
+        ctx.like = loss
+        ctx.mark_dirty(streams)  # in place, as a view could not be detached after backward
+        return streams
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.ones_like(ctx.like)
+
+
+class Pipeline:
+    """Runs a rank's stages over the microbatches of a step."""
+
+    def __init__(
+        self, model: V4Model, plan: StagePlan, axis: Axis, streams_shape: Sequence[int]
+    ) -> None:
+        """`streams_shape` is that of a microbatch's own residual streams, [T, N, D]."""
+        self.feed = Feed()
+        self.plan, self.axis = plan, axis
+        device = next(model.parameters()).device
+        if axis.size == 1:
+            self._alone = Stage(model, plan, 0, self.feed)
+            return
+        dtype = next(p.dtype for n, p in model.named_parameters() if n.endswith("wq_a.weight"))
+        streams = torch.empty(*streams_shape, dtype=dtype, device="meta", requires_grad=True)
+        self._shape, self._dtype, self._message = streams.shape, dtype, streams.nbytes
+        index = torch.empty(1, dtype=torch.int64, device="meta")
+        loss = torch.empty(1, device="meta", requires_grad=True)
+        self.stages: list[Any] = [
+            PipelineStage(
+                Stage(model, plan, number, self.feed),
+                number,
+                len(plan.layers),
+                device,
+                input_args=(index if number == 0 else streams,),
+                output_args=(loss if plan.is_last(number) else streams,),
+                group=axis.group,
+            )
+            for number in plan.stages_of(axis.rank)
+        ]
+        self._schedules: dict[int, Any] = {}
+
+    def _schedule(self, microbatches: int) -> Any:
+        if microbatches not in self._schedules:
+            settings: Any = {"loss_fn": lambda loss, _: loss.sum(), "scale_grads": False}
+            if self.plan.schedule == "1f1b":
+                made: Any = _SINGLE(self.stages[0], microbatches, **settings)
+            else:
+                made = _MULTI[self.plan.schedule](self.stages, microbatches, **settings)
+            self._schedules[microbatches] = made
+        return self._schedules[microbatches]
+
+    def run(self, microbatches: list[Microbatch], tally: Tally, backward: bool) -> None:
+        """Forward of all microbatches, and backward into the parameters' gradients if asked."""
+        self.feed.microbatches, self.feed.tally = microbatches, tally
+        if self.axis.size == 1:
+            self._run_alone(len(microbatches), backward)
+        elif backward:
+            self._run_schedule(len(microbatches))
+        else:
+            self._run_forward(len(microbatches))
+        self._count(len(microbatches), backward)
+        self.feed.microbatches, self.feed.tally = [], None
+
+    def _run_alone(self, microbatches: int, backward: bool) -> None:
+        nothing = torch.empty(0)
+        for index in torch.arange(microbatches):
+            loss = self._alone(nothing, index)
+            if backward:
+                loss.backward()
+
+    def _run_schedule(self, microbatches: int) -> None:
+        schedule = self._schedule(microbatches)
+        index = torch.arange(microbatches)
+        arguments = (index,) if any(stage.is_first for stage in self.stages) else ()
+        schedule.step(*arguments, index=index, target=index, return_outputs=False)
+
+    def _run_forward(self, microbatches: int) -> None:
+        """Stage after stage, each over all microbatches: the schedules cannot leave backward out
+        where a rank has two stages."""
+        rank_of = {n: r for r in range(self.axis.size) for n in self.plan.stages_of(r)}
+        here: list[Tensor] = []
+        works: list[Any] = []
+        for number, stage in zip(self.plan.stages_of(self.axis.rank), self.stages, strict=True):
+            source, target = rank_of.get(number - 1), rank_of.get(number + 1)
+            out = []
+            for index in torch.arange(microbatches):
+                if source is None or source == self.axis.rank:
+                    streams = here[index] if here else torch.empty(0)
+                else:
+                    streams = torch.empty(self._shape, dtype=self._dtype, device=stage.device)
+                    dist.recv(streams, group=self.axis.group, group_src=source)
+                out.append(stage.submod(streams, index))
+                if target is not None and target != self.axis.rank:
+                    works.append(dist.isend(out[-1], group=self.axis.group, group_dst=target))
+            here = out if target == self.axis.rank else []
+        for work in works:
+            work.wait()
+
+    def _count(self, microbatches: int, backward: bool) -> None:
+        """Streams that this rank sends on, and their gradients that it sends back."""
+        if self.axis.size == 1:
+            return
+        numbers = self.plan.stages_of(self.axis.rank)
+        ahead = [n + 1 for n in numbers if not self.plan.is_last(n)]
+        behind = [n - 1 for n in numbers if n > 0 and backward]
+        sent = [n for n in ahead + behind if n not in numbers]
+        self.axis.traffic.add("pipeline", "send", len(sent) * microbatches * self._message)

@@ -1,0 +1,52 @@
+"""Degrees of parallelism: how many ranks on every axis, and who is where. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# The first name varies fastest from rank to rank.
+DENSE = ("tensor", "context", "data", "pipeline")
+EXPERT = ("expert_tensor", "expert", "expert_data", "pipeline")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Degrees of every axis for a number of processes; `data` and `expert_data` are what remains.
+
+    Raises ValueError when a product does not divide the world; a run's config is checked before.
+    """
+
+    world: int
+    tensor: int = 1
+    expert: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert_tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for product in (self.tensor * self.context, self.expert_tensor * self.expert):
+            if self.world % (product * self.pipeline):
+                raise ValueError(f"{self} does not divide the world")
+
+    @property
+    def data(self) -> int:
+        """Ranks that share a global batch's rows."""
+        return self.world // (self.tensor * self.context * self.pipeline)
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.world // (self.expert_tensor * self.expert * self.pipeline)
+
+    def of(self, names: Sequence[str]) -> list[int]:
+        """Sizes of the named axes."""
+        return [getattr(self, name) for name in names]
+
+
+def place_of(rank: int, names: Sequence[str], sizes: Sizes) -> dict[str, int]:
+    """Coordinates of a rank in one division of the world, without any process group."""
+    places = {}
+    for name, size in zip(names, sizes.of(names), strict=True):
+        rank, places[name] = divmod(rank, size)
+    return places

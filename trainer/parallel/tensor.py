@@ -1,0 +1,211 @@
+"""Heads, output groups, vocabulary and the shared expert split over tensor ranks.
+
+megatron-core's column- and row-parallel linears and its vocabulary-parallel embedding and
+cross-entropy, with their group given. The linears are told that they belong to an expert, which in
+megatron means that the caller communicates: here `Positions.to_queries` gathers the tokens before
+a split layer and `Positions.to_own` sums and scatters them behind it, so that the residual streams
+between them are divided over the tensor ranks, too (Korthikanti et al. 2022, section 4.2.2).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model import V4Model
+from model.attention import Attention
+from model.moe import SharedExpert
+from trainer.parallel.collectives import sum_
+from trainer.parallel.grid import Axis
+
+with warnings.catch_warnings(action="ignore"):  # about absent NVIDIA packages
+    from megatron.core import ModelParallelConfig
+    from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+    from megatron.core.tensor_parallel.layers import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+    )
+
+_CHUNK_LOGITS = 1 << 21
+"""Logits of all ranks held at once."""
+
+
+class _Column(ColumnParallelLinear):
+    """Output features split; takes the input that every rank has."""
+
+    get_extra_state = nn.Module.get_extra_state  # no entry of its own in the state
+
+    def __init__(self, linear: nn.Linear, axis: Axis, config: ModelParallelConfig) -> None:
+        super().__init__(
+            linear.in_features,
+            linear.out_features,
+            config=config,
+            init_method=_no_values,
+            bias=False,
+            is_expert=True,
+            disable_grad_reduce=True,
+            tp_group=axis.group,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+
+class _Row(RowParallelLinear):
+    """Input features split; gives partial sums."""
+
+    get_extra_state = nn.Module.get_extra_state
+
+    def __init__(self, linear: nn.Linear, axis: Axis, config: ModelParallelConfig) -> None:
+        super().__init__(
+            linear.in_features,
+            linear.out_features,
+            config=config,
+            init_method=_no_values,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=True,
+            tp_group=axis.group,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+
+class _Embedding(VocabParallelEmbedding):
+    """Vocabulary split; every rank gets all of the queries' embeddings."""
+
+    def __init__(self, embed: nn.Embedding, axis: Axis, config: ModelParallelConfig) -> None:
+        self.axis = axis
+        super().__init__(
+            embed.num_embeddings,
+            embed.embedding_dim,
+            init_method=_no_values,
+            config=config,
+            tp_group=axis.group,
+        )
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        embedded_TD = super().forward(tokens_T)
+        share = 2 * (self.axis.size - 1) / self.axis.size
+        self.axis.traffic.add(self.axis.name, "sum", share * embedded_TD.nbytes)
+        return embedded_TD
+
+
+def split_model(model: V4Model, axis: Axis, dtype: torch.dtype) -> None:
+    """Swap the modules of a model on the meta device for this rank's parts of them."""
+    config = ModelParallelConfig(
+        tensor_model_parallel_size=axis.size,
+        params_dtype=dtype,
+        use_cpu_initialization=True,  # on the device in force, which is meta
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+    )
+    with torch.device("meta"):
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.wq_b = _Column(module.wq_b, axis, config)
+                module.wo_a = _Column(module.wo_a, axis, config)
+                module.wo_b = _Row(module.wo_b, axis, config)
+            elif isinstance(module, SharedExpert):
+                module.w1 = _Column(module.w1, axis, config)
+                module.w3 = _Column(module.w3, axis, config)
+                module.w2 = _Row(module.w2, axis, config)
+        if isinstance(model.embed, nn.Embedding):
+            model.embed = _Embedding(model.embed, axis, config)
+        if isinstance(model.head, nn.Linear):
+            model.head = _Column(model.head, axis, config)
+    model.cross_entropy = VocabCrossEntropy(axis)
+
+
+class VocabCrossEntropy:
+    """`linear_cross_entropy` with the head's rows split over tensor ranks.
+
+    Every rank returns the same loss. The gradient of the hidden states is partial: each rank's
+    part of the vocabulary gives its share.
+    """
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+
+    def __call__(
+        self,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        target_T: Tensor,
+        denominator: float,
+        ignore: int,
+    ) -> Tensor:
+        """Loss of the queries, a sum over those with a target divided by `denominator`, fp32."""
+        needs_grad = torch.is_grad_enabled() and hidden_TD.requires_grad
+        return _VocabCrossEntropy.apply(
+            hidden_TD, weight_VD, target_T, denominator, ignore, self.axis, needs_grad
+        )
+
+
+class _VocabCrossEntropy(torch.autograd.Function):
+    # As in model/kernels/cross_entropy.py, gradients are formed while a chunk's logits are there.
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        denominator: float,
+        ignore: int,
+        axis: Axis,
+        needs_grad: bool,
+    ) -> Tensor:
+        parts = VocabParallelCrossEntropy
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        valid_T = target != ignore
+        target_T = target.masked_fill(~valid_T, 0)
+        first = axis.rank * weight.shape[0]
+        step = max(_CHUNK_LOGITS // (weight.shape[0] * axis.size), 1)
+        for start in range(0, hidden.shape[0], step):
+            rows = slice(start, start + step)
+            share_n = valid_T[rows] / denominator
+            logits_nV, top_n = parts.calculate_logits_max(torch.mm(hidden[rows], weight.t()))
+            _max(top_n, axis)
+            mask_n, index_n, picked_n, sum_n, powers_nV = parts.calculate_predicted_logits(
+                logits_nV, target_T[rows], top_n, first, first + weight.shape[0]
+            )
+            picked_n, sum_n = sum_(torch.stack([picked_n, sum_n]), axis).unbind(0)
+            softmax_nV, loss_n = parts.calculate_cross_entropy_loss(powers_nV, picked_n, sum_n)
+            total += (loss_n * share_n).sum()
+            if grad_hidden is not None and grad_weight is not None:
+                grad_2d, row_n, update, grad = parts.prepare_gradient_calculation_operands(
+                    softmax_nV, mask_n
+                )
+                parts.calculate_gradients(grad_2d, row_n, index_n, update, grad, share_n)
+                grad = grad.to(hidden.dtype)
+                torch.mm(grad, weight, out=grad_hidden[rows])
+                grad_weight += torch.mm(grad.t(), hidden[rows])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+        return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight, *[None] * 5
+
+
+def _max(tensor: Tensor, axis: Axis) -> None:
+    axis.traffic.add(axis.name, "sum", 2 * (axis.size - 1) / axis.size * tensor.nbytes)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=axis.group)
+
+
+def _no_values(weight: Tensor) -> Tensor:
+    """Weights get their values from `V4Model.init_weights`."""
+    return weight
