@@ -1,8 +1,8 @@
 """`python -m trainer`, but one rank fails: `python -m tests.launch.failing RANK HOW CONFIG ...`.
 
-HOW is `crash` (an unexpected error in the second step), `mistake` (a user's error there), `early`
-(an unexpected error before the checks) or `once` (a crash in step 5 of the first attempt only).
-The other ranks go on into a collective that never ends by itself.
+HOW is `crash` (an unexpected error in the second step), `mistake` (a user's error there) or `early`
+(an unexpected error before the checks). The other ranks wait as long as in a collective that never
+ends by itself.
 """
 
 import os
@@ -20,11 +20,9 @@ def fail(rank: int, how: str) -> None:
     from trainer.trainer import Trainer
 
     step = Trainer.step
-    at = 4 if how == "once" else 1
 
     def failing_step(self: Trainer, batches: Any) -> Any:
-        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-        if self.state.step == at and (first or how != "once"):
+        if self.state.step == 1:
             if self.grid.rank != rank:
                 time.sleep(300)  # as deaf as inside a collective
             if how == "mistake":

@@ -32,29 +32,33 @@ class Host:
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.name = f"host-{number}"
         self.space = f"v4test{os.getpid()}-{number}"
         self.link = f"v4t{number}"
         self.address = f"10.77.0.{number}"
         self.torchrun: subprocess.Popen[str] | None = None
 
-    def command(self, config: Path, *overrides: str) -> list[str]:
+    def command(self, *training: str, restarts: int) -> list[str]:
         """torchrun as a person would start it on this host."""
         head = "true" if self.address == HEAD else "false"
+        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name]
         return [
-            *("ip", "netns", "exec", self.space, sys.executable, "-m", "torch.distributed.run"),
+            *("ip", "netns", "exec", self.space, *named),
+            *(sys.executable, "-m", "torch.distributed.run"),
             *("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
-            *("--rdzv-endpoint", f"{HEAD}:{PORT}", "--rdzv-id", "two", "--max-restarts", "3"),
+            *("--rdzv-endpoint", f"{HEAD}:{PORT}", "--rdzv-id", "two"),
+            *("--max-restarts", str(restarts)),
             *("--rdzv-conf", f"is_host={head}", "--local-addr", self.address),
-            *("-m", "trainer", str(config), *RUN, *overrides),
+            *("-m", *training),
         ]
 
-    def start(self, config: Path, log: Path, *overrides: str) -> None:
+    def start(self, log: Path, *training: str, restarts: int = 3) -> None:
         """Start this host's share of the job; what it says is appended to `log`."""
         environment = os.environ | RESTART_ENVIRONMENT
         environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.link}
         with log.open("a") as file:
             self.torchrun = subprocess.Popen(
-                self.command(config, *overrides),
+                self.command(*training, restarts=restarts),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -81,6 +85,8 @@ def hosts() -> Iterator[list[Host]]:
     """Two hosts joined by a cable; nothing of them is left afterwards."""
     if shutil.which("ip") is None:
         pytest.skip("needs iproute2's `ip` to make two hosts")
+    if shutil.which("unshare") is None:
+        pytest.skip("needs util-linux' `unshare` to name them")
     if os.geteuid() != 0:
         pytest.skip("needs root to make network namespaces")
     pair = [Host(1), Host(2)]
@@ -125,6 +131,11 @@ def wait_for_step(run_dir: Path, step: int, hosts: list[Host]) -> None:
         time.sleep(0.01)
 
 
+def ends(hosts: list[Host]) -> list[int]:
+    """The exit codes of both torchruns."""
+    return [host.torchrun.wait(LIMIT) for host in hosts if host.torchrun is not None]
+
+
 @pytest.mark.parametrize("dies", ["worker", "host"])
 def test_a_death_costs_no_more_than_the_steps_since_the_checkpoint(
     tiny: Path, undisturbed: Path, hosts: list[Host], tmp_path: Path, dies: str
@@ -136,8 +147,9 @@ def test_a_death_costs_no_more_than_the_steps_since_the_checkpoint(
     """
     run_dir = tmp_path / "run"
     logs = [tmp_path / "log1", tmp_path / "log2"]
+    training = ["trainer", str(tiny), *RUN, f"run_dir={run_dir}"]
     for host, log in zip(hosts, logs, strict=True):
-        host.start(tiny, log, f"run_dir={run_dir}")
+        host.start(log, *training)
     try:
         wait_for_step(run_dir, 5, hosts)
         if dies == "worker":
@@ -145,13 +157,28 @@ def test_a_death_costs_no_more_than_the_steps_since_the_checkpoint(
             worker.kill()
         else:
             hosts[1].kill()
-            hosts[1].start(tiny, logs[1], f"run_dir={run_dir}")
-        for host in hosts:
-            assert host.torchrun is not None
-            assert host.torchrun.wait(LIMIT) == 0
+            hosts[1].start(logs[1], *training)
+        assert ends(hosts) == [0, 0]
     except BaseException:
         print(*(log.read_text() for log in logs), sep="\n")
         raise
     assert "resumed from" in (logs[0].read_text() + logs[1].read_text())
     assert steps_in_file(run_dir) == list(range(1, STEPS + 1))
     assert_same_run(undisturbed, run_dir, STEPS)
+
+
+def test_the_first_host_says_who_failed_on_the_other(
+    tiny: Path, hosts: list[Host], tmp_path: Path
+) -> None:
+    """Rank 0 waits for ever; the failure of rank 1 ends it and stands in both hosts' logs."""
+    logs = [tmp_path / "log1", tmp_path / "log2"]
+    training = ["tests.launch.failing", "1", "crash", str(tiny), f"run_dir={tmp_path / 'run'}"]
+    for host, log in zip(hosts, logs, strict=True):
+        host.start(log, *training, restarts=0)
+    assert ends(hosts) == [1, 1]
+    sentence = "v4: rank 1 on host-2 failed: RuntimeError: out of luck"
+    texts = [log.read_text() for log in logs]
+    for text in texts:
+        assert text.splitlines().count(sentence) == 1
+    assert 'raise RuntimeError("out of luck")' in texts[1].split("ChildFailedError")[0]
+    assert 'raise RuntimeError("out of luck")' not in texts[0]
