@@ -48,7 +48,7 @@ class Host:
             *("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
             *("--rdzv-endpoint", f"{HEAD}:{PORT}", "--rdzv-id", "two"),
             *("--max-restarts", str(restarts)),
-            *("--rdzv-conf", f"is_host={head}", "--local-addr", self.address),
+            *("--rdzv-conf", f"is_host={head},keep_alive_interval=1", "--local-addr", self.address),
             *("-m", *training),
         ]
 
