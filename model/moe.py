@@ -46,7 +46,7 @@ class LocalDispatch:
         """
         expert_L = routing.indices_TA.flatten()
         pairs = len(expert_L)
-        count_E = torch.bincount(expert_L, minlength=experts)
+        count_E = count_each(expert_L, experts)
         padded_E = (count_E + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
         ends_E = padded_E.cumsum(0)
         shift_E = (ends_E - padded_E) - (count_E.cumsum(0) - count_E)
@@ -63,6 +63,11 @@ class LocalDispatch:
     def combine(self, y_PD: Tensor, sent: Dispatched, tokens: int) -> Tensor:
         """Sum each token's expert outputs, [T, D]."""
         return collect_rows(y_PD, sent.order_P, sent.place_L, tokens)
+
+
+def count_each(index_L: Tensor, size: int) -> Tensor:
+    """How often each number below `size` occurs, int64; unlike bincount without asking the device."""
+    return index_L.new_zeros(size).index_add_(0, index_L, torch.ones_like(index_L))
 
 
 class Dispatch(Protocol):

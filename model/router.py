@@ -92,8 +92,8 @@ def balance_loss(
     count_SE = torch.zeros_like(share_SE, requires_grad=False).flatten()
     count_SE.index_add_(0, slot_TA.flatten(), count_SE.new_ones(slot_TA.numel()))
     length_S = torch.from_numpy(layout.sample_lengths).to(share_SE)
-    real_S = torch.ones_like(length_S)
-    real_S[layout.sample_T[layout.padding_T]] = 0
+    real_T = (~layout.padding_T).to(length_S.dtype)
+    real_S = torch.zeros_like(length_S).index_add_(0, layout.sample_T, real_T).clamp_(max=1)
     count_SE = sum_counts(count_SE.view_as(share_SE))
     products_S = (count_SE * share_SE).sum(-1)
     return (products_S / length_S * real_S).sum() * (experts / (active * denominator))

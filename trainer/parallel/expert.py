@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels.permute import collect_rows, spread_rows
-from model.moe import Dispatched, LocalDispatch
+from model.moe import Dispatched, LocalDispatch, count_each
 from model.router import Routing
 from trainer.parallel.collectives import all_to_all, exchange
 from trainer.parallel.grid import Grid
@@ -54,10 +54,7 @@ class ExpertDispatch:
         order_L = torch.argsort(slot_L, stable=True)
         place_L = torch.empty_like(order_L)
         place_L[order_L] = torch.arange(len(order_L), device=order_L.device)
-        count_RE = torch.bincount(slot_L, minlength=self.axis.size * here).view(-1, here)
-        ones = [1] * self.axis.size
-        come_RE = all_to_all(count_RE, ones, ones, self.axis)
-        send, receive = torch.stack([count_RE.sum(1), come_RE.sum(1)]).tolist()
+        come_RE, send, receive = self.agree(slot_L, here)
         rows_PD = exchange(spread_rows(x_TD, order_L, place_L), send, receive, self.axis)
         weights_P = exchange(weights_L[order_L], send, receive, self.axis)
         number_P = torch.arange(here, device=x_TD.device).repeat(self.axis.size)
@@ -75,6 +72,14 @@ class ExpertDispatch:
             sent_place_L=place_L,
             rows=len(rows_PD),
         )
+
+    def agree(self, slot_L: Tensor, here: int) -> tuple[Tensor, list[int], list[int]]:
+        """What comes from each rank for each expert here, and rows to and from each rank."""
+        count_RE = count_each(slot_L, self.axis.size * here).view(-1, here)
+        ones = [1] * self.axis.size
+        come_RE = all_to_all(count_RE, ones, ones, self.axis)
+        send, receive = torch.stack([count_RE.sum(1), come_RE.sum(1)]).tolist()
+        return come_RE, send, receive
 
     def combine(self, y_PD: Tensor, sent: Dispatched, tokens: int) -> Tensor:
         """Bring the experts' outputs back and sum those of each token, [T, D]."""
