@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
 import torch
 from torch import Tensor, nn
 
 from model.attention import Attention
 from model.config import LayerType, ModelConfig
-from model.hyper_connection import register_hyper_connection, through_streams
+from model.hyper_connection import read, register_hyper_connection
+from model.kernels.hyper_connection import write_streams
 from model.moe import MoE, MoEStats
 from model.norm import RMSNorm
 from model.positions import Positions
 
+BlockPart = Literal["streams", "norms", "attention", "block"]
+
+
+class Compute(Protocol):
+    """How a block calls its parts; see ``compute_now``."""
+
+    def __call__(self, part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
+        """The function's result."""
+
+
+def compute_now(part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
+    """Call the function, and keep what its backward needs."""
+    return function(*inputs)
+
 
 class Block(nn.Module):
-    """X -> X with attention, then X -> X with the experts, over N streams [T, N, D]."""
+    """X -> X with attention, then X -> X with the experts, over N streams [T, N, D].
+
+    trainer/parallel/recompute.py swaps ``compute`` for one that keeps less.
+    """
+
+    compute: Compute = staticmethod(compute_now)
 
     def __init__(
         self, config: ModelConfig, kind: LayerType, hashed: bool, dtype: torch.dtype
@@ -32,16 +55,18 @@ class Block(nn.Module):
         self, streams_TND: Tensor, tokens_T: Tensor, positions: Positions, routed_tokens: float
     ) -> tuple[Tensor, MoEStats]:
         """Returns the streams and what the router did."""
-        stats: list[MoEStats] = []
+        return self.compute("block", self._forward, streams_TND, tokens_T, positions, routed_tokens)
 
-        def attend(x_TD: Tensor) -> Tensor:
-            return self.attn(self.attn_norm(x_TD), positions)
+    def _forward(
+        self, streams_TND: Tensor, tokens_T: Tensor, positions: Positions, routed_tokens: float
+    ) -> tuple[Tensor, MoEStats]:
+        x_TD, post_TN, comb_TNN = read(self, "hc_attn", self.config, streams_TND)
+        out_TD = self.compute("attention", self._attend, x_TD, positions)
+        streams_TND = self.compute("streams", write_streams, streams_TND, out_TD, post_TN, comb_TNN)
+        x_TD, post_TN, comb_TNN = read(self, "hc_ffn", self.config, streams_TND)
+        x_TD = self.compute("norms", self.ffn_norm, x_TD)
+        out_TD, stats = self.ffn(x_TD, tokens_T, positions, routed_tokens)
+        return write_streams(streams_TND, out_TD, post_TN, comb_TNN), stats
 
-        def mix_experts(x_TD: Tensor) -> Tensor:
-            out, seen = self.ffn(self.ffn_norm(x_TD), tokens_T, positions, routed_tokens)
-            stats.append(seen)
-            return out
-
-        streams_TND = through_streams(self, "hc_attn", self.config, streams_TND, attend)
-        streams_TND = through_streams(self, "hc_ffn", self.config, streams_TND, mix_experts)
-        return streams_TND, stats[0]
+    def _attend(self, x_TD: Tensor, positions: Positions) -> Tensor:
+        return self.attn(self.compute("norms", self.attn_norm, x_TD), positions)

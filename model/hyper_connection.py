@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.kernels.hyper_connection import collapse_streams, read_streams, write_streams
+from model.kernels.hyper_connection import collapse_streams, read_streams
 
 
 def register_hyper_connection(module: nn.Module, name: str, config: ModelConfig) -> None:
@@ -29,22 +27,17 @@ def _register(module: nn.Module, name: str, rows: int, columns: int, scales: int
         module.register_parameter(f"{name}_{suffix}", parameter)
 
 
-def through_streams(
-    module: nn.Module,
-    name: str,
-    config: ModelConfig,
-    streams_TND: Tensor,
-    sublayer: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Read the streams, apply ``sublayer`` [T, D] to [T, D], write its output back."""
-    x_TD, post_TN, comb_TNN = read_streams(
+def read(
+    module: nn.Module, name: str, config: ModelConfig, streams_TND: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A sub-layer's input [T, D], and post [T, N] and comb [T, N, N] to write its output with."""
+    return read_streams(
         streams_TND,
         *_parameters(module, name),
         norm_eps=config.rms_norm_eps,
         hc_eps=config.hc_eps,
         iterations=config.hc_sinkhorn_iters,
     )
-    return write_streams(streams_TND, sublayer(x_TD), post_TN, comb_TNN)
 
 
 def head_of_streams(module: nn.Module, config: ModelConfig, streams_TND: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from model import IGNORE, V4Model
-from model.hyper_connection import through_streams
+from model.hyper_connection import read
+from model.kernels.hyper_connection import write_streams
 from tests.model.tiny import random_tokens, tiny_config
 
 
@@ -131,7 +132,8 @@ def test_a_block_starts_close_to_a_plain_residual(name):
             return y
 
         streams = x[:, None].expand(-1, 4, -1).contiguous()
-        out = through_streams(block, name, model.config, streams, sublayer)
+        x, post, comb = read(block, name, model.config, streams)
+        out = write_streams(streams, sublayer(x), post, comb)
         torch.testing.assert_close(read[0], x, rtol=0, atol=0.02)
         torch.testing.assert_close(out, (x + y)[:, None].expand(-1, 4, -1), rtol=0, atol=0.02)
 
@@ -149,7 +151,8 @@ def test_each_stream_carries_mostly_itself_and_sublayers_read_in_turn():
                 return torch.zeros_like(x)
 
             with torch.no_grad():
-                out = through_streams(block, name, model.config, streams, sublayer)
+                x, post, comb = read(block, name, model.config, streams)
+                out = write_streams(streams, sublayer(x), post, comb)
             for k in range(4):
                 share = (out[:, k] * streams[:, k]).sum() / streams[:, k].square().sum()
                 assert 0.9 < float(share) < 1.0

@@ -19,6 +19,10 @@ from trainer.parallel.grid import Axis
 
 Item = TypeVar("Item")
 
+# torch 2.13 has new names for these two and warns of the old ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 BUCKET_ELEMENTS = 32 * 1024 * 1024  # 128 MiB of fp32: long enough to use the links fully
 
 
@@ -37,7 +41,7 @@ def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
     tensor = tensor.contiguous()
     _count(axis, "gather", (axis.size - 1) * tensor.nbytes)
     out = tensor.new_empty(axis.size * tensor.shape[0], *tensor.shape[1:])
-    dist.all_gather_into_tensor(out, tensor, group=axis.group)
+    _all_gather(out, tensor, group=axis.group)
     return out
 
 
@@ -48,7 +52,7 @@ def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
     tensor = tensor.contiguous()
     _count(axis, "scatter", (axis.size - 1) / axis.size * tensor.nbytes)
     out = tensor.new_empty(tensor.shape[0] // axis.size, *tensor.shape[1:])
-    dist.reduce_scatter_tensor(out, tensor, group=axis.group)
+    _reduce_scatter(out, tensor, group=axis.group)
     return out
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from model import ModelConfig, SampleLayout, V4Model
+from model.block import BlockPart
 from model.moe import MoE
 from model.positions import Positions
 from trainer.parallel.expert import ExpertDispatch
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Placement, place_all
-from trainer.parallel.recompute import Part, Recompute
+from trainer.parallel.recompute import apply_recompute
 from trainer.parallel.sequence import SequencePositions
 from trainer.parallel.stages import StagePlan
 
@@ -33,7 +34,7 @@ def localise(
     dtype: torch.dtype,
     grid: Grid,
     stages: StagePlan,
-    recompute: Collection[Part] = (),
+    recompute: Collection[BlockPart] = (),
 ) -> LocalModel:
     """The model of this rank: layers, heads, experts and tokens that are its own.
 
@@ -59,7 +60,7 @@ def localise(
 
         model.make_positions = positions
     if recompute:
-        Recompute(recompute).apply(model)
+        apply_recompute(model, recompute)
     return LocalModel(model, placements, stages)
 
 

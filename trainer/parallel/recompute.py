@@ -1,24 +1,100 @@
-"""Activations that backward computes again instead of keeping, chosen part by part."""
+"""Activations that backward computes again instead of keeping, chosen part by part.
+
+- `block` and `attention` keep only their input, and run forward once more in backward, with all
+  that they communicate (torch.utils.checkpoint).
+- `streams` and `norms` drop one result each, the residual streams between attention and experts
+  (half of all streams that a block keeps) and the norms' outputs, and compute it again from inputs
+  that are kept in any case: one product of N x N with N x D a token, or one norm, and nothing is
+  communicated (report 3.4's recomputation of mHC's tensors).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Literal
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from model import V4Model
-from model.block import Block
+from model.block import Block, BlockPart
 
-Part = Literal["streams", "norms", "attention", "block"]
+
+def apply_recompute(model: V4Model, parts: Collection[BlockPart]) -> None:
+    """Let every block of the model compute `parts` again in backward."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compute = Recompute(parts)
 
 
 class Recompute:
-    """Placeholder until the parts are defined."""
+    """`compute_now` of a block that keeps less; see the module's docstring."""
 
-    def __init__(self, parts: Collection[Part]) -> None:
+    def __init__(self, parts: Collection[BlockPart]) -> None:
         self.parts = frozenset(parts)
+        self._dropped: dict[tuple[Any, ...], _Dropped] | None = None
 
-    def apply(self, model: V4Model) -> None:
-        """Wrap."""
-        for module in model.modules():
-            if isinstance(module, Block):
-                pass
+    def __call__(self, part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
+        """The function's result, with less of it kept if the part is among those chosen."""
+        if not torch.is_grad_enabled():
+            return function(*inputs)
+        if part == "block":
+            return self._block(function, *inputs)
+        if part not in self.parts:
+            return function(*inputs)
+        if part == "attention":
+            return _checkpoint(function, *inputs)
+        out = function(*inputs)
+        if self._dropped is not None:
+            self._dropped[_key(out)] = _Dropped(out, function, inputs)
+        return out
+
+    def _block(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        if "block" in self.parts:
+            return _checkpoint(function, *inputs)
+        if not self.parts & {"streams", "norms"}:
+            return function(*inputs)
+        # Results are known by their memory, which is theirs as long as `_dropped` holds them.
+        dropped: dict[tuple[Any, ...], _Dropped] = {}
+        self._dropped = dropped
+        try:
+            with saved_tensors_hooks(lambda saved: dropped.get(_key(saved), saved), _unpack):
+                return function(*inputs)
+        finally:
+            for result in dropped.values():
+                result.forget()
+            self._dropped = None
+
+
+class _Dropped:
+    """A result that is computed again when backward first asks for it."""
+
+    def __init__(self, out: Tensor, function: Callable[..., Tensor], inputs: Any) -> None:
+        self._out: Tensor | None = out
+        self._function = function
+        self._inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+
+    def forget(self) -> None:
+        """Let the result go, at the end of forward."""
+        self._out = None
+
+    def get(self) -> Tensor:
+        """The result; it stays until the last that asks for it is done."""
+        if self._out is None:
+            with torch.no_grad():
+                self._out = self._function(*self._inputs)
+        return self._out
+
+
+def _unpack(saved: Tensor | _Dropped) -> Tensor:
+    return saved.get() if isinstance(saved, _Dropped) else saved
+
+
+def _key(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _checkpoint(function: Callable[..., Any], *inputs: Any) -> Any:
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

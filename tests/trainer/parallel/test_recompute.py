@@ -1,0 +1,106 @@
+"""Recomputation changes no bit of any gradient, and keeps less."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model import IGNORE, SampleLayout, V4Model
+from model.block import BlockPart
+from tests.model.tiny import random_model, random_tokens, tiny_config
+from trainer.parallel.recompute import apply_recompute
+
+TOKENS = 96
+CONFIG = tiny_config(hidden_size=64)
+STREAM_BYTES = TOKENS * CONFIG.hc_mult * CONFIG.hidden_size * 4
+BLOCKS = CONFIG.num_hidden_layers + 1
+
+
+def loss_of(model: V4Model) -> Tensor:
+    tokens = random_tokens(CONFIG, 1, TOKENS)
+    targets = tokens.roll(-1, 1)
+    targets[:, -1] = IGNORE
+    return model(tokens, SampleLayout.from_lengths([[40, 56]]), targets).loss
+
+
+def run(parts: tuple[BlockPart, ...]) -> tuple[float, dict[str, Tensor], int]:
+    """Loss, gradients, and bytes that forward leaves for backward."""
+    model = random_model(CONFIG)
+    apply_recompute(model, parts)
+    with Storages(model) as storages:
+        loss = loss_of(model)
+    kept = storages.alive()
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return float(loss), grads, kept
+
+
+class Storages(TorchDispatchMode):
+    """Weak references to every storage but the model's that operations return while active."""
+
+    def __init__(self, model: V4Model) -> None:
+        super().__init__()
+        self.own = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.own:
+                    self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+    def alive(self) -> int:
+        """Bytes of those that something still holds."""
+        gc.collect()
+        return sum(size for reference, size in self.made.values() if not reference.expired())
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[float, dict[str, Tensor], int]:
+    return run(())
+
+
+@pytest.mark.parametrize(
+    ("parts", "saved"),
+    [
+        # Of each block the streams in the middle, and of each norm its output.
+        (("streams",), BLOCKS * STREAM_BYTES),
+        (("norms",), BLOCKS * 2 * STREAM_BYTES // CONFIG.hc_mult),
+        (("streams", "norms"), BLOCKS * STREAM_BYTES * (1 + 2 / CONFIG.hc_mult)),
+        (("attention",), BLOCKS * STREAM_BYTES),
+        (("attention", "norms", "streams"), 2 * BLOCKS * STREAM_BYTES),
+        (("block",), 4 * BLOCKS * STREAM_BYTES),
+        (("block", "attention"), 4 * BLOCKS * STREAM_BYTES),
+    ],
+)
+def test_same_gradients_with_less_kept(
+    plain: tuple[float, dict[str, Tensor], int], parts: tuple[BlockPart, ...], saved: float
+) -> None:
+    loss, grads, kept = run(parts)
+    assert loss == plain[0]
+    assert grads.keys() == plain[1].keys()
+    different = [name for name in grads if not torch.equal(grads[name], plain[1][name])]
+    assert not different
+    assert plain[2] - kept >= saved, (plain[2], kept)
+
+
+def test_nothing_stays_after_backward() -> None:
+    for parts in ((), ("streams", "norms"), ("attention",), ("block",)):
+        model = random_model(CONFIG)
+        apply_recompute(model, parts)  # type: ignore[arg-type]
+        with Storages(model) as storages:
+            loss = loss_of(model)
+            loss.backward()
+        grads = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        del loss
+        assert storages.alive() <= grads + 10_000  # frequencies and the like
