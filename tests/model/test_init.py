@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import IGNORE, V4Model
-from model.hyper_connection import read
+from model import IGNORE, V4Model, hyper_connection
 from model.kernels.hyper_connection import write_streams
 from tests.model.tiny import random_tokens, tiny_config
 
@@ -132,7 +131,7 @@ def test_a_block_starts_close_to_a_plain_residual(name):
             return y
 
         streams = x[:, None].expand(-1, 4, -1).contiguous()
-        x, post, comb = read(block, name, model.config, streams)
+        x, post, comb = hyper_connection.read(block, name, model.config, streams)
         out = write_streams(streams, sublayer(x), post, comb)
         torch.testing.assert_close(read[0], x, rtol=0, atol=0.02)
         torch.testing.assert_close(out, (x + y)[:, None].expand(-1, 4, -1), rtol=0, atol=0.02)
@@ -151,7 +150,7 @@ def test_each_stream_carries_mostly_itself_and_sublayers_read_in_turn():
                 return torch.zeros_like(x)
 
             with torch.no_grad():
-                x, post, comb = read(block, name, model.config, streams)
+                x, post, comb = hyper_connection.read(block, name, model.config, streams)
                 out = write_streams(streams, sublayer(x), post, comb)
             for k in range(4):
                 share = (out[:, k] * streams[:, k]).sum() / streams[:, k].square().sum()
