@@ -66,7 +66,7 @@ class LocalDispatch:
 
 
 def count_each(index_L: Tensor, size: int) -> Tensor:
-    """How often each number below `size` occurs, int64; unlike bincount without asking the device."""
+    """How often each number below `size` occurs, int64. Unlike bincount it asks no device."""
     return index_L.new_zeros(size).index_add_(0, index_L, torch.ones_like(index_L))
 
 
