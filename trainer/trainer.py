@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data import Batch, Loader, Tokenizer
+from model import ModelConfig
 from optim import MatrixSizes, Optimizer, build_table, clip_
 from optim.schedule import in_decay, schedule
 from trainer.config import RunConfig
@@ -163,27 +164,41 @@ class Trainer:
 
 def build(config: RunConfig, grid: Grid) -> tuple[LocalModel, Optimizer]:
     """This rank's part of the model with its initial weights, and the optimizer with its state."""
-    local = localise(
+    local = make_local(config, grid)
+    local.model.to_empty(device=grid.device)
+    local.model.init_weights(config.seed, parts=local.placements)
+    return local, make_optimizer(config, local, grid)
+
+
+def make_local(config: RunConfig, grid: Grid) -> LocalModel:
+    """This rank's part of the model on the meta device."""
+    return localise(
         config.model,
         DTYPES[config.precision],
         grid,
         config.parallel.stages(config.model, config.data.row_length),
         config.parallel.recompute,
     )
-    local.model.to_empty(device=grid.device)
-    local.model.init_weights(config.seed, parts=local.placements)
-    sizes = MatrixSizes(
-        o_groups=config.model.o_groups,
-        num_attention_heads=config.model.num_attention_heads,
-        head_dim=config.model.head_dim,
-        index_head_dim=config.model.index_head_dim,
-    )
+
+
+def make_optimizer(config: RunConfig, local: LocalModel, grid: Grid) -> Optimizer:
+    """The optimizer of this rank's part of the model, on the device that its weights are on."""
     parameters = dict(local.model.named_parameters())
     shapes = {name: local.placements[name].matrix_shape for name in parameters}
-    table = build_table(shapes, sizes, config.optim)
+    table = build_table(shapes, matrix_sizes(config.model), config.optim)
     shards = shards_of(local.placements, grid)
     own = {name: shard for name, shard in shards.items() if name in parameters}
-    return local, Optimizer(parameters, table, config.optim, own)
+    return Optimizer(parameters, table, config.optim, own)
+
+
+def matrix_sizes(model: ModelConfig) -> MatrixSizes:
+    """What the optimizer's table needs of a model's sizes."""
+    return MatrixSizes(
+        o_groups=model.o_groups,
+        num_attention_heads=model.num_attention_heads,
+        head_dim=model.head_dim,
+        index_head_dim=model.index_head_dim,
+    )
 
 
 def make_engine(config: RunConfig, local: LocalModel, grid: Grid) -> NativeEngine:

@@ -140,16 +140,18 @@ class Pipeline:
         self.plan, self.axis = plan, axis
         device = next(model.parameters()).device
         if axis.size == 1:
-            self._alone = Stage(model, plan, 0, self.feed)
+            self.parts = [Stage(model, plan, 0, self.feed)]
             return
         dtype = next(p.dtype for n, p in model.named_parameters() if n.endswith("wq_a.weight"))
         streams = torch.empty(*streams_shape, dtype=dtype, device="meta", requires_grad=True)
         self._shape, self._dtype, self._message = streams.shape, dtype, streams.nbytes
         index = torch.empty(1, dtype=torch.int64, device="meta")
         loss = torch.empty(1, device="meta", requires_grad=True)
+        numbers = plan.stages_of(axis.rank)
+        self.parts = [Stage(model, plan, number, self.feed) for number in numbers]
         self.stages: list[Any] = [
             PipelineStage(
-                Stage(model, plan, number, self.feed),
+                part,
                 number,
                 len(plan.layers),
                 device,
@@ -157,11 +159,12 @@ class Pipeline:
                 output_args=(loss if plan.is_last(number) else streams,),
                 group=axis.group,
             )
-            for number in plan.stages_of(axis.rank)
+            for number, part in zip(numbers, self.parts, strict=True)
         ]
         self._schedules: dict[int, Any] = {}
 
-    def _schedule(self, microbatches: int) -> Any:
+    def schedule(self, microbatches: int) -> Any:
+        """torch's schedule of this many microbatches, where there is more than one rank."""
         if microbatches not in self._schedules:
             settings: Any = {"loss_fn": lambda loss, _: loss.sum(), "scale_grads": False}
             if self.plan.schedule == "1f1b":
@@ -186,12 +189,12 @@ class Pipeline:
     def _run_alone(self, microbatches: int, backward: bool) -> None:
         nothing = torch.empty(0)
         for index in torch.arange(microbatches):
-            loss = self._alone(nothing, index)
+            loss = self.parts[0](nothing, index)
             if backward:
                 loss.backward()
 
     def _run_schedule(self, microbatches: int) -> None:
-        schedule = self._schedule(microbatches)
+        schedule = self.schedule(microbatches)
         index = torch.arange(microbatches)
         arguments = (index,) if any(stage.is_first for stage in self.stages) else ()
         schedule.step(*arguments, index=index, target=index, return_outputs=False)
