@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from trainer.parallel.grid import Axis
+from trainer.parallel.traffic import gather_bytes, scatter_bytes, sum_bytes
 
 Item = TypeVar("Item")
 
@@ -29,7 +30,7 @@ BUCKET_ELEMENTS = 32 * 1024 * 1024  # 128 MiB of fp32: long enough to use the li
 def sum_(tensor: Tensor, axis: Axis) -> Tensor:
     """Sum `tensor` over the axis, in place; returns it."""
     if axis.group is not None:
-        _count(axis, "sum", 2 * (axis.size - 1) / axis.size * tensor.nbytes)
+        _count(axis, "sum", sum_bytes(axis.size, tensor.nbytes))
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=axis.group)
     return tensor
 
@@ -39,7 +40,7 @@ def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
     if axis.group is None:
         return tensor
     tensor = tensor.contiguous()
-    _count(axis, "gather", (axis.size - 1) * tensor.nbytes)
+    _count(axis, "gather", gather_bytes(axis.size, tensor.nbytes))
     out = tensor.new_empty(axis.size * tensor.shape[0], *tensor.shape[1:])
     _all_gather(out, tensor, group=axis.group)
     return out
@@ -50,7 +51,7 @@ def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
     if axis.group is None:
         return tensor
     tensor = tensor.contiguous()
-    _count(axis, "scatter", (axis.size - 1) / axis.size * tensor.nbytes)
+    _count(axis, "scatter", scatter_bytes(axis.size, tensor.nbytes))
     out = tensor.new_empty(tensor.shape[0] // axis.size, *tensor.shape[1:])
     _reduce_scatter(out, tensor, group=axis.group)
     return out
@@ -197,7 +198,7 @@ class FlatGradients:
             return
         works = []
         for bucket in self.buckets:
-            _count(axis, "sum", 2 * (axis.size - 1) / axis.size * bucket.nbytes)
+            _count(axis, "sum", sum_bytes(axis.size, bucket.nbytes))
             works.append(dist.all_reduce(bucket, group=axis.group, async_op=True))
         for work in works:
             work.wait()

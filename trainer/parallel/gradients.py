@@ -9,7 +9,8 @@ from optim import gradient_norm
 from trainer.parallel.collectives import FlatGradients, sum_
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Kind
-from trainer.parallel.plan import LocalModel, tied_embedding
+from trainer.parallel.plan import LocalModel
+from trainer.parallel.stages import tied_embedding
 
 
 class Gradients:

@@ -2,7 +2,7 @@
 
 Tensor ranks split what belongs to heads, output groups, vocabulary and the shared expert's inner
 dimension; expert ranks split the experts, and expert-tensor ranks each expert's inner dimension.
-Everything else is whole on every rank of its pipeline stage.
+Everything else is whole on every rank of its pipeline stage. Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from trainer.parallel.sizes import DENSE, EXPERT, Sizes, place_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["whole", "tensor", "expert"]
 Shape = tuple[int, ...]

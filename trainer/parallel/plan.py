@@ -89,10 +89,3 @@ def shrink(model: nn.Module, placements: dict[str, Placement]) -> None:
                 part = torch.empty(size, dtype=parameter.dtype, device=parameter.device)
                 leaf = name.rpartition(".")[2]
                 setattr(module, leaf, nn.Parameter(part))
-
-
-def tied_embedding(stages: StagePlan, mtp: int) -> bool:
-    """Whether first and last pipeline rank both hold the embedding and must share gradients."""
-    last = len(stages.layers) - 1
-    together = any({0, last} <= set(stages.stages_of(rank)) for rank in range(stages.ranks))
-    return mtp > 0 and not together

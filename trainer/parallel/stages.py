@@ -91,3 +91,10 @@ def plan_stages(
         costs, tail = flops_by_part(config, row_length)
         layers = balanced(costs, tail, ranks * chunks)
     return StagePlan(schedule, tuple(layers), ranks)
+
+
+def tied_embedding(stages: StagePlan, mtp: int) -> bool:
+    """Whether first and last pipeline rank both hold the embedding and must share gradients."""
+    last = len(stages.layers) - 1
+    together = any({0, last} <= set(stages.stages_of(rank)) for rank in range(stages.ranks))
+    return mtp > 0 and not together

@@ -21,6 +21,7 @@ from model.attention import Attention
 from model.moe import SharedExpert
 from trainer.parallel.collectives import sum_
 from trainer.parallel.grid import Axis
+from trainer.parallel.traffic import sum_bytes
 
 with warnings.catch_warnings(action="ignore"):  # about absent NVIDIA packages
     from megatron.core import ModelParallelConfig
@@ -93,8 +94,8 @@ class _Embedding(VocabParallelEmbedding):
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         embedded_TD = super().forward(tokens_T)
-        share = 2 * (self.axis.size - 1) / self.axis.size
-        self.axis.traffic.add(self.axis.name, "sum", share * embedded_TD.nbytes)
+        size = sum_bytes(self.axis.size, embedded_TD.nbytes)
+        self.axis.traffic.add(self.axis.name, "sum", size)
         return embedded_TD
 
 
@@ -203,7 +204,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
 
 
 def _max(tensor: Tensor, axis: Axis) -> None:
-    axis.traffic.add(axis.name, "sum", 2 * (axis.size - 1) / axis.size * tensor.nbytes)
+    axis.traffic.add(axis.name, "sum", sum_bytes(axis.size, tensor.nbytes))
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=axis.group)
 
 
