@@ -26,9 +26,9 @@ MODEL = (
     "model.o_groups=4",
     "model.n_routed_experts=8",
     "model.moe_intermediate_size=32",
-    "data.batch_rows=8",
+    "data.batch_rows=4",
     "data.micro_rows=1",
-    "evaluation.rows=8",
+    "evaluation.rows=4",
     "steps=10",
     # The gradients of some of the streams' coefficients are nothing but rounding (the first
     # layer's streams are copies, a norm undoes how they are weighed). With V4's eps of 1e-20 AdamW
@@ -36,7 +36,7 @@ MODEL = (
     "optim.adamw.eps=1e-6",
     # Likewise Newton-Schulz makes something of the directions in which a matrix's gradient is
     # nothing but rounding (Sinkhorn's result does not depend on some of the logits' sums).
-    "optim.learning_rate=1e-3",
+    "optim.learning_rate=2.5e-4",
 )
 
 
@@ -68,25 +68,33 @@ class Outcome:
     weights: dict[str, Tensor]
 
 
-def run_jobs(rank: int, world: int, path: Path, jobs: list[tuple[Path, tuple[str, ...]]]) -> None:
+@dataclass(frozen=True)
+class Job:
+    """Training in a run folder, from its checkpoint if it has one, to the end or to a step."""
+
+    topology: Topology
+    run_dir: Path
+    stop_at: int = 0
+
+
+def run_jobs(rank: int, world: int, path: Path, jobs: list[Job], more: tuple[str, ...]) -> None:
     """Worker: several runs one after another."""
     os.environ["WORLD_SIZE"] = str(world)
-    for run_dir, overrides in jobs:
-        train(path, run_dir, *overrides)
+    for job in jobs:
+        overrides = (*MODEL, *job.topology.overrides, *more)
+        train(path, job.run_dir, *overrides, stop_at=job.stop_at)
 
 
-def run_all(path: Path, folder: Path, topologies: list[Topology], *more: str) -> dict[str, Path]:
-    """Train at each topology; returns run folders by name. One spawn for each world size."""
-    runs = {t.name: folder / f"run-{number}" for number, t in enumerate(topologies)}
-    for world in sorted({t.world for t in topologies}):
-        jobs = [
-            (runs[t.name], (*MODEL, *t.overrides, *more)) for t in topologies if t.world == world
-        ]
+def run_all(path: Path, jobs: list[Job], *more: str) -> None:
+    """Every job on its number of processes, which are started once for all jobs of a number."""
+    for world in sorted({job.topology.world for job in jobs}):
+        mine = [job for job in jobs if job.topology.world == world]
         if world == 1:
-            run_jobs(0, 1, path, jobs)
+            run_jobs(0, 1, path, mine, more)
+            os.environ.pop("WORLD_SIZE")
         else:
-            spawn(run_jobs, world, path, jobs, timeout=20 * len(jobs) + 20 * world)
-    return runs
+            limit = 60 + 12 * world * len(mine)
+            spawn(run_jobs, world, path, mine, more, timeout=limit)
 
 
 def outcome(path: Path, run_dir: Path) -> Outcome:

@@ -1,0 +1,143 @@
+"""One step's losses and gradients at any topology, for rows and routings that are hard to divide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data import Batch
+from model import IGNORE, ModelConfig
+from tests.distributed import spawn
+from tests.model.tiny import gradient_scale, tiny_config
+from trainer.engine import NativeEngine
+from trainer.parallel.grid import Grid
+from trainer.parallel.plan import localise
+from trainer.parallel.sizes import Sizes
+from trainer.parallel.stages import plan_stages
+
+ROW = 48
+CONFIG = tiny_config(
+    vocab_size=96, o_groups=4, moe_intermediate_size=32, layer_types=("csa", "csa", "hca", "window")
+)
+# Runs of 6 to 24 tokens, a window of 8, windows of 4 and 16 tokens to compress.
+LAYOUTS: dict[str, list[list[int]]] = {
+    "single tokens": [[1] * ROW, [ROW]],
+    "short samples at the borders": [[5, 2, 4, 3, 9, 1, 11, 13], [11, 2, 11, 1, 23]],
+    "samples across all ranks": [[47, 1], [1, 47]],
+    "borders of samples and ranks fall together": [[12, 12, 12, 12], [24, 24]],
+    "padding on some ranks only": [[7], [25, 3]],
+    "a row that only fills up": [[], [30, 10]],
+}
+# Which experts the tokens of all layers are made to choose: "even" leaves it to the router.
+ROUTINGS: dict[str, list[int]] = {"even": [], "first": [0, 1, 2], "last": [7, 6, 5]}
+CASES = [(layout, "even") for layout in LAYOUTS] + [
+    ("short samples at the borders", "first"),
+    ("padding on some ranks only", "last"),
+]
+TOPOLOGIES: dict[int, list[dict[str, int]]] = {
+    2: [{"tensor": 2}, {"context": 2}, {"expert": 2}, {"expert_tensor": 2}, {"pipeline": 2}],
+    4: [
+        {"context": 4},
+        {"tensor": 4},
+        {"expert": 4},
+        {"tensor": 2, "context": 2, "expert": 2, "expert_tensor": 2},
+        {"context": 2, "pipeline": 2, "expert": 2},
+    ],
+}
+Result = tuple[list[float], dict[str, tuple[tuple[int, ...], tuple[int, ...], Tensor]]]
+
+
+def batches_of(layout: str, rank: int, ranks: int) -> list[Batch]:
+    """The data rank's rows, one a microbatch; with one data rank, all of them."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, CONFIG.vocab_size, (2, ROW), generator=generator)
+    targets = tokens.roll(-1, 1)
+    for row, lengths in enumerate(LAYOUTS[layout]):
+        end = 0
+        for length in lengths:
+            end += length
+            targets[row, end - 1] = IGNORE
+        targets[row, end:] = IGNORE
+    rows = range(rank * 2 // ranks, (rank + 1) * 2 // ranks)
+    return [
+        Batch(tokens[row : row + 1], targets[row : row + 1], [LAYOUTS[layout][row]]) for row in rows
+    ]
+
+
+def force_routing(model: Any, experts: list[int]) -> None:
+    """Let every token choose these, by hash tables and biases, which are no parameters."""
+    for gate in model.routers().values():
+        if experts and gate.hashed:
+            gate.tid2eid[:] = torch.tensor(experts)[: gate.tid2eid.shape[1]]
+        elif experts:
+            gate.bias[experts] = 100.0
+
+
+def step(config: ModelConfig, grid: Grid, case: tuple[str, str]) -> Result:
+    """Losses, and every parameter's gradient with where it lies in the whole."""
+    schedule = "1f1b"
+    stages = plan_stages(config, ROW, grid.pipeline.size, schedule, 1)
+    local = localise(config, torch.float32, grid, stages)
+    local.model.to_empty(device="cpu")
+    local.model.init_weights(seed=5, parts=local.placements)
+    force_routing(local.model, ROUTINGS[case[1]])
+    engine = NativeEngine(local, grid, 1, ROW)
+    out = engine.forward_backward(batches_of(case[0], grid.data.rank, grid.data.size))
+    norm = engine.gradients.norm()
+    losses = [float(x) for x in (out.loss, out.lm, out.mtp, out.balance, norm)]
+    losses += out.expert_load.flatten().tolist()
+    gradients = {}
+    for name, parameter in local.model.named_parameters():
+        placement = local.placements[name]
+        assert parameter.grad is not None
+        gradients[name] = placement.shape, placement.offset, parameter.grad.clone()
+    return losses, gradients
+
+
+def run_all(rank: int, world: int) -> list[list[Result]]:
+    """Worker: every case at every topology of this many ranks."""
+    return [
+        [step(CONFIG, Grid.build(Sizes(world, **degrees), torch.device("cpu")), c) for c in CASES]
+        for degrees in TOPOLOGIES[world]
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[Result]:
+    return [step(CONFIG, Grid.single(torch.device("cpu")), case) for case in CASES]
+
+
+@pytest.mark.parametrize("world", TOPOLOGIES)
+def test_losses_and_gradients_equal_those_of_one_rank(alone: list[Result], world: int) -> None:
+    by_rank = spawn(run_all, world, timeout=280)
+    for topology, degrees in enumerate(TOPOLOGIES[world]):
+        for number, case in enumerate(CASES):
+            losses, whole = alone[number]
+            reference = {name: grad for name, (_, _, grad) in whole.items()}
+            covered = dict.fromkeys(reference, 0)
+            for results in by_rank:
+                theirs, parts = results[topology][number]
+                assert theirs == pytest.approx(losses, rel=2e-6), (degrees, case)
+                for name, (shape, offset, grad) in parts.items():
+                    assert shape == tuple(reference[name].shape)
+                    part = reference[name]
+                    for dim, (start, size) in enumerate(zip(offset, grad.shape, strict=True)):
+                        part = part.narrow(dim, start, size)
+                    # Sums in another order: 1e-7 of a few hundred terms of the largest's size.
+                    limit = 1e-5 * gradient_scale(name, reference)
+                    assert float((grad - part).abs().max()) <= limit, (degrees, case, name)
+                    covered[name] += grad.numel()
+            for name, count in covered.items():
+                assert count >= reference[name].numel(), (degrees, name)
+
+
+def test_the_forced_routings_leave_a_rank_with_nothing(alone: list[Result]) -> None:
+    """Not a test of the product: the cases above are what they say."""
+    blocks, experts = CONFIG.num_hidden_layers + 1, CONFIG.n_routed_experts
+    for number, used in ((-2, range(3)), (-1, range(5, 8))):
+        load = torch.tensor(alone[number][0][5:]).view(blocks, experts)
+        idle = [e for e in range(experts) if e not in used]
+        assert load[:, idle].sum() == 0 and load.sum() > 0

@@ -1,0 +1,104 @@
+"""Any division of the model, its tokens and its experts trains like one rank, and goes on as any.
+
+Every run has packed rows of several samples, every kind of layer, hash and learned routers and the
+MTP block, in fp32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.parallel.topologies import (
+    Job,
+    Outcome,
+    Topology,
+    differences,
+    outcome,
+    run_all,
+    topology,
+)
+from tests.trainer.tiny import column
+
+ALONE = topology(1)
+SCHEDULES = ("1f1b", "interleaved_1f1b", "zero_bubble_v", "dual_pipe_v")
+RECOMPUTE = "parallel.recompute=[streams, norms, attention]"
+TOPOLOGIES = [
+    topology(2),
+    topology(2, tensor=2),
+    topology(2, context=2),
+    topology(2, expert=2),
+    topology(2, expert_tensor=2),
+    *[topology(2, pipeline=2, pipeline_schedule=name) for name in SCHEDULES],
+    topology(2, "parallel.pipeline_layers=[3, 1]", RECOMPUTE, pipeline=2),
+    topology(4),
+    topology(4, tensor=4),
+    topology(4, context=4),
+    topology(4, expert=4),
+    topology(4, pipeline=4),
+    topology(4, tensor=2, expert=2),
+    topology(4, tensor=2, pipeline=2),
+    topology(4, tensor=2, context=2),
+    topology(4, context=2, expert=4),
+    topology(4, RECOMPUTE, tensor=2, expert=2, expert_tensor=2),
+    # Expert ranks are data ranks here: pipeline 2 x data 2, the experts over the latter.
+    topology(4, pipeline=2, expert=2),
+    topology(4, pipeline=2, expert=2, pipeline_schedule="zero_bubble_v"),
+    topology(4, pipeline=2, context=2, pipeline_schedule="dual_pipe_v"),
+]
+
+
+SAVED_AFTER, GOES_ON_TO = 5, 7
+MOVES = [
+    (ALONE, topology(2, tensor=2)),
+    (topology(2, tensor=2), topology(2, expert=2)),
+    (topology(2, context=2), topology(2, pipeline=2)),
+    (topology(2, pipeline=2, pipeline_schedule="zero_bubble_v"), topology(4, tensor=2, expert=2)),
+    (topology(4, tensor=2, expert_tensor=2), ALONE),
+    (topology(4, expert=4), topology(4, context=4)),
+    (topology(4, pipeline=2, tensor=2), topology(2, expert_tensor=2)),
+    (topology(2), topology(4, tensor=2, context=2)),
+]
+
+
+def move_name(number: int) -> str:
+    before, after = MOVES[number]
+    return f"{before.name} to {after.name}"
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs: every topology to the end, and every move's two halves."""
+    folder = tmp_path_factory.mktemp("parity")
+    jobs = [Job(t, folder / t.name) for t in (ALONE, *TOPOLOGIES)]
+    first = [Job(a, folder / f"move-{n}", SAVED_AFTER) for n, (a, _) in enumerate(MOVES)]
+    run_all(tiny, jobs + first)
+    run_all(tiny, [Job(b, folder / f"move-{n}", GOES_ON_TO) for n, (_, b) in enumerate(MOVES)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path, folder: Path) -> Outcome:
+    return outcome(tiny, folder / ALONE.name)
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("spread", TOPOLOGIES, ids=lambda t: t.name)
+def test_trains_like_one_rank(tiny: Path, folder: Path, alone: Outcome, spread: Topology) -> None:
+    losses, weights, name = differences(alone, outcome(tiny, folder / spread.name))
+    print(f"{spread.name} | {losses:.1e} | {weights:.1e} | {name}")
+    assert losses < 1e-5
+    assert weights < 1e-4, name
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    "number", range(len(MOVES)), ids=lambda n: f"{MOVES[n][0].name} to {MOVES[n][1].name}"
+)
+def test_a_checkpoint_goes_on_at_another_topology(folder: Path, number: int) -> None:
+    """Losses of the steps after the move are those of the run that was never moved."""
+    straight = column(folder / ALONE.name, "loss")[:GOES_ON_TO]
+    moved = column(folder / f"move-{number}", "loss")
+    assert len(moved) == GOES_ON_TO
+    assert moved[SAVED_AFTER:] == pytest.approx(straight[SAVED_AFTER:], rel=1e-6)
