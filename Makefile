@@ -9,10 +9,10 @@ STAMP := $(VENV)/.installed
 BUILD_FIRST := $(shell grep -E '^(torch|setuptools|wheel|numpy|ninja)==' requirements.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench
+.PHONY: help install demo test test-large lint bench
 
 help:  ## show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 install: $(STAMP)  ## make .venv with the exact versions of requirements.lock
 
@@ -30,6 +30,9 @@ demo: $(STAMP)  ## the whole job on embedded real text: tokenizer, training on 2
 
 test: $(STAMP)  ## the test suite
 	$(BIN)/python -m pytest tests
+
+test-large: $(STAMP)  ## tests of up to 32 processes at once
+	$(BIN)/python -m pytest tests -m large -s
 
 lint: $(STAMP)  ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .

@@ -1,0 +1,32 @@
+"""All axes at once, on as many processes as that takes: `make test-large`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.parallel.topologies import Job, differences, outcome, run_all, topology
+
+ROWS = "data.batch_rows=8"
+ALL_AT_TWO = {"tensor": 2, "context": 2, "pipeline": 2, "expert": 2}
+SPREADS = [
+    # What remains is data 2; the experts are over 2 of a stage's 8 ranks.
+    topology(16, **ALL_AT_TWO),
+    topology(16, "parallel.recompute=[block]", pipeline_schedule="zero_bubble_v", **ALL_AT_TWO),
+    # Data 4, and each expert split besides.
+    topology(32, expert_tensor=2, **ALL_AT_TWO),
+]
+
+
+@pytest.mark.large
+@pytest.mark.timeout(3600)
+def test_all_axes_train_like_one_rank(tiny: Path, tmp_path: Path) -> None:
+    alone = topology(1)
+    run_all(tiny, [Job(t, tmp_path / t.name) for t in (alone, *SPREADS)], ROWS)
+    reference = outcome(tiny, tmp_path / alone.name)
+    for spread in SPREADS:
+        losses, weights, name = differences(reference, outcome(tiny, tmp_path / spread.name))
+        print(f"{spread.name} | {losses:.1e} | {weights:.1e} | {name}")
+        assert losses < 1e-5, spread.name
+        assert weights < 1e-4, (spread.name, name)
