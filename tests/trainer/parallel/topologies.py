@@ -93,7 +93,7 @@ def run_all(path: Path, jobs: list[Job], *more: str) -> None:
             run_jobs(0, 1, path, mine, more)
             os.environ.pop("WORLD_SIZE")
         else:
-            limit = 60 + 12 * world * len(mine)
+            limit = 60 + 30 * world * len(mine)
             spawn(run_jobs, world, path, mine, more, timeout=limit)
 
 
