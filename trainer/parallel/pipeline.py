@@ -8,7 +8,8 @@ and layouts need no message, and balance losses are differentiated on the stage 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +130,61 @@ class _WithLoss(torch.autograd.Function):
         return grad, torch.ones_like(ctx.like)
 
 
+class _Received(PipelineStage):
+    """A stage whose buffers for what it receives live from the receiving to their use.
+
+    torch makes both buffers of all microbatches before the first and keeps them for ever, which is
+    more than there is memory where a step has hundreds of microbatches.
+    """
+
+    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
+        with self._without_memory():
+            super()._setup_forward_recv_info(num_microbatches, has_backward)
+
+    def _setup_backward_recv_info(self, num_microbatches: int) -> None:
+        with self._without_memory():
+            super()._setup_backward_recv_info(num_microbatches)
+
+    @contextmanager
+    def _without_memory(self) -> Iterator[None]:
+        device, self.device = self.device, torch.device("meta")
+        try:
+            yield
+        finally:
+            self.device = device
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """Receives of a microbatch's input, into new buffers."""
+        self._make(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """Receives of the gradient of a microbatch's output, into new buffers."""
+        if self.has_backward:
+            self._make(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Forward of a microbatch; autograd holds its input from here on."""
+        out = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        self._drop(self.args_recv_info[fwd_chunk_id])
+        return out
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        """Backward of a microbatch."""
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self._drop(self.grad_recv_info[bwd_chunk_id])
+
+    def _make(self, infos: Sequence[Any]) -> None:
+        for info in infos:
+            if not info.is_root_arg:
+                info.buffer = info.tensor_meta.to_tensor(self.device).requires_grad_(False)
+
+    def _drop(self, infos: Sequence[Any]) -> None:
+        for info in infos:
+            info.buffer = None
+
+
 class Pipeline:
     """Runs a rank's stages over the microbatches of a step."""
 
@@ -150,7 +206,7 @@ class Pipeline:
         numbers = plan.stages_of(axis.rank)
         self.parts = [Stage(model, plan, number, self.feed) for number in numbers]
         self.stages: list[Any] = [
-            PipelineStage(
+            _Received(
                 part,
                 number,
                 len(plan.layers),
