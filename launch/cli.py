@@ -100,6 +100,12 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes in all.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Memory with activations, without holding it.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time one layer of each kind on this machine.")
+    ] = False,
     cluster: Annotated[
         str | None,
         typer.Option(help="Write a job, too: a cluster file, or slurm or kubernetes for ours."),
@@ -117,7 +123,8 @@ def plan(
         submit = "sbatch" if path.suffix == ".sbatch" else "kubectl apply -f"
         print(f"wrote {path}; submit it with: {submit} {path}", flush=True)
     run.check_world(nproc)
-    command = processes.command("plan", config, *(overrides or []), f"--processes={nproc}")
+    flags = ["--dry-run"] * dry_run + ["--measure"] * measure
+    command = processes.command("plan", config, *(overrides or []), f"--processes={nproc}", *flags)
     _finish(processes.run(command))
 
 

@@ -89,7 +89,15 @@ def plan(config: RunConfig, options: argparse.Namespace) -> None:
 
     from trainer.plan import plan as make_plan
 
-    Console().print(make_plan(config, options.processes))
+    # A file or a pipe has no width: tables are as wide as they need.
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    for part in make_plan(config, options.processes, options.dry_run):
+        console.print(part)
+    if options.measure:
+        from trainer.measure import measure
+
+        for part in measure(config, options.processes):
+            console.print(part)
 
 
 def demo_corpus(folder: str, options: argparse.Namespace) -> None:
@@ -148,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("folder", help="Hugging Face folder")
         if name == "plan":
             verb.add_argument("--processes", type=int, default=1)
+            verb.add_argument("--dry-run", action="store_true", help="memory with activations")
+            verb.add_argument("--measure", action="store_true", help="time one layer of each kind")
         verb.add_argument("overrides", nargs="*", metavar="key=value")
     return parser
 

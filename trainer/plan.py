@@ -1,27 +1,64 @@
 """`v4 plan`: what a config asks for, before anything is run."""
 
-import math
+from __future__ import annotations
 
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import torch
 from rich.table import Table
 
+from model import V4Model
+from model.flops import flops_by_part
 from model.sizes import parameter_counts
+from optim import build_table
 from trainer.config import RunConfig
+from trainer.dry_run import DryRun, RankMemory, dry_run
+from trainer.parallel.grid import who_is_where
+from trainer.parallel.placement import place_all
+from trainer.parallel.plan import keep_stages
+from trainer.parallel.sizes import DENSE, EXPERT, Sizes
+from trainer.parallel.stages import StagePlan
+from trainer.trainer import DTYPES, matrix_sizes
 
 GIB = 2**30
 
 
-def plan(config: RunConfig, world_size: int) -> Table:
-    """Steps, tokens, parameters and the memory of one process when all are data parallel."""
-    config.check_world(world_size)
+def plan(config: RunConfig, world_size: int, dry: bool = False) -> Iterator[Table | str]:
+    """Steps, tokens, parameters, axes, who is where, stages and memory, one table after another.
+
+    With `dry` memory has activations. Raises ConfigError where the config does not fit the
+    processes.
+    """
+    sizes = config.sizes(world_size)
+    yield summary(config, sizes)
+    if world_size > 1:
+        yield who_is_where(sizes)
+    if sizes.pipeline > 1:
+        yield stage_table(config)
+    if not dry:
+        yield memory_table(config, sizes)
+        return
+    found = dry_run(config, world_size, progress=_TimeLeft())
+    yield dry_run_table(found)
+    yield dry_run_words(found)
+
+
+def summary(config: RunConfig, sizes: Sizes) -> Table:
+    """Steps, tokens, parameters and the sizes of all axes."""
     counts = parameter_counts(config.model)
     data = config.data
     step_tokens = data.batch_rows * data.row_length
     table = Table(title=f"{config.run_dir}", show_header=False, title_justify="left")
     table.add_column("what")
     table.add_column("value", justify="right")
-    rows_of_rank = math.ceil(data.batch_rows / world_size)
+    rows_of_rank = math.ceil(data.batch_rows / sizes.data)
     for name, value in (
-        ("processes", f"{world_size:,}"),
+        ("processes", f"{sizes.world:,}"),
+        *((" x ".join(axes), " x ".join(map(str, sizes.of(axes)))) for axes in (DENSE, EXPERT)),
         ("steps", f"{config.steps:,}"),
         ("tokens a step, at most", f"{step_tokens:,}"),
         ("tokens in all, at most", f"{step_tokens * config.steps:,}"),
@@ -31,32 +68,150 @@ def plan(config: RunConfig, world_size: int) -> Table:
         ("  in the MTP block", f"{counts.mtp:,}"),
     ):
         table.add_row(name, value)
-    table.add_section()
-    parts = memory_parts(config, counts.total)
-    for name, size in parts.items():
-        table.add_row(f"memory, {name}", gib(size))
-    table.add_row("memory of one process, without activations", gib(sum(parts.values())))
     return table
 
 
-def memory_parts(config: RunConfig, parameters: int) -> dict[str, int]:
-    """Bytes that one process holds for the whole run.
+def stage_table(config: RunConfig) -> Table:
+    """Layers of each stage of the pipeline, and its share of a row's operations."""
+    stages = config.parallel.stages(config.model, config.data.row_length)
+    shares = stage_shares(stages, *flops_by_part(config.model, config.data.row_length))
+    rank_of = {number: rank for rank in range(stages.ranks) for number in stages.stages_of(rank)}
+    table = Table(title="stages", title_justify="left")
+    for name in ("stage", "pipeline rank", "layers", "kinds", "operations"):
+        table.add_column(name, justify="left" if name == "kinds" else "right")
+    for number, share in enumerate(shares):
+        rows = stages.layers_of(number)
+        counts = Counter(config.model.layer_types[row] for row in rows)
+        kinds = [f"{count} {kind}" for kind, count in counts.items()]
+        kinds += ["heads"] if stages.is_last(number) else []
+        table.add_row(
+            str(number), str(rank_of[number]), span(rows), ", ".join(kinds), f"{share:.2%}"
+        )
+    return table
 
-    Muon keeps one fp32 state and AdamW two; nearly every parameter is Muon's, so the optimizer is
-    counted with one, embedding and head with two.
+
+def stage_shares(stages: StagePlan, costs: list[float], tail: float) -> list[float]:
+    """Each stage's share of the costs of all layers and of the `tail` behind them."""
+    of_stage = [
+        sum(costs[row] for row in stages.layers_of(number)) + tail * stages.is_last(number)
+        for number in range(len(stages.layers))
+    ]
+    return [cost / (sum(costs) + tail) for cost in of_stage]
+
+
+def memory_table(config: RunConfig, sizes: Sizes) -> Table:
+    """What the fullest process holds all the time."""
+    table = Table(title="memory of the fullest process", show_header=False, title_justify="left")
+    table.add_column("part")
+    table.add_column("size", justify="right")
+    parts = memory_parts(config, sizes)
+    for name, size in parts.items():
+        table.add_row(name, gib(size))
+    table.add_section()
+    table.add_row("in all, without activations (--dry-run adds them)", gib(sum(parts.values())))
+    return table
+
+
+def memory_parts(config: RunConfig, sizes: Sizes) -> dict[str, int]:
+    """Bytes that the fullest process holds for the whole run, by part.
+
+    From shapes and placements alone; `trainer.dry_run` counts the same in the real objects. The
+    ranks of a pipeline rank all hold as much.
     """
-    low = config.precision == "bf16"
-    adamw = 2 * config.model.vocab_size * config.model.hidden_size
-    parts = {
-        "weights": parameters * (2 if low else 4),
-        "gradients, fp32": parameters * 4,
-        "optimizer states, fp32": (parameters + adamw) * 4,
+    stages = config.parallel.stages(config.model, config.data.row_length)
+    ranks = [_parts_of_rank(config, sizes, stages, rank) for rank in range(sizes.pipeline)]
+    return max(ranks, key=lambda parts: sum(parts.values()))
+
+
+def _parts_of_rank(
+    config: RunConfig, sizes: Sizes, stages: StagePlan, pipeline: int
+) -> dict[str, int]:
+    with torch.device("meta"):
+        model = V4Model(config.model, DTYPES[config.precision])
+    keep_stages(model, stages, pipeline)
+    tensors = {**dict(model.named_parameters()), **model.state_dict()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    placements = place_all(shapes, sizes, pipeline * (sizes.world // sizes.pipeline))
+    elements = {name: math.prod(placement.size) for name, placement in placements.items()}
+    trained = {name: shapes[name] for name, _ in model.named_parameters()}
+    table = build_table(trained, matrix_sizes(config.model), config.optim)
+    adamw = [entry.name for entry in table if entry.optimizer == "adamw"]
+    low = [name for name in trained if tensors[name].dtype != torch.float32]
+    states = sum(elements[name] for name in trained) + sum(elements[name] for name in adamw)
+    return {
+        "weights": sum(elements[name] * tensor.itemsize for name, tensor in tensors.items()),
+        "gradients": 4 * sum(elements[name] for name in trained),
+        "master weights": 4 * sum(elements[name] for name in low),
+        "optimizer states": 4 * (states + len(adamw)),  # AdamW counts each parameter's steps
     }
-    if low:
-        parts["master weights, fp32"] = parameters * 4
-    return parts
+
+
+def dry_run_table(found: DryRun) -> Table:
+    """Memory by pipeline rank and part."""
+    table = Table(title="memory of a process, GiB", title_justify="left")
+    names = [*found.ranks[0].resident, "microbatches", "in flight", "activations", "workspace"]
+    for name in ("ranks", "layers", "parameters", *names, "in all"):
+        table.add_column(name, justify="right")
+    for ranks in alike(found):
+        one = ranks[0]
+        sizes = [one.microbatches, one.activations, one.workspace, one.total]
+        values = [f"{size / GIB:.2f}" for size in (*one.resident.values(), *sizes)]
+        flight = "+".join(str(stage.in_flight) for stage in one.stages)
+        values.insert(len(one.resident) + 1, flight)
+        layers = " ".join(span(stage.layers) for stage in one.stages)
+        numbers = [rank.rank for rank in ranks]
+        table.add_row(span(numbers), layers, f"{one.parameters:,}", *values)
+    return table
+
+
+def dry_run_words(found: DryRun) -> str:
+    """The sum of all parameters, and the fullest rank."""
+    full = found.fullest
+    update = ""
+    if full.update > full.microbatches + full.activations + full.workspace:
+        update = " during the optimizer's step"
+    return (
+        f"All processes together hold {found.parameters:,} parameters, each counted once. The "
+        f"fullest is rank {full.rank} on pipeline rank {full.pipeline}: {gib(full.total)} at most"
+        f"{update}, of which {gib(sum(full.resident.values()))} all the time."
+    )
+
+
+def alike(found: DryRun) -> Iterator[list[RankMemory]]:
+    """The ranks that were looked at, those of a pipeline rank together where they hold as much."""
+    for pipeline in range(found.sizes.pipeline):
+        ranks = [rank for rank in found.ranks if rank.pipeline == pipeline]
+        same = [rank for rank in ranks if rank.total == ranks[0].total]
+        yield same
+        yield from ([rank] for rank in ranks if rank not in same)
+
+
+def span(numbers: Iterable[int]) -> str:
+    """`3-7` for numbers in order, from the first to the last; nothing for none."""
+    numbers = list(numbers)
+    if len(numbers) < 2:
+        return "".join(map(str, numbers))
+    return f"{numbers[0]}-{numbers[-1]}"
 
 
 def gib(size: int) -> str:
     """Bytes as GiB, or MiB below one of them."""
     return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
+
+
+class _TimeLeft:
+    """A line on stderr, on a terminal one that changes: how far a dry run is."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        print("dry run: about a minute", file=sys.stderr, flush=True)
+
+    def __call__(self, done: int, of: int) -> None:
+        spent = time.monotonic() - self._start
+        text = f"dry run: {done} of {of} ranks, {spent:.0f} s"
+        if done < of:
+            text += f", about {spent / done * (of - done):.0f} s to go"
+        if sys.stderr.isatty():
+            print(f"\r{text:<60}", end="\n" if done == of else "", file=sys.stderr, flush=True)
+        elif done == of:
+            print(text, file=sys.stderr, flush=True)

@@ -21,7 +21,6 @@ from data.errors import DataError
 from data.files import sha256_of
 from data.manifest import MANIFEST_FILE
 from data.tokenizer import tokenizer_file
-from model.sizes import parameter_counts
 from trainer.config import RunConfig
 from trainer.errors import PreflightError
 from trainer.parallel.collectives import gather_objects
@@ -135,7 +134,7 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "
 
 def _check_memory(everyone: list[Facts], config: RunConfig) -> None:
     """Raise when what a process must hold all the time is more than there is."""
-    parts = memory_parts(config, parameter_counts(config.model).total)
+    parts = memory_parts(config, config.sizes(len(everyone)))
     needed = sum(parts.values())
     short = [facts for facts in everyone if facts.memory < needed]
     if not short:
