@@ -9,12 +9,13 @@ tokens over ranks gives the same result.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data import Batch
-from model import SampleLayout, TokenCounts
+from model import SampleLayout, TokenCounts, V4Model
 from model.flops import training_flops
 from model.transformer import Microbatch
 from trainer.parallel.collectives import sum_
@@ -54,6 +55,25 @@ class _Rows:
     layout: SampleLayout
     counts: TokenCounts
     flops: float
+
+
+class _Microbatches(Sequence[Microbatch]):
+    """Microbatches made when they are asked for: their rotations are large where rows are long."""
+
+    def __init__(
+        self, model: V4Model, rows: list[_Rows], counts: TokenCounts, mtp_loss_weight: float
+    ) -> None:
+        self.model, self.rows = model, rows
+        self.counts, self.mtp_loss_weight = counts, mtp_loss_weight
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        rows = self.rows[index]
+        return self.model.microbatch(
+            rows.tokens_BS, rows.layout, rows.targets_BS, self.counts, self.mtp_loss_weight
+        )
 
 
 class NativeEngine:
@@ -121,11 +141,8 @@ class NativeEngine:
 
     def _microbatches(
         self, rows: list[_Rows], counts: TokenCounts, mtp_loss_weight: float
-    ) -> list[Microbatch]:
-        return [
-            self.model.microbatch(r.tokens_BS, r.layout, r.targets_BS, counts, mtp_loss_weight)
-            for r in rows
-        ]
+    ) -> "_Microbatches":
+        return _Microbatches(self.model, rows, counts, mtp_loss_weight)
 
     def _agree(self, rows: list[_Rows], stop: bool) -> tuple[TokenCounts, float, bool]:
         """Global counts and operations, and whether any rank wants to stop.
