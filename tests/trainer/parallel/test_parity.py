@@ -96,10 +96,10 @@ def test_trains_like_one_rank(tiny: Path, folder: Path, alone: Outcome, spread: 
 
 @pytest.mark.timeout(1500)
 def test_bf16_follows_one_rank_as_far_as_its_rounding_allows(folder: Path) -> None:
-    """Partial sums are rounded to 8 bits before they are added, so losses differ in the third
-    digit; a part that is left out or counted twice shows in the first."""
+    """Partial sums are rounded to 8 bits before they are added: 2e-4 was seen. A part that is left
+    out or counted twice shows in the first digits."""
     alone, spread = (column(folder / f"bf16 {t.name}", "loss") for t in BF16)
-    assert spread == pytest.approx(alone, rel=5e-3)
+    assert spread == pytest.approx(alone, rel=1e-3)
 
 
 @pytest.mark.timeout(1500)
