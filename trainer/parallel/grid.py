@@ -42,7 +42,8 @@ class Traffic:
     """Bytes that this rank has sent, by (axis, collective), and how often.
 
     Counted as a ring sends them: a gather (n-1) times its part, a scatter (n-1)/n of its whole,
-    a sum both, an exchange everything that is not for this rank itself.
+    a sum (or maximum) both, an exchange everything that is not for this rank itself. What a step
+    should send, traffic.py says.
     """
 
     def __init__(self) -> None:

@@ -206,7 +206,7 @@ def steps(rank: int, world: int) -> list[Outcome]:
 @pytest.fixture(scope="module", params=TOPOLOGIES)
 def outcomes(request: pytest.FixtureRequest) -> tuple[int, list[list[Outcome]]]:
     """Number of ranks, and by rank and topology what was sent."""
-    return request.param, spawn(steps, request.param, timeout=120)
+    return request.param, spawn(steps, request.param, timeout=280)
 
 
 def test_counted_bytes_are_those_of_the_formula(
