@@ -52,6 +52,7 @@ TOPOLOGIES: dict[int, list[Degrees]] = {
         {"expert": 2, "recompute": ("block",)},
         {"expert_tensor": 2},
         {"pipeline": 2},
+        {"pipeline": 2, "pipeline_schedule": "interleaved_1f1b"},
         {"pipeline": 2, "pipeline_schedule": "zero_bubble_v"},
     ],
     4: [
