@@ -29,7 +29,7 @@ LAYOUTS: dict[str, list[list[int]]] = {
     "short samples at the borders": [[5, 2, 4, 3, 9, 1, 11, 13], [11, 2, 11, 1, 23]],
     "samples across all ranks": [[47, 1], [1, 47]],
     "borders of samples and ranks fall together": [[12, 12, 12, 12], [24, 24]],
-    # Four runs of 12 tokens: windows of 16 that end with a run's first token begin two ranks before.
+    # Windows of 16 that end with the first token of a run of 12 begin two ranks before.
     "windows over three ranks": [[9, 39], [21, 27]],
     "padding on some ranks only": [[7], [25, 3]],
     "a row that only fills up": [[], [30, 10]],
