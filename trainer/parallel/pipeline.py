@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class Tally:
 class Feed:
     """The step's microbatches, which every stage looks up by number, and the step's tally."""
 
-    microbatches: list[Microbatch] = field(default_factory=list)
+    microbatches: Sequence[Microbatch] = ()
     tally: Tally | None = None
 
 
@@ -198,6 +198,8 @@ class Pipeline:
         if axis.size == 1:
             self.parts = [Stage(model, plan, 0, self.feed)]
             return
+        if not hasattr(PipelineStage, "_setup_forward_recv_info"):
+            raise RuntimeError(f"pipelines need torch 2.13 or newer; this is {torch.__version__}")
         dtype = next(p.dtype for n, p in model.named_parameters() if n.endswith("wq_a.weight"))
         streams = torch.empty(*streams_shape, dtype=dtype, device="meta", requires_grad=True)
         self._shape, self._dtype, self._message = streams.shape, dtype, streams.nbytes
@@ -230,7 +232,7 @@ class Pipeline:
             self._schedules[microbatches] = made
         return self._schedules[microbatches]
 
-    def run(self, microbatches: list[Microbatch], tally: Tally, backward: bool) -> None:
+    def run(self, microbatches: Sequence[Microbatch], tally: Tally, backward: bool) -> None:
         """Forward of all microbatches, and backward into the parameters' gradients if asked."""
         self.feed.microbatches, self.feed.tally = microbatches, tally
         if self.axis.size == 1:
@@ -240,7 +242,7 @@ class Pipeline:
         else:
             self._run_forward(len(microbatches))
         self._count(len(microbatches), backward)
-        self.feed.microbatches, self.feed.tally = [], None
+        self.feed.microbatches, self.feed.tally = (), None
 
     def _run_alone(self, microbatches: int, backward: bool) -> None:
         nothing = torch.empty(0)
