@@ -99,7 +99,10 @@ def report(config: Config, overrides: Overrides = None) -> None:
 def plan(
     config: Config,
     overrides: Overrides = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Processes in all.")] = 1,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes in all; by default the fewest that the axes need."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Memory with activations, without holding it.")
     ] = False,
@@ -122,6 +125,7 @@ def plan(
         path = write_job(run, arguments, load_cluster(cluster), nodes, gpus_per_node, out)
         submit = "sbatch" if path.suffix == ".sbatch" else "kubectl apply -f"
         print(f"wrote {path}; submit it with: {submit} {path}", flush=True)
+    nproc = nproc or run.parallel.least_world
     run.check_world(nproc)
     flags = ["--dry-run"] * dry_run + ["--measure"] * measure
     command = processes.command("plan", config, *(overrides or []), f"--processes={nproc}", *flags)

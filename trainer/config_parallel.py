@@ -77,6 +77,12 @@ class ParallelConfig(BaseModel):
             world, self.tensor, self.expert, self.pipeline, self.context, self.expert_tensor
         )
 
+    @property
+    def least_world(self) -> int:
+        """The smallest number of processes that these degrees divide."""
+        dense = self.tensor * self.context * self.pipeline
+        return math.lcm(dense, self.expert_tensor * self.expert * self.pipeline)
+
     def problems(self, model: ModelConfig, data: DataConfig) -> Iterator[str]:
         """What does not fit together, whatever the number of processes."""
         shared = model.moe_intermediate_size * model.n_shared_experts
