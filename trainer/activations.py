@@ -89,6 +89,22 @@ class Addresses(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class GroupedShapes(TorchDispatchMode):
+    """Context in which grouped products of meta tensors have a shape in every dtype.
+
+    torch's own rule knows bf16 only, while its kernels for the CPU take any.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default or not args[0].is_meta:
+            return func(*args, **(kwargs or {}))
+        a, b, ends_E = args[:3]
+        shape = (len(a), b.shape[-1]) if b.dim() == 3 else (len(ends_E), len(a), b.shape[-1])
+        return a.new_empty(shape)
+
+
 def tensors_in(thing: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     """Every tensor that an object reaches through attributes, dictionaries and sequences."""
     seen = set() if seen is None else seen

@@ -23,7 +23,7 @@ from torch import Tensor
 from model import SampleLayout, TokenCounts
 from model.moe import MoE
 from model.transformer import Microbatch
-from trainer.activations import Addresses, Live, Storages, most_in_flight, tensors_in
+from trainer.activations import Addresses, GroupedShapes, Live, Storages, most_in_flight, tensors_in
 from trainer.config import RunConfig
 from trainer.engine import NativeEngine
 from trainer.parallel.expert import ExpertDispatch
@@ -285,7 +285,7 @@ class _Part:
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         streams = self._streams(micro)
         lasting = [*model.parameters(), *model.buffers(), *grads, *tensors_in(micro), streams]
-        with Live(Storages(lasting)) as live, Addresses():
+        with Live(Storages(lasting)) as live, GroupedShapes(), Addresses():
             out = piece(streams)
             held = live.now
             torch.autograd.backward(out, [torch.empty_like(tensor) for tensor in out])

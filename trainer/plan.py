@@ -148,14 +148,15 @@ def _parts_of_rank(
 
 def dry_run_table(found: DryRun) -> Table:
     """Memory by pipeline rank and part."""
-    table = Table(title="memory of a process, GiB", title_justify="left")
+    unit, name = (GIB, "GiB") if found.fullest.total >= GIB else (2**20, "MiB")
+    table = Table(title=f"memory of a process, {name}", title_justify="left")
     names = [*found.ranks[0].resident, "microbatches", "in flight", "activations", "workspace"]
     for name in ("ranks", "layers", "parameters", *names, "in all"):
         table.add_column(name, justify="right")
     for ranks in alike(found):
-        one = ranks[0]
+        one = max(ranks, key=lambda rank: rank.total)
         sizes = [one.microbatches, one.activations, one.workspace, one.total]
-        values = [f"{size / GIB:.2f}" for size in (*one.resident.values(), *sizes)]
+        values = [f"{size / unit:.2f}" for size in (*one.resident.values(), *sizes)]
         flight = "+".join(str(stage.in_flight) for stage in one.stages)
         values.insert(len(one.resident) + 1, flight)
         layers = " ".join(span(stage.layers) for stage in one.stages)
@@ -178,10 +179,11 @@ def dry_run_words(found: DryRun) -> str:
 
 
 def alike(found: DryRun) -> Iterator[list[RankMemory]]:
-    """The ranks that were looked at, those of a pipeline rank together where they hold as much."""
+    """The ranks that were looked at, those of a pipeline rank together: to 0.1% they hold as much
+    unless context ranks pool very different numbers of windows."""
     for pipeline in range(found.sizes.pipeline):
         ranks = [rank for rank in found.ranks if rank.pipeline == pipeline]
-        same = [rank for rank in ranks if rank.total == ranks[0].total]
+        same = [rank for rank in ranks if abs(rank.total / ranks[0].total - 1) < 1e-3]
         yield same
         yield from ([rank] for rank in ranks if rank not in same)
 
