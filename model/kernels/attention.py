@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.kernels import backend
+
 _CHUNK_ROWS = 2048
 """Query-head pairs handled at once: the logits of one chunk then stay in a core's cache."""
 
@@ -71,6 +73,75 @@ def attention(
         [T, H, K] in q's dtype: softmax(q·k / sqrt(K)) · k, its last R dims rotated back by the
         query's own position.
     """
+    return attention_with_lse(
+        q_THK,
+        kv_TK,
+        entries_CK,
+        sink_H,
+        rotation_TR,
+        ranges,
+        selected_Tk,
+        window=window,
+        norm_eps=norm_eps,
+    )[0]
+
+
+def attention_with_lse(
+    q_THK: Tensor,
+    kv_TK: Tensor,
+    entries_CK: Tensor | None,
+    sink_H: Tensor,
+    rotation_TR: Tensor,
+    ranges: AttentionRanges,
+    selected_Tk: Tensor | None = None,
+    *,
+    window: int,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`attention` and lse fp32 [T, H], from which `entry_mass` gets probabilities back.
+
+    lse is the base-2 logarithm of the softmax's denominator, sink included; it has no gradient.
+    """
+    if backend.attention(q_THK.device, q_THK.dtype, q_THK.shape[-1]).name == "triton":
+        from model.kernels import attention_triton
+
+        return attention_triton.attention(
+            q_THK,
+            kv_TK,
+            entries_CK,
+            sink_H,
+            rotation_TR,
+            ranges,
+            selected_Tk,
+            norm_eps=norm_eps,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+    return reference_attention(
+        q_THK,
+        kv_TK,
+        entries_CK,
+        sink_H,
+        rotation_TR,
+        ranges,
+        selected_Tk,
+        window=window,
+        norm_eps=norm_eps,
+    )
+
+
+def reference_attention(
+    q_THK: Tensor,
+    kv_TK: Tensor,
+    entries_CK: Tensor | None,
+    sink_H: Tensor,
+    rotation_TR: Tensor,
+    ranges: AttentionRanges,
+    selected_Tk: Tensor | None = None,
+    *,
+    window: int,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`attention_with_lse` in plain PyTorch, on any device."""
     if entries_CK is None or entries_CK.shape[0] == 0:
         entries_CK, selected_Tk = None, None
     return _Attention.apply(
@@ -84,6 +155,76 @@ def attention(
         window,
         norm_eps,
     )
+
+
+@torch.no_grad()
+def entry_mass(
+    q_THK: Tensor,
+    entries_CK: Tensor,
+    lse_TH: Tensor,
+    rotation_TR: Tensor,
+    ranges: AttentionRanges,
+    selected_Tk: Tensor | None = None,
+    *,
+    norm_eps: float,
+    start: int = 0,
+    stop: int | None = None,
+) -> Tensor:
+    """How much of a query's attention each entry gets, summed over heads: the indexer's teacher.
+
+    Args:
+        q_THK, entries_CK, rotation_TR, ranges, norm_eps: as `attention` had them.
+        lse_TH: as `attention_with_lse` returned it, so that the window and the sink have a part in
+            the denominator.
+        selected_Tk: entries of each query (-1: none); without it all of [start, stop).
+        start, stop: a block of entries; the end is the last entry's by default.
+
+    Returns:
+        fp32 [T, k], or [T, stop - start] with zeros where a query does not see an entry.
+    """
+    arguments = (q_THK, entries_CK, lse_TH, rotation_TR, ranges, selected_Tk)
+    if backend.attention(q_THK.device, q_THK.dtype, q_THK.shape[-1]).name == "triton":
+        from model.kernels import attention_triton
+
+        return attention_triton.entry_mass(*arguments, norm_eps=norm_eps, start=start, stop=stop)
+    return reference_entry_mass(*arguments, norm_eps=norm_eps, start=start, stop=stop)
+
+
+@torch.no_grad()
+def reference_entry_mass(
+    q_THK: Tensor,
+    entries_CK: Tensor,
+    lse_TH: Tensor,
+    rotation_TR: Tensor,
+    ranges: AttentionRanges,
+    selected_Tk: Tensor | None = None,
+    *,
+    norm_eps: float,
+    start: int = 0,
+    stop: int | None = None,
+) -> Tensor:
+    """`entry_mass` in plain PyTorch, on any device."""
+    assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
+    stop = entries_CK.shape[0] if stop is None else stop
+    tokens, heads, _ = q_THK.shape
+    width = stop - start if selected_Tk is None else selected_Tk.shape[1]
+    mass = torch.empty(tokens, width, dtype=torch.float32, device=q_THK.device)
+    index = torch.arange(start, stop, device=q_THK.device)
+    keys = entries_CK[start:stop].float()
+    step = max(_CHUNK_ROWS // heads, 1)
+    for first in range(0, tokens, step):
+        rows = slice(first, first + step)
+        ready = _Queries(q_THK[rows], rotation_TR[rows], norm_eps).ready * _LOG2E
+        if selected_Tk is None:
+            low, high = ranges.entry_start_T[rows, None], ranges.entry_end_T[rows, None]
+            bias = _bias((index >= low) & (index < high))
+            logits = torch.mm(ready.flatten(0, 1), keys.t()).view(*ready.shape[:2], -1)
+        else:
+            part = _PickedEntries(selected_Tk[rows], entries_CK)
+            bias, logits = part.bias, part.dot(ready)
+        logits = logits.add_(bias[:, None]).sub_(lse_TH[rows, :, None])
+        mass[rows] = logits.exp2_().sum(1)
+    return mass
 
 
 @dataclass(frozen=True)
@@ -278,7 +419,7 @@ class _Attention(torch.autograd.Function):
         selected: Tensor | None,
         window: int,
         eps: float,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         ctx.chunks = _chunks(ranges.segments, q.shape[1], window)
         padded_kv = F.pad(kv.float(), (0, 0, window - 1, 0))
         out_THK = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -301,10 +442,11 @@ class _Attention(torch.autograd.Function):
             lse_TH[chunk.rows] = top_nH + total_nH.log2()
         ctx.ranges, ctx.window, ctx.eps = ranges, window, eps
         ctx.save_for_backward(q, kv, entries, sink, rotation, selected, out_THK, lse_TH)
-        return out_THK
+        ctx.mark_non_differentiable(lse_TH)
+        return out_THK, lse_TH
 
     @staticmethod
-    def backward(ctx: Any, grad_out_THK: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out_THK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, entries, sink, rotation, selected, out_THK, lse_TH = ctx.saved_tensors
         padded_kv = F.pad(kv.float(), (0, 0, ctx.window - 1, 0))
         grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -1,0 +1,101 @@
+"""Which implementation of an operation runs: decided here, by device, dtype and shape alone.
+
+On a CPU the plain PyTorch reference runs. On a GPU Triton runs what it can; what it cannot, the
+reference runs, and the choice says why, once in the log and in ``choices`` for whoever asks. No
+environment variable and no setting has a part in this.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+log = logging.getLogger(__name__)
+
+_HEAD_DIMS = (64, 128, 256, 512)
+_DTYPES = (torch.bfloat16, torch.float16)
+_CAPABILITY = (9, 0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An implementation and why it was chosen."""
+
+    name: Literal["reference", "triton"]
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.why})"
+
+
+@functools.cache
+def attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
+    """For core attention and the entries' mass."""
+    fits = None if head_dim in _HEAD_DIMS else f"head_dim {head_dim} is not in {_HEAD_DIMS}"
+    return _choice("attention", device, dtype, fits)
+
+
+@functools.cache
+def indexer(device: torch.device, dtype: torch.dtype, dim: int, heads: int, topk: int) -> Choice:
+    """For the choice of the best entries."""
+    fits = None
+    if dim & (dim - 1) or dim < 16:
+        fits = f"index_head_dim {dim} is not a power of two from 16 on"
+    elif heads & (heads - 1) or not 16 <= heads <= 128:
+        fits = f"index_n_heads {heads} is not a power of two from 16 to 128"
+    elif topk > 4096:
+        fits = f"index_topk {topk} is above 4096"
+    return _choice("indexer", device, dtype, fits)
+
+
+@functools.cache
+def compressor(device: torch.device, dtype: torch.dtype, ratio: int) -> Choice:
+    """For the pooling of windows; the softmax is in fp32 whatever the inputs."""
+    fits = None
+    if ratio & (ratio - 1) or ratio > 256:
+        fits = f"{ratio} tokens an entry is not a power of two up to 256"
+    return _choice("compressor", device, dtype, fits, (*_DTYPES, torch.float32))
+
+
+def choices(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    head_dim: int,
+    index_dim: int,
+    index_heads: int,
+    index_topk: int,
+    ratios: tuple[int, ...],
+) -> dict[str, Choice]:
+    """What each operation of a model of these sizes will use; a trainer prints it at its start."""
+    return {
+        "attention": attention(device, dtype, head_dim),
+        "indexer": indexer(device, dtype, index_dim, index_heads, index_topk),
+        **{f"compressor, m = {m}": compressor(device, dtype, m) for m in ratios},
+    }
+
+
+def _choice(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    unfit: str | None,
+    dtypes: tuple[torch.dtype, ...] = _DTYPES,
+) -> Choice:
+    if device.type != "cuda":
+        return Choice("reference", f"on {device.type}")
+    if dtype not in dtypes:
+        unfit = f"{dtype} is not one of {', '.join(map(str, dtypes))}"
+    elif torch.cuda.get_device_capability(device) < _CAPABILITY:
+        unfit = "the GPU is older than Hopper"
+    elif importlib.util.find_spec("triton") is None:
+        unfit = "triton is not installed"
+    if unfit is None:
+        return Choice("triton", "Hopper or newer, supported dtype and shape")
+    log.warning("%s uses the plain PyTorch reference on this GPU: %s", operation, unfit)
+    return Choice("reference", unfit)
