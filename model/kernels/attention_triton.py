@@ -131,6 +131,31 @@ def _ready(
 
 
 @triton.jit
+def _staged_ready(
+    q,
+    stage,
+    rotation,
+    row,
+    token,
+    live,
+    eps,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+):
+    """``_ready`` in stage's dtype, by way of ``stage``, which is like q and free until the end.
+
+    What a program loads, Triton hands to the tensor cores from shared memory; what it computes,
+    from registers, of which the accumulator leaves too few. The detour stays in L2.
+    """
+    ready, _ = _ready(q, rotation, row, token, live, eps, ROWS, DIM, ROTARY)
+    at = row.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    tl.store(stage + at, ready.to(stage.dtype.element_ty), mask=live[:, None])
+    tl.debug_barrier()
+    return tl.load(stage + at, mask=live[:, None], other=0.0)
+
+
+@triton.jit
 def _tile(keys, index, valid, DIM: tl.constexpr):
     """Keys [n, DIM] by index [n]; zeros where not valid."""
     at = index.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
@@ -151,27 +176,39 @@ def _softmax_step(q, k, visible, top, total, acc, scale):
 
 
 @triton.jit
-def _query_gradient_step(q, grad, k, visible, lse, along, acc, scale):
-    """Adds this tile's ds · k to the gradient of the ready queries."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    p = tl.exp2(tl.where(visible, s - lse[:, None], float("-inf")))
-    ds = p * (tl.dot(grad, tl.trans(k), input_precision="ieee") - along[:, None])
+def _query_gradient_step(
+    both, k, visible, lse, along, acc, scale, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Adds this tile's ds · k to the gradient of the ready queries.
+
+    ``both`` [2·ROWS, DIM] alternates queries and their gradients: one product gives s and dp.
+    """
+    x = tl.dot(both, tl.trans(k), input_precision="ieee")
+    s, dp = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, BLOCK_N)), (0, 2, 1)))
+    p = tl.exp2(tl.where(visible, s * scale - lse[:, None], float("-inf")))
+    ds = p * (dp - along[:, None])
     return tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
 
 
 @triton.jit
-def _key_gradient_step(q, grad, k, visible, lse, along, acc, scale, root):
-    """Adds dsᵀ · q + pᵀ · grad, this tile of queries' share, to the gradient of keys k."""
-    s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
-    p = tl.exp2(tl.where(visible, s - lse[None, :], float("-inf")))
-    ds = p * (tl.dot(k, tl.trans(grad), input_precision="ieee") - along[None, :]) * root
-    acc = tl.dot(ds.to(q.dtype), q, acc, input_precision="ieee")
-    return tl.dot(p.to(q.dtype), grad, acc, input_precision="ieee")
+def _key_gradient_step(
+    both, k, visible, lse, along, acc, scale, root, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Adds dsᵀ · q + pᵀ · grad, this tile of queries' share, to the gradient of keys k.
+
+    ``both`` [2·ROWS, DIM] alternates queries and their gradients, so that each is one product.
+    """
+    x = tl.dot(k, tl.trans(both), input_precision="ieee")
+    s, dp = tl.split(tl.reshape(x, (BLOCK_N, ROWS, 2)))
+    p = tl.exp2(tl.where(visible, s * scale - lse[None, :], float("-inf")))
+    ds = p * (dp - along[None, :]) * root
+    weight = tl.reshape(tl.join(ds, p), (BLOCK_N, 2 * ROWS))
+    return tl.dot(weight.to(both.dtype), both, acc, input_precision="ieee")
 
 
 @triton.jit
 def _rows_of_program(tokens, heads, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
-    """token, row and live of BLOCK_T tokens by BLOCK_H heads, the last tokens' programs first."""
+    """token, head, row, live of BLOCK_T tokens by BLOCK_H heads; the last tokens come first."""
     head_blocks = tl.cdiv(heads, BLOCK_H)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     place = tl.arange(0, BLOCK_T * BLOCK_H)
@@ -179,6 +216,17 @@ def _rows_of_program(tokens, heads, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr
     head = program % head_blocks * BLOCK_H + place % BLOCK_H
     live = (token < tokens) & (head < heads)
     return token, head, token * heads + head, live
+
+
+@triton.jit
+def _pairs_of_program(tokens, heads, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The same rows in an array of two for each: [2 · BLOCK_T · BLOCK_H] and live."""
+    head_blocks = tl.cdiv(heads, BLOCK_H)
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    place = tl.arange(0, 2 * BLOCK_T * BLOCK_H)
+    token = program // head_blocks * BLOCK_T + place // (2 * BLOCK_H)
+    head = program % head_blocks * BLOCK_H + place // 2 % BLOCK_H
+    return 2 * (token * heads + head) + place % 2, (token < tokens) & (head < heads)
 
 
 @triton.jit
@@ -217,8 +265,7 @@ def _forward(
 ):
     ROWS: tl.constexpr = BLOCK_T * BLOCK_H
     token, head, row, live = _rows_of_program(tokens, heads, BLOCK_T, BLOCK_H)
-    ready, _ = _ready(q, rotation, row, token, live, eps, ROWS, DIM, ROTARY)
-    ready = ready.to(q.dtype.element_ty)
+    ready = _staged_ready(q, out, rotation, row, token, live, eps, ROWS, DIM, ROTARY)
     top = tl.load(sink + head, mask=live, other=0.0).to(tl.float32) * 1.4426950408889634
     total = tl.full((ROWS,), 1.0, tl.float32)
     acc = tl.zeros((ROWS, DIM), tl.float32)
@@ -257,8 +304,7 @@ def _prepare(
     out,
     grad_out,
     rotation,
-    ready,
-    turned,
+    both,
     rstd,
     along,
     rows,
@@ -268,25 +314,25 @@ def _prepare(
     ROTARY: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Ready queries, the gradient rotated like them, 1 / rms, and Σ grad · out of every row."""
+    """Of every row: the ready query, behind it the gradient rotated alike; 1 / rms; Σ grad · out."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     token = row // heads
     at = row.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
     x, r = _ready(q, rotation, row, token, live, eps, ROWS, DIM, ROTARY)
-    tl.store(ready + at, x.to(ready.dtype.element_ty), mask=live[:, None])
+    pair = 2 * row.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    tl.store(both + pair, x.to(both.dtype.element_ty), mask=live[:, None])
     tl.store(rstd + row, r, mask=live)
     grad = tl.load(grad_out + at, mask=live[:, None], other=0.0).to(tl.float32)
     o = tl.load(out + at, mask=live[:, None], other=0.0).to(tl.float32)
     tl.store(along + row, tl.sum(grad * o, 1), mask=live)
     grad = _rotated(grad, rotation, token, live, 1.0, ROWS, DIM, ROTARY)
-    tl.store(turned + at, grad.to(turned.dtype.element_ty), mask=live[:, None])
+    tl.store(both + pair + DIM, grad.to(both.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
 def _grad_queries(
-    ready,
-    turned,
+    both,
     keys,
     entries,
     picked,
@@ -313,8 +359,8 @@ def _grad_queries(
 ):
     ROWS: tl.constexpr = BLOCK_T * BLOCK_H
     token, _, row, live = _rows_of_program(tokens, heads, BLOCK_T, BLOCK_H)
-    q = _tile(ready, row, live, DIM)
-    grad = _tile(turned, row, live, DIM)
+    pair, pair_live = _pairs_of_program(tokens, heads, BLOCK_T, BLOCK_H)
+    q_and_grad = _tile(both, pair, pair_live, DIM)
     row_lse = tl.load(lse + row, mask=live, other=0.0)
     row_along = tl.load(along + row, mask=live, other=0.0)
     acc = tl.zeros((ROWS, DIM), tl.float32)
@@ -324,14 +370,18 @@ def _grad_queries(
         n = start + place
         k = _tile(keys, n, n < end, DIM)
         visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
-        acc = _query_gradient_step(q, grad, k, visible, row_lse, row_along, acc, scale)
+        acc = _query_gradient_step(
+            q_and_grad, k, visible, row_lse, row_along, acc, scale, ROWS, BLOCK_N
+        )
     if MODE == 1:
         low, high, first, end = _bounds(entry_start, entry_end, token, live)
         for start in tl.range(first, end, BLOCK_N):
             n = start + place
             k = _tile(entries, n, n < end, DIM)
             visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
-            acc = _query_gradient_step(q, grad, k, visible, row_lse, row_along, acc, scale)
+            acc = _query_gradient_step(
+                q_and_grad, k, visible, row_lse, row_along, acc, scale, ROWS, BLOCK_N
+            )
     if MODE == 2:
         one = tl.min(tl.where(live, token, tokens), 0)
         for start in tl.range(0, tl.load(entry_end + one), BLOCK_N):
@@ -339,10 +389,12 @@ def _grad_queries(
             entry = tl.load(picked + one.to(tl.int64) * picks + n, mask=n < picks, other=-1)
             k = _tile(entries, entry, entry >= 0, DIM)
             visible = (entry >= 0)[None, :]
-            acc = _query_gradient_step(q, grad, k, visible, row_lse, row_along, acc, scale)
-    # Back through the rotation and the norm, whose output is q.
+            acc = _query_gradient_step(
+                q_and_grad, k, visible, row_lse, row_along, acc, scale, ROWS, BLOCK_N
+            )
+    # Back through the rotation and the norm, whose output is q, read again to spare registers.
     acc = acc * root
-    q = q.to(tl.float32)
+    q = _tile(both, 2 * row, live, DIM).to(tl.float32)
     acc -= q * (tl.sum(acc * q, 1) / DIM)[:, None]
     acc = _rotated(acc, rotation, token, live, -1.0, ROWS, DIM, ROTARY)
     acc *= tl.load(rstd + row, mask=live, other=0.0)[:, None]
@@ -352,8 +404,7 @@ def _grad_queries(
 
 @triton.jit
 def _grad_keys(
-    ready,
-    turned,
+    both,
     keys,
     start_T,
     end_T,
@@ -388,20 +439,21 @@ def _grad_keys(
         token = row // heads
         low = tl.load(start_T + token, mask=live, other=_FAR)
         high = tl.load(end_T + token, mask=live, other=0)
-        q = _tile(ready, row, live, DIM)
-        g = _tile(turned, row, live, DIM)
+        pair = 2 * start + tl.arange(0, 2 * ROWS)
+        q_and_grad = _tile(both, pair, pair < 2 * end, DIM)
         row_lse = tl.load(lse + row, mask=live, other=0.0)
         row_along = tl.load(along + row, mask=live, other=0.0)
         visible = (n[:, None] >= low[None, :]) & (n[:, None] < high[None, :])
-        acc = _key_gradient_step(q, g, k, visible, row_lse, row_along, acc, scale, root)
+        acc = _key_gradient_step(
+            q_and_grad, k, visible, row_lse, row_along, acc, scale, root, ROWS, BLOCK_N
+        )
     at = (part.to(tl.int64) * count + n)[:, None] * DIM + tl.arange(0, DIM)[None, :]
     tl.store(grad + at, acc, mask=(n < count)[:, None])
 
 
 @triton.jit
 def _grad_picks(
-    ready,
-    turned,
+    both,
     entries,
     picked,
     lse,
@@ -432,12 +484,14 @@ def _grad_picks(
             head = start + tl.arange(0, ROWS)
             live = head < heads
             row = token * heads + head
-            q = _tile(ready, row, live, DIM)
-            g = _tile(turned, row, live, DIM)
+            pair = 2 * start + tl.arange(0, 2 * ROWS)
+            q_and_grad = _tile(both, 2 * token * heads + pair, pair < 2 * heads, DIM)
             row_lse = tl.load(lse + row, mask=live, other=0.0)
             row_along = tl.load(along + row, mask=live, other=0.0)
             visible = (entry >= 0)[:, None] & live[None, :]
-            acc = _key_gradient_step(q, g, k, visible, row_lse, row_along, acc, scale, root)
+            acc = _key_gradient_step(
+                q_and_grad, k, visible, row_lse, row_along, acc, scale, root, ROWS, BLOCK_N
+            )
         dim = tl.arange(0, DIM)[None, :]
         if ATOMIC:
             at = entry.to(tl.int64)[:, None] * DIM + dim
@@ -683,7 +737,7 @@ class _Attention(torch.autograd.Function):
         q, kv, entries, sink, angles, selected, out, lse = ctx.saved_tensors
         call = _Call(q, entries, ctx.ranges, selected, ctx.blocks)
         rows = _prepared(q, out, grad_out.contiguous(), angles, lse, ctx.eps, call.blocks)
-        grad_q = _query_gradients(call, rows, kv, entries, angles)
+        grad_q = _query_gradients(call, rows, q, kv, entries, angles)
         grad_kv = _range_gradients(call, rows, kv, call.key_start, call.key_end).to(kv.dtype)
         grad_entries = None
         if call.mode == _ENTRY_RANGE:
@@ -700,10 +754,14 @@ class _Attention(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Rows:
-    """Backward's view of the queries: ready and turned [T, H, K]; rstd, lse, along [T, H]."""
+    """Backward's view of the queries.
 
-    ready: Tensor
-    turned: Tensor
+    Attributes:
+        both: [T, H, 2, K], each ready query and the gradient of its output, rotated alike.
+        rstd, lse, along: [T, H]; along is Σ grad · out.
+    """
+
+    both: Tensor
     rstd: Tensor
     lse: Tensor
     along: Tensor
@@ -713,8 +771,7 @@ def _prepared(
     q: Tensor, out: Tensor, grad: Tensor, angles: Tensor, lse: Tensor, eps: float, blocks: Blocks
 ) -> _Rows:
     rows = _Rows(
-        torch.empty_like(q),
-        torch.empty_like(q),
+        q.new_empty(*q.shape[:2], 2, q.shape[2]),
         torch.empty_like(lse),
         lse,
         torch.empty_like(lse),
@@ -726,8 +783,7 @@ def _prepared(
             out,
             grad,
             angles,
-            rows.ready,
-            rows.turned,
+            rows.both,
             rows.rstd,
             rows.along,
             count,
@@ -742,14 +798,13 @@ def _prepared(
 
 
 def _query_gradients(
-    call: _Call, rows: _Rows, kv: Tensor, entries: Tensor | None, angles: Tensor
+    call: _Call, rows: _Rows, q: Tensor, kv: Tensor, entries: Tensor | None, angles: Tensor
 ) -> Tensor:
-    grad_q = torch.empty_like(rows.ready)
+    grad_q = torch.empty_like(q)
     block_t, block_h = call.rows(call.blocks.grad_rows)
     if grad_q.numel():
         _grad_queries[call.grid(block_t, block_h)](
-            rows.ready,
-            rows.turned,
+            rows.both,
             kv,
             entries,
             call.picked,
@@ -793,8 +848,7 @@ def _range_gradients(
     parts = min(parts, triton.cdiv(call.tokens * call.heads, call.blocks.key_rows))
     grad = torch.empty((parts, *keys.shape), dtype=torch.float32, device=keys.device)
     _grad_keys[(len(first), parts)](
-        rows.ready,
-        rows.turned,
+        rows.both,
         keys,
         start_T,
         end_T,
@@ -826,8 +880,7 @@ def _pick_gradients(call: _Call, rows: _Rows, entries: Tensor, deterministic: bo
     for first in range(0, call.tokens, max(chunk, 1)):
         tokens = min(chunk, call.tokens - first)
         _grad_picks[(tokens, triton.cdiv(call.picks, call.blocks.key_keys))](
-            rows.ready,
-            rows.turned,
+            rows.both,
             entries,
             call.picked,
             rows.lse,
