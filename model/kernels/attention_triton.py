@@ -560,17 +560,16 @@ def _mass(
             if MODE == 1:
                 n = begin + column
                 some = (begin + start < end) & (begin + start + BLOCK_N > first)
-                seen = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
+                seen = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None]) & live[:, None]
             else:
                 at = (program * BLOCK_T).to(tl.int64) * width
                 n = tl.load(picked + at + column, mask=column < width, other=-1)
                 some = tl.max(n, 0) >= 0
-                seen = (n >= 0)[None, :]
+                seen = (n >= 0)[None, :] & live[:, None]
             share = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
             if some:
                 k = _tile(entries, n, (n >= 0) & (column < width) & (n < end), DIM)
                 s = tl.dot(ready, tl.trans(k), input_precision="ieee") * scale
-                seen = seen & live[:, None]
                 p = tl.exp2(tl.where(seen, s - row_lse[:, None], float("-inf")))
                 share = tl.sum(tl.reshape(p, (BLOCK_T, BLOCK_H, BLOCK_N)), 1)
             at = mass + own.to(tl.int64)[:, None] * width + column[None, :]

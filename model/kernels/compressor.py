@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.kernels import backend
+
 
 def pool_windows(
     values_TX: Tensor,
@@ -28,6 +30,23 @@ def pool_windows(
     Returns:
         fp32 [C, K].
     """
+    where = (first_token_C, has_previous_C, overlap)
+    if backend.compressor(values_TX.device, values_TX.dtype, ape_mX.shape[0]).name == "triton":
+        from model.kernels import compressor_triton
+
+        return compressor_triton.pool_windows(values_TX, gates_TX, ape_mX, *where)
+    return reference_pool_windows(values_TX, gates_TX, ape_mX, *where)
+
+
+def reference_pool_windows(
+    values_TX: Tensor,
+    gates_TX: Tensor,
+    ape_mX: Tensor,
+    first_token_C: Tensor,
+    has_previous_C: Tensor,
+    overlap: bool,
+) -> Tensor:
+    """`pool_windows` in plain PyTorch, on any device."""
     m = ape_mX.shape[0]
     token_C_m = (first_token_C[:, None] + torch.arange(m, device=first_token_C.device)).flatten()
     values_CmX = values_TX.index_select(0, token_C_m).float().unflatten(0, (-1, m))

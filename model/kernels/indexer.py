@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model.kernels import backend
 from model.kernels.attention import AttentionRanges
 
 _BLOCK_SCORES = 1 << 19
@@ -27,6 +28,19 @@ def select_topk(
     Returns:
         int32 [T, k]: entry indices, -1 where a query sees fewer than k.
     """
+    heads, dim = q_TIJ.shape[1:]
+    if backend.indexer(q_TIJ.device, q_TIJ.dtype, dim, heads, k).name == "triton":
+        from model.kernels import indexer_triton
+
+        return indexer_triton.select_topk(q_TIJ, keys_CJ, weights_TI, ranges, k)
+    return reference_select_topk(q_TIJ, keys_CJ, weights_TI, ranges, k)
+
+
+@torch.no_grad()
+def reference_select_topk(
+    q_TIJ: Tensor, keys_CJ: Tensor, weights_TI: Tensor, ranges: AttentionRanges, k: int
+) -> Tensor:
+    """`select_topk` in plain PyTorch, on any device."""
     assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
     assert ranges.host_entry_start_T is not None and ranges.host_entry_end_T is not None
     start_T, end_T = ranges.entry_start_T, ranges.entry_end_T
