@@ -46,6 +46,8 @@ from model.kernels.attention import AttentionRanges
 
 _LOG2E = math.log2(math.e)
 _NO_ENTRIES, _ENTRY_RANGE, _PICKED_ENTRIES = range(3)
+_FEWEST_ROWS = 16
+"""The tensor cores take no fewer."""
 _FAR = tl.constexpr(2**31 - 1)
 
 
@@ -289,9 +291,7 @@ def _forward(
             n = start + place
             entry = tl.load(picked + one.to(tl.int64) * picks + n, mask=n < picks, other=-1)
             k = _tile(entries, entry, entry >= 0, DIM)
-            top, total, acc = _softmax_step(
-                ready, k, (entry >= 0)[None, :], top, total, acc, scale
-            )
+            top, total, acc = _softmax_step(ready, k, (entry >= 0)[None, :], top, total, acc, scale)
     acc = _rotated(acc / total[:, None], rotation, token, live, -1.0, ROWS, DIM, ROTARY)
     at = row.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=live[:, None])
@@ -314,7 +314,7 @@ def _prepare(
     ROTARY: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Of every row: the ready query, behind it the gradient rotated alike; 1 / rms; Σ grad · out."""
+    """Of every row: the ready query and its output's gradient rotated alike; 1 / rms; Σ g · o."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     token = row // heads
@@ -614,7 +614,9 @@ class _Call:
     def rows(self, most: int) -> tuple[int, int]:
         """Tokens and heads of a program of at most ``most`` rows; lists allow a single token."""
         heads = min(triton.next_power_of_2(self.heads), most)
-        return (1 if self.mode == _PICKED_ENTRIES else most // heads), heads
+        if self.mode == _PICKED_ENTRIES:
+            return 1, min(max(heads, _FEWEST_ROWS), most)
+        return most // heads, heads
 
     def grid(self, block_t: int, block_h: int) -> tuple[int]:
         return (triton.cdiv(self.tokens, block_t) * triton.cdiv(self.heads, block_h),)
@@ -908,9 +910,7 @@ def _add_pairs(pairs: Tensor, entry_P: Tensor, grad: Tensor) -> None:
     entry_sorted, order = entry_P.sort(stable=True)
     rows = torch.arange(len(grad) + 1, dtype=torch.int32, device=grad.device)
     bounds = torch.searchsorted(entry_sorted, rows, out_int32=True)
-    _sum_picks[(len(grad),)](
-        pairs, order, bounds, grad, DIM=grad.shape[1], BLOCK=16, num_warps=4
-    )
+    _sum_picks[(len(grad),)](pairs, order, bounds, grad, DIM=grad.shape[1], BLOCK=16, num_warps=4)
 
 
 @torch.no_grad()

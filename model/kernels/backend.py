@@ -36,30 +36,30 @@ class Choice:
 @functools.cache
 def attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
     """For core attention and the entries' mass."""
-    fits = None if head_dim in _HEAD_DIMS else f"head_dim {head_dim} is not in {_HEAD_DIMS}"
-    return _choice("attention", device, dtype, fits)
+    unfit = None if head_dim in _HEAD_DIMS else f"head_dim {head_dim} is not in {_HEAD_DIMS}"
+    return _choice("attention", device, dtype, unfit)
 
 
 @functools.cache
 def indexer(device: torch.device, dtype: torch.dtype, dim: int, heads: int, topk: int) -> Choice:
     """For the choice of the best entries."""
-    fits = None
+    unfit = None
     if dim & (dim - 1) or dim < 16:
-        fits = f"index_head_dim {dim} is not a power of two from 16 on"
-    elif heads & (heads - 1) or not 16 <= heads <= 128:
-        fits = f"index_n_heads {heads} is not a power of two from 16 to 128"
-    elif topk > 4096:
-        fits = f"index_topk {topk} is above 4096"
-    return _choice("indexer", device, dtype, fits)
+        unfit = f"index_head_dim {dim} is not a power of two from 16 on"
+    elif heads & (heads - 1) or not 8 <= heads <= 128:
+        unfit = f"index_n_heads {heads} is not a power of two from 8 to 128"
+    elif topk > 1024:
+        unfit = f"index_topk {topk} is above 1024"
+    return _choice("indexer", device, dtype, unfit)
 
 
 @functools.cache
 def compressor(device: torch.device, dtype: torch.dtype, ratio: int) -> Choice:
     """For the pooling of windows; the softmax is in fp32 whatever the inputs."""
-    fits = None
+    unfit = None
     if ratio & (ratio - 1) or ratio > 256:
-        fits = f"{ratio} tokens an entry is not a power of two up to 256"
-    return _choice("compressor", device, dtype, fits, (*_DTYPES, torch.float32))
+        unfit = f"{ratio} tokens an entry is not a power of two up to 256"
+    return _choice("compressor", device, dtype, unfit, (*_DTYPES, torch.float32))
 
 
 def choices(

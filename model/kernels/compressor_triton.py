@@ -164,9 +164,7 @@ def _backward(
             out += tl.sum(old_share * old_value, 1)
         row = c.to(tl.int64)[:, None] * DIM + x[None, :]
         grad = tl.load(grad_pooled + row, mask=live[:, None] & (x < DIM)[None, :], other=0.0)
-        grad_gate = _write_gradients(
-            grad_values, grad_gates, at, mask, value, share, out, grad
-        )
+        grad_gate = _write_gradients(grad_values, grad_gates, at, mask, value, share, out, grad)
         own_ape += tl.sum(grad_gate, 0)
         if OVERLAP:
             grad_gate = _write_gradients(

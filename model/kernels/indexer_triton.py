@@ -29,6 +29,8 @@ from model.kernels.attention import AttentionRanges
 
 _ROWS = 128
 """Pairs (token, head) of a program."""
+_MOST_KEPT = 2048
+"""Best entries of all tokens of a program, which stay in registers."""
 _CHUNK_TOKENS = 1 << 14
 """Tokens of one launch; bounds the scratch at 8 bytes for each of their k best."""
 _LOWEST = tl.constexpr(-(2**63))
@@ -75,9 +77,7 @@ def _select(
     row = (first_token + program * BLOCK_T) * HEADS + tl.arange(0, BLOCK_T * HEADS)
     in_rows = row < tokens * HEADS
     dim = tl.arange(0, DIM)[None, :]
-    ready = tl.load(
-        q + row.to(tl.int64)[:, None] * DIM + dim, mask=in_rows[:, None], other=0.0
-    )
+    ready = tl.load(q + row.to(tl.int64)[:, None] * DIM + dim, mask=in_rows[:, None], other=0.0)
     weight = tl.load(weights + row, mask=in_rows, other=0.0).to(tl.float32)
     place = tl.arange(0, KEPT)
     # int64, because a scratch of many programs is large
@@ -135,8 +135,8 @@ def select_topk(
     if heads & (heads - 1) or dim & (dim - 1):
         raise ValueError(f"{heads} index heads of width {dim}; Triton scores powers of two")
     selected_Tk = torch.empty((tokens, k), dtype=torch.int32, device=q_TIJ.device)
-    block_t = max(rows // heads, 1)
     kept = max(triton.next_power_of_2(k), block_n)
+    block_t = max(min(rows // heads, _MOST_KEPT // kept), 1)
     start_T, end_T = ranges.entry_start_T.int(), ranges.entry_end_T.int()
     chunk = triton.cdiv(min(tokens, _CHUNK_TOKENS), block_t) * block_t
     strip = torch.empty((chunk, kept), dtype=torch.int64, device=q_TIJ.device)

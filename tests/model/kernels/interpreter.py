@@ -1,0 +1,113 @@
+"""Triton kernels without a GPU: tests run in a process of their own, in Triton's interpreter.
+
+The interpreter must be chosen before triton is imported, and would reach into every other test, so
+a test marked with `interpreted` is sent by name to one process that serves the whole session. In
+it, fresh memory holds NaN or the largest integer, so that an output nobody writes is seen.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+
+TIMEOUT = 240
+
+
+def interpreted(test: Callable[..., None]) -> Callable[..., None]:
+    """The test, run in the interpreter's process; skipped where triton is not installed."""
+
+    @functools.wraps(test)
+    def call(**arguments: Any) -> None:
+        if importlib.util.find_spec("triton") is None:
+            pytest.skip("triton is not installed")
+        _process(True).submit(_run, test.__module__, test.__name__, arguments).result(TIMEOUT)
+
+    return call
+
+
+def compiled(test: Callable[..., None]) -> Callable[..., None]:
+    """The test, run in a process in which triton compiles; skipped where it is not installed."""
+
+    @functools.wraps(test)
+    def call(**arguments: Any) -> None:
+        if importlib.util.find_spec("triton") is None:
+            pytest.skip("triton is not installed")
+        _process(False).submit(_run, test.__module__, test.__name__, arguments).result(TIMEOUT)
+
+    return call
+
+
+@functools.cache
+def _process(interpret: bool) -> ProcessPoolExecutor:
+    pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_start, initargs=(interpret,))
+    atexit.register(pool.shutdown, wait=False, cancel_futures=True)
+    return pool
+
+
+def _start(interpret: bool) -> None:
+    """First thing in the process, before anything imports torch or triton."""
+    os.environ["TRITON_INTERPRET"] = "1" if interpret else "0"
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _run(module: str, name: str, arguments: dict[str, Any]) -> None:
+    test = getattr(importlib.import_module(module), name).__wrapped__
+    with poisoned():
+        test(**arguments)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Makes uninitialised memory visible: NaN, or the largest integer of the dtype."""
+    import torch
+
+    homes = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
+    plain = [getattr(home, name) for home, name in homes]
+
+    def poison(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+            out = make(*args, **kwargs)
+            if out.dtype == torch.bool:
+                return out.fill_(True)
+            return out.fill_(
+                float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max
+            )
+
+        return made
+
+    try:
+        for (home, name), make in zip(homes, plain, strict=True):
+            setattr(home, name, poison(make))
+        yield
+    finally:
+        for (home, name), make in zip(homes, plain, strict=True):
+            setattr(home, name, make)
+
+
+@contextlib.contextmanager
+def last_program_first() -> Iterator[None]:
+    """Runs the programs of every launch in reverse, as a GPU might."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    plain = builder.set_grid_idx
+
+    def reverse(*place: int) -> None:
+        plain(*[size - 1 - i for size, i in zip(builder.grid_dim, place, strict=True)])
+
+    builder.set_grid_idx = reverse
+    try:
+        yield
+    finally:
+        builder.set_grid_idx = plain

@@ -1,0 +1,138 @@
+"""Every kernel compiles for Hopper at V4's widths, without a GPU, and fits into one."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.model.kernels.interpreter import compiled
+
+SHARED_BYTES = 232_448
+"""What a program may have of a Hopper multiprocessor's shared memory."""
+STACK_BYTES = 512
+"""More per thread would be registers spilled inside a loop, not around it."""
+
+TYPES = {
+    "*bf16": "q keys entries out both grad_q grad_out values gates grad_values grad_gates",
+    "*fp32": "sink rotation lse rstd along grad mass pairs weights ape pooled grad_pooled grad_ape",
+    "*i32": "picked key_start key_end entry_start entry_end start_T end_T query_start query_end "
+    "bounds selected first_token has_previous",
+    "*i64": "order strip",
+    "i32": "tokens heads picks rows count begin width k span",
+    "fp32": "eps scale root",
+}
+SCALARS = {"_grad_picks": {"first_token": "i32"}, "_select": {"first_token": "i32"}}
+WIDE = {"DIM": 512, "ROTARY": 64}
+NARROW = {"DIM": 128, "ROTARY": 32}
+
+
+def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
+    """Kernel, sizes and options as the public functions choose them."""
+    from model.kernels import attention_triton, compressor_triton, indexer_triton
+
+    out: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {}
+    for name, sizes, heads in (("V4", WIDE, 64), ("nano", NARROW, 16)):
+        b = attention_triton.blocks_for(sizes["DIM"])
+        options = {"num_warps": b.warps, "num_stages": b.stages}
+        dim = {"DIM": sizes["DIM"]}
+
+        def block(most: int, mode: int, heads: int = heads) -> dict[str, int]:
+            heads = min(heads, most)
+            return {"BLOCK_T": 1 if mode == 2 else most // heads, "BLOCK_H": heads, "MODE": mode}
+
+        for mode in (0, 1, 2):
+            forward = sizes | block(b.rows, mode) | {"BLOCK_N": b.keys}
+            backward = sizes | block(b.grad_rows, mode) | {"BLOCK_N": b.grad_keys}
+            out[f"{name} forward {mode}"] = (attention_triton._forward, forward, options)
+            out[f"{name} queries {mode}"] = (attention_triton._grad_queries, backward, options)
+            if mode:
+                out[f"{name} mass {mode}"] = (attention_triton._mass, forward, options)
+        tile = dim | {"ROWS": b.key_rows, "BLOCK_N": b.key_keys}
+        out[f"{name} keys"] = (attention_triton._grad_keys, tile, options)
+        for atomic in (False, True):
+            picks = (attention_triton._grad_picks, tile | {"ATOMIC": atomic}, options)
+            out[f"{name} picks, atomic {atomic}"] = picks
+        few = {"num_warps": 4}
+        out[f"{name} prepare"] = (attention_triton._prepare, sizes | {"ROWS": 16}, few)
+        out[f"{name} sum"] = (attention_triton._sum_picks, dim | {"BLOCK": 16}, few)
+    choice = {"HEADS": 64, "DIM": 128, "BLOCK_T": 2, "BLOCK_N": 64}
+    for k in (512, 1024):
+        out[f"select {k}"] = (indexer_triton._select, choice | {"KEPT": k}, {"num_warps": 8})
+    for m, block_c, overlap in ((128, 1, False), (4, 16, True)):
+        pool = {"DIM": 512, "M": m, "BLOCK_C": block_c, "BLOCK_X": 64, "OVERLAP": overlap}
+        for part in ("_forward", "_backward"):
+            kernel = getattr(compressor_triton, part)
+            out[f"pool {m} {part}"] = (kernel, pool, {"num_warps": 8})
+    return out
+
+
+def built(kernel: Any, sizes: dict[str, Any], options: dict[str, int]) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {name: kind for kind, names in TYPES.items() for name in names.split()}
+    types |= SCALARS.get(kernel.__name__, {})
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in sizes else types[name] for name in names}
+    aligned = [["tt.divisibility", 16]]
+    source = ASTSource(
+        kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in sizes.items()},
+        attrs={(i,): aligned for i, name in enumerate(names) if signature[name][0] == "*"},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def stack_bytes(binary: bytes) -> int:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(told.split("STACK:")[1].split()[0])
+
+
+def check(group: str) -> None:
+    chosen = {name: launch for name, launch in launches().items() if name.startswith(group)}
+    assert chosen
+    for name, launch in chosen.items():
+        kernel = built(*launch)
+        assert kernel.metadata.shared <= SHARED_BYTES, f"{name}: {kernel.metadata.shared} bytes"
+        stack = stack_bytes(kernel.asm["cubin"])
+        assert stack <= STACK_BYTES, f"{name}: {stack} bytes of stack"
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        *[f"{name} {part}" for name in ("V4", "nano") for part in ("forward", "queries", "mass")],
+        *[f"{name} {part}" for name in ("V4", "nano") for part in ("keys", "picks", "prepare")],
+        *["V4 sum", "nano sum", "select", "pool"],
+    ],
+)
+@compiled
+def test_fits_a_hopper_gpu(group, tmp_path):
+    import triton
+
+    triton.knobs.cache.dir = str(tmp_path)
+    check(group)
+
+
+@compiled
+def test_a_tile_too_large_is_seen(tmp_path):
+    """The negative control: twice the keys do not fit."""
+    import triton
+
+    triton.knobs.cache.dir = str(tmp_path)
+    kernel, sizes, options = launches()["V4 forward 1"]
+    binary = built(kernel, sizes | {"BLOCK_N": 128}, options)
+    assert binary.metadata.shared > SHARED_BYTES
