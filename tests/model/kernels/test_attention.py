@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model import SampleLayout
-from model.kernels.attention import attention
+from model.kernels.attention import attention, attention_with_lse, entry_mass
 from model.positions import Positions
 from tests.model.kernels.compare import assert_same, rand
 from tests.model.tiny import tiny_config
@@ -214,6 +214,40 @@ def test_a_small_fault_is_seen(fault):
     moved = 1e-3 if fault == "sink" else 0.0
     with pytest.raises(AssertionError, match="result 0"):
         assert_same(case.run, lambda *x: case.reference(*x[:-1], x[-1] + moved), inputs, 2e-5)
+
+
+@pytest.mark.parametrize("k", [None, 5])
+def test_mass_of_entries_equals_whole_masks(k):
+    """Probabilities of one softmax with window and sink, summed over heads, by blocks or lists."""
+    case = CASES["samples of 1 to 1000 tokens"]
+    q, kv, entries, sink = case.inputs()
+    selected = case.select(k) if k else None
+    shared = (case.rotation, case.ranges, selected)
+    _, lse = attention_with_lse(q, kv, entries, sink, *shared, window=case.window, norm_eps=EPS)
+    sees = case.sees_entry
+    if selected is not None:
+        rows = (selected >= 0).nonzero()[:, 0]
+        sees = torch.zeros_like(sees)
+        sees[rows, selected[selected >= 0].long()] = True
+    turned = case.turned(q.double() / torch.sqrt(q.double().square().mean(-1, True) + EPS), 1)
+    keys = torch.cat([kv, entries]).double()
+    logits = torch.einsum("thk,sk->ths", turned, keys) * case.dim**-0.5
+    weight = logits.exp() * torch.cat([case.sees_token, sees], 1)[:, None]
+    weight = weight / (weight.sum(-1, keepdim=True) + sink.double().exp()[:, None])
+    expected = weight[..., case.tokens :].sum(1)
+    block = {"norm_eps": EPS}
+    if selected is None:
+        halves = [
+            entry_mass(q, entries, lse, *shared, start=s, stop=e, **block)
+            for s, e in ((0, 99), (99, None))
+        ]
+        mass = torch.cat(halves, 1)
+    else:
+        listed = entry_mass(q, entries, lse, *shared, **block)
+        mass = torch.zeros(expected.shape)
+        mass[rows, selected[selected >= 0].long()] = listed[selected >= 0]
+        assert (listed[selected < 0] == 0).all()
+    torch.testing.assert_close(mass.double(), expected, rtol=0, atol=2e-5)
 
 
 def test_strided_queries_give_the_same():

@@ -1,0 +1,87 @@
+"""Which implementation runs where."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from model.kernels import backend
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+V4 = {"head_dim": 512, "index_dim": 128, "index_heads": 64, "index_topk": 512, "ratios": (4, 128)}
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    """A GPU as far as the choice can see, and nothing remembered from other tests."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    for choice in (backend.attention, backend.indexer, backend.compressor):
+        choice.cache_clear()
+    yield
+    for choice in (backend.attention, backend.indexer, backend.compressor):
+        choice.cache_clear()
+
+
+def names(device: torch.device, dtype: torch.dtype, **changes: object) -> dict[str, str]:
+    return {k: c.name for k, c in backend.choices(device, dtype, **(V4 | changes)).items()}
+
+
+def test_a_cpu_runs_the_reference():
+    assert set(names(CPU, torch.bfloat16).values()) == {"reference"}
+
+
+def test_hopper_runs_triton():
+    expected = ["attention", "indexer", "compressor, m = 4", "compressor, m = 128"]
+    assert names(GPU, torch.bfloat16) == dict.fromkeys(expected, "triton")
+
+
+@pytest.mark.parametrize(
+    ("changes", "operation", "says"),
+    [
+        ({"head_dim": 96}, "attention", "head_dim 96"),
+        ({"index_heads": 12}, "indexer", "index_n_heads 12"),
+        ({"index_dim": 100}, "indexer", "index_head_dim 100"),
+        ({"index_topk": 2048}, "indexer", "index_topk 2048"),
+        ({"ratios": (12,)}, "compressor, m = 12", "12 tokens"),
+    ],
+)
+def test_what_triton_cannot_do_is_said(changes, operation, says, caplog):
+    with caplog.at_level(logging.WARNING):
+        choice = backend.choices(GPU, torch.bfloat16, **(V4 | changes))[operation]
+    assert choice.name == "reference" and says in str(choice)
+    assert says in caplog.text
+
+
+def test_fp32_runs_the_reference_where_tensor_cores_would_round():
+    chosen = names(GPU, torch.float32)
+    assert chosen["attention"] == chosen["indexer"] == "reference"
+    assert chosen["compressor, m = 4"] == "triton"
+
+
+@pytest.mark.parametrize("missing", ["hopper", "triton"])
+def test_a_machine_without_one_of_them_runs_the_reference(missing, monkeypatch):
+    if missing == "hopper":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert set(names(GPU, torch.bfloat16).values()) == {"reference"}
+
+
+def test_the_model_on_a_cpu_imports_no_triton():
+    code = """
+import sys, torch
+from model import SampleLayout, V4Model
+from tests.model.tiny import random_model, tiny_config, random_tokens
+config = tiny_config()
+tokens = random_tokens(config, 1, 40)
+random_model(config)(tokens, targets=tokens).loss.backward()
+assert "model.kernels.attention_triton" not in sys.modules
+assert not [name for name in sys.modules if name.split(".")[0] == "triton"]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
