@@ -30,15 +30,16 @@ from torch import Tensor
 
 from model import ModelConfig, SampleLayout
 from model.kernels import backend
-from model.kernels.attention import reference_attention
+from model.kernels.attention import reference_attention, reference_entry_mass
 from model.kernels.compressor import reference_pool_windows
 from model.kernels.indexer import reference_select_topk
 from model.positions import Positions
 
 CONSOLE = Console()
-DTYPE = torch.bfloat16
+DEVICE, DTYPE = "cuda", torch.bfloat16
 TOLERANCE = 3e-2
 """Triton in bf16 against the reference in fp32, relative to the largest value."""
+CHECKED_ROW = 4096
 REFERENCE_ROWS = 16384
 """The reference loops on the host and is not timed on longer rows."""
 
@@ -105,9 +106,9 @@ def milliseconds(call: Callable[[], object], budget: float = 1500.0) -> float:
 
 def ceilings() -> Ceilings:
     """Measured, not read from a data sheet."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=DTYPE) for _ in range(2))
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=DTYPE) for _ in range(2))
     operations = 2 * 8192**3 / (milliseconds(lambda: a @ b) / 1e3)
-    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    x = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE).random_()
     y = torch.empty_like(x)
     return Ceilings(operations, 2 * x.numel() / (milliseconds(lambda: y.copy_(x)) / 1e3))
 
@@ -118,14 +119,14 @@ def load(name: str) -> ModelConfig:
 
 
 def randn(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
-    return torch.randn(shape, device="cuda", dtype=dtype)
+    return torch.randn(shape, device=DEVICE, dtype=dtype)
 
 
 def attention_task(config: ModelConfig, kind: Any, row: int) -> Task:
     """Core attention of one layer type on one row that is one sample."""
     from model.kernels import attention_triton
 
-    positions = Positions(config, SampleLayout.from_lengths([[row]], device="cuda"))
+    positions = Positions(config, SampleLayout.from_lengths([[row]], device=DEVICE))
     ranges, rotation = positions.ranges(kind), positions.rotation(kind)
     heads, dim, window = config.num_attention_heads, config.head_dim, config.sliding_window
     leaves = [randn(row, heads, dim), randn(row, dim), randn(heads, dtype=torch.float32)]
@@ -166,14 +167,37 @@ def attention_task(config: ModelConfig, kind: Any, row: int) -> Task:
     return Task(f"attention, {kind}", leaves, implementations, forward, backward)
 
 
+def mass_task(config: ModelConfig, row: int) -> Task:
+    """The indexer's teacher over the first block of entries, at most 4096 of them."""
+    from model.kernels import attention_triton
+
+    positions = Positions(config, SampleLayout.from_lengths([[row]], device=DEVICE))
+    ranges, rotation = positions.ranges("csa"), positions.rotation("csa")
+    heads, dim = config.num_attention_heads, config.head_dim
+    leaves = [randn(row, heads, dim), randn(row // config.csa_compress_ratio, dim)]
+    lse = torch.full((row, heads), 12.0, device=DEVICE)
+    block = {"norm_eps": config.rms_norm_eps, "stop": min(len(leaves[1]), 4096)}
+    visible = np.asarray(ranges.host_entry_end_T) - np.asarray(ranges.host_entry_start_T)
+    pairs = heads * dim * float(np.minimum(visible, block["stop"]).sum())
+    implementations: dict[str, Callable[..., Tensor]] = {
+        "triton": lambda q, e: attention_triton.entry_mass(q, e, lse, rotation, ranges, **block)
+    }
+    if row <= REFERENCE_ROWS:
+        implementations["reference"] = lambda q, e: reference_entry_mass(
+            q, e, lse, rotation, ranges, **block
+        )
+    moved = leaves[0].numel() * 2.0 + row * block["stop"] * 4
+    return Task("entries' mass", leaves, implementations, Work(2 * pairs, moved), None)
+
+
 def random_choice(end_T: Tensor | None, row: int, k: int) -> Tensor:
     """k entries of those each query sees, drawn at random, or all where it sees no more."""
     assert end_T is not None
-    out = torch.full((row, k), -1, dtype=torch.int32, device="cuda")
-    for rows in torch.arange(row, device="cuda").split(1024):
+    out = torch.full((row, k), -1, dtype=torch.int32, device=DEVICE)
+    for rows in torch.arange(row, device=DEVICE).split(1024):
         end = end_T[rows, None]
-        order = torch.rand(len(rows), max(int(end.max()), k), device="cuda")
-        order.masked_fill_(torch.arange(order.shape[1], device="cuda") >= end, -1)
+        order = torch.rand(len(rows), max(int(end.max()), k), device=DEVICE)
+        order.masked_fill_(torch.arange(order.shape[1], device=DEVICE) >= end, -1)
         best = order.topk(k)
         out[rows] = best.indices.masked_fill(best.values < 0, -1).int()
     return out
@@ -196,7 +220,7 @@ def flex(config: ModelConfig, kind: Any, row: int) -> Callable[..., Tensor]:
             return token
         return torch.where(s < row, token, s - row < (t + 1) // ratio)
 
-    mask = create_block_mask(sees, None, None, row, count, device="cuda")
+    mask = create_block_mask(sees, None, None, row, count, device=DEVICE)
     compiled = torch.compile(flex_attention)
 
     def call(q: Tensor, kv: Tensor, *rest: Tensor) -> Tensor:
@@ -214,7 +238,7 @@ def flex(config: ModelConfig, kind: Any, row: int) -> Callable[..., Tensor]:
 def indexer_task(config: ModelConfig, row: int) -> Task:
     from model.kernels import indexer_triton
 
-    ranges = Positions(config, SampleLayout.from_lengths([[row]], device="cuda")).ranges("csa")
+    ranges = Positions(config, SampleLayout.from_lengths([[row]], device=DEVICE)).ranges("csa")
     heads, dim, k = config.index_n_heads, config.index_head_dim, config.index_topk
     inputs = [randn(row, heads, dim), randn(row // config.csa_compress_ratio, dim)]
     inputs.append(randn(row, heads, dtype=torch.float32))
@@ -234,7 +258,7 @@ def compressor_task(config: ModelConfig, kind: Any, row: int) -> Task:
     from model.kernels import compressor_triton
 
     m = config.compress_ratio(kind)
-    entries = SampleLayout.from_lengths([[row]], device="cuda").entries(m)
+    entries = SampleLayout.from_lengths([[row]], device=DEVICE).entries(m)
     where = (entries.first_token_C, entries.has_previous_C, kind == "csa")
     width = config.head_dim * (2 if kind == "csa" else 1)
     leaves = [randn(row, width), randn(row, width), randn(m, width, dtype=torch.float32)]
@@ -306,11 +330,11 @@ def check(task: Task) -> list[str]:
                 for x in task.leaves
             ]
             out = function(*leaves)
-            if not out.is_floating_point():
+            if not out.requires_grad:
                 pair.append([out])
                 continue
             torch.manual_seed(1)
-            (out.float() * torch.randn(out.shape, device="cuda")).sum().backward()
+            (out.float() * torch.randn(out.shape, device=DEVICE)).sum().backward()
             pair.append([out.detach(), *[x.grad for x in leaves]])
         for number, (ours, theirs) in enumerate(zip(*pair, strict=True)):
             if ours.is_floating_point():
@@ -332,6 +356,7 @@ def tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:
     made: list[Callable[[], Task]] = []
     for kind in sorted({"window", *config.layer_types}):
         made.append(lambda kind=kind: attention_task(config, kind, row))
+    made.append(lambda: mass_task(config, row))
     made.append(lambda: indexer_task(config, row))
     for kind in ("csa", "hca"):
         made.append(lambda kind=kind: compressor_task(config, kind, row))
@@ -381,7 +406,7 @@ def main() -> int:
         config = load(sizes)
         for name, choice in choices_of(config).items():
             CONSOLE.print(f"{sizes}: {name} uses {choice}")
-        for make in tasks(config, 4096):
+        for make in tasks(config, CHECKED_ROW):
             wrong += check(make())
         rows = list(arguments.rows)
         while rows:
@@ -404,7 +429,7 @@ def main() -> int:
 
 def choices_of(config: ModelConfig) -> dict[str, backend.Choice]:
     return backend.choices(
-        torch.device("cuda"),
+        torch.device(DEVICE),
         DTYPE,
         head_dim=config.head_dim,
         index_dim=config.index_head_dim,
