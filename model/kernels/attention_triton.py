@@ -28,8 +28,8 @@ What one query token costs, n being the keys that it sees (window W and entries)
 At K = 512 the accumulator [64, 512] in fp32 fills half of the registers of a multiprocessor and q
 [64, 512] 64 KiB of its shared memory, so one program of 8 warps runs per multiprocessor and the
 key tile is what is left to choose; queries and keys get their gradients from separate kernels,
-which makes keys' gradients sums in a fixed order. As compiled for Hopper, both halves of a program's
-warps compute s, so that forward issues 6·H·K·n operations for the 4·H·K·n that it needs.
+which makes keys' gradients sums in a fixed order. As compiled for Hopper, both halves of a
+program's warps compute s, so that forward issues 6·H·K·n operations for the 4·H·K·n it needs.
 """
 
 from __future__ import annotations
