@@ -28,6 +28,7 @@ setup(
     packages=find_packages(include=[name for room in ROOMS for name in (room, f"{room}.*")]),
     install_requires=[
         "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
         "numpy>=2.0",
         "deepspeed>=0.18",
         "megatron-core>=0.16",

@@ -1,6 +1,7 @@
 """Which implementation of an operation runs: decided here, by device, dtype and shape alone.
 
-On a CPU the plain PyTorch reference runs. On a GPU Triton runs what it can; what it cannot, the
+On a CPU the plain PyTorch reference runs. On a GPU Triton runs what it can and has been seen to do
+right there; for the rest the
 reference runs, and the choice says why, once in the log and in ``choices`` for whoever asks. No
 environment variable and no setting has a part in this.
 """
@@ -20,6 +21,11 @@ log = logging.getLogger(__name__)
 _HEAD_DIMS = (64, 128, 256, 512)
 _DTYPES = (torch.bfloat16, torch.float16)
 _CAPABILITY = (9, 0)
+
+COMPARED_ON_GPU: frozenset[str] = frozenset()
+"""Operations whose Triton kernels benchmarks/attention.py has found equal to the reference on a
+GPU: "attention", "indexer", "compressor". Training uses no other; a compiler may be wrong where an
+interpreter is right."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ def _choice(
         unfit = "the GPU is older than Hopper"
     elif importlib.util.find_spec("triton") is None:
         unfit = "triton is not installed"
+    elif operation not in COMPARED_ON_GPU:
+        unfit = "its Triton kernel has not been compared with it on a GPU yet"
     if unfit is None:
         return Choice("triton", "Hopper or newer, supported dtype and shape")
     log.warning("%s uses the plain PyTorch reference on this GPU: %s", operation, unfit)

