@@ -62,7 +62,7 @@ class RankMemory:
         rank, pipeline: its number among all, and on the pipeline axis.
         parameters: elements that it holds and trains.
         resident: what is there all the time, by name.
-        microbatches: token positions of all microbatches of a step.
+        microbatches: token positions of all microbatches of a step, as if all were there at once.
         stages: its stages' activations.
         update: what the optimizer's step needs besides `resident`, at most, for a while.
     """
