@@ -1,4 +1,4 @@
-"""Times of attention, indexer and compressor on a GPU, beside everything they can be held against.
+"""Times of attention, indexer, its loss and compressor on a GPU, beside what they compete with.
 
 For Flash's and Pro's widths and rows of several lengths, each operation runs forward and backward
 as Triton, as the plain PyTorch reference, as the reference under torch.compile, and as
@@ -29,10 +29,11 @@ from rich.table import Table
 from torch import Tensor
 
 from model import ModelConfig, SampleLayout
-from model.kernels import backend
+from model.kernel_choices import kernel_choices
 from model.kernels.attention import reference_attention, reference_entry_mass
 from model.kernels.compressor import reference_pool_windows
 from model.kernels.indexer import reference_select_topk
+from model.kernels.indexer_loss import reference_indexer_loss
 from model.positions import Positions
 
 CONSOLE = Console()
@@ -254,6 +255,41 @@ def indexer_task(config: ModelConfig, row: int) -> Task:
     return Task("indexer", inputs, implementations, work, None)
 
 
+def indexer_loss_tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:
+    return [lambda k=k: indexer_loss_task(config, row, k) for k in (None, config.index_topk)]
+
+
+def indexer_loss_task(config: ModelConfig, row: int, k: int | None) -> Task:
+    """The indexer's objective over all entries or over k of them, its teacher a tensor of ones.
+
+    The teacher has a row of the table of its own, "entries' mass".
+    """
+    ranges = Positions(config, SampleLayout.from_lengths([[row]], device=DEVICE)).ranges("csa")
+    heads, dim = config.index_n_heads, config.index_head_dim
+    leaves = [randn(row, heads, dim), randn(row // config.csa_compress_ratio, dim)]
+    leaves.append(randn(row, heads, dtype=torch.float32) * (heads * dim) ** -0.5)
+    visible = np.asarray(ranges.host_entry_end_T) - np.asarray(ranges.host_entry_start_T)
+    selected = None if k is None else random_choice(ranges.entry_end_T, row, k)
+    pairs = float(visible.sum() if k is None else np.minimum(visible, k).sum())
+
+    def mass(rows: slice, columns: slice) -> Tensor:
+        return torch.ones(rows.stop - rows.start, columns.stop - columns.start, device=DEVICE)
+
+    def triton(*x: Tensor) -> Tensor:
+        from model.kernels import indexer_loss_triton
+
+        return indexer_loss_triton.indexer_loss(*x, mass, ranges, selected)
+
+    implementations: dict[str, Callable[..., Tensor]] = {"triton": triton}
+    if row <= REFERENCE_ROWS:
+        implementations["reference"] = lambda *x: reference_indexer_loss(*x, mass, ranges, selected)
+    moved = leaves[0].numel() * 2.0 + leaves[2].numel() * 4 + 4 * pairs
+    forward = Work(2 * heads * dim * pairs, moved)
+    backward = Work(6 * heads * dim * pairs, 2 * moved)
+    form = "dense" if k is None else "selected"
+    return Task(f"indexer loss, {form}", leaves, implementations, forward, backward)
+
+
 def compressor_task(config: ModelConfig, kind: Any, row: int) -> Task:
     from model.kernels import compressor_triton
 
@@ -358,6 +394,7 @@ def tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:
         made.append(lambda kind=kind: attention_task(config, kind, row))
     made.append(lambda: mass_task(config, row))
     made.append(lambda: indexer_task(config, row))
+    made += indexer_loss_tasks(config, row)
     for kind in ("csa", "hca"):
         made.append(lambda kind=kind: compressor_task(config, kind, row))
     return made
@@ -404,7 +441,7 @@ def main() -> int:
     wrong: list[str] = []
     for sizes in arguments.sizes:
         config = load(sizes)
-        for name, choice in choices_of(config).items():
+        for name, choice in kernel_choices(config, torch.device(DEVICE), DTYPE).items():
             CONSOLE.print(f"{sizes}: {name} uses {choice}")
         for make in tasks(config, CHECKED_ROW):
             wrong += check(make())
@@ -425,18 +462,6 @@ def main() -> int:
     for line in wrong:
         CONSOLE.print(f"[red]outside the tolerance: {line}")
     return 1 if wrong else 0
-
-
-def choices_of(config: ModelConfig) -> dict[str, backend.Choice]:
-    return backend.choices(
-        torch.device(DEVICE),
-        DTYPE,
-        head_dim=config.head_dim,
-        index_dim=config.index_head_dim,
-        index_heads=config.index_n_heads,
-        index_topk=config.index_topk,
-        ratios=(config.csa_compress_ratio, config.hca_compress_ratio),
-    )
 
 
 if __name__ == "__main__":

@@ -43,6 +43,12 @@ class AttentionRanges:
     host_entry_start_T: np.ndarray | None = None
     host_entry_end_T: np.ndarray | None = None
 
+    def of(self, rows: slice | Tensor) -> AttentionRanges:
+        """What some of the queries see; without segments, so of use to entries alone."""
+        assert self.entry_start_T is not None and self.entry_end_T is not None
+        start_T, end_T = self.entry_start_T[rows], self.entry_end_T[rows]
+        return AttentionRanges(self.window_start_T[rows], (), start_T, end_T)
+
 
 def attention(
     q_THK: Tensor,

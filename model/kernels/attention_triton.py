@@ -43,6 +43,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels import backend
 from model.kernels.attention import AttentionRanges
 
 _LOG2E = math.log2(math.e)
@@ -663,8 +664,10 @@ def attention(
         included, which has no gradient.
 
     Raises:
+        UnsupportedError: a GPU cannot run this device, dtype or K.
         ValueError: K has no known sizes and ``blocks`` is not given.
     """
+    backend.attention(q_THK.device, q_THK.dtype, q_THK.shape[-1], asked=True)
     blocks = blocks or blocks_for(q_THK.shape[-1])
     if entries_CK is None or entries_CK.shape[0] == 0:
         entries_CK, selected_Tk = None, None
@@ -902,11 +905,11 @@ def _pick_gradients(call: _Call, rows: _Rows, entries: Tensor, deterministic: bo
         )
         if deterministic:
             assert call.picked is not None
-            _add_pairs(pairs, call.picked[first : first + tokens].flatten(), grad)
+            add_pairs(pairs, call.picked[first : first + tokens].flatten(), grad)
     return grad
 
 
-def _add_pairs(pairs: Tensor, entry_P: Tensor, grad: Tensor) -> None:
+def add_pairs(pairs: Tensor, entry_P: Tensor, grad: Tensor) -> None:
     """Adds row i of ``pairs`` to row entry_P[i] of ``grad``, for each row of grad in order of i."""
     entry_sorted, order = entry_P.sort(stable=True)
     rows = torch.arange(len(grad) + 1, dtype=torch.int32, device=grad.device)
@@ -933,6 +936,7 @@ def entry_mass(
     2·H·K operations per query and entry that it sees; reads q once, writes 4 bytes per pair, so
     its floor is a third of forward's at the same entries. Not yet timed.
     """
+    backend.attention(q_THK.device, q_THK.dtype, q_THK.shape[-1], asked=True)
     blocks = blocks or blocks_for(q_THK.shape[-1])
     q_THK, entries_CK = q_THK.contiguous(), entries_CK.contiguous()
     call = _Call(q_THK, entries_CK, ranges, selected_Tk, blocks)

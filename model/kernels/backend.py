@@ -1,9 +1,9 @@
 """Which implementation of an operation runs: decided here, by device, dtype and shape alone.
 
 On a CPU the plain PyTorch reference runs. On a GPU Triton runs what it can and has been seen to do
-right there; for the rest the
-reference runs, and the choice says why, once in the log and in ``choices`` for whoever asks. No
-environment variable and no setting has a part in this.
+right there; for the rest the reference runs, and the choice says why, once in the log and in
+``choices``, which training prints at its start. Whoever calls a Triton function by name gets Triton
+or an UnsupportedError. No environment variable and no setting has a part in this.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _CAPABILITY = (9, 0)
 
 COMPARED_ON_GPU: frozenset[str] = frozenset()
 """Operations whose Triton kernels benchmarks/attention.py has found equal to the reference on a
-GPU: "attention", "indexer", "compressor". Training uses no other; a compiler may be wrong where an
-interpreter is right."""
+GPU: "attention", "indexer", "indexer loss", "compressor". Training uses no other; a compiler may be
+wrong where an interpreter is right."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,26 @@ class Choice:
         return f"{self.name} ({self.why})"
 
 
+class UnsupportedError(ValueError):
+    """Triton was asked for by name and cannot run this."""
+
+
+# With ``asked`` each of these is what a Triton function says first: Triton, or UnsupportedError.
+
+
 @functools.cache
-def attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
+def attention(
+    device: torch.device, dtype: torch.dtype, head_dim: int, asked: bool = False
+) -> Choice:
     """For core attention and the entries' mass."""
     unfit = None if head_dim in _HEAD_DIMS else f"head_dim {head_dim} is not in {_HEAD_DIMS}"
-    return _choice("attention", device, dtype, unfit)
+    return _choice("attention", device, dtype, unfit, asked)
 
 
 @functools.cache
-def indexer(device: torch.device, dtype: torch.dtype, dim: int, heads: int, topk: int) -> Choice:
+def indexer(
+    device: torch.device, dtype: torch.dtype, dim: int, heads: int, topk: int, asked: bool = False
+) -> Choice:
     """For the choice of the best entries."""
     unfit = None
     if dim & (dim - 1) or dim < 16:
@@ -56,16 +67,29 @@ def indexer(device: torch.device, dtype: torch.dtype, dim: int, heads: int, topk
         unfit = f"index_n_heads {heads} is not a power of two from 8 to 128"
     elif topk > 1024:
         unfit = f"index_topk {topk} is above 1024"
-    return _choice("indexer", device, dtype, unfit)
+    return _choice("indexer", device, dtype, unfit, asked)
 
 
 @functools.cache
-def compressor(device: torch.device, dtype: torch.dtype, ratio: int) -> Choice:
+def indexer_loss(
+    device: torch.device, dtype: torch.dtype, dim: int, heads: int, asked: bool = False
+) -> Choice:
+    """For the indexer's objective. A mean's gradients of scores are too small for fp16."""
+    unfit = None
+    if dim & (dim - 1) or dim < 16:
+        unfit = f"index_head_dim {dim} is not a power of two from 16 on"
+    elif heads & (heads - 1) or not 16 <= heads <= 128:
+        unfit = f"index_n_heads {heads} is not a power of two from 16 to 128"
+    return _choice("indexer loss", device, dtype, unfit, asked, (torch.bfloat16,))
+
+
+@functools.cache
+def compressor(device: torch.device, dtype: torch.dtype, ratio: int, asked: bool = False) -> Choice:
     """For the pooling of windows; the softmax is in fp32 whatever the inputs."""
     unfit = None
     if ratio & (ratio - 1) or ratio > 256:
         unfit = f"{ratio} tokens an entry is not a power of two up to 256"
-    return _choice("compressor", device, dtype, unfit, (*_DTYPES, torch.float32))
+    return _choice("compressor", device, dtype, unfit, asked, (*_DTYPES, torch.float32))
 
 
 def choices(
@@ -82,6 +106,7 @@ def choices(
     return {
         "attention": attention(device, dtype, head_dim),
         "indexer": indexer(device, dtype, index_dim, index_heads, index_topk),
+        "indexer loss": indexer_loss(device, dtype, index_dim, index_heads),
         **{f"compressor, m = {m}": compressor(device, dtype, m) for m in ratios},
     }
 
@@ -91,19 +116,37 @@ def _choice(
     device: torch.device,
     dtype: torch.dtype,
     unfit: str | None,
+    asked: bool,
     dtypes: tuple[torch.dtype, ...] = _DTYPES,
 ) -> Choice:
     if device.type != "cuda":
-        return Choice("reference", f"on {device.type}")
+        if asked and not _interpreted():
+            raise UnsupportedError(
+                f"{operation}: Triton runs on a GPU or in its interpreter, not on {device.type}"
+            )
+        return Choice("triton" if asked else "reference", f"on {device.type}")
     if dtype not in dtypes:
         unfit = f"{dtype} is not one of {', '.join(map(str, dtypes))}"
     elif torch.cuda.get_device_capability(device) < _CAPABILITY:
         unfit = "the GPU is older than Hopper"
     elif importlib.util.find_spec("triton") is None:
         unfit = "triton is not installed"
-    elif operation not in COMPARED_ON_GPU:
+    if asked:
+        if unfit is not None:
+            raise UnsupportedError(f"{operation}: Triton cannot run this, {unfit}")
+        return Choice("triton", "asked for")
+    if unfit is None and operation not in COMPARED_ON_GPU:
         unfit = "its Triton kernel has not been compared with it on a GPU yet"
     if unfit is None:
         return Choice("triton", "Hopper or newer, supported dtype and shape")
     log.warning("%s uses the plain PyTorch reference on this GPU: %s", operation, unfit)
     return Choice("reference", unfit)
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs in its interpreter, which takes any shape and dtype."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels import backend
+
 _ELEMENTS = 4096
 """Elements of values that a program of 8 warps holds at once."""
 _PARTS = 64
@@ -195,9 +197,11 @@ def pool_windows(
         block_x: channels of a program, a power of two.
 
     Raises:
+        UnsupportedError: a GPU cannot run this device, dtype or m.
         ValueError: m is not a power of two.
     """
     m = ape_mX.shape[0]
+    backend.compressor(values_TX.device, values_TX.dtype, m, asked=True)
     if m & (m - 1):
         raise ValueError(f"{m} tokens an entry; Triton pools powers of two")
     return _Pool.apply(

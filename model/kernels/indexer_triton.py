@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels import backend
 from model.kernels.attention import AttentionRanges
 
 _ROWS = 128
@@ -128,10 +129,12 @@ def select_topk(
         theirs from the best on.
 
     Raises:
+        UnsupportedError: a GPU cannot run this device, dtype or shape.
         ValueError: the number of heads or their width is not a power of two.
     """
     assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
     tokens, heads, dim = q_TIJ.shape
+    backend.indexer(q_TIJ.device, q_TIJ.dtype, dim, heads, k, asked=True)
     if heads & (heads - 1) or dim & (dim - 1):
         raise ValueError(f"{heads} index heads of width {dim}; Triton scores powers of two")
     selected_Tk = torch.empty((tokens, k), dtype=torch.int32, device=q_TIJ.device)

@@ -1,20 +1,40 @@
-"""The benchmark of attention where it cannot run."""
+"""The benchmark of attention where there is no GPU."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+from tests.model.tiny import tiny_config
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "attention.py"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     command = [sys.executable, str(SCRIPT)]
-    run = subprocess.run(command, cwd=SCRIPT.parents[1], capture_output=True, text=True)
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, cwd=SCRIPT.parents[1], env=hidden, capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr.strip() == "This benchmark needs a GPU, and torch sees none."
+
+
+def test_the_indexer_s_loss_is_timed_over_all_entries_and_over_a_list(monkeypatch):
+    spec = importlib.util.spec_from_file_location("benchmark_of_attention", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    config = tiny_config()
+    for make, name in zip(
+        module.indexer_loss_tasks(config, 61), ("dense", "selected"), strict=True
+    ):
+        task = make()
+        assert task.name == f"indexer loss, {name}" and task.forward.operations > 0
+        leaves = [x.requires_grad_() for x in task.leaves]
+        loss = task.implementations["reference"](*leaves)
+        loss.sum().backward()
+        assert float(loss.detach().sum()) > 0 and all(bool(x.grad.any()) for x in leaves)

@@ -103,21 +103,30 @@ class Case:
         return torch.cat([x[..., :-ROTARY], pairs.flatten(-2)], -1)
 
     def reference(self, *inputs: Tensor, selected: Tensor | None = None) -> Tensor:
+        keys = torch.cat(inputs[1:-1])
+        weight = self.probabilities(*inputs, selected=selected)
+        return self.turned(torch.einsum("ths,sk->thk", weight, keys), -1)
+
+    def probabilities(self, *inputs: Tensor, selected: Tensor | None = None) -> Tensor:
+        """[T, H, S]: of tokens, then of entries; the sink has the rest."""
         q, kv, *entries, sink = inputs
         q = self.turned(q / torch.sqrt(q.square().mean(-1, keepdim=True) + EPS), 1)
         mask, keys = self.sees_token, kv
         if entries:
             sees = self.sees_entry
             if selected is not None:
-                picked = torch.zeros_like(sees)
-                for t, row in enumerate(selected):
-                    picked[t, row[row >= 0].long()] = True
-                sees = sees & picked
+                sees = sees & self.picked(selected)
             mask, keys = torch.cat([mask, sees], 1), torch.cat([kv, entries[0]])
         logits = torch.einsum("thk,sk->ths", q, keys) * self.dim**-0.5
         weight = logits.exp() * mask[:, None]
-        weight = weight / (weight.sum(-1, keepdim=True) + sink.exp()[:, None])
-        return self.turned(torch.einsum("ths,sk->thk", weight, keys), -1)
+        return weight / (weight.sum(-1, keepdim=True) + sink.exp()[:, None])
+
+    def picked(self, selected: Tensor) -> Tensor:
+        """Lists [T, k] as a mask [T, C]."""
+        picked = torch.zeros_like(self.sees_entry)
+        for t, row in enumerate(selected):
+            picked[t, row[row >= 0].long()] = True
+        return picked
 
 
 CASES = {

@@ -10,7 +10,9 @@ import sys
 import pytest
 import torch
 
+from model.kernel_choices import describe, kernel_choices
 from model.kernels import backend
+from tests.model.tiny import tiny_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 V4 = {"head_dim": 512, "index_dim": 128, "index_heads": 64, "index_topk": 512, "ratios": (4, 128)}
@@ -21,12 +23,13 @@ def hopper(monkeypatch):
     """A GPU as far as the choice can see, and nothing remembered from other tests."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    proved = frozenset({"attention", "indexer", "compressor"})
+    proved = frozenset({"attention", "indexer", "indexer loss", "compressor"})
     monkeypatch.setattr(backend, "COMPARED_ON_GPU", proved)
-    for choice in (backend.attention, backend.indexer, backend.compressor):
+    choices = (backend.attention, backend.indexer, backend.indexer_loss, backend.compressor)
+    for choice in choices:
         choice.cache_clear()
     yield
-    for choice in (backend.attention, backend.indexer, backend.compressor):
+    for choice in choices:
         choice.cache_clear()
 
 
@@ -39,7 +42,8 @@ def test_a_cpu_runs_the_reference():
 
 
 def test_hopper_runs_triton():
-    expected = ["attention", "indexer", "compressor, m = 4", "compressor, m = 128"]
+    pools = ["compressor, m = 4", "compressor, m = 128"]
+    expected = ["attention", "indexer", "indexer loss", *pools]
     assert names(GPU, torch.bfloat16) == dict.fromkeys(expected, "triton")
 
 
@@ -54,6 +58,8 @@ def test_what_no_gpu_has_run_trains_nothing(monkeypatch):
     [
         ({"head_dim": 96}, "attention", "head_dim 96"),
         ({"index_heads": 12}, "indexer", "index_n_heads 12"),
+        ({"index_heads": 8}, "indexer loss", "index_n_heads 8"),
+        ({"index_dim": 100}, "indexer loss", "index_head_dim 100"),
         ({"index_dim": 100}, "indexer", "index_head_dim 100"),
         ({"index_topk": 2048}, "indexer", "index_topk 2048"),
         ({"ratios": (12,)}, "compressor, m = 12", "12 tokens"),
@@ -64,6 +70,52 @@ def test_what_triton_cannot_do_is_said(changes, operation, says, caplog):
         choice = backend.choices(GPU, torch.bfloat16, **(V4 | changes))[operation]
     assert choice.name == "reference" and says in str(choice)
     assert says in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("ask", "says"),
+    [
+        (lambda: backend.attention(GPU, torch.bfloat16, 96, asked=True), "head_dim 96"),
+        (lambda: backend.attention(GPU, torch.float32, 512, asked=True), "torch.float32"),
+        (lambda: backend.indexer(GPU, torch.bfloat16, 128, 12, 512, asked=True), "index_n_heads"),
+        (lambda: backend.indexer_loss(GPU, torch.float16, 128, 64, asked=True), "torch.float16"),
+        (lambda: backend.compressor(GPU, torch.bfloat16, 12, asked=True), "12 tokens"),
+    ],
+)
+def test_what_triton_cannot_do_raises_where_it_is_asked_for(ask, says):
+    with pytest.raises(backend.UnsupportedError, match=says):
+        ask()
+
+
+def test_asked_for_it_runs_before_a_gpu_has_compared_it(monkeypatch):
+    monkeypatch.setattr(backend, "COMPARED_ON_GPU", frozenset())
+    assert backend.attention(GPU, torch.bfloat16, 512, asked=True).name == "triton"
+
+
+def test_triton_on_a_cpu_without_the_interpreter_raises():
+    code = """
+import torch
+from model.kernels import backend, compressor_triton
+x, where = torch.zeros(4, 8), torch.zeros(1, dtype=torch.int32)
+try:
+    compressor_triton.pool_windows(x, x, x, where, where.bool(), False)
+except backend.UnsupportedError as error:
+    assert "compressor: Triton runs on a GPU or in its interpreter, not on cpu" in str(error)
+else:
+    raise AssertionError("it ran")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_one_line_names_every_operation_of_the_model():
+    told = describe(kernel_choices(tiny_config(), CPU, torch.float32))
+    assert told == (
+        "kernels: attention, indexer, indexer loss, compressor m = 4, compressor m = 16: "
+        "reference (on cpu)"
+    )
+    window = tiny_config(layer_types=["window"] * len(tiny_config().layer_types))
+    told = describe(kernel_choices(window, CPU, torch.float32))
+    assert told == "kernels: attention: reference (on cpu)"
 
 
 def test_fp32_runs_the_reference_where_tensor_cores_would_round():

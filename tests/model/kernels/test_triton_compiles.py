@@ -18,7 +18,8 @@ STACK_BYTES = 512
 
 TYPES = {
     "*bf16": "q keys entries out both grad_q grad_out values gates grad_values grad_gates",
-    "*fp32": "sink rotation lse rstd along grad mass pairs weights ape pooled grad_pooled grad_ape",
+    "*fp32": "sink rotation lse rstd along grad mass pairs weights ape pooled grad_pooled grad_ape "
+    "loss total grad_weights grad_scores each",
     "*i32": "picked key_start key_end entry_start entry_end start_T end_T query_start query_end "
     "bounds selected first_token has_previous",
     "*i64": "order strip",
@@ -26,6 +27,7 @@ TYPES = {
     "fp32": "eps scale root",
 }
 SCALARS = {"_grad_picks": {"first_token": "i32"}, "_select": {"first_token": "i32"}}
+LOSS = {"HEADS": 64, "DIM": 128, "BLOCK_N": 64}
 WIDE = {"DIM": 512, "ROTARY": 64}
 NARROW = {"DIM": 128, "ROTARY": 32}
 
@@ -33,6 +35,7 @@ NARROW = {"DIM": 128, "ROTARY": 32}
 def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     """Kernel, sizes and options as the public functions choose them."""
     from model.kernels import attention_triton, compressor_triton, indexer_triton
+    from model.kernels import indexer_loss_triton as loss_triton
 
     out: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {}
     for name, sizes, heads in (("V4", WIDE, 64), ("nano", NARROW, 16)):
@@ -62,6 +65,12 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     choice = {"HEADS": 64, "DIM": 128, "BLOCK_T": 2, "BLOCK_N": 64}
     for k in (512, 1024):
         out[f"select {k}"] = (indexer_triton._select, choice | {"KEPT": k}, {"num_warps": 8})
+    eight = {"num_warps": 8, "num_stages": 2}
+    for lists in (False, True):
+        loss = LOSS | {"BLOCK_T": 1 if lists else 2, "LISTS": lists}
+        out[f"loss forward {lists}"] = (loss_triton._forward, loss, eight)
+        out[f"loss queries {lists}"] = (loss_triton._grad_queries, loss, eight)
+    out["loss keys"] = (loss_triton._grad_keys, LOSS | {"BLOCK_T": 2}, eight)
     for m, block_c, overlap in ((128, 1, False), (4, 16, True)):
         pool = {"DIM": 512, "M": m, "BLOCK_C": block_c, "BLOCK_X": 64, "OVERLAP": overlap}
         for part in ("_forward", "_backward"):
@@ -116,7 +125,7 @@ def check(group: str) -> None:
     [
         *[f"{name} {part}" for name in ("V4", "nano") for part in ("forward", "queries", "mass")],
         *[f"{name} {part}" for name in ("V4", "nano") for part in ("keys", "picks", "prepare")],
-        *["V4 sum", "nano sum", "select", "pool"],
+        *["V4 sum", "nano sum", "select", "loss", "pool"],
     ],
 )
 @compiled

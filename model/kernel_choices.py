@@ -1,0 +1,35 @@
+"""Which implementation each attention operation of a model will use, for whoever starts one."""
+
+from __future__ import annotations
+
+import torch
+
+from model.config import ModelConfig
+from model.kernels import backend
+
+
+def kernel_choices(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> dict[str, backend.Choice]:
+    """By operation, with the reason; only what layers of this model have."""
+    kinds = set(config.layer_types)
+    found = backend.choices(
+        device,
+        dtype,
+        head_dim=config.head_dim,
+        index_dim=config.index_head_dim,
+        index_heads=config.index_n_heads,
+        index_topk=config.index_topk,
+        ratios=tuple(config.compress_ratio(kind) for kind in ("csa", "hca") if kind in kinds),
+    )
+    if "csa" not in kinds:
+        found = {name: choice for name, choice in found.items() if "indexer" not in name}
+    return found
+
+
+def describe(choices: dict[str, backend.Choice]) -> str:
+    """One line, operations of one choice together: ``kernels: attention, indexer: reference``."""
+    groups: dict[str, list[str]] = {}
+    for name, choice in choices.items():
+        groups.setdefault(str(choice), []).append(name.replace(", ", " "))
+    return "kernels: " + "; ".join(f"{', '.join(ops)}: {what}" for what, ops in groups.items())

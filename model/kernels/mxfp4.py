@@ -1,0 +1,161 @@
+"""MXFP4: numbers of four bits (E2M1) in blocks of 32 with a power-of-two scale (OCP MX 1.0).
+
+The report keeps the routed experts and the indexer's queries and keys in it (3.4). R rows,
+C columns; blocks run along the last dimension. All functions work on any device and are exact:
+scaling by powers of two and the 16 values of E2M1 lose nothing in fp32 or bf16.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 32
+LARGEST = 6.0
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_LEAST_EXPONENT = -126
+"""Smallest scale that is chosen; also the scale of a block of zeros."""
+_EXPONENT_BIAS = 127
+_NOT_A_NUMBER = 255  # of float8_e8m0fnu
+
+FP8_BLOCK = 128
+FP8_SPAN = 14
+"""Largest ratio, as an exponent of two, between the scales inside a block of 128 × 128 for which
+FP4 fits into FP8 without loss: E4M3 holds 6 · 2^6 and 0.5 · 2^-8 exactly."""
+
+
+class Packed(NamedTuple):
+    """A quantised tensor as the official checkpoints hold it.
+
+    Attributes:
+        codes: int8 [..., C/2], two numbers a byte, the one with the even index in the low bits.
+        scales: float8_e8m0fnu [..., C/32].
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+
+def quantise(x: Tensor) -> Packed:
+    """Round [..., C] to MXFP4; C must be a multiple of 32.
+
+    A block's scale is the least power of two that lets its largest magnitude be at most 6, so
+    nothing saturates; numbers go to the nearest, ties to the even code. A block with a NaN or an
+    infinity becomes NaN.
+    """
+    exponents = _exponents(x)
+    rounded = _round_e2m1(_scaled(x.float(), -exponents))
+    magnitudes = torch.tensor(_MAGNITUDES, device=x.device)
+    code = torch.searchsorted(magnitudes, rounded.abs().nan_to_num_().contiguous())
+    code = (code + 8 * torch.signbit(rounded)).to(torch.uint8)
+    codes = (code[..., 0::2] | code[..., 1::2] << 4).view(torch.int8)
+    finite = _blocks(x).isfinite().all(dim=-1)
+    scales = (exponents + _EXPONENT_BIAS).masked_fill_(~finite, _NOT_A_NUMBER)
+    return Packed(codes, scales.to(torch.uint8).view(torch.float8_e8m0fnu))
+
+
+def dequantise(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The numbers of a quantised tensor, [..., C] in `dtype`, fp32 or bf16."""
+    code = packed.codes.view(torch.uint8)
+    code = torch.stack([code & 15, code >> 4], dim=-1).flatten(-2).long()
+    signed = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
+    values = torch.tensor(signed, device=code.device)[code]
+    scales = packed.scales.float()[..., None]
+    return (_blocks(values) * scales).flatten(-2).to(dtype)
+
+
+def fake_quantise(x: Tensor) -> Tensor:
+    """What `x` becomes by `quantise` and back, in its own dtype; the gradient passes unchanged."""
+    return _StraightThrough.apply(x)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        exponents = _exponents(x)
+        rounded = _scaled(_round_e2m1(_scaled(x.float(), -exponents)), exponents)
+        return rounded.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def fits_fp8(packed: Packed) -> Tensor:
+    """Which blocks of 128 × 128 of [R, C] numbers FP8 holds without loss (report 3.4).
+
+    Returns:
+        bool [ceil(R/128), ceil(C/128)]: the scales inside differ by 2^14 at most. Blocks of zeros
+        fit any scale.
+    """
+    exponents = packed.scales.view(torch.uint8).int()
+    zero = ((packed.codes.view(torch.uint8) & 0x77) == 0).unflatten(-1, (-1, BLOCK // 2)).all(-1)
+    lowest = _tiles(exponents.masked_fill(zero, _NOT_A_NUMBER)).amin(dim=(1, 3))
+    highest = _tiles(exponents.masked_fill(zero, 0)).amax(dim=(1, 3))
+    return highest - lowest <= FP8_SPAN
+
+
+def to_fp8(packed: Packed) -> tuple[Tensor, Tensor]:
+    """FP4 numbers as FP8 (E4M3) ones with one scale for 128 × 128, as FP8 kernels want them.
+
+    Lossless where `fits_fp8`; elsewhere the smallest numbers are rounded.
+
+    Returns:
+        float8_e4m3fn [R, C] and float8_e8m0fnu [ceil(R/128), ceil(C/128)].
+    """
+    rows, columns = packed.codes.shape[0], 2 * packed.codes.shape[1]
+    exponents = packed.scales.view(torch.uint8).int()
+    highest = _tiles(exponents).amax(dim=(1, 3))
+    common = (highest - 6).clamp_min(0)  # 6 · 2^6 is the largest multiple of 6 below E4M3's 448
+    wide = common.repeat_interleave(FP8_BLOCK, 0)[:rows]
+    wide = wide.repeat_interleave(FP8_BLOCK // BLOCK, 1)[:, : columns // BLOCK]
+    ones = torch.full_like(packed.scales.view(torch.uint8), _EXPONENT_BIAS)
+    plain = dequantise(Packed(packed.codes, ones.view(torch.float8_e8m0fnu)))
+    numbers = _scaled(plain, exponents - wide).to(torch.float8_e4m3fn)
+    return numbers, common.to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def from_fp8(numbers: Tensor, scales: Tensor) -> Tensor:
+    """FP8 numbers [R, C] with one scale for 128 × 128, of any dtype; fp32 [R, C]."""
+    rows, columns = numbers.shape
+    wide = scales.float().repeat_interleave(FP8_BLOCK, 0)[:rows]
+    return numbers.float() * wide.repeat_interleave(FP8_BLOCK, 1)[:, :columns]
+
+
+def _blocks(x: Tensor) -> Tensor:
+    if x.shape[-1] % BLOCK:
+        raise ValueError(f"MXFP4 wants a multiple of {BLOCK} columns, got {x.shape[-1]}")
+    return x.unflatten(-1, (-1, BLOCK))
+
+
+def _exponents(x: Tensor) -> Tensor:
+    """int32 [..., C/32]: least k with largest magnitude <= 6 · 2^k, and at least -126."""
+    largest = _blocks(x).abs().amax(dim=-1).float()
+    fraction, exponent = torch.frexp(largest)  # 6 · 2^k = 0.75 · 2^(k+3)
+    return torch.where(fraction <= 0.75, exponent - 3, exponent - 2).clamp_min_(_LEAST_EXPONENT)
+
+
+def _scaled(x: Tensor, exponents: Tensor) -> Tensor:
+    """x · 2^exponent of its block, exactly: in two steps, so that no factor leaves fp32."""
+    half = exponents // 2
+    blocks = torch.ldexp(torch.ldexp(_blocks(x), half[..., None]), (exponents - half)[..., None])
+    return blocks.flatten(-2)
+
+
+def _round_e2m1(x: Tensor) -> Tensor:
+    """To the nearest number of E2M1, ties to the even code; |x| <= 6."""
+    magnitude = x.abs()
+    step = 0.5 + 0.5 * (magnitude >= 2) + (magnitude >= 4)
+    return torch.round(magnitude / step).mul_(step).copysign_(x)
+
+
+def _tiles(exponents: Tensor) -> Tensor:
+    """[R, C/32] as [R', 128, C', 4], the last rows and columns repeated to fill up."""
+    rows, columns = exponents.shape
+    wide = FP8_BLOCK // BLOCK
+    row = torch.arange(-(-rows // FP8_BLOCK) * FP8_BLOCK, device=exponents.device)
+    column = torch.arange(-(-columns // wide) * wide, device=exponents.device)
+    filled = exponents[row.clamp_max(rows - 1)][:, column.clamp_max(columns - 1)]
+    return filled.unflatten(1, (-1, wide)).unflatten(0, (-1, FP8_BLOCK))
