@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from data.errors import DataError
     from data.loader import Batch, Loader, unigram_entropy
     from data.manifest import Manifest
+    from data.prefetch import Prefetcher
     from data.tokenizer import Tokenizer
     from data.tokenizer_training import train_tokenizer
 
@@ -24,6 +25,7 @@ _HOMES = {
     "DataError": "errors",
     "Loader": "loader",
     "Manifest": "manifest",
+    "Prefetcher": "prefetch",
     "SourceConfig": "config",
     "Tokenizer": "tokenizer",
     "TokenizerConfig": "config",
@@ -37,6 +39,7 @@ __all__ = [
     "DataError",
     "Loader",
     "Manifest",
+    "Prefetcher",
     "SourceConfig",
     "Tokenizer",
     "TokenizerConfig",

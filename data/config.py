@@ -58,13 +58,58 @@ class TokenizerConfig(BaseModel):
     character_coverage: float = Field(default=0.9995, gt=0.0, le=1.0)
 
 
+class TransformsConfig(BaseModel):
+    """What is done to documents of the train split before packing, by (seed, document, epoch).
+
+    `fim_rate` of the documents of the domains in `fim_domains` become fill-in-the-middle documents:
+    prefix, suffix, middle (PSM), or suffix first (SPM) for the share `fim_spm` of these.
+    `split_share` of the tokens that join punctuation and a line break are split into the two.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fim_rate: float = Field(default=0.1, ge=0.0, le=1.0)
+    fim_spm: float = Field(default=0.0, ge=0.0, le=1.0)
+    fim_domains: tuple[Literal["code", "prose"], ...] = ("code",)
+    split_share: float = Field(default=0.0, ge=0.0, le=1.0)
+
+
+class DataStage(BaseModel):
+    """A part of a run with its own rows; the documents go on where the stage before ended.
+
+    `steps` is absent in the last stage only. Over the first `ramp_steps` steps the rows of a step
+    grow evenly from `ramp_from` to `batch_rows`. `weights` absent: those of the data config.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int | None = Field(default=None, ge=1)
+    row_length: int = Field(ge=2)
+    batch_rows: int = Field(ge=1)
+    micro_rows: int = Field(default=1, ge=1)
+    ramp_from: int | None = Field(default=None, ge=1)
+    ramp_steps: int = Field(default=0, ge=0)
+    weights: dict[str, float] | None = None
+
+    @model_validator(mode="after")
+    def _ramp(self) -> "DataStage":
+        if (self.ramp_from is None) != (self.ramp_steps == 0):
+            raise ValueError("a ramp needs both `ramp_from` and `ramp_steps`, or neither")
+        return self
+
+
 class DataConfig(BaseModel):
     """Everything between raw text and the rows of a step.
 
     `row_length` S is the number of input positions of a row; `batch_rows` is the number of rows of
     one optimizer step over all ranks; `micro_rows` is the number of rows a rank runs at once.
-    `heldout_fraction` of the documents (by hash) is kept from training. Best-fit packing looks at
-    `packing_window` documents at a time: larger wastes less, smaller needs less memory.
+    `heldout_fraction` of the documents (by hash) is kept from training. `packing` looks at about
+    `packing_window` documents at a time, and its rows are `packing_fill` full: documents no longer
+    than a row are cut only where best fit cannot reach that. `weights` are the sources' shares of
+    the tokens; without them, an epoch of every source is an epoch of all. `stages`, if any, replace
+    the sizes of rows and steps for training. `prefetch` steps are made ready ahead of their turn.
+    `prepare_workers` processes make the shards, one for each core if absent. `quarantine_share` of
+    a source's records may be bad; they are set aside.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,7 +121,15 @@ class DataConfig(BaseModel):
     batch_rows: int = Field(ge=1)
     micro_rows: int = Field(default=1, ge=1)
     heldout_fraction: float = Field(default=0.01, ge=0.0, lt=1.0)
-    packing_window: int = Field(default=1_000_000, ge=1)
+    packing: Literal["best_fit", "concatenate"] = "best_fit"
+    packing_window: int = Field(default=100_000, ge=1)
+    packing_fill: float = Field(default=0.9995, gt=0.0, le=1.0)
+    weights: dict[str, float] = {}
+    transforms: TransformsConfig = TransformsConfig()
+    stages: tuple[DataStage, ...] = ()
+    prefetch: int = Field(default=2, ge=0)
+    prepare_workers: int | None = Field(default=None, ge=1)
+    quarantine_share: float = Field(default=0.0, ge=0.0, lt=1.0)
 
     @model_validator(mode="after")
     def _names_differ(self) -> "DataConfig":
@@ -84,3 +137,26 @@ class DataConfig(BaseModel):
         if len(set(names)) != len(names):
             raise ValueError(f"every source needs a name of its own, got {', '.join(names)}")
         return self
+
+    @model_validator(mode="after")
+    def _weights_and_stages(self) -> "DataConfig":
+        for weights in (self.weights, *(stage.weights or {} for stage in self.stages)):
+            self._check_weights(weights)
+        if any(stage.steps is None for stage in self.stages[:-1]):
+            raise ValueError("every entry of `stages` but the last needs `steps`")
+        return self
+
+    def _check_weights(self, weights: dict[str, float]) -> None:
+        names = [source.name for source in self.sources]
+        for name, weight in weights.items():
+            if name not in names:
+                raise ValueError(f"weights names {name!r}; the sources are {', '.join(names)}")
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"the weight of {name!r} is {weight}; it should be at least 0")
+        if weights and not sum(weights.values()):
+            raise ValueError("the weights sum to 0; at least one should be larger")
+
+    def training_stages(self) -> tuple[DataStage, ...]:
+        """`stages`, or one for the whole run where there are none."""
+        sizes = {name: getattr(self, name) for name in ("row_length", "batch_rows", "micro_rows")}
+        return self.stages or (DataStage(**sizes),)

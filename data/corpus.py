@@ -3,14 +3,23 @@
 import glob
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.config import SourceConfig
 from data.errors import DataError
 
 _READ_BYTES = 1 << 20
+_MAX_CHARACTERS = 10**9
+
+
+class BadRecord(NamedTuple):
+    """A record that is no document: its file (or dataset), its number there, and what is wrong."""
+
+    place: str
+    number: int
+    reason: str
 
 
 class Corpus:
@@ -23,29 +32,35 @@ class Corpus:
         files: the local files, sorted; empty for a hub dataset.
         empty: documents skipped by the last iteration because they hold no visible character.
 
+    `files`, if given, are read instead of what the source's paths match: a part of the source.
+
     Raises DataError for a path that matches nothing, text that is not UTF-8, a record without
-    the text field, and a source without any document.
+    the text field or longer than 10^9 characters, and a source without any document.
     """
 
-    def __init__(self, source: SourceConfig) -> None:
+    def __init__(self, source: SourceConfig, files: Sequence[Path] | None = None) -> None:
         self.source = source
-        self.files = _find_files(source) if source.paths else []
+        self.files = list(files) if files is not None else find_files(source)
         self.empty = 0
+        self._bad: list[BadRecord] | None = None
 
     def __iter__(self) -> Iterator[str]:
-        self.empty = 0
         found = 0
+        for text in self.texts():
+            found += 1
+            yield text
+        if not found:
+            raise no_document(self.source, len(self.files), self.empty)
+
+    def texts(self, bad: list[BadRecord] | None = None) -> Iterator[str]:
+        """The documents, if any; bad records are appended to `bad` where that is given."""
+        self.empty = 0
+        self._bad = bad
         for text in self._texts():
             if text.strip():
-                found += 1
                 yield text
             else:
                 self.empty += 1
-        if not found:
-            raise DataError(
-                f"source {self.source.name!r} holds no document: "
-                f"{len(self.files)} files, {self.empty} empty documents."
-            )
 
     def _texts(self) -> Iterator[str]:
         if not self.source.paths:
@@ -104,14 +119,25 @@ class Corpus:
             except Exception as error:  # pyarrow, json, gzip, zstd and datasets each have their own
                 raise self._broken(place, number, error) from error
             text = record.get(field)
-            if not isinstance(text, str):
-                raise DataError(
-                    f"record {number} of {place} has no string in the field {field!r}; its fields "
-                    f"are {', '.join(sorted(record))} (set `text_field` of source "
-                    f"{self.source.name!r})."
-                )
-            yield text
+            reason = self._what_is_wrong(record, field)
+            if reason is None:
+                yield text
+            elif self._bad is None:
+                raise DataError(f"record {number} of {place} {reason}.")
+            else:
+                self._bad.append(BadRecord(place, number, reason))
             number += 1
+
+    def _what_is_wrong(self, record: dict[str, Any], field: str) -> str | None:
+        text = record.get(field)
+        if not isinstance(text, str):
+            return (
+                f"has no string in the field {field!r}; its fields are "
+                f"{', '.join(sorted(record))} (set `text_field` of source {self.source.name!r})"
+            )
+        if len(text) > _MAX_CHARACTERS:
+            return f"has {len(text)} characters; a document may have {_MAX_CHARACTERS}"
+        return None
 
     def _broken(self, place: str, number: int, error: Exception) -> DataError:
         """Look for bytes that are not UTF-8 first; they hide behind many kinds of errors."""
@@ -146,7 +172,15 @@ def first_invalid_utf8(path: Path) -> int | None:
             position += len(block)
 
 
-def _find_files(source: SourceConfig) -> list[Path]:
+def no_document(source: SourceConfig, files: int, empty: int) -> DataError:
+    """What a source without any document says."""
+    return DataError(
+        f"source {source.name!r} holds no document: {files} files, {empty} empty documents."
+    )
+
+
+def find_files(source: SourceConfig) -> list[Path]:
+    """The local files of a source, sorted; DataError for a path that matches nothing."""
     found: set[Path] = set()
     for pattern in source.paths:
         path = Path(pattern).expanduser()

@@ -17,9 +17,10 @@ Split = Literal["train", "heldout"]
 
 
 class Shard(BaseModel):
-    """One `.bin/.idx` pair: the documents of one source in one split.
+    """One `.bin/.idx` pair: documents of one source in one split.
 
-    `tokens` counts bos and eos too; `bytes` is the UTF-8 size of the text.
+    Several pairs of the same source and split are its parts, in the manifest's order. `tokens`
+    counts bos and eos too; `bytes` is the UTF-8 size of the text.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,6 +48,7 @@ class Manifest(BaseModel):
     eos_id: int
     pad_id: int
     empty_documents: dict[str, int]
+    bad_records: dict[str, int] = {}
     shards: tuple[Shard, ...]
 
     def of_split(self, split: Split) -> list[Shard]:

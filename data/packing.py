@@ -83,7 +83,7 @@ def _cut(lengths: Ints, row_length: int, order: Ints) -> tuple[Ints, Ints, Ints]
     return document, start, np.minimum(row_length, lengths[document] - start)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def _best_fit(lengths: Ints, row_length: int) -> tuple[Ints, int]:
     """Row of each piece, and the number of rows.
 
@@ -131,3 +131,87 @@ def _best_fit(lengths: Ints, row_length: int) -> tuple[Ints, int]:
                 filled[node] = True
                 node //= 2
     return row_of, rows
+
+
+def pieces_of(first: Ints, last: Ints, row_length: int) -> tuple[Ints, Ints, Ints]:
+    """(document, start, length) of the pieces of positions first … last-1 of each document.
+
+    Cuts are at multiples of `row_length` from the document's beginning, wherever `first` is.
+    """
+    cell = first // row_length
+    counts = -(-last // row_length) - cell
+    document = np.repeat(np.arange(len(first)), counts)
+    inside = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = (cell[document] + inside) * row_length
+    start = np.maximum(begin, first[document])
+    return document, start, np.minimum(begin + row_length, last[document]) - start
+
+
+def pack_into(document: Ints, start: Ints, length: Ints, row_length: int, rows: int) -> PackedRows:
+    """Best fit of pieces into exactly `rows` rows, empty ones included.
+
+    Where best fit needs more rows, the pieces of its emptiest rows are cut into the room that the
+    others have left. The pieces' lengths must sum to at most rows * row_length.
+    """
+    longest_first = np.argsort((row_length - length).astype(np.int32), kind="stable")
+    row_of, used = _best_fit(length[longest_first], row_length)
+    document, start, length = document[longest_first], start[longest_first], length[longest_first]
+    if used > rows:
+        filled = np.bincount(row_of, weights=length, minlength=used).astype(np.int64)
+        fullest = np.argsort(-filled, kind="stable")
+        rank = np.empty(used, dtype=np.int64)
+        rank[fullest] = np.arange(used)
+        row_of = rank[row_of]
+        room = row_length - filled[fullest[:rows]]
+        piece, start, length, row_of = _squeeze(start, length, row_of, room)
+        document = document[piece]
+    return _by_row(document, start, length, row_of, rows)
+
+
+def concatenate(
+    document: Ints, start: Ints, length: Ints, row_length: int, rows: int
+) -> PackedRows:
+    """The pieces one after another, cut at every row's end."""
+    end = np.cumsum(length)
+    begin = end - length
+    counts = (end - 1) // row_length - begin // row_length + 1
+    piece = np.repeat(np.arange(len(length)), counts)
+    inside = np.arange(len(piece)) - np.repeat(np.cumsum(counts) - counts, counts)
+    row_of = begin[piece] // row_length + inside
+    low = np.maximum(row_of * row_length, begin[piece])
+    high = np.minimum((row_of + 1) * row_length, end[piece])
+    return _by_row(document[piece], start[piece] + low - begin[piece], high - low, row_of, rows)
+
+
+def _by_row(document: Ints, start: Ints, length: Ints, row_of: Ints, rows: int) -> PackedRows:
+    order = np.argsort(row_of, kind="stable")
+    offsets = np.zeros(rows + 1, dtype=np.int64)
+    np.cumsum(np.bincount(row_of, minlength=rows), out=offsets[1:])
+    return PackedRows(offsets, document[order], start[order], length[order])
+
+
+@numba.njit(cache=True, nogil=True)
+def _squeeze(start: Ints, length: Ints, row_of: Ints, room: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+    """Pieces of rows ≥ len(room) moved, and cut, into the rows with most room first."""
+    most_first = np.argsort(-room, kind="mergesort")
+    size = len(length) + len(room)
+    piece, begin = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+    long, row = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+    count, place = 0, 0
+    for i in range(len(length)):
+        done = 0
+        while done < length[i]:
+            target = row_of[i]
+            taken = length[i] - done
+            if target >= len(room):
+                target = most_first[place]
+                taken = min(taken, room[target])
+                room[target] -= taken
+                if room[target] == 0:
+                    place += 1
+            if taken > 0:
+                piece[count], begin[count] = i, start[i] + done
+                long[count], row[count] = taken, target
+                count += 1
+            done += taken
+    return piece[:count], begin[:count], long[:count], row[:count]

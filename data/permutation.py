@@ -25,11 +25,21 @@ def key_of(*parts: int) -> int:
 
 def shuffled(count: int, key: int) -> NDArray[np.int64]:
     """0 … count-1 in an order given by `key`; all at once, O(count) memory."""
-    value = np.arange(count, dtype=np.uint64) + np.uint64(key)  # wraps around, as meant
+    return np.argsort(hashes(np.arange(count), key), kind="stable").astype(np.int64)
+
+
+def hashes(numbers: NDArray[np.int64], key: int) -> NDArray[np.uint64]:
+    """`mix64(number + key)` of every number."""
+    value = numbers.astype(np.uint64) + np.uint64(key)  # wraps around, as meant
     value += np.uint64(0x9E3779B97F4A7C15)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(value ^ (value >> np.uint64(31)), kind="stable").astype(np.int64)
+    return value ^ (value >> np.uint64(31))
+
+
+def uniforms(numbers: NDArray[np.int64], key: int) -> NDArray[np.float64]:
+    """A number in [0, 1) for each, given by `key`."""
+    return (hashes(numbers, key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permuted(index: int, count: int, key: int) -> int:

@@ -1,39 +1,41 @@
 """Sources to `.bin/.idx` shards, published in one step.
 
 The shards are written into a folder of their own beside the earlier ones; then the manifest is
-replaced, and only then the earlier ones go. A run that dies or meets a full disk leaves what was
-there. A document is [bos] + text + [eos]; the tokenizer works on all cores.
+replaced, and only then the earlier ones go. A run that dies leaves what was there, and the parts
+that were whole: the next run of the same input goes on with the others. A document is
+[bos] + text + [eos]. What is written does not depend on the number of processes.
 """
 
+import fcntl
 import hashlib
+import os
 import shutil
-import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from data.config import DataConfig, SourceConfig
-from data.corpus import Corpus
+from data.config import DataConfig
+from data.corpus import Corpus, no_document
 from data.errors import DataError
-from data.files import fsync_file, fsync_folder, sha256_of
-from data.indexed import indexed_module, open_shard
+from data.files import fsync_folder, sha256_of
+from data.indexed import open_shard
 from data.manifest import Manifest, Shard
-from data.splits import is_heldout
+from data.prepare_pool import Progress, run_units
+from data.prepare_unit import Unit, UnitRecord, finished, run_unit, units_of
 from data.tokenizer import Tokenizer
 
-_BATCH_CHARACTERS = 4_000_000
 _UNFINISHED = ".unfinished-"
-_FORMAT = 1  # raise when equal inputs would give other shards
+_FORMAT = 2  # raise when equal inputs would give other shards
 
 
 def prepare(config: DataConfig, progress: bool = True) -> Manifest:
     """Tokenise every source into `config.shards`; returns the manifest.
 
     Does nothing where the shards there were made from the same files by the same tokenizer.
-    Raises DataError where a source or the tokenizer cannot be read, or the disk is full; the
-    earlier shards stay whole.
+    Raises DataError where a source or the tokenizer cannot be read, the disk is full, or another
+    process is at it; the earlier shards stay whole.
     """
     tokenizer = Tokenizer(config.tokenizer.path)
     corpora = [Corpus(source) for source in config.sources]
@@ -42,123 +44,112 @@ def prepare(config: DataConfig, progress: bool = True) -> Manifest:
     done = _already_there(root, digest)
     if done is not None:
         return done
+    folder = root / f"{_UNFINISHED}{digest[:16]}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=root, prefix=_UNFINISHED))
-    except OSError as error:
-        raise DataError(f"cannot write into {root}: {error.strerror}.") from error
-    try:
-        shards: list[Shard] = []
-        with _Progress(corpora, progress) as bar:
-            for corpus in corpora:
-                shards += _write_source(config, corpus, tokenizer, folder, bar)
-        manifest = Manifest(
-            digest=digest,
-            folder=digest[:16],
-            tokenizer_hash=tokenizer.hash,
-            vocab_size=tokenizer.vocab_size,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            empty_documents={corpus.source.name: corpus.empty for corpus in corpora},
-            shards=tuple(shards),
-        )
-        _publish(folder, root, manifest)
+        with _locked(root):
+            folder.mkdir(exist_ok=True)
+            try:
+                records = _write(config, corpora, tokenizer, folder, progress)
+                manifest = _manifest(config, digest, tokenizer, records)
+                _publish(folder, root, manifest)
+            except BaseException:
+                if folder.exists() and not any(folder.iterdir()):
+                    folder.rmdir()
+                raise
     except OSError as error:
         raise DataError(
             f"cannot write the shards into {root}: {error.strerror or error}; "
             "what was there before is unchanged."
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return manifest
 
 
-def _write_source(
-    config: DataConfig, corpus: Corpus, tokenizer: Tokenizer, folder: Path, bar: "_Progress"
-) -> list[Shard]:
-    """Write the shards of one source; a split without documents gets no shard."""
-    source = corpus.source
-    writers = {split: _Writer(source, split, folder, tokenizer) for split in ("train", "heldout")}
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Keep other runs out of `root`; the lock goes with the process."""
+    root.mkdir(parents=True, exist_ok=True)
+    handle = os.open(root, os.O_RDONLY)
     try:
-        for texts in _batches(corpus):
-            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                held = is_heldout(source, text, config.heldout_fraction)
-                writers["heldout" if held else "train"].add(ids, len(text.encode()))
-            bar.advance(source.name, sum(len(text.encode()) for text in texts))
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise DataError(f"another `v4 data prepare` is writing into {root}.") from error
     finally:
-        for writer in writers.values():
-            writer.close()
-    return [shard for writer in writers.values() if (shard := writer.finish()) is not None]
+        os.close(handle)
 
 
-class _Writer:
-    """One `.bin/.idx` pair in the making."""
-
-    def __init__(self, source: SourceConfig, split: Any, folder: Path, tokenizer: Tokenizer):
-        module = indexed_module()
-        self.source, self.split = source, split
-        self.prefix = folder / f"{source.name}-{split}"
-        self.tokenizer = tokenizer
-        dtype = module.DType.optimal_dtype(tokenizer.vocab_size)
-        self.builder = module.IndexedDatasetBuilder(f"{self.prefix}.bin", dtype=dtype)
-        self.dtype = dtype
-        self.documents = self.tokens = self.bytes = 0
-
-    def add(self, ids: list[int], size: int) -> None:
-        """Append one document of `size` UTF-8 bytes."""
-        document = np.array([self.tokenizer.bos_id, *ids, self.tokenizer.eos_id], dtype=self.dtype)
-        self.builder.add_document(document, [len(document)])
-        self.documents += 1
-        self.tokens += len(document)
-        self.bytes += size
-
-    def close(self) -> None:
-        """Flush the tokens; safe to call when writing has failed."""
-        self.builder.data_file.close()
-
-    def finish(self) -> Shard | None:
-        """Write the index and make both files durable; None (and no files) without documents."""
-        binary, index = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
-        if not self.documents:
-            binary.unlink()
-            return None
-        self.builder.finalize(str(index))
-        fsync_file(binary)
-        fsync_file(index)
-        return Shard(
-            source=self.source.name,
-            domain=self.source.domain,
-            split=self.split,
-            name=self.prefix.name,
-            documents=self.documents,
-            tokens=self.tokens,
-            bytes=self.bytes,
-        )
+def _write(
+    config: DataConfig, corpora: list[Corpus], tokenizer: Tokenizer, folder: Path, progress: bool
+) -> list[tuple[Unit, UnitRecord]]:
+    """Make the parts that are not in `folder` yet; all units with their records, in order."""
+    units = [unit for corpus in corpora for unit in units_of(corpus)]
+    for left in folder.glob(".*"):
+        left.unlink()  # of a run that died while it wrote
+    records = {unit: record for unit in units if (record := finished(unit, folder)) is not None}
+    work = partial(
+        run_unit,
+        folder=folder,
+        heldout_fraction=config.heldout_fraction,
+        tolerant=config.quarantine_share > 0,
+    )
+    with Progress(units, progress) as bar:
+        for unit in records:
+            bar.advance(unit, unit.size)
+        rest = [unit for unit in units if unit not in records]
+        workers = config.prepare_workers or os.cpu_count() or 1
+        records.update(run_units(rest, tokenizer, workers, work, bar.advance))
+    return [(unit, records[unit]) for unit in units]
 
 
-def _batches(corpus: Corpus) -> Iterator[list[str]]:
-    """Documents gathered to about `_BATCH_CHARACTERS`, for the tokenizer's threads."""
-    batch: list[str] = []
-    size = 0
-    for text in corpus:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _manifest(
+    config: DataConfig, digest: str, tokenizer: Tokenizer, parts: list[tuple[Unit, UnitRecord]]
+) -> Manifest:
+    """The manifest of all parts; DataError for a source that is empty or has too many bad ones."""
+    shards: list[Shard] = []
+    empty, bad = {}, {}
+    for source in config.sources:
+        mine = [(unit, record) for unit, record in parts if unit.source == source]
+        records = [record for _, record in mine]
+        found = sum(record.documents for record in records)
+        empty[source.name] = sum(record.empty for record in records)
+        bad[source.name] = sum(record.bad for record in records)
+        share = bad[source.name] / max(1, found + empty[source.name] + bad[source.name])
+        if share > config.quarantine_share:
+            raise DataError(
+                f"source {source.name!r} has {bad[source.name]} bad records, a share of "
+                f"{share:.3g}; `quarantine_share` allows {config.quarantine_share:g} (the records "
+                f"are listed in {config.shards}/{_UNFINISHED}{digest[:16]}/*.quarantine.jsonl)."
+            )
+        if not found:
+            files = sum(len(unit.files) for unit, _ in mine)
+            raise no_document(source, files, empty[source.name])
+        for split in ("train", "heldout"):
+            shards += [s for record in records for s in record.shards if s.split == split]
+    return Manifest(
+        digest=digest,
+        folder=digest[:16],
+        tokenizer_hash=tokenizer.hash,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        empty_documents=empty,
+        bad_records=bad,
+        shards=tuple(shards),
+    )
 
 
 def _digest(config: DataConfig, tokenizer: Tokenizer, corpora: list[Corpus]) -> str:
     """Hex sha256 of everything the shards depend on; local files enter with their content."""
-    digest = hashlib.sha256(f"{_FORMAT} {tokenizer.hash} {config.heldout_fraction}\n".encode())
+    tolerant = config.quarantine_share > 0
+    basis = f"{_FORMAT} {tokenizer.hash} {config.heldout_fraction} {tolerant}\n"
+    digest = hashlib.sha256(basis.encode())
     for corpus in corpora:
         settings = corpus.source.model_dump_json(exclude={"paths", "include"})
         digest.update(f"{settings}\n".encode())
-        for file in corpus.files:
-            digest.update(f"{sha256_of(file)}\n".encode())
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for content in pool.map(sha256_of, corpus.files):
+                digest.update(f"{content}\n".encode())
     return digest.hexdigest()
 
 
@@ -177,7 +168,6 @@ def _already_there(root: Path, digest: str) -> Manifest | None:
 
 def _publish(folder: Path, root: Path, manifest: Manifest) -> None:
     """Move the finished folder to its name, replace the manifest, drop what it replaces."""
-    folder.chmod(0o755)
     fsync_folder(folder)
     target = root / manifest.folder
     if target.exists():  # of the same digest, but found damaged
@@ -194,42 +184,3 @@ def _is_ours(folder: Path) -> bool:
     """True for folders that `prepare` made: a digest's beginning, or left by a run that died."""
     hexadecimal = len(folder.name) == 16 and set(folder.name) <= set("0123456789abcdef")
     return folder.name.startswith(_UNFINISHED) or hexadecimal
-
-
-class _Progress:
-    """A line per source with the bytes done and the time left; silent where not wanted.
-
-    The total is the size of the files, exact for plain text and an estimate for the other formats.
-    """
-
-    def __init__(self, corpora: list[Corpus], visible: bool) -> None:
-        from rich import progress
-        from rich.console import Console
-
-        self.bar = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.DownloadColumn(),
-            progress.TransferSpeedColumn(),
-            progress.TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not visible,
-        )
-        self.tasks = {
-            corpus.source.name: self.bar.add_task(
-                f"tokenise {corpus.source.name}",
-                total=sum(file.stat().st_size for file in corpus.files) or None,
-            )
-            for corpus in corpora
-        }
-
-    def __enter__(self) -> "_Progress":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def advance(self, source: str, size: int) -> None:
-        """Count `size` more bytes of a source."""
-        self.bar.update(self.tasks[source], advance=size)

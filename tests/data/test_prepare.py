@@ -61,7 +61,7 @@ def test_equal_texts_fall_on_the_same_side(config: DataConfig, tmp_path: Path) -
     both = changed(config, sources=sources, shards=str(tmp_path / "shards"))
     manifest = prepare(both, progress=False)
     assert [shard.name for shard in manifest.shards] == [
-        *("a-train", "a-heldout", "b-train", "b-heldout")
+        *("a-train-00000", "a-heldout-00000", "b-train-00000", "b-heldout-00000")
     ]
     train, heldout = set(texts_of(both, "train")), set(texts_of(both, "heldout"))
     assert heldout and not train & heldout
@@ -91,14 +91,14 @@ def test_second_run_changes_nothing_and_other_input_does(
     write_source(tmp_path / "a.jsonl", ["one", "two!"])
     assert prepare(mine, progress=False).digest != first.digest
     assert texts_of(mine, "train") == ["one", "two!"]
-    assert len(files_below(mine.shards)) == 3  # the replaced shards are gone
+    assert len(files_below(mine.shards)) == 4  # the replaced shards are gone
 
 
 def test_damaged_shards_are_made_anew(config: DataConfig, tmp_path: Path) -> None:
     source = write_source(tmp_path / "a.jsonl", ["one", "two"]) | {"split": "train"}
     mine = changed(config, sources=[source], shards=str(tmp_path / "shards"))
     manifest = prepare(mine, progress=False)
-    binary = tmp_path / "shards" / manifest.folder / "a-train.bin"
+    binary = tmp_path / "shards" / manifest.folder / "a-train-00000.bin"
     binary.write_bytes(binary.read_bytes()[:-2])
     prepare(mine, progress=False)
     assert texts_of(mine, "train") == ["one", "two"]

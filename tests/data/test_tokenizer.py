@@ -101,6 +101,22 @@ def test_digits_stand_alone(tmp_path: Path) -> None:
     assert len(tokenizer.encode(" 2024")) == 5
 
 
+def test_split_tokens_decode_to_the_same_text(tokenizer: Tokenizer, documents: list[str]) -> None:
+    """Exactly the tokens that end with punctuation and ends of lines, by another way to find."""
+    table = tokenizer.splittable()
+    assert ":\n" in {tokenizer.decode([i]) for i in table}
+    for i, pair in table.items():
+        left, right = map(tokenizer.decode, ([pair[0]], [pair[1]]))
+        assert left + right == tokenizer.decode(pair) == tokenizer.decode([i])
+        assert not left.strip().isalnum() and left.rstrip("\r\n") == left
+        assert right.strip("\r\n") == "" != right
+    for text, ids in zip(documents, tokenizer.encode_batch(documents), strict=True):
+        split = [part for i in ids for part in table.get(i, (i,))]
+        assert tokenizer.decode(split) == text
+        ends = [tokenizer.decode([i]) for i in ids if i not in table]
+        assert not any(end[-1:] == "\n" and end[:-1] in set(":,.)({[]};") for end in ends)
+
+
 def test_training_is_deterministic(config: DataConfig, documents: list[str]) -> None:
     first = train_model(documents[:20], config.tokenizer)
     assert first == train_model(documents[:20], config.tokenizer)

@@ -1,0 +1,173 @@
+"""How much of every source goes where: windows of a fixed number of rows, and the rows' order.
+
+A window takes from every source the next run of its endless line of positions, in proportion to the
+weights, so that what a window holds does not depend on an earlier one. In a window the rows are put
+in an order that keeps every source's share: the running deviation from the window's own shares is
+as small as a row allows, and as small as a pair of rows allows at the end of every step.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from data.config import DataConfig, DataStage
+from data.errors import DataError
+from data.permutation import hashes
+from data.stream import SourceStream
+
+Ints = NDArray[np.int64]
+_POOL = 256  # rows among which the next one is chosen
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Windows of `rows` rows; window k takes positions k·take[s] // parts … of source s."""
+
+    rows: int
+    take: tuple[int, ...]
+    parts: int
+    slack: int
+
+    def end(self, source: int, row: int) -> int:
+        """How many positions of a source the first `row` rows of a stage take."""
+        return row * self.take[source] // (self.parts * self.rows)
+
+
+def shares(
+    sources: Sequence[SourceStream], weights: Mapping[str, float], growth: Sequence[float]
+) -> list[float]:
+    """Each source's share of the tokens. Raises DataError where one with weight has no document.
+
+    `growth` is by how much the transforms lengthen each source; without weights: an epoch of all.
+    """
+    if not weights:
+        sizes = [s.positions * g for s, g in zip(sources, growth, strict=True)]
+    else:
+        names = [source.name for source in sources]
+        for name, weight in weights.items():
+            if weight > 0 and name not in names:
+                raise DataError(
+                    f"the shards hold no document of source {name!r}, whose weight is {weight}; "
+                    "run `v4 data prepare CONFIG` again, or set its weight to 0."
+                )
+        sizes = [weights.get(name, 0.0) for name in names]
+    return [size / sum(sizes) for size in sizes]
+
+
+def plan_windows(
+    config: DataConfig,
+    stage: DataStage,
+    sources: Sequence[SourceStream],
+    weights: Mapping[str, float],
+    growth: Sequence[float],
+) -> WindowPlan:
+    """Windows of about `packing_window` documents, at most one epoch of the slowest source."""
+    share = shares(sources, weights, growth)
+    raw = [part / grown for part, grown in zip(share, growth, strict=True)]
+    documents = sum(r * s.documents / s.positions for r, s in zip(raw, sources, strict=True))
+    epoch = max(s.positions / r for r, s in zip(raw, sources, strict=True) if r > 0)
+    parts = 1
+    if weights:
+        size = min(epoch, config.packing_window / documents)
+        take = [round(size * r) for r in raw]
+    else:
+        parts = max(1, round(epoch * documents / config.packing_window))
+        take = [source.positions for source in sources]
+    tokens = sum(t * g for t, g in zip(take, growth, strict=True)) / parts
+    rows = max(1, int(-(-tokens // (config.packing_fill * stage.row_length))))
+    slack = max(0, int(rows * stage.row_length - tokens)) // (2 * len(sources))
+    return WindowPlan(rows, tuple(take), parts, slack)
+
+
+class Schedule:
+    """Which stage a step belongs to, and which rows of the stage are the step's."""
+
+    def __init__(self, stages: Sequence[DataStage]) -> None:
+        self.stages = tuple(stages)
+        self._first = [0]
+        for stage in self.stages[:-1]:
+            self._first.append(self._first[-1] + (stage.steps or 0))
+
+    def stage_of(self, step: int) -> int:
+        """Index of the stage that a step belongs to; the last one goes on for ever."""
+        return sum(first <= step for first in self._first) - 1
+
+    def rows_of(self, step: int) -> tuple[int, range]:
+        """The stage, and its rows by their number within the stage."""
+        index = self.stage_of(step)
+        stage, inside = self.stages[index], step - self._first[index]
+        return index, range(_rows_before(stage, inside), _rows_before(stage, inside + 1))
+
+    def rows_in(self, index: int) -> int | None:
+        """Rows of a whole stage; None where it has no end."""
+        steps = self.stages[index].steps
+        return (
+            None if index == len(self.stages) - 1 else _rows_before(self.stages[index], steps or 0)
+        )
+
+
+def _rows_before(stage: DataStage, steps: int) -> int:
+    """Rows of the first `steps` steps of a stage: step i of n has from + (rows-from)·i // n."""
+    if stage.ramp_from is None:
+        return steps * stage.batch_rows
+    ramp = np.arange(min(steps, stage.ramp_steps))
+    rows = stage.ramp_from + (stage.batch_rows - stage.ramp_from) * ramp // stage.ramp_steps
+    return int(rows.sum()) + (steps - len(ramp)) * stage.batch_rows
+
+
+def balanced_order(tokens_RS: Ints, key: int, group: int) -> Ints:
+    """Rows in an order in which every source has its share all the time; empty rows come last.
+
+    `tokens_RS` are the tokens of each source in each row. Among rows in a random order (`key`) the
+    next of a pool is the one that brings the running sums nearest to the shares of the whole; the
+    last two of every `group` are chosen together.
+    """
+    filled = tokens_RS.sum(axis=1)
+    rows = np.flatnonzero(filled)
+    rows = rows[np.argsort(hashes(rows, key), kind="stable")]
+    if tokens_RS.shape[1] > 1 and len(rows):
+        share = tokens_RS.sum(axis=0) / filled.sum()
+        off = tokens_RS[rows] - filled[rows, None] * share
+        rows = rows[_balance(off, group, _POOL)]
+    return np.concatenate([rows, np.flatnonzero(filled == 0)])
+
+
+@numba.njit(cache=True, nogil=True)
+def _balance(off: NDArray[np.float64], group: int, size: int) -> Ints:
+    rows, sources = off.shape
+    order = np.empty(rows, dtype=np.int64)
+    pool = np.arange(min(size, rows))
+    following, running = len(pool), np.zeros(sources)
+    chosen = np.empty(2, dtype=np.int64)
+    place = 0
+    while place < rows:
+        pair = group > 2 and place % group == group - 2 and len(pool) > 1
+        best = np.inf
+        for i in range(len(pool)):
+            for j in range(i if pair else 0, len(pool) if pair else 1):
+                if pair and i == j:
+                    continue
+                norm = 0.0
+                for s in range(sources):
+                    value = running[s] + off[pool[i], s]
+                    if pair:
+                        value += off[pool[j], s]
+                    norm += value * value
+                if norm < best:
+                    best, chosen[0], chosen[1] = norm, i, j
+        for c in range(2 if pair else 1):
+            at = chosen[1 - c] if pair else chosen[0]  # the higher place first
+            row = pool[at]
+            order[place] = row
+            running += off[row]
+            place += 1
+            if following < rows:
+                pool[at] = following
+                following += 1
+            else:
+                pool[at] = pool[len(pool) - 1]
+                pool = pool[: len(pool) - 1]
+    return order

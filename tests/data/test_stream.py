@@ -1,0 +1,256 @@
+"""Mixture, transforms and stages over the produced stream: nothing lost, nothing twice."""
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from data.config import DataConfig
+from data.loader import Loader
+from data.mixture import Schedule, balanced_order
+from data.packing import pack_into
+from data.prepare import prepare
+from data.stream import SourceStream
+from data.tokenizer import Tokenizer
+from data.transforms import fim_ids, split_table
+
+
+@pytest.fixture(scope="module")
+def mixed(config: DataConfig, documents: list[str], tmp_path_factory: pytest.TempPathFactory):
+    """Two sources, one of code, over the tokenizer of `config`."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for name, texts in (("code", documents[:-200]), ("prose", documents[-200:])):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    sources = [
+        {"name": name, "paths": [str(folder / f"{name}.jsonl")], "domain": name}
+        for name in ("code", "prose")
+    ]
+    fields = {"sources": sources, "shards": str(folder / "shards"), "heldout_fraction": 0.0}
+    made = DataConfig.model_validate(config.model_dump() | fields)
+    prepare(made, progress=False)
+    return made
+
+
+def changed(config: DataConfig, **fields: object) -> DataConfig:
+    return DataConfig.model_validate(config.model_dump() | fields)
+
+
+def stream(loader: Loader, steps: int) -> dict[tuple[str, int, int], list[int]]:
+    """The tokens of every (source, epoch, document) of the first steps, put together by place."""
+    found: dict[tuple[str, int, int], dict[int, list[int]]] = defaultdict(dict)
+    for step in range(steps):
+        _, numbers = loader.schedule.rows_of(step)
+        for place, batch in zip(range(len(numbers)), loader.whole(step), strict=True):
+            at = loader.row_at(step, place)
+            assert at is not None
+            window, row = at
+            position = 0
+            for which, start, length in window.packed.row(row):
+                name = loader.sources[window.source[which]].name
+                key = (name, int(window.epoch[which]), int(window.document[which]))
+                piece = slice(position, position + length)
+                inputs = batch.tokens[0, piece].tolist()
+                outputs = batch.targets[0, piece].tolist()
+                assert inputs[1:] == outputs[:-1]
+                assert start not in found[key]  # nothing twice
+                found[key][start] = [*inputs, outputs[-1]]
+                position += length
+    whole = {}
+    for key, pieces in found.items():
+        tokens: list[int] = []
+        for start in sorted(pieces):
+            if start != max(len(tokens) - 1, 0):
+                break  # goes on after these steps, or began before them
+            tokens = tokens[:start] + pieces[start]
+        whole[key] = tokens
+    return whole
+
+
+def restored(tokens: list[int], fim: list[int]) -> list[int]:
+    """Inverse of PSM and SPM, in a few lines."""
+    begin, hole, end = fim
+    if tokens[1] != begin:
+        return tokens
+    i, j = tokens.index(hole), tokens.index(end)
+    prefix, suffix, middle = tokens[2:i], tokens[i + 1 : j], tokens[j + 1 : -1]
+    return [tokens[0], *prefix, *middle, *suffix, tokens[-1]]
+
+
+def merges_to(tokens: list[int], original: list[int], table: np.ndarray) -> int | None:
+    """How many tokens of `original` are split in `tokens`; None where they differ otherwise."""
+    place = splits = 0
+    for token in original:
+        if tokens[place] == token:
+            place += 1
+        elif tokens[place : place + 2] == table[token].tolist():
+            place, splits = place + 2, splits + 1
+        else:
+            return None
+    return splits if place == len(tokens) else None
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concatenate"])
+@pytest.mark.parametrize("spm", [0.0, 1.0])
+def test_every_document_comes_back(mixed: DataConfig, packing: str, spm: float) -> None:
+    transforms = {"fim_rate": 0.5, "fim_spm": spm, "split_share": 0.5}
+    loader = Loader(changed(mixed, transforms=transforms, packing=packing), seed=4)
+    tokenizer = Tokenizer(mixed.tokenizer.path)
+    table, ids = split_table(tokenizer), fim_ids(tokenizer).tolist()
+    assert (table[:, 0] >= 0).any()
+    for left, right in table[table[:, 0] >= 0].tolist():
+        text = tokenizer.decode([left, right])
+        assert text == tokenizer.decode([left]) + tokenizer.decode([right]) and "\n" in text
+    whole = stream(loader, loader.num_steps)
+    fims, splits, able = Counter(), 0, 0
+    for source in loader.sources:
+        numbers = {number for name, epoch, number in whole if (name, epoch) == (source.name, 0)}
+        assert numbers == set(range(source.documents))
+        for number in numbers:
+            tokens = whole[source.name, 0, number]
+            original = loader._document(source, number).tolist()
+            fims[source.name] += tokens[1] == ids[0]
+            found = merges_to(restored(tokens, ids), original, table)
+            assert found is not None
+            assert tokenizer.decode(restored(tokens, ids)) == tokenizer.decode(original)
+            splits += found
+            able += int((table[original, 0] >= 0).sum())
+    assert fims["prose"] == 0
+    assert 0.2 < fims["code"] / loader.sources[0].documents < 0.8
+    assert splits / able == pytest.approx(0.5, abs=0.05)
+
+
+def test_shares_follow_the_weights(mixed: DataConfig) -> None:
+    weights = {"code": 0.3, "prose": 0.7}
+    loader = Loader(changed(mixed, weights=weights, packing_window=2000), seed=0)
+    code = []
+    for step in range(200):
+        tokens = Counter()
+        for place in range(12):
+            at = loader.row_at(step, place)
+            assert at is not None
+            for which, _, length in at[0].packed.row(at[1]):
+                tokens[loader.sources[at[0].source[which]].name] += length
+        code.append((tokens["code"], tokens["code"] + tokens["prose"]))
+    ends = np.concatenate([[[0, 0]], np.cumsum(code, axis=0)])
+    off = ends[:, 0] - 0.3 * ends[:, 1]
+    assert off.max() - off.min() <= 2 * 64  # any run of steps is right to two rows
+    seen = loader.epochs_of(200)
+    assert seen["prose"] > 1 and seen["code"] > 0
+
+
+def test_stages_go_on_where_the_last_ended(mixed: DataConfig) -> None:
+    stages = [
+        {"steps": 7, "row_length": 64, "batch_rows": 12, "ramp_from": 4, "ramp_steps": 5},
+        {"steps": 3, "row_length": 256, "batch_rows": 4, "weights": {"code": 1, "prose": 1}},
+        {"row_length": 128, "batch_rows": 8, "micro_rows": 2},
+    ]
+    loader = Loader(changed(mixed, stages=stages), seed=1)
+    assert [len(loader.schedule.rows_of(step)[1]) for step in range(8)] == [
+        *(4, 5, 7, 8, 10, 12, 12, 4)
+    ]
+    assert [tuple(b.tokens.shape) for b in loader.at(10)] == [(2, 128)] * 4
+    whole = stream(loader, 12)
+    for source in loader.sources:
+        for number in range(source.documents):
+            tokens = whole.get((source.name, 0, number), [])
+            if tokens and tokens[-1] == loader.manifest.eos_id and tokens[1] < 900:
+                assert tokens == loader._document(source, number).tolist()
+    starts = [loader._edges(i, loader.schedule.rows_in(i) or 0) for i in (0, 1)]
+    assert starts == loader._offsets[1:]
+
+
+def test_schedule_counts_rows() -> None:
+    """Rows of consecutive steps follow each other without gap."""
+    config = {"steps": 4, "row_length": 8, "batch_rows": 10, "ramp_from": 1, "ramp_steps": 4}
+    stage = DataConfig.model_fields["stages"].annotation.__args__[0](**config)
+    schedule = Schedule([stage, stage])
+    rows = [schedule.rows_of(step) for step in range(4)]
+    assert [r.start for _, r in rows[1:]] == [r.stop for _, r in rows[:-1]]
+    assert schedule.rows_in(0) == rows[-1][1].stop
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pack_into_loses_nothing(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    length = rng.integers(6, 9, 50)  # best fit wastes a third
+    rows = -(-int(length.sum()) // 12)
+    document, start = np.arange(50), np.zeros(50, dtype=np.int64)
+    packed = pack_into(document, start, length, 12, rows)
+    used = [sum(p[2] for p in packed.row(r)) for r in range(rows)]
+    assert max(used) <= 12 and sum(used) == length.sum()
+    covered = [
+        (d, p)
+        for d, s, n in zip(packed.document, packed.start, packed.length, strict=True)
+        for p in range(s, s + n)
+    ]
+    assert sorted(covered) == [(d, p) for d in range(50) for p in range(length[d])]
+
+
+def test_balanced_order_is_an_order_and_balances() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.choice([0, 100, 30, 55], 4000, p=[0.4, 0.4, 0.1, 0.1])
+    tokens = np.stack([first, 100 - first], axis=1)
+    order = balanced_order(tokens, 1, 8)
+    assert sorted(order) == list(range(4000))
+    off = np.cumsum(tokens[order, 0] - tokens[:, 0].mean())
+    assert np.abs(off).max() <= 100
+    plain = np.cumsum(tokens[:, 0] - tokens[:, 0].mean())
+    assert np.abs(plain).max() > 300
+
+
+def test_epochs_differ_in_their_transforms(mixed: DataConfig) -> None:
+    loader = Loader(changed(mixed, transforms={"fim_rate": 0.5}), seed=4)
+    whole = stream(loader, 2 * loader.num_steps - 1)
+    both = [n for s, e, n in whole if s == "code" and e == 1 and ("code", 0, n) in whole]
+    assert any(whole["code", 0, n][:9] != whole["code", 1, n][:9] for n in both)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"weights": {"code": -1.0}}, "at least 0"),
+        ({"weights": {"code": float("nan")}}, "at least 0"),
+        ({"weights": {"code": 0.0, "prose": 0.0}}, "sum to 0"),
+        ({"weights": {"cod": 1.0}}, "the sources are code, prose"),
+        ({"stages": [{"row_length": 8, "batch_rows": 2}] * 2}, "needs `steps`"),
+        ({"stages": [{"row_length": 8, "batch_rows": 2, "ramp_steps": 2}]}, "a ramp needs both"),
+    ],
+)
+def test_refused(mixed: DataConfig, fields: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        changed(mixed, **fields)
+
+
+def test_a_damaged_count_is_made_again(mixed: DataConfig) -> None:
+    config = changed(mixed, transforms={"split_share": 0.5})
+    first = Loader(config, seed=0).at(3)[0]
+    for file in Path(config.shards).rglob("*.splittable.npy"):
+        file.write_bytes(file.read_bytes()[:50])
+    assert (Loader(config, seed=0).at(3)[0].tokens == first.tokens).all()
+
+
+@pytest.mark.parametrize("blocks", [1 << 19, 7])
+def test_a_line_is_its_documents_and_windows_end_between_pieces(
+    blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.stream._MAX_BLOCKS", blocks)
+    lengths = np.random.default_rng(0).integers(2, 40, 50)
+    source = SourceStream("a", "code", [SimpleNamespace(sequence_lengths=lengths)], 5)
+    line = [  # every position of the first two epochs
+        (e, d, p)
+        for e, d, first, last in zip(
+            *vars(source.between(0, 2 * source.positions)).values(), strict=True
+        )
+        for p in range(first, last)
+    ]
+    expected = [(e, d, p) for e in (0, 1) for d in range(50) for p in range(lengths[d] - 1)]
+    assert len(line) == len(expected) and set(line) == set(expected)
+    for place in range(2 * source.positions):
+        snapped = source.snapped(place, 16, 16)
+        assert snapped == place - line[place][2] % 16
+        assert source.snapped(place, 16, 0) in (place, snapped)
