@@ -5,10 +5,35 @@ Defaults are those of V4 Flash (REP 4.2, where REP is the V4 report, arXiv 2606.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Decay = Annotated[float, Field(ge=0.0, le=1.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
+Factor = Annotated[float, Field(ge=0.0)]
+
+GROUPS = (
+    "embedding",
+    "head",
+    "norms",
+    "hyper_connections",
+    "attention",
+    "compressor",
+    "indexer",
+    "router",
+    "experts",
+    "shared_experts",
+    "mtp",
+)
+"""The groups of parameters that settings can name; optim/partition.py says what is in them."""
+
+
+def _known_group(name: str) -> str:
+    if name not in GROUPS:
+        raise ValueError(f"there is no group '{name}'; the groups are {', '.join(GROUPS)}")
+    return name
+
+
+Group = Annotated[str, AfterValidator(_known_group)]
 
 
 class _Strict(BaseModel):
@@ -46,16 +71,26 @@ class ScheduleConfig(_Strict):
 
 
 class MuonConfig(_Strict):
-    """Muon with the hybrid Newton–Schulz iteration."""
+    """Muon; where its options come from stands in docs/muon.md."""
 
     momentum: Momentum = 0.95
+    momentum_start: Momentum = 0.85
+    """Momentum of the first step, where `momentum_warmup_steps` is not 0."""
+    momentum_warmup_steps: int = Field(0, ge=0)
+    """Steps in which the momentum grows linearly to `momentum`; V4 has none."""
     weight_decay: Decay = 0.1
     update_rms: float = Field(0.18, gt=0.0)
     """Root mean square of every update, before the learning rate; makes AdamW's rates fit Muon."""
+    newton_schulz: Literal["hybrid", "polar_express"] = "hybrid"
+    """The coefficients: V4's two sets, or those of Polar Express."""
     coarse_steps: int = Field(8, ge=0)
-    """Newton–Schulz steps with the coefficients that lift small singular values."""
+    """Hybrid: steps with the coefficients that lift small singular values."""
     fine_steps: int = Field(2, ge=0)
-    """Newton–Schulz steps with the coefficients that converge to 1."""
+    """Hybrid: steps with the coefficients that converge to 1."""
+    polar_express_steps: int = Field(8, ge=1)
+    """Polar Express: steps; all singular values from 1e-3 upwards are at 1 after 8."""
+    gram: bool = False
+    """Iterate on the Gram matrix of matrices at least twice as long as wide: fewer operations."""
     newton_schulz_precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is bf16 on accelerators, as in the report, and fp32 on CPU."""
     query_matrices: Literal["whole", "per_head"] = "whole"
@@ -63,6 +98,19 @@ class MuonConfig(_Strict):
     batch_bytes: int | None = Field(None, ge=1)
     """Most fp32 bytes of same-shape matrices that go through Newton–Schulz at once. Where null:
     2 MiB on CPU, which stays in its cache, and 256 MiB on accelerators."""
+    qk_clip: float | None = Field(None, gt=0.0)
+    """MuonClip's largest attention logit, for models without a query norm: V4 has one, so that
+    anything but null is refused."""
+
+    @field_validator("qk_clip")
+    @classmethod
+    def _bounded_already(cls, threshold: float | None) -> float | None:
+        if threshold is not None:
+            raise ValueError(
+                f"{threshold:g} asks for MuonClip, which is for models without a query norm; V4 "
+                "normalises queries and keys, so that its attention logits are bounded: use null"
+            )
+        return threshold
 
 
 class AdamWConfig(_Strict):
@@ -82,6 +130,15 @@ class OptimConfig(_Strict):
     """Peak learning rate, of Muon and AdamW alike."""
     clip_norm: float | None = Field(1.0, gt=0.0)
     """Largest global gradient norm (V3); null never clips."""
+    max_skipped_steps: int = Field(3, ge=0)
+    """Steps in a row that are skipped because loss or gradients are not finite; one more ends the
+    run."""
+    matrix_optimizer: Literal["muon", "adamw"] = "muon"
+    """What updates the matrices; adamw, for everything, is the baseline to compare Muon with."""
+    learning_rate_factors: dict[Group, Factor] = {}
+    """By group of parameters, what its learning rate is multiplied by; 1 where none is given."""
+    no_weight_decay: tuple[Group, ...] = ()
+    """Groups of parameters without weight decay; V4 decays all."""
     schedule: ScheduleConfig = ScheduleConfig()
     muon: MuonConfig = MuonConfig()
     adamw: AdamWConfig = AdamWConfig()

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from optim.config import MuonConfig
-from optim.newton_schulz import newton_schulz
+from optim.newton_schulz import hybrid_steps, newton_schulz, polar_express_steps
+
+
+def momentum_at(config: MuonConfig, step: int) -> float:
+    """μ of update number `step`, counted from 0: linear from `momentum_start`, then constant."""
+    if step >= config.momentum_warmup_steps:
+        return config.momentum
+    share = step / config.momentum_warmup_steps
+    return config.momentum_start + share * (config.momentum - config.momentum_start)
 
 
 def look_ahead(momentum_NRC: Tensor, gradient_NRC: Tensor, mu: float) -> Tensor:
@@ -26,8 +34,12 @@ def orthogonal_update(direction_NRC: Tensor, config: MuonConfig) -> Tensor:
     every full-rank update the same RMS, whatever its shape. fp32, whatever the precision inside.
     """
     dtype = newton_schulz_dtype(config, direction_NRC.device)
-    update_NRC = newton_schulz(direction_NRC, config.coarse_steps, config.fine_steps, dtype)
-    return update_NRC.float() * (config.update_rms * max(direction_NRC.shape[-2:]) ** 0.5)
+    if config.newton_schulz == "polar_express":
+        steps = polar_express_steps(config.polar_express_steps)
+    else:
+        steps = hybrid_steps(config.coarse_steps, config.fine_steps)
+    update_NRC = newton_schulz(direction_NRC, steps, dtype, config.gram).float()
+    return update_NRC.mul_(config.update_rms * max(direction_NRC.shape[-2:]) ** 0.5)
 
 
 def apply_update_(

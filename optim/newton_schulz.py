@@ -1,49 +1,122 @@
-"""The nearest semi-orthogonal matrix by the hybrid Newton–Schulz iteration.
+"""The nearest semi-orthogonal matrix by Newton–Schulz iterations of degree 5.
 
-Source of the steps and coefficients: the Muon section of the V4 report, arXiv 2606.19348.
 Letters: N matrices, R rows, C columns. Each step maps every singular value s to
-a·s + b·s³ + c·s⁵ and leaves the singular vectors alone. Coarse steps lift small values fast but
-only to somewhere around 1; fine steps then converge to 1.
+a·s + b·s³ + c·s⁵ and leaves the singular vectors alone. Two published lists of coefficients:
+
+- hybrid (the Muon section of the V4 report, arXiv 2606.19348): coarse steps lift small values fast
+  but only to somewhere around 1; fine steps then converge to 1.
+- Polar Express (arXiv 2505.16932, Algorithm 1): every step has the best polynomial for the interval
+  that the step before left, from singular values of 1e-3 upwards.
 """
 
 import torch
 from torch import Tensor
 
-COARSE = (3.4445, -4.7750, 2.0315)
-FINE = (2.0, -1.5, 0.5)
+Step = tuple[float, float, float]
+
+COARSE: Step = (3.4445, -4.7750, 2.0315)
+FINE: Step = (2.0, -1.5, 0.5)
+POLAR_EXPRESS: tuple[Step, ...] = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+)
+POLAR_EXPRESS_LIMIT: Step = (1.875, -1.25, 0.375)
+"""All later steps."""
+POLAR_EXPRESS_SAFETY = 1.01
+"""Rounding may push a singular value above 1, where the early polynomials diverge."""
+GRAM_RESTART = 2
+"""Steps on one Gram matrix. Squaring loses small singular values to rounding, and a Gram matrix
+that got a negative eigenvalue diverges within few steps; made anew it has none."""
+
+
+def hybrid_steps(coarse: int = 8, fine: int = 2) -> tuple[Step, ...]:
+    """V4's coefficients, one entry per step."""
+    return (COARSE,) * coarse + (FINE,) * fine
+
+
+def polar_express_steps(steps: int) -> tuple[Step, ...]:
+    """The published coefficients of the first `steps`, with the published safety factor."""
+    safe = [
+        (a / POLAR_EXPRESS_SAFETY, b / POLAR_EXPRESS_SAFETY**3, c / POLAR_EXPRESS_SAFETY**5)
+        for a, b, c in POLAR_EXPRESS
+    ]
+    return tuple((safe + [POLAR_EXPRESS_LIMIT] * steps)[:steps])
 
 
 def newton_schulz(
     matrices_NRC: Tensor,
-    coarse_steps: int = 8,
-    fine_steps: int = 2,
+    steps: tuple[Step, ...] = hybrid_steps(),
     dtype: torch.dtype = torch.float32,
+    gram: bool = False,
 ) -> Tensor:
     """U·Vᵀ of each matrix U·S·Vᵀ: [N, R, C] (or [R, C]) in, the same shape out, in `dtype`.
 
-    Singular values end in [0.999, 1.001] in fp32 and about [0.993, 1.007] in bf16, if they were at
-    least about 1e-4 of the matrix's Frobenius norm. A zero matrix stays zero. The scale of the
-    input does not matter. Each matrix is treated alone, however many are given.
+    With V4's steps singular values end in [0.999, 1.001] in fp32 and about [0.993, 1.007] in bf16,
+    if they were at least about 1e-4 of the matrix's Frobenius norm. A zero matrix stays zero. The
+    scale of the input does not matter. Each matrix is treated alone, however many are given.
+
+    `gram` iterates on the Gram matrices of matrices at least twice as wide as high (or as high as
+    wide), which is the same in exact arithmetic with fewer operations. Not differentiable.
     """
     if matrices_NRC.dim() == 2:
-        return newton_schulz(matrices_NRC[None], coarse_steps, fine_steps, dtype)[0]
+        return newton_schulz(matrices_NRC[None], steps, dtype, gram)[0]
     if matrices_NRC.size(1) > matrices_NRC.size(2):  # the Gram matrix shall be the small one
-        return newton_schulz(matrices_NRC.mT, coarse_steps, fine_steps, dtype).mT
-    x_NRC = _unit_norm(matrices_NRC).to(dtype)
-    for a, b, c in [COARSE] * coarse_steps + [FINE] * fine_steps:
+        return newton_schulz(matrices_NRC.mT, steps, dtype, gram).mT
+    with torch.no_grad():
+        x_NRC = _unit_norm(matrices_NRC).to(dtype)
+        if gram and matrices_NRC.size(2) >= 2 * matrices_NRC.size(1):
+            return _on_gram(x_NRC, steps)
+        return _on_matrices(x_NRC, steps)
+
+
+def _on_matrices(x_NRC: Tensor, steps: tuple[Step, ...]) -> Tensor:
+    """Three products a step, in four buffers."""
+    other_NRC = torch.empty_like(x_NRC)
+    gram_NRR = x_NRC.new_empty(x_NRC.size(0), x_NRC.size(1), x_NRC.size(1))
+    polynomial_NRR = torch.empty_like(gram_NRR)
+    for a, b, c in steps:
+        torch.bmm(x_NRC, x_NRC.mT, out=gram_NRR)
+        torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c, out=polynomial_NRR)
+        torch.baddbmm(x_NRC, polynomial_NRR, x_NRC, beta=a, out=other_NRC)
+        x_NRC, other_NRC = other_NRC, x_NRC
+    return x_NRC
+
+
+def _on_gram(x_NRC: Tensor, steps: tuple[Step, ...]) -> Tensor:
+    """The same steps on Gram matrices: P = aI + bG + cG² gives G ← PGP and X ← PX.
+
+    The products P of GRAM_RESTART steps are gathered before they touch X; then G is made anew.
+    """
+    for first in range(0, len(steps), GRAM_RESTART):
+        group = steps[first : first + GRAM_RESTART]
         gram_NRR = torch.bmm(x_NRC, x_NRC.mT)
-        polynomial_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
-        x_NRC = torch.baddbmm(x_NRC, polynomial_NRR, x_NRC, beta=a)
+        product_NRR = None
+        for index, (a, b, c) in enumerate(group):
+            polynomial_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
+            polynomial_NRR.diagonal(dim1=1, dim2=2).add_(a)
+            if index + 1 < len(group):
+                gram_NRR = polynomial_NRR @ gram_NRR @ polynomial_NRR
+            product_NRR = (
+                polynomial_NRR if product_NRR is None else torch.bmm(polynomial_NRR, product_NRR)
+            )
+        if product_NRR is not None:
+            x_NRC = torch.bmm(product_NRR, x_NRC)
     return x_NRC
 
 
 def _unit_norm(matrices_NRC: Tensor) -> Tensor:
-    """Each matrix over its Frobenius norm, in fp32.
+    """Each matrix over its Frobenius norm, in fp32; a new tensor.
 
     Dividing by the largest entry first keeps squares of tiny gradients from vanishing; after it
     the norm is at least 1 unless the matrix is zero, so no eps distorts anything.
     """
-    x_NRC = matrices_NRC.float()
-    largest_N11 = x_NRC.abs().amax(dim=(1, 2), keepdim=True)
-    x_NRC = x_NRC / largest_N11.clamp_min(torch.finfo(torch.float32).tiny)
-    return x_NRC / torch.linalg.vector_norm(x_NRC, dim=(1, 2), keepdim=True).clamp_min(1.0)
+    largest_N11 = torch.linalg.vector_norm(
+        matrices_NRC.float(), torch.inf, dim=(1, 2), keepdim=True
+    )
+    x_NRC = matrices_NRC / largest_N11.clamp_min(torch.finfo(torch.float32).tiny)
+    return x_NRC.div_(torch.linalg.vector_norm(x_NRC, dim=(1, 2), keepdim=True).clamp_min(1.0))

@@ -23,7 +23,7 @@ from torch.optim.adamw import adamw
 
 from optim.config import OptimConfig
 from optim.errors import OptimError
-from optim.muon import apply_update_, look_ahead, orthogonal_update
+from optim.muon import apply_update_, look_ahead, momentum_at, orthogonal_update
 from optim.partition import Assignment, Shape
 from optim.shard import Shard
 
@@ -148,11 +148,12 @@ class Optimizer:
 
     def _adamw_step(self, learning_rate: float, gradients: Mapping[str, Tensor]) -> None:
         settings = self.config.adamw
-        groups: dict[float, list[str]] = {}
+        groups: dict[tuple[float, float], list[str]] = {}
         for entry in self._adamw:
             if entry.name in gradients:
-                groups.setdefault(entry.weight_decay, []).append(entry.name)
-        for weight_decay, names in groups.items():
+                group = entry.weight_decay, entry.learning_rate_factor
+                groups.setdefault(group, []).append(entry.name)
+        for (weight_decay, factor), names in groups.items():
             adamw(
                 [self._masters[name] for name in names],
                 [gradients[name].float() for name in names],
@@ -164,14 +165,14 @@ class Optimizer:
                 amsgrad=False,
                 beta1=settings.betas[0],
                 beta2=settings.betas[1],
-                lr=learning_rate,
+                lr=learning_rate * factor,
                 weight_decay=weight_decay,
                 eps=settings.eps,
                 maximize=False,
             )
 
     def _muon_step(self, learning_rate: float, gradients: Mapping[str, Tensor]) -> None:
-        mu = self.config.muon.momentum
+        mu = momentum_at(self.config.muon, self.step_count)
         stacks = [stack for stack in self._muon if stack.entry.name in gradients]
         names = [stack.entry.name for stack in stacks]
         gradients = {name: gradients[name].contiguous() for name in names}
@@ -189,7 +190,8 @@ class Optimizer:
             for piece, part_NRC in zip(batch, update_NRC.split(sizes), strict=True):
                 entry = piece.stack.entry
                 weight_NRC = piece.of(self._masters[entry.name])
-                apply_update_(weight_NRC, piece.own(part_NRC), learning_rate, entry.weight_decay)
+                rate = learning_rate * entry.learning_rate_factor
+                apply_update_(weight_NRC, piece.own(part_NRC), rate, entry.weight_decay)
 
     def _batches(self, stacks: list[_Stack]) -> Iterator[list[_Piece]]:
         """Pieces of equal matrix shape, at most `batch_bytes` together, in the table's order."""

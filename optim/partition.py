@@ -39,31 +39,38 @@ class Assignment:
     optimizer: Literal["adamw", "muon"]
     weight_decay: float
     matrices: tuple[int, int, int] | None
+    learning_rate_factor: float = 1.0
 
 
 _BLOCK = r"(?:layers|mtp)\.\d+\."
 _COMPRESSOR = r"attn\.(?:indexer\.)?compressor\."
 
-# Names are matched whole. The right side says how a Muon weight splits, or that AdamW has it.
-_RULES: tuple[tuple[str, str], ...] = (
-    (r"embed\.weight|head\.weight", "adamw"),
-    (r"norm\.weight", "adamw"),
-    (rf"{_BLOCK}(?:attn_norm|ffn_norm|attn\.q_norm|attn\.kv_norm)\.weight", "adamw"),
-    (rf"{_BLOCK}{_COMPRESSOR}norm\.weight", "adamw"),
-    (r"mtp\.\d+\.(?:enorm|hnorm|norm)\.weight", "adamw"),
-    (rf"{_BLOCK}hc_(?:attn|ffn)_(?:base|scale)|(?:mtp\.\d+\.)?hc_head_(?:base|scale)", "adamw"),
-    (rf"{_BLOCK}attn\.attn_sink|{_BLOCK}{_COMPRESSOR}ape", "adamw"),
-    (rf"{_BLOCK}hc_(?:attn|ffn)_fn|(?:mtp\.\d+\.)?hc_head_fn", "whole"),
-    (rf"{_BLOCK}attn\.(?:wq_a|wkv|wo_b|indexer\.weights_proj)\.weight", "whole"),
-    (rf"{_BLOCK}attn\.wq_b\.weight", "heads"),
-    (rf"{_BLOCK}attn\.indexer\.wq_b\.weight", "index_heads"),
-    (rf"{_BLOCK}attn\.wo_a\.weight", "groups"),
-    (rf"{_BLOCK}attn\.compressor\.(?:wkv|wgate)\.weight", "halves"),
-    (rf"{_BLOCK}attn\.indexer\.compressor\.(?:wkv|wgate)\.weight", "index_halves"),
-    (rf"{_BLOCK}ffn\.gate\.weight", "whole"),
-    (rf"{_BLOCK}ffn\.experts\.w[123]", "experts"),
-    (rf"{_BLOCK}ffn\.shared_experts\.w[123]\.weight", "whole"),
-    (r"mtp\.\d+\.(?:e_proj|h_proj)\.weight", "whole"),
+# Names are matched whole. Then comes how a Muon weight splits, or that AdamW has it, and the group
+# that settings name. Of an MTP block, the group `mtp` is only what joins it to the model.
+_RULES: tuple[tuple[str, str, str], ...] = (
+    (r"embed\.weight", "adamw", "embedding"),
+    (r"head\.weight", "adamw", "head"),
+    (r"norm\.weight", "adamw", "norms"),
+    (rf"{_BLOCK}(?:attn_norm|ffn_norm|attn\.q_norm|attn\.kv_norm)\.weight", "adamw", "norms"),
+    (rf"{_BLOCK}{_COMPRESSOR}norm\.weight", "adamw", "norms"),
+    (r"mtp\.\d+\.(?:enorm|hnorm|norm)\.weight", "adamw", "norms"),
+    (rf"{_BLOCK}hc_(?:attn|ffn)_(?:base|scale)", "adamw", "hyper_connections"),
+    (r"(?:mtp\.\d+\.)?hc_head_(?:base|scale)", "adamw", "hyper_connections"),
+    (rf"{_BLOCK}attn\.attn_sink", "adamw", "attention"),
+    (rf"{_BLOCK}attn\.compressor\.ape", "adamw", "compressor"),
+    (rf"{_BLOCK}attn\.indexer\.compressor\.ape", "adamw", "indexer"),
+    (rf"{_BLOCK}hc_(?:attn|ffn)_fn|(?:mtp\.\d+\.)?hc_head_fn", "whole", "hyper_connections"),
+    (rf"{_BLOCK}attn\.(?:wq_a|wkv|wo_b)\.weight", "whole", "attention"),
+    (rf"{_BLOCK}attn\.indexer\.weights_proj\.weight", "whole", "indexer"),
+    (rf"{_BLOCK}attn\.wq_b\.weight", "heads", "attention"),
+    (rf"{_BLOCK}attn\.indexer\.wq_b\.weight", "index_heads", "indexer"),
+    (rf"{_BLOCK}attn\.wo_a\.weight", "groups", "attention"),
+    (rf"{_BLOCK}attn\.compressor\.(?:wkv|wgate)\.weight", "halves", "compressor"),
+    (rf"{_BLOCK}attn\.indexer\.compressor\.(?:wkv|wgate)\.weight", "index_halves", "indexer"),
+    (rf"{_BLOCK}ffn\.gate\.weight", "whole", "router"),
+    (rf"{_BLOCK}ffn\.experts\.w[123]", "experts", "experts"),
+    (rf"{_BLOCK}ffn\.shared_experts\.w[123]\.weight", "whole", "shared_experts"),
+    (r"mtp\.\d+\.(?:e_proj|h_proj)\.weight", "whole", "mtp"),
 )
 
 
@@ -79,16 +86,20 @@ def build_table(
 
 
 def _assign(name: str, shape: Shape, sizes: MatrixSizes, config: OptimConfig) -> Assignment:
-    rules = [rule for pattern, rule in _RULES if re.fullmatch(pattern, name)]
+    rules = [(rule, group) for pattern, rule, group in _RULES if re.fullmatch(pattern, name)]
     if len(rules) != 1:
         raise OptimError(
             f"parameter '{name}' matches {len(rules)} rules of the optimizer table; every "
             "parameter must match exactly one rule in optim/partition.py"
         )
-    if rules[0] == "adamw":
-        return Assignment(name, shape, "adamw", config.adamw.weight_decay, None)
-    matrices = _split(name, shape, rules[0], sizes, config)
-    return Assignment(name, shape, "muon", config.muon.weight_decay, matrices)
+    rule, group = rules[0]
+    factor = config.learning_rate_factors.get(group, 1.0)
+    matrices = None if rule == "adamw" else _split(name, shape, rule, sizes, config)
+    if matrices is None or config.matrix_optimizer == "adamw":
+        decay = 0.0 if group in config.no_weight_decay else config.adamw.weight_decay
+        return Assignment(name, shape, "adamw", decay, None, factor)
+    decay = 0.0 if group in config.no_weight_decay else config.muon.weight_decay
+    return Assignment(name, shape, "muon", decay, matrices, factor)
 
 
 def _split(
@@ -125,10 +136,10 @@ def render_table(table: list[Assignment]) -> Table:
         stack = "x".join(map(str, entry.matrices)) if entry.matrices else ""
         shape = "x".join(map(str, entry.shape))
         pattern = re.sub(r"\.\d+\.", ".*.", entry.name)
-        lines[pattern, shape, entry.optimizer, stack, f"{entry.weight_decay:g}"] += 1
-    view = Table(
-        Column("parameter", overflow="fold"), "shape", "optimizer", "matrices", "decay", "count"
-    )
+        settings = f"{entry.weight_decay:g}", f"{entry.learning_rate_factor:g}"
+        lines[pattern, shape, entry.optimizer, stack, *settings] += 1
+    name = Column("parameter", overflow="fold")
+    view = Table(name, "shape", "optimizer", "matrices", "decay", "rate", "count")
     for key, count in lines.items():
         view.add_row(*key, str(count))
     return view

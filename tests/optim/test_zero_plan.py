@@ -1,0 +1,101 @@
+"""The assignment of matrices to ranks: even, whole, everything once."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from model.config import ModelConfig
+from model.shapes import parameter_shapes
+from optim import MatrixSizes, OptimConfig, build_table
+from optim.config import MuonConfig
+from optim.zero_plan import Held, Layout, Load, Summary, newton_schulz_cost, plan_layout
+from tests.optim.debug_parameters import SIZES, shapes
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MUON = MuonConfig()
+
+
+def layouts_of(name: str, ranks: int) -> list[Layout]:
+    """Experts and everything else of a shipped model that `ranks` ranks hold whole."""
+    model = ModelConfig(**yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"])
+    sizes = MatrixSizes(
+        model.o_groups, model.num_attention_heads, model.head_dim, model.index_head_dim
+    )
+    table = build_table(parameter_shapes(model), sizes, OptimConfig())
+    held = [Held(entry, entry.shape) for entry in table]
+    experts = [line for line in held if ".experts." in line.entry.name]
+    others = [line for line in held if line not in experts]
+    return [plan_layout(group, ranks, 1, MUON) for group in (experts, others)]
+
+
+def summary_of(layouts: list[Layout], ranks: int) -> Summary:
+    summary = Summary([Load() for _ in range(ranks)])
+    for rank, load in enumerate(summary.loads):
+        for layout in layouts:
+            load.add(layout, rank, 0, MUON)
+    return summary
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("flash", 64), ("pro", 512)])
+def test_shipped_models_divide_evenly(name: str, ranks: int) -> None:
+    summary = summary_of(layouts_of(name, ranks), ranks)
+    least, mean, most = summary.state_spread
+    assert 0.9 * mean <= least <= most <= 1.1 * mean
+    assert summary.padding < 0.1
+    assert summary.newton_schulz_excess <= 1.15
+    assert f"{most / 2**30:.2f} at most" in summary.words()
+    assert summary.table().row_count >= 1
+
+
+def test_dense_matrices_are_packed_with_the_most_costly_first() -> None:
+    """The 88 largest of Flash are for 64 ranks: padding of 11% is what is reached."""
+    _, dense = layouts_of("flash", 64)
+    assert dense.padding < 0.12
+    assert summary_of([dense], 64).newton_schulz_excess <= 1.15
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 8, 500])
+@pytest.mark.parametrize("homes", [1, 2])
+def test_every_element_has_one_place_and_no_matrix_is_split(ranks: int, homes: int) -> None:
+    table = build_table(shapes(), SIZES, OptimConfig())
+    held = []
+    for entry in table:
+        joined = homes > 1 and "shared_experts.w1" in entry.name
+        local = (entry.shape[0] // homes, *entry.shape[1:]) if joined else entry.shape
+        held.append(Held(entry, local, joined))
+    layout = plan_layout(held, ranks, homes, MUON)
+    ends: dict[str, int] = {}
+    for piece in sorted(layout.pieces, key=lambda piece: (piece.name, piece.start)):
+        assert piece.start == ends.get(piece.name, 0)
+        ends[piece.name] = piece.stop
+        assert (piece.home is not None) == next(
+            h.joined for h in held if h.entry.name == piece.name
+        )
+    assert ends == {line.entry.name: _elements(line) for line in held}
+    for owner in range(ranks):
+        filled = 0
+        for piece in layout.pieces:
+            if piece.owner == owner:
+                assert piece.position == filled
+                filled += piece.size
+        assert filled <= layout.part
+    whole = Counter[str]()
+    for piece in layout.pieces:
+        if piece.matrices is not None:
+            whole[piece.name] += piece.matrices[0]
+            assert piece.state == piece.size * (homes if piece.home is not None else 1)
+    assert whole == {e.name: e.matrices[0] for e in table if e.matrices is not None}
+
+
+def _elements(held: Held) -> int:
+    size = 1
+    for extent in held.local:
+        size *= extent
+    return size
+
+
+def test_cost_counts_the_products_of_a_step() -> None:
+    """Gram and update of [2, 3]: 2·2·2·3 each; the Gram matrix's square: 2·2·2·2."""
+    assert newton_schulz_cost(3, 2, MuonConfig(coarse_steps=1, fine_steps=0)) == 24 + 24 + 16
