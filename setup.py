@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 ROOMS = ("data", "model", "optim", "trainer", "launch")
 
 TEST = [
+    "accelerate>=1.0",
+    "hypothesis>=6.100",
     "import-linter>=2.3",
     "mypy>=1.15",
     "pytest>=8.3",

@@ -1,6 +1,7 @@
 """The `v4` command: reads the config, then starts the work as subprocesses."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,13 @@ Overrides = Annotated[
 ]
 
 
+class ExpertFormat(StrEnum):
+    """How `v4 export` writes the routed experts."""
+
+    AS_TRAINED = "as_trained"
+    MXFP4 = "mxfp4"
+
+
 def _finish(code: int) -> None:
     raise typer.Exit(code)
 
@@ -55,6 +63,12 @@ def data_prepare(config: Config, overrides: Overrides = None) -> None:
     _command("prepare", config, overrides)
 
 
+@data_app.command("report")
+def data_report(config: Config, overrides: Overrides = None) -> None:
+    """Show what the token shards hold, and some rows, in report.html beside them."""
+    _command("data-report", config, overrides)
+
+
 @app.command()
 def train(
     config: Config,
@@ -78,9 +92,16 @@ def evaluate(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def export(config: Config, out: Path, overrides: Overrides = None) -> None:
+def export(
+    config: Config,
+    out: Path,
+    overrides: Overrides = None,
+    experts: Annotated[
+        ExpertFormat, typer.Option(help="mxfp4 packs the routed experts as the official release.")
+    ] = ExpertFormat.AS_TRAINED,
+) -> None:
     """Write the newest checkpoint as a Hugging Face folder."""
-    _command("export", config, overrides, str(out))
+    _command("export", config, overrides, str(out), f"--experts={experts.value}")
 
 
 @app.command("import")
@@ -91,7 +112,9 @@ def import_(source: Path, config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def report(config: Config, overrides: Overrides = None) -> None:
-    """Draw the run's curves into report.html."""
+    """Draw the run's curves, or the comparison of a sweep's trials, into report.html."""
+    if (Path(config) / "sweep.json").is_file():
+        _finish(processes.run(processes.command("sweep-report", config)))
     _command("report", config, overrides)
 
 
@@ -130,6 +153,21 @@ def plan(
     flags = ["--dry-run"] * dry_run + ["--measure"] * measure
     command = processes.command("plan", config, *(overrides or []), f"--processes={nproc}", *flags)
     _finish(processes.run(command))
+
+
+@app.command()
+def sweep(
+    file: Annotated[str, typer.Argument(help="Sweep file in wandb's format.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the trials; by default runs/sweep-NAME.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Trials at a time.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which random trials are drawn.")] = 0,
+) -> None:
+    """Run a sweep on this machine, or go on with one that was stopped."""
+    from launch.sweep import run_sweep  # optuna takes a second to import
+
+    _finish(run_sweep(file, out, jobs, seed))
 
 
 @app.command()

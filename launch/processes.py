@@ -46,7 +46,7 @@ def _needs_torchrun(processes: int, restarts: int) -> bool:
 
 def run(arguments: Sequence[str]) -> int:
     """Run a subprocess to its end; returns its exit code."""
-    with subprocess.Popen(arguments, env=_environment(1)) as process:
+    with subprocess.Popen(arguments, env=environment(1)) as process:
         while True:
             try:
                 return process.wait()
@@ -85,7 +85,7 @@ class _Training:
         self.asked: set[int] = set()
         self.process = subprocess.Popen(
             training_command(arguments, processes, restarts),
-            env=_environment(processes),
+            env=environment(processes),
             start_new_session=True,
             stderr=subprocess.PIPE if self.with_torchrun else None,
             text=True,
@@ -153,7 +153,7 @@ class _ErrorFilter:
             self._thread.join()
 
 
-def _environment(processes: int) -> dict[str, str]:
+def environment(processes: int) -> dict[str, str]:
     """Share the cores between the processes, unless the user has said how many threads to use."""
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     return {"OMP_NUM_THREADS": str(threads), **RESTART_ENVIRONMENT, **os.environ}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model import hf
+from model.attention import Attention
 from model.block import Block
 from model.config import ModelConfig
 from model.hyper_connection import head_of_streams, register_hyper_head
@@ -248,8 +249,16 @@ class V4Model(nn.Module):
 
     def routers(self) -> dict[int, Router]:
         """The routers by their rows of ``expert_load``: every layer's, then the MTP block's."""
+        return {row: block.ffn.gate for row, block in self._blocks()}
+
+    def attentions(self) -> dict[int, Attention]:
+        """The attentions by the same rows."""
+        return {row: block.attn for row, block in self._blocks()}
+
+    def _blocks(self) -> list[tuple[int, Block]]:
+        """Those that are here: a part of a whole model has placeholders for the others."""
         blocks = enumerate([*self.layers, *self.mtp])
-        return {row: block.ffn.gate for row, block in blocks if isinstance(block, Block)}
+        return [(row, block) for row, block in blocks if isinstance(block, Block)]
 
     @torch.no_grad()
     def update_router_bias(self, load: Tensor, speed: float = 0.001) -> None:

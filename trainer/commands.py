@@ -30,6 +30,13 @@ def data_prepare(config: RunConfig, options: argparse.Namespace) -> None:
     print(f"{config.data.shards}: {train:,} tokens to train on, {heldout:,} held out")
 
 
+def data_report(config: RunConfig, options: argparse.Namespace) -> None:
+    """Show what the token shards hold in report.html beside them."""
+    from trainer.data_report import write_data_report
+
+    print(f"wrote {write_data_report(config)}")
+
+
 def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     """Loss of the newest checkpoint on the held-out text, beside its unigram entropy."""
     from trainer.evaluate import Heldout
@@ -63,7 +70,7 @@ def export(config: RunConfig, options: argparse.Namespace) -> None:
 
     with told_once() as watch, open_grid() as grid:
         watch.connect(grid)
-        text = export_run(config, Path(options.folder), grid)
+        text = export_run(config, Path(options.folder), grid, experts=options.experts)
         if grid.is_first:
             print(text)
         watch.close()
@@ -81,6 +88,13 @@ def report(config: RunConfig, options: argparse.Namespace) -> None:
     from trainer.report import write_report
 
     print(f"wrote {write_report(config)}")
+
+
+def sweep_report(folder: str, options: argparse.Namespace) -> None:
+    """Compare the trials of a sweep in report.html."""
+    from trainer.report_sweep import write_sweep_report
+
+    print(f"wrote {write_sweep_report(Path(folder))}")
 
 
 def plan(config: RunConfig, options: argparse.Namespace) -> None:
@@ -119,13 +133,14 @@ def sample(folder: str, options: argparse.Namespace) -> None:
 VERBS = {
     "tokenizer-train": tokenizer_train,
     "prepare": data_prepare,
+    "data-report": data_report,
     "eval": evaluate,
     "export": export,
     "import": import_,
     "report": report,
     "plan": plan,
 }
-FOLDER_VERBS = {"demo-corpus": demo_corpus, "sample": sample}
+FOLDER_VERBS = {"demo-corpus": demo_corpus, "sample": sample, "sweep-report": sweep_report}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -154,6 +169,8 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("config", help="config file or run folder")
         if name in ("export", "import"):
             verb.add_argument("folder", help="Hugging Face folder")
+        if name == "export":
+            verb.add_argument("--experts", choices=["as_trained", "mxfp4"], default="as_trained")
         if name == "plan":
             verb.add_argument("--processes", type=int, default=1)
             verb.add_argument("--dry-run", action="store_true", help="memory with activations")

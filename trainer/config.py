@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from data.config import DataConfig
 from model.config import ModelConfig
 from optim.config import OptimConfig
+from trainer.config_deepspeed import problems as deepspeed_problems
 from trainer.config_errors import explain
 from trainer.config_parallel import ParallelConfig
 from trainer.config_source import ConfigError, dump_yaml, read_source
@@ -60,6 +61,9 @@ class MetricsConfig(Section):
 
     every: PositiveInt = 1
     """Steps between plain progress lines, and between points sent to wandb."""
+    layers_every: NaturalInt = 100
+    """Steps between looks at every layer (loads of experts, router biases, sinks), which wait for
+    the device; 0 looks only after the last step."""
     peak_tflops: Annotated[float, Field(gt=0)] | None = None
     """Peak of one device in TFLOP/s at the training precision; with it, `mfu` is reported."""
     wandb: WandbConfig = WandbConfig()
@@ -85,9 +89,14 @@ class RunConfig(Section):
     """Decides initial weights and data order."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` computes in bfloat16 and keeps fp32 master weights in the optimizer."""
-    engine: Literal["native"] = "native"
+    engine: Literal["native", "deepspeed"] = "native"
+    """`deepspeed` leaves gradients and optimizer to DeepSpeed and its ZeRO stages."""
+    deepspeed: dict[str, Any] | None = None
+    """DeepSpeed's own settings, in its format; see docs/deepspeed.md."""
     mtp_loss_weight_in_decay: Annotated[float, Field(ge=0)] | None = 0.1
     """MTP loss weight once the learning rate decays (REP 4.2); null keeps model.mtp_loss_weight."""
+    router_bias_speed: Annotated[float, Field(ge=0)] = 0.001
+    """How far a router's bias moves a step, against the load (V3 2.1.2; V4's own value)."""
     deterministic: bool = False
     """Refuse operations whose result may differ from run to run."""
     model: ModelConfig
@@ -101,6 +110,11 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
         data = self.data
+        if data.stages:
+            raise ValueError(
+                "data.stages is for the loader so far: a training run has rows of one length, from "
+                "data.row_length, data.batch_rows and data.micro_rows; leave data.stages empty"
+            )
         if data.row_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.row_length = {data.row_length} should be at most "
@@ -117,7 +131,7 @@ class RunConfig(Section):
                 f"model.vocab_size = {vocabulary} should be at least data.tokenizer.vocab_size = "
                 f"{ids}"
             )
-        for problem in self.parallel.problems(self.model, data):
+        for problem in (*self.parallel.problems(self.model, data), *deepspeed_problems(self)):
             raise ValueError(problem)
         return self
 
@@ -136,8 +150,9 @@ class RunConfig(Section):
         return self.parallel.sizes(world_size)
 
     def alone(self) -> "RunConfig":
-        """The same run on one process."""
-        return self.model_copy(update={"parallel": ParallelConfig()})
+        """The same run on one process, without DeepSpeed."""
+        alone = {"parallel": ParallelConfig(), "engine": "native", "deepspeed": None}
+        return self.model_copy(update=alone)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ConfigError when the tokenizer has ids that the model has no embedding for."""

@@ -6,6 +6,7 @@ then losses, gradients and expert loads simply add up. So any division of the mo
 tokens over ranks gives the same result.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,7 @@ from data import Batch
 from model import SampleLayout, TokenCounts, V4Model
 from model.flops import training_flops
 from model.transformer import Microbatch
+from optim import Optimizer, clip_
 from trainer.parallel.collectives import sum_
 from trainer.parallel.gradients import Gradients
 from trainer.parallel.grid import Grid
@@ -76,18 +78,33 @@ class _Microbatches(Sequence[Microbatch]):
         )
 
 
-class NativeEngine:
-    """Runs this rank's part of the model; gradients are summed in flat fp32 buckets."""
+class Engine(ABC):
+    """Forward, backward and update. What runs them, and where gradients lie, is a subclass's."""
 
-    def __init__(self, local: LocalModel, grid: Grid, micro_rows: int, row_length: int) -> None:
+    def __init__(self, local: LocalModel, grid: Grid) -> None:
         self.model = local.model
         self.grid = grid
-        self.gradients = Gradients(local, grid)
-        tokens = micro_rows * row_length // grid.sequence.size
         config = local.model.config
-        shape = (tokens, config.hc_mult, config.hidden_size)
-        self.pipeline = Pipeline(local.model, local.stages, grid.pipeline, shape)
         self._flops_of = cache(lambda length: training_flops(config, [length]))
+
+    @abstractmethod
+    def run(self, microbatches: Sequence[Microbatch], tally: Tally, backward: bool) -> None:
+        """Forward of all microbatches into `tally`, and backward if asked.
+
+        Backward leaves the gradient of the sum over all ranks, in place of any earlier one.
+        """
+
+    @abstractmethod
+    def gradient_norm(self) -> Tensor:
+        """Norm of the whole model's gradient after backward, 0-dim fp32; every rank calls it."""
+
+    @abstractmethod
+    def where_not_finite(self) -> str:
+        """Which gradient is not finite, in words; every rank calls it."""
+
+    @abstractmethod
+    def step(self, learning_rate: float, norm: Tensor) -> None:
+        """Clip a gradient of this norm and update the weights."""
 
     def forward_backward(
         self, batches: Sequence[Batch], mtp_loss_weight: float | None = None, stop: bool = False
@@ -99,10 +116,8 @@ class NativeEngine:
         rows = [self._rows(batch) for batch in batches]
         counts, flops, stop = self._agree(rows, stop)
         weight = self.model.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
-        self.gradients.zero_()
         tally = Tally.zeros(self.model, self.grid.device)
-        self.pipeline.run(self._microbatches(rows, counts, weight), tally, backward=True)
-        self.gradients.sum_()
+        self.run(self._microbatches(rows, counts, weight), tally, backward=True)
         lm, mtp, balance = self._over_ranks(tally).losses.unbind(0)
         loss = lm + weight * mtp + balance
         return StepLosses(loss, lm, mtp, balance, tally.load, counts, flops, stop)
@@ -112,7 +127,7 @@ class NativeEngine:
         """Sum of the main head's losses over all ranks' microbatches, 0-dim fp64."""
         tally = Tally.zeros(self.model, self.grid.device)
         microbatches = self._microbatches([self._rows(batch) for batch in batches], _SUMS, 0.0)
-        self.pipeline.run(microbatches, tally, backward=False)
+        self.run(microbatches, tally, backward=False)
         return self._over_ranks(tally).losses[0]
 
     def _over_ranks(self, tally: Tally) -> Tally:
@@ -157,3 +172,47 @@ class NativeEngine:
             numbers[:4] = 0.0
         lm, mtp, routed, flops, stops = sum_(numbers, self.grid.world).tolist()
         return TokenCounts(lm=int(lm), mtp=int(mtp), routed=int(routed)), flops, stops > 0
+
+
+class NativeEngine(Engine):
+    """Runs this rank's part of the model; gradients are summed in flat fp32 buckets."""
+
+    def __init__(
+        self,
+        local: LocalModel,
+        grid: Grid,
+        micro_rows: int,
+        row_length: int,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        super().__init__(local, grid)
+        self.optimizer = optimizer
+        self.gradients = Gradients(local, grid)
+        config = local.model.config
+        tokens = micro_rows * row_length // grid.sequence.size
+        shape = (tokens, config.hc_mult, config.hidden_size)
+        self.pipeline = Pipeline(local.model, local.stages, grid.pipeline, shape)
+
+    def run(self, microbatches: Sequence[Microbatch], tally: Tally, backward: bool) -> None:
+        """As in Engine: the stages' schedule, then one sum of every bucket."""
+        if backward:
+            self.gradients.zero_()
+        self.pipeline.run(microbatches, tally, backward)
+        if backward:
+            self.gradients.sum_()
+
+    def gradient_norm(self) -> Tensor:
+        """As in Engine."""
+        return self.gradients.norm()
+
+    def where_not_finite(self) -> str:
+        """As in Engine."""
+        name = self.gradients.first_not_finite()
+        return "all gradients are finite" if name is None else f"first in the gradient of '{name}'"
+
+    def step(self, learning_rate: float, norm: Tensor) -> None:
+        """As in Engine."""
+        assert self.optimizer is not None
+        if (max_norm := self.optimizer.config.clip_norm) is not None:
+            clip_(self.model.parameters(), norm, max_norm)
+        self.optimizer.step(learning_rate)

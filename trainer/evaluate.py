@@ -6,7 +6,7 @@ import torch
 
 from data import Loader
 from trainer.config import RunConfig
-from trainer.engine import NativeEngine
+from trainer.engine import Engine
 from trainer.parallel.collectives import sum_
 from trainer.parallel.grid import Grid
 
@@ -41,7 +41,7 @@ class Heldout:
         """Nats per target of the best guess that ignores the context, on the same rows."""
         return self.loader.unigram_entropy(self.steps)
 
-    def evaluate(self, engine: NativeEngine) -> Evaluation:
+    def evaluate(self, engine: Engine) -> Evaluation:
         """Loss of the engine's model; every rank of the grid takes part and gets the same."""
         total = torch.zeros((), dtype=torch.float64, device=self.grid.device)
         targets = torch.zeros((), dtype=torch.float64)

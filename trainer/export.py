@@ -7,6 +7,7 @@ has to fit into memory, and nothing else. Several processes share out the shards
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,14 +20,21 @@ from trainer.config import RunConfig
 from trainer.errors import CheckpointError
 from trainer.hf_folder import SHARD_BYTES, refuse_full, write_hf_folder
 from trainer.parallel.grid import Grid
+from trainer.quantised import CONFIG, packed_outline, packed_read
 from trainer.run_checkpoint import newest_of
 from trainer.stored import StoredTensors
 from trainer.tensors import Part, is_state
 from trainer.trainer import DTYPES
 
+ExpertFormat = Literal["as_trained", "mxfp4"]
+
 
 def export_run(
-    config: RunConfig, out: Path, grid: Grid | None = None, shard_bytes: int = SHARD_BYTES
+    config: RunConfig,
+    out: Path,
+    grid: Grid | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    experts: ExpertFormat = "as_trained",
 ) -> str:
     """Write the newest checkpoint as a Hugging Face folder; returns a sentence about it.
 
@@ -50,7 +58,13 @@ def export_run(
         return stored.read({name: tensor.dtype for name, tensor in shard.items()})
 
     name = str(dtype).removeprefix("torch.")
-    write_hf_folder(out, config.model, weights, tokenizer, name, shard_bytes, read, grid)
+    if experts == "as_trained":
+        write_hf_folder(out, config.model, weights, tokenizer, name, shard_bytes, read, grid)
+    else:
+        outline, read_packed = packed_outline(weights, config.model), packed_read(read, dtype)
+        write_hf_folder(
+            out, config.model, outline, tokenizer, name, shard_bytes, read_packed, grid, CONFIG
+        )
     return f"wrote step {saved['step']} of {config.run_dir} to {out}"
 
 

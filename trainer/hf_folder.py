@@ -19,6 +19,7 @@ from model import ModelConfig
 from trainer.errors import ExportError
 from trainer.files import write_synced
 from trainer.parallel.grid import Axis, Grid
+from trainer.quantised import dequantised
 from trainer.together import new_folder, together
 
 Read = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -38,13 +39,14 @@ def write_hf_folder(
     shard_bytes: int = SHARD_BYTES,
     read: Read | None = None,
     grid: Grid | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write what `AutoModelForCausalLM` and `AutoTokenizer` load, all of it or nothing.
 
     `weights` carry official names. They may be on the meta device: `read` then gives the tensors
     of a shard, on the host, just before that is written, and they are dropped behind it. The
-    ranks of `grid` share out the shards. Raises ExportError on all ranks when `folder` is there
-    and not empty, or when it cannot be written.
+    ranks of `grid` share out the shards. `more` goes into config.json, too. Raises ExportError on
+    all ranks when `folder` is there and not empty, or when it cannot be written.
     """
     world = (grid or Grid.single()).world
     refuse_full(folder, world)
@@ -59,7 +61,7 @@ def write_hf_folder(
     def write(aside: Path) -> None:
         shards.write(aside, read or _storable, world)
         if world.is_first:
-            _write_json(aside / "config.json", {**config.to_hf(), "dtype": dtype})
+            _write_json(aside / "config.json", {**config.to_hf(), **(more or {}), "dtype": dtype})
             _write_json(aside / "generation_config.json", generation)
             tokenizer.export_hf(aside)
             shards.write_index(aside)
@@ -151,7 +153,7 @@ def read_hf_config(folder: Path, **training: Any) -> ModelConfig:
 def read_hf_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors files, on the host, in official or transformers' names.
 
-    Raises ExportError for missing or damaged files.
+    FP4 and FP8 weights come dequantised. Raises ExportError for missing or damaged files.
     """
     weights: dict[str, Tensor] = {}
     for path in _weight_files(folder):
@@ -163,6 +165,7 @@ def read_hf_weights(folder: Path) -> dict[str, Tensor]:
             raise ExportError(f"{path}: is missing, though {INDEX} names it") from None
         except SafetensorError as error:
             raise ExportError(f"{path}: is truncated or no safetensors file: {error}") from None
+    weights = dequantised(weights, str(folder))
     if any(_SAVED_BY_TRANSFORMERS.match(name) for name in weights):
         return {_official(name): tensor for name, tensor in weights.items()}
     return weights

@@ -1,5 +1,6 @@
 """What a run reports: `metrics.jsonl`, wandb, and a progress line on the first rank."""
 
+import math
 import time
 
 from trainer.config import RunConfig
@@ -23,12 +24,13 @@ class Metrics:
     def __call__(self, state: TrainState, result: StepResult) -> None:
         record = self.record(state, result)
         self.file.write(record)
-        if state.step % self.config.metrics.every == 0 or "heldout_loss" in record:
+        due = state.step % self.config.metrics.every == 0
+        if due or "heldout_loss" in record or "layers" in record:
             self.wandb.log(record)
         self.progress.update(record)
 
     def record(self, state: TrainState, result: StepResult) -> Record:
-        """The step's object, JSON-ready."""
+        """The step's object, JSON-ready; numbers that are not finite are left out."""
         record: Record = {
             "step": state.step,
             "tokens": state.tokens,
@@ -49,7 +51,15 @@ class Metrics:
             record["mfu"] = record["tflops_per_second"] / (peak * self.world_size)
         if result.heldout_loss is not None:
             record["heldout_loss"] = result.heldout_loss
-        return record
+        if result.layers is not None:
+            record["layers"] = result.layers
+        record["skipped_steps"] = state.skipped_steps
+        # A skipped step may have numbers that JSON has no word for.
+        return {
+            key: value
+            for key, value in record.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
 
     def close(self) -> None:
         """Flush the file, end the progress line and the wandb run."""

@@ -15,7 +15,7 @@ from model import V4Model
 from model.flops import flops_by_part
 from model.sizes import parameter_counts
 from optim import build_table
-from trainer.config import RunConfig
+from trainer.config import ConfigError, RunConfig
 from trainer.dry_run import DryRun, RankMemory, dry_run
 from trainer.parallel.grid import who_is_where
 from trainer.parallel.placement import place_all
@@ -31,8 +31,10 @@ def plan(config: RunConfig, world_size: int, dry: bool = False) -> Iterator[Tabl
     """Steps, tokens, parameters, axes, who is where, stages and memory, one table after another.
 
     With `dry` memory has activations. Raises ConfigError where the config does not fit the
-    processes.
+    processes, or trains with another engine than the native one.
     """
+    if config.engine != "native":
+        raise ConfigError(f"engine = {config.engine}: v4 plan knows the memory of native only")
     sizes = config.sizes(world_size)
     yield summary(config, sizes)
     if world_size > 1:

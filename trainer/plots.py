@@ -3,16 +3,19 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle
 from typing import Any, Literal
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
 
+SERIES_COLORS = ("#3b82c4", "#e07b39", "#2f9e76", "#7a5bb5", "#c24b4b")
 MOST_POINTS = 1200  # more cannot be told apart on a screen
-_INK = "#010203"  # stands for the page's own text colour, see `_to_svg`
-_STYLE: Any = {
+_INK = "#010203"  # stands for the page's own text colour, see `to_svg`
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "v4",
     "font.family": "sans-serif",
@@ -104,7 +107,7 @@ def smooth(values: Sequence[float], reach: int) -> list[float]:
 
 def draw(chart: Chart, records: Sequence[dict[str, Any]]) -> str:
     """The chart as an `<svg>` element."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 3.6) if chart.wide else (5.1, 2.9), layout="constrained")
         axes = figure.subplots()
         for curve in chart.curves:
@@ -121,10 +124,54 @@ def draw(chart: Chart, records: Sequence[dict[str, Any]]) -> str:
         axes.set_ylabel(chart.unit)
         if any(curve.label for curve in chart.curves):
             axes.legend()
-        return _to_svg(figure, chart.title)
+        return to_svg(figure, chart.title)
 
 
-def _to_svg(figure: Figure, title: str) -> str:
+def draw_layers(records: Sequence[dict[str, Any]], key: str, title: str, unit: str) -> str:
+    """A number of every layer over the steps, as a map in colours; an `<svg>` element."""
+    seen = [record for record in records if "layers" in record]
+    seen = seen[:: -(-len(seen) // MOST_POINTS)]
+    rows = len(seen[0]["layers"][key])
+    values = [[record["layers"][key][row] for record in seen] for row in range(rows)]
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(10.4, 1.2 + min(0.16 * rows + 0.5, 6.0)), layout="constrained")
+        axes = figure.subplots()
+        edges = [row - 0.5 for row in range(rows + 1)]
+        steps = [0, *(record["step"] for record in seen)]
+        colours = axes.pcolormesh(steps, edges, values, cmap="viridis")
+        axes.invert_yaxis()
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("step")
+        axes.set_ylabel("layer")
+        bar = figure.colorbar(colours, ax=axes, label=unit)
+        bar.outline.set_visible(False)
+        return to_svg(figure, title)
+
+
+def histogram(title: str, unit: str, series: dict[str, NDArray[np.int64]]) -> str:
+    """Shares of each series over logarithmic classes, as an `<svg>` element."""
+    longest = max((int(values.max()) for values in series.values() if len(values)), default=2)
+    edges = 2.0 ** np.arange(0, np.ceil(np.log2(longest + 1)) + 0.5, 0.5)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.4, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for (label, values), color in zip(series.items(), cycle(SERIES_COLORS), strict=False):
+            if not len(values):
+                continue
+            shares = np.histogram(values, edges)[0] / len(values)
+            axes.stairs(shares, edges, color=color, lw=1.5, label=label)
+            axes.stairs(shares, edges, color=color, alpha=0.15, fill=True)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        axes.set_xlabel(unit)
+        axes.set_ylabel("share of the documents")
+        axes.legend()
+        return to_svg(figure, title)
+
+
+def to_svg(figure: Figure, title: str) -> str:
+    """The figure as an `<svg>` element in the page's text colour."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()

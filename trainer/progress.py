@@ -61,4 +61,5 @@ def describe(record: dict[str, Any], left: timedelta) -> str:
     """`loss 3.214  heldout 3.401  12 345 tokens/s  ETA 0:01:40`."""
     heldout = f"  heldout {record['heldout_loss']:.4f}" if "heldout_loss" in record else ""
     speed = f"{record['tokens_per_second']:,.0f}".replace(",", " ")
-    return f"loss {record['loss']:.4f}{heldout}  {speed} tokens/s  ETA {left}"
+    loss = f"loss {record['loss']:.4f}" if "loss" in record else "loss not finite"
+    return f"{loss}{heldout}  {speed} tokens/s  ETA {left}"

@@ -1,5 +1,6 @@
 """`v4 report`: the curves and facts of a run in one HTML file that needs nothing else."""
 
+import math
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from trainer.config import RunConfig
 from trainer.errors import ReportError
 from trainer.files import write_whole
 from trainer.metrics_file import read_metrics
-from trainer.plots import CHARTS, draw
+from trainer.plots import CHARTS, draw, draw_layers
 
-_CSS = """
+CSS = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #667085; --page: #f7f8fa;
   --card: #ffffff; --line: #e4e7ec; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3;
@@ -41,6 +42,12 @@ svg text { font-family: inherit !important; }
 table { width: 100%; border-collapse: collapse; font-size: 13.5px; }
 td { padding: 4px 0; border-top: 1px solid var(--line); vertical-align: top; }
 td:first-child { color: var(--soft); padding-right: 16px; }
+th { font-weight: 500; color: var(--soft); text-align: right; padding: 4px 0 6px 12px; }
+th:first-child { text-align: left; padding-left: 0; }
+.layers td, .layers th { text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
+.layers td:first-child, .layers th:first-child { text-align: left; }
+.layers td + td { padding-left: 12px; }
 td:last-child { text-align: right; font-variant-numeric: tabular-nums; word-break: break-word; }
 """
 
@@ -76,15 +83,61 @@ def render(config: RunConfig, records: list[dict[str, Any]]) -> str:
         f"<section><h2>{escape(title)}</h2><table>{_rows(rows)}</table></section>"
         for title, rows in _facts(config, last)
     )
-    name = escape(str(config.run_dir))
+    return page(
+        str(config.run_dir),
+        f"DeepSeek-V4 pre-training, step {last['step']:,} of {config.steps:,}",
+        f"<div class=tiles>{tiles}</div><div class=charts>{charts}</div>"
+        f"{_layers(config, records)}<div class=facts>{facts}</div>",
+    )
+
+
+def page(title: str, subtitle: str, body: str) -> str:
+    """A whole HTML page around `body`, which is HTML already."""
+    name = escape(title)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}</title><style>{_CSS}</style></head><body><main><h1>{name}</h1>"
-        f"<p class=sub>DeepSeek-V4 pre-training, step {last['step']:,} of {config.steps:,}</p>"
-        f"<div class=tiles>{tiles}</div><div class=charts>{charts}</div>"
-        f"<div class=facts>{facts}</div></main></body></html>\n"
+        f"<title>{name}</title><style>{CSS}</style></head><body><main><h1>{name}</h1>"
+        f"<p class=sub>{escape(subtitle)}</p>{body}</main></body></html>\n"
     )
+
+
+def _layers(config: RunConfig, records: list[dict[str, Any]]) -> str:
+    """A map of the experts' loads over time, and a table of every layer at the last look."""
+    seen = [record for record in records if "layers" in record]
+    if not seen:
+        return ""
+    title = "Busiest expert of every layer"
+    drawing = draw_layers(seen, "expert_load_max", title, "load over the mean")
+    numbers = seen[-1]["layers"]
+    names = [(name, label) for name, label in _LAYER_COLUMNS if name in numbers]
+    kinds = [*config.model.layer_types, *["window"] * config.model.num_nextn_predict_layers]
+    head = "".join(f"<th>{escape(text)}</th>" for text in ("layer", *(label for _, label in names)))
+    body = ""
+    for row, kind in enumerate(kinds):
+        place = "MTP" if row >= config.model.num_hidden_layers else str(row)
+        router = "hash" if row < config.model.num_hash_layers else "learned"
+        cells = [numbers[name][row] for name, _ in names]
+        body += f"<tr><td>{place}: {kind}, {router}</td>" + "".join(
+            f"<td>{'–' if cell is None else f'{cell:.3g}'}</td>" for cell in cells
+        )
+        body += "</tr>"
+    return (
+        f"<div class=charts><figure class=wide><h2>{title}</h2>{drawing}</figure>"
+        f"<figure class=wide><h2>Layers after step {seen[-1]['step']:,}</h2>"
+        f"<table class=layers><tr>{head}</tr>{body}</table></figure></div>"
+    )
+
+
+_LAYER_COLUMNS = (
+    ("expert_load_max", "busiest expert, over mean"),
+    ("expert_load_entropy", "entropy, 1 is even"),
+    ("experts_dead", "idle experts"),
+    ("router_bias_min", "router bias, least"),
+    ("router_bias_max", "largest"),
+    ("sink_min", "head sink, least"),
+    ("sink_max", "largest"),
+)
 
 
 def _rows(rows: list[tuple[str, Any]]) -> str:
@@ -101,7 +154,7 @@ def _headline(config: RunConfig, records: list[dict[str, Any]]) -> list[tuple[st
     tiles = [
         ("parameters", short(counts.total)),
         ("tokens trained on", short(last["tokens"])),
-        ("final training loss", f"{last['lm_loss']:.4f}"),
+        ("final training loss", f"{last.get('lm_loss', math.nan):.4f}"),
         ("tokens per second, median", short(speeds[len(speeds) // 2])),
     ]
     if heldout:

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from model import V4Model
-from optim import Optimizer
 from trainer.checkpoint import (
     CheckpointFolder,
     check_model,
@@ -19,6 +20,18 @@ from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Placement
 from trainer.state import TrainState
 from trainer.tensors import Part, logical_tensors
+
+
+class Updater(Protocol):
+    """What a checkpoint needs of an optimizer; optim.Optimizer says what each is."""
+
+    step_count: int
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """State by "kind.parameter"; to restore, copy into the tensors of the newest call."""
+
+    def write_parameters(self) -> None:
+        """Take over what was copied into them."""
 
 
 def newest_of(
@@ -57,7 +70,7 @@ class RunCheckpoint:
         config: RunConfig,
         grid: Grid,
         model: V4Model,
-        optimizer: Optimizer,
+        optimizer: Updater,
         tokenizer_hash: str,
         placements: Mapping[str, Placement] | None = None,
     ) -> None:
@@ -86,6 +99,8 @@ class RunCheckpoint:
         self.optimizer.write_parameters()
         self.optimizer.step_count = saved["optimizer_steps"]
         state.step, state.tokens = saved["step"], saved["tokens"]
+        state.skipped_steps = saved.get("skipped_steps", 0)  # older checkpoints never skipped
+        state.skipped_in_row = saved.get("skipped_in_row", 0)
         if state.step > self.config.steps:
             raise CheckpointError(
                 f"{path}: is at step {state.step}, beyond steps = {self.config.steps} of the config"
@@ -105,6 +120,8 @@ class RunCheckpoint:
         return {
             "step": state.step,
             "tokens": state.tokens,
+            "skipped_steps": state.skipped_steps,
+            "skipped_in_row": state.skipped_in_row,
             "optimizer_steps": self.optimizer.step_count,
             "seed": self.config.seed,
             "tokenizer": self.tokenizer_hash,

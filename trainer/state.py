@@ -11,5 +11,9 @@ class TrainState:
     """Optimizer steps done."""
     tokens: int = 0
     """Tokens seen by the model over all steps and ranks, padding not counted."""
+    skipped_steps: int = 0
+    """Of `step`, those without an update, because loss or gradients were not finite."""
+    skipped_in_row: int = 0
+    """Of those, the newest without an update between them."""
     stopping: bool = False
     """All ranks have agreed to end after the current step."""

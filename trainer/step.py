@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from trainer.layers import LayerNumbers
+
 
 @dataclass
 class StepResult:
@@ -26,3 +28,5 @@ class StepResult:
     """From fetching the rows to the end of the update."""
     heldout_loss: float | None = None
     """Set by the evaluation, where one was due after this step."""
+    layers: LayerNumbers | None = None
+    """Of every layer, where a look was due after this step."""

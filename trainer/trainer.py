@@ -7,20 +7,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from data import Batch, Loader, Tokenizer
+from data import Batch, Loader, Prefetcher, Tokenizer
 from model import ModelConfig
-from optim import MatrixSizes, Optimizer, build_table, clip_
+from model.kernel_choices import describe, kernel_choices
+from optim import Assignment, MatrixSizes, Optimizer, build_table
 from optim.schedule import in_decay, schedule
 from trainer.config import RunConfig
-from trainer.engine import NativeEngine, StepLosses
+from trainer.engine import Engine, NativeEngine, StepLosses
 from trainer.errors import DivergedError, SaveError
 from trainer.evaluate import Heldout
 from trainer.files import write_whole
+from trainer.layers import layer_numbers
 from trainer.metrics import Metrics
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel, localise
 from trainer.parallel.shards import shards_of
-from trainer.run_checkpoint import RunCheckpoint
+from trainer.run_checkpoint import RunCheckpoint, Updater
 from trainer.signals import StopRequest
 from trainer.state import TrainState
 from trainer.step import StepResult
@@ -44,12 +46,13 @@ class Trainer:
         tokenizer = Tokenizer(config.data.tokenizer.path)
         config.check_vocabulary(tokenizer.vocab_size)
         self.loader = Loader(config.data, config.seed, grid.data.rank, grid.data.size)
+        pin = grid.device.type == "cuda"
+        self.batches = Prefetcher(self.loader.at, config.data.prefetch, config.steps, pin)
         self.heldout: Heldout | None = None
         if self.loader.manifest.of_split("heldout"):
             self.heldout = Heldout(config, grid, config.evaluation.rows)
-        local, self.optimizer = build(config, grid)
+        local, self.engine, self.optimizer = open_engine(config, grid)
         self.model = local.model
-        self.engine = make_engine(config, local, grid)
         self.checkpoint = RunCheckpoint(
             config, grid, self.model, self.optimizer, tokenizer.hash, local.placements
         )
@@ -61,27 +64,59 @@ class Trainer:
         self._open()
         while self.state.step < self.config.steps and not self.state.stopping:
             start = time.perf_counter()
-            result = self.step(self.loader.at(self.state.step))
+            result = self.step(self.batches.at(self.state.step))
             result.seconds = time.perf_counter() - start
             self.state.step += 1
             self.state.tokens += result.tokens
             for due in self.periodic:  # evaluation, metrics, checkpoint
                 due(self.state, result)
+        self.batches.close()
         if self.metrics is not None:
             self.metrics.close()
         return self.state
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
-        """One optimizer step on this rank's microbatches of a global batch."""
+        """One optimizer step on this rank's microbatches of a global batch.
+
+        Without finite loss and gradients it leaves weights and router biases alone, and counts.
+        """
         losses = self.engine.forward_backward(batches, self._mtp_weight(), self.stop.made)
         self.state.stopping = losses.stop
-        norm = self.engine.gradients.norm()
+        norm = self.engine.gradient_norm()
         result = self._on_host(losses, norm)  # the only wait for the device in a step
-        if (max_norm := self.config.optim.clip_norm) is not None:
-            clip_(self.model.parameters(), norm, max_norm)
-        self.optimizer.step(result.learning_rate)
-        self.model.update_router_bias(losses.expert_load)
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+            self.state.skipped_in_row = 0
+            self._update(result, losses, norm)
+        else:
+            self._skip(result)
+        if self._is_due(self.config.metrics.layers_every, self.state.step + 1):
+            result.layers = layer_numbers(self.model, losses.expert_load, self.grid)
         return result
+
+    def _update(self, result: StepResult, losses: StepLosses, norm: Tensor) -> None:
+        self.engine.step(result.learning_rate, norm)
+        self.model.update_router_bias(losses.expert_load, self.config.router_bias_speed)
+
+    def _skip(self, result: StepResult) -> None:
+        """Count and tell a step without an update. Raises DivergedError for too many in a row."""
+        self.state.skipped_steps += 1
+        self.state.skipped_in_row += 1
+        where = self.engine.where_not_finite()
+        what = (
+            f"step {self.state.step + 1}: the loss is {result.loss}, the gradient norm "
+            f"{result.grad_norm}, {where}"
+        )
+        most = self.config.optim.max_skipped_steps
+        if self.state.skipped_in_row > most:
+            raise DivergedError(
+                f"{what}; more than optim.max_skipped_steps = {most} in a row; "
+                f"{self.checkpoint.where_to_go_on()}, with a lower optim.learning_rate perhaps"
+            )
+        self._note(f"{what}; the step is skipped")
+
+    def _is_due(self, every: int, step: int) -> bool:
+        """Whether what is done every so many steps, and after the last one, is due after `step`."""
+        return step == self.config.steps or (every > 0 and step % every == 0)
 
     def _mtp_weight(self) -> float:
         """The MTP loss weight falls when the learning rate starts to (v4-spec section 5)."""
@@ -91,16 +126,11 @@ class Trainer:
         return self.config.model.mtp_loss_weight
 
     def _on_host(self, losses: StepLosses, norm: Tensor) -> StepResult:
-        """The step's numbers. Raises DivergedError, before the update, unless they are finite."""
+        """The step's numbers, finite or not."""
         share = losses.expert_load / losses.expert_load.mean(dim=1, keepdim=True).clamp(min=1.0)
         numbers = (losses.loss, losses.lm, losses.mtp, losses.balance, norm)
         packed = torch.stack([n.double() for n in (*numbers, share.max(), share.min())])
         loss, lm, mtp, balance, grad_norm, most, least = packed.tolist()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise DivergedError(
-                f"step {self.state.step + 1}: the loss is {loss}, the gradient norm {grad_norm}; "
-                f"{self.checkpoint.where_to_go_on()}, with a lower optim.learning_rate perhaps"
-            )
         return StepResult(
             loss=loss,
             lm_loss=lm,
@@ -123,6 +153,8 @@ class Trainer:
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
         write_whole(self.config.run_dir / "config.yaml", self.config.to_yaml())
         self.metrics = Metrics(self.config, self.state, self.grid.world_size)
+        dtype = DTYPES[self.config.precision]
+        self._note(describe(kernel_choices(self.config.model, self.grid.device, dtype)))
         if resumed is not None:
             self._note(f"resumed from {resumed}")
         if self.heldout is None:
@@ -130,10 +162,9 @@ class Trainer:
 
     def _evaluate(self, state: TrainState, result: StepResult) -> None:
         """Held-out loss, where it is due; every rank takes part."""
-        every = self.config.evaluation.every
-        last = state.step == self.config.steps
-        due = last or (every > 0 and state.step % every == 0 and not state.stopping)
-        if due and self.heldout is not None:
+        due = self._is_due(self.config.evaluation.every, state.step)
+        stopped = state.stopping and state.step < self.config.steps
+        if due and not stopped and self.heldout is not None:
             result.heldout_loss = self.heldout.evaluate(self.engine).loss
 
     def _report(self, state: TrainState, result: StepResult) -> None:
@@ -162,12 +193,33 @@ class Trainer:
             self.metrics.progress.note(text)
 
 
+def open_engine(config: RunConfig, grid: Grid) -> tuple[LocalModel, Engine, Updater]:
+    """The model with its initial weights, the engine that the config names, and its optimizer.
+
+    Raises ConfigError where a DeepSpeed block does not fit the number of processes.
+    """
+    if config.engine == "native":
+        local, optimizer = build(config, grid)
+        return local, make_engine(config, local, grid, optimizer), optimizer
+    from trainer.deepspeed_engine import DeepSpeedEngine  # imports deepspeed, which takes long
+
+    local = make_weights(config, grid)
+    engine = DeepSpeedEngine(config, local, grid, make_table(config, local))
+    return local, engine, engine
+
+
 def build(config: RunConfig, grid: Grid) -> tuple[LocalModel, Optimizer]:
     """This rank's part of the model with its initial weights, and the optimizer with its state."""
+    local = make_weights(config, grid)
+    return local, make_optimizer(config, local, grid)
+
+
+def make_weights(config: RunConfig, grid: Grid) -> LocalModel:
+    """This rank's part of the model with its initial weights."""
     local = make_local(config, grid)
     local.model.to_empty(device=grid.device)
     local.model.init_weights(config.seed, parts=local.placements)
-    return local, make_optimizer(config, local, grid)
+    return local
 
 
 def make_local(config: RunConfig, grid: Grid) -> LocalModel:
@@ -184,11 +236,17 @@ def make_local(config: RunConfig, grid: Grid) -> LocalModel:
 def make_optimizer(config: RunConfig, local: LocalModel, grid: Grid) -> Optimizer:
     """The optimizer of this rank's part of the model, on the device that its weights are on."""
     parameters = dict(local.model.named_parameters())
-    shapes = {name: local.placements[name].matrix_shape for name in parameters}
-    table = build_table(shapes, matrix_sizes(config.model), config.optim)
+    table = make_table(config, local)
     shards = shards_of(local.placements, grid)
     own = {name: shard for name, shard in shards.items() if name in parameters}
     return Optimizer(parameters, table, config.optim, own)
+
+
+def make_table(config: RunConfig, local: LocalModel) -> list[Assignment]:
+    """Which optimizer every parameter of this rank's part of the model belongs to."""
+    names = [name for name, _ in local.model.named_parameters()]
+    shapes = {name: local.placements[name].matrix_shape for name in names}
+    return build_table(shapes, matrix_sizes(config.model), config.optim)
 
 
 def matrix_sizes(model: ModelConfig) -> MatrixSizes:
@@ -201,8 +259,10 @@ def matrix_sizes(model: ModelConfig) -> MatrixSizes:
     )
 
 
-def make_engine(config: RunConfig, local: LocalModel, grid: Grid) -> NativeEngine:
-    """The engine for microbatches of the config's shape."""
+def make_engine(
+    config: RunConfig, local: LocalModel, grid: Grid, optimizer: Optimizer | None = None
+) -> NativeEngine:
+    """The native engine for microbatches of the config's shape; it trains with an optimizer."""
     data = config.data
     rows = min(data.micro_rows, -(-data.batch_rows // grid.data.size))
-    return NativeEngine(local, grid, rows, data.row_length)
+    return NativeEngine(local, grid, rows, data.row_length, optimizer)

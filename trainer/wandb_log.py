@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.config import RunConfig
 from trainer.files import write_whole
+from trainer.layers import flat
 
 
 class WandbLog:
@@ -60,7 +61,8 @@ class WandbLog:
     def log(self, record: dict[str, Any]) -> None:
         """Send one step's record."""
         if self._run is not None:
-            self._run.log(record)
+            layers = flat(record.get("layers", {}))
+            self._run.log({n: v for n, v in record.items() if n != "layers"} | layers)
 
     def close(self) -> None:
         """End the run; it can be resumed."""

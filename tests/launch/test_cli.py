@@ -150,10 +150,10 @@ def test_the_launcher_loads_no_torch() -> None:
 def test_threads_are_shared_unless_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
-    assert processes._environment(1)["OMP_NUM_THREADS"] == str(cores)
-    assert processes._environment(4 * cores)["OMP_NUM_THREADS"] == "1"
+    assert processes.environment(1)["OMP_NUM_THREADS"] == str(cores)
+    assert processes.environment(4 * cores)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert processes._environment(1)["OMP_NUM_THREADS"] == "7"
+    assert processes.environment(1)["OMP_NUM_THREADS"] == "7"
 
 
 def test_a_killed_process_is_started_again(tiny: Path, tmp_path: Path) -> None:

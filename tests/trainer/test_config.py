@@ -84,7 +84,7 @@ def test_an_error_names_the_file_that_the_key_came_from(tmp_path: Path) -> None:
         ("steps=true", ("steps = True", "integer")),
         ("optim.learning_rate=1e-3x", ("optim.learning_rate = '1e-3x'", "number")),
         ("steps=0", ("steps = 0", "greater than or equal to 1")),
-        ("engine=deepspeed", ("engine = 'deepspeed'", "'native'")),
+        ("engine=megatron", ("engine = 'megatron'", "'native'")),
         (
             "parallel.tensor=3",
             ("model.num_attention_heads = 8", "parallel.tensor = 3", "should be 2"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 from torch.nn import Parameter
 
 from optim import gradient_norm
-from trainer.parallel.collectives import FlatGradients, sum_
+from trainer.parallel.collectives import FlatGradients, gather_objects, sum_
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Kind
 from trainer.parallel.plan import LocalModel
@@ -55,8 +57,28 @@ class Gradients:
             for axis in over:
                 flat.sum_(axis)
 
+    def first_not_finite(self) -> str | None:
+        """The first parameter in the model's order whose gradient has a NaN or an infinity.
+
+        Every rank calls it and gets the same name. None where all are finite.
+        """
+        found = [
+            (_place(name), index, name)
+            for index, (name, parameter) in enumerate(self.parameters.items())
+            if parameter.grad is not None and not parameter.grad.isfinite().all()
+        ]
+        firsts = [first for some in gather_objects(found[:1], self.grid.world) for first in some]
+        return min(firsts)[2] if firsts else None
+
     def norm(self) -> Tensor:
         """Norm of the whole model's gradient, every element counted once; 0-dim fp32."""
         return gradient_norm(
             self.parameters.values(), self.replicas, lambda total: sum_(total, self.grid.world)
         )
+
+
+def _place(name: str) -> float:
+    """Orders the parts of a model that ranks hold apart: embedding, layers, and what follows."""
+    if name == "embed.weight":
+        return -1
+    return int(name.split(".")[1]) if name.startswith("layers.") else math.inf

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.trainer.parallel.close_calls import watched
 from tests.trainer.parallel.topologies import Job, differences, outcome, run_all, topology
 
-# More rows than the other tests; with this seed no choice turned out close.
-ROWS = ("data.batch_rows=8", "seed=3", "model.initializer_range=0.05")
+# More rows than the other tests, and so a seed of their own with which no choice is close.
+ROWS = ("data.batch_rows=8", "seed=47")
 ALL_AT_TWO = {"tensor": 2, "context": 2, "pipeline": 2, "expert": 2}
 SPREADS = [
     # What remains is data 2; the experts are over 2 of a stage's 8 ranks.
@@ -24,10 +25,13 @@ SPREADS = [
 @pytest.mark.timeout(3600)
 def test_all_axes_train_like_one_rank(tiny: Path, tmp_path: Path) -> None:
     alone = topology(1)
-    run_all(tiny, [Job(t, tmp_path / t.name) for t in (alone, *SPREADS)], *ROWS)
-    reference = outcome(tiny, tmp_path / alone.name)
+    with watched() as gaps:
+        run_all(tiny, [Job(alone, tmp_path / alone.name)], *ROWS)
+    assert gaps.router > 1e-5 and gaps.index > 1e-5, vars(gaps)
+    run_all(tiny, [Job(spread, tmp_path / spread.name) for spread in SPREADS], *ROWS)
+    reference = outcome(tmp_path / alone.name)
     for spread in SPREADS:
-        losses, weights, name = differences(reference, outcome(tiny, tmp_path / spread.name))
+        losses, weights, name = differences(reference, outcome(tmp_path / spread.name))
         print(f"{spread.name} | {losses:.1e} | {weights:.1e} | {name}")
         assert losses < 1e-5, spread.name
         assert weights < 1e-4, (spread.name, name)

@@ -87,14 +87,14 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny: Path, folder: Path) -> Outcome:
-    return outcome(tiny, folder / ALONE.name)
+def alone(folder: Path) -> Outcome:
+    return outcome(folder / ALONE.name)
 
 
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("spread", TOPOLOGIES, ids=lambda t: t.name)
-def test_trains_like_one_rank(tiny: Path, folder: Path, alone: Outcome, spread: Topology) -> None:
-    losses, weights, name = differences(alone, outcome(tiny, folder / spread.name))
+def test_trains_like_one_rank(folder: Path, alone: Outcome, spread: Topology) -> None:
+    losses, weights, name = differences(alone, outcome(folder / spread.name))
     print(f"{spread.name} | {losses:.1e} | {weights:.1e} | {name}")
     assert losses < 1e-5
     assert weights < 1e-4, name

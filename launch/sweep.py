@@ -1,0 +1,281 @@
+"""`v4 sweep`: runs the trials of a sweep on this machine, several at a time, without a server."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import psutil
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from launch import processes
+from launch.sweep_file import Arguments, Sweep, load_sweep
+from launch.sweep_search import Search, read_history, should_stop
+from trainer.config import ConfigError, load_run
+
+_POLL_SECONDS = 0.3
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass
+class Trial:
+    """A trial that runs."""
+
+    number: int
+    folder: Path
+    process: subprocess.Popen[bytes]
+    every: int
+    history: list[float] = field(default_factory=list)
+    stopped: bool = False
+
+
+def run_sweep(file: str, out: Path | None, jobs: int, seed: int) -> int:
+    """Run, or go on with, every trial of a sweep file; returns the exit code.
+
+    Raises ConfigError before any training for a file that cannot be used.
+    """
+    sweep = load_sweep(file)
+    folder = out or Path("runs", f"sweep-{Path(file).stem}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another sweep is running here; let it end") from None
+        _check_same(sweep, folder, seed)
+        with _Runner(sweep, folder, jobs, seed) as runner:
+            finished = runner.run()
+    if not finished:
+        print(f"stopped; the same command goes on with {folder}", flush=True)
+        return 0
+    best = runner.best()
+    if best is None:
+        print(
+            f"{processes.ERROR_PREFIX}{folder}: every trial failed; see log.txt in their folders",
+            file=sys.stderr,
+        )
+        return 1
+    code = processes.run(processes.command("sweep-report", str(folder)))
+    number, value = best
+    print(
+        f"best: trial {number}, {sweep.metric.name} {value:.4f}: {runner.words(number)}", flush=True
+    )
+    return code
+
+
+def _check_same(sweep: Sweep, folder: Path, seed: int) -> None:
+    """Write the sweep into its folder, or see that it is the one which began there."""
+    path = folder / "definition.json"
+    text = json.dumps({"seed": seed, **sweep.model_dump(mode="json")}, indent=1)
+    if not path.is_file():
+        _write_whole(path, text)
+    elif path.read_text(encoding="utf-8") != text:
+        raise ConfigError(
+            f"{folder}: another sweep, or another seed, began here; give another folder with --out"
+        )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+class _Runner:
+    """Keeps up to `jobs` trials running and writes `sweep.json`, which the report reads."""
+
+    def __init__(self, sweep: Sweep, folder: Path, jobs: int, seed: int) -> None:
+        self.sweep = sweep
+        self.folder = folder
+        self.jobs = jobs
+        self.search = Search(sweep, folder, seed)
+        self.running: list[Trial] = []
+        self.asked_to_stop = False
+        self.arguments: dict[int, Arguments] = {}
+        self.histories: dict[int, list[float]] = {}
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(highlight=False), disable=not Console().is_terminal,
+        )  # fmt: skip
+        self.task = self.progress.add_task("trials", total=sweep.trials)
+
+    def __enter__(self) -> "_Runner":
+        self.old = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for trial in self.running:
+            trial.process.terminate()
+        for trial in self.running:
+            trial.process.wait()
+        self.progress.stop()
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.asked_to_stop = True
+
+    def run(self) -> bool:
+        """Whether all trials ended; False after a signal."""
+        self._load()
+        waiting = self.search.interrupted()
+        for number in waiting:
+            _end_orphan(self._trial_folder(number))
+        while not self.asked_to_stop:
+            while len(self.running) < self.jobs:
+                following = waiting.pop(0) if waiting else self.search.next()
+                if following is None:
+                    break
+                self._start(following)
+            if not self.running:
+                return True
+            time.sleep(_POLL_SECONDS)
+            for trial in list(self.running):
+                self._look(trial)
+        return False
+
+    def _load(self) -> None:
+        """What earlier calls did."""
+        for number in self.search.states():
+            self.arguments[number] = self.search.arguments(number)
+            every = self._every(self.arguments[number])
+            path = self._trial_folder(number) / "metrics.jsonl"
+            self.histories[number] = read_history(path, self.sweep.metric.name, every)
+        self._record()
+
+    def _every(self, arguments: Arguments) -> int:
+        return load_run(*self.sweep.config_words(arguments)).metrics.every
+
+    def _trial_folder(self, number: int) -> Path:
+        return self.folder / f"trial-{number:04d}"
+
+    def _start(self, number: int) -> None:
+        arguments = self.arguments[number] = self.search.arguments(number)
+        folder = self._trial_folder(number)
+        folder.mkdir(exist_ok=True)
+        command = [*self.sweep.trial_command(arguments), f"run_dir={json.dumps(str(folder))}"]
+        if "metrics.wandb.mode" not in arguments:
+            command.append("metrics.wandb.mode=disabled")
+        with open(folder / "log.txt", "ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=processes.environment(self.jobs),
+                start_new_session=True,
+            )
+        born = psutil.Process(process.pid).create_time()
+        _write_whole(folder / "process.json", json.dumps({"pid": process.pid, "born": born}))
+        self.running.append(Trial(number, folder, process, self._every(arguments)))
+        self._record()
+
+    def _look(self, trial: Trial) -> None:
+        """Read a trial's new points, stop it where the rule says so, and tell its end."""
+        ended = trial.process.poll() is not None
+        name = self.sweep.metric.name
+        trial.history = read_history(trial.folder / "metrics.jsonl", name, trial.every)
+        self.histories[trial.number] = trial.history
+        rule = self.sweep.early_terminate
+        if not ended and rule is not None and not trial.stopped:
+            goal, others = self.sweep.metric.goal, self.histories.values()
+            if should_stop(rule, goal, trial.history, others):
+                trial.process.terminate()
+                trial.stopped = True
+        if not ended or self.asked_to_stop:
+            return
+        self.running.remove(trial)
+        state = TrialState.COMPLETE if not trial.stopped else TrialState.PRUNED
+        if trial.process.returncode != 0 or not trial.history:
+            state = TrialState.FAIL
+        self.search.tell(trial.number, trial.history, state)
+        self._record()
+        self._say(trial, state)
+
+    def _say(self, trial: Trial, state: TrialState) -> None:
+        words = f"trial {trial.number} {state.name.lower()}: {self.words(trial.number)}"
+        if state == TrialState.FAIL:
+            words += f"; see {trial.folder / 'log.txt'}"
+        else:
+            words += f": {self.sweep.metric.name} {trial.history[-1]:.4f}"
+        self.progress.console.print(words, markup=False, soft_wrap=True)
+        best = self.best()
+        running = ", ".join(str(other.number) for other in self.running)
+        self.progress.update(
+            self.task,
+            completed=sum(state != "running" for state in self.search.states().values()),
+            description=f"running {running or '-'}; best {best[1] if best else float('nan'):.4f}",
+        )
+
+    def words(self, number: int) -> str:
+        """A trial's setting on one line."""
+        return " ".join(f"{name}={_short(value)}" for name, value in self.arguments[number].items())
+
+    def best(self) -> tuple[int, float] | None:
+        """Number and value of the best trial that ran to its end."""
+        values = {
+            number: self.histories[number][-1]
+            for number, state in self.search.states().items()
+            if state == "complete"
+        }
+        if not values:
+            return None
+        pick = min if self.sweep.metric.goal == "minimize" else max
+        number = pick(values, key=values.__getitem__)
+        return number, values[number]
+
+    def _record(self) -> None:
+        """`sweep.json`: the metric and every trial's folder, state and setting."""
+        states = self.search.states()
+        trials = [
+            {
+                "folder": self._trial_folder(number).name,
+                "state": states[number],
+                "parameters": self.arguments[number],
+            }
+            for number in sorted(self.arguments)
+        ]
+        record: dict[str, Any] = {
+            "metric": self.sweep.metric.name,
+            "goal": self.sweep.metric.goal,
+            "planned": self.sweep.trials,
+            "trials": trials,
+        }
+        _write_whole(self.folder / "sweep.json", json.dumps(record, indent=1) + "\n")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _end_orphan(folder: Path) -> None:
+    """End the trial that a killed sweep left running here; it saves first."""
+    path = folder / "process.json"
+    if not path.is_file():
+        return
+    known = json.loads(path.read_text(encoding="utf-8"))
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(known["pid"])
+        if process.create_time() == known["born"]:
+            process.terminate()
+            process.wait()

@@ -1,0 +1,152 @@
+"""Reads a sweep in wandb's format and says which command each trial is."""
+
+import itertools
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from launch.sweep_parameters import Parameter
+from trainer.config import ConfigError, load_as, load_run
+
+Arguments = dict[str, Any]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Metric(_Strict):
+    """The value of `metrics.jsonl` that decides."""
+
+    name: str
+    goal: Literal["minimize", "maximize"] = "minimize"
+
+
+class Hyperband(_Strict):
+    """wandb's early stopping; iterations count the points of the metric, from 0."""
+
+    type: Literal["hyperband"]
+    min_iter: Annotated[int, Field(ge=1)] | None = None
+    max_iter: Annotated[int, Field(ge=1)] | None = None
+    s: Annotated[int, Field(ge=1)] | None = None
+    eta: Annotated[float, Field(gt=1)] = 3
+
+    @model_validator(mode="after")
+    def _has_brackets(self) -> "Hyperband":
+        if (self.min_iter is None) == (self.max_iter is None):
+            raise ValueError("hyperband needs either min_iter or max_iter")
+        if (self.max_iter is None) != (self.s is None):
+            raise ValueError("max_iter and s belong together")
+        if self.max_iter is not None and self.max_iter < self.eta:
+            raise ValueError(f"max_iter = {self.max_iter} should be at least eta = {self.eta:g}")
+        return self
+
+
+class Sweep(_Strict):
+    """A sweep file, as `wandb sweep` takes it; all fields but `parameters` have wandb's names."""
+
+    program: str
+    command: tuple[str, ...] = ("${env}", "${interpreter}", "${program}", "${args}")
+    method: Literal["grid", "random", "bayes"]
+    metric: Metric
+    parameters: dict[str, Parameter]
+    early_terminate: Hyperband | None = None
+    run_cap: Annotated[int, Field(ge=1)] | None = None
+    name: str | None = None
+    description: str | None = None
+    project: str | None = None
+    entity: str | None = None
+
+    @model_validator(mode="after")
+    def _can_search(self) -> "Sweep":
+        if not self.parameters:
+            raise ValueError("parameters should name at least one field")
+        for name, parameter in self.flat().items():
+            if self.method == "grid" and parameter.choices is None:
+                raise ValueError(f"parameters.{name}: a grid needs values, not a range")
+        if self.method != "grid" and self.run_cap is None:
+            raise ValueError(f"method {self.method} never ends by itself; say run_cap")
+        if "${args_no_hyphens}" not in self.command:
+            raise ValueError("command should hold ${args_no_hyphens}: overrides read key=value")
+        return self
+
+    def flat(self) -> dict[str, Parameter]:
+        """Every searched parameter under its dotted name."""
+        return dict(_flatten(self.parameters, ""))
+
+    @property
+    def trials(self) -> int:
+        """How many trials the whole sweep has."""
+        if self.method == "grid":
+            size = 1
+            for parameter in self.flat().values():
+                size *= len(parameter.choices or ())
+            return min(size, self.run_cap or size)
+        return self.run_cap or 0
+
+    def points(self) -> Iterator[Arguments]:
+        """All points of a grid; the last parameter changes fastest."""
+        flat = self.flat()
+        for values in itertools.product(*(flat[name].choices or () for name in flat)):
+            yield dict(zip(flat, values, strict=True))
+
+    def trial_command(self, arguments: Mapping[str, Any]) -> list[str]:
+        """The command that `wandb agent` runs, on this interpreter."""
+        pairs = [f"{name}={value}" for name, value in arguments.items()]
+        macros = {
+            "${env}": ["/usr/bin/env"],
+            "${interpreter}": [sys.executable],
+            "${program}": [self.program],
+            "${args_no_hyphens}": pairs,
+        }
+        words = [word for part in self.command for word in macros.get(part, [part])]
+        unknown = [word for word in words if word.startswith("${")]
+        if unknown:
+            raise ConfigError(f"command: {unknown[0]} is not among {', '.join(macros)}")
+        return words
+
+    def config_words(self, arguments: Mapping[str, Any]) -> tuple[str, list[str]]:
+        """Config file and overrides of a trial's command."""
+        words = self.trial_command(arguments)
+        for i, word in enumerate(words):
+            if word.endswith((".yaml", ".yml")):
+                return word, words[i + 1 :]
+        raise ConfigError("command: there is no config file (.yaml) in it")
+
+
+def _flatten(parameters: Mapping[str, Parameter], above: str) -> Iterator[tuple[str, Parameter]]:
+    for name, parameter in parameters.items():
+        if parameter.parameters is None:
+            yield above + name, parameter
+        else:
+            yield from _flatten(parameter.parameters, f"{above}{name}.")
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """Read a sweep file and try the config of its trials.
+
+    Raises ConfigError: one sentence, also for a parameter that is no field of the config.
+    """
+    sweep = load_as(Sweep, path)
+    for arguments in _samples(sweep):
+        try:
+            load_run(*sweep.config_words(arguments))
+        except ConfigError as error:
+            said = str(error).replace("command line", f"{path}: parameters", 1)
+            raise ConfigError(said if str(path) in said else f"{path}: {said}") from None
+    return sweep
+
+
+def _samples(sweep: Sweep) -> Iterator[Arguments]:
+    """Points whose configs are tried: the grid, or both ends of each range in turn."""
+    if sweep.method == "grid":
+        yield from itertools.islice(sweep.points(), sweep.trials)
+        return
+    ends = {name: parameter.ends() for name, parameter in sweep.flat().items()}
+    first = {name: values[0] for name, values in ends.items()}
+    for name, values in ends.items():
+        for value in values:
+            yield {**first, name: value}

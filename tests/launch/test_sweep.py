@@ -1,0 +1,177 @@
+"""Sweeps: wandb's format, the trials they draw, early stopping, resuming after a kill."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+from launch.sweep_file import Hyperband, Sweep, load_sweep
+from launch.sweep_parameters import Parameter
+from launch.sweep_search import Search, bands, should_stop
+from tests.trainer.tiny import make_tiny
+from trainer.metrics_file import read_metrics
+from trainer.report_sweep import Trial, groups, sentences
+
+SWEEPS = sorted(p for p in Path("configs/sweeps").glob("*.yaml") if p.name != "base.yaml")
+HEAD = """program: launch.trial
+command: ["${{env}}", "${{interpreter}}", "-m", "${{program}}", {config}, "${{args_no_hyphens}}"]
+metric: {{name: heldout_loss}}
+"""
+GRID = "method: grid\nparameters:\n  optim.learning_rate: {values: [1e-3, 1e-2]}\n"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def write(tiny: Path, folder: Path, body: str) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(HEAD.format(config=tiny) + body)
+    return path
+
+
+def command(file: Path, out: Path) -> list[str]:
+    return [sys.executable, "-m", "launch.cli", "sweep", str(file), f"--out={out}", "--jobs=2"]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_shipped_sweeps_fit_the_config(path: Path) -> None:
+    assert load_sweep(path).trials >= 12
+    assert not re.search(r"\d[eE]-", path.read_text()), "wandb's YAML reads 1e-3 as text"
+
+
+@pytest.mark.parametrize(
+    ("given", "low", "high"),
+    [
+        ({"min": 1, "max": 4}, 1, 4),
+        ({"min": 0.5, "max": 2.0}, 0.5, 2),
+        ({"distribution": "q_uniform", "min": 0.0, "max": 1.0, "q": 0.25}, 0, 1),
+        ({"distribution": "log_uniform", "min": -2.0, "max": 1.0}, 0.1353, 2.7183),
+        ({"distribution": "inv_log_uniform", "min": 0.0, "max": 1.0}, 0.3678, 1),
+        ({"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1}, 1e-4, 1e-1),
+        ({"distribution": "normal", "mu": 5.0, "sigma": 0.1}, 4.4, 5.6),
+        ({"distribution": "log_normal", "mu": 0.0, "sigma": 0.1}, 0.6, 1.7),
+        ({"value": 3}, 3, 3),
+        ({"values": [1, 2]}, 1, 2),
+    ],
+)
+def test_values_stay_in_their_distribution(given: dict, low: float, high: float) -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    parameter = Parameter(**given)
+    drawn = [parameter.suggest(study.ask(), "x") for _ in range(40)]
+    assert all(low <= x <= high * 1.001 for x in drawn)
+    if parameter.choices is not None:
+        assert set(drawn) == set(parameter.choices)
+
+
+def test_arguments_are_those_of_wandb_agent(tiny: Path, tmp_path: Path) -> None:
+    sweep = load_sweep(write(tiny, tmp_path, GRID))
+    arguments = {"a.b": 1e-5, "c": True, "d": "muon", "e": 3}
+    theirs = create_sweep_command_args({"args": {k: {"value": v} for k, v in arguments.items()}})
+    assert sweep.trial_command(arguments)[5:] == theirs["args_no_hyphens"]
+
+
+def draw(sweep: Sweep, folder: Path, reopen: bool) -> list[dict]:
+    """All trials' settings; a trial's loss is its number's remainder, told at once."""
+    folder.mkdir()
+    search, found = Search(sweep, folder, seed=7), []
+    while (number := search.next()) is not None:
+        found.append(search.arguments(number))
+        search.tell(number, [float(number % 3)], optuna.trial.TrialState.COMPLETE)
+        if reopen:
+            search = Search(sweep, folder, seed=7)
+    return found
+
+
+def test_a_grid_is_complete_and_random_trials_survive_reopening(tiny: Path, tmp_path: Path) -> None:
+    grid = load_sweep(write(tiny, tmp_path, GRID + "  seed: {min: 1, max: 3}\n"))
+    drawn = draw(grid, tmp_path / "grid", reopen=True)
+    assert drawn == [
+        {"optim.learning_rate": rate, "seed": seed} for rate in (1e-3, 1e-2) for seed in (1, 2, 3)
+    ]
+    for method in ("random", "bayes"):
+        body = f"method: {method}\nrun_cap: 12\nparameters:\n"
+        body += "  optim.learning_rate: {distribution: log_uniform_values, min: 1e-4, max: 1e-1}\n"
+        sweep = load_sweep(write(tiny, tmp_path, body))
+        once = draw(sweep, tmp_path / method, reopen=False)
+        assert once == draw(sweep, tmp_path / f"{method}-again", reopen=True)
+        assert len({trial["optim.learning_rate"] for trial in once}) == 12
+
+
+def test_hyperband_as_wandb_documents_it() -> None:
+    assert bands(Hyperband(type="hyperband", min_iter=3), 100) == [3, 9, 27, 81]
+    assert bands(Hyperband(type="hyperband", max_iter=27, s=2), 100) == [3, 9]
+    rule = Hyperband(type="hyperband", min_iter=1, eta=2)
+    histories = [[9.0, x] for x in (4.0, 3.0, 2.0, 1.0)]
+    stopped = [should_stop(rule, "minimize", own, histories) for own in histories]
+    assert stopped == [True, False, False, False]  # the threshold is sorted[int(4 / 2)] = 3
+    stopped = [should_stop(rule, "maximize", own, histories) for own in histories]
+    assert stopped == [False, False, False, True]
+    assert not should_stop(rule, "minimize", [9.0], histories)
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        (GRID.replace("learning_rate", "lerning_rate"), "optim.lerning_rate"),
+        (GRID.replace("1e-2", "-1.0"), "optim.learning_rate"),
+        (GRID.replace("grid", "random"), "run_cap"),
+        ("method: grid\nparameters:\n  optim.learning_rate: {min: 0.1, max: 0.2}\n", "values"),
+    ],
+)
+def test_a_wrong_sweep_is_one_sentence_before_training(
+    tiny: Path, tmp_path: Path, body: str, part: str
+) -> None:
+    done = subprocess.run(
+        command(write(tiny, tmp_path, body), tmp_path / "out"), capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert part in done.stderr and "sweep.yaml" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_sweep_goes_on(tiny: Path, tmp_path: Path) -> None:
+    file, out = write(tiny, tmp_path, GRID + "  seed: {values: [1, 2]}\n"), tmp_path / "out"
+    process = subprocess.Popen(command(file, out), stdout=subprocess.DEVNULL)
+    try:
+        started = out / "trial-0002" / "process.json"  # so one trial at least has ended
+        limit = time.monotonic() + 120
+        while not started.is_file() and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert started.is_file()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command(file, out), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" complete: ") in (1, 2, 3)  # not those that had ended
+    trials = json.loads((out / "sweep.json").read_text())["trials"]
+    assert [trial["state"] for trial in trials] == ["complete"] * 4
+    for trial in trials:
+        records = read_metrics(out / trial["folder"] / "metrics.jsonl")
+        assert [record["step"] for record in records] == list(range(1, 7))
+    assert "the best: optim.learning_rate=0.01" in done.stdout
+    assert (out / "report.html").is_file()
+
+
+def test_seeds_are_averaged_and_the_others_tuned() -> None:
+    values = {("muon", 1): (2.0, 2.2), ("muon", 2): (3.0, 3.0), ("adamw", 1): (9.0, 9.0)}
+    values["adamw", 2] = (2.4, 2.8)
+    trials = [
+        Trial("t", "complete", {"kind": kind, "rate": rate, "seed": seed}, [], value)
+        for (kind, rate), pair in values.items()
+        for seed, value in enumerate(pair)
+    ]
+    said = sentences(groups(trials, "minimize"), "minimize", "heldout_loss")
+    assert said[0] == "the best: kind=muon rate=1: heldout_loss 2.1000 ± 0.1414"
+    # sqrt(0.02 / 2 + 0.08 / 2) = 0.2236
+    assert said[1].startswith("kind: muon beats adamw by 0.5000 ± 0.2236 nats of heldout_loss")
+    assert len(said) == 2

@@ -1,0 +1,126 @@
+"""The data report's figures against plain counts, and the page against the rows it shows."""
+
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.config import DataConfig
+from data.prepare import prepare
+from data.tokenizer import Tokenizer
+from data.tokenizer_training import train_tokenizer
+from trainer.data_facts import DataFacts, collect, longest_tokens, most_split_words
+from trainer.data_report import render
+
+TEXTS = {
+    "a": [f"def f_{i}():\n    return {i}\n" * (i % 9 + 1) for i in range(40)],
+    "b": ["<b>An & entity</b> Zyzzyva Zyzzyva qwrtzpsdf qwrtzpsdf\n" * 30, "short words\n" * 2],
+}
+
+
+class _Run:
+    """The two fields of RunConfig that the page reads."""
+
+    def __init__(self, data: DataConfig) -> None:
+        self.data, self.seed = data, 1
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> _Run:
+    folder = tmp_path_factory.mktemp("report")
+    for name, texts in TEXTS.items():
+        lines = [json.dumps({"text": text}) + "\n" for text in [*texts, "  "]]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    data = DataConfig.model_validate(
+        {
+            "sources": [{"name": n, "paths": [str(folder / f"{n}.jsonl")]} for n in TEXTS],
+            "tokenizer": {"path": str(folder / "tokenizer"), "vocab_size": 512},
+            "shards": str(folder / "shards"),
+            "row_length": 64,
+            "batch_rows": 4,
+            "heldout_fraction": 0.0,
+        }
+    )
+    train_tokenizer(data)
+    prepare(data, progress=False)
+    return _Run(data)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(run: _Run) -> Tokenizer:
+    return Tokenizer(run.data.tokenizer.path)
+
+
+@pytest.fixture(scope="module")
+def facts(run: _Run) -> DataFacts:
+    return collect(run.data)
+
+
+def test_figures_are_plain_counts(run: _Run, facts: DataFacts, tokenizer: Tokenizer) -> None:
+    for source, texts in zip(facts.sources, TEXTS.values(), strict=True):
+        lengths = [len(ids) + 2 for ids in tokenizer.encode_batch(texts)]
+        assert source.lengths.tolist() == lengths
+        assert (source.documents, source.empty) == (len(texts), 1)
+        assert source.train_tokens == sum(lengths)
+        assert source.bytes == sum(len(text.encode()) for text in texts)
+    positions = [int(n) - 1 for source in facts.sources for n in source.lengths]
+    assert facts.cut_best_fit == sum(n > 64 for n in positions)
+    assert facts.fill == pytest.approx(sum(positions) / facts.rows / 64)
+    assert facts.rows_concatenated == -(-sum(positions) // 64) <= facts.rows
+
+
+def test_concatenation_cuts_what_lies_over_a_row_end(run: _Run, facts: DataFacts) -> None:
+    from data.permutation import shuffled
+
+    positions = np.concatenate([source.lengths for source in facts.sources]) - 1
+    place, cut = 0, 0
+    for document in shuffled(len(positions), 0):
+        rows = {p // 64 for p in range(place, place + int(positions[document]))}
+        cut += len(rows) > 1
+        place += int(positions[document])
+    assert facts.cut_concatenated == cut > facts.cut_best_fit
+
+
+def test_words_and_tokens(
+    facts: DataFacts, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = most_split_words(tokenizer, facts)
+    text = " ".join(text for texts in TEXTS.values() for text in texts)
+    counts = Counter(word for word in re.split(r"\W+", text) if len(word) > 1)
+    sizes = {word: len(tokenizer.encode(word)) for word, count in counts.items() if count > 1}
+    best = sorted(sizes, key=lambda word: (-sizes[word], word))[:20]
+    assert words == [(word, sizes[word], counts[word]) for word in best]
+    ids = [i for source in facts.sources for document in source.sample for i in document]
+    monkeypatch.setattr("trainer.data_facts._LISTED", 512)
+    longest = [row for row in longest_tokens(tokenizer, facts) if row[1] > 1]
+    texts = [tokenizer.decode([i]) for i in ids]
+    assert [size for _, size, _ in longest] == sorted((len(t) for t, _, _ in longest), reverse=True)
+    assert all((size, n) == (len(text), texts.count(text)) for text, size, n in longest)
+    assert sum(n for _, _, n in longest) > 0
+
+
+def test_page_shows_samples_and_escapes_text(
+    run: _Run, facts: DataFacts, tokenizer: Tokenizer
+) -> None:
+    page = render(run, tokenizer, facts)
+    found: list[str] = []
+
+    class Samples(HTMLParser):
+        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            found.append(tag)
+            assert not {"src", "href"} & set(dict(attributes)) or tag == "use"
+
+    Samples().feed(page)
+    assert "<b>An" not in page and "An & entity" not in page
+    from data.loader import Loader
+
+    lengths = [row for batch in Loader(run.data, run.seed).at(0) for row in batch.lengths]
+    lengths = sorted(lengths, key=len, reverse=True)[:3]
+    assert page.count("<span class=s") == sum(map(len, lengths))
+    assert found.count("script") == 0 and found.count("svg") == 1
+    assert page.count("<b>&lt;｜begin▁of▁sentence｜&gt;</b>") > 0
+    assert Path(run.data.shards).name in page

@@ -1,0 +1,180 @@
+"""What a DeepSpeed block may say beside the rest of a config. Imports no torch.
+
+The block is in DeepSpeed's own format. Whatever this config decides (batch, precision, clipping,
+learning rate, optimizer settings) is filled in from it; a block that says it too must say the same
+or `auto`.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Block = dict[str, Any]
+AUTO = "auto"
+STAGES = (0, 1, 2, 3)
+_SECTIONS = ("zero_optimization", "optimizer", "bf16")
+_KNOWN = {
+    *_SECTIONS,
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "steps_per_print",
+    "wall_clock_breakdown",
+}
+_KNOWN_ZERO = {"stage", "offload_optimizer", "offload_param"}
+_KNOWN_ZERO |= {"reduce_bucket_size", "allgather_bucket_size", "sub_group_size"}
+_FOREIGN = {
+    "scheduler": "optim.schedule",
+    "fp16": "precision",
+    "amp": "precision",
+    "torch_autocast": "precision",
+    "tensor_parallel": "parallel.tensor",
+    "sequence_parallel_size": "parallel.context",
+    "pipeline": "parallel.pipeline",
+    "curriculum_learning": "data",
+    "data_efficiency": "data",
+}
+_DEGREES = ("tensor", "expert", "pipeline", "context", "expert_tensor")
+
+
+def zero_stage(block: Mapping[str, Any]) -> int:
+    """The block's ZeRO stage, 0 where it names none."""
+    return int(block.get("zero_optimization", {}).get("stage", 0))
+
+
+def problems(config: Any) -> Iterator[str]:
+    """What contradicts the rest of the config, a sentence each that names both fields."""
+    block: Block | None = config.deepspeed
+    if config.engine != "deepspeed":
+        if block is not None:
+            yield "a deepspeed block needs engine = deepspeed; engine is native"
+        return
+    block = block or {}
+    for section in _SECTIONS:
+        if section in block and not isinstance(block[section], dict):
+            yield f"deepspeed.{section} should be a mapping, not {block[section]!r}"
+            return
+    yield from _degrees(config.parallel)
+    if config.precision != "fp32":
+        yield "precision = bf16 does not go with engine = deepspeed; it should be fp32"
+    yield from _unknown(block)
+    yield from _values(config, block)
+    yield from _zero(block.get("zero_optimization", {}))
+    yield from _optimizer(config, block.get("optimizer", {}))
+
+
+def _degrees(parallel: Any) -> Iterator[str]:
+    for axis in _DEGREES:
+        if (degree := getattr(parallel, axis)) != 1:
+            yield (
+                f"parallel.{axis} = {degree} does not go with engine = deepspeed, which divides "
+                f"only data; parallel.{axis} should be 1"
+            )
+    if parallel.recompute:
+        yield "parallel.recompute does not go with engine = deepspeed; it should be empty"
+
+
+def _unknown(block: Block) -> Iterator[str]:
+    for field in block:
+        if field in _FOREIGN:
+            decides = _FOREIGN[field]
+            yield f"deepspeed.{field} has no place here, since {decides} decides it; leave it out"
+        elif field not in _KNOWN:
+            yield f"deepspeed.{field} is not supported; leave it out"
+    for field in block.get("zero_optimization", {}):
+        if field not in _KNOWN_ZERO:
+            yield f"deepspeed.zero_optimization.{field} is not supported; leave it out"
+
+
+def _values(config: Any, block: Block) -> Iterator[str]:
+    data = config.data
+    bf16 = block.get("bf16", {}).get("enabled", AUTO)
+    for field, theirs, name, ours in (
+        ("train_batch_size", block.get("train_batch_size", AUTO), "data.batch_rows", None),
+        ("train_micro_batch_size_per_gpu", AUTO, "data.micro_rows", data.micro_rows),
+        ("gradient_clipping", AUTO, "optim.clip_norm", config.optim.clip_norm or 0.0),
+    ):
+        theirs = block.get(field, theirs)
+        wanted = data.batch_rows if ours is None else ours
+        if theirs not in (AUTO, wanted):
+            yield f"deepspeed.{field} = {theirs!r} contradicts {name} = {wanted}; leave it out"
+    if bf16 not in (AUTO, False):
+        yield f"deepspeed.bf16.enabled = {bf16!r} contradicts precision = fp32; leave it out"
+
+
+def _zero(zero: Block) -> Iterator[str]:
+    stage = zero.get("stage", 0)
+    if stage not in STAGES:
+        yield f"deepspeed.zero_optimization.stage = {stage!r} should be 0, 1, 2 or 3"
+    for field in ("offload_optimizer", "offload_param"):
+        section = zero.get(field, {})
+        name = f"deepspeed.zero_optimization.{field}"
+        if not isinstance(section, dict):
+            yield f"{name} should be a mapping, not {section!r}"
+            return
+        device = section.get("device", "none")
+        if device not in ("none", "cpu"):
+            yield f"{name}.device = {device!r} should be cpu or none"
+        elif device == "cpu" and stage != 3:
+            yield f"{name} needs deepspeed.zero_optimization.stage = 3; it is {stage}"
+
+
+def _optimizer(config: Any, section: Block) -> Iterator[str]:
+    if (kind := section.get("type")) != "AdamW":
+        shown = "missing" if kind is None else repr(kind)
+        yield f"deepspeed.optimizer.type is {shown} and should be AdamW, for every parameter"
+    optim = config.optim
+    for field, value, wanted in (
+        ("matrix_optimizer", optim.matrix_optimizer, "adamw"),
+        ("max_skipped_steps", optim.max_skipped_steps, 0),
+        ("learning_rate_factors", optim.learning_rate_factors, {}),
+    ):
+        if value != wanted:
+            yield f"optim.{field} = {value} does not go with engine = deepspeed; use {wanted}"
+    decided = {
+        "lr": ("optim.learning_rate", optim.learning_rate),
+        "betas": ("optim.adamw.betas", list(optim.adamw.betas)),
+        "eps": ("optim.adamw.eps", optim.adamw.eps),
+        "weight_decay": ("optim.adamw.weight_decay", optim.adamw.weight_decay),
+    }
+    for field, theirs in section.get("params", {}).items():
+        if field not in decided:
+            yield f"deepspeed.optimizer.params.{field} is not supported; leave it out"
+            continue
+        name, ours = decided[field]
+        if theirs not in (AUTO, ours):
+            yield f"deepspeed.optimizer.params.{field} = {theirs!r} contradicts {name} = {ours}"
+
+
+def resolve(config: Any, world: int) -> Block:
+    """The block with everything filled in, as `deepspeed.initialize` takes it.
+
+    Raises ValueError where gradient_accumulation_steps does not fit the number of processes.
+    """
+    block: Block = dict(config.deepspeed or {})
+    micro = min(config.data.micro_rows, -(-config.data.batch_rows // world))
+    steps = -(-config.data.batch_rows // (micro * world))
+    said = block.get("gradient_accumulation_steps", AUTO)
+    if said not in (AUTO, steps):
+        raise ValueError(
+            f"deepspeed.gradient_accumulation_steps = {said!r} should be {steps} for "
+            f"data.batch_rows = {config.data.batch_rows}, data.micro_rows = "
+            f"{config.data.micro_rows} and {world} processes"
+        )
+    adamw = config.optim.adamw
+    params = {"lr": config.optim.learning_rate, "weight_decay": adamw.weight_decay}
+    params |= {"betas": list(adamw.betas), "eps": adamw.eps}
+    params["torch_adam"] = True  # DeepSpeed's own has to be compiled
+    # Boundaries are set by hand and losses are sums already: DeepSpeed sees one step at a time.
+    block.update(
+        train_micro_batch_size_per_gpu=micro,
+        gradient_accumulation_steps=steps,
+        train_batch_size=micro * steps * world,
+        gradient_clipping=config.optim.clip_norm or 0.0,
+        optimizer={"type": "AdamW", "params": params},
+        bf16={"enabled": False},
+        zero_allow_untested_optimizer=True,
+        zero_force_ds_cpu_optimizer=False,
+    )
+    block.setdefault("steps_per_print", 2**62)
+    return block

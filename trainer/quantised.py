@@ -1,0 +1,117 @@
+"""Quantised weights of Hugging Face folders: routed experts in MXFP4 out, FP4 and FP8 in.
+
+The layout is the official one: beside an expert's int8 `w1.weight`, [F, D/2], stands `w1.scale`,
+float8_e8m0fnu [F, D/32]; beside an FP8 `weight` stands `scale` with one number for 128 × 128.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import ModelConfig
+from model.kernels.mxfp4 import BLOCK, FP8_BLOCK, Packed, dequantise, from_fp8, quantise
+from trainer.errors import ExportError
+
+_EXPERT = re.compile(r"(.*\.ffn\.experts\.\d+\.w[123])\.(weight|scale)")
+# The modules of transformers' model that keep the precision of training.
+_UNQUANTISED = ("self_attn", "shared_experts", "mlp.gate", "lm_head", "hc")
+
+CONFIG: Mapping[str, Any] = {
+    "expert_dtype": "fp4",
+    "quantization_config": {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "scale_fmt": "ue8m0",
+        "expert_dtype": "fp4",
+        "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        "modules_to_not_convert": list(_UNQUANTISED),
+    },
+}
+"""What config.json says besides, in transformers' words."""
+
+
+def packed_outline(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of a folder whose routed experts are packed, on the meta device.
+
+    Raises ExportError unless the experts' rows divide into blocks of 32.
+    """
+    for field in ("hidden_size", "moe_intermediate_size"):
+        if (size := getattr(config, field)) % BLOCK:
+            raise ExportError(f"model.{field} is {size}; MXFP4 experts want a multiple of {BLOCK}")
+    outline: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        found = _EXPERT.fullmatch(name)
+        if found is None:
+            outline[name] = tensor
+        else:
+            rows, columns = tensor.shape
+            codes = torch.empty(rows, columns // 2, dtype=torch.int8, device="meta")
+            scales = torch.empty(rows, columns // BLOCK, dtype=torch.uint8, device="meta")
+            outline[name] = codes
+            outline[f"{found[1]}.scale"] = scales.view(torch.float8_e8m0fnu)
+    return outline
+
+
+def packed_read(
+    read: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], dtype: torch.dtype
+) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """`read` for the tensors of `packed_outline`: experts are read in `dtype`, then packed."""
+
+    def read_packed(shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        outlines: dict[str, Tensor] = {}
+        for name, tensor in shard.items():
+            found = _EXPERT.fullmatch(name)
+            source = name if found is None else f"{found[1]}.weight"
+            outlines[source] = tensor if found is None else torch.empty(0, dtype=dtype)
+        whole = read(outlines)
+        packed: dict[str, Tensor] = {}
+        for name in shard:
+            found = _EXPERT.fullmatch(name)
+            if found is None:
+                packed[name] = whole[name]
+            else:
+                codes, scales = quantise(whole[f"{found[1]}.weight"])
+                packed[name] = codes if found[2] == "weight" else scales
+        return packed
+
+    return read_packed
+
+
+def dequantised(weights: dict[str, Tensor], place: str) -> dict[str, Tensor]:
+    """The weights of a folder with every quantised one as bf16, or fp32 where bf16 cannot hold it.
+
+    Raises ExportError for a quantised weight without its scale, or with one that does not fit.
+    """
+    result: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if name.endswith(".scale") and _is_quantised(weights.get(f"{name[:-6]}.weight")):
+            continue
+        if _is_quantised(tensor):
+            scale_name = name.removesuffix(".weight") + ".scale"
+            if scale_name not in weights:
+                raise ExportError(f"{place}: {name} is quantised, but {scale_name} is missing")
+            result[name] = _dequantised(tensor, weights[scale_name], f"{place}: {name}")
+        else:
+            result[name] = tensor
+    return result
+
+
+def _is_quantised(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dtype in (torch.int8, torch.float8_e4m3fn)
+
+
+def _dequantised(tensor: Tensor, scales: Tensor, what: str) -> Tensor:
+    rows, columns = tensor.shape
+    if tensor.dtype == torch.int8:
+        expected = (rows, 2 * columns // BLOCK)
+    else:
+        expected = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+    if scales.shape != expected:
+        raise ExportError(f"{what} has a scale of {tuple(scales.shape)} instead of {expected}")
+    if tensor.dtype == torch.int8:
+        return dequantise(Packed(tensor, scales), torch.bfloat16)
+    numbers = from_fp8(tensor, scales)  # four bits times a power of two: bf16 holds it
+    return numbers.bfloat16() if scales.dtype == torch.float8_e8m0fnu else numbers
