@@ -2,6 +2,10 @@
 
 A worker is a function at module level, `worker(rank, world_size, *args)`, called with a gloo
 process group already up. Its return value travels back pickled, so it may hold tensors.
+
+The processes are forked from one server that has imported PRELOADED and done nothing else: imports
+take five seconds of CPU in a process that starts from nothing. Its environment is that of the
+first call.
 """
 
 import os
@@ -16,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+PRELOADED = ["megatron.core", "trainer.trainer"]
 GRACE = 5.0  # seconds that the other ranks get to report, too, once one has failed
 
 
@@ -53,7 +58,8 @@ def spawn(
     rank that failed, or naming the ranks that gave no answer within `timeout` seconds. No process
     is left behind.
     """
-    context = get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     job = pickle.dumps((worker, args))
     answers: dict[int, tuple[bool, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
