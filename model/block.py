@@ -34,16 +34,17 @@ def compute_now(part: BlockPart, function: Callable[..., Any], *inputs: Any) -> 
 class Block(nn.Module):
     """X -> X with attention, then X -> X with the experts, over N streams [T, N, D].
 
+    ``row`` is its number among the layers; the MTP block's comes after the last.
     trainer/parallel/recompute.py swaps ``compute`` for one that keeps less.
     """
 
     compute: Compute = staticmethod(compute_now)
 
     def __init__(
-        self, config: ModelConfig, kind: LayerType, hashed: bool, dtype: torch.dtype
+        self, config: ModelConfig, row: int, kind: LayerType, hashed: bool, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.row = config, row
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = Attention(config, kind, dtype)
@@ -52,21 +53,43 @@ class Block(nn.Module):
         register_hyper_connection(self, "hc_ffn", config)
 
     def forward(
-        self, streams_TND: Tensor, tokens_T: Tensor, positions: Positions, routed_tokens: float
+        self,
+        streams_TND: Tensor,
+        tokens_T: Tensor,
+        positions: Positions,
+        routed_tokens: float,
+        chosen_TA: Tensor | None = None,
     ) -> tuple[Tensor, MoEStats]:
-        """Returns the streams and what the router did."""
-        return self.compute("block", self._forward, streams_TND, tokens_T, positions, routed_tokens)
+        """Returns the streams and what the router did; ``chosen_TA`` as in Router."""
+        inputs = (streams_TND, tokens_T, positions, routed_tokens, chosen_TA)
+        return self.compute("block", self._forward, *inputs)
 
     def _forward(
-        self, streams_TND: Tensor, tokens_T: Tensor, positions: Positions, routed_tokens: float
+        self,
+        streams_TND: Tensor,
+        tokens_T: Tensor,
+        positions: Positions,
+        routed_tokens: float,
+        chosen_TA: Tensor | None,
     ) -> tuple[Tensor, MoEStats]:
+        streams_TND, x_TD, post_TN, comb_TNN = self._to_experts(streams_TND, positions)
+        out_TD, stats = self.ffn(x_TD, tokens_T, positions, routed_tokens, chosen_TA)
+        return write_streams(streams_TND, out_TD, post_TN, comb_TNN), stats
+
+    def choose(self, streams_TND: Tensor, tokens_T: Tensor, positions: Positions) -> Tensor:
+        """The experts that the router chooses, [T, A]; their work is not done."""
+        _, x_TD, _, _ = self._to_experts(streams_TND, positions)
+        return self.ffn.gate(x_TD, tokens_T).indices_TA
+
+    def _to_experts(
+        self, streams_TND: Tensor, positions: Positions
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Streams behind the attention, the experts' input, and how their output is written."""
         x_TD, post_TN, comb_TNN = read(self, "hc_attn", self.config, streams_TND)
         out_TD = self.compute("attention", self._attend, x_TD, positions)
         streams_TND = self.compute("streams", write_streams, streams_TND, out_TD, post_TN, comb_TNN)
         x_TD, post_TN, comb_TNN = read(self, "hc_ffn", self.config, streams_TND)
-        x_TD = self.compute("norms", self.ffn_norm, x_TD)
-        out_TD, stats = self.ffn(x_TD, tokens_T, positions, routed_tokens)
-        return write_streams(streams_TND, out_TD, post_TN, comb_TNN), stats
+        return streams_TND, self.compute("norms", self.ffn_norm, x_TD), post_TN, comb_TNN
 
     def _attend(self, x_TD: Tensor, positions: Positions) -> Tensor:
         return self.attn(self.compute("norms", self.attn_norm, x_TD), positions)

@@ -123,10 +123,11 @@ class SharedExpert(nn.Module):
 
 @dataclass(frozen=True)
 class MoEStats:
-    """What routing did: load per expert, and the balance loss (None in a hash layer)."""
+    """What routing did: load per expert, the balance loss (None in a hash layer), the choice."""
 
     load_E: Tensor
     balance: Tensor | None
+    chosen_TA: Tensor
 
 
 class MoE(nn.Module):
@@ -140,14 +141,23 @@ class MoE(nn.Module):
         self.dispatch: Dispatch = LocalDispatch()
 
     def forward(
-        self, x_TD: Tensor, tokens_T: Tensor, positions: Positions, routed_tokens: float
+        self,
+        x_TD: Tensor,
+        tokens_T: Tensor,
+        positions: Positions,
+        routed_tokens: float,
+        chosen_TA: Tensor | None = None,
     ) -> tuple[Tensor, MoEStats]:
-        """[T, D] to [T, D]; ``routed_tokens`` is the balance loss's global denominator."""
-        routing = self.gate(x_TD, tokens_T)
+        """[T, D] to [T, D]; ``routed_tokens`` is the balance loss's global denominator.
+
+        ``chosen_TA`` are experts chosen before; see Router.
+        """
+        routing = self.gate(x_TD, tokens_T, chosen_TA)
         sent = self.dispatch.dispatch(x_TD, routing, self.gate.experts)
         routed_TD = self.dispatch.combine(self.experts(sent), sent, x_TD.shape[0])
         balance = None
         if not self.gate.hashed:
             balance = balance_loss(routing, positions.layout, routed_tokens, positions.sum_counts)
         shared_TD = positions.to_own(self.shared_experts(positions.to_queries(x_TD)))
-        return routed_TD + shared_TD, MoEStats(expert_load(routing, positions.layout), balance)
+        load_E = expert_load(routing, positions.layout)
+        return routed_TD + shared_TD, MoEStats(load_E, balance, routing.indices_TA)

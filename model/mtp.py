@@ -19,8 +19,8 @@ class MTPBlock(Block):
     Embedding and output head are the main model's; norm and streams' head are its own.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__(config, "window", hashed=False, dtype=dtype)
+    def __init__(self, config: ModelConfig, row: int, dtype: torch.dtype) -> None:
+        super().__init__(config, row, "window", hashed=False, dtype=dtype)
         dim, eps = config.hidden_size, config.rms_norm_eps
         self.e_proj = nn.Linear(dim, dim, bias=False, dtype=dtype)
         self.h_proj = nn.Linear(dim, dim, bias=False, dtype=dtype)
@@ -36,6 +36,7 @@ class MTPBlock(Block):
         next_tokens_T: Tensor,
         positions: Positions,
         routed_tokens: float,
+        chosen_TA: Tensor | None = None,
     ) -> tuple[Tensor, MoEStats]:
         """Hidden states [T, D] for the output head, which then predict t_{i+2} at position i.
 
@@ -43,8 +44,24 @@ class MTPBlock(Block):
             streams_TND: the main model's streams before its own head.
             next_embedding_TD: embedding of t_{i+1}; anything at a sample's last position.
             next_tokens_T: the ids of t_{i+1}.
+            chosen_TA: experts chosen before; see Router.
         """
-        next_TND = self.e_proj(self.enorm(next_embedding_TD))[:, None]
-        streams_TND = next_TND + self.h_proj(self.hnorm(streams_TND))
-        streams_TND, stats = self(streams_TND, next_tokens_T, positions, routed_tokens)
+        streams_TND = self._joined(streams_TND, next_embedding_TD)
+        streams_TND, stats = self(streams_TND, next_tokens_T, positions, routed_tokens, chosen_TA)
         return self.norm(head_of_streams(self, self.config, streams_TND)), stats
+
+    def choose_next(
+        self,
+        streams_TND: Tensor,
+        next_embedding_TD: Tensor,
+        next_tokens_T: Tensor,
+        positions: Positions,
+    ) -> Tensor:
+        """As ``choose``, from the arguments of ``predict``."""
+        streams_TND = self._joined(streams_TND, next_embedding_TD)
+        return self.choose(streams_TND, next_tokens_T, positions)
+
+    def _joined(self, streams_TND: Tensor, next_embedding_TD: Tensor) -> Tensor:
+        """The block's own streams."""
+        next_TND = self.e_proj(self.enorm(next_embedding_TD))[:, None]
+        return next_TND + self.h_proj(self.hnorm(streams_TND))

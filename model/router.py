@@ -47,12 +47,18 @@ class Router(nn.Module):
         else:
             self.register_buffer("bias", torch.zeros(self.experts, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor, tokens_T: Tensor) -> Routing:
-        """Route tokens with hidden states ``x_TD`` and ids ``tokens_T``."""
+    def forward(self, x_TD: Tensor, tokens_T: Tensor, chosen_TA: Tensor | None = None) -> Routing:
+        """Route tokens with hidden states ``x_TD`` and ids ``tokens_T``.
+
+        ``chosen_TA``, of any integer type, is a choice that was made before (report 4.2.3): scores
+        and weights are of the present gate all the same.
+        """
         logits = F.linear(x_TD.float(), self.weight.float())
         # The floor keeps the root differentiable where softplus underflows to zero.
         scores = F.softplus(logits).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
-        if self.hashed:
+        if chosen_TA is not None:
+            indices = chosen_TA.long()
+        elif self.hashed:
             indices = self.tid2eid[tokens_T]
         else:
             indices = (scores.detach() + self.bias).topk(self.active, dim=-1).indices

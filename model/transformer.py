@@ -54,6 +54,7 @@ class Microbatch:
         positions: where its tokens are.
         tokens_T, next_T: ids of the own tokens, and of those that follow them in their sample.
         counts, mtp_loss_weight: denominators of the losses, and the second loss's weight.
+        chosen: experts chosen before [T, A] by the block's row; the other routers choose now.
     """
 
     def __init__(
@@ -64,8 +65,9 @@ class Microbatch:
         targets_BS: Tensor | None,
         counts: TokenCounts | None,
         mtp_loss_weight: float,
+        chosen: Mapping[int, Tensor],
     ) -> None:
-        self.positions, self.layout = positions, layout
+        self.positions, self.layout, self.chosen = positions, layout, chosen
         self.counts, self.mtp_loss_weight = counts, mtp_loss_weight
         self._whole_T = tokens_BS.flatten()
         self._whole_next_T = next_in_sample(layout, self._whole_T, self._whole_T)
@@ -121,14 +123,15 @@ class V4Model(nn.Module):
         vocab, dim = config.vocab_size, config.hidden_size
         self.embed = nn.Embedding(vocab, dim, dtype=dtype)
         self.layers = nn.ModuleList(
-            Block(config, kind, number < config.num_hash_layers, dtype)
-            for number, kind in enumerate(config.layer_types)
+            Block(config, row, kind, row < config.num_hash_layers, dtype)
+            for row, kind in enumerate(config.layer_types)
         )
         register_hyper_head(self, config)
         self.norm = RMSNorm(dim, config.rms_norm_eps)
         self.head = nn.Linear(dim, vocab, bias=False, dtype=dtype)
         self.mtp = nn.ModuleList(
-            MTPBlock(config, dtype) for _ in range(config.num_nextn_predict_layers)
+            MTPBlock(config, config.num_hidden_layers + number, dtype)
+            for number in range(config.num_nextn_predict_layers)
         )
 
     def init_weights(
@@ -176,15 +179,19 @@ class V4Model(nn.Module):
         targets: Tensor | None = None,
         counts: TokenCounts | None = None,
         mtp_loss_weight: float | None = None,
+        chosen: Mapping[int, Tensor] | None = None,
     ) -> Microbatch:
-        """Arguments of ``forward``, checked and made ready for the model's parts."""
+        """Arguments of ``forward``, checked and made ready for the model's parts.
+
+        ``chosen`` as in Microbatch.
+        """
         layout = SampleLayout.whole_rows(tokens) if layout is None else layout
         _check_shapes(tokens, layout, targets)
         if targets is not None and counts is None:
             counts = TokenCounts.of(layout, targets)
         weight = self.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
         positions = self.make_positions(self.config, layout)
-        return Microbatch(positions, layout, tokens, targets, counts, weight)
+        return Microbatch(positions, layout, tokens, targets, counts, weight, chosen or {})
 
     def embed_streams(self, micro: Microbatch) -> Tensor:
         """The own tokens' embeddings, copied to the streams, [T, N, D]."""
@@ -196,8 +203,11 @@ class V4Model(nn.Module):
     ) -> tuple[Tensor, list[MoEStats]]:
         """Streams through some blocks, and what their routers did."""
         stats = []
-        for block in blocks:
-            streams_TND, seen = block(streams_TND, micro.tokens_T, micro.positions, micro.routed)
+        for block in cast(Iterable[Block], blocks):
+            chosen_TA = micro.chosen.get(block.row)
+            streams_TND, seen = block(
+                streams_TND, micro.tokens_T, micro.positions, micro.routed, chosen_TA
+            )
             stats.append(seen)
         return streams_TND, stats
 
@@ -217,11 +227,24 @@ class V4Model(nn.Module):
                 micro.next_T,
                 micro.positions,
                 micro.routed,
+                micro.chosen.get(block.row),
             )
             stats.append(seen)
             targets_T = micro.second_targets_T
             mtp_loss = self._cross_entropy(micro, hidden_TD, targets_T, micro.counts.mtp)
         return lm_loss, mtp_loss, stats
+
+    def choose_next(self, streams_TND: Tensor, micro: Microbatch) -> list[Tensor]:
+        """The experts that the routers of the MTP blocks choose, [T, A] each."""
+        return [
+            block.choose_next(
+                streams_TND,
+                micro.positions.pick_own(self.embed(micro.query_next_T)),
+                micro.next_T,
+                micro.positions,
+            )
+            for block in cast(Sequence[MTPBlock], self.mtp)
+        ]
 
     def _cross_entropy(
         self, micro: Microbatch, hidden_TD: Tensor, targets_T: Tensor, count: int

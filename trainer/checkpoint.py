@@ -35,7 +35,7 @@ from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Shape
 from trainer.planners import PartLoadPlanner, PartSavePlanner
 from trainer.stored import StoredTensors
-from trainer.tensors import Part
+from trainer.tensors import Part, is_routing
 from trainer.together import together
 
 FORMAT = 1
@@ -204,7 +204,7 @@ class CheckpointFolder:
 
     def _unclaimed(self, shapes: Mapping[str, Shape], parts: Mapping[str, Part]) -> str | None:
         """What the checkpoint holds and no rank has; the same answer on all ranks."""
-        names = sorted(shapes)
+        names = sorted(name for name in shapes if not is_routing(name))
         held = torch.tensor([name in parts for name in names], dtype=torch.int32)
         holders = sum_(held, self.grid.world).tolist()
         extra = [name for name, count in zip(names, holders, strict=True) if count == 0]

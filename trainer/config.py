@@ -20,6 +20,7 @@ from trainer.config_deepspeed import problems as deepspeed_problems
 from trainer.config_errors import explain
 from trainer.config_parallel import ParallelConfig
 from trainer.config_source import ConfigError, dump_yaml, read_source
+from trainer.config_stability import StabilityConfig
 from trainer.parallel.sizes import Sizes
 
 __all__ = ["ConfigError", "RunConfig", "Section", "load_as", "load_config", "load_run"]
@@ -103,6 +104,7 @@ class RunConfig(Section):
     data: DataConfig
     optim: OptimConfig
     parallel: ParallelConfig = ParallelConfig()
+    stability: StabilityConfig = StabilityConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

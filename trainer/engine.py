@@ -7,7 +7,7 @@ tokens over ranks gives the same result.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,6 +25,9 @@ from trainer.parallel.gradients import Gradients
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import Pipeline, Tally
 from trainer.parallel.plan import LocalModel
+
+Chosen = Mapping[int, Tensor]
+"""Of a microbatch: expert numbers [T, A] of the own tokens by layer, in any integer type."""
 
 _SUMS = TokenCounts(lm=1, mtp=1, routed=1)  # denominators of 1: losses are plain sums
 
@@ -63,10 +66,16 @@ class _Microbatches(Sequence[Microbatch]):
     """Microbatches made when they are asked for: their rotations are large where rows are long."""
 
     def __init__(
-        self, model: V4Model, rows: list[_Rows], counts: TokenCounts, mtp_loss_weight: float
+        self,
+        model: V4Model,
+        rows: list[_Rows],
+        counts: TokenCounts,
+        mtp_loss_weight: float,
+        chosen: Sequence[Chosen] | None = None,
     ) -> None:
         self.model, self.rows = model, rows
         self.counts, self.mtp_loss_weight = counts, mtp_loss_weight
+        self.chosen = chosen or [{}] * len(rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,7 +83,12 @@ class _Microbatches(Sequence[Microbatch]):
     def __getitem__(self, index: Any) -> Any:
         rows = self.rows[index]
         return self.model.microbatch(
-            rows.tokens_BS, rows.layout, rows.targets_BS, self.counts, self.mtp_loss_weight
+            rows.tokens_BS,
+            rows.layout,
+            rows.targets_BS,
+            self.counts,
+            self.mtp_loss_weight,
+            self.chosen[index],
         )
 
 
@@ -107,17 +121,23 @@ class Engine(ABC):
         """Clip a gradient of this norm and update the weights."""
 
     def forward_backward(
-        self, batches: Sequence[Batch], mtp_loss_weight: float | None = None, stop: bool = False
+        self,
+        batches: Sequence[Batch],
+        mtp_loss_weight: float | None = None,
+        stop: bool = False,
+        chosen: Sequence[Chosen] | None = None,
     ) -> StepLosses:
         """Leave the gradient of the global token mean in every parameter's `.grad`.
 
         `batches` are this rank's microbatches of the step. `stop` travels with the token counts.
+        `chosen` are experts that `choose` chose for them, perhaps with earlier weights.
         """
         rows = [self._rows(batch) for batch in batches]
         counts, flops, stop = self._agree(rows, stop)
         weight = self.model.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
         tally = Tally.zeros(self.model, self.grid.device)
-        self.run(self._microbatches(rows, counts, weight), tally, backward=True)
+        microbatches = _Microbatches(self.model, rows, counts, weight, chosen)
+        self.run(microbatches, tally, backward=True)
         lm, mtp, balance = self._over_ranks(tally).losses.unbind(0)
         loss = lm + weight * mtp + balance
         return StepLosses(loss, lm, mtp, balance, tally.load, counts, flops, stop)
@@ -126,9 +146,22 @@ class Engine(ABC):
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """Sum of the main head's losses over all ranks' microbatches, 0-dim fp64."""
         tally = Tally.zeros(self.model, self.grid.device)
-        microbatches = self._microbatches([self._rows(batch) for batch in batches], _SUMS, 0.0)
-        self.run(microbatches, tally, backward=False)
+        rows = [self._rows(batch) for batch in batches]
+        self.run(_Microbatches(self.model, rows, _SUMS, 0.0), tally, backward=False)
         return self._over_ranks(tally).losses[0]
+
+    @torch.no_grad()
+    def choose(self, batches: Sequence[Batch]) -> list[Chosen]:
+        """The experts that learned routers choose for the own tokens with the present weights.
+
+        One forward pass without the output heads; every rank calls it.
+        """
+        tally = Tally.zeros(self.model, self.grid.device)
+        chosen: list[dict[int, Tensor]] = [{} for _ in batches]
+        tally.chosen = chosen
+        rows = [self._rows(batch) for batch in batches]
+        self.run(_Microbatches(self.model, rows, _SUMS, 0.0), tally, backward=False)
+        return list(chosen)
 
     def _over_ranks(self, tally: Tally) -> Tally:
         """The tally of all ranks, in place. Tensor ranks all computed the heads' whole losses."""
@@ -153,11 +186,6 @@ class Engine(ABC):
             TokenCounts.of(on_host, batch.targets),  # on the host: no wait for the device
             sum(self._flops_of(sample) for row in batch.lengths for sample in row),
         )
-
-    def _microbatches(
-        self, rows: list[_Rows], counts: TokenCounts, mtp_loss_weight: float
-    ) -> "_Microbatches":
-        return _Microbatches(self.model, rows, counts, mtp_loss_weight)
 
     def _agree(self, rows: list[_Rows], stop: bool) -> tuple[TokenCounts, float, bool]:
         """Global counts and operations, and whether any rank wants to stop.

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from model import V4Model
+from trainer.anticipation import Anticipation
 from trainer.checkpoint import (
     CheckpointFolder,
     check_model,
@@ -20,6 +21,9 @@ from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Placement
 from trainer.state import TrainState
 from trainer.tensors import Part, logical_tensors
+
+_SINCE = ("skipped_steps", "skipped_in_row", "anticipation_since", "anticipation_until")
+"""Counters that checkpoints have not always held."""
 
 
 class Updater(Protocol):
@@ -63,6 +67,7 @@ class RunCheckpoint:
     """Saves and restores model, optimizer and counters of one run.
 
     `placements` say which parts of the model's tensors are here; by default they are whole.
+    Without an `anticipation` the choices of experts that wait in a checkpoint are left there.
     """
 
     def __init__(
@@ -73,17 +78,22 @@ class RunCheckpoint:
         optimizer: Updater,
         tokenizer_hash: str,
         placements: Mapping[str, Placement] | None = None,
+        anticipation: Anticipation | None = None,
     ) -> None:
         self.config = config
         self.model = model
         self.optimizer = optimizer
         self.tokenizer_hash = tokenizer_hash
         self.placements = placements
+        self.anticipation = anticipation
         self.folder = CheckpointFolder(config.run_dir / "checkpoints", grid, config.checkpoint.keep)
 
     def save(self, state: TrainState) -> Path:
         """Publish a checkpoint of the present state. Raises SaveError."""
-        return self.folder.save(state.step, self._tensors(), self._document(state))
+        tensors = self._tensors()
+        if self.anticipation is not None:
+            tensors |= self.anticipation.parts()
+        return self.folder.save(state.step, tensors, self._document(state))
 
     def load(self, state: TrainState) -> Path | None:
         """Go on from the newest checkpoint, if there is one: fills model, optimizer and `state`.
@@ -95,12 +105,15 @@ class RunCheckpoint:
         if found is None:
             return None
         path, saved = found
-        self.folder.load(path, self._tensors())
+        state.step, state.tokens = saved["step"], saved["tokens"]
+        for name in _SINCE:  # older checkpoints lack them, and have what they are set to at first
+            setattr(state, name, saved.get(name, getattr(state, name)))
+        tensors = self._tensors()
+        if self.anticipation is not None:
+            tensors |= self.anticipation.restore(saved.get("anticipation"), state)
+        self.folder.load(path, tensors)
         self.optimizer.write_parameters()
         self.optimizer.step_count = saved["optimizer_steps"]
-        state.step, state.tokens = saved["step"], saved["tokens"]
-        state.skipped_steps = saved.get("skipped_steps", 0)  # older checkpoints never skipped
-        state.skipped_in_row = saved.get("skipped_in_row", 0)
         if state.step > self.config.steps:
             raise CheckpointError(
                 f"{path}: is at step {state.step}, beyond steps = {self.config.steps} of the config"
@@ -117,11 +130,12 @@ class RunCheckpoint:
 
     def _document(self, state: TrainState) -> dict[str, Any]:
         model = self.config.model.model_dump(mode="json")
+        waiting = {} if self.anticipation is None else {"anticipation": self.anticipation.waiting()}
         return {
             "step": state.step,
             "tokens": state.tokens,
-            "skipped_steps": state.skipped_steps,
-            "skipped_in_row": state.skipped_in_row,
+            **{name: getattr(state, name) for name in _SINCE},
+            **waiting,
             "optimizer_steps": self.optimizer.step_count,
             "seed": self.config.seed,
             "tokenizer": self.tokenizer_hash,

@@ -15,5 +15,14 @@ class TrainState:
     """Of `step`, those without an update, because loss or gradients were not finite."""
     skipped_in_row: int = 0
     """Of those, the newest without an update between them."""
+    anticipation_since: int | None = None
+    """First step of the present anticipatory routing, or of the last one; None before any."""
+    anticipation_until: int | None = None
+    """Its first step without; None where it goes on to the end of the run."""
     stopping: bool = False
     """All ranks have agreed to end after the current step."""
+
+    def anticipates(self, step: int) -> bool:
+        """Whether a step is one of anticipatory routing."""
+        since, until = self.anticipation_since, self.anticipation_until
+        return since is not None and since <= step and (until is None or step < until)

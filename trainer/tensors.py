@@ -20,6 +20,7 @@ MASTER = "master."
 STEP = "step"
 """The optimizer's state that is one number for a whole parameter, however that is split."""
 _STATES = "optim."
+_ROUTING = "routing."
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,18 @@ def logical_tensors(
 
 
 def is_state(name: str) -> bool:
-    """Whether an entry of a checkpoint is the optimizer's, not a weight or buffer of the model."""
-    return name.startswith(_STATES)
+    """Whether an entry of a checkpoint is no weight or buffer of the model."""
+    return name.startswith((_STATES, _ROUTING))
+
+
+def routing_name(step: int, layer: int) -> str:
+    """The entry of the experts that were chosen ahead of a step, [rows, length, A]."""
+    return f"{_ROUTING}{step:08d}.{layer:03d}"
+
+
+def is_routing(name: str) -> bool:
+    """Whether an entry is a choice of experts, which only training has a use for."""
+    return name.startswith(_ROUTING)
 
 
 def _entries(

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from model import ModelConfig
 from model.kernel_choices import describe, kernel_choices
 from optim import Assignment, MatrixSizes, Optimizer, build_table
 from optim.schedule import in_decay, schedule
+from trainer.anticipation import Anticipation
 from trainer.config import RunConfig
 from trainer.engine import Engine, NativeEngine, StepLosses
 from trainer.errors import DivergedError, SaveError
@@ -53,8 +54,19 @@ class Trainer:
             self.heldout = Heldout(config, grid, config.evaluation.rows)
         local, self.engine, self.optimizer = open_engine(config, grid)
         self.model = local.model
+        ahead = config.stability.anticipation
+        always = ahead.when == "always"
+        self.anticipation = Anticipation(
+            self.engine, grid, self.loader, self.batches.at, ahead.lead, always, config.steps
+        )
         self.checkpoint = RunCheckpoint(
-            config, grid, self.model, self.optimizer, tokenizer.hash, local.placements
+            config,
+            grid,
+            self.model,
+            self.optimizer,
+            tokenizer.hash,
+            local.placements,
+            self.anticipation,
         )
         self.metrics: Metrics | None = None
         self.periodic: list[Hook] = [self._evaluate, self._report, self._save]
@@ -64,7 +76,7 @@ class Trainer:
         self._open()
         while self.state.step < self.config.steps and not self.state.stopping:
             start = time.perf_counter()
-            result = self.step(self.batches.at(self.state.step))
+            result = self.step(self.anticipation.batches(self.state.step))
             result.seconds = time.perf_counter() - start
             self.state.step += 1
             self.state.tokens += result.tokens
@@ -75,12 +87,13 @@ class Trainer:
             self.metrics.close()
         return self.state
 
-    def step(self, batches: Sequence[Batch]) -> StepResult:
+    def step(self, batches: list[Batch]) -> StepResult:
         """One optimizer step on this rank's microbatches of a global batch.
 
         Without finite loss and gradients it leaves weights and router biases alone, and counts.
         """
-        losses = self.engine.forward_backward(batches, self._mtp_weight(), self.stop.made)
+        chosen = self.anticipation.look_ahead(self.state, batches)
+        losses = self.engine.forward_backward(batches, self._mtp_weight(), self.stop.made, chosen)
         self.state.stopping = losses.stop
         norm = self.engine.gradient_norm()
         result = self._on_host(losses, norm)  # the only wait for the device in a step
@@ -148,6 +161,7 @@ class Trainer:
     def _open(self) -> None:
         """Resume, then open the run folder's files on the first rank."""
         resumed = self.checkpoint.load(self.state)
+        self.anticipation.begin(self.state)
         if not self.grid.is_first:
             return
         self.config.run_dir.mkdir(parents=True, exist_ok=True)

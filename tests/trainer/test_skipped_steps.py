@@ -26,7 +26,10 @@ def run(tiny: Path, folder: Path, poisoned: set[int], *settings: str) -> Trainer
     weights: list[dict[str, torch.Tensor]] = []
 
     def forward_backward(
-        batches: Sequence[Batch], mtp_loss_weight: float | None = None, stop: bool = False
+        batches: Sequence[Batch],
+        mtp_loss_weight: float | None = None,
+        stop: bool = False,
+        chosen: object = None,
     ) -> StepLosses:
         weights.append({n: t.clone() for n, t in trainer.model.state_dict().items()})
         losses = plain(batches, mtp_loss_weight, stop)

@@ -25,6 +25,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from model import V4Model
+from model.moe import MoEStats
 from model.transformer import Microbatch
 from trainer.parallel.grid import Axis
 from trainer.parallel.stages import StagePlan
@@ -45,6 +46,9 @@ class Tally:
     """fp64 [3]: lm, mtp (unweighted) and balance."""
     load: Tensor
     """fp32 [layers (+ MTP), E]."""
+    chosen: list[dict[int, Tensor]] | None = None
+    """Where there is a list: only the experts that learned routers choose are wanted, by microbatch
+    and layer [T, A], in the smallest integers that hold them. Losses and loads stay as they are."""
 
     @classmethod
     def zeros(cls, model: V4Model, device: torch.device) -> Tally:
@@ -87,6 +91,9 @@ class Stage(nn.Module):
             streams = model.embed_streams(micro)
         streams, stats = model.run_blocks(streams, micro, self.blocks)
         rows = list(self.rows)
+        if self.feed.tally is not None and self.feed.tally.chosen is not None:
+            self._note_chosen(self.feed.tally.chosen[int(index)], streams, micro, stats)
+            return streams
         lm = mtp = None
         if self.last:
             lm, mtp, seen = model.predict(streams, micro)
@@ -97,6 +104,22 @@ class Stage(nn.Module):
             loss = lm + micro.mtp_loss_weight * mtp
             return (loss if balance is None else loss + balance).view(1)
         return streams if balance is None else _WithLoss.apply(streams, balance)
+
+    def _note_chosen(
+        self,
+        chosen: dict[int, Tensor],
+        streams: Tensor,
+        micro: Microbatch,
+        stats: Sequence[MoEStats],
+    ) -> None:
+        config = self._model[0].config
+        found = {row: seen.chosen_TA for row, seen in zip(self.rows, stats, strict=True)}
+        if self.last:
+            following = self._model[0].choose_next(streams, micro)
+            found |= dict(enumerate(following, config.num_hidden_layers))
+        for row, chosen_TA in found.items():
+            if row >= config.num_hash_layers:
+                chosen[row] = chosen_TA.to(index_dtype(config.n_routed_experts))
 
     @torch.no_grad()
     def _note(
@@ -114,6 +137,14 @@ class Stage(nn.Module):
                 tally.losses[place] += loss.double()
         for row, load_E in zip(rows, loads, strict=True):
             tally.load[row] += load_E
+
+
+def index_dtype(experts: int) -> torch.dtype:
+    """The smallest integer type that holds an expert's number, of those that safetensors holds."""
+    for dtype in (torch.uint8, torch.int16):
+        if experts - 1 <= torch.iinfo(dtype).max:
+            return dtype
+    return torch.int32
 
 
 class _WithLoss(torch.autograd.Function):
