@@ -36,6 +36,8 @@ setup(
         "megatron-core>=0.16",
         "transformers>=5.23.0",
         "datasets>=4.0",
+        "datatrove>=0.10",
+        "rensa>=0.5",
         "sentencepiece>=0.2.1",
         "tokenizers>=0.22",
         "safetensors>=0.6",

@@ -15,6 +15,10 @@ class SourceConfig(BaseModel):
     .jsonl and .json (also .gz, .zst), `parquet` takes tables, and `text` takes every file as one
     document. With `split: hash` each document goes to train or heldout by the hash of its text, so
     two equal documents never fall on both sides; `train` and `heldout` say it outright.
+
+    A record of `content: text` is the string in `text_field`. One of `content: conversation` is the
+    list in `messages_field`, or the JSON text of such a list, rendered by `data.dsml`; in the
+    format `json` these are JSON lines.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -27,7 +31,9 @@ class SourceConfig(BaseModel):
     dataset_subset: str | None = None
     dataset_split: str = "train"
     dataset_revision: str | None = None
+    content: Literal["text", "conversation"] = "text"
     text_field: str = "text"
+    messages_field: str = "messages"
     domain: Literal["code", "prose"] = "prose"
     split: Literal["hash", "train", "heldout"] = "hash"
 
@@ -37,7 +43,16 @@ class SourceConfig(BaseModel):
             raise ValueError(
                 f"source {self.name!r} needs either `paths` or `dataset`, and exactly one of them"
             )
+        if self.content == "conversation" and self.format == "text":
+            raise ValueError(
+                f"source {self.name!r}: conversations are read from `format: json` or `parquet`"
+            )
         return self
+
+    @property
+    def field(self) -> str:
+        """The field of a record that is read."""
+        return self.messages_field if self.content == "conversation" else self.text_field
 
 
 class TokenizerConfig(BaseModel):
@@ -56,6 +71,37 @@ class TokenizerConfig(BaseModel):
     vocab_size: int = Field(default=129280, ge=384, le=129280)
     sample_bytes: int = Field(default=64_000_000, ge=1)
     character_coverage: float = Field(default=0.9995, gt=0.0, le=1.0)
+
+
+class FiltersConfig(BaseModel):
+    """Which documents `prepare` leaves out; each is counted under the first rule that it fails.
+
+    `length`: fewer than `min_characters` or more than `max_characters`. `encoding`: a share of
+    characters over `max_garbled` that are U+FFFD, control codes, private or no characters.
+    `generated`: code that says of itself, in its first lines, that a program wrote it. `quality`:
+    the rules named in `quality`, for text of the domains in `quality_domains`. Then, over all
+    sources together, the first of its kind stays: `exact` duplicates, `near` duplicates from that
+    Jaccard similarity of word 5-grams on, and `template`, groups of `template_group` or more pages
+    whose word 3-grams, digits masked, are similar from that share on. `near` and `template` may be
+    null.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min_characters: int = Field(default=100, ge=0)
+    max_characters: int = Field(default=10_000_000, ge=1)
+    max_garbled: float = Field(default=0.005, ge=0.0, le=1.0)
+    generated: bool = True
+    quality: tuple[Literal["gopher", "repetition", "fineweb"], ...] = (
+        "gopher",
+        "repetition",
+        "fineweb",
+    )
+    quality_domains: tuple[Literal["code", "prose"], ...] = ("prose",)
+    exact: bool = True
+    near: float | None = Field(default=0.8, gt=0.0, le=1.0)
+    template: float | None = Field(default=0.6, gt=0.0, le=1.0)
+    template_group: int = Field(default=20, ge=2)
 
 
 class TransformsConfig(BaseModel):
@@ -109,7 +155,7 @@ class DataConfig(BaseModel):
     the tokens; without them, an epoch of every source is an epoch of all. `stages`, if any, replace
     the sizes of rows and steps for training. `prefetch` steps are made ready ahead of their turn.
     `prepare_workers` processes make the shards, one for each core if absent. `quarantine_share` of
-    a source's records may be bad; they are set aside.
+    a source's records may be bad; they are set aside. `filters`, if given, leave documents out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -130,6 +176,7 @@ class DataConfig(BaseModel):
     prefetch: int = Field(default=2, ge=0)
     prepare_workers: int | None = Field(default=None, ge=1)
     quarantine_share: float = Field(default=0.0, ge=0.0, lt=1.0)
+    filters: FiltersConfig | None = None
 
     @model_validator(mode="after")
     def _names_differ(self) -> "DataConfig":

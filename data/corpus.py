@@ -1,6 +1,7 @@
 """Raw text through the `datasets` library, with errors that name the file and the place."""
 
 import glob
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.config import SourceConfig
+from data.dsml import Special, read_messages, render
 from data.errors import DataError
 
 _READ_BYTES = 1 << 20
@@ -20,6 +22,20 @@ class BadRecord(NamedTuple):
     place: str
     number: int
     reason: str
+
+
+class Document(NamedTuple):
+    """One document: its text, and the segments of a conversation (`data.dsml.render`)."""
+
+    text: str
+    segments: tuple[str, ...] | None = None
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """What is not a special token."""
+        if self.segments is None:
+            return (self.text,)
+        return tuple(s for s in self.segments if not isinstance(s, Special))
 
 
 class Corpus:
@@ -44,45 +60,65 @@ class Corpus:
         self.empty = 0
         self._bad: list[BadRecord] | None = None
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Document]:
         found = 0
-        for text in self.texts():
+        for document in self.documents():
             found += 1
-            yield text
+            yield document
         if not found:
             raise no_document(self.source, len(self.files), self.empty)
 
-    def texts(self, bad: list[BadRecord] | None = None) -> Iterator[str]:
+    def documents(self, bad: list[BadRecord] | None = None) -> Iterator[Document]:
         """The documents, if any; bad records are appended to `bad` where that is given."""
         self.empty = 0
         self._bad = bad
-        for text in self._texts():
-            if text.strip():
-                yield text
+        for document in self._documents():
+            if document.text.strip():
+                yield document
             else:
                 self.empty += 1
 
-    def _texts(self) -> Iterator[str]:
+    def _documents(self) -> Iterator[Document]:
         if not self.source.paths:
             yield from self._records(self._open_hub(), self.source.dataset or "", 0)
         elif self.source.format == "text":
             # One stream for all files: a tree of code has thousands of small ones.
             files = [file for file in self.files if os.path.getsize(file)]
             self.empty += len(self.files) - len(files)
+            if self._bad is not None:
+                files = self._decodable(files, self._bad)
             if files:
                 options = {"sample_by": "document", "keep_linebreaks": True}
                 yield from self._records(self._open(files, options), "its files", 0)
         else:
             for file in self.files:
                 if os.path.getsize(file):
-                    yield from self._records(self._open([file], {}), str(file), 1)
+                    yield from self._records(self._open_one(file), str(file), 1)
 
-    def _open(self, files: list[Path], options: dict[str, Any]) -> Any:
+    def _decodable(self, files: list[Path], bad: list[BadRecord]) -> list[Path]:
+        """The files that are UTF-8; each of the others is a bad record."""
+        good = []
+        for number, file in enumerate(files):
+            offset = first_invalid_utf8(file)
+            if offset is None:
+                good.append(file)
+            else:
+                bad.append(BadRecord(str(file), number, f"is not UTF-8 at byte {offset}"))
+        return good
+
+    def _open_one(self, file: Path) -> Any:
+        if self.source.content == "text" or self.source.format == "parquet":
+            return self._open([file], {})
+        # Arrow would give every call of a tool the arguments of all the others.
+        lines = self._open([file], {"sample_by": "line"}, "text")
+        return (_json_record(line) for line in lines if line["text"].strip())
+
+    def _open(self, files: list[Path], options: dict[str, Any], builder: str = "") -> Any:
         import datasets
 
         # The library logs what it also raises, and we report what it raises.
         datasets.utils.logging.set_verbosity(logging.CRITICAL)
-        builder = self.source.format
+        builder = builder or self.source.format
         names = [glob.escape(str(file)) for file in files]
         return datasets.load_dataset(
             builder, data_files=names, split="train", streaming=True, **options
@@ -106,9 +142,9 @@ class Corpus:
                 f"{_one_line(error)}"
             ) from error
 
-    def _records(self, stream: Any, place: str, first: int) -> Iterator[str]:
-        """The text field of each record; `place` and the record's number go into errors."""
-        field = "text" if self.source.format == "text" else self.source.text_field
+    def _records(self, stream: Any, place: str, first: int) -> Iterator[Document]:
+        """The document of each record; `place` and the record's number go into errors."""
+        field = "text" if self.source.format == "text" else self.source.field
         records = iter(stream)
         number = first
         while True:
@@ -118,26 +154,38 @@ class Corpus:
                 return
             except Exception as error:  # pyarrow, json, gzip, zstd and datasets each have their own
                 raise self._broken(place, number, error) from error
-            text = record.get(field)
-            reason = self._what_is_wrong(record, field)
-            if reason is None:
-                yield text
+            document, reason = self._read(record, field)
+            if document is not None:
+                yield document
             elif self._bad is None:
                 raise DataError(f"record {number} of {place} {reason}.")
             else:
                 self._bad.append(BadRecord(place, number, reason))
             number += 1
 
-    def _what_is_wrong(self, record: dict[str, Any], field: str) -> str | None:
-        text = record.get(field)
-        if not isinstance(text, str):
-            return (
-                f"has no string in the field {field!r}; its fields are "
-                f"{', '.join(sorted(record))} (set `text_field` of source {self.source.name!r})"
+    def _read(self, record: dict[str, Any], field: str) -> tuple[Document | None, str]:
+        """The document of a record, or what is wrong with it."""
+        content = record.get(field)
+        conversation = self.source.content == "conversation"
+        if not isinstance(content, (str, list) if conversation else str):
+            kind = "list of messages" if conversation else "string"
+            setting = "messages_field" if conversation else "text_field"
+            return None, (
+                f"has no {kind} in the field {field!r}; its fields are "
+                f"{', '.join(sorted(record))} (set `{setting}` of source {self.source.name!r})"
             )
-        if len(text) > _MAX_CHARACTERS:
-            return f"has {len(text)} characters; a document may have {_MAX_CHARACTERS}"
-        return None
+        if conversation:
+            try:
+                segments = render(read_messages(content))
+            except DataError as error:
+                return None, str(error)
+            document = Document("".join(segments), tuple(segments))
+        else:
+            document = Document(str(content))
+        size = len(document.text)
+        if size > _MAX_CHARACTERS:
+            return None, f"has {size} characters; a document may have {_MAX_CHARACTERS}"
+        return document, ""
 
     def _broken(self, place: str, number: int, error: Exception) -> DataError:
         """Look for bytes that are not UTF-8 first; they hide behind many kinds of errors."""
@@ -172,10 +220,12 @@ def first_invalid_utf8(path: Path) -> int | None:
             position += len(block)
 
 
-def no_document(source: SourceConfig, files: int, empty: int) -> DataError:
-    """What a source without any document says."""
+def no_document(source: SourceConfig, files: int, empty: int, lost: int = 0) -> DataError:
+    """What a source without any document says; the filters left out `lost`."""
+    filters = f", {lost} left out by the filters" if lost else ""
     return DataError(
-        f"source {source.name!r} holds no document: {files} files, {empty} empty documents."
+        f"source {source.name!r} holds no document: {files} files, {empty} empty documents"
+        f"{filters}."
     )
 
 
@@ -198,6 +248,14 @@ def find_files(source: SourceConfig) -> list[Path]:
             )
         found.update(matches)
     return sorted(found)
+
+
+def _json_record(line: dict[str, str]) -> dict[str, Any]:
+    """The object of a line of JSON."""
+    record = json.loads(line["text"])
+    if not isinstance(record, dict):
+        raise ValueError(f"the line holds a {type(record).__name__} instead of an object")
+    return record
 
 
 def _one_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from data.errors import DataError
 from data.special_tokens import BOS, EOS
@@ -95,6 +95,19 @@ class Conversation(_Model):
     messages: list[Message]
 
 
+def read_messages(content: Any) -> Conversation:
+    """The record of a list of messages, or of its JSON text; DataError where it is none."""
+    try:
+        messages = json.loads(content) if isinstance(content, str) else content
+        return Conversation.model_validate({"messages": messages})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"is no conversation: {place}: {first['msg']}") from error
+    except ValueError as error:
+        raise DataError(f"is no conversation: its messages are not JSON ({error})") from error
+
+
 def render(record: Conversation) -> list[Segment]:
     """The segments of a record, without bos; no two plain ones are neighbours and none is empty."""
     merged: list[Segment] = []
@@ -109,15 +122,27 @@ def render(record: Conversation) -> list[Segment]:
 
 def encode(record: Conversation, tokenizer: Tokenizer) -> list[int]:
     """Ids of a record, without bos; DataError where the tokenizer lacks one of the tokens."""
-    ids: list[int] = []
-    for segment in render(record):
-        if not isinstance(segment, Special):
-            ids += tokenizer.encode(segment)
-        elif segment in tokenizer.special:
-            ids.append(tokenizer.special[segment])
-        else:
-            raise DataError(f"{tokenizer.path} has no special token {segment}; DSML needs it.")
-    return ids
+    return encode_segments([render(record)], tokenizer)[0]
+
+
+def encode_segments(
+    documents: Sequence[Sequence[Segment]], tokenizer: Tokenizer
+) -> list[list[int]]:
+    """Ids of the segments of many documents, on all cores; DataError as for `encode`."""
+    plain = [s for segments in documents for s in segments if not isinstance(s, Special)]
+    encoded = iter(tokenizer.encode_batch(plain))
+    found = []
+    for segments in documents:
+        ids: list[int] = []
+        for segment in segments:
+            if not isinstance(segment, Special):
+                ids += next(encoded)
+            elif segment in tokenizer.special:
+                ids.append(tokenizer.special[segment])
+            else:
+                raise DataError(f"{tokenizer.path} has no special token {segment}; DSML needs it.")
+        found.append(ids)
+    return found
 
 
 def decode(ids: Sequence[int], tokenizer: Tokenizer) -> Conversation:

@@ -13,6 +13,7 @@ from data.errors import DataError
 from data.files import write_atomically
 
 MANIFEST_FILE = "manifest.json"
+MAX_EXAMPLES = 3
 Split = Literal["train", "heldout"]
 
 
@@ -34,8 +35,38 @@ class Shard(BaseModel):
     bytes: int
 
 
+class Example(BaseModel):
+    """The beginning of a document that a filter left out, and what spoke against it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str
+    detail: str
+
+
+class Loss(BaseModel):
+    """What one filter left out: documents, their UTF-8 bytes, and a few of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    documents: int = 0
+    bytes: int = 0
+    examples: tuple[Example, ...] = ()
+
+    def plus(self, other: "Loss") -> "Loss":
+        """Both together; the first `MAX_EXAMPLES` examples stay."""
+        return Loss(
+            documents=self.documents + other.documents,
+            bytes=self.bytes + other.bytes,
+            examples=(self.examples + other.examples)[:MAX_EXAMPLES],
+        )
+
+
 class Manifest(BaseModel):
-    """The contents of a folder of shards; `digest` names what they were made from."""
+    """The contents of a folder of shards; `digest` names what they were made from.
+
+    `losses` are by source and filter.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,6 +80,7 @@ class Manifest(BaseModel):
     pad_id: int
     empty_documents: dict[str, int]
     bad_records: dict[str, int] = {}
+    losses: dict[str, dict[str, Loss]] = {}
     shards: tuple[Shard, ...]
 
     def of_split(self, split: Split) -> list[Shard]:

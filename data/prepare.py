@@ -4,6 +4,9 @@ The shards are written into a folder of their own beside the earlier ones; then 
 replaced, and only then the earlier ones go. A run that dies leaves what was there, and the parts
 that were whole: the next run of the same input goes on with the others. A document is
 [bos] + text + [eos]. What is written does not depend on the number of processes.
+
+With filters the input is read twice: first every document is judged and signed (data.screening),
+and when all are, those that stay are tokenised.
 """
 
 import fcntl
@@ -16,15 +19,18 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from data.config import DataConfig
+from data.config import DataConfig, FiltersConfig
 from data.corpus import Corpus, no_document
 from data.errors import DataError
 from data.files import fsync_folder, sha256_of
 from data.indexed import open_shard
-from data.manifest import Manifest, Shard
+from data.manifest import Loss, Manifest, Shard
 from data.prepare_pool import Progress, run_units
-from data.prepare_unit import Unit, UnitRecord, finished, run_unit, units_of
+from data.prepare_unit import UnitRecord, finished, run_unit
+from data.screening import decide, is_screened, remove_screening, screen_unit
+from data.sieve import Filtered
 from data.tokenizer import Tokenizer
+from data.unit import Unit, units_of
 
 _UNFINISHED = ".unfinished-"
 _FORMAT = 2  # raise when equal inputs would give other shards
@@ -51,6 +57,7 @@ def prepare(config: DataConfig, progress: bool = True) -> Manifest:
             try:
                 records = _write(config, corpora, tokenizer, folder, progress)
                 manifest = _manifest(config, digest, tokenizer, records)
+                remove_screening(folder)
                 _publish(folder, root, manifest)
             except BaseException:
                 if folder.exists() and not any(folder.iterdir()):
@@ -86,19 +93,48 @@ def _write(
     for left in folder.glob(".*"):
         left.unlink()  # of a run that died while it wrote
     records = {unit: record for unit in units if (record := finished(unit, folder)) is not None}
+    rest = [unit for unit in units if unit not in records]
+    tolerant = config.quarantine_share > 0
+    workers = config.prepare_workers or os.cpu_count() or 1
+    filtered = None
+    if config.filters is not None and rest:
+        _screen(config.filters, units, tokenizer, folder, tolerant, workers, progress)
+        filtered = Filtered(config.filters, tuple(unit.name for unit in units))
     work = partial(
         run_unit,
         folder=folder,
         heldout_fraction=config.heldout_fraction,
-        tolerant=config.quarantine_share > 0,
+        tolerant=tolerant,
+        filtered=filtered,
     )
-    with Progress(units, progress) as bar:
+    with Progress(units, "tokenise", progress) as bar:
         for unit in records:
             bar.advance(unit, unit.size)
-        rest = [unit for unit in units if unit not in records]
-        workers = config.prepare_workers or os.cpu_count() or 1
         records.update(run_units(rest, tokenizer, workers, work, bar.advance))
     return [(unit, records[unit]) for unit in units]
+
+
+def _screen(
+    filters: FiltersConfig,
+    units: list[Unit],
+    tokenizer: Tokenizer,
+    folder: Path,
+    tolerant: bool,
+    workers: int,
+    progress: bool,
+) -> None:
+    """Leave verdicts on all documents in `folder`."""
+    work = partial(screen_unit, folder=folder, filters=filters, tolerant=tolerant)
+    with Progress(units, "screen", progress) as bar:
+        rest = []
+        for unit in units:
+            if is_screened(unit, folder):
+                bar.advance(unit, unit.size)
+            else:
+                rest.append(unit)
+        for _ in run_units(rest, tokenizer, workers, work, bar.advance):
+            pass
+    decide(units, folder, filters)
 
 
 def _manifest(
@@ -107,13 +143,22 @@ def _manifest(
     """The manifest of all parts; DataError for a source that is empty or has too many bad ones."""
     shards: list[Shard] = []
     empty, bad = {}, {}
+    losses: dict[str, dict[str, Loss]] = {}
     for source in config.sources:
         mine = [(unit, record) for unit, record in parts if unit.source == source]
         records = [record for _, record in mine]
+        lost: dict[str, Loss] = {}
+        for record in records:
+            for reason, loss in record.losses.items():
+                lost[reason] = lost.get(reason, Loss()).plus(loss)
+        if config.filters is not None:
+            losses[source.name] = lost
         found = sum(record.documents for record in records)
         empty[source.name] = sum(record.empty for record in records)
         bad[source.name] = sum(record.bad for record in records)
-        share = bad[source.name] / max(1, found + empty[source.name] + bad[source.name])
+        share = bad[source.name] / max(
+            1, found + empty[source.name] + bad[source.name] + _total(lost)
+        )
         if share > config.quarantine_share:
             raise DataError(
                 f"source {source.name!r} has {bad[source.name]} bad records, a share of "
@@ -122,7 +167,7 @@ def _manifest(
             )
         if not found:
             files = sum(len(unit.files) for unit, _ in mine)
-            raise no_document(source, files, empty[source.name])
+            raise no_document(source, files, empty[source.name], _total(lost))
         for split in ("train", "heldout"):
             shards += [s for record in records for s in record.shards if s.split == split]
     return Manifest(
@@ -135,14 +180,21 @@ def _manifest(
         pad_id=tokenizer.pad_id,
         empty_documents=empty,
         bad_records=bad,
+        losses=losses,
         shards=tuple(shards),
     )
+
+
+def _total(losses: dict[str, Loss]) -> int:
+    return sum(loss.documents for loss in losses.values())
 
 
 def _digest(config: DataConfig, tokenizer: Tokenizer, corpora: list[Corpus]) -> str:
     """Hex sha256 of everything the shards depend on; local files enter with their content."""
     tolerant = config.quarantine_share > 0
     basis = f"{_FORMAT} {tokenizer.hash} {config.heldout_fraction} {tolerant}\n"
+    if config.filters is not None:
+        basis += f"{config.filters.model_dump_json()}\n"
     digest = hashlib.sha256(basis.encode())
     for corpus in corpora:
         settings = corpus.source.model_dump_json(exclude={"paths", "include"})

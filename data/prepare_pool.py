@@ -8,11 +8,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from data.errors import DataError
-from data.prepare_unit import Unit, UnitRecord
 from data.tokenizer import Tokenizer
+from data.unit import Unit
 
+R = TypeVar("R")
 _BYTES_A_PROCESS = 16 << 20  # starting one takes as long as a few megabytes of work
 
 _tokenizers: dict[Path, Tokenizer] = {}  # of a worker process: one, loaded once
@@ -22,10 +24,11 @@ def run_units(
     units: list[Unit],
     tokenizer: Tokenizer,
     workers: int,
-    work: Callable[..., UnitRecord],
+    work: Callable[..., R],
     advance: Callable[[Unit, int], None],
-) -> Iterator[tuple[Unit, UnitRecord]]:
-    """Yield each unit with its record as it is done; `work` is `run_unit` with its settings.
+) -> Iterator[tuple[Unit, R]]:
+    """Yield each unit with its record as it is done; `work` is a function of a unit, a tokenizer
+    and `advance`, with its settings.
 
     `advance` is told the bytes done: of documents in this process, of whole units from others.
     Raises DataError where a worker dies; the first error of a unit ends the others unbegun.
@@ -68,7 +71,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(work: Callable[..., UnitRecord], unit: Unit, path: Path) -> UnitRecord:
+def _work(work: Callable[..., R], unit: Unit, path: Path) -> R:
     if path not in _tokenizers:
         _tokenizers[path] = Tokenizer(path)
     return work(unit, _tokenizers[path], advance=lambda _size: None)
@@ -77,10 +80,12 @@ def _work(work: Callable[..., UnitRecord], unit: Unit, path: Path) -> UnitRecord
 class Progress:
     """A line per source with the bytes done and the time left; silent where not wanted.
 
+    `verb` says what is done.
+
     The total is the size of the files, exact for plain text and an estimate for the other formats.
     """
 
-    def __init__(self, units: list[Unit], visible: bool) -> None:
+    def __init__(self, units: list[Unit], verb: str, visible: bool) -> None:
         from rich import progress
         from rich.console import Console
 
@@ -97,7 +102,7 @@ class Progress:
         for unit in units:
             sizes[unit.source.name] = sizes.get(unit.source.name, 0) + unit.size
         self.tasks = {
-            name: self.bar.add_task(f"tokenise {name}", total=size or None)
+            name: self.bar.add_task(f"{verb} {name}", total=size or None)
             for name, size in sizes.items()
         }
 

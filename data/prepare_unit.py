@@ -1,4 +1,4 @@
-"""The work of one process of `prepare`: some files of one source to one part of its shards.
+"""The work of one process of `prepare`: a unit to one part of its source's shards.
 
 A unit is the grain of resuming. Its files get their names only when they are whole, and the record
 `*.json` comes last: a unit with a record is done, anything else is done again.
@@ -6,46 +6,26 @@ A unit is the grain of resuming. Its files get their names only when they are wh
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data.config import SourceConfig
 from data.corpus import BadRecord, Corpus
+from data.dsml import encode_segments
 from data.errors import DataError
 from data.files import fsync_file, write_atomically
 from data.indexed import indexed_module, open_shard
-from data.manifest import Shard
+from data.manifest import Loss, Shard
+from data.sieve import Filtered, Sieve
 from data.splits import is_heldout
 from data.tokenizer import Tokenizer
+from data.unit import Unit, batches
 
-_BATCH_CHARACTERS = 4_000_000
-_UNIT_BYTES = 64 << 20  # changes which documents share a part, so it belongs to the shards' format
 _SPLITS = ("train", "heldout")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Files of one source that become one part; no files for a dataset of the hub."""
-
-    source: SourceConfig
-    number: int
-    files: tuple[Path, ...]
-
-    @property
-    def name(self) -> str:
-        """The source and the number of the part."""
-        return f"{self.source.name}-{self.number:05d}"
-
-    @property
-    def size(self) -> int:
-        """Bytes of the files."""
-        return sum(file.stat().st_size for file in self.files)
 
 
 class UnitRecord(BaseModel):
@@ -57,21 +37,7 @@ class UnitRecord(BaseModel):
     documents: int
     empty: int
     bad: int
-
-
-def units_of(corpus: Corpus) -> list[Unit]:
-    """The files of a source in order, gathered until a unit has `_UNIT_BYTES`."""
-    if not corpus.files:
-        return [Unit(corpus.source, 0, ())]
-    groups: list[list[Path]] = [[]]
-    size = 0
-    for file in corpus.files:
-        if size >= _UNIT_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(file)
-        size += file.stat().st_size
-    return [Unit(corpus.source, i, tuple(files)) for i, files in enumerate(groups)]
+    losses: dict[str, Loss] = {}
 
 
 def finished(unit: Unit, folder: Path) -> UnitRecord | None:
@@ -92,22 +58,27 @@ def run_unit(
     heldout_fraction: float,
     tolerant: bool,
     advance: Callable[[int], None],
+    filtered: Filtered | None = None,
 ) -> UnitRecord:
     """Write the shards of a unit into `folder`; a split without documents gets none.
 
     `tolerant` counts bad records and goes on, otherwise the first is an error. `advance` is told
-    the UTF-8 bytes of the documents as they are done. Raises DataError for what cannot be read
-    and OSError for what cannot be written.
+    the UTF-8 bytes of the documents as they are done. `filtered` leaves documents out. Raises
+    DataError for what cannot be read and OSError for what cannot be written.
     """
     corpus = Corpus(unit.source, unit.files)
     writers = {split: _Writer(unit, split, folder, tokenizer) for split in _SPLITS}
     bad: list[BadRecord] = []
+    sieve = None if filtered is None else Sieve(filtered, unit, folder)
     try:
-        for texts in _batches(corpus.texts(bad if tolerant else None)):
-            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                held = is_heldout(unit.source, text, heldout_fraction)
-                writers["heldout" if held else "train"].add(ids, len(text.encode()))
-            advance(sum(len(text.encode()) for text in texts))
+        for batch in batches(corpus.documents(bad if tolerant else None)):
+            kept = batch if sieve is None else sieve.kept(batch)
+            ids_of = encode_segments([d.segments or (d.text,) for d in kept], tokenizer)
+            for document, ids in zip(kept, ids_of, strict=True):
+                held = is_heldout(unit.source, document.text, heldout_fraction)
+                writers["heldout" if held else "train"].add(ids, len(document.text.encode()))
+            advance(sum(len(document.text.encode()) for document in batch))
+        losses = {} if sieve is None else sieve.close()
         for writer in writers.values():
             writer.close()
         shards = [shard for writer in writers.values() if (shard := writer.finish()) is not None]
@@ -118,8 +89,13 @@ def run_unit(
     if bad:
         lines = [json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in bad]
         write_atomically(folder / f"{unit.name}.quarantine.jsonl", "".join(lines).encode())
-    documents = sum(shard.documents for shard in shards)
-    record = UnitRecord(shards=tuple(shards), documents=documents, empty=corpus.empty, bad=len(bad))
+    record = UnitRecord(
+        shards=tuple(shards),
+        documents=sum(shard.documents for shard in shards),
+        empty=corpus.empty,
+        bad=len(bad),
+        losses=losses,
+    )
     write_atomically(folder / f"{unit.name}.json", record.model_dump_json().encode())
     return record
 
@@ -140,7 +116,9 @@ class _Writer:
 
     def add(self, ids: list[int], size: int) -> None:
         """Append one document of `size` UTF-8 bytes."""
-        document = np.array([self.tokenizer.bos_id, *ids, self.tokenizer.eos_id], dtype=self.dtype)
+        eos = self.tokenizer.eos_id
+        end = [] if ids and ids[-1] == eos else [eos]  # an answer ends with eos already
+        document = np.array([self.tokenizer.bos_id, *ids, *end], dtype=self.dtype)
         self.builder.add_document(document, [len(document)])
         self.documents += 1
         self.tokens += len(document)
@@ -175,17 +153,3 @@ class _Writer:
             tokens=self.tokens,
             bytes=self.bytes,
         )
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Documents gathered to about `_BATCH_CHARACTERS`, for the tokenizer's threads."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

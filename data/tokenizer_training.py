@@ -12,8 +12,8 @@ import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data.config import DataConfig, TokenizerConfig
-from data.corpus import Corpus
+from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.corpus import Corpus, Document
 from data.errors import DataError
 from data.files import write_atomically
 from data.hf_tokenizer import SPACE
@@ -29,10 +29,13 @@ def train_tokenizer(config: DataConfig) -> Path:
     """Train on the training documents of `config.sources`; returns the model file.
 
     The sample is the `sample_bytes` worth of documents with the lowest hashes: a random sample
-    that does not depend on the order of the files. Raises DataError where the corpus is empty or
-    cannot be read, or the vocabulary is too small for the characters of the sample.
+    that does not depend on the order of the files. With `config.weights` every source gives its
+    share of these bytes, or all it has. Raises DataError where the corpus is empty or cannot be
+    read, or the vocabulary is too small for the characters of the sample.
     """
-    sample = _sample(_training_texts(config), config.tokenizer.sample_bytes)
+    sample: list[str] = []
+    for sources, size in _shares(config):
+        sample += _sample(_training_documents(config, sources), size)
     if not sample:
         raise DataError("the sources hold no document to train a tokenizer on.")
     model = train_model(sample, config.tokenizer)
@@ -40,6 +43,16 @@ def train_tokenizer(config: DataConfig) -> Path:
     write_atomically(path, model)
     Tokenizer(path)  # refuses a model that could not be used
     return path
+
+
+def _shares(config: DataConfig) -> list[tuple[tuple[SourceConfig, ...], int]]:
+    """Sources that are sampled together, and how many bytes they give."""
+    size = config.tokenizer.sample_bytes
+    if not config.weights:
+        return [(config.sources, size)]
+    total = sum(config.weights.values())
+    parts = ((source, config.weights.get(source.name, 0.0)) for source in config.sources)
+    return [((source,), max(1, int(size * w / total))) for source, w in parts if w > 0]
 
 
 def train_model(texts: Iterable[str], config: TokenizerConfig) -> bytes:
@@ -96,24 +109,26 @@ def _with_special_tokens(serialised: bytes, vocab_size: int) -> bytes:
     return model.SerializeToString(deterministic=True)
 
 
-def _training_texts(config: DataConfig) -> Iterator[str]:
-    for source in config.sources:
-        for text in Corpus(source):
-            if not is_heldout(source, text, config.heldout_fraction):
-                yield text
+def _training_documents(config: DataConfig, sources: Iterable[SourceConfig]) -> Iterator[Document]:
+    for source in sources:
+        for document in Corpus(source):
+            if not is_heldout(source, document.text, config.heldout_fraction):
+                yield document
 
 
-def _sample(texts: Iterable[str], limit: int) -> list[str]:
-    """The documents with the lowest hashes, up to `limit` UTF-8 bytes, by rising hash.
+def _sample(documents: Iterable[Document], limit: int) -> list[str]:
+    """The texts of the documents with the lowest hashes, up to `limit` UTF-8 bytes.
 
-    Memory stays within `limit` and one document. A first document over the limit is cut.
+    They come by rising hash, without special tokens. Memory stays within `limit` and one document.
+    A first document over the limit is cut.
     """
     kept: list[tuple[int, int, str]] = []  # (-hash, bytes, text): the highest hash on top
     bound = 1 << 64  # the lowest hash turned away; nothing above it may come in later
     total = 0
-    for text in texts:
-        if (number := document_hash(text)) >= bound:
+    for document in documents:
+        if (number := document_hash(document.text)) >= bound:
             continue
+        text = "\n".join(document.plain)
         size = len(text.encode())
         heapq.heappush(kept, (-number, size, text))
         total += size

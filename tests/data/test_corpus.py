@@ -22,6 +22,10 @@ def corpus(**fields: Any) -> Corpus:
     return Corpus(SourceConfig.model_validate({"name": "s", **fields}))
 
 
+def texts_of(source: Corpus) -> list[str]:
+    return [document.text for document in source]
+
+
 def jsonl(texts: list[str], field: str = "text") -> bytes:
     return "".join(json.dumps({field: text}) + "\n" for text in texts).encode()
 
@@ -35,16 +39,16 @@ def test_every_json_container(tmp_path: Path) -> None:
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-        assert list(corpus(paths=[str(tmp_path / name)])) == TEXTS, name
-    assert list(corpus(paths=[str(tmp_path)])) == TEXTS * 4
-    assert list(corpus(paths=[str(tmp_path / "*.jsonl*")])) == TEXTS * 3
+        assert texts_of(corpus(paths=[str(tmp_path / name)])) == TEXTS, name
+    assert texts_of(corpus(paths=[str(tmp_path)])) == TEXTS * 4
+    assert texts_of(corpus(paths=[str(tmp_path / "*.jsonl*")])) == TEXTS * 3
 
 
 def test_parquet(tmp_path: Path) -> None:
     table = pyarrow.table({"body": TEXTS, "n": [1, 2, 3]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     source = corpus(paths=[str(tmp_path / "a.parquet")], format="parquet", text_field="body")
-    assert list(source) == TEXTS
+    assert texts_of(source) == TEXTS
 
 
 def test_tree_of_files(tmp_path: Path) -> None:
@@ -56,15 +60,15 @@ def test_tree_of_files(tmp_path: Path) -> None:
     (folder / "blank.py").write_text(" \n")
     (folder / "note.txt").write_text("not asked for")
     source = corpus(paths=[str(tmp_path)], include=["**/*.py"], format="text")
-    assert list(source) == ["a\n", "b\n\n"]
+    assert texts_of(source) == ["a\n", "b\n\n"]
     assert source.empty == 2
-    assert list(source) == ["a\n", "b\n\n"] and source.empty == 2
+    assert texts_of(source) == ["a\n", "b\n\n"] and source.empty == 2
 
 
 def test_empty_documents_are_skipped_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(["x", "", " \n", "y"]))
     source = corpus(paths=[str(tmp_path / "a.jsonl")])
-    assert list(source) == ["x", "y"] and source.empty == 2
+    assert texts_of(source) == ["x", "y"] and source.empty == 2
 
 
 @pytest.mark.parametrize("form", ["json", "text"])
@@ -72,7 +76,7 @@ def test_not_utf8_names_file_and_offset(tmp_path: Path, form: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(["fine"]))
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     with pytest.raises(DataError, match=r"b\.jsonl is not UTF-8: the byte at offset 13"):
-        list(corpus(paths=[str(tmp_path)], format=form))
+        texts_of(corpus(paths=[str(tmp_path)], format=form))
 
 
 def test_invalid_utf8_across_blocks(tmp_path: Path) -> None:
@@ -99,7 +103,7 @@ def test_invalid_utf8_across_blocks(tmp_path: Path) -> None:
 def test_bad_content_is_one_sentence(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        list(corpus(paths=[str(tmp_path / "a.jsonl")]))
+        texts_of(corpus(paths=[str(tmp_path / "a.jsonl")]))
     assert "\n" not in str(caught.value)
 
 

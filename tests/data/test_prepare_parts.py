@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import data.prepare_unit
+import data.unit
 from data.config import DataConfig
 from data.errors import DataError
 from data.indexed import indexed_module
@@ -31,7 +31,7 @@ def parts(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "tree").mkdir()
     for i, text in enumerate(TEXTS):
         (tmp_path / "tree" / f"{i:03d}.txt").write_text(text)
-    monkeypatch.setattr(data.prepare_unit, "_UNIT_BYTES", 8000)
+    monkeypatch.setattr(data.unit, "_UNIT_BYTES", 8000)
     sources = [
         {"name": "a", "paths": [str(tmp_path / "*.jsonl")]},
         {"name": "tree", "paths": [str(tmp_path / "tree")], "format": "text", "split": "train"},

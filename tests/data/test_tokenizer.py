@@ -9,8 +9,14 @@ import sentencepiece
 
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
+from data.splits import is_heldout
 from data.tokenizer import Tokenizer
-from data.tokenizer_training import train_model, train_tokenizer
+from data.tokenizer_training import (
+    _sample,
+    _training_documents,
+    train_model,
+    train_tokenizer,
+)
 
 NASTY = [
     "",
@@ -123,14 +129,34 @@ def test_training_is_deterministic(config: DataConfig, documents: list[str]) -> 
 
 
 def test_sample_is_bounded_and_free_of_heldout_text(config: DataConfig) -> None:
-    from data.splits import is_heldout
-    from data.tokenizer_training import _sample, _training_texts
-
-    texts = list(_training_texts(config))
-    assert texts and not any(is_heldout(config.sources[0], t, 0.2) for t in texts)
-    sample = _sample(texts, 50_000)
+    documents = list(_training_documents(config, config.sources))
+    assert documents
+    assert not any(is_heldout(config.sources[0], d.text, 0.2) for d in documents)
+    sample = _sample(documents, 50_000)
     assert 20_000 < sum(len(text.encode()) for text in sample) <= 50_000
-    assert sample == _sample(texts[::-1], 50_000)
+    assert sample == _sample(documents[::-1], 50_000)
+
+
+def test_sources_give_their_weights_of_the_sample(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = []
+    for name in "abc":
+        lines = [json.dumps({"text": f"{name}{i:04d} " * 20}) + "\n" for i in range(400)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        sources.append({"name": name, "paths": [str(tmp_path / f"{name}.jsonl")]})
+    seen: list[str] = []
+
+    def keep(texts: list[str], settings: TokenizerConfig) -> bytes:
+        seen.extend(texts)
+        return train_model(texts, settings)
+
+    monkeypatch.setattr("data.tokenizer_training.train_model", keep)
+    settings = {"path": str(tmp_path / "t"), "vocab_size": 400, "sample_bytes": 20_000}
+    update = {"sources": sources, "weights": {"a": 3.0, "b": 1.0}, "tokenizer": settings}
+    train_tokenizer(DataConfig.model_validate(config.model_dump() | update))
+    sizes = {name: sum(len(t) for t in seen if t[0] == name) for name in "abc"}
+    assert sizes == {"a": 15_000 // 120 * 120, "b": 5_000 // 120 * 120, "c": 0}
 
 
 def test_exported_folder_loads_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
