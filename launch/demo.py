@@ -137,7 +137,8 @@ def _table(
     seconds: float,
 ) -> Table:
     lines = (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    speeds = sorted(json.loads(line)["tokens_per_second"] for line in lines)
+    records = [json.loads(line) for line in lines]
+    speeds = sorted(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
     table = Table(title="v4 demo", show_header=False, title_justify="left")
     table.add_column("what")
     table.add_column("value", justify="right")

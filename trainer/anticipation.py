@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from data import Batch, Loader
+from trainer.config_stability import AnticipationConfig
 from trainer.engine import Chosen, Engine
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import index_dtype
@@ -57,8 +58,8 @@ class Anticipation:
 
     Arguments:
         fetch: this rank's microbatches of a step; asked for steps in rising order.
-        lead: by how many steps choices are older than the weights that they are used with.
-        always: whether the whole run is routed so; otherwise the state says from when to when.
+        settings: by how many steps choices are older than the weights that they are used with, and
+            whether the whole run is routed so; otherwise the state says from when to when.
         steps: of the whole run.
     """
 
@@ -68,12 +69,12 @@ class Anticipation:
         grid: Grid,
         loader: Loader,
         fetch: Callable[[int], list[Batch]],
-        lead: int,
-        always: bool,
+        settings: AnticipationConfig,
         steps: int,
     ) -> None:
         self.engine, self.grid, self.loader, self.fetch = engine, grid, loader, fetch
-        self.lead, self.always, self.steps = lead, always, steps
+        self.lead, self.steps = settings.lead, steps
+        self.always, self.never = settings.when == "always", settings.when == "never"
         self._rows: dict[int, list[Batch]] = {}
         # By step and layer: [rows here, columns here, A].
         self._chosen: dict[int, dict[int, Tensor]] = {}
@@ -130,7 +131,7 @@ class Anticipation:
             state.anticipation_since = state.step
         if self.always:
             state.anticipation_until = None
-        elif state.anticipation_until is None:
+        elif state.anticipation_until is None or self.never:
             state.anticipation_since = None
 
     def waiting(self) -> Saved:

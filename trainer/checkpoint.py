@@ -62,6 +62,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a published checkpoint."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def model_digest(model: dict[str, Any]) -> str:
     """SHA-256 of a model's config, in hexadecimal."""
     return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
@@ -75,16 +80,26 @@ class CheckpointFolder:
         self.grid = grid
         self.keep = keep
 
-    def save(self, step: int, tensors: Mapping[str, Part | Tensor], state: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Part | Tensor],
+        state: dict[str, Any],
+        last: bool = False,
+    ) -> Path:
         """Write one checkpoint and prune old ones; every rank calls it.
 
         `tensors` are what this rank holds, by name; a plain tensor is whole. `state` is what
         `state.json` holds. Returns the published folder. Raises SaveError on all ranks when any
-        of them could not write, with nothing left behind and nothing else touched.
+        of them could not write, with nothing left behind and nothing else touched. With `last`,
+        one of this step that is there stays, and those of later steps are removed.
         """
         target = self.folder / folder_name(step)
         aside = target.with_name(f".{target.name}.tmp")
         parts, world = _parts(tensors), self.grid.world
+        if last and all(together(target.is_dir, world)):
+            self._remove_later(step)
+            return target
         document = {"format": FORMAT, **state}
         try:
             together(lambda: self._prepare(aside), world)
@@ -98,10 +113,18 @@ class CheckpointFolder:
             raise SaveError(
                 f"{target}: the checkpoint could not be written: {reason}{self._left()}"
             ) from None
+        if last:
+            self._remove_later(step)
         if self.grid.is_first and self.keep:
             for old in checkpoints_in(self.folder)[: -self.keep]:
                 remove_folder(old)
         return target
+
+    def _remove_later(self, step: int) -> None:
+        if self.grid.is_first:
+            for path in checkpoints_in(self.folder):
+                if step_of(path) > step:
+                    remove_folder(path)
 
     def _prepare(self, aside: Path) -> None:
         if self.grid.is_first:
@@ -149,12 +172,15 @@ class CheckpointFolder:
         whole = checkpoints_in(self.folder)
         return f"; the newest whole one is {whole[-1]}" if whole else "; there is none before it"
 
-    def newest(self) -> Path | None:
+    def newest(self, before: int | None = None) -> Path | None:
         """The newest checkpoint, verified byte by byte by all ranks together, or None.
 
+        With `before`, the newest of those with a lower step.
         Raises CheckpointError when it is damaged, naming the previous whole one.
         """
         found = checkpoints_in(self.folder)
+        if before is not None:
+            found = [path for path in found if step_of(path) < before]
         if not found:
             return None
         problem = self._problem(found[-1], self.grid.rank, self.grid.world_size)

@@ -21,6 +21,7 @@ from trainer.config_errors import explain
 from trainer.config_parallel import ParallelConfig
 from trainer.config_source import ConfigError, dump_yaml, read_source
 from trainer.config_stability import StabilityConfig
+from trainer.config_stability import problems as stability_problems
 from trainer.parallel.sizes import Sizes
 
 __all__ = ["ConfigError", "RunConfig", "Section", "load_as", "load_config", "load_run"]
@@ -133,7 +134,11 @@ class RunConfig(Section):
                 f"model.vocab_size = {vocabulary} should be at least data.tokenizer.vocab_size = "
                 f"{ids}"
             )
-        for problem in (*self.parallel.problems(self.model, data), *deepspeed_problems(self)):
+        for problem in (
+            *self.parallel.problems(self.model, data),
+            *deepspeed_problems(self),
+            *stability_problems(self),
+        ):
             raise ValueError(problem)
         return self
 

@@ -6,28 +6,76 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 NaturalInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0.0)]
 
 
-class AnticipationConfig(BaseModel):
-    """Experts chosen with the weights of some steps ago (REP 4.2.3)."""
-
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    when: Literal["never", "always"] = "never"
-    """`always` from the first step to the last; REP has it on for a while after a spike."""
+
+class AnticipationConfig(_Strict):
+    """Experts chosen with the weights of some steps ago (REP 4.2.3)."""
+
+    when: Literal["never", "after_spikes", "always"] = "after_spikes"
+    """`after_spikes`: for `steps` steps after a spike, where `stability.spikes` is set; `always`:
+    from the first step to the last."""
     lead: NaturalInt = 3
     """By how many steps; unpublished (L). What it costs does not depend on it, but for the memory
     of the choices that wait. 0 chooses with the present weights, as plain training does."""
+    steps: PositiveInt = 100
+    """For how long after a spike; unpublished (L)."""
 
 
-class StabilityConfig(BaseModel):
+class SpikeConfig(_Strict):
+    """What counts as a spike and what is done about it. REP says no more than that there is a
+    detector and a short rollback: all numbers here are our choice."""
+
+    window: PositiveInt = 128
+    """Steps that a step is compared with."""
+    least_history: PositiveInt = 32
+    """Steps without a judgement, at the start of a run."""
+    threshold: Positive = 8.0
+    """Robust deviations above the median from which a loss or gradient norm is a spike."""
+    loss_floor: Positive = 0.05
+    """Least deviation of the loss, in nats."""
+    norm_floor: Positive = 0.1
+    """Least deviation of the gradient norm's logarithm."""
+    collapse: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Share of a step's tokens that go to one expert of a learned layer from which its router has
+    collapsed, unless half as many went there all along."""
+    snapshot_every: NaturalInt = 20
+    """Steps between copies of weights and optimizer on the host, of which two are kept; 0 turns
+    back to checkpoints only."""
+    rollback: PositiveInt = 5
+    """Least number of steps that a run turns back."""
+    max_rollbacks: NaturalInt = 10
+    """Rollbacks of a whole run; one more spike ends it."""
+    leave_out: bool = True
+    """Pass over the batch at which the spike was seen when its step comes again."""
+
+
+class StabilityConfig(_Strict):
     """See docs/stability.md."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
     anticipation: AnticipationConfig = AnticipationConfig()
+    spikes: SpikeConfig | None = None
+    """Null, the default, only skips steps that are not finite: a run that turns back by itself
+    holds copies of all its states, and is for recipes to ask for."""
 
 
 def problems(config: Any) -> Iterator[str]:
     """What contradicts the rest of the config, a sentence each that names both fields."""
-    return iter(())
+    spikes = config.stability.spikes
+    if spikes is None:
+        return
+    if config.engine == "deepspeed":
+        yield (
+            "stability.spikes does not go with engine = deepspeed, which cannot leave out an "
+            "update; it should be null"
+        )
+    if spikes.least_history > spikes.window:
+        yield (
+            f"stability.spikes.least_history = {spikes.least_history} should be at most "
+            f"stability.spikes.window = {spikes.window}"
+        )

@@ -4,11 +4,25 @@ import math
 import time
 
 from trainer.config import RunConfig
-from trainer.metrics_file import MetricsFile, Record
+from trainer.metrics_file import Event, MetricsFile, Record
 from trainer.progress import Progress
 from trainer.state import TrainState
 from trainer.step import StepResult
 from trainer.wandb_log import WandbLog
+
+
+def describe_event(event: Event) -> str:
+    """A line about it."""
+    parts = []
+    if event["back_to"] is not None:
+        parts.append(f"back to the state after step {event['back_to']}")
+    if event["anticipation_until"] is not None:
+        parts.append(f"anticipatory routing to step {event['anticipation_until']}")
+    if event["left_out"] is not None:
+        parts.append("this batch will be left out")
+    if event["stopped"] is not None:
+        parts.append(f"the run ends, since {event['stopped']}")
+    return f"step {event['seen_at']}: {event['what']}; {', '.join(parts)}"
 
 
 class Metrics:
@@ -28,6 +42,11 @@ class Metrics:
         if due or "heldout_loss" in record or "layers" in record:
             self.wandb.log(record)
         self.progress.update(record)
+
+    def event(self, state: TrainState, event: Event) -> None:
+        """Tell at once that the run has turned back to `state.step`."""
+        self.file.write({"step": state.step, "event": event})
+        self.wandb.log({"step": state.step, "rollbacks": state.rollbacks, "event": event["what"]})
 
     def record(self, state: TrainState, result: StepResult) -> Record:
         """The step's object, JSON-ready; numbers that are not finite are left out."""
@@ -54,6 +73,8 @@ class Metrics:
         if result.layers is not None:
             record["layers"] = result.layers
         record["skipped_steps"] = state.skipped_steps
+        record["rollbacks"] = state.rollbacks
+        record["anticipates"] = state.anticipates(state.step - 1)
         # A skipped step may have numbers that JSON has no word for.
         return {
             key: value

@@ -61,5 +61,7 @@ def describe(record: dict[str, Any], left: timedelta) -> str:
     """`loss 3.214  heldout 3.401  12 345 tokens/s  ETA 0:01:40`."""
     heldout = f"  heldout {record['heldout_loss']:.4f}" if "heldout_loss" in record else ""
     speed = f"{record['tokens_per_second']:,.0f}".replace(",", " ")
-    loss = f"loss {record['loss']:.4f}" if "loss" in record else "loss not finite"
+    loss = "loss not finite" if record["tokens_per_second"] else "batch left out"
+    if "loss" in record:
+        loss = f"loss {record['loss']:.4f}"
     return f"{loss}{heldout}  {speed} tokens/s  ETA {left}"

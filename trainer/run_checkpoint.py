@@ -22,7 +22,15 @@ from trainer.parallel.placement import Placement
 from trainer.state import TrainState
 from trainer.tensors import Part, logical_tensors
 
-_SINCE = ("skipped_steps", "skipped_in_row", "anticipation_since", "anticipation_until")
+_SINCE = (
+    "skipped_steps",
+    "skipped_in_row",
+    "anticipation_since",
+    "anticipation_until",
+    "rollbacks",
+    "left_out",
+    "history",
+)
 """Counters that checkpoints have not always held."""
 
 
@@ -39,14 +47,16 @@ class Updater(Protocol):
 
 
 def newest_of(
-    config: RunConfig, folder: CheckpointFolder, tokenizer_hash: str
+    config: RunConfig, folder: CheckpointFolder, tokenizer_hash: str, before: int | None = None
 ) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint, verified, and its `state.json`; None where there is none.
+
+    With `before`, the newest of those with a lower step.
 
     Raises CheckpointError for a damaged checkpoint and for one of another model, seed or
     tokenizer, naming the field.
     """
-    path = folder.newest()
+    path = folder.newest(before)
     if path is None:
         return None
     saved = read_state(path)
@@ -88,20 +98,30 @@ class RunCheckpoint:
         self.anticipation = anticipation
         self.folder = CheckpointFolder(config.run_dir / "checkpoints", grid, config.checkpoint.keep)
 
-    def save(self, state: TrainState) -> Path:
-        """Publish a checkpoint of the present state. Raises SaveError."""
+    def save(self, state: TrainState, last: bool = False) -> Path:
+        """Publish a checkpoint of the present state. Raises SaveError.
+
+        With `last`, those of later steps go, which are of steps that were undone, and one of this
+        step may be there already and then stays.
+        """
         tensors = self._tensors()
         if self.anticipation is not None:
             tensors |= self.anticipation.parts()
-        return self.folder.save(state.step, tensors, self._document(state))
+        return self.folder.save(state.step, tensors, self._document(state), last)
 
-    def load(self, state: TrainState) -> Path | None:
+    def live_tensors(self) -> list[Tensor]:
+        """All tensors of model and optimizer that are here, always in the same order."""
+        return [part.tensor for part in self._tensors().values()]
+
+    def load(self, state: TrainState, before: int | None = None) -> Path | None:
         """Go on from the newest checkpoint, if there is one: fills model, optimizer and `state`.
+
+        With `before`, from the newest of those with a lower step.
 
         Raises CheckpointError for a damaged checkpoint and for one of another model, seed or
         tokenizer, naming the field.
         """
-        found = newest_of(self.config, self.folder, self.tokenizer_hash)
+        found = newest_of(self.config, self.folder, self.tokenizer_hash, before)
         if found is None:
             return None
         path, saved = found

@@ -1,6 +1,6 @@
 """What a run counts while it trains."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -19,6 +19,12 @@ class TrainState:
     """First step of the present anticipatory routing, or of the last one; None before any."""
     anticipation_until: int | None = None
     """Its first step without; None where it goes on to the end of the run."""
+    rollbacks: int = 0
+    """How often the run has turned back."""
+    left_out: list[int] = field(default_factory=list)
+    """Steps, counted from 0, whose batch is passed over."""
+    history: dict[str, list[float]] = field(default_factory=dict)
+    """What the next step is compared with; see spikes.py."""
     stopping: bool = False
     """All ranks have agreed to end after the current step."""
 

@@ -1,5 +1,8 @@
 """The numbers of one optimizer step, on the host."""
 
+from __future__ import annotations
+
+import math
 from dataclasses import dataclass
 
 from trainer.layers import LayerNumbers
@@ -20,6 +23,8 @@ class StepResult:
     expert_load_max: float
     """Largest load of an expert divided by the mean load, over all routed layers; 1 is balanced."""
     expert_load_min: float
+    busiest_share: float
+    """Largest share of the step's tokens that went to one expert of a learned layer."""
     tokens: int
     """Tokens of the global batch, padding not counted."""
     flops: float
@@ -30,3 +35,22 @@ class StepResult:
     """Set by the evaluation, where one was due after this step."""
     layers: LayerNumbers | None = None
     """Of every layer, where a look was due after this step."""
+
+    @classmethod
+    def without_batch(cls, learning_rate: float) -> StepResult:
+        """Of a step whose batch was left out: there is no loss."""
+        nan = math.nan
+        return cls(
+            loss=nan,
+            lm_loss=nan,
+            mtp_loss=nan,
+            balance_loss=nan,
+            grad_norm=nan,
+            learning_rate=learning_rate,
+            expert_load_max=nan,
+            expert_load_min=nan,
+            busiest_share=nan,
+            tokens=0,
+            flops=0.0,
+            seconds=0.0,
+        )

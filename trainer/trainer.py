@@ -19,12 +19,13 @@ from trainer.errors import DivergedError, SaveError
 from trainer.evaluate import Heldout
 from trainer.files import write_whole
 from trainer.layers import layer_numbers
-from trainer.metrics import Metrics
+from trainer.metrics import Metrics, describe_event
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel, localise
 from trainer.parallel.shards import shards_of
 from trainer.run_checkpoint import RunCheckpoint, Updater
 from trainer.signals import StopRequest
+from trainer.stability import Stability
 from trainer.state import TrainState
 from trainer.step import StepResult
 
@@ -54,10 +55,13 @@ class Trainer:
             self.heldout = Heldout(config, grid, config.evaluation.rows)
         local, self.engine, self.optimizer = open_engine(config, grid)
         self.model = local.model
-        ahead = config.stability.anticipation
-        always = ahead.when == "always"
         self.anticipation = Anticipation(
-            self.engine, grid, self.loader, self.batches.at, ahead.lead, always, config.steps
+            self.engine,
+            grid,
+            self.loader,
+            self.batches.at,
+            config.stability.anticipation,
+            config.steps,
         )
         self.checkpoint = RunCheckpoint(
             config,
@@ -68,6 +72,7 @@ class Trainer:
             local.placements,
             self.anticipation,
         )
+        self.stability = Stability(config, self.state, self.checkpoint, self.anticipation)
         self.metrics: Metrics | None = None
         self.periodic: list[Hook] = [self._evaluate, self._report, self._save]
 
@@ -76,7 +81,10 @@ class Trainer:
         self._open()
         while self.state.step < self.config.steps and not self.state.stopping:
             start = time.perf_counter()
+            self.stability.before_step()
             result = self.step(self.anticipation.batches(self.state.step))
+            if result is None:  # turned back
+                continue
             result.seconds = time.perf_counter() - start
             self.state.step += 1
             self.state.tokens += result.tokens
@@ -87,21 +95,29 @@ class Trainer:
             self.metrics.close()
         return self.state
 
-    def step(self, batches: list[Batch]) -> StepResult:
+    def step(self, batches: list[Batch]) -> StepResult | None:
         """One optimizer step on this rank's microbatches of a global batch.
 
         Without finite loss and gradients it leaves weights and router biases alone, and counts.
+        None where it was a spike and the run has turned back.
         """
         chosen = self.anticipation.look_ahead(self.state, batches)
+        if self.state.step in self.state.left_out:
+            return self._leave_out()
         losses = self.engine.forward_backward(batches, self._mtp_weight(), self.stop.made, chosen)
         self.state.stopping = losses.stop
         norm = self.engine.gradient_norm()
         result = self._on_host(losses, norm)  # the only wait for the device in a step
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
-            self.state.skipped_in_row = 0
-            self._update(result, losses, norm)
+            problem = self.stability.problem(result)
+            if problem is None:
+                self.state.skipped_in_row = 0
+                self._update(result, losses, norm)
         else:
-            self._skip(result)
+            problem = self._skip(result)
+        if problem is not None:
+            self._turn_back(problem)
+            return None
         if self._is_due(self.config.metrics.layers_every, self.state.step + 1):
             result.layers = layer_numbers(self.model, losses.expert_load, self.grid)
         return result
@@ -110,22 +126,40 @@ class Trainer:
         self.engine.step(result.learning_rate, norm)
         self.model.update_router_bias(losses.expert_load, self.config.router_bias_speed)
 
-    def _skip(self, result: StepResult) -> None:
-        """Count and tell a step without an update. Raises DivergedError for too many in a row."""
+    def _skip(self, result: StepResult) -> str | None:
+        """Count and tell a step without an update; what is wrong, if there were too many in a row.
+
+        Raises DivergedError where the run does not turn back by itself then.
+        """
         self.state.skipped_steps += 1
         self.state.skipped_in_row += 1
         where = self.engine.where_not_finite()
-        what = (
-            f"step {self.state.step + 1}: the loss is {result.loss}, the gradient norm "
-            f"{result.grad_norm}, {where}"
-        )
+        what = f"the loss is {result.loss}, the gradient norm {result.grad_norm}, {where}"
         most = self.config.optim.max_skipped_steps
         if self.state.skipped_in_row > most:
+            what += f"; more than optim.max_skipped_steps = {most} in a row"
+            if self.config.stability.spikes is not None:
+                return what
             raise DivergedError(
-                f"{what}; more than optim.max_skipped_steps = {most} in a row; "
-                f"{self.checkpoint.where_to_go_on()}, with a lower optim.learning_rate perhaps"
+                f"step {self.state.step + 1}: {what}; {self.checkpoint.where_to_go_on()}, with a "
+                "lower optim.learning_rate perhaps"
             )
-        self._note(f"{what}; the step is skipped")
+        self._note(f"step {self.state.step + 1}: {what}; the step is skipped")
+        return None
+
+    def _turn_back(self, problem: str) -> None:
+        """Undo the last steps, and tell. Raises DivergedError where that is the end of the run."""
+        event = self.stability.turn_back(problem)
+        if self.metrics is not None:
+            self.metrics.event(self.state, event)
+        if event["stopped"] is not None:
+            raise DivergedError(describe_event(event))
+        self._note(describe_event(event))
+
+    def _leave_out(self) -> StepResult:
+        """Pass over a step's batch."""
+        self._note(f"step {self.state.step + 1}: the batch is left out")
+        return StepResult.without_batch(self._learning_rate())
 
     def _is_due(self, every: int, step: int) -> bool:
         """Whether what is done every so many steps, and after the last one, is due after `step`."""
@@ -138,21 +172,27 @@ class Trainer:
             return min(later, self.config.model.mtp_loss_weight)
         return self.config.model.mtp_loss_weight
 
+    def _learning_rate(self) -> float:
+        return schedule(self.config.optim, self.state.step, self.config.steps)
+
     def _on_host(self, losses: StepLosses, norm: Tensor) -> StepResult:
         """The step's numbers, finite or not."""
         share = losses.expert_load / losses.expert_load.mean(dim=1, keepdim=True).clamp(min=1.0)
-        numbers = (losses.loss, losses.lm, losses.mtp, losses.balance, norm)
-        packed = torch.stack([n.double() for n in (*numbers, share.max(), share.min())])
-        loss, lm, mtp, balance, grad_norm, most, least = packed.tolist()
+        busiest = share[self.config.model.num_hash_layers :].max()
+        numbers = (losses.loss, losses.lm, losses.mtp, losses.balance, norm, share.max(), busiest)
+        packed = torch.stack([n.double() for n in (*numbers, share.min())])
+        loss, lm, mtp, balance, grad_norm, most, busiest, least = packed.tolist()
+        model = self.config.model
         return StepResult(
             loss=loss,
             lm_loss=lm,
             mtp_loss=mtp,
             balance_loss=balance,
             grad_norm=grad_norm,
-            learning_rate=schedule(self.config.optim, self.state.step, self.config.steps),
+            learning_rate=self._learning_rate(),
             expert_load_max=most,
             expert_load_min=least,
+            busiest_share=busiest * model.num_experts_per_tok / model.n_routed_experts,
             tokens=losses.counts.routed,
             flops=losses.flops,
             seconds=0.0,

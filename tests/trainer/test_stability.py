@@ -1,0 +1,222 @@
+"""Spikes: what is one, turning back, leaving a batch out, and the end of a run that cannot."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed import spawn
+from tests.trainer.tiny import assert_same_run, column, saved_tensors, steps_in_file
+from trainer.config import load_config
+from trainer.config_stability import SpikeConfig
+from trainer.errors import ConfigError, DivergedError
+from trainer.metrics_file import read_events, read_metrics
+from trainer.parallel.grid import Grid
+from trainer.spikes import History, SpikeDetector, z_score
+from trainer.trainer import Trainer
+
+SPIKES = (
+    "stability.spikes={least_history: 4, threshold: 8, snapshot_every: 3, rollback: 2}",
+    "stability.anticipation.lead=1",
+    "stability.anticipation.steps=3",
+)
+Fault = Callable[[Trainer], None]
+
+
+def test_z_score_is_that_of_numpy() -> None:
+    chance = random.Random(1)
+    past = [chance.gauss(3.0, 0.2) for _ in range(41)]
+    deviation = 1.4826 * np.median(np.abs(past - np.median(past)))
+    assert z_score(past, 4.0, 1e-9) == pytest.approx((4.0 - np.median(past)) / deviation)
+    assert z_score([2.0] * 9, 2.5, 0.1) == pytest.approx(5.0)
+    assert z_score(past + [1e9] * 5, 4.0, 1e-9) > 3.0, "outliers hide nothing"
+
+
+def judged(detector: SpikeDetector, past: History, **numbers: float) -> str | None:
+    return detector.problem(past, {"loss": 3.0, "grad_norm": 0.5, "busiest": 0.2} | numbers)
+
+
+def test_what_is_a_spike() -> None:
+    detector, past = SpikeDetector(SpikeConfig(window=32, least_history=8)), History()
+    chance = random.Random(0)
+    assert judged(detector, past, loss=50.0) is None, "too early to tell"
+    for _ in range(40):
+        calm = {"loss": chance.gauss(3.0, 0.1), "grad_norm": chance.lognormvariate(0, 0.2)}
+        assert judged(detector, past, **calm) is None
+    assert {len(values) for values in past.values()} == {32}
+    before = json.dumps(past)
+    assert "the loss is 4.5" in (judged(detector, past, loss=4.5) or "")
+    assert "the gradient norm is 30" in (judged(detector, past, grad_norm=30.0) or "")
+    assert "a router collapsed: 95%" in (judged(detector, past, busiest=0.95) or "")
+    assert json.dumps(past) == before, "a spike is no part of the past"
+    assert judged(detector, past, loss=0.1, grad_norm=0.001) is None, "less is no spike"
+    crowded: History = {"busiest": [0.8] * 32}
+    assert judged(detector, crowded, busiest=0.95) is None, "it was like this before"
+
+
+def run(
+    tiny: Path, folder: Path, faults: dict[int, Fault], *settings: str, grid: Grid | None = None
+) -> Trainer:
+    """Train; the fault of a step happens right before the step's update is judged, once."""
+    config = load_config(tiny, [f"run_dir={folder}", "steps=16", *settings])
+    trainer = Trainer(config, grid or Grid.single())
+    plain, left = trainer.engine.gradient_norm, dict(faults)
+
+    def gradient_norm() -> torch.Tensor:
+        if (fault := left.pop(trainer.state.step + 1, None)) is not None:
+            fault(trainer)
+        return plain()
+
+    trainer.engine.gradient_norm = gradient_norm  # type: ignore[method-assign]
+    trainer.run()
+    return trainer
+
+
+def gradients_times(factor: float) -> Fault:
+    def fault(trainer: Trainer) -> None:
+        for parameter in trainer.model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.mul_(factor)
+
+    return fault
+
+
+def test_turning_back_and_leaving_a_batch_out(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = run(tiny, tmp_path, {12: gradients_times(1e4)}, *SPIKES)
+    assert trainer.state.step == 16 and trainer.state.rollbacks == 1
+    (event,) = [event for _, event in read_events(tmp_path / "metrics.jsonl")]
+    assert (event["seen_at"], event["back_to"], event["left_out"]) == (12, 9, 12)
+    assert "the gradient norm is" in event["what"] and event["anticipation_until"] == 12
+    told = [line for line in capsys.readouterr().out.splitlines() if "back to" in line]
+    assert len(told) == 1 and told[0].startswith("step 12: the gradient norm is")
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 17))
+    assert steps_in_file(tmp_path) == [*range(1, 12), 9, *range(10, 17)]
+    assert [r["step"] for r in records if "loss" not in r] == [12]
+    assert [r["step"] for r in records if r["anticipates"]] == [10, 11, 12]
+    assert [r["rollbacks"] for r in records] == [0] * 9 + [1] * 7
+    assert records[-1]["tokens"] == sum(
+        tokens_of(trainer, step) for step in range(16) if step != 11
+    )
+
+
+def tokens_of(trainer: Trainer, step: int) -> int:
+    return sum(sum(row) for batch in trainer.loader.at(step) for row in batch.lengths)
+
+
+def test_a_state_that_is_set_back_is_that_of_the_snapshot(tiny: Path, tmp_path: Path) -> None:
+    """Without anything left out or routed otherwise, the run becomes the undisturbed one."""
+    calm = ("stability.anticipation.when=never", "checkpoint.every=4")
+    turn = ("stability.spikes={least_history: 4, snapshot_every: 3, leave_out: false}",)
+    run(tiny, tmp_path / "plain", {}, *calm)
+    faults = {10: gradients_times(1e4), 14: gradients_times(1e4)}
+    trainer = run(tiny, tmp_path / "turned", faults, *calm, *turn)
+    assert trainer.state.rollbacks == 2
+    assert_same_run(tmp_path / "plain", tmp_path / "turned", 16)
+    assert_same_run(tmp_path / "plain", tmp_path / "turned", 12)
+
+
+def test_checkpoints_are_gone_back_to_and_later_ones_go(tiny: Path, tmp_path: Path) -> None:
+    """No snapshots; the checkpoint of step 10 is of steps that are undone."""
+    turn = "stability.spikes={least_history: 4, snapshot_every: 0, rollback: 3, leave_out: false}"
+    never = "stability.anticipation.when=never"
+    run(tiny, tmp_path / "plain", {}, "checkpoint.every=5")
+    settings = (turn, never, "checkpoint.every=5", "checkpoint.keep=0")
+    seen: list[list[str]] = []
+
+    def fault(trainer: Trainer) -> None:
+        gradients_times(1e4)(trainer)
+        plain = trainer.stability.turn_back
+
+        def turn_back(problem: str) -> object:
+            found = plain(problem)
+            seen.append(sorted(p.name for p in (tmp_path / "turned/checkpoints").iterdir()))
+            return found
+
+        trainer.stability.turn_back = turn_back  # type: ignore[method-assign, assignment]
+
+    run(tiny, tmp_path / "turned", {12: fault}, *settings)
+    assert seen == [["step-00000005"]]
+    assert_same_run(tmp_path / "plain", tmp_path / "turned", 16)
+
+
+def test_the_run_ends_with_a_checkpoint_where_it_cannot_turn_back(
+    tiny: Path, tmp_path: Path
+) -> None:
+    bare = "stability.spikes={least_history: 4, snapshot_every: 0}"
+    with pytest.raises(
+        DivergedError, match=r"step 8: .*neither a snapshot nor a checkpoint.*saved"
+    ):
+        run(tiny, tmp_path / "bare", {8: gradients_times(1e4)}, bare)
+    saved = saved_tensors(tmp_path / "bare/checkpoints/step-00000007")
+    run(tiny, tmp_path / "seven", {}, "steps=7", "optim.schedule.decay_start=14")
+    assert read_events(tmp_path / "bare/metrics.jsonl")[0][1]["stopped"]
+    assert "norm.weight" in saved, "the state before the update that was not made"
+
+    spent = (*SPIKES, "stability.spikes.max_rollbacks=1", "checkpoint.every=5")
+    with pytest.raises(DivergedError, match=r"max_rollbacks = 1 times already; saved .*step-0+9$"):
+        run(tiny, tmp_path / "spent", {n: gradients_times(1e4) for n in (8, 12)}, *spent)
+    names = sorted(path.name for path in (tmp_path / "spent/checkpoints").iterdir())
+    assert names == ["step-00000005", "step-00000009"]
+    state = json.loads((tmp_path / "spent/checkpoints/step-00000009/state.json").read_text())
+    assert (state["rollbacks"], state["left_out"]) == (1, [7])
+    assert state["history"].keys() == {"loss", "grad_norm", "busiest"}
+
+
+def test_numbers_that_are_not_finite_turn_back_after_the_skipped_steps(
+    tiny: Path, tmp_path: Path
+) -> None:
+    faults = {n: gradients_times(float("nan")) for n in (8, 9, 10)}
+    trainer = run(tiny, tmp_path, faults, *SPIKES, "optim.max_skipped_steps=2")
+    assert trainer.state.rollbacks == 1 and trainer.state.skipped_steps == 0
+    (event,) = [event for _, event in read_events(tmp_path / "metrics.jsonl")]
+    assert event["back_to"] == 6 and "more than optim.max_skipped_steps = 2" in event["what"]
+
+
+def two_ranks(rank: int, world_size: int, tiny: Path, folder: Path) -> tuple[int, list[int]]:
+    grid = Grid.build(load_config(tiny, ["parallel.pipeline=2"]).sizes(2), torch.device("cpu"))
+    fault = {12: gradients_times(1e4)}
+    trainer = run(tiny, folder, fault, *SPIKES, "parallel.pipeline=2", grid=grid)
+    return trainer.state.rollbacks, trainer.state.left_out
+
+
+def test_two_ranks_turn_back_together_and_as_one_does(tiny: Path, tmp_path: Path) -> None:
+    assert spawn(two_ranks, 2, tiny, tmp_path / "two") == [(1, [11]), (1, [11])]
+    run(tiny, tmp_path / "one", {12: gradients_times(1e4)}, *SPIKES)
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours.get("loss") == pytest.approx(theirs.get("loss"), rel=1e-5)
+
+
+def test_a_turned_run_goes_on_as_if_it_had_not_been_stopped(tiny: Path, tmp_path: Path) -> None:
+    fault = {8: gradients_times(1e4)}
+    run(tiny, tmp_path / "straight", fault, *SPIKES)
+    run(tiny, tmp_path / "halves", fault, *SPIKES, "steps=10", "optim.schedule.decay_start=14")
+    run(tiny, tmp_path / "halves", {}, *SPIKES)
+    whole = (column(tmp_path / name, "rollbacks") for name in ("straight", "halves"))
+    assert next(whole) == next(whole)
+    assert column(tmp_path / "straight", "grad_norm")[-1] > 0
+
+
+def test_settings_that_do_not_go_together(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=r"least_history = 9 should be at most .*window = 8"):
+        load_config(tiny, ["stability.spikes={window: 8, least_history: 9}"])
+    with pytest.raises(ConfigError, match=r"stability.spikes does not go with engine = deepspeed"):
+        load_config(
+            tiny,
+            [
+                "engine=deepspeed",
+                "deepspeed={optimizer: {type: AdamW}}",
+                "optim.matrix_optimizer=adamw",
+                "optim.max_skipped_steps=0",
+                "stability.spikes={}",
+            ],
+        )
