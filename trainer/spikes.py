@@ -38,27 +38,27 @@ class SpikeDetector:
         `numbers`: `loss`, `grad_norm`, and `busiest`, the largest share of a step's tokens that
         went to one expert of a learned layer. All finite.
         """
-        settings = self.settings
         found = self._collapse(history, numbers["busiest"])
-        for name, value, floor in (
-            ("loss", numbers["loss"], settings.loss_floor),
-            # Norms are as often twice as half what they were: their logarithms are even.
-            ("grad_norm", math.log(max(numbers["grad_norm"], 1e-30)), settings.norm_floor),
-        ):
-            past = history.setdefault(name, [])
-            if found or len(past) < settings.least_history:
-                continue
-            score = z_score(past, value, floor)
-            if score > settings.threshold:
+        for name, score in self.scores(history, numbers).items():
+            if found is None and score > self.settings.threshold:
                 found = (
                     f"the {_WORDS[name]} is {numbers[name]:.4g}, {score:.1f} deviations above the "
-                    f"median of the last {len(past)} steps"
+                    f"median of the last {len(history[name])} steps"
                 )
         if found is None:
             for name, value in numbers.items():
-                value = math.log(max(value, 1e-30)) if name == "grad_norm" else value
-                history[name] = [*history.get(name, []), value][-settings.window :]
+                history.setdefault(name, []).append(_scale(name, value))
+                del history[name][: -self.settings.window]
         return found
+
+    def scores(self, history: History, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Robust z-scores of loss and gradient norm, once there is enough of a past."""
+        floors = {"loss": self.settings.loss_floor, "grad_norm": self.settings.norm_floor}
+        return {
+            name: z_score(history[name], _scale(name, numbers[name]), floor)
+            for name, floor in floors.items()
+            if len(history.get(name, [])) >= self.settings.least_history
+        }
 
     def _collapse(self, history: History, busiest: float) -> str | None:
         past = history.setdefault("busiest", [])
@@ -70,6 +70,11 @@ class SpikeDetector:
             f"a router collapsed: {busiest:.0%} of the tokens go to one expert of a layer, where "
             f"it was {median(past):.0%}"
         )
+
+
+def _scale(name: str, value: float) -> float:
+    """Norms are as often twice as half what they were: their logarithms are even."""
+    return math.log(max(value, 1e-30)) if name == "grad_norm" else value
 
 
 _WORDS = {"loss": "loss", "grad_norm": "gradient norm"}

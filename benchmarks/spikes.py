@@ -1,0 +1,171 @@
+"""Spikes made on purpose: when they are seen, and how a run goes on that turns back or does not.
+
+    python benchmarks/spikes.py FOLDER [--fault-at 100]
+    python benchmarks/spikes.py FOLDER --calm 2000 [--until 500]
+
+The first form trains a small model on the demo's text seven times: undisturbed, and with each of
+three faults with and without `stability.spikes`. The faults: one batch of random tokens, a router's
+row scaled by 100, and a learning rate 50 times too large for three steps. Compared is the held-out
+loss 30 steps after the fault. The second form trains without a fault and counts the alarms; it goes
+on from its checkpoint, so that `--until` runs it in pieces.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from stability_runs import small, trainer_of
+
+from data import Batch
+from trainer.metrics_file import read_events, read_metrics
+from trainer.spikes import SpikeDetector
+from trainer.trainer import Trainer
+
+AFTER = 30
+SPIKES = ("stability.spikes={snapshot_every: 10}", "stability.anticipation.steps=20")
+CONSTANT = ("optim.learning_rate=1e-3", "optim.schedule.decay_fraction=0.0")
+Fault = Callable[[Trainer, int], None]
+
+
+def corrupted_batch(trainer: Trainer, at: int) -> None:
+    """Step `at` reads random tokens, however often it comes."""
+    plain, vocabulary = trainer.anticipation.fetch, trainer.config.data.tokenizer.vocab_size
+
+    def fetch(step: int) -> list[Batch]:
+        batches = plain(step)
+        if step != at:
+            return batches
+        noise = torch.Generator().manual_seed(0)
+
+        def random(like: torch.Tensor) -> torch.Tensor:
+            return torch.randint(3, vocabulary, like.shape, generator=noise)
+
+        return [replace(b, tokens=random(b.tokens), targets=random(b.targets)) for b in batches]
+
+    trainer.anticipation.fetch = fetch
+
+
+def scaled_router(trainer: Trainer, at: int) -> None:
+    """A row of a learned router's gate is 100 times too large from step `at` on."""
+    plain, left = trainer.stability.before_step, [at]
+
+    def before_step() -> None:
+        plain()
+        if trainer.state.step in left:
+            left.clear()
+            with torch.no_grad():
+                trainer.model.routers()[1].weight[0] *= 100.0
+
+    trainer.stability.before_step = before_step  # type: ignore[method-assign]
+
+
+def learning_rate(trainer: Trainer, at: int) -> None:
+    """Updates of steps `at` to `at` + 2 at 50 times the learning rate, the first time they come."""
+    plain, before, left = trainer.engine.step, trainer.stability.before_step, {at, at + 1, at + 2}
+    factor = [1.0]
+
+    def before_step() -> None:
+        before()
+        factor[0] = 50.0 if trainer.state.step in left else 1.0
+        left.discard(trainer.state.step)
+
+    def step(rate: float, norm: torch.Tensor) -> None:
+        plain(rate * factor[0], norm)
+
+    trainer.stability.before_step = before_step  # type: ignore[method-assign]
+    trainer.engine.step = step  # type: ignore[method-assign]
+
+
+FAULTS: dict[str, Fault] = {
+    "corrupted batch": corrupted_batch,
+    "router row x 100": scaled_router,
+    "learning rate x 50, 3 steps": learning_rate,
+}
+
+
+def run(folder: Path, name: str, fault: Fault | None, at: int, *settings: str) -> Path:
+    """Train with the fault in step `at`, counted from 0; returns the run folder."""
+    config = small(folder, name, *CONSTANT, *settings)
+    if not config.run_dir.exists():
+        trainer = trainer_of(config)
+        if fault is not None:
+            fault(trainer, at)
+        trainer.run()
+    return config.run_dir
+
+
+def heldout(run_dir: Path, step: int) -> float:
+    """The held-out loss after a step."""
+    records = {record["step"]: record for record in read_metrics(run_dir / "metrics.jsonl")}
+    return float(records[step]["heldout_loss"])
+
+
+def faults(folder: Path, at: int) -> Table:
+    """Every fault with and without turning back, beside the undisturbed run."""
+    end = at + 1 + AFTER
+    length = (f"steps={end}", f"evaluation.every={end}")
+    calm = run(folder, "undisturbed", None, at, *length)
+    table = Table(title=f"held-out loss after step {end}, the fault in step {at + 1}")
+    for column in ("fault", "seen in step", "back to", "undisturbed", "turned back", "apart"):
+        table.add_column(column, justify="right")
+    table.add_column("not turned back", justify="right")
+    for name, fault in FAULTS.items():
+        with_ = run(folder, f"{name}, with", fault, at, *length, *SPIKES)
+        without = run(folder, f"{name}, without", fault, at, *length)
+        events = [event for _, event in read_events(with_ / "metrics.jsonl")]
+        ours, plain = heldout(with_, end), heldout(calm, end)
+        table.add_row(
+            name,
+            ", ".join(str(event["seen_at"]) for event in events),
+            ", ".join(str(event["back_to"]) for event in events),
+            f"{plain:.4f}",
+            f"{ours:.4f}",
+            f"{ours - plain:+.4f}",
+            f"{heldout(without, end):.4f}",
+        )
+    return table
+
+
+def calm(folder: Path, steps: int, until: int) -> str:
+    """Train without a fault and count the alarms, and how close it came to one."""
+    config = small(folder, "calm", *SPIKES, f"steps={steps}")
+    trainer = trainer_of(config)
+    trainer.periodic.append(lambda state, _: state.step == until - 1 and trainer.stop.make())
+    trainer.run()
+    path = config.run_dir / "metrics.jsonl"
+    records, events = read_metrics(path), read_events(path)
+    assert config.stability.spikes is not None
+    detector = SpikeDetector(config.stability.spikes)
+    most, past = {"loss": 0.0, "grad_norm": 0.0}, {}
+    for record in records:
+        for name, score in detector.scores(past, record).items():
+            most[name] = max(most[name], score)
+        detector.problem(past, {**record, "busiest": 0.0})
+    return (
+        f"{len(records)} steps, {len(events)} alarms; the loss came to {most['loss']:.1f} "
+        f"deviations above its median, the gradient norm to {most['grad_norm']:.1f}; an alarm is "
+        f"at {config.stability.spikes.threshold:g}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--fault-at", type=int, default=100)
+    parser.add_argument("--calm", type=int, default=0)
+    parser.add_argument("--until", type=int, default=0)
+    options = parser.parse_args()
+    if options.calm:
+        print(calm(options.folder, options.calm, options.until or options.calm))
+    else:
+        Console(width=140).print(faults(options.folder, options.fault_at - 1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The small model that the scripts about stability train, on the demo's text, in this process.
+
+It has every part of configs/debug.yaml at a fraction of the width; `v4 demo` prepares the text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from trainer.config import RunConfig, load_config
+from trainer.parallel.grid import Grid
+from trainer.trainer import Trainer
+
+SMALL = (
+    "precision=fp32",
+    "model.hidden_size=64",
+    "model.num_hidden_layers=3",
+    "model.num_hash_layers=1",
+    "model.layer_types=[window, csa, hca]",
+    "model.num_attention_heads=4",
+    "model.head_dim=16",
+    "model.q_lora_rank=32",
+    "model.o_lora_rank=16",
+    "model.sliding_window=32",
+    "model.index_n_heads=2",
+    "model.index_head_dim=16",
+    "model.index_topk=8",
+    "model.hca_compress_ratio=32",
+    "model.n_routed_experts=8",
+    "model.moe_intermediate_size=32",
+    "model.hc_mult=2",
+    "data.row_length=128",
+    "data.batch_rows=8",
+    "data.micro_rows=8",
+    "evaluation.every=0",
+    "evaluation.rows=64",
+    "checkpoint.every=0",
+    "metrics.wandb.mode=disabled",
+    "metrics.every=100",
+    "metrics.layers_every=0",
+)
+
+
+def small(folder: Path, name: str, *settings: str) -> RunConfig:
+    """The config of a small run in `folder`."""
+    overrides = [*SMALL, f"run_dir={folder / name}", *settings]
+    return load_config("configs/debug.yaml", overrides)
+
+
+def trainer_of(config: RunConfig) -> Trainer:
+    """Its trainer, on one thread: the matrices are small."""
+    torch.set_num_threads(1)
+    return Trainer(config, Grid.single())
