@@ -1,23 +1,22 @@
-"""Speed of packing and of the loader on made-up shards: documents and tokens per second, one core.
+"""Speed of packing and of the loader, one core; see benchmarks/data.py.
 
-    python benchmarks/data_loader.py [--documents 200000] [--row-length 4096]
-
-Lengths are log-normal with a mean of about 900 tokens. Also printed: fill and cut documents of best
-fit beside concatenate-and-cut, and the time from nothing to the first batch of step 10^6.
+Made-up lengths are log-normal with a mean of about 900 tokens.
 """
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
+from data.config import DataConfig
 from data.files import sha256_of
 from data.indexed import indexed_module
 from data.loader import Loader
 from data.manifest import Manifest, Shard
 from data.packing import concatenate, pack, pack_into, pieces_of
+
+_STEPS = 60
 
 
 def lengths_of(documents: int) -> np.ndarray:
@@ -25,25 +24,32 @@ def lengths_of(documents: int) -> np.ndarray:
     return np.minimum(rng.lognormal(6.0, 1.3, documents).astype(np.int64) + 2, 1_000_000)
 
 
-def packing(lengths: np.ndarray, row_length: int) -> None:
-    """Documents per second, fill, and documents cut."""
-    pack(lengths[:100], row_length)
-    start = time.perf_counter()
-    packed = pack(lengths, row_length)
-    seconds = time.perf_counter() - start
-    print(f"packing, rows of {row_length}: {len(lengths) / seconds:,.0f} documents/s")
-    pieces = pieces_of(np.zeros_like(lengths), lengths, row_length)
-    rows = int(-(-lengths.sum() // (0.9995 * row_length)))
-    plain = concatenate(*pieces, row_length, -(-int(lengths.sum()) // row_length))
-    print(f"  longer than a row {int((lengths > row_length).sum()):,} documents")
-    for name, found in (
-        ("best fit", packed),
-        ("best fit, fixed rows", pack_into(*pieces, row_length, rows)),
-        ("concatenate", plain),
-    ):
-        cut = int((np.bincount(found.document, minlength=len(lengths)) > 1).sum())
-        fill = lengths.sum() / (len(found) * row_length)
-        print(f"  {name:21} fill {fill:.4%}, cut {cut:,} documents")
+def packing(config: DataConfig) -> None:
+    """Fill, cut documents and documents/s on the real lengths of the shards."""
+    lengths = np.concatenate([source.lengths for source in Loader(config, 0).sources]) - 1
+    lengths = lengths.astype(np.int64)
+    pack(lengths[:100], 64)  # compiles
+    print(f"{len(lengths):,} documents, {lengths.sum():,} tokens")
+    for row_length in (2048, 4096):
+        pieces = pieces_of(np.zeros_like(lengths), lengths, row_length)
+        rows = int(-(-lengths.sum() // (config.packing_fill * row_length)))
+        longer = int((lengths > row_length).sum())
+        print(f"rows of {row_length}: {longer:,} documents are longer than a row")
+        for name, found in (
+            ("best fit", pack(lengths, row_length)),
+            ("best fit, fixed rows", pack_into(*pieces, row_length, rows)),
+            ("concatenate and cut", concatenate(*pieces, row_length, rows)),
+        ):
+            cut = np.bincount(found.document, minlength=len(lengths)) > 1
+            short = int((cut & (lengths <= row_length)).sum())
+            used = len(np.unique(np.repeat(np.arange(len(found)), np.diff(found.offsets))))
+            fill = lengths.sum() / (used * row_length)
+            print(f"  {name:21} fill {fill:.4%}, cut {int(cut.sum()):,}, {short:,} of them shorter")
+    many = lengths_of(1_000_000)
+    begin = time.perf_counter()
+    pack(many, 4096)
+    rate = len(many) / (time.perf_counter() - begin)
+    print(f"a million made-up lengths, rows of 4096: {rate:,.0f} documents/s on one core")
 
 
 def shards(folder: Path, lengths: np.ndarray) -> dict[str, object]:
@@ -72,34 +78,32 @@ def shards(folder: Path, lengths: np.ndarray) -> dict[str, object]:
     return {"sources": sources, "shards": str(folder), "tokenizer": {"path": str(folder)}}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--documents", type=int, default=200_000)
-    parser.add_argument("--row-length", type=int, default=4096)
-    parser.add_argument("--batch-rows", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=50)
-    options = parser.parse_args()
-    lengths = lengths_of(options.documents)
-    packing(lengths, options.row_length)
-    from data.config import DataConfig
-
+def loader(config: DataConfig) -> None:
+    """Tokens per second of one process, transforms off and on, and the first batch far out."""
+    plain = {"transforms": {"fim_rate": 0.0}, "weights": {"code": 0.4, "prose": 0.6}}
+    kinds = {
+        "made-up tokens, transforms off": plain,
+        "real shards, transforms off": {"transforms": {"fim_rate": 0.0}},
+        "real shards, FIM 0.1": {},
+        "real shards, FIM 0.1 and splits 0.1": {"transforms": {"split_share": 0.1}},
+    }
     with tempfile.TemporaryDirectory() as name:
-        sizes = {"row_length": options.row_length, "batch_rows": options.batch_rows}
-        fields = shards(Path(name), lengths)
-        config = DataConfig.model_validate(
-            fields | sizes | {"weights": {"code": 0.4, "prose": 0.6}}
-        )
-        Loader(config, 0).at(0)  # compiles
-        start = time.perf_counter()
-        loader = Loader(config, 0)
-        loader.at(10**6)
-        print(f"first batch at step 10^6: {time.perf_counter() - start:.2f} s")
-        tokens, start = 0, time.perf_counter()
-        for step in range(10**6, 10**6 + options.steps):
-            tokens += sum(sum(map(sum, batch.lengths)) for batch in loader.at(step))
-        rate = tokens / (time.perf_counter() - start)
-        print(f"loader without transforms: {rate:,.0f} tokens/s")
-
-
-if __name__ == "__main__":
-    main()
+        made = shards(Path(name), lengths_of(200_000))
+        for title, fields in kinds.items():
+            base = config.model_dump() | (made if title.startswith("made-up") else {})
+            mine = DataConfig.model_validate(base | fields)
+            Loader(mine, 0).at(0)  # compiles, and counts splits once
+            begin = time.perf_counter()
+            opened = Loader(mine, 0)
+            opened.at(10**6)
+            first = time.perf_counter() - begin
+            tokens, begin, cpu = 0, time.perf_counter(), time.process_time()
+            for step in range(10**6, 10**6 + _STEPS):
+                tokens += sum(sum(map(sum, batch.lengths)) for batch in opened.at(step))
+            rate = tokens / (time.perf_counter() - begin)
+            cpu_rate = tokens / (time.process_time() - cpu)
+            print(
+                f"{title:36} {rate / 1e6:6.1f}M tokens/s ({cpu_rate / 1e6:.1f}M by CPU time), "
+                f"first batch at step 10^6 after {first:.2f} s",
+                flush=True,
+            )

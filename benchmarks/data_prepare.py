@@ -1,69 +1,66 @@
-"""Megabytes a second that become token shards, and what comes back from them.
+"""Megabytes a second that become token shards, and the memory it takes; see benchmarks/data.py."""
 
-    python -m benchmarks.data_prepare --tokenizer FOLDER [--megabytes 100] [--paths DIR ...]
-
-The same JSON lines, made of Python sources, go three ways with the same tokenizer: `prepare` with
-one process and with one a core, `datasets.map` (ids only) with one process, and a plain loop with
-megatron-core's IndexedDatasetBuilder, a document at a time, as Megatron-LM's own preprocessing
-does. Then every document is compared, token for token, with what the shards hold.
-"""
-
-import argparse
+import itertools
 import json
+import multiprocessing
 import os
-import sysconfig
+import resource
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
-from data.config import DataConfig
-from data.indexed import indexed_module, open_shard
+from data.config import DataConfig, FiltersConfig
+from data.corpus import Corpus, Document
+from data.filters import REASONS, Rules
+from data.indexed import indexed_module
 from data.prepare import prepare
-from data.splits import document_hash
+from data.signatures import signatures
 from data.tokenizer import Tokenizer
 
-_FILES = 8
+_MEGABYTES = 24  # that every way of preparing gets
+_FILES = 4
 
 
-def write_corpus(folder: Path, paths: list[str], megabytes: float) -> list[str]:
-    """Put Python files up to `megabytes` of text into JSON lines; returns the texts."""
-    texts: list[str] = []
-    size = 0
-    for file in sorted(file for path in paths for file in Path(path).rglob("*.py")):
-        text = file.read_bytes().decode("utf-8", errors="ignore")
-        if text.strip() and size < megabytes * 1e6:
-            texts.append(text)
-            size += len(text.encode())
+def write_corpus(config: DataConfig, folder: Path, megabytes: float) -> float:
+    """Documents of all sources by turns into JSON lines of a third each; returns megabytes."""
+    streams = [iter(Corpus(source)) for source in config.sources]
+    size, lines = 0, []
+    for document in itertools.chain.from_iterable(zip(*streams, strict=False)):
+        if size >= megabytes * 1e6:
+            break
+        size += len(document.text.encode())
+        lines.append(json.dumps({"text": document.text}) + "\n")
     for i in range(_FILES):
-        lines = [json.dumps({"text": text}) + "\n" for text in texts[i::_FILES]]
-        (folder / f"{i}.jsonl").write_text("".join(lines))
-    return texts
+        (folder / f"{i}.jsonl").write_text("".join(lines[i::_FILES]))
+    return size / 1e6
 
 
-def config_of(folder: Path, tokenizer: str, workers: int) -> DataConfig:
+def config_of(config: DataConfig, folder: Path, **fields: object) -> DataConfig:
     """Prepare what `write_corpus` wrote, into a folder of its own."""
-    return DataConfig.model_validate(
-        {
-            "sources": [{"name": "code", "paths": [str(folder / "*.jsonl")]}],
-            "tokenizer": {"path": tokenizer},
-            "shards": tempfile.mkdtemp(dir=folder, prefix="shards-"),
-            "row_length": 4096,
-            "batch_rows": 1,
-            "prepare_workers": workers,
-        }
-    )
+    update = {
+        "sources": [{"name": "text", "paths": [str(folder / "*.jsonl")]}],
+        "shards": tempfile.mkdtemp(dir=folder, prefix="shards-"),
+    }
+    return DataConfig.model_validate(config.model_dump() | update | fields)
 
 
-def by_datasets(folder: Path, tokenizer: Tokenizer) -> None:
-    """`datasets.map` with the batch encoder, one process."""
+def by_prepare(config: DataConfig, folder: Path, **fields: object) -> None:
+    """Our way."""
+    prepare(config_of(config, folder, **fields), progress=False)
+
+
+def by_datasets(config: DataConfig, folder: Path) -> None:
+    """`datasets.map` with the batch encoder, one process; ids only, in its own files."""
     import datasets
 
+    tokenizer = Tokenizer(config.tokenizer.path)
     files = [str(file) for file in sorted(folder.glob("*.jsonl"))]
-    cache = str(folder / "cache")
+    cache = tempfile.mkdtemp(dir=folder)
     table = datasets.load_dataset("json", data_files=files, split="train", cache_dir=cache)
     table.map(
         lambda batch: {"ids": tokenizer.encode_batch(batch["text"])},
@@ -73,8 +70,12 @@ def by_datasets(folder: Path, tokenizer: Tokenizer) -> None:
     )
 
 
-def by_megatron(folder: Path, tokenizer: Tokenizer) -> None:
-    """A document at a time into IndexedDatasetBuilder, one process."""
+def by_megatron(config: DataConfig, folder: Path) -> None:
+    """A document at a time into megatron-core's IndexedDatasetBuilder.
+
+    The loop of Megatron-LM's tools/preprocess_data.py, which is not part of the package.
+    """
+    tokenizer = Tokenizer(config.tokenizer.path)
     module = indexed_module()
     dtype = module.DType.optimal_dtype(tokenizer.vocab_size)
     builder = module.IndexedDatasetBuilder(str(folder / "megatron.bin"), dtype=dtype)
@@ -87,51 +88,124 @@ def by_megatron(folder: Path, tokenizer: Tokenizer) -> None:
     builder.finalize(str(folder / "megatron.idx"))
 
 
-def differences(config: DataConfig, texts: list[str], tokenizer: Tokenizer) -> int:
-    """Documents of the shards and of `texts` that have no partner, compared by their tokens."""
-    manifest = prepare(config, progress=False)
-    count: dict[int, int] = {}
-    for shard in manifest.shards:
-        path = Path(config.shards) / manifest.folder / shard.name
-        for ids in open_shard(path, shard.documents, shard.tokens):
-            key = document_hash(str(ids.tolist()))
-            count[key] = count.get(key, 0) + 1
-    for text in texts:
-        ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
-        key = document_hash(str(ids))
-        count[key] = count.get(key, 0) - 1
-    return sum(map(abs, count.values()))
+def _run(work: Callable[[], None], cores: int, pipe: object) -> None:
+    """In a fresh process on some cores: seconds of `work`, without the imports, and peak bytes."""
+    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
+    indexed_module(), import_module("datasets"), import_module("datatrove.data")
+    begin = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    pipe.send((seconds, peak))  # type: ignore[attr-defined]
 
 
-def main() -> None:
-    """Print a line for each way, and the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--megabytes", type=float, default=100.0)
-    packages = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")]
-    parser.add_argument("--paths", nargs="+", default=packages)
-    options = parser.parse_args()
-    tokenizer = Tokenizer(options.tokenizer)
-    indexed_module(), import_module("datasets")  # their imports take seconds
+def run(work: Callable[[], None], cores: int) -> tuple[float, int]:
+    """Seconds and peak bytes of `work` in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_run, args=(work, cores, theirs))
+    process.start()
+    theirs.close()
+    found: tuple[float, int] = mine.recv()
+    process.join()
+    return found
+
+
+def side_by_side(config: DataConfig) -> None:
+    """Megabytes a second of each way, on one core; and of prepare on all."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        texts = write_corpus(folder, options.paths, options.megabytes)
+        size = write_corpus(config, folder, _MEGABYTES)
+        print(f"{size:.1f} MB of text, a third each of {len(config.sources)} sources")
+        one = partial(by_prepare, config, folder, prepare_workers=1)
+        ways: list[tuple[str, Callable[[], None], int]] = [
+            ("prepare", one, 1),
+            ("datasets.map", partial(by_datasets, config, folder), 1),
+            ("Megatron's route", partial(by_megatron, config, folder), 1),
+        ]
+        cores = os.cpu_count() or 1
+        if cores > 1:
+            ways.append(("prepare", one, cores))
+        speeds = []
+        for way, work, used in ways:
+            seconds, _ = run(work, used)
+            speeds.append(size / seconds)
+            print(
+                f"{way:18} {used} cores {speeds[-1]:7.2f} MB/s, "
+                f"{speeds[-1] / speeds[0]:5.2f} of prepare on one",
+                flush=True,
+            )
+
+
+def filters(config: DataConfig) -> None:
+    """Megabytes a second of each filter on one core, and what it leaves out of every source."""
+    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:1]))
+    tokenizer = Tokenizer(config.tokenizer.path)
+    for source in config.sources:
+        documents = list(itertools.islice(Corpus(source), 1500))
+        texts = [document.text for document in documents]
         size = sum(len(text.encode()) for text in texts) / 1e6
-        print(f"{len(texts)} documents, {size:.1f} MB of text, {os.cpu_count()} cores")
-        one = config_of(folder, options.tokenizer, 1)
-        all_cores = config_of(folder, options.tokenizer, os.cpu_count() or 1)
-        ways: dict[str, Callable[[], object]] = {
-            "prepare, 1 process": lambda: prepare(one, progress=False),
-            "prepare, all cores": lambda: prepare(all_cores, progress=False),
-            "datasets.map": lambda: by_datasets(folder, tokenizer),
-            "megatron, per document": lambda: by_megatron(folder, tokenizer),
+        signatures(texts[:2])  # compiles
+        Rules(FiltersConfig(), source).judge(Document("a text\n" * 200))  # imports
+        cheap = Rules(FiltersConfig(quality=()), source)
+        rules = Rules(FiltersConfig(), source)
+        works: dict[str, Callable[[], object]] = {
+            "length, encoding, marks": partial(_judge_all, cheap, documents),
+            "those and quality": partial(_judge_all, rules, documents),
+            "signatures": partial(signatures, texts),
+            "tokenising, beside": partial(tokenizer.encode_batch, texts),
         }
-        for way, run in ways.items():
+        for what, work in works.items():
             begin = time.perf_counter()
-            run()
-            print(f"{way:24} {size / (time.perf_counter() - begin):8.2f} MB/s", flush=True)
-        print(f"documents lost, changed or twice: {differences(one, texts, tokenizer)}")
+            work()
+            print(f"{source.name:5} {what:24} {size / (time.perf_counter() - begin):8.2f} MB/s")
+    os.sched_setaffinity(0, set(range(os.cpu_count() or 1)))
+    with tempfile.TemporaryDirectory() as name:
+        begin = time.perf_counter()
+        update = {"shards": name, "filters": {}}
+        manifest = prepare(DataConfig.model_validate(config.model_dump() | update), progress=False)
+        seconds = time.perf_counter() - begin
+    total = sum(shard.bytes for shard in manifest.shards)
+    for source in config.sources:
+        kept = sum(shard.documents for shard in manifest.shards if shard.source == source.name)
+        losses = manifest.losses[source.name]
+        lost = ", ".join(f"{r} {losses[r].documents}" for r in REASONS if r in losses)
+        total += sum(loss.bytes for loss in losses.values())
+        print(f"{source.name}: {kept} documents stay; left out: {lost}")
+    print(f"prepare with all filters: {total / seconds / 1e6:.2f} MB/s on {os.cpu_count()} cores")
 
 
-if __name__ == "__main__":
-    main()
+def _judge_all(rules: Rules, documents: list[Document]) -> None:
+    for document in documents:
+        rules.judge(document)
+
+
+def _repeated(config: DataConfig, folder: Path, megabytes: float) -> None:
+    """JSON lines of that size: the same text again and again, each time marked as another."""
+    texts = [document.text for source in config.sources for document in Corpus(source)]
+    size, number, turn = 0, 0, 0
+    while size < megabytes * 1e6:
+        with (folder / f"{number:04d}.jsonl").open("w") as stream:
+            part = 0
+            while part < 64e6 and size < megabytes * 1e6:
+                text = f"{turn} {texts[turn % len(texts)]}"
+                part += stream.write(json.dumps({"text": text}) + "\n")
+                size += len(text.encode())
+                turn += 1
+        number += 1
+
+
+def memory(config: DataConfig) -> None:
+    """Peak memory of the process that prepares, without and with the cheap filters."""
+    cheap = {"quality": (), "min_characters": 1}
+    for megabytes in (10, 100, 1000):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            _repeated(config, folder, megabytes)
+            for title, fields in (("plain", {}), ("filters but quality", {"filters": cheap})):
+                work = partial(by_prepare, config, folder, prepare_workers=1, **fields)
+                seconds, peak = run(work, os.cpu_count() or 1)
+                print(
+                    f"{megabytes:5} MB, {title:20} peak {peak / 2**20:6.0f} MiB, {seconds:.0f} s",
+                    flush=True,
+                )

@@ -26,7 +26,7 @@ from data.errors import DataError
 from data.files import sha256_of
 from data.indexed import open_shard
 from data.manifest import Manifest, Split
-from data.mixture import Schedule, plan_windows
+from data.mixture import Schedule, plan_windows, shares
 from data.permutation import key_of
 from data.stream import SourceStream
 from data.tokenizer import Tokenizer, tokenizer_file
@@ -82,6 +82,7 @@ class Loader:
         num_rows: rows in one epoch of the whole split; with weights, of the slowest source.
         num_targets: tokens predicted in one epoch, before the transforms.
         num_steps: steps in one epoch, the last one perhaps not full.
+        fim_ids [3], split_table [V, 2]: as in data.transforms; zeros and empty where not in use.
 
     Raises DataError where the shards are missing, damaged, made with another tokenizer, or hold
     nothing for this split.
@@ -208,8 +209,8 @@ class Loader:
     def _prepare_transforms(self) -> None:
         """The tokens of FIM, the table of splits, and how much of each document can be split."""
         transforms = self.transforms
-        self._fim_ids = np.zeros(3, dtype=np.int64)
-        self._table = np.zeros((0, 2), dtype=np.int64)
+        self.fim_ids = np.zeros(3, dtype=np.int64)
+        self.split_table = np.zeros((0, 2), dtype=np.int64)
         self._counts: list[Any] = [None] * len(self.sources)
         if transforms is None:
             return
@@ -219,16 +220,25 @@ class Loader:
             return
         tokenizer = Tokenizer(self.config.tokenizer.path)
         if fim:
-            self._fim_ids = fim_ids(tokenizer)
+            self.fim_ids = fim_ids(tokenizer)
         if transforms.split_share:
-            self._table = split_table(tokenizer)
+            self.split_table = split_table(tokenizer)
             self._counts = [self._source_counts(source) for source in self.sources]
 
     def _source_counts(self, source: SourceStream) -> NDArray[np.int64]:
         counted = zip(self._prefixes[source.name], source.parts, strict=True)
         return np.concatenate(
-            [splittable_counts(p, part.tokens, part.starts, self._table) for p, part in counted]
+            [
+                splittable_counts(p, part.tokens, part.starts, self.split_table)
+                for p, part in counted
+            ]
         )
+
+    def wanted_shares(self, stage: int) -> dict[str, float]:
+        """Each source's share of a stage's tokens, as configured: by weights or by size."""
+        growth = [self._growth(index) for index in range(len(self.sources))]
+        found = shares(self.sources, self.weights[stage], growth)
+        return {source.name: share for source, share in zip(self.sources, found, strict=True)}
 
     def _growth(self, index: int) -> float:
         """By how much the transforms are expected to lengthen a source."""
@@ -270,6 +280,7 @@ class Loader:
             self.config.packing,
             key_of(self.seed, _WINDOW, index, which),
             stage.batch_rows,
+            first,
         )
 
     def _batch(self, stage: DataStage, rows: list[tuple[Window, int] | None]) -> Batch:
@@ -289,17 +300,18 @@ class Loader:
         lengths = []
         for document, start, length in window.packed.row(row):
             source = self.sources[window.source[document]]
-            raw = self._document(source, int(window.document[document]))
+            raw = self.document(source, int(window.document[document]))
             splits, fim = int(window.splits[document]), int(window.fim[document])
             if splits or fim:
                 key = window.key[document]
-                raw = transformed(raw, self._table, splits, fim, self._fim_ids, key)
+                raw = transformed(raw, self.split_table, splits, fim, self.fim_ids, key)
             _copy(raw, start, length, tokens_S, targets_S, position)
             position += length
             lengths.append(length)
         return lengths
 
-    def _document(self, source: SourceStream, number: int) -> np.ndarray:
+    def document(self, source: SourceStream, number: int) -> np.ndarray:
+        """The ids of a source's document as the shard holds them, bos and eos included."""
         which = int(np.searchsorted(source.first_of_part, number, side="right")) - 1
         part, local = source.parts[which], number - int(source.first_of_part[which])
         start = int(part.starts[local])

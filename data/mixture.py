@@ -2,8 +2,8 @@
 
 A window takes from every source the next run of its endless line of positions, in proportion to the
 weights, so that what a window holds does not depend on an earlier one. In a window the rows are put
-in an order that keeps every source's share: the running deviation from the window's own shares is
-as small as a row allows, and as small as a pair of rows allows at the end of every step.
+in an order that keeps every source's share: at the end of a step the running deviation from the
+window's own shares is as small as the choice of two rows can make it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +20,9 @@ from data.stream import SourceStream
 
 Ints = NDArray[np.int64]
 _POOL = 256  # rows among which the next one is chosen
+_RUN = 64  # rows after which shares are right to less than a row
+_LEAST = 12  # the same where a step has fewer
+_FEW = 3  # mixed rows in a run
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,15 @@ def _rows_before(stage: DataStage, steps: int) -> int:
     return int(rows.sum()) + (steps - len(ramp)) * stage.batch_rows
 
 
-def balanced_order(tokens_RS: Ints, key: int, group: int) -> Ints:
+def balanced_order(tokens_RS: Ints, key: int, group: int, first: int = 0) -> Ints:
     """Rows in an order in which every source has its share all the time; empty rows come last.
 
-    `tokens_RS` are the tokens of each source in each row. Among rows in a random order (`key`) the
-    next of a pool is the one that brings the running sums nearest to the shares of the whole; the
-    last two of every `group` are chosen together.
+    `tokens_RS` are the tokens of each source in each row; `first` is the number of the first row
+    within the stage, from which groups of `group` rows are counted. Rows come in a random order
+    (`key`), and the next one of a pool is the one that brings the running sums nearest to the
+    shares of the whole. At every group's end (every few groups', where these are small), and every
+    `_RUN` rows inside a group, the sums are set finely: of the rows that mix sources, which are
+    dealt out evenly, two are chosen together for the end.
     """
     filled = tokens_RS.sum(axis=1)
     rows = np.flatnonzero(filled)
@@ -131,43 +137,70 @@ def balanced_order(tokens_RS: Ints, key: int, group: int) -> Ints:
     if tokens_RS.shape[1] > 1 and len(rows):
         share = tokens_RS.sum(axis=0) / filled.sum()
         off = tokens_RS[rows] - filled[rows, None] * share
-        rows = rows[_balance(off, group, _POOL)]
+        mixed = ((tokens_RS[rows] > 0).sum(axis=1) > 1).astype(np.int64)
+        group *= -(-_LEAST // group)
+        if mixed.mean() * min(group, _RUN) < _FEW:
+            mixed[:] = 0  # too few to be dealt out: all rows are alike
+        rows = rows[_balance(off, mixed, group, first % group, _POOL)]
     return np.concatenate([rows, np.flatnonzero(filled == 0)])
 
 
 @numba.njit(cache=True, nogil=True)
-def _balance(off: NDArray[np.float64], group: int, size: int) -> Ints:
-    rows, sources = off.shape
+def _balance(off: NDArray[np.float64], kind: Ints, group: int, phase: int, size: int) -> Ints:
+    """The order of rows; `kind` [R] is 1 for those that mix sources, `phase` the first's place."""
+    rows = len(off)
     order = np.empty(rows, dtype=np.int64)
-    pool = np.arange(min(size, rows))
-    following, running = len(pool), np.zeros(sources)
-    chosen = np.empty(2, dtype=np.int64)
-    place = 0
+    queue = np.argsort(kind, kind="mergesort")  # those of one source, then the mixed
+    total = np.array([rows - kind.sum(), kind.sum()])
+    first = np.array([0, total[0]])
+    following = np.minimum(total, size)  # into each queue
+    pools = np.zeros((2, size), dtype=np.int64)
+    held = following.copy()
+    for k in range(2):
+        pools[k, : held[k]] = queue[first[k] : first[k] + held[k]]
+    # What a row of each kind brings in the mean: what the rest of a run is expected to bring.
+    mean = np.zeros((2, off.shape[1]))
+    for row in range(rows):
+        mean[kind[row]] += off[row] / total[kind[row]]
+    running, used, place = np.zeros(off.shape[1]), 0, 0
     while place < rows:
-        pair = group > 2 and place % group == group - 2 and len(pool) > 1
-        best = np.inf
-        for i in range(len(pool)):
-            for j in range(i if pair else 0, len(pool) if pair else 1):
-                if pair and i == j:
-                    continue
-                norm = 0.0
-                for s in range(sources):
-                    value = running[s] + off[pool[i], s]
-                    if pair:
-                        value += off[pool[j], s]
-                    norm += value * value
-                if norm < best:
-                    best, chosen[0], chosen[1] = norm, i, j
+        inside = (place + phase) % group
+        end = min(place - inside + min(inside // _RUN * _RUN + _RUN, group), rows)
+        due = total[1] * end // rows - used  # mixed rows of this run that are still to come
+        left = end - place
+        pair = left == 2
+        one = 1 if due > 2 or due >= left else 0
+        two = 1 if due > 0 else 0
+        best, chosen_one, chosen_two = np.inf, 0, 0
+        if one and left > due > 2:
+            chosen_one = place % held[1]  # unchosen, so that the pool keeps rows of all sorts
+        else:
+            for i in range(held[one]):
+                for j in range(held[two] if pair else 1):
+                    if pair and one == two and i <= j:
+                        continue
+                    norm = 0.0
+                    for s in range(off.shape[1]):
+                        value = running[s] + off[pools[one, i], s]
+                        if pair:
+                            value += off[pools[two, j], s]
+                        else:
+                            rest = due - one
+                            value += (left - 1 - rest) * mean[0, s] + rest * mean[1, s]
+                        norm += value * value
+                    if norm < best:
+                        best, chosen_one, chosen_two = norm, i, j
         for c in range(2 if pair else 1):
-            at = chosen[1 - c] if pair else chosen[0]  # the higher place first
-            row = pool[at]
+            k, at = (one, chosen_one) if c == 0 else (two, chosen_two)  # the higher place first
+            row = pools[k, at]
             order[place] = row
             running += off[row]
+            used += k
             place += 1
-            if following < rows:
-                pool[at] = following
-                following += 1
+            if following[k] < total[k]:
+                pools[k, at] = queue[first[k] + following[k]]
+                following[k] += 1
             else:
-                pool[at] = pool[len(pool) - 1]
-                pool = pool[: len(pool) - 1]
+                held[k] -= 1
+                pools[k, at] = pools[k, held[k]]
     return order

@@ -44,8 +44,12 @@ def build_window(
     packing: str,
     seed: int,
     group: int,
+    first_row: int,
 ) -> Window:
-    """Pack the given documents of every source into `rows` rows of `row_length`."""
+    """Pack the given documents of every source into `rows` rows of `row_length`.
+
+    Steps have `group` rows; `first_row` is the number of the window's first row in its stage.
+    """
     columns = []
     for index, stream, found in parts:
         fim, splits, key = _decide(stream, found, counts[index], transforms)
@@ -73,7 +77,7 @@ def build_window(
     tokens_RS = np.zeros((rows, len(counts)), dtype=np.int64)
     row_of = np.repeat(np.arange(rows), np.diff(packed.offsets))
     np.add.at(tokens_RS, (row_of, source[packed.document]), packed.length)
-    order = balanced_order(tokens_RS, key_of(seed, _ROWS, 1), group)
+    order = balanced_order(tokens_RS, key_of(seed, _ROWS, 1), group, first_row)
     return Window(source, epoch, document, fim, splits, key, packed, order)
 
 

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data.packing import PackedRows, pack, pack_windows
+from data.packing import PackedRows, concatenate, pack, pack_into, pack_windows, pieces_of
 from data.permutation import permuted, shuffled
 
 
@@ -95,3 +97,40 @@ def test_orders_never_change() -> None:
     """A change here would break the resumption of every run."""
     assert [permuted(i, 10, 1) for i in range(10)] == [3, 7, 4, 1, 0, 9, 8, 6, 2, 5]
     assert shuffled(8, 12345).tolist() == [0, 4, 2, 3, 5, 6, 1, 7]
+
+
+@given(
+    st.lists(st.integers(0, 100), min_size=1, max_size=80),
+    st.integers(2, 40),
+    st.integers(0, 5),
+    st.booleans(),
+)
+@settings(deadline=None)
+def test_any_lengths_into_fixed_rows(
+    lengths: list[int], size: int, spare: int, together: bool
+) -> None:
+    """Both ways hold every position once; best fit cuts a short document only where it must."""
+    found = np.array(lengths, dtype=np.int64)
+    pieces = pieces_of(np.zeros_like(found), found, size)
+    rows = -(-int(found.sum()) // size) + spare
+    place = concatenate if together else pack_into
+    packed = place(*pieces, size, rows)
+    assert len(packed) == rows
+    covered = [
+        (document, position)
+        for row in as_lists(packed)
+        for document, start, length in row
+        for position in range(start, start + length)
+    ]
+    assert sorted(covered) == [(d, p) for d, n in enumerate(lengths) for p in range(n)]
+    assert all(sum(piece[2] for piece in row) <= size for row in as_lists(packed))
+    if not together and rows >= len(pack(found, size)):
+        cut = np.bincount(packed.document, minlength=len(found)) > 1
+        assert (cut == (found > size)).all()
+
+
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=60), st.integers(2, 50))
+@settings(deadline=None)
+def test_any_lengths_like_brute_force(lengths: list[int], size: int) -> None:
+    packed = pack(np.array(lengths, dtype=np.int64), size)
+    assert as_lists(packed) == brute_force(lengths, size)

@@ -112,7 +112,7 @@ def test_every_document_comes_back(mixed: DataConfig, packing: str, spm: float) 
         assert numbers == set(range(source.documents))
         for number in numbers:
             tokens = whole[source.name, 0, number]
-            original = loader._document(source, number).tolist()
+            original = loader.document(source, number).tolist()
             fims[source.name] += tokens[1] == ids[0]
             found = merges_to(restored(tokens, ids), original, table)
             assert found is not None
@@ -159,7 +159,7 @@ def test_stages_go_on_where_the_last_ended(mixed: DataConfig) -> None:
         for number in range(source.documents):
             tokens = whole.get((source.name, 0, number), [])
             if tokens and tokens[-1] == loader.manifest.eos_id and tokens[1] < 900:
-                assert tokens == loader._document(source, number).tolist()
+                assert tokens == loader.document(source, number).tolist()
     starts = [loader._edges(i, loader.schedule.rows_in(i) or 0) for i in (0, 1)]
     assert starts == loader._offsets[1:]
 
