@@ -3,6 +3,7 @@
 Only pydantic and the standard library are imported, so that a login node can read a config.
 """
 
+from math import gcd
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -123,8 +124,10 @@ class TransformsConfig(BaseModel):
 class DataStage(BaseModel):
     """A part of a run with its own rows; the documents go on where the stage before ended.
 
-    `steps` is absent in the last stage only. Over the first `ramp_steps` steps the rows of a step
-    grow evenly from `ramp_from` to `batch_rows`. `weights` absent: those of the data config.
+    The last stage goes on for ever, so that its `steps` may be absent. Over the first `ramp_steps`
+    steps the rows of a step grow evenly from `ramp_from` to `batch_rows`, in multiples of what
+    divides both: where ranks and microbatches can share out these two, they can all between them.
+    `weights` absent: those of the data config.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -143,6 +146,44 @@ class DataStage(BaseModel):
             raise ValueError("a ramp needs both `ramp_from` and `ramp_steps`, or neither")
         return self
 
+    @property
+    def multiple(self) -> int:
+        """What the rows of every step are a multiple of."""
+        return self.batch_rows if self.ramp_from is None else gcd(self.ramp_from, self.batch_rows)
+
+    @property
+    def sizes(self) -> range:
+        """All numbers of rows that a step may have."""
+        first = self.batch_rows if self.ramp_from is None else self.ramp_from
+        by = self.multiple if first <= self.batch_rows else -self.multiple
+        return range(first, self.batch_rows + by, by)
+
+    def rows_before(self, steps: int) -> int:
+        """Rows of the first `steps` steps: of the ramp's, step i of n has from + m·(L·i // n).
+
+        m is `multiple` and L the number of multiples from `ramp_from` to `batch_rows`.
+        """
+        ramp = min(steps, self.ramp_steps)
+        rows = (steps - ramp) * self.batch_rows
+        if self.ramp_from is not None:
+            levels = (self.batch_rows - self.ramp_from) // self.multiple
+            rows += ramp * self.ramp_from
+            rows += self.multiple * _floor_sum(ramp, self.ramp_steps, levels)
+        return rows
+
+
+def _floor_sum(count: int, divisor: int, factor: int) -> int:
+    """Σ factor·i // divisor over i < count, as Euclid's algorithm finds a common divisor."""
+    total, rest = 0, 0
+    while True:
+        total += (count - 1) * count // 2 * (factor // divisor) + count * (rest // divisor)
+        factor, rest = factor % divisor, rest % divisor
+        top = factor * count + rest
+        if top < divisor:
+            return total
+        count, rest = divmod(top, divisor)
+        divisor, factor = factor, divisor
+
 
 class DataConfig(BaseModel):
     """Everything between raw text and the rows of a step.
@@ -152,10 +193,10 @@ class DataConfig(BaseModel):
     `heldout_fraction` of the documents (by hash) is kept from training. `packing` looks at about
     `packing_window` documents at a time, and its rows are `packing_fill` full: documents no longer
     than a row are cut only where best fit cannot reach that. `weights` are the sources' shares of
-    the tokens; without them, an epoch of every source is an epoch of all. `stages`, if any, replace
-    the sizes of rows and steps for training. `prefetch` steps are made ready ahead of their turn.
-    `prepare_workers` processes make the shards, one for each core if absent. `quarantine_share` of
-    a source's records may be bad; they are set aside. `filters`, if given, leave documents out.
+    the tokens; without them, an epoch of every source is an epoch of all. `prefetch` steps are made
+    ready ahead of their turn. `prepare_workers` processes make the shards, one for each core if
+    absent. `quarantine_share` of a source's records may be bad; they are set aside. `filters`, if
+    given, leave documents out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -172,7 +213,6 @@ class DataConfig(BaseModel):
     packing_fill: float = Field(default=0.9995, gt=0.0, le=1.0)
     weights: dict[str, float] = {}
     transforms: TransformsConfig = TransformsConfig()
-    stages: tuple[DataStage, ...] = ()
     prefetch: int = Field(default=2, ge=0)
     prepare_workers: int | None = Field(default=None, ge=1)
     quarantine_share: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -186,14 +226,12 @@ class DataConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _weights_and_stages(self) -> "DataConfig":
-        for weights in (self.weights, *(stage.weights or {} for stage in self.stages)):
-            self._check_weights(weights)
-        if any(stage.steps is None for stage in self.stages[:-1]):
-            raise ValueError("every entry of `stages` but the last needs `steps`")
+    def _weights(self) -> "DataConfig":
+        self.check_weights(self.weights)
         return self
 
-    def _check_weights(self, weights: dict[str, float]) -> None:
+    def check_weights(self, weights: dict[str, float]) -> None:
+        """Raise ValueError for weights that these sources cannot have."""
         names = [source.name for source in self.sources]
         for name, weight in weights.items():
             if name not in names:
@@ -203,7 +241,7 @@ class DataConfig(BaseModel):
         if weights and not sum(weights.values()):
             raise ValueError("the weights sum to 0; at least one should be larger")
 
-    def training_stages(self) -> tuple[DataStage, ...]:
-        """`stages`, or one for the whole run where there are none."""
+    def one_stage(self) -> DataStage:
+        """The rows of a run that has no stages, and those of the held-out text."""
         sizes = {name: getattr(self, name) for name in ("row_length", "batch_rows", "micro_rows")}
-        return self.stages or (DataStage(**sizes),)
+        return DataStage(**sizes)

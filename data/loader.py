@@ -9,7 +9,7 @@ Step -> stage, and the rows' numbers in it (mixture.Schedule) -> window and row 
 Only the last windows used are held.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -75,6 +75,8 @@ class Loader:
         split: "train" goes on for ever, epoch after epoch in a new order; "heldout" has
             `num_steps` steps, in one mixed order whatever the seed, untransformed and unweighted,
             the last filled up with empty rows.
+        stages: what the rows of "train" are, part after part; by default one for ever, of the
+            config's sizes.
 
     Attributes:
         manifest: of the shards; `manifest.vocab_size` must fit the model.
@@ -95,6 +97,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         split: Split = "train",
+        stages: Sequence[DataStage] = (),
     ) -> None:
         if not 0 <= rank < world:
             raise DataError(f"rank {rank} is not one of {world} ranks.")
@@ -106,8 +109,7 @@ class Loader:
         train = split == "train"
         self.transforms = config.transforms if train else None
         self._prepare_transforms()
-        plain = config.model_copy(update={"stages": (), "weights": {}})
-        self.schedule = Schedule((config if train else plain).training_stages())
+        self.schedule = Schedule(stages if train and stages else (config.one_stage(),))
         self.weights = [
             (config.weights if stage.weights is None else stage.weights) if train else {}
             for stage in self.schedule.stages

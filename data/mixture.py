@@ -90,6 +90,8 @@ class Schedule:
 
     def __init__(self, stages: Sequence[DataStage]) -> None:
         self.stages = tuple(stages)
+        if any(stage.steps is None for stage in self.stages[:-1]):
+            raise DataError("every stage but the last needs `steps`.")
         self._first = [0]
         for stage in self.stages[:-1]:
             self._first.append(self._first[-1] + (stage.steps or 0))
@@ -102,23 +104,13 @@ class Schedule:
         """The stage, and its rows by their number within the stage."""
         index = self.stage_of(step)
         stage, inside = self.stages[index], step - self._first[index]
-        return index, range(_rows_before(stage, inside), _rows_before(stage, inside + 1))
+        return index, range(stage.rows_before(inside), stage.rows_before(inside + 1))
 
     def rows_in(self, index: int) -> int | None:
         """Rows of a whole stage; None where it has no end."""
-        steps = self.stages[index].steps
-        return (
-            None if index == len(self.stages) - 1 else _rows_before(self.stages[index], steps or 0)
-        )
-
-
-def _rows_before(stage: DataStage, steps: int) -> int:
-    """Rows of the first `steps` steps of a stage: step i of n has from + (rows-from)·i // n."""
-    if stage.ramp_from is None:
-        return steps * stage.batch_rows
-    ramp = np.arange(min(steps, stage.ramp_steps))
-    rows = stage.ramp_from + (stage.batch_rows - stage.ramp_from) * ramp // stage.ramp_steps
-    return int(rows.sum()) + (steps - len(ramp)) * stage.batch_rows
+        if index == len(self.stages) - 1:
+            return None
+        return self.stages[index].rows_before(self.stages[index].steps or 0)
 
 
 def balanced_order(tokens_RS: Ints, key: int, group: int, first: int = 0) -> Ints:

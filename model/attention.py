@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from model.compressor import Compressor
-from model.config import LayerType, ModelConfig
-from model.indexer import Indexer
-from model.kernels.attention import attention
+from model.config import AttentionMode, LayerType, ModelConfig
+from model.indexer import Index, Indexer
+from model.kernels.attention import attention_with_lse
+from model.kernels.indexer_loss import Mass, attention_mass, indexer_objective
 from model.norm import RMSNorm
 from model.positions import Positions
 from model.rope import rotate
@@ -39,31 +40,65 @@ class Attention(nn.Module):
         self.compressor = None if kind == "window" else Compressor(config, kind, self.dim, dtype)
         self.indexer = Indexer(config, dtype) if kind == "csa" else None
 
-    def forward(self, x_TD: Tensor, positions: Positions) -> Tensor:
-        """[T, D] to [T, D]; no token sees another sample.
+    def forward(
+        self,
+        x_TD: Tensor,
+        positions: Positions,
+        mode: AttentionMode = "select",
+        routed_tokens: float = 1.0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[T, D] to [T, D], and the indexer's objective; no token sees another sample.
 
-        Heads and groups are those of the weights at hand: a rank may hold some of them, and then
-        `positions` brings it more tokens than its own.
+        The objective is a sum over own tokens divided by `routed_tokens`, those of the whole global
+        batch; None where the mode has none. Heads and groups are those of the weights at hand: a
+        rank may hold some of them, and then `positions` brings it more tokens than its own.
         """
+        kind, eps = self.kind, self.eps
         q_TQ = self.q_norm(self.wq_a(x_TD))
         q_THK = self.wq_b(positions.to_queries(q_TQ)).unflatten(-1, (-1, self.dim))
-        kv_TK = rotate(self.kv_norm(self.wkv(x_TD)), positions.rotation(self.kind))
+        kv_TK = rotate(self.kv_norm(self.wkv(x_TD)), positions.rotation(kind))
         entries_CK = None if self.compressor is None else self.compressor(x_TD, positions)
-        selected_Tk = None if self.indexer is None else self.indexer(x_TD, q_TQ, positions)
-        if selected_Tk is not None:
-            selected_Tk = positions.to_queries(selected_Tk)
-        o_THK = attention(
+        index = selected_Tk = None
+        if self.indexer is not None and mode in ("warmup", "sparse"):
+            index = self.indexer(x_TD, q_TQ, positions)
+        if self.indexer is not None and mode in ("select", "sparse"):
+            selected_Tk = self.indexer.select(x_TD, q_TQ, positions, index)
+        picked_Tk = None if selected_Tk is None else positions.to_queries(selected_Tk)
+        where = positions.query_rotation(kind), positions.query_ranges(kind), picked_Tk
+        o_THK, lse_TH = attention_with_lse(
             q_THK,
             positions.keys(kv_TK),
             entries_CK,
             self.attn_sink,
-            positions.query_rotation(self.kind),
-            positions.query_ranges(self.kind),
-            selected_Tk,
+            *where,
             window=self.window,
-            norm_eps=self.eps,
+            norm_eps=eps,
         )
-        return positions.to_own(self.wo_b(self._grouped_output(o_THK)))
+        objective = None
+        if index is not None and entries_CK is not None:
+            mass = attention_mass(q_THK, entries_CK, lse_TH, *where, norm_eps=eps)
+            objective = self._objective(index, selected_Tk, mass, positions, routed_tokens)
+        return positions.to_own(self.wo_b(self._grouped_output(o_THK))), objective
+
+    def _objective(
+        self,
+        index: Index,
+        selected_Tk: Tensor | None,
+        mass: Mass,
+        positions: Positions,
+        routed_tokens: float,
+    ) -> Tensor:
+        """Of the own tokens; the teacher has no gradient, and padding no part in it."""
+        share_T = (~positions.layout.padding_T).to(torch.float32) / routed_tokens
+        return indexer_objective(
+            index.queries_TIJ,
+            index.keys_CJ,
+            index.weights_TI,
+            positions.own_mass(self.kind, mass, selected_Tk is not None),
+            positions.ranges(self.kind),
+            share_T,
+            selected_Tk,
+        )
 
     def _grouped_output(self, o_THK: Tensor) -> Tensor:
         """Each group of heads through a matrix of its own: [T, H, K] to [T, G·O]."""

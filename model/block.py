@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from model.attention import Attention
-from model.config import LayerType, ModelConfig
+from model.config import AttentionMode, LayerType, ModelConfig
 from model.hyper_connection import read, register_hyper_connection
 from model.kernels.hyper_connection import write_streams
 from model.moe import MoE, MoEStats
@@ -29,6 +30,13 @@ class Compute(Protocol):
 def compute_now(part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
     """Call the function, and keep what its backward needs."""
     return function(*inputs)
+
+
+@dataclass(frozen=True)
+class BlockStats(MoEStats):
+    """What a block tells beside its streams; `indexer` is its indexer's objective, if any."""
+
+    indexer: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -59,9 +67,13 @@ class Block(nn.Module):
         positions: Positions,
         routed_tokens: float,
         chosen_TA: Tensor | None = None,
-    ) -> tuple[Tensor, MoEStats]:
-        """Returns the streams and what the router did; ``chosen_TA`` as in Router."""
-        inputs = (streams_TND, tokens_T, positions, routed_tokens, chosen_TA)
+        mode: AttentionMode = "select",
+    ) -> tuple[Tensor, BlockStats]:
+        """Returns the streams, what the router did and what the indexer should learn.
+
+        ``chosen_TA`` as in Router, ``mode`` as in Attention.
+        """
+        inputs = (streams_TND, tokens_T, positions, routed_tokens, chosen_TA, mode)
         return self.compute("block", self._forward, *inputs)
 
     def _forward(
@@ -71,25 +83,40 @@ class Block(nn.Module):
         positions: Positions,
         routed_tokens: float,
         chosen_TA: Tensor | None,
-    ) -> tuple[Tensor, MoEStats]:
-        streams_TND, x_TD, post_TN, comb_TNN = self._to_experts(streams_TND, positions)
+        mode: AttentionMode,
+    ) -> tuple[Tensor, BlockStats]:
+        before = self._to_experts(streams_TND, positions, mode, routed_tokens)
+        streams_TND, x_TD, post_TN, comb_TNN, indexer = before
         out_TD, stats = self.ffn(x_TD, tokens_T, positions, routed_tokens, chosen_TA)
-        return write_streams(streams_TND, out_TD, post_TN, comb_TNN), stats
+        streams_TND = write_streams(streams_TND, out_TD, post_TN, comb_TNN)
+        return streams_TND, BlockStats(**vars(stats), indexer=indexer)
 
     def choose(self, streams_TND: Tensor, tokens_T: Tensor, positions: Positions) -> Tensor:
         """The experts that the router chooses, [T, A]; their work is not done."""
-        _, x_TD, _, _ = self._to_experts(streams_TND, positions)
+        x_TD = self._to_experts(streams_TND, positions)[1]
         return self.ffn.gate(x_TD, tokens_T).indices_TA
 
     def _to_experts(
-        self, streams_TND: Tensor, positions: Positions
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Streams behind the attention, the experts' input, and how their output is written."""
+        self,
+        streams_TND: Tensor,
+        positions: Positions,
+        mode: AttentionMode = "select",
+        routed_tokens: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Streams behind the attention, the experts' input, and how their output is written.
+
+        Last comes what the indexer should learn.
+        """
         x_TD, post_TN, comb_TNN = read(self, "hc_attn", self.config, streams_TND)
-        out_TD = self.compute("attention", self._attend, x_TD, positions)
+        inputs = (x_TD, positions, mode, routed_tokens)
+        out_TD, indexer = self.compute("attention", self._attend, *inputs)
         streams_TND = self.compute("streams", write_streams, streams_TND, out_TD, post_TN, comb_TNN)
         x_TD, post_TN, comb_TNN = read(self, "hc_ffn", self.config, streams_TND)
-        return streams_TND, self.compute("norms", self.ffn_norm, x_TD), post_TN, comb_TNN
+        x_TD = self.compute("norms", self.ffn_norm, x_TD)
+        return streams_TND, x_TD, post_TN, comb_TNN, indexer
 
-    def _attend(self, x_TD: Tensor, positions: Positions) -> Tensor:
-        return self.attn(self.compute("norms", self.attn_norm, x_TD), positions)
+    def _attend(
+        self, x_TD: Tensor, positions: Positions, mode: AttentionMode, routed_tokens: float
+    ) -> tuple[Tensor, Tensor | None]:
+        x_TD = self.compute("norms", self.attn_norm, x_TD)
+        return self.attn(x_TD, positions, mode, routed_tokens)

@@ -19,6 +19,14 @@ from pydantic import (
 )
 
 LayerType = Literal["window", "csa", "hca"]
+AttentionMode = Literal["select", "dense", "warmup", "sparse"]
+"""What CSA layers do with their entries, and what their indexers learn (report 2.3.1, 4.2).
+
+- dense: attend to all of them; the indexer has no part in anything.
+- warmup: attend to all; the indexer learns from that which entries get the attention.
+- sparse: attend to those that the indexer keeps; it learns from the attention to these.
+- select: attend to those that the indexer keeps; it learns nothing.
+"""
 
 _HF_LAYER_TYPES: dict[str, LayerType] = {
     "sliding_attention": "window",

@@ -11,23 +11,30 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from model.config import LayerType, ModelConfig
+from model.config import AttentionMode, LayerType, ModelConfig
 
 
-def training_flops(config: ModelConfig, sample_lengths: Iterable[int], mtp: bool = True) -> float:
+def training_flops(
+    config: ModelConfig,
+    sample_lengths: Iterable[int],
+    mtp: bool = True,
+    attention: AttentionMode = "select",
+) -> float:
     """Forward and backward over samples of these lengths.
 
-    Backward costs twice the forward, except in the indexer, which the language-model loss does
-    not train.
+    Backward costs twice the forward, where there is one: an indexer that learns nothing has none,
+    and in its warm-up nothing else has.
     """
     total = 0.0
     for length in sample_lengths:
-        layers, tail = flops_by_part(config, int(length), mtp)
+        layers, tail = flops_by_part(config, int(length), mtp, attention)
         total += sum(layers) + tail
     return total
 
 
-def flops_by_part(config: ModelConfig, length: int, mtp: bool = True) -> tuple[list[float], float]:
+def flops_by_part(
+    config: ModelConfig, length: int, mtp: bool = True, attention: AttentionMode = "select"
+) -> tuple[list[float], float]:
     """Forward and backward over one sample: of each layer, and of all that comes behind them.
 
     The latter is the head and, with ``mtp``, the MTP block with its own pass through the head.
@@ -35,18 +42,39 @@ def flops_by_part(config: ModelConfig, length: int, mtp: bool = True) -> tuple[l
     position = np.arange(length)
     mtp = mtp and config.num_nextn_predict_layers > 0
 
+    passes = 1 if attention == "warmup" else 3
+    learns = attention in ("warmup", "sparse")
+
     def block(kind: LayerType) -> float:
-        return 3 * _layer_flops(config, kind, position) + _indexer_flops(config, kind, position)
+        seen = _seen_entries(config, kind, position, attention in ("dense", "warmup"))
+        total = passes * _layer_flops(config, kind, position, seen)
+        if kind == "csa" and attention != "dense":
+            total += (3 if learns else 1) * _indexer_flops(config, position)
+        if kind == "csa" and learns:  # the teacher: every head's product with what it attended to
+            total += 2.0 * config.num_attention_heads * config.head_dim * seen
+        return total
 
     # Each head first weighs its streams, then multiplies by the output matrix.
     per_head = (config.hc_mult + 1) * config.hc_mult + config.vocab_size
-    tail = 3 * (1 + mtp) * length * 2.0 * config.hidden_size * per_head
+    tail = passes * (1 + mtp) * length * 2.0 * config.hidden_size * per_head
     if mtp:
-        tail += 3 * length * 2 * config.hidden_size**2 * (1 + config.hc_mult) + block("window")
+        tail += passes * length * 2 * config.hidden_size**2 * (1 + config.hc_mult) + block("window")
     return [block(kind) for kind in config.layer_types], tail
 
 
-def _layer_flops(config: ModelConfig, kind: LayerType, position: np.ndarray) -> float:
+def _seen_entries(config: ModelConfig, kind: LayerType, position: np.ndarray, dense: bool) -> float:
+    """Pairs of a query and an entry that it attends to."""
+    ratio = config.compress_ratio(kind)
+    if not ratio:
+        return 0.0
+    entries = (position + 1) // ratio
+    chooses = kind == "csa" and not dense
+    return float((np.minimum(entries, config.index_topk) if chooses else entries).sum())
+
+
+def _layer_flops(
+    config: ModelConfig, kind: LayerType, position: np.ndarray, entries: float
+) -> float:
     dim, inner = config.hidden_size, config.num_attention_heads * config.head_dim
     ratio = config.compress_ratio(kind)
     attention = dim * config.q_lora_rank + config.q_lora_rank * inner + dim * config.head_dim
@@ -62,16 +90,11 @@ def _layer_flops(config: ModelConfig, kind: LayerType, position: np.ndarray) -> 
     )
     streams = config.hc_mult
     mixing = 2 * dim * ((2 + streams) * streams * streams + streams + streams + streams**2)
-    seen = np.minimum(position + 1, config.sliding_window)
-    if ratio:
-        entries = (position + 1) // ratio
-        seen = seen + (np.minimum(entries, config.index_topk) if kind == "csa" else entries)
-    return 2.0 * (len(position) * (attention + experts + mixing) + 2 * inner * float(seen.sum()))
+    seen = float(np.minimum(position + 1, config.sliding_window).sum()) + entries
+    return 2.0 * (len(position) * (attention + experts + mixing) + 2 * inner * seen)
 
 
-def _indexer_flops(config: ModelConfig, kind: LayerType, position: np.ndarray) -> float:
-    if kind != "csa":
-        return 0.0
+def _indexer_flops(config: ModelConfig, position: np.ndarray) -> float:
     width = config.index_n_heads * config.index_head_dim
     projections = config.q_lora_rank * width + config.hidden_size * config.index_n_heads
     projections += 4 * config.hidden_size * config.index_head_dim

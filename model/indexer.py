@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,15 @@ from model.config import ModelConfig
 from model.kernels.indexer import select_topk
 from model.positions import Positions
 from model.rope import rotate
+
+
+@dataclass(frozen=True)
+class Index:
+    """What scores are made of: Σ_h w_h · ReLU(q_h · k_s), the scale folded into w."""
+
+    queries_TIJ: Tensor
+    keys_CJ: Tensor
+    weights_TI: Tensor
 
 
 class Indexer(nn.Module):
@@ -23,16 +34,27 @@ class Indexer(nn.Module):
         self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False, dtype=dtype)
         self.compressor = Compressor(config, "csa", self.dim, dtype)
 
-    @torch.no_grad()
-    def forward(self, x_TD: Tensor, q_TQ: Tensor, positions: Positions) -> Tensor | None:
-        """int32 [T, k] of entries for the own tokens, -1 for none; None where all see at most k.
+    def forward(self, x_TD: Tensor, q_TQ: Tensor, positions: Positions) -> Index:
+        """Queries, head weights and keys, computed from inputs that get no gradient.
 
-        The choice has no gradient: the language-model loss does not train the indexer.
+        The language-model loss does not train the indexer, nor does the indexer's the model.
         """
-        if positions.most_visible("csa") <= self.topk:
-            return None
+        x_TD, q_TQ = x_TD.detach(), q_TQ.detach()
         queries = self.wq_b(q_TQ).unflatten(-1, (self.heads, self.dim))
         queries = rotate(queries, positions.rotation("csa"))
         weights = self.weights_proj(x_TD).float() * (self.dim * self.heads) ** -0.5
-        keys = self.compressor(x_TD, positions)
-        return select_topk(queries, keys, weights, positions.ranges("csa"), self.topk)
+        return Index(queries, self.compressor(x_TD, positions), weights)
+
+    @torch.no_grad()
+    def select(
+        self, x_TD: Tensor, q_TQ: Tensor, positions: Positions, index: Index | None = None
+    ) -> Tensor | None:
+        """int32 [T, k] of entries for the own tokens, -1 for none; None where all see at most k.
+
+        `index` is what `forward` gave for the same inputs, where it was called.
+        """
+        if positions.most_visible("csa") <= self.topk:
+            return None
+        index = self(x_TD, q_TQ, positions) if index is None else index
+        inputs = index.queries_TIJ, index.keys_CJ, index.weights_TI
+        return select_topk(*inputs, positions.ranges("csa"), self.topk)

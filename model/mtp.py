@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.block import Block
+from model.block import Block, BlockStats
 from model.config import ModelConfig
 from model.hyper_connection import head_of_streams, register_hyper_head
-from model.moe import MoEStats
 from model.norm import RMSNorm
 from model.positions import Positions
 
@@ -37,7 +36,7 @@ class MTPBlock(Block):
         positions: Positions,
         routed_tokens: float,
         chosen_TA: Tensor | None = None,
-    ) -> tuple[Tensor, MoEStats]:
+    ) -> tuple[Tensor, BlockStats]:
         """Hidden states [T, D] for the output head, which then predict t_{i+2} at position i.
 
         Args:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.config import LayerType, ModelConfig
 from model.kernels.attention import AttentionRanges
+from model.kernels.indexer_loss import Mass
 from model.layout import SampleLayout
 from model.rope import layer_frequencies, rotation
 
@@ -130,6 +131,13 @@ class Positions:
     def all_entries(self, kind: LayerType, pooled_CK: Tensor) -> Tensor:
         """From the windows pooled here to the microbatch's entries, sample after sample."""
         return pooled_CK
+
+    def own_mass(self, kind: LayerType, mass: Mass, listed: bool) -> Mass:
+        """From the attention that queries gave over the heads at hand to own tokens' over all.
+
+        Where it is not `listed` which entries a query chose, its columns are those it may see.
+        """
+        return mass
 
     def sum_counts(self, counts_SE: Tensor) -> Tensor:
         """Sum counts by sample over the ranks that hold tokens of the same samples."""

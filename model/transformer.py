@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from model import hf
 from model.attention import Attention
-from model.block import Block
-from model.config import ModelConfig
+from model.block import Block, BlockStats
+from model.config import AttentionMode, ModelConfig
 from model.hyper_connection import head_of_streams, register_hyper_head
 from model.init import Part, initialise
 from model.kernels.cross_entropy import linear_cross_entropy
 from model.layout import SampleLayout
 from model.loss import IGNORE, TokenCounts, next_in_sample, second_targets
-from model.moe import MoEStats
 from model.mtp import MTPBlock
 from model.norm import RMSNorm
 from model.positions import MakePositions, Positions
@@ -33,9 +32,10 @@ class ModelOutput:
 
     Attributes:
         logits: [B, S, V]; None when targets were given.
-        loss: what to differentiate: lm_loss + mtp weight · mtp_loss + balance_loss.
+        loss: what to differentiate: lm_loss + mtp weight · mtp_loss + balance_loss + indexer_loss.
         lm_loss, mtp_loss, balance_loss: detached; the last is weighted and summed over the
             learned layers, so with even routing it is the weight times their number.
+        indexer_loss: detached; summed over the CSA layers, 0 in modes without one.
         expert_load: [layers (+ MTP), E], how many tokens chose each expert.
     """
 
@@ -44,6 +44,7 @@ class ModelOutput:
     lm_loss: Tensor | None = None
     mtp_loss: Tensor | None = None
     balance_loss: Tensor | None = None
+    indexer_loss: Tensor | None = None
     expert_load: Tensor | None = None
 
 
@@ -55,6 +56,7 @@ class Microbatch:
         tokens_T, next_T: ids of the own tokens, and of those that follow them in their sample.
         counts, mtp_loss_weight: denominators of the losses, and the second loss's weight.
         chosen: experts chosen before [T, A] by the block's row; the other routers choose now.
+        attention: what CSA layers do.
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class Microbatch:
         counts: TokenCounts | None,
         mtp_loss_weight: float,
         chosen: Mapping[int, Tensor],
+        attention: AttentionMode,
     ) -> None:
         self.positions, self.layout, self.chosen = positions, layout, chosen
+        self.attention = attention
         self.counts, self.mtp_loss_weight = counts, mtp_loss_weight
         self._whole_T = tokens_BS.flatten()
         self._whole_next_T = next_in_sample(layout, self._whole_T, self._whole_T)
@@ -150,6 +154,7 @@ class V4Model(nn.Module):
         targets: Tensor | None = None,
         counts: TokenCounts | None = None,
         mtp_loss_weight: float | None = None,
+        attention: AttentionMode = "select",
     ) -> ModelOutput:
         """Logits of every position, or the losses.
 
@@ -160,11 +165,14 @@ class V4Model(nn.Module):
             counts: the global batch's token counts; by default this call's own. Losses and
                 gradients of calls that share their counts add up to the global token mean.
             mtp_loss_weight: overrides the configured weight (it changes during a run).
+            attention: what CSA layers do, and whether their indexers' objective is in the loss.
 
         Raises:
             ValueError: tokens, targets and layout do not have the same shape.
         """
-        micro = self.microbatch(tokens, layout, targets, counts, mtp_loss_weight)
+        micro = self.microbatch(
+            tokens, layout, targets, counts, mtp_loss_weight, attention=attention
+        )
         streams_TND, stats = self.run_blocks(self.embed_streams(micro), micro, self.layers)
         if targets is None:
             hidden_TD = self.norm(head_of_streams(self, self.config, streams_TND))
@@ -180,10 +188,11 @@ class V4Model(nn.Module):
         counts: TokenCounts | None = None,
         mtp_loss_weight: float | None = None,
         chosen: Mapping[int, Tensor] | None = None,
+        attention: AttentionMode = "select",
     ) -> Microbatch:
         """Arguments of ``forward``, checked and made ready for the model's parts.
 
-        ``chosen`` as in Microbatch.
+        ``chosen`` and ``attention`` as in Microbatch.
         """
         layout = SampleLayout.whole_rows(tokens) if layout is None else layout
         _check_shapes(tokens, layout, targets)
@@ -191,7 +200,9 @@ class V4Model(nn.Module):
             counts = TokenCounts.of(layout, targets)
         weight = self.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
         positions = self.make_positions(self.config, layout)
-        return Microbatch(positions, layout, tokens, targets, counts, weight, chosen or {})
+        return Microbatch(
+            positions, layout, tokens, targets, counts, weight, chosen or {}, attention
+        )
 
     def embed_streams(self, micro: Microbatch) -> Tensor:
         """The own tokens' embeddings, copied to the streams, [T, N, D]."""
@@ -200,20 +211,19 @@ class V4Model(nn.Module):
 
     def run_blocks(
         self, streams_TND: Tensor, micro: Microbatch, blocks: Iterable[nn.Module]
-    ) -> tuple[Tensor, list[MoEStats]]:
-        """Streams through some blocks, and what their routers did."""
+    ) -> tuple[Tensor, list[BlockStats]]:
+        """Streams through some blocks, and what their routers did and their indexers learn."""
         stats = []
         for block in cast(Iterable[Block], blocks):
             chosen_TA = micro.chosen.get(block.row)
-            streams_TND, seen = block(
-                streams_TND, micro.tokens_T, micro.positions, micro.routed, chosen_TA
-            )
+            inputs = (micro.tokens_T, micro.positions, micro.routed, chosen_TA, micro.attention)
+            streams_TND, seen = block(streams_TND, *inputs)
             stats.append(seen)
         return streams_TND, stats
 
     def predict(
         self, streams_TND: Tensor, micro: Microbatch
-    ) -> tuple[Tensor, Tensor, list[MoEStats]]:
+    ) -> tuple[Tensor, Tensor, list[BlockStats]]:
         """Losses of the main head and, unweighted, of the MTP heads, and their routers' doings."""
         assert micro.counts is not None
         hidden_TD = self.norm(head_of_streams(self, self.config, streams_TND))
@@ -252,21 +262,30 @@ class V4Model(nn.Module):
         hidden_TD = micro.positions.to_queries(hidden_TD)
         return self.cross_entropy(hidden_TD, self.head.weight, targets_T, max(count, 1), IGNORE)
 
-    def weighted_balance(self, stats: Iterable[MoEStats]) -> Tensor | None:
+    def weighted_balance(self, stats: Iterable[BlockStats]) -> Tensor | None:
         """The balance loss of several layers with its weight; None where all are hash layers."""
         terms = [seen.balance for seen in stats if seen.balance is not None]
         return sum(terms[1:], terms[0]) * self.config.balance_loss_weight if terms else None
 
+    @staticmethod
+    def indexer_loss(stats: Iterable[BlockStats]) -> Tensor | None:
+        """The sum of the layers' indexers' objectives; None where there are none."""
+        terms = [seen.indexer for seen in stats if seen.indexer is not None]
+        return sum(terms[1:], terms[0]) if terms else None
+
     def _losses(
-        self, lm_loss: Tensor, mtp_loss: Tensor, mtp_weight: float, stats: list[MoEStats]
+        self, lm_loss: Tensor, mtp_loss: Tensor, mtp_weight: float, stats: list[BlockStats]
     ) -> ModelOutput:
         balance = self.weighted_balance(stats)
         balance = torch.zeros_like(lm_loss) if balance is None else balance
+        indexer = self.indexer_loss(stats)
+        indexer = torch.zeros_like(lm_loss) if indexer is None else indexer
         return ModelOutput(
-            loss=lm_loss + mtp_weight * mtp_loss + balance,
+            loss=lm_loss + mtp_weight * mtp_loss + balance + indexer,
             lm_loss=lm_loss.detach(),
             mtp_loss=mtp_loss.detach(),
             balance_loss=balance.detach(),
+            indexer_loss=indexer.detach(),
             expert_load=torch.stack([seen.load_E for seen in stats]),
         )
 

@@ -32,7 +32,7 @@ from trainer.tensors import Part, routing_name
 Saved = dict[str, Any]
 
 # Settings of the data that say what is in the rows of a step.
-_ROWS = {"row_length", "batch_rows", "stages", "weights", "transforms", "packing"}
+_ROWS = {"weights", "transforms", "packing"}
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,9 @@ class Anticipation:
     def _origin(self) -> Saved:
         """What has to be the same for saved choices to be of this run's rows."""
         data, manifest = self.loader.config, self.loader.manifest
-        known = json.dumps([data.model_dump(mode="json", include=_ROWS), manifest.digest]).encode()
+        stages = [stage.model_dump(mode="json") for stage in self.loader.schedule.stages]
+        rows = data.model_dump(mode="json", include=_ROWS)
+        known = json.dumps([rows, stages, manifest.digest]).encode()
         return {"lead": self.lead, "data": hashlib.sha256(known).hexdigest()[:16]}
 
     def _place(self, step: int) -> _Place:

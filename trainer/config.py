@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from data.config import DataConfig
+from data.config import DataConfig, DataStage
 from model.config import ModelConfig
 from optim.config import OptimConfig
 from trainer.config_deepspeed import problems as deepspeed_problems
@@ -22,7 +22,10 @@ from trainer.config_parallel import ParallelConfig
 from trainer.config_source import ConfigError, dump_yaml, read_source
 from trainer.config_stability import StabilityConfig
 from trainer.config_stability import problems as stability_problems
+from trainer.config_stages import StageConfig
+from trainer.config_stages import problems as stage_problems
 from trainer.parallel.sizes import Sizes
+from trainer.stages import Recipe
 
 __all__ = ["ConfigError", "RunConfig", "Section", "load_as", "load_config", "load_run"]
 
@@ -85,8 +88,9 @@ class RunConfig(Section):
 
     run_dir: Path
     """The run's folder: config.yaml, metrics.jsonl, checkpoints/, wandb/, report.html."""
-    steps: PositiveInt
-    """Optimizer steps of the whole run, those before a resume included."""
+    steps: NaturalInt = 0
+    """Optimizer steps of the whole run, those before a resume included; with `stages` they follow
+    from the stages' tokens."""
     seed: NaturalInt = 0
     """Decides initial weights and data order."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -105,6 +109,9 @@ class RunConfig(Section):
     data: DataConfig
     optim: OptimConfig
     parallel: ParallelConfig = ParallelConfig()
+    stages: tuple[StageConfig, ...] = ()
+    """Parts of the run with their own rows, attention and rates; without any it is one part, whose
+    indexers choose as they were made and are not trained."""
     stability: StabilityConfig = StabilityConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
@@ -112,22 +119,17 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
-        data = self.data
-        if data.stages:
+        if not self.stages and not self.steps:
+            raise ValueError("the key 'steps' is missing, or 0; it should be at least 1")
+        for problem in stage_problems(self):
+            raise ValueError(problem)
+        recipe = Recipe(self)
+        if self.stages and self.steps not in (0, recipe.steps):
             raise ValueError(
-                "data.stages is for the loader so far: a training run has rows of one length, from "
-                "data.row_length, data.batch_rows and data.micro_rows; leave data.stages empty"
+                f"steps = {self.steps:,}, but the stages have {recipe.steps:,}: they should cover "
+                "the run and no more; leave steps out, or say steps=0"
             )
-        if data.row_length > self.model.max_position_embeddings:
-            raise ValueError(
-                f"data.row_length = {data.row_length} should be at most "
-                f"model.max_position_embeddings = {self.model.max_position_embeddings}"
-            )
-        if data.batch_rows % data.micro_rows:
-            raise ValueError(
-                f"data.batch_rows = {data.batch_rows} should be a multiple of data.micro_rows = "
-                f"{data.micro_rows}"
-            )
+        object.__setattr__(self, "steps", recipe.steps)
         vocabulary, ids = self.model.vocab_size, self.data.tokenizer.vocab_size
         if ids > vocabulary:
             raise ValueError(
@@ -135,12 +137,35 @@ class RunConfig(Section):
                 f"{ids}"
             )
         for problem in (
-            *self.parallel.problems(self.model, data),
+            *self.parallel.problems(self.model),
             *deepspeed_problems(self),
             *stability_problems(self),
         ):
             raise ValueError(problem)
+        for where, rows in self._all_rows(recipe):
+            self._check_rows(where, rows)
         return self
+
+    def _all_rows(self, recipe: Recipe) -> list[tuple[str, DataStage]]:
+        """The rows of the held-out text and of every stage, by the section that says them."""
+        own = [(f"stages.{stage.number}", stage.rows) for stage in recipe.stages if self.stages]
+        return [("data", self.data.one_stage()), *own]
+
+    def _check_rows(self, where: str, rows: DataStage) -> None:
+        """Raise ValueError for rows that the model or the axes cannot take."""
+        if rows.row_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"{where}.row_length = {rows.row_length} should be at most "
+                f"model.max_position_embeddings = {self.model.max_position_embeddings}"
+            )
+        for name in ("batch_rows", "ramp_from"):
+            if (getattr(rows, name) or 0) % rows.micro_rows:
+                raise ValueError(
+                    f"{where}.{name} = {getattr(rows, name)} should be a multiple of "
+                    f"{where}.micro_rows = {rows.micro_rows}"
+                )
+        for problem in self.parallel.row_problems(rows.row_length, where):
+            raise ValueError(problem)
 
     def check_world(self, world_size: int) -> None:
         """Raise ConfigError when the run cannot be spread over this many processes.
@@ -148,8 +173,11 @@ class RunConfig(Section):
         Without a pipeline, data-parallel ranks need not divide the rows: filler rows, which count
         nothing, even them out.
         """
-        for problem in self.parallel.world_problems(world_size, self.data):
+        for problem in self.parallel.world_problems(world_size):
             raise ConfigError(problem)
+        for where, rows in self._all_rows(Recipe(self)):
+            for problem in self.parallel.step_problems(world_size, rows, where):
+                raise ConfigError(problem)
 
     def sizes(self, world_size: int) -> Sizes:
         """Degrees of all axes for this many processes. Raises ConfigError as `check_world`."""

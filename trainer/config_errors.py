@@ -54,7 +54,8 @@ def _sections_with(root: type[BaseModel], name: str) -> list[str]:
     keys = {name: name for name in root.model_fields}
     for section, field in root.model_fields.items():
         if (model := _model_in(field.annotation)) is not None:
-            keys |= {inner: f"{section}.{inner}" for inner in model.model_fields}
+            for inner in model.model_fields:
+                keys.setdefault(inner, f"{section}.{inner}")
     return [keys[near] for near in difflib.get_close_matches(name, keys, n=1, cutoff=0.6)]
 
 

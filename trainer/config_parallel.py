@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from data.config import DataConfig
+from data.config import DataStage
 from model.config import ModelConfig
 from trainer.parallel.sizes import Sizes
 from trainer.parallel.stages import V_SHAPED, ScheduleName, StagePlan, plan_stages
@@ -83,7 +83,7 @@ class ParallelConfig(BaseModel):
         dense = self.tensor * self.context * self.pipeline
         return math.lcm(dense, self.expert_tensor * self.expert * self.pipeline)
 
-    def problems(self, model: ModelConfig, data: DataConfig) -> Iterator[str]:
+    def problems(self, model: ModelConfig) -> Iterator[str]:
         """What does not fit together, whatever the number of processes."""
         shared = model.moe_intermediate_size * model.n_shared_experts
         yield from self._split_problems(
@@ -105,15 +105,18 @@ class ParallelConfig(BaseModel):
                 f"parallel.expert_tensor = {self.expert_tensor} in multiples of 8; "
                 f"parallel.expert_tensor should be {nearest(self.expert_tensor, inner // 8)}"
             )
-        runs = self.tensor * self.context
-        if data.row_length % runs:
-            near = [n for n in (data.row_length // runs * runs, -(-data.row_length // runs) * runs)]
-            yield (
-                f"data.row_length = {data.row_length} does not divide into parallel.context = "
-                f"{self.context} x parallel.tensor = {self.tensor} equal runs; data.row_length "
-                f"should be {' or '.join(str(n) for n in dict.fromkeys(near) if n)}"
-            )
         yield from self._pipeline_problems(model)
+
+    def row_problems(self, length: int, where: str) -> Iterator[str]:
+        """What does not fit rows of a length that the section `where` of the config says."""
+        runs = self.tensor * self.context
+        if length % runs:
+            near = [n for n in (length // runs * runs, -(-length // runs) * runs) if n]
+            yield (
+                f"{where}.row_length = {length} does not divide into parallel.context = "
+                f"{self.context} x parallel.tensor = {self.tensor} equal runs; {where}.row_length "
+                f"should be {' or '.join(str(n) for n in dict.fromkeys(near))}"
+            )
 
     def _split_problems(self, axis: str, fields: dict[str, int]) -> Iterator[str]:
         degree = getattr(self, axis)
@@ -149,7 +152,7 @@ class ParallelConfig(BaseModel):
                 "the last 0"
             )
 
-    def world_problems(self, world: int, data: DataConfig) -> Iterator[str]:
+    def world_problems(self, world: int) -> Iterator[str]:
         """What does not fit a number of processes."""
         for product, fields in (
             (self.tensor * self.context * self.pipeline, "tensor x context x pipeline"),
@@ -162,27 +165,35 @@ class ParallelConfig(BaseModel):
                     f"{' or '.join(str(n) for n in near if n)} processes, or change these degrees"
                 )
                 return
-        data_ranks = self.sizes(world).data
-        rows = data.batch_rows
-        if rows < data_ranks:
-            yield (
-                f"data.batch_rows = {rows} should be at least the number of data-parallel ranks, "
-                f"{data_ranks}"
-            )
-        elif self.pipeline > 1:
-            yield from self._microbatch_problems(data_ranks, data)
 
-    def _microbatch_problems(self, data_ranks: int, data: DataConfig) -> Iterator[str]:
+    def step_problems(self, world: int, data: DataStage, where: str) -> Iterator[str]:
+        """What does not fit a step's rows, those of a ramp included, on a number of processes.
+
+        `where` is the section of the config that says them.
+        """
+        data_ranks = self.sizes(world).data
+        for rows in data.sizes:
+            name = f"{where}.batch_rows" if rows == data.batch_rows else f"a ramp's {where}: rows"
+            if rows < data_ranks:
+                yield (
+                    f"{name} = {rows} should be at least the number of data-parallel ranks, "
+                    f"{data_ranks}"
+                )
+            elif self.pipeline > 1:
+                yield from self._microbatch_problems(data_ranks, rows, data.micro_rows, name, where)
+
+    def _microbatch_problems(
+        self, data_ranks: int, rows: int, micro: int, name: str, where: str
+    ) -> Iterator[str]:
         """A pipeline wants microbatches of one shape, and enough of them for its schedule."""
-        per_rank = -(-data.batch_rows // data_ranks)
-        count, rest = divmod(per_rank, data.micro_rows)
+        per_rank = -(-rows // data_ranks)
+        count, rest = divmod(per_rank, micro)
         if rest:
             yield (
-                f"data.batch_rows = {data.batch_rows} over {data_ranks} data-parallel ranks is "
-                f"{per_rank} rows, which are no whole microbatches of data.micro_rows = "
-                f"{data.micro_rows}; data.batch_rows should be "
-                f"{count * data.micro_rows * data_ranks or data.micro_rows * data_ranks} or "
-                f"{(count + 1) * data.micro_rows * data_ranks}"
+                f"{name} = {rows} over {data_ranks} data-parallel ranks is {per_rank} rows, which "
+                f"are no whole microbatches of {where}.micro_rows = {micro}; {name} should be "
+                f"{count * micro * data_ranks or micro * data_ranks} or "
+                f"{(count + 1) * micro * data_ranks}"
             )
             return
         stages = self.pipeline * self.chunks
@@ -191,17 +202,17 @@ class ParallelConfig(BaseModel):
             yield (
                 f"{count} microbatches a step are fewer than the {need} that "
                 f"parallel.pipeline_schedule = {self.pipeline_schedule} wants with "
-                f"parallel.pipeline = {self.pipeline}; data.batch_rows should be at least "
-                f"{need * data.micro_rows * data_ranks}, or data.micro_rows smaller"
+                f"parallel.pipeline = {self.pipeline}; {name} should be at least "
+                f"{need * micro * data_ranks}, or {where}.micro_rows smaller"
             )
         elif self.pipeline_schedule == "interleaved_1f1b" and count % (count // self.pipeline):
             rounds = count // self.pipeline
             near = (count // rounds * rounds, (count // rounds + 1) * rounds)
-            rows = [str(n * data.micro_rows * data_ranks) for n in near]
+            fitting = [str(n * micro * data_ranks) for n in near]
             yield (
                 f"{count} microbatches a step do not divide into the {rounds} rounds of "
-                f"interleaved_1f1b with parallel.pipeline = {self.pipeline}; data.batch_rows "
-                f"should be {' or '.join(rows)}"
+                f"interleaved_1f1b with parallel.pipeline = {self.pipeline}; {name} should be "
+                f"{' or '.join(fitting)}"
             )
 
 

@@ -8,7 +8,7 @@ whole tensors, gathered one after another to the host of every rank.
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,11 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.block import Block
-from model.transformer import Microbatch
 from optim import Assignment, gradient_norm
 from trainer.config import ConfigError, RunConfig
 from trainer.config_deepspeed import resolve, zero_stage
-from trainer.engine import Engine
+from trainer.engine import Engine, Microbatches
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import Feed, Stage, Tally
 from trainer.parallel.plan import LocalModel
@@ -60,7 +59,7 @@ class DeepSpeedEngine(Engine):
             groups.setdefault(entry.weight_decay, []).append(self.parameters[entry.name])
         return [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
 
-    def run(self, microbatches: Sequence[Microbatch], tally: Tally, backward: bool) -> None:
+    def run(self, microbatches: Microbatches, tally: Tally, backward: bool) -> None:
         """As in Engine; DeepSpeed reduces with the last microbatch.
 
         Raises RuntimeError where no step followed the last backward: ZeRO keeps its gradient.
@@ -77,6 +76,10 @@ class DeepSpeedEngine(Engine):
                 self.engine.backward(loss.sum() * self.world, scale_wrt_gas=False)
         self._pending = self._pending or backward
         self.feed.microbatches, self.feed.tally = (), None
+
+    def make_gradients(self) -> None:
+        """As in Engine, but DeepSpeed has made room for all once for ever."""
+        raise ConfigError("engine deepspeed trains every parameter all the time")
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:

@@ -30,6 +30,7 @@ from trainer.parallel.expert import ExpertDispatch
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel
 from trainer.parallel.sizes import Sizes
+from trainer.stages import Recipe
 from trainer.trainer import DTYPES, make_engine, make_local, make_optimizer
 
 META = torch.device("meta")
@@ -163,7 +164,8 @@ def as_rank(rank: int, sizes: Sizes) -> Iterator[Grid]:
 
 def microbatches_of(config: RunConfig, sizes: Sizes) -> int:
     """Microbatches of a rank in a step."""
-    return -(-config.data.batch_rows // sizes.data // config.data.micro_rows)
+    rows = Recipe(config).largest.rows
+    return -(-rows.batch_rows // sizes.data // rows.micro_rows)
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ class _Part:
 
     def __init__(self, config: RunConfig, grid: Grid) -> None:
         self.config, self.grid = config, grid
+        self.stage = Recipe(config).largest
         self.local: LocalModel = make_local(config, grid)
         for module in self.local.model.modules():
             if isinstance(module, MoE) and isinstance(module.dispatch, ExpertDispatch):
@@ -204,7 +207,8 @@ class _Part:
         micro = self._microbatch()
         numbers = self.local.stages.stages_of(self.grid.pipeline.rank)
         needs = {number: self._stage(number, micro, known) for number in numbers}
-        in_flight = self._in_flight({number: need.held for number, need in needs.items()})
+        held = {number: need.held for number, need in needs.items()}
+        in_flight = self._in_flight(held, len(micro.tokens_T))
         stages = [
             StageMemory(
                 number, self.local.stages.layers_of(number), need.held, in_flight[number], need.work
@@ -236,13 +240,15 @@ class _Part:
 
     def _microbatch(self) -> Microbatch:
         """Rows that are one sample each."""
-        data = self.config.data
-        rows = min(data.micro_rows, -(-data.batch_rows // self.grid.sizes.data))
-        lengths = [[data.row_length]] * rows
-        counts = TokenCounts(*[rows * data.row_length] * 3)
-        layout = SampleLayout.from_lengths(lengths, data.row_length, META)
-        tokens = torch.empty(rows, data.row_length, dtype=torch.int64, device=META)
-        return self.local.model.microbatch(tokens, layout, torch.empty_like(tokens), counts)
+        stage = self.stage.rows
+        rows = min(stage.micro_rows, -(-stage.batch_rows // self.grid.sizes.data))
+        lengths = [[stage.row_length]] * rows
+        counts = TokenCounts(*[rows * stage.row_length] * 3)
+        layout = SampleLayout.from_lengths(lengths, stage.row_length, META)
+        tokens = torch.empty(rows, stage.row_length, dtype=torch.int64, device=META)
+        return self.local.model.microbatch(
+            tokens, layout, torch.empty_like(tokens), counts, attention=self.stage.attention
+        )
 
     def _stage(self, number: int, micro: Microbatch, known: _Known) -> _Need:
         """What a microbatch needs in a stage: the sum of what its layers and its ends hold."""
@@ -270,8 +276,8 @@ class _Part:
     def _layer(self, row: int, micro: Microbatch, streams: Tensor) -> list[Tensor]:
         model = self.local.model
         out, stats = model.run_blocks(streams, micro, [model.layers[row]])
-        balance = model.weighted_balance(stats)
-        return [out] if balance is None else [out, balance]
+        losses = (model.weighted_balance(stats), model.indexer_loss(stats))
+        return [out, *(loss for loss in losses if loss is not None)]
 
     def _heads(self, micro: Microbatch, streams: Tensor) -> list[Tensor]:
         model = self.local.model
@@ -298,12 +304,12 @@ class _Part:
         dtype = DTYPES[self.config.precision]
         return torch.empty(shape, dtype=dtype, device=META, requires_grad=True)
 
-    def _in_flight(self, held: dict[int, int]) -> dict[int, int]:
+    def _in_flight(self, held: dict[int, int], tokens: int) -> dict[int, int]:
         """By stage, the microbatches whose activations are there at the worst time."""
         pipeline = self.engine.pipeline
         if pipeline.axis.size == 1:
             return dict.fromkeys(held, 1)
-        schedule = pipeline.schedule(microbatches_of(self.config, self.grid.sizes))
+        schedule = pipeline.schedule(microbatches_of(self.config, self.grid.sizes), tokens)
         return most_in_flight(schedule.pipeline_order[pipeline.axis.rank], held)
 
     def _update(self) -> int:

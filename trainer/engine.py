@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data import Batch
 from model import SampleLayout, TokenCounts, V4Model
+from model.config import AttentionMode
 from model.flops import training_flops
 from model.transformer import Microbatch
 from optim import Optimizer, clip_
@@ -30,6 +31,12 @@ Chosen = Mapping[int, Tensor]
 """Of a microbatch: expert numbers [T, A] of the own tokens by layer, in any integer type."""
 
 _SUMS = TokenCounts(lm=1, mtp=1, routed=1)  # denominators of 1: losses are plain sums
+_WITHOUT_OBJECTIVE: dict[AttentionMode, AttentionMode] = {
+    "select": "select",
+    "dense": "dense",
+    "warmup": "dense",
+    "sparse": "select",
+}
 
 
 @dataclass(frozen=True)
@@ -37,10 +44,12 @@ class StepLosses:
     """What forward and backward of a global batch gave, the same on every rank."""
 
     loss: Tensor
-    """0-dim fp64, as `lm`, `mtp` and `balance`: what was differentiated."""
+    """0-dim fp64, as the four that follow: what was differentiated."""
     lm: Tensor
     mtp: Tensor
     balance: Tensor
+    indexer: Tensor
+    """Summed over the CSA layers; 0 where the attention has no objective."""
     expert_load: Tensor
     """[layers (+ MTP), E] fp32: tokens routed to each expert."""
     counts: TokenCounts
@@ -62,7 +71,7 @@ class _Rows:
     flops: float
 
 
-class _Microbatches(Sequence[Microbatch]):
+class Microbatches(Sequence[Microbatch]):
     """Microbatches made when they are asked for: their rotations are large where rows are long."""
 
     def __init__(
@@ -71,11 +80,17 @@ class _Microbatches(Sequence[Microbatch]):
         rows: list[_Rows],
         counts: TokenCounts,
         mtp_loss_weight: float,
+        attention: AttentionMode,
         chosen: Sequence[Chosen] | None = None,
     ) -> None:
-        self.model, self.rows = model, rows
+        self.model, self.rows, self.attention = model, rows, attention
         self.counts, self.mtp_loss_weight = counts, mtp_loss_weight
         self.chosen = chosen or [{}] * len(rows)
+
+    @property
+    def tokens(self) -> int:
+        """Positions of each of them, over all ranks that share its rows."""
+        return self.rows[0].tokens_BS.numel()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,7 +104,15 @@ class _Microbatches(Sequence[Microbatch]):
             self.counts,
             self.mtp_loss_weight,
             self.chosen[index],
+            self.attention,
         )
+
+
+def learns(name: str, attention: AttentionMode) -> bool:
+    """Whether a parameter is trained: in `dense` all but the indexers, in `warmup` they alone."""
+    if attention in ("select", "sparse"):
+        return True
+    return (".indexer." in name) == (attention == "warmup")
 
 
 class Engine(ABC):
@@ -99,10 +122,29 @@ class Engine(ABC):
         self.model = local.model
         self.grid = grid
         config = local.model.config
-        self._flops_of = cache(lambda length: training_flops(config, [length]))
+        self.attention: AttentionMode = "select"
+        self._flops_of = cache(
+            lambda length, attention: training_flops(config, [length], attention=attention)
+        )
+
+    def attend(self, attention: AttentionMode) -> None:
+        """From now on train with this attention; what learns nothing in it is frozen.
+
+        Frozen parameters have no gradient, and the optimizer leaves them and their state alone.
+        """
+        if attention == self.attention:
+            return
+        self.attention = attention
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(learns(name, attention))
+        self.make_gradients()
 
     @abstractmethod
-    def run(self, microbatches: Sequence[Microbatch], tally: Tally, backward: bool) -> None:
+    def make_gradients(self) -> None:
+        """Make room for the gradients of the parameters that learn, and of no others."""
+
+    @abstractmethod
+    def run(self, microbatches: Microbatches, tally: Tally, backward: bool) -> None:
         """Forward of all microbatches into `tally`, and backward if asked.
 
         Backward leaves the gradient of the sum over all ranks, in place of any earlier one.
@@ -136,18 +178,20 @@ class Engine(ABC):
         counts, flops, stop = self._agree(rows, stop)
         weight = self.model.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
         tally = Tally.zeros(self.model, self.grid.device)
-        microbatches = _Microbatches(self.model, rows, counts, weight, chosen)
+        microbatches = Microbatches(self.model, rows, counts, weight, self.attention, chosen)
         self.run(microbatches, tally, backward=True)
-        lm, mtp, balance = self._over_ranks(tally).losses.unbind(0)
-        loss = lm + weight * mtp + balance
-        return StepLosses(loss, lm, mtp, balance, tally.load, counts, flops, stop)
+        lm, mtp, balance, indexer = self._over_ranks(tally).losses.unbind(0)
+        loss = lm + weight * mtp + balance + indexer
+        return StepLosses(loss, lm, mtp, balance, indexer, tally.load, counts, flops, stop)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """Sum of the main head's losses over all ranks' microbatches, 0-dim fp64."""
         tally = Tally.zeros(self.model, self.grid.device)
         rows = [self._rows(batch) for batch in batches]
-        self.run(_Microbatches(self.model, rows, _SUMS, 0.0), tally, backward=False)
+        attention = _WITHOUT_OBJECTIVE[self.attention]
+        microbatches = Microbatches(self.model, rows, _SUMS, 0.0, attention)
+        self.run(microbatches, tally, backward=False)
         return self._over_ranks(tally).losses[0]
 
     @torch.no_grad()
@@ -160,7 +204,9 @@ class Engine(ABC):
         chosen: list[dict[int, Tensor]] = [{} for _ in batches]
         tally.chosen = chosen
         rows = [self._rows(batch) for batch in batches]
-        self.run(_Microbatches(self.model, rows, _SUMS, 0.0), tally, backward=False)
+        attention = _WITHOUT_OBJECTIVE[self.attention]
+        microbatches = Microbatches(self.model, rows, _SUMS, 0.0, attention)
+        self.run(microbatches, tally, backward=False)
         return list(chosen)
 
     def _over_ranks(self, tally: Tally) -> Tally:
@@ -184,7 +230,7 @@ class Engine(ABC):
             batch.targets.to(device, non_blocking=True),
             on_device,
             TokenCounts.of(on_host, batch.targets),  # on the host: no wait for the device
-            sum(self._flops_of(sample) for row in batch.lengths for sample in row),
+            sum(self._flops_of(sample, self.attention) for row in batch.lengths for sample in row),
         )
 
     def _agree(self, rows: list[_Rows], stop: bool) -> tuple[TokenCounts, float, bool]:
@@ -205,27 +251,25 @@ class Engine(ABC):
 class NativeEngine(Engine):
     """Runs this rank's part of the model; gradients are summed in flat fp32 buckets."""
 
-    def __init__(
-        self,
-        local: LocalModel,
-        grid: Grid,
-        micro_rows: int,
-        row_length: int,
-        optimizer: Optimizer | None = None,
-    ) -> None:
+    def __init__(self, local: LocalModel, grid: Grid, optimizer: Optimizer | None = None) -> None:
         super().__init__(local, grid)
         self.optimizer = optimizer
-        self.gradients = Gradients(local, grid)
-        config = local.model.config
-        tokens = micro_rows * row_length // grid.sequence.size
-        shape = (tokens, config.hc_mult, config.hidden_size)
-        self.pipeline = Pipeline(local.model, local.stages, grid.pipeline, shape)
+        self.local = local
+        self.make_gradients()
+        self.pipeline = Pipeline(local.model, local.stages, grid.pipeline)
 
-    def run(self, microbatches: Sequence[Microbatch], tally: Tally, backward: bool) -> None:
+    def make_gradients(self) -> None:
+        """As in Engine."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self.gradients = Gradients(self.local, self.grid)
+
+    def run(self, microbatches: Microbatches, tally: Tally, backward: bool) -> None:
         """As in Engine: the stages' schedule, then one sum of every bucket."""
         if backward:
             self.gradients.zero_()
-        self.pipeline.run(microbatches, tally, backward)
+        tokens = microbatches.tokens // self.grid.sequence.size
+        self.pipeline.run(microbatches, tokens, tally, backward)
         if backward:
             self.gradients.sum_()
 

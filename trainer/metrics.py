@@ -68,6 +68,9 @@ class Metrics:
         }
         if (peak := self.config.metrics.peak_tflops) is not None:
             record["mfu"] = record["tflops_per_second"] / (peak * self.world_size)
+        if self.config.stages:
+            record["stage"] = result.stage
+            record["indexer_loss"] = result.indexer_loss
         if result.heldout_loss is not None:
             record["heldout_loss"] = result.heldout_loss
         if result.layers is not None:

@@ -22,6 +22,7 @@ from trainer.parallel.placement import place_all
 from trainer.parallel.plan import keep_stages
 from trainer.parallel.sizes import DENSE, EXPERT, Sizes
 from trainer.parallel.stages import StagePlan
+from trainer.stages import Recipe
 from trainer.trainer import DTYPES, matrix_sizes
 
 GIB = 2**30
@@ -75,8 +76,9 @@ def summary(config: RunConfig, sizes: Sizes) -> Table:
 
 def stage_table(config: RunConfig) -> Table:
     """Layers of each stage of the pipeline, and its share of a row's operations."""
-    stages = config.parallel.stages(config.model, config.data.row_length)
-    shares = stage_shares(stages, *flops_by_part(config.model, config.data.row_length))
+    length = Recipe(config).row_length
+    stages = config.parallel.stages(config.model, length)
+    shares = stage_shares(stages, *flops_by_part(config.model, length))
     rank_of = {number: rank for rank in range(stages.ranks) for number in stages.stages_of(rank)}
     table = Table(title="stages", title_justify="left")
     for name in ("stage", "pipeline rank", "layers", "kinds", "operations"):
@@ -120,7 +122,7 @@ def memory_parts(config: RunConfig, sizes: Sizes) -> dict[str, int]:
     From shapes and placements alone; `trainer.dry_run` counts the same in the real objects. The
     ranks of a pipeline rank all hold as much.
     """
-    stages = config.parallel.stages(config.model, config.data.row_length)
+    stages = config.parallel.stages(config.model, Recipe(config).row_length)
     ranks = [_parts_of_rank(config, sizes, stages, rank) for rank in range(sizes.pipeline)]
     return max(ranks, key=lambda parts: sum(parts.values()))
 

@@ -13,13 +13,17 @@ class StepResult:
     """What a step gave; losses are token means over the global batch, in nats."""
 
     loss: float
-    """What was differentiated: lm + weighted mtp + balance."""
+    """What was differentiated: lm + weighted mtp + balance + indexer."""
     lm_loss: float
     mtp_loss: float
     balance_loss: float
+    indexer_loss: float
+    """Summed over the CSA layers; 0 where the attention has no objective."""
     grad_norm: float
     """Global norm before clipping."""
     learning_rate: float
+    stage: int
+    """Number of the stage, from 0."""
     expert_load_max: float
     """Largest load of an expert divided by the mean load, over all routed layers; 1 is balanced."""
     expert_load_min: float
@@ -37,7 +41,7 @@ class StepResult:
     """Of every layer, where a look was due after this step."""
 
     @classmethod
-    def without_batch(cls, learning_rate: float) -> StepResult:
+    def without_batch(cls, learning_rate: float, stage: int) -> StepResult:
         """Of a step whose batch was left out: there is no loss."""
         nan = math.nan
         return cls(
@@ -45,8 +49,10 @@ class StepResult:
             lm_loss=nan,
             mtp_loss=nan,
             balance_loss=nan,
+            indexer_loss=nan,
             grad_norm=nan,
             learning_rate=learning_rate,
+            stage=stage,
             expert_load_max=nan,
             expert_load_min=nan,
             busiest_share=nan,

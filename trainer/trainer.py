@@ -11,7 +11,6 @@ from data import Batch, Loader, Prefetcher, Tokenizer
 from model import ModelConfig
 from model.kernel_choices import describe, kernel_choices
 from optim import Assignment, MatrixSizes, Optimizer, build_table
-from optim.schedule import in_decay, schedule
 from trainer.anticipation import Anticipation
 from trainer.config import RunConfig
 from trainer.engine import Engine, NativeEngine, StepLosses
@@ -26,6 +25,7 @@ from trainer.parallel.shards import shards_of
 from trainer.run_checkpoint import RunCheckpoint, Updater
 from trainer.signals import StopRequest
 from trainer.stability import Stability
+from trainer.stages import Recipe, Stage
 from trainer.state import TrainState
 from trainer.step import StepResult
 
@@ -45,9 +45,11 @@ class Trainer:
         self.grid = grid
         self.stop = stop or StopRequest()
         self.state = TrainState()
+        self.recipe = Recipe(config)
         tokenizer = Tokenizer(config.data.tokenizer.path)
         config.check_vocabulary(tokenizer.vocab_size)
-        self.loader = Loader(config.data, config.seed, grid.data.rank, grid.data.size)
+        rows = [stage.rows for stage in self.recipe.stages]
+        self.loader = Loader(config.data, config.seed, grid.data.rank, grid.data.size, stages=rows)
         pin = grid.device.type == "cuda"
         self.batches = Prefetcher(self.loader.at, config.data.prefetch, config.steps, pin)
         self.heldout: Heldout | None = None
@@ -74,6 +76,7 @@ class Trainer:
         )
         self.stability = Stability(config, self.state, self.checkpoint, self.anticipation)
         self.metrics: Metrics | None = None
+        self.stage: Stage | None = None
         self.periodic: list[Hook] = [self._evaluate, self._report, self._save]
 
     def run(self) -> TrainState:
@@ -101,10 +104,12 @@ class Trainer:
         Without finite loss and gradients it leaves weights and router biases alone, and counts.
         None where it was a spike and the run has turned back.
         """
+        stage = self._enter()
+        weight = self.recipe.mtp_loss_weight(self.state.step)
         chosen = self.anticipation.look_ahead(self.state, batches)
         if self.state.step in self.state.left_out:
             return self._leave_out()
-        losses = self.engine.forward_backward(batches, self._mtp_weight(), self.stop.made, chosen)
+        losses = self.engine.forward_backward(batches, weight, self.stop.made, chosen)
         self.state.stopping = losses.stop
         norm = self.engine.gradient_norm()
         result = self._on_host(losses, norm)  # the only wait for the device in a step
@@ -112,7 +117,7 @@ class Trainer:
             problem = self.stability.problem(result)
             if problem is None:
                 self.state.skipped_in_row = 0
-                self._update(result, losses, norm)
+                self._update(result, losses, norm, stage)
         else:
             problem = self._skip(result)
         if problem is not None:
@@ -122,9 +127,21 @@ class Trainer:
             result.layers = layer_numbers(self.model, losses.expert_load, self.grid)
         return result
 
-    def _update(self, result: StepResult, losses: StepLosses, norm: Tensor) -> None:
+    def _enter(self) -> Stage:
+        """The present step's stage, told where it begins."""
+        stage = self.recipe.at(self.state.step)
+        if self.state.step == stage.first:
+            self.state.history.clear()  # what a stage begins with is no spike
+        if self.stage is not stage:
+            self.stage = stage
+            self.engine.attend(stage.attention)
+            if stage.name:
+                self._note(f"step {self.state.step + 1}: stage {stage.number}, {stage.name}")
+        return stage
+
+    def _update(self, result: StepResult, losses: StepLosses, norm: Tensor, stage: Stage) -> None:
         self.engine.step(result.learning_rate, norm)
-        self.model.update_router_bias(losses.expert_load, self.config.router_bias_speed)
+        self.model.update_router_bias(losses.expert_load, stage.router_bias_speed)
 
     def _skip(self, result: StepResult) -> str | None:
         """Count and tell a step without an update; what is wrong, if there were too many in a row.
@@ -159,37 +176,32 @@ class Trainer:
     def _leave_out(self) -> StepResult:
         """Pass over a step's batch."""
         self._note(f"step {self.state.step + 1}: the batch is left out")
-        return StepResult.without_batch(self._learning_rate())
+        return StepResult.without_batch(
+            self.recipe.learning_rate(self.state.step), self._enter().number
+        )
 
     def _is_due(self, every: int, step: int) -> bool:
         """Whether what is done every so many steps, and after the last one, is due after `step`."""
         return step == self.config.steps or (every > 0 and step % every == 0)
 
-    def _mtp_weight(self) -> float:
-        """The MTP loss weight falls when the learning rate starts to (v4-spec section 5)."""
-        later = self.config.mtp_loss_weight_in_decay
-        if later is not None and in_decay(self.config.optim, self.state.step, self.config.steps):
-            return min(later, self.config.model.mtp_loss_weight)
-        return self.config.model.mtp_loss_weight
-
-    def _learning_rate(self) -> float:
-        return schedule(self.config.optim, self.state.step, self.config.steps)
-
     def _on_host(self, losses: StepLosses, norm: Tensor) -> StepResult:
         """The step's numbers, finite or not."""
         share = losses.expert_load / losses.expert_load.mean(dim=1, keepdim=True).clamp(min=1.0)
         busiest = share[self.config.model.num_hash_layers :].max()
-        numbers = (losses.loss, losses.lm, losses.mtp, losses.balance, norm, share.max(), busiest)
-        packed = torch.stack([n.double() for n in (*numbers, share.min())])
-        loss, lm, mtp, balance, grad_norm, most, busiest, least = packed.tolist()
+        whole = (losses.loss, losses.lm, losses.mtp, losses.balance, losses.indexer, norm)
+        numbers = (*whole, share.max(), busiest, share.min())
+        packed = torch.stack([n.double() for n in numbers])
+        loss, lm, mtp, balance, indexer, grad_norm, most, busiest, least = packed.tolist()
         model = self.config.model
         return StepResult(
             loss=loss,
             lm_loss=lm,
             mtp_loss=mtp,
             balance_loss=balance,
+            indexer_loss=indexer,
             grad_norm=grad_norm,
-            learning_rate=self._learning_rate(),
+            learning_rate=self.recipe.learning_rate(self.state.step),
+            stage=self.recipe.at(self.state.step).number,
             expert_load_max=most,
             expert_load_min=least,
             busiest_share=busiest * model.num_experts_per_tok / model.n_routed_experts,
@@ -211,6 +223,8 @@ class Trainer:
         self._note(describe(kernel_choices(self.config.model, self.grid.device, dtype)))
         if resumed is not None:
             self._note(f"resumed from {resumed}")
+        for note in self.recipe.notes():
+            self._note(note)
         if self.heldout is None:
             self._note(f"{self.config.data.shards} holds no held-out text: nothing is evaluated")
 
@@ -282,7 +296,7 @@ def make_local(config: RunConfig, grid: Grid) -> LocalModel:
         config.model,
         DTYPES[config.precision],
         grid,
-        config.parallel.stages(config.model, config.data.row_length),
+        config.parallel.stages(config.model, Recipe(config).row_length),
         config.parallel.recompute,
     )
 
@@ -316,7 +330,5 @@ def matrix_sizes(model: ModelConfig) -> MatrixSizes:
 def make_engine(
     config: RunConfig, local: LocalModel, grid: Grid, optimizer: Optimizer | None = None
 ) -> NativeEngine:
-    """The native engine for microbatches of the config's shape; it trains with an optimizer."""
-    data = config.data
-    rows = min(data.micro_rows, -(-data.batch_rows // grid.data.size))
-    return NativeEngine(local, grid, rows, data.row_length, optimizer)
+    """The native engine; it trains with an optimizer."""
+    return NativeEngine(local, grid, optimizer)

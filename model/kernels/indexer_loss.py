@@ -9,7 +9,7 @@ blocks of queries and backward scores again, so nothing of size [T, C] is ever k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor
 from model.kernels import backend
 from model.kernels.attention import AttentionRanges, entry_mass
 
-Mass = Callable[[slice, slice], Tensor]
-"""mass(rows, columns): fp32 attention summed over all heads, [rows, columns] of queries and of
-entries, or of places in their lists where the entries are selected. Zero where nothing is seen."""
+Mass = Callable[[Any, slice], Tensor]
+"""mass(rows, columns): fp32 attention summed over all heads, [rows, columns] of queries (a slice or
+their numbers) and of entries, or of places in their lists where the entries are selected. Zero
+where nothing is seen."""
 
 LEAST_MASS = torch.finfo(torch.float32).tiny
 """Less is no mass: a logarithm or a quotient of it would not be a number on every device."""
@@ -76,6 +77,25 @@ def reference_indexer_loss(
     return _IndexerLoss.apply(q_TIJ, keys_CJ, weights_TI, mass, ranges, selected_Tk)
 
 
+def indexer_objective(
+    q_TIJ: Tensor,
+    keys_CJ: Tensor,
+    weights_TI: Tensor,
+    mass: Mass,
+    ranges: AttentionRanges,
+    share_T: Tensor,
+    selected_Tk: Tensor | None = None,
+) -> Tensor:
+    """Σ_t share_t · KL_t as a 0-dim tensor, with the KL and the arguments of `indexer_loss`.
+
+    The gradient is formed in forward, while a block's scores and mass are there: the mass is asked
+    for then alone, so that nothing of the teacher is held until backward, and a mass that is a sum
+    over ranks sends nothing in backward.
+    """
+    arguments = (q_TIJ, keys_CJ, weights_TI, mass, ranges, share_T, selected_Tk)
+    return _Objective.apply(*arguments, torch.is_grad_enabled())
+
+
 def attention_mass(
     q_THK: Tensor,
     entries_CK: Tensor,
@@ -89,7 +109,7 @@ def attention_mass(
     """The teacher from what `attention_with_lse` had and returned; all without a gradient."""
     q_THK, entries_CK, lse_TH = q_THK.detach(), entries_CK.detach(), lse_TH.detach()
 
-    def mass(rows: slice, columns: slice) -> Tensor:
+    def mass(rows: slice | Tensor, columns: slice) -> Tensor:
         part = (q_THK[rows], entries_CK, lse_TH[rows], rotation_TR[rows], ranges.of(rows))
         if selected_Tk is not None:
             return entry_mass(*part, selected_Tk[rows, columns], norm_eps=norm_eps)
@@ -195,6 +215,81 @@ class _Block:
             return grad_q, grad_weights, flat.t() @ self.q.flatten(0, 1)
         grad_keys = torch.bmm(grad_dots.transpose(1, 2), self.q)
         return torch.bmm(grad_dots, self.keys), grad_weights, grad_keys.flatten(0, 1)
+
+
+class _Objective(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        keys: Tensor,
+        weights: Tensor,
+        mass: Mass,
+        ranges: AttentionRanges,
+        share: Tensor,
+        selected: Tensor | None,
+        grad_enabled: bool,
+    ) -> Tensor:
+        inputs, task = (q, keys, weights), (mass, ranges, share, selected)
+        needs_grad = grad_enabled and any(ctx.needs_input_grad[:3])
+        if backend.indexer_loss(q.device, q.dtype, q.shape[2], q.shape[1]).name == "triton":
+            total, gradients = _by_backward(inputs, *task, needs_grad)
+        else:
+            total, gradients = _in_one_pass(inputs, *task, needs_grad)
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (gradient * grad.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return *gradients, *[None] * 5
+
+
+_Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def _by_backward(
+    inputs: _Inputs,
+    mass: Mass,
+    ranges: AttentionRanges,
+    share: Tensor,
+    selected: Tensor | None,
+    needs_grad: bool,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The objective and its gradients from the two passes of `indexer_loss`."""
+    q, keys, weights = leaves = [x.detach().requires_grad_(needs_grad) for x in inputs]
+    with torch.set_grad_enabled(needs_grad):
+        total = (indexer_loss(q, keys, weights, mass, ranges, selected) * share).sum()
+    gradients = torch.autograd.grad(total, leaves) if needs_grad else ()
+    return total.detach(), gradients
+
+
+def _in_one_pass(
+    inputs: _Inputs,
+    mass: Mass,
+    ranges: AttentionRanges,
+    share: Tensor,
+    selected: Tensor | None,
+    needs_grad: bool,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The objective and its gradients, block by block."""
+    q, keys, weights = inputs
+    exact = torch.promote_types(q.dtype, torch.float32)
+    total = torch.zeros((), dtype=exact, device=q.device)
+    grad_q, grad_weights = torch.zeros_like(q), torch.zeros_like(weights)
+    grad_keys = torch.zeros_like(keys, dtype=exact)
+    for rows, columns in _blocks_of(q, keys, ranges, selected):
+        block = _Block(inputs, mass, ranges, selected, rows, columns)
+        loss_n, lse_n = block.divergence()
+        total += (loss_n * share[rows]).sum()
+        if not needs_grad:
+            continue
+        grad_q[rows], grad_weights[rows], grad = block.gradients(lse_n, share[rows])
+        if block.index is None:
+            grad_keys[columns] += grad
+        else:
+            grad_keys.index_add_(0, block.index, grad)
+    return total, (grad_q, grad_keys.to(keys.dtype), grad_weights) if needs_grad else ()
 
 
 class _IndexerLoss(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """Mixture, transforms and stages over the produced stream: nothing lost, nothing twice."""
 
 import json
+import math
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from data.config import DataConfig
+from data.config import DataConfig, DataStage
+from data.errors import DataError
 from data.loader import Loader
 from data.mixture import Schedule, balanced_order
 from data.packing import pack_into
@@ -149,9 +151,9 @@ def test_stages_go_on_where_the_last_ended(mixed: DataConfig) -> None:
         {"steps": 3, "row_length": 256, "batch_rows": 4, "weights": {"code": 1, "prose": 1}},
         {"row_length": 128, "batch_rows": 8, "micro_rows": 2},
     ]
-    loader = Loader(changed(mixed, stages=stages), seed=1)
+    loader = Loader(mixed, seed=1, stages=[DataStage(**stage) for stage in stages])
     assert [len(loader.schedule.rows_of(step)[1]) for step in range(8)] == [
-        *(4, 5, 7, 8, 10, 12, 12, 4)
+        *(4, 4, 4, 8, 8, 12, 12, 4)
     ]
     assert [tuple(b.tokens.shape) for b in loader.at(10)] == [(2, 128)] * 4
     whole = stream(loader, 12)
@@ -164,14 +166,23 @@ def test_stages_go_on_where_the_last_ended(mixed: DataConfig) -> None:
     assert starts == loader._offsets[1:]
 
 
-def test_schedule_counts_rows() -> None:
-    """Rows of consecutive steps follow each other without gap."""
-    config = {"steps": 4, "row_length": 8, "batch_rows": 10, "ramp_from": 1, "ramp_steps": 4}
-    stage = DataConfig.model_fields["stages"].annotation.__args__[0](**config)
+@pytest.mark.parametrize(("first", "last", "ramp"), [(1, 10, 4), (6, 4, 3), (96, 1152, 10_000)])
+def test_schedule_counts_rows(first: int, last: int, ramp: int) -> None:
+    """Rows of consecutive steps follow each other without gap, in multiples of what divides all."""
+    stage = DataStage(
+        steps=ramp + 1, row_length=8, batch_rows=last, ramp_from=first, ramp_steps=ramp
+    )
     schedule = Schedule([stage, stage])
-    rows = [schedule.rows_of(step) for step in range(4)]
-    assert [r.start for _, r in rows[1:]] == [r.stop for _, r in rows[:-1]]
-    assert schedule.rows_in(0) == rows[-1][1].stop
+    rows = [schedule.rows_of(step)[1] for step in range(min(ramp + 1, 300))]
+    assert [r.start for r in rows[1:]] == [r.stop for r in rows[:-1]]
+    multiple = math.gcd(first, last)
+    levels = (last - first) // multiple
+    expected = [first + multiple * (levels * i // ramp) for i in range(ramp)] + [last]
+    assert [len(r) for r in rows] == expected[: len(rows)]
+    assert schedule.rows_in(0) == sum(expected)
+    assert set(expected) <= set(stage.sizes) and stage.sizes[-1] == last
+    with pytest.raises(DataError, match="needs `steps`"):
+        Schedule([stage.model_copy(update={"steps": None}), stage])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -217,13 +228,16 @@ def test_epochs_differ_in_their_transforms(mixed: DataConfig) -> None:
         ({"weights": {"code": float("nan")}}, "at least 0"),
         ({"weights": {"code": 0.0, "prose": 0.0}}, "sum to 0"),
         ({"weights": {"cod": 1.0}}, "the sources are code, prose"),
-        ({"stages": [{"row_length": 8, "batch_rows": 2}] * 2}, "needs `steps`"),
-        ({"stages": [{"row_length": 8, "batch_rows": 2, "ramp_steps": 2}]}, "a ramp needs both"),
     ],
 )
 def test_refused(mixed: DataConfig, fields: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         changed(mixed, **fields)
+
+
+def test_a_ramp_needs_both_of_its_fields() -> None:
+    with pytest.raises(ValidationError, match="a ramp needs both"):
+        DataStage(row_length=8, batch_rows=2, ramp_steps=2)
 
 
 def test_a_damaged_count_is_made_again(mixed: DataConfig) -> None:

@@ -83,7 +83,7 @@ def test_an_error_names_the_file_that_the_key_came_from(tmp_path: Path) -> None:
         ("steps=ten", ("command line: steps = 'ten'", "integer")),
         ("steps=true", ("steps = True", "integer")),
         ("optim.learning_rate=1e-3x", ("optim.learning_rate = '1e-3x'", "number")),
-        ("steps=0", ("steps = 0", "greater than or equal to 1")),
+        ("steps=0", ("'steps' is missing, or 0", "at least 1")),
         ("engine=megatron", ("engine = 'megatron'", "'native'")),
         (
             "parallel.tensor=3",

@@ -146,8 +146,8 @@ def actions(config: Any, grid: Grid, plan: Any) -> list[str]:
     from trainer.parallel.plan import localise
 
     local = localise(config.model, torch.float32, grid, plan)
-    pipeline = Pipeline(local.model, plan, grid.pipeline, (48, 4, 24))
-    schedule = pipeline.schedule(16)
+    pipeline = Pipeline(local.model, plan, grid.pipeline)
+    schedule = pipeline.schedule(16, 48)
     lines = [str(a).split(")")[0] for a in schedule.pipeline_order[grid.rank] if a is not None]
     return [line for line in lines if "REDUCE" not in line]
 

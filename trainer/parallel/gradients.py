@@ -20,14 +20,16 @@ class Gradients:
 
     Weights that every rank of a stage holds are summed over the stage, those that tensor ranks
     split over the ranks with the same part, experts over the ranks with the same experts, and the
-    embedding over the first and the last stage besides, where both hold it.
+    embedding over the first and the last stage besides, where both hold it. Parameters that need
+    no gradient have no part in it; which these are must be the same on all ranks.
     """
 
     def __init__(self, local: LocalModel, grid: Grid) -> None:
         self.grid = grid
         mtp = local.model.config.num_nextn_predict_layers
         self.tied = grid.tied.size > 1 and tied_embedding(local.stages, mtp)
-        self.parameters = dict(local.model.named_parameters())
+        trained = ((n, p) for n, p in local.model.named_parameters() if p.requires_grad)
+        self.parameters = dict(trained)
         self.replicas = []
         groups: dict[Kind | str, list[Parameter]] = {}
         for name, parameter in self.parameters.items():

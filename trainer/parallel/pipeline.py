@@ -43,7 +43,7 @@ class Tally:
     """What stages note down while a step runs: sums over microbatches, on the device."""
 
     losses: Tensor
-    """fp64 [3]: lm, mtp (unweighted) and balance."""
+    """fp64 [4]: lm, mtp (unweighted), balance and the indexers'."""
     load: Tensor
     """fp32 [layers (+ MTP), E]."""
     chosen: list[dict[int, Tensor]] | None = None
@@ -55,7 +55,7 @@ class Tally:
         """Nothing noted yet."""
         rows = model.config.num_hidden_layers + model.config.num_nextn_predict_layers
         load = torch.zeros(rows, model.config.n_routed_experts, device=device)
-        return cls(torch.zeros(3, dtype=torch.float64, device=device), load)
+        return cls(torch.zeros(4, dtype=torch.float64, device=device), load)
 
 
 @dataclass
@@ -87,8 +87,12 @@ class Stage(nn.Module):
     def forward(self, streams: Tensor, index: Tensor) -> Tensor:
         """Streams to streams, or in the last stage to the loss [1]; the first embeds."""
         model, micro = self._model[0], self.feed.microbatches[int(index)]
+        given = streams
+        frozen = micro.attention == "warmup" and torch.is_grad_enabled()
         if self.first:
             streams = model.embed_streams(micro)
+        elif frozen:
+            streams = streams.detach()
         streams, stats = model.run_blocks(streams, micro, self.blocks)
         rows = list(self.rows)
         if self.feed.tally is not None and self.feed.tally.chosen is not None:
@@ -99,11 +103,15 @@ class Stage(nn.Module):
             lm, mtp, seen = model.predict(streams, micro)
             stats, rows = stats + seen, rows + [model.config.num_hidden_layers] * len(seen)
         balance = model.weighted_balance(stats)
-        self._note(lm, mtp, balance, rows, [seen.load_E for seen in stats])
+        indexer = model.indexer_loss(stats)
+        self._note((lm, mtp, balance, indexer), rows, [seen.load_E for seen in stats])
+        losses = [loss for loss in (balance, indexer) if loss is not None]
+        out = streams
         if lm is not None and mtp is not None:
-            loss = lm + micro.mtp_loss_weight * mtp
-            return (loss if balance is None else loss + balance).view(1)
-        return streams if balance is None else _WithLoss.apply(streams, balance)
+            out = sum(losses, lm + micro.mtp_loss_weight * mtp).view(1)
+        if frozen:
+            return _hold_still(out, given, indexer)
+        return out if self.last or not losses else _WithLoss.apply(out, sum(losses[1:], losses[0]))
 
     def _note_chosen(
         self,
@@ -124,15 +132,13 @@ class Stage(nn.Module):
     @torch.no_grad()
     def _note(
         self,
-        lm: Tensor | None,
-        mtp: Tensor | None,
-        balance: Tensor | None,
+        losses: tuple[Tensor | None, ...],
         rows: list[int],
         loads: list[Tensor],
     ) -> None:
         tally = self.feed.tally
         assert tally is not None
-        for place, loss in enumerate((lm, mtp, balance)):
+        for place, loss in enumerate(losses):
             if loss is not None:
                 tally.losses[place] += loss.double()
         for row, load_E in zip(rows, loads, strict=True):
@@ -159,6 +165,28 @@ class _WithLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, torch.ones_like(ctx.like)
+
+
+def _hold_still(out: Tensor, given: Tensor, loss: Tensor | None) -> Tensor:
+    """A stage's result where nothing but indexers learns: no gradient goes through its blocks.
+
+    A schedule wants a gradient for what the stage was given, which is zeros, and a result to
+    differentiate, even where the stage has no indexer.
+    """
+    anchor = given if given.requires_grad else out.new_zeros(1).requires_grad_()
+    return _Still.apply(out.detach().clone(), anchor, loss)
+
+
+class _Still(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, anchor: Tensor, loss: Tensor | None) -> Tensor:
+        ctx.anchor, ctx.like = torch.zeros_like(anchor), loss
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.anchor, None if ctx.like is None else torch.ones_like(ctx.like)
 
 
 class _Received(PipelineStage):
@@ -219,61 +247,77 @@ class _Received(PipelineStage):
 class Pipeline:
     """Runs a rank's stages over the microbatches of a step."""
 
-    def __init__(
-        self, model: V4Model, plan: StagePlan, axis: Axis, streams_shape: Sequence[int]
-    ) -> None:
-        """`streams_shape` is that of a microbatch's own residual streams, [T, N, D]."""
+    def __init__(self, model: V4Model, plan: StagePlan, axis: Axis) -> None:
         self.feed = Feed()
         self.plan, self.axis = plan, axis
-        device = next(model.parameters()).device
+        numbers = plan.stages_of(axis.rank) if axis.size > 1 else [0]
+        self.parts = [Stage(model, plan, number, self.feed) for number in numbers]
+        self._streams = (model.config.hc_mult, model.config.hidden_size)
+        self._device = next(model.parameters()).device
+        self._stages: dict[int, list[Any]] = {}
+        self._schedules: dict[tuple[int, int], Any] = {}
         if axis.size == 1:
-            self.parts = [Stage(model, plan, 0, self.feed)]
             return
         if not hasattr(PipelineStage, "_setup_forward_recv_info"):
             raise RuntimeError(f"pipelines need torch 2.13 or newer; this is {torch.__version__}")
-        dtype = next(p.dtype for n, p in model.named_parameters() if n.endswith("wq_a.weight"))
-        streams = torch.empty(*streams_shape, dtype=dtype, device="meta", requires_grad=True)
-        self._shape, self._dtype, self._message = streams.shape, dtype, streams.nbytes
-        index = torch.empty(1, dtype=torch.int64, device="meta")
-        loss = torch.empty(1, device="meta", requires_grad=True)
-        numbers = plan.stages_of(axis.rank)
-        self.parts = [Stage(model, plan, number, self.feed) for number in numbers]
-        self.stages: list[Any] = [
-            _Received(
-                part,
-                number,
-                len(plan.layers),
-                device,
-                input_args=(index if number == 0 else streams,),
-                output_args=(loss if plan.is_last(number) else streams,),
-                group=axis.group,
-            )
-            for number, part in zip(numbers, self.parts, strict=True)
-        ]
-        self._schedules: dict[int, Any] = {}
+        weights = model.named_parameters()
+        self._dtype = next(p.dtype for name, p in weights if name.endswith("wq_a.weight"))
 
-    def schedule(self, microbatches: int) -> Any:
+    def stages(self, tokens: int) -> list[Any]:
+        """torch's stages of this rank for microbatches of this many own tokens."""
+        if tokens not in self._stages:
+            streams = self._message(tokens, torch.device("meta")).requires_grad_()
+            index = torch.empty(1, dtype=torch.int64, device="meta")
+            loss = torch.empty(1, device="meta", requires_grad=True)
+            self._stages[tokens] = [
+                _Received(
+                    part,
+                    number,
+                    len(self.plan.layers),
+                    self._device,
+                    input_args=(index if number == 0 else streams,),
+                    output_args=(loss if self.plan.is_last(number) else streams,),
+                    group=self.axis.group,
+                )
+                for number, part in zip(
+                    self.plan.stages_of(self.axis.rank), self.parts, strict=True
+                )
+            ]
+        return self._stages[tokens]
+
+    def schedule(self, microbatches: int, tokens: int) -> Any:
         """torch's schedule of this many microbatches, where there is more than one rank."""
-        if microbatches not in self._schedules:
+        key = (microbatches, tokens)
+        if key not in self._schedules:
+            stages = self.stages(tokens)
             settings: Any = {"loss_fn": lambda loss, _: loss.sum(), "scale_grads": False}
             if self.plan.schedule == "1f1b":
-                made: Any = _SINGLE(self.stages[0], microbatches, **settings)
+                made: Any = _SINGLE(stages[0], microbatches, **settings)
             else:
-                made = _MULTI[self.plan.schedule](self.stages, microbatches, **settings)
-            self._schedules[microbatches] = made
-        return self._schedules[microbatches]
+                made = _MULTI[self.plan.schedule](stages, microbatches, **settings)
+            self._schedules[key] = made
+        return self._schedules[key]
 
-    def run(self, microbatches: Sequence[Microbatch], tally: Tally, backward: bool) -> None:
-        """Forward of all microbatches, and backward into the parameters' gradients if asked."""
+    def run(
+        self, microbatches: Sequence[Microbatch], tokens: int, tally: Tally, backward: bool
+    ) -> None:
+        """Forward of all microbatches, and backward into the parameters' gradients if asked.
+
+        Each has `tokens` own tokens.
+        """
         self.feed.microbatches, self.feed.tally = microbatches, tally
         if self.axis.size == 1:
             self._run_alone(len(microbatches), backward)
         elif backward:
-            self._run_schedule(len(microbatches))
+            self._run_schedule(len(microbatches), tokens)
         else:
-            self._run_forward(len(microbatches))
-        self._count(len(microbatches), backward)
+            self._run_forward(len(microbatches), tokens)
+        self._count(len(microbatches), tokens, backward)
         self.feed.microbatches, self.feed.tally = (), None
+
+    def _message(self, tokens: int, device: torch.device) -> Tensor:
+        """Residual streams as stages send them."""
+        return torch.empty(tokens, *self._streams, dtype=self._dtype, device=device)
 
     def _run_alone(self, microbatches: int, backward: bool) -> None:
         nothing = torch.empty(0)
@@ -282,35 +326,35 @@ class Pipeline:
             if backward:
                 loss.backward()
 
-    def _run_schedule(self, microbatches: int) -> None:
-        schedule = self.schedule(microbatches)
+    def _run_schedule(self, microbatches: int, tokens: int) -> None:
+        schedule = self.schedule(microbatches, tokens)
         index = torch.arange(microbatches)
-        arguments = (index,) if any(stage.is_first for stage in self.stages) else ()
+        arguments = (index,) if any(stage.is_first for stage in self.stages(tokens)) else ()
         schedule.step(*arguments, index=index, target=index, return_outputs=False)
 
-    def _run_forward(self, microbatches: int) -> None:
+    def _run_forward(self, microbatches: int, tokens: int) -> None:
         """Stage after stage, each over all microbatches: the schedules cannot leave backward out
         where a rank has two stages."""
         rank_of = {n: r for r in range(self.axis.size) for n in self.plan.stages_of(r)}
         here: list[Tensor] = []
         works: list[Any] = []
-        for number, stage in zip(self.plan.stages_of(self.axis.rank), self.stages, strict=True):
+        for number, part in zip(self.plan.stages_of(self.axis.rank), self.parts, strict=True):
             source, target = rank_of.get(number - 1), rank_of.get(number + 1)
             out = []
             for index in torch.arange(microbatches):
                 if source is None or source == self.axis.rank:
                     streams = here[index] if here else torch.empty(0)
                 else:
-                    streams = torch.empty(self._shape, dtype=self._dtype, device=stage.device)
+                    streams = self._message(tokens, self._device)
                     dist.recv(streams, group=self.axis.group, group_src=source)
-                out.append(stage.submod(streams, index))
+                out.append(part(streams, index))
                 if target is not None and target != self.axis.rank:
                     works.append(dist.isend(out[-1], group=self.axis.group, group_dst=target))
             here = out if target == self.axis.rank else []
         for work in works:
             work.wait()
 
-    def _count(self, microbatches: int, backward: bool) -> None:
+    def _count(self, microbatches: int, tokens: int, backward: bool) -> None:
         """Streams that this rank sends on, and their gradients that it sends back."""
         if self.axis.size == 1:
             return
@@ -318,4 +362,5 @@ class Pipeline:
         ahead = [n + 1 for n in numbers if not self.plan.is_last(n)]
         behind = [n - 1 for n in numbers if n > 0 and backward]
         sent = [n for n in ahead + behind if n not in numbers]
-        self.axis.traffic.add("pipeline", "send", len(sent) * microbatches * self._message)
+        message = self._message(tokens, torch.device("meta")).nbytes
+        self.axis.traffic.add("pipeline", "send", len(sent) * microbatches * message)

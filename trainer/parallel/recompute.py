@@ -38,8 +38,9 @@ class Recompute:
 
     def __call__(self, part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
         """The function's result, with less of it kept if the part is among those chosen."""
-        if not torch.is_grad_enabled():
-            return function(*inputs)
+        needed = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        if not (needed and torch.is_grad_enabled()):
+            return function(*inputs)  # where all but the indexers is frozen, nothing is kept
         if part == "block":
             return self._block(function, *inputs)
         if part not in self.parts:

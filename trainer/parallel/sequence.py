@@ -21,6 +21,7 @@ from torch import Tensor
 
 from model.config import LayerType, ModelConfig
 from model.kernels.attention import AttentionRanges
+from model.kernels.indexer_loss import Mass
 from model.layout import SampleLayout
 from model.positions import Positions, Windows
 from model.rope import layer_frequencies, rotation
@@ -29,6 +30,7 @@ from trainer.parallel.collectives import (
     exchange,
     gather_tokens,
     own_part,
+    reduce_scatter,
     scatter_sum,
     sum_,
 )
@@ -141,6 +143,34 @@ class SequencePositions(Positions):
 
     def all_entries(self, kind: LayerType, pooled_CK: Tensor) -> Tensor:
         return self._pools[kind].gather(pooled_CK)
+
+    def own_mass(self, kind: LayerType, mass: Mass, listed: bool) -> Mass:
+        tensor = self.tensor
+        if tensor.size == 1:
+            return mass
+        run = self.layout.row_length
+        entries = self.whole.entries(self._ratio[kind])
+        assert entries.host_start_T is not None and entries.host_end_T is not None
+        # By tensor rank, its own tokens' places among the queries and what they see.
+        first = np.arange(self.rows)[:, None] * (tensor.size * run) + np.arange(run)
+        places = [(first + rank * run).ravel() for rank in range(tensor.size)]
+        starts = [entries.host_start_T[self._queries[place]] for place in places]
+        ends = [entries.host_end_T[self._queries[place]] for place in places]
+        on_device = [torch.from_numpy(place).to(self._own_T.device) for place in places]
+
+        def columns_of(rank: int, rows: slice) -> slice:
+            low = int(starts[rank][rows.start])
+            return slice(low, max(int(ends[rank][rows].max()), low))
+
+        def own(rows: slice, columns: slice) -> Tensor:
+            """Every rank adds its heads' share of what the others ask for."""
+            asked = [columns if listed else columns_of(r, rows) for r in range(tensor.size)]
+            width = max(part.stop - part.start for part in asked)
+            found = [mass(on_device[r][rows], part) for r, part in enumerate(asked)]
+            padded = [F.pad(part, (0, width - part.shape[1])) for part in found]
+            return reduce_scatter(torch.cat(padded), tensor)[:, : columns.stop - columns.start]
+
+        return own
 
     def sum_counts(self, counts_SE: Tensor) -> Tensor:
         return sum_(counts_SE, self.sequence)

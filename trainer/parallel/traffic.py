@@ -307,10 +307,10 @@ class _Sent:
                 self.bytes["pipeline", "send"] += size
 
     def world(self) -> None:
-        """Once a step: five fp64 counts, three fp64 losses, the experts' loads, the norm."""
+        """Once a step: five fp64 counts, four fp64 losses, the experts' loads, the norm."""
         routers = self.config.num_hidden_layers + self.mtp
         loads = routers * self.config.n_routed_experts * 4
-        self._sum("world", 5 * 8 + 3 * 8 + loads + 8)
+        self._sum("world", 5 * 8 + 4 * 8 + loads + 8)
 
     def gradients(self, placements: dict[str, Placement]) -> None:
         """fp32 gradients, summed over the ranks that hold the same part."""

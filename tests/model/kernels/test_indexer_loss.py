@@ -13,6 +13,7 @@ from model.kernels.indexer_loss import (
     attention_mass,
     blocks,
     indexer_loss,
+    indexer_objective,
     kept_mass,
     reference_indexer_loss,
 )
@@ -201,3 +202,42 @@ def test_how_much_a_selection_keeps(monkeypatch):
     expected = (mass * case.picked(selected)).sum(1)
     torch.testing.assert_close(kept.double(), expected, rtol=0, atol=1e-5)
     assert 0.1 < float(kept.sum() / every.sum()) < 0.9
+
+
+@pytest.mark.parametrize("k", [None, 5])
+@pytest.mark.parametrize("name", CASES)
+def test_the_objective_is_a_weighted_sum_with_its_gradient(name, k, size):
+    """Weights differ, so that a gradient of another query's size shows; some are 0 as padding's."""
+    case = CASES[name]
+    selected = None if k is None else case.select(k)
+    share = rand(case.tokens, seed=5).relu()
+    calls = []
+
+    def asked(rows: slice, columns: slice) -> Tensor:
+        calls.append(rows)
+        return teacher(case, selected, selected)(rows, columns)
+
+    leaves = [x.requires_grad_() for x in index_inputs(case)]
+    total = indexer_objective(*leaves, asked, case.ranges, share, selected)
+    in_forward = len(calls)
+    (3.0 * total).backward()
+    assert len(calls) == in_forward, "the teacher was asked again in backward"
+    theirs = [x.detach().double().requires_grad_() for x in leaves]
+    expected = (whole(case, selected, selected)(*theirs) * share.double()).sum()
+    (3.0 * expected).backward()
+    assert float(total) == pytest.approx(float(expected), rel=RTOL, abs=1e-12)
+    for mine, other in zip(leaves, theirs, strict=True):
+        wanted = torch.zeros_like(other) if other.grad is None else other.grad
+        limit = RTOL * float(wanted.abs().max()) + 1e-12 if wanted.numel() else 0.0
+        torch.testing.assert_close(mine.grad.double(), wanted, rtol=0, atol=limit)
+
+
+def test_the_objective_s_gradient_by_finite_differences():
+    case = Case([[3, 18]], 8, 4, 2, 8)
+    mass, share = teacher(case), rand(case.tokens, seed=5).double()
+    leaves = [x.double().requires_grad_() for x in index_inputs(case)]
+    assert torch.autograd.gradcheck(
+        lambda *x: indexer_objective(*x, mass, case.ranges, share), leaves, eps=1e-6
+    )
+    with torch.no_grad():
+        assert indexer_objective(*leaves, mass, case.ranges, share).grad_fn is None

@@ -98,7 +98,7 @@ def step(config: ModelConfig, grid: Grid, case: tuple[str, str]) -> Result:
     local.model.init_weights(seed=5, parts=local.placements)
     leave_special_values(local)
     force_routing(local.model, ROUTINGS[case[1]])
-    engine = NativeEngine(local, grid, 1, ROW)
+    engine = NativeEngine(local, grid)
     out = engine.forward_backward(batches_of(case[0], grid.data.rank, grid.data.size))
     norm = engine.gradients.norm()
     losses = [float(x) for x in (out.loss, out.lm, out.mtp, out.balance, norm)]

@@ -1,0 +1,131 @@
+"""Dense, warm-up and sparse attention: who attends to what, and who learns from what."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import IGNORE, SampleLayout, V4Model
+from model import attention as module
+from model.config import AttentionMode, ModelConfig
+from model.flops import training_flops
+from tests.model.tiny import random_model, random_tokens, tiny_config
+
+ONE = {"num_hidden_layers": 1, "layer_types": ("csa",), "num_hash_layers": 0}
+LENGTHS = [[5, 43], [20, 21], []]
+
+
+def run(model: V4Model, attention: AttentionMode) -> Any:
+    """Losses of three rows, the last two with padding."""
+    tokens = random_tokens(model.config, 3, 48)
+    targets = tokens.roll(-1, 1)
+    for row, lengths in enumerate(LENGTHS):
+        targets[row, sum(lengths) :] = IGNORE
+    layout = SampleLayout.from_lengths(LENGTHS, 48)
+    return model(tokens, layout, targets, attention=attention)
+
+
+def gradients(model: V4Model, attention: AttentionMode) -> dict[str, Tensor]:
+    model.zero_grad()
+    run(model, attention).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def divergence(config: ModelConfig, seen: dict[str, Any]) -> float:
+    """The objective from whole matrices in float64: what attention and the objective were given."""
+    q, kv, entries, sink, rotation, ranges, selected = seen["attention"]
+    q = q.double()
+    q = q / (q.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+    turned = torch.view_as_complex(q[..., -2 * rotation.shape[1] :].unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(turned * rotation[:, None]).flatten(-2)
+    q = torch.cat([q[..., : -turned.shape[-1]], turned], -1) / math.sqrt(q.shape[-1])
+    t, c = torch.arange(len(q))[:, None], torch.arange(len(entries))
+    near = (ranges.window_start_T[:, None] <= t.T) & (t >= t.T)
+    open_ = (c >= ranges.entry_start_T[:, None]) & (c < ranges.entry_end_T[:, None])
+    if selected is not None:
+        open_ &= (selected[:, :, None] == c).any(1)
+    window = torch.einsum("thk,sk->ths", q, kv.double()).exp() * near[:, None]
+    far = torch.einsum("thk,ck->thc", q, entries.double()).exp() * open_[:, None]
+    whole = window.sum(-1) + far.sum(-1) + sink.double().exp()
+    mass = (far / whole[..., None]).sum(1)
+    index_q, keys, weights = (x.double() for x in seen["index"])
+    scores = torch.einsum("tij,cj->tic", index_q, keys).relu()
+    scores = torch.einsum("tic,ti->tc", scores, weights).masked_fill(~open_, -torch.inf)
+    total = 0.0
+    for token in torch.nonzero(open_.any(1) & ~seen["padding"]).flatten().tolist():
+        here = open_[token]
+        p = mass[token, here] / mass[token, here].sum()
+        total += float((p * (p.log() - scores[token, here].log_softmax(0))).sum())
+    return total / int((~seen["padding"]).sum())
+
+
+@pytest.mark.parametrize("attention", ["warmup", "sparse"])
+def test_the_objective_is_the_divergence_from_the_core_attention(attention: AttentionMode) -> None:
+    model = random_model(tiny_config(**ONE, index_topk=3, num_nextn_predict_layers=0))
+    seen: dict[str, Any] = {"padding": SampleLayout.from_lengths(LENGTHS, 48).padding_T}
+    attend, objective = module.attention_with_lse, module.indexer_objective
+
+    def attending(*inputs: Any, **settings: Any) -> Any:
+        seen["attention"] = inputs
+        return attend(*inputs, **settings)
+
+    def learning(*inputs: Any) -> Tensor:
+        seen["index"] = inputs[:3]
+        return objective(*inputs)
+
+    with (
+        torch.no_grad(),
+        patch.object(module, "attention_with_lse", attending),
+        patch.object(module, "indexer_objective", learning),
+    ):
+        found = float(run(model, attention).indexer_loss)
+    assert (seen["attention"][6] is not None) == (attention == "sparse")
+    assert found == pytest.approx(divergence(model.config, seen), rel=1e-5)
+
+
+def test_neither_learns_from_the_other() -> None:
+    model = random_model(tiny_config(index_topk=3))
+    plain, sparse = gradients(model, "select"), gradients(model, "sparse")
+    indexers = {name for name in sparse if ".indexer." in name}
+    assert plain.keys() == sparse.keys() - indexers and len(indexers) >= 6
+    assert all(torch.equal(plain[name], sparse[name]) for name in plain)
+    assert all(bool(sparse[name].any()) for name in indexers)
+    dense, warmup = gradients(model, "dense"), gradients(model, "warmup")
+    assert all(torch.equal(dense[name], warmup[name]) for name in dense)
+    assert not any(torch.equal(warmup[name], sparse[name]) for name in indexers)
+
+
+def test_dense_attends_to_everything() -> None:
+    """So does sparse attention that may keep more entries than there are."""
+    with torch.no_grad():
+        few, many = (random_model(tiny_config(index_topk=k)) for k in (3, 500))
+        losses = {mode: float(run(few, mode).lm_loss) for mode in ("dense", "warmup", "sparse")}
+        assert losses["dense"] == losses["warmup"] != losses["sparse"]
+        assert losses["sparse"] == float(run(few, "select").lm_loss)
+        out = run(many, "sparse")
+        assert float(out.lm_loss) == losses["dense"] and float(out.indexer_loss) > 0
+        assert float(out.indexer_loss) == float(run(few, "warmup").indexer_loss)
+
+
+def test_operations_by_mode() -> None:
+    """By hand for one query that sees many entries beside one that sees few."""
+    config = tiny_config(**ONE, num_nextn_predict_layers=0, index_topk=3)
+    wide = config.model_copy(update={"index_topk": 500})
+    of = {m: training_flops(config, [90], attention=m) for m in ("select", "dense", "warmup")}
+    entries = sum((t + 1) // 4 for t in range(90))
+    kept = sum(min((t + 1) // 4, 3) for t in range(90))
+    inner = config.num_attention_heads * config.head_dim
+    width = config.index_n_heads * config.index_head_dim
+    index = 2 * 90 * (config.q_lora_rank * width + config.hidden_size * config.index_n_heads)
+    index += 2 * 90 * 4 * config.hidden_size * config.index_head_dim
+    index += 2 * (width + config.index_n_heads) * entries
+    assert of["dense"] - (of["select"] - index) == pytest.approx(3 * 4 * inner * (entries - kept))
+    sparse = training_flops(config, [90], attention="sparse")
+    assert sparse - of["select"] == pytest.approx(2 * index + 2 * inner * kept)
+    assert training_flops(wide, [90], attention="dense") == of["dense"]
+    assert of["warmup"] == pytest.approx(of["dense"] / 3 + 3 * index + 2 * inner * entries)

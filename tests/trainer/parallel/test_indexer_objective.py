@@ -1,0 +1,102 @@
+"""The indexers' objective and everybody's gradients at two ranks of each axis, as on one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from model.config import AttentionMode
+from tests.distributed import spawn
+from tests.model.tiny import gradient_scale
+from tests.trainer.parallel.test_gradients import (
+    CONFIG,
+    ROW,
+    Result,
+    batches_of,
+    leave_special_values,
+)
+from trainer.engine import NativeEngine, learns
+from trainer.parallel.grid import Grid
+from trainer.parallel.plan import localise
+from trainer.parallel.sizes import Sizes
+from trainer.parallel.stages import plan_stages
+
+# Few picks of up to twelve entries; two layers of four have an indexer, both on the first stage.
+MODEL = CONFIG.model_copy(update={"index_topk": 3})
+LAYOUTS = ("samples across all ranks", "padding on some ranks only")
+MODES: tuple[AttentionMode, ...] = ("warmup", "sparse", "dense")
+SPREADS: list[dict[str, Any]] = [
+    {},
+    {"tensor": 2},
+    {"context": 2},
+    {"expert": 2},
+    *({"pipeline": 2, "schedule": name} for name in ("1f1b", "zero_bubble_v", "dual_pipe_v")),
+    {"pipeline": 2, "schedule": "interleaved_1f1b"},
+    {"tensor": 2, "recompute": ("attention", "streams", "norms")},
+    {"recompute": ("block",)},
+]
+
+
+def step(grid: Grid, spread: dict[str, Any], layout: str, mode: AttentionMode) -> Result:
+    """Losses, and the gradient of every parameter that learns with where it lies in the whole."""
+    schedule = spread.get("schedule", "1f1b")
+    chunks = 1 if schedule == "1f1b" else 2
+    stages = plan_stages(MODEL, ROW, grid.pipeline.size, schedule, chunks)
+    local = localise(MODEL, torch.float32, grid, stages, spread.get("recompute", ()))
+    local.model.to_empty(device="cpu")
+    local.model.init_weights(seed=5, parts=local.placements)
+    leave_special_values(local)
+    engine = NativeEngine(local, grid)
+    engine.attend(mode)
+    batches = [*batches_of(layout, grid.data.rank, grid.data.size)]
+    if grid.data.size == 1:  # as many as the schedules want
+        batches = batches * 2
+    else:
+        batches = batches_of(layout, 0, 1)
+    out = engine.forward_backward(batches)
+    losses = [float(x) for x in (out.loss, out.lm, out.balance, out.indexer)]
+    losses.append(float(engine.gradient_norm()))
+    found = {}
+    for name, parameter in local.model.named_parameters():
+        assert parameter.requires_grad == learns(name, mode)
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if parameter.grad is not None:
+            placement = local.placements[name]
+            found[name] = placement.shape, placement.offset, parameter.grad.clone()
+    return losses, found
+
+
+def run_all(rank: int, world: int) -> list[list[Result]]:
+    """Worker: every case at every topology."""
+    results = []
+    for spread in SPREADS:
+        degrees = {k: v for k, v in spread.items() if k not in ("schedule", "recompute")}
+        grid = Grid.build(Sizes(world, **degrees), torch.device("cpu"))
+        results.append([step(grid, spread, layout, mode) for layout in LAYOUTS for mode in MODES])
+    return results
+
+
+def test_two_ranks_of_every_axis_are_one(request: pytest.FixtureRequest) -> None:
+    """Losses, norm and gradients; a norm is a root of sums of squares in another order."""
+    grid = Grid.single(torch.device("cpu"))
+    alone = [step(grid, {}, layout, mode) for layout in LAYOUTS for mode in MODES]
+    by_rank = spawn(run_all, 2, timeout=400)
+    for topology, spread in enumerate(SPREADS):
+        for number, (losses, whole) in enumerate(alone):
+            mode = MODES[number % len(MODES)]
+            assert (losses[3] > 0.01) == (mode != "dense")
+            reference = {name: grad for name, (_, _, grad) in whole.items()}
+            covered = dict.fromkeys(reference, 0)
+            for results in by_rank:
+                theirs, parts = results[topology][number]
+                assert theirs == pytest.approx(losses, rel=3e-6), (spread, number)
+                for name, (_, offset, grad) in parts.items():
+                    part = reference[name]
+                    for dim, (start, size) in enumerate(zip(offset, grad.shape, strict=True)):
+                        part = part.narrow(dim, start, size)
+                    limit = 1e-5 * gradient_scale(name, reference)
+                    assert float((grad - part).abs().max()) <= limit, (spread, number, name)
+                    covered[name] += grad.numel()
+            assert all(covered[name] >= grad.numel() for name, grad in reference.items())
