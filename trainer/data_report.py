@@ -12,7 +12,8 @@ from trainer.config import RunConfig
 from trainer.data_facts import DataFacts, collect, longest_tokens, most_split_words
 from trainer.files import write_whole
 from trainer.plots import SERIES_COLORS, histogram
-from trainer.report import CSS, short
+from trainer.report import CSS
+from trainer.words import short
 
 _SHOWN_ROWS = 3
 _SHOWN_TOKENS = 1024  # of a row

@@ -11,21 +11,26 @@ from collections.abc import Iterable, Iterator
 import torch
 from rich.table import Table
 
+from data.config import DataStage
 from model import V4Model
-from model.flops import flops_by_part
+from model.flops import flops_by_part, training_flops
 from model.sizes import parameter_counts
 from optim import build_table
 from trainer.config import ConfigError, RunConfig
 from trainer.dry_run import DryRun, RankMemory, dry_run
+from trainer.metrics_file import read_metrics
 from trainer.parallel.grid import who_is_where
 from trainer.parallel.placement import place_all
 from trainer.parallel.plan import keep_stages
 from trainer.parallel.sizes import DENSE, EXPERT, Sizes
 from trainer.parallel.stages import StagePlan
-from trainer.stages import Recipe
+from trainer.stages import Recipe, Stage, short_length
 from trainer.trainer import DTYPES, matrix_sizes
+from trainer.words import duration, short
 
 GIB = 2**30
+UTILISATION = 0.4
+"""Share of the peak that a run is taken to reach before it has been measured."""
 
 
 def plan(config: RunConfig, world_size: int, dry: bool = False) -> Iterator[Table | str]:
@@ -38,6 +43,7 @@ def plan(config: RunConfig, world_size: int, dry: bool = False) -> Iterator[Tabl
         raise ConfigError(f"engine = {config.engine}: v4 plan knows the memory of native only")
     sizes = config.sizes(world_size)
     yield summary(config, sizes)
+    yield from recipe_part(config, sizes)
     if world_size > 1:
         yield who_is_where(sizes)
     if sizes.pipeline > 1:
@@ -53,25 +59,92 @@ def plan(config: RunConfig, world_size: int, dry: bool = False) -> Iterator[Tabl
 def summary(config: RunConfig, sizes: Sizes) -> Table:
     """Steps, tokens, parameters and the sizes of all axes."""
     counts = parameter_counts(config.model)
-    data = config.data
-    step_tokens = data.batch_rows * data.row_length
+    stages = Recipe(config).stages
+    step_tokens = max(s.rows.batch_rows * s.rows.row_length for s in stages)
+    largest = Recipe(config).largest.rows
     table = Table(title=f"{config.run_dir}", show_header=False, title_justify="left")
     table.add_column("what")
     table.add_column("value", justify="right")
-    rows_of_rank = math.ceil(data.batch_rows / sizes.data)
+    rows_of_rank = math.ceil(largest.batch_rows / sizes.data)
     for name, value in (
         ("processes", f"{sizes.world:,}"),
         *((" x ".join(axes), " x ".join(map(str, sizes.of(axes)))) for axes in (DENSE, EXPERT)),
         ("steps", f"{config.steps:,}"),
         ("tokens a step, at most", f"{step_tokens:,}"),
-        ("tokens in all, at most", f"{step_tokens * config.steps:,}"),
-        ("microbatches a step on a process", f"{math.ceil(rows_of_rank / data.micro_rows):,}"),
+        ("tokens in all, at most", f"{sum(stage.tokens for stage in stages):,}"),
+        ("microbatches a step on a process", f"{math.ceil(rows_of_rank / largest.micro_rows):,}"),
         ("parameters", f"{counts.total:,}"),
         ("  active for a token, without MTP", f"{counts.active:,}"),
         ("  in the MTP block", f"{counts.mtp:,}"),
     ):
         table.add_row(name, value)
     return table
+
+
+def recipe_part(config: RunConfig, sizes: Sizes) -> Iterator[Table | str]:
+    """The run's stages with their steps, tokens and times, and what the times rest on."""
+    recipe = Recipe(config)
+    rate, words = expected_rate(config, sizes)
+    table = Table(title="the run, stage by stage", title_justify="left")
+    names = ("stage", "name", "steps", "tokens", "until", "rows x length", "rate", "mtp", "time")
+    for name in names:
+        table.add_column(name, justify="left" if name == "name" else "right")
+    until, whole = 0, 0.0
+    for stage in recipe.stages:
+        operations = stage_operations(config, stage)
+        until, whole = until + stage.tokens, whole + operations
+        table.add_row(
+            f"stage {stage.number}",
+            stage.name or "the whole run",
+            f"{stage.steps:,}",
+            short(stage.tokens),
+            short(until),
+            rows_in_words(stage.rows),
+            rates_in_words(recipe, stage),
+            f"{recipe.mtp_loss_weight(stage.end - 1):g}",
+            "?" if rate is None else duration(operations / rate),
+        )
+    if len(recipe.stages) > 1 and rate is not None:
+        table.add_section()
+        table.add_row("in all", "", f"{recipe.steps:,}", *[""] * 5, duration(whole / rate))
+    yield table
+    yield words
+    yield from recipe.notes()
+
+
+def stage_operations(config: RunConfig, stage: Stage) -> float:
+    """Operations of a stage, every row taken to be one sample."""
+    of_row = training_flops(config.model, [stage.rows.row_length], attention=stage.attention)
+    return of_row * (stage.tokens // stage.rows.row_length)
+
+
+def expected_rate(config: RunConfig, sizes: Sizes) -> tuple[float | None, str]:
+    """Operations a second of all processes, and a sentence about where that number is from."""
+    path = config.run_dir / "metrics.jsonl"
+    records = read_metrics(path)[-100:] if path.is_file() else []
+    speeds = sorted(record["tflops_per_second"] for record in records)
+    if speeds:
+        speed = speeds[len(speeds) // 2]
+        return speed * 1e12, f"Times at the {speed:.3g} TFLOP/s of the run's newest steps."
+    if (peak := config.metrics.peak_tflops) is not None:
+        rate = UTILISATION * peak * sizes.world
+        return rate * 1e12, (
+            f"Times at {UTILISATION:.0%} of metrics.peak_tflops = {peak:g} on {sizes.world:,} "
+            "processes; no run has been measured yet."
+        )
+    return None, "Times need metrics.peak_tflops, or a run that has begun."
+
+
+def rows_in_words(rows: DataStage) -> str:
+    """`4 to 8 x 512` where a ramp leads to eight rows."""
+    ramp = "" if rows.ramp_from is None else f"{rows.ramp_from:,} to "
+    return f"{ramp}{rows.batch_rows:,} x {short_length(rows.row_length)}"
+
+
+def rates_in_words(recipe: Recipe, stage: Stage) -> str:
+    """The learning rates of the first, the middle and the last step."""
+    steps = (stage.first, (stage.first + stage.end) // 2, stage.end - 1)
+    return ", ".join(dict.fromkeys(f"{recipe.learning_rate(step):.3g}" for step in steps))
 
 
 def stage_table(config: RunConfig) -> Table:

@@ -57,6 +57,9 @@ class Chart:
     wide: bool = False
 
 
+Mark = tuple[int, str]
+"""Something that begins after a step, and its name."""
+
 CHARTS = (
     Chart(
         "Loss",
@@ -69,6 +72,11 @@ CHARTS = (
     ),
     Chart("Multi-token prediction loss", "nats per token", (Curve("mtp_loss", "", "#3b82c4"),)),
     Chart("Balance loss", "weighted, all layers", (Curve("balance_loss", "", "#3b82c4"),)),
+    Chart(
+        "Indexers' objective",
+        "nats a query, all layers",
+        (Curve("indexer_loss", "", "#c24b4b"),),
+    ),
     Chart("Learning rate", "per step", (Curve("learning_rate", "", "#7a5bb5", style="exact"),)),
     Chart("Gradient norm", "before clipping", (Curve("grad_norm", "", "#7a5bb5"),)),
     Chart("Speed", "tokens per second", (Curve("tokens_per_second", "", "#2f9e76"),)),
@@ -105,26 +113,36 @@ def smooth(values: Sequence[float], reach: int) -> list[float]:
     return means
 
 
-def draw(chart: Chart, records: Sequence[dict[str, Any]]) -> str:
-    """The chart as an `<svg>` element."""
+def draw(chart: Chart, records: Sequence[dict[str, Any]], marks: Sequence[Mark] = ()) -> str:
+    """The chart as an `<svg>` element, with the marks' names where it is wide."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.4, 3.6) if chart.wide else (5.1, 2.9), layout="constrained")
-        axes = figure.subplots()
-        for curve in chart.curves:
-            steps, values = points(records, curve.key)
-            if curve.style == "dots":
-                axes.plot(steps, values, "o-", color=curve.color, ms=4.5, lw=1.2, label=curve.label)
-                continue
-            if curve.style == "noisy" and len(values) > 40:
-                axes.plot(steps, values, color=curve.color, lw=0.7, alpha=0.4)
-                values = smooth(values, len(values) // 60 + 1)
-            axes.plot(steps, values, color=curve.color, lw=1.7, label=curve.label)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-        axes.set_xlabel("step")
-        axes.set_ylabel(chart.unit)
-        if any(curve.label for curve in chart.curves):
-            axes.legend()
-        return to_svg(figure, chart.title)
+        return to_svg(picture(chart, records, marks), chart.title)
+
+
+def picture(chart: Chart, records: Sequence[dict[str, Any]], marks: Sequence[Mark] = ()) -> Figure:
+    """The chart as a figure, in the style that is in force."""
+    figure = Figure(figsize=(10.4, 3.6) if chart.wide else (5.1, 2.9), layout="constrained")
+    axes = figure.subplots()
+    for curve in chart.curves:
+        steps, values = points(records, curve.key)
+        if curve.style == "dots":
+            axes.plot(steps, values, "o-", color=curve.color, ms=4.5, lw=1.2, label=curve.label)
+            continue
+        if curve.style == "noisy" and len(values) > 40:
+            axes.plot(steps, values, color=curve.color, lw=0.7, alpha=0.4)
+            values = smooth(values, len(values) // 60 + 1)
+        axes.plot(steps, values, color=curve.color, lw=1.7, label=curve.label)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axes.set_xlabel("step")
+    axes.set_ylabel(chart.unit)
+    for step, name in marks:
+        axes.axvline(step + 0.5, color=_INK, lw=0.8, ls=(0, (4, 3)), alpha=0.5)
+        if chart.wide:
+            place = axes.get_xaxis_transform()
+            axes.text(step + 1, 1.01, name, transform=place, fontsize=8.5, va="bottom")
+    if any(curve.label for curve in chart.curves):
+        axes.legend()
+    return figure
 
 
 def draw_layers(records: Sequence[dict[str, Any]], key: str, title: str, unit: str) -> str:

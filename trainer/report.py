@@ -10,7 +10,9 @@ from trainer.config import RunConfig
 from trainer.errors import ReportError
 from trainer.files import write_whole
 from trainer.metrics_file import read_metrics
-from trainer.plots import CHARTS, draw, draw_layers
+from trainer.plots import CHARTS, Mark, draw, draw_layers
+from trainer.stages import Recipe, short_length
+from trainer.words import short
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #667085; --page: #f7f8fa;
@@ -69,9 +71,10 @@ def write_report(config: RunConfig) -> Path:
 def render(config: RunConfig, records: list[dict[str, Any]]) -> str:
     """The page as HTML text."""
     last = records[-1]
+    marks = stage_marks(config)
     charts = "".join(
         f"<figure{' class=wide' if chart.wide else ''}><h2>{escape(chart.title)}</h2>"
-        f"{draw(chart, records)}</figure>"
+        f"{draw(chart, records, marks)}</figure>"
         for chart in CHARTS
         if any(curve.key in record for curve in chart.curves for record in records)
     )
@@ -89,6 +92,13 @@ def render(config: RunConfig, records: list[dict[str, Any]]) -> str:
         f"<div class=tiles>{tiles}</div><div class=charts>{charts}</div>"
         f"{_layers(config, records)}<div class=facts>{facts}</div>",
     )
+
+
+def stage_marks(config: RunConfig) -> list[Mark]:
+    """Where the stages of a run begin; none where there are no stages."""
+    if not config.stages:
+        return []
+    return [(stage.first, stage.name) for stage in Recipe(config).stages]
 
 
 def page(title: str, subtitle: str, body: str) -> str:
@@ -163,7 +173,7 @@ def _headline(config: RunConfig, records: list[dict[str, Any]]) -> list[tuple[st
 
 
 def _facts(config: RunConfig, last: dict[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]:
-    model, data, optim = config.model, config.data, config.optim
+    model, optim = config.model, config.optim
     counts = parameter_counts(model)
     kinds = [f"{model.layer_types.count(kind)} {kind}" for kind in ("window", "csa", "hca")]
     return [
@@ -187,7 +197,7 @@ def _facts(config: RunConfig, last: dict[str, Any]) -> list[tuple[str, list[tupl
             [
                 ("steps", f"{last['step']:,} of {config.steps:,}"),
                 ("tokens", f"{last['tokens']:,}"),
-                ("rows of a step x length", f"{data.batch_rows} x {data.row_length}"),
+                *_rows_of_a_step(config),
                 ("peak learning rate", f"{optim.learning_rate:g}"),
                 ("precision", config.precision),
                 ("seed", config.seed),
@@ -197,6 +207,17 @@ def _facts(config: RunConfig, last: dict[str, Any]) -> list[tuple[str, list[tupl
             "At the end",
             [(name.replace("_", " "), number(last[name])) for name in _FINAL if name in last],
         ),
+    ]
+
+
+def _rows_of_a_step(config: RunConfig) -> list[tuple[str, str]]:
+    """Of every stage, where there are several."""
+    return [
+        (
+            f"rows of a step x length{stage.name and ', ' + stage.name}",
+            f"{stage.rows.batch_rows} x {short_length(stage.rows.row_length)}",
+        )
+        for stage in Recipe(config).stages
     ]
 
 
@@ -213,14 +234,6 @@ _FINAL = (
     "tokens_per_second",
     "mfu",
 )
-
-
-def short(value: float) -> str:
-    """A number with a unit letter: 10.3M."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
 
 
 def number(value: float) -> str:

@@ -1,0 +1,126 @@
+"""A run through stages: what each of them trains, and resumes inside them and at their borders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainer.parallel.topologies import Job, differences, outcome, run_all, topology
+from tests.trainer.test_stages import staged
+from tests.trainer.tiny import assert_same_run, column, saved_tensors, steps_in_file, train
+from trainer.config import load_config
+from trainer.stages import Recipe
+
+# Steps 0-2, 3-4, 5-7, 8-9 and 10-12: a ramp, four row lengths, three kinds of attention, decay.
+STAGES: list[dict[str, Any]] = [
+    {"until": 640, "attention": "dense", "row_length": 64, "ramp_from": 2, "ramp_tokens": 256}
+    | {"micro_rows": 1},
+    {"until": 1020, "attention": "dense", "row_length": 96, "batch_rows": 2, "micro_rows": 1},
+    {"until": 1690, "attention": "warmup", "row_length": 112, "batch_rows": 2, "micro_rows": 1},
+    {"until": 2140, "attention": "sparse", "row_length": 112, "batch_rows": 2, "micro_rows": 1},
+    {"until": 2900, "attention": "sparse", "row_length": 128, "batch_rows": 2, "micro_rows": 1}
+    | {"decay": True, "router_bias_speed": 0.01},
+]
+BORDERS = [3, 5, 8, 10]
+STEPS = 13
+COMMON = ("metrics.layers_every=0", "data.batch_rows=4", "evaluation.every=4", "evaluation.rows=4")
+
+
+@pytest.fixture(scope="module")
+def path(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return staged(tiny, tmp_path_factory.mktemp("stages"), STAGES)
+
+
+@pytest.fixture(scope="module")
+def straight(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run from the first step to the last, saved after every other step."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    train(path, run, *COMMON, "checkpoint.every=2", "checkpoint.keep=0")
+    return run
+
+
+def test_the_stages_are_as_they_look(path: Path) -> None:
+    recipe = Recipe(load_config(path))
+    assert [stage.first for stage in recipe.stages[1:]] == BORDERS and recipe.steps == STEPS
+
+
+@pytest.mark.parametrize("ends", [BORDERS, [2, 4, 7, 9, 12]], ids=["borders", "inside"])
+def test_stopped_and_killed(path: Path, straight: Path, tmp_path: Path, ends: list[int]) -> None:
+    """Stopped at every border or inside of every stage; killed on the way to the last stop."""
+    for end in ends:
+        if end == ends[-1]:
+            with pytest.raises(RuntimeError, match="crash"):
+                train(path, tmp_path / "run", *COMMON, crash_at=end - 1)
+        train(path, tmp_path / "run", *COMMON, stop_at=end)
+        assert (tmp_path / f"run/checkpoints/step-{end:08d}").is_dir()
+    train(path, tmp_path / "run", *COMMON)
+    assert steps_in_file(tmp_path / "run") == list(range(1, STEPS + 1))
+    assert_same_run(straight, tmp_path / "run", STEPS)
+    assert column(straight, "indexer_loss") == column(tmp_path / "run", "indexer_loss")
+
+
+def test_what_a_stage_trains(straight: Path) -> None:
+    """Weights and the optimizer's state of what is frozen stay as they are, bit for bit."""
+    at = {n: saved_tensors(straight / f"checkpoints/step-{n:08d}") for n in (2, 4, 6, 8, 10)}
+
+    def changed(first: int, last: int) -> tuple[set[str], set[str]]:
+        names = {n for n, old in at[first].items() if not torch.equal(old, at[last][n])}
+        return {n for n in names if ".indexer." in n}, {n for n in names if ".indexer." not in n}
+
+    indexers = {n for n in at[2] if ".indexer." in n}
+    others = at[2].keys() - indexers
+    assert len(indexers) == 16  # of six parameters: weights, momenta or averages, counts
+    dense, rest = changed(2, 4)
+    assert not dense and len(rest) > 0.9 * len(others)
+    warmup, rest = changed(6, 8)
+    assert warmup == indexers and not rest
+    sparse, rest = changed(8, 10)
+    assert sparse == indexers and len(rest) > 0.9 * len(others)
+
+
+def test_what_the_metrics_say(straight: Path, path: Path) -> None:
+    recipe = Recipe(load_config(path))
+    assert column(straight, "stage") == [recipe.at(step).number for step in range(STEPS)]
+    assert column(straight, "learning_rate") == [recipe.learning_rate(s) for s in range(STEPS)]
+    objective = column(straight, "indexer_loss")
+    assert objective[:5] == [0.0] * 5 and all(value > 0 for value in objective[5:])
+    assert objective[7] < objective[5], "the warm-up taught nothing"
+    names = ("loss", "lm_loss", "mtp_loss", "balance_loss")
+    parts = zip(*(column(straight, name) for name in names), strict=True)
+    for step, (loss, lm, mtp, balance) in enumerate(parts):
+        weight = recipe.mtp_loss_weight(step)
+        assert loss == pytest.approx(lm + weight * mtp + balance + objective[step], rel=1e-7)
+
+
+def test_a_choice_of_more_than_all_is_said_once(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(path, tmp_path / "run", *COMMON, "model.index_topk=40", stop_at=2)
+    assert capsys.readouterr().out.count("sparse attention sees all of them") == 1
+
+
+TOPOLOGIES = [
+    topology(2, pipeline=2),
+    topology(2, tensor=2),
+]
+
+
+def test_other_topologies_train_the_same_and_go_on_across_borders(
+    path: Path, tmp_path: Path
+) -> None:
+    """Losses of all steps, and from one topology to another in the middle of the warm-up."""
+    alone = Job(topology(1), tmp_path / "alone")
+    jobs = [alone, *(Job(spread, tmp_path / spread.name) for spread in TOPOLOGIES)]
+    moves = [Job(topology(2, context=2), tmp_path / "move", 6), Job(topology(1), tmp_path / "move")]
+    more = (*COMMON, "model.index_topk=3", "steps=0", "data.micro_rows=1")
+    run_all(path, jobs[1:] + moves[:1], *more)
+    run_all(path, [alone, moves[1]], *more)
+    reference = outcome(alone.run_dir)
+    for job in jobs[1:]:
+        loss, weight, name = differences(reference, outcome(job.run_dir))
+        assert loss < 1e-5 and weight < 1e-4, (job.topology.name, loss, weight, name)
+    moved, straight = (column(tmp_path / n, "loss") for n in ("move", "alone"))
+    assert moved == pytest.approx(straight, rel=1e-5)
