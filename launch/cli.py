@@ -129,6 +129,10 @@ def plan(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Memory with activations, without holding it.")
     ] = False,
+    stage: Annotated[
+        int | None,
+        typer.Option(min=0, help="Stage whose activations --dry-run counts; else the largest's."),
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time one layer of each kind on this machine.")
     ] = False,
@@ -151,6 +155,7 @@ def plan(
     nproc = nproc or run.parallel.least_world
     run.check_world(nproc)
     flags = ["--dry-run"] * dry_run + ["--measure"] * measure
+    flags += [] if stage is None else [f"--stage={stage}"]
     command = processes.command("plan", config, *(overrides or []), f"--processes={nproc}", *flags)
     _finish(processes.run(command))
 

@@ -105,7 +105,7 @@ def plan(config: RunConfig, options: argparse.Namespace) -> None:
 
     # A file or a pipe has no width: tables are as wide as they need.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    for part in make_plan(config, options.processes, options.dry_run):
+    for part in make_plan(config, options.processes, options.dry_run, options.stage):
         console.print(part)
     if options.measure:
         from trainer.measure import measure
@@ -174,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "plan":
             verb.add_argument("--processes", type=int, default=1)
             verb.add_argument("--dry-run", action="store_true", help="memory with activations")
+            verb.add_argument("--stage", type=int, help="whose activations")
             verb.add_argument("--measure", action="store_true", help="time one layer of each kind")
         verb.add_argument("overrides", nargs="*", metavar="key=value")
     return parser

@@ -30,7 +30,7 @@ from trainer.parallel.expert import ExpertDispatch
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel
 from trainer.parallel.sizes import Sizes
-from trainer.stages import Recipe
+from trainer.stages import Recipe, Stage
 from trainer.trainer import DTYPES, make_engine, make_local, make_optimizer
 
 META = torch.device("meta")
@@ -100,12 +100,14 @@ class DryRun:
     Attributes:
         parameters: elements of all ranks, each logical one counted once.
         microbatches: of a rank in a step.
+        stage: whose microbatches these are.
     """
 
     sizes: Sizes
     ranks: list[RankMemory]
     parameters: int
     microbatches: int
+    stage: Stage
 
     @property
     def fullest(self) -> RankMemory:
@@ -123,9 +125,12 @@ class EvenDispatch(ExpertDispatch):
         return slot_L.new_empty(size, here), send, [send[self.axis.rank]] * size
 
 
-def dry_run(config: RunConfig, world: int, progress: Progress | None = None) -> DryRun:
+def dry_run(
+    config: RunConfig, world: int, progress: Progress | None = None, stage: int | None = None
+) -> DryRun:
     """Build every pipeline rank of `world` processes in turn.
 
+    Microbatches are those of the run's `stage`, by default of the one with the largest.
     `progress` is told how many ranks are done, and of how many. Raises ConfigError where the
     config does not fit the processes, RuntimeError inside a process group.
     """
@@ -133,15 +138,17 @@ def dry_run(config: RunConfig, world: int, progress: Progress | None = None) -> 
     stage = sizes.world // sizes.pipeline
     places = [n * stage + end for n in range(sizes.pipeline) for end in sorted({0, stage - 1})]
     known: _Known = {}
+    planned = Recipe(config).largest if stage is None else Recipe(config).stages[stage]
     ranks, elements = [], {}
     for number, rank in enumerate(places):
         with as_rank(rank, sizes) as grid:
-            part = _Part(config, grid)
+            part = _Part(config, grid, planned)
             ranks.append(part.memory(known))
             elements.update(part.elements())
         if progress is not None:
             progress(number + 1, len(places))
-    return DryRun(sizes, ranks, sum(elements.values()), microbatches_of(config, sizes))
+    parameters = sum(elements.values())
+    return DryRun(sizes, ranks, parameters, microbatches_of(planned, sizes), planned)
 
 
 @contextmanager
@@ -162,9 +169,9 @@ def as_rank(rank: int, sizes: Sizes) -> Iterator[Grid]:
         dist.destroy_process_group()
 
 
-def microbatches_of(config: RunConfig, sizes: Sizes) -> int:
+def microbatches_of(stage: Stage, sizes: Sizes) -> int:
     """Microbatches of a rank in a step."""
-    rows = Recipe(config).largest.rows
+    rows = stage.rows
     return -(-rows.batch_rows // sizes.data // rows.micro_rows)
 
 
@@ -184,9 +191,8 @@ _Known = dict[tuple[object, ...], _Need]
 class _Part:
     """One rank's part of a run on the meta device."""
 
-    def __init__(self, config: RunConfig, grid: Grid) -> None:
-        self.config, self.grid = config, grid
-        self.stage = Recipe(config).largest
+    def __init__(self, config: RunConfig, grid: Grid, stage: Stage) -> None:
+        self.config, self.grid, self.stage = config, grid, stage
         self.local: LocalModel = make_local(config, grid)
         for module in self.local.model.modules():
             if isinstance(module, MoE) and isinstance(module.dispatch, ExpertDispatch):
@@ -215,7 +221,7 @@ class _Part:
             )
             for number, need in needs.items()
         ]
-        microbatches = microbatches_of(self.config, self.grid.sizes)
+        microbatches = microbatches_of(self.stage, self.grid.sizes)
         return RankMemory(
             rank=self.grid.rank,
             pipeline=self.grid.pipeline.rank,
@@ -309,7 +315,7 @@ class _Part:
         pipeline = self.engine.pipeline
         if pipeline.axis.size == 1:
             return dict.fromkeys(held, 1)
-        schedule = pipeline.schedule(microbatches_of(self.config, self.grid.sizes), tokens)
+        schedule = pipeline.schedule(microbatches_of(self.stage, self.grid.sizes), tokens)
         return most_in_flight(schedule.pipeline_order[pipeline.axis.rank], held)
 
     def _update(self) -> int:

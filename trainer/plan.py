@@ -33,10 +33,13 @@ UTILISATION = 0.4
 """Share of the peak that a run is taken to reach before it has been measured."""
 
 
-def plan(config: RunConfig, world_size: int, dry: bool = False) -> Iterator[Table | str]:
+def plan(
+    config: RunConfig, world_size: int, dry: bool = False, stage: int | None = None
+) -> Iterator[Table | str]:
     """Steps, tokens, parameters, axes, who is where, stages and memory, one table after another.
 
-    With `dry` memory has activations. Raises ConfigError where the config does not fit the
+    With `dry` memory has activations: those of the run's `stage`, by default of the one with the
+    largest microbatches. Raises ConfigError where the config does not fit the
     processes, or trains with another engine than the native one.
     """
     if config.engine != "native":
@@ -51,7 +54,10 @@ def plan(config: RunConfig, world_size: int, dry: bool = False) -> Iterator[Tabl
     if not dry:
         yield memory_table(config, sizes)
         return
-    found = dry_run(config, world_size, progress=_TimeLeft())
+    stages = Recipe(config).stages
+    if stage is not None and not 0 <= stage < len(stages):
+        raise ConfigError(f"stage {stage} should be one of the run's, 0 to {len(stages) - 1}")
+    found = dry_run(config, world_size, _TimeLeft(), stage)
     yield dry_run_table(found)
     yield dry_run_words(found)
 
@@ -226,7 +232,8 @@ def _parts_of_rank(
 def dry_run_table(found: DryRun) -> Table:
     """Memory by pipeline rank and part."""
     unit, name = (GIB, "GiB") if found.fullest.total >= GIB else (2**20, "MiB")
-    table = Table(title=f"memory of a process, {name}", title_justify="left")
+    where = f", stage {found.stage.number}, {found.stage.name}" if found.stage.name else ""
+    table = Table(title=f"memory of a process, {name}{where}", title_justify="left")
     names = [*found.ranks[0].resident, "microbatches", "in flight", "activations", "workspace"]
     for name in ("ranks", "layers", "parameters", *names, "in all"):
         table.add_column(name, justify="right")

@@ -73,7 +73,7 @@ CHARTS = (
     Chart("Multi-token prediction loss", "nats per token", (Curve("mtp_loss", "", "#3b82c4"),)),
     Chart("Balance loss", "weighted, all layers", (Curve("balance_loss", "", "#3b82c4"),)),
     Chart(
-        "Indexers' objective",
+        "Objective of the indexers",
         "nats a query, all layers",
         (Curve("indexer_loss", "", "#c24b4b"),),
     ),

@@ -158,7 +158,7 @@ def _resolve(config: RunConfig) -> tuple[Stage, ...]:
         stages.append(
             Stage(
                 number=number,
-                name=given.name or f"{given.attention} {short_length(rows.row_length)}",
+                name=given.name or _name(given, rows),
                 first=step,
                 steps=rows.steps,
                 tokens=taken,
@@ -174,6 +174,10 @@ def _resolve(config: RunConfig) -> tuple[Stage, ...]:
         )
         step, tokens = step + rows.steps, tokens + taken
     return tuple(stages)
+
+
+def _name(given: StageConfig, rows: DataStage) -> str:
+    return f"{given.attention} {short_length(rows.row_length)}{', decay' if given.decay else ''}"
 
 
 def _rows(config: RunConfig, number: int, given: StageConfig, budget: int) -> DataStage:

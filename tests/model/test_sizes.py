@@ -11,6 +11,7 @@ from model import V4Model
 from model.sizes import parameter_counts
 from tests.model.tiny import tiny_config
 from trainer.config import RunConfig, load_config
+from trainer.stages import Recipe
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -80,7 +81,17 @@ def test_flash_and_pro_follow_the_recipe():
     for name, tokens, rows, rate in (("flash", 32e12, 18432, 2.7e-4), ("pro", 33e12, 23040, 2e-4)):
         config = shipped(name)
         assert (config.data.row_length, config.data.batch_rows) == (4096, rows)
-        assert 0 <= config.steps * rows * 4096 - tokens < rows * 4096
+        stages = Recipe(config).stages
+        assert 0 <= sum(stage.tokens for stage in stages) - tokens < rows * 4096
+        assert {
+            s.rows.batch_rows * s.rows.row_length for s in stages if s.attention != "warmup"
+        } == {rows * 4096}
+        lengths = [stage.rows.row_length for stage in stages]
+        assert list(dict.fromkeys(lengths)) == [4096, 16384, 65536, 1048576]
+        kinds = [stage.attention for stage in stages]
+        assert list(dict.fromkeys(kinds)) == ["dense", "warmup", "sparse"]
+        dense = sum(stage.tokens for stage in stages if stage.attention == "dense")
+        assert dense == pytest.approx(1e12 if name == "flash" else 2e12, rel=1e-3)
         assert config.optim.learning_rate == rate
         assert config.optim.schedule.warmup_steps == 2000
         assert config.optim.schedule.final_ratio == 0.1

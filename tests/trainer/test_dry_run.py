@@ -138,7 +138,7 @@ def test_in_flight_as_torch_orders_it(tiny: Path, schedule: str, ranks: int) -> 
         assert sum(stage.held * stage.in_flight for stage in mine) == most
         if schedule == "1f1b":
             assert [stage.in_flight for stage in mine] == [ranks - rank]
-        assert microbatches_of(config, sizes) == 16
+        assert microbatches_of(found.stage, sizes) == 16
 
 
 def actions(config: Any, grid: Grid, plan: Any) -> list[str]:

@@ -12,6 +12,8 @@ from tests.trainer.parallel.topologies import Job, differences, outcome, run_all
 from tests.trainer.test_stages import staged
 from tests.trainer.tiny import assert_same_run, column, saved_tensors, steps_in_file, train
 from trainer.config import load_config
+from trainer.plan import recipe_part
+from trainer.report import write_report
 from trainer.stages import Recipe
 
 # Steps 0-2, 3-4, 5-7, 8-9 and 10-12: a ramp, four row lengths, three kinds of attention, decay.
@@ -100,6 +102,16 @@ def test_a_choice_of_more_than_all_is_said_once(
 ) -> None:
     train(path, tmp_path / "run", *COMMON, "model.index_topk=40", stop_at=2)
     assert capsys.readouterr().out.count("sparse attention sees all of them") == 1
+
+
+def test_the_report_and_the_plan_show_the_stages(straight: Path, path: Path) -> None:
+    config = load_config(path, [f"run_dir={straight}"])
+    html = write_report(config).read_text(encoding="utf-8")
+    for stage in Recipe(config).stages:
+        assert f">{stage.name}</text>" in html
+    assert 'aria-label="Objective of the indexers"' in html
+    parts = list(recipe_part(config, config.sizes(1)))
+    assert "of the run's newest steps" in str(parts[1])
 
 
 TOPOLOGIES = [
