@@ -38,9 +38,13 @@ def data_report(config: RunConfig, options: argparse.Namespace) -> None:
 
 
 def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
-    """Loss of the newest checkpoint on the held-out text, beside its unigram entropy."""
+    """Loss of the newest checkpoint on the held-out text, beside its unigram entropy.
+
+    With the attention of the last step's stage.
+    """
     from trainer.evaluate import Heldout
     from trainer.parallel.grid import open_grid
+    from trainer.stages import Recipe
     from trainer.trainer import make_engine
     from trainer.transfer import open_run
 
@@ -49,7 +53,9 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     with open_grid(config.sizes) as grid:
         local, state = open_run(config, grid)
         heldout = Heldout(config, grid)
-        found = heldout.evaluate(make_engine(config, local, grid))
+        engine = make_engine(config, local, grid)
+        engine.attend(Recipe(config).at(max(state.step - 1, 0)).attention)
+        found = heldout.evaluate(engine)
         if not grid.is_first:
             return
         result = {
