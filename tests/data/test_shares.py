@@ -45,7 +45,7 @@ def rows_by_source(
             "weights": dict(zip(names, weights, strict=True)),
         }
     )
-    (stage,) = config.training_stages()
+    stage = config.one_stage()
     plan = plan_windows(config, stage, sources, config.weights, [1.0] * len(names))
     found = []
     for number in range(3):
