@@ -20,8 +20,8 @@ def shipped(name: str) -> RunConfig:
     return load_config(CONFIGS[0].parent / f"{name}.yaml")
 
 
-def test_all_four_are_here():
-    assert [path.stem for path in CONFIGS] == ["debug", "flash", "nano", "pro"]
+def test_all_are_here():
+    assert [path.stem for path in CONFIGS] == ["debug", "flash", "nano", "pro", "recipe-demo"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
