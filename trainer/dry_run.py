@@ -135,8 +135,9 @@ def dry_run(
     config does not fit the processes, RuntimeError inside a process group.
     """
     sizes = config.sizes(world)
-    stage = sizes.world // sizes.pipeline
-    places = [n * stage + end for n in range(sizes.pipeline) for end in sorted({0, stage - 1})]
+    ranks_of = sizes.world // sizes.pipeline
+    ends = sorted({0, ranks_of - 1})
+    places = [number * ranks_of + end for number in range(sizes.pipeline) for end in ends]
     known: _Known = {}
     planned = Recipe(config).largest if stage is None else Recipe(config).stages[stage]
     ranks, elements = [], {}

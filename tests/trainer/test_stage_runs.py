@@ -11,8 +11,9 @@ import torch
 from tests.trainer.parallel.topologies import Job, differences, outcome, run_all, topology
 from tests.trainer.test_stages import staged
 from tests.trainer.tiny import assert_same_run, column, saved_tensors, steps_in_file, train
-from trainer.config import load_config
-from trainer.plan import recipe_part
+from trainer.config import ConfigError, load_config
+from trainer.dry_run import dry_run
+from trainer.plan import plan, recipe_part
 from trainer.report import write_report
 from trainer.stages import Recipe
 
@@ -112,6 +113,17 @@ def test_the_report_and_the_plan_show_the_stages(straight: Path, path: Path) -> 
     assert 'aria-label="Objective of the indexers"' in html
     parts = list(recipe_part(config, config.sizes(1)))
     assert "of the run's newest steps" in str(parts[1])
+
+
+def test_memory_is_that_of_the_largest_microbatches(path: Path) -> None:
+    config = load_config(path)
+    found = [dry_run(config, 1, stage=stage) for stage in (None, 0, 3)]
+    assert [dry.stage.number for dry in found] == [4, 0, 3]
+    longest, dense, shorter = (dry.fullest.activations for dry in found)
+    assert longest > shorter > dense
+    assert shorter / longest == pytest.approx(112 / 128, rel=0.05)
+    with pytest.raises(ConfigError, match="stage 7 should be one of the run's, 0 to 4"):
+        list(plan(config, 1, dry=True, stage=7))
 
 
 TOPOLOGIES = [
