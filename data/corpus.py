@@ -4,7 +4,8 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ class Corpus:
 
     def _documents(self) -> Iterator[Document]:
         if not self.source.paths:
-            yield from self._records(self._open_hub(), self.source.dataset or "", 0)
+            yield from self._records(self._open_hub, self.source.dataset or "", 0)
         elif self.source.format == "text":
             # One stream for all files: a tree of code has thousands of small ones.
             files = [file for file in self.files if os.path.getsize(file)]
@@ -89,11 +90,12 @@ class Corpus:
                 files = self._decodable(files, self._bad)
             if files:
                 options = {"sample_by": "document", "keep_linebreaks": True}
-                yield from self._records(self._open(files, options), "its files", 0)
+                opened = partial(self._open, files, options)
+                yield from self._records(opened, "its files", 0)
         else:
             for file in self.files:
                 if os.path.getsize(file):
-                    yield from self._records(self._open_one(file), str(file), 1)
+                    yield from self._records(partial(self._open_one, file), str(file), 1)
 
     def _decodable(self, files: list[Path], bad: list[BadRecord]) -> list[Path]:
         """The files that are UTF-8; each of the others is a bad record."""
@@ -142,16 +144,22 @@ class Corpus:
                 f"{_one_line(error)}"
             ) from error
 
-    def _records(self, stream: Any, place: str, first: int) -> Iterator[Document]:
-        """The document of each record; `place` and the record's number go into errors."""
+    def _records(self, opened: Callable[[], Any], place: str, first: int) -> Iterator[Document]:
+        """The document of each record; `place` and the record's number go into errors.
+
+        Opening may fail like reading: `datasets` looks into compressed files first.
+        """
         field = "text" if self.source.format == "text" else self.source.field
-        records = iter(stream)
+        records: Iterator[Any] | None = None
         number = first
         while True:
             try:
+                records = iter(opened()) if records is None else records
                 record = next(records)
             except StopIteration:
                 return
+            except DataError:
+                raise
             except Exception as error:  # pyarrow, json, gzip, zstd and datasets each have their own
                 raise self._broken(place, number, error) from error
             document, reason = self._read(record, field)

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from data.config import DataConfig
 from data.indexed import open_shard
-from data.manifest import Manifest
+from data.loader import Loader
+from data.manifest import Loss, Manifest
+from data.measured import Measured, measure
 from data.packing import pack_windows
 from data.permutation import shuffled
 from data.tokenizer import Tokenizer
@@ -19,6 +21,7 @@ _COUNTED = 2_000_000  # tokens of a source that are looked at one by one
 _WORDS_FROM = 200_000  # tokens of a source that are decoded to find words
 _WORD = re.compile(r"\w{2,60}")
 _LISTED = 20
+_MEASURED = 4_000_000  # tokens of the stream
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class SourceFacts:
     domain: str
     documents: int
     empty: int
+    bad: int
+    losses: dict[str, Loss]
     train_tokens: int
     heldout_tokens: int
     bytes: int
@@ -92,6 +97,17 @@ def collect(config: DataConfig) -> DataFacts:
     )
 
 
+def measured_recipe(config: DataConfig, seed: int) -> Measured:
+    """The recipe over the first steps, some millions of tokens or the first epoch.
+
+    Raises DataError as the loader does.
+    """
+    loader = Loader(config, seed)
+    stage = loader.schedule.stages[0]
+    steps = -(-_MEASURED // (stage.batch_rows * stage.row_length))
+    return measure(loader, min(steps, loader.num_steps))
+
+
 def _source(config: DataConfig, manifest: Manifest, name: str) -> SourceFacts:
     mine = [shard for shard in manifest.shards if shard.source == name]
     lengths: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
@@ -115,6 +131,8 @@ def _source(config: DataConfig, manifest: Manifest, name: str) -> SourceFacts:
         domain=mine[0].domain,
         documents=sum(shard.documents for shard in mine),
         empty=manifest.empty_documents.get(name, 0),
+        bad=manifest.bad_records.get(name, 0),
+        losses=manifest.losses.get(name, {}),
         train_tokens=tokens["train"],
         heldout_tokens=tokens["heldout"],
         bytes=sum(shard.bytes for shard in mine),

@@ -9,7 +9,13 @@ import numpy as np
 from data.loader import Batch, Loader
 from data.tokenizer import Tokenizer
 from trainer.config import RunConfig
-from trainer.data_facts import DataFacts, collect, longest_tokens, most_split_words
+from trainer.data_facts import (
+    DataFacts,
+    collect,
+    longest_tokens,
+    measured_recipe,
+    most_split_words,
+)
 from trainer.files import write_whole
 from trainer.plots import SERIES_COLORS, histogram
 from trainer.report import CSS
@@ -32,6 +38,7 @@ pre.row { white-space: pre-wrap; word-break: break-word; margin: 0 0 14px; paddi
 pre.row span.s { border-left: 4px solid var(--c); padding-left: 2px;
   background: color-mix(in srgb, var(--c) 14%, transparent); }
 pre.row b { background: #c2185b; color: #fff; border-radius: 3px; padding: 0 3px; }
+summary { cursor: pointer; color: var(--soft); margin-top: 12px; }
 pre.row i { color: var(--soft); opacity: .75; }
 """
 
@@ -60,6 +67,8 @@ def render(config: RunConfig, tokenizer: Tokenizer, facts: DataFacts) -> str:
         _card("Sources", _SOURCES_NOTE, _sources(facts)),
         f"<section class=card><h2>Length of documents</h2>{chart}</section>",
         _card("Packing into rows", _PACKING_NOTE, _packing(facts)),
+        _card("What the filters left out", _FILTERS_NOTE, _filters(facts)),
+        _card("The recipe in the stream", *_recipe(config)),
         _card("Rows as the model sees them", _ROWS_NOTE, _rows(config, tokenizer)),
         _card(
             "Longest tokens",
@@ -85,11 +94,16 @@ def render(config: RunConfig, tokenizer: Tokenizer, facts: DataFacts) -> str:
 
 _SOURCES_NOTE = (
     "What each source gave. Tokens include the begin and the end of every document; bytes are "
-    "UTF-8 text. Empty documents were left out. The share is of all training tokens."
+    "UTF-8 text. Empty documents and bad records were set aside. The share is of all training "
+    "tokens."
 )
 _PACKING_NOTE = (
     "Best fit places whole documents where they fit best and cuts only those longer than a row; "
     "concatenate-and-cut lays documents end to end and cuts wherever a row is full."
+)
+_FILTERS_NOTE = (
+    "Each document is counted under the first filter that it failed; the share is of the source's "
+    "text. Below are the first documents of each kind, and what spoke against them."
 )
 _ROWS_NOTE = (
     "The rows of step 0 that hold the most samples. Each sample has a colour and a bar "
@@ -123,6 +137,8 @@ def _sources(facts: DataFacts) -> str:
             f"{escape(s.name)} ({escape(s.domain)})",
             f"{s.documents:,}",
             f"{s.empty:,}",
+            f"{s.bad:,}",
+            f"{sum(loss.documents for loss in s.losses.values()):,}",
             f"{s.train_tokens:,}",
             f"{s.heldout_tokens:,}",
             f"{s.bytes / (s.train_tokens + s.heldout_tokens):.2f}",
@@ -130,8 +146,72 @@ def _sources(facts: DataFacts) -> str:
         )
         for s in facts.sources
     ]
-    header = ("source", "documents", "empty", "train tokens", "held out", "bytes/token", "share")
+    header = (
+        *("source", "documents", "empty", "bad", "left out"),
+        *("train tokens", "held out", "bytes/token", "share"),
+    )
     return _table(header, rows)
+
+
+def _filters(facts: DataFacts) -> str:
+    """Figures by source and filter, and the examples."""
+    rows, examples = [], []
+    for source in facts.sources:
+        total = source.bytes + sum(loss.bytes for loss in source.losses.values())
+        for reason, loss in source.losses.items():
+            rows.append(
+                (
+                    f"{escape(source.name)}: {escape(reason)}",
+                    f"{loss.documents:,}",
+                    f"{loss.bytes / 1e6:,.2f}",
+                    f"{loss.bytes / total:.2%}",
+                )
+            )
+            examples += [
+                f"<p class=note>{escape(source.name)}, {escape(reason)}: {escape(e.detail)}</p>"
+                f"<pre class=row>{escape(e.text)}</pre>"
+                for e in loss.examples
+            ]
+    if not rows:
+        return "<p>Nothing: no filter is set, or every document passed.</p>"
+    table = _table(("source: filter", "documents", "MB", "share"), rows)
+    return f"{table}<details><summary>Examples</summary>{''.join(examples)}</details>"
+
+
+def _recipe(config: RunConfig) -> tuple[str, str]:
+    """What the stream was found to hold beside what is configured: a note and a table."""
+    found = measured_recipe(config.data, config.seed)
+    transforms = config.data.transforms
+    rows = []
+    for source in config.data.sources:
+        counted = found.sources.get(source.name)
+        if counted is None:
+            continue
+        fim = transforms.fim_rate if source.domain in transforms.fim_domains else 0.0
+        split = f"{counted.split / counted.splittable:.2%}" if counted.splittable else "-"
+        rows.append(
+            (
+                escape(source.name),
+                f"{found.shares[source.name]:.3%}",
+                f"{counted.tokens / found.tokens:.3%}",
+                f"{found.worst[source.name]:.3%}",
+                f"{fim:.2%}",
+                f"{counted.fim / counted.documents:.2%}" if counted.documents else "-",
+                f"{transforms.split_share:.2%}",
+                split,
+            )
+        )
+    note = (
+        f"Counted in the {found.tokens:,} tokens of the first {found.steps} steps, beside what is "
+        "configured. The largest difference is between the share in any run of whole steps of "
+        f"{found.span:,} tokens and the configured one. FIM: share of documents; split: share of "
+        "the tokens that join punctuation and a line break."
+    )
+    header = (
+        *("source", "share set", "measured", "largest difference"),
+        *("FIM set", "measured", "split set", "measured"),
+    )
+    return note, _table(header, rows)
 
 
 def _packing(facts: DataFacts) -> str:

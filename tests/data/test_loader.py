@@ -2,7 +2,10 @@
 
 import itertools
 import math
+import multiprocessing
+import random
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from data.errors import DataError
 from data.indexed import open_shard
 from data.loader import Batch, Loader, unigram_entropy
 from data.manifest import Manifest, Split
+from data.prefetch import Prefetcher
 from data.tokenizer_training import train_tokenizer
 
 Row = tuple[list[int], list[int], list[int]]
@@ -192,3 +196,37 @@ def test_missing_shards_and_split(config: DataConfig, tmp_path: Path) -> None:
 def test_rank_outside_the_world(config: DataConfig) -> None:
     with pytest.raises(DataError, match="rank 2 is not one of 2 ranks"):
         Loader(config, seed=0, rank=2, world=2)
+
+
+def _load(config: DataConfig) -> None:
+    """Open the shards and go through their steps, some made ahead, until killed."""
+    loader = Loader(config, seed=6)
+    batches = Prefetcher(loader.at, ahead=2, steps=10**6)
+    for step in itertools.count():
+        batches.at(step)
+
+
+def test_killed_ten_times_while_loading(config: DataConfig, tmp_path: Path) -> None:
+    """The shards stay as they were, and the next run sees the rows of an undisturbed one."""
+    splits = changed(config, transforms={"split_share": 0.5}, shards=str(tmp_path / "0"))
+    shutil.copytree(config.shards, splits.shards)
+    begin = time.monotonic()
+    reference = [rows_of(Loader(splits, seed=6).at(step)) for step in range(4)]
+    duration = time.monotonic() - begin
+    original = {p.name: p.read_bytes() for p in Path(splits.shards).rglob("*") if p.is_file()}
+    assert any(name.endswith(".splittable.npy") for name in original)
+    rng = random.Random(5)
+    killed_before_counts = 0
+    for trial in range(10):
+        mine = changed(splits, shards=str(tmp_path / f"killed{trial}"))
+        shutil.copytree(config.shards, mine.shards)
+        child = multiprocessing.get_context("fork").Process(target=_load, args=(mine,))
+        child.start()
+        time.sleep(rng.uniform(0.0, 1.2) * duration)
+        child.kill()
+        child.join()
+        killed_before_counts += not list(Path(mine.shards).rglob("text-*.splittable.npy"))
+        assert [rows_of(Loader(mine, seed=6).at(step)) for step in range(4)] == reference
+        left = [p for p in Path(mine.shards).rglob("*") if p.is_file()]
+        assert {p.name: p.read_bytes() for p in left if not p.name.startswith(".")} == original
+    assert killed_before_counts < 10

@@ -13,13 +13,20 @@ from data.config import DataConfig
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import train_tokenizer
-from trainer.data_facts import DataFacts, collect, longest_tokens, most_split_words
+from trainer.data_facts import (
+    DataFacts,
+    collect,
+    longest_tokens,
+    measured_recipe,
+    most_split_words,
+)
 from trainer.data_report import render
 
 TEXTS = {
     "a": [f"def f_{i}():\n    return {i}\n" * (i % 9 + 1) for i in range(40)],
     "b": ["<b>An & entity</b> Zyzzyva Zyzzyva qwrtzpsdf qwrtzpsdf\n" * 30, "short words\n" * 2],
 }
+FILTERS = {"min_characters": 8, "quality": [], "exact": False, "near": None, "template": None}
 
 
 class _Run:
@@ -33,7 +40,7 @@ class _Run:
 def run(tmp_path_factory: pytest.TempPathFactory) -> _Run:
     folder = tmp_path_factory.mktemp("report")
     for name, texts in TEXTS.items():
-        lines = [json.dumps({"text": text}) + "\n" for text in [*texts, "  "]]
+        lines = [json.dumps({"text": text}) + "\n" for text in [*texts, "  ", "tiny<i>"]]
         (folder / f"{name}.jsonl").write_text("".join(lines))
     data = DataConfig.model_validate(
         {
@@ -43,6 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> _Run:
             "row_length": 64,
             "batch_rows": 4,
             "heldout_fraction": 0.0,
+            "filters": FILTERS,
         }
     )
     train_tokenizer(data)
@@ -64,7 +72,8 @@ def test_figures_are_plain_counts(run: _Run, facts: DataFacts, tokenizer: Tokeni
     for source, texts in zip(facts.sources, TEXTS.values(), strict=True):
         lengths = [len(ids) + 2 for ids in tokenizer.encode_batch(texts)]
         assert source.lengths.tolist() == lengths
-        assert (source.documents, source.empty) == (len(texts), 1)
+        assert (source.documents, source.empty, source.bad) == (len(texts), 1, 0)
+        assert {r: (n.documents, n.bytes) for r, n in source.losses.items()} == {"length": (1, 7)}
         assert source.train_tokens == sum(lengths)
         assert source.bytes == sum(len(text.encode()) for text in texts)
     positions = [int(n) - 1 for source in facts.sources for n in source.lengths]
@@ -124,3 +133,29 @@ def test_page_shows_samples_and_escapes_text(
     assert found.count("script") == 0 and found.count("svg") == 1
     assert page.count("<b>&lt;｜begin▁of▁sentence｜&gt;</b>") > 0
     assert Path(run.data.shards).name in page
+
+
+def test_page_shows_filters_and_the_measured_recipe(
+    run: _Run, facts: DataFacts, tokenizer: Tokenizer
+) -> None:
+    data = DataConfig.model_validate(
+        run.data.model_dump()
+        | {"weights": {"a": 3.0, "b": 1.0}}
+        | {"transforms": {"fim_rate": 0.25, "fim_domains": ["prose"], "split_share": 0.5}}
+    )
+    page = render(_Run(data), tokenizer, facts)
+    for source in "ab":
+        assert f"{source}, length: 7 characters</p><pre class=row>tiny&lt;i&gt;</pre>" in page
+    cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
+    found = measured_recipe(data, run.seed)
+    (row,) = [row for row in cells if row[:2] == ["a", "75.000%"]]
+    counted = found.sources["a"]
+    assert row[2:] == [
+        f"{counted.tokens / found.tokens:.3%}",
+        f"{found.worst['a']:.3%}",
+        "25.00%",
+        f"{counted.fim / counted.documents:.2%}",
+        "50.00%",
+        f"{counted.split / counted.splittable:.2%}",
+    ]
+    assert abs(counted.tokens / found.tokens - 0.75) < 0.02
