@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from model.compressor import Compressor
 from model.config import ModelConfig
+from model.kernels.hadamard import hadamard
 from model.kernels.indexer import select_topk
+from model.kernels.mxfp4 import fake_quantise
 from model.positions import Positions
 from model.rope import rotate
 
@@ -24,7 +26,13 @@ class Index:
 
 
 class Indexer(nn.Module):
-    """Scores entries with small heads of its own and keeps the best ``index_topk`` per query."""
+    """Scores entries with small heads of its own and keeps the best ``index_topk`` per query.
+
+    While `quantised` (model/quantised.py), queries and keys are MXFP4 numbers, rotated before by a
+    Hadamard matrix as in the official code: it spreads outliers and changes no product.
+    """
+
+    quantised: bool = False
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -43,7 +51,10 @@ class Indexer(nn.Module):
         queries = self.wq_b(q_TQ).unflatten(-1, (self.heads, self.dim))
         queries = rotate(queries, positions.rotation("csa"))
         weights = self.weights_proj(x_TD).float() * (self.dim * self.heads) ** -0.5
-        return Index(queries, self.compressor(x_TD, positions), weights)
+        keys = self.compressor(x_TD, positions)
+        if self.quantised:
+            queries, keys = fake_quantise(hadamard(queries)), fake_quantise(hadamard(keys))
+        return Index(queries, keys, weights)
 
     @torch.no_grad()
     def select(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.kernels.mxfp4 import straight_through
 from model.kernels.permute import collect_rows, spread_rows
 from model.kernels.swiglu import clamped_swiglu
 from model.positions import Positions
@@ -81,7 +82,12 @@ class Dispatch(Protocol):
 
 
 class Experts(nn.Module):
-    """E clamped SwiGLU experts, their matrices stacked."""
+    """E clamped SwiGLU experts, their matrices stacked.
+
+    While `held` is set (model/quantised.py), forward takes those matrices in place of w1, w2, w3.
+    """
+
+    held: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -98,10 +104,22 @@ class Experts(nn.Module):
     def forward(self, sent: Dispatched) -> Tensor:
         """w2(silu(min(w1 x, limit)) · clamp(w3 x, ±limit)) · weight for every row, [P, D]."""
         x, ends = sent.rows_PD, sent.ends_E
-        gate = F.grouped_mm(x, self.w1.transpose(1, 2), offs=ends)
-        up = F.grouped_mm(x, self.w3.transpose(1, 2), offs=ends)
+        w1, w2, w3 = self._matrices()
+        gate = F.grouped_mm(x, w1.transpose(1, 2), offs=ends)
+        up = F.grouped_mm(x, w3.transpose(1, 2), offs=ends)
         inner = clamped_swiglu(gate, up, self.limit, sent.weights_P)
-        return F.grouped_mm(inner, self.w2.transpose(1, 2), offs=ends)
+        return F.grouped_mm(inner, w2.transpose(1, 2), offs=ends)
+
+    def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What to multiply with; its gradient goes to w1, w2 and w3."""
+        if self.held is None:
+            return self.w1, self.w2, self.w3
+        w1, w2, w3 = self.held
+        return (
+            straight_through(self.w1, w1),
+            straight_through(self.w2, w2),
+            straight_through(self.w3, w3),
+        )
 
 
 class SharedExpert(nn.Module):

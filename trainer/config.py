@@ -19,6 +19,7 @@ from optim.config import OptimConfig
 from trainer.config_deepspeed import problems as deepspeed_problems
 from trainer.config_errors import explain
 from trainer.config_parallel import ParallelConfig
+from trainer.config_quantisation import problems as quantisation_problems
 from trainer.config_source import ConfigError, dump_yaml, read_source
 from trainer.config_stability import StabilityConfig
 from trainer.config_stability import problems as stability_problems
@@ -103,6 +104,8 @@ class RunConfig(Section):
     """MTP loss weight once the learning rate decays (REP 4.2); null keeps model.mtp_loss_weight."""
     router_bias_speed: Annotated[float, Field(ge=0)] = 0.001
     """How far a router's bias moves a step, against the load (V3 2.1.2; V4's own value)."""
+    quantisation: Literal["none", "mxfp4"] = "none"
+    """`mxfp4` trains routed experts and the indexer's queries and keys for four bits (REP 3.4)."""
     deterministic: bool = False
     """Refuse operations whose result may differ from run to run."""
     model: ModelConfig
@@ -140,6 +143,7 @@ class RunConfig(Section):
             *self.parallel.problems(self.model),
             *deepspeed_problems(self),
             *stability_problems(self),
+            *quantisation_problems(self),
         ):
             raise ValueError(problem)
         for where, rows in self._all_rows(recipe):

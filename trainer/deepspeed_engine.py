@@ -59,7 +59,7 @@ class DeepSpeedEngine(Engine):
             groups.setdefault(entry.weight_decay, []).append(self.parameters[entry.name])
         return [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
 
-    def run(self, microbatches: Microbatches, tally: Tally, backward: bool) -> None:
+    def compute(self, microbatches: Microbatches, tally: Tally, backward: bool) -> None:
         """As in Engine; DeepSpeed reduces with the last microbatch.
 
         Raises RuntimeError where no step followed the last backward: ZeRO keeps its gradient.

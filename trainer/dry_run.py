@@ -22,6 +22,7 @@ from torch import Tensor
 
 from model import SampleLayout, TokenCounts
 from model.moe import MoE
+from model.quantised import held_tensors
 from model.transformer import Microbatch
 from trainer.activations import Addresses, GroupedShapes, Live, Storages, most_in_flight, tensors_in
 from trainer.config import RunConfig
@@ -62,7 +63,7 @@ class RankMemory:
     Attributes:
         rank, pipeline: its number among all, and on the pipeline axis.
         parameters: elements that it holds and trains.
-        resident: what is there all the time, by name.
+        resident: what is there all the time, by name; quantised experts but for the update.
         microbatches: token positions of all microbatches of a step, as if all were there at once.
         stages: its stages' activations.
         update: what the optimizer's step needs besides `resident`, at most, for a while.
@@ -211,6 +212,10 @@ class _Part:
 
     def memory(self, known: _Known) -> RankMemory:
         """What this rank holds. What is like something in `known` is not measured again."""
+        with self.engine.computing():
+            return self._memory(known)
+
+    def _memory(self, known: _Known) -> RankMemory:
         micro = self._microbatch()
         numbers = self.local.stages.stages_of(self.grid.pipeline.rank)
         needs = {number: self._stage(number, micro, known) for number in numbers}
@@ -238,12 +243,15 @@ class _Part:
         masters = [tensor for name, tensor in states.items() if name.startswith("master.")]
         others = [tensor for name, tensor in states.items() if not name.startswith("master.")]
         buckets = [flat for kind, _ in self.engine.gradients.buckets for flat in kind.buckets]
-        return {
+        resident = {
             "weights": Storages([*model.parameters(), *model.buffers()]).nbytes,
             "gradients": Storages(buckets).nbytes,
             "master weights": Storages(masters).nbytes,
             "optimizer states": Storages(others).nbytes,
         }
+        if held := held_tensors(model):
+            resident["quantised experts"] = Storages(held).nbytes
+        return resident
 
     def _microbatch(self) -> Microbatch:
         """Rows that are one sample each."""
@@ -297,7 +305,8 @@ class _Part:
         model = self.local.model
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         streams = self._streams(micro)
-        lasting = [*model.parameters(), *model.buffers(), *grads, *tensors_in(micro), streams]
+        lasting = [*model.parameters(), *model.buffers(), *held_tensors(model), *grads]
+        lasting += [*tensors_in(micro), streams]
         with Live(Storages(lasting)) as live, GroupedShapes(), Addresses():
             out = piece(streams)
             held = live.now

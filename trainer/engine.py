@@ -8,6 +8,7 @@ tokens over ranks gives the same result.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,6 +20,7 @@ from data import Batch
 from model import SampleLayout, TokenCounts, V4Model
 from model.config import AttentionMode
 from model.flops import training_flops
+from model.quantised import quantised
 from model.transformer import Microbatch
 from optim import Optimizer, clip_
 from trainer.parallel.collectives import sum_
@@ -116,7 +118,12 @@ def learns(name: str, attention: AttentionMode) -> bool:
 
 
 class Engine(ABC):
-    """Forward, backward and update. What runs them, and where gradients lie, is a subclass's."""
+    """Forward, backward and update. What runs them, and where gradients lie, is a subclass's.
+
+    While `quantised` is set, all of them see the model of model/quantised.py.
+    """
+
+    quantised: bool = False
 
     def __init__(self, local: LocalModel, grid: Grid) -> None:
         self.model = local.model
@@ -144,11 +151,8 @@ class Engine(ABC):
         """Make room for the gradients of the parameters that learn, and of no others."""
 
     @abstractmethod
-    def run(self, microbatches: Microbatches, tally: Tally, backward: bool) -> None:
-        """Forward of all microbatches into `tally`, and backward if asked.
-
-        Backward leaves the gradient of the sum over all ranks, in place of any earlier one.
-        """
+    def compute(self, microbatches: Microbatches, tally: Tally, backward: bool) -> None:
+        """`run`, of the model as it is at the time."""
 
     @abstractmethod
     def gradient_norm(self) -> Tensor:
@@ -161,6 +165,18 @@ class Engine(ABC):
     @abstractmethod
     def step(self, learning_rate: float, norm: Tensor) -> None:
         """Clip a gradient of this norm and update the weights."""
+
+    def run(self, microbatches: Microbatches, tally: Tally, backward: bool) -> None:
+        """Forward of all microbatches into `tally`, and backward if asked.
+
+        Backward leaves the gradient of the sum over all ranks, in place of any earlier one.
+        """
+        with self.computing():
+            self.compute(microbatches, tally, backward)
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Context in which the model is the one that microbatches see."""
+        return quantised(self.model) if self.quantised else nullcontext()
 
     def forward_backward(
         self,
@@ -264,7 +280,7 @@ class NativeEngine(Engine):
             parameter.grad = None
         self.gradients = Gradients(self.local, self.grid)
 
-    def run(self, microbatches: Microbatches, tally: Tally, backward: bool) -> None:
+    def compute(self, microbatches: Microbatches, tally: Tally, backward: bool) -> None:
         """As in Engine: the stages' schedule, then one sum of every bucket."""
         if backward:
             self.gradients.zero_()

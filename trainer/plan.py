@@ -221,12 +221,16 @@ def _parts_of_rank(
     adamw = [entry.name for entry in table if entry.optimizer == "adamw"]
     low = [name for name in trained if tensors[name].dtype != torch.float32]
     states = sum(elements[name] for name in trained) + sum(elements[name] for name in adamw)
-    return {
+    parts = {
         "weights": sum(elements[name] * tensor.itemsize for name, tensor in tensors.items()),
         "gradients": 4 * sum(elements[name] for name in trained),
         "master weights": 4 * sum(elements[name] for name in low),
         "optimizer states": 4 * (states + len(adamw)),  # AdamW counts each parameter's steps
     }
+    if config.quantisation != "none":
+        experts = [name for name in trained if placements[name].kind == "expert"]
+        parts["quantised experts"] = sum(elements[n] * tensors[n].itemsize for n in experts)
+    return parts
 
 
 def dry_run_table(found: DryRun) -> Table:

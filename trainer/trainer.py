@@ -331,4 +331,6 @@ def make_engine(
     config: RunConfig, local: LocalModel, grid: Grid, optimizer: Optimizer | None = None
 ) -> NativeEngine:
     """The native engine; it trains with an optimizer."""
-    return NativeEngine(local, grid, optimizer)
+    engine = NativeEngine(local, grid, optimizer)
+    engine.quantised = config.quantisation == "mxfp4"
+    return engine

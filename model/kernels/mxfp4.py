@@ -17,6 +17,8 @@ LARGEST = 6.0
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _LEAST_EXPONENT = -126
 """Smallest scale that is chosen; also the scale of a block of zeros."""
+_PART = 1 << 24
+"""Numbers rounded at a time."""
 _EXPONENT_BIAS = 127
 _NOT_A_NUMBER = 255  # of float8_e8m0fnu
 
@@ -66,21 +68,36 @@ def dequantise(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     return (_blocks(values) * scales).flatten(-2).to(dtype)
 
 
+def rounded(x: Tensor) -> Tensor:
+    """What `x` [..., C] becomes by `quantise` and back, in its own dtype; without a gradient."""
+    result = torch.empty_like(x, requires_grad=False, memory_format=torch.contiguous_format)
+    rows = max(_PART // x.shape[-1], 1)
+    flat = x.detach().reshape(-1, x.shape[-1])
+    parts = zip(flat.split(rows), result.view(flat.shape).split(rows), strict=True)
+    for part, out in parts:  # so that what lies between is small
+        exponents = _exponents(part)
+        out.copy_(_scaled(_round_e2m1(_scaled(part.float(), -exponents)), exponents))
+    return result
+
+
 def fake_quantise(x: Tensor) -> Tensor:
-    """What `x` becomes by `quantise` and back, in its own dtype; the gradient passes unchanged."""
-    return _StraightThrough.apply(x)
+    """`rounded`, in forward alone: the gradient passes unchanged."""
+    return straight_through(x, rounded(x))
+
+
+def straight_through(x: Tensor, values: Tensor) -> Tensor:
+    """`values` in forward, as a view; the gradient goes to `x`, of the same shape, unchanged."""
+    return _StraightThrough.apply(x, values)
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        exponents = _exponents(x)
-        rounded = _scaled(_round_e2m1(_scaled(x.float(), -exponents)), exponents)
-        return rounded.to(x.dtype)
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def fits_fp8(packed: Packed) -> Tensor:

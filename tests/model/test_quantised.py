@@ -1,0 +1,140 @@
+"""The quantised model beside one whose weights a few lines of this file have rounded."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import IGNORE, SampleLayout, V4Model
+from model import indexer as indexer_module
+from model.block import Block
+from model.kernels.mxfp4 import fits_fp8, from_fp8, quantise, to_fp8
+from model.quantised import held_tensors, quantised
+from tests.model.tiny import random_model, random_tokens, tiny_config
+from trainer.parallel.recompute import apply_recompute
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
+SIZES = {"moe_intermediate_size": 64, "index_head_dim": 32}
+ALL_SEEN = {"index_topk": 512}  # nothing to choose: the indexer is idle
+
+
+def reference(x: Tensor) -> Tensor:
+    """The nearest of all products of E2M1 and the block's power of two, ties to the even code."""
+    blocks = x.double().unflatten(-1, (-1, 32))
+    scale = torch.exp2(torch.ceil(torch.log2(blocks.abs().amax(-1, keepdim=True) / 6)))
+    distance = (blocks.abs() / scale).unsqueeze(-1) - E2M1
+    code = (distance.abs() + 1e-12 * (torch.arange(8) % 2)).argmin(-1)
+    return (E2M1[code] * scale).copysign(blocks).flatten(-2).to(x.dtype)
+
+
+def rounded_copy(model: V4Model) -> V4Model:
+    """A plain model whose routed experts, and nothing else, hold the reference's numbers."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if ".ffn.experts." in name:
+                parameter.copy_(reference(parameter))
+    return twin
+
+
+def losses(model: V4Model) -> Tensor:
+    """The loss of two packed rows, whose gradients are left behind."""
+    tokens = random_tokens(model.config, 2, 48)
+    targets = tokens.roll(-1, 1)
+    targets[:, -1] = IGNORE
+    loss = model(tokens, SampleLayout.from_lengths([[48], [13, 35]]), targets).loss
+    loss.backward()
+    return loss.detach()
+
+
+def gradients(model: V4Model) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradients_are_those_of_the_rounded_weights(dtype: torch.dtype) -> None:
+    model = random_model(tiny_config(**SIZES, **ALL_SEEN), dtype=dtype)
+    twin, before = rounded_copy(model), copy.deepcopy(model.state_dict())
+    with quantised(model):
+        found = losses(model)
+    assert torch.equal(found, losses(twin))
+    ours, theirs = gradients(model), gradients(twin)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert any(".mtp." in f".{name}" and ".experts." in name for name in ours)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items()), "masters stay"
+
+
+def test_outside_nothing_has_changed() -> None:
+    model = random_model(tiny_config(**SIZES))
+    plain = losses(model)
+    with pytest.raises(RuntimeError, match="broken"), quantised(model):
+        assert not torch.equal(losses(model), plain)
+        raise RuntimeError("broken")
+    assert torch.equal(losses(model), plain) and not held_tensors(model)
+
+
+def test_recomputation_sees_the_same_weights() -> None:
+    grads = []
+    for parts in ((), ("block",)):
+        model = random_model(tiny_config(**SIZES))
+        apply_recompute(model, parts)
+        with quantised(model):
+            losses(model)
+        grads.append(gradients(model))
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+
+
+def test_weights_are_rounded_once() -> None:
+    model = random_model(tiny_config(**SIZES))
+    experts = [block.ffn.experts for block in model.modules() if isinstance(block, Block)]
+    with quantised(model):
+        held = held_tensors(model)
+        assert len(held) == 3 * len(experts) == 3 * (4 + 1)
+        losses(model), losses(model)
+        assert all(one is other for one, other in zip(held, held_tensors(model), strict=True))
+
+
+def test_fp8_holds_the_experts_without_loss() -> None:
+    model = random_model(tiny_config(**SIZES))
+    with quantised(model):
+        for stack in held_tensors(model):
+            for matrix in stack:
+                packed = quantise(matrix)
+                assert fits_fp8(packed).all()
+                numbers, scales = to_fp8(packed)
+                assert numbers.dtype == torch.float8_e4m3fn
+                assert torch.equal(from_fp8(numbers, scales), matrix)
+
+
+def test_only_the_index_sees_rotated_and_rounded_queries_and_keys() -> None:
+    model = random_model(tiny_config(**SIZES))
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    matrix = two
+    for _ in range(4):
+        matrix = torch.kron(matrix, two)
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def select(q: Tensor, keys: Tensor, weights: Tensor, *more: Any) -> Tensor:
+        seen.append((q, keys, weights))
+        return select_topk(q, keys, weights, *more)
+
+    select_topk = indexer_module.select_topk
+    with patch.object(indexer_module, "select_topk", select):
+        losses(rounded_copy(model))
+        with quantised(model):
+            losses(model)
+    # Of the first CSA layer: what comes behind it differs by what the index chose.
+    plain, found = seen[0], seen[len(seen) // 2]
+    for before, after in zip(plain[:2], found[:2], strict=True):
+        turned = before.double() @ matrix / 32**0.5
+        expected = reference(turned.float())
+        close = (turned - expected.double()).abs() + 1e-5 < (turned - after.double()).abs()
+        assert not close.any(), "not the nearest"
+        assert (after != expected).float().mean() < 1e-3  # where rounding in fp32 meets a tie
+        assert torch.equal(reference(after), after)
+    assert torch.equal(plain[2], found[2]), "the heads' weights stay"

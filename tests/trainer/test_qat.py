@@ -1,0 +1,127 @@
+"""A quantised run: resumed, exported, imported, refused."""
+
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from model import quantised as quantised_module
+from model.kernels.mxfp4 import rounded
+from model.quantised import quantised
+from tests.trainer.tiny import assert_same_run, column, train
+from trainer.commands import main
+from trainer.config import ConfigError, RunConfig, load_config
+from trainer.dry_run import dry_run
+from trainer.evaluate import Heldout
+from trainer.export import export_run
+from trainer.metrics_file import read_metrics
+from trainer.parallel.grid import Grid
+from trainer.parallel.sizes import Sizes
+from trainer.plan import memory_parts
+from trainer.trainer import make_engine
+from trainer.transfer import import_run, open_run
+
+SIZES = [
+    "model.hidden_size=32",
+    "model.moe_intermediate_size=64",
+    "model.index_head_dim=32",
+    "model.initializer_range=0.2",
+]
+DEEPSPEED = [
+    "optim.matrix_optimizer=adamw",
+    "optim.max_skipped_steps=0",
+    "deepspeed.optimizer.type=AdamW",
+]
+QAT = [*SIZES, "quantisation=mxfp4"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_four_steps_are_two_and_two(tiny: Path, tmp_path: Path, precision: str) -> None:
+    common = ["steps=4", f"precision={precision}"]
+    train(tiny, tmp_path / "straight", *QAT, *common)
+    train(tiny, tmp_path / "halves", *QAT, *common, stop_at=2)
+    train(tiny, tmp_path / "halves", *QAT, *common)
+    assert_same_run(tmp_path / "straight", tmp_path / "halves", 4)
+    train(tiny, tmp_path / "plain", *SIZES, *common)
+    assert column(tmp_path / "plain", "loss") != column(tmp_path / "straight", "loss")
+
+
+def test_weights_are_rounded_once_a_step(tiny: Path, tmp_path: Path) -> None:
+    with patch.object(quantised_module, "rounded", wraps=rounded) as counted:
+        train(tiny, tmp_path / "run", *QAT, "steps=2", "data.micro_rows=1", "evaluation.rows=1")
+    layers, passes = 3 + 1, 2 + 1  # with the MTP block; two steps and one evaluation
+    assert counted.call_count == 3 * layers * passes
+
+
+def heldout(config: RunConfig, experts_only: bool = False) -> float:
+    """Held-out loss of the newest checkpoint; or with experts as they are saved, and only the
+    index in four bits."""
+    grid = Grid.single()
+    local, _ = open_run(config, grid)
+    engine = make_engine(config, local, grid)
+    if not experts_only:
+        return Heldout(config, grid).evaluate(engine).loss
+    engine.quantised = False
+    with quantised(local.model):
+        for block in [*local.model.layers, *local.model.mtp]:
+            block.ffn.experts.held = None
+        return Heldout(config, grid).evaluate(engine).loss
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_packed_export_has_exactly_the_loss_of_training(
+    tiny: Path, tmp_path: Path, precision: str
+) -> None:
+    common = [*QAT, f"precision={precision}", "evaluation.rows=null"]
+    config = train(tiny, tmp_path / "run", *common)
+    trained = read_metrics(config.run_dir / "metrics.jsonl")[-1]["heldout_loss"]
+    assert heldout(config) == trained
+    assert heldout(config, experts_only=True) != trained, "masters are not rounded"
+    export_run(config, tmp_path / "packed", experts="mxfp4")
+    again = load_config(tiny, [f"run_dir={tmp_path / 'again'}", *common])
+    import_run(again, tmp_path / "packed")
+    assert heldout(again, experts_only=True) == trained, "the unpacked numbers as they are"
+    assert heldout(again) == trained, "rounding them once more changes nothing"
+
+
+def test_memory_counts_the_rounded_experts(tiny: Path, tmp_path: Path) -> None:
+    config = load_config(tiny, [*QAT, "precision=bf16"])
+    parts = memory_parts(config, Sizes(1))
+    assert parts["quantised experts"] == 2 * 4 * 4 * 3 * 64 * 32
+    assert dry_run(config, 1).fullest.resident == parts
+    plain = memory_parts(load_config(tiny, [*SIZES, "precision=bf16"]), Sizes(1))
+    assert parts == plain | {"quantised experts": parts["quantised experts"]}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["model.hidden_size=40"], r"model\.hidden_size = 40 .* a multiple of 32 .*quantisation"),
+        (["model.moe_intermediate_size=48"], r"model\.moe_intermediate_size = 48 .*multiple of 32"),
+        (["parallel.expert_tensor=4"], r"parallel\.expert_tensor = 4 .* it should divide 2"),
+        (
+            ["model.index_head_dim=16"],
+            r"model\.index_head_dim = 16 .* power of two and at least 32",
+        ),
+        (
+            ["model.index_head_dim=96"],
+            r"model\.index_head_dim = 96 .* power of two and at least 32",
+        ),
+        (
+            ["engine=deepspeed", *DEEPSPEED],
+            "quantisation = mxfp4 does not go with engine = deepspeed",
+        ),
+        (["quantisation=fp4"], "quantisation = 'fp4'"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(
+    tiny: Path, overrides: list[str], sentence: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(tiny, [*QAT, *overrides])
+    assert main(["plan", str(tiny), *QAT, *overrides]) == 2
+    assert len(capfd.readouterr().err.strip().splitlines()) == 1
+
+
+def test_without_csa_layers_the_index_may_have_any_size(tiny: Path) -> None:
+    load_config(tiny, [*QAT, "model.index_head_dim=8", "model.layer_types=[window, hca, hca]"])

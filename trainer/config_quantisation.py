@@ -1,0 +1,35 @@
+"""Whether a run can be quantised. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+BLOCK = 32
+"""Numbers that share a scale in MXFP4."""
+
+
+def problems(config: Any) -> Iterator[str]:
+    """What keeps `quantisation` from being what it is, a sentence each that names both fields."""
+    if config.quantisation == "none":
+        return
+    what = f"quantisation = {config.quantisation}"
+    if config.engine != "native":
+        yield f"{what} does not go with engine = {config.engine}; engine should be native"
+    model, parts = config.model, config.parallel.expert_tensor
+    for field in ("hidden_size", "moe_intermediate_size"):
+        size = getattr(model, field)
+        if size % BLOCK:
+            yield f"model.{field} = {size} should be a multiple of {BLOCK} for {what}"
+    inner = model.moe_intermediate_size
+    if inner % (BLOCK * parts):
+        yield (
+            f"parallel.expert_tensor = {parts} splits model.moe_intermediate_size = {inner} inside "
+            f"a block of {BLOCK}, which {what} cannot; it should divide {inner // BLOCK}"
+        )
+    index = model.index_head_dim
+    if "csa" in model.layer_types and (index % BLOCK or index & (index - 1)):
+        yield (
+            f"model.index_head_dim = {index} should be a power of two and at least {BLOCK} for "
+            f"{what}, since queries and keys go through a Hadamard matrix before they are rounded"
+        )
