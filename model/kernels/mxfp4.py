@@ -48,7 +48,7 @@ def quantise(x: Tensor) -> Packed:
     infinity becomes NaN.
     """
     exponents = _exponents(x)
-    rounded = _round_e2m1(_scaled(x.float(), -exponents))
+    rounded = _round_e2m1(_blocks(x).float() * _power(-exponents)).flatten(-2)
     magnitudes = torch.tensor(_MAGNITUDES, device=x.device)
     code = torch.searchsorted(magnitudes, rounded.abs().nan_to_num_().contiguous())
     code = (code + 8 * torch.signbit(rounded)).to(torch.uint8)
@@ -76,7 +76,8 @@ def rounded(x: Tensor) -> Tensor:
     parts = zip(flat.split(rows), result.view(flat.shape).split(rows), strict=True)
     for part, out in parts:  # so that what lies between is small
         exponents = _exponents(part)
-        out.copy_(_scaled(_round_e2m1(_scaled(part.float(), -exponents)), exponents))
+        numbers = _round_e2m1(_blocks(part).float() * _power(-exponents))
+        _blocks(out).copy_(numbers.mul_(_power(exponents)))
     return result
 
 
@@ -154,6 +155,11 @@ def _exponents(x: Tensor) -> Tensor:
     return torch.where(fraction <= 0.75, exponent - 3, exponent - 2).clamp_min_(_LEAST_EXPONENT)
 
 
+def _power(exponents: Tensor) -> Tensor:
+    """2^exponent, fp32 [..., C/32, 1]; exponents between -126 and 127, as those of blocks are."""
+    return ((exponents + _EXPONENT_BIAS) << 23).view(torch.float32)[..., None]
+
+
 def _scaled(x: Tensor, exponents: Tensor) -> Tensor:
     """x · 2^exponent of its block, exactly: in two steps, so that no factor leaves fp32."""
     half = exponents // 2
@@ -162,10 +168,15 @@ def _scaled(x: Tensor, exponents: Tensor) -> Tensor:
 
 
 def _round_e2m1(x: Tensor) -> Tensor:
-    """To the nearest number of E2M1, ties to the even code; |x| <= 6."""
+    """To the nearest number of E2M1, ties to the even code; |x| <= 6, fp32.
+
+    The numbers are a step of half their power of two apart, below 2 of 0.5. In fp32 adding
+    3 · 2^22 steps leaves no bit for less than a step, and rounds to the nearest, ties to even.
+    """
     magnitude = x.abs()
-    step = 0.5 + 0.5 * (magnitude >= 2) + (magnitude >= 4)
-    return torch.round(magnitude / step).mul_(step).copysign_(x)
+    power = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min_(1.0)
+    shift = power.mul_(3 * 2.0**21)
+    return magnitude.add_(shift).sub_(shift).copysign_(x)
 
 
 def _tiles(exponents: Tensor) -> Tensor:
