@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data import Loader
 from model.kernels.mxfp4 import BLOCK, fits_fp8, from_fp8, quantise, rounded, to_fp8
 from trainer.checkpoint import checkpoints_in
 from trainer.config import RunConfig, load_config
@@ -49,6 +50,7 @@ def heldout(config: RunConfig) -> float:
     grid = Grid.single()
     local, _ = open_run(config, grid)
     engine = make_engine(config, local, grid)
+    engine.quantised = config.quantisation != "none"
     return Heldout(config, grid, config.evaluation.rows).evaluate(engine).loss
 
 
@@ -119,10 +121,8 @@ def take_times(path: Path, overrides: list[str], repeats: int = 5) -> None:
     """Seconds of forward and backward of a step, plain and quantised in turn."""
     config = load_config(path, overrides)
     grid = Grid.single()
-    trainer_parts = build(config, grid)
-    engine = make_engine(config, trainer_parts[0], grid)
-    from data import Loader
-
+    local, _ = build(config, grid)
+    engine = make_engine(config, local, grid)
     batches = Loader(config.data, config.seed, 0, 1).at(0)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for repeat in range(repeats + 1):

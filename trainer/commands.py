@@ -40,7 +40,7 @@ def data_report(config: RunConfig, options: argparse.Namespace) -> None:
 def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     """Loss of the newest checkpoint on the held-out text, beside its unigram entropy.
 
-    With the attention of the last step's stage.
+    With the attention and the quantisation of the last step's stage.
     """
     from trainer.evaluate import Heldout
     from trainer.parallel.grid import open_grid
@@ -54,7 +54,9 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
         local, state = open_run(config, grid)
         heldout = Heldout(config, grid)
         engine = make_engine(config, local, grid)
-        engine.attend(Recipe(config).at(max(state.step - 1, 0)).attention)
+        stage = Recipe(config).at(max(state.step - 1, 0))
+        engine.attend(stage.attention)
+        engine.quantised = stage.quantised
         found = heldout.evaluate(engine)
         if not grid.is_first:
             return

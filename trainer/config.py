@@ -23,7 +23,7 @@ from trainer.config_quantisation import problems as quantisation_problems
 from trainer.config_source import ConfigError, dump_yaml, read_source
 from trainer.config_stability import StabilityConfig
 from trainer.config_stability import problems as stability_problems
-from trainer.config_stages import StageConfig
+from trainer.config_stages import Quantisation, StageConfig
 from trainer.config_stages import problems as stage_problems
 from trainer.parallel.sizes import Sizes
 from trainer.stages import Recipe
@@ -104,7 +104,7 @@ class RunConfig(Section):
     """MTP loss weight once the learning rate decays (REP 4.2); null keeps model.mtp_loss_weight."""
     router_bias_speed: Annotated[float, Field(ge=0)] = 0.001
     """How far a router's bias moves a step, against the load (V3 2.1.2; V4's own value)."""
-    quantisation: Literal["none", "mxfp4"] = "none"
+    quantisation: Quantisation = "none"
     """`mxfp4` trains routed experts and the indexer's queries and keys for four bits (REP 3.4)."""
     deterministic: bool = False
     """Refuse operations whose result may differ from run to run."""

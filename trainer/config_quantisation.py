@@ -10,10 +10,17 @@ BLOCK = 32
 
 
 def problems(config: Any) -> Iterator[str]:
-    """What keeps `quantisation` from being what it is, a sentence each that names both fields."""
-    if config.quantisation == "none":
-        return
-    what = f"quantisation = {config.quantisation}"
+    """What keeps a `quantisation` from being what it is, a sentence each that names both fields."""
+    given = {"quantisation": config.quantisation}
+    for number, stage in enumerate(config.stages):
+        given[f"stages.{number}.quantisation"] = stage.quantisation or "none"
+    for field, value in given.items():
+        if value != "none":
+            yield from _problems(config, f"{field} = {value}")
+            return
+
+
+def _problems(config: Any, what: str) -> Iterator[str]:
     if config.engine != "native":
         yield f"{what} does not go with engine = {config.engine}; engine should be native"
     model, parts = config.model, config.parallel.expert_tensor

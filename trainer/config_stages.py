@@ -6,8 +6,9 @@
       - {until: 32e12, attention: sparse, row_length: 65536, batch_rows: 1152, decay: true}
 
 What a stage leaves out is the run's: `data.row_length`, `data.batch_rows`, `data.micro_rows`,
-`data.weights`, `model.mtp_loss_weight` and `mtp_loss_weight_in_decay`, `router_bias_speed`, and
-`optim.learning_rate` with `optim.schedule`. trainer/stages.py makes functions of the step of it.
+`data.weights`, `model.mtp_loss_weight` and `mtp_loss_weight_in_decay`, `router_bias_speed`,
+`quantisation`, and `optim.learning_rate` with `optim.schedule`. trainer/stages.py makes functions
+of the step of it.
 """
 
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ def _whole(value: Any) -> Any:
 Tokens = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 Rows = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0)]
+Quantisation = Literal["none", "mxfp4"]
 
 WARMUP_LEARNING_RATE = 1e-3
 """Of the indexer's warm-up (V3.2)."""
@@ -59,6 +61,7 @@ class StageConfig(BaseModel):
     """Instead of the schedule's, all through the stage; 1e-3 where absent in a `warmup`."""
     mtp_loss_weight: Rate | None = None
     router_bias_speed: Rate | None = None
+    quantisation: Quantisation | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> "StageConfig":

@@ -201,6 +201,7 @@ class _Part:
                 module.dispatch = EvenDispatch(grid)
         self.optimizer = make_optimizer(config, self.local, grid)
         self.engine: NativeEngine = make_engine(config, self.local, grid)
+        self.engine.quantised = stage.quantised
 
     def elements(self) -> dict[str, int]:
         """Elements of every parameter here, over all ranks of the stage and each once."""

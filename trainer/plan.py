@@ -196,7 +196,7 @@ def memory_table(config: RunConfig, sizes: Sizes) -> Table:
 
 
 def memory_parts(config: RunConfig, sizes: Sizes) -> dict[str, int]:
-    """Bytes that the fullest process holds for the whole run, by part.
+    """Bytes that the fullest process holds for the whole run, or its quantised stages, by part.
 
     From shapes and placements alone; `trainer.dry_run` counts the same in the real objects. The
     ranks of a pipeline rank all hold as much.
@@ -227,7 +227,7 @@ def _parts_of_rank(
         "master weights": 4 * sum(elements[name] for name in low),
         "optimizer states": 4 * (states + len(adamw)),  # AdamW counts each parameter's steps
     }
-    if config.quantisation != "none":
+    if any(stage.quantised for stage in Recipe(config).stages):
         experts = [name for name in trained if placements[name].kind == "expert"]
         parts["quantised experts"] = sum(elements[n] * tensors[n].itemsize for n in experts)
     return parts

@@ -14,7 +14,7 @@ from data.config import DataStage
 from model.config import AttentionMode
 from optim.config import OptimConfig
 from optim.schedule import decay_start, schedule
-from trainer.config_stages import WARMUP_LEARNING_RATE, StageConfig
+from trainer.config_stages import WARMUP_LEARNING_RATE, Quantisation, StageConfig
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -46,11 +46,17 @@ class Stage:
     learning_rate: float | None
     mtp_loss_weight: float | None
     router_bias_speed: float
+    quantisation: Quantisation
 
     @property
     def end(self) -> int:
         """The first step that is no longer its own."""
         return self.first + self.steps
+
+    @property
+    def quantised(self) -> bool:
+        """Whether it is quantisation-aware."""
+        return self.quantisation != "none"
 
 
 class Recipe:
@@ -100,10 +106,10 @@ class Recipe:
         """The stage whose microbatches take most memory."""
         order = ("dense", "select", "warmup", "sparse")
 
-        def size(stage: Stage) -> tuple[int, int, int]:
+        def size(stage: Stage) -> tuple[int, int, bool, int]:
             rows = stage.rows
             tokens = rows.micro_rows * rows.row_length
-            return tokens, rows.row_length, order.index(stage.attention)
+            return tokens, rows.row_length, stage.quantised, order.index(stage.attention)
 
         return max(self.stages, key=size)
 
@@ -136,6 +142,7 @@ def _only(config: RunConfig) -> Stage:
         learning_rate=None,
         mtp_loss_weight=None,
         router_bias_speed=config.router_bias_speed,
+        quantisation=config.quantisation,
     )
 
 
@@ -170,6 +177,7 @@ def _resolve(config: RunConfig) -> tuple[Stage, ...]:
                 else given.learning_rate,
                 mtp_loss_weight=given.mtp_loss_weight,
                 router_bias_speed=0.0 if warmup else speed,
+                quantisation=given.quantisation or config.quantisation,
             )
         )
         step, tokens = step + rows.steps, tokens + taken
@@ -177,7 +185,8 @@ def _resolve(config: RunConfig) -> tuple[Stage, ...]:
 
 
 def _name(given: StageConfig, rows: DataStage) -> str:
-    return f"{given.attention} {short_length(rows.row_length)}{', decay' if given.decay else ''}"
+    more = ", decay" * given.decay + (f", {given.quantisation}" if given.quantisation else "")
+    return f"{given.attention} {short_length(rows.row_length)}{more}"
 
 
 def _rows(config: RunConfig, number: int, given: StageConfig, budget: int) -> DataStage:

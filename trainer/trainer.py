@@ -135,6 +135,7 @@ class Trainer:
         if self.stage is not stage:
             self.stage = stage
             self.engine.attend(stage.attention)
+            self.engine.quantised = stage.quantised
             if stage.name:
                 self._note(f"step {self.state.step + 1}: stage {stage.number}, {stage.name}")
         return stage
@@ -331,6 +332,4 @@ def make_engine(
     config: RunConfig, local: LocalModel, grid: Grid, optimizer: Optimizer | None = None
 ) -> NativeEngine:
     """The native engine; it trains with an optimizer."""
-    engine = NativeEngine(local, grid, optimizer)
-    engine.quantised = config.quantisation == "mxfp4"
-    return engine
+    return NativeEngine(local, grid, optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +14,9 @@ from torch import Tensor
 from model import IGNORE, SampleLayout, V4Model
 from model import indexer as indexer_module
 from model.block import Block
+from model.kernels.hadamard import hadamard
 from model.kernels.mxfp4 import fits_fp8, from_fp8, quantise, to_fp8
+from model.positions import Positions
 from model.quantised import held_tensors, quantised
 from tests.model.tiny import random_model, random_tokens, tiny_config
 from trainer.parallel.recompute import apply_recompute
@@ -138,3 +141,25 @@ def test_only_the_index_sees_rotated_and_rounded_queries_and_keys() -> None:
         assert (after != expected).float().mean() < 1e-3  # where rounding in fp32 meets a tie
         assert torch.equal(reference(after), after)
     assert torch.equal(plain[2], found[2]), "the heads' weights stay"
+
+
+def test_the_index_learns_straight_through() -> None:
+    model = random_model(tiny_config(**SIZES))
+    index = model.attentions()[1].indexer
+    assert index is not None
+    layout = SampleLayout.from_lengths([[48], [13, 35]])
+    x = torch.randn(96, 32, generator=torch.Generator().manual_seed(0))
+    inputs = x, torch.randn(96, model.config.q_lora_rank), Positions(model.config, layout)
+    upstream = torch.randn(96, 16, 32), torch.randn(48 // 4 + 13 // 4 + 35 // 4, 32)
+
+    def grads(turn: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        found = index(*inputs)
+        parts = zip((found.queries_TIJ, found.keys_CJ), upstream, strict=True)
+        total = sum((turn(part) * up).sum() for part, up in parts)
+        weights = index.wq_b.weight, index.compressor.wkv.weight, index.compressor.ape
+        return list(torch.autograd.grad(total, weights))
+
+    plain = grads(hadamard)
+    with quantised(model):
+        ours = grads(lambda part: part)
+    assert all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))

@@ -1,5 +1,6 @@
 """A quantised run: resumed, exported, imported, refused."""
 
+import json
 from pathlib import Path
 from unittest.mock import patch
 
@@ -32,6 +33,7 @@ DEEPSPEED = [
     "optim.max_skipped_steps=0",
     "deepspeed.optimizer.type=AdamW",
 ]
+STAGE = "stages=[{until: 768, attention: dense, quantisation: mxfp4}]"
 QAT = [*SIZES, "quantisation=mxfp4"]
 
 
@@ -59,9 +61,9 @@ def heldout(config: RunConfig, experts_only: bool = False) -> float:
     grid = Grid.single()
     local, _ = open_run(config, grid)
     engine = make_engine(config, local, grid)
-    if not experts_only:
+    engine.quantised = not experts_only
+    if engine.quantised:
         return Heldout(config, grid).evaluate(engine).loss
-    engine.quantised = False
     with quantised(local.model):
         for block in [*local.model.layers, *local.model.mtp]:
             block.ffn.experts.held = None
@@ -82,6 +84,28 @@ def test_the_packed_export_has_exactly_the_loss_of_training(
     import_run(again, tmp_path / "packed")
     assert heldout(again, experts_only=True) == trained, "the unpacked numbers as they are"
     assert heldout(again) == trained, "rounding them once more changes nothing"
+
+
+def test_a_stage_is_quantised_alone(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stages(kind: str) -> list[str]:
+        """Two steps of 4 rows of 48, and two more."""
+        later = f"{{until: 768, attention: dense, quantisation: {kind}}}"
+        common = [*SIZES, "steps=4", "evaluation.rows=null"]
+        return [*common, f"stages=[{{until: 384, attention: dense}}, {later}]"]
+
+    plain, config = (train(tiny, tmp_path / kind, *stages(kind)) for kind in ("none", "mxfp4"))
+    ours, theirs = column(config.run_dir, "loss"), column(plain.run_dir, "loss")
+    assert ours[:2] == theirs[:2] and ours[2] != theirs[2]
+    train(tiny, tmp_path / "halves", *stages("mxfp4"), stop_at=2)
+    train(tiny, tmp_path / "halves", *stages("mxfp4"))
+    assert_same_run(config.run_dir, tmp_path / "halves", 4)
+    capsys.readouterr()
+    assert main(["eval", str(config.run_dir)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["heldout_loss"]
+    assert found == read_metrics(config.run_dir / "metrics.jsonl")[-1]["heldout_loss"]
+    assert found != read_metrics(plain.run_dir / "metrics.jsonl")[-1]["heldout_loss"]
 
 
 def test_memory_counts_the_rounded_experts(tiny: Path, tmp_path: Path) -> None:
@@ -112,6 +136,10 @@ def test_memory_counts_the_rounded_experts(tiny: Path, tmp_path: Path) -> None:
             "quantisation = mxfp4 does not go with engine = deepspeed",
         ),
         (["quantisation=fp4"], "quantisation = 'fp4'"),
+        (
+            ["quantisation=none", "model.hidden_size=40", "steps=4", STAGE],
+            r"model\.hidden_size = 40 .* 32 for stages\.0\.quantisation = mxfp4",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(
