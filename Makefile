@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 BUILD_FIRST := $(shell grep -E '^(torch|setuptools|wheel|numpy|ninja)==' requirements.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-large lint bench
+.PHONY: help install demo test test-large lint bench bench-gpu
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -42,3 +42,7 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 
 bench: $(STAMP)  ## tokens per second and memory beside transformers
 	$(BIN)/python benchmarks/vs_transformers.py
+
+bench-gpu: $(STAMP)  ## kernels on a GPU: compared with float64 and the references, then timed
+	$(BIN)/python -m pytest tests/model/kernels/test_gpu.py -q
+	$(BIN)/python benchmarks/attention.py --longest --json attention.json

@@ -5,7 +5,9 @@ as Triton, as the plain PyTorch reference, as the reference under torch.compile,
 FlexAttention where that can say the same (window and entry ranges; not lists of picks). Beside the
 times stand the machine's own ceilings, measured in the same run: a large bf16 matrix product and a
 copy. Operations and bytes are the fewest that the mathematics needs; what an implementation does
-twice lowers its share. Before anything is timed, Triton is compared with the reference in fp32.
+twice lowers its share. The peak is what a pass takes beyond its inputs. Before anything is timed,
+Triton in bf16 is compared with the reference in fp32 (tests/model/kernels/test_gpu.py compares it
+with float64). The JSON is written anew after every row, so that a run cut short keeps what it has.
 
     python benchmarks/attention.py [--rows 4096 16384 65536] [--longest] [--json FILE]
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -38,11 +41,13 @@ from model.positions import Positions
 
 CONSOLE = Console()
 DEVICE, DTYPE = "cuda", torch.bfloat16
-TOLERANCE = 3e-2
-"""Triton in bf16 against the reference in fp32, relative to the largest value."""
+TOLERANCE, COSINE = 2e-2, 0.999
+"""Triton in bf16 against the reference in fp32: the norm of the difference beside the reference's,
+and the cosine between them."""
 CHECKED_ROW = 4096
-REFERENCE_ROWS = 16384
-"""The reference loops on the host and is not timed on longer rows."""
+REFERENCE_ROWS, COMPILED_ROWS = 65536, 4096
+"""The reference loops on the host, and the compiler unrolls the loop: neither is timed on longer
+rows."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,16 @@ def randn(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return torch.randn(shape, device=DEVICE, dtype=dtype)
 
 
+def references(reference: Callable[..., Tensor], row: int) -> dict[str, Callable[..., Tensor]]:
+    """The reference as it stands and compiled, where the row is not too long for them."""
+    found: dict[str, Callable[..., Tensor]] = {}
+    if row <= REFERENCE_ROWS:
+        found["reference"] = reference
+    if row <= COMPILED_ROWS:
+        found["reference, compiled"] = torch.compile(reference)
+    return found
+
+
 def attention_task(config: ModelConfig, kind: Any, row: int) -> Task:
     """Core attention of one layer type on one row that is one sample."""
     from model.kernels import attention_triton
@@ -157,9 +172,7 @@ def attention_task(config: ModelConfig, kind: Any, row: int) -> Task:
     implementations: dict[str, Callable[..., Tensor]] = {"triton": triton(True)}
     if selected is not None:
         implementations["triton, atomics"] = triton(False)
-    if row <= REFERENCE_ROWS:
-        implementations["reference"] = reference
-        implementations["reference, compiled"] = torch.compile(reference)
+    implementations |= references(reference, row)
     if selected is None:
         implementations["flex"] = flex(config, kind, row)
     pairs = heads * dim * float(seen.sum())
@@ -183,10 +196,9 @@ def mass_task(config: ModelConfig, row: int) -> Task:
     implementations: dict[str, Callable[..., Tensor]] = {
         "triton": lambda q, e: attention_triton.entry_mass(q, e, lse, rotation, ranges, **block)
     }
-    if row <= REFERENCE_ROWS:
-        implementations["reference"] = lambda q, e: reference_entry_mass(
-            q, e, lse, rotation, ranges, **block
-        )
+    implementations |= references(
+        lambda q, e: reference_entry_mass(q, e, lse, rotation, ranges, **block), row
+    )
     moved = leaves[0].numel() * 2.0 + row * block["stop"] * 4
     return Task("entries' mass", leaves, implementations, Work(2 * pairs, moved), None)
 
@@ -221,14 +233,18 @@ def flex(config: ModelConfig, kind: Any, row: int) -> Callable[..., Tensor]:
             return token
         return torch.where(s < row, token, s - row < (t + 1) // ratio)
 
-    mask = create_block_mask(sees, None, None, row, count, device=DEVICE)
     compiled = torch.compile(flex_attention)
+    masks: list[Any] = []
 
     def call(q: Tensor, kv: Tensor, *rest: Tensor) -> Tensor:
+        if not masks:  # compiled, or the whole [row, count] would be written on the way
+            made = create_block_mask(sees, None, None, row, count, device=DEVICE, _compile=True)
+            masks.append(made)
         keys = torch.cat([kv, rest[0]]) if ratio else kv
         keys = keys[None, None]
+        queries = q.transpose(0, 1)[None]
         out, lse = compiled(
-            q.transpose(0, 1)[None], keys, keys, block_mask=mask, enable_gqa=True, return_lse=True
+            queries, keys, keys, block_mask=masks[0], enable_gqa=True, return_lse=True
         )
         share = torch.sigmoid(lse - rest[-1][None, :, None])
         return (out * share[..., None]).to(q.dtype)[0].transpose(0, 1)
@@ -249,8 +265,7 @@ def indexer_task(config: ModelConfig, row: int) -> Task:
     implementations: dict[str, Callable[..., Tensor]] = {
         "triton": lambda *x: indexer_triton.select_topk(*x, ranges, k)
     }
-    if row <= REFERENCE_ROWS:
-        implementations["reference"] = lambda *x: reference_select_topk(*x, ranges, k)
+    implementations |= references(lambda *x: reference_select_topk(*x, ranges, k), row)
     work = Work(2 * heads * dim * pairs, moved)
     return Task("indexer", inputs, implementations, work, None)
 
@@ -281,8 +296,9 @@ def indexer_loss_task(config: ModelConfig, row: int, k: int | None) -> Task:
         return indexer_loss_triton.indexer_loss(*x, mass, ranges, selected)
 
     implementations: dict[str, Callable[..., Tensor]] = {"triton": triton}
-    if row <= REFERENCE_ROWS:
-        implementations["reference"] = lambda *x: reference_indexer_loss(*x, mass, ranges, selected)
+    implementations |= references(
+        lambda *x: reference_indexer_loss(*x, mass, ranges, selected), row
+    )
     moved = leaves[0].numel() * 2.0 + leaves[2].numel() * 4 + 4 * pairs
     forward = Work(2 * heads * dim * pairs, moved)
     backward = Work(6 * heads * dim * pairs, 2 * moved)
@@ -301,17 +317,22 @@ def compressor_task(config: ModelConfig, kind: Any, row: int) -> Task:
     pooled = row / m * config.head_dim * 4
     moved = 2.0 * row * width * 2
     implementations: dict[str, Callable[..., Tensor]] = {
-        "triton": lambda *x: compressor_triton.pool_windows(*x, *where),
-        "reference": lambda *x: reference_pool_windows(*x, *where),
-        "reference, compiled": torch.compile(lambda *x: reference_pool_windows(*x, *where)),
+        "triton": lambda *x: compressor_triton.pool_windows(*x, *where)
     }
+    # It has no loop, so that the row's length changes nothing.
+    implementations |= references(lambda *x: reference_pool_windows(*x, *where), 0)
     forward = Work(5.0 * row * width, moved + pooled)
     backward = Work(10.0 * row * width, 2 * moved + pooled)
     return Task(f"compressor, {kind}", leaves, implementations, forward, backward)
 
 
-def timed(task: Task, sizes: str, row: int, limit: Ceilings) -> list[Result]:
+def timed(make: Callable[[], Task], sizes: str, row: int, limit: Ceilings) -> list[Result]:
     """Forward and backward of every implementation; one that fails says so in its row."""
+    try:
+        task = make()
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        return [Result(sizes, row, "inputs", "triton", "forward", note=first_line(error))]
     results = []
     for name, function in task.implementations.items():
         for part, work in (("forward", task.forward), ("backward", task.backward)):
@@ -321,10 +342,15 @@ def timed(task: Task, sizes: str, row: int, limit: Ceilings) -> list[Result]:
             try:
                 _measure(result, function, task.leaves, work, limit)
             except Exception as error:
-                result.note = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+                result.note = first_line(error)
             results.append(result)
             torch.cuda.empty_cache()
     return results
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, short enough for a table."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
 
 
 def _measure(
@@ -352,8 +378,21 @@ def _measure(
     result.share = floor / seconds
 
 
+def compared(ours: Tensor, theirs: Tensor) -> tuple[str, bool]:
+    """How far two results are apart, and whether that is near enough."""
+    if not ours.is_floating_point():
+        # Scores are summed in another order, so that near ties may fall otherwise.
+        share = float((ours.sort(1).values == theirs.sort(1).values).float().mean())
+        return f"{share:.4f} of the choices equal", share >= 1 - TOLERANCE
+    a, b = ours.double().flatten(), theirs.double().flatten()
+    error = float((a - b).norm() / b.norm())
+    cosine = float(torch.dot(a, b) / (a.norm() * b.norm()))
+    # NaN is neither.
+    return f"error {error:.1e}, cosine {cosine:.6f}", error <= TOLERANCE and cosine > COSINE
+
+
 def check(task: Task) -> list[str]:
-    """Where Triton's outputs or gradients leave the reference's in fp32, relative errors."""
+    """Where Triton's outputs or gradients leave the reference's in fp32."""
     wrong = []
     for name in [name for name in task.implementations if name.startswith("triton")]:
         pair = []
@@ -373,17 +412,11 @@ def check(task: Task) -> list[str]:
             (out.float() * torch.randn(out.shape, device=DEVICE)).sum().backward()
             pair.append([out.detach(), *[x.grad for x in leaves]])
         for number, (ours, theirs) in enumerate(zip(*pair, strict=True)):
-            if ours.is_floating_point():
-                error = float((ours - theirs).abs().max() / theirs.abs().max())
-                fine = error <= TOLERANCE
-            else:
-                # Scores are summed in another order, so that near ties may fall otherwise.
-                same = (ours.sort(1).values == theirs.sort(1).values).float().mean()
-                error = 1 - float(same)
-                fine = error <= TOLERANCE
-            CONSOLE.print(f"  {task.name}, {name}, result {number}: error {error:.1e}")
+            told, fine = compared(ours, theirs)
+            line = f"{task.name}, {name}, result {number}: {told}"
+            CONSOLE.print(f"  {line}")
             if not fine:
-                wrong.append(f"{task.name}, {name}, result {number}: {error:.1e}")
+                wrong.append(line)
     return wrong
 
 
@@ -410,10 +443,11 @@ def show(results: list[Result], limit: Ceilings) -> None:
         table.add_column(heading)
     for heading in ("ms", "TFLOP/s", "GB/s", "of ceiling", "peak GiB"):
         table.add_column(heading, justify="right")
+    table.add_column("note")
     for r in results:
         name = [r.sizes, str(r.row), r.operation, r.implementation, r.part]
         if r.ms is None:
-            table.add_row(*name, r.note)
+            table.add_row(*name, *[""] * 5, r.note)
             continue
         table.add_row(
             *name,
@@ -424,6 +458,16 @@ def show(results: list[Result], limit: Ceilings) -> None:
             f"{r.peak_gib:.2f}",
         )
     CONSOLE.print(table)
+
+
+def save(path: Path, record: dict[str, Any]) -> None:
+    """The file appears whole or stays as it was."""
+    aside = path.with_name(path.name + ".new")
+    with aside.open("w") as file:
+        json.dump(record, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
 
 
 def main() -> int:
@@ -439,6 +483,8 @@ def main() -> int:
     limit = ceilings()
     results: list[Result] = []
     wrong: list[str] = []
+    record: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    record |= {"ceilings": asdict(limit), "wrong": wrong}
     for sizes in arguments.sizes:
         config = load(sizes)
         for name, choice in kernel_choices(config, torch.device(DEVICE), DTYPE).items():
@@ -449,16 +495,14 @@ def main() -> int:
         while rows:
             row = rows.pop(0)
             new = [
-                result for make in tasks(config, row) for result in timed(make(), sizes, row, limit)
+                result for make in tasks(config, row) for result in timed(make, sizes, row, limit)
             ]
             results += new
+            save(arguments.json, record | {"results": [asdict(r) for r in results]})
             fits = all(r.ms is not None for r in new if r.implementation == "triton")
             if arguments.longest and not rows and fits and row < config.max_position_embeddings:
                 rows.append(2 * row)
     show(results, limit)
-    record = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    record |= {"ceilings": asdict(limit), "wrong": wrong}
-    arguments.json.write_text(json.dumps(record | {"results": [asdict(r) for r in results]}))
     for line in wrong:
         CONSOLE.print(f"[red]outside the tolerance: {line}")
     return 1 if wrong else 0

@@ -12,7 +12,6 @@ from model.kernels.attention import attention_with_lse
 from model.kernels.indexer_loss import Mass, attention_mass, indexer_objective
 from model.norm import RMSNorm
 from model.positions import Positions
-from model.rope import rotate
 
 
 class Attention(nn.Module):
@@ -56,7 +55,7 @@ class Attention(nn.Module):
         kind, eps = self.kind, self.eps
         q_TQ = self.q_norm(self.wq_a(x_TD))
         q_THK = self.wq_b(positions.to_queries(q_TQ)).unflatten(-1, (-1, self.dim))
-        kv_TK = rotate(self.kv_norm(self.wkv(x_TD)), positions.rotation(kind))
+        kv_TK = self.kv_norm(self.wkv(x_TD), positions.rotation(kind))
         entries_CK = None if self.compressor is None else self.compressor(x_TD, positions)
         index = selected_Tk = None
         if self.indexer is not None and mode in ("warmup", "sparse"):

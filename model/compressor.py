@@ -9,7 +9,6 @@ from model.config import LayerType, ModelConfig
 from model.kernels.compressor import pool_windows
 from model.norm import RMSNorm
 from model.positions import Positions
-from model.rope import rotate
 
 
 class Compressor(nn.Module):
@@ -38,5 +37,5 @@ class Compressor(nn.Module):
             windows.has_previous_C,
             self.overlap,
         )
-        entries_CK = rotate(self.norm(pooled_CK), windows.rotation_CR).to(x_TD.dtype)
+        entries_CK = self.norm(pooled_CK, windows.rotation_CR, x_TD.dtype)
         return positions.all_entries(self.kind, entries_CK)

@@ -12,8 +12,8 @@ from model.config import ModelConfig
 from model.kernels.hadamard import hadamard
 from model.kernels.indexer import select_topk
 from model.kernels.mxfp4 import fake_quantise
+from model.kernels.norm import rotate
 from model.positions import Positions
-from model.rope import rotate
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which implementation each attention operation of a model will use, for whoever starts one."""
+"""Which implementation each operation of a model will use, for whoever starts one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ def kernel_choices(
     found = backend.choices(
         device,
         dtype,
+        hidden=config.hidden_size,
+        streams=config.hc_mult,
         head_dim=config.head_dim,
         index_dim=config.index_head_dim,
         index_heads=config.index_n_heads,

@@ -1,10 +1,11 @@
-"""RMS normalisation (Zhang & Sennrich 2019), always computed in fp32."""
+"""RMS normalisation as a module."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.kernels.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -15,6 +16,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` [..., dim]; the result has x's dtype."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+    def forward(
+        self, x: Tensor, rotation: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Normalise ``x`` [..., dim], then rotate it if asked, in fp32; see `rms_norm`."""
+        return rms_norm(x, self.weight, self.eps, rotation, dtype)

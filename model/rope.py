@@ -1,4 +1,4 @@
-"""Rotary embedding of the last dims as adjacent pairs, in fp32; YaRN where a layer compresses."""
+"""Angles of the rotary embedding, in fp32; YaRN where a layer compresses."""
 
 from __future__ import annotations
 
@@ -49,16 +49,3 @@ def rotation(position: Tensor, frequencies: Tensor) -> Tensor:
     """cos + i·sin of every position and pair: [n] and [R/2] to complex64 [n, R/2]."""
     angle = position.float()[:, None] * frequencies
     return torch.polar(torch.ones_like(angle), angle)
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate the last R dims of ``x`` [n, ..., d] as adjacent pairs by ``rotation`` [n, R/2].
-
-    The pair (x[2j], x[2j+1]) is one complex number; rotating back is rotating by the conjugate.
-    """
-    dims = 2 * rotation.shape[-1]
-    plain, rotary = x[..., :-dims], x[..., -dims:]
-    pairs = torch.view_as_complex(rotary.float().unflatten(-1, (-1, 2)).contiguous())
-    shape = (rotation.shape[0], *[1] * (x.dim() - 2), rotation.shape[-1])
-    turned = torch.view_as_real(pairs * rotation.view(shape)).flatten(-2)
-    return torch.cat([plain, turned.to(x.dtype)], dim=-1)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from model.kernels import backend
 
-_CHUNK_ROWS = 2048
-"""Query-head pairs handled at once: the logits of one chunk then stay in a core's cache."""
+_CPU_ROWS, _GPU_ROWS = 1 << 11, 1 << 15
+"""Query-head pairs handled at once: on a CPU the logits of a chunk then stay in a core's cache; a
+GPU wants few, large launches, and a chunk of the most that V4 selects still takes half a GiB."""
 
 _LOG2E = math.log2(math.e)
 """Probabilities are powers of two inside: exp2 is the cheaper function, on CPU and GPU alike."""
@@ -217,7 +218,7 @@ def reference_entry_mass(
     mass = torch.empty(tokens, width, dtype=torch.float32, device=q_THK.device)
     index = torch.arange(start, stop, device=q_THK.device)
     keys = entries_CK[start:stop].float()
-    step = max(_CHUNK_ROWS // heads, 1)
+    step = max(_chunk_rows(q_THK.device) // heads, 1)
     for first in range(0, tokens, step):
         rows = slice(first, first + step)
         ready = _Queries(q_THK[rows], rotation_TR[rows], norm_eps).ready * _LOG2E
@@ -247,10 +248,16 @@ class _Chunk:
         return slice(self.start, self.stop)
 
 
-def _chunks(segments: tuple[tuple[int, int, int], ...], heads: int, window: int) -> list[_Chunk]:
+def _chunk_rows(device: torch.device) -> int:
+    return _CPU_ROWS if device.type == "cpu" else _GPU_ROWS
+
+
+def _chunks(
+    segments: tuple[tuple[int, int, int], ...], heads: int, window: int, most: int
+) -> list[_Chunk]:
     """A band computes W - 1 + band keys per query for W that count; overheads want it wide."""
     band = max(window // 4, 8)
-    step = max(_CHUNK_ROWS // (heads * band), 1) * band
+    step = max(most // (heads * band), 1) * band
     chunks = []
     for start, stop, shift in segments:
         whole = start + (stop - start) // band * band
@@ -426,7 +433,7 @@ class _Attention(torch.autograd.Function):
         window: int,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        ctx.chunks = _chunks(ranges.segments, q.shape[1], window)
+        ctx.chunks = _chunks(ranges.segments, q.shape[1], window, _chunk_rows(q.device))
         padded_kv = F.pad(kv.float(), (0, 0, window - 1, 0))
         out_THK = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse_TH = q.new_empty(q.shape[:2], dtype=torch.float32)

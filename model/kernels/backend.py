@@ -24,8 +24,8 @@ _CAPABILITY = (9, 0)
 
 COMPARED_ON_GPU: frozenset[str] = frozenset()
 """Operations whose Triton kernels benchmarks/attention.py has found equal to the reference on a
-GPU: "attention", "indexer", "indexer loss", "compressor". Training uses no other; a compiler may be
-wrong where an interpreter is right."""
+GPU: "attention", "indexer", "indexer loss", "compressor", "norms", "hyper-connections", "experts".
+Training uses no other; a compiler may be wrong where an interpreter is right."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,36 @@ def compressor(device: torch.device, dtype: torch.dtype, ratio: int, asked: bool
     return _choice("compressor", device, dtype, unfit, asked, (*_DTYPES, torch.float32))
 
 
+@functools.cache
+def norm(device: torch.device, dtype: torch.dtype, dim: int, asked: bool = False) -> Choice:
+    """For RMS norms and rotations, in fp32 whatever the inputs."""
+    unfit = None
+    if dim % 2 or dim > 16384:
+        unfit = f"a width of {dim} is odd or above 16384"
+    return _choice("norms", device, dtype, unfit, asked, (*_DTYPES, torch.float32))
+
+
+@functools.cache
+def hyper_connection(
+    device: torch.device, dtype: torch.dtype, streams: int, asked: bool = False
+) -> Choice:
+    """For reading and writing the residual streams."""
+    unfit = None if streams in (1, 2, 4) else f"hc_mult {streams} is not 1, 2 or 4"
+    return _choice("hyper-connections", device, dtype, unfit, asked)
+
+
+@functools.cache
+def experts(device: torch.device, dtype: torch.dtype, asked: bool = False) -> Choice:
+    """For the experts' activation and the way of rows back from them."""
+    return _choice("experts", device, dtype, None, asked, (*_DTYPES, torch.float32))
+
+
 def choices(
     device: torch.device,
     dtype: torch.dtype,
     *,
+    hidden: int,
+    streams: int,
     head_dim: int,
     index_dim: int,
     index_heads: int,
@@ -108,6 +134,9 @@ def choices(
         "indexer": indexer(device, dtype, index_dim, index_heads, index_topk),
         "indexer loss": indexer_loss(device, dtype, index_dim, index_heads),
         **{f"compressor, m = {m}": compressor(device, dtype, m) for m in ratios},
+        "norms": norm(device, dtype, hidden),
+        "hyper-connections": hyper_connection(device, dtype, streams),
+        "experts": experts(device, dtype),
     }
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.kernels import backend
+
 
 def read_streams(
     streams_TND: Tensor,
@@ -33,12 +35,28 @@ def read_streams(
     Returns:
         x [T, D] = Σ_j pre_j X_j in the streams' dtype; post [T, N] and comb [T, N, N] in fp32.
     """
-    return _ReadStreams.apply(streams_TND, fn_wX, base_w, scale_3, norm_eps, hc_eps, iterations)
+    if _on_triton(streams_TND):
+        from model.kernels import hyper_connection_triton
+
+        return hyper_connection_triton.read_streams(
+            streams_TND,
+            fn_wX,
+            base_w,
+            scale_3,
+            norm_eps=norm_eps,
+            hc_eps=hc_eps,
+            iterations=iterations,
+        )
+    return reference_read_streams(streams_TND, fn_wX, base_w, scale_3, norm_eps, hc_eps, iterations)
 
 
 def write_streams(streams_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
     """X'_k = post_k · y + Σ_j comb[j, k] · X_j, [T, N, D]; the sum runs over comb's first index."""
-    return _WriteStreams.apply(streams_TND, y_TD, post_TN, comb_TNN)
+    if _on_triton(streams_TND):
+        from model.kernels import hyper_connection_triton
+
+        return hyper_connection_triton.write_streams(streams_TND, y_TD, post_TN, comb_TNN)
+    return reference_write_streams(streams_TND, y_TD, post_TN, comb_TNN)
 
 
 def collapse_streams(
@@ -51,7 +69,38 @@ def collapse_streams(
     hc_eps: float,
 ) -> Tensor:
     """The head's weighted sum of the streams, [T, D]: weights σ(scale · w + base) + eps."""
-    return _ReadStreams.apply(streams_TND, fn_NX, base_N, scale_1, norm_eps, hc_eps, None)
+    if _on_triton(streams_TND):
+        from model.kernels import hyper_connection_triton
+
+        return hyper_connection_triton.read_streams(
+            streams_TND, fn_NX, base_N, scale_1, norm_eps=norm_eps, hc_eps=hc_eps, iterations=None
+        )
+    return reference_read_streams(streams_TND, fn_NX, base_N, scale_1, norm_eps, hc_eps, None)
+
+
+def _on_triton(streams_TND: Tensor) -> bool:
+    device, dtype, streams = streams_TND.device, streams_TND.dtype, streams_TND.shape[1]
+    return backend.hyper_connection(device, dtype, streams).name == "triton"
+
+
+def reference_read_streams(
+    streams_TND: Tensor,
+    fn_wX: Tensor,
+    base_w: Tensor,
+    scale: Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    iterations: int | None,
+) -> Any:
+    """`read_streams`, or with ``iterations`` None `collapse_streams`, in plain PyTorch."""
+    return _ReadStreams.apply(streams_TND, fn_wX, base_w, scale, norm_eps, hc_eps, iterations)
+
+
+def reference_write_streams(
+    streams_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor
+) -> Tensor:
+    """`write_streams` in plain PyTorch."""
+    return _WriteStreams.apply(streams_TND, y_TD, post_TN, comb_TNN)
 
 
 def coefficients(

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.kernels import backend
+
 
 def spread_rows(x_TD: Tensor, order_P: Tensor, place_L: Tensor) -> Tensor:
     """Copy each token's row to its A places: out[p] = x[order[p] // A], [P, D].
@@ -33,6 +35,15 @@ def _spread(x_TD: Tensor, order_P: Tensor, choices: int) -> Tensor:
 
 
 def _collect(y_PD: Tensor, place_L: Tensor, tokens: int) -> Tensor:
+    if backend.experts(y_PD.device, y_PD.dtype).name == "triton":
+        from model.kernels import permute_triton
+
+        return permute_triton.collect(y_PD, place_L, tokens)
+    return reference_collect(y_PD, place_L, tokens)
+
+
+def reference_collect(y_PD: Tensor, place_L: Tensor, tokens: int) -> Tensor:
+    """Sum of the rows at each token's places, in plain PyTorch, on any device."""
     return y_PD.index_select(0, place_L).unflatten(0, (tokens, -1)).sum(1)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.kernels import backend
+
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, weight: Tensor | None = None) -> Tensor:
     """silu(min(gate, limit)) · clamp(up, -limit, limit) · weight.
@@ -18,6 +20,17 @@ def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, weight: Tensor | None
     Returns:
         [n, F] in gate's dtype, computed in fp32.
     """
+    if backend.experts(gate.device, gate.dtype).name == "triton":
+        from model.kernels import swiglu_triton
+
+        return swiglu_triton.clamped_swiglu(gate, up, limit, weight)
+    return reference_clamped_swiglu(gate, up, limit, weight)
+
+
+def reference_clamped_swiglu(
+    gate: Tensor, up: Tensor, limit: float, weight: Tensor | None = None
+) -> Tensor:
+    """`clamped_swiglu` in plain PyTorch, on any device."""
     return _ClampedSwiGLU.apply(gate, up, limit, weight)
 
 

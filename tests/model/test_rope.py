@@ -12,8 +12,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
 
 from model import ModelConfig, SampleLayout
+from model.kernels.norm import rotate
 from model.positions import Positions
-from model.rope import inverse_frequencies, layer_frequencies, rotate, rotation
+from model.rope import inverse_frequencies, layer_frequencies, rotation
 from tests.model.tiny import YARN, tiny_config
 from trainer.config import load_config
 

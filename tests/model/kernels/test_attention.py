@@ -21,22 +21,36 @@ Lengths = list[list[int]]
 class Case:
     """Samples, window and compression of one call, with whole masks for the reference."""
 
-    def __init__(self, lengths: Lengths, window: int, ratio: int | None, heads: int, dim: int):
+    def __init__(
+        self,
+        lengths: Lengths,
+        window: int,
+        ratio: int | None,
+        heads: int,
+        dim: int,
+        rotary: int = ROTARY,
+        device: str = "cpu",
+    ):
         self.window, self.ratio, self.heads, self.dim = window, ratio, heads, dim
+        self.rotary = rotary
         self.samples = list(itertools.chain(*lengths))
         self.tokens = sum(self.samples)
         config = tiny_config(
             sliding_window=window,
             csa_compress_ratio=ratio or 4,
-            qk_rope_head_dim=ROTARY,
+            head_dim=max(dim, 16),
+            index_head_dim=max(rotary, 16),
+            qk_rope_head_dim=rotary,
             rope_theta=THETA,
             compress_rope_theta=THETA,
             rope_scaling=None,
         )
-        positions = Positions(config, SampleLayout.from_lengths(lengths))
+        positions = Positions(config, SampleLayout.from_lengths(lengths, device=device))
         kind = "window" if ratio is None else "csa"
         self.ranges, self.rotation = positions.ranges(kind), positions.rotation(kind)
         self._write_masks()
+        self.sees_token, self.sees_entry = self.sees_token.to(device), self.sees_entry.to(device)
+        self.position = self.position.to(device)
 
     def _write_masks(self) -> None:
         rows, entry_rows, position, start = [], [], [], 0
@@ -73,11 +87,11 @@ class Case:
         """Random choices [T, k] in random order, -1 behind; all where a query sees at most k."""
         generator = torch.Generator().manual_seed(5)
         selected = torch.full((self.tokens, k), -1, dtype=torch.int32)
-        for t, row in enumerate(self.sees_entry):
+        for t, row in enumerate(self.sees_entry.cpu()):
             visible = row.nonzero()[:, 0]
             order = torch.randperm(len(visible), generator=generator)[:k]
             selected[t, : len(order)] = visible[order].to(torch.int32)
-        return selected
+        return selected.to(self.sees_entry.device)
 
     def run(self, *inputs: Tensor, selected: Tensor | None = None) -> Tensor:
         q, kv, *entries, sink = inputs
@@ -94,13 +108,13 @@ class Case:
         )
 
     def turned(self, x: Tensor, sign: int) -> Tensor:
-        steps = THETA ** (-torch.arange(0, ROTARY, 2, dtype=torch.float64) / ROTARY)
-        angle = sign * self.position[:, None, None] * steps
-        even, odd = x[..., -ROTARY::2], x[..., -ROTARY + 1 :: 2]
+        steps = THETA ** (-torch.arange(0, self.rotary, 2, dtype=torch.float64) / self.rotary)
+        angle = sign * self.position[:, None, None] * steps.to(x.device)
+        even, odd = x[..., -self.rotary :: 2], x[..., -self.rotary + 1 :: 2]
         pairs = torch.stack(
             [even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()], -1
         )
-        return torch.cat([x[..., :-ROTARY], pairs.flatten(-2)], -1)
+        return torch.cat([x[..., : -self.rotary], pairs.flatten(-2)], -1)
 
     def reference(self, *inputs: Tensor, selected: Tensor | None = None) -> Tensor:
         keys = torch.cat(inputs[1:-1])

@@ -31,6 +31,7 @@ CASES = {
     "samples of 1 to 200 tokens": Case([[1, 2, 3, 5, 200]], 40, 4, 2, 8),
     "long samples between ones without entries": Case([[15, 70, 3], [7, 50, 31]], 16, 16, 4, 8),
     "short samples": Case([[1, 2, 3, 4, 5, 17, 31]], 8, 4, 2, 8),
+    "samples of 1 to 1000 tokens": Case([[1, 2, 1000, 3, 57]], 40, 4, 2, 8),
 }
 SHORT = ["more heads than rows", "short samples"]
 
@@ -39,6 +40,8 @@ def blocks(case: Case) -> Blocks:
     """So small that every loop runs more than once, and no smaller: each step takes its time."""
     from model.kernels.attention_triton import Blocks
 
+    if case.tokens > 1000:
+        return Blocks(128, 128, 128, 128, 128, 128, programs=4, pair_bytes=1 << 16)
     if case.tokens > 100:
         return Blocks(32, 32, 32, 16, 32, 16, programs=30, pair_bytes=1 << 14)
     return Blocks(4, 8, 4, 8, 8, 8, programs=10, pair_bytes=1 << 12)

@@ -15,7 +15,15 @@ from model.kernels import backend
 from tests.model.tiny import tiny_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-V4 = {"head_dim": 512, "index_dim": 128, "index_heads": 64, "index_topk": 512, "ratios": (4, 128)}
+V4 = {
+    "hidden": 4096,
+    "streams": 4,
+    "head_dim": 512,
+    "index_dim": 128,
+    "index_heads": 64,
+    "index_topk": 512,
+    "ratios": (4, 128),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -23,9 +31,11 @@ def hopper(monkeypatch):
     """A GPU as far as the choice can see, and nothing remembered from other tests."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    proved = frozenset({"attention", "indexer", "indexer loss", "compressor"})
-    monkeypatch.setattr(backend, "COMPARED_ON_GPU", proved)
+    proved = {"attention", "indexer", "indexer loss", "compressor"}
+    proved |= {"norms", "hyper-connections", "experts"}
+    monkeypatch.setattr(backend, "COMPARED_ON_GPU", frozenset(proved))
     choices = (backend.attention, backend.indexer, backend.indexer_loss, backend.compressor)
+    choices += (backend.norm, backend.hyper_connection, backend.experts)
     for choice in choices:
         choice.cache_clear()
     yield
@@ -44,6 +54,7 @@ def test_a_cpu_runs_the_reference():
 def test_hopper_runs_triton():
     pools = ["compressor, m = 4", "compressor, m = 128"]
     expected = ["attention", "indexer", "indexer loss", *pools]
+    expected += ["norms", "hyper-connections", "experts"]
     assert names(GPU, torch.bfloat16) == dict.fromkeys(expected, "triton")
 
 
@@ -63,6 +74,8 @@ def test_what_no_gpu_has_run_trains_nothing(monkeypatch):
         ({"index_dim": 100}, "indexer", "index_head_dim 100"),
         ({"index_topk": 2048}, "indexer", "index_topk 2048"),
         ({"ratios": (12,)}, "compressor, m = 12", "12 tokens"),
+        ({"hidden": 20480}, "norms", "a width of 20480"),
+        ({"streams": 3}, "hyper-connections", "hc_mult 3"),
     ],
 )
 def test_what_triton_cannot_do_is_said(changes, operation, says, caplog):
@@ -80,6 +93,9 @@ def test_what_triton_cannot_do_is_said(changes, operation, says, caplog):
         (lambda: backend.indexer(GPU, torch.bfloat16, 128, 12, 512, asked=True), "index_n_heads"),
         (lambda: backend.indexer_loss(GPU, torch.float16, 128, 64, asked=True), "torch.float16"),
         (lambda: backend.compressor(GPU, torch.bfloat16, 12, asked=True), "12 tokens"),
+        (lambda: backend.norm(GPU, torch.bfloat16, 33, asked=True), "a width of 33"),
+        (lambda: backend.hyper_connection(GPU, torch.bfloat16, 3, asked=True), "hc_mult 3"),
+        (lambda: backend.experts(GPU, torch.float64, asked=True), "torch.float64"),
     ],
 )
 def test_what_triton_cannot_do_raises_where_it_is_asked_for(ask, says):
@@ -110,12 +126,12 @@ else:
 def test_one_line_names_every_operation_of_the_model():
     told = describe(kernel_choices(tiny_config(), CPU, torch.float32))
     assert told == (
-        "kernels: attention, indexer, indexer loss, compressor m = 4, compressor m = 16: "
-        "reference (on cpu)"
+        "kernels: attention, indexer, indexer loss, compressor m = 4, compressor m = 16, norms, "
+        "hyper-connections, experts: reference (on cpu)"
     )
     window = tiny_config(layer_types=["window"] * len(tiny_config().layer_types))
     told = describe(kernel_choices(window, CPU, torch.float32))
-    assert told == "kernels: attention: reference (on cpu)"
+    assert told == "kernels: attention, norms, hyper-connections, experts: reference (on cpu)"
 
 
 def test_fp32_runs_the_reference_where_tensor_cores_would_round():

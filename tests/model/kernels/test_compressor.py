@@ -13,7 +13,9 @@ from tests.model.kernels.compare import assert_same, rand
 DIM = 6
 
 
-def reference(values: Tensor, gates: Tensor, ape: Tensor, lengths: list[int], overlap: bool):
+def reference(
+    values: Tensor, gates: Tensor, ape: Tensor, lengths: list[int], overlap: bool, dim: int = DIM
+):
     """Entry i of each sample, channel weights by softmax over 2m or m slots."""
     m, start, out = len(ape), 0, []
     for n in lengths:
@@ -22,16 +24,16 @@ def reference(values: Tensor, gates: Tensor, ape: Tensor, lengths: list[int], ov
             if not overlap:
                 slots = [(values[t], gates[t] + ape[t - own[0]]) for t in own]
             else:
-                slots = [(values[t][DIM:], (gates[t] + ape[t - own[0]])[DIM:]) for t in own]
+                slots = [(values[t][dim:], (gates[t] + ape[t - own[0]])[dim:]) for t in own]
                 if i > 0:
                     slots += [
-                        (values[t - m][:DIM], (gates[t - m] + ape[t - own[0]])[:DIM]) for t in own
+                        (values[t - m][:dim], (gates[t - m] + ape[t - own[0]])[:dim]) for t in own
                     ]
             value, gate = torch.stack([v for v, _ in slots]), torch.stack([g for _, g in slots])
             weight = gate.exp() / gate.exp().sum(0)
             out.append((weight * value).sum(0))
         start += n
-    return torch.stack(out) if out else values.new_zeros(0, DIM) + 0 * values.sum()
+    return torch.stack(out) if out else values.new_zeros(0, dim) + 0 * values.sum()
 
 
 @pytest.mark.parametrize("overlap", [True, False])

@@ -13,9 +13,10 @@ from tests.model.kernels.compare import rand
 from tests.model.tiny import tiny_config
 
 
-def ranges_of(lengths: list[int]) -> AttentionRanges:
+def ranges_of(lengths: list[int], device: str = "cpu") -> AttentionRanges:
     """Ranges at four tokens an entry."""
-    return Positions(tiny_config(), SampleLayout.from_lengths([lengths])).ranges("csa")
+    layout = SampleLayout.from_lengths([lengths], device=device)
+    return Positions(tiny_config(), layout).ranges("csa")
 
 
 def visible_entries(lengths: list[int]) -> list[range]:

@@ -64,7 +64,7 @@ def divergence(q: Tensor, keys: Tensor, weights: Tensor, mass: Tensor, seen: Ten
     log_share = scores.masked_fill(~seen, -torch.inf)[taught].log_softmax(1)
     log_share = log_share.masked_fill(~seen[taught], 0.0)
     kl = (torch.xlogy(target, target) - target * log_share).sum(1)
-    return torch.zeros(len(q), dtype=q.dtype).masked_scatter(taught, kl)
+    return torch.zeros(len(q), dtype=q.dtype, device=q.device).masked_scatter(taught, kl)
 
 
 def is_divergence(case: Case, mass: Mass, expected, selected: Tensor | None = None) -> None:

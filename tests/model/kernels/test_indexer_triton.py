@@ -27,9 +27,9 @@ def inputs(lengths: list[int], seed: int, whole: bool) -> tuple[Tensor, Tensor, 
 def select(q: Tensor, keys: Tensor, weights: Tensor, lengths: list[int], k: int) -> Tensor:
     from model.kernels import indexer_triton
 
-    return indexer_triton.select_topk(
-        q, keys, weights, ranges_of(lengths), k, rows=16 * HEADS, block_n=8
-    )
+    many = sum(lengths) > 1000
+    size = {"rows": 128 * HEADS, "block_n": 32} if many else {"rows": 16 * HEADS, "block_n": 8}
+    return indexer_triton.select_topk(q, keys, weights, ranges_of(lengths), k, **size)
 
 
 def as_sets(selected: Tensor) -> Tensor:
@@ -49,6 +49,14 @@ def test_equals_the_reference(lengths, k, whole, seed):
     assert selected.dtype == torch.int32
     expected = reference_select_topk(q, keys, weights, ranges_of(lengths), k)
     assert torch.equal(as_sets(selected), as_sets(expected))
+
+
+@interpreted
+def test_samples_of_1_to_1000_tokens():
+    lengths = [1, 2, 1000, 57]
+    q, keys, weights = inputs(lengths, 0, True)
+    expected = reference_select_topk(q, keys, weights, ranges_of(lengths), 16)
+    assert torch.equal(as_sets(select(q, keys, weights, lengths, 16)), as_sets(expected))
 
 
 @interpreted

@@ -17,16 +17,23 @@ STACK_BYTES = 512
 """More per thread would be registers spilled inside a loop, not around it."""
 
 TYPES = {
-    "*bf16": "q keys entries out both grad_q grad_out values gates grad_values grad_gates",
+    "*bf16": "q keys entries out both grad_q grad_out values gates grad_values grad_gates "
+    "x grad_x streams read y grad_streams grad_y grad_read gate up grad_gate grad_up",
     "*fp32": "sink rotation lse rstd along grad mass pairs weights ape pooled grad_pooled grad_ape "
-    "loss total grad_weights grad_scores each",
+    "loss total grad_weights grad_scores each weight grad_weight fn part_w part_square base w pre "
+    "post comb grad_pre grad_post grad_comb divisors grad_w grad_base grad_fn",
     "*i32": "picked key_start key_end entry_start entry_end start_T end_T query_start query_end "
     "bounds selected first_token has_previous",
-    "*i64": "order strip",
-    "i32": "tokens heads picks rows count begin width k span",
-    "fp32": "eps scale root",
+    "*i64": "order strip place",
+    "i32": "tokens heads picks rows count begin width k span parts dim columns",
+    "fp32": "eps scale root sign norm_eps hc_eps limit",
 }
-SCALARS = {"_grad_picks": {"first_token": "i32"}, "_select": {"first_token": "i32"}}
+OTHERWISE = {
+    "_grad_picks": {"first_token": "i32"},
+    "_select": {"first_token": "i32"},
+    "_weigh": {"scale": "*fp32"},
+    "_weigh_back": {"scale": "*fp32", "grad_scale": "*fp32"},
+}
 LOSS = {"HEADS": 64, "DIM": 128, "BLOCK_N": 64}
 WIDE = {"DIM": 512, "ROTARY": 64}
 NARROW = {"DIM": 128, "ROTARY": 32}
@@ -76,6 +83,42 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
         for part in ("_forward", "_backward"):
             kernel = getattr(compressor_triton, part)
             out[f"pool {m} {part}"] = (kernel, pool, {"num_warps": 8})
+    return out | other_launches()
+
+
+def other_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
+    """The same of what is not attention."""
+    from model.kernels import hyper_connection_triton as streams
+    from model.kernels import norm_triton, permute_triton, swiglu_triton
+
+    four, out = {"num_warps": 4}, {}
+    for dim, rotary in ((4096, 0), (7168, 0), (512, 64), (128, 64)):
+        block = 1 << (dim - 1).bit_length()
+        norm = {"DIM": dim, "BLOCK": block, "ROWS": 8192 // block, "ROTARY": rotary}
+        eight = {"num_warps": 8}
+        out[f"norm {dim}"] = (norm_triton._forward, norm | {"NORM": dim != 128}, eight)
+        out[f"norm {dim} back"] = (norm_triton._backward, norm, eight)
+    for head, rows in ((False, 24), (True, 4)):
+        n = {"N": 4, "OUT": rows}
+        wide = {"BLOCK_W": 32 if rows == 24 else 16}
+        tile = {"BLOCK_T": streams._TOKENS, "BLOCK_X": streams._COLUMNS} | wide
+        back = {"BLOCK_T": streams._BACK_TOKENS}
+        few = {"N": 4, "BLOCK_T": streams._FEW, "BLOCK_D": streams._MIXED}
+        weigh = n | {"BLOCK_T": streams._TOKENS, "STEPS": 19, "HEAD": head}
+        sizes = {
+            "_project": (tile | {"OUT": rows}, {"num_warps": 8, "num_stages": 3}),
+            "_weigh": (weigh | wide, {"num_warps": 2}),
+            "_weigh_back": (weigh, {"num_warps": 2}),
+            "_project_back": (n | tile | back, four | {"num_stages": 2}),
+            **{name: (few, four) for name in ("_mix", "_write", "_write_back", "_read_back")},
+        }
+        for name, (constants, options) in sizes.items():
+            out[f"streams {head} {name}"] = (getattr(streams, name), constants, options)
+    tile = {"WEIGHTED": True, "ROWS": swiglu_triton._ROWS, "COLUMNS": swiglu_triton._COLUMNS}
+    for name in ("_forward", "_backward"):
+        out[f"experts {name}"] = (getattr(swiglu_triton, name), tile, four)
+    rows = {"CHOICES": 6, "COLUMNS": permute_triton._COLUMNS}
+    out["experts _collect"] = (permute_triton._collect, rows, four)
     return out
 
 
@@ -85,7 +128,7 @@ def built(kernel: Any, sizes: dict[str, Any], options: dict[str, int]) -> Any:
     from triton.compiler import ASTSource
 
     types = {name: kind for kind, names in TYPES.items() for name in names.split()}
-    types |= SCALARS.get(kernel.__name__, {})
+    types |= OTHERWISE.get(kernel.__name__, {})
     names = kernel.arg_names
     signature = {name: "constexpr" if name in sizes else types[name] for name in names}
     aligned = [["tt.divisibility", 16]]
@@ -125,7 +168,8 @@ def check(group: str) -> None:
     [
         *[f"{name} {part}" for name in ("V4", "nano") for part in ("forward", "queries", "mass")],
         *[f"{name} {part}" for name in ("V4", "nano") for part in ("keys", "picks", "prepare")],
-        *["V4 sum", "nano sum", "select", "loss", "pool"],
+        *["V4 sum", "nano sum", "select", "loss", "pool", "norm", "streams False", "streams True"],
+        "experts",
     ],
 )
 @compiled

@@ -1,0 +1,295 @@
+"""Triton's kernels on a GPU in bf16, against whole masks and formulas in float64.
+
+Skipped where there is none from Hopper on. Widths are V4's; samples have 1 to 1,000 tokens. Fresh
+memory holds NaN, as in the interpreter's tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import SampleLayout
+from tests.model.kernels.compare import rand
+from tests.model.kernels.interpreter import poisoned
+from tests.model.kernels.test_attention import EPS, Case
+from tests.model.kernels.test_compressor import reference as pooled
+from tests.model.kernels.test_hyper_connection import (
+    HC_EPS,
+    ITERATIONS,
+    NORM_EPS,
+    reference_read,
+    reference_write,
+)
+from tests.model.kernels.test_indexer import ranges_of
+from tests.model.kernels.test_indexer_loss import divergence
+
+DEVICE, DTYPE = "cuda", torch.bfloat16
+ERROR, COSINE = 2e-2, 0.999
+SAMPLES = [1, 2, 129, 1000, 3, 4, 70]
+
+
+def _hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+pytestmark = pytest.mark.skipif(not _hopper(), reason="needs a GPU from Hopper on")
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    with poisoned():
+        yield
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype | None = None) -> Tensor:
+    return rand(*shape, seed=seed).to(DEVICE, DTYPE if dtype is None else dtype)
+
+
+def results(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs, and the gradients of their sums with fixed random weights."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    out = out if isinstance(out, tuple) else (out,)
+    weights = [rand(*x.shape, seed=99 + i).bfloat16().to(x) for i, x in enumerate(out)]
+    torch.autograd.backward(out, weights)
+    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+    return [*[x.detach() for x in out], *grads]
+
+
+def assert_near(
+    kernel: Callable[..., Any], reference: Callable[..., Any], inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """The reference gets what the kernel gets, in float64. Returns the kernel's results."""
+    ours = results(kernel, inputs)
+    theirs = results(reference, [x.double() for x in inputs])
+    for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        a, b = mine.double().flatten(), other.double().flatten()
+        assert a.isfinite().all(), f"result {number} is not finite"
+        error = float((a - b).norm() / b.norm())
+        cosine = float(torch.dot(a, b) / (a.norm() * b.norm()))
+        assert error <= ERROR and cosine > COSINE, f"result {number}: {error:.1e}, {cosine:.6f}"
+    return ours
+
+
+def assert_same_bits(kernel: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+    for a, b in zip(results(kernel, inputs), results(kernel, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def case_of(ratio: int | None, heads: int, dim: int) -> Case:
+    rotary = 64 if dim == 512 else 32
+    return Case([SAMPLES], 128, ratio, heads, dim, rotary, DEVICE)
+
+
+def attention_inputs(case: Case, seed: int = 0) -> list[Tensor]:
+    shapes = [(case.tokens, case.heads, case.dim), (case.tokens, case.dim)]
+    if case.ratio:
+        shapes.append((case.entries, case.dim))
+    out = [draw(*shape, seed=10 * seed + i) for i, shape in enumerate(shapes)]
+    return [*out, draw(case.heads, seed=10 * seed + 9, dtype=torch.float32)]
+
+
+def attend(
+    case: Case, selected: Tensor | None = None, deterministic: bool = True
+) -> Callable[..., Tensor]:
+    from model.kernels import attention_triton
+
+    def call(q: Tensor, kv: Tensor, *rest: Tensor) -> Tensor:
+        return attention_triton.attention(
+            q,
+            kv,
+            rest[0] if case.ratio else None,
+            rest[-1],
+            case.rotation,
+            case.ranges,
+            selected,
+            norm_eps=EPS,
+            deterministic=deterministic,
+        )[0]
+
+    return call
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("ratio", "heads", "dim"),
+    [(None, 64, 512), (4, 64, 512), (128, 128, 512), (4, 16, 128), (None, 16, 128)],
+)
+def test_attention(ratio, heads, dim, seed):
+    case = case_of(ratio, heads, dim)
+    assert_near(attend(case), case.reference, attention_inputs(case, seed))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize(("heads", "dim", "k"), [(64, 512, 64), (128, 512, 33), (16, 128, 64)])
+def test_attention_to_a_selection(heads, dim, k, deterministic):
+    case = case_of(4, heads, dim)
+    selected = case.select(k)
+    assert (selected == -1).any()
+    assert_near(
+        attend(case, selected, deterministic),
+        lambda *x: case.reference(*x, selected=selected),
+        attention_inputs(case),
+    )
+
+
+@pytest.mark.parametrize("k", [None, 64])
+def test_attention_twice_has_the_same_bits(k):
+    case = case_of(4, 64, 512)
+    selected = case.select(k) if k else None
+    assert_same_bits(attend(case, selected), attention_inputs(case))
+
+
+def exact_mass(case: Case, selected: Tensor | None) -> Tensor:
+    """Attention to every entry summed over heads, float64 [T, C]."""
+    inputs = [x.double() for x in attention_inputs(case)]
+    return case.probabilities(*inputs, selected=selected)[..., case.tokens :].sum(1)
+
+
+@pytest.mark.parametrize("k", [None, 64])
+def test_the_entries_mass(k):
+    from model.kernels import attention_triton
+
+    case = case_of(4, 64, 512)
+    selected = case.select(k) if k else None
+    exact = exact_mass(case, selected)
+    q, kv, entries, sink = attention_inputs(case)
+    shared = (case.rotation, case.ranges, selected)
+    _, lse = attention_triton.attention(q, kv, entries, sink, *shared, norm_eps=EPS)
+    mass = attention_triton.entry_mass(q, entries, lse, *shared, norm_eps=EPS).double()
+    if selected is not None:
+        exact = exact.gather(1, selected.clamp(min=0).long()).masked_fill(selected < 0, 0.0)
+    assert float((mass - exact).norm() / exact.norm()) <= ERROR
+
+
+@pytest.mark.parametrize("k", [1, 64, 512])
+@pytest.mark.parametrize("heads", [8, 64])
+def test_the_indexers_choice_of_whole_numbers(heads, k):
+    """Sums of whole numbers are exact in any order, and many of them are equal."""
+    from model.kernels import indexer_triton
+
+    lengths = [1, 2, 129, 4001, 70]
+    tokens, entries = sum(lengths), sum(n // 4 for n in lengths)
+    q = (draw(tokens, heads, 128, seed=1).float() * 0.5).round().to(DTYPE)
+    keys = (draw(entries, 128, seed=2).float() * 0.5).round().to(DTYPE)
+    weights = draw(tokens, heads, seed=3, dtype=torch.float32).round()
+    ranges = ranges_of(lengths, DEVICE)
+    selected = indexer_triton.select_topk(q, keys, weights, ranges, k).sort(1).values
+    start, end = ranges.entry_start_T[:, None], ranges.entry_end_T[:, None]
+    index = torch.arange(entries, device=DEVICE)
+    for rows in torch.arange(tokens, device=DEVICE).split(256):
+        scores = torch.einsum("tij,cj->tic", q[rows].double(), keys.double()).relu_()
+        scores = torch.einsum("tic,ti->tc", scores, weights[rows].double())
+        hidden = (index < start[rows]) | (index >= end[rows])
+        scores.masked_fill_(hidden, -torch.inf)
+        best = scores.sort(1, descending=True, stable=True).indices[:, :k]
+        best = best.masked_fill(hidden.gather(1, best), -1).sort(1).values
+        assert torch.equal(selected[rows].long()[:, -best.shape[1] :], best)
+
+
+@pytest.mark.parametrize("k", [None, 64])
+def test_the_indexers_loss(k):
+    from model.kernels import indexer_loss_triton
+
+    case = case_of(4, 16, 128)
+    selected = case.select(k) if k else None
+    seen = case.sees_entry if selected is None else case.sees_entry & case.picked(selected)
+    exact = exact_mass(case, None).float()
+    inputs = [draw(case.tokens, 64, 128, seed=1), draw(case.entries, 128, seed=2)]
+    inputs.append(draw(case.tokens, 64, seed=3, dtype=torch.float32) * (64 * 128) ** -0.5)
+
+    def mass(rows: slice, columns: slice) -> Tensor:
+        if selected is None:
+            return exact[rows, columns]
+        index = selected[rows, columns]
+        return exact[rows].gather(1, index.clamp(min=0).long()).masked_fill(index < 0, 0.0)
+
+    def ours(*x: Tensor) -> Tensor:
+        return indexer_loss_triton.indexer_loss(*x, mass, case.ranges, selected)
+
+    assert_near(ours, lambda *x: divergence(*x, exact.double() * seen, seen), inputs)
+    assert_same_bits(ours, inputs)
+
+
+@pytest.mark.parametrize(("m", "overlap"), [(4, True), (128, False)])
+def test_the_compressor(m, overlap):
+    from model.kernels import compressor_triton
+
+    entries = SampleLayout.from_lengths([SAMPLES], device=DEVICE).entries(m)
+    where = (entries.first_token_C, entries.has_previous_C, overlap)
+    width, tokens = 512 * (2 if overlap else 1), sum(SAMPLES)
+    inputs = [draw(tokens, width, seed=1), draw(tokens, width, seed=2)]
+    inputs.append(draw(m, width, seed=3, dtype=torch.float32))
+
+    def ours(*x: Tensor) -> Tensor:
+        return compressor_triton.pool_windows(*x, *where)
+
+    assert_near(ours, lambda *x: pooled(*x, SAMPLES, overlap, 512), inputs)
+    assert_same_bits(ours, inputs)
+
+
+@pytest.mark.parametrize(("dim", "rotary"), [(4096, 0), (7168, 0), (512, 64)])
+def test_norms(dim, rotary):
+    from model.kernels import norm_triton
+    from tests.model.kernels.test_norm_triton import turn, turned
+
+    rotation = turn(999, rotary).to(DEVICE) if rotary else None
+    inputs = [draw(999, dim, seed=1), draw(dim, seed=2, dtype=torch.float32)]
+
+    def ours(*x: Tensor) -> Tensor:
+        return norm_triton.rms_norm(*x, EPS, rotation, DTYPE)
+
+    def reference(x: Tensor, weight: Tensor) -> Tensor:
+        out = x / torch.sqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
+        return out if rotation is None else turned(out, rotation)
+
+    assert_near(ours, reference, inputs)
+    assert_same_bits(ours, inputs)
+
+
+@pytest.mark.parametrize("dim", [768, 4096])
+def test_hyper_connections(dim):
+    from model.kernels import hyper_connection_triton as kernels
+
+    tokens, eps = 333, {"norm_eps": NORM_EPS, "hc_eps": HC_EPS}
+    fp32 = [draw(*s, seed=2 + i, dtype=torch.float32) for i, s in enumerate([(24, 4 * dim), (24,)])]
+    fp32[0] *= (4 * dim) ** -0.5
+    reading = [draw(tokens, 4, dim, seed=1), *fp32, draw(3, seed=5, dtype=torch.float32)]
+    writing = [draw(tokens, 4, dim, seed=1), draw(tokens, dim, seed=2)]
+    writing += [draw(*s, seed=6, dtype=torch.float32) for s in [(tokens, 4), (tokens, 4, 4)]]
+
+    def read(*x: Tensor) -> Any:
+        return kernels.read_streams(*x, **eps, iterations=ITERATIONS)
+
+    _, post, comb, *_ = assert_near(read, reference_read, reading)
+    _, exact_post, exact_comb = reference_read(*[x.double() for x in reading])
+    # The coefficients are fp32: three digits of bf16 would not do.
+    for mine, other in ((post, exact_post), (comb, exact_comb)):
+        assert float((mine.double() - other).abs().max()) < 1e-5
+    assert_same_bits(read, reading)
+    assert_near(kernels.write_streams, reference_write, writing)
+    assert_same_bits(kernels.write_streams, writing)
+
+
+def test_experts():
+    from model.kernels import permute_triton, swiglu_triton
+    from tests.model.kernels.test_permute import places
+    from tests.model.kernels.test_swiglu import LIMIT, reference
+
+    inputs = [draw(999, 2048, seed=i) for i in range(2)] + [draw(999, seed=3, dtype=torch.float32)]
+
+    def ours(*x: Tensor) -> Tensor:
+        return swiglu_triton.clamped_swiglu(x[0], x[1], LIMIT, x[2])
+
+    assert_near(ours, reference, inputs)
+    assert_same_bits(ours, inputs)
+    _, place = places(100, 6, 9)
+    y, place = draw(609, 4096, seed=1), place.to(DEVICE)
+    expected = y.double()[place].view(100, 6, -1).sum(1)
+    out = permute_triton.collect(y, place, 100).double()
+    assert float((out - expected).norm() / expected.norm()) <= 4e-3
