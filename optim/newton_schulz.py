@@ -12,6 +12,8 @@ a·s + b·s³ + c·s⁵ and leaves the singular vectors alone. Two published lis
 import torch
 from torch import Tensor
 
+from optim.symmetric import product_
+
 Step = tuple[float, float, float]
 
 COARSE: Step = (3.4445, -4.7750, 2.0315)
@@ -80,8 +82,8 @@ def _on_matrices(x_NRC: Tensor, steps: tuple[Step, ...]) -> Tensor:
     gram_NRR = x_NRC.new_empty(x_NRC.size(0), x_NRC.size(1), x_NRC.size(1))
     polynomial_NRR = torch.empty_like(gram_NRR)
     for a, b, c in steps:
-        torch.bmm(x_NRC, x_NRC.mT, out=gram_NRR)
-        torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c, out=polynomial_NRR)
+        product_(gram_NRR, x_NRC)
+        product_(polynomial_NRR, gram_NRR, gram_NRR, b, c)
         torch.baddbmm(x_NRC, polynomial_NRR, x_NRC, beta=a, out=other_NRC)
         x_NRC, other_NRC = other_NRC, x_NRC
     return x_NRC
