@@ -43,6 +43,8 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 bench: $(STAMP)  ## tokens per second and memory beside transformers
 	$(BIN)/python benchmarks/vs_transformers.py
 
-bench-gpu: $(STAMP)  ## kernels on a GPU: compared with float64 and the references, then timed
-	$(BIN)/python -m pytest tests/model/kernels/test_gpu.py -q
-	$(BIN)/python benchmarks/attention.py --longest --json attention.json
+bench-gpu: $(STAMP)  ## a GPU: kernels compared with float64 and timed, training steps timed
+	$(BIN)/python -m pytest tests/model/kernels/test_gpu.py tests/optim/test_symmetric.py -q
+	$(BIN)/python -m benchmarks.attention --longest --json attention.json
+	$(BIN)/python -m benchmarks.step_gpu
+	$(BIN)/python -m benchmarks.train_gpu --longest --json train.json

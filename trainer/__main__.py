@@ -14,6 +14,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     import torch
 
     from trainer.failures import told_once
+    from trainer.out_of_memory import advised
     from trainer.parallel.grid import open_grid
     from trainer.preflight import preflight
     from trainer.trainer import Trainer
@@ -25,7 +26,8 @@ def train(config: RunConfig, stop: StopRequest) -> None:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         preflight(config, grid)
-        Trainer(config, grid, stop).run()
+        with advised(config, grid):
+            Trainer(config, grid, stop).run()
         watch.close()
 
 

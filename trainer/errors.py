@@ -32,6 +32,10 @@ class PreflightError(ValueError):
     """Processes that cannot train together, or not on this hardware."""
 
 
+class OutOfMemoryError(ValueError):
+    """A device that is full; the message says which settings would help most."""
+
+
 class ReportError(ValueError):
     """A run whose metrics cannot be drawn."""
 
@@ -45,6 +49,7 @@ USER_ERRORS: tuple[type[ValueError], ...] = (
     DivergedError,
     ExportError,
     PreflightError,
+    OutOfMemoryError,
     ReportError,
 )
 

@@ -249,7 +249,7 @@ class _Chunk:
 
 
 def _chunk_rows(device: torch.device) -> int:
-    return _CPU_ROWS if device.type == "cpu" else _GPU_ROWS
+    return _GPU_ROWS if device.type == "cuda" else _CPU_ROWS
 
 
 def _chunks(

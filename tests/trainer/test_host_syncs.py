@@ -1,0 +1,47 @@
+"""A step on a GPU waits for the device once, where it reads its numbers; here: nowhere before."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import Batch
+from trainer.config import load_config
+from trainer.parallel.grid import Grid
+from trainer.trainer import build, make_engine
+
+CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_waits_for_the_device_between_rows_and_update():
+    config = load_config(CONFIG, ["precision=bf16"])
+    grid = Grid.single(torch.device("cuda"))
+    local, optimizer = build(config, grid)
+    engine = make_engine(config, local, grid, optimizer)
+    tokens = torch.randint(3, 4096, (4, 513), generator=torch.Generator().manual_seed(0))
+    batch = Batch(
+        tokens[:, :-1].contiguous().pin_memory(),
+        tokens[:, 1:].contiguous().pin_memory(),
+        [[512], [200, 312], [1, 2, 509], [128] * 4],
+    )
+
+    def step() -> None:
+        losses = engine.forward_backward([batch])
+        engine.step(1e-6, engine.gradient_norm())
+        local.model.update_router_bias(losses.expert_load)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{w.filename}:{w.lineno}" for w in seen if "synchroniz" in str(w.message)]
+    assert waits == []
