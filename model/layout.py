@@ -15,6 +15,14 @@ import torch
 from torch import Tensor
 
 
+def on_device(array: np.ndarray, device: torch.device | str | None) -> Tensor:
+    """The array as a tensor there. The host does not wait for what a GPU is still doing."""
+    tensor = torch.from_numpy(array)
+    if device is None or torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Entries:
     """The compressed entries of every complete window of ``ratio`` tokens, sample after sample.
@@ -132,10 +140,10 @@ class SampleLayout:
             rows=rows,
             row_length=row_length,
             sample_lengths=sample_lengths,
-            position_T=torch.from_numpy(position_T).to(device),
-            start_T=torch.from_numpy(start_T).to(device),
-            sample_T=torch.from_numpy(sample_T).to(device),
-            padding_T=torch.from_numpy(padded[sample_T]).to(device),
+            position_T=on_device(position_T, device),
+            start_T=on_device(start_T, device),
+            sample_T=on_device(sample_T, device),
+            padding_T=on_device(padded[sample_T], device),
             host_position_T=position_T,
             host_start_T=start_T,
         )
@@ -155,7 +163,7 @@ class SampleLayout:
 
         Only what describes single tokens is cut; `sample_lengths` stay those of whole samples.
         """
-        tokens_T = torch.from_numpy(tokens).to(self.position_T.device)
+        tokens_T = on_device(tokens, self.position_T.device)
         return replace(
             self,
             row_length=row_length,
@@ -186,16 +194,13 @@ class SampleLayout:
         end_T = start_T + (self.host_position_T + 1) // ratio
         first_token_C = token_starts[sample_C] + index_C * ratio
 
-        def on_device(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
         return Entries(
             ratio=ratio,
-            first_token_C=on_device(first_token_C),
-            position_C=on_device(index_C * ratio),
-            has_previous_C=on_device(index_C > 0),
-            start_T=on_device(start_T),
-            end_T=on_device(end_T),
+            first_token_C=on_device(first_token_C, device),
+            position_C=on_device(index_C * ratio, device),
+            has_previous_C=on_device(index_C > 0, device),
+            start_T=on_device(start_T, device),
+            end_T=on_device(end_T, device),
             host_first_token_C=first_token_C,
             host_position_C=index_C * ratio,
             host_start_T=start_T,

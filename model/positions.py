@@ -6,13 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from model.config import LayerType, ModelConfig
 from model.kernels.attention import AttentionRanges
 from model.kernels.indexer_loss import Mass
-from model.layout import SampleLayout
+from model.layout import SampleLayout, on_device
 from model.rope import layer_frequencies, rotation
 
 
@@ -46,7 +45,7 @@ class Positions:
         start = np.maximum(
             layout.host_start_T, np.arange(layout.num_tokens) - config.sliding_window + 1
         )
-        start_T = torch.from_numpy(start).to(device)
+        start_T = on_device(start, device)
         plain = layer_frequencies(config, compressed=False, device=device)
         scaled = layer_frequencies(config, compressed=True, device=device)
         self._rotation: dict[bool, Tensor] = {False: rotation(layout.position_T, plain)}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.layout import SampleLayout
+from model.layout import SampleLayout, on_device
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def balance_loss(
     slot_TA = layout.sample_T[:, None] * experts + routing.indices_TA
     count_SE = torch.zeros_like(share_SE, requires_grad=False).flatten()
     count_SE.index_add_(0, slot_TA.flatten(), count_SE.new_ones(slot_TA.numel()))
-    length_S = torch.from_numpy(layout.sample_lengths).to(share_SE)
+    length_S = on_device(layout.sample_lengths, share_SE.device).to(share_SE.dtype)
     real_T = (~layout.padding_T).to(length_S.dtype)
     real_S = torch.zeros_like(length_S).index_add_(0, layout.sample_T, real_T).clamp_(max=1)
     count_SE = sum_counts(count_SE.view_as(share_SE))

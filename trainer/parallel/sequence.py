@@ -22,7 +22,7 @@ from torch import Tensor
 from model.config import LayerType, ModelConfig
 from model.kernels.attention import AttentionRanges
 from model.kernels.indexer_loss import Mass
-from model.layout import SampleLayout
+from model.layout import SampleLayout, on_device
 from model.positions import Positions, Windows
 from model.rope import layer_frequencies, rotation
 from trainer.parallel.collectives import (
@@ -48,8 +48,8 @@ class SequencePositions(Positions):
         self._own = _tokens_of(layout, self.sequence)
         self._queries = _tokens_of(layout, self.context)
         device = layout.position_T.device
-        self._own_T = torch.from_numpy(self._own).to(device)
-        self._queries_T = torch.from_numpy(self._queries).to(device)
+        self._own_T = on_device(self._own, device)
+        self._queries_T = on_device(self._queries, device)
         self.layout = layout.part(self._own, layout.row_length // self.sequence.size)
         self._ratio = {
             kind: config.compress_ratio(kind) for kind in {*config.layer_types, "window"}
@@ -88,11 +88,11 @@ class SequencePositions(Positions):
             segments = tuple(
                 (row * run, (row + 1) * run, (row + 1) * halo) for row in range(self.rows)
             )
-        start_T = torch.from_numpy(start).to(device)
+        start_T = on_device(start, device)
         if ratio == 0:
             return AttentionRanges(start_T, segments)
         entries = self.whole.entries(ratio)
-        index = torch.from_numpy(tokens).to(device)
+        index = on_device(tokens, device)
         return AttentionRanges(
             start_T,
             segments,
@@ -156,7 +156,7 @@ class SequencePositions(Positions):
         places = [(first + rank * run).ravel() for rank in range(tensor.size)]
         starts = [entries.host_start_T[self._queries[place]] for place in places]
         ends = [entries.host_end_T[self._queries[place]] for place in places]
-        on_device = [torch.from_numpy(place).to(self._own_T.device) for place in places]
+        there = [on_device(place, self._own_T.device) for place in places]
 
         def columns_of(rank: int, rows: slice) -> slice:
             low = int(starts[rank][rows.start])
@@ -166,7 +166,7 @@ class SequencePositions(Positions):
             """Every rank adds its heads' share of what the others ask for."""
             asked = [columns if listed else columns_of(r, rows) for r in range(tensor.size)]
             width = max(part.stop - part.start for part in asked)
-            found = [mass(on_device[r][rows], part) for r, part in enumerate(asked)]
+            found = [mass(there[r][rows], part) for r, part in enumerate(asked)]
             padded = [F.pad(part, (0, width - part.shape[1])) for part in found]
             return reduce_scatter(torch.cat(padded), tensor)[:, : columns.stop - columns.start]
 
@@ -203,20 +203,20 @@ class _Pool:
         helper = has_previous_C[mine] & (owner_C[np.maximum(mine - 1, 0)] != sequence.rank)
         helper &= overlap
         pooled = np.sort(np.concatenate([mine, mine[helper] - 1]))
-        self._kept = torch.from_numpy(np.searchsorted(pooled, mine)).to(device)
+        self._kept = on_device(np.searchsorted(pooled, mine), device)
         begin = sequence.rank * run - self.halo  # where a row's tokens begin, halo included
         local = first_C[pooled] - row_C[pooled] * layout.row_length - begin
         local += row_C[pooled] * (self.halo + run)
         helps = ~np.isin(pooled, mine)
         self.windows = Windows(
-            torch.from_numpy(local).to(device),
-            torch.from_numpy(has_previous_C[pooled] & ~helps).to(device),
-            rotation(torch.from_numpy(position_C[pooled]).to(device), frequencies),
+            on_device(local, device),
+            on_device(has_previous_C[pooled] & ~helps, device),
+            rotation(on_device(position_C[pooled], device), frequencies),
         )
         order = np.empty(len(first_C), dtype=np.int64)
         for rank, share in enumerate(shares):
             order[share] = rank * self.most + np.arange(len(share))
-        self._order = torch.from_numpy(order).to(device)
+        self._order = on_device(order, device)
 
     def gather(self, pooled_CK: Tensor) -> Tensor:
         """The entries of all ranks, sample after sample, [C, K]."""
