@@ -23,9 +23,9 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _CAPABILITY = (9, 0)
 
 COMPARED_ON_GPU: frozenset[str] = frozenset()
-"""Operations whose Triton kernels `make bench-gpu` has found right on a GPU: "attention", "indexer",
-"indexer loss", "compressor", "norms", "hyper-connections", "experts". Training uses no other; a
-compiler may be wrong where an interpreter is right."""
+"""Operations whose Triton kernels `make bench-gpu` has found right on a GPU: "attention",
+"indexer", "indexer loss", "compressor", "norms", "hyper-connections", "experts". Training uses no
+other; a compiler may be wrong where an interpreter is right."""
 
 
 @dataclass(frozen=True)
