@@ -609,6 +609,7 @@ class _Read(torch.autograd.Function):
         tokens, count, dim = streams.shape
         out, width, steps = ctx.sizes["OUT"], count * dim, ctx.sizes["STEPS"]
         grad_read = grad_read.contiguous()
+        others = tuple(x.contiguous() for x in grads)  # none of the head's
         programs = triton.cdiv(tokens, _TOKENS)
 
         def fp32(*shape: int) -> Tensor:
@@ -640,7 +641,7 @@ class _Read(torch.autograd.Function):
                 scale,
                 rstd,
                 grad_pre,
-                *([x.contiguous() for x in grads] or [None, None]),
+                *(others or (None, None)),
                 divisors,
                 grad_w,
                 along,
