@@ -664,10 +664,11 @@ def attention(
         included, which has no gradient.
 
     Raises:
-        UnsupportedError: a GPU cannot run this device, dtype or K.
+        UnsupportedError: a GPU cannot run this device, dtype or K, or T·H is 2^30 or more.
         ValueError: K has no known sizes and ``blocks`` is not given.
     """
     backend.attention(q_THK.device, q_THK.dtype, q_THK.shape[-1], asked=True)
+    _check_count(q_THK)
     blocks = blocks or blocks_for(q_THK.shape[-1])
     if entries_CK is None or entries_CK.shape[0] == 0:
         entries_CK, selected_Tk = None, None
@@ -683,6 +684,15 @@ def attention(
         deterministic,
         blocks,
     )
+
+
+def _check_count(q_THK: Tensor) -> None:
+    """Rows (token, head), two for each in backward, are numbered in 32 bits; all offsets in 64."""
+    tokens, heads, _ = q_THK.shape
+    if tokens * heads >= 1 << 30:
+        raise backend.UnsupportedError(
+            f"attention: {tokens} tokens of {heads} heads in one call; Triton numbers fewer than 2^30"
+        )
 
 
 class _Attention(torch.autograd.Function):
@@ -937,6 +947,7 @@ def entry_mass(
     its floor is a third of forward's at the same entries. Not yet timed.
     """
     backend.attention(q_THK.device, q_THK.dtype, q_THK.shape[-1], asked=True)
+    _check_count(q_THK)
     blocks = blocks or blocks_for(q_THK.shape[-1])
     q_THK, entries_CK = q_THK.contiguous(), entries_CK.contiguous()
     call = _Call(q_THK, entries_CK, ranges, selected_Tk, blocks)

@@ -274,6 +274,16 @@ def test_a_small_fault_is_seen(fault):
 
 
 @interpreted
+def test_more_rows_than_32_bits_number_are_refused():
+    from model.kernels.backend import UnsupportedError
+
+    case = CASES["one token"]
+    q, *rest = inputs(case, 0)
+    with pytest.raises(UnsupportedError, match="16777216 tokens of 64 heads"):
+        run(case, q[:, :1].expand(1 << 24, 64, case.dim), *rest)
+
+
+@interpreted
 def test_a_width_without_sizes_is_refused():
     from model.kernels.attention_triton import blocks_for
 
