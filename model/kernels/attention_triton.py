@@ -691,7 +691,7 @@ def _check_count(q_THK: Tensor) -> None:
     tokens, heads, _ = q_THK.shape
     if tokens * heads >= 1 << 30:
         raise backend.UnsupportedError(
-            f"attention: {tokens} tokens of {heads} heads in one call; Triton numbers fewer than 2^30"
+            f"attention: {tokens} tokens of {heads} heads in one call; Triton numbers up to 2^30"
         )
 
 

@@ -18,7 +18,7 @@ arithmetic is about 10 operations an element, far below what the bytes cost:
 The same for Flash and Pro, whose K, J and m are equal.
 
 The norm and rotation of what is pooled are one more kernel, ``norm_triton.py``, which reads 4·K/m
-and writes 2·K/m bytes a token. Here they would need whole rows in a program, for which HCA's m = 128
+and writes 2·K/m bytes a token. Here they would need whole rows in a program, for which HCA's 128
 tokens leave no registers; for CSA they would save 8·K/m of the 10·K/m bytes that follow the 8·K of
 the inputs, a fifth of its time.
 """
