@@ -27,8 +27,8 @@ from model.config import AttentionMode
 from model.kernels.attention import attention_with_lse
 from model.kernels.indexer import entry_scores
 from model.kernels.indexer_loss import attention_mass
+from model.kernels.norm import rotate
 from model.positions import Positions
-from model.rope import rotate
 from trainer.checkpoint import checkpoints_in, step_of
 from trainer.config import RunConfig, load_run
 from trainer.evaluate import Heldout
