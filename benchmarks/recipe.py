@@ -1,6 +1,6 @@
 """What the stages of a finished run did: the indexers' recall, and what sparse attention costs.
 
-    python benchmarks/recipe.py runs/recipe-demo
+    python -m benchmarks.recipe runs/recipe-demo
 
 The run must have kept its checkpoints at the end of its warm-up and at the step before it
 (`checkpoint.keep: 0`; the nearest ones are taken). On the held-out rows, with the weights at the
