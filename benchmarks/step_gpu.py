@@ -128,7 +128,7 @@ class Parts:
         return self._part(
             f"attention, {kind}",
             calls,
-            lambda x: block.attn(block.attn_norm(x), self.micro.positions),
+            lambda x: block.attn(block.attn_norm(x), self.micro.positions)[0],
             block.attn,
             self.x_TD,
             operations=operations,
