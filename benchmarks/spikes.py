@@ -1,18 +1,22 @@
 """Spikes made on purpose: when they are seen, and how a run goes on that turns back or does not.
 
-    python benchmarks/spikes.py FOLDER [--fault-at 100]
+    python benchmarks/spikes.py FOLDER [--fault-at 316]
     python benchmarks/spikes.py FOLDER --calm 2000 [--until 500]
 
-The first form trains a small model on the demo's text seven times: undisturbed, and with each of
-three faults with and without `stability.spikes`. The faults: one batch of random tokens, a router's
-row scaled by 100, and a learning rate 50 times too large for three steps. Compared is the held-out
-loss 30 steps after the fault. The second form trains without a fault and counts the alarms; it goes
-on from its checkpoint, so that `--until` runs it in pieces.
+The first form trains a small model on the demo's text for a while, and from that checkpoint goes on
+seven times: undisturbed, and with each of three faults with and without `stability.spikes`. The
+faults: one batch of random tokens, a router's row scaled by 100, and a learning rate 50 times too
+large for three steps. Compared are the held-out loss 30 steps after the fault and, as a mean over
+these steps, by how much the loss of training is above that of the undisturbed run, which sees the
+same batches. The second form trains without a fault and counts the alarms; it goes on from its
+checkpoint, so that `--until` runs it in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +31,10 @@ from trainer.metrics_file import read_events, read_metrics
 from trainer.spikes import SpikeDetector
 from trainer.trainer import Trainer
 
-AFTER = 30
+BEFORE, AFTER = 15, 30
+"""Steps of the common checkpoint before the fault, and after it."""
 SPIKES = ("stability.spikes={snapshot_every: 10}", "stability.anticipation.steps=20")
-CONSTANT = ("optim.learning_rate=1e-3", "optim.schedule.decay_fraction=0.0")
+CONSTANT = ("optim.schedule.decay_fraction=0.0",)
 Fault = Callable[[Trainer, int], None]
 
 
@@ -90,9 +95,12 @@ FAULTS: dict[str, Fault] = {
 
 
 def run(folder: Path, name: str, fault: Fault | None, at: int, *settings: str) -> Path:
-    """Train with the fault in step `at`, counted from 0; returns the run folder."""
-    config = small(folder, name, *CONSTANT, *settings)
+    """Go on from the common checkpoint, with the fault in step `at`, counted from 0."""
+    end = at + 1 + AFTER
+    length = (f"steps={end}", f"evaluation.every={end}")
+    config = small(folder, name, *CONSTANT, *length, *SPIKES, *settings)
     if not config.run_dir.exists():
+        shutil.copytree(common(folder, at - BEFORE, *settings), config.run_dir)
         trainer = trainer_of(config)
         if fault is not None:
             fault(trainer, at)
@@ -100,41 +108,58 @@ def run(folder: Path, name: str, fault: Fault | None, at: int, *settings: str) -
     return config.run_dir
 
 
-def heldout(run_dir: Path, step: int) -> float:
-    """The held-out loss after a step."""
-    records = {record["step"]: record for record in read_metrics(run_dir / "metrics.jsonl")}
-    return float(records[step]["heldout_loss"])
+def common(folder: Path, steps: int, *settings: str) -> Path:
+    """The run folder of the steps that all runs have in common."""
+    config = small(folder, "common", *CONSTANT, *SPIKES, *settings, f"steps={steps}")
+    if not config.run_dir.exists():
+        trainer_of(config).run()
+    return config.run_dir
 
 
-def faults(folder: Path, at: int) -> Table:
+def heldout(run_dir: Path) -> float:
+    """The held-out loss after the last step."""
+    return float(read_metrics(run_dir / "metrics.jsonl")[-1]["heldout_loss"])
+
+
+def faults(folder: Path, at: int, *rate: str) -> Table:
     """Every fault with and without turning back, beside the undisturbed run."""
-    end = at + 1 + AFTER
-    length = (f"steps={end}", f"evaluation.every={end}")
-    calm = run(folder, "undisturbed", None, at, *length)
-    table = Table(title=f"held-out loss after step {end}, the fault in step {at + 1}")
+    calm = run(folder, "undisturbed", None, at, *rate)
+    table = Table(title=f"held-out loss after step {at + 1 + AFTER}, the fault in step {at + 1}")
     for column in ("fault", "seen in step", "back to", "undisturbed", "turned back", "apart"):
         table.add_column(column, justify="right")
-    table.add_column("not turned back", justify="right")
+    for column in ("above in training", "not turned back", "apart", "above in training"):
+        table.add_column(column, justify="right")
     for name, fault in FAULTS.items():
-        with_ = run(folder, f"{name}, with", fault, at, *length, *SPIKES)
-        without = run(folder, f"{name}, without", fault, at, *length)
-        events = [event for _, event in read_events(with_ / "metrics.jsonl")]
-        ours, plain = heldout(with_, end), heldout(calm, end)
+        turned = run(folder, f"{name}, with", fault, at, *rate)
+        off = (*rate, "stability.spikes=null")
+        not_turned = run(folder, f"{name}, without", fault, at, *off)
+        events = [event for _, event in read_events(turned / "metrics.jsonl")]
         table.add_row(
             name,
             ", ".join(str(event["seen_at"]) for event in events),
             ", ".join(str(event["back_to"]) for event in events),
-            f"{plain:.4f}",
-            f"{ours:.4f}",
-            f"{ours - plain:+.4f}",
-            f"{heldout(without, end):.4f}",
+            f"{heldout(calm):.4f}",
+            *compared(turned, calm, at),
+            *compared(not_turned, calm, at),
         )
     return table
 
 
-def calm(folder: Path, steps: int, until: int) -> str:
+def compared(run_dir: Path, calm: Path, at: int) -> list[str]:
+    """The held-out loss, how far it is from the undisturbed one, and the loss of training."""
+    ours, plain = (
+        {record["step"]: record.get("lm_loss") for record in read_metrics(path / "metrics.jsonl")}
+        for path in (run_dir, calm)
+    )
+    steps = [step for step in range(at + 2, at + 2 + AFTER) if ours.get(step) is not None]
+    above = sum(ours[step] - plain[step] for step in steps) / len(steps)
+    found = heldout(run_dir)
+    return [f"{found:.4f}", f"{found - heldout(calm):+.4f}", f"{above:+.4f}"]
+
+
+def calm(folder: Path, steps: int, until: int, *rate: str) -> str:
     """Train without a fault and count the alarms, and how close it came to one."""
-    config = small(folder, "calm", *SPIKES, f"steps={steps}")
+    config = small(folder, "calm", *SPIKES, *rate, f"steps={steps}")
     trainer = trainer_of(config)
     trainer.periodic.append(lambda state, _: state.step == until - 1 and trainer.stop.make())
     trainer.run()
@@ -142,29 +167,31 @@ def calm(folder: Path, steps: int, until: int) -> str:
     records, events = read_metrics(path), read_events(path)
     assert config.stability.spikes is not None
     detector = SpikeDetector(config.stability.spikes)
-    most, past = {"loss": 0.0, "grad_norm": 0.0}, {}
+    most, past = 0.0, {}
     for record in records:
-        for name, score in detector.scores(past, record).items():
-            most[name] = max(most[name], score)
-        detector.problem(past, {**record, "busiest": 0.0})
+        numbers = {"loss": record["loss"], "grad_norm": record["grad_norm"], "busiest": 0.0}
+        scores = detector.scores(past, numbers).values()
+        most = max(most, math.hypot(*(max(score, 0.0) for score in scores)))
+        detector.problem(past, numbers)
     return (
-        f"{len(records)} steps, {len(events)} alarms; the loss came to {most['loss']:.1f} "
-        f"deviations above its median, the gradient norm to {most['grad_norm']:.1f}; an alarm is "
-        f"at {config.stability.spikes.threshold:g}"
+        f"{len(records)} steps, {len(events)} alarms; loss and gradient norm together came to "
+        f"{most:.1f} deviations, an alarm is at {config.stability.spikes.threshold:g}"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--fault-at", type=int, default=100)
+    parser.add_argument("--fault-at", type=int, default=316)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--calm", type=int, default=0)
     parser.add_argument("--until", type=int, default=0)
     options = parser.parse_args()
+    rate = (f"optim.learning_rate={options.learning_rate}",)
     if options.calm:
-        print(calm(options.folder, options.calm, options.until or options.calm))
+        print(calm(options.folder, options.calm, options.until or options.calm, *rate))
     else:
-        Console(width=140).print(faults(options.folder, options.fault_at - 1))
+        Console(width=170).print(faults(options.folder, options.fault_at - 1, *rate))
 
 
 if __name__ == "__main__":

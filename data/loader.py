@@ -77,6 +77,7 @@ class Loader:
             the last filled up with empty rows.
         stages: what the rows of "train" are, part after part; by default one for ever, of the
             config's sizes.
+        source: the only one whose documents are read, if given; the schedule stays.
 
     Attributes:
         manifest: of the shards; `manifest.vocab_size` must fit the model.
@@ -98,10 +99,11 @@ class Loader:
         world: int = 1,
         split: Split = "train",
         stages: Sequence[DataStage] = (),
+        source: str | None = None,
     ) -> None:
         if not 0 <= rank < world:
             raise DataError(f"rank {rank} is not one of {world} ranks.")
-        self.config, self.split = config, split
+        self.config, self.split, self.source = config, split, source
         self.seed = seed if split == "train" else 0
         self.rank, self.world = rank, world
         self.manifest = _matching_manifest(config)
@@ -194,6 +196,8 @@ class Loader:
         self._prefixes: dict[str, list[Path]] = {}
         domains: dict[str, str] = {}
         for shard in self.manifest.of_split(self.split):
+            if self.source not in (None, shard.source):
+                continue
             found.setdefault(shard.source, []).append(
                 _open_part(root / shard.name, shard.documents, shard.tokens)
             )

@@ -14,7 +14,7 @@ from model.kernels.mxfp4 import straight_through
 from model.kernels.permute import collect_rows, spread_rows
 from model.kernels.swiglu import clamped_swiglu
 from model.positions import Positions
-from model.router import Router, Routing, balance_loss, expert_load
+from model.router import Router, Routing, balance_loss, expert_load, first_share
 
 ROW_ALIGNMENT = 16
 """Every expert's rows are rounded up to this. Grouped products want aligned groups, and matrix
@@ -141,9 +141,17 @@ class SharedExpert(nn.Module):
 
 @dataclass(frozen=True)
 class MoEStats:
-    """What routing did: load per expert, the balance loss (None in a hash layer), the choice."""
+    """What routing did.
+
+    Attributes:
+        load_E: tokens that chose each expert.
+        first_share: 0-dim, sum over tokens of the largest weight's share of a token's weights.
+        balance: the balance loss; None in a hash layer.
+        chosen_TA: the choice.
+    """
 
     load_E: Tensor
+    first_share: Tensor
     balance: Tensor | None
     chosen_TA: Tensor
 
@@ -178,4 +186,7 @@ class MoE(nn.Module):
             balance = balance_loss(routing, positions.layout, routed_tokens, positions.sum_counts)
         shared_TD = positions.to_own(self.shared_experts(positions.to_queries(x_TD)))
         load_E = expert_load(routing, positions.layout)
-        return routed_TD + shared_TD, MoEStats(load_E, balance, routing.indices_TA)
+        stats = MoEStats(
+            load_E, first_share(routing, positions.layout), balance, routing.indices_TA
+        )
+        return routed_TD + shared_TD, stats

@@ -74,6 +74,14 @@ def expert_load(routing: Routing, layout: SampleLayout) -> Tensor:
     return load.index_add_(0, routing.indices_TA.flatten(), real.flatten())
 
 
+@torch.no_grad()
+def first_share(routing: Routing, layout: SampleLayout) -> Tensor:
+    """Sum over real tokens of the largest weight over the sum of a token's weights, fp32."""
+    weights_TA = routing.weights_TA.detach()
+    share_T = weights_TA.amax(-1) / weights_TA.sum(-1)
+    return share_T.masked_fill(layout.padding_T, 0.0).sum()
+
+
 def balance_loss(
     routing: Routing,
     layout: SampleLayout,

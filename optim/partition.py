@@ -85,6 +85,14 @@ def build_table(
     return [_assign(name, tuple(shape), sizes, config) for name, shape in named_shapes.items()]
 
 
+def group_of(name: str) -> str:
+    """The group of a parameter that settings can name. Raises KeyError for one of no model."""
+    for pattern, _, group in _RULES:
+        if re.fullmatch(pattern, name):
+            return group
+    raise KeyError(name)
+
+
 def _assign(name: str, shape: Shape, sizes: MatrixSizes, config: OptimConfig) -> Assignment:
     rules = [(rule, group) for pattern, rule, group in _RULES if re.fullmatch(pattern, name)]
     if len(rules) != 1:

@@ -68,8 +68,9 @@ class MetricsConfig(Section):
     every: PositiveInt = 1
     """Steps between plain progress lines, and between points sent to wandb."""
     layers_every: NaturalInt = 100
-    """Steps between looks at every layer (loads of experts, router biases, sinks), which wait for
-    the device; 0 looks only after the last step."""
+    """Steps between looks at every layer (loads of experts, router biases, sinks, streams, SwiGLU)
+    and at how far weights move, which run one microbatch forward once more, copy the weights to the
+    host and wait for the device; 0 looks only after the last step."""
     peak_tflops: Annotated[float, Field(gt=0)] | None = None
     """Peak of one device in TFLOP/s at the training precision; with it, `mfu` is reported."""
     wandb: WandbConfig = WandbConfig()
@@ -82,6 +83,8 @@ class EvaluationConfig(Section):
     """Steps between evaluations; 0 evaluates only after the last step."""
     rows: PositiveInt | None = None
     """Held-out rows that are read; null reads all of them."""
+    by_source: bool = True
+    """Also the loss of every source by itself, where there are several, on as many rows in all."""
 
 
 class RunConfig(Section):

@@ -31,16 +31,20 @@ class SpikeConfig(_Strict):
     """What counts as a spike and what is done about it. REP says no more than that there is a
     detector and a short rollback: all numbers here are our choice."""
 
+    recent: PositiveInt = 16
+    """Steps whose median a step is compared with."""
     window: PositiveInt = 128
-    """Steps that a step is compared with."""
+    """Steps whose distances from their own recent medians say what is usual."""
     least_history: PositiveInt = 32
-    """Steps without a judgement, at the start of a run."""
-    threshold: Positive = 8.0
-    """Robust deviations above the median from which a loss or gradient norm is a spike."""
+    """How many of them there have to be before a step is judged."""
+    threshold: Positive = 6.0
+    """From how many robust deviations on a step is a spike."""
     loss_floor: Positive = 0.05
     """Least deviation of the loss, in nats."""
-    norm_floor: Positive = 0.1
+    norm_floor: Positive = 0.25
     """Least deviation of the gradient norm's logarithm."""
+    router_floor: Positive = 0.02
+    """Least deviation of a router's mean share of the first choice."""
     collapse: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """Share of a step's tokens that go to one expert of a learned layer from which its router has
     collapsed, unless half as many went there all along."""

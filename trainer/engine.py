@@ -54,6 +54,8 @@ class StepLosses:
     """Summed over the CSA layers; 0 where the attention has no objective."""
     expert_load: Tensor
     """[layers (+ MTP), E] fp32: tokens routed to each expert."""
+    first_share: Tensor
+    """[layers (+ MTP)] fp32: mean over tokens of the largest weight's share of all weights."""
     counts: TokenCounts
     """The denominators, on the host."""
     flops: float
@@ -198,7 +200,8 @@ class Engine(ABC):
         self.run(microbatches, tally, backward=True)
         lm, mtp, balance, indexer = self._over_ranks(tally).losses.unbind(0)
         loss = lm + weight * mtp + balance + indexer
-        return StepLosses(loss, lm, mtp, balance, indexer, tally.load, counts, flops, stop)
+        load, first = tally.load[:, :-1], tally.load[:, -1] / max(counts.routed, 1)
+        return StepLosses(loss, lm, mtp, balance, indexer, load, first, counts, flops, stop)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:

@@ -31,11 +31,22 @@ class Heldout:
     """
 
     def __init__(self, config: RunConfig, grid: Grid, rows: int | None = None) -> None:
-        self.grid = grid
-        self.loader = Loader(config.data, config.seed, grid.data.rank, grid.data.size, "heldout")
-        self.steps = self.loader.num_steps
-        if rows is not None:
-            self.steps = min(self.steps, -(-rows // config.data.batch_rows))
+        self.config, self.grid, self.rows = config, grid, rows
+        self.loader = self._loader(None)
+        self.steps = self._steps(self.loader, rows)
+        names = [source.name for source in self.loader.sources]
+        several = config.evaluation.by_source and len(names) > 1
+        self.sources = {name: self._loader(name) for name in names} if several else {}
+
+    def _loader(self, source: str | None) -> Loader:
+        data = self.grid.data
+        return Loader(
+            self.config.data, self.config.seed, data.rank, data.size, "heldout", source=source
+        )
+
+    def _steps(self, loader: Loader, rows: int | None) -> int:
+        wanted = loader.num_steps if rows is None else -(-rows // self.config.data.batch_rows)
+        return min(loader.num_steps, wanted)
 
     def unigram_entropy(self) -> float:
         """Nats per target of the best guess that ignores the context, on the same rows."""
@@ -43,10 +54,26 @@ class Heldout:
 
     def evaluate(self, engine: Engine) -> Evaluation:
         """Loss of the engine's model; every rank of the grid takes part and gets the same."""
+        return self._over(self.loader, self.steps, engine)
+
+    def by_source(self, engine: Engine) -> dict[str, float] | None:
+        """Loss of every source, on rows of its own; together at most about `rows`, if given.
+
+        None where there is one source, or `evaluation.by_source` is false.
+        """
+        if not self.sources:
+            return None
+        rows = None if self.rows is None else -(-self.rows // len(self.sources))
+        return {
+            name: self._over(loader, self._steps(loader, rows), engine).loss
+            for name, loader in self.sources.items()
+        }
+
+    def _over(self, loader: Loader, steps: int, engine: Engine) -> Evaluation:
         total = torch.zeros((), dtype=torch.float64, device=self.grid.device)
         targets = torch.zeros((), dtype=torch.float64)
-        for step in range(self.steps):
-            batches = self.loader.at(step)
+        for step in range(steps):
+            batches = loader.at(step)
             total += engine.evaluate(batches)
             targets += sum(int((batch.targets != _IGNORE).sum()) for batch in batches)
         tokens = int(sum_(targets, self.grid.data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -10,18 +11,22 @@ from torch import Tensor
 from model import V4Model
 from trainer.parallel.collectives import gather_objects
 from trainer.parallel.grid import Grid
+from trainer.watch import Seen
 
 LayerNumbers = dict[str, list[float | None]]
 """By the name of a number, its value in every layer (then the MTP block), or None where a layer
 has no such thing."""
 
 
-def layer_numbers(model: V4Model, expert_load: Tensor, grid: Grid) -> LayerNumbers:
+def layer_numbers(
+    model: V4Model, expert_load: Tensor, grid: Grid, seen: Seen | None = None
+) -> LayerNumbers:
     """The numbers of all layers, on every rank; all ranks call it together, outside of a step.
 
     Args:
         model: this rank's part.
         expert_load: [layers (+ MTP), E] over the global batch, the same on every rank.
+        seen: what this rank saw in a pass that was watched.
 
     Returns:
         `expert_load_max`: of the busiest expert, over the mean; 1 is even.
@@ -29,6 +34,7 @@ def layer_numbers(model: V4Model, expert_load: Tensor, grid: Grid) -> LayerNumbe
         `experts_dead`: share of experts that no token chose.
         `router_bias_min`, `router_bias_max`: of learned routers.
         `sink_min`, `sink_max`: of the heads' logits in the softmax's denominator.
+        Where a pass was watched also its numbers; see watch.py.
     """
     found = expert_numbers(expert_load)
     ranges = _merged(gather_objects(_own_ranges(model), grid.world))
@@ -36,6 +42,24 @@ def layer_numbers(model: V4Model, expert_load: Tensor, grid: Grid) -> LayerNumbe
         pairs = [ranges.get((name, row)) for row in range(len(expert_load))]
         found[f"{name}_min"] = [pair and pair[0] for pair in pairs]
         found[f"{name}_max"] = [pair and pair[1] for pair in pairs]
+    if seen is not None:
+        found |= _of_all_ranks(gather_objects(seen, grid.world), len(expert_load))
+    return found
+
+
+def _of_all_ranks(parts: list[Seen], rows: int) -> LayerNumbers:
+    """Means and maxima over what the ranks saw."""
+    found: LayerNumbers = {}
+    keys = {key for part in parts for key in part}
+    for name, kind, row in sorted(keys):
+        pairs = [part[name, kind, row] for part in parts if (name, kind, row) in part]
+        values = found.setdefault(name, [None] * rows)
+        if kind == "max":
+            values[row] = max(top for top, _ in pairs)
+            continue
+        total, count = (sum(numbers) for numbers in zip(*pairs, strict=True))
+        mean = total / count if count else 0.0
+        values[row] = math.sqrt(mean) if name.endswith("_rms") else mean
     return found
 
 

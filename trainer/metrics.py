@@ -73,8 +73,12 @@ class Metrics:
             record["indexer_loss"] = result.indexer_loss
         if result.heldout_loss is not None:
             record["heldout_loss"] = result.heldout_loss
+        if result.heldout_by_source is not None:
+            record["heldout_by_source"] = result.heldout_by_source
         if result.layers is not None:
             record["layers"] = result.layers
+        if result.groups is not None:
+            record["groups"] = result.groups
         record["skipped_steps"] = state.skipped_steps
         record["rollbacks"] = state.rollbacks
         record["anticipates"] = state.anticipates(state.step - 1)

@@ -93,7 +93,8 @@ CHARTS = (
 
 def points(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """Steps and values of the records that have `key`, averaged down to MOST_POINTS."""
-    pairs = [(record["step"], record[key]) for record in records if key in record]
+    found = [(record["step"], value_of(record, key)) for record in records]
+    pairs = [(step, value) for step, value in found if value is not None]
     size = -(-len(pairs) // MOST_POINTS) or 1
     steps, values = [], []
     for start in range(0, len(pairs), size):
@@ -101,6 +102,13 @@ def points(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list
         steps.append(group[-1][0])
         values.append(sum(value for _, value in group) / len(group))
     return steps, values
+
+
+def value_of(record: dict[str, Any], key: str) -> float | None:
+    """A number of a record; `name.part` is a part of a number that has several."""
+    name, _, part = key.partition(".")
+    found = record.get(name)
+    return found.get(part) if part and found is not None else found
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:
@@ -113,13 +121,38 @@ def smooth(values: Sequence[float], reach: int) -> list[float]:
     return means
 
 
-def draw(chart: Chart, records: Sequence[dict[str, Any]], marks: Sequence[Mark] = ()) -> str:
-    """The chart as an `<svg>` element, with the marks' names where it is wide."""
+def source_charts(records: Sequence[dict[str, Any]]) -> list[Chart]:
+    """A chart of the held-out loss by source, where that was evaluated."""
+    names = dict.fromkeys(n for record in records for n in record.get("heldout_by_source", {}))
+    if not names:
+        return []
+    curves = tuple(
+        Curve(f"heldout_by_source.{name}", name, color, style="dots")
+        for name, color in zip(names, cycle(SERIES_COLORS), strict=False)
+    )
+    return [Chart("Held-out loss by source", "nats per token", curves)]
+
+
+def draw(
+    chart: Chart,
+    records: Sequence[dict[str, Any]],
+    marks: Sequence[Mark] = (),
+    spikes: Sequence[int] = (),
+) -> str:
+    """The chart as an `<svg>` element, with the marks' names where it is wide.
+
+    `spikes` are steps at which the run turned back.
+    """
     with matplotlib.rc_context(STYLE):
-        return to_svg(picture(chart, records, marks), chart.title)
+        return to_svg(picture(chart, records, marks, spikes), chart.title)
 
 
-def picture(chart: Chart, records: Sequence[dict[str, Any]], marks: Sequence[Mark] = ()) -> Figure:
+def picture(
+    chart: Chart,
+    records: Sequence[dict[str, Any]],
+    marks: Sequence[Mark] = (),
+    spikes: Sequence[int] = (),
+) -> Figure:
     """The chart as a figure, in the style that is in force."""
     figure = Figure(figsize=(10.4, 3.6) if chart.wide else (5.1, 2.9), layout="constrained")
     axes = figure.subplots()
@@ -135,6 +168,8 @@ def picture(chart: Chart, records: Sequence[dict[str, Any]], marks: Sequence[Mar
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axes.set_xlabel("step")
     axes.set_ylabel(chart.unit)
+    for step in spikes:
+        axes.axvline(step, color="#c24b4b", lw=1.0, ls="--", alpha=0.7)
     for step, name in marks:
         axes.axvline(step + 0.5, color=_INK, lw=0.8, ls=(0, (4, 3)), alpha=0.5)
         if chart.wide:

@@ -9,8 +9,9 @@ from model.sizes import parameter_counts
 from trainer.config import RunConfig
 from trainer.errors import ReportError
 from trainer.files import write_whole
-from trainer.metrics_file import read_metrics
-from trainer.plots import CHARTS, Mark, draw, draw_layers
+from trainer.metrics_file import Event, read_events, read_metrics
+from trainer.plots import CHARTS, Mark, draw, source_charts, value_of
+from trainer.report_layers import events_section, groups_section, layers_section
 from trainer.stages import Recipe, short_length
 from trainer.words import short
 
@@ -50,6 +51,9 @@ th:first-child { text-align: left; padding-left: 0; }
   font-variant-numeric: tabular-nums; }
 .layers td:first-child, .layers th:first-child { text-align: left; }
 .layers td + td { padding-left: 12px; }
+figure p { color: var(--soft); font-size: 13px; margin: 10px 0 4px; }
+.events td { padding-right: 16px; }
+.events th, .events td, .events td:last-child { text-align: left; }
 td:last-child { text-align: right; font-variant-numeric: tabular-nums; word-break: break-word; }
 """
 
@@ -64,19 +68,20 @@ def write_report(config: RunConfig) -> Path:
     if not records:
         raise ReportError(f"{path}: there is nothing to draw; train the run first")
     target = config.run_dir / "report.html"
-    write_whole(target, render(config, records))
+    events = [event for _, event in read_events(path)]
+    write_whole(target, render(config, records, events))
     return target
 
 
-def render(config: RunConfig, records: list[dict[str, Any]]) -> str:
+def render(config: RunConfig, records: list[dict[str, Any]], events: list[Event]) -> str:
     """The page as HTML text."""
     last = records[-1]
-    marks = stage_marks(config)
+    marks, spikes = stage_marks(config), [event["seen_at"] for event in events]
     charts = "".join(
         f"<figure{' class=wide' if chart.wide else ''}><h2>{escape(chart.title)}</h2>"
-        f"{draw(chart, records, marks)}</figure>"
-        for chart in CHARTS
-        if any(curve.key in record for curve in chart.curves for record in records)
+        f"{draw(chart, records, marks, spikes)}</figure>"
+        for chart in (*CHARTS, *source_charts(records))
+        if any(value_of(r, curve.key) is not None for curve in chart.curves for r in records)
     )
     tiles = "".join(
         f"<div class=tile><b>{escape(value)}</b><span>{escape(name)}</span></div>"
@@ -90,7 +95,8 @@ def render(config: RunConfig, records: list[dict[str, Any]]) -> str:
         str(config.run_dir),
         f"DeepSeek-V4 pre-training, step {last['step']:,} of {config.steps:,}",
         f"<div class=tiles>{tiles}</div><div class=charts>{charts}</div>"
-        f"{_layers(config, records)}<div class=facts>{facts}</div>",
+        f"{events_section(config, records, events)}"
+        f"{layers_section(config, records)}{groups_section(records)}<div class=facts>{facts}</div>",
     )
 
 
@@ -112,44 +118,6 @@ def page(title: str, subtitle: str, body: str) -> str:
     )
 
 
-def _layers(config: RunConfig, records: list[dict[str, Any]]) -> str:
-    """A map of the experts' loads over time, and a table of every layer at the last look."""
-    seen = [record for record in records if "layers" in record]
-    if not seen:
-        return ""
-    title = "Busiest expert of every layer"
-    drawing = draw_layers(seen, "expert_load_max", title, "load over the mean")
-    numbers = seen[-1]["layers"]
-    names = [(name, label) for name, label in _LAYER_COLUMNS if name in numbers]
-    kinds = [*config.model.layer_types, *["window"] * config.model.num_nextn_predict_layers]
-    head = "".join(f"<th>{escape(text)}</th>" for text in ("layer", *(label for _, label in names)))
-    body = ""
-    for row, kind in enumerate(kinds):
-        place = "MTP" if row >= config.model.num_hidden_layers else str(row)
-        router = "hash" if row < config.model.num_hash_layers else "learned"
-        cells = [numbers[name][row] for name, _ in names]
-        body += f"<tr><td>{place}: {kind}, {router}</td>" + "".join(
-            f"<td>{'–' if cell is None else f'{cell:.3g}'}</td>" for cell in cells
-        )
-        body += "</tr>"
-    return (
-        f"<div class=charts><figure class=wide><h2>{title}</h2>{drawing}</figure>"
-        f"<figure class=wide><h2>Layers after step {seen[-1]['step']:,}</h2>"
-        f"<table class=layers><tr>{head}</tr>{body}</table></figure></div>"
-    )
-
-
-_LAYER_COLUMNS = (
-    ("expert_load_max", "busiest expert, over mean"),
-    ("expert_load_entropy", "entropy, 1 is even"),
-    ("experts_dead", "idle experts"),
-    ("router_bias_min", "router bias, least"),
-    ("router_bias_max", "largest"),
-    ("sink_min", "head sink, least"),
-    ("sink_max", "largest"),
-)
-
-
 def _rows(rows: list[tuple[str, Any]]) -> str:
     return "".join(
         f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in rows
@@ -167,6 +135,8 @@ def _headline(config: RunConfig, records: list[dict[str, Any]]) -> list[tuple[st
         ("final training loss", f"{last.get('lm_loss', math.nan):.4f}"),
         ("tokens per second, median", short(speeds[len(speeds) // 2])),
     ]
+    if last.get("rollbacks"):
+        tiles.append(("times turned back", str(last["rollbacks"])))
     if heldout:
         tiles.insert(3, ("final held-out loss", f"{heldout[-1]:.4f}"))
     return tiles

@@ -116,6 +116,7 @@ class Stability:
             "grad_norm": result.grad_norm,
             "busiest": result.busiest_share,
         }
+        numbers |= {f"router {n}": share for n, share in enumerate(result.first_share)}
         return self.detector.problem(self.state.history, numbers)
 
     def turn_back(self, problem: str) -> Event:

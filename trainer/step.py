@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from trainer.groups import GroupNumbers
 from trainer.layers import LayerNumbers
 
 
@@ -29,6 +30,8 @@ class StepResult:
     expert_load_min: float
     busiest_share: float
     """Largest share of the step's tokens that went to one expert of a learned layer."""
+    first_share: list[float]
+    """Of every learned layer, the mean over tokens of the largest weight's share."""
     tokens: int
     """Tokens of the global batch, padding not counted."""
     flops: float
@@ -39,6 +42,10 @@ class StepResult:
     """Set by the evaluation, where one was due after this step."""
     layers: LayerNumbers | None = None
     """Of every layer, where a look was due after this step."""
+    groups: GroupNumbers | None = None
+    """Of every group of parameters, likewise."""
+    heldout_by_source: dict[str, float] | None = None
+    """Set by the evaluation, where the held-out text has several sources."""
 
     @classmethod
     def without_batch(cls, learning_rate: float, stage: int) -> StepResult:
@@ -56,6 +63,7 @@ class StepResult:
             expert_load_max=nan,
             expert_load_min=nan,
             busiest_share=nan,
+            first_share=[],
             tokens=0,
             flops=0.0,
             seconds=0.0,

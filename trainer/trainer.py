@@ -17,6 +17,7 @@ from trainer.engine import Engine, NativeEngine, StepLosses
 from trainer.errors import DivergedError, SaveError
 from trainer.evaluate import Heldout
 from trainer.files import write_whole
+from trainer.groups import GroupWatch
 from trainer.layers import layer_numbers
 from trainer.metrics import Metrics, describe_event
 from trainer.parallel.grid import Grid
@@ -28,6 +29,7 @@ from trainer.stability import Stability
 from trainer.stages import Recipe, Stage
 from trainer.state import TrainState
 from trainer.step import StepResult
+from trainer.watch import watched
 
 Hook = Callable[[TrainState, StepResult], None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -56,7 +58,7 @@ class Trainer:
         if self.loader.manifest.of_split("heldout"):
             self.heldout = Heldout(config, grid, config.evaluation.rows)
         local, self.engine, self.optimizer = open_engine(config, grid)
-        self.model = local.model
+        self.local, self.model = local, local.model
         self.anticipation = Anticipation(
             self.engine,
             grid,
@@ -113,18 +115,22 @@ class Trainer:
         self.state.stopping = losses.stop
         norm = self.engine.gradient_norm()
         result = self._on_host(losses, norm)  # the only wait for the device in a step
+        look = self._is_due(self.config.metrics.layers_every, self.state.step + 1)
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             problem = self.stability.problem(result)
             if problem is None:
                 self.state.skipped_in_row = 0
-                self._update(result, losses, norm, stage)
+                self._update(result, losses, norm, stage, look)
         else:
             problem = self._skip(result)
         if problem is not None:
             self._turn_back(problem)
             return None
-        if self._is_due(self.config.metrics.layers_every, self.state.step + 1):
-            result.layers = layer_numbers(self.model, losses.expert_load, self.grid)
+        if look:
+            with watched(self.model) as notes:
+                self.engine.evaluate(batches[:1])
+            seen = notes.seen()
+            result.layers = layer_numbers(self.model, losses.expert_load, self.grid, seen)
         return result
 
     def _enter(self) -> Stage:
@@ -140,9 +146,14 @@ class Trainer:
                 self._note(f"step {self.state.step + 1}: stage {stage.number}, {stage.name}")
         return stage
 
-    def _update(self, result: StepResult, losses: StepLosses, norm: Tensor, stage: Stage) -> None:
+    def _update(
+        self, result: StepResult, losses: StepLosses, norm: Tensor, stage: Stage, look: bool
+    ) -> None:
+        """Update weights and router biases; with `look`, also see how far the weights moved."""
+        groups = GroupWatch(self.local, self.grid) if look else None
         self.engine.step(result.learning_rate, norm)
         self.model.update_router_bias(losses.expert_load, stage.router_bias_speed)
+        result.groups = None if groups is None else groups.after()
 
     def _skip(self, result: StepResult) -> str | None:
         """Count and tell a step without an update; what is wrong, if there were too many in a row.
@@ -190,9 +201,9 @@ class Trainer:
         share = losses.expert_load / losses.expert_load.mean(dim=1, keepdim=True).clamp(min=1.0)
         busiest = share[self.config.model.num_hash_layers :].max()
         whole = (losses.loss, losses.lm, losses.mtp, losses.balance, losses.indexer, norm)
-        numbers = (*whole, share.max(), busiest, share.min())
-        packed = torch.stack([n.double() for n in numbers])
-        loss, lm, mtp, balance, indexer, grad_norm, most, busiest, least = packed.tolist()
+        numbers = (*whole, share.max(), busiest, share.min(), *losses.first_share)
+        packed = torch.stack([n.double() for n in numbers]).tolist()
+        loss, lm, mtp, balance, indexer, grad_norm, most, busiest, least, *first = packed
         model = self.config.model
         return StepResult(
             loss=loss,
@@ -205,6 +216,7 @@ class Trainer:
             stage=self.recipe.at(self.state.step).number,
             expert_load_max=most,
             expert_load_min=least,
+            first_share=first[model.num_hash_layers :],
             busiest_share=busiest * model.num_experts_per_tok / model.n_routed_experts,
             tokens=losses.counts.routed,
             flops=losses.flops,
@@ -235,6 +247,7 @@ class Trainer:
         stopped = state.stopping and state.step < self.config.steps
         if due and not stopped and self.heldout is not None:
             result.heldout_loss = self.heldout.evaluate(self.engine).loss
+            result.heldout_by_source = self.heldout.by_source(self.engine)
 
     def _report(self, state: TrainState, result: StepResult) -> None:
         if self.metrics is not None:

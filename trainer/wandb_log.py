@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.config import RunConfig
 from trainer.files import write_whole
+from trainer.groups import flat_groups
 from trainer.layers import flat
 
 
@@ -61,8 +62,11 @@ class WandbLog:
     def log(self, record: dict[str, Any]) -> None:
         """Send one step's record."""
         if self._run is not None:
-            layers = flat(record.get("layers", {}))
-            self._run.log({n: v for n, v in record.items() if n != "layers"} | layers)
+            plain = {n: v for n, v in record.items() if not isinstance(v, dict)}
+            sources = record.get("heldout_by_source", {}).items()
+            by_source = {f"heldout_loss/{name}": loss for name, loss in sources}
+            layers, groups = flat(record.get("layers", {})), flat_groups(record.get("groups", {}))
+            self._run.log(plain | by_source | layers | groups)
 
     def close(self) -> None:
         """End the run; it can be resumed."""

@@ -45,7 +45,7 @@ class Tally:
     losses: Tensor
     """fp64 [4]: lm, mtp (unweighted), balance and the indexers'."""
     load: Tensor
-    """fp32 [layers (+ MTP), E]."""
+    """fp32 [layers (+ MTP), E + 1]: tokens of each expert, then the sum of first_share."""
     chosen: list[dict[int, Tensor]] | None = None
     """Where there is a list: only the experts that learned routers choose are wanted, by microbatch
     and layer [T, A], in the smallest integers that hold them. Losses and loads stay as they are."""
@@ -54,7 +54,7 @@ class Tally:
     def zeros(cls, model: V4Model, device: torch.device) -> Tally:
         """Nothing noted yet."""
         rows = model.config.num_hidden_layers + model.config.num_nextn_predict_layers
-        load = torch.zeros(rows, model.config.n_routed_experts, device=device)
+        load = torch.zeros(rows, model.config.n_routed_experts + 1, device=device)
         return cls(torch.zeros(4, dtype=torch.float64, device=device), load)
 
 
@@ -104,7 +104,7 @@ class Stage(nn.Module):
             stats, rows = stats + seen, rows + [model.config.num_hidden_layers] * len(seen)
         balance = model.weighted_balance(stats)
         indexer = model.indexer_loss(stats)
-        self._note((lm, mtp, balance, indexer), rows, [seen.load_E for seen in stats])
+        self._note((lm, mtp, balance, indexer), rows, [_load(seen) for seen in stats])
         losses = [loss for loss in (balance, indexer) if loss is not None]
         out = streams
         if lm is not None and mtp is not None:
@@ -242,6 +242,10 @@ class _Received(PipelineStage):
     def _drop(self, infos: Sequence[Any]) -> None:
         for info in infos:
             info.buffer = None
+
+
+def _load(seen: MoEStats) -> Tensor:
+    return torch.cat([seen.load_E, seen.first_share[None]])
 
 
 class Pipeline:
