@@ -104,7 +104,7 @@ def close(ours: object, theirs: object) -> bool:
     if isinstance(ours, list):
         assert isinstance(theirs, list)
         return all(close(a, b) for a, b in zip(ours, theirs, strict=True))
-    return ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+    return ours is theirs is None or ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.timeout(300)
