@@ -1,6 +1,6 @@
 """What anticipatory routing adds to a step.
 
-    python benchmarks/anticipation.py FOLDER [--rounds 8] [--threads 2] [key=value ...]
+    python -m benchmarks.anticipation FOLDER [--rounds 8] [--threads 2] [key=value ...]
 
 Trains configs/debug.yaml on the demo's text twice side by side, plainly and with the experts chosen
 ahead, step after step in turn, since a machine's speed drifts. The median step of each counts.

@@ -1,6 +1,6 @@
 """How even the learned routers become, with and without the bias that moves against the load.
 
-    python benchmarks/expert_loads.py FOLDER [--speeds 0 0.001 0.01] [--steps 300] [key=value ...]
+    python -m benchmarks.expert_loads FOLDER [--speeds 0 0.001 0.01] [--steps 300] [key=value ...]
 
 Trains a small model on the demo's text once for every speed of the bias. Printed for every learned
 layer: the busiest expert's load over the mean, of single steps (the median of the last 20) and of
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from stability_runs import small, trainer_of
 from torch import Tensor
 
+from benchmarks.stability_runs import small, trainer_of
 from trainer.trainer import Trainer
 
 LAST, EVEN = 20, 1.3

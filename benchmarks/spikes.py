@@ -1,7 +1,7 @@
 """Spikes made on purpose: when they are seen, and how a run goes on that turns back or does not.
 
-    python benchmarks/spikes.py FOLDER [--fault-at 316]
-    python benchmarks/spikes.py FOLDER --calm 2000 [--until 500]
+    python -m benchmarks.spikes FOLDER [--fault-at 336]
+    python -m benchmarks.spikes FOLDER --calm 2000 [--until 500]
 
 The first form trains a small model on the demo's text for a while, and from that checkpoint goes on
 seven times: undisturbed, and with each of three faults with and without `stability.spikes`. The
@@ -24,16 +24,19 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from stability_runs import small, trainer_of
 
+from benchmarks.stability_runs import small, trainer_of
 from data import Batch
 from trainer.metrics_file import read_events, read_metrics
 from trainer.spikes import SpikeDetector
 from trainer.trainer import Trainer
 
-BEFORE, AFTER = 15, 30
+BEFORE, AFTER = 5, 30
 """Steps of the common checkpoint before the fault, and after it."""
-SPIKES = ("stability.spikes={snapshot_every: 10}", "stability.anticipation.steps=20")
+SPIKES = (
+    "stability.spikes={snapshot_every: 10, least_history: 12}",
+    "stability.anticipation.steps=20",
+)
 CONSTANT = ("optim.schedule.decay_fraction=0.0",)
 Fault = Callable[[Trainer, int], None]
 
@@ -182,7 +185,7 @@ def calm(folder: Path, steps: int, until: int, *rate: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--fault-at", type=int, default=316)
+    parser.add_argument("--fault-at", type=int, default=336)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--calm", type=int, default=0)
     parser.add_argument("--until", type=int, default=0)

@@ -26,6 +26,7 @@ from trainer.config_stability import AnticipationConfig
 from trainer.engine import Chosen, Engine
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import index_dtype
+from trainer.stages import Recipe
 from trainer.state import TrainState
 from trainer.tensors import Part, routing_name
 
@@ -60,7 +61,7 @@ class Anticipation:
         fetch: this rank's microbatches of a step; asked for steps in rising order.
         settings: by how many steps choices are older than the weights that they are used with, and
             whether the whole run is routed so; otherwise the state says from when to when.
-        steps: of the whole run.
+        recipe: of the whole run.
     """
 
     def __init__(
@@ -70,10 +71,10 @@ class Anticipation:
         loader: Loader,
         fetch: Callable[[int], list[Batch]],
         settings: AnticipationConfig,
-        steps: int,
+        recipe: Recipe,
     ) -> None:
         self.engine, self.grid, self.loader, self.fetch = engine, grid, loader, fetch
-        self.lead, self.steps = settings.lead, steps
+        self.lead, self.recipe = settings.lead, recipe
         self.always, self.never = settings.when == "always", settings.when == "never"
         self._rows: dict[int, list[Batch]] = {}
         # By step and layer: [rows here, columns here, A].
@@ -93,7 +94,7 @@ class Anticipation:
         if not state.anticipates(now):
             self.forget()
             return None
-        ahead = [step for step in range(now + 1, now + self.lead + 1) if step < self.steps]
+        ahead = [step for step in range(now + 1, now + self.lead + 1) if step < self.recipe.steps]
         for step in ahead:
             if state.anticipates(step) and step not in self._rows:
                 self._rows[step] = self.fetch(step)
@@ -104,7 +105,9 @@ class Anticipation:
         return self._by_microbatch(now, self._chosen.pop(now))
 
     def _choose(self, step: int, batches: list[Batch]) -> dict[int, Tensor]:
-        chosen, columns = self.engine.choose(batches), self._place(step).columns
+        # A step that begins another stage is looked at with that stage's attention.
+        chosen = self.engine.choose(batches, self.recipe.at(step).attention)
+        columns = self._place(step).columns
         return {
             layer: torch.cat([micro[layer] for micro in chosen]).unflatten(0, (-1, columns))
             for layer in chosen[0]

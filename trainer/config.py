@@ -145,8 +145,8 @@ class RunConfig(Section):
         for problem in (
             *self.parallel.problems(self.model),
             *deepspeed_problems(self),
-            *stability_problems(self),
             *quantisation_problems(self),
+            *stability_problems(self, recipe.stages),
         ):
             raise ValueError(problem)
         for where, rows in self._all_rows(recipe):

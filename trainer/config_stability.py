@@ -1,6 +1,6 @@
 """How a run is kept stable: anticipatory routing and spikes. Imports no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -68,9 +68,19 @@ class StabilityConfig(_Strict):
     holds copies of all its states, and is for recipes to ask for."""
 
 
-def problems(config: Any) -> Iterator[str]:
-    """What contradicts the rest of the config, a sentence each that names both fields."""
-    spikes = config.stability.spikes
+def problems(config: Any, stages: Iterable[Any]) -> Iterator[str]:
+    """What contradicts the rest of the config, a sentence each that names both fields.
+
+    `stages` as in Recipe.
+    """
+    spikes, ahead = config.stability.spikes, config.stability.anticipation
+    used = ahead.when == "always" or (ahead.when == "after_spikes" and spikes is not None)
+    for stage in stages:
+        if used and config.stages and ahead.lead > stage.steps:
+            yield (
+                f"stability.anticipation.lead = {ahead.lead} should be at most {stage.steps}, the "
+                f"steps of stages.{stage.number}"
+            )
     if spikes is None:
         return
     if config.engine == "deepspeed":

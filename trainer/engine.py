@@ -214,17 +214,20 @@ class Engine(ABC):
         return self._over_ranks(tally).losses[0]
 
     @torch.no_grad()
-    def choose(self, batches: Sequence[Batch]) -> list[Chosen]:
+    def choose(
+        self, batches: Sequence[Batch], attention: AttentionMode | None = None
+    ) -> list[Chosen]:
         """The experts that learned routers choose for the own tokens with the present weights.
 
-        One forward pass without the output heads; every rank calls it.
+        One forward pass without the output heads, by default with the present attention; every
+        rank calls it.
         """
         tally = Tally.zeros(self.model, self.grid.device)
         chosen: list[dict[int, Tensor]] = [{} for _ in batches]
         tally.chosen = chosen
         rows = [self._rows(batch) for batch in batches]
-        attention = _WITHOUT_OBJECTIVE[self.attention]
-        microbatches = Microbatches(self.model, rows, _SUMS, 0.0, attention)
+        mode = _WITHOUT_OBJECTIVE[attention or self.attention]
+        microbatches = Microbatches(self.model, rows, _SUMS, 0.0, mode)
         self.run(microbatches, tally, backward=False)
         return list(chosen)
 

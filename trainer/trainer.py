@@ -65,7 +65,7 @@ class Trainer:
             self.loader,
             self.batches.at,
             config.stability.anticipation,
-            config.steps,
+            self.recipe,
         )
         self.checkpoint = RunCheckpoint(
             config,

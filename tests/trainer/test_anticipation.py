@@ -15,13 +15,14 @@ from torch import Tensor
 from data import Loader
 from model import SampleLayout
 from tests.trainer.parallel.topologies import Job, Topology, run_all, topology
+from tests.trainer.test_stages import staged
 from tests.trainer.tiny import (
     assert_same_run,
     column,
     steps_in_file,
     train,
 )
-from trainer.config import RunConfig, load_config, load_run
+from trainer.config import ConfigError, RunConfig, load_config, load_run
 from trainer.export import export_run
 from trainer.layers import expert_numbers
 from trainer.metrics_file import read_metrics
@@ -186,6 +187,20 @@ def trainer_state(config: RunConfig) -> TrainState:
     trainer = Trainer(config, Grid.single())
     trainer.checkpoint.load(trainer.state)
     return trainer.state
+
+
+def test_a_lead_reaches_into_the_next_stage(tiny: Path, tmp_path: Path) -> None:
+    """Rows of another length, chosen for with another attention; stopped with such choices."""
+    first = {"until": 768, "attention": "dense", "row_length": 64}
+    second = {"until": 1800, "attention": "warmup", "row_length": 96}
+    path = staged(tiny, tmp_path, [first, second])
+    train(path, tmp_path / "straight", ALWAYS, LEAD.format(2))
+    train(path, tmp_path / "halves", ALWAYS, LEAD.format(2), stop_at=2)
+    train(path, tmp_path / "halves", ALWAYS, LEAD.format(2))
+    assert_same_run(tmp_path / "straight", tmp_path / "halves", 6)
+    with pytest.raises(ConfigError, match=r"lead = 4 should be at most 3, the steps of stages\.0"):
+        load_config(path, [ALWAYS, LEAD.format(4)])
+    load_config(path, [LEAD.format(4)])  # nothing switches it on
 
 
 def test_the_smallest_integers_that_hold_an_expert() -> None:
