@@ -27,10 +27,10 @@ _MARKS = re.compile(
 _GARBLED = re.compile(
     "[\ufffd\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff]"
 )
-# Scripts written without spaces: a character is a word there. Then runs of letters and digits, and
-# runs of other signs.
+# Words are what stands between spaces, as in the Gopher paper; in scripts written without spaces, a
+# character.
 _NO_SPACES = "\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc"
-_WORDS = re.compile(rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+|[^\w\s]+")
+_WORDS = re.compile(rf"[{_NO_SPACES}]|[^\s{_NO_SPACES}]+")
 
 
 class Rules:

@@ -30,7 +30,7 @@ from data.mixture import Schedule, plan_windows, shares
 from data.permutation import key_of
 from data.stream import SourceStream
 from data.tokenizer import Tokenizer, tokenizer_file
-from data.transforms import FIM_EXTRA, fim_ids, split_table, splittable_counts, transformed
+from data.transforms import FIM_EXTRA, fim_ids, kept_tables, splittable_counts, transformed
 from data.window import Window, build_window
 
 NO_TARGET = -100
@@ -224,11 +224,14 @@ class Loader:
         fim = transforms.fim_rate > 0 and domains & set(transforms.fim_domains)
         if not fim and not transforms.split_share:
             return
-        tokenizer = Tokenizer(self.config.tokenizer.path)
+        root = Path(self.config.shards) / self.manifest.folder
+        ids, table = kept_tables(root, self.config.tokenizer.path)
+        if fim and not len(ids):
+            fim_ids(Tokenizer(self.config.tokenizer.path))  # says which token is missing
         if fim:
-            self.fim_ids = fim_ids(tokenizer)
+            self.fim_ids = ids
         if transforms.split_share:
-            self.split_table = split_table(tokenizer)
+            self.split_table = table
             self._counts = [self._source_counts(source) for source in self.sources]
 
     def _source_counts(self, source: SourceStream) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ SPM is `bos <begin> <hole> suffix <end> prefix middle eos`.
 """
 
 import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,29 @@ def fim_ids(tokenizer: Tokenizer) -> Ints:
             "data.transforms.fim_rate=0."
         )
     return np.array([tokenizer.special[token] for token in FIM_TOKENS], dtype=np.int64)
+
+
+def kept_tables(folder: Path, tokenizer_path: str) -> tuple[Ints, Ints]:
+    """(ids of begin, hole and end, the split table), kept in a file among the shards.
+
+    Opening a tokenizer of 128K takes seconds, which no rank needs to spend twice. The ids are none
+    where the tokenizer lacks one. The folder's shards are of one tokenizer.
+    """
+    file = folder / "transforms.npz"
+    if file.is_file():
+        try:
+            with np.load(file, allow_pickle=False) as found:
+                return found["fim"], found["split"]
+        except (ValueError, OSError, KeyError, zipfile.BadZipFile):
+            pass  # made again
+    tokenizer = Tokenizer(tokenizer_path)
+    known = all(token in tokenizer.special for token in FIM_TOKENS)
+    fim = fim_ids(tokenizer) if known else np.zeros(0, dtype=np.int64)
+    split = split_table(tokenizer)
+    stream = io.BytesIO()
+    np.savez(stream, fim=fim, split=split)
+    write_atomically(file, stream.getvalue())
+    return fim, split
 
 
 def splittable_counts(prefix: Path, tokens: NDArray[Any], starts: Ints, table: Ints) -> Ints:

@@ -240,10 +240,13 @@ def test_a_ramp_needs_both_of_its_fields() -> None:
         DataStage(row_length=8, batch_rows=2, ramp_steps=2)
 
 
-def test_a_damaged_count_is_made_again(mixed: DataConfig) -> None:
+def test_damaged_counts_and_tables_are_made_again(mixed: DataConfig) -> None:
     config = changed(mixed, transforms={"split_share": 0.5})
     first = Loader(config, seed=0).at(3)[0]
-    for file in Path(config.shards).rglob("*.splittable.npy"):
+    files = [*Path(config.shards).rglob("*.splittable.npy")]
+    files += Path(config.shards).rglob("transforms.npz")
+    assert len(files) == 3
+    for file in files:
         file.write_bytes(file.read_bytes()[:50])
     assert (Loader(config, seed=0).at(3)[0].tokens == first.tokens).all()
 
