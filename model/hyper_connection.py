@@ -51,4 +51,4 @@ def head_of_streams(module: nn.Module, config: ModelConfig, streams_TND: Tensor)
 
 
 def _parameters(module: nn.Module, name: str) -> list[Tensor]:
-    return [module.get_parameter(f"{name}_{suffix}") for suffix in ("fn", "base", "scale")]
+    return [getattr(module, f"{name}_{suffix}") for suffix in ("fn", "base", "scale")]

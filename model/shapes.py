@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 from model.config import LayerType, ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
+
+_FP32 = re.compile(r".*(?:norm\.weight|hc_\w+|\.attn_sink|\.ape)")
+
+
+def always_fp32(name: str) -> bool:
+    """Whether a parameter is in fp32 in a model of any precision."""
+    return _FP32.fullmatch(name) is not None
 
 
 def parameter_shapes(config: ModelConfig) -> Shapes:

@@ -12,21 +12,22 @@ if TYPE_CHECKING:
     from optim.clip import clip_, gradient_norm
     from optim.config import AdamWConfig, MuonConfig, OptimConfig, ScheduleConfig
     from optim.errors import OptimError
+    from optim.hybrid_zero import HybridZero, StatePiece
     from optim.optimizer import Optimizer
     from optim.partition import Assignment, MatrixSizes, build_table, render_table
     from optim.schedule import in_decay
-    from optim.shard import Shard
 
 __all__ = [
     "AdamWConfig",
     "Assignment",
+    "HybridZero",
     "MatrixSizes",
     "MuonConfig",
     "OptimConfig",
     "OptimError",
     "Optimizer",
     "ScheduleConfig",
-    "Shard",
+    "StatePiece",
     "build_table",
     "clip_",
     "gradient_norm",
@@ -42,13 +43,14 @@ _HOME = {
     "OptimConfig": "config",
     "ScheduleConfig": "config",
     "OptimError": "errors",
+    "HybridZero": "hybrid_zero",
+    "StatePiece": "hybrid_zero",
     "Optimizer": "optimizer",
     "Assignment": "partition",
     "MatrixSizes": "partition",
     "build_table": "partition",
     "render_table": "partition",
     "in_decay": "schedule",
-    "Shard": "shard",
 }
 
 

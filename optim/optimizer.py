@@ -6,14 +6,12 @@ A step has three phases:
      and a transposed one have the same shape here) go through Newton–Schulz together.
   3. Parameters of lower precision are rounded from their masters.
 
-All state exists from construction, so a checkpoint holds the same names at every step. State is
-kept by logical parameter name, and on every rank for the part of the parameter that it holds.
-AdamW needs no more than the part. Muon needs whole matrices: where ranks split them, the look-ahead
-gradient is gathered, batch by batch, and every rank applies its part of the update.
+All state exists from construction, so a checkpoint holds the same names at every step. Everything
+here is on one rank; `optim.hybrid_zero` divides the work over many.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,67 +22,33 @@ from torch.optim.adamw import adamw
 from optim.config import OptimConfig
 from optim.errors import OptimError
 from optim.muon import apply_update_, look_ahead, momentum_at, orthogonal_update
-from optim.partition import Assignment, Shape
-from optim.shard import Shard
+from optim.partition import Assignment
 
 CPU_BATCH_BYTES = 2 * 2**20
 ACCELERATOR_BATCH_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
-class _Stack:
-    """A Muon parameter's matrices, as this rank holds them.
-
-    `shape` is (N, R, C) of the matrices or parts of matrices that are here. `shard` joins the
-    parts; it is None where every matrix is whole.
-    """
-
-    entry: Assignment
-    shape: tuple[int, int, int]
-    shard: Shard | None
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """Rows and columns of one whole matrix."""
-        assert self.entry.matrices is not None
-        return self.entry.matrices[1:]
-
-    @property
-    def is_tall(self) -> bool:
-        """Whether the matrices have more rows than columns."""
-        return self.matrix[0] > self.matrix[1]
-
-
-@dataclass(frozen=True)
 class _Piece:
     """Matrices `first` to `last` (excluded) of one parameter's stack."""
 
-    stack: _Stack
+    entry: Assignment
     first: int
     last: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """These matrices' local part, a [N, R, C] view of a tensor of the local shape."""
-        return tensor.view(self.stack.shape)[self.first : self.last]
+        """These matrices, a [N, R, C] view of a tensor of the parameter's shape."""
+        return tensor.view(_matrices(self.entry))[self.first : self.last]
 
-    def whole(self, part_NRC: Tensor) -> Tensor:
-        """The whole matrices, with no more rows than columns, from every rank's part of them."""
-        shard = self.stack.shard
-        if shard is not None and len(self.stack.entry.shape) == 2:
-            part_NRC = shard.gather(part_NRC[0])[None]
-        elif shard is not None:
-            part_NRC = shard.gather(part_NRC)
-        return part_NRC.mT if self.stack.is_tall else part_NRC
+    def wide(self, matrices_NRC: Tensor) -> Tensor:
+        """With no more rows than columns, as a view; the inverse is the same."""
+        _, rows, columns = _matrices(self.entry)
+        return matrices_NRC.mT if rows > columns else matrices_NRC
 
-    def own(self, whole_NRC: Tensor) -> Tensor:
-        """The inverse of `whole`: this rank's part, as a view."""
-        whole_NRC = whole_NRC.mT if self.stack.is_tall else whole_NRC
-        shard = self.stack.shard
-        if shard is None:
-            return whole_NRC
-        if len(self.stack.entry.shape) == 2:
-            return shard.own(whole_NRC[0])[None]
-        return shard.own(whole_NRC)
+
+def _matrices(entry: Assignment) -> tuple[int, int, int]:
+    assert entry.matrices is not None
+    return entry.matrices
 
 
 class Optimizer:
@@ -93,10 +57,6 @@ class Optimizer:
     A parameter whose gradient is None is left alone: no decay, no momentum, no change of state.
     Build it when the model has its storage: fp32 masters share it, so later changes of weights
     must be made in place. Raises OptimError when table and parameters do not fit each other.
-
-    The table has whole shapes (of experts, those that are local), and a parameter in `shards` is
-    this rank's part. The ranks that split a parameter have the same table and the same parameters
-    with a gradient, since they gather in its order.
     """
 
     def __init__(
@@ -104,26 +64,20 @@ class Optimizer:
         named_parameters: Mapping[str, Parameter],
         table: list[Assignment],
         config: OptimConfig,
-        shards: Mapping[str, Shard] | None = None,
     ) -> None:
-        shards = shards or {}
-        _check_cover(named_parameters, table, shards)
+        _check_cover(named_parameters, table)
         self.config = config
         self.table = table
         self.parameters = dict(named_parameters)
         self.step_count = 0
         self._adamw = [entry for entry in table if entry.optimizer == "adamw"]
-        self._muon = [
-            _stack(entry, tuple(named_parameters[entry.name].shape), shards.get(entry.name))
-            for entry in table
-            if entry.optimizer == "muon"
-        ]
+        self._muon = [entry for entry in table if entry.optimizer == "muon"]
         # An fp32 parameter is its own master: the same storage, no copy.
         self._masters = {
             name: parameter.detach() if _is_fp32(parameter) else parameter.detach().float()
             for name, parameter in self.parameters.items()
         }
-        self._momentum = {stack.entry.name: self._zeros(stack.entry) for stack in self._muon}
+        self._momentum = {entry.name: self._zeros(entry) for entry in self._muon}
         self._exp_avg = {entry.name: self._zeros(entry) for entry in self._adamw}
         self._exp_avg_sq = {entry.name: self._zeros(entry) for entry in self._adamw}
         # Steps count per parameter, because AdamW's bias correction starts when training does.
@@ -173,39 +127,38 @@ class Optimizer:
 
     def _muon_step(self, learning_rate: float, gradients: Mapping[str, Tensor]) -> None:
         mu = momentum_at(self.config.muon, self.step_count)
-        stacks = [stack for stack in self._muon if stack.entry.name in gradients]
-        names = [stack.entry.name for stack in stacks]
-        gradients = {name: gradients[name].contiguous() for name in names}
+        entries = [entry for entry in self._muon if entry.name in gradients]
+        gradients = {entry.name: gradients[entry.name].contiguous() for entry in entries}
         for name, gradient in gradients.items():
             self._momentum[name].mul_(mu).add_(gradient)
-        for batch in self._batches(stacks):
+        for batch in self._batches(entries):
             directions = []
             for piece in batch:
-                name = piece.stack.entry.name
+                name = piece.entry.name
                 momentum_NRC = piece.of(self._momentum[name])
                 ahead_NRC = look_ahead(momentum_NRC, piece.of(gradients[name]), mu)
-                directions.append(piece.whole(ahead_NRC))
+                directions.append(piece.wide(ahead_NRC))
             update_NRC = orthogonal_update(torch.cat(directions), self.config.muon)
             sizes = [direction.size(0) for direction in directions]
             for piece, part_NRC in zip(batch, update_NRC.split(sizes), strict=True):
-                entry = piece.stack.entry
+                entry = piece.entry
                 weight_NRC = piece.of(self._masters[entry.name])
                 rate = learning_rate * entry.learning_rate_factor
-                apply_update_(weight_NRC, piece.own(part_NRC), rate, entry.weight_decay)
+                apply_update_(weight_NRC, piece.wide(part_NRC), rate, entry.weight_decay)
 
-    def _batches(self, stacks: list[_Stack]) -> Iterator[list[_Piece]]:
+    def _batches(self, entries: list[Assignment]) -> Iterator[list[_Piece]]:
         """Pieces of equal matrix shape, at most `batch_bytes` together, in the table's order."""
-        by_shape: dict[tuple[int, ...], list[_Stack]] = {}
-        for stack in stacks:
-            by_shape.setdefault(tuple(sorted(stack.matrix)), []).append(stack)
+        by_shape: dict[tuple[int, ...], list[Assignment]] = {}
+        for entry in entries:
+            by_shape.setdefault(tuple(sorted(_matrices(entry)[1:])), []).append(entry)
         for (rows, columns), group in by_shape.items():
-            room = limit = max(1, self._batch_bytes(group[0].entry) // (4 * rows * columns))
+            room = limit = max(1, self._batch_bytes(group[0]) // (4 * rows * columns))
             batch: list[_Piece] = []
-            for stack in group:
-                first, count = 0, stack.shape[0]
+            for entry in group:
+                first, count = 0, _matrices(entry)[0]
                 while first < count:
                     last = min(count, first + room)
-                    batch.append(_Piece(stack, first, last))
+                    batch.append(_Piece(entry, first, last))
                     room -= last - first
                     first = last
                     if room == 0:
@@ -252,52 +205,39 @@ class Optimizer:
                 self._masters[name].copy_(parameter)
 
 
-def _stack(entry: Assignment, local: Shape, shard: Shard | None) -> _Stack:
-    """The matrices of a parameter whose local part has the shape `local`.
-
-    Raises OptimError where ranks split a parameter of several matrices, but not between them.
-    """
-    assert entry.matrices is not None
-    count, rows, columns = entry.matrices
-    if shard is None:
-        return _Stack(entry, entry.matrices, None)
-    if len(local) == 3:
-        return _Stack(entry, (local[0], local[1], local[2]), shard)
-    if local[1] == columns and local[0] % rows == 0:  # between matrices: nothing to gather
-        return _Stack(entry, (local[0] // rows, rows, columns), None)
-    if count > 1:
-        raise OptimError(
-            f"parameter '{entry.name}' is {count} matrices of {rows} rows, and a rank holds "
-            f"{list(local)} of {list(entry.shape)}; ranks must split it between matrices"
-        )
-    return _Stack(entry, (1, local[0], local[1]), shard)
-
-
 def _is_fp32(parameter: Tensor) -> bool:
     return parameter.dtype == torch.float32
 
 
-def _check_cover(
-    named_parameters: Mapping[str, Parameter], table: list[Assignment], shards: Mapping[str, Shard]
-) -> None:
+def check_names(parameters: Mapping[str, Parameter], table: Sequence[Assignment]) -> None:
+    """Raise OptimError unless the table has every parameter exactly once, and no others."""
     names = [entry.name for entry in table]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    differing = sorted(set(names) ^ set(named_parameters))
-    shapes = {entry.name: _local_shape(entry, shards.get(entry.name)) for entry in table}
-    wrong = [n for n, p in named_parameters.items() if n in shapes and shapes[n] != tuple(p.shape)]
+    _refuse(
+        ("appear twice in the optimizer table", [n for n, c in Counter(names).items() if c > 1]),
+        (
+            "are in the model or in the optimizer table, but not in both",
+            sorted(set(names) ^ set(parameters)),
+        ),
+    )
+
+
+def _check_cover(named_parameters: Mapping[str, Parameter], table: list[Assignment]) -> None:
+    check_names(named_parameters, table)
+    shapes = {entry.name: entry.shape for entry in table}
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    odd = [name for name, parameter in named_parameters.items() if parameter.dtype not in dtypes]
-    for problem, found in (
-        ("appear twice in the optimizer table", twice),
-        ("are in the model or in the optimizer table, but not in both", differing),
-        ("have another shape in the optimizer table than in the model", wrong),
-        ("are not fp32, bf16 or fp16", odd),
-    ):
+    _refuse(
+        (
+            "have another shape in the optimizer table than in the model",
+            [n for n, p in named_parameters.items() if shapes[n] != tuple(p.shape)],
+        ),
+        (
+            "are not fp32, bf16 or fp16",
+            [n for n, p in named_parameters.items() if p.dtype not in dtypes],
+        ),
+    )
+
+
+def _refuse(*problems: tuple[str, list[str]]) -> None:
+    for problem, found in problems:
         if found:
             raise OptimError(f"these parameters {problem}: {', '.join(found[:5])}")
-
-
-def _local_shape(entry: Assignment, shard: Shard | None) -> Shape:
-    if shard is None:
-        return entry.shape
-    return tuple(shard.own(torch.empty(entry.shape, device="meta")).shape)

@@ -4,8 +4,12 @@ The ranks that hold the same part of some parameters are their owners. A Muon ma
 since Newton–Schulz needs it whole; what AdamW has is divided element by element. Flat pieces of all
 parameters stand in one buffer, [owner 0 | owner 1 | ...], each owner's part padded to the largest:
 
-    owner 0 | wo_b of layer 0 | gate of layer 3 | 1/n of AdamW's |      |
-    owner 1 | wo_b of layer 1 | wkv of layer 2  | 1/n of AdamW's | pad  |
+    owner 0 | wo_b of layer 1 | gate of layer 0 | some of AdamW's elements |     |
+    owner 1 | wo_b of layer 0 | wkv of layer 0  | some of AdamW's elements | pad |
+
+AdamW's elements fill up what matrices leave free. Where the matrices are so few that the padding
+would still be large, fewer ranks own them, and the others repeat the update (report, hybrid ZeRO).
+In each part the last layers come first, since backward reaches them first.
 
 Where other ranks split the matrices themselves (tensor, expert_tensor), every one of them holds its
 part of the same buffer, and each matrix has a home: the one of them that makes it whole.
@@ -14,8 +18,9 @@ part of the same buffer, and each matrix has a home: the one of them that makes 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 
 from rich.table import Table
@@ -72,9 +77,9 @@ class Piece:
         return self.stop - self.start
 
     @property
-    def count(self) -> int:
-        """Matrices; 1 for AdamW."""
-        return 1 if self.matrices is None else self.matrices[0]
+    def last(self) -> int:
+        """Where it ends in the owner's part of the buffer."""
+        return self.position + self.size
 
     @property
     def state(self) -> int:
@@ -118,6 +123,25 @@ class _Unit:
     cost: int
 
 
+def plan_owners(
+    parameters: Sequence[Held], ranks: int, homes: int, config: MuonConfig, padding: float
+) -> Layout:
+    """The layout for the most owners, of those that divide `ranks`, with no more padding.
+
+    `padding` is over what the buffer holds; one owner needs none.
+    """
+    elements = [unit.size for held in parameters for unit in _units(held, config)]
+    others = sum(math.prod(h.local) for h in parameters if h.entry.matrices is None)
+    limit = (1.0 + padding) * (sum(elements) + others)
+    for owners in range(ranks, 1, -1):
+        if ranks % owners or owners * max(elements, default=0) > limit:
+            continue
+        layout = plan_layout(parameters, owners, homes, config)
+        if owners * layout.part <= limit + owners:  # elements need not divide
+            return layout
+    return plan_layout(parameters, 1, homes, config)
+
+
 def plan_layout(parameters: Sequence[Held], owners: int, homes: int, config: MuonConfig) -> Layout:
     """The same layout on every rank, from the same parameters in the same order.
 
@@ -126,11 +150,18 @@ def plan_layout(parameters: Sequence[Held], owners: int, homes: int, config: Muo
     """
     units = [unit for held in parameters for unit in _units(held, config)]
     bins = _deal(units, owners, homes)
+    place = {held.entry.name: number for number, held in enumerate(parameters)}
+    order = sorted(
+        range(len(units)),
+        key=lambda i: (bins[i], -place[units[i].held.entry.name], units[i].index),
+    )
     pieces: list[Piece] = []
     fill = [0] * owners
-    for (owner, home), index in sorted(zip(bins, range(len(units)), strict=True)):
+    for index in order:
+        owner, home = bins[index]
         _append(pieces, units[index], owner, home, fill)
-    pieces += _elementwise([h for h in parameters if h.entry.matrices is None], owners, fill)
+    flat = [held for held in reversed(parameters) if held.entry.matrices is None]
+    pieces += _elementwise(flat, fill)
     pieces.sort(key=lambda piece: (piece.owner, piece.position))
     return Layout(owners, homes, max(fill, default=0), tuple(pieces))
 
@@ -149,10 +180,10 @@ def _deal(units: list[_Unit], owners: int, homes: int) -> list[tuple[int, int]]:
     """(owner, home) of every unit; home is -1 where nothing is joined."""
     alike = len({(unit.cost, unit.size, unit.held.joined) for unit in units}) <= 1
     if alike:
-        each = homes if units and units[0].held.joined else 1
-        places = [index * owners * each // len(units) for index in range(len(units))]
-        return [(p // each, p % each if units[0].held.joined else -1) for p in places]
+        return _deal_alike(units, owners, homes)
+    # No division makes the fullest share of costs smaller than this; a little more may be needed.
     mean_cost = sum(u.cost for u in units) / (owners * homes)
+    least_cost = 1.1 * max(mean_cost, *(unit.cost for unit in units))
     mean_size = sum(u.size for u in units) / owners
     cost = [[0] * homes for _ in range(owners)]
     size = [0] * owners
@@ -160,7 +191,7 @@ def _deal(units: list[_Unit], owners: int, homes: int) -> list[tuple[int, int]]:
 
     def fullest(owner: int, unit: _Unit) -> tuple[float, float, int]:
         busy = min(cost[owner]) if unit.held.joined else max(cost[owner])
-        load = (busy + unit.cost) / mean_cost
+        load = (busy + unit.cost) / least_cost
         room = (size[owner] + unit.size) / mean_size
         return max(load, room), load + room, owner
 
@@ -176,6 +207,23 @@ def _deal(units: list[_Unit], owners: int, homes: int) -> list[tuple[int, int]]:
             cost[owner][place] += unit.cost
         found[index] = owner, home
     return [found[index] for index in range(len(units))]
+
+
+def _deal_alike(units: list[_Unit], owners: int, homes: int) -> list[tuple[int, int]]:
+    """Of every parameter a run of matrices to each; what is left goes on from one to the next."""
+    if not units:
+        return []
+    joined = units[0].held.joined
+    each = homes if joined else 1
+    bins, turn = owners * each, 0
+    places: list[int] = []
+    for count in Counter(unit.held.entry.name for unit in units).values():
+        whole, rest = divmod(count, bins)
+        extra = {(turn + number) % bins for number in range(rest)}
+        for place in range(bins):
+            places += [place] * (whole + (place in extra))
+        turn += rest
+    return [(place // each, place % each if joined else -1) for place in places]
 
 
 def _append(pieces: list[Piece], unit: _Unit, owner: int, home: int, fill: list[int]) -> None:
@@ -199,21 +247,39 @@ def _append(pieces: list[Piece], unit: _Unit, owner: int, home: int, fill: list[
     fill[owner] += unit.size
 
 
-def _elementwise(parameters: Sequence[Held], owners: int, fill: list[int]) -> list[Piece]:
-    """AdamW's parameters behind each other, cut into equal runs, one for each owner."""
-    run = -(-sum(math.prod(held.local) for held in parameters) // owners)
-    pieces, before = [], 0
+def _elementwise(parameters: Sequence[Held], fill: list[int]) -> list[Piece]:
+    """AdamW's parameters behind each other, cut into one run for each owner, who is filled up."""
+    rooms = _rooms(fill, sum(math.prod(held.local) for held in parameters))
+    pieces, owner = [], 0
     for held in parameters:
-        size = math.prod(held.local)
-        start = 0
+        size, start = math.prod(held.local), 0
         while start < size:
-            owner = (before + start) // run
-            stop = min(size, (owner + 1) * run - before)
+            while not rooms[owner]:
+                owner += 1
+            stop = min(size, start + rooms[owner])
             pieces.append(Piece(held.entry.name, start, stop, owner, fill[owner], None, None))
+            rooms[owner] -= stop - start
             fill[owner] += stop - start
             start = stop
-        before += size
     return pieces
+
+
+def _rooms(fill: Sequence[int], elements: int) -> list[int]:
+    """How many of the elements each owner gets, so that the fullest is as empty as can be."""
+    left, level, low = elements, 0, 0
+    for low, height in enumerate(sorted(fill), start=1):
+        level = height
+        above = sorted(fill)[low] if low < len(fill) else math.inf
+        if left <= (above - height) * low:
+            break
+        left -= int(above - height) * low
+    whole, rest = divmod(left, low)
+    rooms = [max(0, level + whole - height) for height in fill]
+    for owner, height in enumerate(fill):
+        if rest and height <= level:
+            rooms[owner] += 1
+            rest -= 1
+    return rooms
 
 
 @dataclass
@@ -221,31 +287,53 @@ class Load:
     """What one rank keeps and computes.
 
     Attributes:
-        state: bytes of fp32 masters and states (8 an element for Muon, 12 for AdamW).
-        cost: operations of Newton–Schulz in a step.
+        muon, adamw: elements that it keeps masters and states of.
+        joined: those of `muon` whose matrices other ranks hold parts of.
+        runs: runs of AdamW's elements.
+        matrices, cost: matrices, and operations of Newton–Schulz for them in a step.
         buffer, used: elements of its parts of all buffers, and those that stand for something.
     """
 
-    state: int = 0
+    muon: int = 0
+    adamw: int = 0
+    joined: int = 0
+    runs: int = 0
+    matrices: int = 0
     cost: int = 0
     buffer: int = 0
     used: int = 0
-    matrices: int = 0
 
-    def add(self, layout: Layout, owner: int, home: int, config: MuonConfig) -> None:
-        """Count what the owner has of a layout where it is the `home`-th to join matrices."""
-        self.buffer += layout.part
-        for piece in layout.pieces:
-            if piece.owner != owner:
-                continue
-            self.used += piece.size
-            if piece.home not in (None, home):
-                continue
-            self.state += piece.state * (12 if piece.matrices is None else 8)
-            if piece.matrices is not None:
-                count, rows, columns = piece.matrices
-                self.matrices += count
-                self.cost += count * newton_schulz_cost(rows, columns, config)
+    @property
+    def state(self) -> int:
+        """Bytes of fp32 masters and states: 8 an element for Muon, 12 for AdamW."""
+        return 8 * self.muon + 12 * self.adamw
+
+    def __add__(self, other: Load) -> Load:
+        mine, theirs = astuple(self), astuple(other)
+        return Load(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+    def has(self, piece: Piece, config: MuonConfig) -> None:
+        """Count the update of a piece."""
+        if piece.matrices is None:
+            self.adamw += piece.size
+            self.runs += 1
+            return
+        count, rows, columns = piece.matrices
+        self.muon += piece.state
+        self.joined += 0 if piece.home is None else piece.state
+        self.matrices += count
+        self.cost += count * newton_schulz_cost(rows, columns, config)
+
+
+def loads_of(layout: Layout, config: MuonConfig) -> list[list[Load]]:
+    """By owner, then by its place among the homes, what it keeps and computes of a layout."""
+    loads = [[Load(buffer=layout.part) for _ in range(layout.homes)] for _ in range(layout.owners)]
+    for piece in layout.pieces:
+        for home, load in enumerate(loads[piece.owner]):
+            load.used += piece.size
+            if piece.home in (None, home):
+                load.has(piece, config)
+    return loads
 
 
 @dataclass(frozen=True)
@@ -274,29 +362,24 @@ class Summary:
 
     def words(self) -> str:
         """One sentence."""
-        least, mean, most = self.state_spread
-        gib = 2**30
+        least, mean, most = (size / 2**20 for size in self.state_spread)
         return (
-            f"Optimizer state of a rank: {least / gib:.2f} GiB at least, {mean / gib:.2f} on "
-            f"average, {most / gib:.2f} at most; buffers padded by {self.padding:.1%}; the largest "
+            f"Optimizer state of a rank: {least:,.2f} MiB at least, {mean:,.2f} on average, "
+            f"{most:,.2f} at most; buffers padded by {self.padding:.1%}; the largest "
             f"Newton–Schulz load is {self.newton_schulz_excess:.3f} of the mean."
         )
 
     def table(self) -> Table:
-        """A line for each rank, ranks that are alike together."""
-        view = Table(title="assignment of the optimizer", title_justify="left")
-        for name in ("ranks", "matrices", "state, MiB", "Newton–Schulz, GFLOP", "padding"):
-            view.add_column(name, justify="right")
-        alike: dict[tuple[str, ...], list[int]] = {}
-        for rank, load in enumerate(self.loads):
-            line: tuple[str, ...] = (
-                f"{load.matrices:,}",
-                f"{load.state / 2**20:,.1f}",
-                f"{load.cost / 1e9:,.0f}",
-                f"{(load.buffer - load.used) / max(load.used, 1):.1%}",
-            )
-            alike.setdefault(line, []).append(rank)
-        for line, ranks in alike.items():
-            shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} and {len(ranks) - 1} alike"
-            view.add_row(shown, *line)
+        """What ranks keep and compute: the least, the mean and the most."""
+        view = Table(title="assignment of the optimizer, by rank", title_justify="left")
+        for name in ("", "least", "mean", "most"):
+            view.add_column(name, justify="right" if name else "left")
+        for name, values in (
+            ("matrices", [load.matrices for load in self.loads]),
+            ("masters and states, MiB", [load.state / 2**20 for load in self.loads]),
+            ("Newton–Schulz, GFLOP a step", [load.cost / 1e9 for load in self.loads]),
+            ("its part of the buffers, M elements", [load.buffer / 1e6 for load in self.loads]),
+        ):
+            mean = sum(values) / len(values)
+            view.add_row(name, *(f"{value:,.1f}" for value in (min(values), mean, max(values))))
         return view

@@ -28,7 +28,7 @@ from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import index_dtype
 from trainer.stages import Recipe
 from trainer.state import TrainState
-from trainer.tensors import Part, routing_name
+from trainer.tensors import Part, Parts, routing_name
 
 Saved = dict[str, Any]
 
@@ -141,19 +141,19 @@ class Anticipation:
         """What `state.json` says about the choices that wait."""
         return {**self._origin(), "steps": sorted(self._chosen)}
 
-    def parts(self) -> dict[str, Part]:
+    def parts(self) -> Parts:
         """The choices that wait, by their names in a checkpoint; loading copies into them."""
-        found: dict[str, Part] = {}
+        found: Parts = {}
         for step, chosen in self._chosen.items():
             place = self._place(step)
             for layer, here in chosen.items():
                 if place.real:
                     shape, offset = (*place.shape, here.shape[2]), (*place.offset, 0)
                     part = Part(here[: place.real], shape, offset)
-                    found[routing_name(step, layer)] = part
+                    found[routing_name(step, layer)] = [part]
         return found
 
-    def restore(self, saved: Saved | None, state: TrainState) -> dict[str, Part]:
+    def restore(self, saved: Saved | None, state: TrainState) -> Parts:
         """Room for the choices that waited at the time of a checkpoint, as `parts`.
 
         A run that goes on with another lead or on other data anticipates anew from here.

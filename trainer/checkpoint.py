@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from data.files import fsync_folder
 from trainer import manifest
@@ -33,9 +33,9 @@ from trainer.files import remove_folder, write_synced
 from trainer.parallel.collectives import gather_objects, sum_
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Shape
-from trainer.planners import PartLoadPlanner, PartSavePlanner
+from trainer.planners import PartLoadPlanner, PartSavePlanner, PartWriter
 from trainer.stored import StoredTensors
-from trainer.tensors import Part, is_routing
+from trainer.tensors import Part, Parts, is_routing
 from trainer.together import together
 
 FORMAT = 1
@@ -83,7 +83,7 @@ class CheckpointFolder:
     def save(
         self,
         step: int,
-        tensors: Mapping[str, Part | Tensor],
+        tensors: Mapping[str, list[Part] | Tensor],
         state: dict[str, Any],
         last: bool = False,
     ) -> Path:
@@ -131,8 +131,8 @@ class CheckpointFolder:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
 
-    def _write_shards(self, aside: Path, parts: dict[str, Part]) -> None:
-        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+    def _write_shards(self, aside: Path, parts: Parts) -> None:
+        writer = PartWriter(str(aside), save_distributed=True)
         try:
             with _quiet():
                 dcp.save(
@@ -207,7 +207,7 @@ class CheckpointFolder:
             return broken
         return manifest.problem(path, files, manifest.share_of(list(files), rank, world_size))
 
-    def load(self, path: Path, tensors: Mapping[str, Part | Tensor]) -> None:
+    def load(self, path: Path, tensors: Mapping[str, list[Part] | Tensor]) -> None:
         """Copy a verified checkpoint into live tensors, at any topology; every rank calls it.
 
         `tensors` are what this rank holds, by name; it reads no more than that. Raises
@@ -228,7 +228,7 @@ class CheckpointFolder:
                 process_group=self.grid.world.group,
             )
 
-    def _unclaimed(self, shapes: Mapping[str, Shape], parts: Mapping[str, Part]) -> str | None:
+    def _unclaimed(self, shapes: Mapping[str, Shape], parts: Parts) -> str | None:
         """What the checkpoint holds and no rank has; the same answer on all ranks."""
         names = sorted(name for name in shapes if not is_routing(name))
         held = torch.tensor([name in parts for name in names], dtype=torch.int32)
@@ -237,8 +237,8 @@ class CheckpointFolder:
         return f"holds {extra[0]}, which this run's model does not have" if extra else None
 
 
-def _parts(tensors: Mapping[str, Part | Tensor]) -> dict[str, Part]:
-    return {n: Part.whole(t) if isinstance(t, Tensor) else t for n, t in tensors.items()}
+def _parts(tensors: Mapping[str, list[Part] | Tensor]) -> Parts:
+    return {n: [Part.whole(t)] if isinstance(t, Tensor) else t for n, t in tensors.items()}
 
 
 @contextmanager
@@ -249,15 +249,15 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def misfit(shapes: Mapping[str, Shape], parts: Mapping[str, Part]) -> str | None:
+def misfit(shapes: Mapping[str, Shape], parts: Parts) -> str | None:
     """What a checkpoint with tensors of these whole shapes lacks for the parts, or None."""
-    for name, part in parts.items():
+    for name, some in parts.items():
         if name not in shapes:
             return f"holds no tensor {name}, which this run needs"
-        if shapes[name] != part.shape:
+        if some and shapes[name] != some[0].shape:
             return (
                 f"{name} has the shape {list(shapes[name])}, while this run's model has "
-                f"{list(part.shape)}"
+                f"{list(some[0].shape)}"
             )
     return None
 

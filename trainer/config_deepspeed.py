@@ -10,6 +10,7 @@ from typing import Any
 
 Block = dict[str, Any]
 AUTO = "auto"
+NS_METHODS = ("gram", "standard")
 STAGES = (0, 1, 2, 3)
 _SECTIONS = ("zero_optimization", "optimizer", "bf16")
 _KNOWN = {
@@ -21,7 +22,9 @@ _KNOWN = {
     "steps_per_print",
     "wall_clock_breakdown",
 }
-_KNOWN_ZERO = {"stage", "offload_optimizer", "offload_param"}
+_OFFLOADS = ("offload_optimizer", "offload_param")
+_KNOWN_OFFLOAD = {"device", "nvme_path", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"}
+_KNOWN_ZERO = {"stage", *_OFFLOADS}
 _KNOWN_ZERO |= {"reduce_bucket_size", "allgather_bucket_size", "sub_group_size"}
 _FOREIGN = {
     "scheduler": "optim.schedule",
@@ -42,6 +45,12 @@ def zero_stage(block: Mapping[str, Any]) -> int:
     return int(block.get("zero_optimization", {}).get("stage", 0))
 
 
+def uses_nvme(block: Mapping[str, Any]) -> bool:
+    """Whether anything goes to an NVMe drive."""
+    zero = block.get("zero_optimization", {})
+    return any(zero.get(field, {}).get("device") == "nvme" for field in _OFFLOADS)
+
+
 def problems(config: Any) -> Iterator[str]:
     """What contradicts the rest of the config, a sentence each that names both fields."""
     block: Block | None = config.deepspeed
@@ -55,8 +64,11 @@ def problems(config: Any) -> Iterator[str]:
             yield f"deepspeed.{section} should be a mapping, not {block[section]!r}"
             return
     yield from _degrees(config.parallel)
-    if config.precision != "fp32":
-        yield "precision = bf16 does not go with engine = deepspeed; it should be fp32"
+    if config.precision == "bf16" and zero_stage(block) not in (1, 2):
+        yield (
+            f"precision = bf16 with deepspeed.zero_optimization.stage = {zero_stage(block)}: what "
+            "V4 computes in fp32 can be kept so in stages 1 and 2 only; use one of them, or fp32"
+        )
     yield from _unknown(block)
     yield from _values(config, block)
     yield from _zero(block.get("zero_optimization", {}))
@@ -69,6 +81,12 @@ def _degrees(parallel: Any) -> Iterator[str]:
             yield (
                 f"parallel.{axis} = {degree} does not go with engine = deepspeed, which divides "
                 f"only data; parallel.{axis} should be 1"
+            )
+    for field in ("gradients", "expert_gradients"):
+        if (value := getattr(parallel, field)) != "fp32":
+            yield (
+                f"parallel.{field} = {value} does not go with engine = deepspeed, which sends them "
+                "in the model's precision; it should be fp32"
             )
     if parallel.recompute:
         yield "parallel.recompute does not go with engine = deepspeed; it should be empty"
@@ -98,52 +116,81 @@ def _values(config: Any, block: Block) -> Iterator[str]:
         wanted = data.batch_rows if ours is None else ours
         if theirs not in (AUTO, wanted):
             yield f"deepspeed.{field} = {theirs!r} contradicts {name} = {wanted}; leave it out"
-    if bf16 not in (AUTO, False):
-        yield f"deepspeed.bf16.enabled = {bf16!r} contradicts precision = fp32; leave it out"
+    if bf16 not in (AUTO, config.precision == "bf16"):
+        yield (
+            f"deepspeed.bf16.enabled = {bf16!r} contradicts precision = {config.precision}; leave "
+            "it out"
+        )
 
 
 def _zero(zero: Block) -> Iterator[str]:
     stage = zero.get("stage", 0)
     if stage not in STAGES:
         yield f"deepspeed.zero_optimization.stage = {stage!r} should be 0, 1, 2 or 3"
-    for field in ("offload_optimizer", "offload_param"):
+    for field in _OFFLOADS:
         section = zero.get(field, {})
         name = f"deepspeed.zero_optimization.{field}"
         if not isinstance(section, dict):
             yield f"{name} should be a mapping, not {section!r}"
             return
         device = section.get("device", "none")
-        if device not in ("none", "cpu"):
-            yield f"{name}.device = {device!r} should be cpu or none"
-        elif device == "cpu" and stage != 3:
+        if device not in ("none", "cpu", "nvme"):
+            yield f"{name}.device = {device!r} should be cpu, nvme or none"
+        elif device != "none" and stage != 3:
             yield f"{name} needs deepspeed.zero_optimization.stage = 3; it is {stage}"
+        elif device == "nvme" and "nvme_path" not in section:
+            yield f"{name}.device = 'nvme' needs {name}.nvme_path, a folder on the drive"
+        for unknown in sorted(set(section) - _KNOWN_OFFLOAD):
+            yield f"{name}.{unknown} is not supported; leave it out"
 
 
 def _optimizer(config: Any, section: Block) -> Iterator[str]:
-    if (kind := section.get("type")) != "AdamW":
+    kind, optim = section.get("type"), config.optim
+    wanted = {"adamw": "AdamW", "muon": "Muon"}[optim.matrix_optimizer]
+    if kind != wanted:
         shown = "missing" if kind is None else repr(kind)
-        yield f"deepspeed.optimizer.type is {shown} and should be AdamW, for every parameter"
-    optim = config.optim
-    for field, value, wanted in (
-        ("matrix_optimizer", optim.matrix_optimizer, "adamw"),
-        ("max_skipped_steps", optim.max_skipped_steps, 0),
-        ("learning_rate_factors", optim.learning_rate_factors, {}),
-    ):
-        if value != wanted:
-            yield f"optim.{field} = {value} does not go with engine = deepspeed; use {wanted}"
+        yield (
+            f"deepspeed.optimizer.type is {shown} and should be {wanted}, as "
+            f"optim.matrix_optimizer = {optim.matrix_optimizer} says"
+        )
     decided = {
         "lr": ("optim.learning_rate", optim.learning_rate),
         "betas": ("optim.adamw.betas", list(optim.adamw.betas)),
         "eps": ("optim.adamw.eps", optim.adamw.eps),
         "weight_decay": ("optim.adamw.weight_decay", optim.adamw.weight_decay),
     }
+    if kind == "Muon":
+        yield from _muon(optim, zero_stage(config.deepspeed or {}))
+        decided["momentum"] = ("optim.muon.momentum", optim.muon.momentum)
     for field, theirs in section.get("params", {}).items():
-        if field not in decided:
+        if kind == "Muon" and field == "ns_method":
+            if theirs not in NS_METHODS:
+                name = "deepspeed.optimizer.params.ns_method"
+                yield f"{name} = {theirs!r} should be gram or standard"
+        elif field not in decided:
             yield f"deepspeed.optimizer.params.{field} is not supported; leave it out"
-            continue
-        name, ours = decided[field]
-        if theirs not in (AUTO, ours):
+        elif theirs not in (AUTO, decided[field][1]):
+            name, ours = decided[field]
             yield f"deepspeed.optimizer.params.{field} = {theirs!r} contradicts {name} = {ours}"
+
+
+def _muon(optim: Any, stage: int) -> Iterator[str]:
+    """What DeepSpeed's Muon cannot do."""
+    if optim.clip_norm is not None:
+        yield (
+            f"optim.clip_norm = {optim.clip_norm:g} does not go with DeepSpeed's Muon, which would "
+            "clip the updates instead of the gradients; use null"
+        )
+    if optim.muon.momentum_warmup_steps:
+        yield (
+            f"optim.muon.momentum_warmup_steps = {optim.muon.momentum_warmup_steps} does not go "
+            "with DeepSpeed's Muon; use 0"
+        )
+    if stage == 0:
+        yield (
+            "deepspeed.zero_optimization.stage = 0 does not go with DeepSpeed's Muon, which takes "
+            "stacks of matrices for one there; use 1, 2 or 3"
+        )
 
 
 def resolve(config: Any, world: int) -> Block:
@@ -161,18 +208,16 @@ def resolve(config: Any, world: int) -> Block:
             f"data.batch_rows = {config.data.batch_rows}, data.micro_rows = "
             f"{config.data.micro_rows} and {world} processes"
         )
-    adamw = config.optim.adamw
-    params = {"lr": config.optim.learning_rate, "weight_decay": adamw.weight_decay}
-    params |= {"betas": list(adamw.betas), "eps": adamw.eps}
-    params["torch_adam"] = True  # DeepSpeed's own has to be compiled
+    block.pop("optimizer", None)  # the engine makes it, from the table
+    if config.optim.matrix_optimizer == "muon" and zero_stage(block) == 3:
+        block["zero_optimization"] = {**block["zero_optimization"], "reduce_scatter": False}
     # Boundaries are set by hand and losses are sums already: DeepSpeed sees one step at a time.
     block.update(
         train_micro_batch_size_per_gpu=micro,
         gradient_accumulation_steps=steps,
         train_batch_size=micro * steps * world,
         gradient_clipping=config.optim.clip_norm or 0.0,
-        optimizer={"type": "AdamW", "params": params},
-        bf16={"enabled": False},
+        bf16={"enabled": config.precision == "bf16"},
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
     )

@@ -48,6 +48,13 @@ class ParallelConfig(BaseModel):
     recompute: tuple[Literal["streams", "norms", "attention", "block"], ...] = ()
     """Activations that backward computes again: residual streams inside a block, norms' outputs,
     attention, or whole blocks."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """What gradients are sent to their owners in; they are always summed in fp32."""
+    expert_gradients: Literal["fp32", "bf16", "bf16_stochastic"] = "fp32"
+    """The same for routed experts; `bf16_stochastic` rounds without bias."""
+    optimizer_padding: Annotated[float, Field(ge=0)] = 0.1
+    """Most padding of an optimizer's buffer over what it holds: where matrices are so few that it
+    would be more, fewer ranks own them, and the others repeat the update."""
     timeout_seconds: Annotated[float, Field(gt=0)] | None = None
     """How long a collective may wait for the others; null is torch's default."""
 

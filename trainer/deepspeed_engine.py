@@ -1,4 +1,4 @@
-"""Training through DeepSpeed: ZeRO 0 to 3 and offload to the host, fp32, AdamW throughout.
+"""Training through DeepSpeed: ZeRO 0 to 3 and offload, with AdamW throughout or with its own Muon.
 
 Rows, losses, schedules and metrics are those of every engine. DeepSpeed gets one stage that is the
 whole model, gradients that it averages over ranks (so the loss is multiplied by their number: ours
@@ -8,24 +8,34 @@ whole tensors, gathered one after another to the host of every rank.
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
+from model import V4Model
 from model.block import Block
-from optim import Assignment, gradient_norm
+from optim import Assignment, StatePiece, gradient_norm
 from trainer.config import ConfigError, RunConfig
-from trainer.config_deepspeed import resolve, zero_stage
+from trainer.config_deepspeed import resolve, uses_nvme, zero_stage
 from trainer.engine import Engine, Microbatches
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import Feed, Stage, Tally
 from trainer.parallel.plan import LocalModel
+from trainer.parallel.stages import StagePlan
 
-ABOUT = "engine deepspeed: splits only data; fp32, AdamW on every parameter, no Muon"
-_KINDS = ("exp_avg", "exp_avg_sq")
+ABOUT = "engine deepspeed: splits only data; "
+ADAMW = "AdamW on every parameter"
+MUON = (
+    "DeepSpeed's Muon, with 5 Newton–Schulz steps of its own coefficients instead of hybrid ones, "
+    "and with the norm of its updates as grad_norm in ZeRO 1 and 2"
+)
+MOMENTUM = "momentum_buffer"
+_ADAM = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedEngine(Engine):
@@ -43,21 +53,26 @@ class DeepSpeedEngine(Engine):
         self.stage = zero_stage(config.deepspeed or {})
         self.parameters = dict(local.model.named_parameters())
         self.feed = Feed()
-        stage = Stage(local.model, local.stages, 0, self.feed)
-        self._pending = False
+        stage = DeepSpeedStage(local.model, local.stages, self.feed)
+        self.beta = config.optim.muon.momentum
+        self._pending = self._has_state = False
         self._copies: dict[str, Tensor] = {}
         try:
             resolved = resolve(config, self.world)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        self.engine = _initialize(stage, self._groups(table), resolved, grid)
+        self.kinds = {
+            entry.name: ("momentum",) if entry.optimizer == "muon" else _ADAM for entry in table
+        }
+        make = partial(make_optimizer, self.parameters, table, config)
+        self.engine = _initialize(stage, make, resolved, grid)
+        if grid.is_first:
+            print(ABOUT + (MUON if self.has_muon else ADAMW), flush=True)
 
-    def _groups(self, table: list[Assignment]) -> list[dict[str, Any]]:
-        """Parameter groups by weight decay."""
-        groups: dict[float, list[Tensor]] = {}
-        for entry in table:
-            groups.setdefault(entry.weight_decay, []).append(self.parameters[entry.name])
-        return [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
+    @property
+    def has_muon(self) -> bool:
+        """Whether any parameter is DeepSpeed's Muon's."""
+        return any(kinds == ("momentum",) for kinds in self.kinds.values())
 
     def compute(self, microbatches: Microbatches, tally: Tally, backward: bool) -> None:
         """As in Engine; DeepSpeed reduces with the last microbatch.
@@ -103,10 +118,27 @@ class DeepSpeedEngine(Engine):
         """As in Engine; DeepSpeed takes the norm again and clips itself."""
         self._copies.clear()
         for group in self._inner.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["factor"]
         self.engine.step()
         self._pending = False
         self.step_count += 1
+
+    def skip(self) -> None:
+        """As in Engine: by DeepSpeed's own way out of an overflow, which drops the gradient."""
+        zero = self.engine.optimizer
+        if self.stage == 0:
+            zero.zero_grad()
+        elif self.stage == 3:
+            zero._pre_step()
+            zero._partition_all_parameters()
+            zero._overflow_clean_up(zero.loss_scale)
+        else:
+            checked, zero.check_grad_overflow = zero.check_grad_overflow, True
+            zero.check_overflow = lambda *_, **__: setattr(zero, "overflow", True)
+            zero.step()
+            del zero.check_overflow
+            zero.check_grad_overflow = checked
+        self._pending = False
 
     @property
     def _inner(self) -> Any:
@@ -114,27 +146,42 @@ class DeepSpeedEngine(Engine):
         outer = self.engine.optimizer
         return getattr(outer, "optimizer", outer)
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """As optim.Optimizer, but whole copies on the host, master weights among them."""
+    def states(self) -> Iterator[StatePiece]:
+        """As optim.HybridZero: whole copies on the host, and of Muon's momentum what is here."""
         self._make_state()
+        if self.stage in (1, 2):
+            # DeepSpeed looks for all state after the first group's step, when Muon's is alone.
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         copies: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             copies[f"master.{name}"] = self._read(parameter, None)
-            for kind in _KINDS:
-                copies[f"{kind}.{name}"] = self._read(parameter, kind)
-            copies[f"step.{name}"] = torch.full((1,), float(self.step_count))
+            if self.kinds[name] == _ADAM:
+                for kind in _ADAM:
+                    copies[f"{kind}.{name}"] = self._read(parameter, kind)
+                copies[f"step.{name}"] = torch.full((1,), float(self.step_count))
+        starts = {}
+        for name, start, live in self._momenta():
+            # DeepSpeed averages: (1 - beta) of each gradient is added, where we add the whole.
+            copies[f"momentum.{name}"] = live.to("cpu", torch.float32, copy=True) / (1 - self.beta)
+            starts[name] = start
         self._copies = copies
-        return dict(copies)
+        for label, tensor in copies.items():
+            kind, _, name = label.partition(".")
+            yield StatePiece(kind, name, tensor, starts[name] if kind == "momentum" else 0)
 
     @torch.no_grad()
-    def write_parameters(self) -> None:
-        """Put what was copied into the last `state_tensors` into weights and state."""
+    def restored(self) -> None:
+        """Put what was copied into the last `states` into weights and state."""
         steps = 0.0
         for name, parameter in self.parameters.items():
             self._write(parameter, self._copies[f"master.{name}"], None)
-            for kind in _KINDS:
-                self._write(parameter, self._copies[f"{kind}.{name}"], kind)
-            steps = max(steps, float(self._copies[f"step.{name}"]))
+            if self.kinds[name] == _ADAM:
+                for kind in _ADAM:
+                    self._write(parameter, self._copies[f"{kind}.{name}"], kind)
+                steps = max(steps, float(self._copies[f"step.{name}"]))
+        for name, _, live in self._momenta():
+            live.copy_(self._copies[f"momentum.{name}"] * (1 - self.beta))
         for state in self._inner.state.values():
             if "step" in state:
                 number = state["step"]
@@ -142,11 +189,47 @@ class DeepSpeedEngine(Engine):
         self._copies.clear()
         self._round_parameters()
 
+    def _momenta(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Name, first element and live momentum, flat, of what this rank has of Muon's."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        zero, state = self.engine.optimizer, self._inner.state
+        if self.stage == 0:
+            for name, parameter in self.parameters.items():
+                if self.kinds[name] == ("momentum",):
+                    yield name, 0, state[parameter][MOMENTUM].view(-1)
+        elif self.stage < 3:
+            for number, here in enumerate(zero.params_in_partition):
+                if not here or self.kinds[names[id(here[0])]] == _ADAM:
+                    continue
+                flat = zero._muon_momentum_buffer(here, number, torch.float32, self.grid.device)
+                for parameter, momentum in zip(
+                    here, flat.split([p.numel() for p in here]), strict=True
+                ):
+                    yield names[id(parameter)], 0, momentum
+        else:
+            yield from self._momenta_3(names)
+
+    def _momenta_3(self, names: Mapping[int, str]) -> Iterator[tuple[str, int, Tensor]]:
+        """ZeRO 3: this rank's part of every matrix, without the padding."""
+        zero = self.engine.optimizer
+        for number, group in enumerate(zero.fp16_groups):
+            if self.kinds[names[id(group[0])]] == _ADAM:
+                continue
+            flat, first = self._inner.state[zero.fp32_partitioned_groups_flat[number]][MOMENTUM], 0
+            for parameter in group:
+                size = parameter.partition_numel()
+                start = size * self.grid.data.rank
+                here = max(0, min(size, parameter.ds_numel - start))
+                if here:
+                    yield names[id(parameter)], start, flat[first : first + here]
+                first += size
+
     @torch.no_grad()
     def _make_state(self) -> None:
         """DeepSpeed and torch make their state in the first step; one without effect makes it."""
-        if self.step_count > 0 or (self._inner.state and self.stage == 3):
+        if self.step_count > 0 or self._has_state:
             return
+        self._has_state = True
         inner = self._inner
         rates = [group["lr"] for group in inner.param_groups]
         for group in inner.param_groups:
@@ -161,8 +244,6 @@ class DeepSpeedEngine(Engine):
             inner.step()
             for parameter, gradient in zip(parameters, held, strict=True):
                 parameter.grad = gradient
-            if self.stage > 0:
-                self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         for group, rate in zip(inner.param_groups, rates, strict=True):
             group["lr"] = rate
         for state in inner.state.values():
@@ -232,8 +313,87 @@ def _is(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
+class _Whole(nn.Module):
+    """A model with the stage that runs all of it."""
+
+    def __init__(self, model: V4Model, plan: StagePlan, feed: Feed) -> None:
+        super().__init__()
+        self.model = model
+        self._stage = [Stage(model, plan, 0, feed)]  # not a submodule: it has the same ones
+
+    def forward(self, streams: Tensor, index: Tensor) -> Tensor:
+        """As in Stage."""
+        return self._stage[0](streams, index)
+
+
+class DeepSpeedStage(nn.Module):
+    """The whole model as one stage, that computes in fp32 what V4 does.
+
+    In bf16 DeepSpeed holds every parameter in bf16, with an fp32 master. Norms, streams'
+    coefficients, sinks and gate biases come into the computation as fp32 copies of these.
+    """
+
+    def __init__(self, model: V4Model, plan: StagePlan, feed: Feed) -> None:
+        super().__init__()
+        self.whole = _Whole(model, plan, feed)
+        is_low = any(parameter.dtype != torch.float32 for parameter in model.parameters())
+        named = self.whole.named_parameters()
+        self.upcast = {n for n, p in named if is_low and p.dtype == torch.float32}
+
+    def forward(self, streams: Tensor, index: Tensor) -> Tensor:
+        """As in Stage."""
+        if not self.upcast:
+            return self.whole(streams, index)
+        named = self.whole.named_parameters()
+        copies = {name: p.float() for name, p in named if name in self.upcast}
+        return functional_call(self.whole, copies, (streams, index))
+
+
+def make_optimizer(
+    parameters: Mapping[str, Tensor], table: Sequence[Assignment], config: RunConfig
+) -> Any:
+    """torch's AdamW, or DeepSpeed's Muon with AdamW inside, with a group for each setting.
+
+    DeepSpeed's update of an [R, C] matrix has an RMS of 1/sqrt(C) at least: a rate of its own for
+    each C gives it V4's RMS.
+    """
+    optim = config.optim
+    rms = optim.muon.update_rms
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in table:
+        factor, decay = entry.learning_rate_factor, entry.weight_decay
+        is_muon = entry.matrices is not None
+        if entry.matrices is not None:
+            count, _, columns = entry.matrices
+            factor, decay = factor * rms * columns**0.5, decay / (rms * columns**0.5)
+        parameter: Any = parameters[entry.name]
+        parameter.use_muon = is_muon
+        parameter.is_expert_group = is_muon and len(entry.shape) == 3
+        stacked = is_muon and len(entry.shape) == 2 and count > 1
+        parameter.muon_num_heads = count if stacked else None
+        group: dict[str, Any] = {
+            "use_muon": is_muon,
+            "factor": factor,
+            "weight_decay": decay,
+            "lr": 0.0,
+        }
+        if is_muon:
+            params = (config.deepspeed or {}).get("optimizer", {}).get("params", {})
+            group |= {"momentum": optim.muon.momentum, "ns_method": params.get("ns_method", "gram")}
+        else:
+            group |= {"betas": optim.adamw.betas, "eps": optim.adamw.eps}
+        # fp32 and bf16 do not go into one flat group.
+        key = (is_muon, factor, decay, parameter.dtype)
+        groups.setdefault(key, {**group, "params": []})["params"].append(parameter)
+    if not any(group["use_muon"] for group in groups.values()):
+        return torch.optim.AdamW(list(groups.values()))
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    return MuonWithAuxAdam(list(groups.values()))
+
+
 def _initialize(
-    stage: Stage, groups: list[dict[str, Any]], block: Mapping[str, Any], grid: Grid
+    stage: nn.Module, make: Callable[[], Any], block: Mapping[str, Any], grid: Grid
 ) -> Any:
     """`deepspeed.initialize` on a process group that exists; one process gets its own."""
     if grid.device.type == "cpu":
@@ -249,11 +409,23 @@ def _initialize(
     logger.setLevel("WARNING")
     # DeepSpeed calls collectives by names that newer torch deprecates, several times a step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if uses_nvme(block):
+        check_nvme()
     if block.get("zero_optimization", {}).get("stage") == 3:
         set_z3_leaf_modules(stage, [Block])  # a block's weights are gathered together
-    if grid.is_first:
-        print(ABOUT, flush=True)
     engine, *_ = deepspeed.initialize(
-        model=stage, model_parameters=groups, config=dict(block), dist_init_required=False
+        model=stage, optimizer=make(), config=dict(block), dist_init_required=False
     )
     return engine
+
+
+def check_nvme() -> None:
+    """Raise ConfigError where DeepSpeed's asynchronous file operations cannot be built."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ConfigError(
+            "deepspeed.zero_optimization: offload to device = 'nvme' needs DeepSpeed's async_io "
+            "operation, which cannot be built here without the headers of libaio; install them, "
+            "or use cpu"
+        )

@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model import SampleLayout, TokenCounts
+from model import SampleLayout, TokenCounts, V4Model
 from model.moe import MoE
 from model.quantised import held_tensors
 from model.transformer import Microbatch
+from optim import HybridZero
 from trainer.activations import Addresses, GroupedShapes, Live, Storages, most_in_flight, tensors_in
 from trainer.config import RunConfig
 from trainer.engine import NativeEngine
@@ -31,6 +32,7 @@ from trainer.parallel.expert import ExpertDispatch
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel
 from trainer.parallel.sizes import Sizes
+from trainer.resident import stage_parts
 from trainer.stages import Recipe, Stage
 from trainer.trainer import DTYPES, make_engine, make_local, make_optimizer
 
@@ -96,7 +98,8 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class DryRun:
-    """Ranks by pipeline rank: of every stage's ranks the first, and the last as a check.
+    """Ranks by pipeline rank: of every stage's ranks the first, the last, and the one that has most
+    of the optimizer's state.
 
     Attributes:
         parameters: elements of all ranks, each logical one counted once.
@@ -136,9 +139,11 @@ def dry_run(
     config does not fit the processes, RuntimeError inside a process group.
     """
     sizes = config.sizes(world)
-    ranks_of = sizes.world // sizes.pipeline
-    ends = sorted({0, ranks_of - 1})
-    places = [number * ranks_of + end for number in range(sizes.pipeline) for end in ends]
+    alike = sizes.world // sizes.pipeline
+    places = []
+    for pipeline in range(sizes.pipeline):
+        ends = {0, alike - 1, stage_parts(config, sizes, pipeline).fullest}
+        places += [pipeline * alike + rank for rank in sorted(ends)]
     known: _Known = {}
     planned = Recipe(config).largest if stage is None else Recipe(config).stages[stage]
     ranks, elements = [], {}
@@ -201,6 +206,7 @@ class _Part:
                 module.dispatch = EvenDispatch(grid)
         self.optimizer = make_optimizer(config, self.local, grid)
         self.engine: NativeEngine = make_engine(config, self.local, grid)
+        self.engine.gradients.zero_()
         self.engine.quantised = stage.quantised
 
     def elements(self) -> dict[str, int]:
@@ -240,19 +246,10 @@ class _Part:
         )
 
     def _resident(self) -> dict[str, int]:
-        model, states = self.local.model, self.optimizer.state_tensors()
-        masters = [tensor for name, tensor in states.items() if name.startswith("master.")]
-        others = [tensor for name, tensor in states.items() if not name.startswith("master.")]
-        buckets = [flat for kind, _ in self.engine.gradients.buckets for flat in kind.buckets]
-        resident = {
-            "weights": Storages([*model.parameters(), *model.buffers()]).nbytes,
-            "gradients": Storages(buckets).nbytes,
-            "master weights": Storages(masters).nbytes,
-            "optimizer states": Storages(others).nbytes,
-        }
-        if held := held_tensors(model):
-            resident["quantised experts"] = Storages(held).nbytes
-        return resident
+        parts = resident(self.local.model, self.optimizer)
+        if held := held_tensors(self.local.model):
+            parts["quantised experts"] = Storages(held).nbytes
+        return parts
 
     def _microbatch(self) -> Microbatch:
         """Rows that are one sample each."""
@@ -330,10 +327,25 @@ class _Part:
         return most_in_flight(schedule.pipeline_order[pipeline.axis.rank], held)
 
     def _update(self) -> int:
-        """Most bytes that the optimizer's step needs for a while."""
-        states = self.optimizer.state_tensors().values()
+        """Most bytes that the sum of the gradients and the optimizer's step need for a while."""
         parameters = list(self.local.model.parameters())
         grads = [p.grad for p in parameters if p.grad is not None]
-        with Live(Storages([*parameters, *grads, *states])) as live:
+        states = [piece.tensor for piece in self.optimizer.states()]
+        with Live(Storages([*parameters, *grads, *states, *self.optimizer.owned()])) as live:
+            self.optimizer.reduce()
             self.optimizer.step(1e-4)
         return live.peak
+
+
+def resident(model: V4Model, optimizer: HybridZero) -> dict[str, int]:
+    """Bytes that a rank holds all the time, by part, after gradients were made."""
+    weights = Storages([*model.parameters(), *model.buffers()])
+    masters = Storages(master for master in optimizer.owned() if master not in weights)
+    states = [piece.tensor for piece in optimizer.states() if piece.tensor not in masters]
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return {
+        "weights": weights.nbytes,
+        "gradients": Storages(grads).nbytes,
+        "master weights": masters.nbytes,
+        "optimizer states": Storages(states).nbytes,
+    }

@@ -6,7 +6,9 @@ then losses, gradients and expert loads simply add up. So any division of the mo
 tokens over ranks gives the same result.
 """
 
+import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,8 +24,8 @@ from model.config import AttentionMode
 from model.flops import training_flops
 from model.quantised import quantised
 from model.transformer import Microbatch
-from optim import Optimizer, clip_
-from trainer.parallel.collectives import sum_
+from optim import HybridZero, clip_
+from trainer.parallel.collectives import gather_objects, sum_
 from trainer.parallel.gradients import Gradients
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import Pipeline, Tally
@@ -168,10 +170,15 @@ class Engine(ABC):
     def step(self, learning_rate: float, norm: Tensor) -> None:
         """Clip a gradient of this norm and update the weights."""
 
+    @abstractmethod
+    def skip(self) -> None:
+        """Leave the weights as they are after a backward."""
+
     def run(self, microbatches: Microbatches, tally: Tally, backward: bool) -> None:
         """Forward of all microbatches into `tally`, and backward if asked.
 
-        Backward leaves the gradient of the sum over all ranks, in place of any earlier one.
+        Backward leaves the gradient of the sum over all ranks to the optimizer, in place of any
+        earlier one.
         """
         with self.computing():
             self.compute(microbatches, tally, backward)
@@ -187,7 +194,7 @@ class Engine(ABC):
         stop: bool = False,
         chosen: Sequence[Chosen] | None = None,
     ) -> StepLosses:
-        """Leave the gradient of the global token mean in every parameter's `.grad`.
+        """Leave the gradient of the global token mean to the optimizer.
 
         `batches` are this rank's microbatches of the step. `stop` travels with the token counts.
         `chosen` are experts that `choose` chose for them, perhaps with earlier weights.
@@ -271,42 +278,83 @@ class Engine(ABC):
 
 
 class NativeEngine(Engine):
-    """Runs this rank's part of the model; gradients are summed in flat fp32 buckets."""
+    """Runs this rank's part of the model; the optimizer sums gradients over ranks.
 
-    def __init__(self, local: LocalModel, grid: Grid, optimizer: Optimizer | None = None) -> None:
+    Without an optimizer gradients stay those of this rank's tokens.
+    """
+
+    def __init__(self, local: LocalModel, grid: Grid, optimizer: HybridZero | None = None) -> None:
         super().__init__(local, grid)
         self.optimizer = optimizer
-        self.local = local
-        self.make_gradients()
+        self.names = [name for name, _ in local.model.named_parameters()]
+        self.gradients = Gradients(local.model.parameters())
         self.pipeline = Pipeline(local.model, local.stages, grid.pipeline)
 
     def make_gradients(self) -> None:
         """As in Engine."""
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        self.gradients = Gradients(self.local, self.grid)
+        self.gradients.zero_()
 
     def compute(self, microbatches: Microbatches, tally: Tally, backward: bool) -> None:
-        """As in Engine: the stages' schedule, then one sum of every bucket."""
+        """As in Engine: the stages' schedule, in which gradients go out as they are complete."""
         if backward:
             self.gradients.zero_()
+            if self.optimizer is not None:
+                self.optimizer.expect(self._additions(len(microbatches)))
         tokens = microbatches.tokens // self.grid.sequence.size
         self.pipeline.run(microbatches, tokens, tally, backward)
-        if backward:
-            self.gradients.sum_()
+        if backward and self.optimizer is not None:
+            self.optimizer.reduce()
 
+    def _additions(self, microbatches: int) -> dict[str, int]:
+        """How often backward adds to each gradient: once a microbatch in every stage that has it.
+
+        Schedules that take the gradients of weights apart add without autograd's notice, so that
+        these wait for the end.
+        """
+        stages = Counter(id(p) for part in self.pipeline.parts for p in part.parameters())
+        return {
+            name: microbatches * stages[id(parameter)]
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    @torch.no_grad()
     def gradient_norm(self) -> Tensor:
         """As in Engine."""
-        return self.gradients.norm()
+        square = self._optimizer.norm_square().to(self.grid.device)
+        return sum_(square, self.grid.world).sqrt().float()
 
     def where_not_finite(self) -> str:
-        """As in Engine."""
-        name = self.gradients.first_not_finite()
-        return "all gradients are finite" if name is None else f"first in the gradient of '{name}'"
+        """As in Engine: the first parameter in the model's order."""
+        places = {name: (_place(name), place) for place, name in enumerate(self.names)}
+        found = [
+            (*places[piece.name], piece.name)
+            for piece in self._optimizer.gradients()
+            if not piece.tensor.isfinite().all()
+        ]
+        everywhere = gather_objects(sorted(found)[:1], self.grid.world)
+        firsts = [first for some in everywhere for first in some]
+        if not firsts:
+            return "all gradients are finite"
+        return f"first in the gradient of '{min(firsts)[2]}'"
 
     def step(self, learning_rate: float, norm: Tensor) -> None:
         """As in Engine."""
-        assert self.optimizer is not None
-        if (max_norm := self.optimizer.config.clip_norm) is not None:
-            clip_(self.model.parameters(), norm, max_norm)
-        self.optimizer.step(learning_rate)
+        if (max_norm := self._optimizer.config.clip_norm) is not None:
+            clip_(self._optimizer.owned(), norm, max_norm)
+        self._optimizer.step(learning_rate)
+
+    def skip(self) -> None:
+        """As in Engine: the next backward begins with zeros."""
+
+    @property
+    def _optimizer(self) -> HybridZero:
+        assert self.optimizer is not None, "an engine without an optimizer does not update"
+        return self.optimizer
+
+
+def _place(name: str) -> float:
+    """Orders the parts of a model that ranks hold apart: embedding, layers, and what follows."""
+    if name == "embed.weight":
+        return -1
+    return int(name.split(".")[1]) if name.startswith("layers.") else math.inf

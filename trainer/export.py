@@ -77,7 +77,7 @@ def _outline(config: RunConfig, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _check(path: Path, stored: StoredTensors, weights: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless the checkpoint has these weights and no others."""
-    problem = misfit(stored.shapes, {n: Part.whole(tensor) for n, tensor in weights.items()})
+    problem = misfit(stored.shapes, {n: [Part.whole(tensor)] for n, tensor in weights.items()})
     extra = [name for name in stored.shapes if not is_state(name) and name not in weights]
     if problem is None and extra:
         problem = f"holds {extra[0]}, which this run's model does not have"

@@ -8,24 +8,19 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-import torch
 from rich.table import Table
 
 from data.config import DataStage
-from model import V4Model
 from model.flops import flops_by_part, training_flops
 from model.sizes import parameter_counts
-from optim import build_table
 from trainer.config import ConfigError, RunConfig
 from trainer.dry_run import DryRun, RankMemory, dry_run
 from trainer.metrics_file import read_metrics
 from trainer.parallel.grid import who_is_where
-from trainer.parallel.placement import place_all
-from trainer.parallel.plan import keep_stages
 from trainer.parallel.sizes import DENSE, EXPERT, Sizes
 from trainer.parallel.stages import StagePlan
+from trainer.resident import assignment, memory_parts
 from trainer.stages import Recipe, Stage, short_length
-from trainer.trainer import DTYPES, matrix_sizes
 from trainer.words import duration, short
 
 GIB = 2**30
@@ -36,7 +31,7 @@ UTILISATION = 0.4
 def plan(
     config: RunConfig, world_size: int, dry: bool = False, stage: int | None = None
 ) -> Iterator[Table | str]:
-    """Steps, tokens, parameters, axes, who is where, stages and memory, one table after another.
+    """Steps, tokens, parameters, axes, who is where, stages, owners and memory in tables.
 
     With `dry` memory has activations: those of the run's `stage`, by default of the one with the
     largest microbatches. Raises ConfigError where the config does not fit the
@@ -51,6 +46,7 @@ def plan(
         yield who_is_where(sizes)
     if sizes.pipeline > 1:
         yield stage_table(config)
+    yield from assignment(config, sizes)
     if not dry:
         yield memory_table(config, sizes)
         return
@@ -195,44 +191,6 @@ def memory_table(config: RunConfig, sizes: Sizes) -> Table:
     return table
 
 
-def memory_parts(config: RunConfig, sizes: Sizes) -> dict[str, int]:
-    """Bytes that the fullest process holds for the whole run, or its quantised stages, by part.
-
-    From shapes and placements alone; `trainer.dry_run` counts the same in the real objects. The
-    ranks of a pipeline rank all hold as much.
-    """
-    stages = config.parallel.stages(config.model, Recipe(config).row_length)
-    ranks = [_parts_of_rank(config, sizes, stages, rank) for rank in range(sizes.pipeline)]
-    return max(ranks, key=lambda parts: sum(parts.values()))
-
-
-def _parts_of_rank(
-    config: RunConfig, sizes: Sizes, stages: StagePlan, pipeline: int
-) -> dict[str, int]:
-    with torch.device("meta"):
-        model = V4Model(config.model, DTYPES[config.precision])
-    keep_stages(model, stages, pipeline)
-    tensors = {**dict(model.named_parameters()), **model.state_dict()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    placements = place_all(shapes, sizes, pipeline * (sizes.world // sizes.pipeline))
-    elements = {name: math.prod(placement.size) for name, placement in placements.items()}
-    trained = {name: shapes[name] for name, _ in model.named_parameters()}
-    table = build_table(trained, matrix_sizes(config.model), config.optim)
-    adamw = [entry.name for entry in table if entry.optimizer == "adamw"]
-    low = [name for name in trained if tensors[name].dtype != torch.float32]
-    states = sum(elements[name] for name in trained) + sum(elements[name] for name in adamw)
-    parts = {
-        "weights": sum(elements[name] * tensor.itemsize for name, tensor in tensors.items()),
-        "gradients": 4 * sum(elements[name] for name in trained),
-        "master weights": 4 * sum(elements[name] for name in low),
-        "optimizer states": 4 * (states + len(adamw)),  # AdamW counts each parameter's steps
-    }
-    if any(stage.quantised for stage in Recipe(config).stages):
-        experts = [name for name in trained if placements[name].kind == "expert"]
-        parts["quantised experts"] = sum(elements[n] * tensors[n].itemsize for n in experts)
-    return parts
-
-
 def dry_run_table(found: DryRun) -> Table:
     """Memory by pipeline rank and part."""
     unit, name = (GIB, "GiB") if found.fullest.total >= GIB else (2**20, "MiB")
@@ -267,8 +225,8 @@ def dry_run_words(found: DryRun) -> str:
 
 
 def alike(found: DryRun) -> Iterator[list[RankMemory]]:
-    """The ranks that were looked at, those of a pipeline rank together: to 0.1% they hold as much
-    unless context ranks pool very different numbers of windows."""
+    """The ranks that were looked at, those of a pipeline rank together that hold as much to
+    0.1%."""
     for pipeline in range(found.sizes.pipeline):
         ranks = [rank for rank in found.ranks if rank.pipeline == pipeline]
         same = [rank for rank in ranks if abs(rank.total / ranks[0].total - 1) < 1e-3]

@@ -1,9 +1,11 @@
 """How torch.distributed.checkpoint writes and reads parts of logical tensors.
 
-Every part is a chunk of its tensor. Chunks that several ranks hold are written once, by the rank
-that has the least to write so far; a reader takes from every chunk what overlaps with its part.
+Every part is a chunk of its tensor, of which a rank may have several. Chunks that several ranks
+hold are written once, by the rank that has the least to write so far; a reader takes from every
+chunk what overlaps with its parts.
 """
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
+    HuggingFaceStorageWriter,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.metadata import (
@@ -33,14 +36,15 @@ from trainer.tensors import Part
 
 
 class PartSavePlanner(DefaultSavePlanner):
-    """Plans the writing of a dictionary of `Part`."""
+    """Plans the writing of a dictionary of lists of `Part`."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self) -> SavePlan:
         """All parts of this rank; the coordinator takes out what others write."""
-        self.plan = SavePlan([_write_item(n, part) for n, part in self.state_dict.items()])
+        parts = [(name, part) for name, some in self.state_dict.items() for part in some]
+        self.plan = SavePlan([_write_item(name, part) for name, part in parts])
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -49,11 +53,11 @@ class PartSavePlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         """The part's own tensor."""
-        return self.state_dict[index.fqn].tensor.contiguous()
+        return _part_at(self.state_dict[index.fqn], index).tensor.contiguous()
 
 
 class PartLoadPlanner(DefaultLoadPlanner):
-    """Plans the reading into a dictionary of `Part`: no more than overlaps with them."""
+    """Plans the reading into lists of `Part` by name: no more than overlaps with them."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -73,16 +77,34 @@ class PartLoadPlanner(DefaultLoadPlanner):
         """What this rank reads. Every name is in the checkpoint: that was checked before."""
         assert self.metadata is not None
         items = []
-        for name, part in self.state_dict.items():
+        for name, parts in self.state_dict.items():
             entry = self.metadata.state_dict_metadata[name]
             assert isinstance(entry, TensorStorageMetadata)
-            items += create_read_items_for_chunk_list(name, entry, [_chunk(part)])
+            chunks = [_chunk(part) for part in parts]
+            items += create_read_items_for_chunk_list(name, entry, chunks)
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         """The part's own tensor."""
-        part: Part = self.state_dict[index.fqn]
-        return part.tensor
+        return _part_at(self.state_dict[index.fqn], index).tensor
+
+
+class PartWriter(HuggingFaceStorageWriter):
+    """Writes a rank's parts; a file has one of a tensor, the next goes into the next file."""
+
+    def _split_by_storage_plan(
+        self, storage_plan: dict[str, int] | None, items: list[WriteItem]
+    ) -> dict[int, list[WriteItem]]:
+        files: dict[int, list[WriteItem]] = {}
+        seen: Counter[str] = Counter()
+        for item in items:
+            seen[item.index.fqn] += 1
+            files.setdefault(seen[item.index.fqn], []).append(item)
+        return files
+
+
+def _part_at(parts: list[Part], index: MetadataIndex) -> Part:
+    return next(part for part in parts if index.offset == torch.Size(part.offset))
 
 
 def _chunk(part: Part) -> ChunkStorageMetadata:

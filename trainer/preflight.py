@@ -25,7 +25,8 @@ from trainer.config import RunConfig
 from trainer.errors import PreflightError
 from trainer.parallel.collectives import gather_objects
 from trainer.parallel.grid import Grid
-from trainer.plan import GIB, memory_parts
+from trainer.plan import GIB
+from trainer.resident import memory_parts
 
 PACKAGES = ("data", "model", "optim", "trainer")
 MISSING = "missing"

@@ -1,12 +1,13 @@
 """What a run saves in a checkpoint and how it goes on from one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from model import V4Model
+from optim.hybrid_zero import StatePiece
 from trainer.anticipation import Anticipation
 from trainer.checkpoint import (
     CheckpointFolder,
@@ -20,7 +21,7 @@ from trainer.errors import CheckpointError
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Placement
 from trainer.state import TrainState
-from trainer.tensors import Part, logical_tensors
+from trainer.tensors import Parts, logical_tensors
 
 _SINCE = (
     "skipped_steps",
@@ -35,14 +36,14 @@ _SINCE = (
 
 
 class Updater(Protocol):
-    """What a checkpoint needs of an optimizer; optim.Optimizer says what each is."""
+    """What a checkpoint needs of an optimizer; optim.HybridZero says what each is."""
 
     step_count: int
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """State by "kind.parameter"; to restore, copy into the tensors of the newest call."""
+    def states(self) -> Iterator[StatePiece]:
+        """What this rank keeps; to restore, copy into the tensors of the newest call."""
 
-    def write_parameters(self) -> None:
+    def restored(self) -> None:
         """Take over what was copied into them."""
 
 
@@ -111,7 +112,7 @@ class RunCheckpoint:
 
     def live_tensors(self) -> list[Tensor]:
         """All tensors of model and optimizer that are here, always in the same order."""
-        return [part.tensor for part in self._tensors().values()]
+        return [part.tensor for parts in self._tensors().values() for part in parts]
 
     def load(self, state: TrainState, before: int | None = None) -> Path | None:
         """Go on from the newest checkpoint, if there is one: fills model, optimizer and `state`.
@@ -132,7 +133,7 @@ class RunCheckpoint:
         if self.anticipation is not None:
             tensors |= self.anticipation.restore(saved.get("anticipation"), state)
         self.folder.load(path, tensors)
-        self.optimizer.write_parameters()
+        self.optimizer.restored()
         self.optimizer.step_count = saved["optimizer_steps"]
         if state.step > self.config.steps:
             raise CheckpointError(
@@ -145,8 +146,8 @@ class RunCheckpoint:
         found = checkpoints_in(self.folder.folder)
         return f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
-    def _tensors(self) -> dict[str, Part]:
-        return logical_tensors(self.model, self.optimizer.state_tensors(), self.placements)
+    def _tensors(self) -> Parts:
+        return logical_tensors(self.model, self.optimizer.states(), self.placements)
 
     def _document(self, state: TrainState) -> dict[str, Any]:
         model = self.config.model.model_dump(mode="json")

@@ -72,7 +72,7 @@ class Snapshots:
         live = self.checkpoint.live_tensors()
         for held, tensor in zip(snapshot.tensors, live, strict=True):
             tensor.copy_(held, non_blocking=True)
-        self.checkpoint.optimizer.write_parameters()
+        self.checkpoint.optimizer.restored()
         self.checkpoint.optimizer.step_count = snapshot.optimizer_steps
         for name, value in dataclasses.asdict(snapshot.state).items():
             setattr(state, name, value)

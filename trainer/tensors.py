@@ -3,20 +3,24 @@
 Each expert's matrix is an entry of its own under its official name
 (`layers.0.ffn.experts.3.w1.weight`), and optimizer states carry the name of their parameter
 behind `optim.<state>.`. Where the optimizer keeps an fp32 master of a bf16 parameter, the master
-stands under the parameter's name, and loading rounds it again to the same bf16 weight.
+stands under the parameter's name, and loading rounds it again to the same bf16 weight. A rank has
+as many boxes of a tensor as its share of the optimizer's elements makes up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from optim.hybrid_zero import StatePiece
 from trainer.parallel.grid import Sizes
 from trainer.parallel.placement import Placement, Shape, place
 
-MASTER = "master."
+MASTER = "master"
 STEP = "step"
 """The optimizer's state that is one number for a whole parameter, however that is split."""
 _STATES = "optim."
@@ -37,34 +41,91 @@ class Part:
         return cls(tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
 
+Parts = dict[str, list[Part]]
+"""What a rank holds, by name: boxes that do not overlap."""
+
+
 def logical_tensors(
     model: nn.Module,
-    states: Mapping[str, Tensor],
+    states: Iterable[StatePiece],
     placements: Mapping[str, Placement] | None = None,
-) -> dict[str, Part]:
+) -> Parts:
     """Live tensors of the model and its optimizer by logical name; loading copies into them.
 
-    `states` are the optimizer's `state_tensors()`: `<state>.<parameter>`, each state in the shape
-    of its parameter, or for the whole parameter. `placements` say by the name of a parameter or
-    buffer which part of it is here; what is not among them is whole. Experts are numbered as in
-    the whole model.
+    `states` are the optimizer's: what this rank keeps of each. `placements` say by the name of a
+    parameter or buffer which part of it is here; what is not among them is whole. Experts are
+    numbered as in the whole model.
     """
-    logical: dict[str, Part] = {}
-    placements = placements or {}
+    logical: Parts = {}
     local = model.state_dict()
+    trained = {name for name, _ in model.named_parameters()}
+    where = dict(placements or {})
     for name, tensor in local.items():
-        held = states.get(MASTER + name, tensor.detach())
-        logical.update(_entries(name, held, placements))
-    for key, tensor in states.items():
-        if key.startswith(MASTER):
+        if name not in where:
+            where[name] = place(name, tuple(tensor.shape), Sizes(1), 0)
+    mastered = set()
+    for piece in states:
+        if piece.kind == MASTER:
+            mastered.add(piece.name)
+        prefix = "" if piece.kind == MASTER else f"{_STATES}{piece.kind}."
+        if piece.kind == STEP:
+            logical[f"{prefix}{piece.name}"] = [Part.whole(piece.tensor)]
             continue
-        state, _, name = key.partition(".")
-        if state == STEP:
-            logical[f"{_STATES}{key}"] = Part.whole(tensor)
-            continue
-        for entry, part in _entries(name, tensor, placements):
-            logical[f"{_STATES}{state}.{entry}"] = part
+        for name, part in parts_of(piece, where[piece.name]):
+            logical.setdefault(f"{prefix}{name}", []).append(part)
+    for name, tensor in local.items():
+        if name in mastered or (name in trained and has_master(tensor)):
+            continue  # masters are among the states, of this rank or of others
+        assert tuple(tensor.shape) == where[name].size, f"{name} is not what its placement says"
+        for entry, part in parts_of(StatePiece("", name, tensor.detach()), where[name]):
+            logical.setdefault(entry, []).append(part)
     return logical
+
+
+def has_master(tensor: Tensor) -> bool:
+    """Whether an optimizer keeps an fp32 master of a parameter."""
+    return tensor.dtype != torch.float32
+
+
+def parts_of(piece: StatePiece, placement: Placement) -> Iterator[tuple[str, Part]]:
+    """A piece's boxes by the name of their entry in a checkpoint: each expert has one of its own.
+
+    `placement` is that of the parameter that the piece belongs to.
+    """
+    shape, origin = placement.size, placement.offset
+    if piece.whole:  # whole matrices; of experts, those that are here
+        shape = placement.matrix_shape
+        origin = (origin[0] if placement.kind == "expert" else 0,) + (0,) * (len(shape) - 1)
+    flat, at = piece.tensor.view(-1), 0
+    for offset, size in boxes(piece.start, piece.start + flat.numel(), shape):
+        tensor = flat[at : (at := at + math.prod(size))].view(size)
+        place_ = tuple(a + b for a, b in zip(origin, offset, strict=True))
+        if placement.kind != "expert":
+            yield piece.name, Part(tensor, placement.shape, place_)
+            continue
+        experts, _, matrix = piece.name.rpartition(".")
+        for number, view in enumerate(tensor, start=place_[0]):
+            entry = f"{experts}.{number}.{matrix}.weight"
+            yield entry, Part(view, placement.shape[1:], place_[1:])
+
+
+def boxes(start: int, stop: int, shape: Shape) -> Iterator[tuple[Shape, Shape]]:
+    """Offsets and sizes of the boxes that elements `start` to `stop` of a flat tensor make up."""
+    if len(shape) < 2:
+        yield (start,)[: len(shape)], (stop - start,)[: len(shape)]
+        return
+    inner = math.prod(shape[1:])
+    while start < stop:
+        row, within = divmod(start, inner)
+        if within == 0 and stop - start >= inner:
+            rows = (stop - start) // inner
+            yield (row,) + (0,) * (len(shape) - 1), (rows, *shape[1:])
+            start += rows * inner
+            continue
+        end = min(stop, (row + 1) * inner)
+        for offset, size in boxes(within, within + end - start, shape[1:]):
+            yield (row, *offset), (1, *size)
+        start = end
 
 
 def is_state(name: str) -> bool:
@@ -80,18 +141,3 @@ def routing_name(step: int, layer: int) -> str:
 def is_routing(name: str) -> bool:
     """Whether an entry is a choice of experts, which only training has a use for."""
     return name.startswith(_ROUTING)
-
-
-def _entries(
-    name: str, tensor: Tensor, placements: Mapping[str, Placement]
-) -> Iterator[tuple[str, Part]]:
-    """A tensor's entries in a checkpoint: itself, or each matrix of a stack of experts."""
-    placement = placements.get(name) or place(name, tuple(tensor.shape), Sizes(1), 0)
-    assert tuple(tensor.shape) == placement.size, f"{name} has another shape than its placement"
-    if placement.kind != "expert":
-        yield name, Part(tensor, placement.shape, placement.offset)
-        return
-    experts, _, matrix = name.rpartition(".")
-    for number, view in enumerate(tensor, start=placement.offset[0]):
-        entry = f"{experts}.{number}.{matrix}.weight"
-        yield entry, Part(view, placement.shape[1:], placement.offset[1:])

@@ -10,7 +10,7 @@ from torch import Tensor
 from data import Batch, Loader, Prefetcher, Tokenizer
 from model import ModelConfig
 from model.kernel_choices import describe, kernel_choices
-from optim import Assignment, MatrixSizes, Optimizer, build_table
+from optim import Assignment, HybridZero, MatrixSizes, build_table
 from trainer.anticipation import Anticipation
 from trainer.config import RunConfig
 from trainer.engine import Engine, NativeEngine, StepLosses
@@ -22,7 +22,8 @@ from trainer.layers import layer_numbers
 from trainer.metrics import Metrics, describe_event
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel, localise
-from trainer.parallel.shards import shards_of
+from trainer.parallel.stages import tied_embedding
+from trainer.parallel.zero import make_zero
 from trainer.run_checkpoint import RunCheckpoint, Updater
 from trainer.signals import StopRequest
 from trainer.stability import Stability
@@ -173,11 +174,13 @@ class Trainer:
                 f"step {self.state.step + 1}: {what}; {self.checkpoint.where_to_go_on()}, with a "
                 "lower optim.learning_rate perhaps"
             )
+        self.engine.skip()
         self._note(f"step {self.state.step + 1}: {what}; the step is skipped")
         return None
 
     def _turn_back(self, problem: str) -> None:
         """Undo the last steps, and tell. Raises DivergedError where that is the end of the run."""
+        self.engine.skip()
         event = self.stability.turn_back(problem)
         if self.metrics is not None:
             self.metrics.event(self.state, event)
@@ -290,7 +293,7 @@ def open_engine(config: RunConfig, grid: Grid) -> tuple[LocalModel, Engine, Upda
     return local, engine, engine
 
 
-def build(config: RunConfig, grid: Grid) -> tuple[LocalModel, Optimizer]:
+def build(config: RunConfig, grid: Grid) -> tuple[LocalModel, HybridZero]:
     """This rank's part of the model with its initial weights, and the optimizer with its state."""
     local = make_weights(config, grid)
     return local, make_optimizer(config, local, grid)
@@ -315,13 +318,21 @@ def make_local(config: RunConfig, grid: Grid) -> LocalModel:
     )
 
 
-def make_optimizer(config: RunConfig, local: LocalModel, grid: Grid) -> Optimizer:
+def make_optimizer(config: RunConfig, local: LocalModel, grid: Grid) -> HybridZero:
     """The optimizer of this rank's part of the model, on the device that its weights are on."""
-    parameters = dict(local.model.named_parameters())
-    table = make_table(config, local)
-    shards = shards_of(local.placements, grid)
-    own = {name: shard for name, shard in shards.items() if name in parameters}
-    return Optimizer(parameters, table, config.optim, own)
+    parallel = config.parallel
+    return make_zero(
+        dict(local.model.named_parameters()),
+        local.placements,
+        make_table(config, local),
+        config.optim,
+        grid,
+        tied_embedding(local.stages, config.model.num_nextn_predict_layers),
+        config.seed,
+        parallel.optimizer_padding,
+        parallel.gradients,
+        parallel.expert_gradients,
+    )
 
 
 def make_table(config: RunConfig, local: LocalModel) -> list[Assignment]:
@@ -342,7 +353,7 @@ def matrix_sizes(model: ModelConfig) -> MatrixSizes:
 
 
 def make_engine(
-    config: RunConfig, local: LocalModel, grid: Grid, optimizer: Optimizer | None = None
+    config: RunConfig, local: LocalModel, grid: Grid, optimizer: HybridZero | None = None
 ) -> NativeEngine:
     """The native engine; it trains with an optimizer."""
     return NativeEngine(local, grid, optimizer)

@@ -88,13 +88,13 @@ def test_batches_hold_every_matrix_once_and_stay_small() -> None:
     seen = []
     batches = list(ours._batches(ours._muon))
     for batch in batches:
-        shape = {tuple(sorted(piece.stack.matrix)) for piece in batch}
+        shape = {tuple(sorted(piece.entry.matrices[1:])) for piece in batch}
         assert len(shape) == 1
         (rows, columns) = shape.pop()
         count = sum(piece.last - piece.first for piece in batch)
         assert count == 1 or count * rows * columns * 4 <= 20_000
-        seen += [(p.stack.entry.name, index) for p in batch for index in range(p.first, p.last)]
-    wanted = [(s.entry.name, index) for s in ours._muon for index in range(s.shape[0])]
+        seen += [(p.entry.name, index) for p in batch for index in range(p.first, p.last)]
+    wanted = [(e.name, index) for e in ours._muon for index in range(e.matrices[0])]
     assert sorted(seen) == sorted(wanted)
     assert len(batches) < len(wanted) / 2
 

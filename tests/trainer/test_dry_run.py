@@ -21,7 +21,7 @@ from trainer.dry_run import as_rank, dry_run, microbatches_of
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import Pipeline
 from trainer.parallel.sizes import Sizes
-from trainer.plan import memory_parts
+from trainer.resident import memory_parts
 from trainer.trainer import build, make_engine
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -47,21 +47,25 @@ def hold(rank: int, world: int, path: Path, overrides: list[tuple[str, ...]]) ->
         grid = Grid.build(config.sizes(world), torch.device("cpu"))
         local, optimizer = build(config, grid)
         engine = make_engine(config, local, grid)
-        model, states = local.model, optimizer.state_tensors()
-        buckets = [flat for kind, _ in engine.gradients.buckets for flat in kind.buckets]
-        masters = [tensor for name, tensor in states.items() if name.startswith("master.")]
-        others = [tensor for name, tensor in states.items() if not name.startswith("master.")]
+        model = local.model
         lasting = [*model.parameters(), *model.buffers()]
-        resident = {
-            "weights": sum(tensor.nbytes for tensor in lasting),
-            "gradients": sum(tensor.nbytes for tensor in buckets),
-            "master weights": sum(tensor.nbytes for tensor in masters),
-            "optimizer states": sum(tensor.nbytes for tensor in others),
-        }
+        weights = {tensor.untyped_storage().data_ptr() for tensor in lasting}
         batches = Loader(config.data, 0, grid.data.rank, grid.data.size).at(0)
         engine.forward_backward(batches)  # what is made once is there now
+        grads = [parameter.grad for parameter in model.parameters()]
+        parts = {
+            "weights": lasting,
+            "gradients": grads,
+            "master weights": [
+                master
+                for master in optimizer.owned()
+                if master.untyped_storage().data_ptr() not in weights
+            ],
+            "optimizer states": [p.tensor for p in optimizer.states() if p.kind != "master"],
+        }
+        resident = {name: sum(t.nbytes for t in tensors) for name, tensors in parts.items()}
         gc.collect()
-        with Live(Storages([*lasting, *buckets])) as live:
+        with Live(Storages([*lasting, *grads])) as live:
             engine.forward_backward(batches)
         found.append((sum(p.numel() for p in model.parameters()), resident, live.peak))
     return found
@@ -89,9 +93,9 @@ def test_counts_what_ranks_really_hold(
     config = load_config(tiny, [*MODEL, *spread.overrides])
     found = dry_run(config, 2)
     assert [rank.rank for rank in found.ranks] == [0, 1]
-    for rank, (parameters, resident, peak) in zip(found.ranks, really[spread.name], strict=True):
+    for rank, (parameters, parts, peak) in zip(found.ranks, really[spread.name], strict=True):
         assert rank.parameters == parameters
-        assert rank.resident == resident
+        assert rank.resident == parts
         passes = rank.microbatches + rank.activations + rank.workspace
         print(f"{spread.name} rank {rank.rank}: {peak:,} B really, {passes:,} B by the dry run")
         # Schedules with two stages on a rank keep what they send to the step's end (torch waits

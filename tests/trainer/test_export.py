@@ -85,7 +85,7 @@ def test_split_tensors_are_whole_again_in_the_runs_precision(folder: Path, tiny:
         official: part
         for name, tensor in run.tensors.items()
         for official, part in to_official(
-            [(name, run.states.get(f"master.{name}", tensor).to(tensor.dtype))]
+            [(name, run.by_key.get(f"master.{name}", tensor).to(tensor.dtype))]
         )
     }
     index = json.loads((folder / "two/model.safetensors.index.json").read_text())

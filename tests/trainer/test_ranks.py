@@ -7,7 +7,7 @@ import torch
 
 from tests.trainer.conftest import COMPARED
 from tests.trainer.tiny import column, train
-from trainer.parallel.collectives import FlatGradients
+from trainer.parallel.gradients import Gradients
 
 COLUMNS = ("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "expert_load_max")
 
@@ -51,17 +51,24 @@ def test_another_seed_gives_another_curve(alone: Path, tiny: Path, tmp_path: Pat
         same_curves(alone, tmp_path)
 
 
-def test_flat_gradients_are_summed_in_fp32_in_place() -> None:
+def test_gradients_are_gathered_in_fp32_in_place_and_frozen_ones_are_none() -> None:
     parameters = [torch.nn.Parameter(torch.ones(3, 2, dtype=torch.bfloat16)) for _ in range(3)]
-    unused = torch.nn.Parameter(torch.ones(5))
-    flat = FlatGradients([*parameters, unused], bucket_elements=7)
-    assert [bucket.numel() for bucket in flat.buckets] == [6, 6, 6, 5]
+    unused, frozen = torch.nn.Parameter(torch.ones(5)), parameters.pop()
+    frozen.requires_grad_(False)
+    gradients = Gradients([*parameters, unused, frozen])
+    places = set()
     for _ in range(2):
-        flat.zero_()
+        gradients.zero_()
         for value in (1.0, 2**-9):  # lost if added in bf16
-            sum((parameter * value).sum() for parameter in parameters).backward()  # type: ignore[union-attr]
-    for parameter, bucket in zip([*parameters, unused], flat.buckets, strict=True):
-        assert parameter.grad is not None
-        assert parameter.grad.data_ptr() == bucket.data_ptr()
-    assert flat.buckets[0].tolist() == [1.0 + 2**-9] * 6
+            sum((p * value).sum() for p in (*parameters, frozen)).backward()  # type: ignore[union-attr]
+        places.add(tuple(p.grad.data_ptr() for p in (*parameters, unused)))
+    assert len(places) == 1, "memory is taken once"
+    assert all((p.grad == 1.0 + 2**-9).all() for p in parameters)
     assert unused.grad is not None and unused.grad.abs().sum() == 0
+    assert frozen.grad is None
+    frozen.requires_grad_(True)
+    gradients.zero_()
+    assert frozen.grad is not None
+    frozen.requires_grad_(False)
+    gradients.zero_()
+    assert frozen.grad is None

@@ -23,6 +23,7 @@ def run(tiny: Path, folder: Path, poisoned: set[int], *settings: str) -> Trainer
     trainer.checkpoint.load(trainer.state)  # as run() does, for the numbers of the steps
     engine: NativeEngine = trainer.engine
     plain = engine.forward_backward
+    reduce = trainer.optimizer.reduce
     weights: list[dict[str, torch.Tensor]] = []
 
     def forward_backward(
@@ -32,13 +33,16 @@ def run(tiny: Path, folder: Path, poisoned: set[int], *settings: str) -> Trainer
         chosen: object = None,
     ) -> StepLosses:
         weights.append({n: t.clone() for n, t in trainer.model.state_dict().items()})
-        losses = plain(batches, mtp_loss_weight, stop)
+        return plain(batches, mtp_loss_weight, stop)
+
+    def poison() -> None:
         if trainer.state.step + 1 in poisoned:
             for name in ("norm.weight", "layers.1.attn.wkv.weight"):
                 dict(trainer.model.named_parameters())[name].grad[0] = float("nan")
-        return losses
+        reduce()
 
     engine.forward_backward = forward_backward  # type: ignore[method-assign]
+    trainer.optimizer.reduce = poison  # type: ignore[method-assign]
     trainer.weights = weights  # type: ignore[attr-defined]
     trainer.run()
     return trainer

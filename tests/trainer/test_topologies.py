@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from model import V4Model
 from model.hf import to_official
-from optim import MatrixSizes, OptimConfig, Optimizer, build_table
+from optim import MatrixSizes, OptimConfig, Optimizer, StatePiece, build_table
 from tests.distributed import spawn
 from tests.trainer.tiny import saved_tensors
 from trainer.checkpoint import CheckpointFolder
@@ -48,16 +49,22 @@ class Held:
     """Stands in for a rank's model and its optimizer: tensors by name, nothing else."""
 
     def __init__(self, tensors: dict[str, Tensor], states: dict[str, Tensor]) -> None:
-        self.tensors, self.states = tensors, states
+        self.tensors, self.by_key = tensors, states
         self.step_count = 7
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.tensors
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        return self.states
+    def named_parameters(self) -> list[tuple[str, Tensor]]:
+        trained = {key.partition(".")[2] for key in self.by_key}
+        return [(name, tensor) for name, tensor in self.tensors.items() if name in trained]
 
-    def write_parameters(self) -> None:
+    def states(self) -> Iterator[StatePiece]:
+        for key, tensor in self.by_key.items():
+            kind, _, name = key.partition(".")
+            yield StatePiece(kind, name, tensor)
+
+    def restored(self) -> None:
         pass
 
 
@@ -99,7 +106,7 @@ def held_by(run: Held, sizes: Sizes, rank: int) -> tuple[Held, dict[str, Placeme
         if stage in stage_of(name, sizes.pipeline)
     }
     states = {}
-    for key, tensor in run.states.items():
+    for key, tensor in run.by_key.items():
         state, _, name = key.partition(".")
         if name in placements:
             part = tensor if state == "step" else placements[name].own(tensor)
@@ -130,14 +137,14 @@ class Counting(PartLoadPlanner):
 
 def load_and_compare(config: RunConfig, folder: Path, sizes: Sizes, rank: int) -> None:
     checkpoint, held = checkpoint_of(config, folder, sizes, rank)
-    wanted = {name: tensor.clone() for name, tensor in (held.tensors | held.states).items()}
-    for tensor in (held.tensors | held.states).values():
+    wanted = {name: tensor.clone() for name, tensor in (held.tensors | held.by_key).items()}
+    for tensor in (held.tensors | held.by_key).values():
         tensor.fill_(-3)
     state = TrainState()
     checkpoint.load(state)
     assert (state.step, state.tokens, held.step_count) == (3, 30, 7)
-    for name, tensor in (held.tensors | held.states).items():
-        if f"master.{name}" not in held.states:  # such a weight is rounded from its master
+    for name, tensor in (held.tensors | held.by_key).items():
+        if f"master.{name}" not in held.by_key:  # such a weight is rounded from its master
             assert torch.equal(tensor, wanted[name]), (folder.name, sizes, name)
 
 
@@ -187,7 +194,7 @@ def test_every_element_is_written_once(saved: Path, tiny: Path, name: str) -> No
     wanted: Counter[str] = Counter()
     for key, tensor in run.tensors.items():
         wanted.update({n: t.numel() for n, t in to_official([(key, tensor)])})
-    for key, tensor in run.states.items():
+    for key, tensor in run.by_key.items():
         state, _, parameter = key.partition(".")
         if state != "master":
             official = to_official([(parameter, tensor)])
@@ -209,7 +216,7 @@ def test_the_ranks_share_the_writing(saved: Path, name: str) -> None:
 
 def test_parts_lie_where_their_header_says(saved: Path, tiny: Path) -> None:
     """Read with nothing but safetensors: both halves of a weight that is split along dim 1."""
-    whole = whole_run(load_config(tiny)).states["master.layers.0.attn.wo_b.weight"]
+    whole = whole_run(load_config(tiny)).by_key["master.layers.0.attn.wo_b.weight"]
     name = "layers.0.attn.wo_b.weight"
     seen = {}
     for path in files_of(saved / "tensor 2"):
@@ -221,7 +228,7 @@ def test_parts_lie_where_their_header_says(saved: Path, tiny: Path) -> None:
 
 
 def test_experts_stand_under_their_global_numbers(saved: Path, tiny: Path) -> None:
-    whole = whole_run(load_config(tiny)).states["momentum.layers.1.ffn.experts.w2"]
+    whole = whole_run(load_config(tiny)).by_key["momentum.layers.1.ffn.experts.w2"]
     files = [saved_tensors(path.parent) for path in files_of(saved / "expert 2")[:1]]
     for number in range(4):
         name = f"optim.momentum.layers.1.ffn.experts.{number}.w2.weight"
@@ -234,7 +241,9 @@ def elements_read(rank: int, world_size: int, path: Path, folder: Path) -> tuple
     trainer.checkpoint.PartLoadPlanner = Counting  # type: ignore[misc]
     checkpoint, _ = checkpoint_of(load_config(path), folder, FOUR["tensor 2, expert 2"], rank)
     checkpoint.load(TrainState())
-    return Counting.elements, sum(part.tensor.numel() for part in checkpoint._tensors().values())
+    return Counting.elements, sum(
+        p.tensor.numel() for some in checkpoint._tensors().values() for p in some
+    )
 
 
 def test_a_rank_reads_its_parts_and_no_more(saved: Path, tiny: Path) -> None:
@@ -245,14 +254,14 @@ def test_a_rank_reads_its_parts_and_no_more(saved: Path, tiny: Path) -> None:
 def mistakes(rank: int, world_size: int, folder: Path) -> list[str]:
     """What loading says where the ranks' parts and the checkpoint do not agree."""
     checkpoints = CheckpointFolder(folder, Grid.build(Sizes(2, tensor=2), torch.device("cpu")))
-    half = Part(torch.ones(2, 3), (4, 3), (2 * rank, 0))
+    half = [Part(torch.ones(2, 3), (4, 3), (2 * rank, 0))]
     own = {f"rank {rank}": torch.ones(5)}
     path = checkpoints.save(1, {"split": half, **own}, {})
     checkpoints.load(path, {"split": half, **own})
     texts = []
     for tensors in (
         {"split": half, **own, **({"more": torch.ones(1)} if rank else {})},
-        {"split": Part(torch.ones(3, 3), (6, 3), (3 * rank, 0)), **own},
+        {"split": [Part(torch.ones(3, 3), (6, 3), (3 * rank, 0))], **own},
         {"split": half, **(own if rank else {})},
     ):
         with pytest.raises(CheckpointError) as caught:

@@ -129,12 +129,24 @@ def steps_in_file(run_dir: Path) -> list[int]:
 
 
 def saved_tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, read with nothing but safetensors."""
-    tensors: dict[str, Tensor] = {}
+    """Every whole tensor of a checkpoint, put together with nothing but safetensors."""
+    boxes: dict[str, list[tuple[list[int], Tensor]]] = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
+            info = json.loads(file.metadata()["DCP_SHARDING_INFO"])
             for name in file.keys():  # noqa: SIM118
-                tensors[name] = file.get_tensor(name)
+                box = info[name]["saved_offsets"], file.get_tensor(name)
+                boxes.setdefault(name, []).append(box)
+    tensors: dict[str, Tensor] = {}
+    for name, found in boxes.items():
+        ends = [[o + n for o, n in zip(offset, t.shape, strict=True)] for offset, t in found]
+        whole = torch.zeros([max(column) for column in zip(*ends, strict=True)])
+        whole = whole.to(found[0][1].dtype)
+        for offset, tensor in found:
+            spans = zip(offset, tensor.shape, strict=True)
+            whole[tuple(slice(start, start + size) for start, size in spans)] = tensor
+        assert whole.numel() == sum(tensor.numel() for _, tensor in found), name
+        tensors[name] = whole
     return tensors
 
 

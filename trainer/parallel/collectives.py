@@ -7,24 +7,23 @@ weight's gradient is the sum over the ranks that hold it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Parameter
 
 from trainer.parallel.grid import Axis
 from trainer.parallel.traffic import gather_bytes, scatter_bytes, sum_bytes
 
 Item = TypeVar("Item")
+Wait = Callable[[], Tensor]
+"""What a collective that has begun gives when it is called; called once, on every rank."""
 
 # torch 2.13 has new names for these two and warns of the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-BUCKET_ELEMENTS = 32 * 1024 * 1024  # 128 MiB of fp32: long enough to use the links fully
 
 
 def sum_(tensor: Tensor, axis: Axis) -> Tensor:
@@ -35,38 +34,66 @@ def sum_(tensor: Tensor, axis: Axis) -> Tensor:
     return tensor
 
 
-def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
-    """The tensors of all ranks, which have one shape, behind each other along dim 0."""
+def begin_all_gather(tensor: Tensor, axis: Axis) -> Wait:
+    """The tensors of all ranks, which have one shape, behind each other along dim 0; see Wait."""
     if axis.group is None:
-        return tensor
+        return lambda: tensor
     tensor = tensor.contiguous()
     _count(axis, "gather", gather_bytes(axis.size, tensor.nbytes))
     out = tensor.new_empty(axis.size * tensor.shape[0], *tensor.shape[1:])
-    _all_gather(out, tensor, group=axis.group)
-    return out
+    return _wait(_all_gather(out, tensor, group=axis.group, async_op=True), out, tensor)
 
 
-def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
-    """This rank's share along dim 0 of the sum over all ranks."""
+def begin_reduce_scatter(tensor: Tensor, axis: Axis) -> Wait:
+    """This rank's share along dim 0 of the sum over all ranks; see Wait."""
     if axis.group is None:
-        return tensor
+        return lambda: tensor
     tensor = tensor.contiguous()
     _count(axis, "scatter", scatter_bytes(axis.size, tensor.nbytes))
     out = tensor.new_empty(tensor.shape[0] // axis.size, *tensor.shape[1:])
-    _reduce_scatter(out, tensor, group=axis.group)
-    return out
+    return _wait(_reduce_scatter(out, tensor, group=axis.group, async_op=True), out, tensor)
 
 
-def all_to_all(tensor: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis) -> Tensor:
+def begin_all_to_all(
+    tensor: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis
+) -> Wait:
     """Rows to their ranks: the first send[0] to rank 0, and so on; receive[r] come from rank r."""
     if axis.group is None:
-        return tensor
+        return lambda: tensor
     tensor = tensor.contiguous()
     row = tensor.element_size() * tensor[:1].numel() if len(tensor) else 0
     _count(axis, "exchange", (sum(send) - send[axis.rank]) * row)
     out = tensor.new_empty(sum(receive), *tensor.shape[1:])
-    dist.all_to_all_single(out, tensor, list(receive), list(send), group=axis.group)
-    return out
+    sizes = list(receive), list(send)
+    work = dist.all_to_all_single(out, tensor, *sizes, group=axis.group, async_op=True)
+    return _wait(work, out, tensor)
+
+
+def _wait(work: Any, out: Tensor, sent: Tensor) -> Wait:
+    """Waits for the work; holds what is being sent until then."""
+
+    def wait() -> Tensor:
+        nonlocal sent
+        work.wait()
+        sent = out
+        return out
+
+    return wait
+
+
+def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
+    """`begin_all_gather`, waited for."""
+    return begin_all_gather(tensor, axis)()
+
+
+def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
+    """`begin_reduce_scatter`, waited for."""
+    return begin_reduce_scatter(tensor, axis)()
+
+
+def all_to_all(tensor: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis) -> Tensor:
+    """`begin_all_to_all`, waited for."""
+    return begin_all_to_all(tensor, send, receive, axis)()
 
 
 def gather_tokens(x: Tensor, axis: Axis) -> Tensor:
@@ -152,53 +179,3 @@ def barrier(axis: Axis) -> None:
 
 def _count(axis: Axis, collective: str, size: float) -> None:
     axis.traffic.add(axis.name, collective, size)
-
-
-class FlatGradients:
-    """fp32 gradients of parameters that the same ranks hold, in a few flat buckets.
-
-    Every `.grad` is a view of a bucket. Backward adds into the buckets in place, so that summing
-    over ranks copies nothing, bf16 parameters gather their microbatches in fp32, and a parameter
-    that got no gradient on one rank has zeros there rather than None.
-    """
-
-    def __init__(
-        self, parameters: Iterable[Parameter], bucket_elements: int = BUCKET_ELEMENTS
-    ) -> None:
-        self.buckets: list[Tensor] = []
-        waiting: list[Parameter] = []
-        size = 0
-        for parameter in parameters:
-            if waiting and size + parameter.numel() > bucket_elements:
-                self._fill_bucket(waiting, size)
-                waiting, size = [], 0
-            waiting.append(parameter)
-            size += parameter.numel()
-        if waiting:
-            self._fill_bucket(waiting, size)
-
-    def _fill_bucket(self, parameters: list[Parameter], size: int) -> None:
-        flat = torch.zeros(size, dtype=torch.float32, device=parameters[0].device)
-        start = 0
-        for parameter in parameters:
-            stop = start + parameter.numel()
-            parameter.grad_dtype = torch.float32
-            parameter.grad = flat[start:stop].view(parameter.shape)
-            start = stop
-        self.buckets.append(flat)
-
-    def zero_(self) -> None:
-        """Set every gradient to zero; the `.grad` views stay."""
-        for bucket in self.buckets:
-            bucket.zero_()
-
-    def sum_(self, axis: Axis) -> None:
-        """Sum all gradients over the axis, bucket by bucket."""
-        if axis.group is None:
-            return
-        works = []
-        for bucket in self.buckets:
-            _count(axis, "sum", sum_bytes(axis.size, bucket.nbytes))
-            works.append(dist.all_reduce(bucket, group=axis.group, async_op=True))
-        for work in works:
-            work.wait()

@@ -18,7 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -163,6 +163,32 @@ class Grid:
             tied=dense.ends("tied", "pipeline"),
             world=dense.axis("world", *DENSE),
         )
+
+    def divide(self, axes: Sequence[tuple[Axis, int]]) -> list[tuple[Axis, Axis]]:
+        """Axes as runs of some ranks: this rank's run, and the same place of every run.
+
+        Groups of their own, over which something may be on its way while the axis itself is used.
+        All ranks of the grid call it together, each with axes and sizes of its own on which the
+        ranks of the axis agree. The parts are called `data/4` and `data*2`, say.
+        """
+        found = []
+        for axis, size in axes:
+            first = axis.rank // size * size
+            run, same = axis.ranks[first : first + size], axis.ranks[axis.rank % size :: size]
+            for name, ranks in ((f"{axis.name}/{size}", run), (f"{axis.name}*{len(same)}", same)):
+                found.append(Axis(name, ranks.index(self.rank), ranks, None, self.traffic))
+        groups = self._groups_of({axis.ranks for axis in found if axis.size > 1})
+        whole = [replace(axis, group=groups.get(axis.ranks)) for axis in found]
+        return list(zip(whole[::2], whole[1::2], strict=True))
+
+    def _groups_of(self, wanted: set[tuple[int, ...]]) -> dict[tuple[int, ...], dist.ProcessGroup]:
+        """New process groups: every rank helps to make those of all, in one order."""
+        everyone = [wanted]
+        # On the meta device there are no other ranks (trainer.dry_run).
+        if self.world.group is not None and self.device.type != "meta":
+            everyone = [set()] * self.world_size
+            dist.all_gather_object(everyone, wanted, group=self.world.group)
+        return {ranks: dist.new_group(list(ranks)) for ranks in sorted(set().union(*everyone))}
 
 
 class _AxisMaker:

@@ -8,7 +8,6 @@ model. A gather and the scatter that is its transpose send the same, whichever i
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +16,13 @@ from typing import Literal
 import numpy as np
 
 from model.config import LayerType, ModelConfig
-from model.shapes import Shapes, parameter_shapes
+from model.shapes import Shapes, always_fp32, parameter_shapes
 from optim.config import OptimConfig
 from optim.partition import MatrixSizes, build_table
-from trainer.parallel.placement import Placement, place_all
+from trainer.parallel.placement import place_all
 from trainer.parallel.sizes import DENSE, EXPERT, Sizes, place_of
 from trainer.parallel.stages import StagePlan, tied_embedding
+from trainer.parallel.zero_layout import Family, families, seats
 
 Lengths = Sequence[Sequence[int]]
 """Lengths of the samples of every row of a microbatch."""
@@ -87,6 +87,15 @@ class Work:
         return cls(row_length, [one] * microbatches, precision, recompute)
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """How gradients are sent and who owns what, as in the config."""
+
+    gradients: str = "fp32"
+    expert_gradients: str = "fp32"
+    padding: float = 0.1
+
+
 def step_traffic(
     config: ModelConfig,
     sizes: Sizes,
@@ -94,6 +103,7 @@ def step_traffic(
     rank: int,
     work: Work,
     optim: OptimConfig | None = None,
+    exchange: Exchange | None = None,
 ) -> dict[tuple[str, str], int]:
     """Bytes that `rank` sends in one step, by (axis, collective); what is 0 is left out.
 
@@ -107,9 +117,7 @@ def step_traffic(
         sent.expert_rows(work.rows)
     sent.world()
     shapes = _held(config, stages, sent.place["pipeline"])
-    placements = place_all(shapes, sizes, rank)
-    sent.gradients(placements)
-    sent.update(placements, optim or OptimConfig())
+    sent.update(shapes, optim or OptimConfig(), exchange or Exchange())
     return {key: round(size) for key, size in sent.bytes.items() if size}
 
 
@@ -309,38 +317,58 @@ class _Sent:
     def world(self) -> None:
         """Once a step: five fp64 counts, four fp64 losses, the experts' loads, the norm."""
         routers = self.config.num_hidden_layers + self.mtp
-        loads = routers * self.config.n_routed_experts * 4
+        loads = routers * (self.config.n_routed_experts + 1) * 4
         self._sum("world", 5 * 8 + 4 * 8 + loads + 8)
 
-    def gradients(self, placements: dict[str, Placement]) -> None:
-        """fp32 gradients, summed over the ranks that hold the same part."""
-        ends = {0, self.sizes.pipeline - 1}
-        tied = (
-            len(ends) > 1
-            and self.place["pipeline"] in ends
-            and tied_embedding(self.stages, self.mtp)
-        )
-        axes = {"whole": "stage", "tensor": "split", "expert": "expert_data"}
-        for name, placement in placements.items():
-            size = math.prod(placement.size) * 4
-            self._sum(axes[placement.kind], size)
-            if tied and name == "embed.weight":
-                self._sum("tied", size)
-
-    def update(self, placements: dict[str, Placement], optim: OptimConfig) -> None:
-        """Muon gathers the fp32 look-ahead gradient of matrices that ranks split inside."""
+    def update(self, shapes: Shapes, optim: OptimConfig, how: Exchange) -> None:
+        """Gradients to their owners and parameters back, for each family of parameters."""
+        placements = place_all(shapes, self.sizes, self.rank)
+        whole = {name: placement.matrix_shape for name, placement in placements.items()}
         config = self.config
         matrix_sizes = MatrixSizes(
             config.o_groups, config.num_attention_heads, config.head_dim, config.index_head_dim
         )
-        shapes = {name: placement.matrix_shape for name, placement in placements.items()}
-        for entry in build_table(shapes, matrix_sizes, optim):
-            placement = placements[entry.name]
-            if entry.matrices is None or placement.dim is None:
-                continue
-            _, rows, columns = entry.matrices
-            local = placement.size
-            between = len(local) == 2 and local[1] == columns and local[0] % rows == 0
-            if not between:
-                axis = "tensor" if placement.kind == "tensor" else "expert_tensor"
-                self._gather(axis, math.prod(local) * 4, backward=0)
+        low = {name for name in shapes if self.element < 4 and not always_fp32(name)}
+        tied = tied_embedding(self.stages, self.mtp)
+        for family in families(
+            build_table(whole, matrix_sizes, optim),
+            placements,
+            low,
+            self.sizes,
+            tied,
+            optim.muon,
+            how.padding,
+        ):
+            self._family(family, how)
+
+    def _family(self, family: Family, how: Exchange) -> None:
+        layout, repeats = family.layout, family.repeats
+        axis, split = _AXES[family.kind]
+        back = 2 if family.is_low else 4
+        name = f"{axis}/{layout.owners}"
+        precision = how.expert_gradients if family.kind == "expert" else how.gradients
+        if precision == "fp32":
+            self.bytes[name, "scatter"] += scatter_bytes(
+                layout.owners, layout.owners * layout.part * 4
+            )
+        else:
+            self.bytes[name, "exchange"] += (layout.owners - 1) * layout.part * 2
+        self.bytes[name, "gather"] += gather_bytes(layout.owners, layout.part * back)
+        self.bytes[f"{axis}*{repeats}", "sum"] += sum_bytes(repeats, layout.part * 4)
+        if family.kind == "embedding":
+            self.bytes["tied", "sum"] += sum_bytes(2, layout.part * 4)
+        number, home = seats(self.sizes, self.rank)[family.kind]
+        owner = number % layout.owners
+        mine = [piece for piece in layout.pieces if piece.owner == owner and piece.home is not None]
+        away = sum(piece.size for piece in mine if piece.home != home)
+        here = sum(piece.size for piece in mine if piece.home == home)
+        self.bytes[split, "exchange"] += away * 4 + here * (layout.homes - 1) * back
+
+
+_AXES = {
+    "whole": ("stage", "alone"),
+    "tensor": ("split", "tensor"),
+    "expert": ("expert_data", "expert_tensor"),
+    "embedding": ("split", "tensor"),
+}
+"""By family, who holds the same part and who splits it."""

@@ -36,8 +36,10 @@ def watched() -> Iterator[Gaps]:
     gaps = Gaps()
     route = Router.forward
 
-    def router(self: Router, x_TD: Tensor, tokens_T: Tensor) -> Routing:
-        routing = route(self, x_TD, tokens_T)
+    def router(
+        self: Router, x_TD: Tensor, tokens_T: Tensor, chosen_TA: Tensor | None = None
+    ) -> Routing:
+        routing = route(self, x_TD, tokens_T, chosen_TA)
         if not self.hashed:
             scores = (routing.scores_TE.detach() + self.bias).sort(descending=True).values
             gap = (scores[:, self.active - 1] - scores[:, self.active]) / scores[:, 0]

@@ -20,7 +20,7 @@ from tests.model.tiny import tiny_config
 from trainer.config import RunConfig
 from trainer.parallel.expert import ExpertDispatch
 from trainer.parallel.grid import Grid
-from trainer.parallel.traffic import ExpertRows, Work, step_traffic
+from trainer.parallel.traffic import Exchange, ExpertRows, Work, step_traffic
 from trainer.trainer import build, make_engine
 
 # Runs of 12 tokens on four ranks: shorter than an HCA entry's 16, and the window's 8 reach back.
@@ -48,15 +48,17 @@ TOPOLOGIES: dict[int, list[Degrees]] = {
         {},
         {"tensor": 2, "recompute": ("attention",)},
         {"tensor": 2, "query_matrices": "per_head", "recompute": ("block", "attention")},
-        {"context": 2, "precision": "bf16"},
-        {"expert": 2, "recompute": ("block",)},
+        {"context": 2, "precision": "bf16", "gradients": "bf16"},
+        {"expert": 2, "recompute": ("block",), "expert_gradients": "bf16_stochastic"},
         {"expert_tensor": 2},
+        {"optimizer_padding": 0.001},
         {"pipeline": 2},
         {"pipeline": 2, "pipeline_schedule": "interleaved_1f1b"},
         {"pipeline": 2, "pipeline_schedule": "zero_bubble_v"},
     ],
     4: [
         {"tensor": 2, "context": 2, "expert": 4},
+        {"expert": 2, "optimizer_padding": 0.02},
         {"tensor": 4, "expert": 2, "expert_tensor": 2, "precision": "bf16"},
         {"context": 2, "pipeline": 2, "pipeline_schedule": "dual_pipe_v", "expert": 2},
     ],
@@ -162,7 +164,7 @@ def one_step(degrees: Degrees, world: int, rank: int) -> Outcome:
     config = run_config(degrees)
     grid = Grid.build(config.sizes(world), torch.device("cpu"))
     local, optimizer = build(config, grid)
-    engine = make_engine(config, local, grid)
+    engine = make_engine(config, local, grid, optimizer)
     batches = batches_of(grid.data.rank, ROWS // MICRO_ROWS // grid.data.size)
     away = [0, 0]
     agree = ExpertDispatch.agree
@@ -177,8 +179,7 @@ def one_step(degrees: Degrees, world: int, rank: int) -> Outcome:
     with pytest.MonkeyPatch.context() as patch, Wire() as wire:
         patch.setattr(ExpertDispatch, "agree", spy)
         engine.forward_backward(batches)
-        engine.gradients.norm()
-        optimizer.step(1e-3)
+        engine.step(1e-3, engine.gradient_norm())
     runs = 1 + ("block" in config.parallel.recompute)
     work = Work(
         ROW,
@@ -187,8 +188,16 @@ def one_step(degrees: Degrees, world: int, rank: int) -> Outcome:
         config.parallel.recompute,
         ExpertRows(away[0] / runs, away[1] / runs),
     )
-    formula = step_traffic(config.model, grid.sizes, local.stages, rank, work, config.optim)
+    how = Exchange(
+        config.parallel.gradients,
+        config.parallel.expert_gradients,
+        config.parallel.optimizer_padding,
+    )
+    formula = step_traffic(config.model, grid.sizes, local.stages, rank, work, config.optim, how)
     ranks = rank_of_axis(grid)
+    for bucket in optimizer.buckets:
+        for axis in (bucket.owners.axis, *[others.axis for others in bucket.group.copies]):
+            ranks[axis.name] = axis.ranks
     by_ranks: defaultdict[tuple[Any, str], int] = defaultdict(int)
     for (axis, kind), size in grid.traffic.bytes.items():
         by_ranks[ranks[axis], kind] += size
