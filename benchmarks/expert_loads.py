@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--speeds", type=float, nargs="+", default=[0.0, 0.001, 0.01])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     table = Table(title=f"busiest expert over mean, {options.steps} steps")
     for column in ("bias speed", "layer", "one step", f"{LAST} steps", f"at most {EVEN} since"):
         table.add_column(column, justify="right")

@@ -77,10 +77,11 @@ def layers_section(config: RunConfig, records: Records) -> str:
     if not seen:
         return ""
     numbers, step = seen[-1]["layers"], seen[-1]["step"]
+    drawn = [entry for entry in _MAPS if all(entry[0] in record["layers"] for record in seen)]
     maps = "".join(
         _figure(title, draw_layers(seen, name, title, unit))
-        for name, title, unit in _MAPS
-        if all(name in record["layers"] for record in seen)
+        for name, title, unit in drawn
+        if any(any(record["layers"][name]) for record in seen)  # not where it was 0 throughout
     )
     return maps + "".join(
         _figure(f"{title} after step {step:,}", _table(config, numbers, columns))

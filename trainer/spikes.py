@@ -58,8 +58,9 @@ class SpikeDetector:
             )
         for name, score in scores.items():
             if name.startswith("router") and score > limit:
+                which = name.replace(" ", " of layer ")
                 return (
-                    f"{name} gives {numbers[name]:.0%} of the weight to the first expert, "
+                    f"the {which} gives {numbers[name]:.0%} of the weight to the first expert, "
                     f"{score:.1f} deviations too much"
                 )
         return None

@@ -96,6 +96,7 @@ class Stability:
     ) -> None:
         self.settings = config.stability.spikes
         self.routing = config.stability.anticipation
+        self.hash_layers = config.model.num_hash_layers
         self.state, self.checkpoint, self.anticipation = state, checkpoint, anticipation
         if self.settings is not None:
             self.detector = SpikeDetector(self.settings)
@@ -116,7 +117,8 @@ class Stability:
             "grad_norm": result.grad_norm,
             "busiest": result.busiest_share,
         }
-        numbers |= {f"router {n}": share for n, share in enumerate(result.first_share)}
+        first = self.hash_layers
+        numbers |= {f"router {n}": share for n, share in enumerate(result.first_share, first)}
         return self.detector.problem(self.state.history, numbers)
 
     def turn_back(self, problem: str) -> Event:

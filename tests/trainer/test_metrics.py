@@ -167,7 +167,7 @@ def test_the_report_has_every_curve_and_needs_nothing_else(run: RunConfig) -> No
     html = write_report(run).read_text(encoding="utf-8")
     for chart in CHARTS:  # a run without stages trains no indexer
         assert (f'aria-label="{chart.title}"' in html) == ("indexers" not in chart.title)
-    assert html.count("<svg") == len(CHARTS) + 2, "three maps of the layers"
+    assert html.count("<svg") == len(CHARTS) + 1, "two maps: SwiGLU's clamp never acts"
     for label in ("training", "held out", "busiest expert", "idlest expert"):
         assert f">{label}</text>" in html
     assert f"{column(run.run_dir, 'tokens')[-1]:,}" in html

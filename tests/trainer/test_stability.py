@@ -62,7 +62,7 @@ def test_what_is_a_spike() -> None:
     assert both is not None and json.dumps(past) == before, "a spike is no part of the past"
     for alone in ({"loss": 3.9, "grad_norm": 1.0}, {"loss": 3.4, "grad_norm": 3.5}):
         assert judged(detector, json.loads(before), **alone) is None, "neither would do alone"
-    assert "router 0 gives 80%" in (judged(detector, past, router_0=0.8) or "")
+    assert "router of layer 0 gives 80%" in (judged(detector, past, router_0=0.8) or "")
     assert "a router collapsed: 95%" in (judged(detector, past, busiest=0.95) or "")
     assert json.dumps(past) == before
     assert judged(detector, past, loss=0.1, grad_norm=0.001) is None, "less is no spike"
