@@ -8,6 +8,7 @@ end of the warm-up: the loss with dense and with sparse attention, and for every
 of the dense attention mass on entries that the indexer keeps when each query may keep a quarter of
 the entries that it sees; beside it the same for the indexer before its warm-up, for the entries
 with most mass, and for entries at random. Queries that see fewer than eight entries are left out.
+Then the same for all queries with the model's own `index_topk`, of which early ones see no more.
 """
 
 from __future__ import annotations
@@ -82,11 +83,14 @@ def shares(attn: Attention, x_TD: Tensor, positions: Positions) -> dict[str, tup
         "most mass": mass_TC,
         "at random": torch.rand(scores_TC.shape, generator=generator),
     }
-    whole = float(mass_TC[counted].sum())
+    real = ~positions.layout.padding_T
     found = {}
     for name, values in ways.items():
         rank = values.masked_fill(~seen_TC, -torch.inf).argsort(1, descending=True).argsort(1)
-        found[name] = (float((mass_TC * (rank < quarter_T[:, None]))[counted].sum()), whole)
+        kept_TC = mass_TC * (rank < quarter_T[:, None])
+        found[name] = (float(kept_TC[counted].sum()), float(mass_TC[counted].sum()))
+        kept_TC = mass_TC * (rank < attn.indexer.topk)
+        found[f"{name}, top-k"] = (float(kept_TC[real].sum()), float(mass_TC[real].sum()))
     return found
 
 
@@ -148,11 +152,13 @@ def main() -> None:
     )
     dense, sparse = losses
     print(f"held-out loss, dense {dense:.4f}, sparse {sparse:.4f}: {sparse - dense:+.4f}")
-    print("| layer | untrained | after the warm-up | most mass | at random |")
-    print("|---:|---:|---:|---:|---:|")
-    for row, ways in trained.items():
-        columns = (untrained[row]["indexer"], ways["indexer"], ways["most mass"], ways["at random"])
-        print(f"| {row} | " + " | ".join(f"{share:.1%}" for share in columns) + " |")
+    for title, end in (("a quarter of what a query sees", ""), ("index_topk", ", top-k")):
+        print(f"| layer, {title} | untrained | after the warm-up | most mass | at random |")
+        print("|---:|---:|---:|---:|---:|")
+        for row, ways in trained.items():
+            columns = [ways[name + end] for name in ("indexer", "most mass", "at random")]
+            columns.insert(0, untrained[row]["indexer" + end])
+            print(f"| {row} | " + " | ".join(f"{share:.1%}" for share in columns) + " |")
 
 
 if __name__ == "__main__":
