@@ -218,6 +218,7 @@ def test_what_does_not_fit_is_refused(tiny: Path) -> None:
     [("flash", 256, "284.332", "6.610"), ("pro", 2048, "1572.997", "25.840")],
 )
 def test_large_configs_fit(name: str, world: int, main: str, mtp: str) -> None:
-    found = dry_run(load_config(CONFIGS / f"{name}.yaml"), world)
+    found = dry_run(load_config(CONFIGS / f"{name}.yaml"), world, stage=3)
+    assert found.stage.name == "sparse 64K"
     assert found.parameters / 1e9 == pytest.approx(float(main) + float(mtp), abs=1e-3)
     assert found.fullest.total < 0.9 * 80e9
