@@ -9,6 +9,11 @@ of the dense attention mass on entries that the indexer keeps when each query ma
 the entries that it sees; beside it the same for the indexer before its warm-up, for the entries
 with most mass, and for entries at random. Queries that see fewer than eight entries are left out.
 Then the same for all queries with the model's own `index_topk`, of which early ones see no more.
+
+    python -m benchmarks.recipe runs/recipe-demo --sharpen 16 --steps 50 --rate 4e-2
+
+makes the attention of the weights before the warm-up less even, by multiplying the norms of the CSA
+layers' entries, and warms the indexers up here.
 """
 
 from __future__ import annotations
@@ -32,11 +37,12 @@ from model.kernels.norm import rotate
 from model.positions import Positions
 from trainer.checkpoint import checkpoints_in, step_of
 from trainer.config import RunConfig, load_run
+from trainer.engine import NativeEngine
 from trainer.evaluate import Heldout
 from trainer.parallel.grid import Grid
 from trainer.stages import Recipe
 from trainer.stored import StoredTensors
-from trainer.trainer import make_engine, make_weights
+from trainer.trainer import build, make_engine
 
 LEAST = 8
 
@@ -125,22 +131,48 @@ def recall(config: RunConfig, model: V4Model, steps: int) -> dict[int, dict[str,
     }
 
 
+@torch.no_grad()
+def sharpen(model: V4Model, factor: float) -> None:
+    """Larger entries: the same attention over them, less even."""
+    for attn in model.attentions().values():
+        if attn.indexer is not None and attn.compressor is not None:
+            attn.compressor.norm.weight.mul_(factor)
+
+
+def warm_up(engine: NativeEngine, loader: Loader, steps: int, rate: float) -> None:
+    """Train the indexers alone, on rows of the loader's."""
+    engine.attend("warmup")
+    for step in range(steps):
+        losses = engine.forward_backward(loader.at(200 + step))
+        engine.step(rate, engine.gradient_norm())
+        print(f"warm-up, step {step + 1}: {float(losses.indexer):.3f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--rows", type=int, default=32, help="held-out rows")
+    parser.add_argument("--sharpen", type=float, help="factor of the entries' norms")
+    parser.add_argument("--steps", type=int, default=50, help="of a warm-up here")
+    parser.add_argument("--rate", type=float, default=1e-2, help="its learning rate")
     options = parser.parse_args()
     config, grid = load_run(options.run).alone(), Grid.single(torch.device("cpu"))
     warmup = next(s for s in Recipe(config).stages if s.attention == "warmup")
     saved = {step_of(path): path for path in checkpoints_in(config.run_dir / "checkpoints")}
     before = max(step for step in saved if step <= warmup.first)
     after = max(step for step in saved if warmup.first < step <= warmup.end)
-    local = make_weights(config, grid)
-    engine = make_engine(config, local, grid)
+    local, optimizer = build(config, grid)
+    engine = make_engine(config, local, grid, optimizer)
     heldout = Heldout(config, grid, options.rows)
     load(local.model, saved[before])
+    if options.sharpen:
+        sharpen(local.model, options.sharpen)
     untrained = recall(config, local.model, heldout.steps)
-    load(local.model, saved[after])
+    if options.sharpen:
+        optimizer.read_parameters()
+        warm_up(engine, Loader(config.data, config.seed), options.steps, options.rate)
+    else:
+        load(local.model, saved[after])
     trained = recall(config, local.model, heldout.steps)
     modes: tuple[AttentionMode, ...] = ("dense", "select")
     losses = []
