@@ -66,7 +66,7 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with patch.object(quantised, "rounded", watched):
         run_all(tiny, [Job(ALONE, folder / ALONE.name)], *QAT)
     initial = 3 * (4 + 1)  # the initial weights are the same numbers at every topology
-    assert len(gaps) == 3 * initial  # two steps and the evaluation
+    assert len(gaps) == 4 * initial  # two steps, the look at every layer and the evaluation
     # Ten times what rounding moves in two steps. If not, take another seed.
     assert min(gaps[initial:]) > 1e-6
     run_all(tiny, [Job(t, folder / t.name) for t in TWO], *QAT)
