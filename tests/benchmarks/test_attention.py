@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import attention_tasks
 from tests.model.tiny import tiny_config
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "attention.py"
@@ -22,15 +22,10 @@ def test_without_a_gpu_it_says_so():
 
 
 def test_the_indexer_s_loss_is_timed_over_all_entries_and_over_a_list(monkeypatch):
-    spec = importlib.util.spec_from_file_location("benchmark_of_attention", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(attention_tasks, "DEVICE", "cpu")
     config = tiny_config()
     for make, name in zip(
-        module.indexer_loss_tasks(config, 61), ("dense", "selected"), strict=True
+        attention_tasks.indexer_loss_tasks(config, 61), ("dense", "selected"), strict=True
     ):
         task = make()
         assert task.name == f"indexer loss, {name}" and task.forward.operations > 0
