@@ -41,7 +41,7 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 	$(BIN)/lint-imports
 
 bench: $(STAMP)  ## tokens per second and memory beside transformers
-	$(BIN)/python benchmarks/vs_transformers.py
+	$(BIN)/python -m benchmarks.vs_transformers
 
 bench-gpu: $(STAMP)  ## a GPU: kernels compared with float64 and timed, training steps timed
 	$(BIN)/python -m pytest tests/model/kernels/test_gpu.py tests/optim/test_symmetric.py -q

@@ -1,6 +1,6 @@
 """Collect real text from the machine it runs on into .jsonl files, for the data benchmarks.
 
-    python benchmarks/corpus.py FOLDER [--megabytes 120]
+    python -m benchmarks.corpus FOLDER [--megabytes 120]
 
 Three sources, each in several files, among them .gz and .zst: `code` (Python and C sources of the
 interpreter and the installed packages), `docs` (their .md, .rst and .txt files, manual pages and

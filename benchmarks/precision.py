@@ -3,7 +3,7 @@
 Trains a config twice, in folders of its own, and compares the losses of all steps. Overrides make
 its rows or batches smaller.
 
-    python benchmarks/precision.py [CONFIG] [--steps 200] [key=value ...]
+    python -m benchmarks.precision [CONFIG] [--steps 200] [key=value ...]
 """
 
 from __future__ import annotations

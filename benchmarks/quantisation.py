@@ -1,7 +1,7 @@
 """What four bits cost: plain rounding and quantisation-aware training beside training without.
 
-    python benchmarks/quantisation.py configs/debug.yaml FOLDER --before 60 --stage 20 [key=value]
-    python benchmarks/quantisation.py configs/debug.yaml FOLDER --time [key=value]
+    python -m benchmarks.quantisation configs/debug.yaml FOLDER --before 60 --stage 20 [key=value]
+    python -m benchmarks.quantisation configs/debug.yaml FOLDER --time [key=value]
 
 The first trains `before` steps, then twice from that checkpoint on the same rows: `stage` steps as
 before, and `stage` steps with quantisation = mxfp4. It prints held-out losses, how much of the

@@ -5,7 +5,7 @@ next token. transformers has no multi-token prediction, so neither runs it here.
 2048 come several at a time. Each is called once to warm up, which also shows its memory, and then
 timed; ours before and after transformers, since a machine's speed drifts. The best call counts.
 
-    python benchmarks/vs_transformers.py [CONFIG] [--lengths 512 2048 8192] [--threads 2]
+    python -m benchmarks.vs_transformers [CONFIG] [--lengths 512 2048 8192] [--threads 2]
 """
 
 from __future__ import annotations
