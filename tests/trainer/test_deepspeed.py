@@ -219,7 +219,8 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         ),
         (
             [
-                'deepspeed={"optimizer": {"type": "Muon", "params": {"ns_method": "qr"}}}',
+                'deepspeed={"optimizer": {"type": "Muon", "params": {"ns_method": "qr"}}, '
+                '"zero_optimization": {"stage": 2}}',
                 *AS_THEIRS,
             ],
             "ns_method = 'qr' should be gram or standard",

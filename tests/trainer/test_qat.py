@@ -51,7 +51,8 @@ def test_four_steps_are_two_and_two(tiny: Path, tmp_path: Path, precision: str) 
 def test_weights_are_rounded_once_a_step(tiny: Path, tmp_path: Path) -> None:
     with patch.object(quantised_module, "rounded", wraps=rounded) as counted:
         train(tiny, tmp_path / "run", *QAT, "steps=2", "data.micro_rows=1", "evaluation.rows=1")
-    layers, passes = 3 + 1, 2 + 1  # with the MTP block; two steps and one evaluation
+    # With the MTP block; two steps, the look at every layer after the last, and an evaluation.
+    layers, passes = 3 + 1, 2 + 1 + 1
     assert counted.call_count == 3 * layers * passes
 
 
