@@ -17,7 +17,7 @@ from data.config import DataConfig, FiltersConfig, SourceConfig
 from data.corpus import Document
 from data.duplicates import Signed, find_duplicates
 from data.errors import DataError
-from data.filters import REASONS, Rules
+from data.filters import REASONS, Rules, language
 from data.indexed import open_shard
 from data.manifest import Manifest
 from data.prepare import prepare
@@ -89,6 +89,14 @@ def test_quality_knows_scripts_without_spaces() -> None:
         "しかもあとで聞くとそれは書生という人間中で一番獰悪な種族であったそうだ。\n"
     )
     assert judge(text) == ("kept", "")
+
+
+def test_words_and_sentences_of_any_script() -> None:
+    text = "One, two!? 三。四\nfive"
+    words = language()
+    assert words.word_tokenize(text) == ["One,", "two!?", "三", "。", "四", "five"]
+    assert words.sent_tokenize(text) == ["One, two!?", " 三。", "四", "five"]
+    assert [text[a:b] for a, b in words.span_tokenize(text)] == words.sent_tokenize(text)
 
 
 def jaccard(a: str, b: str, size: int, mask: bool) -> float:
