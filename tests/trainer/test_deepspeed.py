@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import spawn
+from tests.trainer.parallel.close_calls import watched
 from tests.trainer.tiny import column, make_tiny, saved_tensors, train
 from trainer.config import ConfigError, load_config
 from trainer.config_deepspeed import resolve
@@ -26,9 +27,10 @@ ZERO = {"0": {}, "1": {}, "2": {}, "3": {}, "3_offload": OFFLOAD}
 STEPS = ["steps=20", "evaluation.rows=4", "data.micro_rows=1", "optim.adamw.eps=1e-6"]
 ADAMW = 'deepspeed={"optimizer": {"type": "AdamW"}'
 MUON = 'deepspeed={"optimizer": {"type": "Muon"}'
-# The steps that DeepSpeed's Muon makes.
+# The steps that DeepSpeed's Muon makes, from weights with which no choice is close.
 AS_THEIRS = [
     "steps=6",
+    "seed=5",
     "optim.matrix_optimizer=muon",
     "optim.clip_norm=null",
     "optim.muon.coarse_steps=5",
@@ -54,7 +56,9 @@ def runs(rank: int, world_size: int, path: Path, folder: Path) -> None:
         overrides = [*STEPS, *block(int(name[0]), **more)]
         train(path, folder / name, *overrides, stop_at=10)
         train(path, folder / name, *overrides)
-    train(path, folder / "muon native", *STEPS, *AS_THEIRS)
+    with watched() as gaps:
+        train(path, folder / "muon native", *STEPS, *AS_THEIRS)
+    assert gaps.router > 1e-5 and gaps.index > 1e-5, vars(gaps)  # see close_calls.py
     for stage in STAGES[1:]:
         overrides = [*STEPS, *AS_THEIRS, *block(stage, "Muon")]
         train(path, folder / f"muon {stage}", *overrides, stop_at=3)
@@ -133,12 +137,12 @@ def test_its_muon_makes_our_steps_where_it_has_our_coefficients(done: Path) -> N
     native = saved_tensors(done / "muon native/checkpoints/step-00000006")
     for stage in STAGES[1:]:
         ours, theirs = (column(done / f"muon {s}", "loss") for s in (stage, "native"))
-        assert ours == pytest.approx(theirs, abs=2e-4), stage
+        assert ours == pytest.approx(theirs, abs=4e-5), stage
         for key, tensor in saved_tensors(done / f"muon {stage}/checkpoints/step-00000006").items():
             error = (tensor.float() - native[key].float()).norm() / native[key].float().norm()
-            # Streams' coefficients have gradients of the size of what is added: seen 7.8e-3. The
-            # others' largest, 3.2e-3, is an `ape`, which began with zeros and is six updates.
-            limit = 2e-2 if "hc_" in key else 5e-3
+            # Streams' coefficients have gradients of the size of what is added: seen 9.3e-3, and
+            # 2.8e-4 of the others.
+            limit = 2e-2 if "hc_" in key else 1e-3
             assert "exp_avg" in key or error.nan_to_num() < limit, (stage, key, error)
 
 
