@@ -1,4 +1,4 @@
-"""Draws the pictures of parallelism.md: python docs/draw_parallelism.py [folder].
+"""Draws the pictures of parallelism.md: python -m docs.draw_parallelism [folder].
 
 Nothing is drawn by hand that the code knows: places come from `place_of`, windows from
 `SampleLayout`, halos and bytes from `trainer.parallel`, orders of work from torch's own schedules.
@@ -6,7 +6,9 @@ Nothing is drawn by hand that the code knows: places come from `place_of`, windo
 
 from __future__ import annotations
 
+import math
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +18,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
-from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 
+from docs.timeline import timeline
 from model import SampleLayout
 from trainer.config import load_config
 from trainer.config_parallel import ParallelConfig
@@ -336,70 +338,6 @@ def draw_gather(
 
 # --- pipeline -----------------------------------------------------------------------------------
 
-Slot = tuple[float, float, str, int, int]
-"""Start, length, kind (F, I, W), stage and microbatch."""
-
-
-def timeline(schedule: str, ranks: int, microbatches: int, chunks: int) -> list[list[Slot]]:
-    """When each rank does what: torch's order, each piece as soon as what it needs is there.
-
-    Forward of a rank's layers takes 1, backward of inputs 1 and of weights 1; of a stage, that
-    over the stages of a rank. Communication takes no time.
-    """
-    orders = get_schedule_ops(schedule, ranks, microbatches, chunks if chunks > 1 else None)
-    waiting = [[piece for action in order for piece in pieces_of(action)] for order in orders]
-    if chunks == 1:
-        waiting = [from_zero(queue) for queue in waiting]
-    unit, last = 1 / chunks, ranks * chunks - 1
-    done: dict[tuple[str, int, int], float] = {}
-    lines: list[list[Slot]] = [[] for _ in range(ranks)]
-    free = [0.0] * ranks
-    while any(waiting):
-        moved = False
-        for rank, queue in enumerate(waiting):
-            while queue:
-                kind, stage, micro = queue[0]
-                needs = [needed(kind, stage, micro, last)] if kind != "W" else []
-                needs = [need for need in needs if need]
-                if any(need not in done for need in needs):
-                    break
-                begin = max([free[rank], *(done[need] for need in needs)])
-                for part in {"B": ("I", "W")}.get(kind, (kind,)):
-                    lines[rank].append((begin, unit, part, stage, micro))
-                    begin += unit
-                free[rank] = begin
-                done["I" if kind == "B" else kind, stage, micro] = begin
-                queue.pop(0)
-                moved = True
-        assert moved, "the schedule waits for itself"
-    return lines
-
-
-def pieces_of(action: Any) -> list[tuple[str, int, int]]:
-    """F, I, W or whole B pieces of one action of torch's; overlapped ones in their order."""
-    if action is None:
-        return []
-    if action.sub_actions:
-        return [piece for sub in action.sub_actions for piece in pieces_of(sub)]
-    kinds = {"FORWARD": "F", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W", "FULL_BACKWARD": "B"}
-    kind = kinds.get(action.computation_type.name)
-    if kind is None:
-        return []
-    return [(kind, action.stage_index, action.microbatch_index)]
-
-
-def from_zero(queue: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """torch 2.13 lists the last rank's forwards of 1F1B as 1 to n; it runs 0 to n - 1."""
-    first = min(micro for kind, _, micro in queue if kind == "F")
-    return [(kind, stage, micro - first * (kind == "F")) for kind, stage, micro in queue]
-
-
-def needed(kind: str, stage: int, micro: int, last: int) -> tuple[str, int, int] | None:
-    """What must have come before: from the stage before, or for gradients from the one behind."""
-    if kind == "F":
-        return ("F", stage - 1, micro) if stage else None
-    return ("I", stage + 1, micro) if stage < last else ("F", stage, micro)
-
 
 def draw_pipeline(folder: Path) -> None:
     """Four schedules on four ranks, eight microbatches."""
@@ -442,13 +380,14 @@ def draw_pipeline(folder: Path) -> None:
 
 # --- traffic ------------------------------------------------------------------------------------
 
+# Axes as `step_traffic` names them, without the numbers of owners and of repeated updates.
 AXES = {
     "expert": ("expert",),
     "pipeline": ("pipeline",),
     "tensor": ("tensor",),
     "context, sequence": ("context", "sequence"),
-    "gradients, dense": ("stage", "split", "tied"),
-    "gradients, experts": ("expert_data",),
+    "update, dense": ("stage", "split", "tied", "alone"),
+    "update, experts": ("expert_data", "expert_tensor"),
     "world": ("world",),
 }
 WORLD = 512
@@ -472,9 +411,11 @@ def draw_traffic(folder: Path) -> None:
         work = Work.whole_rows(data.row_length, data.micro_rows, micro)
         sent = step_traffic(config.model, sizes, stages, WORLD // 2, work, config.optim)
         totals = [
-            sum(size for (axis, _), size in sent.items() if axis in axes_) / 1e9
+            sum(size for (axis, _), size in sent.items() if re.split("[/*]", axis)[0] in axes_)
+            / 1e9
             for axes_ in AXES.values()
         ]
+        assert math.isclose(sum(totals), sum(sent.values()) / 1e9), "an axis has another name"
         ax.barh(list(AXES), totals, color=BLUE, height=0.62)
         ax.invert_yaxis() if ax is axes[0] else None
         for line, total in enumerate(totals):

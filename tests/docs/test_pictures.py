@@ -1,4 +1,4 @@
-"""The pictures of docs/parallelism.md: all are drawn, and the timelines are possible ones."""
+"""Pictures and examples of docs/: pictures are drawn, timelines possible, examples run."""
 
 import re
 from itertools import pairwise
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from docs import draw_parallelism
+from docs.timeline import timeline
 
 DOCS = Path(draw_parallelism.__file__).parent
 
@@ -17,7 +18,7 @@ DOCS = Path(draw_parallelism.__file__).parent
 )
 def test_timelines_are_possible(schedule: str, chunks: int) -> None:
     ranks, micro = 4, 8
-    lines = draw_parallelism.timeline(schedule, ranks, micro, chunks)
+    lines = timeline(schedule, ranks, micro, chunks)
     ends = {}
     for slots in lines:
         for (begin, length, *_), (after, *_) in pairwise(slots):
@@ -50,3 +51,10 @@ def test_every_picture_of_the_text_is_drawn(
     shown = set(re.findall(r"\(images/(parallel-.*?)\)", (DOCS / "parallelism.md").read_text()))
     assert drawn == shown == {path.name for path in (DOCS / "images").glob("parallel-*.png")}
     assert all(path.stat().st_size < 200_000 for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_examples_run_as_they_stand(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(DOCS.parent)
+    for example in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        exec(compile(example, str(page), "exec"), {})

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import pytest
@@ -80,28 +81,34 @@ class Host:
         self.torchrun.wait()
 
 
+def without(why: str) -> NoReturn:
+    """Skip where two hosts cannot be made; fail where .ci/run has brought what they need."""
+    if os.environ.get("CI"):
+        pytest.fail(f"two hosts are needed here, and {why}")
+    pytest.skip(f"needs two hosts, and {why}")
+
+
 @pytest.fixture
 def hosts() -> Iterator[list[Host]]:
     """Two hosts joined by a cable; nothing of them is left afterwards."""
-    if shutil.which("ip") is None:
-        pytest.skip("needs iproute2's `ip` to make two hosts")
-    if shutil.which("unshare") is None:
-        pytest.skip("needs util-linux' `unshare` to name them")
+    for tool in ("ip", "unshare"):
+        if shutil.which(tool) is None:
+            without(f"there is no `{tool}`")
     if os.geteuid() != 0:
-        pytest.skip("needs root to make network namespaces")
+        without("only root makes network namespaces")
     pair = [Host(1), Host(2)]
     with ExitStack() as stack:
         for host in pair:
             made = ip("netns", "add", host.space)
             if made.returncode:
-                pytest.skip(f"cannot make a network namespace here: {made.stderr.strip()}")
+                without(f"no network namespace can be made: {made.stderr.strip()}")
             stack.callback(ip, "netns", "del", host.space)
             stack.callback(host.kill)
         one, two = pair
         cable = ["link", "add", one.link, "netns", one.space, "type", "veth"]
         made = ip(*cable, "peer", "name", two.link, "netns", two.space)
         if made.returncode:
-            pytest.skip(f"cannot join two network namespaces here: {made.stderr.strip()}")
+            without(f"two network namespaces cannot be joined: {made.stderr.strip()}")
         for host in pair:
             ip("-n", host.space, "addr", "add", f"{host.address}/24", "dev", host.link)
             for link in ("lo", host.link):
