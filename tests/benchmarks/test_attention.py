@@ -10,13 +10,13 @@ from pathlib import Path
 from benchmarks import attention_tasks
 from tests.model.tiny import tiny_config
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "attention.py"
+ROOT = Path(__file__).parents[2]
 
 
 def test_without_a_gpu_it_says_so():
-    command = [sys.executable, str(SCRIPT)]
+    command = [sys.executable, "-m", "benchmarks.attention"]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, cwd=SCRIPT.parents[1], env=hidden, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr.strip() == "This benchmark needs a GPU, and torch sees none."
 
