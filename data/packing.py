@@ -46,15 +46,13 @@ def pack(lengths: Ints, row_length: int, order: Ints | None = None) -> PackedRow
     function of the arguments alone.
     """
     order = np.arange(len(lengths)) if order is None else order
-    document, start, length = _cut(lengths.astype(np.int64), row_length, order.astype(np.int64))
+    chosen = lengths[order].astype(np.int64)
+    which, start, length = pieces_of(np.zeros_like(chosen), chosen, row_length)
     # Stable, so that equal lengths keep the order asked for; radix sort on 32-bit keys.
     longest_first = np.argsort((row_length - length).astype(np.int32), kind="stable")
     row_of, rows = _best_fit(length[longest_first], row_length)
-    by_row = np.argsort(row_of, kind="stable")
-    pieces = longest_first[by_row]
-    offsets = np.zeros(rows + 1, dtype=np.int64)
-    np.cumsum(np.bincount(row_of, minlength=rows), out=offsets[1:])
-    return PackedRows(offsets, document[pieces], start[pieces], length[pieces])
+    document = order[which[longest_first]]
+    return _by_row(document, start[longest_first], length[longest_first], row_of, rows)
 
 
 def pack_windows(lengths: Ints, row_length: int, order: Ints, window: int) -> PackedRows:
@@ -71,16 +69,6 @@ def pack_windows(lengths: Ints, row_length: int, order: Ints, window: int) -> Pa
         np.concatenate([part.start for part in parts]),
         np.concatenate([part.length for part in parts]),
     )
-
-
-def _cut(lengths: Ints, row_length: int, order: Ints) -> tuple[Ints, Ints, Ints]:
-    """Pieces (document, start, length) of the documents in `order`, each cut at `row_length`."""
-    chosen = lengths[order]
-    counts = -(-chosen // row_length)
-    document = np.repeat(order, counts)
-    first = np.repeat(np.cumsum(counts) - counts, counts)
-    start = (np.arange(len(document)) - first) * row_length
-    return document, start, np.minimum(row_length, lengths[document] - start)
 
 
 @numba.njit(cache=True, nogil=True)

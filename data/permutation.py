@@ -4,7 +4,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MASK = (1 << 64) - 1
-_ROUNDS = 6
 
 
 def mix64(value: int) -> int:
@@ -40,20 +39,3 @@ def hashes(numbers: NDArray[np.int64], key: int) -> NDArray[np.uint64]:
 def uniforms(numbers: NDArray[np.int64], key: int) -> NDArray[np.float64]:
     """A number in [0, 1) for each, given by `key`."""
     return (hashes(numbers, key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def permuted(index: int, count: int, key: int) -> int:
-    """Where a permutation of 0 … count-1, given by `key`, sends `index`; constant memory.
-
-    A Feistel network permutes the smallest 4^k ≥ count; a value outside is sent on until it falls
-    inside, which takes fewer than four steps on average.
-    """
-    half = max(1, ((count - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for i in range(_ROUNDS):
-            left, right = right, left ^ (key_of(key, i, right) & mask)
-        index = (left << half) | right
-        if index < count:
-            return index

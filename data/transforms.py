@@ -30,23 +30,10 @@ NONE, PSM, SPM = 0, 1, 2
 
 
 def split_table(tokenizer: Tokenizer) -> Ints:
-    """[V, 2]: the two tokens that spell the same as each token, or -1.
-
-    A token can be split where punctuation without letters or digits meets a line break and both
-    sides are tokens themselves.
-    """
+    """[V, 2]: `Tokenizer.splittable` as an array, -1 for the tokens that stay whole."""
     table = np.full((tokenizer.vocab_size, 2), -1, dtype=np.int64)
-    special = set(tokenizer.special.values())
-    spelled = {i: tokenizer.decode([i]) for i in range(tokenizer.vocab_size) if i not in special}
-    ids = {text: i for i, text in spelled.items() if text and "�" not in text}
-    for text, i in ids.items():
-        cut = text.find("\n")
-        if cut > 0 and text[cut - 1] == "\r":
-            cut -= 1
-        left, right = text[:cut], text[cut:]
-        punctuation = left.strip() and not any(c.isalnum() for c in left) and not right.strip()
-        if cut > 0 and punctuation and left in ids and right in ids:
-            table[i] = ids[left], ids[right]
+    for i, pair in tokenizer.splittable().items():
+        table[i] = pair
     return table
 
 

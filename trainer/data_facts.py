@@ -72,7 +72,7 @@ class DataFacts:
         return sum(len(document) for source in self.sources for document in _head(source))
 
 
-def collect(config: DataConfig) -> DataFacts:
+def collect(config: DataConfig, row_length: int) -> DataFacts:
     """Read the manifest, all lengths, and the tokens of a bounded sample.
 
     Raises DataError where the shards are missing or damaged.
@@ -83,29 +83,25 @@ def collect(config: DataConfig) -> DataFacts:
     # A document of n tokens takes n-1 positions.
     positions = np.concatenate([source.lengths for source in sources]) - 1
     order = shuffled(len(positions), 0)
-    packed = pack_windows(positions, config.row_length, order, config.packing_window)
+    packed = pack_windows(positions, row_length, order, config.packing_window)
     ends = np.cumsum(positions[order])
     begins = ends - positions[order]
-    crossing = begins // config.row_length != np.maximum(ends - 1, begins) // config.row_length
+    crossing = begins // row_length != np.maximum(ends - 1, begins) // row_length
     return DataFacts(
         sources=sources,
         rows=len(packed),
-        fill=float(positions.sum()) / max(1, len(packed) * config.row_length),
-        cut_best_fit=int((positions > config.row_length).sum()),
-        rows_concatenated=-(-int(positions.sum()) // config.row_length),
+        fill=float(positions.sum()) / max(1, len(packed) * row_length),
+        cut_best_fit=int((positions > row_length).sum()),
+        rows_concatenated=-(-int(positions.sum()) // row_length),
         cut_concatenated=int(crossing.sum()),
     )
 
 
-def measured_recipe(config: DataConfig, seed: int) -> Measured:
-    """The recipe over the first steps, some millions of tokens or the first epoch.
-
-    Raises DataError as the loader does.
-    """
-    loader = Loader(config, seed)
+def measured_recipe(loader: Loader) -> Measured:
+    """The recipe over the first steps: some millions of tokens, the first epoch or stage."""
     stage = loader.schedule.stages[0]
     steps = -(-_MEASURED // (stage.batch_rows * stage.row_length))
-    return measure(loader, min(steps, loader.num_steps))
+    return measure(loader, min(steps, loader.num_steps, stage.steps or steps))
 
 
 def _source(config: DataConfig, manifest: Manifest, name: str) -> SourceFacts:

@@ -19,6 +19,7 @@ from trainer.data_facts import (
 from trainer.files import write_whole
 from trainer.plots import SERIES_COLORS, histogram
 from trainer.report import CSS
+from trainer.stages import Recipe
 from trainer.words import short
 
 _SHOWN_ROWS = 3
@@ -44,21 +45,23 @@ pre.row i { color: var(--soft); opacity: .75; }
 
 
 def write_data_report(config: RunConfig) -> Path:
-    """Write `report.html` beside the shards; returns its path.
+    """Write `report.html` beside the shards, of the run's first stage; returns its path.
 
     Raises DataError where the shards or the tokenizer are missing or damaged.
     """
     tokenizer = Tokenizer(config.data.tokenizer.path)
-    facts = collect(config.data)
+    rows = [stage.rows for stage in Recipe(config).stages]
+    facts = collect(config.data, rows[0].row_length)
+    loader = Loader(config.data, config.seed, stages=rows)
     target = Path(config.data.shards) / "report.html"
-    write_whole(target, render(config, tokenizer, facts))
+    write_whole(target, render(loader, tokenizer, facts))
     return target
 
 
-def render(config: RunConfig, tokenizer: Tokenizer, facts: DataFacts) -> str:
-    """The page as HTML text."""
-    name = escape(config.data.shards)
-    length = config.data.row_length
+def render(loader: Loader, tokenizer: Tokenizer, facts: DataFacts) -> str:
+    """The page as HTML text; its rows are those of the loader's first stage."""
+    name = escape(loader.config.shards)
+    length = loader.schedule.stages[0].row_length
     chart = histogram("Document length", "tokens", {s.name: s.lengths for s in facts.sources})
     shown, of = facts.words_from, "words of the sampled text"
     parts = (
@@ -68,8 +71,8 @@ def render(config: RunConfig, tokenizer: Tokenizer, facts: DataFacts) -> str:
         f"<section class=card><h2>Length of documents</h2>{chart}</section>",
         _card("Packing into rows", _PACKING_NOTE, _packing(facts)),
         _card("What the filters left out", _FILTERS_NOTE, _filters(facts)),
-        _card("The recipe in the stream", *_recipe(config)),
-        _card("Rows as the model sees them", _ROWS_NOTE, _rows(config, tokenizer)),
+        _card("The recipe in the stream", *_recipe(loader)),
+        _card("Rows as the model sees them", _ROWS_NOTE, _rows(loader, tokenizer)),
         _card(
             "Longest tokens",
             "The 20 tokens of the vocabulary with the most characters, and their occurrences in "
@@ -178,12 +181,12 @@ def _filters(facts: DataFacts) -> str:
     return f"{table}<details><summary>Examples</summary>{''.join(examples)}</details>"
 
 
-def _recipe(config: RunConfig) -> tuple[str, str]:
+def _recipe(loader: Loader) -> tuple[str, str]:
     """What the stream was found to hold beside what is configured: a note and a table."""
-    found = measured_recipe(config.data, config.seed)
-    transforms = config.data.transforms
+    found = measured_recipe(loader)
+    transforms = loader.config.transforms
     rows = []
-    for source in config.data.sources:
+    for source in loader.config.sources:
         counted = found.sources.get(source.name)
         if counted is None:
             continue
@@ -203,9 +206,10 @@ def _recipe(config: RunConfig) -> tuple[str, str]:
         )
     note = (
         f"Counted in the {found.tokens:,} tokens of the first {found.steps} steps, beside what is "
-        "configured. The largest difference is between the share in any run of whole steps of "
-        f"{found.span:,} tokens and the configured one. FIM: share of documents; split: share of "
-        "the tokens that join punctuation and a line break."
+        "configured (for the first stage, in a run with several). The largest difference is "
+        f"between the share in any run of whole steps of {found.span:,} tokens and the configured "
+        "one. FIM: share of documents; split: share of the tokens that join punctuation and a line "
+        "break."
     )
     header = (
         *("source", "share set", "measured", "largest difference"),
@@ -238,13 +242,10 @@ def _visible(text: str) -> str:
     return escape(text).replace("\r", "␍").replace("\n", "↵").replace("\t", "→").replace(" ", "␣")
 
 
-def _rows(config: RunConfig, tokenizer: Tokenizer) -> str:
+def _rows(loader: Loader, tokenizer: Tokenizer) -> str:
     """The rows of step 0 with the most samples, a colour for each sample."""
     rows = [
-        (batch, b)
-        for batch in Loader(config.data, config.seed).at(0)
-        for b in range(len(batch.lengths))
-        if batch.lengths[b]
+        (batch, b) for batch in loader.at(0) for b in range(len(batch.lengths)) if batch.lengths[b]
     ]
     rows.sort(key=lambda row: -len(row[0].lengths[row[1]]))
     return "".join(_row(batch, b, tokenizer) for batch, b in rows[:_SHOWN_ROWS])

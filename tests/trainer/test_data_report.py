@@ -8,11 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from data.config import DataConfig
+from data.loader import Loader
+from data.permutation import shuffled
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import train_tokenizer
+from tests.trainer.tiny import TINY
+from trainer.config import RunConfig
 from trainer.data_facts import (
     DataFacts,
     collect,
@@ -20,7 +25,8 @@ from trainer.data_facts import (
     measured_recipe,
     most_split_words,
 )
-from trainer.data_report import render
+from trainer.data_report import render, write_data_report
+from trainer.stages import Recipe
 
 TEXTS = {
     "a": [f"def f_{i}():\n    return {i}\n" * (i % 9 + 1) for i in range(40)],
@@ -29,15 +35,8 @@ TEXTS = {
 FILTERS = {"min_characters": 8, "quality": [], "exact": False, "near": None, "template": None}
 
 
-class _Run:
-    """The two fields of RunConfig that the page reads."""
-
-    def __init__(self, data: DataConfig) -> None:
-        self.data, self.seed = data, 1
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> _Run:
+def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     folder = tmp_path_factory.mktemp("report")
     for name, texts in TEXTS.items():
         lines = [json.dumps({"text": text}) + "\n" for text in [*texts, "  ", "tiny<i>"]]
@@ -55,20 +54,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> _Run:
     )
     train_tokenizer(data)
     prepare(data, progress=False)
-    return _Run(data)
+    return data
 
 
 @pytest.fixture(scope="module")
-def tokenizer(run: _Run) -> Tokenizer:
-    return Tokenizer(run.data.tokenizer.path)
+def tokenizer(config: DataConfig) -> Tokenizer:
+    return Tokenizer(config.tokenizer.path)
 
 
 @pytest.fixture(scope="module")
-def facts(run: _Run) -> DataFacts:
-    return collect(run.data)
+def facts(config: DataConfig) -> DataFacts:
+    return collect(config, config.row_length)
 
 
-def test_figures_are_plain_counts(run: _Run, facts: DataFacts, tokenizer: Tokenizer) -> None:
+def test_figures_are_plain_counts(facts: DataFacts, tokenizer: Tokenizer) -> None:
     for source, texts in zip(facts.sources, TEXTS.values(), strict=True):
         lengths = [len(ids) + 2 for ids in tokenizer.encode_batch(texts)]
         assert source.lengths.tolist() == lengths
@@ -82,9 +81,7 @@ def test_figures_are_plain_counts(run: _Run, facts: DataFacts, tokenizer: Tokeni
     assert facts.rows_concatenated == -(-sum(positions) // 64) <= facts.rows
 
 
-def test_concatenation_cuts_what_lies_over_a_row_end(run: _Run, facts: DataFacts) -> None:
-    from data.permutation import shuffled
-
+def test_concatenation_cuts_what_lies_over_a_row_end(facts: DataFacts) -> None:
     positions = np.concatenate([source.lengths for source in facts.sources]) - 1
     place, cut = 0, 0
     for document in shuffled(len(positions), 0):
@@ -113,9 +110,9 @@ def test_words_and_tokens(
 
 
 def test_page_shows_samples_and_escapes_text(
-    run: _Run, facts: DataFacts, tokenizer: Tokenizer
+    config: DataConfig, facts: DataFacts, tokenizer: Tokenizer
 ) -> None:
-    page = render(run, tokenizer, facts)
+    page = render(Loader(config, 1), tokenizer, facts)
     found: list[str] = []
 
     class Samples(HTMLParser):
@@ -125,29 +122,28 @@ def test_page_shows_samples_and_escapes_text(
 
     Samples().feed(page)
     assert "<b>An" not in page and "An & entity" not in page
-    from data.loader import Loader
-
-    lengths = [row for batch in Loader(run.data, run.seed).at(0) for row in batch.lengths]
+    lengths = [row for batch in Loader(config, 1).at(0) for row in batch.lengths]
     lengths = sorted(lengths, key=len, reverse=True)[:3]
     assert page.count("<span class=s") == sum(map(len, lengths))
     assert found.count("script") == 0 and found.count("svg") == 1
     assert page.count("<b>&lt;｜begin▁of▁sentence｜&gt;</b>") > 0
-    assert Path(run.data.shards).name in page
+    assert Path(config.shards).name in page
 
 
 def test_page_shows_filters_and_the_measured_recipe(
-    run: _Run, facts: DataFacts, tokenizer: Tokenizer
+    config: DataConfig, facts: DataFacts, tokenizer: Tokenizer
 ) -> None:
     data = DataConfig.model_validate(
-        run.data.model_dump()
+        config.model_dump()
         | {"weights": {"a": 3.0, "b": 1.0}}
         | {"transforms": {"fim_rate": 0.25, "fim_domains": ["prose"], "split_share": 0.5}}
     )
-    page = render(_Run(data), tokenizer, facts)
+    loader = Loader(data, 1)
+    page = render(loader, tokenizer, facts)
     for source in "ab":
         assert f"{source}, length: 7 characters</p><pre class=row>tiny&lt;i&gt;</pre>" in page
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
-    found = measured_recipe(data, run.seed)
+    found = measured_recipe(loader)
     (row,) = [row for row in cells if row[:2] == ["a", "75.000%"]]
     counted = found.sources["a"]
     assert row[2:] == [
@@ -159,3 +155,26 @@ def test_page_shows_filters_and_the_measured_recipe(
         f"{counted.split / counted.splittable:.2%}",
     ]
     assert abs(counted.tokens / found.tokens - 0.75) < 0.02
+
+
+def test_a_run_with_stages_shows_its_first(config: DataConfig) -> None:
+    """Its row length, ramp and weights, and no step of the second."""
+    ramp = {"batch_rows": 8, "ramp_from": 2, "ramp_tokens": 256}
+    weights = {"a": 0.6, "b": 0.4}
+    stages = [
+        {"until": 640, "attention": "dense", "row_length": 32, "weights": weights} | ramp,
+        {"until": 2000, "attention": "dense", "row_length": 128},
+    ]
+    fields = yaml.safe_load(TINY.format(folder=Path(config.shards).parent))
+    fields["model"]["vocab_size"] = config.tokenizer.vocab_size
+    fields |= {"data": config.model_dump(), "stages": stages, "steps": 0}
+    run = RunConfig.model_validate(fields)
+    page = write_data_report(run).read_text()
+    rows = [stage.rows for stage in Recipe(run).stages]
+    loader = Loader(config, run.seed, stages=rows)
+    steps = rows[0].steps or 0
+    tokens = sum(n for s in range(steps) for b in loader.at(s) for row in b.lengths for n in row)
+    assert f"Counted in the {tokens:,} tokens of the first {steps} steps" in page
+    assert "rows of 32 tokens" in page and "<td>60.000%</td>" in page
+    shown = sorted((row for b in loader.at(0) for row in b.lengths), key=len)[-3:]
+    assert page.count("<span class=s") == sum(map(len, shown))
