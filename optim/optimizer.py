@@ -1,13 +1,12 @@
-"""Muon and AdamW over all parameters of a model, with fp32 masters.
+"""Muon and AdamW over fp32 parameters on one rank.
 
-A step has three phases:
+A step has two phases:
   1. AdamW on its parameters, through torch's functional form.
   2. Muon: momentum for every parameter; then same-shape matrices of many parameters (a matrix
      and a transposed one have the same shape here) go through Newton–Schulz together.
-  3. Parameters of lower precision are rounded from their masters.
 
-All state exists from construction, so a checkpoint holds the same names at every step. Everything
-here is on one rank; `optim.hybrid_zero` divides the work over many.
+All state exists from construction, so a checkpoint holds the same names at every step.
+`optim.hybrid_zero` runs it on the masters that a rank owns.
 """
 
 from collections import Counter
@@ -55,8 +54,7 @@ class Optimizer:
     """Updates `named_parameters` in place as `table` says.
 
     A parameter whose gradient is None is left alone: no decay, no momentum, no change of state.
-    Build it when the model has its storage: fp32 masters share it, so later changes of weights
-    must be made in place. Raises OptimError when table and parameters do not fit each other.
+    Raises OptimError when table and parameters do not fit each other, or one is not fp32.
     """
 
     def __init__(
@@ -72,24 +70,18 @@ class Optimizer:
         self.step_count = 0
         self._adamw = [entry for entry in table if entry.optimizer == "adamw"]
         self._muon = [entry for entry in table if entry.optimizer == "muon"]
-        # An fp32 parameter is its own master: the same storage, no copy.
-        self._masters = {
-            name: parameter.detach() if _is_fp32(parameter) else parameter.detach().float()
-            for name, parameter in self.parameters.items()
-        }
-        self._momentum = {entry.name: self._zeros(entry) for entry in self._muon}
-        self._exp_avg = {entry.name: self._zeros(entry) for entry in self._adamw}
-        self._exp_avg_sq = {entry.name: self._zeros(entry) for entry in self._adamw}
+        self._momentum = self._zeros(self._muon)
+        self._exp_avg = self._zeros(self._adamw)
+        self._exp_avg_sq = self._zeros(self._adamw)
         # Steps count per parameter, because AdamW's bias correction starts when training does.
         self._steps = {entry.name: torch.zeros(1) for entry in self._adamw}
 
-    def _zeros(self, entry: Assignment) -> Tensor:
-        master = self._masters[entry.name]
-        return torch.zeros_like(master, memory_format=torch.contiguous_format)
+    def _zeros(self, entries: list[Assignment]) -> dict[str, Tensor]:
+        return {entry.name: torch.zeros_like(self.parameters[entry.name]) for entry in entries}
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """One update at `learning_rate` from every parameter's `.grad`, fp32 or lower."""
+        """One update at `learning_rate` from every parameter's `.grad`."""
         gradients = {
             name: parameter.grad
             for name, parameter in self.parameters.items()
@@ -97,7 +89,6 @@ class Optimizer:
         }
         self._adamw_step(learning_rate, gradients)
         self._muon_step(learning_rate, gradients)
-        self.write_parameters()
         self.step_count += 1
 
     def _adamw_step(self, learning_rate: float, gradients: Mapping[str, Tensor]) -> None:
@@ -109,8 +100,8 @@ class Optimizer:
                 groups.setdefault(group, []).append(entry.name)
         for (weight_decay, factor), names in groups.items():
             adamw(
-                [self._masters[name] for name in names],
-                [gradients[name].float() for name in names],
+                [self.parameters[name] for name in names],
+                [gradients[name] for name in names],
                 [self._exp_avg[name] for name in names],
                 [self._exp_avg_sq[name] for name in names],
                 [],
@@ -142,7 +133,7 @@ class Optimizer:
             sizes = [direction.size(0) for direction in directions]
             for piece, part_NRC in zip(batch, update_NRC.split(sizes), strict=True):
                 entry = piece.entry
-                weight_NRC = piece.of(self._masters[entry.name])
+                weight_NRC = piece.of(self.parameters[entry.name])
                 rate = learning_rate * entry.learning_rate_factor
                 apply_update_(weight_NRC, piece.wide(part_NRC), rate, entry.weight_decay)
 
@@ -170,43 +161,22 @@ class Optimizer:
     def _batch_bytes(self, entry: Assignment) -> int:
         if self.config.muon.batch_bytes is not None:
             return self.config.muon.batch_bytes
-        on_cpu = self._masters[entry.name].device.type == "cpu"
+        on_cpu = self.parameters[entry.name].device.type == "cpu"
         return CPU_BATCH_BYTES if on_cpu else ACCELERATOR_BATCH_BYTES
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resume needs, by "kind.parameter", as the live tensors.
 
-        Kinds: `momentum` (Muon); `exp_avg`, `exp_avg_sq`, `step` (AdamW; `step` is [1], on CPU);
-        `master` (fp32, only of parameters of lower precision). To restore, copy into them, then
-        call `write_parameters()`.
+        Kinds: `momentum` (Muon); `exp_avg`, `exp_avg_sq`, `step` (AdamW; `step` is [1], on CPU).
+        To restore, copy into them.
         """
-        masters = {n: t for n, t in self._masters.items() if not _is_fp32(self.parameters[n])}
         kinds = {
-            "master": masters,
             "momentum": self._momentum,
             "exp_avg": self._exp_avg,
             "exp_avg_sq": self._exp_avg_sq,
             "step": self._steps,
         }
         return {f"{kind}.{n}": t for kind, tensors in kinds.items() for n, t in tensors.items()}
-
-    @torch.no_grad()
-    def write_parameters(self) -> None:
-        """Round the masters into the parameters of lower precision."""
-        for name, parameter in self.parameters.items():
-            if not _is_fp32(parameter):
-                parameter.copy_(self._masters[name])
-
-    @torch.no_grad()
-    def read_parameters(self) -> None:
-        """Take the masters anew from the parameters, after weights were loaded into the model."""
-        for name, parameter in self.parameters.items():
-            if not _is_fp32(parameter):
-                self._masters[name].copy_(parameter)
-
-
-def _is_fp32(parameter: Tensor) -> bool:
-    return parameter.dtype == torch.float32
 
 
 def check_names(parameters: Mapping[str, Parameter], table: Sequence[Assignment]) -> None:
@@ -224,15 +194,14 @@ def check_names(parameters: Mapping[str, Parameter], table: Sequence[Assignment]
 def _check_cover(named_parameters: Mapping[str, Parameter], table: list[Assignment]) -> None:
     check_names(named_parameters, table)
     shapes = {entry.name: entry.shape for entry in table}
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
     _refuse(
         (
             "have another shape in the optimizer table than in the model",
             [n for n, p in named_parameters.items() if shapes[n] != tuple(p.shape)],
         ),
         (
-            "are not fp32, bf16 or fp16",
-            [n for n, p in named_parameters.items() if p.dtype not in dtypes],
+            "are not fp32",
+            [n for n, p in named_parameters.items() if p.dtype != torch.float32],
         ),
     )
 

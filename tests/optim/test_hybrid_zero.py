@@ -1,4 +1,4 @@
-"""Stochastic rounding, and what the groups refuse."""
+"""fp32 masters of parameters of lower precision, the order of sending, rounding, and refusals."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,10 @@ from torch.nn import Parameter
 from optim import OptimConfig, OptimError, build_table
 from optim.hybrid_zero import Group, HybridZero, round_stochastically
 from optim.zero_plan import Held, plan_layout
-from tests.optim.debug_parameters import SIZES
+from tests.optim.debug_parameters import SIZES, shapes
+
+RATE = 0.02
+Dtype = torch.dtype
 
 
 class _Alone:
@@ -19,6 +22,109 @@ class _Alone:
 def group(parameters: dict[str, Parameter], held: list[Held]) -> Group:
     layout = plan_layout(held, 1, 1, OptimConfig().muon)
     return Group(parameters, held, layout, _Alone(), _Alone())
+
+
+def model(dtype: Dtype, names: list[str] | None = None) -> dict[str, Parameter]:
+    """Parameters of a small model, its vectors in fp32."""
+    generator = torch.Generator().manual_seed(1)
+    made = {}
+    for name, shape in shapes().items():
+        value = torch.randn(shape, generator=generator)
+        made[name] = Parameter(value.to(dtype if len(shape) > 1 else torch.float32))
+    return {name: made[name] for name in names or made}
+
+
+def alone(parameters: dict[str, Parameter]) -> HybridZero:
+    """The optimizer of one rank, with a group for each precision."""
+    table = build_table({n: tuple(p.shape) for n, p in parameters.items()}, SIZES, OptimConfig())
+    groups = []
+    for dtype in (torch.float32, torch.bfloat16):
+        some = {n: p for n, p in parameters.items() if p.dtype == dtype}
+        groups.append(group(some, [Held(e, e.shape) for e in table if e.name in some]))
+    return HybridZero(groups, OptimConfig())
+
+
+def step(ours: HybridZero, parameters: dict[str, Parameter], seed: int, rate: float = RATE) -> None:
+    """One step with random fp32 gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters.values():
+        parameter.grad_dtype = torch.float32
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    ours.reduce()
+    ours.step(rate)
+
+
+def states(ours: HybridZero) -> dict[str, torch.Tensor]:
+    """Live states by kind and name; with one owner a parameter has one piece."""
+    return {f"{piece.kind}.{piece.name}": piece.tensor for piece in ours.states()}
+
+
+def test_masters_carry_steps_too_small_for_bf16() -> None:
+    low, full = model(torch.bfloat16), model(torch.bfloat16)
+    full = {name: Parameter(parameter.detach().float()) for name, parameter in full.items()}
+    ours, exact = alone(low), alone(full)
+    for seed in range(4):
+        step(ours, low, seed, 1e-4)
+        step(exact, full, seed, 1e-4)
+    state = states(ours)
+    for name, parameter in low.items():
+        if parameter.dtype == torch.bfloat16:
+            master = state[f"master.{name}"].view(parameter.shape)
+            assert torch.equal(master, full[name].detach()), name
+            assert torch.equal(parameter, master.bfloat16()), name
+        else:
+            assert f"master.{name}" not in state
+            assert torch.equal(parameter, full[name]), name
+    assert not any(key.startswith("master.") for key in states(exact))
+
+
+def test_fp32_gradients_of_bf16_parameters_stay_fp32() -> None:
+    name = "embed.weight"
+    results = []
+    for scale in (1.0, 1.001):  # a difference that bf16 cannot hold
+        parameters = model(torch.bfloat16, [name])
+        ours = alone(parameters)
+        parameters[name].grad_dtype = torch.float32
+        parameters[name].grad = torch.full(parameters[name].shape, scale)
+        ours.reduce()
+        ours.step(RATE)
+        results.append(states(ours)[f"exp_avg.{name}"].clone())
+    assert (results[1] > results[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_round_trip_is_exact(dtype: Dtype) -> None:
+    straight, stopped, resumed = model(dtype), model(dtype), model(dtype)
+    one, two, three = alone(straight), alone(stopped), alone(resumed)
+    for seed in range(3):
+        step(one, straight, seed)
+        step(two, stopped, seed)
+    with torch.no_grad():
+        for name, parameter in resumed.items():
+            parameter.fill_(9.0)
+            if parameter.dtype == torch.float32:
+                parameter.copy_(stopped[name])
+    saved = states(two)
+    assert states(three).keys() == saved.keys()
+    for key, tensor in states(three).items():
+        tensor.copy_(saved[key])
+    three.restored()
+    assert all(torch.equal(stopped[name], resumed[name]) for name in stopped)
+    for seed in range(3, 5):
+        step(one, straight, seed)
+        step(three, resumed, seed)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    again = states(three)
+    assert all(torch.equal(tensor, again[key]) for key, tensor in states(one).items())
+
+
+def test_weights_loaded_later_reach_the_masters() -> None:
+    name = "layers.0.attn.wkv.weight"
+    parameters = model(torch.bfloat16, [name])
+    ours = alone(parameters)
+    parameters[name].data.fill_(0.5)
+    ours.read_parameters()
+    assert (states(ours)[f"master.{name}"] == 0.5).all()
 
 
 def test_stochastic_rounding_has_no_bias() -> None:

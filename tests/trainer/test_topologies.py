@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model import V4Model
 from model.hf import to_official
-from optim import MatrixSizes, OptimConfig, Optimizer, StatePiece, build_table
+from optim import OptimConfig, StatePiece, build_table
 from tests.distributed import spawn
 from tests.trainer.tiny import saved_tensors
 from trainer.checkpoint import CheckpointFolder
@@ -21,10 +21,12 @@ from trainer.config import RunConfig, load_config
 from trainer.errors import CheckpointError
 from trainer.parallel.grid import Grid, Sizes, place_of
 from trainer.parallel.placement import Placement, place_all
+from trainer.parallel.zero import make_zero
 from trainer.planners import PartLoadPlanner
 from trainer.run_checkpoint import RunCheckpoint
 from trainer.state import TrainState
-from trainer.tensors import Part
+from trainer.tensors import STEP, Part
+from trainer.trainer import matrix_sizes
 
 STATES = ("momentum", "exp_avg", "exp_avg_sq", "step", "master")
 ONE = {"one": Sizes(1)}
@@ -71,12 +73,16 @@ class Held:
 def whole_run(config: RunConfig) -> Held:
     """All tensors of a run in bf16, each with values of its own."""
     model = V4Model(config.model, torch.bfloat16)
-    sizes = MatrixSizes(o_groups=2, num_attention_heads=2, head_dim=16, index_head_dim=8)
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    optimizer = Optimizer(parameters, build_table(shapes, sizes, OptimConfig()), OptimConfig())
-    model_tensors = {n: distinct(n, t) for n, t in model.state_dict().items()}
-    return Held(model_tensors, {n: distinct(n, t) for n, t in optimizer.state_tensors().items()})
+    placements = place_all(shapes, Sizes(1), 0)
+    table = build_table(shapes, matrix_sizes(config.model), OptimConfig())
+    optimizer = make_zero(parameters, placements, table, OptimConfig(), Grid.single())
+    states = {}
+    for piece in optimizer.states():
+        tensor = piece.tensor if piece.kind == STEP else piece.tensor.view(shapes[piece.name])
+        states[f"{piece.kind}.{piece.name}"] = distinct(f"{piece.kind}.{piece.name}", tensor)
+    return Held({n: distinct(n, t) for n, t in model.state_dict().items()}, states)
 
 
 def distinct(name: str, like: Tensor) -> Tensor:

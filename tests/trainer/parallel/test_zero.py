@@ -98,7 +98,8 @@ class Run:
         first = values(0, self.names)
         whole = {name: tuple(tensor.shape) for name, tensor in first.items()}
         self.placements = place_all(whole, sizes, rank)
-        self.alone = as_parameters(first, dtype)
+        # One rank's optimizer has fp32 weights only; the parts are compared with them rounded.
+        self.alone = {name: Parameter(p.float()) for name, p in as_parameters(first, dtype).items()}
         own = {name: self.placements[name].own(tensor) for name, tensor in first.items()}
         self.parts = as_parameters(own, dtype)
         self.reference = Optimizer(self.alone, build_table(whole, SIZES, config), config)
@@ -119,9 +120,9 @@ class Run:
                 alone, part = self.alone[name], self.parts[name]
                 alone.grad = part.grad = None
                 if step % 3 or name not in AT_TIMES:
-                    alone.grad = gradient.to(alone.dtype)
+                    alone.grad = gradient.to(part.dtype).float()
                     axis = self.axes[self.placements[name].kind]
-                    own = self.placements[name].own(alone.grad)
+                    own = self.placements[name].own(alone.grad).to(part.dtype)
                     part.grad = own * share(axis.rank, axis.size)
                     square += alone.grad.double().square().sum()
             self.ours.reduce()
@@ -135,7 +136,8 @@ class Run:
         """By name of the weight, relative to the whole."""
         found = {}
         for name, parameter in self.parts.items():
-            expected = self.placements[name].own(self.alone[name].detach()).float()
+            alone = self.alone[name].detach().to(parameter.dtype)
+            expected = self.placements[name].own(alone).float()
             difference = (parameter.detach().float() - expected).norm()
             found[name] = float(difference / expected.norm())
         return found
@@ -167,7 +169,8 @@ def run_cases(rank: int, world: int, folder: Path) -> list[dict[str, float]]:
         for step in range(1, SAVED_AFTER + 1):  # the reference alone comes as far
             for name, gradient in values(step, run.names).items():
                 missing = not step % 3 and name in AT_TIMES
-                run.alone[name].grad = None if missing else gradient.to(run.alone[name].dtype)
+                given = gradient.to(run.parts[name].dtype).float()
+                run.alone[name].grad = None if missing else given
             run.reference.step(0.02)
         path = folder / str(number) / "step-00000001"
         CheckpointFolder(folder / str(number), run.grid).load(path, run.tensors())
