@@ -92,7 +92,7 @@ class Anticipation:
         """
         now = state.step
         if not state.anticipates(now):
-            self.forget()
+            self._forget()
             return None
         ahead = [step for step in range(now + 1, now + self.lead + 1) if step < self.recipe.steps]
         for step in ahead:
@@ -123,8 +123,13 @@ class Anticipation:
             for first in range(0, place.rows, place.micro_rows)
         ]
 
-    def forget(self) -> None:
-        """Drop what waits, where the run turns back or anticipates no more."""
+    def begin_anew(self, state: TrainState) -> None:
+        """Drop what waits, where the run turns back: what anticipates does so from here on."""
+        self._forget()
+        if state.anticipates(state.step):
+            state.anticipation_since = state.step
+
+    def _forget(self) -> None:
         self._rows.clear()
         self._chosen.clear()
 
@@ -158,12 +163,12 @@ class Anticipation:
 
         A run that goes on with another lead or on other data anticipates anew from here.
         """
-        self.forget()
+        self._forget()
         self.begin(state)
         if not state.anticipates(state.step):
             return {}
         if saved is None or any(saved[name] != ours for name, ours in self._origin().items()):
-            state.anticipation_since = state.step
+            self.begin_anew(state)
             return {}
         config = self.engine.model.config
         dtype, active = index_dtype(config.n_routed_experts), config.num_experts_per_tok

@@ -214,10 +214,7 @@ class Engine(ABC):
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """Sum of the main head's losses over all ranks' microbatches, 0-dim fp64."""
         tally = Tally.zeros(self.model, self.grid.device)
-        rows = [self._rows(batch) for batch in batches]
-        attention = _WITHOUT_OBJECTIVE[self.attention]
-        microbatches = Microbatches(self.model, rows, _SUMS, 0.0, attention)
-        self.run(microbatches, tally, backward=False)
+        self._forward(batches, tally, self.attention)
         return self._over_ranks(tally).losses[0]
 
     @torch.no_grad()
@@ -232,11 +229,14 @@ class Engine(ABC):
         tally = Tally.zeros(self.model, self.grid.device)
         chosen: list[dict[int, Tensor]] = [{} for _ in batches]
         tally.chosen = chosen
-        rows = [self._rows(batch) for batch in batches]
-        mode = _WITHOUT_OBJECTIVE[attention or self.attention]
-        microbatches = Microbatches(self.model, rows, _SUMS, 0.0, mode)
-        self.run(microbatches, tally, backward=False)
+        self._forward(batches, tally, attention or self.attention)
         return list(chosen)
+
+    def _forward(self, batches: Sequence[Batch], tally: Tally, attention: AttentionMode) -> None:
+        """Into `tally`, without the indexers' objective."""
+        rows = [self._rows(batch) for batch in batches]
+        mode = _WITHOUT_OBJECTIVE[attention]
+        self.run(Microbatches(self.model, rows, _SUMS, 0.0, mode), tally, backward=False)
 
     def _over_ranks(self, tally: Tally) -> Tally:
         """The tally of all ranks, in place. Tensor ranks all computed the heads' whole losses."""

@@ -23,17 +23,6 @@ from trainer.parallel.placement import Placement
 from trainer.state import TrainState
 from trainer.tensors import Parts, logical_tensors
 
-_SINCE = (
-    "skipped_steps",
-    "skipped_in_row",
-    "anticipation_since",
-    "anticipation_until",
-    "rollbacks",
-    "left_out",
-    "history",
-)
-"""Counters that checkpoints have not always held."""
-
 
 class Updater(Protocol):
     """What a checkpoint needs of an optimizer; optim.HybridZero says what each is."""
@@ -126,9 +115,7 @@ class RunCheckpoint:
         if found is None:
             return None
         path, saved = found
-        state.step, state.tokens = saved["step"], saved["tokens"]
-        for name in _SINCE:  # older checkpoints lack them, and have what they are set to at first
-            setattr(state, name, saved.get(name, getattr(state, name)))
+        state.go_on_from(saved)
         tensors = self._tensors()
         if self.anticipation is not None:
             tensors |= self.anticipation.restore(saved.get("anticipation"), state)
@@ -153,9 +140,7 @@ class RunCheckpoint:
         model = self.config.model.model_dump(mode="json")
         waiting = {} if self.anticipation is None else {"anticipation": self.anticipation.waiting()}
         return {
-            "step": state.step,
-            "tokens": state.tokens,
-            **{name: getattr(state, name) for name in _SINCE},
+            **state.saved(),
             **waiting,
             "optimizer_steps": self.optimizer.step_count,
             "seed": self.config.seed,

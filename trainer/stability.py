@@ -10,7 +10,6 @@ step. All ranks judge by the same numbers, so all do the same without a word.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -74,8 +73,7 @@ class Snapshots:
             tensor.copy_(held, non_blocking=True)
         self.checkpoint.optimizer.restored()
         self.checkpoint.optimizer.step_count = snapshot.optimizer_steps
-        for name, value in dataclasses.asdict(snapshot.state).items():
-            setattr(state, name, value)
+        state.go_on_from(snapshot.state.saved())
         return True
 
 
@@ -141,6 +139,7 @@ class Stability:
                 f"the run has turned back stability.spikes.max_rollbacks = {settings.max_rollbacks}"
                 " times already"
             )
+        self.anticipation.begin_anew(state)
         if stopped is not None:
             stopped += f"; saved {self.checkpoint.save(state, last=True)}"
         else:
@@ -164,7 +163,6 @@ class Stability:
         assert self.settings is not None
         state = self.state
         kept = {name: copy.deepcopy(getattr(state, name)) for name in _KEPT}
-        until = state.anticipation_until
         limit = state.step - self.settings.rollback
         done = self.snapshots.restore(state)
         if not done:
@@ -172,18 +170,13 @@ class Stability:
         if done:
             for name, value in kept.items():
                 setattr(state, name, value)
-            state.anticipation_until = until
         return done
 
     def _anticipate(self) -> None:
         """Choose with older weights from here on, for a while."""
         state, routing = self.state, self.routing
-        self.anticipation.forget()
-        if routing.when == "never":
-            return
-        state.anticipation_since = state.step
-        state.anticipation_until = None
         if routing.when == "after_spikes":
+            state.anticipation_since = state.step
             state.anticipation_until = state.step + routing.steps
 
     def _until(self) -> int | None:

@@ -1,6 +1,9 @@
 """What a run counts while it trains."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -27,6 +30,17 @@ class TrainState:
     """What the next step is compared with; see spikes.py."""
     stopping: bool = False
     """All ranks have agreed to end after the current step."""
+
+    def saved(self) -> dict[str, Any]:
+        """A copy of what a checkpoint keeps."""
+        values = dataclasses.asdict(self)
+        del values["stopping"]
+        return values
+
+    def go_on_from(self, saved: Mapping[str, Any]) -> None:
+        """Take over what `saved` gave; what an older checkpoint lacks stays as it is."""
+        for name in self.saved():
+            setattr(self, name, saved.get(name, getattr(self, name)))
 
     def anticipates(self, step: int) -> bool:
         """Whether a step is one of anticipatory routing."""

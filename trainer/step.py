@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trainer.groups import GroupNumbers
 from trainer.layers import LayerNumbers
@@ -11,32 +11,35 @@ from trainer.layers import LayerNumbers
 
 @dataclass
 class StepResult:
-    """What a step gave; losses are token means over the global batch, in nats."""
+    """What a step gave; losses are token means over the global batch, in nats.
 
-    loss: float
-    """What was differentiated: lm + weighted mtp + balance + indexer."""
-    lm_loss: float
-    mtp_loss: float
-    balance_loss: float
-    indexer_loss: float
-    """Summed over the CSA layers; 0 where the attention has no objective."""
-    grad_norm: float
-    """Global norm before clipping."""
+    A step whose batch was left out has a rate and a stage, and neither losses nor tokens.
+    """
+
     learning_rate: float
     stage: int
     """Number of the stage, from 0."""
-    expert_load_max: float
+    loss: float = math.nan
+    """What was differentiated: lm + weighted mtp + balance + indexer."""
+    lm_loss: float = math.nan
+    mtp_loss: float = math.nan
+    balance_loss: float = math.nan
+    indexer_loss: float = math.nan
+    """Summed over the CSA layers; 0 where the attention has no objective."""
+    grad_norm: float = math.nan
+    """Global norm before clipping."""
+    expert_load_max: float = math.nan
     """Largest load of an expert divided by the mean load, over all routed layers; 1 is balanced."""
-    expert_load_min: float
-    busiest_share: float
+    expert_load_min: float = math.nan
+    busiest_share: float = math.nan
     """Largest share of the step's tokens that went to one expert of a learned layer."""
-    first_share: list[float]
+    first_share: list[float] = field(default_factory=list)
     """Of every learned layer, the mean over tokens of the largest weight's share."""
-    tokens: int
+    tokens: int = 0
     """Tokens of the global batch, padding not counted."""
-    flops: float
+    flops: float = 0.0
     """Operations of forward and backward over all ranks."""
-    seconds: float
+    seconds: float = 0.0
     """From fetching the rows to the end of the update."""
     heldout_loss: float | None = None
     """Set by the evaluation, where one was due after this step."""
@@ -47,24 +50,7 @@ class StepResult:
     heldout_by_source: dict[str, float] | None = None
     """Set by the evaluation, where the held-out text has several sources."""
 
-    @classmethod
-    def without_batch(cls, learning_rate: float, stage: int) -> StepResult:
-        """Of a step whose batch was left out: there is no loss."""
-        nan = math.nan
-        return cls(
-            loss=nan,
-            lm_loss=nan,
-            mtp_loss=nan,
-            balance_loss=nan,
-            indexer_loss=nan,
-            grad_norm=nan,
-            learning_rate=learning_rate,
-            stage=stage,
-            expert_load_max=nan,
-            expert_load_min=nan,
-            busiest_share=nan,
-            first_share=[],
-            tokens=0,
-            flops=0.0,
-            seconds=0.0,
-        )
+    @property
+    def is_finite(self) -> bool:
+        """Whether the weights can be updated with it."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)

@@ -1,6 +1,5 @@
 """A training run: build, resume, step after step, with what is due in between."""
 
-import math
 import time
 from collections.abc import Callable
 
@@ -108,25 +107,21 @@ class Trainer:
         None where it was a spike and the run has turned back.
         """
         stage = self._enter()
-        weight = self.recipe.mtp_loss_weight(self.state.step)
         chosen = self.anticipation.look_ahead(self.state, batches)
         if self.state.step in self.state.left_out:
-            return self._leave_out()
+            return self._leave_out(stage)
+        weight = self.recipe.mtp_loss_weight(self.state.step)
         losses = self.engine.forward_backward(batches, weight, self.stop.made, chosen)
         self.state.stopping = losses.stop
         norm = self.engine.gradient_norm()
-        result = self._on_host(losses, norm)  # the only wait for the device in a step
-        look = self._is_due(self.config.metrics.layers_every, self.state.step + 1)
-        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
-            problem = self.stability.problem(result)
-            if problem is None:
-                self.state.skipped_in_row = 0
-                self._update(result, losses, norm, stage, look)
-        else:
-            problem = self._skip(result)
+        result = self._on_host(stage, losses, norm)  # the only wait for the device in a step
+        problem = self.stability.problem(result) if result.is_finite else self._skip(result)
         if problem is not None:
             self._turn_back(problem)
             return None
+        look = self._is_due(self.config.metrics.layers_every, self.state.step + 1)
+        if result.is_finite:
+            self._update(result, losses, norm, stage, look)
         if look:
             with watched(self.model) as notes:
                 self.engine.evaluate(batches[:1])
@@ -151,15 +146,16 @@ class Trainer:
         self, result: StepResult, losses: StepLosses, norm: Tensor, stage: Stage, look: bool
     ) -> None:
         """Update weights and router biases; with `look`, also see how far the weights moved."""
+        self.state.skipped_in_row = 0
         groups = GroupWatch(self.local, self.grid) if look else None
         self.engine.step(result.learning_rate, norm)
         self.model.update_router_bias(losses.expert_load, stage.router_bias_speed)
         result.groups = None if groups is None else groups.after()
 
     def _skip(self, result: StepResult) -> str | None:
-        """Count and tell a step without an update; what is wrong, if there were too many in a row.
+        """Count and tell a step without an update; None, or why the run has to turn back.
 
-        Raises DivergedError where the run does not turn back by itself then.
+        It has to after too many in a row. Raises DivergedError where it does not by itself.
         """
         self.state.skipped_steps += 1
         self.state.skipped_in_row += 1
@@ -187,19 +183,18 @@ class Trainer:
         if event["stopped"] is not None:
             raise DivergedError(describe_event(event))
         self._note(describe_event(event))
+        self.state.stopping = False  # a run that was asked to stop saves after its next step
 
-    def _leave_out(self) -> StepResult:
+    def _leave_out(self, stage: Stage) -> StepResult:
         """Pass over a step's batch."""
         self._note(f"step {self.state.step + 1}: the batch is left out")
-        return StepResult.without_batch(
-            self.recipe.learning_rate(self.state.step), self._enter().number
-        )
+        return StepResult(self.recipe.learning_rate(self.state.step), stage.number)
 
     def _is_due(self, every: int, step: int) -> bool:
         """Whether what is done every so many steps, and after the last one, is due after `step`."""
         return step == self.config.steps or (every > 0 and step % every == 0)
 
-    def _on_host(self, losses: StepLosses, norm: Tensor) -> StepResult:
+    def _on_host(self, stage: Stage, losses: StepLosses, norm: Tensor) -> StepResult:
         """The step's numbers, finite or not."""
         share = losses.expert_load / losses.expert_load.mean(dim=1, keepdim=True).clamp(min=1.0)
         busiest = share[self.config.model.num_hash_layers :].max()
@@ -209,21 +204,20 @@ class Trainer:
         loss, lm, mtp, balance, indexer, grad_norm, most, busiest, least, *first = packed
         model = self.config.model
         return StepResult(
+            learning_rate=self.recipe.learning_rate(self.state.step),
+            stage=stage.number,
             loss=loss,
             lm_loss=lm,
             mtp_loss=mtp,
             balance_loss=balance,
             indexer_loss=indexer,
             grad_norm=grad_norm,
-            learning_rate=self.recipe.learning_rate(self.state.step),
-            stage=self.recipe.at(self.state.step).number,
             expert_load_max=most,
             expert_load_min=least,
             first_share=first[model.num_hash_layers :],
             busiest_share=busiest * model.num_experts_per_tok / model.n_routed_experts,
             tokens=losses.counts.routed,
             flops=losses.flops,
-            seconds=0.0,
         )
 
     def _open(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,35 @@ def test_z_score_is_that_of_numpy() -> None:
     assert z_score(past + [1e9] * 5, 4.0, 1e-9) > 3.0, "outliers hide nothing"
 
 
+def test_scores_are_those_of_numpy_from_all_the_numbers_before() -> None:
+    """Of a walk, so that a median is neither the oldest of its numbers nor the newest."""
+    floors = {"loss": 0.5, "grad_norm": 0.3, "router 1": 0.02}
+    few = {"recent": 5, "window": 12, "least_history": 4}
+    least = {"loss_floor": 0.5, "norm_floor": 0.3, "router_floor": 0.02}
+    settings = SpikeConfig.model_validate(few | least | {"threshold": 1e9})
+    chance, detector, past = random.Random(2), SpikeDetector(settings), History()
+    walks: dict[str, list[float]] = {"loss": [], "grad_norm": [], "router 1": []}
+    floored = 0
+    for step in range(60):
+        for name, walk in walks.items():
+            size = 4 * floors[name] * chance.choice((0.01, 1.0))
+            walk.append((walk[-1] if walk else 2.0) + chance.gauss(0.0, size))
+        numbers = {name: walk[-1] for name, walk in walks.items()}
+        numbers["grad_norm"] = math.exp(numbers["grad_norm"])
+        found = detector.scores(past, numbers)
+        for name, walk in walks.items():
+            aways = [walk[at] - np.median(walk[at - 5 : at]) for at in range(5, step + 1)]
+            usual = np.array(aways[:-1][-12:])
+            assert (name in found) == (len(usual) >= 4), (name, step)
+            if name in found:
+                deviation = 1.4826 * np.median(np.abs(usual - np.median(usual)))
+                floored += deviation < floors[name]
+                expected = (aways[-1] - np.median(usual)) / max(deviation, floors[name])
+                assert found[name] == pytest.approx(expected, rel=1e-9), (name, step)
+        assert detector.problem(past, numbers | {"busiest": 0.2}) is None
+    assert 20 < floored < 140, "the floors count in some steps, and in some they do not"
+
+
 def judged(detector: SpikeDetector, past: History, **numbers: float) -> str | None:
     usual = {"loss": 3.0, "grad_norm": 0.5, "busiest": 0.2, "router 0": 0.6}
     return detector.problem(past, usual | {n.replace("_0", " 0"): x for n, x in numbers.items()})
@@ -68,6 +98,8 @@ def test_what_is_a_spike() -> None:
     assert judged(detector, past, loss=0.1, grad_norm=0.001) is None, "less is no spike"
     crowded: History = {"busiest": [0.8] * 32}
     assert judged(detector, crowded, busiest=0.95) is None, "it was like this before"
+    assert judged(detector, {"busiest": [0.2] * 7}, busiest=0.95) is None, "too early to tell"
+    assert judged(detector, {"busiest": [0.2] * 8}, busiest=0.95) is not None
 
 
 def run(
@@ -129,6 +161,8 @@ def test_a_state_that_is_set_back_is_that_of_the_snapshot(tiny: Path, tmp_path: 
     faults = {10: gradients_times(1e4), 14: gradients_times(1e4)}
     trainer = run(tiny, tmp_path / "turned", faults, *calm, *turn)
     assert trainer.state.rollbacks == 2
+    events = [event for _, event in read_events(tmp_path / "turned/metrics.jsonl")]
+    assert [event["back_to"] for event in events] == [3, 6], "five steps or more, and no more"
     assert_same_run(tmp_path / "plain", tmp_path / "turned", 16)
     assert_same_run(tmp_path / "plain", tmp_path / "turned", 12)
 
@@ -170,7 +204,9 @@ def test_the_run_ends_with_a_checkpoint_where_it_cannot_turn_back(
     run(tiny, tmp_path / "plain", {})
     assert_same_run(tmp_path / "plain", tmp_path / "bare", 16)
 
-    spent = (*SPIKES, "stability.spikes.max_rollbacks=1", "checkpoint.every=5")
+    # The second spike comes while experts are chosen ahead, and so does the checkpoint.
+    longer = ("stability.anticipation.steps=9", "checkpoint.every=5")
+    spent = (*SPIKES, "stability.spikes.max_rollbacks=1", *longer)
     with pytest.raises(DivergedError, match=r"max_rollbacks = 1 times already; saved .*step-0+9$"):
         run(tiny, tmp_path / "spent", {n: gradients_times(1e4) for n in (8, 12)}, *spent)
     names = sorted(path.name for path in (tmp_path / "spent/checkpoints").iterdir())
@@ -178,6 +214,13 @@ def test_the_run_ends_with_a_checkpoint_where_it_cannot_turn_back(
     state = json.loads((tmp_path / "spent/checkpoints/step-00000009/state.json").read_text())
     assert (state["rollbacks"], state["left_out"]) == (1, [7])
     assert {"loss", "loss'", "grad_norm'", "busiest", "router 2'"} < state["history"].keys()
+    assert state["anticipation_since"] == 9, "what waited for the undone steps is gone"
+    assert run(tiny, tmp_path / "spent", {}, *spent).state.step == 16
+
+    ahead = (bare, "stability.anticipation={when: always, lead: 1}")
+    with pytest.raises(DivergedError, match="neither a snapshot"):
+        run(tiny, tmp_path / "ahead", {8: gradients_times(1e4)}, *ahead)
+    assert run(tiny, tmp_path / "ahead", {}, *ahead).state.step == 16
 
 
 def test_numbers_that_are_not_finite_turn_back_after_the_skipped_steps(
@@ -208,9 +251,14 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records if "loss" in record}
 
 
-def test_a_turned_run_goes_on_as_if_it_had_not_been_stopped(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["snapshot", "checkpoint"])
+def test_a_turned_run_goes_on_as_if_it_had_not_been_stopped(
+    tiny: Path, tmp_path: Path, source: str
+) -> None:
     """Stopped while it routes by older weights, and before the batch that is left out."""
     longer = (*SPIKES, "stability.anticipation.steps=5")
+    if source == "checkpoint":
+        longer += ("stability.spikes.snapshot_every=0", "checkpoint.every=3")
     run(tiny, tmp_path / "straight", {12: gradients_times(1e4)}, *longer)
 
     def spike_and_stop(trainer: Trainer) -> None:
