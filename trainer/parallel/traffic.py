@@ -63,6 +63,7 @@ class Work:
         microbatches: the samples of each.
         precision: what the model computes in.
         recompute: as in the config: what backward computes again is also sent again.
+        attention: of the stage; a `warmup` has no formula.
         rows: None stands for even routing: T·A·p·(n-1)/n rows a layer and microbatch each way,
             for p expert_tensor ranks, and n = p·expert.
     """
@@ -72,6 +73,7 @@ class Work:
     precision: Literal["fp32", "bf16"] = "bf16"
     recompute: Collection[str] = ()
     rows: ExpertRows | None = None
+    attention: Literal["select", "dense", "sparse"] = "select"
 
     @classmethod
     def whole_rows(
@@ -108,7 +110,9 @@ def step_traffic(
     """Bytes that `rank` sends in one step, by (axis, collective); what is 0 is left out.
 
     Forward and backward, the norm of the gradient, and the update; not evaluation, checkpoints,
-    and what torch's pipelining says once when a schedule is made.
+    and what torch's pipelining says once when a schedule is made. Raises ValueError where a sparse
+    stage's indexer chooses nothing in a microbatch and tensor ranks sum the attention it learns
+    from, which go by blocks whose size depends on the device.
     """
     sent = _Sent(config, sizes, stages, rank, work)
     for lengths in work.microbatches:
@@ -237,12 +241,28 @@ class _Sent:
             self._halo("context", config.sliding_window - 1, len(rows) * width * e, runs)
         if kind != "window":
             self._entries(kind, rows, width * e, runs)
-        if kind == "csa" and self._selects(rows):
-            # The choice has no gradient.
-            self._entries(kind, rows, config.index_head_dim * e, runs, backward=0)
-            self._gather("tensor", tokens * config.index_topk * 4, runs, backward=0)
+        if kind == "csa" and self.work.attention != "dense":
+            self._index(rows, tokens)
         # Backward does not ask for this result, so recomputed attention ends before it.
         self._scatter("tensor", tokens * config.hidden_size * e, self.block_runs)
+
+    def _index(self, rows: Lengths, tokens: int) -> None:
+        """The indexer's entries and picks; where it learns, gradients and the teacher, too.
+
+        Tensor ranks sum their heads' share of the attention that each pick got. The choice itself
+        has no gradient.
+        """
+        size, runs = self.config.index_head_dim * self.element, self.attention_runs
+        learns, selects = self.work.attention == "sparse", self._selects(rows)
+        if learns or selects:
+            self._entries("csa", rows, size, runs, backward=int(learns))
+        picks = tokens * self.config.index_topk * 4
+        if selects:
+            self._gather("tensor", picks, runs, backward=0)
+        if learns and selects:
+            self._scatter("tensor", picks, runs, backward=0)
+        elif learns and self.sizes.tensor > 1:
+            raise ValueError("where every entry is attended to, its mass is sent by no formula")
 
     def _selects(self, rows: Lengths) -> bool:
         """Whether any query sees more entries than the indexer keeps."""

@@ -52,12 +52,16 @@ TOPOLOGIES: dict[int, list[Degrees]] = {
         {"expert": 2, "recompute": ("block",), "expert_gradients": "bf16_stochastic"},
         {"expert_tensor": 2},
         {"optimizer_padding": 0.001},
+        {"tensor": 2, "attention": "sparse", "recompute": ("attention",)},
+        {"tensor": 2, "attention": "dense"},
+        {"context": 2, "attention": "sparse", "recompute": ("block",), "precision": "bf16"},
         {"pipeline": 2},
         {"pipeline": 2, "pipeline_schedule": "interleaved_1f1b"},
         {"pipeline": 2, "pipeline_schedule": "zero_bubble_v"},
     ],
     4: [
         {"tensor": 2, "context": 2, "expert": 4},
+        {"tensor": 2, "context": 2, "attention": "sparse"},
         {"expert": 2, "optimizer_padding": 0.02},
         {"tensor": 4, "expert": 2, "expert_tensor": 2, "precision": "bf16"},
         {"context": 2, "pipeline": 2, "pipeline_schedule": "dual_pipe_v", "expert": 2},
@@ -77,7 +81,7 @@ class Outcome:
 
 def run_config(degrees: Degrees) -> RunConfig:
     """A run of the tiny model; nothing is read from its paths."""
-    parallel = dict(degrees)
+    parallel = {name: degree for name, degree in degrees.items() if name != "attention"}
     precision = parallel.pop("precision", "fp32")
     muon = {"query_matrices": parallel.pop("query_matrices", "whole")}
     data = {
@@ -165,6 +169,8 @@ def one_step(degrees: Degrees, world: int, rank: int) -> Outcome:
     grid = Grid.build(config.sizes(world), torch.device("cpu"))
     local, optimizer = build(config, grid)
     engine = make_engine(config, local, grid, optimizer)
+    attention = degrees.get("attention", "select")
+    engine.attend(attention)
     batches = batches_of(grid.data.rank, ROWS // MICRO_ROWS // grid.data.size)
     away = [0, 0]
     agree = ExpertDispatch.agree
@@ -187,6 +193,7 @@ def one_step(degrees: Degrees, world: int, rank: int) -> Outcome:
         config.precision,
         config.parallel.recompute,
         ExpertRows(away[0] / runs, away[1] / runs),
+        attention,
     )
     how = Exchange(
         config.parallel.gradients,
@@ -249,6 +256,16 @@ def test_even_routing_and_whole_rows_are_the_default() -> None:
     assert step_traffic(MODEL, sizes, stages, 0, work) == step_traffic(
         MODEL, sizes, stages, 0, given
     )
+
+
+def test_no_number_where_no_formula_is() -> None:
+    config = run_config({"tensor": 2})
+    stages = config.parallel.stages(MODEL, ROW)
+    work = Work(ROW, [[[4] * (ROW // 4)]], attention="sparse")
+    with pytest.raises(ValueError, match="no formula"):
+        step_traffic(MODEL, config.sizes(2), stages, 0, work)
+    apart = run_config({"context": 2}).sizes(2)
+    assert step_traffic(MODEL, apart, stages, 0, work)["sequence", "gather"] > 0
 
 
 def test_formula_needs_no_torch() -> None:
