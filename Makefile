@@ -28,8 +28,8 @@ $(STAMP): requirements.lock setup.py
 demo: $(STAMP)  ## the whole job on embedded real text: tokenizer, training on 2 processes, resume, export
 	$(BIN)/v4 demo
 
-test: $(STAMP)  ## the test suite
-	$(BIN)/python -m pytest tests
+test: $(STAMP)  ## the test suite, file by file in two processes
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 test-large: $(STAMP)  ## tests of up to 32 processes at once
 	$(BIN)/python -m pytest tests -m large -s
