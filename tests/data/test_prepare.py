@@ -2,10 +2,6 @@
 
 import json
 import os
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ from data.indexed import open_shard
 from data.manifest import Manifest
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
+from tests.full_disk import full_disk
 
 
 def changed(config: DataConfig, **fields: object) -> DataConfig:
@@ -104,19 +101,6 @@ def test_damaged_shards_are_made_anew(config: DataConfig, tmp_path: Path) -> Non
     assert texts_of(mine, "train") == ["one", "two"]
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The kernel refuses to let files grow over `size`, as it does on a full disk."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 def test_full_disk_leaves_earlier_shards_whole(config: DataConfig, tmp_path: Path) -> None:
     source = write_source(tmp_path / "a.jsonl", ["one"]) | {"split": "train"}
     mine = changed(config, sources=[source], shards=str(tmp_path / "shards"))
@@ -125,7 +109,7 @@ def test_full_disk_leaves_earlier_shards_whole(config: DataConfig, tmp_path: Pat
     write_source(tmp_path / "a.jsonl", [f"number {i} of many" for i in range(20_000)])
     for size in (100_000, 4096):
         with (
-            largest_file(size),
+            full_disk(size),
             pytest.raises(DataError, match=r"cannot write the shards .* unchanged"),
         ):
             prepare(mine, progress=False)

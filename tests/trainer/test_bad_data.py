@@ -3,11 +3,8 @@
 import gzip
 import json
 import re
-import resource
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -15,6 +12,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
+from tests.full_disk import full_disk
 from tests.trainer.tiny import make_tiny
 from trainer.commands import main
 
@@ -144,19 +142,6 @@ def test_one_sentence_and_nothing_lost(
     assert not any(name.startswith(".") for name in files(tmp_path / "shards"))
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The kernel refuses to let files grow over `size`, as it does on a full disk."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize("filters", [None, {"min_characters": 1, "quality": []}])
 def test_a_full_disk(
     config: Path, tmp_path: Path, filters: object, capsys: pytest.CaptureFixture[str]
@@ -167,7 +152,7 @@ def test_a_full_disk(
     content["data"]["filters"] = filters
     config.write_text(yaml.safe_dump(content))
     before = files(tmp_path / "shards")
-    with largest_file(8192):
+    with full_disk(8192):
         assert main(["prepare", str(config)]) == 2
     assert "cannot write" in capsys.readouterr().err
     kept = files(tmp_path / "shards")

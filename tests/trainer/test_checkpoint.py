@@ -2,16 +2,14 @@
 
 import json
 import pickle
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.distributed import spawn
+from tests.full_disk import full_disk
 from tests.trainer.tiny import assert_same_run, column, saved_tensors, steps_in_file, train
 from trainer.checkpoint import CheckpointFolder, checkpoints_in
 from trainer.errors import CheckpointError, SaveError
@@ -30,17 +28,6 @@ def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(trained: Path, tmp_path: Path) -> Path:
     shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run"
-
-
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: writing more is an OSError of the system."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def weights_of(run_dir: Path) -> Path:

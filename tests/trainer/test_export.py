@@ -16,7 +16,7 @@ from data import Tokenizer
 from model import V4Model
 from model.hf import to_official
 from tests.distributed import spawn
-from tests.trainer.test_checkpoint import full_disk
+from tests.full_disk import full_disk
 from tests.trainer.test_topologies import checkpoint_of, whole_run
 from tests.trainer.tiny import saved_tensors, train
 from trainer.config import RunConfig, load_config

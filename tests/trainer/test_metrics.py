@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainer.test_checkpoint import full_disk
+from tests.full_disk import full_disk
 from tests.trainer.tiny import column, steps_in_file, train
 from trainer.config import RunConfig, load_config
 from trainer.errors import DivergedError, ReportError

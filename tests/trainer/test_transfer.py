@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data import Tokenizer
+from tests.full_disk import full_disk
 from tests.trainer.tiny import column, saved_tensors, train
 from trainer.config import RunConfig, load_config
 from trainer.errors import CheckpointError, ExportError
@@ -139,8 +140,6 @@ def test_mistakes_are_sentences(tiny: Path, run: RunConfig, exported: Path, tmp_
 
 
 def test_a_failed_export_leaves_nothing(run: RunConfig, tmp_path: Path) -> None:
-    from tests.trainer.test_checkpoint import full_disk
-
     with full_disk(30_000), pytest.raises(ExportError, match="cannot be written"):
         export_run(run, tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []

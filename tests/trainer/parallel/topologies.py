@@ -129,3 +129,11 @@ def differences(one: Outcome, other: Outcome) -> tuple[float, float, str]:
     weight = max(errors, key=lambda name: errors[name])
     assert all(torch.isfinite(t).all() for t in other.weights.values())
     return worst, errors[weight], weight
+
+
+def assert_trains_like(one: Outcome, other: Outcome, name: str) -> None:
+    """Sums over ranks are in another order: losses within 1e-5, weights within 1e-4 by the norm."""
+    losses, weights, worst = differences(one, other)
+    print(f"{name} | {losses:.1e} | {weights:.1e} | {worst}")
+    assert losses < 1e-5
+    assert weights < 1e-4, worst
