@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from optim.clip import clip_, gradient_norm
     from optim.config import AdamWConfig, MuonConfig, OptimConfig, ScheduleConfig
     from optim.errors import OptimError
-    from optim.hybrid_zero import HybridZero, StatePiece
+    from optim.hybrid_zero import HybridZero
     from optim.optimizer import Optimizer
     from optim.partition import Assignment, MatrixSizes, build_table, render_table
     from optim.schedule import in_decay
+    from optim.zero_group import StatePiece
 
 __all__ = [
     "AdamWConfig",
@@ -44,13 +45,13 @@ _HOME = {
     "ScheduleConfig": "config",
     "OptimError": "errors",
     "HybridZero": "hybrid_zero",
-    "StatePiece": "hybrid_zero",
     "Optimizer": "optimizer",
     "Assignment": "partition",
     "MatrixSizes": "partition",
     "build_table": "partition",
     "render_table": "partition",
     "in_decay": "schedule",
+    "StatePiece": "zero_group",
 }
 
 

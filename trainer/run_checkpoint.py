@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from model import V4Model
-from optim.hybrid_zero import StatePiece
+from optim import StatePiece
 from trainer.anticipation import Anticipation
 from trainer.checkpoint import (
     CheckpointFolder,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from optim.hybrid_zero import StatePiece
+from optim import StatePiece
 from trainer.parallel.grid import Sizes
 from trainer.parallel.placement import Placement, Shape, place
 

@@ -7,7 +7,9 @@ import torch
 from torch.nn import Parameter
 
 from optim import OptimConfig, OptimError, build_table
-from optim.hybrid_zero import Group, HybridZero, round_stochastically
+from optim.hybrid_zero import HybridZero
+from optim.rounding import round_stochastically
+from optim.zero_group import Group
 from optim.zero_plan import Held, plan_layout
 from tests.optim.debug_parameters import SIZES, shapes
 

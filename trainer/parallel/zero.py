@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from optim import Assignment, OptimConfig
-from optim.hybrid_zero import CHUNK_ELEMENTS, Group, HybridZero, Precision
+from optim.hybrid_zero import CHUNK_ELEMENTS, HybridZero
 from optim.optimizer import check_names
+from optim.zero_group import Group, Precision
 from trainer.parallel.collectives import (
     Wait,
     begin_all_gather,
