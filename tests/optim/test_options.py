@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from optim.config import GROUPS, MuonConfig, OptimConfig
-from optim.muon import momentum_at
+from optim.muon import momentum_at, orthogonal_update
 from optim.newton_schulz import Step, hybrid_steps, newton_schulz, polar_express_steps
 from optim.optimizer import Optimizer
 from optim.partition import build_table
@@ -59,6 +59,38 @@ def test_gram_is_the_same_polynomial(count: int) -> None:
         torch.testing.assert_close(
             newton_schulz(given.float(), steps, gram=True), direct, rtol=0, atol=1e-4
         )
+
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "dtype", "gram", "rms"),
+    [
+        ({}, hybrid_steps(8, 2), FP32, False, 0.18),  # on a CPU
+        ({"coarse_steps": 3}, hybrid_steps(3, 2), FP32, False, 0.18),
+        ({"fine_steps": 1}, hybrid_steps(8, 1), FP32, False, 0.18),
+        ({"newton_schulz": "polar_express"}, polar_express_steps(8), FP32, False, 0.18),
+        (
+            {"newton_schulz": "polar_express", "polar_express_steps": 5},
+            polar_express_steps(5),
+            FP32,
+            False,
+            0.18,
+        ),
+        ({"gram": True}, hybrid_steps(8, 2), FP32, True, 0.18),
+        ({"newton_schulz_precision": "bf16"}, hybrid_steps(8, 2), BF16, False, 0.18),
+        ({"update_rms": 0.5}, hybrid_steps(8, 2), FP32, False, 0.5),
+    ],
+)
+def test_the_update_is_made_as_the_options_say(
+    options: dict, steps: tuple[Step, ...], dtype: torch.dtype, gram: bool, rms: float
+) -> None:
+    given = torch.randn(2, 24, 96, generator=torch.Generator().manual_seed(0))
+    update = orthogonal_update(given, MuonConfig(**options))
+    wanted = newton_schulz(given, steps, dtype, gram).float() * (rms * 96**0.5)
+    assert torch.equal(update, wanted)
+    assert torch.equal(update, orthogonal_update(given, MuonConfig())) == (not options)
 
 
 def test_the_momentum_grows_in_a_line() -> None:

@@ -132,3 +132,5 @@ def _elements(held: Held) -> int:
 def test_cost_counts_the_products_of_a_step() -> None:
     """Gram and update of [2, 3]: 2·2·2·3 each; the Gram matrix's square: 2·2·2·2."""
     assert newton_schulz_cost(3, 2, MuonConfig(coarse_steps=1, fine_steps=0)) == 24 + 24 + 16
+    polar = MuonConfig(newton_schulz="polar_express", polar_express_steps=3)
+    assert newton_schulz_cost(2, 3, polar) == 3 * (24 + 24 + 16)
