@@ -10,6 +10,7 @@ first call.
 
 import os
 import pickle
+import socket
 import tempfile
 import time
 import traceback
@@ -108,3 +109,10 @@ def _collect(
             if not answers[rank][0] and not failing:
                 failing = True
                 deadline = min(deadline, time.monotonic() + GRACE)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on just now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -35,6 +35,7 @@ MUON = (
     "and with the norm of its updates as grad_norm in ZeRO 1 and 2"
 )
 MOMENTUM = "momentum_buffer"
+SHARED_MEMORY_SUM = "deepspeed_shm_comm"
 _ADAM = ("exp_avg", "exp_avg_sq")
 
 
@@ -396,27 +397,37 @@ def _initialize(
     stage: nn.Module, make: Callable[[], Any], block: Mapping[str, Any], grid: Grid
 ) -> Any:
     """`deepspeed.initialize` on a process group that exists; one process gets its own."""
-    if grid.device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed wants, though nobody launched us
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed
-        from deepspeed.utils import logger, set_z3_leaf_modules
-
-    logger.setLevel("WARNING")
-    # DeepSpeed calls collectives by names that newer torch deprecates, several times a step.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    deepspeed = import_deepspeed(grid.device)
     if uses_nvme(block):
         check_nvme()
     if block.get("zero_optimization", {}).get("stage") == 3:
-        set_z3_leaf_modules(stage, [Block])  # a block's weights are gathered together
+        # A block's weights are gathered together.
+        deepspeed.utils.set_z3_leaf_modules(stage, [Block])
     engine, *_ = deepspeed.initialize(
         model=stage, optimizer=make(), config=dict(block), dist_init_required=False
     )
     return engine
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """The module, for training on `device`, without its notes on everything that it does."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    # DeepSpeed calls collectives by names that newer torch deprecates, several times a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # On CPUs it would compile, for minutes, a sum for inference that training never calls; after a
+    # kill in between, torch's lock on the build makes every later start wait for ever.
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_SUM] = False
+    return deepspeed
 
 
 def check_nvme() -> None:

@@ -16,6 +16,7 @@ import yaml
 
 from launch.cli import main
 from launch.cluster import CONFIGS, ClusterConfig, load_cluster, write_job
+from tests.distributed import free_port
 from tests.trainer.tiny import make_tiny, steps_in_file
 from trainer.config import ConfigError, load_config
 
@@ -215,14 +216,6 @@ def local_job(tiny: Path, tmp_path: Path, text: str, steps: int) -> Path:
     arguments = [str(tiny), f"steps={steps}", f"run_dir={tmp_path / 'run'}"]
     run = load_config(tiny, arguments[1:])
     return write_job(run, arguments, cluster, 1, 1, tmp_path)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import spawn
+from tests.distributed import free_port, spawn
 from tests.trainer.parallel.close_calls import watched
 from tests.trainer.tiny import column, make_tiny, saved_tensors, train
 from trainer.config import ConfigError, load_config
@@ -162,15 +162,26 @@ def test_steps_without_finite_gradients_are_skipped(done: Path) -> None:
 
 
 @pytest.mark.timeout(400)
-def test_v4_train(folder: Path, tmp_path: Path) -> None:
-    for processes in ("1", "2"):
-        command = [sys.executable, "-m", "launch.cli", "train", str(folder / "tiny.yaml")]
-        command += ["engine=deepspeed", ADAMW + "}", f"run_dir={tmp_path / processes}", "steps=2"]
-        command += ["evaluation.rows=4", f"--nproc-per-node={processes}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=190)
-        assert done.returncode == 0, done.stderr
-    one, two = (column(tmp_path / processes, "loss") for processes in ("1", "2"))
-    assert one == pytest.approx(two, abs=1e-5)
+def test_every_launcher_trains(folder: Path, tmp_path: Path) -> None:
+    """`v4 train` on one process and on two, under torchrun, and DeepSpeed's own launcher."""
+    of_deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    of_deepspeed_says = ["--num_accelerators=2", f"--master_port={free_port()}"]
+    of_deepspeed_says += ["--no_local_rank", "--module", "trainer"]
+    ours = [sys.executable, "-m", "launch.cli", "train"]
+    words = ["engine=deepspeed", ADAMW + "}", "steps=2", "evaluation.rows=4"]
+    for name, command, more in (
+        ("1", ours, ["--nproc-per-node=1"]),
+        ("2", ours, ["--nproc-per-node=2"]),
+        ("deepspeed", [of_deepspeed, *of_deepspeed_says], []),
+    ):
+        command = [*command, str(folder / "tiny.yaml"), *words, f"run_dir={tmp_path / name}", *more]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=190, env=environment)
+        assert done.returncode == 0, (name, done.stderr)
+        assert "built successfully" not in done.stdout, "it compiles nothing"
+    one, *others = (column(tmp_path / name, "loss") for name in ("1", "2", "deepspeed"))
+    assert len(one) == 2
+    assert all(other == pytest.approx(one, abs=1e-5) for other in others)
 
 
 def export(run_dir: Path) -> dict[str, torch.Tensor]:
