@@ -49,14 +49,19 @@ class SpikeConfig(_Strict):
     """Share of a step's tokens that go to one expert of a learned layer from which its router has
     collapsed, unless half as many went there all along."""
     snapshot_every: NaturalInt = 20
-    """Steps between copies of weights and optimizer on the host, of which two are kept; 0 turns
-    back to checkpoints only."""
+    """Steps between copies of weights and optimizer on the host; 0 turns back to checkpoints
+    only."""
     rollback: PositiveInt = 5
     """Least number of steps that a run turns back."""
     max_rollbacks: NaturalInt = 10
     """Rollbacks of a whole run; one more spike ends it."""
     leave_out: bool = True
     """Pass over the batch at which the spike was seen when its step comes again."""
+
+    @property
+    def snapshots(self) -> int:
+        """Copies held at most: the newest that is old enough to turn back to, and later ones."""
+        return 1 + -(-self.rollback // self.snapshot_every) if self.snapshot_every else 0
 
 
 class StabilityConfig(_Strict):

@@ -19,7 +19,7 @@ from trainer.metrics_file import read_metrics
 from trainer.parallel.grid import who_is_where
 from trainer.parallel.sizes import DENSE, EXPERT, Sizes
 from trainer.parallel.stages import StagePlan
-from trainer.resident import assignment, memory_parts
+from trainer.resident import assignment, memory_parts, snapshot_memory
 from trainer.stages import Recipe, Stage, short_length
 from trainer.words import duration, short
 
@@ -188,6 +188,8 @@ def memory_table(config: RunConfig, sizes: Sizes) -> Table:
         table.add_row(name, gib(size))
     table.add_section()
     table.add_row("in all, without activations (--dry-run adds them)", gib(sum(parts.values())))
+    if held := snapshot_memory(config, sizes):
+        table.add_row("on the host: snapshots of stability.spikes", gib(held))
     return table
 
 

@@ -26,7 +26,7 @@ from trainer.errors import PreflightError
 from trainer.parallel.collectives import gather_objects
 from trainer.parallel.grid import Grid
 from trainer.plan import GIB
-from trainer.resident import memory_parts
+from trainer.resident import memory_parts, snapshot_memory
 
 PACKAGES = ("data", "model", "optim", "trainer")
 MISSING = "missing"
@@ -44,13 +44,14 @@ class Facts:
     """What one rank sees.
 
     `digests` maps what is compared to a digest or version; `memory` is in bytes, of the device
-    that this process trains on, or its share of the machine's.
+    that this process trains on; `host_memory` is its share of the machine's.
     """
 
     rank: int
     host: str
     digests: dict[str, str]
     memory: int
+    host_memory: int
 
 
 def preflight(config: RunConfig, grid: Grid, see_seconds: float = SEE_SECONDS) -> None:
@@ -58,10 +59,11 @@ def preflight(config: RunConfig, grid: Grid, see_seconds: float = SEE_SECONDS) -
 
     Every rank calls it. `see_seconds` is how long the run's folder may take to show a new file.
     """
-    facts = Facts(grid.rank, socket.gethostname(), _digests(config), _memory(grid.device))
+    memory = [_memory(device) for device in (grid.device, torch.device("cpu"))]
+    facts = Facts(grid.rank, socket.gethostname(), _digests(config), *memory)
     everyone = gather_objects(facts, grid.world)
     _check_equal(everyone, config, grid)
-    _check_memory(everyone, config)
+    _check_memory(everyone, config, grid.device)
     if grid.world_size > 1:
         _check_folder(everyone, config.run_dir, grid, see_seconds)
 
@@ -133,18 +135,28 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "
     return "a key that one of them does not have"
 
 
-def _check_memory(everyone: list[Facts], config: RunConfig) -> None:
+def _check_memory(everyone: list[Facts], config: RunConfig, device: torch.device) -> None:
     """Raise when what a process must hold all the time is more than there is."""
-    parts = memory_parts(config, config.sizes(len(everyone)))
-    needed = sum(parts.values())
-    short = [facts for facts in everyone if facts.memory < needed]
-    if not short:
+    sizes = config.sizes(len(everyone))
+    needed = sum(memory_parts(config, sizes).values())
+    snapshots = snapshot_memory(config, sizes)
+    what = "weights, gradients and optimizer states"
+    if device.type == "cpu":
+        needed += snapshots
+        what += ", with the snapshots of stability.spikes," if snapshots else ""
+    _check_room(everyone, [facts.memory for facts in everyone], needed, what)
+    what = "the snapshots of stability.spikes, which are on the host,"
+    _check_room(everyone, [facts.host_memory for facts in everyone], snapshots, what)
+
+
+def _check_room(everyone: list[Facts], memory: list[int], needed: int, what: str) -> None:
+    least, facts = min(zip(memory, everyone, strict=True), key=lambda pair: pair[0])
+    if least >= needed:
         return
-    least = min(short, key=lambda facts: facts.memory)
     raise PreflightError(
-        f"weights, gradients and optimizer states take {needed / GIB:,.2f} GiB on a process, while "
-        f"{where([least])} has {least.memory / GIB:,.2f} GiB; spread the model with a higher "
-        f"{', '.join(LARGEST[:-1])} or {LARGEST[-1]}, or use a smaller one"
+        f"{what} take {needed / GIB:,.2f} GiB on a process, while {where([facts])} has "
+        f"{least / GIB:,.2f} GiB; spread the model with a higher {', '.join(LARGEST[:-1])} or "
+        f"{LARGEST[-1]}, or use a smaller one"
     )
 
 

@@ -19,6 +19,7 @@ from trainer.parallel.sizes import Sizes
 from trainer.parallel.stages import tied_embedding
 from trainer.parallel.zero_layout import Family, FamilyKind, families, stage_loads
 from trainer.stages import Recipe
+from trainer.tensors import has_master
 from trainer.trainer import DTYPES, matrix_sizes
 
 
@@ -30,6 +31,7 @@ class StageParts:
         families: parameters by the ranks that hold the same part of them.
         loads: by rank of the stage, what its optimizer keeps and computes of each family.
         weights, gradients: bytes on every rank.
+        unmastered: bytes of weights and buffers of which the optimizer keeps no master.
         quantised: bytes of the experts as quantised stages hold them; None where there are none.
     """
 
@@ -37,6 +39,7 @@ class StageParts:
     loads: list[dict[tuple[FamilyKind, bool], Load]]
     weights: int
     gradients: int
+    unmastered: int
     quantised: int | None
 
     def parts(self, rank: int) -> dict[str, int]:
@@ -56,6 +59,12 @@ class StageParts:
             parts["quantised experts"] = self.quantised
         return parts
 
+    def snapshot(self, rank: int) -> int:
+        """Bytes of a copy of all that a resume needs of a rank; see stability.py."""
+        low = (load for (_, is_low), load in self.loads[rank].items() if is_low)
+        masters = sum(4 * (load.muon + load.adamw) for load in low)
+        return self.unmastered + masters + self.parts(rank)["optimizer states"]
+
     @property
     def fullest(self) -> int:
         """The number in the stage of the rank that holds most."""
@@ -74,10 +83,11 @@ def stage_parts(config: RunConfig, sizes: Sizes, pipeline: int) -> StageParts:
     placements = place_all(shapes, sizes, pipeline * (sizes.world // sizes.pipeline))
     elements = {name: math.prod(placement.size) for name, placement in placements.items()}
     trained = {name: placements[name].matrix_shape for name in parameters}
+    low = {name for name, tensor in parameters.items() if has_master(tensor)}
     some = families(
         build_table(trained, matrix_sizes(config.model), config.optim),
         placements,
-        {name for name, tensor in parameters.items() if tensor.dtype != torch.float32},
+        low,
         sizes,
         tied_embedding(stages, config.model.num_nextn_predict_layers),
         config.optim.muon,
@@ -92,6 +102,7 @@ def stage_parts(config: RunConfig, sizes: Sizes, pipeline: int) -> StageParts:
         stage_loads(some, sizes, pipeline, config.optim.muon),
         sum(elements[name] * tensor.itemsize for name, tensor in tensors.items()),
         4 * sum(elements[name] for name in trained),
+        sum(elements[n] * t.itemsize for n, t in tensors.items() if n not in low),
         quantised,
     )
 
@@ -104,6 +115,17 @@ def memory_parts(config: RunConfig, sizes: Sizes) -> dict[str, int]:
     found = (stage_parts(config, sizes, rank) for rank in range(sizes.pipeline))
     fullest = [stage.parts(stage.fullest) for stage in found]
     return max(fullest, key=lambda parts: sum(parts.values()))
+
+
+def snapshot_memory(config: RunConfig, sizes: Sizes) -> int:
+    """Bytes of the host that a process holds at most to turn back to after a spike."""
+    spikes = config.stability.spikes
+    if spikes is None or not spikes.snapshots:
+        return 0
+    found = (stage_parts(config, sizes, rank) for rank in range(sizes.pipeline))
+    return spikes.snapshots * max(
+        stage.snapshot(rank) for stage in found for rank in range(len(stage.loads))
+    )
 
 
 def assignment(config: RunConfig, sizes: Sizes) -> Iterator[Table | str]:

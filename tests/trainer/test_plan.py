@@ -47,6 +47,7 @@ def test_flash_on_256() -> None:
     assert row(text, "33") == ["1", "0", "0", "1", "0", "1", "0"]  # who is where
     assert "│     7 │             7 │     42 │ 1 csa, heads" in text
     assert row(text, "in all, without activations") == ["20.49 GiB"]
+    assert row(text, "on the host: snapshots") == ["19.25 GiB"], "two of masters and states"
 
 
 def test_the_stages_of_flash() -> None:

@@ -16,6 +16,7 @@ from trainer.config import load_config
 from trainer.errors import USER_ERRORS, PreflightError
 from trainer.parallel.grid import Grid, Sizes
 from trainer.preflight import Facts, code_digest, preflight, where
+from trainer.resident import memory_parts, snapshot_memory
 
 RANKS = 3
 
@@ -152,6 +153,25 @@ def test_a_model_too_large_for_one_process_is_refused(
         preflight(large, Grid.single(torch.device("cpu")))
 
 
+def test_snapshots_are_counted_where_they_are(tiny: Path) -> None:
+    config = load_config(tiny, ["stability.spikes={}"])
+    held, rest = snapshot_memory(config, Sizes(1)), sum(memory_parts(config, Sizes(1)).values())
+
+    def check(device: str, memory: int, host_memory: int) -> None:
+        facts = [Facts(0, "a", {}, memory, host_memory)]
+        checks._check_memory(facts, config, torch.device(device))
+
+    check("cpu", rest + held, rest + held)
+    check("cuda", rest, held)
+    for device, memory, host_memory, what in (
+        ("cpu", rest + held - 1, rest + held - 1, "with the snapshots of stability.spikes, take"),
+        ("cuda", rest - 1, held, "^weights, gradients and optimizer states take"),
+        ("cuda", rest, held - 1, "^the snapshots of stability.spikes, which are on the host, take"),
+    ):
+        with pytest.raises(PreflightError, match=what):
+            check(device, memory, host_memory)
+
+
 def test_the_code_is_its_names_and_contents(tmp_path: Path) -> None:
     for package in checks.PACKAGES:
         (tmp_path / package / "inner").mkdir(parents=True)
@@ -167,7 +187,7 @@ def test_the_code_is_its_names_and_contents(tmp_path: Path) -> None:
 
 
 def test_many_hosts_make_no_long_sentence() -> None:
-    many = [Facts(rank, f"host{rank // 16}", {}, 0) for rank in range(16 * 9)]
+    many = [Facts(rank, f"host{rank // 16}", {}, 0, 0) for rank in range(16 * 9)]
     text = where(many)
     assert text.startswith("ranks 0, 1, 2, 3, 4, 5, 6, 7, … on host0, ranks 16, 17")
     assert text.endswith("on host3 and those on 5 more hosts")

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,14 @@ from trainer.config_stability import SpikeConfig
 from trainer.errors import ConfigError, DivergedError
 from trainer.metrics_file import read_events, read_metrics
 from trainer.parallel.grid import Grid
+from trainer.parallel.sizes import Sizes
+from trainer.plots import CHARTS
+from trainer.report import write_report
+from trainer.resident import snapshot_memory
 from trainer.spikes import History, SpikeDetector, z_score
+from trainer.state import TrainState
 from trainer.trainer import Trainer
+from trainer.wandb_log import WandbLog
 
 EASY = "recent: 2, least_history: 2, threshold: 20"
 SPIKES = (
@@ -130,8 +137,13 @@ def gradients_times(factor: float) -> Fault:
 
 
 def test_turning_back_and_leaving_a_batch_out(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    logged: list[dict[str, Any]] = []
+    monkeypatch.setattr(WandbLog, "log", lambda _, record: logged.append(record))
     trainer = run(tiny, tmp_path, {12: gradients_times(1e4)}, *SPIKES)
     assert trainer.state.step == 16 and trainer.state.rollbacks == 1
     (event,) = [event for _, event in read_events(tmp_path / "metrics.jsonl")]
@@ -147,6 +159,39 @@ def test_turning_back_and_leaving_a_batch_out(
     assert [r["rollbacks"] for r in records] == [0] * 9 + [1] * 7
     steps = [step for step in range(16) if step != 11]
     assert records[-1]["tokens"] == sum(tokens_of(trainer, step) for step in steps)
+    (sent,) = [record for record in logged if "event" in record]
+    assert sent == {"step": 9, "rollbacks": 1, "event": event["what"]}
+    page = write_report(trainer.config).read_text(encoding="utf-8")
+    assert (
+        "<td>back to the state after step 9; batch of step 12 left out; anticipatory routing to "
+        "step 12</td>"
+    ) in page
+    assert "Steps without an update: 1." in page and "(anticipatory routing): 3." in page
+    every = len(CHARTS) - 1  # but that of the indexers' objective
+    assert page.count("stroke: #c24b4b; stroke-opacity: 0.7") == every, "a line in every chart"
+
+
+def test_what_routers_are_judged_by(tiny: Path, tmp_path: Path) -> None:
+    """The last step's loads are in the metrics; of the learned layers, 2 of 4 experts a token."""
+    trainer = run(tiny, tmp_path, {}, *SPIKES, "steps=3")
+    history = trainer.state.history
+    assert {name for name in history if name.startswith("router")} == {
+        *("router 1", "router 2", "router 3", "router 1'", "router 2'", "router 3'")
+    }
+    loads = read_metrics(tmp_path / "metrics.jsonl")[-1]["layers"]["expert_load_max"]
+    assert history["busiest"][-1] == pytest.approx(max(loads[1:]) * 2 / 4)
+    assert all(0.5 <= history[f"router {layer}"][-1] < 0.7 for layer in (1, 2, 3)), "of two"
+
+
+def test_what_was_learned_from_spikes_stays(tiny: Path, tmp_path: Path) -> None:
+    """The second spike goes back to the snapshot from before the first, which knows nothing."""
+    faults = {12: gradients_times(1e4), 13: gradients_times(1e4)}
+    trainer = run(tiny, tmp_path, faults, *SPIKES)
+    events = [event for _, event in read_events(tmp_path / "metrics.jsonl")]
+    assert [(event["seen_at"], event["back_to"]) for event in events] == [(12, 9), (13, 9)]
+    assert (trainer.state.rollbacks, trainer.state.left_out) == (2, [11, 12])
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records if "loss" not in record] == [12, 13]
 
 
 def tokens_of(trainer: Trainer, step: int) -> int:
@@ -233,15 +278,50 @@ def test_numbers_that_are_not_finite_turn_back_after_the_skipped_steps(
     assert event["back_to"] == 6 and "more than optim.max_skipped_steps = 2" in event["what"]
 
 
-def two_ranks(rank: int, world_size: int, tiny: Path, folder: Path) -> tuple[int, list[int]]:
+def held_by(tiny: Path, grid: Grid, *settings: str) -> int:
+    """Most bytes of snapshots on this rank, beside nothing but taking them."""
+    config = load_config(tiny, [*SPIKES, *settings])
+    snapshots = Trainer(config, grid).stability.snapshots
+    most = 0
+    for step in range(1, 20):
+        snapshots.before_step(TrainState(step=step))
+        most = max(most, sum(t.nbytes for held in snapshots._held for t in held.tensors))
+    return most
+
+
+ROOM = [
+    ("precision=bf16", "stability.spikes.rollback=1"),
+    ("stability.spikes.rollback=3",),
+    ("stability.spikes.rollback=7", "precision=bf16"),
+]
+
+
+def test_memory_of_snapshots_is_what_is_held(tiny: Path) -> None:
+    for settings in ROOM:
+        config = load_config(tiny, [*SPIKES, *settings])
+        expected = snapshot_memory(config, Sizes(1))
+        assert held_by(tiny, Grid.single(), *settings) == expected > 0, settings
+    for off in (["stability.spikes=null"], [*SPIKES, "stability.spikes.snapshot_every=0"]):
+        assert snapshot_memory(load_config(tiny, off), Sizes(1)) == 0
+
+
+Two = tuple[int, list[int], list[int]]
+
+
+def two_ranks(rank: int, world_size: int, tiny: Path, folder: Path) -> Two:
     grid = Grid.build(load_config(tiny, ["parallel.pipeline=2"]).sizes(2), torch.device("cpu"))
     fault = {12: gradients_times(1e4)}
     trainer = run(tiny, folder, fault, *SPIKES, "parallel.pipeline=2", grid=grid)
-    return trainer.state.rollbacks, trainer.state.left_out
+    data = Grid.build(load_config(tiny).sizes(2), torch.device("cpu"))
+    held = [held_by(tiny, data, *settings) for settings in ROOM]
+    return trainer.state.rollbacks, trainer.state.left_out, held
 
 
 def test_two_ranks_turn_back_together_and_as_one_does(tiny: Path, tmp_path: Path) -> None:
-    assert spawn(two_ranks, 2, tiny, tmp_path / "two") == [(1, [11]), (1, [11])]
+    found = spawn(two_ranks, 2, tiny, tmp_path / "two")
+    assert [each[:2] for each in found] == [(1, [11]), (1, [11])]
+    expected = [snapshot_memory(load_config(tiny, [*SPIKES, *more]), Sizes(2)) for more in ROOM]
+    assert [max(held) for held in zip(*(each[2] for each in found), strict=True)] == expected
     run(tiny, tmp_path / "one", {12: gradients_times(1e4)}, *SPIKES)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
