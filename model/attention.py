@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -9,9 +11,17 @@ from model.compressor import Compressor
 from model.config import AttentionMode, LayerType, ModelConfig
 from model.indexer import Index, Indexer
 from model.kernels.attention import attention_with_lse
-from model.kernels.indexer_loss import Mass, attention_mass, indexer_objective
+from model.kernels.indexer_loss import Mass, attention_mass, indexer_objective, kept_mass
 from model.norm import RMSNorm
 from model.positions import Positions
+
+
+class _Inputs(NamedTuple):
+    """Queries at hand, keys of the own tokens, entries."""
+
+    q_THK: Tensor
+    kv_TK: Tensor
+    entries_CK: Tensor | None
 
 
 class Attention(nn.Module):
@@ -52,32 +62,59 @@ class Attention(nn.Module):
         batch; None where the mode has none. Heads and groups are those of the weights at hand: a
         rank may hold some of them, and then `positions` brings it more tokens than its own.
         """
-        kind, eps = self.kind, self.eps
-        q_TQ = self.q_norm(self.wq_a(x_TD))
-        q_THK = self.wq_b(positions.to_queries(q_TQ)).unflatten(-1, (-1, self.dim))
-        kv_TK = self.kv_norm(self.wkv(x_TD), positions.rotation(kind))
-        entries_CK = None if self.compressor is None else self.compressor(x_TD, positions)
+        q_TQ, inputs = self._inputs(x_TD, positions)
         index = selected_Tk = None
         if self.indexer is not None and mode in ("warmup", "sparse"):
             index = self.indexer(x_TD, q_TQ, positions)
         if self.indexer is not None and mode in ("select", "sparse"):
             selected_Tk = self.indexer.select(x_TD, q_TQ, positions, index)
         picked_Tk = None if selected_Tk is None else positions.to_queries(selected_Tk)
-        where = positions.query_rotation(kind), positions.query_ranges(kind), picked_Tk
+        o_THK, mass = self._attend(inputs, positions, picked_Tk)
+        objective = None
+        if index is not None and mass is not None:
+            objective = self._objective(index, selected_Tk, mass, positions, routed_tokens)
+        return positions.to_own(self.wo_b(self._grouped_output(o_THK))), objective
+
+    @torch.no_grad()
+    def recall(self, x_TD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """What the indexer keeps of the attention to all entries, fp32 [T] of the own tokens.
+
+        In a CSA layer: the mass of the entries that it would keep, and of all; see `kept_mass`.
+        """
+        q_TQ, inputs = self._inputs(x_TD, positions)
+        assert self.indexer is not None and inputs.entries_CK is not None
+        selected_Tk = self.indexer.select(x_TD, q_TQ, positions)
+        _, mass = self._attend(inputs, positions, None)
+        assert mass is not None
+        own_mass = positions.own_mass(self.kind, mass, False)
+        return kept_mass(own_mass, positions.ranges(self.kind), selected_Tk, len(inputs.entries_CK))
+
+    def _inputs(self, x_TD: Tensor, positions: Positions) -> tuple[Tensor, _Inputs]:
+        """The own tokens' low-rank queries, and what the core attention takes."""
+        q_TQ = self.q_norm(self.wq_a(x_TD))
+        q_THK = self.wq_b(positions.to_queries(q_TQ)).unflatten(-1, (-1, self.dim))
+        kv_TK = self.kv_norm(self.wkv(x_TD), positions.rotation(self.kind))
+        entries_CK = None if self.compressor is None else self.compressor(x_TD, positions)
+        return q_TQ, _Inputs(q_THK, kv_TK, entries_CK)
+
+    def _attend(
+        self, inputs: _Inputs, positions: Positions, picked_Tk: Tensor | None
+    ) -> tuple[Tensor, Mass | None]:
+        """The queries' core attention, and how much of it entries get, where there are any."""
+        where = positions.query_rotation(self.kind), positions.query_ranges(self.kind), picked_Tk
         o_THK, lse_TH = attention_with_lse(
-            q_THK,
-            positions.keys(kv_TK),
-            entries_CK,
+            inputs.q_THK,
+            positions.keys(inputs.kv_TK),
+            inputs.entries_CK,
             self.attn_sink,
             *where,
             window=self.window,
-            norm_eps=eps,
+            norm_eps=self.eps,
         )
-        objective = None
-        if index is not None and entries_CK is not None:
-            mass = attention_mass(q_THK, entries_CK, lse_TH, *where, norm_eps=eps)
-            objective = self._objective(index, selected_Tk, mass, positions, routed_tokens)
-        return positions.to_own(self.wo_b(self._grouped_output(o_THK))), objective
+        if inputs.entries_CK is None:
+            return o_THK, None
+        mass = attention_mass(inputs.q_THK, inputs.entries_CK, lse_TH, *where, norm_eps=self.eps)
+        return o_THK, mass
 
     def _objective(
         self,

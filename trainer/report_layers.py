@@ -28,6 +28,11 @@ _INSIDE: Columns = (
         "mixing off by",
         "how far rows and columns of the matrices that mix the streams are from summing to 1",
     ),
+    (
+        "indexer_recall",
+        "kept by the index",
+        "of the attention to all entries, the share of those that the indexer keeps",
+    ),
     ("sink_min", "least sink", "logit of a head that stands for attending to nothing"),
     ("sink_max", "largest sink", "the same"),
 )

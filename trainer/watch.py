@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from model import V4Model
+from model.attention import Attention
 from model.block import Block, BlockPart, Compute
 from model.hyper_connection import read
 from model.moe import Dispatched, Experts
@@ -65,15 +68,19 @@ def watched(model: V4Model) -> Iterator[Notes]:
     residual streams that a block gives. `comb_departure`: how far a row or column of the streams'
     mixing matrices sums to something else than 1, at most. `clamped`, `swiglu_max`: share of the
     experts' inner values that SwiGLU's clamp changes, and the largest magnitude before it.
+    `indexer_recall`: of the attention mass that all entries get from all queries in a CSA layer,
+    the share of those that its indexer keeps.
     """
     notes = Notes()
     blocks = [module for module in model.modules() if isinstance(module, Block)]
-    handles = []
+    handles: list[Callable[[], None]] = []
     for block in blocks:
         own = block.__dict__.get("compute")
         block.compute = _watching(block, block.compute, notes)
-        handles.append(lambda block=block, own=own: _put_back(block, own))
+        handles.append(partial(_put_back, block, own))
         handles += [hook.remove for hook in _expert_hooks(block, notes)]
+        if block.attn.indexer is not None:
+            handles.append(_recall_hook(block, notes).remove)
     try:
         with torch.no_grad():
             yield notes
@@ -104,6 +111,16 @@ def _watching(block: Block, plain: Compute, notes: Notes) -> Compute:
         return out
 
     return compute
+
+
+def _recall_hook(block: Block, notes: Notes) -> RemovableHandle:
+    def recall(module: Attention, inputs: tuple[Any, ...]) -> None:
+        x_TD, positions = inputs[:2]
+        real_T = ~positions.layout.padding_T
+        kept_T, all_T = module.recall(x_TD, positions)
+        notes.mean("indexer_recall", block.row, kept_T[real_T].sum(), all_T[real_T].sum())
+
+    return block.attn.register_forward_pre_hook(recall)
 
 
 def _expert_hooks(block: Block, notes: Notes) -> list[Any]:

@@ -120,24 +120,25 @@ def attention_mass(
 
 @torch.no_grad()
 def kept_mass(
-    mass: Mass, ranges: AttentionRanges, selected_Tk: Tensor, entries: int
+    mass: Mass, ranges: AttentionRanges, selected_Tk: Tensor | None, entries: int
 ) -> tuple[Tensor, Tensor]:
     """How much a selection keeps: mass of the selected and of all entries, each fp32 [T].
 
     Their quotient, of sums over queries, is the recall of the choice. ``mass`` is that of all
     entries, not of a list; its heads' denominators are those of the attention that it came from.
-    ``entries`` is their number, C.
+    Without ``selected_Tk`` all are kept. ``entries`` is their number, C.
     """
-    kept_T, all_T = (torch.zeros(len(selected_Tk), device=selected_Tk.device) for _ in range(2))
+    assert ranges.entry_start_T is not None
+    all_T = torch.zeros(len(ranges.entry_start_T), device=ranges.entry_start_T.device)
+    kept_T = torch.zeros_like(all_T)
     for rows, columns in blocks(ranges, entries, None, _KEPT_PAIRS):
-        if columns.start == columns.stop:
-            continue
-        mass_nc = mass(rows, columns)
-        index_nk = selected_Tk[rows].long()
-        picked_nk = mass_nc.gather(1, (index_nk - columns.start).clamp(min=0))
-        kept_T[rows] = picked_nk.masked_fill(index_nk < 0, 0.0).sum(1)
+        mass_nc = mass(rows, columns)  # asked for in any case: it may be a sum over ranks
         all_T[rows] = mass_nc.sum(1)
-    return kept_T, all_T
+        if selected_Tk is not None and columns.start < columns.stop:
+            index_nk = selected_Tk[rows].long()
+            picked_nk = mass_nc.gather(1, (index_nk - columns.start).clamp(min=0))
+            kept_T[rows] = picked_nk.masked_fill(index_nk < 0, 0.0).sum(1)
+    return all_T.clone() if selected_Tk is None else kept_T, all_T
 
 
 def blocks(

@@ -36,8 +36,8 @@ def gradients(model: V4Model, attention: AttentionMode) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def divergence(config: ModelConfig, seen: dict[str, Any]) -> float:
-    """The objective from whole matrices in float64: what attention and the objective were given."""
+def whole_matrices(config: ModelConfig, seen: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mass of entries, scores, and which entries are seen, each [T, C], in float64."""
     q, kv, entries, sink, rotation, ranges, selected = seen["attention"]
     q = q.double()
     q = q / (q.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
@@ -56,6 +56,12 @@ def divergence(config: ModelConfig, seen: dict[str, Any]) -> float:
     index_q, keys, weights = (x.double() for x in seen["index"])
     scores = torch.einsum("tij,cj->tic", index_q, keys).relu()
     scores = torch.einsum("tic,ti->tc", scores, weights).masked_fill(~open_, -torch.inf)
+    return mass, scores, open_
+
+
+def divergence(config: ModelConfig, seen: dict[str, Any]) -> float:
+    """The objective from whole matrices in float64: what attention and the objective were given."""
+    mass, scores, open_ = whole_matrices(config, seen)
     total = 0.0
     for token in torch.nonzero(open_.any(1) & ~seen["padding"]).flatten().tolist():
         here = open_[token]
@@ -86,6 +92,34 @@ def test_the_objective_is_the_divergence_from_the_core_attention(attention: Atte
         found = float(run(model, attention).indexer_loss)
     assert (seen["attention"][6] is not None) == (attention == "sparse")
     assert found == pytest.approx(divergence(model.config, seen), rel=1e-5)
+
+
+@pytest.mark.parametrize("topk", [3, 500])
+def test_recall_is_the_share_of_the_dense_mass_that_is_kept(topk: int) -> None:
+    """Equal scores go to the lower entry."""
+    model = random_model(tiny_config(**ONE, index_topk=topk, num_nextn_predict_layers=0))
+    layer, seen = model.layers[0].attn, dict[str, Any]()
+    inputs: list[Any] = []
+    layer.register_forward_pre_hook(lambda _, given: inputs.append(given[:2]))
+    attend = module.attention_with_lse
+
+    def attending(*given: Any, **settings: Any) -> Any:
+        seen["attention"] = given
+        return attend(*given, **settings)
+
+    with torch.no_grad(), patch.object(module, "attention_with_lse", attending):
+        run(model, "select")
+        x_TD, positions = inputs[0]
+        index = layer.indexer(x_TD, layer.q_norm(layer.wq_a(x_TD)), positions)
+        seen["index"] = index.queries_TIJ, index.keys_CJ, index.weights_TI
+        kept, whole = layer.recall(x_TD, positions)
+    mass, scores, open_ = whole_matrices(model.config, seen)
+    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
+    assert seen["attention"][6] is None and open_.any()
+    torch.testing.assert_close(whole.double(), mass.sum(1), rtol=1e-5, atol=1e-7)
+    expected = (mass * (rank < topk)).sum(1)
+    torch.testing.assert_close(kept.double(), expected, rtol=1e-5, atol=1e-7)
+    assert bool((kept < 0.9 * whole).any()) == (topk == 3)
 
 
 def test_neither_learns_from_the_other() -> None:

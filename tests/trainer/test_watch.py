@@ -19,6 +19,7 @@ from trainer.config import load_config
 from trainer.evaluate import Heldout
 from trainer.metrics_file import read_metrics
 from trainer.parallel.grid import Grid
+from trainer.report import write_report
 from trainer.trainer import build, make_engine
 from trainer.watch import watched
 
@@ -115,12 +116,17 @@ def test_ranks_see_together_what_one_sees(tiny: Path, tmp_path: Path) -> None:
         (topology(2, "data.micro_rows=2", expert=2), "expert"),
         (topology(1, "data.micro_rows=2"), "two"),
         (topology(2, "data.micro_rows=2", pipeline=2), "pipeline"),
+        (topology(2, "data.micro_rows=2", tensor=2), "tensor"),
+        (topology(2, "data.micro_rows=2", context=2), "context"),
     ]
     words = ("steps=2", "metrics.layers_every=2", "checkpoint.every=1")
     run_all(tiny, [Job(spread, tmp_path / name) for spread, name in jobs], *words)
     seen = {name: read_metrics(tmp_path / name / "metrics.jsonl")[-1] for _, name in jobs}
     assert {"clamped", "stream_rms", "comb_departure"} < seen["two"]["layers"].keys()
-    for one, other in (("four", "expert"), ("two", "pipeline")):
+    recall = seen["two"]["layers"]["indexer_recall"]
+    assert [value is None for value in recall] == [True, False, True, False, True]
+    pairs = [("four", "expert"), *(("two", name) for name in ("pipeline", "tensor", "context"))]
+    for one, other in pairs:
         for part in ("layers", "groups"):
             assert close(seen[one][part], seen[other][part]), (other, part)
     update = seen["two"]["groups"]["update_rms"]
@@ -163,4 +169,8 @@ def test_sources_apart_are_the_sources_together(tiny: Path, tmp_path: Path) -> N
     train(tiny, tmp_path / "run", *settings, "steps=1", "data.batch_rows=1", "data.micro_rows=1")
     (record,) = read_metrics(tmp_path / "run/metrics.jsonl")
     assert record["heldout_by_source"].keys() == {"few", "many"}
+    page = write_report(load_config(tiny, settings)).read_text(encoding="utf-8")
+    assert 'aria-label="Held-out loss by source"' in page and ">many</text>" in page
+    assert "Weights in step 1<" in page and "<td>hyper connections</td>" in page
+    assert "<b>kept by the index</b>" in page
     assert Heldout(load_config(tiny), Grid.single()).by_source(engine) is None
