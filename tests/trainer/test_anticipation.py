@@ -6,6 +6,7 @@ module notes what it chooses in a plain forward pass on one rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from data import Loader
 from model import SampleLayout
+from model.config import AttentionMode
 from tests.trainer.parallel.topologies import Job, Topology, run_all, topology
 from tests.trainer.test_stages import staged
 from tests.trainer.tiny import (
@@ -29,6 +31,7 @@ from trainer.metrics_file import read_metrics
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import index_dtype
 from trainer.run_checkpoint import RunCheckpoint
+from trainer.stages import Recipe
 from trainer.state import TrainState
 from trainer.stored import StoredTensors
 from trainer.tensors import is_routing, routing_name
@@ -59,7 +62,9 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def chosen_by(run_dir: Path, saved_at: int, step: int) -> dict[int, Tensor]:
+def chosen_by(
+    run_dir: Path, saved_at: int, step: int, attention: AttentionMode = "select"
+) -> dict[int, Tensor]:
     """What learned routers with the weights of a checkpoint choose for a step's rows, by layer.
 
     [rows, length, A], sorted, of a plain forward pass on one rank, without our own code for it.
@@ -75,18 +80,21 @@ def chosen_by(run_dir: Path, saved_at: int, step: int) -> dict[int, Tensor]:
         if not router.hashed:
             note = found.setdefault(row, []).append
             router.register_forward_hook(lambda _, __, out, note=note: note(out.indices_TA))
-    for batch in Loader(config.data, config.seed).at(step):
+    stages = [stage.rows for stage in Recipe(config).stages]
+    for batch in Loader(config.data, config.seed, stages=stages).at(step):
         layout = SampleLayout.from_lengths(batch.lengths, batch.tokens.shape[1])
         with torch.no_grad():
-            local.model(batch.tokens, layout, batch.targets)
-    length = config.data.row_length
+            local.model(batch.tokens, layout, batch.targets, attention=attention)
+    length = Recipe(config).at(step).rows.row_length
     return {r: torch.cat(x).unflatten(0, (-1, length)).sort(-1).values for r, x in found.items()}
 
 
-def waiting(run_dir: Path, saved_at: int, step: int) -> dict[int, Tensor]:
+def waiting(
+    run_dir: Path, saved_at: int, step: int, layers: Sequence[int] = (1, 2, 3, 4)
+) -> dict[int, Tensor]:
     """What a checkpoint holds for a later step, by layer, sorted."""
     stored = StoredTensors(run_dir / "checkpoints" / f"step-{saved_at:08d}")
-    names = {row: routing_name(step, row) for row in (1, 2, 3, 4)}
+    names = {row: routing_name(step, row) for row in layers}
     tensors = stored.read(dict.fromkeys(names.values(), torch.uint8))
     return {row: tensors[name].sort(-1).values for row, name in names.items()}
 
@@ -181,6 +189,7 @@ def test_another_lead_or_none_at_all_may_go_on(tiny: Path, tmp_path: Path) -> No
     assert (state.step, state.anticipation_since) == (2, 0), "it goes on"
     train(tiny, tmp_path, "steps=4")
     assert steps_in_file(tmp_path) == [1, 2, 3, 4]
+    assert column(tmp_path, "anticipates") == [True, True, False, False]
 
 
 def trainer_state(config: RunConfig) -> TrainState:
@@ -200,7 +209,21 @@ def test_a_lead_reaches_into_the_next_stage(tiny: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "straight", tmp_path / "halves", 6)
     with pytest.raises(ConfigError, match=r"lead = 4 should be at most 3, the steps of stages\.0"):
         load_config(path, [ALWAYS, LEAD.format(4)])
+    load_config(path, [ALWAYS, LEAD.format(3)])
     load_config(path, [LEAD.format(4)])  # nothing switches it on
+
+
+def test_a_step_of_the_next_stage_is_looked_at_with_its_attention(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """Where the indexer chooses, layers behind it see other streams and choose other experts."""
+    first = {"until": 576, "attention": "warmup", "row_length": 96, "batch_rows": 2}
+    path = staged(tiny, tmp_path, [first, first | {"until": 1152, "attention": "sparse"}])
+    train(path, tmp_path / "run", ALWAYS, LEAD.format(1), *EVERY)
+    found = waiting(tmp_path / "run", 3, 3, (1, 2, 3))
+    sparse, dense = (chosen_by(tmp_path / "run", 2, 3, mode) for mode in ("sparse", "dense"))
+    assert all(torch.equal(found[row].long(), sparse[row]) for row in found)
+    assert any(not torch.equal(sparse[row], dense[row]) for row in found)
 
 
 def test_the_smallest_integers_that_hold_an_expert() -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.trainer.tiny import (
     assert_same_run,
@@ -11,6 +12,7 @@ from tests.trainer.tiny import (
     steps_in_file,
     train,
 )
+from trainer.__main__ import main
 from trainer.config import load_config
 
 
@@ -67,6 +69,16 @@ def test_a_crash_leaves_one_object_a_step(tiny: Path, tmp_path: Path) -> None:
     assert steps_in_file(tmp_path / "run") == list(range(1, 9))
     train(tiny, tmp_path / "straight", *common)
     assert_same_run(tmp_path / "straight", tmp_path / "run", 8)
+
+
+def test_deterministic_is_the_switch_of_torch(tiny: Path, tmp_path: Path) -> None:
+    words = [str(tiny), f"run_dir={tmp_path / 'run'}", "steps=1", "evaluation.rows=1"]
+    try:
+        for wanted in (False, True):
+            assert main([*words, f"deterministic={str(wanted).lower()}"]) == 0
+            assert torch.are_deterministic_algorithms_enabled() == wanted
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_the_resolved_config_goes_on_with_the_run(tiny: Path, tmp_path: Path) -> None:

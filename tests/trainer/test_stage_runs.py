@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.trainer.test_stages import staged
 from tests.trainer.tiny import assert_same_run, column, saved_tensors, steps_in_file, train
 from trainer.config import ConfigError, load_config
 from trainer.dry_run import dry_run
+from trainer.metrics_file import read_metrics
 from trainer.plan import plan, recipe_part
 from trainer.report import write_report
 from trainer.stages import Recipe
@@ -29,7 +31,10 @@ STAGES: list[dict[str, Any]] = [
 ]
 BORDERS = [3, 5, 8, 10]
 STEPS = 13
-COMMON = ("metrics.layers_every=0", "data.batch_rows=4", "evaluation.every=4", "evaluation.rows=4")
+COMMON = (
+    *("metrics.layers_every=0", "evaluation.every=4", "evaluation.rows=4"),
+    *("data.batch_rows=4", "stability.spikes={}", "stability.anticipation.lead=2"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +105,25 @@ def test_what_a_stage_trains(straight: Path) -> None:
     assert warmup == indexers and not rest
     sparse, rest = changed(8, 10)
     assert sparse == indexers and len(rest) > 0.9 * len(others)
+
+
+def test_what_a_stage_begins_with_is_compared_with_nothing(straight: Path, path: Path) -> None:
+    recipe = Recipe(load_config(path))
+    for step in range(2, STEPS, 2):
+        state = json.loads((straight / f"checkpoints/step-{step:08d}/state.json").read_text())
+        assert len(state["history"]["loss"]) == step - recipe.at(step - 1).first, step
+
+
+def test_updates_are_as_large_as_the_rate_says(straight: Path, path: Path) -> None:
+    """Muon's: 0.18 of the learning rate (REP 2.4), and a tenth of the weights for their decay."""
+    rate = Recipe(load_config(path)).learning_rate(STEPS - 1)
+    (groups,) = [record["groups"] for record in records_of(straight) if "groups" in record]
+    for group in ("experts", "attention"):
+        assert groups["update_rms"][group] == pytest.approx(0.18 * rate, rel=0.05), group
+
+
+def records_of(run: Path) -> list[dict[str, Any]]:
+    return read_metrics(run / "metrics.jsonl")
 
 
 def test_what_the_metrics_say(straight: Path, path: Path) -> None:

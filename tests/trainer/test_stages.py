@@ -94,6 +94,7 @@ def change(number: int, **fields: Any) -> list[dict[str, Any]]:
         (change(4, row_length=64), {}, r"stages.4.row_length = 64 is shorter than the 96 of"),
         (change(2, until=2900), {}, "stages.2.until = 2,900 overlaps what comes before, which"),
         (change(1, until=1530), {}, "stages.1.until = 1,530 overlaps"),
+        (change(1, until=1536), {}, "stages.1.until = 1,536 overlaps"),
         (CHANGING, {"steps": 50}, "steps = 50, but the stages have 45: they should cover the run"),
         (CHANGING, {"steps": 40}, "steps = 40, but the stages have 45"),
         (CHANGING[:2] + CHANGING[3:], {}, "stages.2.attention = sparse should come after a stage"),
@@ -138,5 +139,7 @@ def test_every_step_of_a_ramp_must_fit_the_processes(tiny: Path, tmp_path: Path)
 def test_more_picks_than_entries_are_noted_once(tiny: Path, tmp_path: Path) -> None:
     path = staged(tiny, tmp_path, CHANGING)
     assert not Recipe(load_config(path)).notes()
-    (note,) = Recipe(load_config(path, ["model.index_topk=64"])).notes()
-    assert "rows of 96 have 24 entries and model.index_topk is 64" in note
+    for picks in (64, 24):
+        (note,) = Recipe(load_config(path, [f"model.index_topk={picks}"])).notes()
+        assert f"rows of 96 have 24 entries and model.index_topk is {picks}" in note
+    assert not Recipe(load_config(path, ["model.index_topk=23"])).notes()
