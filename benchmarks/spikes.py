@@ -1,15 +1,17 @@
 """Spikes made on purpose: when they are seen, and how a run goes on that turns back or does not.
 
     python -m benchmarks.spikes FOLDER [--fault-at 336]
-    python -m benchmarks.spikes FOLDER --calm 2000 [--until 500]
+    python -m benchmarks.spikes FOLDER --wide --fault-at 320
+    python -m benchmarks.spikes FOLDER --calm 2000
 
 The first form trains a small model on the demo's text for a while, and from that checkpoint goes on
 seven times: undisturbed, and with each of three faults with and without `stability.spikes`. The
 faults: one batch of random tokens, a router's row scaled by 100, and a learning rate 50 times too
 large for three steps. Compared are the held-out loss 30 steps after the fault and, as a mean over
 these steps, by how much the loss of training is above that of the undisturbed run, which sees the
-same batches. The second form trains without a fault and counts the alarms; it goes on from its
-checkpoint, so that `--until` runs it in pieces.
+same batches. `--wide` takes twice the width and twice the tokens a step. The last form trains
+without a fault and counts the alarms. Cut at any time and started again, all go on: long runs from
+their newest checkpoint, a run with a fault from the common one.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.stability_runs import small, trainer_of
+from benchmarks.stability_runs import WIDE, small, trainer_of
 from data import Batch
 from trainer.metrics_file import read_events, read_metrics
 from trainer.spikes import SpikeDetector
@@ -38,6 +40,7 @@ SPIKES = (
     "stability.anticipation.steps=20",
 )
 CONSTANT = ("optim.schedule.decay_fraction=0.0",)
+CUT = ("checkpoint.every=50",)
 Fault = Callable[[Trainer, int], None]
 
 
@@ -102,7 +105,8 @@ def run(folder: Path, name: str, fault: Fault | None, at: int, *settings: str) -
     end = at + 1 + AFTER
     length = (f"steps={end}", f"evaluation.every={end}")
     config = small(folder, name, *CONSTANT, *length, *SPIKES, *settings)
-    if not config.run_dir.exists():
+    if steps_done(config.run_dir) < end:
+        shutil.rmtree(config.run_dir, ignore_errors=True)  # it was cut: a fault comes only once
         shutil.copytree(common(folder, at - BEFORE, *settings), config.run_dir)
         trainer = trainer_of(config)
         if fault is not None:
@@ -113,10 +117,17 @@ def run(folder: Path, name: str, fault: Fault | None, at: int, *settings: str) -
 
 def common(folder: Path, steps: int, *settings: str) -> Path:
     """The run folder of the steps that all runs have in common."""
-    config = small(folder, "common", *CONSTANT, *SPIKES, *settings, f"steps={steps}")
-    if not config.run_dir.exists():
+    config = small(folder, "common", *CONSTANT, *SPIKES, *CUT, *settings, f"steps={steps}")
+    if steps_done(config.run_dir) < steps:
         trainer_of(config).run()
     return config.run_dir
+
+
+def steps_done(run_dir: Path) -> int:
+    """Steps in the run's metrics; a run that ended has all of them."""
+    path = run_dir / "metrics.jsonl"
+    records = read_metrics(path) if path.is_file() else []
+    return int(records[-1]["step"]) if records else 0
 
 
 def heldout(run_dir: Path) -> float:
@@ -124,17 +135,17 @@ def heldout(run_dir: Path) -> float:
     return float(read_metrics(run_dir / "metrics.jsonl")[-1]["heldout_loss"])
 
 
-def faults(folder: Path, at: int, *rate: str) -> Table:
+def faults(folder: Path, at: int, *settings: str) -> Table:
     """Every fault with and without turning back, beside the undisturbed run."""
-    calm = run(folder, "undisturbed", None, at, *rate)
+    calm = run(folder, "undisturbed", None, at, *settings)
     table = Table(title=f"held-out loss after step {at + 1 + AFTER}, the fault in step {at + 1}")
     for column in ("fault", "seen in step", "back to", "undisturbed", "turned back", "apart"):
         table.add_column(column, justify="right")
     for column in ("above in training", "not turned back", "apart", "above in training"):
         table.add_column(column, justify="right")
     for name, fault in FAULTS.items():
-        turned = run(folder, f"{name}, with", fault, at, *rate)
-        off = (*rate, "stability.spikes=null")
+        turned = run(folder, f"{name}, with", fault, at, *settings)
+        off = (*settings, "stability.spikes=null")
         not_turned = run(folder, f"{name}, without", fault, at, *off)
         events = [event for _, event in read_events(turned / "metrics.jsonl")]
         table.add_row(
@@ -160,12 +171,10 @@ def compared(run_dir: Path, calm: Path, at: int) -> list[str]:
     return [f"{found:.4f}", f"{found - heldout(calm):+.4f}", f"{above:+.4f}"]
 
 
-def calm(folder: Path, steps: int, until: int, *rate: str) -> str:
+def calm(folder: Path, steps: int, *settings: str) -> str:
     """Train without a fault and count the alarms, and how close it came to one."""
-    config = small(folder, "calm", *SPIKES, *rate, f"steps={steps}")
-    trainer = trainer_of(config)
-    trainer.periodic.append(lambda state, _: state.step == until - 1 and trainer.stop.make())
-    trainer.run()
+    config = small(folder, "calm", *SPIKES, *CUT, *settings, f"steps={steps}")
+    trainer_of(config).run()
     path = config.run_dir / "metrics.jsonl"
     records, events = read_metrics(path), read_events(path)
     assert config.stability.spikes is not None
@@ -188,13 +197,13 @@ def main() -> None:
     parser.add_argument("--fault-at", type=int, default=336)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--calm", type=int, default=0)
-    parser.add_argument("--until", type=int, default=0)
+    parser.add_argument("--wide", action="store_true")
     options = parser.parse_args()
-    rate = (f"optim.learning_rate={options.learning_rate}",)
+    settings = (f"optim.learning_rate={options.learning_rate}", *WIDE * options.wide)
     if options.calm:
-        print(calm(options.folder, options.calm, options.until or options.calm, *rate))
+        print(calm(options.folder, options.calm, *settings))
     else:
-        Console(width=170).print(faults(options.folder, options.fault_at - 1, *rate))
+        Console(width=170).print(faults(options.folder, options.fault_at - 1, *settings))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,19 @@ SMALL = (
     "metrics.layers_every=0",
 )
 
+WIDE = (
+    "model.hidden_size=64",
+    "model.num_attention_heads=4",
+    "model.q_lora_rank=32",
+    "model.o_lora_rank=16",
+    "model.sliding_window=32",
+    "model.index_topk=8",
+    "model.hca_compress_ratio=32",
+    "model.moe_intermediate_size=32",
+    "data.row_length=128",
+)
+"""Twice the width, and twice the tokens a step."""
+
 
 def small(folder: Path, name: str, *settings: str) -> RunConfig:
     """The config of a small run in `folder`."""
