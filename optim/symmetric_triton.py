@@ -37,7 +37,7 @@ def _product(
 ):
     pair = tl.program_id(0) % pairs
     matrix = (tl.program_id(0) // pairs).to(tl.int64)
-    # pair = i (i + 1) / 2 + j with j <= i; the root may be off by one.
+    # pair = i (i + 1) / 2 + j with j <= i; the root, rounded as a GPU does it, may be off by one.
     i = ((tl.sqrt(8.0 * pair.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     i = tl.where((i + 1) * (i + 2) // 2 <= pair, i + 1, i)
     i = tl.where(i * (i + 1) // 2 > pair, i - 1, i)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -49,16 +52,49 @@ def test_triton_equals_float64_and_is_symmetric(shape, seed):
     torch.testing.assert_close(plain.double(), a.double() @ a.double().mT, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("error", [-0.1, 0.1])
 @interpreted
-def test_every_pair_of_blocks_is_found():
-    """The number of a pair becomes its row by a root in fp32: 4,000 blocks are far enough."""
-    rows = 1000
-    pair = torch.arange(rows * (rows + 1) // 2)
-    i = ((torch.sqrt(8.0 * pair.float() + 1.0) - 1.0) * 0.5).int()
-    i = torch.where((i + 1) * (i + 2) // 2 <= pair, i + 1, i)
-    i = torch.where(i * (i + 1) // 2 > pair, i - 1, i)
-    j = pair - i * (i + 1) // 2
-    assert (j >= 0).all() and (j <= i).all() and int(i[-1]) == rows - 1
+def test_every_pair_of_blocks_is_found(error):
+    """A pair's row comes from its number by a root, which a GPU rounds; here it is off by one."""
+    import triton.language as tl
+
+    from optim import symmetric_triton
+
+    a = rand(1, 90, 5)
+    exact = tl.sqrt
+    tl.sqrt = lambda x: exact(x) * (1 + error)
+    try:
+        out = symmetric_triton.product_(
+            torch.full((1, 90, 90), torch.nan), a, None, 0.0, 1.0, block=16, block_k=16
+        )
+    finally:
+        tl.sqrt = exact
+    torch.testing.assert_close(out, a @ a.mT, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_newton_schulz_uses_the_kernel_as_on_a_gpu_that_has_shown_it_right():
+    a = rand(2, 40, 70)
+    plain = newton_schulz(a)
+    with patch.multiple(symmetric, COMPARED_ON_GPU=True, _fits=lambda a_NRC: True):
+        ours = newton_schulz(a)
+    assert not torch.equal(ours, plain), "the sums are in another order"
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "fits"),
+    [
+        ("cuda", torch.bfloat16, (9, 0), True),
+        ("cuda", torch.float16, (10, 0), True),
+        ("cuda", torch.float32, (9, 0), False),
+        ("cuda", torch.bfloat16, (8, 9), False),
+        ("cpu", torch.bfloat16, (9, 0), False),
+    ],
+)
+def test_where_the_kernel_runs(device, dtype, capability, fits, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert symmetric._fits(SimpleNamespace(device=torch.device(device), dtype=dtype)) is fits
 
 
 @compiled

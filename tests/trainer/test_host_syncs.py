@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,26 +15,37 @@ from trainer.parallel.grid import Grid
 from trainer.trainer import build, make_engine
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"
+LENGTHS = [[512], [200, 312], [1, 2, 509], [128] * 4]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_nothing_waits_for_the_device_between_rows_and_update():
+def step_on(device: torch.device) -> Callable[[], None]:
+    """From rows on the host to new weights and router biases on the device."""
     config = load_config(CONFIG, ["precision=bf16"])
-    grid = Grid.single(torch.device("cuda"))
+    grid = Grid.single(device)
     local, optimizer = build(config, grid)
     engine = make_engine(config, local, grid, optimizer)
     tokens = torch.randint(3, 4096, (4, 513), generator=torch.Generator().manual_seed(0))
-    batch = Batch(
-        tokens[:, :-1].contiguous().pin_memory(),
-        tokens[:, 1:].contiguous().pin_memory(),
-        [[512], [200, 312], [1, 2, 509], [128] * 4],
-    )
+    rows, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    if device.type == "cuda":
+        rows, targets = rows.pin_memory(), targets.pin_memory()
+    batch = Batch(rows, targets, LENGTHS)
 
     def step() -> None:
         losses = engine.forward_backward([batch])
         engine.step(1e-6, engine.gradient_norm())
         local.model.update_router_bias(losses.expert_load)
 
+    return step
+
+
+def test_no_number_is_read_between_rows_and_update():
+    """Without a GPU: the meta device's tensors have no numbers, so that reading one is an error."""
+    step_on(torch.device("meta"))()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_waits_for_the_device_between_rows_and_update():
+    step = step_on(torch.device("cuda"))
     step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")

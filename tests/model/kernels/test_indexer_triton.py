@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import Tensor
@@ -25,11 +27,13 @@ def inputs(lengths: list[int], seed: int, whole: bool) -> tuple[Tensor, Tensor, 
 
 
 def select(q: Tensor, keys: Tensor, weights: Tensor, lengths: list[int], k: int) -> Tensor:
+    """In several launches of several programs."""
     from model.kernels import indexer_triton
 
     many = sum(lengths) > 1000
     size = {"rows": 128 * HEADS, "block_n": 32} if many else {"rows": 16 * HEADS, "block_n": 8}
-    return indexer_triton.select_topk(q, keys, weights, ranges_of(lengths), k, **size)
+    with patch.object(indexer_triton, "_CHUNK_TOKENS", 512 if many else 32):
+        return indexer_triton.select_topk(q, keys, weights, ranges_of(lengths), k, **size)
 
 
 def as_sets(selected: Tensor) -> Tensor:
