@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from model import ModelConfig, SampleLayout
-from model.kernels.attention import reference_attention, reference_entry_mass
+from model.kernels.attention_reference import reference_attention, reference_entry_mass
 from model.kernels.compressor import reference_pool_windows
 from model.kernels.indexer import reference_select_topk
 from model.kernels.indexer_loss import reference_indexer_loss
@@ -108,7 +108,7 @@ def attention_task(config: ModelConfig, kind: Any, row: int) -> Task:
 
 def mass_task(config: ModelConfig, row: int) -> Task:
     """The indexer's teacher over the first block of entries, at most 4096 of them."""
-    from model.kernels import attention_triton
+    from model.kernels import attention_mass_triton
 
     positions = Positions(config, SampleLayout.from_lengths([[row]], device=DEVICE))
     ranges, rotation = positions.ranges("csa"), positions.rotation("csa")
@@ -119,7 +119,9 @@ def mass_task(config: ModelConfig, row: int) -> Task:
     visible = np.asarray(ranges.host_entry_end_T) - np.asarray(ranges.host_entry_start_T)
     pairs = heads * dim * float(np.minimum(visible, block["stop"]).sum())
     implementations: dict[str, Callable[..., Tensor]] = {
-        "triton": lambda q, e: attention_triton.entry_mass(q, e, lse, rotation, ranges, **block)
+        "triton": lambda q, e: attention_mass_triton.entry_mass(
+            q, e, lse, rotation, ranges, **block
+        )
     }
     implementations |= references(
         lambda q, e: reference_entry_mass(q, e, lse, rotation, ranges, **block), row

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import backend
-from model.kernels.attention import AttentionRanges
+from model.kernels.ranges import AttentionRanges
 
 _BLOCK_SCORES = 1 << 19
 """Per-head scores held at once; bounds the workspace whatever the row length."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from model.kernels import backend
-from model.kernels.attention import AttentionRanges, entry_mass
+from model.kernels.attention import entry_mass
+from model.kernels.ranges import AttentionRanges
 
 Mass = Callable[[Any, slice], Tensor]
 """mass(rows, columns): fp32 attention summed over all heads, [rows, columns] of queries (a slice or
@@ -161,12 +162,16 @@ def blocks(
         yield rows, slice(low, max(int(end_T[rows].max()), low))
 
 
+_Inputs = tuple[Tensor, Tensor, Tensor]
+"""The indexer's queries, keys and head weights."""
+
+
 class _Block:
     """Scores of some queries, and the share of the mass that each entry should have."""
 
     def __init__(
         self,
-        inputs: tuple[Tensor, Tensor, Tensor],
+        inputs: _Inputs,
         mass: Mass,
         ranges: AttentionRanges,
         selected: Tensor | None,
@@ -218,6 +223,28 @@ class _Block:
         return torch.bmm(grad_dots, self.keys), grad_weights, grad_keys.flatten(0, 1)
 
 
+class _Gradients:
+    """Of queries, keys and head weights, over all blocks."""
+
+    def __init__(self, inputs: _Inputs) -> None:
+        q, keys, weights = inputs
+        self.q, self.weights = torch.zeros_like(q), torch.zeros_like(weights)
+        self.keys = torch.zeros_like(keys, dtype=torch.promote_types(q.dtype, torch.float32))
+        self.dtype = keys.dtype
+
+    def add(self, block: _Block, lse_n: Tensor, grad_n: Tensor) -> None:
+        """``grad_n`` is that of each query's divergence."""
+        rows = block.rows
+        self.q[rows], self.weights[rows], grad_keys = block.gradients(lse_n, grad_n)
+        if block.index is None:
+            self.keys[block.columns] += grad_keys
+        else:
+            self.keys.index_add_(0, block.index, grad_keys)
+
+    def of_inputs(self) -> _Inputs:
+        return self.q, self.keys.to(self.dtype), self.weights
+
+
 class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -246,9 +273,6 @@ class _Objective(torch.autograd.Function):
         return *gradients, *[None] * 5
 
 
-_Inputs = tuple[Tensor, Tensor, Tensor]
-
-
 def _by_backward(
     inputs: _Inputs,
     mass: Mass,
@@ -274,23 +298,17 @@ def _in_one_pass(
     needs_grad: bool,
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """The objective and its gradients, block by block."""
-    q, keys, weights = inputs
+    q, keys, _ = inputs
     exact = torch.promote_types(q.dtype, torch.float32)
     total = torch.zeros((), dtype=exact, device=q.device)
-    grad_q, grad_weights = torch.zeros_like(q), torch.zeros_like(weights)
-    grad_keys = torch.zeros_like(keys, dtype=exact)
+    gradients = _Gradients(inputs) if needs_grad else None
     for rows, columns in _blocks_of(q, keys, ranges, selected):
         block = _Block(inputs, mass, ranges, selected, rows, columns)
         loss_n, lse_n = block.divergence()
         total += (loss_n * share[rows]).sum()
-        if not needs_grad:
-            continue
-        grad_q[rows], grad_weights[rows], grad = block.gradients(lse_n, share[rows])
-        if block.index is None:
-            grad_keys[columns] += grad
-        else:
-            grad_keys.index_add_(0, block.index, grad)
-    return total, (grad_q, grad_keys.to(keys.dtype), grad_weights) if needs_grad else ()
+        if gradients is not None:
+            gradients.add(block, lse_n, share[rows])
+    return total, () if gradients is None else gradients.of_inputs()
 
 
 class _IndexerLoss(torch.autograd.Function):
@@ -316,16 +334,12 @@ class _IndexerLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
         q, keys, weights, selected, lse_T = ctx.saved_tensors
-        grad_q, grad_weights = torch.zeros_like(q), torch.zeros_like(weights)
-        grad_keys = torch.zeros_like(keys, dtype=lse_T.dtype)
+        inputs = (q, keys, weights)
+        gradients = _Gradients(inputs)
         for rows, columns in _blocks_of(q, keys, ctx.ranges, selected):
-            block = _Block((q, keys, weights), ctx.mass, ctx.ranges, selected, rows, columns)
-            grad_q[rows], grad_weights[rows], grad = block.gradients(lse_T[rows], grad_T[rows])
-            if block.index is None:
-                grad_keys[columns] += grad
-            else:
-                grad_keys.index_add_(0, block.index, grad)
-        return grad_q, grad_keys.to(keys.dtype), grad_weights, None, None, None
+            block = _Block(inputs, ctx.mass, ctx.ranges, selected, rows, columns)
+            gradients.add(block, lse_T[rows], grad_T[rows])
+        return *gradients.of_inputs(), None, None, None
 
 
 def _blocks_of(

@@ -35,9 +35,10 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels import backend
-from model.kernels.attention import AttentionRanges
-from model.kernels.attention_triton import add_pairs
 from model.kernels.indexer_loss import LEAST_MASS, Mass, blocks
+from model.kernels.indexer_triton import FAR, scored
+from model.kernels.pairs_triton import add_pairs
+from model.kernels.ranges import AttentionRanges, queries_of_blocks
 
 _ROWS = 128
 """Pairs (token, head) of a program."""
@@ -48,7 +49,6 @@ _PAIR_BYTES = 1 << 28
 """Gradients of lists' keys held at once."""
 _KEY_PROGRAMS = 264
 """Two for each multiprocessor; fewer blocks of keys than that share out their queries."""
-_FAR = tl.constexpr(2**31 - 1)
 _LEAST = tl.constexpr(LEAST_MASS)
 
 
@@ -72,14 +72,6 @@ def _entries(
 
 
 @triton.jit
-def _scored(ready, tile, weight, BLOCK_T: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """ReLU(q · k) of all heads [T · I, BLOCK_N], and the scores [T, BLOCK_N]."""
-    dots = tl.maximum(tl.dot(ready, tl.trans(tile), input_precision="ieee"), 0.0)
-    weighted = tl.reshape(dots * weight[:, None], (BLOCK_T, HEADS, BLOCK_N))
-    return dots, tl.sum(weighted, 1)
-
-
-@triton.jit
 def _rows_of_program(
     entry_start,
     entry_end,
@@ -94,7 +86,7 @@ def _rows_of_program(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     token = program * BLOCK_T + tl.arange(0, BLOCK_T)
     row = program * BLOCK_T * HEADS + tl.arange(0, BLOCK_T * HEADS)
-    low = tl.load(entry_start + token, mask=token < tokens, other=_FAR)
+    low = tl.load(entry_start + token, mask=token < tokens, other=FAR)
     high = tl.load(entry_end + token, mask=token < tokens, other=0)
     first, end = tl.min(low, 0), tl.max(high, 0)
     if LISTS:
@@ -137,7 +129,7 @@ def _forward(
     for at in tl.range(first, end, BLOCK_N):
         n, column, seen = _entries(at, low, high, picked, token, begin, width, BLOCK_N, LISTS)
         tile = tl.load(keys + n.to(tl.int64)[:, None] * DIM + dim, mask=(n >= 0)[:, None], other=0)
-        _, scores = _scored(ready, tile, weight, BLOCK_T, HEADS, BLOCK_N)
+        _, scores = scored(ready, tile, weight, BLOCK_T, HEADS, BLOCK_N)
         place = token.to(tl.int64)[:, None] * width + column[None, :]
         m = tl.load(mass + place, mask=seen, other=0.0)
         m = tl.where(m < _LEAST, 0.0, m)
@@ -199,7 +191,7 @@ def _grad_queries(
     for at in tl.range(first, end, BLOCK_N):
         n, column, seen = _entries(at, low, high, picked, token, begin, width, BLOCK_N, LISTS)
         tile = tl.load(keys + n.to(tl.int64)[:, None] * DIM + dim, mask=(n >= 0)[:, None], other=0)
-        dots, scores = _scored(ready, tile, weight, BLOCK_T, HEADS, BLOCK_N)
+        dots, scores = scored(ready, tile, weight, BLOCK_T, HEADS, BLOCK_N)
         place = token.to(tl.int64)[:, None] * width + column[None, :]
         m = tl.load(mass + place, mask=seen, other=0.0)
         target = tl.where(m < _LEAST, 0.0, m) / divisor[:, None]
@@ -254,7 +246,7 @@ def _grad_keys(
         held = row < tokens * HEADS
         ready = tl.load(q + row.to(tl.int64)[:, None] * DIM + dim, mask=held[:, None], other=0.0)
         weight = tl.load(weights + row, mask=held, other=0.0).to(tl.float32)
-        low = tl.load(entry_start + token, mask=token < tokens, other=_FAR)
+        low = tl.load(entry_start + token, mask=token < tokens, other=FAR)
         high = tl.load(entry_end + token, mask=token < tokens, other=0)
         seen = (n[:, None] >= low[None, :]) & (n[:, None] < high[None, :])
         place = token.to(tl.int64)[None, :] * width + column[:, None]
@@ -418,11 +410,10 @@ class _IndexerLoss(torch.autograd.Function):
 
 
 def _range_gradients(b: _Block, q: Tensor, keys: Tensor, weights: Tensor, scores: Tensor) -> Tensor:
-    """fp32 gradient of the block's keys from that of its scores; ranges' ends only grow."""
+    """fp32 gradient of the block's keys from that of its scores."""
     block_n = b.sizes["BLOCK_N"]
     first = torch.arange(b.columns.start, b.columns.stop, block_n, device=q.device).int()
-    query_start = torch.searchsorted(b.high, first, right=True, out_int32=True)
-    query_end = torch.searchsorted(b.low, first + (block_n - 1), right=True, out_int32=True)
+    query_start, query_end = queries_of_blocks(first, block_n, b.low, b.high)
     parts = min(max(_KEY_PROGRAMS // len(first), 1), triton.cdiv(b.tokens, b.block_t))
     grad = torch.empty((parts, b.width, q.shape[2]), dtype=torch.float32, device=q.device)
     _grad_keys[(len(first), parts)](

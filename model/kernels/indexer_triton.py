@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels import backend
-from model.kernels.attention import AttentionRanges
+from model.kernels.ranges import AttentionRanges
 
 _ROWS = 128
 """Pairs (token, head) of a program."""
@@ -35,7 +35,15 @@ _MOST_KEPT = 2048
 _CHUNK_TOKENS = 1 << 14
 """Tokens of one launch; bounds the scratch at 8 bytes for each of their k best."""
 _LOWEST = tl.constexpr(-(2**63))
-_FAR = tl.constexpr(2**31 - 1)
+FAR = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def scored(ready, tile, weight, BLOCK_T: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """ReLU(q · k) of all heads [T · I, BLOCK_N], and the scores [T, BLOCK_N]."""
+    dots = tl.maximum(tl.dot(ready, tl.trans(tile), input_precision="ieee"), 0.0)
+    weighted = tl.reshape(dots * weight[:, None], (BLOCK_T, HEADS, BLOCK_N))
+    return dots, tl.sum(weighted, 1)
 
 
 @triton.jit
@@ -70,7 +78,7 @@ def _select(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     token = first_token + program * BLOCK_T + tl.arange(0, BLOCK_T)
     live = token < tokens
-    low = tl.load(entry_start + token, mask=live, other=_FAR)
+    low = tl.load(entry_start + token, mask=live, other=FAR)
     high = tl.load(entry_end + token, mask=live, other=0)
     first, end = tl.min(low, 0), tl.max(high, 0)
     # Where no query sees more than k entries there is nothing to choose.
@@ -89,9 +97,7 @@ def _select(
             n = base + step + tl.arange(0, BLOCK_N)
             at = n.to(tl.int64)[:, None] * DIM + dim
             tile = tl.load(keys + at, mask=(n < end)[:, None], other=0.0)
-            dots = tl.dot(ready, tl.trans(tile), input_precision="ieee")
-            dots = tl.maximum(dots, 0.0) * weight[:, None]
-            scores = tl.sum(tl.reshape(dots, (BLOCK_T, HEADS, BLOCK_N)), 1)
+            _, scores = scored(ready, tile, weight, BLOCK_T, HEADS, BLOCK_N)
             visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
             column = (step + tl.arange(0, BLOCK_N))[None, :]
             tl.store(strip + own + column, _ordered(scores, n[None, :], visible))

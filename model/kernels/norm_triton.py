@@ -24,33 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels import backend
+from model.kernels.rotation_triton import angles_of, turned
 
 _ELEMENTS = 8192
 """Numbers that a program of 8 warps holds at once."""
 _PARTS = 528
 """Partial sums of the weight's gradient: four for each multiprocessor."""
-
-
-@triton.jit
-def _turned(
-    x,
-    rotation,
-    place,
-    live,
-    sign,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROTARY: tl.constexpr,
-):
-    """fp32 x [ROWS, BLOCK], of which DIM count, its last ROTARY dims turned by sign · angle."""
-    even, odd = tl.split(tl.reshape(x, (ROWS, BLOCK // 2, 2)))
-    pair = tl.arange(0, BLOCK // 2) - (DIM - ROTARY) // 2
-    turns = live[:, None] & ((pair >= 0) & (pair < ROTARY // 2))[None, :]
-    at = rotation + place.to(tl.int64)[:, None] * ROTARY + 2 * pair[None, :]
-    cos = tl.load(at, mask=turns, other=1.0)
-    sin = tl.load(at + 1, mask=turns, other=0.0) * sign
-    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (ROWS, BLOCK))
 
 
 @triton.jit
@@ -79,7 +58,7 @@ def _forward(
         rstd = tl.rsqrt(tl.sum(y * y, 1) / DIM + eps)
         y = y * rstd[:, None] * tl.load(weight + dim, mask=dim < DIM, other=0.0)[None, :]
     if ROTARY:
-        y = _turned(y, rotation, row // heads, live, sign, ROWS, DIM, BLOCK, ROTARY)
+        y = turned(y, rotation, row // heads, live, sign, ROWS, DIM, BLOCK, ROTARY)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
@@ -113,7 +92,7 @@ def _backward(
         y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
         if ROTARY:
-            grad = _turned(grad, rotation, row, live, -1.0, ROWS, DIM, BLOCK, ROTARY)
+            grad = turned(grad, rotation, row, live, -1.0, ROWS, DIM, BLOCK, ROTARY)
         rstd = tl.rsqrt(tl.sum(y * y, 1) / DIM + eps)[:, None]
         y *= rstd
         acc += tl.sum(grad * y, 0)
@@ -132,7 +111,7 @@ def rms_norm(
         UnsupportedError: a GPU cannot run this device, dtype or width.
     """
     backend.norm(x.device, x.dtype, x.shape[-1], asked=True)
-    angles = None if rotation is None else _angles(rotation)
+    angles = None if rotation is None else angles_of(rotation)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     return _Norm.apply(flat, weight, angles, eps, dtype).view(x.shape)
 
@@ -142,12 +121,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     backend.norm(x.device, x.dtype, x.shape[-1], asked=True)
     heads = x[0, ..., 0].numel() if len(x) else 1
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    return _Rotate.apply(flat, _angles(rotation), heads).view(x.shape)
-
-
-def _angles(rotation: Tensor) -> Tensor:
-    """Cosine and sine of every pair, fp32 [n, R]."""
-    return torch.view_as_real(rotation).flatten(1).contiguous()
+    return _Rotate.apply(flat, angles_of(rotation), heads).view(x.shape)
 
 
 def _sizes(x: Tensor, angles: Tensor | None) -> dict[str, int]:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import LayerType, ModelConfig
-from model.kernels.attention import AttentionRanges
 from model.kernels.indexer_loss import Mass
+from model.kernels.ranges import AttentionRanges
 from model.layout import SampleLayout, on_device
 from model.positions import Positions, Windows
 from model.rope import layer_frequencies, rotation

@@ -8,17 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels.attention import (
-    AttentionRanges,
-    reference_attention,
-    reference_entry_mass,
-)
+from model.kernels.attention_reference import reference_attention, reference_entry_mass
+from model.kernels.ranges import AttentionRanges
 from tests.model.kernels.compare import assert_same, rand
 from tests.model.kernels.interpreter import interpreted, last_program_first
 from tests.model.kernels.test_attention import EPS, Case
 
 if TYPE_CHECKING:
-    from model.kernels.attention_triton import Blocks
+    from model.kernels.attention_parts_triton import Blocks
 
 RTOL = 1e-5
 SEEDS = (0, 1, 2)
@@ -38,7 +35,7 @@ SHORT = ["more heads than rows", "short samples"]
 
 def blocks(case: Case) -> Blocks:
     """So small that every loop runs more than once, and no smaller: each step takes its time."""
-    from model.kernels.attention_triton import Blocks
+    from model.kernels.attention_parts_triton import Blocks
 
     if case.tokens > 1000:
         return Blocks(128, 128, 128, 128, 128, 128, programs=4, pair_bytes=1 << 16)
@@ -188,11 +185,12 @@ def test_more_keys_than_queries(k, seed):
 
 
 @pytest.mark.parametrize("k", [None, 5])
+@pytest.mark.parametrize("name", SHORT)
 @interpreted
-def test_lse_and_mass_equal_the_reference(k):
-    from model.kernels import attention_triton
+def test_lse_and_mass_equal_the_reference(name, k):
+    from model.kernels import attention_mass_triton, attention_triton
 
-    case = CASES["short samples"]
+    case = CASES[name]
     selected = case.select(k) if k else None
     q, kv, entries, sink = inputs(case, 3)
     shared = (case.rotation, case.ranges, selected)
@@ -203,9 +201,11 @@ def test_lse_and_mass_equal_the_reference(k):
         q, kv, entries, sink, *shared, norm_eps=EPS, blocks=blocks(case)
     )
     torch.testing.assert_close(lse, expected, rtol=0, atol=1e-5)
-    for start, stop in [(0, None)] if k else [(0, None), (3, 12)]:
+    for start, stop in [(0, None)] if k else [(0, None), (2, case.entries - 1)]:
         block = {"norm_eps": EPS, "start": start, "stop": stop}
-        mass = attention_triton.entry_mass(q, entries, lse, *shared, blocks=blocks(case), **block)
+        mass = attention_mass_triton.entry_mass(
+            q, entries, lse, *shared, blocks=blocks(case), **block
+        )
         other = reference_entry_mass(q, entries, expected, *shared, **block)
         assert float(other.max()) > 0.1
         torch.testing.assert_close(mass, other, rtol=0, atol=1e-5)
@@ -285,7 +285,7 @@ def test_more_rows_than_32_bits_number_are_refused():
 
 @interpreted
 def test_a_width_without_sizes_is_refused():
-    from model.kernels.attention_triton import blocks_for
+    from model.kernels.attention_parts_triton import blocks_for
 
     with pytest.raises(ValueError, match="head_dim is 48"):
         blocks_for(48)

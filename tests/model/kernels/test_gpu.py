@@ -153,7 +153,7 @@ def exact_mass(case: Case, selected: Tensor | None) -> Tensor:
 
 @pytest.mark.parametrize("k", [None, 64])
 def test_the_entries_mass(k):
-    from model.kernels import attention_triton
+    from model.kernels import attention_mass_triton, attention_triton
 
     case = case_of(4, 64, 512)
     selected = case.select(k) if k else None
@@ -161,7 +161,7 @@ def test_the_entries_mass(k):
     q, kv, entries, sink = attention_inputs(case)
     shared = (case.rotation, case.ranges, selected)
     _, lse = attention_triton.attention(q, kv, entries, sink, *shared, norm_eps=EPS)
-    mass = attention_triton.entry_mass(q, entries, lse, *shared, norm_eps=EPS).double()
+    mass = attention_mass_triton.entry_mass(q, entries, lse, *shared, norm_eps=EPS).double()
     if selected is not None:
         exact = exact.gather(1, selected.clamp(min=0).long()).masked_fill(selected < 0, 0.0)
     assert float((mass - exact).norm() / exact.norm()) <= ERROR

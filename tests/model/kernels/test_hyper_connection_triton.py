@@ -29,14 +29,15 @@ SIZES = [(150, 4, 75), (37, 2, 300), (1, 4, 10), (65, 1, 33)]
 @contextlib.contextmanager
 def small_blocks() -> Iterator[None]:
     """Columns in more than one block; and two programs at least where work is divided."""
-    from model.kernels import hyper_connection_triton as kernels
+    from model.kernels import hyper_connection_mix_triton as mix
+    from model.kernels import hyper_connection_project_triton as project
 
-    old = kernels._MIXED, kernels._COLUMNS
-    kernels._MIXED, kernels._COLUMNS = 64, 32
+    old = mix._MIXED, project._COLUMNS
+    mix._MIXED, project._COLUMNS = 64, 32
     try:
         yield
     finally:
-        kernels._MIXED, kernels._COLUMNS = old
+        mix._MIXED, project._COLUMNS = old
 
 
 def parameters(tokens: int, streams: int, dim: int, seed: int) -> list[Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.kernels.attention import AttentionRanges
 from model.kernels.indexer import entry_scores, select_topk
+from model.kernels.ranges import AttentionRanges
 from model.layout import SampleLayout
 from model.positions import Positions
 from tests.model.kernels.compare import rand

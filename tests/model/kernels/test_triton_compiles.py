@@ -41,13 +41,22 @@ NARROW = {"DIM": 128, "ROTARY": 32}
 
 def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     """Kernel, sizes and options as the public functions choose them."""
-    from model.kernels import attention_triton, compressor_triton, indexer_triton
+    from model.kernels import attention_key_gradient_triton as key_gradient
+    from model.kernels import (
+        attention_mass_triton,
+        attention_triton,
+        compressor_triton,
+        indexer_triton,
+        pairs_triton,
+    )
+    from model.kernels import attention_query_gradient_triton as query_gradient
     from model.kernels import indexer_loss_triton as loss_triton
+    from model.kernels.attention_parts_triton import blocks_for
 
     out: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {}
     for name, sizes, heads in (("V4", WIDE, 64), ("nano", NARROW, 16)):
-        b = attention_triton.blocks_for(sizes["DIM"])
-        options = {"num_warps": b.warps, "num_stages": b.stages}
+        b = blocks_for(sizes["DIM"])
+        options = b.options
         dim = {"DIM": sizes["DIM"]}
 
         def block(most: int, mode: int, heads: int = heads) -> dict[str, int]:
@@ -58,17 +67,17 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
             forward = sizes | block(b.rows, mode) | {"BLOCK_N": b.keys}
             backward = sizes | block(b.grad_rows, mode) | {"BLOCK_N": b.grad_keys}
             out[f"{name} forward {mode}"] = (attention_triton._forward, forward, options)
-            out[f"{name} queries {mode}"] = (attention_triton._grad_queries, backward, options)
+            out[f"{name} queries {mode}"] = (query_gradient._grad_queries, backward, options)
             if mode:
-                out[f"{name} mass {mode}"] = (attention_triton._mass, forward, options)
+                out[f"{name} mass {mode}"] = (attention_mass_triton._mass, forward, options)
         tile = dim | {"ROWS": b.key_rows, "BLOCK_N": b.key_keys}
-        out[f"{name} keys"] = (attention_triton._grad_keys, tile, options)
+        out[f"{name} keys"] = (key_gradient._grad_keys, tile, options)
         for atomic in (False, True):
-            picks = (attention_triton._grad_picks, tile | {"ATOMIC": atomic}, options)
+            picks = (key_gradient._grad_picks, tile | {"ATOMIC": atomic}, options)
             out[f"{name} picks, atomic {atomic}"] = picks
         few = {"num_warps": 4}
-        out[f"{name} prepare"] = (attention_triton._prepare, sizes | {"ROWS": 16}, few)
-        out[f"{name} sum"] = (attention_triton._sum_picks, dim | {"BLOCK": 16}, few)
+        out[f"{name} prepare"] = (query_gradient._prepare, sizes | {"ROWS": 16}, few)
+        out[f"{name} sum"] = (pairs_triton._sum_pairs, dim | {"BLOCK": 16}, few)
     choice = {"HEADS": 64, "DIM": 128, "BLOCK_T": 2, "BLOCK_N": 64}
     for k in (512, 1024):
         out[f"select {k}"] = (indexer_triton._select, choice | {"KEPT": k}, {"num_warps": 8})
@@ -88,7 +97,9 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
 
 def other_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     """The same of what is not attention."""
-    from model.kernels import hyper_connection_triton as streams
+    from model.kernels import hyper_connection_mix_triton as mix
+    from model.kernels import hyper_connection_project_triton as project
+    from model.kernels import hyper_connection_weights_triton as weights
     from model.kernels import norm_triton, permute_triton, swiglu_triton
 
     four, out = {"num_warps": 4}, {}
@@ -101,19 +112,19 @@ def other_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     for head, rows in ((False, 24), (True, 4)):
         n = {"N": 4, "OUT": rows}
         wide = {"BLOCK_W": 32 if rows == 24 else 16}
-        tile = {"BLOCK_T": streams._TOKENS, "BLOCK_X": streams._COLUMNS} | wide
-        back = {"BLOCK_T": streams._BACK_TOKENS}
-        few = {"N": 4, "BLOCK_T": streams._FEW, "BLOCK_D": streams._MIXED}
-        weigh = n | {"BLOCK_T": streams._TOKENS, "STEPS": 19, "HEAD": head}
-        sizes = {
-            "_project": (tile | {"OUT": rows}, {"num_warps": 8, "num_stages": 3}),
-            "_weigh": (weigh | wide, {"num_warps": 2}),
-            "_weigh_back": (weigh, {"num_warps": 2}),
-            "_project_back": (n | tile | back, four | {"num_stages": 2}),
-            **{name: (few, four) for name in ("_mix", "_write", "_write_back", "_read_back")},
-        }
-        for name, (constants, options) in sizes.items():
-            out[f"streams {head} {name}"] = (getattr(streams, name), constants, options)
+        tile = {"BLOCK_T": project._TOKENS, "BLOCK_X": project._COLUMNS} | wide
+        back = {"BLOCK_T": project._BACK_TOKENS}
+        few = {"N": 4, "BLOCK_T": mix._FEW, "BLOCK_D": mix._MIXED}
+        weigh = n | {"BLOCK_T": weights._TOKENS, "STEPS": 19, "HEAD": head}
+        for kernel, constants, options in (
+            (project._project, tile | {"OUT": rows}, {"num_warps": 8, "num_stages": 3}),
+            (project._project_back, n | tile | back, four | {"num_stages": 2}),
+            (weights._weigh, weigh | wide, {"num_warps": 2}),
+            (weights._weigh_back, weigh, {"num_warps": 2}),
+            *((kernel, few, four) for kernel in (mix._mix, mix._mix_back)),
+            *((kernel, few, four) for kernel in (mix._write, mix._write_back)),
+        ):
+            out[f"streams {head} {kernel.__name__}"] = (kernel, constants, options)
     tile = {"WEIGHTED": True, "ROWS": swiglu_triton._ROWS, "COLUMNS": swiglu_triton._COLUMNS}
     for name in ("_forward", "_backward"):
         out[f"experts {name}"] = (getattr(swiglu_triton, name), tile, four)
