@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -23,11 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.optimizer_tasks import RATE, Matrices, interleaved, parameters_of, ratio
 from optim.config import MuonConfig
+from optim.zero_group import Precision
 from trainer.deepspeed_engine import import_deepspeed
 from trainer.parallel.grid import Grid
 from trainer.parallel.sizes import Sizes
 
-THEIR_STEPS = MuonConfig(coarse_steps=5, fine_steps=0)
+THEIR_STEPS = MuonConfig(coarse_steps=5, fine_steps=0, gram=True)
 
 
 class Sent(TorchDispatchMode):
@@ -51,6 +53,8 @@ class Sent(TorchDispatchMode):
             size = (n - 1) / n * _nbytes(args[0] if name != "_reduce_scatter_base_" else args[1])
         elif name in ("_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_"):
             size = (n - 1) * _nbytes(args[1])
+        elif name == "alltoall_base_":
+            size = (n - 1) / n * _nbytes(args[1])
         elif name == "barrier":
             size = 0
         else:
@@ -85,8 +89,7 @@ def weighted_sum(parameters: list[Parameter], gradients: list[Tensor]) -> Tensor
 def pair(rank: int, folder: str, path: str, experts: int, rounds: int) -> None:
     """Worker: everything in turn on two processes; the first writes what was measured."""
     torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
-    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # DeepSpeed's Muon, for minutes on a CPU
+    os.environ["LOCAL_RANK"] = str(rank)  # which DeepSpeed wants
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     matrices = Matrices(path, experts)
@@ -94,8 +97,9 @@ def pair(rank: int, folder: str, path: str, experts: int, rounds: int) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     calls: dict[str, Callable[[], object]] = {
         "ours": our_pair(matrices, gradients, MuonConfig()),
-        "ours, five steps": our_pair(matrices, gradients, THEIR_STEPS),
-        "DeepSpeed, ZeRO-2, five steps": deepspeed_pair(matrices, gradients),
+        "ours, experts' gradients in bf16": our_pair(matrices, gradients, MuonConfig(), "bf16"),
+        "ours, five steps, gram": our_pair(matrices, gradients, THEIR_STEPS),
+        "DeepSpeed's Muon, ZeRO-2: five steps, gram": deepspeed_pair(matrices, gradients),
         "plain all-reduce of gradients alone": lambda: dist.all_reduce(flat),
     }
     seconds = interleaved(calls, rounds, dist.barrier)
@@ -109,9 +113,11 @@ def pair(rank: int, folder: str, path: str, experts: int, rounds: int) -> None:
     dist.destroy_process_group()
 
 
-def our_pair(matrices: Matrices, gradients: list[Tensor], muon: MuonConfig) -> Callable[[], object]:
+def our_pair(
+    matrices: Matrices, gradients: list[Tensor], muon: MuonConfig, experts: Precision = "fp32"
+) -> Callable[[], object]:
     """A step of ours; parts of the buffer go out during backward."""
-    zero = matrices.zero(Grid.build(Sizes(2), torch.device("cpu")), muon)
+    zero = matrices.zero(Grid.build(Sizes(2), torch.device("cpu")), muon, experts)
     named = parameters_of(zero)
     parameters = [named[name] for name in matrices.shapes]
 
@@ -127,7 +133,8 @@ def our_pair(matrices: Matrices, gradients: list[Tensor], muon: MuonConfig) -> C
 
 
 def deepspeed_pair(matrices: Matrices, gradients: list[Tensor]) -> Callable[[], object]:
-    """A step of DeepSpeed's, its Muon as it comes but not compiled."""
+    """A step of DeepSpeed's, its Muon as it comes: it compiles itself in the first step."""
+    warnings.simplefilter("ignore", FutureWarning)  # of the compiler, about torch itself
     deepspeed = import_deepspeed(torch.device("cpu"))
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
@@ -163,7 +170,8 @@ def pair_table(path: str, experts: int, rounds: int) -> Table:
     table = Table(
         title=f"the same matrices on two processes of one thread: {size / 4e6:.1f}M elements P; "
         "backward, reduction, update and parameters back",
-        caption="bytes: what a process sends in a step, counted",
+        caption="bytes: what a process sends in a step, counted; Gram matrices are made anew every "
+        "second step in ours, once in five in DeepSpeed's",
     )
     for column in ("", "ms", "over ours", "MB sent", "over 4P", "of which, over 4P"):
         table.add_column(column, justify="left" if column in ("", "of which, over 4P") else "right")

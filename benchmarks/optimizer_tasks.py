@@ -16,6 +16,7 @@ from model import ModelConfig
 from model.shapes import Shapes, parameter_shapes
 from optim import HybridZero, OptimConfig, build_table
 from optim.config import MuonConfig
+from optim.zero_group import Precision
 from optim.zero_plan import newton_schulz_cost
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import place_all
@@ -95,12 +96,12 @@ class Matrices:
             if entry.matrices
         )
 
-    def zero(self, grid: Grid, muon: MuonConfig) -> HybridZero:
-        """Our optimizer over new parameters."""
+    def zero(self, grid: Grid, muon: MuonConfig, experts: Precision = "fp32") -> HybridZero:
+        """Our optimizer over new parameters; experts' gradients are sent in `experts`."""
         config = OptimConfig(muon=muon, clip_norm=None)
         parameters = {name: Parameter(value) for name, value in self.values(0).items()}
         placements = place_all(self.shapes, grid.sizes, grid.rank)
-        return make_zero(parameters, placements, self.table, config, grid)
+        return make_zero(parameters, placements, self.table, config, grid, expert_gradients=experts)
 
 
 def parameters_of(zero: HybridZero) -> dict[str, Parameter]:
