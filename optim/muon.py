@@ -22,9 +22,9 @@ def momentum_at(config: MuonConfig, step: int) -> float:
     return config.momentum_start + share * (config.momentum - config.momentum_start)
 
 
-def look_ahead(momentum_NRC: Tensor, gradient_NRC: Tensor, mu: float) -> Tensor:
-    """Nesterov's direction μM + G, where M already holds this step's gradient."""
-    return torch.add(gradient_NRC, momentum_NRC, alpha=mu)
+def look_ahead_(out_NRC: Tensor, momentum_NRC: Tensor, gradient_NRC: Tensor, mu: float) -> Tensor:
+    """Nesterov's direction μM + G into `out_NRC`, where M already holds this step's gradient."""
+    return torch.add(gradient_NRC, momentum_NRC, alpha=mu, out=out_NRC)
 
 
 def orthogonal_update(direction_NRC: Tensor, config: MuonConfig) -> Tensor:

@@ -20,7 +20,7 @@ from torch.optim.adamw import adamw
 
 from optim.config import OptimConfig
 from optim.errors import OptimError
-from optim.muon import apply_update_, look_ahead, momentum_at, orthogonal_update
+from optim.muon import apply_update_, look_ahead_, momentum_at, orthogonal_update
 from optim.partition import Assignment
 
 CPU_BATCH_BYTES = 2 * 2**20
@@ -123,14 +123,14 @@ class Optimizer:
         for name, gradient in gradients.items():
             self._momentum[name].mul_(mu).add_(gradient)
         for batch in self._batches(entries):
-            directions = []
-            for piece in batch:
-                name = piece.entry.name
-                momentum_NRC = piece.of(self._momentum[name])
-                ahead_NRC = look_ahead(momentum_NRC, piece.of(gradients[name]), mu)
-                directions.append(piece.wide(ahead_NRC))
-            update_NRC = orthogonal_update(torch.cat(directions), self.config.muon)
-            sizes = [direction.size(0) for direction in directions]
+            sizes = [piece.last - piece.first for piece in batch]
+            shape = sum(sizes), *sorted(_matrices(batch[0].entry)[1:])
+            direction_NRC = self.parameters[batch[0].entry.name].new_empty(shape)
+            for piece, part_NRC in zip(batch, direction_NRC.split(sizes), strict=True):
+                momentum_NRC = piece.of(self._momentum[piece.entry.name])
+                gradient_NRC = piece.of(gradients[piece.entry.name])
+                look_ahead_(piece.wide(part_NRC), momentum_NRC, gradient_NRC, mu)
+            update_NRC = orthogonal_update(direction_NRC, self.config.muon)
             for piece, part_NRC in zip(batch, update_NRC.split(sizes), strict=True):
                 entry = piece.entry
                 weight_NRC = piece.of(self.parameters[entry.name])
