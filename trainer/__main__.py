@@ -14,21 +14,25 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     import torch
 
     from trainer.failures import told_once
+    from trainer.memory_expected import expected, expected_words
     from trainer.out_of_memory import advised
     from trainer.parallel.grid import open_grid
     from trainer.preflight import preflight
     from trainer.trainer import Trainer
 
-    with told_once() as watch, open_grid(config.sizes, config.parallel.timeout_seconds) as grid:
-        watch.connect(grid)
-        if config.deterministic:
-            if grid.device.type == "cuda":
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        preflight(config, grid)
-        with advised(config, grid):
-            Trainer(config, grid, stop).run()
-        watch.close()
+    with told_once() as watch:
+        memory = expected(config)  # while there is no process group
+        with open_grid(config.sizes, config.parallel.timeout_seconds) as grid:
+            watch.connect(grid)
+            if config.deterministic:
+                if grid.device.type == "cuda":
+                    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+                torch.use_deterministic_algorithms(True)
+            preflight(config, grid)
+            notes = [expected_words(config, grid, memory)]
+            with advised(config, grid):
+                Trainer(config, grid, stop, notes).run()
+            watch.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

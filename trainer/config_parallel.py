@@ -48,6 +48,8 @@ class ParallelConfig(BaseModel):
     recompute: tuple[Literal["streams", "norms", "attention", "block"], ...] = ()
     """Activations that backward computes again: residual streams inside a block, norms' outputs,
     attention, or whole blocks."""
+    offload: tuple[Literal["attention", "block"], ...] = ()
+    """Of these parts of `recompute` the input waits for backward in the host's memory."""
     gradients: Literal["fp32", "bf16"] = "fp32"
     """What gradients are sent to their owners in; they are always summed in fp32."""
     expert_gradients: Literal["fp32", "bf16", "bf16_stochastic"] = "fp32"
@@ -112,6 +114,13 @@ class ParallelConfig(BaseModel):
                 f"parallel.expert_tensor = {self.expert_tensor} in multiples of 8; "
                 f"parallel.expert_tensor should be {nearest(self.expert_tensor, inner // 8)}"
             )
+        for part in self.offload:
+            if part not in self.recompute:
+                yield (
+                    f"parallel.offload = [{', '.join(self.offload)}] moves what is kept of a part "
+                    "that is computed again, but parallel.recompute = "
+                    f"[{', '.join(self.recompute)}] should have {part}, too"
+                )
         yield from self._pipeline_problems(model)
 
     def row_problems(self, length: int, where: str) -> Iterator[str]:

@@ -158,6 +158,15 @@ def dry_run(
     return DryRun(sizes, ranks, parameters, microbatches_of(planned, sizes), planned)
 
 
+def rank_memory(config: RunConfig, sizes: Sizes, rank: int) -> RankMemory:
+    """What one rank will hold in the stage with the largest microbatches, as `dry_run` counts it.
+
+    Raises RuntimeError inside a process group.
+    """
+    with as_rank(rank, sizes) as grid:
+        return _Part(config, grid, Recipe(config).largest).memory({})
+
+
 @contextmanager
 def as_rank(rank: int, sizes: Sizes) -> Iterator[Grid]:
     """The grid as `rank` would see it, on the meta device; its collectives move nothing."""
@@ -284,6 +293,10 @@ class _Part:
                 known[place] = self._measure(piece, micro)
             held += known[place].held * (counts[likeness] or 1)
             work = max(work, known[place].work)
+        if "block" in self.config.parallel.offload:
+            # Layers' inputs are on the host, but for what came from the stage before.
+            moved = max(len(plan.layers_of(number)) - (number > 0), 0)
+            held -= moved * self._streams(micro).nbytes
         return _Need(held, work)
 
     def _layer(self, row: int, micro: Microbatch, streams: Tensor) -> list[Tensor]:

@@ -19,6 +19,7 @@ import torch
 from trainer.config import ConfigError, RunConfig, load_config
 from trainer.errors import OutOfMemoryError
 from trainer.parallel.grid import Grid
+from trainer.words import gib
 
 SETTINGS = 3
 SECONDS = 900
@@ -66,6 +67,8 @@ def candidates(config: RunConfig) -> list[str]:
     for parts in (["norms", "streams"], ["attention", "norms", "streams"], ["block"]):
         if "block" not in recompute and not set(parts) <= recompute:
             found.append(f"parallel.recompute=[{','.join(parts)}]")
+    if "block" in recompute and "block" not in config.parallel.offload:
+        found.append("parallel.offload=[block]")
     found.append(f"data.row_length={data.row_length // 2}")
     return found
 
@@ -79,7 +82,6 @@ def estimate(config: RunConfig, world: int) -> int:
 
 def told(path: str, world: int) -> str:
     """The advice: the best settings first, beside what the run as it is asks for."""
-    from trainer.plan import gib
 
     config = load_config(path)
     sizes: dict[str, int] = {}

@@ -21,9 +21,8 @@ from trainer.parallel.sizes import DENSE, EXPERT, Sizes
 from trainer.parallel.stages import StagePlan
 from trainer.resident import assignment, memory_parts, snapshot_memory
 from trainer.stages import Recipe, Stage, short_length
-from trainer.words import duration, short
+from trainer.words import GIB, duration, gib, short
 
-GIB = 2**30
 UTILISATION = 0.4
 """Share of the peak that a run is taken to reach before it has been measured."""
 
@@ -242,11 +241,6 @@ def span(numbers: Iterable[int]) -> str:
     if len(numbers) < 2:
         return "".join(map(str, numbers))
     return f"{numbers[0]}-{numbers[-1]}"
-
-
-def gib(size: int) -> str:
-    """Bytes as GiB, or MiB below one of them."""
-    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
 
 
 class _TimeLeft:

@@ -25,8 +25,8 @@ from trainer.config import RunConfig
 from trainer.errors import PreflightError
 from trainer.parallel.collectives import gather_objects
 from trainer.parallel.grid import Grid
-from trainer.plan import GIB
 from trainer.resident import memory_parts, snapshot_memory
+from trainer.words import GIB
 
 PACKAGES = ("data", "model", "optim", "trainer")
 MISSING = "missing"

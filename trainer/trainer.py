@@ -1,7 +1,7 @@
 """A training run: build, resume, step after step, with what is due in between."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from trainer.evaluate import Heldout
 from trainer.files import write_whole
 from trainer.groups import GroupWatch
 from trainer.layers import layer_numbers
+from trainer.memory_used import peak_words
 from trainer.metrics import Metrics, describe_event
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel, localise
@@ -36,16 +37,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Trainer:
-    """Trains as `config` says on the processes of `grid`.
+    """Trains as `config` says on the processes of `grid`; the first says `notes` at the start.
 
     Raises the errors of trainer.errors.USER_ERRORS for input that cannot be trained on.
     """
 
-    def __init__(self, config: RunConfig, grid: Grid, stop: StopRequest | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        grid: Grid,
+        stop: StopRequest | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
         config.check_world(grid.world_size)
         self.config = config
         self.grid = grid
         self.stop = stop or StopRequest()
+        self.notes = notes
         self.state = TrainState()
         self.recipe = Recipe(config)
         tokenizer = Tokenizer(config.data.tokenizer.path)
@@ -79,7 +87,8 @@ class Trainer:
         self.stability = Stability(config, self.state, self.checkpoint, self.anticipation)
         self.metrics: Metrics | None = None
         self.stage: Stage | None = None
-        self.periodic: list[Hook] = [self._evaluate, self._report, self._save]
+        self.memory_told = False
+        self.periodic: list[Hook] = [self._evaluate, self._report, self._tell_memory, self._save]
 
     def run(self) -> TrainState:
         """Train from the newest checkpoint, or from the start, to the last step or a signal."""
@@ -93,7 +102,7 @@ class Trainer:
             result.seconds = time.perf_counter() - start
             self.state.step += 1
             self.state.tokens += result.tokens
-            for due in self.periodic:  # evaluation, metrics, checkpoint
+            for due in self.periodic:  # evaluation, metrics, memory, checkpoint
                 due(self.state, result)
         self.batches.close()
         if self.metrics is not None:
@@ -233,7 +242,7 @@ class Trainer:
         self._note(describe(kernel_choices(self.config.model, self.grid.device, dtype)))
         if resumed is not None:
             self._note(f"resumed from {resumed}")
-        for note in self.recipe.notes():
+        for note in (*self.notes, *self.recipe.notes()):
             self._note(note)
         if self.heldout is None:
             self._note(f"{self.config.data.shards} holds no held-out text: nothing is evaluated")
@@ -249,6 +258,14 @@ class Trainer:
     def _report(self, state: TrainState, result: StepResult) -> None:
         if self.metrics is not None:
             self.metrics(state, result)
+
+    def _tell_memory(self, state: TrainState, result: StepResult) -> None:
+        """Memory used, after the first evaluation and at the end; every rank takes part."""
+        first = not self.memory_told and self._is_due(self.config.evaluation.every, state.step)
+        if first or state.stopping or state.step == self.config.steps:
+            self.memory_told = True
+            words = peak_words(self.grid)
+            self._note(words)
 
     def _save(self, state: TrainState, result: StepResult) -> None:
         """Checkpoint, where it is due. A full disk ends only a run that would end anyway."""
@@ -309,6 +326,7 @@ def make_local(config: RunConfig, grid: Grid) -> LocalModel:
         grid,
         config.parallel.stages(config.model, Recipe(config).row_length),
         config.parallel.recompute,
+        config.parallel.offload,
     )
 
 

@@ -1,5 +1,7 @@
 """Numbers for people."""
 
+GIB = 2**30
+
 
 def short(value: float) -> str:
     """A number with a unit letter: 10.3M."""
@@ -15,3 +17,8 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def gib(size: int) -> str:
+    """Bytes as GiB, or MiB below one of them."""
+    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"

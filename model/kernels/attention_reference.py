@@ -104,7 +104,7 @@ class _Chunk:
 
 
 def _chunk_rows(device: torch.device) -> int:
-    return _GPU_ROWS if device.type == "cuda" else _CPU_ROWS
+    return _CPU_ROWS if device.type == "cpu" else _GPU_ROWS
 
 
 def _chunks(

@@ -55,8 +55,20 @@ def test_parameter_counts_of_the_released_sizes(name):
 def test_small_configurations_have_the_size_they_say():
     assert 9e6 < parameter_counts(shipped("debug").model).main < 13e6
     nano = parameter_counts(shipped("nano").model)
-    assert 0.3e9 < nano.total < 0.5e9
-    assert nano.active < 0.15e9
+    assert 0.9e9 < nano.total < 1.1e9
+    assert nano.active < 0.4e9
+
+
+def test_nano_has_the_widths_of_flash():
+    """Of what kernels see: heads, groups of heads and their outputs, index heads, rotation."""
+    nano, flash = shipped("nano").model, shipped("flash").model
+    for field in (
+        *("head_dim", "qk_rope_head_dim", "o_lora_rank", "index_head_dim", "index_topk"),
+        *("sliding_window", "csa_compress_ratio", "hca_compress_ratio", "rope_scaling", "hc_mult"),
+        *("rope_theta", "compress_rope_theta", "max_position_embeddings", "num_hash_layers"),
+    ):
+        assert getattr(nano, field) == getattr(flash, field), field
+    assert nano.num_attention_heads // nano.o_groups == flash.num_attention_heads // flash.o_groups
 
 
 def test_counts_of_a_tiny_model_by_hand():

@@ -39,7 +39,12 @@ def test_three_settings_with_estimates_the_best_first(capsys):
 
 
 def test_what_is_set_already_is_not_advised():
-    config = load_config(CONFIG, ["data.micro_rows=1", "parallel.recompute=[block]"])
+    words = ["data.micro_rows=1", "parallel.recompute=[block]"]
+    assert candidates(load_config(CONFIG, words)) == [
+        "parallel.offload=[block]",
+        "data.row_length=256",
+    ]
+    config = load_config(CONFIG, [*words, "parallel.offload=[block]"])
     assert candidates(config) == ["data.row_length=256"]
 
 

@@ -35,6 +35,7 @@ def localise(
     grid: Grid,
     stages: StagePlan,
     recompute: Collection[BlockPart] = (),
+    offload: Collection[BlockPart] = (),
 ) -> LocalModel:
     """The model of this rank: layers, heads, experts and tokens that are its own.
 
@@ -60,7 +61,7 @@ def localise(
 
         model.make_positions = positions
     if recompute:
-        apply_recompute(model, recompute)
+        apply_recompute(model, recompute, offload)
     return LocalModel(model, placements, stages)
 
 

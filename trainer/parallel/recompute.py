@@ -6,6 +6,8 @@
   (half of all streams that a block keeps) and the norms' outputs, and compute it again from inputs
   that are kept in any case: one product of N x N with N x D a token, or one norm, and nothing is
   communicated (report 3.4's recomputation of mHC's tensors).
+
+Of `block` and `attention` the input that is kept can lie in the host's memory until backward.
 """
 
 from __future__ import annotations
@@ -15,25 +17,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from model import V4Model
 from model.block import Block, BlockPart
 
 
-def apply_recompute(model: V4Model, parts: Collection[BlockPart]) -> None:
-    """Let every block of the model compute `parts` again in backward."""
+def apply_recompute(
+    model: V4Model, parts: Collection[BlockPart], offload: Collection[BlockPart] = ()
+) -> None:
+    """Let every block of the model compute `parts` again in backward.
+
+    Inputs of those among `offload`, `block` or `attention`, wait for it on the host.
+    """
     for module in model.modules():
         if isinstance(module, Block):
-            module.compute = Recompute(parts)
+            module.compute = Recompute(parts, offload)
 
 
 class Recompute:
     """`compute_now` of a block that keeps less; see the module's docstring."""
 
-    def __init__(self, parts: Collection[BlockPart]) -> None:
-        self.parts = frozenset(parts)
+    def __init__(self, parts: Collection[BlockPart], offload: Collection[BlockPart] = ()) -> None:
+        self.parts, self.offload = frozenset(parts), frozenset(offload)
         self._dropped: dict[tuple[Any, ...], _Dropped] | None = None
 
     def __call__(self, part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
@@ -46,16 +53,22 @@ class Recompute:
         if part not in self.parts:
             return function(*inputs)
         if part == "attention":
-            return _checkpoint(function, *inputs)
+            return self._checkpoint(part, function, *inputs)
         # A norm works on an fp32 copy of its input, which it would keep besides.
         out = _checkpoint(function, *inputs) if part == "norms" else function(*inputs)
         if self._dropped is not None:
             self._dropped[_key(out)] = _Dropped(out, function, inputs)
         return out
 
+    def _checkpoint(self, part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
+        if part not in self.offload:
+            return _checkpoint(function, *inputs)
+        with _on_host(inputs[0].device):
+            return _checkpoint(function, *inputs)
+
     def _block(self, function: Callable[..., Any], *inputs: Any) -> Any:
         if "block" in self.parts:
-            return _checkpoint(function, *inputs)
+            return self._checkpoint("block", function, *inputs)
         if not self.parts & {"streams", "norms"}:
             return function(*inputs)
         # Results are known by their memory, which is theirs as long as `_dropped` holds them.
@@ -92,6 +105,19 @@ class _Dropped:
 
 def _unpack(saved: Tensor | _Dropped) -> Tensor:
     return saved.get() if isinstance(saved, _Dropped) else saved
+
+
+def _on_host(device: torch.device) -> saved_tensors_hooks:
+    """Context in which the inputs that `_checkpoint` keeps are copied to the host and back.
+
+    Meta tensors have nothing to copy: only their shape is kept (trainer.dry_run).
+    """
+    if device.type == "meta":
+        return saved_tensors_hooks(
+            lambda saved: (saved.shape, saved.dtype),
+            lambda kept: torch.empty(kept[0], dtype=kept[1], device=device),
+        )
+    return save_on_cpu(pin_memory=device.type == "cuda")
 
 
 def _key(tensor: Tensor) -> tuple[Any, ...]:

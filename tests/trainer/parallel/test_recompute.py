@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,6 +17,9 @@ from torch.utils._pytree import tree_leaves
 from model import IGNORE, SampleLayout, V4Model
 from model.block import BlockPart
 from tests.model.tiny import random_model, random_tokens, tiny_config
+from trainer.config import load_config
+from trainer.dry_run import dry_run
+from trainer.parallel import recompute
 from trainer.parallel.recompute import apply_recompute
 
 TOKENS = 96
@@ -31,11 +36,13 @@ def loss_of(model: V4Model) -> Tensor:
 
 
 def run(
-    parts: tuple[BlockPart, ...], dtype: torch.dtype = torch.float32
+    parts: tuple[BlockPart, ...],
+    dtype: torch.dtype = torch.float32,
+    offload: tuple[BlockPart, ...] = (),
 ) -> tuple[float, dict[str, Tensor], int]:
     """Loss, gradients, and bytes that forward leaves for backward."""
     model = random_model(CONFIG, dtype=dtype)
-    apply_recompute(model, parts)
+    apply_recompute(model, parts, offload)
     with Storages(model) as storages:
         loss = loss_of(model)
     kept = storages.alive()
@@ -115,3 +122,67 @@ def test_nothing_stays_after_backward() -> None:
         grads = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         del loss
         assert storages.alive() <= grads + 10_000  # frequencies and the like
+
+
+class Host:
+    """In place of `save_on_cpu`, which leaves tensors of a CPU where they are: copies as bytes."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(self, pin_memory: bool) -> saved_tensors_hooks:
+        assert not pin_memory  # wants a GPU
+
+        def pack(saved: Tensor) -> tuple[bytes, torch.dtype, torch.Size]:
+            self.sizes.append(saved.nbytes)
+            return saved.detach().contiguous().numpy().tobytes(), saved.dtype, saved.shape
+
+        def unpack(kept: tuple[bytes, torch.dtype, torch.Size]) -> Tensor:
+            return torch.frombuffer(bytearray(kept[0]), dtype=kept[1]).view(kept[2])
+
+        return saved_tensors_hooks(pack, unpack)
+
+
+@pytest.mark.parametrize(
+    ("parts", "offload", "moved"),
+    [
+        # Of each block the streams, of attention its input of one stream's width.
+        (("block",), ("block",), BLOCKS * STREAM_BYTES),
+        (("attention",), ("attention",), BLOCKS * STREAM_BYTES // CONFIG.hc_mult),
+    ],
+)
+def test_inputs_wait_on_the_host(
+    plain: tuple[float, dict[str, Tensor], int],
+    parts: tuple[BlockPart, ...],
+    offload: tuple[BlockPart, ...],
+    moved: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No bit of loss and gradients changes, and what is kept is less by what was moved."""
+    kept = run(parts)[2]
+    through_torch = run(parts, offload=offload)
+    host = Host()
+    monkeypatch.setattr(recompute, "save_on_cpu", host)
+    on_host = run(parts, offload=offload)
+    for loss, grads, _ in (through_torch, on_host):
+        assert loss == plain[0]
+        assert all(torch.equal(grads[name], grad) for name, grad in plain[1].items())
+    assert sum(host.sizes) == moved + (BLOCKS * TOKENS * 8 if "block" in parts else 0)  # token ids
+    assert kept - on_host[2] == moved
+
+
+def test_the_dry_run_counts_what_was_moved(tiny: Path) -> None:
+    """Streams of every layer and of the MTP block, but for those that a stage got from another."""
+    for stages in (1, 2):
+        words = [f"parallel.pipeline={stages}", "parallel.recompute=[block]"]
+        words += ["parallel.pipeline_layers=[2, 1]"] if stages > 1 else []
+        held = []
+        for more in ([], ["parallel.offload=[block]"]):
+            config = load_config(tiny, [*words, *more])
+            ranks = dry_run(config, stages).ranks
+            held.append([rank.stages[0].held for rank in ranks])
+        model, data = config.model, config.data
+        tokens = data.micro_rows * data.row_length
+        streams = 4 * tokens * model.hc_mult * model.hidden_size
+        moved = [(a - b) / streams for a, b in zip(*held, strict=True)]
+        assert moved == ([model.num_hidden_layers + 1] if stages == 1 else [2, 1])

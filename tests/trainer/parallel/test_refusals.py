@@ -38,6 +38,10 @@ from trainer.config_parallel import nearest
             ["parallel.pipeline=2", "parallel.pipeline_layers=[0, 4]"],
             ["pipeline_layers = [0, 4]", "none but the last 0"],
         ),
+        (
+            ["parallel.recompute=[attention]", "parallel.offload=[block]"],
+            ["parallel.offload = [block]", "parallel.recompute = [attention] should have block"],
+        ),
         (["parallel.pipeline_schedule=gpipe"], ["pipeline_schedule = 'gpipe'", "1f1b"]),
         (["parallel.tensr=2"], ["parallel.tensr", "tensor"]),
     ],
