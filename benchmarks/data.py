@@ -8,10 +8,10 @@ trained on 10 MB of it, and shards. Without names all parts run, which takes som
 prepare     one core: prepare, datasets.map, Megatron's route, the same tokenizer; then all cores
 filters     what each stage of the filters costs and removes
 packing     real lengths at rows of 2048 and 4096: fill, cut documents, documents/s
-loader      tokens/s with transforms off and on, first batch at step 10^6
+loader      tokens/s with transforms off and on, a process's first batch at step 10^6
 recipe      FIM rate, split share and mixture shares of the produced stream beside the configured
 roundtrip   every document, token for token, back from the rows of an epoch
-memory      peak memory of prepare at 10 MB, 100 MB and 1 GB
+memory      the most memory of prepare, filters included, at 10 MB and 1 GB of text
 """
 
 import argparse

@@ -4,10 +4,10 @@ import itertools
 import json
 import multiprocessing
 import os
-import resource
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -28,16 +28,11 @@ _FILES = 4
 
 def write_corpus(config: DataConfig, folder: Path, megabytes: float) -> float:
     """Documents of all sources by turns into JSON lines of a third each; returns megabytes."""
-    streams = [iter(Corpus(source)) for source in config.sources]
-    size, lines = 0, []
-    for document in itertools.chain.from_iterable(zip(*streams, strict=False)):
-        if size >= megabytes * 1e6:
-            break
-        size += len(document.text.encode())
-        lines.append(json.dumps({"text": document.text}) + "\n")
+    texts = list(_documents(config, megabytes))
     for i in range(_FILES):
-        (folder / f"{i}.jsonl").write_text("".join(lines[i::_FILES]))
-    return size / 1e6
+        lines = [json.dumps({"text": text}) + "\n" for text in texts[i::_FILES]]
+        (folder / f"{i}.jsonl").write_text("".join(lines))
+    return sum(len(text.encode()) for text in texts) / 1e6
 
 
 def config_of(config: DataConfig, folder: Path, **fields: object) -> DataConfig:
@@ -88,25 +83,50 @@ def by_megatron(config: DataConfig, folder: Path) -> None:
     builder.finalize(str(folder / "megatron.idx"))
 
 
+class Memory:
+    """The most private memory (RssAnon) and resident memory (RssAnon + RssFile) so far, in bytes.
+
+    Resident are also the pages of mapped files, such as the signatures of the filters, which the
+    kernel takes back whenever it wants. Looked at by a thread, 50 times a second.
+    """
+
+    def __init__(self) -> None:
+        self.private = self.resident = 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self.look()
+            time.sleep(0.02)
+
+    def look(self) -> None:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        sizes = {key: value for key, value in (line.split(":", 1) for line in lines)}
+        private, mapped = (int(sizes[key].split()[0]) << 10 for key in ("RssAnon", "RssFile"))
+        self.private = max(self.private, private)
+        self.resident = max(self.resident, private + mapped)
+
+
 def _run(work: Callable[[], None], cores: int, pipe: object) -> None:
-    """In a fresh process on some cores: seconds of `work`, without the imports, and peak bytes."""
+    """In a fresh process on some cores: seconds of `work`, without the imports, and its memory."""
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
     indexed_module(), import_module("datasets"), import_module("datatrove.data")
+    memory = Memory()
     begin = time.perf_counter()
     work()
     seconds = time.perf_counter() - begin
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    pipe.send((seconds, peak))  # type: ignore[attr-defined]
+    memory.look()
+    pipe.send((seconds, memory.private, memory.resident))  # type: ignore[attr-defined]
 
 
-def run(work: Callable[[], None], cores: int) -> tuple[float, int]:
-    """Seconds and peak bytes of `work` in a process of its own."""
+def run(work: Callable[[], None], cores: int) -> tuple[float, int, int]:
+    """Seconds of `work` in a process of its own, and its most private and resident bytes."""
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe()
     process = context.Process(target=_run, args=(work, cores, theirs))
     process.start()
     theirs.close()
-    found: tuple[float, int] = mine.recv()
+    found: tuple[float, int, int] = mine.recv()
     process.join()
     return found
 
@@ -128,7 +148,7 @@ def side_by_side(config: DataConfig) -> None:
             ways.append(("prepare", one, cores))
         speeds = []
         for way, work, used in ways:
-            seconds, _ = run(work, used)
+            seconds, _, _ = run(work, used)
             speeds.append(size / seconds)
             print(
                 f"{way:18} {used} cores {speeds[-1]:7.2f} MB/s, "
@@ -180,9 +200,19 @@ def _judge_all(rules: Rules, documents: list[Document]) -> None:
         rules.judge(document)
 
 
-def _repeated(config: DataConfig, folder: Path, megabytes: float) -> None:
-    """JSON lines of that size: the same text again and again, each time marked as another."""
-    texts = [document.text for source in config.sources for document in Corpus(source)]
+def _documents(config: DataConfig, megabytes: float) -> Iterator[str]:
+    """Texts of all sources by turns, up to that size."""
+    size = 0.0
+    streams = [iter(Corpus(source)) for source in config.sources]
+    for document in itertools.chain.from_iterable(zip(*streams, strict=False)):
+        if size >= megabytes * 1e6:
+            return
+        size += len(document.text.encode())
+        yield document.text
+
+
+def _repeated(texts: list[str], folder: Path, megabytes: float) -> None:
+    """JSON lines of that size in files of 64 MB: the texts again and again, each time marked."""
     size, number, turn = 0, 0, 0
     while size < megabytes * 1e6:
         with (folder / f"{number:04d}.jsonl").open("w") as stream:
@@ -196,16 +226,21 @@ def _repeated(config: DataConfig, folder: Path, megabytes: float) -> None:
 
 
 def memory(config: DataConfig) -> None:
-    """Peak memory of the process that prepares, without and with the cheap filters."""
-    cheap = {"quality": (), "min_characters": 1}
-    for megabytes in (10, 100, 1000):
+    """Memory of the process that screens and tokenises the same 10 MB, once and 100 times.
+
+    The documents are the same, so that only the amount differs. Judged by length and encoding,
+    signed and compared as a whole; similar texts are not left out, since then nothing would remain.
+    """
+    filters = {"quality": (), "near": None, "template": None}
+    texts = list(_documents(config, 10))
+    for megabytes in (10, 1000):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            _repeated(config, folder, megabytes)
-            for title, fields in (("plain", {}), ("filters but quality", {"filters": cheap})):
-                work = partial(by_prepare, config, folder, prepare_workers=1, **fields)
-                seconds, peak = run(work, os.cpu_count() or 1)
-                print(
-                    f"{megabytes:5} MB, {title:20} peak {peak / 2**20:6.0f} MiB, {seconds:.0f} s",
-                    flush=True,
-                )
+            _repeated(texts, folder, megabytes)
+            work = partial(by_prepare, config, folder, prepare_workers=1, filters=filters)
+            seconds, private, resident = run(work, os.cpu_count() or 1)
+            print(
+                f"{megabytes:5} MB in {seconds:4.0f} s: most private memory {private >> 20} MiB, "
+                f"{resident >> 20} MiB with mapped files",
+                flush=True,
+            )

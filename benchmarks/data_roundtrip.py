@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.data_loader import WEIGHTS
 from data.config import DataConfig
 from data.corpus import Corpus
 from data.loader import Loader
@@ -18,14 +19,13 @@ RECIPE = {"fim_rate": 0.1, "fim_domains": ("code",), "split_share": 0.1}
 
 def recipe(config: DataConfig) -> None:
     """Measured beside configured, over 16 million tokens."""
-    weights = {"code": 0.4, "docs": 0.35, "data": 0.25}
-    update = {"weights": weights, "transforms": RECIPE}
+    update = {"weights": WEIGHTS, "transforms": RECIPE}
     loader = Loader(DataConfig.model_validate(config.model_dump() | update), seed=1)
     found = measure(loader, 60)
     print(f"{found.tokens:,} tokens of {found.steps} steps; runs of {found.span:,} tokens")
     for name, counted in found.sources.items():
         print(
-            f"{name:5} share {counted.tokens / found.tokens:.4%} (wanted {weights[name]:.2%}), "
+            f"{name:5} share {counted.tokens / found.tokens:.4%} (wanted {WEIGHTS[name]:.2%}), "
             f"off by at most {found.worst[name]:.4%} in any run; "
             f"FIM {counted.fim / counted.documents:.2%} of {counted.documents:,} documents; "
             f"split {counted.split / max(1, counted.splittable):.2%} of {counted.splittable:,}"

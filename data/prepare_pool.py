@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer
 from data.unit import Unit
 
 R = TypeVar("R")
-_BYTES_A_PROCESS = 16 << 20  # starting one takes as long as a few megabytes of work
+_BYTES_A_PROCESS = 16 << 20  # opening a tokenizer takes as long as a few megabytes of work
 
 _tokenizers: dict[Path, Tokenizer] = {}  # of a worker process: one, loaded once
 
@@ -40,9 +40,10 @@ def run_units(
             yield unit, work(unit, tokenizer, advance=partial(advance, unit))
         return
     threads = max(1, (os.cpu_count() or 1) // workers)
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _begin_worker, (threads,)
-    )
+    # Forked from a server that does the imports, ten seconds of a core, once for all of them.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data.worker_imports"])
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (threads,))
     try:
         jobs = {pool.submit(_work, work, unit, tokenizer.path): unit for unit in units}
         for job in as_completed(jobs):

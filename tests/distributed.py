@@ -16,12 +16,13 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["megatron.core", "trainer.trainer"]
+PRELOADED = ["data.worker_imports", "trainer.trainer"]
 GRACE = 5.0  # seconds that the other ranks get to report, too, once one has failed
 
 
@@ -50,6 +51,14 @@ def _child(rank: int, world_size: int, folder: str, timeout: float, job: bytes, 
         end.close()
 
 
+def server() -> ForkServerContext:
+    """The context of processes that are forked from the server, which runs then."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
+    return context
+
+
 def spawn(
     worker: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
 ) -> list[Any]:
@@ -59,8 +68,7 @@ def spawn(
     rank that failed, or naming the ranks that gave no answer within `timeout` seconds. No process
     is left behind.
     """
-    context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = server()
     job = pickle.dumps((worker, args))
     answers: dict[int, tuple[bool, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:

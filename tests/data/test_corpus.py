@@ -12,7 +12,7 @@ import zstandard
 from pydantic import ValidationError
 
 from data.config import SourceConfig
-from data.corpus import Corpus, first_invalid_utf8
+from data.corpus import BadRecord, Corpus, first_invalid_utf8
 from data.errors import DataError
 
 TEXTS = ["one \x00 two\r\n", "▁ three\u2028", "four"]
@@ -63,6 +63,41 @@ def test_tree_of_files(tmp_path: Path) -> None:
     assert texts_of(source) == ["a\n", "b\n\n"]
     assert source.empty == 2
     assert texts_of(source) == ["a\n", "b\n\n"] and source.empty == 2
+
+
+def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder stands for one, the library opens both alike; nothing is cached."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    for name in ("train", "test", "other"):
+        (hub / f"{name}.jsonl").write_bytes(jsonl([*TEXTS, name], "body"))
+    subsets = {
+        "main": [{"split": s, "path": f"{s}.jsonl"} for s in ("train", "test")],
+        "small": [{"split": "train", "path": "other.jsonl"}],
+    }
+    configs = [{"config_name": name, "data_files": files} for name, files in subsets.items()]
+    (hub / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    for subset, split, last in (
+        ("main", "train", "train"),
+        ("main", "test", "test"),
+        ("small", "train", "other"),
+    ):
+        fields = {"dataset_subset": subset, "dataset_split": split, "text_field": "body"}
+        assert texts_of(corpus(dataset=str(hub), **fields)) == [*TEXTS, last]
+    with pytest.raises(DataError, match=r"source 's': cannot open the dataset .*hub.*dev") as error:
+        texts_of(corpus(dataset=str(hub), dataset_subset="main", dataset_split="dev"))
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_files_that_are_not_utf8_are_set_aside(tmp_path: Path) -> None:
+    for name, content in (("a.txt", b"a\n"), ("b.txt", b"caf\xe9"), ("c.txt", b"c\n")):
+        (tmp_path / name).write_bytes(content)
+    bad: list[BadRecord] = []
+    found = corpus(paths=[str(tmp_path)], format="text").documents(bad)
+    assert [document.text for document in found] == ["a\n", "c\n"]
+    assert bad == [BadRecord(str(tmp_path / "b.txt"), 1, "is not UTF-8 at byte 3")]
 
 
 def test_empty_documents_are_skipped_and_counted(tmp_path: Path) -> None:

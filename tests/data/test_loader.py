@@ -9,14 +9,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.indexed import open_shard
+from data.indexed import indexed_module, open_shard
 from data.loader import Batch, Loader, unigram_entropy
-from data.manifest import Manifest, Split
+from data.manifest import Manifest, Shard, Split
 from data.prefetch import Prefetcher
 from data.tokenizer_training import train_tokenizer
 
@@ -211,7 +212,7 @@ def test_killed_ten_times_while_loading(config: DataConfig, tmp_path: Path) -> N
     splits = changed(config, transforms={"split_share": 0.5}, shards=str(tmp_path / "0"))
     shutil.copytree(config.shards, splits.shards)
     begin = time.monotonic()
-    reference = [rows_of(Loader(splits, seed=6).at(step)) for step in range(4)]
+    reference = first_steps(splits)
     duration = time.monotonic() - begin
     original = {p.name: p.read_bytes() for p in Path(splits.shards).rglob("*") if p.is_file()}
     assert any(name.endswith(".splittable.npy") for name in original)
@@ -226,7 +227,30 @@ def test_killed_ten_times_while_loading(config: DataConfig, tmp_path: Path) -> N
         child.kill()
         child.join()
         killed_before_counts += not list(Path(mine.shards).rglob("text-*.splittable.npy"))
-        assert [rows_of(Loader(mine, seed=6).at(step)) for step in range(4)] == reference
+        assert first_steps(mine) == reference
         left = [p for p in Path(mine.shards).rglob("*") if p.is_file()]
         assert {p.name: p.read_bytes() for p in left if not p.name.startswith(".")} == original
     assert killed_before_counts < 10
+
+
+def first_steps(config: DataConfig) -> list[list[Row]]:
+    loader = Loader(config, seed=6)
+    return [rows_of(loader.at(step)) for step in range(4)]
+
+
+def test_shards_that_megatron_made(config: DataConfig, tmp_path: Path) -> None:
+    """By its own builder, in its widest type, without bos: a manifest is all they need."""
+    (tmp_path / "theirs").mkdir()
+    prefix = tmp_path / "theirs" / "gpt_text_document"
+    documents = documents_on_disk(config, "train")[:40]
+    builder = indexed_module().IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for ids in documents:
+        builder.add_document(np.array(ids[1:]), [len(ids) - 1])
+    builder.finalize(f"{prefix}.idx")
+    tokens = sum(len(ids) - 1 for ids in documents)
+    fields = {"source": "text", "domain": "prose", "split": "train", "name": prefix.name}
+    shard = Shard(**fields, documents=40, tokens=tokens, bytes=tokens)
+    manifest = Manifest.load(config.shards)
+    manifest.model_copy(update={"folder": "theirs", "shards": (shard,)}).save(tmp_path)
+    rows = epoch_rows(Loader(changed(config, shards=str(tmp_path)), seed=0))
+    assert tokens_in(rows) == Counter(i for ids in documents for i in ids[2:])

@@ -82,6 +82,7 @@ def test_second_run_changes_nothing_and_other_input_does(
     mine = changed(config, sources=[source], shards=str(tmp_path / "shards"))
     first = prepare(mine, progress=False)
     before = files_below(mine.shards)
+    (Path(mine.shards) / "notes").mkdir()
     os.utime(tmp_path / "a.jsonl", (0, 0))
     assert prepare(mine, progress=False) == first
     assert files_below(mine.shards) == before
@@ -89,6 +90,7 @@ def test_second_run_changes_nothing_and_other_input_does(
     assert prepare(mine, progress=False).digest != first.digest
     assert texts_of(mine, "train") == ["one", "two!"]
     assert len(files_below(mine.shards)) == 4  # the replaced shards are gone
+    assert (Path(mine.shards) / "notes").is_dir()  # which is not ours, stays
 
 
 def test_damaged_shards_are_made_anew(config: DataConfig, tmp_path: Path) -> None:

@@ -6,32 +6,39 @@ import multiprocessing
 import os
 import random
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import data.unit
+from data import prepare_pool
 from data.config import DataConfig
+from data.corpus import Corpus
 from data.errors import DataError
 from data.indexed import indexed_module
 from data.manifest import Manifest
 from data.prepare import prepare
+from data.prepare_pool import run_units
 from data.tokenizer import Tokenizer
+from data.unit import Unit, units_of
+from tests.distributed import server
 
-TEXTS = [f"Number {i} of many, " * (i % 9 + 1) + "▁<｜User｜> é\n" for i in range(600)]
-FILES = 12
+TEXTS = [f"Number {i} of many, " * (i % 9 + 1) + "▁<｜User｜> é\n" for i in range(200)]
+FILES = 6
 
 
 @pytest.fixture
 def parts(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
-    """Two sources: 12 files of which two make a part, and 600 small files in parts of many."""
+    """Two sources: 6 files of which two make a part, and 200 small files in parts of many."""
     for i in range(FILES):
         lines = [json.dumps({"text": text}) + "\n" for text in TEXTS[i::FILES]]
         (tmp_path / f"{i:02d}.jsonl").write_text("".join(lines))
     (tmp_path / "tree").mkdir()
     for i, text in enumerate(TEXTS):
         (tmp_path / "tree" / f"{i:03d}.txt").write_text(text)
-    monkeypatch.setattr(data.unit, "_UNIT_BYTES", 8000)
+    monkeypatch.setattr(data.unit, "_UNIT_BYTES", 6000)
     sources = [
         {"name": "a", "paths": [str(tmp_path / "*.jsonl")]},
         {"name": "tree", "paths": [str(tmp_path / "tree")], "format": "text", "split": "train"},
@@ -53,7 +60,7 @@ def contents(config: DataConfig) -> dict[str, bytes]:
 def test_megatron_reads_every_token_once_and_in_order(parts: DataConfig) -> None:
     manifest = prepare(parts, progress=False)
     tokenizer = Tokenizer(parts.tokenizer.path)
-    assert len(manifest.of_split("train")) > 10
+    assert len(manifest.of_split("train")) == 7
     found: dict[str, list[str]] = {"a": [], "tree": []}
     for shard in manifest.shards:
         path = Path(parts.shards) / manifest.folder / shard.name
@@ -69,10 +76,63 @@ def test_megatron_reads_every_token_once_and_in_order(parts: DataConfig) -> None
 
 
 def test_processes_change_nothing(parts: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    server()
     monkeypatch.setattr("data.prepare_pool._BYTES_A_PROCESS", 1)
     several = elsewhere(parts, "several", prepare_workers=2)
     assert prepare(parts, progress=False) == prepare(several, progress=False)
     assert contents(parts) == contents(several)
+
+
+def _die(unit: Unit, _tokenizer: Tokenizer, advance: object) -> None:
+    os._exit(1)
+
+
+def test_a_process_that_dies(parts: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    server()
+    monkeypatch.setattr("data.prepare_pool._BYTES_A_PROCESS", 1)
+    units = units_of(Corpus(parts.sources[0]))
+    with pytest.raises(DataError, match="a process that made shards was killed"):
+        list(run_units(units, Tokenizer(parts.tokenizer.path), 2, _die, lambda *_: None))
+
+
+def _wait(unit: Unit, _tokenizer: Tokenizer, advance: object, folder: Path) -> None:
+    (folder / f"{os.getpid()}.pid").touch()
+    time.sleep(600)
+
+
+def _two_that_wait(units: list[Unit], tokenizer: Path, folder: Path) -> None:
+    """As a command does, only that its processes need no second server."""
+    prepare_pool._BYTES_A_PROCESS = 1
+    forked = multiprocessing.get_context("fork")
+    prepare_pool.multiprocessing.get_context = lambda _: forked  # type: ignore[attr-defined]
+    work = partial(_wait, folder=folder)
+    list(run_units(units, Tokenizer(tokenizer), 2, work, lambda *_: None))
+
+
+def test_no_process_outlives_the_command(parts: DataConfig, tmp_path: Path) -> None:
+    arguments = (units_of(Corpus(parts.sources[0])), Path(parts.tokenizer.path), tmp_path)
+    command = server().Process(target=_two_that_wait, args=arguments)
+    command.start()
+    try:
+        until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    finally:
+        command.kill()
+        command.join()
+    until(lambda: not any(runs(int(file.stem)) for file in tmp_path.glob("*.pid")))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_killed_ten_times(parts: DataConfig) -> None:
@@ -96,7 +156,7 @@ def test_killed_ten_times(parts: DataConfig) -> None:
 
 
 def test_whole_parts_are_kept_and_half_ones_are_not(parts: DataConfig) -> None:
-    good = Path(parts.sources[0].paths[0]).with_name("11.jsonl")
+    good = Path(parts.sources[0].paths[0]).with_name("05.jsonl")
     whole = good.read_bytes()
     reference = prepare(elsewhere(parts, "reference"), progress=False)
     folder = Path(parts.shards) / f".unfinished-{reference.digest[:16]}"
@@ -106,12 +166,12 @@ def test_whole_parts_are_kept_and_half_ones_are_not(parts: DataConfig) -> None:
     prepare(parts, progress=False)
     assert contents(parts) == contents(elsewhere(parts, "reference"))
     good.write_bytes(whole + b'{"text": 3}\n')
-    with pytest.raises(DataError, match=r"11\.jsonl"):
+    with pytest.raises(DataError, match=r"05\.jsonl"):
         prepare(parts, progress=False)
     records = list(Path(parts.shards).glob(".unfinished-*/a-*.json"))
     assert records
     times = {record: record.stat().st_mtime_ns for record in records}
-    with pytest.raises(DataError, match=r"11\.jsonl"):
+    with pytest.raises(DataError, match=r"05\.jsonl"):
         prepare(parts, progress=False)
     assert {record: record.stat().st_mtime_ns for record in records} == times
 

@@ -126,23 +126,37 @@ def test_every_document_comes_back(mixed: DataConfig, packing: str, spm: float) 
     assert splits / able == pytest.approx(0.5, abs=0.05)
 
 
+def code_and_all(loader: Loader, step: int) -> tuple[int, int]:
+    """Tokens of the source `code` in a step, and all."""
+    tokens = Counter()
+    for place in range(len(loader.schedule.rows_of(step)[1])):
+        at = loader.row_at(step, place)
+        assert at is not None
+        for which, _, length in at[0].packed.row(at[1]):
+            tokens[loader.sources[at[0].source[which]].name] += length
+    return tokens["code"], tokens.total()
+
+
 def test_shares_follow_the_weights(mixed: DataConfig) -> None:
     weights = {"code": 0.3, "prose": 0.7}
     loader = Loader(changed(mixed, weights=weights, packing_window=2000), seed=0)
-    code = []
-    for step in range(200):
-        tokens = Counter()
-        for place in range(12):
-            at = loader.row_at(step, place)
-            assert at is not None
-            for which, _, length in at[0].packed.row(at[1]):
-                tokens[loader.sources[at[0].source[which]].name] += length
-        code.append((tokens["code"], tokens["code"] + tokens["prose"]))
-    ends = np.concatenate([[[0, 0]], np.cumsum(code, axis=0)])
+    ends = np.cumsum([(0, 0)] + [code_and_all(loader, step) for step in range(200)], axis=0)
     off = ends[:, 0] - 0.3 * ends[:, 1]
     assert off.max() - off.min() <= 2 * 64  # any run of steps is right to two rows
     seen = loader.epochs_of(200)
     assert seen["prose"] > 1 and seen["code"] > 0
+
+
+def test_weights_change_at_a_step(mixed: DataConfig) -> None:
+    rows = {"row_length": 64, "batch_rows": 12}
+    stages = [
+        DataStage(steps=40, weights={"code": 0.8, "prose": 0.2}, **rows),
+        DataStage(weights={"code": 0.1, "prose": 0.9}, **rows),
+    ]
+    loader = Loader(changed(mixed, packing_window=2000), seed=0, stages=stages)
+    for steps, share in ((range(40), 0.8), (range(40, 80), 0.1)):
+        code, tokens = np.sum([code_and_all(loader, step) for step in steps], axis=0)
+        assert abs(code - share * tokens) <= 2 * 64
 
 
 def test_stages_go_on_where_the_last_ended(mixed: DataConfig) -> None:
