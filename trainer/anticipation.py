@@ -92,7 +92,6 @@ class Anticipation:
         """
         now = state.step
         if not state.anticipates(now):
-            self._forget()
             return None
         ahead = [step for step in range(now + 1, now + self.lead + 1) if step < self.recipe.steps]
         for step in ahead:

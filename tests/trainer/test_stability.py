@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from model import TokenCounts
 from tests.distributed import spawn
 from tests.trainer.tiny import assert_same_run, steps_in_file
 from trainer.config import load_config
 from trainer.config_stability import SpikeConfig
+from trainer.engine import StepLosses
 from trainer.errors import ConfigError, DivergedError
 from trainer.metrics_file import read_events, read_metrics
 from trainer.parallel.grid import Grid
@@ -181,6 +183,29 @@ def test_what_routers_are_judged_by(tiny: Path, tmp_path: Path) -> None:
     loads = read_metrics(tmp_path / "metrics.jsonl")[-1]["layers"]["expert_load_max"]
     assert history["busiest"][-1] == pytest.approx(max(loads[1:]) * 2 / 4)
     assert all(0.5 <= history[f"router {layer}"][-1] < 0.7 for layer in (1, 2, 3)), "of two"
+    load = torch.tensor([[16.0, 0, 0, 0], [6, 4, 4, 2], [4, 4, 4, 4], [4, 4, 4, 4]])
+    sums, none = torch.zeros(5).double().unbind(0), TokenCounts(1, 1, 1)
+    losses = StepLosses(*sums, load, torch.zeros(4), none, 0.0, False)
+    found = trainer._on_host(trainer.recipe.at(0), losses, torch.ones(()))
+    assert found.busiest_share == 6 / 8, "not the hash layer's"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nothing_is_left_of_what_came_after_a_snapshot(tiny: Path, precision: str) -> None:
+    config = load_config(tiny, [*SPIKES, f"precision={precision}"])
+    trainer = Trainer(config, Grid.single())
+    optimizer, snapshots = trainer.optimizer, trainer.stability.snapshots
+    weights = trainer.model.state_dict()
+    before = {name: tensor.clone() for name, tensor in weights.items()}
+    states = [piece.tensor.clone() for piece in optimizer.states()]
+    snapshots.before_step(TrainState(step=3))
+    for tensor in (*weights.values(), *(piece.tensor for piece in optimizer.states())):
+        tensor.detach().add_(1)
+    optimizer.step_count = 7
+    assert snapshots.restore(TrainState(step=8)) and optimizer.step_count == 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights.items())
+    pairs = zip(states, optimizer.states(), strict=True)
+    assert all(torch.equal(old, piece.tensor) for old, piece in pairs)
 
 
 def test_what_was_learned_from_spikes_stays(tiny: Path, tmp_path: Path) -> None:

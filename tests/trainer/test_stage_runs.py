@@ -130,6 +130,13 @@ def test_what_the_metrics_say(straight: Path, path: Path) -> None:
     recipe = Recipe(load_config(path))
     assert column(straight, "stage") == [recipe.at(step).number for step in range(STEPS)]
     assert column(straight, "learning_rate") == [recipe.learning_rate(s) for s in range(STEPS)]
+    before = 0
+    for step, tokens in enumerate(column(straight, "tokens")):
+        stage = recipe.at(step)
+        rows = stage.rows.rows_before(step - stage.first + 1)
+        rows -= stage.rows.rows_before(step - stage.first)
+        assert 0.8 < (tokens - before) / (rows * stage.rows.row_length) <= 1.0, step
+        before = tokens
     objective = column(straight, "indexer_loss")
     assert objective[:5] == [0.0] * 5 and all(value > 0 for value in objective[5:])
     assert objective[7] < objective[5], "the warm-up taught nothing"

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from data.prepare import prepare
 from model import V4Model
+from model.block import Block
+from model.hyper_connection import read
 from tests.model.tiny import tiny_config
 from tests.trainer.parallel.topologies import Job, run_all, topology
 from tests.trainer.tiny import saved_tensors, train
@@ -96,6 +98,23 @@ def test_fewer_iterations_leave_the_mixing_matrices_less_doubly_stochastic() -> 
         return found["comb_departure", "max", 1][0]
 
     assert departure(1) > 10 * departure(20) > 0
+
+
+def test_both_mixing_matrices_of_a_layer_are_looked_at() -> None:
+    model = model_of(hc_sinkhorn_iters=1, hc_init_scale=0.1)
+    before_attention: dict[int, float] = {}
+
+    def look(block: Block, inputs: tuple[Tensor, ...]) -> None:
+        comb_TNN = read(block, "hc_attn", block.config, inputs[0])[2]
+        sums = torch.cat([comb_TNN.sum(1), comb_TNN.sum(2)])
+        before_attention[block.row] = float((sums - 1).abs().max())
+
+    for block in model.layers:
+        block.register_forward_pre_hook(look)
+    found = seen_in(model)
+    pairs = [(found["comb_departure", "max", n][0], least) for n, least in before_attention.items()]
+    assert all(seen >= least for seen, least in pairs)
+    assert any(seen == least for seen, least in pairs), "the other is always larger"
 
 
 def close(ours: object, theirs: object) -> bool:
