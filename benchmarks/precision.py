@@ -1,7 +1,7 @@
-"""Losses of bf16 beside fp32 over the same steps on the same rows, from the same weights.
+"""Losses of bf16 and FP8 beside fp32 over the same steps on the same rows, from the same weights.
 
-Trains a config twice, in folders of its own, and compares the losses of all steps. Overrides make
-its rows or batches smaller.
+Trains a config once in each, in folders of its own, and compares the losses of all steps. Overrides
+make its rows or batches smaller.
 
     python -m benchmarks.precision [CONFIG] [--steps 200] [key=value ...]
 """
@@ -19,7 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-PRECISIONS = ("fp32", "bf16")
+EXACT = "fp32"
+OTHERS = ("bf16", "fp8")
 
 
 def losses(
@@ -36,26 +37,27 @@ def losses(
 
 
 def table_of(curves: dict[str, list[float]], every: int) -> Table:
-    """Means of so many steps: fp32's loss, bf16's, and their difference."""
+    """Means of so many steps: fp32's loss, and of the others loss and difference."""
     table = Table(title="loss, nats, means of steps")
-    for heading in ("steps", *PRECISIONS, "difference", "largest of a step"):
+    headings = [EXACT]
+    for name in OTHERS:
+        headings += [name, f"{name} - {EXACT}", "largest of a step"]
+    for heading in ("steps", *headings):
         table.add_column(heading, justify="right")
-    exact, other = (np.array(curves[name]) for name in PRECISIONS)
+    exact = np.array(curves[EXACT])
     for first in range(0, len(exact), every):
         rows = slice(first, first + every)
-        gap = other[rows] - exact[rows]
-        table.add_row(
-            f"{first + 1}-{min(first + every, len(exact))}",
-            f"{exact[rows].mean():.4f}",
-            f"{other[rows].mean():.4f}",
-            f"{gap.mean():+.4f}",
-            f"{np.abs(gap).max():.4f}",
-        )
+        cells = [f"{exact[rows].mean():.4f}"]
+        for name in OTHERS:
+            other = np.array(curves[name])[rows]
+            gap = other - exact[rows]
+            cells += [f"{other.mean():.4f}", f"{gap.mean():+.4f}", f"{np.abs(gap).max():.4f}"]
+        table.add_row(f"{first + 1}-{min(first + every, len(exact))}", *cells)
     return table
 
 
 def main() -> None:
-    """Train twice and print."""
+    """Train in every precision and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", nargs="?", default="configs/debug.yaml")
     parser.add_argument("--steps", type=int, default=200)
@@ -63,12 +65,12 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     curves: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for precision in PRECISIONS:
+        for precision in (EXACT, *OTHERS):
             path = Path(folder) / precision
             curves[precision] = losses(
                 arguments.config, path, precision, arguments.steps, arguments.overrides
             )
-    Console(width=100).print(table_of(curves, max(arguments.steps // 10, 1)))
+    Console(width=120).print(table_of(curves, max(arguments.steps // 10, 1)))
 
 
 if __name__ == "__main__":

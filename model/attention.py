@@ -14,6 +14,7 @@ from model.kernels.attention import attention_with_lse
 from model.kernels.indexer_loss import Mass, attention_mass, indexer_objective, kept_mass
 from model.norm import RMSNorm
 from model.positions import Positions
+from model.products import Linear
 
 
 class _Inputs(NamedTuple):
@@ -35,8 +36,8 @@ class Attention(nn.Module):
         heads, groups = config.num_attention_heads, config.o_groups
         inner = heads * self.dim
 
-        def linear(inputs: int, outputs: int) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=False, dtype=dtype)
+        def linear(inputs: int, outputs: int) -> Linear:
+            return Linear(inputs, outputs, dtype)
 
         self.wq_a = linear(config.hidden_size, config.q_lora_rank)
         self.q_norm = RMSNorm(config.q_lora_rank, self.eps)
@@ -138,6 +139,6 @@ class Attention(nn.Module):
 
     def _grouped_output(self, o_THK: Tensor) -> Tensor:
         """Each group of heads through a matrix of its own: [T, H, K] to [T, G·O]."""
-        weight_GXO = self.wo_a.weight.unflatten(0, (-1, self.rank)).transpose(1, 2)
-        o_GTX = o_THK.reshape(o_THK.shape[0], len(weight_GXO), -1).transpose(0, 1)
-        return torch.bmm(o_GTX, weight_GXO).transpose(0, 1).flatten(1)
+        weight_GOX = self.wo_a.weight.unflatten(0, (-1, self.rank))
+        o_GTX = o_THK.reshape(o_THK.shape[0], len(weight_GOX), -1).transpose(0, 1)
+        return self.wo_a.products.batched(o_GTX, weight_GOX).transpose(0, 1).flatten(1)

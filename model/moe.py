@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
@@ -14,6 +13,7 @@ from model.kernels.mxfp4 import straight_through
 from model.kernels.permute import collect_rows, spread_rows
 from model.kernels.swiglu import clamped_swiglu
 from model.positions import Positions
+from model.products import PLAIN, Linear, Products
 from model.router import Router, Routing, balance_loss, expert_load, first_share
 
 ROW_ALIGNMENT = 16
@@ -88,6 +88,7 @@ class Experts(nn.Module):
     """
 
     held: tuple[Tensor, Tensor, Tensor] | None = None
+    products: Products = PLAIN
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -105,10 +106,11 @@ class Experts(nn.Module):
         """w2(silu(min(w1 x, limit)) · clamp(w3 x, ±limit)) · weight for every row, [P, D]."""
         x, ends = sent.rows_PD, sent.ends_E
         w1, w2, w3 = self._matrices()
-        gate = F.grouped_mm(x, w1.transpose(1, 2), offs=ends)
-        up = F.grouped_mm(x, w3.transpose(1, 2), offs=ends)
-        inner = clamped_swiglu(gate, up, self.limit, sent.weights_P)
-        return F.grouped_mm(inner, w2.transpose(1, 2), offs=ends)
+        product = self.products.grouped
+        inner = clamped_swiglu(
+            product(x, w1, ends), product(x, w3, ends), self.limit, sent.weights_P
+        )
+        return product(inner, w2, ends)
 
     def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """What to multiply with; its gradient goes to w1, w2 and w3."""
@@ -130,9 +132,9 @@ class SharedExpert(nn.Module):
         dim = config.hidden_size
         inner = config.moe_intermediate_size * config.n_shared_experts
         self.limit = config.swiglu_limit
-        self.w1 = nn.Linear(dim, inner, bias=False, dtype=dtype)
-        self.w2 = nn.Linear(inner, dim, bias=False, dtype=dtype)
-        self.w3 = nn.Linear(dim, inner, bias=False, dtype=dtype)
+        self.w1 = Linear(dim, inner, dtype)
+        self.w2 = Linear(inner, dim, dtype)
+        self.w3 = Linear(dim, inner, dtype)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] to [T, D]."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.block import Block, BlockStats
 from model.config import ModelConfig
 from model.hyper_connection import head_of_streams, register_hyper_head
 from model.norm import RMSNorm
 from model.positions import Positions
+from model.products import Linear
 
 
 class MTPBlock(Block):
@@ -21,8 +22,8 @@ class MTPBlock(Block):
     def __init__(self, config: ModelConfig, row: int, dtype: torch.dtype) -> None:
         super().__init__(config, row, "window", hashed=False, dtype=dtype)
         dim, eps = config.hidden_size, config.rms_norm_eps
-        self.e_proj = nn.Linear(dim, dim, bias=False, dtype=dtype)
-        self.h_proj = nn.Linear(dim, dim, bias=False, dtype=dtype)
+        self.e_proj = Linear(dim, dim, dtype)
+        self.h_proj = Linear(dim, dim, dtype)
         self.enorm = RMSNorm(dim, eps)
         self.hnorm = RMSNorm(dim, eps)
         self.norm = RMSNorm(dim, eps)

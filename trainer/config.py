@@ -19,6 +19,7 @@ from optim.config import OptimConfig
 from trainer.config_deepspeed import problems as deepspeed_problems
 from trainer.config_errors import explain
 from trainer.config_parallel import ParallelConfig
+from trainer.config_quantisation import fp8_problems
 from trainer.config_quantisation import problems as quantisation_problems
 from trainer.config_source import ConfigError, dump_yaml, read_source
 from trainer.config_stability import StabilityConfig
@@ -97,8 +98,9 @@ class RunConfig(Section):
     from the stages' tokens."""
     seed: NaturalInt = 0
     """Decides initial weights and data order."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` computes in bfloat16 and keeps fp32 master weights in the optimizer."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """`bf16` computes in bfloat16, with fp32 master weights in the optimizer. `fp8` is bf16 with
+    the factors of linears' and experts' products rounded to eight bits (docs/quantisation.md)."""
     engine: Literal["native", "deepspeed"] = "native"
     """`deepspeed` leaves gradients and optimizer to DeepSpeed and its ZeRO stages."""
     deepspeed: dict[str, Any] | None = None
@@ -144,6 +146,7 @@ class RunConfig(Section):
             )
         for problem in (
             *self.parallel.problems(self.model),
+            *fp8_problems(self),
             *deepspeed_problems(self),
             *quantisation_problems(self),
             *stability_problems(self, recipe.stages),

@@ -1,4 +1,4 @@
-"""Whether a run can be quantised. Imports no torch."""
+"""Whether a run can be quantised, for four bits or for eight. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 BLOCK = 32
 """Numbers that share a scale in MXFP4."""
+FP8_BLOCK = 128
+"""The same in FP8."""
 
 
 def problems(config: Any) -> Iterator[str]:
@@ -40,3 +42,33 @@ def _problems(config: Any, what: str) -> Iterator[str]:
             f"model.index_head_dim = {index} should be a power of two and at least {BLOCK} for "
             f"{what}, since queries and keys go through a Hadamard matrix before they are rounded"
         )
+
+
+def fp8_problems(config: Any) -> Iterator[str]:
+    """What keeps `precision = fp8` from being what it is on one process, a sentence each."""
+    if config.precision != "fp8":
+        return
+    if config.engine != "native":
+        yield f"precision = fp8 does not go with engine = {config.engine}; engine should be native"
+    model = config.model
+    inner = model.moe_intermediate_size
+    for axis, sizes in (
+        (
+            "tensor",
+            {
+                "model.num_attention_heads x head_dim": model.num_attention_heads * model.head_dim,
+                "model.o_groups x o_lora_rank": model.o_groups * model.o_lora_rank,
+                "model.moe_intermediate_size x n_shared_experts": inner * model.n_shared_experts,
+            },
+        ),
+        ("expert_tensor", {"model.moe_intermediate_size": inner}),
+    ):
+        degree = getattr(config.parallel, axis)
+        for field, size in sizes.items():
+            if degree > 1 and size % (FP8_BLOCK * degree):
+                yield (
+                    f"parallel.{axis} = {degree} splits {field} = {size} inside a block of "
+                    f"{FP8_BLOCK}, which precision = fp8 cannot; it should be 1"
+                    + f" or divide {size // FP8_BLOCK}"
+                    * (size % FP8_BLOCK == 0)
+                )

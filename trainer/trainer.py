@@ -33,7 +33,8 @@ from trainer.step import StepResult
 from trainer.watch import watched
 
 Hook = Callable[[TrainState, StepResult], None]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Of weights and activations, by `precision`."""
 
 
 class Trainer:
@@ -242,6 +243,8 @@ class Trainer:
         self._note(describe(kernel_choices(self.config.model, self.grid.device, dtype)))
         if resumed is not None:
             self._note(f"resumed from {resumed}")
+        if self.config.precision == "fp8":
+            self._note("precision: factors rounded to FP8 are multiplied in bf16, at its speed")
         for note in (*self.notes, *self.recipe.notes()):
             self._note(note)
         if self.heldout is None:
@@ -327,6 +330,7 @@ def make_local(config: RunConfig, grid: Grid) -> LocalModel:
         config.parallel.stages(config.model, Recipe(config).row_length),
         config.parallel.recompute,
         config.parallel.offload,
+        fp8=config.precision == "fp8",
     )
 
 

@@ -48,7 +48,7 @@ def quantise(x: Tensor) -> Packed:
     infinity becomes NaN.
     """
     exponents = _exponents(x)
-    rounded = _round_e2m1(_blocks(x).float() * _power(-exponents)).flatten(-2)
+    rounded = _round_e2m1(_blocks(x).float() * power_of_two(-exponents)[..., None]).flatten(-2)
     magnitudes = torch.tensor(_MAGNITUDES, device=x.device)
     code = torch.searchsorted(magnitudes, rounded.abs().nan_to_num_().contiguous())
     code = (code + 8 * torch.signbit(rounded)).to(torch.uint8)
@@ -76,8 +76,9 @@ def rounded(x: Tensor) -> Tensor:
     parts = zip(flat.split(rows), result.view(flat.shape).split(rows), strict=True)
     for part, out in parts:  # so that what lies between is small
         exponents = _exponents(part)
-        numbers = _round_e2m1(_blocks(part).float() * _power(-exponents))
-        _blocks(out).copy_(numbers.mul_(_power(exponents)))
+        scales, down = (power_of_two(e)[..., None] for e in (exponents, -exponents))
+        numbers = _round_e2m1(_blocks(part).float() * down)
+        _blocks(out).copy_(numbers.mul_(scales))
     return result
 
 
@@ -155,9 +156,9 @@ def _exponents(x: Tensor) -> Tensor:
     return torch.where(fraction <= 0.75, exponent - 3, exponent - 2).clamp_min_(_LEAST_EXPONENT)
 
 
-def _power(exponents: Tensor) -> Tensor:
-    """2^exponent, fp32 [..., C/32, 1]; exponents between -126 and 127, as those of blocks are."""
-    return ((exponents + _EXPONENT_BIAS) << 23).view(torch.float32)[..., None]
+def power_of_two(exponents: Tensor) -> Tensor:
+    """2^exponent exactly, fp32; int32 exponents between -126 and 127, as those of blocks are."""
+    return ((exponents + _EXPONENT_BIAS) << 23).view(torch.float32)
 
 
 def _scaled(x: Tensor, exponents: Tensor) -> Tensor:

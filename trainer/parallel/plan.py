@@ -12,6 +12,7 @@ from model import ModelConfig, SampleLayout, V4Model
 from model.block import BlockPart
 from model.moe import MoE
 from model.positions import Positions
+from model.products import use_fp8
 from trainer.parallel.expert import ExpertDispatch
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Placement, place_all
@@ -36,6 +37,7 @@ def localise(
     stages: StagePlan,
     recompute: Collection[BlockPart] = (),
     offload: Collection[BlockPart] = (),
+    fp8: bool = False,
 ) -> LocalModel:
     """The model of this rank: layers, heads, experts and tokens that are its own.
 
@@ -43,6 +45,8 @@ def localise(
     """
     with torch.device("meta"):
         model = V4Model(config, dtype)
+    if fp8:
+        use_fp8(model)
     keep_stages(model, stages, grid.pipeline.rank)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     placements = place_all(shapes, grid.sizes, grid.rank)

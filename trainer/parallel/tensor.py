@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from model import V4Model
 from model.attention import Attention
 from model.moe import SharedExpert
+from model.products import PLAIN, Linear
 from trainer.parallel.collectives import sum_
 from trainer.parallel.grid import Axis
 from trainer.parallel.traffic import sum_bytes
@@ -52,9 +53,12 @@ class _Column(ColumnParallelLinear):
             disable_grad_reduce=True,
             tp_group=axis.group,
         )
+        self.products = linear.products if isinstance(linear, Linear) else PLAIN
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)[0]
+        if self.products is PLAIN:
+            return super().forward(x)[0]
+        return self.products.linear(x, self.weight)
 
 
 class _Row(RowParallelLinear):
@@ -62,7 +66,7 @@ class _Row(RowParallelLinear):
 
     get_extra_state = nn.Module.get_extra_state
 
-    def __init__(self, linear: nn.Linear, axis: Axis, config: ModelParallelConfig) -> None:
+    def __init__(self, linear: Linear, axis: Axis, config: ModelParallelConfig) -> None:
         super().__init__(
             linear.in_features,
             linear.out_features,
@@ -74,9 +78,12 @@ class _Row(RowParallelLinear):
             is_expert=True,
             tp_group=axis.group,
         )
+        self.products = linear.products
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)[0]
+        if self.products is PLAIN:
+            return super().forward(x)[0]
+        return self.products.linear(x, self.weight)
 
 
 class _Embedding(VocabParallelEmbedding):
