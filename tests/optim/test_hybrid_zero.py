@@ -210,6 +210,33 @@ def test_chunks_go_out_during_backward_in_one_order() -> None:
     assert all((piece.tensor == 4.0).all() for piece in gradients), "two additions on two ranks"
 
 
+def test_chunks_end_inside_of_parameters() -> None:
+    """Sums reach their owner and weights come back, whatever the chunks cut apart."""
+    names = {f"layers.{row}.attn.wkv.weight": (4, 8) for row in range(4)} | {"norm.weight": (21,)}
+    table = build_table(names, SIZES, OptimConfig())
+    first, given = (
+        {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
+        for generator in (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    )
+    parameters = {name: Parameter(value.clone()) for name, value in first.items()}
+    held = [Held(entry, entry.shape) for entry in table]
+    layout = plan_layout(held, 2, 1, OptimConfig().muon)
+    groups = [Group(parameters, held, layout, _Pair(), _Alone())]
+    ours = HybridZero(groups, OptimConfig(), chunk_elements=26)  # 13 of each owner's elements
+    for name, parameter in parameters.items():
+        parameter.grad = given[name].clone()
+    ours.reduce()
+    here = {name: torch.zeros(shape).flatten() for name, shape in names.items()}
+    for piece in ours.gradients():
+        run = slice(piece.start, piece.start + piece.tensor.numel())
+        assert torch.equal(piece.tensor.flatten(), 2 * given[piece.name].flatten()[run])
+        here[piece.name][run] = first[piece.name].flatten()[run]
+    ours.write_parameters()
+    for name, parameter in parameters.items():  # what the other one has comes as zeros
+        assert torch.equal(parameter.detach().flatten(), here[name]), name
+    assert any(bool(run.any()) and not bool(run.all()) for run in here.values())
+
+
 def test_what_gets_fewer_gradients_than_expected_is_sent_at_the_end() -> None:
     ranks, name = _Pair(), "layers.0.attn.wkv.weight"
     table = build_table({name: (4, 8), "layers.0.attn.wo_b.weight": (8, 4)}, SIZES, OptimConfig())
