@@ -2,7 +2,8 @@
 
 The interpreter must be chosen before triton is imported, and would reach into every other test, so
 a test marked with `interpreted` is sent by name to one process that serves the whole session. In
-it, fresh memory holds NaN or the largest integer, so that an output nobody writes is seen.
+it, fresh memory holds NaN or the largest integer, so that an output nobody writes is seen. A test
+module's `small_blocks`, where it has one, is a context around all of its tests, backward included.
 """
 
 from __future__ import annotations
@@ -95,9 +96,9 @@ def _quicken() -> None:
 
 
 def _run(module: str, name: str, arguments: dict[str, Any]) -> None:
-    test = getattr(importlib.import_module(module), name).__wrapped__
-    with poisoned():
-        test(**arguments)
+    tests = importlib.import_module(module)
+    with poisoned(), getattr(tests, "small_blocks", contextlib.nullcontext)():
+        getattr(tests, name).__wrapped__(**arguments)
 
 
 @contextlib.contextmanager

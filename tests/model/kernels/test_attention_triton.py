@@ -41,7 +41,8 @@ def blocks(case: Case) -> Blocks:
         return Blocks(128, 128, 128, 128, 128, 128, programs=4, pair_bytes=1 << 16)
     if case.tokens > 100:
         return Blocks(32, 32, 32, 16, 32, 16, programs=30, pair_bytes=1 << 14)
-    return Blocks(4, 8, 4, 8, 8, 8, programs=10, pair_bytes=1 << 12)
+    key_rows = 4 if case.heads > 4 else 8
+    return Blocks(4, 8, 4, 8, key_rows, 8, programs=10, pair_bytes=1 << 12)
 
 
 def inputs(case: Case, seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

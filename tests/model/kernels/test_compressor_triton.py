@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +14,15 @@ from model import SampleLayout
 from tests.model.kernels.compare import assert_same, rand
 from tests.model.kernels.interpreter import interpreted, last_program_first
 from tests.model.kernels.test_compressor import DIM, reference
+
+
+@contextlib.contextmanager
+def small_blocks() -> Iterator[None]:
+    """Few programs for the bias's gradient, so that each has several blocks of windows."""
+    from model.kernels import compressor_triton
+
+    with patch.object(compressor_triton, "_PARTS", 3):
+        yield
 
 
 def pool(lengths: list[int], m: int, overlap: bool, *inputs: Tensor) -> Tensor:

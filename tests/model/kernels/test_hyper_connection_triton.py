@@ -51,15 +51,13 @@ def parameters(tokens: int, streams: int, dim: int, seed: int) -> list[Tensor]:
 def read(*inputs: Tensor, iterations: int | None = ITERATIONS):
     from model.kernels import hyper_connection_triton
 
-    with small_blocks():
-        return hyper_connection_triton.read_streams(*inputs, **EPS, iterations=iterations)
+    return hyper_connection_triton.read_streams(*inputs, **EPS, iterations=iterations)
 
 
 def write(*inputs: Tensor) -> Tensor:
     from model.kernels import hyper_connection_triton
 
-    with small_blocks():
-        return hyper_connection_triton.write_streams(*inputs)
+    return hyper_connection_triton.write_streams(*inputs)
 
 
 def writing(tokens: int, streams: int, dim: int, seed: int) -> list[Tensor]:
