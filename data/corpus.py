@@ -89,8 +89,7 @@ class Corpus:
             if self._bad is not None:
                 files = self._decodable(files, self._bad)
             if files:
-                options = {"sample_by": "document", "keep_linebreaks": True}
-                opened = partial(self._open, files, options)
+                opened = partial(self._open, files, {"sample_by": "document"})
                 yield from self._records(opened, "its files", 0)
         else:
             for file in self.files:

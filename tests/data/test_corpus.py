@@ -30,7 +30,15 @@ def jsonl(texts: list[str], field: str = "text") -> bytes:
     return "".join(json.dumps({field: text}) + "\n" for text in texts).encode()
 
 
-def test_every_json_container(tmp_path: Path) -> None:
+@pytest.fixture
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the library would keep tables, if it did not stream."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder))
+    return folder
+
+
+def test_every_json_container(tmp_path: Path, cache: Path) -> None:
     contents = {
         "a.jsonl": jsonl(TEXTS),
         "b.jsonl.gz": gzip.compress(jsonl(TEXTS)),
@@ -42,6 +50,7 @@ def test_every_json_container(tmp_path: Path) -> None:
         assert texts_of(corpus(paths=[str(tmp_path / name)])) == TEXTS, name
     assert texts_of(corpus(paths=[str(tmp_path)])) == TEXTS * 4
     assert texts_of(corpus(paths=[str(tmp_path / "*.jsonl*")])) == TEXTS * 3
+    assert not list(cache.rglob("*.arrow"))
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -65,9 +74,8 @@ def test_tree_of_files(tmp_path: Path) -> None:
     assert texts_of(source) == ["a\n", "b\n\n"] and source.empty == 2
 
 
-def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder stands for one, the library opens both alike; nothing is cached."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_a_dataset_of_the_hub(tmp_path: Path, cache: Path) -> None:
+    """A folder stands for one, the library opens both alike."""
     hub = tmp_path / "hub"
     hub.mkdir()
     for name in ("train", "test", "other"):
@@ -88,7 +96,7 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(DataError, match=r"source 's': cannot open the dataset .*hub.*dev") as error:
         texts_of(corpus(dataset=str(hub), dataset_subset="main", dataset_split="dev"))
     assert "\n" not in str(error.value)
-    assert not list((tmp_path / "cache").rglob("*.arrow"))
+    assert not list(cache.rglob("*.arrow"))
 
 
 def test_files_that_are_not_utf8_are_set_aside(tmp_path: Path) -> None:
