@@ -5,7 +5,6 @@ import math
 import multiprocessing
 import random
 import shutil
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from data.loader import Batch, Loader, unigram_entropy
 from data.manifest import Manifest, Shard, Split
 from data.prefetch import Prefetcher
 from data.tokenizer_training import train_tokenizer
+from tests.data.kills import kill_after
 
 Row = tuple[list[int], list[int], list[int]]
 
@@ -211,9 +211,7 @@ def test_killed_ten_times_while_loading(config: DataConfig, tmp_path: Path) -> N
     """The shards stay as they were, and the next run sees the rows of an undisturbed one."""
     splits = changed(config, transforms={"split_share": 0.5}, shards=str(tmp_path / "0"))
     shutil.copytree(config.shards, splits.shards)
-    begin = time.monotonic()
     reference = first_steps(splits)
-    duration = time.monotonic() - begin
     original = {p.name: p.read_bytes() for p in Path(splits.shards).rglob("*") if p.is_file()}
     assert any(name.endswith(".splittable.npy") for name in original)
     rng = random.Random(5)
@@ -223,9 +221,7 @@ def test_killed_ten_times_while_loading(config: DataConfig, tmp_path: Path) -> N
         shutil.copytree(config.shards, mine.shards)
         child = multiprocessing.get_context("fork").Process(target=_load, args=(mine,))
         child.start()
-        time.sleep(rng.uniform(0.0, 1.2) * duration)
-        child.kill()
-        child.join()
+        kill_after(child, Path(mine.shards), "*/*.np[yz]", trial % 3, rng)
         killed_before_counts += not list(Path(mine.shards).rglob("text-*.splittable.npy"))
         assert first_steps(mine) == reference
         left = [p for p in Path(mine.shards).rglob("*") if p.is_file()]

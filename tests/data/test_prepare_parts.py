@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from data.prepare import prepare
 from data.prepare_pool import run_units
 from data.tokenizer import Tokenizer
 from data.unit import Unit, units_of
+from tests.data.kills import kill_after, until
 from tests.distributed import server
 
 TEXTS = [f"Number {i} of many, " * (i % 9 + 1) + "▁<｜User｜> é\n" for i in range(200)]
@@ -121,13 +121,6 @@ def test_no_process_outlives_the_command(parts: DataConfig, tmp_path: Path) -> N
     until(lambda: not any(runs(int(file.stem)) for file in tmp_path.glob("*.pid")))
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def runs(process: int) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
@@ -136,18 +129,15 @@ def runs(process: int) -> bool:
 
 
 def test_killed_ten_times(parts: DataConfig) -> None:
-    begin = time.monotonic()
-    prepare(parts, progress=False)
-    duration = time.monotonic() - begin
+    """At a random moment after a random number of its parts were whole."""
+    units = len(prepare(parts, progress=False).of_split("train"))
     rng = random.Random(7)
     began, left_whole = 0, 0
     for trial in range(10):
         killed = elsewhere(parts, f"killed{trial}")
         child = multiprocessing.get_context("fork").Process(target=prepare, args=(killed, False))
         child.start()
-        time.sleep(rng.uniform(0.05, 1.0) * duration)
-        child.kill()
-        child.join()
+        kill_after(child, Path(killed.shards), ".unfinished-*/*.json", rng.randrange(units), rng)
         began += not (Path(killed.shards) / "manifest.json").exists()
         left_whole += bool(list(Path(killed.shards).glob(".unfinished-*/*.json")))
         prepare(killed, progress=False)
@@ -174,6 +164,12 @@ def test_whole_parts_are_kept_and_half_ones_are_not(parts: DataConfig) -> None:
     with pytest.raises(DataError, match=r"05\.jsonl"):
         prepare(parts, progress=False)
     assert {record: record.stat().st_mtime_ns for record in records} == times
+    cut = next(Path(parts.shards).glob(".unfinished-*/a-train-*.bin"))
+    content = cut.read_bytes()
+    cut.write_bytes(content[:-2])
+    with pytest.raises(DataError, match=r"05\.jsonl"):
+        prepare(parts, progress=False)
+    assert cut.read_bytes() == content  # a record alone does not make a part whole
 
 
 def test_bad_records_are_set_aside_up_to_a_share(parts: DataConfig, tmp_path: Path) -> None:
