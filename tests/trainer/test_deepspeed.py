@@ -226,6 +226,18 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
             [ADAMW + ', "zero_optimization": {"zero_quantized_weights": true}}'],
             "deepspeed.zero_optimization.zero_quantized_weights",
         ),
+        (
+            [ADAMW + ', "zero_optimization": {"stage": 3, "offload_param": "cpu"}}'],
+            "offload_param should be a mapping, not 'cpu'",
+        ),
+        (
+            [ADAMW + ', "zero_optimization": {"offload_param": {"device": "none", "tape": 1}}}'],
+            "offload_param.tape is not supported",
+        ),
+        (
+            ['deepspeed={"optimizer": {"type": "AdamW", "params": {"amsgrad": true}}}'],
+            "params.amsgrad is not supported",
+        ),
         ([MUON + "}"], "deepspeed.optimizer.type is 'Muon' and should be AdamW"),
         ([MUON + "}", "optim.matrix_optimizer=muon"], "optim.clip_norm = 1 does not go"),
         (
@@ -247,6 +259,7 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         ([ADAMW + "}", "optim.matrix_optimizer=muon"], "'AdamW' and should be Muon"),
         ([ADAMW + "}", "parallel.gradients=bf16"], "parallel.gradients = bf16"),
         ([ADAMW + "}", "parallel.tensor=2"], "parallel.tensor = 2"),
+        ([ADAMW + "}", "parallel.recompute=[norms]"], "parallel.recompute does not go"),
         (["engine=native", "deepspeed={}"], "deepspeed block"),
     ],
 )
