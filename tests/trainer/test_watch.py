@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.prepare import prepare
-from model import V4Model
+from model import IGNORE, SampleLayout, V4Model
 from model.block import Block
 from model.hyper_connection import read
 from tests.model.tiny import tiny_config
@@ -115,6 +116,24 @@ def test_both_mixing_matrices_of_a_layer_are_looked_at() -> None:
     pairs = [(found["comb_departure", "max", n][0], least) for n, least in before_attention.items()]
     assert all(seen >= least for seen, least in pairs)
     assert any(seen == least for seen, least in pairs), "the other is always larger"
+
+
+def test_padding_has_no_part_in_the_recall() -> None:
+    """Where it stands behind a sample of twenty tokens, it has entries of its own."""
+    model, layout = model_of(index_topk=2), SampleLayout.from_lengths([[20], [40]], 40)
+    targets = tokens()
+    targets[0, 20:] = IGNORE
+    (row,) = [n for n, attn in model.attentions().items() if attn.indexer is not None][:1]
+    attn, inputs = model.attentions()[row], list[Any]()
+    attn.register_forward_pre_hook(lambda _, given: inputs.append(given[:2]))
+    with watched(model) as notes:
+        model(tokens(), layout, targets)
+    kept, whole = attn.recall(*inputs[0])
+    real = ~layout.padding_T
+    assert whole[~real].any()
+    found = notes.seen()["indexer_recall", "mean", row]
+    assert found == pytest.approx((float(kept[real].sum()), float(whole[real].sum())))
+    assert found[0] < 0.9 * found[1]
 
 
 def close(ours: object, theirs: object) -> bool:

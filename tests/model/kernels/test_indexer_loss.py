@@ -196,7 +196,15 @@ def test_how_much_a_selection_keeps(monkeypatch):
     monkeypatch.setattr(module, "_KEPT_PAIRS", 64)
     case = CASES["short samples"]
     selected = case.select(3)
-    kept, every = kept_mass(teacher(case), case.ranges, selected, case.entries)
+    attention, asked = teacher(case), []
+
+    def noted(rows, columns):
+        asked.append((rows, columns))
+        return attention(rows, columns)
+
+    kept, every = kept_mass(noted, case.ranges, selected, case.entries)
+    assert asked == list(blocks(case.ranges, case.entries, None, 64)), "as every other rank does"
+    assert any(columns.start == columns.stop for _, columns in asked)
     mass = case.probabilities(*[x.double() for x in case.inputs()])[..., case.tokens :].sum(1)
     torch.testing.assert_close(every.double(), mass.sum(1), rtol=0, atol=1e-5)
     expected = (mass * case.picked(selected)).sum(1)
