@@ -108,8 +108,11 @@ def waiting(
 def test_choices_are_those_of_earlier_weights(folder: Path, spread: Topology, lead: int) -> None:
     run, otherwise = folder / run_name(spread, lead), 0
     for step in range(lead + 1, STEPS):
-        # Chosen in the step after the checkpoint of step - lead, and in the next one.
+        # Chosen in the step after the checkpoint of step - lead, and kept until they are used.
         found = waiting(run, step - lead + 1, step)
+        for later in range(step - lead + 2, step + 1):
+            kept = waiting(run, later, step)
+            assert all(torch.equal(found[row], kept[row]) for row in found), (step, later)
         old, present = chosen_by(run, step - lead, step), chosen_by(run, step, step)
         for row, chosen in found.items():
             assert chosen.dtype == torch.uint8
