@@ -18,9 +18,9 @@ CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"
 LENGTHS = [[512], [200, 312], [1, 2, 509], [128] * 4]
 
 
-def step_on(device: torch.device) -> Callable[[], None]:
+def step_on(device: torch.device, precision: str) -> Callable[[], None]:
     """From rows on the host to new weights and router biases on the device."""
-    config = load_config(CONFIG, ["precision=bf16"])
+    config = load_config(CONFIG, [f"precision={precision}"])
     grid = Grid.single(device)
     local, optimizer = build(config, grid)
     engine = make_engine(config, local, grid, optimizer)
@@ -38,14 +38,16 @@ def step_on(device: torch.device) -> Callable[[], None]:
     return step
 
 
-def test_no_number_is_read_between_rows_and_update():
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_no_number_is_read_between_rows_and_update(precision):
     """Without a GPU: the meta device's tensors have no numbers, so that reading one is an error."""
-    step_on(torch.device("meta"))()
+    step_on(torch.device("meta"), precision)()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_nothing_waits_for_the_device_between_rows_and_update():
-    step = step_on(torch.device("cuda"))
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_nothing_waits_for_the_device_between_rows_and_update(precision):
+    step = step_on(torch.device("cuda"), precision)
     step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
