@@ -47,9 +47,14 @@ def summary_of(layouts: list[Layout], ranks: int) -> Summary:
     return Summary(loads)
 
 
-@pytest.mark.parametrize(("name", "ranks", "owners"), [("flash", 64, 64), ("pro", 512, 128)])
-def test_shipped_models_divide_evenly(name: str, ranks: int, owners: int) -> None:
-    """Pro's 124 largest matrices are too few for 512: 128 ranks own what experts are not."""
+@pytest.mark.parametrize(
+    ("name", "ranks", "owners", "excess"), [("flash", 64, 64, 1.003), ("pro", 512, 128, 1.032)]
+)
+def test_shipped_models_divide_evenly(name: str, ranks: int, owners: int, excess: float) -> None:
+    """As docs/optimizer.md says, and better than by cost or by size alone.
+
+    Pro's 124 largest matrices are too few for 512: 128 ranks own what experts are not.
+    """
     layouts = layouts_of(name, ranks)
     assert [layout.owners for layout in layouts] == [ranks, owners]
     assert all(layout.padding < 0.1 for layout in layouts)
@@ -59,7 +64,7 @@ def test_shipped_models_divide_evenly(name: str, ranks: int, owners: int) -> Non
         piece.state * (12 if piece.matrices is None else 8) for l in layouts for piece in l.pieces
     )
     assert 0.9 * total / ranks <= least <= most <= 1.1 * total / ranks
-    assert summary.newton_schulz_excess <= 1.15
+    assert round(summary.newton_schulz_excess, 3) <= excess
     assert f"{most / 2**20:,.2f} at most" in summary.words()
     assert summary.table().row_count == 4
 
