@@ -360,17 +360,17 @@ def losses(run_dir: Path) -> dict[int, float]:
 def test_a_turned_run_goes_on_as_if_it_had_not_been_stopped(
     tiny: Path, tmp_path: Path, source: str
 ) -> None:
-    """Stopped while it routes by older weights, and before the batch that is left out."""
+    """Stopped while it routes by older weights, and before the batch that is left out.
+
+    All ranks have agreed to stop after the step that is a spike.
+    """
     longer = (*SPIKES, "stability.anticipation.steps=5")
     if source == "checkpoint":
         longer += ("stability.spikes.snapshot_every=0", "checkpoint.every=3")
     run(tiny, tmp_path / "straight", {12: gradients_times(1e4)}, *longer)
 
-    def spike_and_stop(trainer: Trainer) -> None:
-        gradients_times(1e4)(trainer)
-        trainer.stop.make()
-
-    first = run(tiny, tmp_path / "halves", {12: spike_and_stop}, *longer)
+    faults: dict[int, Fault] = {11: lambda trainer: trainer.stop.make(), 12: gradients_times(1e4)}
+    first = run(tiny, tmp_path / "halves", faults, *longer)
     assert (first.state.step, first.state.rollbacks, first.state.left_out) == (10, 1, [11])
     run(tiny, tmp_path / "halves", {}, *longer)
     assert losses(tmp_path / "halves") == losses(tmp_path / "straight")
