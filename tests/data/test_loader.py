@@ -18,6 +18,7 @@ from data.indexed import indexed_module, open_shard
 from data.loader import Batch, Loader, unigram_entropy
 from data.manifest import Manifest, Shard, Split
 from data.prefetch import Prefetcher
+from data.prepare import prepare
 from data.tokenizer_training import train_tokenizer
 from tests.data.kills import kill_after
 
@@ -158,12 +159,15 @@ def changed(config: DataConfig, **fields: object) -> DataConfig:
 
 def test_another_tokenizer_is_refused(config: DataConfig, tmp_path: Path) -> None:
     settings = config.tokenizer.model_dump() | {"path": str(tmp_path), "vocab_size": 900}
-    other = changed(config, tokenizer=settings)
+    other = changed(config, tokenizer=settings, shards=str(tmp_path / "shards"))
+    shutil.copytree(config.shards, other.shards)
     with pytest.raises(DataError, match="no tokenizer at"):
         Loader(other, seed=0)
     train_tokenizer(other)
     with pytest.raises(DataError, match=r"made with another tokenizer than .*tokenizer\.model"):
         Loader(other, seed=0)
+    prepare(other, progress=False)
+    assert Loader(other, seed=0).manifest.vocab_size == 900
 
 
 @pytest.mark.parametrize(
