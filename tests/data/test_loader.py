@@ -172,7 +172,10 @@ def test_another_tokenizer_is_refused(config: DataConfig, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("suffix", "damage"),
-    [*itertools.product([".bin", ".idx"], ["truncated", "missing", "empty"]), (".idx", "zeros")],
+    [
+        *itertools.product([".bin", ".idx"], ["truncated", "missing", "empty"]),
+        *((".idx", "zeros"), (".idx", "another format")),
+    ],
 )
 def test_damaged_shards(config: DataConfig, tmp_path: Path, suffix: str, damage: str) -> None:
     copy = tmp_path / "shards"
@@ -183,6 +186,7 @@ def test_damaged_shards(config: DataConfig, tmp_path: Path, suffix: str, damage:
     else:
         content = file.read_bytes()
         damaged = {"truncated": content[:-3], "empty": b"", "zeros": bytes(len(content))}
+        damaged["another format"] = b"X" + content[1:]
         file.write_bytes(damaged[damage])
     with pytest.raises(DataError, match=rf"text-train-00000\{suffix} .*v4 data prepare"):
         Loader(changed(config, shards=str(copy)), seed=0)

@@ -8,6 +8,7 @@ import pytest
 
 from data.config import DataConfig
 from data.errors import DataError
+from data.files import write_atomically
 from data.indexed import open_shard
 from data.manifest import Manifest
 from data.prepare import prepare
@@ -117,6 +118,19 @@ def test_full_disk_leaves_earlier_shards_whole(config: DataConfig, tmp_path: Pat
             prepare(mine, progress=False)
         assert files_below(mine.shards) == before
         assert len(list(Path(mine.shards).iterdir())) == 2
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "a.json"
+    write_atomically(file, b"before")
+    with (
+        full_disk(4096),
+        pytest.raises(DataError, match=r"cannot write .*a\.json: .* unchanged"),
+    ):
+        write_atomically(file, bytes(10_000))
+    assert file.read_bytes() == b"before" and list(file.parent.iterdir()) == [file]
+    with pytest.raises(DataError, match=r"cannot write .*b\.json: File exists"):
+        write_atomically(file / "b.json", b"")
 
 
 def test_bad_text_leaves_earlier_shards_whole(config: DataConfig, tmp_path: Path) -> None:
