@@ -136,6 +136,9 @@ def test_heldout_is_the_same_for_every_seed_and_ends(config: DataConfig) -> None
     last = [row for step in range(loader.num_steps) for row in rows_of(loader.at(step))]
     assert [row[2] for row in last[loader.num_rows :]] == [[]] * (len(last) - loader.num_rows)
     assert all(row[2] == [] for row in rows_of(loader.at(loader.num_steps)))
+    transforms = {"fim_rate": 1.0, "fim_domains": ["prose"]}
+    plain = Loader(changed(config, transforms=transforms), seed=0, split="heldout")
+    assert epoch_rows(plain) == epoch_rows(loader)
 
 
 def test_unigram_entropy(config: DataConfig) -> None:

@@ -1,5 +1,7 @@
 """Best-fit packing: like a few lines of brute force, nothing lost, little cut."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -67,6 +69,18 @@ def test_windows_hold_every_position_once() -> None:
     crossing = [row for row in rows if len({piece[0] in first for piece in row}) == 2]
     assert not crossing
     assert as_lists(pack_windows(lengths, 16, order, 30)) == rows
+
+
+def test_cuts_are_at_multiples_wherever_a_document_begins() -> None:
+    rng = np.random.default_rng(2)
+    first = rng.integers(0, 40, 30)
+    last = first + rng.integers(1, 60, 30)
+    expected = []
+    for d in range(30):
+        for _, group in itertools.groupby(range(first[d], last[d]), lambda p: p // 16):
+            places = list(group)
+            expected.append((d, places[0], len(places)))
+    assert list(zip(*(c.tolist() for c in pieces_of(first, last, 16)), strict=True)) == expected
 
 
 def test_cuts_fewer_documents_than_concatenation() -> None:

@@ -132,6 +132,18 @@ def test_every_document_comes_back(mixed: DataConfig, packing: str, spm: float) 
         assert splits[name] / able[name] == pytest.approx(0.5, abs=0.03), name
 
 
+def test_what_chance_lengthens_fits_into_full_windows(mixed: DataConfig) -> None:
+    """Windows without room to spare: some documents stay as they are, and none is lost."""
+    transforms = {"fim_rate": 0.5, "split_share": 0.5}
+    fields = {"packing_fill": 1.0, "packing_window": 40, "packing": "concatenate"}
+    loader = Loader(changed(mixed, transforms=transforms, **fields), seed=4)
+    whole = stream(loader, 2 * loader.num_steps)
+    for source in loader.sources:
+        assert {n for name, e, n in whole if (name, e) == (source.name, 0)} == set(
+            range(source.documents)
+        )
+
+
 def test_any_token_may_be_split() -> None:
     table = np.full((8, 2), -1)
     table[5] = 6, 7
