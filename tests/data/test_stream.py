@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from data.config import DataConfig, DataStage
 from data.errors import DataError
 from data.loader import Loader
+from data.manifest import Manifest
 from data.mixture import Schedule, balanced_order
 from data.packing import pack_into
 from data.permutation import hashes
@@ -283,6 +285,20 @@ def test_epochs_differ_in_their_transforms(mixed: DataConfig) -> None:
 def test_refused(mixed: DataConfig, fields: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         changed(mixed, **fields)
+
+
+def test_a_source_of_which_the_shards_hold_nothing(mixed: DataConfig, tmp_path: Path) -> None:
+    shutil.copytree(mixed.shards, tmp_path, dirs_exist_ok=True)
+    manifest = Manifest.load(tmp_path)
+    code = tuple(shard for shard in manifest.shards if shard.source == "code")
+    manifest.model_copy(update={"shards": code}).save(tmp_path)
+    weights = {"code": 0.3, "prose": 0.7}
+    with pytest.raises(DataError, match=r"no document of source 'prose', whose weight is 0\.7"):
+        Loader(changed(mixed, shards=str(tmp_path), weights=weights), seed=0)
+    found = Loader(
+        changed(mixed, shards=str(tmp_path), weights={"code": 1.0, "prose": 0.0}), seed=0
+    )
+    assert [source.name for source in found.sources] == ["code"]
 
 
 def test_a_ramp_needs_both_of_its_fields() -> None:
