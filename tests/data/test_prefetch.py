@@ -63,3 +63,13 @@ def test_an_error_comes_at_its_own_step() -> None:
     assert batches.at(6)[0].tokens.item() == 6
     batches.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+
+
+def test_tensors_are_pinned_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU nothing can be, so the tensor's own method is stood in for."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1000)
+    for pin, more in ((False, 0), (True, 1000)):
+        batches = Prefetcher(Steps().at, 1, steps=2, pin=pin)
+        (batch,) = batches.at(1)
+        assert (batch.tokens.item(), batch.targets.item()) == (1 + more, -1 + more)
+        batches.close()

@@ -212,6 +212,8 @@ def test_stages_go_on_where_the_last_ended(mixed: DataConfig) -> None:
                 assert tokens == loader.document(source, number).tolist()
     starts = [loader._edges(i, loader.schedule.rows_in(i) or 0) for i in (0, 1)]
     assert starts == loader._offsets[1:]
+    seen = [loader.epochs_of(step)["code"] for step in range(12)]
+    assert seen[0] == 0 and seen == sorted(set(seen))
 
 
 @pytest.mark.parametrize(("first", "last", "ramp"), [(1, 10, 4), (6, 4, 3), (96, 1152, 10_000)])
@@ -333,6 +335,8 @@ def test_a_line_is_its_documents_and_windows_end_between_pieces(
     ]
     expected = [(e, d, p) for e in (0, 1) for d in range(50) for p in range(lengths[d] - 1)]
     assert len(line) == len(expected) and set(line) == set(expected)
+    orders = [[d for e, d, p in line if (e, p) == (epoch, 0)] for epoch in (0, 1)]
+    assert orders[0] != orders[1]
     for place in range(2 * source.positions):
         snapped = source.snapped(place, 16, 16)
         assert snapped == place - line[place][2] % 16
