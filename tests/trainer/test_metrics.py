@@ -159,6 +159,7 @@ def test_plain_progress_lines(
     train(tiny, tmp_path, "steps=5", "metrics.every=2")
     lines = capsys.readouterr().out.splitlines()
     assert lines.pop(0).startswith("kernels: attention, indexer, indexer loss, compressor")
+    assert re.match(r"memory: [\d.,]+ [MG]iB at most", lines.pop())
     assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
     assert re.search(r"loss \d+\.\d{4}  heldout \d+\.\d{4}  [\d ]+ tokens/s  ETA 0:00:0", lines[-1])
 
