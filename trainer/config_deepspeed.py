@@ -23,7 +23,7 @@ _KNOWN = {
     "wall_clock_breakdown",
 }
 _OFFLOADS = ("offload_optimizer", "offload_param")
-_KNOWN_OFFLOAD = {"device", "nvme_path", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"}
+_KNOWN_OFFLOAD = {"device", "pin_memory"}
 _KNOWN_ZERO = {"stage", *_OFFLOADS}
 _KNOWN_ZERO |= {"reduce_bucket_size", "allgather_bucket_size", "sub_group_size"}
 _FOREIGN = {
@@ -43,12 +43,6 @@ _DEGREES = ("tensor", "expert", "pipeline", "context", "expert_tensor")
 def zero_stage(block: Mapping[str, Any]) -> int:
     """The block's ZeRO stage, 0 where it names none."""
     return int(block.get("zero_optimization", {}).get("stage", 0))
-
-
-def uses_nvme(block: Mapping[str, Any]) -> bool:
-    """Whether anything goes to an NVMe drive."""
-    zero = block.get("zero_optimization", {})
-    return any(zero.get(field, {}).get("device") == "nvme" for field in _OFFLOADS)
 
 
 def problems(config: Any) -> Iterator[str]:
@@ -134,12 +128,12 @@ def _zero(zero: Block) -> Iterator[str]:
             yield f"{name} should be a mapping, not {section!r}"
             return
         device = section.get("device", "none")
-        if device not in ("none", "cpu", "nvme"):
-            yield f"{name}.device = {device!r} should be cpu, nvme or none"
+        if device == "nvme":
+            yield f"{name}.device = 'nvme' does not update as AdamW does; use cpu"
+        elif device not in ("none", "cpu"):
+            yield f"{name}.device = {device!r} should be cpu or none"
         elif device != "none" and stage != 3:
             yield f"{name} needs deepspeed.zero_optimization.stage = 3; it is {stage}"
-        elif device == "nvme" and "nvme_path" not in section:
-            yield f"{name}.device = 'nvme' needs {name}.nvme_path, a folder on the drive"
         for unknown in sorted(set(section) - _KNOWN_OFFLOAD):
             yield f"{name}.{unknown} is not supported; leave it out"
 

@@ -21,7 +21,7 @@ from model import V4Model
 from model.block import Block
 from optim import Assignment, StatePiece, gradient_norm
 from trainer.config import ConfigError, RunConfig
-from trainer.config_deepspeed import resolve, uses_nvme, zero_stage
+from trainer.config_deepspeed import resolve, zero_stage
 from trainer.engine import Engine, Microbatches
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import Feed, Stage, Tally
@@ -401,8 +401,6 @@ def _initialize(
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed wants, though nobody launched us
     deepspeed = import_deepspeed(grid.device)
-    if uses_nvme(block):
-        check_nvme()
     if block.get("zero_optimization", {}).get("stage") == 3:
         # A block's weights are gathered together.
         deepspeed.utils.set_z3_leaf_modules(stage, [Block])
@@ -428,15 +426,3 @@ def import_deepspeed(device: torch.device) -> Any:
     # kill in between, torch's lock on the build makes every later start wait for ever.
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_SUM] = False
     return deepspeed
-
-
-def check_nvme() -> None:
-    """Raise ConfigError where DeepSpeed's asynchronous file operations cannot be built."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise ConfigError(
-            "deepspeed.zero_optimization: offload to device = 'nvme' needs DeepSpeed's async_io "
-            "operation, which cannot be built here without the headers of libaio; install them, "
-            "or use cpu"
-        )

@@ -209,11 +209,11 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         ([ADAMW + ', "zero_optimization": {"stage": 4}}'], "deepspeed.zero_optimization.stage = 4"),
         (
             [ADAMW + ', "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}'],
-            "needs deepspeed.zero_optimization.offload_param.nvme_path",
+            "offload_param.device = 'nvme' does not update as AdamW does; use cpu",
         ),
         (
             [ADAMW + ', "zero_optimization": {"stage": 3, "offload_param": {"device": "tape"}}}'],
-            "offload_param.device = 'tape' should be cpu, nvme or none",
+            "offload_param.device = 'tape' should be cpu or none",
         ),
         (
             [
@@ -278,17 +278,3 @@ def test_a_plan_is_refused(folder: Path) -> None:
     config = load_config(folder / "tiny.yaml", ["engine=deepspeed", ADAMW + "}"])
     with pytest.raises(ConfigError, match="engine = deepspeed"):
         list(plan(config, 2))
-
-
-def test_nvme_needs_what_this_machine_may_not_have(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    from trainer.deepspeed_engine import check_nvme
-
-    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
-    with pytest.raises(ConfigError, match="needs DeepSpeed's async_io operation"):
-        check_nvme()
-    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
-    check_nvme()
