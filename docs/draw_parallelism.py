@@ -13,12 +13,24 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
+from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 
+from docs.drawing import (
+    BLUE,
+    FOUR,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    SKY,
+    arrow,
+    bare,
+    blank,
+    cell,
+    save,
+)
 from docs.timeline import timeline
 from model import SampleLayout
 from trainer.config import load_config
@@ -27,44 +39,6 @@ from trainer.parallel.sizes import DENSE, EXPERT, Sizes, place_of
 from trainer.parallel.traffic import Work, step_traffic
 
 ROOT = Path(__file__).parents[1]
-# Okabe and Ito's colours, told apart by people who see fewer of them, and lighter ones of each.
-BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#F0E442",
-)
-FOUR = ("#7FB8D8", "#F2A66A", "#80CEB9", "#E5BCD3")
-GREY, PALE, INK = "#8A8A8A", "#EDEDED", "#222222"
-plt.rcParams.update(
-    {"font.size": 10, "text.color": INK, "axes.edgecolor": GREY, "axes.titlesize": 11}
-)
-
-
-def blank(width: float, height: float, right: float, top: float) -> tuple[Any, Any]:
-    """A figure of inches with one bare axis from (0, 0) to (right, top), y downwards."""
-    figure, ax = plt.subplots(figsize=(width, height))
-    bare(ax, right, top)
-    return figure, ax
-
-
-def bare(ax: Any, right: float, top: float) -> None:
-    """No frame, no ticks; y grows downwards."""
-    ax.set(xlim=(0, right), ylim=(top, 0))
-    ax.axis("off")
-
-
-def cell(ax: Any, x: float, y: float, w: float, h: float, color: str, **more: Any) -> None:
-    """A filled rectangle with a white edge."""
-    ax.add_patch(Rectangle((x, y), w, h, **{"fc": color, "ec": "white", "lw": 1.2, **more}))
-
-
-def arrow(ax: Any, start: tuple[float, float], end: tuple[float, float], **more: Any) -> None:
-    """An arrow between two points."""
-    style = {"arrowstyle": "-|>", "mutation_scale": 11, "color": INK, "lw": 1.1, **more}
-    ax.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, **style))
 
 
 # --- who is where -------------------------------------------------------------------------------
@@ -434,15 +408,6 @@ def draw_traffic(folder: Path) -> None:
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
     figure.tight_layout()
     save(figure, folder, "traffic", tight=False)
-
-
-def save(figure: Any, folder: Path, name: str, tight: bool = True) -> None:
-    """Write parallel-NAME.png."""
-    options = {"bbox_inches": "tight", "pad_inches": 0.08} if tight else {}
-    path = folder / f"parallel-{name}.png"
-    figure.savefig(path, dpi=110, metadata={"Software": None}, **options)
-    plt.close(figure)
-    print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
 def main() -> None:
