@@ -1,10 +1,11 @@
 """How even the learned routers become, with and without the bias that moves against the load.
 
-    python -m benchmarks.expert_loads FOLDER [--speeds 0 0.001 0.01] [--steps 300] [key=value ...]
+    python -m benchmarks.expert_loads FOLDER --size demo [--speeds 0 0.001 0.01] [--steps 300]
 
-Trains a small model on the demo's text once for every speed of the bias. Printed for every learned
-layer: the busiest expert's load over the mean, of single steps (the median of the last 20) and of
-the last 20 steps together, and the step from which on the median of 20 steps stayed at most 1.3.
+Trains a model of benchmarks/stability_runs.py once for every speed of the bias. Printed for every
+learned layer: the busiest expert's load over the mean, of single steps (the median of the last 20)
+and of the last 20 steps together, and the step from which on the median of 20 steps stayed at most
+1.3.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.stability_runs import small, trainer_of
+from benchmarks.stability_runs import Size, config_of, trainer_of
 from trainer.trainer import Trainer
 
 LAST, EVEN = 20, 1.3
@@ -59,6 +60,7 @@ def even_since(ratios: Sequence[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", choices=get_args(Size), default="small")
     parser.add_argument("--speeds", type=float, nargs="+", default=[0.0, 0.001, 0.01])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -67,8 +69,10 @@ def main() -> None:
     for column in ("bias speed", "layer", "one step", f"{LAST} steps", f"at most {EVEN} since"):
         table.add_column(column, justify="right")
     for speed in options.speeds:
-        settings = (f"router_bias_speed={speed}", f"steps={options.steps}", *options.overrides)
-        config = small(options.folder, f"speed {speed:g}", *settings)
+        settings = (f"router_bias_speed={speed}", *options.overrides)
+        config = config_of(
+            options.size, options.folder, f"speed {speed:g}", options.steps, *settings
+        )
         loads = loads_of(trainer_of(config))
         for layer in range(config.model.num_hash_layers, loads.shape[1]):
             ratios = busiest(loads[:, layer]).tolist()

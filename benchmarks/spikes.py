@@ -1,16 +1,15 @@
 """Spikes made on purpose: when they are seen, and how a run goes on that turns back or does not.
 
-    python -m benchmarks.spikes FOLDER [--fault-at 336]
-    python -m benchmarks.spikes FOLDER --wide --fault-at 320
-    python -m benchmarks.spikes FOLDER --calm 2000
+    python -m benchmarks.spikes FOLDER --size demo --fault-at 206
+    python -m benchmarks.spikes FOLDER --size small --calm 2000
 
-The first form trains a small model on the demo's text for a while, and from that checkpoint goes on
-seven times: undisturbed, and with each of three faults with and without `stability.spikes`. The
+The first form trains a model on the demo's text for a while, and from that checkpoint goes on seven
+times: undisturbed, and with each of three faults with and without `stability.spikes`. The
 faults: one batch of random tokens, a router's row scaled by 100, and a learning rate 50 times too
 large for three steps. Compared are the held-out loss 30 steps after the fault and, as a mean over
 these steps, by how much the loss of training is above that of the undisturbed run, which sees the
-same batches. `--wide` takes twice the width and twice the tokens a step. The last form trains
-without a fault and counts the alarms. Cut at any time and started again, all go on: long runs from
+same batches. The other form trains without a fault and counts the alarms. Sizes are those of
+benchmarks/stability_runs.py. Cut at any time and started again, all go on: long runs from
 their newest checkpoint, a run with a fault from the common one.
 """
 
@@ -19,27 +18,29 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.stability_runs import WIDE, small, trainer_of
+from benchmarks.stability_runs import Size, config_of, trainer_of
 from data import Batch
+from trainer.config import RunConfig
 from trainer.metrics_file import read_events, read_metrics
 from trainer.spikes import SpikeDetector
 from trainer.trainer import Trainer
 
 BEFORE, AFTER = 5, 30
 """Steps of the common checkpoint before the fault, and after it."""
-SPIKES = (
+SETTINGS = (
     "stability.spikes={snapshot_every: 10, least_history: 12}",
     "stability.anticipation.steps=20",
+    "optim.schedule.decay_fraction=0.0",
 )
-CONSTANT = ("optim.schedule.decay_fraction=0.0",)
 CUT = ("checkpoint.every=50",)
 Fault = Callable[[Trainer, int], None]
 
@@ -100,27 +101,35 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def run(folder: Path, name: str, fault: Fault | None, at: int, *settings: str) -> Path:
-    """Go on from the common checkpoint, with the fault in step `at`, counted from 0."""
-    end = at + 1 + AFTER
-    length = (f"steps={end}", f"evaluation.every={end}")
-    config = small(folder, name, *CONSTANT, *length, *SPIKES, *settings)
-    if steps_done(config.run_dir) < end:
-        shutil.rmtree(config.run_dir, ignore_errors=True)  # it was cut: a fault comes only once
-        shutil.copytree(common(folder, at - BEFORE, *settings), config.run_dir)
-        trainer = trainer_of(config)
-        if fault is not None:
-            fault(trainer, at)
-        trainer.run()
-    return config.run_dir
+class Runs:
+    """Runs of one size in one folder, each at most once."""
 
+    def __init__(self, size: Size, folder: Path, settings: Sequence[str]) -> None:
+        self.size, self.folder = size, folder
+        self.settings = (*SETTINGS, *settings)
 
-def common(folder: Path, steps: int, *settings: str) -> Path:
-    """The run folder of the steps that all runs have in common."""
-    config = small(folder, "common", *CONSTANT, *SPIKES, *CUT, *settings, f"steps={steps}")
-    if steps_done(config.run_dir) < steps:
-        trainer_of(config).run()
-    return config.run_dir
+    def config(self, name: str, steps: int, *settings: str) -> RunConfig:
+        return config_of(self.size, self.folder, name, steps, *self.settings, *settings)
+
+    def common(self, steps: int) -> Path:
+        """The folder of the steps that all runs have in common."""
+        config = self.config("common", steps, *CUT)
+        if steps_done(config.run_dir) < steps:
+            trainer_of(config).run()
+        return config.run_dir
+
+    def with_fault(self, name: str, fault: Fault | None, at: int, *settings: str) -> Path:
+        """Go on from the common checkpoint, with the fault in step `at`, counted from 0."""
+        end = at + 1 + AFTER
+        config = self.config(name, end, f"evaluation.every={end}", *settings)
+        if steps_done(config.run_dir) < end:
+            shutil.rmtree(config.run_dir, ignore_errors=True)  # it was cut: a fault comes only once
+            shutil.copytree(self.common(at - BEFORE), config.run_dir)
+            trainer = trainer_of(config)
+            if fault is not None:
+                fault(trainer, at)
+            trainer.run()
+        return config.run_dir
 
 
 def steps_done(run_dir: Path) -> int:
@@ -135,18 +144,17 @@ def heldout(run_dir: Path) -> float:
     return float(read_metrics(run_dir / "metrics.jsonl")[-1]["heldout_loss"])
 
 
-def faults(folder: Path, at: int, *settings: str) -> Table:
+def faults(runs: Runs, at: int) -> Table:
     """Every fault with and without turning back, beside the undisturbed run."""
-    calm = run(folder, "undisturbed", None, at, *settings)
+    calm = runs.with_fault("undisturbed", None, at)
     table = Table(title=f"held-out loss after step {at + 1 + AFTER}, the fault in step {at + 1}")
     for column in ("fault", "seen in step", "back to", "undisturbed", "turned back", "apart"):
         table.add_column(column, justify="right")
     for column in ("above in training", "not turned back", "apart", "above in training"):
         table.add_column(column, justify="right")
     for name, fault in FAULTS.items():
-        turned = run(folder, f"{name}, with", fault, at, *settings)
-        off = (*settings, "stability.spikes=null")
-        not_turned = run(folder, f"{name}, without", fault, at, *off)
+        turned = runs.with_fault(f"{name}, with", fault, at)
+        not_turned = runs.with_fault(f"{name}, without", fault, at, "stability.spikes=null")
         events = [event for _, event in read_events(turned / "metrics.jsonl")]
         table.add_row(
             name,
@@ -171,9 +179,9 @@ def compared(run_dir: Path, calm: Path, at: int) -> list[str]:
     return [f"{found:.4f}", f"{found - heldout(calm):+.4f}", f"{above:+.4f}"]
 
 
-def calm(folder: Path, steps: int, *settings: str) -> str:
+def calm(runs: Runs, steps: int) -> str:
     """Train without a fault and count the alarms, and how close it came to one."""
-    config = small(folder, "calm", *SPIKES, *CUT, *settings, f"steps={steps}")
+    config = runs.config("calm", steps, *CUT)
     trainer_of(config).run()
     path = config.run_dir / "metrics.jsonl"
     records, events = read_metrics(path), read_events(path)
@@ -194,16 +202,16 @@ def calm(folder: Path, steps: int, *settings: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", choices=get_args(Size), default="small")
     parser.add_argument("--fault-at", type=int, default=336)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--calm", type=int, default=0)
-    parser.add_argument("--wide", action="store_true")
-    options = parser.parse_args()
-    settings = (f"optim.learning_rate={options.learning_rate}", *WIDE * options.wide)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_intermixed_args()
+    runs = Runs(options.size, options.folder, options.overrides)
     if options.calm:
-        print(calm(options.folder, options.calm, *settings))
+        print(calm(runs, options.calm))
     else:
-        Console(width=170).print(faults(options.folder, options.fault_at - 1, *settings))
+        Console(width=170).print(faults(runs, options.fault_at - 1))
 
 
 if __name__ == "__main__":

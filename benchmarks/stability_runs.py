@@ -1,11 +1,14 @@
-"""The small model that the scripts about stability train, on the demo's text, in this process.
+"""The models that the scripts about stability train, on the demo's text, in this process.
 
-It has every part of configs/debug.yaml at a fraction of the width; `v4 demo` prepares the text.
+`small` has every part of configs/debug.yaml at a fraction of the width, `wide` twice that width and
+twice the tokens a step; `demo` is the dense stage of configs/recipe-long.yaml itself, with 9.7M
+parameters and 4,096 tokens a step. `v4 demo` prepares the text.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,7 +16,9 @@ from trainer.config import RunConfig, load_config
 from trainer.parallel.grid import Grid
 from trainer.trainer import Trainer
 
-SMALL = (
+Size = Literal["small", "wide", "demo"]
+
+_SMALL = (
     "precision=fp32",
     "model.hidden_size=32",
     "model.num_hidden_layers=3",
@@ -42,7 +47,7 @@ SMALL = (
     "metrics.layers_every=0",
 )
 
-WIDE = (
+_WIDE = (
     "model.hidden_size=64",
     "model.num_attention_heads=4",
     "model.q_lora_rank=32",
@@ -53,12 +58,23 @@ WIDE = (
     "model.moe_intermediate_size=32",
     "data.row_length=128",
 )
-"""Twice the width, and twice the tokens a step."""
+_DEMO = (
+    "evaluation.every=0",
+    "checkpoint.every=0",
+    "metrics.wandb.mode=disabled",
+    "metrics.layers_every=0",
+)
 
 
-def small(folder: Path, name: str, *settings: str) -> RunConfig:
-    """The config of a small run in `folder`."""
-    overrides = [*SMALL, f"run_dir={folder / name}", *settings]
+def config_of(size: Size, folder: Path, name: str, steps: int, *settings: str) -> RunConfig:
+    """The config of a run of so many steps in `folder`; of `demo` its learning rate, too."""
+    overrides = [f"run_dir={folder / name}", *settings]
+    if size == "demo":
+        demo = load_config("configs/recipe-long.yaml")
+        tokens = steps * demo.data.row_length * demo.data.batch_rows
+        stages = f"stages=[{{until: {tokens}, attention: dense}}]"
+        return load_config("configs/recipe-long.yaml", [*_DEMO, stages, *overrides])
+    overrides = [*_SMALL, *_WIDE * (size == "wide"), f"steps={steps}", *overrides]
     return load_config("configs/debug.yaml", overrides)
 
 

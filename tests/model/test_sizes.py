@@ -21,7 +21,8 @@ def shipped(name: str) -> RunConfig:
 
 
 def test_all_are_here():
-    assert [path.stem for path in CONFIGS] == ["debug", "flash", "nano", "pro", "recipe-demo"]
+    names = ["debug", "flash", "nano", "pro", "recipe-demo", "recipe-long"]
+    assert [path.stem for path in CONFIGS] == names
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
