@@ -2,7 +2,8 @@
 
 For Flash's and Pro's widths and rows of several lengths, each operation runs forward and backward
 as Triton, as the plain PyTorch reference, as the reference under torch.compile, and as
-FlexAttention where that can say the same (window and entry ranges; not lists of picks). Beside the
+FlexAttention where that can say the same (window and entry ranges; not lists of picks). Products
+in FP8 stand beside torch's in bf16 and, of one group, its `scaled_mm`. Beside the
 times stand the machine's own ceilings, measured in the same run: a large bf16 matrix product and a
 copy. Operations and bytes are the fewest that the mathematics needs; what an implementation does
 twice lowers its share. The peak is what a pass takes beyond its inputs. Before anything is timed,
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import attention_tasks, layer_tasks
+from benchmarks import attention_tasks, fp8_tasks, layer_tasks
 from benchmarks.attention_tasks import DEVICE, DTYPE, Task, Work, load
 from model import ModelConfig
 from model.kernel_choices import kernel_choices
@@ -186,7 +187,8 @@ def check(task: Task) -> list[str]:
 
 def tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:
     """Made one at a time, because one at a time fits in memory."""
-    return attention_tasks.tasks(config, row) + layer_tasks.tasks(config, row)
+    of_layers = attention_tasks.tasks(config, row) + layer_tasks.tasks(config, row)
+    return of_layers + fp8_tasks.tasks(config, row)
 
 
 def show(results: list[Result], limit: Ceilings) -> None:
@@ -243,7 +245,8 @@ def main() -> int:
     record |= {"ceilings": asdict(limit), "wrong": wrong}
     for sizes in arguments.sizes:
         config = load(sizes)
-        for name, choice in kernel_choices(config, torch.device(DEVICE), DTYPE).items():
+        chosen = kernel_choices(config, torch.device(DEVICE), DTYPE, eight_bits=True)
+        for name, choice in chosen.items():
             CONSOLE.print(f"{sizes}: {name} uses {choice}")
         for make in tasks(config, CHECKED_ROW):
             wrong += check(make())

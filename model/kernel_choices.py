@@ -9,9 +9,13 @@ from model.kernels import backend
 
 
 def kernel_choices(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, eight_bits: bool = False
 ) -> dict[str, backend.Choice]:
-    """By operation, with the reason; only what layers of this model have."""
+    """By operation, with the reason; only what layers of this model have.
+
+    Args:
+        eight_bits: whether linears and experts multiply in FP8.
+    """
     kinds = set(config.layer_types)
     found = backend.choices(
         device,
@@ -23,6 +27,7 @@ def kernel_choices(
         index_heads=config.index_n_heads,
         index_topk=config.index_topk,
         ratios=tuple(config.compress_ratio(kind) for kind in ("csa", "hca") if kind in kinds),
+        eight_bits=eight_bits,
     )
     if "csa" not in kinds:
         found = {name: choice for name, choice in found.items() if "indexer" not in name}

@@ -24,8 +24,8 @@ _CAPABILITY = (9, 0)
 
 COMPARED_ON_GPU: frozenset[str] = frozenset()
 """Operations whose Triton kernels `make bench-gpu` has found right on a GPU: "attention",
-"indexer", "indexer loss", "compressor", "norms", "hyper-connections", "experts". Training uses no
-other; a compiler may be wrong where an interpreter is right."""
+"indexer", "indexer loss", "compressor", "norms", "hyper-connections", "experts", "fp8".
+Training uses no other; a compiler may be wrong where an interpreter is right."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,12 @@ def experts(device: torch.device, dtype: torch.dtype, asked: bool = False) -> Ch
     return _choice("experts", device, dtype, None, asked, (*_DTYPES, torch.float32))
 
 
+@functools.cache
+def fp8(device: torch.device, dtype: torch.dtype, asked: bool = False) -> Choice:
+    """For products in FP8 and the rounding of their factors, of any size."""
+    return _choice("fp8", device, dtype, None, asked, (torch.bfloat16,))
+
+
 def choices(
     device: torch.device,
     dtype: torch.dtype,
@@ -127,6 +133,7 @@ def choices(
     index_heads: int,
     index_topk: int,
     ratios: tuple[int, ...],
+    eight_bits: bool = False,
 ) -> dict[str, Choice]:
     """What each operation of a model of these sizes will use; a trainer prints it at its start."""
     return {
@@ -137,6 +144,7 @@ def choices(
         "norms": norm(device, dtype, hidden),
         "hyper-connections": hyper_connection(device, dtype, streams),
         "experts": experts(device, dtype),
+        **({"fp8": fp8(device, dtype)} if eight_bits else {}),
     }
 
 

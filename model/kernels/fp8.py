@@ -10,9 +10,9 @@ tiles of 128 numbers along the dimension that it sums over:
 What is rounded is always the number in the training precision, never one rounded before. Tiles at
 an edge are smaller. A tile's scale is the least power of two with which its largest magnitude is
 at most 448: nothing saturates. A tile with a NaN or an infinity becomes NaN. Rounded numbers have
-four significant bits, so bf16 and fp32 hold them exactly, scale included, and here they are
-multiplied as such, with sums in fp32: the same factors as those of an FP8 product, and so its
-values up to the order of sums, but not its speed.
+four significant bits, so bf16 and fp32 hold them exactly, scale included, and the reference here
+multiplies them as such, with sums in fp32: the same factors as those of an FP8 product, and so its
+values up to the order of sums, but not its speed. ``fp8_triton.py`` has the tensor cores' products.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.kernels import backend
 from model.kernels.mxfp4 import FP8_BLOCK as BLOCK
 from model.kernels.mxfp4 import power_of_two
 
@@ -38,6 +39,15 @@ def linear(x: Tensor, weight_FX: Tensor) -> Tensor:
 
 def batched(x_GTX: Tensor, weight_GFX: Tensor) -> Tensor:
     """Every group of [G, T, X] times its own transposed weight, [G, T, F]."""
+    if backend.fp8(x_GTX.device, x_GTX.dtype).name == "triton":
+        from model.kernels import fp8_triton
+
+        return fp8_triton.batched(x_GTX, weight_GFX)
+    return reference_batched(x_GTX, weight_GFX)
+
+
+def reference_batched(x_GTX: Tensor, weight_GFX: Tensor) -> Tensor:
+    """`batched` in plain PyTorch, on any device."""
     return _Batched.apply(x_GTX, weight_GFX)
 
 
@@ -46,6 +56,15 @@ def grouped(x_PX: Tensor, weight_EFX: Tensor, ends_E: Tensor) -> Tensor:
 
     Tiles of 128 tokens begin anew with every group. Rows behind the last end are not computed.
     """
+    if backend.fp8(x_PX.device, x_PX.dtype).name == "triton":
+        from model.kernels import fp8_triton
+
+        return fp8_triton.grouped(x_PX, weight_EFX, ends_E)
+    return reference_grouped(x_PX, weight_EFX, ends_E)
+
+
+def reference_grouped(x_PX: Tensor, weight_EFX: Tensor, ends_E: Tensor) -> Tensor:
+    """`grouped` in plain PyTorch, on any device."""
     return _Grouped.apply(x_PX, weight_EFX, ends_E)
 
 

@@ -23,6 +23,7 @@ V4 = {
     "index_heads": 64,
     "index_topk": 512,
     "ratios": (4, 128),
+    "eight_bits": True,
 }
 
 
@@ -32,10 +33,10 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     proved = {"attention", "indexer", "indexer loss", "compressor"}
-    proved |= {"norms", "hyper-connections", "experts"}
+    proved |= {"norms", "hyper-connections", "experts", "fp8"}
     monkeypatch.setattr(backend, "COMPARED_ON_GPU", frozenset(proved))
     choices = (backend.attention, backend.indexer, backend.indexer_loss, backend.compressor)
-    choices += (backend.norm, backend.hyper_connection, backend.experts)
+    choices += (backend.norm, backend.hyper_connection, backend.experts, backend.fp8)
     for choice in choices:
         choice.cache_clear()
     yield
@@ -54,7 +55,7 @@ def test_a_cpu_runs_the_reference():
 def test_hopper_runs_triton():
     pools = ["compressor, m = 4", "compressor, m = 128"]
     expected = ["attention", "indexer", "indexer loss", *pools]
-    expected += ["norms", "hyper-connections", "experts"]
+    expected += ["norms", "hyper-connections", "experts", "fp8"]
     assert names(GPU, torch.bfloat16) == dict.fromkeys(expected, "triton")
 
 
@@ -96,6 +97,7 @@ def test_what_triton_cannot_do_is_said(changes, operation, says, caplog):
         (lambda: backend.norm(GPU, torch.bfloat16, 33, asked=True), "a width of 33"),
         (lambda: backend.hyper_connection(GPU, torch.bfloat16, 3, asked=True), "hc_mult 3"),
         (lambda: backend.experts(GPU, torch.float64, asked=True), "torch.float64"),
+        (lambda: backend.fp8(GPU, torch.float16, asked=True), "torch.float16"),
     ],
 )
 def test_what_triton_cannot_do_raises_where_it_is_asked_for(ask, says):
@@ -129,6 +131,8 @@ def test_one_line_names_every_operation_of_the_model():
         "kernels: attention, indexer, indexer loss, compressor m = 4, compressor m = 16, norms, "
         "hyper-connections, experts: reference (on cpu)"
     )
+    eight = describe(kernel_choices(tiny_config(), CPU, torch.bfloat16, eight_bits=True))
+    assert eight == told.replace("experts:", "experts, fp8:")
     window = tiny_config(layer_types=["window"] * len(tiny_config().layer_types))
     told = describe(kernel_choices(window, CPU, torch.float32))
     assert told == "kernels: attention, norms, hyper-connections, experts: reference (on cpu)"

@@ -6,6 +6,7 @@ memory holds NaN, as in the interpreter's tests.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -293,3 +294,48 @@ def test_experts():
     expected = y.double()[place].view(100, 6, -1).sum(1)
     out = permute_triton.collect(y, place, 100).double()
     assert float((out - expected).norm() / expected.norm()) <= 4e-3
+
+
+def test_products_in_fp8():
+    """Codes to the bit; products of the same factors, which the tensor cores add with 14 bits."""
+    from model.kernels import fp8, fp8_triton
+    from model.kernels.fp8_quantise_triton import quantise, quantise_weight, tiles_of
+    from tests.model.kernels.test_fp8_triton import (
+        assert_same_bits,
+        columns_of,
+        exact,
+        results,
+        values,
+    )
+
+    bounds = [0, 300, 300, 1000, 1016]
+    ends = torch.tensor(bounds[1:], dtype=torch.int32, device=DEVICE)
+    shapes = (1024, 4096), (4, 2048, 4096), (1024, 2048)
+    x, weight, grad = (draw(*shape, seed=i) for i, shape in enumerate(shapes))
+    x[:, 7] *= 2.0**20
+    x[5, 300], weight[3, 5, 7] = torch.inf, torch.nan
+    tiles = tiles_of(ends, len(x))
+    rows, columns = quantise(x, tiles, rows=True, columns=True)
+    live = bounds[-1]
+    by_row = values(rows.codes, rows.scales.t())
+    assert_same_bits(by_row[:live], fp8.rounded(x, 1, 128)[:live].float())
+    by_tile = fp8.rounded_by_tile(x, fp8.tiles_of_groups(ends, len(x)), len(ends))
+    assert_same_bits(columns_of(columns, tiles, len(x))[:live], by_tile[:live].float())
+    for turned in (False, True):
+        found = values(*quantise_weight(weight, turned=turned))
+        found = found.transpose(1, 2) if turned else found
+        assert_same_bits(found, fp8.rounded(weight, 128, 128).float())
+    x[5, 300], weight[3, 5, 7] = 1.0, 1.0
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return fp8_triton.grouped(x, weight, ends)
+
+    found = results(ours, x, weight, grad)
+    for group, (first, end) in enumerate(itertools.pairwise(bounds)):
+        some = slice(first, end)
+        of_group = exact(x[some], weight[group], grad[some])
+        pairs = zip((found[0][some], found[1][some], found[2][group]), of_group, strict=True)
+        for mine, (value, _) in pairs:
+            assert float((mine.double() - value).norm()) <= 4e-3 * float(value.norm())
+    for mine, other in zip(found, results(ours, x, weight, grad), strict=True):
+        assert torch.equal(mine.nan_to_num(), other.nan_to_num())

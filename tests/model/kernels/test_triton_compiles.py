@@ -21,11 +21,14 @@ TYPES = {
     "x grad_x streams read y grad_streams grad_y grad_read gate up grad_gate grad_up",
     "*fp32": "sink rotation lse rstd along grad mass pairs weights ape pooled grad_pooled grad_ape "
     "loss total grad_weights grad_scores each weight grad_weight fn part_w part_square base w pre "
-    "post comb grad_pre grad_post grad_comb divisors grad_w grad_base grad_fn",
+    "post comb grad_pre grad_post grad_comb divisors grad_w grad_base grad_fn "
+    "a_scales b_scales row_scales column_scales",
     "*i32": "picked key_start key_end entry_start entry_end start_T end_T query_start query_end "
-    "bounds selected first_token has_previous",
+    "bounds selected first_token has_previous ends before tile_group tile_first tile_end",
     "*i64": "order strip place",
-    "i32": "tokens heads picks rows count begin width k span parts dim columns",
+    "*fp8e4nv": "a b row_codes column_codes",
+    "i32": "tokens heads picks rows count begin width k span parts dim columns "
+    "groups blocks tiles right stride shift",
     "fp32": "eps scale root sign norm_eps hc_eps limit",
 }
 OTHERWISE = {
@@ -93,7 +96,7 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
         for part in ("_forward", "_backward"):
             kernel = getattr(compressor_triton, part)
             out[f"pool {m} {part}"] = (kernel, pool, {"num_warps": 8})
-    return out | other_launches()
+    return out | other_launches() | fp8_launches()
 
 
 def other_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
@@ -131,6 +134,28 @@ def other_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
         out[f"experts {name}"] = (getattr(swiglu_triton, name), tile, four)
     rows = {"CHOICES": 6, "COLUMNS": permute_triton._COLUMNS}
     out["experts _collect"] = (permute_triton._collect, rows, four)
+    return out
+
+
+def fp8_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
+    """The same of products in FP8."""
+    from model.kernels import fp8_quantise_triton as quantise
+    from model.kernels import fp8_triton
+
+    tile, eight = {"BLOCK": fp8_triton.BLOCK}, {"num_warps": 8}
+    products = eight | {"num_stages": 4}
+    band = tile | {"BAND": fp8_triton._BAND}
+    out = {
+        "fp8 product": (fp8_triton._product, band, products),
+        "fp8 weight gradient": (fp8_triton._weight_gradient, tile, products),
+        "fp8 tiles": (quantise._tiles, tile | {"GROUPS": 512}, {"num_warps": 1}),
+    }
+    for rows, columns in ((True, False), (False, True), (True, True)):
+        sizes = tile | {"ROWS": rows, "COLUMNS": columns}
+        out[f"fp8 rows {rows}, columns {columns}"] = (quantise._quantise, sizes, eight)
+    for turned in (False, True):
+        sizes = tile | {"TURNED": turned}
+        out[f"fp8 weight, turned {turned}"] = (quantise._quantise_weight, sizes, eight)
     return out
 
 
@@ -182,7 +207,7 @@ def check(group: str) -> None:
         # What follows does not depend on the number of heads.
         *[f"{name} {part}" for name in ("V4", "narrow") for part in ("keys", "picks", "prepare")],
         *["V4 sum", "narrow sum", "select", "loss", "pool", "norm", "streams False"],
-        *["streams True", "experts"],
+        *["streams True", "experts", "fp8"],
     ],
 )
 @compiled
