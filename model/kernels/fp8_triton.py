@@ -15,7 +15,8 @@ a norm's output is one tensor that several linears keep, and codes would be one 
 
 Floors for Flash's 6 routed experts of three matrices of 2048 x 4096: products at 1979 TFLOP/s (989
 in bf16); rounding at 3.35 TB/s, 3 bytes a number of x and 4 of a gradient, which is read once for
-both of its products. Weights are rounded anew for every product, 3 bytes a number, whatever T.
+both of its products. Weights are rounded anew for every product, 3 bytes a number: 22 us an expert
+forward and as much backward, paid by what is saved from 1,400 rows an expert on, backward from 700.
 
     ns a token    bf16   products   rounding x and dy   measured
     forward        305        153                  55   not yet timed

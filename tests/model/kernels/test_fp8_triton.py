@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import backend, fp8
+from tests.model.kernels.compare import rand
 from tests.model.kernels.interpreter import interpreted, last_program_first
 from tests.model.kernels.test_fp8 import Sums, spread, sums
 
@@ -260,9 +261,12 @@ def test_bf16():
     assert_groups(found, inputs, (70,), result=2.0**-7)
 
 
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 1, 1), (5, 7, 130), (131, 257, 3)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 1, 1), (5, 7, 130), (131, 257, 3), (600, 3, 130)]
+)
 @interpreted
 def test_one_group_of_any_size(rows, inputs, outputs):
+    """600 rows are five tiles, the last alone in its band."""
     x, weight = spread(rows, inputs, seed=1), spread(1, outputs, inputs, seed=2)
     inputs = x, weight, spread(rows, outputs, seed=3)
     assert_groups(results(grouped(ends_of(rows)), *inputs), inputs, (rows,))
@@ -319,9 +323,9 @@ def test_tiles_that_are_not_finite_are_nan_where_the_reference_s_are():
 
 @interpreted
 def test_large_numbers_meet_small_ones():
-    """Scales of 2^110 and 2^-105: only their product is near one. Not that of x and grad."""
-    x, weight, grad = spread(5, 140, seed=1), spread(1, 9, 140, seed=2), spread(5, 9, seed=3)
-    x, weight, grad = x * 2.0**110, weight * 2.0**-105, grad * 2.0**100
+    """Scales of 2^117 and 2^-112: sums of codes times one of them would leave fp32's range."""
+    x, weight, grad = rand(5, 140, seed=1), rand(1, 9, 140, seed=2), rand(5, 9, seed=3)
+    x, weight, grad = x * 2.0**124, weight * 2.0**-105, grad * 2.0**100
     found = results(grouped(ends_of(5)), x, weight, grad)
     of_group = exact(x, weight[0], grad)
     assert_close(found[0], of_group[0], 140)
