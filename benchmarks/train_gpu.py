@@ -1,7 +1,7 @@
 """Training steps on one GPU beside transformers: tokens per second, MFU and peak memory.
 
 nano.yaml and a four-layer slice of flash.yaml, on rows from 4096 tokens to the longest that fits.
-``ours, step`` is the trainer's own step with its optimizer; ``ours`` and ``transformers`` are
+``ours, step`` is the trainer's own step with its optimizer, also in FP8; ``ours`` and ``transformers`` are
 forward and backward with the same weights on the same rows, without multi-token prediction, which
 transformers has not. transformers runs with eager attention, the only one that it has for V4, and
 each of its implementations of experts; its rows are left out once one did not fit. MFU is
@@ -137,11 +137,16 @@ def lines_of(
     step = measured(
         Result(name, row, "ours, step"), lambda: Step(config, device), flops, limit, device
     )
+    eight = config.model_copy(update={"precision": "fp8"})
+    in_fp8 = measured(
+        Result(name, row, "ours, step in FP8"), lambda: Step(eight, device), flops, limit, device
+    )
     bare = plain(config)
     flops = training_flops(bare.model, [row])
     found = [
         step,
         measured(Result(name, row, "ours"), lambda: our_calls(bare, device), flops, limit, device),
+        in_fp8,
     ]
     for experts in EXPERTS:
         what = f"transformers, {experts}"
