@@ -72,11 +72,16 @@ def test_the_dry_run_holds_what_bf16_does(tiny: Path) -> None:
     assert eight.workspace > bf16.workspace
 
 
-def test_stopped_and_resumed_to_the_bit(tiny: Path, tmp_path: Path) -> None:
+def test_stopped_and_resumed_to_the_bit(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for stop_at in (2, 0):
         train(tiny, tmp_path / "halves", "steps=4", "precision=fp8", stop_at=stop_at)
     train(tiny, tmp_path / "straight", "steps=4", "precision=fp8")
     assert_same_run(tmp_path / "straight", tmp_path / "halves", 4)
+    told = capsys.readouterr().out  # what multiplies, and that eight bits gain no time here
+    assert told.count("experts, fp8: reference (on cpu)") == 3
+    assert told.count("precision: factors rounded to FP8 are multiplied in bf16, at its speed") == 3
 
 
 @pytest.mark.parametrize(
