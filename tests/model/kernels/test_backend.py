@@ -140,7 +140,7 @@ def test_one_line_names_every_operation_of_the_model():
 
 def test_fp32_runs_the_reference_where_tensor_cores_would_round():
     chosen = names(GPU, torch.float32)
-    assert chosen["attention"] == chosen["indexer"] == "reference"
+    assert chosen["attention"] == chosen["indexer"] == chosen["fp8"] == "reference"
     assert chosen["compressor, m = 4"] == "triton"
 
 
