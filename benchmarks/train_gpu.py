@@ -1,8 +1,8 @@
 """Training steps on one GPU beside transformers: tokens per second, MFU and peak memory.
 
 nano.yaml and a four-layer slice of flash.yaml, on rows from 4096 tokens to the longest that fits.
-``ours, step`` is the trainer's own step with its optimizer, also in FP8; ``ours`` and ``transformers`` are
-forward and backward with the same weights on the same rows, without multi-token prediction, which
+``ours, step`` is the trainer's own step with its optimizer, also in FP8; ``ours`` and
+``transformers`` are forward and backward with the same weights on the same rows, without MTP, which
 transformers has not. transformers runs with eager attention, the only one that it has for V4, and
 each of its implementations of experts; its rows are left out once one did not fit. MFU is
 `model.flops.training_flops` a second over the bf16 matrix rate measured in the same run.
