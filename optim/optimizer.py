@@ -120,8 +120,10 @@ class Optimizer:
         mu = momentum_at(self.config.muon, self.step_count)
         entries = [entry for entry in self._muon if entry.name in gradients]
         gradients = {entry.name: gradients[entry.name].contiguous() for entry in entries}
-        for name, gradient in gradients.items():
-            self._momentum[name].mul_(mu).add_(gradient)
+        if gradients:  # of all parameters at once: on an accelerator some launches, not two each
+            momenta = [self._momentum[name] for name in gradients]
+            torch._foreach_mul_(momenta, mu)
+            torch._foreach_add_(momenta, list(gradients.values()))
         for batch in self._batches(entries):
             sizes = [piece.last - piece.first for piece in batch]
             shape = sum(sizes), *sorted(_matrices(batch[0].entry)[1:])
