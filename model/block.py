@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from model.attention import Attention
 from model.config import AttentionMode, LayerType, ModelConfig
 from model.hyper_connection import read, register_hyper_connection
-from model.kernels.hyper_connection import write_streams
 from model.moe import MoE, MoEStats
 from model.norm import RMSNorm
+from model.operations import CHOSEN, Operations
 from model.positions import Positions
 
 BlockPart = Literal["streams", "norms", "attention", "block"]
@@ -47,6 +47,7 @@ class Block(nn.Module):
     """
 
     compute: Compute = staticmethod(compute_now)
+    operations: Operations = CHOSEN
 
     def __init__(
         self, config: ModelConfig, row: int, kind: LayerType, hashed: bool, dtype: torch.dtype
@@ -88,7 +89,7 @@ class Block(nn.Module):
         before = self._to_experts(streams_TND, positions, mode, routed_tokens)
         streams_TND, x_TD, post_TN, comb_TNN, indexer = before
         out_TD, stats = self.ffn(x_TD, tokens_T, positions, routed_tokens, chosen_TA)
-        streams_TND = write_streams(streams_TND, out_TD, post_TN, comb_TNN)
+        streams_TND = self.operations.write_streams(streams_TND, out_TD, post_TN, comb_TNN)
         return streams_TND, BlockStats(**vars(stats), indexer=indexer)
 
     def choose(self, streams_TND: Tensor, tokens_T: Tensor, positions: Positions) -> Tensor:
@@ -109,8 +110,9 @@ class Block(nn.Module):
         """
         x_TD, post_TN, comb_TNN = read(self, "hc_attn", self.config, streams_TND)
         inputs = (x_TD, positions, mode, routed_tokens)
+        write = self.operations.write_streams
         out_TD, indexer = self.compute("attention", self._attend, *inputs)
-        streams_TND = self.compute("streams", write_streams, streams_TND, out_TD, post_TN, comb_TNN)
+        streams_TND = self.compute("streams", write, streams_TND, out_TD, post_TN, comb_TNN)
         x_TD, post_TN, comb_TNN = read(self, "hc_ffn", self.config, streams_TND)
         x_TD = self.compute("norms", self.ffn_norm, x_TD)
         return streams_TND, x_TD, post_TN, comb_TNN, indexer

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.kernels.hyper_connection import collapse_streams, read_streams
+from model.operations import Operations
 
 
 def register_hyper_connection(module: nn.Module, name: str, config: ModelConfig) -> None:
@@ -31,7 +31,7 @@ def read(
     module: nn.Module, name: str, config: ModelConfig, streams_TND: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A sub-layer's input [T, D], and post [T, N] and comb [T, N, N] to write its output with."""
-    return read_streams(
+    return _operations(module).read_streams(
         streams_TND,
         *_parameters(module, name),
         norm_eps=config.rms_norm_eps,
@@ -42,12 +42,18 @@ def read(
 
 def head_of_streams(module: nn.Module, config: ModelConfig, streams_TND: Tensor) -> Tensor:
     """The weighted sum of the streams that goes to the final norm, [T, D]."""
-    return collapse_streams(
+    return _operations(module).collapse_streams(
         streams_TND,
         *_parameters(module, "hc_head"),
         norm_eps=config.rms_norm_eps,
         hc_eps=config.hc_eps,
     )
+
+
+def _operations(module: nn.Module) -> Operations:
+    operations = module.operations
+    assert isinstance(operations, Operations)
+    return operations
 
 
 def _parameters(module: nn.Module, name: str) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.kernels.mxfp4 import straight_through
 from model.kernels.permute import collect_rows, spread_rows
-from model.kernels.swiglu import clamped_swiglu
+from model.operations import CHOSEN, Operations
 from model.positions import Positions
 from model.products import PLAIN, Linear, Products
 from model.router import Router, Routing, balance_loss, expert_load, first_share
@@ -89,6 +89,7 @@ class Experts(nn.Module):
 
     held: tuple[Tensor, Tensor, Tensor] | None = None
     products: Products = PLAIN
+    operations: Operations = CHOSEN
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class Experts(nn.Module):
         x, ends = sent.rows_PD, sent.ends_E
         w1, w2, w3 = self._matrices()
         product = self.products.grouped
-        inner = clamped_swiglu(
+        inner = self.operations.clamped_swiglu(
             product(x, w1, ends), product(x, w3, ends), self.limit, sent.weights_P
         )
         return product(inner, w2, ends)
@@ -127,6 +128,8 @@ class Experts(nn.Module):
 class SharedExpert(nn.Module):
     """The expert every token goes to; clamped like the routed ones."""
 
+    operations: Operations = CHOSEN
+
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         dim = config.hidden_size
@@ -138,7 +141,8 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] to [T, D]."""
-        return self.w2(clamped_swiglu(self.w1(x_TD), self.w3(x_TD), self.limit))
+        gate, up = self.w1(x_TD), self.w3(x_TD)
+        return self.w2(self.operations.clamped_swiglu(gate, up, self.limit))
 
 
 @dataclass(frozen=True)

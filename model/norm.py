@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.kernels.norm import rms_norm
+from model.operations import CHOSEN, Operations
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last dim; the weight is kept in fp32."""
+
+    operations: Operations = CHOSEN
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -20,4 +22,4 @@ class RMSNorm(nn.Module):
         self, x: Tensor, rotation: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         """Normalise ``x`` [..., dim], then rotate it if asked, in fp32; see `rms_norm`."""
-        return rms_norm(x, self.weight, self.eps, rotation, dtype)
+        return self.operations.rms_norm(x, self.weight, self.eps, rotation, dtype)

@@ -20,6 +20,7 @@ from model.layout import SampleLayout
 from model.loss import IGNORE, TokenCounts, next_in_sample, second_targets
 from model.mtp import MTPBlock
 from model.norm import RMSNorm
+from model.operations import CHOSEN, Operations
 from model.positions import MakePositions, Positions
 from model.router import Router
 
@@ -119,6 +120,7 @@ class V4Model(nn.Module):
     """
 
     make_positions: MakePositions = Positions
+    operations: Operations = CHOSEN
     cross_entropy: CrossEntropy = staticmethod(linear_cross_entropy)
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:

@@ -111,6 +111,9 @@ class RunConfig(Section):
     """How far a router's bias moves a step, against the load (V3 2.1.2; V4's own value)."""
     quantisation: Quantisation = "none"
     """`mxfp4` trains routed experts and the indexer's queries and keys for four bits (REP 3.4)."""
+    compile: bool = False
+    """Run norms, experts' activation and residual streams, where no Triton kernel does, through
+    torch.compile (docs/performance.md)."""
     deterministic: bool = False
     """Refuse operations whose result may differ from run to run."""
     model: ModelConfig
@@ -195,8 +198,9 @@ class RunConfig(Section):
         return self.parallel.sizes(world_size)
 
     def alone(self) -> "RunConfig":
-        """The same run on one process, without DeepSpeed."""
+        """The same run on one process, without DeepSpeed and torch.compile."""
         alone = {"parallel": ParallelConfig(), "engine": "native", "deepspeed": None}
+        alone["compile"] = False
         return self.model_copy(update=alone)
 
     def check_vocabulary(self, vocab_size: int) -> None:

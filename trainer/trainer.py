@@ -246,6 +246,11 @@ class Trainer:
             self._note(f"resumed from {resumed}")
         if eight and kernels["fp8"].name == "reference":
             self._note("precision: factors rounded to FP8 are multiplied in bf16, at its speed")
+        if self.config.compile:
+            self._note(
+                "compile: the first step makes programs for norms, experts and residual streams, "
+                "or finds them in torch's cache"
+            )
         for note in (*self.notes, *self.recipe.notes()):
             self._note(note)
         if self.heldout is None:
@@ -332,6 +337,7 @@ def make_local(config: RunConfig, grid: Grid) -> LocalModel:
         config.parallel.recompute,
         config.parallel.offload,
         fp8=config.precision == "fp8",
+        compiled=config.compile,
     )
 
 

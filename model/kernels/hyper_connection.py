@@ -7,6 +7,7 @@ no more than its streams.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def read_streams(
     norm_eps: float,
     hc_eps: float,
     iterations: int,
+    reference: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A sub-layer's input, and how its output goes back.
 
@@ -31,6 +33,7 @@ def read_streams(
         streams_TND: the residual streams.
         fn_wX: [(2+N)·N, N·D], rows in the order pre N, post N, comb N².
         base_w, scale_3: static biases and the gating factors of pre, post, comb.
+        reference: what runs where Triton does not, in place of plain PyTorch.
 
     Returns:
         x [T, D] = Σ_j pre_j X_j in the streams' dtype; post [T, N] and comb [T, N, N] in fp32.
@@ -47,16 +50,26 @@ def read_streams(
             hc_eps=hc_eps,
             iterations=iterations,
         )
-    return reference_read_streams(streams_TND, fn_wX, base_w, scale_3, norm_eps, hc_eps, iterations)
+    plain = reference or reference_read_streams
+    return plain(streams_TND, fn_wX, base_w, scale_3, norm_eps, hc_eps, iterations)
 
 
-def write_streams(streams_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
-    """X'_k = post_k · y + Σ_j comb[j, k] · X_j, [T, N, D]; the sum runs over comb's first index."""
+def write_streams(
+    streams_TND: Tensor,
+    y_TD: Tensor,
+    post_TN: Tensor,
+    comb_TNN: Tensor,
+    reference: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """X'_k = post_k · y + Σ_j comb[j, k] · X_j, [T, N, D]; the sum runs over comb's first index.
+
+    `reference` as in `read_streams`.
+    """
     if _on_triton(streams_TND):
         from model.kernels import hyper_connection_triton
 
         return hyper_connection_triton.write_streams(streams_TND, y_TD, post_TN, comb_TNN)
-    return reference_write_streams(streams_TND, y_TD, post_TN, comb_TNN)
+    return (reference or reference_write_streams)(streams_TND, y_TD, post_TN, comb_TNN)
 
 
 def collapse_streams(
@@ -67,15 +80,20 @@ def collapse_streams(
     *,
     norm_eps: float,
     hc_eps: float,
+    reference: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """The head's weighted sum of the streams, [T, D]: weights σ(scale · w + base) + eps."""
+    """The head's weighted sum of the streams, [T, D]: weights σ(scale · w + base) + eps.
+
+    `reference` as in `read_streams`.
+    """
     if _on_triton(streams_TND):
         from model.kernels import hyper_connection_triton
 
         return hyper_connection_triton.read_streams(
             streams_TND, fn_NX, base_N, scale_1, norm_eps=norm_eps, hc_eps=hc_eps, iterations=None
         )
-    return reference_read_streams(streams_TND, fn_NX, base_N, scale_1, norm_eps, hc_eps, None)
+    plain = reference or reference_read_streams
+    return plain(streams_TND, fn_NX, base_N, scale_1, norm_eps, hc_eps, None)
 
 
 def _on_triton(streams_TND: Tensor) -> bool:
@@ -93,7 +111,7 @@ def reference_read_streams(
     iterations: int | None,
 ) -> Any:
     """`read_streams`, or with ``iterations`` None `collapse_streams`, in plain PyTorch."""
-    return _ReadStreams.apply(streams_TND, fn_wX, base_w, scale, norm_eps, hc_eps, iterations)
+    return ReadStreams.apply(streams_TND, fn_wX, base_w, scale, norm_eps, hc_eps, iterations)
 
 
 def reference_write_streams(
@@ -159,7 +177,7 @@ def _normalised_dims(iterations: int) -> list[int]:
     return [0] + [1, 0] * (iterations - 1)
 
 
-class _ReadStreams(torch.autograd.Function):
+class ReadStreams(torch.autograd.Function):
     """Norm, projection, coefficients and weighted read; ``iterations`` None reads only (head)."""
 
     @staticmethod
@@ -173,13 +191,14 @@ class _ReadStreams(torch.autograd.Function):
         hc_eps: float,
         iterations: int | None,
     ) -> Any:
+        """As `reference_read_streams`."""
         flat_TX = streams.flatten(1).float()
         square = torch.linalg.vector_norm(flat_TX, dim=1, keepdim=True).square_()
         rstd = square.div_(flat_TX.shape[1]).add_(norm_eps).rsqrt_()
         w = torch.mm(flat_TX, fn.float().t()).mul_(rstd)
         ctx.hc_eps, ctx.iterations = hc_eps, iterations
         ctx.save_for_backward(streams, fn, base, scale, w, rstd)
-        outputs = _ReadStreams.weights(w, base.float(), scale.float(), hc_eps, iterations)
+        outputs = ReadStreams.weights(w, base.float(), scale.float(), hc_eps, iterations)
         read = torch.bmm(outputs[0][:, None], flat_TX.view(streams.shape))[:, 0]
         return (read.to(streams.dtype), *outputs[1:]) if iterations else read.to(streams.dtype)
 
@@ -187,22 +206,30 @@ class _ReadStreams(torch.autograd.Function):
     def weights(
         w: Tensor, base: Tensor, scale: Tensor, hc_eps: float, iterations: int | None
     ) -> tuple[Tensor, ...]:
+        """The streams' coefficients from their projections."""
         if iterations is None:
             return (torch.sigmoid(w * scale + base) + hc_eps,)
         return coefficients(w, base, scale, hc_eps, iterations)
 
     @staticmethod
     def backward(ctx: Any, grad_read: Tensor, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        streams, fn, base, scale, w, rstd = ctx.saved_tensors
+        """Of streams, fn, base and scale."""
+        saved = ctx.saved_tensors  # may be asked for only once, where it is computed again
+        grad_pre = torch.linalg.vecdot(saved[0].float(), grad_read.float()[:, None])
+        return ReadStreams.gradients(ctx, saved, grad_pre, grad_read, *grad_outputs)
+
+    @staticmethod
+    def gradients(
+        ctx: Any, saved: Any, grad_pre: Tensor, grad_read: Tensor, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """The rest of backward, once the gradient of the reading weights is there."""
+        streams, fn, base, scale, w, rstd = saved
         wide = streams.float()
         grad_read = grad_read.float()
-        grad_pre = torch.linalg.vecdot(wide, grad_read[:, None])
         with torch.enable_grad():
             leaves = [x.detach().float().requires_grad_() for x in (w, base, scale)]
             w_leaf, base_leaf, scale_leaf = leaves
-            outputs = _ReadStreams.weights(
-                w_leaf, base_leaf, scale_leaf, ctx.hc_eps, ctx.iterations
-            )
+            outputs = ReadStreams.weights(w_leaf, base_leaf, scale_leaf, ctx.hc_eps, ctx.iterations)
             grads = torch.autograd.grad(outputs, leaves, (grad_pre, *grad_outputs))
         grad_w, grad_base, grad_scale = grads
         flat_TX = wide.flatten(1)

@@ -5,6 +5,8 @@ Keys and compressed entries are normed and then rotated; apart, each would read 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,7 @@ def rms_norm(
     eps: float,
     rotation: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    reference: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dim, then rotated where asked.
 
@@ -26,13 +29,14 @@ def rms_norm(
         weight: fp32 [d].
         rotation: as in `rotate`.
         dtype: of the result; x's by default. Nothing is rounded before the end.
+        reference: what runs where Triton does not, in place of plain PyTorch.
     """
     dtype = dtype or x.dtype
     if backend.norm(x.device, x.dtype, x.shape[-1]).name == "triton":
         from model.kernels import norm_triton
 
         return norm_triton.rms_norm(x, weight, eps, rotation, dtype)
-    return reference_rms_norm(x, weight, eps, rotation, dtype)
+    return (reference or reference_rms_norm)(x, weight, eps, rotation, dtype)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

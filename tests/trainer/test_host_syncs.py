@@ -15,12 +15,17 @@ from trainer.parallel.grid import Grid
 from trainer.trainer import build, make_engine
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"
+WAYS = pytest.mark.parametrize(
+    "words",
+    [["precision=bf16"], ["precision=fp8"], ["precision=bf16", "compile=true"]],
+    ids=lambda words: ", ".join(words),
+)
 LENGTHS = [[512], [200, 312], [1, 2, 509], [128] * 4]
 
 
-def step_on(device: torch.device, precision: str) -> Callable[[], None]:
+def step_on(device: torch.device, *words: str) -> Callable[[], None]:
     """From rows on the host to new weights and router biases on the device."""
-    config = load_config(CONFIG, [f"precision={precision}"])
+    config = load_config(CONFIG, words)
     grid = Grid.single(device)
     local, optimizer = build(config, grid)
     engine = make_engine(config, local, grid, optimizer)
@@ -38,16 +43,16 @@ def step_on(device: torch.device, precision: str) -> Callable[[], None]:
     return step
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_no_number_is_read_between_rows_and_update(precision):
+@WAYS
+def test_no_number_is_read_between_rows_and_update(words):
     """Without a GPU: the meta device's tensors have no numbers, so that reading one is an error."""
-    step_on(torch.device("meta"), precision)()
+    step_on(torch.device("meta"), *words)()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_nothing_waits_for_the_device_between_rows_and_update(precision):
-    step = step_on(torch.device("cuda"), precision)
+@WAYS
+def test_nothing_waits_for_the_device_between_rows_and_update(words):
+    step = step_on(torch.device("cuda"), *words)
     step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")

@@ -11,6 +11,7 @@ from torch import nn
 from model import ModelConfig, SampleLayout, V4Model
 from model.block import BlockPart
 from model.moe import MoE
+from model.operations import use_compiled
 from model.positions import Positions
 from model.products import use_fp8
 from trainer.parallel.expert import ExpertDispatch
@@ -38,6 +39,7 @@ def localise(
     recompute: Collection[BlockPart] = (),
     offload: Collection[BlockPart] = (),
     fp8: bool = False,
+    compiled: bool = False,
 ) -> LocalModel:
     """The model of this rank: layers, heads, experts and tokens that are its own.
 
@@ -64,6 +66,8 @@ def localise(
             return SequencePositions(config, layout, grid)
 
         model.make_positions = positions
+    if compiled:
+        use_compiled(model)
     if recompute:
         apply_recompute(model, recompute, offload)
     return LocalModel(model, placements, stages)

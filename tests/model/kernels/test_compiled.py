@@ -1,0 +1,150 @@
+"""What torch.compile makes of norms, activation and streams, against formulas in float64.
+
+Tolerances are those of the references' own tests: fp32 in, fp32 out, sums of some 40 numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.kernels.swiglu import reference_clamped_swiglu
+from tests.model.kernels.compare import assert_same, rand
+from tests.model.kernels.test_hyper_connection import (
+    HC_EPS,
+    ITERATIONS,
+    NORM_EPS,
+    reference_read,
+    reference_write,
+)
+from tests.model.kernels.test_norm_triton import EPS, turn
+from tests.model.kernels.test_norm_triton import reference as reference_norm
+from tests.model.kernels.test_swiglu import LIMIT
+from tests.model.kernels.test_swiglu import reference as reference_swiglu
+
+SIZES = [(61, 24), (33, 40), (2, 3), (1, 24), (0, 8)]
+"""Rows and width. The first makes the program that serves the others, but for the last two."""
+STREAMS = 4
+
+Case = tuple[Callable[..., object], Callable[..., object], list[Tensor], float]
+"""Compiled function, formula, inputs, tolerance."""
+
+
+def norm(rows: int, width: int) -> Case:
+    from model.kernels import compiled
+
+    return (
+        lambda x, w: compiled.rms_norm(x, w, EPS, None, torch.float32),
+        lambda x, w: reference_norm(x, w, None),
+        [rand(rows, width, seed=1), rand(width, seed=2)],
+        1e-5,
+    )
+
+
+def norm_of_streams(rows: int, width: int) -> Case:
+    kernel, formula, (_, weight), rtol = norm(rows, width)
+    return kernel, formula, [rand(rows, 3, width, seed=1), weight], rtol
+
+
+def rotated_norm(rows: int, width: int) -> Case:
+    from model.kernels import compiled
+
+    rotation = turn(rows, width // 2 * 2)
+    return (
+        lambda x, w: compiled.rms_norm(x, w, EPS, rotation, torch.float32),
+        lambda x, w: reference_norm(x, w, rotation),
+        [rand(rows, width, seed=1), rand(width, seed=2)],
+        1e-5,
+    )
+
+
+def activation(rows: int, width: int) -> Case:
+    from model.kernels import compiled
+
+    inputs = [rand(rows, width, seed=seed, scale=2) for seed in (1, 2)]
+    return lambda g, u: compiled.clamped_swiglu(g, u, LIMIT), reference_swiglu, inputs, 1e-5
+
+
+def weighted_activation(rows: int, width: int) -> Case:
+    from model.kernels import compiled
+
+    _, formula, inputs, rtol = activation(rows, width)
+    inputs.append(rand(rows, seed=3))
+    return lambda g, u, w: compiled.clamped_swiglu(g, u, LIMIT, w), formula, inputs, rtol
+
+
+def read(rows: int, width: int) -> Case:
+    from model.kernels import compiled
+
+    coefficients = (2 + STREAMS) * STREAMS
+    inputs = [
+        rand(rows, STREAMS, width, seed=1),
+        # Projections of the same size at any width.
+        rand(coefficients, STREAMS * width, seed=2, scale=0.5 * width**-0.5),
+        rand(coefficients, seed=3),
+        rand(3, seed=4),
+    ]
+    eps = NORM_EPS, HC_EPS, ITERATIONS
+    return lambda *x: compiled.read_streams(*x, *eps), reference_read, inputs, 3e-5
+
+
+def write(rows: int, width: int, streams: int = STREAMS) -> Case:
+    from model.kernels import compiled
+
+    shapes = (rows, streams, width), (rows, width), (rows, streams), (rows, streams, streams)
+    inputs = [rand(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    return compiled.write_streams, reference_write, inputs, 1e-5
+
+
+@pytest.mark.parametrize(
+    "case",
+    [norm, norm_of_streams, rotated_norm, activation, weighted_activation, read, write],
+    ids=lambda case: case.__name__,
+)
+def test_one_program_serves_all_sizes(case: Callable[[int, int], Case]) -> None:
+    for number, (rows, width) in enumerate(SIZES):
+        kernel, formula, inputs, rtol = case(rows, width)
+        if not rows and case in (rotated_norm, read):
+            continue  # the formulas cannot
+        with torch._dynamo.config.patch(error_on_recompile=number > 0):
+            assert_same(kernel, formula, inputs, rtol)
+
+
+def test_one_program_serves_all_limits() -> None:
+    """Numbers of a config are no constants of a program, which outlives the run on disk."""
+    from model.kernels import compiled
+
+    both = []
+    for function in (compiled.clamped_swiglu, reference_clamped_swiglu):
+        gate, up = (rand(61, 24, seed=seed, scale=4).requires_grad_() for seed in (1, 2))
+        with torch._dynamo.config.patch(error_on_recompile=function is compiled.clamped_swiglu):
+            function(gate, up, 3 * LIMIT).sum().backward()
+        both.append((gate.grad, up.grad))
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_dtypes_are_those_of_the_inputs() -> None:
+    """Of one row, which runs as it stands: bf16 in, bf16 out, and gradients likewise."""
+    from model.kernels import compiled
+
+    def case(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return rand(*shape, seed=1).to(dtype).requires_grad_()
+
+    fp32 = torch.float32
+    x, weight, streams = case(1, 8), case(8, dtype=fp32), case(1, 3, 8)
+    post, comb = case(1, 3, dtype=fp32), case(1, 3, 3, dtype=fp32)
+    for out in (
+        compiled.rms_norm(x, weight, EPS, None, torch.bfloat16),
+        compiled.rms_norm(x, weight, EPS, turn(1, 4), torch.bfloat16),
+        compiled.clamped_swiglu(x, x, LIMIT, case(1, dtype=fp32)),
+        compiled.write_streams(streams, x, post, comb),
+    ):
+        assert out.dtype == torch.bfloat16
+        out.sum().backward()
+    wide = [t.detach().double() for t in (streams, x, post, comb)]
+    near = {"rtol": 8e-3, "atol": 8e-3}  # one rounding to bf16
+    torch.testing.assert_close(out.double(), reference_write(*wide), **near)
