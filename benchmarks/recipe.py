@@ -8,7 +8,8 @@ end of the warm-up: the loss with dense and with sparse attention, and for every
 of the dense attention mass on entries that the indexer keeps when each query may keep a quarter of
 the entries that it sees; beside it the same for the indexer before its warm-up, for the entries
 with most mass, and for entries at random. Queries that see fewer than eight entries are left out.
-Then the same for all queries with the model's own `index_topk`, of which early ones see no more.
+Then the same for all queries with the model's own `index_topk`, of which early ones see no more,
+and as a share of all that a query attends to: the window included, which no choice can lose.
 
     python -m benchmarks.recipe runs/recipe-demo --sharpen 16 --steps 50 --rate 4e-2
 
@@ -19,6 +20,7 @@ layers' entries, and warms the indexers up here.
 from __future__ import annotations
 
 import argparse
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,8 @@ def shares(attn: Attention, x_TD: Tensor, positions: Positions) -> dict[str, tup
         "at random": torch.rand(scores_TC.shape, generator=generator),
     }
     real = ~positions.layout.padding_T
+    sink_TH = torch.exp2(attn.attn_sink * math.log2(math.e) - lse)
+    attended_T = (1.0 - sink_TH).sum(1)  # by all heads, to window and entries
     found = {}
     for name, values in ways.items():
         rank = values.masked_fill(~seen_TC, -torch.inf).argsort(1, descending=True).argsort(1)
@@ -97,6 +101,11 @@ def shares(attn: Attention, x_TD: Tensor, positions: Positions) -> dict[str, tup
         found[name] = (float(kept_TC[counted].sum()), float(mass_TC[counted].sum()))
         kept_TC = mass_TC * (rank < attn.indexer.topk)
         found[f"{name}, top-k"] = (float(kept_TC[real].sum()), float(mass_TC[real].sum()))
+        lost_T = (mass_TC - kept_TC).sum(1)
+        found[f"{name}, all"] = (
+            float((attended_T - lost_T)[real].sum()),
+            float(attended_T[real].sum()),
+        )
     return found
 
 
@@ -184,7 +193,12 @@ def main() -> None:
     )
     dense, sparse = losses
     print(f"held-out loss, dense {dense:.4f}, sparse {sparse:.4f}: {sparse - dense:+.4f}")
-    for title, end in (("a quarter of what a query sees", ""), ("index_topk", ", top-k")):
+    titles = {
+        "a quarter of what a query sees": "",
+        "index_topk": ", top-k",
+        "index_topk, the window included": ", all",
+    }
+    for title, end in titles.items():
         print(f"| layer, {title} | untrained | after the warm-up | most mass | at random |")
         print("|---:|---:|---:|---:|---:|")
         for row, ways in trained.items():

@@ -6,8 +6,9 @@
 The first form trains a model on the demo's text for a while, and from that checkpoint goes on seven
 times: undisturbed, and with each of three faults with and without `stability.spikes`. The
 faults: one batch of random tokens, a router's row scaled by 100, and a learning rate 50 times too
-large for three steps. Compared are the held-out loss 30 steps after the fault and, as a mean over
-these steps, by how much the loss of training is above that of the undisturbed run, which sees the
+large for three steps. In the 30 steps after the fault the learning rate decays to a tenth, so that
+the end is no matter of chance. Compared are the held-out loss there and, as a mean over these
+steps, by how much the loss of training is above that of the undisturbed run, which sees the
 same batches. The other form trains without a fault and counts the alarms. Sizes are those of
 benchmarks/stability_runs.py. Cut at any time and started again, all go on: long runs from
 their newest checkpoint, a run with a fault from the common one.
@@ -16,7 +17,6 @@ their newest checkpoint, a run with a fault from the common one.
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,7 +31,7 @@ from benchmarks.stability_runs import Size, config_of, trainer_of
 from data import Batch
 from trainer.config import RunConfig
 from trainer.metrics_file import read_events, read_metrics
-from trainer.spikes import SpikeDetector
+from trainer.spikes import SpikeDetector, severity
 from trainer.trainer import Trainer
 
 BEFORE, AFTER = 5, 30
@@ -64,15 +64,16 @@ def corrupted_batch(trainer: Trainer, at: int) -> None:
 
 
 def scaled_router(trainer: Trainer, at: int) -> None:
-    """A row of a learned router's gate is 100 times too large from step `at` on."""
+    """A row of the first learned router is 100 times too large from step `at` on."""
     plain, left = trainer.stability.before_step, [at]
+    learned = trainer.config.model.num_hash_layers
 
     def before_step() -> None:
         plain()
         if trainer.state.step in left:
             left.clear()
             with torch.no_grad():
-                trainer.model.routers()[1].weight[0] *= 100.0
+                trainer.model.routers()[learned].weight[0] *= 100.0
 
     trainer.stability.before_step = before_step  # type: ignore[method-assign]
 
@@ -121,7 +122,8 @@ class Runs:
     def with_fault(self, name: str, fault: Fault | None, at: int, *settings: str) -> Path:
         """Go on from the common checkpoint, with the fault in step `at`, counted from 0."""
         end = at + 1 + AFTER
-        config = self.config(name, end, f"evaluation.every={end}", *settings)
+        decay = f"optim.schedule.decay_fraction={AFTER / end}"
+        config = self.config(name, end, decay, f"evaluation.every={end}", *settings)
         if steps_done(config.run_dir) < end:
             shutil.rmtree(config.run_dir, ignore_errors=True)  # it was cut: a fault comes only once
             shutil.copytree(self.common(at - BEFORE), config.run_dir)
@@ -190,8 +192,7 @@ def calm(runs: Runs, steps: int) -> str:
     most, past = 0.0, {}
     for record in records:
         numbers = {"loss": record["loss"], "grad_norm": record["grad_norm"], "busiest": 0.0}
-        scores = detector.scores(past, numbers).values()
-        most = max(most, math.hypot(*(max(score, 0.0) for score in scores)))
+        most = max(most, severity(detector.scores(past, numbers)))
         detector.problem(past, numbers)
     return (
         f"{len(records)} steps, {len(events)} alarms; loss and gradient norm together came to "

@@ -63,6 +63,7 @@ _DEMO = (
     "checkpoint.every=0",
     "metrics.wandb.mode=disabled",
     "metrics.layers_every=0",
+    "stability.spikes=null",
 )
 
 

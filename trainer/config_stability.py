@@ -56,7 +56,8 @@ class SpikeConfig(_Strict):
     max_rollbacks: NaturalInt = 10
     """Rollbacks of a whole run; one more spike ends it."""
     leave_out: bool = True
-    """Pass over the batch at which the spike was seen when its step comes again."""
+    """Pass over a batch at whose step a spike was seen twice: what comes once, such as a fault of
+    the machine, is not the batch's, and costs no data."""
 
     @property
     def snapshots(self) -> int:

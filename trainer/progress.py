@@ -16,7 +16,7 @@ class Progress:
     def __init__(self, steps: int, done: int, every: int) -> None:
         self.steps = steps
         self.every = every
-        self._first = done
+        self._updates = 0
         self._start = time.monotonic()
         self._bar: RichProgress | None = None
         if sys.stdout.isatty():
@@ -34,6 +34,7 @@ class Progress:
     def update(self, record: dict[str, Any]) -> None:
         """Show a step's record."""
         step = record["step"]
+        self._updates += 1
         text = describe(record, self._time_left(step))
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
@@ -53,8 +54,9 @@ class Progress:
             self._bar.stop()
 
     def _time_left(self, step: int) -> timedelta:
+        """At the pace so far, in which steps that came again count again."""
         spent = time.monotonic() - self._start
-        return timedelta(seconds=round(spent / (step - self._first) * (self.steps - step)))
+        return timedelta(seconds=round(spent / self._updates * (self.steps - step)))
 
 
 def describe(record: dict[str, Any], left: timedelta) -> str:

@@ -28,6 +28,17 @@ def z_score(past: Sequence[float], value: float, floor: float) -> float:
     return (value - middle) / max(deviation, floor)
 
 
+def severity(scores: Mapping[str, float]) -> float:
+    """What is compared with the threshold, of the z-scores of `loss` and `grad_norm`.
+
+    A small spike shows in both, and rarely do both stray by chance. A norm alone strays far more
+    often than a loss: one odd document triples it, and clipping makes that harmless. So it counts
+    twice the loss's score at most, or half as much as the loss would.
+    """
+    loss, norm = (max(scores.get(name, 0.0), 0.0) for name in ("loss", "grad_norm"))
+    return max(math.hypot(loss, min(norm, 2.0 * loss)), norm / 2.0)
+
+
 class SpikeDetector:
     """Judges a step by its loss, its gradient norm and its routers."""
 
@@ -49,9 +60,8 @@ class SpikeDetector:
 
     def _far(self, history: History, numbers: Mapping[str, float]) -> str | None:
         scores, limit = self.scores(history, numbers), self.settings.threshold
-        loss, norm = (max(scores.get(name, 0.0), 0.0) for name in ("loss", "grad_norm"))
-        # A small spike shows in both, and rarely do both stray by chance.
-        if math.hypot(loss, norm) > limit:
+        if severity(scores) > limit:
+            loss, norm = (max(scores[name], 0.0) for name in ("loss", "grad_norm"))
             return (
                 f"the loss is {numbers['loss']:.4g} and the gradient norm "
                 f"{numbers['grad_norm']:.4g}, {loss:.1f} and {norm:.1f} deviations too high"

@@ -2,9 +2,9 @@
 
 A step is judged between its backward and its update. If it is a spike there is no update: weights,
 optimizer and counters are set back to a snapshot of some steps ago, in memory or, where there is
-none, to a checkpoint; the batch of the spike is left out when its step comes again; and for a while
-experts are chosen with older weights (anticipation.py). A snapshot is taken now and then before a
-step. All ranks judge by the same numbers, so all do the same without a word.
+none, to a checkpoint, and for a while experts are chosen with older weights (anticipation.py). A
+batch at whose step a spike comes a second time is left out. A snapshot is taken now and then before
+a step. All ranks judge by the same numbers, so all do the same without a word.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.state import TrainState
 from trainer.step import StepResult
 
 # What a run remembers when it turns back.
-_KEPT = ("rollbacks", "left_out")
+_KEPT = ("rollbacks", "suspects", "left_out")
 
 
 @dataclass
@@ -144,8 +144,7 @@ class Stability:
             stopped += f"; saved {self.checkpoint.save(state, last=True)}"
         else:
             state.rollbacks += 1
-            if settings.leave_out:
-                state.left_out = sorted({*state.left_out, seen})
+            self._suspect(seen)
             self._anticipate()
             self._forget_later_checkpoints()
         return {
@@ -153,7 +152,7 @@ class Stability:
             "what": problem,
             "back_to": state.step if back else None,
             "rollbacks": state.rollbacks,
-            "left_out": seen + 1 if settings.leave_out and stopped is None else None,
+            "left_out": seen + 1 if seen in state.left_out else None,
             "anticipation_until": None if stopped else self._until(),
             "stopped": stopped,
         }
@@ -171,6 +170,14 @@ class Stability:
             for name, value in kept.items():
                 setattr(state, name, value)
         return done
+
+    def _suspect(self, step: int) -> None:
+        """Leave a step's batch out if it was suspected before: then it is the batch's fault."""
+        assert self.settings is not None
+        state = self.state
+        if self.settings.leave_out and step in state.suspects:
+            state.left_out = sorted({*state.left_out, step})
+        state.suspects = sorted({*state.suspects, step})
 
     def _anticipate(self) -> None:
         """Choose with older weights from here on, for a while."""

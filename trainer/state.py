@@ -24,6 +24,8 @@ class TrainState:
     """Its first step without; None where it goes on to the end of the run."""
     rollbacks: int = 0
     """How often the run has turned back."""
+    suspects: list[int] = field(default_factory=list)
+    """Steps, counted from 0, at which a spike was seen."""
     left_out: list[int] = field(default_factory=list)
     """Steps, counted from 0, whose batch is passed over."""
     history: dict[str, list[float]] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from trainer.parallel.sizes import Sizes
 from trainer.plots import CHARTS
 from trainer.report import write_report
 from trainer.resident import snapshot_memory
-from trainer.spikes import History, SpikeDetector, z_score
+from trainer.spikes import History, SpikeDetector, severity, z_score
 from trainer.state import TrainState
 from trainer.trainer import Trainer
 from trainer.wandb_log import WandbLog
@@ -78,6 +78,19 @@ def test_scores_are_those_of_numpy_from_all_the_numbers_before() -> None:
     assert 20 < floored < 140, "the floors count in some steps, and in some they do not"
 
 
+def test_a_norm_counts_with_a_loss_and_less_without() -> None:
+    for loss, norm, expected in (
+        (3.0, 4.0, 5.0),
+        (8.0, -1.0, 8.0),
+        (1.5, 40.0, 20.0),
+        (1.5, 6.0, math.hypot(1.5, 3.0)),
+        (-2.0, 6.0, 3.0),
+        (-2.0, -6.0, 0.0),
+    ):
+        assert severity({"loss": loss, "grad_norm": norm}) == pytest.approx(expected, rel=1e-12)
+    assert severity({}) == 0.0
+
+
 def judged(detector: SpikeDetector, past: History, **numbers: float) -> str | None:
     usual = {"loss": 3.0, "grad_norm": 0.5, "busiest": 0.2, "router 0": 0.6}
     return detector.problem(past, usual | {n.replace("_0", " 0"): x for n, x in numbers.items()})
@@ -99,7 +112,7 @@ def test_what_is_a_spike() -> None:
     assert "the gradient norm 30" in (judged(detector, past, grad_norm=30.0) or "")
     both = judged(detector, past, loss=3.9, grad_norm=3.5)
     assert both is not None and json.dumps(past) == before, "a spike is no part of the past"
-    for alone in ({"loss": 3.9, "grad_norm": 1.0}, {"loss": 3.4, "grad_norm": 3.5}):
+    for alone in ({"loss": 3.9, "grad_norm": 1.0}, {"loss": 3.4, "grad_norm": 12.0}):
         assert judged(detector, json.loads(before), **alone) is None, "neither would do alone"
     assert "router of layer 0 gives 80%" in (judged(detector, past, router_0=0.8) or "")
     assert "a router collapsed: 95%" in (judged(detector, past, busiest=0.95) or "")
@@ -112,16 +125,22 @@ def test_what_is_a_spike() -> None:
 
 
 def run(
-    tiny: Path, folder: Path, faults: dict[int, Fault], *settings: str, grid: Grid | None = None
+    tiny: Path,
+    folder: Path,
+    faults: dict[int, Fault],
+    *settings: str,
+    times: int = 1,
+    grid: Grid | None = None,
 ) -> Trainer:
-    """Train; the fault of a step happens right before the step's update is judged, once."""
+    """Train; a step's fault happens right before its update is judged, the first `times` times."""
     config = load_config(tiny, [f"run_dir={folder}", "steps=16", *settings])
     trainer = Trainer(config, grid or Grid.single())
-    plain, left = trainer.engine.gradient_norm, dict(faults)
+    plain, left = trainer.engine.gradient_norm, list(faults) * times
 
     def gradient_norm() -> torch.Tensor:
-        if (fault := left.pop(trainer.state.step + 1, None)) is not None:
-            fault(trainer)
+        if (step := trainer.state.step + 1) in left:
+            left.remove(step)
+            faults[step](trainer)
         return plain()
 
     trainer.engine.gradient_norm = gradient_norm  # type: ignore[method-assign]
@@ -146,31 +165,35 @@ def test_turning_back_and_leaving_a_batch_out(
 ) -> None:
     logged: list[dict[str, Any]] = []
     monkeypatch.setattr(WandbLog, "log", lambda _, record: logged.append(record))
-    trainer = run(tiny, tmp_path, {12: gradients_times(1e4)}, *SPIKES)
-    assert trainer.state.step == 16 and trainer.state.rollbacks == 1
-    (event,) = [event for _, event in read_events(tmp_path / "metrics.jsonl")]
+    trainer = run(tiny, tmp_path, {12: gradients_times(1e6)}, *SPIKES, times=2)
+    assert trainer.state.step == 16 and trainer.state.rollbacks == 2
+    first, event = (event for _, event in read_events(tmp_path / "metrics.jsonl"))
+    assert (first["seen_at"], first["back_to"], first["left_out"]) == (12, 9, None)
     assert (event["seen_at"], event["back_to"], event["left_out"]) == (12, 9, 12)
     assert "the gradient norm" in event["what"] and event["anticipation_until"] == 12
     told = [line for line in capsys.readouterr().out.splitlines() if "back to" in line]
-    assert len(told) == 1 and told[0].startswith("step 12: the loss is")
+    assert len(told) == 2 and all(line.startswith("step 12: the loss is") for line in told)
+    assert ["left out" in line for line in told] == [False, True]
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 17))
-    assert steps_in_file(tmp_path) == [*range(1, 12), 9, *range(10, 17)]
+    assert steps_in_file(tmp_path) == [*range(1, 12), 9, 10, 11, 9, *range(10, 17)]
     assert [r["step"] for r in records if "loss" not in r] == [12]
     assert [r["step"] for r in records if r["anticipates"]] == [10, 11, 12]
-    assert [r["rollbacks"] for r in records] == [0] * 9 + [1] * 7
+    assert [r["rollbacks"] for r in records] == [0] * 9 + [2] * 7
     steps = [step for step in range(16) if step != 11]
     assert records[-1]["tokens"] == sum(tokens_of(trainer, step) for step in steps)
-    (sent,) = [record for record in logged if "event" in record]
-    assert sent == {"step": 9, "rollbacks": 1, "event": event["what"]}
+    sent = [record for record in logged if "event" in record]
+    expected = [(1, first["what"]), (2, event["what"])]
+    assert sent == [{"step": 9, "rollbacks": n, "event": what} for n, what in expected]
     page = write_report(trainer.config).read_text(encoding="utf-8")
     assert (
         "<td>back to the state after step 9; batch of step 12 left out; anticipatory routing to "
         "step 12</td>"
     ) in page
+    assert "<td>back to the state after step 9; anticipatory routing to step 12</td>" in page
     assert "Steps without an update: 1." in page and "(anticipatory routing): 3." in page
     every = len(CHARTS) - 1  # but that of the indexers' objective
-    assert page.count("stroke: #c24b4b; stroke-opacity: 0.7") == every, "a line in every chart"
+    assert page.count("stroke: #c24b4b; stroke-opacity: 0.7") == 2 * every, "lines in every chart"
 
 
 def test_what_routers_are_judged_by(tiny: Path, tmp_path: Path) -> None:
@@ -210,11 +233,12 @@ def test_nothing_is_left_of_what_came_after_a_snapshot(tiny: Path, precision: st
 
 def test_what_was_learned_from_spikes_stays(tiny: Path, tmp_path: Path) -> None:
     """The second spike goes back to the snapshot from before the first, which knows nothing."""
-    faults = {12: gradients_times(1e4), 13: gradients_times(1e4)}
-    trainer = run(tiny, tmp_path, faults, *SPIKES)
+    faults = {12: gradients_times(1e6), 13: gradients_times(1e6)}
+    trainer = run(tiny, tmp_path, faults, *SPIKES, times=2)
     events = [event for _, event in read_events(tmp_path / "metrics.jsonl")]
-    assert [(event["seen_at"], event["back_to"]) for event in events] == [(12, 9), (13, 9)]
-    assert (trainer.state.rollbacks, trainer.state.left_out) == (2, [11, 12])
+    assert [event["seen_at"] for event in events] == [12, 12, 13, 13]
+    assert {event["back_to"] for event in events} == {9}
+    assert (trainer.state.rollbacks, trainer.state.left_out) == (4, [11, 12])
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records if "loss" not in record] == [12, 13]
 
@@ -224,11 +248,11 @@ def tokens_of(trainer: Trainer, step: int) -> int:
 
 
 def test_a_state_that_is_set_back_is_that_of_the_snapshot(tiny: Path, tmp_path: Path) -> None:
-    """Without anything left out or routed otherwise, the run becomes the undisturbed one."""
+    """A fault that comes once costs nothing: not routed otherwise, the run is the undisturbed."""
     calm = ("stability.anticipation.when=never", "checkpoint.every=4")
-    turn = (f"stability.spikes={{{EASY}, snapshot_every: 3, leave_out: false}}",)
+    turn = (f"stability.spikes={{{EASY}, snapshot_every: 3}}",)
     run(tiny, tmp_path / "plain", {}, *calm)
-    faults = {10: gradients_times(1e4), 14: gradients_times(1e4)}
+    faults = {10: gradients_times(1e6), 14: gradients_times(1e6)}
     trainer = run(tiny, tmp_path / "turned", faults, *calm, *turn)
     assert trainer.state.rollbacks == 2
     events = [event for _, event in read_events(tmp_path / "turned/metrics.jsonl")]
@@ -239,14 +263,14 @@ def test_a_state_that_is_set_back_is_that_of_the_snapshot(tiny: Path, tmp_path: 
 
 def test_checkpoints_are_gone_back_to_and_later_ones_go(tiny: Path, tmp_path: Path) -> None:
     """No snapshots; the checkpoint of step 10 is of steps that are undone."""
-    turn = f"stability.spikes={{{EASY}, snapshot_every: 0, rollback: 3, leave_out: false}}"
+    turn = f"stability.spikes={{{EASY}, snapshot_every: 0, rollback: 3}}"
     never = "stability.anticipation.when=never"
     run(tiny, tmp_path / "plain", {}, "checkpoint.every=5")
     settings = (turn, never, "checkpoint.every=5", "checkpoint.keep=0")
     seen: list[list[str]] = []
 
     def fault(trainer: Trainer) -> None:
-        gradients_times(1e4)(trainer)
+        gradients_times(1e6)(trainer)
         plain = trainer.stability.turn_back
 
         def turn_back(problem: str) -> object:
@@ -268,7 +292,7 @@ def test_the_run_ends_with_a_checkpoint_where_it_cannot_turn_back(
     with pytest.raises(
         DivergedError, match=r"step 8: .*neither a snapshot nor a checkpoint.*saved"
     ):
-        run(tiny, tmp_path / "bare", {8: gradients_times(1e4)}, bare)
+        run(tiny, tmp_path / "bare", {8: gradients_times(1e6)}, bare)
     assert read_events(tmp_path / "bare/metrics.jsonl")[0][1]["stopped"]
     run(tiny, tmp_path / "bare", {}, bare)
     run(tiny, tmp_path / "plain", {})
@@ -278,18 +302,18 @@ def test_the_run_ends_with_a_checkpoint_where_it_cannot_turn_back(
     longer = ("stability.anticipation.steps=9", "checkpoint.every=5")
     spent = (*SPIKES, "stability.spikes.max_rollbacks=1", *longer)
     with pytest.raises(DivergedError, match=r"max_rollbacks = 1 times already; saved .*step-0+9$"):
-        run(tiny, tmp_path / "spent", {n: gradients_times(1e4) for n in (8, 12)}, *spent)
+        run(tiny, tmp_path / "spent", {n: gradients_times(1e6) for n in (8, 12)}, *spent)
     names = sorted(path.name for path in (tmp_path / "spent/checkpoints").iterdir())
     assert names == ["step-00000003", "step-00000005", "step-00000009"]
     state = json.loads((tmp_path / "spent/checkpoints/step-00000009/state.json").read_text())
-    assert (state["rollbacks"], state["left_out"]) == (1, [7])
+    assert (state["rollbacks"], state["suspects"], state["left_out"]) == (1, [7], [])
     assert {"loss", "loss'", "grad_norm'", "busiest", "router 2'"} < state["history"].keys()
     assert state["anticipation_since"] == 9, "what waited for the undone steps is gone"
     assert run(tiny, tmp_path / "spent", {}, *spent).state.step == 16
 
     ahead = (bare, "stability.anticipation={when: always, lead: 1}")
     with pytest.raises(DivergedError, match="neither a snapshot"):
-        run(tiny, tmp_path / "ahead", {8: gradients_times(1e4)}, *ahead)
+        run(tiny, tmp_path / "ahead", {8: gradients_times(1e6)}, *ahead)
     assert run(tiny, tmp_path / "ahead", {}, *ahead).state.step == 16
 
 
@@ -335,8 +359,8 @@ Two = tuple[int, list[int], list[int]]
 
 def two_ranks(rank: int, world_size: int, tiny: Path, folder: Path) -> Two:
     grid = Grid.build(load_config(tiny, ["parallel.pipeline=2"]).sizes(2), torch.device("cpu"))
-    fault = {12: gradients_times(1e4)}
-    trainer = run(tiny, folder, fault, *SPIKES, "parallel.pipeline=2", grid=grid)
+    fault = {12: gradients_times(1e6)}
+    trainer = run(tiny, folder, fault, *SPIKES, "parallel.pipeline=2", times=2, grid=grid)
     data = Grid.build(load_config(tiny).sizes(2), torch.device("cpu"))
     held = [held_by(tiny, data, *settings) for settings in ROOM]
     return trainer.state.rollbacks, trainer.state.left_out, held
@@ -344,10 +368,10 @@ def two_ranks(rank: int, world_size: int, tiny: Path, folder: Path) -> Two:
 
 def test_two_ranks_turn_back_together_and_as_one_does(tiny: Path, tmp_path: Path) -> None:
     found = spawn(two_ranks, 2, tiny, tmp_path / "two")
-    assert [each[:2] for each in found] == [(1, [11]), (1, [11])]
+    assert [each[:2] for each in found] == [(2, [11]), (2, [11])]
     expected = [snapshot_memory(load_config(tiny, [*SPIKES, *more]), Sizes(2)) for more in ROOM]
     assert [max(held) for held in zip(*(each[2] for each in found), strict=True)] == expected
-    run(tiny, tmp_path / "one", {12: gradients_times(1e4)}, *SPIKES)
+    run(tiny, tmp_path / "one", {12: gradients_times(1e6)}, *SPIKES, times=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
@@ -356,25 +380,35 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records if "loss" in record}
 
 
-@pytest.mark.parametrize("source", ["snapshot", "checkpoint"])
+def asked_to_stop(coming: Iterator[bool]) -> Fault:
+    return lambda trainer: next(coming) and trainer.stop.make()
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"), [("snapshot", [[False, True]]), ("checkpoint", [[True], [True]])]
+)
 def test_a_turned_run_goes_on_as_if_it_had_not_been_stopped(
-    tiny: Path, tmp_path: Path, source: str
+    tiny: Path, tmp_path: Path, source: str, parts: list[list[bool]]
 ) -> None:
     """Stopped while it routes by older weights, and before the batch that is left out.
 
-    All ranks have agreed to stop after the step that is a spike.
+    All ranks have agreed to stop after the step that is a spike. In parts: where step 11 comes. A
+    run that goes on and turns back has only checkpoints, from before where it began.
     """
     longer = (*SPIKES, "stability.anticipation.steps=5")
     if source == "checkpoint":
         longer += ("stability.spikes.snapshot_every=0", "checkpoint.every=3")
-    run(tiny, tmp_path / "straight", {12: gradients_times(1e4)}, *longer)
+    spike: dict[int, Fault] = {12: gradients_times(1e6)}
+    run(tiny, tmp_path / "straight", spike, *longer, times=2)
 
-    faults: dict[int, Fault] = {11: lambda trainer: trainer.stop.make(), 12: gradients_times(1e4)}
-    first = run(tiny, tmp_path / "halves", faults, *longer)
-    assert (first.state.step, first.state.rollbacks, first.state.left_out) == (10, 1, [11])
-    run(tiny, tmp_path / "halves", {}, *longer)
-    assert losses(tmp_path / "halves") == losses(tmp_path / "straight")
-    assert len(read_events(tmp_path / "halves/metrics.jsonl")) == 1
+    for stops in parts:
+        cut = {11: asked_to_stop(iter(stops))}
+        state = run(tiny, tmp_path / "parts", cut | spike, *longer, times=len(stops)).state
+        assert state.step == 10 and state.suspects == [11]
+    assert (state.rollbacks, state.left_out) == (2, [11])
+    run(tiny, tmp_path / "parts", {}, *longer)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "straight")
+    assert len(read_events(tmp_path / "parts/metrics.jsonl")) == 2
 
 
 def test_settings_that_do_not_go_together(tiny: Path) -> None:
