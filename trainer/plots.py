@@ -170,14 +170,30 @@ def picture(
     axes.set_ylabel(chart.unit)
     for step in spikes:
         axes.axvline(step, color="#c24b4b", lw=1.0, ls="--", alpha=0.7)
-    for step, name in marks:
+    last = records[-1]["step"] if records else 0
+    for (step, name), line in zip(marks, lines_of([step for step, _ in marks], last), strict=True):
         axes.axvline(step + 0.5, color=_INK, lw=0.8, ls=(0, (4, 3)), alpha=0.5)
         if chart.wide:
-            place = axes.get_xaxis_transform()
-            axes.text(step + 1, 1.01, name, transform=place, fontsize=8.5, va="bottom")
+            place, height = axes.get_xaxis_transform(), 1.01 + 0.06 * line
+            axes.text(step + 1, height, name, transform=place, fontsize=8.5, va="bottom")
     if any(curve.label for curve in chart.curves):
         axes.legend()
     return figure
+
+
+def lines_of(starts: Sequence[int], last: int) -> list[int]:
+    """On which line above a chart each name goes, so that none begins inside another one.
+
+    A name takes less than a tenth of a wide chart that ends at step `last`.
+    """
+    lines: list[int] = []  # where the last name of each begins
+    found = []
+    for start in starts:
+        free = (n for n, before in enumerate(lines) if start - before >= last / 10)
+        line = next(free, len(lines))
+        lines[line : line + 1] = [start]
+        found.append(line)
+    return found
 
 
 def draw_layers(records: Sequence[dict[str, Any]], key: str, title: str, unit: str) -> str:

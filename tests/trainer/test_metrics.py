@@ -14,7 +14,7 @@ from trainer.errors import DivergedError, ReportError
 from trainer.evaluate import Heldout
 from trainer.metrics_file import MetricsFile, read_metrics
 from trainer.parallel.grid import Grid
-from trainer.plots import CHARTS, MOST_POINTS, points, smooth
+from trainer.plots import CHARTS, MOST_POINTS, lines_of, points, smooth
 from trainer.report import write_report
 from trainer.trainer import Trainer, make_engine
 from trainer.transfer import open_run
@@ -180,6 +180,12 @@ def test_the_report_has_every_curve_and_needs_nothing_else(run: RunConfig) -> No
 def test_a_run_without_metrics_has_no_report(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="nothing to draw"):
         write_report(load_config(tiny, [f"run_dir={tmp_path}"]))
+
+
+def test_names_of_stages_do_not_overlap() -> None:
+    assert lines_of([0, 35, 84, 123, 147], 177) == [0, 0, 0, 0, 0]
+    assert lines_of([0, 2002, 2051, 2090], 2100) == [0, 0, 1, 2]
+    assert lines_of([0, 5, 10, 15, 24], 100) == [0, 1, 0, 1, 0]
 
 
 def test_points_and_smoothing() -> None:
