@@ -94,6 +94,11 @@ def test_no_compiler_is_a_sentence_before_the_run(
     assert not (tmp_path / "run").exists()
 
 
+def test_what_opens_a_run_alone_needs_no_compiler(tiny: Path) -> None:
+    config = load_config(tiny, ["compile=true"])
+    assert config.compile and not config.alone().compile
+
+
 def test_no_triton_on_a_gpu_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(PreflightError, match="compile = true needs triton for a GPU"):

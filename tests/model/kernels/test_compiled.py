@@ -113,18 +113,20 @@ def test_one_program_serves_all_sizes(case: Callable[[int, int], Case]) -> None:
             assert_same(kernel, formula, inputs, rtol)
 
 
-def test_one_program_serves_all_limits() -> None:
+def test_one_program_serves_all_limits_strides_and_what_learns() -> None:
     """Numbers of a config are no constants of a program, which outlives the run on disk."""
     from model.kernels import compiled
 
-    both = []
-    for function in (compiled.clamped_swiglu, reference_clamped_swiglu):
-        gate, up = (rand(61, 24, seed=seed, scale=4).requires_grad_() for seed in (1, 2))
-        with torch._dynamo.config.patch(error_on_recompile=function is compiled.clamped_swiglu):
-            function(gate, up, 3 * LIMIT).sum().backward()
-        both.append((gate.grad, up.grad))
-    for one, other in zip(*both, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for first, limit in ((True, LIMIT), (False, 3 * LIMIT)):
+        grads = []
+        for function in (compiled.clamped_swiglu, reference_clamped_swiglu):
+            gate, up = (rand(24, 61, seed=seed, scale=4).mT for seed in (1, 2))
+            if first:
+                gate, up = gate.contiguous().requires_grad_(), up.contiguous()
+            with torch._dynamo.config.patch(error_on_recompile=not first):
+                function(gate, up.requires_grad_(), limit).sum().backward()
+            grads.append(up.grad)
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
 
 
 def test_dtypes_are_those_of_the_inputs() -> None:
