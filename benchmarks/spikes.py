@@ -64,16 +64,19 @@ def corrupted_batch(trainer: Trainer, at: int) -> None:
 
 
 def scaled_router(trainer: Trainer, at: int) -> None:
-    """A row of the first learned router is 100 times too large from step `at` on."""
+    """A row of the first learned router is 100 times too large from step `at` on.
+
+    It is that of the expert that tokens like best: the one with the least bias against its load.
+    """
     plain, left = trainer.stability.before_step, [at]
-    learned = trainer.config.model.num_hash_layers
+    router = trainer.model.routers()[trainer.config.model.num_hash_layers]
 
     def before_step() -> None:
         plain()
         if trainer.state.step in left:
             left.clear()
             with torch.no_grad():
-                trainer.model.routers()[learned].weight[0] *= 100.0
+                router.weight[router.bias.argmin()] *= 100.0
 
     trainer.stability.before_step = before_step  # type: ignore[method-assign]
 
