@@ -243,6 +243,13 @@ def test_what_was_learned_from_spikes_stays(tiny: Path, tmp_path: Path) -> None:
     assert [record["step"] for record in records if "loss" not in record] == [12, 13]
 
 
+def test_a_batch_stays_where_none_may_be_left_out(tiny: Path, tmp_path: Path) -> None:
+    spikes = (*SPIKES, "stability.spikes.leave_out=false")
+    trainer = run(tiny, tmp_path, {12: gradients_times(1e6)}, *spikes, times=3)
+    assert (trainer.state.rollbacks, trainer.state.left_out) == (3, [])
+    assert all("loss" in record for record in read_metrics(tmp_path / "metrics.jsonl"))
+
+
 def tokens_of(trainer: Trainer, step: int) -> int:
     return sum(sum(row) for batch in trainer.loader.at(step) for row in batch.lengths)
 
