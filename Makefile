@@ -44,7 +44,7 @@ bench: $(STAMP)  ## tokens per second and memory beside transformers
 	$(BIN)/python -m benchmarks.vs_transformers
 
 bench-gpu: $(STAMP)  ## a GPU: kernels compared with float64 and timed, training steps timed
-	$(BIN)/python -m pytest tests/model/kernels/test_gpu.py tests/optim/test_symmetric.py -q
+	$(BIN)/python -m pytest tests -q -m gpu
 	$(BIN)/python -m benchmarks.attention --longest --json attention.json
 	$(BIN)/python -m benchmarks.step_gpu
 	$(BIN)/python -m benchmarks.train_gpu --longest --json train.json

@@ -1,5 +1,20 @@
-"""Every process of the suite computes on one thread: `make test` runs two of them side by side."""
+"""Every process of the suite computes on one thread: `make test` runs two of them side by side.
 
+A test marked `gpu` is skipped where torch finds no GPU, or one below the `capability` it asks for;
+`make bench-gpu` runs all of them.
+"""
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine has no GPU for, and say what it has."""
+    for mark in item.iter_markers("gpu"):
+        needed = mark.kwargs.get("capability", (0, 0))
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU, and torch.cuda.is_available() is False")
+        elif (found := torch.cuda.get_device_capability()) < needed:
+            pytest.skip(f"needs a GPU of capability {needed}, and this one has {found}")

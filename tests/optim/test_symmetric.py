@@ -123,10 +123,7 @@ def test_fits_a_hopper_gpu(tmp_path):
     assert binary.metadata.shared <= SHARED_BYTES and stack_bytes(binary.asm["cubin"]) == 0
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
-    reason="needs a GPU from Hopper on",
-)
+@pytest.mark.gpu(capability=(9, 0))
 @pytest.mark.parametrize("shape", [(3, 2048, 4096), (2, 1000, 1000), (5, 130, 77)])
 def test_on_a_gpu(shape, monkeypatch):
     from optim import symmetric_triton

@@ -49,7 +49,7 @@ def test_no_number_is_read_between_rows_and_update(words):
     step_on(torch.device("meta"), *words)()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @WAYS
 def test_nothing_waits_for_the_device_between_rows_and_update(words):
     step = step_on(torch.device("cuda"), *words)

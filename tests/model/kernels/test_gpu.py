@@ -34,11 +34,7 @@ ERROR, COSINE = 2e-2, 0.999
 SAMPLES = [1, 2, 129, 1000, 3, 4, 70]
 
 
-def _hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-
-
-pytestmark = pytest.mark.skipif(not _hopper(), reason="needs a GPU from Hopper on")
+pytestmark = pytest.mark.gpu(capability=(9, 0))
 
 
 @pytest.fixture(autouse=True)
