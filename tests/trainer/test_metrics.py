@@ -14,7 +14,7 @@ from trainer.errors import DivergedError, ReportError
 from trainer.evaluate import Heldout
 from trainer.metrics_file import MetricsFile, read_metrics
 from trainer.parallel.grid import Grid
-from trainer.plots import CHARTS, MOST_POINTS, lines_of, points, smooth
+from trainer.plots import CHARTS, MOST_POINTS, lines_of, picture, points, smooth
 from trainer.report import write_report
 from trainer.trainer import Trainer, make_engine
 from trainer.transfer import open_run
@@ -186,6 +186,11 @@ def test_names_of_stages_do_not_overlap() -> None:
     assert lines_of([0, 35, 84, 123, 147], 177) == [0, 0, 0, 0, 0]
     assert lines_of([0, 2002, 2051, 2090], 2100) == [0, 0, 1, 2]
     assert lines_of([0, 5, 10, 15, 24], 100) == [0, 1, 0, 1, 0]
+    wide = next(chart for chart in CHARTS if chart.wide)
+    marks = [(0, "dense"), (90, "warmup"), (95, "sparse")]
+    (axes,) = picture(wide, [{"step": 1}, {"step": 100}], marks).axes
+    dense, warmup, sparse = (text.get_position()[1] for text in axes.texts)
+    assert dense == warmup < sparse
 
 
 def test_points_and_smoothing() -> None:
