@@ -15,6 +15,7 @@ from trainer.evaluate import Heldout
 from trainer.metrics_file import MetricsFile, read_metrics
 from trainer.parallel.grid import Grid
 from trainer.plots import CHARTS, MOST_POINTS, lines_of, picture, points, smooth
+from trainer.progress import Progress
 from trainer.report import write_report
 from trainer.trainer import Trainer, make_engine
 from trainer.transfer import open_run
@@ -162,6 +163,19 @@ def test_plain_progress_lines(
     assert re.match(r"memory: [\d.,]+ [MG]iB at most", lines.pop())
     assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
     assert re.search(r"loss \d+\.\d{4}  heldout \d+\.\d{4}  [\d ]+ tokens/s  ETA 0:00:0", lines[-1])
+
+
+def test_the_time_left_counts_steps_that_came_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten seconds a step, also where a run turns back behind its own beginning."""
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("trainer.progress.time.monotonic", lambda: next(clock))
+    progress = Progress(20, 10, 1)
+    for step in (11, 12, 9, 10, 11):
+        progress.update({"step": step, "loss": 1.0, "tokens_per_second": 1.0})
+    left = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert left == ["0:01:30", "0:01:20", "0:01:50", "0:01:40", "0:01:30"]
 
 
 def test_the_report_has_every_curve_and_needs_nothing_else(run: RunConfig) -> None:
