@@ -1,6 +1,6 @@
 """Spikes made on purpose: when they are seen, and how a run goes on that turns back or does not.
 
-    python -m benchmarks.spikes FOLDER --size demo --fault-at 206
+    python -m benchmarks.spikes FOLDER --size demo --fault-at 1206
     python -m benchmarks.spikes FOLDER --size small --calm 2000
 
 The first form trains a model on the demo's text for a while, and from that checkpoint goes on seven

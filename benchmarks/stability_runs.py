@@ -1,8 +1,8 @@
 """The models that the scripts about stability train, on the demo's text, in this process.
 
-`small` has every part of configs/debug.yaml at a fraction of the width, `wide` twice that width and
-twice the tokens a step; `demo` is the dense stage of configs/recipe-long.yaml itself, with 9.7M
-parameters and 4,096 tokens a step. `v4 demo` prepares the text.
+`small` has every part of configs/debug.yaml at a fraction of the width and 512 tokens a step;
+`demo` is the dense stage of configs/recipe-long.yaml itself, with 9.7M parameters and 4,096.
+`v4 demo` prepares the text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trainer.config import RunConfig, load_config
 from trainer.parallel.grid import Grid
 from trainer.trainer import Trainer
 
-Size = Literal["small", "wide", "demo"]
+Size = Literal["small", "demo"]
 
 _SMALL = (
     "precision=fp32",
@@ -47,17 +47,6 @@ _SMALL = (
     "metrics.layers_every=0",
 )
 
-_WIDE = (
-    "model.hidden_size=64",
-    "model.num_attention_heads=4",
-    "model.q_lora_rank=32",
-    "model.o_lora_rank=16",
-    "model.sliding_window=32",
-    "model.index_topk=8",
-    "model.hca_compress_ratio=32",
-    "model.moe_intermediate_size=32",
-    "data.row_length=128",
-)
 _DEMO = (
     "evaluation.every=0",
     "checkpoint.every=0",
@@ -75,7 +64,7 @@ def config_of(size: Size, folder: Path, name: str, steps: int, *settings: str) -
         tokens = steps * demo.data.row_length * demo.data.batch_rows
         stages = f"stages=[{{until: {tokens}, attention: dense}}]"
         return load_config("configs/recipe-long.yaml", [*_DEMO, stages, *overrides])
-    overrides = [*_SMALL, *_WIDE * (size == "wide"), f"steps={steps}", *overrides]
+    overrides = [*_SMALL, f"steps={steps}", *overrides]
     return load_config("configs/debug.yaml", overrides)
 
 

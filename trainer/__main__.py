@@ -13,7 +13,6 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     """Train `config` on the processes that torchrun's environment describes."""
     import torch
 
-    from trainer.compiler import check_compiler
     from trainer.failures import told_once
     from trainer.memory_expected import expected, expected_words
     from trainer.out_of_memory import advised
@@ -30,8 +29,6 @@ def train(config: RunConfig, stop: StopRequest) -> None:
                     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
             preflight(config, grid)
-            if config.compile:
-                check_compiler(grid.device)
             notes = [expected_words(config, grid, memory)]
             with advised(config, grid):
                 Trainer(config, grid, stop, notes).run()

@@ -21,6 +21,7 @@ from data.errors import DataError
 from data.files import sha256_of
 from data.manifest import MANIFEST_FILE
 from data.tokenizer import tokenizer_file
+from trainer.compiler import lacking
 from trainer.config import RunConfig
 from trainer.errors import PreflightError
 from trainer.parallel.collectives import gather_objects
@@ -44,7 +45,8 @@ class Facts:
     """What one rank sees.
 
     `digests` maps what is compared to a digest or version; `memory` is in bytes, of the device
-    that this process trains on; `host_memory` is its share of the machine's.
+    that this process trains on; `host_memory` is its share of the machine's; `lacks` is what
+    torch.compile would need and has not, where it is asked for.
     """
 
     rank: int
@@ -52,6 +54,7 @@ class Facts:
     digests: dict[str, str]
     memory: int
     host_memory: int
+    lacks: str = ""
 
 
 def preflight(config: RunConfig, grid: Grid, see_seconds: float = SEE_SECONDS) -> None:
@@ -59,11 +62,14 @@ def preflight(config: RunConfig, grid: Grid, see_seconds: float = SEE_SECONDS) -
 
     Every rank calls it. `see_seconds` is how long the run's folder may take to show a new file.
     """
-    memory = [_memory(device) for device in (grid.device, torch.device("cpu"))]
-    facts = Facts(grid.rank, socket.gethostname(), _digests(config), *memory)
+    memory, host_memory = (_memory(device) for device in (grid.device, torch.device("cpu")))
+    lacks = lacking(grid.device) if config.compile else ""
+    host, digests = socket.gethostname(), _digests(config)
+    facts = Facts(grid.rank, host, digests, memory, host_memory, lacks)
     everyone = gather_objects(facts, grid.world)
     _check_equal(everyone, config, grid)
     _check_memory(everyone, config, grid.device)
+    _check_compiler(everyone)
     if grid.world_size > 1:
         _check_folder(everyone, config.run_dir, grid, see_seconds)
 
@@ -158,6 +164,15 @@ def _check_room(everyone: list[Facts], memory: list[int], needed: int, what: str
         f"{least / GIB:,.2f} GiB; spread the model with a higher {', '.join(LARGEST[:-1])} or "
         f"{LARGEST[-1]}, or use a smaller one"
     )
+
+
+def _check_compiler(everyone: list[Facts]) -> None:
+    without = [facts for facts in everyone if facts.lacks]
+    if without:
+        raise PreflightError(
+            f"compile = true needs {without[0].lacks}, and there is none for {where(without)}; "
+            "install it, or leave compile out"
+        )
 
 
 def _memory(device: torch.device) -> int:

@@ -239,12 +239,12 @@ class Trainer:
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
         write_whole(self.config.run_dir / "config.yaml", self.config.to_yaml())
         self.metrics = Metrics(self.config, self.state, self.grid.world_size)
-        dtype, eight = DTYPES[self.config.precision], self.config.precision == "fp8"
-        kernels = kernel_choices(self.config.model, self.grid.device, dtype, eight)
+        dtype, in_fp8 = DTYPES[self.config.precision], self.config.precision == "fp8"
+        kernels = kernel_choices(self.config.model, self.grid.device, dtype, in_fp8)
         self._note(describe(kernels))
         if resumed is not None:
             self._note(f"resumed from {resumed}")
-        if eight and kernels["fp8"].name == "reference":
+        if in_fp8 and kernels["fp8"].name == "reference":
             self._note("precision: factors rounded to FP8 are multiplied in bf16, at its speed")
         if self.config.compile:
             self._note(

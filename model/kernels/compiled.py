@@ -110,14 +110,6 @@ normalised, normalised_gradients = Program(_normalised), Program(_normalised_gra
 activation_gradients = Program(swiglu.activation_gradients)
 written, written_gradients = Program(_written), Program(_written_gradients)
 reading_gradients = Program(_dots)
-PROGRAMS = (
-    normalised,
-    normalised_gradients,
-    activation_gradients,
-    written,
-    written_gradients,
-    reading_gradients,
-)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -33,6 +33,10 @@ def little_memory(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(checks, "_memory", lambda device: 2**10)
 
 
+def no_compiler(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(checks, "lacking", lambda device: "a C++ compiler")
+
+
 def other_shards(patch: pytest.MonkeyPatch) -> None:
     manifest = Path("shards/manifest.json")
     manifest.write_text(manifest.read_text() + " ")
@@ -59,6 +63,7 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "torch": other_torch,
     "code": other_code,
     "memory": little_memory,
+    "compiler": no_compiler,
     "other shards": other_shards,
     "no shards": no_shards,
     "no tokenizer": no_tokenizer,
@@ -88,6 +93,7 @@ def all_verdicts(rank: int, world_size: int, tiny: Path, folder: Path) -> dict[s
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(here)
             patch.setattr(socket, "gethostname", lambda: "b" if rank else "a")
+            overrides += ["compile=true"] * (case == "compiler")
             if rank:
                 change(patch)
                 overrides += ["optim.schedule.warmup_steps=3"] * (case == "config")
@@ -139,6 +145,11 @@ def test_memory_names_fields_and_numbers(verdicts: dict[str, str]) -> None:
     text = verdicts["memory"]
     assert "GiB on a process, while rank 1 on b has 0.00 GiB" in text
     assert "parallel.tensor" in text and "parallel.pipeline" in text
+
+
+def test_a_compiler_is_there_for_all(verdicts: dict[str, str]) -> None:
+    text = verdicts["compiler"]
+    assert "compile = true needs a C++ compiler, and there is none for ranks 1, 2 on b;" in text
 
 
 def test_a_model_too_large_for_one_process_is_refused(
