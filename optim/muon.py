@@ -7,6 +7,8 @@ Which parameters these are stands in optim/partition.py, how they are batched in
 optim/optimizer.py.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,12 @@ def momentum_at(config: MuonConfig, step: int) -> float:
     return config.momentum_start + share * (config.momentum - config.momentum_start)
 
 
-def look_ahead_(out_NRC: Tensor, momentum_NRC: Tensor, gradient_NRC: Tensor, mu: float) -> Tensor:
-    """Nesterov's direction μM + G into `out_NRC`, where M already holds this step's gradient."""
-    return torch.add(gradient_NRC, momentum_NRC, alpha=mu, out=out_NRC)
+def look_ahead_(
+    out: Sequence[Tensor], momenta: Sequence[Tensor], gradients: Sequence[Tensor], mu: float
+) -> None:
+    """Nesterov's directions μM + G into `out`, where M already holds this step's gradient."""
+    torch._foreach_copy_(out, gradients)
+    torch._foreach_add_(out, momenta, alpha=mu)
 
 
 def orthogonal_update(direction_NRC: Tensor, config: MuonConfig) -> Tensor:
@@ -42,12 +47,12 @@ def orthogonal_update(direction_NRC: Tensor, config: MuonConfig) -> Tensor:
     return update_NRC.mul_(config.update_rms * max(direction_NRC.shape[-2:]) ** 0.5)
 
 
-def apply_update_(
-    weight_NRC: Tensor, update_NRC: Tensor, learning_rate: float, weight_decay: float
+def apply_updates_(
+    weights: Sequence[Tensor], updates: Sequence[Tensor], learning_rate: float, weight_decay: float
 ) -> None:
-    """Decoupled decay, then the update, in place on the (fp32) weights."""
-    weight_NRC.mul_(1.0 - learning_rate * weight_decay)
-    weight_NRC.add_(update_NRC, alpha=-learning_rate)
+    """Decoupled decay, then the update of each, in place on the (fp32) weights."""
+    torch._foreach_mul_(weights, 1.0 - learning_rate * weight_decay)
+    torch._foreach_add_(weights, updates, alpha=-learning_rate)
 
 
 def newton_schulz_dtype(config: MuonConfig, device: torch.device) -> torch.dtype:

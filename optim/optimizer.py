@@ -1,7 +1,7 @@
 """Muon and AdamW over fp32 parameters on one rank.
 
 A step has two phases:
-  1. AdamW on its parameters, through torch's functional form.
+  1. AdamW on its parameters, through torch's functional form: one fused kernel.
   2. Muon: momentum for every parameter; then same-shape matrices of many parameters (a matrix
      and a transposed one have the same shape here) go through Newton–Schulz together.
 
@@ -20,7 +20,7 @@ from torch.optim.adamw import adamw
 
 from optim.config import OptimConfig
 from optim.errors import OptimError
-from optim.muon import apply_update_, look_ahead_, momentum_at, orthogonal_update
+from optim.muon import apply_updates_, look_ahead_, momentum_at, orthogonal_update
 from optim.partition import Assignment
 
 CPU_BATCH_BYTES = 2 * 2**20
@@ -74,7 +74,10 @@ class Optimizer:
         self._exp_avg = self._zeros(self._adamw)
         self._exp_avg_sq = self._zeros(self._adamw)
         # Steps count per parameter, because AdamW's bias correction starts when training does.
-        self._steps = {entry.name: torch.zeros(1) for entry in self._adamw}
+        self._steps = {
+            entry.name: torch.zeros(1, device=self.parameters[entry.name].device)
+            for entry in self._adamw
+        }
 
     def _zeros(self, entries: list[Assignment]) -> dict[str, Tensor]:
         return {entry.name: torch.zeros_like(self.parameters[entry.name]) for entry in entries}
@@ -106,7 +109,7 @@ class Optimizer:
                 [self._exp_avg_sq[name] for name in names],
                 [],
                 [self._steps[name] for name in names],
-                foreach=True,
+                fused=True,
                 amsgrad=False,
                 beta1=settings.betas[0],
                 beta2=settings.betas[1],
@@ -128,16 +131,27 @@ class Optimizer:
             sizes = [piece.last - piece.first for piece in batch]
             shape = sum(sizes), *sorted(_matrices(batch[0].entry)[1:])
             direction_NRC = self.parameters[batch[0].entry.name].new_empty(shape)
-            for piece, part_NRC in zip(batch, direction_NRC.split(sizes), strict=True):
-                momentum_NRC = piece.of(self._momentum[piece.entry.name])
-                gradient_NRC = piece.of(gradients[piece.entry.name])
-                look_ahead_(piece.wide(part_NRC), momentum_NRC, gradient_NRC, mu)
+            look_ahead_(
+                direction_NRC.split(sizes),
+                [piece.wide(piece.of(self._momentum[piece.entry.name])) for piece in batch],
+                [piece.wide(piece.of(gradients[piece.entry.name])) for piece in batch],
+                mu,
+            )
             update_NRC = orthogonal_update(direction_NRC, self.config.muon)
-            for piece, part_NRC in zip(batch, update_NRC.split(sizes), strict=True):
-                entry = piece.entry
-                weight_NRC = piece.of(self.parameters[entry.name])
-                rate = learning_rate * entry.learning_rate_factor
-                apply_update_(weight_NRC, piece.wide(part_NRC), rate, entry.weight_decay)
+            self._apply(batch, update_NRC.split(sizes), learning_rate)
+
+    def _apply(
+        self, batch: Sequence[_Piece], updates: Sequence[Tensor], learning_rate: float
+    ) -> None:
+        """Updates of a batch's pieces, each as wide as high at least, into the parameters."""
+        groups: dict[tuple[float, float], list[tuple[Tensor, Tensor]]] = {}
+        for piece, update_NRC in zip(batch, updates, strict=True):
+            weight_NRC = piece.wide(piece.of(self.parameters[piece.entry.name]))
+            group = piece.entry.learning_rate_factor, piece.entry.weight_decay
+            groups.setdefault(group, []).append((weight_NRC, update_NRC))
+        for (factor, weight_decay), pairs in groups.items():
+            weights, parts = zip(*pairs, strict=True)
+            apply_updates_(weights, parts, learning_rate * factor, weight_decay)
 
     def _batches(self, entries: list[Assignment]) -> Iterator[list[_Piece]]:
         """Pieces of equal matrix shape, at most `batch_bytes` together, in the table's order."""
@@ -169,7 +183,7 @@ class Optimizer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resume needs, by "kind.parameter", as the live tensors.
 
-        Kinds: `momentum` (Muon); `exp_avg`, `exp_avg_sq`, `step` (AdamW; `step` is [1], on CPU).
+        Kinds: `momentum` (Muon); `exp_avg`, `exp_avg_sq`, `step` (AdamW; `step` is [1]).
         To restore, copy into them.
         """
         kinds = {
