@@ -1,4 +1,5 @@
-"""``symmetric.product_`` in Triton: the lower triangle's blocks are computed, and written twice.
+"""``symmetric.product_`` in Triton: the lower triangle is written twice, so that the result is
+symmetric to the bit.
 
 A program has one block of one matrix. A matrix of R rows and C columns takes R²·C operations, and
 R·BLOCK·C more for the blocks on the diagonal, instead of 2·R²·C, and moves 2·R·(C + R) bytes in
@@ -61,11 +62,11 @@ def _product(
     if ADD:
         acc += beta * tl.load(add + at, mask=mask, other=0.0).to(tl.float32)
     value = acc.to(out.dtype.element_ty)
-    tl.store(out + at, value, mask=mask)
-    if i != j:
-        at = start + other[:, None] * rows + row[None, :]
-        mask = (other < rows)[:, None] & (row < rows)[None, :]
-        tl.store(out + at, tl.trans(value), mask=mask)
+    # Of a block on the diagonal one triangle, too: how its product rounds is no matter then.
+    tl.store(out + at, value, mask=mask & (row[:, None] >= other[None, :]))
+    at = start + other[:, None] * rows + row[None, :]
+    mask = (row < rows)[None, :] & (other[:, None] < row[None, :])
+    tl.store(out + at, tl.trans(value), mask=mask)
 
 
 def product_(
