@@ -7,13 +7,14 @@ Which parameters these are stands in optim/partition.py, how they are batched in
 optim/optimizer.py.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from optim.config import MuonConfig
 from optim.newton_schulz import hybrid_steps, newton_schulz, polar_express_steps
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+"""What torch's foreach functions take."""
 
 
 def momentum_at(config: MuonConfig, step: int) -> float:
@@ -24,9 +25,7 @@ def momentum_at(config: MuonConfig, step: int) -> float:
     return config.momentum_start + share * (config.momentum - config.momentum_start)
 
 
-def look_ahead_(
-    out: Sequence[Tensor], momenta: Sequence[Tensor], gradients: Sequence[Tensor], mu: float
-) -> None:
+def look_ahead_(out: Tensors, momenta: Tensors, gradients: Tensors, mu: float) -> None:
     """Nesterov's directions μM + G into `out`, where M already holds this step's gradient."""
     torch._foreach_copy_(out, gradients)
     torch._foreach_add_(out, momenta, alpha=mu)
@@ -48,7 +47,7 @@ def orthogonal_update(direction_NRC: Tensor, config: MuonConfig) -> Tensor:
 
 
 def apply_updates_(
-    weights: Sequence[Tensor], updates: Sequence[Tensor], learning_rate: float, weight_decay: float
+    weights: Tensors, updates: Tensors, learning_rate: float, weight_decay: float
 ) -> None:
     """Decoupled decay, then the update of each, in place on the (fp32) weights."""
     torch._foreach_mul_(weights, 1.0 - learning_rate * weight_decay)
