@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from data import Batch
-from model import SampleLayout, TokenCounts, V4Model
+from model import TokenCounts, V4Model
 from model.config import AttentionMode
 from model.flops import training_flops
 from model.quantised import quantised
@@ -30,6 +30,7 @@ from trainer.parallel.gradients import Gradients
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import Pipeline, Tally
 from trainer.parallel.plan import LocalModel
+from trainer.rows import RowCopies, Rows
 
 Chosen = Mapping[int, Tensor]
 """Of a microbatch: expert numbers [T, A] of the own tokens by layer, in any integer type."""
@@ -66,24 +67,13 @@ class StepLosses:
     """Whether any rank was asked to stop."""
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """A microbatch's rows on the device, and on the host what they count."""
-
-    tokens_BS: Tensor
-    targets_BS: Tensor
-    layout: SampleLayout
-    counts: TokenCounts
-    flops: float
-
-
 class Microbatches(Sequence[Microbatch]):
     """Microbatches made when they are asked for: their rotations are large where rows are long."""
 
     def __init__(
         self,
         model: V4Model,
-        rows: list[_Rows],
+        rows: list[Rows],
         counts: TokenCounts,
         mtp_loss_weight: float,
         attention: AttentionMode,
@@ -103,6 +93,7 @@ class Microbatches(Sequence[Microbatch]):
 
     def __getitem__(self, index: Any) -> Any:
         rows = self.rows[index]
+        rows.arrive()
         return self.model.microbatch(
             rows.tokens_BS,
             rows.layout,
@@ -134,6 +125,8 @@ class Engine(ABC):
         self.grid = grid
         config = local.model.config
         self.attention: AttentionMode = "select"
+        ratios = {config.compress_ratio(kind) for kind in config.layer_types} - {0}
+        self.copies = RowCopies(grid.device, sorted(ratios))
         self._flops_of = cache(
             lambda length, attention: training_flops(config, [length], attention=attention)
         )
@@ -199,12 +192,12 @@ class Engine(ABC):
         `batches` are this rank's microbatches of the step. `stop` travels with the token counts.
         `chosen` are experts that `choose` chose for them, perhaps with earlier weights.
         """
-        rows = [self._rows(batch) for batch in batches]
-        counts, flops, stop = self._agree(rows, stop)
         weight = self.model.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
         tally = Tally.zeros(self.model, self.grid.device)
-        microbatches = Microbatches(self.model, rows, counts, weight, self.attention, chosen)
-        self.run(microbatches, tally, backward=True)
+        with self.copies.rows(batches) as rows:
+            counts, flops, stop = self._agree(rows, self._operations(batches), stop)
+            microbatches = Microbatches(self.model, rows, counts, weight, self.attention, chosen)
+            self.run(microbatches, tally, backward=True)
         lm, mtp, balance, indexer = self._over_ranks(tally).losses.unbind(0)
         loss = lm + weight * mtp + balance + indexer
         load, first = tally.load[:, :-1], tally.load[:, -1] / max(counts.routed, 1)
@@ -234,9 +227,9 @@ class Engine(ABC):
 
     def _forward(self, batches: Sequence[Batch], tally: Tally, attention: AttentionMode) -> None:
         """Into `tally`, without the indexers' objective."""
-        rows = [self._rows(batch) for batch in batches]
         mode = _WITHOUT_OBJECTIVE[attention]
-        self.run(Microbatches(self.model, rows, _SUMS, 0.0, mode), tally, backward=False)
+        with self.copies.rows(batches) as rows:
+            self.run(Microbatches(self.model, rows, _SUMS, 0.0, mode), tally, backward=False)
 
     def _over_ranks(self, tally: Tally) -> Tally:
         """The tally of all ranks, in place. Tensor ranks all computed the heads' whole losses."""
@@ -246,30 +239,22 @@ class Engine(ABC):
         sum_(tally.load, self.grid.world)
         return tally
 
-    def _rows(self, batch: Batch) -> _Rows:
-        """Rows and integer ranges on the device; counts stay on the host."""
-        device = self.grid.device
-        length = batch.tokens.shape[1]
-        on_host = SampleLayout.from_lengths(batch.lengths, length)
-        on_device = on_host
-        if device.type != "cpu":
-            on_device = SampleLayout.from_lengths(batch.lengths, length, device)
-        return _Rows(
-            batch.tokens.to(device, non_blocking=True),
-            batch.targets.to(device, non_blocking=True),
-            on_device,
-            TokenCounts.of(on_host, batch.targets),  # on the host: no wait for the device
-            sum(self._flops_of(sample, self.attention) for row in batch.lengths for sample in row),
+    def _operations(self, batches: Sequence[Batch]) -> float:
+        """Of forward and backward, every sample at its own length."""
+        return sum(
+            self._flops_of(sample, self.attention)
+            for batch in batches
+            for row in batch.lengths
+            for sample in row
         )
 
-    def _agree(self, rows: list[_Rows], stop: bool) -> tuple[TokenCounts, float, bool]:
+    def _agree(self, rows: list[Rows], flops: float, stop: bool) -> tuple[TokenCounts, float, bool]:
         """Global counts and operations, and whether any rank wants to stop.
 
         One small all-reduce on the host; fp64 holds the counts exactly. Of the ranks that read the
         same rows one counts them.
         """
         mine = sum((micro.counts for micro in rows[1:]), rows[0].counts)
-        flops = sum(micro.flops for micro in rows)
         numbers = torch.tensor([mine.lm, mine.mtp, mine.routed, flops, stop], dtype=torch.float64)
         if not (self.grid.sequence.is_first and self.grid.pipeline.is_first):
             numbers[:4] = 0.0
