@@ -14,6 +14,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     import torch
 
     from trainer.failures import told_once
+    from trainer.fit import fitted
     from trainer.memory_expected import expected, expected_words
     from trainer.out_of_memory import advised
     from trainer.parallel.grid import open_grid
@@ -21,7 +22,9 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     from trainer.trainer import Trainer
 
     with told_once() as watch:
-        memory = expected(config)  # while there is no process group
+        # Both while there is no process group.
+        config, notes = fitted(config)
+        memory = expected(config)
         with open_grid(config.sizes, config.parallel.timeout_seconds) as grid:
             watch.connect(grid)
             if config.deterministic:
@@ -29,7 +32,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
                     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
             preflight(config, grid)
-            notes = [expected_words(config, grid, memory)]
+            notes.append(expected_words(config, grid, memory))
             with advised(config, grid):
                 Trainer(config, grid, stop, notes).run()
             watch.close()

@@ -73,7 +73,8 @@ class MetricsConfig(Section):
     and at how far weights move, which run one microbatch forward once more, copy the weights to the
     host and wait for the device; 0 looks only after the last step."""
     peak_tflops: Annotated[float, Field(gt=0)] | None = None
-    """Peak of one device in TFLOP/s at the training precision; with it, `mfu` is reported."""
+    """Peak of one device in TFLOP/s; with it `mfu` is reported. Null is bf16's of the data sheet,
+    where precision is bf16 or fp8 and the GPU a known one."""
     wandb: WandbConfig = WandbConfig()
 
 
@@ -114,6 +115,9 @@ class RunConfig(Section):
     compile: bool = False
     """Run norms, experts' activation and residual streams, where no Triton kernel does, through
     torch.compile (docs/performance.md)."""
+    fit_device: bool = False
+    """Choose data.micro_rows, parallel.recompute and parallel.offload for the memory of the device
+    that training finds, in place of what is written (docs/planning.md)."""
     deterministic: bool = False
     """Refuse operations whose result may differ from run to run."""
     model: ModelConfig

@@ -58,6 +58,8 @@ def problems(config: Any) -> Iterator[str]:
             yield f"deepspeed.{section} should be a mapping, not {block[section]!r}"
             return
     yield from _degrees(config.parallel)
+    if config.fit_device:
+        yield "fit_device = true does not go with engine = deepspeed, whose memory nobody counts"
     if config.precision == "bf16" and zero_stage(block) not in (1, 2):
         yield (
             f"precision = bf16 with deepspeed.zero_optimization.stage = {zero_stage(block)}: what "

@@ -3,8 +3,10 @@
 import math
 import time
 
+from trainer.card import Card
 from trainer.config import RunConfig
 from trainer.metrics_file import Event, MetricsFile, Record
+from trainer.parallel.grid import Grid
 from trainer.progress import Progress
 from trainer.state import TrainState
 from trainer.step import StepResult
@@ -28,9 +30,12 @@ def describe_event(event: Event) -> str:
 class Metrics:
     """Periodic hook that turns a step's result into one record. Lives on the first rank only."""
 
-    def __init__(self, config: RunConfig, state: TrainState, world_size: int) -> None:
+    def __init__(self, config: RunConfig, state: TrainState, grid: Grid) -> None:
         self.config = config
-        self.world_size = world_size
+        self.world_size = grid.world_size
+        self.peak_tflops = config.metrics.peak_tflops
+        if self.peak_tflops is None and config.precision != "fp32":
+            self.peak_tflops = Card.of(grid.device).peak_tflops
         self.file = MetricsFile(config.run_dir / "metrics.jsonl", state.step)
         self.wandb = WandbLog(config)
         self.progress = Progress(config.steps, state.step, config.metrics.every)
@@ -66,8 +71,8 @@ class Metrics:
             "tflops_per_second": result.flops / result.seconds / 1e12,
             "time": time.time(),
         }
-        if (peak := self.config.metrics.peak_tflops) is not None:
-            record["mfu"] = record["tflops_per_second"] / (peak * self.world_size)
+        if self.peak_tflops is not None:
+            record["mfu"] = record["tflops_per_second"] / (self.peak_tflops * self.world_size)
         if self.config.stages:
             record["stage"] = result.stage
             record["indexer_loss"] = result.indexer_loss

@@ -40,6 +40,11 @@ def plan(
         raise ConfigError(f"engine = {config.engine}: v4 plan knows the memory of native only")
     sizes = config.sizes(world_size)
     yield summary(config, sizes)
+    if config.fit_device:
+        yield (
+            "fit_device: training chooses data.micro_rows and, for less memory, parallel.recompute "
+            "and parallel.offload for the device that it finds; this plan takes them as written."
+        )
     yield from recipe_part(config, sizes)
     if world_size > 1:
         yield who_is_where(sizes)

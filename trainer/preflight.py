@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from data.errors import DataError
 from data.files import sha256_of
 from data.manifest import MANIFEST_FILE
 from data.tokenizer import tokenizer_file
+from trainer.card import Card
 from trainer.compiler import lacking
 from trainer.config import RunConfig
 from trainer.errors import PreflightError
@@ -62,7 +62,8 @@ def preflight(config: RunConfig, grid: Grid, see_seconds: float = SEE_SECONDS) -
 
     Every rank calls it. `see_seconds` is how long the run's folder may take to show a new file.
     """
-    memory, host_memory = (_memory(device) for device in (grid.device, torch.device("cpu")))
+    devices = (grid.device, torch.device("cpu"))
+    memory, host_memory = (Card.of(device).memory for device in devices)
     lacks = lacking(grid.device) if config.compile else ""
     host, digests = socket.gethostname(), _digests(config)
     facts = Facts(grid.rank, host, digests, memory, host_memory, lacks)
@@ -173,13 +174,6 @@ def _check_compiler(everyone: list[Facts]) -> None:
             f"compile = true needs {without[0].lacks}, and there is none for {where(without)}; "
             "install it, or leave compile out"
         )
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes of this process's device, or of the machine divided by the processes on it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _check_folder(everyone: list[Facts], folder: Path, grid: Grid, see_seconds: float) -> None:

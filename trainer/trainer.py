@@ -238,7 +238,7 @@ class Trainer:
             return
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
         write_whole(self.config.run_dir / "config.yaml", self.config.to_yaml())
-        self.metrics = Metrics(self.config, self.state, self.grid.world_size)
+        self.metrics = Metrics(self.config, self.state, self.grid)
         dtype, in_fp8 = DTYPES[self.config.precision], self.config.precision == "fp8"
         kernels = kernel_choices(self.config.model, self.grid.device, dtype, in_fp8)
         self._note(describe(kernels))

@@ -30,7 +30,7 @@ def other_code(patch: pytest.MonkeyPatch) -> None:
 
 
 def little_memory(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(checks, "_memory", lambda device: 2**10)
+    patch.setattr(checks.Card, "of", lambda device: checks.Card("a card", 2**10))
 
 
 def no_compiler(patch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_a_model_too_large_for_one_process_is_refused(
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     half = psutil.virtual_memory().total // 2
-    assert checks._memory(torch.device("cpu")) == half
+    assert checks.Card.of(torch.device("cpu")).memory == half
     preflight(load_config(tiny), Grid.single(torch.device("cpu")))
     large = load_config(tiny, ["model.n_routed_experts=4096", "model.moe_intermediate_size=65536"])
     with pytest.raises(PreflightError, match=f"has {half / 2**30:,.2f} GiB"):
