@@ -119,20 +119,27 @@ class Step:
         self.model = local.model
         self.engine: NativeEngine = make_engine(config, local, self.grid, self.optimizer)
         self.batches = [random_batch(config)]
-        self.flops = 0.0
+        self.gradients: list[Tensor | None] = []
 
-    def forward_backward(self) -> Tensor:
-        """Gradients in place; the norm of them, on the device."""
-        losses = self.engine.forward_backward(self.batches)
-        self.flops = losses.flops
-        self.load = losses.expert_load
-        return self.engine.gradient_norm()
+    def forward_backward(self) -> None:
+        """Gradients in place, and what an update needs."""
+        self.gradients = []
+        self.losses = self.engine.forward_backward(self.batches)
+        # Of a norm below 1 an update clips nothing, so that it can be timed again.
+        self.norm = self.engine.gradient_norm().clamp(max=0.5)
+        self.gradients = [master.grad for master in self.optimizer.owned()]
+
+    def update(self) -> None:
+        """The update from the last gradients, however often, without the wait for the numbers."""
+        for master, gradient in zip(self.optimizer.owned(), self.gradients, strict=True):
+            master.grad = gradient  # which a step takes away
+        self.engine.step(1e-6, self.norm)
+        self.model.update_router_bias(self.losses.expert_load)
 
     def __call__(self) -> None:
-        """A whole step without the wait for its numbers."""
-        norm = self.forward_backward()
-        self.engine.step(1e-6, norm)
-        self.model.update_router_bias(self.load)
+        """A whole step."""
+        self.forward_backward()
+        self.update()
 
 
 def peak_gib(device: torch.device) -> float | None:

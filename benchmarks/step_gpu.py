@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import Ceilings, Step, ceilings, config_of, device_of, seconds
@@ -30,6 +31,7 @@ from model.flops import flops_by_part
 from model.hyper_connection import read
 from model.kernels.hyper_connection import write_streams
 from model.transformer import Microbatch
+from optim.zero_plan import newton_schulz_cost
 
 
 @dataclass
@@ -177,16 +179,25 @@ class Parts:
         )
 
     def _optimizer(self) -> Part:
-        norm = self.step.forward_backward()
-        spent = seconds(lambda: self.step.engine.step(0.0, norm), self.device)
+        muon = self.step.config.optim.muon
+        self.step.forward_backward()
+        operations = sum(
+            entry.matrices[0] * newton_schulz_cost(*entry.matrices[1:], muon)
+            for entry in self.step.optimizer.table
+            if entry.matrices
+        )
         count = sum(p.numel() for p in self.model.parameters())
         # Reads gradient, master and momentum, writes the latter two and the weight.
-        return Part("optimizer", 1, spent, 0.0, 0.0, count * (5 * 4 + self.width))
+        moved = count * (5 * 4 + self.width)
+        return Part("optimizer", 1, seconds(self.step.update, self.device), 0.0, operations, moved)
 
     def _data(self) -> Part:
-        batch = self.step.batches[0]
-        spent = seconds(lambda: self.step.engine._rows(batch), self.device)
-        return Part("rows to the device", 1, spent, 0.0, 0.0, 16.0 * self.tokens)
+        def copy() -> None:
+            with self.step.engine.copies.rows(self.step.batches) as rows:
+                for arriving in rows:
+                    arriving.arrive()
+
+        return Part("rows to the device", 1, seconds(copy, self.device), 0.0, 0.0, 16 * self.tokens)
 
 
 def table_of(parts: list[Part], whole: float, limit: Ceilings) -> Table:
@@ -223,8 +234,8 @@ def table_of(parts: list[Part], whole: float, limit: Ceilings) -> Table:
     return table
 
 
-def longest(step: Step, count: int = 10) -> Table:
-    """The kernels (on a CPU the operators) that take most of a step."""
+def longest(step: Step, whole: float, count: int = 10) -> tuple[Table, str]:
+    """The kernels (on a CPU the operators) that take most of a step, and what all of them take."""
     on_gpu = step.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as seen:
@@ -234,12 +245,18 @@ def longest(step: Step, count: int = 10) -> Table:
     def spent(event: Any) -> float:
         return event.self_device_time_total if on_gpu else event.self_cpu_time_total
 
-    table = Table(title="longest kernels of a step" if on_gpu else "longest operators of a step")
+    kinds, where = ("kernels", DeviceType.CUDA) if on_gpu else ("operators", DeviceType.CPU)
+    ran = [event for event in events if event.device_type == where and spent(event) > 0]
+    calls, busy = sum(event.count for event in ran), sum(map(spent, ran)) / 1e6 / whole
+    table = Table(title=f"longest {kinds} of a step")
     for heading in ("name", "calls", "ms"):
         table.add_column(heading, justify="left" if heading == "name" else "right")
-    for event in sorted(events, key=spent, reverse=True)[:count]:
+    for event in sorted(ran, key=spent, reverse=True)[:count]:
         table.add_row(event.key[:90], str(event.count), f"{spent(event) / 1e3:.2f}")
-    return table
+    words = f"All {calls:,} {kinds} of a step take {busy:.1%} of its time"
+    if on_gpu:
+        words += "; where that is well below 100% the GPU waits for launches"
+    return table, words + "."
 
 
 def main() -> int:
@@ -259,7 +276,8 @@ def main() -> int:
     parts = Parts(step).all()
     console = Console(width=140)
     console.print(table_of(parts, whole, limit))
-    console.print(longest(step))
+    for part in longest(step, whole):
+        console.print(part)
     return 0
 
 

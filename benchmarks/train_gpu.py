@@ -1,10 +1,11 @@
 """Training steps on one GPU beside transformers: tokens per second, MFU and peak memory.
 
 nano.yaml and a four-layer slice of flash.yaml, on rows from 4096 tokens to the longest that fits.
-``ours, step`` is the trainer's own step with its optimizer, also in FP8; ``ours`` and
-``transformers`` are forward and backward with the same weights on the same rows, without MTP, which
-transformers has not. transformers runs with eager attention, the only one that it has for V4, and
-each of its implementations of experts; its rows are left out once one did not fit. MFU is
+``ours, step`` is the trainer's own step of 524,288 tokens, as nano.yaml has them, also in FP8: one
+microbatch of up to 32,768 tokens is timed, and the update apart. ``ours`` and ``transformers`` are
+forward and backward with the same weights on the same row, without MTP, which transformers has not.
+transformers runs with eager attention, the only one that it has for V4, and each of its
+implementations of experts; its rows are left out once one did not fit. MFU is
 `model.flops.training_flops` a second over the bf16 matrix rate measured in the same run.
 
     python -m benchmarks.train_gpu [--configs configs/nano.yaml flash-slice] [--rows 4096 ...]
@@ -18,6 +19,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,6 +48,8 @@ from trainer.trainer import DTYPES
 
 EXPERTS = ("grouped_mm", "batched_mm", "eager")
 ROWS = [4096, 16384, 65536]
+STEP_TOKENS = 524_288
+MICROBATCH_TOKENS = 32_768
 
 
 @dataclass
@@ -62,12 +66,15 @@ class Result:
 
 
 def measured(
-    result: Result, make: Callable[[], Callable[[], object]], flops: float, limit: Ceilings, device
+    result: Result, time: Callable[[], float], flops: float, limit: Ceilings, device: torch.device
 ) -> Result:
-    """Fill in times and memory; what does not fit or run says so in its line."""
+    """Fill in times and memory; what does not fit or run says so in its line.
+
+    ``time`` gives the seconds of a row, ``flops`` are its operations.
+    """
     restart_peak(device)
     try:
-        spent = seconds(make(), device)
+        spent = time()
     except (RuntimeError, ValueError, ImportError) as error:
         result.note = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:70]}"
     else:
@@ -77,6 +84,14 @@ def measured(
     gc.collect()
     restart_peak(device)
     return result
+
+
+def step_time(config: RunConfig, device: torch.device) -> float:
+    """Seconds of a step's row, with its share of the update."""
+    step = Step(config, device)
+    passes = seconds(step.forward_backward, device)
+    update = seconds(step.update, device)
+    return passes / config.data.micro_rows + update * config.data.row_length / STEP_TOKENS
 
 
 def plain(config: RunConfig) -> RunConfig:
@@ -132,30 +147,26 @@ def lines_of(
     name: str, row: int, device: torch.device, limit: Ceilings, skip: set[str]
 ) -> list[Result]:
     """All that is measured of one config at one row length."""
-    config = config_of(name, device, row)
-    flops = training_flops(config.model, [row])
-    step = measured(
-        Result(name, row, "ours, step"), lambda: Step(config, device), flops, limit, device
-    )
-    eight = config.model_copy(update={"precision": "fp8"})
-    in_fp8 = measured(
-        Result(name, row, "ours, step in FP8"), lambda: Step(eight, device), flops, limit, device
-    )
-    bare = plain(config)
-    flops = training_flops(bare.model, [row])
-    found = [
-        step,
-        measured(Result(name, row, "ours"), lambda: our_calls(bare, device), flops, limit, device),
-        in_fp8,
-    ]
+    long = config_of(name, device, row, max(MICROBATCH_TOKENS // row, 1))
+    eight = long.model_copy(update={"precision": "fp8"})
+    bare = plain(config_of(name, device, row))
+    found = []
+    for what, config, time in (
+        ("ours, step", long, step_time),
+        ("ours", bare, lambda *of: seconds(our_calls(*of), device)),
+        ("ours, step in FP8", eight, step_time),
+    ):
+        flops = training_flops(config.model, [row])
+        of = (config, device)
+        found.append(measured(Result(name, row, what), partial(time, *of), flops, limit, device))
     for experts in EXPERTS:
         what = f"transformers, {experts}"
         if what in skip:
             continue
         line = measured(
             Result(name, row, what),
-            lambda experts=experts: their_calls(bare, device, experts),
-            flops,
+            lambda experts=experts: seconds(their_calls(bare, device, experts), device),
+            training_flops(bare.model, [row]),
             limit,
             device,
         )
