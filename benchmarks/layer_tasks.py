@@ -1,23 +1,33 @@
-"""Norms, residual streams and experts' rows as tasks for a benchmark."""
+"""Norms, residual streams, experts' rows and the head's loss as tasks for a benchmark."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.attention_tasks import DEVICE, Task, Work, randn, references
 from model import ModelConfig
+from model.kernels.cross_entropy import (
+    SoftmaxLoss,
+    linear_cross_entropy,
+    reference_softmax_loss,
+)
 from model.kernels.hyper_connection import reference_read_streams, reference_write_streams
 from model.kernels.norm import reference_rms_norm
 from model.kernels.permute import reference_collect
 from model.kernels.swiglu import reference_clamped_swiglu
+from model.transformer import IGNORE
+
+WHOLE_ROWS = 16384
+"""The logits of longer rows do not fit."""
 
 
 def tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:
-    """Of a layer that is not attention, one at a time."""
-    makers = (norm_task, read_task, write_task, swiglu_task, collect_task)
+    """Of what is not attention, one at a time."""
+    makers = (norm_task, read_task, write_task, swiglu_task, collect_task, head_task)
     return [lambda make=make: make(config, row) for make in makers]
 
 
@@ -102,3 +112,31 @@ def collect_task(config: ModelConfig, row: int) -> Task:
     implementations |= references(lambda y: reference_collect(y, place, row), 0)
     work = Work(float(row * choices * dim), 2.0 * row * dim * (choices + 1))
     return Task("sum of experts' rows", [randn(row * choices, dim)], implementations, work, None)
+
+
+def head_task(config: ModelConfig, row: int) -> Task:
+    """The output head with its cross-entropy and all of its gradients; those of hidden states."""
+    from model.kernels.cross_entropy_triton import softmax_loss
+
+    dim, vocab = config.hidden_size, config.vocab_size
+    leaves = [randn(row, dim), randn(vocab, dim) * dim**-0.5]
+    target = torch.randint(vocab, (row,), device=DEVICE)
+
+    def of(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+        def gradient(hidden: Tensor, weight: Tensor) -> Tensor:
+            hidden, weight = (x.detach().requires_grad_() for x in (hidden, weight))
+            return torch.autograd.grad(loss(hidden, weight), [hidden, weight])[0]
+
+        return gradient
+
+    def chunked(softmax: SoftmaxLoss) -> Callable[..., Tensor]:
+        return of(lambda h, w: linear_cross_entropy(h, w, target, row, IGNORE, softmax))
+
+    implementations = {
+        "triton": chunked(softmax_loss),
+        "reference": chunked(reference_softmax_loss),
+    }
+    if row <= WHOLE_ROWS:
+        implementations["torch, whole logits"] = of(lambda h, w: F.cross_entropy(h @ w.T, target))
+    work = Work(6.0 * row * dim * vocab, 2.0 * (2 * row * dim + 3 * vocab * dim))
+    return Task("head and cross-entropy", leaves, implementations, work, None)

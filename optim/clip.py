@@ -14,12 +14,9 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     nothing. A gradient that is not finite gives a norm that is not.
     """
     parameters = list(parameters)
-    norms = [
-        torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
-        for parameter in parameters
-        if parameter.grad is not None
-    ]
-    if norms:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        norms = torch._foreach_norm(gradients, dtype=torch.float64)
         return torch.linalg.vector_norm(torch.stack(norms)).float()
     return torch.zeros((), device=parameters[0].device if parameters else None)
 

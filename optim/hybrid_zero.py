@@ -98,9 +98,9 @@ class HybridZero:
         """
         total = torch.zeros((), dtype=torch.float64)
         for bucket in self.buckets:
-            masters = [m for m in bucket.masters.values() if m.grad is not None]
-            if masters:
-                norms = [torch.linalg.vector_norm(m.grad, dtype=torch.float64) for m in masters]
+            gradients = [m.grad for m in bucket.masters.values() if m.grad is not None]
+            if gradients:
+                norms = torch._foreach_norm(gradients, dtype=torch.float64)
                 total = total.to(bucket.device)
                 total += torch.stack(norms).square().sum() / bucket.copies
         return total

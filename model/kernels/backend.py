@@ -24,7 +24,8 @@ _CAPABILITY = (9, 0)
 
 COMPARED_ON_GPU: frozenset[str] = frozenset()
 """Operations whose Triton kernels `make bench-gpu` has found right on a GPU: "attention",
-"indexer", "indexer loss", "compressor", "norms", "hyper-connections", "experts", "fp8".
+"indexer", "indexer loss", "compressor", "norms", "hyper-connections", "experts",
+"cross-entropy", "fp8".
 Training uses no other; a compiler may be wrong where an interpreter is right."""
 
 
@@ -117,6 +118,12 @@ def experts(device: torch.device, dtype: torch.dtype, asked: bool = False) -> Ch
 
 
 @functools.cache
+def cross_entropy(device: torch.device, dtype: torch.dtype, asked: bool = False) -> Choice:
+    """For the softmax over the vocabulary, its loss and its gradient."""
+    return _choice("cross-entropy", device, dtype, None, asked, (*_DTYPES, torch.float32))
+
+
+@functools.cache
 def fp8(device: torch.device, dtype: torch.dtype, asked: bool = False) -> Choice:
     """For products in FP8 and the rounding of their factors, of any size."""
     return _choice("fp8", device, dtype, None, asked, (torch.bfloat16,))
@@ -144,6 +151,7 @@ def choices(
         "norms": norm(device, dtype, hidden),
         "hyper-connections": hyper_connection(device, dtype, streams),
         "experts": experts(device, dtype),
+        "cross-entropy": cross_entropy(device, dtype),
         **({"fp8": fp8(device, dtype)} if eight_bits else {}),
     }
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from model import V4Model
 from model.attention import Attention
+from model.kernels.cross_entropy import chunk_tokens
 from model.moe import SharedExpert
 from model.products import PLAIN, Linear
 from trainer.parallel.collectives import sum_
@@ -32,9 +33,6 @@ with warnings.catch_warnings(action="ignore"):  # about absent NVIDIA packages
         RowParallelLinear,
         VocabParallelEmbedding,
     )
-
-_CHUNK_LOGITS = 1 << 21
-"""Logits of all ranks held at once."""
 
 
 class _Column(ColumnParallelLinear):
@@ -179,7 +177,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
         valid_T = target != ignore
         target_T = target.masked_fill(~valid_T, 0)
         first = axis.rank * weight.shape[0]
-        step = max(_CHUNK_LOGITS // (weight.shape[0] * axis.size), 1)
+        step = chunk_tokens(weight.shape[0], hidden.device)
         for start in range(0, hidden.shape[0], step):
             rows = slice(start, start + step)
             share_n = valid_T[rows] / denominator

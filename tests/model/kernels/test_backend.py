@@ -33,10 +33,11 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     proved = {"attention", "indexer", "indexer loss", "compressor"}
-    proved |= {"norms", "hyper-connections", "experts", "fp8"}
+    proved |= {"norms", "hyper-connections", "experts", "cross-entropy", "fp8"}
     monkeypatch.setattr(backend, "COMPARED_ON_GPU", frozenset(proved))
     choices = (backend.attention, backend.indexer, backend.indexer_loss, backend.compressor)
-    choices += (backend.norm, backend.hyper_connection, backend.experts, backend.fp8)
+    choices += (backend.norm, backend.hyper_connection, backend.experts)
+    choices += (backend.cross_entropy, backend.fp8)
     for choice in choices:
         choice.cache_clear()
     yield
@@ -55,7 +56,7 @@ def test_a_cpu_runs_the_reference():
 def test_hopper_runs_triton():
     pools = ["compressor, m = 4", "compressor, m = 128"]
     expected = ["attention", "indexer", "indexer loss", *pools]
-    expected += ["norms", "hyper-connections", "experts", "fp8"]
+    expected += ["norms", "hyper-connections", "experts", "cross-entropy", "fp8"]
     assert names(GPU, torch.bfloat16) == dict.fromkeys(expected, "triton")
 
 
@@ -129,13 +130,14 @@ def test_one_line_names_every_operation_of_the_model():
     told = describe(kernel_choices(tiny_config(), CPU, torch.float32))
     assert told == (
         "kernels: attention, indexer, indexer loss, compressor m = 4, compressor m = 16, norms, "
-        "hyper-connections, experts: reference (on cpu)"
+        "hyper-connections, experts, cross-entropy: reference (on cpu)"
     )
     eight = describe(kernel_choices(tiny_config(), CPU, torch.bfloat16, eight_bits=True))
-    assert eight == told.replace("experts:", "experts, fp8:")
+    assert eight == told.replace("cross-entropy:", "cross-entropy, fp8:")
     window = tiny_config(layer_types=["window"] * len(tiny_config().layer_types))
     told = describe(kernel_choices(window, CPU, torch.float32))
-    assert told == "kernels: attention, norms, hyper-connections, experts: reference (on cpu)"
+    operations = "attention, norms, hyper-connections, experts, cross-entropy"
+    assert told == f"kernels: {operations}: reference (on cpu)"
 
 
 def test_fp32_runs_the_reference_where_tensor_cores_would_round():

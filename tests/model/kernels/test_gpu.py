@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model import SampleLayout
@@ -290,6 +291,32 @@ def test_experts():
     expected = y.double()[place].view(100, 6, -1).sum(1)
     out = permute_triton.collect(y, place, 100).double()
     assert float((out - expected).norm() / expected.norm()) <= 4e-3
+
+
+@pytest.mark.parametrize("vocab", [129280, 32768, 4097])
+def test_cross_entropy(vocab):
+    from model.kernels.cross_entropy import linear_cross_entropy
+    from model.kernels.cross_entropy_triton import softmax_loss
+    from tests.model.kernels.test_cross_entropy import IGNORE, targets_of
+
+    target = targets_of(777, vocab).to(DEVICE)
+    logits = draw(777, vocab, seed=1) * 8
+    losses, grad = softmax_loss(logits.clone(), target, 40.0, IGNORE, True)
+    leaf = logits.double().requires_grad_()
+    exact = F.cross_entropy(leaf, target, ignore_index=IGNORE, reduction="none")
+    (exact.sum() / 40.0).backward()
+    assert float((losses.double() - exact).abs().max()) <= 1e-5 * float(exact.max())
+    assert float((grad.double() - leaf.grad).abs().max()) <= 2**-8 * float(leaf.grad.abs().max())
+
+    def ours(h: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy(h, w, target, 40.0, IGNORE, softmax_loss)
+
+    def theirs(h: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy(h @ w.T, target, ignore_index=IGNORE, reduction="sum") / 40.0
+
+    inputs = [draw(777, 512, seed=1), draw(vocab, 512, seed=2) * 0.1]
+    assert_near(ours, theirs, inputs)
+    assert_same_bits(ours, inputs)
 
 
 def test_products_in_fp8():

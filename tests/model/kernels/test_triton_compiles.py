@@ -18,18 +18,18 @@ STACK_BYTES = 512
 
 TYPES = {
     "*bf16": "q keys entries out both grad_q grad_out values gates grad_values grad_gates "
-    "x grad_x streams read y grad_streams grad_y grad_read gate up grad_gate grad_up",
+    "logits x grad_x streams read y grad_streams grad_y grad_read gate up grad_gate grad_up",
     "*fp32": "sink rotation lse rstd along grad mass pairs weights ape pooled grad_pooled grad_ape "
     "loss total grad_weights grad_scores each weight grad_weight fn part_w part_square base w pre "
     "post comb grad_pre grad_post grad_comb divisors grad_w grad_base grad_fn "
     "a_scales b_scales row_scales column_scales",
     "*i32": "picked key_start key_end entry_start entry_end start_T end_T query_start query_end "
     "bounds selected first_token has_previous ends before tile_group tile_first tile_end",
-    "*i64": "order strip place",
+    "*i64": "order strip place target",
     "*fp8e4nv": "a b row_codes column_codes",
     "i32": "tokens heads picks rows count begin width k span parts dim columns "
-    "groups blocks tiles right stride shift",
-    "fp32": "eps scale root sign norm_eps hc_eps limit",
+    "groups blocks tiles right stride shift vocab ignore",
+    "fp32": "eps scale root sign norm_eps hc_eps limit share",
 }
 OTHERWISE = {
     "_grad_picks": {"first_token": "i32"},
@@ -101,10 +101,10 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
 
 def other_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     """The same of what is not attention."""
+    from model.kernels import cross_entropy_triton, norm_triton, permute_triton, swiglu_triton
     from model.kernels import hyper_connection_mix_triton as mix
     from model.kernels import hyper_connection_project_triton as project
     from model.kernels import hyper_connection_weights_triton as weights
-    from model.kernels import norm_triton, permute_triton, swiglu_triton
 
     four, out = {"num_warps": 4}, {}
     for dim, rotary in ((4096, 0), (7168, 0), (512, 64), (128, 64)):
@@ -133,6 +133,10 @@ def other_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     for name in ("_forward", "_backward"):
         out[f"experts {name}"] = (getattr(swiglu_triton, name), tile, four)
     rows = {"CHOICES": 6, "COLUMNS": permute_triton._COLUMNS}
+    for gradient in (False, True):
+        softmax = {"GRADIENT": gradient, "BLOCK": cross_entropy_triton._BLOCK}
+        options = {"num_warps": cross_entropy_triton._WARPS}
+        out[f"softmax {gradient}"] = (cross_entropy_triton._softmax, softmax, options)
     out["experts _collect"] = (permute_triton._collect, rows, four)
     return out
 
@@ -207,7 +211,7 @@ def check(group: str) -> None:
         # What follows does not depend on the number of heads.
         *[f"{name} {part}" for name in ("V4", "narrow") for part in ("keys", "picks", "prepare")],
         *["V4 sum", "narrow sum", "select", "loss", "pool", "norm", "streams False"],
-        *["streams True", "experts", "fp8"],
+        *["streams True", "experts", "softmax", "fp8"],
     ],
 )
 @compiled
