@@ -8,8 +8,8 @@ from torch import Tensor
 from model.kernels import backend
 from model.kernels.ranges import AttentionRanges
 
-_BLOCK_SCORES = 1 << 19
-"""Per-head scores held at once; bounds the workspace whatever the row length."""
+_CPU_SCORES, _GPU_SCORES = 1 << 19, 1 << 27
+"""Per-head scores held at once, whatever the row length: a core's cache, or half a gigabyte."""
 
 
 @torch.no_grad()
@@ -49,7 +49,8 @@ def reference_select_topk(
     heads = q_TIJ.shape[1]
     host_start, host_end = ranges.host_entry_start_T, ranges.host_entry_end_T
     widest = int((host_end - host_start).max(initial=0))
-    step = max(_BLOCK_SCORES // (heads * max(widest, 1)), 1)
+    most = _CPU_SCORES if q_TIJ.device.type == "cpu" else _GPU_SCORES
+    step = max(most // (heads * max(widest, 1)), 1)
     for block in range(0, len(host_start), step):
         rows = slice(block, block + step)
         # Where no query sees more than k entries there is nothing to choose.
