@@ -1,7 +1,8 @@
 """Checkpoints: logical tensors in safetensors, published atomically.
 
     checkpoints/step-00000020/
-        shard-00001-model-00001-of-00001.safetensors   what rank 0 wrote, and so on for each rank
+        shard-00001-model-00001-of-00001.safetensors   what rank 0 wrote: files of at most 1 GiB,
+        shard-00001-model-00002-of-00001.safetensors   or one tensor; and so on for each rank
         state.json      step, tokens, seed, digests, the model's config
         manifest.json   size and SHA-256 of every other file
 

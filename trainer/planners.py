@@ -5,7 +5,6 @@ hold are written once, by the rank that has the least to write so far; a reader 
 chunk what overlaps with its parts.
 """
 
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +32,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from trainer.tensors import Part
+
+FILE_BYTES = 1 << 30
 
 
 class PartSavePlanner(DefaultSavePlanner):
@@ -90,17 +91,34 @@ class PartLoadPlanner(DefaultLoadPlanner):
 
 
 class PartWriter(HuggingFaceStorageWriter):
-    """Writes a rank's parts; a file has one of a tensor, the next goes into the next file."""
+    """Writes a rank's parts into files of at most FILE_BYTES, or of one part that is larger.
+
+    torch brings a whole file's tensors to the host and copies them twice more before it writes.
+    """
 
     def _split_by_storage_plan(
         self, storage_plan: dict[str, int] | None, items: list[WriteItem]
     ) -> dict[int, list[WriteItem]]:
-        files: dict[int, list[WriteItem]] = {}
-        seen: Counter[str] = Counter()
+        """Each part into the first file that has room and no other part of its tensor."""
+        files: list[list[WriteItem]] = []
+        names: list[set[str]] = []
+        sizes: list[int] = []
         for item in items:
-            seen[item.index.fqn] += 1
-            files.setdefault(seen[item.index.fqn], []).append(item)
-        return files
+            name, size = item.index.fqn, _bytes(item)
+            fits = (
+                number
+                for number, held in enumerate(sizes)
+                if held + size <= FILE_BYTES and name not in names[number]
+            )
+            place = next(fits, len(files))
+            if place == len(files):
+                files.append([])
+                names.append(set())
+                sizes.append(0)
+            files[place].append(item)
+            names[place].add(name)
+            sizes[place] += size
+        return dict(enumerate(files, start=1))
 
 
 def _part_at(parts: list[Part], index: MetadataIndex) -> Part:

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from tests.distributed import spawn
 from tests.full_disk import full_disk
 from tests.trainer.tiny import assert_same_run, column, saved_tensors, steps_in_file, train
+from trainer import planners
 from trainer.checkpoint import CheckpointFolder, checkpoints_in
 from trainer.errors import CheckpointError, SaveError
 from trainer.parallel.grid import Grid, Sizes
+from trainer.tensors import Part
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +138,29 @@ def test_a_checkpoint_of_another_run(tiny: Path, copy: Path, override: str, fiel
 def test_a_loss_weight_may_change(tiny: Path, copy: Path) -> None:
     train(tiny, copy, "steps=5", "model.balance_loss_weight=0.5")
     assert steps_in_file(copy)[-1] == 5
+
+
+def test_a_save_takes_memory_for_a_file_and_not_for_all(tmp_path: Path, monkeypatch) -> None:
+    """Of 72 MiB in 16 parts, one of them larger than a file, no more than twice the largest file."""
+    mib = 2**20
+    monkeypatch.setattr(planners, "FILE_BYTES", 8 * mib)
+    halves = [Part(torch.rand(mib), (2 * mib,), (start,)) for start in (0, mib)]
+    tensors = {f"t{n}": torch.rand(mib) for n in range(13)}
+    tensors |= {"split": halves, "large": torch.rand(3 * mib)}
+    folder = CheckpointFolder(tmp_path, Grid.single(torch.device("cpu")))
+    tracemalloc.start()
+    path = folder.save(1, tensors, {})
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most <= 2 * 12 * mib + mib
+    sizes = sorted(file.stat().st_size // mib for file in path.glob("*.safetensors"))
+    assert sizes == [4, *[8] * 7, 12]
+    loaded = {name: torch.zeros_like(t) for name, t in tensors.items() if name != "split"}
+    loaded["split"] = torch.zeros(2 * mib)
+    folder.load(path, loaded)
+    tensors["split"] = torch.cat([half.tensor for half in halves])
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, tensors[name]), name
 
 
 def test_only_the_newest_are_kept(tiny: Path, tmp_path: Path) -> None:
