@@ -61,6 +61,15 @@ def states(ours: HybridZero) -> dict[str, torch.Tensor]:
     return {f"{piece.kind}.{piece.name}": piece.tensor for piece in ours.states()}
 
 
+def test_the_norm_of_large_gradients_is_summed_exactly() -> None:
+    parameters = {"embed.weight": Parameter(torch.zeros(5000, 200))}
+    ours = alone(parameters)
+    parameters["embed.weight"].grad = torch.full((5000, 200), 0.01)
+    ours.reduce()
+    exact = 1e6 * float(torch.tensor(0.01)) ** 2
+    assert ours.norm_square().item() == pytest.approx(exact, rel=1e-12)
+
+
 def test_masters_carry_steps_too_small_for_bf16() -> None:
     low, full = model(torch.bfloat16), model(torch.bfloat16)
     full = {name: Parameter(parameter.detach().float()) for name, parameter in full.items()}

@@ -141,7 +141,7 @@ def test_a_loss_weight_may_change(tiny: Path, copy: Path) -> None:
 
 
 def test_a_save_takes_memory_for_a_file_and_not_for_all(tmp_path: Path, monkeypatch) -> None:
-    """Of 72 MiB in 16 parts, one of them larger than a file, no more than twice the largest file."""
+    """Of 72 MiB in 16 parts, one larger than a file, no more than twice the largest file."""
     mib = 2**20
     monkeypatch.setattr(planners, "FILE_BYTES", 8 * mib)
     halves = [Part(torch.rand(mib), (2 * mib,), (start,)) for start in (0, mib)]
