@@ -124,11 +124,12 @@ def gradients_of(optimizer: HybridZero, local: LocalModel) -> dict[str, list[Par
 def covered_by(parts: dict[str, list[Part]], reference: dict[str, Tensor]) -> dict[str, int]:
     """Elements by name, after all were compared with the whole gradients.
 
-    Sums in another order: 1e-7 of a few hundred terms of the largest's size.
+    Sums in another order, 1e-7 of a few hundred terms of the largest's size: where one rank takes
+    its two rows in the other order they differ by up to 8e-6.
     """
     covered = {}
     for name, some in parts.items():
-        limit = 1e-5 * gradient_scale(name, reference)
+        limit = 2e-5 * gradient_scale(name, reference)
         for mine in some:
             assert mine.shape == tuple(reference[name].shape)
             spans = zip(mine.offset, mine.tensor.shape, strict=True)
