@@ -116,6 +116,8 @@ class _Shards:
                 save_file(read(self.files[file]), folder / file, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise OSError(0, str(error)) from None
+            # safetensors lets nobody but the owner read what it writes.
+            (folder / file).chmod(folder.stat().st_mode & 0o666)
             fsync_file(folder / file)
 
     def write_index(self, folder: Path) -> None:

@@ -72,6 +72,11 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_who_reads_the_folder_reads_its_files(folder: Path) -> None:
+    modes = {path.name: path.stat().st_mode for path in (folder / "one").iterdir()}
+    assert set(modes.values()) == {modes["config.json"]}, modes
+
+
 def test_two_processes_write_what_one_writes(folder: Path) -> None:
     names = sorted(path.name for path in (folder / "one").iterdir())
     assert names == sorted(path.name for path in (folder / "two").iterdir())
