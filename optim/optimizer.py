@@ -54,7 +54,8 @@ class Optimizer:
     """Updates `named_parameters` in place as `table` says.
 
     A parameter whose gradient is None is left alone: no decay, no momentum, no change of state.
-    Raises OptimError when table and parameters do not fit each other, or one is not fp32.
+    Raises OptimError when table and parameters do not fit each other, or one is not fp32 or not
+    contiguous.
     """
 
     def __init__(
@@ -104,7 +105,8 @@ class Optimizer:
         for (weight_decay, factor), names in groups.items():
             adamw(
                 [self.parameters[name] for name in names],
-                [gradients[name] for name in names],
+                # torch's fused kernel takes elements as they lie, whatever the strides say.
+                [gradients[name].contiguous() for name in names],
                 [self._exp_avg[name] for name in names],
                 [self._exp_avg_sq[name] for name in names],
                 [],
@@ -218,6 +220,10 @@ def _check_cover(named_parameters: Mapping[str, Parameter], table: list[Assignme
         (
             "are not fp32",
             [n for n, p in named_parameters.items() if p.dtype != torch.float32],
+        ),
+        (
+            "are not contiguous",
+            [n for n, p in named_parameters.items() if not p.is_contiguous()],
         ),
     )
 

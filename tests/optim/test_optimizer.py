@@ -187,3 +187,29 @@ def test_a_table_that_does_not_fit() -> None:
     low = Parameter(torch.zeros(shapes()["norm.weight"], dtype=torch.bfloat16))
     with pytest.raises(OptimError, match=r"not fp32: norm\.weight"):
         Optimizer({**parameters, "norm.weight": low}, table, config)
+
+
+def test_gradients_may_lie_in_memory_in_another_order() -> None:
+    """What torch's fused AdamW would not notice."""
+    one, other = model(), model()
+    for seed in range(2):
+        give_gradients(one, seed)
+        give_gradients(other, seed)
+        for parameter in other.values():
+            if parameter.dim() > 1:
+                turned = parameter.grad.transpose(0, 1).contiguous().transpose(0, 1)
+                assert torch.equal(turned, parameter.grad)
+                parameter.grad = turned
+        if seed == 0:
+            ours, theirs = optimizer(one), optimizer(other)
+        ours.step(RATE)
+        theirs.step(RATE)
+    assert not other["embed.weight"].grad.is_contiguous()
+    for name, parameter in one.items():
+        assert torch.equal(parameter, other[name]), name
+
+
+def test_parameters_lie_in_order() -> None:
+    parameters = {"embed.weight": Parameter(torch.zeros(5, 7).t())}
+    with pytest.raises(OptimError, match=r"are not contiguous: embed\.weight"):
+        optimizer(parameters)
