@@ -41,10 +41,10 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 	$(BIN)/lint-imports
 
 bench: $(STAMP)  ## tokens per second and memory beside transformers
-	$(BIN)/python -m benchmarks.vs_transformers
+	$(BIN)/python -m benchmarks.steps.vs_transformers
 
 bench-gpu: $(STAMP)  ## a GPU: kernels compared with float64 and timed, training steps timed
 	$(BIN)/python -m pytest tests -q -m gpu
-	$(BIN)/python -m benchmarks.attention --longest --json attention.json
-	$(BIN)/python -m benchmarks.step_gpu
-	$(BIN)/python -m benchmarks.train_gpu --longest --json train.json
+	$(BIN)/python -m benchmarks.kernels.attention --longest --json attention.json
+	$(BIN)/python -m benchmarks.steps.step_gpu
+	$(BIN)/python -m benchmarks.steps.train_gpu --longest --json train.json

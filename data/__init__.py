@@ -11,27 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data.config import DataConfig, SourceConfig, TokenizerConfig
-    from data.demo_corpus import build_demo_corpus
     from data.errors import DataError
-    from data.loader import Batch, Loader, unigram_entropy
     from data.manifest import Manifest
-    from data.prefetch import Prefetcher
-    from data.tokenizer import Tokenizer
-    from data.tokenizer_training import train_tokenizer
+    from data.prepare.demo_corpus import build_demo_corpus
+    from data.prepare.train_tokenizer import train_tokenizer
+    from data.rows.loader import Batch, Loader, unigram_entropy
+    from data.rows.prefetch import Prefetcher
+    from data.text.tokenizer import Tokenizer
 
 _HOMES = {
-    "Batch": "loader",
+    "Batch": "rows.loader",
     "DataConfig": "config",
     "DataError": "errors",
-    "Loader": "loader",
+    "Loader": "rows.loader",
     "Manifest": "manifest",
-    "Prefetcher": "prefetch",
+    "Prefetcher": "rows.prefetch",
     "SourceConfig": "config",
-    "Tokenizer": "tokenizer",
+    "Tokenizer": "text.tokenizer",
     "TokenizerConfig": "config",
-    "build_demo_corpus": "demo_corpus",
-    "train_tokenizer": "tokenizer_training",
-    "unigram_entropy": "loader",
+    "build_demo_corpus": "prepare.demo_corpus",
+    "train_tokenizer": "prepare.train_tokenizer",
+    "unigram_entropy": "rows.loader",
 }
 __all__ = [
     "Batch",

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.config import FiltersConfig
-from data.corpus import Document
 from data.errors import DataError
-from data.filters import KEPT, REASONS, Rules
 from data.manifest import MAX_EXAMPLES, Example, Loss
-from data.screening import verdicts_of
-from data.unit import Unit
+from data.prepare.corpus import Document
+from data.prepare.filters import KEPT, REASONS, Rules
+from data.prepare.screening import verdicts_of
+from data.prepare.work_item import Unit
 
 _SHOWN = 300  # characters of an example
 

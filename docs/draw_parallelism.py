@@ -34,9 +34,9 @@ from docs.drawing import (
 from docs.timeline import timeline
 from model import SampleLayout
 from trainer.config import load_config
-from trainer.config_parallel import ParallelConfig
-from trainer.parallel.sizes import DENSE, EXPERT, Sizes, place_of
-from trainer.parallel.traffic import Work, step_traffic
+from trainer.config.parallel import ParallelConfig
+from trainer.parallel.degrees import DENSE, EXPERT, Sizes, place_of
+from trainer.planning.traffic import Work, step_traffic
 
 ROOT = Path(__file__).parents[1]
 

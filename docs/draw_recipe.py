@@ -9,9 +9,9 @@ from pathlib import Path
 import matplotlib
 
 from trainer.config import load_run
-from trainer.metrics_file import read_metrics
-from trainer.plots import CHARTS, STYLE, picture
-from trainer.report import stage_marks
+from trainer.metrics.jsonl import read_metrics
+from trainer.report.plots import CHARTS, STYLE, picture
+from trainer.report.run import stage_marks
 
 TARGET = Path(__file__).parent / "images" / "recipe-demo.png"
 

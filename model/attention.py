@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from model.compressor import Compressor
 from model.config import AttentionMode, LayerType, ModelConfig
 from model.indexer import Index, Indexer
-from model.kernels.attention import attention_with_lse
-from model.kernels.indexer_loss import Mass, attention_mass, indexer_objective, kept_mass
+from model.kernels.attention.attention import attention_with_lse
+from model.kernels.indexer.loss import Mass, attention_mass, indexer_objective, kept_mass
+from model.linear import Linear
 from model.norm import RMSNorm
 from model.positions import Positions
-from model.products import Linear
 
 
 class _Inputs(NamedTuple):

@@ -14,7 +14,7 @@ from model.config import AttentionMode, LayerType, ModelConfig
 from model.hyper_connection import read, register_hyper_connection
 from model.moe import MoE, MoEStats
 from model.norm import RMSNorm
-from model.operations import CHOSEN, Operations
+from model.pointwise import CHOSEN, Operations
 from model.positions import Positions
 
 BlockPart = Literal["streams", "norms", "attention", "block"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.operations import Operations
+from model.pointwise import Operations
 
 
 def register_hyper_connection(module: nn.Module, name: str, config: ModelConfig) -> None:

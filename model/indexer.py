@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from model.compressor import Compressor
 from model.config import ModelConfig
 from model.kernels.hadamard import hadamard
-from model.kernels.indexer import select_topk
+from model.kernels.indexer.indexer import select_topk
 from model.kernels.mxfp4 import fake_quantise
 from model.kernels.norm import rotate
 from model.positions import Positions

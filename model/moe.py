@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.kernels.mxfp4 import straight_through
 from model.kernels.permute import collect_rows, spread_rows
-from model.operations import CHOSEN, Operations
+from model.linear import PLAIN, Linear, Products
+from model.pointwise import CHOSEN, Operations
 from model.positions import Positions
-from model.products import PLAIN, Linear, Products
 from model.router import Router, Routing, balance_loss, expert_load, first_share
 
 ROW_ALIGNMENT = 16

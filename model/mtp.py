@@ -8,9 +8,9 @@ from torch import Tensor
 from model.block import Block, BlockStats
 from model.config import ModelConfig
 from model.hyper_connection import head_of_streams, register_hyper_head
+from model.linear import Linear
 from model.norm import RMSNorm
 from model.positions import Positions
-from model.products import Linear
 
 
 class MTPBlock(Block):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.operations import CHOSEN, Operations
+from model.pointwise import CHOSEN, Operations
 
 
 class RMSNorm(nn.Module):

@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from model.config import LayerType, ModelConfig
-from model.kernels.indexer_loss import Mass
-from model.kernels.ranges import AttentionRanges
+from model.kernels.attention.ranges import AttentionRanges
+from model.kernels.indexer.loss import Mass
 from model.layout import SampleLayout, on_device
 from model.rope import layer_frequencies, rotation
 

@@ -20,7 +20,7 @@ from model.layout import SampleLayout
 from model.loss import IGNORE, TokenCounts, next_in_sample, second_targets
 from model.mtp import MTPBlock
 from model.norm import RMSNorm
-from model.operations import CHOSEN, Operations
+from model.pointwise import CHOSEN, Operations
 from model.positions import MakePositions, Positions
 from model.router import Router
 

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from optim.clip import clip_, gradient_norm
     from optim.config import AdamWConfig, MuonConfig, OptimConfig, ScheduleConfig
     from optim.errors import OptimError
-    from optim.hybrid_zero import HybridZero
     from optim.optimizer import Optimizer
     from optim.partition import Assignment, MatrixSizes, build_table, render_table
     from optim.schedule import in_decay
-    from optim.zero_group import StatePiece
+    from optim.zero.group import StatePiece
+    from optim.zero.hybrid_zero import HybridZero
 
 __all__ = [
     "AdamWConfig",
@@ -44,14 +44,14 @@ _HOME = {
     "OptimConfig": "config",
     "ScheduleConfig": "config",
     "OptimError": "errors",
-    "HybridZero": "hybrid_zero",
+    "HybridZero": "zero.hybrid_zero",
     "Optimizer": "optimizer",
     "Assignment": "partition",
     "MatrixSizes": "partition",
     "build_table": "partition",
     "render_table": "partition",
     "in_decay": "schedule",
-    "StatePiece": "zero_group",
+    "StatePiece": "zero.group",
 }
 
 

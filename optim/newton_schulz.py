@@ -12,7 +12,7 @@ a·s + b·s³ + c·s⁵ and leaves the singular vectors alone. Two published lis
 import torch
 from torch import Tensor
 
-from optim.symmetric import product_
+from optim.syrk import product_
 
 Step = tuple[float, float, float]
 

@@ -22,7 +22,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["data.worker_imports", "trainer.trainer"]
+PRELOADED = ["data.prepare.worker_imports", "trainer.trainer"]
 GRACE = 5.0  # seconds that the other ranks get to report, too, once one has failed
 
 

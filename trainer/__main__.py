@@ -14,10 +14,10 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     import torch
 
     from trainer.failures import told_once
-    from trainer.fit import fitted
-    from trainer.memory_expected import expected, expected_words
-    from trainer.out_of_memory import advised
     from trainer.parallel.grid import open_grid
+    from trainer.planning.expected_memory import expected, expected_words
+    from trainer.planning.fit_device import fitted
+    from trainer.planning.out_of_memory import advised
     from trainer.preflight import preflight
     from trainer.trainer import Trainer
 

@@ -16,14 +16,14 @@ from trainer.errors import run_or_explain
 
 def tokenizer_train(config: RunConfig, options: argparse.Namespace) -> None:
     """Train the tokenizer of `data.tokenizer` on `data.sources`."""
-    from data.tokenizer_training import train_tokenizer
+    from data.prepare.train_tokenizer import train_tokenizer
 
     print(f"wrote {train_tokenizer(config.data)}")
 
 
 def data_prepare(config: RunConfig, options: argparse.Namespace) -> None:
     """Turn `data.sources` into token shards."""
-    from data.prepare import prepare
+    from data.prepare.run import prepare
 
     manifest = prepare(config.data, progress=sys.stderr.isatty())
     train, heldout = manifest.tokens("train"), manifest.tokens("heldout")
@@ -32,7 +32,7 @@ def data_prepare(config: RunConfig, options: argparse.Namespace) -> None:
 
 def data_report(config: RunConfig, options: argparse.Namespace) -> None:
     """Show what the token shards hold in report.html beside them."""
-    from trainer.data_report import write_data_report
+    from trainer.report.data import write_data_report
 
     print(f"wrote {write_data_report(config)}")
 
@@ -42,11 +42,11 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
 
     With the attention and the quantisation of the last step's stage.
     """
+    from trainer.config.recipe import Recipe
     from trainer.evaluate import Heldout
+    from trainer.export.import_run import open_run
     from trainer.parallel.grid import open_grid
-    from trainer.stages import Recipe
     from trainer.trainer import make_engine
-    from trainer.transfer import open_run
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         config = config.alone()  # checkpoints open at any topology
@@ -72,7 +72,7 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
 
 def export(config: RunConfig, options: argparse.Namespace) -> None:
     """Write the newest checkpoint as a Hugging Face folder; processes share out its files."""
-    from trainer.export import export_run
+    from trainer.export.export import export_run
     from trainer.failures import told_once
     from trainer.parallel.grid import open_grid
 
@@ -86,21 +86,21 @@ def export(config: RunConfig, options: argparse.Namespace) -> None:
 
 def import_(config: RunConfig, options: argparse.Namespace) -> None:
     """Start a run from a Hugging Face folder."""
-    from trainer.transfer import import_run
+    from trainer.export.import_run import import_run
 
     print(import_run(config, Path(options.folder)))
 
 
 def report(config: RunConfig, options: argparse.Namespace) -> None:
     """Draw the run's curves into report.html."""
-    from trainer.report import write_report
+    from trainer.report.run import write_report
 
     print(f"wrote {write_report(config)}")
 
 
 def sweep_report(folder: str, options: argparse.Namespace) -> None:
     """Compare the trials of a sweep in report.html."""
-    from trainer.report_sweep import write_sweep_report
+    from trainer.report.sweep import write_sweep_report
 
     print(f"wrote {write_sweep_report(Path(folder))}")
 
@@ -109,14 +109,14 @@ def plan(config: RunConfig, options: argparse.Namespace) -> None:
     """Show what the config asks for."""
     from rich.console import Console
 
-    from trainer.plan import plan as make_plan
+    from trainer.planning.plan import plan as make_plan
 
     # A file or a pipe has no width: tables are as wide as they need.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     for part in make_plan(config, options.processes, options.dry_run, options.stage):
         console.print(part)
     if options.measure:
-        from trainer.measure import measure
+        from trainer.planning.layer_times import measure
 
         for part in measure(config, options.processes):
             console.print(part)
@@ -124,7 +124,7 @@ def plan(config: RunConfig, options: argparse.Namespace) -> None:
 
 def demo_corpus(folder: str, options: argparse.Namespace) -> None:
     """Write the text that is on this machine, code and prose, as two .jsonl files."""
-    from data.demo_corpus import build_demo_corpus
+    from data.prepare.demo_corpus import build_demo_corpus
 
     for path in build_demo_corpus(folder):
         print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -132,7 +132,7 @@ def demo_corpus(folder: str, options: argparse.Namespace) -> None:
 
 def sample(folder: str, options: argparse.Namespace) -> None:
     """Load an exported folder with transformers and let it go on after a prompt."""
-    from trainer.sample import sample as write
+    from trainer.export.sample import sample as write
 
     print(json.dumps(write(Path(folder), options.prompt)))
 

@@ -21,12 +21,12 @@ from model import V4Model
 from model.block import Block
 from optim import Assignment, StatePiece, gradient_norm
 from trainer.config import ConfigError, RunConfig
-from trainer.config_deepspeed import resolve, zero_stage
+from trainer.config.deepspeed import resolve, zero_stage
 from trainer.engine import Engine, Microbatches
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import Feed, Stage, Tally
 from trainer.parallel.plan import LocalModel
-from trainer.parallel.stages import StagePlan
+from trainer.parallel.stage_plan import StagePlan
 
 ABOUT = "engine deepspeed: splits only data; "
 ADAMW = "AdamW on every parameter"

@@ -25,12 +25,12 @@ from model.flops import training_flops
 from model.quantised import quantised
 from model.transformer import Microbatch
 from optim import HybridZero, clip_
+from trainer.microbatches import RowCopies, Rows
 from trainer.parallel.collectives import gather_objects, sum_
 from trainer.parallel.gradients import Gradients
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import Pipeline, Tally
 from trainer.parallel.plan import LocalModel
-from trainer.rows import RowCopies, Rows
 
 Chosen = Mapping[int, Tensor]
 """Of a microbatch: expert numbers [T, A] of the own tokens by layer, in any integer type."""

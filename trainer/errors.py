@@ -6,7 +6,7 @@ from collections.abc import Callable
 from data.errors import DataError
 from model.config import ModelConfigError
 from optim.errors import OptimError
-from trainer.config_source import ConfigError
+from trainer.config import ConfigError
 
 EXIT_CODE = 2
 PREFIX = "v4: error: "

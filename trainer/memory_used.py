@@ -10,9 +10,9 @@ import resource
 
 import torch
 
+from trainer.formatting import gib
 from trainer.parallel.collectives import gather_objects
 from trainer.parallel.grid import Grid
-from trainer.words import gib
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -19,15 +19,15 @@ import torch
 from data.errors import DataError
 from data.files import sha256_of
 from data.manifest import MANIFEST_FILE
-from data.tokenizer import tokenizer_file
-from trainer.card import Card
+from data.text.tokenizer import tokenizer_file
 from trainer.compiler import lacking
 from trainer.config import RunConfig
+from trainer.device import Card
 from trainer.errors import PreflightError
+from trainer.formatting import GIB
 from trainer.parallel.collectives import gather_objects
 from trainer.parallel.grid import Grid
-from trainer.resident import memory_parts, snapshot_memory
-from trainer.words import GIB
+from trainer.planning.static_memory import memory_parts, snapshot_memory
 
 PACKAGES = ("data", "model", "optim", "trainer")
 MISSING = "missing"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from trainer.groups import GroupNumbers
-from trainer.layers import LayerNumbers
+from trainer.metrics.layer_stats import LayerNumbers
+from trainer.metrics.update_stats import GroupNumbers
 
 
 @dataclass

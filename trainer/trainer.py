@@ -10,27 +10,27 @@ from data import Batch, Loader, Prefetcher, Tokenizer
 from model import ModelConfig
 from model.kernel_choices import describe, kernel_choices
 from optim import Assignment, HybridZero, MatrixSizes, build_table
-from trainer.anticipation import Anticipation
+from trainer.checkpoint.run import RunCheckpoint, Updater
 from trainer.config import RunConfig
+from trainer.config.recipe import Recipe, Stage
 from trainer.engine import Engine, NativeEngine, StepLosses
 from trainer.errors import DivergedError, SaveError
 from trainer.evaluate import Heldout
 from trainer.files import write_whole
-from trainer.groups import GroupWatch
-from trainer.layers import layer_numbers
 from trainer.memory_used import peak_words
-from trainer.metrics import Metrics, describe_event
+from trainer.metrics.layer_hooks import watched
+from trainer.metrics.layer_stats import layer_numbers
+from trainer.metrics.metrics import Metrics, describe_event
+from trainer.metrics.update_stats import GroupWatch
 from trainer.parallel.grid import Grid
+from trainer.parallel.optimizer_sharding import make_zero
 from trainer.parallel.plan import LocalModel, localise
-from trainer.parallel.stages import tied_embedding
-from trainer.parallel.zero import make_zero
-from trainer.run_checkpoint import RunCheckpoint, Updater
+from trainer.parallel.stage_plan import tied_embedding
 from trainer.signals import StopRequest
-from trainer.stability import Stability
-from trainer.stages import Recipe, Stage
+from trainer.stability.anticipation import Anticipation
+from trainer.stability.rollback import Stability
 from trainer.state import TrainState
 from trainer.step import StepResult
-from trainer.watch import watched
 
 Hook = Callable[[TrainState, StepResult], None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}

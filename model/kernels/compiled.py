@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import swiglu
-from model.kernels.hyper_connection import ReadStreams
+from model.kernels.hyper_connection.hyper_connection import ReadStreams
 from model.kernels.norm import reference_rotate
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from data.config import DataConfig
-from data.prepare import prepare
-from data.special_tokens import special_ids
-from data.tokenizer import Tokenizer
-from data.tokenizer_training import train_tokenizer
+from data.prepare.run import prepare
+from data.prepare.train_tokenizer import train_tokenizer
+from data.text.special_tokens import special_ids
+from data.text.tokenizer import Tokenizer
 
 VOCAB_SIZE = 1024
 

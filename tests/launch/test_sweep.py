@@ -16,8 +16,8 @@ from launch.sweep_file import Hyperband, Sweep, load_sweep
 from launch.sweep_parameters import Parameter
 from launch.sweep_search import Search, bands, should_stop
 from tests.trainer.tiny import make_tiny
-from trainer.metrics_file import read_metrics
-from trainer.report_sweep import Trial, groups, sentences
+from trainer.metrics.jsonl import read_metrics
+from trainer.report.sweep import Trial, groups, sentences
 
 SWEEPS = sorted(p for p in Path("configs/sweeps").glob("*.yaml") if p.name != "base.yaml")
 HEAD = """program: launch.trial

@@ -11,7 +11,7 @@ from model import V4Model
 from model.sizes import parameter_counts
 from tests.model.tiny import tiny_config
 from trainer.config import RunConfig, load_config
-from trainer.stages import Recipe
+from trainer.config.recipe import Recipe
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

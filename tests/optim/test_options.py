@@ -12,8 +12,7 @@ from optim.newton_schulz import Step, hybrid_steps, newton_schulz, polar_express
 from optim.optimizer import Optimizer
 from optim.partition import build_table
 from tests.optim.debug_parameters import SIZES, shapes
-from trainer.config import load_config
-from trainer.config_source import ConfigError
+from trainer.config import ConfigError, load_config
 
 RATE = 0.02
 

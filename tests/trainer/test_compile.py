@@ -21,11 +21,11 @@ from tests.trainer.parallel.topologies import (
 )
 from tests.trainer.tiny import assert_same_run
 from trainer.__main__ import main
-from trainer.activations import Live, Storages
 from trainer.compiler import lacking
 from trainer.config import load_config
-from trainer.dry_run import rank_memory
 from trainer.parallel.grid import Grid
+from trainer.planning.activations import Live, Storages
+from trainer.planning.dry_run import rank_memory
 from trainer.trainer import build, make_engine
 
 PLAIN = topology(1)

@@ -15,8 +15,8 @@ from trainer import preflight as checks
 from trainer.config import load_config
 from trainer.errors import USER_ERRORS, PreflightError
 from trainer.parallel.grid import Grid, Sizes
+from trainer.planning.static_memory import memory_parts, snapshot_memory
 from trainer.preflight import Facts, code_digest, preflight, where
-from trainer.resident import memory_parts, snapshot_memory
 
 RANKS = 3
 

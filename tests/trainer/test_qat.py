@@ -12,15 +12,15 @@ from model.quantised import quantised
 from tests.trainer.tiny import assert_same_run, column, train
 from trainer.commands import main
 from trainer.config import ConfigError, RunConfig, load_config
-from trainer.dry_run import dry_run
 from trainer.evaluate import Heldout
-from trainer.export import export_run
-from trainer.metrics_file import read_metrics
+from trainer.export.export import export_run
+from trainer.export.import_run import import_run, open_run
+from trainer.metrics.jsonl import read_metrics
+from trainer.parallel.degrees import Sizes
 from trainer.parallel.grid import Grid
-from trainer.parallel.sizes import Sizes
-from trainer.plan import memory_parts
+from trainer.planning.dry_run import dry_run
+from trainer.planning.plan import memory_parts
 from trainer.trainer import make_engine
-from trainer.transfer import import_run, open_run
 
 SIZES = [
     "model.hidden_size=32",

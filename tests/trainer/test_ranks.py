@@ -28,7 +28,7 @@ def same_curves(one: Path, other: Path) -> None:
 
 
 def column_of_last(run: Path) -> float:
-    from trainer.metrics_file import read_metrics
+    from trainer.metrics.jsonl import read_metrics
 
     return float(read_metrics(run / "metrics.jsonl")[-1]["heldout_loss"])
 

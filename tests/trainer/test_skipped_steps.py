@@ -11,7 +11,7 @@ from data import Batch
 from trainer.config import load_config
 from trainer.engine import NativeEngine, StepLosses
 from trainer.errors import DivergedError
-from trainer.metrics_file import read_metrics
+from trainer.metrics.jsonl import read_metrics
 from trainer.parallel.grid import Grid
 from trainer.trainer import Trainer
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from tests.trainer.config.test_recipe import staged
 from tests.trainer.parallel.topologies import Job, differences, outcome, run_all, topology
-from tests.trainer.test_stages import staged
 from tests.trainer.tiny import assert_same_run, column, saved_tensors, steps_in_file, train
 from trainer.config import ConfigError, load_config
-from trainer.dry_run import dry_run
-from trainer.metrics_file import read_metrics
-from trainer.plan import plan, recipe_part
-from trainer.report import write_report
-from trainer.stages import Recipe
+from trainer.config.recipe import Recipe
+from trainer.metrics.jsonl import read_metrics
+from trainer.planning.dry_run import dry_run
+from trainer.planning.plan import plan, recipe_part
+from trainer.report.run import write_report
 
 # Steps 0-2, 3-4, 5-7, 8-9 and 10-12: a ramp, four row lengths, three kinds of attention, decay.
 STAGES: list[dict[str, Any]] = [

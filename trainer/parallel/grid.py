@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from trainer.parallel.sizes import DENSE, EXPERT, Sizes, place_of
+from trainer.parallel.degrees import DENSE, EXPERT, Sizes, place_of
 
 _SHORT = {
     "tensor": "tp",

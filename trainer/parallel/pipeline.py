@@ -28,7 +28,7 @@ from model import V4Model
 from model.moe import MoEStats
 from model.transformer import Microbatch
 from trainer.parallel.grid import Axis
-from trainer.parallel.stages import StagePlan
+from trainer.parallel.stage_plan import StagePlan
 
 _SINGLE = Schedule1F1B
 _MULTI = {

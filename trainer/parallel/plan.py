@@ -10,16 +10,16 @@ from torch import nn
 
 from model import ModelConfig, SampleLayout, V4Model
 from model.block import BlockPart
+from model.linear import use_fp8
 from model.moe import MoE
-from model.operations import use_compiled
+from model.pointwise import use_compiled
 from model.positions import Positions
-from model.products import use_fp8
+from trainer.parallel.context import SequencePositions
 from trainer.parallel.expert import ExpertDispatch
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Placement, place_all
 from trainer.parallel.recompute import apply_recompute
-from trainer.parallel.sequence import SequencePositions
-from trainer.parallel.stages import StagePlan
+from trainer.parallel.stage_plan import StagePlan
 
 
 @dataclass(frozen=True)

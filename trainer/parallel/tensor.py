@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from model import V4Model
 from model.attention import Attention
 from model.kernels.cross_entropy import chunk_tokens
+from model.linear import PLAIN, Linear
 from model.moe import SharedExpert
-from model.products import PLAIN, Linear
 from trainer.parallel.collectives import sum_
 from trainer.parallel.grid import Axis
-from trainer.parallel.traffic import sum_bytes
+from trainer.planning.traffic import sum_bytes
 
 with warnings.catch_warnings(action="ignore"):  # about absent NVIDIA packages
     from megatron.core import ModelParallelConfig

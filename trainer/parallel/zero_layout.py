@@ -14,9 +14,9 @@ from typing import Literal
 from optim.config import MuonConfig
 from optim.errors import OptimError
 from optim.partition import Assignment
-from optim.zero_plan import Held, Layout, Load, loads_of, plan_owners
+from optim.zero.plan import Held, Layout, Load, loads_of, plan_owners
+from trainer.parallel.degrees import DENSE, EXPERT, Sizes, place_of
 from trainer.parallel.placement import Placement
-from trainer.parallel.sizes import DENSE, EXPERT, Sizes, place_of
 
 FamilyKind = Literal["whole", "tensor", "expert", "embedding"]
 KINDS: tuple[FamilyKind, ...] = ("whole", "tensor", "expert", "embedding")

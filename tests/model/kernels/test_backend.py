@@ -163,7 +163,7 @@ from tests.model.tiny import random_model, tiny_config, random_tokens
 config = tiny_config()
 tokens = random_tokens(config, 1, 40)
 random_model(config)(tokens, targets=tokens).loss.backward()
-assert "model.kernels.attention_triton" not in sys.modules
+assert "model.kernels.attention.forward_triton" not in sys.modules
 assert not [name for name in sys.modules if name.split(".")[0] == "triton"]
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.kernels.swiglu import reference_clamped_swiglu
 from tests.model.kernels.compare import assert_same, rand
-from tests.model.kernels.test_hyper_connection import (
+from tests.model.kernels.hyper_connection.test_hyper_connection import (
     HC_EPS,
     ITERATIONS,
     NORM_EPS,

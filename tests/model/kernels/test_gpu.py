@@ -16,19 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import SampleLayout
+from tests.model.kernels.attention.test_attention import EPS, Case
 from tests.model.kernels.compare import rand
-from tests.model.kernels.interpreter import poisoned
-from tests.model.kernels.test_attention import EPS, Case
-from tests.model.kernels.test_compressor import reference as pooled
-from tests.model.kernels.test_hyper_connection import (
+from tests.model.kernels.hyper_connection.test_hyper_connection import (
     HC_EPS,
     ITERATIONS,
     NORM_EPS,
     reference_read,
     reference_write,
 )
-from tests.model.kernels.test_indexer import ranges_of
-from tests.model.kernels.test_indexer_loss import divergence
+from tests.model.kernels.indexer.test_indexer import ranges_of
+from tests.model.kernels.indexer.test_indexer_loss import divergence
+from tests.model.kernels.interpreter import poisoned
+from tests.model.kernels.test_compressor import reference as pooled
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 ERROR, COSINE = 2e-2, 0.999
@@ -95,7 +95,7 @@ def attention_inputs(case: Case, seed: int = 0) -> list[Tensor]:
 def attend(
     case: Case, selected: Tensor | None = None, deterministic: bool = True
 ) -> Callable[..., Tensor]:
-    from model.kernels import attention_triton
+    from model.kernels.attention import forward_triton as attention_triton
 
     def call(q: Tensor, kv: Tensor, *rest: Tensor) -> Tensor:
         return attention_triton.attention(
@@ -151,7 +151,8 @@ def exact_mass(case: Case, selected: Tensor | None) -> Tensor:
 
 @pytest.mark.parametrize("k", [None, 64])
 def test_the_entries_mass(k):
-    from model.kernels import attention_mass_triton, attention_triton
+    from model.kernels.attention import forward_triton as attention_triton
+    from model.kernels.attention import mass_triton as attention_mass_triton
 
     case = case_of(4, 64, 512)
     selected = case.select(k) if k else None
@@ -169,7 +170,7 @@ def test_the_entries_mass(k):
 @pytest.mark.parametrize("heads", [8, 64])
 def test_the_indexers_choice_of_whole_numbers(heads, k):
     """Sums of whole numbers are exact in any order, and many of them are equal."""
-    from model.kernels import indexer_triton
+    from model.kernels.indexer import select_triton as indexer_triton
 
     lengths = [1, 2, 129, 4001, 70]
     tokens, entries = sum(lengths), sum(n // 4 for n in lengths)
@@ -192,7 +193,7 @@ def test_the_indexers_choice_of_whole_numbers(heads, k):
 
 @pytest.mark.parametrize("k", [None, 64])
 def test_the_indexers_loss(k):
-    from model.kernels import indexer_loss_triton
+    from model.kernels.indexer import loss_triton as indexer_loss_triton
 
     case = case_of(4, 16, 128)
     selected = case.select(k) if k else None
@@ -252,7 +253,7 @@ def test_norms(dim, rotary):
 
 @pytest.mark.parametrize("dim", [768, 4096])
 def test_hyper_connections(dim):
-    from model.kernels import hyper_connection_triton as kernels
+    from model.kernels.hyper_connection import streams_triton as kernels
 
     tokens, eps = 333, {"norm_eps": NORM_EPS, "hc_eps": HC_EPS}
     fp32 = [draw(*s, seed=2 + i, dtype=torch.float32) for i, s in enumerate([(24, 4 * dim), (24,)])]
@@ -321,9 +322,10 @@ def test_cross_entropy(vocab):
 
 def test_products_in_fp8():
     """Codes to the bit; products of the same factors, which the tensor cores add with 14 bits."""
-    from model.kernels import fp8, fp8_triton
-    from model.kernels.fp8_quantise_triton import quantise, quantise_weight, tiles_of
-    from tests.model.kernels.test_fp8_triton import (
+    from model.kernels.fp8 import fp8
+    from model.kernels.fp8 import matmul_triton as fp8_triton
+    from model.kernels.fp8.quantise_triton import quantise, quantise_weight, tiles_of
+    from tests.model.kernels.fp8.test_fp8_triton import (
         assert_same_bits,
         columns_of,
         exact,

@@ -45,17 +45,14 @@ NAMES = ("V4", "nano", "narrow")
 
 def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     """Kernel, sizes and options as the public functions choose them."""
-    from model.kernels import attention_key_gradient_triton as key_gradient
-    from model.kernels import (
-        attention_mass_triton,
-        attention_triton,
-        compressor_triton,
-        indexer_triton,
-        pairs_triton,
-    )
-    from model.kernels import attention_query_gradient_triton as query_gradient
-    from model.kernels import indexer_loss_triton as loss_triton
-    from model.kernels.attention_parts_triton import blocks_for
+    from model.kernels import compressor_triton, pairs_triton
+    from model.kernels.attention import forward_triton as attention_triton
+    from model.kernels.attention import key_gradient_triton as key_gradient
+    from model.kernels.attention import mass_triton as attention_mass_triton
+    from model.kernels.attention import query_gradient_triton as query_gradient
+    from model.kernels.attention.parts_triton import blocks_for
+    from model.kernels.indexer import loss_triton
+    from model.kernels.indexer import select_triton as indexer_triton
 
     out: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {}
     for name, sizes, heads in (("V4", WIDE, 64), ("nano", WIDE, 16), ("narrow", NARROW, 16)):
@@ -102,9 +99,9 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
 def other_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     """The same of what is not attention."""
     from model.kernels import cross_entropy_triton, norm_triton, permute_triton, swiglu_triton
-    from model.kernels import hyper_connection_mix_triton as mix
-    from model.kernels import hyper_connection_project_triton as project
-    from model.kernels import hyper_connection_weights_triton as weights
+    from model.kernels.hyper_connection import mix_triton as mix
+    from model.kernels.hyper_connection import project_triton as project
+    from model.kernels.hyper_connection import weights_triton as weights
 
     four, out = {"num_warps": 4}, {}
     for dim, rotary in ((4096, 0), (7168, 0), (512, 64), (128, 64)):
@@ -143,8 +140,8 @@ def other_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
 
 def fp8_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     """The same of products in FP8."""
-    from model.kernels import fp8_quantise_triton as quantise
-    from model.kernels import fp8_triton
+    from model.kernels.fp8 import matmul_triton as fp8_triton
+    from model.kernels.fp8 import quantise_triton as quantise
 
     tile, eight = {"BLOCK": fp8_triton.BLOCK}, {"num_warps": 8}
     products = eight | {"num_stages": 4}

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from model import indexer as indexer_module
-from model.kernels.indexer import select_topk
-from model.kernels.ranges import AttentionRanges
+from model.kernels.attention.ranges import AttentionRanges
+from model.kernels.indexer.indexer import select_topk
 from model.router import Router, Routing
 
 

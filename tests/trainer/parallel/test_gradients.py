@@ -14,13 +14,13 @@ from model import IGNORE, ModelConfig
 from optim import HybridZero, OptimConfig, build_table
 from tests.distributed import spawn
 from tests.model.tiny import gradient_scale, tiny_config
+from trainer.checkpoint.logical_tensors import Part, parts_of
 from trainer.engine import NativeEngine
+from trainer.parallel.degrees import Sizes
 from trainer.parallel.grid import Grid
+from trainer.parallel.optimizer_sharding import make_zero
 from trainer.parallel.plan import LocalModel, localise
-from trainer.parallel.sizes import Sizes
-from trainer.parallel.stages import plan_stages, tied_embedding
-from trainer.parallel.zero import make_zero
-from trainer.tensors import Part, parts_of
+from trainer.parallel.stage_plan import plan_stages, tied_embedding
 from trainer.trainer import matrix_sizes
 
 ROW = 48

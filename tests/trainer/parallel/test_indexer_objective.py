@@ -21,10 +21,10 @@ from tests.trainer.parallel.test_gradients import (
     zero_of,
 )
 from trainer.engine import NativeEngine, learns
+from trainer.parallel.degrees import Sizes
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import localise
-from trainer.parallel.sizes import Sizes
-from trainer.parallel.stages import plan_stages
+from trainer.parallel.stage_plan import plan_stages
 
 # Few picks of up to twelve entries; two layers of four have an indexer, both on the first stage.
 MODEL = CONFIG.model_copy(update={"index_topk": 3})

@@ -18,9 +18,9 @@ from model import IGNORE, SampleLayout, V4Model
 from model.block import BlockPart
 from tests.model.tiny import random_model, random_tokens, tiny_config
 from trainer.config import load_config
-from trainer.dry_run import dry_run
 from trainer.parallel import recompute
 from trainer.parallel.recompute import apply_recompute
+from trainer.planning.dry_run import dry_run
 
 TOKENS = 96
 CONFIG = tiny_config(hidden_size=64)

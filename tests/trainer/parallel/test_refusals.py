@@ -8,7 +8,7 @@ import pytest
 
 from tests.trainer.parallel.topologies import MODEL
 from trainer.config import ConfigError, load_config
-from trainer.config_parallel import nearest
+from trainer.config.parallel import nearest
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from torch import Tensor
 from tests.distributed import spawn
 from tests.trainer.tiny import column, train
 from trainer.config import load_run
-from trainer.metrics_file import read_metrics
+from trainer.export.import_run import open_run
+from trainer.metrics.jsonl import read_metrics
 from trainer.parallel.grid import Grid
-from trainer.transfer import open_run
 
 # Four heads and groups split over up to four tensor ranks; rows of 48 over up to eight runs of
 # six tokens, shorter than the window of 8 and than the 16 tokens of an HCA entry.

@@ -1,0 +1,246 @@
+"""Megabytes a second that become token shards, and the memory it takes; see benchmarks/data/data.py."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+from data.config import DataConfig, FiltersConfig
+from data.indexed import indexed_module
+from data.prepare.corpus import Corpus, Document
+from data.prepare.filters import REASONS, Rules
+from data.prepare.run import prepare
+from data.prepare.signatures import signatures
+from data.text.tokenizer import Tokenizer
+
+_MEGABYTES = 24  # that every way of preparing gets
+_FILES = 4
+
+
+def write_corpus(config: DataConfig, folder: Path, megabytes: float) -> float:
+    """Documents of all sources by turns into JSON lines of a third each; returns megabytes."""
+    texts = list(_documents(config, megabytes))
+    for i in range(_FILES):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts[i::_FILES]]
+        (folder / f"{i}.jsonl").write_text("".join(lines))
+    return sum(len(text.encode()) for text in texts) / 1e6
+
+
+def config_of(config: DataConfig, folder: Path, **fields: object) -> DataConfig:
+    """Prepare what `write_corpus` wrote, into a folder of its own."""
+    update = {
+        "sources": [{"name": "text", "paths": [str(folder / "*.jsonl")]}],
+        "shards": tempfile.mkdtemp(dir=folder, prefix="shards-"),
+    }
+    return DataConfig.model_validate(config.model_dump() | update | fields)
+
+
+def by_prepare(config: DataConfig, folder: Path, **fields: object) -> None:
+    """Our way."""
+    prepare(config_of(config, folder, **fields), progress=False)
+
+
+def by_datasets(config: DataConfig, folder: Path) -> None:
+    """`datasets.map` with the batch encoder, one process; ids only, in its own files."""
+    import datasets
+
+    tokenizer = Tokenizer(config.tokenizer.path)
+    files = [str(file) for file in sorted(folder.glob("*.jsonl"))]
+    cache = tempfile.mkdtemp(dir=folder)
+    table = datasets.load_dataset("json", data_files=files, split="train", cache_dir=cache)
+    table.map(
+        lambda batch: {"ids": tokenizer.encode_batch(batch["text"])},
+        batched=True,
+        remove_columns=table.column_names,
+        load_from_cache_file=False,
+    )
+
+
+def by_megatron(config: DataConfig, folder: Path) -> None:
+    """A document at a time into megatron-core's IndexedDatasetBuilder.
+
+    The loop of Megatron-LM's tools/preprocess_data.py, which is not part of the package.
+    """
+    tokenizer = Tokenizer(config.tokenizer.path)
+    module = indexed_module()
+    dtype = module.DType.optimal_dtype(tokenizer.vocab_size)
+    builder = module.IndexedDatasetBuilder(str(folder / "megatron.bin"), dtype=dtype)
+    for file in sorted(folder.glob("*.jsonl")):
+        with file.open() as stream:
+            for line in stream:
+                ids = tokenizer.encode(json.loads(line)["text"])
+                document = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype=dtype)
+                builder.add_document(document, [len(document)])
+    builder.finalize(str(folder / "megatron.idx"))
+
+
+class Memory:
+    """The most private memory (RssAnon) and resident memory (RssAnon + RssFile) so far, in bytes.
+
+    Resident are also the pages of mapped files, such as the signatures of the filters, which the
+    kernel takes back whenever it wants. Looked at by a thread, 50 times a second.
+    """
+
+    def __init__(self) -> None:
+        self.private = self.resident = 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self.look()
+            time.sleep(0.02)
+
+    def look(self) -> None:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        sizes = {key: value for key, value in (line.split(":", 1) for line in lines)}
+        private, mapped = (int(sizes[key].split()[0]) << 10 for key in ("RssAnon", "RssFile"))
+        self.private = max(self.private, private)
+        self.resident = max(self.resident, private + mapped)
+
+
+def _run(work: Callable[[], None], cores: int, pipe: object) -> None:
+    """In a fresh process on some cores: seconds of `work`, without the imports, and its memory."""
+    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
+    indexed_module(), import_module("datasets"), import_module("datatrove.data")
+    memory = Memory()
+    begin = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - begin
+    memory.look()
+    pipe.send((seconds, memory.private, memory.resident))  # type: ignore[attr-defined]
+
+
+def run(work: Callable[[], None], cores: int) -> tuple[float, int, int]:
+    """Seconds of `work` in a process of its own, and its most private and resident bytes."""
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_run, args=(work, cores, theirs))
+    process.start()
+    theirs.close()
+    found: tuple[float, int, int] = mine.recv()
+    process.join()
+    return found
+
+
+def side_by_side(config: DataConfig) -> None:
+    """Megabytes a second of each way, on one core; and of prepare on all."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        size = write_corpus(config, folder, _MEGABYTES)
+        print(f"{size:.1f} MB of text, a third each of {len(config.sources)} sources")
+        one = partial(by_prepare, config, folder, prepare_workers=1)
+        ways: list[tuple[str, Callable[[], None], int]] = [
+            ("prepare", one, 1),
+            ("datasets.map", partial(by_datasets, config, folder), 1),
+            ("Megatron's route", partial(by_megatron, config, folder), 1),
+        ]
+        cores = os.cpu_count() or 1
+        if cores > 1:
+            ways.append(("prepare", one, cores))
+        speeds = []
+        for way, work, used in ways:
+            seconds, _, _ = run(work, used)
+            speeds.append(size / seconds)
+            print(
+                f"{way:18} {used} cores {speeds[-1]:7.2f} MB/s, "
+                f"{speeds[-1] / speeds[0]:5.2f} of prepare on one",
+                flush=True,
+            )
+
+
+def filters(config: DataConfig) -> None:
+    """Megabytes a second of each filter on one core, and what it leaves out of every source."""
+    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:1]))
+    tokenizer = Tokenizer(config.tokenizer.path)
+    for source in config.sources:
+        documents = list(itertools.islice(Corpus(source), 1500))
+        texts = [document.text for document in documents]
+        size = sum(len(text.encode()) for text in texts) / 1e6
+        signatures(texts[:2])  # compiles
+        Rules(FiltersConfig(), source).judge(Document("a text\n" * 200))  # imports
+        cheap = Rules(FiltersConfig(quality=()), source)
+        rules = Rules(FiltersConfig(), source)
+        works: dict[str, Callable[[], object]] = {
+            "length, encoding, marks": partial(_judge_all, cheap, documents),
+            "those and quality": partial(_judge_all, rules, documents),
+            "signatures": partial(signatures, texts),
+            "tokenising, beside": partial(tokenizer.encode_batch, texts),
+        }
+        for what, work in works.items():
+            begin = time.perf_counter()
+            work()
+            print(f"{source.name:5} {what:24} {size / (time.perf_counter() - begin):8.2f} MB/s")
+    os.sched_setaffinity(0, set(range(os.cpu_count() or 1)))
+    with tempfile.TemporaryDirectory() as name:
+        begin = time.perf_counter()
+        update = {"shards": name, "filters": {}}
+        manifest = prepare(DataConfig.model_validate(config.model_dump() | update), progress=False)
+        seconds = time.perf_counter() - begin
+    total = sum(shard.bytes for shard in manifest.shards)
+    for source in config.sources:
+        kept = sum(shard.documents for shard in manifest.shards if shard.source == source.name)
+        losses = manifest.losses[source.name]
+        lost = ", ".join(f"{r} {losses[r].documents}" for r in REASONS if r in losses)
+        total += sum(loss.bytes for loss in losses.values())
+        print(f"{source.name}: {kept} documents stay; left out: {lost}")
+    print(f"prepare with all filters: {total / seconds / 1e6:.2f} MB/s on {os.cpu_count()} cores")
+
+
+def _judge_all(rules: Rules, documents: list[Document]) -> None:
+    for document in documents:
+        rules.judge(document)
+
+
+def _documents(config: DataConfig, megabytes: float) -> Iterator[str]:
+    """Texts of all sources by turns, up to that size."""
+    size = 0.0
+    streams = [iter(Corpus(source)) for source in config.sources]
+    for document in itertools.chain.from_iterable(zip(*streams, strict=False)):
+        if size >= megabytes * 1e6:
+            return
+        size += len(document.text.encode())
+        yield document.text
+
+
+def _repeated(texts: list[str], folder: Path, megabytes: float) -> None:
+    """JSON lines of that size in files of 64 MB: the texts again and again, each time marked."""
+    size, number, turn = 0, 0, 0
+    while size < megabytes * 1e6:
+        with (folder / f"{number:04d}.jsonl").open("w") as stream:
+            part = 0
+            while part < 64e6 and size < megabytes * 1e6:
+                text = f"{turn} {texts[turn % len(texts)]}"
+                part += stream.write(json.dumps({"text": text}) + "\n")
+                size += len(text.encode())
+                turn += 1
+        number += 1
+
+
+def memory(config: DataConfig) -> None:
+    """Memory of the process that screens and tokenises the same 10 MB, once and 100 times.
+
+    The documents are the same, so that only the amount differs. Judged by length and encoding,
+    signed and compared as a whole; similar texts are not left out, since then nothing would remain.
+    """
+    filters = {"quality": (), "near": None, "template": None}
+    texts = list(_documents(config, 10))
+    for megabytes in (10, 1000):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            _repeated(texts, folder, megabytes)
+            work = partial(by_prepare, config, folder, prepare_workers=1, filters=filters)
+            seconds, private, resident = run(work, os.cpu_count() or 1)
+            print(
+                f"{megabytes:5} MB in {seconds:4.0f} s: most private memory {private >> 20} MiB, "
+                f"{resident >> 20} MiB with mapped files",
+                flush=True,
+            )

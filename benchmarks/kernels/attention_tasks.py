@@ -1,0 +1,266 @@
+"""Attention, entries' mass, indexer, its loss and compressor: tasks for a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from model import ModelConfig, SampleLayout
+from model.kernels.attention.eager import reference_attention, reference_entry_mass
+from model.kernels.compressor import reference_pool_windows
+from model.kernels.indexer.indexer import reference_select_topk
+from model.kernels.indexer.loss import reference_indexer_loss
+from model.positions import Positions
+
+DEVICE, DTYPE = "cuda", torch.bfloat16
+REFERENCE_ROWS, COMPILED_ROWS = 65536, 4096
+"""The reference loops on the host, and the compiler unrolls the loop: neither is timed on longer
+rows."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The fewest operations and bytes of one pass."""
+
+    operations: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """One operation at one size: its differentiable inputs, and implementations by name."""
+
+    name: str
+    leaves: list[Tensor]
+    implementations: dict[str, Callable[..., Tensor]]
+    forward: Work
+    backward: Work | None
+
+
+def load(name: str) -> ModelConfig:
+    path = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
+    return ModelConfig(**yaml.safe_load(path.read_text())["model"])
+
+
+def randn(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=dtype)
+
+
+def references(reference: Callable[..., Tensor], row: int) -> dict[str, Callable[..., Tensor]]:
+    """The reference as it stands and compiled, where the row is not too long for them."""
+    found: dict[str, Callable[..., Tensor]] = {}
+    if row <= REFERENCE_ROWS:
+        found["reference"] = reference
+    if row <= COMPILED_ROWS:
+        found["reference, compiled"] = torch.compile(reference)
+    return found
+
+
+def attention_task(config: ModelConfig, kind: Any, row: int) -> Task:
+    """Core attention of one layer type on one row that is one sample."""
+    from model.kernels.attention import forward_triton as attention_triton
+
+    positions = Positions(config, SampleLayout.from_lengths([[row]], device=DEVICE))
+    ranges, rotation = positions.ranges(kind), positions.rotation(kind)
+    heads, dim, window = config.num_attention_heads, config.head_dim, config.sliding_window
+    leaves = [randn(row, heads, dim), randn(row, dim), randn(heads, dtype=torch.float32)]
+    seen = np.minimum(np.arange(row) + 1, window).astype(float)
+    selected = None
+    if kind != "window":
+        visible = np.asarray(ranges.host_entry_end_T) - np.asarray(ranges.host_entry_start_T)
+        leaves.insert(2, randn(row // config.compress_ratio(kind), dim))
+        if kind == "csa" and visible.max() > config.index_topk:
+            selected = random_choice(ranges.entry_end_T, row, config.index_topk)
+            visible = np.minimum(visible, config.index_topk)
+        seen += visible
+    eps = config.rms_norm_eps
+
+    def operands(q: Tensor, kv: Tensor, *rest: Tensor) -> tuple[Any, ...]:
+        entries = rest[0] if len(rest) == 2 else None
+        return q, kv, entries, rest[-1], rotation, ranges, selected
+
+    def triton(deterministic: bool) -> Callable[..., Tensor]:
+        return lambda *x: attention_triton.attention(
+            *operands(*x), norm_eps=eps, deterministic=deterministic
+        )[0]
+
+    def reference(*x: Tensor) -> Tensor:
+        return reference_attention(*operands(*x), window=window, norm_eps=eps)[0]
+
+    implementations: dict[str, Callable[..., Tensor]] = {"triton": triton(True)}
+    if selected is not None:
+        implementations["triton, atomics"] = triton(False)
+    implementations |= references(reference, row)
+    if selected is None:
+        implementations["flex"] = flex(config, kind, row)
+    pairs = heads * dim * float(seen.sum())
+    moved = 2.0 * leaves[0].numel() * leaves[0].element_size()
+    forward, backward = Work(4 * pairs, moved), Work(10 * pairs, 2 * moved)
+    return Task(f"attention, {kind}", leaves, implementations, forward, backward)
+
+
+def mass_task(config: ModelConfig, row: int) -> Task:
+    """The indexer's teacher over the first block of entries, at most 4096 of them."""
+    from model.kernels.attention import mass_triton as attention_mass_triton
+
+    positions = Positions(config, SampleLayout.from_lengths([[row]], device=DEVICE))
+    ranges, rotation = positions.ranges("csa"), positions.rotation("csa")
+    heads, dim = config.num_attention_heads, config.head_dim
+    leaves = [randn(row, heads, dim), randn(row // config.csa_compress_ratio, dim)]
+    lse = torch.full((row, heads), 12.0, device=DEVICE)
+    block = {"norm_eps": config.rms_norm_eps, "stop": min(len(leaves[1]), 4096)}
+    visible = np.asarray(ranges.host_entry_end_T) - np.asarray(ranges.host_entry_start_T)
+    pairs = heads * dim * float(np.minimum(visible, block["stop"]).sum())
+    implementations: dict[str, Callable[..., Tensor]] = {
+        "triton": lambda q, e: attention_mass_triton.entry_mass(
+            q, e, lse, rotation, ranges, **block
+        )
+    }
+    implementations |= references(
+        lambda q, e: reference_entry_mass(q, e, lse, rotation, ranges, **block), row
+    )
+    moved = leaves[0].numel() * 2.0 + row * block["stop"] * 4
+    return Task("entries' mass", leaves, implementations, Work(2 * pairs, moved), None)
+
+
+def random_choice(end_T: Tensor | None, row: int, k: int) -> Tensor:
+    """k entries of those each query sees, drawn at random, or all where it sees no more."""
+    assert end_T is not None
+    out = torch.full((row, k), -1, dtype=torch.int32, device=DEVICE)
+    for rows in torch.arange(row, device=DEVICE).split(1024):
+        end = end_T[rows, None]
+        order = torch.rand(len(rows), max(int(end.max()), k), device=DEVICE)
+        order.masked_fill_(torch.arange(order.shape[1], device=DEVICE) >= end, -1)
+        best = order.topk(k)
+        out[rows] = best.indices.masked_fill(best.values < 0, -1).int()
+    return out
+
+
+def flex(config: ModelConfig, kind: Any, row: int) -> Callable[..., Tensor]:
+    """FlexAttention over tokens and entries in one array; without norm and rotation of queries.
+
+    The sink is applied afterwards, through the log-sum-exp that FlexAttention returns.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    window = config.sliding_window
+    ratio = 0 if kind == "window" else config.compress_ratio(kind)
+    count = row + (row // ratio if ratio else 0)
+
+    def sees(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        token = (s <= t) & (s > t - window)
+        if not ratio:
+            return token
+        return torch.where(s < row, token, s - row < (t + 1) // ratio)
+
+    compiled = torch.compile(flex_attention)
+    masks: list[Any] = []
+
+    def call(q: Tensor, kv: Tensor, *rest: Tensor) -> Tensor:
+        if not masks:  # compiled, or the whole [row, count] would be written on the way
+            made = create_block_mask(sees, None, None, row, count, device=DEVICE, _compile=True)
+            masks.append(made)
+        keys = torch.cat([kv, rest[0]]) if ratio else kv
+        keys = keys[None, None]
+        queries = q.transpose(0, 1)[None]
+        out, lse = compiled(
+            queries, keys, keys, block_mask=masks[0], enable_gqa=True, return_lse=True
+        )
+        share = torch.sigmoid(lse - rest[-1][None, :, None])
+        return (out * share[..., None]).to(q.dtype)[0].transpose(0, 1)
+
+    return call
+
+
+def indexer_task(config: ModelConfig, row: int) -> Task:
+    from model.kernels.indexer import select_triton as indexer_triton
+
+    ranges = Positions(config, SampleLayout.from_lengths([[row]], device=DEVICE)).ranges("csa")
+    heads, dim, k = config.index_n_heads, config.index_head_dim, config.index_topk
+    inputs = [randn(row, heads, dim), randn(row // config.csa_compress_ratio, dim)]
+    inputs.append(randn(row, heads, dtype=torch.float32))
+    visible = np.asarray(ranges.host_entry_end_T) - np.asarray(ranges.host_entry_start_T)
+    pairs = float(visible[visible > k].sum())
+    moved = inputs[0].numel() * 2.0 + inputs[2].numel() * 4 + row * k * 4
+    implementations: dict[str, Callable[..., Tensor]] = {
+        "triton": lambda *x: indexer_triton.select_topk(*x, ranges, k)
+    }
+    implementations |= references(lambda *x: reference_select_topk(*x, ranges, k), row)
+    work = Work(2 * heads * dim * pairs, moved)
+    return Task("indexer", inputs, implementations, work, None)
+
+
+def indexer_loss_tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:
+    return [lambda k=k: indexer_loss_task(config, row, k) for k in (None, config.index_topk)]
+
+
+def indexer_loss_task(config: ModelConfig, row: int, k: int | None) -> Task:
+    """The indexer's objective over all entries or over k of them, its teacher a tensor of ones.
+
+    The teacher has a row of the table of its own, "entries' mass".
+    """
+    ranges = Positions(config, SampleLayout.from_lengths([[row]], device=DEVICE)).ranges("csa")
+    heads, dim = config.index_n_heads, config.index_head_dim
+    leaves = [randn(row, heads, dim), randn(row // config.csa_compress_ratio, dim)]
+    leaves.append(randn(row, heads, dtype=torch.float32) * (heads * dim) ** -0.5)
+    visible = np.asarray(ranges.host_entry_end_T) - np.asarray(ranges.host_entry_start_T)
+    selected = None if k is None else random_choice(ranges.entry_end_T, row, k)
+    pairs = float(visible.sum() if k is None else np.minimum(visible, k).sum())
+
+    def mass(rows: slice, columns: slice) -> Tensor:
+        return torch.ones(rows.stop - rows.start, columns.stop - columns.start, device=DEVICE)
+
+    def triton(*x: Tensor) -> Tensor:
+        from model.kernels.indexer import loss_triton as indexer_loss_triton
+
+        return indexer_loss_triton.indexer_loss(*x, mass, ranges, selected)
+
+    implementations: dict[str, Callable[..., Tensor]] = {"triton": triton}
+    implementations |= references(
+        lambda *x: reference_indexer_loss(*x, mass, ranges, selected), row
+    )
+    moved = leaves[0].numel() * 2.0 + leaves[2].numel() * 4 + 4 * pairs
+    forward = Work(2 * heads * dim * pairs, moved)
+    backward = Work(6 * heads * dim * pairs, 2 * moved)
+    form = "dense" if k is None else "selected"
+    return Task(f"indexer loss, {form}", leaves, implementations, forward, backward)
+
+
+def compressor_task(config: ModelConfig, kind: Any, row: int) -> Task:
+    from model.kernels import compressor_triton
+
+    m = config.compress_ratio(kind)
+    entries = SampleLayout.from_lengths([[row]], device=DEVICE).entries(m)
+    where = (entries.first_token_C, entries.has_previous_C, kind == "csa")
+    width = config.head_dim * (2 if kind == "csa" else 1)
+    leaves = [randn(row, width), randn(row, width), randn(m, width, dtype=torch.float32)]
+    pooled = row / m * config.head_dim * 4
+    moved = 2.0 * row * width * 2
+    implementations: dict[str, Callable[..., Tensor]] = {
+        "triton": lambda *x: compressor_triton.pool_windows(*x, *where)
+    }
+    # It has no loop, so that the row's length changes nothing.
+    implementations |= references(lambda *x: reference_pool_windows(*x, *where), 0)
+    forward = Work(5.0 * row * width, moved + pooled)
+    backward = Work(10.0 * row * width, 2 * moved + pooled)
+    return Task(f"compressor, {kind}", leaves, implementations, forward, backward)
+
+
+def tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:
+    """Made one at a time, because one at a time fits in memory."""
+    made: list[Callable[[], Task]] = []
+    for kind in sorted({"window", *config.layer_types}):
+        made.append(lambda kind=kind: attention_task(config, kind, row))
+    made.append(lambda: mass_task(config, row))
+    made.append(lambda: indexer_task(config, row))
+    made += indexer_loss_tasks(config, row)
+    for kind in ("csa", "hca"):
+        made.append(lambda kind=kind: compressor_task(config, kind, row))
+    return made

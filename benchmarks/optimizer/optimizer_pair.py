@@ -1,0 +1,188 @@
+"""The optimizer's step on two processes beside DeepSpeed's Muon in ZeRO-2: time, and bytes sent.
+
+A step here is the backward of a plain sum (its gradients are what is given), the reduction, the
+update and the parameters on both processes. All take turns in the same two processes.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.optimizer.optimizer_tasks import RATE, Matrices, interleaved, parameters_of, ratio
+from optim.config import MuonConfig
+from optim.zero.group import Precision
+from trainer.deepspeed_engine import import_deepspeed
+from trainer.parallel.degrees import Sizes
+from trainer.parallel.grid import Grid
+
+THEIR_STEPS = MuonConfig(coarse_steps=5, fine_steps=0, gram=True)
+
+
+class Sent(TorchDispatchMode):
+    """Bytes that torch.distributed is told to send, as a ring sends them, by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self._see(func._schema.name.removeprefix("c10d::"), args)
+        return func(*args, **(kwargs or {}))
+
+    def _see(self, name: str, args: Any) -> None:
+        boxed = next(a for a in args if isinstance(a, torch.ScriptObject))
+        n = dist.ProcessGroup.unbox(boxed).size()
+        if name == "allreduce_":
+            size = 2 * (n - 1) / n * _nbytes(args[0])
+        elif name in ("reduce_", "_reduce_scatter_base_", "broadcast_"):
+            size = (n - 1) / n * _nbytes(args[0] if name != "_reduce_scatter_base_" else args[1])
+        elif name in ("_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_"):
+            size = (n - 1) * _nbytes(args[1])
+        elif name == "alltoall_base_":
+            size = (n - 1) / n * _nbytes(args[1])
+        elif name == "barrier":
+            size = 0
+        else:
+            raise ValueError(f"nobody has said how to count {name}")
+        self.bytes[name.strip("_")] += round(size)
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(_nbytes(item) for item in value)
+
+
+class Holder(nn.Module):
+    """Parameters whose gradients are what is given."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = nn.ParameterList([Parameter(value) for value in values.values()])
+
+    def forward(self, gradients: list[Tensor]) -> Tensor:
+        """The sum of all products."""
+        return weighted_sum(list(self.values), gradients)
+
+
+def weighted_sum(parameters: list[Parameter], gradients: list[Tensor]) -> Tensor:
+    """What has these gradients."""
+    pairs = zip(parameters, gradients, strict=True)
+    return torch.stack([(p * g).sum() for p, g in pairs]).sum()
+
+
+def pair(rank: int, folder: str, path: str, experts: int, rounds: int) -> None:
+    """Worker: everything in turn on two processes; the first writes what was measured."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # which DeepSpeed wants
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    matrices = Matrices(path, experts)
+    gradients = list(matrices.values(rank + 1).values())
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    calls: dict[str, Callable[[], object]] = {
+        "ours": our_pair(matrices, gradients, MuonConfig()),
+        "ours, experts' gradients in bf16": our_pair(matrices, gradients, MuonConfig(), "bf16"),
+        "ours, five steps, gram": our_pair(matrices, gradients, THEIR_STEPS),
+        "DeepSpeed's Muon, ZeRO-2: five steps, gram": deepspeed_pair(matrices, gradients),
+        "plain all-reduce of gradients alone": lambda: dist.all_reduce(flat),
+    }
+    seconds = interleaved(calls, rounds, dist.barrier)
+    sent = {}
+    for name, call in calls.items():
+        with Sent() as counted:
+            call()
+        sent[name] = dict(counted.bytes)
+    if rank == 0:
+        torch.save((seconds, sent), f"{folder}/found.pt")
+    dist.destroy_process_group()
+
+
+def our_pair(
+    matrices: Matrices, gradients: list[Tensor], muon: MuonConfig, experts: Precision = "fp32"
+) -> Callable[[], object]:
+    """A step of ours; parts of the buffer go out during backward."""
+    zero = matrices.zero(Grid.build(Sizes(2), torch.device("cpu")), muon, experts)
+    named = parameters_of(zero)
+    parameters = [named[name] for name in matrices.shapes]
+
+    def step() -> None:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        zero.expect(dict.fromkeys(matrices.shapes, 1))
+        weighted_sum(parameters, gradients).backward()
+        zero.reduce()
+        zero.step(RATE)
+
+    return step
+
+
+def deepspeed_pair(matrices: Matrices, gradients: list[Tensor]) -> Callable[[], object]:
+    """A step of DeepSpeed's, its Muon as it comes: it compiles itself in the first step."""
+    warnings.simplefilter("ignore", FutureWarning)  # of the compiler, about torch itself
+    deepspeed = import_deepspeed(torch.device("cpu"))
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    holder = Holder(matrices.values(0))
+    for parameter in holder.values:
+        parameter.use_muon = True
+        parameter.is_expert_group = parameter.dim() == 3
+    settings = {"lr": RATE, "momentum": 0.95, "weight_decay": 0.1, "use_muon": True}
+    optimizer = MuonWithAuxAdam([{"params": list(holder.values), "ns_method": "gram", **settings}])
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=holder, optimizer=optimizer, config=config, dist_init_required=False
+    )
+
+    def step() -> None:
+        engine.backward(engine(gradients))
+        engine.step()
+
+    return step
+
+
+def pair_table(path: str, experts: int, rounds: int) -> Table:
+    """Two processes of one thread each: time and bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(pair, (folder, path, experts, rounds), nprocs=2)
+        seconds, sent = torch.load(f"{folder}/found.pt", weights_only=True)
+    size = 4 * Matrices(path, experts).elements
+    table = Table(
+        title=f"the same matrices on two processes of one thread: {size / 4e6:.1f}M elements P; "
+        "backward, reduction, update and parameters back",
+        caption="bytes: what a process sends in a step, counted; Gram matrices are made anew every "
+        "second step in ours, once in five in DeepSpeed's",
+    )
+    for column in ("", "ms", "over ours", "MB sent", "over 4P", "of which, over 4P"):
+        table.add_column(column, justify="left" if column in ("", "of which, over 4P") else "right")
+    for name, times in seconds.items():
+        by_kind = ", ".join(f"{kind} {b / size:.2f}" for kind, b in sent[name].items() if b)
+        table.add_row(
+            name,
+            f"{statistics.median(times) * 1e3:,.0f}",
+            f"{ratio(seconds, name, 'ours'):.2f}x",
+            f"{sum(sent[name].values()) / 1e6:,.1f}",
+            f"{sum(sent[name].values()) / size:.2f}",
+            by_kind,
+        )
+    return table

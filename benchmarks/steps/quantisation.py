@@ -1,0 +1,157 @@
+"""What four bits cost: plain rounding and quantisation-aware training beside training without.
+
+    python -m benchmarks.steps.quantisation configs/debug.yaml FOLDER --before 60 --stage 20 [key=value]
+    python -m benchmarks.steps.quantisation configs/debug.yaml FOLDER --time [key=value]
+
+The first trains `before` steps, then twice from that checkpoint on the same rows: `stage` steps as
+before, and `stage` steps with quantisation = mxfp4. It prints held-out losses, how much of the
+experts FP8 holds without loss, and whether the packed export has the loss of training. Killed and
+started again with the same arguments, it goes on. The second times a step with and without
+quantisation, one after the other.
+"""
+
+import argparse
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data import Loader
+from model.kernels.mxfp4 import BLOCK, fits_fp8, from_fp8, quantise, rounded, to_fp8
+from trainer.checkpoint.folder import checkpoints_in
+from trainer.config import RunConfig, load_config
+from trainer.evaluate import Heldout
+from trainer.export.export import export_run
+from trainer.export.import_run import import_run, open_run
+from trainer.parallel.grid import Grid
+from trainer.signals import StopRequest
+from trainer.trainer import Trainer, build, make_engine
+
+QAT = "quantisation=mxfp4"
+
+
+def train(config: RunConfig, last: int) -> None:
+    """Train to step `last`, from where the run is."""
+    found = checkpoints_in(config.run_dir / "checkpoints")
+    if found and int(found[-1].name.removeprefix("step-")) >= last:
+        return
+    stop = StopRequest()
+    trainer = Trainer(config, Grid.single(), stop)
+    trainer.periodic.append(lambda state, _: stop.make() if state.step == last - 1 else None)
+    trainer.run()
+
+
+def heldout(config: RunConfig) -> float:
+    """Held-out loss of the newest checkpoint as the config sees it."""
+    grid = Grid.single()
+    local, _ = open_run(config, grid)
+    engine = make_engine(config, local, grid)
+    engine.quantised = config.quantisation != "none"
+    return Heldout(config, grid, config.evaluation.rows).evaluate(engine).loss
+
+
+def expert_matrices(config: RunConfig) -> list[Tensor]:
+    """All matrices of all routed experts."""
+    local, _ = open_run(config, Grid.single())
+    named = local.model.named_parameters()
+    stacks = [p.detach() for name, p in named if ".ffn.experts." in name]
+    return [matrix for stack in stacks for matrix in stack]
+
+
+def fp8(config: RunConfig) -> tuple[int, int, int, bool]:
+    """Blocks of 128 x 128, those that fit, the largest span of scales in one (as an exponent of
+    two), and whether FP8 gives the FP4 numbers of all that fit back."""
+    blocks = fitting = span = 0
+    lossless = True
+    for matrix in expert_matrices(config):
+        packed = quantise(matrix)
+        fits = fits_fp8(packed)
+        blocks, fitting = blocks + fits.numel(), fitting + int(fits.sum())
+        exponents = packed.scales.view(torch.uint8).int()[matrix.unflatten(1, (-1, BLOCK)).any(-1)]
+        span = max(span, int(exponents.max() - exponents.min()))
+        if fits.all():
+            lossless &= torch.equal(from_fp8(*to_fp8(packed)), rounded(matrix))
+    return blocks, fitting, span, lossless
+
+
+def compare(path: Path, folder: Path, before: int, stage: int, overrides: list[str]) -> None:
+    """Train, and print the table."""
+    common = [*overrides, f"steps={before + stage}", "evaluation.every=0", "checkpoint.every=10"]
+
+    def config(name: str, *more: str) -> RunConfig:
+        return load_config(path, [*common, f"run_dir={folder / name}", *more])
+
+    train(config("base"), before)
+    for name, more in (("plain", []), ("qat", [QAT])):
+        if not (folder / name).exists():
+            shutil.copytree(folder / "base", folder / f"{name}.part", dirs_exist_ok=True)
+            (folder / f"{name}.part").rename(folder / name)
+        train(config(name, *more), before + stage)
+    plain, qat = config("plain"), config("qat", QAT)
+    rows = [
+        (f"step {before}", heldout(config("base"))),
+        (f"step {before}, rounded", heldout(config("base", QAT))),
+        (f"step {before + stage}", heldout(plain)),
+        (f"step {before + stage}, rounded", heldout(config("plain", QAT))),
+        (f"step {before + stage}, the last {stage} quantised", heldout(qat)),
+    ]
+    print("\n| weights | held-out loss, nats | beside unquantised |\n|---|---:|---:|")
+    for name, loss in rows:
+        beside = loss - (rows[0] if f"step {before + stage}" not in name else rows[2])[1]
+        print(f"| {name} | {loss:.4f} | {beside:+.4f} |")
+    for name, run in (("unquantised", plain), ("quantised", qat)):
+        blocks, fitting, span, lossless = fp8(run)
+        print(
+            f"{name}: {fitting} of {blocks} blocks of 128 x 128 fit FP8; scales inside a matrix "
+            f"differ by at most 2^{span}; lossless: {lossless}"
+        )
+    again = config("again", QAT)
+    for made in (folder / "packed", folder / "again"):
+        shutil.rmtree(made, ignore_errors=True)
+    export_run(qat, folder / "packed", experts="mxfp4")
+    import_run(again, folder / "packed")
+    print(f"packed and unpacked again: {heldout(again)} and {rows[4][1]}")
+
+
+def take_times(path: Path, overrides: list[str], repeats: int = 5) -> None:
+    """Seconds of forward and backward of a step, plain and quantised in turn."""
+    config = load_config(path, overrides)
+    grid = Grid.single()
+    local, _ = build(config, grid)
+    engine = make_engine(config, local, grid)
+    batches = Loader(config.data, config.seed, 0, 1).at(0)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for repeat in range(repeats + 1):
+        for on in seconds:
+            engine.quantised = on
+            start = time.perf_counter()
+            engine.forward_backward(batches)
+            if repeat:  # the first is a warm-up
+                seconds[on].append(time.perf_counter() - start)
+    plain, quantised = (statistics.median(seconds[on]) for on in (False, True))
+    print(f"{len(batches)} microbatches: {plain:.3f} s plain, {quantised:.3f} s quantised")
+    print(f"ratio {quantised / plain:.3f}")
+
+
+def main() -> int:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--before", type=int, default=60)
+    parser.add_argument("--stage", type=int, default=20)
+    parser.add_argument("--time", action="store_true")
+    options, overrides = parser.parse_known_args()
+    if options.time:
+        take_times(options.config, overrides)
+    else:
+        compare(options.config, options.folder, options.before, options.stage, overrides)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""A training step on one GPU, part by part: each beside its floor, and the sum beside the step.
+
+Every part runs alone, forward and then backward, on the step's own rows with the trainer's own
+modules: embedding, hyper-connections, attention by kind of layer, experts, heads with their losses,
+the optimizer, and the rows' way to the device. A part's time counts as often as the step runs it.
+The floor is the larger of operations over the matrix rate and of bytes over the copy bandwidth,
+both measured in the same run; bytes are weights once and the part's inputs and outputs once. Then
+the ten longest kernels of a whole step.
+
+    python -m benchmarks.steps.step_gpu [--config configs/nano.yaml] [--row 4096] [--rows 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.steps.machine import Ceilings, Step, ceilings, config_of, device_of, seconds
+from model.block import Block
+from model.flops import flops_by_part
+from model.hyper_connection import read
+from model.kernels.hyper_connection.hyper_connection import write_streams
+from model.transformer import Microbatch
+from optim.zero.plan import newton_schulz_cost
+
+
+@dataclass
+class Part:
+    """Seconds of one call, how often a step makes it, and what it must do at least."""
+
+    name: str
+    calls: int
+    forward: float
+    backward: float
+    operations: float = 0.0
+    bytes: float = 0.0
+
+
+class Parts:
+    """Times the parts of a step on its first microbatch."""
+
+    def __init__(self, step: Step) -> None:
+        self.step, self.device, self.model = step, step.device, step.model
+        config, data = step.model.config, step.config.data
+        self.config, self.tokens = config, data.micro_rows * data.row_length
+        self.row, self.rows = data.row_length, data.micro_rows
+        batch = step.batches[0]
+        self.micro: Microbatch = self.model.microbatch(
+            batch.tokens.to(self.device), targets=batch.targets.to(self.device)
+        )
+        self.width = self.model.head.weight.element_size()
+        self.streams = self.model.embed_streams(self.micro).detach()
+        self.x_TD = self.streams[:, 0].contiguous()
+
+    def all(self) -> list[Part]:
+        """In the order of a step."""
+        blocks = [block for block in self.model.layers if isinstance(block, Block)]
+        first = {block.attn.kind: block for block in blocks}
+        counts = {kind: sum(b.attn.kind == kind for b in blocks) for kind in first}
+        dim, streams = self.config.hidden_size, self.config.hc_mult
+        stream_bytes = self.tokens * dim * self.width
+        mixing = 2 * dim * ((2 + streams) * streams * streams + streams + streams + streams**2)
+        block = blocks[0]
+        found = [
+            self._part(
+                "embedding",
+                1,
+                lambda: self.model.embed_streams(self.micro),
+                self.model.embed,
+                moved=(1 + streams) * stream_bytes,
+            ),
+            self._part(
+                "hyper-connections",
+                2 * len(blocks),
+                lambda x: self._mixed(block, x),
+                None,
+                self.streams,
+                operations=mixing * self.tokens,
+                moved=(2 * streams + 2) * stream_bytes,
+            ),
+        ]
+        layers, tail = flops_by_part(self.config, self.row)
+        experts = self._expert_operations()
+        for kind, one in first.items():
+            row = self.config.layer_types.index(kind)
+            attention = layers[row] * self.rows / 3 - experts - 2 * mixing * self.tokens
+            found.append(self._attention(kind, counts[kind], one, attention, stream_bytes))
+        found.append(
+            self._part(
+                "experts",
+                len(blocks),
+                lambda x: block.ffn(
+                    block.ffn_norm(x),
+                    self.micro.tokens_T,
+                    self.micro.positions,
+                    self.micro.routed,
+                )[0],
+                block.ffn,
+                self.x_TD,
+                operations=experts,
+                moved=2 * stream_bytes,
+            )
+        )
+        found.append(
+            self._part(
+                "heads and losses, MTP block",
+                1,
+                lambda x: sum(self.model.predict(x, self.micro)[:2]),
+                self.model.head,
+                self.streams,
+                operations=tail * self.rows / 3,
+                moved=streams * stream_bytes,
+            )
+        )
+        return [*found, self._optimizer(), self._data()]
+
+    def _attention(
+        self, kind: str, calls: int, block: Block, operations: float, moved: int
+    ) -> Part:
+        return self._part(
+            f"attention, {kind}",
+            calls,
+            lambda x: block.attn(block.attn_norm(x), self.micro.positions)[0],
+            block.attn,
+            self.x_TD,
+            operations=operations,
+            moved=2 * moved,
+        )
+
+    def _mixed(self, block: Block, streams: Tensor) -> Tensor:
+        x, post, comb = read(block, "hc_attn", self.config, streams)
+        return write_streams(streams, x, post, comb)
+
+    def _expert_operations(self) -> float:
+        c = self.config
+        active = c.num_experts_per_tok + c.n_shared_experts
+        per_token = c.n_routed_experts + 3 * c.moe_intermediate_size * active
+        return 2.0 * self.tokens * c.hidden_size * per_token
+
+    def _part(
+        self,
+        name: str,
+        calls: int,
+        function: Callable[..., Any],
+        module: nn.Module | None,
+        *inputs: Tensor,
+        operations: float = 0.0,
+        moved: float = 0.0,
+    ) -> Part:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        weights = [] if module is None else list(module.parameters())
+        weight_bytes = sum(p.numel() * p.element_size() for p in weights)
+        if module is self.model.embed:
+            weight_bytes = 0  # rows, counted as inputs
+        out = function(*leaves)
+        grad = torch.ones_like(out)
+        wanted = [x for x in (*leaves, *weights) if x.requires_grad]
+
+        def backward() -> None:
+            torch.autograd.grad(out, wanted, grad, retain_graph=True, allow_unused=True)
+
+        return Part(
+            name,
+            calls,
+            seconds(lambda: function(*leaves), self.device),
+            seconds(backward, self.device),
+            operations,
+            moved + weight_bytes,
+        )
+
+    def _optimizer(self) -> Part:
+        muon = self.step.config.optim.muon
+        self.step.forward_backward()
+        operations = sum(
+            entry.matrices[0] * newton_schulz_cost(*entry.matrices[1:], muon)
+            for entry in self.step.optimizer.table
+            if entry.matrices
+        )
+        count = sum(p.numel() for p in self.model.parameters())
+        # Reads gradient, master and momentum, writes the latter two and the weight.
+        moved = count * (5 * 4 + self.width)
+        return Part("optimizer", 1, seconds(self.step.update, self.device), 0.0, operations, moved)
+
+    def _data(self) -> Part:
+        def copy() -> None:
+            with self.step.engine.copies.rows(self.step.batches) as rows:
+                for arriving in rows:
+                    arriving.arrive()
+
+        return Part("rows to the device", 1, seconds(copy, self.device), 0.0, 0.0, 16 * self.tokens)
+
+
+def table_of(parts: list[Part], whole: float, limit: Ceilings) -> Table:
+    """Milliseconds of a step by part; backward's floor is twice forward's."""
+    table = Table(title=str(limit))
+    for heading in (
+        "part",
+        "calls",
+        "forward ms",
+        "backward ms",
+        "floor ms",
+        "of floor",
+        "of step",
+    ):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    total = 0.0
+    for part in parts:
+        spent = part.calls * (part.forward + part.backward)
+        floor = part.calls * limit.floor(part.operations, part.bytes)
+        floor *= 3 if part.backward else 1
+        total += spent
+        table.add_row(
+            part.name,
+            str(part.calls),
+            f"{1e3 * part.calls * part.forward:.2f}",
+            f"{1e3 * part.calls * part.backward:.2f}",
+            f"{1e3 * floor:.3f}",
+            f"{floor / spent:.1%}",
+            f"{spent / whole:.1%}",
+        )
+    table.add_section()
+    table.add_row("sum of the parts", "", f"{1e3 * total:.2f}", "", "", "", f"{total / whole:.1%}")
+    table.add_row("whole step", "", f"{1e3 * whole:.2f}", "", "", "", "")
+    return table
+
+
+def longest(step: Step, whole: float, count: int = 10) -> tuple[Table, str]:
+    """The kernels (on a CPU the operators) that take most of a step, and what all of them take."""
+    on_gpu = step.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as seen:
+        step()
+    events = seen.key_averages()
+
+    def spent(event: Any) -> float:
+        return event.self_device_time_total if on_gpu else event.self_cpu_time_total
+
+    kinds, where = ("kernels", DeviceType.CUDA) if on_gpu else ("operators", DeviceType.CPU)
+    ran = [event for event in events if event.device_type == where and spent(event) > 0]
+    calls, busy = sum(event.count for event in ran), sum(map(spent, ran)) / 1e6 / whole
+    table = Table(title=f"longest {kinds} of a step")
+    for heading in ("name", "calls", "ms"):
+        table.add_column(heading, justify="left" if heading == "name" else "right")
+    for event in sorted(ran, key=spent, reverse=True)[:count]:
+        table.add_row(event.key[:90], str(event.count), f"{spent(event) / 1e3:.2f}")
+    words = f"All {calls:,} {kinds} of a step take {busy:.1%} of its time"
+    if on_gpu:
+        words += "; where that is well below 100% the GPU waits for launches"
+    return table, words + "."
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", default="configs/nano.yaml")
+    parser.add_argument("--row", type=int, default=4096)
+    parser.add_argument("--rows", type=int, default=1, help="rows of the microbatch")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    arguments = parser.parse_args()
+    device = device_of(arguments.device)
+    if device is None:
+        return 2
+    limit = ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    step = Step(config_of(arguments.config, device, arguments.row, arguments.rows), device)
+    whole = seconds(step, device)
+    parts = Parts(step).all()
+    console = Console(width=140)
+    console.print(table_of(parts, whole, limit))
+    for part in longest(step, whole):
+        console.print(part)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

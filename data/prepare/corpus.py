@@ -1,0 +1,272 @@
+"""Raw text through the `datasets` library, with errors that name the file and the place."""
+
+import glob
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.config import SourceConfig
+from data.errors import DataError
+from data.text.dsml import Special, read_messages, render
+
+_READ_BYTES = 1 << 20
+_MAX_CHARACTERS = 10**9
+
+
+class BadRecord(NamedTuple):
+    """A record that is no document: its file (or dataset), its number there, and what is wrong."""
+
+    place: str
+    number: int
+    reason: str
+
+
+class Document(NamedTuple):
+    """One document: its text, and the segments of a conversation (`data.dsml.render`)."""
+
+    text: str
+    segments: tuple[str, ...] | None = None
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """What is not a special token."""
+        if self.segments is None:
+            return (self.text,)
+        return tuple(s for s in self.segments if not isinstance(s, Special))
+
+
+class Corpus:
+    """The documents of one source, in a fixed order; read as a stream, nothing is cached.
+
+    In `format: text` the ends of lines become "\\n"; the other formats keep every character.
+
+    Attributes:
+        source: its configuration.
+        files: the local files, sorted; empty for a hub dataset.
+        empty: documents skipped by the last iteration because they hold no visible character.
+
+    `files`, if given, are read instead of what the source's paths match: a part of the source.
+
+    Raises DataError for a path that matches nothing, text that is not UTF-8, a record without
+    the text field or longer than 10^9 characters, and a source without any document.
+    """
+
+    def __init__(self, source: SourceConfig, files: Sequence[Path] | None = None) -> None:
+        self.source = source
+        self.files = list(files) if files is not None else find_files(source)
+        self.empty = 0
+        self._bad: list[BadRecord] | None = None
+
+    def __iter__(self) -> Iterator[Document]:
+        found = 0
+        for document in self.documents():
+            found += 1
+            yield document
+        if not found:
+            raise no_document(self.source, len(self.files), self.empty)
+
+    def documents(self, bad: list[BadRecord] | None = None) -> Iterator[Document]:
+        """The documents, if any; bad records are appended to `bad` where that is given."""
+        self.empty = 0
+        self._bad = bad
+        for document in self._documents():
+            if document.text.strip():
+                yield document
+            else:
+                self.empty += 1
+
+    def _documents(self) -> Iterator[Document]:
+        if not self.source.paths:
+            yield from self._records(self._open_hub, self.source.dataset or "", 0)
+        elif self.source.format == "text":
+            # One stream for all files: a tree of code has thousands of small ones.
+            files = [file for file in self.files if os.path.getsize(file)]
+            self.empty += len(self.files) - len(files)
+            if self._bad is not None:
+                files = self._decodable(files, self._bad)
+            if files:
+                opened = partial(self._open, files, {"sample_by": "document"})
+                yield from self._records(opened, "its files", 0)
+        else:
+            for file in self.files:
+                if os.path.getsize(file):
+                    yield from self._records(partial(self._open_one, file), str(file), 1)
+
+    def _decodable(self, files: list[Path], bad: list[BadRecord]) -> list[Path]:
+        """The files that are UTF-8; each of the others is a bad record."""
+        good = []
+        for number, file in enumerate(files):
+            offset = first_invalid_utf8(file)
+            if offset is None:
+                good.append(file)
+            else:
+                bad.append(BadRecord(str(file), number, f"is not UTF-8 at byte {offset}"))
+        return good
+
+    def _open_one(self, file: Path) -> Any:
+        if self.source.content == "text" or self.source.format == "parquet":
+            return self._open([file], {})
+        # Arrow would give every call of a tool the arguments of all the others.
+        lines = self._open([file], {"sample_by": "line"}, "text")
+        return (_json_record(line) for line in lines if line["text"].strip())
+
+    def _open(self, files: list[Path], options: dict[str, Any], builder: str = "") -> Any:
+        import datasets
+
+        # The library logs what it also raises, and we report what it raises.
+        datasets.utils.logging.set_verbosity(logging.CRITICAL)
+        builder = builder or self.source.format
+        names = [glob.escape(str(file)) for file in files]
+        return datasets.load_dataset(
+            builder, data_files=names, split="train", streaming=True, **options
+        )
+
+    def _open_hub(self) -> Any:
+        import datasets
+
+        source = self.source
+        try:
+            return datasets.load_dataset(
+                source.dataset,
+                source.dataset_subset,
+                split=source.dataset_split,
+                revision=source.dataset_revision,
+                streaming=True,
+            )
+        except Exception as error:  # hub, network and builder errors share no base class
+            raise DataError(
+                f"source {source.name!r}: cannot open the dataset {source.dataset!r}: "
+                f"{_one_line(error)}"
+            ) from error
+
+    def _records(self, opened: Callable[[], Any], place: str, first: int) -> Iterator[Document]:
+        """The document of each record; `place` and the record's number go into errors.
+
+        Opening may fail like reading: `datasets` looks into compressed files first.
+        """
+        field = "text" if self.source.format == "text" else self.source.field
+        records: Iterator[Any] | None = None
+        number = first
+        while True:
+            try:
+                records = iter(opened()) if records is None else records
+                record = next(records)
+            except StopIteration:
+                return
+            except DataError:
+                raise
+            except Exception as error:  # pyarrow, json, gzip, zstd and datasets each have their own
+                raise self._broken(place, number, error) from error
+            document, reason = self._read(record, field)
+            if document is not None:
+                yield document
+            elif self._bad is None:
+                raise DataError(f"record {number} of {place} {reason}.")
+            else:
+                self._bad.append(BadRecord(place, number, reason))
+            number += 1
+
+    def _read(self, record: dict[str, Any], field: str) -> tuple[Document | None, str]:
+        """The document of a record, or what is wrong with it."""
+        content = record.get(field)
+        conversation = self.source.content == "conversation"
+        if not isinstance(content, (str, list) if conversation else str):
+            kind = "list of messages" if conversation else "string"
+            setting = "messages_field" if conversation else "text_field"
+            return None, (
+                f"has no {kind} in the field {field!r}; its fields are "
+                f"{', '.join(sorted(record))} (set `{setting}` of source {self.source.name!r})"
+            )
+        if conversation:
+            try:
+                segments = render(read_messages(content))
+            except DataError as error:
+                return None, str(error)
+            document = Document("".join(segments), tuple(segments))
+        else:
+            document = Document(str(content))
+        size = len(document.text)
+        if size > _MAX_CHARACTERS:
+            return None, f"has {size} characters; a document may have {_MAX_CHARACTERS}"
+        return document, ""
+
+    def _broken(self, place: str, number: int, error: Exception) -> DataError:
+        """Look for bytes that are not UTF-8 first; they hide behind many kinds of errors."""
+        if self.source.format != "parquet":
+            for file in self.files:
+                offset = first_invalid_utf8(file)
+                if offset is not None:
+                    return DataError(
+                        f"{file} is not UTF-8: the byte at offset {offset} is invalid."
+                    )
+        return DataError(f"cannot read record {number} of {place}: {_one_line(error)}")
+
+
+def first_invalid_utf8(path: Path) -> int | None:
+    """Byte offset of the first byte that is not UTF-8, None for a good (or compressed) file."""
+    import codecs
+
+    if path.suffix in (".gz", ".zst", ".xz", ".bz2", ".zip"):
+        return None
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position = 0
+    with path.open("rb") as stream:
+        while True:
+            block = stream.read(_READ_BYTES)
+            pending = len(decoder.getstate()[0])
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                return position - pending + error.start
+            if not block:
+                return None
+            position += len(block)
+
+
+def no_document(source: SourceConfig, files: int, empty: int, lost: int = 0) -> DataError:
+    """What a source without any document says; the filters left out `lost`."""
+    filters = f", {lost} left out by the filters" if lost else ""
+    return DataError(
+        f"source {source.name!r} holds no document: {files} files, {empty} empty documents"
+        f"{filters}."
+    )
+
+
+def find_files(source: SourceConfig) -> list[Path]:
+    """The local files of a source, sorted; DataError for a path that matches nothing."""
+    found: set[Path] = set()
+    for pattern in source.paths:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            matches = [p for include in source.include for p in path.glob(include) if p.is_file()]
+        elif path.is_file():
+            matches = [path]
+        else:
+            names = glob.glob(str(path), recursive=True)
+            matches = [p for p in map(Path, names) if p.is_file()]
+        if not matches:
+            raise DataError(
+                f"source {source.name!r}: nothing to read at {pattern} "
+                f"({'an empty folder' if path.is_dir() else 'no such file, folder or match'})."
+            )
+        found.update(matches)
+    return sorted(found)
+
+
+def _json_record(line: dict[str, str]) -> dict[str, Any]:
+    """The object of a line of JSON."""
+    record = json.loads(line["text"])
+    if not isinstance(record, dict):
+        raise ValueError(f"the line holds a {type(record).__name__} instead of an object")
+    return record
+
+
+def _one_line(error: BaseException) -> str:
+    """The innermost cause, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,125 @@
+"""What duplicates are found by: a hash of the text and MinHash signatures of its word n-grams.
+
+Words are runs of letters and digits, ASCII in lower case; a character of a script without spaces
+(from U+3000 on) is a word. MinHash is rensa's. Everything is a function of the text alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from data.prepare.splits import document_hash
+
+NEAR_SLOTS, NEAR_ROWS = 128, 8  # bands of 8: similar from (1/16)^(1/8) = 0.71 on are found
+TEMPLATE_SLOTS, TEMPLATE_ROWS = 64, 4  # bands of 4: from (1/16)^(1/4) = 0.5 on
+_NEAR_WORDS, _TEMPLATE_WORDS = 5, 3
+_SEED = 4
+
+SIGNATURE = np.dtype(
+    [
+        ("reason", "u1"),
+        ("exact", "<u8"),
+        ("near", "<u4", (NEAR_SLOTS,)),
+        ("template", "<u4", (TEMPLATE_SLOTS,)),
+    ]
+)
+
+
+def signatures(texts: Sequence[str]) -> NDArray[Any]:
+    """[texts] of SIGNATURE, with reason 0."""
+    found = np.zeros(len(texts), dtype=SIGNATURE)
+    if not len(texts):
+        return found
+    raw = [text.encode() for text in texts]
+    found["exact"] = [document_hash(text) for text in texts]
+    content = np.frombuffer(b"".join(raw), dtype=np.uint8)
+    bounds = np.concatenate([[0], np.cumsum([len(text) for text in raw])])
+    found["near"] = _minhash(content, bounds, _NEAR_WORDS, False, NEAR_SLOTS)
+    found["template"] = _minhash(content, bounds, _TEMPLATE_WORDS, True, TEMPLATE_SLOTS)
+    return found
+
+
+def _minhash(
+    content: NDArray[np.uint8], bounds: NDArray[np.int64], size: int, mask: bool, slots: int
+) -> NDArray[np.uint32]:
+    from rensa import RMinHash
+
+    hashes, offsets = _shingles(content, bounds, size, mask)
+    digests = RMinHash.digest_matrix_from_flat_token_hashes(
+        hashes, offsets, num_perm=slots, seed=_SEED
+    )
+    return np.array(digests.to_rows(), dtype=np.uint32)
+
+
+@numba.njit(cache=True, nogil=True)
+def _mix(value: Any) -> Any:
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+@numba.njit(cache=True, nogil=True)
+def _shingles(
+    content: NDArray[np.uint8], bounds: NDArray[np.int64], size: int, mask: bool
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Hashes of the n-grams of `size` words of every text, and where each text's begin.
+
+    `mask`: a run of digits is one sign, whichever it is. A text with fewer words is one n-gram.
+    """
+    hashes = np.empty(len(content) // 2 + len(bounds), dtype=np.uint64)
+    offsets = np.zeros(len(bounds), dtype=np.uint64)
+    words = np.empty(size, dtype=np.uint64)  # the last ones
+    count = 0
+    for t in range(len(bounds) - 1):
+        seen, place, stop = 0, bounds[t], bounds[t + 1]
+        while place < stop:
+            begin = place
+            word = np.uint64(0)
+            if content[place] >= _ALONE:
+                width = 3 if content[place] < 240 else 4
+                while place < begin + width:
+                    word = _mix(word + np.uint64(content[place]) + _STEP)
+                    place += 1
+            else:
+                digits = False  # the sign before is a digit
+                while place < stop and content[place] < _ALONE and _is_letter(content[place]):
+                    byte = content[place]
+                    is_digit = 48 <= byte <= 57
+                    if not (mask and digits and is_digit):
+                        byte = byte + 32 if 65 <= byte <= 90 else 48 if mask and is_digit else byte
+                        word = _mix(word + np.uint64(byte) + _STEP)
+                    digits = is_digit
+                    place += 1
+            if place == begin:
+                place += 1
+                continue
+            words[seen % size] = word
+            seen += 1
+            if seen >= size:
+                hashes[count] = _gram(words, seen, size)
+                count += 1
+        if 0 < seen < size:
+            hashes[count] = _gram(words, 0, seen)
+            count += 1
+        offsets[t + 1] = count
+    return hashes[:count], offsets
+
+
+_ALONE = 227  # the lead byte of U+3000; characters from there on are words
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+@numba.njit(cache=True, nogil=True)
+def _is_letter(byte: Any) -> Any:
+    return 48 <= byte <= 57 or 65 <= byte <= 90 or 97 <= byte <= 122 or byte == 95 or byte >= 128
+
+
+@numba.njit(cache=True, nogil=True)
+def _gram(words: NDArray[np.uint64], first: int, size: int) -> Any:
+    gram = np.uint64(size)
+    for j in range(size):
+        gram = _mix(gram * np.uint64(31) + words[(first + j) % size])
+    return gram

@@ -1,0 +1,154 @@
+"""Training the SentencePiece model on a bounded sample of the sources.
+
+SentencePiece runs with identity normalisation, no dummy prefix and no removal of spaces; digits
+stand alone; runs of spaces may be pieces, so that indentation is cheap. The result is the same for
+the same texts, whatever the machine. Where the sample cannot fill the vocabulary (a 128K vocabulary
+on a small corpus), the ids left over get unused pieces that no text encodes to, so that the special
+tokens stand at V4's ids all the same.
+"""
+
+import heapq
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.errors import DataError
+from data.files import write_atomically
+from data.prepare.corpus import Corpus, Document
+from data.prepare.splits import document_hash, is_heldout
+from data.text.hf_tokenizer import SPACE
+from data.text.special_tokens import BOS, EDGES, EOS, PAD, PAD_ID, base_size, special_ids
+from data.text.tokenizer import MODEL_FILE, Tokenizer, sentencepiece_schema
+
+_CHUNK_CHARACTERS = 2048  # SentencePiece is fed lines joined up to this length
+_LONGEST_LINE = 1 << 16  # a longer line is cut; only the statistics of one pair change
+
+
+def train_tokenizer(config: DataConfig) -> Path:
+    """Train on the training documents of `config.sources`; returns the model file.
+
+    The sample is the `sample_bytes` worth of documents with the lowest hashes: a random sample
+    that does not depend on the order of the files. With `config.weights` every source gives its
+    share of these bytes, or all it has. Raises DataError where the corpus is empty or cannot be
+    read, or the vocabulary is too small for the characters of the sample.
+    """
+    sample: list[str] = []
+    for sources, size in _shares(config):
+        sample += _sample(_training_documents(config, sources), size)
+    if not sample:
+        raise DataError("the sources hold no document to train a tokenizer on.")
+    model = train_model(sample, config.tokenizer)
+    path = Path(config.tokenizer.path) / MODEL_FILE
+    write_atomically(path, model)
+    Tokenizer(path)  # refuses a model that could not be used
+    return path
+
+
+def _shares(config: DataConfig) -> list[tuple[tuple[SourceConfig, ...], int]]:
+    """Sources that are sampled together, and how many bytes they give."""
+    size = config.tokenizer.sample_bytes
+    if not config.weights:
+        return [(config.sources, size)]
+    total = sum(config.weights.values())
+    parts = ((source, config.weights.get(source.name, 0.0)) for source in config.sources)
+    return [((source,), max(1, int(size * w / total))) for source, w in parts if w > 0]
+
+
+def train_model(texts: Iterable[str], config: TokenizerConfig) -> bytes:
+    """The serialised SentencePiece model of `texts`, special tokens in place."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_chunks(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=base_size(config.vocab_size),
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            character_coverage=config.character_coverage,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=1 << 30,
+            shuffle_input_sentence=False,
+            num_threads=1,
+            bos_id=0,
+            eos_id=1,
+            unk_id=PAD_ID,  # SentencePiece wants an unknown piece; byte fallback never uses it
+            pad_id=-1,
+            bos_piece=BOS,
+            eos_piece=EOS,
+            unk_piece=PAD,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(
+            f"SentencePiece cannot train vocab_size {config.vocab_size} on this sample: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    return _with_special_tokens(model.getvalue(), config.vocab_size)
+
+
+def _with_special_tokens(serialised: bytes, vocab_size: int) -> bytes:
+    """Fill up with unused pieces, then put the special tokens at their ids."""
+    schema = sentencepiece_schema()
+    kind = schema.ModelProto.SentencePiece
+    model = schema.ModelProto.FromString(serialised)
+    for i in range(len(model.pieces), base_size(vocab_size)):
+        model.pieces.add(piece=f"<｜unused▁{i}｜>", score=0.0, type=kind.UNUSED)
+    for token, i in special_ids(vocab_size).items():
+        if token not in EDGES:
+            assert i == len(model.pieces)
+            model.pieces.add(piece=token, score=0.0, type=kind.CONTROL)
+    model.trainer_spec.vocab_size = vocab_size
+    return model.SerializeToString(deterministic=True)
+
+
+def _training_documents(config: DataConfig, sources: Iterable[SourceConfig]) -> Iterator[Document]:
+    for source in sources:
+        for document in Corpus(source):
+            if not is_heldout(source, document.text, config.heldout_fraction):
+                yield document
+
+
+def _sample(documents: Iterable[Document], limit: int) -> list[str]:
+    """The texts of the documents with the lowest hashes, up to `limit` UTF-8 bytes.
+
+    They come by rising hash, without special tokens. Memory stays within `limit` and one document.
+    A first document over the limit is cut.
+    """
+    kept: list[tuple[int, int, str]] = []  # (-hash, bytes, text): the highest hash on top
+    bound = 1 << 64  # the lowest hash turned away; nothing above it may come in later
+    total = 0
+    for document in documents:
+        if (number := document_hash(document.text)) >= bound:
+            continue
+        text = "\n".join(document.plain)
+        size = len(text.encode())
+        heapq.heappush(kept, (-number, size, text))
+        total += size
+        while total > limit and len(kept) > 1:
+            highest, size, _ = heapq.heappop(kept)
+            bound = -highest
+            total -= size
+    return [text[:limit] for _, _, text in sorted(kept, reverse=True)]
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[str]:
+    """Whole lines joined to about `_CHUNK_CHARACTERS`; ends of lines stay inside the chunk."""
+    for text in texts:
+        chunk: list[str] = []
+        length = 0
+        for line in text.replace(SPACE, " ").splitlines(keepends=True):
+            chunk.append(line[:_LONGEST_LINE])
+            length += len(chunk[-1])
+            if length >= _CHUNK_CHARACTERS:
+                yield "".join(chunk)
+                chunk, length = [], 0
+        if chunk:
+            yield "".join(chunk)

@@ -1,0 +1,198 @@
+"""The tokenizer: text to ids and back, without loss for any text.
+
+The model is a SentencePiece BPE file with byte fallback. It is run by the `tokenizers` library, on
+the very JSON that `export_hf` writes, so that transformers cannot give other ids than training
+saw. SentencePiece's own encoder reads U+2581 as a space, and breaks ties between two ways to build
+a piece by position instead of by rank; on text without U+2581 it gives the same ids in practice.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from data.files import sha256_of, write_atomically
+from data.text.hf_tokenizer import SPACE, tokenizer_config, tokenizer_json
+from data.text.special_tokens import BOS, EOS, PAD, special_ids
+
+MODEL_FILE = "tokenizer.model"
+HF_FILE = "tokenizer.json"
+HF_CONFIG_FILE = "tokenizer_config.json"
+V4_MAX_LENGTH = 1_048_576  # tokens
+# Punctuation or symbols, perhaps with whitespace before them, then the ends of lines.
+_COMBINED = re.compile(r"([^\S\r\n]*(?:[^\w\s\ufffd]|_)+)([\r\n]+)")
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The file that defines the tokenizer at `path`, a folder or the file itself.
+
+    Raises DataError where there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    for name in (MODEL_FILE, HF_FILE):
+        if (path / name).is_file():
+            return path / name
+    raise DataError(
+        f"no tokenizer at {path}: expected {MODEL_FILE} or {HF_FILE} there; "
+        "train one with `v4 tokenizer train CONFIG`."
+    )
+
+
+class Tokenizer:
+    """Encodes and decodes text.
+
+    Attributes:
+        vocab_size: number of ids, special tokens included.
+        hash: sha256 of the defining file, which holds the special tokens too.
+        special: written form -> id of every special token.
+        bos_id, eos_id, pad_id: ids; pad_id is eos_id where an imported tokenizer has no pad.
+
+    Raises DataError where the file is missing, damaged, or of another kind.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = tokenizer_file(path)
+        self.hash = sha256_of(self.path)
+        self._json = _read_hf(self.path) if self.path.suffix == ".json" else _read_model(self.path)
+        self._full = _engine(self._json, self.path)
+        # The same merges without the added tokens: their spellings are then plain text.
+        self._plain = _engine(self._json | {"added_tokens": [], "post_processor": None}, self.path)
+        added = self._json.get("added_tokens", [])
+        self.special: dict[str, int] = {token["content"]: token["id"] for token in added}
+        self.vocab_size: int = 1 + max(self._full.get_vocab(with_added_tokens=True).values())
+        for token in (BOS, EOS):
+            if token not in self.special:
+                raise DataError(f"{self.path} has no special token {token}; V4 models need it.")
+        self.bos_id = self.special[BOS]
+        self.eos_id = self.special[EOS]
+        self.pad_id = self.special.get(PAD, self.eos_id)
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Ids of `text`, without bos and eos.
+
+        The spelling of a special token is plain text, unless `allow_special` turns it into the
+        token. Raises DataError where `text` holds a lone surrogate, which UTF-8 cannot write.
+        """
+        return self.encode_batch([text], allow_special)[0]
+
+    def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
+        """`encode` of many texts, on all cores."""
+        engine = self._full if allow_special else self._plain
+        try:
+            encodings = engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise _surrogate_error(texts) from error
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens written out; a cut character becomes U+FFFD."""
+        return self._full.decode(list(ids), skip_special_tokens=False)
+
+    def splittable(self) -> dict[int, tuple[int, int]]:
+        """The tokens that join punctuation with the ends of lines, and the two ids of each.
+
+        `":\\n"` is `":"` and `"\\n"`: the pair decodes to the very text of the token. A token one
+        of whose halves is no single token is left out. Source: DeepSeek-V3 report, section 4.1,
+        where such tokens are split at random against the bias at the boundary of a prompt.
+        """
+        named = set(self.special.values())
+        ids = [i for i in range(self.vocab_size) if i not in named]
+        texts = self._full.decode_batch([[i] for i in ids], skip_special_tokens=False)
+        found = [
+            (i, match.groups())
+            for i, text in zip(ids, texts, strict=True)
+            if (match := _COMBINED.fullmatch(text)) is not None
+        ]
+        halves = iter(self.encode_batch([half for _, pair in found for half in pair]))
+        table = {}
+        for (i, _), left, right in zip(found, halves, halves, strict=True):
+            if len(left) == len(right) == 1:
+                table[i] = (left[0], right[0])
+        return table
+
+    def export_hf(self, folder: str | Path) -> None:
+        """Write what `transformers.AutoTokenizer` needs, and our own file, into `folder`."""
+        folder = Path(folder)
+        if self.path.suffix == ".json":
+            companion = self.path.with_name(HF_CONFIG_FILE)
+            config = companion.read_bytes() if companion.is_file() else None
+            write_atomically(folder / HF_FILE, self.path.read_bytes())
+        else:
+            config = None
+            write_atomically(folder / MODEL_FILE, self.path.read_bytes())
+            write_atomically(folder / HF_FILE, _dump(self._json))
+        config = config or _dump(tokenizer_config(V4_MAX_LENGTH))
+        write_atomically(folder / HF_CONFIG_FILE, config)
+
+
+def _dump(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def _surrogate_error(texts: Sequence[str]) -> DataError:
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            return DataError(f"text {number} is a {type(text).__name__}; expected a string.")
+        for position, character in enumerate(text):
+            if "\ud800" <= character <= "\udfff":
+                return DataError(
+                    f"text {number} holds the lone surrogate U+{ord(character):04X} at character "
+                    f"{position}, which is not valid Unicode text."
+                )
+    return DataError("the text cannot be encoded.")
+
+
+def _engine(spec: dict[str, Any], path: Path) -> Any:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{path} is not a tokenizer that can be loaded: {error}.") from error
+
+
+def _read_hf(path: Path) -> dict[str, Any]:
+    try:
+        spec = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
+        raise DataError(f"{path} is not a tokenizer.json: it has no `model` object.")
+    return spec
+
+
+def sentencepiece_schema() -> Any:
+    """The generated protobuf classes of SentencePiece's model file."""
+    return import_module("sentencepiece.sentencepiece_model_pb2")
+
+
+def _read_model(path: Path) -> dict[str, Any]:
+    """The tokenizer.json equal to a SentencePiece file of ours; DataError for any other file."""
+    from google.protobuf.message import DecodeError
+
+    schema = sentencepiece_schema()
+    try:
+        model = schema.ModelProto.FromString(path.read_bytes())
+    except DecodeError as error:
+        raise DataError(f"{path} is damaged: it is not a whole SentencePiece model.") from error
+    written = [piece.piece for piece in model.pieces]
+    trained = model.trainer_spec
+    if trained.model_type != schema.TrainerSpec.BPE or not trained.byte_fallback:
+        raise DataError(f"{path} is not a SentencePiece BPE model with byte fallback.")
+    special = special_ids(len(written))
+    if any(i >= len(written) or i < 0 or written[i] != token for token, i in special.items()):
+        raise DataError(
+            f"{path} does not have V4's special tokens in their places; "
+            "train one with `v4 tokenizer train CONFIG`."
+        )
+    pieces = [piece if piece in special else piece.replace(SPACE, " ") for piece in written]
+    normal = schema.ModelProto.SentencePiece.NORMAL
+    ordinary = [p.piece.replace(SPACE, " ") for p in model.pieces if p.type == normal]
+    if len(set(pieces)) != len(pieces):
+        raise DataError(f"{path} is damaged: it holds a piece twice.")
+    return tokenizer_json(pieces, ordinary, special)

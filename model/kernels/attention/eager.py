@@ -1,0 +1,343 @@
+"""Core attention and the entries' mass in plain PyTorch, on any device; see ``attention.py``.
+
+Queries are handled in chunks, whose logits fill a core's cache or a few large launches of a GPU.
+Backward computes a chunk's probabilities again, so nothing quadratic is ever stored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.kernels.attention.ranges import AttentionRanges
+
+_CPU_ROWS, _GPU_ROWS = 1 << 11, 1 << 15
+"""Query-head pairs handled at once: on a CPU the logits of a chunk then stay in a core's cache; a
+GPU wants few, large launches, and a chunk of the most that V4 selects still takes half a GiB."""
+
+_LOG2E = math.log2(math.e)
+"""Probabilities are powers of two inside: exp2 is the cheaper function, on CPU and GPU alike."""
+
+
+def reference_attention(
+    q_THK: Tensor,
+    kv_TK: Tensor,
+    entries_CK: Tensor | None,
+    sink_H: Tensor,
+    rotation_TR: Tensor,
+    ranges: AttentionRanges,
+    selected_Tk: Tensor | None = None,
+    *,
+    window: int,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`attention_with_lse` in plain PyTorch, on any device."""
+    if entries_CK is None or entries_CK.shape[0] == 0:
+        entries_CK, selected_Tk = None, None
+    return _Attention.apply(
+        q_THK.contiguous(),
+        kv_TK,
+        entries_CK,
+        sink_H,
+        rotation_TR,
+        ranges,
+        selected_Tk,
+        window,
+        norm_eps,
+    )
+
+
+@torch.no_grad()
+def reference_entry_mass(
+    q_THK: Tensor,
+    entries_CK: Tensor,
+    lse_TH: Tensor,
+    rotation_TR: Tensor,
+    ranges: AttentionRanges,
+    selected_Tk: Tensor | None = None,
+    *,
+    norm_eps: float,
+    start: int = 0,
+    stop: int | None = None,
+) -> Tensor:
+    """`entry_mass` in plain PyTorch, on any device."""
+    assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
+    stop = entries_CK.shape[0] if stop is None else stop
+    tokens, heads, _ = q_THK.shape
+    width = stop - start if selected_Tk is None else selected_Tk.shape[1]
+    mass = torch.empty(tokens, width, dtype=torch.float32, device=q_THK.device)
+    index = torch.arange(start, stop, device=q_THK.device)
+    keys = entries_CK[start:stop].float()
+    step = max(_chunk_rows(q_THK.device) // heads, 1)
+    for first in range(0, tokens, step):
+        rows = slice(first, first + step)
+        ready = _Queries(q_THK[rows], rotation_TR[rows], norm_eps).ready * _LOG2E
+        if selected_Tk is None:
+            low, high = ranges.entry_start_T[rows, None], ranges.entry_end_T[rows, None]
+            bias = _bias((index >= low) & (index < high))
+            logits = torch.mm(ready.flatten(0, 1), keys.t()).view(*ready.shape[:2], -1)
+        else:
+            part = _PickedEntries(selected_Tk[rows], entries_CK)
+            bias, logits = part.bias, part.dot(ready)
+        logits = logits.add_(bias[:, None]).sub_(lse_TH[rows, :, None])
+        mass[rows] = logits.exp2_().sum(1)
+    return mass
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Queries [start, stop) in bands of ``band`` tokens, each band sharing its window's keys."""
+
+    start: int
+    stop: int
+    band: int
+    shift: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+def _chunk_rows(device: torch.device) -> int:
+    return _CPU_ROWS if device.type == "cpu" else _GPU_ROWS
+
+
+def _chunks(
+    segments: tuple[tuple[int, int, int], ...], heads: int, window: int, most: int
+) -> list[_Chunk]:
+    """A band computes W - 1 + band keys per query for W that count; overheads want it wide."""
+    band = max(window // 4, 8)
+    step = max(most // (heads * band), 1) * band
+    chunks = []
+    for start, stop, shift in segments:
+        whole = start + (stop - start) // band * band
+        for first in range(start, whole, step):
+            chunks.append(_Chunk(first, min(first + step, whole), band, shift))
+        if whole < stop:
+            chunks.append(_Chunk(whole, stop, stop - whole, shift))
+    return chunks
+
+
+class _Queries:
+    """A chunk's queries, ready for the dot product, and the way back for their gradient."""
+
+    def __init__(self, q_nHK: Tensor, rotation_nR: Tensor, eps: float) -> None:
+        self.raw = q_nHK.float()
+        self.rotation = rotation_nR[:, None]
+        self.scale = self.raw.shape[-1] ** -0.5
+        square = torch.linalg.vector_norm(self.raw, dim=-1, keepdim=True).square_()
+        self.rstd = square.div_(self.raw.shape[-1]).add_(eps).rsqrt_()
+        self.ready = rotate_(self.raw * (self.rstd * self.scale), self.rotation)
+
+    def backward(self, grad_ready: Tensor) -> Tensor:
+        """Gradient of the raw queries given that of ``ready``, which is overwritten."""
+        along = torch.linalg.vecdot(grad_ready, self.ready)[..., None] / self.raw.shape[-1]
+        grad = rotate_(grad_ready, self.rotation.conj())
+        grad.mul_(self.rstd * self.scale)
+        return grad.addcmul_(self.raw, self.rstd.square() * along, value=-1)
+
+
+def rotate_(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate in place the last dims of a contiguous fp32 ``x`` as adjacent pairs."""
+    rotary = x[..., -2 * rotation.shape[-1] :].unflatten(-1, (-1, 2))
+    torch.view_as_complex(rotary).mul_(rotation)
+    return x
+
+
+def _bias(visible: Tensor) -> Tensor:
+    return torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, float("-inf"))
+
+
+# The keys of a chunk come in one or two parts with the same four methods: ``bias`` [n, c] is 0 or
+# -inf, ``dot`` takes x [n, H, K] to x·kᵀ [n, H, c], ``mix`` takes p [n, H, c] to p·k [n, H, K], and
+# ``accumulate`` adds Σ aᵀ·b over pairs of a [n, H, c] and b [n, H, K] to the keys' gradient.
+
+
+class _WindowKeys:
+    """The tokens of each band's window: overlapping slices of one array, never copied."""
+
+    def __init__(self, chunk: _Chunk, padded_kv: Tensor, window: int, start_T: Tensor) -> None:
+        # Row r of the padded array is key r - (W - 1).
+        self.chunk, self.bands = chunk, (chunk.stop - chunk.start) // chunk.band
+        self.width = window - 1 + chunk.band
+        self.keys = self._slices(padded_kv, 0, self.width)
+        first = torch.arange(chunk.start, chunk.stop, chunk.band, device=padded_kv.device)
+        first += chunk.shift
+        key = first[:, None] + torch.arange(1 - window, chunk.band, device=first.device)
+        own = first[:, None] + torch.arange(chunk.band, device=first.device)
+        lowest = start_T[chunk.rows].view(self.bands, chunk.band, 1)
+        visible = (key[:, None] >= lowest) & (key[:, None] <= own[..., None])
+        self.bias = _bias(visible.flatten(0, 1))
+
+    def _slices(self, padded: Tensor, offset: int, width: int) -> Tensor:
+        dim, band = padded.shape[1], self.chunk.band
+        start = (self.chunk.start + self.chunk.shift + offset) * dim
+        return padded.as_strided((self.bands, width, dim), (band * dim, dim, 1), start)
+
+    def _banded(self, x: Tensor) -> Tensor:
+        return x.view(self.bands, -1, x.shape[-1])
+
+    def dot(self, x_nHK: Tensor) -> Tensor:
+        out = torch.bmm(self._banded(x_nHK), self.keys.transpose(1, 2))
+        return out.view(*x_nHK.shape[:2], -1)
+
+    def mix(self, p_nHc: Tensor) -> Tensor:
+        return torch.bmm(self._banded(p_nHc), self.keys).view(*p_nHc.shape[:2], -1)
+
+    def accumulate(self, padded_grad: Tensor, pairs: _Pairs) -> None:
+        (a, b), (c, d) = [(self._banded(x).transpose(1, 2), self._banded(y)) for x, y in pairs]
+        grad = torch.bmm(a, b).baddbmm_(c, d)
+        # Slices of one band's length do not overlap, so that each can be added at once.
+        for offset in range(0, self.width, self.chunk.band):
+            part = grad[:, offset : offset + self.chunk.band]
+            self._slices(padded_grad, offset, part.shape[1]).add_(part)
+
+
+class _EntryRange:
+    """Every entry from the first that the chunk's first query sees to the last of its last."""
+
+    def __init__(self, chunk: _Chunk, entries: Tensor, ranges: AttentionRanges) -> None:
+        assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
+        assert ranges.host_entry_start_T is not None and ranges.host_entry_end_T is not None
+        rows = chunk.rows
+        self.seen = slice(
+            int(ranges.host_entry_start_T[chunk.start]), int(ranges.host_entry_end_T[rows].max())
+        )
+        self.keys = entries[self.seen].float()
+        index = torch.arange(self.seen.start, self.seen.stop, device=entries.device)
+        start, end = ranges.entry_start_T[rows, None], ranges.entry_end_T[rows, None]
+        self.bias = _bias((index >= start) & (index < end))
+
+    def dot(self, x_nHK: Tensor) -> Tensor:
+        return torch.mm(x_nHK.flatten(0, 1), self.keys.t()).view(*x_nHK.shape[:2], -1)
+
+    def mix(self, p_nHc: Tensor) -> Tensor:
+        return torch.mm(p_nHc.flatten(0, 1), self.keys).view(*p_nHc.shape[:2], -1)
+
+    def accumulate(self, grad_entries: Tensor, pairs: _Pairs) -> None:
+        for a_nHc, b_nHK in pairs:
+            grad_entries[self.seen].addmm_(a_nHc.flatten(0, 1).t(), b_nHK.flatten(0, 1))
+
+
+class _PickedEntries:
+    """Each query's own selection, gathered."""
+
+    def __init__(self, picked_nk: Tensor, entries: Tensor) -> None:
+        self.index = picked_nk.clamp(min=0).flatten()
+        self.keys = entries.index_select(0, self.index).float().view(*picked_nk.shape, -1)
+        self.bias = _bias(picked_nk >= 0)
+
+    def dot(self, x_nHK: Tensor) -> Tensor:
+        return torch.bmm(x_nHK, self.keys.transpose(1, 2))
+
+    def mix(self, p_nHc: Tensor) -> Tensor:
+        return torch.bmm(p_nHc, self.keys)
+
+    def accumulate(self, grad_entries: Tensor, pairs: _Pairs) -> None:
+        (a, b), (c, d) = pairs
+        grad = torch.bmm(a.transpose(1, 2), b).baddbmm_(c.transpose(1, 2), d)
+        grad_entries.index_add_(0, self.index, grad.flatten(0, 1))
+
+
+_Keys = _WindowKeys | _EntryRange | _PickedEntries
+_Pairs = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _keys_of(
+    chunk: _Chunk,
+    padded_kv: Tensor,
+    entries: Tensor | None,
+    selected: Tensor | None,
+    ranges: AttentionRanges,
+    window: int,
+) -> list[_Keys]:
+    parts: list[_Keys] = [_WindowKeys(chunk, padded_kv, window, ranges.window_start_T)]
+    if entries is None:
+        return parts
+    assert ranges.host_entry_start_T is not None and ranges.host_entry_end_T is not None
+    visible = ranges.host_entry_end_T[chunk.rows] - ranges.host_entry_start_T[chunk.rows]
+    most = int(visible.max())
+    if selected is not None and most > selected.shape[1]:
+        parts.append(_PickedEntries(selected[chunk.rows], entries))
+    elif most > 0:
+        parts.append(_EntryRange(chunk, entries, ranges))
+    return parts
+
+
+def _logits(part: _Keys, ready_nHK: Tensor) -> Tensor:
+    """Base-2 logits, -inf where a query may not look."""
+    return part.dot(ready_nHK * _LOG2E).add_(part.bias[:, None])
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        kv: Tensor,
+        entries: Tensor | None,
+        sink: Tensor,
+        rotation: Tensor,
+        ranges: AttentionRanges,
+        selected: Tensor | None,
+        window: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.chunks = _chunks(ranges.segments, q.shape[1], window, _chunk_rows(q.device))
+        padded_kv = F.pad(kv.float(), (0, 0, window - 1, 0))
+        out_THK = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse_TH = q.new_empty(q.shape[:2], dtype=torch.float32)
+        sink_H = sink.float() * _LOG2E
+        for chunk in ctx.chunks:
+            queries = _Queries(q[chunk.rows], rotation[chunk.rows], eps)
+            parts = _keys_of(chunk, padded_kv, entries, selected, ranges, window)
+            logits = [_logits(part, queries.ready) for part in parts]
+            top_nH = sink_H
+            for x_nHc in logits:
+                top_nH = torch.maximum(top_nH, x_nHc.amax(-1))
+            total_nH = torch.exp2(sink_H - top_nH)
+            out = torch.zeros_like(queries.ready)
+            for part, x_nHc in zip(parts, logits, strict=True):
+                p_nHc = x_nHc.sub_(top_nH[..., None]).exp2_()
+                total_nH += p_nHc.sum(-1)
+                out += part.mix(p_nHc)
+            out_THK[chunk.rows] = rotate_(out.div_(total_nH[..., None]), queries.rotation.conj())
+            lse_TH[chunk.rows] = top_nH + total_nH.log2()
+        ctx.ranges, ctx.window, ctx.eps = ranges, window, eps
+        ctx.save_for_backward(q, kv, entries, sink, rotation, selected, out_THK, lse_TH)
+        ctx.mark_non_differentiable(lse_TH)
+        return out_THK, lse_TH
+
+    @staticmethod
+    def backward(ctx: Any, grad_out_THK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, kv, entries, sink, rotation, selected, out_THK, lse_TH = ctx.saved_tensors
+        padded_kv = F.pad(kv.float(), (0, 0, ctx.window - 1, 0))
+        grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+        grad_kv = torch.zeros_like(padded_kv)
+        grad_entries = None if entries is None else torch.zeros_like(entries, dtype=torch.float32)
+        along_TH = torch.linalg.vecdot(grad_out_THK.float(), out_THK.float())
+        for chunk in ctx.chunks:
+            rows = chunk.rows
+            queries = _Queries(q[rows], rotation[rows], ctx.eps)
+            grad_nHK = grad_out_THK[rows].to(torch.float32, copy=True).contiguous()
+            rotate_(grad_nHK, queries.rotation)
+            grad_ready = torch.zeros_like(queries.ready)
+            for part in _keys_of(chunk, padded_kv, entries, selected, ctx.ranges, ctx.window):
+                p_nHc = _logits(part, queries.ready).sub_(lse_TH[rows, :, None]).exp2_()
+                ds_nHc = part.dot(grad_nHK).sub_(along_TH[rows, :, None]).mul_(p_nHc)
+                target = grad_kv if isinstance(part, _WindowKeys) else grad_entries
+                assert target is not None
+                part.accumulate(target, ((ds_nHc, queries.ready), (p_nHc, grad_nHK)))
+                grad_ready += part.mix(ds_nHc)
+            grad_q[rows] = queries.backward(grad_ready)
+        sink_share_TH = torch.exp2(sink.float() * _LOG2E - lse_TH)
+        grad_sink = -(sink_share_TH * along_TH).sum(0).to(sink.dtype)
+        grad_kv = grad_kv[ctx.window - 1 :].to(kv.dtype)
+        if grad_entries is not None:
+            grad_entries = grad_entries.to(entries.dtype)
+        return grad_q, grad_kv, grad_entries, grad_sink, *[None] * 5

@@ -1,0 +1,151 @@
+"""Hyper-connections in Triton, forward and backward; the reference is ``hyper_connection.py``.
+
+Everything inside is fp32. The kernels, in the order of a sub-layer:
+
+    _project    X [T, N·D] times fnᵀ [N·D, w] and Σ X², w = N(N+2) <= 24; the columns are divided
+                over programs, whose parts are added in a fixed order by the next kernel
+    _weigh      pre, post, comb of every token from these; Sinkhorn's steps in registers
+    _mix        x = Σ pre_j X_j
+    _write      X'_k = post_k y + Σ comb_jk X_j
+
+and backward, each beside its forward:
+
+    _write_back     gradients of X, y, post, comb: each token's sums over D stay in one program
+    _mix_back       that of pre, Σ X_j · grad_x
+    _weigh_back     through Sinkhorn, from the projections
+    _project_back   that of X, and fn's in parts that are added in a fixed order
+
+Nothing is added to by two programs, so that two runs agree bit for bit. Keeping a token's X between
+_project and _mix would take 2·N·D bytes of registers, and then fn, 1.5 MB, would be read for every
+few tokens: more from L2 than X is from memory. So X is read twice.
+
+Bytes a token in bf16 with N = 4, beside which the products (2·24·N·D operations, two or three times
+in TF32) and Sinkhorn's 1,500 operations take less time:
+
+                       fewest                   as written
+    read, forward      2·(N + 1)·D              2·(2·N + 1)·D
+    write, forward     2·(2·N + 1)·D            the same
+    write, backward    2·(3·N + 2)·D            the same
+    read, backward     2·(2·N + 1)·D            2·(3·N + 2)·D
+
+    floor per token at 3.35 TB/s, ns     fewest, Flash / Pro    as written    measured
+    read, forward                            12 /  21             22 /  39    not yet timed
+    write, forward                           22 /  39             22 /  39    not yet timed
+    write, backward                          34 /  60             34 /  60    not yet timed
+    read, backward                           22 /  39             34 /  60    not yet timed
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.kernels import backend
+from model.kernels.hyper_connection.mix_triton import mix, mix_back, write, write_back
+from model.kernels.hyper_connection.project_triton import project, project_back
+from model.kernels.hyper_connection.weights_triton import weigh, weigh_back
+
+
+def read_streams(
+    streams_TND: Tensor,
+    fn_wX: Tensor,
+    base_w: Tensor,
+    scale_3: Tensor,
+    *,
+    norm_eps: float,
+    hc_eps: float,
+    iterations: int | None,
+) -> Any:
+    """``read_streams`` of hyper_connection.py in Triton; with ``iterations`` None its
+    ``collapse_streams``.
+
+    Raises:
+        UnsupportedError: a GPU cannot run this device, dtype or number of streams.
+        ValueError: the number of streams is not a power of two.
+    """
+    _check(streams_TND)
+    return _Read.apply(
+        streams_TND.contiguous(), fn_wX, base_w, scale_3, norm_eps, hc_eps, iterations
+    )
+
+
+def write_streams(streams_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
+    """``write_streams`` of hyper_connection.py in Triton; raises as `read_streams` does."""
+    _check(streams_TND)
+    return _Write.apply(
+        streams_TND.contiguous(), y_TD.contiguous(), post_TN.contiguous(), comb_TNN.contiguous()
+    )
+
+
+def _check(streams_TND: Tensor) -> None:
+    count = streams_TND.shape[1]
+    backend.hyper_connection(streams_TND.device, streams_TND.dtype, count, asked=True)
+    if count & (count - 1):
+        raise ValueError(f"{count} residual streams; Triton mixes powers of two")
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        streams: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        norm_eps: float,
+        hc_eps: float,
+        iterations: int | None,
+    ) -> Any:
+        fn, base, scale = (x.float().contiguous() for x in (fn, base, scale))
+        _, count, dim = streams.shape
+        # The first of the iterations has columns alone.
+        ctx.steps = None if iterations is None else iterations - 1
+        ctx.width, ctx.hc_eps = count * dim, hc_eps
+        w, rstd, pre, post, comb = weigh(
+            *project(streams, fn),
+            base,
+            scale,
+            ctx.width,
+            streams=count,
+            steps=ctx.steps,
+            norm_eps=norm_eps,
+            hc_eps=hc_eps,
+        )
+        read = mix(streams, pre)
+        ctx.save_for_backward(streams, fn, base, scale, w, rstd, pre)
+        return read if iterations is None else (read, post, comb)
+
+    @staticmethod
+    def backward(ctx: Any, grad_read: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        streams, fn, base, scale, w, rstd, pre = ctx.saved_tensors
+        grad_read = grad_read.contiguous()
+        # The head has neither post nor comb.
+        grad_post, grad_comb = [x.contiguous() for x in grads] or (None, None)
+        grad_w, along, grad_base, grad_scale = weigh_back(
+            w,
+            base,
+            scale,
+            rstd,
+            mix_back(streams, grad_read),
+            grad_post,
+            grad_comb,
+            ctx.width,
+            steps=ctx.steps,
+            hc_eps=ctx.hc_eps,
+        )
+        grad_streams, grad_fn = project_back(streams, fn, grad_w, along, pre, grad_read)
+        return grad_streams, grad_fn, grad_base, grad_scale, None, None, None
+
+
+class _Write(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+        ctx.save_for_backward(streams, y, post, comb)
+        return write(streams, y, post, comb)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
+        streams, y, post, comb = ctx.saved_tensors
+        return write_back(streams, y, post, comb, grad_out.contiguous())

@@ -1,0 +1,37 @@
+"""The benchmark's products in FP8 where there is no GPU: what is timed as one thing is one."""
+
+from __future__ import annotations
+
+from tests.model.kernels.interpreter import interpreted
+from tests.model.tiny import tiny_config
+
+ROW = 61
+TORCH_ON_A_GPU = "torch scaled_mm"
+
+
+@interpreted
+def test_what_stands_side_by_side_computes_the_same():
+    from benchmarks.kernels import attention_tasks, fp8_tasks
+
+    old = attention_tasks.DEVICE
+    attention_tasks.DEVICE = fp8_tasks.DEVICE = "cpu"
+    try:
+        made = [make() for make in fp8_tasks.tasks(tiny_config(n_routed_experts=16), ROW)]
+    finally:
+        attention_tasks.DEVICE = fp8_tasks.DEVICE = old
+    assert [task.name for task in made] == [
+        "linear in FP8",
+        "linear in FP8, rounded before",
+        "rounding to FP8",
+        "experts in FP8",
+    ]
+    for task in made:
+        expected = task.implementations["reference"](*task.leaves).double()
+        assert task.forward.operations > 0 and task.forward.bytes > 0
+        for name, function in task.implementations.items():
+            if name == TORCH_ON_A_GPU or "compiled" in name or "codes" in name:
+                continue
+            found = function(*task.leaves).double()
+            # Four bits of a factor, and what the interpreter cuts off of bf16.
+            allowed = 0.1 if name == "torch in bf16" else 2.0**-7
+            assert (found - expected).norm() <= allowed * expected.norm(), (task.name, name)

@@ -1,0 +1,101 @@
+"""The benchmarks of whole steps, tried out on a CPU, and what they say without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.steps import machine, step_gpu, train_gpu
+from tests.trainer.tiny import TINY
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def twice(call: Callable[[], object], device: torch.device) -> float:
+        start = time.perf_counter()
+        call(), call()
+        return (time.perf_counter() - start) / 2
+
+    for module in (step_gpu, train_gpu):
+        monkeypatch.setattr(module, "seconds", twice)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(folder=tmp_path))
+    return path
+
+
+@pytest.mark.parametrize("name", ["step_gpu", "train_gpu"])
+def test_without_a_gpu_they_say_so(name: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{name}"]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.startswith("This benchmark needs a GPU, and torch sees none; --device cpu")
+
+
+def test_a_step_part_by_part(config: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    words = ["step_gpu", "--device=cpu", f"--config={config}", "--row=64", "--rows=2"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert step_gpu.main() == 0
+    said = capsys.readouterr().out
+    for part in ("embedding", "hyper-connections", "experts", "heads and losses", "optimizer"):
+        assert part in said
+    for kind in ("window", "csa", "hca"):
+        assert f"attention, {kind}" in said
+    assert "rows to the device" in said and "operators of a step take" in said
+
+
+def test_an_update_is_the_same_work_every_time(config: Path, monkeypatch) -> None:
+    from optim import optimizer
+
+    given: list[torch.Tensor] = []
+    plain = optimizer.orthogonal_update
+    monkeypatch.setattr(
+        optimizer, "orthogonal_update", lambda d, c: (given.append(d.clone()), plain(d, c))[1]
+    )
+    step = machine.Step(machine.config_of(str(config), CPU, 64), CPU)
+    step.forward_backward()
+    gradients = [gradient.clone() for gradient in step.gradients]
+    step.update()
+    first = len(given)
+    step.update()
+    moved = [bool(direction.any()) for direction in given]  # indexers have no gradient here
+    assert any(moved) and moved[:first] == moved[first:]
+    for gradient, kept in zip(gradients, step.gradients, strict=True):
+        assert torch.equal(gradient, kept)
+
+
+def test_steps_beside_transformers(config: Path, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(train_gpu, "MICROBATCH_TOKENS", 128)
+    path = tmp_path / "train.json"
+    words = ["train_gpu", "--device=cpu", f"--configs={config}", "--rows=64", f"--json={path}"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert train_gpu.main() == 0
+    results = json.loads(path.read_text())["results"]
+    lines = {result["what"]: result for result in results}
+    assert set(lines) == {
+        "ours, step",
+        "ours",
+        "ours, step in FP8",
+        *(f"transformers, {experts}" for experts in train_gpu.EXPERTS),
+    }
+    for line in lines.values():
+        assert line["note"] == "" and line["tokens_per_second"] > 0 and line["mfu"] > 0
+
+
+def test_a_row_bears_its_share_of_the_update(config: Path, monkeypatch) -> None:
+    """1 s for the passes of four rows, 2 s for the update of 8,192 rows of 64 tokens."""
+    times = iter([1.0, 2.0])
+    monkeypatch.setattr(train_gpu, "seconds", lambda call, device: next(times))
+    four = machine.config_of(str(config), CPU, 64, 4)
+    assert train_gpu.step_time(four, CPU) == 1 / 4 + 2 / 8192

@@ -1,0 +1,153 @@
+"""Shards: what they hold, and that they change whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from data.config import DataConfig
+from data.errors import DataError
+from data.files import write_atomically
+from data.indexed import open_shard
+from data.manifest import Manifest
+from data.prepare.run import prepare
+from data.text.tokenizer import Tokenizer
+from tests.full_disk import full_disk
+
+
+def changed(config: DataConfig, **fields: object) -> DataConfig:
+    return DataConfig.model_validate(config.model_dump() | fields)
+
+
+def write_source(path: Path, texts: list[str]) -> dict[str, object]:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return {"name": path.stem, "paths": [str(path)]}
+
+
+def texts_of(config: DataConfig, split: str) -> list[str]:
+    """The documents of a split, decoded; bos and eos checked and taken off."""
+    tokenizer = Tokenizer(config.tokenizer.path)
+    manifest = Manifest.load(config.shards)
+    found = []
+    for shard in manifest.of_split(split):  # type: ignore[arg-type]
+        prefix = Path(config.shards) / manifest.folder / shard.name
+        for ids in open_shard(prefix, shard.documents, shard.tokens):
+            assert (ids[0], ids[-1]) == (0, 1) and ids.dtype == "uint16"
+            found.append(tokenizer.decode(ids[1:-1].tolist()))
+    return found
+
+
+def files_below(folder: str) -> dict[str, tuple[int, bytes]]:
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+
+def test_shards_hold_every_document_once(config: DataConfig, documents: list[str]) -> None:
+    train, heldout = texts_of(config, "train"), texts_of(config, "heldout")
+    assert sorted(train + heldout) == sorted(documents)
+    assert 0.1 < len(set(heldout)) / len(set(documents)) < 0.35
+    manifest = Manifest.load(config.shards)
+    assert sum(shard.bytes for shard in manifest.shards) == sum(
+        map(len, map(str.encode, documents))
+    )
+
+
+def test_equal_texts_fall_on_the_same_side(config: DataConfig, tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(50)]
+    sources = [write_source(tmp_path / name, texts) for name in ("a.jsonl", "b.jsonl")]
+    both = changed(config, sources=sources, shards=str(tmp_path / "shards"))
+    manifest = prepare(both, progress=False)
+    assert [shard.name for shard in manifest.shards] == [
+        *("a-train-00000", "a-heldout-00000", "b-train-00000", "b-heldout-00000")
+    ]
+    train, heldout = set(texts_of(both, "train")), set(texts_of(both, "heldout"))
+    assert heldout and not train & heldout
+
+
+def test_explicit_split(config: DataConfig, tmp_path: Path) -> None:
+    sources = [
+        write_source(tmp_path / "a.jsonl", ["a", "b"]) | {"split": "train"},
+        write_source(tmp_path / "b.jsonl", ["c", "", "d"]) | {"split": "heldout"},
+    ]
+    both = changed(config, sources=sources, shards=str(tmp_path / "shards"))
+    manifest = prepare(both, progress=False)
+    assert (texts_of(both, "train"), texts_of(both, "heldout")) == (["a", "b"], ["c", "d"])
+    assert manifest.empty_documents == {"a": 0, "b": 1}
+
+
+def test_second_run_changes_nothing_and_other_input_does(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    source = write_source(tmp_path / "a.jsonl", ["one", "two"]) | {"split": "train"}
+    mine = changed(config, sources=[source], shards=str(tmp_path / "shards"))
+    first = prepare(mine, progress=False)
+    before = files_below(mine.shards)
+    (Path(mine.shards) / "notes").mkdir()
+    os.utime(tmp_path / "a.jsonl", (0, 0))
+    assert prepare(mine, progress=False) == first
+    assert files_below(mine.shards) == before
+    write_source(tmp_path / "a.jsonl", ["one", "two!"])
+    assert prepare(mine, progress=False).digest != first.digest
+    assert texts_of(mine, "train") == ["one", "two!"]
+    assert len(files_below(mine.shards)) == 4  # the replaced shards are gone
+    assert (Path(mine.shards) / "notes").is_dir()  # which is not ours, stays
+
+
+def test_damaged_shards_are_made_anew(config: DataConfig, tmp_path: Path) -> None:
+    source = write_source(tmp_path / "a.jsonl", ["one", "two"]) | {"split": "train"}
+    mine = changed(config, sources=[source], shards=str(tmp_path / "shards"))
+    manifest = prepare(mine, progress=False)
+    binary = tmp_path / "shards" / manifest.folder / "a-train-00000.bin"
+    binary.write_bytes(binary.read_bytes()[:-2])
+    prepare(mine, progress=False)
+    assert texts_of(mine, "train") == ["one", "two"]
+
+
+def test_full_disk_leaves_earlier_shards_whole(config: DataConfig, tmp_path: Path) -> None:
+    source = write_source(tmp_path / "a.jsonl", ["one"]) | {"split": "train"}
+    mine = changed(config, sources=[source], shards=str(tmp_path / "shards"))
+    prepare(mine, progress=False)
+    before = files_below(mine.shards)
+    write_source(tmp_path / "a.jsonl", [f"number {i} of many" for i in range(20_000)])
+    for size in (100_000, 4096):
+        with (
+            full_disk(size),
+            pytest.raises(DataError, match=r"cannot write the shards .* unchanged"),
+        ):
+            prepare(mine, progress=False)
+        assert files_below(mine.shards) == before
+        assert len(list(Path(mine.shards).iterdir())) == 2
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "a.json"
+    write_atomically(file, b"before")
+    with (
+        full_disk(4096),
+        pytest.raises(DataError, match=r"cannot write .*a\.json: .* unchanged"),
+    ):
+        write_atomically(file, bytes(10_000))
+    assert file.read_bytes() == b"before" and list(file.parent.iterdir()) == [file]
+    with pytest.raises(DataError, match=r"cannot write .*b\.json: File exists"):
+        write_atomically(file / "b.json", b"")
+
+
+def test_bad_text_leaves_earlier_shards_whole(config: DataConfig, tmp_path: Path) -> None:
+    source = write_source(tmp_path / "a.jsonl", ["one"]) | {"split": "train"}
+    mine = changed(config, sources=[source], shards=str(tmp_path / "shards"))
+    prepare(mine, progress=False)
+    before = files_below(mine.shards)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(DataError, match="not UTF-8"):
+        prepare(mine, progress=False)
+    assert files_below(mine.shards) == before
+    assert len(list(Path(mine.shards).iterdir())) == 2
+
+
+def test_damaged_manifest(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no manifest\.json in"):
+        Manifest.load(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"digest": 3}')
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+        Manifest.load(tmp_path)

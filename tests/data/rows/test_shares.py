@@ -1,0 +1,167 @@
+"""The mixture over made-up lengths, and the recipe as measured over the produced stream."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data.config import DataConfig
+from data.prepare.run import prepare
+from data.rows.audit import measure
+from data.rows.loader import Loader
+from data.rows.mixture import balanced_order, plan_windows
+from data.rows.stream import SourceStream
+from data.rows.window import build_window
+
+
+def rows_by_source(
+    weights: list[float],
+    means: list[float],
+    row_length: int,
+    group: int,
+    window: int,
+    seed: int,
+    documents: int = 2000,
+) -> tuple[np.ndarray, np.ndarray]:
+    """[rows, sources] tokens of three windows in their order, and the wanted shares."""
+    rng = np.random.default_rng(seed)
+    names = [f"s{i}" for i in range(len(weights))]
+    sources = []
+    for name, mean in zip(names, means, strict=True):
+        lengths = np.maximum(2, rng.lognormal(np.log(mean), 1.0, documents)).astype(np.int32)
+        part = SimpleNamespace(sequence_lengths=lengths)
+        sources.append(SourceStream(name, "prose", [part], seed))
+    config = DataConfig.model_validate(
+        {
+            "sources": [{"name": name, "paths": ["-"]} for name in names],
+            "tokenizer": {"path": "-"},
+            "shards": "-",
+            "row_length": row_length,
+            "batch_rows": group,
+            "packing_window": window,
+            "weights": dict(zip(names, weights, strict=True)),
+        }
+    )
+    stage = config.one_stage()
+    plan = plan_windows(config, stage, sources, config.weights, [1.0] * len(names))
+    found = []
+    for number in range(3):
+        first, last = number * plan.rows, (number + 1) * plan.rows
+        parts = [
+            (i, source, source.between(plan.end(i, first), plan.end(i, last)))
+            for i, source in enumerate(sources)
+        ]
+        counts = [None] * len(names)
+        made = build_window(
+            parts, counts, None, row_length, plan.rows, "best_fit", number, group, first
+        )
+        tokens = np.zeros((plan.rows, len(names)), dtype=np.int64)
+        row_of = np.repeat(np.arange(plan.rows), np.diff(made.packed.offsets))
+        np.add.at(tokens, (row_of, made.source[made.packed.document]), made.packed.length)
+        assert sorted(made.order) == list(range(plan.rows))
+        found.append(tokens[made.order])
+    return np.concatenate(found), np.array(weights) / sum(weights)
+
+
+@given(
+    weights=st.lists(st.floats(0.05, 1.0), min_size=2, max_size=4),
+    means=st.lists(st.floats(5.0, 80.0), min_size=4, max_size=4),
+    group=st.integers(1, 40),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_run_of_steps_has_the_shares(
+    weights: list[float], means: list[float], group: int, seed: int
+) -> None:
+    """To a few rows, with few rows to choose from, wherever windows end."""
+    row_length = 128
+    tokens, wanted = rows_by_source(weights, means[: len(weights)], row_length, group, 800, seed)
+    off = np.cumsum(tokens - tokens.sum(axis=1, keepdims=True) * wanted, axis=0)
+    period = group * -(-12 // group)
+    ends = off[period - 1 :: period]
+    assert np.ptp(ends, axis=0).max() <= 4 * row_length
+    again, _ = rows_by_source(weights, means[: len(weights)], row_length, group, 800, seed)
+    assert (again == tokens).all()
+
+
+def test_a_million_tokens_have_the_shares_to_a_thousandth() -> None:
+    tokens, wanted = rows_by_source([0.5, 0.3, 0.2], [400, 250, 600], 1024, 64, 6000, 0, 20_000)
+    steps = tokens[: len(tokens) // 64 * 64].reshape(-1, 64, 3).sum(axis=1)
+    run = -(-1_000_000 // steps.sum(axis=1).min())
+    ends = np.concatenate([np.zeros((1, 3)), steps.cumsum(axis=0)])
+    runs = ends[run:] - ends[:-run]
+    assert len(runs) > 20
+    assert np.abs(runs / runs.sum(axis=1, keepdims=True) - wanted).max() < 1e-3
+
+
+@given(
+    rows=st.lists(st.tuples(*[st.integers(0, 50)] * 3), max_size=60),
+    key=st.integers(0, 9),
+    group=st.integers(1, 20),
+)
+@settings(deadline=None)
+def test_an_order_holds_every_row_once(rows: list[tuple[int, ...]], key: int, group: int) -> None:
+    tokens = np.array(rows, dtype=np.int64).reshape(-1, 3)
+    order = balanced_order(tokens, key, group)
+    assert sorted(order) == list(range(len(rows)))
+    filled = tokens[order].sum(axis=1) > 0
+    assert (np.diff(filled.astype(int)) <= 0).all()  # empty rows last
+
+
+@pytest.fixture(scope="module")
+def mixed(
+    config: DataConfig, documents: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> DataConfig:
+    folder = tmp_path_factory.mktemp("measured")
+    sources = []
+    for name, texts in (("code", documents[:-200]), ("prose", documents[-200:])):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+        sources.append({"name": name, "paths": [str(folder / f"{name}.jsonl")], "domain": name})
+    fields = {
+        "sources": sources,
+        "shards": str(folder / "shards"),
+        "heldout_fraction": 0.0,
+        "row_length": 2048,
+        "weights": {"code": 0.6, "prose": 0.4},
+        "transforms": {"fim_rate": 0.4, "fim_domains": ["code", "prose"], "split_share": 0.3},
+    }
+    made = DataConfig.model_validate(config.model_dump() | fields)
+    prepare(made, progress=False)
+    return made
+
+
+def test_measured_is_what_windows_decided(mixed: DataConfig) -> None:
+    """The tokens say what the windows, which made them, meant."""
+    loader = Loader(mixed, seed=2)
+    steps = 3
+    found = measure(loader, steps)
+    fim, splits, able, begun = dict.fromkeys(("code", "prose"), 0), 0, 0, 0
+    for step in range(steps):
+        for place in range(mixed.batch_rows):
+            at = loader.row_at(step, place)
+            assert at is not None
+            window, row = at
+            for which, start, length in window.packed.row(row):
+                name = loader.sources[window.source[which]].name
+                fim[name] += start == 0 and bool(window.fim[which])
+                begun += start == 0
+                raw = loader.document(loader.sources[window.source[which]], window.document[which])
+                extra = int(window.splits[which]) + 3 * bool(window.fim[which])
+                if start == 0 and length == len(raw) - 1 + extra:
+                    splits += int(window.splits[which])
+                    able += int((loader.split_table[raw, 0] >= 0).sum())
+    counted = found.sources
+    assert {name: c.fim for name, c in counted.items()} == fim
+    assert sum(c.documents for c in counted.values()) == begun
+    assert sum(c.split for c in counted.values()) == splits > 0
+    assert sum(c.splittable for c in counted.values()) == able
+    assert found.shares == pytest.approx({"code": 0.6, "prose": 0.4})
+    assert found.tokens == sum(c.tokens for c in counted.values())
+    share = counted["code"].tokens / found.tokens
+    assert found.worst["code"] >= abs(share - 0.6) - 1e-12
+    plain = measure(Loader(mixed.model_copy(update={"weights": {}}), seed=2), 1)
+    assert sum(plain.shares.values()) == pytest.approx(1.0)

@@ -1,0 +1,54 @@
+"""Which products are in eight bits, and that all others stay as they are."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from model import IGNORE
+from model.kernels.fp8 import fp8
+from model.linear import use_fp8
+from tests.model.tiny import random_model, random_tokens, tiny_config
+
+CONFIG = tiny_config()
+IN_EIGHT_BITS = (
+    r"(layers\.\d+|mtp\.0)\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)\.weight",
+    r"(layers\.\d+|mtp\.0)\.ffn\.shared_experts\.w[123]\.weight",
+    r"(layers\.\d+|mtp\.0)\.ffn\.experts\.w[123]",
+    r"mtp\.0\.(e_proj|h_proj)\.weight",
+)
+
+
+def test_linears_and_experts_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(CONFIG)
+    use_fp8(model)
+    rounded, seen = fp8.rounded, set()
+
+    def watched(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        if rows == columns:
+            seen.add((x.data_ptr(), x.numel()))
+        return rounded(x, rows, columns)
+
+    monkeypatch.setattr(fp8, "rounded", watched)
+    tokens = random_tokens(CONFIG, 1, 64)
+    targets = tokens.roll(-1, 1)
+    targets[:, -1] = IGNORE
+    loss = model(tokens, targets=targets).loss
+    loss.backward()
+    names = {name for name, p in model.named_parameters() if (p.data_ptr(), p.numel()) in seen}
+    wanted = {
+        name
+        for name, _ in model.named_parameters()
+        if any(re.fullmatch(pattern, name) for pattern in IN_EIGHT_BITS)
+    }
+    assert names == wanted and len(wanted) > 20
+    plain = random_model(CONFIG)
+    exact = plain(tokens, targets=targets).loss
+    exact.backward()
+    assert 0 < abs(loss.item() - exact.item()) < 0.02 * exact.item()
+    grads = dict(plain.named_parameters())
+    for name in wanted:
+        both = (dict(model.named_parameters())[name].grad, grads[name].grad)
+        assert torch.cosine_similarity(*(grad.flatten() for grad in both), dim=0) > 0.8, name

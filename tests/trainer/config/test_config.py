@@ -1,0 +1,139 @@
+"""Reading configs: values, inheritance, overrides, and one sentence for every mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.config import ConfigError, load_config
+from trainer.config.source import dump_yaml, parse_yaml
+
+DEBUG = Path(__file__).parents[3] / "configs" / "debug.yaml"
+
+
+def refused(*overrides: str, path: Path = DEBUG) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-20", 1e-20),
+        ("3e-4", 3e-4),
+        ("-1.5E+3", -1500.0),
+        (".5", 0.5),
+        ("10", 10),
+        ("1_000", 1000),
+        ("010", "010"),
+        ("no", "no"),
+        ("off", "off"),
+        ("true", True),
+        ("null", None),
+        ("1:30", "1:30"),
+        ("1e", "1e"),
+        ("2026-01-02", "2026-01-02"),
+    ],
+)
+def test_scalars(text: str, value: object) -> None:
+    read = parse_yaml(text, "test")
+    assert read == value and type(read) is type(value)
+    assert parse_yaml(dump_yaml({"x": value}), "test") == {"x": value}
+
+
+def test_strings_that_look_like_numbers_survive() -> None:
+    assert parse_yaml(dump_yaml({"x": "1e-20"}), "test") == {"x": "1e-20"}
+
+
+def test_base_is_relative_and_overrides_come_last(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "low.yaml").write_text(f"base: {DEBUG}\nsteps: 7\noptim: {{learning_rate: 1e-5}}\n")
+    (tmp_path / "sub/high.yaml").write_text("base: ../low.yaml\nseed: 5\n")
+    config = load_config(
+        tmp_path / "sub/high.yaml", ["optim.schedule.warmup_steps=2", "data.sources.0.name=other"]
+    )
+    assert (config.steps, config.seed, config.optim.learning_rate) == (7, 5, 1e-5)
+    assert config.optim.schedule.warmup_steps == 2
+    assert [source.name for source in config.data.sources] == ["other", "prose"]
+
+
+def test_an_error_names_the_file_that_the_key_came_from(tmp_path: Path) -> None:
+    base, child = tmp_path / "base.yaml", tmp_path / "child.yaml"
+    base.write_text(f"base: {DEBUG}\noptim: {{learning_rat: 1.0}}\n")
+    child.write_text("base: base.yaml\nsteps: 3\n")
+    text = refused(path=child)
+    assert text.startswith(f"{base}: unknown key 'optim.learning_rat'")
+    assert "did you mean 'optim.learning_rate'?" in text
+    base.write_text(f"base: {DEBUG}\noptimm: {{learning_rate: 1.0}}\n")
+    assert refused(path=child).startswith(f"{base}: unknown key 'optimm'")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("model.hiden_size=3", ("command line", "model.hiden_size", "'model.hidden_size'")),
+        ("modle.vocab_size=3", ("'modle'", "'model'")),
+        ("row_length=3", ("'row_length'", "'data.row_length'")),
+        ("data.sources.0.nam=x", ("data.sources.0.nam", "'data.sources.0.name'")),
+        ("metrics.wandb.api_key=x", ("metrics.wandb.api_key",)),
+        ("steps=ten", ("command line: steps = 'ten'", "integer")),
+        ("steps=true", ("steps = True", "integer")),
+        ("optim.learning_rate=1e-3x", ("optim.learning_rate = '1e-3x'", "number")),
+        ("steps=0", ("'steps' is missing, or 0", "at least 1")),
+        ("engine=megatron", ("engine = 'megatron'", "'native'")),
+        (
+            "parallel.tensor=3",
+            ("model.num_attention_heads = 8", "parallel.tensor = 3", "should be 2"),
+        ),
+        ("data.batch_rows=7", ("data.batch_rows = 7", "data.micro_rows = 4")),
+        ("data.row_length=99999", ("data.row_length", "model.max_position_embeddings = 16384")),
+        ("model.vocab_size=999", ("model.vocab_size = 999", "data.tokenizer.vocab_size = 4096")),
+        ("model.num_attention_heads=7", ("num_attention_heads (7)", "o_groups (2)")),
+        ("data.sources.9.name=x", ("data.sources.9.name", "0 to 1")),
+        ("steps", ("'steps'", "key=value")),
+        ("steps=[1", ("steps", "not valid YAML")),
+    ],
+)
+def test_a_mistake_is_one_clear_sentence(override: str, parts: tuple[str, ...]) -> None:
+    text = refused(override)
+    for part in parts:
+        assert part in text
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "there is no such config file" in refused(path=tmp_path / "none.yaml")
+    (tmp_path / "twice.yaml").write_text("steps: 1\nsteps: 2\n")
+    assert "line 2" in (text := refused(path=tmp_path / "twice.yaml")) and "twice" in text
+    (tmp_path / "circle.yaml").write_text("base: circle.yaml\n")
+    assert "circle" in refused(path=tmp_path / "circle.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"run_dir: \xe9\n")
+    assert "not UTF-8" in refused(path=tmp_path / "latin.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert "mapping" in refused(path=tmp_path / "list.yaml")
+
+
+def test_the_resolved_config_is_a_valid_config(tmp_path: Path) -> None:
+    config = load_config(DEBUG, ["optim.adamw.eps=1e-20", "metrics.wandb.tags=['1e5', 'no']"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config and again.digest() == config.digest()
+    assert again.metrics.wandb.tags == ("1e5", "no")
+    assert load_config(DEBUG, ["seed=9"]).digest() != config.digest()
+
+
+def test_more_processes_than_rows() -> None:
+    config = load_config(DEBUG, ["data.batch_rows=4"])
+    config.check_world(3)
+    with pytest.raises(ConfigError, match=r"data\.batch_rows = 4 .* data-parallel ranks, 5"):
+        config.check_world(5)
+
+
+def test_configs_load_without_torch() -> None:
+    code = f"import sys, trainer.config as c; c.load_config({str(DEBUG)!r}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pydantic" in done.stdout.split()
+    assert not {"torch", "numpy", "datasets", "sentencepiece"} & set(done.stdout.split())

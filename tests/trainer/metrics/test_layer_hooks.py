@@ -1,0 +1,214 @@
+"""What is seen inside the layers, of groups of weights and of sources, against sums by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.prepare.run import prepare
+from model import IGNORE, SampleLayout, V4Model
+from model.block import Block
+from model.hyper_connection import read
+from tests.model.tiny import tiny_config
+from tests.trainer.parallel.topologies import Job, run_all, topology
+from tests.trainer.tiny import saved_tensors, train
+from trainer.config import load_config
+from trainer.evaluate import Heldout
+from trainer.metrics.jsonl import read_metrics
+from trainer.metrics.layer_hooks import watched
+from trainer.parallel.grid import Grid
+from trainer.report.run import write_report
+from trainer.trainer import build, make_engine
+
+Numbers = dict[tuple[str, str, int], tuple[float, float]]
+
+
+def model_of(**settings: object) -> V4Model:
+    model = V4Model(tiny_config(initializer_range=0.3, **settings))
+    model.init_weights(3)
+    return model
+
+
+def tokens() -> Tensor:
+    return torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+def seen_in(model: V4Model) -> Numbers:
+    with watched(model) as notes:
+        model(tokens(), targets=tokens())
+    return notes.seen()
+
+
+def test_streams_and_swiglu_are_those_of_a_plain_pass() -> None:
+    """Inner values of every token in every expert that it goes to, one by one."""
+    model = model_of(swiglu_limit=1.0)
+    inputs: dict[int, Tensor] = {}
+    chosen: dict[int, Tensor] = {}
+    streams: dict[int, Tensor] = {}
+    hooks = []
+    for row, block in enumerate(model.layers):
+        hooks += [
+            block.ffn.register_forward_pre_hook(lambda _, x, row=row: inputs.update({row: x[0]})),
+            block.ffn.gate.register_forward_hook(
+                lambda _, __, out, row=row: chosen.update({row: out.indices_TA})
+            ),
+            block.register_forward_hook(lambda _, __, out, row=row: streams.update({row: out[0]})),
+        ]
+    with torch.no_grad():
+        model(tokens(), targets=tokens())
+    for hook in hooks:
+        hook.remove()
+    found = seen_in(model)
+    for row, block in enumerate(model.layers):
+        shared, experts = block.ffn.shared_experts, block.ffn.experts
+        pairs = [
+            (F.linear(x, shared.w1.weight), F.linear(x, shared.w3.weight)) for x in inputs[row]
+        ]
+        for x, indices in zip(inputs[row], chosen[row].tolist(), strict=True):
+            pairs += [(experts.w1[e] @ x, experts.w3[e] @ x) for e in indices]
+        gate, up = (torch.cat(values) for values in zip(*pairs, strict=True))
+        clamped, count = found["clamped", "mean", row]
+        assert count == gate.numel()
+        assert clamped == int(((gate > 1) | (up.abs() > 1)).sum()) > 0
+        top = float(torch.cat([gate, up]).abs().max())
+        assert found["swiglu_max", "max", row][0] == pytest.approx(top, rel=1e-5)
+        total, count = found["stream_rms", "mean", row]
+        assert total / count == pytest.approx(float(streams[row].square().mean()), rel=1e-5)
+        assert found["stream_max", "max", row][0] == float(streams[row].abs().max())
+    assert {row for _, _, row in found} == {*range(len(model.layers) + 1)}, "the MTP block, too"
+
+
+def test_a_model_that_is_watched_stays_as_it_is() -> None:
+    model = model_of()
+    before = model(tokens(), targets=tokens()).loss
+    seen_in(model)
+    assert torch.equal(model(tokens(), targets=tokens()).loss, before)
+    assert all("compute" not in vars(block) for block in model.layers)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_fewer_iterations_leave_the_mixing_matrices_less_doubly_stochastic() -> None:
+    def departure(iterations: int) -> float:
+        found = seen_in(model_of(hc_sinkhorn_iters=iterations, hc_init_scale=0.1))
+        return found["comb_departure", "max", 1][0]
+
+    assert departure(1) > 10 * departure(20) > 0
+
+
+def test_both_mixing_matrices_of_a_layer_are_looked_at() -> None:
+    model = model_of(hc_sinkhorn_iters=1, hc_init_scale=0.1)
+    before_attention: dict[int, float] = {}
+
+    def look(block: Block, inputs: tuple[Tensor, ...]) -> None:
+        comb_TNN = read(block, "hc_attn", block.config, inputs[0])[2]
+        sums = torch.cat([comb_TNN.sum(1), comb_TNN.sum(2)])
+        before_attention[block.row] = float((sums - 1).abs().max())
+
+    for block in model.layers:
+        block.register_forward_pre_hook(look)
+    found = seen_in(model)
+    pairs = [(found["comb_departure", "max", n][0], least) for n, least in before_attention.items()]
+    assert all(seen >= least for seen, least in pairs)
+    assert any(seen == least for seen, least in pairs), "the other is always larger"
+
+
+def test_padding_has_no_part_in_the_recall() -> None:
+    """Where it stands behind a sample of twenty tokens, it has entries of its own."""
+    model, layout = model_of(index_topk=2), SampleLayout.from_lengths([[20], [40]], 40)
+    targets = tokens()
+    targets[0, 20:] = IGNORE
+    (row,) = [n for n, attn in model.attentions().items() if attn.indexer is not None][:1]
+    attn, inputs = model.attentions()[row], list[Any]()
+    attn.register_forward_pre_hook(lambda _, given: inputs.append(given[:2]))
+    with watched(model) as notes:
+        model(tokens(), layout, targets)
+    kept, whole = attn.recall(*inputs[0])
+    real = ~layout.padding_T
+    assert whole[~real].any()
+    found = notes.seen()["indexer_recall", "mean", row]
+    assert found == pytest.approx((float(kept[real].sum()), float(whole[real].sum())))
+    assert found[0] < 0.9 * found[1]
+
+
+def close(ours: object, theirs: object) -> bool:
+    if isinstance(ours, dict):
+        assert isinstance(theirs, dict) and ours.keys() == theirs.keys()
+        return all(close(ours[name], theirs[name]) for name in ours)
+    if isinstance(ours, list):
+        assert isinstance(theirs, list)
+        return all(close(a, b) for a, b in zip(ours, theirs, strict=True))
+    return ours is theirs is None or ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.timeout(300)
+def test_ranks_see_together_what_one_sees(tiny: Path, tmp_path: Path) -> None:
+    """Four rows at once, or two on each of two ranks; or the first two of four."""
+    jobs = [
+        (topology(1, "data.micro_rows=4"), "four"),
+        (topology(2, "data.micro_rows=2", expert=2), "expert"),
+        (topology(1, "data.micro_rows=2"), "two"),
+        (topology(2, "data.micro_rows=2", pipeline=2), "pipeline"),
+        (topology(2, "data.micro_rows=2", tensor=2), "tensor"),
+        (topology(2, "data.micro_rows=2", context=2), "context"),
+    ]
+    words = ("steps=2", "metrics.layers_every=2", "checkpoint.every=1")
+    run_all(tiny, [Job(spread, tmp_path / name) for spread, name in jobs], *words)
+    seen = {name: read_metrics(tmp_path / name / "metrics.jsonl")[-1] for _, name in jobs}
+    assert {"clamped", "stream_rms", "comb_departure"} < seen["two"]["layers"].keys()
+    recall = seen["two"]["layers"]["indexer_recall"]
+    assert [value is None for value in recall] == [True, False, True, False, True]
+    pairs = [("four", "expert"), *(("two", name) for name in ("pipeline", "tensor", "context"))]
+    for one, other in pairs:
+        for part in ("layers", "groups"):
+            assert close(seen[one][part], seen[other][part]), (other, part)
+    update = seen["two"]["groups"]["update_rms"]
+    for group, names in (("experts", ".ffn.experts."), ("embedding", "embed.weight")):
+        assert update[group] == pytest.approx(change(tmp_path / "two", names), rel=1e-4)
+
+
+def change(run_dir: Path, part: str) -> float:
+    """Root mean square of what step 2 changed in the tensors whose name contains `part`."""
+    first, second = (saved_tensors(run_dir / f"checkpoints/step-0000000{step}") for step in (1, 2))
+    names = [name for name in first if part in name and not name.startswith("optim.")]
+    differences = torch.cat([(second[name] - first[name]).flatten() for name in names])
+    return float(differences.double().square().mean().sqrt())
+
+
+def test_sources_apart_are_the_sources_together(tiny: Path, tmp_path: Path) -> None:
+    """No document is cut, so that the same tokens are predicted from the same ones."""
+    lines = (tiny.parent / "words.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:60]))
+    (tmp_path / "many.jsonl").write_text("".join(lines[60:]))
+    sources = [{"name": n, "paths": [str(tmp_path / f"{n}.jsonl")]} for n in ("few", "many")]
+    settings = [
+        f"data.sources={json.dumps(sources)}",
+        f"data.shards={tmp_path / 'shards'}",
+        "data.row_length=1024",
+        "evaluation.rows=null",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    config = load_config(tiny, settings)
+    prepare(config.data, progress=False)
+    local, _ = build(config, Grid.single())
+    engine = make_engine(config, local, Grid.single())
+    heldout = Heldout(config, Grid.single())
+    whole, parts = heldout.evaluate(engine), heldout.by_source(engine)
+    assert parts is not None and parts.keys() == {"few", "many"}
+    tokens_of = {name: loader.num_targets for name, loader in heldout.sources.items()}
+    assert sum(tokens_of.values()) == whole.tokens
+    mean = sum(parts[name] * count for name, count in tokens_of.items()) / whole.tokens
+    assert mean == pytest.approx(whole.loss, rel=1e-6)
+    train(tiny, tmp_path / "run", *settings, "steps=1", "data.batch_rows=1", "data.micro_rows=1")
+    (record,) = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert record["heldout_by_source"].keys() == {"few", "many"}
+    page = write_report(load_config(tiny, settings)).read_text(encoding="utf-8")
+    assert 'aria-label="Held-out loss by source"' in page and ">many</text>" in page
+    assert "Weights in step 1<" in page and "<td>hyper connections</td>" in page
+    assert "<b>kept by the index</b>" in page
+    assert Heldout(load_config(tiny), Grid.single()).by_source(engine) is None

@@ -1,0 +1,71 @@
+"""What is reported of every layer, against sums by hand and on ranks that split the layers."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import spawn
+from tests.trainer.tiny import train
+from trainer.config import load_config
+from trainer.metrics.jsonl import read_metrics
+from trainer.metrics.layer_stats import LayerNumbers, expert_numbers, flat, layer_numbers
+from trainer.parallel.grid import Grid, Sizes
+from trainer.report.run import write_report
+from trainer.trainer import build
+
+
+def test_expert_numbers_by_hand() -> None:
+    load = torch.tensor([[4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0], [6.0, 2.0, 0.0, 0.0]])
+    found = expert_numbers(load)
+    assert found["expert_load_max"] == pytest.approx([1.0, 4.0, 3.0])
+    uneven = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4)
+    assert found["expert_load_entropy"] == pytest.approx([1.0, 0.0, uneven])
+    assert found["experts_dead"] == [0.0, 0.75, 0.5]
+
+
+def numbers_of(rank: int, world_size: int, path: Path, sizes: Sizes) -> LayerNumbers:
+    """Of a model whose sinks and biases differ by layer and by head or expert."""
+    config = load_config(path, ["parallel.pipeline=2"] if sizes.pipeline == 2 else [])
+    grid = Grid.build(sizes, torch.device("cpu")) if world_size > 1 else Grid.single()
+    local, _ = build(config, grid)
+    with torch.no_grad():
+        for row, router in local.model.routers().items():
+            if not router.hashed:
+                router.bias.copy_(torch.arange(len(router.bias)) - row)
+        for row, attention in local.model.attentions().items():
+            placement = local.placements[f"layers.{row}.attn.attn_sink"] if row < 3 else None
+            first = placement.offset[0] if placement else 0
+            attention.attn_sink.copy_(row + 10.0 * torch.arange(len(attention.attn_sink)))
+            attention.attn_sink += 10.0 * first
+    load = torch.arange(16.0).view(4, 4)
+    return layer_numbers(local.model, load, grid)
+
+
+@pytest.mark.parametrize("sizes", [Sizes(2, tensor=2), Sizes(2, pipeline=2)])
+def test_ranks_that_split_the_layers_see_all_of_them(tiny: Path, sizes: Sizes) -> None:
+    expected = numbers_of(0, 1, tiny, Sizes(1))
+    assert expected["router_bias_min"] == [None, -1.0, -2.0, -3.0]
+    assert expected["router_bias_max"] == [None, 2.0, 1.0, 0.0]
+    assert expected["sink_max"][:3] == [10.0, 11.0, 12.0]
+    for found in spawn(numbers_of, 2, tiny, sizes):
+        if sizes.tensor == 2:  # the MTP block's sinks are not told apart above
+            expected["sink_max"][3] = found["sink_max"][3]
+        assert found == expected
+
+
+def test_a_run_reports_its_layers(tiny: Path, tmp_path: Path) -> None:
+    config = train(tiny, tmp_path, "steps=5", "metrics.layers_every=2", "router_bias_speed=0.25")
+    records = read_metrics(config.run_dir / "metrics.jsonl")
+    seen = [record for record in records if "layers" in record]
+    assert [record["step"] for record in seen] == [2, 4, 5]
+    last = seen[-1]["layers"]
+    assert {len(values) for values in last.values()} == {4}
+    assert max(last["expert_load_max"]) == pytest.approx(records[-1]["expert_load_max"])
+    reach = max(abs(last["router_bias_min"][1]), last["router_bias_max"][1])
+    assert 0.25 <= reach <= 1.25 and reach % 0.25 == 0, "five steps of a quarter"
+    assert flat(last)["layers/sink_min/03"] == last["sink_min"][3]
+    assert not any(name.startswith("layers/router_bias_min/00") for name in flat(last))
+    page = write_report(config).read_text()
+    assert "Busiest expert of every layer" in page and "MTP: window, learned" in page

@@ -1,0 +1,216 @@
+"""metrics.jsonl, wandb, the progress line, the evaluation and the report."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.full_disk import full_disk
+from tests.trainer.tiny import column, steps_in_file, train
+from trainer.config import RunConfig, load_config
+from trainer.errors import DivergedError, ReportError
+from trainer.evaluate import Heldout
+from trainer.export.import_run import open_run
+from trainer.metrics.jsonl import MetricsFile, read_metrics
+from trainer.metrics.progress import Progress
+from trainer.parallel.grid import Grid
+from trainer.report.plots import CHARTS, MOST_POINTS, lines_of, picture, points, smooth
+from trainer.report.run import write_report
+from trainer.trainer import Trainer, make_engine
+
+COLUMNS = {
+    "step",
+    "tokens",
+    "loss",
+    "lm_loss",
+    "mtp_loss",
+    "balance_loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "tflops_per_second",
+    "expert_load_max",
+    "expert_load_min",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return train(
+        tiny,
+        tmp_path_factory.mktemp("run"),
+        "steps=6",
+        "evaluation={every: 2, rows: null}",
+        "metrics.peak_tflops=0.1",
+        "optim.schedule={warmup_steps: 2, decay_start: 4}",
+    )
+
+
+def test_every_step_has_all_numbers(run: RunConfig) -> None:
+    records = read_metrics(run.run_dir / "metrics.jsonl")
+    assert all(record.keys() >= COLUMNS | {"mfu"} for record in records)
+    assert [record["step"] for record in records if "heldout_loss" in record] == [2, 4, 6]
+    last = records[-1]
+    assert last["mfu"] == pytest.approx(last["tflops_per_second"] / 0.1)
+    assert 0 < last["expert_load_min"] <= 1 <= last["expert_load_max"]
+
+
+def test_the_mtp_weight_falls_with_the_learning_rate(run: RunConfig) -> None:
+    for record in read_metrics(run.run_dir / "metrics.jsonl"):
+        weight = 0.1 if record["step"] > 4 else 0.3
+        parts = record["lm_loss"] + weight * record["mtp_loss"] + record["balance_loss"]
+        assert record["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_heldout_loss_is_the_mean_over_all_targets(run: RunConfig) -> None:
+    local, _ = open_run(run, Grid.single())
+    engine = make_engine(run, local, Grid.single())
+    heldout = Heldout(run, Grid.single())
+    found = heldout.evaluate(engine)
+    total = count = 0.0
+    for step in range(heldout.loader.num_steps):
+        for batch in heldout.loader.at(step):
+            for tokens, targets, lengths in zip(
+                batch.tokens, batch.targets, batch.lengths, strict=True
+            ):
+                start = 0
+                for length in lengths:
+                    span = slice(start, start + length)
+                    with torch.no_grad():
+                        logits = local.model(tokens[None, span]).logits[0]
+                    wanted = targets[span]
+                    losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+                    total += float(losses.double().sum())
+                    count += length
+                    start += length
+    assert found.tokens == count == heldout.loader.num_targets
+    assert found.loss == pytest.approx(total / count, rel=1e-5)
+    assert found.loss == pytest.approx(
+        read_metrics(run.run_dir / "metrics.jsonl")[-1]["heldout_loss"], rel=1e-6
+    )
+    assert Heldout(run, Grid.single(), rows=1).evaluate(engine).tokens < count
+
+
+def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    file.write({"step": 1})
+    with full_disk(17):
+        file.write({"step": 2, "x": "y" * 100})
+        assert path.read_text() == '{"step": 1}\n'
+    file.write({"step": 3})
+    file.close()
+    assert steps_in_file(tmp_path) == [1, 2, 3]
+
+
+def test_opening_keeps_steps_up_to_the_resumed_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {s}, "n": {n}}}\n' for n, s in enumerate([1, 2, 2, 3])))
+    MetricsFile(path, 2).close()
+    assert read_metrics(path) == [{"step": 1, "n": 0}, {"step": 2, "n": 2}]
+
+
+def test_divergence_stops_before_the_update(tiny: Path, tmp_path: Path) -> None:
+    settings = [f"run_dir={tmp_path}", "optim.max_skipped_steps=0"]
+    trainer = Trainer(load_config(tiny, settings), Grid.single())
+    with torch.no_grad():
+        trainer.model.norm.weight[0] = float("inf")
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(DivergedError, match=r"step 1: the loss is nan.*no checkpoint yet"):
+        trainer.run()
+    after = trainer.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_flops_count_samples_not_rows(tiny: Path, tmp_path: Path) -> None:
+    from model.flops import training_flops
+
+    trainer = Trainer(load_config(tiny, [f"run_dir={tmp_path}"]), Grid.single())
+    batches = trainer.loader.at(0)
+    losses = trainer.engine.forward_backward(batches)
+    lengths = [sample for batch in batches for row in batch.lengths for sample in row]
+    assert losses.flops == pytest.approx(training_flops(trainer.config.model, lengths))
+    assert losses.counts.routed == sum(lengths)
+
+
+def test_wandb_offline_keeps_its_id_and_no_key(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "0123456789abcdef" * 2 + "01234567"
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    for steps in (1, 2):
+        train(tiny, tmp_path, f"steps={steps}", "metrics.wandb.mode=offline")
+    run_id = (tmp_path / "wandb/run-id").read_text().strip()
+    files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
+    # Two runs in one second share a time, and wandb then numbers the second folder's name.
+    logs = [path for path in files if path.suffix == ".wandb"]
+    assert len(logs) == 2 and all(path.name == f"run-{run_id}.wandb" for path in logs)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and key in _text(path)]
+
+
+def _text(path: Path) -> str:
+    return path.read_bytes().decode("latin-1")
+
+
+def test_plain_progress_lines(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny, tmp_path, "steps=5", "metrics.every=2")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.pop(0).startswith("kernels: attention, indexer, indexer loss, compressor")
+    assert re.match(r"memory: [\d.,]+ [MG]iB at most", lines.pop())
+    assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
+    assert re.search(r"loss \d+\.\d{4}  heldout \d+\.\d{4}  [\d ]+ tokens/s  ETA 0:00:0", lines[-1])
+
+
+def test_the_time_left_counts_steps_that_came_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten seconds a step, also where a run turns back behind its own beginning."""
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("trainer.metrics.progress.time.monotonic", lambda: next(clock))
+    progress = Progress(20, 10, 1)
+    for step in (11, 12, 9, 10, 11):
+        progress.update({"step": step, "loss": 1.0, "tokens_per_second": 1.0})
+    left = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert left == ["0:01:30", "0:01:20", "0:01:50", "0:01:40", "0:01:30"]
+
+
+def test_the_report_has_every_curve_and_needs_nothing_else(run: RunConfig) -> None:
+    html = write_report(run).read_text(encoding="utf-8")
+    for chart in CHARTS:  # a run without stages trains no indexer
+        assert (f'aria-label="{chart.title}"' in html) == ("indexers" not in chart.title)
+    assert html.count("<svg") == len(CHARTS) + 1, "two maps: SwiGLU's clamp never acts"
+    for label in ("training", "held out", "busiest expert", "idlest expert"):
+        assert f">{label}</text>" in html
+    assert f"{column(run.run_dir, 'tokens')[-1]:,}" in html
+    links = re.findall(r'(?:src|href)="([^"#]+)', html)
+    assert not [link for link in links if not link.startswith(("#", "data:image/png;base64,"))]
+    assert "@import" not in html and "url(http" not in html and "<script" not in html
+
+
+def test_a_run_without_metrics_has_no_report(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="nothing to draw"):
+        write_report(load_config(tiny, [f"run_dir={tmp_path}"]))
+
+
+def test_names_of_stages_do_not_overlap() -> None:
+    assert lines_of([0, 35, 84, 123, 147], 177) == [0, 0, 0, 0, 0]
+    assert lines_of([0, 2002, 2051, 2090], 2100) == [0, 0, 1, 2]
+    assert lines_of([0, 5, 10, 15, 24], 100) == [0, 1, 0, 1, 0]
+    wide = next(chart for chart in CHARTS if chart.wide)
+    marks = [(0, "dense"), (90, "warmup"), (95, "sparse")]
+    (axes,) = picture(wide, [{"step": 1}, {"step": 100}], marks).axes
+    dense, warmup, sparse = (text.get_position()[1] for text in axes.texts)
+    assert dense == warmup < sparse
+
+
+def test_points_and_smoothing() -> None:
+    records = [{"step": s, "x": float(s)} for s in range(1, 3001)]
+    steps, values = points(records, "x")
+    assert len(steps) <= MOST_POINTS and steps[-1] == 3000
+    assert sum(values) / len(values) == pytest.approx(1500.5, rel=1e-3)
+    assert smooth([0.0, 3.0, 0.0, 3.0], 1) == [0.0, 1.0, 2.0, 3.0]
+    assert json.dumps(points([], "x")) == "[[], []]"

@@ -1,0 +1,112 @@
+"""What a run says of its memory at its start and its end, beside what its tensors really take."""
+
+from __future__ import annotations
+
+import re
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from data import Loader
+from tests.distributed import spawn
+from trainer.__main__ import main
+from trainer.config import load_config
+from trainer.memory_used import peak_bytes, peak_words
+from trainer.parallel.grid import Grid
+from trainer.planning.activations import Live, Storages
+from trainer.planning.dry_run import RankMemory, StageMemory, dry_run, rank_memory
+from trainer.planning.expected_memory import expected, expected_words
+from trainer.trainer import build, make_engine
+
+# Weights of 1 MiB and more, so that what is printed has digits enough.
+WIDE = ("model.hidden_size=128", "model.moe_intermediate_size=256", "precision=bf16")
+SIZE = {"MiB": 2**20, "GiB": 2**30}
+
+
+def said(text: str, name: str) -> float:
+    """The bytes that stand behind a name, to a tenth of a MiB or a hundredth of a GiB."""
+    found = re.search(rf"{name} ([\d.,]+) (MiB|GiB)", text)
+    assert found is not None, (name, text)
+    return float(found[1].replace(",", "")) * SIZE[found[2]]
+
+
+def test_a_run_says_what_it_expects_and_what_it_took(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*WIDE, f"run_dir={tmp_path}", "steps=3", "evaluation.every=2"]
+    assert main([str(tiny), *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = next(place for place, line in enumerate(lines) if line.startswith("step "))
+    (expects,) = (line for line in lines[:first] if line.startswith("memory: about "))
+    config = load_config(tiny, words)
+    local, optimizer = build(config, Grid.single())
+    engine = make_engine(config, local, Grid.single(), optimizer)
+    batches = Loader(config.data, config.seed, 0, 1).at(0)
+    engine.forward_backward(batches)
+    model, near = local.model, {"abs": 0.06 * 2**20}
+    weights = [*model.parameters(), *model.buffers()]
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    held = {
+        "weights": weights,
+        "gradients": grads,
+        # fp32 parameters are their own masters.
+        "master weights": [t for t in optimizer.owned() if t not in Storages(weights)],
+        "optimizer states": [s.tensor for s in optimizer.states() if s.kind != "master"],
+    }
+    for name, tensors in held.items():
+        assert said(expects, name) == pytest.approx(sum(t.nbytes for t in tensors), **near), name
+    with Live(Storages([*weights, *grads])) as live:
+        engine.forward_backward(batches)
+    passes = sum(said(expects, name) for name in ("rows", "activations", "workspace"))
+    assert passes == pytest.approx(live.peak, rel=0.1)  # routing is uneven, samples are short
+    whole = max(passes, said(expects, "the update")) + sum(said(expects, name) for name in held)
+    assert said(expects, "about") == pytest.approx(whole, abs=0.5 * 2**20)
+    # After the first evaluation, and at the end.
+    told = [place for place, line in enumerate(lines) if "at most so far" in line]
+    steps = [int(line.split()[1].split("/")[0]) for line in lines if line.startswith("step ")]
+    assert steps == [1, 2, 3] and len(told) == 2
+    assert lines[told[0] - 1].startswith("step 2/3") and lines[told[1] - 1].startswith("step 3/3")
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert "(rank 0), resident, Python and libraries included" in lines[told[1]]
+    digit = 2**20 if own < 2**30 else 2**30 / 100
+    assert 100 * 2**20 < said(lines[told[1]], "memory:") <= own + digit
+
+
+def of_ranks(rank: int, world: int, path: Path) -> tuple[str, str, int]:
+    """Worker: both lines, the second rank expected to need more, and this rank's own peak."""
+    config = load_config(path)
+    grid = Grid.build(config.sizes(world), torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="process groups of its own"):
+        expected(config)
+    stage = StageMemory(0, range(3), 5, 1, 7)
+    mine = RankMemory(rank, 0, 3, {"weights": 11}, 2, (stage,), update=(rank + 1) << 40)
+    words = expected_words(config, grid, mine)
+    filled = torch.ones(rank * 2**25)  # 128 MiB on the second rank
+    assert filled.numel() == rank * 2**25
+    return words, peak_words(grid), peak_bytes(grid.device)
+
+
+def test_the_fullest_rank_is_told(tiny: Path) -> None:
+    everyone = spawn(of_ranks, 2, tiny)
+    assert len({words for words, _, _ in everyone}) == 1 == len({words for _, words, _ in everyone})
+    expects, took, _ = everyone[0]
+    assert "the fullest is rank 1)" in expects and said(expects, "the update") == 2 << 40
+    assert "(rank 1)" in took
+    most = max(peak for _, _, peak in everyone)
+    assert said(took, "memory:") == pytest.approx(most, abs=2**24)
+
+
+def test_the_rank_alone_is_that_of_the_dry_run(tiny: Path) -> None:
+    config = load_config(tiny, ["parallel.pipeline=2", "precision=bf16"])
+    for found in dry_run(config, 2).ranks:
+        assert rank_memory(config, config.sizes(2), found.rank) == found
+    assert not dist.is_initialized()
+
+
+def test_another_engine_has_no_estimate(tiny: Path) -> None:
+    config = load_config(tiny).model_copy(update={"engine": "deepspeed"})
+    assert expected(config) is None
+    assert "no estimate" in expected_words(config, Grid.single(), None)

@@ -1,0 +1,147 @@
+"""Settings for the memory of a device: which are chosen, and that they fit and train the same."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainer.tiny import column
+from trainer.__main__ import main
+from trainer.config import ConfigError, RunConfig, load_config
+from trainer.device import Card
+from trainer.formatting import GIB
+from trainer.planning.dry_run import dry_run
+from trainer.planning.fit_device import AGAIN, ROOM, Count, fit, micro_rows
+from trainer.planning.static_memory import snapshot_memory
+
+CONFIG = Path(__file__).parents[3] / "configs" / "debug.yaml"
+# Of a row, by what is computed again; 10 GiB are there all the time.
+GIB_OF_ROW = {(): 8.0, ("norms", "streams"): 6, ("attention", "norms", "streams"): 4, ("block",): 2}
+
+
+def count(config: RunConfig) -> int:
+    of_row = GIB_OF_ROW[config.parallel.recompute] / (1 + bool(config.parallel.offload))
+    return int((10 + config.data.micro_rows * of_row) * GIB)
+
+
+def settings(memory: float, *words: str, world: int = 1) -> tuple[int, tuple[str, ...], bool]:
+    config = load_config(CONFIG, ["data.batch_rows=12", "data.micro_rows=1", *words])
+    # Room is a share of whole GiB; what is over does not count.
+    card = Card("a card", math.ceil(memory / ROOM) * GIB + GIB - 1)
+    chosen, words_ = fit(config, world, card, count)
+    assert count(chosen) <= ROOM * card.memory
+    assert f"data.micro_rows = {chosen.data.micro_rows}, " in words_ and "a card" in words_
+    return chosen.data.micro_rows, chosen.parallel.recompute, bool(chosen.parallel.offload)
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [
+        (106, (12, (), False)),
+        (105, (6, (), False)),
+        (58, (6, (), False)),
+        (34, (3, (), False)),
+        (18, (1, (), False)),
+        (16, (1, ("norms", "streams"), False)),
+        (14, (1, ("attention", "norms", "streams"), False)),
+        (12, (1, ("block",), False)),
+        (11, (1, ("block",), True)),
+    ],
+)
+def test_least_recomputation_then_the_longest_microbatch(memory, expected):
+    assert settings(memory) == expected
+
+
+def test_what_is_written_does_not_matter():
+    assert settings(58, "parallel.recompute=[block]", "data.micro_rows=12") == (6, (), False)
+
+
+def test_nothing_fits():
+    with pytest.raises(
+        ConfigError,
+        match=r"needs? least a process asks for about 11.00 GiB, and 90% .* of a card are 10.80",
+    ):
+        settings(10)
+
+
+def test_microbatches_have_no_filler_rows_and_end_at_32768_tokens():
+    words = ["data.batch_rows=96", "data.micro_rows=1"]
+    rows = micro_rows(load_config(CONFIG, words), 1)
+    assert rows == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48] and 64 * 512 == 32_768
+    assert micro_rows(load_config(CONFIG, words), 2) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
+    assert micro_rows(load_config(CONFIG, [*words, "data.row_length=16384"]), 1) == [1, 2]
+    pipeline = [*words, "parallel.pipeline=2", "data.micro_rows=4"]
+    assert micro_rows(load_config(CONFIG, pipeline), 2) == [4]
+
+
+def test_a_step_that_other_rows_do_not_divide_is_left_alone():
+    stages = (
+        "stages=[{until: 49152, attention: dense, batch_rows: 8}, {until: 98304, attention: dense}]"
+    )
+    rows, *_ = settings(1000, stages, "steps=0")
+    assert rows == 4  # of 12 and of 8
+
+
+def test_what_is_chosen_fits_by_the_dry_run_and_more_does_not():
+    config = load_config(CONFIG, ["data.batch_rows=16"])
+    size = Count(1, on_host=False, tell=False)
+    chosen, _ = fit(config, 1, Card("a card", GIB), size)
+    assert size(chosen) <= ROOM * GIB
+    assert chosen.parallel.recompute == () and 1 <= chosen.data.micro_rows < 16
+    words = ["data.batch_rows=16", f"data.micro_rows={2 * chosen.data.micro_rows}"]
+    assert size(load_config(CONFIG, words)) > ROOM * GIB
+
+
+def test_snapshots_on_the_host_count_where_it_trains():
+    config = load_config(CONFIG, ["stability.spikes={}"])
+    there, here = (Count(1, on_host, tell=False)(config) for on_host in (False, True))
+    assert here - there == snapshot_memory(config, config.sizes(1)) > 0
+
+
+def test_every_rung_needs_less_than_the_one_before():
+    """On rows long enough for attention to count; as many as a GPU holds of a larger model."""
+    config = load_config(CONFIG, ["data.row_length=4096", "data.micro_rows=4"])
+    sizes = []
+    for again in AGAIN:
+        parallel = config.parallel.model_copy(update=again)
+        with_it = config.model_copy(update={"parallel": parallel})
+        sizes.append(dry_run(with_it, 1).fullest.total)
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
+
+
+def test_a_run_fits_itself_to_this_machine_and_trains_the_same(
+    tiny: Path, tmp_path, capsys
+) -> None:
+    losses = {}
+    for name, words in (("fitted", ["fit_device=true"]), ("plain", ["data.micro_rows=1"])):
+        folder = tmp_path / name
+        assert main([str(tiny), f"run_dir={folder}", *words]) == 0
+        losses[name] = column(folder, "loss")
+    said = capsys.readouterr()
+    assert "fit_device: data.micro_rows = 4, parallel.recompute = []" in said.out + said.err
+    assert load_config(tmp_path / "fitted" / "config.yaml").data.micro_rows == 4
+    # Rounding alone: sums in another order, over six updates.
+    torch.testing.assert_close(losses["fitted"], losses["plain"], rtol=1e-5, atol=0)
+
+
+def test_the_memory_of_deepspeed_is_not_known():
+    with pytest.raises(ConfigError, match="fit_device = true does not go with engine = deepspeed"):
+        load_config(CONFIG, ["engine=deepspeed", "fit_device=true"])
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA B200", 2250),
+        ("CPU", None),
+    ],
+)
+def test_peaks_of_data_sheets(name, peak):
+    assert Card(name, GIB).peak_tflops == peak

@@ -1,0 +1,54 @@
+"""What a run says at its end where the device is full."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.config import load_config
+from trainer.errors import EXIT_CODE, run_or_explain
+from trainer.parallel.grid import Grid
+from trainer.planning.out_of_memory import advised, candidates
+
+CONFIG = Path(__file__).parents[3] / "configs" / "debug.yaml"
+
+
+def fail(*overrides: str) -> None:
+    config = load_config(CONFIG, overrides)
+    with advised(config, Grid.single(torch.device("cpu"))):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a")
+
+
+def test_three_settings_with_estimates_the_best_first(capsys):
+    assert run_or_explain(lambda: fail("data.micro_rows=8")) == EXIT_CODE
+    said = capsys.readouterr().err
+    assert said.startswith("v4: error: cpu: CUDA out of memory; it asks for about ")
+    assert len(said.strip().splitlines()) == 1
+    settings = re.findall(r"([a-z_.]+)=\S+ \(about ([\d.]+) MiB\)", said)
+    sizes = [float(size) for _, size in settings]
+    now = float(re.search(r"asks for about ([\d.]+) MiB", said).group(1))
+    assert len(settings) == 3 and sizes == sorted(sizes) and sizes[-1] < now
+    assert {name for name, _ in settings} <= {
+        "data.micro_rows",
+        "data.row_length",
+        "parallel.recompute",
+    }
+
+
+def test_what_is_set_already_is_not_advised():
+    words = ["data.micro_rows=1", "parallel.recompute=[block]"]
+    assert candidates(load_config(CONFIG, words)) == [
+        "parallel.offload=[block]",
+        "data.row_length=256",
+    ]
+    config = load_config(CONFIG, [*words, "parallel.offload=[block]"])
+    assert candidates(config) == ["data.row_length=256"]
+
+
+def test_other_errors_pass():
+    inside = advised(load_config(CONFIG), Grid.single(torch.device("cpu")))
+    with pytest.raises(RuntimeError, match="of another kind"), inside:
+        raise RuntimeError("of another kind")

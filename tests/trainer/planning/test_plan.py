@@ -1,0 +1,145 @@
+"""`v4 plan`: its tables, its measured balance, and its refusals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from model.flops import flops_by_part
+from tests.trainer.parallel.topologies import MODEL
+from trainer.config import ConfigError, RunConfig, load_config
+from trainer.parallel.degrees import Sizes
+from trainer.parallel.stage_plan import balanced
+from trainer.planning.layer_times import Times, measure, take_times
+from trainer.planning.plan import plan, span, stage_shares
+from trainer.planning.static_memory import memory_parts
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+def printed(parts: object) -> str:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for part in parts:  # type: ignore[attr-defined]
+        console.print(part)
+    return console.export_text()
+
+
+def row(text: str, name: str) -> list[str]:
+    """The other cells of the one line whose first cell begins with `name`."""
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+    found = [cells[1:] for cells in lines if cells and cells[0].startswith(name)]
+    assert len(found) == 1, (name, text)
+    return found[0]
+
+
+def test_flash_on_256() -> None:
+    text = printed(plan(load_config(CONFIGS / "flash.yaml"), 256))
+    assert row(text, "tensor x context x data x pipeline") == ["2 x 8 x 2 x 8"]
+    assert row(text, "expert_tensor x expert x expert_data") == ["1 x 32 x 1 x 8"]
+    assert row(text, "microbatches a step") == ["36"], "of the stage with the longest rows"
+    assert row(text, "parameters") == ["290,942,278,866"]
+    assert row(text, "33") == ["1", "0", "0", "1", "0", "1", "0"]  # who is where
+    assert "│     7 │             7 │     42 │ 1 csa, heads" in text
+    assert row(text, "in all, without activations") == ["20.49 GiB"]
+    assert row(text, "on the host: snapshots") == ["19.25 GiB"], "two of masters and states"
+
+
+def test_the_stages_of_flash() -> None:
+    config = load_config(CONFIGS / "flash.yaml", ["metrics.peak_tflops=1000"])
+    text = printed(plan(config, 256))
+    name, steps, tokens, until, rows, rates, mtp, time = row(text, "stage 3")
+    assert (name, tokens, until, rows) == ("sparse 64K", "27.8T", "28.8T", "1,152 x 64K")
+    assert int(steps.replace(",", "")) == pytest.approx(27.8e12 / 75.5e6, rel=1e-3)
+    assert (rates, mtp) == ("0.00027", "0.3")
+    # Six operations a parameter and token and a little for attention, at 40% of the peak.
+    seconds = 27.8e12 * 6 * 13.3e9 * 1.3 / (0.4 * 256e15)
+    assert float(time.removesuffix(" days")) == pytest.approx(seconds / 86400, rel=0.15)
+    assert "Times at 40% of metrics.peak_tflops = 1000 on 256 processes" in text
+    assert row(text, "stage 2")[5] == "0.001" and row(text, "stage 0")[4].startswith("4,608 to")
+
+
+def test_shares_of_stages_sum_to_one() -> None:
+    config = load_config(CONFIGS / "flash.yaml")
+    stages = config.parallel.stages(config.model, 4096)
+    costs, tail = flops_by_part(config.model, 4096)
+    shares = stage_shares(stages, costs, tail)
+    assert sum(shares) == pytest.approx(1)
+    assert shares[-1] == pytest.approx((costs[-1] + tail) / (sum(costs) + tail))
+
+
+def test_memory_falls_with_every_axis_that_divides_it(tiny: Path) -> None:
+    config = load_config(tiny, [*MODEL, "precision=bf16"])
+
+    def total(**degrees: int) -> int:
+        words = [f"parallel.{name}={degree}" for name, degree in degrees.items()]
+        changed = load_config(tiny, [*MODEL, "precision=bf16", *words])
+        return sum(memory_parts(changed, Sizes(2, **degrees)).values())
+
+    alone = sum(memory_parts(config, Sizes(2)).values())
+    for axis in ("tensor", "expert", "expert_tensor", "pipeline"):
+        assert total(**{axis: 2}) < alone, axis
+    assert total(context=2) == alone
+
+
+def test_the_whole_command(tiny: Path) -> None:
+    """Degrees without a number of processes: the fewest they need; tables on stdout only."""
+    command = [sys.executable, "-m", "launch.cli", "plan", str(tiny), *MODEL]
+    words = ["parallel.pipeline=2", "parallel.expert=2", "--dry-run"]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert row(done.stdout, "processes") == ["4"]
+    layers, parameters, *memory = row(done.stdout, "2-3")
+    assert layers == "3" and int(parameters.replace(",", "")) > 10_000
+    assert memory[5] == "1"  # the last stage holds one microbatch
+    assert float(memory[-1]) > sum(map(float, memory[:4]))
+    assert "All processes together hold" in done.stdout
+    assert done.stderr.startswith("dry run: ")
+    done = subprocess.run(
+        [*command, "parallel.pipeline=2", "--nproc=3"], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("v4: error: ") and done.stderr.count("\n") == 1
+
+
+def test_measured_times_balance_the_stages(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(tiny, [*MODEL, "parallel.pipeline=2"])
+    layers = {"window": 1.0, "csa": 9.0, "hca": 1.0}
+    times = Times(torch.device("cpu"), 48, layers, 1.0, 1.0)  # type: ignore[arg-type]
+    monkeypatch.setattr("trainer.planning.layer_times.take_times", lambda *_: times)
+    table, override = measure(config, 2)
+    assert isinstance(table, Table)
+    # window 1, csa 9, hca 1 | csa 9, head and MTP 2
+    assert override == "parallel.pipeline_layers=[3,1]"
+    assert balanced(times.of_layers(config.model), times.tail, 2) == (3, 1)
+    again = load_config(tiny, [*MODEL, "parallel.pipeline=2", str(override)])
+    assert again.parallel.pipeline_layers == (3, 1)
+    text = printed([table])
+    assert row(text, "csa layer")[:3] == ["2", "9000.0", "81.82%"]
+    assert row(text, "head, and MTP block")[:3] == ["1", "2000.0", "9.09%"]
+
+
+def test_every_part_is_timed(tiny: Path) -> None:
+    config: RunConfig = load_config(tiny, MODEL)
+    times = take_times(config, torch.device("cpu"), repeats=1)
+    assert set(times.layers) == {"window", "csa", "hca"}
+    assert times.tokens == 48
+    assert all(0 < seconds < 60 for seconds in (*times.layers.values(), times.mtp, times.head))
+    assert times.mtp > times.head
+
+
+def test_a_world_that_does_not_fit_is_refused(tiny: Path) -> None:
+    config = load_config(tiny, [*MODEL, "parallel.tensor=2"])
+    with pytest.raises(ConfigError, match="does not divide the 3 processes"):
+        list(plan(config, 3))
+    with pytest.raises(ConfigError, match="does not divide the 3 processes"):
+        list(measure(config, 3))
+
+
+def test_span() -> None:
+    assert [span([]), span([4]), span(range(3, 8))] == ["", "4", "3-7"]

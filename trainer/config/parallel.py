@@ -1,0 +1,239 @@
+"""How a run is spread over processes, and whether model, data and processes allow it.
+
+Imports no torch: a login node can say what is wrong before anything is started.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from data.config import DataStage
+from model.config import ModelConfig
+from trainer.parallel.degrees import Sizes
+from trainer.parallel.stage_plan import V_SHAPED, ScheduleName, StagePlan, plan_stages
+
+Degree = Annotated[int, Field(ge=1)]
+
+
+class ParallelConfig(BaseModel):
+    """Degrees of each axis; the processes that remain are data parallel.
+
+    tensor x context x pipeline divides the number of processes, and so does
+    expert_tensor x expert x pipeline: experts are divided over the same ranks once more, so expert
+    and tensor degrees do not depend on each other.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    tensor: Degree = 1
+    """Ranks that split heads, output groups, vocabulary and the shared expert."""
+    expert: Degree = 1
+    """Ranks that routed experts are divided over."""
+    pipeline: Degree = 1
+    """Ranks that layers are divided over."""
+    context: Degree = 1
+    """Ranks that every row is divided over."""
+    expert_tensor: Degree = 1
+    """Ranks that split every routed expert's inner dimension."""
+    pipeline_schedule: ScheduleName = "1f1b"
+    """Order of forward and backward; the V-shaped ones have two stages on a rank."""
+    pipeline_chunks: Degree | None = None
+    """Stages on a rank in `interleaved_1f1b`; null is 2 there. The others fix it."""
+    pipeline_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Layers of each stage; null balances them by their operations (`v4 plan` shows them)."""
+    recompute: tuple[Literal["streams", "norms", "attention", "block"], ...] = ()
+    """Activations that backward computes again: residual streams inside a block, norms' outputs,
+    attention, or whole blocks."""
+    offload: tuple[Literal["attention", "block"], ...] = ()
+    """Of these parts of `recompute` the input waits for backward in the host's memory."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """What gradients are sent to their owners in; they are always summed in fp32."""
+    expert_gradients: Literal["fp32", "bf16", "bf16_stochastic"] = "fp32"
+    """The same for routed experts; `bf16_stochastic` rounds without bias."""
+    optimizer_padding: Annotated[float, Field(ge=0)] = 0.1
+    """Most padding of an optimizer's buffer over what it holds: where matrices are so few that it
+    would be more, fewer ranks own them, and the others repeat the update."""
+    timeout_seconds: Annotated[float, Field(gt=0)] | None = None
+    """How long a collective may wait for the others; null is torch's default."""
+
+    @property
+    def chunks(self) -> int:
+        """Stages on a rank."""
+        if self.pipeline == 1:
+            return 1
+        if self.pipeline_schedule == "interleaved_1f1b":
+            return self.pipeline_chunks or 2
+        return 2 if self.pipeline_schedule in V_SHAPED else 1
+
+    def stages(self, model: ModelConfig, row_length: int) -> StagePlan:
+        """Which layers are where; only after the config's checks."""
+        return plan_stages(
+            model,
+            row_length,
+            self.pipeline,
+            self.pipeline_schedule,
+            self.chunks,
+            self.pipeline_layers if self.pipeline > 1 else None,
+        )
+
+    def sizes(self, world: int) -> Sizes:
+        """The degrees for a number of processes. Raises ValueError when they do not divide it."""
+        return Sizes(
+            world, self.tensor, self.expert, self.pipeline, self.context, self.expert_tensor
+        )
+
+    @property
+    def least_world(self) -> int:
+        """The smallest number of processes that these degrees divide."""
+        dense = self.tensor * self.context * self.pipeline
+        return math.lcm(dense, self.expert_tensor * self.expert * self.pipeline)
+
+    def problems(self, model: ModelConfig) -> Iterator[str]:
+        """What does not fit together, whatever the number of processes."""
+        shared = model.moe_intermediate_size * model.n_shared_experts
+        yield from self._split_problems(
+            "tensor",
+            {
+                "model.num_attention_heads": model.num_attention_heads,
+                "model.o_groups": model.o_groups,
+                "model.vocab_size": model.vocab_size,
+                "model.moe_intermediate_size x model.n_shared_experts": shared,
+            },
+        )
+        yield from self._split_problems(
+            "expert", {"model.n_routed_experts": model.n_routed_experts}
+        )
+        inner = model.moe_intermediate_size
+        if inner % self.expert_tensor or inner // self.expert_tensor % 8:
+            yield (
+                f"model.moe_intermediate_size = {inner} does not split over "
+                f"parallel.expert_tensor = {self.expert_tensor} in multiples of 8; "
+                f"parallel.expert_tensor should be {nearest(self.expert_tensor, inner // 8)}"
+            )
+        for part in self.offload:
+            if part not in self.recompute:
+                yield (
+                    f"parallel.offload = [{', '.join(self.offload)}] moves what is kept of a part "
+                    "that is computed again, but parallel.recompute = "
+                    f"[{', '.join(self.recompute)}] should have {part}, too"
+                )
+        yield from self._pipeline_problems(model)
+
+    def row_problems(self, length: int, where: str) -> Iterator[str]:
+        """What does not fit rows of a length that the section `where` of the config says."""
+        runs = self.tensor * self.context
+        if length % runs:
+            near = [n for n in (length // runs * runs, -(-length // runs) * runs) if n]
+            yield (
+                f"{where}.row_length = {length} does not divide into parallel.context = "
+                f"{self.context} x parallel.tensor = {self.tensor} equal runs; {where}.row_length "
+                f"should be {' or '.join(str(n) for n in dict.fromkeys(near))}"
+            )
+
+    def _split_problems(self, axis: str, fields: dict[str, int]) -> Iterator[str]:
+        degree = getattr(self, axis)
+        for field, value in fields.items():
+            if value % degree:
+                yield (
+                    f"{field} = {value} does not split over parallel.{axis} = {degree}; "
+                    f"parallel.{axis} should be {nearest(degree, math.gcd(*fields.values()))}"
+                )
+
+    def _pipeline_problems(self, model: ModelConfig) -> Iterator[str]:
+        schedule, layers = self.pipeline_schedule, model.num_hidden_layers
+        if self.pipeline_chunks not in (None, self.chunks):
+            yield (
+                f"parallel.pipeline_chunks = {self.pipeline_chunks} does not fit "
+                f"parallel.pipeline_schedule = {schedule} on parallel.pipeline = {self.pipeline}; "
+                f"it should be {self.chunks} or null"
+            )
+        stages = self.pipeline * self.chunks
+        if stages - 1 > layers:
+            most = (layers + 1) // self.chunks
+            yield (
+                f"parallel.pipeline = {self.pipeline} with {schedule} makes {stages} stages, but "
+                f"model.num_hidden_layers = {layers}; parallel.pipeline should be at most {most}"
+            )
+        given = self.pipeline_layers
+        if given is None or self.pipeline == 1:
+            return
+        if len(given) != stages or sum(given) != layers or 0 in given[:-1]:
+            yield (
+                f"parallel.pipeline_layers = {list(given)} should have one number for each of the "
+                f"{stages} stages, which sum to model.num_hidden_layers = {layers}, with none but "
+                "the last 0"
+            )
+
+    def world_problems(self, world: int) -> Iterator[str]:
+        """What does not fit a number of processes."""
+        for product, fields in (
+            (self.tensor * self.context * self.pipeline, "tensor x context x pipeline"),
+            (self.expert_tensor * self.expert * self.pipeline, "expert_tensor x expert x pipeline"),
+        ):
+            if world % product:
+                near = [n for n in (world // product * product, (world // product + 1) * product)]
+                yield (
+                    f"parallel.{fields} = {product} does not divide the {world} processes; start "
+                    f"{' or '.join(str(n) for n in near if n)} processes, or change these degrees"
+                )
+                return
+
+    def step_problems(self, world: int, data: DataStage, where: str) -> Iterator[str]:
+        """What does not fit a step's rows, those of a ramp included, on a number of processes.
+
+        `where` is the section of the config that says them.
+        """
+        data_ranks = self.sizes(world).data
+        for rows in data.sizes:
+            name = f"{where}.batch_rows" if rows == data.batch_rows else f"a ramp's {where}: rows"
+            if rows < data_ranks:
+                yield (
+                    f"{name} = {rows} should be at least the number of data-parallel ranks, "
+                    f"{data_ranks}"
+                )
+            elif self.pipeline > 1:
+                yield from self._microbatch_problems(data_ranks, rows, data.micro_rows, name, where)
+
+    def _microbatch_problems(
+        self, data_ranks: int, rows: int, micro: int, name: str, where: str
+    ) -> Iterator[str]:
+        """A pipeline wants microbatches of one shape, and enough of them for its schedule."""
+        per_rank = -(-rows // data_ranks)
+        count, rest = divmod(per_rank, micro)
+        if rest:
+            yield (
+                f"{name} = {rows} over {data_ranks} data-parallel ranks is {per_rank} rows, which "
+                f"are no whole microbatches of {where}.micro_rows = {micro}; {name} should be "
+                f"{count * micro * data_ranks or micro * data_ranks} or "
+                f"{(count + 1) * micro * data_ranks}"
+            )
+            return
+        stages = self.pipeline * self.chunks
+        need = stages if self.pipeline_schedule in ("1f1b", "dual_pipe_v") else self.pipeline
+        if count < need:
+            yield (
+                f"{count} microbatches a step are fewer than the {need} that "
+                f"parallel.pipeline_schedule = {self.pipeline_schedule} wants with "
+                f"parallel.pipeline = {self.pipeline}; {name} should be at least "
+                f"{need * micro * data_ranks}, or {where}.micro_rows smaller"
+            )
+        elif self.pipeline_schedule == "interleaved_1f1b" and count % (count // self.pipeline):
+            rounds = count // self.pipeline
+            near = (count // rounds * rounds, (count // rounds + 1) * rounds)
+            fitting = [str(n * micro * data_ranks) for n in near]
+            yield (
+                f"{count} microbatches a step do not divide into the {rounds} rounds of "
+                f"interleaved_1f1b with parallel.pipeline = {self.pipeline}; {name} should be "
+                f"{' or '.join(fitting)}"
+            )
+
+
+def nearest(degree: int, value: int) -> str:
+    """The divisors of `value` next to `degree`, below and above, for people."""
+    below = max((n for n in range(1, min(degree, value) + 1) if value % n == 0), default=1)
+    above = next((n for n in range(degree + 1, value + 1) if value % n == 0), None)
+    return f"{below}" if above is None or below == degree else f"{below} or {above}"

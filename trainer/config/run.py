@@ -1,0 +1,262 @@
+"""The root of a run's configuration, and how it is read. Imports no torch.
+
+    config = load_config("configs/debug.yaml", ["steps=20", "data.batch_rows=8"])
+
+Unknown keys, wrong types and values that do not fit together raise ConfigError with one sentence.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data.config import DataConfig, DataStage
+from model.config import ModelConfig
+from optim.config import OptimConfig
+from trainer.config.deepspeed import problems as deepspeed_problems
+from trainer.config.explain import explain
+from trainer.config.parallel import ParallelConfig
+from trainer.config.quantisation import fp8_problems
+from trainer.config.quantisation import problems as quantisation_problems
+from trainer.config.recipe import Recipe
+from trainer.config.source import ConfigError, dump_yaml, read_source
+from trainer.config.stability import StabilityConfig
+from trainer.config.stability import problems as stability_problems
+from trainer.config.stages import Quantisation, StageConfig
+from trainer.config.stages import problems as stage_problems
+from trainer.parallel.degrees import Sizes
+
+__all__ = ["ConfigError", "RunConfig", "Section", "load_as", "load_config", "load_run"]
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NaturalInt = Annotated[int, Field(ge=0)]
+Root = TypeVar("Root", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys fail, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many stay."""
+
+    every: NaturalInt = 1000
+    """Steps between checkpoints; 0 writes only the last one (and one on SIGTERM or SIGINT)."""
+    keep: NaturalInt = 3
+    """How many of the newest stay; 0 keeps all."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases. The API key comes from wandb's own login and is never written by us."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto` is online where a key is found, else offline (`wandb sync` sends it later)."""
+    project: str = "v4-pretrain"
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+class MetricsConfig(Section):
+    """What is reported. `metrics.jsonl` has one object for every step in any case."""
+
+    every: PositiveInt = 1
+    """Steps between plain progress lines, and between points sent to wandb."""
+    layers_every: NaturalInt = 100
+    """Steps between looks at every layer (loads of experts, router biases, sinks, streams, SwiGLU)
+    and at how far weights move, which run one microbatch forward once more, copy the weights to the
+    host and wait for the device; 0 looks only after the last step."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Peak of one device in TFLOP/s; with it `mfu` is reported. Null is bf16's of the data sheet,
+    where precision is bf16 or fp8 and the GPU a known one."""
+    wandb: WandbConfig = WandbConfig()
+
+
+class EvaluationConfig(Section):
+    """Loss on the held-out split during training."""
+
+    every: NaturalInt = 1000
+    """Steps between evaluations; 0 evaluates only after the last step."""
+    rows: PositiveInt | None = None
+    """Held-out rows that are read; null reads all of them."""
+    by_source: bool = True
+    """Also the loss of every source by itself, where there are several, on as many rows in all."""
+
+
+class RunConfig(Section):
+    """A whole run. Fields are the interface of config files and of the command line."""
+
+    run_dir: Path
+    """The run's folder: config.yaml, metrics.jsonl, checkpoints/, wandb/, report.html."""
+    steps: NaturalInt = 0
+    """Optimizer steps of the whole run, those before a resume included; with `stages` they follow
+    from the stages' tokens."""
+    seed: NaturalInt = 0
+    """Decides initial weights and data order."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """`bf16` computes in bfloat16, with fp32 master weights in the optimizer. `fp8` is bf16 with
+    the factors of linears' and experts' products rounded to eight bits (docs/quantisation.md)."""
+    engine: Literal["native", "deepspeed"] = "native"
+    """`deepspeed` leaves gradients and optimizer to DeepSpeed and its ZeRO stages."""
+    deepspeed: dict[str, Any] | None = None
+    """DeepSpeed's own settings, in its format; see docs/deepspeed.md."""
+    mtp_loss_weight_in_decay: Annotated[float, Field(ge=0)] | None = 0.1
+    """MTP loss weight once the learning rate decays (REP 4.2); null keeps model.mtp_loss_weight."""
+    router_bias_speed: Annotated[float, Field(ge=0)] = 0.001
+    """How far a router's bias moves a step, against the load (V3 2.1.2; V4's own value)."""
+    quantisation: Quantisation = "none"
+    """`mxfp4` trains routed experts and the indexer's queries and keys for four bits (REP 3.4)."""
+    compile: bool = False
+    """Run norms, experts' activation and residual streams, where no Triton kernel does, through
+    torch.compile (docs/performance.md)."""
+    fit_device: bool = False
+    """Choose data.micro_rows, parallel.recompute and parallel.offload for the memory of the device
+    that training finds, in place of what is written (docs/planning.md)."""
+    deterministic: bool = False
+    """Refuse operations whose result may differ from run to run."""
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    parallel: ParallelConfig = ParallelConfig()
+    stages: tuple[StageConfig, ...] = ()
+    """Parts of the run with their own rows, attention and rates; without any it is one part, whose
+    indexers choose as they were made and are not trained."""
+    stability: StabilityConfig = StabilityConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        if not self.stages and not self.steps:
+            raise ValueError("the key 'steps' is missing, or 0; it should be at least 1")
+        for problem in stage_problems(self):
+            raise ValueError(problem)
+        recipe = Recipe(self)
+        if self.stages and self.steps not in (0, recipe.steps):
+            raise ValueError(
+                f"steps = {self.steps:,}, but the stages have {recipe.steps:,}: they should cover "
+                "the run and no more; leave steps out, or say steps=0"
+            )
+        object.__setattr__(self, "steps", recipe.steps)
+        vocabulary, ids = self.model.vocab_size, self.data.tokenizer.vocab_size
+        if ids > vocabulary:
+            raise ValueError(
+                f"model.vocab_size = {vocabulary} should be at least data.tokenizer.vocab_size = "
+                f"{ids}"
+            )
+        for problem in (
+            *self.parallel.problems(self.model),
+            *fp8_problems(self),
+            *deepspeed_problems(self),
+            *quantisation_problems(self),
+            *stability_problems(self, recipe.stages),
+        ):
+            raise ValueError(problem)
+        for where, rows in self._all_rows(recipe):
+            self._check_rows(where, rows)
+        return self
+
+    def _all_rows(self, recipe: Recipe) -> list[tuple[str, DataStage]]:
+        """The rows of the held-out text and of every stage, by the section that says them."""
+        own = [(f"stages.{stage.number}", stage.rows) for stage in recipe.stages if self.stages]
+        return [("data", self.data.one_stage()), *own]
+
+    def _check_rows(self, where: str, rows: DataStage) -> None:
+        """Raise ValueError for rows that the model or the axes cannot take."""
+        if rows.row_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"{where}.row_length = {rows.row_length} should be at most "
+                f"model.max_position_embeddings = {self.model.max_position_embeddings}"
+            )
+        for name in ("batch_rows", "ramp_from"):
+            if (getattr(rows, name) or 0) % rows.micro_rows:
+                raise ValueError(
+                    f"{where}.{name} = {getattr(rows, name)} should be a multiple of "
+                    f"{where}.micro_rows = {rows.micro_rows}"
+                )
+        for problem in self.parallel.row_problems(rows.row_length, where):
+            raise ValueError(problem)
+
+    def check_world(self, world_size: int) -> None:
+        """Raise ConfigError when the run cannot be spread over this many processes.
+
+        Without a pipeline, data-parallel ranks need not divide the rows: filler rows, which count
+        nothing, even them out.
+        """
+        for problem in self.parallel.world_problems(world_size):
+            raise ConfigError(problem)
+        for where, rows in self._all_rows(Recipe(self)):
+            for problem in self.parallel.step_problems(world_size, rows, where):
+                raise ConfigError(problem)
+
+    def sizes(self, world_size: int) -> Sizes:
+        """Degrees of all axes for this many processes. Raises ConfigError as `check_world`."""
+        self.check_world(world_size)
+        return self.parallel.sizes(world_size)
+
+    def alone(self) -> "RunConfig":
+        """The same run on one process, without DeepSpeed and torch.compile."""
+        alone = {"parallel": ParallelConfig(), "engine": "native", "deepspeed": None}
+        alone["compile"] = False
+        return self.model_copy(update=alone)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise ConfigError when the tokenizer has ids that the model has no embedding for."""
+        if vocab_size > self.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size = {self.model.vocab_size} should be at least the {vocab_size} "
+                f"ids of the tokenizer in data.tokenizer.path = {self.data.tokenizer.path}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in YAML or JSON."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The resolved config, itself a valid config."""
+        return dump_yaml(self.to_dict())
+
+    def digest(self) -> str:
+        """SHA-256 of all values, in hexadecimal."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a config file with its bases and `key.sub=value` overrides.
+
+    Raises ConfigError: one sentence with the file (or "command line"), the dotted key, and what
+    would be right, with the nearest name for a key that does not exist.
+    """
+    return load_as(RunConfig, path, overrides)
+
+
+def load_as(root: type[Root], path: str | Path, overrides: Iterable[str] = ()) -> Root:
+    """Read a file of another kind in the same way, with the same errors, as `root`."""
+    source = read_source(Path(path), overrides)
+    try:
+        # Strict JSON reading: no "10" for 10 and no true for 1, yet lists become tuples and
+        # strings become paths.
+        return root.model_validate_json(json.dumps(source.values), strict=True)
+    except ValidationError as error:
+        raise explain(error, root, source) from None
+
+
+def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """The config of a run, given its folder or a config file.
+
+    Raises ConfigError, also when the folder holds no `config.yaml`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "config.yaml").is_file():
+            raise ConfigError(f"{path}: no run folder, since it holds no config.yaml")
+        return load_config(path / "config.yaml", overrides)
+    return load_config(path, overrides)

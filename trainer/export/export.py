@@ -1,0 +1,85 @@
+"""`v4 export`: a run's newest checkpoint as a Hugging Face folder, one shard at a time.
+
+The tensors go from the checkpoint's files to the folder's without a model or an optimizer in
+between: each is put together from its chunks just before its shard is written, so that a shard
+has to fit into memory, and nothing else. Several processes share out the shards.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from data import Tokenizer
+from model import V4Model
+from model.hf import named_tensors, to_official
+from trainer.checkpoint.folder import CheckpointFolder, misfit
+from trainer.checkpoint.logical_tensors import Part, is_state
+from trainer.checkpoint.reader import StoredTensors
+from trainer.checkpoint.run import newest_of
+from trainer.config import RunConfig
+from trainer.errors import CheckpointError
+from trainer.export.hf_folder import SHARD_BYTES, refuse_full, write_hf_folder
+from trainer.export.packed_weights import CONFIG, packed_outline, packed_read
+from trainer.parallel.grid import Grid
+from trainer.trainer import DTYPES
+
+ExpertFormat = Literal["as_trained", "mxfp4"]
+
+
+def export_run(
+    config: RunConfig,
+    out: Path,
+    grid: Grid | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    experts: ExpertFormat = "as_trained",
+) -> str:
+    """Write the newest checkpoint as a Hugging Face folder; returns a sentence about it.
+
+    All ranks of `grid` call it together. Raises, on all of them, CheckpointError when there is no
+    checkpoint or none that fits the config, and ExportError when `out` cannot be written.
+    """
+    grid = grid or Grid.single()
+    refuse_full(out, grid.world)
+    tokenizer = Tokenizer(config.data.tokenizer.path)
+    folder = CheckpointFolder(config.run_dir / "checkpoints", grid)
+    found = newest_of(config, folder, tokenizer.hash)
+    if found is None:
+        raise CheckpointError(f"{config.run_dir}: holds no checkpoint yet; train the run first")
+    path, saved = found
+    dtype = DTYPES[config.precision]
+    weights = _outline(config, dtype)
+    stored = StoredTensors(path)
+    _check(path, stored, weights)
+
+    def read(shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return stored.read({name: tensor.dtype for name, tensor in shard.items()})
+
+    name = str(dtype).removeprefix("torch.")
+    if experts == "as_trained":
+        write_hf_folder(out, config.model, weights, tokenizer, name, shard_bytes, read, grid)
+    else:
+        outline, read_packed = packed_outline(weights, config.model), packed_read(read, dtype)
+        write_hf_folder(
+            out, config.model, outline, tokenizer, name, shard_bytes, read_packed, grid, CONFIG
+        )
+    return f"wrote step {saved['step']} of {config.run_dir} to {out}"
+
+
+def _outline(config: RunConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The model's tensors under official names, in its order, on the meta device."""
+    with torch.device("meta"):
+        model = V4Model(config.model, dtype)
+    return dict(to_official(named_tensors(model).items()))
+
+
+def _check(path: Path, stored: StoredTensors, weights: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless the checkpoint has these weights and no others."""
+    problem = misfit(stored.shapes, {n: [Part.whole(tensor)] for n, tensor in weights.items()})
+    extra = [name for name in stored.shapes if not is_state(name) and name not in weights]
+    if problem is None and extra:
+        problem = f"holds {extra[0]}, which this run's model does not have"
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")

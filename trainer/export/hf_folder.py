@@ -1,0 +1,194 @@
+"""Hugging Face folders out and in: config.json, sharded safetensors, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data import Tokenizer
+from data.files import fsync_file
+from model import ModelConfig
+from trainer.checkpoint.all_ranks import new_folder, together
+from trainer.errors import ExportError
+from trainer.export.packed_weights import dequantised
+from trainer.files import write_synced
+from trainer.parallel.grid import Axis, Grid
+
+Read = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARD_BYTES = 5 * 10**9
+_SAVED_BY_TRANSFORMERS = re.compile(r"^model\.layers\.\d+\.(attn|ffn)\.")
+
+
+def write_hf_folder(
+    folder: Path,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    dtype: str,
+    shard_bytes: int = SHARD_BYTES,
+    read: Read | None = None,
+    grid: Grid | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what `AutoModelForCausalLM` and `AutoTokenizer` load, all of it or nothing.
+
+    `weights` carry official names. They may be on the meta device: `read` then gives the tensors
+    of a shard, on the host, just before that is written, and they are dropped behind it. The
+    ranks of `grid` share out the shards. `more` goes into config.json, too. Raises ExportError on
+    all ranks when `folder` is there and not empty, or when it cannot be written.
+    """
+    world = (grid or Grid.single()).world
+    refuse_full(folder, world)
+    shards = _Shards.plan(weights, shard_bytes)
+    generation = {
+        "_from_model_config": True,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
+
+    def write(aside: Path) -> None:
+        shards.write(aside, read or _storable, world)
+        if world.is_first:
+            _write_json(aside / "config.json", {**config.to_hf(), **(more or {}), "dtype": dtype})
+            _write_json(aside / "generation_config.json", generation)
+            tokenizer.export_hf(aside)
+            shards.write_index(aside)
+
+    try:
+        with new_folder(folder, world) as aside:
+            together(lambda: write(aside), world)
+    except OSError as error:
+        raise ExportError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+def refuse_full(folder: Path, world: Axis) -> None:
+    """Raise ExportError, on all ranks, unless `folder` is new or an empty folder."""
+    try:
+        full = together(lambda: _is_full(folder), world)
+    except OSError as error:
+        raise ExportError(f"{folder}: cannot be read: {error.strerror}") from None
+    if any(full):
+        raise ExportError(f"{folder}: is already there; name a folder that is new or empty")
+
+
+def _is_full(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """Which tensor stands in which file: a function of names, shapes and dtypes alone."""
+
+    files: Mapping[str, Mapping[str, Tensor]]
+
+    @classmethod
+    def plan(cls, weights: Mapping[str, Tensor], shard_bytes: int) -> _Shards:
+        """One file, or numbered ones of at most `shard_bytes` (or one tensor)."""
+        shards: list[dict[str, Tensor]] = [{}]
+        size = 0
+        for name, tensor in weights.items():
+            if shards[-1] and size + tensor.nbytes > shard_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][name] = tensor
+            size += tensor.nbytes
+        if len(shards) == 1:
+            return cls({SINGLE: shards[0]})
+        names = (f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n, _ in enumerate(shards, 1))
+        return cls(dict(zip(names, shards, strict=True)))
+
+    def write(self, folder: Path, read: Read, world: Axis) -> None:
+        """Write this rank's share of the files, one after another. Raises OSError."""
+        for file in list(self.files)[world.rank :: world.size]:
+            try:
+                save_file(read(self.files[file]), folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(0, str(error)) from None
+            # safetensors lets nobody but the owner read what it writes.
+            (folder / file).chmod(folder.stat().st_mode & 0o666)
+            fsync_file(folder / file)
+
+    def write_index(self, folder: Path) -> None:
+        """Write the index that says which file holds a tensor, if there is more than one."""
+        if len(self.files) == 1:
+            return
+        total = sum(tensor.nbytes for shard in self.files.values() for tensor in shard.values())
+        weight_map = {name: file for file, shard in self.files.items() for name in shard}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the host that share no storage: experts are views of their stack."""
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_synced(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_hf_config(folder: Path, **training: Any) -> ModelConfig:
+    """The model of a Hugging Face folder; `training` sets what config.json does not carry.
+
+    Raises ExportError without a readable config.json, ModelConfigError for another architecture.
+    """
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExportError(f"{folder}: not a Hugging Face folder, no config.json") from None
+    except ValueError:
+        raise ExportError(f"{folder / 'config.json'}: is not valid JSON") from None
+    return ModelConfig.from_hf(values, **training)
+
+
+def read_hf_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files, on the host, in official or transformers' names.
+
+    FP4 and FP8 weights come dequantised. Raises ExportError for missing or damaged files.
+    """
+    weights: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dictionary
+                    weights[name] = file.get_tensor(name)
+        except FileNotFoundError:
+            raise ExportError(f"{path}: is missing, though {INDEX} names it") from None
+        except SafetensorError as error:
+            raise ExportError(f"{path}: is truncated or no safetensors file: {error}") from None
+    weights = dequantised(weights, str(folder))
+    if any(_SAVED_BY_TRANSFORMERS.match(name) for name in weights):
+        return {_official(name): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def _official(name: str) -> str:
+    """The official name of a tensor that transformers' `save_pretrained` has written.
+
+    It turns its renaming back only in part (5.23.0): `model.` stays in front, and a few leaves.
+    """
+    name = name.removeprefix("model.")
+    name = re.sub(r"^embed_tokens\.", "embed.", name)
+    name = re.sub(r"^hc_head\.hc_", "hc_head_", name)
+    return re.sub(r"^(layers\.\d+\.attn)\.norm\.", r"\1.kv_norm.", name)
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        yield from (folder / name for name in sorted(set(index["weight_map"].values())))
+    elif (folder / SINGLE).is_file():
+        yield folder / SINGLE
+    else:
+        raise ExportError(f"{folder}: holds neither {SINGLE} nor {INDEX}")

@@ -1,0 +1,73 @@
+"""`v4 import`: a Hugging Face folder in. `open_run`: a run's newest checkpoint, ready to use."""
+
+from pathlib import Path
+
+from data import Tokenizer
+from trainer.checkpoint.folder import checkpoints_in
+from trainer.checkpoint.run import RunCheckpoint
+from trainer.config import RunConfig
+from trainer.errors import CheckpointError, ExportError
+from trainer.export.hf_folder import read_hf_config, read_hf_weights
+from trainer.files import write_whole
+from trainer.parallel.grid import Grid
+from trainer.parallel.plan import LocalModel
+from trainer.state import TrainState
+from trainer.trainer import build
+
+# Settings of training that a Hugging Face config.json does not carry.
+_OURS = (
+    "balance_loss_weight",
+    "mtp_loss_weight",
+    "hc_init_scale",
+    "hc_init_own_read",
+    "hc_init_comb_diagonal",
+)
+
+
+def open_run(config: RunConfig, grid: Grid) -> tuple[LocalModel, TrainState]:
+    """This rank's part of the model of a run's newest checkpoint, and its counters.
+
+    Raises CheckpointError when there is none.
+    """
+    tokenizer = Tokenizer(config.data.tokenizer.path)
+    local, optimizer = build(config, grid)
+    checkpoint = RunCheckpoint(
+        config, grid, local.model, optimizer, tokenizer.hash, local.placements
+    )
+    state = TrainState()
+    if checkpoint.load(state) is None:
+        raise CheckpointError(f"{config.run_dir}: holds no checkpoint yet; train the run first")
+    return local, state
+
+
+def import_run(config: RunConfig, source: Path) -> str:
+    """Make a run that starts from a Hugging Face folder; returns a sentence about it.
+
+    The model's sizes come from the folder, everything else from `config`. The run folder gets a
+    checkpoint of step 0 and the config to train it with. Raises ExportError when the run folder
+    already has checkpoints, ModelConfigError when weights are missing or do not fit.
+    """
+    checkpoints = config.run_dir / "checkpoints"
+    if found := checkpoints_in(checkpoints):
+        raise ExportError(f"{config.run_dir}: already holds {found[-1].name}; name a new run_dir")
+    ours = {name: getattr(config.model, name) for name in _OURS}
+    model_config = read_hf_config(source, **ours)
+    config = config.model_copy(update={"model": model_config})
+    tokenizer = Tokenizer(config.data.tokenizer.path)
+    config.check_vocabulary(tokenizer.vocab_size)
+    weights = read_hf_weights(source)
+    grid = Grid.single()
+    local, optimizer = build(config.alone(), grid)
+    local.model.load_hf_state_dict(weights)
+    optimizer.read_parameters()
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    path = RunCheckpoint(config, grid, local.model, optimizer, tokenizer.hash).save(TrainState())
+    write_whole(config.run_dir / "config.yaml", config.to_yaml())
+    fresh = "" if any(name.startswith("mtp.") for name in weights) else _fresh_mtp(config)
+    return f"wrote {path}{fresh}; train it: v4 train {config.run_dir / 'config.yaml'}"
+
+
+def _fresh_mtp(config: RunConfig) -> str:
+    if config.model.num_nextn_predict_layers == 0:
+        return ""
+    return f" (mtp.* was not in the folder and starts fresh from seed {config.seed})"

@@ -1,0 +1,74 @@
+"""Weights & Biases: one run per run folder, offline where no key is found."""
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from trainer.config import RunConfig
+from trainer.files import write_whole
+from trainer.metrics.layer_stats import flat
+from trainer.metrics.update_stats import flat_groups
+
+
+class WandbLog:
+    """Sends records to a wandb run that a resume continues under the same id.
+
+    The key is found by wandb itself (WANDB_API_KEY or its login file); it is never read into the
+    config nor written by us.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._run: Any = None
+        settings = config.metrics.wandb
+        if settings.mode == "disabled":
+            return
+        import wandb  # seconds to import, and only the first rank needs it
+
+        mode = settings.mode
+        if mode == "auto":
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        folder = config.run_dir / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            mode=mode,
+            project=settings.project,
+            entity=settings.entity,
+            name=settings.name,
+            group=settings.group,
+            tags=list(settings.tags),
+            dir=str(config.run_dir),
+            id=self._run_id(folder),
+            resume="allow",
+            config=config.to_dict(),
+            settings=wandb.Settings(console="off", silent=True),
+        )
+        # Steps that are trained again after a resume replace the old points on this axis.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    @staticmethod
+    def _run_id(folder: Path) -> str:
+        """The id in wandb/run-id; `wandb agent` names the run itself, through its environment."""
+        if given := os.environ.get("WANDB_RUN_ID"):
+            return given
+        file = folder / "run-id"
+        if file.is_file():
+            return file.read_text(encoding="utf-8").strip()
+        run_id = secrets.token_hex(6)
+        write_whole(file, run_id + "\n")
+        return run_id
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Send one step's record."""
+        if self._run is not None:
+            plain = {n: v for n, v in record.items() if not isinstance(v, dict)}
+            sources = record.get("heldout_by_source", {}).items()
+            by_source = {f"heldout_loss/{name}": loss for name, loss in sources}
+            layers, groups = flat(record.get("layers", {})), flat_groups(record.get("groups", {}))
+            self._run.log(plain | by_source | layers | groups)
+
+    def close(self) -> None:
+        """End the run; it can be resumed."""
+        if self._run is not None:
+            self._run.finish()

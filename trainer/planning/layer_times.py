@@ -1,0 +1,207 @@
+"""`v4 plan --measure`: layers timed on this machine, and the pipeline that follows from the times.
+
+One layer of each kind, the MTP block and the head run forward and backward one after another, each
+with weights of its own for as long as it is timed. A layer has the config's widths, but only as
+many experts as are on one expert rank (at least those that a token chooses), since a token costs
+the same however many there are.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from model import IGNORE, ModelConfig, V4Model
+from model.config import LayerType
+from model.flops import flops_by_part
+from trainer.config import RunConfig
+from trainer.parallel.grid import local_device
+from trainer.parallel.stage_plan import balanced
+from trainer.trainer import DTYPES
+
+CPU_TOKENS = 256
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of forward and backward over a row of `tokens`, on `device`."""
+
+    device: torch.device
+    tokens: int
+    layers: dict[LayerType, float]
+    mtp: float
+    head: float
+
+    def of_layers(self, model: ModelConfig) -> list[float]:
+        """The time of every layer of the model."""
+        return [self.layers[kind] for kind in model.layer_types]
+
+    @property
+    def tail(self) -> float:
+        """What the last stage has behind its layers."""
+        return self.head + self.mtp
+
+
+def measure(config: RunConfig, world: int) -> Iterator[Table | str]:
+    """The times beside the operations, and layers of each stage balanced by the times.
+
+    Raises ConfigError where the config does not fit the processes.
+    """
+    config.check_world(world)
+    times = take_times(config, local_device(0))
+    yield times_table(config, times)
+    stages = config.parallel.pipeline * config.parallel.chunks
+    if stages == 1:
+        yield "There is one stage: nothing to balance."
+        return
+    layers = balanced(times.of_layers(config.model), times.tail, stages)
+    yield f"parallel.pipeline_layers=[{','.join(map(str, layers))}]"
+
+
+def take_times(config: RunConfig, device: torch.device, repeats: int = REPEATS) -> Times:
+    """Time every part; a row is cut to 256 tokens on a CPU."""
+    length = config.data.row_length
+    tokens = length if device.type != "cpu" else min(length, CPU_TOKENS)
+    small = config.model.model_copy(update=_few_experts(config))
+    with torch.device("meta"):
+        model = V4Model(small, DTYPES[config.precision])
+    kinds = sorted(set(small.layer_types))
+    bench = _Bench(model, tokens, device, repeats, len(kinds) + 1 + len(model.mtp))
+    layers = {kind: bench.layer(small.layer_types.index(kind)) for kind in kinds}
+    head = bench.head()
+    mtp = bench.mtp() + head if len(model.mtp) else 0.0
+    return Times(device, tokens, layers, mtp, head)
+
+
+def _few_experts(config: RunConfig) -> dict[str, int]:
+    model, parallel = config.model, config.parallel
+    here = model.n_routed_experts // parallel.expert
+    return {"n_routed_experts": max(here, model.num_experts_per_tok), "num_hash_layers": 0}
+
+
+class _Bench:
+    """Times parts of a model on the meta device, one of them in memory at a time."""
+
+    def __init__(
+        self, model: V4Model, tokens: int, device: torch.device, repeats: int, parts: int
+    ) -> None:
+        self.model, self.device, self.repeats = model, device, repeats
+        self.parts, self.done, self.start = parts, 0, time.perf_counter()
+        ids = torch.randint(model.config.vocab_size, (1, tokens), device=device)
+        targets = ids.roll(-1, 1)
+        targets[:, -1] = IGNORE
+        self.micro = model.microbatch(ids, targets=targets)
+        self.dtype = model.embed.weight.dtype
+
+    def layer(self, row: int) -> float:
+        """Seconds of a layer of the main model."""
+        block = self.model.layers[row]
+
+        def run() -> Tensor:
+            return self.model.run_blocks(self._streams(), self.micro, [block])[0]
+
+        return self._time(block, run)
+
+    def mtp(self) -> float:
+        """Seconds of the MTP block without its pass through the head."""
+        block, micro = self.model.mtp[0], self.micro
+        embedded = self._streams()[:, 0].detach()
+
+        def run() -> Tensor:
+            out = block.predict(  # type: ignore[operator]
+                self._streams(), embedded, micro.next_T, micro.positions, micro.routed
+            )
+            return out[0]
+
+        return self._time(block, run)
+
+    def head(self) -> float:
+        """Seconds of one pass through norm, output matrix and cross-entropy."""
+        head, norm = self.model.head, self.model.norm
+        assert self.micro.counts is not None
+        count = self.micro.counts.lm
+
+        def run() -> Tensor:
+            hidden_TD = norm(self._streams()[:, 0])
+            return self.model.cross_entropy(
+                hidden_TD, head.weight, self.micro.targets_T, count, IGNORE
+            )
+
+        return self._time(nn.ModuleList([head, norm]), run)
+
+    def _streams(self) -> Tensor:
+        config = self.model.config
+        shape = (len(self.micro.tokens_T), config.hc_mult, config.hidden_size)
+        return torch.randn(shape, dtype=self.dtype, device=self.device, requires_grad=True)
+
+    def _time(self, part: nn.Module, run: Callable[[], Tensor]) -> float:
+        """The least of some repeats, after one that is not counted."""
+        part.to_empty(device=self.device)
+        for tensor in (*part.parameters(), *part.buffers()):
+            _fill(tensor.detach(), self.model.config.initializer_range)
+        seconds = []
+        for _ in range(self.repeats + 1):
+            part.zero_grad()
+            self._wait()
+            start = time.perf_counter()
+            run().float().sum().backward()
+            self._wait()
+            seconds.append(time.perf_counter() - start)
+        part.to("meta")
+        self._say()
+        return min(seconds[1:])
+
+    def _say(self) -> None:
+        self.done += 1
+        spent = time.perf_counter() - self.start
+        left = f", about {spent / self.done * (self.parts - self.done):.0f} s to go"
+        text = f"measured {self.done} of {self.parts} parts on {self.device.type}, {spent:.0f} s"
+        print(text + left * (self.done < self.parts), file=sys.stderr, flush=True)
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+
+def _fill(tensor: Tensor, std: float) -> None:
+    """Values that cost what a model's cost: no zeros, nothing that overflows."""
+    if tensor.dim() > 1 and tensor.is_floating_point():
+        tensor.normal_(std=std)
+    else:
+        tensor.fill_(1 if tensor.is_floating_point() else 0)
+
+
+def times_table(config: RunConfig, times: Times) -> Table:
+    """Each part's time and operations, and the share of both in the whole model."""
+    layers, tail = flops_by_part(config.model, times.tokens)
+    seconds = times.of_layers(config.model)
+    whole = (sum(seconds) + times.tail, sum(layers) + tail)
+    table = Table(
+        title=f"forward and backward of {times.tokens} tokens on {times.device.type}",
+        title_justify="left",
+    )
+    for name in ("part", "times", "ms", "share of time", "share of operations"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+
+    def row(name: str, count: int, time_: float, share: float, operations: Sequence[float]) -> None:
+        table.add_row(
+            name,
+            str(count),
+            f"{time_ * 1e3:.1f}",
+            f"{share / whole[0]:.2%}",
+            f"{sum(operations) / whole[1]:.2%}",
+        )
+
+    kinds = config.model.layer_types
+    for kind, time_ in times.layers.items():
+        mine = [cost for cost, own in zip(layers, kinds, strict=True) if own == kind]
+        row(f"{kind} layer", len(mine), time_, time_ * len(mine), mine)
+    row("head, and MTP block with its head", 1, times.tail, times.tail, [tail])
+    return table

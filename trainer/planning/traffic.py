@@ -1,0 +1,394 @@
+"""What every rank sends in one optimizer step, from the sizes alone. Imports no torch.
+
+The same numbers are counted while a run goes on (`grid.traffic`), and a test compares them.
+Letters: n ranks of an axis, t tensor, c context, s = t·c; a microbatch has B rows of S tokens, a
+rank T = B·S/s tokens of its own; e bytes an element of the compute dtype; D, K, Q, ... as in the
+model. A gather and the scatter that is its transpose send the same, whichever is in forward.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from model.config import LayerType, ModelConfig
+from model.parameters import Shapes, always_fp32, parameter_shapes
+from optim.config import OptimConfig
+from optim.partition import MatrixSizes, build_table
+from trainer.parallel.degrees import DENSE, EXPERT, Sizes, place_of
+from trainer.parallel.placement import place_all
+from trainer.parallel.stage_plan import StagePlan, tied_embedding
+from trainer.parallel.zero_layout import Family, families, seats
+
+Lengths = Sequence[Sequence[int]]
+"""Lengths of the samples of every row of a microbatch."""
+
+
+def gather_bytes(ranks: int, part: float) -> float:
+    """What a rank sends in a ring where each gives `part` bytes to all others."""
+    return (ranks - 1) * part
+
+
+def scatter_bytes(ranks: int, whole: float) -> float:
+    """What a rank sends in a ring that sums `whole` bytes and leaves each rank its share."""
+    return (ranks - 1) / ranks * whole
+
+
+def sum_bytes(ranks: int, whole: float) -> float:
+    """What a rank sends in a ring that sums `whole` bytes (or takes maxima) for all."""
+    return 2 * (ranks - 1) / ranks * whole
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """Rows that a rank sends to other ranks' experts, and gets from other ranks for its own.
+
+    Over all layers and microbatches of a step, each counted once however often forward runs.
+    """
+
+    sent: float
+    received: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank does between two updates.
+
+    Attributes:
+        row_length: S.
+        microbatches: the samples of each.
+        precision: what the model computes in.
+        recompute: as in the config: what backward computes again is also sent again.
+        attention: of the stage; a `warmup` has no formula.
+        rows: None stands for even routing: T·A·p·(n-1)/n rows a layer and microbatch each way,
+            for p expert_tensor ranks, and n = p·expert.
+    """
+
+    row_length: int
+    microbatches: Sequence[Lengths]
+    precision: Literal["fp32", "bf16"] = "bf16"
+    recompute: Collection[str] = ()
+    rows: ExpertRows | None = None
+    attention: Literal["select", "dense", "sparse"] = "select"
+
+    @classmethod
+    def whole_rows(
+        cls,
+        row_length: int,
+        micro_rows: int,
+        microbatches: int,
+        precision: Literal["fp32", "bf16"] = "bf16",
+        recompute: Collection[str] = (),
+    ) -> Work:
+        """Every row is one sample, and routing is even."""
+        one = [[row_length]] * micro_rows
+        return cls(row_length, [one] * microbatches, precision, recompute)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How gradients are sent and who owns what, as in the config."""
+
+    gradients: str = "fp32"
+    expert_gradients: str = "fp32"
+    padding: float = 0.1
+
+
+def step_traffic(
+    config: ModelConfig,
+    sizes: Sizes,
+    stages: StagePlan,
+    rank: int,
+    work: Work,
+    optim: OptimConfig | None = None,
+    exchange: Exchange | None = None,
+) -> dict[tuple[str, str], int]:
+    """Bytes that `rank` sends in one step, by (axis, collective); what is 0 is left out.
+
+    Forward and backward, the norm of the gradient, and the update; not evaluation, checkpoints,
+    and what torch's pipelining says once when a schedule is made. Raises ValueError where a sparse
+    stage's indexer chooses nothing in a microbatch and tensor ranks sum the attention it learns
+    from, which go by blocks whose size depends on the device.
+    """
+    sent = _Sent(config, sizes, stages, rank, work)
+    for lengths in work.microbatches:
+        sent.microbatch(lengths)
+    if work.rows is not None:
+        sent.expert_rows(work.rows)
+    sent.world()
+    shapes = _held(config, stages, sent.place["pipeline"])
+    sent.update(shapes, optim or OptimConfig(), exchange or Exchange())
+    return {key: round(size) for key, size in sent.bytes.items() if size}
+
+
+def _held(config: ModelConfig, stages: StagePlan, rank: int) -> Shapes:
+    """Whole shapes of the parameters of which a pipeline rank holds a part."""
+    numbers = stages.stages_of(rank)
+    layers = {f"layers.{row}." for number in numbers for row in stages.layers_of(number)}
+    last = any(stages.is_last(number) for number in numbers)
+    embeds = 0 in numbers or (last and config.num_nextn_predict_layers > 0)
+    held = {}
+    for name, shape in parameter_shapes(config).items():
+        if name.startswith("layers."):
+            here = name[: name.index(".", len("layers.")) + 1] in layers
+        else:
+            here = embeds if name == "embed.weight" else last
+        if here:
+            held[name] = shape
+    return held
+
+
+@dataclass
+class _Sent:
+    """Adds up what one rank sends."""
+
+    config: ModelConfig
+    sizes: Sizes
+    stages: StagePlan
+    rank: int
+    work: Work
+    bytes: defaultdict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
+
+    def __post_init__(self) -> None:
+        sizes = self.sizes
+        self.place = place_of(self.rank, DENSE, sizes)
+        expert = place_of(self.rank, EXPERT, sizes)
+        self.ranks = {
+            "tensor": sizes.tensor,
+            "context": sizes.context,
+            "sequence": sizes.tensor * sizes.context,
+            "data": sizes.data,
+            "stage": sizes.world // sizes.pipeline,
+            "split": sizes.context * sizes.data,
+            "expert": sizes.expert * sizes.expert_tensor,
+            "expert_tensor": sizes.expert_tensor,
+            "expert_data": sizes.expert_data,
+            "tied": 2,
+            "world": sizes.world,
+        }
+        self.place |= expert | {
+            "sequence": self.place["context"] * sizes.tensor + self.place["tensor"]
+        }
+        self.element = {"fp32": 4, "bf16": 2}[self.work.precision]
+        self.mtp = self.config.num_nextn_predict_layers
+        # How often forward runs; `attention` and `block` run it again in backward.
+        self.block_runs = 1 + ("block" in self.work.recompute)
+        self.attention_runs = self.block_runs + ("attention" in self.work.recompute)
+
+    def _sum(self, axis: str, whole: float) -> None:
+        self.bytes[axis, "sum"] += sum_bytes(self.ranks[axis], whole)
+
+    def _gather(self, axis: str, part: float, forward: int = 1, backward: int = 1) -> None:
+        """Parts gathered in forward; in backward their gradients are summed and scattered."""
+        ranks = self.ranks[axis]
+        self.bytes[axis, "gather"] += forward * gather_bytes(ranks, part)
+        self.bytes[axis, "scatter"] += backward * scatter_bytes(ranks, ranks * part)
+
+    def _scatter(self, axis: str, part: float, forward: int = 1, backward: int = 1) -> None:
+        """Sums scattered in forward, `part` to each; in backward their gradients are gathered."""
+        ranks = self.ranks[axis]
+        self.bytes[axis, "scatter"] += forward * scatter_bytes(ranks, ranks * part)
+        self.bytes[axis, "gather"] += backward * gather_bytes(ranks, part)
+
+    def microbatch(self, lengths: Lengths) -> None:
+        """Forward and backward of this rank's stages."""
+        rows = [*map(self._with_padding, lengths)]
+        tokens = len(rows) * self.work.row_length // self.ranks["sequence"]
+        for number in self.stages.stages_of(self.place["pipeline"]):
+            if number == 0:
+                self._embedding(tokens)
+            for row in self.stages.layers_of(number):
+                self._attention(self.config.layer_types[row], rows, tokens)
+                self._experts(row >= self.config.num_hash_layers, rows, tokens)
+            if self.stages.is_last(number):
+                self._head(tokens)
+                for _ in range(self.mtp):
+                    self._embedding(tokens)
+                    self._attention("window", rows, tokens)
+                    self._experts(True, rows, tokens)
+                    self._head(tokens)
+            self._streams(number, tokens)
+
+    def _with_padding(self, row: Sequence[int]) -> list[int]:
+        """What a row's samples leave free counts as one more."""
+        rest = self.work.row_length - sum(row)
+        return [*row, rest] if rest else [*row]
+
+    def _embedding(self, tokens: int) -> None:
+        """Each tensor rank has some words: the sum for all queries; backward gathers gradients."""
+        size = self.config.hidden_size * self.element
+        self._sum("tensor", self.sizes.tensor * tokens * size)
+        self._scatter("tensor", tokens * size, forward=0)
+
+    def _head(self, tokens: int) -> None:
+        """Hidden states to all tensor ranks; of every query a maximum, a sum and the picked logit.
+
+        Each has some words' logits. The gradient is formed in forward and sends nothing more.
+        """
+        self._gather("tensor", tokens * self.config.hidden_size * self.element)
+        self._sum("tensor", self.sizes.tensor * tokens * 3 * 4)
+
+    def _attention(self, kind: LayerType, rows: Lengths, tokens: int) -> None:
+        config, e, runs = self.config, self.element, self.attention_runs
+        width = config.head_dim
+        self._gather("tensor", tokens * config.q_lora_rank * e, runs)  # low-rank queries
+        self._gather("tensor", tokens * width * e, runs)  # key-values
+        if self.sizes.context > 1:
+            self._halo("context", config.sliding_window - 1, len(rows) * width * e, runs)
+        if kind != "window":
+            self._entries(kind, rows, width * e, runs)
+        if kind == "csa" and self.work.attention != "dense":
+            self._index(rows, tokens)
+        # Backward does not ask for this result, so recomputed attention ends before it.
+        self._scatter("tensor", tokens * config.hidden_size * e, self.block_runs)
+
+    def _index(self, rows: Lengths, tokens: int) -> None:
+        """The indexer's entries and picks; where it learns, gradients and the teacher, too.
+
+        Tensor ranks sum their heads' share of the attention that each pick got. The choice itself
+        has no gradient.
+        """
+        size, runs = self.config.index_head_dim * self.element, self.attention_runs
+        learns, selects = self.work.attention == "sparse", self._selects(rows)
+        if learns or selects:
+            self._entries("csa", rows, size, runs, backward=int(learns))
+        picks = tokens * self.config.index_topk * 4
+        if selects:
+            self._gather("tensor", picks, runs, backward=0)
+        if learns and selects:
+            self._scatter("tensor", picks, runs, backward=0)
+        elif learns and self.sizes.tensor > 1:
+            raise ValueError("where every entry is attended to, its mass is sent by no formula")
+
+    def _selects(self, rows: Lengths) -> bool:
+        """Whether any query sees more entries than the indexer keeps."""
+        longest = max(length for row in rows for length in row)
+        return longest // self.config.csa_compress_ratio > self.config.index_topk
+
+    def _halo(self, axis: str, tokens: int, size: float, forward: int, backward: int = 1) -> None:
+        """The tokens before every row's run, `size` bytes for one of each row.
+
+        The ranks behind need at most what this one and those before them hold, and nothing comes
+        to the first or goes from the last. Backward sends back for what came.
+        """
+        run = self.work.row_length // self.ranks[axis]
+        before, behind = self.place[axis], self.ranks[axis] - 1 - self.place[axis]
+        sent, come = (min(tokens, run * ranks) for ranks in (behind, before))
+        self.bytes[axis, "exchange"] += (forward * sent + backward * come) * size
+
+    def _entries(
+        self, kind: LayerType, rows: Lengths, size: int, forward: int, backward: int = 1
+    ) -> None:
+        """A compressor's entries of `size` bytes: halo of raw values and gates, then all to all."""
+        if self.ranks["sequence"] == 1:
+            return
+        ratio, overlap = self.config.compress_ratio(kind), 1 + (kind == "csa")
+        halo = overlap * ratio - 1
+        self._halo("sequence", halo, len(rows) * 2 * overlap * size, forward, backward)
+        self._gather("sequence", self._most_entries(rows, ratio) * size, forward, backward)
+
+    def _most_entries(self, rows: Lengths, ratio: int) -> int:
+        """Entries that end in the run of the rank with most of them; all ranks send as many."""
+        run = self.work.row_length // self.ranks["sequence"]
+        owned = np.zeros(self.ranks["sequence"], dtype=np.int64)
+        for row in rows:
+            start = 0
+            for length in row:
+                last = np.arange(start + ratio - 1, start + length, ratio)
+                owned += np.bincount(last // run, minlength=len(owned))
+                start += length
+        return int(owned.max())
+
+    def _experts(self, learned: bool, rows: Lengths, tokens: int) -> None:
+        config, runs, size = self.config, self.block_runs, self.config.hidden_size * self.element
+        self._gather("tensor", tokens * size, runs)  # the shared expert's input
+        self._scatter("tensor", tokens * size, runs)
+        if learned:
+            samples = sum(map(len, rows))
+            self._sum("sequence", runs * samples * config.n_routed_experts * 4)
+        ranks = self.ranks["expert"]
+        counts = config.n_routed_experts // self.sizes.expert * 8
+        self.bytes["expert", "exchange"] += runs * (ranks - 1) * counts
+        if self.work.rows is None:
+            away = tokens * config.num_experts_per_tok * self.sizes.expert_tensor
+            self.expert_rows(ExpertRows(*[away * (ranks - 1) / ranks] * 2))
+
+    def expert_rows(self, rows: ExpertRows) -> None:
+        """Rows and their fp32 weights out and results back; then gradients the other way."""
+        if self.ranks["expert"] == 1:
+            return
+        size = self.config.hidden_size * self.element
+        forward = rows.sent * (size + 4) + rows.received * size
+        backward = rows.received * (size + 4) + rows.sent * size
+        self.bytes["expert", "exchange"] += self.block_runs * forward + backward
+
+    def _streams(self, number: int, tokens: int) -> None:
+        """Residual streams to the next stage, and their gradients to the one before."""
+        config, mine = self.config, self.stages.stages_of(self.place["pipeline"])
+        for other in (number - 1, number + 1):
+            if 0 <= other < len(self.stages.layers) and other not in mine:
+                size = tokens * config.hc_mult * config.hidden_size * self.element
+                self.bytes["pipeline", "send"] += size
+
+    def world(self) -> None:
+        """Once a step: five fp64 counts, four fp64 losses, the experts' loads, the norm."""
+        routers = self.config.num_hidden_layers + self.mtp
+        loads = routers * (self.config.n_routed_experts + 1) * 4
+        self._sum("world", 5 * 8 + 4 * 8 + loads + 8)
+
+    def update(self, shapes: Shapes, optim: OptimConfig, how: Exchange) -> None:
+        """Gradients to their owners and parameters back, for each family of parameters."""
+        placements = place_all(shapes, self.sizes, self.rank)
+        whole = {name: placement.matrix_shape for name, placement in placements.items()}
+        config = self.config
+        matrix_sizes = MatrixSizes(
+            config.o_groups, config.num_attention_heads, config.head_dim, config.index_head_dim
+        )
+        low = {name for name in shapes if self.element < 4 and not always_fp32(name)}
+        tied = tied_embedding(self.stages, self.mtp)
+        for family in families(
+            build_table(whole, matrix_sizes, optim),
+            placements,
+            low,
+            self.sizes,
+            tied,
+            optim.muon,
+            how.padding,
+        ):
+            self._family(family, how)
+
+    def _family(self, family: Family, how: Exchange) -> None:
+        layout, repeats = family.layout, family.repeats
+        axis, split = _AXES[family.kind]
+        back = 2 if family.is_low else 4
+        name = f"{axis}/{layout.owners}"
+        precision = how.expert_gradients if family.kind == "expert" else how.gradients
+        if precision == "fp32":
+            self.bytes[name, "scatter"] += scatter_bytes(
+                layout.owners, layout.owners * layout.part * 4
+            )
+        else:
+            self.bytes[name, "exchange"] += (layout.owners - 1) * layout.part * 2
+        self.bytes[name, "gather"] += gather_bytes(layout.owners, layout.part * back)
+        self.bytes[f"{axis}*{repeats}", "sum"] += sum_bytes(repeats, layout.part * 4)
+        if family.kind == "embedding":
+            self.bytes["tied", "sum"] += sum_bytes(2, layout.part * 4)
+        number, home = seats(self.sizes, self.rank)[family.kind]
+        owner = number % layout.owners
+        mine = [piece for piece in layout.pieces if piece.owner == owner and piece.home is not None]
+        away = sum(piece.size for piece in mine if piece.home != home)
+        here = sum(piece.size for piece in mine if piece.home == home)
+        self.bytes[split, "exchange"] += away * 4 + here * (layout.homes - 1) * back
+
+
+_AXES = {
+    "whole": ("stage", "alone"),
+    "tensor": ("split", "tensor"),
+    "expert": ("expert_data", "expert_tensor"),
+    "embedding": ("split", "tensor"),
+}
+"""By family, who holds the same part and who splits it."""

@@ -1,0 +1,281 @@
+"""`v4 data report`: what the shards hold and how rows look, in one HTML file."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from data.rows.loader import Batch, Loader
+from data.text.tokenizer import Tokenizer
+from trainer.config import RunConfig
+from trainer.config.recipe import Recipe
+from trainer.files import write_whole
+from trainer.formatting import short
+from trainer.report.data_facts import (
+    DataFacts,
+    collect,
+    longest_tokens,
+    measured_recipe,
+    most_split_words,
+)
+from trainer.report.plots import SERIES_COLORS, histogram
+from trainer.report.run import CSS
+
+_SHOWN_ROWS = 3
+_SHOWN_TOKENS = 1024  # of a row
+_CSS = """
+section.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: 16px 18px; margin: 12px 0; overflow-x: auto; }
+p.note { color: var(--soft); font-size: 13px; margin: 0 0 10px; }
+.grid th { text-align: right; color: var(--soft); font-weight: 500; padding: 4px 0 4px 16px; }
+.grid td { text-align: right; padding: 4px 0 4px 16px; font-variant-numeric: tabular-nums; }
+.grid th:first-child, .grid td:first-child { text-align: left; padding-left: 0; }
+.grid td:first-child { color: var(--ink); word-break: break-all; }
+code, pre.row { font: 12.5px/1.6 ui-monospace, Menlo, Consolas, monospace; }
+code { white-space: pre-wrap; }
+pre.row { white-space: pre-wrap; word-break: break-word; margin: 0 0 14px; padding: 10px;
+  border: 1px solid var(--line); border-radius: 6px; }
+pre.row span.s { border-left: 4px solid var(--c); padding-left: 2px;
+  background: color-mix(in srgb, var(--c) 14%, transparent); }
+pre.row b { background: #c2185b; color: #fff; border-radius: 3px; padding: 0 3px; }
+summary { cursor: pointer; color: var(--soft); margin-top: 12px; }
+pre.row i { color: var(--soft); opacity: .75; }
+"""
+
+
+def write_data_report(config: RunConfig) -> Path:
+    """Write `report.html` beside the shards, of the run's first stage; returns its path.
+
+    Raises DataError where the shards or the tokenizer are missing or damaged.
+    """
+    tokenizer = Tokenizer(config.data.tokenizer.path)
+    rows = [stage.rows for stage in Recipe(config).stages]
+    facts = collect(config.data, rows[0].row_length)
+    loader = Loader(config.data, config.seed, stages=rows)
+    target = Path(config.data.shards) / "report.html"
+    write_whole(target, render(loader, tokenizer, facts))
+    return target
+
+
+def render(loader: Loader, tokenizer: Tokenizer, facts: DataFacts) -> str:
+    """The page as HTML text; its rows are those of the loader's first stage."""
+    name = escape(loader.config.shards)
+    length = loader.schedule.stages[0].row_length
+    chart = histogram("Document length", "tokens", {s.name: s.lengths for s in facts.sources})
+    shown, of = facts.words_from, "words of the sampled text"
+    parts = (
+        f"<h1>{name}</h1><p class=sub>Training data: {len(facts.sources)} sources, rows of "
+        f"{length:,} tokens</p><div class=tiles>{_tiles(facts)}</div>",
+        _card("Sources", _SOURCES_NOTE, _sources(facts)),
+        f"<section class=card><h2>Length of documents</h2>{chart}</section>",
+        _card("Packing into rows", _PACKING_NOTE, _packing(facts)),
+        _card("What the filters left out", _FILTERS_NOTE, _filters(facts)),
+        _card("The recipe in the stream", *_recipe(loader)),
+        _card("Rows as the model sees them", _ROWS_NOTE, _rows(loader, tokenizer)),
+        _card(
+            "Longest tokens",
+            "The 20 tokens of the vocabulary with the most characters, and their occurrences in "
+            f"{facts.counted:,} tokens of the shards. Long ones that are common point to "
+            "templated text.",
+            _pairs(longest_tokens(tokenizer, facts), ("token", "characters", "occurrences")),
+        ),
+        _card(
+            "Most-split words",
+            f"The 20 {of} ({shown:,} tokens) that take the most tokens, among those that occur "
+            "twice or more.",
+            _pairs(most_split_words(tokenizer, facts), ("word", "tokens", "occurrences")),
+        ),
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name}</title><style>{CSS}{_CSS}</style></head><body><main>"
+        f"{''.join(parts)}</main></body></html>\n"
+    )
+
+
+_SOURCES_NOTE = (
+    "What each source gave. Tokens include the begin and the end of every document; bytes are "
+    "UTF-8 text. Empty documents and bad records were set aside. The share is of all training "
+    "tokens."
+)
+_PACKING_NOTE = (
+    "Best fit places whole documents where they fit best and cuts only those longer than a row; "
+    "concatenate-and-cut lays documents end to end and cuts wherever a row is full."
+)
+_FILTERS_NOTE = (
+    "Each document is counted under the first filter that it failed; the share is of the source's "
+    "text. Below are the first documents of each kind, and what spoke against them."
+)
+_ROWS_NOTE = (
+    "The rows of step 0 that hold the most samples. Each sample has a colour and a bar "
+    "at its start; no token sees another sample. Special tokens are in white on "
+    "red; faint middle dots separate tokens, ↵ is "
+    "the end of a line."
+)
+
+
+def _card(title: str, note: str, body: str) -> str:
+    return f"<section class=card><h2>{title}</h2><p class=note>{note}</p>{body}</section>"
+
+
+def _tiles(facts: DataFacts) -> str:
+    train = sum(s.train_tokens for s in facts.sources)
+    held = sum(s.heldout_tokens for s in facts.sources)
+    size = sum(s.bytes for s in facts.sources)
+    tiles = (
+        (short(train), "tokens to train on"),
+        (short(held) if held else "0", "tokens held out"),
+        (f"{size / (train + held):.2f}", "bytes per token"),
+        (f"{facts.fill:.2%}", "of the rows' positions are filled"),
+    )
+    return "".join(f"<div class=tile><b>{v}</b><span>{n}</span></div>" for v, n in tiles)
+
+
+def _sources(facts: DataFacts) -> str:
+    total = sum(s.train_tokens for s in facts.sources) or 1
+    rows = [
+        (
+            f"{escape(s.name)} ({escape(s.domain)})",
+            f"{s.documents:,}",
+            f"{s.empty:,}",
+            f"{s.bad:,}",
+            f"{sum(loss.documents for loss in s.losses.values()):,}",
+            f"{s.train_tokens:,}",
+            f"{s.heldout_tokens:,}",
+            f"{s.bytes / (s.train_tokens + s.heldout_tokens):.2f}",
+            f"{s.train_tokens / total:.1%}",
+        )
+        for s in facts.sources
+    ]
+    header = (
+        *("source", "documents", "empty", "bad", "left out"),
+        *("train tokens", "held out", "bytes/token", "share"),
+    )
+    return _table(header, rows)
+
+
+def _filters(facts: DataFacts) -> str:
+    """Figures by source and filter, and the examples."""
+    rows, examples = [], []
+    for source in facts.sources:
+        total = source.bytes + sum(loss.bytes for loss in source.losses.values())
+        for reason, loss in source.losses.items():
+            rows.append(
+                (
+                    f"{escape(source.name)}: {escape(reason)}",
+                    f"{loss.documents:,}",
+                    f"{loss.bytes / 1e6:,.2f}",
+                    f"{loss.bytes / total:.2%}",
+                )
+            )
+            examples += [
+                f"<p class=note>{escape(source.name)}, {escape(reason)}: {escape(e.detail)}</p>"
+                f"<pre class=row>{escape(e.text)}</pre>"
+                for e in loss.examples
+            ]
+    if not rows:
+        return "<p>Nothing: no filter is set, or every document passed.</p>"
+    table = _table(("source: filter", "documents", "MB", "share"), rows)
+    return f"{table}<details><summary>Examples</summary>{''.join(examples)}</details>"
+
+
+def _recipe(loader: Loader) -> tuple[str, str]:
+    """What the stream was found to hold beside what is configured: a note and a table."""
+    found = measured_recipe(loader)
+    transforms = loader.config.transforms
+    rows = []
+    for source in loader.config.sources:
+        counted = found.sources.get(source.name)
+        if counted is None:
+            continue
+        fim = transforms.fim_rate if source.domain in transforms.fim_domains else 0.0
+        split = f"{counted.split / counted.splittable:.2%}" if counted.splittable else "-"
+        rows.append(
+            (
+                escape(source.name),
+                f"{found.shares[source.name]:.3%}",
+                f"{counted.tokens / found.tokens:.3%}",
+                f"{found.worst[source.name]:.3%}",
+                f"{fim:.2%}",
+                f"{counted.fim / counted.documents:.2%}" if counted.documents else "-",
+                f"{transforms.split_share:.2%}",
+                split,
+            )
+        )
+    note = (
+        f"Counted in the {found.tokens:,} tokens of the first {found.steps} steps, beside what is "
+        "configured (for the first stage, in a run with several). The largest difference is "
+        f"between the share in any run of whole steps of {found.span:,} tokens and the configured "
+        "one. FIM: share of documents; split: share of the tokens that join punctuation and a line "
+        "break."
+    )
+    header = (
+        *("source", "share set", "measured", "largest difference"),
+        *("FIM set", "measured", "split set", "measured"),
+    )
+    return note, _table(header, rows)
+
+
+def _packing(facts: DataFacts) -> str:
+    rows = [
+        ("best fit (used)", f"{facts.rows:,}", f"{facts.fill:.2%}", f"{facts.cut_best_fit:,}"),
+        ("concatenate and cut", f"{facts.rows_concatenated:,}", "", f"{facts.cut_concatenated:,}"),
+    ]
+    return _table(("", "rows", "filled", f"documents cut, of {facts.train_documents:,}"), rows)
+
+
+def _pairs(rows: list[tuple[str, int, int]], header: tuple[str, str, str]) -> str:
+    cells = [(f"<code>{_visible(text)}</code>", f"{a:,}", f"{b:,}") for text, a, b in rows]
+    return _table(header, cells)
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A table of cells that are HTML already."""
+    head = "".join(f"<th>{name}</th>" for name in header)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table class=grid><tr>{head}</tr>{body}</table>"
+
+
+def _visible(text: str) -> str:
+    return escape(text).replace("\r", "␍").replace("\n", "↵").replace("\t", "→").replace(" ", "␣")
+
+
+def _rows(loader: Loader, tokenizer: Tokenizer) -> str:
+    """The rows of step 0 with the most samples, a colour for each sample."""
+    rows = [
+        (batch, b) for batch in loader.at(0) for b in range(len(batch.lengths)) if batch.lengths[b]
+    ]
+    rows.sort(key=lambda row: -len(row[0].lengths[row[1]]))
+    return "".join(_row(batch, b, tokenizer) for batch, b in rows[:_SHOWN_ROWS])
+
+
+def _row(batch: Batch, b: int, tokenizer: Tokenizer) -> str:
+    special = set(tokenizer.special.values())
+    lengths = batch.lengths[b]
+    tokens = batch.tokens[b].tolist()
+    left = _SHOWN_TOKENS
+    html = []
+    starts = np.cumsum([0, *lengths]).tolist()
+    for number, (start, length) in enumerate(zip(starts, lengths, strict=False)):
+        ids = tokens[start : start + min(length, left)]
+        left -= len(ids)
+        if ids:
+            color = SERIES_COLORS[number % len(SERIES_COLORS)]
+            body = "<i>·</i>".join(_token(i, tokenizer, special) for i in ids)
+            html.append(f'<span class=s style="--c:{color}">{body}</span>')
+    shown, filled = _SHOWN_TOKENS - left, sum(lengths)
+    padding = len(tokens) - filled
+    more = f" … {filled - shown:,} more tokens" if filled > shown else ""
+    note = (
+        f"{len(lengths)} sample{'s' * (len(lengths) > 1)}, {filled:,} tokens, {padding:,} padding"
+    )
+    return f"<p class=note>{note}</p><pre class=row>{''.join(html)}<i>{more}</i></pre>"
+
+
+def _token(i: int, tokenizer: Tokenizer, special: set[int]) -> str:
+    text = escape(tokenizer.decode([i]))
+    if i in special:
+        return f"<b>{text}</b>"
+    return text.replace("\n", "<i>↵</i>\n")

@@ -1,0 +1,179 @@
+"""The figures of `v4 data report`, from the manifest and the shards."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.config import DataConfig
+from data.indexed import open_shard
+from data.manifest import Loss, Manifest
+from data.rows.audit import Measured, measure
+from data.rows.loader import Loader
+from data.rows.packing import pack_windows
+from data.rows.permutation import shuffled
+from data.text.tokenizer import Tokenizer
+
+_COUNTED = 2_000_000  # tokens of a source that are looked at one by one
+_WORDS_FROM = 200_000  # tokens of a source that are decoded to find words
+_WORD = re.compile(r"\w{2,60}")
+_LISTED = 20
+_MEASURED = 4_000_000  # tokens of the stream
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """One source: documents and tokens of its shards; `lengths` [documents] in tokens, to train."""
+
+    name: str
+    domain: str
+    documents: int
+    empty: int
+    bad: int
+    losses: dict[str, Loss]
+    train_tokens: int
+    heldout_tokens: int
+    bytes: int
+    lengths: NDArray[np.int64]
+    sample: list[NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """All sources and how their documents fill rows.
+
+    `cut_best_fit` and `cut_concatenated` are the documents that do not stay whole; `fill` is the
+    share of the packed rows' positions that hold a token.
+    """
+
+    sources: list[SourceFacts]
+    rows: int
+    fill: float
+    cut_best_fit: int
+    rows_concatenated: int
+    cut_concatenated: int
+
+    @property
+    def train_documents(self) -> int:
+        """Documents to train on."""
+        return sum(len(source.lengths) for source in self.sources)
+
+    @property
+    def counted(self) -> int:
+        """Tokens in the samples."""
+        return sum(len(document) for source in self.sources for document in source.sample)
+
+    @property
+    def words_from(self) -> int:
+        """Tokens that the words come from."""
+        return sum(len(document) for source in self.sources for document in _head(source))
+
+
+def collect(config: DataConfig, row_length: int) -> DataFacts:
+    """Read the manifest, all lengths, and the tokens of a bounded sample.
+
+    Raises DataError where the shards are missing or damaged.
+    """
+    manifest = Manifest.load(config.shards)
+    names = dict.fromkeys(shard.source for shard in manifest.shards)
+    sources = [_source(config, manifest, name) for name in names]
+    # A document of n tokens takes n-1 positions.
+    positions = np.concatenate([source.lengths for source in sources]) - 1
+    order = shuffled(len(positions), 0)
+    packed = pack_windows(positions, row_length, order, config.packing_window)
+    ends = np.cumsum(positions[order])
+    begins = ends - positions[order]
+    crossing = begins // row_length != np.maximum(ends - 1, begins) // row_length
+    return DataFacts(
+        sources=sources,
+        rows=len(packed),
+        fill=float(positions.sum()) / max(1, len(packed) * row_length),
+        cut_best_fit=int((positions > row_length).sum()),
+        rows_concatenated=-(-int(positions.sum()) // row_length),
+        cut_concatenated=int(crossing.sum()),
+    )
+
+
+def measured_recipe(loader: Loader) -> Measured:
+    """The recipe over the first steps: some millions of tokens, the first epoch or stage."""
+    stage = loader.schedule.stages[0]
+    steps = -(-_MEASURED // (stage.batch_rows * stage.row_length))
+    return measure(loader, min(steps, loader.num_steps, stage.steps or steps))
+
+
+def _source(config: DataConfig, manifest: Manifest, name: str) -> SourceFacts:
+    mine = [shard for shard in manifest.shards if shard.source == name]
+    lengths: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
+    sample: list[NDArray[np.int64]] = []
+    left = _COUNTED
+    for shard in mine:
+        if shard.split != "train":
+            continue
+        path = Path(config.shards) / manifest.folder / shard.name
+        opened = open_shard(path, shard.documents, shard.tokens)
+        lengths.append(np.asarray(opened.sequence_lengths, dtype=np.int64))
+        for document in range(len(opened)):
+            if left <= 0:
+                break
+            size = min(left, int(opened.sequence_lengths[document]))
+            sample.append(opened.get(document, offset=0, length=size).astype(np.int64))
+            left -= size
+    tokens = {split: sum(s.tokens for s in mine if s.split == split) for split in _SPLITS}
+    return SourceFacts(
+        name=name,
+        domain=mine[0].domain,
+        documents=sum(shard.documents for shard in mine),
+        empty=manifest.empty_documents.get(name, 0),
+        bad=manifest.bad_records.get(name, 0),
+        losses=manifest.losses.get(name, {}),
+        train_tokens=tokens["train"],
+        heldout_tokens=tokens["heldout"],
+        bytes=sum(shard.bytes for shard in mine),
+        lengths=np.concatenate(lengths),
+        sample=sample,
+    )
+
+
+_SPLITS = ("train", "heldout")
+
+
+def _head(source: SourceFacts) -> list[NDArray[np.int64]]:
+    """The first documents of a source's sample, about `_WORDS_FROM` tokens."""
+    kept, total = [], 0
+    for document in source.sample:
+        if total >= _WORDS_FROM:
+            break
+        kept.append(document[: _WORDS_FROM - total])
+        total += len(kept[-1])
+    return kept
+
+
+def longest_tokens(tokenizer: Tokenizer, facts: DataFacts) -> list[tuple[str, int, int]]:
+    """(text, characters, occurrences in the sample) of the longest tokens, longest first."""
+    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for source in facts.sources:
+        for document in source.sample:
+            counts += np.bincount(document, minlength=tokenizer.vocab_size)
+    named = set(tokenizer.special.values())
+    texts = [(tokenizer.decode([i]), i) for i in range(tokenizer.vocab_size) if i not in named]
+    # Places that a small sample left unused look like special tokens.
+    real = [(text, i) for text, i in texts if not text.startswith("<｜unused▁")]
+    longest = sorted(real, key=lambda pair: (-len(pair[0]), pair[1]))[:_LISTED]
+    return [(text, len(text), int(counts[i])) for text, i in longest]
+
+
+def most_split_words(tokenizer: Tokenizer, facts: DataFacts) -> list[tuple[str, int, int]]:
+    """(word, tokens, occurrences) of the sampled words that take the most tokens, most first."""
+    words: Counter[str] = Counter()
+    special = list(tokenizer.special.values())
+    for source in facts.sources:
+        for document in _head(source):
+            ordinary = document[~np.isin(document, special)]
+            words.update(_WORD.findall(tokenizer.decode(ordinary.tolist())))
+    often = [word for word, count in words.items() if count > 1]
+    sizes = [len(ids) for ids in tokenizer.encode_batch(often)]
+    ranked = sorted(zip(often, sizes, strict=True), key=lambda pair: (-pair[1], pair[0]))
+    return [(word, size, words[word]) for word, size in ranked[:_LISTED]]

@@ -1,0 +1,193 @@
+"""`v4 report` on a sweep's folder: which setting wins, by how much, and the trials' curves."""
+
+import json
+import math
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from trainer.errors import ReportError
+from trainer.files import write_whole
+from trainer.metrics.jsonl import Record, read_metrics
+from trainer.report.plots_sweep import draw_curves, draw_parallel
+from trainer.report.run import page
+
+SEED = "seed"
+Setting = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial with its metric's last value; None where it has none."""
+
+    folder: str
+    state: str
+    parameters: dict[str, Any]
+    records: list[Record]
+    value: float | None
+
+    @property
+    def setting(self) -> Setting:
+        """All parameters but the seed, as words."""
+        return tuple((k, f"{v:.4g}" if isinstance(v, float) else str(v))
+                     for k, v in self.parameters.items() if k != SEED)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Group:
+    """The finished trials of one setting, which differ in their seed."""
+
+    setting: Setting
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds."""
+        return mean(self.values)
+
+    @property
+    def sd(self) -> float | None:
+        """Standard deviation over the seeds, of a sample; None for one seed."""
+        return stdev(self.values) if len(self.values) > 1 else None
+
+    def words(self) -> str:
+        """The setting on one line."""
+        return " ".join(f"{name}={value}" for name, value in self.setting)
+
+
+def write_sweep_report(folder: Path) -> Path:
+    """Write `report.html` into a sweep's folder; returns its path.
+
+    Raises ReportError where no trial has finished.
+    """
+    try:
+        sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{folder / 'sweep.json'}: cannot be read: {error}") from None
+    trials = [_read(folder, trial, sweep["metric"]) for trial in sweep["trials"]]
+    found = groups(trials, sweep["goal"])
+    if not found:
+        raise ReportError(f"{folder}: no trial has finished; run the sweep on")
+    for sentence in sentences(found, sweep["goal"], sweep["metric"]):
+        print(sentence)
+    target = folder / "report.html"
+    write_whole(target, render(folder.name, sweep, trials, found))
+    return target
+
+
+def _read(folder: Path, trial: dict[str, Any], metric: str) -> Trial:
+    path = folder / trial["folder"] / "metrics.jsonl"
+    records = read_metrics(path) if path.is_file() else []
+    values = [record[metric] for record in records if metric in record]
+    last = values[-1] if values else None
+    return Trial(trial["folder"], trial["state"], trial["parameters"], records, last)
+
+
+def groups(trials: list[Trial], goal: str) -> list[Group]:
+    """Complete trials by setting, the best mean first; settings with fewer seeds come last."""
+    values: dict[Setting, list[float]] = {}
+    for trial in trials:
+        if trial.state == "complete" and trial.value is not None:
+            values.setdefault(trial.setting, []).append(trial.value)
+    found = [Group(setting, tuple(group)) for setting, group in values.items()]
+    sign = 1 if goal == "minimize" else -1
+    most = max((len(group.values) for group in found), default=0)
+    return sorted(found, key=lambda group: (len(group.values) < most, sign * group.mean))
+
+
+def sentences(found: list[Group], goal: str, metric: str) -> list[str]:
+    """The winner, then each parameter of words (not numbers) with the others tuned."""
+    best = found[0]
+    said = [f"the best: {best.words()}: {metric} {amount(best)}"]
+    for i, (name, _) in enumerate(best.setting):
+        tuned: dict[str, Group] = {}
+        for group in found:  # the best comes first
+            tuned.setdefault(group.setting[i][1], group)
+        if len(tuned) > 1 and not all(_is_number(value) for value in tuned):
+            winner, *others = tuned.items()
+            said += [_comparison(name, winner, other, goal, metric) for other in others]
+    return said
+
+
+def _comparison(
+    name: str, winner: tuple[str, Group], other: tuple[str, Group], goal: str, metric: str
+) -> str:
+    """`muon beats adamw by x ± y`: y is the standard error of the difference of the means."""
+    (value, group), (other_value, other_group) = winner, other
+    gap = abs(group.mean - other_group.mean)
+    error = standard_error(group, other_group)
+    unit = " nats" if metric.endswith("loss") else ""
+    wide = f" ± {error:.4f}" if error is not None else ""
+    seeds = f"{len(group.values)} and {len(other_group.values)} trials"
+    if len(group.values) == len(other_group.values):
+        seeds = f"{len(group.values)} seed{'s' * (len(group.values) > 1)}"
+    return (
+        f"{name}: {value} beats {other_value} by {gap:.4f}{wide}{unit} of {metric} ({seeds}, the "
+        f"best setting of each: {amount(group)} with {group.words()}, {amount(other_group)} with "
+        f"{other_group.words()})"
+    )
+
+
+def standard_error(a: Group, b: Group) -> float | None:
+    """Of the difference of two means: sqrt(sd_a^2 / n_a + sd_b^2 / n_b)."""
+    if a.sd is None or b.sd is None:
+        return None
+    return math.sqrt(a.sd**2 / len(a.values) + b.sd**2 / len(b.values))
+
+
+def amount(group: Group) -> str:
+    """Mean ± standard deviation over the seeds."""
+    return f"{group.mean:.4f}" + (f" ± {group.sd:.4f}" if group.sd is not None else "")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def render(name: str, sweep: dict[str, Any], trials: list[Trial], found: list[Group]) -> str:
+    """The page as HTML text."""
+    metric = sweep["metric"]
+    said = "".join(f"<p>{escape(text)}</p>" for text in sentences(found, sweep["goal"], metric))
+    head = [*(key for key, _ in found[0].setting), "seeds", metric]
+    rows = [
+        [*(v for _, v in group.setting), str(len(group.values)), amount(group)] for group in found
+    ]
+    each = [
+        [
+            t.folder,
+            t.state,
+            *map(str, t.parameters.values()),
+            "" if t.value is None else f"{t.value:.4f}",
+        ]
+        for t in trials
+    ]
+    each_head = ["trial", "state", *trials[0].parameters, metric]
+    ended = sum(trial.state != "running" for trial in trials)
+    settings = [group.setting for group in found]
+    curves = [(settings.index(t.setting), t.records) for t in trials if t.setting in settings]
+    points = [(dict(group.setting), group.mean) for group in found]
+    return page(
+        name,
+        f"Sweep, {ended} of {sweep['planned']} trials ended",
+        f"<figure>{said}</figure><div class=charts>"
+        f"<figure class=wide><h2>{escape(metric)}, dark where the setting is good</h2>"
+        f"{draw_curves(curves, metric, len(found))}</figure>"
+        f"<figure class=wide><h2>Settings in parallel coordinates</h2>"
+        f"{draw_parallel(points, metric)}</figure>"
+        f"<figure class=wide><h2>Settings, the best first</h2>{_table(head, rows)}</figure>"
+        f"<figure class=wide><h2>Trials</h2>{_table(each_head, each)}</figure></div>",
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    top = "".join(f"<th align=left>{escape(cell)}</th>" for cell in head)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return f"<table><tr>{top}</tr>{body}</table>"
