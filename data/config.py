@@ -14,8 +14,8 @@ class SourceConfig(BaseModel):
 
     `paths` are files, folders or glob patterns; a folder is searched for `include`. `json` takes
     .jsonl and .json (also .gz, .zst), `parquet` takes tables, and `text` takes every file as one
-    document. With `split: hash` each document goes to train or heldout by the hash of its text, so
-    two equal documents never fall on both sides; `train` and `heldout` say it outright.
+    document. With `split: hash` each document goes to train or validation by the hash of its text, so
+    two equal documents never fall on both sides; `train` and `validation` say it outright.
 
     A record of `content: text` is the string in `text_field`. One of `content: conversation` is the
     list in `messages_field`, or the JSON text of such a list, rendered by `data.dsml`; in the
@@ -36,7 +36,7 @@ class SourceConfig(BaseModel):
     text_field: str = "text"
     messages_field: str = "messages"
     domain: Literal["code", "prose"] = "prose"
-    split: Literal["hash", "train", "heldout"] = "hash"
+    split: Literal["hash", "train", "validation"] = "hash"
 
     @model_validator(mode="after")
     def _one_origin(self) -> "SourceConfig":
@@ -121,11 +121,11 @@ class TransformsConfig(BaseModel):
     split_share: float = Field(default=0.0, ge=0.0, le=1.0)
 
 
-class DataStage(BaseModel):
-    """A part of a run with its own rows; the documents go on where the stage before ended.
+class DataPhase(BaseModel):
+    """A part of a run with its own rows; the documents go on where the phase before ended.
 
-    The last stage goes on for ever, so that its `steps` may be absent. Over the first `ramp_steps`
-    steps the rows of a step grow evenly from `ramp_from` to `batch_rows`, in multiples of what
+    The last phase goes on for ever, so that its `steps` may be absent. Over the first `ramp_steps`
+    steps the rows of a step grow evenly from `ramp_from` to `global_batch_size`, in multiples of what
     divides both: where ranks and microbatches can share out these two, they can all between them.
     `weights` absent: those of the data config.
     """
@@ -133,15 +133,15 @@ class DataStage(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int | None = Field(default=None, ge=1)
-    row_length: int = Field(ge=2)
-    batch_rows: int = Field(ge=1)
-    micro_rows: int = Field(default=1, ge=1)
+    seq_len: int = Field(ge=2)
+    global_batch_size: int = Field(ge=1)
+    micro_batch_size: int = Field(default=1, ge=1)
     ramp_from: int | None = Field(default=None, ge=1)
     ramp_steps: int = Field(default=0, ge=0)
     weights: dict[str, float] | None = None
 
     @model_validator(mode="after")
-    def _ramp(self) -> "DataStage":
+    def _ramp(self) -> "DataPhase":
         if (self.ramp_from is None) != (self.ramp_steps == 0):
             raise ValueError("a ramp needs both `ramp_from` and `ramp_steps`, or neither")
         return self
@@ -149,24 +149,28 @@ class DataStage(BaseModel):
     @property
     def multiple(self) -> int:
         """What the rows of every step are a multiple of."""
-        return self.batch_rows if self.ramp_from is None else gcd(self.ramp_from, self.batch_rows)
+        return (
+            self.global_batch_size
+            if self.ramp_from is None
+            else gcd(self.ramp_from, self.global_batch_size)
+        )
 
     @property
     def sizes(self) -> range:
         """All numbers of rows that a step may have."""
-        first = self.batch_rows if self.ramp_from is None else self.ramp_from
-        by = self.multiple if first <= self.batch_rows else -self.multiple
-        return range(first, self.batch_rows + by, by)
+        first = self.global_batch_size if self.ramp_from is None else self.ramp_from
+        by = self.multiple if first <= self.global_batch_size else -self.multiple
+        return range(first, self.global_batch_size + by, by)
 
     def rows_before(self, steps: int) -> int:
         """Rows of the first `steps` steps: of the ramp's, step i of n has from + m·(L·i // n).
 
-        m is `multiple` and L the number of multiples from `ramp_from` to `batch_rows`.
+        m is `multiple` and L the number of multiples from `ramp_from` to `global_batch_size`.
         """
         ramp = min(steps, self.ramp_steps)
-        rows = (steps - ramp) * self.batch_rows
+        rows = (steps - ramp) * self.global_batch_size
         if self.ramp_from is not None:
-            levels = (self.batch_rows - self.ramp_from) // self.multiple
+            levels = (self.global_batch_size - self.ramp_from) // self.multiple
             rows += ramp * self.ramp_from
             rows += self.multiple * _floor_sum(ramp, self.ramp_steps, levels)
         return rows
@@ -188,9 +192,9 @@ def _floor_sum(count: int, divisor: int, factor: int) -> int:
 class DataConfig(BaseModel):
     """Everything between raw text and the rows of a step.
 
-    `row_length` S is the number of input positions of a row; `batch_rows` is the number of rows of
-    one optimizer step over all ranks; `micro_rows` is the number of rows a rank runs at once.
-    `heldout_fraction` of the documents (by hash) is kept from training. `packing` looks at about
+    `seq_len` S is the number of input positions of a row; `global_batch_size` is the number of rows of
+    one optimizer step over all ranks; `micro_batch_size` is the number of rows a rank runs at once.
+    `validation_fraction` of the documents (by hash) is kept from training. `packing` looks at about
     `packing_window` documents at a time, and its rows are `packing_fill` full: documents no longer
     than a row are cut only where best fit cannot reach that. `weights` are the sources' shares of
     the tokens; without them, an epoch of every source is an epoch of all. `prefetch` steps are made
@@ -204,10 +208,10 @@ class DataConfig(BaseModel):
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     tokenizer: TokenizerConfig
     shards: str
-    row_length: int = Field(ge=2)
-    batch_rows: int = Field(ge=1)
-    micro_rows: int = Field(default=1, ge=1)
-    heldout_fraction: float = Field(default=0.01, ge=0.0, lt=1.0)
+    seq_len: int = Field(ge=2)
+    global_batch_size: int = Field(ge=1)
+    micro_batch_size: int = Field(default=1, ge=1)
+    validation_fraction: float = Field(default=0.01, ge=0.0, lt=1.0)
     packing: Literal["best_fit", "concatenate"] = "best_fit"
     packing_window: int = Field(default=100_000, ge=1)
     packing_fill: float = Field(default=0.9995, gt=0.0, le=1.0)
@@ -241,7 +245,10 @@ class DataConfig(BaseModel):
         if weights and not sum(weights.values()):
             raise ValueError("the weights sum to 0; at least one should be larger")
 
-    def one_stage(self) -> DataStage:
-        """The rows of a run that has no stages, and those of the held-out text."""
-        sizes = {name: getattr(self, name) for name in ("row_length", "batch_rows", "micro_rows")}
-        return DataStage(**sizes)
+    def one_phase(self) -> DataPhase:
+        """The rows of a run that has no phases, and those of the validation text."""
+        sizes = {
+            name: getattr(self, name)
+            for name in ("seq_len", "global_batch_size", "micro_batch_size")
+        }
+        return DataPhase(**sizes)

@@ -7,14 +7,14 @@ with the shards, so that a reader finds the old shards or the new ones and never
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from data.errors import DataError
 from data.files import write_atomically
 
 MANIFEST_FILE = "manifest.json"
 MAX_EXAMPLES = 3
-Split = Literal["train", "heldout"]
+Split = Literal["train", "validation"]
 
 
 class Shard(BaseModel):
@@ -33,6 +33,11 @@ class Shard(BaseModel):
     documents: int
     tokens: int
     bytes: int
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _earlier_name(cls, split: object) -> object:
+        return "validation" if split == "heldout" else split  # shards of versions before 0.2
 
 
 class Example(BaseModel):

@@ -380,9 +380,9 @@ def draw_traffic(folder: Path) -> None:
     for ax, degrees in zip(axes, TOPOLOGIES, strict=True):
         parallel = ParallelConfig(pipeline_schedule="dual_pipe_v", **degrees)
         sizes = parallel.sizes(WORLD)
-        stages = parallel.stages(config.model, data.row_length)
-        micro = data.batch_rows // sizes.data // data.micro_rows
-        work = Work.whole_rows(data.row_length, data.micro_rows, micro)
+        stages = parallel.stages(config.model, data.seq_len)
+        micro = data.global_batch_size // sizes.data // data.micro_batch_size
+        work = Work.whole_rows(data.seq_len, data.micro_batch_size, micro)
         sent = step_traffic(config.model, sizes, stages, WORLD // 2, work, config.optim)
         totals = [
             sum(size for (axis, _), size in sent.items() if re.split("[/*]", axis)[0] in axes_)
@@ -401,7 +401,7 @@ def draw_traffic(folder: Path) -> None:
         ax.set_title(f"{title} x data {sizes.data}", loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(left=False)
-    rows = f"{data.batch_rows:,} rows of {data.row_length:,} tokens"
+    rows = f"{data.global_batch_size:,} rows of {data.seq_len:,} tokens"
     title = (
         f"flash.yaml on {WORLD} ranks, {rows} a step, {config.precision}; a rank of a middle stage"
     )

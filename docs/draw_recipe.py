@@ -11,18 +11,18 @@ import matplotlib
 from trainer.config import load_run
 from trainer.metrics.jsonl import read_metrics
 from trainer.report.plots import CHARTS, STYLE, picture
-from trainer.report.run import stage_marks
+from trainer.report.run import phase_marks
 
 TARGET = Path(__file__).parent / "images" / "recipe-demo.png"
 
 
 def main() -> None:
-    """The loss of a run over its steps, with the stages marked, as the report has it."""
+    """The loss of a run over its steps, with the phases marked, as the report has it."""
     config = load_run(sys.argv[1])
     records = read_metrics(config.run_dir / "metrics.jsonl")
     chart = replace(next(chart for chart in CHARTS if chart.title == "Loss"), title="")
     with matplotlib.rc_context(STYLE):
-        figure = picture(chart, records, stage_marks(config))
+        figure = picture(chart, records, phase_marks(config))
         figure.savefig(sys.argv[2] if len(sys.argv) > 2 else TARGET, dpi=110, facecolor="white")
 
 

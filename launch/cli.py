@@ -87,7 +87,7 @@ def train(
 
 @app.command("eval")
 def evaluate(config: Config, overrides: Overrides = None) -> None:
-    """Loss of the newest checkpoint on the held-out text."""
+    """Loss of the newest checkpoint on the validation text."""
     _command("eval", config, overrides)
 
 
@@ -129,9 +129,9 @@ def plan(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Memory with activations, without holding it.")
     ] = False,
-    stage: Annotated[
+    phase: Annotated[
         int | None,
-        typer.Option(min=0, help="Stage whose activations --dry-run counts; else the largest's."),
+        typer.Option(min=0, help="Phase whose activations --dry-run counts; else the largest's."),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time one layer of each kind on this machine.")
@@ -155,7 +155,7 @@ def plan(
     nproc = nproc or run.parallel.least_world
     run.check_world(nproc)
     flags = ["--dry-run"] * dry_run + ["--measure"] * measure
-    flags += [] if stage is None else [f"--stage={stage}"]
+    flags += [] if phase is None else [f"--phase={phase}"]
     command = processes.command("plan", config, *(overrides or []), f"--processes={nproc}", *flags)
     _finish(processes.run(command))
 

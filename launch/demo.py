@@ -60,7 +60,7 @@ def run_demo(out: Path, nproc: int, overrides: list[str]) -> int:
         _train_half(config, arguments, nproc)
         say("5  training goes on from the checkpoint")
         _expect(0, processes.train(arguments, nproc))
-        say("6  held-out loss")
+        say("6  validation loss")
         result = json.loads(_run("eval", str(run_dir), captured=True))
         say("7  export, and transformers writes a few words")
         _run("export", str(run_dir), str(hugging_face))
@@ -145,8 +145,8 @@ def _table(
     for name, value in (
         ("parameters", f"{sample['parameters']:,}"),
         ("tokens trained on", f"{result['tokens']:,}"),
-        ("held-out loss, nats per token", f"{result['heldout_loss']:.3f}"),
-        ("unigram entropy of the held-out text", f"{result['unigram_entropy']:.3f}"),
+        ("validation loss, nats per token", f"{result['validation_loss']:.3f}"),
+        ("unigram entropy of the validation text", f"{result['unigram_entropy']:.3f}"),
         ("tokens per second, median", f"{speeds[len(speeds) // 2]:,.0f}"),
         ("time of the whole demo", f"{seconds / 60:.1f} min"),
         ("report", str(config.run_dir / "report.html")),

@@ -135,6 +135,6 @@ def read_history(path: Path, name: str, every: int) -> list[float]:
             record = json.loads(line)
         except ValueError:
             continue  # the line that is being written
-        if name in record and (record["step"] % every == 0 or "heldout_loss" in record):
+        if name in record and (record["step"] % every == 0 or "validation_loss" in record):
             points[record["step"]] = record[name]
     return [points[step] for step in sorted(points)]

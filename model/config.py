@@ -25,7 +25,7 @@ AttentionMode = Literal["select", "dense", "warmup", "sparse"]
 - dense: attend to all of them; the indexer has no part in anything.
 - warmup: attend to all; the indexer learns from that which entries get the attention.
 - sparse: attend to those that the indexer keeps; it learns from the attention to these.
-- select: as sparse, but the indexer learns nothing: evaluation, and runs without stages.
+- select: as sparse, but the indexer learns nothing: evaluation, and runs without phases.
 """
 
 _HF_LAYER_TYPES: dict[str, LayerType] = {

@@ -63,7 +63,7 @@ class SampleLayout:
     """Samples of B packed rows of length S, on one device.
 
     Attributes:
-        rows, row_length: B and S.
+        rows, seq_len: B and S.
         sample_lengths: length of every sample in flat order, padding included.
         position_T: each token's 0-based position in its sample.
         start_T: flat index of the first token of its sample.
@@ -73,7 +73,7 @@ class SampleLayout:
     """
 
     rows: int
-    row_length: int
+    seq_len: int
     sample_lengths: np.ndarray
     position_T: Tensor
     start_T: Tensor
@@ -87,14 +87,14 @@ class SampleLayout:
     def from_lengths(
         cls,
         lengths: Sequence[Sequence[int]],
-        row_length: int | None = None,
+        seq_len: int | None = None,
         device: torch.device | str | None = None,
     ) -> SampleLayout:
         """Lay out rows given each row's sample lengths.
 
         Args:
             lengths: per row, the lengths of its samples in order.
-            row_length: S; defaults to the longest row. What a row lacks is padding.
+            seq_len: S; defaults to the longest row. What a row lacks is padding.
 
         Raises:
             ValueError: no rows, a length below 1, or samples longer than their row.
@@ -102,20 +102,20 @@ class SampleLayout:
         if not lengths:
             raise ValueError("a layout needs at least one row of sample lengths")
         longest = max(sum(row) for row in lengths)
-        row_length = longest if row_length is None else row_length
+        seq_len = longest if seq_len is None else seq_len
         flat: list[int] = []
         padded: list[bool] = []
         for number, row in enumerate(lengths):
             if any(length < 1 for length in row):
                 raise ValueError(f"row {number} has a sample length below 1: {list(row)}")
-            rest = row_length - sum(row)
+            rest = seq_len - sum(row)
             if rest < 0:
                 raise ValueError(
-                    f"row {number} holds {sum(row)} tokens of samples but is {row_length} long"
+                    f"row {number} holds {sum(row)} tokens of samples but is {seq_len} long"
                 )
             flat += [*row, rest] if rest else [*row]
             padded += [False] * len(row) + [True] * bool(rest)
-        return cls._build(len(lengths), row_length, np.array(flat), np.array(padded), device)
+        return cls._build(len(lengths), seq_len, np.array(flat), np.array(padded), device)
 
     @classmethod
     def whole_rows(cls, tokens_BS: Tensor) -> SampleLayout:
@@ -127,7 +127,7 @@ class SampleLayout:
     def _build(
         cls,
         rows: int,
-        row_length: int,
+        seq_len: int,
         sample_lengths: np.ndarray,
         padded: np.ndarray,
         device: torch.device | str | None,
@@ -135,10 +135,10 @@ class SampleLayout:
         starts = np.cumsum(sample_lengths) - sample_lengths
         sample_T = np.repeat(np.arange(len(sample_lengths)), sample_lengths)
         start_T = starts[sample_T]
-        position_T = np.arange(rows * row_length) - start_T
+        position_T = np.arange(rows * seq_len) - start_T
         return cls(
             rows=rows,
-            row_length=row_length,
+            seq_len=seq_len,
             sample_lengths=sample_lengths,
             position_T=on_device(position_T, device),
             start_T=on_device(start_T, device),
@@ -151,14 +151,14 @@ class SampleLayout:
     @property
     def num_tokens(self) -> int:
         """T, padding included."""
-        return self.rows * self.row_length
+        return self.rows * self.seq_len
 
     @property
     def num_samples(self) -> int:
         """Samples, counting each row's padding as one."""
         return len(self.sample_lengths)
 
-    def part(self, tokens: np.ndarray, row_length: int) -> SampleLayout:
+    def part(self, tokens: np.ndarray, seq_len: int) -> SampleLayout:
         """The layout of some tokens of every row, by their flat indices; samples keep numbers.
 
         Only what describes single tokens is cut; `sample_lengths` stay those of whole samples.
@@ -166,7 +166,7 @@ class SampleLayout:
         tokens_T = on_device(tokens, self.position_T.device)
         return replace(
             self,
-            row_length=row_length,
+            seq_len=seq_len,
             position_T=self.position_T[tokens_T],
             start_T=self.start_T[tokens_T],
             sample_T=self.sample_T[tokens_T],

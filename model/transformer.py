@@ -337,7 +337,7 @@ class V4Model(nn.Module):
 
 
 def _check_shapes(tokens: Tensor, layout: SampleLayout, targets: Tensor | None) -> None:
-    expected = (layout.rows, layout.row_length)
+    expected = (layout.rows, layout.seq_len)
     if tuple(tokens.shape) != expected:
         raise ValueError(f"tokens have shape {tuple(tokens.shape)}, the layout {expected}")
     if targets is not None and targets.shape != tokens.shape:

@@ -6,7 +6,7 @@ A step has two phases:
      and a transposed one have the same shape here) go through Newton–Schulz together.
 
 All state exists from construction, so a checkpoint holds the same names at every step.
-`optim.hybrid_zero` runs it on the masters that a rank owns.
+`optim.zero.hybrid_zero` runs it on the masters that a rank owns.
 """
 
 from collections import Counter

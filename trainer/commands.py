@@ -26,8 +26,8 @@ def data_prepare(config: RunConfig, options: argparse.Namespace) -> None:
     from data.prepare.run import prepare
 
     manifest = prepare(config.data, progress=sys.stderr.isatty())
-    train, heldout = manifest.tokens("train"), manifest.tokens("heldout")
-    print(f"{config.data.shards}: {train:,} tokens to train on, {heldout:,} held out")
+    train, validation = manifest.tokens("train"), manifest.tokens("validation")
+    print(f"{config.data.shards}: {train:,} tokens to train on, {validation:,} held out")
 
 
 def data_report(config: RunConfig, options: argparse.Namespace) -> None:
@@ -38,12 +38,12 @@ def data_report(config: RunConfig, options: argparse.Namespace) -> None:
 
 
 def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
-    """Loss of the newest checkpoint on the held-out text, beside its unigram entropy.
+    """Loss of the newest checkpoint on the validation text, beside its unigram entropy.
 
-    With the attention and the quantisation of the last step's stage.
+    With the attention and the quantisation of the last step's phase.
     """
     from trainer.config.recipe import Recipe
-    from trainer.evaluate import Heldout
+    from trainer.evaluate import Validation
     from trainer.export.import_run import open_run
     from trainer.parallel.grid import open_grid
     from trainer.trainer import make_engine
@@ -52,20 +52,20 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
         config = config.alone()  # checkpoints open at any topology
     with open_grid(config.sizes) as grid:
         local, state = open_run(config, grid)
-        heldout = Heldout(config, grid)
+        validation = Validation(config, grid)
         engine = make_engine(config, local, grid)
-        stage = Recipe(config).at(max(state.step - 1, 0))
-        engine.attend(stage.attention)
-        engine.quantised = stage.quantised
-        found = heldout.evaluate(engine)
+        phase = Recipe(config).at(max(state.step - 1, 0))
+        engine.attend(phase.attention)
+        engine.quantised = phase.quantised
+        found = validation.evaluate(engine)
         if not grid.is_first:
             return
         result = {
             "step": state.step,
             "tokens": state.tokens,
-            "heldout_loss": found.loss,
-            "heldout_tokens": found.tokens,
-            "unigram_entropy": heldout.unigram_entropy(),
+            "validation_loss": found.loss,
+            "validation_tokens": found.tokens,
+            "unigram_entropy": validation.unigram_entropy(),
         }
         print(json.dumps(result))
 
@@ -113,7 +113,7 @@ def plan(config: RunConfig, options: argparse.Namespace) -> None:
 
     # A file or a pipe has no width: tables are as wide as they need.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    for part in make_plan(config, options.processes, options.dry_run, options.stage):
+    for part in make_plan(config, options.processes, options.dry_run, options.phase):
         console.print(part)
     if options.measure:
         from trainer.planning.layer_times import measure
@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "plan":
             verb.add_argument("--processes", type=int, default=1)
             verb.add_argument("--dry-run", action="store_true", help="memory with activations")
-            verb.add_argument("--stage", type=int, help="whose activations")
+            verb.add_argument("--phase", type=int, help="whose activations")
             verb.add_argument("--measure", action="store_true", help="time one layer of each kind")
         verb.add_argument("overrides", nargs="*", metavar="key=value")
     return parser

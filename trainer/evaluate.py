@@ -1,4 +1,4 @@
-"""Loss on held-out rows: the token mean over the split, the same at any number of ranks."""
+"""Loss on validation rows: the token mean over the split, the same at any number of ranks."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ _IGNORE = -100
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result on held-out text."""
+    """Result on validation text."""
 
     loss: float
     """Language-model loss, nats per target token."""
@@ -23,11 +23,11 @@ class Evaluation:
     """Target tokens."""
 
 
-class Heldout:
-    """The held-out split, read in the same order at every evaluation.
+class Validation:
+    """The validation split, read in the same order at every evaluation.
 
     `rows` limits how much is read, rounded up to whole batches; None reads everything. Raises
-    DataError where the shards hold no held-out document.
+    DataError where the shards hold no validation document.
     """
 
     def __init__(self, config: RunConfig, grid: Grid, rows: int | None = None) -> None:
@@ -41,11 +41,13 @@ class Heldout:
     def _loader(self, source: str | None) -> Loader:
         data = self.grid.data
         return Loader(
-            self.config.data, self.config.seed, data.rank, data.size, "heldout", source=source
+            self.config.data, self.config.seed, data.rank, data.size, "validation", source=source
         )
 
     def _steps(self, loader: Loader, rows: int | None) -> int:
-        wanted = loader.num_steps if rows is None else -(-rows // self.config.data.batch_rows)
+        wanted = (
+            loader.num_steps if rows is None else -(-rows // self.config.data.global_batch_size)
+        )
         return min(loader.num_steps, wanted)
 
     def unigram_entropy(self) -> float:

@@ -13,12 +13,12 @@ from trainer.metrics.update_stats import GroupNumbers
 class StepResult:
     """What a step gave; losses are token means over the global batch, in nats.
 
-    A step whose batch was left out has a rate and a stage, and neither losses nor tokens.
+    A step whose batch was left out has a rate and a phase, and neither losses nor tokens.
     """
 
     learning_rate: float
-    stage: int
-    """Number of the stage, from 0."""
+    phase: int
+    """Number of the phase, from 0."""
     loss: float = math.nan
     """What was differentiated: lm + weighted mtp + balance + indexer."""
     lm_loss: float = math.nan
@@ -41,14 +41,14 @@ class StepResult:
     """Operations of forward and backward over all ranks."""
     seconds: float = 0.0
     """From fetching the rows to the end of the update."""
-    heldout_loss: float | None = None
+    validation_loss: float | None = None
     """Set by the evaluation, where one was due after this step."""
     layers: LayerNumbers | None = None
     """Of every layer, where a look was due after this step."""
     groups: GroupNumbers | None = None
     """Of every group of parameters, likewise."""
-    heldout_by_source: dict[str, float] | None = None
-    """Set by the evaluation, where the held-out text has several sources."""
+    validation_by_source: dict[str, float] | None = None
+    """Set by the evaluation, where the validation text has several sources."""
 
     @property
     def is_finite(self) -> bool:

@@ -12,10 +12,10 @@ from model.kernel_choices import describe, kernel_choices
 from optim import Assignment, HybridZero, MatrixSizes, build_table
 from trainer.checkpoint.run import RunCheckpoint, Updater
 from trainer.config import RunConfig
-from trainer.config.recipe import Recipe, Stage
+from trainer.config.recipe import Phase, Recipe
 from trainer.engine import Engine, NativeEngine, StepLosses
 from trainer.errors import DivergedError, SaveError
-from trainer.evaluate import Heldout
+from trainer.evaluate import Validation
 from trainer.files import write_whole
 from trainer.memory_used import peak_words
 from trainer.metrics.layer_hooks import watched
@@ -59,13 +59,13 @@ class Trainer:
         self.recipe = Recipe(config)
         tokenizer = Tokenizer(config.data.tokenizer.path)
         config.check_vocabulary(tokenizer.vocab_size)
-        rows = [stage.rows for stage in self.recipe.stages]
-        self.loader = Loader(config.data, config.seed, grid.data.rank, grid.data.size, stages=rows)
+        rows = [phase.rows for phase in self.recipe.phases]
+        self.loader = Loader(config.data, config.seed, grid.data.rank, grid.data.size, phases=rows)
         pin = grid.device.type == "cuda"
         self.batches = Prefetcher(self.loader.at, config.data.prefetch, config.steps, pin)
-        self.heldout: Heldout | None = None
-        if self.loader.manifest.of_split("heldout"):
-            self.heldout = Heldout(config, grid, config.evaluation.rows)
+        self.validation: Validation | None = None
+        if self.loader.manifest.of_split("validation"):
+            self.validation = Validation(config, grid, config.evaluation.rows)
         local, self.engine, self.optimizer = open_engine(config, grid)
         self.local, self.model = local, local.model
         self.anticipation = Anticipation(
@@ -87,7 +87,7 @@ class Trainer:
         )
         self.stability = Stability(config, self.state, self.checkpoint, self.anticipation)
         self.metrics: Metrics | None = None
-        self.stage: Stage | None = None
+        self.phase: Phase | None = None
         self.memory_told = False
         self.periodic: list[Hook] = [self._evaluate, self._report, self._tell_memory, self._save]
 
@@ -116,22 +116,22 @@ class Trainer:
         Without finite loss and gradients it leaves weights and router biases alone, and counts.
         None where it was a spike and the run has turned back.
         """
-        stage = self._enter()
+        phase = self._enter()
         chosen = self.anticipation.look_ahead(self.state, batches)
         if self.state.step in self.state.left_out:
-            return self._leave_out(stage)
+            return self._leave_out(phase)
         weight = self.recipe.mtp_loss_weight(self.state.step)
         losses = self.engine.forward_backward(batches, weight, self.stop.made, chosen)
         self.state.stopping = losses.stop
         norm = self.engine.gradient_norm()
-        result = self._on_host(stage, losses, norm)  # the only wait for the device in a step
+        result = self._on_host(phase, losses, norm)  # the only wait for the device in a step
         problem = self.stability.problem(result) if result.is_finite else self._skip(result)
         if problem is not None:
             self._turn_back(problem)
             return None
         look = self._is_due(self.config.metrics.layers_every, self.state.step + 1)
         if result.is_finite:
-            self._update(result, losses, norm, stage, look)
+            self._update(result, losses, norm, phase, look)
         if look:
             with watched(self.model) as notes:
                 self.engine.evaluate(batches[:1])
@@ -139,27 +139,27 @@ class Trainer:
             result.layers = layer_numbers(self.model, losses.expert_load, self.grid, seen)
         return result
 
-    def _enter(self) -> Stage:
-        """The present step's stage, told where it begins."""
-        stage = self.recipe.at(self.state.step)
-        if self.state.step == stage.first:
-            self.state.history.clear()  # what a stage begins with is no spike
-        if self.stage is not stage:
-            self.stage = stage
-            self.engine.attend(stage.attention)
-            self.engine.quantised = stage.quantised
-            if stage.name:
-                self._note(f"step {self.state.step + 1}: stage {stage.number}, {stage.name}")
-        return stage
+    def _enter(self) -> Phase:
+        """The present step's phase, told where it begins."""
+        phase = self.recipe.at(self.state.step)
+        if self.state.step == phase.first:
+            self.state.history.clear()  # what a phase begins with is no spike
+        if self.phase is not phase:
+            self.phase = phase
+            self.engine.attend(phase.attention)
+            self.engine.quantised = phase.quantised
+            if phase.name:
+                self._note(f"step {self.state.step + 1}: phase {phase.number}, {phase.name}")
+        return phase
 
     def _update(
-        self, result: StepResult, losses: StepLosses, norm: Tensor, stage: Stage, look: bool
+        self, result: StepResult, losses: StepLosses, norm: Tensor, phase: Phase, look: bool
     ) -> None:
         """Update weights and router biases; with `look`, also see how far the weights moved."""
         self.state.skipped_in_row = 0
         groups = GroupWatch(self.local, self.grid) if look else None
         self.engine.step(result.learning_rate, norm)
-        self.model.update_router_bias(losses.expert_load, stage.router_bias_speed)
+        self.model.update_router_bias(losses.expert_load, phase.router_bias_speed)
         result.groups = None if groups is None else groups.after()
 
     def _skip(self, result: StepResult) -> str | None:
@@ -195,16 +195,16 @@ class Trainer:
         self._note(describe_event(event))
         self.state.stopping = False  # a run that was asked to stop saves after its next step
 
-    def _leave_out(self, stage: Stage) -> StepResult:
+    def _leave_out(self, phase: Phase) -> StepResult:
         """Pass over a step's batch."""
         self._note(f"step {self.state.step + 1}: the batch is left out")
-        return StepResult(self.recipe.learning_rate(self.state.step), stage.number)
+        return StepResult(self.recipe.learning_rate(self.state.step), phase.number)
 
     def _is_due(self, every: int, step: int) -> bool:
         """Whether what is done every so many steps, and after the last one, is due after `step`."""
         return step == self.config.steps or (every > 0 and step % every == 0)
 
-    def _on_host(self, stage: Stage, losses: StepLosses, norm: Tensor) -> StepResult:
+    def _on_host(self, phase: Phase, losses: StepLosses, norm: Tensor) -> StepResult:
         """The step's numbers, finite or not."""
         share = losses.expert_load / losses.expert_load.mean(dim=1, keepdim=True).clamp(min=1.0)
         busiest = share[self.config.model.num_hash_layers :].max()
@@ -215,7 +215,7 @@ class Trainer:
         model = self.config.model
         return StepResult(
             learning_rate=self.recipe.learning_rate(self.state.step),
-            stage=stage.number,
+            phase=phase.number,
             loss=loss,
             lm_loss=lm,
             mtp_loss=mtp,
@@ -253,16 +253,16 @@ class Trainer:
             )
         for note in (*self.notes, *self.recipe.notes()):
             self._note(note)
-        if self.heldout is None:
-            self._note(f"{self.config.data.shards} holds no held-out text: nothing is evaluated")
+        if self.validation is None:
+            self._note(f"{self.config.data.shards} holds no validation text: nothing is evaluated")
 
     def _evaluate(self, state: TrainState, result: StepResult) -> None:
-        """Held-out loss, where it is due; every rank takes part."""
+        """Validation loss, where it is due; every rank takes part."""
         due = self._is_due(self.config.evaluation.every, state.step)
         stopped = state.stopping and state.step < self.config.steps
-        if due and not stopped and self.heldout is not None:
-            result.heldout_loss = self.heldout.evaluate(self.engine).loss
-            result.heldout_by_source = self.heldout.by_source(self.engine)
+        if due and not stopped and self.validation is not None:
+            result.validation_loss = self.validation.evaluate(self.engine).loss
+            result.validation_by_source = self.validation.by_source(self.engine)
 
     def _report(self, state: TrainState, result: StepResult) -> None:
         if self.metrics is not None:
@@ -333,7 +333,7 @@ def make_local(config: RunConfig, grid: Grid) -> LocalModel:
         config.model,
         DTYPES[config.precision],
         grid,
-        config.parallel.stages(config.model, Recipe(config).row_length),
+        config.parallel.stages(config.model, Recipe(config).seq_len),
         config.parallel.recompute,
         config.parallel.offload,
         fp8=config.precision == "fp8",

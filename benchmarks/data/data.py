@@ -6,7 +6,7 @@ FOLDER gets what is missing there: 120 MB of real text (benchmarks/data/corpus.p
 trained on 10 MB of it, and shards. Without names all parts run, which takes some twenty minutes.
 
 prepare     one core: prepare, datasets.map, Megatron's route, the same tokenizer; then all cores
-filters     what each stage of the filters costs and removes
+filters     what each phase of the filters costs and removes
 packing     real lengths at rows of 2048 and 4096: fill, cut documents, documents/s
 loader      tokens/s with transforms off and on, a process's first batch at step 10^6
 recipe      FIM rate, split share and mixture shares of the produced stream beside the configured
@@ -41,9 +41,9 @@ def open_folder(folder: Path) -> DataConfig:
             ],
             "tokenizer": {"path": str(folder / "tokenizer"), "sample_bytes": 10_000_000},
             "shards": str(folder / "shards"),
-            "row_length": 4096,
-            "batch_rows": 64,
-            "heldout_fraction": 0.01,
+            "seq_len": 4096,
+            "global_batch_size": 64,
+            "validation_fraction": 0.01,
         }
     )
     if not (folder / "tokenizer").exists():

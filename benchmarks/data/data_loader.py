@@ -33,20 +33,20 @@ def packing(config: DataConfig) -> None:
     lengths = lengths.astype(np.int64)
     pack(lengths[:100], 64)  # compiles
     print(f"{len(lengths):,} documents, {lengths.sum():,} tokens")
-    for row_length in (2048, 4096):
-        pieces = pieces_of(np.zeros_like(lengths), lengths, row_length)
-        rows = int(-(-lengths.sum() // (config.packing_fill * row_length)))
-        longer = int((lengths > row_length).sum())
-        print(f"rows of {row_length}: {longer:,} documents are longer than a row")
+    for seq_len in (2048, 4096):
+        pieces = pieces_of(np.zeros_like(lengths), lengths, seq_len)
+        rows = int(-(-lengths.sum() // (config.packing_fill * seq_len)))
+        longer = int((lengths > seq_len).sum())
+        print(f"rows of {seq_len}: {longer:,} documents are longer than a row")
         for name, found in (
-            ("best fit", pack(lengths, row_length)),
-            ("best fit, fixed rows", pack_into(*pieces, row_length, rows)),
-            ("concatenate and cut", concatenate(*pieces, row_length, rows)),
+            ("best fit", pack(lengths, seq_len)),
+            ("best fit, fixed rows", pack_into(*pieces, seq_len, rows)),
+            ("concatenate and cut", concatenate(*pieces, seq_len, rows)),
         ):
             cut = np.bincount(found.document, minlength=len(lengths)) > 1
-            short = int((cut & (lengths <= row_length)).sum())
+            short = int((cut & (lengths <= seq_len)).sum())
             used = len(np.unique(np.repeat(np.arange(len(found)), np.diff(found.offsets))))
-            fill = lengths.sum() / (used * row_length)
+            fill = lengths.sum() / (used * seq_len)
             print(f"  {name:21} fill {fill:.4%}, cut {int(cut.sum()):,}, {short:,} of them shorter")
     many = lengths_of(1_000_000)
     begin = time.perf_counter()

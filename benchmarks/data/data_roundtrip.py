@@ -98,7 +98,7 @@ def roundtrip(config: DataConfig) -> None:
         shards = _shards(mine)
         found: Counter[tuple[int, ...]] = Counter()
         changed = 0
-        for split in ("train", "heldout"):
+        for split in ("train", "validation"):
             for (name, number), ids in epoch(mine, split).items():  # type: ignore[arg-type]
                 original = shards[name, split][number]
                 back = restored(ids, fim)

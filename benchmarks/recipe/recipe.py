@@ -1,9 +1,9 @@
-"""What the stages of a finished run did: the indexers' recall, and what sparse attention costs.
+"""What the phases of a finished run did: the indexers' recall, and what sparse attention costs.
 
     python -m benchmarks.recipe.recipe runs/recipe-demo
 
 The run must have kept its checkpoints at the end of its warm-up and at the step before it
-(`checkpoint.keep: 0`; the nearest ones are taken). On the held-out rows, with the weights at the
+(`checkpoint.keep: 0`; the nearest ones are taken). On the validation rows, with the weights at the
 end of the warm-up: the loss with dense and with sparse attention, and for every CSA layer the share
 of the dense attention mass on entries that the indexer keeps when each query may keep a quarter of
 the entries that it sees; beside it the same for the indexer before its warm-up, for the entries
@@ -42,7 +42,7 @@ from trainer.checkpoint.reader import StoredTensors
 from trainer.config import RunConfig, load_run
 from trainer.config.recipe import Recipe
 from trainer.engine import NativeEngine
-from trainer.evaluate import Heldout
+from trainer.evaluate import Validation
 from trainer.parallel.grid import Grid
 from trainer.trainer import build, make_engine
 
@@ -111,7 +111,7 @@ def shares(attn: Attention, x_TD: Tensor, positions: Positions) -> dict[str, tup
 
 @torch.no_grad()
 def recall(config: RunConfig, model: V4Model, steps: int) -> dict[int, dict[str, float]]:
-    """The share that each way of choosing keeps, by layer, over held-out rows."""
+    """The share that each way of choosing keeps, by layer, over validation rows."""
     sums: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
     inside: list[tuple[int, Tensor, Positions]] = []
     hooks = [
@@ -121,7 +121,7 @@ def recall(config: RunConfig, model: V4Model, steps: int) -> dict[int, dict[str,
         for row, attn in model.attentions().items()
         if attn.indexer is not None
     ]
-    loader = Loader(config.data, config.seed, split="heldout")
+    loader = Loader(config.data, config.seed, split="validation")
     for step in range(steps):
         for batch in loader.at(step):
             layout = SampleLayout.from_lengths(batch.lengths, batch.tokens.shape[1])
@@ -160,39 +160,39 @@ def warm_up(engine: NativeEngine, loader: Loader, steps: int, rate: float) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--rows", type=int, default=32, help="held-out rows")
+    parser.add_argument("--rows", type=int, default=32, help="validation rows")
     parser.add_argument("--sharpen", type=float, help="factor of the entries' norms")
     parser.add_argument("--steps", type=int, default=50, help="of a warm-up here")
     parser.add_argument("--rate", type=float, default=1e-2, help="its learning rate")
     options = parser.parse_args()
     config, grid = load_run(options.run).alone(), Grid.single(torch.device("cpu"))
-    warmup = next(s for s in Recipe(config).stages if s.attention == "warmup")
+    warmup = next(s for s in Recipe(config).phases if s.attention == "warmup")
     saved = {step_of(path): path for path in checkpoints_in(config.run_dir / "checkpoints")}
     before = max(step for step in saved if step <= warmup.first)
     after = max(step for step in saved if warmup.first < step <= warmup.end)
     local, optimizer = build(config, grid)
     engine = make_engine(config, local, grid, optimizer)
-    heldout = Heldout(config, grid, options.rows)
+    validation = Validation(config, grid, options.rows)
     load(local.model, saved[before])
     if options.sharpen:
         sharpen(local.model, options.sharpen)
-    untrained = recall(config, local.model, heldout.steps)
+    untrained = recall(config, local.model, validation.steps)
     if options.sharpen:
         optimizer.read_parameters()
         warm_up(engine, Loader(config.data, config.seed), options.steps, options.rate)
     else:
         load(local.model, saved[after])
-    trained = recall(config, local.model, heldout.steps)
+    trained = recall(config, local.model, validation.steps)
     modes: tuple[AttentionMode, ...] = ("dense", "select")
     losses = []
     for mode in modes:
         engine.attend(mode)
-        losses.append(heldout.evaluate(engine).loss)
+        losses.append(validation.evaluate(engine).loss)
     print(
         f"checkpoints of step {before} and {after}; warm-up of steps {warmup.first} to {warmup.end}"
     )
     dense, sparse = losses
-    print(f"held-out loss, dense {dense:.4f}, sparse {sparse:.4f}: {sparse - dense:+.4f}")
+    print(f"validation loss, dense {dense:.4f}, sparse {sparse:.4f}: {sparse - dense:+.4f}")
     titles = {
         "a quarter of what a query sees": "",
         "index_topk": ", top-k",

@@ -1,12 +1,12 @@
-"""The demo's recipe killed inside every stage and at every border, beside the undisturbed run.
+"""The demo's recipe killed inside every phase and at every border, beside the undisturbed run.
 
     python -m benchmarks.recipe.recipe_kills FOLDER [--nproc-per-node 2] [--share 1.0] [key=value ...]
 
 Runs `v4 train configs/recipe-demo.yaml` twice. One run is left alone. The other saves a checkpoint
-at every border and in the middle of every stage, is killed (SIGKILL, all its processes) as soon as
+at every border and in the middle of every phase, is killed (SIGKILL, all its processes) as soon as
 a later step stands in its metrics.jsonl, and goes on by the same command. At the end the losses of
 all steps, and every tensor of the last checkpoint, must be equal bit for bit; exit code 1 where
-they are not. `v4 demo` prepares the text. `--share 0.2` gives every stage a fifth of its tokens.
+they are not. `v4 demo` prepares the text. `--share 0.2` gives every phase a fifth of its tokens.
 
 Cut and started again, it goes on: the killed run from where it is, the other from its start.
 """
@@ -34,8 +34,8 @@ from trainer.metrics.jsonl import Record, read_metrics
 
 CONFIG = "configs/recipe-demo.yaml"
 COMPARED = (
-    *("tokens", "stage", "loss", "lm_loss", "mtp_loss", "balance_loss", "indexer_loss"),
-    *("grad_norm", "learning_rate", "heldout_loss"),
+    *("tokens", "phase", "loss", "lm_loss", "mtp_loss", "balance_loss", "indexer_loss"),
+    *("grad_norm", "learning_rate", "validation_loss"),
 )
 
 
@@ -79,22 +79,22 @@ def kill(child: subprocess.Popen[bytes]) -> None:
 
 
 def shortened(share: float) -> list[str]:
-    """The stages with a share of their tokens, as an override."""
-    stages = [s.model_dump(mode="json", exclude_none=True) for s in load_config(CONFIG).stages]
-    for stage in stages:
-        for field in {"until", "ramp_tokens"} & stage.keys():
-            stage[field] = round(share * stage[field])
-    return [f"stages={json.dumps(stages)}"]
+    """The phases with a share of their tokens, as an override."""
+    phases = [s.model_dump(mode="json", exclude_none=True) for s in load_config(CONFIG).phases]
+    for phase in phases:
+        for field in {"until", "ramp_tokens"} & phase.keys():
+            phase[field] = round(share * phase[field])
+    return [f"phases={json.dumps(phases)}"]
 
 
 def places(config: RunConfig) -> dict[int, str]:
-    """Steps after which to go on: the middle of every stage, and every border."""
+    """Steps after which to go on: the middle of every phase, and every border."""
     found = {}
-    stages = Recipe(config).stages
-    for stage in stages:
-        found[stage.first + stage.steps // 2] = f"inside of stage {stage.number}, {stage.name}"
-        found[stage.end] = f"at the end of stage {stage.number}, {stage.name}"
-    del found[stages[-1].end]
+    phases = Recipe(config).phases
+    for phase in phases:
+        found[phase.first + phase.steps // 2] = f"inside of phase {phase.number}, {phase.name}"
+        found[phase.end] = f"at the end of phase {phase.number}, {phase.name}"
+    del found[phases[-1].end]
     return found
 
 

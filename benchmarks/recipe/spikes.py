@@ -7,7 +7,7 @@ The first form trains a model on the demo's text for a while, and from that chec
 times: undisturbed, and with each of three faults with and without `stability.spikes`. The
 faults: one batch of random tokens, a router's row scaled by 100, and a learning rate 50 times too
 large for three steps. In the 30 steps after the fault the learning rate decays to a tenth, so that
-the end is no matter of chance. Compared are the held-out loss there and, as a mean over these
+the end is no matter of chance. Compared are the validation loss there and, as a mean over these
 steps, by how much the loss of training is above that of the undisturbed run, which sees the
 same batches. The other form trains without a fault and counts the alarms. Sizes are those of
 benchmarks/recipe/stability_runs.py. Cut at any time and started again, all go on: long runs from
@@ -144,15 +144,15 @@ def steps_done(run_dir: Path) -> int:
     return int(records[-1]["step"]) if records else 0
 
 
-def heldout(run_dir: Path) -> float:
-    """The held-out loss after the last step."""
-    return float(read_metrics(run_dir / "metrics.jsonl")[-1]["heldout_loss"])
+def validation(run_dir: Path) -> float:
+    """The validation loss after the last step."""
+    return float(read_metrics(run_dir / "metrics.jsonl")[-1]["validation_loss"])
 
 
 def faults(runs: Runs, at: int) -> Table:
     """Every fault with and without turning back, beside the undisturbed run."""
     calm = runs.with_fault("undisturbed", None, at)
-    table = Table(title=f"held-out loss after step {at + 1 + AFTER}, the fault in step {at + 1}")
+    table = Table(title=f"validation loss after step {at + 1 + AFTER}, the fault in step {at + 1}")
     for column in ("fault", "seen in step", "back to", "undisturbed", "turned back", "apart"):
         table.add_column(column, justify="right")
     for column in ("above in training", "not turned back", "apart", "above in training"):
@@ -165,7 +165,7 @@ def faults(runs: Runs, at: int) -> Table:
             name,
             ", ".join(str(event["seen_at"]) for event in events),
             ", ".join(str(event["back_to"]) for event in events),
-            f"{heldout(calm):.4f}",
+            f"{validation(calm):.4f}",
             *compared(turned, calm, at),
             *compared(not_turned, calm, at),
         )
@@ -173,15 +173,15 @@ def faults(runs: Runs, at: int) -> Table:
 
 
 def compared(run_dir: Path, calm: Path, at: int) -> list[str]:
-    """The held-out loss, how far it is from the undisturbed one, and the loss of training."""
+    """The validation loss, how far it is from the undisturbed one, and the loss of training."""
     ours, plain = (
         {record["step"]: record.get("lm_loss") for record in read_metrics(path / "metrics.jsonl")}
         for path in (run_dir, calm)
     )
     steps = [step for step in range(at + 2, at + 2 + AFTER) if ours.get(step) is not None]
     above = sum(ours[step] - plain[step] for step in steps) / len(steps)
-    found = heldout(run_dir)
-    return [f"{found:.4f}", f"{found - heldout(calm):+.4f}", f"{above:+.4f}"]
+    found = validation(run_dir)
+    return [f"{found:.4f}", f"{found - validation(calm):+.4f}", f"{above:+.4f}"]
 
 
 def calm(runs: Runs, steps: int) -> str:

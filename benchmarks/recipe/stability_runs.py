@@ -1,7 +1,7 @@
 """The models that the scripts about stability train, on the demo's text, in this process.
 
 `small` has every part of configs/debug.yaml at a fraction of the width and 512 tokens a step;
-`demo` is the dense stage of configs/recipe-long.yaml itself, with 9.7M parameters and 4,096.
+`demo` is the dense phase of configs/recipe-long.yaml itself, with 9.7M parameters and 4,096.
 `v4 demo` prepares the text.
 """
 
@@ -36,9 +36,9 @@ _SMALL = (
     "model.n_routed_experts=8",
     "model.moe_intermediate_size=16",
     "model.hc_mult=2",
-    "data.row_length=64",
-    "data.batch_rows=8",
-    "data.micro_rows=8",
+    "data.seq_len=64",
+    "data.global_batch_size=8",
+    "data.micro_batch_size=8",
     "evaluation.every=0",
     "evaluation.rows=64",
     "checkpoint.every=0",
@@ -61,9 +61,9 @@ def config_of(size: Size, folder: Path, name: str, steps: int, *settings: str) -
     overrides = [f"run_dir={folder / name}", *settings]
     if size == "demo":
         demo = load_config("configs/recipe-long.yaml")
-        tokens = steps * demo.data.row_length * demo.data.batch_rows
-        stages = f"stages=[{{until: {tokens}, attention: dense}}]"
-        return load_config("configs/recipe-long.yaml", [*_DEMO, stages, *overrides])
+        tokens = steps * demo.data.seq_len * demo.data.global_batch_size
+        phases = f"phases=[{{until: {tokens}, attention: dense}}]"
+        return load_config("configs/recipe-long.yaml", [*_DEMO, phases, *overrides])
     overrides = [*_SMALL, f"steps={steps}", *overrides]
     return load_config("configs/debug.yaml", overrides)
 

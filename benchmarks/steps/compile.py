@@ -86,8 +86,8 @@ def main() -> None:
 def measure(path: str, steps: int, overrides: list[str]) -> None:
     """Both runs by turns, and a few lines."""
     config = load_config(path, [*overrides, "compile=false"])
-    rows = [stage.rows for stage in Recipe(config).stages]
-    loader = Loader(config.data, config.seed, 0, 1, stages=rows)
+    rows = [phase.rows for phase in Recipe(config).phases]
+    loader = Loader(config.data, config.seed, 0, 1, phases=rows)
     plain, compiled = runner(config), runner(config.model_copy(update={"compile": True}))
     for step in range(steps + 1):
         batches = loader.at(step)

@@ -89,7 +89,11 @@ def config_of(name: str, device: torch.device, row: int, rows: int = 1) -> RunCo
     ``flash-slice`` is four layers of configs/flash.yaml, of every kind, with 32 of the 256 experts,
     what a rank holds where eight share them.
     """
-    overrides = [f"data.row_length={row}", f"data.batch_rows={rows}", f"data.micro_rows={rows}"]
+    overrides = [
+        f"data.seq_len={row}",
+        f"data.global_batch_size={rows}",
+        f"data.micro_batch_size={rows}",
+    ]
     overrides.append(f"precision={'bf16' if device.type == 'cuda' else 'fp32'}")
     if name == "flash-slice":
         name = "configs/flash.yaml"
@@ -102,10 +106,10 @@ def config_of(name: str, device: torch.device, row: int, rows: int = 1) -> RunCo
 def random_batch(config: RunConfig, seed: int = 0) -> Batch:
     """One microbatch of rows that are one sample each."""
     data = config.data
-    shape = (data.micro_rows, data.row_length + 1)
+    shape = (data.micro_batch_size, data.seq_len + 1)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, config.model.vocab_size, shape, generator=generator)
-    lengths = [[data.row_length]] * data.micro_rows
+    lengths = [[data.seq_len]] * data.micro_batch_size
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), lengths)
 
 

@@ -1,10 +1,10 @@
 """What four bits cost: plain rounding and quantisation-aware training beside training without.
 
-    python -m benchmarks.steps.quantisation configs/debug.yaml FOLDER --before 60 --stage 20 [key=value]
+    python -m benchmarks.steps.quantisation configs/debug.yaml FOLDER --before 60 --phase 20 [key=value]
     python -m benchmarks.steps.quantisation configs/debug.yaml FOLDER --time [key=value]
 
-The first trains `before` steps, then twice from that checkpoint on the same rows: `stage` steps as
-before, and `stage` steps with quantisation = mxfp4. It prints held-out losses, how much of the
+The first trains `before` steps, then twice from that checkpoint on the same rows: `phase` steps as
+before, and `phase` steps with quantisation = mxfp4. It prints validation losses, how much of the
 experts FP8 holds without loss, and whether the packed export has the loss of training. Killed and
 started again with the same arguments, it goes on. The second times a step with and without
 quantisation, one after the other.
@@ -24,7 +24,7 @@ from data import Loader
 from model.kernels.mxfp4 import BLOCK, fits_fp8, from_fp8, quantise, rounded, to_fp8
 from trainer.checkpoint.folder import checkpoints_in
 from trainer.config import RunConfig, load_config
-from trainer.evaluate import Heldout
+from trainer.evaluate import Validation
 from trainer.export.export import export_run
 from trainer.export.import_run import import_run, open_run
 from trainer.parallel.grid import Grid
@@ -45,13 +45,13 @@ def train(config: RunConfig, last: int) -> None:
     trainer.run()
 
 
-def heldout(config: RunConfig) -> float:
-    """Held-out loss of the newest checkpoint as the config sees it."""
+def validation(config: RunConfig) -> float:
+    """Validation loss of the newest checkpoint as the config sees it."""
     grid = Grid.single()
     local, _ = open_run(config, grid)
     engine = make_engine(config, local, grid)
     engine.quantised = config.quantisation != "none"
-    return Heldout(config, grid, config.evaluation.rows).evaluate(engine).loss
+    return Validation(config, grid, config.evaluation.rows).evaluate(engine).loss
 
 
 def expert_matrices(config: RunConfig) -> list[Tensor]:
@@ -78,9 +78,9 @@ def fp8(config: RunConfig) -> tuple[int, int, int, bool]:
     return blocks, fitting, span, lossless
 
 
-def compare(path: Path, folder: Path, before: int, stage: int, overrides: list[str]) -> None:
+def compare(path: Path, folder: Path, before: int, phase: int, overrides: list[str]) -> None:
     """Train, and print the table."""
-    common = [*overrides, f"steps={before + stage}", "evaluation.every=0", "checkpoint.every=10"]
+    common = [*overrides, f"steps={before + phase}", "evaluation.every=0", "checkpoint.every=10"]
 
     def config(name: str, *more: str) -> RunConfig:
         return load_config(path, [*common, f"run_dir={folder / name}", *more])
@@ -90,18 +90,18 @@ def compare(path: Path, folder: Path, before: int, stage: int, overrides: list[s
         if not (folder / name).exists():
             shutil.copytree(folder / "base", folder / f"{name}.part", dirs_exist_ok=True)
             (folder / f"{name}.part").rename(folder / name)
-        train(config(name, *more), before + stage)
+        train(config(name, *more), before + phase)
     plain, qat = config("plain"), config("qat", QAT)
     rows = [
-        (f"step {before}", heldout(config("base"))),
-        (f"step {before}, rounded", heldout(config("base", QAT))),
-        (f"step {before + stage}", heldout(plain)),
-        (f"step {before + stage}, rounded", heldout(config("plain", QAT))),
-        (f"step {before + stage}, the last {stage} quantised", heldout(qat)),
+        (f"step {before}", validation(config("base"))),
+        (f"step {before}, rounded", validation(config("base", QAT))),
+        (f"step {before + phase}", validation(plain)),
+        (f"step {before + phase}, rounded", validation(config("plain", QAT))),
+        (f"step {before + phase}, the last {phase} quantised", validation(qat)),
     ]
-    print("\n| weights | held-out loss, nats | beside unquantised |\n|---|---:|---:|")
+    print("\n| weights | validation loss, nats | beside unquantised |\n|---|---:|---:|")
     for name, loss in rows:
-        beside = loss - (rows[0] if f"step {before + stage}" not in name else rows[2])[1]
+        beside = loss - (rows[0] if f"step {before + phase}" not in name else rows[2])[1]
         print(f"| {name} | {loss:.4f} | {beside:+.4f} |")
     for name, run in (("unquantised", plain), ("quantised", qat)):
         blocks, fitting, span, lossless = fp8(run)
@@ -114,7 +114,7 @@ def compare(path: Path, folder: Path, before: int, stage: int, overrides: list[s
         shutil.rmtree(made, ignore_errors=True)
     export_run(qat, folder / "packed", experts="mxfp4")
     import_run(again, folder / "packed")
-    print(f"packed and unpacked again: {heldout(again)} and {rows[4][1]}")
+    print(f"packed and unpacked again: {validation(again)} and {rows[4][1]}")
 
 
 def take_times(path: Path, overrides: list[str], repeats: int = 5) -> None:
@@ -143,13 +143,13 @@ def main() -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--before", type=int, default=60)
-    parser.add_argument("--stage", type=int, default=20)
+    parser.add_argument("--phase", type=int, default=20)
     parser.add_argument("--time", action="store_true")
     options, overrides = parser.parse_known_args()
     if options.time:
         take_times(options.config, overrides)
     else:
-        compare(options.config, options.folder, options.before, options.stage, overrides)
+        compare(options.config, options.folder, options.before, options.phase, overrides)
     return 0
 
 

@@ -52,8 +52,8 @@ class Parts:
     def __init__(self, step: Step) -> None:
         self.step, self.device, self.model = step, step.device, step.model
         config, data = step.model.config, step.config.data
-        self.config, self.tokens = config, data.micro_rows * data.row_length
-        self.row, self.rows = data.row_length, data.micro_rows
+        self.config, self.tokens = config, data.micro_batch_size * data.seq_len
+        self.row, self.rows = data.seq_len, data.micro_batch_size
         batch = step.batches[0]
         self.micro: Microbatch = self.model.microbatch(
             batch.tokens.to(self.device), targets=batch.targets.to(self.device)

@@ -91,7 +91,7 @@ def step_time(config: RunConfig, device: torch.device) -> float:
     step = Step(config, device)
     passes = seconds(step.forward_backward, device)
     update = seconds(step.update, device)
-    return passes / config.data.micro_rows + update * config.data.row_length / STEP_TOKENS
+    return passes / config.data.micro_batch_size + update * config.data.seq_len / STEP_TOKENS
 
 
 def plain(config: RunConfig) -> RunConfig:

@@ -55,9 +55,9 @@ SETTINGS = (
     # other, the last bits of a sum in another order are 1e-3 of the loss after twelve steps.
     "optim.learning_rate=1e-3",
     "optim.adamw.eps=1e-6",
-    "data.row_length=256",
-    "data.batch_rows=4",
-    "data.micro_rows=1",  # two microbatches on each process
+    "data.seq_len=256",
+    "data.global_batch_size=4",
+    "data.micro_batch_size=1",  # two microbatches on each process
     "checkpoint.every=0",
     "evaluation.every=0",
     "evaluation.rows=8",

@@ -103,7 +103,7 @@ def _write(
     work = partial(
         run_unit,
         folder=folder,
-        heldout_fraction=config.heldout_fraction,
+        validation_fraction=config.validation_fraction,
         tolerant=tolerant,
         filtered=filtered,
     )
@@ -168,7 +168,7 @@ def _manifest(
         if not found:
             files = sum(len(unit.files) for unit, _ in mine)
             raise no_document(source, files, empty[source.name], _total(lost))
-        for split in ("train", "heldout"):
+        for split in ("train", "validation"):
             shards += [s for record in records for s in record.shards if s.split == split]
     return Manifest(
         digest=digest,
@@ -192,7 +192,7 @@ def _total(losses: dict[str, Loss]) -> int:
 def _digest(config: DataConfig, tokenizer: Tokenizer, corpora: list[Corpus]) -> str:
     """Hex sha256 of everything the shards depend on; local files enter with their content."""
     tolerant = config.quarantine_share > 0
-    basis = f"{_FORMAT} {tokenizer.hash} {config.heldout_fraction} {tolerant}\n"
+    basis = f"{_FORMAT} {tokenizer.hash} {config.validation_fraction} {tolerant}\n"
     if config.filters is not None:
         basis += f"{config.filters.model_dump_json()}\n"
     digest = hashlib.sha256(basis.encode())

@@ -12,8 +12,8 @@ def document_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=_HASH_BYTES).digest(), "big")
 
 
-def is_heldout(source: SourceConfig, text: str, fraction: float) -> bool:
-    """True where `text` belongs to the held-out split of `source`."""
+def is_validation(source: SourceConfig, text: str, fraction: float) -> bool:
+    """True where `text` belongs to the validation split of `source`."""
     if source.split == "hash":
         return document_hash(text) < fraction * 2 ** (8 * _HASH_BYTES)
-    return source.split == "heldout"
+    return source.split == "validation"

@@ -16,7 +16,7 @@ from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
 from data.files import write_atomically
 from data.prepare.corpus import Corpus, Document
-from data.prepare.splits import document_hash, is_heldout
+from data.prepare.splits import document_hash, is_validation
 from data.text.hf_tokenizer import SPACE
 from data.text.special_tokens import BOS, EDGES, EOS, PAD, PAD_ID, base_size, special_ids
 from data.text.tokenizer import MODEL_FILE, Tokenizer, sentencepiece_schema
@@ -112,7 +112,7 @@ def _with_special_tokens(serialised: bytes, vocab_size: int) -> bytes:
 def _training_documents(config: DataConfig, sources: Iterable[SourceConfig]) -> Iterator[Document]:
     for source in sources:
         for document in Corpus(source):
-            if not is_heldout(source, document.text, config.heldout_fraction):
+            if not is_validation(source, document.text, config.validation_fraction):
                 yield document
 
 

@@ -19,13 +19,13 @@ from data.files import fsync_file, write_atomically
 from data.indexed import indexed_module, open_shard
 from data.manifest import Loss, Shard
 from data.prepare.corpus import BadRecord, Corpus
-from data.prepare.splits import is_heldout
+from data.prepare.splits import is_validation
 from data.prepare.work_item import Unit, batches
 from data.sieve import Filtered, Sieve
 from data.text.dsml import encode_segments
 from data.text.tokenizer import Tokenizer
 
-_SPLITS = ("train", "heldout")
+_SPLITS = ("train", "validation")
 
 
 class UnitRecord(BaseModel):
@@ -55,7 +55,7 @@ def run_unit(
     unit: Unit,
     tokenizer: Tokenizer,
     folder: Path,
-    heldout_fraction: float,
+    validation_fraction: float,
     tolerant: bool,
     advance: Callable[[int], None],
     filtered: Filtered | None = None,
@@ -75,8 +75,8 @@ def run_unit(
             kept = batch if sieve is None else sieve.kept(batch)
             ids_of = encode_segments([d.segments or (d.text,) for d in kept], tokenizer)
             for document, ids in zip(kept, ids_of, strict=True):
-                held = is_heldout(unit.source, document.text, heldout_fraction)
-                writers["heldout" if held else "train"].add(ids, len(document.text.encode()))
+                held = is_validation(unit.source, document.text, validation_fraction)
+                writers["validation" if held else "train"].add(ids, len(document.text.encode()))
             advance(sum(len(document.text.encode()) for document in batch))
         losses = {} if sieve is None else sieve.close()
         for writer in writers.values():

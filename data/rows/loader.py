@@ -5,7 +5,7 @@ is predicted by nothing, and the last is read by nothing. Where a document is cu
 target of a row's last position is the first token of the next piece, so every token but the first
 is predicted exactly once an epoch.
 
-Step -> stage, and the rows' numbers in it (mixture.Schedule) -> window and row -> pieces -> tokens.
+Step -> phase, and the rows' numbers in it (mixture.Schedule) -> window and row -> pieces -> tokens.
 Only the last windows used are held.
 """
 
@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.config import DataConfig, DataStage
+from data.config import DataConfig, DataPhase
 from data.errors import DataError
 from data.files import sha256_of
 from data.indexed import open_shard
@@ -72,10 +72,10 @@ class Loader:
         config: where the shards are, and the sizes of a step.
         seed: decides the order of documents and rows of "train".
         rank, world: this rank among those that share a step's rows.
-        split: "train" goes on for ever, epoch after epoch in a new order; "heldout" has
+        split: "train" goes on for ever, epoch after epoch in a new order; "validation" has
             `num_steps` steps, in one mixed order whatever the seed, untransformed and unweighted,
             the last filled up with empty rows.
-        stages: what the rows of "train" are, part after part; by default one for ever, of the
+        phases: what the rows of "train" are, part after part; by default one for ever, of the
             config's sizes.
         source: the only one whose documents are read, if given; the schedule stays.
 
@@ -98,7 +98,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         split: Split = "train",
-        stages: Sequence[DataStage] = (),
+        phases: Sequence[DataPhase] = (),
         source: str | None = None,
     ) -> None:
         if not 0 <= rank < world:
@@ -111,15 +111,15 @@ class Loader:
         train = split == "train"
         self.transforms = config.transforms if train else None
         self._prepare_transforms()
-        self.schedule = Schedule(stages if train and stages else (config.one_stage(),))
+        self.schedule = Schedule(phases if train and phases else (config.one_phase(),))
         self.weights = [
-            (config.weights if stage.weights is None else stage.weights) if train else {}
-            for stage in self.schedule.stages
+            (config.weights if phase.weights is None else phase.weights) if train else {}
+            for phase in self.schedule.phases
         ]
         growth = [self._growth(index) for index in range(len(self.sources))]
         self.plans = [
-            plan_windows(config, stage, self.sources, weights, growth)
-            for stage, weights in zip(self.schedule.stages, self.weights, strict=True)
+            plan_windows(config, phase, self.sources, weights, growth)
+            for phase, weights in zip(self.schedule.phases, self.weights, strict=True)
         ]
         self._offsets = [[0] * len(self.sources)]
         for index in range(len(self.plans) - 1):
@@ -133,7 +133,7 @@ class Loader:
             if take
         )
         self.num_targets = sum(source.positions for source in self.sources)
-        self.num_steps = -(-self.num_rows // self.schedule.stages[0].batch_rows)
+        self.num_steps = -(-self.num_rows // self.schedule.phases[0].global_batch_size)
 
     def at(self, step: int) -> list[Batch]:
         """This rank's microbatches of a step.
@@ -144,20 +144,20 @@ class Loader:
         same number of batches of the same shapes.
         """
         index, numbers = self.schedule.rows_of(step)
-        stage = self.schedule.stages[index]
+        phase = self.schedule.phases[index]
         per_rank = -(-len(numbers) // self.world)
         mine = range(self.rank * per_rank, (self.rank + 1) * per_rank)
         rows = [self.row_at(step, place) if place < len(numbers) else None for place in mine]
         return [
-            self._batch(stage, rows[first : first + stage.micro_rows])
-            for first in range(0, per_rank, stage.micro_rows)
+            self._batch(phase, rows[first : first + phase.micro_batch_size])
+            for first in range(0, per_rank, phase.micro_batch_size)
         ]
 
     def row_at(self, step: int, place: int) -> tuple[Window, int] | None:
         """The window and its packed row at `place` of a step; None for a filler."""
         index, numbers = self.schedule.rows_of(step)
         number = numbers[place]
-        if self.split == "heldout" and number >= self.num_rows:
+        if self.split == "validation" and number >= self.num_rows:
             return None
         which, row = divmod(number, self.plans[index].rows)
         window = self._window(index, which)
@@ -184,7 +184,7 @@ class Loader:
         """All ranks' rows of a step, one by one."""
         index, numbers = self.schedule.rows_of(step)
         for place in range(len(numbers)):
-            yield self._batch(self.schedule.stages[index], [self.row_at(step, place)])
+            yield self._batch(self.schedule.phases[index], [self.row_at(step, place)])
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """One epoch of steps, from step 0."""
@@ -206,7 +206,7 @@ class Loader:
         if not found:
             raise DataError(
                 f"the shards in {self.config.shards} hold no document of the {self.split} split; "
-                "see `heldout_fraction` and the sources' `split`."
+                "see `validation_fraction` and the sources' `split`."
             )
         return [
             SourceStream(name, domains[name], parts, self.seed) for name, parts in found.items()
@@ -243,10 +243,10 @@ class Loader:
             ]
         )
 
-    def wanted_shares(self, stage: int) -> dict[str, float]:
-        """Each source's share of a stage's tokens, as configured: by weights or by size."""
+    def wanted_shares(self, phase: int) -> dict[str, float]:
+        """Each source's share of a phase's tokens, as configured: by weights or by size."""
         growth = [self._growth(index) for index in range(len(self.sources))]
-        found = shares(self.sources, self.weights[stage], growth)
+        found = shares(self.sources, self.weights[phase], growth)
         return {source.name: share for source, share in zip(self.sources, found, strict=True)}
 
     def _growth(self, index: int) -> float:
@@ -262,10 +262,10 @@ class Loader:
         return 1.0 + extra / source.positions
 
     def _edges(self, index: int, row: int) -> list[int]:
-        """Where each source's line stands before row `row` of a stage."""
+        """Where each source's line stands before row `row` of a phase."""
         if row == 0:
             return self._offsets[index]
-        plan, length = self.plans[index], self.schedule.stages[index].row_length
+        plan, length = self.plans[index], self.schedule.phases[index].seq_len
         return [
             source.snapped(offset + plan.end(s, row), length, plan.slack)
             for s, (source, offset) in enumerate(
@@ -274,7 +274,7 @@ class Loader:
         ]
 
     def _make_window(self, index: int, which: int) -> Window:
-        stage, plan = self.schedule.stages[index], self.plans[index]
+        phase, plan = self.schedule.phases[index], self.plans[index]
         total = self.schedule.rows_in(index)
         first, last = which * plan.rows, (which + 1) * plan.rows
         last = last if total is None else min(last, total)
@@ -284,16 +284,16 @@ class Loader:
             parts,
             self._counts,
             self.transforms,
-            stage.row_length,
+            phase.seq_len,
             last - first,
             self.config.packing,
             key_of(self.seed, _WINDOW, index, which),
-            stage.batch_rows,
+            phase.global_batch_size,
             first,
         )
 
-    def _batch(self, stage: DataStage, rows: list[tuple[Window, int] | None]) -> Batch:
-        shape = (len(rows), stage.row_length)
+    def _batch(self, phase: DataPhase, rows: list[tuple[Window, int] | None]) -> Batch:
+        shape = (len(rows), phase.seq_len)
         tokens = np.full(shape, self.manifest.pad_id, dtype=np.int64)
         targets = np.full(shape, NO_TARGET, dtype=np.int64)
         lengths: list[list[int]] = []

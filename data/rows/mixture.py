@@ -13,7 +13,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from data.config import DataConfig, DataStage
+from data.config import DataConfig, DataPhase
 from data.errors import DataError
 from data.rows.permutation import hashes
 from data.rows.stream import SourceStream
@@ -35,7 +35,7 @@ class WindowPlan:
     slack: int
 
     def end(self, source: int, row: int) -> int:
-        """How many positions of a source the first `row` rows of a stage take."""
+        """How many positions of a source the first `row` rows of a phase take."""
         return row * self.take[source] // (self.parts * self.rows)
 
 
@@ -62,7 +62,7 @@ def shares(
 
 def plan_windows(
     config: DataConfig,
-    stage: DataStage,
+    phase: DataPhase,
     sources: Sequence[SourceStream],
     weights: Mapping[str, float],
     growth: Sequence[float],
@@ -80,44 +80,44 @@ def plan_windows(
         parts = max(1, round(epoch * documents / config.packing_window))
         take = [source.positions for source in sources]
     tokens = sum(t * g for t, g in zip(take, growth, strict=True)) / parts
-    rows = max(1, int(-(-tokens // (config.packing_fill * stage.row_length))))
-    slack = max(0, int(rows * stage.row_length - tokens)) // (2 * len(sources))
+    rows = max(1, int(-(-tokens // (config.packing_fill * phase.seq_len))))
+    slack = max(0, int(rows * phase.seq_len - tokens)) // (2 * len(sources))
     return WindowPlan(rows, tuple(take), parts, slack)
 
 
 class Schedule:
-    """Which stage a step belongs to, and which rows of the stage are the step's."""
+    """Which phase a step belongs to, and which rows of the phase are the step's."""
 
-    def __init__(self, stages: Sequence[DataStage]) -> None:
-        self.stages = tuple(stages)
-        if any(stage.steps is None for stage in self.stages[:-1]):
-            raise DataError("every stage but the last needs `steps`.")
+    def __init__(self, phases: Sequence[DataPhase]) -> None:
+        self.phases = tuple(phases)
+        if any(phase.steps is None for phase in self.phases[:-1]):
+            raise DataError("every phase but the last needs `steps`.")
         self._first = [0]
-        for stage in self.stages[:-1]:
-            self._first.append(self._first[-1] + (stage.steps or 0))
+        for phase in self.phases[:-1]:
+            self._first.append(self._first[-1] + (phase.steps or 0))
 
-    def stage_of(self, step: int) -> int:
-        """Index of the stage that a step belongs to; the last one goes on for ever."""
+    def phase_of(self, step: int) -> int:
+        """Index of the phase that a step belongs to; the last one goes on for ever."""
         return sum(first <= step for first in self._first) - 1
 
     def rows_of(self, step: int) -> tuple[int, range]:
-        """The stage, and its rows by their number within the stage."""
-        index = self.stage_of(step)
-        stage, inside = self.stages[index], step - self._first[index]
-        return index, range(stage.rows_before(inside), stage.rows_before(inside + 1))
+        """The phase, and its rows by their number within the phase."""
+        index = self.phase_of(step)
+        phase, inside = self.phases[index], step - self._first[index]
+        return index, range(phase.rows_before(inside), phase.rows_before(inside + 1))
 
     def rows_in(self, index: int) -> int | None:
-        """Rows of a whole stage; None where it has no end."""
-        if index == len(self.stages) - 1:
+        """Rows of a whole phase; None where it has no end."""
+        if index == len(self.phases) - 1:
             return None
-        return self.stages[index].rows_before(self.stages[index].steps or 0)
+        return self.phases[index].rows_before(self.phases[index].steps or 0)
 
 
 def balanced_order(tokens_RS: Ints, key: int, group: int, first: int = 0) -> Ints:
     """Rows in an order in which every source has its share all the time; empty rows come last.
 
     `tokens_RS` are the tokens of each source in each row; `first` is the number of the first row
-    within the stage, from which groups of `group` rows are counted. Rows come in a random order
+    within the phase, from which groups of `group` rows are counted. Rows come in a random order
     (`key`), and the next one of a pool is the one that brings the running sums nearest to the
     shares of the whole. At every group's end (every few groups', where these are small), and every
     `_RUN` rows inside a group, the sums are set finely: of the rows that mix sources, which are

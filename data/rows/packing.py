@@ -38,8 +38,8 @@ class PackedRows:
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def pack(lengths: Ints, row_length: int, order: Ints | None = None) -> PackedRows:
-    """Pack documents of the given lengths (in positions) into rows of `row_length`.
+def pack(lengths: Ints, seq_len: int, order: Ints | None = None) -> PackedRows:
+    """Pack documents of the given lengths (in positions) into rows of `seq_len`.
 
     `order` is the order in which documents are looked at, all of them once or a window of them;
     it decides between pieces of equal length. Documents of length 0 take no room. The result is a
@@ -47,18 +47,18 @@ def pack(lengths: Ints, row_length: int, order: Ints | None = None) -> PackedRow
     """
     order = np.arange(len(lengths)) if order is None else order
     chosen = lengths[order].astype(np.int64)
-    which, start, length = pieces_of(np.zeros_like(chosen), chosen, row_length)
+    which, start, length = pieces_of(np.zeros_like(chosen), chosen, seq_len)
     # Stable, so that equal lengths keep the order asked for; radix sort on 32-bit keys.
-    longest_first = np.argsort((row_length - length).astype(np.int32), kind="stable")
-    row_of, rows = _best_fit(length[longest_first], row_length)
+    longest_first = np.argsort((seq_len - length).astype(np.int32), kind="stable")
+    row_of, rows = _best_fit(length[longest_first], seq_len)
     document = order[which[longest_first]]
     return _by_row(document, start[longest_first], length[longest_first], row_of, rows)
 
 
-def pack_windows(lengths: Ints, row_length: int, order: Ints, window: int) -> PackedRows:
+def pack_windows(lengths: Ints, seq_len: int, order: Ints, window: int) -> PackedRows:
     """`pack` applied to `window` documents of `order` at a time; the rows follow each other."""
     parts = [
-        pack(lengths, row_length, order[first : first + window])
+        pack(lengths, seq_len, order[first : first + window])
         for first in range(0, len(order), window)
     ]
     starts = np.cumsum([0] + [len(part.document) for part in parts])
@@ -72,18 +72,18 @@ def pack_windows(lengths: Ints, row_length: int, order: Ints, window: int) -> Pa
 
 
 @numba.njit(cache=True, nogil=True)
-def _best_fit(lengths: Ints, row_length: int) -> tuple[Ints, int]:
+def _best_fit(lengths: Ints, seq_len: int) -> tuple[Ints, int]:
     """Row of each piece, and the number of rows.
 
     Rows with the same room left form a stack; the last one touched is taken first. A binary tree
     over the amounts of room, node k above 2k and 2k+1, says which stacks are not empty, so that
-    the smallest sufficient room is found in log2(row_length) steps.
+    the smallest sufficient room is found in log2(seq_len) steps.
     """
     leaves = 1
-    while leaves < row_length + 1:
+    while leaves < seq_len + 1:
         leaves *= 2
     filled = np.zeros(2 * leaves, dtype=np.bool_)
-    top = np.full(row_length + 1, -1, dtype=np.int64)
+    top = np.full(seq_len + 1, -1, dtype=np.int64)
     below = np.empty(len(lengths), dtype=np.int64)
     row_of = np.empty(len(lengths), dtype=np.int64)
     rows = 0
@@ -107,7 +107,7 @@ def _best_fit(lengths: Ints, row_length: int) -> tuple[Ints, int]:
                     node //= 2
                     filled[node] = filled[2 * node] or filled[2 * node + 1]
         else:
-            room, row = row_length, rows
+            room, row = seq_len, rows
             rows += 1
         row_of[i] = row
         left = room - lengths[i]
@@ -121,28 +121,28 @@ def _best_fit(lengths: Ints, row_length: int) -> tuple[Ints, int]:
     return row_of, rows
 
 
-def pieces_of(first: Ints, last: Ints, row_length: int) -> tuple[Ints, Ints, Ints]:
+def pieces_of(first: Ints, last: Ints, seq_len: int) -> tuple[Ints, Ints, Ints]:
     """(document, start, length) of the pieces of positions first … last-1 of each document.
 
-    Cuts are at multiples of `row_length` from the document's beginning, wherever `first` is.
+    Cuts are at multiples of `seq_len` from the document's beginning, wherever `first` is.
     """
-    cell = first // row_length
-    counts = -(-last // row_length) - cell
+    cell = first // seq_len
+    counts = -(-last // seq_len) - cell
     document = np.repeat(np.arange(len(first)), counts)
     inside = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-    begin = (cell[document] + inside) * row_length
+    begin = (cell[document] + inside) * seq_len
     start = np.maximum(begin, first[document])
-    return document, start, np.minimum(begin + row_length, last[document]) - start
+    return document, start, np.minimum(begin + seq_len, last[document]) - start
 
 
-def pack_into(document: Ints, start: Ints, length: Ints, row_length: int, rows: int) -> PackedRows:
+def pack_into(document: Ints, start: Ints, length: Ints, seq_len: int, rows: int) -> PackedRows:
     """Best fit of pieces into exactly `rows` rows, empty ones included.
 
     Where best fit needs more rows, the pieces of its emptiest rows are cut into the room that the
-    others have left. The pieces' lengths must sum to at most rows * row_length.
+    others have left. The pieces' lengths must sum to at most rows * seq_len.
     """
-    longest_first = np.argsort((row_length - length).astype(np.int32), kind="stable")
-    row_of, used = _best_fit(length[longest_first], row_length)
+    longest_first = np.argsort((seq_len - length).astype(np.int32), kind="stable")
+    row_of, used = _best_fit(length[longest_first], seq_len)
     document, start, length = document[longest_first], start[longest_first], length[longest_first]
     if used > rows:
         filled = np.bincount(row_of, weights=length, minlength=used).astype(np.int64)
@@ -150,24 +150,22 @@ def pack_into(document: Ints, start: Ints, length: Ints, row_length: int, rows: 
         rank = np.empty(used, dtype=np.int64)
         rank[fullest] = np.arange(used)
         row_of = rank[row_of]
-        room = row_length - filled[fullest[:rows]]
+        room = seq_len - filled[fullest[:rows]]
         piece, start, length, row_of = _squeeze(start, length, row_of, room)
         document = document[piece]
     return _by_row(document, start, length, row_of, rows)
 
 
-def concatenate(
-    document: Ints, start: Ints, length: Ints, row_length: int, rows: int
-) -> PackedRows:
+def concatenate(document: Ints, start: Ints, length: Ints, seq_len: int, rows: int) -> PackedRows:
     """The pieces one after another, cut at every row's end."""
     end = np.cumsum(length)
     begin = end - length
-    counts = (end - 1) // row_length - begin // row_length + 1
+    counts = (end - 1) // seq_len - begin // seq_len + 1
     piece = np.repeat(np.arange(len(length)), counts)
     inside = np.arange(len(piece)) - np.repeat(np.cumsum(counts) - counts, counts)
-    row_of = begin[piece] // row_length + inside
-    low = np.maximum(row_of * row_length, begin[piece])
-    high = np.minimum((row_of + 1) * row_length, end[piece])
+    row_of = begin[piece] // seq_len + inside
+    low = np.maximum(row_of * seq_len, begin[piece])
+    high = np.minimum((row_of + 1) * seq_len, end[piece])
     return _by_row(document[piece], start[piece] + low - begin[piece], high - low, row_of, rows)
 
 

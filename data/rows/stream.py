@@ -90,11 +90,11 @@ class SourceStream:
         first = np.maximum(begin - start, 0)
         return np.full(len(kept), epoch), document, first, np.minimum(end - start, length)
 
-    def snapped(self, place: int, row_length: int, slack: int) -> int:
+    def snapped(self, place: int, seq_len: int, slack: int) -> int:
         """`place`, or the beginning of the piece it lies in, if that is at most `slack` before."""
         if place % self.positions == 0:
             return place
         epoch, inside = divmod(place, self.positions)
         found = self._within(epoch, inside, inside + 1)
-        back = int(found[2][0]) % row_length
+        back = int(found[2][0]) % seq_len
         return place - back if back <= slack else place

@@ -39,16 +39,16 @@ def build_window(
     parts: list[tuple[int, SourceStream, Documents]],
     counts: list[Ints | None],
     transforms: TransformsConfig | None,
-    row_length: int,
+    seq_len: int,
     rows: int,
     packing: str,
     seed: int,
     group: int,
     first_row: int,
 ) -> Window:
-    """Pack the given documents of every source into `rows` rows of `row_length`.
+    """Pack the given documents of every source into `rows` rows of `seq_len`.
 
-    Steps have `group` rows; `first_row` is the number of the window's first row in its stage.
+    Steps have `group` rows; `first_row` is the number of the window's first row in its phase.
     """
     columns = []
     for index, stream, found in parts:
@@ -68,12 +68,12 @@ def build_window(
         np.concatenate(column) for column in zip(*columns, strict=True)
     )
     extra = np.where(ends, FIM_EXTRA * (fim != NONE) + splits, 0)
-    _keep_within(row_length * rows, first, last, extra, fim, splits)
+    _keep_within(seq_len * rows, first, last, extra, fim, splits)
     last = last + extra
     shuffle = np.argsort(hashes(np.arange(len(first)), key_of(seed, _ROWS)), kind="stable")
-    which, start, length = pieces_of(first[shuffle], last[shuffle], row_length)
+    which, start, length = pieces_of(first[shuffle], last[shuffle], seq_len)
     place = concatenate if packing == "concatenate" else pack_into
-    packed = place(shuffle[which], start, length, row_length, rows)
+    packed = place(shuffle[which], start, length, seq_len, rows)
     tokens_RS = np.zeros((rows, len(counts)), dtype=np.int64)
     row_of = np.repeat(np.arange(rows), np.diff(packed.offsets))
     np.add.at(tokens_RS, (row_of, source[packed.document]), packed.length)

@@ -1,6 +1,6 @@
 """One group of parameters on one rank: its masters, and the ways between them and the parameters.
 
-Gradients go out and parameters come back in chunks of the layout's buffer; `optim.zero_queue` says
+Gradients go out and parameters come back in chunks of the layout's buffer; `optim.zero.send_queue` says
 when.
 """
 

@@ -1,6 +1,6 @@
 """What hybrid ZeRO is given, parameters that the same ranks hold, and the states that it gives.
 
-The ranks are a protocol: `trainer.parallel.zero` has them over a grid.
+The ranks are a protocol: `trainer.parallel.optimizer_sharding` has them over a grid.
 """
 
 from __future__ import annotations

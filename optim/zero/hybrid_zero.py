@@ -1,7 +1,7 @@
 """Muon and AdamW with states divided over the ranks that hold the same parameters.
 
 A step has three phases, each for every group of parameters that the same ranks hold:
-  reduce   gradients go out once: chunk by chunk into the layout of `optim.zero_plan`, summed and
+  reduce   gradients go out once: chunk by chunk into the layout of `optim.zero.plan`, summed and
            scattered to the owners, each chunk as soon as backward has left its last gradient.
            Parts of matrices that other ranks split go on to their home.
   update   every owner runs `optim.optimizer` on its own matrices and runs of elements: momentum,

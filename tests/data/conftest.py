@@ -38,10 +38,10 @@ def config(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Da
             "sources": [{"name": "text", "paths": [str(folder / "text.jsonl")]}],
             "tokenizer": {"path": str(folder / "tokenizer"), "vocab_size": VOCAB_SIZE},
             "shards": str(folder / "shards"),
-            "row_length": 64,
-            "batch_rows": 12,
-            "micro_rows": 2,
-            "heldout_fraction": 0.2,
+            "seq_len": 64,
+            "global_batch_size": 12,
+            "micro_batch_size": 2,
+            "validation_fraction": 0.2,
         }
     )
     train_tokenizer(config)

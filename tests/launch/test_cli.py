@@ -51,8 +51,8 @@ def test_both_sides_know_the_same_sign_of_an_error() -> None:
     "arguments", [("train",), ("data", "prepare"), ("tokenizer", "train"), ("eval",), ("plan",)]
 )
 def test_a_mistyped_key_is_one_line(tiny: Path, arguments: tuple[str, ...]) -> None:
-    done = v4(*arguments, tiny, "data.row_lenght=3")
-    assert_one_sentence(done, "data.row_lenght", "'data.row_length'")
+    done = v4(*arguments, tiny, "data.seq_lenn=3")
+    assert_one_sentence(done, "data.seq_lenn", "'data.seq_len'")
 
 
 def test_mistakes_found_by_the_subprocess(tiny: Path, tmp_path: Path) -> None:

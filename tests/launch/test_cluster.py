@@ -195,7 +195,7 @@ def test_the_command(
     (out / "train.sbatch").unlink()
     assert v4(*job, "--gpus-per-node", 5, monkeypatch=monkeypatch) == 2
     error = capfd.readouterr().err
-    assert error.count("\n") == 1 and "data.batch_rows = 8" in error and "10" in error
+    assert error.count("\n") == 1 and "data.global_batch_size = 8" in error and "10" in error
     assert not (out / "train.sbatch").exists()
     blocked = tmp_path / "file"
     blocked.write_text("")

@@ -22,7 +22,7 @@ from trainer.report.sweep import Trial, groups, sentences
 SWEEPS = sorted(p for p in Path("configs/sweeps").glob("*.yaml") if p.name != "base.yaml")
 HEAD = """program: launch.trial
 command: ["${{env}}", "${{interpreter}}", "-m", "${{program}}", {config}, "${{args_no_hyphens}}"]
-metric: {{name: heldout_loss}}
+metric: {{name: validation_loss}}
 """
 GRID = "method: grid\nparameters:\n  optim.learning_rate: {values: [1e-3, 1e-2]}\n"
 
@@ -170,8 +170,8 @@ def test_seeds_are_averaged_and_the_others_tuned() -> None:
         for (kind, rate), pair in values.items()
         for seed, value in enumerate(pair)
     ]
-    said = sentences(groups(trials, "minimize"), "minimize", "heldout_loss")
-    assert said[0] == "the best: kind=muon rate=1: heldout_loss 2.1000 ± 0.1414"
+    said = sentences(groups(trials, "minimize"), "minimize", "validation_loss")
+    assert said[0] == "the best: kind=muon rate=1: validation_loss 2.1000 ± 0.1414"
     # sqrt(0.02 / 2 + 0.08 / 2) = 0.2236
-    assert said[1].startswith("kind: muon beats adamw by 0.5000 ± 0.2236 nats of heldout_loss")
+    assert said[1].startswith("kind: muon beats adamw by 0.5000 ± 0.2236 nats of validation_loss")
     assert len(said) == 2

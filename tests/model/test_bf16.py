@@ -23,7 +23,7 @@ def losses_and_gradients(model: V4Model):
     tokens = random_tokens(model.config, 2, 90)
     targets = tokens.roll(-1, 1)
     targets[:, -1] = IGNORE
-    layout = SampleLayout.from_lengths([[7, 83], [50, 39]], row_length=90)
+    layout = SampleLayout.from_lengths([[7, 83], [50, 39]], seq_len=90)
     output = model(tokens, layout, targets)
     output.loss.backward()
     return output, {name: p.grad for name, p in model.named_parameters()}

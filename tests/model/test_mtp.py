@@ -52,7 +52,7 @@ def run_reference(model, streams, lengths, layout, tokens, targets, cross_sample
         lengths = [[sum(row)] for row in lengths]
     total, count = 0.0, 0
     for row, samples in enumerate(lengths):
-        start = row * layout.row_length
+        start = row * layout.seq_len
         for n in samples:
             # At i the block knows t_0..t_{i+1} and predicts t_{i+2}, the main target of i + 1.
             at = [i for i in range(start, start + n - 1) if targets_T[i + 1] != IGNORE]
@@ -79,9 +79,9 @@ def make_case(name: str, last_target_known: bool):
     config = tiny_config(**CONFIG)
     model = random_model(config, seed=3)
     lengths = CASES[name]
-    row_length = max(sum(row) for row in lengths) + 2 * (name == "padded")
-    layout = SampleLayout.from_lengths(lengths, row_length=row_length)
-    tokens = random_tokens(config, len(lengths), row_length)
+    seq_len = max(sum(row) for row in lengths) + 2 * (name == "padded")
+    layout = SampleLayout.from_lengths(lengths, seq_len=seq_len)
+    tokens = random_tokens(config, len(lengths), seq_len)
     targets = tokens.roll(-1, 1)
     targets.view(-1)[layout.padding_T] = IGNORE
     for row, samples in enumerate(lengths):

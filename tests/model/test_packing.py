@@ -33,7 +33,7 @@ def test_packed_row_equals_samples_one_by_one(pad):
     padding = torch.full((1, pad), config.pad_token_id)
     row = torch.cat([*samples, padding], dim=1)
     targets = torch.cat([*[_targets(s) for s in samples], torch.full((1, pad), IGNORE)], dim=1)
-    layout = SampleLayout.from_lengths([LENGTHS], row_length=row.shape[1])
+    layout = SampleLayout.from_lengths([LENGTHS], seq_len=row.shape[1])
 
     logits = model(row, layout).logits
     packed = model(row, layout, targets)
@@ -104,7 +104,7 @@ def test_a_token_sees_only_the_past():
 
 def test_layout_refuses_bad_lengths():
     with pytest.raises(ValueError, match="row 0 holds 5 tokens of samples but is 4 long"):
-        SampleLayout.from_lengths([[2, 3]], row_length=4)
+        SampleLayout.from_lengths([[2, 3]], seq_len=4)
     with pytest.raises(ValueError, match="below 1"):
         SampleLayout.from_lengths([[2, 0]])
     with pytest.raises(ValueError, match="at least one row"):

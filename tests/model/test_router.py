@@ -75,7 +75,7 @@ class TestBalanceLoss:
         scores = torch.ones(16, EXPERTS)
         scores[12:, 0] = 50.0
         scores.requires_grad_()
-        layout = SampleLayout.from_lengths([[12]], row_length=16)
+        layout = SampleLayout.from_lengths([[12]], seq_len=16)
         loss = balance_loss(routing_of(choice, scores), layout, 12)
         loss.backward()
         assert float(loss.detach()) == pytest.approx(1.0, abs=1e-6)

@@ -93,17 +93,17 @@ def test_counts_of_a_tiny_model_by_hand():
 def test_flash_and_pro_follow_the_recipe():
     for name, tokens, rows, rate in (("flash", 32e12, 18432, 2.7e-4), ("pro", 33e12, 23040, 2e-4)):
         config = shipped(name)
-        assert (config.data.row_length, config.data.batch_rows) == (4096, rows)
-        stages = Recipe(config).stages
-        assert 0 <= sum(stage.tokens for stage in stages) - tokens < rows * 4096
+        assert (config.data.seq_len, config.data.global_batch_size) == (4096, rows)
+        phases = Recipe(config).phases
+        assert 0 <= sum(phase.tokens for phase in phases) - tokens < rows * 4096
         assert {
-            s.rows.batch_rows * s.rows.row_length for s in stages if s.attention != "warmup"
+            s.rows.global_batch_size * s.rows.seq_len for s in phases if s.attention != "warmup"
         } == {rows * 4096}
-        lengths = [stage.rows.row_length for stage in stages]
+        lengths = [phase.rows.seq_len for phase in phases]
         assert list(dict.fromkeys(lengths)) == [4096, 16384, 65536, 1048576]
-        kinds = [stage.attention for stage in stages]
+        kinds = [phase.attention for phase in phases]
         assert list(dict.fromkeys(kinds)) == ["dense", "warmup", "sparse"]
-        dense = sum(stage.tokens for stage in stages if stage.attention == "dense")
+        dense = sum(phase.tokens for phase in phases if phase.attention == "dense")
         assert dense == pytest.approx(1e12 if name == "flash" else 2e12, rel=1e-3)
         assert config.optim.learning_rate == rate
         assert config.optim.schedule.warmup_steps == 2000

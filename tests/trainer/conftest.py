@@ -8,7 +8,12 @@ import torch
 from tests.distributed import spawn
 from tests.trainer.tiny import Job, make_tiny, train_jobs
 
-COMPARED = ["steps=8", "data.batch_rows=5", "data.micro_rows=1", "evaluation.rows=null"]
+COMPARED = [
+    "steps=8",
+    "data.global_batch_size=5",
+    "data.micro_batch_size=1",
+    "evaluation.rows=null",
+]
 TWO_RANKS: list[Job] = [
     ("straight", ["steps=20"], 0),
     ("halves", ["steps=20"], 10),

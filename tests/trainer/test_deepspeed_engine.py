@@ -24,7 +24,7 @@ from trainer.trainer import Trainer
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 ZERO = {"0": {}, "1": {}, "2": {}, "3": {}, "3_offload": OFFLOAD}
 # A larger eps, so that gradients that are nothing but rounding move nothing.
-STEPS = ["steps=20", "evaluation.rows=4", "data.micro_rows=1", "optim.adamw.eps=1e-6"]
+STEPS = ["steps=20", "evaluation.rows=4", "data.micro_batch_size=1", "optim.adamw.eps=1e-6"]
 ADAMW = 'deepspeed={"optimizer": {"type": "AdamW"}'
 MUON = 'deepspeed={"optimizer": {"type": "Muon"}'
 # The steps that DeepSpeed's Muon makes, from weights with which no choice is close.
@@ -200,7 +200,7 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
     ("overrides", "field"),
     [
         ([ADAMW + ', "train_batch_size": 7}'], "deepspeed.train_batch_size = 7"),
-        ([ADAMW + ', "train_micro_batch_size_per_gpu": 7}'], "data.micro_rows = 2"),
+        ([ADAMW + ', "train_micro_batch_size_per_gpu": 7}'], "data.micro_batch_size = 2"),
         ([ADAMW + ', "gradient_clipping": 0.5}'], "deepspeed.gradient_clipping = 0.5"),
         ([ADAMW + ', "bf16": {"enabled": true}}'], "deepspeed.bf16.enabled = True"),
         ([ADAMW + ', "fp16": {"enabled": true}}'], "deepspeed.fp16"),
@@ -270,7 +270,7 @@ def test_what_it_cannot_names_the_field(folder: Path, overrides: list[str], fiel
 
 def test_accumulation_must_fit_the_processes(folder: Path) -> None:
     overrides = ["engine=deepspeed", ADAMW + ', "gradient_accumulation_steps": 3}']
-    with pytest.raises(ValueError, match=r"should be 1 for data\.batch_rows = 4"):
+    with pytest.raises(ValueError, match=r"should be 1 for data\.global_batch_size = 4"):
         resolve(load_config(folder / "tiny.yaml", overrides), 2)
 
 

@@ -16,7 +16,7 @@ from trainer.trainer import DTYPES
 # Sizes of which two tensor or expert-tensor ranks have whole blocks of 128 each.
 SIZES = [
     *("model.num_attention_heads=2", "model.head_dim=128", "model.o_lora_rank=128"),
-    *("model.moe_intermediate_size=256", "steps=3", "data.micro_rows=1", "precision=fp8"),
+    *("model.moe_intermediate_size=256", "steps=3", "data.micro_batch_size=1", "precision=fp8"),
 ]
 SPREAD = {
     "tensor": ["parallel.tensor=2", "parallel.expert=2"],

@@ -12,7 +12,7 @@ from model.quantised import quantised
 from tests.trainer.tiny import assert_same_run, column, train
 from trainer.commands import main
 from trainer.config import ConfigError, RunConfig, load_config
-from trainer.evaluate import Heldout
+from trainer.evaluate import Validation
 from trainer.export.export import export_run
 from trainer.export.import_run import import_run, open_run
 from trainer.metrics.jsonl import read_metrics
@@ -33,7 +33,7 @@ DEEPSPEED = [
     "optim.max_skipped_steps=0",
     "deepspeed.optimizer.type=AdamW",
 ]
-STAGE = "stages=[{until: 768, attention: dense, quantisation: mxfp4}]"
+PHASE = "phases=[{until: 768, attention: dense, quantisation: mxfp4}]"
 QAT = [*SIZES, "quantisation=mxfp4"]
 
 
@@ -50,25 +50,27 @@ def test_four_steps_are_two_and_two(tiny: Path, tmp_path: Path, precision: str) 
 
 def test_weights_are_rounded_once_a_step(tiny: Path, tmp_path: Path) -> None:
     with patch.object(quantised_module, "rounded", wraps=rounded) as counted:
-        train(tiny, tmp_path / "run", *QAT, "steps=2", "data.micro_rows=1", "evaluation.rows=1")
+        train(
+            tiny, tmp_path / "run", *QAT, "steps=2", "data.micro_batch_size=1", "evaluation.rows=1"
+        )
     # With the MTP block; two steps, the look at every layer after the last, and an evaluation.
     layers, passes = 3 + 1, 2 + 1 + 1
     assert counted.call_count == 3 * layers * passes
 
 
-def heldout(config: RunConfig, experts_only: bool = False) -> float:
-    """Held-out loss of the newest checkpoint; or with experts as they are saved, and only the
+def validation(config: RunConfig, experts_only: bool = False) -> float:
+    """Validation loss of the newest checkpoint; or with experts as they are saved, and only the
     index in four bits."""
     grid = Grid.single()
     local, _ = open_run(config, grid)
     engine = make_engine(config, local, grid)
     engine.quantised = not experts_only
     if engine.quantised:
-        return Heldout(config, grid).evaluate(engine).loss
+        return Validation(config, grid).evaluate(engine).loss
     with quantised(local.model):
         for block in [*local.model.layers, *local.model.mtp]:
             block.ffn.experts.held = None
-        return Heldout(config, grid).evaluate(engine).loss
+        return Validation(config, grid).evaluate(engine).loss
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -77,36 +79,36 @@ def test_the_packed_export_has_exactly_the_loss_of_training(
 ) -> None:
     common = [*QAT, f"precision={precision}", "evaluation.rows=null"]
     config = train(tiny, tmp_path / "run", *common)
-    trained = read_metrics(config.run_dir / "metrics.jsonl")[-1]["heldout_loss"]
-    assert heldout(config) == trained
-    assert heldout(config, experts_only=True) != trained, "masters are not rounded"
+    trained = read_metrics(config.run_dir / "metrics.jsonl")[-1]["validation_loss"]
+    assert validation(config) == trained
+    assert validation(config, experts_only=True) != trained, "masters are not rounded"
     export_run(config, tmp_path / "packed", experts="mxfp4")
     again = load_config(tiny, [f"run_dir={tmp_path / 'again'}", *common])
     import_run(again, tmp_path / "packed")
-    assert heldout(again, experts_only=True) == trained, "the unpacked numbers as they are"
-    assert heldout(again) == trained, "rounding them once more changes nothing"
+    assert validation(again, experts_only=True) == trained, "the unpacked numbers as they are"
+    assert validation(again) == trained, "rounding them once more changes nothing"
 
 
-def test_a_stage_is_quantised_alone(
+def test_a_phase_is_quantised_alone(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stages(kind: str) -> list[str]:
+    def phases(kind: str) -> list[str]:
         """Two steps of 4 rows of 48, and two more."""
         later = f"{{until: 768, attention: dense, quantisation: {kind}}}"
         common = [*SIZES, "steps=4", "evaluation.rows=null"]
-        return [*common, f"stages=[{{until: 384, attention: dense}}, {later}]"]
+        return [*common, f"phases=[{{until: 384, attention: dense}}, {later}]"]
 
-    plain, config = (train(tiny, tmp_path / kind, *stages(kind)) for kind in ("none", "mxfp4"))
+    plain, config = (train(tiny, tmp_path / kind, *phases(kind)) for kind in ("none", "mxfp4"))
     ours, theirs = column(config.run_dir, "loss"), column(plain.run_dir, "loss")
     assert ours[:2] == theirs[:2] and ours[2] != theirs[2]
-    train(tiny, tmp_path / "halves", *stages("mxfp4"), stop_at=2)
-    train(tiny, tmp_path / "halves", *stages("mxfp4"))
+    train(tiny, tmp_path / "halves", *phases("mxfp4"), stop_at=2)
+    train(tiny, tmp_path / "halves", *phases("mxfp4"))
     assert_same_run(config.run_dir, tmp_path / "halves", 4)
     capsys.readouterr()
     assert main(["eval", str(config.run_dir)]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])["heldout_loss"]
-    assert found == read_metrics(config.run_dir / "metrics.jsonl")[-1]["heldout_loss"]
-    assert found != read_metrics(plain.run_dir / "metrics.jsonl")[-1]["heldout_loss"]
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["validation_loss"]
+    assert found == read_metrics(config.run_dir / "metrics.jsonl")[-1]["validation_loss"]
+    assert found != read_metrics(plain.run_dir / "metrics.jsonl")[-1]["validation_loss"]
 
 
 def test_memory_counts_the_rounded_experts(tiny: Path, tmp_path: Path) -> None:
@@ -138,8 +140,8 @@ def test_memory_counts_the_rounded_experts(tiny: Path, tmp_path: Path) -> None:
         ),
         (["quantisation=fp4"], "quantisation = 'fp4'"),
         (
-            ["quantisation=none", "model.hidden_size=40", "steps=4", STAGE],
-            r"model\.hidden_size = 40 .* 32 for stages\.0\.quantisation = mxfp4",
+            ["quantisation=none", "model.hidden_size=40", "steps=4", PHASE],
+            r"model\.hidden_size = 40 .* 32 for phases\.0\.quantisation = mxfp4",
         ),
     ],
 )

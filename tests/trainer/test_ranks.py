@@ -30,7 +30,7 @@ def same_curves(one: Path, other: Path) -> None:
 def column_of_last(run: Path) -> float:
     from trainer.metrics.jsonl import read_metrics
 
-    return float(read_metrics(run / "metrics.jsonl")[-1]["heldout_loss"])
+    return float(read_metrics(run / "metrics.jsonl")[-1]["validation_loss"])
 
 
 def test_two_ranks_same_curves_also_where_they_do_not_divide_the_rows(
@@ -41,7 +41,7 @@ def test_two_ranks_same_curves_also_where_they_do_not_divide_the_rows(
 
 
 def test_accumulation_equals_one_microbatch(alone: Path, tiny: Path, tmp_path: Path) -> None:
-    train(tiny, tmp_path, *COMPARED, "data.micro_rows=5")
+    train(tiny, tmp_path, *COMPARED, "data.micro_batch_size=5")
     same_curves(alone, tmp_path)
 
 

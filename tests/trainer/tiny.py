@@ -54,10 +54,10 @@ data:
   sources: [{{name: words, paths: ["{folder}/words.jsonl"]}}]
   tokenizer: {{path: "{folder}/tokenizer", vocab_size: 400}}
   shards: {folder}/shards
-  row_length: 48
-  batch_rows: 4
-  micro_rows: 2
-  heldout_fraction: 0.1
+  seq_len: 48
+  global_batch_size: 4
+  micro_batch_size: 2
+  validation_fraction: 0.1
 optim: {{learning_rate: 3e-3, schedule: {{warmup_steps: 2}}}}
 checkpoint: {{every: 0}}
 metrics: {{wandb: {{mode: disabled}}}}

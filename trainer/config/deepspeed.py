@@ -104,12 +104,12 @@ def _values(config: Any, block: Block) -> Iterator[str]:
     data = config.data
     bf16 = block.get("bf16", {}).get("enabled", AUTO)
     for field, theirs, name, ours in (
-        ("train_batch_size", block.get("train_batch_size", AUTO), "data.batch_rows", None),
-        ("train_micro_batch_size_per_gpu", AUTO, "data.micro_rows", data.micro_rows),
+        ("train_batch_size", block.get("train_batch_size", AUTO), "data.global_batch_size", None),
+        ("train_micro_batch_size_per_gpu", AUTO, "data.micro_batch_size", data.micro_batch_size),
         ("gradient_clipping", AUTO, "optim.clip_norm", config.optim.clip_norm or 0.0),
     ):
         theirs = block.get(field, theirs)
-        wanted = data.batch_rows if ours is None else ours
+        wanted = data.global_batch_size if ours is None else ours
         if theirs not in (AUTO, wanted):
             yield f"deepspeed.{field} = {theirs!r} contradicts {name} = {wanted}; leave it out"
     if bf16 not in (AUTO, config.precision == "bf16"):
@@ -195,14 +195,14 @@ def resolve(config: Any, world: int) -> Block:
     Raises ValueError where gradient_accumulation_steps does not fit the number of processes.
     """
     block: Block = dict(config.deepspeed or {})
-    micro = min(config.data.micro_rows, -(-config.data.batch_rows // world))
-    steps = -(-config.data.batch_rows // (micro * world))
+    micro = min(config.data.micro_batch_size, -(-config.data.global_batch_size // world))
+    steps = -(-config.data.global_batch_size // (micro * world))
     said = block.get("gradient_accumulation_steps", AUTO)
     if said not in (AUTO, steps):
         raise ValueError(
             f"deepspeed.gradient_accumulation_steps = {said!r} should be {steps} for "
-            f"data.batch_rows = {config.data.batch_rows}, data.micro_rows = "
-            f"{config.data.micro_rows} and {world} processes"
+            f"data.global_batch_size = {config.data.global_batch_size}, data.micro_batch_size = "
+            f"{config.data.micro_batch_size} and {world} processes"
         )
     block.pop("optimizer", None)  # the engine makes it, from the table
     if config.optim.matrix_optimizer == "muon" and zero_stage(block) == 3:

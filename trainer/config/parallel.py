@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from data.config import DataStage
+from data.config import DataPhase
 from model.config import ModelConfig
 from trainer.parallel.degrees import Sizes
 from trainer.parallel.stage_plan import V_SHAPED, ScheduleName, StagePlan, plan_stages
@@ -69,11 +69,11 @@ class ParallelConfig(BaseModel):
             return self.pipeline_chunks or 2
         return 2 if self.pipeline_schedule in V_SHAPED else 1
 
-    def stages(self, model: ModelConfig, row_length: int) -> StagePlan:
+    def stages(self, model: ModelConfig, seq_len: int) -> StagePlan:
         """Which layers are where; only after the config's checks."""
         return plan_stages(
             model,
-            row_length,
+            seq_len,
             self.pipeline,
             self.pipeline_schedule,
             self.chunks,
@@ -129,8 +129,8 @@ class ParallelConfig(BaseModel):
         if length % runs:
             near = [n for n in (length // runs * runs, -(-length // runs) * runs) if n]
             yield (
-                f"{where}.row_length = {length} does not divide into parallel.context = "
-                f"{self.context} x parallel.tensor = {self.tensor} equal runs; {where}.row_length "
+                f"{where}.seq_len = {length} does not divide into parallel.context = "
+                f"{self.context} x parallel.tensor = {self.tensor} equal runs; {where}.seq_len "
                 f"should be {' or '.join(str(n) for n in dict.fromkeys(near))}"
             )
 
@@ -182,21 +182,27 @@ class ParallelConfig(BaseModel):
                 )
                 return
 
-    def step_problems(self, world: int, data: DataStage, where: str) -> Iterator[str]:
+    def step_problems(self, world: int, data: DataPhase, where: str) -> Iterator[str]:
         """What does not fit a step's rows, those of a ramp included, on a number of processes.
 
         `where` is the section of the config that says them.
         """
         data_ranks = self.sizes(world).data
         for rows in data.sizes:
-            name = f"{where}.batch_rows" if rows == data.batch_rows else f"a ramp's {where}: rows"
+            name = (
+                f"{where}.global_batch_size"
+                if rows == data.global_batch_size
+                else f"a ramp's {where}: rows"
+            )
             if rows < data_ranks:
                 yield (
                     f"{name} = {rows} should be at least the number of data-parallel ranks, "
                     f"{data_ranks}"
                 )
             elif self.pipeline > 1:
-                yield from self._microbatch_problems(data_ranks, rows, data.micro_rows, name, where)
+                yield from self._microbatch_problems(
+                    data_ranks, rows, data.micro_batch_size, name, where
+                )
 
     def _microbatch_problems(
         self, data_ranks: int, rows: int, micro: int, name: str, where: str
@@ -207,7 +213,7 @@ class ParallelConfig(BaseModel):
         if rest:
             yield (
                 f"{name} = {rows} over {data_ranks} data-parallel ranks is {per_rank} rows, which "
-                f"are no whole microbatches of {where}.micro_rows = {micro}; {name} should be "
+                f"are no whole microbatches of {where}.micro_batch_size = {micro}; {name} should be "
                 f"{count * micro * data_ranks or micro * data_ranks} or "
                 f"{(count + 1) * micro * data_ranks}"
             )
@@ -219,7 +225,7 @@ class ParallelConfig(BaseModel):
                 f"{count} microbatches a step are fewer than the {need} that "
                 f"parallel.pipeline_schedule = {self.pipeline_schedule} wants with "
                 f"parallel.pipeline = {self.pipeline}; {name} should be at least "
-                f"{need * micro * data_ranks}, or {where}.micro_rows smaller"
+                f"{need * micro * data_ranks}, or {where}.micro_batch_size smaller"
             )
         elif self.pipeline_schedule == "interleaved_1f1b" and count % (count // self.pipeline):
             rounds = count // self.pipeline

@@ -14,8 +14,8 @@ FP8_BLOCK = 128
 def problems(config: Any) -> Iterator[str]:
     """What keeps a `quantisation` from being what it is, a sentence each that names both fields."""
     given = {"quantisation": config.quantisation}
-    for number, stage in enumerate(config.stages):
-        given[f"stages.{number}.quantisation"] = stage.quantisation or "none"
+    for number, phase in enumerate(config.phases):
+        given[f"phases.{number}.quantisation"] = phase.quantisation or "none"
     for field, value in given.items():
         if value != "none":
             yield from _problems(config, f"{field} = {value}")

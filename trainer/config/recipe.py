@@ -1,6 +1,6 @@
-"""What a run does at a step: its stages as functions of the step alone. Imports no torch.
+"""What a run does at a step: its phases as functions of the step alone. Imports no torch.
 
-A run without `stages` is one stage. Everything that changes during a run is asked for here, so that
+A run without `phases` is one phase. Everything that changes during a run is asked for here, so that
 it is the same after a resume, wherever that is, and at every topology.
 """
 
@@ -10,26 +10,26 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from data.config import DataStage
+from data.config import DataPhase
 from model.config import AttentionMode
 from optim.config import OptimConfig
 from optim.schedule import decay_start, schedule
-from trainer.config.stages import WARMUP_LEARNING_RATE, Quantisation, StageConfig
+from trainer.config.phases import WARMUP_LEARNING_RATE, PhaseConfig, Quantisation
 
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage of a run.
+class Phase:
+    """A phase of a run.
 
     Attributes:
         number: from 0.
         first, steps: its first step and how many it has.
         tokens: positions of all its rows.
         rows: lengths and numbers of its rows.
-        attention: `select` in a run without stages, which trains no indexer.
+        attention: `select` in a run without phases, which trains no indexer.
         decay: whether the learning rate decays in it.
         learning_rate: instead of the schedule's, or None.
         mtp_loss_weight: or None for the run's.
@@ -40,7 +40,7 @@ class Stage:
     first: int
     steps: int
     tokens: int
-    rows: DataStage
+    rows: DataPhase
     attention: AttentionMode
     decay: bool
     learning_rate: float | None
@@ -60,24 +60,24 @@ class Stage:
 
 
 class Recipe:
-    """The stages of a run, and what they ask for at every step.
+    """The phases of a run, and what they ask for at every step.
 
     Raises ValueError, one sentence, where they overlap, or do not cover the run's `steps`.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.stages = _resolve(config) if config.stages else (_only(config),)
-        self.steps = self.stages[-1].end
-        self._ends = [stage.end for stage in self.stages]
+        self.phases = _resolve(config) if config.phases else (_only(config),)
+        self.steps = self.phases[-1].end
+        self._ends = [phase.end for phase in self.phases]
         self.optim = config.optim
-        if config.stages and any(stage.decay for stage in self.stages):
-            start = next(stage.first for stage in self.stages if stage.decay)
+        if config.phases and any(phase.decay for phase in self.phases):
+            start = next(phase.first for phase in self.phases if phase.decay)
             self.optim = _decaying(config.optim, start)
 
-    def at(self, step: int) -> Stage:
-        """The stage of a step, counted from 0; the last one beyond the run."""
-        return self.stages[min(bisect_right(self._ends, step), len(self.stages) - 1)]
+    def at(self, step: int) -> Phase:
+        """The phase of a step, counted from 0; the last one beyond the run."""
+        return self.phases[min(bisect_right(self._ends, step), len(self.phases) - 1)]
 
     def in_decay(self, step: int) -> bool:
         """Whether a step lies in the learning rate's decay."""
@@ -97,45 +97,45 @@ class Recipe:
         return min(later, run) if later is not None and self.in_decay(step) else run
 
     @property
-    def row_length(self) -> int:
-        """Of the stage with most tokens: what layers are divided over a pipeline for."""
-        return max(self.stages, key=lambda stage: stage.tokens).rows.row_length
+    def seq_len(self) -> int:
+        """Of the phase with most tokens: what layers are divided over a pipeline for."""
+        return max(self.phases, key=lambda phase: phase.tokens).rows.seq_len
 
     @property
-    def largest(self) -> Stage:
-        """The stage whose microbatches take most memory."""
+    def largest(self) -> Phase:
+        """The phase whose microbatches take most memory."""
         order = ("dense", "select", "warmup", "sparse")
 
-        def size(stage: Stage) -> tuple[int, int, bool, int]:
-            rows = stage.rows
-            tokens = rows.micro_rows * rows.row_length
-            return tokens, rows.row_length, stage.quantised, order.index(stage.attention)
+        def size(phase: Phase) -> tuple[int, int, bool, int]:
+            rows = phase.rows
+            tokens = rows.micro_batch_size * rows.seq_len
+            return tokens, rows.seq_len, phase.quantised, order.index(phase.attention)
 
-        return max(self.stages, key=size)
+        return max(self.phases, key=size)
 
     def notes(self) -> list[str]:
         """What is allowed and perhaps not meant, a sentence each."""
         model = self.config.model
-        for stage in self.stages:
-            entries = stage.rows.row_length // model.csa_compress_ratio
-            chooses = stage.attention == "sparse" and "csa" in model.layer_types
+        for phase in self.phases:
+            entries = phase.rows.seq_len // model.csa_compress_ratio
+            chooses = phase.attention == "sparse" and "csa" in model.layer_types
             if chooses and entries <= model.index_topk:
                 return [
-                    f"stage {stage.number} ({stage.name}): rows of {stage.rows.row_length:,} have "
+                    f"phase {phase.number} ({phase.name}): rows of {phase.rows.seq_len:,} have "
                     f"{entries:,} entries and model.index_topk is {model.index_topk:,}, so that "
                     "sparse attention sees all of them"
                 ]
         return []
 
 
-def _only(config: RunConfig) -> Stage:
-    rows = config.data.one_stage()
-    return Stage(
+def _only(config: RunConfig) -> Phase:
+    rows = config.data.one_phase()
+    return Phase(
         number=0,
         name="",
         first=0,
         steps=config.steps,
-        tokens=rows.rows_before(config.steps) * rows.row_length,
+        tokens=rows.rows_before(config.steps) * rows.seq_len,
         rows=rows,
         attention="select",
         decay=False,
@@ -146,24 +146,24 @@ def _only(config: RunConfig) -> Stage:
     )
 
 
-def _resolve(config: RunConfig) -> tuple[Stage, ...]:
-    stages: list[Stage] = []
+def _resolve(config: RunConfig) -> tuple[Phase, ...]:
+    phases: list[Phase] = []
     step = tokens = 0
-    for number, given in enumerate(config.stages):
+    for number, given in enumerate(config.phases):
         if given.until <= tokens:
             raise ValueError(
-                f"stages.{number}.until = {given.until:,} overlaps what comes before, which takes "
-                f"{tokens:,} tokens; every stage should end later than the one before"
+                f"phases.{number}.until = {given.until:,} overlaps what comes before, which takes "
+                f"{tokens:,} tokens; every phase should end later than the one before"
             )
         rows = _rows(config, number, given, given.until - tokens)
         assert rows.steps is not None
-        taken = rows.rows_before(rows.steps) * rows.row_length
+        taken = rows.rows_before(rows.steps) * rows.seq_len
         warmup = given.attention == "warmup"
         speed = config.router_bias_speed
         if given.router_bias_speed is not None:
             speed = given.router_bias_speed
-        stages.append(
-            Stage(
+        phases.append(
+            Phase(
                 number=number,
                 name=given.name or _name(given, rows),
                 first=step,
@@ -181,34 +181,38 @@ def _resolve(config: RunConfig) -> tuple[Stage, ...]:
             )
         )
         step, tokens = step + rows.steps, tokens + taken
-    return tuple(stages)
+    return tuple(phases)
 
 
-def _name(given: StageConfig, rows: DataStage) -> str:
+def _name(given: PhaseConfig, rows: DataPhase) -> str:
     more = ", decay" * given.decay + (f", {given.quantisation}" if given.quantisation else "")
-    return f"{given.attention} {short_length(rows.row_length)}{more}"
+    return f"{given.attention} {short_length(rows.seq_len)}{more}"
 
 
-def _rows(config: RunConfig, number: int, given: StageConfig, budget: int) -> DataStage:
-    """A stage's rows, and the fewest steps that take `budget` positions."""
+def _rows(config: RunConfig, number: int, given: PhaseConfig, budget: int) -> DataPhase:
+    """A phase's rows, and the fewest steps that take `budget` positions."""
 
     def of(name: str) -> int:
         own = getattr(given, name)
         return getattr(config.data, name) if own is None else own
 
-    length, most = of("row_length"), of("batch_rows")
-    sizes = {"row_length": length, "batch_rows": most, "micro_rows": of("micro_rows")}
+    length, most = of("seq_len"), of("global_batch_size")
+    sizes = {
+        "seq_len": length,
+        "global_batch_size": most,
+        "micro_batch_size": of("micro_batch_size"),
+    }
     weights = config.data.weights if given.weights is None else given.weights
-    rows = DataStage(**sizes, weights=weights)
+    rows = DataPhase(**sizes, weights=weights)
     if given.ramp_from is not None and given.ramp_tokens is not None:
         if given.ramp_from >= most:
             raise ValueError(
-                f"stages.{number}.ramp_from = {given.ramp_from} should be less than the rows that "
+                f"phases.{number}.ramp_from = {given.ramp_from} should be less than the rows that "
                 f"it grows to, {most}"
             )
         mean = (given.ramp_from + most) / 2
         ramp = max(1, round(given.ramp_tokens / (mean * length)))
-        rows = DataStage(**sizes, weights=weights, ramp_from=given.ramp_from, ramp_steps=ramp)
+        rows = DataPhase(**sizes, weights=weights, ramp_from=given.ramp_from, ramp_steps=ramp)
     low, high = 0, rows.ramp_steps + -(-budget // (length * most))
     while high - low > 1:
         middle = (low + high) // 2
@@ -216,7 +220,7 @@ def _rows(config: RunConfig, number: int, given: StageConfig, budget: int) -> Da
         low, high = (low, middle) if enough else (middle, high)
     if high < rows.ramp_steps:
         raise ValueError(
-            f"stages.{number}.ramp_tokens = {given.ramp_tokens:,} are more than the stage's "
+            f"phases.{number}.ramp_tokens = {given.ramp_tokens:,} are more than the phase's "
             f"{budget:,} tokens"
         )
     return rows.model_copy(update={"steps": high})
@@ -227,7 +231,7 @@ def _decaying(optim: OptimConfig, start: int) -> OptimConfig:
     shape = optim.schedule
     if start < shape.warmup_steps:
         raise ValueError(
-            f"optim.schedule.warmup_steps = {shape.warmup_steps} reaches into the first stage with "
+            f"optim.schedule.warmup_steps = {shape.warmup_steps} reaches into the first phase with "
             f"decay = true, which begins at step {start}"
         )
     decaying = shape.model_copy(update={"decay_start": start, "decay_fraction": None})

@@ -1,6 +1,6 @@
 """The root of a run's configuration, and how it is read. Imports no torch.
 
-    config = load_config("configs/debug.yaml", ["steps=20", "data.batch_rows=8"])
+    config = load_config("configs/debug.yaml", ["steps=20", "data.global_batch_size=8"])
 
 Unknown keys, wrong types and values that do not fit together raise ConfigError with one sentence.
 """
@@ -13,20 +13,20 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from data.config import DataConfig, DataStage
+from data.config import DataConfig, DataPhase
 from model.config import ModelConfig
 from optim.config import OptimConfig
 from trainer.config.deepspeed import problems as deepspeed_problems
 from trainer.config.explain import explain
 from trainer.config.parallel import ParallelConfig
+from trainer.config.phases import PhaseConfig, Quantisation
+from trainer.config.phases import problems as phase_problems
 from trainer.config.quantisation import fp8_problems
 from trainer.config.quantisation import problems as quantisation_problems
 from trainer.config.recipe import Recipe
 from trainer.config.source import ConfigError, dump_yaml, read_source
 from trainer.config.stability import StabilityConfig
 from trainer.config.stability import problems as stability_problems
-from trainer.config.stages import Quantisation, StageConfig
-from trainer.config.stages import problems as stage_problems
 from trainer.parallel.degrees import Sizes
 
 __all__ = ["ConfigError", "RunConfig", "Section", "load_as", "load_config", "load_run"]
@@ -79,12 +79,12 @@ class MetricsConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Loss on the held-out split during training."""
+    """Loss on the validation split during training."""
 
     every: NaturalInt = 1000
     """Steps between evaluations; 0 evaluates only after the last step."""
     rows: PositiveInt | None = None
-    """Held-out rows that are read; null reads all of them."""
+    """Validation rows that are read; null reads all of them."""
     by_source: bool = True
     """Also the loss of every source by itself, where there are several, on as many rows in all."""
 
@@ -95,8 +95,8 @@ class RunConfig(Section):
     run_dir: Path
     """The run's folder: config.yaml, metrics.jsonl, checkpoints/, wandb/, report.html."""
     steps: NaturalInt = 0
-    """Optimizer steps of the whole run, those before a resume included; with `stages` they follow
-    from the stages' tokens."""
+    """Optimizer steps of the whole run, those before a resume included; with `phases` they follow
+    from the phases' tokens."""
     seed: NaturalInt = 0
     """Decides initial weights and data order."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
@@ -116,7 +116,7 @@ class RunConfig(Section):
     """Run norms, experts' activation and residual streams, where no Triton kernel does, through
     torch.compile (docs/performance.md)."""
     fit_device: bool = False
-    """Choose data.micro_rows, parallel.recompute and parallel.offload for the memory of the device
+    """Choose data.micro_batch_size, parallel.recompute and parallel.offload for the memory of the device
     that training finds, in place of what is written (docs/planning.md)."""
     deterministic: bool = False
     """Refuse operations whose result may differ from run to run."""
@@ -124,7 +124,7 @@ class RunConfig(Section):
     data: DataConfig
     optim: OptimConfig
     parallel: ParallelConfig = ParallelConfig()
-    stages: tuple[StageConfig, ...] = ()
+    phases: tuple[PhaseConfig, ...] = ()
     """Parts of the run with their own rows, attention and rates; without any it is one part, whose
     indexers choose as they were made and are not trained."""
     stability: StabilityConfig = StabilityConfig()
@@ -134,14 +134,14 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
-        if not self.stages and not self.steps:
+        if not self.phases and not self.steps:
             raise ValueError("the key 'steps' is missing, or 0; it should be at least 1")
-        for problem in stage_problems(self):
+        for problem in phase_problems(self):
             raise ValueError(problem)
         recipe = Recipe(self)
-        if self.stages and self.steps not in (0, recipe.steps):
+        if self.phases and self.steps not in (0, recipe.steps):
             raise ValueError(
-                f"steps = {self.steps:,}, but the stages have {recipe.steps:,}: they should cover "
+                f"steps = {self.steps:,}, but the phases have {recipe.steps:,}: they should cover "
                 "the run and no more; leave steps out, or say steps=0"
             )
         object.__setattr__(self, "steps", recipe.steps)
@@ -156,32 +156,32 @@ class RunConfig(Section):
             *fp8_problems(self),
             *deepspeed_problems(self),
             *quantisation_problems(self),
-            *stability_problems(self, recipe.stages),
+            *stability_problems(self, recipe.phases),
         ):
             raise ValueError(problem)
         for where, rows in self._all_rows(recipe):
             self._check_rows(where, rows)
         return self
 
-    def _all_rows(self, recipe: Recipe) -> list[tuple[str, DataStage]]:
-        """The rows of the held-out text and of every stage, by the section that says them."""
-        own = [(f"stages.{stage.number}", stage.rows) for stage in recipe.stages if self.stages]
-        return [("data", self.data.one_stage()), *own]
+    def _all_rows(self, recipe: Recipe) -> list[tuple[str, DataPhase]]:
+        """The rows of the validation text and of every phase, by the section that says them."""
+        own = [(f"phases.{phase.number}", phase.rows) for phase in recipe.phases if self.phases]
+        return [("data", self.data.one_phase()), *own]
 
-    def _check_rows(self, where: str, rows: DataStage) -> None:
+    def _check_rows(self, where: str, rows: DataPhase) -> None:
         """Raise ValueError for rows that the model or the axes cannot take."""
-        if rows.row_length > self.model.max_position_embeddings:
+        if rows.seq_len > self.model.max_position_embeddings:
             raise ValueError(
-                f"{where}.row_length = {rows.row_length} should be at most "
+                f"{where}.seq_len = {rows.seq_len} should be at most "
                 f"model.max_position_embeddings = {self.model.max_position_embeddings}"
             )
-        for name in ("batch_rows", "ramp_from"):
-            if (getattr(rows, name) or 0) % rows.micro_rows:
+        for name in ("global_batch_size", "ramp_from"):
+            if (getattr(rows, name) or 0) % rows.micro_batch_size:
                 raise ValueError(
                     f"{where}.{name} = {getattr(rows, name)} should be a multiple of "
-                    f"{where}.micro_rows = {rows.micro_rows}"
+                    f"{where}.micro_batch_size = {rows.micro_batch_size}"
                 )
-        for problem in self.parallel.row_problems(rows.row_length, where):
+        for problem in self.parallel.row_problems(rows.seq_len, where):
             raise ValueError(problem)
 
     def check_world(self, world_size: int) -> None:

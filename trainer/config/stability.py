@@ -74,18 +74,18 @@ class StabilityConfig(_Strict):
     holds copies of all its states, and is for recipes to ask for."""
 
 
-def problems(config: Any, stages: Iterable[Any]) -> Iterator[str]:
+def problems(config: Any, phases: Iterable[Any]) -> Iterator[str]:
     """What contradicts the rest of the config, a sentence each that names both fields.
 
-    `stages` as in Recipe.
+    `phases` as in Recipe.
     """
     spikes, ahead = config.stability.spikes, config.stability.anticipation
     used = ahead.when == "always" or (ahead.when == "after_spikes" and spikes is not None)
-    for stage in stages:
-        if used and config.stages and ahead.lead > stage.steps:
+    for phase in phases:
+        if used and config.phases and ahead.lead > phase.steps:
             yield (
-                f"stability.anticipation.lead = {ahead.lead} should be at most {stage.steps}, the "
-                f"steps of stages.{stage.number}"
+                f"stability.anticipation.lead = {ahead.lead} should be at most {phase.steps}, the "
+                f"steps of phases.{phase.number}"
             )
     if spikes is None:
         return

@@ -44,7 +44,7 @@ class Metrics:
         record = self.record(state, result)
         self.file.write(record)
         due = state.step % self.config.metrics.every == 0
-        if due or "heldout_loss" in record or "layers" in record:
+        if due or "validation_loss" in record or "layers" in record:
             self.wandb.log(record)
         self.progress.update(record)
 
@@ -73,13 +73,13 @@ class Metrics:
         }
         if self.peak_tflops is not None:
             record["mfu"] = record["tflops_per_second"] / (self.peak_tflops * self.world_size)
-        if self.config.stages:
-            record["stage"] = result.stage
+        if self.config.phases:
+            record["phase"] = result.phase
             record["indexer_loss"] = result.indexer_loss
-        if result.heldout_loss is not None:
-            record["heldout_loss"] = result.heldout_loss
-        if result.heldout_by_source is not None:
-            record["heldout_by_source"] = result.heldout_by_source
+        if result.validation_loss is not None:
+            record["validation_loss"] = result.validation_loss
+        if result.validation_by_source is not None:
+            record["validation_by_source"] = result.validation_by_source
         if result.layers is not None:
             record["layers"] = result.layers
         if result.groups is not None:

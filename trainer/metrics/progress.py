@@ -60,10 +60,12 @@ class Progress:
 
 
 def describe(record: dict[str, Any], left: timedelta) -> str:
-    """`loss 3.214  heldout 3.401  12 345 tokens/s  ETA 0:01:40`."""
-    heldout = f"  heldout {record['heldout_loss']:.4f}" if "heldout_loss" in record else ""
+    """`loss 3.214  validation 3.401  12 345 tokens/s  ETA 0:01:40`."""
+    validation = (
+        f"  validation {record['validation_loss']:.4f}" if "validation_loss" in record else ""
+    )
     speed = f"{record['tokens_per_second']:,.0f}".replace(",", " ")
     loss = "loss not finite" if record["tokens_per_second"] else "batch left out"
     if "loss" in record:
         loss = f"loss {record['loss']:.4f}"
-    return f"{loss}{heldout}  {speed} tokens/s  ETA {left}"
+    return f"{loss}{validation}  {speed} tokens/s  ETA {left}"

@@ -63,8 +63,8 @@ class WandbLog:
         """Send one step's record."""
         if self._run is not None:
             plain = {n: v for n, v in record.items() if not isinstance(v, dict)}
-            sources = record.get("heldout_by_source", {}).items()
-            by_source = {f"heldout_loss/{name}": loss for name, loss in sources}
+            sources = record.get("validation_by_source", {}).items()
+            by_source = {f"validation_loss/{name}": loss for name, loss in sources}
             layers, groups = flat(record.get("layers", {})), flat_groups(record.get("groups", {}))
             self._run.log(plain | by_source | layers | groups)
 

@@ -50,7 +50,7 @@ class SequencePositions(Positions):
         device = layout.position_T.device
         self._own_T = on_device(self._own, device)
         self._queries_T = on_device(self._queries, device)
-        self.layout = layout.part(self._own, layout.row_length // self.sequence.size)
+        self.layout = layout.part(self._own, layout.seq_len // self.sequence.size)
         self._ratio = {
             kind: config.compress_ratio(kind) for kind in {*config.layer_types, "window"}
         }
@@ -148,7 +148,7 @@ class SequencePositions(Positions):
         tensor = self.tensor
         if tensor.size == 1:
             return mass
-        run = self.layout.row_length
+        run = self.layout.seq_len
         entries = self.whole.entries(self._ratio[kind])
         assert entries.host_start_T is not None and entries.host_end_T is not None
         # By tensor rank, its own tokens' places among the queries and what they see.
@@ -192,8 +192,8 @@ class _Pool:
         device = entries.first_token_C.device
         first_C, position_C = entries.host_first_token_C, entries.host_position_C
         has_previous_C = position_C > 0
-        run = layout.row_length // sequence.size
-        row_C, place_C = np.divmod(first_C + ratio - 1, layout.row_length)
+        run = layout.seq_len // sequence.size
+        row_C, place_C = np.divmod(first_C + ratio - 1, layout.seq_len)
         owner_C = place_C // run
         shares = [np.flatnonzero(owner_C == rank) for rank in range(sequence.size)]
         self.most = max((len(share) for share in shares), default=0)
@@ -205,7 +205,7 @@ class _Pool:
         pooled = np.sort(np.concatenate([mine, mine[helper] - 1]))
         self._kept = on_device(np.searchsorted(pooled, mine), device)
         begin = sequence.rank * run - self.halo  # where a row's tokens begin, halo included
-        local = first_C[pooled] - row_C[pooled] * layout.row_length - begin
+        local = first_C[pooled] - row_C[pooled] * layout.seq_len - begin
         local += row_C[pooled] * (self.halo + run)
         helps = ~np.isin(pooled, mine)
         self.windows = Windows(
@@ -254,8 +254,8 @@ def with_halo(x_TX: Tensor, rows: int, halo: int, axis: Axis) -> Tensor:
 
 def _tokens_of(layout: SampleLayout, axis: Axis) -> np.ndarray:
     """Flat indices of a rank's run of every row."""
-    run = layout.row_length // axis.size
-    first = np.arange(layout.rows)[:, None] * layout.row_length + axis.rank * run
+    run = layout.seq_len // axis.size
+    first = np.arange(layout.rows)[:, None] * layout.seq_len + axis.rank * run
     return (first + np.arange(run)).ravel()
 
 

@@ -184,7 +184,7 @@ class Grid:
     def _groups_of(self, wanted: set[tuple[int, ...]]) -> dict[tuple[int, ...], dist.ProcessGroup]:
         """New process groups: every rank helps to make those of all, in one order."""
         everyone = [wanted]
-        # On the meta device there are no other ranks (trainer.dry_run).
+        # On the meta device there are no other ranks (trainer.planning.dry_run).
         if self.world.group is not None and self.device.type != "meta":
             everyone = [set()] * self.world_size
             dist.all_gather_object(everyone, wanted, group=self.world.group)

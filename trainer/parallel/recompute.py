@@ -110,7 +110,7 @@ def _unpack(saved: Tensor | _Dropped) -> Tensor:
 def _on_host(device: torch.device) -> saved_tensors_hooks:
     """Context in which the inputs that `_checkpoint` keeps are copied to the host and back.
 
-    Meta tensors have nothing to copy: only their shape is kept (trainer.dry_run).
+    Meta tensors have nothing to copy: only their shape is kept (trainer.planning.dry_run).
     """
     if device.type == "meta":
         return saved_tensors_hooks(

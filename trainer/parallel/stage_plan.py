@@ -75,7 +75,7 @@ def balanced(costs: Sequence[float], tail: float, stages: int) -> tuple[int, ...
 
 def plan_stages(
     config: ModelConfig,
-    row_length: int,
+    seq_len: int,
     ranks: int,
     schedule: ScheduleName,
     chunks: int,
@@ -88,7 +88,7 @@ def plan_stages(
     if layers is None:
         from model.flops import flops_by_part  # imports numpy
 
-        costs, tail = flops_by_part(config, row_length)
+        costs, tail = flops_by_part(config, seq_len)
         layers = balanced(costs, tail, ranks * chunks)
     return StagePlan(schedule, tuple(layers), ranks)
 

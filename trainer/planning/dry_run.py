@@ -26,7 +26,7 @@ from model.quantised import held_tensors
 from model.transformer import Microbatch
 from optim import HybridZero
 from trainer.config import RunConfig
-from trainer.config.recipe import Recipe, Stage
+from trainer.config.recipe import Phase, Recipe
 from trainer.engine import NativeEngine
 from trainer.parallel.degrees import Sizes
 from trainer.parallel.expert import ExpertDispatch
@@ -111,14 +111,14 @@ class DryRun:
     Attributes:
         parameters: elements of all ranks, each logical one counted once.
         microbatches: of a rank in a step.
-        stage: whose microbatches these are.
+        phase: whose microbatches these are.
     """
 
     sizes: Sizes
     ranks: list[RankMemory]
     parameters: int
     microbatches: int
-    stage: Stage
+    phase: Phase
 
     @property
     def fullest(self) -> RankMemory:
@@ -137,11 +137,11 @@ class EvenDispatch(ExpertDispatch):
 
 
 def dry_run(
-    config: RunConfig, world: int, progress: Progress | None = None, stage: int | None = None
+    config: RunConfig, world: int, progress: Progress | None = None, phase: int | None = None
 ) -> DryRun:
     """Build every pipeline rank of `world` processes in turn.
 
-    Microbatches are those of the run's `stage`, by default of the one with the largest.
+    Microbatches are those of the run's `phase`, by default of the one with the largest.
     `progress` is told how many ranks are done, and of how many. Raises ConfigError where the
     config does not fit the processes, RuntimeError inside a process group.
     """
@@ -152,7 +152,7 @@ def dry_run(
         ends = {0, alike - 1, stage_parts(config, sizes, pipeline).fullest}
         places += [pipeline * alike + rank for rank in sorted(ends)]
     known: _Known = {}
-    planned = Recipe(config).largest if stage is None else Recipe(config).stages[stage]
+    planned = Recipe(config).largest if phase is None else Recipe(config).phases[phase]
     ranks, elements = [], {}
     for number, rank in enumerate(places):
         with as_rank(rank, sizes) as grid:
@@ -166,7 +166,7 @@ def dry_run(
 
 
 def rank_memory(config: RunConfig, sizes: Sizes, rank: int) -> RankMemory:
-    """What one rank will hold in the stage with the largest microbatches, as `dry_run` counts it.
+    """What one rank will hold in the phase with the largest microbatches, as `dry_run` counts it.
 
     Raises RuntimeError inside a process group.
     """
@@ -192,10 +192,10 @@ def as_rank(rank: int, sizes: Sizes) -> Iterator[Grid]:
         dist.destroy_process_group()
 
 
-def microbatches_of(stage: Stage, sizes: Sizes) -> int:
+def microbatches_of(phase: Phase, sizes: Sizes) -> int:
     """Microbatches of a rank in a step."""
-    rows = stage.rows
-    return -(-rows.batch_rows // sizes.data // rows.micro_rows)
+    rows = phase.rows
+    return -(-rows.global_batch_size // sizes.data // rows.micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,8 @@ _Known = dict[tuple[object, ...], _Need]
 class _Part:
     """One rank's part of a run on the meta device."""
 
-    def __init__(self, config: RunConfig, grid: Grid, stage: Stage) -> None:
-        self.config, self.grid, self.stage = config, grid, stage
+    def __init__(self, config: RunConfig, grid: Grid, phase: Phase) -> None:
+        self.config, self.grid, self.phase = config, grid, phase
         self.local: LocalModel = make_local(config, grid)
         for module in self.local.model.modules():
             if isinstance(module, MoE) and isinstance(module.dispatch, ExpertDispatch):
@@ -223,7 +223,7 @@ class _Part:
         self.optimizer = make_optimizer(config, self.local, grid)
         self.engine: NativeEngine = make_engine(config, self.local, grid)
         self.engine.gradients.zero_()
-        self.engine.quantised = stage.quantised
+        self.engine.quantised = phase.quantised
 
     def elements(self) -> dict[str, int]:
         """Elements of every parameter here, over all ranks of the stage and each once."""
@@ -250,7 +250,7 @@ class _Part:
             )
             for number, need in needs.items()
         ]
-        microbatches = microbatches_of(self.stage, self.grid.sizes)
+        microbatches = microbatches_of(self.phase, self.grid.sizes)
         return RankMemory(
             rank=self.grid.rank,
             pipeline=self.grid.pipeline.rank,
@@ -269,14 +269,14 @@ class _Part:
 
     def _microbatch(self) -> Microbatch:
         """Rows that are one sample each."""
-        stage = self.stage.rows
-        rows = min(stage.micro_rows, -(-stage.batch_rows // self.grid.sizes.data))
-        lengths = [[stage.row_length]] * rows
-        counts = TokenCounts(*[rows * stage.row_length] * 3)
-        layout = SampleLayout.from_lengths(lengths, stage.row_length, META)
-        tokens = torch.empty(rows, stage.row_length, dtype=torch.int64, device=META)
+        rows_of = self.phase.rows
+        rows = min(rows_of.micro_batch_size, -(-rows_of.global_batch_size // self.grid.sizes.data))
+        lengths = [[rows_of.seq_len]] * rows
+        counts = TokenCounts(*[rows * rows_of.seq_len] * 3)
+        layout = SampleLayout.from_lengths(lengths, rows_of.seq_len, META)
+        tokens = torch.empty(rows, rows_of.seq_len, dtype=torch.int64, device=META)
         return self.local.model.microbatch(
-            tokens, layout, torch.empty_like(tokens), counts, attention=self.stage.attention
+            tokens, layout, torch.empty_like(tokens), counts, attention=self.phase.attention
         )
 
     def _stage(self, number: int, micro: Microbatch, known: _Known) -> _Need:
@@ -343,7 +343,7 @@ class _Part:
         pipeline = self.engine.pipeline
         if pipeline.axis.size == 1:
             return dict.fromkeys(held, 1)
-        schedule = pipeline.schedule(microbatches_of(self.stage, self.grid.sizes), tokens)
+        schedule = pipeline.schedule(microbatches_of(self.phase, self.grid.sizes), tokens)
         return most_in_flight(schedule.pipeline_order[pipeline.axis.rank], held)
 
     def _update(self) -> int:

@@ -40,8 +40,8 @@ def expected_words(config: RunConfig, grid: Grid, mine: RankMemory | None) -> st
         again += f" and parallel.offload = [{', '.join(config.parallel.offload)}]"
     return (
         f"memory: about {gib(full.total)} at most expected on a process (the fullest is rank "
-        f"{full.rank}): {lasting}; in forward and backward of {rows.micro_rows} x "
-        f"{rows.row_length:,} tokens with {again}: rows "
+        f"{full.rank}): {lasting}; in forward and backward of {rows.micro_batch_size} x "
+        f"{rows.seq_len:,} tokens with {again}: rows "
         f"{gib(full.microbatches)}, activations {gib(full.activations)}, workspace "
         f"{gib(full.workspace)}; or in the update {gib(full.update)}"
     )

@@ -53,13 +53,13 @@ def fitted(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
 
 def fit(config: RunConfig, world: int, card: Card, count: Count) -> tuple[RunConfig, str]:
-    """The config with `data.micro_rows`, `parallel.recompute` and `parallel.offload` for a card.
+    """The config with `data.micro_batch_size`, `parallel.recompute` and `parallel.offload` for a card.
 
     Also a line about them. `count` gives the bytes of the fullest process. Raises ConfigError where
     nothing fits, or as `RunConfig.sizes`.
     """
     room = int(ROOM * (card.memory // GIB * GIB))  # GPUs of a kind differ by some MiB
-    rows = micro_rows(config, world)
+    rows = micro_batch_size(config, world)
     least = 0
     for again in AGAIN:
         tried = [_with(config, world, n, again) for n in rows]
@@ -76,26 +76,26 @@ def fit(config: RunConfig, world: int, card: Card, count: Count) -> tuple[RunCon
     raise ConfigError(
         f"fit_device: with the settings that need least a process asks for about {gib(least)}, and "
         f"{ROOM:.0%} of the memory of {card.name} are {gib(room)}; take more processes, or rows "
-        f"shorter than data.row_length = {config.data.row_length}"
+        f"shorter than data.seq_len = {config.data.seq_len}"
     )
 
 
-def micro_rows(config: RunConfig, world: int) -> Sequence[int]:
-    """What `data.micro_rows` may be, from the least on; in a pipeline what it is, for its bubbles.
+def micro_batch_size(config: RunConfig, world: int) -> Sequence[int]:
+    """What `data.micro_batch_size` may be, from the least on; in a pipeline what it is, for its bubbles.
 
     Each divides the rows of a rank, so that none computes filler rows for it.
     """
     if config.parallel.pipeline > 1:
-        return [config.data.micro_rows]
-    of_rank = -(-config.data.batch_rows // config.sizes(world).data)
-    most = max(TOKENS // config.data.row_length, 1)
+        return [config.data.micro_batch_size]
+    of_rank = -(-config.data.global_batch_size // config.sizes(world).data)
+    most = max(TOKENS // config.data.seq_len, 1)
     return [n for n in range(1, min(most, of_rank) + 1) if of_rank % n == 0]
 
 
 def _with(config: RunConfig, world: int, rows: int, again: dict[str, Any]) -> RunConfig | None:
     """The config with these settings; None where they do not go together with the others."""
     values = config.to_dict()
-    values["data"]["micro_rows"] = rows
+    values["data"]["micro_batch_size"] = rows
     values["parallel"] |= again
     try:
         changed = RunConfig.model_validate_json(json.dumps(values), strict=True)
@@ -108,7 +108,7 @@ def _with(config: RunConfig, world: int, rows: int, again: dict[str, Any]) -> Ru
 def _words(config: RunConfig, card: Card, size: int) -> str:
     parallel = config.parallel
     return (
-        f"fit_device: data.micro_rows = {config.data.micro_rows}, parallel.recompute = "
+        f"fit_device: data.micro_batch_size = {config.data.micro_batch_size}, parallel.recompute = "
         f"[{', '.join(parallel.recompute)}] and parallel.offload = "
         f"[{', '.join(parallel.offload)}] take about {gib(size)} of the {gib(card.memory)} of "
         f"{card.name}"
@@ -133,7 +133,7 @@ class Count:
             size += snapshot_memory(config, config.sizes(self.world))
         self.done += 1
         if (spent := time.monotonic() - self.start) > 3 and self.tell:
-            most = len(AGAIN) + len(micro_rows(config, self.world))
+            most = len(AGAIN) + len(micro_batch_size(config, self.world))
             print(
                 f"fit_device: {self.done} of at most {most} settings counted, {spent:.0f} s",
                 file=sys.stderr,

@@ -43,7 +43,7 @@ def advised(config: RunConfig, grid: Grid) -> Iterator[None]:
 def advice(config: RunConfig, world: int) -> str:
     """The settings that would help most, in words, from a process of its own."""
     if config.engine != "native":
-        return "try a smaller data.micro_rows or data.row_length"
+        return "try a smaller data.micro_batch_size or data.seq_len"
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_", "LOCAL_"))}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
@@ -62,14 +62,14 @@ def candidates(config: RunConfig) -> list[str]:
     """Settings that make less memory of the same training, and the row length, which does not."""
     data, recompute = config.data, set(config.parallel.recompute)
     found = []
-    if data.micro_rows > 1:
-        found.append(f"data.micro_rows={max(data.micro_rows // 2, 1)}")
+    if data.micro_batch_size > 1:
+        found.append(f"data.micro_batch_size={max(data.micro_batch_size // 2, 1)}")
     for parts in (["norms", "streams"], ["attention", "norms", "streams"], ["block"]):
         if "block" not in recompute and not set(parts) <= recompute:
             found.append(f"parallel.recompute=[{','.join(parts)}]")
     if "block" in recompute and "block" not in config.parallel.offload:
         found.append("parallel.offload=[block]")
-    found.append(f"data.row_length={data.row_length // 2}")
+    found.append(f"data.seq_len={data.seq_len // 2}")
     return found
 
 

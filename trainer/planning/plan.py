@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 
 from rich.table import Table
 
-from data.config import DataStage
+from data.config import DataPhase
 from model.flops import flops_by_part, training_flops
 from model.sizes import parameter_counts
 from trainer.config import ConfigError, RunConfig
-from trainer.config.recipe import Recipe, Stage, short_length
+from trainer.config.recipe import Phase, Recipe, short_length
 from trainer.formatting import GIB, duration, gib, short
 from trainer.metrics.jsonl import read_metrics
 from trainer.parallel.degrees import DENSE, EXPERT, Sizes
@@ -28,11 +28,11 @@ UTILISATION = 0.4
 
 
 def plan(
-    config: RunConfig, world_size: int, dry: bool = False, stage: int | None = None
+    config: RunConfig, world_size: int, dry: bool = False, phase: int | None = None
 ) -> Iterator[Table | str]:
     """Steps, tokens, parameters, axes, who is where, stages, owners and memory in tables.
 
-    With `dry` memory has activations: those of the run's `stage`, by default of the one with the
+    With `dry` memory has activations: those of the run's `phase`, by default of the one with the
     largest microbatches. Raises ConfigError where the config does not fit the
     processes, or trains with another engine than the native one.
     """
@@ -42,7 +42,7 @@ def plan(
     yield summary(config, sizes)
     if config.fit_device:
         yield (
-            "fit_device: training chooses data.micro_rows and, for less memory, parallel.recompute "
+            "fit_device: training chooses data.micro_batch_size and, for less memory, parallel.recompute "
             "and parallel.offload for the device that it finds; this plan takes them as written."
         )
     yield from recipe_part(config, sizes)
@@ -54,10 +54,10 @@ def plan(
     if not dry:
         yield memory_table(config, sizes)
         return
-    stages = Recipe(config).stages
-    if stage is not None and not 0 <= stage < len(stages):
-        raise ConfigError(f"stage {stage} should be one of the run's, 0 to {len(stages) - 1}")
-    found = dry_run(config, world_size, _TimeLeft(), stage)
+    phases = Recipe(config).phases
+    if phase is not None and not 0 <= phase < len(phases):
+        raise ConfigError(f"phase {phase} should be one of the run's, 0 to {len(phases) - 1}")
+    found = dry_run(config, world_size, _TimeLeft(), phase)
     yield dry_run_table(found)
     yield dry_run_words(found)
 
@@ -65,20 +65,23 @@ def plan(
 def summary(config: RunConfig, sizes: Sizes) -> Table:
     """Steps, tokens, parameters and the sizes of all axes."""
     counts = parameter_counts(config.model)
-    stages = Recipe(config).stages
-    step_tokens = max(s.rows.batch_rows * s.rows.row_length for s in stages)
+    phases = Recipe(config).phases
+    step_tokens = max(s.rows.global_batch_size * s.rows.seq_len for s in phases)
     largest = Recipe(config).largest.rows
     table = Table(title=f"{config.run_dir}", show_header=False, title_justify="left")
     table.add_column("what")
     table.add_column("value", justify="right")
-    rows_of_rank = math.ceil(largest.batch_rows / sizes.data)
+    rows_of_rank = math.ceil(largest.global_batch_size / sizes.data)
     for name, value in (
         ("processes", f"{sizes.world:,}"),
         *((" x ".join(axes), " x ".join(map(str, sizes.of(axes)))) for axes in (DENSE, EXPERT)),
         ("steps", f"{config.steps:,}"),
         ("tokens a step, at most", f"{step_tokens:,}"),
-        ("tokens in all, at most", f"{sum(stage.tokens for stage in stages):,}"),
-        ("microbatches a step on a process", f"{math.ceil(rows_of_rank / largest.micro_rows):,}"),
+        ("tokens in all, at most", f"{sum(phase.tokens for phase in phases):,}"),
+        (
+            "microbatches a step on a process",
+            f"{math.ceil(rows_of_rank / largest.micro_batch_size):,}",
+        ),
         ("parameters", f"{counts.total:,}"),
         ("  active for a token, without MTP", f"{counts.active:,}"),
         ("  in the MTP block", f"{counts.mtp:,}"),
@@ -88,29 +91,29 @@ def summary(config: RunConfig, sizes: Sizes) -> Table:
 
 
 def recipe_part(config: RunConfig, sizes: Sizes) -> Iterator[Table | str]:
-    """The run's stages with their steps, tokens and times, and what the times rest on."""
+    """The run's phases with their steps, tokens and times, and what the times rest on."""
     recipe = Recipe(config)
     rate, words = expected_rate(config, sizes)
-    table = Table(title="the run, stage by stage", title_justify="left")
-    names = ("stage", "name", "steps", "tokens", "until", "rows x length", "rate", "mtp", "time")
+    table = Table(title="the run, phase by phase", title_justify="left")
+    names = ("phase", "name", "steps", "tokens", "until", "rows x length", "rate", "mtp", "time")
     for name in names:
         table.add_column(name, justify="left" if name == "name" else "right")
     until, whole = 0, 0.0
-    for stage in recipe.stages:
-        operations = stage_operations(config, stage)
-        until, whole = until + stage.tokens, whole + operations
+    for phase in recipe.phases:
+        operations = phase_operations(config, phase)
+        until, whole = until + phase.tokens, whole + operations
         table.add_row(
-            f"stage {stage.number}",
-            stage.name or "the whole run",
-            f"{stage.steps:,}",
-            short(stage.tokens),
+            f"phase {phase.number}",
+            phase.name or "the whole run",
+            f"{phase.steps:,}",
+            short(phase.tokens),
             short(until),
-            rows_in_words(stage.rows),
-            rates_in_words(recipe, stage),
-            f"{recipe.mtp_loss_weight(stage.end - 1):g}",
+            rows_in_words(phase.rows),
+            rates_in_words(recipe, phase),
+            f"{recipe.mtp_loss_weight(phase.end - 1):g}",
             "?" if rate is None else duration(operations / rate),
         )
-    if len(recipe.stages) > 1 and rate is not None:
+    if len(recipe.phases) > 1 and rate is not None:
         table.add_section()
         table.add_row("in all", "", f"{recipe.steps:,}", *[""] * 5, duration(whole / rate))
     yield table
@@ -118,10 +121,10 @@ def recipe_part(config: RunConfig, sizes: Sizes) -> Iterator[Table | str]:
     yield from recipe.notes()
 
 
-def stage_operations(config: RunConfig, stage: Stage) -> float:
-    """Operations of a stage, every row taken to be one sample."""
-    of_row = training_flops(config.model, [stage.rows.row_length], attention=stage.attention)
-    return of_row * (stage.tokens // stage.rows.row_length)
+def phase_operations(config: RunConfig, phase: Phase) -> float:
+    """Operations of a phase, every row taken to be one sample."""
+    of_row = training_flops(config.model, [phase.rows.seq_len], attention=phase.attention)
+    return of_row * (phase.tokens // phase.rows.seq_len)
 
 
 def expected_rate(config: RunConfig, sizes: Sizes) -> tuple[float | None, str]:
@@ -141,21 +144,21 @@ def expected_rate(config: RunConfig, sizes: Sizes) -> tuple[float | None, str]:
     return None, "Times need metrics.peak_tflops, or a run that has begun."
 
 
-def rows_in_words(rows: DataStage) -> str:
+def rows_in_words(rows: DataPhase) -> str:
     """`4 to 8 x 512` where a ramp leads to eight rows."""
     ramp = "" if rows.ramp_from is None else f"{rows.ramp_from:,} to "
-    return f"{ramp}{rows.batch_rows:,} x {short_length(rows.row_length)}"
+    return f"{ramp}{rows.global_batch_size:,} x {short_length(rows.seq_len)}"
 
 
-def rates_in_words(recipe: Recipe, stage: Stage) -> str:
+def rates_in_words(recipe: Recipe, phase: Phase) -> str:
     """The learning rates of the first, the middle and the last step."""
-    steps = (stage.first, (stage.first + stage.end) // 2, stage.end - 1)
+    steps = (phase.first, (phase.first + phase.end) // 2, phase.end - 1)
     return ", ".join(dict.fromkeys(f"{recipe.learning_rate(step):.3g}" for step in steps))
 
 
 def stage_table(config: RunConfig) -> Table:
     """Layers of each stage of the pipeline, and its share of a row's operations."""
-    length = Recipe(config).row_length
+    length = Recipe(config).seq_len
     stages = config.parallel.stages(config.model, length)
     shares = stage_shares(stages, *flops_by_part(config.model, length))
     rank_of = {number: rank for rank in range(stages.ranks) for number in stages.stages_of(rank)}
@@ -200,7 +203,7 @@ def memory_table(config: RunConfig, sizes: Sizes) -> Table:
 def dry_run_table(found: DryRun) -> Table:
     """Memory by pipeline rank and part."""
     unit, name = (GIB, "GiB") if found.fullest.total >= GIB else (2**20, "MiB")
-    where = f", stage {found.stage.number}, {found.stage.name}" if found.stage.name else ""
+    where = f", phase {found.phase.number}, {found.phase.name}" if found.phase.name else ""
     table = Table(title=f"memory of a process, {name}{where}", title_justify="left")
     names = [*found.ranks[0].resident, "microbatches", "in flight", "activations", "workspace"]
     for name in ("ranks", "layers", "parameters", *names, "in all"):

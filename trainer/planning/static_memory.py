@@ -32,7 +32,7 @@ class StageParts:
         loads: by rank of the stage, what its optimizer keeps and computes of each family.
         weights, gradients: bytes on every rank.
         unmastered: bytes of weights and buffers of which the optimizer keeps no master.
-        quantised: bytes of the experts as quantised stages hold them; None where there are none.
+        quantised: bytes of the experts as quantised phases hold them; None where there are none.
     """
 
     families: list[Family]
@@ -73,7 +73,7 @@ class StageParts:
 
 def stage_parts(config: RunConfig, sizes: Sizes, pipeline: int) -> StageParts:
     """Of the ranks of one pipeline rank."""
-    stages = config.parallel.stages(config.model, Recipe(config).row_length)
+    stages = config.parallel.stages(config.model, Recipe(config).seq_len)
     with torch.device("meta"):
         model = V4Model(config.model, DTYPES[config.precision])
     keep_stages(model, stages, pipeline)
@@ -94,7 +94,7 @@ def stage_parts(config: RunConfig, sizes: Sizes, pipeline: int) -> StageParts:
         config.parallel.optimizer_padding,
     )
     quantised = None
-    if any(stage.quantised for stage in Recipe(config).stages):
+    if any(phase.quantised for phase in Recipe(config).phases):
         experts = [name for name in trained if placements[name].kind == "expert"]
         quantised = sum(elements[name] * tensors[name].itemsize for name in experts)
     return StageParts(
@@ -108,9 +108,9 @@ def stage_parts(config: RunConfig, sizes: Sizes, pipeline: int) -> StageParts:
 
 
 def memory_parts(config: RunConfig, sizes: Sizes) -> dict[str, int]:
-    """Bytes that the fullest process holds for the whole run, or its quantised stages, by part.
+    """Bytes that the fullest process holds for the whole run, or its quantised phases, by part.
 
-    `trainer.dry_run` counts the same in the real objects.
+    `trainer.planning.dry_run` counts the same in the real objects.
     """
     found = (stage_parts(config, sizes, rank) for rank in range(sizes.pipeline))
     fullest = [stage.parts(stage.fullest) for stage in found]

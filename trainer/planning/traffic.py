@@ -59,16 +59,16 @@ class Work:
     """What a rank does between two updates.
 
     Attributes:
-        row_length: S.
+        seq_len: S.
         microbatches: the samples of each.
         precision: what the model computes in.
         recompute: as in the config: what backward computes again is also sent again.
-        attention: of the stage; a `warmup` has no formula.
+        attention: of the phase; a `warmup` has no formula.
         rows: None stands for even routing: T·A·p·(n-1)/n rows a layer and microbatch each way,
             for p expert_tensor ranks, and n = p·expert.
     """
 
-    row_length: int
+    seq_len: int
     microbatches: Sequence[Lengths]
     precision: Literal["fp32", "bf16"] = "bf16"
     recompute: Collection[str] = ()
@@ -78,15 +78,15 @@ class Work:
     @classmethod
     def whole_rows(
         cls,
-        row_length: int,
-        micro_rows: int,
+        seq_len: int,
+        micro_batch_size: int,
         microbatches: int,
         precision: Literal["fp32", "bf16"] = "bf16",
         recompute: Collection[str] = (),
     ) -> Work:
         """Every row is one sample, and routing is even."""
-        one = [[row_length]] * micro_rows
-        return cls(row_length, [one] * microbatches, precision, recompute)
+        one = [[seq_len]] * micro_batch_size
+        return cls(seq_len, [one] * microbatches, precision, recompute)
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class _Sent:
     def microbatch(self, lengths: Lengths) -> None:
         """Forward and backward of this rank's stages."""
         rows = [*map(self._with_padding, lengths)]
-        tokens = len(rows) * self.work.row_length // self.ranks["sequence"]
+        tokens = len(rows) * self.work.seq_len // self.ranks["sequence"]
         for number in self.stages.stages_of(self.place["pipeline"]):
             if number == 0:
                 self._embedding(tokens)
@@ -215,7 +215,7 @@ class _Sent:
 
     def _with_padding(self, row: Sequence[int]) -> list[int]:
         """What a row's samples leave free counts as one more."""
-        rest = self.work.row_length - sum(row)
+        rest = self.work.seq_len - sum(row)
         return [*row, rest] if rest else [*row]
 
     def _embedding(self, tokens: int) -> None:
@@ -275,7 +275,7 @@ class _Sent:
         The ranks behind need at most what this one and those before them hold, and nothing comes
         to the first or goes from the last. Backward sends back for what came.
         """
-        run = self.work.row_length // self.ranks[axis]
+        run = self.work.seq_len // self.ranks[axis]
         before, behind = self.place[axis], self.ranks[axis] - 1 - self.place[axis]
         sent, come = (min(tokens, run * ranks) for ranks in (behind, before))
         self.bytes[axis, "exchange"] += (forward * sent + backward * come) * size
@@ -293,7 +293,7 @@ class _Sent:
 
     def _most_entries(self, rows: Lengths, ratio: int) -> int:
         """Entries that end in the run of the rank with most of them; all ranks send as many."""
-        run = self.work.row_length // self.ranks["sequence"]
+        run = self.work.seq_len // self.ranks["sequence"]
         owned = np.zeros(self.ranks["sequence"], dtype=np.int64)
         for row in rows:
             start = 0

@@ -45,23 +45,23 @@ pre.row i { color: var(--soft); opacity: .75; }
 
 
 def write_data_report(config: RunConfig) -> Path:
-    """Write `report.html` beside the shards, of the run's first stage; returns its path.
+    """Write `report.html` beside the shards, of the run's first phase; returns its path.
 
     Raises DataError where the shards or the tokenizer are missing or damaged.
     """
     tokenizer = Tokenizer(config.data.tokenizer.path)
-    rows = [stage.rows for stage in Recipe(config).stages]
-    facts = collect(config.data, rows[0].row_length)
-    loader = Loader(config.data, config.seed, stages=rows)
+    rows = [phase.rows for phase in Recipe(config).phases]
+    facts = collect(config.data, rows[0].seq_len)
+    loader = Loader(config.data, config.seed, phases=rows)
     target = Path(config.data.shards) / "report.html"
     write_whole(target, render(loader, tokenizer, facts))
     return target
 
 
 def render(loader: Loader, tokenizer: Tokenizer, facts: DataFacts) -> str:
-    """The page as HTML text; its rows are those of the loader's first stage."""
+    """The page as HTML text; its rows are those of the loader's first phase."""
     name = escape(loader.config.shards)
-    length = loader.schedule.stages[0].row_length
+    length = loader.schedule.phases[0].seq_len
     chart = histogram("Document length", "tokens", {s.name: s.lengths for s in facts.sources})
     shown, of = facts.words_from, "words of the sampled text"
     parts = (
@@ -122,7 +122,7 @@ def _card(title: str, note: str, body: str) -> str:
 
 def _tiles(facts: DataFacts) -> str:
     train = sum(s.train_tokens for s in facts.sources)
-    held = sum(s.heldout_tokens for s in facts.sources)
+    held = sum(s.validation_tokens for s in facts.sources)
     size = sum(s.bytes for s in facts.sources)
     tiles = (
         (short(train), "tokens to train on"),
@@ -143,8 +143,8 @@ def _sources(facts: DataFacts) -> str:
             f"{s.bad:,}",
             f"{sum(loss.documents for loss in s.losses.values()):,}",
             f"{s.train_tokens:,}",
-            f"{s.heldout_tokens:,}",
-            f"{s.bytes / (s.train_tokens + s.heldout_tokens):.2f}",
+            f"{s.validation_tokens:,}",
+            f"{s.bytes / (s.train_tokens + s.validation_tokens):.2f}",
             f"{s.train_tokens / total:.1%}",
         )
         for s in facts.sources
@@ -206,7 +206,7 @@ def _recipe(loader: Loader) -> tuple[str, str]:
         )
     note = (
         f"Counted in the {found.tokens:,} tokens of the first {found.steps} steps, beside what is "
-        "configured (for the first stage, in a run with several). The largest difference is "
+        "configured (for the first phase, in a run with several). The largest difference is "
         f"between the share in any run of whole steps of {found.span:,} tokens and the configured "
         "one. FIM: share of documents; split: share of the tokens that join punctuation and a line "
         "break."

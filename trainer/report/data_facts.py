@@ -35,7 +35,7 @@ class SourceFacts:
     bad: int
     losses: dict[str, Loss]
     train_tokens: int
-    heldout_tokens: int
+    validation_tokens: int
     bytes: int
     lengths: NDArray[np.int64]
     sample: list[NDArray[np.int64]]
@@ -72,7 +72,7 @@ class DataFacts:
         return sum(len(document) for source in self.sources for document in _head(source))
 
 
-def collect(config: DataConfig, row_length: int) -> DataFacts:
+def collect(config: DataConfig, seq_len: int) -> DataFacts:
     """Read the manifest, all lengths, and the tokens of a bounded sample.
 
     Raises DataError where the shards are missing or damaged.
@@ -83,25 +83,25 @@ def collect(config: DataConfig, row_length: int) -> DataFacts:
     # A document of n tokens takes n-1 positions.
     positions = np.concatenate([source.lengths for source in sources]) - 1
     order = shuffled(len(positions), 0)
-    packed = pack_windows(positions, row_length, order, config.packing_window)
+    packed = pack_windows(positions, seq_len, order, config.packing_window)
     ends = np.cumsum(positions[order])
     begins = ends - positions[order]
-    crossing = begins // row_length != np.maximum(ends - 1, begins) // row_length
+    crossing = begins // seq_len != np.maximum(ends - 1, begins) // seq_len
     return DataFacts(
         sources=sources,
         rows=len(packed),
-        fill=float(positions.sum()) / max(1, len(packed) * row_length),
-        cut_best_fit=int((positions > row_length).sum()),
-        rows_concatenated=-(-int(positions.sum()) // row_length),
+        fill=float(positions.sum()) / max(1, len(packed) * seq_len),
+        cut_best_fit=int((positions > seq_len).sum()),
+        rows_concatenated=-(-int(positions.sum()) // seq_len),
         cut_concatenated=int(crossing.sum()),
     )
 
 
 def measured_recipe(loader: Loader) -> Measured:
-    """The recipe over the first steps: some millions of tokens, the first epoch or stage."""
-    stage = loader.schedule.stages[0]
-    steps = -(-_MEASURED // (stage.batch_rows * stage.row_length))
-    return measure(loader, min(steps, loader.num_steps, stage.steps or steps))
+    """The recipe over the first steps: some millions of tokens, the first epoch or phase."""
+    phase = loader.schedule.phases[0]
+    steps = -(-_MEASURED // (phase.global_batch_size * phase.seq_len))
+    return measure(loader, min(steps, loader.num_steps, phase.steps or steps))
 
 
 def _source(config: DataConfig, manifest: Manifest, name: str) -> SourceFacts:
@@ -130,14 +130,14 @@ def _source(config: DataConfig, manifest: Manifest, name: str) -> SourceFacts:
         bad=manifest.bad_records.get(name, 0),
         losses=manifest.losses.get(name, {}),
         train_tokens=tokens["train"],
-        heldout_tokens=tokens["heldout"],
+        validation_tokens=tokens["validation"],
         bytes=sum(shard.bytes for shard in mine),
         lengths=np.concatenate(lengths),
         sample=sample,
     )
 
 
-_SPLITS = ("train", "heldout")
+_SPLITS = ("train", "validation")
 
 
 def _head(source: SourceFacts) -> list[NDArray[np.int64]]:

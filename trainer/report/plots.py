@@ -66,7 +66,7 @@ CHARTS = (
         "nats per token",
         (
             Curve("lm_loss", "training", "#3b82c4"),
-            Curve("heldout_loss", "held out", "#e07b39", style="dots"),
+            Curve("validation_loss", "held out", "#e07b39", style="dots"),
         ),
         wide=True,
     ),
@@ -122,15 +122,15 @@ def smooth(values: Sequence[float], reach: int) -> list[float]:
 
 
 def source_charts(records: Sequence[dict[str, Any]]) -> list[Chart]:
-    """A chart of the held-out loss by source, where that was evaluated."""
-    names = dict.fromkeys(n for record in records for n in record.get("heldout_by_source", {}))
+    """A chart of the validation loss by source, where that was evaluated."""
+    names = dict.fromkeys(n for record in records for n in record.get("validation_by_source", {}))
     if not names:
         return []
     curves = tuple(
-        Curve(f"heldout_by_source.{name}", name, color, style="dots")
+        Curve(f"validation_by_source.{name}", name, color, style="dots")
         for name, color in zip(names, cycle(SERIES_COLORS), strict=False)
     )
-    return [Chart("Held-out loss by source", "nats per token", curves)]
+    return [Chart("Validation loss by source", "nats per token", curves)]
 
 
 def draw(

@@ -76,7 +76,7 @@ def write_report(config: RunConfig) -> Path:
 def render(config: RunConfig, records: list[dict[str, Any]], events: list[Event]) -> str:
     """The page as HTML text."""
     last = records[-1]
-    marks, spikes = stage_marks(config), [event["seen_at"] for event in events]
+    marks, spikes = phase_marks(config), [event["seen_at"] for event in events]
     charts = "".join(
         f"<figure{' class=wide' if chart.wide else ''}><h2>{escape(chart.title)}</h2>"
         f"{draw(chart, records, marks, spikes)}</figure>"
@@ -100,11 +100,11 @@ def render(config: RunConfig, records: list[dict[str, Any]], events: list[Event]
     )
 
 
-def stage_marks(config: RunConfig) -> list[Mark]:
-    """Where the stages of a run begin; none where there are no stages."""
-    if not config.stages:
+def phase_marks(config: RunConfig) -> list[Mark]:
+    """Where the phases of a run begin; none where there are no phases."""
+    if not config.phases:
         return []
-    return [(stage.first, stage.name) for stage in Recipe(config).stages]
+    return [(phase.first, phase.name) for phase in Recipe(config).phases]
 
 
 def page(title: str, subtitle: str, body: str) -> str:
@@ -126,7 +126,7 @@ def _rows(rows: list[tuple[str, Any]]) -> str:
 
 def _headline(config: RunConfig, records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     last = records[-1]
-    heldout = [record["heldout_loss"] for record in records if "heldout_loss" in record]
+    validation = [record["validation_loss"] for record in records if "validation_loss" in record]
     speeds = sorted(record["tokens_per_second"] for record in records)
     counts = parameter_counts(config.model)
     tiles = [
@@ -137,8 +137,8 @@ def _headline(config: RunConfig, records: list[dict[str, Any]]) -> list[tuple[st
     ]
     if last.get("rollbacks"):
         tiles.append(("times turned back", str(last["rollbacks"])))
-    if heldout:
-        tiles.insert(3, ("final held-out loss", f"{heldout[-1]:.4f}"))
+    if validation:
+        tiles.insert(3, ("final validation loss", f"{validation[-1]:.4f}"))
     return tiles
 
 
@@ -181,20 +181,20 @@ def _facts(config: RunConfig, last: dict[str, Any]) -> list[tuple[str, list[tupl
 
 
 def _rows_of_a_step(config: RunConfig) -> list[tuple[str, str]]:
-    """Of every stage, where there are several."""
+    """Of every phase, where there are several."""
     return [
         (
-            f"rows of a step x length{stage.name and ', ' + stage.name}",
-            f"{stage.rows.batch_rows} x {short_length(stage.rows.row_length)}",
+            f"rows of a step x length{phase.name and ', ' + phase.name}",
+            f"{phase.rows.global_batch_size} x {short_length(phase.rows.seq_len)}",
         )
-        for stage in Recipe(config).stages
+        for phase in Recipe(config).phases
     ]
 
 
 _FINAL = (
     "loss",
     "lm_loss",
-    "heldout_loss",
+    "validation_loss",
     "mtp_loss",
     "balance_loss",
     "learning_rate",

@@ -46,7 +46,7 @@ class _Place:
     rows: int
     """Rows here, with those that only fill up."""
     columns: int
-    micro_rows: int
+    micro_batch_size: int
 
     @property
     def real(self) -> int:
@@ -104,7 +104,7 @@ class Anticipation:
         return self._by_microbatch(now, self._chosen.pop(now))
 
     def _choose(self, step: int, batches: list[Batch]) -> dict[int, Tensor]:
-        # A step that begins another stage is looked at with that stage's attention.
+        # A step that begins another phase is looked at with that phase's attention.
         chosen = self.engine.choose(batches, self.recipe.at(step).attention)
         columns = self._place(step).columns
         return {
@@ -116,10 +116,10 @@ class Anticipation:
         place = self._place(step)
         return [
             {
-                layer: x[first : first + place.micro_rows].flatten(0, 1)
+                layer: x[first : first + place.micro_batch_size].flatten(0, 1)
                 for layer, x in chosen.items()
             }
-            for first in range(0, place.rows, place.micro_rows)
+            for first in range(0, place.rows, place.micro_batch_size)
         ]
 
     def begin_anew(self, state: TrainState) -> None:
@@ -184,23 +184,23 @@ class Anticipation:
     def _origin(self) -> Saved:
         """What has to be the same for saved choices to be of this run's rows."""
         data, manifest = self.loader.config, self.loader.manifest
-        stages = [stage.model_dump(mode="json") for stage in self.loader.schedule.stages]
+        phases = [phase.model_dump(mode="json") for phase in self.loader.schedule.phases]
         rows = data.model_dump(mode="json", include=_ROWS)
-        known = json.dumps([rows, stages, manifest.digest]).encode()
+        known = json.dumps([rows, phases, manifest.digest]).encode()
         return {"lead": self.lead, "data": hashlib.sha256(known).hexdigest()[:16]}
 
     def _place(self, step: int) -> _Place:
         index, numbers = self.loader.schedule.rows_of(step)
-        stage, data, sequence = (
-            self.loader.schedule.stages[index],
+        phase, data, sequence = (
+            self.loader.schedule.phases[index],
             self.grid.data,
             self.grid.sequence,
         )
-        rows, columns = -(-len(numbers) // data.size), stage.row_length // sequence.size
+        rows, columns = -(-len(numbers) // data.size), phase.seq_len // sequence.size
         return _Place(
-            (len(numbers), stage.row_length),
+            (len(numbers), phase.seq_len),
             (data.rank * rows, sequence.rank * columns),
             rows,
             columns,
-            stage.micro_rows,
+            phase.micro_batch_size,
         )

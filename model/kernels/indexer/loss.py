@@ -2,7 +2,7 @@
 
 For every query, KL(p ‖ softmax(I)) over a set of entries: I are the indexer's scores, and p is the
 *mass* that core attention gave to each entry, summed over heads and divided by its sum over the
-set. The set is all entries that the query sees (the dense stage), or those selected for it. Only
+set. The set is all entries that the query sees (the dense phase), or those selected for it. Only
 the indexer's queries, keys and head weights get a gradient; p is a constant. Both passes go by
 blocks of queries and backward scores again, so nothing of size [T, C] is ever kept.
 """

@@ -248,13 +248,13 @@ def test_processes_and_kills_change_nothing(
     prepare(filtered, progress=False)
     several = elsewhere(filtered, "several", prepare_workers=2)
     server()
-    monkeypatch.setattr("data.prepare_pool._BYTES_A_PROCESS", 1)
+    monkeypatch.setattr("data.prepare.pool._BYTES_A_PROCESS", 1)
     prepare(several, progress=False)
     assert contents(several) == contents(filtered)
     monkeypatch.undo()
     rng = random.Random(7)
     context = multiprocessing.get_context("fork")
-    stages = Counter()
+    phases = Counter()
     for trial in range(4):
         killed = elsewhere(filtered, f"killed{trial}")
         child = context.Process(target=_small_units, args=(killed,))
@@ -262,11 +262,11 @@ def test_processes_and_kills_change_nothing(
         done = rng.randrange(10 * trial, 10 * trial + 10)  # of 12 files of the screening, and so on
         kill_after(child, Path(killed.shards), ".unfinished-*/[!.]*", done, rng)
         left = [path.name for path in Path(killed.shards).glob(".unfinished-*/*")]
-        stages["screening"] += any(name.endswith("screen.json") for name in left)
-        stages["tokenising"] += any(name.endswith(".idx") for name in left)
+        phases["screening"] += any(name.endswith("screen.json") for name in left)
+        phases["tokenising"] += any(name.endswith(".idx") for name in left)
         _small_units(killed)
         assert contents(killed) == contents(filtered), trial
-    assert stages["screening"] and stages["tokenising"]
+    assert phases["screening"] and phases["tokenising"]
 
 
 def _small_units(config: DataConfig) -> None:

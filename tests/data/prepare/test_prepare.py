@@ -44,9 +44,9 @@ def files_below(folder: str) -> dict[str, tuple[int, bytes]]:
 
 
 def test_shards_hold_every_document_once(config: DataConfig, documents: list[str]) -> None:
-    train, heldout = texts_of(config, "train"), texts_of(config, "heldout")
-    assert sorted(train + heldout) == sorted(documents)
-    assert 0.1 < len(set(heldout)) / len(set(documents)) < 0.35
+    train, validation = texts_of(config, "train"), texts_of(config, "validation")
+    assert sorted(train + validation) == sorted(documents)
+    assert 0.1 < len(set(validation)) / len(set(documents)) < 0.35
     manifest = Manifest.load(config.shards)
     assert sum(shard.bytes for shard in manifest.shards) == sum(
         map(len, map(str.encode, documents))
@@ -59,20 +59,20 @@ def test_equal_texts_fall_on_the_same_side(config: DataConfig, tmp_path: Path) -
     both = changed(config, sources=sources, shards=str(tmp_path / "shards"))
     manifest = prepare(both, progress=False)
     assert [shard.name for shard in manifest.shards] == [
-        *("a-train-00000", "a-heldout-00000", "b-train-00000", "b-heldout-00000")
+        *("a-train-00000", "a-validation-00000", "b-train-00000", "b-validation-00000")
     ]
-    train, heldout = set(texts_of(both, "train")), set(texts_of(both, "heldout"))
-    assert heldout and not train & heldout
+    train, validation = set(texts_of(both, "train")), set(texts_of(both, "validation"))
+    assert validation and not train & validation
 
 
 def test_explicit_split(config: DataConfig, tmp_path: Path) -> None:
     sources = [
         write_source(tmp_path / "a.jsonl", ["a", "b"]) | {"split": "train"},
-        write_source(tmp_path / "b.jsonl", ["c", "", "d"]) | {"split": "heldout"},
+        write_source(tmp_path / "b.jsonl", ["c", "", "d"]) | {"split": "validation"},
     ]
     both = changed(config, sources=sources, shards=str(tmp_path / "shards"))
     manifest = prepare(both, progress=False)
-    assert (texts_of(both, "train"), texts_of(both, "heldout")) == (["a", "b"], ["c", "d"])
+    assert (texts_of(both, "train"), texts_of(both, "validation")) == (["a", "b"], ["c", "d"])
     assert manifest.empty_documents == {"a": 0, "b": 1}
 
 

@@ -77,7 +77,7 @@ def test_megatron_reads_every_token_once_and_in_order(parts: DataConfig) -> None
 
 def test_processes_change_nothing(parts: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     server()
-    monkeypatch.setattr("data.prepare_pool._BYTES_A_PROCESS", 1)
+    monkeypatch.setattr("data.prepare.pool._BYTES_A_PROCESS", 1)
     several = elsewhere(parts, "several", prepare_workers=2)
     assert prepare(parts, progress=False) == prepare(several, progress=False)
     assert contents(parts) == contents(several)
@@ -89,7 +89,7 @@ def _die(unit: Unit, _tokenizer: Tokenizer, advance: object) -> None:
 
 def test_a_process_that_dies(parts: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     server()
-    monkeypatch.setattr("data.prepare_pool._BYTES_A_PROCESS", 1)
+    monkeypatch.setattr("data.prepare.pool._BYTES_A_PROCESS", 1)
     units = units_of(Corpus(parts.sources[0]))
     with pytest.raises(DataError, match="a process that made shards was killed"):
         list(run_units(units, Tokenizer(parts.tokenizer.path), 2, _die, lambda *_: None))

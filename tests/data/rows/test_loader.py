@@ -56,7 +56,7 @@ def test_shapes_and_padding(config: DataConfig) -> None:
     assert all(batch.tokens.dtype == batch.targets.dtype == torch.int64 for batch in batches)
 
 
-@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("split", ["train", "validation"])
 def test_every_token_is_predicted_once(config: DataConfig, split: Split) -> None:
     """Inputs are all tokens but each document's last, targets all but each first, in bigrams."""
     found: Counter[tuple[int, int]] = Counter()
@@ -122,22 +122,22 @@ def test_order_depends_on_seed_and_epoch(config: DataConfig) -> None:
     assert first != second
     assert tokens_in(first) == tokens_in(second)
     assert loader.epochs_of(0) == {"text": 0.0}
-    assert loader.epochs_of(loader.num_rows) == {"text": config.batch_rows}
+    assert loader.epochs_of(loader.num_rows) == {"text": config.global_batch_size}
 
 
 def tokens_in(rows: list[Row]) -> Counter[int]:
     return Counter(target for _, targets, _ in rows for target in targets if target >= 0)
 
 
-def test_heldout_is_the_same_for_every_seed_and_ends(config: DataConfig) -> None:
-    loader = Loader(config, seed=0, split="heldout")
-    other = Loader(config, seed=9, split="heldout")
+def test_validation_is_the_same_for_every_seed_and_ends(config: DataConfig) -> None:
+    loader = Loader(config, seed=0, split="validation")
+    other = Loader(config, seed=9, split="validation")
     assert epoch_rows(loader) == epoch_rows(other)
     last = [row for step in range(loader.num_steps) for row in rows_of(loader.at(step))]
     assert [row[2] for row in last[loader.num_rows :]] == [[]] * (len(last) - loader.num_rows)
     assert all(row[2] == [] for row in rows_of(loader.at(loader.num_steps)))
     transforms = {"fim_rate": 1.0, "fim_domains": ["prose"]}
-    plain = Loader(changed(config, transforms=transforms), seed=0, split="heldout")
+    plain = Loader(changed(config, transforms=transforms), seed=0, split="validation")
     assert epoch_rows(plain) == epoch_rows(loader)
 
 
@@ -147,12 +147,12 @@ def test_unigram_entropy(config: DataConfig) -> None:
         -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     )
     assert unigram_entropy([]) == 0.0
-    loader = Loader(config, seed=0, rank=1, world=2, split="heldout")
-    counts = Counter(t for ids in documents_on_disk(config, "heldout") for t in ids[1:])
+    loader = Loader(config, seed=0, rank=1, world=2, split="validation")
+    counts = Counter(t for ids in documents_on_disk(config, "validation") for t in ids[1:])
     total = sum(counts.values())
     expected = -sum(n / total * math.log(n / total) for n in counts.values())
     assert loader.unigram_entropy() == pytest.approx(expected)
-    batches = [b for r in (0, 1) for b in Loader(config, 0, r, 2, "heldout").at(0)]
+    batches = [b for r in (0, 1) for b in Loader(config, 0, r, 2, "validation").at(0)]
     assert loader.unigram_entropy(1) == pytest.approx(unigram_entropy(b.targets for b in batches))
 
 
@@ -201,8 +201,8 @@ def test_missing_shards_and_split(config: DataConfig, tmp_path: Path) -> None:
     manifest = Manifest.load(config.shards)
     shutil.copytree(config.shards, tmp_path, dirs_exist_ok=True)
     manifest.model_copy(update={"shards": tuple(manifest.of_split("train"))}).save(tmp_path)
-    with pytest.raises(DataError, match="no document of the heldout split"):
-        Loader(changed(config, shards=str(tmp_path)), seed=0, split="heldout")
+    with pytest.raises(DataError, match="no document of the validation split"):
+        Loader(changed(config, shards=str(tmp_path)), seed=0, split="validation")
 
 
 def test_rank_outside_the_world(config: DataConfig) -> None:

@@ -20,7 +20,7 @@ from data.rows.window import build_window
 def rows_by_source(
     weights: list[float],
     means: list[float],
-    row_length: int,
+    seq_len: int,
     group: int,
     window: int,
     seed: int,
@@ -39,14 +39,14 @@ def rows_by_source(
             "sources": [{"name": name, "paths": ["-"]} for name in names],
             "tokenizer": {"path": "-"},
             "shards": "-",
-            "row_length": row_length,
-            "batch_rows": group,
+            "seq_len": seq_len,
+            "global_batch_size": group,
             "packing_window": window,
             "weights": dict(zip(names, weights, strict=True)),
         }
     )
-    stage = config.one_stage()
-    plan = plan_windows(config, stage, sources, config.weights, [1.0] * len(names))
+    phase = config.one_phase()
+    plan = plan_windows(config, phase, sources, config.weights, [1.0] * len(names))
     found = []
     for number in range(3):
         first, last = number * plan.rows, (number + 1) * plan.rows
@@ -56,7 +56,7 @@ def rows_by_source(
         ]
         counts = [None] * len(names)
         made = build_window(
-            parts, counts, None, row_length, plan.rows, "best_fit", number, group, first
+            parts, counts, None, seq_len, plan.rows, "best_fit", number, group, first
         )
         tokens = np.zeros((plan.rows, len(names)), dtype=np.int64)
         row_of = np.repeat(np.arange(plan.rows), np.diff(made.packed.offsets))
@@ -77,13 +77,13 @@ def test_any_run_of_steps_has_the_shares(
     weights: list[float], means: list[float], group: int, seed: int
 ) -> None:
     """To a few rows, with few rows to choose from, wherever windows end."""
-    row_length = 128
-    tokens, wanted = rows_by_source(weights, means[: len(weights)], row_length, group, 800, seed)
+    seq_len = 128
+    tokens, wanted = rows_by_source(weights, means[: len(weights)], seq_len, group, 800, seed)
     off = np.cumsum(tokens - tokens.sum(axis=1, keepdims=True) * wanted, axis=0)
     period = group * -(-12 // group)
     ends = off[period - 1 :: period]
-    assert np.ptp(ends, axis=0).max() <= 4 * row_length
-    again, _ = rows_by_source(weights, means[: len(weights)], row_length, group, 800, seed)
+    assert np.ptp(ends, axis=0).max() <= 4 * seq_len
+    again, _ = rows_by_source(weights, means[: len(weights)], seq_len, group, 800, seed)
     assert (again == tokens).all()
 
 
@@ -124,8 +124,8 @@ def mixed(
     fields = {
         "sources": sources,
         "shards": str(folder / "shards"),
-        "heldout_fraction": 0.0,
-        "row_length": 2048,
+        "validation_fraction": 0.0,
+        "seq_len": 2048,
         "weights": {"code": 0.6, "prose": 0.4},
         "transforms": {"fim_rate": 0.4, "fim_domains": ["code", "prose"], "split_share": 0.3},
     }
@@ -141,7 +141,7 @@ def test_measured_is_what_windows_decided(mixed: DataConfig) -> None:
     found = measure(loader, steps)
     fim, splits, able, begun = dict.fromkeys(("code", "prose"), 0), 0, 0, 0
     for step in range(steps):
-        for place in range(mixed.batch_rows):
+        for place in range(mixed.global_batch_size):
             at = loader.row_at(step, place)
             assert at is not None
             window, row = at

@@ -1,4 +1,4 @@
-"""Mixture, transforms and stages over the produced stream: nothing lost, nothing twice."""
+"""Mixture, transforms and phases over the produced stream: nothing lost, nothing twice."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from data.config import DataConfig, DataStage
+from data.config import DataConfig, DataPhase
 from data.errors import DataError
 from data.manifest import Manifest
 from data.prepare.run import prepare
@@ -35,7 +35,7 @@ def mixed(config: DataConfig, documents: list[str], tmp_path_factory: pytest.Tem
         {"name": name, "paths": [str(folder / f"{name}.jsonl")], "domain": name}
         for name in ("code", "prose")
     ]
-    fields = {"sources": sources, "shards": str(folder / "shards"), "heldout_fraction": 0.0}
+    fields = {"sources": sources, "shards": str(folder / "shards"), "validation_fraction": 0.0}
     made = DataConfig.model_validate(config.model_dump() | fields)
     prepare(made, progress=False)
     return made
@@ -182,24 +182,24 @@ def test_shares_follow_the_weights(mixed: DataConfig) -> None:
 
 
 def test_weights_change_at_a_step(mixed: DataConfig) -> None:
-    rows = {"row_length": 64, "batch_rows": 12}
-    stages = [
-        DataStage(steps=40, weights={"code": 0.8, "prose": 0.2}, **rows),
-        DataStage(weights={"code": 0.1, "prose": 0.9}, **rows),
+    rows = {"seq_len": 64, "global_batch_size": 12}
+    phases = [
+        DataPhase(steps=40, weights={"code": 0.8, "prose": 0.2}, **rows),
+        DataPhase(weights={"code": 0.1, "prose": 0.9}, **rows),
     ]
-    loader = Loader(changed(mixed, packing_window=2000), seed=0, stages=stages)
+    loader = Loader(changed(mixed, packing_window=2000), seed=0, phases=phases)
     for steps, share in ((range(40), 0.8), (range(40, 80), 0.1)):
         code, tokens = np.sum([code_and_all(loader, step) for step in steps], axis=0)
         assert abs(code - share * tokens) <= 2 * 64
 
 
-def test_stages_go_on_where_the_last_ended(mixed: DataConfig) -> None:
-    stages = [
-        {"steps": 7, "row_length": 64, "batch_rows": 12, "ramp_from": 4, "ramp_steps": 5},
-        {"steps": 3, "row_length": 256, "batch_rows": 4, "weights": {"code": 1, "prose": 1}},
-        {"row_length": 128, "batch_rows": 8, "micro_rows": 2},
+def test_phases_go_on_where_the_last_ended(mixed: DataConfig) -> None:
+    phases = [
+        {"steps": 7, "seq_len": 64, "global_batch_size": 12, "ramp_from": 4, "ramp_steps": 5},
+        {"steps": 3, "seq_len": 256, "global_batch_size": 4, "weights": {"code": 1, "prose": 1}},
+        {"seq_len": 128, "global_batch_size": 8, "micro_batch_size": 2},
     ]
-    loader = Loader(mixed, seed=1, stages=[DataStage(**stage) for stage in stages])
+    loader = Loader(mixed, seed=1, phases=[DataPhase(**phase) for phase in phases])
     assert [len(loader.schedule.rows_of(step)[1]) for step in range(8)] == [
         *(4, 4, 4, 8, 8, 12, 12, 4)
     ]
@@ -219,10 +219,10 @@ def test_stages_go_on_where_the_last_ended(mixed: DataConfig) -> None:
 @pytest.mark.parametrize(("first", "last", "ramp"), [(1, 10, 4), (6, 4, 3), (96, 1152, 10_000)])
 def test_schedule_counts_rows(first: int, last: int, ramp: int) -> None:
     """Rows of consecutive steps follow each other without gap, in multiples of what divides all."""
-    stage = DataStage(
-        steps=ramp + 1, row_length=8, batch_rows=last, ramp_from=first, ramp_steps=ramp
+    phase = DataPhase(
+        steps=ramp + 1, seq_len=8, global_batch_size=last, ramp_from=first, ramp_steps=ramp
     )
-    schedule = Schedule([stage, stage])
+    schedule = Schedule([phase, phase])
     rows = [schedule.rows_of(step)[1] for step in range(min(ramp + 1, 300))]
     assert [r.start for r in rows[1:]] == [r.stop for r in rows[:-1]]
     multiple = math.gcd(first, last)
@@ -230,9 +230,9 @@ def test_schedule_counts_rows(first: int, last: int, ramp: int) -> None:
     expected = [first + multiple * (levels * i // ramp) for i in range(ramp)] + [last]
     assert [len(r) for r in rows] == expected[: len(rows)]
     assert schedule.rows_in(0) == sum(expected)
-    assert set(expected) <= set(stage.sizes) and stage.sizes[-1] == last
+    assert set(expected) <= set(phase.sizes) and phase.sizes[-1] == last
     with pytest.raises(DataError, match="needs `steps`"):
-        Schedule([stage.model_copy(update={"steps": None}), stage])
+        Schedule([phase.model_copy(update={"steps": None}), phase])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -305,7 +305,7 @@ def test_a_source_of_which_the_shards_hold_nothing(mixed: DataConfig, tmp_path: 
 
 def test_a_ramp_needs_both_of_its_fields() -> None:
     with pytest.raises(ValidationError, match="a ramp needs both"):
-        DataStage(row_length=8, batch_rows=2, ramp_steps=2)
+        DataPhase(seq_len=8, global_batch_size=2, ramp_steps=2)
 
 
 def test_damaged_counts_and_tables_are_made_again(mixed: DataConfig) -> None:
@@ -323,7 +323,7 @@ def test_damaged_counts_and_tables_are_made_again(mixed: DataConfig) -> None:
 def test_a_line_is_its_documents_and_windows_end_between_pieces(
     blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.stream._MAX_BLOCKS", blocks)
+    monkeypatch.setattr("data.rows.stream._MAX_BLOCKS", blocks)
     lengths = np.random.default_rng(0).integers(2, 40, 50)
     source = SourceStream("a", "code", [SimpleNamespace(sequence_lengths=lengths)], 5)
     line = [  # every position of the first two epochs

@@ -9,7 +9,7 @@ import sentencepiece
 
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
-from data.prepare.splits import is_heldout
+from data.prepare.splits import is_validation
 from data.prepare.train_tokenizer import _sample, _training_documents, train_model, train_tokenizer
 from data.text.tokenizer import Tokenizer
 
@@ -123,10 +123,10 @@ def test_training_is_deterministic(config: DataConfig, documents: list[str]) -> 
     assert first == train_model(documents[:20], config.tokenizer)
 
 
-def test_sample_is_bounded_and_free_of_heldout_text(config: DataConfig) -> None:
+def test_sample_is_bounded_and_free_of_validation_text(config: DataConfig) -> None:
     documents = list(_training_documents(config, config.sources))
     assert documents
-    assert not any(is_heldout(config.sources[0], d.text, 0.2) for d in documents)
+    assert not any(is_validation(config.sources[0], d.text, 0.2) for d in documents)
     sample = _sample(documents, 50_000)
     assert 20_000 < sum(len(text.encode()) for text in sample) <= 50_000
     assert sample == _sample(documents[::-1], 50_000)

@@ -77,7 +77,7 @@ def test_an_error_names_the_file_that_the_key_came_from(tmp_path: Path) -> None:
     [
         ("model.hiden_size=3", ("command line", "model.hiden_size", "'model.hidden_size'")),
         ("modle.vocab_size=3", ("'modle'", "'model'")),
-        ("row_length=3", ("'row_length'", "'data.row_length'")),
+        ("seq_len=3", ("'seq_len'", "'data.seq_len'")),
         ("data.sources.0.nam=x", ("data.sources.0.nam", "'data.sources.0.name'")),
         ("metrics.wandb.api_key=x", ("metrics.wandb.api_key",)),
         ("steps=ten", ("command line: steps = 'ten'", "integer")),
@@ -89,8 +89,8 @@ def test_an_error_names_the_file_that_the_key_came_from(tmp_path: Path) -> None:
             "parallel.tensor=3",
             ("model.num_attention_heads = 8", "parallel.tensor = 3", "should be 2"),
         ),
-        ("data.batch_rows=7", ("data.batch_rows = 7", "data.micro_rows = 4")),
-        ("data.row_length=99999", ("data.row_length", "model.max_position_embeddings = 16384")),
+        ("data.global_batch_size=7", ("data.global_batch_size = 7", "data.micro_batch_size = 4")),
+        ("data.seq_len=99999", ("data.seq_len", "model.max_position_embeddings = 16384")),
         ("model.vocab_size=999", ("model.vocab_size = 999", "data.tokenizer.vocab_size = 4096")),
         ("model.num_attention_heads=7", ("num_attention_heads (7)", "o_groups (2)")),
         ("data.sources.9.name=x", ("data.sources.9.name", "0 to 1")),
@@ -126,9 +126,9 @@ def test_the_resolved_config_is_a_valid_config(tmp_path: Path) -> None:
 
 
 def test_more_processes_than_rows() -> None:
-    config = load_config(DEBUG, ["data.batch_rows=4"])
+    config = load_config(DEBUG, ["data.global_batch_size=4"])
     config.check_world(3)
-    with pytest.raises(ConfigError, match=r"data\.batch_rows = 4 .* data-parallel ranks, 5"):
+    with pytest.raises(ConfigError, match=r"data\.global_batch_size = 4 .* data-parallel ranks, 5"):
         config.check_world(5)
 
 

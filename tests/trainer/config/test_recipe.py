@@ -1,4 +1,4 @@
-"""Stages: functions of the step, and what is refused."""
+"""Phases: functions of the step, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,43 +12,49 @@ from trainer.config import ConfigError, load_config
 from trainer.config.recipe import Recipe
 
 CHANGING = [
-    {"until": 1536, "attention": "dense", "row_length": 32, "ramp_from": 2, "ramp_tokens": 768},
+    {"until": 1536, "attention": "dense", "seq_len": 32, "ramp_from": 2, "ramp_tokens": 768},
     {"until": 3000, "attention": "dense", "weights": {"words": 2}, "mtp_loss_weight": 0.2},
-    {"until": 4000, "attention": "warmup", "row_length": 96, "batch_rows": 2},
+    {"until": 4000, "attention": "warmup", "seq_len": 96, "global_batch_size": 2},
     {
         "until": 5000,
         "attention": "sparse",
-        "row_length": 96,
-        "batch_rows": 2,
+        "seq_len": 96,
+        "global_batch_size": 2,
         "router_bias_speed": 0.01,
     },
-    {"until": 7000.0, "attention": "sparse", "row_length": 192, "batch_rows": 1, "micro_rows": 1}
+    {
+        "until": 7000.0,
+        "attention": "sparse",
+        "seq_len": 192,
+        "global_batch_size": 1,
+        "micro_batch_size": 1,
+    }
     | {"decay": True},
 ]
 
 
-def staged(tiny: Path, folder: Path, stages: list[dict[str, Any]], **more: Any) -> Path:
-    """The tiny run with these stages, in a file of its own."""
-    path = folder / "staged.yaml"
-    values = {"base": str(tiny), "steps": 0, "stages": stages} | more
+def phased(tiny: Path, folder: Path, phases: list[dict[str, Any]], **more: Any) -> Path:
+    """The tiny run with these phases, in a file of its own."""
+    path = folder / "phased.yaml"
+    values = {"base": str(tiny), "steps": 0, "phases": phases} | more
     path.write_text(yaml.safe_dump(values))
     return path
 
 
 def test_everything_is_a_function_of_the_step(tiny: Path, tmp_path: Path) -> None:
-    config = load_config(staged(tiny, tmp_path, CHANGING))
+    config = load_config(phased(tiny, tmp_path, CHANGING))
     recipe = Recipe(config)
     # A ramp of 768 / (32 x 3) = 8 steps of 2 rows, then 4 rows until 1,536 tokens.
-    assert [stage.first for stage in recipe.stages] == [0, 16, 24, 29, 35]
-    assert [stage.end for stage in recipe.stages] == [16, 24, 29, 35, 45]
+    assert [phase.first for phase in recipe.phases] == [0, 16, 24, 29, 35]
+    assert [phase.end for phase in recipe.phases] == [16, 24, 29, 35, 45]
     assert config.steps == recipe.steps == 45
-    assert recipe.stages[0].tokens == 8 * 2 * 32 + 8 * 4 * 32
+    assert recipe.phases[0].tokens == 8 * 2 * 32 + 8 * 4 * 32
     counted = 0
-    for stage in recipe.stages:
-        given = config.stages[stage.number]
-        counted += stage.tokens
-        rows = stage.rows
-        assert counted >= given.until > counted - rows.batch_rows * rows.row_length
+    for phase in recipe.phases:
+        given = config.phases[phase.number]
+        counted += phase.tokens
+        rows = phase.rows
+        assert counted >= given.until > counted - rows.global_batch_size * rows.seq_len
     peak = config.optim.learning_rate
     rates = [recipe.learning_rate(step) for step in range(45)]
     assert rates[:2] == [peak / 2, peak] and set(rates[2:24]) == {peak}
@@ -61,8 +67,8 @@ def test_everything_is_a_function_of_the_step(tiny: Path, tmp_path: Path) -> Non
     assert [recipe.at(step).attention for step in (23, 24, 28, 29)] == [
         *("dense", "warmup", "warmup", "sparse")
     ]
-    assert recipe.stages[1].rows.weights == {"words": 2}
-    assert recipe.largest.number == 4 and recipe.row_length == 192
+    assert recipe.phases[1].rows.weights == {"words": 2}
+    assert recipe.largest.number == 4 and recipe.seq_len == 192
     assert load_config(write(config.to_yaml(), tmp_path)) == config
 
 
@@ -72,72 +78,76 @@ def write(text: str, folder: Path) -> Path:
     return path
 
 
-def test_a_run_without_stages_is_one(tiny: Path) -> None:
+def test_a_run_without_phases_is_one(tiny: Path) -> None:
     config = load_config(tiny, ["steps=20", "optim.schedule.decay_fraction=0.5"])
     recipe = Recipe(config)
-    assert len(recipe.stages) == 1 and recipe.at(0) is recipe.at(100)
-    assert recipe.at(0).rows == config.data.one_stage() and recipe.at(0).attention == "select"
+    assert len(recipe.phases) == 1 and recipe.at(0) is recipe.at(100)
+    assert recipe.at(0).rows == config.data.one_phase() and recipe.at(0).attention == "select"
     assert [recipe.mtp_loss_weight(step) for step in (9, 10)] == [0.3, 0.1]
     assert not recipe.notes()
 
 
 def change(number: int, **fields: Any) -> list[dict[str, Any]]:
-    """The stages above, one of them changed."""
-    stages = [dict(stage) for stage in CHANGING]
-    stages[number] |= fields
-    return stages
+    """The phases above, one of them changed."""
+    phases = [dict(phase) for phase in CHANGING]
+    phases[number] |= fields
+    return phases
 
 
 @pytest.mark.parametrize(
-    ("stages", "more", "words"),
+    ("phases", "more", "words"),
     [
-        (change(4, row_length=64), {}, r"stages.4.row_length = 64 is shorter than the 96 of"),
-        (change(2, until=2900), {}, "stages.2.until = 2,900 overlaps what comes before, which"),
-        (change(1, until=1530), {}, "stages.1.until = 1,530 overlaps"),
-        (change(1, until=1536), {}, "stages.1.until = 1,536 overlaps"),
-        (CHANGING, {"steps": 50}, "steps = 50, but the stages have 45: they should cover the run"),
-        (CHANGING, {"steps": 40}, "steps = 40, but the stages have 45"),
-        (CHANGING[:2] + CHANGING[3:], {}, "stages.2.attention = sparse should come after a stage"),
+        (change(4, seq_len=64), {}, r"phases.4.seq_len = 64 is shorter than the 96 of"),
+        (change(2, until=2900), {}, "phases.2.until = 2,900 overlaps what comes before, which"),
+        (change(1, until=1530), {}, "phases.1.until = 1,530 overlaps"),
+        (change(1, until=1536), {}, "phases.1.until = 1,536 overlaps"),
+        (CHANGING, {"steps": 50}, "steps = 50, but the phases have 45: they should cover the run"),
+        (CHANGING, {"steps": 40}, "steps = 40, but the phases have 45"),
+        (CHANGING[:2] + CHANGING[3:], {}, "phases.2.attention = sparse should come after a phase"),
         ([*change(3, decay=True), {**CHANGING[4], "until": 8000, "decay": False}], {}, "decay"),
         (change(0, ramp_tokens=None), {}, "a ramp needs both"),
         (change(0, ramp_from=5), {}, "ramp_from = 5 should be less than the rows"),
-        (change(0, ramp_from=3), {}, r"stages.0.ramp_from = 3 should be a multiple of stages.0.mi"),
-        (change(0, ramp_tokens=4000), {}, "ramp_tokens = 4,000 are more than the stage's"),
+        (change(0, ramp_from=3), {}, r"phases.0.ramp_from = 3 should be a multiple of phases.0.mi"),
+        (change(0, ramp_tokens=4000), {}, "ramp_tokens = 4,000 are more than the phase's"),
         (change(2, mtp_loss_weight=0.1), {}, "mtp_loss_weight does nothing where attention"),
-        (change(1, weights={"word": 1}), {}, "stages.1: weights names 'word'; the sources are"),
-        (change(4, row_length=8192), {}, "stages.4.row_length = 8192 should be at most model.max"),
-        (change(4, row_length=193), {"parallel": {"tensor": 2}}, "stages.4.row_length = 193 does"),
-        (change(0, batch_rows=3), {}, "stages.0.batch_rows = 3 should be a multiple of"),
-        (change(0, until=0), {}, "stages.0.until = 0 should be greater than or equal to 1"),
+        (change(1, weights={"word": 1}), {}, "phases.1: weights names 'word'; the sources are"),
+        (change(4, seq_len=8192), {}, "phases.4.seq_len = 8192 should be at most model.max"),
+        (change(4, seq_len=193), {"parallel": {"tensor": 2}}, "phases.4.seq_len = 193 does"),
+        (
+            change(0, global_batch_size=3),
+            {},
+            "phases.0.global_batch_size = 3 should be a multiple of",
+        ),
+        (change(0, until=0), {}, "phases.0.until = 0 should be greater than or equal to 1"),
         (CHANGING, {"optim": {"schedule": {"decay_fraction": 0.1}}}, "decay_fraction = 0.1 and a"),
         (CHANGING, {"optim": {"schedule": {"warmup_steps": 40}}}, "warmup_steps = 40 reaches into"),
         (CHANGING, {"model": {"layer_types": ["window", "hca", "hca"]}}, "has no csa layer"),
-        (CHANGING, {"engine": "deepspeed"}, "stages do not go with engine = deepspeed"),
+        (CHANGING, {"engine": "deepspeed"}, "phases do not go with engine = deepspeed"),
         ([], {}, "the key 'steps' is missing"),
     ],
 )
 def test_refused(
-    tiny: Path, tmp_path: Path, stages: list[dict[str, Any]], more: dict[str, Any], words: str
+    tiny: Path, tmp_path: Path, phases: list[dict[str, Any]], more: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
-        load_config(staged(tiny, tmp_path, stages, **more))
+        load_config(phased(tiny, tmp_path, phases, **more))
     assert "\n" not in str(caught.value)
 
 
 def test_every_step_of_a_ramp_must_fit_the_processes(tiny: Path, tmp_path: Path) -> None:
-    config = load_config(staged(tiny, tmp_path, change(0, micro_rows=1)))
+    config = load_config(phased(tiny, tmp_path, change(0, micro_batch_size=1)))
     config.check_world(1)
-    with pytest.raises(ConfigError, match=r"a ramp's stages.0: rows = 2 should be at least .* 3"):
+    with pytest.raises(ConfigError, match=r"a ramp's phases.0: rows = 2 should be at least .* 3"):
         config.check_world(3)
     with pytest.raises(
-        ConfigError, match=r"fewer than the 2 .* a ramp's stages.0: rows should be at least 4"
+        ConfigError, match=r"fewer than the 2 .* a ramp's phases.0: rows should be at least 4"
     ):
-        path = staged(tiny, tmp_path, change(2, batch_rows=3, micro_rows=1))
-        load_config(path, ["parallel.pipeline=2", "data.micro_rows=1"]).check_world(4)
+        path = phased(tiny, tmp_path, change(2, global_batch_size=3, micro_batch_size=1))
+        load_config(path, ["parallel.pipeline=2", "data.micro_batch_size=1"]).check_world(4)
 
 
 def test_more_picks_than_entries_are_noted_once(tiny: Path, tmp_path: Path) -> None:
-    path = staged(tiny, tmp_path, CHANGING)
+    path = phased(tiny, tmp_path, CHANGING)
     assert not Recipe(load_config(path)).notes()
     for picks in (64, 24):
         (note,) = Recipe(load_config(path, [f"model.index_topk={picks}"])).notes()

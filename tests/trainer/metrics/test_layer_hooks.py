@@ -19,7 +19,7 @@ from tests.model.tiny import tiny_config
 from tests.trainer.parallel.topologies import Job, run_all, topology
 from tests.trainer.tiny import saved_tensors, train
 from trainer.config import load_config
-from trainer.evaluate import Heldout
+from trainer.evaluate import Validation
 from trainer.metrics.jsonl import read_metrics
 from trainer.metrics.layer_hooks import watched
 from trainer.parallel.grid import Grid
@@ -150,12 +150,12 @@ def close(ours: object, theirs: object) -> bool:
 def test_ranks_see_together_what_one_sees(tiny: Path, tmp_path: Path) -> None:
     """Four rows at once, or two on each of two ranks; or the first two of four."""
     jobs = [
-        (topology(1, "data.micro_rows=4"), "four"),
-        (topology(2, "data.micro_rows=2", expert=2), "expert"),
-        (topology(1, "data.micro_rows=2"), "two"),
-        (topology(2, "data.micro_rows=2", pipeline=2), "pipeline"),
-        (topology(2, "data.micro_rows=2", tensor=2), "tensor"),
-        (topology(2, "data.micro_rows=2", context=2), "context"),
+        (topology(1, "data.micro_batch_size=4"), "four"),
+        (topology(2, "data.micro_batch_size=2", expert=2), "expert"),
+        (topology(1, "data.micro_batch_size=2"), "two"),
+        (topology(2, "data.micro_batch_size=2", pipeline=2), "pipeline"),
+        (topology(2, "data.micro_batch_size=2", tensor=2), "tensor"),
+        (topology(2, "data.micro_batch_size=2", context=2), "context"),
     ]
     words = ("steps=2", "metrics.layers_every=2", "checkpoint.every=1")
     run_all(tiny, [Job(spread, tmp_path / name) for spread, name in jobs], *words)
@@ -189,7 +189,7 @@ def test_sources_apart_are_the_sources_together(tiny: Path, tmp_path: Path) -> N
     settings = [
         f"data.sources={json.dumps(sources)}",
         f"data.shards={tmp_path / 'shards'}",
-        "data.row_length=1024",
+        "data.seq_len=1024",
         "evaluation.rows=null",
         f"run_dir={tmp_path / 'run'}",
     ]
@@ -197,18 +197,25 @@ def test_sources_apart_are_the_sources_together(tiny: Path, tmp_path: Path) -> N
     prepare(config.data, progress=False)
     local, _ = build(config, Grid.single())
     engine = make_engine(config, local, Grid.single())
-    heldout = Heldout(config, Grid.single())
-    whole, parts = heldout.evaluate(engine), heldout.by_source(engine)
+    validation = Validation(config, Grid.single())
+    whole, parts = validation.evaluate(engine), validation.by_source(engine)
     assert parts is not None and parts.keys() == {"few", "many"}
-    tokens_of = {name: loader.num_targets for name, loader in heldout.sources.items()}
+    tokens_of = {name: loader.num_targets for name, loader in validation.sources.items()}
     assert sum(tokens_of.values()) == whole.tokens
     mean = sum(parts[name] * count for name, count in tokens_of.items()) / whole.tokens
     assert mean == pytest.approx(whole.loss, rel=1e-6)
-    train(tiny, tmp_path / "run", *settings, "steps=1", "data.batch_rows=1", "data.micro_rows=1")
+    train(
+        tiny,
+        tmp_path / "run",
+        *settings,
+        "steps=1",
+        "data.global_batch_size=1",
+        "data.micro_batch_size=1",
+    )
     (record,) = read_metrics(tmp_path / "run/metrics.jsonl")
-    assert record["heldout_by_source"].keys() == {"few", "many"}
+    assert record["validation_by_source"].keys() == {"few", "many"}
     page = write_report(load_config(tiny, settings)).read_text(encoding="utf-8")
-    assert 'aria-label="Held-out loss by source"' in page and ">many</text>" in page
+    assert 'aria-label="Validation loss by source"' in page and ">many</text>" in page
     assert "Weights in step 1<" in page and "<td>hyper connections</td>" in page
     assert "<b>kept by the index</b>" in page
-    assert Heldout(load_config(tiny), Grid.single()).by_source(engine) is None
+    assert Validation(load_config(tiny), Grid.single()).by_source(engine) is None

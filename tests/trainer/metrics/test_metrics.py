@@ -11,7 +11,7 @@ from tests.full_disk import full_disk
 from tests.trainer.tiny import column, steps_in_file, train
 from trainer.config import RunConfig, load_config
 from trainer.errors import DivergedError, ReportError
-from trainer.evaluate import Heldout
+from trainer.evaluate import Validation
 from trainer.export.import_run import open_run
 from trainer.metrics.jsonl import MetricsFile, read_metrics
 from trainer.metrics.progress import Progress
@@ -51,7 +51,7 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 def test_every_step_has_all_numbers(run: RunConfig) -> None:
     records = read_metrics(run.run_dir / "metrics.jsonl")
     assert all(record.keys() >= COLUMNS | {"mfu"} for record in records)
-    assert [record["step"] for record in records if "heldout_loss" in record] == [2, 4, 6]
+    assert [record["step"] for record in records if "validation_loss" in record] == [2, 4, 6]
     last = records[-1]
     assert last["mfu"] == pytest.approx(last["tflops_per_second"] / 0.1)
     assert 0 < last["expert_load_min"] <= 1 <= last["expert_load_max"]
@@ -64,14 +64,14 @@ def test_the_mtp_weight_falls_with_the_learning_rate(run: RunConfig) -> None:
         assert record["loss"] == pytest.approx(parts, rel=1e-5)
 
 
-def test_heldout_loss_is_the_mean_over_all_targets(run: RunConfig) -> None:
+def test_validation_loss_is_the_mean_over_all_targets(run: RunConfig) -> None:
     local, _ = open_run(run, Grid.single())
     engine = make_engine(run, local, Grid.single())
-    heldout = Heldout(run, Grid.single())
-    found = heldout.evaluate(engine)
+    validation = Validation(run, Grid.single())
+    found = validation.evaluate(engine)
     total = count = 0.0
-    for step in range(heldout.loader.num_steps):
-        for batch in heldout.loader.at(step):
+    for step in range(validation.loader.num_steps):
+        for batch in validation.loader.at(step):
             for tokens, targets, lengths in zip(
                 batch.tokens, batch.targets, batch.lengths, strict=True
             ):
@@ -85,12 +85,12 @@ def test_heldout_loss_is_the_mean_over_all_targets(run: RunConfig) -> None:
                     total += float(losses.double().sum())
                     count += length
                     start += length
-    assert found.tokens == count == heldout.loader.num_targets
+    assert found.tokens == count == validation.loader.num_targets
     assert found.loss == pytest.approx(total / count, rel=1e-5)
     assert found.loss == pytest.approx(
-        read_metrics(run.run_dir / "metrics.jsonl")[-1]["heldout_loss"], rel=1e-6
+        read_metrics(run.run_dir / "metrics.jsonl")[-1]["validation_loss"], rel=1e-6
     )
-    assert Heldout(run, Grid.single(), rows=1).evaluate(engine).tokens < count
+    assert Validation(run, Grid.single(), rows=1).evaluate(engine).tokens < count
 
 
 def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
@@ -162,7 +162,9 @@ def test_plain_progress_lines(
     assert lines.pop(0).startswith("kernels: attention, indexer, indexer loss, compressor")
     assert re.match(r"memory: [\d.,]+ [MG]iB at most", lines.pop())
     assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
-    assert re.search(r"loss \d+\.\d{4}  heldout \d+\.\d{4}  [\d ]+ tokens/s  ETA 0:00:0", lines[-1])
+    assert re.search(
+        r"loss \d+\.\d{4}  validation \d+\.\d{4}  [\d ]+ tokens/s  ETA 0:00:0", lines[-1]
+    )
 
 
 def test_the_time_left_counts_steps_that_came_again(
@@ -180,7 +182,7 @@ def test_the_time_left_counts_steps_that_came_again(
 
 def test_the_report_has_every_curve_and_needs_nothing_else(run: RunConfig) -> None:
     html = write_report(run).read_text(encoding="utf-8")
-    for chart in CHARTS:  # a run without stages trains no indexer
+    for chart in CHARTS:  # a run without phases trains no indexer
         assert (f'aria-label="{chart.title}"' in html) == ("indexers" not in chart.title)
     assert html.count("<svg") == len(CHARTS) + 1, "two maps: SwiGLU's clamp never acts"
     for label in ("training", "held out", "busiest expert", "idlest expert"):
@@ -196,7 +198,7 @@ def test_a_run_without_metrics_has_no_report(tiny: Path, tmp_path: Path) -> None
         write_report(load_config(tiny, [f"run_dir={tmp_path}"]))
 
 
-def test_names_of_stages_do_not_overlap() -> None:
+def test_names_of_phases_do_not_overlap() -> None:
     assert lines_of([0, 35, 84, 123, 147], 177) == [0, 0, 0, 0, 0]
     assert lines_of([0, 2002, 2051, 2090], 2100) == [0, 0, 1, 2]
     assert lines_of([0, 5, 10, 15, 24], 100) == [0, 1, 0, 1, 0]

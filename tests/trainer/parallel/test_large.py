@@ -16,7 +16,7 @@ from tests.trainer.parallel.topologies import (
 )
 
 # More rows than the other tests, and so a seed of their own with which no choice is close.
-ROWS = ("data.batch_rows=8", "seed=47")
+ROWS = ("data.global_batch_size=8", "seed=47")
 ALL_AT_TWO = {"tensor": 2, "context": 2, "pipeline": 2, "expert": 2}
 SPREADS = [
     # What remains is data 2; the experts are over 2 of a stage's 8 ranks.

@@ -182,7 +182,7 @@ def test_the_dry_run_counts_what_was_moved(tiny: Path) -> None:
             ranks = dry_run(config, stages).ranks
             held.append([rank.stages[0].held for rank in ranks])
         model, data = config.model, config.data
-        tokens = data.micro_rows * data.row_length
+        tokens = data.micro_batch_size * data.seq_len
         streams = 4 * tokens * model.hc_mult * model.hidden_size
         moved = [(a - b) / streams for a, b in zip(*held, strict=True)]
         assert moved == ([model.num_hidden_layers + 1] if stages == 1 else [2, 1])

@@ -20,7 +20,7 @@ from trainer.config.parallel import nearest
         (["parallel.expert=3"], ["n_routed_experts = 8", "expert = 3", "should be 2 or 4"]),
         (["parallel.expert_tensor=3"], ["moe_intermediate_size = 32", "should be 2 or 4"]),
         (["parallel.expert_tensor=8"], ["multiples of 8", "should be 4"]),
-        (["parallel.context=5"], ["row_length = 48", "context = 5", "45 or 50"]),
+        (["parallel.context=5"], ["seq_len = 48", "context = 5", "45 or 50"]),
         (["parallel.pipeline=8"], ["pipeline = 8", "8 stages", "num_hidden_layers = 4", "most 5"]),
         (
             ["parallel.pipeline=3", "parallel.pipeline_schedule=zero_bubble_v"],
@@ -60,28 +60,37 @@ def test_what_does_not_split_is_refused(tiny: Path, overrides: list[str], parts:
     [
         (6, ["parallel.tensor=4"], ["= 4 does not divide the 6 processes", "4 or 8 processes"]),
         (2, ["parallel.expert=4"], ["expert x pipeline = 4 does not", "start 4 processes"]),
-        (8, [], ["data.batch_rows = 4", "at least", "data-parallel ranks, 8"]),
+        (8, [], ["data.global_batch_size = 4", "at least", "data-parallel ranks, 8"]),
         (
             4,
-            ["parallel.pipeline=4", "data.batch_rows=2"],
-            ["2 microbatches", "fewer than the 4", "batch_rows should be at least 4", "micro_rows"],
+            ["parallel.pipeline=4", "data.global_batch_size=2"],
+            [
+                "2 microbatches",
+                "fewer than the 4",
+                "global_batch_size should be at least 4",
+                "micro_batch_size",
+            ],
         ),
         (
             2,
-            ["parallel.pipeline=2", "parallel.pipeline_schedule=dual_pipe_v", "data.batch_rows=3"],
+            [
+                "parallel.pipeline=2",
+                "parallel.pipeline_schedule=dual_pipe_v",
+                "data.global_batch_size=3",
+            ],
             ["3 microbatches", "fewer than the 4", "dual_pipe_v", "at least 4"],
         ),
         (
             4,
-            ["parallel.pipeline=2", "data.micro_rows=2", "data.batch_rows=6"],
-            ["3 rows", "micro_rows = 2", "4 or 8"],
+            ["parallel.pipeline=2", "data.micro_batch_size=2", "data.global_batch_size=6"],
+            ["3 rows", "micro_batch_size = 2", "4 or 8"],
         ),
         (
             2,
             [
                 "parallel.pipeline=2",
                 "parallel.pipeline_schedule=interleaved_1f1b",
-                "data.batch_rows=5",
+                "data.global_batch_size=5",
             ],
             ["5 microbatches", "2 rounds", "4 or 6"],
         ),
@@ -100,13 +109,13 @@ def test_what_does_not_fit_the_processes_is_refused(
 
 def test_the_values_named_are_accepted(tiny: Path) -> None:
     for world, overrides in (
-        (4, ["parallel.pipeline=4", "data.batch_rows=4"]),
+        (4, ["parallel.pipeline=4", "data.global_batch_size=4"]),
         (
             2,
             [
                 "parallel.pipeline=2",
                 "parallel.pipeline_schedule=interleaved_1f1b",
-                "data.batch_rows=6",
+                "data.global_batch_size=6",
             ],
         ),
         (8, ["parallel.tensor=4"]),

@@ -29,8 +29,8 @@ MODEL = (
     "model.o_groups=4",
     "model.n_routed_experts=8",
     "model.moe_intermediate_size=32",
-    "data.batch_rows=4",
-    "data.micro_rows=1",
+    "data.global_batch_size=4",
+    "data.micro_batch_size=1",
     "evaluation.rows=4",
     "steps=10",
     # The gradients of some of the streams' coefficients are nothing but rounding (the first
@@ -64,10 +64,10 @@ def topology(world: int, *more: str, **degrees: object) -> Topology:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Losses by step, the held-out loss, and the final weights whole."""
+    """Losses by step, the validation loss, and the final weights whole."""
 
     losses: dict[str, list[float]]
-    heldout: float
+    validation: float
     weights: dict[str, Tensor]
 
 
@@ -106,7 +106,7 @@ def outcome(run_dir: Path) -> Outcome:
     names = ("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "expert_load_max")
     return Outcome(
         {name: column(run_dir, name) for name in names},
-        read_metrics(run_dir / "metrics.jsonl")[-1]["heldout_loss"],
+        read_metrics(run_dir / "metrics.jsonl")[-1]["validation_loss"],
         {name: tensor.clone() for name, tensor in local.model.state_dict().items()},
     )
 
@@ -116,7 +116,7 @@ def differences(one: Outcome, other: Outcome) -> tuple[float, float, str]:
 
     Tensors differ by the norm of their difference over their norm.
     """
-    worst = abs(one.heldout - other.heldout) / abs(one.heldout)
+    worst = abs(one.validation - other.validation) / abs(one.validation)
     for name in ("loss", "lm_loss", "mtp_loss", "grad_norm"):
         for a, b in zip(one.losses[name], other.losses[name], strict=True):
             worst = max(worst, abs(a - b) / abs(a))

@@ -118,13 +118,17 @@ def test_in_flight_as_torch_orders_it(tiny: Path, schedule: str, ranks: int) -> 
     """A count of our own over torch's list of actions, written as text."""
     words = [f"parallel.pipeline={ranks}", f"parallel.pipeline_schedule={schedule}"]
     layers = "[window, csa, hca, csa, window, csa, hca, csa]"
-    words += ["model.num_hidden_layers=8", f"model.layer_types={layers}", "data.batch_rows=16"]
+    words += [
+        "model.num_hidden_layers=8",
+        f"model.layer_types={layers}",
+        "data.global_batch_size=16",
+    ]
     config = load_config(tiny, [*MODEL, *words])
     sizes = config.sizes(ranks)
     found = dry_run(config, ranks)
     for rank in range(ranks):
         with as_rank(rank, sizes) as grid:
-            plan = config.parallel.stages(config.model, config.data.row_length)
+            plan = config.parallel.stages(config.model, config.data.seq_len)
             order = actions(config, grid, plan)
         mine = found.ranks[rank].stages
         most, held = 0, {stage.number: stage.held for stage in mine}
@@ -142,7 +146,7 @@ def test_in_flight_as_torch_orders_it(tiny: Path, schedule: str, ranks: int) -> 
         assert sum(stage.held * stage.in_flight for stage in mine) == most
         if schedule == "1f1b":
             assert [stage.in_flight for stage in mine] == [ranks - rank]
-        assert microbatches_of(found.stage, sizes) == 16
+        assert microbatches_of(found.phase, sizes) == 16
 
 
 def actions(config: Any, grid: Grid, plan: Any) -> list[str]:
@@ -218,7 +222,7 @@ def test_what_does_not_fit_is_refused(tiny: Path) -> None:
     [("flash", 256, "284.332", "6.610"), ("pro", 2048, "1572.997", "25.840")],
 )
 def test_large_configs_fit(name: str, world: int, main: str, mtp: str) -> None:
-    found = dry_run(load_config(CONFIGS / f"{name}.yaml"), world, stage=3)
-    assert found.stage.name == "sparse 64K"
+    found = dry_run(load_config(CONFIGS / f"{name}.yaml"), world, phase=3)
+    assert found.phase.name == "sparse 64K"
     assert found.parameters / 1e9 == pytest.approx(float(main) + float(mtp), abs=1e-3)
     assert found.fullest.total < 0.9 * 80e9

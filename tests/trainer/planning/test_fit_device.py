@@ -14,7 +14,7 @@ from trainer.config import ConfigError, RunConfig, load_config
 from trainer.device import Card
 from trainer.formatting import GIB
 from trainer.planning.dry_run import dry_run
-from trainer.planning.fit_device import AGAIN, ROOM, Count, fit, micro_rows
+from trainer.planning.fit_device import AGAIN, ROOM, Count, fit, micro_batch_size
 from trainer.planning.static_memory import snapshot_memory
 
 CONFIG = Path(__file__).parents[3] / "configs" / "debug.yaml"
@@ -24,17 +24,19 @@ GIB_OF_ROW = {(): 8.0, ("norms", "streams"): 6, ("attention", "norms", "streams"
 
 def count(config: RunConfig) -> int:
     of_row = GIB_OF_ROW[config.parallel.recompute] / (1 + bool(config.parallel.offload))
-    return int((10 + config.data.micro_rows * of_row) * GIB)
+    return int((10 + config.data.micro_batch_size * of_row) * GIB)
 
 
 def settings(memory: float, *words: str, world: int = 1) -> tuple[int, tuple[str, ...], bool]:
-    config = load_config(CONFIG, ["data.batch_rows=12", "data.micro_rows=1", *words])
+    config = load_config(CONFIG, ["data.global_batch_size=12", "data.micro_batch_size=1", *words])
     # Room is a share of whole GiB; what is over does not count.
     card = Card("a card", math.ceil(memory / ROOM) * GIB + GIB - 1)
     chosen, words_ = fit(config, world, card, count)
     assert count(chosen) <= ROOM * card.memory
-    assert f"data.micro_rows = {chosen.data.micro_rows}, " in words_ and "a card" in words_
-    return chosen.data.micro_rows, chosen.parallel.recompute, bool(chosen.parallel.offload)
+    assert (
+        f"data.micro_batch_size = {chosen.data.micro_batch_size}, " in words_ and "a card" in words_
+    )
+    return chosen.data.micro_batch_size, chosen.parallel.recompute, bool(chosen.parallel.offload)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_least_recomputation_then_the_longest_microbatch(memory, expected):
 
 
 def test_what_is_written_does_not_matter():
-    assert settings(58, "parallel.recompute=[block]", "data.micro_rows=12") == (6, (), False)
+    assert settings(58, "parallel.recompute=[block]", "data.micro_batch_size=12") == (6, (), False)
 
 
 def test_nothing_fits():
@@ -68,30 +70,31 @@ def test_nothing_fits():
 
 
 def test_microbatches_have_no_filler_rows_and_end_at_32768_tokens():
-    words = ["data.batch_rows=96", "data.micro_rows=1"]
-    rows = micro_rows(load_config(CONFIG, words), 1)
+    words = ["data.global_batch_size=96", "data.micro_batch_size=1"]
+    rows = micro_batch_size(load_config(CONFIG, words), 1)
     assert rows == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48] and 64 * 512 == 32_768
-    assert micro_rows(load_config(CONFIG, words), 2) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
-    assert micro_rows(load_config(CONFIG, [*words, "data.row_length=16384"]), 1) == [1, 2]
-    pipeline = [*words, "parallel.pipeline=2", "data.micro_rows=4"]
-    assert micro_rows(load_config(CONFIG, pipeline), 2) == [4]
+    assert micro_batch_size(load_config(CONFIG, words), 2) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
+    assert micro_batch_size(load_config(CONFIG, [*words, "data.seq_len=16384"]), 1) == [1, 2]
+    pipeline = [*words, "parallel.pipeline=2", "data.micro_batch_size=4"]
+    assert micro_batch_size(load_config(CONFIG, pipeline), 2) == [4]
 
 
 def test_a_step_that_other_rows_do_not_divide_is_left_alone():
-    stages = (
-        "stages=[{until: 49152, attention: dense, batch_rows: 8}, {until: 98304, attention: dense}]"
-    )
-    rows, *_ = settings(1000, stages, "steps=0")
+    phases = "phases=[{until: 49152, attention: dense, global_batch_size: 8}, {until: 98304, attention: dense}]"
+    rows, *_ = settings(1000, phases, "steps=0")
     assert rows == 4  # of 12 and of 8
 
 
 def test_what_is_chosen_fits_by_the_dry_run_and_more_does_not():
-    config = load_config(CONFIG, ["data.batch_rows=16"])
+    config = load_config(CONFIG, ["data.global_batch_size=16"])
     size = Count(1, on_host=False, tell=False)
     chosen, _ = fit(config, 1, Card("a card", GIB), size)
     assert size(chosen) <= ROOM * GIB
-    assert chosen.parallel.recompute == () and 1 <= chosen.data.micro_rows < 16
-    words = ["data.batch_rows=16", f"data.micro_rows={2 * chosen.data.micro_rows}"]
+    assert chosen.parallel.recompute == () and 1 <= chosen.data.micro_batch_size < 16
+    words = [
+        "data.global_batch_size=16",
+        f"data.micro_batch_size={2 * chosen.data.micro_batch_size}",
+    ]
     assert size(load_config(CONFIG, words)) > ROOM * GIB
 
 
@@ -103,7 +106,7 @@ def test_snapshots_on_the_host_count_where_it_trains():
 
 def test_every_rung_needs_less_than_the_one_before():
     """On rows long enough for attention to count; as many as a GPU holds of a larger model."""
-    config = load_config(CONFIG, ["data.row_length=4096", "data.micro_rows=4"])
+    config = load_config(CONFIG, ["data.seq_len=4096", "data.micro_batch_size=4"])
     sizes = []
     for again in AGAIN:
         parallel = config.parallel.model_copy(update=again)
@@ -116,13 +119,13 @@ def test_a_run_fits_itself_to_this_machine_and_trains_the_same(
     tiny: Path, tmp_path, capsys
 ) -> None:
     losses = {}
-    for name, words in (("fitted", ["fit_device=true"]), ("plain", ["data.micro_rows=1"])):
+    for name, words in (("fitted", ["fit_device=true"]), ("plain", ["data.micro_batch_size=1"])):
         folder = tmp_path / name
         assert main([str(tiny), f"run_dir={folder}", *words]) == 0
         losses[name] = column(folder, "loss")
     said = capsys.readouterr()
-    assert "fit_device: data.micro_rows = 4, parallel.recompute = []" in said.out + said.err
-    assert load_config(tmp_path / "fitted" / "config.yaml").data.micro_rows == 4
+    assert "fit_device: data.micro_batch_size = 4, parallel.recompute = []" in said.out + said.err
+    assert load_config(tmp_path / "fitted" / "config.yaml").data.micro_batch_size == 4
     # Rounding alone: sums in another order, over six updates.
     torch.testing.assert_close(losses["fitted"], losses["plain"], rtol=1e-5, atol=0)
 

@@ -23,7 +23,7 @@ def fail(*overrides: str) -> None:
 
 
 def test_three_settings_with_estimates_the_best_first(capsys):
-    assert run_or_explain(lambda: fail("data.micro_rows=8")) == EXIT_CODE
+    assert run_or_explain(lambda: fail("data.micro_batch_size=8")) == EXIT_CODE
     said = capsys.readouterr().err
     assert said.startswith("v4: error: cpu: CUDA out of memory; it asks for about ")
     assert len(said.strip().splitlines()) == 1
@@ -32,20 +32,20 @@ def test_three_settings_with_estimates_the_best_first(capsys):
     now = float(re.search(r"asks for about ([\d.]+) MiB", said).group(1))
     assert len(settings) == 3 and sizes == sorted(sizes) and sizes[-1] < now
     assert {name for name, _ in settings} <= {
-        "data.micro_rows",
-        "data.row_length",
+        "data.micro_batch_size",
+        "data.seq_len",
         "parallel.recompute",
     }
 
 
 def test_what_is_set_already_is_not_advised():
-    words = ["data.micro_rows=1", "parallel.recompute=[block]"]
+    words = ["data.micro_batch_size=1", "parallel.recompute=[block]"]
     assert candidates(load_config(CONFIG, words)) == [
         "parallel.offload=[block]",
-        "data.row_length=256",
+        "data.seq_len=256",
     ]
     config = load_config(CONFIG, [*words, "parallel.offload=[block]"])
-    assert candidates(config) == ["data.row_length=256"]
+    assert candidates(config) == ["data.seq_len=256"]
 
 
 def test_other_errors_pass():

@@ -42,7 +42,7 @@ def test_flash_on_256() -> None:
     text = printed(plan(load_config(CONFIGS / "flash.yaml"), 256))
     assert row(text, "tensor x context x data x pipeline") == ["2 x 8 x 2 x 8"]
     assert row(text, "expert_tensor x expert x expert_data") == ["1 x 32 x 1 x 8"]
-    assert row(text, "microbatches a step") == ["36"], "of the stage with the longest rows"
+    assert row(text, "microbatches a step") == ["36"], "of the phase with the longest rows"
     assert row(text, "parameters") == ["290,942,278,866"]
     assert row(text, "33") == ["1", "0", "0", "1", "0", "1", "0"]  # who is where
     assert "│     7 │             7 │     42 │ 1 csa, heads" in text
@@ -50,10 +50,10 @@ def test_flash_on_256() -> None:
     assert row(text, "on the host: snapshots") == ["19.25 GiB"], "two of masters and states"
 
 
-def test_the_stages_of_flash() -> None:
+def test_the_phases_of_flash() -> None:
     config = load_config(CONFIGS / "flash.yaml", ["metrics.peak_tflops=1000"])
     text = printed(plan(config, 256))
-    name, steps, tokens, until, rows, rates, mtp, time = row(text, "stage 3")
+    name, steps, tokens, until, rows, rates, mtp, time = row(text, "phase 3")
     assert (name, tokens, until, rows) == ("sparse 64K", "27.8T", "28.8T", "1,152 x 64K")
     assert int(steps.replace(",", "")) == pytest.approx(27.8e12 / 75.5e6, rel=1e-3)
     assert (rates, mtp) == ("0.00027", "0.3")
@@ -61,7 +61,7 @@ def test_the_stages_of_flash() -> None:
     seconds = 27.8e12 * 6 * 13.3e9 * 1.3 / (0.4 * 256e15)
     assert float(time.removesuffix(" days")) == pytest.approx(seconds / 86400, rel=0.15)
     assert "Times at 40% of metrics.peak_tflops = 1000 on 256 processes" in text
-    assert row(text, "stage 2")[5] == "0.001" and row(text, "stage 0")[4].startswith("4,608 to")
+    assert row(text, "phase 2")[5] == "0.001" and row(text, "phase 0")[4].startswith("4,608 to")
 
 
 def test_shares_of_stages_sum_to_one() -> None:

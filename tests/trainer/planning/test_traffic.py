@@ -88,9 +88,9 @@ def run_config(degrees: Degrees) -> RunConfig:
         "sources": [{"name": "none", "paths": ["none"]}],
         "tokenizer": {"path": "none", "vocab_size": MODEL.vocab_size},
         "shards": "none",
-        "row_length": ROW,
-        "batch_rows": ROWS,
-        "micro_rows": MICRO_ROWS,
+        "seq_len": ROW,
+        "global_batch_size": ROWS,
+        "micro_batch_size": MICRO_ROWS,
     }
     return RunConfig.model_validate(
         {
@@ -269,5 +269,5 @@ def test_no_number_where_no_formula_is() -> None:
 
 
 def test_formula_needs_no_torch() -> None:
-    code = "import sys, trainer.parallel.traffic; sys.exit('torch' in sys.modules)"
+    code = "import sys, trainer.planning.traffic; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

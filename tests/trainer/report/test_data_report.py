@@ -46,9 +46,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
             "sources": [{"name": n, "paths": [str(folder / f"{n}.jsonl")]} for n in TEXTS],
             "tokenizer": {"path": str(folder / "tokenizer"), "vocab_size": 512},
             "shards": str(folder / "shards"),
-            "row_length": 64,
-            "batch_rows": 4,
-            "heldout_fraction": 0.0,
+            "seq_len": 64,
+            "global_batch_size": 4,
+            "validation_fraction": 0.0,
             "filters": FILTERS,
         }
     )
@@ -64,7 +64,7 @@ def tokenizer(config: DataConfig) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def facts(config: DataConfig) -> DataFacts:
-    return collect(config, config.row_length)
+    return collect(config, config.seq_len)
 
 
 def test_figures_are_plain_counts(facts: DataFacts, tokenizer: Tokenizer) -> None:
@@ -101,7 +101,7 @@ def test_words_and_tokens(
     best = sorted(sizes, key=lambda word: (-sizes[word], word))[:20]
     assert words == [(word, sizes[word], counts[word]) for word in best]
     ids = [i for source in facts.sources for document in source.sample for i in document]
-    monkeypatch.setattr("trainer.data_facts._LISTED", 512)
+    monkeypatch.setattr("trainer.report.data_facts._LISTED", 512)
     longest = [row for row in longest_tokens(tokenizer, facts) if row[1] > 1]
     texts = [tokenizer.decode([i]) for i in ids]
     assert [size for _, size, _ in longest] == sorted((len(t) for t, _, _ in longest), reverse=True)
@@ -157,21 +157,21 @@ def test_page_shows_filters_and_the_measured_recipe(
     assert abs(counted.tokens / found.tokens - 0.75) < 0.02
 
 
-def test_a_run_with_stages_shows_its_first(config: DataConfig) -> None:
+def test_a_run_with_phases_shows_its_first(config: DataConfig) -> None:
     """Its row length, ramp and weights, and no step of the second."""
-    ramp = {"batch_rows": 8, "ramp_from": 2, "ramp_tokens": 256}
+    ramp = {"global_batch_size": 8, "ramp_from": 2, "ramp_tokens": 256}
     weights = {"a": 0.6, "b": 0.4}
-    stages = [
-        {"until": 640, "attention": "dense", "row_length": 32, "weights": weights} | ramp,
-        {"until": 2000, "attention": "dense", "row_length": 128},
+    phases = [
+        {"until": 640, "attention": "dense", "seq_len": 32, "weights": weights} | ramp,
+        {"until": 2000, "attention": "dense", "seq_len": 128},
     ]
     fields = yaml.safe_load(TINY.format(folder=Path(config.shards).parent))
     fields["model"]["vocab_size"] = config.tokenizer.vocab_size
-    fields |= {"data": config.model_dump(), "stages": stages, "steps": 0}
+    fields |= {"data": config.model_dump(), "phases": phases, "steps": 0}
     run = RunConfig.model_validate(fields)
     page = write_data_report(run).read_text()
-    rows = [stage.rows for stage in Recipe(run).stages]
-    loader = Loader(config, run.seed, stages=rows)
+    rows = [phase.rows for phase in Recipe(run).phases]
+    loader = Loader(config, run.seed, phases=rows)
     steps = rows[0].steps or 0
     tokens = sum(n for s in range(steps) for b in loader.at(s) for row in b.lengths for n in row)
     assert f"Counted in the {tokens:,} tokens of the first {steps} steps" in page

@@ -16,7 +16,7 @@ from torch import Tensor
 from data import Loader
 from model import SampleLayout
 from model.config import AttentionMode
-from tests.trainer.config.test_recipe import staged
+from tests.trainer.config.test_recipe import phased
 from tests.trainer.parallel.topologies import Job, Topology, run_all, topology
 from tests.trainer.tiny import (
     assert_same_run,
@@ -80,12 +80,12 @@ def chosen_by(
         if not router.hashed:
             note = found.setdefault(row, []).append
             router.register_forward_hook(lambda _, __, out, note=note: note(out.indices_TA))
-    stages = [stage.rows for stage in Recipe(config).stages]
-    for batch in Loader(config.data, config.seed, stages=stages).at(step):
+    phases = [phase.rows for phase in Recipe(config).phases]
+    for batch in Loader(config.data, config.seed, phases=phases).at(step):
         layout = SampleLayout.from_lengths(batch.lengths, batch.tokens.shape[1])
         with torch.no_grad():
             local.model(batch.tokens, layout, batch.targets, attention=attention)
-    length = Recipe(config).at(step).rows.row_length
+    length = Recipe(config).at(step).rows.seq_len
     return {r: torch.cat(x).unflatten(0, (-1, length)).sort(-1).values for r, x in found.items()}
 
 
@@ -133,7 +133,7 @@ def test_steps_use_the_choices_that_waited_for_them(folder: Path, spread: Topolo
             row for batch in Loader(config.data, config.seed).at(step) for row in batch.lengths
         ]
         ends = torch.tensor([sum(samples) for samples in lengths])
-        real = torch.arange(config.data.row_length) < ends[:, None]
+        real = torch.arange(config.data.seq_len) < ends[:, None]
         for row, chosen in waiting(run, step, step).items():
             load = torch.bincount(chosen[real].flatten().long(), minlength=8)
             for name, (value,) in expert_numbers(load[None]).items():
@@ -173,7 +173,7 @@ def test_a_run_goes_on_in_the_middle_of_it(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_choices_that_wait_open_at_another_topology(tiny: Path, tmp_path: Path) -> None:
     """Five rows: two data ranks share them with a filler."""
-    words = (ALWAYS, LEAD.format(2), "steps=7", "data.batch_rows=5")
+    words = (ALWAYS, LEAD.format(2), "steps=7", "data.global_batch_size=5")
     run_all(tiny, [Job(ALONE, tmp_path / "alone")], *words)
     for spread, stop_at in ((topology(2), 3), (topology(2, context=2), 5), (ALONE, 0)):
         run_all(tiny, [Job(spread, tmp_path / "moved", stop_at)], *words)
@@ -201,27 +201,27 @@ def trainer_state(config: RunConfig) -> TrainState:
     return trainer.state
 
 
-def test_a_lead_reaches_into_the_next_stage(tiny: Path, tmp_path: Path) -> None:
+def test_a_lead_reaches_into_the_next_phase(tiny: Path, tmp_path: Path) -> None:
     """Rows of another length, chosen for with another attention; stopped with such choices."""
-    first = {"until": 768, "attention": "dense", "row_length": 64}
-    second = {"until": 1800, "attention": "warmup", "row_length": 96}
-    path = staged(tiny, tmp_path, [first, second])
+    first = {"until": 768, "attention": "dense", "seq_len": 64}
+    second = {"until": 1800, "attention": "warmup", "seq_len": 96}
+    path = phased(tiny, tmp_path, [first, second])
     train(path, tmp_path / "straight", ALWAYS, LEAD.format(2))
     train(path, tmp_path / "halves", ALWAYS, LEAD.format(2), stop_at=2)
     train(path, tmp_path / "halves", ALWAYS, LEAD.format(2))
     assert_same_run(tmp_path / "straight", tmp_path / "halves", 6)
-    with pytest.raises(ConfigError, match=r"lead = 4 should be at most 3, the steps of stages\.0"):
+    with pytest.raises(ConfigError, match=r"lead = 4 should be at most 3, the steps of phases\.0"):
         load_config(path, [ALWAYS, LEAD.format(4)])
     load_config(path, [ALWAYS, LEAD.format(3)])
     load_config(path, [LEAD.format(4)])  # nothing switches it on
 
 
-def test_a_step_of_the_next_stage_is_looked_at_with_its_attention(
+def test_a_step_of_the_next_phase_is_looked_at_with_its_attention(
     tiny: Path, tmp_path: Path
 ) -> None:
     """Where the indexer chooses, layers behind it see other streams and choose other experts."""
-    first = {"until": 576, "attention": "warmup", "row_length": 96, "batch_rows": 2}
-    path = staged(tiny, tmp_path, [first, first | {"until": 1152, "attention": "sparse"}])
+    first = {"until": 576, "attention": "warmup", "seq_len": 96, "global_batch_size": 2}
+    path = phased(tiny, tmp_path, [first, first | {"until": 1152, "attention": "sparse"}])
     train(path, tmp_path / "run", ALWAYS, LEAD.format(1), *EVERY)
     found = waiting(tmp_path / "run", 3, 3, (1, 2, 3))
     sparse, dense = (chosen_by(tmp_path / "run", 2, 3, mode) for mode in ("sparse", "dense"))

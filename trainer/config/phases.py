@@ -1,11 +1,11 @@
-"""The stages of a run, by tokens, as a config says them. Imports no torch.
+"""The phases of a run, by tokens, as a config says them. Imports no torch.
 
-    stages:
-      - {until: 1e12, attention: dense, row_length: 4096, ramp_from: 2304, ramp_tokens: 1e11}
-      - {until: 1.01e12, attention: warmup, row_length: 65536, batch_rows: 1152}
-      - {until: 32e12, attention: sparse, row_length: 65536, batch_rows: 1152, decay: true}
+    phases:
+      - {until: 1e12, attention: dense, seq_len: 4096, ramp_from: 2304, ramp_tokens: 1e11}
+      - {until: 1.01e12, attention: warmup, seq_len: 65536, global_batch_size: 1152}
+      - {until: 32e12, attention: sparse, seq_len: 65536, global_batch_size: 1152, decay: true}
 
-What a stage leaves out is the run's: `data.row_length`, `data.batch_rows`, `data.micro_rows`,
+What a phase leaves out is the run's: `data.seq_len`, `data.global_batch_size`, `data.micro_batch_size`,
 `data.weights`, `model.mtp_loss_weight` and `mtp_loss_weight_in_decay`, `router_bias_speed`,
 `quantisation`, and `optim.learning_rate` with `optim.schedule`. trainer/config/recipe.py makes functions
 of the step of it.
@@ -31,8 +31,8 @@ WARMUP_LEARNING_RATE = 1e-3
 """Of the indexer's warm-up (V3.2)."""
 
 
-class StageConfig(BaseModel):
-    """A stage of a run.
+class PhaseConfig(BaseModel):
+    """A phase of a run.
 
     Tokens are positions of rows, of which packing leaves about one in two thousand empty.
     """
@@ -40,31 +40,31 @@ class StageConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     until: Tokens
-    """Tokens of the whole run at which the stage ends; its last step may go beyond."""
+    """Tokens of the whole run at which the phase ends; its last step may go beyond."""
     attention: Literal["dense", "warmup", "sparse"]
     """`dense`: CSA layers attend to every entry, and their indexers rest. `warmup`: likewise, and
     nothing but the indexers is trained. `sparse`: to the indexers' choice; everything trains."""
     name: str | None = None
     """For people; attention and row length where it is absent."""
-    row_length: Annotated[int, Field(ge=2)] | None = None
-    batch_rows: Rows | None = None
-    micro_rows: Rows | None = None
+    seq_len: Annotated[int, Field(ge=2)] | None = None
+    global_batch_size: Rows | None = None
+    micro_batch_size: Rows | None = None
     ramp_from: Rows | None = None
-    """Rows of the stage's first step, from which they grow to `batch_rows`..."""
+    """Rows of the phase's first step, from which they grow to `global_batch_size`..."""
     ramp_tokens: Tokens | None = None
     """...over about this many tokens."""
     weights: dict[str, float] | None = None
     """The sources' shares of the tokens."""
     decay: bool = False
-    """The learning rate's cosine begins with the first such stage and ends with the run."""
+    """The learning rate's cosine begins with the first such phase and ends with the run."""
     learning_rate: Rate | None = None
-    """Instead of the schedule's, all through the stage; 1e-3 where absent in a `warmup`."""
+    """Instead of the schedule's, all through the phase; 1e-3 where absent in a `warmup`."""
     mtp_loss_weight: Rate | None = None
     router_bias_speed: Rate | None = None
     quantisation: Quantisation | None = None
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "StageConfig":
+    def _fits_together(self) -> "PhaseConfig":
         if (self.ramp_from is None) != (self.ramp_tokens is None):
             raise ValueError("a ramp needs both `ramp_from` and `ramp_tokens`, or neither")
         if self.attention == "warmup":
@@ -78,43 +78,43 @@ class StageConfig(BaseModel):
 
 
 def problems(config: Any) -> Iterator[str]:
-    """What the stages of a run's config have wrong, a sentence each; none where there are none."""
-    stages: tuple[StageConfig, ...] = config.stages
-    if not stages:
+    """What the phases of a run's config have wrong, a sentence each; none where there are none."""
+    phases: tuple[PhaseConfig, ...] = config.phases
+    if not phases:
         return
-    yield from _engine_and_model(config, stages)
+    yield from _engine_and_model(config, phases)
     longest, warmed, decays = 0, False, False
-    for number, stage in enumerate(stages):
-        here = f"stages.{number}"
-        length = config.data.row_length if stage.row_length is None else stage.row_length
+    for number, phase in enumerate(phases):
+        here = f"phases.{number}"
+        length = config.data.seq_len if phase.seq_len is None else phase.seq_len
         if length < longest:
             yield (
-                f"{here}.row_length = {length} is shorter than the {longest} of the stage before; "
+                f"{here}.seq_len = {length} is shorter than the {longest} of the phase before; "
                 "rows should never become shorter"
             )
         longest = length
-        if stage.attention == "sparse" and not warmed:
+        if phase.attention == "sparse" and not warmed:
             yield (
-                f"{here}.attention = sparse should come after a stage with attention = warmup, in "
+                f"{here}.attention = sparse should come after a phase with attention = warmup, in "
                 "which the indexer learns what to choose"
             )
-        warmed = warmed or stage.attention == "warmup"
-        if decays and not stage.decay:
-            yield f"{here}.decay = false should be true, as in the stage before: the run ends there"
-        decays = stage.decay
-        if stage.weights is not None:
-            yield from _weights(config, here, stage.weights)
+        warmed = warmed or phase.attention == "warmup"
+        if decays and not phase.decay:
+            yield f"{here}.decay = false should be true, as in the phase before: the run ends there"
+        decays = phase.decay
+        if phase.weights is not None:
+            yield from _weights(config, here, phase.weights)
     if decays:
         yield from _one_decay(config.optim.schedule)
 
 
-def _engine_and_model(config: Any, stages: tuple[StageConfig, ...]) -> Iterator[str]:
+def _engine_and_model(config: Any, phases: tuple[PhaseConfig, ...]) -> Iterator[str]:
     if config.engine != "native":
-        yield f"stages do not go with engine = {config.engine}; use engine = native"
-    modes = [stage.attention for stage in stages]
+        yield f"phases do not go with engine = {config.engine}; use engine = native"
+    modes = [phase.attention for phase in phases]
     if "warmup" in modes and "csa" not in config.model.layer_types:
         yield (
-            f"stages.{modes.index('warmup')}.attention = warmup trains indexers, and "
+            f"phases.{modes.index('warmup')}.attention = warmup trains indexers, and "
             "model.layer_types has no csa layer with one; use dense"
         )
 
@@ -130,6 +130,6 @@ def _one_decay(schedule: Any) -> Iterator[str]:
     for field in ("decay_start", "decay_fraction"):
         if (value := getattr(schedule, field)) is not None:
             yield (
-                f"optim.schedule.{field} = {value} and a stage with decay = true both say where "
+                f"optim.schedule.{field} = {value} and a phase with decay = true both say where "
                 f"the decay starts; set optim.schedule.{field} to null"
             )

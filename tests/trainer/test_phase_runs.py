@@ -1,4 +1,4 @@
-"""A run through stages: what each of them trains, and resumes inside them and at their borders."""
+"""A run through phases: what each of them trains, and resumes inside them and at their borders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.trainer.config.test_recipe import staged
+from tests.trainer.config.test_recipe import phased
 from tests.trainer.parallel.topologies import Job, differences, outcome, run_all, topology
 from tests.trainer.tiny import assert_same_run, column, saved_tensors, steps_in_file, train
 from trainer.config import ConfigError, load_config
@@ -21,25 +21,49 @@ from trainer.report.run import write_report
 
 # Steps 0-2, 3-4, 5-7, 8-9 and 10-12: a ramp, four row lengths, three kinds of attention, decay.
 STAGES: list[dict[str, Any]] = [
-    {"until": 640, "attention": "dense", "row_length": 64, "ramp_from": 2, "ramp_tokens": 256}
-    | {"micro_rows": 1},
-    {"until": 1020, "attention": "dense", "row_length": 96, "batch_rows": 2, "micro_rows": 1},
-    {"until": 1690, "attention": "warmup", "row_length": 112, "batch_rows": 2, "micro_rows": 1},
-    {"until": 2140, "attention": "sparse", "row_length": 112, "batch_rows": 2, "micro_rows": 1},
-    {"until": 2900, "attention": "sparse", "row_length": 128, "batch_rows": 2, "micro_rows": 1}
+    {"until": 640, "attention": "dense", "seq_len": 64, "ramp_from": 2, "ramp_tokens": 256}
+    | {"micro_batch_size": 1},
+    {
+        "until": 1020,
+        "attention": "dense",
+        "seq_len": 96,
+        "global_batch_size": 2,
+        "micro_batch_size": 1,
+    },
+    {
+        "until": 1690,
+        "attention": "warmup",
+        "seq_len": 112,
+        "global_batch_size": 2,
+        "micro_batch_size": 1,
+    },
+    {
+        "until": 2140,
+        "attention": "sparse",
+        "seq_len": 112,
+        "global_batch_size": 2,
+        "micro_batch_size": 1,
+    },
+    {
+        "until": 2900,
+        "attention": "sparse",
+        "seq_len": 128,
+        "global_batch_size": 2,
+        "micro_batch_size": 1,
+    }
     | {"decay": True, "router_bias_speed": 0.01},
 ]
 BORDERS = [3, 5, 8, 10]
 STEPS = 13
 COMMON = (
     *("metrics.layers_every=0", "evaluation.every=4", "evaluation.rows=4"),
-    *("data.batch_rows=4", "stability.spikes={}", "stability.anticipation.lead=2"),
+    *("data.global_batch_size=4", "stability.spikes={}", "stability.anticipation.lead=2"),
 )
 
 
 @pytest.fixture(scope="module")
 def path(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return staged(tiny, tmp_path_factory.mktemp("stages"), STAGES)
+    return phased(tiny, tmp_path_factory.mktemp("phases"), STAGES)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +74,9 @@ def straight(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_the_stages_are_as_they_look(path: Path) -> None:
+def test_the_phases_are_as_they_look(path: Path) -> None:
     recipe = Recipe(load_config(path))
-    assert [stage.first for stage in recipe.stages[1:]] == BORDERS and recipe.steps == STEPS
+    assert [phase.first for phase in recipe.phases[1:]] == BORDERS and recipe.steps == STEPS
 
 
 @pytest.mark.parametrize("ends", [BORDERS, [2, 4, 7, 9, 12]], ids=["borders", "inside"])
@@ -63,7 +87,7 @@ def test_stopped_and_killed(
     ends: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stopped at every border or inside of every stage; killed on the way to the last stop.
+    """Stopped at every border or inside of every phase; killed on the way to the last stop.
 
     The latter refuses whatever may differ from run to run, which changes no bit on a CPU.
     """
@@ -88,7 +112,7 @@ def interrupted(path: Path, run: Path, ends: list[int]) -> None:
     train(path, run, *COMMON)
 
 
-def test_what_a_stage_trains(straight: Path) -> None:
+def test_what_a_phase_trains(straight: Path) -> None:
     """Weights and the optimizer's state of what is frozen stay as they are, bit for bit."""
     at = {n: saved_tensors(straight / f"checkpoints/step-{n:08d}") for n in (2, 4, 6, 8, 10)}
 
@@ -107,7 +131,7 @@ def test_what_a_stage_trains(straight: Path) -> None:
     assert sparse == indexers and len(rest) > 0.9 * len(others)
 
 
-def test_what_a_stage_begins_with_is_compared_with_nothing(straight: Path, path: Path) -> None:
+def test_what_a_phase_begins_with_is_compared_with_nothing(straight: Path, path: Path) -> None:
     recipe = Recipe(load_config(path))
     for step in range(2, STEPS, 2):
         state = json.loads((straight / f"checkpoints/step-{step:08d}/state.json").read_text())
@@ -128,14 +152,14 @@ def records_of(run: Path) -> list[dict[str, Any]]:
 
 def test_what_the_metrics_say(straight: Path, path: Path) -> None:
     recipe = Recipe(load_config(path))
-    assert column(straight, "stage") == [recipe.at(step).number for step in range(STEPS)]
+    assert column(straight, "phase") == [recipe.at(step).number for step in range(STEPS)]
     assert column(straight, "learning_rate") == [recipe.learning_rate(s) for s in range(STEPS)]
     before = 0
     for step, tokens in enumerate(column(straight, "tokens")):
-        stage = recipe.at(step)
-        rows = stage.rows.rows_before(step - stage.first + 1)
-        rows -= stage.rows.rows_before(step - stage.first)
-        assert 0.8 < (tokens - before) / (rows * stage.rows.row_length) <= 1.0, step
+        phase = recipe.at(step)
+        rows = phase.rows.rows_before(step - phase.first + 1)
+        rows -= phase.rows.rows_before(step - phase.first)
+        assert 0.8 < (tokens - before) / (rows * phase.rows.seq_len) <= 1.0, step
         before = tokens
     objective = column(straight, "indexer_loss")
     assert objective[:5] == [0.0] * 5 and all(value > 0 for value in objective[5:])
@@ -154,11 +178,11 @@ def test_a_choice_of_more_than_all_is_said_once(
     assert capsys.readouterr().out.count("sparse attention sees all of them") == 1
 
 
-def test_the_report_and_the_plan_show_the_stages(straight: Path, path: Path) -> None:
+def test_the_report_and_the_plan_show_the_phases(straight: Path, path: Path) -> None:
     config = load_config(path, [f"run_dir={straight}"])
     html = write_report(config).read_text(encoding="utf-8")
-    for stage in Recipe(config).stages:
-        assert f">{stage.name}</text>" in html
+    for phase in Recipe(config).phases:
+        assert f">{phase.name}</text>" in html
     assert 'aria-label="Objective of the indexers"' in html
     parts = list(recipe_part(config, config.sizes(1)))
     assert "of the run's newest steps" in str(parts[1])
@@ -166,13 +190,13 @@ def test_the_report_and_the_plan_show_the_stages(straight: Path, path: Path) -> 
 
 def test_memory_is_that_of_the_largest_microbatches(path: Path) -> None:
     config = load_config(path)
-    found = [dry_run(config, 1, stage=stage) for stage in (None, 0, 3)]
-    assert [dry.stage.number for dry in found] == [4, 0, 3]
+    found = [dry_run(config, 1, phase=phase) for phase in (None, 0, 3)]
+    assert [dry.phase.number for dry in found] == [4, 0, 3]
     longest, dense, shorter = (dry.fullest.activations for dry in found)
     assert longest > shorter > dense
     assert shorter / longest == pytest.approx(112 / 128, rel=0.05)
-    with pytest.raises(ConfigError, match="stage 7 should be one of the run's, 0 to 4"):
-        list(plan(config, 1, dry=True, stage=7))
+    with pytest.raises(ConfigError, match="phase 7 should be one of the run's, 0 to 4"):
+        list(plan(config, 1, dry=True, phase=7))
 
 
 TOPOLOGIES = [
@@ -188,7 +212,7 @@ def test_other_topologies_train_the_same_and_go_on_across_borders(
     alone = Job(topology(1), tmp_path / "alone")
     jobs = [alone, *(Job(spread, tmp_path / spread.name) for spread in TOPOLOGIES)]
     moves = [Job(topology(2, context=2), tmp_path / "move", 6), Job(topology(1), tmp_path / "move")]
-    more = (*COMMON, "model.index_topk=3", "steps=0", "data.micro_rows=1")
+    more = (*COMMON, "model.index_topk=3", "steps=0", "data.micro_batch_size=1")
     run_all(path, jobs[1:] + moves[:1], *more)
     run_all(path, [alone, moves[1]], *more)
     reference = outcome(alone.run_dir)
