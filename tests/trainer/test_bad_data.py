@@ -124,7 +124,7 @@ def test_one_sentence_and_nothing_lost(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("data.corpus._MAX_CHARACTERS", 1000)
+    monkeypatch.setattr("data.prepare.corpus._MAX_CHARACTERS", 1000)
     before = files(tmp_path / "shards")
     good = config.read_text()
     assert main(["prepare", str(spoil(tmp_path, config))]) == 2

@@ -195,7 +195,7 @@ def test_bad_records_are_set_aside_up_to_a_share(parts: DataConfig, tmp_path: Pa
 def test_too_long_document(
     parts: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.corpus._MAX_CHARACTERS", 30)
+    monkeypatch.setattr("data.prepare.corpus._MAX_CHARACTERS", 30)
     with pytest.raises(DataError, match="characters; a document may have 30"):
         prepare(parts, progress=False)
 
