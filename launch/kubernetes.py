@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from launch.cluster import Job, KubernetesConfig
+from launch.job import Job, KubernetesConfig
 
 _SCRIPT = """\
 set -euo pipefail

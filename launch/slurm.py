@@ -7,7 +7,7 @@ and goes on from there. After a node's death Slurm queues it again by itself.
 
 import shlex
 
-from launch.cluster import Job, SlurmConfig
+from launch.job import Job, SlurmConfig
 
 _BODY = """
 set -eo pipefail

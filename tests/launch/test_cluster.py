@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from launch.cli import main
-from launch.cluster import CONFIGS, ClusterConfig, load_cluster, write_job
+from launch.cluster import CONFIGS, load_cluster, write_job
+from launch.job import ClusterConfig
 from tests.distributed import free_port
 from tests.trainer.tiny import make_tiny, steps_in_file
 from trainer.config import ConfigError, load_config

@@ -8,7 +8,7 @@ thread each: backward, reduction, update and parameters back, beside DeepSpeed's
 which compiles itself, and the bytes of both beside those of an all-reduce. What is compared takes
 turns; times are medians, and so are ratios, taken round by round. Some two minutes on two cores.
 
-    python -m benchmarks.optimizer.optimizer [CONFIG] [--small configs/debug.yaml] [--threads 2]
+    python -m benchmarks.optimizer.step [CONFIG] [--small configs/debug.yaml] [--threads 2]
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.optimizer.optimizer_pair import pair_table
-from benchmarks.optimizer.optimizer_tasks import (
+from benchmarks.optimizer.tasks import (
     Matrices,
     bare_products,
     interleaved,
@@ -30,6 +29,7 @@ from benchmarks.optimizer.optimizer_tasks import (
     ratio,
     torch_step,
 )
+from benchmarks.optimizer.two_processes import pair_table
 from optim.config import MuonConfig
 
 OURS, FLOOR = "ours", "bare products of the same batches"

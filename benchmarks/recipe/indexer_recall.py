@@ -1,6 +1,6 @@
 """What the phases of a finished run did: the indexers' recall, and what sparse attention costs.
 
-    python -m benchmarks.recipe.recipe runs/recipe-demo
+    python -m benchmarks.recipe.indexer_recall runs/recipe-demo
 
 The run must have kept its checkpoints at the end of its warm-up and at the step before it
 (`checkpoint.keep: 0`; the nearest ones are taken). On the validation rows, with the weights at the
@@ -11,7 +11,7 @@ with most mass, and for entries at random. Queries that see fewer than eight ent
 Then the same for all queries with the model's own `index_topk`, of which early ones see no more,
 and as a share of all that a query attends to: the window included, which no choice can lose.
 
-    python -m benchmarks.recipe.recipe runs/recipe-demo --sharpen 16 --steps 50 --rate 4e-2
+    python -m benchmarks.recipe.indexer_recall runs/recipe-demo --sharpen 16 --steps 50 --rate 4e-2
 
 makes the attention of the weights before the warm-up less even, by multiplying the norms of the CSA
 layers' entries, and warms the indexers up here.

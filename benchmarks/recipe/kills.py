@@ -1,6 +1,6 @@
 """The demo's recipe killed inside every phase and at every border, beside the undisturbed run.
 
-    python -m benchmarks.recipe.recipe_kills FOLDER [--nproc-per-node 2] [--share 1.0] [key=value ...]
+    python -m benchmarks.recipe.kills FOLDER [--nproc-per-node 2] [--share 1.0] [key=value ...]
 
 Runs `v4 train configs/recipe-demo.yaml` twice. One run is left alone. The other saves a checkpoint
 at every border and in the middle of every phase, is killed (SIGKILL, all its processes) as soon as

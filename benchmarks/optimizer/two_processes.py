@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.optimizer.optimizer_tasks import RATE, Matrices, interleaved, parameters_of, ratio
+from benchmarks.optimizer.tasks import RATE, Matrices, interleaved, parameters_of, ratio
 from optim.config import MuonConfig
 from optim.zero.group import Precision
 from trainer.deepspeed_engine import import_deepspeed

@@ -1,0 +1,156 @@
+"""A job for a cluster: the cluster file's sections, and what is to run where."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+
+from launch.processes import RESTART_ENVIRONMENT
+from trainer.config import RunConfig, Section
+
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:;/@%=+*\[\]()-]+$")]
+DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")]
+# Where networks, caches and the wandb server are; nothing that changes what is computed.
+ALLOWED_VARIABLE = re.compile(
+    r"^(NCCL|TORCH_NCCL|GLOO|UCX|FI|HF|WANDB|XDG|TRITON_CACHE|https?_proxy|no_proxy)(_[A-Z0-9_]+)?$"
+)
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL")
+
+
+class SlurmConfig(Section):
+    """What only Slurm asks for."""
+
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")] = "24:00:00"
+    """Limit of one job, in sbatch's notation; a job that meets it is queued again."""
+    cpus_per_node: PositiveInt | None = None
+    exclusive: bool = True
+    options: tuple[Word, ...] = ()
+    """Further sbatch options, such as `--constraint=ib`."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the start, such as `module load cuda`."""
+    container: Word | None = None
+    """Image for pyxis' `srun --container-image`; null runs on the node itself."""
+    container_mounts: tuple[Word, ...] = ()
+
+
+class SecretConfig(Section):
+    """A key in a Kubernetes Secret, by name; its value is never seen here."""
+
+    name: DnsName
+    key: Word
+
+
+class KubernetesConfig(Section):
+    """What only Kubernetes asks for."""
+
+    image: Word
+    namespace: DnsName | None = None
+    claim: DnsName
+    """PersistentVolumeClaim, ReadWriteMany, for run folders and data."""
+    mount: Path
+    """Where the claim is mounted in every pod."""
+    cpu: Word | None = None
+    memory: Word | None = None
+    shared_memory: Word = "64Gi"
+    """Size of /dev/shm."""
+    gpu_resource: Word = "nvidia.com/gpu"
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    wandb_secret: SecretConfig | None = None
+    """The Secret that WANDB_API_KEY comes from; without one, wandb works offline."""
+    backoff_limit: NonNegativeInt = 20
+    """Pods that may be lost before the job is given up."""
+
+
+class ClusterConfig(Section):
+    """A cluster file, `configs/clusters/*.yaml`."""
+
+    kind: Literal["slurm", "kubernetes"]
+    folder: Path = Path(".")
+    """The working directory on every node, to which paths in the run's config are relative."""
+    python: Word = "python"
+    """The interpreter; relative to `folder` when it has a slash."""
+    gpus: bool = True
+    """Whether a process needs a GPU; false trains on CPUs."""
+    port: Annotated[int, Field(ge=1024, le=65535)] = 29500
+    """Where the first node listens while the nodes find each other."""
+    max_restarts: NonNegativeInt = 3
+    """Restarts of the training processes before a node gives up."""
+    join_seconds: PositiveInt = 1200
+    """How long nodes wait for one that is late or has been replaced."""
+    save_seconds: PositiveInt = 300
+    """Time for a last checkpoint between the warning and the end of a job."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Variables about networks and caches, such as NCCL_SOCKET_IFNAME. Never a secret."""
+    slurm: SlurmConfig | None = None
+    kubernetes: KubernetesConfig | None = None
+
+    @field_validator("environment")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if SECRET.search(name):
+                raise ValueError(
+                    f"{name} looks like a secret, which no file here should hold; set it where the "
+                    "job is submitted, or name a secret in kubernetes.wandb_secret"
+                )
+            if not ALLOWED_VARIABLE.match(name):
+                raise ValueError(
+                    f"{name} is not about networks or caches, and no variable may change what is "
+                    "computed; it should begin with NCCL_, TORCH_NCCL_, GLOO_, UCX_, FI_, HF_, "
+                    "WANDB_ or XDG_, or name a proxy"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _section_of_its_kind(self) -> "ClusterConfig":
+        other = "kubernetes" if self.kind == "slurm" else "slurm"
+        if getattr(self, self.kind) is None:
+            raise ValueError(f"kind = {self.kind} needs the section {self.kind}")
+        if getattr(self, other) is not None:
+            raise ValueError(f"kind = {self.kind} should have no section {other}")
+        return self
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to run where; `arguments` are those of `python -m trainer`."""
+
+    run: RunConfig
+    arguments: tuple[str, ...]
+    cluster: ClusterConfig
+    nodes: int
+    processes: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """`v4-` and the run folder's name, in letters that both managers accept."""
+        name = re.sub(r"[^a-z0-9]+", "-", self.run.run_dir.name.lower()).strip("-")
+        return f"v4-{name}"[:40].rstrip("-")
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The checkpoint that stands at the end of the whole run, and not before."""
+        return self.run.run_dir / "checkpoints" / f"step-{self.run.steps:08d}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of every process."""
+        return RESTART_ENVIRONMENT | self.cluster.environment
+
+    def torchrun(self, endpoint: str, job_id: str, is_host: str) -> list[str]:
+        """The command up to the training's own arguments; the three are shell words as they are."""
+        cluster = self.cluster
+        return [
+            f"{cluster.python} -m torch.distributed.run",
+            f"--nnodes {self.nodes} --nproc-per-node {self.processes}",
+            f"--rdzv-backend c10d --rdzv-endpoint {endpoint} --rdzv-id {job_id}",
+            f"--rdzv-conf is_host={is_host},join_timeout={cluster.join_seconds}",
+            f"--max-restarts {cluster.max_restarts} --shutdown-timeout {cluster.save_seconds}",
+            "-m trainer",
+        ]
