@@ -43,17 +43,17 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     With the attention and the quantisation of the last step's phase.
     """
     from trainer.config.recipe import Recipe
+    from trainer.engine import NativeEngine
     from trainer.evaluate import Validation
     from trainer.export.import_run import open_run
     from trainer.parallel.grid import open_grid
-    from trainer.trainer import make_engine
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         config = config.alone()  # checkpoints open at any topology
     with open_grid(config.sizes) as grid:
         local, state = open_run(config, grid)
         validation = Validation(config, grid)
-        engine = make_engine(config, local, grid)
+        engine = NativeEngine(local, grid)
         phase = Recipe(config).at(max(state.step - 1, 0))
         engine.attend(phase.attention)
         engine.quantised = phase.quantised

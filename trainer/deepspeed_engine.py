@@ -22,7 +22,8 @@ from model.block import Block
 from optim import Assignment, StatePiece, gradient_norm
 from trainer.config import ConfigError, RunConfig
 from trainer.config.deepspeed import resolve, zero_stage
-from trainer.engine import Engine, Microbatches
+from trainer.engine import Engine
+from trainer.microbatches import Microbatches
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import Feed, Stage, Tally
 from trainer.parallel.plan import LocalModel

@@ -1,12 +1,17 @@
-"""The device that a process finds: its name, its memory, and its peak."""
+"""The device that a process trains on: name, memory, peak FLOP/s; and the memory a run has used."""
 
 from __future__ import annotations
 
 import os
+import resource
 from dataclasses import dataclass
 
 import psutil
 import torch
+
+from trainer.formatting import gib
+from trainer.parallel.collectives import gather_objects
+from trainer.parallel.grid import Grid
 
 PEAK_TFLOPS = {
     "A100": 312,
@@ -18,27 +23,48 @@ PEAK_TFLOPS = {
     "H800": 989,
     "B200": 2250,
 }
-"""Dense products in bf16 by the makers' data sheets, TFLOP/s; the first name that fits counts."""
+"""Dense bf16 matmuls by the makers' data sheets, TFLOP/s; the first name that matches counts."""
 
 
 @dataclass(frozen=True)
-class Card:
-    """A GPU, or this process's share of the machine."""
+class DeviceInfo:
+    """A GPU, or this process's share of the host."""
 
     name: str
     memory: int
     """In bytes."""
 
     @classmethod
-    def of(cls, device: torch.device) -> Card:
-        """The one that a process on `device` trains on."""
+    def of(cls, device: torch.device) -> DeviceInfo:
+        """Describes `device`; a CPU's memory is divided among the processes of this host."""
         if device.type == "cuda":
-            found = torch.cuda.get_device_properties(device)
-            return cls(found.name, found.total_memory)
+            properties = torch.cuda.get_device_properties(device)
+            return cls(properties.name, properties.total_memory)
         share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return cls("CPU", psutil.virtual_memory().total // share)
 
     @property
     def peak_tflops(self) -> float | None:
-        """In bf16; None where it is not known."""
+        """Dense bf16 TFLOP/s; None for an unknown device."""
         return next((peak for name, peak in PEAK_TFLOPS.items() if name in self.name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns the peak memory of this process so far, in bytes.
+
+    On a GPU it is the peak of torch's allocator. A CPU has no such count: there it is the process's
+    peak resident memory, Python and the libraries included.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+
+
+def peak_memory_report(grid: Grid) -> str:
+    """Returns a line about the process with the highest peak; every rank calls it."""
+    peaks = gather_objects(peak_memory(grid.device), grid.world)
+    peak = max(peaks)
+    kind = "resident, Python and libraries included"
+    if grid.device.type == "cuda":
+        kind = "allocated on its GPU"
+    return f"memory: peak {gib(peak)} so far on a process (rank {peaks.index(peak)}), {kind}"

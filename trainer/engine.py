@@ -9,31 +9,26 @@ tokens over ranks gives the same result.
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from data import Batch
-from model import TokenCounts, V4Model
+from model import TokenCounts
 from model.config import AttentionMode
 from model.flops import training_flops
 from model.quantised import quantised
-from model.transformer import Microbatch
 from optim import HybridZero, clip_
-from trainer.microbatches import RowCopies, Rows
+from trainer.microbatches import Microbatches, RowCopies, Rows, SelectedExperts
 from trainer.parallel.collectives import gather_objects, sum_
 from trainer.parallel.gradients import Gradients
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import Pipeline, Tally
 from trainer.parallel.plan import LocalModel
-
-Chosen = Mapping[int, Tensor]
-"""Of a microbatch: expert numbers [T, A] of the own tokens by layer, in any integer type."""
 
 _SUMS = TokenCounts(lm=1, mtp=1, routed=1)  # denominators of 1: losses are plain sums
 _WITHOUT_OBJECTIVE: dict[AttentionMode, AttentionMode] = {
@@ -65,44 +60,6 @@ class StepLosses:
     """Operations of forward and backward over all ranks, each sample at its own length."""
     stop: bool
     """Whether any rank was asked to stop."""
-
-
-class Microbatches(Sequence[Microbatch]):
-    """Microbatches made when they are asked for: their rotations are large where rows are long."""
-
-    def __init__(
-        self,
-        model: V4Model,
-        rows: list[Rows],
-        counts: TokenCounts,
-        mtp_loss_weight: float,
-        attention: AttentionMode,
-        chosen: Sequence[Chosen] | None = None,
-    ) -> None:
-        self.model, self.rows, self.attention = model, rows, attention
-        self.counts, self.mtp_loss_weight = counts, mtp_loss_weight
-        self.chosen = chosen or [{}] * len(rows)
-
-    @property
-    def tokens(self) -> int:
-        """Positions of each of them, over all ranks that share its rows."""
-        return self.rows[0].tokens_BS.numel()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        rows = self.rows[index]
-        rows.arrive()
-        return self.model.microbatch(
-            rows.tokens_BS,
-            rows.layout,
-            rows.targets_BS,
-            self.counts,
-            self.mtp_loss_weight,
-            self.chosen[index],
-            self.attention,
-        )
 
 
 def learns(name: str, attention: AttentionMode) -> bool:
@@ -185,7 +142,7 @@ class Engine(ABC):
         batches: Sequence[Batch],
         mtp_loss_weight: float | None = None,
         stop: bool = False,
-        chosen: Sequence[Chosen] | None = None,
+        chosen: Sequence[SelectedExperts] | None = None,
     ) -> StepLosses:
         """Leave the gradient of the global token mean to the optimizer.
 
@@ -213,7 +170,7 @@ class Engine(ABC):
     @torch.no_grad()
     def choose(
         self, batches: Sequence[Batch], attention: AttentionMode | None = None
-    ) -> list[Chosen]:
+    ) -> list[SelectedExperts]:
         """The experts that learned routers choose for the own tokens with the present weights.
 
         One forward pass without the output heads, by default with the present attention; every

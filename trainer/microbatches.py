@@ -6,7 +6,7 @@ step before runs, and while earlier microbatches do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from data import Batch
-from model import SampleLayout, TokenCounts
+from model import SampleLayout, TokenCounts, V4Model
+from model.config import AttentionMode
+from model.transformer import Microbatch
+
+SelectedExperts = Mapping[int, Tensor]
+"""Of a microbatch: expert numbers [T, A] of the own tokens by layer, in any integer type."""
 
 
 @dataclass(frozen=True)
@@ -77,3 +82,41 @@ class RowCopies:
         arrived.record()
         # Counts are made on the host: no wait for the device.
         return Rows(tokens_BS, targets_BS, there, TokenCounts.of(here, batch.targets), arrived)
+
+
+class Microbatches(Sequence[Microbatch]):
+    """Microbatches made when they are asked for: their rotations are large where rows are long."""
+
+    def __init__(
+        self,
+        model: V4Model,
+        rows: list[Rows],
+        counts: TokenCounts,
+        mtp_loss_weight: float,
+        attention: AttentionMode,
+        chosen: Sequence[SelectedExperts] | None = None,
+    ) -> None:
+        self.model, self.rows, self.attention = model, rows, attention
+        self.counts, self.mtp_loss_weight = counts, mtp_loss_weight
+        self.chosen = chosen or [{}] * len(rows)
+
+    @property
+    def tokens(self) -> int:
+        """Positions of each of them, over all ranks that share its rows."""
+        return self.rows[0].tokens_BS.numel()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        rows = self.rows[index]
+        rows.arrive()
+        return self.model.microbatch(
+            rows.tokens_BS,
+            rows.layout,
+            rows.targets_BS,
+            self.counts,
+            self.mtp_loss_weight,
+            self.chosen[index],
+            self.attention,
+        )

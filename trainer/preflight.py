@@ -5,6 +5,7 @@ for each other for ever. One exchange of digests, and every rank comes to the sa
 """
 
 import hashlib
+import importlib.util
 import os
 import secrets
 import socket
@@ -20,9 +21,8 @@ from data.errors import DataError
 from data.files import sha256_of
 from data.manifest import MANIFEST_FILE
 from data.text.tokenizer import tokenizer_file
-from trainer.compiler import lacking
 from trainer.config import RunConfig
-from trainer.device import Card
+from trainer.device import DeviceInfo
 from trainer.errors import PreflightError
 from trainer.formatting import GIB
 from trainer.parallel.collectives import gather_objects
@@ -63,8 +63,8 @@ def preflight(config: RunConfig, grid: Grid, see_seconds: float = SEE_SECONDS) -
     Every rank calls it. `see_seconds` is how long the run's folder may take to show a new file.
     """
     devices = (grid.device, torch.device("cpu"))
-    memory, host_memory = (Card.of(device).memory for device in devices)
-    lacks = lacking(grid.device) if config.compile else ""
+    memory, host_memory = (DeviceInfo.of(device).memory for device in devices)
+    lacks = missing_compiler(grid.device) if config.compile else ""
     host, digests = socket.gethostname(), _digests(config)
     facts = Facts(grid.rank, host, digests, memory, host_memory, lacks)
     everyone = gather_objects(facts, grid.world)
@@ -165,6 +165,20 @@ def _check_room(everyone: list[Facts], memory: list[int], needed: int, what: str
         f"{least / GIB:,.2f} GiB; spread the model with a higher {', '.join(LARGEST[:-1])} or "
         f"{LARGEST[-1]}, or use a smaller one"
     )
+
+
+def missing_compiler(device: torch.device) -> str:
+    """Names what torch.compile needs for `device` and does not find here; empty if nothing."""
+    if device.type == "cuda":
+        return "" if importlib.util.find_spec("triton") else "triton for a GPU"
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes long to import
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "a C++ compiler (g++, or what CXX names)"
+    return ""
 
 
 def _check_compiler(everyone: list[Facts]) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from trainer.metrics.layer_stats import LayerNumbers
-from trainer.metrics.update_stats import GroupNumbers
+LayerNumbers = dict[str, list[float | None]]
+"""By metric, its value in every layer (then the MTP block), or None where a layer has no such
+thing."""
+
+GroupNumbers = dict[str, dict[str, float]]
+"""By metric, its value for every group of parameters."""
 
 
 @dataclass

@@ -7,25 +7,21 @@ import torch
 from torch import Tensor
 
 from data import Batch, Loader, Prefetcher, Tokenizer
-from model import ModelConfig
 from model.kernel_choices import describe, kernel_choices
-from optim import Assignment, HybridZero, MatrixSizes, build_table
-from trainer.checkpoint.run import RunCheckpoint, Updater
+from trainer.build import DTYPES, open_engine
+from trainer.checkpoint.run import RunCheckpoint
 from trainer.config import RunConfig
 from trainer.config.recipe import Phase, Recipe
-from trainer.engine import Engine, NativeEngine, StepLosses
+from trainer.device import peak_memory_report
+from trainer.engine import StepLosses
 from trainer.errors import DivergedError, SaveError
 from trainer.evaluate import Validation
 from trainer.files import write_whole
-from trainer.memory_used import peak_words
 from trainer.metrics.layer_hooks import watched
 from trainer.metrics.layer_stats import layer_numbers
 from trainer.metrics.metrics import Metrics, describe_event
 from trainer.metrics.update_stats import GroupWatch
 from trainer.parallel.grid import Grid
-from trainer.parallel.optimizer_sharding import make_zero
-from trainer.parallel.plan import LocalModel, localise
-from trainer.parallel.stage_plan import tied_embedding
 from trainer.signals import StopRequest
 from trainer.stability.anticipation import Anticipation
 from trainer.stability.rollback import Stability
@@ -33,8 +29,6 @@ from trainer.state import TrainState
 from trainer.step import StepResult
 
 Hook = Callable[[TrainState, StepResult], None]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-"""Of weights and activations, by `precision`."""
 
 
 class Trainer:
@@ -273,7 +267,7 @@ class Trainer:
         first = not self.memory_told and self._is_due(self.config.evaluation.every, state.step)
         if first or state.stopping or state.step == self.config.steps:
             self.memory_told = True
-            words = peak_words(self.grid)
+            words = peak_memory_report(self.grid)
             self._note(words)
 
     def _save(self, state: TrainState, result: StepResult) -> None:
@@ -296,87 +290,3 @@ class Trainer:
     def _note(self, text: str) -> None:
         if self.metrics is not None:
             self.metrics.progress.note(text)
-
-
-def open_engine(config: RunConfig, grid: Grid) -> tuple[LocalModel, Engine, Updater]:
-    """The model with its initial weights, the engine that the config names, and its optimizer.
-
-    Raises ConfigError where a DeepSpeed block does not fit the number of processes.
-    """
-    if config.engine == "native":
-        local, optimizer = build(config, grid)
-        return local, make_engine(config, local, grid, optimizer), optimizer
-    from trainer.deepspeed_engine import DeepSpeedEngine  # imports deepspeed, which takes long
-
-    local = make_weights(config, grid)
-    engine = DeepSpeedEngine(config, local, grid, make_table(config, local))
-    return local, engine, engine
-
-
-def build(config: RunConfig, grid: Grid) -> tuple[LocalModel, HybridZero]:
-    """This rank's part of the model with its initial weights, and the optimizer with its state."""
-    local = make_weights(config, grid)
-    return local, make_optimizer(config, local, grid)
-
-
-def make_weights(config: RunConfig, grid: Grid) -> LocalModel:
-    """This rank's part of the model with its initial weights."""
-    local = make_local(config, grid)
-    local.model.to_empty(device=grid.device)
-    local.model.init_weights(config.seed, parts=local.placements)
-    return local
-
-
-def make_local(config: RunConfig, grid: Grid) -> LocalModel:
-    """This rank's part of the model on the meta device."""
-    return localise(
-        config.model,
-        DTYPES[config.precision],
-        grid,
-        config.parallel.stages(config.model, Recipe(config).seq_len),
-        config.parallel.recompute,
-        config.parallel.offload,
-        fp8=config.precision == "fp8",
-        compiled=config.compile,
-    )
-
-
-def make_optimizer(config: RunConfig, local: LocalModel, grid: Grid) -> HybridZero:
-    """The optimizer of this rank's part of the model, on the device that its weights are on."""
-    parallel = config.parallel
-    return make_zero(
-        dict(local.model.named_parameters()),
-        local.placements,
-        make_table(config, local),
-        config.optim,
-        grid,
-        tied_embedding(local.stages, config.model.num_nextn_predict_layers),
-        config.seed,
-        parallel.optimizer_padding,
-        parallel.gradients,
-        parallel.expert_gradients,
-    )
-
-
-def make_table(config: RunConfig, local: LocalModel) -> list[Assignment]:
-    """Which optimizer every parameter of this rank's part of the model belongs to."""
-    names = [name for name, _ in local.model.named_parameters()]
-    shapes = {name: local.placements[name].matrix_shape for name in names}
-    return build_table(shapes, matrix_sizes(config.model), config.optim)
-
-
-def matrix_sizes(model: ModelConfig) -> MatrixSizes:
-    """What the optimizer's table needs of a model's sizes."""
-    return MatrixSizes(
-        o_groups=model.o_groups,
-        num_attention_heads=model.num_attention_heads,
-        head_dim=model.head_dim,
-        index_head_dim=model.index_head_dim,
-    )
-
-
-def make_engine(
-    config: RunConfig, local: LocalModel, grid: Grid, optimizer: HybridZero | None = None
-) -> NativeEngine:
-    """The native engine; it trains with an optimizer."""
-    return NativeEngine(local, grid, optimizer)

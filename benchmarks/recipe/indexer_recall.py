@@ -37,6 +37,7 @@ from model.kernels.indexer.indexer import entry_scores
 from model.kernels.indexer.loss import attention_mass
 from model.kernels.norm import rotate
 from model.positions import Positions
+from trainer.build import build
 from trainer.checkpoint.folder import checkpoints_in, step_of
 from trainer.checkpoint.reader import StoredTensors
 from trainer.config import RunConfig, load_run
@@ -44,7 +45,6 @@ from trainer.config.recipe import Recipe
 from trainer.engine import NativeEngine
 from trainer.evaluate import Validation
 from trainer.parallel.grid import Grid
-from trainer.trainer import build, make_engine
 
 LEAST = 8
 
@@ -171,7 +171,7 @@ def main() -> None:
     before = max(step for step in saved if step <= warmup.first)
     after = max(step for step in saved if warmup.first < step <= warmup.end)
     local, optimizer = build(config, grid)
-    engine = make_engine(config, local, grid, optimizer)
+    engine = NativeEngine(local, grid, optimizer)
     validation = Validation(config, grid, options.rows)
     load(local.model, saved[before])
     if options.sharpen:

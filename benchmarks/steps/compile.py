@@ -23,11 +23,11 @@ import torch
 from rich.console import Console
 
 from data import Loader
+from trainer.build import build
 from trainer.config import RunConfig, load_config
 from trainer.config.recipe import Recipe
 from trainer.engine import NativeEngine
 from trainer.parallel.grid import Grid
-from trainer.trainer import build, make_engine
 
 LEARNING_RATE = 1e-4
 
@@ -64,7 +64,7 @@ def runner(config: RunConfig) -> Runner:
     """A run of one process that has not begun."""
     grid = Grid.single()
     local, optimizer = build(config, grid)
-    return Runner(make_engine(config, local, grid, optimizer))
+    return Runner(NativeEngine(local, grid, optimizer))
 
 
 def main() -> None:

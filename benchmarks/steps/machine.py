@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from data import Batch
+from trainer.build import build
 from trainer.config import RunConfig, load_config
 from trainer.engine import NativeEngine
 from trainer.parallel.grid import Grid
-from trainer.trainer import build, make_engine
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,7 +121,7 @@ class Step:
         self.grid = Grid.single(device)
         local, self.optimizer = build(config, self.grid)
         self.model = local.model
-        self.engine: NativeEngine = make_engine(config, local, self.grid, self.optimizer)
+        self.engine: NativeEngine = NativeEngine(local, self.grid, self.optimizer)
         self.batches = [random_batch(config)]
         self.gradients: list[Tensor | None] = []
 

@@ -22,14 +22,16 @@ from torch import Tensor
 
 from data import Loader
 from model.kernels.mxfp4 import BLOCK, fits_fp8, from_fp8, quantise, rounded, to_fp8
+from trainer.build import build
 from trainer.checkpoint.folder import checkpoints_in
 from trainer.config import RunConfig, load_config
+from trainer.engine import NativeEngine
 from trainer.evaluate import Validation
 from trainer.export.export import export_run
 from trainer.export.import_run import import_run, open_run
 from trainer.parallel.grid import Grid
 from trainer.signals import StopRequest
-from trainer.trainer import Trainer, build, make_engine
+from trainer.trainer import Trainer
 
 QAT = "quantisation=mxfp4"
 
@@ -49,7 +51,7 @@ def validation(config: RunConfig) -> float:
     """Validation loss of the newest checkpoint as the config sees it."""
     grid = Grid.single()
     local, _ = open_run(config, grid)
-    engine = make_engine(config, local, grid)
+    engine = NativeEngine(local, grid)
     engine.quantised = config.quantisation != "none"
     return Validation(config, grid, config.evaluation.rows).evaluate(engine).loss
 
@@ -122,7 +124,7 @@ def take_times(path: Path, overrides: list[str], repeats: int = 5) -> None:
     config = load_config(path, overrides)
     grid = Grid.single()
     local, _ = build(config, grid)
-    engine = make_engine(config, local, grid)
+    engine = NativeEngine(local, grid)
     batches = Loader(config.data, config.seed, 0, 1).at(0)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for repeat in range(repeats + 1):

@@ -42,9 +42,9 @@ from benchmarks.steps.machine import (
 )
 from model import V4Model
 from model.flops import training_flops
+from trainer.build import DTYPES
 from trainer.config import RunConfig
 from trainer.files import write_whole
-from trainer.trainer import DTYPES
 
 EXPERTS = ("grouped_mm", "batched_mm", "eager")
 ROWS = [4096, 16384, 65536]

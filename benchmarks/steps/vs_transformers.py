@@ -40,7 +40,7 @@ class Measured:
     """The best call of one implementation at one row length."""
 
     tokens_per_second: float
-    peak_bytes: int
+    peak_memory: int
 
 
 def matmul_rate(size: int = 2048, rounds: int = 8) -> float:
@@ -149,8 +149,8 @@ def table_of(
             f"{theirs.tokens_per_second:,.0f}",
             f"{ours.tokens_per_second / theirs.tokens_per_second:.1f}x",
             f"{flops / rate:.0%}",
-            f"{ours.peak_bytes / 1e6:,.0f}",
-            f"{theirs.peak_bytes / 1e6:,.0f}",
+            f"{ours.peak_memory / 1e6:,.0f}",
+            f"{theirs.peak_memory / 1e6:,.0f}",
         )
     return table
 
@@ -186,7 +186,7 @@ def main() -> None:
     )
     if {2048, 8192} <= results.keys():
         share = results[8192][0].tokens_per_second / results[2048][0].tokens_per_second
-        growth = results[8192][0].peak_bytes / results[2048][0].peak_bytes
+        growth = results[8192][0].peak_memory / results[2048][0].peak_memory
         console.print(
             f"ours at 8192 beside 2048: {share:.2f} of the tokens/s, {growth:.1f} of the peak"
         )

@@ -17,7 +17,7 @@ CONFIG = {"sliding_window": 32, "hca_compress_ratio": 32, "index_topk": 8, "inde
 LENGTHS = (512, 1024, 2048)
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
+def peak_memory(run: Callable[[], object]) -> int:
     """Most bytes that torch's CPU allocator held at once during ``run``, beyond those before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
@@ -78,7 +78,7 @@ def test_the_measure_sees_what_is_quadratic():
         def attend(x: Tensor = x) -> Tensor:
             return ((x @ x.t()).softmax(-1) @ x).sum()
 
-        peaks.append(peak_bytes(lambda attend=attend: attend().backward()))
+        peaks.append(peak_memory(lambda attend=attend: attend().backward()))
         kept.append(saved_bytes(attend))
     matrix = 4 * LENGTHS[0] ** 2
     assert kept[0] >= matrix and peaks[0] >= matrix
@@ -91,7 +91,7 @@ def test_the_measure_sees_what_is_quadratic():
 def test_peak_of_a_training_step_is_linear(kind):
     config = tiny_config(**CONFIG, num_hidden_layers=1, layer_types=(kind,))
     model = random_model(config)
-    assert_linear([peak_bytes(training_step(model, length)) for length in LENGTHS])
+    assert_linear([peak_memory(training_step(model, length)) for length in LENGTHS])
 
 
 @pytest.mark.parametrize("kind", ["window", "csa", "hca"])
@@ -109,13 +109,13 @@ def test_peak_of_evaluation_is_linear(kind):
     model = random_model(config)
     steps = [training_step(model, length) for length in LENGTHS]
     with torch.no_grad():
-        assert_linear([peak_bytes(lambda step=step: step(backward=False)) for step in steps])
+        assert_linear([peak_memory(lambda step=step: step(backward=False)) for step in steps])
 
 
 def test_many_short_samples_take_no_more_than_one_long_one():
     model = random_model(tiny_config(**CONFIG))
-    packed = peak_bytes(training_step(model, 1024, [31] * 33 + [1]))
-    assert packed < 1.1 * peak_bytes(training_step(model, 1024))
+    packed = peak_memory(training_step(model, 1024, [31] * 33 + [1]))
+    assert packed < 1.1 * peak_memory(training_step(model, 1024))
 
 
 def test_whole_logits_are_never_held():
@@ -125,4 +125,4 @@ def test_whole_logits_are_never_held():
     # Weights' gradients (embedding and head, the head's also in fp32 while it is summed).
     gradients = 4 * 3 * 2 * 20_000 * 32
     whole_logits = 4 * 2048 * 20_000
-    assert peak_bytes(training_step(model, 2048)) < 0.4 * whole_logits + gradients
+    assert peak_memory(training_step(model, 2048)) < 0.4 * whole_logits + gradients

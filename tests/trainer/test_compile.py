@@ -21,12 +21,13 @@ from tests.trainer.parallel.topologies import (
 )
 from tests.trainer.tiny import assert_same_run
 from trainer.__main__ import main
-from trainer.compiler import lacking
+from trainer.build import build
 from trainer.config import load_config
+from trainer.engine import NativeEngine
 from trainer.parallel.grid import Grid
 from trainer.planning.activations import Live, Storages
 from trainer.planning.dry_run import rank_memory
-from trainer.trainer import build, make_engine
+from trainer.preflight import missing_compiler
 
 PLAIN = topology(1)
 COMPILED = topology(1, "compile=true")
@@ -100,9 +101,9 @@ def test_what_opens_a_run_alone_needs_no_compiler(tiny: Path) -> None:
 
 
 def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lacking(torch.device("cuda")) == ""
+    assert missing_compiler(torch.device("cuda")) == ""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert lacking(torch.device("cuda")) == "triton for a GPU"
+    assert missing_compiler(torch.device("cuda")) == "triton for a GPU"
 
 
 def test_memory_is_expected_as_it_is_held(tiny: Path) -> None:
@@ -110,7 +111,7 @@ def test_memory_is_expected_as_it_is_held(tiny: Path) -> None:
     config = load_config(tiny, ["compile=true", "model.hidden_size=128"])
     expects = rank_memory(config, config.sizes(1), 0)
     local, optimizer = build(config, Grid.single())
-    engine = make_engine(config, local, Grid.single(), optimizer)
+    engine = NativeEngine(local, Grid.single(), optimizer)
     batches = Loader(config.data, config.seed, 0, 1).at(0)
     with torch.compiler.set_stance("force_eager"):
         engine.forward_backward(batches)

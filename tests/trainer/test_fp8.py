@@ -9,9 +9,9 @@ import torch
 
 from tests.distributed import spawn
 from tests.trainer.tiny import Job, assert_same_run, column, train, train_jobs
+from trainer.build import DTYPES
 from trainer.config import ConfigError, load_config
 from trainer.planning.dry_run import dry_run
-from trainer.trainer import DTYPES
 
 # Sizes of which two tensor or expert-tensor ranks have whole blocks of 128 each.
 SIZES = [

@@ -7,9 +7,10 @@ import torch
 
 from data import Loader
 from tests.distributed import spawn
+from trainer.build import build
 from trainer.config import load_config
+from trainer.engine import NativeEngine
 from trainer.parallel.grid import Grid
-from trainer.trainer import build, make_engine
 
 TRAINED = ".attn.wkv.weight"
 
@@ -23,7 +24,7 @@ def train_some(rank: int, world: int, path: Path) -> tuple[list[str], list[str],
     config = load_config(path)
     grid = Grid.build(config.sizes(world), torch.device("cpu"))
     local, optimizer = build(config, grid)
-    engine = make_engine(config, local, grid, optimizer)
+    engine = NativeEngine(local, grid, optimizer)
     loader = Loader(config.data, config.seed, grid.data.rank, grid.data.size)
     engine.forward_backward(loader.at(0))
     engine.step(1e-3, engine.gradient_norm())

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from data import Batch
+from trainer.build import build
 from trainer.config import load_config
+from trainer.engine import NativeEngine
 from trainer.parallel.grid import Grid
-from trainer.trainer import build, make_engine
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"
 WAYS = pytest.mark.parametrize(
@@ -28,7 +29,7 @@ def step_on(device: torch.device, *words: str) -> Callable[[], None]:
     config = load_config(CONFIG, words)
     grid = Grid.single(device)
     local, optimizer = build(config, grid)
-    engine = make_engine(config, local, grid, optimizer)
+    engine = NativeEngine(local, grid, optimizer)
     tokens = torch.randint(3, 4096, (4, 513), generator=torch.Generator().manual_seed(0))
     rows, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if device.type == "cuda":

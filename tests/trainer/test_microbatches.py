@@ -11,10 +11,11 @@ import torch
 
 from data import Batch
 from model import SampleLayout, TokenCounts
+from trainer.build import build
 from trainer.config import load_config
+from trainer.engine import NativeEngine
 from trainer.microbatches import RowCopies
 from trainer.parallel.grid import Grid
-from trainer.trainer import build, make_engine
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"
 LENGTHS = [[[64]], [[20, 40]], [[1, 63]]]
@@ -63,7 +64,7 @@ def test_a_microbatch_waits_for_its_own_rows_and_later_copies_for_all(monkeypatc
     config = load_config(CONFIG)
     grid = Grid.single(torch.device("cpu"))
     local, optimizer = build(config, grid)
-    engine = make_engine(config, local, grid, optimizer)
+    engine = NativeEngine(local, grid, optimizer)
     run = engine.model.run_blocks
     monkeypatch.setattr(
         engine.model, "run_blocks", lambda *a: (streams.told.append(("computes",)), run(*a))[1]

@@ -30,11 +30,11 @@ def other_code(patch: pytest.MonkeyPatch) -> None:
 
 
 def little_memory(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(checks.Card, "of", lambda device: checks.Card("a card", 2**10))
+    patch.setattr(checks.DeviceInfo, "of", lambda device: checks.DeviceInfo("a card", 2**10))
 
 
 def no_compiler(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(checks, "lacking", lambda device: "a C++ compiler")
+    patch.setattr(checks, "missing_compiler", lambda device: "a C++ compiler")
 
 
 def other_shards(patch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_a_model_too_large_for_one_process_is_refused(
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     half = psutil.virtual_memory().total // 2
-    assert checks.Card.of(torch.device("cpu")).memory == half
+    assert checks.DeviceInfo.of(torch.device("cpu")).memory == half
     preflight(load_config(tiny), Grid.single(torch.device("cpu")))
     large = load_config(tiny, ["model.n_routed_experts=4096", "model.moe_intermediate_size=65536"])
     with pytest.raises(PreflightError, match=f"has {half / 2**30:,.2f} GiB"):

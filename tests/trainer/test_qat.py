@@ -12,6 +12,7 @@ from model.quantised import quantised
 from tests.trainer.tiny import assert_same_run, column, train
 from trainer.commands import main
 from trainer.config import ConfigError, RunConfig, load_config
+from trainer.engine import NativeEngine
 from trainer.evaluate import Validation
 from trainer.export.export import export_run
 from trainer.export.import_run import import_run, open_run
@@ -20,7 +21,6 @@ from trainer.parallel.degrees import Sizes
 from trainer.parallel.grid import Grid
 from trainer.planning.dry_run import dry_run
 from trainer.planning.plan import memory_parts
-from trainer.trainer import make_engine
 
 SIZES = [
     "model.hidden_size=32",
@@ -63,7 +63,7 @@ def validation(config: RunConfig, experts_only: bool = False) -> float:
     index in four bits."""
     grid = Grid.single()
     local, _ = open_run(config, grid)
-    engine = make_engine(config, local, grid)
+    engine = NativeEngine(local, grid)
     engine.quantised = not experts_only
     if engine.quantised:
         return Validation(config, grid).evaluate(engine).loss

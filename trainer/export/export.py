@@ -15,6 +15,7 @@ from torch import Tensor
 from data import Tokenizer
 from model import V4Model
 from model.hf import named_tensors, to_official
+from trainer.build import DTYPES
 from trainer.checkpoint.folder import CheckpointFolder, misfit
 from trainer.checkpoint.logical_tensors import Part, is_state
 from trainer.checkpoint.reader import StoredTensors
@@ -24,7 +25,6 @@ from trainer.errors import CheckpointError
 from trainer.export.hf_folder import SHARD_BYTES, refuse_full, write_hf_folder
 from trainer.export.packed_weights import CONFIG, packed_outline, packed_read
 from trainer.parallel.grid import Grid
-from trainer.trainer import DTYPES
 
 ExpertFormat = Literal["as_trained", "mxfp4"]
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from data import Tokenizer
+from trainer.build import build
 from trainer.checkpoint.folder import checkpoints_in
 from trainer.checkpoint.run import RunCheckpoint
 from trainer.config import RunConfig
@@ -12,7 +13,6 @@ from trainer.files import write_whole
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel
 from trainer.state import TrainState
-from trainer.trainer import build
 
 # Settings of training that a Hugging Face config.json does not carry.
 _OURS = (

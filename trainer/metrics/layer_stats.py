@@ -12,10 +12,7 @@ from model import V4Model
 from trainer.metrics.layer_hooks import Seen
 from trainer.parallel.collectives import gather_objects
 from trainer.parallel.grid import Grid
-
-LayerNumbers = dict[str, list[float | None]]
-"""By the name of a number, its value in every layer (then the MTP block), or None where a layer
-has no such thing."""
+from trainer.step import LayerNumbers
 
 
 def layer_numbers(

@@ -4,7 +4,7 @@ import math
 import time
 
 from trainer.config import RunConfig
-from trainer.device import Card
+from trainer.device import DeviceInfo
 from trainer.metrics.jsonl import Event, MetricsFile, Record
 from trainer.metrics.progress import Progress
 from trainer.metrics.wandb_log import WandbLog
@@ -35,7 +35,7 @@ class Metrics:
         self.world_size = grid.world_size
         self.peak_tflops = config.metrics.peak_tflops
         if self.peak_tflops is None and config.precision != "fp32":
-            self.peak_tflops = Card.of(grid.device).peak_tflops
+            self.peak_tflops = DeviceInfo.of(grid.device).peak_tflops
         self.file = MetricsFile(config.run_dir / "metrics.jsonl", state.step)
         self.wandb = WandbLog(config)
         self.progress = Progress(config.steps, state.step, config.metrics.every)

@@ -13,9 +13,7 @@ from trainer.parallel.collectives import gather_objects
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel
 from trainer.parallel.stage_plan import tied_embedding
-
-GroupNumbers = dict[str, dict[str, float]]
-"""By the name of a number, its value in every group."""
+from trainer.step import GroupNumbers
 
 
 class GroupWatch:

@@ -25,6 +25,7 @@ from model.moe import MoE
 from model.quantised import held_tensors
 from model.transformer import Microbatch
 from optim import HybridZero
+from trainer.build import DTYPES, make_local, make_optimizer
 from trainer.config import RunConfig
 from trainer.config.recipe import Phase, Recipe
 from trainer.engine import NativeEngine
@@ -41,7 +42,6 @@ from trainer.planning.activations import (
     tensors_in,
 )
 from trainer.planning.static_memory import stage_parts
-from trainer.trainer import DTYPES, make_engine, make_local, make_optimizer
 
 META = torch.device("meta")
 Progress = Callable[[int, int], None]
@@ -221,7 +221,7 @@ class _Part:
             if isinstance(module, MoE) and isinstance(module.dispatch, ExpertDispatch):
                 module.dispatch = EvenDispatch(grid)
         self.optimizer = make_optimizer(config, self.local, grid)
-        self.engine: NativeEngine = make_engine(config, self.local, grid)
+        self.engine: NativeEngine = NativeEngine(self.local, grid)
         self.engine.gradients.zero_()
         self.engine.quantised = phase.quantised
 

@@ -1,7 +1,7 @@
 """What a process of a run should hold, told before the run begins.
 
-It is the dry run's count (trainer/planning/dry_run.py) of this process alone; trainer/memory_used.py tells
-what it then took.
+It is the dry run's count (trainer/planning/dry_run.py) of this process alone; trainer/device.py reports
+the peak.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from trainer.config import ConfigError, RunConfig
-from trainer.device import Card
+from trainer.device import DeviceInfo
 from trainer.formatting import GIB, gib
 from trainer.parallel.grid import local_device
 from trainer.planning.dry_run import dry_run
@@ -48,11 +48,11 @@ def fitted(config: RunConfig) -> tuple[RunConfig, list[str]]:
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     device = local_device(int(os.environ.get("LOCAL_RANK", "0")))
     count = Count(world, on_host=device.type == "cpu", tell=rank == 0)
-    config, words = fit(config, world, Card.of(device), count)
+    config, words = fit(config, world, DeviceInfo.of(device), count)
     return config, [words]
 
 
-def fit(config: RunConfig, world: int, card: Card, count: Count) -> tuple[RunConfig, str]:
+def fit(config: RunConfig, world: int, card: DeviceInfo, count: Count) -> tuple[RunConfig, str]:
     """The config with `data.micro_batch_size`, `parallel.recompute` and `parallel.offload` for a card.
 
     Also a line about them. `count` gives the bytes of the fullest process. Raises ConfigError where
@@ -105,7 +105,7 @@ def _with(config: RunConfig, world: int, rows: int, again: dict[str, Any]) -> Ru
     return changed
 
 
-def _words(config: RunConfig, card: Card, size: int) -> str:
+def _words(config: RunConfig, card: DeviceInfo, size: int) -> str:
     parallel = config.parallel
     return (
         f"fit_device: data.micro_batch_size = {config.data.micro_batch_size}, parallel.recompute = "

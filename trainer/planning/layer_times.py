@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from model import IGNORE, ModelConfig, V4Model
 from model.config import LayerType
 from model.flops import flops_by_part
+from trainer.build import DTYPES
 from trainer.config import RunConfig
 from trainer.parallel.grid import local_device
 from trainer.parallel.stage_plan import balanced
-from trainer.trainer import DTYPES
 
 CPU_TOKENS = 256
 REPEATS = 3

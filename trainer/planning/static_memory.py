@@ -12,6 +12,7 @@ from rich.table import Table
 from model import V4Model
 from optim import build_table
 from optim.zero.plan import Load, Summary
+from trainer.build import DTYPES, matrix_sizes
 from trainer.checkpoint.logical_tensors import has_master
 from trainer.config import RunConfig
 from trainer.config.recipe import Recipe
@@ -20,7 +21,6 @@ from trainer.parallel.placement import place_all
 from trainer.parallel.plan import keep_stages
 from trainer.parallel.stage_plan import tied_embedding
 from trainer.parallel.zero_layout import Family, FamilyKind, families, stage_loads
-from trainer.trainer import DTYPES, matrix_sizes
 
 
 @dataclass(frozen=True)

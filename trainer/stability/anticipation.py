@@ -25,7 +25,8 @@ from data import Batch, Loader
 from trainer.checkpoint.logical_tensors import Part, Parts, routing_name
 from trainer.config.recipe import Recipe
 from trainer.config.stability import AnticipationConfig
-from trainer.engine import Chosen, Engine
+from trainer.engine import Engine
+from trainer.microbatches import SelectedExperts
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import index_dtype
 from trainer.state import TrainState
@@ -85,7 +86,7 @@ class Anticipation:
         held = self._rows.pop(step, None)
         return self.fetch(step) if held is None else held
 
-    def look_ahead(self, state: TrainState, batches: list[Batch]) -> list[Chosen] | None:
+    def look_ahead(self, state: TrainState, batches: list[Batch]) -> list[SelectedExperts] | None:
         """Choose for later steps with the present weights; what was chosen for this one, or None.
 
         `batches` are this step's. Every rank calls it before every step's update.
@@ -112,7 +113,7 @@ class Anticipation:
             for layer in chosen[0]
         }
 
-    def _by_microbatch(self, step: int, chosen: dict[int, Tensor]) -> list[Chosen]:
+    def _by_microbatch(self, step: int, chosen: dict[int, Tensor]) -> list[SelectedExperts]:
         place = self._place(step)
         return [
             {

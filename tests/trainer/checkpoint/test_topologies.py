@@ -16,6 +16,7 @@ from model.hf import to_official
 from optim import OptimConfig, StatePiece, build_table
 from tests.distributed import spawn
 from tests.trainer.tiny import saved_tensors
+from trainer.build import matrix_sizes
 from trainer.checkpoint.dcp_planners import PartLoadPlanner
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.logical_tensors import STEP, Part
@@ -26,7 +27,6 @@ from trainer.parallel.grid import Grid, Sizes, place_of
 from trainer.parallel.optimizer_sharding import make_zero
 from trainer.parallel.placement import Placement, place_all
 from trainer.state import TrainState
-from trainer.trainer import matrix_sizes
 
 STATES = ("momentum", "exp_avg", "exp_avg_sq", "step", "master")
 ONE = {"one": Sizes(1)}

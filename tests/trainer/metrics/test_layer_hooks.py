@@ -18,13 +18,14 @@ from model.hyper_connection import read
 from tests.model.tiny import tiny_config
 from tests.trainer.parallel.topologies import Job, run_all, topology
 from tests.trainer.tiny import saved_tensors, train
+from trainer.build import build
 from trainer.config import load_config
+from trainer.engine import NativeEngine
 from trainer.evaluate import Validation
 from trainer.metrics.jsonl import read_metrics
 from trainer.metrics.layer_hooks import watched
 from trainer.parallel.grid import Grid
 from trainer.report.run import write_report
-from trainer.trainer import build, make_engine
 
 Numbers = dict[tuple[str, str, int], tuple[float, float]]
 
@@ -196,7 +197,7 @@ def test_sources_apart_are_the_sources_together(tiny: Path, tmp_path: Path) -> N
     config = load_config(tiny, settings)
     prepare(config.data, progress=False)
     local, _ = build(config, Grid.single())
-    engine = make_engine(config, local, Grid.single())
+    engine = NativeEngine(local, Grid.single())
     validation = Validation(config, Grid.single())
     whole, parts = validation.evaluate(engine), validation.by_source(engine)
     assert parts is not None and parts.keys() == {"few", "many"}

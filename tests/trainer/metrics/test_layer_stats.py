@@ -8,12 +8,12 @@ import torch
 
 from tests.distributed import spawn
 from tests.trainer.tiny import train
+from trainer.build import build
 from trainer.config import load_config
 from trainer.metrics.jsonl import read_metrics
-from trainer.metrics.layer_stats import LayerNumbers, expert_numbers, flat, layer_numbers
 from trainer.parallel.grid import Grid, Sizes
 from trainer.report.run import write_report
-from trainer.trainer import build
+from trainer.step import LayerNumbers, expert_numbers, flat, layer_numbers
 
 
 def test_expert_numbers_by_hand() -> None:

@@ -10,6 +10,7 @@ import torch
 from tests.full_disk import full_disk
 from tests.trainer.tiny import column, steps_in_file, train
 from trainer.config import RunConfig, load_config
+from trainer.engine import NativeEngine
 from trainer.errors import DivergedError, ReportError
 from trainer.evaluate import Validation
 from trainer.export.import_run import open_run
@@ -18,7 +19,7 @@ from trainer.metrics.progress import Progress
 from trainer.parallel.grid import Grid
 from trainer.report.plots import CHARTS, MOST_POINTS, lines_of, picture, points, smooth
 from trainer.report.run import write_report
-from trainer.trainer import Trainer, make_engine
+from trainer.trainer import Trainer
 
 COLUMNS = {
     "step",
@@ -66,7 +67,7 @@ def test_the_mtp_weight_falls_with_the_learning_rate(run: RunConfig) -> None:
 
 def test_validation_loss_is_the_mean_over_all_targets(run: RunConfig) -> None:
     local, _ = open_run(run, Grid.single())
-    engine = make_engine(run, local, Grid.single())
+    engine = NativeEngine(local, Grid.single())
     validation = Validation(run, Grid.single())
     found = validation.evaluate(engine)
     total = count = 0.0

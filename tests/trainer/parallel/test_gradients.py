@@ -14,6 +14,7 @@ from model import IGNORE, ModelConfig
 from optim import HybridZero, OptimConfig, build_table
 from tests.distributed import spawn
 from tests.model.tiny import gradient_scale, tiny_config
+from trainer.build import matrix_sizes
 from trainer.checkpoint.logical_tensors import Part, parts_of
 from trainer.engine import NativeEngine
 from trainer.parallel.degrees import Sizes
@@ -21,7 +22,6 @@ from trainer.parallel.grid import Grid
 from trainer.parallel.optimizer_sharding import make_zero
 from trainer.parallel.plan import LocalModel, localise
 from trainer.parallel.stage_plan import plan_stages, tied_embedding
-from trainer.trainer import matrix_sizes
 
 ROW = 48
 CONFIG = tiny_config(

@@ -15,14 +15,15 @@ from data import Loader
 from model.parameters import parameter_shapes
 from tests.distributed import spawn
 from tests.trainer.parallel.topologies import MODEL, Topology, topology
+from trainer.build import build
 from trainer.config import ConfigError, load_config
+from trainer.engine import NativeEngine
 from trainer.parallel.degrees import Sizes
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import Pipeline
 from trainer.planning.activations import Live, Storages, most_in_flight, tensors_in
 from trainer.planning.dry_run import as_rank, dry_run, microbatches_of
 from trainer.planning.static_memory import memory_parts
-from trainer.trainer import build, make_engine
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SCHEDULES = ("1f1b", "interleaved_1f1b", "zero_bubble_v", "dual_pipe_v")
@@ -46,7 +47,7 @@ def hold(rank: int, world: int, path: Path, overrides: list[tuple[str, ...]]) ->
         config = load_config(path, words)
         grid = Grid.build(config.sizes(world), torch.device("cpu"))
         local, optimizer = build(config, grid)
-        engine = make_engine(config, local, grid)
+        engine = NativeEngine(local, grid)
         model = local.model
         lasting = [*model.parameters(), *model.buffers()]
         weights = {tensor.untyped_storage().data_ptr() for tensor in lasting}

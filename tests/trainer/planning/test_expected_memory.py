@@ -13,13 +13,14 @@ import torch.distributed as dist
 from data import Loader
 from tests.distributed import spawn
 from trainer.__main__ import main
+from trainer.build import build
 from trainer.config import load_config
-from trainer.memory_used import peak_bytes, peak_words
+from trainer.device import peak_memory, peak_memory_report
+from trainer.engine import NativeEngine
 from trainer.parallel.grid import Grid
 from trainer.planning.activations import Live, Storages
 from trainer.planning.dry_run import RankMemory, StageMemory, dry_run, rank_memory
 from trainer.planning.expected_memory import expected, expected_words
-from trainer.trainer import build, make_engine
 
 # Weights of 1 MiB and more, so that what is printed has digits enough.
 WIDE = ("model.hidden_size=128", "model.moe_intermediate_size=256", "precision=bf16")
@@ -43,7 +44,7 @@ def test_a_run_says_what_it_expects_and_what_it_took(
     (expects,) = (line for line in lines[:first] if line.startswith("memory: about "))
     config = load_config(tiny, words)
     local, optimizer = build(config, Grid.single())
-    engine = make_engine(config, local, Grid.single(), optimizer)
+    engine = NativeEngine(local, Grid.single(), optimizer)
     batches = Loader(config.data, config.seed, 0, 1).at(0)
     engine.forward_backward(batches)
     model, near = local.model, {"abs": 0.06 * 2**20}
@@ -65,14 +66,14 @@ def test_a_run_says_what_it_expects_and_what_it_took(
     whole = max(passes, said(expects, "the update")) + sum(said(expects, name) for name in held)
     assert said(expects, "about") == pytest.approx(whole, abs=0.5 * 2**20)
     # After the first evaluation, and at the end.
-    told = [place for place, line in enumerate(lines) if "at most so far" in line]
+    told = [place for place, line in enumerate(lines) if "memory: peak " in line]
     steps = [int(line.split()[1].split("/")[0]) for line in lines if line.startswith("step ")]
     assert steps == [1, 2, 3] and len(told) == 2
     assert lines[told[0] - 1].startswith("step 2/3") and lines[told[1] - 1].startswith("step 3/3")
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert "(rank 0), resident, Python and libraries included" in lines[told[1]]
     digit = 2**20 if own < 2**30 else 2**30 / 100
-    assert 100 * 2**20 < said(lines[told[1]], "memory:") <= own + digit
+    assert 100 * 2**20 < said(lines[told[1]], "memory: peak") <= own + digit
 
 
 def of_ranks(rank: int, world: int, path: Path) -> tuple[str, str, int]:
@@ -86,7 +87,7 @@ def of_ranks(rank: int, world: int, path: Path) -> tuple[str, str, int]:
     words = expected_words(config, grid, mine)
     filled = torch.ones(rank * 2**25)  # 128 MiB on the second rank
     assert filled.numel() == rank * 2**25
-    return words, peak_words(grid), peak_bytes(grid.device)
+    return words, peak_memory_report(grid), peak_memory(grid.device)
 
 
 def test_the_fullest_rank_is_told(tiny: Path) -> None:
@@ -96,7 +97,7 @@ def test_the_fullest_rank_is_told(tiny: Path) -> None:
     assert "the fullest is rank 1)" in expects and said(expects, "the update") == 2 << 40
     assert "(rank 1)" in took
     most = max(peak for _, _, peak in everyone)
-    assert said(took, "memory:") == pytest.approx(most, abs=2**24)
+    assert said(took, "memory: peak") == pytest.approx(most, abs=2**24)
 
 
 def test_the_rank_alone_is_that_of_the_dry_run(tiny: Path) -> None:

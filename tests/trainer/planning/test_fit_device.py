@@ -11,7 +11,7 @@ import torch
 from tests.trainer.tiny import column
 from trainer.__main__ import main
 from trainer.config import ConfigError, RunConfig, load_config
-from trainer.device import Card
+from trainer.device import DeviceInfo
 from trainer.formatting import GIB
 from trainer.planning.dry_run import dry_run
 from trainer.planning.fit_device import AGAIN, ROOM, Count, fit, micro_batch_size
@@ -30,7 +30,7 @@ def count(config: RunConfig) -> int:
 def settings(memory: float, *words: str, world: int = 1) -> tuple[int, tuple[str, ...], bool]:
     config = load_config(CONFIG, ["data.global_batch_size=12", "data.micro_batch_size=1", *words])
     # Room is a share of whole GiB; what is over does not count.
-    card = Card("a card", math.ceil(memory / ROOM) * GIB + GIB - 1)
+    card = DeviceInfo("a card", math.ceil(memory / ROOM) * GIB + GIB - 1)
     chosen, words_ = fit(config, world, card, count)
     assert count(chosen) <= ROOM * card.memory
     assert (
@@ -88,7 +88,7 @@ def test_a_step_that_other_rows_do_not_divide_is_left_alone():
 def test_what_is_chosen_fits_by_the_dry_run_and_more_does_not():
     config = load_config(CONFIG, ["data.global_batch_size=16"])
     size = Count(1, on_host=False, tell=False)
-    chosen, _ = fit(config, 1, Card("a card", GIB), size)
+    chosen, _ = fit(config, 1, DeviceInfo("a card", GIB), size)
     assert size(chosen) <= ROOM * GIB
     assert chosen.parallel.recompute == () and 1 <= chosen.data.micro_batch_size < 16
     words = [
@@ -147,4 +147,4 @@ def test_the_memory_of_deepspeed_is_not_known():
     ],
 )
 def test_peaks_of_data_sheets(name, peak):
-    assert Card(name, GIB).peak_tflops == peak
+    assert DeviceInfo(name, GIB).peak_tflops == peak

@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data import Batch
 from tests.distributed import spawn
 from tests.model.tiny import tiny_config
+from trainer.build import build
 from trainer.config import RunConfig
+from trainer.engine import NativeEngine
 from trainer.parallel.expert import ExpertDispatch
 from trainer.parallel.grid import Grid
 from trainer.planning.traffic import Exchange, ExpertRows, Work, step_traffic
-from trainer.trainer import build, make_engine
 
 # Runs of 12 tokens on four ranks: shorter than an HCA entry's 16, and the window's 8 reach back.
 ROW, ROWS, MICRO_ROWS = 48, 8, 2
@@ -168,7 +169,7 @@ def one_step(degrees: Degrees, world: int, rank: int) -> Outcome:
     config = run_config(degrees)
     grid = Grid.build(config.sizes(world), torch.device("cpu"))
     local, optimizer = build(config, grid)
-    engine = make_engine(config, local, grid, optimizer)
+    engine = NativeEngine(local, grid, optimizer)
     attention = degrees.get("attention", "select")
     engine.attend(attention)
     batches = batches_of(grid.data.rank, ROWS // MICRO_ROWS // grid.data.size)

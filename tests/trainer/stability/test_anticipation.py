@@ -24,6 +24,7 @@ from tests.trainer.tiny import (
     steps_in_file,
     train,
 )
+from trainer.build import build
 from trainer.checkpoint.logical_tensors import is_routing, routing_name
 from trainer.checkpoint.reader import StoredTensors
 from trainer.checkpoint.run import RunCheckpoint
@@ -35,7 +36,7 @@ from trainer.metrics.layer_stats import expert_numbers
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import index_dtype
 from trainer.state import TrainState
-from trainer.trainer import Trainer, build
+from trainer.trainer import Trainer
 
 ALWAYS = "stability.anticipation.when=always"
 LEAD = "stability.anticipation.lead={}"

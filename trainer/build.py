@@ -1,0 +1,94 @@
+"""Builds what a run trains: this rank's part of the model, its optimizer, and the engine."""
+
+import torch
+
+from model import ModelConfig
+from optim import Assignment, HybridZero, MatrixSizes, build_table
+from trainer.checkpoint.run import Updater
+from trainer.config import RunConfig
+from trainer.config.recipe import Recipe
+from trainer.engine import Engine, NativeEngine
+from trainer.parallel.grid import Grid
+from trainer.parallel.optimizer_sharding import make_zero
+from trainer.parallel.plan import LocalModel, localise
+from trainer.parallel.stage_plan import tied_embedding
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Dtype of weights and activations, by `precision`."""
+
+
+def open_engine(config: RunConfig, grid: Grid) -> tuple[LocalModel, Engine, Updater]:
+    """The model with its initial weights, the engine that the config names, and its optimizer.
+
+    Raises ConfigError where a DeepSpeed block does not fit the number of processes.
+    """
+    if config.engine == "native":
+        local, optimizer = build(config, grid)
+        return local, NativeEngine(local, grid, optimizer), optimizer
+    from trainer.deepspeed_engine import DeepSpeedEngine  # imports deepspeed, which takes long
+
+    local = make_weights(config, grid)
+    engine = DeepSpeedEngine(config, local, grid, make_table(config, local))
+    return local, engine, engine
+
+
+def build(config: RunConfig, grid: Grid) -> tuple[LocalModel, HybridZero]:
+    """This rank's part of the model with its initial weights, and the optimizer with its state."""
+    local = make_weights(config, grid)
+    return local, make_optimizer(config, local, grid)
+
+
+def make_weights(config: RunConfig, grid: Grid) -> LocalModel:
+    """This rank's part of the model with its initial weights."""
+    local = make_local(config, grid)
+    local.model.to_empty(device=grid.device)
+    local.model.init_weights(config.seed, parts=local.placements)
+    return local
+
+
+def make_local(config: RunConfig, grid: Grid) -> LocalModel:
+    """This rank's part of the model on the meta device."""
+    return localise(
+        config.model,
+        DTYPES[config.precision],
+        grid,
+        config.parallel.stages(config.model, Recipe(config).seq_len),
+        config.parallel.recompute,
+        config.parallel.offload,
+        fp8=config.precision == "fp8",
+        compiled=config.compile,
+    )
+
+
+def make_optimizer(config: RunConfig, local: LocalModel, grid: Grid) -> HybridZero:
+    """The optimizer of this rank's part of the model, on the device that its weights are on."""
+    parallel = config.parallel
+    return make_zero(
+        dict(local.model.named_parameters()),
+        local.placements,
+        make_table(config, local),
+        config.optim,
+        grid,
+        tied_embedding(local.stages, config.model.num_nextn_predict_layers),
+        config.seed,
+        parallel.optimizer_padding,
+        parallel.gradients,
+        parallel.expert_gradients,
+    )
+
+
+def make_table(config: RunConfig, local: LocalModel) -> list[Assignment]:
+    """Which optimizer every parameter of this rank's part of the model belongs to."""
+    names = [name for name, _ in local.model.named_parameters()]
+    shapes = {name: local.placements[name].matrix_shape for name in names}
+    return build_table(shapes, matrix_sizes(config.model), config.optim)
+
+
+def matrix_sizes(model: ModelConfig) -> MatrixSizes:
+    """What the optimizer's table needs of a model's sizes."""
+    return MatrixSizes(
+        o_groups=model.o_groups,
+        num_attention_heads=model.num_attention_heads,
+        head_dim=model.head_dim,
+        index_head_dim=model.index_head_dim,
+    )
