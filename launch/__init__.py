@@ -1,1 +1,1 @@
-"""The `v4` command. Imports of ours only `trainer.config`; everything else runs as a subprocess."""
+"""The `v4` command. Imports only `trainer.config` of ours; the work runs in subprocesses."""

@@ -3,14 +3,16 @@
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from launch import processes
-from launch.cluster import load_cluster, write_job
-from launch.demo import run_demo
-from trainer.config import ConfigError, RunConfig, load_run
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+
+# pydantic's models, rich and optuna are imported where they are used: `--help` needs none of them.
 
 app = typer.Typer(
     help="Pre-training of the DeepSeek-V4 architecture, from raw text to a transformers model.",
@@ -26,7 +28,8 @@ app.add_typer(data_app, name="data")
 
 Config = Annotated[str, typer.Argument(help="Config file, or the folder of a run.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values instead of the file's.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the file."),
 ]
 
 
@@ -37,17 +40,19 @@ class ExpertFormat(StrEnum):
     MXFP4 = "mxfp4"
 
 
-def _finish(code: int) -> None:
+def _exit(code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
 def _command(verb: str, config: str, overrides: list[str] | None, *more: str) -> None:
-    """Check the config here, where it is cheap, then run the verb in a subprocess."""
+    """Checks the config here, where it is cheap, then runs the verb in a subprocess."""
     _check(config, overrides)
-    _finish(processes.run(processes.command(verb, config, *more, *(overrides or []))))
+    _exit(processes.run(processes.command(verb, config, *more, *(overrides or []))))
 
 
-def _check(config: str, overrides: list[str] | None) -> RunConfig:
+def _check(config: str, overrides: list[str] | None) -> "RunConfig":
+    from trainer.config import load_run
+
     return load_run(config, overrides or [])
 
 
@@ -65,7 +70,7 @@ def data_prepare(config: Config, overrides: Overrides = None) -> None:
 
 @data_app.command("report")
 def data_report(config: Config, overrides: Overrides = None) -> None:
-    """Show what the token shards hold, and some rows, in report.html beside them."""
+    """Show the contents of the token shards, and some rows, in report.html in the same folder."""
     _command("data-report", config, overrides)
 
 
@@ -80,9 +85,9 @@ def train(
         int, typer.Option(min=0, help="Restarts after a crash, from the newest checkpoint.")
     ] = 0,
 ) -> None:
-    """Train, or go on from the newest checkpoint. SIGTERM or Ctrl-C: checkpoint and a clean end."""
+    """Train, or resume from the newest checkpoint. SIGTERM or Ctrl-C: checkpoint, then exit."""
     _check(config, overrides).check_world(nproc_per_node)
-    _finish(processes.train([config, *(overrides or [])], nproc_per_node, max_restarts))
+    _exit(processes.train([config, *(overrides or [])], nproc_per_node, max_restarts))
 
 
 @app.command("eval")
@@ -106,7 +111,7 @@ def export(
 
 @app.command("import")
 def import_(source: Path, config: Config, overrides: Overrides = None) -> None:
-    """Start a run from a Hugging Face folder; CONFIG says everything but the model's sizes."""
+    """Start a run from a Hugging Face folder; CONFIG gives all but the model's sizes."""
     _command("import", config, overrides, str(source))
 
 
@@ -114,7 +119,7 @@ def import_(source: Path, config: Config, overrides: Overrides = None) -> None:
 def report(config: Config, overrides: Overrides = None) -> None:
     """Draw the run's curves, or the comparison of a sweep's trials, into report.html."""
     if (Path(config) / "sweep.json").is_file():
-        _finish(processes.run(processes.command("sweep-report", config)))
+        _exit(processes.run(processes.command("sweep-report", config)))
     _command("report", config, overrides)
 
 
@@ -124,29 +129,34 @@ def plan(
     overrides: Overrides = None,
     nproc: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes in all; by default the fewest that the axes need."),
+        typer.Option(min=1, help="Processes in total; by default the minimum."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Memory with activations, without holding it.")
+        bool, typer.Option("--dry-run", help="Memory with activations, nothing allocated.")
     ] = False,
     phase: Annotated[
         int | None,
-        typer.Option(min=0, help="Phase whose activations --dry-run counts; else the largest's."),
+        typer.Option(min=0, help="Phase for --dry-run; by default the one with most memory."),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time one layer of each kind on this machine.")
     ] = False,
+    parameters: Annotated[
+        bool, typer.Option("--parameters", help="The optimizer's table of all parameters.")
+    ] = False,
     cluster: Annotated[
         str | None,
-        typer.Option(help="Write a job, too: a cluster file, or slurm or kubernetes for ours."),
+        typer.Option(help="Also write a job: a cluster file, or slurm or kubernetes for ours."),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Processes on each of them.")] = 8,
-    out: Annotated[Path, typer.Option(help="Folder for the job's file.")] = Path("job"),
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Processes on each node.")] = 8,
+    out: Annotated[Path, typer.Option(help="Folder for the job file.")] = Path("job"),
 ) -> None:
-    """Show steps, tokens, parameters and memory of a config; write the job for a cluster."""
+    """Show steps, tokens, parameters, traffic and memory of a config; write a cluster's job."""
     run = _check(config, overrides)
     if cluster is not None:
+        from launch.cluster import load_cluster, write_job
+
         arguments = [config, *(overrides or [])]
         nproc = nodes * gpus_per_node
         path = write_job(run, arguments, load_cluster(cluster), nodes, gpus_per_node, out)
@@ -154,10 +164,10 @@ def plan(
         print(f"wrote {path}; submit it with: {submit} {path}", flush=True)
     nproc = nproc or run.parallel.least_world
     run.check_world(nproc)
-    flags = ["--dry-run"] * dry_run + ["--measure"] * measure
+    flags = ["--dry-run"] * dry_run + ["--measure"] * measure + ["--parameters"] * parameters
     flags += [] if phase is None else [f"--phase={phase}"]
     command = processes.command("plan", config, *(overrides or []), f"--processes={nproc}", *flags)
-    _finish(processes.run(command))
+    _exit(processes.run(command))
 
 
 @app.command()
@@ -166,32 +176,36 @@ def sweep(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the trials; by default runs/sweep-NAME.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Trials at a time.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Decides which random trials are drawn.")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="Concurrent trials.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random trials.")] = 0,
 ) -> None:
-    """Run a sweep on this machine, or go on with one that was stopped."""
-    from launch.sweep import run_sweep  # optuna takes a second to import
+    """Run a sweep on this machine, or resume one that was stopped."""
+    from launch.sweep import run_sweep
 
-    _finish(run_sweep(file, out, jobs, seed))
+    _exit(run_sweep(file, out, jobs, seed))
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/demo"),
     nproc_per_node: Annotated[int, typer.Option(min=1)] = 2,
     overrides: Overrides = None,
 ) -> None:
-    """The whole job on real text that is on this machine: corpus to transformers model."""
-    _finish(run_demo(out, nproc_per_node, overrides or []))
+    """The whole pipeline on text from this machine: corpus to transformers model."""
+    from launch.demo import run_demo
+
+    _exit(run_demo(out, nproc_per_node, overrides or []))
 
 
 def main() -> None:
     """Entry point: one line on stderr and exit code 2 for a config that cannot be used."""
     try:
         app()
-    except ConfigError as error:
+    except ValueError as error:
+        from trainer.config import ConfigError
+
+        if not isinstance(error, ConfigError):
+            raise
         print(f"{processes.ERROR_PREFIX}{' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(processes.USER_ERROR)
 

@@ -13,7 +13,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "clusters"
 
 
 def load_cluster(cluster: str) -> ClusterConfig:
-    """Read a cluster file, or the one in configs/clusters that `slurm` or `kubernetes` names.
+    """Reads a cluster file, or the one in configs/clusters that `slurm` or `kubernetes` names.
 
     Raises ConfigError as for a run's config.
     """
@@ -29,9 +29,9 @@ def write_job(
     gpus_per_node: int,
     out: Path,
 ) -> Path:
-    """Write the file that the cluster manager takes, whole or not at all; returns its path.
+    """Writes the job file for the cluster manager atomically and returns its path.
 
-    Raises ConfigError when the run does not fit so many processes or `out` cannot be written.
+    Raises ConfigError when the run does not fit the number of processes or `out` cannot be written.
     """
     run.check_world(nodes * gpus_per_node)
     job = Job(run, tuple(arguments), cluster, nodes, gpus_per_node, out.absolute())

@@ -1,4 +1,4 @@
-"""`v4 demo`: the whole job, from text on this machine to a model that transformers loads."""
+"""`v4 demo`: the whole pipeline, from text on this machine to a model that transformers loads."""
 
 import json
 import os
@@ -21,7 +21,7 @@ PROMPT = "def main(argv):\n"
 
 
 class DemoFailed(Exception):
-    """A step of the demo ended with an exit code; its own words are on stderr already."""
+    """A step of the demo failed; its message is on stderr already."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"exit code {code}")
@@ -29,7 +29,7 @@ class DemoFailed(Exception):
 
 
 def run_demo(out: Path, nproc: int, overrides: list[str]) -> int:
-    """Run every step under `out`; returns the exit code."""
+    """Runs every step under `out` and returns the exit code."""
     started = time.monotonic()
     console = Console(highlight=False)
     run_dir = out / "run"
@@ -44,29 +44,29 @@ def run_demo(out: Path, nproc: int, overrides: list[str]) -> int:
     ]
     config = load_config(arguments[0], arguments[1:])
     config.check_world(nproc)
-    hugging_face = _unused(out / "hf")
+    hugging_face = _unused_name(out / "hf")
 
-    def say(text: str) -> None:
+    def heading(text: str) -> None:
         console.rule(f"[bold]{text}", align="left")
 
     try:
-        say("1  text: the standard library, its documentation, the packages' own pages")
+        heading("1  text: the standard library, its documentation, the packages' documentation")
         _run("demo-corpus", str(out / "corpus"))
-        say("2  tokenizer")
+        heading("2  tokenizer")
         _run("tokenizer-train", *arguments)
-        say("3  token shards")
+        heading("3  token shards")
         _run("prepare", *arguments)
-        say(f"4  training on {nproc} processes, stopped by SIGTERM half-way")
+        heading(f"4  training on {nproc} processes, stopped by SIGTERM half-way")
         _train_half(config, arguments, nproc)
-        say("5  training goes on from the checkpoint")
-        _expect(0, processes.train(arguments, nproc))
-        say("6  validation loss")
+        heading("5  training resumes from the checkpoint")
+        _check_exit(processes.train(arguments, nproc))
+        heading("6  validation loss")
         result = json.loads(_run("eval", str(run_dir), captured=True))
-        say("7  export, and transformers writes a few words")
+        heading("7  export, and generation with transformers")
         _run("export", str(run_dir), str(hugging_face))
         sample = json.loads(_run("sample", str(hugging_face), PROMPT, captured=True))
         console.print(sample["text"], markup=False)
-        say("8  report")
+        heading("8  report")
         _run("report", str(run_dir))
         _open(run_dir / "report.html", console)
     except DemoFailed as failed:
@@ -77,14 +77,14 @@ def run_demo(out: Path, nproc: int, overrides: list[str]) -> int:
 
 
 def _open(report: Path, console: Console) -> None:
-    """Show the report where somebody sits before a graphical screen."""
+    """Opens the report in a browser when there is a graphical screen."""
     screen = sys.platform in ("darwin", "win32") or "DISPLAY" in os.environ
     if console.is_terminal and (screen or "WAYLAND_DISPLAY" in os.environ):
         webbrowser.open(report.resolve().as_uri())
 
 
-def _unused(folder: Path) -> Path:
-    """`folder`, or `folder-2` and so on where an earlier demo has filled it."""
+def _unused_name(folder: Path) -> Path:
+    """Returns `folder`, or `folder-2` and so on where an earlier demo has written to it."""
     candidate, number = folder, 1
     while candidate.exists():
         number += 1
@@ -93,34 +93,34 @@ def _unused(folder: Path) -> Path:
 
 
 def _run(verb: str, *arguments: str, captured: bool = False) -> str:
-    """Run a verb of trainer.commands; returns its last line of output when `captured`."""
+    """Runs a verb of trainer.commands; returns its last line of output when `captured`."""
     if not captured:
-        _expect(0, processes.run(processes.command(verb, *arguments)))
+        _check_exit(processes.run(processes.command(verb, *arguments)))
         return ""
     command = processes.command(verb, *arguments)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    _expect(0, done.returncode)
+    _check_exit(done.returncode)
     return done.stdout.strip().splitlines()[-1]
 
 
-def _expect(code: int, got: int) -> None:
-    if got != code:
-        raise DemoFailed(got or 1)
+def _check_exit(code: int) -> None:
+    if code != 0:
+        raise DemoFailed(code)
 
 
 def _train_half(config: RunConfig, arguments: list[str], nproc: int) -> None:
-    """Train as a user would, and send SIGTERM once half of the steps are in metrics.jsonl."""
+    """Trains with `v4 train` and sends SIGTERM once half of the steps are in metrics.jsonl."""
     half = config.steps // 2
     metrics = config.run_dir / "metrics.jsonl"
     if _steps_in(metrics) >= half:
-        return  # an earlier demo in the same folder came as far
+        return  # an earlier demo in the same folder got this far
     command = [sys.executable, "-m", "launch.cli", "train", *arguments]
     with subprocess.Popen([*command, f"--nproc-per-node={nproc}"]) as process:
         while process.poll() is None and _steps_in(metrics) < half:
             time.sleep(0.2)
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        _expect(0, process.wait())
+        _check_exit(process.wait())
 
 
 def _steps_in(metrics: Path) -> int:
@@ -148,7 +148,7 @@ def _table(
         ("validation loss, nats per token", f"{result['validation_loss']:.3f}"),
         ("unigram entropy of the validation text", f"{result['unigram_entropy']:.3f}"),
         ("tokens per second, median", f"{speeds[len(speeds) // 2]:,.0f}"),
-        ("time of the whole demo", f"{seconds / 60:.1f} min"),
+        ("time of the demo", f"{seconds / 60:.1f} min"),
         ("report", str(config.run_dir / "report.html")),
         ("transformers model", str(hugging_face)),
         ("run folder", str(config.run_dir)),

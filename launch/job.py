@@ -20,13 +20,13 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL")
 
 
 class SlurmConfig(Section):
-    """What only Slurm asks for."""
+    """Slurm's own settings."""
 
     partition: Word | None = None
     account: Word | None = None
     qos: Word | None = None
     time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")] = "24:00:00"
-    """Limit of one job, in sbatch's notation; a job that meets it is queued again."""
+    """Time limit of one job, in sbatch's notation; a job that reaches it is requeued."""
     cpus_per_node: PositiveInt | None = None
     exclusive: bool = True
     options: tuple[Word, ...] = ()
@@ -39,14 +39,14 @@ class SlurmConfig(Section):
 
 
 class SecretConfig(Section):
-    """A key in a Kubernetes Secret, by name; its value is never seen here."""
+    """A key in a Kubernetes Secret, by name; the value is never read here."""
 
     name: DnsName
     key: Word
 
 
 class KubernetesConfig(Section):
-    """What only Kubernetes asks for."""
+    """Kubernetes' own settings."""
 
     image: Word
     namespace: DnsName | None = None
@@ -63,7 +63,7 @@ class KubernetesConfig(Section):
     wandb_secret: SecretConfig | None = None
     """The Secret that WANDB_API_KEY comes from; without one, wandb works offline."""
     backoff_limit: NonNegativeInt = 20
-    """Pods that may be lost before the job is given up."""
+    """Pod failures before the job is marked as failed."""
 
 
 class ClusterConfig(Section):
@@ -77,11 +77,11 @@ class ClusterConfig(Section):
     gpus: bool = True
     """Whether a process needs a GPU; false trains on CPUs."""
     port: Annotated[int, Field(ge=1024, le=65535)] = 29500
-    """Where the first node listens while the nodes find each other."""
+    """Port of the rendezvous on the first node."""
     max_restarts: NonNegativeInt = 3
     """Restarts of the training processes before a node gives up."""
     join_seconds: PositiveInt = 1200
-    """How long nodes wait for one that is late or has been replaced."""
+    """How long the rendezvous waits for a node that is late or was replaced."""
     save_seconds: PositiveInt = 300
     """Time for a last checkpoint between the warning and the end of a job."""
     environment: dict[str, str] = Field(default_factory=dict)
@@ -107,7 +107,7 @@ class ClusterConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _section_of_its_kind(self) -> "ClusterConfig":
+    def _has_section_of_kind(self) -> "ClusterConfig":
         other = "kubernetes" if self.kind == "slurm" else "slurm"
         if getattr(self, self.kind) is None:
             raise ValueError(f"kind = {self.kind} needs the section {self.kind}")
@@ -118,7 +118,7 @@ class ClusterConfig(Section):
 
 @dataclass(frozen=True)
 class Job:
-    """What is to run where; `arguments` are those of `python -m trainer`."""
+    """A run on a cluster; `arguments` are those of `python -m trainer`."""
 
     run: RunConfig
     arguments: tuple[str, ...]
@@ -129,13 +129,13 @@ class Job:
 
     @property
     def name(self) -> str:
-        """`v4-` and the run folder's name, in letters that both managers accept."""
+        """`v4-` and the run folder's name, in characters that both managers accept."""
         name = re.sub(r"[^a-z0-9]+", "-", self.run.run_dir.name.lower()).strip("-")
         return f"v4-{name}"[:40].rstrip("-")
 
     @property
     def last_checkpoint(self) -> Path:
-        """The checkpoint that stands at the end of the whole run, and not before."""
+        """The checkpoint of the last step, which exists only once the run is complete."""
         return self.run.run_dir / "checkpoints" / f"step-{self.run.steps:08d}"
 
     @property
@@ -144,7 +144,7 @@ class Job:
         return RESTART_ENVIRONMENT | self.cluster.environment
 
     def torchrun(self, endpoint: str, job_id: str, is_host: str) -> list[str]:
-        """The command up to the training's own arguments; the three are shell words as they are."""
+        """Returns the command up to training's arguments; its own three are shell text."""
         cluster = self.cluster
         return [
             f"{cluster.python} -m torch.distributed.run",

@@ -1,10 +1,10 @@
 """The PyTorchJob (kubeflow.org/v1) of a job.
 
 The master's pod is the first node, named `JOB-master-0` by the operator's service. A pod that is
-taken away gets SIGTERM and time for a last checkpoint. All ranks stop with it, so torchrun's end
-is a good one everywhere though the run has not come to its last step: such a pod ends with 143,
-which the operator takes for an interruption, and starts it again. So does one that has lost the
-first node. A pod whose processes failed more often than `max_restarts` ends the job.
+evicted gets SIGTERM and time for a last checkpoint. All ranks stop with it, so torchrun exits with
+0 everywhere although the run has not reached its last step: such a pod exits with 143, which the
+operator treats as an interruption and restarts. So does a pod that has lost the first node. A pod
+whose processes failed more often than `max_restarts` ends the job.
 """
 
 import re
@@ -25,7 +25,7 @@ ask_to_stop() {{ if [[ -n $job ]]; then kill -TERM "$job" 2>/dev/null || true; f
 trap ask_to_stop TERM
 {torchrun} "$@" &
 job=$!
-# A signal interrupts the wait; the second one is for the end.
+# A signal interrupts the first wait; the second one waits for the exit.
 stopped=
 code=0
 wait "$job" || code=$?
@@ -35,16 +35,16 @@ if kill -0 "$job" 2>/dev/null; then
 fi
 if [[ -d {last} ]]; then exit 0; fi
 if [[ -n $stopped || $code == 0 ]]; then exit 143; fi
-# The node that keeps the nodes together has gone, which is not this one's failure.
+# The node that hosts the rendezvous is gone, which is not this node's failure.
 if grep -qs '"message": "Rendezvous' "$TORCHELASTIC_ERROR_FILE"; then exit 143; fi
 exit "$code"
 """
 _TORCHRUN_LINE = " \\\n    "
-SHUTDOWN_MARGIN = 60  # seconds between the end of the last checkpoint's time and SIGKILL
+SHUTDOWN_MARGIN = 60  # seconds between the deadline of the last checkpoint and SIGKILL
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every string that some reader of YAML might take for a number or a truth value."""
+    """Quotes every string that a YAML reader might parse as a number or a boolean."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -61,7 +61,7 @@ _Dumper.add_representer(str, _text)
 
 
 def manifest(job: Job) -> str:
-    """The text of `pytorchjob.yaml`."""
+    """Returns the text of `pytorchjob.yaml`."""
     kubernetes = job.cluster.kubernetes
     assert kubernetes is not None
     replicas = {"Master": _replica(job, kubernetes, 1, is_host=True)}
@@ -99,7 +99,7 @@ def _replica(job: Job, kubernetes: KubernetesConfig, count: int, is_host: bool) 
 
 def _container(job: Job, kubernetes: KubernetesConfig, is_host: bool) -> dict[str, Any]:
     return {
-        "name": "pytorch",  # the name by which the operator knows it
+        "name": "pytorch",  # the container name that the operator expects
         "image": kubernetes.image,
         "command": ["bash", "-c", _literal(_script(job, is_host)), "node"],
         "args": [_literal(argument) for argument in job.arguments],
@@ -124,7 +124,7 @@ def _script(job: Job, is_host: bool) -> str:
 
 
 def _literal(text: str) -> str:
-    """Kubernetes puts variables into `$(NAME)`; `$$(NAME)` stays as it is."""
+    """Escapes `$(NAME)`, which Kubernetes would expand, as `$$(NAME)`."""
     return text.replace("$(", "$$(")
 
 

@@ -1,4 +1,4 @@
-"""Starts the training processes and passes signals on to them."""
+"""Starts the training processes and forwards signals to them."""
 
 import os
 import signal
@@ -16,21 +16,21 @@ ERROR_PREFIX = "v4: error: "
 USER_ERROR = 2
 _POLL_SECONDS = 0.2
 
-# For torchrun, wherever it may have to restart. Without it, torch 2.13's agents keep one store for
-# all attempts: workers find the addresses of dead ones in it, and a host that was replaced waits
-# for an entry that nobody writes again.
+# For torchrun wherever it may restart. Without it, torch 2.13's agents share one store between all
+# attempts: workers read the addresses of dead workers from it, and a replaced host waits for an
+# entry that is never written again.
 RESTART_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def command(verb: str, *arguments: str) -> list[str]:
-    """The subprocess that does `verb` of trainer.commands."""
+    """Returns the command line for `verb` of trainer.commands."""
     return [sys.executable, "-m", "trainer.commands", verb, *arguments]
 
 
 def training_command(arguments: Sequence[str], processes: int, restarts: int = 0) -> list[str]:
-    """The subprocess that trains: plain for one process, torchrun for several on this machine.
+    """Returns the command line for training: plain, or torchrun for several processes or restarts.
 
-    Restarts are torchrun's, too: after a crash it starts all processes again, up to that often.
+    After a crash torchrun restarts all processes, at most `restarts` times.
     """
     python = [sys.executable, "-m"]
     if not _needs_torchrun(processes, restarts):
@@ -45,21 +45,21 @@ def _needs_torchrun(processes: int, restarts: int) -> bool:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a subprocess to its end; returns its exit code."""
+    """Runs a subprocess and returns its exit code."""
     with subprocess.Popen(arguments, env=environment(1)) as process:
         while True:
             try:
                 return process.wait()
             except KeyboardInterrupt:
-                pass  # the subprocess got it, too, and decides
+                pass  # the subprocess got it as well, and decides
 
 
 def train(arguments: Sequence[str], processes: int, restarts: int = 0) -> int:
-    """Train to the end, or to the checkpoint that follows SIGTERM, SIGINT or SIGHUP.
+    """Trains to the last step, or to the checkpoint that follows SIGTERM, SIGINT or SIGHUP.
 
-    A second signal kills the training. After a crash it starts again from the newest checkpoint,
-    at most `restarts` times. Returns 0, 2 after one line on stderr about bad input, or what the
-    training processes returned.
+    A second signal kills the training. After a crash it restarts from the newest checkpoint, at
+    most `restarts` times. Returns 0, 2 after one line on stderr about bad input, or the exit code
+    of the training processes.
     """
     training = _Training(arguments, processes, restarts)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -72,17 +72,17 @@ def train(arguments: Sequence[str], processes: int, restarts: int = 0) -> int:
 
 
 class _Training:
-    """One process, or torchrun and its workers, in a session of their own.
+    """One process, or torchrun and its workers, in a separate session.
 
-    Apart from the terminal's process group, Ctrl-C reaches only this process, which asks the
-    workers to stop. torchrun itself is left out: it would give them 30 seconds and then fail.
+    Outside the terminal's process group, Ctrl-C reaches only this process, which sends SIGTERM to
+    the workers. torchrun itself gets no signal: it would give them 30 seconds and then fail.
     """
 
     def __init__(self, arguments: Sequence[str], processes: int, restarts: int) -> None:
         self.with_torchrun = _needs_torchrun(processes, restarts)
         self.may_restart = restarts > 0
         self.signals = 0
-        self.asked: set[int] = set()
+        self.terminated: set[int] = set()
         self.process = subprocess.Popen(
             training_command(arguments, processes, restarts),
             env=environment(processes),
@@ -93,28 +93,28 @@ class _Training:
         self.errors = _ErrorFilter(self.process.stderr)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Handler: the first signal asks, the second one kills."""
+        """Counts signals: the first one stops the training, the second one kills it."""
         self.signals += 1
 
     def wait(self) -> int:
-        """The exit code of the whole."""
+        """Waits for the training and returns its exit code."""
         while True:
             try:
                 code = self.process.wait(timeout=_POLL_SECONDS)
                 break
             except subprocess.TimeoutExpired:
-                if self.signals > 1 or (self.may_restart and self.errors.found):
-                    self._kill()  # what the user has to mend is the same at every restart
+                if self.signals > 1 or (self.may_restart and self.errors.has_error):
+                    self._kill()  # a user's error is the same after every restart
                 elif self.signals == 1:
-                    self._ask()
+                    self._terminate()
         self.errors.join()
-        return USER_ERROR if self.errors.found else code
+        return USER_ERROR if self.errors.has_error else code
 
-    def _ask(self) -> None:
-        """Ask every worker once; later ones, too, if torchrun is still starting them."""
+    def _terminate(self) -> None:
+        """Sends SIGTERM to every worker once, including those that torchrun starts later."""
         for worker in self._workers():
-            if worker.pid not in self.asked:
-                self.asked.add(worker.pid)
+            if worker.pid not in self.terminated:
+                self.terminated.add(worker.pid)
                 with suppress(psutil.NoSuchProcess):
                     worker.terminate()
 
@@ -129,13 +129,13 @@ class _Training:
 
 
 class _ErrorFilter:
-    """Passes stderr on, but of a user's error only the sentence, once.
+    """Forwards stderr up to and including the first line about a user's error.
 
-    Every rank says it, and torchrun adds a page about ranks that ended with an exit code.
+    Every rank prints that line, and torchrun adds a page about ranks that exited.
     """
 
     def __init__(self, stream: IO[str] | None) -> None:
-        self.found = False
+        self.has_error = False
         self._thread: threading.Thread | None = None
         if stream is not None:
             self._thread = threading.Thread(target=self._pass_on, args=(stream,), daemon=True)
@@ -143,17 +143,17 @@ class _ErrorFilter:
 
     def _pass_on(self, stream: IO[str]) -> None:
         for line in stream:
-            if not self.found:
+            if not self.has_error:
                 print(line, end="", file=sys.stderr, flush=True)
-                self.found = line.startswith(ERROR_PREFIX)
+                self.has_error = line.startswith(ERROR_PREFIX)
 
     def join(self) -> None:
-        """Wait for the last line."""
+        """Waits for the last line."""
         if self._thread is not None:
             self._thread.join()
 
 
 def environment(processes: int) -> dict[str, str]:
-    """Share the cores between the processes, unless the user has said how many threads to use."""
+    """Divides the cores among the processes, unless OMP_NUM_THREADS is set."""
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     return {"OMP_NUM_THREADS": str(threads), **RESTART_ENVIRONMENT, **os.environ}

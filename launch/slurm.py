@@ -1,8 +1,8 @@
 """The sbatch script of a job.
 
-Slurm warns the batch shell with SIGTERM some time before the limit. The shell asks srun, srun all
-torchruns, and these their workers, which save a checkpoint together; then the job is queued again
-and goes on from there. After a node's death Slurm queues it again by itself.
+Slurm sends SIGTERM to the batch shell some time before the limit. The shell passes it to srun, srun
+to all torchruns, and these to their workers, which save a checkpoint together; then the job is
+requeued and resumes from there. After a node failure Slurm requeues it by itself.
 """
 
 import shlex
@@ -13,11 +13,11 @@ _BODY = """
 set -eo pipefail
 cd {folder}
 {setup}
-set -u  # only now: what `module load` runs may not be written for it
+set -u  # only now: scripts that `module load` runs may use unset variables
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export V4_HEAD="${{hosts[0]}}"
 
-# One torchrun on every node; the first node lets them find each other.
+# One torchrun on every node; the first node hosts the rendezvous.
 # shellcheck disable=SC2016
 node='
 if [[ $SLURM_NODEID == 0 ]]; then is_host=true; else is_host=false; fi
@@ -37,7 +37,7 @@ srun --kill-on-bad-exit=1{srun} \\
     bash -c "$node" node "${{arguments[@]}}" &
 step=$!
 
-# A signal interrupts the wait; the second one is for the end.
+# A signal interrupts the first wait; the second one waits for the exit.
 code=0
 wait "$step" || code=$?
 if [[ -n $stopping ]]; then
@@ -52,7 +52,7 @@ exit "$code"
 
 
 def script(job: Job) -> str:
-    """The text of `train.sbatch`."""
+    """Returns the text of `train.sbatch`."""
     slurm = job.cluster.slurm
     assert slurm is not None
     torchrun = job.torchrun(f"$V4_HEAD:{job.cluster.port}", "$SLURM_JOB_ID", "$is_host")

@@ -1,4 +1,4 @@
-"""`v4 sweep`: runs the trials of a sweep on this machine, several at a time, without a server."""
+"""`v4 sweep`: runs the trials of a sweep on this machine, several at once, without a server."""
 
 import fcntl
 import json
@@ -29,7 +29,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 @dataclass
 class Trial:
-    """A trial that runs."""
+    """A running trial."""
 
     number: int
     folder: Path
@@ -40,7 +40,7 @@ class Trial:
 
 
 def run_sweep(file: str, out: Path | None, jobs: int, seed: int) -> int:
-    """Run, or go on with, every trial of a sweep file; returns the exit code.
+    """Runs, or resumes, every trial of a sweep file; returns the exit code.
 
     Raises ConfigError before any training for a file that cannot be used.
     """
@@ -51,12 +51,14 @@ def run_sweep(file: str, out: Path | None, jobs: int, seed: int) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{folder}: another sweep is running here; let it end") from None
+            raise ConfigError(
+                f"{folder}: another sweep is running in this folder; wait for its end"
+            ) from None
         _check_same(sweep, folder, seed)
         with _Runner(sweep, folder, jobs, seed) as runner:
             finished = runner.run()
     if not finished:
-        print(f"stopped; the same command goes on with {folder}", flush=True)
+        print(f"stopped; the same command resumes {folder}", flush=True)
         return 0
     best = runner.best()
     if best is None:
@@ -68,20 +70,22 @@ def run_sweep(file: str, out: Path | None, jobs: int, seed: int) -> int:
     code = processes.run(processes.command("sweep-report", str(folder)))
     number, value = best
     print(
-        f"best: trial {number}, {sweep.metric.name} {value:.4f}: {runner.words(number)}", flush=True
+        f"best: trial {number}, {sweep.metric.name} {value:.4f}: {runner.setting(number)}",
+        flush=True,
     )
     return code
 
 
 def _check_same(sweep: Sweep, folder: Path, seed: int) -> None:
-    """Write the sweep into its folder, or see that it is the one which began there."""
+    """Writes the definition into the folder, or checks that it equals the one written before."""
     path = folder / "definition.json"
     text = json.dumps({"seed": seed, **sweep.model_dump(mode="json")}, indent=1)
     if not path.is_file():
         _write_whole(path, text)
     elif path.read_text(encoding="utf-8") != text:
         raise ConfigError(
-            f"{folder}: another sweep, or another seed, began here; give another folder with --out"
+            f"{folder}: holds a sweep with another definition or seed; choose another folder with "
+            "--out"
         )
 
 
@@ -103,7 +107,7 @@ class _Runner:
         self.jobs = jobs
         self.search = Search(sweep, folder, seed)
         self.running: list[Trial] = []
-        self.asked_to_stop = False
+        self.stopping = False
         self.arguments: dict[int, Arguments] = {}
         self.histories: dict[int, list[float]] = {}
         self.progress = Progress(
@@ -133,15 +137,15 @@ class _Runner:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.asked_to_stop = True
+        self.stopping = True
 
     def run(self) -> bool:
-        """Whether all trials ended; False after a signal."""
+        """Runs all trials; False after a signal."""
         self._load()
         waiting = self.search.interrupted()
         for number in waiting:
-            _end_orphan(self._trial_folder(number))
-        while not self.asked_to_stop:
+            _stop_orphan(self._trial_folder(number))
+        while not self.stopping:
             while len(self.running) < self.jobs:
                 following = waiting.pop(0) if waiting else self.search.next()
                 if following is None:
@@ -151,11 +155,11 @@ class _Runner:
                 return True
             time.sleep(_POLL_SECONDS)
             for trial in list(self.running):
-                self._look(trial)
+                self._poll(trial)
         return False
 
     def _load(self) -> None:
-        """What earlier calls did."""
+        """Loads the trials of earlier calls."""
         for number in self.search.states():
             self.arguments[number] = self.search.arguments(number)
             every = self._every(self.arguments[number])
@@ -164,7 +168,7 @@ class _Runner:
         self._record()
 
     def _every(self, arguments: Arguments) -> int:
-        return load_run(*self.sweep.config_words(arguments)).metrics.every
+        return load_run(*self.sweep.config_arguments(arguments)).metrics.every
 
     def _trial_folder(self, number: int) -> Path:
         return self.folder / f"trial-{number:04d}"
@@ -190,8 +194,8 @@ class _Runner:
         self.running.append(Trial(number, folder, process, self._every(arguments)))
         self._record()
 
-    def _look(self, trial: Trial) -> None:
-        """Read a trial's new points, stop it where the rule says so, and tell its end."""
+    def _poll(self, trial: Trial) -> None:
+        """Reads a trial's new points, stops it if early termination says so, records its end."""
         ended = trial.process.poll() is not None
         name = self.sweep.metric.name
         trial.history = read_history(trial.folder / "metrics.jsonl", name, trial.every)
@@ -202,23 +206,23 @@ class _Runner:
             if should_stop(rule, goal, trial.history, others):
                 trial.process.terminate()
                 trial.stopped = True
-        if not ended or self.asked_to_stop:
+        if not ended or self.stopping:
             return
         self.running.remove(trial)
         state = TrialState.COMPLETE if not trial.stopped else TrialState.PRUNED
         if trial.process.returncode != 0 or not trial.history:
             state = TrialState.FAIL
-        self.search.tell(trial.number, trial.history, state)
+        self.search.finish(trial.number, trial.history, state)
         self._record()
-        self._say(trial, state)
+        self._report(trial, state)
 
-    def _say(self, trial: Trial, state: TrialState) -> None:
-        words = f"trial {trial.number} {state.name.lower()}: {self.words(trial.number)}"
+    def _report(self, trial: Trial, state: TrialState) -> None:
+        line = f"trial {trial.number} {state.name.lower()}: {self.setting(trial.number)}"
         if state == TrialState.FAIL:
-            words += f"; see {trial.folder / 'log.txt'}"
+            line += f"; see {trial.folder / 'log.txt'}"
         else:
-            words += f": {self.sweep.metric.name} {trial.history[-1]:.4f}"
-        self.progress.console.print(words, markup=False, soft_wrap=True)
+            line += f": {self.sweep.metric.name} {trial.history[-1]:.4f}"
+        self.progress.console.print(line, markup=False, soft_wrap=True)
         best = self.best()
         running = ", ".join(str(other.number) for other in self.running)
         self.progress.update(
@@ -227,12 +231,12 @@ class _Runner:
             description=f"running {running or '-'}; best {best[1] if best else float('nan'):.4f}",
         )
 
-    def words(self, number: int) -> str:
-        """A trial's setting on one line."""
+    def setting(self, number: int) -> str:
+        """Returns a trial's parameters on one line."""
         return " ".join(f"{name}={_short(value)}" for name, value in self.arguments[number].items())
 
     def best(self) -> tuple[int, float] | None:
-        """Number and value of the best trial that ran to its end."""
+        """Returns number and value of the best complete trial."""
         values = {
             number: self.histories[number][-1]
             for number, state in self.search.states().items()
@@ -245,7 +249,7 @@ class _Runner:
         return number, values[number]
 
     def _record(self) -> None:
-        """`sweep.json`: the metric and every trial's folder, state and setting."""
+        """Writes `sweep.json`: the metric and every trial's folder, state and parameters."""
         states = self.search.states()
         trials = [
             {
@@ -268,8 +272,8 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _end_orphan(folder: Path) -> None:
-    """End the trial that a killed sweep left running here; it saves first."""
+def _stop_orphan(folder: Path) -> None:
+    """Terminates the trial that a killed sweep left running; it saves a checkpoint first."""
     path = folder / "process.json"
     if not path.is_file():
         return

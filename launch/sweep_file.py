@@ -1,4 +1,4 @@
-"""Reads a sweep in wandb's format and says which command each trial is."""
+"""Reads a sweep in wandb's format and makes the command of each trial."""
 
 import itertools
 import sys
@@ -19,7 +19,7 @@ class _Strict(BaseModel):
 
 
 class Metric(_Strict):
-    """The value of `metrics.jsonl` that decides."""
+    """The value of `metrics.jsonl` that the sweep optimises."""
 
     name: str
     goal: Literal["minimize", "maximize"] = "minimize"
@@ -68,18 +68,18 @@ class Sweep(_Strict):
             if self.method == "grid" and parameter.choices is None:
                 raise ValueError(f"parameters.{name}: a grid needs values, not a range")
         if self.method != "grid" and self.run_cap is None:
-            raise ValueError(f"method {self.method} never ends by itself; say run_cap")
+            raise ValueError(f"method {self.method} has no end of its own; set run_cap")
         if "${args_no_hyphens}" not in self.command:
             raise ValueError("command should hold ${args_no_hyphens}: overrides read key=value")
         return self
 
     def flat(self) -> dict[str, Parameter]:
-        """Every searched parameter under its dotted name."""
+        """Returns every searched parameter under its dotted name."""
         return dict(_flatten(self.parameters, ""))
 
     @property
     def trials(self) -> int:
-        """How many trials the whole sweep has."""
+        """Number of trials of the whole sweep."""
         if self.method == "grid":
             size = 1
             for parameter in self.flat().values():
@@ -88,13 +88,13 @@ class Sweep(_Strict):
         return self.run_cap or 0
 
     def points(self) -> Iterator[Arguments]:
-        """All points of a grid; the last parameter changes fastest."""
+        """Yields all points of a grid; the last parameter changes fastest."""
         flat = self.flat()
         for values in itertools.product(*(flat[name].choices or () for name in flat)):
             yield dict(zip(flat, values, strict=True))
 
     def trial_command(self, arguments: Mapping[str, Any]) -> list[str]:
-        """The command that `wandb agent` runs, on this interpreter."""
+        """Returns the command that `wandb agent` runs, with this interpreter."""
         pairs = [f"{name}={value}" for name, value in arguments.items()]
         macros = {
             "${env}": ["/usr/bin/env"],
@@ -108,13 +108,13 @@ class Sweep(_Strict):
             raise ConfigError(f"command: {unknown[0]} is not among {', '.join(macros)}")
         return words
 
-    def config_words(self, arguments: Mapping[str, Any]) -> tuple[str, list[str]]:
-        """Config file and overrides of a trial's command."""
+    def config_arguments(self, arguments: Mapping[str, Any]) -> tuple[str, list[str]]:
+        """Returns config file and overrides of a trial's command."""
         words = self.trial_command(arguments)
         for i, word in enumerate(words):
             if word.endswith((".yaml", ".yml")):
                 return word, words[i + 1 :]
-        raise ConfigError("command: there is no config file (.yaml) in it")
+        raise ConfigError("command: has no config file (.yaml)")
 
 
 def _flatten(parameters: Mapping[str, Parameter], above: str) -> Iterator[tuple[str, Parameter]]:
@@ -126,22 +126,22 @@ def _flatten(parameters: Mapping[str, Parameter], above: str) -> Iterator[tuple[
 
 
 def load_sweep(path: str | Path) -> Sweep:
-    """Read a sweep file and try the config of its trials.
+    """Reads a sweep file and loads the configs of its trials.
 
     Raises ConfigError: one sentence, also for a parameter that is no field of the config.
     """
     sweep = load_as(Sweep, path)
     for arguments in _samples(sweep):
         try:
-            load_run(*sweep.config_words(arguments))
+            load_run(*sweep.config_arguments(arguments))
         except ConfigError as error:
-            said = str(error).replace("command line", f"{path}: parameters", 1)
-            raise ConfigError(said if str(path) in said else f"{path}: {said}") from None
+            message = str(error).replace("command line", f"{path}: parameters", 1)
+            raise ConfigError(message if str(path) in message else f"{path}: {message}") from None
     return sweep
 
 
 def _samples(sweep: Sweep) -> Iterator[Arguments]:
-    """Points whose configs are tried: the grid, or both ends of each range in turn."""
+    """Yields points whose configs are checked: the grid, or both ends of each range in turn."""
     if sweep.method == "grid":
         yield from itertools.islice(sweep.points(), sweep.trials)
         return

@@ -25,11 +25,11 @@ Distribution = Literal[
     "log_normal",
     "q_log_normal",
 ]
-_TAIL = 1e-6  # a normal distribution is cut where its tail holds this share
+_TAIL = 1e-6  # a normal distribution is cut where its tails have this probability
 
 
 class Parameter(BaseModel):
-    """A parameter in wandb's words. Distributions follow wandb's list of them."""
+    """A parameter in wandb's format, with wandb's distributions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,19 +45,19 @@ class Parameter(BaseModel):
 
     @model_validator(mode="after")
     def _is_one_kind(self) -> "Parameter":
-        given = [
+        kinds = [
             "value" in self.model_fields_set,
             self.values is not None,
             self.parameters is not None,
             self.min is not None or self.max is not None or "normal" in (self.distribution or ""),
         ]
-        if sum(given) != 1:
+        if sum(kinds) != 1:
             raise ValueError("a parameter has one of value, values, parameters, or min and max")
         expected = {"value": "constant", "values": "categorical"}
         for name, distribution in expected.items():
             if name in self.model_fields_set and self.distribution not in (None, distribution):
                 raise ValueError(f"{name} goes with distribution {distribution}")
-        if given[3]:
+        if kinds[3]:
             self._check_range()
         return self
 
@@ -79,7 +79,7 @@ class Parameter(BaseModel):
 
     @property
     def kind(self) -> str:
-        """The distribution, wandb's default where none is given."""
+        """The distribution; wandb's default if absent."""
         if self.distribution is not None:
             return self.distribution
         if self.values is not None:
@@ -92,7 +92,7 @@ class Parameter(BaseModel):
 
     @property
     def choices(self) -> tuple[Any, ...] | None:
-        """All values, where they can be counted."""
+        """All values if there are finitely many, else None."""
         if self.kind == "constant":
             return (self.value,)
         if self.kind == "categorical":
@@ -105,21 +105,21 @@ class Parameter(BaseModel):
         return None
 
     def ends(self) -> tuple[Any, ...]:
-        """Values that show whether the config takes this parameter."""
+        """Returns values that show whether the config accepts this parameter: all, or both ends."""
         if self.kind in ("constant", "categorical"):
             return self.choices or ()
         low, high, _ = self._base()
         return self._shape(low), self._shape(high)
 
     def _base(self) -> tuple[float, float, bool]:
-        """The range that optuna searches, and whether in logarithms."""
+        """Returns the range that optuna searches, and whether on a log scale."""
         if "normal" in self.kind:
             return _TAIL, 1 - _TAIL, False
         assert self.min is not None and self.max is not None
         return self.min, self.max, self.kind.endswith("_values")
 
     def _shape(self, x: float) -> Any:
-        """The parameter's value for a value of the range that optuna searches."""
+        """Returns the parameter's value for a point of the range that optuna searches."""
         kind = self.kind
         if "normal" in kind:
             x = NormalDist(self.mu, self.sigma).inv_cdf(x)
@@ -132,7 +132,7 @@ class Parameter(BaseModel):
         return int(x) if kind == "int_uniform" else x
 
     def suggest(self, trial: optuna.Trial, name: str) -> Any:
-        """This trial's value."""
+        """Returns this trial's value."""
         if self.kind in ("constant", "categorical"):
             return json.loads(
                 trial.suggest_categorical(name, list(map(json.dumps, self.choices or ())))
@@ -144,6 +144,6 @@ class Parameter(BaseModel):
 
 
 def _tidy(x: float) -> float | int:
-    """Without the last digits that a product of floats adds; whole numbers as such."""
+    """Rounds off the last digits that a product of floats adds; whole numbers become int."""
     x = float(f"{x:.12g}")
     return int(x) if x == int(x) else x

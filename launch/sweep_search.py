@@ -1,4 +1,4 @@
-"""Which trial comes next, and which one stops early: optuna, and wandb's Hyperband."""
+"""Chooses the next trial (optuna) and which ones stop early (wandb's Hyperband)."""
 
 import json
 import logging
@@ -15,9 +15,9 @@ from launch.sweep_file import Arguments, Hyperband, Sweep
 
 
 class Search:
-    """The sweep's trials, durable in `study.sqlite3`; a killed sweep goes on where it was.
+    """The sweep's trials, stored in `study.sqlite3`, from which a killed sweep resumes.
 
-    Trial n depends on the seed, n, and the trials told before it, and on nothing in memory.
+    Trial n depends on the seed, n, and the trials finished before it, and on nothing in memory.
     """
 
     def __init__(self, sweep: Sweep, folder: Path, seed: int) -> None:
@@ -33,11 +33,11 @@ class Search:
         )
 
     def interrupted(self) -> list[int]:
-        """Trials that were running when the sweep ended."""
+        """Returns the trials that were running when the sweep was stopped."""
         return [number for number, state in self.states().items() if state == "running"]
 
     def next(self) -> int | None:
-        """Start one more trial; None where all have been started."""
+        """Starts one more trial and returns its number; None once all have been started."""
         started = self.study.get_trials(deepcopy=False)
         waiting = [trial for trial in started if trial.state == TrialState.WAITING]
         number = len(started) - len(waiting)
@@ -58,7 +58,7 @@ class Search:
         return RandomSampler(seed=self.seed + number)
 
     def arguments(self, number: int) -> Arguments:
-        """Overrides of a trial; what a kill left open of a running one is decided now."""
+        """Returns a trial's overrides; parameters that a kill left undecided are suggested now."""
         if self.points:
             return self.points[number]
         self.study.sampler = self._sampler(number)
@@ -67,8 +67,8 @@ class Search:
             name: parameter.suggest(trial, name) for name, parameter in self.sweep.flat().items()
         }
 
-    def tell(self, number: int, history: Sequence[float], state: TrialState) -> None:
-        """End a trial as complete, pruned (stopped early) or failed; its value is the last one."""
+    def finish(self, number: int, history: Sequence[float], state: TrialState) -> None:
+        """Ends a trial as complete, pruned (stopped early) or failed; its last point counts."""
         if state == TrialState.PRUNED:
             trial = self._reopen(number)
             for step, value in enumerate(history):
@@ -80,7 +80,7 @@ class Search:
         return optuna.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
 
     def states(self) -> dict[int, str]:
-        """Every started trial's state: running, complete, pruned or fail."""
+        """Returns every started trial's state: running, complete, pruned or fail."""
         trials = self.study.get_trials(deepcopy=False)
         return {
             trial.number: trial.state.name.lower()
@@ -90,20 +90,20 @@ class Search:
 
 
 def bands(rule: Hyperband, longest: int) -> list[int]:
-    """Iterations below `longest` at which a trial may be stopped, as wandb places them."""
-    found = []
+    """Returns iterations below `longest` at which a trial may be stopped, as wandb places them."""
+    iterations = []
     if rule.max_iter is not None:
         band = float(rule.max_iter)
         for _ in range(rule.s or 0):
             band /= rule.eta
             if band >= 1:
-                found.append(int(band))
-        return sorted(band for band in found if band < longest)
+                iterations.append(int(band))
+        return sorted(band for band in iterations if band < longest)
     band = float(rule.min_iter or 1)
     while band < longest:
-        found.append(int(band))
+        iterations.append(int(band))
         band *= rule.eta
-    return found
+    return iterations
 
 
 def should_stop(
@@ -111,7 +111,7 @@ def should_stop(
 ) -> bool:
     """Whether a trial is outside the best 1/eta of all that reached its last bracket.
 
-    `others` holds the histories of all trials, this one's among them.
+    `others` are the histories of all trials, including this one.
     """
     reached = bands(rule, len(history))
     if not reached:
@@ -123,9 +123,10 @@ def should_stop(
 
 
 def read_history(path: Path, name: str, every: int) -> list[float]:
-    """The metric's points of a `metrics.jsonl` that wandb would be sent, as far as they are whole.
+    """Returns the metric's points of a `metrics.jsonl` that would be sent to wandb.
 
-    A line is a point where its step is a multiple of `every` or was evaluated.
+    A line is a point if its step is a multiple of `every` or was evaluated. A partial last line is
+    ignored.
     """
     points: dict[int, Any] = {}
     if not path.is_file():
@@ -134,7 +135,7 @@ def read_history(path: Path, name: str, every: int) -> list[float]:
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # the line that is being written
+            continue  # the line being written
         if name in record and (record["step"] % every == 0 or "validation_loss" in record):
             points[record["step"]] = record[name]
     return [points[step] for step in sorted(points)]

@@ -1,6 +1,6 @@
 """`python -m launch.trial CONFIG key=value ...`: trains one trial of a sweep in its own folder.
 
-`wandb agent` gives every trial an id but the same command; the id becomes the run's folder here.
+`wandb agent` gives every trial an id but the same command; the id becomes the run folder's name.
 """
 
 import os
@@ -11,7 +11,7 @@ from launch import processes
 
 
 def main(arguments: list[str]) -> int:
-    """Become the trainer, so that signals reach it directly."""
+    """Replaces this process by the trainer, so that signals reach it directly."""
     if not any(word.startswith("run_dir=") for word in arguments):
         run_id = os.environ.get("WANDB_RUN_ID")
         if run_id is None:

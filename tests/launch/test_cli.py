@@ -141,10 +141,14 @@ def test_eval_export_import_and_plan(tiny: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and "parameters" in done.stdout, done.stderr
 
 
-def test_the_launcher_loads_no_torch() -> None:
-    code = "import sys, launch.cli; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "typer" in done.stdout.split() and "torch" not in done.stdout.split()
+def test_help_loads_only_typer_and_a_config_no_torch(tiny: Path) -> None:
+    code = "import sys, launch.cli; print(*sys.modules); launch.cli._check(sys.argv[1], [])"
+    code += "; print(*sys.modules)"
+    command = [sys.executable, "-c", code, str(tiny)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for_help, for_config = map(str.split, done.stdout.splitlines())
+    assert "typer" in for_help and not {"torch", "pydantic", "rich", "optuna"} & set(for_help)
+    assert "pydantic" in for_config and not {"torch", "numpy"} & set(for_config)
 
 
 def test_threads_are_shared_unless_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def draw(sweep: Sweep, folder: Path, reopen: bool) -> list[dict]:
     search, found = Search(sweep, folder, seed=7), []
     while (number := search.next()) is not None:
         found.append(search.arguments(number))
-        search.tell(number, [float(number % 3)], optuna.trial.TrialState.COMPLETE)
+        search.finish(number, [float(number % 3)], optuna.trial.TrialState.COMPLETE)
         if reopen:
             search = Search(sweep, folder, seed=7)
     return found
