@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 BUILD_FIRST := $(shell grep -E '^(torch|setuptools|wheel|numpy|ninja)==' requirements.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-large lint bench bench-gpu
+.PHONY: help install demo test test-all test-large lint docs bench bench-gpu
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -34,11 +34,16 @@ test: $(STAMP)  ## the test suite, file by file in two processes
 test-large: $(STAMP)  ## tests of up to 32 processes at once
 	$(BIN)/python -m pytest tests -m large -s
 
-lint: $(STAMP)  ## ruff, mypy and the import contracts
+lint: $(STAMP)  ## ruff, mypy, the import contracts, and the links between pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/md-dead-link-check --no-color
+
+docs: $(STAMP)  ## the documentation as a site with search, in site/index.html
+	$(BIN)/zensical build --strict
+	@echo "look at it: $(BIN)/zensical serve"
 
 bench: $(STAMP)  ## tokens per second and memory beside transformers
 	$(BIN)/python -m benchmarks.steps.vs_transformers

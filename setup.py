@@ -18,6 +18,8 @@ TEST = [
     "types-PyYAML>=6.0.12",
 ]
 
+DOCS = ["md-dead-link-check>=1.3", "zensical>=0.0.70"]
+
 readme = Path(__file__).with_name("README.md")
 
 setup(
@@ -53,6 +55,6 @@ setup(
         "typer>=0.15",
         "rich>=13.9",
     ],
-    extras_require={"test": TEST},
+    extras_require={"docs": DOCS, "test": TEST},
     entry_points={"console_scripts": ["v4 = launch.cli:main"]},
 )
