@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from model.attention import Attention
 from model.config import AttentionMode, LayerType, ModelConfig
-from model.hyper_connection import read, register_hyper_connection
+from model.hyper_connection import HyperConnection
 from model.moe import MoE, MoEStats
 from model.norm import RMSNorm
-from model.pointwise import CHOSEN, Operations
 from model.positions import Positions
 
 BlockPart = Literal["streams", "norms", "attention", "block"]
@@ -47,19 +46,18 @@ class Block(nn.Module):
     """
 
     compute: Compute = staticmethod(compute_now)
-    operations: Operations = CHOSEN
 
     def __init__(
         self, config: ModelConfig, row: int, kind: LayerType, hashed: bool, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.config, self.row = config, row
+        self.hc_attn = HyperConnection(config)
+        self.hc_ffn = HyperConnection(config)
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = Attention(config, kind, dtype)
         self.ffn = MoE(config, hashed, dtype)
-        register_hyper_connection(self, "hc_attn", config)
-        register_hyper_connection(self, "hc_ffn", config)
 
     def forward(
         self,
@@ -89,7 +87,7 @@ class Block(nn.Module):
         before = self._to_experts(streams_TND, positions, mode, routed_tokens)
         streams_TND, x_TD, post_TN, comb_TNN, indexer = before
         out_TD, stats = self.ffn(x_TD, tokens_T, positions, routed_tokens, chosen_TA)
-        streams_TND = self.operations.write_streams(streams_TND, out_TD, post_TN, comb_TNN)
+        streams_TND = self.hc_ffn.write(streams_TND, out_TD, post_TN, comb_TNN)
         return streams_TND, BlockStats(**vars(stats), indexer=indexer)
 
     def choose(self, streams_TND: Tensor, tokens_T: Tensor, positions: Positions) -> Tensor:
@@ -108,12 +106,13 @@ class Block(nn.Module):
 
         Last comes what the indexer should learn.
         """
-        x_TD, post_TN, comb_TNN = read(self, "hc_attn", self.config, streams_TND)
+        x_TD, post_TN, comb_TNN = self.hc_attn.read(streams_TND)
         inputs = (x_TD, positions, mode, routed_tokens)
-        write = self.operations.write_streams
         out_TD, indexer = self.compute("attention", self._attend, *inputs)
-        streams_TND = self.compute("streams", write, streams_TND, out_TD, post_TN, comb_TNN)
-        x_TD, post_TN, comb_TNN = read(self, "hc_ffn", self.config, streams_TND)
+        streams_TND = self.compute(
+            "streams", self.hc_attn.write, streams_TND, out_TD, post_TN, comb_TNN
+        )
+        x_TD, post_TN, comb_TNN = self.hc_ffn.read(streams_TND)
         x_TD = self.compute("norms", self.ffn_norm, x_TD)
         return streams_TND, x_TD, post_TN, comb_TNN, indexer
 

@@ -1,4 +1,7 @@
-"""Residual streams joined to a sub-layer by manifold-constrained hyper-connections (report 2.2)."""
+"""Residual streams: manifold-constrained hyper-connections (report §2.2, arXiv 2512.24880).
+
+Letters: T tokens, N streams, D hidden size. All parameters and coefficients are fp32.
+"""
 
 from __future__ import annotations
 
@@ -6,55 +9,69 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.pointwise import Operations
+from model.pointwise import CHOSEN, Operations
 
 
-def register_hyper_connection(module: nn.Module, name: str, config: ModelConfig) -> None:
-    """Give ``module`` the parameters ``{name}_fn``, ``{name}_base``, ``{name}_scale``, in fp32."""
-    streams = config.hc_mult
-    rows = (2 + streams) * streams
-    _register(module, name, rows, streams * config.hidden_size, scales=3)
+class _Mixing(nn.Module):
+    """Coefficients of the streams, ``scale · (fn · z) + base`` with z = RMS-normed vec(X)."""
+
+    operations: Operations = CHOSEN
+
+    def __init__(self, config: ModelConfig, rows: int, scales: int) -> None:
+        super().__init__()
+        self.norm_eps, self.hc_eps = config.rms_norm_eps, config.hc_eps
+        columns = config.hc_mult * config.hidden_size
+        self.fn = nn.Parameter(torch.empty(rows, columns, dtype=torch.float32))
+        self.base = nn.Parameter(torch.empty(rows, dtype=torch.float32))
+        self.scale = nn.Parameter(torch.empty(scales, dtype=torch.float32))
 
 
-def register_hyper_head(module: nn.Module, config: ModelConfig) -> None:
-    """Give ``module`` the parameters ``hc_head_fn``, ``hc_head_base``, ``hc_head_scale``."""
-    _register(module, "hc_head", config.hc_mult, config.hc_mult * config.hidden_size, scales=1)
+class HyperConnection(_Mixing):
+    """Connects the streams X [T, N, D] to one sub-layer x -> y.
+
+    With w = fn · z, whose (2 + N) · N rows are N for pre, N for post and N² for comb:
+
+        pre  = σ(scale_0 · w_pre + base_pre) + ε            x    = Σ_j pre_j · X_j
+        post = 2 σ(scale_1 · w_post + base_post)            X'_k = post_k · y + Σ_j comb_jk · X_j
+        comb = Sinkhorn(softmax(scale_2 · w_comb + base_comb) + ε)
+
+    The mathematics stands in model/kernels/hyper_connection.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, rows=(2 + config.hc_mult) * config.hc_mult, scales=3)
+        self.iterations = config.hc_sinkhorn_iters
+
+    def read(self, streams_TND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the sub-layer's input x [T, D], and post [T, N] and comb [T, N, N]."""
+        return self.operations.read_streams(
+            streams_TND,
+            self.fn,
+            self.base,
+            self.scale,
+            norm_eps=self.norm_eps,
+            hc_eps=self.hc_eps,
+            iterations=self.iterations,
+        )
+
+    def write(self, streams_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
+        """Returns the streams X' after the sub-layer."""
+        return self.operations.write_streams(streams_TND, y_TD, post_TN, comb_TNN)
 
 
-def _register(module: nn.Module, name: str, rows: int, columns: int, scales: int) -> None:
-    for suffix, shape in (("fn", (rows, columns)), ("base", (rows,)), ("scale", (scales,))):
-        parameter = nn.Parameter(torch.empty(shape, dtype=torch.float32))
-        module.register_parameter(f"{name}_{suffix}", parameter)
+class StreamsHead(_Mixing):
+    """Collapses the streams to Σ_j (σ(scale · w_j + base_j) + ε) · X_j for the final norm."""
 
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, rows=config.hc_mult, scales=1)
 
-def read(
-    module: nn.Module, name: str, config: ModelConfig, streams_TND: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A sub-layer's input [T, D], and post [T, N] and comb [T, N, N] to write its output with."""
-    return _operations(module).read_streams(
-        streams_TND,
-        *_parameters(module, name),
-        norm_eps=config.rms_norm_eps,
-        hc_eps=config.hc_eps,
-        iterations=config.hc_sinkhorn_iters,
-    )
-
-
-def head_of_streams(module: nn.Module, config: ModelConfig, streams_TND: Tensor) -> Tensor:
-    """The weighted sum of the streams that goes to the final norm, [T, D]."""
-    return _operations(module).collapse_streams(
-        streams_TND,
-        *_parameters(module, "hc_head"),
-        norm_eps=config.rms_norm_eps,
-        hc_eps=config.hc_eps,
-    )
-
-
-def _operations(module: nn.Module) -> Operations:
-    operations = module.operations
-    assert isinstance(operations, Operations)
-    return operations
-
-
-def _parameters(module: nn.Module, name: str) -> list[Tensor]:
-    return [getattr(module, f"{name}_{suffix}") for suffix in ("fn", "base", "scale")]
+    def forward(self, streams_TND: Tensor) -> Tensor:
+        """[T, N, D] to [T, D]."""
+        return self.operations.collapse_streams(
+            streams_TND,
+            self.fn,
+            self.base,
+            self.scale,
+            norm_eps=self.norm_eps,
+            hc_eps=self.hc_eps,
+        )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from model.block import Block, BlockStats
 from model.config import ModelConfig
-from model.hyper_connection import head_of_streams, register_hyper_head
+from model.hyper_connection import StreamsHead
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.positions import Positions
@@ -27,7 +27,7 @@ class MTPBlock(Block):
         self.enorm = RMSNorm(dim, eps)
         self.hnorm = RMSNorm(dim, eps)
         self.norm = RMSNorm(dim, eps)
-        register_hyper_head(self, config)
+        self.hc_head = StreamsHead(config)
 
     def predict(
         self,
@@ -48,7 +48,7 @@ class MTPBlock(Block):
         """
         streams_TND = self._joined(streams_TND, next_embedding_TD)
         streams_TND, stats = self(streams_TND, next_tokens_T, positions, routed_tokens, chosen_TA)
-        return self.norm(head_of_streams(self, self.config, streams_TND)), stats
+        return self.norm(self.hc_head(streams_TND)), stats
 
     def choose_next(
         self,

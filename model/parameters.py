@@ -1,94 +1,310 @@
-"""The shape of every trained parameter, without building a model. Imports no torch."""
+"""The table of parameters: names, shapes, precision, initial values, division, optimizer, exports.
+
+Adding a parameter touches the module that has it and this table, nothing else: initialisation
+(model/init.py), names on disk (model/hf.py), the division over ranks
+(trainer/parallel/placement.py) and the optimizer's table (optim/partition.py) are read from here.
+Imports no torch. The letters of the shapes are those of model/parameter_entry.py.
+"""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from model.config import LayerType, ModelConfig
+from model.parameter_entry import (
+    Entry,
+    Letters,
+    Scope,
+    Shape,
+    compressor,
+    expert_stack,
+    hyper_connection,
+    matrix,
+    norm,
+    shared_expert,
+)
 
-Shapes = dict[str, tuple[int, ...]]
+Shapes = dict[str, Shape]
 
-_FP32 = re.compile(r".*(?:norm\.weight|hc_\w+|\.attn_sink|\.ape)")
+_FP32_ZEROS: dict[str, Any] = {"dtype": "fp32", "initial": "zeros"}
+_VOCABULARY: dict[str, Any] = {"scope": "model", "matrices": None, "split": ("tensor", 0)}
+_ROWS: dict[str, Any] = {"split": ("tensor", 0)}
+_COLUMNS: dict[str, Any] = {"split": ("tensor", 1)}
+_CSA: dict[str, Any] = {"layers": ("csa",)}
+
+_MODEL = (
+    *hyper_connection("hc_head", lambda s: s.N, 1, "model.hc_head.hc_", scope="model"),
+    matrix("embed", "embedding", lambda s: (s.V, s.D), "model.embed_tokens", **_VOCABULARY),
+    norm("norm", lambda s: s.D, "model.norm", scope="model"),
+    matrix("head", "head", lambda s: (s.V, s.D), "lm_head", multiplies=True, **_VOCABULARY),
+)
+_ATTENTION = (
+    Entry(
+        *("attn.attn_sink", lambda s: (s.H,), "attention", "self_attn.sinks"),
+        **_FP32_ZEROS | _ROWS,
+    ),
+    matrix("attn.wq_a", "attention", lambda s: (s.Q, s.D), "self_attn.q_a_proj"),
+    norm("attn.q_norm", lambda s: s.Q, "self_attn.q_a_norm"),
+    matrix(
+        *("attn.wq_b", "attention", lambda s: (s.H * s.K, s.Q), "self_attn.q_b_proj"),
+        **_ROWS | {"per_head": lambda s: s.H},
+    ),
+    matrix("attn.wkv", "attention", lambda s: (s.K, s.D), "self_attn.kv_proj"),
+    norm("attn.kv_norm", lambda s: s.K, "self_attn.kv_norm"),
+    matrix(
+        *("attn.wo_a", "attention", lambda s: (s.G * s.O, s.H * s.K // s.G)),
+        *("self_attn.o_a_proj",),
+        **_ROWS | {"matrices": lambda s: s.G},
+    ),
+    matrix("attn.wo_b", "attention", lambda s: (s.D, s.G * s.O), "self_attn.o_b_proj", **_COLUMNS),
+    *compressor(
+        *("attn.compressor", "compressor", lambda s: s.K, "self_attn.compressor"),
+        layers=("csa", "hca"),
+    ),
+    matrix(
+        *("attn.indexer.wq_b", "indexer", lambda s: (s.I * s.J, s.Q)),
+        *("self_attn.compressor.indexer.q_b_proj",),
+        **_CSA | {"per_head": lambda s: s.I},
+    ),
+    matrix(
+        *("attn.indexer.weights_proj", "indexer", lambda s: (s.I, s.D)),
+        *("self_attn.compressor.indexer.scorer.weights_proj",),
+        **_CSA,
+    ),
+    *compressor(
+        *("attn.indexer.compressor", "indexer", lambda s: s.J, "self_attn.compressor.indexer"),
+        layers=("csa",),
+    ),
+)
+_EXPERTS = (
+    matrix("ffn.gate", "router", lambda s: (s.E, s.D), "mlp.gate"),
+    Entry(
+        *("ffn.gate.bias", lambda s: (s.E,), None, "mlp.gate.e_score_correction_bias"),
+        **_FP32_ZEROS | {"router": "learned"},
+    ),
+    Entry(
+        *("ffn.gate.tid2eid", lambda s: (s.V, s.A), None, "mlp.gate.tid2eid"),
+        dtype="int64",
+        initial="balanced_table",
+        router="hashed",
+    ),
+    expert_stack("w1", lambda s: (s.F, s.D), 1, "gate_up_proj"),
+    expert_stack("w2", lambda s: (s.D, s.F), 2, "down_proj"),
+    expert_stack("w3", lambda s: (s.F, s.D), 1, "gate_up_proj"),
+    shared_expert("w1", lambda s: (s.S, s.D), 0, "gate_proj"),
+    shared_expert("w2", lambda s: (s.D, s.S), 1, "down_proj"),
+    shared_expert("w3", lambda s: (s.S, s.D), 0, "up_proj"),
+)
+_BLOCK = (
+    *hyper_connection("hc_attn", lambda s: (2 + s.N) * s.N, 3, "attn_hc."),
+    *hyper_connection("hc_ffn", lambda s: (2 + s.N) * s.N, 3, "ffn_hc."),
+    norm("attn_norm", lambda s: s.D, "input_layernorm"),
+    norm("ffn_norm", lambda s: s.D, "post_attention_layernorm"),
+    *_ATTENTION,
+    *_EXPERTS,
+)
+# What the MTP block has in addition to any block; ``transformers`` has no MTP.
+_MTP = (
+    *hyper_connection("hc_head", lambda s: s.N, 1, None, scope="mtp"),
+    *(matrix(n, "mtp", lambda s: (s.D, s.D), None, scope="mtp") for n in ("e_proj", "h_proj")),
+    *(norm(name, lambda s: s.D, None, scope="mtp") for name in ("enorm", "hnorm", "norm")),
+)
+
+TABLE: tuple[Entry, ...] = (*_MODEL, *_BLOCK, *_MTP)
+
+_PREFIX = re.compile(r"((?:layers|mtp)\.\d+\.)?(.*)")
+_OFFICIAL_EXPERT = re.compile(r"(.*)\.(\d+)\.([^.]*)\.weight")
+
+
+def _in_scope(entry: Entry, prefix: str) -> bool:
+    if not prefix:
+        return entry.scope == "model"
+    return entry.scope == "block" or (entry.scope == "mtp" and prefix.startswith("mtp."))
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Returns ``layers.3.`` or ``mtp.0.`` or nothing, and the name within that scope."""
+    match = _PREFIX.fullmatch(name)
+    assert match is not None
+    return match[1] or "", match[2]
+
+
+def entry_of(name: str) -> Entry:
+    """Returns the entry of a parameter or buffer by its whole name in memory.
+
+    Raises KeyError for a name that no V4 model has.
+    """
+    prefix, rest = split_name(name)
+    for entry in TABLE:
+        if entry.name == rest and _in_scope(entry, prefix):
+            return entry
+    raise KeyError(name)
+
+
+def official_name(name: str) -> str:
+    """Returns the name under which a tensor is stored and seeded, from its name in memory.
+
+    Hyper-connections are modules in memory and flat names in the release (`layers.0.hc_attn.fn`
+    and `layers.0.hc_attn_fn`). Experts stay stacked; see ``expert_name``.
+    """
+    return split_name(name)[0] + (entry_of(name).official or entry_of(name).name)
+
+
+def expert_name(stack: str, expert: int) -> str:
+    """Returns the official name of one expert's matrix: `ffn.experts.w1` gives `...3.w1.weight`."""
+    experts, _, matrix = stack.rpartition(".")
+    return f"{experts}.{expert}.{matrix}.weight"
+
+
+def memory_name(official: str) -> tuple[str, int | None]:
+    """Returns the name in memory, and the expert's number if it is one matrix of a stack.
+
+    A name of no V4 weight comes back as it is.
+    """
+    prefix, rest = split_name(official)
+    for entry in TABLE:
+        if not _in_scope(entry, prefix):
+            continue
+        if rest == (entry.official or entry.name):
+            return prefix + entry.name, None
+        match = _OFFICIAL_EXPERT.fullmatch(rest) if entry.stacked else None
+        if match is not None and f"{match[1]}.{match[3]}" == entry.name:
+            return prefix + entry.name, int(match[2])
+    return official, None
+
+
+def transformers_name(name: str) -> str | None:
+    """Returns the name in ``transformers``' memory; None where it has no such tensor."""
+    prefix, _ = split_name(name)
+    theirs = entry_of(name).transformers
+    if theirs is None or prefix.startswith("mtp."):
+        return None
+    return f"model.{prefix}{theirs}" if prefix else theirs
 
 
 def always_fp32(name: str) -> bool:
-    """Whether a parameter is in fp32 in a model of any precision."""
-    return _FP32.fullmatch(name) is not None
+    """Whether a parameter or buffer is in fp32 in a model of any precision."""
+    return entry_of(name).dtype == "fp32"
+
+
+def group_of(name: str) -> str:
+    """Returns the group of a parameter that optimizer settings name."""
+    group = entry_of(name).group
+    if group is None:
+        raise KeyError(name)
+    return group
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An entry in one model: the parameter or buffer ``name`` of a layer with these sizes."""
+
+    name: str
+    entry: Entry
+    letters: Letters
+
+    @property
+    def shape(self) -> Shape:
+        """The whole shape."""
+        return self.entry.shape(self.letters)
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def group(self) -> str:
+        """The group that optimizer settings name."""
+        assert self.entry.group is not None
+        return self.entry.group
+
+    @property
+    def stacked(self) -> bool:
+        """Whether each index of the first of three dimensions is a matrix."""
+        return self.entry.stacked
+
+    @property
+    def matrices(self) -> int | None:
+        """How many independent matrices are stacked along the rows; None for AdamW."""
+        count = self.entry.matrices
+        return None if count is None else count(self.letters)
+
+    @property
+    def matrices_per_head(self) -> int | None:
+        """The same where every query head is a matrix."""
+        count = self.entry.per_head or self.entry.matrices
+        return None if count is None else count(self.letters)
+
+    @property
+    def multiplied(self) -> int:
+        """The number of elements that one token is multiplied with."""
+        if self.entry.matrices is None and not self.entry.multiplies:
+            return 0
+        if self.entry.stacked:
+            return self.numel // self.letters.E * self.letters.A
+        return self.numel
+
+
+def tensors_of(config: ModelConfig) -> Iterator[Parameter]:
+    """Yields every parameter and buffer of ``V4Model(config)``."""
+
+    def scope(
+        prefix: str, kind: LayerType, hashed: bool, scopes: tuple[Scope, ...]
+    ) -> Iterator[Parameter]:
+        letters = Letters.of(config, kind)
+        for entry in TABLE:
+            if entry.scope in scopes and entry.exists(kind, hashed):
+                yield Parameter(prefix + entry.name, entry, letters)
+
+    yield from scope("", "window", False, ("model",))
+    for row, kind in enumerate(config.layer_types):
+        yield from scope(f"layers.{row}.", kind, row < config.num_hash_layers, ("block",))
+    for number in range(config.num_nextn_predict_layers):
+        yield from scope(f"mtp.{number}.", "window", False, ("block", "mtp"))
+
+
+def parameter_table(config: ModelConfig) -> dict[str, Parameter]:
+    """Returns the trained parameters by name in memory, those of ``named_parameters()``."""
+    return {line.name: line for line in tensors_of(config) if line.entry.group is not None}
 
 
 def parameter_shapes(config: ModelConfig) -> Shapes:
-    """Shapes by name, those of ``V4Model(config).named_parameters()``."""
-    vocab, dim = config.vocab_size, config.hidden_size
-    shapes: Shapes = {
-        "embed.weight": (vocab, dim),
-        "norm.weight": (dim,),
-        "head.weight": (vocab, dim),
-    }
-    shapes |= _hyper("hc_head", config, config.hc_mult, 1)
-    for row, kind in enumerate(config.layer_types):
-        shapes |= _block(f"layers.{row}.", config, kind)
-    for row in range(config.num_nextn_predict_layers):
-        mtp = f"mtp.{row}."
-        shapes |= _block(mtp, config, "window") | _hyper(f"{mtp}hc_head", config, config.hc_mult, 1)
-        shapes |= {f"{mtp}{name}.weight": (dim, dim) for name in ("e_proj", "h_proj")}
-        shapes |= {f"{mtp}{name}.weight": (dim,) for name in ("enorm", "hnorm", "norm")}
-    return shapes
+    """Returns the shapes of the trained parameters by name."""
+    return {name: line.shape for name, line in parameter_table(config).items()}
 
 
-def _block(prefix: str, config: ModelConfig, kind: LayerType) -> Shapes:
-    dim, experts = config.hidden_size, config.n_routed_experts
-    inner = config.moe_intermediate_size
-    shared = inner * config.n_shared_experts
-    mixing = (2 + config.hc_mult) * config.hc_mult
-    shapes: Shapes = {
-        f"{prefix}attn_norm.weight": (dim,),
-        f"{prefix}ffn_norm.weight": (dim,),
-        f"{prefix}ffn.gate.weight": (experts, dim),
-        f"{prefix}ffn.experts.w1": (experts, inner, dim),
-        f"{prefix}ffn.experts.w2": (experts, dim, inner),
-        f"{prefix}ffn.experts.w3": (experts, inner, dim),
-        f"{prefix}ffn.shared_experts.w1.weight": (shared, dim),
-        f"{prefix}ffn.shared_experts.w2.weight": (dim, shared),
-        f"{prefix}ffn.shared_experts.w3.weight": (shared, dim),
-    }
-    for name in ("hc_attn", "hc_ffn"):
-        shapes |= _hyper(f"{prefix}{name}", config, mixing, 3)
-    return shapes | _attention(f"{prefix}attn.", config, kind)
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of trained parameters; router biases and hash tables are not among them.
+
+    Attributes:
+        main: all of the model but MTP.
+        mtp: what the MTP block adds. Embedding and head are the main model's.
+        active: what one token multiplies with in matrix products of the main model: A of the E
+            routed experts, the shared one, projections, routers, hyper-connections and the output
+            head. The embedding, which is looked up, and vectors and tables that act element by
+            element (norms, sinks, positional gate biases) are not counted.
+    """
+
+    main: int
+    mtp: int
+    active: int
+
+    @property
+    def total(self) -> int:
+        """All trained parameters."""
+        return self.main + self.mtp
 
 
-def _attention(prefix: str, config: ModelConfig, kind: LayerType) -> Shapes:
-    dim, rank, width = config.hidden_size, config.q_lora_rank, config.head_dim
-    inner, outer = config.num_attention_heads * width, config.o_groups * config.o_lora_rank
-    shapes: Shapes = {
-        f"{prefix}wq_a.weight": (rank, dim),
-        f"{prefix}q_norm.weight": (rank,),
-        f"{prefix}wq_b.weight": (inner, rank),
-        f"{prefix}wkv.weight": (width, dim),
-        f"{prefix}kv_norm.weight": (width,),
-        f"{prefix}wo_a.weight": (outer, inner // config.o_groups),
-        f"{prefix}wo_b.weight": (dim, outer),
-        f"{prefix}attn_sink": (config.num_attention_heads,),
-    }
-    if kind != "window":
-        shapes |= _compressor(f"{prefix}compressor.", config, kind, width)
-    if kind == "csa":
-        heads, index = config.index_n_heads, config.index_head_dim
-        shapes[f"{prefix}indexer.wq_b.weight"] = (heads * index, rank)
-        shapes[f"{prefix}indexer.weights_proj.weight"] = (heads, dim)
-        shapes |= _compressor(f"{prefix}indexer.compressor.", config, kind, index)
-    return shapes
-
-
-def _compressor(prefix: str, config: ModelConfig, kind: LayerType, width: int) -> Shapes:
-    both = 2 * width if kind == "csa" else width
-    return {
-        f"{prefix}wkv.weight": (both, config.hidden_size),
-        f"{prefix}wgate.weight": (both, config.hidden_size),
-        f"{prefix}ape": (config.compress_ratio(kind), both),
-        f"{prefix}norm.weight": (width,),
-    }
-
-
-def _hyper(name: str, config: ModelConfig, rows: int, scales: int) -> Shapes:
-    columns = config.hc_mult * config.hidden_size
-    return {f"{name}_fn": (rows, columns), f"{name}_base": (rows,), f"{name}_scale": (scales,)}
+def parameter_counts(config: ModelConfig) -> ParameterCounts:
+    """Returns the sizes that V4's report and release print: 284B and 13B active for Flash."""
+    lines = parameter_table(config).values()
+    main = [line for line in lines if not line.name.startswith("mtp.")]
+    total = sum(line.numel for line in lines)
+    size = sum(line.numel for line in main)
+    return ParameterCounts(size, total - size, sum(line.multiplied for line in main))

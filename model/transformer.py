@@ -13,14 +13,13 @@ from model import hf
 from model.attention import Attention
 from model.block import Block, BlockStats
 from model.config import AttentionMode, ModelConfig
-from model.hyper_connection import head_of_streams, register_hyper_head
+from model.hyper_connection import StreamsHead
 from model.init import Part, initialise
 from model.kernels.cross_entropy import linear_cross_entropy
 from model.layout import SampleLayout
 from model.loss import IGNORE, TokenCounts, next_in_sample, second_targets
 from model.mtp import MTPBlock
 from model.norm import RMSNorm
-from model.pointwise import CHOSEN, Operations
 from model.positions import MakePositions, Positions
 from model.router import Router
 
@@ -120,19 +119,18 @@ class V4Model(nn.Module):
     """
 
     make_positions: MakePositions = Positions
-    operations: Operations = CHOSEN
     cross_entropy: CrossEntropy = staticmethod(linear_cross_entropy)
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
         vocab, dim = config.vocab_size, config.hidden_size
+        self.hc_head = StreamsHead(config)
         self.embed = nn.Embedding(vocab, dim, dtype=dtype)
         self.layers = nn.ModuleList(
             Block(config, row, kind, row < config.num_hash_layers, dtype)
             for row, kind in enumerate(config.layer_types)
         )
-        register_hyper_head(self, config)
         self.norm = RMSNorm(dim, config.rms_norm_eps)
         self.head = nn.Linear(dim, vocab, bias=False, dtype=dtype)
         self.mtp = nn.ModuleList(
@@ -177,7 +175,7 @@ class V4Model(nn.Module):
         )
         streams_TND, stats = self.run_blocks(self.embed_streams(micro), micro, self.layers)
         if targets is None:
-            hidden_TD = self.norm(head_of_streams(self, self.config, streams_TND))
+            hidden_TD = self.norm(self.hc_head(streams_TND))
             return ModelOutput(logits=self.head(hidden_TD).view(*tokens.shape, -1))
         lm_loss, mtp_loss, seen = self.predict(streams_TND, micro)
         return self._losses(lm_loss, mtp_loss, micro.mtp_loss_weight, stats + seen)
@@ -228,7 +226,7 @@ class V4Model(nn.Module):
     ) -> tuple[Tensor, Tensor, list[BlockStats]]:
         """Losses of the main head and, unweighted, of the MTP heads, and their routers' doings."""
         assert micro.counts is not None
-        hidden_TD = self.norm(head_of_streams(self, self.config, streams_TND))
+        hidden_TD = self.norm(self.hc_head(streams_TND))
         lm_loss = self._cross_entropy(micro, hidden_TD, micro.targets_T, micro.counts.lm)
         mtp_loss = torch.zeros_like(lm_loss)
         stats = []

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from optim.config import AdamWConfig, MuonConfig, OptimConfig, ScheduleConfig
     from optim.errors import OptimError
     from optim.optimizer import Optimizer
-    from optim.partition import Assignment, MatrixSizes, build_table, render_table
+    from optim.partition import Assignment, ParameterFacts, build_table, render_table
     from optim.schedule import in_decay
     from optim.zero.group import StatePiece
     from optim.zero.hybrid_zero import HybridZero
@@ -22,11 +22,11 @@ __all__ = [
     "AdamWConfig",
     "Assignment",
     "HybridZero",
-    "MatrixSizes",
     "MuonConfig",
     "OptimConfig",
     "OptimError",
     "Optimizer",
+    "ParameterFacts",
     "ScheduleConfig",
     "StatePiece",
     "build_table",
@@ -47,7 +47,7 @@ _HOME = {
     "HybridZero": "zero.hybrid_zero",
     "Optimizer": "optimizer",
     "Assignment": "partition",
-    "MatrixSizes": "partition",
+    "ParameterFacts": "partition",
     "build_table": "partition",
     "render_table": "partition",
     "in_decay": "schedule",

@@ -2,8 +2,8 @@
 
 import torch
 
-from model import ModelConfig
-from optim import Assignment, HybridZero, MatrixSizes, build_table
+from model.parameters import parameter_table
+from optim import Assignment, HybridZero, build_table
 from trainer.checkpoint.run import Updater
 from trainer.config import RunConfig
 from trainer.config.recipe import Recipe
@@ -81,14 +81,4 @@ def make_table(config: RunConfig, local: LocalModel) -> list[Assignment]:
     """Which optimizer every parameter of this rank's part of the model belongs to."""
     names = [name for name, _ in local.model.named_parameters()]
     shapes = {name: local.placements[name].matrix_shape for name in names}
-    return build_table(shapes, matrix_sizes(config.model), config.optim)
-
-
-def matrix_sizes(model: ModelConfig) -> MatrixSizes:
-    """What the optimizer's table needs of a model's sizes."""
-    return MatrixSizes(
-        o_groups=model.o_groups,
-        num_attention_heads=model.num_attention_heads,
-        head_dim=model.head_dim,
-        index_head_dim=model.index_head_dim,
-    )
+    return build_table(shapes, parameter_table(config.model), config.optim)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from model import ModelConfig
-from model.parameters import Shapes, parameter_shapes
+from model.parameters import Shapes, parameter_shapes, parameter_table
 from optim import HybridZero, OptimConfig, build_table
 from optim.config import MuonConfig
 from optim.zero.group import Precision
@@ -64,13 +64,13 @@ class Matrices:
         self.model = ModelConfig(**yaml.safe_load(text)["model"])
         every = parameter_shapes(self.model)
         layer = {name: shape for name, shape in every.items() if name.startswith(LAYER)}
-        table = build_table(layer, matrix_sizes(self.model), OptimConfig())
+        table = build_table(layer, parameter_table(self.model), OptimConfig())
         shapes = {entry.name: entry.shape for entry in table if entry.matrices is not None}
         self.shapes: Shapes = {
             name: (min(experts, shape[0]), *shape[1:]) if experts and len(shape) == 3 else shape
             for name, shape in shapes.items()
         }
-        found = build_table(self.shapes, matrix_sizes(self.model), OptimConfig())
+        found = build_table(self.shapes, parameter_table(self.model), OptimConfig())
         self.table = [entry for entry in found if entry.matrices is not None]
 
     @property

@@ -28,7 +28,6 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.steps.machine import Ceilings, Step, ceilings, config_of, device_of, seconds
 from model.block import Block
 from model.flops import flops_by_part
-from model.hyper_connection import read
 from model.kernels.hyper_connection.hyper_connection import write_streams
 from model.transformer import Microbatch
 from optim.zero.plan import newton_schulz_cost
@@ -138,7 +137,7 @@ class Parts:
         )
 
     def _mixed(self, block: Block, streams: Tensor) -> Tensor:
-        x, post, comb = read(block, "hc_attn", self.config, streams)
+        x, post, comb = block.hc_attn.read(streams)
         return write_streams(streams, x, post, comb)
 
     def _expert_operations(self) -> float:

@@ -85,7 +85,7 @@ def experts(p: Parameters, x: Tensor, config: ModelConfig) -> Tensor:
 
 
 def projections(p: Parameters, name: str, streams: Tensor, config: ModelConfig) -> Tensor:
-    return rms(streams.flatten(1), config.rms_norm_eps) @ p[f"{name}_fn"].T
+    return rms(streams.flatten(1), config.rms_norm_eps) @ p[f"{name}.fn"].T
 
 
 def through_streams(
@@ -93,7 +93,7 @@ def through_streams(
 ) -> Tensor:
     """Hyper-connection around attention or experts; streams [S, N, D], token by token."""
     count, eps = config.hc_mult, config.hc_eps
-    base, scale = p[f"{name}_base"], p[f"{name}_scale"]
+    base, scale = p[f"{name}.base"], p[f"{name}.scale"]
     w = projections(p, name, streams, config)
     pre = torch.sigmoid(scale[0] * w[:, :count] + base[:count]) + eps
     post = 2 * torch.sigmoid(scale[1] * w[:, count : 2 * count] + base[count : 2 * count])
@@ -139,7 +139,7 @@ def mtp_nll(
     x = through_streams(p, "hc_attn", x, config, "attn")
     x = through_streams(p, "hc_ffn", x, config, "ffn")
     w = projections(p, "hc_head", x, config)
-    read = torch.sigmoid(p["hc_head_scale"] * w + p["hc_head_base"]) + config.hc_eps
+    read = torch.sigmoid(p["hc_head.scale"] * w + p["hc_head.base"]) + config.hc_eps
     hidden = sum(read[:, j, None] * x[:, j] for j in range(config.hc_mult))
     logits = rms(hidden, eps, p["norm.weight"]) @ p["head"].T
     return -logits.log_softmax(-1)[torch.arange(len(predicted)), predicted].sum()

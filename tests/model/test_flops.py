@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import ModelConfig, SampleLayout, V4Model
 from model.flops import training_flops
+from model.parameters import parameter_counts
 from model.positions import Positions
-from model.sizes import parameter_counts
 from tests.model.tiny import random_model, random_tokens, tiny_config
 from trainer.config import load_config
 

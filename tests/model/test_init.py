@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import IGNORE, V4Model, hyper_connection
+from model import IGNORE, V4Model
 from model.kernels.hyper_connection.hyper_connection import write_streams
 from tests.model.tiny import random_tokens, tiny_config
 
@@ -50,7 +50,7 @@ def test_norms_sinks_biases_and_factors():
             assert (tensor == 1).all(), name
         elif name.endswith(("attn_sink", "ape", "gate.bias")):
             assert (tensor == 0).all(), name
-        elif name.endswith("_scale"):
+        elif name.endswith(".scale"):
             assert tensor.tolist() == pytest.approx([0.01] * len(tensor)), name
 
 
@@ -110,7 +110,7 @@ def test_bf16_is_the_same_rounded_and_fp32_parameters_stay_fp32():
     whole, low = state(initialised()), state(initialised(dtype=torch.bfloat16))
     kinds = {tensor.dtype for tensor in low.values()}
     assert kinds == {torch.bfloat16, torch.float32, torch.int64}
-    always = ("norm.weight", "attn_sink", "ape", "_fn", "_base", "_scale", "gate.bias")
+    always = ("norm.weight", "attn_sink", "ape", ".fn", ".base", ".scale", "gate.bias")
     for name, tensor in low.items():
         assert torch.equal(tensor, whole[name].to(tensor.dtype)), name
         if tensor.is_floating_point():
@@ -131,7 +131,7 @@ def test_a_block_starts_close_to_a_plain_residual(name):
             return y
 
         streams = x[:, None].expand(-1, 4, -1).contiguous()
-        x, post, comb = hyper_connection.read(block, name, model.config, streams)
+        x, post, comb = getattr(block, name).read(streams)
         out = write_streams(streams, sublayer(x), post, comb)
         torch.testing.assert_close(read[0], x, rtol=0, atol=0.02)
         torch.testing.assert_close(out, (x + y)[:, None].expand(-1, 4, -1), rtol=0, atol=0.02)
@@ -150,7 +150,7 @@ def test_each_stream_carries_mostly_itself_and_sublayers_read_in_turn():
                 return torch.zeros_like(x)
 
             with torch.no_grad():
-                x, post, comb = hyper_connection.read(block, name, model.config, streams)
+                x, post, comb = getattr(block, name).read(streams)
                 out = write_streams(streams, sublayer(x), post, comb)
             for k in range(4):
                 share = (out[:, k] * streams[:, k]).sum() / streams[:, k].square().sum()
@@ -186,7 +186,7 @@ def test_streams_part_from_each_other_with_training():
         model(tokens, targets=targets).loss.backward()
         optimizer.step()
     for name, parameter in model.named_parameters():
-        if name.endswith(("hc_attn_base", "hc_ffn_base")):
+        if name.endswith(("hc_attn.base", "hc_ffn.base")):
             post = parameter.grad[4:8]
             assert float((post - post.mean()).norm()) > 1e-5 * float(post.norm()) > 0, name
     assert before > 1e-5

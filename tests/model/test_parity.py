@@ -103,7 +103,7 @@ def test_logits_and_gradients_equal_transformers(name):
 
 
 def _transpose_comb(model):
-    rows = model.layers[1].hc_attn_base[8:].view(4, 4)
+    rows = model.layers[1].hc_attn.base[8:].view(4, 4)
     rows.copy_(rows.t().clone())
 
 

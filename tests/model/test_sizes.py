@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import V4Model
-from model.sizes import parameter_counts
+from model.parameters import parameter_counts
 from tests.model.tiny import tiny_config
 from trainer.config import RunConfig, load_config
 from trainer.config.recipe import Recipe

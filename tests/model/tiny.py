@@ -63,9 +63,9 @@ def random_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.add_(noise(parameter, 0.2))
-            elif name.endswith(("attn_sink", "ape", "_base")):
+            elif name.endswith(("attn_sink", "ape", ".base")):
                 parameter.add_(noise(parameter, 0.7))
-            elif name.endswith("_scale"):
+            elif name.endswith(".scale"):
                 parameter.copy_(0.5 + noise(parameter, 0.3))
         for name, buffer in model.named_buffers():
             if name.endswith("bias"):

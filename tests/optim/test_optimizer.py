@@ -11,7 +11,7 @@ from optim.config import OptimConfig
 from optim.errors import OptimError
 from optim.optimizer import Optimizer
 from optim.partition import build_table
-from tests.optim.debug_parameters import SIZES, shapes
+from tests.optim.debug_parameters import FACTS, shapes
 
 RATE = 0.02
 
@@ -24,7 +24,7 @@ def model(names: list[str] | None = None) -> dict[str, Parameter]:
 
 def optimizer(parameters: dict[str, Parameter], **muon: object) -> Optimizer:
     config = OptimConfig(muon=muon)
-    table = build_table({n: tuple(p.shape) for n, p in parameters.items()}, SIZES, config)
+    table = build_table({n: tuple(p.shape) for n, p in parameters.items()}, FACTS, config)
     return Optimizer(parameters, table, config)
 
 
@@ -58,7 +58,7 @@ SPLITS = {  # how a human would cut the weight into its independent matrices
     "layers.2.attn.compressor.wgate.weight": lambda w: [w],
     "layers.0.ffn.experts.w1": lambda w: [w[expert] for expert in range(6)],
     "layers.0.ffn.experts.w2": lambda w: [w[expert] for expert in range(6)],
-    "hc_head_fn": lambda w: [w],
+    "hc_head.fn": lambda w: [w],
 }
 
 
@@ -145,8 +145,8 @@ def test_zero_gradients_only_decay() -> None:
 
 
 def test_the_decay_is_the_tables() -> None:
-    parameters = model(names=["norm.weight", "hc_head_fn"])
-    table = build_table({n: tuple(p.shape) for n, p in parameters.items()}, SIZES, OptimConfig())
+    parameters = model(names=["norm.weight", "hc_head.fn"])
+    table = build_table({n: tuple(p.shape) for n, p in parameters.items()}, FACTS, OptimConfig())
     table = [replace(entry, weight_decay=0.5) for entry in table]
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for parameter in parameters.values():
@@ -177,7 +177,7 @@ def test_a_missing_gradient_leaves_everything_alone() -> None:
 def test_a_table_that_does_not_fit() -> None:
     parameters = model()
     config = OptimConfig()
-    table = build_table(shapes(), SIZES, config)
+    table = build_table(shapes(), FACTS, config)
     with pytest.raises(OptimError, match=r"not in both: embed\.weight"):
         Optimizer(parameters, table[1:], config)
     with pytest.raises(OptimError, match=r"twice.*embed\.weight"):

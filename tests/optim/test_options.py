@@ -11,7 +11,7 @@ from optim.muon import momentum_at, orthogonal_update
 from optim.newton_schulz import Step, hybrid_steps, newton_schulz, polar_express_steps
 from optim.optimizer import Optimizer
 from optim.partition import build_table
-from tests.optim.debug_parameters import SIZES, shapes
+from tests.optim.debug_parameters import FACTS, shapes
 from trainer.config import ConfigError, load_config
 
 RATE = 0.02
@@ -105,7 +105,7 @@ def model() -> dict[str, Parameter]:
 
 
 def optimizer(parameters: dict[str, Parameter], config: OptimConfig) -> Optimizer:
-    return Optimizer(parameters, build_table(shapes(), SIZES, config), config)
+    return Optimizer(parameters, build_table(shapes(), FACTS, config), config)
 
 
 def give_gradients(parameters: dict[str, Parameter], seed: int) -> None:
@@ -172,7 +172,7 @@ def test_factors_and_exclusions_of_muon() -> None:
 def test_every_group_has_parameters_and_every_parameter_one_group() -> None:
     seen: list[str] = []
     for group in GROUPS:
-        table = build_table(shapes(), SIZES, OptimConfig(learning_rate_factors={group: 2.0}))
+        table = build_table(shapes(), FACTS, OptimConfig(learning_rate_factors={group: 2.0}))
         members = [entry.name for entry in table if entry.learning_rate_factor == 2.0]
         assert members, group
         seen += members

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from model import V4Model
-from optim import MatrixSizes, build_table
+from model.parameters import parameter_table
+from optim import build_table
 from trainer.config import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-LISTED_FOR_ADAMW = ("embed.", "head.weight", "norm", "_base", "_scale", "attn_sink", "ape")
+LISTED_FOR_ADAMW = ("embed.", "head.weight", "norm", ".base", ".scale", "attn_sink", "ape")
 
 
 @pytest.mark.parametrize("name", ["debug", "flash", "pro"])
@@ -22,9 +23,7 @@ def test_every_parameter_exactly_once(name: str) -> None:
     parameters = dict(model.named_parameters())
     table = build_table(
         {key: tuple(parameter.shape) for key, parameter in parameters.items()},
-        MatrixSizes(
-            sizes.o_groups, sizes.num_attention_heads, sizes.head_dim, sizes.index_head_dim
-        ),
+        parameter_table(sizes),
         config.optim,
     )
     assert [entry.name for entry in table] == list(parameters)

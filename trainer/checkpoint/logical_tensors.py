@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.parameters import expert_name, official_name
 from optim import StatePiece
 from trainer.parallel.grid import Sizes
 from trainer.parallel.placement import Placement, Shape, place
@@ -69,7 +70,7 @@ def logical_tensors(
             mastered.add(piece.name)
         prefix = "" if piece.kind == MASTER else f"{_STATES}{piece.kind}."
         if piece.kind == STEP:
-            logical[f"{prefix}{piece.name}"] = [Part.whole(piece.tensor)]
+            logical[f"{prefix}{official_name(piece.name)}"] = [Part.whole(piece.tensor)]
             continue
         for name, part in parts_of(piece, where[piece.name]):
             logical.setdefault(f"{prefix}{name}", []).append(part)
@@ -96,17 +97,16 @@ def parts_of(piece: StatePiece, placement: Placement) -> Iterator[tuple[str, Par
     if piece.whole:  # whole matrices; of experts, those that are here
         shape = placement.matrix_shape
         origin = (origin[0] if placement.kind == "expert" else 0,) + (0,) * (len(shape) - 1)
+    entry = official_name(piece.name)
     flat, at = piece.tensor.view(-1), 0
     for offset, size in boxes(piece.start, piece.start + flat.numel(), shape):
         tensor = flat[at : (at := at + math.prod(size))].view(size)
         place_ = tuple(a + b for a, b in zip(origin, offset, strict=True))
         if placement.kind != "expert":
-            yield piece.name, Part(tensor, placement.shape, place_)
+            yield entry, Part(tensor, placement.shape, place_)
             continue
-        experts, _, matrix = piece.name.rpartition(".")
         for number, view in enumerate(tensor, start=place_[0]):
-            entry = f"{experts}.{number}.{matrix}.weight"
-            yield entry, Part(view, placement.shape[1:], place_[1:])
+            yield expert_name(entry, number), Part(view, placement.shape[1:], place_[1:])
 
 
 def boxes(start: int, stop: int, shape: Shape) -> Iterator[tuple[Shape, Shape]]:

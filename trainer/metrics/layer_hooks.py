@@ -19,7 +19,6 @@ from torch.utils.hooks import RemovableHandle
 from model import V4Model
 from model.attention import Attention
 from model.block import Block, BlockPart, Compute
-from model.hyper_connection import read
 from model.moe import Dispatched, Experts
 
 Kind = Literal["mean", "max"]
@@ -104,7 +103,7 @@ def _watching(block: Block, plain: Compute, notes: Notes) -> Compute:
             notes.mean("stream_rms", block.row, streams.square().sum(), streams.numel())
             notes.largest("stream_max", block.row, streams.abs())
         elif part == "streams":
-            _, _, comb_after = read(block, "hc_ffn", block.config, out)
+            _, _, comb_after = block.hc_ffn.read(out)
             for comb_TNN in (inputs[3], comb_after):
                 for dim in (1, 2):
                     notes.largest("comb_departure", block.row, (comb_TNN.sum(dim) - 1).abs())

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from optim.partition import group_of
+from model.parameters import group_of
 from trainer.parallel.collectives import gather_objects
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel

@@ -78,9 +78,8 @@ class Stage(nn.Module):
         if self.first or (self.last and len(model.mtp)):
             self.embed = model.embed
         if self.last:
-            self.norm, self.head, self.mtp = model.norm, model.head, model.mtp
-            for name in ("hc_head_fn", "hc_head_base", "hc_head_scale"):
-                self.register_parameter(name, getattr(model, name))
+            self.hc_head, self.norm, self.head = model.hc_head, model.norm, model.head
+            self.mtp = model.mtp
         self._model = [model]  # not a submodule: it may have other stages' layers, too
         self.feed = feed
 

@@ -7,28 +7,18 @@ Everything else is whole on every rank of its pipeline stage. Imports no torch.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from model.parameter_entry import Shape
+from model.parameters import entry_of
 from trainer.parallel.degrees import DENSE, EXPERT, Sizes, place_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Kind = Literal["whole", "tensor", "expert"]
-Shape = tuple[int, ...]
-
-# The dimension that tensor ranks split; for experts the one that expert-tensor ranks split.
-_TENSOR = (
-    (r"embed\.weight|head\.weight", 0),
-    (r".*\.attn\.(?:wq_b\.weight|wo_a\.weight|attn_sink)", 0),
-    (r".*\.attn\.wo_b\.weight", 1),
-    (r".*\.ffn\.shared_experts\.w[13]\.weight", 0),
-    (r".*\.ffn\.shared_experts\.w2\.weight", 1),
-)
-_EXPERTS = re.compile(r".*\.ffn\.experts\.w([123])")
 
 
 @dataclass(frozen=True)
@@ -51,11 +41,6 @@ class Placement:
     replicas: int
 
     @property
-    def is_whole(self) -> bool:
-        """Whether nothing is split."""
-        return self.shape == self.size
-
-    @property
     def matrix_shape(self) -> Shape:
         """The whole shape, but of experts only those that are here: each is a matrix apart."""
         return (self.size[0], *self.shape[1:]) if self.kind == "expert" else self.shape
@@ -75,12 +60,7 @@ class Placement:
 
 def split_dim(name: str) -> tuple[Kind, int | None]:
     """Whose axes split a parameter or buffer, and along which dimension."""
-    if found := _EXPERTS.fullmatch(name):
-        return "expert", 2 if found[1] == "2" else 1
-    for pattern, dim in _TENSOR:
-        if re.fullmatch(pattern, name):
-            return "tensor", dim
-    return "whole", None
+    return entry_of(name).split or ("whole", None)
 
 
 def place(name: str, shape: Shape, sizes: Sizes, rank: int) -> Placement:

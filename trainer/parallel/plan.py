@@ -82,7 +82,7 @@ def keep_stages(model: V4Model, stages: StagePlan, rank: int) -> None:
             model.layers[row] = nn.Module()
     last = any(stages.is_last(number) for number in numbers)
     if not last:
-        for name in ("norm", "head", "hc_head_fn", "hc_head_base", "hc_head_scale"):
+        for name in ("norm", "head", "hc_head"):
             delattr(model, name)
         model.mtp = nn.ModuleList()
     if 0 not in numbers and not len(model.mtp):

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from data.config import DataPhase
 from model.flops import flops_by_part, training_flops
-from model.sizes import parameter_counts
+from model.parameters import parameter_counts
 from trainer.config import ConfigError, RunConfig
 from trainer.config.recipe import Phase, Recipe, short_length
 from trainer.formatting import GIB, duration, gib, short

@@ -10,9 +10,10 @@ import torch
 from rich.table import Table
 
 from model import V4Model
+from model.parameters import parameter_table
 from optim import build_table
 from optim.zero.plan import Load, Summary
-from trainer.build import DTYPES, matrix_sizes
+from trainer.build import DTYPES
 from trainer.checkpoint.logical_tensors import has_master
 from trainer.config import RunConfig
 from trainer.config.recipe import Recipe
@@ -85,7 +86,7 @@ def stage_parts(config: RunConfig, sizes: Sizes, pipeline: int) -> StageParts:
     trained = {name: placements[name].matrix_shape for name in parameters}
     low = {name for name, tensor in parameters.items() if has_master(tensor)}
     some = families(
-        build_table(trained, matrix_sizes(config.model), config.optim),
+        build_table(trained, parameter_table(config.model), config.optim),
         placements,
         low,
         sizes,

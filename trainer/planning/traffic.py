@@ -16,9 +16,9 @@ from typing import Literal
 import numpy as np
 
 from model.config import LayerType, ModelConfig
-from model.parameters import Shapes, always_fp32, parameter_shapes
+from model.parameters import Shapes, always_fp32, parameter_shapes, parameter_table
 from optim.config import OptimConfig
-from optim.partition import MatrixSizes, build_table
+from optim.partition import build_table
 from trainer.parallel.degrees import DENSE, EXPERT, Sizes, place_of
 from trainer.parallel.placement import place_all
 from trainer.parallel.stage_plan import StagePlan, tied_embedding
@@ -344,14 +344,10 @@ class _Sent:
         """Gradients to their owners and parameters back, for each family of parameters."""
         placements = place_all(shapes, self.sizes, self.rank)
         whole = {name: placement.matrix_shape for name, placement in placements.items()}
-        config = self.config
-        matrix_sizes = MatrixSizes(
-            config.o_groups, config.num_attention_heads, config.head_dim, config.index_head_dim
-        )
         low = {name for name in shapes if self.element < 4 and not always_fp32(name)}
         tied = tied_embedding(self.stages, self.mtp)
         for family in families(
-            build_table(whole, matrix_sizes, optim),
+            build_table(whole, parameter_table(self.config), optim),
             placements,
             low,
             self.sizes,

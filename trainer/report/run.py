@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from model.sizes import parameter_counts
+from model.parameters import parameter_counts
 from trainer.config import RunConfig
 from trainer.config.recipe import Recipe, short_length
 from trainer.errors import ReportError

@@ -11,7 +11,7 @@ from optim.rounding import round_stochastically
 from optim.zero.group import Group
 from optim.zero.hybrid_zero import HybridZero
 from optim.zero.plan import Held, plan_layout
-from tests.optim.debug_parameters import SIZES, shapes
+from tests.optim.debug_parameters import FACTS, shapes
 
 RATE = 0.02
 Dtype = torch.dtype
@@ -38,7 +38,7 @@ def model(dtype: Dtype, names: list[str] | None = None) -> dict[str, Parameter]:
 
 def alone(parameters: dict[str, Parameter]) -> HybridZero:
     """The optimizer of one rank, with a group for each precision."""
-    table = build_table({n: tuple(p.shape) for n, p in parameters.items()}, SIZES, OptimConfig())
+    table = build_table({n: tuple(p.shape) for n, p in parameters.items()}, FACTS, OptimConfig())
     groups = []
     for dtype in (torch.float32, torch.bfloat16):
         some = {n: p for n, p in parameters.items() if p.dtype == dtype}
@@ -161,7 +161,7 @@ def test_stochastic_rounding_keeps_what_is_not_finite() -> None:
 
 def test_a_group_of_several_precisions_is_refused() -> None:
     names = {"norm.weight": (4,), "head.weight": (4, 4)}
-    table = build_table(names, SIZES, OptimConfig())
+    table = build_table(names, FACTS, OptimConfig())
     parameters = {
         "norm.weight": Parameter(torch.zeros(4)),
         "head.weight": Parameter(torch.zeros(4, 4, dtype=torch.bfloat16)),
@@ -192,7 +192,7 @@ class _Pair:
 def test_chunks_go_out_during_backward_in_one_order() -> None:
     """The last layer's first; one that waits for a gradient holds up those behind it."""
     names = {f"layers.{row}.attn.wkv.weight": (4, 8) for row in range(6)}
-    table = build_table(names, SIZES, OptimConfig())
+    table = build_table(names, FACTS, OptimConfig())
     parameters = {name: Parameter(torch.zeros(shape)) for name, shape in names.items()}
     held = [Held(entry, entry.shape) for entry in table]
     ranks = _Pair()
@@ -222,7 +222,7 @@ def test_chunks_go_out_during_backward_in_one_order() -> None:
 def test_chunks_end_inside_of_parameters() -> None:
     """Sums reach their owner and weights come back, whatever the chunks cut apart."""
     names = {f"layers.{row}.attn.wkv.weight": (4, 8) for row in range(4)} | {"norm.weight": (21,)}
-    table = build_table(names, SIZES, OptimConfig())
+    table = build_table(names, FACTS, OptimConfig())
     first, given = (
         {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
         for generator in (torch.Generator().manual_seed(seed) for seed in (0, 1))
@@ -248,7 +248,7 @@ def test_chunks_end_inside_of_parameters() -> None:
 
 def test_what_gets_fewer_gradients_than_expected_is_sent_at_the_end() -> None:
     ranks, name = _Pair(), "layers.0.attn.wkv.weight"
-    table = build_table({name: (4, 8), "layers.0.attn.wo_b.weight": (8, 4)}, SIZES, OptimConfig())
+    table = build_table({name: (4, 8), "layers.0.attn.wo_b.weight": (8, 4)}, FACTS, OptimConfig())
     parameters = {entry.name: Parameter(torch.zeros(entry.shape)) for entry in table}
     held = [Held(entry, entry.shape) for entry in table]
     layout = plan_layout(held, 2, 1, OptimConfig().muon)

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from model.config import ModelConfig
-from model.parameters import parameter_shapes
-from optim import MatrixSizes, OptimConfig, build_table
+from model.parameters import parameter_shapes, parameter_table
+from optim import OptimConfig, build_table
 from optim.config import MuonConfig
 from optim.zero.plan import (
     Held,
@@ -20,7 +20,7 @@ from optim.zero.plan import (
     plan_layout,
     plan_owners,
 )
-from tests.optim.debug_parameters import SIZES, shapes
+from tests.optim.debug_parameters import FACTS, shapes
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 MUON = MuonConfig()
@@ -29,10 +29,7 @@ MUON = MuonConfig()
 def layouts_of(name: str, ranks: int) -> list[Layout]:
     """Experts and everything else of a shipped model that `ranks` ranks hold whole."""
     model = ModelConfig(**yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"])
-    sizes = MatrixSizes(
-        model.o_groups, model.num_attention_heads, model.head_dim, model.index_head_dim
-    )
-    table = build_table(parameter_shapes(model), sizes, OptimConfig())
+    table = build_table(parameter_shapes(model), parameter_table(model), OptimConfig())
     held = [Held(entry, entry.shape) for entry in table]
     experts = [line for line in held if ".experts." in line.entry.name]
     others = [line for line in held if line not in experts]
@@ -71,7 +68,7 @@ def test_shipped_models_divide_evenly(name: str, ranks: int, owners: int, excess
 
 def test_adamw_fills_up_what_matrices_leave_free() -> None:
     """The fullest owner holds no more than it must: its largest matrix, or an equal share."""
-    table = build_table(shapes(), SIZES, OptimConfig())
+    table = build_table(shapes(), FACTS, OptimConfig())
     held = [Held(entry, entry.shape) for entry in table]
     total = sum(_elements(line) for line in held)
     for owners in (2, 5, 40):
@@ -85,7 +82,7 @@ def test_adamw_fills_up_what_matrices_leave_free() -> None:
 def test_fewer_owners_where_padding_would_be_large() -> None:
     held = [
         Held(entry, entry.shape)
-        for entry in build_table(shapes(), SIZES, OptimConfig())
+        for entry in build_table(shapes(), FACTS, OptimConfig())
         if entry.matrices is not None and ".experts." not in entry.name
     ]
     owners = [plan_owners(held, 64, 1, MUON, padding).owners for padding in (0.0, 0.1, 1.0, 1e9)]
@@ -97,7 +94,7 @@ def test_fewer_owners_where_padding_would_be_large() -> None:
 @pytest.mark.parametrize("ranks", [1, 3, 8, 500])
 @pytest.mark.parametrize("homes", [1, 2])
 def test_every_element_has_one_place_and_no_matrix_is_split(ranks: int, homes: int) -> None:
-    table = build_table(shapes(), SIZES, OptimConfig())
+    table = build_table(shapes(), FACTS, OptimConfig())
     held = []
     for entry in table:
         joined = homes > 1 and "shared_experts.w1" in entry.name

@@ -55,7 +55,7 @@ def test_bf16_keeps_masters_and_gives_back_their_rounding(tiny: Path, tmp_path: 
     trainer.checkpoint.load(trainer.state)
     weights = trainer.model.state_dict()
     assert weights[name].equal(saved[name].bfloat16())
-    assert str(weights["layers.0.hc_attn_fn"].dtype) == "torch.float32"
+    assert str(weights["layers.0.hc_attn.fn"].dtype) == "torch.float32"
 
 
 def test_a_crash_leaves_one_object_a_step(tiny: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model import V4Model
 from model.hf import to_official
+from model.parameters import parameter_table
 from optim import OptimConfig, StatePiece, build_table
 from tests.distributed import spawn
 from tests.trainer.tiny import saved_tensors
@@ -76,7 +77,7 @@ def whole_run(config: RunConfig) -> Held:
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     placements = place_all(shapes, Sizes(1), 0)
-    table = build_table(shapes, matrix_sizes(config.model), OptimConfig())
+    table = build_table(shapes, parameter_table(config.model), OptimConfig())
     optimizer = make_zero(parameters, placements, table, OptimConfig(), Grid.single())
     states = {}
     for piece in optimizer.states():

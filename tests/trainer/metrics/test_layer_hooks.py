@@ -14,7 +14,6 @@ from torch import Tensor
 from data.prepare.run import prepare
 from model import IGNORE, SampleLayout, V4Model
 from model.block import Block
-from model.hyper_connection import read
 from tests.model.tiny import tiny_config
 from tests.trainer.parallel.topologies import Job, run_all, topology
 from tests.trainer.tiny import saved_tensors, train
@@ -107,7 +106,7 @@ def test_both_mixing_matrices_of_a_layer_are_looked_at() -> None:
     before_attention: dict[int, float] = {}
 
     def look(block: Block, inputs: tuple[Tensor, ...]) -> None:
-        comb_TNN = read(block, "hc_attn", block.config, inputs[0])[2]
+        comb_TNN = block.hc_attn.read(inputs[0])[2]
         sums = torch.cat([comb_TNN.sum(1), comb_TNN.sum(2)])
         before_attention[block.row] = float((sums - 1).abs().max())
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data import Batch
 from model import IGNORE, ModelConfig
+from model.parameters import parameter_table
 from optim import HybridZero, OptimConfig, build_table
 from tests.distributed import spawn
 from tests.model.tiny import gradient_scale, tiny_config
@@ -91,7 +92,7 @@ def leave_special_values(local: LocalModel) -> None:
     four kinds of draws three came to 1.0e-5 to 1.4e-5 without AVX-512, these to 6.9e-6.
     """
     for name, parameter in local.model.named_parameters():
-        if name.endswith(("_scale", "_base", "ape", "attn_sink", "norm.weight")):
+        if name.endswith((".scale", ".base", "ape", "attn_sink", "norm.weight")):
             generator = torch.Generator().manual_seed(crc32(name.encode()) + 1)
             noise = torch.randn(local.placements[name].shape, generator=generator)
             parameter += 0.5 * local.placements[name].own(noise)
@@ -146,7 +147,7 @@ def zero_of(config: ModelConfig, local: LocalModel, grid: Grid) -> HybridZero:
     """The optimizer, with chunks so short that many go out during backward."""
     parameters = dict(local.model.named_parameters())
     shapes = {name: local.placements[name].matrix_shape for name in parameters}
-    table = build_table(shapes, matrix_sizes(config), OptimConfig())
+    table = build_table(shapes, parameter_table(config), OptimConfig())
     tied = tied_embedding(local.stages, config.num_nextn_predict_layers)
     return make_zero(
         parameters, local.placements, table, OptimConfig(), grid, tied, chunk_elements=3000

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from optim import OptimConfig, OptimError, Optimizer, build_table
 from tests.distributed import spawn
-from tests.optim.debug_parameters import SIZES, shapes
+from tests.optim.debug_parameters import FACTS, shapes
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.logical_tensors import Parts, logical_tensors
 from trainer.parallel.collectives import sum_
@@ -102,9 +102,9 @@ class Run:
         self.alone = {name: Parameter(p.float()) for name, p in as_parameters(first, dtype).items()}
         own = {name: self.placements[name].own(tensor) for name, tensor in first.items()}
         self.parts = as_parameters(own, dtype)
-        self.reference = Optimizer(self.alone, build_table(whole, SIZES, config), config)
+        self.reference = Optimizer(self.alone, build_table(whole, FACTS, config), config)
         shapes_here = {name: p.matrix_shape for name, p in self.placements.items()}
-        table = build_table(shapes_here, SIZES, config)
+        table = build_table(shapes_here, FACTS, config)
         self.ours = make_zero(
             self.parts, self.placements, table, config, self.grid, padding=padding
         )
@@ -207,7 +207,7 @@ def sent_bytes(rank: int, world: int) -> dict[str, tuple[dict[tuple[str, str], i
     first = values(0, None)
     whole = {name: tuple(tensor.shape) for name, tensor in first.items()}
     placements = place_all(whole, grid.sizes, rank)
-    table = build_table(whole, SIZES, OptimConfig())
+    table = build_table(whole, FACTS, OptimConfig())
     gradients = values(rank + 1, None)
     exact = {n: sum(values(r + 1, None)[n] for r in range(world)) for n in whole}
     results = {}
@@ -280,7 +280,7 @@ def test_gradients_go_out_once_and_parameters_come_in_once() -> None:
 def test_a_parameter_in_no_table_or_in_two_is_refused(change: Any, words: str) -> None:
     parameters = as_parameters(values(0, FEW), FP32)
     whole = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    table = build_table(whole, SIZES, OptimConfig())
+    table = build_table(whole, FACTS, OptimConfig())
     placements = place_all(whole, Sizes(1), 0)
     with pytest.raises(OptimError, match=words):
         make_zero(parameters, placements, change(table), OptimConfig(), Grid.single())
