@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.attention import Attention
 from model.config import AttentionMode, LayerType, ModelConfig
-from model.hyper_connection import HyperConnection
+from model.hyper_connection import HyperConnection, StreamsHead
 from model.moe import MoE, MoEStats
 from model.norm import RMSNorm
 from model.positions import Positions
@@ -48,12 +48,20 @@ class Block(nn.Module):
     compute: Compute = staticmethod(compute_now)
 
     def __init__(
-        self, config: ModelConfig, row: int, kind: LayerType, hashed: bool, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        row: int,
+        kind: LayerType,
+        hashed: bool,
+        dtype: torch.dtype,
+        streams_end: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.row = config, row
         self.hc_attn = HyperConnection(config)
         self.hc_ffn = HyperConnection(config)
+        if streams_end:
+            self.hc_head = StreamsHead(config)
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = Attention(config, kind, dtype)

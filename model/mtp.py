@@ -7,7 +7,6 @@ from torch import Tensor
 
 from model.block import Block, BlockStats
 from model.config import ModelConfig
-from model.hyper_connection import StreamsHead
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.positions import Positions
@@ -20,14 +19,13 @@ class MTPBlock(Block):
     """
 
     def __init__(self, config: ModelConfig, row: int, dtype: torch.dtype) -> None:
-        super().__init__(config, row, "window", hashed=False, dtype=dtype)
+        super().__init__(config, row, "window", hashed=False, dtype=dtype, streams_end=True)
         dim, eps = config.hidden_size, config.rms_norm_eps
         self.e_proj = Linear(dim, dim, dtype)
         self.h_proj = Linear(dim, dim, dtype)
         self.enorm = RMSNorm(dim, eps)
         self.hnorm = RMSNorm(dim, eps)
         self.norm = RMSNorm(dim, eps)
-        self.hc_head = StreamsHead(config)
 
     def predict(
         self,

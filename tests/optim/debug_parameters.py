@@ -33,7 +33,9 @@ CONFIG = ModelConfig(
     num_nextn_predict_layers=1,
     hc_mult=N,
 )
-FACTS = parameter_table(CONFIG)
+_EIGHT_LAYERS = {"num_hidden_layers": 8, "layer_types": ("window", "csa", "hca", *["window"] * 5)}
+FACTS = parameter_table(CONFIG.model_copy(update=_EIGHT_LAYERS))
+"""Of more layers than `shapes` has: tests make up some of their own."""
 
 
 def shapes() -> Shapes:

@@ -178,9 +178,9 @@ def test_a_table_that_does_not_fit() -> None:
     parameters = model()
     config = OptimConfig()
     table = build_table(shapes(), FACTS, config)
-    with pytest.raises(OptimError, match=r"not in both: embed\.weight"):
+    with pytest.raises(OptimError, match=r"not in both: hc_head\.fn"):
         Optimizer(parameters, table[1:], config)
-    with pytest.raises(OptimError, match=r"twice.*embed\.weight"):
+    with pytest.raises(OptimError, match=r"twice.*hc_head\.fn"):
         Optimizer(parameters, [table[0], *table], config)
     with pytest.raises(OptimError, match=r"another shape.*norm\.weight"):
         Optimizer({**parameters, "norm.weight": Parameter(torch.zeros(3))}, table, config)
