@@ -18,7 +18,6 @@ from optim import HybridZero, OptimConfig, build_table
 from optim.config import MuonConfig
 from optim.zero.group import Precision
 from optim.zero.plan import newton_schulz_cost
-from trainer.build import matrix_sizes
 from trainer.parallel.grid import Grid
 from trainer.parallel.optimizer_sharding import make_zero
 from trainer.parallel.placement import place_all

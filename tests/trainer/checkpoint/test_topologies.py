@@ -17,7 +17,6 @@ from model.parameters import parameter_table
 from optim import OptimConfig, StatePiece, build_table
 from tests.distributed import spawn
 from tests.trainer.tiny import saved_tensors
-from trainer.build import matrix_sizes
 from trainer.checkpoint.dcp_planners import PartLoadPlanner
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.logical_tensors import STEP, Part

@@ -15,7 +15,6 @@ from model.parameters import parameter_table
 from optim import HybridZero, OptimConfig, build_table
 from tests.distributed import spawn
 from tests.model.tiny import gradient_scale, tiny_config
-from trainer.build import matrix_sizes
 from trainer.checkpoint.logical_tensors import Part, parts_of
 from trainer.engine import NativeEngine
 from trainer.parallel.degrees import Sizes
