@@ -9,9 +9,16 @@ from torch import Tensor, nn
 
 from model.compressor import Compressor
 from model.config import AttentionMode, LayerType, ModelConfig
-from model.indexer import Index, Indexer
-from model.kernels.attention.attention import attention_with_lse
-from model.kernels.indexer.loss import Mass, attention_mass, indexer_objective, kept_mass
+from model.indexer import Indexer
+from model.kernels.attention import AttentionInputs, attention_with_lse2
+from model.kernels.indexer import (
+    AttentionProbabilityMass,
+    IndexerInputs,
+    KLTarget,
+    attention_probability_mass,
+    indexer_objective,
+    selected_probability_mass,
+)
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.positions import Positions
@@ -80,7 +87,8 @@ class Attention(nn.Module):
     def recall(self, x_TD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """What the indexer keeps of the attention to all entries, fp32 [T] of the own tokens.
 
-        In a CSA layer: the mass of the entries that it would keep, and of all; see `kept_mass`.
+        In a CSA layer: the mass of the entries that it would select, and of all; see
+        `selected_probability_mass`.
         """
         q_TQ, inputs = self._inputs(x_TD, positions)
         assert self.indexer is not None and inputs.entries_CK is not None
@@ -88,7 +96,8 @@ class Attention(nn.Module):
         _, mass = self._attend(inputs, positions, None)
         assert mass is not None
         own_mass = positions.own_mass(self.kind, mass, False)
-        return kept_mass(own_mass, positions.ranges(self.kind), selected_Tk, len(inputs.entries_CK))
+        ranges, entries = positions.ranges(self.kind), len(inputs.entries_CK)
+        return selected_probability_mass(own_mass, ranges, selected_Tk, entries)
 
     def _inputs(self, x_TD: Tensor, positions: Positions) -> tuple[Tensor, _Inputs]:
         """The own tokens' low-rank queries, and what the core attention takes."""
@@ -100,42 +109,37 @@ class Attention(nn.Module):
 
     def _attend(
         self, inputs: _Inputs, positions: Positions, picked_Tk: Tensor | None
-    ) -> tuple[Tensor, Mass | None]:
+    ) -> tuple[Tensor, AttentionProbabilityMass | None]:
         """The queries' core attention, and how much of it entries get, where there are any."""
-        where = positions.query_rotation(self.kind), positions.query_ranges(self.kind), picked_Tk
-        o_THK, lse_TH = attention_with_lse(
+        attention = AttentionInputs(
             inputs.q_THK,
             positions.keys(inputs.kv_TK),
             inputs.entries_CK,
             self.attn_sink,
-            *where,
+            positions.query_rotation(self.kind),
+            positions.query_ranges(self.kind),
+            picked_Tk,
             window=self.window,
             norm_eps=self.eps,
         )
+        o_THK, lse2_TH = attention_with_lse2(attention)
         if inputs.entries_CK is None:
             return o_THK, None
-        mass = attention_mass(inputs.q_THK, inputs.entries_CK, lse_TH, *where, norm_eps=self.eps)
-        return o_THK, mass
+        return o_THK, attention_probability_mass(attention, lse2_TH)
 
     def _objective(
         self,
-        index: Index,
+        index: IndexerInputs,
         selected_Tk: Tensor | None,
-        mass: Mass,
+        mass: AttentionProbabilityMass,
         positions: Positions,
         routed_tokens: float,
     ) -> Tensor:
-        """Of the own tokens; the teacher has no gradient, and padding no part in it."""
+        """Sums over the own tokens; the KL target has no gradient, and padding no weight."""
         share_T = (~positions.layout.padding_T).to(torch.float32) / routed_tokens
-        return indexer_objective(
-            index.queries_TIJ,
-            index.keys_CJ,
-            index.weights_TI,
-            positions.own_mass(self.kind, mass, selected_Tk is not None),
-            positions.ranges(self.kind),
-            share_T,
-            selected_Tk,
-        )
+        own_mass = positions.own_mass(self.kind, mass, selected_Tk is not None)
+        target = KLTarget(own_mass, positions.ranges(self.kind), selected_Tk)
+        return indexer_objective(index, target, share_T)
 
     def _grouped_output(self, o_THK: Tensor) -> Tensor:
         """Each group of heads through a matrix of its own: [T, H, K] to [T, G·O]."""

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from model.compressor import Compressor
 from model.config import ModelConfig
 from model.kernels.hadamard import hadamard
-from model.kernels.indexer.indexer import select_topk
+from model.kernels.indexer import IndexerInputs, select_topk
 from model.kernels.mxfp4 import fake_quantise
 from model.kernels.norm import rotate
 from model.positions import Positions
-
-
-@dataclass(frozen=True)
-class Index:
-    """What scores are made of: Σ_h w_h · ReLU(q_h · k_s), the scale folded into w."""
-
-    queries_TIJ: Tensor
-    keys_CJ: Tensor
-    weights_TI: Tensor
 
 
 class Indexer(nn.Module):
@@ -42,7 +31,7 @@ class Indexer(nn.Module):
         self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False, dtype=dtype)
         self.compressor = Compressor(config, "csa", self.dim, dtype)
 
-    def forward(self, x_TD: Tensor, q_TQ: Tensor, positions: Positions) -> Index:
+    def forward(self, x_TD: Tensor, q_TQ: Tensor, positions: Positions) -> IndexerInputs:
         """Queries, head weights and keys, computed from inputs that get no gradient.
 
         The language-model loss does not train the indexer, nor does the indexer's the model.
@@ -54,11 +43,15 @@ class Indexer(nn.Module):
         keys = self.compressor(x_TD, positions)
         if self.quantised:
             queries, keys = fake_quantise(hadamard(queries)), fake_quantise(hadamard(keys))
-        return Index(queries, keys, weights)
+        return IndexerInputs(queries, keys, weights)
 
     @torch.no_grad()
     def select(
-        self, x_TD: Tensor, q_TQ: Tensor, positions: Positions, index: Index | None = None
+        self,
+        x_TD: Tensor,
+        q_TQ: Tensor,
+        positions: Positions,
+        index: IndexerInputs | None = None,
     ) -> Tensor | None:
         """int32 [T, k] of entries for the own tokens, -1 for none; None where all see at most k.
 
@@ -67,5 +60,4 @@ class Indexer(nn.Module):
         if positions.most_visible("csa") <= self.topk:
             return None
         index = self(x_TD, q_TQ, positions) if index is None else index
-        inputs = index.queries_TIJ, index.keys_CJ, index.weights_TI
-        return select_topk(*inputs, positions.ranges("csa"), self.topk)
+        return select_topk(index, positions.ranges("csa"), self.topk)

@@ -9,12 +9,12 @@ from model.kernels import backend
 
 
 def kernel_choices(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, eight_bits: bool = False
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, in_fp8: bool = False
 ) -> dict[str, backend.Choice]:
     """By operation, with the reason; only what layers of this model have.
 
     Args:
-        eight_bits: whether linears and experts multiply in FP8.
+        in_fp8: whether linears and experts multiply in FP8.
     """
     kinds = set(config.layer_types)
     found = backend.choices(
@@ -27,7 +27,7 @@ def kernel_choices(
         index_heads=config.index_n_heads,
         index_topk=config.index_topk,
         ratios=tuple(config.compress_ratio(kind) for kind in ("csa", "hca") if kind in kinds),
-        eight_bits=eight_bits,
+        in_fp8=in_fp8,
     )
     if "csa" not in kinds:
         found = {name: choice for name, choice in found.items() if "indexer" not in name}
@@ -35,7 +35,7 @@ def kernel_choices(
 
 
 def describe(choices: dict[str, backend.Choice]) -> str:
-    """One line, operations of one choice together: ``kernels: attention, indexer: reference``."""
+    """One line, operations of one choice together: ``kernels: attention, indexer: eager``."""
     groups: dict[str, list[str]] = {}
     for name, choice in choices.items():
         groups.setdefault(str(choice), []).append(name.replace(", ", " "))

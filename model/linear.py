@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.kernels.fp8 import fp8
+from model.kernels import fp8
 
 
 @dataclass(frozen=True)

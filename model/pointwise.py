@@ -8,8 +8,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from model.kernels import norm, swiglu
-from model.kernels.hyper_connection import hyper_connection
+from model.kernels import hyper_connection, norm, swiglu
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,11 @@ def use_compiled(model: nn.Module) -> None:
     from model.kernels import compiled  # imports torch's compiler, which takes long
 
     operations = Operations(
-        partial(CHOSEN.rms_norm, reference=compiled.rms_norm),
-        partial(CHOSEN.clamped_swiglu, reference=compiled.clamped_swiglu),
-        partial(CHOSEN.read_streams, reference=compiled.read_streams),
-        partial(CHOSEN.write_streams, reference=compiled.write_streams),
-        partial(CHOSEN.collapse_streams, reference=compiled.read_streams),
+        partial(CHOSEN.rms_norm, eager=compiled.rms_norm),
+        partial(CHOSEN.clamped_swiglu, eager=compiled.clamped_swiglu),
+        partial(CHOSEN.read_streams, eager=compiled.read_streams),
+        partial(CHOSEN.write_streams, eager=compiled.write_streams),
+        partial(CHOSEN.collapse_streams, eager=compiled.read_streams),
     )
     for module in model.modules():
         if hasattr(module, "operations"):

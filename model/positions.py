@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from model.config import LayerType, ModelConfig
-from model.kernels.attention.ranges import AttentionRanges
-from model.kernels.indexer.loss import Mass
+from model.kernels.attention import AttentionRanges
+from model.kernels.indexer import AttentionProbabilityMass
 from model.layout import SampleLayout, on_device
 from model.rope import layer_frequencies, rotation
 
@@ -131,7 +131,9 @@ class Positions:
         """From the windows pooled here to the microbatch's entries, sample after sample."""
         return pooled_CK
 
-    def own_mass(self, kind: LayerType, mass: Mass, listed: bool) -> Mass:
+    def own_mass(
+        self, kind: LayerType, mass: AttentionProbabilityMass, listed: bool
+    ) -> AttentionProbabilityMass:
         """From the attention that queries gave over the heads at hand to own tokens' over all.
 
         Where it is not `listed` which entries a query chose, its columns are those it may see.

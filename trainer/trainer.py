@@ -238,7 +238,7 @@ class Trainer:
         self._note(describe(kernels))
         if resumed is not None:
             self._note(f"resumed from {resumed}")
-        if in_fp8 and kernels["fp8"].name == "reference":
+        if in_fp8 and kernels["fp8"].name == "eager":
             self._note("precision: factors rounded to FP8 are multiplied in bf16, at its speed")
         if self.config.compile:
             self._note(

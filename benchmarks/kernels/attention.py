@@ -1,14 +1,14 @@
-"""Times of the Triton kernels on a GPU, beside what they compete with.
+"""Times of the Triton kernels on a GPU, and of what they compete with.
 
 For Flash's and Pro's widths and rows of several lengths, each operation runs forward and backward
-as Triton, as the plain PyTorch reference, as the reference under torch.compile, and as
-FlexAttention where that can say the same (window and entry ranges; not lists of picks). Products
-in FP8 stand beside torch's in bf16 and, of one group, its `scaled_mm`. Beside the
-times stand the machine's own ceilings, measured in the same run: a large bf16 matrix product and a
-copy. Operations and bytes are the fewest that the mathematics needs; what an implementation does
-twice lowers its share. The peak is what a pass takes beyond its inputs. Before anything is timed,
-Triton in bf16 is compared with the reference in fp32 (tests/model/kernels/test_gpu.py compares it
-with float64). The JSON is written anew after every row, so that a run cut short keeps what it has.
+in Triton, eagerly, eagerly under torch.compile, and in FlexAttention where that can express the
+same (window and entry ranges; not lists of selected entries). Matmuls in FP8 are listed with
+torch's in bf16 and, of one group, its `scaled_mm`. The table also has the machine's ceilings,
+measured in the same run: a large bf16 matmul and a copy. Operations and bytes are the fewest that
+the mathematics needs; what an implementation does twice lowers its share. The peak is what a pass
+takes beyond its inputs. Before anything is timed, Triton in bf16 is compared with the eager version
+in fp32 (tests/model/kernels/test_gpu.py compares it with float64). The JSON is rewritten after each
+row, so that an interrupted run keeps its results.
 
     python -m benchmarks.kernels.attention [--rows 4096 16384 65536] [--longest] [--json FILE]
 """
@@ -37,8 +37,8 @@ from model.kernel_choices import kernel_choices
 
 CONSOLE = Console()
 TOLERANCE, COSINE = 2e-2, 0.999
-"""Triton in bf16 against the reference in fp32: the norm of the difference beside the reference's,
-and the cosine between them."""
+"""Triton in bf16 against the eager version in fp32: the norm of the difference over that of the
+eager result, and the cosine between them."""
 CHECKED_ROW = 4096
 
 
@@ -158,13 +158,13 @@ def compared(ours: Tensor, theirs: Tensor) -> tuple[str, bool]:
 
 
 def check(task: Task) -> list[str]:
-    """Where Triton's outputs or gradients leave the reference's in fp32."""
+    """Where Triton's outputs or gradients differ from the eager version's in fp32."""
     wrong = []
     for name in [name for name in task.implementations if name.startswith("triton")]:
         pair = []
         for function, dtype in (
             (task.implementations[name], DTYPE),
-            (task.implementations["reference"], torch.float32),
+            (task.implementations["eager"], torch.float32),
         ):
             leaves = [x.detach().to(dtype if x.dtype == DTYPE else x.dtype) for x in task.leaves]
             if task.backward is not None:
@@ -193,8 +193,8 @@ def tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:
 
 def show(results: list[Result], limit: Ceilings) -> None:
     title = (
-        f"{torch.cuda.get_device_name()}: {limit.operations / 1e12:.0f} TFLOP/s in a bf16 matrix "
-        f"product, {limit.bytes / 1e9:.0f} GB/s in a copy"
+        f"{torch.cuda.get_device_name()}: {limit.operations / 1e12:.0f} TFLOP/s in a bf16 "
+        f"matmul, {limit.bytes / 1e9:.0f} GB/s in a copy"
     )
     table = Table(title=title)
     for heading in ("sizes", "row", "operation", "implementation", "part"):
@@ -245,7 +245,7 @@ def main() -> int:
     record |= {"ceilings": asdict(limit), "wrong": wrong}
     for sizes in arguments.sizes:
         config = load(sizes)
-        chosen = kernel_choices(config, torch.device(DEVICE), DTYPE, eight_bits=True)
+        chosen = kernel_choices(config, torch.device(DEVICE), DTYPE, in_fp8=True)
         for name, choice in chosen.items():
             CONSOLE.print(f"{sizes}: {name} uses {choice}")
         for make in tasks(config, CHECKED_ROW):

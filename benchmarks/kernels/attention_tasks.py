@@ -1,4 +1,4 @@
-"""Attention, entries' mass, indexer, its loss and compressor: tasks for a benchmark."""
+"""Attention, entries' probability mass, indexer, its loss and compressor: tasks for a benchmark."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ import yaml
 from torch import Tensor
 
 from model import ModelConfig, SampleLayout
-from model.kernels.attention.eager import reference_attention, reference_entry_mass
-from model.kernels.compressor import reference_pool_windows
-from model.kernels.indexer.indexer import reference_select_topk
-from model.kernels.indexer.loss import reference_indexer_loss
+from model.kernels.attention import AttentionInputs
+from model.kernels.attention.eager import eager_attention, eager_entry_probability_mass
+from model.kernels.compressor.eager import eager_pool_windows
+from model.kernels.indexer import IndexerInputs, KLTarget, indexer_objective
+from model.kernels.indexer.loss_eager import eager_objective
+from model.kernels.indexer.select_eager import eager_select_topk
 from model.positions import Positions
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
-REFERENCE_ROWS, COMPILED_ROWS = 65536, 4096
-"""The reference loops on the host, and the compiler unrolls the loop: neither is timed on longer
-rows."""
+EAGER_ROWS, COMPILED_ROWS = 65536, 4096
+"""The eager version loops on the host, and the compiler unrolls the loop: neither is timed on
+longer rows."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +55,19 @@ def randn(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return torch.randn(shape, device=DEVICE, dtype=dtype)
 
 
-def references(reference: Callable[..., Tensor], row: int) -> dict[str, Callable[..., Tensor]]:
-    """The reference as it stands and compiled, where the row is not too long for them."""
-    found: dict[str, Callable[..., Tensor]] = {}
-    if row <= REFERENCE_ROWS:
-        found["reference"] = reference
+def eager_versions(eager: Callable[..., Tensor], row: int) -> dict[str, Callable[..., Tensor]]:
+    """The eager version, plain and compiled, where the row is not too long for them."""
+    versions: dict[str, Callable[..., Tensor]] = {}
+    if row <= EAGER_ROWS:
+        versions["eager"] = eager
     if row <= COMPILED_ROWS:
-        found["reference, compiled"] = torch.compile(reference)
-    return found
+        versions["eager, compiled"] = torch.compile(eager)
+    return versions
 
 
 def attention_task(config: ModelConfig, kind: Any, row: int) -> Task:
     """Core attention of one layer type on one row that is one sample."""
-    from model.kernels.attention import forward_triton as attention_triton
+    from model.kernels.attention import forward_triton
 
     positions = Positions(config, SampleLayout.from_lengths([[row]], device=DEVICE))
     ranges, rotation = positions.ranges(kind), positions.rotation(kind)
@@ -80,24 +82,23 @@ def attention_task(config: ModelConfig, kind: Any, row: int) -> Task:
             selected = random_choice(ranges.entry_end_T, row, config.index_topk)
             visible = np.minimum(visible, config.index_topk)
         seen += visible
-    eps = config.rms_norm_eps
 
-    def operands(q: Tensor, kv: Tensor, *rest: Tensor) -> tuple[Any, ...]:
+    def inputs(q: Tensor, kv: Tensor, *rest: Tensor) -> AttentionInputs:
         entries = rest[0] if len(rest) == 2 else None
-        return q, kv, entries, rest[-1], rotation, ranges, selected
+        where = rotation, ranges, selected
+        eps = config.rms_norm_eps
+        return AttentionInputs(q, kv, entries, rest[-1], *where, window=window, norm_eps=eps)
 
     def triton(deterministic: bool) -> Callable[..., Tensor]:
-        return lambda *x: attention_triton.attention(
-            *operands(*x), norm_eps=eps, deterministic=deterministic
-        )[0]
+        return lambda *x: forward_triton.attention(inputs(*x), deterministic=deterministic)[0]
 
-    def reference(*x: Tensor) -> Tensor:
-        return reference_attention(*operands(*x), window=window, norm_eps=eps)[0]
+    def eager(*x: Tensor) -> Tensor:
+        return eager_attention(inputs(*x))[0]
 
     implementations: dict[str, Callable[..., Tensor]] = {"triton": triton(True)}
     if selected is not None:
         implementations["triton, atomics"] = triton(False)
-    implementations |= references(reference, row)
+    implementations |= eager_versions(eager, row)
     if selected is None:
         implementations["flex"] = flex(config, kind, row)
     pairs = heads * dim * float(seen.sum())
@@ -107,27 +108,35 @@ def attention_task(config: ModelConfig, kind: Any, row: int) -> Task:
 
 
 def mass_task(config: ModelConfig, row: int) -> Task:
-    """The indexer's teacher over the first block of entries, at most 4096 of them."""
-    from model.kernels.attention import mass_triton as attention_mass_triton
+    """The KL target over the first block of entries, at most 4096 of them."""
+    from model.kernels.attention import probability_mass_triton
 
     positions = Positions(config, SampleLayout.from_lengths([[row]], device=DEVICE))
     ranges, rotation = positions.ranges("csa"), positions.rotation("csa")
     heads, dim = config.num_attention_heads, config.head_dim
     leaves = [randn(row, heads, dim), randn(row // config.csa_compress_ratio, dim)]
-    lse = torch.full((row, heads), 12.0, device=DEVICE)
-    block = {"norm_eps": config.rms_norm_eps, "stop": min(len(leaves[1]), 4096)}
+    unused = randn(row, dim), randn(heads, dtype=torch.float32)  # keys and sink
+    lse2 = torch.full((row, heads), 12.0, device=DEVICE)
+    block = {"stop": min(len(leaves[1]), 4096)}
     visible = np.asarray(ranges.host_entry_end_T) - np.asarray(ranges.host_entry_start_T)
     pairs = heads * dim * float(np.minimum(visible, block["stop"]).sum())
+
+    def inputs(q: Tensor, entries: Tensor) -> AttentionInputs:
+        kv, sink = unused
+        sizes: Any = {"window": config.sliding_window, "norm_eps": config.rms_norm_eps}
+        return AttentionInputs(q, kv, entries, sink, rotation, ranges, **sizes)
+
     implementations: dict[str, Callable[..., Tensor]] = {
-        "triton": lambda q, e: attention_mass_triton.entry_mass(
-            q, e, lse, rotation, ranges, **block
+        "triton": lambda q, e: probability_mass_triton.entry_probability_mass(
+            inputs(q, e), lse2, **block
         )
     }
-    implementations |= references(
-        lambda q, e: reference_entry_mass(q, e, lse, rotation, ranges, **block), row
+    implementations |= eager_versions(
+        lambda q, e: eager_entry_probability_mass(inputs(q, e), lse2, **block), row
     )
     moved = leaves[0].numel() * 2.0 + row * block["stop"] * 4
-    return Task("entries' mass", leaves, implementations, Work(2 * pairs, moved), None)
+    work = Work(2 * pairs, moved)
+    return Task("entries' probability mass", leaves, implementations, work, None)
 
 
 def random_choice(end_T: Tensor | None, row: int, k: int) -> Tensor:
@@ -180,7 +189,7 @@ def flex(config: ModelConfig, kind: Any, row: int) -> Callable[..., Tensor]:
 
 
 def indexer_task(config: ModelConfig, row: int) -> Task:
-    from model.kernels.indexer import select_triton as indexer_triton
+    from model.kernels.indexer import select_triton
 
     ranges = Positions(config, SampleLayout.from_lengths([[row]], device=DEVICE)).ranges("csa")
     heads, dim, k = config.index_n_heads, config.index_head_dim, config.index_topk
@@ -190,9 +199,11 @@ def indexer_task(config: ModelConfig, row: int) -> Task:
     pairs = float(visible[visible > k].sum())
     moved = inputs[0].numel() * 2.0 + inputs[2].numel() * 4 + row * k * 4
     implementations: dict[str, Callable[..., Tensor]] = {
-        "triton": lambda *x: indexer_triton.select_topk(*x, ranges, k)
+        "triton": lambda *x: select_triton.select_topk(IndexerInputs(*x), ranges, k)
     }
-    implementations |= references(lambda *x: reference_select_topk(*x, ranges, k), row)
+    implementations |= eager_versions(
+        lambda *x: eager_select_topk(IndexerInputs(*x), ranges, k), row
+    )
     work = Work(2 * heads * dim * pairs, moved)
     return Task("indexer", inputs, implementations, work, None)
 
@@ -202,9 +213,10 @@ def indexer_loss_tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]
 
 
 def indexer_loss_task(config: ModelConfig, row: int, k: int | None) -> Task:
-    """The indexer's objective over all entries or over k of them, its teacher a tensor of ones.
+    """The indexer's objective over all entries or over k of them, its KL target a tensor of ones.
 
-    The teacher has a row of the table of its own, "entries' mass".
+    Forward forms the gradients as well, backward only scales them. The target is a separate task,
+    "entries' probability mass".
     """
     ranges = Positions(config, SampleLayout.from_lengths([[row]], device=DEVICE)).ranges("csa")
     heads, dim = config.index_n_heads, config.index_head_dim
@@ -217,24 +229,26 @@ def indexer_loss_task(config: ModelConfig, row: int, k: int | None) -> Task:
     def mass(rows: slice, columns: slice) -> Tensor:
         return torch.ones(rows.stop - rows.start, columns.stop - columns.start, device=DEVICE)
 
+    target, share = KLTarget(mass, ranges, selected), torch.full((row,), 1 / row, device=DEVICE)
+
     def triton(*x: Tensor) -> Tensor:
-        from model.kernels.indexer import loss_triton as indexer_loss_triton
+        from model.kernels.indexer import loss_triton
 
-        return indexer_loss_triton.indexer_loss(*x, mass, ranges, selected)
+        return indexer_objective(IndexerInputs(*x), target, share, loss_triton.objective)
 
-    implementations: dict[str, Callable[..., Tensor]] = {"triton": triton}
-    implementations |= references(
-        lambda *x: reference_indexer_loss(*x, mass, ranges, selected), row
-    )
+    def eager(*x: Tensor) -> Tensor:
+        return indexer_objective(IndexerInputs(*x), target, share, eager_objective)
+
+    implementations = {"triton": triton, **eager_versions(eager, row)}
     moved = leaves[0].numel() * 2.0 + leaves[2].numel() * 4 + 4 * pairs
-    forward = Work(2 * heads * dim * pairs, moved)
-    backward = Work(6 * heads * dim * pairs, 2 * moved)
+    forward = Work(8 * heads * dim * pairs, 3 * moved)
+    backward = Work(0.0, 2.0 * sum(x.numel() * x.element_size() for x in leaves))
     form = "dense" if k is None else "selected"
     return Task(f"indexer loss, {form}", leaves, implementations, forward, backward)
 
 
 def compressor_task(config: ModelConfig, kind: Any, row: int) -> Task:
-    from model.kernels import compressor_triton
+    from model.kernels.compressor import pool_triton
 
     m = config.compress_ratio(kind)
     entries = SampleLayout.from_lengths([[row]], device=DEVICE).entries(m)
@@ -244,10 +258,10 @@ def compressor_task(config: ModelConfig, kind: Any, row: int) -> Task:
     pooled = row / m * config.head_dim * 4
     moved = 2.0 * row * width * 2
     implementations: dict[str, Callable[..., Tensor]] = {
-        "triton": lambda *x: compressor_triton.pool_windows(*x, *where)
+        "triton": lambda *x: pool_triton.pool_windows(*x, *where)
     }
     # It has no loop, so that the row's length changes nothing.
-    implementations |= references(lambda *x: reference_pool_windows(*x, *where), 0)
+    implementations |= eager_versions(lambda *x: eager_pool_windows(*x, *where), 0)
     forward = Work(5.0 * row * width, moved + pooled)
     backward = Work(10.0 * row * width, 2 * moved + pooled)
     return Task(f"compressor, {kind}", leaves, implementations, forward, backward)

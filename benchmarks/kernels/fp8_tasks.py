@@ -1,7 +1,7 @@
-"""Products in FP8 as tasks for a benchmark: a linear, experts, and both of a linear's two halves.
+"""Matmuls in FP8 as tasks for a benchmark: a linear, experts, and both of a linear's two halves.
 
-The tensor cores multiply eight bits at twice the rate of bf16, in which the ceiling is measured: an
-operation in FP8 counts as half of one.
+The tensor cores multiply FP8 numbers at twice the rate of bf16, in which the ceiling is measured:
+an operation in FP8 counts as half of one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
-from benchmarks.kernels.attention_tasks import DEVICE, DTYPE, Task, Work, randn, references
+from benchmarks.kernels.attention_tasks import DEVICE, DTYPE, Task, Work, eager_versions, randn
 from model import ModelConfig
-from model.kernels.fp8 import fp8
+from model.kernels.fp8 import eager
+from model.kernels.mxfp4 import FP8_BLOCK
 from model.moe import ROW_ALIGNMENT
 
 _RANKS = 8
@@ -24,7 +25,7 @@ _RANKS = 8
 
 def tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:
     """One at a time."""
-    makers = (linear_task, product_task, rounding_task, experts_task)
+    makers = (linear_task, matmul_task, rounding_task, experts_task)
     return [lambda make=make: make(config, row) for make in makers]
 
 
@@ -35,7 +36,7 @@ def _linear(config: ModelConfig, row: int) -> tuple[Tensor, Tensor]:
 
 
 def _work(x: Tensor, weight: Tensor, y_columns: int) -> tuple[Work, Work]:
-    """Forward's and backward's: every tensor once in bf16, one product and two."""
+    """Forward's and backward's: every tensor once in bf16, one matmul and two."""
     of_x, of_y, of_weight = x.numel(), len(x) * y_columns, weight.numel()
     operations = float(len(x)) * x.shape[1] * y_columns
     return (
@@ -46,20 +47,20 @@ def _work(x: Tensor, weight: Tensor, y_columns: int) -> tuple[Work, Work]:
 
 def linear_task(config: ModelConfig, row: int) -> Task:
     """A linear with the rounding of what it multiplies."""
-    from model.kernels.fp8 import matmul_triton as fp8_triton
+    from model.kernels.fp8 import matmul_triton
 
     x, weight = _linear(config, row)
     implementations: dict[str, Callable[..., Tensor]] = {
-        "triton": lambda x, w: fp8_triton.batched(x[None], w[None])[0],
+        "triton": lambda x, w: matmul_triton.batched(x[None], w[None])[0],
         "torch in bf16": F.linear,
     }
-    implementations |= references(lambda x, w: fp8.reference_batched(x[None], w[None])[0], row)
+    implementations |= eager_versions(lambda x, w: eager.eager_batched(x[None], w[None])[0], row)
     return Task("linear in FP8", [x, weight], implementations, *_work(x, weight, len(weight)))
 
 
-def product_task(config: ModelConfig, row: int) -> Task:
-    """A linear's forward product alone, of factors rounded before."""
-    from model.kernels.fp8 import matmul_triton as fp8_triton
+def matmul_task(config: ModelConfig, row: int) -> Task:
+    """A linear's forward matmul alone, of factors rounded before."""
+    from model.kernels.fp8 import matmul_triton
     from model.kernels.fp8.quantise_triton import quantise, quantise_weight, tiles_of
 
     x, weight = _linear(config, row)
@@ -70,7 +71,7 @@ def product_task(config: ModelConfig, row: int) -> Task:
     of_weight = F.pad(of_weight, (0, -of_weight.shape[1] % 4))  # as torch wants them
 
     def triton(x: Tensor, w: Tensor) -> Tensor:
-        return fp8_triton.product_(x.new_empty(len(x), len(w)), rows, codes, tiles)
+        return matmul_triton.matmul_(x.new_empty(len(x), len(w)), rows, codes, tiles)
 
     def torch_scaled(x: Tensor, w: Tensor) -> Tensor:
         return F.scaled_mm(
@@ -87,7 +88,7 @@ def product_task(config: ModelConfig, row: int) -> Task:
         "triton": triton,
         "torch scaled_mm": torch_scaled,
         "torch in bf16": F.linear,
-        "reference": lambda x, w: fp8.reference_batched(x[None], w[None])[0],
+        "eager": lambda x, w: eager.eager_batched(x[None], w[None])[0],
     }
     operations = float(row) * weight.numel()
     moved = float(x.numel() + weight.numel()) + 2.0 * row * len(weight)
@@ -107,8 +108,8 @@ def rounding_task(config: ModelConfig, row: int) -> Task:
     implementations: dict[str, Callable[..., Tensor]] = {
         "codes, triton": lambda g: quantise(g, tiles, rows=True, columns=True)[0].codes
     }
-    implementations |= references(
-        lambda g: fp8.rounded(g, 1, fp8.BLOCK) + fp8.rounded(g, fp8.BLOCK, 1), row
+    implementations |= eager_versions(
+        lambda g: eager.rounded(g, 1, FP8_BLOCK) + eager.rounded(g, FP8_BLOCK, 1), row
     )
     count = float(grad.numel())
     return Task("rounding to FP8", [grad], implementations, Work(20 * count, 4 * count), None)
@@ -116,7 +117,7 @@ def rounding_task(config: ModelConfig, row: int) -> Task:
 
 def experts_task(config: ModelConfig, row: int) -> Task:
     """The routed experts' w1 with rows that went to them by chance."""
-    from model.kernels.fp8 import matmul_triton as fp8_triton
+    from model.kernels.fp8 import matmul_triton
 
     experts, inner = config.n_routed_experts // _RANKS, config.moe_intermediate_size
     count_E = torch.randint(experts, (row * config.num_experts_per_tok,)).bincount(
@@ -127,8 +128,8 @@ def experts_task(config: ModelConfig, row: int) -> Task:
     weight = randn(experts, inner, config.hidden_size) * config.hidden_size**-0.5
     ends_E = ends.to(DEVICE, torch.int32)
     implementations: dict[str, Callable[..., Tensor]] = {
-        "triton": lambda x, w: fp8_triton.grouped(x, w, ends_E),
+        "triton": lambda x, w: matmul_triton.grouped(x, w, ends_E),
         "torch in bf16": lambda x, w: F.grouped_mm(x, w.transpose(1, 2), offs=ends_E),
     }
-    implementations |= references(lambda x, w: fp8.reference_grouped(x, w, ends_E), row)
+    implementations |= eager_versions(lambda x, w: eager.eager_grouped(x, w, ends_E), row)
     return Task("experts in FP8", [x, weight], implementations, *_work(x, weight, inner))

@@ -8,20 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.attention_tasks import DEVICE, Task, Work, randn, references
+from benchmarks.kernels.attention_tasks import DEVICE, Task, Work, eager_versions, randn
 from model import ModelConfig
-from model.kernels.cross_entropy import (
-    SoftmaxLoss,
-    linear_cross_entropy,
-    reference_softmax_loss,
-)
-from model.kernels.hyper_connection.hyper_connection import (
-    reference_read_streams,
-    reference_write_streams,
-)
-from model.kernels.norm import reference_rms_norm
-from model.kernels.permute import reference_collect
-from model.kernels.swiglu import reference_clamped_swiglu
+from model.kernels.cross_entropy import SoftmaxLoss, linear_cross_entropy
+from model.kernels.cross_entropy.eager import eager_softmax_loss
+from model.kernels.hyper_connection.eager import eager_read_streams, eager_write_streams
+from model.kernels.norm.eager import eager_rms_norm
+from model.kernels.permute.eager import eager_collect
+from model.kernels.swiglu.eager import eager_clamped_swiglu
 from model.transformer import IGNORE
 
 WHOLE_ROWS = 16384
@@ -36,14 +30,14 @@ def tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:
 
 def norm_task(config: ModelConfig, row: int) -> Task:
     """The RMS norm before a sub-layer."""
-    from model.kernels import norm_triton
+    from model.kernels.norm import norm_triton
 
     dim, eps = config.hidden_size, config.rms_norm_eps
     leaves = [randn(row, dim), randn(dim, dtype=torch.float32)]
     implementations: dict[str, Callable[..., Tensor]] = {
         "triton": lambda x, w: norm_triton.rms_norm(x, w, eps, None, x.dtype)
     }
-    implementations |= references(lambda x, w: reference_rms_norm(x, w, eps, None, x.dtype), 0)
+    implementations |= eager_versions(lambda x, w: eager_rms_norm(x, w, eps, None, x.dtype), 0)
     moved = 2.0 * row * dim
     return Task(
         "norm", leaves, implementations, Work(5 * moved, 2 * moved), Work(12 * moved, 3 * moved)
@@ -52,7 +46,7 @@ def norm_task(config: ModelConfig, row: int) -> Task:
 
 def read_task(config: ModelConfig, row: int) -> Task:
     """A sub-layer's input from the streams; its coefficients are computed on the way."""
-    from model.kernels.hyper_connection import streams_triton as hyper_connection_triton
+    from model.kernels.hyper_connection import streams_triton
 
     dim, n = config.hidden_size, config.hc_mult
     rows = (2 + n) * n
@@ -61,10 +55,10 @@ def read_task(config: ModelConfig, row: int) -> Task:
     leaves += [randn(rows, dtype=torch.float32), randn(3, dtype=torch.float32)]
     steps = config.hc_sinkhorn_iters
     implementations: dict[str, Callable[..., Tensor]] = {
-        "triton": lambda *x: hyper_connection_triton.read_streams(*x, **eps, iterations=steps)[0]
+        "triton": lambda *x: streams_triton.read_streams(*x, **eps, iterations=steps)[0]
     }
-    implementations |= references(
-        lambda *x: reference_read_streams(*x, config.rms_norm_eps, config.hc_eps, steps)[0], 0
+    implementations |= eager_versions(
+        lambda *x: eager_read_streams(*x, config.rms_norm_eps, config.hc_eps, steps)[0], 0
     )
     forward = Work(2.0 * row * rows * n * dim, 2.0 * row * dim * (n + 1))
     backward = Work(4.0 * row * rows * n * dim, 2.0 * row * dim * (2 * n + 1))
@@ -73,15 +67,13 @@ def read_task(config: ModelConfig, row: int) -> Task:
 
 def write_task(config: ModelConfig, row: int) -> Task:
     """The streams after a sub-layer."""
-    from model.kernels.hyper_connection import streams_triton as hyper_connection_triton
+    from model.kernels.hyper_connection import streams_triton
 
     dim, n = config.hidden_size, config.hc_mult
     leaves = [randn(row, n, dim), randn(row, dim), randn(row, n, dtype=torch.float32)]
     leaves.append(randn(row, n, n, dtype=torch.float32))
-    implementations: dict[str, Callable[..., Tensor]] = {
-        "triton": hyper_connection_triton.write_streams
-    }
-    implementations |= references(reference_write_streams, 0)
+    implementations: dict[str, Callable[..., Tensor]] = {"triton": streams_triton.write_streams}
+    implementations |= eager_versions(eager_write_streams, 0)
     forward = Work(2.0 * row * n * (n + 1) * dim, 2.0 * row * dim * (2 * n + 1))
     backward = Work(4.0 * row * n * (n + 1) * dim, 2.0 * row * dim * (3 * n + 2))
     return Task("streams written", leaves, implementations, forward, backward)
@@ -89,14 +81,14 @@ def write_task(config: ModelConfig, row: int) -> Task:
 
 def swiglu_task(config: ModelConfig, row: int) -> Task:
     """The routed experts' activation with the rows' weights."""
-    from model.kernels import swiglu_triton
+    from model.kernels.swiglu import swiglu_triton
 
     rows, inner, limit = row * config.num_experts_per_tok, config.moe_intermediate_size, 10.0
     leaves = [randn(rows, inner), randn(rows, inner), randn(rows, dtype=torch.float32)]
     implementations: dict[str, Callable[..., Tensor]] = {
         "triton": lambda g, u, w: swiglu_triton.clamped_swiglu(g, u, limit, w)
     }
-    implementations |= references(lambda g, u, w: reference_clamped_swiglu(g, u, limit, w), 0)
+    implementations |= eager_versions(lambda g, u, w: eager_clamped_swiglu(g, u, limit, w), 0)
     count = float(rows * inner)
     return Task(
         "SwiGLU", leaves, implementations, Work(10 * count, 6 * count), Work(25 * count, 10 * count)
@@ -105,21 +97,21 @@ def swiglu_task(config: ModelConfig, row: int) -> Task:
 
 def collect_task(config: ModelConfig, row: int) -> Task:
     """The sum of every token's expert rows, which lie in random order."""
-    from model.kernels import permute_triton
+    from model.kernels.permute import collect_triton
 
     dim, choices = config.hidden_size, config.num_experts_per_tok
     place = torch.randperm(row * choices, device=DEVICE)
     implementations: dict[str, Callable[..., Tensor]] = {
-        "triton": lambda y: permute_triton.collect(y, place, row)
+        "triton": lambda y: collect_triton.collect(y, place, row)
     }
-    implementations |= references(lambda y: reference_collect(y, place, row), 0)
+    implementations |= eager_versions(lambda y: eager_collect(y, place, row), 0)
     work = Work(float(row * choices * dim), 2.0 * row * dim * (choices + 1))
     return Task("sum of experts' rows", [randn(row * choices, dim)], implementations, work, None)
 
 
 def head_task(config: ModelConfig, row: int) -> Task:
     """The output head with its cross-entropy and all of its gradients; those of hidden states."""
-    from model.kernels.cross_entropy_triton import softmax_loss
+    from model.kernels.cross_entropy.softmax_triton import softmax_loss
 
     dim, vocab = config.hidden_size, config.vocab_size
     leaves = [randn(row, dim), randn(vocab, dim) * dim**-0.5]
@@ -137,7 +129,7 @@ def head_task(config: ModelConfig, row: int) -> Task:
 
     implementations = {
         "triton": chunked(softmax_loss),
-        "reference": chunked(reference_softmax_loss),
+        "eager": chunked(eager_softmax_loss),
     }
     if row <= WHOLE_ROWS:
         implementations["torch, whole logits"] = of(lambda h, w: F.cross_entropy(h @ w.T, target))

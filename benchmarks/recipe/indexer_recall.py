@@ -32,9 +32,9 @@ from data import Loader
 from model import SampleLayout, TokenCounts, V4Model
 from model.attention import Attention
 from model.config import AttentionMode
-from model.kernels.attention.attention import attention_with_lse
-from model.kernels.indexer.indexer import entry_scores
-from model.kernels.indexer.loss import attention_mass
+from model.kernels.attention import AttentionInputs, attention_with_lse2
+from model.kernels.indexer import attention_probability_mass
+from model.kernels.indexer.naive import naive_scores
 from model.kernels.norm import rotate
 from model.positions import Positions
 from trainer.build import build
@@ -73,13 +73,21 @@ def shares(attn: Attention, x_TD: Tensor, positions: Positions) -> dict[str, tup
     q_THK = attn.wq_b(q_TQ).unflatten(-1, (-1, attn.dim))
     kv_TK = rotate(attn.kv_norm(attn.wkv(x_TD)), positions.rotation("csa"))
     entries_CK = attn.compressor(x_TD, positions)
-    where = positions.query_rotation("csa"), positions.query_ranges("csa"), None
-    settings: Any = {"window": attn.window, "norm_eps": attn.eps}
-    _, lse = attention_with_lse(q_THK, kv_TK, entries_CK, attn.attn_sink, *where, **settings)
-    mass = attention_mass(q_THK, entries_CK, lse, *where, norm_eps=attn.eps)
+    attention = AttentionInputs(
+        q_THK,
+        kv_TK,
+        entries_CK,
+        attn.attn_sink,
+        positions.query_rotation("csa"),
+        positions.query_ranges("csa"),
+        window=attn.window,
+        norm_eps=attn.eps,
+    )
+    _, lse2 = attention_with_lse2(attention)
+    mass = attention_probability_mass(attention, lse2)
     mass_TC = mass(slice(0, len(x_TD)), slice(0, len(entries_CK)))
     index = attn.indexer(x_TD, q_TQ, positions)
-    scores_TC = entry_scores(index.queries_TIJ, index.keys_CJ, index.weights_TI)
+    scores_TC = naive_scores(index.q_TIJ, index.keys_CJ, index.weights_TI)
     ranges = positions.ranges("csa")
     entry = torch.arange(len(entries_CK))
     seen_TC = (entry >= ranges.entry_start_T[:, None]) & (entry < ranges.entry_end_T[:, None])
@@ -92,7 +100,7 @@ def shares(attn: Attention, x_TD: Tensor, positions: Positions) -> dict[str, tup
         "at random": torch.rand(scores_TC.shape, generator=generator),
     }
     real = ~positions.layout.padding_T
-    sink_TH = torch.exp2(attn.attn_sink * math.log2(math.e) - lse)
+    sink_TH = torch.exp2(attn.attn_sink * math.log2(math.e) - lse2)
     attended_T = (1.0 - sink_TH).sum(1)  # by all heads, to window and entries
     found = {}
     for name, values in ways.items():

@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.steps.machine import Ceilings, Step, ceilings, config_of, device_of, seconds
 from model.block import Block
 from model.flops import flops_by_part
-from model.kernels.hyper_connection.hyper_connection import write_streams
+from model.kernels.hyper_connection import write_streams
 from model.transformer import Microbatch
 from optim.zero.plan import newton_schulz_cost
 

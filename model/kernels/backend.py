@@ -1,9 +1,9 @@
 """Which implementation of an operation runs: decided here, by device, dtype and shape alone.
 
-On a CPU the plain PyTorch reference runs. On a GPU Triton runs what it can and has been seen to do
-right there; for the rest the reference runs, and the choice says why, once in the log and in
-``choices``, which training prints at its start. Whoever calls a Triton function by name gets Triton
-or an UnsupportedError. No environment variable and no setting has a part in this.
+On a CPU the eager version runs, which is plain PyTorch. On a GPU Triton runs what it supports and
+what has been compared there; for the rest the eager version runs, and the choice gives the reason,
+once in the log and in ``choices``, which training logs at its start. A Triton function called by
+name runs in Triton or raises UnsupportedError. No environment variable and no setting decides this.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _CAPABILITY = (9, 0)
 
 COMPARED_ON_GPU: frozenset[str] = frozenset()
-"""Operations whose Triton kernels `make bench-gpu` has found right on a GPU: "attention",
+"""Operations whose Triton kernels `make bench-gpu` has verified on a GPU: "attention",
 "indexer", "indexer loss", "compressor", "norms", "hyper-connections", "experts",
 "cross-entropy", "fp8".
-Training uses no other; a compiler may be wrong where an interpreter is right."""
+Training uses no others: a compiler may be wrong where an interpreter is right."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """An implementation and why it was chosen."""
 
-    name: Literal["reference", "triton"]
+    name: Literal["eager", "triton"]
     why: str
 
     def __str__(self) -> str:
@@ -44,14 +44,14 @@ class UnsupportedError(ValueError):
     """Triton was asked for by name and cannot run this."""
 
 
-# With ``asked`` each of these is what a Triton function says first: Triton, or UnsupportedError.
+# With ``asked`` each of these checks what a Triton function supports, or raises UnsupportedError.
 
 
 @functools.cache
 def attention(
     device: torch.device, dtype: torch.dtype, head_dim: int, asked: bool = False
 ) -> Choice:
-    """For core attention and the entries' mass."""
+    """Chooses for core attention and the entries' probability mass."""
     unfit = None if head_dim in _HEAD_DIMS else f"head_dim {head_dim} is not in {_HEAD_DIMS}"
     return _choice("attention", device, dtype, unfit, asked)
 
@@ -60,7 +60,7 @@ def attention(
 def indexer(
     device: torch.device, dtype: torch.dtype, dim: int, heads: int, topk: int, asked: bool = False
 ) -> Choice:
-    """For the choice of the best entries."""
+    """Chooses for the selection of the best entries."""
     unfit = None
     if dim & (dim - 1) or dim < 16:
         unfit = f"index_head_dim {dim} is not a power of two from 16 on"
@@ -75,7 +75,7 @@ def indexer(
 def indexer_loss(
     device: torch.device, dtype: torch.dtype, dim: int, heads: int, asked: bool = False
 ) -> Choice:
-    """For the indexer's objective. A mean's gradients of scores are too small for fp16."""
+    """Chooses for the indexer's objective. A mean's gradients of scores are too small for fp16."""
     unfit = None
     if dim & (dim - 1) or dim < 16:
         unfit = f"index_head_dim {dim} is not a power of two from 16 on"
@@ -86,7 +86,7 @@ def indexer_loss(
 
 @functools.cache
 def compressor(device: torch.device, dtype: torch.dtype, ratio: int, asked: bool = False) -> Choice:
-    """For the pooling of windows; the softmax is in fp32 whatever the inputs."""
+    """Chooses for the pooling of windows; the softmax is in fp32 whatever the inputs."""
     unfit = None
     if ratio & (ratio - 1) or ratio > 256:
         unfit = f"{ratio} tokens an entry is not a power of two up to 256"
@@ -95,7 +95,7 @@ def compressor(device: torch.device, dtype: torch.dtype, ratio: int, asked: bool
 
 @functools.cache
 def norm(device: torch.device, dtype: torch.dtype, dim: int, asked: bool = False) -> Choice:
-    """For RMS norms and rotations, in fp32 whatever the inputs."""
+    """Chooses for RMS norms and rotations, in fp32 whatever the inputs."""
     unfit = None
     if dim % 2 or dim > 16384:
         unfit = f"a width of {dim} is odd or above 16384"
@@ -106,26 +106,26 @@ def norm(device: torch.device, dtype: torch.dtype, dim: int, asked: bool = False
 def hyper_connection(
     device: torch.device, dtype: torch.dtype, streams: int, asked: bool = False
 ) -> Choice:
-    """For reading and writing the residual streams."""
+    """Chooses for reading and writing the residual streams."""
     unfit = None if streams in (1, 2, 4) else f"hc_mult {streams} is not 1, 2 or 4"
     return _choice("hyper-connections", device, dtype, unfit, asked)
 
 
 @functools.cache
 def experts(device: torch.device, dtype: torch.dtype, asked: bool = False) -> Choice:
-    """For the experts' activation and the way of rows back from them."""
+    """Chooses for the experts' activation and the sum of the rows that come back from them."""
     return _choice("experts", device, dtype, None, asked, (*_DTYPES, torch.float32))
 
 
 @functools.cache
 def cross_entropy(device: torch.device, dtype: torch.dtype, asked: bool = False) -> Choice:
-    """For the softmax over the vocabulary, its loss and its gradient."""
+    """Chooses for the softmax over the vocabulary, its loss and its gradient."""
     return _choice("cross-entropy", device, dtype, None, asked, (*_DTYPES, torch.float32))
 
 
 @functools.cache
 def fp8(device: torch.device, dtype: torch.dtype, asked: bool = False) -> Choice:
-    """For products in FP8 and the rounding of their factors, of any size."""
+    """Chooses for matmuls in FP8 and the rounding of their factors, of any size."""
     return _choice("fp8", device, dtype, None, asked, (torch.bfloat16,))
 
 
@@ -140,9 +140,9 @@ def choices(
     index_heads: int,
     index_topk: int,
     ratios: tuple[int, ...],
-    eight_bits: bool = False,
+    in_fp8: bool = False,
 ) -> dict[str, Choice]:
-    """What each operation of a model of these sizes will use; a trainer prints it at its start."""
+    """Returns what each operation of a model of these sizes will use."""
     return {
         "attention": attention(device, dtype, head_dim),
         "indexer": indexer(device, dtype, index_dim, index_heads, index_topk),
@@ -152,7 +152,7 @@ def choices(
         "hyper-connections": hyper_connection(device, dtype, streams),
         "experts": experts(device, dtype),
         "cross-entropy": cross_entropy(device, dtype),
-        **({"fp8": fp8(device, dtype)} if eight_bits else {}),
+        **({"fp8": fp8(device, dtype)} if in_fp8 else {}),
     }
 
 
@@ -169,7 +169,7 @@ def _choice(
             raise UnsupportedError(
                 f"{operation}: Triton runs on a GPU or in its interpreter, not on {device.type}"
             )
-        return Choice("triton" if asked else "reference", f"on {device.type}")
+        return Choice("triton" if asked else "eager", f"on {device.type}")
     if dtype not in dtypes:
         unfit = f"{dtype} is not one of {', '.join(map(str, dtypes))}"
     elif torch.cuda.get_device_capability(device) < _CAPABILITY:
@@ -181,11 +181,11 @@ def _choice(
             raise UnsupportedError(f"{operation}: Triton cannot run this, {unfit}")
         return Choice("triton", "asked for")
     if unfit is None and operation not in COMPARED_ON_GPU:
-        unfit = "its Triton kernel has not been compared with it on a GPU yet"
+        unfit = "its Triton kernel has not been compared on a GPU yet"
     if unfit is None:
         return Choice("triton", "Hopper or newer, supported dtype and shape")
-    log.warning("%s uses the plain PyTorch reference on this GPU: %s", operation, unfit)
-    return Choice("reference", unfit)
+    log.warning("%s runs eagerly on this GPU: %s", operation, unfit)
+    return Choice("eager", unfit)
 
 
 def _interpreted() -> bool:

@@ -1,16 +1,18 @@
-"""References whose work between products torch.compile fuses: norms, activation, streams.
+"""Pointwise work between matmuls that torch.compile fuses: norms, activation, streams.
 
 Programs are of pure functions of tensors without gradients, each called in a forward or a backward
 that is written by hand: so what is kept for backward stays what stands here, and gradients, modes
-and recomputation need no programs of their own. Steps that fusing did not quicken on a CPU stay
-with the references (docs/performance.md).
+and recomputation need no programs of their own. Steps that fusing did not speed up on a CPU stay
+eager (docs/performance.md).
 
 A program is made at its first call and holds for all sizes; calls of fewer than two rows, of which
 torch.compile would make further ones, run as they stand. On the meta device only shapes are wanted,
 and they do so, too.
 
-Rounding differs from the references': sums run in another order, and the exponential may be another
-library's. T tokens, N streams, D their width; n rows.
+Rounding differs from that of the eager versions: sums run in another order, and the exponential may
+be another library's.
+
+T tokens; N streams; D their width; n rows.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels import swiglu
-from model.kernels.hyper_connection.hyper_connection import ReadStreams
-from model.kernels.norm import reference_rotate
+from model.kernels.hyper_connection.eager import ReadStreams
+from model.kernels.norm.eager import eager_rotate
+from model.kernels.swiglu.eager import ClampedSwiGLU, activation_gradients
 
 
 class Program:
@@ -107,7 +109,7 @@ def _written_gradients(
 
 
 normalised, normalised_gradients = Program(_normalised), Program(_normalised_gradients)
-activation_gradients = Program(swiglu.activation_gradients)
+activation_gradients_program = Program(activation_gradients)
 written, written_gradients = Program(_written), Program(_written_gradients)
 reading_gradients = Program(_dots)
 
@@ -127,11 +129,11 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.view(x.shape), grad_weight, None, None
 
 
-class _ClampedSwiGLU(swiglu.ClampedSwiGLU):
+class _ClampedSwiGLU(ClampedSwiGLU):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight = ctx.saved_tensors
-        grads = activation_gradients(gate, up, weight, grad_out, ctx.limit)
+        grads = activation_gradients_program(gate, up, weight, grad_out, ctx.limit)
         return grads[0], grads[1], None, grads[2]
 
 
@@ -157,22 +159,22 @@ class _WriteStreams(torch.autograd.Function):
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, rotation: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """As `norm.reference_rms_norm`; a rotation runs as it stands."""
+    """Computes `rms_norm`; a rotation runs eagerly."""
     if rotation is None:
         return _RMSNorm.apply(x, weight, eps, dtype)
-    return reference_rotate(_RMSNorm.apply(x, weight, eps, torch.float32), rotation).to(dtype)
+    return eager_rotate(_RMSNorm.apply(x, weight, eps, torch.float32), rotation).to(dtype)
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, weight: Tensor | None = None) -> Tensor:
-    """As `swiglu.reference_clamped_swiglu`; only its backward has a program."""
+    """Computes `clamped_swiglu`; only its backward has a program."""
     return _ClampedSwiGLU.apply(gate, up, limit, weight)
 
 
 def read_streams(*inputs: Any) -> Any:
-    """As `hyper_connection.reference_read_streams`; only its backward has a program."""
+    """Computes `read_streams`; only its backward has a program."""
     return _ReadStreams.apply(*inputs)
 
 
 def write_streams(streams_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
-    """As `hyper_connection.reference_write_streams`."""
+    """Computes `write_streams`."""
     return _WriteStreams.apply(streams_TND, y_TD, post_TN, comb_TNN)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +13,10 @@ from model import IGNORE, SampleLayout, V4Model
 from model import attention as module
 from model.config import AttentionMode, ModelConfig
 from model.flops import training_flops
+from model.kernels.attention import AttentionInputs
+from model.kernels.attention.naive import naive_listed, naive_probabilities
+from model.kernels.indexer import IndexerInputs, KLTarget
+from model.kernels.indexer.naive import naive_scores
 from tests.model.tiny import random_model, random_tokens, tiny_config
 
 ONE = {"num_hidden_layers": 1, "layer_types": ("csa",), "num_hash_layers": 0}
@@ -37,26 +40,21 @@ def gradients(model: V4Model, attention: AttentionMode) -> dict[str, Tensor]:
 
 
 def whole_matrices(config: ModelConfig, seen: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Mass of entries, scores, and which entries are seen, each [T, C], in float64."""
-    q, kv, entries, sink, rotation, ranges, selected = seen["attention"]
-    q = q.double()
-    q = q / (q.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
-    turned = torch.view_as_complex(q[..., -2 * rotation.shape[1] :].unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(turned * rotation[:, None]).flatten(-2)
-    q = torch.cat([q[..., : -turned.shape[-1]], turned], -1) / math.sqrt(q.shape[-1])
-    t, c = torch.arange(len(q))[:, None], torch.arange(len(entries))
-    near = (ranges.window_start_T[:, None] <= t.T) & (t >= t.T)
+    """Probability mass of entries, scores, and which entries are seen, each [T, C], in float64."""
+    attention, index = seen["attention"], seen["index"]
+    ranges, entries = attention.ranges, len(attention.entries_CK)
+    t, c = torch.arange(len(attention.q_THK)), torch.arange(entries)
+    near = (ranges.window_start_T[:, None] <= t) & (t[:, None] >= t)
     open_ = (c >= ranges.entry_start_T[:, None]) & (c < ranges.entry_end_T[:, None])
-    if selected is not None:
-        open_ &= (selected[:, :, None] == c).any(1)
-    window = torch.einsum("thk,sk->ths", q, kv.double()).exp() * near[:, None]
-    far = torch.einsum("thk,ck->thc", q, entries.double()).exp() * open_[:, None]
-    whole = window.sum(-1) + far.sum(-1) + sink.double().exp()
-    mass = (far / whole[..., None]).sum(1)
-    index_q, keys, weights = (x.double() for x in seen["index"])
-    scores = torch.einsum("tij,cj->tic", index_q, keys).relu()
-    scores = torch.einsum("tic,ti->tc", scores, weights).masked_fill(~open_, -torch.inf)
-    return mass, scores, open_
+    if attention.selected_Tk is not None:
+        open_ &= naive_listed(attention.selected_Tk, entries)
+    tensors = (attention.q_THK, attention.kv_TK, attention.entries_CK, attention.sink_H)
+    probability = naive_probabilities(
+        *[x.double() for x in tensors], attention.rotation_TR, near, open_, config.rms_norm_eps
+    )
+    mass = probability[..., len(t) :].sum(1)
+    scores = naive_scores(*[x.double() for x in (index.q_TIJ, index.keys_CJ, index.weights_TI)])
+    return mass, scores.masked_fill(~open_, -torch.inf), open_
 
 
 def divergence(config: ModelConfig, seen: dict[str, Any]) -> float:
@@ -74,23 +72,23 @@ def divergence(config: ModelConfig, seen: dict[str, Any]) -> float:
 def test_the_objective_is_the_divergence_from_the_core_attention(attention: AttentionMode) -> None:
     model = random_model(tiny_config(**ONE, index_topk=3, num_nextn_predict_layers=0))
     seen: dict[str, Any] = {"padding": SampleLayout.from_lengths(LENGTHS, 48).padding_T}
-    attend, objective = module.attention_with_lse, module.indexer_objective
+    attend, objective = module.attention_with_lse2, module.indexer_objective
 
-    def attending(*inputs: Any, **settings: Any) -> Any:
+    def attending(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         seen["attention"] = inputs
-        return attend(*inputs, **settings)
+        return attend(inputs)
 
-    def learning(*inputs: Any) -> Tensor:
-        seen["index"] = inputs[:3]
-        return objective(*inputs)
+    def learning(inputs: IndexerInputs, target: KLTarget, share_T: Tensor) -> Tensor:
+        seen["index"] = inputs
+        return objective(inputs, target, share_T)
 
     with (
         torch.no_grad(),
-        patch.object(module, "attention_with_lse", attending),
+        patch.object(module, "attention_with_lse2", attending),
         patch.object(module, "indexer_objective", learning),
     ):
         found = float(run(model, attention).indexer_loss)
-    assert (seen["attention"][6] is not None) == (attention == "sparse")
+    assert (seen["attention"].selected_Tk is not None) == (attention == "sparse")
     assert found == pytest.approx(divergence(model.config, seen), rel=1e-5)
 
 
@@ -101,21 +99,20 @@ def test_recall_is_the_share_of_the_dense_mass_that_is_kept(topk: int) -> None:
     layer, seen = model.layers[0].attn, dict[str, Any]()
     inputs: list[Any] = []
     layer.register_forward_pre_hook(lambda _, given: inputs.append(given[:2]))
-    attend = module.attention_with_lse
+    attend = module.attention_with_lse2
 
-    def attending(*given: Any, **settings: Any) -> Any:
-        seen["attention"] = given
-        return attend(*given, **settings)
+    def attending(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        seen["attention"] = inputs
+        return attend(inputs)
 
-    with torch.no_grad(), patch.object(module, "attention_with_lse", attending):
+    with torch.no_grad(), patch.object(module, "attention_with_lse2", attending):
         run(model, "select")
         x_TD, positions = inputs[0]
-        index = layer.indexer(x_TD, layer.q_norm(layer.wq_a(x_TD)), positions)
-        seen["index"] = index.queries_TIJ, index.keys_CJ, index.weights_TI
+        seen["index"] = layer.indexer(x_TD, layer.q_norm(layer.wq_a(x_TD)), positions)
         kept, whole = layer.recall(x_TD, positions)
     mass, scores, open_ = whole_matrices(model.config, seen)
     rank = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
-    assert seen["attention"][6] is None and open_.any()
+    assert seen["attention"].selected_Tk is None and open_.any()
     torch.testing.assert_close(whole.double(), mass.sum(1), rtol=1e-5, atol=1e-7)
     expected = (mass * (rank < topk)).sum(1)
     torch.testing.assert_close(kept.double(), expected, rtol=1e-5, atol=1e-7)

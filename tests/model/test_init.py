@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model import IGNORE, V4Model
-from model.kernels.hyper_connection.hyper_connection import write_streams
+from model.kernels.hyper_connection import write_streams
 from tests.model.tiny import random_tokens, tiny_config
 
 

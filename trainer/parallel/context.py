@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import LayerType, ModelConfig
-from model.kernels.attention.ranges import AttentionRanges
-from model.kernels.indexer.loss import Mass
+from model.kernels.attention import AttentionRanges
+from model.kernels.indexer import AttentionProbabilityMass
 from model.layout import SampleLayout, on_device
 from model.positions import Positions, Windows
 from model.rope import layer_frequencies, rotation
@@ -144,7 +144,9 @@ class SequencePositions(Positions):
     def all_entries(self, kind: LayerType, pooled_CK: Tensor) -> Tensor:
         return self._pools[kind].gather(pooled_CK)
 
-    def own_mass(self, kind: LayerType, mass: Mass, listed: bool) -> Mass:
+    def own_mass(
+        self, kind: LayerType, mass: AttentionProbabilityMass, listed: bool
+    ) -> AttentionProbabilityMass:
         tensor = self.tensor
         if tensor.size == 1:
             return mass

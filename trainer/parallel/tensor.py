@@ -157,7 +157,7 @@ class VocabCrossEntropy:
 
 
 class _VocabCrossEntropy(torch.autograd.Function):
-    # As in model/kernels/cross_entropy.py, gradients are formed while a chunk's logits are there.
+    # As in model/kernels/cross_entropy, gradients are formed while a chunk's logits are there.
 
     @staticmethod
     def forward(

@@ -1,0 +1,70 @@
+"""Core attention: one softmax over a window of tokens and compressed entries, with a sink.
+
+Report §2.3.1-2.3.3. Queries are RMS-normalised per head and rotated here, and the output is rotated
+back here, because both cost more than they compute when they pass through memory separately.
+Backward recomputes the probabilities block by block, so nothing quadratic is ever stored.
+
+T queries; H heads; K their width; C compressed entries; k selected entries of a query.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.kernels import backend
+from model.kernels.attention.eager import eager_attention, eager_entry_probability_mass
+from model.kernels.attention.inputs import AttentionInputs
+from model.kernels.attention.ranges import AttentionRanges
+
+__all__ = [
+    "AttentionInputs",
+    "AttentionRanges",
+    "attention_with_lse2",
+    "entry_probability_mass",
+]
+
+
+def attention_with_lse2(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Computes softmax(q·k / sqrt(K)) · k, its last R dims rotated back by the query's position.
+
+    Returns:
+        [T, H, K] in q's dtype; and lse2, fp32 [T, H], from which `entry_probability_mass` recovers
+        probabilities: the base-2 logarithm of the softmax's denominator, sink included, without a
+        gradient.
+    """
+    if _on_triton(inputs):
+        from model.kernels.attention import forward_triton
+
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return forward_triton.attention(inputs, deterministic=deterministic)
+    return eager_attention(inputs)
+
+
+@torch.no_grad()
+def entry_probability_mass(
+    inputs: AttentionInputs, lse2_TH: Tensor, *, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """Computes the attention probability of each entry, summed over heads: the KL target's mass.
+
+    Args:
+        inputs: as `attention_with_lse2` had them; keys and sink are not read.
+        lse2_TH: as `attention_with_lse2` returned it, so that the window and the sink have a part
+            in the denominator.
+        start, stop: a block of entries, where none are selected; all by default.
+
+    Returns:
+        fp32 [T, k], or [T, stop - start] with zeros where a query does not see an entry.
+    """
+    if _on_triton(inputs):
+        from model.kernels.attention import probability_mass_triton
+
+        return probability_mass_triton.entry_probability_mass(
+            inputs, lse2_TH, start=start, stop=stop
+        )
+    return eager_entry_probability_mass(inputs, lse2_TH, start=start, stop=stop)
+
+
+def _on_triton(inputs: AttentionInputs) -> bool:
+    q_THK = inputs.q_THK
+    return backend.attention(q_THK.device, q_THK.dtype, q_THK.shape[-1]).name == "triton"

@@ -1,7 +1,10 @@
-"""Core attention and the entries' mass in plain PyTorch, on any device; see ``attention.py``.
+"""Core attention and the entries' probability mass with torch's functions, on any device.
 
 Queries are handled in chunks, whose logits fill a core's cache or a few large launches of a GPU.
 Backward computes a chunk's probabilities again, so nothing quadratic is ever stored.
+
+T queries, n of a chunk; H heads; K their width; C entries; k selected entries of a query; c keys of
+a chunk, its window's tokens or entries; W the window; R rotated dims.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.kernels.attention.inputs import AttentionInputs
 from model.kernels.attention.ranges import AttentionRanges
 
 _CPU_ROWS, _GPU_ROWS = 1 << 11, 1 << 15
@@ -24,48 +28,32 @@ _LOG2E = math.log2(math.e)
 """Probabilities are powers of two inside: exp2 is the cheaper function, on CPU and GPU alike."""
 
 
-def reference_attention(
-    q_THK: Tensor,
-    kv_TK: Tensor,
-    entries_CK: Tensor | None,
-    sink_H: Tensor,
-    rotation_TR: Tensor,
-    ranges: AttentionRanges,
-    selected_Tk: Tensor | None = None,
-    *,
-    window: int,
-    norm_eps: float,
-) -> tuple[Tensor, Tensor]:
-    """`attention_with_lse` in plain PyTorch, on any device."""
+def eager_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Computes `attention_with_lse2`."""
+    entries_CK, selected_Tk = inputs.entries_CK, inputs.selected_Tk
     if entries_CK is None or entries_CK.shape[0] == 0:
         entries_CK, selected_Tk = None, None
     return _Attention.apply(
-        q_THK.contiguous(),
-        kv_TK,
+        inputs.q_THK.contiguous(),
+        inputs.kv_TK,
         entries_CK,
-        sink_H,
-        rotation_TR,
-        ranges,
+        inputs.sink_H,
+        inputs.rotation_TR,
+        inputs.ranges,
         selected_Tk,
-        window,
-        norm_eps,
+        inputs.window,
+        inputs.norm_eps,
     )
 
 
 @torch.no_grad()
-def reference_entry_mass(
-    q_THK: Tensor,
-    entries_CK: Tensor,
-    lse_TH: Tensor,
-    rotation_TR: Tensor,
-    ranges: AttentionRanges,
-    selected_Tk: Tensor | None = None,
-    *,
-    norm_eps: float,
-    start: int = 0,
-    stop: int | None = None,
+def eager_entry_probability_mass(
+    inputs: AttentionInputs, lse2_TH: Tensor, *, start: int = 0, stop: int | None = None
 ) -> Tensor:
-    """`entry_mass` in plain PyTorch, on any device."""
+    """Computes `entry_probability_mass`."""
+    q_THK, entries_CK, ranges = inputs.q_THK, inputs.entries_CK, inputs.ranges
+    rotation_TR, selected_Tk = inputs.rotation_TR, inputs.selected_Tk
+    assert entries_CK is not None
     assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
     stop = entries_CK.shape[0] if stop is None else stop
     tokens, heads, _ = q_THK.shape
@@ -76,15 +64,15 @@ def reference_entry_mass(
     step = max(_chunk_rows(q_THK.device) // heads, 1)
     for first in range(0, tokens, step):
         rows = slice(first, first + step)
-        ready = _Queries(q_THK[rows], rotation_TR[rows], norm_eps).ready * _LOG2E
+        ready = _Queries(q_THK[rows], rotation_TR[rows], inputs.norm_eps).ready * _LOG2E
         if selected_Tk is None:
             low, high = ranges.entry_start_T[rows, None], ranges.entry_end_T[rows, None]
             bias = _bias((index >= low) & (index < high))
             logits = torch.mm(ready.flatten(0, 1), keys.t()).view(*ready.shape[:2], -1)
         else:
-            part = _PickedEntries(selected_Tk[rows], entries_CK)
+            part = _SelectedEntries(selected_Tk[rows], entries_CK)
             bias, logits = part.bias, part.dot(ready)
-        logits = logits.add_(bias[:, None]).sub_(lse_TH[rows, :, None])
+        logits = logits.add_(bias[:, None]).sub_(lse2_TH[rows, :, None])
         mass[rows] = logits.exp2_().sum(1)
     return mass
 
@@ -224,13 +212,13 @@ class _EntryRange:
             grad_entries[self.seen].addmm_(a_nHc.flatten(0, 1).t(), b_nHK.flatten(0, 1))
 
 
-class _PickedEntries:
+class _SelectedEntries:
     """Each query's own selection, gathered."""
 
-    def __init__(self, picked_nk: Tensor, entries: Tensor) -> None:
-        self.index = picked_nk.clamp(min=0).flatten()
-        self.keys = entries.index_select(0, self.index).float().view(*picked_nk.shape, -1)
-        self.bias = _bias(picked_nk >= 0)
+    def __init__(self, selected_nk: Tensor, entries: Tensor) -> None:
+        self.index = selected_nk.clamp(min=0).flatten()
+        self.keys = entries.index_select(0, self.index).float().view(*selected_nk.shape, -1)
+        self.bias = _bias(selected_nk >= 0)
 
     def dot(self, x_nHK: Tensor) -> Tensor:
         return torch.bmm(x_nHK, self.keys.transpose(1, 2))
@@ -244,7 +232,7 @@ class _PickedEntries:
         grad_entries.index_add_(0, self.index, grad.flatten(0, 1))
 
 
-_Keys = _WindowKeys | _EntryRange | _PickedEntries
+_Keys = _WindowKeys | _EntryRange | _SelectedEntries
 _Pairs = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -263,7 +251,7 @@ def _keys_of(
     visible = ranges.host_entry_end_T[chunk.rows] - ranges.host_entry_start_T[chunk.rows]
     most = int(visible.max())
     if selected is not None and most > selected.shape[1]:
-        parts.append(_PickedEntries(selected[chunk.rows], entries))
+        parts.append(_SelectedEntries(selected[chunk.rows], entries))
     elif most > 0:
         parts.append(_EntryRange(chunk, entries, ranges))
     return parts
@@ -291,7 +279,7 @@ class _Attention(torch.autograd.Function):
         ctx.chunks = _chunks(ranges.segments, q.shape[1], window, _chunk_rows(q.device))
         padded_kv = F.pad(kv.float(), (0, 0, window - 1, 0))
         out_THK = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse_TH = q.new_empty(q.shape[:2], dtype=torch.float32)
+        lse2_TH = q.new_empty(q.shape[:2], dtype=torch.float32)
         sink_H = sink.float() * _LOG2E
         for chunk in ctx.chunks:
             queries = _Queries(q[chunk.rows], rotation[chunk.rows], eps)
@@ -307,15 +295,15 @@ class _Attention(torch.autograd.Function):
                 total_nH += p_nHc.sum(-1)
                 out += part.mix(p_nHc)
             out_THK[chunk.rows] = rotate_(out.div_(total_nH[..., None]), queries.rotation.conj())
-            lse_TH[chunk.rows] = top_nH + total_nH.log2()
+            lse2_TH[chunk.rows] = top_nH + total_nH.log2()
         ctx.ranges, ctx.window, ctx.eps = ranges, window, eps
-        ctx.save_for_backward(q, kv, entries, sink, rotation, selected, out_THK, lse_TH)
-        ctx.mark_non_differentiable(lse_TH)
-        return out_THK, lse_TH
+        ctx.save_for_backward(q, kv, entries, sink, rotation, selected, out_THK, lse2_TH)
+        ctx.mark_non_differentiable(lse2_TH)
+        return out_THK, lse2_TH
 
     @staticmethod
     def backward(ctx: Any, grad_out_THK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, kv, entries, sink, rotation, selected, out_THK, lse_TH = ctx.saved_tensors
+        q, kv, entries, sink, rotation, selected, out_THK, lse2_TH = ctx.saved_tensors
         padded_kv = F.pad(kv.float(), (0, 0, ctx.window - 1, 0))
         grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
         grad_kv = torch.zeros_like(padded_kv)
@@ -328,14 +316,14 @@ class _Attention(torch.autograd.Function):
             rotate_(grad_nHK, queries.rotation)
             grad_ready = torch.zeros_like(queries.ready)
             for part in _keys_of(chunk, padded_kv, entries, selected, ctx.ranges, ctx.window):
-                p_nHc = _logits(part, queries.ready).sub_(lse_TH[rows, :, None]).exp2_()
+                p_nHc = _logits(part, queries.ready).sub_(lse2_TH[rows, :, None]).exp2_()
                 ds_nHc = part.dot(grad_nHK).sub_(along_TH[rows, :, None]).mul_(p_nHc)
                 target = grad_kv if isinstance(part, _WindowKeys) else grad_entries
                 assert target is not None
                 part.accumulate(target, ((ds_nHc, queries.ready), (p_nHc, grad_nHK)))
                 grad_ready += part.mix(ds_nHc)
             grad_q[rows] = queries.backward(grad_ready)
-        sink_share_TH = torch.exp2(sink.float() * _LOG2E - lse_TH)
+        sink_share_TH = torch.exp2(sink.float() * _LOG2E - lse2_TH)
         grad_sink = -(sink_share_TH * along_TH).sum(0).to(sink.dtype)
         grad_kv = grad_kv[ctx.window - 1 :].to(kv.dtype)
         if grad_entries is not None:

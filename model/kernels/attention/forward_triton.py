@@ -1,10 +1,10 @@
-"""Core attention in Triton for Hopper, forward and backward; see ``attention_reference.py``.
+"""Core attention in Triton for Hopper, forward and backward; compared with ``naive.py``.
 
 One key serves all heads and is its own value, so a program holds ``rows`` pairs (token, head), 64
 heads of one token at V4's widths, reads each tile of keys once and uses it for both products. The
 softmax is online, in base 2, over a range of window tokens and then a range of entries or a
 gathered list; it starts from the sink (logit in, no value). Every mask is a pair of integers per
-query. Forward keeps only out and lse. Backward writes the normed, rotated queries and the rotated
+query. Forward keeps only out and lse2. Backward writes the normed, rotated queries and the rotated
 gradient once (a workspace of two tensors of q's size), because every block of keys reads them.
 
 What one query token costs, n being the keys that it sees (window W and entries), in bf16:
@@ -41,6 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.attention.inputs import AttentionInputs
 from model.kernels.attention.key_gradient_triton import entry_gradients, range_gradients
 from model.kernels.attention.parts_triton import (
     LOG2E,
@@ -49,14 +50,14 @@ from model.kernels.attention.parts_triton import (
     blocks_for,
     bounds,
     check,
-    picked_tile,
     range_tile,
     ready_queries,
     rows_of_program,
+    selected_tile,
 )
 from model.kernels.attention.query_gradient_triton import prepared, query_gradients
 from model.kernels.attention.ranges import AttentionRanges
-from model.kernels.rotation_triton import angles_of, turned
+from model.kernels.norm.rotation_triton import angles_of, turned
 
 
 @triton.jit
@@ -134,7 +135,7 @@ def _forward(
     entry_start,
     entry_end,
     out,
-    lse,
+    lse2,
     tokens,
     heads,
     picks,
@@ -175,28 +176,18 @@ def _forward(
         one = tl.min(tl.where(live, token, tokens), 0)
         for start in tl.range(0, tl.load(entry_end + one), BLOCK_N):
             place = start + tl.arange(0, BLOCK_N)
-            entry, k = picked_tile(entries, picked, one, place, picks, DIM)
+            entry, k = selected_tile(entries, picked, one, place, picks, DIM)
             top, total, acc = _softmax_step(ready, k, (entry >= 0)[None, :], top, total, acc, scale)
     acc = turned(acc / total[:, None], rotation, token, live, -1.0, ROWS, DIM, DIM, ROTARY)
     at = row.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=live[:, None])
-    tl.store(lse + row, top + tl.log2(total), mask=live)
+    tl.store(lse2 + row, top + tl.log2(total), mask=live)
 
 
 def attention(
-    q_THK: Tensor,
-    kv_TK: Tensor,
-    entries_CK: Tensor | None,
-    sink_H: Tensor,
-    rotation_TR: Tensor,
-    ranges: AttentionRanges,
-    selected_Tk: Tensor | None = None,
-    *,
-    norm_eps: float,
-    deterministic: bool = True,
-    blocks: Blocks | None = None,
+    inputs: AttentionInputs, *, deterministic: bool = True, blocks: Blocks | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``model.kernels.attention.attention_with_lse`` in Triton; the arguments are the same.
+    """Computes ``model.kernels.attention.attention_with_lse2`` in Triton.
 
     Args:
         deterministic: the gradient of selected entries is summed in a fixed order through a
@@ -204,26 +195,27 @@ def attention(
         blocks: sizes of the launches; those for K by default.
 
     Returns:
-        [T, H, K] in q's dtype, and lse fp32 [T, H]: log2 of the softmax's denominator, sink
+        [T, H, K] in q's dtype, and lse2 fp32 [T, H]: log2 of the softmax's denominator, sink
         included, which has no gradient.
 
     Raises:
         UnsupportedError: a GPU cannot run this device, dtype or K, or T·H is 2^30 or more.
         ValueError: K has no known sizes and ``blocks`` is not given.
     """
+    q_THK, entries_CK, selected_Tk = inputs.q_THK, inputs.entries_CK, inputs.selected_Tk
     check(q_THK)
     blocks = blocks or blocks_for(q_THK.shape[-1])
     if entries_CK is None or entries_CK.shape[0] == 0:
         entries_CK, selected_Tk = None, None
     return _Attention.apply(
         q_THK.contiguous(),
-        kv_TK.contiguous(),
+        inputs.kv_TK.contiguous(),
         None if entries_CK is None else entries_CK.contiguous(),
-        sink_H,
-        angles_of(rotation_TR),
-        ranges,
+        inputs.sink_H,
+        angles_of(inputs.rotation_TR),
+        inputs.ranges,
         selected_Tk,
-        norm_eps,
+        inputs.norm_eps,
         deterministic,
         blocks,
     )
@@ -246,7 +238,7 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         call = Call(q, entries, ranges, selected, blocks)
         out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        lse2 = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         block_t, block_h = call.rows(blocks.rows)
         if q.numel():
             _forward[call.grid(block_t, block_h)](
@@ -258,7 +250,7 @@ class _Attention(torch.autograd.Function):
                 angles,
                 *call.seen,
                 out,
-                lse,
+                lse2,
                 call.tokens,
                 call.heads,
                 call.picks,
@@ -273,18 +265,18 @@ class _Attention(torch.autograd.Function):
                 **blocks.options,
             )
         ctx.eps, ctx.ranges, ctx.blocks, ctx.deterministic = eps, ranges, blocks, deterministic
-        ctx.save_for_backward(q, kv, entries, sink, angles, selected, out, lse)
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+        ctx.save_for_backward(q, kv, entries, sink, angles, selected, out, lse2)
+        ctx.mark_non_differentiable(lse2)
+        return out, lse2
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, kv, entries, sink, angles, selected, out, lse = ctx.saved_tensors
+        q, kv, entries, sink, angles, selected, out, lse2 = ctx.saved_tensors
         call = Call(q, entries, ctx.ranges, selected, ctx.blocks)
-        rows = prepared(q, out, grad_out.contiguous(), angles, lse, ctx.eps, call.blocks)
+        rows = prepared(q, out, grad_out.contiguous(), angles, lse2, ctx.eps, call.blocks)
         grad_q = query_gradients(call, rows, q, kv, entries, angles)
         grad_kv = range_gradients(call, rows, kv, call.key_start, call.key_end).to(kv.dtype)
         grad_entries = entry_gradients(call, rows, entries, ctx.deterministic)
-        share_TH = torch.exp2(sink.float() * LOG2E - lse)
+        share_TH = torch.exp2(sink.float() * LOG2E - lse2)
         grad_sink = -(share_TH * rows.along).sum(0).to(sink.dtype)
         return grad_q, grad_kv, grad_entries, grad_sink, *[None] * 6

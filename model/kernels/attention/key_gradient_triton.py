@@ -11,15 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.attention.pairs_triton import add_pairs
 from model.kernels.attention.parts_triton import ENTRY_RANGE, FAR, Call, tile
 from model.kernels.attention.query_gradient_triton import Rows
 from model.kernels.attention.ranges import queries_of_blocks
-from model.kernels.pairs_triton import add_pairs
 
 
 @triton.jit
 def _key_gradient_step(
-    both, k, visible, lse, along, acc, scale, root, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
+    both, k, visible, lse2, along, acc, scale, root, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Adds dsᵀ · q + pᵀ · grad, this tile of queries' share, to the gradient of keys k.
 
@@ -27,7 +27,7 @@ def _key_gradient_step(
     """
     x = tl.dot(k, tl.trans(both), input_precision="ieee")
     s, dp = tl.split(tl.reshape(x, (BLOCK_N, ROWS, 2)))
-    p = tl.exp2(tl.where(visible, s * scale - lse[None, :], float("-inf")))
+    p = tl.exp2(tl.where(visible, s * scale - lse2[None, :], float("-inf")))
     ds = p * (dp - along[None, :]) * root
     weight = tl.reshape(tl.join(ds, p), (BLOCK_N, 2 * ROWS))
     return tl.dot(weight.to(both.dtype), both, acc, input_precision="ieee")
@@ -41,7 +41,7 @@ def _grad_keys(
     end_T,
     query_start,
     query_end,
-    lse,
+    lse2,
     along,
     grad,
     count,
@@ -72,22 +72,22 @@ def _grad_keys(
         high = tl.load(end_T + token, mask=live, other=0)
         pair = 2 * start + tl.arange(0, 2 * ROWS)
         q_and_grad = tile(both, pair, pair < 2 * end, DIM)
-        row_lse = tl.load(lse + row, mask=live, other=0.0)
+        row_lse2 = tl.load(lse2 + row, mask=live, other=0.0)
         row_along = tl.load(along + row, mask=live, other=0.0)
         visible = (n[:, None] >= low[None, :]) & (n[:, None] < high[None, :])
         acc = _key_gradient_step(
-            q_and_grad, k, visible, row_lse, row_along, acc, scale, root, ROWS, BLOCK_N
+            q_and_grad, k, visible, row_lse2, row_along, acc, scale, root, ROWS, BLOCK_N
         )
     at = (part.to(tl.int64) * count + n)[:, None] * DIM + tl.arange(0, DIM)[None, :]
     tl.store(grad + at, acc, mask=(n < count)[:, None])
 
 
 @triton.jit
-def _grad_picks(
+def _grad_selected(
     both,
     entries,
     picked,
-    lse,
+    lse2,
     along,
     grad,
     first_token,
@@ -117,11 +117,11 @@ def _grad_picks(
             row = token * heads + head
             pair = 2 * start + tl.arange(0, 2 * ROWS)
             q_and_grad = tile(both, 2 * token * heads + pair, pair < 2 * heads, DIM)
-            row_lse = tl.load(lse + row, mask=live, other=0.0)
+            row_lse2 = tl.load(lse2 + row, mask=live, other=0.0)
             row_along = tl.load(along + row, mask=live, other=0.0)
             visible = (entry >= 0)[:, None] & live[None, :]
             acc = _key_gradient_step(
-                q_and_grad, k, visible, row_lse, row_along, acc, scale, root, ROWS, BLOCK_N
+                q_and_grad, k, visible, row_lse2, row_along, acc, scale, root, ROWS, BLOCK_N
             )
         dim = tl.arange(0, DIM)[None, :]
         if ATOMIC:
@@ -141,7 +141,7 @@ def entry_gradients(
     if call.mode == ENTRY_RANGE:
         sums = range_gradients(call, rows, entries, call.entry_start, call.entry_end)
     else:
-        sums = _pick_gradients(call, rows, entries, deterministic)
+        sums = _selected_gradients(call, rows, entries, deterministic)
     return sums.to(entries.dtype)
 
 
@@ -162,7 +162,7 @@ def range_gradients(call: Call, rows: Rows, keys: Tensor, start_T: Tensor, end_T
         end_T,
         query_start,
         query_end,
-        rows.lse,
+        rows.lse2,
         rows.along,
         grad,
         count,
@@ -177,7 +177,7 @@ def range_gradients(call: Call, rows: Rows, keys: Tensor, start_T: Tensor, end_T
     return grad.sum(0) if parts > 1 else grad[0]
 
 
-def _pick_gradients(call: Call, rows: Rows, entries: Tensor, deterministic: bool) -> Tensor:
+def _selected_gradients(call: Call, rows: Rows, entries: Tensor, deterministic: bool) -> Tensor:
     """fp32 gradient of entries of which every query sees its list."""
     grad = torch.zeros_like(entries, dtype=torch.float32)
     chunk = call.tokens
@@ -186,11 +186,11 @@ def _pick_gradients(call: Call, rows: Rows, entries: Tensor, deterministic: bool
         pairs = grad.new_empty(chunk * call.picks, call.dim)
     for first in range(0, call.tokens, max(chunk, 1)):
         tokens = min(chunk, call.tokens - first)
-        _grad_picks[(tokens, triton.cdiv(call.picks, call.blocks.key_keys))](
+        _grad_selected[(tokens, triton.cdiv(call.picks, call.blocks.key_keys))](
             rows.both,
             entries,
             call.picked,
-            rows.lse,
+            rows.lse2,
             rows.along,
             pairs if deterministic else grad,
             first,

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from model.kernels import backend
 from model.kernels.attention.ranges import AttentionRanges
-from model.kernels.rotation_triton import turned
+from model.kernels.norm.rotation_triton import turned
 
 LOG2E = math.log2(math.e)
-NO_ENTRIES, ENTRY_RANGE, PICKED_ENTRIES = range(3)
+NO_ENTRIES, ENTRY_RANGE, SELECTED_ENTRIES = range(3)
 _FEWEST_ROWS = 16
 """The tensor cores take no fewer."""
 FAR = tl.constexpr(2**31 - 1)
@@ -109,7 +109,7 @@ def range_tile(keys, n, low, high, end, DIM: tl.constexpr):
 
 
 @triton.jit
-def picked_tile(entries, picked, token, place, picks, DIM: tl.constexpr):
+def selected_tile(entries, picked, token, place, picks, DIM: tl.constexpr):
     """The entries at ``place`` [BLOCK_N] of one token's list; where there is none, -1 and zeros."""
     entry = tl.load(picked + token.to(tl.int64) * picks + place, mask=place < picks, other=-1)
     return entry, tile(entries, entry, entry >= 0, DIM)
@@ -160,7 +160,7 @@ class Call:
         self.entry_start, self.entry_end = ranges.entry_start_T.int(), ranges.entry_end_T.int()
         self.mode = ENTRY_RANGE
         if selected_Tk is not None:
-            self.mode, self.picks = PICKED_ENTRIES, selected_Tk.shape[1]
+            self.mode, self.picks = SELECTED_ENTRIES, selected_Tk.shape[1]
             self.picked = selected_Tk.int().contiguous()
             # A list is read up to its last pick.
             place = torch.arange(1, self.picks + 1, device=q_THK.device, dtype=torch.int32)
@@ -174,7 +174,7 @@ class Call:
     def rows(self, most: int) -> tuple[int, int]:
         """Tokens and heads of a program of at most ``most`` rows; lists allow a single token."""
         heads = min(triton.next_power_of_2(self.heads), most)
-        if self.mode == PICKED_ENTRIES:
+        if self.mode == SELECTED_ENTRIES:
             return 1, min(max(heads, _FEWEST_ROWS), most)
         return most // heads, heads
 

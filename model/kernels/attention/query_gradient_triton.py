@@ -18,13 +18,13 @@ from model.kernels.attention.parts_triton import (
     Blocks,
     Call,
     bounds,
-    picked_tile,
     range_tile,
     ready_queries,
     rows_of_program,
+    selected_tile,
     tile,
 )
-from model.kernels.rotation_triton import turned
+from model.kernels.norm.rotation_triton import turned
 
 
 @triton.jit
@@ -65,26 +65,26 @@ class Rows:
 
     Attributes:
         both: [T, H, 2, K], each ready query and the gradient of its output, rotated alike.
-        rstd, lse, along: [T, H]; along is Σ grad · out.
+        rstd, lse2, along: [T, H]; along is Σ grad · out.
     """
 
     both: Tensor
     rstd: Tensor
-    lse: Tensor
+    lse2: Tensor
     along: Tensor
 
 
 def prepared(
-    q: Tensor, out: Tensor, grad: Tensor, angles: Tensor, lse: Tensor, eps: float, blocks: Blocks
+    q: Tensor, out: Tensor, grad: Tensor, angles: Tensor, lse2: Tensor, eps: float, blocks: Blocks
 ) -> Rows:
     """What both gradients read of q [T, H, K], of out and of its gradient; all contiguous."""
     rows = Rows(
         q.new_empty(*q.shape[:2], 2, q.shape[2]),
-        torch.empty_like(lse),
-        lse,
-        torch.empty_like(lse),
+        torch.empty_like(lse2),
+        lse2,
+        torch.empty_like(lse2),
     )
-    count, block = lse.numel(), min(16, blocks.rows)
+    count, block = lse2.numel(), min(16, blocks.rows)
     if count:
         _prepare[(triton.cdiv(count, block),)](
             q,
@@ -107,7 +107,7 @@ def prepared(
 
 @triton.jit
 def _query_gradient_step(
-    both, k, visible, lse, along, acc, scale, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
+    both, k, visible, lse2, along, acc, scale, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Adds this tile's ds · k to the gradient of the ready queries.
 
@@ -115,7 +115,7 @@ def _query_gradient_step(
     """
     x = tl.dot(both, tl.trans(k), input_precision="ieee")
     s, dp = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, BLOCK_N)), (0, 2, 1)))
-    p = tl.exp2(tl.where(visible, s * scale - lse[:, None], float("-inf")))
+    p = tl.exp2(tl.where(visible, s * scale - lse2[:, None], float("-inf")))
     ds = p * (dp - along[:, None])
     return tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
 
@@ -128,7 +128,7 @@ def _query_gradient_over_range(
     high_T,
     token,
     live,
-    lse,
+    lse2,
     along,
     acc,
     scale,
@@ -141,7 +141,7 @@ def _query_gradient_over_range(
     for start in tl.range(first, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         k, visible = range_tile(keys, n, low, high, end, DIM)
-        acc = _query_gradient_step(both, k, visible, lse, along, acc, scale, ROWS, BLOCK_N)
+        acc = _query_gradient_step(both, k, visible, lse2, along, acc, scale, ROWS, BLOCK_N)
     return acc
 
 
@@ -168,7 +168,7 @@ def _grad_queries(
     entry_start,
     entry_end,
     rstd,
-    lse,
+    lse2,
     along,
     grad_q,
     tokens,
@@ -187,7 +187,7 @@ def _grad_queries(
     token, _, row, live = rows_of_program(tokens, heads, BLOCK_T, BLOCK_H)
     pair, pair_live = _pairs_of_program(tokens, heads, BLOCK_T, BLOCK_H)
     q_and_grad = tile(both, pair, pair_live, DIM)
-    row_lse = tl.load(lse + row, mask=live, other=0.0)
+    row_lse2 = tl.load(lse2 + row, mask=live, other=0.0)
     row_along = tl.load(along + row, mask=live, other=0.0)
     acc = tl.zeros((ROWS, DIM), tl.float32)
     acc = _query_gradient_over_range(
@@ -197,7 +197,7 @@ def _grad_queries(
         key_end,
         token,
         live,
-        row_lse,
+        row_lse2,
         row_along,
         acc,
         scale,
@@ -213,7 +213,7 @@ def _grad_queries(
             entry_end,
             token,
             live,
-            row_lse,
+            row_lse2,
             row_along,
             acc,
             scale,
@@ -225,10 +225,10 @@ def _grad_queries(
         one = tl.min(tl.where(live, token, tokens), 0)
         for start in tl.range(0, tl.load(entry_end + one), BLOCK_N):
             place = start + tl.arange(0, BLOCK_N)
-            entry, k = picked_tile(entries, picked, one, place, picks, DIM)
+            entry, k = selected_tile(entries, picked, one, place, picks, DIM)
             visible = (entry >= 0)[None, :]
             acc = _query_gradient_step(
-                q_and_grad, k, visible, row_lse, row_along, acc, scale, ROWS, BLOCK_N
+                q_and_grad, k, visible, row_lse2, row_along, acc, scale, ROWS, BLOCK_N
             )
     # Back through the rotation and the norm, whose output is q, read again to spare registers.
     acc = acc * root
@@ -255,7 +255,7 @@ def query_gradients(
             angles,
             *call.seen,
             rows.rstd,
-            rows.lse,
+            rows.lse2,
             rows.along,
             grad_q,
             call.tokens,

@@ -33,8 +33,8 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels import backend
-from model.kernels.fp8.fp8 import BLOCK
 from model.kernels.fp8.quantise_triton import Codes, Tiles, quantise, quantise_weight, tiles_of
+from model.kernels.mxfp4 import FP8_BLOCK as BLOCK
 
 _BAND = 8
 """Row tiles whose programs are neighbours, so that they find each other's factors in L2."""
@@ -49,7 +49,7 @@ def batched(x_GTX: Tensor, weight_GFX: Tensor) -> Tensor:
     backend.fp8(x_GTX.device, x_GTX.dtype, asked=True)
     groups, tokens, _ = x_GTX.shape
     ends_G = torch.arange(1, groups + 1, dtype=torch.int32, device=x_GTX.device) * tokens
-    return _Products.apply(x_GTX, weight_GFX, ends_G)
+    return _Matmuls.apply(x_GTX, weight_GFX, ends_G)
 
 
 def grouped(x_PX: Tensor, weight_EFX: Tensor, ends_E: Tensor) -> Tensor:
@@ -59,10 +59,10 @@ def grouped(x_PX: Tensor, weight_EFX: Tensor, ends_E: Tensor) -> Tensor:
         UnsupportedError: a GPU cannot run this device or dtype.
     """
     backend.fp8(x_PX.device, x_PX.dtype, asked=True)
-    return _Products.apply(x_PX, weight_EFX, ends_E)
+    return _Matmuls.apply(x_PX, weight_EFX, ends_E)
 
 
-class _Products(torch.autograd.Function):
+class _Matmuls(torch.autograd.Function):
     """Of x [P, X], or [E, T, X] where every group has as many rows."""
 
     @staticmethod
@@ -71,7 +71,7 @@ class _Products(torch.autograd.Function):
         tiles = tiles_of(ends, x.shape[:-1].numel())
         rows, _ = quantise(x, tiles, rows=True, columns=False)
         out = x.new_empty(*x.shape[:-1], weight.shape[1])
-        return product_(out, rows, quantise_weight(weight, turned=False), tiles)
+        return matmul_(out, rows, quantise_weight(weight, turned=False), tiles)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -82,7 +82,7 @@ class _Products(torch.autograd.Function):
         grad_x = grad_weight = None
         if of_x:
             turned = quantise_weight(weight, turned=True)
-            grad_x = product_(x.new_empty(x.shape), rows, turned, tiles)
+            grad_x = matmul_(x.new_empty(x.shape), rows, turned, tiles)
         if of_weight:
             _, x_columns = quantise(x, tiles, rows=False, columns=True)
             out = weight.new_empty(weight.shape)
@@ -90,14 +90,14 @@ class _Products(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def product_(out: Tensor, rows: Codes, weight: Codes, tiles: Tiles) -> Tensor:
+def matmul_(out: Tensor, rows: Codes, weight: Codes, tiles: Tiles) -> Tensor:
     """Every tile of rows [P, K] times its group's matrix [N, K], transposed, into ``out``.
 
     ``out`` is contiguous and has P rows of N numbers, whatever its dims.
     """
     height, width = rows.codes.shape[0], out.shape[-1]
     count, columns = len(tiles.first), triton.cdiv(width, BLOCK)
-    _product[(count * columns,)](
+    _matmul[(count * columns,)](
         *rows,
         *weight,
         out,
@@ -136,7 +136,7 @@ def weight_gradient_(out_EFX: Tensor, grad: Codes, x: Codes, tiles: Tiles) -> Te
 
 
 @triton.jit
-def _product(
+def _matmul(
     a,
     a_scales,
     b,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.fp8.fp8 import BLOCK
+from model.kernels.mxfp4 import FP8_BLOCK as BLOCK
 
 _CODES = torch.float8_e4m3fn
 

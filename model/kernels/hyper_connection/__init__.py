@@ -1,0 +1,100 @@
+"""Manifold-constrained hyper-connections: the streams' coefficients and their mixing.
+
+mHC paper (arXiv 2512.24880) and report §2.2. All coefficients are fp32. Backward recomputes them
+from the N(N+2) projections, so a sub-layer keeps no more than its streams.
+
+T tokens; N streams; D their width; X = N·D; w = (2+N)·N coefficients, or N of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from model.kernels import backend
+from model.kernels.hyper_connection.eager import eager_read_streams, eager_write_streams
+
+
+def read_streams(
+    streams_TND: Tensor,
+    fn_wX: Tensor,
+    base_w: Tensor,
+    scale_3: Tensor,
+    *,
+    norm_eps: float,
+    hc_eps: float,
+    iterations: int,
+    eager: Callable[..., Any] = eager_read_streams,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes a sub-layer's input, and the coefficients with which its output is written back.
+
+    Args:
+        streams_TND: the residual streams.
+        fn_wX: [(2+N)·N, N·D], rows in the order pre N, post N, comb N².
+        base_w, scale_3: static biases and the gating factors of pre, post, comb.
+        eager: what runs where Triton does not.
+
+    Returns:
+        x [T, D] = Σ_j pre_j X_j in the streams' dtype; post [T, N] and comb [T, N, N] in fp32.
+    """
+    if _on_triton(streams_TND):
+        from model.kernels.hyper_connection import streams_triton
+
+        return streams_triton.read_streams(
+            streams_TND,
+            fn_wX,
+            base_w,
+            scale_3,
+            norm_eps=norm_eps,
+            hc_eps=hc_eps,
+            iterations=iterations,
+        )
+    return eager(streams_TND, fn_wX, base_w, scale_3, norm_eps, hc_eps, iterations)
+
+
+def write_streams(
+    streams_TND: Tensor,
+    y_TD: Tensor,
+    post_TN: Tensor,
+    comb_TNN: Tensor,
+    eager: Callable[..., Tensor] = eager_write_streams,
+) -> Tensor:
+    """Computes X'_k = post_k · y + Σ_j comb[j, k] · X_j, [T, N, D].
+
+    The sum runs over comb's first index. `eager` as in `read_streams`.
+    """
+    if _on_triton(streams_TND):
+        from model.kernels.hyper_connection import streams_triton
+
+        return streams_triton.write_streams(streams_TND, y_TD, post_TN, comb_TNN)
+    return eager(streams_TND, y_TD, post_TN, comb_TNN)
+
+
+def collapse_streams(
+    streams_TND: Tensor,
+    fn_NX: Tensor,
+    base_N: Tensor,
+    scale_1: Tensor,
+    *,
+    norm_eps: float,
+    hc_eps: float,
+    eager: Callable[..., Any] = eager_read_streams,
+) -> Tensor:
+    """Computes the head's weighted sum of the streams, [T, D]: weights σ(scale · w + base) + eps.
+
+    `eager` as in `read_streams`.
+    """
+    if _on_triton(streams_TND):
+        from model.kernels.hyper_connection import streams_triton
+
+        return streams_triton.read_streams(
+            streams_TND, fn_NX, base_N, scale_1, norm_eps=norm_eps, hc_eps=hc_eps, iterations=None
+        )
+    return eager(streams_TND, fn_NX, base_N, scale_1, norm_eps, hc_eps, None)
+
+
+def _on_triton(streams_TND: Tensor) -> bool:
+    device, dtype, streams = streams_TND.device, streams_TND.dtype, streams_TND.shape[1]
+    return backend.hyper_connection(device, dtype, streams).name == "triton"

@@ -1,0 +1,50 @@
+"""Lightning indexer: the selection of compressed entries, and its objective (report §2.3.1).
+
+T queries; I index heads; J their width; C compressed entries; k selected entries of a query.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.kernels import backend
+from model.kernels.attention import AttentionRanges
+from model.kernels.indexer.inputs import IndexerInputs
+from model.kernels.indexer.kl_target import (
+    AttentionProbabilityMass,
+    KLTarget,
+    attention_probability_mass,
+    selected_probability_mass,
+)
+from model.kernels.indexer.objective import indexer_objective
+from model.kernels.indexer.select_eager import eager_select_topk
+
+__all__ = [
+    "AttentionProbabilityMass",
+    "IndexerInputs",
+    "KLTarget",
+    "attention_probability_mass",
+    "indexer_objective",
+    "select_topk",
+    "selected_probability_mass",
+]
+
+
+@torch.no_grad()
+def select_topk(inputs: IndexerInputs, ranges: AttentionRanges, k: int) -> Tensor:
+    """Selects the k visible entries of each query with the largest Σ_h w_h · ReLU(q_h · k_s).
+
+    Equal scores go to the lower entry, so the choice does not depend on layout or device. Of
+    ``ranges`` those of entries are used.
+
+    Returns:
+        int32 [T, k]: entry indices, -1 where a query sees fewer than k.
+    """
+    q_TIJ = inputs.q_TIJ
+    heads, dim = q_TIJ.shape[1:]
+    if backend.indexer(q_TIJ.device, q_TIJ.dtype, dim, heads, k).name == "triton":
+        from model.kernels.indexer import select_triton
+
+        return select_triton.select_topk(inputs, ranges, k)
+    return eager_select_topk(inputs, ranges, k)

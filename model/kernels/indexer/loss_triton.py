@@ -26,7 +26,7 @@ its floor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,10 +35,11 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels import backend
-from model.kernels.attention.ranges import AttentionRanges, queries_of_blocks
-from model.kernels.indexer.loss import LEAST_MASS, Mass, blocks
+from model.kernels.attention.pairs_triton import add_pairs
+from model.kernels.attention.ranges import queries_of_blocks
+from model.kernels.indexer.inputs import IndexerInputs
+from model.kernels.indexer.kl_target import MIN_PROBABILITY_MASS, KLTarget
 from model.kernels.indexer.select_triton import FAR, scored
-from model.kernels.pairs_triton import add_pairs
 
 _ROWS = 128
 """Pairs (token, head) of a program."""
@@ -49,7 +50,7 @@ _PAIR_BYTES = 1 << 28
 """Gradients of lists' keys held at once."""
 _KEY_PROGRAMS = 264
 """Two for each multiprocessor; fewer blocks of keys than that share out their queries."""
-_LEAST = tl.constexpr(LEAST_MASS)
+_LEAST = tl.constexpr(MIN_PROBABILITY_MASS)
 
 
 @triton.jit
@@ -260,20 +261,28 @@ def _grad_keys(
     tl.store(out, acc, mask=known)
 
 
+def objective(
+    inputs: IndexerInputs, target: KLTarget, share_T: Tensor, needs_grad: bool
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Computes `eager_objective` from the two passes of `indexer_loss`."""
+    tensors = (inputs.q_TIJ, inputs.keys_CJ, inputs.weights_TI)
+    leaves = [x.detach().requires_grad_(needs_grad) for x in tensors]
+    with torch.set_grad_enabled(needs_grad):
+        total = (indexer_loss(IndexerInputs(*leaves), target) * share_T).sum()
+    gradients = torch.autograd.grad(total, leaves) if needs_grad else ()
+    return total.detach(), gradients
+
+
 def indexer_loss(
-    q_TIJ: Tensor,
-    keys_CJ: Tensor,
-    weights_TI: Tensor,
-    mass: Mass,
-    ranges: AttentionRanges,
-    selected_Tk: Tensor | None = None,
+    inputs: IndexerInputs,
+    target: KLTarget,
     *,
     rows: int = _ROWS,
     block_n: int = _BLOCK_N,
     range_pairs: int = _RANGE_PAIRS,
     pair_bytes: int = _PAIR_BYTES,
 ) -> Tensor:
-    """``model.kernels.indexer_loss.indexer_loss`` in Triton; the arguments are the same.
+    """Computes KL(p_t ‖ softmax(I_t)) of every query t, fp32 [T]. Backward asks for p again.
 
     Args:
         rows, block_n: pairs (token, head) of a program and entries of a step, powers of two.
@@ -284,18 +293,17 @@ def indexer_loss(
         UnsupportedError: a GPU cannot run this device, dtype or shape.
         ValueError: the number of heads or their width is not a power of two.
     """
+    q_TIJ = inputs.q_TIJ
     heads, dim = q_TIJ.shape[1:]
     backend.indexer_loss(q_TIJ.device, q_TIJ.dtype, dim, heads, asked=True)
     if heads & (heads - 1) or dim & (dim - 1):
         raise ValueError(f"{heads} index heads of width {dim}; Triton scores powers of two")
-    most = range_pairs if selected_Tk is None else pair_bytes // (4 * dim)
+    max_pairs = range_pairs if target.selected_Tk is None else pair_bytes // (4 * dim)
     return _IndexerLoss.apply(
         q_TIJ.contiguous(),
-        keys_CJ.contiguous(),
-        weights_TI.contiguous(),
-        _Call(
-            mass, ranges, None if selected_Tk is None else selected_Tk.int(), rows, block_n, most
-        ),
+        inputs.keys_CJ.contiguous(),
+        inputs.weights_TI.contiguous(),
+        _Call(target, rows, block_n, max_pairs),
     )
 
 
@@ -306,8 +314,8 @@ class _Block:
         self.rows, self.columns = rows, columns
         self.tokens, self.width = rows.stop - rows.start, columns.stop - columns.start
         self.low, self.high = call.low_T[rows], call.high_T[rows]
-        self.picked = None if call.selected is None else call.selected[rows]
-        self.mass = call.mass(rows, columns).float().contiguous()
+        self.selected = None if call.selected is None else call.selected[rows]
+        self.mass = call.target.mass(rows, columns).float().contiguous()
         lists = call.selected is not None
         self.block_t = 1 if lists else max(call.rows // heads, 1)
         self.grid = (triton.cdiv(self.tokens, self.block_t),)
@@ -318,24 +326,16 @@ class _Block:
 class _Call:
     """What forward and backward of one call share."""
 
-    def __init__(
-        self,
-        mass: Mass,
-        ranges: AttentionRanges,
-        selected: Tensor | None,
-        rows: int,
-        block_n: int,
-        most: int,
-    ) -> None:
+    def __init__(self, target: KLTarget, rows: int, block_n: int, max_pairs: int) -> None:
+        ranges, selected_Tk = target.ranges, target.selected_Tk
         assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
-        self.mass, self.ranges, self.rows, self.block_n = mass, ranges, rows, block_n
+        self.target, self.rows, self.block_n = target, rows, block_n
         self.low_T, self.high_T = ranges.entry_start_T.int(), ranges.entry_end_T.int()
-        self.selected = None if selected is None else selected.contiguous()
-        self.most = most
+        self.selected = None if selected_Tk is None else selected_Tk.int().contiguous()
+        self.max_pairs = max_pairs
 
     def blocks(self, entries: int, heads: int) -> Iterator[_Block]:
-        picks = None if self.selected is None else self.selected.shape[1]
-        for rows, columns in blocks(self.ranges, entries, picks, self.most):
+        for rows, columns in self.target.blocks(entries, self.max_pairs):
             yield _Block(self, rows, columns, heads)
 
 
@@ -352,7 +352,7 @@ class _IndexerLoss(torch.autograd.Function):
                 q[b.rows],
                 keys,
                 weights[b.rows],
-                b.picked,
+                b.selected,
                 b.mass,
                 b.low,
                 b.high,
@@ -378,13 +378,13 @@ class _IndexerLoss(torch.autograd.Function):
         heads, dim = q.shape[1:]
         for b in ctx.call.blocks(len(keys), heads):
             # Of the scores, or of the key of each place of a list.
-            lists = b.picked is not None
+            lists = b.selected is not None
             each = grad_keys.new_empty((b.tokens, b.width, dim) if lists else b.mass.shape)
             _grad_queries[b.grid](
                 q[b.rows],
                 keys,
                 weights[b.rows],
-                b.picked,
+                b.selected,
                 b.mass,
                 b.low,
                 b.high,
@@ -402,8 +402,8 @@ class _IndexerLoss(torch.autograd.Function):
                 **b.sizes,
                 **b.options,
             )
-            if b.picked is not None:
-                add_pairs(each, b.picked.flatten(), grad_keys)
+            if b.selected is not None:
+                add_pairs(each, b.selected.flatten(), grad_keys)
             elif b.width:
                 grad_keys[b.columns] += _range_gradients(b, q, keys, weights, each)
         return grad_q, grad_keys.to(keys.dtype), grad_weights, None

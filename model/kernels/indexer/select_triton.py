@@ -26,11 +26,12 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels import backend
-from model.kernels.attention.ranges import AttentionRanges
+from model.kernels.attention import AttentionRanges
+from model.kernels.indexer.inputs import IndexerInputs
 
 _ROWS = 128
 """Pairs (token, head) of a program."""
-_MOST_KEPT = 2048
+_MAX_BEST = 2048
 """Best entries of all tokens of a program, which stay in registers."""
 _CHUNK_TOKENS = 1 << 14
 """Tokens of one launch; bounds the scratch at 8 bytes for each of their k best."""
@@ -72,7 +73,7 @@ def _select(
     DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    KEPT: tl.constexpr,
+    BEST: tl.constexpr,
 ):
     # The last tokens see the most entries and come first.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -88,12 +89,12 @@ def _select(
     dim = tl.arange(0, DIM)[None, :]
     ready = tl.load(q + row.to(tl.int64)[:, None] * DIM + dim, mask=in_rows[:, None], other=0.0)
     weight = tl.load(weights + row, mask=in_rows, other=0.0).to(tl.float32)
-    place = tl.arange(0, KEPT)
+    place = tl.arange(0, BEST)
     # int64, because a scratch of many programs is large
-    own = (program * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None] * KEPT
-    best = tl.full((BLOCK_T, KEPT), -(2**63), tl.int64)
-    for base in tl.range(first, end, KEPT):
-        for step in tl.range(0, KEPT, BLOCK_N):
+    own = (program * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None] * BEST
+    best = tl.full((BLOCK_T, BEST), -(2**63), tl.int64)
+    for base in tl.range(first, end, BEST):
+        for step in tl.range(0, BEST, BLOCK_N):
             n = base + step + tl.arange(0, BLOCK_N)
             at = n.to(tl.int64)[:, None] * DIM + dim
             tile = tl.load(keys + at, mask=(n < end)[:, None], other=0.0)
@@ -116,16 +117,14 @@ def _select(
 
 @torch.no_grad()
 def select_topk(
-    q_TIJ: Tensor,
-    keys_CJ: Tensor,
-    weights_TI: Tensor,
+    inputs: IndexerInputs,
     ranges: AttentionRanges,
     k: int,
     *,
     rows: int = _ROWS,
     block_n: int = 64,
 ) -> Tensor:
-    """``model.kernels.indexer.select_topk`` in Triton; the arguments are the same.
+    """Computes ``model.kernels.indexer.select_topk`` in Triton.
 
     Args:
         rows, block_n: pairs (token, head) of a program and entries of a step, powers of two.
@@ -139,16 +138,17 @@ def select_topk(
         ValueError: the number of heads or their width is not a power of two.
     """
     assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
+    q_TIJ, keys_CJ, weights_TI = inputs.q_TIJ, inputs.keys_CJ, inputs.weights_TI
     tokens, heads, dim = q_TIJ.shape
     backend.indexer(q_TIJ.device, q_TIJ.dtype, dim, heads, k, asked=True)
     if heads & (heads - 1) or dim & (dim - 1):
         raise ValueError(f"{heads} index heads of width {dim}; Triton scores powers of two")
     selected_Tk = torch.empty((tokens, k), dtype=torch.int32, device=q_TIJ.device)
-    kept = max(triton.next_power_of_2(k), block_n)
-    block_t = max(min(rows // heads, _MOST_KEPT // kept), 1)
+    best = max(triton.next_power_of_2(k), block_n)
+    block_t = max(min(rows // heads, _MAX_BEST // best), 1)
     start_T, end_T = ranges.entry_start_T.int(), ranges.entry_end_T.int()
     chunk = triton.cdiv(min(tokens, _CHUNK_TOKENS), block_t) * block_t
-    strip = torch.empty((chunk, kept), dtype=torch.int64, device=q_TIJ.device)
+    strip = torch.empty((chunk, best), dtype=torch.int64, device=q_TIJ.device)
     for first in range(0, tokens, max(chunk, 1)):
         _select[(triton.cdiv(min(chunk, tokens - first), block_t),)](
             q_TIJ.contiguous(),
@@ -165,7 +165,7 @@ def select_topk(
             DIM=dim,
             BLOCK_T=block_t,
             BLOCK_N=block_n,
-            KEPT=kept,
+            BEST=best,
             num_warps=8,
             num_stages=3,
         )

@@ -30,6 +30,6 @@ def test_the_indexer_s_loss_is_timed_over_all_entries_and_over_a_list(monkeypatc
         task = make()
         assert task.name == f"indexer loss, {name}" and task.forward.operations > 0
         leaves = [x.requires_grad_() for x in task.leaves]
-        loss = task.implementations["reference"](*leaves)
+        loss = task.implementations["eager"](*leaves)
         loss.sum().backward()
         assert float(loss.detach().sum()) > 0 and all(bool(x.grad.any()) for x in leaves)

@@ -26,7 +26,7 @@ def test_what_stands_side_by_side_computes_the_same():
         "experts in FP8",
     ]
     for task in made:
-        expected = task.implementations["reference"](*task.leaves).double()
+        expected = task.implementations["eager"](*task.leaves).double()
         assert task.forward.operations > 0 and task.forward.bytes > 0
         for name, function in task.implementations.items():
             if name == TORCH_ON_A_GPU or "compiled" in name or "codes" in name:

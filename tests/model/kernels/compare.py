@@ -1,4 +1,4 @@
-"""Comparison of a kernel with its float64 reference, gradients included."""
+"""Comparison of a kernel with its naive version in float64, gradients included."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def _outputs_and_gradients(function: Function, inputs: Sequence[Tensor]) -> list
     return [out.detach() for out in outputs] + grads
 
 
-def assert_same(kernel: Function, reference: Function, inputs: Sequence[Tensor], rtol: float):
+def assert_same(kernel: Function, naive: Function, inputs: Sequence[Tensor], rtol: float):
     """Outputs and gradients of every input agree within ``rtol`` of their largest value.
 
-    The reference gets the inputs' values in float64; weights of the sum whose gradient is taken
+    The naive version gets the inputs' values in float64; weights of the sum whose gradient is taken
     are the same on both sides.
     """
     ours = _outputs_and_gradients(kernel, inputs)
-    theirs = _outputs_and_gradients(reference, [x.double() for x in inputs])
+    theirs = _outputs_and_gradients(naive, [x.double() for x in inputs])
     assert len(ours) == len(theirs)
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         assert mine.shape == other.shape, number

@@ -23,7 +23,7 @@ V4 = {
     "index_heads": 64,
     "index_topk": 512,
     "ratios": (4, 128),
-    "eight_bits": True,
+    "in_fp8": True,
 }
 
 
@@ -49,8 +49,8 @@ def names(device: torch.device, dtype: torch.dtype, **changes: object) -> dict[s
     return {k: c.name for k, c in backend.choices(device, dtype, **(V4 | changes)).items()}
 
 
-def test_a_cpu_runs_the_reference():
-    assert set(names(CPU, torch.bfloat16).values()) == {"reference"}
+def test_a_cpu_runs_eagerly():
+    assert set(names(CPU, torch.bfloat16).values()) == {"eager"}
 
 
 def test_hopper_runs_triton():
@@ -63,11 +63,11 @@ def test_hopper_runs_triton():
 def test_what_no_gpu_has_run_trains_nothing(monkeypatch):
     monkeypatch.setattr(backend, "COMPARED_ON_GPU", frozenset({"indexer"}))
     chosen = names(GPU, torch.bfloat16)
-    assert chosen.pop("indexer") == "triton" and set(chosen.values()) == {"reference"}
+    assert chosen.pop("indexer") == "triton" and set(chosen.values()) == {"eager"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "operation", "says"),
+    ("changes", "operation", "reason"),
     [
         ({"head_dim": 96}, "attention", "head_dim 96"),
         ({"index_heads": 12}, "indexer", "index_n_heads 12"),
@@ -80,15 +80,15 @@ def test_what_no_gpu_has_run_trains_nothing(monkeypatch):
         ({"streams": 3}, "hyper-connections", "hc_mult 3"),
     ],
 )
-def test_what_triton_cannot_do_is_said(changes, operation, says, caplog):
+def test_what_triton_cannot_do_is_logged(changes, operation, reason, caplog):
     with caplog.at_level(logging.WARNING):
         choice = backend.choices(GPU, torch.bfloat16, **(V4 | changes))[operation]
-    assert choice.name == "reference" and says in str(choice)
-    assert says in caplog.text
+    assert choice.name == "eager" and reason in str(choice)
+    assert reason in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("ask", "says"),
+    ("ask", "reason"),
     [
         (lambda: backend.attention(GPU, torch.bfloat16, 96, asked=True), "head_dim 96"),
         (lambda: backend.attention(GPU, torch.float32, 512, asked=True), "torch.float32"),
@@ -101,8 +101,8 @@ def test_what_triton_cannot_do_is_said(changes, operation, says, caplog):
         (lambda: backend.fp8(GPU, torch.float16, asked=True), "torch.float16"),
     ],
 )
-def test_what_triton_cannot_do_raises_where_it_is_asked_for(ask, says):
-    with pytest.raises(backend.UnsupportedError, match=says):
+def test_what_triton_cannot_do_raises_where_it_is_asked_for(ask, reason):
+    with pytest.raises(backend.UnsupportedError, match=reason):
         ask()
 
 
@@ -114,10 +114,11 @@ def test_asked_for_it_runs_before_a_gpu_has_compared_it(monkeypatch):
 def test_triton_on_a_cpu_without_the_interpreter_raises():
     code = """
 import torch
-from model.kernels import backend, compressor_triton
+from model.kernels import backend
+from model.kernels.compressor import pool_triton
 x, where = torch.zeros(4, 8), torch.zeros(1, dtype=torch.int32)
 try:
-    compressor_triton.pool_windows(x, x, x, where, where.bool(), False)
+    pool_triton.pool_windows(x, x, x, where, where.bool(), False)
 except backend.UnsupportedError as error:
     assert "compressor: Triton runs on a GPU or in its interpreter, not on cpu" in str(error)
 else:
@@ -127,32 +128,32 @@ else:
 
 
 def test_one_line_names_every_operation_of_the_model():
-    told = describe(kernel_choices(tiny_config(), CPU, torch.float32))
-    assert told == (
+    line = describe(kernel_choices(tiny_config(), CPU, torch.float32))
+    assert line == (
         "kernels: attention, indexer, indexer loss, compressor m = 4, compressor m = 16, norms, "
-        "hyper-connections, experts, cross-entropy: reference (on cpu)"
+        "hyper-connections, experts, cross-entropy: eager (on cpu)"
     )
-    eight = describe(kernel_choices(tiny_config(), CPU, torch.bfloat16, eight_bits=True))
-    assert eight == told.replace("cross-entropy:", "cross-entropy, fp8:")
+    eight = describe(kernel_choices(tiny_config(), CPU, torch.bfloat16, in_fp8=True))
+    assert eight == line.replace("cross-entropy:", "cross-entropy, fp8:")
     window = tiny_config(layer_types=["window"] * len(tiny_config().layer_types))
-    told = describe(kernel_choices(window, CPU, torch.float32))
+    line = describe(kernel_choices(window, CPU, torch.float32))
     operations = "attention, norms, hyper-connections, experts, cross-entropy"
-    assert told == f"kernels: {operations}: reference (on cpu)"
+    assert line == f"kernels: {operations}: eager (on cpu)"
 
 
-def test_fp32_runs_the_reference_where_tensor_cores_would_round():
+def test_fp32_runs_eagerly_where_tensor_cores_would_round():
     chosen = names(GPU, torch.float32)
-    assert chosen["attention"] == chosen["indexer"] == chosen["fp8"] == "reference"
+    assert chosen["attention"] == chosen["indexer"] == chosen["fp8"] == "eager"
     assert chosen["compressor, m = 4"] == "triton"
 
 
 @pytest.mark.parametrize("missing", ["hopper", "triton"])
-def test_a_machine_without_one_of_them_runs_the_reference(missing, monkeypatch):
+def test_a_machine_without_one_of_them_runs_eagerly(missing, monkeypatch):
     if missing == "hopper":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     else:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert set(names(GPU, torch.bfloat16).values()) == {"reference"}
+    assert set(names(GPU, torch.bfloat16).values()) == {"eager"}
 
 
 def test_the_model_on_a_cpu_imports_no_triton():

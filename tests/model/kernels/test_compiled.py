@@ -1,6 +1,6 @@
 """What torch.compile makes of norms, activation and streams, against formulas in float64.
 
-Tolerances are those of the references' own tests: fp32 in, fp32 out, sums of some 40 numbers.
+Tolerances are those of the eager versions' tests: fp32 in, fp32 out, sums of some 40 numbers.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels.swiglu import reference_clamped_swiglu
+from model.kernels.hyper_connection.naive import naive_write_streams
+from model.kernels.norm.naive import naive_rms_norm
+from model.kernels.swiglu.eager import eager_clamped_swiglu
 from tests.model.kernels.compare import assert_same, rand
 from tests.model.kernels.hyper_connection.test_hyper_connection import (
     HC_EPS,
     ITERATIONS,
     NORM_EPS,
-    reference_read,
-    reference_write,
+    naive_read,
 )
-from tests.model.kernels.test_norm_triton import EPS, turn
-from tests.model.kernels.test_norm_triton import reference as reference_norm
-from tests.model.kernels.test_swiglu import LIMIT
-from tests.model.kernels.test_swiglu import reference as reference_swiglu
+from tests.model.kernels.norm.test_norm_triton import EPS, turn
+from tests.model.kernels.swiglu.test_swiglu import LIMIT
+from tests.model.kernels.swiglu.test_swiglu import naive as naive_swiglu
 
 SIZES = [(61, 24), (33, 40), (2, 3), (1, 24), (0, 8)]
 """Rows and width. The first makes the program that serves the others, but for the last two."""
@@ -38,7 +38,7 @@ def norm(rows: int, width: int) -> Case:
 
     return (
         lambda x, w: compiled.rms_norm(x, w, EPS, None, torch.float32),
-        lambda x, w: reference_norm(x, w, None),
+        lambda x, w: naive_rms_norm(x, w, EPS),
         [rand(rows, width, seed=1), rand(width, seed=2)],
         1e-5,
     )
@@ -55,7 +55,7 @@ def rotated_norm(rows: int, width: int) -> Case:
     rotation = turn(rows, width // 2 * 2)
     return (
         lambda x, w: compiled.rms_norm(x, w, EPS, rotation, torch.float32),
-        lambda x, w: reference_norm(x, w, rotation),
+        lambda x, w: naive_rms_norm(x, w, EPS, rotation),
         [rand(rows, width, seed=1), rand(width, seed=2)],
         1e-5,
     )
@@ -65,7 +65,7 @@ def activation(rows: int, width: int) -> Case:
     from model.kernels import compiled
 
     inputs = [rand(rows, width, seed=seed, scale=2) for seed in (1, 2)]
-    return lambda g, u: compiled.clamped_swiglu(g, u, LIMIT), reference_swiglu, inputs, 1e-5
+    return lambda g, u: compiled.clamped_swiglu(g, u, LIMIT), naive_swiglu, inputs, 1e-5
 
 
 def weighted_activation(rows: int, width: int) -> Case:
@@ -88,7 +88,7 @@ def read(rows: int, width: int) -> Case:
         rand(3, seed=4),
     ]
     eps = NORM_EPS, HC_EPS, ITERATIONS
-    return lambda *x: compiled.read_streams(*x, *eps), reference_read, inputs, 3e-5
+    return lambda *x: compiled.read_streams(*x, *eps), naive_read, inputs, 3e-5
 
 
 def write(rows: int, width: int, streams: int = STREAMS) -> Case:
@@ -96,7 +96,7 @@ def write(rows: int, width: int, streams: int = STREAMS) -> Case:
 
     shapes = (rows, streams, width), (rows, width), (rows, streams), (rows, streams, streams)
     inputs = [rand(*shape, seed=seed) for seed, shape in enumerate(shapes)]
-    return compiled.write_streams, reference_write, inputs, 1e-5
+    return compiled.write_streams, naive_write_streams, inputs, 1e-5
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_one_program_serves_all_limits_strides_and_what_learns() -> None:
 
     for first, limit in ((True, LIMIT), (False, 3 * LIMIT)):
         grads = []
-        for function in (compiled.clamped_swiglu, reference_clamped_swiglu):
+        for function in (compiled.clamped_swiglu, eager_clamped_swiglu):
             gate, up = (rand(24, 61, seed=seed, scale=4).mT for seed in (1, 2))
             if first:
                 gate, up = gate.contiguous().requires_grad_(), up.contiguous()
@@ -149,4 +149,4 @@ def test_dtypes_are_those_of_the_inputs() -> None:
         out.sum().backward()
     wide = [t.detach().double() for t in (streams, x, post, comb)]
     near = {"rtol": 8e-3, "atol": 8e-3}  # one rounding to bf16
-    torch.testing.assert_close(out.double(), reference_write(*wide), **near)
+    torch.testing.assert_close(out.double(), naive_write_streams(*wide), **near)

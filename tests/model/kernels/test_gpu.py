@@ -12,23 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model import SampleLayout
+from model.kernels.attention.naive import naive_listed
+from model.kernels.hyper_connection.naive import naive_write_streams
+from model.kernels.indexer import IndexerInputs, KLTarget
+from model.kernels.indexer.naive import naive_indexer_loss, naive_scores, naive_select_topk
 from tests.model.kernels.attention.test_attention import EPS, Case
 from tests.model.kernels.compare import rand
+from tests.model.kernels.compressor.test_compressor import naive as pooled
 from tests.model.kernels.hyper_connection.test_hyper_connection import (
     HC_EPS,
     ITERATIONS,
     NORM_EPS,
-    reference_read,
-    reference_write,
+    naive_read,
 )
-from tests.model.kernels.indexer.test_indexer import ranges_of
-from tests.model.kernels.indexer.test_indexer_loss import divergence
+from tests.model.kernels.indexer.test_select import ranges_of
 from tests.model.kernels.interpreter import poisoned
-from tests.model.kernels.test_compressor import reference as pooled
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 ERROR, COSINE = 2e-2, 0.999
@@ -60,11 +61,11 @@ def results(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tens
 
 
 def assert_near(
-    kernel: Callable[..., Any], reference: Callable[..., Any], inputs: Sequence[Tensor]
+    kernel: Callable[..., Any], naive: Callable[..., Any], inputs: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The reference gets what the kernel gets, in float64. Returns the kernel's results."""
+    """The naive version gets what the kernel gets, in float64. Returns the kernel's results."""
     ours = results(kernel, inputs)
-    theirs = results(reference, [x.double() for x in inputs])
+    theirs = results(naive, [x.double() for x in inputs])
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         a, b = mine.double().flatten(), other.double().flatten()
         assert a.isfinite().all(), f"result {number} is not finite"
@@ -95,20 +96,11 @@ def attention_inputs(case: Case, seed: int = 0) -> list[Tensor]:
 def attend(
     case: Case, selected: Tensor | None = None, deterministic: bool = True
 ) -> Callable[..., Tensor]:
-    from model.kernels.attention import forward_triton as attention_triton
+    from model.kernels.attention import forward_triton
 
-    def call(q: Tensor, kv: Tensor, *rest: Tensor) -> Tensor:
-        return attention_triton.attention(
-            q,
-            kv,
-            rest[0] if case.ratio else None,
-            rest[-1],
-            case.rotation,
-            case.ranges,
-            selected,
-            norm_eps=EPS,
-            deterministic=deterministic,
-        )[0]
+    def call(*x: Tensor) -> Tensor:
+        inputs = case.arguments(*x, selected=selected)
+        return forward_triton.attention(inputs, deterministic=deterministic)[0]
 
     return call
 
@@ -120,7 +112,7 @@ def attend(
 )
 def test_attention(ratio, heads, dim, seed):
     case = case_of(ratio, heads, dim)
-    assert_near(attend(case), case.reference, attention_inputs(case, seed))
+    assert_near(attend(case), case.naive, attention_inputs(case, seed))
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -131,7 +123,7 @@ def test_attention_to_a_selection(heads, dim, k, deterministic):
     assert (selected == -1).any()
     assert_near(
         attend(case, selected, deterministic),
-        lambda *x: case.reference(*x, selected=selected),
+        lambda *x: case.naive(*x, selected=selected),
         attention_inputs(case),
     )
 
@@ -150,17 +142,15 @@ def exact_mass(case: Case, selected: Tensor | None) -> Tensor:
 
 
 @pytest.mark.parametrize("k", [None, 64])
-def test_the_entries_mass(k):
-    from model.kernels.attention import forward_triton as attention_triton
-    from model.kernels.attention import mass_triton as attention_mass_triton
+def test_the_entries_probability_mass(k):
+    from model.kernels.attention import forward_triton, probability_mass_triton
 
     case = case_of(4, 64, 512)
     selected = case.select(k) if k else None
     exact = exact_mass(case, selected)
-    q, kv, entries, sink = attention_inputs(case)
-    shared = (case.rotation, case.ranges, selected)
-    _, lse = attention_triton.attention(q, kv, entries, sink, *shared, norm_eps=EPS)
-    mass = attention_mass_triton.entry_mass(q, entries, lse, *shared, norm_eps=EPS).double()
+    inputs = case.arguments(*attention_inputs(case), selected=selected)
+    _, lse2 = forward_triton.attention(inputs)
+    mass = probability_mass_triton.entry_probability_mass(inputs, lse2).double()
     if selected is not None:
         exact = exact.gather(1, selected.clamp(min=0).long()).masked_fill(selected < 0, 0.0)
     assert float((mass - exact).norm() / exact.norm()) <= ERROR
@@ -170,7 +160,7 @@ def test_the_entries_mass(k):
 @pytest.mark.parametrize("heads", [8, 64])
 def test_the_indexers_choice_of_whole_numbers(heads, k):
     """Sums of whole numbers are exact in any order, and many of them are equal."""
-    from model.kernels.indexer import select_triton as indexer_triton
+    from model.kernels.indexer import select_triton
 
     lengths = [1, 2, 129, 4001, 70]
     tokens, entries = sum(lengths), sum(n // 4 for n in lengths)
@@ -178,26 +168,25 @@ def test_the_indexers_choice_of_whole_numbers(heads, k):
     keys = (draw(entries, 128, seed=2).float() * 0.5).round().to(DTYPE)
     weights = draw(tokens, heads, seed=3, dtype=torch.float32).round()
     ranges = ranges_of(lengths, DEVICE)
-    selected = indexer_triton.select_topk(q, keys, weights, ranges, k).sort(1).values
+    inputs = IndexerInputs(q, keys, weights)
+    selected = select_triton.select_topk(inputs, ranges, k).sort(1).values
     start, end = ranges.entry_start_T[:, None], ranges.entry_end_T[:, None]
     index = torch.arange(entries, device=DEVICE)
     for rows in torch.arange(tokens, device=DEVICE).split(256):
-        scores = torch.einsum("tij,cj->tic", q[rows].double(), keys.double()).relu_()
-        scores = torch.einsum("tic,ti->tc", scores, weights[rows].double())
-        hidden = (index < start[rows]) | (index >= end[rows])
-        scores.masked_fill_(hidden, -torch.inf)
-        best = scores.sort(1, descending=True, stable=True).indices[:, :k]
-        best = best.masked_fill(hidden.gather(1, best), -1).sort(1).values
-        assert torch.equal(selected[rows].long()[:, -best.shape[1] :], best)
+        scores = naive_scores(q[rows].double(), keys.double(), weights[rows].double())
+        sees = (index >= start[rows]) & (index < end[rows])
+        assert torch.equal(selected[rows].long(), naive_select_topk(scores, sees, k).sort(1).values)
 
 
 @pytest.mark.parametrize("k", [None, 64])
 def test_the_indexers_loss(k):
-    from model.kernels.indexer import loss_triton as indexer_loss_triton
+    from model.kernels.indexer import loss_triton
 
     case = case_of(4, 16, 128)
     selected = case.select(k) if k else None
-    seen = case.sees_entry if selected is None else case.sees_entry & case.picked(selected)
+    sees = case.sees_entry
+    if selected is not None:
+        sees = sees & naive_listed(selected, case.entries)
     exact = exact_mass(case, None).float()
     inputs = [draw(case.tokens, 64, 128, seed=1), draw(case.entries, 128, seed=2)]
     inputs.append(draw(case.tokens, 64, seed=3, dtype=torch.float32) * (64 * 128) ** -0.5)
@@ -209,15 +198,15 @@ def test_the_indexers_loss(k):
         return exact[rows].gather(1, index.clamp(min=0).long()).masked_fill(index < 0, 0.0)
 
     def ours(*x: Tensor) -> Tensor:
-        return indexer_loss_triton.indexer_loss(*x, mass, case.ranges, selected)
+        return loss_triton.indexer_loss(IndexerInputs(*x), KLTarget(mass, case.ranges, selected))
 
-    assert_near(ours, lambda *x: divergence(*x, exact.double() * seen, seen), inputs)
+    assert_near(ours, lambda *x: naive_indexer_loss(*x, exact.double(), sees), inputs)
     assert_same_bits(ours, inputs)
 
 
 @pytest.mark.parametrize(("m", "overlap"), [(4, True), (128, False)])
 def test_the_compressor(m, overlap):
-    from model.kernels import compressor_triton
+    from model.kernels.compressor import pool_triton
 
     entries = SampleLayout.from_lengths([SAMPLES], device=DEVICE).entries(m)
     where = (entries.first_token_C, entries.has_previous_C, overlap)
@@ -226,16 +215,17 @@ def test_the_compressor(m, overlap):
     inputs.append(draw(m, width, seed=3, dtype=torch.float32))
 
     def ours(*x: Tensor) -> Tensor:
-        return compressor_triton.pool_windows(*x, *where)
+        return pool_triton.pool_windows(*x, *where)
 
-    assert_near(ours, lambda *x: pooled(*x, SAMPLES, overlap, 512), inputs)
+    assert_near(ours, lambda *x: pooled(*x, SAMPLES, overlap), inputs)
     assert_same_bits(ours, inputs)
 
 
 @pytest.mark.parametrize(("dim", "rotary"), [(4096, 0), (7168, 0), (512, 64)])
 def test_norms(dim, rotary):
-    from model.kernels import norm_triton
-    from tests.model.kernels.test_norm_triton import turn, turned
+    from model.kernels.norm import norm_triton
+    from model.kernels.norm.naive import naive_rms_norm
+    from tests.model.kernels.norm.test_norm_triton import turn
 
     rotation = turn(999, rotary).to(DEVICE) if rotary else None
     inputs = [draw(999, dim, seed=1), draw(dim, seed=2, dtype=torch.float32)]
@@ -243,11 +233,7 @@ def test_norms(dim, rotary):
     def ours(*x: Tensor) -> Tensor:
         return norm_triton.rms_norm(*x, EPS, rotation, DTYPE)
 
-    def reference(x: Tensor, weight: Tensor) -> Tensor:
-        out = x / torch.sqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
-        return out if rotation is None else turned(out, rotation)
-
-    assert_near(ours, reference, inputs)
+    assert_near(ours, lambda *x: naive_rms_norm(*x, EPS, rotation), inputs)
     assert_same_bits(ours, inputs)
 
 
@@ -265,46 +251,49 @@ def test_hyper_connections(dim):
     def read(*x: Tensor) -> Any:
         return kernels.read_streams(*x, **eps, iterations=ITERATIONS)
 
-    _, post, comb, *_ = assert_near(read, reference_read, reading)
-    _, exact_post, exact_comb = reference_read(*[x.double() for x in reading])
+    _, post, comb, *_ = assert_near(read, naive_read, reading)
+    _, exact_post, exact_comb = naive_read(*[x.double() for x in reading])
     # The coefficients are fp32: three digits of bf16 would not do.
     for mine, other in ((post, exact_post), (comb, exact_comb)):
         assert float((mine.double() - other).abs().max()) < 1e-5
     assert_same_bits(read, reading)
-    assert_near(kernels.write_streams, reference_write, writing)
+    assert_near(kernels.write_streams, naive_write_streams, writing)
     assert_same_bits(kernels.write_streams, writing)
 
 
 def test_experts():
-    from model.kernels import permute_triton, swiglu_triton
-    from tests.model.kernels.test_permute import places
-    from tests.model.kernels.test_swiglu import LIMIT, reference
+    from model.kernels.permute import collect_triton
+    from model.kernels.permute.naive import naive_collect_rows
+    from model.kernels.swiglu import swiglu_triton
+    from tests.model.kernels.permute.test_permute import places
+    from tests.model.kernels.swiglu.test_swiglu import LIMIT, naive
 
     inputs = [draw(999, 2048, seed=i) for i in range(2)] + [draw(999, seed=3, dtype=torch.float32)]
 
     def ours(*x: Tensor) -> Tensor:
         return swiglu_triton.clamped_swiglu(x[0], x[1], LIMIT, x[2])
 
-    assert_near(ours, reference, inputs)
+    assert_near(ours, naive, inputs)
     assert_same_bits(ours, inputs)
     _, place = places(100, 6, 9)
     y, place = draw(609, 4096, seed=1), place.to(DEVICE)
-    expected = y.double()[place].view(100, 6, -1).sum(1)
-    out = permute_triton.collect(y, place, 100).double()
+    expected = naive_collect_rows(y.double(), place, 100)
+    out = collect_triton.collect(y, place, 100).double()
     assert float((out - expected).norm() / expected.norm()) <= 4e-3
 
 
 @pytest.mark.parametrize("vocab", [129280, 32768, 4097])
 def test_cross_entropy(vocab):
     from model.kernels.cross_entropy import linear_cross_entropy
-    from model.kernels.cross_entropy_triton import softmax_loss
-    from tests.model.kernels.test_cross_entropy import IGNORE, targets_of
+    from model.kernels.cross_entropy.naive import naive_softmax_loss
+    from model.kernels.cross_entropy.softmax_triton import softmax_loss
+    from tests.model.kernels.cross_entropy.test_cross_entropy import IGNORE, naive, targets_of
 
     target = targets_of(777, vocab).to(DEVICE)
     logits = draw(777, vocab, seed=1) * 8
     losses, grad = softmax_loss(logits.clone(), target, 40.0, IGNORE, True)
     leaf = logits.double().requires_grad_()
-    exact = F.cross_entropy(leaf, target, ignore_index=IGNORE, reduction="none")
+    exact = naive_softmax_loss(leaf, target, IGNORE)
     (exact.sum() / 40.0).backward()
     assert float((losses.double() - exact).abs().max()) <= 1e-5 * float(exact.max())
     assert float((grad.double() - leaf.grad).abs().max()) <= 2**-8 * float(leaf.grad.abs().max())
@@ -312,18 +301,14 @@ def test_cross_entropy(vocab):
     def ours(h: Tensor, w: Tensor) -> Tensor:
         return linear_cross_entropy(h, w, target, 40.0, IGNORE, softmax_loss)
 
-    def theirs(h: Tensor, w: Tensor) -> Tensor:
-        return F.cross_entropy(h @ w.T, target, ignore_index=IGNORE, reduction="sum") / 40.0
-
     inputs = [draw(777, 512, seed=1), draw(vocab, 512, seed=2) * 0.1]
-    assert_near(ours, theirs, inputs)
+    assert_near(ours, lambda h, w: naive(h, w, target, 40.0), inputs)
     assert_same_bits(ours, inputs)
 
 
-def test_products_in_fp8():
-    """Codes to the bit; products of the same factors, which the tensor cores add with 14 bits."""
-    from model.kernels.fp8 import fp8
-    from model.kernels.fp8 import matmul_triton as fp8_triton
+def test_matmuls_in_fp8():
+    """Codes to the bit; matmuls of the same factors, which the tensor cores add with 14 bits."""
+    from model.kernels.fp8 import eager, matmul_triton
     from model.kernels.fp8.quantise_triton import quantise, quantise_weight, tiles_of
     from tests.model.kernels.fp8.test_fp8_triton import (
         assert_same_bits,
@@ -343,17 +328,17 @@ def test_products_in_fp8():
     rows, columns = quantise(x, tiles, rows=True, columns=True)
     live = bounds[-1]
     by_row = values(rows.codes, rows.scales.t())
-    assert_same_bits(by_row[:live], fp8.rounded(x, 1, 128)[:live].float())
-    by_tile = fp8.rounded_by_tile(x, fp8.tiles_of_groups(ends, len(x)), len(ends))
+    assert_same_bits(by_row[:live], eager.rounded(x, 1, 128)[:live].float())
+    by_tile = eager.rounded_by_tile(x, eager.tiles_of_groups(ends, len(x)), len(ends))
     assert_same_bits(columns_of(columns, tiles, len(x))[:live], by_tile[:live].float())
     for turned in (False, True):
         found = values(*quantise_weight(weight, turned=turned))
         found = found.transpose(1, 2) if turned else found
-        assert_same_bits(found, fp8.rounded(weight, 128, 128).float())
+        assert_same_bits(found, eager.rounded(weight, 128, 128).float())
     x[5, 300], weight[3, 5, 7] = 1.0, 1.0
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
-        return fp8_triton.grouped(x, weight, ends)
+        return matmul_triton.grouped(x, weight, ends)
 
     found = results(ours, x, weight, grad)
     for group, (first, end) in enumerate(itertools.pairwise(bounds)):

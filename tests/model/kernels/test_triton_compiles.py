@@ -19,9 +19,9 @@ STACK_BYTES = 512
 TYPES = {
     "*bf16": "q keys entries out both grad_q grad_out values gates grad_values grad_gates "
     "logits x grad_x streams read y grad_streams grad_y grad_read gate up grad_gate grad_up",
-    "*fp32": "sink rotation lse rstd along grad mass pairs weights ape pooled grad_pooled grad_ape "
-    "loss total grad_weights grad_scores each weight grad_weight fn part_w part_square base w pre "
-    "post comb grad_pre grad_post grad_comb divisors grad_w grad_base grad_fn "
+    "*fp32": "sink rotation lse lse2 rstd along grad mass pairs weights ape pooled grad_pooled "
+    "grad_ape loss total grad_weights grad_scores each weight grad_weight fn part_w part_square "
+    "base w pre post comb grad_pre grad_post grad_comb divisors grad_w grad_base grad_fn "
     "a_scales b_scales row_scales column_scales",
     "*i32": "picked key_start key_end entry_start entry_end start_T end_T query_start query_end "
     "bounds selected first_token has_previous ends before tile_group tile_first tile_end",
@@ -32,7 +32,7 @@ TYPES = {
     "fp32": "eps scale root sign norm_eps hc_eps limit share",
 }
 OTHERWISE = {
-    "_grad_picks": {"first_token": "i32"},
+    "_grad_selected": {"first_token": "i32"},
     "_select": {"first_token": "i32"},
     "_weigh": {"scale": "*fp32"},
     "_weigh_back": {"scale": "*fp32", "grad_scale": "*fp32"},
@@ -45,14 +45,12 @@ NAMES = ("V4", "nano", "narrow")
 
 def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     """Kernel, sizes and options as the public functions choose them."""
-    from model.kernels import compressor_triton, pairs_triton
-    from model.kernels.attention import forward_triton as attention_triton
+    from model.kernels.attention import forward_triton, pairs_triton, probability_mass_triton
     from model.kernels.attention import key_gradient_triton as key_gradient
-    from model.kernels.attention import mass_triton as attention_mass_triton
     from model.kernels.attention import query_gradient_triton as query_gradient
     from model.kernels.attention.parts_triton import blocks_for
-    from model.kernels.indexer import loss_triton
-    from model.kernels.indexer import select_triton as indexer_triton
+    from model.kernels.compressor import pool_triton
+    from model.kernels.indexer import loss_triton, select_triton
 
     out: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {}
     for name, sizes, heads in (("V4", WIDE, 64), ("nano", WIDE, 16), ("narrow", NARROW, 16)):
@@ -67,21 +65,21 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
         for mode in (0, 1, 2):
             forward = sizes | block(b.rows, mode) | {"BLOCK_N": b.keys}
             backward = sizes | block(b.grad_rows, mode) | {"BLOCK_N": b.grad_keys}
-            out[f"{name} forward {mode}"] = (attention_triton._forward, forward, options)
+            out[f"{name} forward {mode}"] = (forward_triton._forward, forward, options)
             out[f"{name} queries {mode}"] = (query_gradient._grad_queries, backward, options)
             if mode:
-                out[f"{name} mass {mode}"] = (attention_mass_triton._mass, forward, options)
+                out[f"{name} mass {mode}"] = (probability_mass_triton._mass, forward, options)
         tile = dim | {"ROWS": b.key_rows, "BLOCK_N": b.key_keys}
         out[f"{name} keys"] = (key_gradient._grad_keys, tile, options)
         for atomic in (False, True):
-            picks = (key_gradient._grad_picks, tile | {"ATOMIC": atomic}, options)
+            picks = (key_gradient._grad_selected, tile | {"ATOMIC": atomic}, options)
             out[f"{name} picks, atomic {atomic}"] = picks
         few = {"num_warps": 4}
         out[f"{name} prepare"] = (query_gradient._prepare, sizes | {"ROWS": 16}, few)
         out[f"{name} sum"] = (pairs_triton._sum_pairs, dim | {"BLOCK": 16}, few)
     choice = {"HEADS": 64, "DIM": 128, "BLOCK_T": 2, "BLOCK_N": 64}
     for k in (512, 1024):
-        out[f"select {k}"] = (indexer_triton._select, choice | {"KEPT": k}, {"num_warps": 8})
+        out[f"select {k}"] = (select_triton._select, choice | {"BEST": k}, {"num_warps": 8})
     eight = {"num_warps": 8, "num_stages": 2}
     for lists in (False, True):
         loss = LOSS | {"BLOCK_T": 1 if lists else 2, "LISTS": lists}
@@ -91,17 +89,20 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     for m, block_c, overlap in ((128, 1, False), (4, 16, True)):
         pool = {"DIM": 512, "M": m, "BLOCK_C": block_c, "BLOCK_X": 64, "OVERLAP": overlap}
         for part in ("_forward", "_backward"):
-            kernel = getattr(compressor_triton, part)
+            kernel = getattr(pool_triton, part)
             out[f"pool {m} {part}"] = (kernel, pool, {"num_warps": 8})
     return out | other_launches() | fp8_launches()
 
 
 def other_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     """The same of what is not attention."""
-    from model.kernels import cross_entropy_triton, norm_triton, permute_triton, swiglu_triton
+    from model.kernels.cross_entropy import softmax_triton
     from model.kernels.hyper_connection import mix_triton as mix
     from model.kernels.hyper_connection import project_triton as project
     from model.kernels.hyper_connection import weights_triton as weights
+    from model.kernels.norm import norm_triton
+    from model.kernels.permute import collect_triton
+    from model.kernels.swiglu import swiglu_triton
 
     four, out = {"num_warps": 4}, {}
     for dim, rotary in ((4096, 0), (7168, 0), (512, 64), (128, 64)):
@@ -129,26 +130,26 @@ def other_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     tile = {"WEIGHTED": True, "ROWS": swiglu_triton._ROWS, "COLUMNS": swiglu_triton._COLUMNS}
     for name in ("_forward", "_backward"):
         out[f"experts {name}"] = (getattr(swiglu_triton, name), tile, four)
-    rows = {"CHOICES": 6, "COLUMNS": permute_triton._COLUMNS}
+    rows = {"CHOICES": 6, "COLUMNS": collect_triton._COLUMNS}
     for gradient in (False, True):
-        softmax = {"GRADIENT": gradient, "BLOCK": cross_entropy_triton._BLOCK}
-        options = {"num_warps": cross_entropy_triton._WARPS}
-        out[f"softmax {gradient}"] = (cross_entropy_triton._softmax, softmax, options)
-    out["experts _collect"] = (permute_triton._collect, rows, four)
+        softmax = {"GRADIENT": gradient, "BLOCK": softmax_triton._BLOCK}
+        options = {"num_warps": softmax_triton._WARPS}
+        out[f"softmax {gradient}"] = (softmax_triton._softmax, softmax, options)
+    out["experts _collect"] = (collect_triton._collect, rows, four)
     return out
 
 
 def fp8_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
-    """The same of products in FP8."""
-    from model.kernels.fp8 import matmul_triton as fp8_triton
+    """The same for matmuls in FP8."""
+    from model.kernels.fp8 import matmul_triton
     from model.kernels.fp8 import quantise_triton as quantise
 
-    tile, eight = {"BLOCK": fp8_triton.BLOCK}, {"num_warps": 8}
-    products = eight | {"num_stages": 4}
-    band = tile | {"BAND": fp8_triton._BAND}
+    tile, eight = {"BLOCK": matmul_triton.BLOCK}, {"num_warps": 8}
+    matmul = eight | {"num_stages": 4}
+    band = tile | {"BAND": matmul_triton._BAND}
     out = {
-        "fp8 product": (fp8_triton._product, band, products),
-        "fp8 weight gradient": (fp8_triton._weight_gradient, tile, products),
+        "fp8 matmul": (matmul_triton._matmul, band, matmul),
+        "fp8 weight gradient": (matmul_triton._weight_gradient, tile, matmul),
         "fp8 tiles": (quantise._tiles, tile | {"GROUPS": 512}, {"num_warps": 1}),
     }
     for rows, columns in ((True, False), (False, True), (True, True)):

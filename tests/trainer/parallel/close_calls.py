@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from model import indexer as indexer_module
-from model.kernels.attention.ranges import AttentionRanges
-from model.kernels.indexer.indexer import select_topk
+from model.kernels.attention import AttentionRanges
+from model.kernels.indexer import IndexerInputs, select_topk
 from model.router import Router, Routing
 
 
@@ -46,11 +46,9 @@ def watched() -> Iterator[Gaps]:
             gaps.router = min(gaps.router, float(gap.min()))
         return routing
 
-    def index(
-        q_TIJ: Tensor, keys_CJ: Tensor, weights_TI: Tensor, ranges: AttentionRanges, k: int
-    ) -> Tensor:
-        gaps.index = min(gaps.index, index_gap(q_TIJ, keys_CJ, weights_TI, ranges, k))
-        return select_topk(q_TIJ, keys_CJ, weights_TI, ranges, k)
+    def index(inputs: IndexerInputs, ranges: AttentionRanges, k: int) -> Tensor:
+        gaps.index = min(gaps.index, index_gap(inputs, ranges, k))
+        return select_topk(inputs, ranges, k)
 
     with (
         patch.object(Router, "forward", router),
@@ -60,14 +58,13 @@ def watched() -> Iterator[Gaps]:
 
 
 @torch.no_grad()
-def index_gap(
-    q_TIJ: Tensor, keys_CJ: Tensor, weights_TI: Tensor, ranges: AttentionRanges, k: int
-) -> float:
+def index_gap(inputs: IndexerInputs, ranges: AttentionRanges, k: int) -> float:
     """The smallest gap of any query that has a choice.
 
     Terms of ReLU that are cut off are exactly 0 at every topology, unless the product is so near 0
     that rounding decides; their distance from 0 is a gap like the others.
     """
+    q_TIJ, keys_CJ, weights_TI = inputs.q_TIJ, inputs.keys_CJ, inputs.weights_TI
     dots_TIC = torch.einsum("tij,cj->tic", q_TIJ.float(), keys_CJ.float())
     scores_TC = (weights_TI[..., None] * dots_TIC.relu()).sum(1)
     assert ranges.entry_start_T is not None and ranges.entry_end_T is not None

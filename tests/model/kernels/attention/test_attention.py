@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from model import SampleLayout
-from model.kernels.attention.attention import attention, attention_with_lse, entry_mass
+from model.kernels.attention import (
+    AttentionInputs,
+    attention_with_lse2,
+    entry_probability_mass,
+)
+from model.kernels.attention.naive import naive_attention, naive_listed, naive_probabilities
 from model.positions import Positions
 from tests.model.kernels.compare import assert_same, rand
 from tests.model.tiny import tiny_config
@@ -20,7 +26,7 @@ Lengths = list[list[int]]
 
 
 class Case:
-    """Samples, window and compression of one call, with whole masks for the reference."""
+    """Samples, window and compression of one call, with whole masks for the naive version."""
 
     def __init__(
         self,
@@ -94,9 +100,9 @@ class Case:
             selected[t, : len(order)] = visible[order].to(torch.int32)
         return selected.to(self.sees_entry.device)
 
-    def run(self, *inputs: Tensor, selected: Tensor | None = None) -> Tensor:
+    def arguments(self, *inputs: Tensor, selected: Tensor | None = None) -> AttentionInputs:
         q, kv, *entries, sink = inputs
-        return attention(
+        return AttentionInputs(
             q,
             kv,
             entries[0] if entries else None,
@@ -108,40 +114,26 @@ class Case:
             norm_eps=EPS,
         )
 
-    def turned(self, x: Tensor, sign: int) -> Tensor:
-        steps = THETA ** (-torch.arange(0, self.rotary, 2, dtype=torch.float64) / self.rotary)
-        angle = sign * self.position[:, None, None] * steps.to(x.device)
-        even, odd = x[..., -self.rotary :: 2], x[..., -self.rotary + 1 :: 2]
-        pairs = torch.stack(
-            [even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()], -1
-        )
-        return torch.cat([x[..., : -self.rotary], pairs.flatten(-2)], -1)
+    def run(self, *inputs: Tensor, selected: Tensor | None = None) -> Tensor:
+        return attention_with_lse2(self.arguments(*inputs, selected=selected))[0]
 
-    def reference(self, *inputs: Tensor, selected: Tensor | None = None) -> Tensor:
-        keys = torch.cat(inputs[1:-1])
-        weight = self.probabilities(*inputs, selected=selected)
-        return self.turned(torch.einsum("ths,sk->thk", weight, keys), -1)
+    def naive(self, *inputs: Tensor, selected: Tensor | None = None) -> Tensor:
+        return naive_attention(*self._whole(inputs, selected))
 
     def probabilities(self, *inputs: Tensor, selected: Tensor | None = None) -> Tensor:
         """[T, H, S]: of tokens, then of entries; the sink has the rest."""
-        q, kv, *entries, sink = inputs
-        q = self.turned(q / torch.sqrt(q.square().mean(-1, keepdim=True) + EPS), 1)
-        mask, keys = self.sees_token, kv
-        if entries:
-            sees = self.sees_entry
-            if selected is not None:
-                sees = sees & self.picked(selected)
-            mask, keys = torch.cat([mask, sees], 1), torch.cat([kv, entries[0]])
-        logits = torch.einsum("thk,sk->ths", q, keys) * self.dim**-0.5
-        weight = logits.exp() * mask[:, None]
-        return weight / (weight.sum(-1, keepdim=True) + sink.exp()[:, None])
+        return naive_probabilities(*self._whole(inputs, selected))
 
-    def picked(self, selected: Tensor) -> Tensor:
-        """Lists [T, k] as a mask [T, C]."""
-        picked = torch.zeros_like(self.sees_entry)
-        for t, row in enumerate(selected):
-            picked[t, row[row >= 0].long()] = True
-        return picked
+    def _whole(self, inputs: tuple[Tensor, ...], selected: Tensor | None) -> tuple[Any, ...]:
+        q, kv, *entries, sink = inputs
+        steps = THETA ** (-torch.arange(0, self.rotary, 2, dtype=torch.float64) / self.rotary)
+        angle = self.position[:, None] * steps.to(q.device)
+        rotation = torch.polar(torch.ones_like(angle), angle)
+        sees = self.sees_entry
+        if selected is not None:
+            sees = sees & naive_listed(selected, self.entries)
+        entries_CK = entries[0] if entries else None
+        return q, kv, entries_CK, sink, rotation, self.sees_token, sees, EPS
 
 
 CASES = {
@@ -161,7 +153,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_equals_whole_masks(name):
     case = CASES[name]
-    assert_same(case.run, case.reference, case.inputs(), rtol=2e-5)
+    assert_same(case.run, case.naive, case.inputs(), rtol=2e-5)
 
 
 @pytest.mark.parametrize("k", [1, 5])
@@ -173,7 +165,7 @@ def test_selection_equals_whole_masks(name, k):
         assert (selected == -1).any()
     assert_same(
         lambda *x: case.run(*x, selected=selected),
-        lambda *x: case.reference(*x, selected=selected),
+        lambda *x: case.naive(*x, selected=selected),
         case.inputs(),
         rtol=2e-5,
     )
@@ -195,7 +187,7 @@ def test_bf16(name, k):
     assert case.run(*inputs, selected=selected).dtype == torch.bfloat16
     assert_same(
         lambda *x: case.run(*x, selected=selected),
-        lambda *x: case.reference(*x, selected=selected),
+        lambda *x: case.naive(*x, selected=selected),
         inputs,
         rtol=2e-2,
     )
@@ -226,7 +218,7 @@ def test_queries_of_zero_have_finite_gradients():
 
 @pytest.mark.parametrize("fault", ["sink", "window", "entry", "rotation"])
 def test_a_small_fault_is_seen(fault):
-    """The negative control: each mask and term of the reference matters at this tolerance."""
+    """The negative control: each mask and term of the naive version matters at this tolerance."""
     case = Case([[61]], 7, 4, 2, 8)
     inputs = case.inputs()
     if fault == "window":
@@ -237,37 +229,28 @@ def test_a_small_fault_is_seen(fault):
         case.position[40] += 0.01
     moved = 1e-3 if fault == "sink" else 0.0
     with pytest.raises(AssertionError, match="result 0"):
-        assert_same(case.run, lambda *x: case.reference(*x[:-1], x[-1] + moved), inputs, 2e-5)
+        assert_same(case.run, lambda *x: case.naive(*x[:-1], x[-1] + moved), inputs, 2e-5)
 
 
 @pytest.mark.parametrize("k", [None, 5])
-def test_mass_of_entries_equals_whole_masks(k):
+def test_probability_mass_of_entries_equals_whole_masks(k):
     """Probabilities of one softmax with window and sink, summed over heads, by blocks or lists."""
     case = CASES["samples of 1 to 1000 tokens"]
-    q, kv, entries, sink = case.inputs()
+    inputs = case.inputs()
     selected = case.select(k) if k else None
-    shared = (case.rotation, case.ranges, selected)
-    _, lse = attention_with_lse(q, kv, entries, sink, *shared, window=case.window, norm_eps=EPS)
-    sees = case.sees_entry
-    if selected is not None:
-        rows = (selected >= 0).nonzero()[:, 0]
-        sees = torch.zeros_like(sees)
-        sees[rows, selected[selected >= 0].long()] = True
-    turned = case.turned(q.double() / torch.sqrt(q.double().square().mean(-1, True) + EPS), 1)
-    keys = torch.cat([kv, entries]).double()
-    logits = torch.einsum("thk,sk->ths", turned, keys) * case.dim**-0.5
-    weight = logits.exp() * torch.cat([case.sees_token, sees], 1)[:, None]
-    weight = weight / (weight.sum(-1, keepdim=True) + sink.double().exp()[:, None])
-    expected = weight[..., case.tokens :].sum(1)
-    block = {"norm_eps": EPS}
+    arguments = case.arguments(*inputs, selected=selected)
+    _, lse2 = attention_with_lse2(arguments)
+    exact = case.probabilities(*[x.double() for x in inputs], selected=selected)
+    expected = exact[..., case.tokens :].sum(1)
     if selected is None:
         halves = [
-            entry_mass(q, entries, lse, *shared, start=s, stop=e, **block)
-            for s, e in ((0, 99), (99, None))
+            entry_probability_mass(arguments, lse2, start=start, stop=stop)
+            for start, stop in ((0, 99), (99, None))
         ]
         mass = torch.cat(halves, 1)
     else:
-        listed = entry_mass(q, entries, lse, *shared, **block)
+        listed = entry_probability_mass(arguments, lse2)
+        rows = (selected >= 0).nonzero()[:, 0]
         mass = torch.zeros(expected.shape)
         mass[rows, selected[selected >= 0].long()] = listed[selected >= 0]
         assert (listed[selected < 0] == 0).all()
@@ -280,15 +263,5 @@ def test_strided_queries_give_the_same():
     kv, sink = rand(case.tokens, case.dim, seed=2), rand(case.heads, seed=3)
     results = []
     for queries in (q.permute(2, 1, 0), q.permute(2, 1, 0).contiguous()):
-        out = attention(
-            queries.float(),
-            kv.float(),
-            None,
-            sink.float(),
-            case.rotation,
-            case.ranges,
-            window=case.window,
-            norm_eps=EPS,
-        )
-        results.append(out)
+        results.append(case.run(queries.float(), kv.float(), sink.float()))
     assert torch.equal(*results)

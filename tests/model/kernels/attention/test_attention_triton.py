@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels.attention.eager import reference_attention, reference_entry_mass
-from model.kernels.attention.ranges import AttentionRanges
+from model.kernels.attention import AttentionInputs, AttentionRanges
+from model.kernels.attention.eager import eager_attention, eager_entry_probability_mass
 from tests.model.kernels.attention.test_attention import EPS, Case
 from tests.model.kernels.compare import assert_same, rand
 from tests.model.kernels.interpreter import interpreted, last_program_first
@@ -57,20 +57,10 @@ def inputs(case: Case, seed: int, dtype: torch.dtype = torch.float32) -> list[Te
 def run(
     case: Case, *leaves: Tensor, selected: Tensor | None = None, deterministic: bool = True
 ) -> Tensor:
-    from model.kernels.attention import forward_triton as attention_triton
+    from model.kernels.attention import forward_triton
 
-    q, kv, *entries, sink = leaves
-    return attention_triton.attention(
-        q,
-        kv,
-        entries[0] if entries else None,
-        sink,
-        case.rotation,
-        case.ranges,
-        selected,
-        norm_eps=EPS,
-        deterministic=deterministic,
-        blocks=blocks(case),
+    return forward_triton.attention(
+        case.arguments(*leaves, selected=selected), deterministic=deterministic, blocks=blocks(case)
     )[0]
 
 
@@ -79,7 +69,7 @@ def run(
 @interpreted
 def test_equals_whole_masks(name, seed):
     case = CASES[name]
-    assert_same(lambda *x: run(case, *x), case.reference, inputs(case, seed), RTOL)
+    assert_same(lambda *x: run(case, *x), case.naive, inputs(case, seed), RTOL)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +83,7 @@ def test_selection_equals_whole_masks(name, deterministic, seed):
     assert (selected == -1).any() and (selected >= 0).any()
     assert_same(
         lambda *x: run(case, *x, selected=selected, deterministic=deterministic),
-        lambda *x: case.reference(*x, selected=selected),
+        lambda *x: case.naive(*x, selected=selected),
         inputs(case, seed),
         RTOL,
     )
@@ -105,7 +95,7 @@ def test_selection_in_a_longer_sample():
     selected = case.select(12)
     assert_same(
         lambda *x: run(case, *x, selected=selected),
-        lambda *x: case.reference(*x, selected=selected),
+        lambda *x: case.naive(*x, selected=selected),
         inputs(case, 0),
         RTOL,
     )
@@ -120,7 +110,7 @@ def test_no_entry_between_others_of_a_list():
     selected[:, [0, 17, 18, 33, 40]] = listed
     assert_same(
         lambda *x: run(case, *x, selected=selected),
-        lambda *x: case.reference(*x, selected=listed),
+        lambda *x: case.naive(*x, selected=listed),
         inputs(case, 0),
         RTOL,
     )
@@ -156,59 +146,52 @@ def _divided() -> tuple[Case, list[int], list[int], AttentionRanges]:
 @interpreted
 def test_more_keys_than_queries(k, seed):
     """A rank's queries in two segments, with the keys before each: as in the whole sample."""
-    from model.kernels.attention import forward_triton as attention_triton
+    from model.kernels.attention import forward_triton
 
     case, queries, keys, ranges = _divided()
     selected = case.select(k) if k else None
     q, kv, entries, sink = inputs(case, seed)
 
     def ours(q: Tensor, kv: Tensor, entries: Tensor, sink: Tensor) -> Tensor:
-        picked = None if selected is None else selected[queries]
-        return attention_triton.attention(
+        inputs = AttentionInputs(
             q,
             kv,
             entries,
             sink,
             case.rotation[queries],
             ranges,
-            picked,
+            None if selected is None else selected[queries],
+            window=case.window,
             norm_eps=EPS,
-            blocks=blocks(case),
-        )[0]
+        )
+        return forward_triton.attention(inputs, blocks=blocks(case))[0]
 
-    def reference(q: Tensor, kv: Tensor, entries: Tensor, sink: Tensor) -> Tensor:
+    def naive(q: Tensor, kv: Tensor, entries: Tensor, sink: Tensor) -> Tensor:
         whole_q, whole_kv = q.new_ones(61, *q.shape[1:]), kv.new_zeros(61, kv.shape[1])
         whole_q = whole_q.index_put((torch.tensor(queries),), q)
         whole_kv = whole_kv.index_put((torch.tensor(keys),), kv)
-        return case.reference(whole_q, whole_kv, entries, sink, selected=selected)[queries]
+        return case.naive(whole_q, whole_kv, entries, sink, selected=selected)[queries]
 
-    assert_same(ours, reference, [q[queries], kv[keys], entries, sink], RTOL)
+    assert_same(ours, naive, [q[queries], kv[keys], entries, sink], RTOL)
 
 
 @pytest.mark.parametrize("k", [None, 5])
 @pytest.mark.parametrize("name", SHORT)
 @interpreted
-def test_lse_and_mass_equal_the_reference(name, k):
-    from model.kernels.attention import forward_triton as attention_triton
-    from model.kernels.attention import mass_triton as attention_mass_triton
+def test_lse2_and_probability_mass_equal_the_eager_version(name, k):
+    from model.kernels.attention import forward_triton, probability_mass_triton
 
     case = CASES[name]
     selected = case.select(k) if k else None
-    q, kv, entries, sink = inputs(case, 3)
-    shared = (case.rotation, case.ranges, selected)
-    _, expected = reference_attention(
-        q, kv, entries, sink, *shared, window=case.window, norm_eps=EPS
-    )
-    _, lse = attention_triton.attention(
-        q, kv, entries, sink, *shared, norm_eps=EPS, blocks=blocks(case)
-    )
-    torch.testing.assert_close(lse, expected, rtol=0, atol=1e-5)
+    arguments = case.arguments(*inputs(case, 3), selected=selected)
+    _, expected = eager_attention(arguments)
+    _, lse2 = forward_triton.attention(arguments, blocks=blocks(case))
+    torch.testing.assert_close(lse2, expected, rtol=0, atol=1e-5)
     for start, stop in [(0, None)] if k else [(0, None), (2, case.entries - 1)]:
-        block = {"norm_eps": EPS, "start": start, "stop": stop}
-        mass = attention_mass_triton.entry_mass(
-            q, entries, lse, *shared, blocks=blocks(case), **block
+        mass = probability_mass_triton.entry_probability_mass(
+            arguments, lse2, blocks=blocks(case), start=start, stop=stop
         )
-        other = reference_entry_mass(q, entries, expected, *shared, **block)
+        other = eager_entry_probability_mass(arguments, expected, start=start, stop=stop)
         assert float(other.max()) > 0.1
         torch.testing.assert_close(mass, other, rtol=0, atol=1e-5)
 
@@ -219,7 +202,7 @@ def test_16_bits():
     case = CASES["more heads than rows"]
     leaves = inputs(case, 0, torch.float16)
     assert run(case, *leaves).dtype == torch.float16
-    assert_same(lambda *x: run(case, *x), case.reference, leaves, rtol=2e-3)
+    assert_same(lambda *x: run(case, *x), case.naive, leaves, rtol=2e-3)
 
 
 ORDERED = Case([[3, 31]], 8, 4, 2, 8)
@@ -269,7 +252,7 @@ def test_a_small_fault_is_seen(fault):
     with pytest.raises(AssertionError, match="result 0"):
         assert_same(
             lambda *x: run(case, *x),
-            lambda *x: case.reference(*x[:-1], x[-1] + moved),
+            lambda *x: case.naive(*x[:-1], x[-1] + moved),
             inputs(case, 0),
             RTOL,
         )

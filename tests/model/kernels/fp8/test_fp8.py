@@ -1,75 +1,18 @@
-"""Products in FP8 beside loops over tiles in float64, whose numbers are looked up one by one."""
+"""Matmuls in FP8 against loops over tiles in float64, whose numbers are looked up."""
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from model.kernels.fp8 import fp8
-
-# Every finite number of E4M3, by its definition: sign, 4 bits of exponent, 3 of fraction.
-NUMBERS = np.array(
-    sorted(
-        sign * (fraction / 8 * 2.0**-6 if not power else (1 + fraction / 8) * 2.0 ** (power - 7))
-        for sign in (1, -1)
-        for power in range(16)
-        for fraction in range(8)
-        if (power, fraction) != (15, 7) and (sign == 1 or power or fraction)
-    )
-)
-EVEN = {n: (abs(n) / 2.0 ** max(np.floor(np.log2(abs(n))), -6) * 8) % 2 == 0 for n in NUMBERS if n}
-EVEN[0.0] = True
-
-
-def nearest(value: float) -> float:
-    above = int(np.searchsorted(NUMBERS, value))
-    near = NUMBERS[max(above - 1, 0) : above + 1]
-    gaps = np.abs(near - value)
-    if len(near) == 2 and gaps[0] == gaps[1]:
-        return float(near[0] if EVEN[near[0]] else near[1])
-    return float(near[np.argmin(gaps)])
-
-
-def tile_rounded(tile: np.ndarray) -> np.ndarray:
-    largest, exponent = np.abs(tile).max(), -117
-    while largest > 448 * 2.0**exponent:
-        exponent += 1
-    return np.vectorize(nearest)(tile / 2.0**exponent) * 2.0**exponent
-
-
-def rounded(x: Tensor, rows: list[int], columns: list[int]) -> Tensor:
-    """[R, C] with borders of tiles at these rows and columns."""
-    out = x.double().numpy().copy()
-    for top, bottom in pairwise(rows):
-        for left, right in pairwise(columns):
-            tile = out[top:bottom, left:right]
-            if tile.size:
-                tile[:] = tile_rounded(tile)
-    return torch.from_numpy(out)
-
-
-def every(step: int, size: int) -> list[int]:
-    return [*range(0, size, step), size]
-
-
-def row_tiles(x: Tensor) -> Tensor:
-    return rounded(x, every(1, x.shape[0]), every(128, x.shape[1]))
-
-
-def blocks(x: Tensor) -> Tensor:
-    return rounded(x, every(128, x.shape[0]), every(128, x.shape[1]))
-
-
-def column_tiles(x: Tensor) -> Tensor:
-    return rounded(x, every(128, x.shape[0]), every(1, x.shape[1]))
+from model.kernels import fp8
+from model.kernels.fp8 import eager
+from model.kernels.fp8.naive import E4M3, naive_linear, naive_round_e4m3, naive_rounded
 
 
 def spread(*shape: int, seed: int) -> Tensor:
-    """Numbers of many sizes, with tokens and channels that are small beside others.
+    """Numbers of many sizes, with tokens and channels that are small next to others.
 
     So numbers round to zero in a tile with the wrong neighbours, and keep four bits in the right.
     """
@@ -82,7 +25,9 @@ def spread(*shape: int, seed: int) -> Tensor:
 
 def test_the_list_of_numbers_is_torchs() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    assert set(NUMBERS) == set(codes[codes.isfinite()].tolist())
+    finite = codes[codes.isfinite()].double()
+    assert torch.equal(finite.abs().unique(), E4M3)
+    assert torch.equal(naive_round_e4m3(finite), finite)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,40 +36,34 @@ def test_rounding_to_the_bit(shape: tuple[int, int], dtype: torch.dtype) -> None
     x = spread(*shape, seed=1).to(dtype)
     x[0, :3] = torch.tensor([448.0, 17.0, -19.0])  # the largest, and two ties
     x[-1] *= 0.0 if shape[0] > 1 else 1.0
-    for (rows, columns), reference in (
-        ((1, 128), row_tiles(x)),
-        ((128, 128), blocks(x)),
-        ((128, 1), column_tiles(x)),
-    ):
-        assert torch.equal(fp8.rounded(x, rows, columns).double(), reference)
-        again = fp8.rounded(x, rows, columns)
-        assert torch.equal(fp8.rounded(again, rows, columns), again)
+    for rows, columns in ((1, 128), (128, 128), (128, 1)):
+        found = eager.rounded(x, rows, columns)
+        assert torch.equal(found.double(), naive_rounded(x, rows, columns))
+        assert torch.equal(eager.rounded(found, rows, columns), found)
 
 
 def test_scales_reach_from_the_least_to_the_largest_number() -> None:
     for value in (3e38, 1e-30, 448 * 2.0**-117, 2.0**-126, 0.0):
         x = torch.full((1, 128), value)
-        assert fp8.rounded(x, 1, 128)[0, 0] == pytest.approx(value, rel=2**-4)
+        assert eager.rounded(x, 1, 128)[0, 0] == pytest.approx(value, rel=2**-4)
     for value in (torch.inf, torch.nan):
         x = torch.ones(2, 128).index_fill(1, torch.tensor([5]), value)
         x[1] = 1.0
-        found = fp8.rounded(x, 1, 128)
+        found = eager.rounded(x, 1, 128)
         assert found[0].isnan().all() and found[1].eq(1).all()
 
 
 Sums = tuple[Tensor, Tensor]
-"""Sums of products, and the sums of their magnitudes."""
+"""A matmul, and the sums of the magnitudes of its terms."""
 
 
 def sums(a: Tensor, b: Tensor) -> Sums:
     return a @ b, a.abs() @ b.abs()
 
 
-def products_of(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Sums, Sums, Sums]:
-    """Output and both gradients in float64, rounded as model/kernels/fp8/fp8.py says."""
-    y = sums(row_tiles(x), blocks(weight).t())
-    grad_x = sums(row_tiles(grad), blocks(weight))
-    return y, grad_x, sums(column_tiles(grad).t(), column_tiles(x))
+def matmuls_of(x: Tensor, weight: Tensor, grad: Tensor) -> list[Sums]:
+    """Output and both gradients in float64."""
+    return [sums(*factors) for factors in naive_linear(x, weight, grad)]
 
 
 def close(found: Tensor | None, expected: Sums) -> None:
@@ -142,7 +81,7 @@ def test_linear_and_its_gradients() -> None:
     y = fp8.linear(x, weight)
     y.backward(grad)
     flat = x.detach().view(tokens, inputs), weight.detach(), grad.view(tokens, outputs)
-    expected_y, grad_x, grad_weight = products_of(*flat)
+    expected_y, grad_x, grad_weight = matmuls_of(*flat)
     close(y.view(tokens, outputs), expected_y)
     assert x.grad is not None
     close(x.grad.view(tokens, inputs), grad_x)
@@ -157,7 +96,7 @@ def test_batched_is_every_group_by_itself() -> None:
     y = fp8.batched(x, weight)
     y.backward(grad)
     for g in range(3):
-        expected_y, grad_x, grad_weight = products_of(x[g].detach(), weight[g].detach(), grad[g])
+        expected_y, grad_x, grad_weight = matmuls_of(x[g].detach(), weight[g].detach(), grad[g])
         close(y[g], expected_y)
         assert x.grad is not None and weight.grad is not None
         close(x.grad[g], grad_x)
@@ -165,7 +104,7 @@ def test_batched_is_every_group_by_itself() -> None:
 
 
 def test_grouped_rows_and_their_gradients() -> None:
-    """Groups of no rows, of less than a tile and of more; what is behind the last is poison."""
+    """Groups of no rows, of less than a tile and of more; what is after the last is poison."""
     ends = torch.tensor([144, 144, 176, 432], dtype=torch.int32)
     rows = 448
     x, grad = spread(rows, 48, seed=1), spread(rows, 136, seed=2)
@@ -181,7 +120,7 @@ def test_grouped_rows_and_their_gradients() -> None:
         if first == end:
             assert weight.grad[group].eq(0).all()
             continue
-        expected_y, grad_x, grad_weight = products_of(
+        expected_y, grad_x, grad_weight = matmuls_of(
             x[some].detach(), weight[group].detach(), grad[some]
         )
         close(y[some], expected_y)

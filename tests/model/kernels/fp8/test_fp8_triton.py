@@ -1,7 +1,7 @@
-"""Triton's rounding to FP8 and its products, in the interpreter.
+"""Triton's rounding to FP8 and its matmuls, in the interpreter.
 
-What is rounded is compared to the bit with `model.kernels.fp8`, which its own tests compare with
-loops over tiles; products with float64 sums of the same rounded factors. A product of two E4M3
+What is rounded is compared to the bit with ``model.kernels.fp8.eager``, which other tests compare
+with loops over tiles; matmuls with float64 sums of the same rounded factors. A product of two E4M3
 numbers is exact in fp32 and powers of two are as well: what may differ is K sums' rounding.
 """
 
@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels import backend
-from model.kernels.fp8 import fp8
+from model.kernels import backend, fp8
+from model.kernels.fp8 import eager
 from tests.model.kernels.compare import rand
 from tests.model.kernels.fp8.test_fp8 import Sums, spread, sums
 from tests.model.kernels.interpreter import interpreted, last_program_first
@@ -34,13 +34,13 @@ ROWS, INPUTS, OUTPUTS = 208, 200, 136
 @contextlib.contextmanager
 def small_blocks() -> Iterator[None]:
     """Bands of which these few tiles fill several, the last in part."""
-    from model.kernels.fp8 import matmul_triton as fp8_triton
+    from model.kernels.fp8 import matmul_triton
 
-    old, fp8_triton._BAND = fp8_triton._BAND, 2
+    old, matmul_triton._BAND = matmul_triton._BAND, 2
     try:
         yield
     finally:
-        fp8_triton._BAND = old
+        matmul_triton._BAND = old
 
 
 def ends_of(*ends: int) -> Tensor:
@@ -48,7 +48,7 @@ def ends_of(*ends: int) -> Tensor:
 
 
 def drawn(poison: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, weights and the output's gradient; what is behind the last group is poison."""
+    """Rows, weights and the output's gradient; what is after the last group is poison."""
     x, grad = spread(ROWS, INPUTS, seed=1), spread(ROWS, OUTPUTS, seed=2)
     if poison:
         x[ENDS[-1] :] = grad[ENDS[-1] :] = torch.nan
@@ -114,9 +114,9 @@ def test_rows_and_columns_to_the_bit(dtype):
     x, ends = x.to(dtype), ends_of(*ENDS)
     live = ENDS[-1]
     by_row, by_column = rounded_by_kernel(x, ends)
-    assert_same_bits(by_row[:live], fp8.rounded(x, 1, 128)[:live].float())
-    tile_P = fp8.tiles_of_groups(ends, ROWS)
-    expected = fp8.rounded_by_tile(x, tile_P, len(ENDS))
+    assert_same_bits(by_row[:live], eager.rounded(x, 1, 128)[:live].float())
+    tile_P = eager.tiles_of_groups(ends, ROWS)
+    expected = eager.rounded_by_tile(x, tile_P, len(ENDS))
     assert_same_bits(by_column[:live], expected[:live].float())
     assert by_row.isnan().any() and by_column.isnan().any()
 
@@ -137,8 +137,8 @@ def test_every_bf16_number_is_rounded(mixed):
     if mixed:  # or every tile has a number of 10^38
         x = x * torch.exp2(-torch.linspace(0, 200, len(x)))[:, None]
     by_row, by_column = rounded_by_kernel(x, ends_of(len(x)))
-    assert_same_bits(by_row, fp8.rounded(x, 1, 128).float())
-    assert_same_bits(by_column, fp8.rounded(x, 128, 1).float())
+    assert_same_bits(by_row, eager.rounded(x, 1, 128).float())
+    assert_same_bits(by_column, eager.rounded(x, 128, 1).float())
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -155,7 +155,7 @@ def test_weights_to_the_bit(shape, turned):
     found = values(codes, scales)
     assert found[..., width:].nan_to_num().eq(0).all()
     found = found[..., :width]
-    expected = fp8.rounded(weight, 128, 128)
+    expected = eager.rounded(weight, 128, 128)
     assert_same_bits(found.transpose(1, 2) if turned else found, expected)
 
 
@@ -164,7 +164,7 @@ def test_weights_to_the_bit(shape, turned):
     [(ENDS, ROWS), ((0, 0, 0), 0), ((1, 2, 131, 131, 259), 259), ((128, 256), 300), ((5,), 5)],
 )
 @interpreted
-def test_tiles_are_the_references(ends, rows):
+def test_tiles_are_those_of_the_eager_version(ends, rows):
     from model.kernels.fp8.quantise_triton import tiles_of
 
     tiles = tiles_of(ends_of(*ends), rows)
@@ -172,7 +172,7 @@ def test_tiles_are_the_references(ends, rows):
     covered = torch.cat(found)
     assert torch.equal(covered, torch.arange(ends[-1]))
     number = torch.cat([torch.full_like(part, i) for i, part in enumerate(found)])
-    assert torch.equal(number, fp8.tiles_of_groups(ends_of(*ends), rows)[: ends[-1]])
+    assert torch.equal(number, eager.tiles_of_groups(ends_of(*ends), rows)[: ends[-1]])
     counts = [-(-(end - start) // 128) for start, end in pairwise((0, *ends))]
     before = torch.tensor([0, *counts]).cumsum(0)
     assert torch.equal(tiles.before.long(), before)
@@ -193,9 +193,9 @@ def results(function: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Te
 
 
 def grouped(ends: Tensor) -> Callable[..., Tensor]:
-    from model.kernels.fp8 import matmul_triton as fp8_triton
+    from model.kernels.fp8 import matmul_triton
 
-    return lambda x, weight: fp8_triton.grouped(x, weight, ends)
+    return lambda x, weight: matmul_triton.grouped(x, weight, ends)
 
 
 @functools.cache
@@ -211,13 +211,13 @@ def assert_same_results(found: Three, live: int = ENDS[-1]) -> None:
 
 
 def exact(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Sums, Sums, Sums]:
-    """Of one group: the three products of rounded factors in float64."""
+    """Of one group: the three matmuls of rounded factors in float64."""
     rows, columns = (1, 128), (128, 1)
-    w = fp8.rounded(weight, 128, 128).double()
-    y = sums(fp8.rounded(x, *rows).double(), w.t())
-    grad_x = sums(fp8.rounded(grad, *rows).double(), w)
-    turned = fp8.rounded(grad, *columns).double().t()
-    return y, grad_x, sums(turned, fp8.rounded(x, *columns).double())
+    w = eager.rounded(weight, 128, 128).double()
+    y = sums(eager.rounded(x, *rows).double(), w.t())
+    grad_x = sums(eager.rounded(grad, *rows).double(), w)
+    turned = eager.rounded(grad, *columns).double().t()
+    return y, grad_x, sums(turned, eager.rounded(x, *columns).double())
 
 
 def assert_close(found: Tensor, expected: Sums, terms: int, result: float = 0.0) -> None:
@@ -245,7 +245,7 @@ def test_grouped_rows_and_their_gradients():
     inputs, found = drawn(), plain()
     assert_groups(found, inputs, ENDS)
     assert found[2][1].eq(0).all()
-    for rows in found[:2]:  # nobody wrote behind the last end
+    for rows in found[:2]:  # nothing is written after the last end
         assert rows[: ENDS[-1]].isfinite().all() and rows[ENDS[-1] :].isnan().all()
     x, weight, _ = inputs  # the negative control: rounding is seen
     unrounded = x[:40].double() @ weight[0].double().t()
@@ -284,7 +284,7 @@ def test_no_rows():
 
 @interpreted
 def test_batched_is_every_group_by_itself():
-    from model.kernels.fp8 import matmul_triton as fp8_triton
+    from model.kernels.fp8 import matmul_triton
 
     x, weight, grad = (
         spread(150, 2, 40, seed=1),
@@ -292,7 +292,7 @@ def test_batched_is_every_group_by_itself():
         spread(2, 150, 9, seed=3),
     )
     x = x.transpose(0, 1)  # as attention's heads come
-    found = results(fp8_triton.batched, x, weight, grad)
+    found = results(matmul_triton.batched, x, weight, grad)
     for g in range(2):
         of_group = exact(x[g], weight[g], grad[g])
         for mine, other, terms in zip(found, of_group, (40, 9, 150), strict=True):
@@ -308,13 +308,13 @@ def test_a_gradient_that_is_no_row_after_row():
 
 
 @interpreted
-def test_tiles_that_are_not_finite_are_nan_where_the_reference_s_are():
+def test_tiles_that_are_not_finite_are_nan_where_the_eager_version_s_are():
     inputs = drawn(poison=False)
     x, weight, grad = inputs
     x[50, 7], weight[3, 130, 190], grad[10, 3] = torch.inf, torch.nan, -torch.inf
     ends, live = ends_of(*ENDS), ENDS[-1]
     found = results(grouped(ends), *inputs)
-    expected = results(lambda x, w: fp8.reference_grouped(x, w, ends), *inputs)
+    expected = results(lambda x, w: eager.eager_grouped(x, w, ends), *inputs)
     for mine, other in zip(found, expected, strict=True):
         mine, other = (t if t.dim() == 3 else t[:live] for t in (mine, other))
         assert torch.equal(mine.isnan(), other.isnan())
@@ -348,13 +348,13 @@ def test_only_the_gradient_that_is_wanted():
 @interpreted
 def test_what_is_kept_is_what_came():
     """Also where it is a view: kept as such, not as a copy of it."""
-    from model.kernels.fp8 import matmul_triton as fp8_triton
+    from model.kernels.fp8 import matmul_triton
 
     x, weight = spread(3, 2, 40, seed=1).transpose(0, 1), spread(2, 9, 40, seed=2)
     leaves = x.requires_grad_(), weight.requires_grad_()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
-        fp8_triton.batched(*leaves)
+        matmul_triton.batched(*leaves)
     assert [t.data_ptr() for t in kept[:2]] == [t.data_ptr() for t in leaves]
     assert kept[0].stride() == x.stride() and [t.numel() for t in kept[2:]] == [2]
 
@@ -368,7 +368,7 @@ def test_the_order_of_programs_changes_no_bit():
 @interpreted
 def test_linears_and_experts_use_what_was_chosen():
     """As on a GPU that has compared it: the results are Triton's, to the bit, for every caller."""
-    from model.kernels.fp8 import matmul_triton as fp8_triton
+    from model.kernels.fp8 import matmul_triton
 
     x, weight, grad = spread(2, 70, 40, seed=1), spread(9, 40, seed=2), spread(2, 70, 9, seed=3)
     ends, inputs = ends_of(*ENDS), drawn()
@@ -379,8 +379,8 @@ def test_linears_and_experts_use_what_was_chosen():
     finally:
         backend.fp8 = old
     rows = x.view(1, 140, 40), weight[None], grad.view(1, 140, 9)
-    for mine, other in zip(as_linear, results(fp8_triton.batched, *rows), strict=True):
+    for mine, other in zip(as_linear, results(matmul_triton.batched, *rows), strict=True):
         assert torch.equal(mine.flatten(), other.flatten())
     assert_same_results(as_experts)
-    reference = fp8.reference_grouped(inputs[0], inputs[1], ends)[: ENDS[-1]]
-    assert not torch.equal(as_experts[0][: ENDS[-1]], reference)  # or it says nothing
+    plain_results = eager.eager_grouped(inputs[0], inputs[1], ends)[: ENDS[-1]]
+    assert not torch.equal(as_experts[0][: ENDS[-1]], plain_results)  # or it says nothing

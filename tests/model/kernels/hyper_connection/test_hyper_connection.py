@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels.hyper_connection.hyper_connection import (
-    coefficients,
-    collapse_streams,
-    read_streams,
-    sinkhorn,
-    write_streams,
+from model.kernels.hyper_connection import collapse_streams, read_streams, write_streams
+from model.kernels.hyper_connection.eager import coefficients, sinkhorn
+from model.kernels.hyper_connection.naive import (
+    naive_collapse_streams,
+    naive_read_streams,
+    naive_sinkhorn,
+    naive_write_streams,
 )
 from tests.model.kernels.compare import assert_same, rand
 
@@ -20,42 +21,8 @@ NORM_EPS, HC_EPS, ITERATIONS = 1e-2, 1e-3, 20
 TOKENS, DIM = 7, 6
 
 
-def reference_sinkhorn(logits: Tensor, eps: float, iterations: int) -> Tensor:
-    out = []
-    for matrix in logits:
-        matrix = matrix.exp() / matrix.exp().sum(1, keepdim=True) + eps
-        matrix = matrix / (matrix.sum(0, keepdim=True) + eps)
-        for _ in range(iterations - 1):
-            matrix = matrix / (matrix.sum(1, keepdim=True) + eps)
-            matrix = matrix / (matrix.sum(0, keepdim=True) + eps)
-        out.append(matrix)
-    return torch.stack(out)
-
-
-def reference_weights(streams: Tensor, fn: Tensor) -> Tensor:
-    flat = streams.flatten(1)
-    return flat / torch.sqrt(flat.square().mean(1, keepdim=True) + NORM_EPS) @ fn.T
-
-
-def reference_read(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor):
-    n = streams.shape[1]
-    w = reference_weights(streams, fn)
-    pre = torch.sigmoid(scale[0] * w[:, :n] + base[:n]) + HC_EPS
-    post = 2 * torch.sigmoid(scale[1] * w[:, n : 2 * n] + base[n : 2 * n])
-    comb = (scale[2] * w[:, 2 * n :] + base[2 * n :]).view(-1, n, n)
-    x = sum(pre[:, j, None] * streams[:, j] for j in range(n))
-    return x, post, reference_sinkhorn(comb, HC_EPS, ITERATIONS)
-
-
-def reference_write(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    n = streams.shape[1]
-    return torch.stack(
-        [
-            post[:, k, None] * y + sum(comb[:, j, k, None] * streams[:, j] for j in range(n))
-            for k in range(n)
-        ],
-        dim=1,
-    )
+def naive_read(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return naive_read_streams(*inputs, NORM_EPS, HC_EPS, ITERATIONS)
 
 
 def parameters(streams: int) -> list[Tensor]:
@@ -70,7 +37,7 @@ def kernel_read(*inputs: Tensor):
 
 @pytest.mark.parametrize("streams", [1, 2, 3, 4])
 def test_read(streams):
-    assert_same(kernel_read, reference_read, parameters(streams), rtol=3e-5)
+    assert_same(kernel_read, naive_read, parameters(streams), rtol=3e-5)
 
 
 @pytest.mark.parametrize("streams", [1, 3, 4])
@@ -81,7 +48,7 @@ def test_write(streams):
         rand(TOKENS, streams, seed=3),
         rand(TOKENS, streams, streams, seed=4),
     ]
-    assert_same(write_streams, reference_write, inputs, rtol=1e-5)
+    assert_same(write_streams, naive_write_streams, inputs, rtol=1e-5)
 
 
 @pytest.mark.parametrize("streams", [1, 4])
@@ -93,14 +60,11 @@ def test_collapse(streams):
         rand(1, seed=4),
     ]
 
-    def reference(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> Tensor:
-        read = torch.sigmoid(scale * reference_weights(x, fn) + base) + HC_EPS
-        return sum(read[:, j, None] * x[:, j] for j in range(streams))
-
     def kernel(*x: Tensor) -> Tensor:
         return collapse_streams(*x, norm_eps=NORM_EPS, hc_eps=HC_EPS)
 
-    assert_same(kernel, reference, inputs, rtol=1e-5)
+    naive = lambda *x: naive_collapse_streams(*x, NORM_EPS, HC_EPS)  # noqa: E731
+    assert_same(kernel, naive, inputs, rtol=1e-5)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 20])
@@ -108,7 +72,7 @@ def test_collapse(streams):
 def test_sinkhorn(iterations, eps):
     assert_same(
         lambda x: sinkhorn(x, eps, iterations),
-        lambda x: reference_sinkhorn(x, eps, iterations),
+        lambda x: naive_sinkhorn(x, eps, iterations),
         [rand(9, 4, 4, scale=2)],
         rtol=1e-4,
     )
@@ -142,8 +106,8 @@ def test_a_transposed_mix_is_seen():
     streams, fn, base, scale = parameters(4)
     _, post, comb = kernel_read(streams, fn, base, scale)
     y = rand(TOKENS, DIM, seed=5)
-    right = reference_write(*(x.double() for x in (streams, y, post, comb)))
-    wrong = reference_write(*(x.double() for x in (streams, y, post, comb.transpose(1, 2))))
+    right = naive_write_streams(*(x.double() for x in (streams, y, post, comb)))
+    wrong = naive_write_streams(*(x.double() for x in (streams, y, post, comb.transpose(1, 2))))
     ours = write_streams(streams, y, post, comb).double()
     assert float((ours - right).abs().max()) < 1e-5 < 1e-2 < float((ours - wrong).abs().max())
 
@@ -153,7 +117,7 @@ def test_coefficients_of_bf16_streams_are_fp32():
     streams = streams.bfloat16()
     x, post, comb = kernel_read(streams, fn, base, scale)
     assert x.dtype == torch.bfloat16 and post.dtype == comb.dtype == torch.float32
-    _, exact_post, exact_comb = reference_read(*(t.double() for t in (streams, fn, base, scale)))
+    _, exact_post, exact_comb = naive_read(*(t.double() for t in (streams, fn, base, scale)))
     torch.testing.assert_close(post.double(), exact_post, rtol=0, atol=1e-5)
     torch.testing.assert_close(comb.double(), exact_comb, rtol=0, atol=1e-5)
     assert write_streams(streams, x, post, comb).dtype == torch.bfloat16
@@ -166,7 +130,7 @@ def test_bf16_gradients():
     outputs = kernel_read(leaf, fn, base, scale)
     sum((out.float() * rand(*out.shape, seed=9)).sum() for out in outputs).backward()
     exact = streams.bfloat16().double().requires_grad_()
-    outputs = reference_read(exact, *(t.double() for t in (fn, base, scale)))
+    outputs = naive_read(exact, *(t.double() for t in (fn, base, scale)))
     sum((out * rand(*out.shape, seed=9).double()).sum() for out in outputs).backward()
     error = (leaf.grad.double() - exact.grad).abs().max() / exact.grad.abs().max()
     assert float(error) < 2e-2

@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels.hyper_connection import hyper_connection as plain
+from model.kernels.hyper_connection.naive import (
+    naive_collapse_streams,
+    naive_read_streams,
+    naive_write_streams,
+)
 from tests.model.kernels.compare import assert_same, rand
 from tests.model.kernels.hyper_connection.test_hyper_connection import (
     HC_EPS,
     ITERATIONS,
     NORM_EPS,
-    reference_read,
-    reference_weights,
-    reference_write,
+    naive_read,
 )
 from tests.model.kernels.interpreter import interpreted, last_program_first
 
@@ -49,15 +51,15 @@ def parameters(tokens: int, streams: int, dim: int, seed: int) -> list[Tensor]:
 
 
 def read(*inputs: Tensor, iterations: int | None = ITERATIONS):
-    from model.kernels.hyper_connection import streams_triton as hyper_connection_triton
+    from model.kernels.hyper_connection import streams_triton
 
-    return hyper_connection_triton.read_streams(*inputs, **EPS, iterations=iterations)
+    return streams_triton.read_streams(*inputs, **EPS, iterations=iterations)
 
 
 def write(*inputs: Tensor) -> Tensor:
-    from model.kernels.hyper_connection import streams_triton as hyper_connection_triton
+    from model.kernels.hyper_connection import streams_triton
 
-    return hyper_connection_triton.write_streams(*inputs)
+    return streams_triton.write_streams(*inputs)
 
 
 def writing(tokens: int, streams: int, dim: int, seed: int) -> list[Tensor]:
@@ -69,7 +71,7 @@ def writing(tokens: int, streams: int, dim: int, seed: int) -> list[Tensor]:
 @pytest.mark.parametrize("size", SIZES)
 @interpreted
 def test_read(size, seed):
-    assert_same(read, reference_read, parameters(*size, seed), rtol=1e-5)
+    assert_same(read, naive_read, parameters(*size, seed), rtol=1e-5)
 
 
 @interpreted
@@ -77,7 +79,7 @@ def test_read_with_one_step_of_sinkhorn():
     inputs = parameters(5, 4, 10, 0)
     assert_same(
         lambda *x: read(*x, iterations=1),
-        lambda *x: plain.reference_read_streams(*x, NORM_EPS, HC_EPS, 1),
+        lambda *x: naive_read_streams(*x, NORM_EPS, HC_EPS, 1),
         inputs,
         rtol=1e-5,
     )
@@ -87,7 +89,7 @@ def test_read_with_one_step_of_sinkhorn():
 @pytest.mark.parametrize("size", SIZES)
 @interpreted
 def test_write(size, seed):
-    assert_same(write, reference_write, writing(*size, seed), rtol=1e-5)
+    assert_same(write, naive_write_streams, writing(*size, seed), rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -97,11 +99,12 @@ def test_collapse(size):
     inputs = [rand(tokens, streams, dim, seed=1), rand(streams, streams * dim, seed=2) * 0.1]
     inputs += [rand(streams, seed=3), rand(1, seed=4)]
 
-    def reference(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> Tensor:
-        weight = torch.sigmoid(scale * reference_weights(x, fn) + base) + HC_EPS
-        return torch.einsum("tn,tnd->td", weight, x)
-
-    assert_same(lambda *x: read(*x, iterations=None), reference, inputs, rtol=1e-5)
+    assert_same(
+        lambda *x: read(*x, iterations=None),
+        lambda *x: naive_collapse_streams(*x, NORM_EPS, HC_EPS),
+        inputs,
+        rtol=1e-5,
+    )
 
 
 @interpreted
@@ -109,14 +112,12 @@ def test_bf16_streams_are_mixed_in_fp32():
     size = (37, 4, 40)
     inputs = parameters(*size, 0)
     inputs[0] = inputs[0].bfloat16()
-    for mine, other in zip(
-        read(*inputs), reference_read(*[x.double() for x in inputs]), strict=True
-    ):
+    for mine, other in zip(read(*inputs), naive_read(*[x.double() for x in inputs]), strict=True):
         tolerance = 1e-2 if mine.dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(mine.double(), other, rtol=tolerance, atol=tolerance)
     inputs = writing(*size, 0)
     inputs[:2] = [x.bfloat16() for x in inputs[:2]]
-    assert_same(write, reference_write, inputs, rtol=8e-3)  # the interpreter cuts bits off
+    assert_same(write, naive_write_streams, inputs, rtol=8e-3)  # the interpreter cuts bits off
     assert write(*inputs).dtype == torch.bfloat16
 
 
@@ -147,7 +148,7 @@ def test_a_transposed_mix_is_seen():
     with pytest.raises(AssertionError, match="result 0"):
         assert_same(
             write,
-            lambda x, y, post, comb: reference_write(x, y, post, comb.transpose(1, 2)),
+            lambda x, y, post, comb: naive_write_streams(x, y, post, comb.transpose(1, 2)),
             writing(5, 4, 10, 0),
             rtol=1e-5,
         )

@@ -1,0 +1,64 @@
+"""The arguments that the public, eager and Triton versions of core attention share.
+
+T queries and tokens; H heads; K their width; C compressed entries; R rotated dims (R/2 complex
+numbers); k selected entries of a query.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from model.kernels.attention.ranges import AttentionRanges
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What V4's multi-query attention with one shared key-value head is computed from.
+
+    Attributes:
+        q_THK: queries before their norm and rotation.
+        kv_TK: the keys, which are also the values, normalised and rotated; at least those of the
+            queries' own tokens.
+        entries_CK: compressed entries, normalised and rotated.
+        sink_H: logit of each head's sink, which takes probability and gives no value.
+        rotation_TR: complex [T, R/2], the rotation at each query's position.
+        ranges: the visible range of tokens and of entries for each query.
+        selected_Tk: the entries selected for each query (-1: none); without it a query sees its
+            whole range. A query that sees at most k entries must have all of them selected.
+        window: W, the maximum number of tokens that a query sees.
+        norm_eps: of the queries' RMS norm.
+    """
+
+    q_THK: Tensor
+    kv_TK: Tensor
+    entries_CK: Tensor | None
+    sink_H: Tensor
+    rotation_TR: Tensor
+    ranges: AttentionRanges
+    selected_Tk: Tensor | None = None
+    window: int = field(kw_only=True)
+    norm_eps: float = field(kw_only=True)
+
+    def detached(self) -> AttentionInputs:
+        """Returns the same numbers without a gradient."""
+        entries_CK = None if self.entries_CK is None else self.entries_CK.detach()
+        return replace(
+            self,
+            q_THK=self.q_THK.detach(),
+            kv_TK=self.kv_TK.detach(),
+            entries_CK=entries_CK,
+            sink_H=self.sink_H.detach(),
+        )
+
+    def of_queries(self, rows: slice | Tensor, columns: slice) -> AttentionInputs:
+        """Returns some of the queries, and some places of their lists; of use to entries alone."""
+        selected_Tk = None if self.selected_Tk is None else self.selected_Tk[rows, columns]
+        return replace(
+            self,
+            q_THK=self.q_THK[rows],
+            rotation_TR=self.rotation_TR[rows],
+            ranges=self.ranges.of(rows),
+            selected_Tk=selected_Tk,
+        )

@@ -1,0 +1,146 @@
+"""The entries' mass in Triton, the indexer's teacher; see ``attention_reference.py``.
+
+Probabilities come back from the saved log-sum-exp and are summed over heads, one block of heads
+after the other in one program, so that two runs agree bit for bit.
+
+2·H·K operations per query and entry that it sees; reads q once, writes 4 bytes per pair, so its
+floor is a third of attention's forward at the same entries. Not yet timed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.kernels.attention.inputs import AttentionInputs
+from model.kernels.attention.parts_triton import (
+    FAR,
+    Blocks,
+    Call,
+    blocks_for,
+    check,
+    ready_queries,
+    tile,
+)
+from model.kernels.norm.rotation_triton import angles_of
+
+
+@triton.jit
+def _mass(
+    q,
+    entries,
+    picked,
+    rotation,
+    entry_start,
+    entry_end,
+    lse2,
+    mass,
+    tokens,
+    heads,
+    begin,
+    width,
+    eps,
+    scale,
+    DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """Probabilities summed over heads, [BLOCK_T, width], one block of heads after the other."""
+    ROWS: tl.constexpr = BLOCK_T * BLOCK_H
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    place = tl.arange(0, ROWS)
+    own = program * BLOCK_T + tl.arange(0, BLOCK_T)
+    token = program * BLOCK_T + place // BLOCK_H
+    low = tl.load(entry_start + token, mask=token < tokens, other=FAR)
+    high = tl.load(entry_end + token, mask=token < tokens, other=0)
+    first, end = tl.min(low, 0), tl.max(high, 0)
+    for head_start in tl.range(0, heads, BLOCK_H):
+        head = head_start + place % BLOCK_H
+        live = (token < tokens) & (head < heads)
+        row = token * heads + head
+        ready, _ = ready_queries(q, rotation, row, token, live, eps, ROWS, DIM, ROTARY)
+        ready = ready.to(q.dtype.element_ty)
+        row_lse2 = tl.load(lse2 + row, mask=live, other=0.0)
+        for start in tl.range(0, width, BLOCK_N):
+            column = start + tl.arange(0, BLOCK_N)
+            if MODE == 1:
+                n = begin + column
+                some = (begin + start < end) & (begin + start + BLOCK_N > first)
+                seen = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None]) & live[:, None]
+            else:
+                at = (program * BLOCK_T).to(tl.int64) * width
+                n = tl.load(picked + at + column, mask=column < width, other=-1)
+                some = tl.max(n, 0) >= 0
+                seen = (n >= 0)[None, :] & live[:, None]
+            share = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+            if some:
+                k = tile(entries, n, (n >= 0) & (column < width) & (n < end), DIM)
+                s = tl.dot(ready, tl.trans(k), input_precision="ieee") * scale
+                p = tl.exp2(tl.where(seen, s - row_lse2[:, None], float("-inf")))
+                share = tl.sum(tl.reshape(p, (BLOCK_T, BLOCK_H, BLOCK_N)), 1)
+            at = mass + own.to(tl.int64)[:, None] * width + column[None, :]
+            kept = (own < tokens)[:, None] & (column < width)[None, :]
+            if head_start > 0:
+                share += tl.load(at, mask=kept, other=0.0)
+            tl.store(at, share, mask=kept)
+        tl.debug_barrier()
+
+
+@torch.no_grad()
+def entry_probability_mass(
+    inputs: AttentionInputs,
+    lse2_TH: Tensor,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    blocks: Blocks | None = None,
+) -> Tensor:
+    """Computes ``model.kernels.attention.entry_probability_mass`` in Triton.
+
+    Raises:
+        UnsupportedError, ValueError: as ``forward_triton.attention``.
+    """
+    assert inputs.entries_CK is not None
+    check(inputs.q_THK)
+    blocks = blocks or blocks_for(inputs.q_THK.shape[-1])
+    q_THK, entries_CK = inputs.q_THK.contiguous(), inputs.entries_CK.contiguous()
+    ranges, selected_Tk = inputs.ranges, inputs.selected_Tk
+    call = Call(q_THK, entries_CK, ranges, selected_Tk, blocks)
+    width = call.picks
+    if selected_Tk is None:
+        stop = entries_CK.shape[0] if stop is None else stop
+        width = stop - start
+    mass = torch.empty((call.tokens, width), dtype=torch.float32, device=q_THK.device)
+    angles = angles_of(inputs.rotation_TR)
+    block_t, block_h = call.rows(blocks.rows)
+    if mass.numel():
+        assert ranges.entry_end_T is not None
+        _mass[(triton.cdiv(call.tokens, block_t),)](
+            q_THK,
+            entries_CK,
+            call.picked,
+            angles,
+            call.entry_start,
+            ranges.entry_end_T.int(),
+            lse2_TH,
+            mass,
+            call.tokens,
+            call.heads,
+            start,
+            width,
+            inputs.norm_eps,
+            call.scale,
+            DIM=call.dim,
+            ROTARY=angles.shape[1],
+            BLOCK_T=block_t,
+            BLOCK_H=block_h,
+            BLOCK_N=blocks.keys,
+            MODE=call.mode,
+            **blocks.options,
+        )
+    return mass

@@ -1,0 +1,99 @@
+"""Cross-entropy of a linear head that never holds the logits of more than one chunk of tokens.
+
+T tokens, n of a chunk; D the hidden width; V the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.kernels import backend
+from model.kernels.cross_entropy.eager import eager_softmax_loss
+
+CPU_LOGITS = 1 << 21
+"""Logits held at once: as many as stay in a cache."""
+ACCELERATOR_LOGITS = 1 << 28
+"""The same elsewhere, where every chunk reads the whole head and adds to its whole gradient."""
+
+
+def chunk_tokens(vocab: int, device: torch.device) -> int:
+    """Returns how many tokens' logits are held at once."""
+    held = CPU_LOGITS if device.type == "cpu" else ACCELERATOR_LOGITS
+    return max(held // vocab, 1)
+
+
+SoftmaxLoss = Callable[[Tensor, Tensor, float, int, bool], tuple[Tensor, Tensor | None]]
+"""A function with the arguments and results of `eager_softmax_loss`."""
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    denominator: float,
+    ignore: int,
+    softmax_loss: SoftmaxLoss | None = None,
+) -> Tensor:
+    """Computes Σ_t -log softmax(W h_t)[target_t] / denominator over the tokens that have a target.
+
+    The result is fp32. The gradients are formed in the forward pass, chunk by chunk while the
+    logits are there, and only scaled in the backward pass.
+
+    Args:
+        hidden_TD, weight_VD: hidden states and head, of one dtype.
+        target_T: int64 token ids, ``ignore`` where nothing is predicted.
+        denominator: the number of predictions in the whole global batch.
+        softmax_loss: loss and gradient of a chunk's logits; what the backend chooses by default.
+    """
+    softmax_loss = softmax_loss or _implementation(hidden_TD)
+    needs_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+    return _LinearCrossEntropy.apply(
+        hidden_TD, weight_VD, target_T, float(denominator), ignore, needs_grad, softmax_loss
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        denominator: float,
+        ignore: int,
+        needs_grad: bool,
+        softmax_loss: SoftmaxLoss,
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        step = chunk_tokens(weight.shape[0], hidden.device)
+        for start in range(0, hidden.shape[0], step):
+            rows = slice(start, start + step)
+            logits_nV = torch.mm(hidden[rows], weight.t())
+            loss_n, grad = softmax_loss(logits_nV, target[rows], denominator, ignore, needs_grad)
+            total += loss_n.sum()
+            if grad is not None and grad_hidden is not None and grad_weight is not None:
+                torch.mm(grad, weight, out=grad_hidden[rows])
+                grad_weight += torch.mm(grad.t(), hidden[rows])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total / denominator
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+        return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight, *[None] * 5
+
+
+def _implementation(hidden: Tensor) -> SoftmaxLoss:
+    if backend.cross_entropy(hidden.device, hidden.dtype).name == "triton":
+        from model.kernels.cross_entropy import softmax_triton
+
+        return softmax_triton.softmax_loss
+    return eager_softmax_loss

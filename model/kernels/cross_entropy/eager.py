@@ -1,0 +1,42 @@
+"""Softmax and loss of a chunk of logits with torch's functions, on any device.
+
+n tokens of a chunk; V the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+_LOG2E = math.log2(math.e)
+
+
+def eager_softmax_loss(
+    logits_nV: Tensor, target_n: Tensor, denominator: float, ignore: int, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Computes the cross-entropies of logits, and the gradient to add to that of the logits.
+
+    Args:
+        target_n: int64; where it is ``ignore``, loss and gradient are 0.
+        denominator: what the gradient is divided by, and the loss is not.
+
+    Returns:
+        fp32 [n], and [n, V] in the logits' dtype, or None unless ``needs_grad``. The logits may
+        have been overwritten.
+    """
+    valid_n = target_n != ignore
+    index_n1 = target_n.masked_fill(~valid_n, 0)[:, None]
+    # Logits in base 2, less their maximum: exp2 is cheaper than exp.
+    wide_nV = logits_nV.float().mul_(_LOG2E)
+    wide_nV.sub_(wide_nV.amax(-1, keepdim=True))
+    picked_n1 = wide_nV.gather(1, index_n1)
+    powers_nV = wide_nV.exp2_()
+    sum_n1 = powers_nV.sum(-1, keepdim=True)
+    loss_n = (sum_n1.log2() - picked_n1)[:, 0] * valid_n / _LOG2E
+    if not needs_grad:
+        return loss_n, None
+    share_n1 = valid_n[:, None] / denominator
+    grad_nV = powers_nV.mul_(share_n1 / sum_n1)
+    grad_nV.scatter_add_(1, index_n1, -share_n1)
+    return loss_n, grad_nV.to(logits_nV.dtype)

@@ -1,0 +1,109 @@
+"""Matmuls of factors rounded to FP8 and multiplied in their own dtype, on any device.
+
+T tokens; X and F a weight's inputs and outputs; G groups; E experts; P rows; R rows and C columns
+of any matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.kernels.mxfp4 import FP8_BLOCK as BLOCK
+from model.kernels.mxfp4 import power_of_two
+
+_MIN_EXPONENT = -117
+"""Smallest scale, also that of zeros: its smallest number, 2^-9 of it, is a normal one of fp32."""
+
+
+def eager_batched(x_GTX: Tensor, weight_GFX: Tensor) -> Tensor:
+    """Computes `batched`."""
+    return _Batched.apply(x_GTX, weight_GFX)
+
+
+def eager_grouped(x_PX: Tensor, weight_EFX: Tensor, ends_E: Tensor) -> Tensor:
+    """Computes `grouped`."""
+    return _Grouped.apply(x_PX, weight_EFX, ends_E)
+
+
+class _Batched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(rounded(x, 1, BLOCK), rounded(weight, BLOCK, BLOCK).transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.bmm(rounded(grad, 1, BLOCK), rounded(weight, BLOCK, BLOCK))
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.bmm(rounded(grad, BLOCK, 1).transpose(1, 2), rounded(x, BLOCK, 1))
+        return grad_x, grad_weight
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        rounded_weight = rounded(weight, BLOCK, BLOCK).transpose(1, 2)
+        return F.grouped_mm(rounded(x, 1, BLOCK), rounded_weight, offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, ends = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = F.grouped_mm(rounded(grad, 1, BLOCK), rounded(weight, BLOCK, BLOCK), offs=ends)
+        if ctx.needs_input_grad[1]:
+            tile_P = tiles_of_groups(ends, len(x))
+            grad, x = (rounded_by_tile(rows, tile_P, len(ends)) for rows in (grad, x))
+            grad_weight = F.grouped_mm(grad.transpose(0, 1), x, offs=ends)
+        return grad_x, grad_weight, None
+
+
+def rounded(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Rounds tiles of `rows` x `columns` of [.., R, C], in its own dtype, fp32 or bf16."""
+    down, right = -x.shape[-2] % rows, -x.shape[-1] % columns
+    filled = F.pad(x, (0, right, 0, down)) if down or right else x
+    tiles = filled.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
+    largest = tiles.abs().amax(dim=(-3, -1), keepdim=True)
+    out = _rounded(tiles, largest).flatten(-4, -3).flatten(-2)
+    return out[..., : x.shape[-2], : x.shape[-1]] if down or right else out
+
+
+def rounded_by_tile(x_PC: Tensor, tile_P: Tensor, groups: int) -> Tensor:
+    """Rounds every channel of [P, C] by tiles of rows, which `tiles_of_groups` numbers."""
+    index_PC = tile_P[:, None].expand_as(x_PC)
+    most = len(x_PC) // BLOCK + groups + 1
+    largest = x_PC.new_zeros(most, x_PC.shape[1])
+    largest = largest.scatter_reduce(0, index_PC, x_PC.abs(), "amax")
+    return _rounded(x_PC, largest.gather(0, index_PC))
+
+
+def tiles_of_groups(ends_E: Tensor, rows: int) -> Tensor:
+    """Numbers each row's tile, [P]: up to 128 rows of one group; no wait for the device.
+
+    Rows after the last end have separate tiles.
+    """
+    end_E = ends_E.long()
+    start_E = F.pad(end_E, (1, 0))
+    tiles_E = (start_E.diff() + BLOCK - 1) // BLOCK
+    before_E = F.pad(tiles_E.cumsum(0), (1, 0))
+    row_P = torch.arange(rows, device=ends_E.device)
+    group_P = torch.searchsorted(end_E, row_P, right=True)
+    return before_E[group_P] + (row_P - start_E[group_P]) // BLOCK
+
+
+def _rounded(x: Tensor, largest: Tensor) -> Tensor:
+    """Rounds to E4M3 numbers times the scale that goes with the largest magnitude, ties to even."""
+    fraction, exponent = torch.frexp(largest.float())  # 448 · 2^k = 0.875 · 2^(k+9)
+    exponent = torch.where(fraction <= 0.875, exponent - 9, exponent - 8)
+    exponent = exponent.clamp_min(_MIN_EXPONENT)
+    scale = power_of_two(exponent).masked_fill(~largest.isfinite(), torch.nan)
+    numbers = (x.float() * power_of_two(-exponent)).to(torch.float8_e4m3fn)
+    return (numbers.float() * scale).to(x.dtype)

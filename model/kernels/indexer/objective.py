@@ -1,0 +1,83 @@
+"""The indexer's objective: its scores against the attention that entries got (report §2.3.1).
+
+For every query, KL(p ‖ softmax(I)) over a set of entries: I are the indexer's scores, and p is the
+probability mass that core attention gave to each entry, summed over heads and divided by its sum
+over the set. The set is all entries that the query sees (the dense phase), or those selected for
+it. Only the indexer's queries, keys and head weights get a gradient; p is a constant.
+
+T queries; I index heads; J their width; C entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.kernels import backend
+from model.kernels.indexer.inputs import IndexerInputs
+from model.kernels.indexer.kl_target import KLTarget
+from model.kernels.indexer.loss_eager import eager_objective
+
+ComputeObjective = Callable[
+    [IndexerInputs, KLTarget, Tensor, bool], tuple[Tensor, Sequence[Tensor]]
+]
+"""A function with the arguments and results of `eager_objective`."""
+
+
+def indexer_objective(
+    inputs: IndexerInputs,
+    target: KLTarget,
+    share_T: Tensor,
+    compute: ComputeObjective | None = None,
+) -> Tensor:
+    """Computes Σ_t share_t · KL(p_t ‖ softmax(I_t)) as a 0-dim tensor.
+
+    The gradient is formed in forward, while a block's scores and mass are there: the mass is asked
+    for then alone, so that nothing of the target is held until backward, and a mass that is a sum
+    over ranks sends nothing in backward.
+
+    Args:
+        inputs: detach what they were computed from where the indexer alone is to learn.
+        share_T: fp32 weight of each query. A query with an empty set, or whose set got no mass,
+            contributes 0 and has no gradient.
+        compute: forms objective and gradients; what the backend chooses by default.
+    """
+    tensors = (inputs.q_TIJ, inputs.keys_CJ, inputs.weights_TI)
+    compute = compute or _implementation(inputs.q_TIJ)
+    return _Objective.apply(*tensors, target, share_T, torch.is_grad_enabled(), compute)
+
+
+def _implementation(q_TIJ: Tensor) -> ComputeObjective:
+    heads, dim = q_TIJ.shape[1:]
+    if backend.indexer_loss(q_TIJ.device, q_TIJ.dtype, dim, heads).name == "triton":
+        from model.kernels.indexer import loss_triton
+
+        return loss_triton.objective
+    return eager_objective
+
+
+class _Objective(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        keys: Tensor,
+        weights: Tensor,
+        target: KLTarget,
+        share: Tensor,
+        grad_enabled: bool,
+        compute: ComputeObjective,
+    ) -> Tensor:
+        needs_grad = grad_enabled and any(ctx.needs_input_grad[:3])
+        inputs = IndexerInputs(q, keys, weights)
+        total, gradients = compute(inputs, target, share, needs_grad)
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (gradient * grad.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return *gradients, *[None] * 4

@@ -1,0 +1,65 @@
+"""Scores and the selection of entries with torch's functions, on any device.
+
+T queries, n of a block; I index heads; J their width; C entries, c of a block; k selected entries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.kernels.attention import AttentionRanges
+from model.kernels.indexer.inputs import IndexerInputs
+
+_CPU_SCORES, _GPU_SCORES = 1 << 19, 1 << 27
+"""Per-head scores held at once, whatever the sequence length: a core's cache, or half a GiB."""
+
+
+@torch.no_grad()
+def eager_select_topk(inputs: IndexerInputs, ranges: AttentionRanges, k: int) -> Tensor:
+    """Computes `select_topk`."""
+    assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
+    assert ranges.host_entry_start_T is not None and ranges.host_entry_end_T is not None
+    q_TIJ, keys_CJ, weights_TI = inputs.q_TIJ, inputs.keys_CJ, inputs.weights_TI
+    start_T, end_T = ranges.entry_start_T, ranges.entry_end_T
+    all_Tk = start_T[:, None] + torch.arange(k, device=start_T.device)
+    selected_Tk = torch.where(all_Tk < end_T[:, None], all_Tk, -1).to(torch.int32)
+    heads = q_TIJ.shape[1]
+    host_start, host_end = ranges.host_entry_start_T, ranges.host_entry_end_T
+    widest = int((host_end - host_start).max(initial=0))
+    max_scores = _CPU_SCORES if q_TIJ.device.type == "cpu" else _GPU_SCORES
+    step = max(max_scores // (heads * max(widest, 1)), 1)
+    for block in range(0, len(host_start), step):
+        rows = slice(block, block + step)
+        # Where no query sees more than k entries there is nothing to choose.
+        if (host_end[rows] - host_start[rows]).max() <= k:
+            continue
+        first, last = int(host_start[rows][0]), int(host_end[rows].max())
+        scores = entry_scores(q_TIJ[rows], keys_CJ[first:last], weights_TI[rows])
+        index = torch.arange(first, last, device=scores.device)
+        hidden = (index < start_T[rows, None]) | (index >= end_T[rows, None])
+        scores.masked_fill_(hidden, float("-inf"))
+        best = _ordered(scores).topk(k, dim=-1).indices
+        best = best.masked_fill(hidden.gather(1, best), -1 - first) + first
+        selected_Tk[rows] = best.to(torch.int32)
+    return selected_Tk
+
+
+def entry_scores(q_nIJ: Tensor, keys_cJ: Tensor, weights_nI: Tensor) -> Tensor:
+    """Computes Σ_h w_h · ReLU(q_h · k_s) of every pair, fp32 [n, c]."""
+    n, heads, dim = q_nIJ.shape
+    dots = torch.mm(q_nIJ.reshape(n * heads, dim).float(), keys_cJ.float().t()).relu_()
+    return torch.bmm(weights_nI.float()[:, None], dots.view(n, heads, -1))[:, 0]
+
+
+def _ordered(scores_nc: Tensor) -> Tensor:
+    """Returns int64 keys, all different, in the order of (score, lower index first).
+
+    The bits of a float sort like the number itself once negative ones are flipped; adding zero
+    makes -0.0 and 0.0 equal.
+    """
+    bits = (scores_nc + 0.0).view(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    width = scores_nc.shape[-1]
+    lower_first = torch.arange(width - 1, -1, -1, device=scores_nc.device)
+    return (bits.long() << 32) | lower_first

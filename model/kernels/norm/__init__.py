@@ -1,0 +1,52 @@
+"""RMS normalisation (Zhang & Sennrich 2019) and rotary embedding, in fp32, in one pass.
+
+Keys and compressed entries are normalised and then rotated; as two operations, each would read and
+write them. n rows; d their width; R rotated dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from model.kernels import backend
+from model.kernels.norm.eager import eager_rms_norm, eager_rotate
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    rotation: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    eager: Callable[..., Tensor] = eager_rms_norm,
+) -> Tensor:
+    """Computes x / sqrt(mean(x²) + eps) · weight over the last dim, then rotates it if asked.
+
+    Args:
+        x: [..., d], or [n, d] where it is rotated.
+        weight: fp32 [d].
+        rotation: as in `rotate`.
+        dtype: of the result; x's by default. Nothing is rounded before the end.
+        eager: what runs where Triton does not.
+    """
+    dtype = dtype or x.dtype
+    if backend.norm(x.device, x.dtype, x.shape[-1]).name == "triton":
+        from model.kernels.norm import norm_triton
+
+        return norm_triton.rms_norm(x, weight, eps, rotation, dtype)
+    return eager(x, weight, eps, rotation, dtype)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotates the last R dims of ``x`` [n, ..., d] as adjacent pairs by ``rotation`` [n, R/2].
+
+    The pair (x[2j], x[2j+1]) is one complex number; rotating back is rotating by the conjugate.
+    """
+    if backend.norm(x.device, x.dtype, x.shape[-1]).name == "triton":
+        from model.kernels.norm import norm_triton
+
+        return norm_triton.rotate(x, rotation)
+    return eager_rotate(x, rotation)
