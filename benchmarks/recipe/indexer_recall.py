@@ -23,7 +23,6 @@ import argparse
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor

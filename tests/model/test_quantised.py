@@ -154,7 +154,7 @@ def test_the_index_learns_straight_through() -> None:
 
     def grads(turn: Callable[[Tensor], Tensor]) -> list[Tensor]:
         found = index(*inputs)
-        parts = zip((found.queries_TIJ, found.keys_CJ), upstream, strict=True)
+        parts = zip((found.q_TIJ, found.keys_CJ), upstream, strict=True)
         total = sum((turn(part) * up).sum() for part, up in parts)
         weights = index.wq_b.weight, index.compressor.wkv.weight, index.compressor.ape
         return list(torch.autograd.grad(total, weights))
