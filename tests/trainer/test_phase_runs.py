@@ -183,7 +183,7 @@ def test_the_report_and_the_plan_show_the_phases(straight: Path, path: Path) -> 
     html = write_report(config).read_text(encoding="utf-8")
     for phase in Recipe(config).phases:
         assert f">{phase.name}</text>" in html
-    assert 'aria-label="Objective of the indexers"' in html
+    assert 'aria-label="Indexer loss"' in html
     parts = list(recipe_part(config, config.sizes(1)))
     assert "of the run's newest steps" in str(parts[1])
 

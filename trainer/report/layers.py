@@ -1,4 +1,4 @@
-"""The report's sections about spikes, layers and groups of weights."""
+"""The report's sections on loss spikes, layers and parameter groups."""
 
 from html import escape
 from typing import Any
@@ -9,84 +9,88 @@ from trainer.report.plots import draw_layers
 
 Records = list[dict[str, Any]]
 Columns = tuple[tuple[str, str, str], ...]
-"""Name in the record, heading, and what it means."""
+"""Key in the record, heading, and meaning."""
 
 _ROUTING: Columns = (
-    ("expert_load_max", "busiest expert", "its tokens over the mean of all experts; 1 is even"),
-    ("expert_load_entropy", "evenness", "entropy of the loads over that of even ones; 1 is even"),
-    ("experts_dead", "idle experts", "share of the experts that no token went to"),
-    ("router_bias_min", "least bias", "what the router adds to the scores to even the loads out"),
-    ("router_bias_max", "largest bias", "the same"),
+    (
+        "expert_load_max",
+        "max load",
+        "the most loaded expert over the mean; 1 is balanced",
+    ),
+    ("expert_load_entropy", "load entropy", "over that of balanced loads; 1 is balanced"),
+    ("experts_dead", "dead experts", "fraction of experts without a token"),
+    ("router_bias_min", "min bias", "added to the router's scores to balance the loads"),
+    ("router_bias_max", "max bias", "the same"),
 )
 _INSIDE: Columns = (
-    ("clamped", "clamped", "share of the experts' inner values that SwiGLU's clamp changes"),
-    ("swiglu_max", "largest inner value", "before the clamp"),
-    ("stream_rms", "streams", "root mean square of the residual streams behind the layer"),
-    ("stream_max", "largest in streams", "largest magnitude in them"),
+    ("clamped", "clamped", "fraction of the experts' SwiGLU inputs that the clamp changes"),
+    ("swiglu_max", "max SwiGLU input", "before the clamp"),
+    ("stream_rms", "stream RMS", "of the residual streams after the layer"),
+    ("stream_max", "stream max", "largest magnitude in the residual streams"),
     (
         "comb_departure",
-        "mixing off by",
-        "how far rows and columns of the matrices that mix the streams are from summing to 1",
+        "mixing error",
+        "largest deviation of row and column sums of the stream mixing matrices from 1",
     ),
     (
         "indexer_recall",
-        "kept by the index",
-        "of the attention to all entries, the share of those that the indexer keeps",
+        "indexer recall",
+        "fraction of the attention to all entries that falls on the selected ones",
     ),
-    ("sink_min", "least sink", "logit of a head that stands for attending to nothing"),
-    ("sink_max", "largest sink", "the same"),
+    ("sink_min", "min sink", "logit of a head's attention sink"),
+    ("sink_max", "max sink", "the same"),
 )
 _MAPS = (
-    ("expert_load_max", "Busiest expert of every layer", "load over the mean"),
-    ("clamped", "Inner values that SwiGLU's clamp changes", "share"),
-    ("stream_rms", "Residual streams behind every layer", "root mean square"),
+    ("expert_load_max", "Most loaded expert of each layer", "load / mean load"),
+    ("clamped", "Clamped SwiGLU inputs of each layer", "fraction"),
+    ("stream_rms", "Residual streams after each layer", "RMS"),
 )
 
 
 def events_section(config: RunConfig, records: Records, events: list[Event]) -> str:
-    """What was seen and what was done about it; a sentence where nothing was."""
+    """Returns the table of spikes and rollbacks; a sentence if there were none."""
     if not events:
         if config.stability.spikes is None:
             return ""
-        return _figure("Spikes", "<p>No step was a spike; the run never turned back.</p>")
+        return _figure("Spikes", "<p>No spikes; the run never rolled back.</p>")
     rows = "".join(
         f"<tr><td>{event['seen_at']:,}</td><td>{escape(event['what'])}</td>"
-        f"<td>{escape(_done(event))}</td></tr>"
+        f"<td>{escape(_action(event))}</td></tr>"
         for event in events
     )
-    left = sum("loss" not in record for record in records)
+    skipped = sum("loss" not in record for record in records)
     routed = sum(bool(record.get("anticipates")) for record in records)
     below = (
-        f"<p>Steps without an update: {left}. Steps in which tokens went to the experts that older "
-        f"weights chose (anticipatory routing): {routed}. The charts have a dashed line where a "
-        "spike was seen; steps that came again are shown as they were the last time.</p>"
+        f"<p>Skipped batches: {skipped}. Steps with anticipatory routing (experts chosen by older "
+        f"weights): {routed}. A dashed line in the charts marks a spike; repeated steps are shown "
+        "as they were the last time.</p>"
     )
-    head = "<tr><th>step</th><th>what was seen</th><th>what was done</th></tr>"
+    head = "<tr><th>step</th><th>problem</th><th>action</th></tr>"
     return _figure("Spikes", f"<table class=events>{head}{rows}</table>{below}")
 
 
-def _done(event: Event) -> str:
+def _action(event: Event) -> str:
     if event["stopped"] is not None:
         return f"the run ended: {event['stopped']}"
-    parts = [f"back to the state after step {event['back_to']:,}"]
+    parts = [f"rolled back to the state after step {event['back_to']:,}"]
     if event["left_out"] is not None:
-        parts.append(f"batch of step {event['left_out']:,} left out")
+        parts.append(f"batch of step {event['left_out']:,} skipped")
     if event["anticipation_until"] is not None:
         parts.append(f"anticipatory routing to step {event['anticipation_until']:,}")
     return "; ".join(parts)
 
 
 def layers_section(config: RunConfig, records: Records) -> str:
-    """Maps of some numbers over time, and tables of every layer at the last look."""
-    seen = [record for record in records if "layers" in record]
-    if not seen:
+    """Returns heat maps over the run, and tables of all layers at the last collected step."""
+    sampled = [record for record in records if "layers" in record]
+    if not sampled:
         return ""
-    numbers, step = seen[-1]["layers"], seen[-1]["step"]
-    drawn = [entry for entry in _MAPS if all(entry[0] in record["layers"] for record in seen)]
+    numbers, step = sampled[-1]["layers"], sampled[-1]["step"]
+    drawn = [entry for entry in _MAPS if all(entry[0] in record["layers"] for record in sampled)]
     maps = "".join(
-        _figure(title, draw_layers(seen, name, title, unit))
+        _figure(title, draw_layers(sampled, name, title, unit))
         for name, title, unit in drawn
-        if any(any(record["layers"][name]) for record in seen)  # not where it was 0 throughout
+        if any(any(record["layers"][name]) for record in sampled)  # not if 0 throughout
     )
     return maps + "".join(
         _figure(f"{title} after step {step:,}", _table(config, numbers, columns))
@@ -116,18 +120,18 @@ def _table(config: RunConfig, numbers: dict[str, list[float | None]], columns: C
 
 
 def groups_section(records: Records) -> str:
-    """How far the last update that was looked at moved the weights of every group."""
-    seen = [record for record in records if record.get("groups")]
-    if not seen:
+    """Returns the table of update sizes and norms by group at the last collected step."""
+    sampled = [record for record in records if record.get("groups")]
+    if not sampled:
         return ""
-    numbers, step = seen[-1]["groups"], seen[-1]["step"]
+    numbers, step = sampled[-1]["groups"], sampled[-1]["step"]
     rows = "".join(
         f"<tr><td>{escape(group.replace('_', ' '))}</td><td>{update:.3g}</td>"
         f"<td>{numbers['weight_norm'][group]:.4g}</td></tr>"
         for group, update in numbers["update_rms"].items()
     )
-    head = "<tr><th>weights</th><th>change in the step, RMS</th><th>norm</th></tr>"
-    return _figure(f"Weights in step {step:,}", f"<table class=layers>{head}{rows}</table>")
+    head = "<tr><th>parameters</th><th>update RMS</th><th>weight norm</th></tr>"
+    return _figure(f"Update sizes in step {step:,}", f"<table class=layers>{head}{rows}</table>")
 
 
 def _figure(title: str, body: str) -> str:

@@ -1,4 +1,4 @@
-"""The curves of a run as SVG that takes its text colour from the page around it."""
+"""Charts of a run as SVG in the text colour of the page that contains them."""
 
 import io
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 SERIES_COLORS = ("#3b82c4", "#e07b39", "#2f9e76", "#7a5bb5", "#c24b4b")
-MOST_POINTS = 1200  # more cannot be told apart on a screen
-_INK = "#010203"  # stands for the page's own text colour, see `to_svg`
+MAX_POINTS = 1200  # more cannot be distinguished on a screen
+_INK = "#010203"  # placeholder of the page's text colour, see `to_svg`
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "v4",
@@ -49,7 +49,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """A titled chart with one or more curves."""
+    """A titled chart with one or more curves; `unit` labels the y axis."""
 
     title: str
     unit: str
@@ -58,7 +58,7 @@ class Chart:
 
 
 Mark = tuple[int, str]
-"""Something that begins after a step, and its name."""
+"""A phase: the step after which it begins, and its name."""
 
 CHARTS = (
     Chart(
@@ -66,36 +66,36 @@ CHARTS = (
         "nats per token",
         (
             Curve("lm_loss", "training", "#3b82c4"),
-            Curve("validation_loss", "held out", "#e07b39", style="dots"),
+            Curve("validation_loss", "validation", "#e07b39", style="dots"),
         ),
         wide=True,
     ),
-    Chart("Multi-token prediction loss", "nats per token", (Curve("mtp_loss", "", "#3b82c4"),)),
-    Chart("Balance loss", "weighted, all layers", (Curve("balance_loss", "", "#3b82c4"),)),
+    Chart("MTP loss", "nats per token", (Curve("mtp_loss", "", "#3b82c4"),)),
+    Chart("Balance loss", "weighted, summed over layers", (Curve("balance_loss", "", "#3b82c4"),)),
     Chart(
-        "Objective of the indexers",
-        "nats a query, all layers",
+        "Indexer loss",
+        "nats per query, summed over layers",
         (Curve("indexer_loss", "", "#c24b4b"),),
     ),
-    Chart("Learning rate", "per step", (Curve("learning_rate", "", "#7a5bb5", style="exact"),)),
-    Chart("Gradient norm", "before clipping", (Curve("grad_norm", "", "#7a5bb5"),)),
-    Chart("Speed", "tokens per second", (Curve("tokens_per_second", "", "#2f9e76"),)),
+    Chart("Learning rate", "", (Curve("learning_rate", "", "#7a5bb5", style="exact"),)),
+    Chart("Gradient norm", "global norm before clipping", (Curve("grad_norm", "", "#7a5bb5"),)),
+    Chart("Throughput", "tokens per second", (Curve("tokens_per_second", "", "#2f9e76"),)),
     Chart(
         "Expert load",
-        "share of the mean load",
+        "load / mean load",
         (
-            Curve("expert_load_max", "busiest expert", "#c24b4b"),
-            Curve("expert_load_min", "idlest expert", "#2f9e76"),
+            Curve("expert_load_max", "most loaded expert", "#c24b4b"),
+            Curve("expert_load_min", "least loaded expert", "#2f9e76"),
         ),
     ),
 )
 
 
 def points(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the records that have `key`, averaged down to MOST_POINTS."""
-    found = [(record["step"], value_of(record, key)) for record in records]
-    pairs = [(step, value) for step, value in found if value is not None]
-    size = -(-len(pairs) // MOST_POINTS) or 1
+    """Returns steps and values of the records that have `key`, averaged down to MAX_POINTS."""
+    values_by_step = [(record["step"], value_of(record, key)) for record in records]
+    pairs = [(step, value) for step, value in values_by_step if value is not None]
+    size = -(-len(pairs) // MAX_POINTS) or 1
     steps, values = [], []
     for start in range(0, len(pairs), size):
         group = pairs[start : start + size]
@@ -105,14 +105,14 @@ def points(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list
 
 
 def value_of(record: dict[str, Any], key: str) -> float | None:
-    """A number of a record; `name.part` is a part of a number that has several."""
+    """Returns a number of a record, or None; `name.part` is one entry of a dictionary."""
     name, _, part = key.partition(".")
-    found = record.get(name)
-    return found.get(part) if part and found is not None else found
+    value = record.get(name)
+    return value.get(part) if part and value is not None else value
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:
-    """Mean over each value and up to `reach` neighbours on both sides: no lag behind the data."""
+    """Returns the mean over each value and up to `reach` neighbours on both sides: no lag."""
     totals = list(accumulate(values, initial=0.0))
     means = []
     for i in range(len(values)):
@@ -122,7 +122,7 @@ def smooth(values: Sequence[float], reach: int) -> list[float]:
 
 
 def source_charts(records: Sequence[dict[str, Any]]) -> list[Chart]:
-    """A chart of the validation loss by source, where that was evaluated."""
+    """Returns a chart of the validation loss by source, or none without such records."""
     names = dict.fromkeys(n for record in records for n in record.get("validation_by_source", {}))
     if not names:
         return []
@@ -139,9 +139,9 @@ def draw(
     marks: Sequence[Mark] = (),
     spikes: Sequence[int] = (),
 ) -> str:
-    """The chart as an `<svg>` element, with the marks' names where it is wide.
+    """Returns the chart as an `<svg>` element; wide charts show the names of the marks.
 
-    `spikes` are steps at which the run turned back.
+    `spikes` are steps at which the run rolled back.
     """
     with matplotlib.rc_context(STYLE):
         return to_svg(picture(chart, records, marks, spikes), chart.title)
@@ -153,11 +153,13 @@ def picture(
     marks: Sequence[Mark] = (),
     spikes: Sequence[int] = (),
 ) -> Figure:
-    """The chart as a figure, in the style that is in force."""
+    """Returns the chart as a figure in the current style."""
     figure = Figure(figsize=(10.4, 3.6) if chart.wide else (5.1, 2.9), layout="constrained")
     axes = figure.subplots()
     for curve in chart.curves:
         steps, values = points(records, curve.key)
+        if not steps:
+            continue
         if curve.style == "dots":
             axes.plot(steps, values, "o-", color=curve.color, ms=4.5, lw=1.2, label=curve.label)
             continue
@@ -166,6 +168,7 @@ def picture(
             values = smooth(values, len(values) // 60 + 1)
         axes.plot(steps, values, color=curve.color, lw=1.7, label=curve.label)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel(chart.unit)
     for step in spikes:
@@ -182,31 +185,31 @@ def picture(
 
 
 def lines_of(starts: Sequence[int], last: int) -> list[int]:
-    """On which line above a chart each name goes, so that none begins inside another one.
+    """Returns the text line above the chart for each name, so that no two names overlap.
 
     A name takes less than a tenth of a wide chart that ends at step `last`.
     """
-    lines: list[int] = []  # where the last name of each begins
-    found = []
+    lines: list[int] = []  # where the last name on each begins
+    chosen = []
     for start in starts:
         free = (n for n, before in enumerate(lines) if start - before >= last / 10)
         line = next(free, len(lines))
         lines[line : line + 1] = [start]
-        found.append(line)
-    return found
+        chosen.append(line)
+    return chosen
 
 
 def draw_layers(records: Sequence[dict[str, Any]], key: str, title: str, unit: str) -> str:
-    """A number of every layer over the steps, as a map in colours; an `<svg>` element."""
-    seen = [record for record in records if "layers" in record]
-    seen = seen[:: -(-len(seen) // MOST_POINTS)]
-    rows = len(seen[0]["layers"][key])
-    values = [[record["layers"][key][row] for record in seen] for row in range(rows)]
+    """Returns a heat map of a number of every layer over the steps, as an `<svg>` element."""
+    sampled = [record for record in records if "layers" in record]
+    sampled = sampled[:: -(-len(sampled) // MAX_POINTS)]
+    rows = len(sampled[0]["layers"][key])
+    values = [[record["layers"][key][row] for record in sampled] for row in range(rows)]
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(10.4, 1.2 + min(0.16 * rows + 0.5, 6.0)), layout="constrained")
         axes = figure.subplots()
         edges = [row - 0.5 for row in range(rows + 1)]
-        steps = [0, *(record["step"] for record in seen)]
+        steps = [0, *(record["step"] for record in sampled)]
         colours = axes.pcolormesh(steps, edges, values, cmap="viridis")
         axes.invert_yaxis()
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -218,7 +221,7 @@ def draw_layers(records: Sequence[dict[str, Any]], key: str, title: str, unit: s
 
 
 def histogram(title: str, unit: str, series: dict[str, NDArray[np.int64]]) -> str:
-    """Shares of each series over logarithmic classes, as an `<svg>` element."""
+    """Returns a histogram of each series over logarithmic bins, as an `<svg>` element."""
     longest = max((int(values.max()) for values in series.values() if len(values)), default=2)
     edges = 2.0 ** np.arange(0, np.ceil(np.log2(longest + 1)) + 0.5, 0.5)
     with matplotlib.rc_context(STYLE):
@@ -234,13 +237,13 @@ def histogram(title: str, unit: str, series: dict[str, NDArray[np.int64]]) -> st
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         axes.set_xlabel(unit)
-        axes.set_ylabel("share of the documents")
+        axes.set_ylabel("fraction of documents")
         axes.legend()
         return to_svg(figure, title)
 
 
 def to_svg(figure: Figure, title: str) -> str:
-    """The figure as an `<svg>` element in the page's text colour."""
+    """Returns the figure as an `<svg>` element in the page's text colour."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The trials of a sweep as SVG: curves, and settings in parallel coordinates."""
+"""Charts of a sweep as SVG: curves, and settings in parallel coordinates."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ from trainer.report.plots import STYLE, points, to_svg
 
 
 def _color(rank: float) -> tuple[float, float, float, float]:
-    """0 is the best and dark, 1 the worst."""
+    """Returns the colour of a rank between 0 (the best, dark) and 1 (the worst)."""
     return matplotlib.colormaps["viridis"](0.9 * rank)
 
 
 def draw_curves(trials: Sequence[tuple[int, Sequence[Record]]], metric: str, ranks: int) -> str:
-    """The metric over the steps, one line per trial; `trials` pairs the setting's rank with it."""
+    """Draws the metric, a line per trial; `trials` pairs each with its setting's rank."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 3.8), layout="constrained")
         axes = figure.subplots()
@@ -29,7 +29,7 @@ def draw_curves(trials: Sequence[tuple[int, Sequence[Record]]], metric: str, ran
 
 
 def draw_parallel(settings: Sequence[tuple[dict[str, str], float]], metric: str) -> str:
-    """One line per setting through an axis per parameter; `settings` has the best first."""
+    """Draws one line per setting through an axis per parameter; `settings` has the best first."""
     names = list(settings[0][0])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 3.8), layout="constrained")
@@ -58,7 +58,7 @@ def draw_parallel(settings: Sequence[tuple[dict[str, str], float]], metric: str)
 
 
 def _heights(texts: Sequence[str]) -> list[float]:
-    """Places on an axis from 0 to 1: by rank, numbers in their order."""
+    """Returns positions on an axis from 0 to 1: by rank, numbers in their order."""
     try:
         order = sorted(set(texts), key=float)
     except ValueError:

@@ -1,4 +1,4 @@
-"""`v4 report`: the curves and facts of a run in one HTML file that needs nothing else."""
+"""`v4 report`: charts and tables of a run in one self-contained HTML file."""
 
 import math
 from html import escape
@@ -59,7 +59,7 @@ td:last-child { text-align: right; font-variant-numeric: tabular-nums; word-brea
 
 
 def write_report(config: RunConfig) -> Path:
-    """Write `report.html` into the run folder; returns its path.
+    """Writes `report.html` into the run folder and returns its path.
 
     Raises ReportError where the run has no metrics yet.
     """
@@ -74,7 +74,7 @@ def write_report(config: RunConfig) -> Path:
 
 
 def render(config: RunConfig, records: list[dict[str, Any]], events: list[Event]) -> str:
-    """The page as HTML text."""
+    """Returns the page as HTML text."""
     last = records[-1]
     marks, spikes = phase_marks(config), [event["seen_at"] for event in events]
     charts = "".join(
@@ -101,14 +101,14 @@ def render(config: RunConfig, records: list[dict[str, Any]], events: list[Event]
 
 
 def phase_marks(config: RunConfig) -> list[Mark]:
-    """Where the phases of a run begin; none where there are no phases."""
+    """Returns where the phases of a run begin; none for a run without phases."""
     if not config.phases:
         return []
     return [(phase.first, phase.name) for phase in Recipe(config).phases]
 
 
 def page(title: str, subtitle: str, body: str) -> str:
-    """A whole HTML page around `body`, which is HTML already."""
+    """Returns an HTML page with `body`, which is HTML already."""
     name = escape(title)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -136,7 +136,7 @@ def _headline(config: RunConfig, records: list[dict[str, Any]]) -> list[tuple[st
         ("tokens per second, median", short(speeds[len(speeds) // 2])),
     ]
     if last.get("rollbacks"):
-        tiles.append(("times turned back", str(last["rollbacks"])))
+        tiles.append(("rollbacks", str(last["rollbacks"])))
     if validation:
         tiles.insert(3, ("final validation loss", f"{validation[-1]:.4f}"))
     return tiles
@@ -151,14 +151,14 @@ def _facts(config: RunConfig, last: dict[str, Any]) -> list[tuple[str, list[tupl
             "Model",
             [
                 ("parameters", f"{counts.total:,}"),
-                ("active for a token, without MTP", f"{counts.active:,}"),
-                ("of all, in the MTP block", f"{counts.mtp:,}"),
+                ("active per token, without MTP", f"{counts.active:,}"),
+                ("of which in the MTP block", f"{counts.mtp:,}"),
                 ("vocabulary", f"{model.vocab_size:,}"),
                 ("hidden size", model.hidden_size),
                 ("layers", f"{model.num_hidden_layers} ({', '.join(kinds)})"),
                 ("heads x dimension", f"{model.num_attention_heads} x {model.head_dim}"),
                 ("routed experts", model.n_routed_experts),
-                ("routed experts, active", model.num_experts_per_tok),
+                ("active routed experts", model.num_experts_per_tok),
                 ("residual streams", model.hc_mult),
             ],
         ),
@@ -167,24 +167,24 @@ def _facts(config: RunConfig, last: dict[str, Any]) -> list[tuple[str, list[tupl
             [
                 ("steps", f"{last['step']:,} of {config.steps:,}"),
                 ("tokens", f"{last['tokens']:,}"),
-                *_rows_of_a_step(config),
+                *_batch_of_phases(config),
                 ("peak learning rate", f"{optim.learning_rate:g}"),
                 ("precision", config.precision),
                 ("seed", config.seed),
             ],
         ),
         (
-            "At the end",
+            "Last step",
             [(name.replace("_", " "), number(last[name])) for name in _FINAL if name in last],
         ),
     ]
 
 
-def _rows_of_a_step(config: RunConfig) -> list[tuple[str, str]]:
-    """Of every phase, where there are several."""
+def _batch_of_phases(config: RunConfig) -> list[tuple[str, str]]:
+    """Returns the batch of every phase."""
     return [
         (
-            f"rows of a step x length{phase.name and ', ' + phase.name}",
+            f"batch, rows x tokens{phase.name and ', ' + phase.name}",
             f"{phase.rows.global_batch_size} x {short_length(phase.rows.seq_len)}",
         )
         for phase in Recipe(config).phases
@@ -207,5 +207,5 @@ _FINAL = (
 
 
 def number(value: float) -> str:
-    """Six significant digits, thousands apart."""
+    """Formats a number with six significant digits, or thousands separators."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"

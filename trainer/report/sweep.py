@@ -1,4 +1,4 @@
-"""`v4 report` on a sweep's folder: which setting wins, by how much, and the trials' curves."""
+"""`v4 report` on a sweep's folder: the best setting, its margin, and the trials' curves."""
 
 import json
 import math
@@ -20,7 +20,7 @@ Setting = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial with its metric's last value; None where it has none."""
+    """A trial with the last value of its metric, or None."""
 
     folder: str
     state: str
@@ -30,14 +30,14 @@ class Trial:
 
     @property
     def setting(self) -> Setting:
-        """All parameters but the seed, as words."""
+        """All parameters but the seed, as text."""
         return tuple((k, f"{v:.4g}" if isinstance(v, float) else str(v))
                      for k, v in self.parameters.items() if k != SEED)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Group:
-    """The finished trials of one setting, which differ in their seed."""
+    """The complete trials of one setting, which differ in their seed."""
 
     setting: Setting
     values: tuple[float, ...]
@@ -49,31 +49,31 @@ class Group:
 
     @property
     def sd(self) -> float | None:
-        """Standard deviation over the seeds, of a sample; None for one seed."""
+        """Sample standard deviation over the seeds; None for one seed."""
         return stdev(self.values) if len(self.values) > 1 else None
 
-    def words(self) -> str:
-        """The setting on one line."""
+    def text(self) -> str:
+        """Returns the setting on one line."""
         return " ".join(f"{name}={value}" for name, value in self.setting)
 
 
 def write_sweep_report(folder: Path) -> Path:
-    """Write `report.html` into a sweep's folder; returns its path.
+    """Writes `report.html` into a sweep's folder and returns its path.
 
-    Raises ReportError where no trial has finished.
+    Raises ReportError if no trial is complete.
     """
     try:
         sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ReportError(f"{folder / 'sweep.json'}: cannot be read: {error}") from None
     trials = [_read(folder, trial, sweep["metric"]) for trial in sweep["trials"]]
-    found = groups(trials, sweep["goal"])
-    if not found:
-        raise ReportError(f"{folder}: no trial has finished; run the sweep on")
-    for sentence in sentences(found, sweep["goal"], sweep["metric"]):
+    ranking = groups(trials, sweep["goal"])
+    if not ranking:
+        raise ReportError(f"{folder}: no trial is complete; resume the sweep")
+    for sentence in sentences(ranking, sweep["goal"], sweep["metric"]):
         print(sentence)
     target = folder / "report.html"
-    write_whole(target, render(folder.name, sweep, trials, found))
+    write_whole(target, render(folder.name, sweep, trials, ranking))
     return target
 
 
@@ -86,35 +86,35 @@ def _read(folder: Path, trial: dict[str, Any], metric: str) -> Trial:
 
 
 def groups(trials: list[Trial], goal: str) -> list[Group]:
-    """Complete trials by setting, the best mean first; settings with fewer seeds come last."""
+    """Returns complete trials by setting, best mean first; settings with fewer seeds come last."""
     values: dict[Setting, list[float]] = {}
     for trial in trials:
         if trial.state == "complete" and trial.value is not None:
             values.setdefault(trial.setting, []).append(trial.value)
-    found = [Group(setting, tuple(group)) for setting, group in values.items()]
+    by_setting = [Group(setting, tuple(group)) for setting, group in values.items()]
     sign = 1 if goal == "minimize" else -1
-    most = max((len(group.values) for group in found), default=0)
-    return sorted(found, key=lambda group: (len(group.values) < most, sign * group.mean))
+    seeds = max((len(group.values) for group in by_setting), default=0)
+    return sorted(by_setting, key=lambda group: (len(group.values) < seeds, sign * group.mean))
 
 
-def sentences(found: list[Group], goal: str, metric: str) -> list[str]:
-    """The winner, then each parameter of words (not numbers) with the others tuned."""
-    best = found[0]
-    said = [f"the best: {best.words()}: {metric} {amount(best)}"]
+def sentences(ranking: list[Group], goal: str, metric: str) -> list[str]:
+    """Returns the best setting, then the values of each non-numeric parameter compared."""
+    best = ranking[0]
+    lines = [f"the best: {best.text()}: {metric} {amount(best)}"]
     for i, (name, _) in enumerate(best.setting):
         tuned: dict[str, Group] = {}
-        for group in found:  # the best comes first
+        for group in ranking:  # the best comes first
             tuned.setdefault(group.setting[i][1], group)
         if len(tuned) > 1 and not all(_is_number(value) for value in tuned):
             winner, *others = tuned.items()
-            said += [_comparison(name, winner, other, goal, metric) for other in others]
-    return said
+            lines += [_comparison(name, winner, other, goal, metric) for other in others]
+    return lines
 
 
 def _comparison(
     name: str, winner: tuple[str, Group], other: tuple[str, Group], goal: str, metric: str
 ) -> str:
-    """`muon beats adamw by x ± y`: y is the standard error of the difference of the means."""
+    """Returns `muon beats adamw by x ± y`, y the standard error of the difference of means."""
     (value, group), (other_value, other_group) = winner, other
     gap = abs(group.mean - other_group.mean)
     error = standard_error(group, other_group)
@@ -125,20 +125,20 @@ def _comparison(
         seeds = f"{len(group.values)} seed{'s' * (len(group.values) > 1)}"
     return (
         f"{name}: {value} beats {other_value} by {gap:.4f}{wide}{unit} of {metric} ({seeds}, the "
-        f"best setting of each: {amount(group)} with {group.words()}, {amount(other_group)} with "
-        f"{other_group.words()})"
+        f"best setting of each: {amount(group)} with {group.text()}, {amount(other_group)} with "
+        f"{other_group.text()})"
     )
 
 
 def standard_error(a: Group, b: Group) -> float | None:
-    """Of the difference of two means: sqrt(sd_a^2 / n_a + sd_b^2 / n_b)."""
+    """Standard error of the difference of two means: sqrt(sd_a^2 / n_a + sd_b^2 / n_b)."""
     if a.sd is None or b.sd is None:
         return None
     return math.sqrt(a.sd**2 / len(a.values) + b.sd**2 / len(b.values))
 
 
 def amount(group: Group) -> str:
-    """Mean ± standard deviation over the seeds."""
+    """Formats mean ± standard deviation over the seeds."""
     return f"{group.mean:.4f}" + (f" ± {group.sd:.4f}" if group.sd is not None else "")
 
 
@@ -150,13 +150,14 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def render(name: str, sweep: dict[str, Any], trials: list[Trial], found: list[Group]) -> str:
-    """The page as HTML text."""
+def render(name: str, sweep: dict[str, Any], trials: list[Trial], ranking: list[Group]) -> str:
+    """Returns the page as HTML text."""
     metric = sweep["metric"]
-    said = "".join(f"<p>{escape(text)}</p>" for text in sentences(found, sweep["goal"], metric))
-    head = [*(key for key, _ in found[0].setting), "seeds", metric]
+    lines = sentences(ranking, sweep["goal"], metric)
+    comparison = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    head = [*(key for key, _ in ranking[0].setting), "seeds", metric]
     rows = [
-        [*(v for _, v in group.setting), str(len(group.values)), amount(group)] for group in found
+        [*(v for _, v in group.setting), str(len(group.values)), amount(group)] for group in ranking
     ]
     each = [
         [
@@ -169,18 +170,18 @@ def render(name: str, sweep: dict[str, Any], trials: list[Trial], found: list[Gr
     ]
     each_head = ["trial", "state", *trials[0].parameters, metric]
     ended = sum(trial.state != "running" for trial in trials)
-    settings = [group.setting for group in found]
+    settings = [group.setting for group in ranking]
     curves = [(settings.index(t.setting), t.records) for t in trials if t.setting in settings]
-    points = [(dict(group.setting), group.mean) for group in found]
+    points = [(dict(group.setting), group.mean) for group in ranking]
     return page(
         name,
-        f"Sweep, {ended} of {sweep['planned']} trials ended",
-        f"<figure>{said}</figure><div class=charts>"
-        f"<figure class=wide><h2>{escape(metric)}, dark where the setting is good</h2>"
-        f"{draw_curves(curves, metric, len(found))}</figure>"
+        f"Sweep, {ended} of {sweep['planned']} trials finished",
+        f"<figure>{comparison}</figure><div class=charts>"
+        f"<figure class=wide><h2>{escape(metric)}, darker is better</h2>"
+        f"{draw_curves(curves, metric, len(ranking))}</figure>"
         f"<figure class=wide><h2>Settings in parallel coordinates</h2>"
         f"{draw_parallel(points, metric)}</figure>"
-        f"<figure class=wide><h2>Settings, the best first</h2>{_table(head, rows)}</figure>"
+        f"<figure class=wide><h2>Settings, best first</h2>{_table(head, rows)}</figure>"
         f"<figure class=wide><h2>Trials</h2>{_table(each_head, each)}</figure></div>",
     )
 

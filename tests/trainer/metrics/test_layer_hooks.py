@@ -217,5 +217,5 @@ def test_sources_apart_are_the_sources_together(tiny: Path, tmp_path: Path) -> N
     page = write_report(load_config(tiny, settings)).read_text(encoding="utf-8")
     assert 'aria-label="Validation loss by source"' in page and ">many</text>" in page
     assert "Weights in step 1<" in page and "<td>hyper connections</td>" in page
-    assert "<b>kept by the index</b>" in page
+    assert "<b>indexer recall</b>" in page
     assert Validation(load_config(tiny), Grid.single()).by_source(engine) is None

@@ -68,4 +68,4 @@ def test_a_run_reports_its_layers(tiny: Path, tmp_path: Path) -> None:
     assert flat(last)["layers/sink_min/03"] == last["sink_min"][3]
     assert not any(name.startswith("layers/router_bias_min/00") for name in flat(last))
     page = write_report(config).read_text()
-    assert "Busiest expert of every layer" in page and "MTP: window, learned" in page
+    assert "Most loaded expert of each layer" in page and "MTP: window, learned" in page

@@ -17,7 +17,7 @@ from trainer.export.import_run import open_run
 from trainer.metrics.jsonl import MetricsFile, read_metrics
 from trainer.metrics.progress import Progress
 from trainer.parallel.grid import Grid
-from trainer.report.plots import CHARTS, MOST_POINTS, lines_of, picture, points, smooth
+from trainer.report.plots import CHARTS, MAX_POINTS, lines_of, picture, points, smooth
 from trainer.report.run import write_report
 from trainer.trainer import Trainer
 
@@ -184,9 +184,9 @@ def test_the_time_left_counts_steps_that_came_again(
 def test_the_report_has_every_curve_and_needs_nothing_else(run: RunConfig) -> None:
     html = write_report(run).read_text(encoding="utf-8")
     for chart in CHARTS:  # a run without phases trains no indexer
-        assert (f'aria-label="{chart.title}"' in html) == ("indexers" not in chart.title)
+        assert (f'aria-label="{chart.title}"' in html) == ("Indexer" not in chart.title)
     assert html.count("<svg") == len(CHARTS) + 1, "two maps: SwiGLU's clamp never acts"
-    for label in ("training", "held out", "busiest expert", "idlest expert"):
+    for label in ("training", "validation", "most loaded expert", "least loaded expert"):
         assert f">{label}</text>" in html
     assert f"{column(run.run_dir, 'tokens')[-1]:,}" in html
     links = re.findall(r'(?:src|href)="([^"#]+)', html)
@@ -213,7 +213,7 @@ def test_names_of_phases_do_not_overlap() -> None:
 def test_points_and_smoothing() -> None:
     records = [{"step": s, "x": float(s)} for s in range(1, 3001)]
     steps, values = points(records, "x")
-    assert len(steps) <= MOST_POINTS and steps[-1] == 3000
+    assert len(steps) <= MAX_POINTS and steps[-1] == 3000
     assert sum(values) / len(values) == pytest.approx(1500.5, rel=1e-3)
     assert smooth([0.0, 3.0, 0.0, 3.0], 1) == [0.0, 1.0, 2.0, 3.0]
     assert json.dumps(points([], "x")) == "[[], []]"
