@@ -71,14 +71,14 @@ CHARTS = (
         wide=True,
     ),
     Chart("MTP loss", "nats per token", (Curve("mtp_loss", "", "#3b82c4"),)),
-    Chart("Balance loss", "weighted, summed over layers", (Curve("balance_loss", "", "#3b82c4"),)),
+    Chart("Balance loss", "weighted, all layers", (Curve("balance_loss", "", "#3b82c4"),)),
     Chart(
         "Indexer loss",
-        "nats per query, summed over layers",
+        "nats per query, all layers",
         (Curve("indexer_loss", "", "#c24b4b"),),
     ),
     Chart("Learning rate", "", (Curve("learning_rate", "", "#7a5bb5", style="exact"),)),
-    Chart("Gradient norm", "global norm before clipping", (Curve("grad_norm", "", "#7a5bb5"),)),
+    Chart("Gradient norm", "norm before clipping", (Curve("grad_norm", "", "#7a5bb5"),)),
     Chart("Throughput", "tokens per second", (Curve("tokens_per_second", "", "#2f9e76"),)),
     Chart(
         "Expert load",
@@ -179,7 +179,7 @@ def picture(
         if chart.wide:
             place, height = axes.get_xaxis_transform(), 1.01 + 0.06 * line
             axes.text(step + 1, height, name, transform=place, fontsize=8.5, va="bottom")
-    if any(curve.label for curve in chart.curves):
+    if axes.get_legend_handles_labels()[0]:
         axes.legend()
     return figure
 
