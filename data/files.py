@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the hash of a file."""
+"""Files that appear whole or not at all, durable writes, and the hash of a file."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names inside `folder` durable."""
+    """Makes the names inside `folder` durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -24,16 +24,19 @@ def fsync_folder(folder: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Make the bytes of a file that has been closed durable."""
+    """Makes the bytes of a closed file durable."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `path` so that a reader sees the old file or the whole new one.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes `path` so that a reader sees the old file or the whole new one.
 
+    Text is written as UTF-8, without translating line ends. Missing parent folders are created.
     Raises DataError where the disk is full or the folder cannot be written.
     """
+    if isinstance(content, str):
+        content = content.encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -48,7 +51,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(name, path)
         fsync_folder(path.parent)
     except OSError as error:
-        Path(name).unlink(missing_ok=True)
         raise DataError(
-            f"cannot write {path}: {error.strerror}; what was there before is unchanged."
+            f"cannot write {path}: {error.strerror}; the file that was there is unchanged."
         ) from error
+    finally:
+        Path(name).unlink(missing_ok=True)  # no longer there once renamed

@@ -16,14 +16,14 @@ from trainer.errors import run_or_explain
 
 def tokenizer_train(config: RunConfig, options: argparse.Namespace) -> None:
     """Train the tokenizer of `data.tokenizer` on `data.sources`."""
-    from data.prepare.train_tokenizer import train_tokenizer
+    from data.prepare import train_tokenizer
 
     print(f"wrote {train_tokenizer(config.data)}")
 
 
 def data_prepare(config: RunConfig, options: argparse.Namespace) -> None:
     """Turn `data.sources` into token shards."""
-    from data.prepare.run import prepare
+    from data.prepare import prepare
 
     manifest = prepare(config.data, progress=sys.stderr.isatty())
     train, validation = manifest.tokens("train"), manifest.tokens("validation")
@@ -124,7 +124,7 @@ def plan(config: RunConfig, options: argparse.Namespace) -> None:
 
 def demo_corpus(folder: str, options: argparse.Namespace) -> None:
     """Write the text that is on this machine, code and prose, as two .jsonl files."""
-    from data.prepare.demo_corpus import build_demo_corpus
+    from data.prepare import build_demo_corpus
 
     for path in build_demo_corpus(folder):
         print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -20,7 +20,7 @@ import torch
 from data.errors import DataError
 from data.files import sha256_of
 from data.manifest import MANIFEST_FILE
-from data.text.tokenizer import tokenizer_file
+from data.text import tokenizer_file
 from trainer.config import RunConfig
 from trainer.device import DeviceInfo
 from trainer.errors import PreflightError

@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.data import data_loader, data_prepare, data_roundtrip
 from data.config import DataConfig
 from data.prepare.run import prepare
-from data.prepare.train_tokenizer import train_tokenizer
+from data.prepare.tokenizer_training import train_tokenizer
 
 SOURCES = {"code": "code", "docs": "prose", "data": "prose"}
 

@@ -9,7 +9,7 @@ from benchmarks.data.data_loader import WEIGHTS
 from data.config import DataConfig
 from data.manifest import Manifest, Split
 from data.prepare.corpus import Corpus
-from data.rows.audit import measure, pieces
+from data.rows.audit import audit_recipe, pieces
 from data.rows.loader import Loader
 from data.rows.transforms import fim_ids, split_table
 from data.text.tokenizer import Tokenizer
@@ -21,12 +21,12 @@ def recipe(config: DataConfig) -> None:
     """Measured beside configured, over 16 million tokens."""
     update = {"weights": WEIGHTS, "transforms": RECIPE}
     loader = Loader(DataConfig.model_validate(config.model_dump() | update), seed=1)
-    found = measure(loader, 60)
-    print(f"{found.tokens:,} tokens of {found.steps} steps; runs of {found.span:,} tokens")
+    found = audit_recipe(loader, 60)
+    print(f"{found.tokens:,} tokens of {found.steps} steps; runs of {found.span_tokens:,} tokens")
     for name, counted in found.sources.items():
         print(
             f"{name:5} share {counted.tokens / found.tokens:.4%} (wanted {WEIGHTS[name]:.2%}), "
-            f"off by at most {found.worst[name]:.4%} in any run; "
+            f"off by at most {found.max_deviation[name]:.4%} in any run; "
             f"FIM {counted.fim / counted.documents:.2%} of {counted.documents:,} documents; "
             f"split {counted.split / max(1, counted.splittable):.2%} of {counted.splittable:,}"
         )

@@ -31,8 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.data.corpus import texts
-from data.prepare.run import prepare
-from data.prepare.train_tokenizer import train_tokenizer
+from data.prepare import prepare, train_tokenizer
 from trainer.checkpoint.folder import folder_name
 from trainer.checkpoint.reader import StoredTensors
 from trainer.config import load_config

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from data.config import SourceConfig
 from data.errors import DataError
-from data.text.dsml import Special, read_messages, render
+from data.text import Special, read_messages, render
 
 _READ_BYTES = 1 << 20
 _MAX_CHARACTERS = 10**9

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from data.errors import DataError
 from data.prepare.work_item import Unit
-from data.text.tokenizer import Tokenizer
+from data.text import Tokenizer
 
 R = TypeVar("R")
 _BYTES_A_PROCESS = 16 << 20  # opening a tokenizer takes as long as a few megabytes of work

@@ -30,7 +30,7 @@ from data.prepare.screening import decide, is_screened, remove_screening, screen
 from data.prepare.work_item import Unit, units_of
 from data.prepare.write_part import UnitRecord, finished, run_unit
 from data.sieve import Filtered
-from data.text.tokenizer import Tokenizer
+from data.text import Tokenizer
 
 _UNFINISHED = ".unfinished-"
 _FORMAT = 2  # raise when equal inputs would give other shards

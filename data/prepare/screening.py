@@ -24,7 +24,7 @@ from data.prepare.duplicates import Signed, find_duplicates
 from data.prepare.filters import KEPT, Rules
 from data.prepare.signatures import SIGNATURE, signatures
 from data.prepare.work_item import Unit, batches
-from data.text.tokenizer import Tokenizer
+from data.text import Tokenizer
 
 VERDICT = np.dtype([("reason", "u1"), ("unit", "<i4"), ("document", "<i8")])
 _ENDINGS = ("screen.bin", "screen.json", "verdicts.npy")

@@ -22,8 +22,7 @@ from data.prepare.corpus import BadRecord, Corpus
 from data.prepare.splits import is_validation
 from data.prepare.work_item import Unit, batches
 from data.sieve import Filtered, Sieve
-from data.text.dsml import encode_segments
-from data.text.tokenizer import Tokenizer
+from data.text import Tokenizer, encode_segments
 
 _SPLITS = ("train", "validation")
 

@@ -1,0 +1,33 @@
+"""Token shards to the rows of a step: order, mixture, transforms, packing, batches.
+
+Names are loaded on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data.rows.audit import RecipeAudit, audit_recipe
+    from data.rows.loader import NO_TARGET, Batch, Loader, unigram_entropy
+    from data.rows.packing import pack_windows
+    from data.rows.permutation import shuffled
+    from data.rows.prefetch import Prefetcher
+
+_MODULES = {
+    "NO_TARGET": "loader",
+    "Batch": "loader",
+    "Loader": "loader",
+    "Prefetcher": "prefetch",
+    "RecipeAudit": "audit",
+    "audit_recipe": "audit",
+    "pack_windows": "packing",
+    "shuffled": "permutation",
+    "unigram_entropy": "loader",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

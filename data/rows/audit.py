@@ -1,6 +1,6 @@
-"""What the produced stream holds, counted token by token: FIM, splits and the sources' shares.
+"""What the produced rows hold, counted token by token: FIM, splits and the sources' shares.
 
-For a comparison with what is configured. Nothing here asks the loader what it meant to do, only
+For a comparison with the configured values. Nothing is read from the loader's decisions except
 which document a piece comes from.
 """
 
@@ -12,12 +12,20 @@ from numpy.typing import NDArray
 
 from data.rows.loader import Loader
 
-_SPAN = 1_000_000  # tokens over which shares are compared
+_SPAN_TOKENS = 1_000_000  # over which shares are compared
 
 
 @dataclass
-class Counted:
-    """One source: documents that began, those that are FIM; tokens that could be and are split."""
+class SourceAudit:
+    """Counts of one source.
+
+    Attributes:
+        tokens: positions in the rows.
+        documents: documents that begin in the rows.
+        fim: those of them that are fill-in-the-middle documents.
+        splittable, split: tokens that could be split, and those that are; counted in documents
+            that lie whole in a row.
+    """
 
     tokens: int = 0
     documents: int = 0
@@ -27,24 +35,24 @@ class Counted:
 
 
 @dataclass
-class Measured:
-    """Over some steps of a loader.
+class RecipeAudit:
+    """Counts over the first steps of a loader.
 
     Attributes:
-        steps, tokens: what was looked at.
-        sources: by name. Splits are counted in documents that lie whole in a row.
-        shares: wanted share of the tokens by source.
-        worst: by source, the largest difference between its share of a run of whole steps of about
-            a million tokens and the wanted one.
-        span: tokens of such a run.
+        steps, tokens: how much was counted.
+        sources: by name.
+        shares: configured share of the tokens by source.
+        max_deviation: by source, the largest difference between its share of a run of whole steps
+            of about a million tokens and the configured share.
+        span_tokens: tokens of such a run.
     """
 
     steps: int
     tokens: int = 0
-    sources: dict[str, Counted] = field(default_factory=dict)
+    sources: dict[str, SourceAudit] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
-    worst: dict[str, float] = field(default_factory=dict)
-    span: int = 0
+    max_deviation: dict[str, float] = field(default_factory=dict)
+    span_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,61 +68,61 @@ class Piece:
 
 
 def pieces(loader: Loader, step: int) -> Iterator[Piece]:
-    """All ranks' pieces of a step, row by row."""
-    _, numbers = loader.schedule.rows_of(step)
-    for place, batch in zip(range(len(numbers)), loader.whole(step), strict=True):
-        at = loader.row_at(step, place)
-        if at is None:
+    """Yields all ranks' pieces of a step, row by row."""
+    for place, batch in enumerate(loader.all_rows(step)):
+        packed = loader.packed_row(step, place)
+        if packed is None:
             continue
-        window, row = at
+        window, row = packed
         tokens, targets = batch.tokens[0].numpy(), batch.targets[0].numpy()
         position = 0
-        for which, start, length in window.packed.row(row):
-            here = slice(position, position + length)
+        for index, start, length in window.packed.row(row):
+            positions = slice(position, position + length)
             yield Piece(
-                int(window.source[which]),
-                int(window.epoch[which]),
-                int(window.document[which]),
+                int(window.source[index]),
+                int(window.epoch[index]),
+                int(window.document[index]),
                 start,
-                tokens[here],
-                targets[here],
+                tokens[positions],
+                targets[positions],
             )
             position += length
 
 
-def measure(loader: Loader, steps: int) -> Measured:
-    """Count the first `steps` steps of a train split."""
-    found = Measured(steps, sources={source.name: Counted() for source in loader.sources})
-    by_step = np.zeros((steps, len(loader.sources)), dtype=np.int64)
+def audit_recipe(loader: Loader, steps: int) -> RecipeAudit:
+    """Counts the first `steps` steps of a train split."""
+    audit = RecipeAudit(steps, sources={source.name: SourceAudit() for source in loader.sources})
+    tokens_by_step = np.zeros((steps, len(loader.sources)), dtype=np.int64)
     begin, table = int(loader.fim_ids[0]), loader.split_table
     for step in range(steps):
         for piece in pieces(loader, step):
             source = loader.sources[piece.source]
-            counted = found.sources[source.name]
-            by_step[step, piece.source] += len(piece.inputs)
+            counts = audit.sources[source.name]
+            tokens_by_step[step, piece.source] += len(piece.inputs)
             if piece.start == 0:
-                counted.documents += 1
-                counted.fim += bool(begin) and int(piece.targets[0]) == begin
+                counts.documents += 1
+                counts.fim += bool(begin) and int(piece.targets[0]) == begin
             if len(table) and piece.start == 0 and piece.targets[-1] == loader.manifest.eos_id:
-                raw = loader.document(source, piece.document)
-                able = int((table[raw, 0] >= 0).sum())
-                counted.splittable += able
-                counted.split += able - int((table[piece.inputs, 0] >= 0).sum())
-    for name, tokens in zip(found.sources, by_step.sum(axis=0).tolist(), strict=True):
-        found.sources[name].tokens = tokens
-    found.tokens = int(by_step.sum())
-    found.shares = loader.wanted_shares(0)
-    _spans(found, by_step)
-    return found
+                raw = source.tokens_of(piece.document)
+                splittable = int((table[raw, 0] >= 0).sum())
+                counts.splittable += splittable
+                counts.split += splittable - int((table[piece.inputs, 0] >= 0).sum())
+    for name, tokens in zip(audit.sources, tokens_by_step.sum(axis=0).tolist(), strict=True):
+        audit.sources[name].tokens = tokens
+    audit.tokens = int(tokens_by_step.sum())
+    audit.shares = loader.configured_shares(0)
+    _set_deviations(audit, tokens_by_step)
+    return audit
 
 
-def _spans(found: Measured, by_step: NDArray[np.int64]) -> None:
-    """The worst share of a source over any run of steps with a million tokens."""
-    steps = len(by_step)
-    length = min(steps, max(1, -(-_SPAN * steps // max(1, found.tokens))))
-    ends = np.concatenate([np.zeros((1, by_step.shape[1]), dtype=np.int64), by_step.cumsum(axis=0)])
+def _set_deviations(audit: RecipeAudit, tokens_by_step: NDArray[np.int64]) -> None:
+    """The largest deviation of each source's share over any run of steps of a million tokens."""
+    steps = len(tokens_by_step)
+    length = min(steps, max(1, -(-_SPAN_TOKENS * steps // max(1, audit.tokens))))
+    start = np.zeros((1, tokens_by_step.shape[1]), dtype=np.int64)
+    ends = np.concatenate([start, tokens_by_step.cumsum(axis=0)])
     runs = ends[length:] - ends[:-length]
     totals = runs.sum(axis=1)
-    found.span = int(totals.mean())
-    for index, (name, wanted) in enumerate(found.shares.items()):
-        found.worst[name] = float(np.abs(runs[:, index] / totals - wanted).max())
+    audit.span_tokens = int(totals.mean())
+    for index, (name, share) in enumerate(audit.shares.items()):
+        audit.max_deviation[name] = float(np.abs(runs[:, index] / totals - share).max())

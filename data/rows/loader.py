@@ -1,12 +1,14 @@
 """The rows of a step as a function of (seed, step): any rank can ask for any step at any time.
 
 A document of n tokens gives n-1 positions, each with the next token as its target: the first token
-is predicted by nothing, and the last is read by nothing. Where a document is cut between rows, the
-target of a row's last position is the first token of the next piece, so every token but the first
-is predicted exactly once an epoch.
+is never a target, and the last never an input. Where a document is cut between rows, the target of
+a row's last position is the first token of the next piece, so every token but the first is
+predicted exactly once an epoch.
 
-Step -> phase, and the rows' numbers in it (mixture.Schedule) -> window and row -> pieces -> tokens.
-Only the last windows used are held.
+Step -> phase and row numbers (mixture.Schedule) -> window and its row -> pieces -> tokens. Only the
+most recently used windows stay in memory.
+
+Letters: B rows of a microbatch, S row length (`seq_len`), V vocabulary.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,19 +25,18 @@ from torch import Tensor
 
 from data.config import DataConfig, DataPhase
 from data.errors import DataError
-from data.files import sha256_of
-from data.indexed import open_shard
-from data.manifest import Manifest, Split
+from data.manifest import Split
 from data.rows.mixture import Schedule, plan_windows, shares
 from data.rows.permutation import key_of
+from data.rows.shards import matching_manifest, open_split
 from data.rows.stream import SourceStream
-from data.rows.transforms import FIM_EXTRA, fim_ids, kept_tables, splittable_counts, transformed
+from data.rows.transforms import FIM_EXTRA, cached_tables, fim_ids, splittable_counts, transform
 from data.rows.window import Window, build_window
-from data.text.tokenizer import Tokenizer, tokenizer_file
+from data.text import Tokenizer
 
-NO_TARGET = -100
-_WINDOWS = 2  # held at a time
-_WINDOW = 7  # what a key is for
+NO_TARGET = -100  # target of a position at which nothing is predicted
+_CACHED_WINDOWS = 2
+_WINDOW = 7  # purpose of a key
 
 
 @dataclass(frozen=True)
@@ -43,26 +44,16 @@ class Batch:
     """One microbatch of one rank.
 
     Attributes:
-        tokens [B, S] int64: inputs; the end of a row that no sample fills holds the pad id.
-        targets [B, S] int64: the next token of the same document; -100 where there is none.
+        tokens [B, S] int64: inputs; pad ids after a row's last sample.
+        targets [B, S] int64: the next token of the same document; NO_TARGET (-100) where there is
+            none.
         lengths: per row the lengths of its samples, in order; they sum to at most S. A row without
-            samples (all padding) fills up a step whose rows the ranks cannot share evenly.
+            samples is padding, for a step whose rows do not divide evenly among the ranks.
     """
 
     tokens: Tensor
     targets: Tensor
     lengths: list[list[int]]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One shard: its tokens, and per document its length and its first token's place."""
-
-    tokens: NDArray[Any]
-    sequence_lengths: NDArray[np.int32]
-    starts: NDArray[np.int64]
-    file: Any
-    """The open index, which unmaps the arrays when it goes."""
 
 
 class Loader:
@@ -72,12 +63,12 @@ class Loader:
         config: where the shards are, and the sizes of a step.
         seed: decides the order of documents and rows of "train".
         rank, world: this rank among those that share a step's rows.
-        split: "train" goes on for ever, epoch after epoch in a new order; "validation" has
-            `num_steps` steps, in one mixed order whatever the seed, untransformed and unweighted,
-            the last filled up with empty rows.
-        phases: what the rows of "train" are, part after part; by default one for ever, of the
-            config's sizes.
-        source: the only one whose documents are read, if given; the schedule stays.
+        split: "train" continues indefinitely, epoch after epoch in a new order; "validation" has
+            `num_steps` steps in one shuffled order whatever the seed, untransformed and
+            unweighted, the last one padded with empty rows.
+        phases: row sizes and weights of "train", phase after phase; by default a single phase of
+            the config's sizes.
+        source: name of the only source to read, if given; the schedule stays the same.
 
     Attributes:
         manifest: of the shards; `manifest.vocab_size` must fit the model.
@@ -85,10 +76,11 @@ class Loader:
         num_rows: rows in one epoch of the whole split; with weights, of the slowest source.
         num_targets: tokens predicted in one epoch, before the transforms.
         num_steps: steps in one epoch, the last one perhaps not full.
-        fim_ids [3], split_table [V, 2]: as in data.transforms; zeros and empty where not in use.
+        fim_ids [3], split_table [V, 2]: as in data.rows.transforms; zeros and empty where not in
+            use.
 
-    Raises DataError where the shards are missing, damaged, made with another tokenizer, or hold
-    nothing for this split.
+    Raises DataError where the shards are missing, damaged, made with another tokenizer, or empty
+    for this split.
     """
 
     def __init__(
@@ -103,11 +95,15 @@ class Loader:
     ) -> None:
         if not 0 <= rank < world:
             raise DataError(f"rank {rank} is not one of {world} ranks.")
-        self.config, self.split, self.source = config, split, source
+        self.config, self.split = config, split
         self.seed = seed if split == "train" else 0
         self.rank, self.world = rank, world
-        self.manifest = _matching_manifest(config)
-        self.sources = self._open()
+        self.manifest = matching_manifest(config)
+        opened = open_split(config, self.manifest, split, source)
+        self.sources = [
+            SourceStream(name, domain, shards, self.seed)
+            for name, (domain, shards) in opened.items()
+        ]
         train = split == "train"
         self.transforms = config.transforms if train else None
         self._prepare_transforms()
@@ -116,16 +112,16 @@ class Loader:
             (config.weights if phase.weights is None else phase.weights) if train else {}
             for phase in self.schedule.phases
         ]
-        growth = [self._growth(index) for index in range(len(self.sources))]
+        growths = self._growths()
         self.plans = [
-            plan_windows(config, phase, self.sources, weights, growth)
+            plan_windows(config, phase, self.sources, weights, growths)
             for phase, weights in zip(self.schedule.phases, self.weights, strict=True)
         ]
         self._offsets = [[0] * len(self.sources)]
         for index in range(len(self.plans) - 1):
             rows = self.schedule.rows_in(index) or 0
-            self._offsets.append(self._edges(index, rows))
-        self._window = lru_cache(maxsize=_WINDOWS)(self._make_window)
+            self._offsets.append(self._stream_offsets(index, rows))
+        self._window = lru_cache(maxsize=_CACHED_WINDOWS)(self._make_window)
         plan = self.plans[0]
         self.num_rows = plan.rows * max(
             -(-source.positions * plan.parts // take)
@@ -138,82 +134,59 @@ class Loader:
     def at(self, step: int) -> list[Batch]:
         """This rank's microbatches of a step.
 
-        The step's rows, in a fixed global order, are dealt out in runs: rank r gets rows
-        [r·n/world, (r+1)·n/world). Where `world` does not divide the step's rows, every rank gets
-        the next whole number of rows, and rows without samples fill up the end: every rank has the
-        same number of batches of the same shapes.
+        Of the step's n rows, in a fixed global order, rank r gets the contiguous rows
+        [r·n/world, (r+1)·n/world). Where `world` does not divide n, n is rounded up with rows
+        without samples: every rank has the same number of batches of the same shapes.
         """
         index, numbers = self.schedule.rows_of(step)
         phase = self.schedule.phases[index]
         per_rank = -(-len(numbers) // self.world)
-        mine = range(self.rank * per_rank, (self.rank + 1) * per_rank)
-        rows = [self.row_at(step, place) if place < len(numbers) else None for place in mine]
+        places = range(self.rank * per_rank, (self.rank + 1) * per_rank)
+        rows = [self.packed_row(step, i) if i < len(numbers) else None for i in places]
         return [
             self._batch(phase, rows[first : first + phase.micro_batch_size])
             for first in range(0, per_rank, phase.micro_batch_size)
         ]
 
-    def row_at(self, step: int, place: int) -> tuple[Window, int] | None:
-        """The window and its packed row at `place` of a step; None for a filler."""
-        index, numbers = self.schedule.rows_of(step)
+    def packed_row(self, step: int, place: int) -> tuple[Window, int] | None:
+        """The window and the index of its packed row at `place` of a step; None for padding."""
+        phase, numbers = self.schedule.rows_of(step)
         number = numbers[place]
         if self.split == "validation" and number >= self.num_rows:
             return None
-        which, row = divmod(number, self.plans[index].rows)
-        window = self._window(index, which)
+        window_number, row = divmod(number, self.plans[phase].rows)
+        window = self._window(phase, window_number)
         return window, int(window.order[row])
 
     def epochs_of(self, step: int) -> dict[str, float]:
-        """How many times each source has been seen when `step` begins."""
+        """How many epochs of each source the steps before `step` have read, by name."""
         index, numbers = self.schedule.rows_of(step)
-        taken = (
+        positions = (
             offset + self.plans[index].end(s, numbers.start)
             for s, offset in enumerate(self._offsets[index])
         )
-        return {s.name: t / s.positions for s, t in zip(self.sources, taken, strict=True)}
+        return {s.name: p / s.positions for s, p in zip(self.sources, positions, strict=True)}
 
     def unigram_entropy(self, steps: int | None = None) -> float:
-        """Entropy in nats per target of the split's own targets, over its first `steps` steps.
+        """Entropy in nats per target of this split's targets, over its first `steps` steps.
 
         All ranks' rows count, whatever the rank; the default is one epoch.
         """
         steps = self.num_steps if steps is None else steps
-        return unigram_entropy(batch.targets for step in range(steps) for batch in self.whole(step))
+        return unigram_entropy(b.targets for step in range(steps) for b in self.all_rows(step))
 
-    def whole(self, step: int) -> Iterator[Batch]:
-        """All ranks' rows of a step, one by one."""
+    def all_rows(self, step: int) -> Iterator[Batch]:
+        """Yields all ranks' rows of a step, each as a batch of one row."""
         index, numbers = self.schedule.rows_of(step)
         for place in range(len(numbers)):
-            yield self._batch(self.schedule.phases[index], [self.row_at(step, place)])
+            yield self._batch(self.schedule.phases[index], [self.packed_row(step, place)])
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        """One epoch of steps, from step 0."""
+        """Yields one epoch of steps, from step 0."""
         return (self.at(step) for step in range(self.num_steps))
 
-    def _open(self) -> list[SourceStream]:
-        root = Path(self.config.shards) / self.manifest.folder
-        found: dict[str, list[Part]] = {}
-        self._prefixes: dict[str, list[Path]] = {}
-        domains: dict[str, str] = {}
-        for shard in self.manifest.of_split(self.split):
-            if self.source not in (None, shard.source):
-                continue
-            found.setdefault(shard.source, []).append(
-                _open_part(root / shard.name, shard.documents, shard.tokens)
-            )
-            self._prefixes.setdefault(shard.source, []).append(root / shard.name)
-            domains[shard.source] = shard.domain
-        if not found:
-            raise DataError(
-                f"the shards in {self.config.shards} hold no document of the {self.split} split; "
-                "see `validation_fraction` and the sources' `split`."
-            )
-        return [
-            SourceStream(name, domains[name], parts, self.seed) for name, parts in found.items()
-        ]
-
     def _prepare_transforms(self) -> None:
-        """The tokens of FIM, the table of splits, and how much of each document can be split."""
+        """Loads the FIM ids, the split table, and each document's number of splittable tokens."""
         transforms = self.transforms
         self.fim_ids = np.zeros(3, dtype=np.int64)
         self.split_table = np.zeros((0, 2), dtype=np.int64)
@@ -225,9 +198,9 @@ class Loader:
         if not fim and not transforms.split_share:
             return
         root = Path(self.config.shards) / self.manifest.folder
-        ids, table = kept_tables(root, self.config.tokenizer.path)
+        ids, table = cached_tables(root, self.config.tokenizer.path)
         if fim and not len(ids):
-            fim_ids(Tokenizer(self.config.tokenizer.path))  # says which token is missing
+            fim_ids(Tokenizer(self.config.tokenizer.path))  # raises and names the missing token
         if fim:
             self.fim_ids = ids
         if transforms.split_share:
@@ -235,22 +208,21 @@ class Loader:
             self._counts = [self._source_counts(source) for source in self.sources]
 
     def _source_counts(self, source: SourceStream) -> NDArray[np.int64]:
-        counted = zip(self._prefixes[source.name], source.parts, strict=True)
         return np.concatenate(
-            [
-                splittable_counts(p, part.tokens, part.starts, self.split_table)
-                for p, part in counted
-            ]
+            [splittable_counts(shard, self.split_table) for shard in source.shards]
         )
 
-    def wanted_shares(self, phase: int) -> dict[str, float]:
+    def configured_shares(self, phase: int) -> dict[str, float]:
         """Each source's share of a phase's tokens, as configured: by weights or by size."""
-        growth = [self._growth(index) for index in range(len(self.sources))]
-        found = shares(self.sources, self.weights[phase], growth)
-        return {source.name: share for source, share in zip(self.sources, found, strict=True)}
+        names = [source.name for source in self.sources]
+        by_source = shares(self.sources, self.weights[phase], self._growths())
+        return dict(zip(names, by_source, strict=True))
+
+    def _growths(self) -> list[float]:
+        return [self._growth(index) for index in range(len(self.sources))]
 
     def _growth(self, index: int) -> float:
-        """By how much the transforms are expected to lengthen a source."""
+        """The factor by which the transforms are expected to lengthen a source."""
         transforms, source = self.transforms, self.sources[index]
         if transforms is None:
             return 1.0
@@ -261,33 +233,35 @@ class Loader:
             extra += transforms.split_share * float(self._counts[index].sum())
         return 1.0 + extra / source.positions
 
-    def _edges(self, index: int, row: int) -> list[int]:
-        """Where each source's line stands before row `row` of a phase."""
+    def _stream_offsets(self, index: int, row: int) -> list[int]:
+        """The position in each source's stream before row `row` of a phase."""
         if row == 0:
             return self._offsets[index]
         plan, length = self.plans[index], self.schedule.phases[index].seq_len
         return [
-            source.snapped(offset + plan.end(s, row), length, plan.slack)
+            source.snap(offset + plan.end(s, row), length, plan.slack)
             for s, (source, offset) in enumerate(
                 zip(self.sources, self._offsets[index], strict=True)
             )
         ]
 
-    def _make_window(self, index: int, which: int) -> Window:
+    def _make_window(self, index: int, number: int) -> Window:
         phase, plan = self.schedule.phases[index], self.plans[index]
         total = self.schedule.rows_in(index)
-        first, last = which * plan.rows, (which + 1) * plan.rows
+        first, last = number * plan.rows, (number + 1) * plan.rows
         last = last if total is None else min(last, total)
-        edges = zip(self.sources, self._edges(index, first), self._edges(index, last), strict=True)
-        parts = [(s, source, source.between(a, b)) for s, (source, a, b) in enumerate(edges)]
+        begins, ends = self._stream_offsets(index, first), self._stream_offsets(index, last)
+        intervals = [
+            (s, source, source.between(begins[s], ends[s])) for s, source in enumerate(self.sources)
+        ]
         return build_window(
-            parts,
+            intervals,
             self._counts,
             self.transforms,
             phase.seq_len,
             last - first,
             self.config.packing,
-            key_of(self.seed, _WINDOW, index, which),
+            key_of(self.seed, _WINDOW, index, number),
             phase.global_batch_size,
             first,
         )
@@ -304,70 +278,44 @@ class Loader:
     def _fill(
         self, tokens_S: np.ndarray, targets_S: np.ndarray, window: Window, row: int
     ) -> list[int]:
-        """Write a packed row; returns the lengths of its samples."""
+        """Writes a packed row; returns the lengths of its samples."""
         position = 0
         lengths = []
         for document, start, length in window.packed.row(row):
             source = self.sources[window.source[document]]
-            raw = self.document(source, int(window.document[document]))
+            ids = source.tokens_of(int(window.document[document]))
             splits, fim = int(window.splits[document]), int(window.fim[document])
             if splits or fim:
                 key = window.key[document]
-                raw = transformed(raw, self.split_table, splits, fim, self.fim_ids, key)
-            _copy(raw, start, length, tokens_S, targets_S, position)
+                ids = transform(ids, self.split_table, splits, fim, self.fim_ids, key)
+            _copy(ids, start, length, tokens_S, targets_S, position)
             position += length
             lengths.append(length)
         return lengths
 
-    def document(self, source: SourceStream, number: int) -> np.ndarray:
-        """The ids of a source's document as the shard holds them, bos and eos included."""
-        which = int(np.searchsorted(source.first_of_part, number, side="right")) - 1
-        part, local = source.parts[which], number - int(source.first_of_part[which])
-        start = int(part.starts[local])
-        return part.tokens[start : start + int(part.sequence_lengths[local])]
-
 
 @numba.njit(cache=True, nogil=True)
 def _copy(
-    raw: np.ndarray, start: int, length: int, tokens: np.ndarray, targets: np.ndarray, place: int
+    ids: np.ndarray, start: int, length: int, tokens_S: np.ndarray, targets_S: np.ndarray, at: int
 ) -> None:
     for i in range(length):
-        tokens[place + i] = raw[start + i]
-        targets[place + i] = raw[start + i + 1]
-
-
-def _open_part(prefix: Path, documents: int, tokens: int) -> Part:
-    file = open_shard(prefix, documents, tokens)
-    index = file.index
-    ids = np.asarray(np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r"))
-    starts = np.asarray(index.sequence_pointers) // ids.itemsize
-    return Part(ids, np.asarray(index.sequence_lengths), starts, file)
+        tokens_S[at + i] = ids[start + i]
+        targets_S[at + i] = ids[start + i + 1]
 
 
 def unigram_entropy(targets: Iterable[Tensor]) -> float:
     """Entropy of the distribution of all targets taken together, in nats per target.
 
-    The loss of the best model that ignores the context. Entries of -100 do not count; 0.0 where
-    nothing counts.
+    The loss of the best model that ignores the context. Entries of NO_TARGET do not count; 0.0
+    where there are no others.
     """
     counts = torch.zeros(0, dtype=torch.int64)
     for part in targets:
-        found = torch.bincount(part[part != NO_TARGET].flatten(), minlength=len(counts))
-        found[: len(counts)] += counts
-        counts = found
-    seen = counts[counts > 0].double()
-    if not len(seen):
+        total = torch.bincount(part[part != NO_TARGET].flatten(), minlength=len(counts))
+        total[: len(counts)] += counts
+        counts = total
+    nonzero = counts[counts > 0].double()
+    if not len(nonzero):
         return 0.0
-    share = seen / seen.sum()
+    share = nonzero / nonzero.sum()
     return float(-(share * share.log()).sum())
-
-
-def _matching_manifest(config: DataConfig) -> Manifest:
-    manifest = Manifest.load(config.shards)
-    file = tokenizer_file(config.tokenizer.path)
-    if sha256_of(file) != manifest.tokenizer_hash:
-        raise DataError(
-            f"the shards in {config.shards} were made with another tokenizer than {file}; "
-            "run `v4 data prepare CONFIG` again, or point `data.tokenizer.path` to the right one."
-        )
-    return manifest

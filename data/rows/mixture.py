@@ -1,9 +1,11 @@
-"""How much of every source goes where: windows of a fixed number of rows, and the rows' order.
+"""The mixture of sources: windows of a fixed number of rows, and the order of their rows.
 
-A window takes from every source the next run of its endless line of positions, in proportion to the
-weights, so that what a window holds does not depend on an earlier one. In a window the rows are put
-in an order that keeps every source's share: at the end of a step the running deviation from the
-window's own shares is as small as the choice of two rows can make it.
+A window takes from every source the next interval of its infinite stream of positions, in
+proportion to the weights, so that what a window contains does not depend on an earlier one. Within
+a window the rows are ordered so that every source keeps its share: at the end of a step the running
+deviation from the window's shares is as small as the choice of two rows can make it.
+
+Letters: R rows of a window, N sources.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,15 +21,20 @@ from data.rows.permutation import hashes
 from data.rows.stream import SourceStream
 
 Ints = NDArray[np.int64]
-_POOL = 256  # rows among which the next one is chosen
-_RUN = 64  # rows after which shares are right to less than a row
-_LEAST = 12  # the same where a step has fewer
-_FEW = 3  # mixed rows in a run
+_POOL = 256  # candidate rows for the next place
+_RUN = 64  # rows after which shares are balanced to less than a row
+_MIN_GROUP = 12  # smaller steps are balanced in groups of at least as many rows
+_MIN_MIXED = 3  # mixed rows per run, below which they are not spread evenly
 
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """Windows of `rows` rows; window k takes positions k·take[s] // parts … of source s."""
+    """Windows of `rows` rows.
+
+    Attributes:
+        take, parts: `parts` consecutive windows take `take[s]` positions of source s.
+        slack: positions by which the start of an interval may move to the start of a piece.
+    """
 
     rows: int
     take: tuple[int, ...]
@@ -35,7 +42,7 @@ class WindowPlan:
     slack: int
 
     def end(self, source: int, row: int) -> int:
-        """How many positions of a source the first `row` rows of a phase take."""
+        """Positions of a source that the first `row` rows of a phase take."""
         return row * self.take[source] // (self.parts * self.rows)
 
 
@@ -44,7 +51,8 @@ def shares(
 ) -> list[float]:
     """Each source's share of the tokens. Raises DataError where one with weight has no document.
 
-    `growth` is by how much the transforms lengthen each source; without weights: an epoch of all.
+    `growth` is the factor by which the transforms lengthen each source. Without weights, one epoch
+    of the mixture is one epoch of every source.
     """
     if not weights:
         sizes = [s.positions * g for s, g in zip(sources, growth, strict=True)]
@@ -54,7 +62,7 @@ def shares(
             if weight > 0 and name not in names:
                 raise DataError(
                     f"the shards hold no document of source {name!r}, whose weight is {weight}; "
-                    "run `v4 data prepare CONFIG` again, or set its weight to 0."
+                    "run `v4 data prepare CONFIG` again or set its weight to 0."
                 )
         sizes = [weights.get(name, 0.0) for name in names]
     return [size / sum(sizes) for size in sizes]
@@ -68,8 +76,8 @@ def plan_windows(
     growth: Sequence[float],
 ) -> WindowPlan:
     """Windows of about `packing_window` documents, at most one epoch of the slowest source."""
-    share = shares(sources, weights, growth)
-    raw = [part / grown for part, grown in zip(share, growth, strict=True)]
+    by_source = shares(sources, weights, growth)
+    raw = [share / factor for share, factor in zip(by_source, growth, strict=True)]
     documents = sum(r * s.documents / s.positions for r, s in zip(raw, sources, strict=True))
     epoch = max(s.positions / r for r, s in zip(raw, sources, strict=True) if r > 0)
     parts = 1
@@ -86,7 +94,7 @@ def plan_windows(
 
 
 class Schedule:
-    """Which phase a step belongs to, and which rows of the phase are the step's."""
+    """Assigns to each step its phase and its rows within the phase."""
 
     def __init__(self, phases: Sequence[DataPhase]) -> None:
         self.phases = tuple(phases)
@@ -97,14 +105,14 @@ class Schedule:
             self._first.append(self._first[-1] + (phase.steps or 0))
 
     def phase_of(self, step: int) -> int:
-        """Index of the phase that a step belongs to; the last one goes on for ever."""
+        """Index of the phase that a step belongs to; the last one continues indefinitely."""
         return sum(first <= step for first in self._first) - 1
 
     def rows_of(self, step: int) -> tuple[int, range]:
-        """The phase, and its rows by their number within the phase."""
+        """(phase index, row numbers within the phase) of a step."""
         index = self.phase_of(step)
-        phase, inside = self.phases[index], step - self._first[index]
-        return index, range(phase.rows_before(inside), phase.rows_before(inside + 1))
+        phase, local = self.phases[index], step - self._first[index]
+        return index, range(phase.rows_before(local), phase.rows_before(local + 1))
 
     def rows_in(self, index: int) -> int | None:
         """Rows of a whole phase; None where it has no end."""
@@ -113,86 +121,96 @@ class Schedule:
         return self.phases[index].rows_before(self.phases[index].steps or 0)
 
 
-def balanced_order(tokens_RS: Ints, key: int, group: int, first: int = 0) -> Ints:
-    """Rows in an order in which every source has its share all the time; empty rows come last.
+def balanced_order(tokens_RN: Ints, key: int, group: int, first: int = 0) -> Ints:
+    """An order of rows [R] in which every source keeps its share throughout; empty rows come last.
 
-    `tokens_RS` are the tokens of each source in each row; `first` is the number of the first row
-    within the phase, from which groups of `group` rows are counted. Rows come in a random order
-    (`key`), and the next one of a pool is the one that brings the running sums nearest to the
-    shares of the whole. At every group's end (every few groups', where these are small), and every
-    `_RUN` rows inside a group, the sums are set finely: of the rows that mix sources, which are
-    dealt out evenly, two are chosen together for the end.
+    Rows enter a pool in random order, and the next row is the one of the pool that brings the
+    running sums closest to the shares of the whole. At the end of every group (of every few groups,
+    where these are small), and every `_RUN` rows inside one, the sums are adjusted finely: rows
+    that mix sources are spread evenly over the runs, and the last two of a run are chosen jointly.
+
+    Arguments:
+        tokens_RN: tokens of each source in each row.
+        key: of the random order.
+        group: rows of a step.
+        first: number of the first row within the phase, from which groups are counted.
     """
-    filled = tokens_RS.sum(axis=1)
+    filled = tokens_RN.sum(axis=1)
     rows = np.flatnonzero(filled)
     rows = rows[np.argsort(hashes(rows, key), kind="stable")]
-    if tokens_RS.shape[1] > 1 and len(rows):
-        share = tokens_RS.sum(axis=0) / filled.sum()
-        off = tokens_RS[rows] - filled[rows, None] * share
-        mixed = ((tokens_RS[rows] > 0).sum(axis=1) > 1).astype(np.int64)
-        group *= -(-_LEAST // group)
-        if mixed.mean() * min(group, _RUN) < _FEW:
-            mixed[:] = 0  # too few to be dealt out: all rows are alike
-        rows = rows[_balance(off, mixed, group, first % group, _POOL)]
+    if tokens_RN.shape[1] > 1 and len(rows):
+        share = tokens_RN.sum(axis=0) / filled.sum()
+        deviation_RN = tokens_RN[rows] - filled[rows, None] * share
+        mixed = ((tokens_RN[rows] > 0).sum(axis=1) > 1).astype(np.int64)
+        group *= -(-_MIN_GROUP // group)
+        if mixed.mean() * min(group, _RUN) < _MIN_MIXED:
+            mixed[:] = 0  # too few to spread: all rows count as one kind
+        rows = rows[_balance(deviation_RN, mixed, group, first % group, _POOL)]
     return np.concatenate([rows, np.flatnonzero(filled == 0)])
 
 
 @numba.njit(cache=True, nogil=True)
-def _balance(off: NDArray[np.float64], kind: Ints, group: int, phase: int, size: int) -> Ints:
-    """The order of rows; `kind` [R] is 1 for those that mix sources, `phase` the first's place."""
-    rows = len(off)
+def _balance(
+    deviation_RN: NDArray[np.float64], kind: Ints, group: int, phase: int, size: int
+) -> Ints:
+    """The order of rows [R], chosen from pools of up to `size` rows.
+
+    `kind` [R] is 1 for rows that mix sources and 0 for others; `phase` is the place of the first
+    row in its group.
+    """
+    rows, sources = deviation_RN.shape
     order = np.empty(rows, dtype=np.int64)
-    queue = np.argsort(kind, kind="mergesort")  # those of one source, then the mixed
+    queue = np.argsort(kind, kind="mergesort")  # rows of one source, then mixed rows
     total = np.array([rows - kind.sum(), kind.sum()])
     first = np.array([0, total[0]])
-    following = np.minimum(total, size)  # into each queue
+    taken = np.minimum(total, size)  # rows of each queue that have entered its pool
     pools = np.zeros((2, size), dtype=np.int64)
-    held = following.copy()
+    filled = taken.copy()
     for k in range(2):
-        pools[k, : held[k]] = queue[first[k] : first[k] + held[k]]
-    # What a row of each kind brings in the mean: what the rest of a run is expected to bring.
-    mean = np.zeros((2, off.shape[1]))
+        pools[k, : filled[k]] = queue[first[k] : first[k] + filled[k]]
+    # The mean deviation of each kind predicts the rest of a run.
+    mean = np.zeros((2, sources))
     for row in range(rows):
-        mean[kind[row]] += off[row] / total[kind[row]]
-    running, used, place = np.zeros(off.shape[1]), 0, 0
+        mean[kind[row]] += deviation_RN[row] / total[kind[row]]
+    running, mixed_placed, place = np.zeros(sources), 0, 0
     while place < rows:
-        inside = (place + phase) % group
-        end = min(place - inside + min(inside // _RUN * _RUN + _RUN, group), rows)
-        due = total[1] * end // rows - used  # mixed rows of this run that are still to come
+        offset = (place + phase) % group
+        end = min(place - offset + min(offset // _RUN * _RUN + _RUN, group), rows)
+        mixed_left = total[1] * end // rows - mixed_placed  # mixed rows still to place in this run
         left = end - place
         pair = left == 2
-        one = 1 if due > 2 or due >= left else 0
-        two = 1 if due > 0 else 0
+        one = 1 if mixed_left > 2 or mixed_left >= left else 0
+        two = 1 if mixed_left > 0 else 0
         best, chosen_one, chosen_two = np.inf, 0, 0
-        if one and left > due > 2:
-            chosen_one = place % held[1]  # unchosen, so that the pool keeps rows of all sorts
+        if one and left > mixed_left > 2:
+            chosen_one = place % filled[1]  # arbitrary, so that the pool keeps rows of all shares
         else:
-            for i in range(held[one]):
-                for j in range(held[two] if pair else 1):
+            for i in range(filled[one]):
+                for j in range(filled[two] if pair else 1):
                     if pair and one == two and i <= j:
                         continue
                     norm = 0.0
-                    for s in range(off.shape[1]):
-                        value = running[s] + off[pools[one, i], s]
+                    for s in range(sources):
+                        value = running[s] + deviation_RN[pools[one, i], s]
                         if pair:
-                            value += off[pools[two, j], s]
+                            value += deviation_RN[pools[two, j], s]
                         else:
-                            rest = due - one
+                            rest = mixed_left - one
                             value += (left - 1 - rest) * mean[0, s] + rest * mean[1, s]
                         norm += value * value
                     if norm < best:
                         best, chosen_one, chosen_two = norm, i, j
         for c in range(2 if pair else 1):
-            k, at = (one, chosen_one) if c == 0 else (two, chosen_two)  # the higher place first
+            k, at = (one, chosen_one) if c == 0 else (two, chosen_two)  # the higher index first
             row = pools[k, at]
             order[place] = row
-            running += off[row]
-            used += k
+            running += deviation_RN[row]
+            mixed_placed += k
             place += 1
-            if following[k] < total[k]:
-                pools[k, at] = queue[first[k] + following[k]]
-                following[k] += 1
+            if taken[k] < total[k]:
+                pools[k, at] = queue[first[k] + taken[k]]
+                taken[k] += 1
             else:
-                held[k] -= 1
-                pools[k, at] = pools[k, held[k]]
+                filled[k] -= 1
+                pools[k, at] = pools[k, filled[k]]
     return order

@@ -1,8 +1,10 @@
-"""Best-fit packing of documents into rows (Ding et al. 2024; REP 4.1).
+"""Best-fit packing of documents into rows (Ding et al. 2024; report §4.1).
 
-A document longer than the row is cut into pieces of the row length and a remainder; the pieces are
-then placed, longest first, each into the row with the least room that still holds it. Only
-documents longer than a row are ever cut, where concatenate-and-cut breaks one at every row's end.
+A document longer than a row is cut into pieces of `seq_len` and a remainder; the pieces are then
+placed, longest first, each into the row with the smallest sufficient room. Only documents longer
+than a row are cut, where concatenate-and-cut cuts one at the end of every row.
+
+Letters: P pieces, R rows.
 """
 
 from dataclasses import dataclass
@@ -16,10 +18,10 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows of pieces, one array entry a piece, rows one after another.
+    """Rows of pieces, flattened row by row.
 
     Attributes:
-        offsets [R+1]: row r owns the pieces offsets[r] … offsets[r+1]-1.
+        offsets [R+1]: row r has the pieces offsets[r] … offsets[r+1]-1.
         document, start, length [P]: the piece is positions start … start+length-1 of a document.
     """
 
@@ -32,31 +34,31 @@ class PackedRows:
         return len(self.offsets) - 1
 
     def row(self, index: int) -> list[tuple[int, int, int]]:
-        """The (document, start, length) of each piece of row `index`, in their order in the row."""
+        """(document, start, length) of each piece of row `index`, in order."""
         pieces = slice(self.offsets[index], self.offsets[index + 1])
         columns = (self.document[pieces], self.start[pieces], self.length[pieces])
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def pack(lengths: Ints, seq_len: int, order: Ints | None = None) -> PackedRows:
-    """Pack documents of the given lengths (in positions) into rows of `seq_len`.
+    """Packs documents of the given lengths (in positions) into rows of `seq_len`.
 
-    `order` is the order in which documents are looked at, all of them once or a window of them;
-    it decides between pieces of equal length. Documents of length 0 take no room. The result is a
-    function of the arguments alone.
+    `order` lists the documents to pack, all of them by default, and breaks ties between pieces of
+    equal length. Documents of length 0 take no room. The result is a function of the arguments
+    alone.
     """
     order = np.arange(len(lengths)) if order is None else order
-    chosen = lengths[order].astype(np.int64)
-    which, start, length = pieces_of(np.zeros_like(chosen), chosen, seq_len)
-    # Stable, so that equal lengths keep the order asked for; radix sort on 32-bit keys.
+    last = lengths[order].astype(np.int64)
+    owner, start, length = pieces_of(np.zeros_like(last), last, seq_len)
+    # Stable, so that equal lengths keep `order`; a radix sort on 32-bit keys.
     longest_first = np.argsort((seq_len - length).astype(np.int32), kind="stable")
     row_of, rows = _best_fit(length[longest_first], seq_len)
-    document = order[which[longest_first]]
+    document = order[owner[longest_first]]
     return _by_row(document, start[longest_first], length[longest_first], row_of, rows)
 
 
 def pack_windows(lengths: Ints, seq_len: int, order: Ints, window: int) -> PackedRows:
-    """`pack` applied to `window` documents of `order` at a time; the rows follow each other."""
+    """Packs `window` documents of `order` at a time; the rows of the windows follow each other."""
     parts = [
         pack(lengths, seq_len, order[first : first + window])
         for first in range(0, len(order), window)
@@ -73,11 +75,11 @@ def pack_windows(lengths: Ints, seq_len: int, order: Ints, window: int) -> Packe
 
 @numba.njit(cache=True, nogil=True)
 def _best_fit(lengths: Ints, seq_len: int) -> tuple[Ints, int]:
-    """Row of each piece, and the number of rows.
+    """(row of each piece [P], number of rows).
 
-    Rows with the same room left form a stack; the last one touched is taken first. A binary tree
-    over the amounts of room, node k above 2k and 2k+1, says which stacks are not empty, so that
-    the smallest sufficient room is found in log2(seq_len) steps.
+    Rows with the same room left form a stack; the most recently filled one is taken first. A binary
+    tree over the amounts of room, with node k the parent of 2k and 2k+1, marks the stacks that are
+    not empty, so that the smallest sufficient room is found in log2(seq_len) steps.
     """
     leaves = 1
     while leaves < seq_len + 1:
@@ -90,7 +92,7 @@ def _best_fit(lengths: Ints, seq_len: int) -> tuple[Ints, int]:
     for i in range(len(lengths)):
         node = leaves + lengths[i]
         if not filled[node]:
-            # Climb until a right-hand neighbour holds something, then descend to its least leaf.
+            # Climb until a right-hand sibling is marked, then descend to its leftmost marked leaf.
             while node > 1 and (node % 2 == 1 or not filled[node + 1]):
                 node //= 2
             if node > 1:
@@ -122,9 +124,9 @@ def _best_fit(lengths: Ints, seq_len: int) -> tuple[Ints, int]:
 
 
 def pieces_of(first: Ints, last: Ints, seq_len: int) -> tuple[Ints, Ints, Ints]:
-    """(document, start, length) of the pieces of positions first … last-1 of each document.
+    """(document, start, length), [P] each, of the pieces of positions first … last-1 of documents.
 
-    Cuts are at multiples of `seq_len` from the document's beginning, wherever `first` is.
+    Cuts are at multiples of `seq_len` from the document's beginning, whatever `first` is.
     """
     cell = first // seq_len
     counts = -(-last // seq_len) - cell
@@ -136,10 +138,10 @@ def pieces_of(first: Ints, last: Ints, seq_len: int) -> tuple[Ints, Ints, Ints]:
 
 
 def pack_into(document: Ints, start: Ints, length: Ints, seq_len: int, rows: int) -> PackedRows:
-    """Best fit of pieces into exactly `rows` rows, empty ones included.
+    """Packs pieces by best fit into exactly `rows` rows, some of which may stay empty.
 
-    Where best fit needs more rows, the pieces of its emptiest rows are cut into the room that the
-    others have left. The pieces' lengths must sum to at most rows * seq_len.
+    Where best fit needs more rows, the pieces of its emptiest rows are cut to fill the room left in
+    the others. The pieces' lengths must sum to at most rows * seq_len.
     """
     longest_first = np.argsort((seq_len - length).astype(np.int32), kind="stable")
     row_of, used = _best_fit(length[longest_first], seq_len)
@@ -157,7 +159,7 @@ def pack_into(document: Ints, start: Ints, length: Ints, seq_len: int, rows: int
 
 
 def concatenate(document: Ints, start: Ints, length: Ints, seq_len: int, rows: int) -> PackedRows:
-    """The pieces one after another, cut at every row's end."""
+    """Packs pieces one after another, cut at the end of every row."""
     end = np.cumsum(length)
     begin = end - length
     counts = (end - 1) // seq_len - begin // seq_len + 1
@@ -178,7 +180,10 @@ def _by_row(document: Ints, start: Ints, length: Ints, row_of: Ints, rows: int) 
 
 @numba.njit(cache=True, nogil=True)
 def _squeeze(start: Ints, length: Ints, row_of: Ints, room: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-    """Pieces of rows ≥ len(room) moved, and cut, into the rows with most room first."""
+    """Moves the pieces of rows ≥ len(room), cut where needed, into the rows with most room first.
+
+    Returns (index of the original piece, start, length, row) of the resulting pieces.
+    """
     most_first = np.argsort(-room, kind="mergesort")
     size = len(length) + len(room)
     piece, begin = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)

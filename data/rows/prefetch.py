@@ -1,8 +1,8 @@
-"""Batches made ahead of their step by a thread, the same as without it.
+"""Batches made ahead of their step by a thread, identical to those made without it.
 
-A thread is enough, and shares the open windows: what takes time in a loader is compiled and lets
-Python go on, or reads files. Nothing is queued that a function of the step would not give again,
-so a run can end, or jump to any step, without anything to save.
+A thread is enough, and shares the cached windows: what takes time in a loader is compiled code that
+releases the GIL, or reading files. Every batch is a function of its step, so a run can end, or jump
+to any step, and has no queue to save.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from data.rows.loader import Batch
 
 
 class Prefetcher:
-    """`at(step)` of a loader, with the next `ahead` steps in the making.
+    """Returns the batches of a step while a thread makes those of the next `ahead` steps.
 
     Arguments:
         at: a rank's microbatches of a step, as `Loader.at`.
         ahead: how many later steps are made while one trains; with 0 no thread is started.
-        steps: none at or after this one is made ahead.
-        pin: put the tensors into page-locked memory, from which a GPU copies by itself.
+        steps: number of steps of the run; none after the last is made ahead.
+        pin: put the tensors into page-locked memory, from which a GPU copies asynchronously.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Prefetcher:
         self._thread = ThreadPoolExecutor(1, "prefetch") if ahead else None
 
     def at(self, step: int) -> list[Batch]:
-        """The microbatches of a step. Raises what the loader raised when it made them."""
+        """The microbatches of a step. Raises what the loader raised while making them."""
         if self._thread is None:
             return self._make(step)
         wanted = range(step, max(min(step + self._ahead + 1, self._steps), step + 1))
@@ -51,6 +51,6 @@ class Prefetcher:
         ]
 
     def close(self) -> None:
-        """Stop the thread, after the step that it is at."""
+        """Stops the thread after the step in progress."""
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)

@@ -1,8 +1,10 @@
-"""One source as an endless line of positions: epoch after epoch, each in an order of its own.
+"""One source as an infinite stream of positions: epoch after epoch, each in another order.
 
-Documents keep together in blocks of neighbours (of one document each up to half a million
-documents), and an epoch permutes the blocks. So any interval of the line is found from a table of
-at most half a million sums, and what it holds is a function of (seed, source, interval).
+An epoch permutes blocks of consecutive documents; with up to half a million documents a block is
+one document. So any interval of the stream is found from a table of at most half a million sums,
+and what it contains is a function of (seed, source, interval).
+
+Letters: D documents (of an interval, or of the source), K blocks.
 """
 
 import hashlib
@@ -14,17 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.rows.permutation import key_of, shuffled
+from data.rows.shards import TokenShard
 
 Ints = NDArray[np.int64]
 _MAX_BLOCKS = 1 << 19
-_ORDER = 1  # what a key is for
+_ORDER = 1  # purpose of a key
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Documents of an interval, in its order; positions `first` … `last`-1 lie inside it.
+class DocumentSpans:
+    """The documents of an interval, in stream order.
 
-    Each field is [D]. `last` is the whole length in positions where the document's end is inside.
+    Attributes:
+        epoch, document [D]: which document it is.
+        first, last [D]: positions first … last-1 of the document lie inside the interval; `last`
+            is the document's number of positions where its end lies inside.
     """
 
     epoch: Ints
@@ -34,21 +40,26 @@ class Documents:
 
 
 class SourceStream:
-    """The documents of a source in one split, over all their parts.
+    """The documents of a source in one split, over all its shards.
 
     Arguments:
         name, domain: of the source.
-        parts: opened shards, in their order; documents are numbered through them.
+        shards: in the manifest's order; documents are numbered through them.
         seed: decides the order.
+
+    Attributes:
+        lengths [D]: tokens of each document.
+        documents: their number.
+        positions: positions in one epoch; a document of n tokens has n-1.
     """
 
-    def __init__(self, name: str, domain: str, parts: list[Any], seed: int) -> None:
-        self.name, self.domain, self.parts = name, domain, parts
+    def __init__(self, name: str, domain: str, shards: list[TokenShard], seed: int) -> None:
+        self.name, self.domain, self.shards = name, domain, shards
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         self.key = key_of(seed, int.from_bytes(digest, "big"))
-        lengths = [part.sequence_lengths for part in parts]
+        lengths = [shard.sequence_lengths for shard in shards]
         self.lengths = lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
-        self.first_of_part = np.cumsum([0] + [len(part) for part in lengths])
+        self._first_of_shard = np.cumsum([0] + [len(part) for part in lengths])
         self.documents = len(self.lengths)
         size = -(-self.documents // _MAX_BLOCKS)
         self._block = np.arange(0, self.documents, size)
@@ -59,21 +70,28 @@ class SourceStream:
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def _make_epoch(self, epoch: int) -> tuple[Ints, Ints]:
-        """Blocks in the order of an epoch, and the end of each on the epoch's line."""
+        """([K] blocks in the order of an epoch, [K] the position at which each ends)."""
         order = shuffled(len(self._block), key_of(self.key, _ORDER, epoch))
         return order, np.cumsum(self._positions[order])
 
-    def between(self, begin: int, end: int) -> Documents:
-        """The documents that have positions in [begin, end) of the endless line."""
+    def tokens_of(self, document: int) -> NDArray[Any]:
+        """The ids of a document as the shard stores them, bos and eos included."""
+        index = int(np.searchsorted(self._first_of_shard, document, side="right")) - 1
+        shard, local = self.shards[index], document - int(self._first_of_shard[index])
+        start = int(shard.starts[local])
+        return shard.tokens[start : start + int(shard.sequence_lengths[local])]
+
+    def between(self, begin: int, end: int) -> DocumentSpans:
+        """The documents that have positions in [begin, end) of the stream."""
         if end <= begin:
-            nothing = np.zeros(0, dtype=np.int64)
-            return Documents(nothing, nothing, nothing, nothing)
+            empty = np.zeros(0, dtype=np.int64)
+            return DocumentSpans(empty, empty, empty, empty)
         total = self.positions
-        parts = [
+        spans = [
             self._within(epoch, max(begin - epoch * total, 0), min(end - epoch * total, total))
             for epoch in range(begin // total, (end - 1) // total + 1)
         ]
-        return Documents(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        return DocumentSpans(*(np.concatenate(column) for column in zip(*spans, strict=True)))
 
     def _within(self, epoch: int, begin: int, end: int) -> tuple[Ints, Ints, Ints, Ints]:
         order, ends = self._epoch(epoch)
@@ -85,16 +103,18 @@ class SourceStream:
         length = self.lengths[document].astype(np.int64) - 1
         stop = np.cumsum(length) + (ends[low] - self._positions[order[low]])
         start = stop - length
-        kept = (np.minimum(stop, end) > np.maximum(start, begin)).nonzero()[0]
-        document, length, start = document[kept], length[kept], start[kept]
+        overlaps = (np.minimum(stop, end) > np.maximum(start, begin)).nonzero()[0]
+        document, length, start = document[overlaps], length[overlaps], start[overlaps]
         first = np.maximum(begin - start, 0)
-        return np.full(len(kept), epoch), document, first, np.minimum(end - start, length)
+        return np.full(len(overlaps), epoch), document, first, np.minimum(end - start, length)
 
-    def snapped(self, place: int, seq_len: int, slack: int) -> int:
-        """`place`, or the beginning of the piece it lies in, if that is at most `slack` before."""
-        if place % self.positions == 0:
-            return place
-        epoch, inside = divmod(place, self.positions)
-        found = self._within(epoch, inside, inside + 1)
-        back = int(found[2][0]) % seq_len
-        return place - back if back <= slack else place
+    def snap(self, position: int, seq_len: int, slack: int) -> int:
+        """The start of the piece that contains `position`, or `position` if that is over `slack`
+        positions earlier.
+        """
+        if position % self.positions == 0:
+            return position
+        epoch, inside = divmod(position, self.positions)
+        _, _, first, _ = self._within(epoch, inside, inside + 1)
+        back = int(first[0]) % seq_len
+        return position - back if back <= slack else position

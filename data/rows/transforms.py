@@ -1,13 +1,15 @@
-"""Fill-in-the-middle and token splitting, per document, before packing (REP 4.1, DeepSeek-V3 4.1).
+"""Fill-in-the-middle and token splitting, per document, before packing.
 
-Both are functions of (seed, source, document, epoch), and the length they give is known without
-reading a token: FIM adds 3, and splitting adds one for each of a number of tokens that follows from
-a count kept beside the shard.
+Sources: report §4.1, DeepSeek-V3 report §4.1. Both are functions of (seed, source, document,
+epoch), and the resulting length is known without reading a token: FIM adds 3, and splitting adds
+one per split token, whose number follows from a count cached next to the shard.
 
 FIM cuts between tokens: cutting inside one would need the tokenizer again in the loader, and the
 length would no longer be known to packing. A special token is one token, so no cut is inside it.
 PSM is `bos <begin> prefix <hole> suffix <end> middle eos`,
 SPM is `bos <begin> <hole> suffix <end> prefix middle eos`.
+
+Letters: V vocabulary.
 """
 
 import io
@@ -21,16 +23,17 @@ from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.files import write_atomically
-from data.text.tokenizer import Tokenizer
+from data.rows.shards import TokenShard
+from data.text import Tokenizer
 
 Ints = NDArray[np.int64]
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
-FIM_EXTRA = 3
-NONE, PSM, SPM = 0, 1, 2
+FIM_EXTRA = 3  # tokens that FIM adds to a document
+NONE, PSM, SPM = 0, 1, 2  # kinds of FIM
 
 
 def split_table(tokenizer: Tokenizer) -> Ints:
-    """[V, 2]: `Tokenizer.splittable` as an array, -1 for the tokens that stay whole."""
+    """`Tokenizer.splittable` as an array [V, 2], -1 for the tokens that are never split."""
     table = np.full((tokenizer.vocab_size, 2), -1, dtype=np.int64)
     for i, pair in tokenizer.splittable().items():
         table[i] = pair
@@ -38,7 +41,7 @@ def split_table(tokenizer: Tokenizer) -> Ints:
 
 
 def fim_ids(tokenizer: Tokenizer) -> Ints:
-    """[3]: ids of begin, hole and end. Raises DataError where the tokenizer has none."""
+    """Ids [3] of begin, hole and end. Raises DataError where the tokenizer lacks one."""
     missing = [token for token in FIM_TOKENS if token not in tokenizer.special]
     if missing:
         raise DataError(
@@ -48,22 +51,22 @@ def fim_ids(tokenizer: Tokenizer) -> Ints:
     return np.array([tokenizer.special[token] for token in FIM_TOKENS], dtype=np.int64)
 
 
-def kept_tables(folder: Path, tokenizer_path: str) -> tuple[Ints, Ints]:
-    """(ids of begin, hole and end, the split table), kept in a file among the shards.
+def cached_tables(folder: Path, tokenizer_path: str) -> tuple[Ints, Ints]:
+    """(`fim_ids`, `split_table`), cached in a file among the shards, which share one tokenizer.
 
-    Opening a tokenizer of 128K takes seconds, which no rank needs to spend twice. The ids are none
-    where the tokenizer lacks one. The folder's shards are of one tokenizer.
+    Opening a tokenizer of 128K takes seconds, which the cache saves. The ids are empty where the
+    tokenizer lacks one of them.
     """
     file = folder / "transforms.npz"
     if file.is_file():
         try:
-            with np.load(file, allow_pickle=False) as found:
-                return found["fim"], found["split"]
+            with np.load(file, allow_pickle=False) as arrays:
+                return arrays["fim"], arrays["split"]
         except (ValueError, OSError, KeyError, zipfile.BadZipFile):
-            pass  # made again
+            pass  # damaged: computed again
     tokenizer = Tokenizer(tokenizer_path)
-    known = all(token in tokenizer.special for token in FIM_TOKENS)
-    fim = fim_ids(tokenizer) if known else np.zeros(0, dtype=np.int64)
+    complete = all(token in tokenizer.special for token in FIM_TOKENS)
+    fim = fim_ids(tokenizer) if complete else np.zeros(0, dtype=np.int64)
     split = split_table(tokenizer)
     stream = io.BytesIO()
     np.savez(stream, fim=fim, split=split)
@@ -71,17 +74,17 @@ def kept_tables(folder: Path, tokenizer_path: str) -> tuple[Ints, Ints]:
     return fim, split
 
 
-def splittable_counts(prefix: Path, tokens: NDArray[Any], starts: Ints, table: Ints) -> Ints:
-    """[documents]: how many tokens of each can be split, kept in a file beside the shard."""
-    file = Path(f"{prefix}.splittable.npy")
+def splittable_counts(shard: TokenShard, table: Ints) -> Ints:
+    """Splittable tokens of each document [documents], cached in a file next to the shard."""
+    file = Path(f"{shard.prefix}.splittable.npy")
     if file.is_file():
         try:
-            found = np.load(file, allow_pickle=False)
-            if found.shape == (len(starts),):
-                return found
+            cached = np.load(file, allow_pickle=False)
+            if cached.shape == (len(shard.starts),):
+                return cached
         except (ValueError, OSError):
-            pass  # made again
-    counts = _count(tokens, np.append(starts, len(tokens)), table)
+            pass  # damaged: computed again
+    counts = _count(shard.tokens, np.append(shard.starts, len(shard.tokens)), table)
     stream = io.BytesIO()
     np.save(stream, counts, allow_pickle=False)
     write_atomically(file, stream.getvalue())
@@ -106,10 +109,10 @@ def _mix(value: Any) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)
-def transformed(
+def transform(
     raw: NDArray[Any], table: Ints, splits: int, fim: int, fim_tokens: Ints, key: Any
 ) -> Ints:
-    """The document `raw` (bos … eos) with `splits` of its tokens split, and as FIM document.
+    """The document `raw` (bos … eos) with `splits` of its tokens split, then of the kind `fim`.
 
     `key` decides which tokens are split, all choices being equally likely, and where FIM cuts.
     """

@@ -1,4 +1,7 @@
-"""One window: the documents of an interval of every source, packed into its rows."""
+"""One packing window: the documents of an interval of every source, packed into its rows.
+
+Letters: D documents of the window, R rows, N sources.
+"""
 
 from dataclasses import dataclass
 
@@ -10,19 +13,22 @@ from data.errors import DataError
 from data.rows.mixture import balanced_order
 from data.rows.packing import PackedRows, concatenate, pack_into, pieces_of
 from data.rows.permutation import hashes, key_of, uniforms
-from data.rows.stream import Documents, SourceStream
+from data.rows.stream import DocumentSpans, SourceStream
 from data.rows.transforms import FIM_EXTRA, NONE, PSM, SPM
 
 Ints = NDArray[np.int64]
-_FIM, _SPM, _SPLITS, _CUTS, _ROWS = 2, 3, 4, 5, 6  # what a key is for; 1 is the order of documents
+_FIM, _SPM, _SPLITS, _CUTS, _ROWS = 2, 3, 4, 5, 6  # purposes of a key; stream.py has 1
 
 
 @dataclass(frozen=True)
 class Window:
-    """Documents with what is done to them, [D] each, and the rows of their pieces.
+    """Documents, how they are transformed, and the rows of their pieces.
 
-    `packed.document` counts through the window's documents; row r of the window is row `order[r]`
-    of `packed`.
+    Attributes:
+        source, epoch, document [D]: which document it is.
+        fim, splits, key [D]: its kind of FIM, number of splits, and the key of both.
+        packed: the pieces in rows; `packed.document` indexes the window's documents.
+        order [R]: row r of the window is row `order[r]` of `packed`.
     """
 
     source: Ints
@@ -36,7 +42,7 @@ class Window:
 
 
 def build_window(
-    parts: list[tuple[int, SourceStream, Documents]],
+    intervals: list[tuple[int, SourceStream, DocumentSpans]],
     counts: list[Ints | None],
     transforms: TransformsConfig | None,
     seq_len: int,
@@ -46,85 +52,86 @@ def build_window(
     group: int,
     first_row: int,
 ) -> Window:
-    """Pack the given documents of every source into `rows` rows of `seq_len`.
+    """Packs an interval of every source into `rows` rows of `seq_len`.
 
-    Steps have `group` rows; `first_row` is the number of the window's first row in its phase.
+    Arguments:
+        intervals: index and stream of each source, and its documents.
+        counts: splittable tokens of each document by source, where splits are used.
+        seed: decides the order of the rows.
+        group: rows of a step.
+        first_row: number of the window's first row in its phase.
     """
     columns = []
-    for index, stream, found in parts:
-        fim, splits, key = _decide(stream, found, counts[index], transforms)
+    for index, stream, spans in intervals:
+        fim, splits, key = _choose_transforms(stream, spans, counts[index], transforms)
+        source = np.full(len(fim), index)
+        ends = spans.last == stream.lengths[spans.document] - 1
         columns.append(
-            (
-                np.full(len(fim), index),
-                found.epoch,
-                found.document,
-                fim,
-                splits,
-                key,
-                *_extent(stream, found),
-            )
+            (source, spans.epoch, spans.document, fim, splits, key, spans.first, spans.last, ends)
         )
     source, epoch, document, fim, splits, key, first, last, ends = (
         np.concatenate(column) for column in zip(*columns, strict=True)
     )
     extra = np.where(ends, FIM_EXTRA * (fim != NONE) + splits, 0)
-    _keep_within(seq_len * rows, first, last, extra, fim, splits)
+    _limit_transforms(seq_len * rows, first, last, extra, fim, splits)
     last = last + extra
     shuffle = np.argsort(hashes(np.arange(len(first)), key_of(seed, _ROWS)), kind="stable")
-    which, start, length = pieces_of(first[shuffle], last[shuffle], seq_len)
-    place = concatenate if packing == "concatenate" else pack_into
-    packed = place(shuffle[which], start, length, seq_len, rows)
-    tokens_RS = np.zeros((rows, len(counts)), dtype=np.int64)
+    owner, start, length = pieces_of(first[shuffle], last[shuffle], seq_len)
+    pack = concatenate if packing == "concatenate" else pack_into
+    packed = pack(shuffle[owner], start, length, seq_len, rows)
+    tokens_RN = np.zeros((rows, len(counts)), dtype=np.int64)
     row_of = np.repeat(np.arange(rows), np.diff(packed.offsets))
-    np.add.at(tokens_RS, (row_of, source[packed.document]), packed.length)
-    order = balanced_order(tokens_RS, key_of(seed, _ROWS, 1), group, first_row)
+    np.add.at(tokens_RN, (row_of, source[packed.document]), packed.length)
+    order = balanced_order(tokens_RN, key_of(seed, _ROWS, 1), group, first_row)
     return Window(source, epoch, document, fim, splits, key, packed, order)
 
 
-def _extent(stream: SourceStream, found: Documents) -> tuple[Ints, Ints, NDArray[np.bool_]]:
-    """First and last position, and whether the document's end is inside."""
-    ends = found.last == stream.lengths[found.document] - 1
-    return found.first, found.last, ends
-
-
-def _decide(
-    stream: SourceStream, found: Documents, counts: Ints | None, transforms: TransformsConfig | None
+def _choose_transforms(
+    stream: SourceStream,
+    spans: DocumentSpans,
+    counts: Ints | None,
+    transforms: TransformsConfig | None,
 ) -> tuple[Ints, Ints, NDArray[np.uint64]]:
-    """FIM kind, number of splits and key of each document."""
-    fim = np.zeros(len(found.document), dtype=np.int64)
-    splits = np.zeros(len(found.document), dtype=np.int64)
-    key = np.zeros(len(found.document), dtype=np.uint64)
+    """Kind of FIM, number of splits and key of each document, [D] each."""
+    fim = np.zeros(len(spans.document), dtype=np.int64)
+    splits = np.zeros(len(spans.document), dtype=np.int64)
+    key = np.zeros(len(spans.document), dtype=np.uint64)
     if transforms is None:
         return fim, splits, key
-    for epoch in np.unique(found.epoch).tolist():
-        here = found.epoch == epoch
-        numbers = found.document[here]
+    for epoch in np.unique(spans.epoch).tolist():
+        in_epoch = spans.epoch == epoch
+        numbers = spans.document[in_epoch]
 
         def draw(purpose: int, numbers: Ints = numbers, epoch: int = epoch) -> NDArray[np.float64]:
             return uniforms(numbers, key_of(stream.key, purpose, epoch))
 
         if transforms.fim_rate and stream.domain in transforms.fim_domains:
             kind = np.where(draw(_SPM) < transforms.fim_spm, SPM, PSM)
-            fim[here] = np.where(draw(_FIM) < transforms.fim_rate, kind, NONE)
+            fim[in_epoch] = np.where(draw(_FIM) < transforms.fim_rate, kind, NONE)
         if counts is not None:
-            splits[here] = np.floor(transforms.split_share * counts[numbers] + draw(_SPLITS))
-            splits[here] = np.minimum(splits[here], counts[numbers])
-        key[here] = hashes(numbers, key_of(stream.key, _CUTS, epoch))
+            drawn = np.floor(transforms.split_share * counts[numbers] + draw(_SPLITS))
+            splits[in_epoch] = np.minimum(drawn, counts[numbers])
+        key[in_epoch] = hashes(numbers, key_of(stream.key, _CUTS, epoch))
     return fim, splits, key
 
 
-def _keep_within(room: int, first: Ints, last: Ints, extra: Ints, fim: Ints, splits: Ints) -> None:
-    """Where chance lengthened a window's documents beyond its rows, leave the last as they are."""
-    over = int((last - first + extra).sum()) - room
+def _limit_transforms(
+    capacity: int, first: Ints, last: Ints, extra: Ints, fim: Ints, splits: Ints
+) -> None:
+    """Undoes the transforms of a window's last documents until it fits into `capacity` positions.
+
+    By chance, the drawn transforms can lengthen a window beyond its rows.
+    """
+    over = int((last - first + extra).sum()) - capacity
     if over <= 0:
         return
-    # Both parts of a document cut by a window's edge must agree, so only whole documents change.
+    # Both parts of a document cut by a window's end must agree, so only whole documents change.
     whole = np.flatnonzero((first == 0) & (extra > 0))[::-1]
     stop = int(np.searchsorted(np.cumsum(extra[whole]), over)) + 1
     if stop > len(whole):
         raise DataError(
-            f"a packing window lacks room for {over} tokens; data.packing_window should be larger, "
-            "or data.packing_fill smaller."
+            f"a packing window is {over} tokens too short; set data.packing_window larger or "
+            "data.packing_fill smaller."
         )
     for column in (extra, fim, splits):
         column[whole[:stop]] = 0

@@ -10,7 +10,7 @@ import pytest
 
 from data.config import DataConfig
 from data.prepare.run import prepare
-from data.prepare.train_tokenizer import train_tokenizer
+from data.prepare.tokenizer_training import train_tokenizer
 from data.text.special_tokens import special_ids
 from data.text.tokenizer import Tokenizer
 

@@ -10,8 +10,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from data.prepare.run import prepare
-from data.prepare.train_tokenizer import train_tokenizer
+from data.prepare import prepare, train_tokenizer
 from trainer.config import RunConfig, load_config
 from trainer.metrics.jsonl import read_metrics
 from trainer.parallel.grid import Grid

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.rows.loader import Batch, Loader
-from data.text.tokenizer import Tokenizer
+from data.rows import Batch, Loader
+from data.text import Tokenizer
 from trainer.config import RunConfig
 from trainer.config.recipe import Recipe
 from trainer.files import write_whole
@@ -197,7 +197,7 @@ def _recipe(loader: Loader) -> tuple[str, str]:
                 escape(source.name),
                 f"{found.shares[source.name]:.3%}",
                 f"{counted.tokens / found.tokens:.3%}",
-                f"{found.worst[source.name]:.3%}",
+                f"{found.max_deviation[source.name]:.3%}",
                 f"{fim:.2%}",
                 f"{counted.fim / counted.documents:.2%}" if counted.documents else "-",
                 f"{transforms.split_share:.2%}",
@@ -207,8 +207,8 @@ def _recipe(loader: Loader) -> tuple[str, str]:
     note = (
         f"Counted in the {found.tokens:,} tokens of the first {found.steps} steps, beside what is "
         "configured (for the first phase, in a run with several). The largest difference is "
-        f"between the share in any run of whole steps of {found.span:,} tokens and the configured "
-        "one. FIM: share of documents; split: share of the tokens that join punctuation and a line "
+        f"between the share in any run of whole steps of {found.span_tokens:,} tokens and the "
+        "configured one. FIM: share of documents; split: share of the tokens that join punctuation and a line "
         "break."
     )
     header = (

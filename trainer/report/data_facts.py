@@ -11,11 +11,8 @@ from numpy.typing import NDArray
 from data.config import DataConfig
 from data.indexed import open_shard
 from data.manifest import Loss, Manifest
-from data.rows.audit import Measured, measure
-from data.rows.loader import Loader
-from data.rows.packing import pack_windows
-from data.rows.permutation import shuffled
-from data.text.tokenizer import Tokenizer
+from data.rows import Loader, RecipeAudit, audit_recipe, pack_windows, shuffled
+from data.text import Tokenizer
 
 _COUNTED = 2_000_000  # tokens of a source that are looked at one by one
 _WORDS_FROM = 200_000  # tokens of a source that are decoded to find words
@@ -97,11 +94,11 @@ def collect(config: DataConfig, seq_len: int) -> DataFacts:
     )
 
 
-def measured_recipe(loader: Loader) -> Measured:
+def measured_recipe(loader: Loader) -> RecipeAudit:
     """The recipe over the first steps: some millions of tokens, the first epoch or phase."""
     phase = loader.schedule.phases[0]
     steps = -(-_MEASURED // (phase.global_batch_size * phase.seq_len))
-    return measure(loader, min(steps, loader.num_steps, phase.steps or steps))
+    return audit_recipe(loader, min(steps, loader.num_steps, phase.steps or steps))
 
 
 def _source(config: DataConfig, manifest: Manifest, name: str) -> SourceFacts:

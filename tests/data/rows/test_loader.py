@@ -17,7 +17,7 @@ from data.errors import DataError
 from data.indexed import indexed_module, open_shard
 from data.manifest import Manifest, Shard, Split
 from data.prepare.run import prepare
-from data.prepare.train_tokenizer import train_tokenizer
+from data.prepare.tokenizer_training import train_tokenizer
 from data.rows.loader import Batch, Loader, unigram_entropy
 from data.rows.prefetch import Prefetcher
 from tests.data.kills import kill_after

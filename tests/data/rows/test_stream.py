@@ -20,7 +20,7 @@ from data.rows.mixture import Schedule, balanced_order
 from data.rows.packing import pack_into
 from data.rows.permutation import hashes
 from data.rows.stream import SourceStream
-from data.rows.transforms import NONE, fim_ids, split_table, transformed
+from data.rows.transforms import NONE, fim_ids, split_table, transform
 from data.text.tokenizer import Tokenizer
 
 
@@ -50,8 +50,8 @@ def stream(loader: Loader, steps: int) -> dict[tuple[str, int, int], list[int]]:
     found: dict[tuple[str, int, int], dict[int, list[int]]] = defaultdict(dict)
     for step in range(steps):
         _, numbers = loader.schedule.rows_of(step)
-        for place, batch in zip(range(len(numbers)), loader.whole(step), strict=True):
-            at = loader.row_at(step, place)
+        for place, batch in zip(range(len(numbers)), loader.all_rows(step), strict=True):
+            at = loader.packed_row(step, place)
             assert at is not None
             window, row = at
             position = 0
@@ -118,7 +118,7 @@ def test_every_document_comes_back(mixed: DataConfig, packing: str, spm: float) 
         assert numbers == set(range(source.documents))
         for number in numbers:
             tokens = whole[source.name, 0, number]
-            original = loader.document(source, number).tolist()
+            original = source.tokens_of(number).tolist()
             fims[source.name] += tokens[1] == ids[0]
             suffix_first += tokens[1:3] == ids[:2]
             found = merges_to(restored(tokens, ids), original, table)
@@ -154,7 +154,7 @@ def test_any_token_may_be_split() -> None:
     seen = np.zeros(20)
     for number in range(1000):
         key = hashes(np.array([number]), 3)[0]
-        made = transformed(raw, table, 5, NONE, np.zeros(3, dtype=np.int64), key)
+        made = transform(raw, table, 5, NONE, np.zeros(3, dtype=np.int64), key)
         seen += made[1:-1][made[1:-1] != 7] == 6
     assert seen.sum() == 5000
     assert np.abs(seen / 1000 - 0.25).max() < 5 * math.sqrt(0.25 * 0.75 / 1000)
@@ -164,7 +164,7 @@ def code_and_all(loader: Loader, step: int) -> tuple[int, int]:
     """Tokens of the source `code` in a step, and all."""
     tokens = Counter()
     for place in range(len(loader.schedule.rows_of(step)[1])):
-        at = loader.row_at(step, place)
+        at = loader.packed_row(step, place)
         assert at is not None
         for which, _, length in at[0].packed.row(at[1]):
             tokens[loader.sources[at[0].source[which]].name] += length
@@ -209,8 +209,8 @@ def test_phases_go_on_where_the_last_ended(mixed: DataConfig) -> None:
         for number in range(source.documents):
             tokens = whole.get((source.name, 0, number), [])
             if tokens and tokens[-1] == loader.manifest.eos_id and tokens[1] < 900:
-                assert tokens == loader.document(source, number).tolist()
-    starts = [loader._edges(i, loader.schedule.rows_in(i) or 0) for i in (0, 1)]
+                assert tokens == source.tokens_of(number).tolist()
+    starts = [loader._stream_offsets(i, loader.schedule.rows_in(i) or 0) for i in (0, 1)]
     assert starts == loader._offsets[1:]
     seen = [loader.epochs_of(step)["code"] for step in range(12)]
     assert seen[0] == 0 and seen == sorted(set(seen))
@@ -338,6 +338,6 @@ def test_a_line_is_its_documents_and_windows_end_between_pieces(
     orders = [[d for e, d, p in line if (e, p) == (epoch, 0)] for epoch in (0, 1)]
     assert orders[0] != orders[1]
     for place in range(2 * source.positions):
-        snapped = source.snapped(place, 16, 16)
+        snapped = source.snap(place, 16, 16)
         assert snapped == place - line[place][2] % 16
-        assert source.snapped(place, 16, 0) in (place, snapped)
+        assert source.snap(place, 16, 0) in (place, snapped)

@@ -16,7 +16,7 @@ from data.errors import DataError
 from data.indexed import open_shard
 from data.prepare.corpus import Corpus
 from data.prepare.run import prepare
-from data.prepare.train_tokenizer import train_tokenizer
+from data.prepare.tokenizer_training import train_tokenizer
 from data.text.dsml import Conversation, decode, read_messages
 from data.text.tokenizer import Tokenizer
 

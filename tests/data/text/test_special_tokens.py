@@ -3,7 +3,7 @@
 import pytest
 
 from data.config import TokenizerConfig
-from data.prepare.train_tokenizer import train_model
+from data.prepare.tokenizer_training import train_model
 from data.text.special_tokens import NAMED, base_size, special_ids
 from data.text.tokenizer import MODEL_FILE, Tokenizer
 

@@ -10,7 +10,12 @@ import sentencepiece
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.prepare.splits import is_validation
-from data.prepare.train_tokenizer import _sample, _training_documents, train_model, train_tokenizer
+from data.prepare.tokenizer_training import (
+    _sample,
+    _training_documents,
+    train_model,
+    train_tokenizer,
+)
 from data.text.tokenizer import Tokenizer
 
 NASTY = [
@@ -146,7 +151,7 @@ def test_sources_give_their_weights_of_the_sample(
         seen.extend(texts)
         return train_model(texts, settings)
 
-    monkeypatch.setattr("data.prepare.train_tokenizer.train_model", keep)
+    monkeypatch.setattr("data.prepare.tokenizer_training.train_model", keep)
     settings = {"path": str(tmp_path / "t"), "vocab_size": 400, "sample_bytes": 20_000}
     update = {"sources": sources, "weights": {"a": 3.0, "b": 1.0}, "tokenizer": settings}
     train_tokenizer(DataConfig.model_validate(config.model_dump() | update))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.prepare.run import prepare
+from data.prepare import prepare
 from model import IGNORE, SampleLayout, V4Model
 from model.block import Block
 from tests.model.tiny import tiny_config

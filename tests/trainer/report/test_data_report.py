@@ -11,11 +11,9 @@ import pytest
 import yaml
 
 from data.config import DataConfig
-from data.prepare.run import prepare
-from data.prepare.train_tokenizer import train_tokenizer
-from data.rows.loader import Loader
-from data.rows.permutation import shuffled
-from data.text.tokenizer import Tokenizer
+from data.prepare import prepare, train_tokenizer
+from data.rows import Loader, shuffled
+from data.text import Tokenizer
 from tests.trainer.tiny import TINY
 from trainer.config import RunConfig
 from trainer.config.recipe import Recipe
@@ -148,7 +146,7 @@ def test_page_shows_filters_and_the_measured_recipe(
     counted = found.sources["a"]
     assert row[2:] == [
         f"{counted.tokens / found.tokens:.3%}",
-        f"{found.worst['a']:.3%}",
+        f"{found.max_deviation['a']:.3%}",
         "25.00%",
         f"{counted.fim / counted.documents:.2%}",
         "50.00%",

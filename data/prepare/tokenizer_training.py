@@ -17,9 +17,19 @@ from data.errors import DataError
 from data.files import write_atomically
 from data.prepare.corpus import Corpus, Document
 from data.prepare.splits import document_hash, is_validation
-from data.text.hf_tokenizer import SPACE
-from data.text.special_tokens import BOS, EDGES, EOS, PAD, PAD_ID, base_size, special_ids
-from data.text.tokenizer import MODEL_FILE, Tokenizer, sentencepiece_schema
+from data.text import (
+    BOS,
+    EDGES,
+    EOS,
+    MODEL_FILE,
+    PAD,
+    PAD_ID,
+    SPACE,
+    Tokenizer,
+    base_size,
+    sentencepiece_schema,
+    special_ids,
+)
 
 _CHUNK_CHARACTERS = 2048  # SentencePiece is fed lines joined up to this length
 _LONGEST_LINE = 1 << 16  # a longer line is cut; only the statistics of one pair change

@@ -1,0 +1,75 @@
+"""The token shards of a split, opened for reading."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.config import DataConfig
+from data.errors import DataError
+from data.files import sha256_of
+from data.indexed import open_shard
+from data.manifest import Manifest, Split
+from data.text import tokenizer_file
+
+
+@dataclass(frozen=True)
+class TokenShard:
+    """One open shard.
+
+    Attributes:
+        prefix: its path without `.bin` and `.idx`.
+        tokens: the ids of all documents, mapped from the file.
+        sequence_lengths [documents]: tokens of each document.
+        starts [documents]: index of each document's first token in `tokens`.
+        file: the open index, which unmaps the arrays when it is collected.
+    """
+
+    prefix: Path
+    tokens: NDArray[Any]
+    sequence_lengths: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    file: Any
+
+
+def matching_manifest(config: DataConfig) -> Manifest:
+    """The manifest of `config.shards`; DataError where another tokenizer made the shards."""
+    manifest = Manifest.load(config.shards)
+    file = tokenizer_file(config.tokenizer.path)
+    if sha256_of(file) != manifest.tokenizer_hash:
+        raise DataError(
+            f"the shards in {config.shards} were made with another tokenizer than {file}; "
+            "run `v4 data prepare CONFIG` again, or point `data.tokenizer.path` to the right one."
+        )
+    return manifest
+
+
+def open_split(
+    config: DataConfig, manifest: Manifest, split: Split, source: str | None
+) -> dict[str, tuple[str, list[TokenShard]]]:
+    """The domain and the shards of each source of a split, or of one `source` only.
+
+    Raises DataError where a shard is missing or damaged, or there is none.
+    """
+    root = Path(config.shards) / manifest.folder
+    sources: dict[str, tuple[str, list[TokenShard]]] = {}
+    for shard in manifest.of_split(split):
+        if source in (None, shard.source):
+            opened = _open(root / shard.name, shard.documents, shard.tokens)
+            sources.setdefault(shard.source, (shard.domain, []))[1].append(opened)
+    if not sources:
+        raise DataError(
+            f"the shards in {config.shards} hold no document of the {split} split; "
+            "see `validation_fraction` and the sources' `split`."
+        )
+    return sources
+
+
+def _open(prefix: Path, documents: int, tokens: int) -> TokenShard:
+    file = open_shard(prefix, documents, tokens)
+    index = file.index
+    ids = np.asarray(np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r"))
+    starts = np.asarray(index.sequence_pointers) // ids.itemsize
+    return TokenShard(prefix, ids, np.asarray(index.sequence_lengths), starts, file)
