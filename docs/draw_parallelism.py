@@ -35,7 +35,7 @@ from docs.timeline import timeline
 from model import SampleLayout
 from trainer.config import load_config
 from trainer.config.parallel import ParallelConfig
-from trainer.parallel.degrees import DENSE, EXPERT, Sizes, place_of
+from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
 from trainer.planning.traffic import Work, step_traffic
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 
 def draw_ranks(folder: Path) -> None:
     """Both divisions of the same 16 ranks, and whom one rank talks to."""
-    sizes = Sizes(16, tensor=2, context=2, pipeline=2, expert=4)
+    degrees = Degrees(16, tensor=2, context=2, pipeline=2, expert=4)
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.9), gridspec_kw={"wspace": 0.04})
     for ax, names, color_by, title in (
         (axes[0], DENSE, "tensor", "dense weights: tensor 2 x context 2 x data 2 x pipeline 2"),
@@ -55,10 +55,10 @@ def draw_ranks(folder: Path) -> None:
         bare(ax, 9.5, 8.1)
         ax.set_title(title, loc="left", fontweight="bold", fontsize=10.5)
         for rank in range(16):
-            draw_rank(ax, rank, place_of(rank, names, sizes), color_by)
+            draw_rank(ax, rank, place_of(rank, names, degrees), color_by)
         for stage in range(2):
             ax.text(0, 1.05 + 2 * stage, f"pipeline\n{stage}", va="center", fontsize=9.5)
-        draw_groups(ax, names, sizes, 5)
+        draw_groups(ax, names, degrees, 5)
     axes[0].text(
         1.3, 4.25, "one colour: the same part of split weights", fontsize=9, color="#555555"
     )
@@ -77,15 +77,15 @@ def draw_rank(ax: Any, rank: int, place: dict[str, int], color_by: str) -> None:
     ax.text(x + 0.5, y + 1.2, "\n".join(words), ha="center", va="center", fontsize=7)
 
 
-def draw_groups(ax: Any, names: tuple[str, ...], sizes: Sizes, rank: int) -> None:
+def draw_groups(ax: Any, names: tuple[str, ...], degrees: Degrees, rank: int) -> None:
     """For each axis a line of 16 ranks, those filled that `rank` talks to over it."""
-    mine = place_of(rank, names, sizes)
+    mine = place_of(rank, names, degrees)
     ax.text(0, 5.15, f"whom rank {rank} talks to, by axis", fontsize=9.5, fontweight="bold")
     for line, name in enumerate(names):
         y = 5.75 + 0.62 * line
         ax.text(2.55, y, name, ha="right", va="center", fontsize=9)
         for other in range(16):
-            place = place_of(other, names, sizes)
+            place = place_of(other, names, degrees)
             same = all(place[n] == mine[n] for n in names if n != name)
             x = 3.0 + 0.4 * other
             color = ORANGE if other == rank else BLUE if same else PALE
@@ -379,11 +379,11 @@ def draw_traffic(folder: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.9), sharey=True)
     for ax, degrees in zip(axes, TOPOLOGIES, strict=True):
         parallel = ParallelConfig(pipeline_schedule="dual_pipe_v", **degrees)
-        sizes = parallel.sizes(WORLD)
+        degrees = parallel.degrees(WORLD)
         stages = parallel.stages(config.model, data.seq_len)
-        micro = data.global_batch_size // sizes.data // data.micro_batch_size
+        micro = data.global_batch_size // degrees.data // data.micro_batch_size
         work = Work.whole_rows(data.seq_len, data.micro_batch_size, micro)
-        sent = step_traffic(config.model, sizes, stages, WORLD // 2, work, config.optim)
+        sent = step_traffic(config.model, degrees, stages, WORLD // 2, work, config.optim)
         totals = [
             sum(size for (axis, _), size in sent.items() if re.split("[/*]", axis)[0] in axes_)
             / 1e9
@@ -398,7 +398,7 @@ def draw_traffic(folder: Path) -> None:
             ax.text(total + 20, line, text, va="center", fontsize=9.5)
         ax.set(xlim=(0, 1700), xticks=range(0, 1501, 500), xlabel="GB sent by one rank in one step")
         title = " x ".join(f"{name} {n}" for name, n in degrees.items())
-        ax.set_title(f"{title} x data {sizes.data}", loc="left", fontsize=10)
+        ax.set_title(f"{title} x data {degrees.data}", loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(left=False)
     rows = f"{data.global_batch_size:,} rows of {data.seq_len:,} tokens"

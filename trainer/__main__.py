@@ -25,7 +25,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
         # Both while there is no process group.
         config, notes = fitted(config)
         memory = expected(config)
-        with open_grid(config.sizes, config.parallel.timeout_seconds) as grid:
+        with open_grid(config.degrees, config.parallel.timeout_seconds) as grid:
             watch.connect(grid)
             if config.deterministic:
                 if grid.device.type == "cuda":

@@ -50,7 +50,7 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         config = config.alone()  # checkpoints open at any topology
-    with open_grid(config.sizes) as grid:
+    with open_grid(config.degrees) as grid:
         local, state = open_run(config, grid)
         validation = Validation(config, grid)
         engine = NativeEngine(local, grid)

@@ -25,7 +25,7 @@ from trainer.config.deepspeed import resolve, zero_stage
 from trainer.engine import Engine
 from trainer.microbatches import Microbatches
 from trainer.parallel.grid import Grid
-from trainer.parallel.pipeline import Feed, Stage, Tally
+from trainer.parallel.pipeline_stage import CurrentStep, Stage, StepAccumulator
 from trainer.parallel.plan import LocalModel
 from trainer.parallel.stage_plan import StagePlan
 
@@ -54,8 +54,8 @@ class DeepSpeedEngine(Engine):
         self.world = grid.data.size
         self.stage = zero_stage(config.deepspeed or {})
         self.parameters = dict(local.model.named_parameters())
-        self.feed = Feed()
-        stage = DeepSpeedStage(local.model, local.stages, self.feed)
+        self.current = CurrentStep()
+        stage = DeepSpeedStage(local.model, local.stages, self.current)
         self.beta = config.optim.muon.momentum
         self._pending = self._has_state = False
         self._copies: dict[str, Tensor] = {}
@@ -76,14 +76,16 @@ class DeepSpeedEngine(Engine):
         """Whether any parameter is DeepSpeed's Muon's."""
         return any(kinds == ("momentum",) for kinds in self.kinds.values())
 
-    def compute(self, microbatches: Microbatches, tally: Tally, backward: bool) -> None:
+    def compute(
+        self, microbatches: Microbatches, accumulator: StepAccumulator, backward: bool
+    ) -> None:
         """As in Engine; DeepSpeed reduces with the last microbatch.
 
         Raises RuntimeError where no step followed the last backward: ZeRO keeps its gradient.
         """
         if backward and self._pending:
             raise RuntimeError("engine deepspeed: every backward should be followed by a step")
-        self.feed.microbatches, self.feed.tally = microbatches, tally
+        self.current.microbatches, self.current.accumulator = microbatches, accumulator
         nothing, last = torch.empty(0), len(microbatches) - 1
         for index in torch.arange(len(microbatches)):
             if backward:
@@ -92,7 +94,7 @@ class DeepSpeedEngine(Engine):
             if backward:
                 self.engine.backward(loss.sum() * self.world, scale_wrt_gas=False)
         self._pending = self._pending or backward
-        self.feed.microbatches, self.feed.tally = (), None
+        self.current.microbatches, self.current.accumulator = (), None
 
     def make_gradients(self) -> None:
         """As in Engine, but DeepSpeed has made room for all once for ever."""
@@ -318,10 +320,10 @@ def _is(value: Any) -> bool:
 class _Whole(nn.Module):
     """A model with the stage that runs all of it."""
 
-    def __init__(self, model: V4Model, plan: StagePlan, feed: Feed) -> None:
+    def __init__(self, model: V4Model, plan: StagePlan, current: CurrentStep) -> None:
         super().__init__()
         self.model = model
-        self._stage = [Stage(model, plan, 0, feed)]  # not a submodule: it has the same ones
+        self._stage = [Stage(model, plan, 0, current)]  # not a submodule: it has the same ones
 
     def forward(self, streams: Tensor, index: Tensor) -> Tensor:
         """As in Stage."""
@@ -335,9 +337,9 @@ class DeepSpeedStage(nn.Module):
     coefficients, sinks and gate biases come into the computation as fp32 copies of these.
     """
 
-    def __init__(self, model: V4Model, plan: StagePlan, feed: Feed) -> None:
+    def __init__(self, model: V4Model, plan: StagePlan, current: CurrentStep) -> None:
         super().__init__()
-        self.whole = _Whole(model, plan, feed)
+        self.whole = _Whole(model, plan, current)
         is_low = any(parameter.dtype != torch.float32 for parameter in model.parameters())
         named = self.whole.named_parameters()
         self.upcast = {n for n, p in named if is_low and p.dtype == torch.float32}

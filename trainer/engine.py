@@ -27,7 +27,8 @@ from trainer.microbatches import Microbatches, RowCopies, Rows, SelectedExperts
 from trainer.parallel.collectives import gather_objects, sum_
 from trainer.parallel.gradients import Gradients
 from trainer.parallel.grid import Grid
-from trainer.parallel.pipeline import Pipeline, Tally
+from trainer.parallel.pipeline import Pipeline
+from trainer.parallel.pipeline_stage import StepAccumulator
 from trainer.parallel.plan import LocalModel
 
 _SUMS = TokenCounts(lm=1, mtp=1, routed=1)  # denominators of 1: losses are plain sums
@@ -105,7 +106,9 @@ class Engine(ABC):
         """Make room for the gradients of the parameters that learn, and of no others."""
 
     @abstractmethod
-    def compute(self, microbatches: Microbatches, tally: Tally, backward: bool) -> None:
+    def compute(
+        self, microbatches: Microbatches, accumulator: StepAccumulator, backward: bool
+    ) -> None:
         """`run`, of the model as it is at the time."""
 
     @abstractmethod
@@ -124,14 +127,14 @@ class Engine(ABC):
     def skip(self) -> None:
         """Leave the weights as they are after a backward."""
 
-    def run(self, microbatches: Microbatches, tally: Tally, backward: bool) -> None:
-        """Forward of all microbatches into `tally`, and backward if asked.
+    def run(self, microbatches: Microbatches, accumulator: StepAccumulator, backward: bool) -> None:
+        """Forward of all microbatches into `accumulator`, and backward if asked.
 
         Backward leaves the gradient of the sum over all ranks to the optimizer, in place of any
         earlier one.
         """
         with self.computing():
-            self.compute(microbatches, tally, backward)
+            self.compute(microbatches, accumulator, backward)
 
     def computing(self) -> AbstractContextManager[None]:
         """Context in which the model is the one that microbatches see."""
@@ -150,22 +153,22 @@ class Engine(ABC):
         `chosen` are experts that `choose` chose for them, perhaps with earlier weights.
         """
         weight = self.model.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
-        tally = Tally.zeros(self.model, self.grid.device)
+        accumulator = StepAccumulator.zeros(self.model, self.grid.device)
         with self.copies.rows(batches) as rows:
             counts, flops, stop = self._agree(rows, self._operations(batches), stop)
             microbatches = Microbatches(self.model, rows, counts, weight, self.attention, chosen)
-            self.run(microbatches, tally, backward=True)
-        lm, mtp, balance, indexer = self._over_ranks(tally).losses.unbind(0)
+            self.run(microbatches, accumulator, backward=True)
+        lm, mtp, balance, indexer = self._over_ranks(accumulator).losses.unbind(0)
         loss = lm + weight * mtp + balance + indexer
-        load, first = tally.load[:, :-1], tally.load[:, -1] / max(counts.routed, 1)
+        load, first = accumulator.load[:, :-1], accumulator.load[:, -1] / max(counts.routed, 1)
         return StepLosses(loss, lm, mtp, balance, indexer, load, first, counts, flops, stop)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """Sum of the main head's losses over all ranks' microbatches, 0-dim fp64."""
-        tally = Tally.zeros(self.model, self.grid.device)
-        self._forward(batches, tally, self.attention)
-        return self._over_ranks(tally).losses[0]
+        accumulator = StepAccumulator.zeros(self.model, self.grid.device)
+        self._forward(batches, accumulator, self.attention)
+        return self._over_ranks(accumulator).losses[0]
 
     @torch.no_grad()
     def choose(
@@ -176,25 +179,27 @@ class Engine(ABC):
         One forward pass without the output heads, by default with the present attention; every
         rank calls it.
         """
-        tally = Tally.zeros(self.model, self.grid.device)
+        accumulator = StepAccumulator.zeros(self.model, self.grid.device)
         chosen: list[dict[int, Tensor]] = [{} for _ in batches]
-        tally.chosen = chosen
-        self._forward(batches, tally, attention or self.attention)
+        accumulator.chosen = chosen
+        self._forward(batches, accumulator, attention or self.attention)
         return list(chosen)
 
-    def _forward(self, batches: Sequence[Batch], tally: Tally, attention: AttentionMode) -> None:
-        """Into `tally`, without the indexers' objective."""
+    def _forward(
+        self, batches: Sequence[Batch], accumulator: StepAccumulator, attention: AttentionMode
+    ) -> None:
+        """Into `accumulator`, without the indexers' objective."""
         mode = _WITHOUT_OBJECTIVE[attention]
         with self.copies.rows(batches) as rows:
-            self.run(Microbatches(self.model, rows, _SUMS, 0.0, mode), tally, backward=False)
+            self.run(Microbatches(self.model, rows, _SUMS, 0.0, mode), accumulator, backward=False)
 
-    def _over_ranks(self, tally: Tally) -> Tally:
-        """The tally of all ranks, in place. Tensor ranks all computed the heads' whole losses."""
+    def _over_ranks(self, accumulator: StepAccumulator) -> StepAccumulator:
+        """Sums over all ranks, in place. Tensor ranks all computed the whole losses of the heads."""
         if not self.grid.tensor.is_first:
-            tally.losses[:2] = 0.0
-        sum_(tally.losses, self.grid.world)
-        sum_(tally.load, self.grid.world)
-        return tally
+            accumulator.losses[:2] = 0.0
+        sum_(accumulator.losses, self.grid.world)
+        sum_(accumulator.load, self.grid.world)
+        return accumulator
 
     def _operations(self, batches: Sequence[Batch]) -> float:
         """Of forward and backward, every sample at its own length."""
@@ -236,14 +241,16 @@ class NativeEngine(Engine):
         """As in Engine."""
         self.gradients.zero_()
 
-    def compute(self, microbatches: Microbatches, tally: Tally, backward: bool) -> None:
+    def compute(
+        self, microbatches: Microbatches, accumulator: StepAccumulator, backward: bool
+    ) -> None:
         """As in Engine: the stages' schedule, in which gradients go out as they are complete."""
         if backward:
             self.gradients.zero_()
             if self.optimizer is not None:
                 self.optimizer.expect(self._additions(len(microbatches)))
         tokens = microbatches.tokens // self.grid.sequence.size
-        self.pipeline.run(microbatches, tokens, tally, backward)
+        self.pipeline.run(microbatches, tokens, accumulator, backward)
         if backward and self.optimizer is not None:
             self.optimizer.reduce()
 

@@ -144,9 +144,9 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "
 
 def _check_memory(everyone: list[Facts], config: RunConfig, device: torch.device) -> None:
     """Raise when what a process must hold all the time is more than there is."""
-    sizes = config.sizes(len(everyone))
-    needed = sum(memory_parts(config, sizes).values())
-    snapshots = snapshot_memory(config, sizes)
+    degrees = config.degrees(len(everyone))
+    needed = sum(memory_parts(config, degrees).values())
+    snapshots = snapshot_memory(config, degrees)
     what = "weights, gradients and optimizer states"
     if device.type == "cpu":
         needed += snapshots

@@ -99,7 +99,7 @@ class Matrices:
         """Our optimizer over new parameters; experts' gradients are sent in `experts`."""
         config = OptimConfig(muon=muon, clip_norm=None)
         parameters = {name: Parameter(value) for name, value in self.values(0).items()}
-        placements = place_all(self.shapes, grid.sizes, grid.rank)
+        placements = place_all(self.shapes, grid.degrees, grid.rank)
         return make_zero(parameters, placements, self.table, config, grid, expert_gradients=experts)
 
 

@@ -26,7 +26,7 @@ from benchmarks.optimizer.tasks import RATE, Matrices, interleaved, parameters_o
 from optim.config import MuonConfig
 from optim.zero.group import Precision
 from trainer.deepspeed_engine import import_deepspeed
-from trainer.parallel.degrees import Sizes
+from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
 
 THEIR_STEPS = MuonConfig(coarse_steps=5, fine_steps=0, gram=True)
@@ -117,7 +117,7 @@ def our_pair(
     matrices: Matrices, gradients: list[Tensor], muon: MuonConfig, experts: Precision = "fp32"
 ) -> Callable[[], object]:
     """A step of ours; parts of the buffer go out during backward."""
-    zero = matrices.zero(Grid.build(Sizes(2), torch.device("cpu")), muon, experts)
+    zero = matrices.zero(Grid.build(Degrees(2), torch.device("cpu")), muon, experts)
     named = parameters_of(zero)
     parameters = [named[name] for name in matrices.shapes]
 

@@ -108,7 +108,7 @@ def block(zero: Mapping[str, object]) -> list[str]:
 def train(folder: Path, name: str, settings: Sequence[str], stop_at: int = 0) -> None:
     """Train in this process and its peer; `stop_at` asks for the end during that step."""
     config = load_config(CONFIG, [*SETTINGS, *settings, f"run_dir={folder / name}"])
-    grid = Grid.build(config.sizes(dist.get_world_size()), torch.device("cpu"))
+    grid = Grid.build(config.degrees(dist.get_world_size()), torch.device("cpu"))
     stop = StopRequest()
     trainer = Trainer(config, grid, stop)
 

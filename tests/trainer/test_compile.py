@@ -109,7 +109,7 @@ def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_is_expected_as_it_is_held(tiny: Path) -> None:
     """Programs as they stand hold the same for backward, and while they run no less."""
     config = load_config(tiny, ["compile=true", "model.hidden_size=128"])
-    expects = rank_memory(config, config.sizes(1), 0)
+    expects = rank_memory(config, config.degrees(1), 0)
     local, optimizer = build(config, Grid.single())
     engine = NativeEngine(local, Grid.single(), optimizer)
     batches = Loader(config.data, config.seed, 0, 1).at(0)

@@ -75,7 +75,7 @@ def poisoned(path: Path, run_dir: Path, overrides: list[str]) -> None:
     """Six steps, NaN in all gradients of the third."""
     words = [f"run_dir={run_dir}", *STEPS, "steps=6", *overrides]
     config = load_config(path, words)
-    grid = Grid.build(config.sizes(dist.get_world_size()), torch.device("cpu"))
+    grid = Grid.build(config.degrees(dist.get_world_size()), torch.device("cpu"))
     trainer = Trainer(config, grid)
     engine = trainer.engine
     if overrides:

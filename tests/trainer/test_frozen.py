@@ -22,7 +22,7 @@ def states_of(optimizer: object) -> dict[tuple[str, str, int], torch.Tensor]:
 def train_some(rank: int, world: int, path: Path) -> tuple[list[str], list[str], float]:
     """Worker: after a common step, a step of some weights only, and what that changed."""
     config = load_config(path)
-    grid = Grid.build(config.sizes(world), torch.device("cpu"))
+    grid = Grid.build(config.degrees(world), torch.device("cpu"))
     local, optimizer = build(config, grid)
     engine = NativeEngine(local, grid, optimizer)
     loader = Loader(config.data, config.seed, grid.data.rank, grid.data.size)

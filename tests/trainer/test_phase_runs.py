@@ -184,7 +184,7 @@ def test_the_report_and_the_plan_show_the_phases(straight: Path, path: Path) -> 
     for phase in Recipe(config).phases:
         assert f">{phase.name}</text>" in html
     assert 'aria-label="Indexer loss"' in html
-    parts = list(recipe_part(config, config.sizes(1)))
+    parts = list(recipe_part(config, config.degrees(1)))
     assert "of the run's newest steps" in str(parts[1])
 
 

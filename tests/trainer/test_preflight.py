@@ -14,7 +14,7 @@ from tests.distributed import spawn
 from trainer import preflight as checks
 from trainer.config import load_config
 from trainer.errors import USER_ERRORS, PreflightError
-from trainer.parallel.grid import Grid, Sizes
+from trainer.parallel.grid import Degrees, Grid
 from trainer.planning.static_memory import memory_parts, snapshot_memory
 from trainer.preflight import Facts, code_digest, preflight, where
 
@@ -72,7 +72,7 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 def verdict(path: Path, overrides: list[str]) -> str:
     """What preflight says on this rank; empty where it has nothing against the run."""
-    grid = Grid.build(Sizes(dist.get_world_size()), torch.device("cpu"))
+    grid = Grid.build(Degrees(dist.get_world_size()), torch.device("cpu"))
     try:
         preflight(load_config(path, overrides), grid, see_seconds=0.5)
     except PreflightError as error:
@@ -166,7 +166,7 @@ def test_a_model_too_large_for_one_process_is_refused(
 
 def test_snapshots_are_counted_where_they_are(tiny: Path) -> None:
     config = load_config(tiny, ["stability.spikes={}"])
-    held, rest = snapshot_memory(config, Sizes(1)), sum(memory_parts(config, Sizes(1)).values())
+    held, rest = snapshot_memory(config, Degrees(1)), sum(memory_parts(config, Degrees(1)).values())
 
     def check(device: str, memory: int, host_memory: int) -> None:
         facts = [Facts(0, "a", {}, memory, host_memory)]

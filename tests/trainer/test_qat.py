@@ -17,7 +17,7 @@ from trainer.evaluate import Validation
 from trainer.export.export import export_run
 from trainer.export.import_run import import_run, open_run
 from trainer.metrics.jsonl import read_metrics
-from trainer.parallel.degrees import Sizes
+from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
 from trainer.planning.dry_run import dry_run
 from trainer.planning.plan import memory_parts
@@ -113,10 +113,10 @@ def test_a_phase_is_quantised_alone(
 
 def test_memory_counts_the_rounded_experts(tiny: Path, tmp_path: Path) -> None:
     config = load_config(tiny, [*QAT, "precision=bf16"])
-    parts = memory_parts(config, Sizes(1))
+    parts = memory_parts(config, Degrees(1))
     assert parts["quantised experts"] == 2 * 4 * 4 * 3 * 64 * 32
     assert dry_run(config, 1).fullest.resident == parts
-    plain = memory_parts(load_config(tiny, [*SIZES, "precision=bf16"]), Sizes(1))
+    plain = memory_parts(load_config(tiny, [*SIZES, "precision=bf16"]), Degrees(1))
     assert parts == plain | {"quantised experts": parts["quantised experts"]}
 
 

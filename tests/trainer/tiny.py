@@ -90,7 +90,7 @@ def train(
     config = load_config(path, [f"run_dir={run_dir}", *overrides])
     grid = Grid.single()
     if dist.is_initialized():
-        grid = Grid.build(config.sizes(dist.get_world_size()), torch.device("cpu"))
+        grid = Grid.build(config.degrees(dist.get_world_size()), torch.device("cpu"))
     stop = StopRequest()
     trainer = Trainer(config, grid, stop)
     if stop_at and grid.is_first:

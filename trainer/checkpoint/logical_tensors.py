@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model.parameters import expert_name, official_name
 from optim import StatePiece
-from trainer.parallel.grid import Sizes
+from trainer.parallel.grid import Degrees
 from trainer.parallel.placement import Placement, Shape, place
 
 MASTER = "master"
@@ -63,7 +63,7 @@ def logical_tensors(
     where = dict(placements or {})
     for name, tensor in local.items():
         if name not in where:
-            where[name] = place(name, tuple(tensor.shape), Sizes(1), 0)
+            where[name] = place(name, tuple(tensor.shape), Degrees(1), 0)
     mastered = set()
     for piece in states:
         if piece.kind == MASTER:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data.config import DataPhase
 from model.config import ModelConfig
-from trainer.parallel.degrees import Sizes
+from trainer.parallel.degrees import Degrees
 from trainer.parallel.stage_plan import V_SHAPED, ScheduleName, StagePlan, plan_stages
 
 Degree = Annotated[int, Field(ge=1)]
@@ -80,9 +80,9 @@ class ParallelConfig(BaseModel):
             self.pipeline_layers if self.pipeline > 1 else None,
         )
 
-    def sizes(self, world: int) -> Sizes:
+    def degrees(self, world: int) -> Degrees:
         """The degrees for a number of processes. Raises ValueError when they do not divide it."""
-        return Sizes(
+        return Degrees(
             world, self.tensor, self.expert, self.pipeline, self.context, self.expert_tensor
         )
 
@@ -187,7 +187,7 @@ class ParallelConfig(BaseModel):
 
         `where` is the section of the config that says them.
         """
-        data_ranks = self.sizes(world).data
+        data_ranks = self.degrees(world).data
         for rows in data.sizes:
             name = (
                 f"{where}.global_batch_size"

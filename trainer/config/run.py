@@ -27,7 +27,7 @@ from trainer.config.recipe import Recipe
 from trainer.config.source import ConfigError, dump_yaml, read_source
 from trainer.config.stability import StabilityConfig
 from trainer.config.stability import problems as stability_problems
-from trainer.parallel.degrees import Sizes
+from trainer.parallel.degrees import Degrees
 
 __all__ = ["ConfigError", "RunConfig", "Section", "load_as", "load_config", "load_run"]
 
@@ -196,10 +196,10 @@ class RunConfig(Section):
             for problem in self.parallel.step_problems(world_size, rows, where):
                 raise ConfigError(problem)
 
-    def sizes(self, world_size: int) -> Sizes:
+    def degrees(self, world_size: int) -> Degrees:
         """Degrees of all axes for this many processes. Raises ConfigError as `check_world`."""
         self.check_world(world_size)
-        return self.parallel.sizes(world_size)
+        return self.parallel.degrees(world_size)
 
     def alone(self) -> "RunConfig":
         """The same run on one process, without DeepSpeed and torch.compile."""

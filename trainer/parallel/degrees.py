@@ -11,7 +11,7 @@ EXPERT = ("expert_tensor", "expert", "expert_data", "pipeline")
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Degrees:
     """Degrees of every axis for a number of processes; `data` and `expert_data` are what remains.
 
     Raises ValueError when a product does not divide the world; a run's config is checked before.
@@ -40,13 +40,13 @@ class Sizes:
         return self.world // (self.expert_tensor * self.expert * self.pipeline)
 
     def of(self, names: Sequence[str]) -> list[int]:
-        """Sizes of the named axes."""
+        """Degrees of the named axes."""
         return [getattr(self, name) for name in names]
 
 
-def place_of(rank: int, names: Sequence[str], sizes: Sizes) -> dict[str, int]:
+def place_of(rank: int, names: Sequence[str], degrees: Degrees) -> dict[str, int]:
     """Coordinates of a rank in one division of the world, without any process group."""
     places = {}
-    for name, size in zip(names, sizes.of(names), strict=True):
+    for name, size in zip(names, degrees.of(names), strict=True):
         rank, places[name] = divmod(rank, size)
     return places

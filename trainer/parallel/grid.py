@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from trainer.parallel.degrees import DENSE, EXPERT, Sizes, place_of
+from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
 
 _SHORT = {
     "tensor": "tp",
@@ -112,7 +112,7 @@ class Grid:
     rank: int
     world_size: int
     device: torch.device
-    sizes: Sizes
+    degrees: Degrees
     traffic: Traffic
     tensor: Axis
     context: Axis
@@ -135,20 +135,20 @@ class Grid:
     @classmethod
     def single(cls, device: torch.device | None = None) -> Grid:
         """One process without torch.distributed."""
-        return cls.build(Sizes(1), device or local_device(0))
+        return cls.build(Degrees(1), device or local_device(0))
 
     @classmethod
-    def build(cls, sizes: Sizes, device: torch.device) -> Grid:
+    def build(cls, degrees: Degrees, device: torch.device) -> Grid:
         """The grid over the default process group, which is up unless there is one process."""
-        rank = dist.get_rank() if sizes.world > 1 else 0
+        rank = dist.get_rank() if degrees.world > 1 else 0
         traffic = Traffic()
-        makers = [_AxisMaker(names, sizes, rank, traffic) for names in (DENSE, EXPERT)]
+        makers = [_AxisMaker(names, degrees, rank, traffic) for names in (DENSE, EXPERT)]
         dense, expert = makers
         return cls(
             rank=rank,
-            world_size=sizes.world,
+            world_size=degrees.world,
             device=device,
-            sizes=sizes,
+            degrees=degrees,
             traffic=traffic,
             tensor=dense.axis("tensor", "tensor"),
             context=dense.axis("context", "context"),
@@ -168,7 +168,7 @@ class Grid:
         """Axes as runs of some ranks: this rank's run, and the same place of every run.
 
         Groups of their own, over which something may be on its way while the axis itself is used.
-        All ranks of the grid call it together, each with axes and sizes of its own on which the
+        All ranks of the grid call it together, each with its own axes and run lengths, on which the
         ranks of the axis agree. The parts are called `data/4` and `data*2`, say.
         """
         found = []
@@ -194,20 +194,20 @@ class Grid:
 class _AxisMaker:
     """Process groups of one division of the world; each is made once, and only if it is needed."""
 
-    def __init__(self, names: Sequence[str], sizes: Sizes, rank: int, traffic: Traffic) -> None:
+    def __init__(self, names: Sequence[str], degrees: Degrees, rank: int, traffic: Traffic) -> None:
         self.names, self.rank, self.traffic = names, rank, traffic
-        self.sizes = dict(zip(names, sizes.of(names), strict=True))
-        self.world = sizes.world
+        self.degrees = dict(zip(names, degrees.of(names), strict=True))
+        self.world = degrees.world
         self._made: dict[tuple[str, ...], Axis] = {}
-        if sizes.world > 1:
+        if degrees.world > 1:
             with warnings.catch_warnings(action="ignore"):  # about absent NVIDIA packages
                 from megatron.core.hyper_comm_grid import HyperCommGrid  # takes seconds
 
-            self.grid = HyperCommGrid(sizes.of(names), [_SHORT[name] for name in names])
+            self.grid = HyperCommGrid(degrees.of(names), [_SHORT[name] for name in names])
 
     def axis(self, name: str, *over: str) -> Axis:
         """The axis that the axes `over` form together."""
-        wide = tuple(part for part in over if self.sizes[part] > 1)
+        wide = tuple(part for part in over if self.degrees[part] > 1)
         if not wide:
             return Axis(name, 0, (self.rank,), None, self.traffic)
         if wide not in self._made:
@@ -218,14 +218,14 @@ class _AxisMaker:
     def _make(self, wide: tuple[str, ...]) -> Axis:
         dims = [_SHORT[part] for part in wide]
         mine = next(ranks for ranks in self.grid.get_rank_enum(dims) if self.rank in ranks)
-        everyone = math.prod(self.sizes[part] for part in wide) == self.world
+        everyone = math.prod(self.degrees[part] for part in wide) == self.world
         group = dist.group.WORLD if everyone else self.grid.create_pg(dims)
         return Axis("", mine.index(self.rank), tuple(mine), group, self.traffic)
 
     def ends(self, name: str, over: str) -> Axis:
         """First and last rank along `over`; alone for ranks between, and where they are one."""
         alone = Axis(name, 0, (self.rank,), None, self.traffic)
-        if self.sizes[over] == 1:
+        if self.degrees[over] == 1:
             return alone
         pairs = [[ranks[0], ranks[-1]] for ranks in self.grid.get_rank_enum(_SHORT[over])]
         group, _ = dist.new_subgroups_by_enumeration(pairs)
@@ -235,16 +235,16 @@ class _AxisMaker:
         return Axis(name, mine.index(self.rank), tuple(mine), group, self.traffic)
 
 
-def who_is_where(sizes: Sizes, most: int = 64) -> Table:
+def who_is_where(degrees: Degrees, most: int = 64) -> Table:
     """The coordinates of every rank on every axis, at most the first `most` ranks."""
     names = [*DENSE, *EXPERT[:-1]]
     table = Table(title="who is where", title_justify="left")
     for name in ("rank", *names):
         table.add_column(name, justify="right")
-    for rank in range(min(sizes.world, most)):
-        places = {**place_of(rank, DENSE, sizes), **place_of(rank, EXPERT, sizes)}
+    for rank in range(min(degrees.world, most)):
+        places = {**place_of(rank, DENSE, degrees), **place_of(rank, EXPERT, degrees)}
         table.add_row(str(rank), *(str(places[name]) for name in names))
-    if sizes.world > most:
+    if degrees.world > most:
         table.add_row("…", *[""] * len(names))
     return table
 
@@ -258,20 +258,20 @@ def local_device(local_rank: int) -> torch.device:
 
 @contextmanager
 def open_grid(
-    sizes_of: Callable[[int], Sizes] = Sizes, timeout_seconds: float | None = None
+    degrees_of: Callable[[int], Degrees] = Degrees, timeout_seconds: float | None = None
 ) -> Iterator[Grid]:
     """The grid over the processes that torchrun's RANK, LOCAL_RANK and WORLD_SIZE describe.
 
-    `sizes_of` gives the degrees for a number of processes; without torchrun there is one. Brings
+    `degrees_of` gives the degrees for a number of processes; without torchrun there is one. Brings
     the process group up and takes it down at a normal end. After an error it is left to the end
     of the process: the others may be waiting inside a collective. A collective that waits longer
     than the timeout (torch's default: 10 minutes on GPUs, 30 elsewhere) is an error.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    sizes = sizes_of(world_size)
+    degrees = degrees_of(world_size)
     device = local_device(int(os.environ.get("LOCAL_RANK", "0")))
     if world_size == 1:
-        yield Grid.build(sizes, device)
+        yield Grid.build(degrees, device)
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -279,5 +279,5 @@ def open_grid(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=None if timeout_seconds is None else timedelta(seconds=timeout_seconds),
     )
-    yield Grid.build(sizes, device)
+    yield Grid.build(degrees, device)
     dist.destroy_process_group()

@@ -87,7 +87,7 @@ def make_zero(
         "embedding": (grid.split, grid.tensor),
     }
     low = {name for name, parameter in parameters.items() if parameter.dtype != torch.float32}
-    found = families(table, placements, low, grid.sizes, tied, config.muon, padding)
+    found = families(table, placements, low, grid.degrees, tied, config.muon, padding)
     divided = grid.divide([(axes[f.kind][0], f.layout.owners) for f in found])
     groups = []
     for family, (owners, repeats) in zip(found, divided, strict=True):

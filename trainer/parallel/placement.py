@@ -1,4 +1,4 @@
-"""Which part of every logical tensor a rank holds, as a function of its name and the grid's sizes.
+"""Which part of every logical tensor a rank holds, given its name and the degrees of parallelism.
 
 Tensor ranks split what belongs to heads, output groups, vocabulary and the shared expert's inner
 dimension; expert ranks split the experts, and expert-tensor ranks each expert's inner dimension.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from model.parameter_entry import Shape
 from model.parameters import entry_of
-from trainer.parallel.degrees import DENSE, EXPERT, Sizes, place_of
+from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,11 +63,11 @@ def split_dim(name: str) -> tuple[Kind, int | None]:
     return entry_of(name).split or ("whole", None)
 
 
-def place(name: str, shape: Shape, sizes: Sizes, rank: int) -> Placement:
+def place(name: str, shape: Shape, degrees: Degrees, rank: int) -> Placement:
     """The part of the tensor `name` of the whole `shape` that `rank` holds."""
     kind, dim = split_dim(name)
     offset, size = [0] * len(shape), list(shape)
-    stage = sizes.world // sizes.pipeline
+    stage = degrees.world // degrees.pipeline
 
     def cut(along: int, index: int, parts: int) -> None:
         size[along] = shape[along] // parts
@@ -75,19 +75,19 @@ def place(name: str, shape: Shape, sizes: Sizes, rank: int) -> Placement:
 
     if kind == "tensor":
         assert dim is not None
-        cut(dim, place_of(rank, DENSE, sizes)["tensor"], sizes.tensor)
-        stage //= sizes.tensor
-        dim = dim if sizes.tensor > 1 else None
+        cut(dim, place_of(rank, DENSE, degrees)["tensor"], degrees.tensor)
+        stage //= degrees.tensor
+        dim = dim if degrees.tensor > 1 else None
     elif kind == "expert":
         assert dim is not None
-        places = place_of(rank, EXPERT, sizes)
-        cut(0, places["expert"], sizes.expert)
-        cut(dim, places["expert_tensor"], sizes.expert_tensor)
-        stage = sizes.expert_data
-        dim = dim if sizes.expert_tensor > 1 else None
+        places = place_of(rank, EXPERT, degrees)
+        cut(0, places["expert"], degrees.expert)
+        cut(dim, places["expert_tensor"], degrees.expert_tensor)
+        stage = degrees.expert_data
+        dim = dim if degrees.expert_tensor > 1 else None
     return Placement(kind, shape, tuple(offset), tuple(size), dim, stage)
 
 
-def place_all(shapes: Mapping[str, Shape], sizes: Sizes, rank: int) -> dict[str, Placement]:
+def place_all(shapes: Mapping[str, Shape], degrees: Degrees, rank: int) -> dict[str, Placement]:
     """The placement of every tensor by name."""
-    return {name: place(name, tuple(shape), sizes, rank) for name, shape in shapes.items()}
+    return {name: place(name, tuple(shape), degrees, rank) for name, shape in shapes.items()}

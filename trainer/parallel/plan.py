@@ -51,7 +51,7 @@ def localise(
         use_fp8(model)
     keep_stages(model, stages, grid.pipeline.rank)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    placements = place_all(shapes, grid.sizes, grid.rank)
+    placements = place_all(shapes, grid.degrees, grid.rank)
     if grid.tensor.size > 1:
         from trainer.parallel.tensor import split_model  # imports megatron-core, which takes long
 

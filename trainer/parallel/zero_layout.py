@@ -1,4 +1,4 @@
-"""Which ranks own which parameters together, from names and sizes alone. Imports no torch.
+"""Which ranks own which parameters together, from names and degrees alone. Imports no torch.
 
 Weights that every rank of a stage holds are owned over the stage, those that tensor ranks split
 over the ranks with the same part, experts over the ranks with the same experts. The embedding is
@@ -15,7 +15,7 @@ from optim.config import MuonConfig
 from optim.errors import OptimError
 from optim.partition import Assignment
 from optim.zero.plan import Held, Layout, Load, loads_of, plan_owners
-from trainer.parallel.degrees import DENSE, EXPERT, Sizes, place_of
+from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
 from trainer.parallel.placement import Placement
 
 FamilyKind = Literal["whole", "tensor", "expert", "embedding"]
@@ -48,7 +48,7 @@ def families(
     table: Sequence[Assignment],
     placements: Mapping[str, Placement],
     low: Collection[str],
-    sizes: Sizes,
+    degrees: Degrees,
     tied: bool,
     muon: MuonConfig,
     padding: float,
@@ -62,12 +62,12 @@ def families(
 
     Raises OptimError where ranks split a parameter of several matrices, but not between them.
     """
-    stage = sizes.world // sizes.pipeline
+    stage = degrees.world // degrees.pipeline
     ranks = {
         "whole": (stage, 1),
-        "tensor": (stage // sizes.tensor, sizes.tensor),
-        "expert": (sizes.expert_data, sizes.expert_tensor),
-        "embedding": (stage // sizes.tensor, sizes.tensor),
+        "tensor": (stage // degrees.tensor, degrees.tensor),
+        "expert": (degrees.expert_data, degrees.expert_tensor),
+        "embedding": (stage // degrees.tensor, degrees.tensor),
     }
     found = []
     for kind in KINDS:
@@ -109,12 +109,12 @@ def _kind(name: str, placements: Mapping[str, Placement], tied: bool) -> FamilyK
     return "embedding" if tied and name == "embed.weight" else placements[name].kind
 
 
-def seats(sizes: Sizes, rank: int) -> dict[FamilyKind, tuple[int, int]]:
+def seats(degrees: Degrees, rank: int) -> dict[FamilyKind, tuple[int, int]]:
     """A rank's number among those that hold the same part, and among those that split it."""
-    dense, expert = place_of(rank, DENSE, sizes), place_of(rank, EXPERT, sizes)
-    split = dense["data"] * sizes.context + dense["context"]
+    dense, expert = place_of(rank, DENSE, degrees), place_of(rank, EXPERT, degrees)
+    split = dense["data"] * degrees.context + dense["context"]
     return {
-        "whole": (split * sizes.tensor + dense["tensor"], 0),
+        "whole": (split * degrees.tensor + dense["tensor"], 0),
         "tensor": (split, dense["tensor"]),
         "expert": (expert["expert_data"], expert["expert_tensor"]),
         "embedding": (split, dense["tensor"]),
@@ -122,14 +122,14 @@ def seats(sizes: Sizes, rank: int) -> dict[FamilyKind, tuple[int, int]]:
 
 
 def stage_loads(
-    some: Sequence[Family], sizes: Sizes, pipeline: int, muon: MuonConfig
+    some: Sequence[Family], degrees: Degrees, pipeline: int, muon: MuonConfig
 ) -> list[dict[tuple[FamilyKind, bool], Load]]:
     """By rank of a stage, what it keeps and computes of each family."""
     loads = {(f.kind, f.is_low): (f, loads_of(f.layout, muon)) for f in some}
-    stage = sizes.world // sizes.pipeline
+    stage = degrees.world // degrees.pipeline
     found = []
     for rank in range(pipeline * stage, (pipeline + 1) * stage):
-        places = seats(sizes, rank)
+        places = seats(degrees, rank)
         mine = {}
         for key, (family, by_owner) in loads.items():
             number, home = places[family.kind]

@@ -29,7 +29,7 @@ from trainer.build import DTYPES, make_local, make_optimizer
 from trainer.config import RunConfig
 from trainer.config.recipe import Phase, Recipe
 from trainer.engine import NativeEngine
-from trainer.parallel.degrees import Sizes
+from trainer.parallel.degrees import Degrees
 from trainer.parallel.expert import ExpertDispatch
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel
@@ -114,7 +114,7 @@ class DryRun:
         phase: whose microbatches these are.
     """
 
-    sizes: Sizes
+    degrees: Degrees
     ranks: list[RankMemory]
     parameters: int
     microbatches: int
@@ -145,57 +145,57 @@ def dry_run(
     `progress` is told how many ranks are done, and of how many. Raises ConfigError where the
     config does not fit the processes, RuntimeError inside a process group.
     """
-    sizes = config.sizes(world)
-    alike = sizes.world // sizes.pipeline
+    degrees = config.degrees(world)
+    alike = degrees.world // degrees.pipeline
     places = []
-    for pipeline in range(sizes.pipeline):
-        ends = {0, alike - 1, stage_parts(config, sizes, pipeline).fullest}
+    for pipeline in range(degrees.pipeline):
+        ends = {0, alike - 1, stage_parts(config, degrees, pipeline).fullest}
         places += [pipeline * alike + rank for rank in sorted(ends)]
     known: _Known = {}
     planned = Recipe(config).largest if phase is None else Recipe(config).phases[phase]
     ranks, elements = [], {}
     for number, rank in enumerate(places):
-        with as_rank(rank, sizes) as grid:
+        with as_rank(rank, degrees) as grid:
             part = _Part(config, grid, planned)
             ranks.append(part.memory(known))
             elements.update(part.elements())
         if progress is not None:
             progress(number + 1, len(places))
     parameters = sum(elements.values())
-    return DryRun(sizes, ranks, parameters, microbatches_of(planned, sizes), planned)
+    return DryRun(degrees, ranks, parameters, microbatches_of(planned, degrees), planned)
 
 
-def rank_memory(config: RunConfig, sizes: Sizes, rank: int) -> RankMemory:
+def rank_memory(config: RunConfig, degrees: Degrees, rank: int) -> RankMemory:
     """What one rank will hold in the phase with the largest microbatches, as `dry_run` counts it.
 
     Raises RuntimeError inside a process group.
     """
-    with as_rank(rank, sizes) as grid:
+    with as_rank(rank, degrees) as grid:
         return _Part(config, grid, Recipe(config).largest).memory({})
 
 
 @contextmanager
-def as_rank(rank: int, sizes: Sizes) -> Iterator[Grid]:
+def as_rank(rank: int, degrees: Degrees) -> Iterator[Grid]:
     """The grid as `rank` would see it, on the meta device; its collectives move nothing."""
-    if sizes.world == 1:
-        yield Grid.build(sizes, META)
+    if degrees.world == 1:
+        yield Grid.build(degrees, META)
         return
     if dist.is_initialized():
         raise RuntimeError("a dry run makes process groups of its own, but there are some already")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=sizes.world)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.world)
     try:
         with warnings.catch_warnings(action="ignore"):  # of collectives without a device
-            yield Grid.build(sizes, META)
+            yield Grid.build(degrees, META)
     finally:
         dist.destroy_process_group()
 
 
-def microbatches_of(phase: Phase, sizes: Sizes) -> int:
+def microbatches_of(phase: Phase, degrees: Degrees) -> int:
     """Microbatches of a rank in a step."""
     rows = phase.rows
-    return -(-rows.global_batch_size // sizes.data // rows.micro_batch_size)
+    return -(-rows.global_batch_size // degrees.data // rows.micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class _Part:
             )
             for number, need in needs.items()
         ]
-        microbatches = microbatches_of(self.phase, self.grid.sizes)
+        microbatches = microbatches_of(self.phase, self.grid.degrees)
         return RankMemory(
             rank=self.grid.rank,
             pipeline=self.grid.pipeline.rank,
@@ -270,7 +270,9 @@ class _Part:
     def _microbatch(self) -> Microbatch:
         """Rows that are one sample each."""
         rows_of = self.phase.rows
-        rows = min(rows_of.micro_batch_size, -(-rows_of.global_batch_size // self.grid.sizes.data))
+        rows = min(
+            rows_of.micro_batch_size, -(-rows_of.global_batch_size // self.grid.degrees.data)
+        )
         lengths = [[rows_of.seq_len]] * rows
         counts = TokenCounts(*[rows * rows_of.seq_len] * 3)
         layout = SampleLayout.from_lengths(lengths, rows_of.seq_len, META)
@@ -343,7 +345,7 @@ class _Part:
         pipeline = self.engine.pipeline
         if pipeline.axis.size == 1:
             return dict.fromkeys(held, 1)
-        schedule = pipeline.schedule(microbatches_of(self.phase, self.grid.sizes), tokens)
+        schedule = pipeline.schedule(microbatches_of(self.phase, self.grid.degrees), tokens)
         return most_in_flight(schedule.pipeline_order[pipeline.axis.rank], held)
 
     def _update(self) -> int:

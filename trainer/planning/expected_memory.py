@@ -19,12 +19,12 @@ from trainer.planning.dry_run import RankMemory, rank_memory
 def expected(config: RunConfig) -> RankMemory | None:
     """What this process will hold; None where the engine is not the native one.
 
-    Called before there is a process group. Raises ConfigError as `RunConfig.sizes`.
+    Called before there is a process group. Raises ConfigError as `RunConfig.degrees`.
     """
     if config.engine != "native":
         return None
-    sizes = config.sizes(int(os.environ.get("WORLD_SIZE", "1")))
-    return rank_memory(config, sizes, int(os.environ.get("RANK", "0")))
+    degrees = config.degrees(int(os.environ.get("WORLD_SIZE", "1")))
+    return rank_memory(config, degrees, int(os.environ.get("RANK", "0")))
 
 
 def expected_words(config: RunConfig, grid: Grid, mine: RankMemory | None) -> str:

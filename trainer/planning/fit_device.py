@@ -56,7 +56,7 @@ def fit(config: RunConfig, world: int, card: DeviceInfo, count: Count) -> tuple[
     """The config with `data.micro_batch_size`, `parallel.recompute` and `parallel.offload` for a card.
 
     Also a line about them. `count` gives the bytes of the fullest process. Raises ConfigError where
-    nothing fits, or as `RunConfig.sizes`.
+    nothing fits, or as `RunConfig.degrees`.
     """
     room = int(ROOM * (card.memory // GIB * GIB))  # GPUs of a kind differ by some MiB
     rows = micro_batch_size(config, world)
@@ -87,7 +87,7 @@ def micro_batch_size(config: RunConfig, world: int) -> Sequence[int]:
     """
     if config.parallel.pipeline > 1:
         return [config.data.micro_batch_size]
-    of_rank = -(-config.data.global_batch_size // config.sizes(world).data)
+    of_rank = -(-config.data.global_batch_size // config.degrees(world).data)
     most = max(TOKENS // config.data.seq_len, 1)
     return [n for n in range(1, min(most, of_rank) + 1) if of_rank % n == 0]
 
@@ -130,7 +130,7 @@ class Count:
     def __call__(self, config: RunConfig) -> int:
         size = dry_run(config, self.world).fullest.total
         if self.on_host:
-            size += snapshot_memory(config, config.sizes(self.world))
+            size += snapshot_memory(config, config.degrees(self.world))
         self.done += 1
         if (spent := time.monotonic() - self.start) > 3 and self.tell:
             most = len(AGAIN) + len(micro_batch_size(config, self.world))

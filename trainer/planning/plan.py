@@ -17,7 +17,7 @@ from trainer.config import ConfigError, RunConfig
 from trainer.config.recipe import Phase, Recipe, short_length
 from trainer.formatting import GIB, duration, gib, short
 from trainer.metrics.jsonl import read_metrics
-from trainer.parallel.degrees import DENSE, EXPERT, Sizes
+from trainer.parallel.degrees import DENSE, EXPERT, Degrees
 from trainer.parallel.grid import who_is_where
 from trainer.parallel.stage_plan import StagePlan
 from trainer.planning.dry_run import DryRun, RankMemory, dry_run
@@ -38,21 +38,21 @@ def plan(
     """
     if config.engine != "native":
         raise ConfigError(f"engine = {config.engine}: v4 plan knows the memory of native only")
-    sizes = config.sizes(world_size)
-    yield summary(config, sizes)
+    degrees = config.degrees(world_size)
+    yield summary(config, degrees)
     if config.fit_device:
         yield (
             "fit_device: training chooses data.micro_batch_size and, for less memory, parallel.recompute "
             "and parallel.offload for the device that it finds; this plan takes them as written."
         )
-    yield from recipe_part(config, sizes)
+    yield from recipe_part(config, degrees)
     if world_size > 1:
-        yield who_is_where(sizes)
-    if sizes.pipeline > 1:
+        yield who_is_where(degrees)
+    if degrees.pipeline > 1:
         yield stage_table(config)
-    yield from assignment(config, sizes)
+    yield from assignment(config, degrees)
     if not dry:
-        yield memory_table(config, sizes)
+        yield memory_table(config, degrees)
         return
     phases = Recipe(config).phases
     if phase is not None and not 0 <= phase < len(phases):
@@ -62,8 +62,8 @@ def plan(
     yield dry_run_words(found)
 
 
-def summary(config: RunConfig, sizes: Sizes) -> Table:
-    """Steps, tokens, parameters and the sizes of all axes."""
+def summary(config: RunConfig, degrees: Degrees) -> Table:
+    """Steps, tokens, parameters and the degrees of all axes."""
     counts = parameter_counts(config.model)
     phases = Recipe(config).phases
     step_tokens = max(s.rows.global_batch_size * s.rows.seq_len for s in phases)
@@ -71,10 +71,10 @@ def summary(config: RunConfig, sizes: Sizes) -> Table:
     table = Table(title=f"{config.run_dir}", show_header=False, title_justify="left")
     table.add_column("what")
     table.add_column("value", justify="right")
-    rows_of_rank = math.ceil(largest.global_batch_size / sizes.data)
+    rows_of_rank = math.ceil(largest.global_batch_size / degrees.data)
     for name, value in (
-        ("processes", f"{sizes.world:,}"),
-        *((" x ".join(axes), " x ".join(map(str, sizes.of(axes)))) for axes in (DENSE, EXPERT)),
+        ("processes", f"{degrees.world:,}"),
+        *((" x ".join(axes), " x ".join(map(str, degrees.of(axes)))) for axes in (DENSE, EXPERT)),
         ("steps", f"{config.steps:,}"),
         ("tokens a step, at most", f"{step_tokens:,}"),
         ("tokens in all, at most", f"{sum(phase.tokens for phase in phases):,}"),
@@ -90,10 +90,10 @@ def summary(config: RunConfig, sizes: Sizes) -> Table:
     return table
 
 
-def recipe_part(config: RunConfig, sizes: Sizes) -> Iterator[Table | str]:
+def recipe_part(config: RunConfig, degrees: Degrees) -> Iterator[Table | str]:
     """The run's phases with their steps, tokens and times, and what the times rest on."""
     recipe = Recipe(config)
-    rate, words = expected_rate(config, sizes)
+    rate, words = expected_rate(config, degrees)
     table = Table(title="the run, phase by phase", title_justify="left")
     names = ("phase", "name", "steps", "tokens", "until", "rows x length", "rate", "mtp", "time")
     for name in names:
@@ -127,7 +127,7 @@ def phase_operations(config: RunConfig, phase: Phase) -> float:
     return of_row * (phase.tokens // phase.rows.seq_len)
 
 
-def expected_rate(config: RunConfig, sizes: Sizes) -> tuple[float | None, str]:
+def expected_rate(config: RunConfig, degrees: Degrees) -> tuple[float | None, str]:
     """Operations a second of all processes, and a sentence about where that number is from."""
     path = config.run_dir / "metrics.jsonl"
     records = read_metrics(path)[-100:] if path.is_file() else []
@@ -136,9 +136,9 @@ def expected_rate(config: RunConfig, sizes: Sizes) -> tuple[float | None, str]:
         speed = speeds[len(speeds) // 2]
         return speed * 1e12, f"Times at the {speed:.3g} TFLOP/s of the run's newest steps."
     if (peak := config.metrics.peak_tflops) is not None:
-        rate = UTILISATION * peak * sizes.world
+        rate = UTILISATION * peak * degrees.world
         return rate * 1e12, (
-            f"Times at {UTILISATION:.0%} of metrics.peak_tflops = {peak:g} on {sizes.world:,} "
+            f"Times at {UTILISATION:.0%} of metrics.peak_tflops = {peak:g} on {degrees.world:,} "
             "processes; no run has been measured yet."
         )
     return None, "Times need metrics.peak_tflops, or a run that has begun."
@@ -185,17 +185,17 @@ def stage_shares(stages: StagePlan, costs: list[float], tail: float) -> list[flo
     return [cost / (sum(costs) + tail) for cost in of_stage]
 
 
-def memory_table(config: RunConfig, sizes: Sizes) -> Table:
+def memory_table(config: RunConfig, degrees: Degrees) -> Table:
     """What the fullest process holds all the time."""
     table = Table(title="memory of the fullest process", show_header=False, title_justify="left")
     table.add_column("part")
     table.add_column("size", justify="right")
-    parts = memory_parts(config, sizes)
+    parts = memory_parts(config, degrees)
     for name, size in parts.items():
         table.add_row(name, gib(size))
     table.add_section()
     table.add_row("in all, without activations (--dry-run adds them)", gib(sum(parts.values())))
-    if held := snapshot_memory(config, sizes):
+    if held := snapshot_memory(config, degrees):
         table.add_row("on the host: snapshots of stability.spikes", gib(held))
     return table
 
@@ -236,7 +236,7 @@ def dry_run_words(found: DryRun) -> str:
 def alike(found: DryRun) -> Iterator[list[RankMemory]]:
     """The ranks that were looked at, those of a pipeline rank together that hold as much to
     0.1%."""
-    for pipeline in range(found.sizes.pipeline):
+    for pipeline in range(found.degrees.pipeline):
         ranks = [rank for rank in found.ranks if rank.pipeline == pipeline]
         same = [rank for rank in ranks if abs(rank.total / ranks[0].total - 1) < 1e-3]
         yield same

@@ -17,7 +17,7 @@ from trainer.build import DTYPES
 from trainer.checkpoint.logical_tensors import has_master
 from trainer.config import RunConfig
 from trainer.config.recipe import Recipe
-from trainer.parallel.degrees import Sizes
+from trainer.parallel.degrees import Degrees
 from trainer.parallel.placement import place_all
 from trainer.parallel.plan import keep_stages
 from trainer.parallel.stage_plan import tied_embedding
@@ -72,7 +72,7 @@ class StageParts:
         return max(range(len(self.loads)), key=lambda rank: sum(self.parts(rank).values()))
 
 
-def stage_parts(config: RunConfig, sizes: Sizes, pipeline: int) -> StageParts:
+def stage_parts(config: RunConfig, degrees: Degrees, pipeline: int) -> StageParts:
     """Of the ranks of one pipeline rank."""
     stages = config.parallel.stages(config.model, Recipe(config).seq_len)
     with torch.device("meta"):
@@ -81,7 +81,7 @@ def stage_parts(config: RunConfig, sizes: Sizes, pipeline: int) -> StageParts:
     parameters = dict(model.named_parameters())
     tensors = {**parameters, **model.state_dict()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    placements = place_all(shapes, sizes, pipeline * (sizes.world // sizes.pipeline))
+    placements = place_all(shapes, degrees, pipeline * (degrees.world // degrees.pipeline))
     elements = {name: math.prod(placement.size) for name, placement in placements.items()}
     trained = {name: placements[name].matrix_shape for name in parameters}
     low = {name for name, tensor in parameters.items() if has_master(tensor)}
@@ -89,7 +89,7 @@ def stage_parts(config: RunConfig, sizes: Sizes, pipeline: int) -> StageParts:
         build_table(trained, parameter_table(config.model), config.optim),
         placements,
         low,
-        sizes,
+        degrees,
         tied_embedding(stages, config.model.num_nextn_predict_layers),
         config.optim.muon,
         config.parallel.optimizer_padding,
@@ -100,7 +100,7 @@ def stage_parts(config: RunConfig, sizes: Sizes, pipeline: int) -> StageParts:
         quantised = sum(elements[name] * tensors[name].itemsize for name in experts)
     return StageParts(
         some,
-        stage_loads(some, sizes, pipeline, config.optim.muon),
+        stage_loads(some, degrees, pipeline, config.optim.muon),
         sum(elements[name] * tensor.itemsize for name, tensor in tensors.items()),
         4 * sum(elements[name] for name in trained),
         sum(elements[n] * t.itemsize for n, t in tensors.items() if n not in low),
@@ -108,28 +108,28 @@ def stage_parts(config: RunConfig, sizes: Sizes, pipeline: int) -> StageParts:
     )
 
 
-def memory_parts(config: RunConfig, sizes: Sizes) -> dict[str, int]:
+def memory_parts(config: RunConfig, degrees: Degrees) -> dict[str, int]:
     """Bytes that the fullest process holds for the whole run, or its quantised phases, by part.
 
     `trainer.planning.dry_run` counts the same in the real objects.
     """
-    found = (stage_parts(config, sizes, rank) for rank in range(sizes.pipeline))
+    found = (stage_parts(config, degrees, rank) for rank in range(degrees.pipeline))
     fullest = [stage.parts(stage.fullest) for stage in found]
     return max(fullest, key=lambda parts: sum(parts.values()))
 
 
-def snapshot_memory(config: RunConfig, sizes: Sizes) -> int:
+def snapshot_memory(config: RunConfig, degrees: Degrees) -> int:
     """Bytes of the host that a process holds at most to turn back to after a spike."""
     spikes = config.stability.spikes
     if spikes is None or not spikes.snapshots:
         return 0
-    found = (stage_parts(config, sizes, rank) for rank in range(sizes.pipeline))
+    found = (stage_parts(config, degrees, rank) for rank in range(degrees.pipeline))
     return spikes.snapshots * max(
         stage.snapshot(rank) for stage in found for rank in range(len(stage.loads))
     )
 
 
-def assignment(config: RunConfig, sizes: Sizes) -> Iterator[Table | str]:
+def assignment(config: RunConfig, degrees: Degrees) -> Iterator[Table | str]:
     """Who owns what: the families of every pipeline rank, and what ranks keep and compute."""
     table = Table(title="owners of the optimizer's state", title_justify="left")
     for name in ("pipeline rank", "parameters", "precision"):
@@ -137,8 +137,8 @@ def assignment(config: RunConfig, sizes: Sizes) -> Iterator[Table | str]:
     for name in ("matrices", "ranks", "owners", "repeated", "padding"):
         table.add_column(name, justify="right")
     loads = []
-    for pipeline in range(sizes.pipeline):
-        stage = stage_parts(config, sizes, pipeline)
+    for pipeline in range(degrees.pipeline):
+        stage = stage_parts(config, degrees, pipeline)
         loads += [sum(rank.values(), Load()) for rank in stage.loads]
         for family in stage.families:
             matrices = sum(held.count for held in family.held if held.entry.matrices is not None)

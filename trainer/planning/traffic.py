@@ -1,4 +1,4 @@
-"""What every rank sends in one optimizer step, from the sizes alone. Imports no torch.
+"""What every rank sends in one optimizer step, from the degrees alone. Imports no torch.
 
 The same numbers are counted while a run goes on (`grid.traffic`), and a test compares them.
 Letters: n ranks of an axis, t tensor, c context, s = t·c; a microbatch has B rows of S tokens, a
@@ -19,7 +19,7 @@ from model.config import LayerType, ModelConfig
 from model.parameters import Shapes, always_fp32, parameter_shapes, parameter_table
 from optim.config import OptimConfig
 from optim.partition import build_table
-from trainer.parallel.degrees import DENSE, EXPERT, Sizes, place_of
+from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
 from trainer.parallel.placement import place_all
 from trainer.parallel.stage_plan import StagePlan, tied_embedding
 from trainer.parallel.zero_layout import Family, families, seats
@@ -100,7 +100,7 @@ class Exchange:
 
 def step_traffic(
     config: ModelConfig,
-    sizes: Sizes,
+    degrees: Degrees,
     stages: StagePlan,
     rank: int,
     work: Work,
@@ -114,7 +114,7 @@ def step_traffic(
     stage's indexer chooses nothing in a microbatch and tensor ranks sum the attention it learns
     from, which go by blocks whose size depends on the device.
     """
-    sent = _Sent(config, sizes, stages, rank, work)
+    sent = _Sent(config, degrees, stages, rank, work)
     for lengths in work.microbatches:
         sent.microbatch(lengths)
     if work.rows is not None:
@@ -147,31 +147,31 @@ class _Sent:
     """Adds up what one rank sends."""
 
     config: ModelConfig
-    sizes: Sizes
+    degrees: Degrees
     stages: StagePlan
     rank: int
     work: Work
     bytes: defaultdict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
 
     def __post_init__(self) -> None:
-        sizes = self.sizes
-        self.place = place_of(self.rank, DENSE, sizes)
-        expert = place_of(self.rank, EXPERT, sizes)
+        degrees = self.degrees
+        self.place = place_of(self.rank, DENSE, degrees)
+        expert = place_of(self.rank, EXPERT, degrees)
         self.ranks = {
-            "tensor": sizes.tensor,
-            "context": sizes.context,
-            "sequence": sizes.tensor * sizes.context,
-            "data": sizes.data,
-            "stage": sizes.world // sizes.pipeline,
-            "split": sizes.context * sizes.data,
-            "expert": sizes.expert * sizes.expert_tensor,
-            "expert_tensor": sizes.expert_tensor,
-            "expert_data": sizes.expert_data,
+            "tensor": degrees.tensor,
+            "context": degrees.context,
+            "sequence": degrees.tensor * degrees.context,
+            "data": degrees.data,
+            "stage": degrees.world // degrees.pipeline,
+            "split": degrees.context * degrees.data,
+            "expert": degrees.expert * degrees.expert_tensor,
+            "expert_tensor": degrees.expert_tensor,
+            "expert_data": degrees.expert_data,
             "tied": 2,
-            "world": sizes.world,
+            "world": degrees.world,
         }
         self.place |= expert | {
-            "sequence": self.place["context"] * sizes.tensor + self.place["tensor"]
+            "sequence": self.place["context"] * degrees.tensor + self.place["tensor"]
         }
         self.element = {"fp32": 4, "bf16": 2}[self.work.precision]
         self.mtp = self.config.num_nextn_predict_layers
@@ -221,7 +221,7 @@ class _Sent:
     def _embedding(self, tokens: int) -> None:
         """Each tensor rank has some words: the sum for all queries; backward gathers gradients."""
         size = self.config.hidden_size * self.element
-        self._sum("tensor", self.sizes.tensor * tokens * size)
+        self._sum("tensor", self.degrees.tensor * tokens * size)
         self._scatter("tensor", tokens * size, forward=0)
 
     def _head(self, tokens: int) -> None:
@@ -230,14 +230,14 @@ class _Sent:
         Each has some words' logits. The gradient is formed in forward and sends nothing more.
         """
         self._gather("tensor", tokens * self.config.hidden_size * self.element)
-        self._sum("tensor", self.sizes.tensor * tokens * 3 * 4)
+        self._sum("tensor", self.degrees.tensor * tokens * 3 * 4)
 
     def _attention(self, kind: LayerType, rows: Lengths, tokens: int) -> None:
         config, e, runs = self.config, self.element, self.attention_runs
         width = config.head_dim
         self._gather("tensor", tokens * config.q_lora_rank * e, runs)  # low-rank queries
         self._gather("tensor", tokens * width * e, runs)  # key-values
-        if self.sizes.context > 1:
+        if self.degrees.context > 1:
             self._halo("context", config.sliding_window - 1, len(rows) * width * e, runs)
         if kind != "window":
             self._entries(kind, rows, width * e, runs)
@@ -261,7 +261,7 @@ class _Sent:
             self._gather("tensor", picks, runs, backward=0)
         if learns and selects:
             self._scatter("tensor", picks, runs, backward=0)
-        elif learns and self.sizes.tensor > 1:
+        elif learns and self.degrees.tensor > 1:
             raise ValueError("where every entry is attended to, its mass is sent by no formula")
 
     def _selects(self, rows: Lengths) -> bool:
@@ -311,10 +311,10 @@ class _Sent:
             samples = sum(map(len, rows))
             self._sum("sequence", runs * samples * config.n_routed_experts * 4)
         ranks = self.ranks["expert"]
-        counts = config.n_routed_experts // self.sizes.expert * 8
+        counts = config.n_routed_experts // self.degrees.expert * 8
         self.bytes["expert", "exchange"] += runs * (ranks - 1) * counts
         if self.work.rows is None:
-            away = tokens * config.num_experts_per_tok * self.sizes.expert_tensor
+            away = tokens * config.num_experts_per_tok * self.degrees.expert_tensor
             self.expert_rows(ExpertRows(*[away * (ranks - 1) / ranks] * 2))
 
     def expert_rows(self, rows: ExpertRows) -> None:
@@ -342,7 +342,7 @@ class _Sent:
 
     def update(self, shapes: Shapes, optim: OptimConfig, how: Exchange) -> None:
         """Gradients to their owners and parameters back, for each family of parameters."""
-        placements = place_all(shapes, self.sizes, self.rank)
+        placements = place_all(shapes, self.degrees, self.rank)
         whole = {name: placement.matrix_shape for name, placement in placements.items()}
         low = {name for name in shapes if self.element < 4 and not always_fp32(name)}
         tied = tied_embedding(self.stages, self.mtp)
@@ -350,7 +350,7 @@ class _Sent:
             build_table(whole, parameter_table(self.config), optim),
             placements,
             low,
-            self.sizes,
+            self.degrees,
             tied,
             optim.muon,
             how.padding,
@@ -373,7 +373,7 @@ class _Sent:
         self.bytes[f"{axis}*{repeats}", "sum"] += sum_bytes(repeats, layout.part * 4)
         if family.kind == "embedding":
             self.bytes["tied", "sum"] += sum_bytes(2, layout.part * 4)
-        number, home = seats(self.sizes, self.rank)[family.kind]
+        number, home = seats(self.degrees, self.rank)[family.kind]
         owner = number % layout.owners
         mine = [piece for piece in layout.pieces if piece.owner == owner and piece.home is not None]
         away = sum(piece.size for piece in mine if piece.home != home)

@@ -28,7 +28,7 @@ from trainer.config.stability import AnticipationConfig
 from trainer.engine import Engine
 from trainer.microbatches import SelectedExperts
 from trainer.parallel.grid import Grid
-from trainer.parallel.pipeline import index_dtype
+from trainer.parallel.pipeline_stage import index_dtype
 from trainer.state import TrainState
 
 Saved = dict[str, Any]

@@ -16,7 +16,7 @@ from trainer.checkpoint import dcp_planners as planners
 from trainer.checkpoint.folder import CheckpointFolder, checkpoints_in
 from trainer.checkpoint.logical_tensors import Part
 from trainer.errors import CheckpointError, SaveError
-from trainer.parallel.grid import Grid, Sizes
+from trainer.parallel.grid import Degrees, Grid
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_a_full_disk_loses_nothing(tiny: Path, copy: Path) -> None:
 
 
 def save_where_one_rank_has_no_room(rank: int, world_size: int, folder: Path) -> str:
-    grid = Grid.build(Sizes(world_size), torch.device("cpu"))
+    grid = Grid.build(Degrees(world_size), torch.device("cpu"))
     checkpoints = CheckpointFolder(folder, grid)
     tensors = {f"t{i}": torch.full((1000,), float(i)) for i in range(8)}
     checkpoints.save(1, tensors, {"step": 1})

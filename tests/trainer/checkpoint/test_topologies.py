@@ -23,26 +23,26 @@ from trainer.checkpoint.logical_tensors import STEP, Part
 from trainer.checkpoint.run import RunCheckpoint
 from trainer.config import RunConfig, load_config
 from trainer.errors import CheckpointError
-from trainer.parallel.grid import Grid, Sizes, place_of
+from trainer.parallel.grid import Degrees, Grid, place_of
 from trainer.parallel.optimizer_sharding import make_zero
 from trainer.parallel.placement import Placement, place_all
 from trainer.state import TrainState
 
 STATES = ("momentum", "exp_avg", "exp_avg_sq", "step", "master")
-ONE = {"one": Sizes(1)}
+ONE = {"one": Degrees(1)}
 TWO = {
-    "data 2": Sizes(2),
-    "tensor 2": Sizes(2, tensor=2),
-    "expert 2": Sizes(2, expert=2),
-    "expert_tensor 2": Sizes(2, expert_tensor=2),
-    "tensor 2, expert 2 inside": Sizes(2, tensor=2, expert=2),
-    "pipeline 2": Sizes(2, pipeline=2),
+    "data 2": Degrees(2),
+    "tensor 2": Degrees(2, tensor=2),
+    "expert 2": Degrees(2, expert=2),
+    "expert_tensor 2": Degrees(2, expert_tensor=2),
+    "tensor 2, expert 2 inside": Degrees(2, tensor=2, expert=2),
+    "pipeline 2": Degrees(2, pipeline=2),
 }
 FOUR = {
-    "tensor 2, expert 2": Sizes(4, tensor=2, expert=2),
-    "expert_tensor 4": Sizes(4, expert_tensor=4),
-    "expert 2, expert_tensor 2": Sizes(4, expert=2, expert_tensor=2),
-    "tensor 2, expert_tensor 2, pipeline 2": Sizes(4, tensor=2, expert_tensor=2, pipeline=2),
+    "tensor 2, expert 2": Degrees(4, tensor=2, expert=2),
+    "expert_tensor 4": Degrees(4, expert_tensor=4),
+    "expert 2, expert_tensor 2": Degrees(4, expert=2, expert_tensor=2),
+    "tensor 2, expert_tensor 2, pipeline 2": Degrees(4, tensor=2, expert_tensor=2, pipeline=2),
 }
 EVERY = ONE | TWO | FOUR
 
@@ -75,7 +75,7 @@ def whole_run(config: RunConfig) -> Held:
     model = V4Model(config.model, torch.bfloat16)
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    placements = place_all(shapes, Sizes(1), 0)
+    placements = place_all(shapes, Degrees(1), 0)
     table = build_table(shapes, parameter_table(config.model), OptimConfig())
     optimizer = make_zero(parameters, placements, table, OptimConfig(), Grid.single())
     states = {}
@@ -102,14 +102,14 @@ def stage_of(name: str, stages: int) -> set[int]:
     return {stages - 1}
 
 
-def held_by(run: Held, sizes: Sizes, rank: int) -> tuple[Held, dict[str, Placement]]:
+def held_by(run: Held, degrees: Degrees, rank: int) -> tuple[Held, dict[str, Placement]]:
     """Copies of the parts that a rank holds of a whole run."""
     shapes = {name: tuple(tensor.shape) for name, tensor in run.tensors.items()}
-    stage = place_of(rank, ("tensor", "context", "data", "pipeline"), sizes)["pipeline"]
+    stage = place_of(rank, ("tensor", "context", "data", "pipeline"), degrees)["pipeline"]
     placements = {
         name: placement
-        for name, placement in place_all(shapes, sizes, rank).items()
-        if stage in stage_of(name, sizes.pipeline)
+        for name, placement in place_all(shapes, degrees, rank).items()
+        if stage in stage_of(name, degrees.pipeline)
     }
     states = {}
     for key, tensor in run.by_key.items():
@@ -122,10 +122,10 @@ def held_by(run: Held, sizes: Sizes, rank: int) -> tuple[Held, dict[str, Placeme
 
 
 def checkpoint_of(
-    config: RunConfig, folder: Path, sizes: Sizes, rank: int, tokenizer: str = "hash"
+    config: RunConfig, folder: Path, degrees: Degrees, rank: int, tokenizer: str = "hash"
 ) -> tuple[RunCheckpoint, Held]:
-    grid = Grid.build(sizes, torch.device("cpu"))
-    held, placements = held_by(whole_run(config), sizes, rank)
+    grid = Grid.build(degrees, torch.device("cpu"))
+    held, placements = held_by(whole_run(config), degrees, rank)
     config = config.model_copy(update={"run_dir": folder})
     checkpoint = RunCheckpoint(config, grid, held, held, tokenizer, placements)  # type: ignore
     return checkpoint, held
@@ -141,8 +141,8 @@ class Counting(PartLoadPlanner):
         return super().finish_plan(new_plan)
 
 
-def load_and_compare(config: RunConfig, folder: Path, sizes: Sizes, rank: int) -> None:
-    checkpoint, held = checkpoint_of(config, folder, sizes, rank)
+def load_and_compare(config: RunConfig, folder: Path, degrees: Degrees, rank: int) -> None:
+    checkpoint, held = checkpoint_of(config, folder, degrees, rank)
     wanted = {name: tensor.clone() for name, tensor in (held.tensors | held.by_key).items()}
     for tensor in (held.tensors | held.by_key).values():
         tensor.fill_(-3)
@@ -151,7 +151,7 @@ def load_and_compare(config: RunConfig, folder: Path, sizes: Sizes, rank: int) -
     assert (state.step, state.tokens, held.step_count) == (3, 30, 7)
     for name, tensor in (held.tensors | held.by_key).items():
         if f"master.{name}" not in held.by_key:  # such a weight is rounded from its master
-            assert torch.equal(tensor, wanted[name]), (folder.name, sizes, name)
+            assert torch.equal(tensor, wanted[name]), (folder.name, degrees, name)
 
 
 def work(
@@ -162,7 +162,7 @@ def work(
     config = load_config(path)
     for name in save:
         checkpoint_of(config, folder / name, EVERY[name], rank)[0].save(TrainState(3, 30))
-    for at in [sizes for sizes in EVERY.values() if sizes.world == world_size]:
+    for at in [degrees for degrees in EVERY.values() if degrees.world == world_size]:
         for name in load:
             load_and_compare(config, folder / name, at, rank)
 
@@ -259,7 +259,7 @@ def test_a_rank_reads_its_parts_and_no_more(saved: Path, tiny: Path) -> None:
 
 def mistakes(rank: int, world_size: int, folder: Path) -> list[str]:
     """What loading says where the ranks' parts and the checkpoint do not agree."""
-    checkpoints = CheckpointFolder(folder, Grid.build(Sizes(2, tensor=2), torch.device("cpu")))
+    checkpoints = CheckpointFolder(folder, Grid.build(Degrees(2, tensor=2), torch.device("cpu")))
     half = [Part(torch.ones(2, 3), (4, 3), (2 * rank, 0))]
     own = {f"rank {rank}": torch.ones(5)}
     path = checkpoints.save(1, {"split": half, **own}, {})

@@ -23,11 +23,11 @@ from trainer.config import RunConfig, load_config
 from trainer.errors import CheckpointError, ExportError
 from trainer.export.export import export_run
 from trainer.export.hf_folder import read_hf_weights
-from trainer.parallel.grid import Grid, Sizes
+from trainer.parallel.grid import Degrees, Grid
 from trainer.state import TrainState
 
 SHARD_BYTES = 20_000
-SPLIT = Sizes(2, tensor=2, expert_tensor=2)
+SPLIT = Degrees(2, tensor=2, expert_tensor=2)
 
 
 def config_of(path: Path, run_dir: Path) -> RunConfig:
@@ -50,7 +50,7 @@ def save_and_export(rank: int, world_size: int, path: Path, folder: Path) -> tup
     config = config_of(path, folder / "run")
     tokenizer = Tokenizer(config.data.tokenizer.path).hash
     checkpoint_of(config, config.run_dir, SPLIT, rank, tokenizer)[0].save(TrainState(3, 30))
-    grid = Grid.build(Sizes(2), torch.device("cpu"))
+    grid = Grid.build(Degrees(2), torch.device("cpu"))
     written: list[str] = []
     watch_files(written)
     export_run(config, folder / "two", grid, SHARD_BYTES)

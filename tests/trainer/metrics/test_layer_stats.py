@@ -11,7 +11,7 @@ from tests.trainer.tiny import train
 from trainer.build import build
 from trainer.config import load_config
 from trainer.metrics.jsonl import read_metrics
-from trainer.parallel.grid import Grid, Sizes
+from trainer.parallel.grid import Degrees, Grid
 from trainer.report.run import write_report
 from trainer.step import LayerNumbers, expert_numbers, flat, layer_numbers
 
@@ -25,10 +25,10 @@ def test_expert_numbers_by_hand() -> None:
     assert found["experts_dead"] == [0.0, 0.75, 0.5]
 
 
-def numbers_of(rank: int, world_size: int, path: Path, sizes: Sizes) -> LayerNumbers:
+def numbers_of(rank: int, world_size: int, path: Path, degrees: Degrees) -> LayerNumbers:
     """Of a model whose sinks and biases differ by layer and by head or expert."""
-    config = load_config(path, ["parallel.pipeline=2"] if sizes.pipeline == 2 else [])
-    grid = Grid.build(sizes, torch.device("cpu")) if world_size > 1 else Grid.single()
+    config = load_config(path, ["parallel.pipeline=2"] if degrees.pipeline == 2 else [])
+    grid = Grid.build(degrees, torch.device("cpu")) if world_size > 1 else Grid.single()
     local, _ = build(config, grid)
     with torch.no_grad():
         for row, router in local.model.routers().items():
@@ -43,14 +43,14 @@ def numbers_of(rank: int, world_size: int, path: Path, sizes: Sizes) -> LayerNum
     return layer_numbers(local.model, load, grid)
 
 
-@pytest.mark.parametrize("sizes", [Sizes(2, tensor=2), Sizes(2, pipeline=2)])
-def test_ranks_that_split_the_layers_see_all_of_them(tiny: Path, sizes: Sizes) -> None:
-    expected = numbers_of(0, 1, tiny, Sizes(1))
+@pytest.mark.parametrize("degrees", [Degrees(2, tensor=2), Degrees(2, pipeline=2)])
+def test_ranks_that_split_the_layers_see_all_of_them(tiny: Path, degrees: Degrees) -> None:
+    expected = numbers_of(0, 1, tiny, Degrees(1))
     assert expected["router_bias_min"] == [None, -1.0, -2.0, -3.0]
     assert expected["router_bias_max"] == [None, 2.0, 1.0, 0.0]
     assert expected["sink_max"][:3] == [10.0, 11.0, 12.0]
-    for found in spawn(numbers_of, 2, tiny, sizes):
-        if sizes.tensor == 2:  # the MTP block's sinks are not told apart above
+    for found in spawn(numbers_of, 2, tiny, degrees):
+        if degrees.tensor == 2:  # the MTP block's sinks are not told apart above
             expected["sink_max"][3] = found["sink_max"][3]
         assert found == expected
 

@@ -17,7 +17,7 @@ from tests.distributed import spawn
 from tests.model.tiny import gradient_scale, tiny_config
 from trainer.checkpoint.logical_tensors import Part, parts_of
 from trainer.engine import NativeEngine
-from trainer.parallel.degrees import Sizes
+from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
 from trainer.parallel.optimizer_sharding import make_zero
 from trainer.parallel.plan import LocalModel, localise
@@ -168,7 +168,7 @@ def whole_of(parts: dict[str, list[Part]]) -> dict[str, Tensor]:
 def run_all(rank: int, world: int) -> list[list[Result]]:
     """Worker: every case at every topology of this many ranks."""
     return [
-        [step(CONFIG, Grid.build(Sizes(world, **degrees), torch.device("cpu")), c) for c in CASES]
+        [step(CONFIG, Grid.build(Degrees(world, **degrees), torch.device("cpu")), c) for c in CASES]
         for degrees in TOPOLOGIES[world]
     ]
 

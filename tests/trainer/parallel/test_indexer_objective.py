@@ -21,7 +21,7 @@ from tests.trainer.parallel.test_gradients import (
     zero_of,
 )
 from trainer.engine import NativeEngine, learns
-from trainer.parallel.degrees import Sizes
+from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import localise
 from trainer.parallel.stage_plan import plan_stages
@@ -73,7 +73,7 @@ def run_all(rank: int, world: int) -> list[list[Result]]:
     results = []
     for spread in SPREADS:
         degrees = {k: v for k, v in spread.items() if k not in ("schedule", "recompute")}
-        grid = Grid.build(Sizes(world, **degrees), torch.device("cpu"))
+        grid = Grid.build(Degrees(world, **degrees), torch.device("cpu"))
         results.append([step(grid, spread, layout, mode) for layout in LAYOUTS for mode in MODES])
     return results
 

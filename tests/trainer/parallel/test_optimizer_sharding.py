@@ -21,7 +21,7 @@ from tests.optim.debug_parameters import FACTS, shapes
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.logical_tensors import Parts, logical_tensors
 from trainer.parallel.collectives import sum_
-from trainer.parallel.degrees import Sizes
+from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
 from trainer.parallel.optimizer_sharding import make_zero
 from trainer.parallel.placement import place_all
@@ -92,12 +92,12 @@ class Run:
 
     def __init__(self, case: Case, world: int, rank: int) -> None:
         degrees, self.names, dtype, padding = case
-        sizes = Sizes(world, **degrees)
-        self.grid = Grid.build(sizes, torch.device("cpu"))
+        degrees = Degrees(world, **degrees)
+        self.grid = Grid.build(degrees, torch.device("cpu"))
         config = OptimConfig()
         first = values(0, self.names)
         whole = {name: tuple(tensor.shape) for name, tensor in first.items()}
-        self.placements = place_all(whole, sizes, rank)
+        self.placements = place_all(whole, degrees, rank)
         # One rank's optimizer has fp32 weights only; the parts are compared with them rounded.
         self.alone = {name: Parameter(p.float()) for name, p in as_parameters(first, dtype).items()}
         own = {name: self.placements[name].own(tensor) for name, tensor in first.items()}
@@ -203,10 +203,10 @@ def sent_bytes(rank: int, world: int) -> dict[str, tuple[dict[tuple[str, str], i
 
     `bf16 all` sends every gradient in bf16.
     """
-    grid = Grid.build(Sizes(world), torch.device("cpu"))
+    grid = Grid.build(Degrees(world), torch.device("cpu"))
     first = values(0, None)
     whole = {name: tuple(tensor.shape) for name, tensor in first.items()}
-    placements = place_all(whole, grid.sizes, rank)
+    placements = place_all(whole, grid.degrees, rank)
     table = build_table(whole, FACTS, OptimConfig())
     gradients = values(rank + 1, None)
     exact = {n: sum(values(r + 1, None)[n] for r in range(world)) for n in whole}
@@ -281,6 +281,6 @@ def test_a_parameter_in_no_table_or_in_two_is_refused(change: Any, words: str) -
     parameters = as_parameters(values(0, FEW), FP32)
     whole = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     table = build_table(whole, FACTS, OptimConfig())
-    placements = place_all(whole, Sizes(1), 0)
+    placements = place_all(whole, Degrees(1), 0)
     with pytest.raises(OptimError, match=words):
         make_zero(parameters, placements, change(table), OptimConfig(), Grid.single())

@@ -101,7 +101,7 @@ def test_what_does_not_fit_the_processes_is_refused(
 ) -> None:
     config = load_config(tiny, [*MODEL, *overrides])
     with pytest.raises(ConfigError) as caught:
-        config.sizes(world)
+        config.degrees(world)
     text = str(caught.value)
     for part in parts:
         assert part in text, text
@@ -121,7 +121,7 @@ def test_the_values_named_are_accepted(tiny: Path) -> None:
         (8, ["parallel.tensor=4"]),
         (4, ["parallel.expert_tensor=4"]),
     ):
-        load_config(tiny, [*MODEL, *overrides]).sizes(world)
+        load_config(tiny, [*MODEL, *overrides]).degrees(world)
 
 
 def test_nearest_divisors() -> None:

@@ -18,7 +18,7 @@ from tests.trainer.parallel.topologies import MODEL, Topology, topology
 from trainer.build import build
 from trainer.config import ConfigError, load_config
 from trainer.engine import NativeEngine
-from trainer.parallel.degrees import Sizes
+from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import Pipeline
 from trainer.planning.activations import Live, Storages, most_in_flight, tensors_in
@@ -45,7 +45,7 @@ def hold(rank: int, world: int, path: Path, overrides: list[tuple[str, ...]]) ->
     found = []
     for words in overrides:
         config = load_config(path, words)
-        grid = Grid.build(config.sizes(world), torch.device("cpu"))
+        grid = Grid.build(config.degrees(world), torch.device("cpu"))
         local, optimizer = build(config, grid)
         engine = NativeEngine(local, grid)
         model = local.model
@@ -106,7 +106,7 @@ def test_counts_what_ranks_really_hold(
     elements = sum(shape_size(shape) for shape in parameter_shapes(config.model).values())
     assert found.parameters == elements
     full = max(found.ranks, key=lambda rank: sum(rank.resident.values()))
-    assert memory_parts(config, found.sizes) == full.resident
+    assert memory_parts(config, found.degrees) == full.resident
 
 
 def shape_size(shape: Iterable[int]) -> int:
@@ -125,10 +125,10 @@ def test_in_flight_as_torch_orders_it(tiny: Path, schedule: str, ranks: int) -> 
         "data.global_batch_size=16",
     ]
     config = load_config(tiny, [*MODEL, *words])
-    sizes = config.sizes(ranks)
+    degrees = config.degrees(ranks)
     found = dry_run(config, ranks)
     for rank in range(ranks):
-        with as_rank(rank, sizes) as grid:
+        with as_rank(rank, degrees) as grid:
             plan = config.parallel.stages(config.model, config.data.seq_len)
             order = actions(config, grid, plan)
         mine = found.ranks[rank].stages
@@ -147,7 +147,7 @@ def test_in_flight_as_torch_orders_it(tiny: Path, schedule: str, ranks: int) -> 
         assert sum(stage.held * stage.in_flight for stage in mine) == most
         if schedule == "1f1b":
             assert [stage.in_flight for stage in mine] == [ranks - rank]
-        assert microbatches_of(found.phase, sizes) == 16
+        assert microbatches_of(found.phase, degrees) == 16
 
 
 def actions(config: Any, grid: Grid, plan: Any) -> list[str]:
@@ -211,7 +211,7 @@ def test_tensors_of_a_microbatch_are_found(tiny: Path) -> None:
 def test_what_does_not_fit_is_refused(tiny: Path) -> None:
     with pytest.raises(ConfigError, match="does not divide the 3 processes"):
         dry_run(load_config(tiny, [*MODEL, "parallel.tensor=2"]), 3)
-    with as_rank(0, Sizes(2)), pytest.raises(RuntimeError, match="process groups of its own"):
+    with as_rank(0, Degrees(2)), pytest.raises(RuntimeError, match="process groups of its own"):
         dry_run(load_config(tiny, MODEL), 2)
     assert not dist.is_initialized()
 

@@ -79,7 +79,7 @@ def test_a_run_says_what_it_expects_and_what_it_took(
 def of_ranks(rank: int, world: int, path: Path) -> tuple[str, str, int]:
     """Worker: both lines, the second rank expected to need more, and this rank's own peak."""
     config = load_config(path)
-    grid = Grid.build(config.sizes(world), torch.device("cpu"))
+    grid = Grid.build(config.degrees(world), torch.device("cpu"))
     with pytest.raises(RuntimeError, match="process groups of its own"):
         expected(config)
     stage = StageMemory(0, range(3), 5, 1, 7)
@@ -103,7 +103,7 @@ def test_the_fullest_rank_is_told(tiny: Path) -> None:
 def test_the_rank_alone_is_that_of_the_dry_run(tiny: Path) -> None:
     config = load_config(tiny, ["parallel.pipeline=2", "precision=bf16"])
     for found in dry_run(config, 2).ranks:
-        assert rank_memory(config, config.sizes(2), found.rank) == found
+        assert rank_memory(config, config.degrees(2), found.rank) == found
     assert not dist.is_initialized()
 
 

@@ -101,7 +101,7 @@ def test_what_is_chosen_fits_by_the_dry_run_and_more_does_not():
 def test_snapshots_on_the_host_count_where_it_trains():
     config = load_config(CONFIG, ["stability.spikes={}"])
     there, here = (Count(1, on_host, tell=False)(config) for on_host in (False, True))
-    assert here - there == snapshot_memory(config, config.sizes(1)) > 0
+    assert here - there == snapshot_memory(config, config.degrees(1)) > 0
 
 
 def test_every_rung_needs_less_than_the_one_before():

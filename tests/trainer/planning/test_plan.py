@@ -14,7 +14,7 @@ from rich.table import Table
 from model.flops import flops_by_part
 from tests.trainer.parallel.topologies import MODEL
 from trainer.config import ConfigError, RunConfig, load_config
-from trainer.parallel.degrees import Sizes
+from trainer.parallel.degrees import Degrees
 from trainer.parallel.stage_plan import balanced
 from trainer.planning.layer_times import Times, measure, take_times
 from trainer.planning.plan import plan, span, stage_shares
@@ -79,9 +79,9 @@ def test_memory_falls_with_every_axis_that_divides_it(tiny: Path) -> None:
     def total(**degrees: int) -> int:
         words = [f"parallel.{name}={degree}" for name, degree in degrees.items()]
         changed = load_config(tiny, [*MODEL, "precision=bf16", *words])
-        return sum(memory_parts(changed, Sizes(2, **degrees)).values())
+        return sum(memory_parts(changed, Degrees(2, **degrees)).values())
 
-    alone = sum(memory_parts(config, Sizes(2)).values())
+    alone = sum(memory_parts(config, Degrees(2)).values())
     for axis in ("tensor", "expert", "expert_tensor", "pipeline"):
         assert total(**{axis: 2}) < alone, axis
     assert total(context=2) == alone

@@ -167,7 +167,7 @@ def rank_of_axis(grid: Grid) -> dict[str, tuple[int, ...]]:
 def one_step(degrees: Degrees, world: int, rank: int) -> Outcome:
     """One step at a topology."""
     config = run_config(degrees)
-    grid = Grid.build(config.sizes(world), torch.device("cpu"))
+    grid = Grid.build(config.degrees(world), torch.device("cpu"))
     local, optimizer = build(config, grid)
     engine = NativeEngine(local, grid, optimizer)
     attention = degrees.get("attention", "select")
@@ -201,7 +201,7 @@ def one_step(degrees: Degrees, world: int, rank: int) -> Outcome:
         config.parallel.expert_gradients,
         config.parallel.optimizer_padding,
     )
-    formula = step_traffic(config.model, grid.sizes, local.stages, rank, work, config.optim, how)
+    formula = step_traffic(config.model, grid.degrees, local.stages, rank, work, config.optim, how)
     ranks = rank_of_axis(grid)
     for bucket in optimizer.buckets:
         for axis in (bucket.owners.axis, *[others.axis for others in bucket.group.copies]):
@@ -248,14 +248,14 @@ def test_every_byte_given_to_torch_is_counted(
 
 def test_even_routing_and_whole_rows_are_the_default() -> None:
     config = run_config({"expert": 2, "expert_tensor": 2})
-    sizes, stages = config.sizes(4), config.parallel.stages(MODEL, ROW)
+    degrees, stages = config.degrees(4), config.parallel.stages(MODEL, ROW)
     work = Work.whole_rows(ROW, MICRO_ROWS, 1, "fp32")
     layers = MODEL.num_hidden_layers + MODEL.num_nextn_predict_layers
     # A row for each of the two parts of an expert; three of four ranks are others.
     rows = layers * MICRO_ROWS * ROW * MODEL.num_experts_per_tok * 2 * 3 / 4
     given = Work(ROW, [[[ROW]] * MICRO_ROWS], "fp32", rows=ExpertRows(rows, rows))
-    assert step_traffic(MODEL, sizes, stages, 0, work) == step_traffic(
-        MODEL, sizes, stages, 0, given
+    assert step_traffic(MODEL, degrees, stages, 0, work) == step_traffic(
+        MODEL, degrees, stages, 0, given
     )
 
 
@@ -264,8 +264,8 @@ def test_no_number_where_no_formula_is() -> None:
     stages = config.parallel.stages(MODEL, ROW)
     work = Work(ROW, [[[4] * (ROW // 4)]], attention="sparse")
     with pytest.raises(ValueError, match="no formula"):
-        step_traffic(MODEL, config.sizes(2), stages, 0, work)
-    apart = run_config({"context": 2}).sizes(2)
+        step_traffic(MODEL, config.degrees(2), stages, 0, work)
+    apart = run_config({"context": 2}).degrees(2)
     assert step_traffic(MODEL, apart, stages, 0, work)["sequence", "gather"] > 0
 
 

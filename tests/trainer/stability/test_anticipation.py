@@ -34,7 +34,7 @@ from trainer.export.export import export_run
 from trainer.metrics.jsonl import read_metrics
 from trainer.metrics.layer_stats import expert_numbers
 from trainer.parallel.grid import Grid
-from trainer.parallel.pipeline import index_dtype
+from trainer.parallel.pipeline_stage import index_dtype
 from trainer.state import TrainState
 from trainer.trainer import Trainer
 

@@ -22,7 +22,7 @@ from trainer.engine import StepLosses
 from trainer.errors import ConfigError, DivergedError
 from trainer.metrics.jsonl import read_events, read_metrics
 from trainer.metrics.wandb_log import WandbLog
-from trainer.parallel.degrees import Sizes
+from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
 from trainer.planning.static_memory import snapshot_memory
 from trainer.report.plots import CHARTS
@@ -355,20 +355,20 @@ ROOM = [
 def test_memory_of_snapshots_is_what_is_held(tiny: Path) -> None:
     for settings in ROOM:
         config = load_config(tiny, [*SPIKES, *settings])
-        expected = snapshot_memory(config, Sizes(1))
+        expected = snapshot_memory(config, Degrees(1))
         assert held_by(tiny, Grid.single(), *settings) == expected > 0, settings
     for off in (["stability.spikes=null"], [*SPIKES, "stability.spikes.snapshot_every=0"]):
-        assert snapshot_memory(load_config(tiny, off), Sizes(1)) == 0
+        assert snapshot_memory(load_config(tiny, off), Degrees(1)) == 0
 
 
 Two = tuple[int, list[int], list[int]]
 
 
 def two_ranks(rank: int, world_size: int, tiny: Path, folder: Path) -> Two:
-    grid = Grid.build(load_config(tiny, ["parallel.pipeline=2"]).sizes(2), torch.device("cpu"))
+    grid = Grid.build(load_config(tiny, ["parallel.pipeline=2"]).degrees(2), torch.device("cpu"))
     fault = {12: gradients_times(1e6)}
     trainer = run(tiny, folder, fault, *SPIKES, "parallel.pipeline=2", times=2, grid=grid)
-    data = Grid.build(load_config(tiny).sizes(2), torch.device("cpu"))
+    data = Grid.build(load_config(tiny).degrees(2), torch.device("cpu"))
     held = [held_by(tiny, data, *settings) for settings in ROOM]
     return trainer.state.rollbacks, trainer.state.left_out, held
 
@@ -376,7 +376,7 @@ def two_ranks(rank: int, world_size: int, tiny: Path, folder: Path) -> Two:
 def test_two_ranks_turn_back_together_and_as_one_does(tiny: Path, tmp_path: Path) -> None:
     found = spawn(two_ranks, 2, tiny, tmp_path / "two")
     assert [each[:2] for each in found] == [(2, [11]), (2, [11])]
-    expected = [snapshot_memory(load_config(tiny, [*SPIKES, *more]), Sizes(2)) for more in ROOM]
+    expected = [snapshot_memory(load_config(tiny, [*SPIKES, *more]), Degrees(2)) for more in ROOM]
     assert [max(held) for held in zip(*(each[2] for each in found), strict=True)] == expected
     run(tiny, tmp_path / "one", {12: gradients_times(1e6)}, *SPIKES, times=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
