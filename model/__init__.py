@@ -9,11 +9,11 @@ from model.config import ModelConfig, ModelConfigError
 
 if TYPE_CHECKING:
     from model.layout import SampleLayout
-    from model.loss import IGNORE, TokenCounts
+    from model.loss import IGNORE_INDEX, TokenCounts
     from model.transformer import ModelOutput, V4Model
 
 __all__ = [
-    "IGNORE",
+    "IGNORE_INDEX",
     "ModelConfig",
     "ModelConfigError",
     "ModelOutput",
@@ -22,18 +22,18 @@ __all__ = [
     "V4Model",
 ]
 
-_HOMES = {
+_MODULES = {
     "SampleLayout": "model.layout",
     "TokenCounts": "model.loss",
-    "IGNORE": "model.loss",
+    "IGNORE_INDEX": "model.loss",
     "V4Model": "model.transformer",
     "ModelOutput": "model.transformer",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'model' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -17,7 +17,7 @@ from model.positions import Positions
 class Indexer(nn.Module):
     """Scores entries with small heads of its own and keeps the best ``index_topk`` per query.
 
-    While `quantised` (model/quantised.py), queries and keys are MXFP4 numbers, rotated before by a
+    While `quantised` (model/qat.py), queries and keys are MXFP4 numbers, rotated before by a
     Hadamard matrix as in the official code: it spreads outliers and changes no product.
     """
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.layout import SampleLayout
 
-IGNORE = -100
+IGNORE_INDEX = -100
 """Target of a position at which nothing is predicted."""
 
 
@@ -32,8 +32,8 @@ class TokenCounts:
         """The counts of one microbatch."""
         targets_T = targets_BS.flatten()
         return cls(
-            lm=int((targets_T != IGNORE).sum()),
-            mtp=int((second_targets(layout, targets_T) != IGNORE).sum()),
+            lm=int((targets_T != IGNORE_INDEX).sum()),
+            mtp=int((second_targets(layout, targets_T) != IGNORE_INDEX).sum()),
             routed=int((~layout.padding_T).sum()),
         )
 
@@ -49,4 +49,4 @@ def next_in_sample(layout: SampleLayout, values_T: Tensor, fill: Tensor | int) -
 
 def second_targets(layout: SampleLayout, targets_T: Tensor) -> Tensor:
     """What the MTP head predicts at t: the main head's target at t + 1, within the sample."""
-    return next_in_sample(layout, targets_T, IGNORE)
+    return next_in_sample(layout, targets_T, IGNORE_INDEX)

@@ -84,10 +84,10 @@ class Dispatch(Protocol):
 class Experts(nn.Module):
     """E clamped SwiGLU experts, their matrices stacked.
 
-    While `held` is set (model/quantised.py), forward takes those matrices in place of w1, w2, w3.
+    While `rounded` is set (model/qat.py), forward takes those matrices in place of w1, w2, w3.
     """
 
-    held: tuple[Tensor, Tensor, Tensor] | None = None
+    rounded: tuple[Tensor, Tensor, Tensor] | None = None
     products: Products = PLAIN
     operations: Operations = CHOSEN
 
@@ -115,9 +115,9 @@ class Experts(nn.Module):
 
     def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """What to multiply with; its gradient goes to w1, w2 and w3."""
-        if self.held is None:
+        if self.rounded is None:
             return self.w1, self.w2, self.w3
-        w1, w2, w3 = self.held
+        w1, w2, w3 = self.rounded
         return (
             straight_through(self.w1, w1),
             straight_through(self.w2, w2),

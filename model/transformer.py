@@ -17,7 +17,7 @@ from model.hyper_connection import StreamsHead
 from model.init import Part, initialise
 from model.kernels.cross_entropy import linear_cross_entropy
 from model.layout import SampleLayout
-from model.loss import IGNORE, TokenCounts, next_in_sample, second_targets
+from model.loss import IGNORE_INDEX, TokenCounts, next_in_sample, second_targets
 from model.mtp import MTPBlock
 from model.norm import RMSNorm
 from model.positions import MakePositions, Positions
@@ -161,7 +161,7 @@ class V4Model(nn.Module):
         Args:
             tokens: int64 [B, S].
             layout: the samples of each row; by default a row is one sample.
-            targets: int64 [B, S], the token that follows, ``IGNORE`` where none is predicted.
+            targets: int64 [B, S], the token that follows, ``IGNORE_INDEX`` where none is predicted.
             counts: the global batch's token counts; by default this call's own. Losses and
                 gradients of calls that share their counts add up to the global token mean.
             mtp_loss_weight: overrides the configured weight (it changes during a run).
@@ -260,7 +260,9 @@ class V4Model(nn.Module):
         self, micro: Microbatch, hidden_TD: Tensor, targets_T: Tensor, count: int
     ) -> Tensor:
         hidden_TD = micro.positions.to_queries(hidden_TD)
-        return self.cross_entropy(hidden_TD, self.head.weight, targets_T, max(count, 1), IGNORE)
+        return self.cross_entropy(
+            hidden_TD, self.head.weight, targets_T, max(count, 1), IGNORE_INDEX
+        )
 
     def weighted_balance(self, stats: Iterable[BlockStats]) -> Tensor | None:
         """The balance loss of several layers with its weight; None where all are hash layers."""

@@ -21,7 +21,7 @@ from data import Batch
 from model import TokenCounts
 from model.config import AttentionMode
 from model.flops import training_flops
-from model.quantised import quantised
+from model.qat import quantised
 from optim import HybridZero, clip_
 from trainer.microbatches import Microbatches, RowCopies, Rows, SelectedExperts
 from trainer.parallel.collectives import gather_objects, sum_
@@ -73,7 +73,7 @@ def learns(name: str, attention: AttentionMode) -> bool:
 class Engine(ABC):
     """Forward, backward and update. What runs them, and where gradients lie, is a subclass's.
 
-    While `quantised` is set, all of them see the model of model/quantised.py.
+    While `quantised` is set, all of them see the model of model/qat.py.
     """
 
     quantised: bool = False

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from data import Loader
+from model import IGNORE_INDEX
 from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.parallel.collectives import sum_
 from trainer.parallel.grid import Grid
-
-_IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,6 @@ class Validation:
         for step in range(steps):
             batches = loader.at(step)
             total += engine.evaluate(batches)
-            targets += sum(int((batch.targets != _IGNORE).sum()) for batch in batches)
+            targets += sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
         tokens = int(sum_(targets, self.grid.data))
         return Evaluation(float(total) / tokens, tokens)

@@ -16,7 +16,7 @@ from model.kernels.hyper_connection.eager import eager_read_streams, eager_write
 from model.kernels.norm.eager import eager_rms_norm
 from model.kernels.permute.eager import eager_collect
 from model.kernels.swiglu.eager import eager_clamped_swiglu
-from model.transformer import IGNORE
+from model.transformer import IGNORE_INDEX
 
 WHOLE_ROWS = 16384
 """The logits of longer rows do not fit."""
@@ -125,7 +125,7 @@ def head_task(config: ModelConfig, row: int) -> Task:
         return gradient
 
     def chunked(softmax: SoftmaxLoss) -> Callable[..., Tensor]:
-        return of(lambda h, w: linear_cross_entropy(h, w, target, row, IGNORE, softmax))
+        return of(lambda h, w: linear_cross_entropy(h, w, target, row, IGNORE_INDEX, softmax))
 
     implementations = {
         "triton": chunked(softmax_loss),

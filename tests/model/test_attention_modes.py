@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import IGNORE, SampleLayout, V4Model
+from model import IGNORE_INDEX, SampleLayout, V4Model
 from model import attention as module
 from model.config import AttentionMode, ModelConfig
 from model.flops import training_flops
@@ -28,7 +28,7 @@ def run(model: V4Model, attention: AttentionMode) -> Any:
     tokens = random_tokens(model.config, 3, 48)
     targets = tokens.roll(-1, 1)
     for row, lengths in enumerate(LENGTHS):
-        targets[row, sum(lengths) :] = IGNORE
+        targets[row, sum(lengths) :] = IGNORE_INDEX
     layout = SampleLayout.from_lengths(LENGTHS, 48)
     return model(tokens, layout, targets, attention=attention)
 

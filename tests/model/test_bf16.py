@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from model import IGNORE, SampleLayout, V4Model
+from model import IGNORE_INDEX, SampleLayout, V4Model
 from tests.model.tiny import random_model, random_tokens, tiny_config
 
 
@@ -22,7 +22,7 @@ def pair_of_models() -> tuple[V4Model, V4Model]:
 def losses_and_gradients(model: V4Model):
     tokens = random_tokens(model.config, 2, 90)
     targets = tokens.roll(-1, 1)
-    targets[:, -1] = IGNORE
+    targets[:, -1] = IGNORE_INDEX
     layout = SampleLayout.from_lengths([[7, 83], [50, 39]], seq_len=90)
     output = model(tokens, layout, targets)
     output.loss.backward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import IGNORE, V4Model
+from model import IGNORE_INDEX, V4Model
 from model.kernels.hyper_connection import write_streams
 from tests.model.tiny import random_tokens, tiny_config
 
@@ -178,7 +178,7 @@ def test_streams_part_from_each_other_with_training():
     model = initialised(initializer_range=0.006)
     tokens = random_tokens(model.config, 2, 50)
     targets = tokens.roll(-1, 1)
-    targets[:, -1] = IGNORE
+    targets[:, -1] = IGNORE_INDEX
     before = spread_of_streams(model, tokens)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(3):
@@ -197,7 +197,7 @@ def test_the_loss_starts_at_that_of_a_uniform_guess():
     model = initialised(initializer_range=0.006)
     tokens = random_tokens(model.config, 4, 60)
     targets = tokens.roll(-1, 1)
-    targets[:, -1] = IGNORE
+    targets[:, -1] = IGNORE_INDEX
     output = model(tokens, targets=targets)
     uniform = float(torch.tensor(97.0).log())
     assert float(output.lm_loss) == pytest.approx(uniform, abs=0.02)

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from model import IGNORE
+from model import IGNORE_INDEX
 from model.kernels import fp8
 from model.linear import use_fp8
 from tests.model.tiny import random_model, random_tokens, tiny_config
@@ -34,7 +34,7 @@ def test_linears_and_experts_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(fp8, "rounded", watched)
     tokens = random_tokens(CONFIG, 1, 64)
     targets = tokens.roll(-1, 1)
-    targets[:, -1] = IGNORE
+    targets[:, -1] = IGNORE_INDEX
     loss = model(tokens, targets=targets).loss
     loss.backward()
     names = {name for name, p in model.named_parameters() if (p.data_ptr(), p.numel()) in seen}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from model import IGNORE, SampleLayout, V4Model
+from model import IGNORE_INDEX, SampleLayout, V4Model
 from tests.model.tiny import random_model, random_tokens, tiny_config
 
 # Small top-k and real ratios, so that most entries are not selected; short enough to be quick.
@@ -56,7 +56,7 @@ def training_step(model: V4Model, length: int, samples: list[int] | None = None)
     """A function of no arguments: forward and backward of one row."""
     tokens = random_tokens(model.config, 1, length)
     targets = tokens.roll(-1, 1)
-    targets[:, -1] = IGNORE
+    targets[:, -1] = IGNORE_INDEX
     layout = SampleLayout.from_lengths([samples or [length]])
     return lambda backward=True: _step(model, tokens, layout, targets, backward)
 

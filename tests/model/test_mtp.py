@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model import IGNORE, SampleLayout, TokenCounts, V4Model
+from model import IGNORE_INDEX, SampleLayout, TokenCounts, V4Model
 from tests.model.dense_reference import mtp_nll
 from tests.model.tiny import random_model, random_tokens, relative_error, tiny_config
 
@@ -55,7 +55,7 @@ def run_reference(model, streams, lengths, layout, tokens, targets, cross_sample
         start = row * layout.seq_len
         for n in samples:
             # At i the block knows t_0..t_{i+1} and predicts t_{i+2}, the main target of i + 1.
-            at = [i for i in range(start, start + n - 1) if targets_T[i + 1] != IGNORE]
+            at = [i for i in range(start, start + n - 1) if targets_T[i + 1] != IGNORE_INDEX]
             if at:
                 first, last = at[0], at[-1]
                 assert at == list(range(first, last + 1)) and first == start
@@ -83,13 +83,13 @@ def make_case(name: str, last_target_known: bool):
     layout = SampleLayout.from_lengths(lengths, seq_len=seq_len)
     tokens = random_tokens(config, len(lengths), seq_len)
     targets = tokens.roll(-1, 1)
-    targets.view(-1)[layout.padding_T] = IGNORE
+    targets.view(-1)[layout.padding_T] = IGNORE_INDEX
     for row, samples in enumerate(lengths):
         end = 0
         for n in samples:
             end += n
             # A document cut at the row's end knows its next token; one that ends there does not.
-            targets[row, end - 1] = 50 if last_target_known else IGNORE
+            targets[row, end - 1] = 50 if last_target_known else IGNORE_INDEX
     return model, lengths, layout, tokens, targets
 
 
@@ -142,7 +142,7 @@ def test_weight_multiplies_the_loss_and_samples_of_two_tokens_predict_once():
 def test_no_prediction_gives_no_loss_and_no_nan():
     model, _, _, tokens, _ = make_case("one row", last_target_known=False)
     layout = SampleLayout.from_lengths([[1] * 21])
-    output = model(tokens, layout, torch.full_like(tokens, IGNORE))
+    output = model(tokens, layout, torch.full_like(tokens, IGNORE_INDEX))
     output.loss.backward()
     assert float(output.lm_loss) == float(output.mtp_loss) == 0
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

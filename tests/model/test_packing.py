@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model import IGNORE, SampleLayout, TokenCounts
+from model import IGNORE_INDEX, SampleLayout, TokenCounts
 from tests.model.tiny import gradient_scale, random_model, random_tokens, tiny_config
 
 LENGTHS = [1, 3, 4, 5, 127, 128, 129, 500]
@@ -15,7 +15,7 @@ CONFIG = {"hca_compress_ratio": 128, "sliding_window": 128, "index_topk": 32}
 
 def _targets(tokens):
     targets = tokens.roll(-1, 1)
-    targets[:, -1] = IGNORE
+    targets[:, -1] = IGNORE_INDEX
     return targets
 
 
@@ -32,7 +32,9 @@ def test_packed_row_equals_samples_one_by_one(pad):
     samples = [random_tokens(config, 1, n, seed=n) for n in LENGTHS]
     padding = torch.full((1, pad), config.pad_token_id)
     row = torch.cat([*samples, padding], dim=1)
-    targets = torch.cat([*[_targets(s) for s in samples], torch.full((1, pad), IGNORE)], dim=1)
+    targets = torch.cat(
+        [*[_targets(s) for s in samples], torch.full((1, pad), IGNORE_INDEX)], dim=1
+    )
     layout = SampleLayout.from_lengths([LENGTHS], seq_len=row.shape[1])
 
     logits = model(row, layout).logits

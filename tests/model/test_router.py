@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model import IGNORE, SampleLayout, TokenCounts
+from model import IGNORE_INDEX, SampleLayout, TokenCounts
 from model.router import Router, Routing, balance_loss, balanced_table, expert_load
 from tests.model.tiny import random_model, random_tokens, tiny_config
 
@@ -100,7 +100,7 @@ def make_gates_even(model) -> None:
 
 def losses_of(model, tokens, layout=None):
     targets = tokens.roll(-1, 1)
-    targets[:, -1] = IGNORE
+    targets[:, -1] = IGNORE_INDEX
     return model(tokens, layout, targets)
 
 

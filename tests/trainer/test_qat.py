@@ -8,7 +8,7 @@ import pytest
 
 from model import quantised as quantised_module
 from model.kernels.mxfp4 import rounded
-from model.quantised import quantised
+from model.qat import quantised
 from tests.trainer.tiny import assert_same_run, column, train
 from trainer.commands import main
 from trainer.config import ConfigError, RunConfig, load_config
@@ -69,7 +69,7 @@ def validation(config: RunConfig, experts_only: bool = False) -> float:
         return Validation(config, grid).evaluate(engine).loss
     with quantised(local.model):
         for block in [*local.model.layers, *local.model.mtp]:
-            block.ffn.experts.held = None
+            block.ffn.experts.rounded = None
         return Validation(config, grid).evaluate(engine).loss
 
 

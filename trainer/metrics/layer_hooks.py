@@ -136,7 +136,7 @@ def _expert_hooks(block: Block, notes: Notes) -> list[Any]:
         x, ends = sent.rows_PD, sent.ends_E
         real = sent.weights_P != 0  # rows that fill an expert's share up have none
         real &= torch.arange(len(x), device=x.device) < ends[-1]
-        w1, _, w3 = module.held or (module.w1, module.w2, module.w3)
+        w1, _, w3 = module.rounded or (module.w1, module.w2, module.w3)
         gate = F.grouped_mm(x, w1.transpose(1, 2), offs=ends)
         up = F.grouped_mm(x, w3.transpose(1, 2), offs=ends)
         note(gate[real], up[real])

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model import SampleLayout, TokenCounts, V4Model
 from model.moe import MoE
-from model.quantised import held_tensors
+from model.qat import rounded_weights
 from model.transformer import Microbatch
 from optim import HybridZero
 from trainer.build import DTYPES, make_local, make_optimizer
@@ -263,7 +263,7 @@ class _Part:
 
     def _resident(self) -> dict[str, int]:
         parts = resident(self.local.model, self.optimizer)
-        if held := held_tensors(self.local.model):
+        if held := rounded_weights(self.local.model):
             parts["quantised experts"] = Storages(held).nbytes
         return parts
 
@@ -325,7 +325,7 @@ class _Part:
         model = self.local.model
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         streams = self._streams(micro)
-        lasting = [*model.parameters(), *model.buffers(), *held_tensors(model), *grads]
+        lasting = [*model.parameters(), *model.buffers(), *rounded_weights(model), *grads]
         lasting += [*tensors_in(micro), streams]
         with Live(Storages(lasting)) as live, GroupedShapes(), Addresses():
             out = piece(streams)

@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from model import IGNORE, ModelConfig, V4Model
+from model import IGNORE_INDEX, ModelConfig, V4Model
 from model.config import LayerType
 from model.flops import flops_by_part
 from trainer.build import DTYPES
@@ -96,7 +96,7 @@ class _Bench:
         self.parts, self.done, self.start = parts, 0, time.perf_counter()
         ids = torch.randint(model.config.vocab_size, (1, tokens), device=device)
         targets = ids.roll(-1, 1)
-        targets[:, -1] = IGNORE
+        targets[:, -1] = IGNORE_INDEX
         self.micro = model.microbatch(ids, targets=targets)
         self.dtype = model.embed.weight.dtype
 
@@ -131,7 +131,7 @@ class _Bench:
         def run() -> Tensor:
             hidden_TD = norm(self._streams()[:, 0])
             return self.model.cross_entropy(
-                hidden_TD, head.weight, self.micro.targets_T, count, IGNORE
+                hidden_TD, head.weight, self.micro.targets_T, count, IGNORE_INDEX
             )
 
         return self._time(nn.ModuleList([head, norm]), run)

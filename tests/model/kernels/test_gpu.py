@@ -287,19 +287,19 @@ def test_cross_entropy(vocab):
     from model.kernels.cross_entropy import linear_cross_entropy
     from model.kernels.cross_entropy.naive import naive_softmax_loss
     from model.kernels.cross_entropy.softmax_triton import softmax_loss
-    from tests.model.kernels.cross_entropy.test_cross_entropy import IGNORE, naive, targets_of
+    from tests.model.kernels.cross_entropy.test_cross_entropy import IGNORE_INDEX, naive, targets_of
 
     target = targets_of(777, vocab).to(DEVICE)
     logits = draw(777, vocab, seed=1) * 8
-    losses, grad = softmax_loss(logits.clone(), target, 40.0, IGNORE, True)
+    losses, grad = softmax_loss(logits.clone(), target, 40.0, IGNORE_INDEX, True)
     leaf = logits.double().requires_grad_()
-    exact = naive_softmax_loss(leaf, target, IGNORE)
+    exact = naive_softmax_loss(leaf, target, IGNORE_INDEX)
     (exact.sum() / 40.0).backward()
     assert float((losses.double() - exact).abs().max()) <= 1e-5 * float(exact.max())
     assert float((grad.double() - leaf.grad).abs().max()) <= 2**-8 * float(leaf.grad.abs().max())
 
     def ours(h: Tensor, w: Tensor) -> Tensor:
-        return linear_cross_entropy(h, w, target, 40.0, IGNORE, softmax_loss)
+        return linear_cross_entropy(h, w, target, 40.0, IGNORE_INDEX, softmax_loss)
 
     inputs = [draw(777, 512, seed=1), draw(vocab, 512, seed=2) * 0.1]
     assert_near(ours, lambda h, w: naive(h, w, target, 40.0), inputs)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.prepare import prepare
-from model import IGNORE, SampleLayout, V4Model
+from model import IGNORE_INDEX, SampleLayout, V4Model
 from model.block import Block
 from tests.model.tiny import tiny_config
 from tests.trainer.parallel.topologies import Job, run_all, topology
@@ -122,7 +122,7 @@ def test_padding_has_no_part_in_the_recall() -> None:
     """Where it stands behind a sample of twenty tokens, it has entries of its own."""
     model, layout = model_of(index_topk=2), SampleLayout.from_lengths([[20], [40]], 40)
     targets = tokens()
-    targets[0, 20:] = IGNORE
+    targets[0, 20:] = IGNORE_INDEX
     (row,) = [n for n, attn in model.attentions().items() if attn.indexer is not None][:1]
     attn, inputs = model.attentions()[row], list[Any]()
     attn.register_forward_pre_hook(lambda _, given: inputs.append(given[:2]))

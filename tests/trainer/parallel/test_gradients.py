@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data import Batch
-from model import IGNORE, ModelConfig
+from model import IGNORE_INDEX, ModelConfig
 from model.parameters import parameter_table
 from optim import HybridZero, OptimConfig, build_table
 from tests.distributed import spawn
@@ -66,8 +66,8 @@ def batches_of(layout: str, rank: int, ranks: int) -> list[Batch]:
         end = 0
         for length in lengths:
             end += length
-            targets[row, end - 1] = IGNORE
-        targets[row, end:] = IGNORE
+            targets[row, end - 1] = IGNORE_INDEX
+        targets[row, end:] = IGNORE_INDEX
     rows = range(rank * 2 // ranks, (rank + 1) * 2 // ranks)
     return [
         Batch(tokens[row : row + 1], targets[row : row + 1], [LAYOUTS[layout][row]]) for row in rows

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import IGNORE, SampleLayout, V4Model
+from model import IGNORE_INDEX, SampleLayout, V4Model
 from model.block import BlockPart
 from tests.model.tiny import random_model, random_tokens, tiny_config
 from trainer.config import load_config
@@ -31,7 +31,7 @@ BLOCKS = CONFIG.num_hidden_layers + 1
 def loss_of(model: V4Model) -> Tensor:
     tokens = random_tokens(CONFIG, 1, TOKENS)
     targets = tokens.roll(-1, 1)
-    targets[:, -1] = IGNORE
+    targets[:, -1] = IGNORE_INDEX
     return model(tokens, SampleLayout.from_lengths([[40, 56]]), targets).loss
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.kernels.cross_entropy.naive import naive_softmax_loss
 from tests.model.kernels.compare import assert_same, rand
-from tests.model.kernels.cross_entropy.test_cross_entropy import IGNORE, naive, targets_of
+from tests.model.kernels.cross_entropy.test_cross_entropy import IGNORE_INDEX, naive, targets_of
 from tests.model.kernels.interpreter import interpreted, last_program_first
 
 
@@ -28,12 +28,12 @@ def small_blocks() -> Iterator[None]:
 def softmax_loss(logits: Tensor, target: Tensor, denominator: float = 7.0, needs_grad: bool = True):
     from model.kernels.cross_entropy import softmax_triton
 
-    return softmax_triton.softmax_loss(logits, target, denominator, IGNORE, needs_grad)
+    return softmax_triton.softmax_loss(logits, target, denominator, IGNORE_INDEX, needs_grad)
 
 
 def exact(logits: Tensor, target: Tensor, denominator: float = 7.0) -> tuple[Tensor, Tensor]:
     leaf = logits.double().requires_grad_()
-    losses = naive_softmax_loss(leaf, target, IGNORE)
+    losses = naive_softmax_loss(leaf, target, IGNORE_INDEX)
     (losses.sum() / denominator).backward()
     return losses.detach(), leaf.grad
 
@@ -48,7 +48,7 @@ def test_losses_and_gradients(tokens, vocab, seed):
     # Some 40 roundings of fp32 on values below 16.
     torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(grad.double(), slope, rtol=2e-6, atol=2e-7)
-    assert (losses[target == IGNORE] == 0).all() and (grad[target == IGNORE] == 0).all()
+    assert (losses[target == IGNORE_INDEX] == 0).all() and (grad[target == IGNORE_INDEX] == 0).all()
 
 
 @interpreted
@@ -117,7 +117,7 @@ def test_the_head_uses_the_kernel_where_the_backend_says_so():
         patch.object(softmax_triton, "softmax_loss", lambda *of: (calls.append(of), plain(*of))[1]),
     ):
         assert_same(
-            lambda h, w: cross_entropy.linear_cross_entropy(h, w, target, 40.0, IGNORE),
+            lambda h, w: cross_entropy.linear_cross_entropy(h, w, target, 40.0, IGNORE_INDEX),
             lambda h, w: naive(h, w, target, 40.0),
             inputs,
             rtol=1e-5,

@@ -28,18 +28,18 @@ def quantised(model: nn.Module) -> Iterator[None]:
     indexers = [module for module in model.modules() if isinstance(module, Indexer)]
     try:
         for module in experts:
-            module.held = (rounded(module.w1), rounded(module.w2), rounded(module.w3))
+            module.rounded = (rounded(module.w1), rounded(module.w2), rounded(module.w3))
         for indexer in indexers:
             indexer.quantised = True
         yield
     finally:
         for module in experts:
-            module.held = None
+            module.rounded = None
         for indexer in indexers:
             indexer.quantised = False
 
 
-def held_tensors(model: nn.Module) -> list[Tensor]:
+def rounded_weights(model: nn.Module) -> list[Tensor]:
     """The experts' rounded weights, inside of `quantised`."""
     experts = (module for module in model.modules() if isinstance(module, Experts))
-    return [tensor for module in experts if module.held is not None for tensor in module.held]
+    return [tensor for module in experts if module.rounded is not None for tensor in module.rounded]

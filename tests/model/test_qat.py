@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import IGNORE, SampleLayout, V4Model
+from model import IGNORE_INDEX, SampleLayout, V4Model
 from model import indexer as indexer_module
 from model.block import Block
 from model.kernels.hadamard import hadamard
 from model.kernels.mxfp4 import fits_fp8, from_fp8, quantise, to_fp8
 from model.positions import Positions
-from model.quantised import held_tensors, quantised
+from model.qat import quantised, rounded_weights
 from tests.model.tiny import random_model, random_tokens, tiny_config
 from trainer.parallel.recompute import apply_recompute
 
@@ -49,7 +49,7 @@ def losses(model: V4Model) -> Tensor:
     """The loss of two packed rows, whose gradients are left behind."""
     tokens = random_tokens(model.config, 2, 48)
     targets = tokens.roll(-1, 1)
-    targets[:, -1] = IGNORE
+    targets[:, -1] = IGNORE_INDEX
     loss = model(tokens, SampleLayout.from_lengths([[48], [13, 35]]), targets).loss
     loss.backward()
     return loss.detach()
@@ -78,7 +78,7 @@ def test_outside_nothing_has_changed() -> None:
     with pytest.raises(RuntimeError, match="broken"), quantised(model):
         assert not torch.equal(losses(model), plain)
         raise RuntimeError("broken")
-    assert torch.equal(losses(model), plain) and not held_tensors(model)
+    assert torch.equal(losses(model), plain) and not rounded_weights(model)
 
 
 def test_recomputation_sees_the_same_weights() -> None:
@@ -96,16 +96,16 @@ def test_weights_are_rounded_once() -> None:
     model = random_model(tiny_config(**SIZES))
     experts = [block.ffn.experts for block in model.modules() if isinstance(block, Block)]
     with quantised(model):
-        held = held_tensors(model)
+        held = rounded_weights(model)
         assert len(held) == 3 * len(experts) == 3 * (4 + 1)
         losses(model), losses(model)
-        assert all(one is other for one, other in zip(held, held_tensors(model), strict=True))
+        assert all(one is other for one, other in zip(held, rounded_weights(model), strict=True))
 
 
 def test_fp8_holds_the_experts_without_loss() -> None:
     model = random_model(tiny_config(**SIZES))
     with quantised(model):
-        for stack in held_tensors(model):
+        for stack in rounded_weights(model):
             for matrix in stack:
                 packed = quantise(matrix)
                 assert fits_fp8(packed).all()
