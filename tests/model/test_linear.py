@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import IGNORE_INDEX
-from model.kernels import fp8
+from model.kernels.fp8 import eager as fp8
 from model.linear import use_fp8
 from tests.model.tiny import random_model, random_tokens, tiny_config
 

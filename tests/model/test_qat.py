@@ -15,6 +15,7 @@ from model import IGNORE_INDEX, SampleLayout, V4Model
 from model import indexer as indexer_module
 from model.block import Block
 from model.kernels.hadamard import hadamard
+from model.kernels.indexer import IndexerInputs
 from model.kernels.mxfp4 import fits_fp8, from_fp8, quantise, to_fp8
 from model.positions import Positions
 from model.qat import quantised, rounded_weights
@@ -122,9 +123,9 @@ def test_only_the_index_sees_rotated_and_rounded_queries_and_keys() -> None:
         matrix = torch.kron(matrix, two)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def select(q: Tensor, keys: Tensor, weights: Tensor, *more: Any) -> Tensor:
-        seen.append((q, keys, weights))
-        return select_topk(q, keys, weights, *more)
+    def select(inputs: IndexerInputs, *more: Any) -> Tensor:
+        seen.append((inputs.q_TIJ, inputs.keys_CJ, inputs.weights_TI))
+        return select_topk(inputs, *more)
 
     select_topk = indexer_module.select_topk
     with patch.object(indexer_module, "select_topk", select):
