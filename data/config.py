@@ -3,6 +3,7 @@
 Only pydantic and the standard library are imported, so that a login node can read a config.
 """
 
+import re
 from math import gcd
 from typing import Literal
 
@@ -78,11 +79,11 @@ class FiltersConfig(BaseModel):
     """Which documents `prepare` leaves out; each is counted under the first rule that it fails.
 
     `length`: fewer than `min_characters` or more than `max_characters`. `encoding`: a share of
-    characters over `max_garbled` that are U+FFFD, control codes, private or no characters.
+    characters over `max_garbled_fraction` that are U+FFFD, control codes, private or no characters.
     `generated`: code that says of itself, in its first lines, that a program wrote it. `quality`:
     the rules named in `quality`, for text of the domains in `quality_domains`. Then, over all
     sources together, the first of its kind stays: `exact` duplicates, `near` duplicates from that
-    Jaccard similarity of word 5-grams on, and `template`, groups of `template_group` or more pages
+    Jaccard similarity of word 5-grams on, and `template`, groups of `template_min_documents` or more pages
     whose word 3-grams, digits masked, are similar from that share on. `near` and `template` may be
     null.
     """
@@ -91,43 +92,43 @@ class FiltersConfig(BaseModel):
 
     min_characters: int = Field(default=100, ge=0)
     max_characters: int = Field(default=10_000_000, ge=1)
-    max_garbled: float = Field(default=0.005, ge=0.0, le=1.0)
-    generated: bool = True
-    quality: tuple[Literal["gopher", "repetition", "fineweb"], ...] = (
+    max_garbled_fraction: float = Field(default=0.005, ge=0.0, le=1.0)
+    generated_code: bool = True
+    quality_rules: tuple[Literal["gopher", "repetition", "fineweb"], ...] = (
         "gopher",
         "repetition",
         "fineweb",
     )
     quality_domains: tuple[Literal["code", "prose"], ...] = ("prose",)
-    exact: bool = True
-    near: float | None = Field(default=0.8, gt=0.0, le=1.0)
-    template: float | None = Field(default=0.6, gt=0.0, le=1.0)
-    template_group: int = Field(default=20, ge=2)
+    exact_duplicates: bool = True
+    near_duplicate_similarity: float | None = Field(default=0.8, gt=0.0, le=1.0)
+    template_similarity: float | None = Field(default=0.6, gt=0.0, le=1.0)
+    template_min_documents: int = Field(default=20, ge=2)
 
 
 class TransformsConfig(BaseModel):
     """What is done to documents of the train split before packing, by (seed, document, epoch).
 
     `fim_rate` of the documents of the domains in `fim_domains` become fill-in-the-middle documents:
-    prefix, suffix, middle (PSM), or suffix first (SPM) for the share `fim_spm` of these.
-    `split_share` of the tokens that join punctuation and a line break are split into the two.
+    prefix, suffix, middle (PSM), or suffix first (SPM) for the share `fim_spm_rate` of these.
+    `punctuation_split_rate` of the tokens that join punctuation and a line break are split into the two.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     fim_rate: float = Field(default=0.1, ge=0.0, le=1.0)
-    fim_spm: float = Field(default=0.0, ge=0.0, le=1.0)
+    fim_spm_rate: float = Field(default=0.0, ge=0.0, le=1.0)
     fim_domains: tuple[Literal["code", "prose"], ...] = ("code",)
-    split_share: float = Field(default=0.0, ge=0.0, le=1.0)
+    punctuation_split_rate: float = Field(default=0.0, ge=0.0, le=1.0)
 
 
 class DataPhase(BaseModel):
     """A part of a run with its own rows; the documents go on where the phase before ended.
 
-    The last phase goes on for ever, so that its `steps` may be absent. Over the first `ramp_steps`
-    steps the rows of a step grow evenly from `ramp_from` to `global_batch_size`, in multiples of what
+    The last phase goes on for ever, so that its `steps` may be absent. Over the first `rampup_steps`
+    steps the rows of a step grow evenly from `initial_batch_size` to `global_batch_size`, in multiples of what
     divides both: where ranks and microbatches can share out these two, they can all between them.
-    `weights` absent: those of the data config.
+    `source_weights` absent: those of the data config.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -136,14 +137,16 @@ class DataPhase(BaseModel):
     seq_len: int = Field(ge=2)
     global_batch_size: int = Field(ge=1)
     micro_batch_size: int = Field(default=1, ge=1)
-    ramp_from: int | None = Field(default=None, ge=1)
-    ramp_steps: int = Field(default=0, ge=0)
-    weights: dict[str, float] | None = None
+    initial_batch_size: int | None = Field(default=None, ge=1)
+    rampup_steps: int = Field(default=0, ge=0)
+    source_weights: dict[str, float] | None = None
 
     @model_validator(mode="after")
     def _ramp(self) -> "DataPhase":
-        if (self.ramp_from is None) != (self.ramp_steps == 0):
-            raise ValueError("a ramp needs both `ramp_from` and `ramp_steps`, or neither")
+        if (self.initial_batch_size is None) != (self.rampup_steps == 0):
+            raise ValueError(
+                "a ramp needs both `initial_batch_size` and `rampup_steps`, or neither"
+            )
         return self
 
     @property
@@ -151,28 +154,30 @@ class DataPhase(BaseModel):
         """What the rows of every step are a multiple of."""
         return (
             self.global_batch_size
-            if self.ramp_from is None
-            else gcd(self.ramp_from, self.global_batch_size)
+            if self.initial_batch_size is None
+            else gcd(self.initial_batch_size, self.global_batch_size)
         )
 
     @property
     def sizes(self) -> range:
         """All numbers of rows that a step may have."""
-        first = self.global_batch_size if self.ramp_from is None else self.ramp_from
+        first = (
+            self.global_batch_size if self.initial_batch_size is None else self.initial_batch_size
+        )
         by = self.multiple if first <= self.global_batch_size else -self.multiple
         return range(first, self.global_batch_size + by, by)
 
     def rows_before(self, steps: int) -> int:
         """Rows of the first `steps` steps: of the ramp's, step i of n has from + m·(L·i // n).
 
-        m is `multiple` and L the number of multiples from `ramp_from` to `global_batch_size`.
+        m is `multiple` and L the number of multiples from `initial_batch_size` to `global_batch_size`.
         """
-        ramp = min(steps, self.ramp_steps)
+        ramp = min(steps, self.rampup_steps)
         rows = (steps - ramp) * self.global_batch_size
-        if self.ramp_from is not None:
-            levels = (self.global_batch_size - self.ramp_from) // self.multiple
-            rows += ramp * self.ramp_from
-            rows += self.multiple * _floor_sum(ramp, self.ramp_steps, levels)
+        if self.initial_batch_size is not None:
+            levels = (self.global_batch_size - self.initial_batch_size) // self.multiple
+            rows += ramp * self.initial_batch_size
+            rows += self.multiple * _floor_sum(ramp, self.rampup_steps, levels)
         return rows
 
 
@@ -196,10 +201,10 @@ class DataConfig(BaseModel):
     one optimizer step over all ranks; `micro_batch_size` is the number of rows a rank runs at once.
     `validation_fraction` of the documents (by hash) is kept from training. `packing` looks at about
     `packing_window` documents at a time, and its rows are `packing_fill` full: documents no longer
-    than a row are cut only where best fit cannot reach that. `weights` are the sources' shares of
+    than a row are cut only where best fit cannot reach that. `source_weights` are the sources' shares of
     the tokens; without them, an epoch of every source is an epoch of all. `prefetch` steps are made
     ready ahead of their turn. `prepare_workers` processes make the shards, one for each core if
-    absent. `quarantine_share` of a source's records may be bad; they are set aside. `filters`, if
+    absent. `max_bad_record_fraction` of a source's records may be bad; they are set aside. `filters`, if
     given, leave documents out.
     """
 
@@ -215,11 +220,11 @@ class DataConfig(BaseModel):
     packing: Literal["best_fit", "concatenate"] = "best_fit"
     packing_window: int = Field(default=100_000, ge=1)
     packing_fill: float = Field(default=0.9995, gt=0.0, le=1.0)
-    weights: dict[str, float] = {}
+    source_weights: dict[str, float] = {}
     transforms: TransformsConfig = TransformsConfig()
     prefetch: int = Field(default=2, ge=0)
     prepare_workers: int | None = Field(default=None, ge=1)
-    quarantine_share: float = Field(default=0.0, ge=0.0, lt=1.0)
+    max_bad_record_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     filters: FiltersConfig | None = None
 
     @model_validator(mode="after")
@@ -231,7 +236,7 @@ class DataConfig(BaseModel):
 
     @model_validator(mode="after")
     def _weights(self) -> "DataConfig":
-        self.check_weights(self.weights)
+        self.check_weights(self.source_weights)
         return self
 
     def check_weights(self, weights: dict[str, float]) -> None:
@@ -239,11 +244,13 @@ class DataConfig(BaseModel):
         names = [source.name for source in self.sources]
         for name, weight in weights.items():
             if name not in names:
-                raise ValueError(f"weights names {name!r}; the sources are {', '.join(names)}")
+                raise ValueError(
+                    f"source_weights names {name!r}; the sources are {', '.join(names)}"
+                )
             if not 0 <= weight < float("inf"):
-                raise ValueError(f"the weight of {name!r} is {weight}; it should be at least 0")
+                raise ValueError(f"source_weights.{name} is {weight}; it should be at least 0")
         if weights and not sum(weights.values()):
-            raise ValueError("the weights sum to 0; at least one should be larger")
+            raise ValueError("source_weights sum to 0; at least one should be larger")
 
     def one_phase(self) -> DataPhase:
         """The rows of a run that has no phases, and those of the validation text."""
@@ -252,3 +259,32 @@ class DataConfig(BaseModel):
             for name in ("seq_len", "global_batch_size", "micro_batch_size")
         }
         return DataPhase(**sizes)
+
+
+_FIRST_NAMES = {
+    "seq_len": "row_length",
+    "global_batch_size": "batch_rows",
+    "micro_batch_size": "micro_rows",
+    "initial_batch_size": "ramp_from",
+    "rampup_steps": "ramp_steps",
+    "source_weights": "weights",
+    "fim_spm_rate": "fim_spm",
+    "punctuation_split_rate": "split_share",
+    "max_garbled_fraction": "max_garbled",
+    "generated_code": "generated",
+    "quality_rules": "quality",
+    "exact_duplicates": "exact",
+    "near_duplicate_similarity": "near",
+    "template_similarity": "template",
+    "template_min_documents": "template_group",
+}
+
+
+def fingerprint_text(text: str) -> str:
+    """JSON of these configs with the names that fields had in the first version.
+
+    Digests on disk (of shards, of choices that wait for their step) are made from it, so that a
+    renamed field makes nothing stale.
+    """
+    text = re.sub(r'"(\w+)"(?=:)', lambda key: f'"{_FIRST_NAMES.get(key[1], key[1])}"', text)
+    return re.sub(r'("split": ?)"validation"', r'\1"heldout"', text)

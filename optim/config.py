@@ -5,7 +5,7 @@ Defaults are those of V4 Flash (REP 4.2, where REP is the V4 report, arXiv 2606.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Decay = Annotated[float, Field(ge=0.0, le=1.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -95,22 +95,9 @@ class MuonConfig(_Strict):
     """`auto` is bf16 on accelerators, as in the report, and fp32 on CPU."""
     query_matrices: Literal["whole", "per_head"] = "whole"
     """Whether wq_b (attention and indexer) is one matrix or one per head; unpublished (L)."""
-    batch_bytes: int | None = Field(None, ge=1)
+    max_batch_bytes: int | None = Field(None, ge=1)
     """Most fp32 bytes of same-shape matrices that go through Newton–Schulz at once. Where null:
     2 MiB on CPU, which stays in its cache, and 256 MiB on accelerators."""
-    qk_clip: float | None = Field(None, gt=0.0)
-    """MuonClip's largest attention logit, for models without a query norm: V4 has one, so that
-    anything but null is refused."""
-
-    @field_validator("qk_clip")
-    @classmethod
-    def _bounded_already(cls, threshold: float | None) -> float | None:
-        if threshold is not None:
-            raise ValueError(
-                f"{threshold:g} asks for MuonClip, which is for models without a query norm; V4 "
-                "normalises queries and keys, so that its attention logits are bounded: use null"
-            )
-        return threshold
 
 
 class AdamWConfig(_Strict):

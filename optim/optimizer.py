@@ -156,7 +156,7 @@ class Optimizer:
             apply_updates_(weights, parts, learning_rate * factor, weight_decay)
 
     def _batches(self, entries: list[Assignment]) -> Iterator[list[_Piece]]:
-        """Pieces of equal matrix shape, at most `batch_bytes` together, in the table's order."""
+        """Pieces of equal matrix shape, at most `max_batch_bytes` together, in the table's order."""
         by_shape: dict[tuple[int, ...], list[Assignment]] = {}
         for entry in entries:
             by_shape.setdefault(tuple(sorted(_matrices(entry)[1:])), []).append(entry)
@@ -177,8 +177,8 @@ class Optimizer:
                 yield batch
 
     def _batch_bytes(self, entry: Assignment) -> int:
-        if self.config.muon.batch_bytes is not None:
-            return self.config.muon.batch_bytes
+        if self.config.muon.max_batch_bytes is not None:
+            return self.config.muon.max_batch_bytes
         on_cpu = self.parameters[entry.name].device.type == "cpu"
         return CPU_BATCH_BYTES if on_cpu else ACCELERATOR_BATCH_BYTES
 

@@ -71,9 +71,9 @@ def make_optimizer(config: RunConfig, local: LocalModel, grid: Grid) -> HybridZe
         grid,
         tied_embedding(local.stages, config.model.num_nextn_predict_layers),
         config.seed,
-        parallel.optimizer_padding,
-        parallel.gradients,
-        parallel.expert_gradients,
+        parallel.max_optimizer_padding,
+        parallel.grad_reduce_dtype,
+        parallel.expert_grad_reduce_dtype,
     )
 
 

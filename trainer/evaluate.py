@@ -34,7 +34,7 @@ class Validation:
         self.loader = self._loader(None)
         self.steps = self._steps(self.loader, rows)
         names = [source.name for source in self.loader.sources]
-        several = config.evaluation.by_source and len(names) > 1
+        several = config.evaluation.per_source and len(names) > 1
         self.sources = {name: self._loader(name) for name in names} if several else {}
 
     def _loader(self, source: str | None) -> Loader:
@@ -60,7 +60,7 @@ class Validation:
     def by_source(self, engine: Engine) -> dict[str, float] | None:
         """Loss of every source, on rows of its own; together at most about `rows`, if given.
 
-        None where there is one source, or `evaluation.by_source` is false.
+        None where there is one source, or `evaluation.per_source` is false.
         """
         if not self.sources:
             return None

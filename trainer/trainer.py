@@ -59,7 +59,7 @@ class Trainer:
         self.batches = Prefetcher(self.loader.at, config.data.prefetch, config.steps, pin)
         self.validation: Validation | None = None
         if self.loader.manifest.of_split("validation"):
-            self.validation = Validation(config, grid, config.evaluation.rows)
+            self.validation = Validation(config, grid, config.evaluation.max_rows)
         local, self.engine, self.optimizer = open_engine(config, grid)
         self.local, self.model = local, local.model
         self.anticipation = Anticipation(
@@ -67,7 +67,7 @@ class Trainer:
             grid,
             self.loader,
             self.batches.at,
-            config.stability.anticipation,
+            config.stability.anticipatory_routing,
             self.recipe,
         )
         self.checkpoint = RunCheckpoint(
@@ -123,7 +123,7 @@ class Trainer:
         if problem is not None:
             self._turn_back(problem)
             return None
-        look = self._is_due(self.config.metrics.layers_every, self.state.step + 1)
+        look = self._is_due(self.config.metrics.layer_stats_every, self.state.step + 1)
         if result.is_finite:
             self._update(result, losses, norm, phase, look)
         if look:

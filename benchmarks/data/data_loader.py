@@ -90,13 +90,16 @@ def loader(config: DataConfig) -> None:
 
     The other one is fresh: its imports are not counted, loading the compiled code is.
     """
-    plain = {"transforms": {"fim_rate": 0.0}, "weights": {"code": 0.4, "prose": 0.6}}
+    plain = {"transforms": {"fim_rate": 0.0}, "source_weights": {"code": 0.4, "prose": 0.6}}
     kinds = {
         "made-up tokens, transforms off": plain,
         "real shards, transforms off": {"transforms": {"fim_rate": 0.0}},
         "real shards, FIM 0.1": {},
-        "real shards, FIM 0.1 and splits 0.1": {"transforms": {"split_share": 0.1}},
-        "the same with weights": {"transforms": {"split_share": 0.1}, "weights": WEIGHTS},
+        "real shards, FIM 0.1 and splits 0.1": {"transforms": {"punctuation_split_rate": 0.1}},
+        "the same with weights": {
+            "transforms": {"punctuation_split_rate": 0.1},
+            "source_weights": WEIGHTS,
+        },
     }
     with tempfile.TemporaryDirectory() as name:
         made = shards(Path(name), lengths_of(200_000))

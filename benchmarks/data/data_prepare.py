@@ -167,7 +167,7 @@ def filters(config: DataConfig) -> None:
         size = sum(len(text.encode()) for text in texts) / 1e6
         signatures(texts[:2])  # compiles
         Rules(FiltersConfig(), source).judge(Document("a text\n" * 200))  # imports
-        cheap = Rules(FiltersConfig(quality=()), source)
+        cheap = Rules(FiltersConfig(quality_rules=()), source)
         rules = Rules(FiltersConfig(), source)
         works: dict[str, Callable[[], object]] = {
             "length, encoding, marks": partial(_judge_all, cheap, documents),
@@ -231,7 +231,7 @@ def memory(config: DataConfig) -> None:
     The documents are the same, so that only the amount differs. Judged by length and encoding,
     signed and compared as a whole; similar texts are not left out, since then nothing would remain.
     """
-    filters = {"quality": (), "near": None, "template": None}
+    filters = {"quality_rules": (), "near_duplicate_similarity": None, "template_similarity": None}
     texts = list(_documents(config, 10))
     for megabytes in (10, 1000):
         with tempfile.TemporaryDirectory() as name:

@@ -14,12 +14,12 @@ from data.rows.loader import Loader
 from data.rows.transforms import fim_ids, split_table
 from data.text.tokenizer import Tokenizer
 
-RECIPE = {"fim_rate": 0.1, "fim_domains": ("code",), "split_share": 0.1}
+RECIPE = {"fim_rate": 0.1, "fim_domains": ("code",), "punctuation_split_rate": 0.1}
 
 
 def recipe(config: DataConfig) -> None:
     """Measured beside configured, over 16 million tokens."""
-    update = {"weights": WEIGHTS, "transforms": RECIPE}
+    update = {"source_weights": WEIGHTS, "transforms": RECIPE}
     loader = Loader(DataConfig.model_validate(config.model_dump() | update), seed=1)
     found = audit_recipe(loader, 60)
     print(f"{found.tokens:,} tokens of {found.steps} steps; runs of {found.span_tokens:,} tokens")
@@ -92,7 +92,7 @@ def roundtrip(config: DataConfig) -> None:
     print(f"{expected.total():,} documents, {size / 1e6:.1f} MB, {tokens:,} tokens")
     for title, transforms in (
         ("plain", {"fim_rate": 0.0}),
-        ("FIM 0.5 and splits 0.5", RECIPE | {"fim_rate": 0.5, "split_share": 0.5}),
+        ("FIM 0.5 and splits 0.5", RECIPE | {"fim_rate": 0.5, "punctuation_split_rate": 0.5}),
     ):
         mine = DataConfig.model_validate(config.model_dump() | {"transforms": transforms})
         shards = _shards(mine)

@@ -25,7 +25,11 @@ WARM = 2
 
 def trainer_of(folder: Path, name: str, *settings: str) -> Trainer:
     """A trainer of the debug model that writes nothing."""
-    fixed = ("metrics.wandb.mode=disabled", "metrics.layers_every=0", f"run_dir={folder / name}")
+    fixed = (
+        "metrics.wandb.mode=disabled",
+        "metrics.layer_stats_every=0",
+        f"run_dir={folder / name}",
+    )
     trainer = Trainer(load_config("configs/debug.yaml", [*fixed, *settings]), Grid.single())
     trainer.anticipation.begin(trainer.state)
     return trainer
@@ -48,7 +52,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     torch.set_num_threads(options.threads)
     plain = trainer_of(options.folder, "plain", *options.overrides)
-    always = "stability.anticipation.when=always"
+    always = "stability.anticipatory_routing.when=always"
     ahead = trainer_of(options.folder, "ahead", always, *options.overrides)
     times: list[tuple[float, float]] = []
     for _ in range(WARM + options.rounds):

@@ -82,7 +82,7 @@ def shortened(share: float) -> list[str]:
     """The phases with a share of their tokens, as an override."""
     phases = [s.model_dump(mode="json", exclude_none=True) for s in load_config(CONFIG).phases]
     for phase in phases:
-        for field in {"until", "ramp_tokens"} & phase.keys():
+        for field in {"until_tokens", "rampup_tokens"} & phase.keys():
             phase[field] = round(share * phase[field])
     return [f"phases={json.dumps(phases)}"]
 

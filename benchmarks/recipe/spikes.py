@@ -37,8 +37,8 @@ from trainer.trainer import Trainer
 BEFORE, AFTER = 5, 30
 """Steps of the common checkpoint before the fault, and after it."""
 SETTINGS = (
-    "stability.spikes={snapshot_every: 10, least_history: 12}",
-    "stability.anticipation.steps=20",
+    "stability.spikes={snapshot_every: 10, min_history: 12}",
+    "stability.anticipatory_routing.active_steps=20",
     "optim.schedule.decay_fraction=0.0",
 )
 CUT = ("checkpoint.every=50",)

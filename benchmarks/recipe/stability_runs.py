@@ -40,18 +40,18 @@ _SMALL = (
     "data.global_batch_size=8",
     "data.micro_batch_size=8",
     "evaluation.every=0",
-    "evaluation.rows=64",
+    "evaluation.max_rows=64",
     "checkpoint.every=0",
     "metrics.wandb.mode=disabled",
     "metrics.every=100",
-    "metrics.layers_every=0",
+    "metrics.layer_stats_every=0",
 )
 
 _DEMO = (
     "evaluation.every=0",
     "checkpoint.every=0",
     "metrics.wandb.mode=disabled",
-    "metrics.layers_every=0",
+    "metrics.layer_stats_every=0",
     "stability.spikes=null",
 )
 
@@ -62,7 +62,7 @@ def config_of(size: Size, folder: Path, name: str, steps: int, *settings: str) -
     if size == "demo":
         demo = load_config("configs/recipe-long.yaml")
         tokens = steps * demo.data.seq_len * demo.data.global_batch_size
-        phases = f"phases=[{{until: {tokens}, attention: dense}}]"
+        phases = f"phases=[{{until_tokens: {tokens}, attention: dense}}]"
         return load_config("configs/recipe-long.yaml", [*_DEMO, phases, *overrides])
     overrides = [*_SMALL, f"steps={steps}", *overrides]
     return load_config("configs/debug.yaml", overrides)

@@ -59,9 +59,9 @@ SETTINGS = (
     "data.micro_batch_size=1",  # two microbatches on each process
     "checkpoint.every=0",
     "evaluation.every=0",
-    "evaluation.rows=8",
+    "evaluation.max_rows=8",
     "metrics.every=5",
-    "metrics.layers_every=0",
+    "metrics.layer_stats_every=0",
     "metrics.wandb.mode=disabled",
 )
 NATIVE = "native"

@@ -64,15 +64,17 @@ class Signed:
 
 def find_duplicates(signed: Signed, filters: FiltersConfig) -> None:
     """Set `reason` and `like` of the documents that repeat an earlier one."""
-    if filters.exact:
+    if filters.exact_duplicates:
         for document, head in signed.repeats("exact", None):
             signed.reason[document], signed.like[document] = EXACT, head
-    if filters.near is not None:
-        parent = _joined(signed, "near", NEAR_SLOTS, NEAR_ROWS, filters.near)
+    if filters.near_duplicate_similarity is not None:
+        parent = _joined(signed, "near", NEAR_SLOTS, NEAR_ROWS, filters.near_duplicate_similarity)
         _leave_out(signed, parent, NEAR, 2)
-    if filters.template is not None:
-        parent = _joined(signed, "template", TEMPLATE_SLOTS, TEMPLATE_ROWS, filters.template)
-        _leave_out(signed, parent, TEMPLATE, filters.template_group)
+    if filters.template_similarity is not None:
+        parent = _joined(
+            signed, "template", TEMPLATE_SLOTS, TEMPLATE_ROWS, filters.template_similarity
+        )
+        _leave_out(signed, parent, TEMPLATE, filters.template_min_documents)
 
 
 def _joined(signed: Signed, field: str, slots: int, rows: int, least: float) -> Ints:

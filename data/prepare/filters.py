@@ -42,9 +42,9 @@ class Rules:
     def __init__(self, filters: FiltersConfig, source: SourceConfig) -> None:
         self.filters = filters
         text = source.content == "text"
-        self._marks = filters.generated and text and source.domain == "code"
+        self._marks = filters.generated_code and text and source.domain == "code"
         judged = text and source.domain in filters.quality_domains
-        self._quality = [_quality(name) for name in filters.quality] if judged else []
+        self._quality = [_quality(name) for name in filters.quality_rules] if judged else []
 
     def judge(self, document: Document) -> tuple[int, str]:
         """(reason, what spoke against the document)."""
@@ -52,7 +52,7 @@ class Rules:
         if not filters.min_characters <= len(text) <= filters.max_characters:
             return LENGTH, f"{len(text):,} characters"
         garbled = len(_GARBLED.findall(text))
-        if garbled > filters.max_garbled * len(text):
+        if garbled > filters.max_garbled_fraction * len(text):
             return ENCODING, f"{garbled:,} of {len(text):,} characters are garbled"
         if self._marks and (mark := _MARKS.search(text, 0, _HEAD)):
             return GENERATED, " ".join(mark.group().split())

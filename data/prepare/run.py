@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from data.config import DataConfig, FiltersConfig
+from data.config import DataConfig, FiltersConfig, fingerprint_text
 from data.errors import DataError
 from data.files import fsync_folder, sha256_of
 from data.indexed import open_shard
@@ -94,7 +94,7 @@ def _write(
         left.unlink()  # of a run that died while it wrote
     records = {unit: record for unit in units if (record := finished(unit, folder)) is not None}
     rest = [unit for unit in units if unit not in records]
-    tolerant = config.quarantine_share > 0
+    tolerant = config.max_bad_record_fraction > 0
     workers = config.prepare_workers or os.cpu_count() or 1
     filtered = None
     if config.filters is not None and rest:
@@ -159,10 +159,10 @@ def _manifest(
         share = bad[source.name] / max(
             1, found + empty[source.name] + bad[source.name] + _total(lost)
         )
-        if share > config.quarantine_share:
+        if share > config.max_bad_record_fraction:
             raise DataError(
                 f"source {source.name!r} has {bad[source.name]} bad records, a share of "
-                f"{share:.3g}; `quarantine_share` allows {config.quarantine_share:g} (the records "
+                f"{share:.3g}; `max_bad_record_fraction` allows {config.max_bad_record_fraction:g} (the records "
                 f"are listed in {config.shards}/{_UNFINISHED}{digest[:16]}/*.quarantine.jsonl)."
             )
         if not found:
@@ -191,13 +191,13 @@ def _total(losses: dict[str, Loss]) -> int:
 
 def _digest(config: DataConfig, tokenizer: Tokenizer, corpora: list[Corpus]) -> str:
     """Hex sha256 of everything the shards depend on; local files enter with their content."""
-    tolerant = config.quarantine_share > 0
+    tolerant = config.max_bad_record_fraction > 0
     basis = f"{_FORMAT} {tokenizer.hash} {config.validation_fraction} {tolerant}\n"
     if config.filters is not None:
-        basis += f"{config.filters.model_dump_json()}\n"
+        basis += f"{fingerprint_text(config.filters.model_dump_json())}\n"
     digest = hashlib.sha256(basis.encode())
     for corpus in corpora:
-        settings = corpus.source.model_dump_json(exclude={"paths", "include"})
+        settings = fingerprint_text(corpus.source.model_dump_json(exclude={"paths", "include"}))
         digest.update(f"{settings}\n".encode())
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for content in pool.map(sha256_of, corpus.files):

@@ -39,7 +39,7 @@ def train_tokenizer(config: DataConfig) -> Path:
     """Train on the training documents of `config.sources`; returns the model file.
 
     The sample is the `sample_bytes` worth of documents with the lowest hashes: a random sample
-    that does not depend on the order of the files. With `config.weights` every source gives its
+    that does not depend on the order of the files. With `config.source_weights` every source gives its
     share of these bytes, or all it has. Raises DataError where the corpus is empty or cannot be
     read, or the vocabulary is too small for the characters of the sample.
     """
@@ -58,10 +58,10 @@ def train_tokenizer(config: DataConfig) -> Path:
 def _shares(config: DataConfig) -> list[tuple[tuple[SourceConfig, ...], int]]:
     """Sources that are sampled together, and how many bytes they give."""
     size = config.tokenizer.sample_bytes
-    if not config.weights:
+    if not config.source_weights:
         return [(config.sources, size)]
-    total = sum(config.weights.values())
-    parts = ((source, config.weights.get(source.name, 0.0)) for source in config.sources)
+    total = sum(config.source_weights.values())
+    parts = ((source, config.source_weights.get(source.name, 0.0)) for source in config.sources)
     return [((source,), max(1, int(size * w / total))) for source, w in parts if w > 0]
 
 

@@ -109,7 +109,9 @@ class Loader:
         self._prepare_transforms()
         self.schedule = Schedule(phases if train and phases else (config.one_phase(),))
         self.weights = [
-            (config.weights if phase.weights is None else phase.weights) if train else {}
+            (config.source_weights if phase.source_weights is None else phase.source_weights)
+            if train
+            else {}
             for phase in self.schedule.phases
         ]
         growths = self._growths()
@@ -195,7 +197,7 @@ class Loader:
             return
         domains = {source.domain for source in self.sources}
         fim = transforms.fim_rate > 0 and domains & set(transforms.fim_domains)
-        if not fim and not transforms.split_share:
+        if not fim and not transforms.punctuation_split_rate:
             return
         root = Path(self.config.shards) / self.manifest.folder
         ids, table = cached_tables(root, self.config.tokenizer.path)
@@ -203,7 +205,7 @@ class Loader:
             fim_ids(Tokenizer(self.config.tokenizer.path))  # raises and names the missing token
         if fim:
             self.fim_ids = ids
-        if transforms.split_share:
+        if transforms.punctuation_split_rate:
             self.split_table = table
             self._counts = [self._source_counts(source) for source in self.sources]
 
@@ -230,7 +232,7 @@ class Loader:
         if source.domain in transforms.fim_domains:
             extra += FIM_EXTRA * transforms.fim_rate * source.documents
         if self._counts[index] is not None:
-            extra += transforms.split_share * float(self._counts[index].sum())
+            extra += transforms.punctuation_split_rate * float(self._counts[index].sum())
         return 1.0 + extra / source.positions
 
     def _stream_offsets(self, index: int, row: int) -> list[int]:

@@ -106,10 +106,10 @@ def _choose_transforms(
             return uniforms(numbers, key_of(stream.key, purpose, epoch))
 
         if transforms.fim_rate and stream.domain in transforms.fim_domains:
-            kind = np.where(draw(_SPM) < transforms.fim_spm, SPM, PSM)
+            kind = np.where(draw(_SPM) < transforms.fim_spm_rate, SPM, PSM)
             fim[in_epoch] = np.where(draw(_FIM) < transforms.fim_rate, kind, NONE)
         if counts is not None:
-            drawn = np.floor(transforms.split_share * counts[numbers] + draw(_SPLITS))
+            drawn = np.floor(transforms.punctuation_split_rate * counts[numbers] + draw(_SPLITS))
             splits[in_epoch] = np.minimum(drawn, counts[numbers])
         key[in_epoch] = hashes(numbers, key_of(stream.key, _CUTS, epoch))
     return fim, splits, key

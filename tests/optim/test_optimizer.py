@@ -66,7 +66,7 @@ SPLITS = {  # how a human would cut the weight into its independent matrices
 def test_muon_against_a_reference(batch_bytes: int | None) -> None:
     parameters = model()
     start = {name: parameter.detach().double().clone() for name, parameter in parameters.items()}
-    ours = optimizer(parameters, batch_bytes=batch_bytes)
+    ours = optimizer(parameters, max_batch_bytes=batch_bytes)
     gradients = []
     for seed in (5, 6, 7):
         give_gradients(parameters, seed)
@@ -79,7 +79,7 @@ def test_muon_against_a_reference(batch_bytes: int | None) -> None:
 
 
 def test_batches_hold_every_matrix_once_and_stay_small() -> None:
-    ours = optimizer(model(), batch_bytes=20_000)
+    ours = optimizer(model(), max_batch_bytes=20_000)
     seen = []
     batches = list(ours._batches(ours._muon))
     for batch in batches:

@@ -184,7 +184,7 @@ def test_every_group_has_parameters_and_every_parameter_one_group() -> None:
     [
         ("optim.learning_rate_factors={expert: 2}", r"learning_rate_factors.*'expert'.*experts"),
         ("optim.no_weight_decay=[norm]", r"no_weight_decay.*'norm'.*norms"),
-        ("optim.muon.qk_clip=100", r"optim\.muon\.qk_clip.*normalises queries"),
+        ("optim.muon.qk_clip=100", r"optim\.muon\.qk_clip'.*normalises queries"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(setting: str, named: str) -> None:

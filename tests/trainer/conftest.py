@@ -12,7 +12,7 @@ COMPARED = [
     "steps=8",
     "data.global_batch_size=5",
     "data.micro_batch_size=1",
-    "evaluation.rows=null",
+    "evaluation.max_rows=null",
 ]
 TWO_RANKS: list[Job] = [
     ("straight", ["steps=20"], 0),

@@ -111,7 +111,7 @@ def no_tokenizer(folder: Path, config: Path) -> Path:
         (invalid_utf8, r"new\.jsonl is not UTF-8: the byte at offset \d+"),
         (empty_source, "source 'new' holds no document: 1 files, 1 empty"),
         (negative_weight, r"weight of 'new' is -0\.5; it should be at least 0"),
-        (weights_of_nothing, "the weights sum to 0"),
+        (weights_of_nothing, "source_weights sum to 0"),
         (too_long, r"record 301 of .* has 2000 characters; a document may have 1000"),
         (no_tokenizer, "no tokenizer at"),
     ],
@@ -142,7 +142,7 @@ def test_one_sentence_and_nothing_lost(
     assert not any(name.startswith(".") for name in files(tmp_path / "shards"))
 
 
-@pytest.mark.parametrize("filters", [None, {"min_characters": 1, "quality": []}])
+@pytest.mark.parametrize("filters", [None, {"min_characters": 1, "quality_rules": []}])
 def test_a_full_disk(
     config: Path, tmp_path: Path, filters: object, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ from trainer.trainer import Trainer
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 ZERO = {"0": {}, "1": {}, "2": {}, "3": {}, "3_offload": OFFLOAD}
 # A larger eps, so that gradients that are nothing but rounding move nothing.
-STEPS = ["steps=20", "evaluation.rows=4", "data.micro_batch_size=1", "optim.adamw.eps=1e-6"]
+STEPS = ["steps=20", "evaluation.max_rows=4", "data.micro_batch_size=1", "optim.adamw.eps=1e-6"]
 ADAMW = 'deepspeed={"optimizer": {"type": "AdamW"}'
 MUON = 'deepspeed={"optimizer": {"type": "Muon"}'
 # The steps that DeepSpeed's Muon makes, from weights with which no choice is close.
@@ -168,7 +168,7 @@ def test_every_launcher_trains(folder: Path, tmp_path: Path) -> None:
     of_deepspeed_says = ["--num_accelerators=2", f"--master_port={free_port()}"]
     of_deepspeed_says += ["--no_local_rank", "--module", "trainer"]
     ours = [sys.executable, "-m", "launch.cli", "train"]
-    words = ["engine=deepspeed", ADAMW + "}", "steps=2", "evaluation.rows=4"]
+    words = ["engine=deepspeed", ADAMW + "}", "steps=2", "evaluation.max_rows=4"]
     for name, command, more in (
         ("1", ours, ["--nproc-per-node=1"]),
         ("2", ours, ["--nproc-per-node=2"]),
@@ -257,7 +257,7 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         ([], "deepspeed.optimizer.type is missing"),
         ([ADAMW + "}", "precision=bf16"], "deepspeed.zero_optimization.stage = 0: what V4"),
         ([ADAMW + "}", "optim.matrix_optimizer=muon"], "'AdamW' and should be Muon"),
-        ([ADAMW + "}", "parallel.gradients=bf16"], "parallel.gradients = bf16"),
+        ([ADAMW + "}", "parallel.grad_reduce_dtype=bf16"], "parallel.grad_reduce_dtype = bf16"),
         ([ADAMW + "}", "parallel.tensor=2"], "parallel.tensor = 2"),
         ([ADAMW + "}", "parallel.recompute=[norms]"], "parallel.recompute does not go"),
         (["engine=native", "deepspeed={}"], "deepspeed block"),

@@ -21,31 +21,37 @@ from trainer.report.run import write_report
 
 # Steps 0-2, 3-4, 5-7, 8-9 and 10-12: a ramp, four row lengths, three kinds of attention, decay.
 STAGES: list[dict[str, Any]] = [
-    {"until": 640, "attention": "dense", "seq_len": 64, "ramp_from": 2, "ramp_tokens": 256}
+    {
+        "until_tokens": 640,
+        "attention": "dense",
+        "seq_len": 64,
+        "initial_batch_size": 2,
+        "rampup_tokens": 256,
+    }
     | {"micro_batch_size": 1},
     {
-        "until": 1020,
+        "until_tokens": 1020,
         "attention": "dense",
         "seq_len": 96,
         "global_batch_size": 2,
         "micro_batch_size": 1,
     },
     {
-        "until": 1690,
+        "until_tokens": 1690,
         "attention": "warmup",
         "seq_len": 112,
         "global_batch_size": 2,
         "micro_batch_size": 1,
     },
     {
-        "until": 2140,
+        "until_tokens": 2140,
         "attention": "sparse",
         "seq_len": 112,
         "global_batch_size": 2,
         "micro_batch_size": 1,
     },
     {
-        "until": 2900,
+        "until_tokens": 2900,
         "attention": "sparse",
         "seq_len": 128,
         "global_batch_size": 2,
@@ -56,8 +62,12 @@ STAGES: list[dict[str, Any]] = [
 BORDERS = [3, 5, 8, 10]
 STEPS = 13
 COMMON = (
-    *("metrics.layers_every=0", "evaluation.every=4", "evaluation.rows=4"),
-    *("data.global_batch_size=4", "stability.spikes={}", "stability.anticipation.lead=2"),
+    *("metrics.layer_stats_every=0", "evaluation.every=4", "evaluation.max_rows=4"),
+    *(
+        "data.global_batch_size=4",
+        "stability.spikes={}",
+        "stability.anticipatory_routing.lag_steps=2",
+    ),
 )
 
 

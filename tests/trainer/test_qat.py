@@ -33,7 +33,7 @@ DEEPSPEED = [
     "optim.max_skipped_steps=0",
     "deepspeed.optimizer.type=AdamW",
 ]
-PHASE = "phases=[{until: 768, attention: dense, quantisation: mxfp4}]"
+PHASE = "phases=[{until_tokens: 768, attention: dense, quantisation: mxfp4}]"
 QAT = [*SIZES, "quantisation=mxfp4"]
 
 
@@ -51,7 +51,12 @@ def test_four_steps_are_two_and_two(tiny: Path, tmp_path: Path, precision: str) 
 def test_weights_are_rounded_once_a_step(tiny: Path, tmp_path: Path) -> None:
     with patch.object(quantised_module, "rounded", wraps=rounded) as counted:
         train(
-            tiny, tmp_path / "run", *QAT, "steps=2", "data.micro_batch_size=1", "evaluation.rows=1"
+            tiny,
+            tmp_path / "run",
+            *QAT,
+            "steps=2",
+            "data.micro_batch_size=1",
+            "evaluation.max_rows=1",
         )
     # With the MTP block; two steps, the look at every layer after the last, and an evaluation.
     layers, passes = 3 + 1, 2 + 1 + 1
@@ -77,7 +82,7 @@ def validation(config: RunConfig, experts_only: bool = False) -> float:
 def test_the_packed_export_has_exactly_the_loss_of_training(
     tiny: Path, tmp_path: Path, precision: str
 ) -> None:
-    common = [*QAT, f"precision={precision}", "evaluation.rows=null"]
+    common = [*QAT, f"precision={precision}", "evaluation.max_rows=null"]
     config = train(tiny, tmp_path / "run", *common)
     trained = read_metrics(config.run_dir / "metrics.jsonl")[-1]["validation_loss"]
     assert validation(config) == trained
@@ -94,9 +99,9 @@ def test_a_phase_is_quantised_alone(
 ) -> None:
     def phases(kind: str) -> list[str]:
         """Two steps of 4 rows of 48, and two more."""
-        later = f"{{until: 768, attention: dense, quantisation: {kind}}}"
-        common = [*SIZES, "steps=4", "evaluation.rows=null"]
-        return [*common, f"phases=[{{until: 384, attention: dense}}, {later}]"]
+        later = f"{{until_tokens: 768, attention: dense, quantisation: {kind}}}"
+        common = [*SIZES, "steps=4", "evaluation.max_rows=null"]
+        return [*common, f"phases=[{{until_tokens: 384, attention: dense}}, {later}]"]
 
     plain, config = (train(tiny, tmp_path / kind, *phases(kind)) for kind in ("none", "mxfp4"))
     ours, theirs = column(config.run_dir, "loss"), column(plain.run_dir, "loss")

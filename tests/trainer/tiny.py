@@ -60,7 +60,7 @@ data:
 optim: {{learning_rate: 3e-3, schedule: {{warmup_steps: 2}}}}
 checkpoint: {{every: 0}}
 metrics: {{wandb: {{mode: disabled}}}}
-evaluation: {{rows: 8}}
+evaluation: {{max_rows: 8}}
 """
 
 

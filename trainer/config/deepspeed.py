@@ -58,8 +58,8 @@ def problems(config: Any) -> Iterator[str]:
             yield f"deepspeed.{section} should be a mapping, not {block[section]!r}"
             return
     yield from _degrees(config.parallel)
-    if config.fit_device:
-        yield "fit_device = true does not go with engine = deepspeed, whose memory nobody counts"
+    if config.fit_to_memory:
+        yield "fit_to_memory = true does not go with engine = deepspeed, whose memory nobody counts"
     if config.precision == "bf16" and zero_stage(block) not in (1, 2):
         yield (
             f"precision = bf16 with deepspeed.zero_optimization.stage = {zero_stage(block)}: what "
@@ -78,7 +78,7 @@ def _degrees(parallel: Any) -> Iterator[str]:
                 f"parallel.{axis} = {degree} does not go with engine = deepspeed, which divides "
                 f"only data; parallel.{axis} should be 1"
             )
-    for field in ("gradients", "expert_gradients"):
+    for field in ("grad_reduce_dtype", "expert_grad_reduce_dtype"):
         if (value := getattr(parallel, field)) != "fp32":
             yield (
                 f"parallel.{field} = {value} does not go with engine = deepspeed, which sends them "

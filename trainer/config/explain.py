@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from trainer.config.renamed import replaced_key, replaced_value
 from trainer.config.source import ConfigError, ConfigSource, Key
 
 
@@ -21,12 +22,16 @@ def explain(error: ValidationError, root: type[BaseModel], source: ConfigSource)
     where = source.origin_of(key)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
+        if (remedy := replaced_key(key)) is not None:
+            return ConfigError(f"{where}: the key {dotted!r} {remedy}")
         return ConfigError(f"{where}: unknown key {dotted!r}{_nearest(root, key)}")
     if first["type"] == "missing":
         return ConfigError(f"{where}: the key {dotted!r} is missing{more}")
     if first["type"] == "value_error":
         said = str(first["ctx"]["error"])
         return ConfigError(f"{where}: {dotted}: {said}" if dotted else f"{where}: {said}")
+    if (today := replaced_value(key, first["input"])) is not None:
+        return ConfigError(f"{where}: {dotted} = {first['input']} is now {today}")
     value = "a section" if isinstance(first["input"], dict) else repr(first["input"])
     wish = first["msg"]
     said = wish.removeprefix("Input") if wish.startswith("Input ") else f": {wish}"

@@ -41,20 +41,20 @@ class ParallelConfig(BaseModel):
     """Ranks that split every routed expert's inner dimension."""
     pipeline_schedule: ScheduleName = "1f1b"
     """Order of forward and backward; the V-shaped ones have two stages on a rank."""
-    pipeline_chunks: Degree | None = None
+    pipeline_stages_per_rank: Degree | None = None
     """Stages on a rank in `interleaved_1f1b`; null is 2 there. The others fix it."""
-    pipeline_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    pipeline_layers_per_stage: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Layers of each stage; null balances them by their operations (`v4 plan` shows them)."""
     recompute: tuple[Literal["streams", "norms", "attention", "block"], ...] = ()
     """Activations that backward computes again: residual streams inside a block, norms' outputs,
     attention, or whole blocks."""
     offload: tuple[Literal["attention", "block"], ...] = ()
     """Of these parts of `recompute` the input waits for backward in the host's memory."""
-    gradients: Literal["fp32", "bf16"] = "fp32"
+    grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """What gradients are sent to their owners in; they are always summed in fp32."""
-    expert_gradients: Literal["fp32", "bf16", "bf16_stochastic"] = "fp32"
+    expert_grad_reduce_dtype: Literal["fp32", "bf16", "bf16_stochastic"] = "fp32"
     """The same for routed experts; `bf16_stochastic` rounds without bias."""
-    optimizer_padding: Annotated[float, Field(ge=0)] = 0.1
+    max_optimizer_padding: Annotated[float, Field(ge=0)] = 0.1
     """Most padding of an optimizer's buffer over what it holds: where matrices are so few that it
     would be more, fewer ranks own them, and the others repeat the update."""
     timeout_seconds: Annotated[float, Field(gt=0)] | None = None
@@ -66,7 +66,7 @@ class ParallelConfig(BaseModel):
         if self.pipeline == 1:
             return 1
         if self.pipeline_schedule == "interleaved_1f1b":
-            return self.pipeline_chunks or 2
+            return self.pipeline_stages_per_rank or 2
         return 2 if self.pipeline_schedule in V_SHAPED else 1
 
     def stages(self, model: ModelConfig, seq_len: int) -> StagePlan:
@@ -77,7 +77,7 @@ class ParallelConfig(BaseModel):
             self.pipeline,
             self.pipeline_schedule,
             self.chunks,
-            self.pipeline_layers if self.pipeline > 1 else None,
+            self.pipeline_layers_per_stage if self.pipeline > 1 else None,
         )
 
     def degrees(self, world: int) -> Degrees:
@@ -145,9 +145,9 @@ class ParallelConfig(BaseModel):
 
     def _pipeline_problems(self, model: ModelConfig) -> Iterator[str]:
         schedule, layers = self.pipeline_schedule, model.num_hidden_layers
-        if self.pipeline_chunks not in (None, self.chunks):
+        if self.pipeline_stages_per_rank not in (None, self.chunks):
             yield (
-                f"parallel.pipeline_chunks = {self.pipeline_chunks} does not fit "
+                f"parallel.pipeline_stages_per_rank = {self.pipeline_stages_per_rank} does not fit "
                 f"parallel.pipeline_schedule = {schedule} on parallel.pipeline = {self.pipeline}; "
                 f"it should be {self.chunks} or null"
             )
@@ -158,12 +158,12 @@ class ParallelConfig(BaseModel):
                 f"parallel.pipeline = {self.pipeline} with {schedule} makes {stages} stages, but "
                 f"model.num_hidden_layers = {layers}; parallel.pipeline should be at most {most}"
             )
-        given = self.pipeline_layers
+        given = self.pipeline_layers_per_stage
         if given is None or self.pipeline == 1:
             return
         if len(given) != stages or sum(given) != layers or 0 in given[:-1]:
             yield (
-                f"parallel.pipeline_layers = {list(given)} should have one number for each of the "
+                f"parallel.pipeline_layers_per_stage = {list(given)} should have one number for each of the "
                 f"{stages} stages, which sum to model.num_hidden_layers = {layers}, with none but "
                 "the last 0"
             )

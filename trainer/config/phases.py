@@ -1,12 +1,12 @@
 """The phases of a run, by tokens, as a config says them. Imports no torch.
 
     phases:
-      - {until: 1e12, attention: dense, seq_len: 4096, ramp_from: 2304, ramp_tokens: 1e11}
-      - {until: 1.01e12, attention: warmup, seq_len: 65536, global_batch_size: 1152}
-      - {until: 32e12, attention: sparse, seq_len: 65536, global_batch_size: 1152, decay: true}
+      - {until_tokens: 1e12, attention: dense, seq_len: 4096, initial_batch_size: 2304, rampup_tokens: 1e11}
+      - {until_tokens: 1.01e12, attention: warmup, seq_len: 65536, global_batch_size: 1152}
+      - {until_tokens: 32e12, attention: sparse, seq_len: 65536, global_batch_size: 1152, decay: true}
 
 What a phase leaves out is the run's: `data.seq_len`, `data.global_batch_size`, `data.micro_batch_size`,
-`data.weights`, `model.mtp_loss_weight` and `mtp_loss_weight_in_decay`, `router_bias_speed`,
+`data.source_weights`, `model.mtp_loss_weight` and `mtp_loss_weight_in_decay`, `router_bias_speed`,
 `quantisation`, and `optim.learning_rate` with `optim.schedule`. trainer/config/recipe.py makes functions
 of the step of it.
 """
@@ -39,7 +39,7 @@ class PhaseConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    until: Tokens
+    until_tokens: Tokens
     """Tokens of the whole run at which the phase ends; its last step may go beyond."""
     attention: Literal["dense", "warmup", "sparse"]
     """`dense`: CSA layers attend to every entry, and their indexers rest. `warmup`: likewise, and
@@ -49,11 +49,11 @@ class PhaseConfig(BaseModel):
     seq_len: Annotated[int, Field(ge=2)] | None = None
     global_batch_size: Rows | None = None
     micro_batch_size: Rows | None = None
-    ramp_from: Rows | None = None
+    initial_batch_size: Rows | None = None
     """Rows of the phase's first step, from which they grow to `global_batch_size`..."""
-    ramp_tokens: Tokens | None = None
+    rampup_tokens: Tokens | None = None
     """...over about this many tokens."""
-    weights: dict[str, float] | None = None
+    source_weights: dict[str, float] | None = None
     """The sources' shares of the tokens."""
     decay: bool = False
     """The learning rate's cosine begins with the first such phase and ends with the run."""
@@ -65,8 +65,10 @@ class PhaseConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "PhaseConfig":
-        if (self.ramp_from is None) != (self.ramp_tokens is None):
-            raise ValueError("a ramp needs both `ramp_from` and `ramp_tokens`, or neither")
+        if (self.initial_batch_size is None) != (self.rampup_tokens is None):
+            raise ValueError(
+                "a ramp needs both `initial_batch_size` and `rampup_tokens`, or neither"
+            )
         if self.attention == "warmup":
             for field in ("mtp_loss_weight", "router_bias_speed"):
                 if getattr(self, field) is not None:
@@ -102,8 +104,8 @@ def problems(config: Any) -> Iterator[str]:
         if decays and not phase.decay:
             yield f"{here}.decay = false should be true, as in the phase before: the run ends there"
         decays = phase.decay
-        if phase.weights is not None:
-            yield from _weights(config, here, phase.weights)
+        if phase.source_weights is not None:
+            yield from _weights(config, here, phase.source_weights)
     if decays:
         yield from _one_decay(config.optim.schedule)
 

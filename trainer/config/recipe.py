@@ -150,12 +150,12 @@ def _resolve(config: RunConfig) -> tuple[Phase, ...]:
     phases: list[Phase] = []
     step = tokens = 0
     for number, given in enumerate(config.phases):
-        if given.until <= tokens:
+        if given.until_tokens <= tokens:
             raise ValueError(
-                f"phases.{number}.until = {given.until:,} overlaps what comes before, which takes "
+                f"phases.{number}.until_tokens = {given.until_tokens:,} overlaps what comes before, which takes "
                 f"{tokens:,} tokens; every phase should end later than the one before"
             )
-        rows = _rows(config, number, given, given.until - tokens)
+        rows = _rows(config, number, given, given.until_tokens - tokens)
         assert rows.steps is not None
         taken = rows.rows_before(rows.steps) * rows.seq_len
         warmup = given.attention == "warmup"
@@ -202,25 +202,30 @@ def _rows(config: RunConfig, number: int, given: PhaseConfig, budget: int) -> Da
         "global_batch_size": most,
         "micro_batch_size": of("micro_batch_size"),
     }
-    weights = config.data.weights if given.weights is None else given.weights
-    rows = DataPhase(**sizes, weights=weights)
-    if given.ramp_from is not None and given.ramp_tokens is not None:
-        if given.ramp_from >= most:
+    weights = config.data.source_weights if given.source_weights is None else given.source_weights
+    rows = DataPhase(**sizes, source_weights=weights)
+    if given.initial_batch_size is not None and given.rampup_tokens is not None:
+        if given.initial_batch_size >= most:
             raise ValueError(
-                f"phases.{number}.ramp_from = {given.ramp_from} should be less than the rows that "
+                f"phases.{number}.initial_batch_size = {given.initial_batch_size} should be less than the rows that "
                 f"it grows to, {most}"
             )
-        mean = (given.ramp_from + most) / 2
-        ramp = max(1, round(given.ramp_tokens / (mean * length)))
-        rows = DataPhase(**sizes, weights=weights, ramp_from=given.ramp_from, ramp_steps=ramp)
-    low, high = 0, rows.ramp_steps + -(-budget // (length * most))
+        mean = (given.initial_batch_size + most) / 2
+        ramp = max(1, round(given.rampup_tokens / (mean * length)))
+        rows = DataPhase(
+            **sizes,
+            source_weights=weights,
+            initial_batch_size=given.initial_batch_size,
+            rampup_steps=ramp,
+        )
+    low, high = 0, rows.rampup_steps + -(-budget // (length * most))
     while high - low > 1:
         middle = (low + high) // 2
         enough = rows.rows_before(middle) * length >= budget
         low, high = (low, middle) if enough else (middle, high)
-    if high < rows.ramp_steps:
+    if high < rows.rampup_steps:
         raise ValueError(
-            f"phases.{number}.ramp_tokens = {given.ramp_tokens:,} are more than the phase's "
+            f"phases.{number}.rampup_tokens = {given.rampup_tokens:,} are more than the phase's "
             f"{budget:,} tokens"
         )
     return rows.model_copy(update={"steps": high})

@@ -68,7 +68,7 @@ class MetricsConfig(Section):
 
     every: PositiveInt = 1
     """Steps between plain progress lines, and between points sent to wandb."""
-    layers_every: NaturalInt = 100
+    layer_stats_every: NaturalInt = 100
     """Steps between looks at every layer (loads of experts, router biases, sinks, streams, SwiGLU)
     and at how far weights move, which run one microbatch forward once more, copy the weights to the
     host and wait for the device; 0 looks only after the last step."""
@@ -83,9 +83,9 @@ class EvaluationConfig(Section):
 
     every: NaturalInt = 1000
     """Steps between evaluations; 0 evaluates only after the last step."""
-    rows: PositiveInt | None = None
+    max_rows: PositiveInt | None = None
     """Validation rows that are read; null reads all of them."""
-    by_source: bool = True
+    per_source: bool = True
     """Also the loss of every source by itself, where there are several, on as many rows in all."""
 
 
@@ -115,7 +115,7 @@ class RunConfig(Section):
     compile: bool = False
     """Run norms, experts' activation and residual streams, where no Triton kernel does, through
     torch.compile (docs/performance.md)."""
-    fit_device: bool = False
+    fit_to_memory: bool = False
     """Choose data.micro_batch_size, parallel.recompute and parallel.offload for the memory of the device
     that training finds, in place of what is written (docs/planning.md)."""
     deterministic: bool = False
@@ -175,7 +175,7 @@ class RunConfig(Section):
                 f"{where}.seq_len = {rows.seq_len} should be at most "
                 f"model.max_position_embeddings = {self.model.max_position_embeddings}"
             )
-        for name in ("global_batch_size", "ramp_from"):
+        for name in ("global_batch_size", "initial_batch_size"):
             if (getattr(rows, name) or 0) % rows.micro_batch_size:
                 raise ValueError(
                     f"{where}.{name} = {getattr(rows, name)} should be a multiple of "

@@ -14,16 +14,16 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class AnticipationConfig(_Strict):
+class AnticipatoryRoutingConfig(_Strict):
     """Experts chosen with the weights of some steps ago (REP 4.2.3)."""
 
     when: Literal["never", "after_spikes", "always"] = "after_spikes"
-    """`after_spikes`: for `steps` steps after a spike, where `stability.spikes` is set; `always`:
+    """`after_spikes`: for `active_steps` steps after a spike, where `stability.spikes` is set; `always`:
     from the first step to the last."""
-    lead: NaturalInt = 3
+    lag_steps: NaturalInt = 3
     """By how many steps; unpublished (L). What it costs does not depend on it, but for the memory
     of the choices that wait. 0 chooses with the present weights, as plain training does."""
-    steps: PositiveInt = 100
+    active_steps: PositiveInt = 100
     """For how long after a spike; unpublished (L)."""
 
 
@@ -31,44 +31,44 @@ class SpikeConfig(_Strict):
     """What counts as a spike and what is done about it. REP says no more than that there is a
     detector and a short rollback: all numbers here are our choice."""
 
-    recent: PositiveInt = 16
+    median_window: PositiveInt = 16
     """Steps whose median a step is compared with."""
-    window: PositiveInt = 128
+    deviation_window: PositiveInt = 128
     """Steps whose distances from their own recent medians say what is usual."""
-    least_history: PositiveInt = 32
+    min_history: PositiveInt = 32
     """How many of them there have to be before a step is judged."""
     threshold: Positive = 6.0
     """From how many robust deviations on a step is a spike."""
-    loss_floor: Positive = 0.05
+    min_loss_deviation: Positive = 0.05
     """Least deviation of the loss, in nats."""
-    norm_floor: Positive = 0.25
+    min_grad_norm_deviation: Positive = 0.25
     """Least deviation of the gradient norm's logarithm."""
-    router_floor: Positive = 0.02
+    min_router_deviation: Positive = 0.02
     """Least deviation of a router's mean share of the first choice."""
-    collapse: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    router_collapse_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """Share of a step's tokens that go to one expert of a learned layer from which its router has
     collapsed, unless half as many went there all along."""
     snapshot_every: NaturalInt = 20
     """Steps between copies of weights and optimizer on the host; 0 turns back to checkpoints
     only."""
-    rollback: PositiveInt = 5
+    min_rollback_steps: PositiveInt = 5
     """Least number of steps that a run turns back."""
     max_rollbacks: NaturalInt = 10
     """Rollbacks of a whole run; one more spike ends it."""
-    leave_out: bool = True
+    skip_bad_batches: bool = True
     """Pass over a batch at whose step a spike was seen twice: what comes once, such as a fault of
     the machine, is not the batch's, and costs no data."""
 
     @property
     def snapshots(self) -> int:
         """Copies held at most: the newest that is old enough to turn back to, and later ones."""
-        return 1 + -(-self.rollback // self.snapshot_every) if self.snapshot_every else 0
+        return 1 + -(-self.min_rollback_steps // self.snapshot_every) if self.snapshot_every else 0
 
 
 class StabilityConfig(_Strict):
     """See docs/stability.md."""
 
-    anticipation: AnticipationConfig = AnticipationConfig()
+    anticipatory_routing: AnticipatoryRoutingConfig = AnticipatoryRoutingConfig()
     spikes: SpikeConfig | None = None
     """Null, the default, only skips steps that are not finite: a run that turns back by itself
     holds copies of all its states, and is for recipes to ask for."""
@@ -79,12 +79,12 @@ def problems(config: Any, phases: Iterable[Any]) -> Iterator[str]:
 
     `phases` as in Recipe.
     """
-    spikes, ahead = config.stability.spikes, config.stability.anticipation
+    spikes, ahead = config.stability.spikes, config.stability.anticipatory_routing
     used = ahead.when == "always" or (ahead.when == "after_spikes" and spikes is not None)
     for phase in phases:
-        if used and config.phases and ahead.lead > phase.steps:
+        if used and config.phases and ahead.lag_steps > phase.steps:
             yield (
-                f"stability.anticipation.lead = {ahead.lead} should be at most {phase.steps}, the "
+                f"stability.anticipatory_routing.lag_steps = {ahead.lag_steps} should be at most {phase.steps}, the "
                 f"steps of phases.{phase.number}"
             )
     if spikes is None:
@@ -94,8 +94,8 @@ def problems(config: Any, phases: Iterable[Any]) -> Iterator[str]:
             "stability.spikes does not go with engine = deepspeed, which cannot leave out an "
             "update; it should be null"
         )
-    if spikes.least_history > spikes.window:
+    if spikes.min_history > spikes.deviation_window:
         yield (
-            f"stability.spikes.least_history = {spikes.least_history} should be at most "
-            f"stability.spikes.window = {spikes.window}"
+            f"stability.spikes.min_history = {spikes.min_history} should be at most "
+            f"stability.spikes.deviation_window = {spikes.deviation_window}"
         )

@@ -1,4 +1,4 @@
-"""`fit_device`: microbatches and recomputation for the memory of the device that a run finds.
+"""`fit_to_memory`: microbatches and recomputation for the memory of the device that a run finds.
 
 Of the settings that give the same training, those that compute least again are tried first, with
 the longest microbatches that fit, by the count of `v4 plan --dry-run`. Every process decides for
@@ -43,7 +43,7 @@ def fitted(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
     Called before there is a process group.
     """
-    if not config.fit_device:
+    if not config.fit_to_memory:
         return config, []
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     device = local_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -74,7 +74,7 @@ def fit(config: RunConfig, world: int, card: DeviceInfo, count: Count) -> tuple[
             if size <= room:
                 return one, _words(one, card, size)
     raise ConfigError(
-        f"fit_device: with the settings that need least a process asks for about {gib(least)}, and "
+        f"fit_to_memory: with the settings that need least a process asks for about {gib(least)}, and "
         f"{ROOM:.0%} of the memory of {card.name} are {gib(room)}; take more processes, or rows "
         f"shorter than data.seq_len = {config.data.seq_len}"
     )
@@ -108,7 +108,7 @@ def _with(config: RunConfig, world: int, rows: int, again: dict[str, Any]) -> Ru
 def _words(config: RunConfig, card: DeviceInfo, size: int) -> str:
     parallel = config.parallel
     return (
-        f"fit_device: data.micro_batch_size = {config.data.micro_batch_size}, parallel.recompute = "
+        f"fit_to_memory: data.micro_batch_size = {config.data.micro_batch_size}, parallel.recompute = "
         f"[{', '.join(parallel.recompute)}] and parallel.offload = "
         f"[{', '.join(parallel.offload)}] take about {gib(size)} of the {gib(card.memory)} of "
         f"{card.name}"
@@ -135,7 +135,7 @@ class Count:
         if (spent := time.monotonic() - self.start) > 3 and self.tell:
             most = len(AGAIN) + len(micro_batch_size(config, self.world))
             print(
-                f"fit_device: {self.done} of at most {most} settings counted, {spent:.0f} s",
+                f"fit_to_memory: {self.done} of at most {most} settings counted, {spent:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )

@@ -62,7 +62,7 @@ def measure(config: RunConfig, world: int) -> Iterator[Table | str]:
         yield "There is one stage: nothing to balance."
         return
     layers = balanced(times.of_layers(config.model), times.tail, stages)
-    yield f"parallel.pipeline_layers=[{','.join(map(str, layers))}]"
+    yield f"parallel.pipeline_layers_per_stage=[{','.join(map(str, layers))}]"
 
 
 def take_times(config: RunConfig, device: torch.device, repeats: int = REPEATS) -> Times:

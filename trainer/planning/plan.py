@@ -40,9 +40,9 @@ def plan(
         raise ConfigError(f"engine = {config.engine}: v4 plan knows the memory of native only")
     degrees = config.degrees(world_size)
     yield summary(config, degrees)
-    if config.fit_device:
+    if config.fit_to_memory:
         yield (
-            "fit_device: training chooses data.micro_batch_size and, for less memory, parallel.recompute "
+            "fit_to_memory: training chooses data.micro_batch_size and, for less memory, parallel.recompute "
             "and parallel.offload for the device that it finds; this plan takes them as written."
         )
     yield from recipe_part(config, degrees)
@@ -146,7 +146,7 @@ def expected_rate(config: RunConfig, degrees: Degrees) -> tuple[float | None, st
 
 def rows_in_words(rows: DataPhase) -> str:
     """`4 to 8 x 512` where a ramp leads to eight rows."""
-    ramp = "" if rows.ramp_from is None else f"{rows.ramp_from:,} to "
+    ramp = "" if rows.initial_batch_size is None else f"{rows.initial_batch_size:,} to "
     return f"{ramp}{rows.global_batch_size:,} x {short_length(rows.seq_len)}"
 
 

@@ -92,7 +92,7 @@ def stage_parts(config: RunConfig, degrees: Degrees, pipeline: int) -> StagePart
         degrees,
         tied_embedding(stages, config.model.num_nextn_predict_layers),
         config.optim.muon,
-        config.parallel.optimizer_padding,
+        config.parallel.max_optimizer_padding,
     )
     quantised = None
     if any(phase.quantised for phase in Recipe(config).phases):

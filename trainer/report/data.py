@@ -200,7 +200,7 @@ def _recipe(loader: Loader) -> tuple[str, str]:
                 f"{found.max_deviation[source.name]:.3%}",
                 f"{fim:.2%}",
                 f"{counted.fim / counted.documents:.2%}" if counted.documents else "-",
-                f"{transforms.split_share:.2%}",
+                f"{transforms.punctuation_split_rate:.2%}",
                 split,
             )
         )

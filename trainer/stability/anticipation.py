@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from data import Batch, Loader
+from data.config import fingerprint_text
 from trainer.checkpoint.logical_tensors import Part, Parts, routing_name
 from trainer.config.recipe import Recipe
-from trainer.config.stability import AnticipationConfig
+from trainer.config.stability import AnticipatoryRoutingConfig
 from trainer.engine import Engine
 from trainer.microbatches import SelectedExperts
 from trainer.parallel.grid import Grid
@@ -34,7 +35,7 @@ from trainer.state import TrainState
 Saved = dict[str, Any]
 
 # Settings of the data that say what is in the rows of a step.
-_ROWS = {"weights", "transforms", "packing"}
+_ROWS = {"source_weights", "transforms", "packing"}
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,11 @@ class Anticipation:
         grid: Grid,
         loader: Loader,
         fetch: Callable[[int], list[Batch]],
-        settings: AnticipationConfig,
+        settings: AnticipatoryRoutingConfig,
         recipe: Recipe,
     ) -> None:
         self.engine, self.grid, self.loader, self.fetch = engine, grid, loader, fetch
-        self.lead, self.recipe = settings.lead, recipe
+        self.lead, self.recipe = settings.lag_steps, recipe
         self.always, self.never = settings.when == "always", settings.when == "never"
         self._rows: dict[int, list[Batch]] = {}
         # By step and layer: [rows here, columns here, A].
@@ -187,7 +188,7 @@ class Anticipation:
         data, manifest = self.loader.config, self.loader.manifest
         phases = [phase.model_dump(mode="json") for phase in self.loader.schedule.phases]
         rows = data.model_dump(mode="json", include=_ROWS)
-        known = json.dumps([rows, phases, manifest.digest]).encode()
+        known = fingerprint_text(json.dumps([rows, phases, manifest.digest])).encode()
         return {"lead": self.lead, "data": hashlib.sha256(known).hexdigest()[:16]}
 
     def _place(self, step: int) -> _Place:

@@ -93,12 +93,12 @@ class Stability:
         anticipation: Anticipation,
     ) -> None:
         self.settings = config.stability.spikes
-        self.routing = config.stability.anticipation
+        self.routing = config.stability.anticipatory_routing
         self.hash_layers = config.model.num_hash_layers
         self.state, self.checkpoint, self.anticipation = state, checkpoint, anticipation
         if self.settings is not None:
             self.detector = SpikeDetector(self.settings)
-            every, least = self.settings.snapshot_every, self.settings.rollback
+            every, least = self.settings.snapshot_every, self.settings.min_rollback_steps
             self.snapshots = Snapshots(checkpoint, every, least)
 
     def before_step(self) -> None:
@@ -131,8 +131,8 @@ class Stability:
         back, stopped = self._go_back(), None
         if not back:
             stopped = (
-                "there is neither a snapshot nor a checkpoint at least stability.spikes.rollback = "
-                f"{settings.rollback} steps old to turn back to"
+                "there is neither a snapshot nor a checkpoint at least stability.spikes.min_rollback_steps = "
+                f"{settings.min_rollback_steps} steps old to turn back to"
             )
         elif spent:
             stopped = (
@@ -162,7 +162,7 @@ class Stability:
         assert self.settings is not None
         state = self.state
         kept = {name: copy.deepcopy(getattr(state, name)) for name in _KEPT}
-        limit = state.step - self.settings.rollback
+        limit = state.step - self.settings.min_rollback_steps
         done = self.snapshots.restore(state)
         if not done:
             done = self.checkpoint.load(state, before=limit + 1) is not None
@@ -175,7 +175,7 @@ class Stability:
         """Leave a step's batch out if it was suspected before: then it is the batch's fault."""
         assert self.settings is not None
         state = self.state
-        if self.settings.leave_out and step in state.suspects:
+        if self.settings.skip_bad_batches and step in state.suspects:
             state.left_out = sorted({*state.left_out, step})
         state.suspects = sorted({*state.suspects, step})
 
@@ -184,7 +184,7 @@ class Stability:
         state, routing = self.state, self.routing
         if routing.when == "after_spikes":
             state.anticipation_since = state.step
-            state.anticipation_until = state.step + routing.steps
+            state.anticipation_until = state.step + routing.active_steps
 
     def _until(self) -> int | None:
         state = self.state

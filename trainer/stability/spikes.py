@@ -78,28 +78,31 @@ class SpikeDetector:
     def scores(self, history: History, numbers: Mapping[str, float]) -> dict[str, float]:
         """Robust z-scores by name, as far as there is enough of a past."""
         settings = self.settings
-        floors = {"loss": settings.loss_floor, "grad_norm": settings.norm_floor}
+        floors = {
+            "loss": settings.min_loss_deviation,
+            "grad_norm": settings.min_grad_norm_deviation,
+        }
         found = {}
         for name, value in numbers.items():
             past = history.get(_distances(name), [])
-            if name != "busiest" and len(past) >= settings.least_history:
-                floor = floors.get(name, settings.router_floor)
+            if name != "busiest" and len(past) >= settings.min_history:
+                floor = floors.get(name, settings.min_router_deviation)
                 away = _scale(name, value) - median(history[name])
                 found[name] = z_score(past, away, floor)
         return found
 
     def _join(self, history: History, name: str, value: float) -> None:
         last, past = history.setdefault(name, []), history.setdefault(_distances(name), [])
-        if len(last) == self.settings.recent:
+        if len(last) == self.settings.median_window:
             past.append(value - median(last))
         last.append(value)
-        del last[: -self.settings.recent], past[: -self.settings.window]
+        del last[: -self.settings.median_window], past[: -self.settings.deviation_window]
 
     def _collapse(self, history: History, busiest: float) -> str | None:
         past = history.get("busiest", [])
-        if len(past) < self.settings.recent or busiest < self.settings.collapse:
+        if len(past) < self.settings.median_window or busiest < self.settings.router_collapse_share:
             return None
-        if median(past) > self.settings.collapse / 2:
+        if median(past) > self.settings.router_collapse_share / 2:
             return None  # it was like this before: a router that has not settled yet
         return (
             f"a router collapsed: {busiest:.0%} of the tokens go to one expert of a layer, where "

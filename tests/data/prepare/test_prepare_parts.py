@@ -178,7 +178,7 @@ def test_bad_records_are_set_aside_up_to_a_share(parts: DataConfig, tmp_path: Pa
     lines = [json.dumps({"text": text}) + "\n" for text in TEXTS[:98]]
     (tmp_path / "bad.jsonl").write_text("".join([lines[0], '{"text": null}\n', *lines[1:], "{}\n"]))
     sources = [{"name": "b", "paths": [str(tmp_path / "bad.jsonl")]}]
-    mine = elsewhere(parts, "bad", sources=sources, quarantine_share=0.02)
+    mine = elsewhere(parts, "bad", sources=sources, max_bad_record_fraction=0.02)
     manifest = prepare(mine, progress=False)
     assert manifest.bad_records == {"b": 2}
     assert sum(shard.documents for shard in manifest.shards) == 98
@@ -187,9 +187,9 @@ def test_bad_records_are_set_aside_up_to_a_share(parts: DataConfig, tmp_path: Pa
     assert [record["number"] for record in records] == [2, 100]
     assert all("no string in the field 'text'" in record["reason"] for record in records)
     with pytest.raises(DataError, match=r"'b' has 2 bad records, a share of 0.02; .* 0.019"):
-        prepare(elsewhere(mine, "strict", quarantine_share=0.019), progress=False)
+        prepare(elsewhere(mine, "strict", max_bad_record_fraction=0.019), progress=False)
     with pytest.raises(DataError, match=r"record 2 of .*bad\.jsonl has no string"):
-        prepare(elsewhere(mine, "none", quarantine_share=0.0), progress=False)
+        prepare(elsewhere(mine, "none", max_bad_record_fraction=0.0), progress=False)
 
 
 def test_too_long_document(

@@ -220,7 +220,7 @@ def _load(config: DataConfig) -> None:
 
 def test_killed_ten_times_while_loading(config: DataConfig, tmp_path: Path) -> None:
     """The shards stay as they were, and the next run sees the rows of an undisturbed one."""
-    splits = changed(config, transforms={"split_share": 0.5}, shards=str(tmp_path / "0"))
+    splits = changed(config, transforms={"punctuation_split_rate": 0.5}, shards=str(tmp_path / "0"))
     shutil.copytree(config.shards, splits.shards)
     reference = first_steps(splits)
     original = {p.name: p.read_bytes() for p in Path(splits.shards).rglob("*") if p.is_file()}

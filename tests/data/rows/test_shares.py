@@ -42,11 +42,11 @@ def rows_by_source(
             "seq_len": seq_len,
             "global_batch_size": group,
             "packing_window": window,
-            "weights": dict(zip(names, weights, strict=True)),
+            "source_weights": dict(zip(names, weights, strict=True)),
         }
     )
     phase = config.one_phase()
-    plan = plan_windows(config, phase, sources, config.weights, [1.0] * len(names))
+    plan = plan_windows(config, phase, sources, config.source_weights, [1.0] * len(names))
     found = []
     for number in range(3):
         first, last = number * plan.rows, (number + 1) * plan.rows
@@ -126,8 +126,12 @@ def mixed(
         "shards": str(folder / "shards"),
         "validation_fraction": 0.0,
         "seq_len": 2048,
-        "weights": {"code": 0.6, "prose": 0.4},
-        "transforms": {"fim_rate": 0.4, "fim_domains": ["code", "prose"], "split_share": 0.3},
+        "source_weights": {"code": 0.6, "prose": 0.4},
+        "transforms": {
+            "fim_rate": 0.4,
+            "fim_domains": ["code", "prose"],
+            "punctuation_split_rate": 0.3,
+        },
     }
     made = DataConfig.model_validate(config.model_dump() | fields)
     prepare(made, progress=False)
@@ -164,5 +168,5 @@ def test_measured_is_what_windows_decided(mixed: DataConfig) -> None:
     assert found.tokens == sum(c.tokens for c in counted.values())
     share = counted["code"].tokens / found.tokens
     assert found.max_deviation["code"] >= abs(share - 0.6) - 1e-12
-    plain = audit_recipe(Loader(mixed.model_copy(update={"weights": {}}), seed=2), 1)
+    plain = audit_recipe(Loader(mixed.model_copy(update={"source_weights": {}}), seed=2), 1)
     assert sum(plain.shares.values()) == pytest.approx(1.0)

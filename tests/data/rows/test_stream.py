@@ -102,7 +102,7 @@ def merges_to(tokens: list[int], original: list[int], table: np.ndarray) -> int 
 @pytest.mark.parametrize("packing", ["best_fit", "concatenate"])
 @pytest.mark.parametrize("spm", [0.0, 1.0])
 def test_every_document_comes_back(mixed: DataConfig, packing: str, spm: float) -> None:
-    transforms = {"fim_rate": 0.5, "fim_spm": spm, "split_share": 0.5}
+    transforms = {"fim_rate": 0.5, "fim_spm_rate": spm, "punctuation_split_rate": 0.5}
     loader = Loader(changed(mixed, transforms=transforms, packing=packing), seed=4)
     tokenizer = Tokenizer(mixed.tokenizer.path)
     table, ids = split_table(tokenizer), fim_ids(tokenizer).tolist()
@@ -136,7 +136,7 @@ def test_every_document_comes_back(mixed: DataConfig, packing: str, spm: float) 
 
 def test_what_chance_lengthens_fits_into_full_windows(mixed: DataConfig) -> None:
     """Windows without room to spare: some documents stay as they are, and none is lost."""
-    transforms = {"fim_rate": 0.5, "split_share": 0.5}
+    transforms = {"fim_rate": 0.5, "punctuation_split_rate": 0.5}
     fields = {"packing_fill": 1.0, "packing_window": 40, "packing": "concatenate"}
     loader = Loader(changed(mixed, transforms=transforms, **fields), seed=4)
     whole = stream(loader, 2 * loader.num_steps)
@@ -173,7 +173,7 @@ def code_and_all(loader: Loader, step: int) -> tuple[int, int]:
 
 def test_shares_follow_the_weights(mixed: DataConfig) -> None:
     weights = {"code": 0.3, "prose": 0.7}
-    loader = Loader(changed(mixed, weights=weights, packing_window=2000), seed=0)
+    loader = Loader(changed(mixed, source_weights=weights, packing_window=2000), seed=0)
     ends = np.cumsum([(0, 0)] + [code_and_all(loader, step) for step in range(200)], axis=0)
     off = ends[:, 0] - 0.3 * ends[:, 1]
     assert off.max() - off.min() <= 2 * 64  # any run of steps is right to two rows
@@ -184,8 +184,8 @@ def test_shares_follow_the_weights(mixed: DataConfig) -> None:
 def test_weights_change_at_a_step(mixed: DataConfig) -> None:
     rows = {"seq_len": 64, "global_batch_size": 12}
     phases = [
-        DataPhase(steps=40, weights={"code": 0.8, "prose": 0.2}, **rows),
-        DataPhase(weights={"code": 0.1, "prose": 0.9}, **rows),
+        DataPhase(steps=40, source_weights={"code": 0.8, "prose": 0.2}, **rows),
+        DataPhase(source_weights={"code": 0.1, "prose": 0.9}, **rows),
     ]
     loader = Loader(changed(mixed, packing_window=2000), seed=0, phases=phases)
     for steps, share in ((range(40), 0.8), (range(40, 80), 0.1)):
@@ -195,8 +195,19 @@ def test_weights_change_at_a_step(mixed: DataConfig) -> None:
 
 def test_phases_go_on_where_the_last_ended(mixed: DataConfig) -> None:
     phases = [
-        {"steps": 7, "seq_len": 64, "global_batch_size": 12, "ramp_from": 4, "ramp_steps": 5},
-        {"steps": 3, "seq_len": 256, "global_batch_size": 4, "weights": {"code": 1, "prose": 1}},
+        {
+            "steps": 7,
+            "seq_len": 64,
+            "global_batch_size": 12,
+            "initial_batch_size": 4,
+            "rampup_steps": 5,
+        },
+        {
+            "steps": 3,
+            "seq_len": 256,
+            "global_batch_size": 4,
+            "source_weights": {"code": 1, "prose": 1},
+        },
         {"seq_len": 128, "global_batch_size": 8, "micro_batch_size": 2},
     ]
     loader = Loader(mixed, seed=1, phases=[DataPhase(**phase) for phase in phases])
@@ -220,7 +231,11 @@ def test_phases_go_on_where_the_last_ended(mixed: DataConfig) -> None:
 def test_schedule_counts_rows(first: int, last: int, ramp: int) -> None:
     """Rows of consecutive steps follow each other without gap, in multiples of what divides all."""
     phase = DataPhase(
-        steps=ramp + 1, seq_len=8, global_batch_size=last, ramp_from=first, ramp_steps=ramp
+        steps=ramp + 1,
+        seq_len=8,
+        global_batch_size=last,
+        initial_batch_size=first,
+        rampup_steps=ramp,
     )
     schedule = Schedule([phase, phase])
     rows = [schedule.rows_of(step)[1] for step in range(min(ramp + 1, 300))]
@@ -278,10 +293,10 @@ def test_epochs_differ_in_their_transforms(mixed: DataConfig) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"weights": {"code": -1.0}}, "at least 0"),
-        ({"weights": {"code": float("nan")}}, "at least 0"),
-        ({"weights": {"code": 0.0, "prose": 0.0}}, "sum to 0"),
-        ({"weights": {"cod": 1.0}}, "the sources are code, prose"),
+        ({"source_weights": {"code": -1.0}}, "at least 0"),
+        ({"source_weights": {"code": float("nan")}}, "at least 0"),
+        ({"source_weights": {"code": 0.0, "prose": 0.0}}, "sum to 0"),
+        ({"source_weights": {"cod": 1.0}}, "the sources are code, prose"),
     ],
 )
 def test_refused(mixed: DataConfig, fields: dict[str, object], words: str) -> None:
@@ -296,20 +311,20 @@ def test_a_source_of_which_the_shards_hold_nothing(mixed: DataConfig, tmp_path: 
     manifest.model_copy(update={"shards": code}).save(tmp_path)
     weights = {"code": 0.3, "prose": 0.7}
     with pytest.raises(DataError, match=r"no document of source 'prose', whose weight is 0\.7"):
-        Loader(changed(mixed, shards=str(tmp_path), weights=weights), seed=0)
+        Loader(changed(mixed, shards=str(tmp_path), source_weights=weights), seed=0)
     found = Loader(
-        changed(mixed, shards=str(tmp_path), weights={"code": 1.0, "prose": 0.0}), seed=0
+        changed(mixed, shards=str(tmp_path), source_weights={"code": 1.0, "prose": 0.0}), seed=0
     )
     assert [source.name for source in found.sources] == ["code"]
 
 
 def test_a_ramp_needs_both_of_its_fields() -> None:
     with pytest.raises(ValidationError, match="a ramp needs both"):
-        DataPhase(seq_len=8, global_batch_size=2, ramp_steps=2)
+        DataPhase(seq_len=8, global_batch_size=2, rampup_steps=2)
 
 
 def test_damaged_counts_and_tables_are_made_again(mixed: DataConfig) -> None:
-    config = changed(mixed, transforms={"split_share": 0.5})
+    config = changed(mixed, transforms={"punctuation_split_rate": 0.5})
     first = Loader(config, seed=0).at(3)[0]
     files = [*Path(config.shards).rglob("*.splittable.npy")]
     files += Path(config.shards).rglob("transforms.npz")

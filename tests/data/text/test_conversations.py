@@ -97,7 +97,9 @@ def test_bad_records(config: DataConfig, tmp_path: Path, content: object, reason
     with pytest.raises(DataError, match=rf"record 2 of .*a\.jsonl .*{reason}") as caught:
         prepare(mine, progress=False)
     assert "\n" not in str(caught.value)
-    tolerant = chats(mine, mine.sources[0].model_dump(), tmp_path / "shards", quarantine_share=0.4)
+    tolerant = chats(
+        mine, mine.sources[0].model_dump(), tmp_path / "shards", max_bad_record_fraction=0.4
+    )
     assert prepare(tolerant, progress=False).bad_records == {"chat": 1}
 
 

@@ -153,7 +153,7 @@ def test_sources_give_their_weights_of_the_sample(
 
     monkeypatch.setattr("data.prepare.tokenizer_training.train_model", keep)
     settings = {"path": str(tmp_path / "t"), "vocab_size": 400, "sample_bytes": 20_000}
-    update = {"sources": sources, "weights": {"a": 3.0, "b": 1.0}, "tokenizer": settings}
+    update = {"sources": sources, "source_weights": {"a": 3.0, "b": 1.0}, "tokenizer": settings}
     train_tokenizer(DataConfig.model_validate(config.model_dump() | update))
     sizes = {name: sum(len(t) for t in seen if t[0] == name) for name in "abc"}
     assert sizes == {"a": 15_000 // 120 * 120, "b": 5_000 // 120 * 120, "c": 0}

@@ -72,7 +72,7 @@ def test_a_crash_leaves_one_object_a_step(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_deterministic_is_the_switch_of_torch(tiny: Path, tmp_path: Path) -> None:
-    words = [str(tiny), f"run_dir={tmp_path / 'run'}", "steps=1", "evaluation.rows=1"]
+    words = [str(tiny), f"run_dir={tmp_path / 'run'}", "steps=1", "evaluation.max_rows=1"]
     try:
         for wanted in (False, True):
             assert main([*words, f"deterministic={str(wanted).lower()}"]) == 0

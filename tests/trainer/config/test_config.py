@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import ConfigError, load_config
+from trainer.config import ConfigError, RunConfig, load_config
+from trainer.config.explain import _model_at
+from trainer.config.renamed import _REMOVED, _RENAMED
 from trainer.config.source import dump_yaml, parse_yaml
 
 DEBUG = Path(__file__).parents[3] / "configs" / "debug.yaml"
@@ -102,6 +104,35 @@ def test_a_mistake_is_one_clear_sentence(override: str, parts: tuple[str, ...]) 
     text = refused(override)
     for part in parts:
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("data.row_length=8", "the key 'data.row_length' is now 'data.seq_len'"),
+        ("data.batch_rows=8", "'data.batch_rows' is now 'data.global_batch_size'"),
+        ("data.micro_rows=8", "'data.micro_rows' is now 'data.micro_batch_size'"),
+        ("data.heldout_fraction=0", "'data.heldout_fraction' is now 'data.validation_fraction'"),
+        ("stages=[]", "the key 'stages' is now 'phases'"),
+        ("data.sources.1.split=heldout", "data.sources.1.split = heldout is now validation"),
+        ("phases=[{until: 8}]", "'phases.0.until' is now 'phases.0.until_tokens'"),
+        ("stability.anticipation.lead=2", "is now 'stability.anticipatory_routing'"),
+        ("optim.muon.qk_clip=null", "'optim.muon.qk_clip' has been removed, since V4 normalises"),
+    ],
+)
+def test_a_key_of_an_earlier_version_is_refused_with_its_name_of_today(
+    override: str, remedy: str
+) -> None:
+    assert remedy in refused(override)
+
+
+def test_every_name_of_today_exists_and_no_earlier_one_does() -> None:
+    for old, new in {**_RENAMED, **dict.fromkeys(_REMOVED)}.items():
+        section = _model_at(RunConfig, tuple(old.split("."))[:-1])
+        if section is None:  # a section that has another name itself
+            continue
+        assert old.split(".")[-1] not in section.model_fields, old
+        assert new is None or new in section.model_fields, new
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

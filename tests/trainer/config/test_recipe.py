@@ -12,18 +12,29 @@ from trainer.config import ConfigError, load_config
 from trainer.config.recipe import Recipe
 
 CHANGING = [
-    {"until": 1536, "attention": "dense", "seq_len": 32, "ramp_from": 2, "ramp_tokens": 768},
-    {"until": 3000, "attention": "dense", "weights": {"words": 2}, "mtp_loss_weight": 0.2},
-    {"until": 4000, "attention": "warmup", "seq_len": 96, "global_batch_size": 2},
     {
-        "until": 5000,
+        "until_tokens": 1536,
+        "attention": "dense",
+        "seq_len": 32,
+        "initial_batch_size": 2,
+        "rampup_tokens": 768,
+    },
+    {
+        "until_tokens": 3000,
+        "attention": "dense",
+        "source_weights": {"words": 2},
+        "mtp_loss_weight": 0.2,
+    },
+    {"until_tokens": 4000, "attention": "warmup", "seq_len": 96, "global_batch_size": 2},
+    {
+        "until_tokens": 5000,
         "attention": "sparse",
         "seq_len": 96,
         "global_batch_size": 2,
         "router_bias_speed": 0.01,
     },
     {
-        "until": 7000.0,
+        "until_tokens": 7000.0,
         "attention": "sparse",
         "seq_len": 192,
         "global_batch_size": 1,
@@ -54,7 +65,7 @@ def test_everything_is_a_function_of_the_step(tiny: Path, tmp_path: Path) -> Non
         given = config.phases[phase.number]
         counted += phase.tokens
         rows = phase.rows
-        assert counted >= given.until > counted - rows.global_batch_size * rows.seq_len
+        assert counted >= given.until_tokens > counted - rows.global_batch_size * rows.seq_len
     peak = config.optim.learning_rate
     rates = [recipe.learning_rate(step) for step in range(45)]
     assert rates[:2] == [peak / 2, peak] and set(rates[2:24]) == {peak}
@@ -67,7 +78,7 @@ def test_everything_is_a_function_of_the_step(tiny: Path, tmp_path: Path) -> Non
     assert [recipe.at(step).attention for step in (23, 24, 28, 29)] == [
         *("dense", "warmup", "warmup", "sparse")
     ]
-    assert recipe.phases[1].rows.weights == {"words": 2}
+    assert recipe.phases[1].rows.source_weights == {"words": 2}
     assert recipe.largest.number == 4 and recipe.seq_len == 192
     assert load_config(write(config.to_yaml(), tmp_path)) == config
 
@@ -98,19 +109,39 @@ def change(number: int, **fields: Any) -> list[dict[str, Any]]:
     ("phases", "more", "words"),
     [
         (change(4, seq_len=64), {}, r"phases.4.seq_len = 64 is shorter than the 96 of"),
-        (change(2, until=2900), {}, "phases.2.until = 2,900 overlaps what comes before, which"),
-        (change(1, until=1530), {}, "phases.1.until = 1,530 overlaps"),
-        (change(1, until=1536), {}, "phases.1.until = 1,536 overlaps"),
+        (
+            change(2, until_tokens=2900),
+            {},
+            "phases.2.until_tokens = 2,900 overlaps what comes before, which",
+        ),
+        (change(1, until_tokens=1530), {}, "phases.1.until_tokens = 1,530 overlaps"),
+        (change(1, until_tokens=1536), {}, "phases.1.until_tokens = 1,536 overlaps"),
         (CHANGING, {"steps": 50}, "steps = 50, but the phases have 45: they should cover the run"),
         (CHANGING, {"steps": 40}, "steps = 40, but the phases have 45"),
         (CHANGING[:2] + CHANGING[3:], {}, "phases.2.attention = sparse should come after a phase"),
-        ([*change(3, decay=True), {**CHANGING[4], "until": 8000, "decay": False}], {}, "decay"),
-        (change(0, ramp_tokens=None), {}, "a ramp needs both"),
-        (change(0, ramp_from=5), {}, "ramp_from = 5 should be less than the rows"),
-        (change(0, ramp_from=3), {}, r"phases.0.ramp_from = 3 should be a multiple of phases.0.mi"),
-        (change(0, ramp_tokens=4000), {}, "ramp_tokens = 4,000 are more than the phase's"),
+        (
+            [*change(3, decay=True), {**CHANGING[4], "until_tokens": 8000, "decay": False}],
+            {},
+            "decay",
+        ),
+        (change(0, rampup_tokens=None), {}, "a ramp needs both"),
+        (
+            change(0, initial_batch_size=5),
+            {},
+            "initial_batch_size = 5 should be less than the rows",
+        ),
+        (
+            change(0, initial_batch_size=3),
+            {},
+            r"phases.0.initial_batch_size = 3 should be a multiple of phases.0.mi",
+        ),
+        (change(0, rampup_tokens=4000), {}, "rampup_tokens = 4,000 are more than the phase's"),
         (change(2, mtp_loss_weight=0.1), {}, "mtp_loss_weight does nothing where attention"),
-        (change(1, weights={"word": 1}), {}, "phases.1: weights names 'word'; the sources are"),
+        (
+            change(1, source_weights={"word": 1}),
+            {},
+            "phases.1: source_weights names 'word'; the sources are",
+        ),
         (change(4, seq_len=8192), {}, "phases.4.seq_len = 8192 should be at most model.max"),
         (change(4, seq_len=193), {"parallel": {"tensor": 2}}, "phases.4.seq_len = 193 does"),
         (
@@ -118,7 +149,11 @@ def change(number: int, **fields: Any) -> list[dict[str, Any]]:
             {},
             "phases.0.global_batch_size = 3 should be a multiple of",
         ),
-        (change(0, until=0), {}, "phases.0.until = 0 should be greater than or equal to 1"),
+        (
+            change(0, until_tokens=0),
+            {},
+            "phases.0.until_tokens = 0 should be greater than or equal to 1",
+        ),
         (CHANGING, {"optim": {"schedule": {"decay_fraction": 0.1}}}, "decay_fraction = 0.1 and a"),
         (CHANGING, {"optim": {"schedule": {"warmup_steps": 40}}}, "warmup_steps = 40 reaches into"),
         (CHANGING, {"model": {"layer_types": ["window", "hca", "hca"]}}, "has no csa layer"),

@@ -157,7 +157,7 @@ def test_ranks_see_together_what_one_sees(tiny: Path, tmp_path: Path) -> None:
         (topology(2, "data.micro_batch_size=2", tensor=2), "tensor"),
         (topology(2, "data.micro_batch_size=2", context=2), "context"),
     ]
-    words = ("steps=2", "metrics.layers_every=2", "checkpoint.every=1")
+    words = ("steps=2", "metrics.layer_stats_every=2", "checkpoint.every=1")
     run_all(tiny, [Job(spread, tmp_path / name) for spread, name in jobs], *words)
     seen = {name: read_metrics(tmp_path / name / "metrics.jsonl")[-1] for _, name in jobs}
     assert {"clamped", "stream_rms", "comb_departure"} < seen["two"]["layers"].keys()
@@ -190,7 +190,7 @@ def test_sources_apart_are_the_sources_together(tiny: Path, tmp_path: Path) -> N
         f"data.sources={json.dumps(sources)}",
         f"data.shards={tmp_path / 'shards'}",
         "data.seq_len=1024",
-        "evaluation.rows=null",
+        "evaluation.max_rows=null",
         f"run_dir={tmp_path / 'run'}",
     ]
     config = load_config(tiny, settings)

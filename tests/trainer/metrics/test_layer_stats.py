@@ -56,7 +56,9 @@ def test_ranks_that_split_the_layers_see_all_of_them(tiny: Path, degrees: Degree
 
 
 def test_a_run_reports_its_layers(tiny: Path, tmp_path: Path) -> None:
-    config = train(tiny, tmp_path, "steps=5", "metrics.layers_every=2", "router_bias_speed=0.25")
+    config = train(
+        tiny, tmp_path, "steps=5", "metrics.layer_stats_every=2", "router_bias_speed=0.25"
+    )
     records = read_metrics(config.run_dir / "metrics.jsonl")
     seen = [record for record in records if "layers" in record]
     assert [record["step"] for record in seen] == [2, 4, 5]

@@ -32,7 +32,7 @@ TOPOLOGIES = [
     topology(2, expert=2),
     topology(2, expert_tensor=2),
     *[topology(2, pipeline=2, pipeline_schedule=name) for name in SCHEDULES],
-    topology(2, "parallel.pipeline_layers=[3, 1]", RECOMPUTE, pipeline=2),
+    topology(2, "parallel.pipeline_layers_per_stage=[3, 1]", RECOMPUTE, pipeline=2),
     topology(4),
     topology(4, tensor=4),
     topology(4, context=4),

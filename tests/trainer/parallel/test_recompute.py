@@ -175,7 +175,7 @@ def test_the_dry_run_counts_what_was_moved(tiny: Path) -> None:
     """Streams of every layer and of the MTP block, but for those that a stage got from another."""
     for stages in (1, 2):
         words = [f"parallel.pipeline={stages}", "parallel.recompute=[block]"]
-        words += ["parallel.pipeline_layers=[2, 1]"] if stages > 1 else []
+        words += ["parallel.pipeline_layers_per_stage=[2, 1]"] if stages > 1 else []
         held = []
         for more in ([], ["parallel.offload=[block]"]):
             config = load_config(tiny, [*words, *more])

@@ -27,16 +27,16 @@ from trainer.config.parallel import nearest
             ["pipeline = 3 with zero_bubble_v", "6 stages", "at most 2"],
         ),
         (
-            ["parallel.pipeline=2", "parallel.pipeline_chunks=3"],
-            ["pipeline_chunks = 3", "pipeline_schedule = 1f1b", "should be 1 or null"],
+            ["parallel.pipeline=2", "parallel.pipeline_stages_per_rank=3"],
+            ["pipeline_stages_per_rank = 3", "pipeline_schedule = 1f1b", "should be 1 or null"],
         ),
         (
-            ["parallel.pipeline=2", "parallel.pipeline_layers=[2, 3]"],
-            ["pipeline_layers = [2, 3]", "2 stages", "num_hidden_layers"],
+            ["parallel.pipeline=2", "parallel.pipeline_layers_per_stage=[2, 3]"],
+            ["pipeline_layers_per_stage = [2, 3]", "2 stages", "num_hidden_layers"],
         ),
         (
-            ["parallel.pipeline=2", "parallel.pipeline_layers=[0, 4]"],
-            ["pipeline_layers = [0, 4]", "none but the last 0"],
+            ["parallel.pipeline=2", "parallel.pipeline_layers_per_stage=[0, 4]"],
+            ["pipeline_layers_per_stage = [0, 4]", "none but the last 0"],
         ),
         (
             ["parallel.recompute=[attention]", "parallel.offload=[block]"],

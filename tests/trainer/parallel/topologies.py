@@ -31,7 +31,7 @@ MODEL = (
     "model.moe_intermediate_size=32",
     "data.global_batch_size=4",
     "data.micro_batch_size=1",
-    "evaluation.rows=4",
+    "evaluation.max_rows=4",
     "steps=10",
     # The gradients of some of the streams' coefficients are nothing but rounding (the first
     # layer's streams are copies, a norm undoes how they are weighed). With V4's eps of 1e-20 AdamW

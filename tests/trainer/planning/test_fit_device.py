@@ -80,7 +80,7 @@ def test_microbatches_have_no_filler_rows_and_end_at_32768_tokens():
 
 
 def test_a_step_that_other_rows_do_not_divide_is_left_alone():
-    phases = "phases=[{until: 49152, attention: dense, global_batch_size: 8}, {until: 98304, attention: dense}]"
+    phases = "phases=[{until_tokens: 49152, attention: dense, global_batch_size: 8}, {until_tokens: 98304, attention: dense}]"
     rows, *_ = settings(1000, phases, "steps=0")
     assert rows == 4  # of 12 and of 8
 
@@ -119,20 +119,24 @@ def test_a_run_fits_itself_to_this_machine_and_trains_the_same(
     tiny: Path, tmp_path, capsys
 ) -> None:
     losses = {}
-    for name, words in (("fitted", ["fit_device=true"]), ("plain", ["data.micro_batch_size=1"])):
+    for name, words in (("fitted", ["fit_to_memory=true"]), ("plain", ["data.micro_batch_size=1"])):
         folder = tmp_path / name
         assert main([str(tiny), f"run_dir={folder}", *words]) == 0
         losses[name] = column(folder, "loss")
     said = capsys.readouterr()
-    assert "fit_device: data.micro_batch_size = 4, parallel.recompute = []" in said.out + said.err
+    assert (
+        "fit_to_memory: data.micro_batch_size = 4, parallel.recompute = []" in said.out + said.err
+    )
     assert load_config(tmp_path / "fitted" / "config.yaml").data.micro_batch_size == 4
     # Rounding alone: sums in another order, over six updates.
     torch.testing.assert_close(losses["fitted"], losses["plain"], rtol=1e-5, atol=0)
 
 
 def test_the_memory_of_deepspeed_is_not_known():
-    with pytest.raises(ConfigError, match="fit_device = true does not go with engine = deepspeed"):
-        load_config(CONFIG, ["engine=deepspeed", "fit_device=true"])
+    with pytest.raises(
+        ConfigError, match="fit_to_memory = true does not go with engine = deepspeed"
+    ):
+        load_config(CONFIG, ["engine=deepspeed", "fit_to_memory=true"])
 
 
 @pytest.mark.parametrize(

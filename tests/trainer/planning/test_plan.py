@@ -115,10 +115,10 @@ def test_measured_times_balance_the_stages(tiny: Path, monkeypatch: pytest.Monke
     table, override = measure(config, 2)
     assert isinstance(table, Table)
     # window 1, csa 9, hca 1 | csa 9, head and MTP 2
-    assert override == "parallel.pipeline_layers=[3,1]"
+    assert override == "parallel.pipeline_layers_per_stage=[3,1]"
     assert balanced(times.of_layers(config.model), times.tail, 2) == (3, 1)
     again = load_config(tiny, [*MODEL, "parallel.pipeline=2", str(override)])
-    assert again.parallel.pipeline_layers == (3, 1)
+    assert again.parallel.pipeline_layers_per_stage == (3, 1)
     text = printed([table])
     assert row(text, "csa layer")[:3] == ["2", "9000.0", "81.82%"]
     assert row(text, "head, and MTP block")[:3] == ["1", "2000.0", "9.09%"]

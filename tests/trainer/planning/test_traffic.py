@@ -50,9 +50,9 @@ TOPOLOGIES: dict[int, list[Degrees]] = {
         {"tensor": 2, "recompute": ("attention",)},
         {"tensor": 2, "query_matrices": "per_head", "recompute": ("block", "attention")},
         {"context": 2, "precision": "bf16", "gradients": "bf16"},
-        {"expert": 2, "recompute": ("block",), "expert_gradients": "bf16_stochastic"},
+        {"expert": 2, "recompute": ("block",), "expert_grad_reduce_dtype": "bf16_stochastic"},
         {"expert_tensor": 2},
-        {"optimizer_padding": 0.001},
+        {"max_optimizer_padding": 0.001},
         {"tensor": 2, "attention": "sparse", "recompute": ("attention",)},
         {"tensor": 2, "attention": "dense"},
         {"context": 2, "attention": "sparse", "recompute": ("block",), "precision": "bf16"},
@@ -63,7 +63,7 @@ TOPOLOGIES: dict[int, list[Degrees]] = {
     4: [
         {"tensor": 2, "context": 2, "expert": 4},
         {"tensor": 2, "context": 2, "attention": "sparse"},
-        {"expert": 2, "optimizer_padding": 0.02},
+        {"expert": 2, "max_optimizer_padding": 0.02},
         {"tensor": 4, "expert": 2, "expert_tensor": 2, "precision": "bf16"},
         {"context": 2, "pipeline": 2, "pipeline_schedule": "dual_pipe_v", "expert": 2},
     ],
@@ -197,9 +197,9 @@ def one_step(degrees: Degrees, world: int, rank: int) -> Outcome:
         attention,
     )
     how = Exchange(
-        config.parallel.gradients,
-        config.parallel.expert_gradients,
-        config.parallel.optimizer_padding,
+        config.parallel.grad_reduce_dtype,
+        config.parallel.expert_grad_reduce_dtype,
+        config.parallel.max_optimizer_padding,
     )
     formula = step_traffic(config.model, grid.degrees, local.stages, rank, work, config.optim, how)
     ranks = rank_of_axis(grid)

@@ -30,7 +30,13 @@ TEXTS = {
     "a": [f"def f_{i}():\n    return {i}\n" * (i % 9 + 1) for i in range(40)],
     "b": ["<b>An & entity</b> Zyzzyva Zyzzyva qwrtzpsdf qwrtzpsdf\n" * 30, "short words\n" * 2],
 }
-FILTERS = {"min_characters": 8, "quality": [], "exact": False, "near": None, "template": None}
+FILTERS = {
+    "min_characters": 8,
+    "quality_rules": [],
+    "exact_duplicates": False,
+    "near_duplicate_similarity": None,
+    "template_similarity": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +139,14 @@ def test_page_shows_filters_and_the_measured_recipe(
 ) -> None:
     data = DataConfig.model_validate(
         config.model_dump()
-        | {"weights": {"a": 3.0, "b": 1.0}}
-        | {"transforms": {"fim_rate": 0.25, "fim_domains": ["prose"], "split_share": 0.5}}
+        | {"source_weights": {"a": 3.0, "b": 1.0}}
+        | {
+            "transforms": {
+                "fim_rate": 0.25,
+                "fim_domains": ["prose"],
+                "punctuation_split_rate": 0.5,
+            }
+        }
     )
     loader = Loader(data, 1)
     page = render(loader, tokenizer, facts)
@@ -157,11 +169,12 @@ def test_page_shows_filters_and_the_measured_recipe(
 
 def test_a_run_with_phases_shows_its_first(config: DataConfig) -> None:
     """Its row length, ramp and weights, and no step of the second."""
-    ramp = {"global_batch_size": 8, "ramp_from": 2, "ramp_tokens": 256}
+    ramp = {"global_batch_size": 8, "initial_batch_size": 2, "rampup_tokens": 256}
     weights = {"a": 0.6, "b": 0.4}
     phases = [
-        {"until": 640, "attention": "dense", "seq_len": 32, "weights": weights} | ramp,
-        {"until": 2000, "attention": "dense", "seq_len": 128},
+        {"until_tokens": 640, "attention": "dense", "seq_len": 32, "source_weights": weights}
+        | ramp,
+        {"until_tokens": 2000, "attention": "dense", "seq_len": 128},
     ]
     fields = yaml.safe_load(TINY.format(folder=Path(config.shards).parent))
     fields["model"]["vocab_size"] = config.tokenizer.vocab_size

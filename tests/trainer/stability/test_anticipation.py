@@ -38,9 +38,9 @@ from trainer.parallel.pipeline_stage import index_dtype
 from trainer.state import TrainState
 from trainer.trainer import Trainer
 
-ALWAYS = "stability.anticipation.when=always"
-LEAD = "stability.anticipation.lead={}"
-EVERY = ("checkpoint.every=1", "checkpoint.keep=0", "metrics.layers_every=1")
+ALWAYS = "stability.anticipatory_routing.when=always"
+LEAD = "stability.anticipatory_routing.lag_steps={}"
+EVERY = ("checkpoint.every=1", "checkpoint.keep=0", "metrics.layer_stats_every=1")
 STEPS = 5
 ALONE = topology(1)
 SPREAD = [
@@ -204,14 +204,16 @@ def trainer_state(config: RunConfig) -> TrainState:
 
 def test_a_lead_reaches_into_the_next_phase(tiny: Path, tmp_path: Path) -> None:
     """Rows of another length, chosen for with another attention; stopped with such choices."""
-    first = {"until": 768, "attention": "dense", "seq_len": 64}
-    second = {"until": 1800, "attention": "warmup", "seq_len": 96}
+    first = {"until_tokens": 768, "attention": "dense", "seq_len": 64}
+    second = {"until_tokens": 1800, "attention": "warmup", "seq_len": 96}
     path = phased(tiny, tmp_path, [first, second])
     train(path, tmp_path / "straight", ALWAYS, LEAD.format(2))
     train(path, tmp_path / "halves", ALWAYS, LEAD.format(2), stop_at=2)
     train(path, tmp_path / "halves", ALWAYS, LEAD.format(2))
     assert_same_run(tmp_path / "straight", tmp_path / "halves", 6)
-    with pytest.raises(ConfigError, match=r"lead = 4 should be at most 3, the steps of phases\.0"):
+    with pytest.raises(
+        ConfigError, match=r"lag_steps = 4 should be at most 3, the steps of phases\.0"
+    ):
         load_config(path, [ALWAYS, LEAD.format(4)])
     load_config(path, [ALWAYS, LEAD.format(3)])
     load_config(path, [LEAD.format(4)])  # nothing switches it on
@@ -221,8 +223,8 @@ def test_a_step_of_the_next_phase_is_looked_at_with_its_attention(
     tiny: Path, tmp_path: Path
 ) -> None:
     """Where the indexer chooses, layers behind it see other streams and choose other experts."""
-    first = {"until": 576, "attention": "warmup", "seq_len": 96, "global_batch_size": 2}
-    path = phased(tiny, tmp_path, [first, first | {"until": 1152, "attention": "sparse"}])
+    first = {"until_tokens": 576, "attention": "warmup", "seq_len": 96, "global_batch_size": 2}
+    path = phased(tiny, tmp_path, [first, first | {"until_tokens": 1152, "attention": "sparse"}])
     train(path, tmp_path / "run", ALWAYS, LEAD.format(1), *EVERY)
     found = waiting(tmp_path / "run", 3, 3, (1, 2, 3))
     sparse, dense = (chosen_by(tmp_path / "run", 2, 3, mode) for mode in ("sparse", "dense"))

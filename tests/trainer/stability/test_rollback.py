@@ -31,11 +31,11 @@ from trainer.stability.spikes import History, SpikeDetector, severity, z_score
 from trainer.state import TrainState
 from trainer.trainer import Trainer
 
-EASY = "recent: 2, least_history: 2, threshold: 20"
+EASY = "median_window: 2, min_history: 2, threshold: 20"
 SPIKES = (
     f"stability.spikes={{{EASY}, snapshot_every: 3, rollback: 2}}",
-    "stability.anticipation.lead=1",
-    "stability.anticipation.steps=3",
+    "stability.anticipatory_routing.lag_steps=1",
+    "stability.anticipatory_routing.active_steps=3",
 )
 Fault = Callable[[Trainer], None]
 
@@ -52,8 +52,12 @@ def test_z_score_is_that_of_numpy() -> None:
 def test_scores_are_those_of_numpy_from_all_the_numbers_before() -> None:
     """Of a walk, so that a median is neither the oldest of its numbers nor the newest."""
     floors = {"loss": 0.5, "grad_norm": 0.3, "router 1": 0.02}
-    few = {"recent": 5, "window": 12, "least_history": 4}
-    least = {"loss_floor": 0.5, "norm_floor": 0.3, "router_floor": 0.02}
+    few = {"median_window": 5, "deviation_window": 12, "min_history": 4}
+    least = {
+        "min_loss_deviation": 0.5,
+        "min_grad_norm_deviation": 0.3,
+        "min_router_deviation": 0.02,
+    }
     settings = SpikeConfig.model_validate(few | least | {"threshold": 1e9})
     chance, detector, past = random.Random(2), SpikeDetector(settings), History()
     walks: dict[str, list[float]] = {"loss": [], "grad_norm": [], "router 1": []}
@@ -98,7 +102,7 @@ def judged(detector: SpikeDetector, past: History, **numbers: float) -> str | No
 
 def test_what_is_a_spike() -> None:
     """Of a loss that falls by more than a deviation in the steps that it is compared with."""
-    settings = SpikeConfig(window=32, least_history=8, recent=8)
+    settings = SpikeConfig(deviation_window=32, min_history=8, median_window=8)
     detector, past = SpikeDetector(settings), History()
     chance = random.Random(0)
     assert judged(detector, past, loss=50.0) is None, "too early to tell"
@@ -244,7 +248,7 @@ def test_what_was_learned_from_spikes_stays(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_batch_stays_where_none_may_be_left_out(tiny: Path, tmp_path: Path) -> None:
-    spikes = (*SPIKES, "stability.spikes.leave_out=false")
+    spikes = (*SPIKES, "stability.spikes.skip_bad_batches=false")
     trainer = run(tiny, tmp_path, {12: gradients_times(1e6)}, *spikes, times=3)
     assert (trainer.state.rollbacks, trainer.state.left_out) == (3, [])
     assert all("loss" in record for record in read_metrics(tmp_path / "metrics.jsonl"))
@@ -256,7 +260,7 @@ def tokens_of(trainer: Trainer, step: int) -> int:
 
 def test_a_state_that_is_set_back_is_that_of_the_snapshot(tiny: Path, tmp_path: Path) -> None:
     """A fault that comes once costs nothing: not routed otherwise, the run is the undisturbed."""
-    calm = ("stability.anticipation.when=never", "checkpoint.every=4")
+    calm = ("stability.anticipatory_routing.when=never", "checkpoint.every=4")
     turn = (f"stability.spikes={{{EASY}, snapshot_every: 3}}",)
     run(tiny, tmp_path / "plain", {}, *calm)
     faults = {10: gradients_times(1e6), 14: gradients_times(1e6)}
@@ -271,7 +275,7 @@ def test_a_state_that_is_set_back_is_that_of_the_snapshot(tiny: Path, tmp_path: 
 def test_checkpoints_are_gone_back_to_and_later_ones_go(tiny: Path, tmp_path: Path) -> None:
     """No snapshots; the checkpoint of step 10 is of steps that are undone."""
     turn = f"stability.spikes={{{EASY}, snapshot_every: 0, rollback: 3}}"
-    never = "stability.anticipation.when=never"
+    never = "stability.anticipatory_routing.when=never"
     run(tiny, tmp_path / "plain", {}, "checkpoint.every=5")
     settings = (turn, never, "checkpoint.every=5", "checkpoint.keep=0")
     seen: list[list[str]] = []
@@ -306,7 +310,7 @@ def test_the_run_ends_with_a_checkpoint_where_it_cannot_turn_back(
     assert_same_run(tmp_path / "plain", tmp_path / "bare", 16)
 
     # The second spike comes while experts are chosen ahead, and so does the checkpoint.
-    longer = ("stability.anticipation.steps=9", "checkpoint.every=5")
+    longer = ("stability.anticipatory_routing.active_steps=9", "checkpoint.every=5")
     spent = (*SPIKES, "stability.spikes.max_rollbacks=1", *longer)
     with pytest.raises(DivergedError, match=r"max_rollbacks = 1 times already; saved .*step-0+9$"):
         run(tiny, tmp_path / "spent", {n: gradients_times(1e6) for n in (8, 12)}, *spent)
@@ -318,7 +322,7 @@ def test_the_run_ends_with_a_checkpoint_where_it_cannot_turn_back(
     assert state["anticipation_since"] == 9, "what waited for the undone steps is gone"
     assert run(tiny, tmp_path / "spent", {}, *spent).state.step == 16
 
-    ahead = (bare, "stability.anticipation={when: always, lead: 1}")
+    ahead = (bare, "stability.anticipatory_routing={when: always, lag_steps: 1}")
     with pytest.raises(DivergedError, match="neither a snapshot"):
         run(tiny, tmp_path / "ahead", {8: gradients_times(1e6)}, *ahead)
     assert run(tiny, tmp_path / "ahead", {}, *ahead).state.step == 16
@@ -346,9 +350,9 @@ def held_by(tiny: Path, grid: Grid, *settings: str) -> int:
 
 
 ROOM = [
-    ("precision=bf16", "stability.spikes.rollback=1"),
-    ("stability.spikes.rollback=3",),
-    ("stability.spikes.rollback=7", "precision=bf16"),
+    ("precision=bf16", "stability.spikes.min_rollback_steps=1"),
+    ("stability.spikes.min_rollback_steps=3",),
+    ("stability.spikes.min_rollback_steps=7", "precision=bf16"),
 ]
 
 
@@ -402,7 +406,7 @@ def test_a_turned_run_goes_on_as_if_it_had_not_been_stopped(
     All ranks have agreed to stop after the step that is a spike. In parts: where step 11 comes. A
     run that goes on and turns back has only checkpoints, from before where it began.
     """
-    longer = (*SPIKES, "stability.anticipation.steps=5")
+    longer = (*SPIKES, "stability.anticipatory_routing.active_steps=5")
     if source == "checkpoint":
         longer += ("stability.spikes.snapshot_every=0", "checkpoint.every=3")
     spike: dict[int, Fault] = {12: gradients_times(1e6)}
@@ -419,8 +423,10 @@ def test_a_turned_run_goes_on_as_if_it_had_not_been_stopped(
 
 
 def test_settings_that_do_not_go_together(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match=r"least_history = 9 should be at most .*window = 8"):
-        load_config(tiny, ["stability.spikes={window: 8, least_history: 9}"])
+    with pytest.raises(
+        ConfigError, match=r"min_history = 9 should be at most .*deviation_window = 8"
+    ):
+        load_config(tiny, ["stability.spikes={deviation_window: 8, min_history: 9}"])
     with pytest.raises(ConfigError, match=r"stability.spikes does not go with engine = deepspeed"):
         load_config(
             tiny,
