@@ -1,9 +1,9 @@
-"""The one exception of this folder."""
+"""The exception of the data pipeline."""
 
 
 class DataError(ValueError):
     """Bad input to the data pipeline.
 
-    The message is one sentence for a person: what is wrong, where, and what would be right. The
-    command line prints it alone, without a traceback.
+    The message is one sentence: what is wrong, where, and the remedy. The command line prints it
+    without a traceback.
     """

@@ -1,4 +1,4 @@
-"""megatron-core's `.bin/.idx` files: opening them with checks, and the import that costs seconds.
+"""megatron-core's `.bin/.idx` files: checked opening, and the import, which takes seconds.
 
 A document is one sequence of tokens, [bos] + text + [eos].
 """
@@ -14,7 +14,7 @@ from data.errors import DataError
 # magic, version, code of the token type, number of sequences, number of document boundaries
 _HEADER = struct.Struct("<9sQBQQ")
 _VERSION = 1
-_BYTES_PER_SEQUENCE = 4 + 8  # its length and its place
+_BYTES_PER_SEQUENCE = 4 + 8  # length and offset
 _BYTES_PER_BOUNDARY = 8
 
 
@@ -31,7 +31,7 @@ def open_shard(prefix: Path, documents: int, tokens: int) -> Any:
 
     Raises DataError where a file is missing, cannot be read, or does not have the size and the
     header of `documents` sequences and `tokens` tokens in all. This is checked before megatron
-    opens the files, since it only asserts, and its destructors then complain on stderr.
+    opens the files, since megatron only asserts, and its destructors then print to stderr.
     """
     module = indexed_module()
     try:

@@ -1,7 +1,7 @@
-"""What a folder of shards holds, and for which tokenizer.
+"""The manifest of a folder of shards: what it holds, and for which tokenizer.
 
-`manifest.json` is the only name that counts: it is replaced in one step, and points to the folder
-with the shards, so that a reader finds the old shards or the new ones and never a mixture.
+Readers start from `manifest.json`. It is replaced atomically and names the folder with the shards,
+so that a reader finds the old shards or the new ones and never a mixture.
 """
 
 from pathlib import Path
@@ -20,8 +20,8 @@ Split = Literal["train", "validation"]
 class Shard(BaseModel):
     """One `.bin/.idx` pair: documents of one source in one split.
 
-    Several pairs of the same source and split are its parts, in the manifest's order. `tokens`
-    counts bos and eos too; `bytes` is the UTF-8 size of the text.
+    A source and split may have several pairs, its parts, in the manifest's order. `tokens` counts
+    bos and eos as well; `bytes` is the UTF-8 size of the text.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,12 +36,12 @@ class Shard(BaseModel):
 
     @field_validator("split", mode="before")
     @classmethod
-    def _earlier_name(cls, split: object) -> object:
-        return "validation" if split == "heldout" else split  # shards of versions before 0.2
+    def _old_name(cls, split: object) -> object:
+        return "validation" if split == "heldout" else split  # in manifests before version 0.2
 
 
 class Example(BaseModel):
-    """The beginning of a document that a filter left out, and what spoke against it."""
+    """The beginning of a document that a filter dropped, and the reason in detail."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,8 +49,8 @@ class Example(BaseModel):
     detail: str
 
 
-class Loss(BaseModel):
-    """What one filter left out: documents, their UTF-8 bytes, and a few of them."""
+class FilterStats(BaseModel):
+    """What one filter dropped: documents, their UTF-8 bytes, and a few examples."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,9 +58,9 @@ class Loss(BaseModel):
     bytes: int = 0
     examples: tuple[Example, ...] = ()
 
-    def plus(self, other: "Loss") -> "Loss":
-        """Both together; the first `MAX_EXAMPLES` examples stay."""
-        return Loss(
+    def plus(self, other: "FilterStats") -> "FilterStats":
+        """The sum of both, with the first `MAX_EXAMPLES` examples."""
+        return FilterStats(
             documents=self.documents + other.documents,
             bytes=self.bytes + other.bytes,
             examples=(self.examples + other.examples)[:MAX_EXAMPLES],
@@ -68,9 +68,13 @@ class Loss(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The contents of a folder of shards; `digest` names what they were made from.
+    """The contents of a folder of shards.
 
-    `losses` are by source and filter.
+    Attributes:
+        digest: hash of everything the shards depend on.
+        folder: name of the folder with the shards, next to the manifest.
+        empty_documents, bad_records: how many were skipped, by source.
+        losses: what the filters dropped, by source and filter.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -85,7 +89,7 @@ class Manifest(BaseModel):
     pad_id: int
     empty_documents: dict[str, int]
     bad_records: dict[str, int] = {}
-    losses: dict[str, dict[str, Loss]] = {}
+    losses: dict[str, dict[str, FilterStats]] = {}
     shards: tuple[Shard, ...]
 
     def of_split(self, split: Split) -> list[Shard]:
@@ -97,12 +101,12 @@ class Manifest(BaseModel):
         return sum(shard.tokens for shard in self.of_split(split))
 
     def save(self, shards: Path) -> None:
-        """Publish the manifest in the folder `shards`."""
-        write_atomically(shards / MANIFEST_FILE, (self.model_dump_json(indent=1) + "\n").encode())
+        """Publishes the manifest in the folder `shards`."""
+        write_atomically(shards / MANIFEST_FILE, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, shards: str | Path) -> "Manifest":
-        """Read the manifest of a folder; DataError where it is missing or damaged."""
+        """Reads the manifest of a folder; DataError where it is missing or damaged."""
         path = Path(shards) / MANIFEST_FILE
         try:
             return cls.model_validate_json(path.read_bytes())

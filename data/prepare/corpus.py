@@ -1,4 +1,4 @@
-"""Raw text through the `datasets` library, with errors that name the file and the place."""
+"""Raw text read by the `datasets` library, with errors that name the file and the record."""
 
 import glob
 import json
@@ -18,7 +18,7 @@ _MAX_CHARACTERS = 10**9
 
 
 class BadRecord(NamedTuple):
-    """A record that is no document: its file (or dataset), its number there, and what is wrong."""
+    """A record that is not a document: its file (or dataset), its number there, and the reason."""
 
     place: str
     number: int
@@ -26,30 +26,31 @@ class BadRecord(NamedTuple):
 
 
 class Document(NamedTuple):
-    """One document: its text, and the segments of a conversation (`data.dsml.render`)."""
+    """One document: its text, and the segments of a conversation (`data.text.render`)."""
 
     text: str
     segments: tuple[str, ...] | None = None
 
     @property
     def plain(self) -> tuple[str, ...]:
-        """What is not a special token."""
+        """Its segments without the special tokens."""
         if self.segments is None:
             return (self.text,)
         return tuple(s for s in self.segments if not isinstance(s, Special))
 
 
 class Corpus:
-    """The documents of one source, in a fixed order; read as a stream, nothing is cached.
+    """The documents of one source, in a fixed order, streamed without a cache.
 
-    In `format: text` the ends of lines become "\\n"; the other formats keep every character.
+    In `format: text` line ends become "\\n"; the other formats keep every character.
+
+    Arguments:
+        source: its configuration.
+        files: read these files of the source only; by default, all that its paths match.
 
     Attributes:
-        source: its configuration.
         files: the local files, sorted; empty for a hub dataset.
-        empty: documents skipped by the last iteration because they hold no visible character.
-
-    `files`, if given, are read instead of what the source's paths match: a part of the source.
+        empty: documents skipped by the last iteration because they have no visible character.
 
     Raises DataError for a path that matches nothing, text that is not UTF-8, a record without
     the text field or longer than 10^9 characters, and a source without any document.
@@ -62,15 +63,15 @@ class Corpus:
         self._bad: list[BadRecord] | None = None
 
     def __iter__(self) -> Iterator[Document]:
-        found = 0
+        count = 0
         for document in self.documents():
-            found += 1
+            count += 1
             yield document
-        if not found:
+        if not count:
             raise no_document(self.source, len(self.files), self.empty)
 
     def documents(self, bad: list[BadRecord] | None = None) -> Iterator[Document]:
-        """The documents, if any; bad records are appended to `bad` where that is given."""
+        """Yields the documents, if any; bad records are appended to `bad`, or raise without it."""
         self.empty = 0
         self._bad = bad
         for document in self._documents():
@@ -110,14 +111,14 @@ class Corpus:
     def _open_one(self, file: Path) -> Any:
         if self.source.content == "text" or self.source.format == "parquet":
             return self._open([file], {})
-        # Arrow would give every call of a tool the arguments of all the others.
+        # Lines of JSON, since Arrow would give every tool call the arguments of all the others.
         lines = self._open([file], {"sample_by": "line"}, "text")
         return (_json_record(line) for line in lines if line["text"].strip())
 
     def _open(self, files: list[Path], options: dict[str, Any], builder: str = "") -> Any:
         import datasets
 
-        # The library logs what it also raises, and we report what it raises.
+        # The library also logs what it raises, which is reported once.
         datasets.utils.logging.set_verbosity(logging.CRITICAL)
         builder = builder or self.source.format
         names = [glob.escape(str(file)) for file in files]
@@ -144,9 +145,9 @@ class Corpus:
             ) from error
 
     def _records(self, opened: Callable[[], Any], place: str, first: int) -> Iterator[Document]:
-        """The document of each record; `place` and the record's number go into errors.
+        """Yields the document of each record; errors name `place` and the number of the record.
 
-        Opening may fail like reading: `datasets` looks into compressed files first.
+        `opened` may fail like reading does: `datasets` reads into compressed files first.
         """
         field = "text" if self.source.format == "text" else self.source.field
         records: Iterator[Any] | None = None
@@ -171,7 +172,7 @@ class Corpus:
             number += 1
 
     def _read(self, record: dict[str, Any], field: str) -> tuple[Document | None, str]:
-        """The document of a record, or what is wrong with it."""
+        """(document, "") of a good record, or (None, what is wrong with it)."""
         content = record.get(field)
         conversation = self.source.content == "conversation"
         if not isinstance(content, (str, list) if conversation else str):
@@ -195,7 +196,7 @@ class Corpus:
         return document, ""
 
     def _broken(self, place: str, number: int, error: Exception) -> DataError:
-        """Look for bytes that are not UTF-8 first; they hide behind many kinds of errors."""
+        """The error for a record that cannot be read; bytes that are not UTF-8 cause many kinds."""
         if self.source.format != "parquet":
             for file in self.files:
                 offset = first_invalid_utf8(file)
@@ -227,9 +228,9 @@ def first_invalid_utf8(path: Path) -> int | None:
             position += len(block)
 
 
-def no_document(source: SourceConfig, files: int, empty: int, lost: int = 0) -> DataError:
-    """What a source without any document says; the filters left out `lost`."""
-    filters = f", {lost} left out by the filters" if lost else ""
+def no_document(source: SourceConfig, files: int, empty: int, dropped: int = 0) -> DataError:
+    """The error for a source without any document, `dropped` of which the filters removed."""
+    filters = f", {dropped} dropped by the filters" if dropped else ""
     return DataError(
         f"source {source.name!r} holds no document: {files} files, {empty} empty documents"
         f"{filters}."
@@ -238,7 +239,7 @@ def no_document(source: SourceConfig, files: int, empty: int, lost: int = 0) -> 
 
 def find_files(source: SourceConfig) -> list[Path]:
     """The local files of a source, sorted; DataError for a path that matches nothing."""
-    found: set[Path] = set()
+    files: set[Path] = set()
     for pattern in source.paths:
         path = Path(pattern).expanduser()
         if path.is_dir():
@@ -253,15 +254,15 @@ def find_files(source: SourceConfig) -> list[Path]:
                 f"source {source.name!r}: nothing to read at {pattern} "
                 f"({'an empty folder' if path.is_dir() else 'no such file, folder or match'})."
             )
-        found.update(matches)
-    return sorted(found)
+        files.update(matches)
+    return sorted(files)
 
 
 def _json_record(line: dict[str, str]) -> dict[str, Any]:
-    """The object of a line of JSON."""
+    """The object on a line of JSON."""
     record = json.loads(line["text"])
     if not isinstance(record, dict):
-        raise ValueError(f"the line holds a {type(record).__name__} instead of an object")
+        raise ValueError(f"the line is a {type(record).__name__} instead of an object")
     return record
 
 

@@ -1,7 +1,7 @@
-"""Real text without a download: the running interpreter's library and the installed packages.
+"""A demo corpus without a download: text of the Python installation and its packages.
 
-Code is the standard library's source; prose is its documentation topics and the descriptions that
-packages carry. The same environment gives the same files, byte for byte.
+Code is the standard library's source; prose is its documentation topics and the descriptions of the
+installed packages. The same environment gives the same files, byte for byte.
 """
 
 import json
@@ -16,18 +16,17 @@ from data.files import write_atomically
 MAX_CODE_BYTES = 18_000_000
 MAX_PROSE_BYTES = 6_000_000
 _MIN_CHARACTERS = 200
-# Not code that someone wrote as such: tests, generated character tables, and the topics, which
-# are prose here.
+# Skipped as code: tests, generated character tables, and the topics, which are prose.
 _SKIPPED_FOLDERS = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data")
 )
 
 
 def build_demo_corpus(folder: str | Path) -> tuple[Path, Path]:
-    """Write code.jsonl and prose.jsonl ({"name", "text"} a line) into `folder`; returns both.
+    """Writes code.jsonl and prose.jsonl, lines of {"name", "text"}, into `folder`; returns both.
 
-    Equal texts appear once, and texts that are not UTF-8 not at all. A file that already has the
-    right content is left alone. Raises DataError where the interpreter has no source files.
+    Equal texts appear once; texts that are not UTF-8 are skipped. A file that already has the right
+    content is not written again. Raises DataError where the installation has no source files.
     """
     folder = Path(folder)
     code = _limit(_distinct(_standard_library()), MAX_CODE_BYTES)
@@ -60,10 +59,9 @@ def _topics() -> Iterator[tuple[str, str]]:
 
 
 def _descriptions() -> Iterator[tuple[str, str]]:
-    """Each installed package's long description and the documents it installs beside its code."""
+    """Each installed package's long description and the documents installed with its code."""
     for package in sorted(metadata.distributions(), key=lambda d: (d.name or "").lower()):
-        # The keys of email.Message and of importlib's subclass differ over versions in where the
-        # description is: a header, or the body.
+        # The description is a header or the body, depending on the version of Python.
         fields = package.metadata.json
         text = fields.get("description")
         if isinstance(text, str):
@@ -77,28 +75,28 @@ def _read(path: Path, name: str) -> Iterator[tuple[str, str]]:
     try:
         yield name, path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError):
-        return  # listed but absent, or in another encoding: not part of the corpus
+        return  # listed but absent, or in another encoding
 
 
 def _distinct(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    seen: set[str] = set()
+    texts: set[str] = set()
     for name, text in documents:
         text = text.replace("\r\n", "\n")
         try:
             text.encode()
         except UnicodeEncodeError:
             continue
-        if len(text.strip()) >= _MIN_CHARACTERS and text not in seen:
-            seen.add(text)
+        if len(text.strip()) >= _MIN_CHARACTERS and text not in texts:
+            texts.add(text)
             yield name, text
 
 
 def _limit(documents: Iterable[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
-    """Leave out the documents that would pass `limit` UTF-8 bytes in all."""
-    kept, total = [], 0
+    """The documents that fit into `limit` UTF-8 bytes in all; those that do not are skipped."""
+    chosen, total = [], 0
     for name, text in documents:
         size = len(text.encode())
         if total + size <= limit:
-            kept.append((name, text))
+            chosen.append((name, text))
             total += size
-    return kept
+    return chosen

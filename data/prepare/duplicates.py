@@ -1,9 +1,12 @@
-"""Which of all sources' documents repeat an earlier one: exact, near, and batches from a template.
+"""Deduplication over all sources: exact and near duplicates, and pages made from one template.
 
-Documents are numbered through the units, in order, and the first of a kind stays. Nearness is a
-graph: documents with an equal band of their signature are compared with the first of that band, and
-joined where the signatures agree in the configured share. What is read is mapped from the units'
-files; in memory are some 50 bytes a document and one pass of about `_PASS` documents at a time.
+Documents are numbered through the work items, in order, and the first of each group is kept. Near
+duplicates form a graph: documents with an equal band of their signature are compared with the first
+one of that band, and connected where the signatures agree in the configured share. Signatures are
+memory-mapped; in memory are about 50 bytes per document, and one pass of about `_PASS` documents at
+a time.
+
+Letters: D documents of all work items, K slots of a signature.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,42 +21,50 @@ from data.prepare.filters import EXACT, KEPT, NEAR, TEMPLATE
 from data.prepare.signatures import NEAR_ROWS, NEAR_SLOTS, TEMPLATE_ROWS, TEMPLATE_SLOTS
 
 Ints = NDArray[np.int64]
-_PASS = 1 << 24  # documents whose keys are sorted at a time
-_CHUNK = 1 << 14  # pairs whose signatures are compared at a time
+_PASS = 1 << 24  # documents whose keys are sorted together
+_CHUNK = 1 << 14  # pairs whose signatures are compared together
 
 
-class Signed:
-    """The signatures of all units as one table, with `reason` [D] and `like` [D] in memory.
+class SignatureTable:
+    """The signatures of all work items as one table.
 
-    `like` is the document that one left out repeats, -1 for none.
+    Attributes:
+        items: the SIGNATURE records of each work item.
+        first: number of each work item's first document, and D.
+        reason [D]: KEPT, or why the document is dropped.
+        original [D]: the earlier document that it repeats, -1 for none.
     """
 
-    def __init__(self, units: Sequence[NDArray[Any]]) -> None:
-        self.units = units
-        self.first = np.cumsum([0] + [len(unit) for unit in units])
-        self.reason = np.concatenate([np.asarray(unit["reason"]) for unit in units])
-        self.like = np.full(len(self.reason), -1, dtype=np.int64)
+    def __init__(self, items: Sequence[NDArray[Any]]) -> None:
+        self.items = items
+        self.first = np.cumsum([0] + [len(item) for item in items])
+        self.reason = np.concatenate([np.asarray(item["reason"]) for item in items])
+        self.original = np.full(len(self.reason), -1, dtype=np.int64)
 
     def rows(self, field: str, documents: Ints) -> NDArray[np.uint32]:
-        """The signatures of some documents."""
-        found = np.empty((len(documents), self.units[0].dtype[field].shape[0]), dtype=np.uint32)
-        unit = np.searchsorted(self.first, documents, side="right") - 1
-        for u in np.unique(unit):
-            here = unit == u
-            found[here] = self.units[u][field][documents[here] - self.first[u]]
-        return found
+        """The signatures [documents, K] of some documents."""
+        slots = self.items[0].dtype[field].shape[0]
+        result = np.empty((len(documents), slots), dtype=np.uint32)
+        item_of = np.searchsorted(self.first, documents, side="right") - 1
+        for i in np.unique(item_of):
+            in_item = item_of == i
+            result[in_item] = self.items[i][field][documents[in_item] - self.first[i]]
+        return result
 
     def repeats(self, field: str, columns: slice | None) -> Iterator[tuple[Ints, Ints]]:
-        """(documents, the first document with the same key) of those still kept, in passes."""
+        """Yields (documents, the first document with the same key) of those still kept, in passes.
+
+        The key is the hash of the text, or a hash of `columns` of the signature.
+        """
         passes = 1 + len(self.reason) // _PASS
         for number in range(passes):
             keys, documents = [], []
-            for unit, first in zip(self.units, self.first, strict=False):
-                kept = np.flatnonzero(self.reason[first : first + len(unit)] == KEPT)
-                key = _keys(unit[field], columns)[kept]
-                mine = key % np.uint64(passes) == number
-                keys.append(key[mine])
-                documents.append(kept[mine] + first)
+            for item, first in zip(self.items, self.first, strict=False):
+                kept = np.flatnonzero(self.reason[first : first + len(item)] == KEPT)
+                key = _keys(item[field], columns)[kept]
+                in_pass = key % np.uint64(passes) == number
+                keys.append(key[in_pass])
+                documents.append(kept[in_pass] + first)
             key, document = np.concatenate(keys), np.concatenate(documents)
             order = np.argsort(key, kind="stable")
             key, document = key[order], document[order]
@@ -62,67 +73,65 @@ class Signed:
             yield document[~begins], head[~begins]
 
 
-def find_duplicates(signed: Signed, filters: FiltersConfig) -> None:
-    """Set `reason` and `like` of the documents that repeat an earlier one."""
+def find_duplicates(table: SignatureTable, filters: FiltersConfig) -> None:
+    """Sets `reason` and `original` of the documents that repeat an earlier one."""
     if filters.exact_duplicates:
-        for document, head in signed.repeats("exact", None):
-            signed.reason[document], signed.like[document] = EXACT, head
-    if filters.near_duplicate_similarity is not None:
-        parent = _joined(signed, "near", NEAR_SLOTS, NEAR_ROWS, filters.near_duplicate_similarity)
-        _leave_out(signed, parent, NEAR, 2)
-    if filters.template_similarity is not None:
-        parent = _joined(
-            signed, "template", TEMPLATE_SLOTS, TEMPLATE_ROWS, filters.template_similarity
-        )
-        _leave_out(signed, parent, TEMPLATE, filters.template_min_documents)
+        for document, head in table.repeats("exact", None):
+            table.reason[document], table.original[document] = EXACT, head
+    if (threshold := filters.near_duplicate_similarity) is not None:
+        groups = _groups(table, "near", NEAR_SLOTS, NEAR_ROWS, threshold)
+        _drop_repeats(table, groups, NEAR, 2)
+    if (threshold := filters.template_similarity) is not None:
+        groups = _groups(table, "template", TEMPLATE_SLOTS, TEMPLATE_ROWS, threshold)
+        _drop_repeats(table, groups, TEMPLATE, filters.template_min_documents)
 
 
-def _joined(signed: Signed, field: str, slots: int, rows: int, least: float) -> Ints:
-    """[D]: the first document of each document's group."""
-    parent = np.arange(len(signed.reason))
+def _groups(table: SignatureTable, field: str, slots: int, rows: int, threshold: float) -> Ints:
+    """The first document [D] of each document's group."""
+    parent = np.arange(len(table.reason))
     for band in range(0, slots, rows):
-        for document, head in signed.repeats(field, slice(band, band + rows)):
+        for document, head in table.repeats(field, slice(band, band + rows)):
             for start in range(0, len(document), _CHUNK):
                 a, b = document[start : start + _CHUNK], head[start : start + _CHUNK]
                 apart = _roots(parent, a) != _roots(parent, b)
                 a, b = a[apart], b[apart]
-                alike = (signed.rows(field, a) == signed.rows(field, b)).mean(axis=1) >= least
-                _join(parent, a[alike], b[alike])
+                similar = (table.rows(field, a) == table.rows(field, b)).mean(axis=1) >= threshold
+                _connect(parent, a[similar], b[similar])
     return _roots(parent, np.arange(len(parent)))
 
 
-def _leave_out(signed: Signed, group: Ints, reason: int, least: int) -> None:
-    """Of groups of `least` documents or more, keep the first."""
-    large = np.bincount(group, minlength=len(group))[group] >= least
-    gone = np.flatnonzero(large & (group != np.arange(len(group))))
-    signed.reason[gone], signed.like[gone] = reason, group[gone]
+def _drop_repeats(table: SignatureTable, group: Ints, reason: int, min_size: int) -> None:
+    """Drops all but the first document of each group of `min_size` or more."""
+    large = np.bincount(group, minlength=len(group))[group] >= min_size
+    repeats = np.flatnonzero(large & (group != np.arange(len(group))))
+    table.reason[repeats], table.original[repeats] = reason, group[repeats]
 
 
 def _keys(values: NDArray[Any], columns: slice | None) -> NDArray[np.uint64]:
-    """One 64-bit key a document: its hash, or a hash of a band of its signature."""
+    """One 64-bit key per document: its hash, or a hash of a band of its signature."""
     if columns is None:
         return np.asarray(values)
     key = np.zeros(len(values), dtype=np.uint64)
     for column in range(columns.start, columns.stop):
-        key = (key ^ values[:, column]) * np.uint64(0x9E3779B97F4A7C15)  # wraps around, as meant
+        key = (key ^ values[:, column]) * np.uint64(0x9E3779B97F4A7C15)  # wraps around, as intended
         key ^= key >> np.uint64(29)
     return key
 
 
 @numba.njit(cache=True, nogil=True)
 def _roots(parent: Ints, documents: Ints) -> Ints:
-    found = np.empty_like(documents)
+    roots = np.empty_like(documents)
     for i, d in enumerate(documents):
         while parent[d] != d:
             parent[d] = parent[parent[d]]
             d = parent[d]
-        found[i] = d
-    return found
+        roots[i] = d
+    return roots
 
 
 @numba.njit(cache=True, nogil=True)
-def _join(parent: Ints, first: Ints, second: Ints) -> None:
-    """Join the groups of pairs; the earlier root stays the root."""
+def _connect(parent: Ints, first: Ints, second: Ints) -> None:
+    """Merges the groups of pairs; the earlier root stays the root."""
     for i in range(len(first)):
         a, b = first[i], second[i]
         while parent[a] != a:

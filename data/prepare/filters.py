@@ -1,9 +1,9 @@
-"""The filters that look at one document alone: length, encoding, marks of generators, quality.
+"""The filters of single documents: length, encoding, marks of generated code, quality.
 
-Quality is datatrove's: the rules of Gopher (Rae et al. 2021, quality and repetition) and of FineWeb
-(Penedo et al. 2024) with their published thresholds, over words of any script. Left out are the
-two that only hold for English, stop words and a least mean length of words, and the upper bound of
-words, since `max_characters` is there.
+The quality filters are datatrove's: the rules of Gopher (Rae et al. 2021, quality and repetition)
+and of FineWeb (Penedo et al. 2024) with their published thresholds, over words of any script. The
+two rules for English only are off, stop words and a minimum mean word length, and so is the maximum
+number of words, which `max_characters` replaces.
 """
 
 import re
@@ -17,37 +17,35 @@ from data.prepare.corpus import Document
 KEPT, LENGTH, ENCODING, GENERATED, QUALITY, EXACT, NEAR, TEMPLATE = range(8)
 REASONS = ("kept", "length", "encoding", "generated", "quality", "exact", "near", "template")
 
-_HEAD = 1000  # characters in which a generator says what it is
+_HEAD = 1000  # characters in which generated code is marked as such
 _MARKS = re.compile(
     r"@generated\b|\b(?:auto|automatically|machine)[- ]?generated\b"
     r"|\bgenerated (?:by|from|with)\b.{0,200}?\bdo not (?:edit|modify)\b",
     re.IGNORECASE | re.DOTALL,
 )
-# U+FFFD, control codes but tab, line feed, form feed and carriage return, private, no characters.
+# U+FFFD, control codes except tab, line feed, form feed and carriage return, private use and
+# noncharacters.
 _GARBLED = re.compile(
     "[\ufffd\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff]"
 )
-# Words are what stands between spaces, as in the Gopher paper; in scripts written without spaces, a
-# character.
+# Words are separated by spaces, as in the Gopher paper; in scripts written without spaces, every
+# character is a word.
 _NO_SPACES = "\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc"
 _WORDS = re.compile(rf"[{_NO_SPACES}]|[^\s{_NO_SPACES}]+")
 
 
 class Rules:
-    """The rules for the documents of one source.
-
-    `judge` gives the reason to leave a document out, or KEPT, and says what spoke against it.
-    """
+    """The rules for the documents of one source."""
 
     def __init__(self, filters: FiltersConfig, source: SourceConfig) -> None:
         self.filters = filters
         text = source.content == "text"
         self._marks = filters.generated_code and text and source.domain == "code"
-        judged = text and source.domain in filters.quality_domains
-        self._quality = [_quality(name) for name in filters.quality_rules] if judged else []
+        has_quality = text and source.domain in filters.quality_domains
+        self._quality = [_quality(name) for name in filters.quality_rules] if has_quality else []
 
     def judge(self, document: Document) -> tuple[int, str]:
-        """(reason, what spoke against the document)."""
+        """(KEPT or the reason to drop the document, the reason in detail)."""
         text, filters = document.text, self.filters
         if not filters.min_characters <= len(text) <= filters.max_characters:
             return LENGTH, f"{len(text):,} characters"
@@ -57,16 +55,16 @@ class Rules:
         if self._marks and (mark := _MARKS.search(text, 0, _HEAD)):
             return GENERATED, " ".join(mark.group().split())
         for rule in self._quality:
-            if (found := rule(text)) is not None:
-                return QUALITY, found
+            if (detail := rule(text)) is not None:
+                return QUALITY, detail
         return KEPT, ""
 
 
 @lru_cache(maxsize=1)
 def language() -> Any:
-    """Words and sentences as datatrove wants them; the import costs half a second.
+    """The splitting of text into words and sentences for datatrove; its import takes half a second.
 
-    A sentence ends with any script's terminal punctuation, or with its line.
+    A sentence ends with terminal punctuation of any script, or with its line.
     """
     from datatrove.utils.text import TERMINAL_PUNCTUATION
     from datatrove.utils.word_tokenizers import WordTokenizer
@@ -82,14 +80,14 @@ def language() -> Any:
             return sentence.findall(text)
 
         def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-            return [found.span() for found in sentence.finditer(text)]
+            return [match.span() for match in sentence.finditer(text)]
 
     return Words()
 
 
 @lru_cache(maxsize=3)
 def _quality(name: str) -> Callable[[str], str | None]:
-    """What one set of rules says against a text; None for a good one."""
+    """A function from a text to the rule that it breaks, or None, for one set of rules."""
     from datatrove.data import Document as TheirDocument
     from datatrove.pipeline.filters.fineweb_quality_filter import FineWebQualityFilter
     from datatrove.pipeline.filters.gopher_quality_filter import GopherQualityFilter

@@ -1,4 +1,4 @@
-"""Units of work over processes, in this process where one is enough, and the progress of it."""
+"""Work items over processes, or in this process where one is enough, and their progress."""
 
 import multiprocessing
 import os
@@ -11,56 +11,60 @@ from pathlib import Path
 from typing import TypeVar
 
 from data.errors import DataError
-from data.prepare.work_item import Unit
+from data.prepare.work_item import WorkItem
 from data.text import Tokenizer
 
 R = TypeVar("R")
-_BYTES_A_PROCESS = 16 << 20  # opening a tokenizer takes as long as a few megabytes of work
+_BYTES_PER_PROCESS = 16 << 20  # opening a tokenizer takes as long as a few megabytes of work
 
-_tokenizers: dict[Path, Tokenizer] = {}  # of a worker process: one, loaded once
+_tokenizers: dict[Path, Tokenizer] = {}  # cache of a worker process
 
 
-def run_units(
-    units: list[Unit],
+def run_items(
+    items: list[WorkItem],
     tokenizer: Tokenizer,
     workers: int,
     work: Callable[..., R],
-    advance: Callable[[Unit, int], None],
-) -> Iterator[tuple[Unit, R]]:
-    """Yield each unit with its record as it is done; `work` is a function of a unit, a tokenizer
-    and `advance`, with its settings.
+    advance: Callable[[WorkItem, int], None],
+) -> Iterator[tuple[WorkItem, R]]:
+    """Yields each work item with the result of `work`, as items finish.
 
-    `advance` is told the bytes done: of documents in this process, of whole units from others.
-    Raises DataError where a worker dies; the first error of a unit ends the others unbegun.
+    Arguments:
+        tokenizer: each worker process opens its own copy.
+        workers: max number of processes.
+        work: called as work(item, tokenizer, advance=…); must be picklable.
+        advance: called with the bytes processed: per batch in this process, per item from others.
+
+    Raises DataError where a worker dies; the first error of an item cancels those not yet started.
     """
-    size = sum(unit.size if unit.files else _BYTES_A_PROCESS for unit in units)
-    workers = min(workers, len(units), 1 + size // _BYTES_A_PROCESS)
+    size = sum(item.size if item.files else _BYTES_PER_PROCESS for item in items)
+    workers = min(workers, len(items), 1 + size // _BYTES_PER_PROCESS)
     if workers <= 1:
-        for unit in units:
-            yield unit, work(unit, tokenizer, advance=partial(advance, unit))
+        for item in items:
+            yield item, work(item, tokenizer, advance=partial(advance, item))
         return
     threads = max(1, (os.cpu_count() or 1) // workers)
-    # Forked from a server that does the imports, ten seconds of a core, once for all of them.
+    # Forked from a server that does the imports, ten seconds of a core, once for all workers.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data.prepare.worker_imports"])
     pool = ProcessPoolExecutor(workers, context, _begin_worker, (threads,))
     try:
-        jobs = {pool.submit(_work, work, unit, tokenizer.path): unit for unit in units}
+        jobs = {pool.submit(_work, work, item, tokenizer.path): item for item in items}
         for job in as_completed(jobs):
             record = job.result()
             advance(jobs[job], jobs[job].size)
             yield jobs[job], record
     except BrokenProcessPool as error:
         raise DataError(
-            "a process that made shards was killed, perhaps for want of memory; set fewer "
-            "`data.prepare_workers` and run the command again, it goes on where it stopped."
+            "a process that made shards was killed, perhaps out of memory; set fewer "
+            "`data.prepare_workers` and run the command again, it resumes where it stopped."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _begin_worker(threads: int) -> None:
-    """Share the cores among the workers, and end with the parent even where that was killed."""
+    """Divides the cores among the workers, and ends with the parent even if that is killed."""
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -72,21 +76,23 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(work: Callable[..., R], unit: Unit, path: Path) -> R:
+def _work(work: Callable[..., R], item: WorkItem, path: Path) -> R:
     if path not in _tokenizers:
         _tokenizers[path] = Tokenizer(path)
-    return work(unit, _tokenizers[path], advance=lambda _size: None)
+    return work(item, _tokenizers[path], advance=lambda _size: None)
 
 
 class Progress:
-    """A line per source with the bytes done and the time left; silent where not wanted.
+    """A progress bar per source with the bytes done and the time left.
 
-    `verb` says what is done.
+    The total is the size of the files, exact for plain text and an estimate for other formats.
 
-    The total is the size of the files, exact for plain text and an estimate for the other formats.
+    Arguments:
+        verb: the work, shown before the source's name.
+        visible: print nothing where False.
     """
 
-    def __init__(self, units: list[Unit], verb: str, visible: bool) -> None:
+    def __init__(self, items: list[WorkItem], verb: str, visible: bool) -> None:
         from rich import progress
         from rich.console import Console
 
@@ -100,8 +106,8 @@ class Progress:
             disable=not visible,
         )
         sizes: dict[str, int] = {}
-        for unit in units:
-            sizes[unit.source.name] = sizes.get(unit.source.name, 0) + unit.size
+        for item in items:
+            sizes[item.source.name] = sizes.get(item.source.name, 0) + item.size
         self.tasks = {
             name: self.bar.add_task(f"{verb} {name}", total=size or None)
             for name, size in sizes.items()
@@ -114,6 +120,6 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def advance(self, unit: Unit, size: int) -> None:
-        """Count `size` more bytes of a unit's source."""
-        self.bar.update(self.tasks[unit.source.name], advance=size)
+    def advance(self, item: WorkItem, size: int) -> None:
+        """Adds `size` bytes to the progress of an item's source."""
+        self.bar.update(self.tasks[item.source.name], advance=size)

@@ -1,19 +1,19 @@
-"""Sources to `.bin/.idx` shards, published in one step.
+"""Sources to `.bin/.idx` shards, published atomically.
 
-The shards are written into a folder of their own beside the earlier ones; then the manifest is
-replaced, and only then the earlier ones go. A run that dies leaves what was there, and the parts
-that were whole: the next run of the same input goes on with the others. A document is
-[bos] + text + [eos]. What is written does not depend on the number of processes.
+The shards are written into a new folder next to the earlier one; then the manifest is replaced, and
+only then the earlier folder is removed. A run that dies leaves the earlier shards and its completed
+parts: the next run of the same input resumes with the others. A document is [bos] + text + [eos].
+What is written does not depend on the number of processes.
 
-With filters the input is read twice: first every document is judged and signed (data.screening),
-and when all are, those that stay are tokenised.
+With filters the input is read twice: first every document is judged and signed (filter_pass.py),
+and when all are deduplicated, those that remain are tokenised.
 """
 
 import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -23,13 +23,18 @@ from data.config import DataConfig, FiltersConfig, fingerprint_text
 from data.errors import DataError
 from data.files import fsync_folder, sha256_of
 from data.indexed import open_shard
-from data.manifest import Loss, Manifest, Shard
+from data.manifest import FilterStats, Manifest, Shard
 from data.prepare.corpus import Corpus, no_document
-from data.prepare.pool import Progress, run_units
-from data.prepare.screening import decide, is_screened, remove_screening, screen_unit
-from data.prepare.work_item import Unit, units_of
-from data.prepare.write_part import UnitRecord, finished, run_unit
-from data.sieve import Filtered
+from data.prepare.filter_pass import (
+    FilterSettings,
+    deduplicate,
+    filter_item,
+    is_filtered,
+    remove_filter_files,
+)
+from data.prepare.pool import Progress, run_items
+from data.prepare.work_item import WorkItem, work_items
+from data.prepare.write_part import PartRecord, finished_part, write_part
 from data.text import Tokenizer
 
 _UNFINISHED = ".unfinished-"
@@ -37,19 +42,20 @@ _FORMAT = 2  # raise when equal inputs would give other shards
 
 
 def prepare(config: DataConfig, progress: bool = True) -> Manifest:
-    """Tokenise every source into `config.shards`; returns the manifest.
+    """Tokenises every source into `config.shards`; returns the manifest.
 
     Does nothing where the shards there were made from the same files by the same tokenizer.
-    Raises DataError where a source or the tokenizer cannot be read, the disk is full, or another
-    process is at it; the earlier shards stay whole.
+    `progress` shows progress bars on stderr. Raises DataError where a source or the tokenizer
+    cannot be read, the disk is full, or another process is writing; the earlier shards stay
+    complete.
     """
     tokenizer = Tokenizer(config.tokenizer.path)
     corpora = [Corpus(source) for source in config.sources]
     digest = _digest(config, tokenizer, corpora)
     root = Path(config.shards)
-    done = _already_there(root, digest)
-    if done is not None:
-        return done
+    existing = _existing(root, digest)
+    if existing is not None:
+        return existing
     folder = root / f"{_UNFINISHED}{digest[:16]}"
     try:
         with _locked(root):
@@ -57,7 +63,7 @@ def prepare(config: DataConfig, progress: bool = True) -> Manifest:
             try:
                 records = _write(config, corpora, tokenizer, folder, progress)
                 manifest = _manifest(config, digest, tokenizer, records)
-                remove_screening(folder)
+                remove_filter_files(folder)
                 _publish(folder, root, manifest)
             except BaseException:
                 if folder.exists() and not any(folder.iterdir()):
@@ -66,14 +72,14 @@ def prepare(config: DataConfig, progress: bool = True) -> Manifest:
     except OSError as error:
         raise DataError(
             f"cannot write the shards into {root}: {error.strerror or error}; "
-            "what was there before is unchanged."
+            "the earlier shards are unchanged."
         ) from error
     return manifest
 
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Keep other runs out of `root`; the lock goes with the process."""
+    """Locks `root` against other runs; the lock ends with the process."""
     root.mkdir(parents=True, exist_ok=True)
     handle = os.open(root, os.O_RDONLY)
     try:
@@ -87,87 +93,87 @@ def _locked(root: Path) -> Iterator[None]:
 
 def _write(
     config: DataConfig, corpora: list[Corpus], tokenizer: Tokenizer, folder: Path, progress: bool
-) -> list[tuple[Unit, UnitRecord]]:
-    """Make the parts that are not in `folder` yet; all units with their records, in order."""
-    units = [unit for corpus in corpora for unit in units_of(corpus)]
-    for left in folder.glob(".*"):
-        left.unlink()  # of a run that died while it wrote
-    records = {unit: record for unit in units if (record := finished(unit, folder)) is not None}
-    rest = [unit for unit in units if unit not in records]
+) -> list[tuple[WorkItem, PartRecord]]:
+    """Writes the parts that are not in `folder` yet; returns all work items with their records."""
+    items = [item for corpus in corpora for item in work_items(corpus)]
+    for partial_file in folder.glob(".*"):
+        partial_file.unlink()  # of a run that died while writing
+    records = {
+        item: record for item in items if (record := finished_part(item, folder)) is not None
+    }
+    remaining = [item for item in items if item not in records]
     tolerant = config.max_bad_record_fraction > 0
     workers = config.prepare_workers or os.cpu_count() or 1
-    filtered = None
-    if config.filters is not None and rest:
-        _screen(config.filters, units, tokenizer, folder, tolerant, workers, progress)
-        filtered = Filtered(config.filters, tuple(unit.name for unit in units))
+    filter_settings = None
+    if config.filters is not None and remaining:
+        _filter(config.filters, items, tokenizer, folder, tolerant, workers, progress)
+        filter_settings = FilterSettings(config.filters, tuple(item.name for item in items))
     work = partial(
-        run_unit,
+        write_part,
         folder=folder,
         validation_fraction=config.validation_fraction,
         tolerant=tolerant,
-        filtered=filtered,
+        filter_settings=filter_settings,
     )
-    with Progress(units, "tokenise", progress) as bar:
-        for unit in records:
-            bar.advance(unit, unit.size)
-        records.update(run_units(rest, tokenizer, workers, work, bar.advance))
-    return [(unit, records[unit]) for unit in units]
+    with Progress(items, "tokenise", progress) as bar:
+        for item in records:
+            bar.advance(item, item.size)
+        records.update(run_items(remaining, tokenizer, workers, work, bar.advance))
+    return [(item, records[item]) for item in items]
 
 
-def _screen(
+def _filter(
     filters: FiltersConfig,
-    units: list[Unit],
+    items: list[WorkItem],
     tokenizer: Tokenizer,
     folder: Path,
     tolerant: bool,
     workers: int,
     progress: bool,
 ) -> None:
-    """Leave verdicts on all documents in `folder`."""
-    work = partial(screen_unit, folder=folder, filters=filters, tolerant=tolerant)
-    with Progress(units, "screen", progress) as bar:
-        rest = []
-        for unit in units:
-            if is_screened(unit, folder):
-                bar.advance(unit, unit.size)
+    """Leaves verdicts on all documents in `folder`."""
+    work = partial(filter_item, folder=folder, filters=filters, tolerant=tolerant)
+    with Progress(items, "filter", progress) as bar:
+        remaining = []
+        for item in items:
+            if is_filtered(item, folder):
+                bar.advance(item, item.size)
             else:
-                rest.append(unit)
-        for _ in run_units(rest, tokenizer, workers, work, bar.advance):
+                remaining.append(item)
+        for _ in run_items(remaining, tokenizer, workers, work, bar.advance):
             pass
-    decide(units, folder, filters)
+    deduplicate(items, folder, filters)
 
 
 def _manifest(
-    config: DataConfig, digest: str, tokenizer: Tokenizer, parts: list[tuple[Unit, UnitRecord]]
+    config: DataConfig, digest: str, tokenizer: Tokenizer, parts: list[tuple[WorkItem, PartRecord]]
 ) -> Manifest:
-    """The manifest of all parts; DataError for a source that is empty or has too many bad ones."""
+    """The manifest of all parts; DataError for a source without documents or with too many bad
+    records.
+    """
     shards: list[Shard] = []
     empty, bad = {}, {}
-    losses: dict[str, dict[str, Loss]] = {}
+    losses: dict[str, dict[str, FilterStats]] = {}
     for source in config.sources:
-        mine = [(unit, record) for unit, record in parts if unit.source == source]
-        records = [record for _, record in mine]
-        lost: dict[str, Loss] = {}
-        for record in records:
-            for reason, loss in record.losses.items():
-                lost[reason] = lost.get(reason, Loss()).plus(loss)
+        records = [record for item, record in parts if item.source == source]
+        dropped = _merge(record.losses for record in records)
         if config.filters is not None:
-            losses[source.name] = lost
-        found = sum(record.documents for record in records)
+            losses[source.name] = dropped
+        kept = sum(record.documents for record in records)
         empty[source.name] = sum(record.empty for record in records)
         bad[source.name] = sum(record.bad for record in records)
-        share = bad[source.name] / max(
-            1, found + empty[source.name] + bad[source.name] + _total(lost)
-        )
-        if share > config.max_bad_record_fraction:
+        total = kept + empty[source.name] + bad[source.name] + _count(dropped)
+        fraction = bad[source.name] / max(1, total)
+        if fraction > config.max_bad_record_fraction:
             raise DataError(
-                f"source {source.name!r} has {bad[source.name]} bad records, a share of "
-                f"{share:.3g}; `max_bad_record_fraction` allows {config.max_bad_record_fraction:g} (the records "
-                f"are listed in {config.shards}/{_UNFINISHED}{digest[:16]}/*.quarantine.jsonl)."
+                f"source {source.name!r} has {bad[source.name]} bad records, a fraction of "
+                f"{fraction:.3g}; `max_bad_record_fraction` is "
+                f"{config.max_bad_record_fraction:g} (the records are listed in "
+                f"{config.shards}/{_UNFINISHED}{digest[:16]}/*.quarantine.jsonl)."
             )
-        if not found:
-            files = sum(len(unit.files) for unit, _ in mine)
-            raise no_document(source, files, empty[source.name], _total(lost))
+        if not kept:
+            files = sum(len(item.files) for item, _ in parts if item.source == source)
+            raise no_document(source, files, empty[source.name], _count(dropped))
         for split in ("train", "validation"):
             shards += [s for record in records for s in record.shards if s.split == split]
     return Manifest(
@@ -185,12 +191,21 @@ def _manifest(
     )
 
 
-def _total(losses: dict[str, Loss]) -> int:
-    return sum(loss.documents for loss in losses.values())
+def _merge(by_part: Iterable[dict[str, FilterStats]]) -> dict[str, FilterStats]:
+    """The sum over the parts of a source, by filter."""
+    merged: dict[str, FilterStats] = {}
+    for part in by_part:
+        for reason, stats in part.items():
+            merged[reason] = merged.get(reason, FilterStats()).plus(stats)
+    return merged
+
+
+def _count(dropped: dict[str, FilterStats]) -> int:
+    return sum(stats.documents for stats in dropped.values())
 
 
 def _digest(config: DataConfig, tokenizer: Tokenizer, corpora: list[Corpus]) -> str:
-    """Hex sha256 of everything the shards depend on; local files enter with their content."""
+    """Hex sha256 of everything the shards depend on, the content of local files included."""
     tolerant = config.max_bad_record_fraction > 0
     basis = f"{_FORMAT} {tokenizer.hash} {config.validation_fraction} {tolerant}\n"
     if config.filters is not None:
@@ -205,8 +220,8 @@ def _digest(config: DataConfig, tokenizer: Tokenizer, corpora: list[Corpus]) -> 
     return digest.hexdigest()
 
 
-def _already_there(root: Path, digest: str) -> Manifest | None:
-    """The manifest, where it is of this digest and its shards are whole."""
+def _existing(root: Path, digest: str) -> Manifest | None:
+    """The manifest in `root` if it has this digest and its shards are complete, otherwise None."""
     try:
         manifest = Manifest.load(root)
         if manifest.digest != digest:
@@ -214,15 +229,15 @@ def _already_there(root: Path, digest: str) -> Manifest | None:
         for shard in manifest.shards:
             open_shard(root / manifest.folder / shard.name, shard.documents, shard.tokens)
     except DataError:
-        return None  # nothing there, or damaged: made anew
+        return None  # missing or damaged: made again
     return manifest
 
 
 def _publish(folder: Path, root: Path, manifest: Manifest) -> None:
-    """Move the finished folder to its name, replace the manifest, drop what it replaces."""
+    """Renames the finished folder, replaces the manifest, and removes the earlier folders."""
     fsync_folder(folder)
     target = root / manifest.folder
-    if target.exists():  # of the same digest, but found damaged
+    if target.exists():  # of the same digest, but damaged
         shutil.rmtree(target)
     folder.rename(target)
     fsync_folder(root)
@@ -233,6 +248,6 @@ def _publish(folder: Path, root: Path, manifest: Manifest) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    """True for folders that `prepare` made: a digest's beginning, or left by a run that died."""
+    """True for folders made by `prepare`: named by a digest, or left by a run that died."""
     hexadecimal = len(folder.name) == 16 and set(folder.name) <= set("0123456789abcdef")
     return folder.name.startswith(_UNFINISHED) or hexadecimal

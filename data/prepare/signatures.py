@@ -1,7 +1,7 @@
-"""What duplicates are found by: a hash of the text and MinHash signatures of its word n-grams.
+"""Signatures for deduplication: a hash of the text and MinHash values of its word n-grams.
 
 Words are runs of letters and digits, ASCII in lower case; a character of a script without spaces
-(from U+3000 on) is a word. MinHash is rensa's. Everything is a function of the text alone.
+(from U+3000 on) is a word. The MinHash is rensa's. Everything is a function of the text alone.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from data.prepare.splits import document_hash
 
-NEAR_SLOTS, NEAR_ROWS = 128, 8  # bands of 8: similar from (1/16)^(1/8) = 0.71 on are found
-TEMPLATE_SLOTS, TEMPLATE_ROWS = 64, 4  # bands of 4: from (1/16)^(1/4) = 0.5 on
+NEAR_SLOTS, NEAR_ROWS = 128, 8  # bands of 8: finds similarity above about (1/16)^(1/8) = 0.71
+TEMPLATE_SLOTS, TEMPLATE_ROWS = 64, 4  # bands of 4: above about (1/16)^(1/4) = 0.5
 _NEAR_WORDS, _TEMPLATE_WORDS = 5, 3
 _SEED = 4
 
@@ -29,17 +29,17 @@ SIGNATURE = np.dtype(
 
 
 def signatures(texts: Sequence[str]) -> NDArray[Any]:
-    """[texts] of SIGNATURE, with reason 0."""
-    found = np.zeros(len(texts), dtype=SIGNATURE)
+    """The SIGNATURE of each text, with reason 0."""
+    records = np.zeros(len(texts), dtype=SIGNATURE)
     if not len(texts):
-        return found
+        return records
     raw = [text.encode() for text in texts]
-    found["exact"] = [document_hash(text) for text in texts]
+    records["exact"] = [document_hash(text) for text in texts]
     content = np.frombuffer(b"".join(raw), dtype=np.uint8)
     bounds = np.concatenate([[0], np.cumsum([len(text) for text in raw])])
-    found["near"] = _minhash(content, bounds, _NEAR_WORDS, False, NEAR_SLOTS)
-    found["template"] = _minhash(content, bounds, _TEMPLATE_WORDS, True, TEMPLATE_SLOTS)
-    return found
+    records["near"] = _minhash(content, bounds, _NEAR_WORDS, False, NEAR_SLOTS)
+    records["template"] = _minhash(content, bounds, _TEMPLATE_WORDS, True, TEMPLATE_SLOTS)
+    return records
 
 
 def _minhash(
@@ -65,27 +65,27 @@ def _mix(value: Any) -> Any:
 def _shingles(
     content: NDArray[np.uint8], bounds: NDArray[np.int64], size: int, mask: bool
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Hashes of the n-grams of `size` words of every text, and where each text's begin.
+    """(hashes of the n-grams of `size` words of all texts, index of each text's first hash).
 
-    `mask`: a run of digits is one sign, whichever it is. A text with fewer words is one n-gram.
+    `mask` treats every run of digits as equal. A text with fewer words is a single n-gram.
     """
     hashes = np.empty(len(content) // 2 + len(bounds), dtype=np.uint64)
     offsets = np.zeros(len(bounds), dtype=np.uint64)
-    words = np.empty(size, dtype=np.uint64)  # the last ones
+    words = np.empty(size, dtype=np.uint64)  # the most recent ones
     count = 0
     for t in range(len(bounds) - 1):
-        seen, place, stop = 0, bounds[t], bounds[t + 1]
+        total, place, stop = 0, bounds[t], bounds[t + 1]
         while place < stop:
             begin = place
             word = np.uint64(0)
-            if content[place] >= _ALONE:
+            if content[place] >= _SINGLE:
                 width = 3 if content[place] < 240 else 4
                 while place < begin + width:
                     word = _mix(word + np.uint64(content[place]) + _STEP)
                     place += 1
             else:
-                digits = False  # the sign before is a digit
-                while place < stop and content[place] < _ALONE and _is_letter(content[place]):
+                digits = False  # the previous byte is a digit
+                while place < stop and content[place] < _SINGLE and _is_letter(content[place]):
                     byte = content[place]
                     is_digit = 48 <= byte <= 57
                     if not (mask and digits and is_digit):
@@ -96,19 +96,19 @@ def _shingles(
             if place == begin:
                 place += 1
                 continue
-            words[seen % size] = word
-            seen += 1
-            if seen >= size:
-                hashes[count] = _gram(words, seen, size)
+            words[total % size] = word
+            total += 1
+            if total >= size:
+                hashes[count] = _gram(words, total, size)
                 count += 1
-        if 0 < seen < size:
-            hashes[count] = _gram(words, 0, seen)
+        if 0 < total < size:
+            hashes[count] = _gram(words, 0, total)
             count += 1
         offsets[t + 1] = count
     return hashes[:count], offsets
 
 
-_ALONE = 227  # the lead byte of U+3000; characters from there on are words
+_SINGLE = 227  # lead byte of U+3000; from there on every character is a word
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 

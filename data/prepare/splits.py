@@ -1,4 +1,4 @@
-"""Which documents are held out: a function of the text alone."""
+"""The assignment of documents to train and validation, a function of the text alone."""
 
 import hashlib
 

@@ -1,10 +1,10 @@
-"""Training the SentencePiece model on a bounded sample of the sources.
+"""Training of the SentencePiece model on a bounded sample of the sources.
 
-SentencePiece runs with identity normalisation, no dummy prefix and no removal of spaces; digits
-stand alone; runs of spaces may be pieces, so that indentation is cheap. The result is the same for
-the same texts, whatever the machine. Where the sample cannot fill the vocabulary (a 128K vocabulary
-on a small corpus), the ids left over get unused pieces that no text encodes to, so that the special
-tokens stand at V4's ids all the same.
+SentencePiece runs with identity normalisation, no dummy prefix and no removal of spaces; every
+digit is a token; runs of spaces may be pieces, so that indentation is cheap. The result is the same
+for the same texts on any machine. Where the sample cannot fill the vocabulary (a 128K vocabulary on
+a small corpus), the remaining ids get unused pieces that no text encodes to, so that the special
+tokens still have V4's ids.
 """
 
 import heapq
@@ -32,16 +32,16 @@ from data.text import (
 )
 
 _CHUNK_CHARACTERS = 2048  # SentencePiece is fed lines joined up to this length
-_LONGEST_LINE = 1 << 16  # a longer line is cut; only the statistics of one pair change
+_MAX_LINE = 1 << 16  # characters; a longer line is cut
 
 
 def train_tokenizer(config: DataConfig) -> Path:
-    """Train on the training documents of `config.sources`; returns the model file.
+    """Trains on the train split of `config.sources`; returns the model file.
 
     The sample is the `sample_bytes` worth of documents with the lowest hashes: a random sample
-    that does not depend on the order of the files. With `config.source_weights` every source gives its
-    share of these bytes, or all it has. Raises DataError where the corpus is empty or cannot be
-    read, or the vocabulary is too small for the characters of the sample.
+    that does not depend on the order of the files. With `config.source_weights` every source
+    contributes its share of these bytes, or all it has. Raises DataError where the corpus is empty
+    or cannot be read, or the vocabulary is too small for the characters of the sample.
     """
     sample: list[str] = []
     for sources, size in _shares(config):
@@ -51,22 +51,22 @@ def train_tokenizer(config: DataConfig) -> Path:
     model = train_model(sample, config.tokenizer)
     path = Path(config.tokenizer.path) / MODEL_FILE
     write_atomically(path, model)
-    Tokenizer(path)  # refuses a model that could not be used
+    Tokenizer(path)  # raises where the model is not usable
     return path
 
 
 def _shares(config: DataConfig) -> list[tuple[tuple[SourceConfig, ...], int]]:
-    """Sources that are sampled together, and how many bytes they give."""
+    """Groups of sources that are sampled together, and their bytes."""
     size = config.tokenizer.sample_bytes
     if not config.source_weights:
         return [(config.sources, size)]
     total = sum(config.source_weights.values())
-    parts = ((source, config.source_weights.get(source.name, 0.0)) for source in config.sources)
-    return [((source,), max(1, int(size * w / total))) for source, w in parts if w > 0]
+    weighted = ((source, config.source_weights.get(source.name, 0.0)) for source in config.sources)
+    return [((source,), max(1, int(size * w / total))) for source, w in weighted if w > 0]
 
 
 def train_model(texts: Iterable[str], config: TokenizerConfig) -> bytes:
-    """The serialised SentencePiece model of `texts`, special tokens in place."""
+    """The serialised SentencePiece model of `texts`, with the special tokens at their ids."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -89,7 +89,7 @@ def train_model(texts: Iterable[str], config: TokenizerConfig) -> bytes:
             num_threads=1,
             bos_id=0,
             eos_id=1,
-            unk_id=PAD_ID,  # SentencePiece wants an unknown piece; byte fallback never uses it
+            unk_id=PAD_ID,  # SentencePiece requires an unknown piece; byte fallback never uses it
             pad_id=-1,
             bos_piece=BOS,
             eos_piece=EOS,
@@ -105,7 +105,7 @@ def train_model(texts: Iterable[str], config: TokenizerConfig) -> bytes:
 
 
 def _with_special_tokens(serialised: bytes, vocab_size: int) -> bytes:
-    """Fill up with unused pieces, then put the special tokens at their ids."""
+    """Adds unused pieces and then the special tokens, at their ids."""
     schema = sentencepiece_schema()
     kind = schema.ModelProto.SentencePiece
     model = schema.ModelProto.FromString(serialised)
@@ -129,33 +129,33 @@ def _training_documents(config: DataConfig, sources: Iterable[SourceConfig]) -> 
 def _sample(documents: Iterable[Document], limit: int) -> list[str]:
     """The texts of the documents with the lowest hashes, up to `limit` UTF-8 bytes.
 
-    They come by rising hash, without special tokens. Memory stays within `limit` and one document.
-    A first document over the limit is cut.
+    They are sorted by hash, without special tokens. Memory stays within `limit` and one document. A
+    first document over the limit is cut.
     """
-    kept: list[tuple[int, int, str]] = []  # (-hash, bytes, text): the highest hash on top
-    bound = 1 << 64  # the lowest hash turned away; nothing above it may come in later
+    sample: list[tuple[int, int, str]] = []  # a heap of (-hash, bytes, text), highest hash first
+    bound = 1 << 64  # the lowest hash removed so far; higher hashes cannot be in the sample
     total = 0
     for document in documents:
         if (number := document_hash(document.text)) >= bound:
             continue
         text = "\n".join(document.plain)
         size = len(text.encode())
-        heapq.heappush(kept, (-number, size, text))
+        heapq.heappush(sample, (-number, size, text))
         total += size
-        while total > limit and len(kept) > 1:
-            highest, size, _ = heapq.heappop(kept)
+        while total > limit and len(sample) > 1:
+            highest, size, _ = heapq.heappop(sample)
             bound = -highest
             total -= size
-    return [text[:limit] for _, _, text in sorted(kept, reverse=True)]
+    return [text[:limit] for _, _, text in sorted(sample, reverse=True)]
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:
-    """Whole lines joined to about `_CHUNK_CHARACTERS`; ends of lines stay inside the chunk."""
+    """Yields whole lines joined to about `_CHUNK_CHARACTERS`, their line ends included."""
     for text in texts:
         chunk: list[str] = []
         length = 0
         for line in text.replace(SPACE, " ").splitlines(keepends=True):
-            chunk.append(line[:_LONGEST_LINE])
+            chunk.append(line[:_MAX_LINE])
             length += len(chunk[-1])
             if length >= _CHUNK_CHARACTERS:
                 yield "".join(chunk)

@@ -1,4 +1,4 @@
-"""The grain of `prepare`: some files of one source, which become one part of its shards."""
+"""The work items of `prepare`: some files of one source, which become one part of its shards."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from data.config import SourceConfig
 from data.prepare.corpus import Corpus, Document
 
 _BATCH_CHARACTERS = 4_000_000
-_UNIT_BYTES = 64 << 20  # changes which documents share a part, so it belongs to the shards' format
+_ITEM_BYTES = 64 << 20  # decides which documents share a part: part of the shards' format
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkItem:
     """Files of one source that become one part; no files for a dataset of the hub."""
 
     source: SourceConfig
@@ -30,23 +30,23 @@ class Unit:
         return sum(file.stat().st_size for file in self.files)
 
 
-def units_of(corpus: Corpus) -> list[Unit]:
-    """The files of a source in order, gathered until a unit has `_UNIT_BYTES`."""
+def work_items(corpus: Corpus) -> list[WorkItem]:
+    """The files of a source in order, grouped into work items of about `_ITEM_BYTES`."""
     if not corpus.files:
-        return [Unit(corpus.source, 0, ())]
+        return [WorkItem(corpus.source, 0, ())]
     groups: list[list[Path]] = [[]]
     size = 0
     for file in corpus.files:
-        if size >= _UNIT_BYTES:
+        if size >= _ITEM_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(file)
         size += file.stat().st_size
-    return [Unit(corpus.source, i, tuple(files)) for i, files in enumerate(groups)]
+    return [WorkItem(corpus.source, i, tuple(files)) for i, files in enumerate(groups)]
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents gathered to about `_BATCH_CHARACTERS`, for the tokenizer's threads."""
+    """Yields batches of about `_BATCH_CHARACTERS`, enough work for the tokenizer's threads."""
     batch: list[Document] = []
     size = 0
     for document in documents:

@@ -1,8 +1,8 @@
-"""What the processes of `prepare` work with: importing this imports all of it."""
+"""Imports everything that the processes of `prepare` need, once for all of them."""
 
 import datasets  # noqa: F401
 
 from data.indexed import indexed_module
-from data.prepare import screening, write_part  # noqa: F401
+from data.prepare import filter_pass, write_part  # noqa: F401
 
 indexed_module()

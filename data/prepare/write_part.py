@@ -1,7 +1,7 @@
-"""The work of one process of `prepare`: a unit to one part of its source's shards.
+"""The work of one process of `prepare`: tokenises a work item to one part of its source's shards.
 
-A unit is the grain of resuming. Its files get their names only when they are whole, and the record
-`*.json` comes last: a unit with a record is done, anything else is done again.
+`prepare` resumes by work items. The files get their names only when they are complete, and the
+record `*.json` is written last: an item with a record is done, any other is processed again.
 """
 
 import json
@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,18 +16,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data.errors import DataError
 from data.files import fsync_file, write_atomically
 from data.indexed import indexed_module, open_shard
-from data.manifest import Loss, Shard
+from data.manifest import FilterStats, Shard, Split
 from data.prepare.corpus import BadRecord, Corpus
+from data.prepare.filter_pass import FilterSettings, VerdictFilter
 from data.prepare.splits import is_validation
-from data.prepare.work_item import Unit, batches
-from data.sieve import Filtered, Sieve
+from data.prepare.work_item import WorkItem, batches
 from data.text import Tokenizer, encode_segments
 
-_SPLITS = ("train", "validation")
+_SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
-class UnitRecord(BaseModel):
-    """What a finished unit holds; `bad` records are in the file `*.quarantine.jsonl`."""
+class PartRecord(BaseModel):
+    """What a finished part holds; `bad` counts the records in the file `*.quarantine.jsonl`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,13 +35,13 @@ class UnitRecord(BaseModel):
     documents: int
     empty: int
     bad: int
-    losses: dict[str, Loss] = {}
+    losses: dict[str, FilterStats] = {}
 
 
-def finished(unit: Unit, folder: Path) -> UnitRecord | None:
-    """The record of a unit whose shards are all there and whole, otherwise None."""
+def finished_part(item: WorkItem, folder: Path) -> PartRecord | None:
+    """The record of a work item whose shards are all complete, otherwise None."""
     try:
-        record = UnitRecord.model_validate_json((folder / f"{unit.name}.json").read_bytes())
+        record = PartRecord.model_validate_json((folder / f"{item.name}.json").read_bytes())
         for shard in record.shards:
             open_shard(folder / shard.name, shard.documents, shard.tokens)
     except (OSError, ValidationError, DataError):
@@ -50,34 +49,38 @@ def finished(unit: Unit, folder: Path) -> UnitRecord | None:
     return record
 
 
-def run_unit(
-    unit: Unit,
+def write_part(
+    item: WorkItem,
     tokenizer: Tokenizer,
     folder: Path,
     validation_fraction: float,
     tolerant: bool,
     advance: Callable[[int], None],
-    filtered: Filtered | None = None,
-) -> UnitRecord:
-    """Write the shards of a unit into `folder`; a split without documents gets none.
+    filter_settings: FilterSettings | None = None,
+) -> PartRecord:
+    """Writes the shards of a work item into `folder`; a split without documents gets none.
 
-    `tolerant` counts bad records and goes on, otherwise the first is an error. `advance` is told
-    the UTF-8 bytes of the documents as they are done. `filtered` leaves documents out. Raises
-    DataError for what cannot be read and OSError for what cannot be written.
+    Arguments:
+        tolerant: bad records are written to the quarantine file; otherwise the first is an error.
+        advance: called with the UTF-8 bytes of the documents processed.
+        filter_settings: drop documents by their verdicts, where given.
+
+    Raises DataError for what cannot be read and OSError for what cannot be written.
     """
-    corpus = Corpus(unit.source, unit.files)
-    writers = {split: _Writer(unit, split, folder, tokenizer) for split in _SPLITS}
+    corpus = Corpus(item.source, item.files)
+    writers = {split: _Writer(item, split, folder, tokenizer) for split in _SPLITS}
     bad: list[BadRecord] = []
-    sieve = None if filtered is None else Sieve(filtered, unit, folder)
+    verdicts = None if filter_settings is None else VerdictFilter(filter_settings, item, folder)
     try:
         for batch in batches(corpus.documents(bad if tolerant else None)):
-            kept = batch if sieve is None else sieve.kept(batch)
-            ids_of = encode_segments([d.segments or (d.text,) for d in kept], tokenizer)
-            for document, ids in zip(kept, ids_of, strict=True):
-                held = is_validation(unit.source, document.text, validation_fraction)
-                writers["validation" if held else "train"].add(ids, len(document.text.encode()))
+            documents = batch if verdicts is None else verdicts.keep(batch)
+            ids_of = encode_segments([d.segments or (d.text,) for d in documents], tokenizer)
+            for document, ids in zip(documents, ids_of, strict=True):
+                validation = is_validation(item.source, document.text, validation_fraction)
+                split: Split = "validation" if validation else "train"
+                writers[split].add(ids, len(document.text.encode()))
             advance(sum(len(document.text.encode()) for document in batch))
-        losses = {} if sieve is None else sieve.close()
+        losses = {} if verdicts is None else verdicts.stats()
         for writer in writers.values():
             writer.close()
         shards = [shard for writer in writers.values() if (shard := writer.finish()) is not None]
@@ -87,36 +90,36 @@ def run_unit(
         raise
     if bad:
         lines = [json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in bad]
-        write_atomically(folder / f"{unit.name}.quarantine.jsonl", "".join(lines).encode())
-    record = UnitRecord(
+        write_atomically(folder / f"{item.name}.quarantine.jsonl", "".join(lines))
+    record = PartRecord(
         shards=tuple(shards),
         documents=sum(shard.documents for shard in shards),
         empty=corpus.empty,
         bad=len(bad),
         losses=losses,
     )
-    write_atomically(folder / f"{unit.name}.json", record.model_dump_json().encode())
+    write_atomically(folder / f"{item.name}.json", record.model_dump_json())
     return record
 
 
 class _Writer:
-    """One `.bin/.idx` pair in the making, under names of this process until it is whole."""
+    """Writes one `.bin/.idx` pair, under temporary names until it is complete."""
 
-    def __init__(self, unit: Unit, split: Any, folder: Path, tokenizer: Tokenizer):
+    def __init__(self, item: WorkItem, split: Split, folder: Path, tokenizer: Tokenizer):
         module = indexed_module()
-        self.source, self.split = unit.source, split
-        self.prefix = folder / f"{unit.source.name}-{split}-{unit.number:05d}"
-        self.aside = folder / f".{self.prefix.name}.{os.getpid()}"
+        self.source, self.split = item.source, split
+        self.prefix = folder / f"{item.source.name}-{split}-{item.number:05d}"
+        self.partial = folder / f".{self.prefix.name}.{os.getpid()}"
         self.tokenizer = tokenizer
         dtype = module.DType.optimal_dtype(tokenizer.vocab_size)
-        self.builder = module.IndexedDatasetBuilder(f"{self.aside}.bin", dtype=dtype)
+        self.builder = module.IndexedDatasetBuilder(f"{self.partial}.bin", dtype=dtype)
         self.dtype = dtype
         self.documents = self.tokens = self.bytes = 0
 
     def add(self, ids: list[int], size: int) -> None:
-        """Append one document of `size` UTF-8 bytes."""
+        """Appends one document of `size` UTF-8 bytes."""
         eos = self.tokenizer.eos_id
-        end = [] if ids and ids[-1] == eos else [eos]  # an answer ends with eos already
+        end = [] if ids and ids[-1] == eos else [eos]  # assistant messages end with eos
         document = np.array([self.tokenizer.bos_id, *ids, *end], dtype=self.dtype)
         self.builder.add_document(document, [len(document)])
         self.documents += 1
@@ -124,25 +127,25 @@ class _Writer:
         self.bytes += size
 
     def close(self) -> None:
-        """Flush the tokens."""
+        """Flushes the tokens."""
         self.builder.data_file.close()
 
     def discard(self) -> None:
-        """Remove the files that are not whole; safe to call when writing has failed."""
-        with suppress(OSError):  # the disk is full: what was not flushed is not wanted either
+        """Removes the incomplete files; safe to call when writing has failed."""
+        with suppress(OSError):  # the disk is full; the file is removed anyway
             self.builder.data_file.close()
-        for ending in (".bin", ".idx"):
-            Path(f"{self.aside}{ending}").unlink(missing_ok=True)
+        for suffix in (".bin", ".idx"):
+            Path(f"{self.partial}{suffix}").unlink(missing_ok=True)
 
     def finish(self) -> Shard | None:
-        """Write the index, make both files durable and give them their names."""
+        """Writes the index, makes both files durable and renames them; None without documents."""
         if not self.documents:
             self.discard()
             return None
-        self.builder.finalize(f"{self.aside}.idx")
-        for ending in (".bin", ".idx"):
-            fsync_file(Path(f"{self.aside}{ending}"))
-            os.replace(f"{self.aside}{ending}", f"{self.prefix}{ending}")
+        self.builder.finalize(f"{self.partial}.idx")
+        for suffix in (".bin", ".idx"):
+            fsync_file(Path(f"{self.partial}{suffix}"))
+            os.replace(f"{self.partial}{suffix}", f"{self.prefix}{suffix}")
         return Shard(
             source=self.source.name,
             domain=self.source.domain,

@@ -1,12 +1,13 @@
-"""Conversations and tool calls in DeepSeek-V4's written form (v4-spec section 8), and back.
+"""DSML, DeepSeek-V4's format of conversations and tool calls: rendering and parsing.
 
 A record is rendered to segments: `Special` for a special token, plain strings for everything else.
-Only `Special` becomes a special id, so a spelling of one inside a message stays plain text, and the
-ids of a record are unambiguous there. The tags of DSML hold the token `｜DSML｜` between plain
-brackets; since plain text never gives that token, a value may hold anything, closing tags included.
+Only `Special` becomes a special id, so the spelling of a special token inside a message stays plain
+text, and the ids of a record are unambiguous. The tags of DSML contain the token `｜DSML｜` between
+plain brackets; since plain text never encodes to that token, a value may contain anything, closing
+tags included.
 
-How sure: the form of tool calls is the report's. Where tools and tool results stand is a choice of
-ours, in the tokens of the report; tools are JSON behind the system text.
+Certainty: the format of tool calls is the report's. Where the tools and their results are placed is
+this project's choice, with the report's tokens; the tools are JSON after the system text.
 """
 
 import json
@@ -21,7 +22,7 @@ from data.text.tokenizer import Tokenizer
 
 
 class Special(str):
-    """The spelling of a special token, meant as the token."""
+    """The spelling of a special token that stands for the token itself."""
 
     __slots__ = ()
 
@@ -48,7 +49,7 @@ class _Model(BaseModel):
 
 
 class Call(_Model):
-    """A call of a tool: its name and the values of its parameters, in order."""
+    """A tool call: the tool's name and the values of its parameters, in order."""
 
     name: str
     arguments: dict[str, JsonValue] = {}
@@ -63,7 +64,7 @@ class System(_Model):
 
 
 class User(_Model):
-    """What the user says; `quick` names a quick instruction that follows it."""
+    """A message of the user; `quick` names a quick instruction that follows it."""
 
     role: Literal["user"] = "user"
     text: str
@@ -71,7 +72,7 @@ class User(_Model):
 
 
 class Assistant(_Model):
-    """The answer; `thinking` None is the no-think mode, which begins with `</think>`."""
+    """A message of the assistant; without `thinking` it begins with `</think>` (no-think mode)."""
 
     role: Literal["assistant"] = "assistant"
     thinking: str | None = None
@@ -80,7 +81,7 @@ class Assistant(_Model):
 
 
 class Results(_Model):
-    """What the tools returned, one text for each call."""
+    """The results of tools, one text per call."""
 
     role: Literal["tool"] = "tool"
     results: list[str] = Field(min_length=1)
@@ -90,26 +91,26 @@ Message = Annotated[System | User | Assistant | Results, Field(discriminator="ro
 
 
 class Conversation(_Model):
-    """A whole record."""
+    """One record: the messages of a conversation."""
 
     messages: list[Message]
 
 
 def read_messages(content: Any) -> Conversation:
-    """The record of a list of messages, or of its JSON text; DataError where it is none."""
+    """Validates a list of messages, or its JSON text; DataError where it is not a conversation."""
     try:
         messages = json.loads(content) if isinstance(content, str) else content
         return Conversation.model_validate({"messages": messages})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"is no conversation: {place}: {first['msg']}") from error
+        raise DataError(f"is not a conversation: {place}: {first['msg']}") from error
     except ValueError as error:
-        raise DataError(f"is no conversation: its messages are not JSON ({error})") from error
+        raise DataError(f"is not a conversation: its messages are not JSON ({error})") from error
 
 
 def render(record: Conversation) -> list[Segment]:
-    """The segments of a record, without bos; no two plain ones are neighbours and none is empty."""
+    """The segments of a record, without bos; plain ones are merged, and none is empty."""
     merged: list[Segment] = []
     for segment in (piece for message in record.messages for piece in _message(message)):
         plain = not isinstance(segment, Special)
@@ -121,17 +122,17 @@ def render(record: Conversation) -> list[Segment]:
 
 
 def encode(record: Conversation, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a record, without bos; DataError where the tokenizer lacks one of the tokens."""
+    """The ids of a record, without bos; DataError where the tokenizer lacks a token of DSML."""
     return encode_segments([render(record)], tokenizer)[0]
 
 
 def encode_segments(
     documents: Sequence[Sequence[Segment]], tokenizer: Tokenizer
 ) -> list[list[int]]:
-    """Ids of the segments of many documents, on all cores; DataError as for `encode`."""
+    """The ids of the segments of many documents, on all cores; DataError as for `encode`."""
     plain = [s for segments in documents for s in segments if not isinstance(s, Special)]
     encoded = iter(tokenizer.encode_batch(plain))
-    found = []
+    encodings = []
     for segments in documents:
         ids: list[int] = []
         for segment in segments:
@@ -141,12 +142,12 @@ def encode_segments(
                 ids.append(tokenizer.special[segment])
             else:
                 raise DataError(f"{tokenizer.path} has no special token {segment}; DSML needs it.")
-        found.append(ids)
-    return found
+        encodings.append(ids)
+    return encodings
 
 
 def decode(ids: Sequence[int], tokenizer: Tokenizer) -> Conversation:
-    """The record that `encode` gave these ids for; DataError for other ids."""
+    """The record that `encode` turned into `ids`; DataError for other ids."""
     spellings = {i: Special(token) for token, i in tokenizer.special.items()}
     segments: list[Segment] = []
     plain: list[int] = []
@@ -163,7 +164,7 @@ def decode(ids: Sequence[int], tokenizer: Tokenizer) -> Conversation:
 
 
 def parse(segments: Sequence[Segment]) -> Conversation:
-    """The record of rendered segments; DataError where they are not of this form."""
+    """The record that `render` turned into `segments`; DataError for other segments."""
     reader = _Reader(segments)
     messages: list[Any] = []
     while (token := reader.next_special()) is not None:
@@ -232,42 +233,43 @@ def _json(value: JsonValue) -> str:
 
 
 class _Reader:
-    """Segments from left to right, with the rest of a plain one begun."""
+    """Reads segments from left to right."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self.segments = list(segments)
-        self.place = 0
+        self.position = 0
 
     def error(self, wanted: str) -> DataError:
-        got = "the end" if self.place == len(self.segments) else repr(self.segments[self.place])
-        return DataError(f"segment {self.place} of a conversation is {got}; expected {wanted}.")
+        at_end = self.position == len(self.segments)
+        got = "the end" if at_end else repr(self.segments[self.position])
+        return DataError(f"segment {self.position} of a conversation is {got}; expected {wanted}.")
 
     def next_special(self) -> Special | None:
         """The next segment, which is a special token; None at the end."""
-        if self.place == len(self.segments):
+        if self.position == len(self.segments):
             return None
-        segment = self.segments[self.place]
+        segment = self.segments[self.position]
         if not isinstance(segment, Special):
             raise self.error("a special token")
-        self.place += 1
+        self.position += 1
         return segment
 
     def plain(self) -> str:
-        """The plain text here, "" where a special token follows."""
-        if self.place == len(self.segments) or isinstance(self.segments[self.place], Special):
+        """The plain text that is next, "" where a special token is."""
+        if self.position == len(self.segments) or isinstance(self.segments[self.position], Special):
             return ""
-        self.place += 1
-        return self.segments[self.place - 1]
+        self.position += 1
+        return self.segments[self.position - 1]
 
     def take(self, token: Special) -> bool:
-        """Skip `token`, if it is next."""
-        here = self.segments[self.place : self.place + 1]
-        found = bool(here) and isinstance(here[0], Special) and here[0] == token
-        self.place += found
-        return found
+        """Skips `token` if it is next; returns whether it was."""
+        following = self.segments[self.position : self.position + 1]
+        is_next = following == [token] and isinstance(following[0], Special)
+        self.position += is_next
+        return is_next
 
     def expect(self, token: Special) -> None:
-        """Skip `token`; DataError where something else is next."""
+        """Skips `token`; DataError where something else is next."""
         if not self.take(token):
             raise self.error(str(token))
 
@@ -288,7 +290,7 @@ def _parse_assistant(reader: _Reader) -> Assistant:
     calls: list[Call] = []
     if reader.take(DSML):
         text = _without(text, "\n\n<", reader)
-        tail = _behind(reader.plain(), "tool_calls>\n", reader)
+        tail = _after(reader.plain(), "tool_calls>\n", reader)
         while tail in ("<", "\n<"):
             reader.expect(DSML)
             call, tail = _parse_call(reader)
@@ -296,31 +298,31 @@ def _parse_assistant(reader: _Reader) -> Assistant:
         if tail != "\n</":
             raise reader.error("the end of tool_calls")
         reader.expect(DSML)
-        _behind(reader.plain(), "tool_calls>", reader)
+        _after(reader.plain(), "tool_calls>", reader)
     reader.expect(END)
     return Assistant(thinking=thinking, text=text, calls=calls)
 
 
 def _parse_call(reader: _Reader) -> tuple[Call, str]:
-    """A call behind its first DSML token, and the plain text up to the next one."""
-    name, tail = _quoted(_behind(reader.plain(), "invoke name=", reader), reader)
-    tail = _behind(tail, ">\n", reader)
+    """The call after its first DSML token, and the plain text up to the next special token."""
+    name, tail = _quoted(_after(reader.plain(), "invoke name=", reader), reader)
+    tail = _after(tail, ">\n", reader)
     arguments: dict[str, JsonValue] = {}
     while tail in ("<", "\n<"):
         reader.expect(DSML)
-        key, rest = _quoted(_behind(reader.plain(), "parameter name=", reader), reader)
-        is_string, rest = _quoted(_behind(rest, " string=", reader), reader)
-        value = _without(_behind(rest, ">", reader), "</", reader)
+        key, rest = _quoted(_after(reader.plain(), "parameter name=", reader), reader)
+        is_string, rest = _quoted(_after(rest, " string=", reader), reader)
+        value = _without(_after(rest, ">", reader), "</", reader)
         arguments[key] = value if is_string == "true" else _from_json(value, reader)
         reader.expect(DSML)
-        tail = _behind(reader.plain(), "parameter>", reader)
+        tail = _after(reader.plain(), "parameter>", reader)
     if tail != "\n</":
         raise reader.error("the end of invoke")
     reader.expect(DSML)
-    return Call(name=name, arguments=arguments), _behind(reader.plain(), "invoke>", reader)
+    return Call(name=name, arguments=arguments), _after(reader.plain(), "invoke>", reader)
 
 
-def _behind(text: str, head: str, reader: _Reader) -> str:
+def _after(text: str, head: str, reader: _Reader) -> str:
     if not text.startswith(head):
         raise reader.error(f"{head!r} before it")
     return text[len(head) :]
@@ -333,7 +335,7 @@ def _without(text: str, tail: str, reader: _Reader) -> str:
 
 
 def _quoted(text: str, reader: _Reader) -> tuple[str, str]:
-    """A JSON string at the beginning of `text`, and the rest."""
+    """The JSON string at the beginning of `text`, and the rest."""
     try:
         value, end = json.JSONDecoder().raw_decode(text)
     except ValueError as error:

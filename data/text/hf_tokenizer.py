@@ -1,10 +1,10 @@
-"""SentencePiece BPE model -> the JSON of the `tokenizers` library (transformers' tokenizer.json).
+"""Conversion of a SentencePiece BPE model to transformers' tokenizer.json.
 
-In the JSON a space is a space, not SentencePiece's U+2581. U+2581 itself is then a character like
-any other that the vocabulary lacks, and is written as bytes: no text is ambiguous, and no
-normaliser is needed. SentencePiece merges the pair whose union has the best score, at the leftmost
-place; the `tokenizers` library merges by the rank of the pair. All ways to split a piece into two
-known pieces are listed, in the order of the pieces' scores.
+In the JSON a space is a space, not SentencePiece's U+2581. U+2581 itself is then an ordinary
+character that the vocabulary lacks, and is encoded as bytes: no text is ambiguous, and no
+normaliser is needed. SentencePiece merges the pair whose union has the best score, leftmost first;
+the `tokenizers` library merges by the rank of the pair. So the merges are all ways to split a piece
+into two known pieces, in the order of the pieces' scores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from typing import Any
 from data.text.special_tokens import BOS, BOS_ID, EOS, IMAGE, PAD
 
 SPACE = "▁"
-# Tokens that DeepSeek-V4 marks `special`, so that `skip_special_tokens` hides them. The others,
-# such as <think>, stay visible in decoded text.
+# Tokens that DeepSeek-V4 marks `special`, which `skip_special_tokens` hides. The others, such as
+# <think>, stay visible in decoded text.
 _HIDDEN = frozenset((BOS, EOS, PAD, "<｜end_of_query｜>", *IMAGE))
 
 
@@ -36,7 +36,7 @@ def tokenizer_json(
     Arguments:
         pieces: the written form of id 0, 1, 2, …, with plain spaces.
         mergeable: the ordinary pieces, best score first.
-        special: written form -> id of the special tokens; they stand in `pieces` too.
+        special: written form -> id of the special tokens, which are among `pieces`.
     """
     vocab = {piece: i for i, piece in enumerate(pieces)}
     begin = {"SpecialToken": {"id": BOS, "type_id": 0}}

@@ -1,13 +1,13 @@
-"""DeepSeek-V4's special tokens and the ids they get (v4-spec section 8).
+"""DeepSeek-V4's special tokens and their ids.
 
 In the 128K configuration (vocab 129280) every token has DeepSeek-V4's own id. A smaller vocabulary
-keeps bos, eos and pad at 0, 1, 2 and puts the 47 named tokens, in the same order, at its top; the
-reserved place holders and the tokens for images are left out there.
+keeps bos, eos and pad at 0, 1, 2 and has the 47 named tokens, in the same order, as its last ids,
+but no reserved placeholders and image tokens.
 
-How sure: bos, eos, pad, fim, User, Assistant, think and DSML are certain in spelling and id, and so
-is what every id from 128800 to 128846 is for. The remaining spellings, and those of 128847-129279,
-were read from public ports of DeepSeek-V4's tokenizer, the odd closing bar of `<｜/table>｜`
-included. The ports agree but for 129264-129270, which one of V4.1 renames; here they are as in V4.
+Certainty: the spelling and id of bos, eos, pad, fim, User, Assistant, think and DSML are certain,
+and so is the purpose of every id from 128800 to 128846. The other spellings, and those of
+128847-129279, come from public ports of DeepSeek-V4's tokenizer, including the odd `<｜/table>｜`.
+The ports agree except on 129264-129270, which one port of V4.1 renames; here they are as in V4.
 """
 
 V4_VOCAB_SIZE = 129280
@@ -15,9 +15,7 @@ BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", 
 BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
 EDGES = (BOS, EOS, PAD)
 
-FIRST_PLACE_HOLDER_ID = 128000
-FIRST_NAMED_ID = 128800
-FIRST_MULTIMODAL_ID = 128847
+_FIRST_PLACEHOLDER_ID = 128000
 
 # Ids 128800 … 128846, without a gap.
 NAMED = (
@@ -94,17 +92,17 @@ IMAGE = (
 
 
 def special_ids(vocab_size: int) -> dict[str, int]:
-    """Written form -> id of every special token in a vocabulary of `vocab_size`, by rising id."""
+    """Written form -> id of every special token in a vocabulary of `vocab_size`, sorted by id."""
     table = dict(zip(EDGES, (BOS_ID, EOS_ID, PAD_ID), strict=True))
     if vocab_size < V4_VOCAB_SIZE:
         first = vocab_size - len(NAMED)
         return table | {token: first + i for i, token in enumerate(NAMED)}
-    place_holders = [f"<｜place▁holder▁no▁{i}｜>" for i in range(800)]
+    placeholders = [f"<｜place▁holder▁no▁{i}｜>" for i in range(800)]
     spans = [f"<|place_holder_mm_span_{i:04d}|>" for i in range(21, 436)]
-    tokens = [*place_holders, *NAMED, *spans, *IMAGE]
-    return table | {token: FIRST_PLACE_HOLDER_ID + i for i, token in enumerate(tokens)}
+    tokens = [*placeholders, *NAMED, *spans, *IMAGE]
+    return table | {token: _FIRST_PLACEHOLDER_ID + i for i, token in enumerate(tokens)}
 
 
 def base_size(vocab_size: int) -> int:
-    """How many ids, from 0 on, belong to bos, eos, pad and the ordinary pieces."""
+    """Number of ids of bos, eos, pad and the ordinary pieces, which come first."""
     return vocab_size - (len(special_ids(vocab_size)) - len(EDGES))

@@ -1,9 +1,9 @@
-"""The tokenizer: text to ids and back, without loss for any text.
+"""The tokenizer: text to ids and back, lossless for any text.
 
 The model is a SentencePiece BPE file with byte fallback. It is run by the `tokenizers` library, on
-the very JSON that `export_hf` writes, so that transformers cannot give other ids than training
-saw. SentencePiece's own encoder reads U+2581 as a space, and breaks ties between two ways to build
-a piece by position instead of by rank; on text without U+2581 it gives the same ids in practice.
+the same JSON that `export_hf` writes, so that transformers gives the same ids as in training.
+SentencePiece's encoder reads U+2581 as a space, and breaks ties between two ways to build a piece
+by position instead of by rank; on text without U+2581 it gives the same ids in practice.
 """
 
 import json
@@ -22,7 +22,7 @@ MODEL_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
 HF_CONFIG_FILE = "tokenizer_config.json"
 V4_MAX_LENGTH = 1_048_576  # tokens
-# Punctuation or symbols, perhaps with whitespace before them, then the ends of lines.
+# Punctuation or symbols, optionally after whitespace, then line breaks.
 _COMBINED = re.compile(r"([^\S\r\n]*(?:[^\w\s\ufffd]|_)+)([\r\n]+)")
 
 
@@ -48,11 +48,11 @@ class Tokenizer:
 
     Attributes:
         vocab_size: number of ids, special tokens included.
-        hash: sha256 of the defining file, which holds the special tokens too.
+        hash: sha256 of the defining file, which includes the special tokens.
         special: written form -> id of every special token.
         bos_id, eos_id, pad_id: ids; pad_id is eos_id where an imported tokenizer has no pad.
 
-    Raises DataError where the file is missing, damaged, or of another kind.
+    Raises DataError where the file is missing, damaged, or not a tokenizer.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -60,7 +60,7 @@ class Tokenizer:
         self.hash = sha256_of(self.path)
         self._json = _read_hf(self.path) if self.path.suffix == ".json" else _read_model(self.path)
         self._full = _engine(self._json, self.path)
-        # The same merges without the added tokens: their spellings are then plain text.
+        # The same merges without the added tokens, whose spellings are then plain text.
         self._plain = _engine(self._json | {"added_tokens": [], "post_processor": None}, self.path)
         added = self._json.get("added_tokens", [])
         self.special: dict[str, int] = {token["content"]: token["id"] for token in added}
@@ -73,15 +73,15 @@ class Tokenizer:
         self.pad_id = self.special.get(PAD, self.eos_id)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Ids of `text`, without bos and eos.
+        """The ids of `text`, without bos and eos.
 
-        The spelling of a special token is plain text, unless `allow_special` turns it into the
-        token. Raises DataError where `text` holds a lone surrogate, which UTF-8 cannot write.
+        The spelling of a special token is plain text unless `allow_special`. Raises DataError where
+        `text` has a lone surrogate, which UTF-8 cannot encode.
         """
         return self.encode_batch([text], allow_special)[0]
 
     def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
-        """`encode` of many texts, on all cores."""
+        """The ids of many texts as by `encode`, on all cores."""
         engine = self._full if allow_special else self._plain
         try:
             encodings = engine.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -90,33 +90,33 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens written out; a cut character becomes U+FFFD."""
+        """The text of `ids`, special tokens included; an incomplete character becomes U+FFFD."""
         return self._full.decode(list(ids), skip_special_tokens=False)
 
     def splittable(self) -> dict[int, tuple[int, int]]:
-        """The tokens that join punctuation with the ends of lines, and the two ids of each.
+        """The tokens that join punctuation and line breaks, each with the two ids it splits into.
 
-        `":\\n"` is `":"` and `"\\n"`: the pair decodes to the very text of the token. A token one
-        of whose halves is no single token is left out. Source: DeepSeek-V3 report, section 4.1,
-        where such tokens are split at random against the bias at the boundary of a prompt.
+        `":\\n"` splits into `":"` and `"\\n"`: the pair decodes to the text of the token. Tokens
+        whose halves are not single tokens are not included. Source: DeepSeek-V3 report §4.1, where
+        such tokens are split at random against the token boundary bias of prompts.
         """
-        named = set(self.special.values())
-        ids = [i for i in range(self.vocab_size) if i not in named]
+        special = set(self.special.values())
+        ids = [i for i in range(self.vocab_size) if i not in special]
         texts = self._full.decode_batch([[i] for i in ids], skip_special_tokens=False)
-        found = [
+        combined = [
             (i, match.groups())
             for i, text in zip(ids, texts, strict=True)
             if (match := _COMBINED.fullmatch(text)) is not None
         ]
-        halves = iter(self.encode_batch([half for _, pair in found for half in pair]))
+        halves = iter(self.encode_batch([half for _, pair in combined for half in pair]))
         table = {}
-        for (i, _), left, right in zip(found, halves, halves, strict=True):
+        for (i, _), left, right in zip(combined, halves, halves, strict=True):
             if len(left) == len(right) == 1:
                 table[i] = (left[0], right[0])
         return table
 
     def export_hf(self, folder: str | Path) -> None:
-        """Write what `transformers.AutoTokenizer` needs, and our own file, into `folder`."""
+        """Writes the files of `transformers.AutoTokenizer` and the SentencePiece model."""
         folder = Path(folder)
         if self.path.suffix == ".json":
             companion = self.path.with_name(HF_CONFIG_FILE)
@@ -141,7 +141,7 @@ def _surrogate_error(texts: Sequence[str]) -> DataError:
         for position, character in enumerate(text):
             if "\ud800" <= character <= "\udfff":
                 return DataError(
-                    f"text {number} holds the lone surrogate U+{ord(character):04X} at character "
+                    f"text {number} has the lone surrogate U+{ord(character):04X} at character "
                     f"{position}, which is not valid Unicode text."
                 )
     return DataError("the text cannot be encoded.")
@@ -172,7 +172,10 @@ def sentencepiece_schema() -> Any:
 
 
 def _read_model(path: Path) -> dict[str, Any]:
-    """The tokenizer.json equal to a SentencePiece file of ours; DataError for any other file."""
+    """The tokenizer.json of a SentencePiece model made by `train_tokenizer`.
+
+    Raises DataError for any other file.
+    """
     from google.protobuf.message import DecodeError
 
     schema = sentencepiece_schema()
@@ -187,12 +190,12 @@ def _read_model(path: Path) -> dict[str, Any]:
     special = special_ids(len(written))
     if any(i >= len(written) or i < 0 or written[i] != token for token, i in special.items()):
         raise DataError(
-            f"{path} does not have V4's special tokens in their places; "
+            f"{path} does not have V4's special tokens at their ids; "
             "train one with `v4 tokenizer train CONFIG`."
         )
     pieces = [piece if piece in special else piece.replace(SPACE, " ") for piece in written]
     normal = schema.ModelProto.SentencePiece.NORMAL
     ordinary = [p.piece.replace(SPACE, " ") for p in model.pieces if p.type == normal]
     if len(set(pieces)) != len(pieces):
-        raise DataError(f"{path} is damaged: it holds a piece twice.")
+        raise DataError(f"{path} is damaged: it has a piece twice.")
     return tokenizer_json(pieces, ordinary, special)

@@ -208,8 +208,8 @@ def _recipe(loader: Loader) -> tuple[str, str]:
         f"Counted in the {found.tokens:,} tokens of the first {found.steps} steps, beside what is "
         "configured (for the first phase, in a run with several). The largest difference is "
         f"between the share in any run of whole steps of {found.span_tokens:,} tokens and the "
-        "configured one. FIM: share of documents; split: share of the tokens that join punctuation and a line "
-        "break."
+        "configured one. FIM: share of documents; split: share of the tokens that join punctuation "
+        "and a line break."
     )
     header = (
         *("source", "share set", "measured", "largest difference"),

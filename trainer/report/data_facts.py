@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from data.config import DataConfig
 from data.indexed import open_shard
-from data.manifest import Loss, Manifest
+from data.manifest import FilterStats, Manifest
 from data.rows import Loader, RecipeAudit, audit_recipe, pack_windows, shuffled
 from data.text import Tokenizer
 
@@ -30,7 +30,7 @@ class SourceFacts:
     documents: int
     empty: int
     bad: int
-    losses: dict[str, Loss]
+    losses: dict[str, FilterStats]
     train_tokens: int
     validation_tokens: int
     bytes: int

@@ -1,4 +1,4 @@
-"""Reading raw text: what arrives, and what each kind of bad input says."""
+"""Reading raw text: the documents, and the error for each kind of bad input."""
 
 import gzip
 import json
@@ -32,7 +32,7 @@ def jsonl(texts: list[str], field: str = "text") -> bytes:
 
 @pytest.fixture
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the library would keep tables, if it did not stream."""
+    """The folder in which the library would cache tables if it did not stream."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder))
     return folder
@@ -67,7 +67,7 @@ def test_tree_of_files(tmp_path: Path) -> None:
     (folder / "a.py").write_text("a\n")
     (folder / "empty.py").write_text("")
     (folder / "blank.py").write_text(" \n")
-    (folder / "note.txt").write_text("not asked for")
+    (folder / "note.txt").write_text("not included")
     source = corpus(paths=[str(tmp_path)], include=["**/*.py"], format="text")
     assert texts_of(source) == ["a\n", "b\n\n"]
     assert source.empty == 2
@@ -75,7 +75,7 @@ def test_tree_of_files(tmp_path: Path) -> None:
 
 
 def test_a_dataset_of_the_hub(tmp_path: Path, cache: Path) -> None:
-    """A folder stands for one, the library opens both alike."""
+    """A folder stands in for it; the library opens both in the same way."""
     hub = tmp_path / "hub"
     hub.mkdir()
     for name in ("train", "test", "other"):
@@ -99,12 +99,12 @@ def test_a_dataset_of_the_hub(tmp_path: Path, cache: Path) -> None:
     assert not list(cache.rglob("*.arrow"))
 
 
-def test_files_that_are_not_utf8_are_set_aside(tmp_path: Path) -> None:
+def test_files_that_are_not_utf8_are_quarantined(tmp_path: Path) -> None:
     for name, content in (("a.txt", b"a\n"), ("b.txt", b"caf\xe9"), ("c.txt", b"c\n")):
         (tmp_path / name).write_bytes(content)
     bad: list[BadRecord] = []
-    found = corpus(paths=[str(tmp_path)], format="text").documents(bad)
-    assert [document.text for document in found] == ["a\n", "c\n"]
+    documents = corpus(paths=[str(tmp_path)], format="text").documents(bad)
+    assert [document.text for document in documents] == ["a\n", "c\n"]
     assert bad == [BadRecord(str(tmp_path / "b.txt"), 1, "is not UTF-8 at byte 3")]
 
 

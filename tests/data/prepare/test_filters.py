@@ -1,4 +1,4 @@
-"""Filters: each rule, duplicates against brute force, and shards that do not depend on how."""
+"""Filters: each rule, duplicates against brute force, the same shards however they are made."""
 
 import json
 import multiprocessing
@@ -19,12 +19,12 @@ from data.errors import DataError
 from data.indexed import open_shard
 from data.manifest import Manifest
 from data.prepare.corpus import Corpus, Document
-from data.prepare.duplicates import Signed, find_duplicates
+from data.prepare.duplicates import SignatureTable, find_duplicates
+from data.prepare.filter_pass import deduplicate, filter_item, is_filtered
 from data.prepare.filters import REASONS, Rules, language
 from data.prepare.run import prepare
-from data.prepare.screening import decide, is_screened, screen_unit
 from data.prepare.signatures import signatures
-from data.prepare.work_item import units_of
+from data.prepare.work_item import work_items
 from data.text.tokenizer import Tokenizer
 from tests.data.kills import kill_after
 from tests.distributed import server
@@ -51,8 +51,8 @@ def judge(
 ) -> tuple[str, str]:
     origin = {"name": "s", "paths": ["x"], "domain": domain, "content": content}
     source = SourceConfig.model_validate(origin)
-    found, detail = Rules(FiltersConfig.model_validate(fields), source).judge(Document(text))
-    return REASONS[found], detail
+    reason, detail = Rules(FiltersConfig.model_validate(fields), source).judge(Document(text))
+    return REASONS[reason], detail
 
 
 GOOD = words(random.Random(0), 120)
@@ -85,8 +85,8 @@ def test_rules_of_one_document() -> None:
     ],
 )
 def test_quality_is_for_prose(text: str, detail: str) -> None:
-    found = judge(text)
-    assert found[0] == "quality" and found[1].startswith(detail), found
+    verdict = judge(text)
+    assert verdict[0] == "quality" and verdict[1].startswith(detail), verdict
     assert judge(text, "code")[0] == "kept"
     assert judge(text, content="conversation")[0] == "kept"
     assert judge(text, quality_rules=[])[0] == "kept"
@@ -110,12 +110,12 @@ def test_words_and_sentences_of_any_script() -> None:
 
 
 def jaccard(a: str, b: str, size: int, mask: bool) -> float:
-    """Of the word n-grams, by Python's own sets."""
+    """The Jaccard similarity of the word n-grams, by Python's sets."""
 
     def grams(text: str) -> set[tuple[str, ...]]:
-        found = re.findall(r"\w+", text.lower(), re.ASCII)
-        found = [re.sub(r"\d+", "0", word) for word in found] if mask else found
-        return {tuple(found[i : i + size]) for i in range(len(found) - size + 1)}
+        words = re.findall(r"\w+", text.lower(), re.ASCII)
+        words = [re.sub(r"\d+", "0", word) for word in words] if mask else words
+        return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
 
     return len(grams(a) & grams(b)) / len(grams(a) | grams(b))
 
@@ -136,17 +136,17 @@ def test_signatures_estimate_jaccard() -> None:
     bases = [words(rng, 400) for _ in range(40)]
     pairs = [(text, changed_words(text, rng, rng.randrange(1, 60))) for text in bases[:30]]
     pairs += [(with_numbers(text, rng), with_numbers(text, rng)) for text in bases[30:]]
-    signed = signatures([text for pair in pairs for text in pair])
+    records = signatures([text for pair in pairs for text in pair])
     for field, size, mask in (("near", 5, False), ("template", 3, True)):
-        estimate = (signed[field][0::2] == signed[field][1::2]).mean(axis=1)
+        estimate = (records[field][0::2] == records[field][1::2]).mean(axis=1)
         exact = np.array([jaccard(*pair, size, mask) for pair in pairs])
-        # The estimate's deviation is at most 0.5 / sqrt(slots): four of these, and no bias.
-        slots = signed[field].shape[1]
+        # The estimate's standard deviation is at most 0.5 / sqrt(slots); and it has no bias.
+        slots = records[field].shape[1]
         assert np.abs(estimate - exact).max() < 2 / np.sqrt(slots)
         assert abs((estimate - exact).mean()) < 2 / np.sqrt(slots * len(pairs))
 
 
-def test_the_first_of_each_kind_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_of_each_group_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(2)
     bases = [words(rng, 300) for _ in range(30)]
     texts = [*bases, bases[3], *[changed_words(text, rng, 1) for text in bases[:10]]]
@@ -154,34 +154,35 @@ def test_the_first_of_each_kind_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     texts += [PROSE.format(n=i, name=f"{i}th{i % 7}") for i in range(25)]
     order = list(range(len(texts)))
     rng.shuffle(order)
-    found = signatures([texts[i] for i in order])
-    for units in ([found], [found[:20], found[:0], found[20:]]):
+    records = signatures([texts[i] for i in order])
+    for items in ([records], [records[:20], records[:0], records[20:]]):
         for size in (1 << 24, 11):
             monkeypatch.setattr(data.prepare.duplicates, "_PASS", size)
-            signed = Signed(units)
-            find_duplicates(signed, FiltersConfig())
-            reasons = {order[i]: REASONS[r] for i, r in enumerate(signed.reason)}
+            table = SignatureTable(items)
+            find_duplicates(table, FiltersConfig())
+            reasons = {order[i]: REASONS[r] for i, r in enumerate(table.reason)}
             counts = Counter(reasons.values())
             assert counts == {"kept": 41, "exact": 1, "near": 10, "template": 24}
-            for i, like in enumerate(signed.like):
-                assert (like >= 0) == (signed.reason[i] > 0) and like < i
-                if like >= 0:
-                    assert reasons[order[like]] == "kept" or signed.reason[like] > signed.reason[i]
-                    size_, mask = (3, True) if signed.reason[i] == 7 else (5, False)
-                    assert jaccard(texts[order[i]], texts[order[like]], size_, mask) > 0.5
-    signed = Signed([found])
-    find_duplicates(
-        signed,
-        FiltersConfig(
-            exact_duplicates=False, near_duplicate_similarity=None, template_min_documents=26
-        ),
+            for i, original in enumerate(table.original):
+                assert (original >= 0) == (table.reason[i] > 0) and original < i
+                if original >= 0:
+                    assert (
+                        reasons[order[original]] == "kept"
+                        or table.reason[original] > table.reason[i]
+                    )
+                    size_, mask = (3, True) if table.reason[i] == 7 else (5, False)
+                    assert jaccard(texts[order[i]], texts[order[original]], size_, mask) > 0.5
+    table = SignatureTable([records])
+    filters = FiltersConfig(
+        exact_duplicates=False, near_duplicate_similarity=None, template_min_documents=26
     )
-    assert not signed.reason.any()
+    find_duplicates(table, filters)
+    assert not table.reason.any()
 
 
 @pytest.fixture
 def filtered(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
-    """Two sources in several units, with documents for every filter."""
+    """Two sources in several work items, with documents for every filter."""
     rng = random.Random(3)
     prose = [words(rng, rng.randrange(100, 300)) for _ in range(40)]
     prose += [PROSE.format(n=i, name=f"{i}th") for i in range(25)] + ["short", " "]
@@ -193,7 +194,7 @@ def filtered(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for i in range(3):
             lines = [json.dumps({"text": text}) + "\n" for text in texts[i::3]]
             (tmp_path / f"{name}{i}.jsonl").write_text("".join(lines))
-    monkeypatch.setattr(data.prepare.work_item, "_UNIT_BYTES", 1000)
+    monkeypatch.setattr(data.prepare.work_item, "_ITEM_BYTES", 1000)
     monkeypatch.setattr(data.prepare.work_item, "_BATCH_CHARACTERS", 9000)
     sources = [
         {"name": name, "paths": [str(tmp_path / f"{name}*.jsonl")], "domain": name}
@@ -213,11 +214,11 @@ def contents(config: DataConfig) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
-def test_prepare_counts_what_it_leaves_out(filtered: DataConfig, tmp_path: Path) -> None:
+def test_prepare_counts_what_it_drops(filtered: DataConfig, tmp_path: Path) -> None:
     manifest = prepare(filtered, progress=False)
     losses = {
-        source: {reason: loss.documents for reason, loss in lost.items()}
-        for source, lost in manifest.losses.items()
+        source: {reason: stats.documents for reason, stats in by_reason.items()}
+        for source, by_reason in manifest.losses.items()
     }
     assert losses == {
         "prose": {"length": 1, "encoding": 1, "quality": 1, "near": 1, "template": 24},
@@ -233,18 +234,18 @@ def test_prepare_counts_what_it_leaves_out(filtered: DataConfig, tmp_path: Path)
         for ids in open_shard(path, shard.documents, shard.tokens):
             kept[tokenizer.decode(ids[1:-1].tolist())] += 1
     assert max(kept.values()) == 1 and not kept - everything
-    lost = sum(loss.documents for by in manifest.losses.values() for loss in by.values())
-    assert kept.total() + lost + sum(manifest.empty_documents.values()) == everything.total()
-    gone = everything - kept
-    sizes = sum(len(text.encode()) for text in gone.elements() if text.strip())
-    assert sizes == sum(loss.bytes for by in manifest.losses.values() for loss in by.values())
+    count = sum(stats.documents for by in manifest.losses.values() for stats in by.values())
+    assert kept.total() + count + sum(manifest.empty_documents.values()) == everything.total()
+    dropped = everything - kept
+    sizes = sum(len(text.encode()) for text in dropped.elements() if text.strip())
+    assert sizes == sum(stats.bytes for by in manifest.losses.values() for stats in by.values())
     quality = manifest.losses["prose"]["quality"].examples[0]
     assert quality.text.startswith("no words\n") and ": " in quality.detail
     template = manifest.losses["prose"]["template"]
     assert len(template.examples) == 3
     assert re.fullmatch(r"like document \d+ of prose-0000\d", template.examples[0].detail)
     names = {Path(name).name.split(".", 1)[-1] for name in contents(filtered)}
-    assert names == {"bin", "idx", "json"}  # nothing of the screening is left
+    assert names == {"bin", "idx", "json"}  # the files of the filter pass are removed
 
 
 def test_processes_and_kills_change_nothing(
@@ -253,7 +254,7 @@ def test_processes_and_kills_change_nothing(
     prepare(filtered, progress=False)
     several = elsewhere(filtered, "several", prepare_workers=2)
     server()
-    monkeypatch.setattr("data.prepare.pool._BYTES_A_PROCESS", 1)
+    monkeypatch.setattr("data.prepare.pool._BYTES_PER_PROCESS", 1)
     prepare(several, progress=False)
     assert contents(several) == contents(filtered)
     monkeypatch.undo()
@@ -262,20 +263,22 @@ def test_processes_and_kills_change_nothing(
     phases = Counter()
     for trial in range(4):
         killed = elsewhere(filtered, f"killed{trial}")
-        child = context.Process(target=_small_units, args=(killed,))
+        child = context.Process(target=_small_items, args=(killed,))
         child.start()
-        done = rng.randrange(10 * trial, 10 * trial + 10)  # of 12 files of the screening, and so on
+        done = rng.randrange(
+            10 * trial, 10 * trial + 10
+        )  # of 12 files of the filter pass and others
         kill_after(child, Path(killed.shards), ".unfinished-*/[!.]*", done, rng)
         left = [path.name for path in Path(killed.shards).glob(".unfinished-*/*")]
-        phases["screening"] += any(name.endswith("screen.json") for name in left)
+        phases["filtering"] += any(name.endswith("filter.json") for name in left)
         phases["tokenising"] += any(name.endswith(".idx") for name in left)
-        _small_units(killed)
+        _small_items(killed)
         assert contents(killed) == contents(filtered), trial
-    assert phases["screening"] and phases["tokenising"]
+    assert phases["filtering"] and phases["tokenising"]
 
 
-def _small_units(config: DataConfig) -> None:
-    data.prepare.work_item._UNIT_BYTES, data.prepare.work_item._BATCH_CHARACTERS = 1000, 9000
+def _small_items(config: DataConfig) -> None:
+    data.prepare.work_item._ITEM_BYTES, data.prepare.work_item._BATCH_CHARACTERS = 1000, 9000
     prepare(config, progress=False)
 
 
@@ -285,28 +288,28 @@ def test_input_that_changes_between_the_readings(
 ) -> None:
     file = Path(filtered.sources[1].paths[0].replace("*", "2"))
 
-    def decide_then_change(*arguments: Any) -> None:
-        decide(*arguments)
+    def deduplicate_then_change(*arguments: Any) -> None:
+        deduplicate(*arguments)
         file.write_text("".join(change(file.read_text().splitlines(keepends=True))))
 
-    monkeypatch.setattr("data.prepare.run.decide", decide_then_change)
-    with pytest.raises(DataError, match="code-00002 holds other documents than when it was screen"):
+    monkeypatch.setattr("data.prepare.run.deduplicate", deduplicate_then_change)
+    with pytest.raises(DataError, match="code-00002 holds other documents than when it was filt"):
         prepare(elsewhere(filtered, "one", filters={"quality_rules": []}), progress=False)
 
 
-def test_signatures_cut_off_are_made_again(filtered: DataConfig, tmp_path: Path) -> None:
-    unit = units_of(Corpus(filtered.sources[1]))[0]
+def test_truncated_signatures_are_computed_again(filtered: DataConfig, tmp_path: Path) -> None:
+    item = work_items(Corpus(filtered.sources[1]))[0]
     tokenizer = Tokenizer(filtered.tokenizer.path)
-    screen_unit(unit, tokenizer, tmp_path, FiltersConfig(), False, lambda _: None)
-    assert is_screened(unit, tmp_path)
-    file = tmp_path / f"{unit.name}.screen.bin"
+    filter_item(item, tokenizer, tmp_path, FiltersConfig(), False, lambda _: None)
+    assert is_filtered(item, tmp_path)
+    file = tmp_path / f"{item.name}.filter.bin"
     file.write_bytes(file.read_bytes()[:-1])
-    assert not is_screened(unit, tmp_path)
+    assert not is_filtered(item, tmp_path)
 
 
-def test_everything_left_out_is_an_error(filtered: DataConfig) -> None:
+def test_dropping_everything_is_an_error(filtered: DataConfig) -> None:
     none = elsewhere(filtered, "none", filters={"min_characters": 10**6})
-    with pytest.raises(DataError, match=r"'prose' holds no document: 3 files, .* left out by the"):
+    with pytest.raises(DataError, match=r"'prose' holds no document: 3 files, .* dropped by the"):
         prepare(none, progress=False)
     other = elsewhere(filtered, "one", filters={"template_similarity": None})
     first = prepare(filtered, progress=False)

@@ -1,4 +1,4 @@
-"""Shards: what they hold, and that they change whole or not at all."""
+"""Shards: their contents, and their atomic replacement."""
 
 import json
 import os
@@ -8,7 +8,6 @@ import pytest
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.files import write_atomically
 from data.indexed import open_shard
 from data.manifest import Manifest
 from data.prepare.run import prepare
@@ -26,16 +25,16 @@ def write_source(path: Path, texts: list[str]) -> dict[str, object]:
 
 
 def texts_of(config: DataConfig, split: str) -> list[str]:
-    """The documents of a split, decoded; bos and eos checked and taken off."""
+    """The documents of a split, decoded; bos and eos are checked and removed."""
     tokenizer = Tokenizer(config.tokenizer.path)
     manifest = Manifest.load(config.shards)
-    found = []
+    texts = []
     for shard in manifest.of_split(split):  # type: ignore[arg-type]
         prefix = Path(config.shards) / manifest.folder / shard.name
         for ids in open_shard(prefix, shard.documents, shard.tokens):
             assert (ids[0], ids[-1]) == (0, 1) and ids.dtype == "uint16"
-            found.append(tokenizer.decode(ids[1:-1].tolist()))
-    return found
+            texts.append(tokenizer.decode(ids[1:-1].tolist()))
+    return texts
 
 
 def files_below(folder: str) -> dict[str, tuple[int, bytes]]:
@@ -80,69 +79,56 @@ def test_second_run_changes_nothing_and_other_input_does(
     config: DataConfig, tmp_path: Path
 ) -> None:
     source = write_source(tmp_path / "a.jsonl", ["one", "two"]) | {"split": "train"}
-    mine = changed(config, sources=[source], shards=str(tmp_path / "shards"))
-    first = prepare(mine, progress=False)
-    before = files_below(mine.shards)
-    (Path(mine.shards) / "notes").mkdir()
+    one = changed(config, sources=[source], shards=str(tmp_path / "shards"))
+    first = prepare(one, progress=False)
+    before = files_below(one.shards)
+    (Path(one.shards) / "notes").mkdir()
     os.utime(tmp_path / "a.jsonl", (0, 0))
-    assert prepare(mine, progress=False) == first
-    assert files_below(mine.shards) == before
+    assert prepare(one, progress=False) == first
+    assert files_below(one.shards) == before
     write_source(tmp_path / "a.jsonl", ["one", "two!"])
-    assert prepare(mine, progress=False).digest != first.digest
-    assert texts_of(mine, "train") == ["one", "two!"]
-    assert len(files_below(mine.shards)) == 4  # the replaced shards are gone
-    assert (Path(mine.shards) / "notes").is_dir()  # which is not ours, stays
+    assert prepare(one, progress=False).digest != first.digest
+    assert texts_of(one, "train") == ["one", "two!"]
+    assert len(files_below(one.shards)) == 4  # the replaced shards are removed
+    assert (Path(one.shards) / "notes").is_dir()  # not made by prepare, so it is kept
 
 
-def test_damaged_shards_are_made_anew(config: DataConfig, tmp_path: Path) -> None:
+def test_damaged_shards_are_made_again(config: DataConfig, tmp_path: Path) -> None:
     source = write_source(tmp_path / "a.jsonl", ["one", "two"]) | {"split": "train"}
-    mine = changed(config, sources=[source], shards=str(tmp_path / "shards"))
-    manifest = prepare(mine, progress=False)
+    one = changed(config, sources=[source], shards=str(tmp_path / "shards"))
+    manifest = prepare(one, progress=False)
     binary = tmp_path / "shards" / manifest.folder / "a-train-00000.bin"
     binary.write_bytes(binary.read_bytes()[:-2])
-    prepare(mine, progress=False)
-    assert texts_of(mine, "train") == ["one", "two"]
+    prepare(one, progress=False)
+    assert texts_of(one, "train") == ["one", "two"]
 
 
-def test_full_disk_leaves_earlier_shards_whole(config: DataConfig, tmp_path: Path) -> None:
+def test_full_disk_leaves_earlier_shards_intact(config: DataConfig, tmp_path: Path) -> None:
     source = write_source(tmp_path / "a.jsonl", ["one"]) | {"split": "train"}
-    mine = changed(config, sources=[source], shards=str(tmp_path / "shards"))
-    prepare(mine, progress=False)
-    before = files_below(mine.shards)
+    one = changed(config, sources=[source], shards=str(tmp_path / "shards"))
+    prepare(one, progress=False)
+    before = files_below(one.shards)
     write_source(tmp_path / "a.jsonl", [f"number {i} of many" for i in range(20_000)])
     for size in (100_000, 4096):
         with (
             full_disk(size),
             pytest.raises(DataError, match=r"cannot write the shards .* unchanged"),
         ):
-            prepare(mine, progress=False)
-        assert files_below(mine.shards) == before
-        assert len(list(Path(mine.shards).iterdir())) == 2
+            prepare(one, progress=False)
+        assert files_below(one.shards) == before
+        assert len(list(Path(one.shards).iterdir())) == 2
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    file = tmp_path / "folder" / "a.json"
-    write_atomically(file, b"before")
-    with (
-        full_disk(4096),
-        pytest.raises(DataError, match=r"cannot write .*a\.json: .* unchanged"),
-    ):
-        write_atomically(file, bytes(10_000))
-    assert file.read_bytes() == b"before" and list(file.parent.iterdir()) == [file]
-    with pytest.raises(DataError, match=r"cannot write .*b\.json: File exists"):
-        write_atomically(file / "b.json", b"")
-
-
-def test_bad_text_leaves_earlier_shards_whole(config: DataConfig, tmp_path: Path) -> None:
+def test_bad_text_leaves_earlier_shards_intact(config: DataConfig, tmp_path: Path) -> None:
     source = write_source(tmp_path / "a.jsonl", ["one"]) | {"split": "train"}
-    mine = changed(config, sources=[source], shards=str(tmp_path / "shards"))
-    prepare(mine, progress=False)
-    before = files_below(mine.shards)
+    one = changed(config, sources=[source], shards=str(tmp_path / "shards"))
+    prepare(one, progress=False)
+    before = files_below(one.shards)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xff"}\n')
     with pytest.raises(DataError, match="not UTF-8"):
-        prepare(mine, progress=False)
-    assert files_below(mine.shards) == before
-    assert len(list(Path(mine.shards).iterdir())) == 2
+        prepare(one, progress=False)
+    assert files_below(one.shards) == before
+    assert len(list(Path(one.shards).iterdir())) == 2
 
 
 def test_damaged_manifest(tmp_path: Path) -> None:

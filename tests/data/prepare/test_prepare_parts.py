@@ -1,4 +1,4 @@
-"""Shards in parts: any number of processes, killed at any moment, bad records set aside."""
+"""Shards in parts: any number of processes, killed at any moment, bad records quarantined."""
 
 import fcntl
 import json
@@ -18,9 +18,9 @@ from data.indexed import indexed_module
 from data.manifest import Manifest
 from data.prepare import pool as prepare_pool
 from data.prepare.corpus import Corpus
-from data.prepare.pool import run_units
+from data.prepare.pool import run_items
 from data.prepare.run import prepare
-from data.prepare.work_item import Unit, units_of
+from data.prepare.work_item import WorkItem, work_items
 from data.text.tokenizer import Tokenizer
 from tests.data.kills import kill_after, until
 from tests.distributed import server
@@ -31,14 +31,14 @@ FILES = 6
 
 @pytest.fixture
 def parts(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
-    """Two sources: 6 files of which two make a part, and 200 small files in parts of many."""
+    """Two sources: 6 files with two in each part, and 200 small files with many in each part."""
     for i in range(FILES):
         lines = [json.dumps({"text": text}) + "\n" for text in TEXTS[i::FILES]]
         (tmp_path / f"{i:02d}.jsonl").write_text("".join(lines))
     (tmp_path / "tree").mkdir()
     for i, text in enumerate(TEXTS):
         (tmp_path / "tree" / f"{i:03d}.txt").write_text(text)
-    monkeypatch.setattr(data.prepare.work_item, "_UNIT_BYTES", 6000)
+    monkeypatch.setattr(data.prepare.work_item, "_ITEM_BYTES", 6000)
     sources = [
         {"name": "a", "paths": [str(tmp_path / "*.jsonl")]},
         {"name": "tree", "paths": [str(tmp_path / "tree")], "format": "text", "split": "train"},
@@ -61,7 +61,7 @@ def test_megatron_reads_every_token_once_and_in_order(parts: DataConfig) -> None
     manifest = prepare(parts, progress=False)
     tokenizer = Tokenizer(parts.tokenizer.path)
     assert len(manifest.of_split("train")) == 7
-    found: dict[str, list[str]] = {"a": [], "tree": []}
+    texts: dict[str, list[str]] = {"a": [], "tree": []}
     for shard in manifest.shards:
         path = Path(parts.shards) / manifest.folder / shard.name
         dataset = indexed_module().IndexedDataset(str(path))
@@ -70,47 +70,47 @@ def test_megatron_reads_every_token_once_and_in_order(parts: DataConfig) -> None
             assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
             text = tokenizer.decode(ids[1:-1].tolist())
             assert tokenizer.encode(text) == ids[1:-1].tolist()
-            found[shard.source].append(text)
-    assert found["tree"] == TEXTS
-    assert sorted(found["a"]) == sorted(TEXTS)
+            texts[shard.source].append(text)
+    assert texts["tree"] == TEXTS
+    assert sorted(texts["a"]) == sorted(TEXTS)
 
 
 def test_processes_change_nothing(parts: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     server()
-    monkeypatch.setattr("data.prepare.pool._BYTES_A_PROCESS", 1)
+    monkeypatch.setattr("data.prepare.pool._BYTES_PER_PROCESS", 1)
     several = elsewhere(parts, "several", prepare_workers=2)
     assert prepare(parts, progress=False) == prepare(several, progress=False)
     assert contents(parts) == contents(several)
 
 
-def _die(unit: Unit, _tokenizer: Tokenizer, advance: object) -> None:
+def _die(item: WorkItem, _tokenizer: Tokenizer, advance: object) -> None:
     os._exit(1)
 
 
 def test_a_process_that_dies(parts: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     server()
-    monkeypatch.setattr("data.prepare.pool._BYTES_A_PROCESS", 1)
-    units = units_of(Corpus(parts.sources[0]))
+    monkeypatch.setattr("data.prepare.pool._BYTES_PER_PROCESS", 1)
+    items = work_items(Corpus(parts.sources[0]))
     with pytest.raises(DataError, match="a process that made shards was killed"):
-        list(run_units(units, Tokenizer(parts.tokenizer.path), 2, _die, lambda *_: None))
+        list(run_items(items, Tokenizer(parts.tokenizer.path), 2, _die, lambda *_: None))
 
 
-def _wait(unit: Unit, _tokenizer: Tokenizer, advance: object, folder: Path) -> None:
+def _wait(item: WorkItem, _tokenizer: Tokenizer, advance: object, folder: Path) -> None:
     (folder / f"{os.getpid()}.pid").touch()
     time.sleep(600)
 
 
-def _two_that_wait(units: list[Unit], tokenizer: Path, folder: Path) -> None:
-    """As a command does, only that its processes need no second server."""
-    prepare_pool._BYTES_A_PROCESS = 1
+def _two_that_wait(items: list[WorkItem], tokenizer: Path, folder: Path) -> None:
+    """Like the command, but with forked processes, which need no second server."""
+    prepare_pool._BYTES_PER_PROCESS = 1
     forked = multiprocessing.get_context("fork")
     prepare_pool.multiprocessing.get_context = lambda _: forked  # type: ignore[attr-defined]
     work = partial(_wait, folder=folder)
-    list(run_units(units, Tokenizer(tokenizer), 2, work, lambda *_: None))
+    list(run_items(items, Tokenizer(tokenizer), 2, work, lambda *_: None))
 
 
 def test_no_process_outlives_the_command(parts: DataConfig, tmp_path: Path) -> None:
-    arguments = (units_of(Corpus(parts.sources[0])), Path(parts.tokenizer.path), tmp_path)
+    arguments = (work_items(Corpus(parts.sources[0])), Path(parts.tokenizer.path), tmp_path)
     command = server().Process(target=_two_that_wait, args=arguments)
     command.start()
     try:
@@ -129,23 +129,23 @@ def runs(process: int) -> bool:
 
 
 def test_killed_ten_times(parts: DataConfig) -> None:
-    """At a random moment after a random number of its parts were whole."""
-    units = len(prepare(parts, progress=False).of_split("train"))
+    """At a random moment after a random number of its parts were complete."""
+    count = len(prepare(parts, progress=False).of_split("train"))
     rng = random.Random(7)
-    began, left_whole = 0, 0
+    unpublished, with_parts = 0, 0
     for trial in range(10):
         killed = elsewhere(parts, f"killed{trial}")
         child = multiprocessing.get_context("fork").Process(target=prepare, args=(killed, False))
         child.start()
-        kill_after(child, Path(killed.shards), ".unfinished-*/*.json", rng.randrange(units), rng)
-        began += not (Path(killed.shards) / "manifest.json").exists()
-        left_whole += bool(list(Path(killed.shards).glob(".unfinished-*/*.json")))
+        kill_after(child, Path(killed.shards), ".unfinished-*/*.json", rng.randrange(count), rng)
+        unpublished += not (Path(killed.shards) / "manifest.json").exists()
+        with_parts += bool(list(Path(killed.shards).glob(".unfinished-*/*.json")))
         prepare(killed, progress=False)
         assert contents(killed) == contents(parts), trial
-    assert began and left_whole  # some died before the end, and some of these after a whole part
+    assert unpublished and with_parts  # some died before the end, some after a complete part
 
 
-def test_whole_parts_are_kept_and_half_ones_are_not(parts: DataConfig) -> None:
+def test_complete_parts_are_kept_and_partial_ones_are_not(parts: DataConfig) -> None:
     good = Path(parts.sources[0].paths[0]).with_name("05.jsonl")
     whole = good.read_bytes()
     reference = prepare(elsewhere(parts, "reference"), progress=False)
@@ -154,7 +154,7 @@ def test_whole_parts_are_kept_and_half_ones_are_not(parts: DataConfig) -> None:
     (folder / "a-train-00000.bin").write_bytes(b"half")
     (folder / ".a-train-00001.77.bin").write_bytes(b"half")
     for file in Path(parts.shards).with_name("reference").glob(f"{reference.folder}/a*-00002.*"):
-        (folder / file.name).write_bytes(file.read_bytes())  # whole before an earlier one is
+        (folder / file.name).write_bytes(file.read_bytes())  # complete before an earlier one
     prepare(parts, progress=False)
     assert contents(parts) == contents(elsewhere(parts, "reference"))
     good.write_bytes(whole + b'{"text": 3}\n')
@@ -171,25 +171,25 @@ def test_whole_parts_are_kept_and_half_ones_are_not(parts: DataConfig) -> None:
     cut.write_bytes(content[:-2])
     with pytest.raises(DataError, match=r"05\.jsonl"):
         prepare(parts, progress=False)
-    assert cut.read_bytes() == content  # a record alone does not make a part whole
+    assert cut.read_bytes() == content  # a record alone does not make a part complete
 
 
-def test_bad_records_are_set_aside_up_to_a_share(parts: DataConfig, tmp_path: Path) -> None:
+def test_bad_records_are_quarantined_up_to_a_share(parts: DataConfig, tmp_path: Path) -> None:
     lines = [json.dumps({"text": text}) + "\n" for text in TEXTS[:98]]
     (tmp_path / "bad.jsonl").write_text("".join([lines[0], '{"text": null}\n', *lines[1:], "{}\n"]))
     sources = [{"name": "b", "paths": [str(tmp_path / "bad.jsonl")]}]
-    mine = elsewhere(parts, "bad", sources=sources, max_bad_record_fraction=0.02)
-    manifest = prepare(mine, progress=False)
+    tolerant = elsewhere(parts, "bad", sources=sources, max_bad_record_fraction=0.02)
+    manifest = prepare(tolerant, progress=False)
     assert manifest.bad_records == {"b": 2}
     assert sum(shard.documents for shard in manifest.shards) == 98
-    (listed,) = Path(mine.shards).rglob("*.quarantine.jsonl")
+    (listed,) = Path(tolerant.shards).rglob("*.quarantine.jsonl")
     records = [json.loads(line) for line in listed.read_text().splitlines()]
     assert [record["number"] for record in records] == [2, 100]
     assert all("no string in the field 'text'" in record["reason"] for record in records)
-    with pytest.raises(DataError, match=r"'b' has 2 bad records, a share of 0.02; .* 0.019"):
-        prepare(elsewhere(mine, "strict", max_bad_record_fraction=0.019), progress=False)
+    with pytest.raises(DataError, match=r"'b' has 2 bad records, a fraction of 0.02; .* 0.019"):
+        prepare(elsewhere(tolerant, "strict", max_bad_record_fraction=0.019), progress=False)
     with pytest.raises(DataError, match=r"record 2 of .*bad\.jsonl has no string"):
-        prepare(elsewhere(mine, "none", max_bad_record_fraction=0.0), progress=False)
+        prepare(elsewhere(tolerant, "none", max_bad_record_fraction=0.0), progress=False)
 
 
 def test_too_long_document(

@@ -84,8 +84,14 @@ def test_every_record_comes_back_from_its_shard(
     ("content", "reason"),
     [
         ({"chat": RECORDS[0]}, "has no list of messages in the field 'messages'; .* chat"),
-        ({"messages": [{"role": "tool", "results": []}]}, r"is no conversation: messages\.0\.tool"),
-        ({"messages": [{"role": "robot", "text": "x"}]}, "is no conversation: messages.0: .*robot"),
+        (
+            {"messages": [{"role": "tool", "results": []}]},
+            r"not a conversation: messages\.0\.tool",
+        ),
+        (
+            {"messages": [{"role": "robot", "text": "x"}]},
+            "not a conversation: messages.0: .*robot",
+        ),
         ({"messages": "{"}, "its messages are not JSON"),
         ({"messages": [{"role": "user", "text": 3}]}, r"messages\.0\.user\.text"),
     ],

@@ -1,0 +1,190 @@
+"""The filter pass of `prepare`: every document is judged, then all are deduplicated together.
+
+The pass reads each work item once, before it is tokenised, and writes `NAME.filter.bin` (one
+SIGNATURE per document) and last `NAME.filter.json`. When all items have one, `deduplicate` compares
+them and writes `NAME.verdicts.npy`: a function of the sources and the filters, not of the
+processes. While the documents are tokenised, a `VerdictFilter` drops and counts them. All files of
+the pass are removed when the shards are complete.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data.config import FiltersConfig
+from data.errors import DataError
+from data.files import fsync_file, write_atomically
+from data.manifest import MAX_EXAMPLES, Example, FilterStats
+from data.prepare.corpus import BadRecord, Corpus, Document
+from data.prepare.duplicates import SignatureTable, find_duplicates
+from data.prepare.filters import KEPT, REASONS, Rules
+from data.prepare.signatures import SIGNATURE, signatures
+from data.prepare.work_item import WorkItem, batches
+from data.text import Tokenizer
+
+VERDICT = np.dtype([("reason", "u1"), ("item", "<i4"), ("document", "<i8")])
+_SUFFIXES = ("filter.bin", "filter.json", "verdicts.npy")
+_EXAMPLE_CHARACTERS = 300
+
+
+class _FilterRecord(BaseModel):
+    """Marks a work item whose signatures are complete."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    documents: int
+
+
+def is_filtered(item: WorkItem, folder: Path) -> bool:
+    """True where the signatures of a work item are complete."""
+    try:
+        content = (folder / f"{item.name}.filter.json").read_bytes()
+        record = _FilterRecord.model_validate_json(content)
+        size = (folder / f"{item.name}.filter.bin").stat().st_size
+    except (OSError, ValidationError):
+        return False
+    return size == record.documents * SIGNATURE.itemsize
+
+
+def filter_item(
+    item: WorkItem,
+    _tokenizer: Tokenizer,
+    folder: Path,
+    filters: FiltersConfig,
+    tolerant: bool,
+    advance: Callable[[int], None],
+) -> None:
+    """Applies the rules of single documents to a work item, and signs the documents that pass.
+
+    `advance` is called with the UTF-8 bytes of the documents processed.
+    """
+    rules = Rules(filters, item.source)
+    partial = folder / f".{item.name}.filter.{os.getpid()}"
+    bad: list[BadRecord] | None = [] if tolerant else None
+    count = 0
+    try:
+        with partial.open("wb") as stream:
+            for batch in batches(Corpus(item.source, item.files).documents(bad)):
+                reasons = np.array([rules.judge(document)[0] for document in batch], dtype=np.uint8)
+                records = np.zeros(len(batch), dtype=SIGNATURE)
+                passed = np.flatnonzero(reasons == KEPT)
+                records[passed] = signatures([batch[i].text for i in passed])
+                records["reason"] = reasons
+                stream.write(records.tobytes())
+                count += len(batch)
+                advance(sum(len(document.text.encode()) for document in batch))
+        fsync_file(partial)
+        os.replace(partial, folder / f"{item.name}.filter.bin")
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    record = _FilterRecord(documents=count)
+    write_atomically(folder / f"{item.name}.filter.json", record.model_dump_json())
+
+
+def deduplicate(items: Sequence[WorkItem], folder: Path, filters: FiltersConfig) -> None:
+    """Writes the verdicts on every work item, from the signatures of all."""
+    table = SignatureTable([_signatures_of(item, folder) for item in items])
+    find_duplicates(table, filters)
+    for number, item in enumerate(items):
+        documents = slice(table.first[number], table.first[number + 1])
+        verdicts = np.zeros(documents.stop - documents.start, dtype=VERDICT)
+        verdicts["reason"] = table.reason[documents]
+        original = table.original[documents]
+        verdicts["item"] = np.searchsorted(table.first, original, side="right") - 1
+        first = np.where(original < 0, 0, table.first[verdicts["item"]])
+        verdicts["document"] = original - first
+        stream = BytesIO()
+        np.save(stream, verdicts, allow_pickle=False)
+        write_atomically(folder / f"{item.name}.verdicts.npy", stream.getvalue())
+
+
+def _signatures_of(item: WorkItem, folder: Path) -> NDArray[Any]:
+    file = folder / f"{item.name}.filter.bin"
+    if not file.stat().st_size:  # an empty file cannot be mapped
+        return np.zeros(0, dtype=SIGNATURE)
+    return np.memmap(file, dtype=SIGNATURE, mode="r")
+
+
+def _verdicts_of(item: WorkItem, folder: Path) -> NDArray[Any]:
+    """The VERDICT of each document; DataError where they cannot be read."""
+    file = folder / f"{item.name}.verdicts.npy"
+    try:
+        return np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {file}: {error}; delete it and run again.") from error
+
+
+def remove_filter_files(folder: Path) -> None:
+    """Removes the files that only the filter pass needs."""
+    for suffix in _SUFFIXES:
+        for file in folder.glob(f"*.{suffix}"):
+            file.unlink()
+
+
+@dataclass(frozen=True)
+class FilterSettings:
+    """The filters, and the names of all work items in order, which verdicts refer to by number."""
+
+    filters: FiltersConfig
+    item_names: tuple[str, ...]
+
+
+class VerdictFilter:
+    """Drops the documents of a work item that its verdicts reject, and counts them by reason.
+
+    Raises DataError where the work item no longer has the documents that were judged.
+    """
+
+    def __init__(self, settings: FilterSettings, item: WorkItem, folder: Path) -> None:
+        self.item, self.item_names = item, settings.item_names
+        self.rules = Rules(settings.filters, item.source)
+        self.verdicts = _verdicts_of(item, folder)
+        self.position = 0
+        self._stats: dict[str, FilterStats] = {}
+
+    def keep(self, documents: list[Document]) -> list[Document]:
+        """The next documents of the work item, without the rejected ones."""
+        verdicts = self.verdicts[self.position : self.position + len(documents)]
+        self.position += len(documents)
+        if len(verdicts) != len(documents):
+            raise self._changed()
+        accepted = []
+        for document, verdict in zip(documents, verdicts, strict=True):
+            if verdict["reason"] == KEPT:
+                accepted.append(document)
+            else:
+                self._count(document, verdict)
+        return accepted
+
+    def _count(self, document: Document, verdict: tuple[int, int, int]) -> None:
+        reason_number, item, original = map(int, verdict)
+        reason = REASONS[reason_number]
+        stats = self._stats.get(reason, FilterStats())
+        examples: tuple[Example, ...] = ()
+        if len(stats.examples) < MAX_EXAMPLES:
+            detail = self.rules.judge(document)[1]
+            if item >= 0:
+                detail = f"like document {original} of {self.item_names[item]}"
+            examples = (Example(text=document.text[:_EXAMPLE_CHARACTERS], detail=detail),)
+        one = FilterStats(documents=1, bytes=len(document.text.encode()), examples=examples)
+        self._stats[reason] = stats.plus(one)
+
+    def stats(self) -> dict[str, FilterStats]:
+        """What each filter dropped, once all documents have been read."""
+        if self.position != len(self.verdicts):
+            raise self._changed()
+        return {reason: self._stats[reason] for reason in REASONS if reason in self._stats}
+
+    def _changed(self) -> DataError:
+        return DataError(
+            f"{self.item.name} holds other documents than when it was filtered; its files changed "
+            "while they were read, run the command again."
+        )
