@@ -13,7 +13,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     """Train `config` on the processes that torchrun's environment describes."""
     import torch
 
-    from trainer.failures import told_once
+    from trainer.failures import report_failures
     from trainer.parallel.grid import open_grid
     from trainer.planning.expected_memory import expected, expected_words
     from trainer.planning.fit_device import fitted
@@ -21,7 +21,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     from trainer.preflight import preflight
     from trainer.trainer import Trainer
 
-    with told_once() as watch:
+    with report_failures() as watch:
         # Both while there is no process group.
         config, notes = fitted(config)
         memory = expected(config)

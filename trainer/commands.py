@@ -55,7 +55,7 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
         validation = Validation(config, grid)
         engine = NativeEngine(local, grid)
         phase = Recipe(config).at(max(state.step - 1, 0))
-        engine.attend(phase.attention)
+        engine.set_attention(phase.attention)
         engine.quantised = phase.quantised
         found = validation.evaluate(engine)
         if not grid.is_first:
@@ -73,10 +73,10 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
 def export(config: RunConfig, options: argparse.Namespace) -> None:
     """Write the newest checkpoint as a Hugging Face folder; processes share out its files."""
     from trainer.export.export import export_run
-    from trainer.failures import told_once
+    from trainer.failures import report_failures
     from trainer.parallel.grid import open_grid
 
-    with told_once() as watch, open_grid() as grid:
+    with report_failures() as watch, open_grid() as grid:
         watch.connect(grid)
         text = export_run(config, Path(options.folder), grid, experts=options.experts)
         if grid.is_first:

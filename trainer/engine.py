@@ -42,10 +42,10 @@ _WITHOUT_OBJECTIVE: dict[AttentionMode, AttentionMode] = {
 
 @dataclass(frozen=True)
 class StepLosses:
-    """What forward and backward of a global batch gave, the same on every rank."""
+    """Losses and statistics of a global batch, the same on every rank."""
 
     loss: Tensor
-    """0-dim fp64, as the four that follow: what was differentiated."""
+    """The loss that was differentiated; 0-dim fp64, as the next four."""
     lm: Tensor
     mtp: Tensor
     balance: Tensor
@@ -53,27 +53,27 @@ class StepLosses:
     """Summed over the CSA layers; 0 where the attention has no objective."""
     expert_load: Tensor
     """[layers (+ MTP), E] fp32: tokens routed to each expert."""
-    first_share: Tensor
-    """[layers (+ MTP)] fp32: mean over tokens of the largest weight's share of all weights."""
+    top1_weight_share: Tensor
+    """[layers (+ MTP)] fp32: largest gate weight's share of a token's weights, token mean."""
     counts: TokenCounts
-    """The denominators, on the host."""
+    """Token counts, the denominators of the losses; on the host."""
     flops: float
-    """Operations of forward and backward over all ranks, each sample at its own length."""
+    """FLOPs of forward and backward over all ranks, each sample at its own length."""
     stop: bool
     """Whether any rank was asked to stop."""
 
 
 def learns(name: str, attention: AttentionMode) -> bool:
-    """Whether a parameter is trained: in `dense` all but the indexers, in `warmup` they alone."""
+    """Whether a parameter is trained: in `dense` all but the indexers, in `warmup` only they."""
     if attention in ("select", "sparse"):
         return True
     return (".indexer." in name) == (attention == "warmup")
 
 
 class Engine(ABC):
-    """Forward, backward and update. What runs them, and where gradients lie, is a subclass's.
+    """Forward, backward and update; subclasses decide what runs them and where gradients are.
 
-    While `quantised` is set, all of them see the model of model/qat.py.
+    While `quantised` is set, all of them see the quantised weights of model/qat.py.
     """
 
     quantised: bool = False
@@ -89,10 +89,10 @@ class Engine(ABC):
             lambda length, attention: training_flops(config, [length], attention=attention)
         )
 
-    def attend(self, attention: AttentionMode) -> None:
-        """From now on train with this attention; what learns nothing in it is frozen.
+    def set_attention(self, attention: AttentionMode) -> None:
+        """Trains with this attention from now on; parameters that learn nothing in it are frozen.
 
-        Frozen parameters have no gradient, and the optimizer leaves them and their state alone.
+        Frozen parameters have no gradient, and the optimizer does not touch them or their state.
         """
         if attention == self.attention:
             return
@@ -103,32 +103,32 @@ class Engine(ABC):
 
     @abstractmethod
     def make_gradients(self) -> None:
-        """Make room for the gradients of the parameters that learn, and of no others."""
+        """Allocates the gradients of the parameters that are trained, and of no others."""
 
     @abstractmethod
     def compute(
         self, microbatches: Microbatches, accumulator: StepAccumulator, backward: bool
     ) -> None:
-        """`run`, of the model as it is at the time."""
+        """Does the work of `run` on the weights as they are."""
 
     @abstractmethod
     def gradient_norm(self) -> Tensor:
-        """Norm of the whole model's gradient after backward, 0-dim fp32; every rank calls it."""
+        """Returns the norm of the whole model's gradient, 0-dim fp32; every rank calls it."""
 
     @abstractmethod
     def where_not_finite(self) -> str:
-        """Which gradient is not finite, in words; every rank calls it."""
+        """Returns which gradient is not finite, as a clause; every rank calls it."""
 
     @abstractmethod
     def step(self, learning_rate: float, norm: Tensor) -> None:
-        """Clip a gradient of this norm and update the weights."""
+        """Clips a gradient of this norm and updates the weights."""
 
     @abstractmethod
     def skip(self) -> None:
-        """Leave the weights as they are after a backward."""
+        """Drops the gradient of a backward without an update."""
 
     def run(self, microbatches: Microbatches, accumulator: StepAccumulator, backward: bool) -> None:
-        """Forward of all microbatches into `accumulator`, and backward if asked.
+        """Runs forward of all microbatches into `accumulator`, and backward if asked.
 
         Backward leaves the gradient of the sum over all ranks to the optimizer, in place of any
         earlier one.
@@ -137,7 +137,7 @@ class Engine(ABC):
             self.compute(microbatches, accumulator, backward)
 
     def computing(self) -> AbstractContextManager[None]:
-        """Context in which the model is the one that microbatches see."""
+        """Returns a context with the weights that forward and backward use."""
         return quantised(self.model) if self.quantised else nullcontext()
 
     def forward_backward(
@@ -145,64 +145,65 @@ class Engine(ABC):
         batches: Sequence[Batch],
         mtp_loss_weight: float | None = None,
         stop: bool = False,
-        chosen: Sequence[SelectedExperts] | None = None,
+        experts: Sequence[SelectedExperts] | None = None,
     ) -> StepLosses:
-        """Leave the gradient of the global token mean to the optimizer.
+        """Computes the gradient of the global token mean, for the optimizer to apply.
 
-        `batches` are this rank's microbatches of the step. `stop` travels with the token counts.
-        `chosen` are experts that `choose` chose for them, perhaps with earlier weights.
+        `batches` are this rank's microbatches of the step. `stop` is reduced over ranks together
+        with the token counts. `experts` were selected for them by `select_experts`, perhaps with
+        earlier weights.
         """
         weight = self.model.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
         accumulator = StepAccumulator.zeros(self.model, self.grid.device)
         with self.copies.rows(batches) as rows:
-            counts, flops, stop = self._agree(rows, self._operations(batches), stop)
-            microbatches = Microbatches(self.model, rows, counts, weight, self.attention, chosen)
+            counts, flops, stop = self._agree(rows, self._count_flops(batches), stop)
+            microbatches = Microbatches(self.model, rows, counts, weight, self.attention, experts)
             self.run(microbatches, accumulator, backward=True)
         lm, mtp, balance, indexer = self._over_ranks(accumulator).losses.unbind(0)
         loss = lm + weight * mtp + balance + indexer
-        load, first = accumulator.load[:, :-1], accumulator.load[:, -1] / max(counts.routed, 1)
-        return StepLosses(loss, lm, mtp, balance, indexer, load, first, counts, flops, stop)
+        load, top1 = accumulator.load[:, :-1], accumulator.load[:, -1] / max(counts.routed, 1)
+        return StepLosses(loss, lm, mtp, balance, indexer, load, top1, counts, flops, stop)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """Sum of the main head's losses over all ranks' microbatches, 0-dim fp64."""
+        """Returns the sum of the main head's losses over all ranks' microbatches, 0-dim fp64."""
         accumulator = StepAccumulator.zeros(self.model, self.grid.device)
         self._forward(batches, accumulator, self.attention)
         return self._over_ranks(accumulator).losses[0]
 
     @torch.no_grad()
-    def choose(
+    def select_experts(
         self, batches: Sequence[Batch], attention: AttentionMode | None = None
     ) -> list[SelectedExperts]:
-        """The experts that learned routers choose for the own tokens with the present weights.
+        """Returns the experts that learned routers select for local tokens with current weights.
 
-        One forward pass without the output heads, by default with the present attention; every
+        One forward pass without the output heads, by default with the current attention; every
         rank calls it.
         """
         accumulator = StepAccumulator.zeros(self.model, self.grid.device)
-        chosen: list[dict[int, Tensor]] = [{} for _ in batches]
-        accumulator.chosen = chosen
+        experts: list[dict[int, Tensor]] = [{} for _ in batches]
+        accumulator.chosen = experts
         self._forward(batches, accumulator, attention or self.attention)
-        return list(chosen)
+        return list(experts)
 
     def _forward(
         self, batches: Sequence[Batch], accumulator: StepAccumulator, attention: AttentionMode
     ) -> None:
-        """Into `accumulator`, without the indexers' objective."""
+        """Runs forward into `accumulator`, without the indexers' objective."""
         mode = _WITHOUT_OBJECTIVE[attention]
         with self.copies.rows(batches) as rows:
             self.run(Microbatches(self.model, rows, _SUMS, 0.0, mode), accumulator, backward=False)
 
     def _over_ranks(self, accumulator: StepAccumulator) -> StepAccumulator:
-        """Sums over all ranks, in place. Tensor ranks all computed the whole losses of the heads."""
+        """Sums `accumulator` over ranks, in place. Every tensor rank computed the heads' whole losses."""
         if not self.grid.tensor.is_first:
             accumulator.losses[:2] = 0.0
         sum_(accumulator.losses, self.grid.world)
         sum_(accumulator.load, self.grid.world)
         return accumulator
 
-    def _operations(self, batches: Sequence[Batch]) -> float:
-        """Of forward and backward, every sample at its own length."""
+    def _count_flops(self, batches: Sequence[Batch]) -> float:
+        """FLOPs of forward and backward, every sample at its own length."""
         return sum(
             self._flops_of(sample, self.attention)
             for batch in batches
@@ -211,13 +212,15 @@ class Engine(ABC):
         )
 
     def _agree(self, rows: list[Rows], flops: float, stop: bool) -> tuple[TokenCounts, float, bool]:
-        """Global counts and operations, and whether any rank wants to stop.
+        """Global token counts and FLOPs, and whether any rank was asked to stop.
 
         One small all-reduce on the host; fp64 holds the counts exactly. Of the ranks that read the
         same rows one counts them.
         """
-        mine = sum((micro.counts for micro in rows[1:]), rows[0].counts)
-        numbers = torch.tensor([mine.lm, mine.mtp, mine.routed, flops, stop], dtype=torch.float64)
+        local = sum((micro.counts for micro in rows[1:]), rows[0].counts)
+        numbers = torch.tensor(
+            [local.lm, local.mtp, local.routed, flops, stop], dtype=torch.float64
+        )
         if not (self.grid.sequence.is_first and self.grid.pipeline.is_first):
             numbers[:4] = 0.0
         lm, mtp, routed, flops, stops = sum_(numbers, self.grid.world).tolist()
@@ -227,7 +230,7 @@ class Engine(ABC):
 class NativeEngine(Engine):
     """Runs this rank's part of the model; the optimizer sums gradients over ranks.
 
-    Without an optimizer gradients stay those of this rank's tokens.
+    Without an optimizer, gradients are those of this rank's tokens only.
     """
 
     def __init__(self, local: LocalModel, grid: Grid, optimizer: HybridZero | None = None) -> None:
@@ -238,13 +241,12 @@ class NativeEngine(Engine):
         self.pipeline = Pipeline(local.model, local.stages, grid.pipeline)
 
     def make_gradients(self) -> None:
-        """As in Engine."""
         self.gradients.zero_()
 
     def compute(
         self, microbatches: Microbatches, accumulator: StepAccumulator, backward: bool
     ) -> None:
-        """As in Engine: the stages' schedule, in which gradients go out as they are complete."""
+        """Runs the pipeline schedule; gradients are sent as soon as they are complete."""
         if backward:
             self.gradients.zero_()
             if self.optimizer is not None:
@@ -255,10 +257,10 @@ class NativeEngine(Engine):
             self.optimizer.reduce()
 
     def _additions(self, microbatches: int) -> dict[str, int]:
-        """How often backward adds to each gradient: once a microbatch in every stage that has it.
+        """How often backward adds to each gradient: once per microbatch in every stage that has it.
 
-        Schedules that take the gradients of weights apart add without autograd's notice, so that
-        these wait for the end.
+        Schedules that compute weight gradients separately add to them outside of autograd: these
+        are sent at the end.
         """
         stages = Counter(id(p) for part in self.pipeline.parts for p in part.parameters())
         return {
@@ -269,32 +271,30 @@ class NativeEngine(Engine):
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        """As in Engine."""
         square = self._optimizer.norm_square().to(self.grid.device)
         return sum_(square, self.grid.world).sqrt().float()
 
     def where_not_finite(self) -> str:
-        """As in Engine: the first parameter in the model's order."""
-        places = {name: (_place(name), place) for place, name in enumerate(self.names)}
-        found = [
-            (*places[piece.name], piece.name)
+        """Returns the first parameter, in the model's order, whose gradient is not finite."""
+        order = {name: (_depth(name), place) for place, name in enumerate(self.names)}
+        local = [
+            (*order[piece.name], piece.name)
             for piece in self._optimizer.gradients()
             if not piece.tensor.isfinite().all()
         ]
-        everywhere = gather_objects(sorted(found)[:1], self.grid.world)
-        firsts = [first for some in everywhere for first in some]
+        gathered = gather_objects(sorted(local)[:1], self.grid.world)
+        firsts = [first for of_rank in gathered for first in of_rank]
         if not firsts:
             return "all gradients are finite"
         return f"first in the gradient of '{min(firsts)[2]}'"
 
     def step(self, learning_rate: float, norm: Tensor) -> None:
-        """As in Engine."""
         if (max_norm := self._optimizer.config.clip_norm) is not None:
             clip_(self._optimizer.owned(), norm, max_norm)
         self._optimizer.step(learning_rate)
 
     def skip(self) -> None:
-        """As in Engine: the next backward begins with zeros."""
+        """Does nothing: the next backward begins with zeros."""
 
     @property
     def _optimizer(self) -> HybridZero:
@@ -302,8 +302,8 @@ class NativeEngine(Engine):
         return self.optimizer
 
 
-def _place(name: str) -> float:
-    """Orders the parts of a model that ranks hold apart: embedding, layers, and what follows."""
+def _depth(name: str) -> float:
+    """Orders the parts of a model that different ranks hold: embedding, layers, and the rest."""
     if name == "embed.weight":
         return -1
     return int(name.split(".")[1]) if name.startswith("layers.") else math.inf

@@ -134,7 +134,7 @@ class FailureWatch:
 
 
 @contextmanager
-def told_once() -> Iterator[FailureWatch]:
+def report_failures() -> Iterator[FailureWatch]:
     """A watch that speaks about an exception inside the block.
 
     In a run of several processes the block's exceptions end the process; alone, they are raised.

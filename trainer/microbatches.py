@@ -1,7 +1,9 @@
-"""A microbatch's rows on the device, copied there beside what it still computes.
+"""Microbatches: their rows are copied to the device while it still computes.
 
-A step's rows are copied on a stream of their own, from page-locked memory: while the update of the
-step before runs, and while earlier microbatches do.
+A step's rows are copied on a separate stream, from page-locked memory, during the update of the
+previous step and during earlier microbatches.
+
+Shapes: B rows, S positions of a row, T local tokens, A experts per token.
 """
 
 from __future__ import annotations
@@ -20,36 +22,36 @@ from model.config import AttentionMode
 from model.transformer import Microbatch
 
 SelectedExperts = Mapping[int, Tensor]
-"""Of a microbatch: expert numbers [T, A] of the own tokens by layer, in any integer type."""
+"""Of a microbatch: expert indices [T, A] of the local tokens by layer, in any integer type."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows on the device, and on the host what they count.
+    """Rows on the device, and their token counts on the host.
 
     Attributes:
-        tokens_BS, targets_BS, layout: to be read after `arrive`.
+        tokens_BS, targets_BS, layout: valid after `wait_for_copies`.
         counts: of these rows.
-        arrived: recorded behind the copies.
+        copied: an event, recorded after the copies.
     """
 
     tokens_BS: Tensor
     targets_BS: Tensor
     layout: SampleLayout
     counts: TokenCounts
-    arrived: Any
+    copied: Any
 
-    def arrive(self) -> None:
-        """What is computed from here on waits for the copies; the host does not."""
-        self.arrived.wait()
+    def wait_for_copies(self) -> None:
+        """Makes later work on the current stream wait for the copies; the host does not wait."""
+        self.copied.wait()
 
 
 class RowCopies:
     """Copies batches to a device.
 
     Arguments:
-        device: where to; a CPU and the meta device have one stream, which does nothing here.
-        ratios: tokens of an entry in each kind of layer, for what goes there with the rows.
+        device: of the copies; a CPU and the meta device have one stream, which does nothing here.
+        ratios: compression ratios of the layers, whose entries are copied with the rows.
     """
 
     def __init__(self, device: torch.device, ratios: Sequence[int]) -> None:
@@ -59,33 +61,33 @@ class RowCopies:
 
     @contextmanager
     def rows(self, batches: Sequence[Batch]) -> Iterator[list[Rows]]:
-        """The rows of some microbatches, on their way; they may be read inside the block.
+        """Starts to copy the rows of some microbatches; they are valid inside the block.
 
-        What they lie in is taken anew by later copies alone, and these wait for all that the
-        device was told to compute inside the block.
+        Only later copies reuse their memory, and these wait for all work that was queued inside the
+        block.
         """
         with self._module.stream(self._stream):
-            rows = [self._begin(batch) for batch in batches]
+            rows = [self._start_copy(batch) for batch in batches]
         yield rows
         self._stream.wait_stream(self._module.current_stream())
 
-    def _begin(self, batch: Batch) -> Rows:
+    def _start_copy(self, batch: Batch) -> Rows:
         length = batch.tokens.shape[1]
-        here = there = SampleLayout.from_lengths(batch.lengths, length)
+        host_layout = layout = SampleLayout.from_lengths(batch.lengths, length)
         if self.device.type != "cpu":
-            there = SampleLayout.from_lengths(batch.lengths, length, self.device)
+            layout = SampleLayout.from_lengths(batch.lengths, length, self.device)
         for ratio in self.ratios:
-            there.entries(ratio)
+            layout.entries(ratio)
         tokens_BS = batch.tokens.to(self.device, non_blocking=True)
         targets_BS = batch.targets.to(self.device, non_blocking=True)
-        arrived = self._module.Event()
-        arrived.record()
-        # Counts are made on the host: no wait for the device.
-        return Rows(tokens_BS, targets_BS, there, TokenCounts.of(here, batch.targets), arrived)
+        copied = self._module.Event()
+        copied.record()
+        counts = TokenCounts.of(host_layout, batch.targets)  # on the host: no wait for the device
+        return Rows(tokens_BS, targets_BS, layout, counts, copied)
 
 
 class Microbatches(Sequence[Microbatch]):
-    """Microbatches made when they are asked for: their rotations are large where rows are long."""
+    """Microbatches made on access: their rotations are large where rows are long."""
 
     def __init__(
         self,
@@ -94,15 +96,15 @@ class Microbatches(Sequence[Microbatch]):
         counts: TokenCounts,
         mtp_loss_weight: float,
         attention: AttentionMode,
-        chosen: Sequence[SelectedExperts] | None = None,
+        experts: Sequence[SelectedExperts] | None = None,
     ) -> None:
         self.model, self.rows, self.attention = model, rows, attention
         self.counts, self.mtp_loss_weight = counts, mtp_loss_weight
-        self.chosen = chosen or [{}] * len(rows)
+        self.experts = experts or [{}] * len(rows)
 
     @property
     def tokens(self) -> int:
-        """Positions of each of them, over all ranks that share its rows."""
+        """Positions of each microbatch, over all ranks that share its rows."""
         return self.rows[0].tokens_BS.numel()
 
     def __len__(self) -> int:
@@ -110,13 +112,13 @@ class Microbatches(Sequence[Microbatch]):
 
     def __getitem__(self, index: Any) -> Any:
         rows = self.rows[index]
-        rows.arrive()
+        rows.wait_for_copies()
         return self.model.microbatch(
             rows.tokens_BS,
             rows.layout,
             rows.targets_BS,
             self.counts,
             self.mtp_loss_weight,
-            self.chosen[index],
+            self.experts[index],
             self.attention,
         )

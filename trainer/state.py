@@ -1,50 +1,63 @@
-"""What a run counts while it trains."""
+"""The progress of a run, saved in every checkpoint."""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+_OLD_NAMES = {
+    "consecutive_skips": "skipped_in_row",
+    "anticipation_start": "anticipation_since",
+    "anticipation_end": "anticipation_until",
+    "spike_steps": "suspects",
+    "skipped_batches": "left_out",
+}
+"""What older checkpoints call these fields in state.json."""
+_OLD_HISTORY = {"busiest": "max_expert_share", "busiest'": "max_expert_share'"}
+"""What the names of older checkpoints in `history` are now."""
+
 
 @dataclass
 class TrainState:
-    """Progress of a run; saved in every checkpoint except for `stopping`."""
+    """Progress of a run; every field but `stopping` is saved."""
 
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0
-    """Tokens seen by the model over all steps and ranks, padding not counted."""
+    """Tokens trained on over all steps and ranks, without padding."""
     skipped_steps: int = 0
-    """Of `step`, those without an update, because loss or gradients were not finite."""
-    skipped_in_row: int = 0
-    """Of those, the newest without an update between them."""
-    anticipation_since: int | None = None
-    """First step of the present anticipatory routing, or of the last one; None before any."""
-    anticipation_until: int | None = None
-    """Its first step without; None where it goes on to the end of the run."""
+    """Steps without an update because loss or gradients were not finite; they count in `step`."""
+    consecutive_skips: int = 0
+    """Such steps since the last update."""
+    anticipation_start: int | None = None
+    """First step of the current anticipatory routing, or of the last one; None before any."""
+    anticipation_end: int | None = None
+    """First step after it; None where it lasts to the end of the run."""
     rollbacks: int = 0
-    """How often the run has turned back."""
-    suspects: list[int] = field(default_factory=list)
-    """Steps, counted from 0, at which a spike was seen."""
-    left_out: list[int] = field(default_factory=list)
-    """Steps, counted from 0, whose batch is passed over."""
+    """How often the run has rolled back."""
+    spike_steps: list[int] = field(default_factory=list)
+    """Steps, counted from 0, that were a spike."""
+    skipped_batches: list[int] = field(default_factory=list)
+    """Steps, counted from 0, whose batch is skipped."""
     history: dict[str, list[float]] = field(default_factory=dict)
-    """What the next step is compared with; see spikes.py."""
+    """Recent metrics that the next step is compared with; see stability/spikes.py."""
     stopping: bool = False
-    """All ranks have agreed to end after the current step."""
+    """All ranks have agreed to stop after the current step."""
 
-    def saved(self) -> dict[str, Any]:
-        """A copy of what a checkpoint keeps."""
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a copy of the fields that a checkpoint saves."""
         values = dataclasses.asdict(self)
         del values["stopping"]
         return values
 
-    def go_on_from(self, saved: Mapping[str, Any]) -> None:
-        """Take over what `saved` gave; what an older checkpoint lacks stays as it is."""
-        for name in self.saved():
-            setattr(self, name, saved.get(name, getattr(self, name)))
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Takes over saved fields; one that an older checkpoint lacks keeps its value."""
+        for name in self.to_dict():
+            old = saved.get(_OLD_NAMES.get(name, name), getattr(self, name))
+            setattr(self, name, saved.get(name, old))
+        self.history = {_OLD_HISTORY.get(name, name): past for name, past in self.history.items()}
 
-    def anticipates(self, step: int) -> bool:
-        """Whether a step is one of anticipatory routing."""
-        since, until = self.anticipation_since, self.anticipation_until
-        return since is not None and since <= step and (until is None or step < until)
+    def anticipatory_routing_at(self, step: int) -> bool:
+        """Whether a step is routed by older weights (report §4.2.3)."""
+        start, end = self.anticipation_start, self.anticipation_end
+        return start is not None and start <= step and (end is None or step < end)

@@ -1,4 +1,4 @@
-"""A training run: build, resume, step after step, with what is due in between."""
+"""A training run: the loop over optimizer steps, and the periodic hooks after each of them."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,22 +17,22 @@ from trainer.engine import StepLosses
 from trainer.errors import DivergedError, SaveError
 from trainer.evaluate import Validation
 from trainer.files import write_whole
-from trainer.metrics.layer_hooks import watched
-from trainer.metrics.layer_stats import layer_numbers
+from trainer.metrics.layer_hooks import collect_stats
+from trainer.metrics.layer_stats import layer_stats
 from trainer.metrics.metrics import Metrics, describe_event
-from trainer.metrics.update_stats import GroupWatch
+from trainer.metrics.update_stats import UpdateStats
 from trainer.parallel.grid import Grid
 from trainer.signals import StopRequest
 from trainer.stability.anticipation import Anticipation
 from trainer.stability.rollback import Stability
 from trainer.state import TrainState
-from trainer.step import StepResult
+from trainer.step import RolledBack, StepResult
 
 Hook = Callable[[TrainState, StepResult], None]
 
 
 class Trainer:
-    """Trains as `config` says on the processes of `grid`; the first says `notes` at the start.
+    """Trains `config` on the processes of `grid`; the first logs `messages` at the start.
 
     Raises the errors of trainer.errors.USER_ERRORS for input that cannot be trained on.
     """
@@ -42,26 +42,28 @@ class Trainer:
         config: RunConfig,
         grid: Grid,
         stop: StopRequest | None = None,
-        notes: Sequence[str] = (),
+        messages: Sequence[str] = (),
     ) -> None:
         config.check_world(grid.world_size)
+        tokenizer = Tokenizer(config.data.tokenizer.path)
+        config.check_vocabulary(tokenizer.vocab_size)
         self.config = config
         self.grid = grid
         self.stop = stop or StopRequest()
-        self.notes = notes
+        self.messages = messages
         self.state = TrainState()
         self.recipe = Recipe(config)
-        tokenizer = Tokenizer(config.data.tokenizer.path)
-        config.check_vocabulary(tokenizer.vocab_size)
-        rows = [phase.rows for phase in self.recipe.phases]
-        self.loader = Loader(config.data, config.seed, grid.data.rank, grid.data.size, phases=rows)
+        phases = [phase.rows for phase in self.recipe.phases]
+        self.loader = Loader(
+            config.data, config.seed, grid.data.rank, grid.data.size, phases=phases
+        )
         pin = grid.device.type == "cuda"
         self.batches = Prefetcher(self.loader.at, config.data.prefetch, config.steps, pin)
         self.validation: Validation | None = None
         if self.loader.manifest.of_split("validation"):
             self.validation = Validation(config, grid, config.evaluation.max_rows)
-        local, self.engine, self.optimizer = open_engine(config, grid)
-        self.local, self.model = local, local.model
+        self.local, self.engine, self.optimizer = open_engine(config, grid)
+        self.model = self.local.model
         self.anticipation = Anticipation(
             self.engine,
             grid,
@@ -76,137 +78,147 @@ class Trainer:
             self.model,
             self.optimizer,
             tokenizer.hash,
-            local.placements,
+            self.local.placements,
             self.anticipation,
         )
         self.stability = Stability(config, self.state, self.checkpoint, self.anticipation)
-        self.metrics: Metrics | None = None
+        self.metrics: Metrics | None = None  # on the first rank, once the run has begun
         self.phase: Phase | None = None
-        self.memory_told = False
-        self.periodic: list[Hook] = [self._evaluate, self._report, self._tell_memory, self._save]
+        self.has_logged_memory = False
+        self.periodic: list[Hook] = [
+            self._evaluate,
+            self._write_metrics,
+            self._log_memory,
+            self._save_checkpoint,
+        ]
 
     def run(self) -> TrainState:
-        """Train from the newest checkpoint, or from the start, to the last step or a signal."""
-        self._open()
+        """Trains from the newest checkpoint, or from the start, to the last step or a signal."""
+        self._begin()
         while self.state.step < self.config.steps and not self.state.stopping:
             start = time.perf_counter()
             self.stability.before_step()
             result = self.step(self.anticipation.batches(self.state.step))
-            if result is None:  # turned back
-                continue
+            if isinstance(result, RolledBack):
+                continue  # from the step that was restored
             result.seconds = time.perf_counter() - start
             self.state.step += 1
             self.state.tokens += result.tokens
-            for due in self.periodic:  # evaluation, metrics, memory, checkpoint
-                due(self.state, result)
+            for hook in self.periodic:
+                hook(self.state, result)
         self.batches.close()
         if self.metrics is not None:
             self.metrics.close()
         return self.state
 
-    def step(self, batches: list[Batch]) -> StepResult | None:
-        """One optimizer step on this rank's microbatches of a global batch.
+    def step(self, batches: list[Batch]) -> StepResult | RolledBack:
+        """Takes one optimizer step on this rank's microbatches of a global batch.
 
-        Without finite loss and gradients it leaves weights and router biases alone, and counts.
-        None where it was a spike and the run has turned back.
+        If loss or gradients are not finite, weights and router biases stay as they are. If the step
+        is a spike, the run rolls back.
         """
-        phase = self._enter()
-        chosen = self.anticipation.look_ahead(self.state, batches)
-        if self.state.step in self.state.left_out:
-            return self._leave_out(phase)
-        weight = self.recipe.mtp_loss_weight(self.state.step)
-        losses = self.engine.forward_backward(batches, weight, self.stop.made, chosen)
+        phase = self._enter_phase()
+        experts = self.anticipation.select(self.state, batches)
+        if self.state.step in self.state.skipped_batches:
+            return self._skip_batch(phase)
+        mtp_loss_weight = self.recipe.mtp_loss_weight(self.state.step)
+        losses = self.engine.forward_backward(batches, mtp_loss_weight, self.stop.made, experts)
         self.state.stopping = losses.stop
         norm = self.engine.gradient_norm()
-        result = self._on_host(phase, losses, norm)  # the only wait for the device in a step
-        problem = self.stability.problem(result) if result.is_finite else self._skip(result)
-        if problem is not None:
-            self._turn_back(problem)
-            return None
-        look = self._is_due(self.config.metrics.layer_stats_every, self.state.step + 1)
+        result = self._to_host(phase, losses, norm)  # the only wait for the device in a step
         if result.is_finite:
-            self._update(result, losses, norm, phase, look)
-        if look:
-            with watched(self.model) as notes:
+            problem = self.stability.problem(result)
+        else:
+            problem = self._skip_update(result)
+        if problem is not None:
+            return self._roll_back(problem)
+        with_stats = self._is_due(self.config.metrics.layer_stats_every, self.state.step + 1)
+        if result.is_finite:
+            self._update(result, losses, norm, phase, with_stats)
+        if with_stats:
+            with collect_stats(self.model) as collector:
                 self.engine.evaluate(batches[:1])
-            seen = notes.seen()
-            result.layers = layer_numbers(self.model, losses.expert_load, self.grid, seen)
+            hook_stats = collector.to_host()
+            result.layers = layer_stats(self.model, losses.expert_load, self.grid, hook_stats)
         return result
 
-    def _enter(self) -> Phase:
-        """The present step's phase, told where it begins."""
+    def _enter_phase(self) -> Phase:
+        """Returns the phase of the current step; sets the engine up at its first step."""
         phase = self.recipe.at(self.state.step)
         if self.state.step == phase.first:
-            self.state.history.clear()  # what a phase begins with is no spike
+            self.state.history.clear()  # the jump at the start of a phase is no spike
         if self.phase is not phase:
             self.phase = phase
-            self.engine.attend(phase.attention)
+            self.engine.set_attention(phase.attention)
             self.engine.quantised = phase.quantised
             if phase.name:
-                self._note(f"step {self.state.step + 1}: phase {phase.number}, {phase.name}")
+                self._log(f"step {self.state.step + 1}: phase {phase.number}, {phase.name}")
         return phase
 
     def _update(
-        self, result: StepResult, losses: StepLosses, norm: Tensor, phase: Phase, look: bool
+        self, result: StepResult, losses: StepLosses, norm: Tensor, phase: Phase, with_stats: bool
     ) -> None:
-        """Update weights and router biases; with `look`, also see how far the weights moved."""
-        self.state.skipped_in_row = 0
-        groups = GroupWatch(self.local, self.grid) if look else None
+        """Updates weights and router biases."""
+        self.state.consecutive_skips = 0
+        update_stats = UpdateStats(self.local, self.grid) if with_stats else None
         self.engine.step(result.learning_rate, norm)
         self.model.update_router_bias(losses.expert_load, phase.router_bias_speed)
-        result.groups = None if groups is None else groups.after()
+        if update_stats is not None:
+            result.groups = update_stats.after_update()
 
-    def _skip(self, result: StepResult) -> str | None:
-        """Count and tell a step without an update; None, or why the run has to turn back.
+    def _skip_update(self, result: StepResult) -> str | None:
+        """Counts a step without an update; returns why the run has to roll back, or None.
 
-        It has to after too many in a row. Raises DivergedError where it does not by itself.
+        It has to after too many in a row. Raises DivergedError where the config has no rollback.
         """
         self.state.skipped_steps += 1
-        self.state.skipped_in_row += 1
+        self.state.consecutive_skips += 1
         where = self.engine.where_not_finite()
-        what = f"the loss is {result.loss}, the gradient norm {result.grad_norm}, {where}"
-        most = self.config.optim.max_skipped_steps
-        if self.state.skipped_in_row > most:
-            what += f"; more than optim.max_skipped_steps = {most} in a row"
+        problem = f"the loss is {result.loss}, the gradient norm {result.grad_norm}, {where}"
+        limit = self.config.optim.max_skipped_steps
+        if self.state.consecutive_skips > limit:
+            problem += f"; more than optim.max_skipped_steps = {limit} in a row"
             if self.config.stability.spikes is not None:
-                return what
+                return problem
             raise DivergedError(
-                f"step {self.state.step + 1}: {what}; {self.checkpoint.where_to_go_on()}, with a "
-                "lower optim.learning_rate perhaps"
+                f"step {self.state.step + 1}: {problem}; {self.checkpoint.newest_as_text()}; try a "
+                "lower optim.learning_rate"
             )
         self.engine.skip()
-        self._note(f"step {self.state.step + 1}: {what}; the step is skipped")
+        self._log(f"step {self.state.step + 1}: {problem}; the update is skipped")
         return None
 
-    def _turn_back(self, problem: str) -> None:
-        """Undo the last steps, and tell. Raises DivergedError where that is the end of the run."""
+    def _roll_back(self, problem: str) -> RolledBack:
+        """Undoes the last steps. Raises DivergedError where that ends the run."""
         self.engine.skip()
-        event = self.stability.turn_back(problem)
+        event = self.stability.roll_back(problem)
         if self.metrics is not None:
-            self.metrics.event(self.state, event)
-        if event["stopped"] is not None:
+            self.metrics.log_event(self.state, event)
+        if event["stop_reason"] is not None:
             raise DivergedError(describe_event(event))
-        self._note(describe_event(event))
+        self._log(describe_event(event))
         self.state.stopping = False  # a run that was asked to stop saves after its next step
+        return RolledBack(problem, self.state.step)
 
-    def _leave_out(self, phase: Phase) -> StepResult:
-        """Pass over a step's batch."""
-        self._note(f"step {self.state.step + 1}: the batch is left out")
+    def _skip_batch(self, phase: Phase) -> StepResult:
+        """Returns the result of a step that does not train."""
+        self._log(f"step {self.state.step + 1}: the batch is skipped")
         return StepResult(self.recipe.learning_rate(self.state.step), phase.number)
 
     def _is_due(self, every: int, step: int) -> bool:
-        """Whether what is done every so many steps, and after the last one, is due after `step`."""
+        """Whether to do after `step` what is done every so many steps and after the last one."""
         return step == self.config.steps or (every > 0 and step % every == 0)
 
-    def _on_host(self, phase: Phase, losses: StepLosses, norm: Tensor) -> StepResult:
-        """The step's numbers, finite or not."""
-        share = losses.expert_load / losses.expert_load.mean(dim=1, keepdim=True).clamp(min=1.0)
-        busiest = share[self.config.model.num_hash_layers :].max()
-        whole = (losses.loss, losses.lm, losses.mtp, losses.balance, losses.indexer, norm)
-        numbers = (*whole, share.max(), busiest, share.min(), *losses.first_share)
-        packed = torch.stack([n.double() for n in numbers]).tolist()
-        loss, lm, mtp, balance, indexer, grad_norm, most, busiest, least, *first = packed
+    def _to_host(self, phase: Phase, losses: StepLosses, norm: Tensor) -> StepResult:
+        """Copies the step's metrics to the host, finite or not, in one transfer."""
         model = self.config.model
+        load_LE = losses.expert_load / losses.expert_load.mean(dim=1, keepdim=True).clamp(min=1.0)
+        max_learned = load_LE[model.num_hash_layers :].max()
+        scalars = (losses.loss, losses.lm, losses.mtp, losses.balance, losses.indexer, norm)
+        loads = (load_LE.max(), max_learned, load_LE.min())
+        packed = torch.stack([x.double() for x in (*scalars, *loads, *losses.top1_weight_share)])
+        loss, lm, mtp, balance, indexer, grad_norm, *rest = packed.tolist()
+        load_max, learned_max, load_min, *top1_weight_share = rest
         return StepResult(
             learning_rate=self.recipe.learning_rate(self.state.step),
             phase=phase.number,
@@ -216,62 +228,62 @@ class Trainer:
             balance_loss=balance,
             indexer_loss=indexer,
             grad_norm=grad_norm,
-            expert_load_max=most,
-            expert_load_min=least,
-            first_share=first[model.num_hash_layers :],
-            busiest_share=busiest * model.num_experts_per_tok / model.n_routed_experts,
+            expert_load_max=load_max,
+            expert_load_min=load_min,
+            max_expert_share=learned_max * model.num_experts_per_tok / model.n_routed_experts,
+            top1_weight_share=top1_weight_share[model.num_hash_layers :],
             tokens=losses.counts.routed,
             flops=losses.flops,
         )
 
-    def _open(self) -> None:
-        """Resume, then open the run folder's files on the first rank."""
+    def _begin(self) -> None:
+        """Resumes, then opens the run folder's files on the first rank."""
         resumed = self.checkpoint.load(self.state)
-        self.anticipation.begin(self.state)
+        self.anticipation.configure(self.state)
         if not self.grid.is_first:
             return
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
         write_whole(self.config.run_dir / "config.yaml", self.config.to_yaml())
         self.metrics = Metrics(self.config, self.state, self.grid)
-        dtype, in_fp8 = DTYPES[self.config.precision], self.config.precision == "fp8"
-        kernels = kernel_choices(self.config.model, self.grid.device, dtype, in_fp8)
-        self._note(describe(kernels))
+        dtype, is_fp8 = DTYPES[self.config.precision], self.config.precision == "fp8"
+        kernels = kernel_choices(self.config.model, self.grid.device, dtype, is_fp8)
+        self._log(describe(kernels))
         if resumed is not None:
-            self._note(f"resumed from {resumed}")
-        if in_fp8 and kernels["fp8"].name == "eager":
-            self._note("precision: factors rounded to FP8 are multiplied in bf16, at its speed")
+            self._log(f"resumed from {resumed}")
+        if is_fp8 and kernels["fp8"].name == "eager":
+            self._log("precision: factors rounded to FP8 are multiplied in bf16, at its speed")
         if self.config.compile:
-            self._note(
-                "compile: the first step makes programs for norms, experts and residual streams, "
-                "or finds them in torch's cache"
+            self._log(
+                "compile: the first step compiles norms, experts and residual streams, or loads "
+                "them from torch's cache"
             )
-        for note in (*self.notes, *self.recipe.notes()):
-            self._note(note)
+        for message in (*self.messages, *self.recipe.notes()):
+            self._log(message)
         if self.validation is None:
-            self._note(f"{self.config.data.shards} holds no validation text: nothing is evaluated")
+            self._log(f"{self.config.data.shards} has no validation text: nothing is evaluated")
 
     def _evaluate(self, state: TrainState, result: StepResult) -> None:
-        """Validation loss, where it is due; every rank takes part."""
+        """Adds the validation loss to the result where it is due; every rank takes part."""
         due = self._is_due(self.config.evaluation.every, state.step)
         stopped = state.stopping and state.step < self.config.steps
         if due and not stopped and self.validation is not None:
             result.validation_loss = self.validation.evaluate(self.engine).loss
             result.validation_by_source = self.validation.by_source(self.engine)
 
-    def _report(self, state: TrainState, result: StepResult) -> None:
+    def _write_metrics(self, state: TrainState, result: StepResult) -> None:
         if self.metrics is not None:
             self.metrics(state, result)
 
-    def _tell_memory(self, state: TrainState, result: StepResult) -> None:
-        """Memory used, after the first evaluation and at the end; every rank takes part."""
-        first = not self.memory_told and self._is_due(self.config.evaluation.every, state.step)
-        if first or state.stopping or state.step == self.config.steps:
-            self.memory_told = True
-            words = peak_memory_report(self.grid)
-            self._note(words)
+    def _log_memory(self, state: TrainState, result: StepResult) -> None:
+        """Logs peak memory after the first evaluation and at the end; every rank takes part."""
+        is_first = not self.has_logged_memory
+        is_first &= self._is_due(self.config.evaluation.every, state.step)
+        if is_first or state.stopping or state.step == self.config.steps:
+            self.has_logged_memory = True
+            self._log(peak_memory_report(self.grid))
 
-    def _save(self, state: TrainState, result: StepResult) -> None:
-        """Checkpoint, where it is due. A full disk ends only a run that would end anyway."""
+    def _save_checkpoint(self, state: TrainState, result: StepResult) -> None:
+        """Saves where it is due. A full disk ends only a run that would end anyway."""
         every = self.config.checkpoint.every
         ends = state.stopping or state.step == self.config.steps
         if not ends and not (every and state.step % every == 0):
@@ -281,12 +293,12 @@ class Trainer:
         except SaveError as error:
             if ends:
                 raise
-            self._note(f"warning: {error}; training goes on")
+            self._log(f"warning: {error}; training continues")
             return
         if state.stopping and state.step < self.config.steps:
-            again = self.config.run_dir / "config.yaml"
-            self._note(f"stopped after step {state.step}, saved {path}; resume: v4 train {again}")
+            config = self.config.run_dir / "config.yaml"
+            self._log(f"stopped after step {state.step}, saved {path}; resume: v4 train {config}")
 
-    def _note(self, text: str) -> None:
+    def _log(self, message: str) -> None:
         if self.metrics is not None:
-            self.metrics.progress.note(text)
+            self.metrics.log(message)

@@ -38,7 +38,7 @@ from model.kernels.norm import rotate
 from model.positions import Positions
 from trainer.build import build
 from trainer.checkpoint.folder import checkpoints_in, step_of
-from trainer.checkpoint.reader import StoredTensors
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig, load_run
 from trainer.config.recipe import Recipe
 from trainer.engine import NativeEngine
@@ -51,7 +51,7 @@ LEAST = 8
 def load(model: V4Model, path: Path) -> None:
     """The weights of a checkpoint into the model."""
     weights = model.state_dict()
-    stored = StoredTensors(path)
+    stored = CheckpointReader(path)
     found = stored.read({name: weights[name].dtype for name in weights if name in stored.shapes})
     rest = weights.keys() - found.keys()
     experts = [name for name in rest if ".experts.w" in name]
@@ -157,7 +157,7 @@ def sharpen(model: V4Model, factor: float) -> None:
 
 def warm_up(engine: NativeEngine, loader: Loader, steps: int, rate: float) -> None:
     """Train the indexers alone, on rows of the loader's."""
-    engine.attend("warmup")
+    engine.set_attention("warmup")
     for step in range(steps):
         losses = engine.forward_backward(loader.at(200 + step))
         engine.step(rate, engine.gradient_norm())
@@ -193,7 +193,7 @@ def main() -> None:
     modes: tuple[AttentionMode, ...] = ("dense", "select")
     losses = []
     for mode in modes:
-        engine.attend(mode)
+        engine.set_attention(mode)
         losses.append(validation.evaluate(engine).loss)
     print(
         f"checkpoints of step {before} and {after}; warm-up of steps {warmup.first} to {warmup.end}"

@@ -27,7 +27,7 @@ import psutil
 import torch
 
 from trainer.checkpoint.folder import checkpoints_in, step_of
-from trainer.checkpoint.reader import StoredTensors
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig, load_config
 from trainer.config.recipe import Recipe
 from trainer.metrics.jsonl import Record, read_metrics
@@ -123,7 +123,7 @@ def differences(one: Run, other: Run, steps: int) -> list[str]:
         if ours[step].get(name) != theirs[step].get(name)
     ]
     paths = [run.folder / f"checkpoints/step-{steps:08d}" for run in (one, other)]
-    stored = [StoredTensors(path) for path in paths]
+    stored = [CheckpointReader(path) for path in paths]
     assert stored[0].shapes == stored[1].shapes
     for name in stored[0].shapes:
         tensors = [each.read({name: torch.float32})[name] for each in stored]

@@ -163,8 +163,8 @@ def faults(runs: Runs, at: int) -> Table:
         events = [event for _, event in read_events(turned / "metrics.jsonl")]
         table.add_row(
             name,
-            ", ".join(str(event["seen_at"]) for event in events),
-            ", ".join(str(event["back_to"]) for event in events),
+            ", ".join(str(event["spike_step"]) for event in events),
+            ", ".join(str(event["restored_step"]) for event in events),
             f"{validation(calm):.4f}",
             *compared(turned, calm, at),
             *compared(not_turned, calm, at),
@@ -194,7 +194,11 @@ def calm(runs: Runs, steps: int) -> str:
     detector = SpikeDetector(config.stability.spikes)
     most, past = 0.0, {}
     for record in records:
-        numbers = {"loss": record["loss"], "grad_norm": record["grad_norm"], "busiest": 0.0}
+        numbers = {
+            "loss": record["loss"],
+            "grad_norm": record["grad_norm"],
+            "max_expert_share": 0.0,
+        }
         most = max(most, severity(detector.scores(past, numbers)))
         detector.problem(past, numbers)
     return (

@@ -194,7 +194,7 @@ class Parts:
         def copy() -> None:
             with self.step.engine.copies.rows(self.step.batches) as rows:
                 for arriving in rows:
-                    arriving.arrive()
+                    arriving.wait_for_copies()
 
         return Part("rows to the device", 1, seconds(copy, self.device), 0.0, 0.0, 16 * self.tokens)
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from benchmarks.data.corpus import texts
 from data.prepare import prepare, train_tokenizer
 from trainer.checkpoint.folder import folder_name
-from trainer.checkpoint.reader import StoredTensors
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import load_config
 from trainer.export.export import export_run
 from trainer.export.hf_folder import read_hf_weights
@@ -150,7 +150,7 @@ def furthest(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def saved(run: Path) -> dict[str, Tensor]:
     """Weights and the optimizer's state of the last checkpoint."""
-    stored = StoredTensors(run / "checkpoints" / folder_name(STEPS))
+    stored = CheckpointReader(run / "checkpoints" / folder_name(STEPS))
     return stored.read(dict.fromkeys(stored.shapes, torch.float32))
 
 

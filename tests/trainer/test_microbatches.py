@@ -84,7 +84,7 @@ def test_a_microbatch_waits_for_its_own_rows_and_later_copies_for_all(monkeypatc
 
 def check(rows: list) -> None:
     for found, batch in zip(rows, batches(), strict=True):
-        found.arrive()
+        found.wait_for_copies()
         layout = SampleLayout.from_lengths(batch.lengths, 64)
         assert found.counts == TokenCounts.of(layout, batch.targets)
         pairs = [(found.tokens_BS, batch.tokens), (found.targets_BS, batch.targets)]
@@ -113,7 +113,7 @@ def test_copies_pass_by_what_a_gpu_is_at():
     busy.record()
     with copies.rows(batches(pin=True)) as rows:
         for found in rows:
-            found.arrived.synchronize()
+            found.copied.synchronize()
         assert not busy.query()
         check(rows)
 

@@ -15,7 +15,7 @@ from trainer.parallel.grid import Axis
 Item = TypeVar("Item")
 
 
-def together(action: Callable[[], Item], axis: Axis) -> list[Item]:
+def on_all_ranks(action: Callable[[], Item], axis: Axis) -> list[Item]:
     """Every rank's result of `action`, by rank; an OSError on any rank is raised on all.
 
     Without this a rank whose disk is full would leave the others waiting in a collective.
@@ -41,9 +41,9 @@ def new_folder(path: Path, axis: Axis) -> Iterator[Path]:
     """
     aside = path.with_name(f".{path.name}.tmp")
     try:
-        together(lambda: _make(aside) if axis.is_first else None, axis)
+        on_all_ranks(lambda: _make(aside) if axis.is_first else None, axis)
         yield aside
-        together(lambda: _publish(aside, path) if axis.is_first else None, axis)
+        on_all_ranks(lambda: _publish(aside, path) if axis.is_first else None, axis)
     except BaseException:
         if axis.is_first:
             shutil.rmtree(aside, ignore_errors=True)

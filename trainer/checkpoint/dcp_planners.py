@@ -31,13 +31,13 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from trainer.checkpoint.logical_tensors import Part
+from trainer.checkpoint.logical_tensors import TensorBox
 
 FILE_BYTES = 1 << 30
 
 
-class PartSavePlanner(DefaultSavePlanner):
-    """Plans the writing of a dictionary of lists of `Part`."""
+class BoxSavePlanner(DefaultSavePlanner):
+    """Plans the writing of a dictionary of lists of `TensorBox`."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -57,8 +57,8 @@ class PartSavePlanner(DefaultSavePlanner):
         return _part_at(self.state_dict[index.fqn], index).tensor.contiguous()
 
 
-class PartLoadPlanner(DefaultLoadPlanner):
-    """Plans the reading into lists of `Part` by name: no more than overlaps with them."""
+class BoxLoadPlanner(DefaultLoadPlanner):
+    """Plans the reading into lists of `TensorBox` by name: no more than overlaps with them."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -90,7 +90,7 @@ class PartLoadPlanner(DefaultLoadPlanner):
         return _part_at(self.state_dict[index.fqn], index).tensor
 
 
-class PartWriter(HuggingFaceStorageWriter):
+class BoxWriter(HuggingFaceStorageWriter):
     """Writes a rank's parts into files of at most FILE_BYTES, or of one part that is larger.
 
     torch brings a whole file's tensors to the host and copies them twice more before it writes.
@@ -121,15 +121,15 @@ class PartWriter(HuggingFaceStorageWriter):
         return dict(enumerate(files, start=1))
 
 
-def _part_at(parts: list[Part], index: MetadataIndex) -> Part:
+def _part_at(parts: list[TensorBox], index: MetadataIndex) -> TensorBox:
     return next(part for part in parts if index.offset == torch.Size(part.offset))
 
 
-def _chunk(part: Part) -> ChunkStorageMetadata:
+def _chunk(part: TensorBox) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(part.offset), part.tensor.shape)
 
 
-def _write_item(name: str, part: Part) -> WriteItem:
+def _write_item(name: str, part: TensorBox) -> WriteItem:
     return WriteItem(
         index=MetadataIndex(name, part.offset),
         type=WriteItemType.SHARD,

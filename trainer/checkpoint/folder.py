@@ -29,10 +29,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from data.files import fsync_folder
 from trainer.checkpoint import manifest
-from trainer.checkpoint.all_ranks import together
-from trainer.checkpoint.dcp_planners import PartLoadPlanner, PartSavePlanner, PartWriter
-from trainer.checkpoint.logical_tensors import Part, Parts, is_routing
-from trainer.checkpoint.reader import StoredTensors
+from trainer.checkpoint.all_ranks import on_all_ranks
+from trainer.checkpoint.dcp_planners import BoxLoadPlanner, BoxSavePlanner, BoxWriter
+from trainer.checkpoint.logical_tensors import Boxes, TensorBox, is_routing
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.errors import CheckpointError, SaveError
 from trainer.files import remove_folder, write_synced
 from trainer.parallel.collectives import gather_objects, sum_
@@ -84,7 +84,7 @@ class CheckpointFolder:
     def save(
         self,
         step: int,
-        tensors: Mapping[str, list[Part] | Tensor],
+        tensors: Mapping[str, list[TensorBox] | Tensor],
         state: dict[str, Any],
         last: bool = False,
     ) -> Path:
@@ -98,15 +98,15 @@ class CheckpointFolder:
         target = self.folder / folder_name(step)
         aside = target.with_name(f".{target.name}.tmp")
         parts, world = _parts(tensors), self.grid.world
-        if last and all(together(target.is_dir, world)):
+        if last and all(on_all_ranks(target.is_dir, world)):
             self._remove_later(step)
             return target
         document = {"format": FORMAT, **state}
         try:
-            together(lambda: self._prepare(aside), world)
-            together(lambda: self._write_shards(aside, parts), world)
-            files = together(lambda: self._record_share(aside), world)
-            together(lambda: self._publish(aside, target, files, document), world)
+            on_all_ranks(lambda: self._prepare(aside), world)
+            on_all_ranks(lambda: self._write_shards(aside, parts), world)
+            files = on_all_ranks(lambda: self._record_share(aside), world)
+            on_all_ranks(lambda: self._publish(aside, target, files, document), world)
         except OSError as error:
             if self.grid.is_first:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -132,14 +132,14 @@ class CheckpointFolder:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
 
-    def _write_shards(self, aside: Path, parts: Parts) -> None:
-        writer = PartWriter(str(aside), save_distributed=True)
+    def _write_shards(self, aside: Path, parts: Boxes) -> None:
+        writer = BoxWriter(str(aside), save_distributed=True)
         try:
             with _quiet():
                 dcp.save(
                     parts,
                     storage_writer=writer,
-                    planner=PartSavePlanner(),
+                    planner=BoxSavePlanner(),
                     process_group=self.grid.world.group,
                 )
         except dcp.CheckpointException as error:
@@ -208,7 +208,7 @@ class CheckpointFolder:
             return broken
         return manifest.problem(path, files, manifest.share_of(list(files), rank, world_size))
 
-    def load(self, path: Path, tensors: Mapping[str, list[Part] | Tensor]) -> None:
+    def load(self, path: Path, tensors: Mapping[str, list[TensorBox] | Tensor]) -> None:
         """Copy a verified checkpoint into live tensors, at any topology; every rank calls it.
 
         `tensors` are what this rank holds, by name; it reads no more than that. Raises
@@ -216,7 +216,7 @@ class CheckpointFolder:
         or held by no rank.
         """
         parts = _parts(tensors)
-        shapes = StoredTensors(path).shapes
+        shapes = CheckpointReader(path).shapes
         problems = gather_objects(misfit(shapes, parts), self.grid.world)
         problem = next(filter(None, problems), None) or self._unclaimed(shapes, parts)
         if problem:
@@ -225,11 +225,11 @@ class CheckpointFolder:
             dcp.load(
                 parts,
                 storage_reader=HuggingFaceStorageReader(str(path)),
-                planner=PartLoadPlanner(),
+                planner=BoxLoadPlanner(),
                 process_group=self.grid.world.group,
             )
 
-    def _unclaimed(self, shapes: Mapping[str, Shape], parts: Parts) -> str | None:
+    def _unclaimed(self, shapes: Mapping[str, Shape], parts: Boxes) -> str | None:
         """What the checkpoint holds and no rank has; the same answer on all ranks."""
         names = sorted(name for name in shapes if not is_routing(name))
         held = torch.tensor([name in parts for name in names], dtype=torch.int32)
@@ -238,8 +238,8 @@ class CheckpointFolder:
         return f"holds {extra[0]}, which this run's model does not have" if extra else None
 
 
-def _parts(tensors: Mapping[str, list[Part] | Tensor]) -> Parts:
-    return {n: [Part.whole(t)] if isinstance(t, Tensor) else t for n, t in tensors.items()}
+def _parts(tensors: Mapping[str, list[TensorBox] | Tensor]) -> Boxes:
+    return {n: [TensorBox.whole(t)] if isinstance(t, Tensor) else t for n, t in tensors.items()}
 
 
 @contextmanager
@@ -250,7 +250,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def misfit(shapes: Mapping[str, Shape], parts: Parts) -> str | None:
+def misfit(shapes: Mapping[str, Shape], parts: Boxes) -> str | None:
     """What a checkpoint with tensors of these whole shapes lacks for the parts, or None."""
     for name, some in parts.items():
         if name not in shapes:

@@ -29,7 +29,7 @@ _ROUTING = "routing."
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorBox:
     """What a rank holds of a logical tensor of the whole `shape`: a box that begins at `offset`."""
 
     tensor: Tensor
@@ -37,12 +37,12 @@ class Part:
     offset: Shape
 
     @classmethod
-    def whole(cls, tensor: Tensor) -> Part:
+    def whole(cls, tensor: Tensor) -> TensorBox:
         """A tensor of which nothing is elsewhere."""
         return cls(tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
 
-Parts = dict[str, list[Part]]
+Boxes = dict[str, list[TensorBox]]
 """What a rank holds, by name: boxes that do not overlap."""
 
 
@@ -50,14 +50,14 @@ def logical_tensors(
     model: nn.Module,
     states: Iterable[StatePiece],
     placements: Mapping[str, Placement] | None = None,
-) -> Parts:
+) -> Boxes:
     """Live tensors of the model and its optimizer by logical name; loading copies into them.
 
     `states` are the optimizer's: what this rank keeps of each. `placements` say by the name of a
     parameter or buffer which part of it is here; what is not among them is whole. Experts are
     numbered as in the whole model.
     """
-    logical: Parts = {}
+    logical: Boxes = {}
     local = model.state_dict()
     trained = {name for name, _ in model.named_parameters()}
     where = dict(placements or {})
@@ -70,15 +70,15 @@ def logical_tensors(
             mastered.add(piece.name)
         prefix = "" if piece.kind == MASTER else f"{_STATES}{piece.kind}."
         if piece.kind == STEP:
-            logical[f"{prefix}{official_name(piece.name)}"] = [Part.whole(piece.tensor)]
+            logical[f"{prefix}{official_name(piece.name)}"] = [TensorBox.whole(piece.tensor)]
             continue
-        for name, part in parts_of(piece, where[piece.name]):
+        for name, part in boxes_of(piece, where[piece.name]):
             logical.setdefault(f"{prefix}{name}", []).append(part)
     for name, tensor in local.items():
         if name in mastered or (name in trained and has_master(tensor)):
             continue  # masters are among the states, of this rank or of others
         assert tuple(tensor.shape) == where[name].size, f"{name} is not what its placement says"
-        for entry, part in parts_of(StatePiece("", name, tensor.detach()), where[name]):
+        for entry, part in boxes_of(StatePiece("", name, tensor.detach()), where[name]):
             logical.setdefault(entry, []).append(part)
     return logical
 
@@ -88,7 +88,7 @@ def has_master(tensor: Tensor) -> bool:
     return tensor.dtype != torch.float32
 
 
-def parts_of(piece: StatePiece, placement: Placement) -> Iterator[tuple[str, Part]]:
+def boxes_of(piece: StatePiece, placement: Placement) -> Iterator[tuple[str, TensorBox]]:
     """A piece's boxes by the name of their entry in a checkpoint: each expert has one of its own.
 
     `placement` is that of the parameter that the piece belongs to.
@@ -103,10 +103,10 @@ def parts_of(piece: StatePiece, placement: Placement) -> Iterator[tuple[str, Par
         tensor = flat[at : (at := at + math.prod(size))].view(size)
         place_ = tuple(a + b for a, b in zip(origin, offset, strict=True))
         if placement.kind != "expert":
-            yield entry, Part(tensor, placement.shape, place_)
+            yield entry, TensorBox(tensor, placement.shape, place_)
             continue
         for number, view in enumerate(tensor, start=place_[0]):
-            yield expert_name(entry, number), Part(view, placement.shape[1:], place_[1:])
+            yield expert_name(entry, number), TensorBox(view, placement.shape[1:], place_[1:])
 
 
 def boxes(start: int, stop: int, shape: Shape) -> Iterator[tuple[Shape, Shape]]:

@@ -30,7 +30,7 @@ class _Chunk:
         return whole
 
 
-class StoredTensors:
+class CheckpointReader:
     """What a whole checkpoint folder holds. Only the files' headers are read at first.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""What a run saves in a checkpoint and how it goes on from one."""
+"""Saves a run in checkpoints and resumes it from one."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,31 +15,43 @@ from trainer.checkpoint.folder import (
     model_digest,
     read_state,
 )
-from trainer.checkpoint.logical_tensors import Parts, logical_tensors
+from trainer.checkpoint.logical_tensors import Boxes, logical_tensors
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Placement
-from trainer.stability.anticipation import Anticipation
 from trainer.state import TrainState
 
 
 class Updater(Protocol):
-    """What a checkpoint needs of an optimizer; optim.HybridZero says what each is."""
+    """What a checkpoint needs of an optimizer; see optim.HybridZero."""
 
     step_count: int
 
     def states(self) -> Iterator[StatePiece]:
-        """What this rank keeps; to restore, copy into the tensors of the newest call."""
+        """Returns the states on this rank; to restore, copy into the tensors of the last call."""
 
     def restored(self) -> None:
-        """Take over what was copied into them."""
+        """Takes over what was copied into them."""
+
+
+class PendingSelections(Protocol):
+    """What a checkpoint needs of anticipatory routing; see trainer/stability/anticipation.py."""
+
+    def metadata(self) -> dict[str, Any]:
+        """Returns what `state.json` records about the pending selections."""
+
+    def boxes(self) -> Boxes:
+        """Returns the pending selections of this rank."""
+
+    def restore(self, saved: dict[str, Any] | None, state: TrainState) -> Boxes:
+        """Allocates those of a checkpoint, to be loaded into, and updates `state`."""
 
 
 def newest_of(
     config: RunConfig, folder: CheckpointFolder, tokenizer_hash: str, before: int | None = None
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint, verified, and its `state.json`; None where there is none.
+    """Returns the newest checkpoint, verified, and its `state.json`; None where there is none.
 
     With `before`, the newest of those with a lower step.
 
@@ -51,13 +63,13 @@ def newest_of(
         return None
     saved = read_state(path)
     check_model(path, saved["model"], config.model.model_dump(mode="json"))
-    for field, ours, what in (
+    for field, ours, config_key in (
         ("seed", config.seed, "seed"),
         ("tokenizer", tokenizer_hash, "data.tokenizer.path"),
     ):
         if saved[field] != ours:
             raise CheckpointError(
-                f"{path}: was trained with another {what}: {saved[field]!r} there and "
+                f"{path}: was trained with another {config_key}: {saved[field]!r} there and "
                 f"{ours!r} in this run"
             )
     return path, saved
@@ -66,8 +78,8 @@ def newest_of(
 class RunCheckpoint:
     """Saves and restores model, optimizer and counters of one run.
 
-    `placements` say which parts of the model's tensors are here; by default they are whole.
-    Without an `anticipation` the choices of experts that wait in a checkpoint are left there.
+    `placements` describe which parts of the model's tensors this rank holds; by default it holds
+    whole tensors. Without `anticipation`, pending selections in a checkpoint are ignored.
     """
 
     def __init__(
@@ -78,7 +90,7 @@ class RunCheckpoint:
         optimizer: Updater,
         tokenizer_hash: str,
         placements: Mapping[str, Placement] | None = None,
-        anticipation: Anticipation | None = None,
+        anticipation: PendingSelections | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -89,33 +101,33 @@ class RunCheckpoint:
         self.folder = CheckpointFolder(config.run_dir / "checkpoints", grid, config.checkpoint.keep)
 
     def save(self, state: TrainState, last: bool = False) -> Path:
-        """Publish a checkpoint of the present state. Raises SaveError.
+        """Publishes a checkpoint of the current state. Raises SaveError.
 
-        With `last`, those of later steps go, which are of steps that were undone, and one of this
-        step may be there already and then stays.
+        With `last`, those of later steps, which were undone, are removed, and one of this step that
+        exists already is kept.
         """
         tensors = self._tensors()
         if self.anticipation is not None:
-            tensors |= self.anticipation.parts()
+            tensors |= self.anticipation.boxes()
         return self.folder.save(state.step, tensors, self._document(state), last)
 
     def live_tensors(self) -> list[Tensor]:
-        """All tensors of model and optimizer that are here, always in the same order."""
-        return [part.tensor for parts in self._tensors().values() for part in parts]
+        """Returns all tensors of model and optimizer on this rank, always in the same order."""
+        return [box.tensor for boxes in self._tensors().values() for box in boxes]
 
     def load(self, state: TrainState, before: int | None = None) -> Path | None:
-        """Go on from the newest checkpoint, if there is one: fills model, optimizer and `state`.
+        """Restores model, optimizer and `state` from the newest checkpoint, if there is one.
 
         With `before`, from the newest of those with a lower step.
 
         Raises CheckpointError for a damaged checkpoint and for one of another model, seed or
         tokenizer, naming the field.
         """
-        found = newest_of(self.config, self.folder, self.tokenizer_hash, before)
-        if found is None:
+        newest = newest_of(self.config, self.folder, self.tokenizer_hash, before)
+        if newest is None:
             return None
-        path, saved = found
-        state.go_on_from(saved)
+        path, saved = newest
+        state.restore(saved)
         tensors = self._tensors()
         if self.anticipation is not None:
             tensors |= self.anticipation.restore(saved.get("anticipation"), state)
@@ -128,20 +140,22 @@ class RunCheckpoint:
             )
         return path
 
-    def where_to_go_on(self) -> str:
-        """A clause that names the newest checkpoint."""
-        found = checkpoints_in(self.folder.folder)
-        return f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+    def newest_as_text(self) -> str:
+        """Returns a clause that names the newest checkpoint."""
+        paths = checkpoints_in(self.folder.folder)
+        return f"the newest checkpoint is {paths[-1]}" if paths else "there is no checkpoint yet"
 
-    def _tensors(self) -> Parts:
+    def _tensors(self) -> Boxes:
         return logical_tensors(self.model, self.optimizer.states(), self.placements)
 
     def _document(self, state: TrainState) -> dict[str, Any]:
         model = self.config.model.model_dump(mode="json")
-        waiting = {} if self.anticipation is None else {"anticipation": self.anticipation.waiting()}
+        pending = (
+            {} if self.anticipation is None else {"anticipation": self.anticipation.metadata()}
+        )
         return {
-            **state.saved(),
-            **waiting,
+            **state.to_dict(),
+            **pending,
             "optimizer_steps": self.optimizer.step_count,
             "seed": self.config.seed,
             "tokenizer": self.tokenizer_hash,

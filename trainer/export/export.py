@@ -17,8 +17,8 @@ from model import V4Model
 from model.hf import named_tensors, to_official
 from trainer.build import DTYPES
 from trainer.checkpoint.folder import CheckpointFolder, misfit
-from trainer.checkpoint.logical_tensors import Part, is_state
-from trainer.checkpoint.reader import StoredTensors
+from trainer.checkpoint.logical_tensors import TensorBox, is_state
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.run import newest_of
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
@@ -51,7 +51,7 @@ def export_run(
     path, saved = found
     dtype = DTYPES[config.precision]
     weights = _outline(config, dtype)
-    stored = StoredTensors(path)
+    stored = CheckpointReader(path)
     _check(path, stored, weights)
 
     def read(shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -75,9 +75,9 @@ def _outline(config: RunConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     return dict(to_official(named_tensors(model).items()))
 
 
-def _check(path: Path, stored: StoredTensors, weights: Mapping[str, Tensor]) -> None:
+def _check(path: Path, stored: CheckpointReader, weights: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless the checkpoint has these weights and no others."""
-    problem = misfit(stored.shapes, {n: [Part.whole(tensor)] for n, tensor in weights.items()})
+    problem = misfit(stored.shapes, {n: [TensorBox.whole(tensor)] for n, tensor in weights.items()})
     extra = [name for name in stored.shapes if not is_state(name) and name not in weights]
     if problem is None and extra:
         problem = f"holds {extra[0]}, which this run's model does not have"

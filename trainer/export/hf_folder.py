@@ -16,7 +16,7 @@ from torch import Tensor
 from data import Tokenizer
 from data.files import fsync_file
 from model import ModelConfig
-from trainer.checkpoint.all_ranks import new_folder, together
+from trainer.checkpoint.all_ranks import new_folder, on_all_ranks
 from trainer.errors import ExportError
 from trainer.export.packed_weights import dequantised
 from trainer.files import write_synced
@@ -68,7 +68,7 @@ def write_hf_folder(
 
     try:
         with new_folder(folder, world) as aside:
-            together(lambda: write(aside), world)
+            on_all_ranks(lambda: write(aside), world)
     except OSError as error:
         raise ExportError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
@@ -76,7 +76,7 @@ def write_hf_folder(
 def refuse_full(folder: Path, world: Axis) -> None:
     """Raise ExportError, on all ranks, unless `folder` is new or an empty folder."""
     try:
-        full = together(lambda: _is_full(folder), world)
+        full = on_all_ranks(lambda: _is_full(folder), world)
     except OSError as error:
         raise ExportError(f"{folder}: cannot be read: {error.strerror}") from None
     if any(full):

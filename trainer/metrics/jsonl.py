@@ -7,66 +7,88 @@ from typing import Any
 
 Record = dict[str, Any]
 Event = dict[str, Any]
-"""How a run turned back: `seen_at` (the step), `what`, `back_to`, `rollbacks`, `left_out`,
-`anticipation_until`, `stopped`; see stability.py."""
+"""A rollback: `spike_step`, `reason`, `restored_step` (None where there was nothing to restore),
+`rollbacks`, `skipped_batch` and `anticipation_end` (None for none), `stop_reason` (None unless the
+run ends); see stability/rollback.py."""
+
+_OLD_KEYS = {
+    "heldout_loss": "validation_loss",
+    "heldout_by_source": "validation_by_source",
+    "stage": "phase",
+    "anticipates": "anticipatory_routing",
+}
+_OLD_LAYER_KEYS = {
+    "experts_dead": "dead_expert_share",
+    "comb_departure": "comb_sum_error",
+    "clamped": "swiglu_clamped_share",
+}
+_OLD_EVENT_KEYS = {
+    "seen_at": "spike_step",
+    "what": "reason",
+    "back_to": "restored_step",
+    "left_out": "skipped_batch",
+    "anticipation_until": "anticipation_end",
+    "stopped": "stop_reason",
+}
+"""Keys that older runs wrote, and what they are called now."""
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one object for every step, also after a resume.
+    """Appends to `metrics.jsonl`, also after a resume.
 
-    A run that turns back says so in a line of its own, `{"step": ..., "event": {...}}`, and writes
-    the steps that come again a second time: the later line counts.
-    A full disk does not end training: lines wait in memory until they can be written.
+    A rollback has a line of its own, `{"step": ..., "event": {...}}`; the steps that are trained
+    again follow it, and of two lines for one step the later counts. A full disk does not end
+    training: lines wait in memory until they can be written.
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Open for appending; lines of steps after `first_step` are dropped."""
+        """Opens for appending; lines of steps after `first_step` are dropped."""
         self.path = path
-        kept = []
+        records: list[Record] = []
         if path.exists():
-            kept = read_metrics(path, first_step)
+            records = read_metrics(path, first_step)
             for step, event in read_events(path, first_step):
-                place = sum(record["step"] <= step for record in kept)
-                kept.insert(place, {"step": step, "event": event})
-        self._waiting = "".join(json.dumps(record) + "\n" for record in kept)
-        aside = path.with_name(f".{path.name}.tmp")
-        self._file = open(aside, "wb", buffering=0)  # noqa: SIM115 - open as long as the run
-        self._whole = 0
+                place = sum(record["step"] <= step for record in records)
+                records.insert(place, {"step": step, "event": event})
+        self._pending = "".join(json.dumps(record) + "\n" for record in records)
+        temporary = path.with_name(f".{path.name}.tmp")
+        self._file = open(temporary, "wb", buffering=0)  # noqa: SIM115 - open as long as the run
+        self._complete_bytes = 0
         self.flush()
         os.fsync(self._file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
 
     def write(self, record: Record) -> None:
-        """Append one step's object."""
-        self._waiting += json.dumps(record) + "\n"
+        """Appends one object."""
+        self._pending += json.dumps(record) + "\n"
         self.flush()
 
     def flush(self) -> str | None:
-        """Write what waits; returns the reason where that is not possible now."""
-        data = self._waiting.encode()
+        """Writes the pending lines; returns the reason where that is not possible now."""
+        data = self._pending.encode()
         try:
             written = 0
             while written < len(data):
                 written += self._file.write(data[written:]) or 0
         except OSError as error:
-            self._file.truncate(self._whole)  # no half line: the rest comes again later
-            self._file.seek(self._whole)
+            self._file.truncate(self._complete_bytes)  # no half line: the rest is written later
+            self._file.seek(self._complete_bytes)
             return error.strerror or type(error).__name__
-        self._whole += len(data)
-        self._waiting = ""
+        self._complete_bytes += len(data)
+        self._pending = ""
         return None
 
     def close(self) -> None:
-        """Make everything durable."""
+        """Makes everything durable."""
         self.flush()
         os.fsync(self._file.fileno())
         self._file.close()
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[Record]:
-    """The objects of a metrics file up to `last_step`, one a step, in order.
+    """Returns the objects of a metrics file up to `last_step`, one per step, in order.
 
-    A torn last line, as a crash may leave it, is skipped.
+    A torn last line, as a crash may leave it, is skipped. Keys of older runs are renamed.
     """
     lines = _lines(path, last_step)
     records = {record["step"]: record for record in lines if "event" not in record}
@@ -74,19 +96,28 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[Record]:
 
 
 def read_events(path: Path, last_step: int | None = None) -> list[tuple[int, Event]]:
-    """When a run turned back: to which step, and what happened, in the order of the file."""
+    """Returns the rollbacks, each with the step that was restored, in the order of the file."""
     lines = _lines(path, last_step)
     return [(record["step"], record["event"]) for record in lines if "event" in record]
 
 
 def _lines(path: Path, last_step: int | None) -> list[Record]:
     """The objects of a file up to `last_step`, without a torn line."""
-    found = []
+    records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue
         if last_step is None or record["step"] <= last_step:
-            found.append(record)
-    return found
+            records.append(_with_new_keys(record))
+    return records
+
+
+def _with_new_keys(record: Record) -> Record:
+    """A record of an older run with the keys that are written now."""
+    renamed = {_OLD_KEYS.get(key, key): value for key, value in record.items()}
+    for key, old_keys in (("layers", _OLD_LAYER_KEYS), ("event", _OLD_EVENT_KEYS)):
+        if key in renamed:
+            renamed[key] = {old_keys.get(name, name): x for name, x in renamed[key].items()}
+    return renamed

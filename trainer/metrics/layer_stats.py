@@ -1,4 +1,7 @@
-"""What every layer does, looked at now and then: loads of experts, router biases, sinks."""
+"""Stats of every layer: expert loads, router biases, sinks, and what hooks collected.
+
+Shapes: L layers and MTP blocks, E routed experts.
+"""
 
 from __future__ import annotations
 
@@ -9,75 +12,76 @@ import torch
 from torch import Tensor
 
 from model import V4Model
-from trainer.metrics.layer_hooks import Seen
+from trainer.metrics.layer_hooks import HookStats
 from trainer.parallel.collectives import gather_objects
 from trainer.parallel.grid import Grid
-from trainer.step import LayerNumbers
+from trainer.step import LayerStats
+
+_Ranges = dict[tuple[str, int], tuple[float, float]]
+"""Minimum and maximum by metric and the layer's row."""
 
 
-def layer_numbers(
-    model: V4Model, expert_load: Tensor, grid: Grid, seen: Seen | None = None
-) -> LayerNumbers:
-    """The numbers of all layers, on every rank; all ranks call it together, outside of a step.
+def layer_stats(
+    model: V4Model, expert_load: Tensor, grid: Grid, hook_stats: HookStats | None = None
+) -> LayerStats:
+    """Returns the stats of all layers, on every rank; all ranks call it, outside of a step.
 
     Args:
         model: this rank's part.
-        expert_load: [layers (+ MTP), E] over the global batch, the same on every rank.
-        seen: what this rank saw in a pass that was watched.
+        expert_load: [L, E] over the global batch, the same on every rank.
+        hook_stats: what hooks collected on this rank in a forward pass.
 
     Returns:
         `expert_load_max`: of the busiest expert, over the mean; 1 is even.
         `expert_load_entropy`: over that of an even load, 0 to 1.
-        `experts_dead`: share of experts that no token chose.
+        `dead_expert_share`: share of experts that no token chose.
         `router_bias_min`, `router_bias_max`: of learned routers.
         `sink_min`, `sink_max`: of the heads' logits in the softmax's denominator.
-        Where a pass was watched also its numbers; see watch.py.
+        With `hook_stats` also those of layer_hooks.py.
     """
-    found = expert_numbers(expert_load)
-    ranges = _merged(gather_objects(_own_ranges(model), grid.world))
+    stats = expert_load_stats(expert_load)
+    ranges = _merged(gather_objects(_local_ranges(model), grid.world))
     for name in ("router_bias", "sink"):
         pairs = [ranges.get((name, row)) for row in range(len(expert_load))]
-        found[f"{name}_min"] = [pair and pair[0] for pair in pairs]
-        found[f"{name}_max"] = [pair and pair[1] for pair in pairs]
-    if seen is not None:
-        found |= _of_all_ranks(gather_objects(seen, grid.world), len(expert_load))
-    return found
+        stats[f"{name}_min"] = [pair and pair[0] for pair in pairs]
+        stats[f"{name}_max"] = [pair and pair[1] for pair in pairs]
+    if hook_stats is not None:
+        stats |= _over_ranks(gather_objects(hook_stats, grid.world), len(expert_load))
+    return stats
 
 
-def _of_all_ranks(parts: list[Seen], rows: int) -> LayerNumbers:
-    """Means and maxima over what the ranks saw."""
-    found: LayerNumbers = {}
+def _over_ranks(parts: list[HookStats], rows: int) -> LayerStats:
+    """Means and maxima over the ranks' stats."""
+    stats: LayerStats = {}
     keys = {key for part in parts for key in part}
     for name, kind, row in sorted(keys):
         pairs = [part[name, kind, row] for part in parts if (name, kind, row) in part]
-        values = found.setdefault(name, [None] * rows)
+        values = stats.setdefault(name, [None] * rows)
         if kind == "max":
             values[row] = max(top for top, _ in pairs)
             continue
         total, count = (sum(numbers) for numbers in zip(*pairs, strict=True))
         mean = total / count if count else 0.0
         values[row] = math.sqrt(mean) if name.endswith("_rms") else mean
-    return found
+    return stats
 
 
-def expert_numbers(load: Tensor) -> LayerNumbers:
-    """Busiest over mean, normalised entropy and share without a token, of each row of [n, E]."""
-    load = load.double()
-    share = load / load.sum(1, keepdim=True).clamp(min=1.0)
-    entropy = -torch.xlogy(share, share).sum(1) / torch.log(torch.tensor(float(load.shape[1])))
+def expert_load_stats(load_LE: Tensor) -> LayerStats:
+    """Returns max over mean, normalised entropy and share of unused experts, for each row."""
+    load_LE = load_LE.double()
+    experts = load_LE.shape[1]
+    share_LE = load_LE / load_LE.sum(1, keepdim=True).clamp(min=1.0)
+    entropy_L = -torch.xlogy(share_LE, share_LE).sum(1) / torch.log(torch.tensor(float(experts)))
     return {
-        "expert_load_max": (share.amax(1) * load.shape[1]).tolist(),
-        "expert_load_entropy": entropy.tolist(),
-        "experts_dead": (load == 0).double().mean(1).tolist(),
+        "expert_load_max": (share_LE.amax(1) * experts).tolist(),
+        "expert_load_entropy": entropy_L.tolist(),
+        "dead_expert_share": (load_LE == 0).double().mean(1).tolist(),
     }
 
 
-Ranges = dict[tuple[str, int], tuple[float, float]]
-
-
 @torch.no_grad()
-def _own_ranges(model: V4Model) -> Ranges:
-    """Least and largest number, by what it is of and the layer's row."""
+def _local_ranges(model: V4Model) -> _Ranges:
+    """Ranges of router biases and sinks on this rank."""
     tensors: dict[tuple[str, int], Tensor] = {}
     for row, router in model.routers().items():
         if not router.hashed:
@@ -90,20 +94,20 @@ def _own_ranges(model: V4Model) -> Ranges:
     return {key: (low, high) for key, (low, high) in zip(tensors, ends.tolist(), strict=True)}
 
 
-def _merged(parts: list[Ranges]) -> Ranges:
-    whole: Ranges = {}
+def _merged(parts: list[_Ranges]) -> _Ranges:
+    ranges: _Ranges = {}
     for part in parts:
         for key, (low, high) in part.items():
-            least, most = whole.get(key, (low, high))
-            whole[key] = (min(low, least), max(high, most))
-    return whole
+            other_low, other_high = ranges.get(key, (low, high))
+            ranges[key] = (min(low, other_low), max(high, other_high))
+    return ranges
 
 
-def flat(numbers: Mapping[str, list[float | None]]) -> dict[str, float]:
-    """One entry a layer, as monitoring services want them: `layers/NAME/03`."""
+def flatten_layers(stats: Mapping[str, list[float | None]]) -> dict[str, float]:
+    """Returns one entry per layer, as monitoring services want them: `layers/NAME/03`."""
     return {
         f"layers/{name}/{row:02d}": value
-        for name, values in numbers.items()
+        for name, values in stats.items()
         for row, value in enumerate(values)
         if value is not None
     }

@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl`, wandb, and a progress line on the first rank."""
+"""The metrics of a run: `metrics.jsonl`, wandb, and a progress line, on the first rank."""
 
 import math
 import time
@@ -14,21 +14,21 @@ from trainer.step import StepResult
 
 
 def describe_event(event: Event) -> str:
-    """A line about it."""
+    """Returns a line about a rollback."""
     parts = []
-    if event["back_to"] is not None:
-        parts.append(f"back to the state after step {event['back_to']}")
-    if event["anticipation_until"] is not None:
-        parts.append(f"anticipatory routing to step {event['anticipation_until']}")
-    if event["left_out"] is not None:
-        parts.append("this batch will be left out")
-    if event["stopped"] is not None:
-        parts.append(f"the run ends, since {event['stopped']}")
-    return f"step {event['seen_at']}: {event['what']}; {', '.join(parts)}"
+    if event["restored_step"] is not None:
+        parts.append(f"rolled back to the state after step {event['restored_step']}")
+    if event["anticipation_end"] is not None:
+        parts.append(f"anticipatory routing to step {event['anticipation_end']}")
+    if event["skipped_batch"] is not None:
+        parts.append("this batch will be skipped")
+    if event["stop_reason"] is not None:
+        parts.append(f"the run ends, since {event['stop_reason']}")
+    return f"step {event['spike_step']}: {event['reason']}; {', '.join(parts)}"
 
 
 class Metrics:
-    """Periodic hook that turns a step's result into one record. Lives on the first rank only."""
+    """Writes a record for every step. Lives on the first rank only."""
 
     def __init__(self, config: RunConfig, state: TrainState, grid: Grid) -> None:
         self.config = config
@@ -41,6 +41,7 @@ class Metrics:
         self.progress = Progress(config.steps, state.step, config.metrics.every)
 
     def __call__(self, state: TrainState, result: StepResult) -> None:
+        """Writes a step's record; a periodic hook of the trainer."""
         record = self.record(state, result)
         self.file.write(record)
         due = state.step % self.config.metrics.every == 0
@@ -48,13 +49,17 @@ class Metrics:
             self.wandb.log(record)
         self.progress.update(record)
 
-    def event(self, state: TrainState, event: Event) -> None:
-        """Tell at once that the run has turned back to `state.step`."""
+    def log(self, message: str) -> None:
+        """Prints a line."""
+        self.progress.log(message)
+
+    def log_event(self, state: TrainState, event: Event) -> None:
+        """Writes at once that the run has rolled back to `state.step`."""
         self.file.write({"step": state.step, "event": event})
-        self.wandb.log({"step": state.step, "rollbacks": state.rollbacks, "event": event["what"]})
+        self.wandb.log({"step": state.step, "rollbacks": state.rollbacks, "event": event["reason"]})
 
     def record(self, state: TrainState, result: StepResult) -> Record:
-        """The step's object, JSON-ready; numbers that are not finite are left out."""
+        """Returns the step's object, JSON-ready, without numbers that are not finite."""
         record: Record = {
             "step": state.step,
             "tokens": state.tokens,
@@ -76,26 +81,20 @@ class Metrics:
         if self.config.phases:
             record["phase"] = result.phase
             record["indexer_loss"] = result.indexer_loss
-        if result.validation_loss is not None:
-            record["validation_loss"] = result.validation_loss
-        if result.validation_by_source is not None:
-            record["validation_by_source"] = result.validation_by_source
-        if result.layers is not None:
-            record["layers"] = result.layers
-        if result.groups is not None:
-            record["groups"] = result.groups
+        for name in ("validation_loss", "validation_by_source", "layers", "groups"):
+            if (value := getattr(result, name)) is not None:
+                record[name] = value
         record["skipped_steps"] = state.skipped_steps
         record["rollbacks"] = state.rollbacks
-        record["anticipates"] = state.anticipates(state.step - 1)
-        # A skipped step may have numbers that JSON has no word for.
+        record["anticipatory_routing"] = state.anticipatory_routing_at(state.step - 1)
         return {
             key: value
             for key, value in record.items()
-            if not isinstance(value, float) or math.isfinite(value)
+            if not isinstance(value, float) or math.isfinite(value)  # JSON has no NaN
         }
 
     def close(self) -> None:
-        """Flush the file, end the progress line and the wandb run."""
+        """Flushes the file and ends the progress line and the wandb run."""
         self.progress.close()
         self.file.close()
         self.wandb.close()

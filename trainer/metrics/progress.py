@@ -3,11 +3,10 @@
 import sys
 import time
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn
-from rich.progress import Progress as RichProgress
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
 
 
 class Progress:
@@ -20,19 +19,12 @@ class Progress:
         self._start = time.monotonic()
         self._bar: RichProgress | None = None
         if sys.stdout.isatty():
-            columns = (
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TaskProgressColumn(),
-                TextColumn("{task.description}"),
-            )
-            self._bar = RichProgress(*columns, console=Console())
+            self._bar = _live_line()
             self._bar.start()
             self._task = self._bar.add_task("", total=steps, completed=done)
 
     def update(self, record: dict[str, Any]) -> None:
-        """Show a step's record."""
+        """Shows a step's record."""
         step = record["step"]
         self._updates += 1
         text = describe(record, self._time_left(step))
@@ -41,31 +33,46 @@ class Progress:
         elif step % self.every == 0 or step == self.steps:
             print(f"step {step}/{self.steps}  {text}", flush=True)
 
-    def note(self, text: str) -> None:
-        """A line of its own, above the live one."""
+    def log(self, message: str) -> None:
+        """Prints a line, above the live one."""
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
+            self._bar.console.print(message, highlight=False)
         else:
-            print(text, flush=True)
+            print(message, flush=True)
 
     def close(self) -> None:
-        """Leave the last state on the screen."""
+        """Stops the live line; its last state stays on the screen."""
         if self._bar is not None:
             self._bar.stop()
 
     def _time_left(self, step: int) -> timedelta:
-        """At the pace so far, in which steps that came again count again."""
+        """At the pace so far; steps that were trained again count again."""
         spent = time.monotonic() - self._start
         return timedelta(seconds=round(spent / self._updates * (self.steps - step)))
 
 
+def _live_line() -> "RichProgress":
+    from rich.console import Console  # a quarter of a second to import
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.description}"),
+    )
+    return RichProgress(*columns, console=Console())
+
+
 def describe(record: dict[str, Any], left: timedelta) -> str:
-    """`loss 3.214  validation 3.401  12 345 tokens/s  ETA 0:01:40`."""
+    """Formats a record: `loss 3.214  validation 3.401  12 345 tokens/s  ETA 0:01:40`."""
     validation = (
         f"  validation {record['validation_loss']:.4f}" if "validation_loss" in record else ""
     )
     speed = f"{record['tokens_per_second']:,.0f}".replace(",", " ")
-    loss = "loss not finite" if record["tokens_per_second"] else "batch left out"
+    loss = "loss not finite" if record["tokens_per_second"] else "batch skipped"
     if "loss" in record:
         loss = f"loss {record['loss']:.4f}"
     return f"{loss}{validation}  {speed} tokens/s  ETA {left}"

@@ -1,4 +1,4 @@
-"""Weights and how far an update moves them, by group of parameters, looked at now and then."""
+"""Norms of the weights and of their updates, by group of parameters."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from trainer.parallel.collectives import gather_objects
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel
 from trainer.parallel.stage_plan import tied_embedding
-from trainer.step import GroupNumbers
+from trainer.step import GroupStats
 
 
-class GroupWatch:
-    """A copy of this rank's weights before an update, on the host."""
+class UpdateStats:
+    """Compares weights after an update with a copy from before it, kept on the host."""
 
     def __init__(self, local: LocalModel, grid: Grid) -> None:
         self.local, self.grid = local, grid
@@ -27,8 +27,8 @@ class GroupWatch:
             name: weight.detach().to("cpu", copy=True) for name, weight in self._weights().items()
         }
 
-    def after(self) -> GroupNumbers:
-        """All ranks call it after the update.
+    def after_update(self) -> GroupStats:
+        """Returns the stats on every rank; all ranks call it.
 
         `update_rms`: root mean square of the change of a weight in this step, decay included.
         `weight_norm`: Euclidean norm of all weights of the group.
@@ -40,13 +40,13 @@ class GroupWatch:
             size = change.new_tensor(before.numel())
             numbers = [change.square().sum(), before.square().sum(), size]
             group = group_of(name)
-            share = torch.stack(numbers) / self._holders(name)
+            share = torch.stack(numbers) / self._replicas(name)
             sums[group] = sums.get(group, torch.zeros_like(share)) + share
-        mine = {group: tuple(numbers.tolist()) for group, numbers in sums.items()}
-        return _numbers(gather_objects(mine, self.grid.world))
+        local_sums = {group: tuple(numbers.tolist()) for group, numbers in sums.items()}
+        return _over_ranks(gather_objects(local_sums, self.grid.world))
 
-    def _holders(self, name: str) -> int:
-        """How many ranks hold the same part."""
+    def _replicas(self, name: str) -> int:
+        """How many ranks hold the same part of a parameter."""
         shared = 2 if self.tied and name == "embed.weight" else 1
         return self.local.placements[name].replicas * shared
 
@@ -54,20 +54,20 @@ class GroupWatch:
         return {n: p for n, p in self.local.model.named_parameters() if p.numel()}
 
 
-def _numbers(parts: list[dict[str, tuple[float, ...]]]) -> GroupNumbers:
-    found: GroupNumbers = {"update_rms": {}, "weight_norm": {}}
+def _over_ranks(parts: list[dict[str, tuple[float, ...]]]) -> GroupStats:
+    stats: GroupStats = {"update_rms": {}, "weight_norm": {}}
     for group in sorted({group for part in parts for group in part}):
         shares = [part[group] for part in parts if group in part]
         change, size, count = (sum(values) for values in zip(*shares, strict=True))
-        found["update_rms"][group] = math.sqrt(change / count)
-        found["weight_norm"][group] = math.sqrt(size)
-    return found
+        stats["update_rms"][group] = math.sqrt(change / count)
+        stats["weight_norm"][group] = math.sqrt(size)
+    return stats
 
 
-def flat_groups(numbers: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """One entry a group, as monitoring services want them: `groups/NAME/experts`."""
+def flatten_groups(stats: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Returns one entry per group, as monitoring services want them: `groups/NAME/experts`."""
     return {
         f"groups/{name}/{group}": value
-        for name, values in numbers.items()
+        for name, values in stats.items()
         for group, value in values.items()
     }

@@ -7,15 +7,15 @@ from typing import Any
 
 from trainer.config import RunConfig
 from trainer.files import write_whole
-from trainer.metrics.layer_stats import flat
-from trainer.metrics.update_stats import flat_groups
+from trainer.metrics.layer_stats import flatten_layers
+from trainer.metrics.update_stats import flatten_groups
 
 
 class WandbLog:
     """Sends records to a wandb run that a resume continues under the same id.
 
-    The key is found by wandb itself (WANDB_API_KEY or its login file); it is never read into the
-    config nor written by us.
+    wandb itself finds the key (WANDB_API_KEY or its login file); it is never read into the config
+    nor written by this class.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -50,8 +50,8 @@ class WandbLog:
     @staticmethod
     def _run_id(folder: Path) -> str:
         """The id in wandb/run-id; `wandb agent` names the run itself, through its environment."""
-        if given := os.environ.get("WANDB_RUN_ID"):
-            return given
+        if run_id := os.environ.get("WANDB_RUN_ID"):
+            return run_id
         file = folder / "run-id"
         if file.is_file():
             return file.read_text(encoding="utf-8").strip()
@@ -60,15 +60,16 @@ class WandbLog:
         return run_id
 
     def log(self, record: dict[str, Any]) -> None:
-        """Send one step's record."""
+        """Sends one step's record."""
         if self._run is not None:
             plain = {n: v for n, v in record.items() if not isinstance(v, dict)}
             sources = record.get("validation_by_source", {}).items()
             by_source = {f"validation_loss/{name}": loss for name, loss in sources}
-            layers, groups = flat(record.get("layers", {})), flat_groups(record.get("groups", {}))
+            layers = flatten_layers(record.get("layers", {}))
+            groups = flatten_groups(record.get("groups", {}))
             self._run.log(plain | by_source | layers | groups)
 
     def close(self) -> None:
-        """End the run; it can be resumed."""
+        """Ends the run; it can be resumed."""
         if self._run is not None:
             self._run.finish()

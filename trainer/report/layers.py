@@ -18,17 +18,21 @@ _ROUTING: Columns = (
         "the most loaded expert over the mean; 1 is balanced",
     ),
     ("expert_load_entropy", "load entropy", "over that of balanced loads; 1 is balanced"),
-    ("experts_dead", "dead experts", "fraction of experts without a token"),
+    ("dead_expert_share", "dead experts", "fraction of experts without a token"),
     ("router_bias_min", "min bias", "added to the router's scores to balance the loads"),
     ("router_bias_max", "max bias", "the same"),
 )
 _INSIDE: Columns = (
-    ("clamped", "clamped", "fraction of the experts' SwiGLU inputs that the clamp changes"),
+    (
+        "swiglu_clamped_share",
+        "clamped",
+        "fraction of the experts' SwiGLU inputs that the clamp changes",
+    ),
     ("swiglu_max", "max SwiGLU input", "before the clamp"),
     ("stream_rms", "stream RMS", "of the residual streams after the layer"),
     ("stream_max", "stream max", "largest magnitude in the residual streams"),
     (
-        "comb_departure",
+        "comb_sum_error",
         "mixing error",
         "largest deviation of row and column sums of the stream mixing matrices from 1",
     ),
@@ -42,7 +46,7 @@ _INSIDE: Columns = (
 )
 _MAPS = (
     ("expert_load_max", "Most loaded expert of each layer", "load / mean load"),
-    ("clamped", "Clamped SwiGLU inputs of each layer", "fraction"),
+    ("swiglu_clamped_share", "Clamped SwiGLU inputs of each layer", "fraction"),
     ("stream_rms", "Residual streams after each layer", "RMS"),
 )
 
@@ -54,12 +58,12 @@ def events_section(config: RunConfig, records: Records, events: list[Event]) -> 
             return ""
         return _figure("Spikes", "<p>No spikes; the run never rolled back.</p>")
     rows = "".join(
-        f"<tr><td>{event['seen_at']:,}</td><td>{escape(event['what'])}</td>"
+        f"<tr><td>{event['spike_step']:,}</td><td>{escape(event['reason'])}</td>"
         f"<td>{escape(_action(event))}</td></tr>"
         for event in events
     )
     skipped = sum("loss" not in record for record in records)
-    routed = sum(bool(record.get("anticipates")) for record in records)
+    routed = sum(bool(record.get("anticipatory_routing")) for record in records)
     below = (
         f"<p>Skipped batches: {skipped}. Steps with anticipatory routing (experts chosen by older "
         f"weights): {routed}. A dashed line in the charts marks a spike; repeated steps are shown "
@@ -70,13 +74,13 @@ def events_section(config: RunConfig, records: Records, events: list[Event]) -> 
 
 
 def _action(event: Event) -> str:
-    if event["stopped"] is not None:
-        return f"the run ended: {event['stopped']}"
-    parts = [f"rolled back to the state after step {event['back_to']:,}"]
-    if event["left_out"] is not None:
-        parts.append(f"batch of step {event['left_out']:,} skipped")
-    if event["anticipation_until"] is not None:
-        parts.append(f"anticipatory routing to step {event['anticipation_until']:,}")
+    if event["stop_reason"] is not None:
+        return f"the run ended: {event['stop_reason']}"
+    parts = [f"rolled back to the state after step {event['restored_step']:,}"]
+    if event["skipped_batch"] is not None:
+        parts.append(f"batch of step {event['skipped_batch']:,} skipped")
+    if event["anticipation_end"] is not None:
+        parts.append(f"anticipatory routing to step {event['anticipation_end']:,}")
     return "; ".join(parts)
 
 

@@ -76,7 +76,7 @@ def write_report(config: RunConfig) -> Path:
 def render(config: RunConfig, records: list[dict[str, Any]], events: list[Event]) -> str:
     """Returns the page as HTML text."""
     last = records[-1]
-    marks, spikes = phase_marks(config), [event["seen_at"] for event in events]
+    marks, spikes = phase_marks(config), [event["spike_step"] for event in events]
     charts = "".join(
         f"<figure{' class=wide' if chart.wide else ''}><h2>{escape(chart.title)}</h2>"
         f"{draw(chart, records, marks, spikes)}</figure>"

@@ -1,10 +1,11 @@
-"""Spikes: seen on the host's numbers of a step, undone by turning back a little (report 4.2.3).
+"""Rolling back after a spike (report §4.2.3).
 
-A step is judged between its backward and its update. If it is a spike there is no update: weights,
-optimizer and counters are set back to a snapshot of some steps ago, in memory or, where there is
-none, to a checkpoint, and for a while experts are chosen with older weights (anticipation.py). A
-batch at whose step a spike comes a second time is left out. A snapshot is taken now and then before
-a step. All ranks judge by the same numbers, so all do the same without a word.
+A step is judged between its backward and its update, by its metrics on the host. If it is a spike
+there is no update: weights, optimizer and counters are restored from a snapshot of some steps ago
+in memory, or from a checkpoint where there is no snapshot, and for a while experts are chosen with
+older weights (anticipation.py). A batch whose step is a spike a second time is skipped. Snapshots
+are taken every so many steps, before a step. All ranks judge by the same metrics, so all decide the
+same without communication.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from trainer.stability.spikes import SpikeDetector
 from trainer.state import TrainState
 from trainer.step import StepResult
 
-# What a run remembers when it turns back.
-_KEPT = ("rollbacks", "suspects", "left_out")
+_KEPT_FIELDS = ("rollbacks", "spike_steps", "skipped_batches")
+"""Fields of the state that a rollback does not restore."""
 
 
 @dataclass
@@ -38,52 +39,65 @@ class Snapshot:
 
 
 class Snapshots:
-    """The newest snapshot that is old enough to turn back to, and the newer ones."""
+    """The newest snapshot that is at least `min_age` steps old, and all newer ones.
 
-    def __init__(self, checkpoint: RunCheckpoint, every: int, least: int) -> None:
-        self.checkpoint, self.every, self.least = checkpoint, every, least
-        self._held: list[Snapshot] = []
-        self._begun = False
+    Arguments:
+        every: steps between snapshots; 0 takes none.
+        min_age: fewest steps that a run rolls back.
+    """
+
+    def __init__(self, checkpoint: RunCheckpoint, every: int, min_age: int) -> None:
+        self.checkpoint, self.every, self.min_age = checkpoint, every, min_age
+        self._snapshots: list[Snapshot] = []
+        self._is_first = True
 
     def before_step(self, state: TrainState) -> None:
-        """Take one where it is due, before the first step and every so many. Waits for nothing."""
-        due = self.every and (state.step % self.every == 0 or not self._begun)
-        if not due or (self._held and self._held[-1].state.step == state.step):
+        """Takes a snapshot before the first step and every so many; does not wait for copies."""
+        due = self.every and (state.step % self.every == 0 or self._is_first)
+        if not due or (self._snapshots and self._snapshots[-1].state.step == state.step):
             return
-        self._begun = True
-        free = None
-        while len(self._held) > 1 and self._held[1].state.step <= state.step - self.least:
-            free = self._held.pop(0).tensors
-        live = self.checkpoint.live_tensors()
-        tensors = [_room(tensor) for tensor in live] if free is None else free
-        for held, tensor in zip(tensors, live, strict=True):
-            held.copy_(tensor, non_blocking=True)
+        self._is_first = False
+        reusable = None
+        while len(self._snapshots) > 1 and self._snapshots[1].state.step <= self._limit(state):
+            reusable = self._snapshots.pop(0).tensors
+        live_tensors = self.checkpoint.live_tensors()
+        copies = [_empty_on_host(t) for t in live_tensors] if reusable is None else reusable
+        for host_copy, tensor in zip(copies, live_tensors, strict=True):
+            host_copy.copy_(tensor, non_blocking=True)
         steps = self.checkpoint.optimizer.step_count
-        self._held.append(Snapshot(tensors, steps, copy.deepcopy(state)))
+        self._snapshots.append(Snapshot(copies, steps, copy.deepcopy(state)))
 
     def restore(self, state: TrainState) -> bool:
-        """Go back to the newest that is old enough, and drop those after it; False for none."""
-        while self._held and self._held[-1].state.step > state.step - self.least:
-            self._held.pop()
-        if not self._held:
+        """Restores the newest that is old enough and drops those after it; False for none."""
+        while self._snapshots and self._snapshots[-1].state.step > self._limit(state):
+            self._snapshots.pop()
+        if not self._snapshots:
             return False
-        snapshot = self._held[-1]
-        live = self.checkpoint.live_tensors()
-        for held, tensor in zip(snapshot.tensors, live, strict=True):
-            tensor.copy_(held, non_blocking=True)
+        snapshot = self._snapshots[-1]
+        live_tensors = self.checkpoint.live_tensors()
+        for host_copy, tensor in zip(snapshot.tensors, live_tensors, strict=True):
+            tensor.copy_(host_copy, non_blocking=True)
         self.checkpoint.optimizer.restored()
         self.checkpoint.optimizer.step_count = snapshot.optimizer_steps
-        state.go_on_from(snapshot.state.saved())
+        state.restore(snapshot.state.to_dict())
         return True
 
+    def nbytes(self) -> int:
+        """Returns the bytes of all snapshots on this rank."""
+        return sum(tensor.nbytes for each in self._snapshots for tensor in each.tensors)
 
-def _room(tensor: Tensor) -> Tensor:
-    """Memory of the host for a tensor; from page-locked one a GPU copies by itself."""
+    def _limit(self, state: TrainState) -> int:
+        """The newest step that a run in this state may roll back to."""
+        return state.step - self.min_age
+
+
+def _empty_on_host(tensor: Tensor) -> Tensor:
+    """Host memory for a tensor; page-locked for a GPU, which then copies without the CPU."""
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).contiguous()
 
 
 class Stability:
-    """Judges the steps of a run and turns it back; nothing where `stability.spikes` is null."""
+    """Judges the steps of a run and rolls it back; idle where `stability.spikes` is null."""
 
     def __init__(
         self,
@@ -98,100 +112,101 @@ class Stability:
         self.state, self.checkpoint, self.anticipation = state, checkpoint, anticipation
         if self.settings is not None:
             self.detector = SpikeDetector(self.settings)
-            every, least = self.settings.snapshot_every, self.settings.min_rollback_steps
-            self.snapshots = Snapshots(checkpoint, every, least)
+            every, min_age = self.settings.snapshot_every, self.settings.min_rollback_steps
+            self.snapshots = Snapshots(checkpoint, every, min_age)
 
     def before_step(self) -> None:
-        """Every rank calls it before a step, also before one that is left out."""
+        """Takes a snapshot where one is due; every rank calls it before every step."""
         if self.settings is not None:
             self.snapshots.before_step(self.state)
 
     def problem(self, result: StepResult) -> str | None:
-        """Why a step with finite numbers is a spike, in words, or None."""
+        """Returns why a step with finite metrics is a spike, or None."""
         if self.settings is None:
             return None
-        numbers = {
+        metrics = {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
-            "busiest": result.busiest_share,
+            "max_expert_share": result.max_expert_share,
         }
         first = self.hash_layers
-        numbers |= {f"router {n}": share for n, share in enumerate(result.first_share, first)}
-        return self.detector.problem(self.state.history, numbers)
+        metrics |= {f"router {n}": x for n, x in enumerate(result.top1_weight_share, first)}
+        return self.detector.problem(self.state.history, metrics)
 
-    def turn_back(self, problem: str) -> Event:
-        """Undo the last steps because of what was seen in the present one.
+    def roll_back(self, problem: str) -> Event:
+        """Undoes the last steps because the current one has this problem.
 
-        What was done. Where there is nothing to turn back to, or the run has turned back too often,
-        it is to stop: a checkpoint is saved, and `stopped` says why.
+        Returns what was done. Where there is nothing to restore, or the run has rolled back too
+        often, the run has to end: a checkpoint is saved, and `stop_reason` is set.
         """
         settings, state = self.settings, self.state
         assert settings is not None
-        seen, spent = state.step, state.rollbacks >= settings.max_rollbacks
-        back, stopped = self._go_back(), None
-        if not back:
-            stopped = (
-                "there is neither a snapshot nor a checkpoint at least stability.spikes.min_rollback_steps = "
-                f"{settings.min_rollback_steps} steps old to turn back to"
+        spike, is_spent = state.step, state.rollbacks >= settings.max_rollbacks
+        is_restored, stop_reason = self._restore(), None
+        if not is_restored:
+            stop_reason = (
+                "there is neither a snapshot nor a checkpoint at least "
+                f"stability.spikes.min_rollback_steps = {settings.min_rollback_steps} steps old to "
+                "restore"
             )
-        elif spent:
-            stopped = (
-                f"the run has turned back stability.spikes.max_rollbacks = {settings.max_rollbacks}"
-                " times already"
+        elif is_spent:
+            stop_reason = (
+                "the run has rolled back stability.spikes.max_rollbacks = "
+                f"{settings.max_rollbacks} times already"
             )
-        self.anticipation.begin_anew(state)
-        if stopped is not None:
-            stopped += f"; saved {self.checkpoint.save(state, last=True)}"
+        self.anticipation.restart(state)
+        if stop_reason is not None:
+            stop_reason += f"; saved {self.checkpoint.save(state, last=True)}"
         else:
             state.rollbacks += 1
-            self._suspect(seen)
-            self._anticipate()
-            self._forget_later_checkpoints()
+            self._record_spike(spike)
+            self._start_anticipation()
+            self._remove_later_checkpoints()
         return {
-            "seen_at": seen + 1,
-            "what": problem,
-            "back_to": state.step if back else None,
+            "spike_step": spike + 1,
+            "reason": problem,
+            "restored_step": state.step if is_restored else None,
             "rollbacks": state.rollbacks,
-            "left_out": seen + 1 if seen in state.left_out else None,
-            "anticipation_until": None if stopped else self._until(),
-            "stopped": stopped,
+            "skipped_batch": spike + 1 if spike in state.skipped_batches else None,
+            "anticipation_end": None if stop_reason else self._anticipation_end(),
+            "stop_reason": stop_reason,
         }
 
-    def _go_back(self) -> bool:
-        """Restore a snapshot or a checkpoint that is old enough; False where there is none."""
+    def _restore(self) -> bool:
+        """Restores a snapshot or a checkpoint that is old enough; False where there is none."""
         assert self.settings is not None
         state = self.state
-        kept = {name: copy.deepcopy(getattr(state, name)) for name in _KEPT}
+        kept_fields = {name: copy.deepcopy(getattr(state, name)) for name in _KEPT_FIELDS}
         limit = state.step - self.settings.min_rollback_steps
-        done = self.snapshots.restore(state)
-        if not done:
-            done = self.checkpoint.load(state, before=limit + 1) is not None
-        if done:
-            for name, value in kept.items():
+        is_restored = self.snapshots.restore(state)
+        if not is_restored:
+            is_restored = self.checkpoint.load(state, before=limit + 1) is not None
+        if is_restored:
+            for name, value in kept_fields.items():
                 setattr(state, name, value)
-        return done
+        return is_restored
 
-    def _suspect(self, step: int) -> None:
-        """Leave a step's batch out if it was suspected before: then it is the batch's fault."""
+    def _record_spike(self, step: int) -> None:
+        """Skips a step's batch if the step was a spike before: then the batch is the cause."""
         assert self.settings is not None
         state = self.state
-        if self.settings.skip_bad_batches and step in state.suspects:
-            state.left_out = sorted({*state.left_out, step})
-        state.suspects = sorted({*state.suspects, step})
+        if self.settings.skip_bad_batches and step in state.spike_steps:
+            state.skipped_batches = sorted({*state.skipped_batches, step})
+        state.spike_steps = sorted({*state.spike_steps, step})
 
-    def _anticipate(self) -> None:
-        """Choose with older weights from here on, for a while."""
+    def _start_anticipation(self) -> None:
+        """Routes by older weights for a while, where the config wants it after spikes."""
         state, routing = self.state, self.routing
         if routing.when == "after_spikes":
-            state.anticipation_since = state.step
-            state.anticipation_until = state.step + routing.active_steps
+            state.anticipation_start = state.step
+            state.anticipation_end = state.step + routing.active_steps
 
-    def _until(self) -> int | None:
+    def _anticipation_end(self) -> int | None:
         state = self.state
-        return state.anticipation_until if state.anticipates(state.step) else None
+        return state.anticipation_end if state.anticipatory_routing_at(state.step) else None
 
-    def _forget_later_checkpoints(self) -> None:
-        """Checkpoints of steps that are undone would be resumed from: none may stay."""
+    def _remove_later_checkpoints(self) -> None:
+        """Removes checkpoints of steps that are undone: a restart would resume from them."""
         folder = self.checkpoint.folder.folder
         if any(step_of(path) > self.state.step for path in checkpoints_in(folder)):
             self.checkpoint.save(self.state, last=True)

@@ -1,9 +1,9 @@
-"""What counts as a spike: numbers far above those of the steps before. Imports no torch.
+"""Detects spikes: metrics far above those of the steps before. Imports no torch.
 
-A number's distance is a robust z-score. It is compared with the median of the last few steps, which
-follows a loss that falls; how far steps usually are from such a median, their median absolute
-deviation says, so that earlier outliers hide nothing. Only what is too large is a spike. A step
-that spikes is no part of the past.
+A metric's distance is a robust z-score. Its value is compared with the median of the last few
+steps, which follows a falling loss; the usual distance from such a median is a median absolute
+deviation, which earlier outliers hardly change. Only values that are too large are a spike. A spike
+does not enter the history.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from statistics import median
 from trainer.config.stability import SpikeConfig
 
 History = dict[str, list[float]]
-"""By name the last numbers, and by the name with an apostrophe their distances from the median of
+"""By metric its last values, and by metric and an apostrophe their distances from the median of
 those before them; the newest last."""
 
 _NORMAL = 1.4826  # standard deviation over median absolute deviation, of a normal distribution
@@ -29,11 +29,11 @@ def z_score(past: Sequence[float], value: float, floor: float) -> float:
 
 
 def severity(scores: Mapping[str, float]) -> float:
-    """What is compared with the threshold, of the z-scores of `loss` and `grad_norm`.
+    """Combines the z-scores of `loss` and `grad_norm` into what is compared with the threshold.
 
-    A small spike shows in both, and rarely do both stray by chance. A norm alone strays far more
-    often than a loss: one odd document triples it, and clipping makes that harmless. So it counts
-    twice the loss's score at most, or half as much as the loss would.
+    A small spike shows in both, and both are rarely far off by chance. A norm alone is far off much
+    more often than a loss: one odd document triples it, and clipping makes that harmless. So it
+    counts at most twice the loss's score, or half as much as the loss would.
     """
     loss, norm = (max(scores.get(name, 0.0), 0.0) for name in ("loss", "grad_norm"))
     return max(math.hypot(loss, min(norm, 2.0 * loss)), norm / 2.0)
@@ -45,67 +45,68 @@ class SpikeDetector:
     def __init__(self, settings: SpikeConfig) -> None:
         self.settings = settings
 
-    def problem(self, history: History, numbers: Mapping[str, float]) -> str | None:
-        """Why a step is a spike, in words; None, and the numbers join the past, if it is none.
+    def problem(self, history: History, metrics: Mapping[str, float]) -> str | None:
+        """Returns why a step is a spike; None, after adding it to the history, if it is none.
 
-        `numbers`: `loss`, `grad_norm`, `busiest` (the largest share of a step's tokens that went
-        to one expert of a learned layer), and `router N` of any learned layer N: the mean share of
-        the first choice in a token's weights. All finite.
+        `metrics`: `loss`, `grad_norm`, `max_expert_share` (the largest share of a step's tokens
+        that went to one expert of a learned layer), and `router N` for learned layers N: the mean
+        share of the largest gate weight in a token's weights. All finite.
         """
-        found = self._collapse(history, numbers["busiest"]) or self._far(history, numbers)
-        if found is None:
-            for name, value in numbers.items():
-                self._join(history, name, _scale(name, value))
-        return found
+        problem = self._collapse(history, metrics["max_expert_share"])
+        problem = problem or self._outlier(history, metrics)
+        if problem is None:
+            for name, value in metrics.items():
+                self._append(history, name, _scale(name, value))
+        return problem
 
-    def _far(self, history: History, numbers: Mapping[str, float]) -> str | None:
-        scores, limit = self.scores(history, numbers), self.settings.threshold
+    def _outlier(self, history: History, metrics: Mapping[str, float]) -> str | None:
+        scores, limit = self.scores(history, metrics), self.settings.threshold
         if severity(scores) > limit:
             loss, norm = (max(scores[name], 0.0) for name in ("loss", "grad_norm"))
             return (
-                f"the loss is {numbers['loss']:.4g} and the gradient norm "
-                f"{numbers['grad_norm']:.4g}, {loss:.1f} and {norm:.1f} deviations too high"
+                f"the loss is {metrics['loss']:.4g} and the gradient norm "
+                f"{metrics['grad_norm']:.4g}, {loss:.1f} and {norm:.1f} deviations too high"
             )
         for name, score in scores.items():
             if name.startswith("router") and score > limit:
-                which = name.replace(" ", " of layer ")
+                router = name.replace(" ", " of layer ")
                 return (
-                    f"the {which} gives {numbers[name]:.0%} of the weight to the first expert, "
+                    f"the {router} gives {metrics[name]:.0%} of the weight to the first expert, "
                     f"{score:.1f} deviations too much"
                 )
         return None
 
-    def scores(self, history: History, numbers: Mapping[str, float]) -> dict[str, float]:
-        """Robust z-scores by name, as far as there is enough of a past."""
+    def scores(self, history: History, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Returns robust z-scores by metric, for those with enough history."""
         settings = self.settings
         floors = {
             "loss": settings.min_loss_deviation,
             "grad_norm": settings.min_grad_norm_deviation,
         }
-        found = {}
-        for name, value in numbers.items():
+        scores = {}
+        for name, value in metrics.items():
             past = history.get(_distances(name), [])
-            if name != "busiest" and len(past) >= settings.min_history:
+            if name != "max_expert_share" and len(past) >= settings.min_history:
                 floor = floors.get(name, settings.min_router_deviation)
-                away = _scale(name, value) - median(history[name])
-                found[name] = z_score(past, away, floor)
-        return found
+                distance = _scale(name, value) - median(history[name])
+                scores[name] = z_score(past, distance, floor)
+        return scores
 
-    def _join(self, history: History, name: str, value: float) -> None:
+    def _append(self, history: History, name: str, value: float) -> None:
         last, past = history.setdefault(name, []), history.setdefault(_distances(name), [])
         if len(last) == self.settings.median_window:
             past.append(value - median(last))
         last.append(value)
         del last[: -self.settings.median_window], past[: -self.settings.deviation_window]
 
-    def _collapse(self, history: History, busiest: float) -> str | None:
-        past = history.get("busiest", [])
-        if len(past) < self.settings.median_window or busiest < self.settings.router_collapse_share:
+    def _collapse(self, history: History, share: float) -> str | None:
+        past = history.get("max_expert_share", [])
+        if len(past) < self.settings.median_window or share < self.settings.router_collapse_share:
             return None
         if median(past) > self.settings.router_collapse_share / 2:
             return None  # it was like this before: a router that has not settled yet
         return (
-            f"a router collapsed: {busiest:.0%} of the tokens go to one expert of a layer, where "
+            f"a router collapsed: {share:.0%} of the tokens go to one expert of a layer, where "
             f"it was {median(past):.0%}"
         )
 
@@ -115,5 +116,5 @@ def _distances(name: str) -> str:
 
 
 def _scale(name: str, value: float) -> float:
-    """Norms are as often twice as half what they were: their logarithms are even."""
+    """The logarithm of a norm, since a norm doubles as often as it halves; other values as is."""
     return math.log(max(value, 1e-30)) if name == "grad_norm" else value

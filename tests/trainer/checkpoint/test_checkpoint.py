@@ -14,7 +14,7 @@ from tests.full_disk import full_disk
 from tests.trainer.tiny import assert_same_run, column, saved_tensors, steps_in_file, train
 from trainer.checkpoint import dcp_planners as planners
 from trainer.checkpoint.folder import CheckpointFolder, checkpoints_in
-from trainer.checkpoint.logical_tensors import Part
+from trainer.checkpoint.logical_tensors import TensorBox
 from trainer.errors import CheckpointError, SaveError
 from trainer.parallel.grid import Degrees, Grid
 
@@ -144,7 +144,7 @@ def test_a_save_takes_memory_for_a_file_and_not_for_all(tmp_path: Path, monkeypa
     """Of 72 MiB in 16 parts, one larger than a file, no more than twice the largest file."""
     mib = 2**20
     monkeypatch.setattr(planners, "FILE_BYTES", 8 * mib)
-    halves = [Part(torch.rand(mib), (2 * mib,), (start,)) for start in (0, mib)]
+    halves = [TensorBox(torch.rand(mib), (2 * mib,), (start,)) for start in (0, mib)]
     tensors = {f"t{n}": torch.rand(mib) for n in range(13)}
     tensors |= {"split": halves, "large": torch.rand(3 * mib)}
     folder = CheckpointFolder(tmp_path, Grid.single(torch.device("cpu")))

@@ -9,7 +9,7 @@ from model import V4Model
 from model.parameters import always_fp32
 from optim import StatePiece
 from tests.model.tiny import tiny_config
-from trainer.checkpoint.logical_tensors import boxes, parts_of
+from trainer.checkpoint.logical_tensors import boxes, boxes_of
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.placement import place
 
@@ -33,7 +33,7 @@ def test_a_run_over_several_experts_stands_under_each_name() -> None:
     piece = StatePiece("exp_avg", "layers.0.ffn.experts.w2", torch.arange(5.0), start=3)
     found = [
         (name, part.offset, part.tensor.tolist(), part.shape)
-        for name, part in parts_of(piece, placement)
+        for name, part in boxes_of(piece, placement)
     ]
     assert found == [
         ("layers.0.ffn.experts.2.w2.weight", (1, 1), [[0.0]], (3, 2)),

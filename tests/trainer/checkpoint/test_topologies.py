@@ -17,9 +17,9 @@ from model.parameters import parameter_table
 from optim import OptimConfig, StatePiece, build_table
 from tests.distributed import spawn
 from tests.trainer.tiny import saved_tensors
-from trainer.checkpoint.dcp_planners import PartLoadPlanner
+from trainer.checkpoint.dcp_planners import BoxLoadPlanner
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.logical_tensors import STEP, Part
+from trainer.checkpoint.logical_tensors import STEP, TensorBox
 from trainer.checkpoint.run import RunCheckpoint
 from trainer.config import RunConfig, load_config
 from trainer.errors import CheckpointError
@@ -131,7 +131,7 @@ def checkpoint_of(
     return checkpoint, held
 
 
-class Counting(PartLoadPlanner):
+class Counting(BoxLoadPlanner):
     """Counts the elements that a load reads."""
 
     elements = 0
@@ -244,7 +244,7 @@ def test_experts_stand_under_their_global_numbers(saved: Path, tiny: Path) -> No
 def elements_read(rank: int, world_size: int, path: Path, folder: Path) -> tuple[int, int]:
     import trainer.checkpoint.folder
 
-    trainer.checkpoint.folder.PartLoadPlanner = Counting  # type: ignore[misc]
+    trainer.checkpoint.folder.BoxLoadPlanner = Counting  # type: ignore[misc]
     checkpoint, _ = checkpoint_of(load_config(path), folder, FOUR["tensor 2, expert 2"], rank)
     checkpoint.load(TrainState())
     return Counting.elements, sum(
@@ -260,14 +260,14 @@ def test_a_rank_reads_its_parts_and_no_more(saved: Path, tiny: Path) -> None:
 def mistakes(rank: int, world_size: int, folder: Path) -> list[str]:
     """What loading says where the ranks' parts and the checkpoint do not agree."""
     checkpoints = CheckpointFolder(folder, Grid.build(Degrees(2, tensor=2), torch.device("cpu")))
-    half = [Part(torch.ones(2, 3), (4, 3), (2 * rank, 0))]
+    half = [TensorBox(torch.ones(2, 3), (4, 3), (2 * rank, 0))]
     own = {f"rank {rank}": torch.ones(5)}
     path = checkpoints.save(1, {"split": half, **own}, {})
     checkpoints.load(path, {"split": half, **own})
     texts = []
     for tensors in (
         {"split": half, **own, **({"more": torch.ones(1)} if rank else {})},
-        {"split": [Part(torch.ones(3, 3), (6, 3), (3 * rank, 0))], **own},
+        {"split": [TensorBox(torch.ones(3, 3), (6, 3), (3 * rank, 0))], **own},
         {"split": half, **(own if rank else {})},
     ):
         with pytest.raises(CheckpointError) as caught:

@@ -22,7 +22,7 @@ from trainer.config import load_config
 from trainer.engine import NativeEngine
 from trainer.evaluate import Validation
 from trainer.metrics.jsonl import read_metrics
-from trainer.metrics.layer_hooks import watched
+from trainer.metrics.layer_hooks import collect_stats
 from trainer.parallel.grid import Grid
 from trainer.report.run import write_report
 
@@ -40,9 +40,9 @@ def tokens() -> Tensor:
 
 
 def seen_in(model: V4Model) -> Numbers:
-    with watched(model) as notes:
+    with collect_stats(model) as collector:
         model(tokens(), targets=tokens())
-    return notes.seen()
+    return collector.to_host()
 
 
 def test_streams_and_swiglu_are_those_of_a_plain_pass() -> None:
@@ -73,7 +73,7 @@ def test_streams_and_swiglu_are_those_of_a_plain_pass() -> None:
         for x, indices in zip(inputs[row], chosen[row].tolist(), strict=True):
             pairs += [(experts.w1[e] @ x, experts.w3[e] @ x) for e in indices]
         gate, up = (torch.cat(values) for values in zip(*pairs, strict=True))
-        clamped, count = found["clamped", "mean", row]
+        clamped, count = found["swiglu_clamped_share", "mean", row]
         assert count == gate.numel()
         assert clamped == int(((gate > 1) | (up.abs() > 1)).sum()) > 0
         top = float(torch.cat([gate, up]).abs().max())
@@ -96,7 +96,7 @@ def test_a_model_that_is_watched_stays_as_it_is() -> None:
 def test_fewer_iterations_leave_the_mixing_matrices_less_doubly_stochastic() -> None:
     def departure(iterations: int) -> float:
         found = seen_in(model_of(hc_sinkhorn_iters=iterations, hc_init_scale=0.1))
-        return found["comb_departure", "max", 1][0]
+        return found["comb_sum_error", "max", 1][0]
 
     assert departure(1) > 10 * departure(20) > 0
 
@@ -113,7 +113,7 @@ def test_both_mixing_matrices_of_a_layer_are_looked_at() -> None:
     for block in model.layers:
         block.register_forward_pre_hook(look)
     found = seen_in(model)
-    pairs = [(found["comb_departure", "max", n][0], least) for n, least in before_attention.items()]
+    pairs = [(found["comb_sum_error", "max", n][0], least) for n, least in before_attention.items()]
     assert all(seen >= least for seen, least in pairs)
     assert any(seen == least for seen, least in pairs), "the other is always larger"
 
@@ -126,12 +126,12 @@ def test_padding_has_no_part_in_the_recall() -> None:
     (row,) = [n for n, attn in model.attentions().items() if attn.indexer is not None][:1]
     attn, inputs = model.attentions()[row], list[Any]()
     attn.register_forward_pre_hook(lambda _, given: inputs.append(given[:2]))
-    with watched(model) as notes:
+    with collect_stats(model) as collector:
         model(tokens(), layout, targets)
     kept, whole = attn.recall(*inputs[0])
     real = ~layout.padding_T
     assert whole[~real].any()
-    found = notes.seen()["indexer_recall", "mean", row]
+    found = collector.to_host()["indexer_recall", "mean", row]
     assert found == pytest.approx((float(kept[real].sum()), float(whole[real].sum())))
     assert found[0] < 0.9 * found[1]
 
@@ -160,7 +160,7 @@ def test_ranks_see_together_what_one_sees(tiny: Path, tmp_path: Path) -> None:
     words = ("steps=2", "metrics.layer_stats_every=2", "checkpoint.every=1")
     run_all(tiny, [Job(spread, tmp_path / name) for spread, name in jobs], *words)
     seen = {name: read_metrics(tmp_path / name / "metrics.jsonl")[-1] for _, name in jobs}
-    assert {"clamped", "stream_rms", "comb_departure"} < seen["two"]["layers"].keys()
+    assert {"swiglu_clamped_share", "stream_rms", "comb_sum_error"} < seen["two"]["layers"].keys()
     recall = seen["two"]["layers"]["indexer_recall"]
     assert [value is None for value in recall] == [True, False, True, False, True]
     pairs = [("four", "expert"), *(("two", name) for name in ("pipeline", "tensor", "context"))]

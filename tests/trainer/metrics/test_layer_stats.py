@@ -11,21 +11,22 @@ from tests.trainer.tiny import train
 from trainer.build import build
 from trainer.config import load_config
 from trainer.metrics.jsonl import read_metrics
+from trainer.metrics.layer_stats import expert_load_stats, flatten_layers, layer_stats
 from trainer.parallel.grid import Degrees, Grid
 from trainer.report.run import write_report
-from trainer.step import LayerNumbers, expert_numbers, flat, layer_numbers
+from trainer.step import LayerStats
 
 
 def test_expert_numbers_by_hand() -> None:
     load = torch.tensor([[4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0], [6.0, 2.0, 0.0, 0.0]])
-    found = expert_numbers(load)
+    found = expert_load_stats(load)
     assert found["expert_load_max"] == pytest.approx([1.0, 4.0, 3.0])
     uneven = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4)
     assert found["expert_load_entropy"] == pytest.approx([1.0, 0.0, uneven])
-    assert found["experts_dead"] == [0.0, 0.75, 0.5]
+    assert found["dead_expert_share"] == [0.0, 0.75, 0.5]
 
 
-def numbers_of(rank: int, world_size: int, path: Path, degrees: Degrees) -> LayerNumbers:
+def numbers_of(rank: int, world_size: int, path: Path, degrees: Degrees) -> LayerStats:
     """Of a model whose sinks and biases differ by layer and by head or expert."""
     config = load_config(path, ["parallel.pipeline=2"] if degrees.pipeline == 2 else [])
     grid = Grid.build(degrees, torch.device("cpu")) if world_size > 1 else Grid.single()
@@ -40,7 +41,7 @@ def numbers_of(rank: int, world_size: int, path: Path, degrees: Degrees) -> Laye
             attention.attn_sink.copy_(row + 10.0 * torch.arange(len(attention.attn_sink)))
             attention.attn_sink += 10.0 * first
     load = torch.arange(16.0).view(4, 4)
-    return layer_numbers(local.model, load, grid)
+    return layer_stats(local.model, load, grid)
 
 
 @pytest.mark.parametrize("degrees", [Degrees(2, tensor=2), Degrees(2, pipeline=2)])
@@ -67,7 +68,7 @@ def test_a_run_reports_its_layers(tiny: Path, tmp_path: Path) -> None:
     assert max(last["expert_load_max"]) == pytest.approx(records[-1]["expert_load_max"])
     reach = max(abs(last["router_bias_min"][1]), last["router_bias_max"][1])
     assert 0.25 <= reach <= 1.25 and reach % 0.25 == 0, "five steps of a quarter"
-    assert flat(last)["layers/sink_min/03"] == last["sink_min"][3]
-    assert not any(name.startswith("layers/router_bias_min/00") for name in flat(last))
+    assert flatten_layers(last)["layers/sink_min/03"] == last["sink_min"][3]
+    assert not any(name.startswith("layers/router_bias_min/00") for name in flatten_layers(last))
     page = write_report(config).read_text()
     assert "Most loaded expert of each layer" in page and "MTP: window, learned" in page

@@ -15,7 +15,7 @@ from model.parameters import parameter_table
 from optim import HybridZero, OptimConfig, build_table
 from tests.distributed import spawn
 from tests.model.tiny import gradient_scale, tiny_config
-from trainer.checkpoint.logical_tensors import Part, parts_of
+from trainer.checkpoint.logical_tensors import TensorBox, boxes_of
 from trainer.engine import NativeEngine
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
@@ -54,7 +54,7 @@ TOPOLOGIES: dict[int, list[dict[str, int]]] = {
         {"context": 2, "pipeline": 2, "expert": 2},
     ],
 }
-Result = tuple[list[float], dict[str, list[Part]]]
+Result = tuple[list[float], dict[str, list[TensorBox]]]
 
 
 def batches_of(layout: str, rank: int, ranks: int) -> list[Batch]:
@@ -115,17 +115,17 @@ def step(config: ModelConfig, grid: Grid, case: tuple[str, str]) -> Result:
     return losses, gradients_of(optimizer, local)
 
 
-def gradients_of(optimizer: HybridZero, local: LocalModel) -> dict[str, list[Part]]:
+def gradients_of(optimizer: HybridZero, local: LocalModel) -> dict[str, list[TensorBox]]:
     """What this rank owns of the summed gradients, by name of the whole."""
-    gradients: dict[str, list[Part]] = {}
+    gradients: dict[str, list[TensorBox]] = {}
     for piece in optimizer.gradients():
-        for name, part in parts_of(piece, local.placements[piece.name]):
-            copy = Part(part.tensor.clone(), part.shape, part.offset)
+        for name, part in boxes_of(piece, local.placements[piece.name]):
+            copy = TensorBox(part.tensor.clone(), part.shape, part.offset)
             gradients.setdefault(name, []).append(copy)
     return gradients
 
 
-def covered_by(parts: dict[str, list[Part]], reference: dict[str, Tensor]) -> dict[str, int]:
+def covered_by(parts: dict[str, list[TensorBox]], reference: dict[str, Tensor]) -> dict[str, int]:
     """Elements by name, after all were compared with the whole gradients.
 
     Sums in another order: 1e-7 of a few hundred terms of the largest's size.
@@ -153,7 +153,7 @@ def zero_of(config: ModelConfig, local: LocalModel, grid: Grid) -> HybridZero:
     )
 
 
-def whole_of(parts: dict[str, list[Part]]) -> dict[str, Tensor]:
+def whole_of(parts: dict[str, list[TensorBox]]) -> dict[str, Tensor]:
     """Whole tensors out of all their parts."""
     found = {}
     for name, some in parts.items():

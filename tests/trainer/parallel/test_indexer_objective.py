@@ -53,7 +53,7 @@ def step(grid: Grid, spread: dict[str, Any], layout: str, mode: AttentionMode) -
     leave_special_values(local)
     optimizer = zero_of(MODEL, local, grid)
     engine = NativeEngine(local, grid, optimizer)
-    engine.attend(mode)
+    engine.set_attention(mode)
     batches = [*batches_of(layout, grid.data.rank, grid.data.size)]
     if grid.data.size == 1:  # as many as the schedules want
         batches = batches * 2

@@ -19,7 +19,7 @@ from optim import OptimConfig, OptimError, Optimizer, build_table
 from tests.distributed import spawn
 from tests.optim.debug_parameters import FACTS, shapes
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.logical_tensors import Parts, logical_tensors
+from trainer.checkpoint.logical_tensors import Boxes, logical_tensors
 from trainer.parallel.collectives import sum_
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
@@ -142,7 +142,7 @@ class Run:
             found[name] = float(difference / expected.norm())
         return found
 
-    def tensors(self) -> Parts:
+    def tensors(self) -> Boxes:
         """What a checkpoint holds of this rank."""
         return logical_tensors(self, self.ours.states(), self.placements)  # type: ignore
 

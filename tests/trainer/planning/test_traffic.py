@@ -171,7 +171,7 @@ def one_step(degrees: Degrees, world: int, rank: int) -> Outcome:
     local, optimizer = build(config, grid)
     engine = NativeEngine(local, grid, optimizer)
     attention = degrees.get("attention", "select")
-    engine.attend(attention)
+    engine.set_attention(attention)
     batches = batches_of(grid.data.rank, ROWS // MICRO_ROWS // grid.data.size)
     away = [0, 0]
     agree = ExpertDispatch.agree

@@ -26,13 +26,13 @@ from tests.trainer.tiny import (
 )
 from trainer.build import build
 from trainer.checkpoint.logical_tensors import is_routing, routing_name
-from trainer.checkpoint.reader import StoredTensors
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.run import RunCheckpoint
 from trainer.config import ConfigError, RunConfig, load_config, load_run
 from trainer.config.recipe import Recipe
 from trainer.export.export import export_run
 from trainer.metrics.jsonl import read_metrics
-from trainer.metrics.layer_stats import expert_numbers
+from trainer.metrics.layer_stats import expert_load_stats
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline_stage import index_dtype
 from trainer.state import TrainState
@@ -94,7 +94,7 @@ def waiting(
     run_dir: Path, saved_at: int, step: int, layers: Sequence[int] = (1, 2, 3, 4)
 ) -> dict[int, Tensor]:
     """What a checkpoint holds for a later step, by layer, sorted."""
-    stored = StoredTensors(run_dir / "checkpoints" / f"step-{saved_at:08d}")
+    stored = CheckpointReader(run_dir / "checkpoints" / f"step-{saved_at:08d}")
     names = {row: routing_name(step, row) for row in layers}
     tensors = stored.read(dict.fromkeys(names.values(), torch.uint8))
     return {row: tensors[name].sort(-1).values for row, name in names.items()}
@@ -137,7 +137,7 @@ def test_steps_use_the_choices_that_waited_for_them(folder: Path, spread: Topolo
         real = torch.arange(config.data.seq_len) < ends[:, None]
         for row, chosen in waiting(run, step, step).items():
             load = torch.bincount(chosen[real].flatten().long(), minlength=8)
-            for name, (value,) in expert_numbers(load[None]).items():
+            for name, (value,) in expert_load_stats(load[None]).items():
                 assert records[step]["layers"][name][row] == value, (step, row, name)
 
 
@@ -184,16 +184,16 @@ def test_choices_that_wait_open_at_another_topology(tiny: Path, tmp_path: Path) 
 
 def test_another_lead_or_none_at_all_may_go_on(tiny: Path, tmp_path: Path) -> None:
     config = train(tiny, tmp_path, "steps=4", ALWAYS, LEAD.format(2), stop_at=2)
-    stored = StoredTensors(tmp_path / "checkpoints/step-00000002")
+    stored = CheckpointReader(tmp_path / "checkpoints/step-00000002")
     assert sum(is_routing(name) for name in stored.shapes) == 2 * 3
     export_run(config, tmp_path / "hf", Grid.single())
     state = trainer_state(load_config(tiny, [f"run_dir={tmp_path}", ALWAYS, LEAD.format(1)]))
-    assert (state.step, state.anticipation_since) == (2, 2), "it starts anew"
+    assert (state.step, state.anticipation_start) == (2, 2), "it starts anew"
     state = trainer_state(load_config(tiny, [f"run_dir={tmp_path}", ALWAYS, LEAD.format(2)]))
-    assert (state.step, state.anticipation_since) == (2, 0), "it goes on"
+    assert (state.step, state.anticipation_start) == (2, 0), "it goes on"
     train(tiny, tmp_path, "steps=4")
     assert steps_in_file(tmp_path) == [1, 2, 3, 4]
-    assert column(tmp_path, "anticipates") == [True, True, False, False]
+    assert column(tmp_path, "anticipatory_routing") == [True, True, False, False]
 
 
 def trainer_state(config: RunConfig) -> TrainState:

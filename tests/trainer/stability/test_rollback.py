@@ -78,7 +78,7 @@ def test_scores_are_those_of_numpy_from_all_the_numbers_before() -> None:
                 floored += deviation < floors[name]
                 expected = (aways[-1] - np.median(usual)) / max(deviation, floors[name])
                 assert found[name] == pytest.approx(expected, rel=1e-9), (name, step)
-        assert detector.problem(past, numbers | {"busiest": 0.2}) is None
+        assert detector.problem(past, numbers | {"max_expert_share": 0.2}) is None
     assert 20 < floored < 140, "the floors count in some steps, and in some they do not"
 
 
@@ -96,7 +96,7 @@ def test_a_norm_counts_with_a_loss_and_less_without() -> None:
 
 
 def judged(detector: SpikeDetector, past: History, **numbers: float) -> str | None:
-    usual = {"loss": 3.0, "grad_norm": 0.5, "busiest": 0.2, "router 0": 0.6}
+    usual = {"loss": 3.0, "grad_norm": 0.5, "max_expert_share": 0.2, "router 0": 0.6}
     return detector.problem(past, usual | {n.replace("_0", " 0"): x for n, x in numbers.items()})
 
 
@@ -109,7 +109,9 @@ def test_what_is_a_spike() -> None:
     for step in range(80):
         calm = {"loss": chance.gauss(5.0 - 0.02 * step, 0.1), "router_0": chance.gauss(0.6, 0.01)}
         assert judged(detector, past, **calm, grad_norm=chance.lognormvariate(0, 0.2)) is None
-    assert {len(past[name]) for name in ("loss", "grad_norm", "busiest", "router 0")} == {8}
+    assert {len(past[name]) for name in ("loss", "grad_norm", "max_expert_share", "router 0")} == {
+        8
+    }
     assert {len(past[name]) for name in ("loss'", "grad_norm'", "router 0'")} == {32}
     before = json.dumps(past)
     assert "the loss is 4.4" in (judged(detector, past, loss=4.4) or "")
@@ -119,13 +121,15 @@ def test_what_is_a_spike() -> None:
     for alone in ({"loss": 3.9, "grad_norm": 1.0}, {"loss": 3.4, "grad_norm": 12.0}):
         assert judged(detector, json.loads(before), **alone) is None, "neither would do alone"
     assert "router of layer 0 gives 80%" in (judged(detector, past, router_0=0.8) or "")
-    assert "a router collapsed: 95%" in (judged(detector, past, busiest=0.95) or "")
+    assert "a router collapsed: 95%" in (judged(detector, past, max_expert_share=0.95) or "")
     assert json.dumps(past) == before
     assert judged(detector, past, loss=0.1, grad_norm=0.001) is None, "less is no spike"
-    crowded: History = {"busiest": [0.8] * 32}
-    assert judged(detector, crowded, busiest=0.95) is None, "it was like this before"
-    assert judged(detector, {"busiest": [0.2] * 7}, busiest=0.95) is None, "too early to tell"
-    assert judged(detector, {"busiest": [0.2] * 8}, busiest=0.95) is not None
+    crowded: History = {"max_expert_share": [0.8] * 32}
+    assert judged(detector, crowded, max_expert_share=0.95) is None, "it was like this before"
+    assert judged(detector, {"max_expert_share": [0.2] * 7}, max_expert_share=0.95) is None, (
+        "too early to tell"
+    )
+    assert judged(detector, {"max_expert_share": [0.2] * 8}, max_expert_share=0.95) is not None
 
 
 def run(
@@ -172,22 +176,22 @@ def test_turning_back_and_leaving_a_batch_out(
     trainer = run(tiny, tmp_path, {12: gradients_times(1e6)}, *SPIKES, times=2)
     assert trainer.state.step == 16 and trainer.state.rollbacks == 2
     first, event = (event for _, event in read_events(tmp_path / "metrics.jsonl"))
-    assert (first["seen_at"], first["back_to"], first["left_out"]) == (12, 9, None)
-    assert (event["seen_at"], event["back_to"], event["left_out"]) == (12, 9, 12)
-    assert "the gradient norm" in event["what"] and event["anticipation_until"] == 12
-    told = [line for line in capsys.readouterr().out.splitlines() if "back to" in line]
+    assert (first["spike_step"], first["restored_step"], first["skipped_batch"]) == (12, 9, None)
+    assert (event["spike_step"], event["restored_step"], event["skipped_batch"]) == (12, 9, 12)
+    assert "the gradient norm" in event["reason"] and event["anticipation_end"] == 12
+    told = [line for line in capsys.readouterr().out.splitlines() if "rolled back to" in line]
     assert len(told) == 2 and all(line.startswith("step 12: the loss is") for line in told)
-    assert ["left out" in line for line in told] == [False, True]
+    assert ["will be skipped" in line for line in told] == [False, True]
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 17))
     assert steps_in_file(tmp_path) == [*range(1, 12), 9, 10, 11, 9, *range(10, 17)]
     assert [r["step"] for r in records if "loss" not in r] == [12]
-    assert [r["step"] for r in records if r["anticipates"]] == [10, 11, 12]
+    assert [r["step"] for r in records if r["anticipatory_routing"]] == [10, 11, 12]
     assert [r["rollbacks"] for r in records] == [0] * 9 + [2] * 7
     steps = [step for step in range(16) if step != 11]
     assert records[-1]["tokens"] == sum(tokens_of(trainer, step) for step in steps)
     sent = [record for record in logged if "event" in record]
-    expected = [(1, first["what"]), (2, event["what"])]
+    expected = [(1, first["reason"]), (2, event["reason"])]
     assert sent == [{"step": 9, "rollbacks": n, "event": what} for n, what in expected]
     page = write_report(trainer.config).read_text(encoding="utf-8")
     assert (
@@ -208,13 +212,13 @@ def test_what_routers_are_judged_by(tiny: Path, tmp_path: Path) -> None:
         *("router 1", "router 2", "router 3", "router 1'", "router 2'", "router 3'")
     }
     loads = read_metrics(tmp_path / "metrics.jsonl")[-1]["layers"]["expert_load_max"]
-    assert history["busiest"][-1] == pytest.approx(max(loads[1:]) * 2 / 4)
+    assert history["max_expert_share"][-1] == pytest.approx(max(loads[1:]) * 2 / 4)
     assert all(0.5 <= history[f"router {layer}"][-1] < 0.7 for layer in (1, 2, 3)), "of two"
     load = torch.tensor([[16.0, 0, 0, 0], [6, 4, 4, 2], [4, 4, 4, 4], [4, 4, 4, 4]])
     sums, none = torch.zeros(5).double().unbind(0), TokenCounts(1, 1, 1)
     losses = StepLosses(*sums, load, torch.zeros(4), none, 0.0, False)
-    found = trainer._on_host(trainer.recipe.at(0), losses, torch.ones(()))
-    assert found.busiest_share == 6 / 8, "not the hash layer's"
+    found = trainer._to_host(trainer.recipe.at(0), losses, torch.ones(()))
+    assert found.max_expert_share == 6 / 8, "not the hash layer's"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -240,9 +244,9 @@ def test_what_was_learned_from_spikes_stays(tiny: Path, tmp_path: Path) -> None:
     faults = {12: gradients_times(1e6), 13: gradients_times(1e6)}
     trainer = run(tiny, tmp_path, faults, *SPIKES, times=2)
     events = [event for _, event in read_events(tmp_path / "metrics.jsonl")]
-    assert [event["seen_at"] for event in events] == [12, 12, 13, 13]
-    assert {event["back_to"] for event in events} == {9}
-    assert (trainer.state.rollbacks, trainer.state.left_out) == (4, [11, 12])
+    assert [event["spike_step"] for event in events] == [12, 12, 13, 13]
+    assert {event["restored_step"] for event in events} == {9}
+    assert (trainer.state.rollbacks, trainer.state.skipped_batches) == (4, [11, 12])
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records if "loss" not in record] == [12, 13]
 
@@ -250,7 +254,7 @@ def test_what_was_learned_from_spikes_stays(tiny: Path, tmp_path: Path) -> None:
 def test_a_batch_stays_where_none_may_be_left_out(tiny: Path, tmp_path: Path) -> None:
     spikes = (*SPIKES, "stability.spikes.skip_bad_batches=false")
     trainer = run(tiny, tmp_path, {12: gradients_times(1e6)}, *spikes, times=3)
-    assert (trainer.state.rollbacks, trainer.state.left_out) == (3, [])
+    assert (trainer.state.rollbacks, trainer.state.skipped_batches) == (3, [])
     assert all("loss" in record for record in read_metrics(tmp_path / "metrics.jsonl"))
 
 
@@ -267,7 +271,7 @@ def test_a_state_that_is_set_back_is_that_of_the_snapshot(tiny: Path, tmp_path: 
     trainer = run(tiny, tmp_path / "turned", faults, *calm, *turn)
     assert trainer.state.rollbacks == 2
     events = [event for _, event in read_events(tmp_path / "turned/metrics.jsonl")]
-    assert [event["back_to"] for event in events] == [3, 6], "five steps or more, and no more"
+    assert [event["restored_step"] for event in events] == [3, 6], "five steps or more, and no more"
     assert_same_run(tmp_path / "plain", tmp_path / "turned", 16)
     assert_same_run(tmp_path / "plain", tmp_path / "turned", 12)
 
@@ -282,14 +286,14 @@ def test_checkpoints_are_gone_back_to_and_later_ones_go(tiny: Path, tmp_path: Pa
 
     def fault(trainer: Trainer) -> None:
         gradients_times(1e6)(trainer)
-        plain = trainer.stability.turn_back
+        plain = trainer.stability.roll_back
 
-        def turn_back(problem: str) -> object:
+        def roll_back(problem: str) -> object:
             found = plain(problem)
             seen.append(sorted(p.name for p in (tmp_path / "turned/checkpoints").iterdir()))
             return found
 
-        trainer.stability.turn_back = turn_back  # type: ignore[method-assign, assignment]
+        trainer.stability.roll_back = roll_back  # type: ignore[method-assign, assignment]
 
     run(tiny, tmp_path / "turned", {12: fault}, *settings)
     assert seen == [["step-00000005"]]
@@ -304,7 +308,7 @@ def test_the_run_ends_with_a_checkpoint_where_it_cannot_turn_back(
         DivergedError, match=r"step 8: .*neither a snapshot nor a checkpoint.*saved"
     ):
         run(tiny, tmp_path / "bare", {8: gradients_times(1e6)}, bare)
-    assert read_events(tmp_path / "bare/metrics.jsonl")[0][1]["stopped"]
+    assert read_events(tmp_path / "bare/metrics.jsonl")[0][1]["stop_reason"]
     run(tiny, tmp_path / "bare", {}, bare)
     run(tiny, tmp_path / "plain", {})
     assert_same_run(tmp_path / "plain", tmp_path / "bare", 16)
@@ -317,9 +321,11 @@ def test_the_run_ends_with_a_checkpoint_where_it_cannot_turn_back(
     names = sorted(path.name for path in (tmp_path / "spent/checkpoints").iterdir())
     assert names == ["step-00000003", "step-00000005", "step-00000009"]
     state = json.loads((tmp_path / "spent/checkpoints/step-00000009/state.json").read_text())
-    assert (state["rollbacks"], state["suspects"], state["left_out"]) == (1, [7], [])
-    assert {"loss", "loss'", "grad_norm'", "busiest", "router 2'"} < state["history"].keys()
-    assert state["anticipation_since"] == 9, "what waited for the undone steps is gone"
+    assert (state["rollbacks"], state["spike_steps"], state["skipped_batches"]) == (1, [7], [])
+    assert {"loss", "loss'", "grad_norm'", "max_expert_share", "router 2'"} < state[
+        "history"
+    ].keys()
+    assert state["anticipation_start"] == 9, "what waited for the undone steps is gone"
     assert run(tiny, tmp_path / "spent", {}, *spent).state.step == 16
 
     ahead = (bare, "stability.anticipatory_routing={when: always, lag_steps: 1}")
@@ -335,7 +341,9 @@ def test_numbers_that_are_not_finite_turn_back_after_the_skipped_steps(
     trainer = run(tiny, tmp_path, faults, *SPIKES, "optim.max_skipped_steps=2")
     assert trainer.state.rollbacks == 1 and trainer.state.skipped_steps == 0
     (event,) = [event for _, event in read_events(tmp_path / "metrics.jsonl")]
-    assert event["back_to"] == 6 and "more than optim.max_skipped_steps = 2" in event["what"]
+    assert (
+        event["restored_step"] == 6 and "more than optim.max_skipped_steps = 2" in event["reason"]
+    )
 
 
 def held_by(tiny: Path, grid: Grid, *settings: str) -> int:
@@ -345,7 +353,7 @@ def held_by(tiny: Path, grid: Grid, *settings: str) -> int:
     most = 0
     for step in range(1, 20):
         snapshots.before_step(TrainState(step=step))
-        most = max(most, sum(t.nbytes for held in snapshots._held for t in held.tensors))
+        most = max(most, snapshots.nbytes())
     return most
 
 
@@ -374,7 +382,7 @@ def two_ranks(rank: int, world_size: int, tiny: Path, folder: Path) -> Two:
     trainer = run(tiny, folder, fault, *SPIKES, "parallel.pipeline=2", times=2, grid=grid)
     data = Grid.build(load_config(tiny).degrees(2), torch.device("cpu"))
     held = [held_by(tiny, data, *settings) for settings in ROOM]
-    return trainer.state.rollbacks, trainer.state.left_out, held
+    return trainer.state.rollbacks, trainer.state.skipped_batches, held
 
 
 def test_two_ranks_turn_back_together_and_as_one_does(tiny: Path, tmp_path: Path) -> None:
@@ -415,8 +423,8 @@ def test_a_turned_run_goes_on_as_if_it_had_not_been_stopped(
     for stops in parts:
         cut = {11: asked_to_stop(iter(stops))}
         state = run(tiny, tmp_path / "parts", cut | spike, *longer, times=len(stops)).state
-        assert state.step == 10 and state.suspects == [11]
-    assert (state.rollbacks, state.left_out) == (2, [11])
+        assert state.step == 10 and state.spike_steps == [11]
+    assert (state.rollbacks, state.skipped_batches) == (2, [11])
     run(tiny, tmp_path / "parts", {}, *longer)
     assert losses(tmp_path / "parts") == losses(tmp_path / "straight")
     assert len(read_events(tmp_path / "parts/metrics.jsonl")) == 2
