@@ -1,4 +1,4 @@
-"""Spikes: what is one, turning back, leaving a batch out, and the end of a run that cannot."""
+"""Spikes: what is one, rolling back, skipping a batch, and the end of a run that cannot."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def gradients_times(factor: float) -> Fault:
     return fault
 
 
-def test_turning_back_and_leaving_a_batch_out(
+def test_rolling_back_and_skipping_a_batch(
     tiny: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -195,11 +195,11 @@ def test_turning_back_and_leaving_a_batch_out(
     assert sent == [{"step": 9, "rollbacks": n, "event": what} for n, what in expected]
     page = write_report(trainer.config).read_text(encoding="utf-8")
     assert (
-        "<td>back to the state after step 9; batch of step 12 left out; anticipatory routing to "
-        "step 12</td>"
+        "<td>rolled back to the state after step 9; batch of step 12 skipped; anticipatory routing "
+        "to step 12</td>"
     ) in page
-    assert "<td>back to the state after step 9; anticipatory routing to step 12</td>" in page
-    assert "Steps without an update: 1." in page and "(anticipatory routing): 3." in page
+    assert "<td>rolled back to the state after step 9; anticipatory routing to step 12</td>" in page
+    assert "Skipped batches: 1." in page and "(experts chosen by older weights): 3." in page
     every = len(CHARTS) - 1  # but that of the indexers' objective
     assert page.count("stroke: #c24b4b; stroke-opacity: 0.7") == 2 * every, "lines in every chart"
 
@@ -251,7 +251,7 @@ def test_what_was_learned_from_spikes_stays(tiny: Path, tmp_path: Path) -> None:
     assert [record["step"] for record in records if "loss" not in record] == [12, 13]
 
 
-def test_a_batch_stays_where_none_may_be_left_out(tiny: Path, tmp_path: Path) -> None:
+def test_a_batch_stays_where_none_may_be_skipped(tiny: Path, tmp_path: Path) -> None:
     spikes = (*SPIKES, "stability.spikes.skip_bad_batches=false")
     trainer = run(tiny, tmp_path, {12: gradients_times(1e6)}, *spikes, times=3)
     assert (trainer.state.rollbacks, trainer.state.skipped_batches) == (3, [])
@@ -262,21 +262,21 @@ def tokens_of(trainer: Trainer, step: int) -> int:
     return sum(sum(row) for batch in trainer.loader.at(step) for row in batch.lengths)
 
 
-def test_a_state_that_is_set_back_is_that_of_the_snapshot(tiny: Path, tmp_path: Path) -> None:
+def test_a_restored_state_is_that_of_the_snapshot(tiny: Path, tmp_path: Path) -> None:
     """A fault that comes once costs nothing: not routed otherwise, the run is the undisturbed."""
     calm = ("stability.anticipatory_routing.when=never", "checkpoint.every=4")
     turn = (f"stability.spikes={{{EASY}, snapshot_every: 3}}",)
     run(tiny, tmp_path / "plain", {}, *calm)
     faults = {10: gradients_times(1e6), 14: gradients_times(1e6)}
-    trainer = run(tiny, tmp_path / "turned", faults, *calm, *turn)
+    trainer = run(tiny, tmp_path / "rolled", faults, *calm, *turn)
     assert trainer.state.rollbacks == 2
-    events = [event for _, event in read_events(tmp_path / "turned/metrics.jsonl")]
+    events = [event for _, event in read_events(tmp_path / "rolled/metrics.jsonl")]
     assert [event["restored_step"] for event in events] == [3, 6], "five steps or more, and no more"
-    assert_same_run(tmp_path / "plain", tmp_path / "turned", 16)
-    assert_same_run(tmp_path / "plain", tmp_path / "turned", 12)
+    assert_same_run(tmp_path / "plain", tmp_path / "rolled", 16)
+    assert_same_run(tmp_path / "plain", tmp_path / "rolled", 12)
 
 
-def test_checkpoints_are_gone_back_to_and_later_ones_go(tiny: Path, tmp_path: Path) -> None:
+def test_checkpoints_are_restored_and_later_ones_removed(tiny: Path, tmp_path: Path) -> None:
     """No snapshots; the checkpoint of step 10 is of steps that are undone."""
     turn = f"stability.spikes={{{EASY}, snapshot_every: 0, rollback: 3}}"
     never = "stability.anticipatory_routing.when=never"
@@ -290,17 +290,17 @@ def test_checkpoints_are_gone_back_to_and_later_ones_go(tiny: Path, tmp_path: Pa
 
         def roll_back(problem: str) -> object:
             found = plain(problem)
-            seen.append(sorted(p.name for p in (tmp_path / "turned/checkpoints").iterdir()))
+            seen.append(sorted(p.name for p in (tmp_path / "rolled/checkpoints").iterdir()))
             return found
 
         trainer.stability.roll_back = roll_back  # type: ignore[method-assign, assignment]
 
-    run(tiny, tmp_path / "turned", {12: fault}, *settings)
+    run(tiny, tmp_path / "rolled", {12: fault}, *settings)
     assert seen == [["step-00000005"]]
-    assert_same_run(tmp_path / "plain", tmp_path / "turned", 16)
+    assert_same_run(tmp_path / "plain", tmp_path / "rolled", 16)
 
 
-def test_the_run_ends_with_a_checkpoint_where_it_cannot_turn_back(
+def test_the_run_ends_with_a_checkpoint_where_it_cannot_roll_back(
     tiny: Path, tmp_path: Path
 ) -> None:
     bare = f"stability.spikes={{{EASY}, snapshot_every: 0}}"
@@ -334,7 +334,7 @@ def test_the_run_ends_with_a_checkpoint_where_it_cannot_turn_back(
     assert run(tiny, tmp_path / "ahead", {}, *ahead).state.step == 16
 
 
-def test_numbers_that_are_not_finite_turn_back_after_the_skipped_steps(
+def test_numbers_that_are_not_finite_roll_back_after_the_skipped_steps(
     tiny: Path, tmp_path: Path
 ) -> None:
     faults = {n: gradients_times(float("nan")) for n in (8, 9, 10)}
@@ -385,7 +385,7 @@ def two_ranks(rank: int, world_size: int, tiny: Path, folder: Path) -> Two:
     return trainer.state.rollbacks, trainer.state.skipped_batches, held
 
 
-def test_two_ranks_turn_back_together_and_as_one_does(tiny: Path, tmp_path: Path) -> None:
+def test_two_ranks_roll_back_together_and_as_one_does(tiny: Path, tmp_path: Path) -> None:
     found = spawn(two_ranks, 2, tiny, tmp_path / "two")
     assert [each[:2] for each in found] == [(2, [11]), (2, [11])]
     expected = [snapshot_memory(load_config(tiny, [*SPIKES, *more]), Degrees(2)) for more in ROOM]
@@ -406,13 +406,13 @@ def asked_to_stop(coming: Iterator[bool]) -> Fault:
 @pytest.mark.parametrize(
     ("source", "parts"), [("snapshot", [[False, True]]), ("checkpoint", [[True], [True]])]
 )
-def test_a_turned_run_goes_on_as_if_it_had_not_been_stopped(
+def test_a_rolled_back_run_resumes_as_if_it_had_not_been_stopped(
     tiny: Path, tmp_path: Path, source: str, parts: list[list[bool]]
 ) -> None:
-    """Stopped while it routes by older weights, and before the batch that is left out.
+    """Stopped while it routes by older weights, and before the batch that is skipped.
 
     All ranks have agreed to stop after the step that is a spike. In parts: where step 11 comes. A
-    run that goes on and turns back has only checkpoints, from before where it began.
+    run that resumes and rolls back has only checkpoints, from before where it began.
     """
     longer = (*SPIKES, "stability.anticipatory_routing.active_steps=5")
     if source == "checkpoint":
