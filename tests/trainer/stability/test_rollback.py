@@ -33,7 +33,7 @@ from trainer.trainer import Trainer
 
 EASY = "median_window: 2, min_history: 2, threshold: 20"
 SPIKES = (
-    f"stability.spikes={{{EASY}, snapshot_every: 3, rollback: 2}}",
+    f"stability.spikes={{{EASY}, snapshot_every: 3, min_rollback_steps: 2}}",
     "stability.anticipatory_routing.lag_steps=1",
     "stability.anticipatory_routing.active_steps=3",
 )
@@ -278,7 +278,7 @@ def test_a_restored_state_is_that_of_the_snapshot(tiny: Path, tmp_path: Path) ->
 
 def test_checkpoints_are_restored_and_later_ones_removed(tiny: Path, tmp_path: Path) -> None:
     """No snapshots; the checkpoint of step 10 is of steps that are undone."""
-    turn = f"stability.spikes={{{EASY}, snapshot_every: 0, rollback: 3}}"
+    turn = f"stability.spikes={{{EASY}, snapshot_every: 0, min_rollback_steps: 3}}"
     never = "stability.anticipatory_routing.when=never"
     run(tiny, tmp_path / "plain", {}, "checkpoint.every=5")
     settings = (turn, never, "checkpoint.every=5", "checkpoint.keep=0")
