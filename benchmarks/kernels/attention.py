@@ -177,8 +177,8 @@ def check(task: Task) -> list[str]:
             (out.float() * torch.randn(out.shape, device=DEVICE)).sum().backward()
             pair.append([out.detach(), *[x.grad for x in leaves]])
         for number, (ours, theirs) in enumerate(zip(*pair, strict=True)):
-            told, fine = compared(ours, theirs)
-            line = f"{task.name}, {name}, result {number}: {told}"
+            distance, fine = compared(ours, theirs)
+            line = f"{task.name}, {name}, result {number}: {distance}"
             CONSOLE.print(f"  {line}")
             if not fine:
                 wrong.append(line)

@@ -73,7 +73,7 @@ def attention_task(config: ModelConfig, kind: Any, row: int) -> Task:
     ranges, rotation = positions.ranges(kind), positions.rotation(kind)
     heads, dim, window = config.num_attention_heads, config.head_dim, config.sliding_window
     leaves = [randn(row, heads, dim), randn(row, dim), randn(heads, dtype=torch.float32)]
-    seen = np.minimum(np.arange(row) + 1, window).astype(float)
+    keys = np.minimum(np.arange(row) + 1, window).astype(float)
     selected = None
     if kind != "window":
         visible = np.asarray(ranges.host_entry_end_T) - np.asarray(ranges.host_entry_start_T)
@@ -81,7 +81,7 @@ def attention_task(config: ModelConfig, kind: Any, row: int) -> Task:
         if kind == "csa" and visible.max() > config.index_topk:
             selected = random_choice(ranges.entry_end_T, row, config.index_topk)
             visible = np.minimum(visible, config.index_topk)
-        seen += visible
+        keys += visible
 
     def inputs(q: Tensor, kv: Tensor, *rest: Tensor) -> AttentionInputs:
         entries = rest[0] if len(rest) == 2 else None
@@ -101,7 +101,7 @@ def attention_task(config: ModelConfig, kind: Any, row: int) -> Task:
     implementations |= eager_versions(eager, row)
     if selected is None:
         implementations["flex"] = flex(config, kind, row)
-    pairs = heads * dim * float(seen.sum())
+    pairs = heads * dim * float(keys.sum())
     moved = 2.0 * leaves[0].numel() * leaves[0].element_size()
     forward, backward = Work(4 * pairs, moved), Work(10 * pairs, 2 * moved)
     return Task(f"attention, {kind}", leaves, implementations, forward, backward)

@@ -1,8 +1,12 @@
-"""One file per operation: the public function and its plain PyTorch reference.
+"""One room for each operation, with the same implementations inside.
 
-``x_triton.py`` has the kernels for Hopper beside ``x.py``; where there are several, they have files
-of their own, ``x_part_triton.py``. What operations share is in ``ranges.py`` and, of kernels, in
-``rotation_triton.py`` and ``pairs_triton.py``. Functions here take local tensors and plain
-integers, know nothing of configurations, modules or process groups, and keep memory linear in the
-number of tokens.
+`__init__.py` has the public functions, which choose an implementation by device, dtype and shape
+(`backend.py`). `naive.py` is the readable mathematics, differentiated by autograd on any device and
+in any dtype: all others are compared with it. `eager.py` is plain PyTorch made fast, which runs on
+CPUs. `*_triton.py` are the kernels for Hopper, imported only where they run. `compiled.py` has what
+torch.compile makes of norms, activation and streams; `hadamard.py` and `mxfp4.py` are small enough
+for one file.
+
+Functions take local tensors and plain integers, know nothing of configurations, modules or process
+groups, and keep memory linear in the number of tokens.
 """

@@ -44,89 +44,96 @@ class UnsupportedError(ValueError):
     """Triton was asked for by name and cannot run this."""
 
 
-# With ``asked`` each of these checks what a Triton function supports, or raises UnsupportedError.
+# With ``required`` each of these chooses Triton or raises UnsupportedError.
 
 
 @functools.cache
 def attention(
-    device: torch.device, dtype: torch.dtype, head_dim: int, asked: bool = False
+    device: torch.device, dtype: torch.dtype, head_dim: int, required: bool = False
 ) -> Choice:
     """Chooses for core attention and the entries' probability mass."""
-    unfit = None if head_dim in _HEAD_DIMS else f"head_dim {head_dim} is not in {_HEAD_DIMS}"
-    return _choice("attention", device, dtype, unfit, asked)
+    unsupported = None if head_dim in _HEAD_DIMS else f"head_dim {head_dim} is not in {_HEAD_DIMS}"
+    return _choice("attention", device, dtype, unsupported, required)
 
 
 @functools.cache
 def indexer(
-    device: torch.device, dtype: torch.dtype, dim: int, heads: int, topk: int, asked: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    dim: int,
+    heads: int,
+    topk: int,
+    required: bool = False,
 ) -> Choice:
     """Chooses for the selection of the best entries."""
-    unfit = None
+    unsupported = None
     if dim & (dim - 1) or dim < 16:
-        unfit = f"index_head_dim {dim} is not a power of two from 16 on"
+        unsupported = f"index_head_dim {dim} is not a power of two from 16 on"
     elif heads & (heads - 1) or not 8 <= heads <= 128:
-        unfit = f"index_n_heads {heads} is not a power of two from 8 to 128"
+        unsupported = f"index_n_heads {heads} is not a power of two from 8 to 128"
     elif topk > 1024:
-        unfit = f"index_topk {topk} is above 1024"
-    return _choice("indexer", device, dtype, unfit, asked)
+        unsupported = f"index_topk {topk} is above 1024"
+    return _choice("indexer", device, dtype, unsupported, required)
 
 
 @functools.cache
 def indexer_loss(
-    device: torch.device, dtype: torch.dtype, dim: int, heads: int, asked: bool = False
+    device: torch.device, dtype: torch.dtype, dim: int, heads: int, required: bool = False
 ) -> Choice:
     """Chooses for the indexer's objective. A mean's gradients of scores are too small for fp16."""
-    unfit = None
+    unsupported = None
     if dim & (dim - 1) or dim < 16:
-        unfit = f"index_head_dim {dim} is not a power of two from 16 on"
+        unsupported = f"index_head_dim {dim} is not a power of two from 16 on"
     elif heads & (heads - 1) or not 16 <= heads <= 128:
-        unfit = f"index_n_heads {heads} is not a power of two from 16 to 128"
-    return _choice("indexer loss", device, dtype, unfit, asked, (torch.bfloat16,))
+        unsupported = f"index_n_heads {heads} is not a power of two from 16 to 128"
+    return _choice("indexer loss", device, dtype, unsupported, required, (torch.bfloat16,))
 
 
 @functools.cache
-def compressor(device: torch.device, dtype: torch.dtype, ratio: int, asked: bool = False) -> Choice:
+def compressor(
+    device: torch.device, dtype: torch.dtype, ratio: int, required: bool = False
+) -> Choice:
     """Chooses for the pooling of windows; the softmax is in fp32 whatever the inputs."""
-    unfit = None
+    unsupported = None
     if ratio & (ratio - 1) or ratio > 256:
-        unfit = f"{ratio} tokens an entry is not a power of two up to 256"
-    return _choice("compressor", device, dtype, unfit, asked, (*_DTYPES, torch.float32))
+        unsupported = f"{ratio} tokens an entry is not a power of two up to 256"
+    return _choice("compressor", device, dtype, unsupported, required, (*_DTYPES, torch.float32))
 
 
 @functools.cache
-def norm(device: torch.device, dtype: torch.dtype, dim: int, asked: bool = False) -> Choice:
+def norm(device: torch.device, dtype: torch.dtype, dim: int, required: bool = False) -> Choice:
     """Chooses for RMS norms and rotations, in fp32 whatever the inputs."""
-    unfit = None
+    unsupported = None
     if dim % 2 or dim > 16384:
-        unfit = f"a width of {dim} is odd or above 16384"
-    return _choice("norms", device, dtype, unfit, asked, (*_DTYPES, torch.float32))
+        unsupported = f"a width of {dim} is odd or above 16384"
+    return _choice("norms", device, dtype, unsupported, required, (*_DTYPES, torch.float32))
 
 
 @functools.cache
 def hyper_connection(
-    device: torch.device, dtype: torch.dtype, streams: int, asked: bool = False
+    device: torch.device, dtype: torch.dtype, streams: int, required: bool = False
 ) -> Choice:
     """Chooses for reading and writing the residual streams."""
-    unfit = None if streams in (1, 2, 4) else f"hc_mult {streams} is not 1, 2 or 4"
-    return _choice("hyper-connections", device, dtype, unfit, asked)
+    unsupported = None if streams in (1, 2, 4) else f"hc_mult {streams} is not 1, 2 or 4"
+    return _choice("hyper-connections", device, dtype, unsupported, required)
 
 
 @functools.cache
-def experts(device: torch.device, dtype: torch.dtype, asked: bool = False) -> Choice:
+def experts(device: torch.device, dtype: torch.dtype, required: bool = False) -> Choice:
     """Chooses for the experts' activation and the sum of the rows that come back from them."""
-    return _choice("experts", device, dtype, None, asked, (*_DTYPES, torch.float32))
+    return _choice("experts", device, dtype, None, required, (*_DTYPES, torch.float32))
 
 
 @functools.cache
-def cross_entropy(device: torch.device, dtype: torch.dtype, asked: bool = False) -> Choice:
+def cross_entropy(device: torch.device, dtype: torch.dtype, required: bool = False) -> Choice:
     """Chooses for the softmax over the vocabulary, its loss and its gradient."""
-    return _choice("cross-entropy", device, dtype, None, asked, (*_DTYPES, torch.float32))
+    return _choice("cross-entropy", device, dtype, None, required, (*_DTYPES, torch.float32))
 
 
 @functools.cache
-def fp8(device: torch.device, dtype: torch.dtype, asked: bool = False) -> Choice:
+def fp8(device: torch.device, dtype: torch.dtype, required: bool = False) -> Choice:
     """Chooses for matmuls in FP8 and the rounding of their factors, of any size."""
-    return _choice("fp8", device, dtype, None, asked, (torch.bfloat16,))
+    return _choice("fp8", device, dtype, None, required, (torch.bfloat16,))
 
 
 def choices(
@@ -160,32 +167,32 @@ def _choice(
     operation: str,
     device: torch.device,
     dtype: torch.dtype,
-    unfit: str | None,
-    asked: bool,
+    unsupported: str | None,
+    required: bool,
     dtypes: tuple[torch.dtype, ...] = _DTYPES,
 ) -> Choice:
     if device.type != "cuda":
-        if asked and not _interpreted():
+        if required and not _interpreted():
             raise UnsupportedError(
                 f"{operation}: Triton runs on a GPU or in its interpreter, not on {device.type}"
             )
-        return Choice("triton" if asked else "eager", f"on {device.type}")
+        return Choice("triton" if required else "eager", f"on {device.type}")
     if dtype not in dtypes:
-        unfit = f"{dtype} is not one of {', '.join(map(str, dtypes))}"
+        unsupported = f"{dtype} is not one of {', '.join(map(str, dtypes))}"
     elif torch.cuda.get_device_capability(device) < _CAPABILITY:
-        unfit = "the GPU is older than Hopper"
+        unsupported = "the GPU is older than Hopper"
     elif importlib.util.find_spec("triton") is None:
-        unfit = "triton is not installed"
-    if asked:
-        if unfit is not None:
-            raise UnsupportedError(f"{operation}: Triton cannot run this, {unfit}")
+        unsupported = "triton is not installed"
+    if required:
+        if unsupported is not None:
+            raise UnsupportedError(f"{operation}: Triton cannot run this, {unsupported}")
         return Choice("triton", "asked for")
-    if unfit is None and operation not in COMPARED_ON_GPU:
-        unfit = "its Triton kernel has not been compared on a GPU yet"
-    if unfit is None:
+    if unsupported is None and operation not in COMPARED_ON_GPU:
+        unsupported = "its Triton kernel has not been compared on a GPU yet"
+    if unsupported is None:
         return Choice("triton", "Hopper or newer, supported dtype and shape")
-    log.warning("%s runs eagerly on this GPU: %s", operation, unfit)
-    return Choice("eager", unfit)
+    log.warning("%s runs eagerly on this GPU: %s", operation, unsupported)
+    return Choice("eager", unsupported)
 
 
 def _interpreted() -> bool:

@@ -1,13 +1,12 @@
 """Pointwise work between matmuls that torch.compile fuses: norms, activation, streams.
 
 Programs are of pure functions of tensors without gradients, each called in a forward or a backward
-that is written by hand: so what is kept for backward stays what stands here, and gradients, modes
-and recomputation need no programs of their own. Steps that fusing did not speed up on a CPU stay
+that is written by hand: so this file decides what is saved for backward, and gradients, modes and
+recomputation need no further programs. Steps that fusing did not speed up on a CPU stay
 eager (docs/performance.md).
 
-A program is made at its first call and holds for all sizes; calls of fewer than two rows, of which
-torch.compile would make further ones, run as they stand. On the meta device only shapes are wanted,
-and they do so, too.
+A program is compiled at its first call and serves all sizes; calls with fewer than two rows, for
+which torch.compile would specialise, run eagerly, and so do calls on the meta device.
 
 Rounding differs from that of the eager versions: sums run in another order, and the exponential may
 be another library's.
@@ -39,7 +38,7 @@ class Program:
         self._compiled = torch.compile(function, fullgraph=True, dynamic=True)
 
     def __call__(self, *inputs: Any) -> Any:
-        """The function's results."""
+        """Returns the function's results."""
         first = inputs[0]
         if first.is_meta or len(first) < 2:
             return self.function(*inputs)
@@ -47,7 +46,7 @@ class Program:
 
 
 def _plain(value: Any, device: torch.device) -> Any:
-    """A program's argument, such that others of its kind need no other program."""
+    """Returns an argument in a form for which one program serves all values."""
     if isinstance(value, float):
         # torch 2.13 may take a number for a constant, and its cache on disk then gives the program
         # to a run with another number.

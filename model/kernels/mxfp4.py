@@ -1,7 +1,7 @@
-"""MXFP4: numbers of four bits (E2M1) in blocks of 32 with a power-of-two scale (OCP MX 1.0).
+"""MXFP4: E2M1 numbers in blocks of 32 with a power-of-two scale (OCP MX 1.0).
 
-The report keeps the routed experts and the indexer's queries and keys in it (3.4). R rows,
-C columns; blocks run along the last dimension. All functions work on any device and are exact:
+The report uses it for the routed experts and the indexer's queries and keys (§3.4). R rows; C
+columns; blocks run along the last dimension. All functions work on any device and are exact:
 scaling by powers of two and the 16 values of E2M1 lose nothing in fp32 or bf16.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 BLOCK = 32
 LARGEST = 6.0
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_LEAST_EXPONENT = -126
+_MIN_EXPONENT = -126
 """Smallest scale that is chosen; also the scale of a block of zeros."""
 _PART = 1 << 24
 """Numbers rounded at a time."""
@@ -25,7 +25,7 @@ _NOT_A_NUMBER = 255  # of float8_e8m0fnu
 FP8_BLOCK = 128
 FP8_SPAN = 14
 """Largest ratio, as an exponent of two, between the scales inside a block of 128 × 128 for which
-FP4 fits into FP8 without loss: E4M3 holds 6 · 2^6 and 0.5 · 2^-8 exactly."""
+MXFP4 fits into FP8 without loss: E4M3 holds 6 · 2^6 and 0.5 · 2^-8 exactly."""
 
 
 class Packed(NamedTuple):
@@ -41,9 +41,9 @@ class Packed(NamedTuple):
 
 
 def quantise(x: Tensor) -> Packed:
-    """Round [..., C] to MXFP4; C must be a multiple of 32.
+    """Rounds [..., C] to MXFP4; C must be a multiple of 32.
 
-    A block's scale is the least power of two that lets its largest magnitude be at most 6, so
+    A block's scale is the smallest power of two with which its largest magnitude is at most 6, so
     nothing saturates; numbers go to the nearest, ties to the even code. A block with a NaN or an
     infinity becomes NaN.
     """
@@ -59,7 +59,7 @@ def quantise(x: Tensor) -> Packed:
 
 
 def dequantise(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The numbers of a quantised tensor, [..., C] in `dtype`, fp32 or bf16."""
+    """Returns the numbers of a quantised tensor, [..., C] in `dtype`, fp32 or bf16."""
     code = packed.codes.view(torch.uint8)
     code = torch.stack([code & 15, code >> 4], dim=-1).flatten(-2).long()
     signed = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
@@ -69,12 +69,12 @@ def dequantise(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """What `x` [..., C] becomes by `quantise` and back, in its own dtype; without a gradient."""
+    """Returns `x` [..., C] after `quantise` and back, in its own dtype and without a gradient."""
     result = torch.empty_like(x, requires_grad=False, memory_format=torch.contiguous_format)
     rows = max(_PART // x.shape[-1], 1)
     flat = x.detach().reshape(-1, x.shape[-1])
     parts = zip(flat.split(rows), result.view(flat.shape).split(rows), strict=True)
-    for part, out in parts:  # so that what lies between is small
+    for part, out in parts:  # so that intermediate tensors are small
         exponents = _exponents(part)
         scales, down = (power_of_two(e)[..., None] for e in (exponents, -exponents))
         numbers = _round_e2m1(_blocks(part).float() * down)
@@ -82,13 +82,25 @@ def rounded(x: Tensor) -> Tensor:
     return result
 
 
+def naive_rounded(x: Tensor) -> Tensor:
+    """Rounds `x` [..., C] by a search over all magnitudes, for comparison; x's dtype."""
+    blocks = _blocks(x).double()
+    largest = blocks.abs().amax(-1, keepdim=True)
+    exponent = torch.ceil(torch.log2(largest / LARGEST)).clamp(min=_MIN_EXPONENT)
+    magnitudes = torch.tensor(_MAGNITUDES, dtype=torch.float64, device=x.device)
+    distance = (blocks.abs() / torch.exp2(exponent))[..., None] - magnitudes
+    odd = torch.arange(len(magnitudes), device=x.device) % 2
+    code = (distance.abs() + 1e-12 * odd).argmin(-1)  # of two equally near the even one
+    return (magnitudes[code] * torch.exp2(exponent)).copysign(blocks).flatten(-2).to(x.dtype)
+
+
 def fake_quantise(x: Tensor) -> Tensor:
-    """`rounded`, in forward alone: the gradient passes unchanged."""
+    """Applies `rounded` in forward only: the gradient passes unchanged."""
     return straight_through(x, rounded(x))
 
 
 def straight_through(x: Tensor, values: Tensor) -> Tensor:
-    """`values` in forward, as a view; the gradient goes to `x`, of the same shape, unchanged."""
+    """Returns a view of `values`, whose gradient goes to `x`, of the same shape, unchanged."""
     return _StraightThrough.apply(x, values)
 
 
@@ -103,7 +115,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def fits_fp8(packed: Packed) -> Tensor:
-    """Which blocks of 128 × 128 of [R, C] numbers FP8 holds without loss (report 3.4).
+    """Returns which blocks of 128 × 128 of [R, C] numbers FP8 holds without loss (report §3.4).
 
     Returns:
         bool [ceil(R/128), ceil(C/128)]: the scales inside differ by 2^14 at most. Blocks of zeros
@@ -117,7 +129,7 @@ def fits_fp8(packed: Packed) -> Tensor:
 
 
 def to_fp8(packed: Packed) -> tuple[Tensor, Tensor]:
-    """FP4 numbers as FP8 (E4M3) ones with one scale for 128 × 128, as FP8 kernels want them.
+    """Converts to FP8 (E4M3) with one scale for 128 × 128, as FP8 kernels take them.
 
     Lossless where `fits_fp8`; elsewhere the smallest numbers are rounded.
 
@@ -137,7 +149,7 @@ def to_fp8(packed: Packed) -> tuple[Tensor, Tensor]:
 
 
 def from_fp8(numbers: Tensor, scales: Tensor) -> Tensor:
-    """FP8 numbers [R, C] with one scale for 128 × 128, of any dtype; fp32 [R, C]."""
+    """Multiplies FP8 numbers [R, C] by their scales for 128 × 128, of any dtype; fp32 [R, C]."""
     rows, columns = numbers.shape
     wide = scales.float().repeat_interleave(FP8_BLOCK, 0)[:rows]
     return numbers.float() * wide.repeat_interleave(FP8_BLOCK, 1)[:, :columns]
@@ -150,26 +162,26 @@ def _blocks(x: Tensor) -> Tensor:
 
 
 def _exponents(x: Tensor) -> Tensor:
-    """int32 [..., C/32]: least k with largest magnitude <= 6 · 2^k, and at least -126."""
+    """Returns int32 [..., C/32]: the smallest k >= -126 with all magnitudes <= 6 · 2^k."""
     largest = _blocks(x).abs().amax(dim=-1).float()
     fraction, exponent = torch.frexp(largest)  # 6 · 2^k = 0.75 · 2^(k+3)
-    return torch.where(fraction <= 0.75, exponent - 3, exponent - 2).clamp_min_(_LEAST_EXPONENT)
+    return torch.where(fraction <= 0.75, exponent - 3, exponent - 2).clamp_min_(_MIN_EXPONENT)
 
 
 def power_of_two(exponents: Tensor) -> Tensor:
-    """2^exponent exactly, fp32; int32 exponents between -126 and 127, as those of blocks are."""
+    """Computes 2^exponent exactly, fp32; exponents are int32 between -126 and 127."""
     return ((exponents + _EXPONENT_BIAS) << 23).view(torch.float32)
 
 
 def _scaled(x: Tensor, exponents: Tensor) -> Tensor:
-    """x · 2^exponent of its block, exactly: in two steps, so that no factor leaves fp32."""
+    """Computes x · 2^exponent of its block exactly, in two steps: no factor leaves fp32."""
     half = exponents // 2
     blocks = torch.ldexp(torch.ldexp(_blocks(x), half[..., None]), (exponents - half)[..., None])
     return blocks.flatten(-2)
 
 
 def _round_e2m1(x: Tensor) -> Tensor:
-    """To the nearest number of E2M1, ties to the even code; |x| <= 6, fp32.
+    """Rounds to the nearest number of E2M1, ties to the even code; |x| <= 6, fp32.
 
     The numbers are a step of half their power of two apart, below 2 of 0.5. In fp32 adding
     3 · 2^22 steps leaves no bit for less than a step, and rounds to the nearest, ties to even.
@@ -181,7 +193,7 @@ def _round_e2m1(x: Tensor) -> Tensor:
 
 
 def _tiles(exponents: Tensor) -> Tensor:
-    """[R, C/32] as [R', 128, C', 4], the last rows and columns repeated to fill up."""
+    """Views [R, C/32] as [R', 128, C', 4], the last rows and columns repeated to fill up."""
     rows, columns = exponents.shape
     wide = FP8_BLOCK // BLOCK
     row = torch.arange(-(-rows // FP8_BLOCK) * FP8_BLOCK, device=exponents.device)

@@ -1,4 +1,4 @@
-"""The quantised model beside one whose weights a few lines of this file have rounded."""
+"""The quantised model against one whose weights are rounded naively."""
 
 from __future__ import annotations
 
@@ -14,35 +14,25 @@ from torch import Tensor
 from model import IGNORE_INDEX, SampleLayout, V4Model
 from model import indexer as indexer_module
 from model.block import Block
-from model.kernels.hadamard import hadamard
+from model.kernels.hadamard import hadamard, naive_hadamard
 from model.kernels.indexer import IndexerInputs
-from model.kernels.mxfp4 import fits_fp8, from_fp8, quantise, to_fp8
+from model.kernels.mxfp4 import fits_fp8, from_fp8, naive_rounded, quantise, to_fp8
 from model.positions import Positions
 from model.qat import quantised, rounded_weights
 from tests.model.tiny import random_model, random_tokens, tiny_config
 from trainer.parallel.recompute import apply_recompute
 
-E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
 SIZES = {"moe_intermediate_size": 64, "index_head_dim": 32}
 ALL_SEEN = {"index_topk": 512}  # nothing to choose: the indexer is idle
 
 
-def reference(x: Tensor) -> Tensor:
-    """The nearest of all products of E2M1 and the block's power of two, ties to the even code."""
-    blocks = x.double().unflatten(-1, (-1, 32))
-    scale = torch.exp2(torch.ceil(torch.log2(blocks.abs().amax(-1, keepdim=True) / 6)))
-    distance = (blocks.abs() / scale).unsqueeze(-1) - E2M1
-    code = (distance.abs() + 1e-12 * (torch.arange(8) % 2)).argmin(-1)
-    return (E2M1[code] * scale).copysign(blocks).flatten(-2).to(x.dtype)
-
-
 def rounded_copy(model: V4Model) -> V4Model:
-    """A plain model whose routed experts, and nothing else, hold the reference's numbers."""
+    """A plain model whose routed experts, and nothing else, are rounded naively."""
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             if ".ffn.experts." in name:
-                parameter.copy_(reference(parameter))
+                parameter.copy_(naive_rounded(parameter))
     return twin
 
 
@@ -117,14 +107,10 @@ def test_fp8_holds_the_experts_without_loss() -> None:
 
 def test_only_the_index_sees_rotated_and_rounded_queries_and_keys() -> None:
     model = random_model(tiny_config(**SIZES))
-    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    matrix = two
-    for _ in range(4):
-        matrix = torch.kron(matrix, two)
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def select(inputs: IndexerInputs, *more: Any) -> Tensor:
-        seen.append((inputs.q_TIJ, inputs.keys_CJ, inputs.weights_TI))
+        calls.append((inputs.q_TIJ, inputs.keys_CJ, inputs.weights_TI))
         return select_topk(inputs, *more)
 
     select_topk = indexer_module.select_topk
@@ -132,15 +118,15 @@ def test_only_the_index_sees_rotated_and_rounded_queries_and_keys() -> None:
         losses(rounded_copy(model))
         with quantised(model):
             losses(model)
-    # Of the first CSA layer: what comes behind it differs by what the index chose.
-    plain, found = seen[0], seen[len(seen) // 2]
+    # Of the first CSA layer: what comes after it differs by what the indexer selected.
+    plain, found = calls[0], calls[len(calls) // 2]
     for before, after in zip(plain[:2], found[:2], strict=True):
-        turned = before.double() @ matrix / 32**0.5
-        expected = reference(turned.float())
+        turned = naive_hadamard(before.double())
+        expected = naive_rounded(turned.float())
         close = (turned - expected.double()).abs() + 1e-5 < (turned - after.double()).abs()
         assert not close.any(), "not the nearest"
         assert (after != expected).float().mean() < 1e-3  # where rounding in fp32 meets a tie
-        assert torch.equal(reference(after), after)
+        assert torch.equal(naive_rounded(after), after)
     assert torch.equal(plain[2], found[2]), "the heads' weights stay"
 
 

@@ -22,7 +22,7 @@ from model.kernels.attention.ranges import AttentionRanges
 
 _CPU_ROWS, _GPU_ROWS = 1 << 11, 1 << 15
 """Query-head pairs handled at once: on a CPU the logits of a chunk then stay in a core's cache; a
-GPU wants few, large launches, and a chunk of the most that V4 selects still takes half a GiB."""
+GPU wants few, large launches, and a chunk with V4's largest selection still takes half a GiB."""
 
 _LOG2E = math.log2(math.e)
 """Probabilities are powers of two inside: exp2 is the cheaper function, on CPU and GPU alike."""
@@ -96,23 +96,26 @@ def _chunk_rows(device: torch.device) -> int:
 
 
 def _chunks(
-    segments: tuple[tuple[int, int, int], ...], heads: int, window: int, most: int
+    segments: tuple[tuple[int, int, int], ...], heads: int, window: int, max_rows: int
 ) -> list[_Chunk]:
-    """A band computes W - 1 + band keys per query for W that count; overheads want it wide."""
+    """Divides queries into chunks of bands.
+
+    A band computes W - 1 + band keys per query for W that count; overheads favour wide bands.
+    """
     band = max(window // 4, 8)
-    step = max(most // (heads * band), 1) * band
+    step = max(max_rows // (heads * band), 1) * band
     chunks = []
     for start, stop, shift in segments:
-        whole = start + (stop - start) // band * band
-        for first in range(start, whole, step):
-            chunks.append(_Chunk(first, min(first + step, whole), band, shift))
-        if whole < stop:
-            chunks.append(_Chunk(whole, stop, stop - whole, shift))
+        full = start + (stop - start) // band * band
+        for first in range(start, full, step):
+            chunks.append(_Chunk(first, min(first + step, full), band, shift))
+        if full < stop:
+            chunks.append(_Chunk(full, stop, stop - full, shift))
     return chunks
 
 
 class _Queries:
-    """A chunk's queries, ready for the dot product, and the way back for their gradient."""
+    """A chunk's queries, ready for the dot product, and their backward."""
 
     def __init__(self, q_nHK: Tensor, rotation_nR: Tensor, eps: float) -> None:
         self.raw = q_nHK.float()
@@ -123,7 +126,7 @@ class _Queries:
         self.ready = rotate_(self.raw * (self.rstd * self.scale), self.rotation)
 
     def backward(self, grad_ready: Tensor) -> Tensor:
-        """Gradient of the raw queries given that of ``ready``, which is overwritten."""
+        """Returns the raw queries' gradient given that of ``ready``, which is overwritten."""
         along = torch.linalg.vecdot(grad_ready, self.ready)[..., None] / self.raw.shape[-1]
         grad = rotate_(grad_ready, self.rotation.conj())
         grad.mul_(self.rstd * self.scale)
@@ -131,7 +134,7 @@ class _Queries:
 
 
 def rotate_(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate in place the last dims of a contiguous fp32 ``x`` as adjacent pairs."""
+    """Rotates in place the last dims of a contiguous fp32 ``x`` as adjacent pairs."""
     rotary = x[..., -2 * rotation.shape[-1] :].unflatten(-1, (-1, 2))
     torch.view_as_complex(rotary).mul_(rotation)
     return x
@@ -187,17 +190,17 @@ class _WindowKeys:
 
 
 class _EntryRange:
-    """Every entry from the first that the chunk's first query sees to the last of its last."""
+    """Every entry between the first and the last that a query of the chunk sees."""
 
     def __init__(self, chunk: _Chunk, entries: Tensor, ranges: AttentionRanges) -> None:
         assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
         assert ranges.host_entry_start_T is not None and ranges.host_entry_end_T is not None
         rows = chunk.rows
-        self.seen = slice(
+        self.range = slice(
             int(ranges.host_entry_start_T[chunk.start]), int(ranges.host_entry_end_T[rows].max())
         )
-        self.keys = entries[self.seen].float()
-        index = torch.arange(self.seen.start, self.seen.stop, device=entries.device)
+        self.keys = entries[self.range].float()
+        index = torch.arange(self.range.start, self.range.stop, device=entries.device)
         start, end = ranges.entry_start_T[rows, None], ranges.entry_end_T[rows, None]
         self.bias = _bias((index >= start) & (index < end))
 
@@ -209,11 +212,11 @@ class _EntryRange:
 
     def accumulate(self, grad_entries: Tensor, pairs: _Pairs) -> None:
         for a_nHc, b_nHK in pairs:
-            grad_entries[self.seen].addmm_(a_nHc.flatten(0, 1).t(), b_nHK.flatten(0, 1))
+            grad_entries[self.range].addmm_(a_nHc.flatten(0, 1).t(), b_nHK.flatten(0, 1))
 
 
 class _SelectedEntries:
-    """Each query's own selection, gathered."""
+    """Each query's selected entries, gathered."""
 
     def __init__(self, selected_nk: Tensor, entries: Tensor) -> None:
         self.index = selected_nk.clamp(min=0).flatten()
@@ -249,16 +252,16 @@ def _keys_of(
         return parts
     assert ranges.host_entry_start_T is not None and ranges.host_entry_end_T is not None
     visible = ranges.host_entry_end_T[chunk.rows] - ranges.host_entry_start_T[chunk.rows]
-    most = int(visible.max())
-    if selected is not None and most > selected.shape[1]:
+    max_visible = int(visible.max())
+    if selected is not None and max_visible > selected.shape[1]:
         parts.append(_SelectedEntries(selected[chunk.rows], entries))
-    elif most > 0:
+    elif max_visible > 0:
         parts.append(_EntryRange(chunk, entries, ranges))
     return parts
 
 
 def _logits(part: _Keys, ready_nHK: Tensor) -> Tensor:
-    """Base-2 logits, -inf where a query may not look."""
+    """Returns base-2 logits, -inf where a query does not see the key."""
     return part.dot(ready_nHK * _LOG2E).add_(part.bias[:, None])
 
 
@@ -308,7 +311,7 @@ class _Attention(torch.autograd.Function):
         grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
         grad_kv = torch.zeros_like(padded_kv)
         grad_entries = None if entries is None else torch.zeros_like(entries, dtype=torch.float32)
-        along_TH = torch.linalg.vecdot(grad_out_THK.float(), out_THK.float())
+        delta_TH = torch.linalg.vecdot(grad_out_THK.float(), out_THK.float())
         for chunk in ctx.chunks:
             rows = chunk.rows
             queries = _Queries(q[rows], rotation[rows], ctx.eps)
@@ -317,14 +320,14 @@ class _Attention(torch.autograd.Function):
             grad_ready = torch.zeros_like(queries.ready)
             for part in _keys_of(chunk, padded_kv, entries, selected, ctx.ranges, ctx.window):
                 p_nHc = _logits(part, queries.ready).sub_(lse2_TH[rows, :, None]).exp2_()
-                ds_nHc = part.dot(grad_nHK).sub_(along_TH[rows, :, None]).mul_(p_nHc)
+                ds_nHc = part.dot(grad_nHK).sub_(delta_TH[rows, :, None]).mul_(p_nHc)
                 target = grad_kv if isinstance(part, _WindowKeys) else grad_entries
                 assert target is not None
                 part.accumulate(target, ((ds_nHc, queries.ready), (p_nHc, grad_nHK)))
                 grad_ready += part.mix(ds_nHc)
             grad_q[rows] = queries.backward(grad_ready)
         sink_share_TH = torch.exp2(sink.float() * _LOG2E - lse2_TH)
-        grad_sink = -(sink_share_TH * along_TH).sum(0).to(sink.dtype)
+        grad_sink = -(sink_share_TH * delta_TH).sum(0).to(sink.dtype)
         grad_kv = grad_kv[ctx.window - 1 :].to(kv.dtype)
         if grad_entries is not None:
             grad_entries = grad_entries.to(entries.dtype)

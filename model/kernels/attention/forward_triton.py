@@ -1,11 +1,12 @@
 """Core attention in Triton for Hopper, forward and backward; compared with ``naive.py``.
 
 One key serves all heads and is its own value, so a program holds ``rows`` pairs (token, head), 64
-heads of one token at V4's widths, reads each tile of keys once and uses it for both products. The
+heads of one token at V4's widths, reads each tile of keys once and uses it for both matmuls. The
 softmax is online, in base 2, over a range of window tokens and then a range of entries or a
 gathered list; it starts from the sink (logit in, no value). Every mask is a pair of integers per
-query. Forward keeps only out and lse2. Backward writes the normed, rotated queries and the rotated
-gradient once (a workspace of two tensors of q's size), because every block of keys reads them.
+query. Forward saves only out and lse2. Backward writes the normalised, rotated queries and the
+rotated gradient once (a workspace of two tensors of q's size), because every block of keys reads
+them.
 
 What one query token costs, n being the keys that it sees (window W and entries), in bf16:
 
@@ -30,6 +31,8 @@ At K = 512 the accumulator [64, 512] in fp32 fills half of the registers of a mu
 key tile is what is left to choose; queries and keys get their gradients from separate kernels,
 which makes keys' gradients sums in a fixed order. As compiled for Hopper, both halves of a
 program's warps compute s, so that forward issues 6·H·K·n operations for the 4·H·K·n it needs.
+
+T queries; H heads; K their width (DIM); R rotated dims (ROTARY); C entries; k selected entries.
 """
 
 from __future__ import annotations
@@ -127,7 +130,7 @@ def _forward(
     q,
     keys,
     entries,
-    picked,
+    selected,
     sink,
     rotation,
     key_start,
@@ -138,7 +141,7 @@ def _forward(
     lse2,
     tokens,
     heads,
-    picks,
+    num_selected,
     eps,
     scale,
     DIM: tl.constexpr,
@@ -176,7 +179,7 @@ def _forward(
         one = tl.min(tl.where(live, token, tokens), 0)
         for start in tl.range(0, tl.load(entry_end + one), BLOCK_N):
             place = start + tl.arange(0, BLOCK_N)
-            entry, k = selected_tile(entries, picked, one, place, picks, DIM)
+            entry, k = selected_tile(entries, selected, one, place, num_selected, DIM)
             top, total, acc = _softmax_step(ready, k, (entry >= 0)[None, :], top, total, acc, scale)
     acc = turned(acc / total[:, None], rotation, token, live, -1.0, ROWS, DIM, DIM, ROTARY)
     at = row.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
@@ -245,15 +248,15 @@ class _Attention(torch.autograd.Function):
                 q,
                 kv,
                 entries,
-                call.picked,
+                call.selected,
                 sink.contiguous(),
                 angles,
-                *call.seen,
+                *call.visible,
                 out,
                 lse2,
                 call.tokens,
                 call.heads,
-                call.picks,
+                call.num_selected,
                 eps,
                 call.scale,
                 DIM=call.dim,
@@ -278,5 +281,5 @@ class _Attention(torch.autograd.Function):
         grad_kv = range_gradients(call, rows, kv, call.key_start, call.key_end).to(kv.dtype)
         grad_entries = entry_gradients(call, rows, entries, ctx.deterministic)
         share_TH = torch.exp2(sink.float() * LOG2E - lse2)
-        grad_sink = -(share_TH * rows.along).sum(0).to(sink.dtype)
+        grad_sink = -(share_TH * rows.delta).sum(0).to(sink.dtype)
         return grad_q, grad_kv, grad_entries, grad_sink, *[None] * 6

@@ -1,7 +1,9 @@
 """Core attention's gradients of keys and of entries in Triton.
 
-A program has a block of keys and passes over the queries that see one of them, or some picks of one
-token and passes over its heads. ``attention_triton.py`` has the plan and the floors.
+A program has a block of keys and passes over the queries that see one of them, or some selected
+entries of one token and passes over its heads. ``forward_triton.py`` has the plan and the floors.
+
+T queries; H heads; K their width (DIM); C entries; k selected entries of a query.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ from model.kernels.attention.ranges import queries_of_blocks
 
 @triton.jit
 def _key_gradient_step(
-    both, k, visible, lse2, along, acc, scale, root, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
+    both, k, visible, lse2, delta, acc, scale, root, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Adds dsᵀ · q + pᵀ · grad, this tile of queries' share, to the gradient of keys k.
 
-    ``both`` [2·ROWS, DIM] alternates queries and their gradients, so that each is one product.
+    ``both`` [2·ROWS, DIM] alternates queries and their gradients, so that each is one matmul.
     """
     x = tl.dot(k, tl.trans(both), input_precision="ieee")
     s, dp = tl.split(tl.reshape(x, (BLOCK_N, ROWS, 2)))
     p = tl.exp2(tl.where(visible, s * scale - lse2[None, :], float("-inf")))
-    ds = p * (dp - along[None, :]) * root
+    ds = p * (dp - delta[None, :]) * root
     weight = tl.reshape(tl.join(ds, p), (BLOCK_N, 2 * ROWS))
     return tl.dot(weight.to(both.dtype), both, acc, input_precision="ieee")
 
@@ -42,7 +44,7 @@ def _grad_keys(
     query_start,
     query_end,
     lse2,
-    along,
+    delta,
     grad,
     count,
     heads,
@@ -73,10 +75,10 @@ def _grad_keys(
         pair = 2 * start + tl.arange(0, 2 * ROWS)
         q_and_grad = tile(both, pair, pair < 2 * end, DIM)
         row_lse2 = tl.load(lse2 + row, mask=live, other=0.0)
-        row_along = tl.load(along + row, mask=live, other=0.0)
+        row_delta = tl.load(delta + row, mask=live, other=0.0)
         visible = (n[:, None] >= low[None, :]) & (n[:, None] < high[None, :])
         acc = _key_gradient_step(
-            q_and_grad, k, visible, row_lse2, row_along, acc, scale, root, ROWS, BLOCK_N
+            q_and_grad, k, visible, row_lse2, row_delta, acc, scale, root, ROWS, BLOCK_N
         )
     at = (part.to(tl.int64) * count + n)[:, None] * DIM + tl.arange(0, DIM)[None, :]
     tl.store(grad + at, acc, mask=(n < count)[:, None])
@@ -86,13 +88,13 @@ def _grad_keys(
 def _grad_selected(
     both,
     entries,
-    picked,
+    selected,
     lse2,
-    along,
+    delta,
     grad,
     first_token,
     heads,
-    picks,
+    num_selected,
     scale,
     root,
     DIM: tl.constexpr,
@@ -100,14 +102,16 @@ def _grad_selected(
     BLOCK_N: tl.constexpr,
     ATOMIC: tl.constexpr,
 ):
-    """One token's picks [BLOCK_N] against all its heads.
+    """Multiplies one token's selected entries [BLOCK_N] with all its heads.
 
     Either added to the entries' gradient [C, DIM] by atomics, in any order, or written as a row
-    for each pair (token, pick), [tokens · picks, DIM], which ``add_pairs`` adds up in order.
+    for each pair (token, place), [tokens · k, DIM], which ``add_pairs`` adds up in order.
     """
     token = first_token + tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    entry = tl.load(picked + token.to(tl.int64) * picks + n, mask=n < picks, other=-1)
+    entry = tl.load(
+        selected + token.to(tl.int64) * num_selected + n, mask=n < num_selected, other=-1
+    )
     if tl.max(entry, 0) >= 0:
         k = tile(entries, entry, entry >= 0, DIM)
         acc = tl.zeros((BLOCK_N, DIM), tl.float32)
@@ -118,24 +122,24 @@ def _grad_selected(
             pair = 2 * start + tl.arange(0, 2 * ROWS)
             q_and_grad = tile(both, 2 * token * heads + pair, pair < 2 * heads, DIM)
             row_lse2 = tl.load(lse2 + row, mask=live, other=0.0)
-            row_along = tl.load(along + row, mask=live, other=0.0)
+            row_delta = tl.load(delta + row, mask=live, other=0.0)
             visible = (entry >= 0)[:, None] & live[None, :]
             acc = _key_gradient_step(
-                q_and_grad, k, visible, row_lse2, row_along, acc, scale, root, ROWS, BLOCK_N
+                q_and_grad, k, visible, row_lse2, row_delta, acc, scale, root, ROWS, BLOCK_N
             )
         dim = tl.arange(0, DIM)[None, :]
         if ATOMIC:
             at = entry.to(tl.int64)[:, None] * DIM + dim
             tl.atomic_add(grad + at, acc, mask=(entry >= 0)[:, None], sem="relaxed")
         else:
-            pair = tl.program_id(0).to(tl.int64) * picks + n
+            pair = tl.program_id(0).to(tl.int64) * num_selected + n
             tl.store(grad + pair[:, None] * DIM + dim, acc, mask=(entry >= 0)[:, None])
 
 
 def entry_gradients(
     call: Call, rows: Rows, entries: Tensor | None, deterministic: bool
 ) -> Tensor | None:
-    """Of the entries, in their dtype; with lists in a fixed order or, faster, in any."""
+    """Returns the entries' gradient in their dtype; lists are summed in a fixed order or in any."""
     if entries is None:
         return None
     if call.mode == ENTRY_RANGE:
@@ -146,7 +150,7 @@ def entry_gradients(
 
 
 def range_gradients(call: Call, rows: Rows, keys: Tensor, start_T: Tensor, end_T: Tensor) -> Tensor:
-    """fp32 gradient of keys that query t sees from start_T[t] to end_T[t]; both only grow."""
+    """Returns the fp32 gradient of keys; query t sees start_T[t] to end_T[t], which only grow."""
     count, block = keys.shape[0], call.blocks.key_keys
     if not count or not call.tokens:
         return torch.zeros_like(keys, dtype=torch.float32)
@@ -163,7 +167,7 @@ def range_gradients(call: Call, rows: Rows, keys: Tensor, start_T: Tensor, end_T
         query_start,
         query_end,
         rows.lse2,
-        rows.along,
+        rows.delta,
         grad,
         count,
         call.heads,
@@ -178,24 +182,24 @@ def range_gradients(call: Call, rows: Rows, keys: Tensor, start_T: Tensor, end_T
 
 
 def _selected_gradients(call: Call, rows: Rows, entries: Tensor, deterministic: bool) -> Tensor:
-    """fp32 gradient of entries of which every query sees its list."""
+    """Returns the fp32 gradient of entries where every query sees its list."""
     grad = torch.zeros_like(entries, dtype=torch.float32)
     chunk = call.tokens
     if deterministic:
-        chunk = max(min(chunk, call.blocks.pair_bytes // (4 * call.picks * call.dim)), 1)
-        pairs = grad.new_empty(chunk * call.picks, call.dim)
+        chunk = max(min(chunk, call.blocks.pair_bytes // (4 * call.num_selected * call.dim)), 1)
+        pairs = grad.new_empty(chunk * call.num_selected, call.dim)
     for first in range(0, call.tokens, max(chunk, 1)):
         tokens = min(chunk, call.tokens - first)
-        _grad_selected[(tokens, triton.cdiv(call.picks, call.blocks.key_keys))](
+        _grad_selected[(tokens, triton.cdiv(call.num_selected, call.blocks.key_keys))](
             rows.both,
             entries,
-            call.picked,
+            call.selected,
             rows.lse2,
-            rows.along,
+            rows.delta,
             pairs if deterministic else grad,
             first,
             call.heads,
-            call.picks,
+            call.num_selected,
             call.scale,
             call.root,
             DIM=call.dim,
@@ -205,6 +209,6 @@ def _selected_gradients(call: Call, rows: Rows, entries: Tensor, deterministic: 
             **call.blocks.options,
         )
         if deterministic:
-            assert call.picked is not None
-            add_pairs(pairs, call.picked[first : first + tokens].flatten(), grad)
+            assert call.selected is not None
+            add_pairs(pairs, call.selected[first : first + tokens].flatten(), grad)
     return grad

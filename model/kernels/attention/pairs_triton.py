@@ -1,8 +1,10 @@
 """Sums of many rows by a row each belongs to, in a fixed order: the adjoint of a gather.
 
-Gradients of entries that queries picked, of attention and of the indexer's objective: each
-(query, pick) pair's share lies in a row of its own, and each entry adds up its pairs' in the order
+Gradients of entries that queries selected, of attention and of the indexer's objective: each
+(query, place) pair's share has a separate row, and each entry adds up its pairs' in the order
 of the queries, so that two runs agree bit for bit where atomics would not.
+
+P pairs; C entries.
 """
 
 from __future__ import annotations

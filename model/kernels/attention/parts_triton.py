@@ -1,6 +1,7 @@
-"""What the kernels of core attention share: sizes of launches, a call's ranges, parts of programs.
+"""Shared parts of core attention's kernels: sizes of launches, a call's ranges, parts of programs.
 
-In the parts, ``token`` and ``row`` index [T] and [T, H], and ``live`` masks what is outside.
+T queries; H heads; K their width (DIM); R rotated dims (ROTARY); k selected entries. In the parts
+``token`` and ``row`` index [T] and [T, H], and ``live`` masks what is outside.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from model.kernels.norm.rotation_triton import turned
 
 LOG2E = math.log2(math.e)
 NO_ENTRIES, ENTRY_RANGE, SELECTED_ENTRIES = range(3)
-_FEWEST_ROWS = 16
+_MIN_ROWS = 16
 """The tensor cores take no fewer."""
 FAR = tl.constexpr(2**31 - 1)
 """The first key of a row that is outside."""
@@ -35,7 +36,7 @@ class Blocks:
         key_rows, key_keys: in the kernels of the keys' gradient, where keys stay.
         programs: with fewer blocks of keys than this, their queries are divided over several
             programs whose sums are added afterwards.
-        pair_bytes: workspace of a deterministic gradient of picked entries.
+        pair_bytes: workspace of a deterministic gradient of selected entries.
     """
 
     rows: int
@@ -51,7 +52,7 @@ class Blocks:
 
     @property
     def options(self) -> dict[str, int]:
-        """How the compiler is to build what these sizes are for."""
+        """Compiler options that go with these sizes."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
@@ -64,7 +65,7 @@ _BLOCKS = {
 
 
 def blocks_for(head_dim: int) -> Blocks:
-    """The sizes for a head width.
+    """Returns the sizes for a head width.
 
     Raises:
         ValueError: no sizes are known for this width.
@@ -109,9 +110,11 @@ def range_tile(keys, n, low, high, end, DIM: tl.constexpr):
 
 
 @triton.jit
-def selected_tile(entries, picked, token, place, picks, DIM: tl.constexpr):
+def selected_tile(entries, selected, token, place, num_selected, DIM: tl.constexpr):
     """The entries at ``place`` [BLOCK_N] of one token's list; where there is none, -1 and zeros."""
-    entry = tl.load(picked + token.to(tl.int64) * picks + place, mask=place < picks, other=-1)
+    entry = tl.load(
+        selected + token.to(tl.int64) * num_selected + place, mask=place < num_selected, other=-1
+    )
     return entry, tile(entries, entry, entry >= 0, DIM)
 
 
@@ -136,7 +139,7 @@ def bounds(low, high, token, live):
 
 
 class Call:
-    """What every kernel of one call needs: ranges as int32, sizes, and how entries are read."""
+    """Arguments of every kernel of one call: ranges as int32, sizes, and how entries are read."""
 
     def __init__(
         self,
@@ -152,7 +155,7 @@ class Call:
         self.scale = self.root * LOG2E
         self.key_start = ranges.window_start_T.int()
         self.key_end = _own_key(ranges.segments, self.tokens, q_THK.device) + 1
-        self.picked, self.picks, self.mode = None, 0, NO_ENTRIES
+        self.selected, self.num_selected, self.mode = None, 0, NO_ENTRIES
         self.entry_start = self.entry_end = self.key_start
         if entries_CK is None:
             return
@@ -160,23 +163,23 @@ class Call:
         self.entry_start, self.entry_end = ranges.entry_start_T.int(), ranges.entry_end_T.int()
         self.mode = ENTRY_RANGE
         if selected_Tk is not None:
-            self.mode, self.picks = SELECTED_ENTRIES, selected_Tk.shape[1]
-            self.picked = selected_Tk.int().contiguous()
-            # A list is read up to its last pick.
-            place = torch.arange(1, self.picks + 1, device=q_THK.device, dtype=torch.int32)
-            self.entry_end = (place * (self.picked >= 0)).amax(1)
+            self.mode, self.num_selected = SELECTED_ENTRIES, selected_Tk.shape[1]
+            self.selected = selected_Tk.int().contiguous()
+            # A list is read up to its last entry.
+            place = torch.arange(1, self.num_selected + 1, device=q_THK.device, dtype=torch.int32)
+            self.entry_end = (place * (self.selected >= 0)).amax(1)
 
     @property
-    def seen(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def visible(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The ranges of keys and of entries, as kernels take them."""
         return self.key_start, self.key_end, self.entry_start, self.entry_end
 
-    def rows(self, most: int) -> tuple[int, int]:
-        """Tokens and heads of a program of at most ``most`` rows; lists allow a single token."""
-        heads = min(triton.next_power_of_2(self.heads), most)
+    def rows(self, max_rows: int) -> tuple[int, int]:
+        """Returns tokens and heads of a program of up to ``max_rows`` rows; one token of a list."""
+        heads = min(triton.next_power_of_2(self.heads), max_rows)
         if self.mode == SELECTED_ENTRIES:
-            return 1, min(max(heads, _FEWEST_ROWS), most)
-        return most // heads, heads
+            return 1, min(max(heads, _MIN_ROWS), max_rows)
+        return max_rows // heads, heads
 
     def grid(self, block_t: int, block_h: int) -> tuple[int]:
         return (triton.cdiv(self.tokens, block_t) * triton.cdiv(self.heads, block_h),)
@@ -185,7 +188,7 @@ class Call:
 def _own_key(
     segments: tuple[tuple[int, int, int], ...], tokens: int, device: torch.device
 ) -> Tensor:
-    """Number of each query's own key, int32 [T]."""
+    """Returns the number of each query's own key, int32 [T]."""
     key_T = torch.arange(tokens, dtype=torch.int32, device=device)
     for start, stop, shift in segments:
         key_T[start:stop] += shift
@@ -198,7 +201,7 @@ def check(q_THK: Tensor) -> None:
     Rows (token, head), two for each in backward, are numbered in 32 bits; all offsets in 64.
     """
     tokens, heads, dim = q_THK.shape
-    backend.attention(q_THK.device, q_THK.dtype, dim, asked=True)
+    backend.attention(q_THK.device, q_THK.dtype, dim, required=True)
     if tokens * heads >= 1 << 30:
         raise backend.UnsupportedError(
             f"attention: {tokens} tokens of {heads} heads in one call; Triton numbers up to 2^30"

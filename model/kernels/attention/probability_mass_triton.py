@@ -1,10 +1,12 @@
-"""The entries' mass in Triton, the indexer's teacher; see ``attention_reference.py``.
+"""The entries' attention probability mass in Triton, for the indexer's KL target.
 
 Probabilities come back from the saved log-sum-exp and are summed over heads, one block of heads
 after the other in one program, so that two runs agree bit for bit.
 
 2·H·K operations per query and entry that it sees; reads q once, writes 4 bytes per pair, so its
 floor is a third of attention's forward at the same entries. Not yet timed.
+
+T queries; H heads; K their width (DIM); R rotated dims (ROTARY); C entries.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from model.kernels.norm.rotation_triton import angles_of
 def _mass(
     q,
     entries,
-    picked,
+    selected,
     rotation,
     entry_start,
     entry_end,
@@ -50,7 +52,7 @@ def _mass(
     BLOCK_N: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """Probabilities summed over heads, [BLOCK_T, width], one block of heads after the other."""
+    """Sums probabilities over heads, [BLOCK_T, width], one block of heads after the other."""
     ROWS: tl.constexpr = BLOCK_T * BLOCK_H
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     place = tl.arange(0, ROWS)
@@ -71,23 +73,25 @@ def _mass(
             if MODE == 1:
                 n = begin + column
                 some = (begin + start < end) & (begin + start + BLOCK_N > first)
-                seen = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None]) & live[:, None]
+                visible = (
+                    (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None]) & live[:, None]
+                )
             else:
                 at = (program * BLOCK_T).to(tl.int64) * width
-                n = tl.load(picked + at + column, mask=column < width, other=-1)
+                n = tl.load(selected + at + column, mask=column < width, other=-1)
                 some = tl.max(n, 0) >= 0
-                seen = (n >= 0)[None, :] & live[:, None]
+                visible = (n >= 0)[None, :] & live[:, None]
             share = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
             if some:
                 k = tile(entries, n, (n >= 0) & (column < width) & (n < end), DIM)
                 s = tl.dot(ready, tl.trans(k), input_precision="ieee") * scale
-                p = tl.exp2(tl.where(seen, s - row_lse2[:, None], float("-inf")))
+                p = tl.exp2(tl.where(visible, s - row_lse2[:, None], float("-inf")))
                 share = tl.sum(tl.reshape(p, (BLOCK_T, BLOCK_H, BLOCK_N)), 1)
             at = mass + own.to(tl.int64)[:, None] * width + column[None, :]
-            kept = (own < tokens)[:, None] & (column < width)[None, :]
+            inside = (own < tokens)[:, None] & (column < width)[None, :]
             if head_start > 0:
-                share += tl.load(at, mask=kept, other=0.0)
-            tl.store(at, share, mask=kept)
+                share += tl.load(at, mask=inside, other=0.0)
+            tl.store(at, share, mask=inside)
         tl.debug_barrier()
 
 
@@ -111,7 +115,7 @@ def entry_probability_mass(
     q_THK, entries_CK = inputs.q_THK.contiguous(), inputs.entries_CK.contiguous()
     ranges, selected_Tk = inputs.ranges, inputs.selected_Tk
     call = Call(q_THK, entries_CK, ranges, selected_Tk, blocks)
-    width = call.picks
+    width = call.num_selected
     if selected_Tk is None:
         stop = entries_CK.shape[0] if stop is None else stop
         width = stop - start
@@ -123,7 +127,7 @@ def entry_probability_mass(
         _mass[(triton.cdiv(call.tokens, block_t),)](
             q_THK,
             entries_CK,
-            call.picked,
+            call.selected,
             angles,
             call.entry_start,
             ranges.entry_end_T.int(),

@@ -1,8 +1,10 @@
 """Core attention's gradient of the queries in Triton, and what the keys' gradient shares with it.
 
-A first kernel readies every query and its output's gradient once for all that read them; the second
-has a block of queries, as forward has, and passes over their keys. ``attention_triton.py`` has the
+A first kernel prepares every query and its output's gradient once for all readers; the second
+has a block of queries, as forward has, and passes over their keys. ``forward_triton.py`` has the
 plan and the floors.
+
+T queries; H heads; K their width (DIM); R rotated dims (ROTARY).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def _prepare(
     rotation,
     both,
     rstd,
-    along,
+    delta,
     rows,
     heads,
     eps,
@@ -43,7 +45,7 @@ def _prepare(
     ROTARY: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Of every row: the ready query and its output's gradient rotated alike; 1 / rms; Σ g · o."""
+    """Writes of every row the ready query, its output's rotated gradient, 1 / rms and Σ g · o."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     token = row // heads
@@ -54,7 +56,7 @@ def _prepare(
     tl.store(rstd + row, r, mask=live)
     grad = tl.load(grad_out + at, mask=live[:, None], other=0.0).to(tl.float32)
     o = tl.load(out + at, mask=live[:, None], other=0.0).to(tl.float32)
-    tl.store(along + row, tl.sum(grad * o, 1), mask=live)
+    tl.store(delta + row, tl.sum(grad * o, 1), mask=live)
     grad = turned(grad, rotation, token, live, 1.0, ROWS, DIM, DIM, ROTARY)
     tl.store(both + pair + DIM, grad.to(both.dtype.element_ty), mask=live[:, None])
 
@@ -65,19 +67,19 @@ class Rows:
 
     Attributes:
         both: [T, H, 2, K], each ready query and the gradient of its output, rotated alike.
-        rstd, lse2, along: [T, H]; along is Σ grad · out.
+        rstd, lse2, delta: [T, H]; delta is Σ grad · out.
     """
 
     both: Tensor
     rstd: Tensor
     lse2: Tensor
-    along: Tensor
+    delta: Tensor
 
 
 def prepared(
     q: Tensor, out: Tensor, grad: Tensor, angles: Tensor, lse2: Tensor, eps: float, blocks: Blocks
 ) -> Rows:
-    """What both gradients read of q [T, H, K], of out and of its gradient; all contiguous."""
+    """Prepares what both gradients read from q [T, H, K], out and its gradient; all contiguous."""
     rows = Rows(
         q.new_empty(*q.shape[:2], 2, q.shape[2]),
         torch.empty_like(lse2),
@@ -93,7 +95,7 @@ def prepared(
             angles,
             rows.both,
             rows.rstd,
-            rows.along,
+            rows.delta,
             count,
             q.shape[1],
             eps,
@@ -107,16 +109,16 @@ def prepared(
 
 @triton.jit
 def _query_gradient_step(
-    both, k, visible, lse2, along, acc, scale, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
+    both, k, visible, lse2, delta, acc, scale, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Adds this tile's ds · k to the gradient of the ready queries.
 
-    ``both`` [2·ROWS, DIM] alternates queries and their gradients: one product gives s and dp.
+    ``both`` [2·ROWS, DIM] alternates queries and their gradients: one matmul gives s and dp.
     """
     x = tl.dot(both, tl.trans(k), input_precision="ieee")
     s, dp = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, BLOCK_N)), (0, 2, 1)))
     p = tl.exp2(tl.where(visible, s * scale - lse2[:, None], float("-inf")))
-    ds = p * (dp - along[:, None])
+    ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
 
 
@@ -129,25 +131,25 @@ def _query_gradient_over_range(
     token,
     live,
     lse2,
-    along,
+    delta,
     acc,
     scale,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The same of all keys that each row sees, from low_T to high_T."""
+    """Adds the same for all keys that each row sees, from low_T to high_T."""
     low, high, first, end = bounds(low_T, high_T, token, live)
     for start in tl.range(first, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         k, visible = range_tile(keys, n, low, high, end, DIM)
-        acc = _query_gradient_step(both, k, visible, lse2, along, acc, scale, ROWS, BLOCK_N)
+        acc = _query_gradient_step(both, k, visible, lse2, delta, acc, scale, ROWS, BLOCK_N)
     return acc
 
 
 @triton.jit
 def _pairs_of_program(tokens, heads, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
-    """The same rows in an array of two for each: [2 · BLOCK_T · BLOCK_H] and live."""
+    """Returns the same rows in an array of two for each: [2 · BLOCK_T · BLOCK_H] and live."""
     head_blocks = tl.cdiv(heads, BLOCK_H)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     place = tl.arange(0, 2 * BLOCK_T * BLOCK_H)
@@ -161,7 +163,7 @@ def _grad_queries(
     both,
     keys,
     entries,
-    picked,
+    selected,
     rotation,
     key_start,
     key_end,
@@ -169,11 +171,11 @@ def _grad_queries(
     entry_end,
     rstd,
     lse2,
-    along,
+    delta,
     grad_q,
     tokens,
     heads,
-    picks,
+    num_selected,
     scale,
     root,
     DIM: tl.constexpr,
@@ -188,7 +190,7 @@ def _grad_queries(
     pair, pair_live = _pairs_of_program(tokens, heads, BLOCK_T, BLOCK_H)
     q_and_grad = tile(both, pair, pair_live, DIM)
     row_lse2 = tl.load(lse2 + row, mask=live, other=0.0)
-    row_along = tl.load(along + row, mask=live, other=0.0)
+    row_delta = tl.load(delta + row, mask=live, other=0.0)
     acc = tl.zeros((ROWS, DIM), tl.float32)
     acc = _query_gradient_over_range(
         q_and_grad,
@@ -198,7 +200,7 @@ def _grad_queries(
         token,
         live,
         row_lse2,
-        row_along,
+        row_delta,
         acc,
         scale,
         DIM,
@@ -214,7 +216,7 @@ def _grad_queries(
             token,
             live,
             row_lse2,
-            row_along,
+            row_delta,
             acc,
             scale,
             DIM,
@@ -225,10 +227,10 @@ def _grad_queries(
         one = tl.min(tl.where(live, token, tokens), 0)
         for start in tl.range(0, tl.load(entry_end + one), BLOCK_N):
             place = start + tl.arange(0, BLOCK_N)
-            entry, k = selected_tile(entries, picked, one, place, picks, DIM)
+            entry, k = selected_tile(entries, selected, one, place, num_selected, DIM)
             visible = (entry >= 0)[None, :]
             acc = _query_gradient_step(
-                q_and_grad, k, visible, row_lse2, row_along, acc, scale, ROWS, BLOCK_N
+                q_and_grad, k, visible, row_lse2, row_delta, acc, scale, ROWS, BLOCK_N
             )
     # Back through the rotation and the norm, whose output is q, read again to spare registers.
     acc = acc * root
@@ -243,7 +245,7 @@ def _grad_queries(
 def query_gradients(
     call: Call, rows: Rows, q: Tensor, kv: Tensor, entries: Tensor | None, angles: Tensor
 ) -> Tensor:
-    """Of q, before its norm and rotation, in its dtype."""
+    """Returns the gradient of q before its norm and rotation, in its dtype."""
     grad_q = torch.empty_like(q)
     block_t, block_h = call.rows(call.blocks.grad_rows)
     if grad_q.numel():
@@ -251,16 +253,16 @@ def query_gradients(
             rows.both,
             kv,
             entries,
-            call.picked,
+            call.selected,
             angles,
-            *call.seen,
+            *call.visible,
             rows.rstd,
             rows.lse2,
-            rows.along,
+            rows.delta,
             grad_q,
             call.tokens,
             call.heads,
-            call.picks,
+            call.num_selected,
             call.scale,
             call.root,
             DIM=call.dim,

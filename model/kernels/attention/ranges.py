@@ -1,4 +1,7 @@
-"""What each query may see, as integer ranges: all masks of attention and of the indexer."""
+"""What each query may see, as integer ranges: all masks of attention and of the indexer.
+
+T queries; B blocks of keys.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class AttentionRanges:
     host_entry_end_T: np.ndarray | None = None
 
     def of(self, rows: slice | Tensor) -> AttentionRanges:
-        """What some of the queries see; without segments, so of use to entries alone."""
+        """Returns what some of the queries see; without segments, so for entries alone."""
         assert self.entry_start_T is not None and self.entry_end_T is not None
         start_T, end_T = self.entry_start_T[rows], self.entry_end_T[rows]
         return AttentionRanges(self.window_start_T[rows], (), start_T, end_T)
@@ -37,7 +40,7 @@ class AttentionRanges:
 def queries_of_blocks(
     first_B: Tensor, block: int, start_T: Tensor, end_T: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Queries [start, end) that see one of keys [first, first + block), for every block of keys.
+    """Returns, for each block of keys, queries [start, end) that see one of [first, first + block).
 
     Args:
         first_B: the first key of each block.

@@ -1,4 +1,4 @@
-"""Pooling of token windows in Triton, forward and backward; the reference is ``compressor.py``.
+"""Pooling of token windows in Triton, forward and backward; compared with ``naive.py``.
 
 A program takes BLOCK_C windows of m tokens and BLOCK_X channels; the softmax runs over a window's
 slots in registers. Every element of values and gates has a part in at most one entry (where
@@ -21,6 +21,9 @@ The norm and rotation of what is pooled are one more kernel, ``norm_triton.py``,
 and writes 2·K/m bytes a token. Here they would need whole rows in a program, for which HCA's 128
 tokens leave no registers; for CSA they would save 8·K/m of the 10·K/m bytes that follow the 8·K of
 the inputs, a fifth of its time.
+
+T tokens; C entries; m tokens of a window (M); K an entry's width (DIM); X = K or 2K channels
+(WIDTH).
 """
 
 from __future__ import annotations
@@ -206,7 +209,7 @@ def pool_windows(
         ValueError: m is not a power of two.
     """
     m = ape_mX.shape[0]
-    backend.compressor(values_TX.device, values_TX.dtype, m, asked=True)
+    backend.compressor(values_TX.device, values_TX.dtype, m, required=True)
     if m & (m - 1):
         raise ValueError(f"{m} tokens an entry; Triton pools powers of two")
     return _Pool.apply(

@@ -15,15 +15,15 @@ from model.kernels import backend
 from model.kernels.cross_entropy.eager import eager_softmax_loss
 
 CPU_LOGITS = 1 << 21
-"""Logits held at once: as many as stay in a cache."""
+"""Logits of a chunk: as many as stay in a cache."""
 ACCELERATOR_LOGITS = 1 << 28
 """The same elsewhere, where every chunk reads the whole head and adds to its whole gradient."""
 
 
 def chunk_tokens(vocab: int, device: torch.device) -> int:
-    """Returns how many tokens' logits are held at once."""
-    held = CPU_LOGITS if device.type == "cpu" else ACCELERATOR_LOGITS
-    return max(held // vocab, 1)
+    """Returns the number of tokens of a chunk."""
+    logits = CPU_LOGITS if device.type == "cpu" else ACCELERATOR_LOGITS
+    return max(logits // vocab, 1)
 
 
 SoftmaxLoss = Callable[[Tensor, Tensor, float, int, bool], tuple[Tensor, Tensor | None]]

@@ -30,10 +30,10 @@ def eager_softmax_loss(
     # Logits in base 2, less their maximum: exp2 is cheaper than exp.
     wide_nV = logits_nV.float().mul_(_LOG2E)
     wide_nV.sub_(wide_nV.amax(-1, keepdim=True))
-    picked_n1 = wide_nV.gather(1, index_n1)
+    target_logit_n1 = wide_nV.gather(1, index_n1)
     powers_nV = wide_nV.exp2_()
     sum_n1 = powers_nV.sum(-1, keepdim=True)
-    loss_n = (sum_n1.log2() - picked_n1)[:, 0] * valid_n / _LOG2E
+    loss_n = (sum_n1.log2() - target_logit_n1)[:, 0] * valid_n / _LOG2E
     if not needs_grad:
         return loss_n, None
     share_n1 = valid_n[:, None] / denominator

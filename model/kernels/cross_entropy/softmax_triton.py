@@ -1,14 +1,16 @@
-"""Softmax over the vocabulary in Triton; the reference is ``cross_entropy.eager_softmax_loss``.
+"""Softmax over the vocabulary in Triton; compared with ``naive.py``.
 
 A program has one token and goes over its logits twice: for their largest, the sum of powers of two
-and the target's, lane by lane, which are joined at the end; and for the gradient, which takes the
+and the target's, lane by lane, which are combined at the end; and for the gradient, which takes the
 logits' place. So no two programs write the same number, and nothing depends on their order. With
 bf16 logits it reads 4 bytes a logit and writes 2, with some 20 operations; plain PyTorch moves 58.
-The head's three products take 6·D operations a logit.
+The head's three matmuls take 6·D operations a logit.
 
-    floor per token at 3.35 TB/s    softmax   the products at 989 TFLOP/s   measured
+    floor per token at 3.35 TB/s    softmax    the matmuls at 989 TFLOP/s   measured
     Flash, V = 129280, D = 4096      232 ns              3212 ns            not yet timed
     Pro, V = 129280, D = 7168        232 ns              5622 ns            not yet timed
+
+n tokens; V the vocabulary; D the hidden width.
 """
 
 from __future__ import annotations
@@ -44,18 +46,18 @@ def _softmax(
     # By lane. A finite start: a lane without logits has no sum, and no NaN either.
     top = tl.full((BLOCK,), -1e38, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    picked = tl.zeros((BLOCK,), tl.float32)
+    target_logit = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, vocab, BLOCK):
         at = start + lane
         x = tl.load(own + at, mask=at < vocab, other=-float("inf")).to(tl.float32) * _LOG2E
-        new = tl.maximum(top, x)  # a NaN is seen in the sum
+        new = tl.maximum(top, x)  # a NaN shows in the sum
         total = total * tl.exp2(top - new) + tl.exp2(x - new)
-        picked += tl.where(at == index, x, 0.0)
+        target_logit += tl.where(at == index, x, 0.0)
         top = new
     largest = tl.max(top, 0)
     total_all = tl.sum(total * tl.exp2(top - largest), 0)
     counts = index != ignore
-    value = (tl.log2(total_all) + (largest - tl.sum(picked, 0))) / _LOG2E
+    value = (tl.log2(total_all) + (largest - tl.sum(target_logit, 0))) / _LOG2E
     tl.store(loss + token, tl.where(counts, value, 0.0))
     if GRADIENT:
         weight = tl.where(counts, share, 0.0)
@@ -70,12 +72,12 @@ def _softmax(
 def softmax_loss(
     logits_nV: Tensor, target_n: Tensor, denominator: float, ignore: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """``eager_softmax_loss`` in Triton; the gradient takes the place of the logits.
+    """Computes `eager_softmax_loss` in Triton; the gradient takes the place of the logits.
 
     Raises:
         UnsupportedError: a GPU cannot run this device or dtype.
     """
-    backend.cross_entropy(logits_nV.device, logits_nV.dtype, asked=True)
+    backend.cross_entropy(logits_nV.device, logits_nV.dtype, required=True)
     assert logits_nV.is_contiguous()
     tokens, vocab = logits_nV.shape
     loss_n = torch.empty(tokens, dtype=torch.float32, device=logits_nV.device)

@@ -8,9 +8,9 @@ tiles of 128 numbers along the dimension that it sums over:
     gradient of w       dw = C(dy)ᵀ C(x)       C: 128 x 1, a channel of 128 tokens
 
 What is rounded is always the number in the training precision, never one rounded before. Tiles at
-an edge are smaller. A tile's scale is the least power of two with which its largest magnitude is
-at most 448: nothing saturates. A tile with a NaN or an infinity becomes NaN. Rounded numbers have
-four significant bits, so bf16 and fp32 hold them exactly, scale included, and ``eager.py``
+an edge are smaller. A tile's scale is the smallest power of two with which its largest magnitude
+is at most 448: nothing saturates. A tile with a NaN or an infinity becomes NaN. Rounded numbers
+have four significant bits, so bf16 and fp32 hold them exactly, scale included, and ``eager.py``
 multiplies them as such, with sums in fp32: the same factors as those of an FP8 matmul, and so its
 values up to the order of sums, but not its speed. ``matmul_triton.py`` uses FP8 tensor cores.
 

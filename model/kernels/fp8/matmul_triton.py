@@ -1,26 +1,28 @@
-"""Products in FP8 in Triton, with what the tensor cores of Hopper have for it; ``fp8.py`` is the
-reference and says what is rounded, ``fp8_quantise_triton.py`` rounds.
+"""Matmuls in FP8 on Hopper's tensor cores; ``quantise_triton.py`` rounds their factors.
 
-torch's `scaled_mm` knows these scales on Hopper, for one group and without an edge inside a tile;
-its `scaled_grouped_mm` knows them not, nor could either be run without a GPU: so all three products
-are here, grouped, and a linear is one group (`make bench-gpu` has `scaled_mm` beside it).
+torch's `scaled_mm` supports these scales on Hopper, for one group and without an edge inside a
+tile; its `scaled_grouped_mm` does not, and neither runs without a GPU: so all three matmuls are
+here, grouped, and a linear is one group (`make bench-gpu` also times `scaled_mm`).
 
-The tensor cores add up E4M3 products with about 14 bits (V3 3.3.2). So they do it over 128 products
-from zero on; then the sum is multiplied by both tiles' scales and added in fp32 outside of them.
-Where a product of two scales leaves fp32's range, above 2^127 or below 2^-149, so do the results.
+The tensor cores add up E4M3 products with about 14 bits (V3 §3.3.2). So they sum over 128 products
+from zero; then the sum is multiplied by both tiles' scales and added in fp32 outside of them. Where
+a product of two scales leaves fp32's range, above 2^127 or below 2^-149, so do the results.
 
-No group's size is asked of the device: programs are as many as there may be tiles of 128 rows, and
-those too many stop at once. For the gradients x and the weight are kept as they came, not as codes:
-a norm's output is one tensor that several linears keep, and codes would be one for each of them.
+No group's size is read from the device: there are as many programs as there may be tiles of 128
+rows, and the surplus ones stop at once. For the gradients x and the weight are saved as they came,
+not as codes: a norm's output is one tensor that several linears save, and codes would be one for
+each of them.
 
-Floors for Flash's 6 routed experts of three matrices of 2048 x 4096: products at 1979 TFLOP/s (989
+Floors for Flash's 6 routed experts of three matrices of 2048 x 4096: matmuls at 1979 TFLOP/s (989
 in bf16); rounding at 3.35 TB/s, 3 bytes a number of x and 4 of a gradient, which is read once for
-both of its products. Weights are rounded anew for every product, 3 bytes a number: 22 us an expert
-forward and as much backward, paid by what is saved from 1,400 rows an expert on, backward from 700.
+both of its matmuls. Weights are rounded again for every matmul, 3 bytes a number: 22 us an expert
+forward and as much backward, which pays off from 1,400 rows an expert on, backward from 700.
 
-    ns a token    bf16   products   rounding x and dy   measured
+    ns a token    bf16    matmuls   rounding x and dy   measured
     forward        305        153                  55   not yet timed
     backward       610        305                 114   not yet timed
+
+G groups of T tokens; P rows of E experts; F and X a weight's outputs and inputs; N tiles.
 """
 
 from __future__ import annotations
@@ -37,33 +39,33 @@ from model.kernels.fp8.quantise_triton import Codes, Tiles, quantise, quantise_w
 from model.kernels.mxfp4 import FP8_BLOCK as BLOCK
 
 _BAND = 8
-"""Row tiles whose programs are neighbours, so that they find each other's factors in L2."""
+"""Row tiles whose programs are neighbours, so that they share factors in L2."""
 
 
 def batched(x_GTX: Tensor, weight_GFX: Tensor) -> Tensor:
-    """``model.kernels.fp8.batched`` in Triton.
+    """Computes ``model.kernels.fp8.batched`` in Triton.
 
     Raises:
         UnsupportedError: a GPU cannot run this device or dtype.
     """
-    backend.fp8(x_GTX.device, x_GTX.dtype, asked=True)
+    backend.fp8(x_GTX.device, x_GTX.dtype, required=True)
     groups, tokens, _ = x_GTX.shape
     ends_G = torch.arange(1, groups + 1, dtype=torch.int32, device=x_GTX.device) * tokens
     return _Matmuls.apply(x_GTX, weight_GFX, ends_G)
 
 
 def grouped(x_PX: Tensor, weight_EFX: Tensor, ends_E: Tensor) -> Tensor:
-    """``model.kernels.fp8.grouped`` in Triton.
+    """Computes ``model.kernels.fp8.grouped`` in Triton.
 
     Raises:
         UnsupportedError: a GPU cannot run this device or dtype.
     """
-    backend.fp8(x_PX.device, x_PX.dtype, asked=True)
+    backend.fp8(x_PX.device, x_PX.dtype, required=True)
     return _Matmuls.apply(x_PX, weight_EFX, ends_E)
 
 
 class _Matmuls(torch.autograd.Function):
-    """Of x [P, X], or [E, T, X] where every group has as many rows."""
+    """All matmuls with x [P, X], or [E, T, X] where every group has as many rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ class _Matmuls(torch.autograd.Function):
 
 
 def matmul_(out: Tensor, rows: Codes, weight: Codes, tiles: Tiles) -> Tensor:
-    """Every tile of rows [P, K] times its group's matrix [N, K], transposed, into ``out``.
+    """Multiplies every tile of rows [P, K] by its group's matrix [N, K], transposed, into ``out``.
 
     ``out`` is contiguous and has P rows of N numbers, whatever its dims.
     """
@@ -117,7 +119,7 @@ def matmul_(out: Tensor, rows: Codes, weight: Codes, tiles: Tiles) -> Tensor:
 
 
 def weight_gradient_(out_EFX: Tensor, grad: Codes, x: Codes, tiles: Tiles) -> Tensor:
-    """Σ over every group's tiles of grad [N, F, 128] times x [N, X, 128], into ``out``."""
+    """Sums over every group's tiles grad [N, F, 128] times x [N, X, 128], into ``out``."""
     experts, height, width = out_EFX.shape
     right = triton.cdiv(width, BLOCK)
     _weight_gradient[(triton.cdiv(height, BLOCK) * right, experts)](

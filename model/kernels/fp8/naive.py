@@ -22,7 +22,7 @@ E4M3 = torch.tensor(
 """Every magnitude of E4M3 in ascending order: 4 bits of exponent, 3 of fraction."""
 
 Factors = tuple[Tensor, Tensor]
-"""Two matrices whose product is meant."""
+"""The two matrices of a matmul."""
 
 
 def naive_round_e4m3(x: Tensor) -> Tensor:

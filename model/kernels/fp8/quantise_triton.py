@@ -1,8 +1,8 @@
 """Rounding to FP8 in Triton: E4M3 codes and a power-of-two scale for every tile.
 
-What the codes stand for, code times scale, is `fp8.rounded` and `fp8.rounded_by_tile` to the bit. A
+Code times scale is `eager.rounded` and `eager.rounded_by_tile` to the bit. A
 program reads 128 x 128 numbers once; of a gradient it writes rows and columns from one reading. The
-tensor cores read eight bits only where the dimension that is summed over is contiguous, so that
+tensor cores read FP8 only where the dimension that is summed over is contiguous, so that
 
     rows       1 x 128      [P, C'], scales [C'/128, P]: as they lie
     columns    128 x 1      [N, C, 128], scales [N, C]: N tiles of 128 rows of one group, turned
@@ -10,6 +10,8 @@ tensor cores read eight bits only where the dimension that is summed over is con
 
 where ' means rounded up to 128, filled with zeros. Bytes of a number: 2 read, 1 written (2 of a
 gradient); at 3.35 TB/s 0.9 and 1.2 ps, not yet timed.
+
+P rows of E experts; C columns of any matrix; F and X a weight's rows and columns; N tiles.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Tiles(NamedTuple):
     """Tiles of up to 128 rows of one group each, int32 on the device.
 
     Attributes:
-        group, first, end: [N], a tile's group and rows; a tile too many has none.
+        group, first, end: [N], a tile's group and rows; a surplus tile has none.
         before: [E + 1], how many tiles lie before each group, and of all.
     """
 
@@ -48,7 +50,7 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(ends_E: Tensor, rows: int) -> Tiles:
-    """The tiles of groups that end at these rows; as many as there may be, without asking."""
+    """Finds the tiles of groups that end at these rows, without a host sync; some are empty."""
     groups = len(ends_E)
     tiles = max((rows + (BLOCK - 1) * groups) // BLOCK, 1)
     group, first, end = ends_E.new_empty(3, tiles, dtype=torch.int32)
@@ -61,7 +63,7 @@ def tiles_of(ends_E: Tensor, rows: int) -> Tiles:
 
 
 def quantise(x: Tensor, tiles: Tiles, *, rows: bool, columns: bool) -> tuple[Codes, Codes]:
-    """By rows and by columns of tiles, as laid out above; empty where not asked for.
+    """Rounds by rows and by columns of tiles, as laid out above; empty where not requested.
 
     Rows of no group are neither read nor written.
 
@@ -104,7 +106,7 @@ def quantise(x: Tensor, tiles: Tiles, *, rows: bool, columns: bool) -> tuple[Cod
 
 
 def quantise_weight(weight_EFX: Tensor, *, turned: bool) -> Codes:
-    """By blocks of 128 x 128 as laid out above, X contiguous or, turned, F."""
+    """Rounds by blocks of 128 x 128 as laid out above, X contiguous or, turned, F."""
     weight_EFX = weight_EFX.contiguous()
     experts, height, width = weight_EFX.shape
     down, right = triton.cdiv(height, BLOCK), triton.cdiv(width, BLOCK)
@@ -135,7 +137,7 @@ def _tiles(
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program finds its tile's group among all."""
+    """Finds the group of each program's tile."""
     tile = tl.program_id(0)
     group = tl.arange(0, GROUPS)
     inside = group < groups
@@ -143,11 +145,11 @@ def _tiles(
     start = tl.load(ends + group - 1, mask=inside & (group > 0), other=0)
     count = tl.where(inside, (end - start + BLOCK - 1) // BLOCK, 0)
     until = tl.cumsum(count, 0)
-    mine = (tile < until) & (tile >= until - count)
+    own = (tile < until) & (tile >= until - count)
     first = start + (tile - (until - count)) * BLOCK
-    tl.store(tile_group + tile, tl.sum(tl.where(mine, group, 0), 0))
-    tl.store(tile_first + tile, tl.sum(tl.where(mine, first, 0), 0))
-    tl.store(tile_end + tile, tl.sum(tl.where(mine, tl.minimum(end, first + BLOCK), 0), 0))
+    tl.store(tile_group + tile, tl.sum(tl.where(own, group, 0), 0))
+    tl.store(tile_first + tile, tl.sum(tl.where(own, first, 0), 0))
+    tl.store(tile_end + tile, tl.sum(tl.where(own, tl.minimum(end, first + BLOCK), 0), 0))
     if tile == 0:
         tl.store(before + group, until - count, mask=inside)
         tl.store(before + groups, tl.sum(count, 0))
@@ -155,16 +157,16 @@ def _tiles(
 
 @triton.jit
 def _magnitude(x):
-    """The bits of fp32 magnitudes: whole numbers in the same order, infinity and NaN above all."""
+    """Returns the bits of fp32 magnitudes: integers in the same order, infinity and NaN last."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def _scale_of(largest):
-    """Of the bits of a tile's largest magnitude: its scale, and 1 / scale, 0 if it is not finite.
+    """Returns a tile's scale from the bits of its maximum, and 1 / scale, 0 if it is not finite.
 
     448 is 1.75 · 2^8, so that a fraction above 1.75, and no other, carries into the exponent. The
-    least scale is 2^-117, of a biased exponent of 18.
+    minimum scale is 2^-117, of a biased exponent of 18.
     """
     finite = largest < 0x7F800000
     power = tl.maximum((tl.where(finite, largest, 0) + 0x1FFFFF) >> 23, 18)
@@ -175,7 +177,7 @@ def _scale_of(largest):
 
 @triton.jit
 def _codes(x, down):
-    """x · down rounded to E4M3, ties to even; 0 where down is 0.
+    """Rounds x · down to E4M3, ties to even; 0 where down is 0.
 
     A number's steps are an eighth of its power of two, below 2^-6 of that. In fp32 adding 3 · 2^22
     steps leaves no bit for less than a step: the conversion itself has nothing to round.
@@ -208,7 +210,7 @@ def _quantise(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One tile of rows, 128 columns of it; ``shift`` moves each group's rows by as much again."""
+    """Rounds 128 columns of a tile of rows; ``shift`` moves each group's rows by as much again."""
     tile, block = tl.program_id(0), tl.program_id(1)
     first, end = tl.load(tile_first + tile), tl.load(tile_end + tile)
     if first == end:
@@ -238,7 +240,7 @@ def _quantise(
 def _quantise_weight(
     x, row_codes, row_scales, rows, columns, TURNED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One block of one expert's weight."""
+    """Rounds one block of one expert's weight."""
     down_blocks, right_blocks = tl.cdiv(rows, BLOCK), tl.num_programs(1)
     expert = (tl.program_id(0) // down_blocks).to(tl.int64)
     i, j = tl.program_id(0) % down_blocks, tl.program_id(1)

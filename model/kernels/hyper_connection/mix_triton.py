@@ -1,6 +1,6 @@
 """The mixing of residual streams in Triton, what is read from them and written to them, and back.
 
-``hyper_connection_triton.py`` has the plan. Forward divides the columns over programs; backward has
+``streams_triton.py`` has the plan. Forward divides the columns over programs; backward has
 all columns of a few tokens in one, because its sums run over D.
 """
 

@@ -1,6 +1,6 @@
 """The projection of hyper-connections in Triton: X times fnᵀ with Σ X², and its gradients.
 
-``hyper_connection_triton.py`` has the plan. An fp32 factor of a product is the sum of two that TF32
+``streams_triton.py`` has the plan. An fp32 factor of a matmul is the sum of two that TF32
 holds: 22 bits, against 8 of a bf16 one.
 """
 
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 _TOKENS, _BACK_TOKENS, _COLUMNS = 64, 32, 64
-"""Tokens and columns of a tile of products, as large as fits into registers."""
+"""Tokens and columns of a tile of matmuls, as large as fits into registers."""
 _PROGRAMS = 264
 """Two for each multiprocessor; with fewer blocks than that, the work of one is divided."""
 

@@ -1,4 +1,4 @@
-"""Hyper-connections in Triton, forward and backward; the reference is ``hyper_connection.py``.
+"""Hyper-connections in Triton, forward and backward; compared with ``naive.py``.
 
 Everything inside is fp32. The kernels, in the order of a sub-layer:
 
@@ -8,7 +8,7 @@ Everything inside is fp32. The kernels, in the order of a sub-layer:
     _mix        x = Σ pre_j X_j
     _write      X'_k = post_k y + Σ comb_jk X_j
 
-and backward, each beside its forward:
+and backward, each next to its forward:
 
     _write_back     gradients of X, y, post, comb: each token's sums over D stay in one program
     _mix_back       that of pre, Σ X_j · grad_x
@@ -19,20 +19,22 @@ Nothing is added to by two programs, so that two runs agree bit for bit. Keeping
 _project and _mix would take 2·N·D bytes of registers, and then fn, 1.5 MB, would be read for every
 few tokens: more from L2 than X is from memory. So X is read twice.
 
-Bytes a token in bf16 with N = 4, beside which the products (2·24·N·D operations, two or three times
+Bytes a token in bf16 with N = 4; the matmuls (2·24·N·D operations, two or three times
 in TF32) and Sinkhorn's 1,500 operations take less time:
 
-                       fewest                   as written
+                       minimum                  as written
     read, forward      2·(N + 1)·D              2·(2·N + 1)·D
     write, forward     2·(2·N + 1)·D            the same
     write, backward    2·(3·N + 2)·D            the same
     read, backward     2·(2·N + 1)·D            2·(3·N + 2)·D
 
-    floor per token at 3.35 TB/s, ns     fewest, Flash / Pro    as written    measured
+    floor per token at 3.35 TB/s, ns    minimum, Flash / Pro    as written    measured
     read, forward                            12 /  21             22 /  39    not yet timed
     write, forward                           22 /  39             22 /  39    not yet timed
     write, backward                          34 /  60             34 /  60    not yet timed
     read, backward                           22 /  39             34 /  60    not yet timed
+
+T tokens; N streams; D their width; w = N(N+2) coefficients, or N of the head.
 """
 
 from __future__ import annotations
@@ -58,8 +60,7 @@ def read_streams(
     hc_eps: float,
     iterations: int | None,
 ) -> Any:
-    """``read_streams`` of hyper_connection.py in Triton; with ``iterations`` None its
-    ``collapse_streams``.
+    """Computes `read_streams` in Triton; with ``iterations`` None `collapse_streams`.
 
     Raises:
         UnsupportedError: a GPU cannot run this device, dtype or number of streams.
@@ -72,7 +73,7 @@ def read_streams(
 
 
 def write_streams(streams_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
-    """``write_streams`` of hyper_connection.py in Triton; raises as `read_streams` does."""
+    """Computes `write_streams` in Triton; raises as `read_streams` does."""
     _check(streams_TND)
     return _Write.apply(
         streams_TND.contiguous(), y_TD.contiguous(), post_TN.contiguous(), comb_TNN.contiguous()
@@ -81,7 +82,7 @@ def write_streams(streams_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: 
 
 def _check(streams_TND: Tensor) -> None:
     count = streams_TND.shape[1]
-    backend.hyper_connection(streams_TND.device, streams_TND.dtype, count, asked=True)
+    backend.hyper_connection(streams_TND.device, streams_TND.dtype, count, required=True)
     if count & (count - 1):
         raise ValueError(f"{count} residual streams; Triton mixes powers of two")
 

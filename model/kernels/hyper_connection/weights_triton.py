@@ -1,6 +1,6 @@
 """Coefficients of hyper-connections in Triton: pre, post and comb from the projections, and back.
 
-``hyper_connection_triton.py`` has the plan. A token's numbers stay in registers through all of
+``streams_triton.py`` has the plan. A token's numbers stay in registers through all of
 Sinkhorn's steps. Backward computes these again and keeps the divisors, N numbers a step, in L2;
 each step's matrix is that after it times the divisor.
 """
@@ -31,7 +31,7 @@ def _softmax(comb):
 
 @triton.jit
 def _normalised(x, at, live, eps, AXIS: tl.constexpr, KEEP: tl.constexpr):
-    """x [T, N, N] over its sums along AXIS, which are kept at ``at`` [T, N]."""
+    """Divides x [T, N, N] by its sums along AXIS, which are stored at ``at`` [T, N]."""
     divisor = tl.sum(x, AXIS) + eps
     if KEEP:
         tl.store(at, divisor, mask=live[:, None])

@@ -1,7 +1,7 @@
 """The indexer's objective and its gradients with torch's functions, on any device.
 
 One pass by blocks of queries forms both, so that the target's mass is asked for once and nothing of
-size [T, C] is ever kept.
+size [T, C] is ever stored.
 
 T queries, n of a block; I index heads; J their width; C entries, c of a block; k selected entries.
 """
@@ -17,7 +17,7 @@ from model.kernels.indexer.inputs import IndexerInputs
 from model.kernels.indexer.kl_target import MIN_PROBABILITY_MASS, KLTarget
 
 _CPU_SCORES, _GPU_SCORES = 1 << 19, 1 << 27
-"""Per-head scores held at once: a core's cache, or half a GiB."""
+"""Per-head scores in memory at once: a core's cache, or half a GiB."""
 
 
 def eager_objective(

@@ -36,8 +36,8 @@ def indexer_objective(
     """Computes Σ_t share_t · KL(p_t ‖ softmax(I_t)) as a 0-dim tensor.
 
     The gradient is formed in forward, while a block's scores and mass are there: the mass is asked
-    for then alone, so that nothing of the target is held until backward, and a mass that is a sum
-    over ranks sends nothing in backward.
+    for only then, so that nothing of the target stays until backward, and a mass that is a sum over
+    ranks sends nothing in backward.
 
     Args:
         inputs: detach what they were computed from where the indexer alone is to learn.

@@ -12,7 +12,7 @@ from model.kernels.attention import AttentionRanges
 from model.kernels.indexer.inputs import IndexerInputs
 
 _CPU_SCORES, _GPU_SCORES = 1 << 19, 1 << 27
-"""Per-head scores held at once, whatever the sequence length: a core's cache, or half a GiB."""
+"""Per-head scores in memory at once, at any sequence length: a core's cache, or half a GiB."""
 
 
 @torch.no_grad()

@@ -1,21 +1,23 @@
-"""The indexer's choice of entries in Triton; the reference is ``indexer.py``.
+"""The indexer's selection of entries in Triton; compared with ``naive.py``.
 
 A program scores BLOCK_T tokens, all heads at once, against one block of visible entries after the
 other: [BLOCK_T · I, J] times [J, BLOCK_N], ReLU, weighted sum over heads. A score and its entry
-become one int64 whose order is (score, lower entry first), the reference's own, so that ties fall
-alike. The k best so far stay in registers, sorted; a strip of as many new ones passes through a
-small scratch that stays in cache, is sorted the other way, and the larger of each two and a
-bitonic merge are the new k best. No [T, C] matrix exists.
+become one int64 whose order is (score, lower entry first), as in the eager version, so that ties
+are broken alike. The k best so far stay in registers, sorted; a strip of as many new ones passes
+through a small scratch that stays in cache, is sorted the other way, and the larger of each two and
+a bitonic merge are the new k best. No [T, C] matrix exists.
 
 Per query and visible entry 2·I·J operations in tensor cores (16.4 thousand at I = 64, J = 128, so
 17 ps at 989 TFLOP/s) and 3·I in the vector units, plus about 60 compare steps of the sort; of
 memory a query reads 2·I·(J + 2) bytes once and writes 4·k, while keys come from L2. Flash and Pro
 differ in k alone.
 
-    one sample of       entries seen, mean    floor per token    measured
+    one sample of    visible entries, mean    floor per token    measured
     4K tokens                    512                9 ns        not yet timed
     64K tokens                 8 192              136 ns        not yet timed
     1M tokens                131 072             2172 ns        not yet timed
+
+T queries; I index heads (HEADS); J their width (DIM); C entries; k selected entries of a query.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ FAR = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def scored(ready, tile, weight, BLOCK_T: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """ReLU(q · k) of all heads [T · I, BLOCK_N], and the scores [T, BLOCK_N]."""
+    """Computes ReLU(q · k) of all heads [T · I, BLOCK_N], and the scores [T, BLOCK_N]."""
     dots = tl.maximum(tl.dot(ready, tl.trans(tile), input_precision="ieee"), 0.0)
     weighted = tl.reshape(dots * weight[:, None], (BLOCK_T, HEADS, BLOCK_N))
     return dots, tl.sum(weighted, 1)
@@ -49,7 +51,7 @@ def scored(ready, tile, weight, BLOCK_T: tl.constexpr, HEADS: tl.constexpr, BLOC
 
 @triton.jit
 def _ordered(scores, entry, visible):
-    """int64 keys in the order of (score, lower entry first); the lowest where not visible."""
+    """Returns int64 keys in the order of (score, lower entry first), the lowest if not visible."""
     scores = tl.where(scores == 0.0, 0.0, scores)  # -0.0 and 0.0 are equal
     bits = scores.to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -140,7 +142,7 @@ def select_topk(
     assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
     q_TIJ, keys_CJ, weights_TI = inputs.q_TIJ, inputs.keys_CJ, inputs.weights_TI
     tokens, heads, dim = q_TIJ.shape
-    backend.indexer(q_TIJ.device, q_TIJ.dtype, dim, heads, k, asked=True)
+    backend.indexer(q_TIJ.device, q_TIJ.dtype, dim, heads, k, required=True)
     if heads & (heads - 1) or dim & (dim - 1):
         raise ValueError(f"{heads} index heads of width {dim}; Triton scores powers of two")
     selected_Tk = torch.empty((tokens, k), dtype=torch.int32, device=q_TIJ.device)

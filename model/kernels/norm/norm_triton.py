@@ -1,17 +1,19 @@
-"""RMS normalisation and rotary embedding in Triton, forward and backward; see ``norm.py``.
+"""RMS normalisation and rotary embedding in Triton; compared with ``naive.py``.
 
 A program takes ROWS rows of d numbers, all in registers, so that each is read once and written
 once. Backward reads x and the gradient, makes 1 / rms again, and writes x's gradient; the weight's
 is summed over a program's rows, and the programs' sums are added in a fixed order afterwards.
 
 With b bytes a number of x and c of the result, a row costs (b + c)·d bytes forward and
-(2·b + c)·d backward, beside about 5 and 12 operations a number: far below what the bytes cost.
+(2·b + c)·d backward, and about 5 and 12 operations a number: far below what the bytes cost.
 
     floor per token at 3.35 TB/s                forward   backward   measured
     D = 4096, bf16                               4.9 ns     7.3 ns   not yet timed
     kv, K = 512, bf16, with its rotation         0.6 ns     0.9 ns   not yet timed
     CSA's entries, K = 512, fp32 to bf16, m = 4  0.2 ns     0.4 ns   not yet timed
     indexer's queries, 64 · 128, rotation only   9.8 ns        -     not yet timed
+
+n rows; d their width (DIM); R rotated dims (ROTARY); D the hidden width; K a head's.
 """
 
 from __future__ import annotations
@@ -105,20 +107,20 @@ def _backward(
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, rotation: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """``model.kernels.norm.rms_norm`` in Triton; the arguments are the same.
+    """Computes ``model.kernels.norm.rms_norm`` in Triton.
 
     Raises:
         UnsupportedError: a GPU cannot run this device, dtype or width.
     """
-    backend.norm(x.device, x.dtype, x.shape[-1], asked=True)
+    backend.norm(x.device, x.dtype, x.shape[-1], required=True)
     angles = None if rotation is None else angles_of(rotation)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     return _Norm.apply(flat, weight, angles, eps, dtype).view(x.shape)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """``model.kernels.norm.rotate`` in Triton; the arguments and errors are the same."""
-    backend.norm(x.device, x.dtype, x.shape[-1], asked=True)
+    """Computes ``model.kernels.norm.rotate`` in Triton; raises as `rms_norm` does."""
+    backend.norm(x.device, x.dtype, x.shape[-1], required=True)
     heads = x[0, ..., 0].numel() if len(x) else 1
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     return _Rotate.apply(flat, angles_of(rotation), heads).view(x.shape)

@@ -1,4 +1,7 @@
-"""Rotation of adjacent pairs, in registers: a part of the kernels of attention and of norms."""
+"""Rotation of adjacent pairs, in registers: a part of the kernels of attention and of norms.
+
+n rows; R rotated dims (ROTARY).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def turned(
     BLOCK: tl.constexpr,
     ROTARY: tl.constexpr,
 ):
-    """fp32 x [ROWS, BLOCK], of which DIM count, its last ROTARY dims turned by sign · angle.
+    """Rotates the last ROTARY of DIM dims of fp32 x [ROWS, BLOCK] by sign · angle.
 
     ``place`` [ROWS] is each row's place in ``rotation``, whose numbers are `angles_of`.
     """
@@ -34,5 +37,5 @@ def turned(
 
 
 def angles_of(rotation: Tensor) -> Tensor:
-    """Cosine and sine of every pair of a complex rotation [n, R/2], fp32 [n, R]."""
+    """Returns cosine and sine of every pair of a complex rotation [n, R/2], fp32 [n, R]."""
     return torch.view_as_real(rotation).flatten(1).contiguous()

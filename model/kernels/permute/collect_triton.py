@@ -1,13 +1,15 @@
-"""The sum of each token's expert rows in Triton, as a gather; the reference is ``permute.py``.
+"""The sum of each token's expert rows in Triton, as a gather; compared with ``naive.py``.
 
 A token's A rows are read where they lie, added in fp32 in the order of its choices, and written
-once: 2·D·(A + 1) bytes a token in bf16, where index_select and a sum move 2·D·(3·A + 1). It serves
-the way back from the experts and the gradient of the way there; the other two are plain gathers of
-rows, which index_select does at the rate of memory.
+once: 2·D·(A + 1) bytes a token in bf16, where index_select and a sum move 2·D·(3·A + 1). It
+combines the experts' outputs and computes the gradient of the dispatch; the other two are plain
+gathers of rows, which index_select does at memory bandwidth.
 
-    floor per token at 3.35 TB/s     fewest   index_select and sum   measured
+    floor per token at 3.35 TB/s     minimum  index_select and sum   measured
     Flash, D = 4096, A = 6             17 ns                  46 ns   not yet timed
     Pro, D = 7168, A = 6               30 ns                  81 ns   not yet timed
+
+T tokens; A experts of a token; L = T·A; P places; D the hidden width.
 """
 
 from __future__ import annotations
@@ -34,12 +36,12 @@ def _collect(y, place, out, dim, CHOICES: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 def collect(y_PD: Tensor, place_L: Tensor, tokens: int) -> Tensor:
-    """Σ over choices a of y[place[t·A + a]], [T, D] in y's dtype; ``place_L`` is int64.
+    """Sums over choices a y[place[t·A + a]], [T, D] in y's dtype; ``place_L`` is int64.
 
     Raises:
         UnsupportedError: a GPU cannot run this device or dtype.
     """
-    backend.experts(y_PD.device, y_PD.dtype, asked=True)
+    backend.experts(y_PD.device, y_PD.dtype, required=True)
     dim = y_PD.shape[1]
     out = y_PD.new_empty(tokens, dim)
     if tokens:

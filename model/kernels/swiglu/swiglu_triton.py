@@ -1,4 +1,4 @@
-"""Clamped SwiGLU in Triton, forward and backward; the reference is ``swiglu.py``.
+"""Clamped SwiGLU in Triton, forward and backward; compared with ``naive.py``.
 
 A program has ROWS rows and passes over their F columns, so that a row's sum over columns, the
 gradient of its weight, stays in it: no two programs add to the same place. Apart from that sum it
@@ -8,6 +8,8 @@ backward (gate, up, the gradient; two gradients out), with about 10 and 25 opera
     floor per token at 3.35 TB/s     forward   backward   measured
     Flash, 6 + 1 experts, F = 2048     26 ns     43 ns    not yet timed
     Pro, 6 + 1 experts, F = 3072       39 ns     64 ns    not yet timed
+
+n rows; F the experts' inner width.
 """
 
 from __future__ import annotations
@@ -98,12 +100,12 @@ def _backward(
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, weight: Tensor | None = None) -> Tensor:
-    """``model.kernels.swiglu.clamped_swiglu`` in Triton; the arguments are the same.
+    """Computes ``model.kernels.swiglu.clamped_swiglu`` in Triton.
 
     Raises:
         UnsupportedError: a GPU cannot run this device or dtype.
     """
-    backend.experts(gate.device, gate.dtype, asked=True)
+    backend.experts(gate.device, gate.dtype, required=True)
     if weight is not None:
         weight = weight.float().contiguous()
     return _SwiGLU.apply(gate.contiguous(), up.contiguous(), float(limit), weight)

@@ -1,4 +1,4 @@
-"""The benchmark's products in FP8 where there is no GPU: what is timed as one thing is one."""
+"""The benchmark's matmuls in FP8 without a GPU: what is timed as one thing is one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_what_stands_side_by_side_computes_the_same():
         for name, function in task.implementations.items():
             if name == TORCH_ON_A_GPU or "compiled" in name or "codes" in name:
                 continue
-            found = function(*task.leaves).double()
+            computed = function(*task.leaves).double()
             # Four bits of a factor, and what the interpreter cuts off of bf16.
             allowed = 0.1 if name == "torch in bf16" else 2.0**-7
-            assert (found - expected).norm() <= allowed * expected.norm(), (task.name, name)
+            assert (computed - expected).norm() <= allowed * expected.norm(), (task.name, name)

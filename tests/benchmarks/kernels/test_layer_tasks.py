@@ -21,5 +21,5 @@ def test_every_head_gives_the_same_gradient():
     leaves = [leaf.float() for leaf in task.leaves]  # the interpreter cuts bits of bf16 off
     expected = task.implementations["torch, whole logits"](*leaves).double()
     for name, function in task.implementations.items():
-        found = function(*leaves).double()
-        assert (found - expected).norm() <= 1e-5 * expected.norm() > 0, name
+        computed = function(*leaves).double()
+        assert (computed - expected).norm() <= 1e-5 * expected.norm() > 0, name

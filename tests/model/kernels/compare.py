@@ -20,7 +20,7 @@ def _outputs_and_gradients(function: Function, inputs: Sequence[Tensor]) -> list
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    # Fixed weights, so that every output element has a gradient of its own.
+    # Fixed weights, so that every output element has a different gradient.
     weights = [rand(*out.shape, seed=99 + i) for i, out in enumerate(outputs)]
     sum((out * w.to(out.dtype)).sum() for out, w in zip(outputs, weights, strict=True)).backward()
     # What nothing depended on has no gradient, which is then compared as zeros.
@@ -37,9 +37,9 @@ def assert_same(kernel: Function, naive: Function, inputs: Sequence[Tensor], rto
     ours = _outputs_and_gradients(kernel, inputs)
     theirs = _outputs_and_gradients(naive, [x.double() for x in inputs])
     assert len(ours) == len(theirs)
-    for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        assert mine.shape == other.shape, number
-        assert mine.isfinite().all(), f"result {number} is not finite"
+    for number, (actual, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert actual.shape == other.shape, number
+        assert actual.isfinite().all(), f"result {number} is not finite"
         largest = float(other.abs().max()) if other.numel() else 0.0
-        error = float((mine.double() - other).abs().max()) if other.numel() else 0.0
+        error = float((actual.double() - other).abs().max()) if other.numel() else 0.0
         assert error <= rtol * max(largest, 1e-30), f"result {number}: {error / largest:.2e}"

@@ -1,8 +1,8 @@
-"""Triton kernels without a GPU: tests run in a process of their own, in Triton's interpreter.
+"""Triton kernels without a GPU: tests run in a separate process, in Triton's interpreter.
 
 The interpreter must be chosen before triton is imported, and would reach into every other test, so
 a test marked with `interpreted` is sent by name to one process that serves the whole session. In
-it, fresh memory holds NaN or the largest integer, so that an output nobody writes is seen. A test
+it, fresh memory holds NaN or the largest integer, so that an unwritten output shows. A test
 module's `small_blocks`, where it has one, is a context around all of its tests, backward included.
 """
 
@@ -73,7 +73,7 @@ def _start(interpret: bool) -> None:
 def _quicken() -> None:
     """Does what Triton's interpreter does, without what takes most of a test's time in it.
 
-    It patches its whole language anew at every call of a device function, `tl.sum` and each step
+    It patches its whole language at every call of a device function, `tl.sum` and each step
     of a sort included; here it does so once, and nothing undoes it. And it takes numbers one by one
     in Python where a sort combines them by xor; numpy gives the same bits.
     """
@@ -106,8 +106,8 @@ def poisoned() -> Iterator[None]:
     """Makes uninitialised memory visible: NaN, or the largest integer of the dtype."""
     import torch
 
-    homes = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
-    plain = [getattr(home, name) for home, name in homes]
+    makers = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
+    plain = [getattr(module, name) for module, name in makers]
 
     def poison(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def made(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -121,12 +121,12 @@ def poisoned() -> Iterator[None]:
         return made
 
     try:
-        for (home, name), make in zip(homes, plain, strict=True):
-            setattr(home, name, poison(make))
+        for (module, name), make in zip(makers, plain, strict=True):
+            setattr(module, name, poison(make))
         yield
     finally:
-        for (home, name), make in zip(homes, plain, strict=True):
-            setattr(home, name, make)
+        for (module, name), make in zip(makers, plain, strict=True):
+            setattr(module, name, make)
 
 
 @contextlib.contextmanager

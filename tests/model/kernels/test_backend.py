@@ -90,15 +90,18 @@ def test_what_triton_cannot_do_is_logged(changes, operation, reason, caplog):
 @pytest.mark.parametrize(
     ("ask", "reason"),
     [
-        (lambda: backend.attention(GPU, torch.bfloat16, 96, asked=True), "head_dim 96"),
-        (lambda: backend.attention(GPU, torch.float32, 512, asked=True), "torch.float32"),
-        (lambda: backend.indexer(GPU, torch.bfloat16, 128, 12, 512, asked=True), "index_n_heads"),
-        (lambda: backend.indexer_loss(GPU, torch.float16, 128, 64, asked=True), "torch.float16"),
-        (lambda: backend.compressor(GPU, torch.bfloat16, 12, asked=True), "12 tokens"),
-        (lambda: backend.norm(GPU, torch.bfloat16, 33, asked=True), "a width of 33"),
-        (lambda: backend.hyper_connection(GPU, torch.bfloat16, 3, asked=True), "hc_mult 3"),
-        (lambda: backend.experts(GPU, torch.float64, asked=True), "torch.float64"),
-        (lambda: backend.fp8(GPU, torch.float16, asked=True), "torch.float16"),
+        (lambda: backend.attention(GPU, torch.bfloat16, 96, required=True), "head_dim 96"),
+        (lambda: backend.attention(GPU, torch.float32, 512, required=True), "torch.float32"),
+        (
+            lambda: backend.indexer(GPU, torch.bfloat16, 128, 12, 512, required=True),
+            "index_n_heads",
+        ),
+        (lambda: backend.indexer_loss(GPU, torch.float16, 128, 64, required=True), "torch.float16"),
+        (lambda: backend.compressor(GPU, torch.bfloat16, 12, required=True), "12 tokens"),
+        (lambda: backend.norm(GPU, torch.bfloat16, 33, required=True), "a width of 33"),
+        (lambda: backend.hyper_connection(GPU, torch.bfloat16, 3, required=True), "hc_mult 3"),
+        (lambda: backend.experts(GPU, torch.float64, required=True), "torch.float64"),
+        (lambda: backend.fp8(GPU, torch.float16, required=True), "torch.float16"),
     ],
 )
 def test_what_triton_cannot_do_raises_where_it_is_asked_for(ask, reason):
@@ -108,7 +111,7 @@ def test_what_triton_cannot_do_raises_where_it_is_asked_for(ask, reason):
 
 def test_asked_for_it_runs_before_a_gpu_has_compared_it(monkeypatch):
     monkeypatch.setattr(backend, "COMPARED_ON_GPU", frozenset())
-    assert backend.attention(GPU, torch.bfloat16, 512, asked=True).name == "triton"
+    assert backend.attention(GPU, torch.bfloat16, 512, required=True).name == "triton"
 
 
 def test_triton_on_a_cpu_without_the_interpreter_raises():

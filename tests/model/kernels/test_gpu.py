@@ -66,8 +66,8 @@ def assert_near(
     """The naive version gets what the kernel gets, in float64. Returns the kernel's results."""
     ours = results(kernel, inputs)
     theirs = results(naive, [x.double() for x in inputs])
-    for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        a, b = mine.double().flatten(), other.double().flatten()
+    for number, (actual, other) in enumerate(zip(ours, theirs, strict=True)):
+        a, b = actual.double().flatten(), other.double().flatten()
         assert a.isfinite().all(), f"result {number} is not finite"
         error = float((a - b).norm() / b.norm())
         cosine = float(torch.dot(a, b) / (a.norm() * b.norm()))
@@ -254,8 +254,8 @@ def test_hyper_connections(dim):
     _, post, comb, *_ = assert_near(read, naive_read, reading)
     _, exact_post, exact_comb = naive_read(*[x.double() for x in reading])
     # The coefficients are fp32: three digits of bf16 would not do.
-    for mine, other in ((post, exact_post), (comb, exact_comb)):
-        assert float((mine.double() - other).abs().max()) < 1e-5
+    for actual, other in ((post, exact_post), (comb, exact_comb)):
+        assert float((actual.double() - other).abs().max()) < 1e-5
     assert_same_bits(read, reading)
     assert_near(kernels.write_streams, naive_write_streams, writing)
     assert_same_bits(kernels.write_streams, writing)
@@ -332,20 +332,22 @@ def test_matmuls_in_fp8():
     by_tile = eager.rounded_by_tile(x, eager.tiles_of_groups(ends, len(x)), len(ends))
     assert_same_bits(columns_of(columns, tiles, len(x))[:live], by_tile[:live].float())
     for turned in (False, True):
-        found = values(*quantise_weight(weight, turned=turned))
-        found = found.transpose(1, 2) if turned else found
-        assert_same_bits(found, eager.rounded(weight, 128, 128).float())
+        computed = values(*quantise_weight(weight, turned=turned))
+        computed = computed.transpose(1, 2) if turned else computed
+        assert_same_bits(computed, eager.rounded(weight, 128, 128).float())
     x[5, 300], weight[3, 5, 7] = 1.0, 1.0
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
         return matmul_triton.grouped(x, weight, ends)
 
-    found = results(ours, x, weight, grad)
+    computed = results(ours, x, weight, grad)
     for group, (first, end) in enumerate(itertools.pairwise(bounds)):
         some = slice(first, end)
         of_group = exact(x[some], weight[group], grad[some])
-        pairs = zip((found[0][some], found[1][some], found[2][group]), of_group, strict=True)
-        for mine, (value, _) in pairs:
-            assert float((mine.double() - value).norm()) <= 4e-3 * float(value.norm())
-    for mine, other in zip(found, results(ours, x, weight, grad), strict=True):
-        assert torch.equal(mine.nan_to_num(), other.nan_to_num())
+        pairs = zip(
+            (computed[0][some], computed[1][some], computed[2][group]), of_group, strict=True
+        )
+        for actual, (value, _) in pairs:
+            assert float((actual.double() - value).norm()) <= 4e-3 * float(value.norm())
+    for actual, other in zip(computed, results(ours, x, weight, grad), strict=True):
+        assert torch.equal(actual.nan_to_num(), other.nan_to_num())

@@ -19,15 +19,15 @@ STACK_BYTES = 512
 TYPES = {
     "*bf16": "q keys entries out both grad_q grad_out values gates grad_values grad_gates "
     "logits x grad_x streams read y grad_streams grad_y grad_read gate up grad_gate grad_up",
-    "*fp32": "sink rotation lse lse2 rstd along grad mass pairs weights ape pooled grad_pooled "
-    "grad_ape loss total grad_weights grad_scores each weight grad_weight fn part_w part_square "
-    "base w pre post comb grad_pre grad_post grad_comb divisors grad_w grad_base grad_fn "
-    "a_scales b_scales row_scales column_scales",
-    "*i32": "picked key_start key_end entry_start entry_end start_T end_T query_start query_end "
+    "*fp32": "sink rotation lse lse2 rstd delta along grad mass pairs weights ape pooled "
+    "grad_pooled grad_ape loss total grad_weights grad_scores each weight grad_weight fn part_w "
+    "part_square base w pre post comb grad_pre grad_post grad_comb divisors grad_w grad_base "
+    "grad_fn a_scales b_scales row_scales column_scales",
+    "*i32": "key_start key_end entry_start entry_end start_T end_T query_start query_end "
     "bounds selected first_token has_previous ends before tile_group tile_first tile_end",
     "*i64": "order strip place target",
     "*fp8e4nv": "a b row_codes column_codes",
-    "i32": "tokens heads picks rows count begin width k span parts dim columns "
+    "i32": "tokens heads num_selected rows count begin width k span parts dim columns "
     "groups blocks tiles right stride shift vocab ignore",
     "fp32": "eps scale root sign norm_eps hc_eps limit share",
 }
@@ -50,7 +50,8 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     from model.kernels.attention import query_gradient_triton as query_gradient
     from model.kernels.attention.parts_triton import blocks_for
     from model.kernels.compressor import pool_triton
-    from model.kernels.indexer import loss_triton, select_triton
+    from model.kernels.indexer import loss_kernels_triton as loss_kernels
+    from model.kernels.indexer import select_triton
 
     out: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {}
     for name, sizes, heads in (("V4", WIDE, 64), ("nano", WIDE, 16), ("narrow", NARROW, 16)):
@@ -72,8 +73,8 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
         tile = dim | {"ROWS": b.key_rows, "BLOCK_N": b.key_keys}
         out[f"{name} keys"] = (key_gradient._grad_keys, tile, options)
         for atomic in (False, True):
-            picks = (key_gradient._grad_selected, tile | {"ATOMIC": atomic}, options)
-            out[f"{name} picks, atomic {atomic}"] = picks
+            kernel = (key_gradient._grad_selected, tile | {"ATOMIC": atomic}, options)
+            out[f"{name} selected, atomic {atomic}"] = kernel
         few = {"num_warps": 4}
         out[f"{name} prepare"] = (query_gradient._prepare, sizes | {"ROWS": 16}, few)
         out[f"{name} sum"] = (pairs_triton._sum_pairs, dim | {"BLOCK": 16}, few)
@@ -83,9 +84,9 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     eight = {"num_warps": 8, "num_stages": 2}
     for lists in (False, True):
         loss = LOSS | {"BLOCK_T": 1 if lists else 2, "LISTS": lists}
-        out[f"loss forward {lists}"] = (loss_triton._forward, loss, eight)
-        out[f"loss queries {lists}"] = (loss_triton._grad_queries, loss, eight)
-    out["loss keys"] = (loss_triton._grad_keys, LOSS | {"BLOCK_T": 2}, eight)
+        out[f"loss forward {lists}"] = (loss_kernels.forward, loss, eight)
+        out[f"loss queries {lists}"] = (loss_kernels.grad_queries, loss, eight)
+    out["loss keys"] = (loss_kernels.grad_keys, LOSS | {"BLOCK_T": 2}, eight)
     for m, block_c, overlap in ((128, 1, False), (4, 16, True)):
         pool = {"DIM": 512, "M": m, "BLOCK_C": block_c, "BLOCK_X": 64, "OVERLAP": overlap}
         for part in ("_forward", "_backward"):
@@ -188,8 +189,8 @@ def stack_bytes(binary: bytes) -> int:
         file.write(binary)
         file.flush()
         command = [str(tool), "-res-usage", file.name]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(told.split("STACK:")[1].split()[0])
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(usage.split("STACK:")[1].split()[0])
 
 
 def check(group: str) -> None:
@@ -207,7 +208,11 @@ def check(group: str) -> None:
     [
         *[f"{name} {part}" for name in NAMES for part in ("forward", "queries", "mass")],
         # What follows does not depend on the number of heads.
-        *[f"{name} {part}" for name in ("V4", "narrow") for part in ("keys", "picks", "prepare")],
+        *[
+            f"{name} {part}"
+            for name in ("V4", "narrow")
+            for part in ("keys", "selected", "prepare")
+        ],
         *["V4 sum", "narrow sum", "select", "loss", "pool", "norm", "streams False"],
         *["streams True", "experts", "softmax", "fp8"],
     ],

@@ -67,11 +67,11 @@ class Case:
             for t in range(n):
                 row = torch.zeros(self.tokens, dtype=torch.bool)
                 row[start + max(0, t - self.window + 1) : start + t + 1] = True
-                seen = torch.zeros(entries, dtype=torch.bool)
+                sees_entry = torch.zeros(entries, dtype=torch.bool)
                 if self.ratio:
-                    seen[first_entry : first_entry + (t + 1) // self.ratio] = True
+                    sees_entry[first_entry : first_entry + (t + 1) // self.ratio] = True
                 rows.append(row)
-                entry_rows.append(seen)
+                entry_rows.append(sees_entry)
                 position.append(t)
             start += n
             first_entry += n // self.ratio if self.ratio else 0
@@ -91,7 +91,7 @@ class Case:
         return [*out, rand(self.heads, seed=4)]
 
     def select(self, k: int) -> Tensor:
-        """Random choices [T, k] in random order, -1 behind; all where a query sees at most k."""
+        """Random choices [T, k] in random order, then -1; all where a query sees at most k."""
         generator = torch.Generator().manual_seed(5)
         selected = torch.full((self.tokens, k), -1, dtype=torch.int32)
         for t, row in enumerate(self.sees_entry.cpu()):

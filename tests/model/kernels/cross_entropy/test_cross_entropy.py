@@ -25,7 +25,7 @@ def naive(hidden: Tensor, weight: Tensor, target: Tensor, denominator: float) ->
     return naive_linear_cross_entropy(hidden, weight, target, denominator, IGNORE_INDEX)
 
 
-# The last two have more logits than are held at once; in one of them the rest is a single token.
+# The last two have more logits than a chunk; in one of them the rest is a single token.
 @pytest.mark.parametrize(("tokens", "vocab"), [(1, 5), (37, 97), (1500, 3001), (513, 8192)])
 @pytest.mark.parametrize("denominator", [1, 40.0])
 def test_equals_whole_logits(tokens, vocab, denominator):

@@ -110,7 +110,7 @@ def test_the_head_uses_the_kernel_where_the_backend_says_so():
     inputs = [rand(37, 8, seed=1), rand(97, 8, seed=2)]
     plain = softmax_triton.softmax_loss
     calls = []
-    chosen = lambda *of, asked=False: SimpleNamespace(name="triton")  # noqa: E731
+    chosen = lambda *of, required=False: SimpleNamespace(name="triton")  # noqa: E731
     with (
         patch.object(cross_entropy, "CPU_LOGITS", 97 * 10),
         patch.object(backend, "cross_entropy", chosen),

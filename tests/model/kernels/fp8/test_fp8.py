@@ -37,9 +37,9 @@ def test_rounding_to_the_bit(shape: tuple[int, int], dtype: torch.dtype) -> None
     x[0, :3] = torch.tensor([448.0, 17.0, -19.0])  # the largest, and two ties
     x[-1] *= 0.0 if shape[0] > 1 else 1.0
     for rows, columns in ((1, 128), (128, 128), (128, 1)):
-        found = eager.rounded(x, rows, columns)
-        assert torch.equal(found.double(), naive_rounded(x, rows, columns))
-        assert torch.equal(eager.rounded(found, rows, columns), found)
+        computed = eager.rounded(x, rows, columns)
+        assert torch.equal(computed.double(), naive_rounded(x, rows, columns))
+        assert torch.equal(eager.rounded(computed, rows, columns), computed)
 
 
 def test_scales_reach_from_the_least_to_the_largest_number() -> None:
@@ -49,8 +49,8 @@ def test_scales_reach_from_the_least_to_the_largest_number() -> None:
     for value in (torch.inf, torch.nan):
         x = torch.ones(2, 128).index_fill(1, torch.tensor([5]), value)
         x[1] = 1.0
-        found = eager.rounded(x, 1, 128)
-        assert found[0].isnan().all() and found[1].eq(1).all()
+        computed = eager.rounded(x, 1, 128)
+        assert computed[0].isnan().all() and computed[1].eq(1).all()
 
 
 Sums = tuple[Tensor, Tensor]
@@ -66,11 +66,11 @@ def matmuls_of(x: Tensor, weight: Tensor, grad: Tensor) -> list[Sums]:
     return [sums(*factors) for factors in naive_linear(x, weight, grad)]
 
 
-def close(found: Tensor | None, expected: Sums) -> None:
+def close(computed: Tensor | None, expected: Sums) -> None:
     """fp32 sums of at most 300 products, each rounded by half of 2^-23."""
-    assert found is not None
+    assert computed is not None
     value, size = expected
-    assert ((found - value).abs() <= 300 * 2.0**-24 * size).all()
+    assert ((computed - value).abs() <= 300 * 2.0**-24 * size).all()
 
 
 def test_linear_and_its_gradients() -> None:
@@ -86,7 +86,7 @@ def test_linear_and_its_gradients() -> None:
     assert x.grad is not None
     close(x.grad.view(tokens, inputs), grad_x)
     close(weight.grad, grad_weight)
-    plain = flat[0].double() @ flat[1].double().t()  # the negative control: rounding is seen
+    plain = flat[0].double() @ flat[1].double().t()  # the negative control: rounding shows
     assert (y.view(tokens, outputs) - plain).abs().max() > 1e-3 * plain.abs().max()
 
 

@@ -33,7 +33,7 @@ ROWS, INPUTS, OUTPUTS = 208, 200, 136
 
 @contextlib.contextmanager
 def small_blocks() -> Iterator[None]:
-    """Bands of which these few tiles fill several, the last in part."""
+    """Small bands: these few tiles fill several, the last in part."""
     from model.kernels.fp8 import matmul_triton
 
     old, matmul_triton._BAND = matmul_triton._BAND, 2
@@ -55,11 +55,11 @@ def drawn(poison: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     return x, spread(len(ENDS), OUTPUTS, INPUTS, seed=3), grad
 
 
-def assert_same_bits(found: Tensor, expected: Tensor) -> None:
+def assert_same_bits(computed: Tensor, expected: Tensor) -> None:
     """Zeros have signs; NaN is NaN."""
-    assert torch.equal(found.isnan(), expected.isnan())
-    kept = ~expected.isnan()
-    assert torch.equal(found[kept].view(torch.int32), expected[kept].view(torch.int32))
+    assert torch.equal(computed.isnan(), expected.isnan())
+    numbers = ~expected.isnan()
+    assert torch.equal(computed[numbers].view(torch.int32), expected[numbers].view(torch.int32))
 
 
 def values(codes: Tensor, scales: Tensor) -> Tensor:
@@ -78,8 +78,8 @@ def rounded_by_kernel(x: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = quantise(x, tiles, rows=True, columns=True)
     for alone in (True, False):
         first, second = quantise(x, tiles, rows=alone, columns=not alone)
-        kept, other = (first, second) if alone else (second, first)
-        assert_same_codes(kept, rows if alone else columns)
+        codes, other = (first, second) if alone else (second, first)
+        assert_same_codes(codes, rows if alone else columns)
         assert other.codes.numel() == other.scales.numel() == 0
     by_row = values(rows.codes, rows.scales.t())
     live = int(ends[-1])
@@ -98,10 +98,10 @@ def columns_of(columns: Codes, tiles: Tiles, rows: int) -> Tensor:
     return out
 
 
-def assert_same_codes(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    for mine, other in zip(found, expected, strict=True):
-        kind = torch.uint8 if mine.element_size() == 1 else torch.int32
-        assert torch.equal(mine.view(kind), other.view(kind))
+def assert_same_codes(computed: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    for actual, other in zip(computed, expected, strict=True):
+        kind = torch.uint8 if actual.element_size() == 1 else torch.int32
+        assert torch.equal(actual.view(kind), other.view(kind))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -152,11 +152,11 @@ def test_weights_to_the_bit(shape, turned):
     weight[-1, -1, :3] *= -0.0
     codes, scales = quantise_weight(weight, turned=turned)
     width = shape[1] if turned else shape[2]
-    found = values(codes, scales)
-    assert found[..., width:].nan_to_num().eq(0).all()
-    found = found[..., :width]
+    computed = values(codes, scales)
+    assert computed[..., width:].nan_to_num().eq(0).all()
+    computed = computed[..., :width]
     expected = eager.rounded(weight, 128, 128)
-    assert_same_bits(found.transpose(1, 2) if turned else found, expected)
+    assert_same_bits(computed.transpose(1, 2) if turned else computed, expected)
 
 
 @pytest.mark.parametrize(
@@ -168,10 +168,10 @@ def test_tiles_are_those_of_the_eager_version(ends, rows):
     from model.kernels.fp8.quantise_triton import tiles_of
 
     tiles = tiles_of(ends_of(*ends), rows)
-    found = [torch.arange(int(a), int(b)) for a, b in zip(tiles.first, tiles.end, strict=True)]
-    covered = torch.cat(found)
+    computed = [torch.arange(int(a), int(b)) for a, b in zip(tiles.first, tiles.end, strict=True)]
+    covered = torch.cat(computed)
     assert torch.equal(covered, torch.arange(ends[-1]))
-    number = torch.cat([torch.full_like(part, i) for i, part in enumerate(found)])
+    number = torch.cat([torch.full_like(part, i) for i, part in enumerate(computed)])
     assert torch.equal(number, eager.tiles_of_groups(ends_of(*ends), rows)[: ends[-1]])
     counts = [-(-(end - start) // 128) for start, end in pairwise((0, *ends))]
     before = torch.tensor([0, *counts]).cumsum(0)
@@ -204,10 +204,10 @@ def plain() -> Three:
     return results(grouped(ends_of(*ENDS)), *drawn())
 
 
-def assert_same_results(found: Three, live: int = ENDS[-1]) -> None:
-    for number, (mine, other) in enumerate(zip(found, plain(), strict=True)):
+def assert_same_results(computed: Three, live: int = ENDS[-1]) -> None:
+    for number, (actual, other) in enumerate(zip(computed, plain(), strict=True)):
         some = slice(None) if number == 2 else slice(live)
-        assert torch.equal(mine[some], other[some])
+        assert torch.equal(actual[some], other[some])
 
 
 def exact(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Sums, Sums, Sums]:
@@ -220,18 +220,20 @@ def exact(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Sums, Sums, Sums]:
     return y, grad_x, sums(turned, eager.rounded(x, *columns).double())
 
 
-def assert_close(found: Tensor, expected: Sums, terms: int, result: float = 0.0) -> None:
+def assert_close(computed: Tensor, expected: Sums, terms: int, result: float = 0.0) -> None:
     """fp32 sums of so many terms, each rounded by half of 2^-23, and the result by ``result``."""
     value, size = expected
     blocks = -(-terms // 128)
     allowed = (terms + blocks) * 2.0**-24 * size + result * value.abs()
-    assert found.shape == value.shape
-    assert ((found.double() - value).abs() <= allowed).all()
+    assert computed.shape == value.shape
+    assert ((computed.double() - value).abs() <= allowed).all()
 
 
-def assert_groups(found: Three, drawn: Three, ends: tuple[int, ...], result: float = 0.0) -> None:
+def assert_groups(
+    computed: Three, drawn: Three, ends: tuple[int, ...], result: float = 0.0
+) -> None:
     x, weight, grad = drawn
-    y, grad_x, grad_weight = found
+    y, grad_x, grad_weight = computed
     for group, (first, end) in enumerate(pairwise((0, *ends))):
         some = slice(first, end)
         of_group = exact(x[some], weight[group], grad[some])
@@ -242,14 +244,14 @@ def assert_groups(found: Three, drawn: Three, ends: tuple[int, ...], result: flo
 
 @interpreted
 def test_grouped_rows_and_their_gradients():
-    inputs, found = drawn(), plain()
-    assert_groups(found, inputs, ENDS)
-    assert found[2][1].eq(0).all()
-    for rows in found[:2]:  # nothing is written after the last end
+    inputs, computed = drawn(), plain()
+    assert_groups(computed, inputs, ENDS)
+    assert computed[2][1].eq(0).all()
+    for rows in computed[:2]:  # nothing is written after the last end
         assert rows[: ENDS[-1]].isfinite().all() and rows[ENDS[-1] :].isnan().all()
-    x, weight, _ = inputs  # the negative control: rounding is seen
+    x, weight, _ = inputs  # the negative control: rounding shows
     unrounded = x[:40].double() @ weight[0].double().t()
-    assert (found[0][:40] - unrounded).abs().max() > 1e-3 * unrounded.abs().max()
+    assert (computed[0][:40] - unrounded).abs().max() > 1e-3 * unrounded.abs().max()
 
 
 @interpreted
@@ -257,9 +259,9 @@ def test_bf16():
     """The interpreter cuts bits off where it makes bf16 numbers: a whole step, not half."""
     shapes = (70, 200), (1, 136, 200), (70, 136)
     inputs = tuple(spread(*shape, seed=i).bfloat16() for i, shape in enumerate(shapes))
-    found = results(grouped(ends_of(70)), *inputs)
-    assert {t.dtype for t in found} == {torch.bfloat16}
-    assert_groups(found, inputs, (70,), result=2.0**-7)
+    computed = results(grouped(ends_of(70)), *inputs)
+    assert {t.dtype for t in computed} == {torch.bfloat16}
+    assert_groups(computed, inputs, (70,), result=2.0**-7)
 
 
 @pytest.mark.parametrize(
@@ -292,11 +294,11 @@ def test_batched_is_every_group_by_itself():
         spread(2, 150, 9, seed=3),
     )
     x = x.transpose(0, 1)  # as attention's heads come
-    found = results(matmul_triton.batched, x, weight, grad)
+    computed = results(matmul_triton.batched, x, weight, grad)
     for g in range(2):
         of_group = exact(x[g], weight[g], grad[g])
-        for mine, other, terms in zip(found, of_group, (40, 9, 150), strict=True):
-            assert_close(mine[g], other, terms)
+        for actual, other, terms in zip(computed, of_group, (40, 9, 150), strict=True):
+            assert_close(actual[g], other, terms)
 
 
 @interpreted
@@ -313,13 +315,13 @@ def test_tiles_that_are_not_finite_are_nan_where_the_eager_version_s_are():
     x, weight, grad = inputs
     x[50, 7], weight[3, 130, 190], grad[10, 3] = torch.inf, torch.nan, -torch.inf
     ends, live = ends_of(*ENDS), ENDS[-1]
-    found = results(grouped(ends), *inputs)
+    computed = results(grouped(ends), *inputs)
     expected = results(lambda x, w: eager.eager_grouped(x, w, ends), *inputs)
-    for mine, other in zip(found, expected, strict=True):
-        mine, other = (t if t.dim() == 3 else t[:live] for t in (mine, other))
-        assert torch.equal(mine.isnan(), other.isnan())
-        assert 0 < int(mine.isnan().sum()) < mine.numel() / 2
-        assert mine[~mine.isnan()].isfinite().all()
+    for actual, other in zip(computed, expected, strict=True):
+        actual, other = (t if t.dim() == 3 else t[:live] for t in (actual, other))
+        assert torch.equal(actual.isnan(), other.isnan())
+        assert 0 < int(actual.isnan().sum()) < actual.numel() / 2
+        assert actual[~actual.isnan()].isfinite().all()
 
 
 @interpreted
@@ -327,10 +329,10 @@ def test_large_numbers_meet_small_ones():
     """Scales of 2^117 and 2^-112: sums of codes times one of them would leave fp32's range."""
     x, weight, grad = rand(5, 140, seed=1), rand(1, 9, 140, seed=2), rand(5, 9, seed=3)
     x, weight, grad = x * 2.0**124, weight * 2.0**-105, grad * 2.0**100
-    found = results(grouped(ends_of(5)), x, weight, grad)
+    computed = results(grouped(ends_of(5)), x, weight, grad)
     of_group = exact(x, weight[0], grad)
-    assert_close(found[0], of_group[0], 140)
-    assert_close(found[1], of_group[1], 9)
+    assert_close(computed[0], of_group[0], 140)
+    assert_close(computed[1], of_group[1], 9)
 
 
 @interpreted
@@ -340,23 +342,23 @@ def test_only_the_gradient_that_is_wanted():
         leaves = [x.clone(), weight.clone()]
         leaves[wanted].requires_grad_()
         out = grouped(ends_of(*ENDS))(*leaves)
-        (found,) = torch.autograd.grad(out, leaves[wanted], grad)
+        (computed,) = torch.autograd.grad(out, leaves[wanted], grad)
         live = slice(ENDS[-1]) if wanted == 0 else slice(None)
-        assert torch.equal(found[live], plain()[1 + wanted][live])
+        assert torch.equal(computed[live], plain()[1 + wanted][live])
 
 
 @interpreted
-def test_what_is_kept_is_what_came():
-    """Also where it is a view: kept as such, not as a copy of it."""
+def test_what_is_saved_is_what_came():
+    """Also where it is a view: saved as such, not as a copy of it."""
     from model.kernels.fp8 import matmul_triton
 
     x, weight = spread(3, 2, 40, seed=1).transpose(0, 1), spread(2, 9, 40, seed=2)
     leaves = x.requires_grad_(), weight.requires_grad_()
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
         matmul_triton.batched(*leaves)
-    assert [t.data_ptr() for t in kept[:2]] == [t.data_ptr() for t in leaves]
-    assert kept[0].stride() == x.stride() and [t.numel() for t in kept[2:]] == [2]
+    assert [t.data_ptr() for t in saved[:2]] == [t.data_ptr() for t in leaves]
+    assert saved[0].stride() == x.stride() and [t.numel() for t in saved[2:]] == [2]
 
 
 @interpreted
@@ -379,8 +381,8 @@ def test_linears_and_experts_use_what_was_chosen():
     finally:
         backend.fp8 = old
     rows = x.view(1, 140, 40), weight[None], grad.view(1, 140, 9)
-    for mine, other in zip(as_linear, results(matmul_triton.batched, *rows), strict=True):
-        assert torch.equal(mine.flatten(), other.flatten())
+    for actual, other in zip(as_linear, results(matmul_triton.batched, *rows), strict=True):
+        assert torch.equal(actual.flatten(), other.flatten())
     assert_same_results(as_experts)
     plain_results = eager.eager_grouped(inputs[0], inputs[1], ends)[: ENDS[-1]]
     assert not torch.equal(as_experts[0][: ENDS[-1]], plain_results)  # or it says nothing

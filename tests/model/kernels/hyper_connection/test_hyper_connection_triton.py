@@ -112,9 +112,9 @@ def test_bf16_streams_are_mixed_in_fp32():
     size = (37, 4, 40)
     inputs = parameters(*size, 0)
     inputs[0] = inputs[0].bfloat16()
-    for mine, other in zip(read(*inputs), naive_read(*[x.double() for x in inputs]), strict=True):
-        tolerance = 1e-2 if mine.dtype == torch.bfloat16 else 1e-5
-        torch.testing.assert_close(mine.double(), other, rtol=tolerance, atol=tolerance)
+    for actual, other in zip(read(*inputs), naive_read(*[x.double() for x in inputs]), strict=True):
+        tolerance = 1e-2 if actual.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(actual.double(), other, rtol=tolerance, atol=tolerance)
     inputs = writing(*size, 0)
     inputs[:2] = [x.bfloat16() for x in inputs[:2]]
     assert_same(write, naive_write_streams, inputs, rtol=8e-3)  # the interpreter cuts bits off
@@ -124,7 +124,7 @@ def test_bf16_streams_are_mixed_in_fp32():
 @interpreted
 def test_the_order_of_programs_changes_no_bit():
     def results() -> list[Tensor]:
-        found = []
+        computed = []
         for function, inputs in (
             (read, parameters(150, 4, 75, 0)),
             (write, writing(150, 4, 75, 0)),
@@ -133,8 +133,8 @@ def test_the_order_of_programs_changes_no_bit():
             out = function(*leaves)
             out = out if isinstance(out, tuple) else (out,)
             sum((x * rand(*x.shape, seed=7)).sum() for x in out).backward()
-            found += [*[x.detach() for x in out], *[x.grad for x in leaves]]
-        return found
+            computed += [*[x.detach() for x in out], *[x.grad for x in leaves]]
+        return computed
 
     first = results()
     with last_program_first():

@@ -193,9 +193,9 @@ def test_every_block_holds_its_share_of_pairs():
     """Memory does not grow with the square of the row, and the steps depend on sizes alone."""
     case = Case([[400, 1, 111]], 8, 4, 1, 4)
     target = KLTarget(mass_of(case), case.ranges)
-    found = list(target.blocks(case.entries, 1 << 10))
-    assert all((r.stop - r.start) * (c.stop - c.start) <= 1 << 10 for r, c in found)
-    assert [r.stop - r.start for r, _ in found] == [8] * 64
+    computed = list(target.blocks(case.entries, 1 << 10))
+    assert all((r.stop - r.start) * (c.stop - c.start) <= 1 << 10 for r, c in computed)
+    assert [r.stop - r.start for r, _ in computed] == [8] * 64
     listed = list(replace(target, selected_Tk=case.select(5)).blocks(case.entries, 1 << 10))
     assert [r for r, _ in listed] == [slice(0, 204), slice(204, 408), slice(408, 512)]
 
@@ -243,10 +243,10 @@ def test_the_objective_is_a_weighted_sum_with_its_gradient(name, k, size):
     expected = (naive_loss(case, selected, selected)(*theirs) * share.double()).sum()
     (3.0 * expected).backward()
     assert float(total) == pytest.approx(float(expected), rel=RTOL, abs=1e-12)
-    for mine, other in zip(leaves, theirs, strict=True):
+    for actual, other in zip(leaves, theirs, strict=True):
         wanted = torch.zeros_like(other) if other.grad is None else other.grad
         limit = RTOL * float(wanted.abs().max()) + 1e-12 if wanted.numel() else 0.0
-        torch.testing.assert_close(mine.grad.double(), wanted, rtol=0, atol=limit)
+        torch.testing.assert_close(actual.grad.double(), wanted, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("k", [None, 3])

@@ -130,16 +130,16 @@ def test_a_set_without_mass_has_no_loss(k, amount):
 def test_the_mass_is_left_as_it_was():
     """It may be a view of a tensor in use elsewhere, here one row for all queries."""
     case = CASES["odd length"]
-    kept = rand(case.entries, seed=1).exp()
-    before = kept.clone()
+    shared = rand(case.entries, seed=1).exp()
+    before = shared.clone()
 
     def mass(rows: slice, columns: slice) -> Tensor:
-        return kept[columns].expand(rows.stop - rows.start, -1)
+        return shared[columns].expand(rows.stop - rows.start, -1)
 
-    all_rows = kept.double().expand(case.tokens, -1)
+    all_rows = shared.double().expand(case.tokens, -1)
     expected = lambda *x: naive_indexer_loss(*x, all_rows, case.sees_entry)  # noqa: E731
     is_divergence(case, mass, expected, None, 0, 2)
-    assert torch.equal(kept, before)
+    assert torch.equal(shared, before)
 
 
 @interpreted
@@ -155,9 +155,9 @@ def test_16_bits():
     expected.sum().backward()
     assert out.dtype == torch.float32 and leaves[0].grad.dtype == torch.float16
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
-    for mine, other in zip(leaves, exact, strict=True):
+    for actual, other in zip(leaves, exact, strict=True):
         largest = float(other.grad.abs().max())
-        torch.testing.assert_close(mine.grad.double(), other.grad, rtol=0, atol=2e-3 * largest)
+        torch.testing.assert_close(actual.grad.double(), other.grad, rtol=0, atol=2e-3 * largest)
 
 
 @interpreted

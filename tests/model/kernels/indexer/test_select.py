@@ -58,7 +58,7 @@ def test_scores_by_hand():
     torch.testing.assert_close(entry_scores(q, keys, weights).double(), expected, rtol=0, atol=1e-5)
 
 
-# The last one has so many scores that they cannot all be held at once.
+# The last one has so many scores that they do not all fit into one block.
 @pytest.mark.parametrize(
     ("lengths", "heads", "k"),
     [
@@ -77,14 +77,14 @@ def test_the_best_visible_entries_are_selected(lengths, heads, k):
     scores = naive_scores(*[x.double() for x in (q, keys, weights)])
     for t, visible in enumerate(visible_entries(lengths)):
         row = selected[t]
-        kept = row[row >= 0].tolist()
-        assert len(kept) == len(set(kept)) == min(k, len(visible))
+        chosen = row[row >= 0].tolist()
+        assert len(chosen) == len(set(chosen)) == min(k, len(visible))
         assert (row[row < 0] == -1).all()
-        assert set(kept) <= set(visible)
-        rest = [s for s in visible if s not in set(kept)]
+        assert set(chosen) <= set(visible)
+        rest = [s for s in visible if s not in set(chosen)]
         if rest:
             # Sums in another order may swap scores that are equal in fp32.
-            assert scores[t, kept].min() >= scores[t, rest].max() - 1e-5
+            assert scores[t, chosen].min() >= scores[t, rest].max() - 1e-5
 
 
 def test_first_entry_of_a_later_sample_is_not_entry_zero():
@@ -99,7 +99,7 @@ def test_first_entry_of_a_later_sample_is_not_entry_zero():
 
 @pytest.mark.parametrize("heads_sign", [1.0, -1.0])
 def test_ties_go_to_the_lower_entry(heads_sign):
-    """ReLU makes scores of exactly 0 and -0 common; equal ones are kept in the order of entries."""
+    """ReLU makes scores of exactly 0 and -0 common; equal ones go in the order of entries."""
     lengths, k = [7, 80], 5
     q, keys, weights = inputs(lengths, 2, 8)
     q, keys = q.abs(), -keys.abs()
