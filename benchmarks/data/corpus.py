@@ -1,10 +1,10 @@
-"""Collect real text from the machine it runs on into .jsonl files, for the data benchmarks.
+"""Collects real text of this machine into .jsonl files, for the data benchmarks.
 
     python -m benchmarks.data.corpus FOLDER [--megabytes 120]
 
 Three sources, each in several files, among them .gz and .zst: `code` (Python and C sources of the
 interpreter and the installed packages), `docs` (their .md, .rst and .txt files, manual pages and
-what /usr/share/doc holds), and `data` (.json, .html, .xml, .po and the like). No text comes twice.
+those in /usr/share/doc), and `data` (.json, .html, .xml, .po and the like). No text is repeated.
 """
 
 import argparse
@@ -22,14 +22,14 @@ SUFFIXES = {
     "docs": {".md", ".rst", ".txt", ".gz", ""},
     "data": {".json", ".html", ".xml", ".po", ".css", ".csv", ".yaml", ".toml", ".svg"},
 }
-_LARGEST = 2_000_000  # bytes of one file; larger ones are tables somebody generated
+_LARGEST = 2_000_000  # bytes of one file; larger ones are mostly generated tables
 _SMALLEST = 200
 _FILES = 3  # of one source
 
 
 def texts(roots: list[Path], suffixes: set[str]) -> Iterator[str]:
-    """The UTF-8 texts below `roots`, in a fixed order, each once."""
-    seen: set[bytes] = set()
+    """Yields the UTF-8 texts below `roots` in a fixed order, without repeats."""
+    digests: set[bytes] = set()
     for path in itertools.chain.from_iterable(sorted(root.rglob("*")) for root in roots):
         if path.suffix.lower() not in suffixes or path.is_symlink() or not path.is_file():
             continue
@@ -40,13 +40,13 @@ def texts(roots: list[Path], suffixes: set[str]) -> Iterator[str]:
         except (OSError, EOFError, UnicodeDecodeError):
             continue
         digest = hashlib.sha256(content).digest()
-        if _SMALLEST <= len(content) <= _LARGEST and "\0" not in text and digest not in seen:
-            seen.add(digest)
+        if _SMALLEST <= len(content) <= _LARGEST and "\0" not in text and digest not in digests:
+            digests.add(digest)
             yield text
 
 
 def write(source: str, documents: Iterator[str], folder: Path, limit: int) -> int:
-    """Write up to `limit` UTF-8 bytes of text, a third into each file; returns the bytes."""
+    """Writes up to `limit` UTF-8 bytes of text, a third into each file; returns the bytes."""
     total = 0
     for part in range(_FILES):
         lines = []
@@ -69,7 +69,7 @@ def write(source: str, documents: Iterator[str], folder: Path, limit: int) -> in
 
 
 def main() -> int:
-    """Write the files; exit code 1 where the machine holds less text than was asked for."""
+    """Writes the files; exit code 1 where the machine has less text than `--megabytes`."""
     parser = argparse.ArgumentParser(description="Real text from this machine as .jsonl files.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--megabytes", type=float, default=120)
@@ -77,14 +77,14 @@ def main() -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     installed = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "/usr/share"]
     roots = [Path(root) for root in dict.fromkeys(installed)]
-    left, found = options.megabytes * 1e6, 0
+    left, written = options.megabytes * 1e6, 0
     for i, source in enumerate(("data", "docs", "code")):
         size = write(source, texts(roots, SUFFIXES[source]), options.folder, int(left / (3 - i)))
         print(f"{source}: {size / 1e6:.1f} MB", flush=True)
-        left, found = left - size, found + size
-    print(f"wrote {found / 1e6:.1f} MB of text into {options.folder}")
+        left, written = left - size, written + size
+    print(f"wrote {written / 1e6:.1f} MB of text into {options.folder}")
     if left > 1e6:
-        print(f"this machine holds no more than {found / 1e6:.1f} MB", file=sys.stderr)
+        print(f"this machine has no more than {written / 1e6:.1f} MB", file=sys.stderr)
     return 0 if left <= 1e6 else 1
 
 

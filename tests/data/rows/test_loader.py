@@ -245,6 +245,23 @@ def first_steps(config: DataConfig) -> list[list[Row]]:
     return [rows_of(loader.at(step)) for step in range(4)]
 
 
+def test_shards_of_version_0_1(config: DataConfig, tmp_path: Path) -> None:
+    """Their manifests and file names say `heldout` for the validation split."""
+    shutil.copytree(config.shards, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("*/*-validation-*"):
+        file.rename(file.with_name(file.name.replace("-validation-", "-heldout-")))
+    for file in [tmp_path / "manifest.json", *tmp_path.glob("*/text-0*.json")]:
+        text = file.read_text()
+        assert "validation" in text
+        file.write_text(text.replace("validation", "heldout"))
+    old = changed(config, shards=str(tmp_path))
+    for split in ("train", "validation"):
+        assert epoch_rows(Loader(old, 0, split=split)) == epoch_rows(Loader(config, 0, split=split))
+    before = (tmp_path / "manifest.json").read_text()
+    assert [shard.split for shard in prepare(old, progress=False).shards] == ["train", "validation"]
+    assert (tmp_path / "manifest.json").read_text() == before  # nothing to prepare again
+
+
 def test_shards_that_megatron_made(config: DataConfig, tmp_path: Path) -> None:
     """By its own builder, in its widest type, without bos: a manifest is all they need."""
     (tmp_path / "theirs").mkdir()

@@ -64,9 +64,9 @@ def chats(config: DataConfig, source: dict[str, Any], shards: Path, **fields: An
 def test_every_record_comes_back_from_its_shard(
     config: DataConfig, tmp_path: Path, write: Callable[[Path], dict[str, Any]]
 ) -> None:
-    mine = chats(config, write(tmp_path), tmp_path / "shards")
-    manifest = prepare(mine, progress=False)
-    tokenizer = Tokenizer(mine.tokenizer.path)
+    chat = chats(config, write(tmp_path), tmp_path / "shards")
+    manifest = prepare(chat, progress=False)
+    tokenizer = Tokenizer(chat.tokenizer.path)
     (shard,) = manifest.shards
     path = tmp_path / "shards" / manifest.folder / shard.name
     found = []
@@ -99,21 +99,21 @@ def test_every_record_comes_back_from_its_shard(
 def test_bad_records(config: DataConfig, tmp_path: Path, content: object, reason: str) -> None:
     good = json.dumps({"messages": RECORDS[1]})
     (tmp_path / "a.jsonl").write_text(f"{good}\n{json.dumps(content)}\n{good}\n")
-    mine = chats(config, {"paths": [str(tmp_path / "a.jsonl")]}, tmp_path / "shards")
+    chat = chats(config, {"paths": [str(tmp_path / "a.jsonl")]}, tmp_path / "shards")
     with pytest.raises(DataError, match=rf"record 2 of .*a\.jsonl .*{reason}") as caught:
-        prepare(mine, progress=False)
+        prepare(chat, progress=False)
     assert "\n" not in str(caught.value)
     tolerant = chats(
-        mine, mine.sources[0].model_dump(), tmp_path / "shards", max_bad_record_fraction=0.4
+        chat, chat.sources[0].model_dump(), tmp_path / "shards", max_bad_record_fraction=0.4
     )
     assert prepare(tolerant, progress=False).bad_records == {"chat": 1}
 
 
 def test_a_line_that_is_no_object(config: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("[1]\n")
-    mine = chats(config, {"paths": [str(tmp_path / "a.jsonl")]}, tmp_path / "shards")
-    with pytest.raises(DataError, match="holds a list instead of an object"):
-        prepare(mine, progress=False)
+    chat = chats(config, {"paths": [str(tmp_path / "a.jsonl")]}, tmp_path / "shards")
+    with pytest.raises(DataError, match="is a list instead of an object"):
+        prepare(chat, progress=False)
 
 
 def test_text_files_hold_no_conversations(config: DataConfig, tmp_path: Path) -> None:
@@ -124,12 +124,12 @@ def test_text_files_hold_no_conversations(config: DataConfig, tmp_path: Path) ->
 def test_the_tokenizer_learns_no_special_token(config: DataConfig, tmp_path: Path) -> None:
     """It sees what people and models wrote, not the spellings between."""
     source = as_json_lines(tmp_path)
-    mine = chats(config, source, tmp_path / "shards")
-    seen = [text for document in Corpus(mine.sources[0]).documents() for text in document.plain]
+    chat = chats(config, source, tmp_path / "shards")
+    seen = [text for document in Corpus(chat.sources[0]).documents() for text in document.plain]
     written = "".join(seen)
     assert "There it is." in written and "search" in written
     assert written.count("<｜") == 2  # the two that stand in a value and a message
     assert read_messages(json.dumps(RECORDS[0])) == read_messages(RECORDS[0])
     folder = {"path": str(tmp_path / "tok"), "vocab_size": 512, "character_coverage": 1.0}
-    train_tokenizer(chats(mine, source, tmp_path / "shards", tokenizer=folder))
+    train_tokenizer(chats(chat, source, tmp_path / "shards", tokenizer=folder))
     assert "User" not in {Tokenizer(tmp_path / "tok").decode([i]) for i in range(3, 465)}

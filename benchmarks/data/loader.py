@@ -1,6 +1,6 @@
-"""Speed of packing and of the loader, one core; see benchmarks/data/data.py.
+"""Speed of packing and of the loader on one core; see benchmarks/data/__main__.py.
 
-Made-up lengths are log-normal with a mean of about 900 tokens.
+Synthetic lengths are log-normal with a mean of about 900 tokens.
 """
 
 import tempfile
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.data.data_prepare import run
+from benchmarks.data.prepare import run
 from data.config import DataConfig
 from data.files import sha256_of
 from data.indexed import indexed_module
@@ -28,7 +28,7 @@ def lengths_of(documents: int) -> np.ndarray:
 
 
 def packing(config: DataConfig) -> None:
-    """Fill, cut documents and documents/s on the real lengths of the shards."""
+    """Prints fill, cut documents and documents/s for the lengths of the shards."""
     lengths = np.concatenate([source.lengths for source in Loader(config, 0).sources]) - 1
     lengths = lengths.astype(np.int64)
     pack(lengths[:100], 64)  # compiles
@@ -38,36 +38,36 @@ def packing(config: DataConfig) -> None:
         rows = int(-(-lengths.sum() // (config.packing_fill * seq_len)))
         longer = int((lengths > seq_len).sum())
         print(f"rows of {seq_len}: {longer:,} documents are longer than a row")
-        for name, found in (
+        for name, packed in (
             ("best fit", pack(lengths, seq_len)),
             ("best fit, fixed rows", pack_into(*pieces, seq_len, rows)),
             ("concatenate and cut", concatenate(*pieces, seq_len, rows)),
         ):
-            cut = np.bincount(found.document, minlength=len(lengths)) > 1
+            cut = np.bincount(packed.document, minlength=len(lengths)) > 1
             short = int((cut & (lengths <= seq_len)).sum())
-            used = len(np.unique(np.repeat(np.arange(len(found)), np.diff(found.offsets))))
+            used = len(np.unique(np.repeat(np.arange(len(packed)), np.diff(packed.offsets))))
             fill = lengths.sum() / (used * seq_len)
             print(f"  {name:21} fill {fill:.4%}, cut {int(cut.sum()):,}, {short:,} of them shorter")
     many = lengths_of(1_000_000)
     begin = time.perf_counter()
     pack(many, 4096)
     rate = len(many) / (time.perf_counter() - begin)
-    print(f"a million made-up lengths, rows of 4096: {rate:,.0f} documents/s on one core")
+    print(f"a million synthetic lengths, rows of 4096: {rate:,.0f} documents/s on one core")
 
 
 def shards(folder: Path, lengths: np.ndarray) -> dict[str, object]:
-    """Write random tokens as two sources, and a tokenizer file that only needs a hash."""
+    """Writes random tokens as two sources, and a tokenizer file of which only the hash is read."""
     module = indexed_module()
     rng = np.random.default_rng(1)
     (folder / "tokens").mkdir()
     (folder / "tokenizer.model").write_bytes(b"only its hash is read")
     made = []
-    for name, mine in (("code", lengths[::2]), ("prose", lengths[1::2])):
+    for name, part in (("code", lengths[::2]), ("prose", lengths[1::2])):
         writer = module.IndexedDatasetBuilder(f"{folder}/tokens/{name}.bin", dtype=np.int32)
-        for length in mine:
+        for length in part:
             writer.add_document(rng.integers(3, 120_000, length, dtype=np.int32), [int(length)])
         writer.finalize(f"{folder}/tokens/{name}.idx")
-        count, total = len(mine), int(mine.sum())
+        count, total = len(part), int(part.sum())
         made.append(
             Shard(source=name, domain="prose", split="train", name=name, documents=count,
                   tokens=total, bytes=total)
@@ -86,13 +86,13 @@ def _first_batch(config: DataConfig) -> None:
 
 
 def loader(config: DataConfig) -> None:
-    """Tokens per second of one process, and another's first batch far out, transforms off and on.
+    """Prints tokens/s of one process, and the time to the first batch at a late step of a new one.
 
-    The other one is fresh: its imports are not counted, loading the compiled code is.
+    The imports of the new process are not counted; loading compiled code is.
     """
     plain = {"transforms": {"fim_rate": 0.0}, "source_weights": {"code": 0.4, "prose": 0.6}}
     kinds = {
-        "made-up tokens, transforms off": plain,
+        "synthetic tokens, transforms off": plain,
         "real shards, transforms off": {"transforms": {"fim_rate": 0.0}},
         "real shards, FIM 0.1": {},
         "real shards, FIM 0.1 and splits 0.1": {"transforms": {"punctuation_split_rate": 0.1}},
@@ -104,11 +104,11 @@ def loader(config: DataConfig) -> None:
     with tempfile.TemporaryDirectory() as name:
         made = shards(Path(name), lengths_of(200_000))
         for title, fields in kinds.items():
-            base = config.model_dump() | (made if title.startswith("made-up") else {})
-            mine = DataConfig.model_validate(base | fields)
-            opened = Loader(mine, 0)
-            opened.at(10**6)  # compiles, and counts splits once
-            first, _, _ = run(partial(_first_batch, mine), 1)
+            base = config.model_dump() | (made if title.startswith("synthetic") else {})
+            variant = DataConfig.model_validate(base | fields)
+            opened = Loader(variant, 0)
+            opened.at(10**6)  # compiles, and caches the counts of splits
+            first, _, _ = run(partial(_first_batch, variant), 1)
             tokens, begin, cpu = 0, time.perf_counter(), time.process_time()
             for step in range(10**6, 10**6 + _STEPS):
                 tokens += sum(sum(map(sum, batch.lengths)) for batch in opened.at(step))

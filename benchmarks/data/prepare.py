@@ -1,4 +1,4 @@
-"""Megabytes a second that become token shards, and the memory it takes; see benchmarks/data/data.py."""
+"""Speed and memory of `prepare`; see benchmarks/data/__main__.py."""
 
 import itertools
 import json
@@ -16,18 +16,18 @@ import numpy as np
 
 from data.config import DataConfig, FiltersConfig
 from data.indexed import indexed_module
+from data.prepare import prepare
 from data.prepare.corpus import Corpus, Document
 from data.prepare.filters import REASONS, Rules
-from data.prepare.run import prepare
 from data.prepare.signatures import signatures
-from data.text.tokenizer import Tokenizer
+from data.text import Tokenizer
 
-_MEGABYTES = 24  # that every way of preparing gets
+_MEGABYTES = 24  # of text for each way of preparing
 _FILES = 4
 
 
 def write_corpus(config: DataConfig, folder: Path, megabytes: float) -> float:
-    """Documents of all sources by turns into JSON lines of a third each; returns megabytes."""
+    """Writes documents of all sources, taken in turn, as JSON lines; returns megabytes."""
     texts = list(_documents(config, megabytes))
     for i in range(_FILES):
         lines = [json.dumps({"text": text}) + "\n" for text in texts[i::_FILES]]
@@ -36,7 +36,7 @@ def write_corpus(config: DataConfig, folder: Path, megabytes: float) -> float:
 
 
 def config_of(config: DataConfig, folder: Path, **fields: object) -> DataConfig:
-    """Prepare what `write_corpus` wrote, into a folder of its own."""
+    """The config that prepares the corpus in `folder` into a new folder."""
     update = {
         "sources": [{"name": "text", "paths": [str(folder / "*.jsonl")]}],
         "shards": tempfile.mkdtemp(dir=folder, prefix="shards-"),
@@ -45,12 +45,12 @@ def config_of(config: DataConfig, folder: Path, **fields: object) -> DataConfig:
 
 
 def by_prepare(config: DataConfig, folder: Path, **fields: object) -> None:
-    """Our way."""
+    """Prepares with this project."""
     prepare(config_of(config, folder, **fields), progress=False)
 
 
 def by_datasets(config: DataConfig, folder: Path) -> None:
-    """`datasets.map` with the batch encoder, one process; ids only, in its own files."""
+    """Tokenises by `datasets.map` with the batch encoder and one process, into Arrow files."""
     import datasets
 
     tokenizer = Tokenizer(config.tokenizer.path)
@@ -66,9 +66,9 @@ def by_datasets(config: DataConfig, folder: Path) -> None:
 
 
 def by_megatron(config: DataConfig, folder: Path) -> None:
-    """A document at a time into megatron-core's IndexedDatasetBuilder.
+    """Tokenises one document at a time into megatron-core's IndexedDatasetBuilder.
 
-    The loop of Megatron-LM's tools/preprocess_data.py, which is not part of the package.
+    Follows the loop of Megatron-LM's tools/preprocess_data.py, which is not part of the package.
     """
     tokenizer = Tokenizer(config.tokenizer.path)
     module = indexed_module()
@@ -84,22 +84,22 @@ def by_megatron(config: DataConfig, folder: Path) -> None:
 
 
 class Memory:
-    """The most private memory (RssAnon) and resident memory (RssAnon + RssFile) so far, in bytes.
+    """Peak private memory (RssAnon) and resident memory (RssAnon + RssFile), in bytes.
 
-    Resident are also the pages of mapped files, such as the signatures of the filters, which the
-    kernel takes back whenever it wants. Looked at by a thread, 50 times a second.
+    Resident memory includes pages of mapped files, such as the signatures of the filters, which the
+    kernel can reclaim at any time. A thread samples both 50 times a second.
     """
 
     def __init__(self) -> None:
         self.private = self.resident = 0
-        threading.Thread(target=self._watch, daemon=True).start()
+        threading.Thread(target=self._sample_forever, daemon=True).start()
 
-    def _watch(self) -> None:
+    def _sample_forever(self) -> None:
         while True:
-            self.look()
+            self.sample()
             time.sleep(0.02)
 
-    def look(self) -> None:
+    def sample(self) -> None:
         lines = Path("/proc/self/status").read_text().splitlines()
         sizes = {key: value for key, value in (line.split(":", 1) for line in lines)}
         private, mapped = (int(sizes[key].split()[0]) << 10 for key in ("RssAnon", "RssFile"))
@@ -108,40 +108,40 @@ class Memory:
 
 
 def _run(work: Callable[[], None], cores: int, pipe: object) -> None:
-    """In a fresh process on some cores: seconds of `work`, without the imports, and its memory."""
+    """Sends (seconds of `work` without the imports, its peak memory) from a new process."""
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
     indexed_module(), import_module("datasets"), import_module("datatrove.data")
     memory = Memory()
     begin = time.perf_counter()
     work()
     seconds = time.perf_counter() - begin
-    memory.look()
+    memory.sample()
     pipe.send((seconds, memory.private, memory.resident))  # type: ignore[attr-defined]
 
 
 def run(work: Callable[[], None], cores: int) -> tuple[float, int, int]:
-    """Seconds of `work` in a process of its own, and its most private and resident bytes."""
+    """(seconds, peak private bytes, peak resident bytes) of `work` in a new process."""
     context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe()
-    process = context.Process(target=_run, args=(work, cores, theirs))
+    receiver, sender = context.Pipe()
+    process = context.Process(target=_run, args=(work, cores, sender))
     process.start()
-    theirs.close()
-    found: tuple[float, int, int] = mine.recv()
+    sender.close()
+    result: tuple[float, int, int] = receiver.recv()
     process.join()
-    return found
+    return result
 
 
 def side_by_side(config: DataConfig) -> None:
-    """Megabytes a second of each way, on one core; and of prepare on all."""
+    """Prints megabytes/s of each way on one core, and of prepare on all cores."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size = write_corpus(config, folder, _MEGABYTES)
-        print(f"{size:.1f} MB of text, a third each of {len(config.sources)} sources")
+        print(f"{size:.1f} MB of text, from {len(config.sources)} sources")
         one = partial(by_prepare, config, folder, prepare_workers=1)
         ways: list[tuple[str, Callable[[], None], int]] = [
             ("prepare", one, 1),
             ("datasets.map", partial(by_datasets, config, folder), 1),
-            ("Megatron's route", partial(by_megatron, config, folder), 1),
+            ("Megatron's tool", partial(by_megatron, config, folder), 1),
         ]
         cores = os.cpu_count() or 1
         if cores > 1:
@@ -158,7 +158,7 @@ def side_by_side(config: DataConfig) -> None:
 
 
 def filters(config: DataConfig) -> None:
-    """Megabytes a second of each filter on one core, and what it leaves out of every source."""
+    """Prints megabytes/s of each filter on one core, and what it drops of every source."""
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:1]))
     tokenizer = Tokenizer(config.tokenizer.path)
     for source in config.sources:
@@ -171,14 +171,14 @@ def filters(config: DataConfig) -> None:
         rules = Rules(FiltersConfig(), source)
         works: dict[str, Callable[[], object]] = {
             "length, encoding, marks": partial(_judge_all, cheap, documents),
-            "those and quality": partial(_judge_all, rules, documents),
+            "the same and quality": partial(_judge_all, rules, documents),
             "signatures": partial(signatures, texts),
-            "tokenising, beside": partial(tokenizer.encode_batch, texts),
+            "tokenising, for comparison": partial(tokenizer.encode_batch, texts),
         }
         for what, work in works.items():
             begin = time.perf_counter()
             work()
-            print(f"{source.name:5} {what:24} {size / (time.perf_counter() - begin):8.2f} MB/s")
+            print(f"{source.name:5} {what:26} {size / (time.perf_counter() - begin):8.2f} MB/s")
     os.sched_setaffinity(0, set(range(os.cpu_count() or 1)))
     with tempfile.TemporaryDirectory() as name:
         begin = time.perf_counter()
@@ -189,9 +189,9 @@ def filters(config: DataConfig) -> None:
     for source in config.sources:
         kept = sum(shard.documents for shard in manifest.shards if shard.source == source.name)
         losses = manifest.losses[source.name]
-        lost = ", ".join(f"{r} {losses[r].documents}" for r in REASONS if r in losses)
-        total += sum(loss.bytes for loss in losses.values())
-        print(f"{source.name}: {kept} documents stay; left out: {lost}")
+        dropped = ", ".join(f"{r} {losses[r].documents}" for r in REASONS if r in losses)
+        total += sum(stats.bytes for stats in losses.values())
+        print(f"{source.name}: {kept} documents kept; dropped: {dropped}")
     print(f"prepare with all filters: {total / seconds / 1e6:.2f} MB/s on {os.cpu_count()} cores")
 
 
@@ -201,7 +201,7 @@ def _judge_all(rules: Rules, documents: list[Document]) -> None:
 
 
 def _documents(config: DataConfig, megabytes: float) -> Iterator[str]:
-    """Texts of all sources by turns, up to that size."""
+    """Yields texts of all sources in turn, up to that size."""
     size = 0.0
     streams = [iter(Corpus(source)) for source in config.sources]
     for document in itertools.chain.from_iterable(zip(*streams, strict=False)):
@@ -212,7 +212,7 @@ def _documents(config: DataConfig, megabytes: float) -> Iterator[str]:
 
 
 def _repeated(texts: list[str], folder: Path, megabytes: float) -> None:
-    """JSON lines of that size in files of 64 MB: the texts again and again, each time marked."""
+    """Writes JSON lines of that size in files of 64 MB: the texts repeated, numbered to differ."""
     size, number, turn = 0, 0, 0
     while size < megabytes * 1e6:
         with (folder / f"{number:04d}.jsonl").open("w") as stream:
@@ -226,10 +226,10 @@ def _repeated(texts: list[str], folder: Path, megabytes: float) -> None:
 
 
 def memory(config: DataConfig) -> None:
-    """Memory of the process that screens and tokenises the same 10 MB, once and 100 times.
+    """Prints the memory of filtering and tokenising the same 10 MB, once and 100 times.
 
-    The documents are the same, so that only the amount differs. Judged by length and encoding,
-    signed and compared as a whole; similar texts are not left out, since then nothing would remain.
+    The documents are the same, so that only the amount differs. Length, encoding and exact
+    duplicates are filtered; near duplicates are not, since then nothing would remain.
     """
     filters = {"quality_rules": (), "near_duplicate_similarity": None, "template_similarity": None}
     texts = list(_documents(config, 10))
@@ -240,7 +240,7 @@ def memory(config: DataConfig) -> None:
             work = partial(by_prepare, config, folder, prepare_workers=1, filters=filters)
             seconds, private, resident = run(work, os.cpu_count() or 1)
             print(
-                f"{megabytes:5} MB in {seconds:4.0f} s: most private memory {private >> 20} MiB, "
+                f"{megabytes:5} MB in {seconds:4.0f} s: peak private memory {private >> 20} MiB, "
                 f"{resident >> 20} MiB with mapped files",
                 flush=True,
             )
