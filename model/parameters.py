@@ -18,7 +18,6 @@ from model.config import LayerType, ModelConfig
 from model.parameter_entry import (
     Entry,
     Letters,
-    Scope,
     Shape,
     compressor,
     expert_stack,
@@ -36,9 +35,11 @@ _ROWS: dict[str, Any] = {"split": ("tensor", 0)}
 _COLUMNS: dict[str, Any] = {"split": ("tensor", 1)}
 _CSA: dict[str, Any] = {"layers": ("csa",)}
 
-_MODEL = (
+_BEFORE_LAYERS = (
     *hyper_connection("hc_head", lambda s: s.N, 1, "model.hc_head.hc_", scope="model"),
     matrix("embed", "embedding", lambda s: (s.V, s.D), "model.embed_tokens", **_VOCABULARY),
+)
+_AFTER_LAYERS = (
     norm("norm", lambda s: s.D, "model.norm", scope="model"),
     matrix("head", "head", lambda s: (s.V, s.D), "lm_head", multiplies=True, **_VOCABULARY),
 )
@@ -99,22 +100,26 @@ _EXPERTS = (
     shared_expert("w2", lambda s: (s.D, s.S), 1, "down_proj"),
     shared_expert("w3", lambda s: (s.S, s.D), 0, "up_proj"),
 )
-_BLOCK = (
+_HYPER_CONNECTIONS = (
     *hyper_connection("hc_attn", lambda s: (2 + s.N) * s.N, 3, "attn_hc."),
     *hyper_connection("hc_ffn", lambda s: (2 + s.N) * s.N, 3, "ffn_hc."),
+)
+_SUBLAYERS = (
     norm("attn_norm", lambda s: s.D, "input_layernorm"),
     norm("ffn_norm", lambda s: s.D, "post_attention_layernorm"),
     *_ATTENTION,
     *_EXPERTS,
 )
-# What the MTP block has in addition to any block; ``transformers`` has no MTP.
-_MTP = (
+# Every block, with what the MTP block adds; ``transformers`` has no MTP.
+_MTP_BLOCK = (
+    *_HYPER_CONNECTIONS,
     *hyper_connection("hc_head", lambda s: s.N, 1, None, scope="mtp"),
+    *_SUBLAYERS,
     *(matrix(n, "mtp", lambda s: (s.D, s.D), None, scope="mtp") for n in ("e_proj", "h_proj")),
     *(norm(name, lambda s: s.D, None, scope="mtp") for name in ("enorm", "hnorm", "norm")),
 )
 
-TABLE: tuple[Entry, ...] = (*_MODEL, *_BLOCK, *_MTP)
+TABLE: tuple[Entry, ...] = (*_BEFORE_LAYERS, *_AFTER_LAYERS, *_MTP_BLOCK)
 
 _PREFIX = re.compile(r"((?:layers|mtp)\.\d+\.)?(.*)")
 _OFFICIAL_EXPERT = re.compile(r"(.*)\.(\d+)\.([^.]*)\.weight")
@@ -251,21 +256,24 @@ class Parameter:
 
 
 def tensors_of(config: ModelConfig) -> Iterator[Parameter]:
-    """Yields every parameter and buffer of ``V4Model(config)``."""
+    """Yields every parameter and buffer of ``V4Model(config)``.
 
-    def scope(
-        prefix: str, kind: LayerType, hashed: bool, scopes: tuple[Scope, ...]
-    ) -> Iterator[Parameter]:
+    Parameters come in the order of ``named_parameters()``, on which the optimizer's layout depends.
+    """
+
+    def scope(prefix: str, kind: LayerType = "window", hashed: bool = False) -> Iterator[Parameter]:
         letters = Letters.of(config, kind)
         for entry in TABLE:
-            if entry.scope in scopes and entry.exists(kind, hashed):
+            if _in_scope(entry, prefix) and entry.exists(kind, hashed):
                 yield Parameter(prefix + entry.name, entry, letters)
 
-    yield from scope("", "window", False, ("model",))
+    model = list(scope(""))
+    yield from (line for line in model if line.entry not in _AFTER_LAYERS)
     for row, kind in enumerate(config.layer_types):
-        yield from scope(f"layers.{row}.", kind, row < config.num_hash_layers, ("block",))
+        yield from scope(f"layers.{row}.", kind, row < config.num_hash_layers)
+    yield from (line for line in model if line.entry in _AFTER_LAYERS)
     for number in range(config.num_nextn_predict_layers):
-        yield from scope(f"mtp.{number}.", "window", False, ("block", "mtp"))
+        yield from scope(f"mtp.{number}.")
 
 
 def parameter_table(config: ModelConfig) -> dict[str, Parameter]:

@@ -15,16 +15,14 @@ def train(config: RunConfig, stop: StopRequest) -> None:
 
     from trainer.failures import report_failures
     from trainer.parallel.grid import open_grid
-    from trainer.planning.expected_memory import expected, expected_words
+    from trainer.planning.expected_memory import expected_memory
     from trainer.planning.fit_device import fitted
     from trainer.planning.out_of_memory import advised
     from trainer.preflight import preflight
     from trainer.trainer import Trainer
 
     with report_failures() as watch:
-        # Both while there is no process group.
-        config, notes = fitted(config)
-        memory = expected(config)
+        config, notes = fitted(config)  # before there is a process group
         with open_grid(config.degrees, config.parallel.timeout_seconds) as grid:
             watch.connect(grid)
             if config.deterministic:
@@ -32,7 +30,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
                     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
             preflight(config, grid)
-            notes.append(expected_words(config, grid, memory))
+            notes.append(expected_memory(config, grid.world_size))
             with advised(config, grid):
                 Trainer(config, grid, stop, notes).run()
             watch.close()

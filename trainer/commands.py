@@ -113,7 +113,9 @@ def plan(config: RunConfig, options: argparse.Namespace) -> None:
 
     # A file or a pipe has no width: tables are as wide as they need.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    for part in make_plan(config, options.processes, options.dry_run, options.phase):
+    for part in make_plan(
+        config, options.processes, options.dry_run, options.phase, options.parameters
+    ):
         console.print(part)
     if options.measure:
         from trainer.planning.layer_times import measure
@@ -183,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--processes", type=int, default=1)
             verb.add_argument("--dry-run", action="store_true", help="memory with activations")
             verb.add_argument("--phase", type=int, help="whose activations")
+            verb.add_argument("--parameters", action="store_true", help="the optimizer's table")
             verb.add_argument("--measure", action="store_true", help="time one layer of each kind")
         verb.add_argument("overrides", nargs="*", metavar="key=value")
     return parser

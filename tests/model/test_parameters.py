@@ -26,7 +26,7 @@ from optim.config import GROUPS
 from tests.model.tiny import tiny_config
 from trainer.checkpoint.logical_tensors import logical_tensors
 from trainer.config import load_config
-from trainer.parallel.degrees import Sizes
+from trainer.parallel.degrees import Degrees
 from trainer.parallel.placement import place
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -45,6 +45,11 @@ def check_equal(config: ModelConfig) -> None:
     trained = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert parameter_shapes(config) == trained
     assert parameter_counts(config).total == sum(p.numel() for p in model.parameters())
+
+
+def test_parameters_come_in_the_order_of_the_model():
+    config = tiny_config()
+    assert list(parameter_shapes(config)) == [n for n, _ in meta_model(config).named_parameters()]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -117,7 +122,7 @@ def test_adding_a_parameter_takes_its_module_and_one_line_of_the_table(monkeypat
     )
     assert official in logical_tensors(model, [])
 
-    placement = place(name, tuple(value.shape), Sizes(2, tensor=2), 1)
+    placement = place(name, tuple(value.shape), Degrees(2, tensor=2), 1)
     assert (placement.offset, placement.size) == ((12, 0), (12, 32))
     [assignment] = build_table({name: tuple(value.shape)}, parameter_table(config), OptimConfig())
     assert (assignment.optimizer, assignment.matrices) == ("muon", (2, 12, 32))

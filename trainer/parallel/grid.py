@@ -23,9 +23,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from rich.table import Table
 
-from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
+from trainer.parallel.degrees import DENSE, EXPERT, Degrees
 
 _SHORT = {
     "tensor": "tp",
@@ -233,20 +232,6 @@ class _AxisMaker:
         if mine is None:
             return alone
         return Axis(name, mine.index(self.rank), tuple(mine), group, self.traffic)
-
-
-def who_is_where(degrees: Degrees, most: int = 64) -> Table:
-    """The coordinates of every rank on every axis, at most the first `most` ranks."""
-    names = [*DENSE, *EXPERT[:-1]]
-    table = Table(title="who is where", title_justify="left")
-    for name in ("rank", *names):
-        table.add_column(name, justify="right")
-    for rank in range(min(degrees.world, most)):
-        places = {**place_of(rank, DENSE, degrees), **place_of(rank, EXPERT, degrees)}
-        table.add_row(str(rank), *(str(places[name]) for name in names))
-    if degrees.world > most:
-        table.add_row("…", *[""] * len(names))
-    return table
 
 
 def local_device(local_rank: int) -> torch.device:

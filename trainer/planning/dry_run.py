@@ -165,15 +165,6 @@ def dry_run(
     return DryRun(degrees, ranks, parameters, microbatches_of(planned, degrees), planned)
 
 
-def rank_memory(config: RunConfig, degrees: Degrees, rank: int) -> RankMemory:
-    """What one rank will hold in the phase with the largest microbatches, as `dry_run` counts it.
-
-    Raises RuntimeError inside a process group.
-    """
-    with as_rank(rank, degrees) as grid:
-        return _Part(config, grid, Recipe(config).largest).memory({})
-
-
 @contextmanager
 def as_rank(rank: int, degrees: Degrees) -> Iterator[Grid]:
     """The grid as `rank` would see it, on the meta device; its collectives move nothing."""

@@ -1,4 +1,7 @@
-"""`v4 plan`: what a config asks for, before anything is run."""
+"""`v4 plan`: steps, tokens, parallelism, traffic and memory of a config, before anything is run.
+
+Imports torch only for `--dry-run`.
+"""
 
 from __future__ import annotations
 
@@ -6,64 +9,91 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from data.config import DataPhase
 from model.flops import flops_by_part, training_flops
-from model.parameters import parameter_counts
+from model.parameters import parameter_counts, parameter_table
+from optim.partition import build_table, render_table
 from trainer.config import ConfigError, RunConfig
 from trainer.config.recipe import Phase, Recipe, short_length
 from trainer.formatting import GIB, duration, gib, short
 from trainer.metrics.jsonl import read_metrics
-from trainer.parallel.degrees import DENSE, EXPERT, Degrees
-from trainer.parallel.grid import who_is_where
+from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
 from trainer.parallel.stage_plan import StagePlan
-from trainer.planning.dry_run import DryRun, RankMemory, dry_run
-from trainer.planning.static_memory import assignment, memory_parts, snapshot_memory
+from trainer.planning.static_memory import (
+    StageParts,
+    all_stage_parts,
+    assignment,
+    fullest_parts,
+    snapshot_bytes,
+)
+from trainer.planning.traffic import Exchange, Work, step_traffic
+
+if TYPE_CHECKING:
+    from trainer.planning.dry_run import DryRun, RankMemory
 
 UTILISATION = 0.4
-"""Share of the peak that a run is taken to reach before it has been measured."""
+"""MFU that is assumed before a run has been measured."""
+MAX_RANKS = 64
+"""Ranks whose coordinates are listed."""
+COLLECTIVES = ("gather", "scatter", "sum", "exchange", "send")
 
 
 def plan(
-    config: RunConfig, world_size: int, dry: bool = False, phase: int | None = None
+    config: RunConfig,
+    world_size: int,
+    dry: bool = False,
+    phase: int | None = None,
+    parameters: bool = False,
 ) -> Iterator[Table | str]:
-    """Steps, tokens, parameters, axes, who is where, stages, owners and memory in tables.
+    """Yields tables of the run, its phases, ranks, stages, optimizer, traffic and memory.
 
-    With `dry` memory has activations: those of the run's `phase`, by default of the one with the
-    largest microbatches. Raises ConfigError where the config does not fit the
-    processes, or trains with another engine than the native one.
+    With `dry` memory includes activations: those of the run's `phase`, by default of the one with
+    the largest microbatches. With `parameters` the optimizer's table of all parameters is among
+    the tables. Raises ConfigError if the config does not fit the processes, or trains with another
+    engine than the native one.
     """
     if config.engine != "native":
-        raise ConfigError(f"engine = {config.engine}: v4 plan knows the memory of native only")
+        raise ConfigError(f"engine = {config.engine}: v4 plan supports engine = native only")
     degrees = config.degrees(world_size)
-    yield summary(config, degrees)
-    if config.fit_to_memory:
-        yield (
-            "fit_to_memory: training chooses data.micro_batch_size and, for less memory, parallel.recompute "
-            "and parallel.offload for the device that it finds; this plan takes them as written."
-        )
-    yield from recipe_part(config, degrees)
-    if world_size > 1:
-        yield who_is_where(degrees)
-    if degrees.pipeline > 1:
-        yield stage_table(config)
-    yield from assignment(config, degrees)
-    if not dry:
-        yield memory_table(config, degrees)
-        return
     phases = Recipe(config).phases
     if phase is not None and not 0 <= phase < len(phases):
         raise ConfigError(f"phase {phase} should be one of the run's, 0 to {len(phases) - 1}")
-    found = dry_run(config, world_size, _TimeLeft(), phase)
-    yield dry_run_table(found)
-    yield dry_run_words(found)
+    yield summary(config, degrees)
+    if config.fit_to_memory:
+        yield (
+            "fit_to_memory: training chooses data.micro_batch_size, parallel.recompute and "
+            "parallel.offload for its device; this plan takes them as written."
+        )
+    yield from recipe_part(config, degrees)
+    if world_size > 1:
+        yield rank_table(degrees)
+    if degrees.pipeline > 1:
+        yield stage_table(config)
+    if parameters:
+        table = parameter_table(config.model)
+        shapes = {name: line.shape for name, line in table.items()}
+        yield render_table(build_table(shapes, table, config.optim))
+    stages = all_stage_parts(config, degrees)
+    yield from assignment(stages)
+    if world_size > 1:
+        yield traffic_of(config, degrees)
+    if not dry:
+        yield memory_table(config, stages)
+        return
+    from trainer.planning.dry_run import dry_run
+
+    result = dry_run(config, world_size, _Progress(), phase)
+    yield dry_run_table(result)
+    yield dry_run_summary(result)
 
 
 def summary(config: RunConfig, degrees: Degrees) -> Table:
-    """Steps, tokens, parameters and the degrees of all axes."""
+    """Returns steps, tokens, parameters and the degrees of all axes."""
     counts = parameter_counts(config.model)
     phases = Recipe(config).phases
     step_tokens = max(s.rows.global_batch_size * s.rows.seq_len for s in phases)
@@ -76,14 +106,14 @@ def summary(config: RunConfig, degrees: Degrees) -> Table:
         ("processes", f"{degrees.world:,}"),
         *((" x ".join(axes), " x ".join(map(str, degrees.of(axes)))) for axes in (DENSE, EXPERT)),
         ("steps", f"{config.steps:,}"),
-        ("tokens a step, at most", f"{step_tokens:,}"),
-        ("tokens in all, at most", f"{sum(phase.tokens for phase in phases):,}"),
+        ("tokens per step, max", f"{step_tokens:,}"),
+        ("tokens in total, max", f"{sum(phase.tokens for phase in phases):,}"),
         (
-            "microbatches a step on a process",
+            "microbatches per step on a process",
             f"{math.ceil(rows_of_rank / largest.micro_batch_size):,}",
         ),
         ("parameters", f"{counts.total:,}"),
-        ("  active for a token, without MTP", f"{counts.active:,}"),
+        ("  active per token, without MTP", f"{counts.active:,}"),
         ("  in the MTP block", f"{counts.mtp:,}"),
     ):
         table.add_row(name, value)
@@ -91,79 +121,79 @@ def summary(config: RunConfig, degrees: Degrees) -> Table:
 
 
 def recipe_part(config: RunConfig, degrees: Degrees) -> Iterator[Table | str]:
-    """The run's phases with their steps, tokens and times, and what the times rest on."""
+    """Yields the run's phases with steps, tokens and times, and the basis of the times."""
     recipe = Recipe(config)
-    rate, words = expected_rate(config, degrees)
-    table = Table(title="the run, phase by phase", title_justify="left")
+    rate, basis = expected_rate(config, degrees)
+    table = Table(title="phases", title_justify="left")
     names = ("phase", "name", "steps", "tokens", "until", "rows x length", "rate", "mtp", "time")
     for name in names:
         table.add_column(name, justify="left" if name == "name" else "right")
-    until, whole = 0, 0.0
+    until, total = 0, 0.0
     for phase in recipe.phases:
-        operations = phase_operations(config, phase)
-        until, whole = until + phase.tokens, whole + operations
+        flops = phase_flops(config, phase)
+        until, total = until + phase.tokens, total + flops
         table.add_row(
             f"phase {phase.number}",
             phase.name or "the whole run",
             f"{phase.steps:,}",
             short(phase.tokens),
             short(until),
-            rows_in_words(phase.rows),
-            rates_in_words(recipe, phase),
+            format_rows(phase.rows),
+            format_rates(recipe, phase),
             f"{recipe.mtp_loss_weight(phase.end - 1):g}",
-            "?" if rate is None else duration(operations / rate),
+            "?" if rate is None else duration(flops / rate),
         )
     if len(recipe.phases) > 1 and rate is not None:
         table.add_section()
-        table.add_row("in all", "", f"{recipe.steps:,}", *[""] * 5, duration(whole / rate))
+        table.add_row("total", "", f"{recipe.steps:,}", *[""] * 5, duration(total / rate))
     yield table
-    yield words
+    yield basis
     yield from recipe.notes()
 
 
-def phase_operations(config: RunConfig, phase: Phase) -> float:
-    """Operations of a phase, every row taken to be one sample."""
+def phase_flops(config: RunConfig, phase: Phase) -> float:
+    """Returns the FLOPs of a phase if every row is one sample."""
     of_row = training_flops(config.model, [phase.rows.seq_len], attention=phase.attention)
     return of_row * (phase.tokens // phase.rows.seq_len)
 
 
 def expected_rate(config: RunConfig, degrees: Degrees) -> tuple[float | None, str]:
-    """Operations a second of all processes, and a sentence about where that number is from."""
+    """Returns FLOP/s of all processes together, and a sentence about the source of that number."""
     path = config.run_dir / "metrics.jsonl"
     records = read_metrics(path)[-100:] if path.is_file() else []
     speeds = sorted(record["tflops_per_second"] for record in records)
     if speeds:
         speed = speeds[len(speeds) // 2]
-        return speed * 1e12, f"Times at the {speed:.3g} TFLOP/s of the run's newest steps."
+        return speed * 1e12, f"Times at {speed:.3g} TFLOP/s, the median of the run's last steps."
     if (peak := config.metrics.peak_tflops) is not None:
         rate = UTILISATION * peak * degrees.world
         return rate * 1e12, (
             f"Times at {UTILISATION:.0%} of metrics.peak_tflops = {peak:g} on {degrees.world:,} "
-            "processes; no run has been measured yet."
+            "processes; the run has no measured steps yet."
         )
-    return None, "Times need metrics.peak_tflops, or a run that has begun."
+    return None, "Times need metrics.peak_tflops, or a run with measured steps."
 
 
-def rows_in_words(rows: DataPhase) -> str:
-    """`4 to 8 x 512` where a ramp leads to eight rows."""
+def format_rows(rows: DataPhase) -> str:
+    """Formats rows x length: `4 to 8 x 512` for a ramp to eight rows."""
     ramp = "" if rows.initial_batch_size is None else f"{rows.initial_batch_size:,} to "
     return f"{ramp}{rows.global_batch_size:,} x {short_length(rows.seq_len)}"
 
 
-def rates_in_words(recipe: Recipe, phase: Phase) -> str:
-    """The learning rates of the first, the middle and the last step."""
+def format_rates(recipe: Recipe, phase: Phase) -> str:
+    """Formats the learning rates of the first, the middle and the last step."""
     steps = (phase.first, (phase.first + phase.end) // 2, phase.end - 1)
     return ", ".join(dict.fromkeys(f"{recipe.learning_rate(step):.3g}" for step in steps))
 
 
 def stage_table(config: RunConfig) -> Table:
-    """Layers of each stage of the pipeline, and its share of a row's operations."""
+    """Returns the layers of each pipeline stage and its share of a row's FLOPs."""
     length = Recipe(config).seq_len
     stages = config.parallel.stages(config.model, length)
     shares = stage_shares(stages, *flops_by_part(config.model, length))
     rank_of = {number: rank for rank in range(stages.ranks) for number in stages.stages_of(rank)}
     table = Table(title="stages", title_justify="left")
-    for name in ("stage", "pipeline rank", "layers", "kinds", "operations"):
+    for name in ("stage", "pipeline rank", "layers", "kinds", "FLOPs"):
         table.add_column(name, justify="left" if name == "kinds" else "right")
     for number, share in enumerate(shares):
         rows = stages.layers_of(number)
@@ -177,7 +207,7 @@ def stage_table(config: RunConfig) -> Table:
 
 
 def stage_shares(stages: StagePlan, costs: list[float], tail: float) -> list[float]:
-    """Each stage's share of the costs of all layers and of the `tail` behind them."""
+    """Returns each stage's share of the cost of all layers and of the `tail` after them."""
     of_stage = [
         sum(costs[row] for row in stages.layers_of(number)) + tail * stages.is_last(number)
         for number in range(len(stages.layers))
@@ -185,30 +215,104 @@ def stage_shares(stages: StagePlan, costs: list[float], tail: float) -> list[flo
     return [cost / (sum(costs) + tail) for cost in of_stage]
 
 
-def memory_table(config: RunConfig, degrees: Degrees) -> Table:
-    """What the fullest process holds all the time."""
-    table = Table(title="memory of the fullest process", show_header=False, title_justify="left")
-    table.add_column("part")
-    table.add_column("size", justify="right")
-    parts = memory_parts(config, degrees)
-    for name, size in parts.items():
-        table.add_row(name, gib(size))
-    table.add_section()
-    table.add_row("in all, without activations (--dry-run adds them)", gib(sum(parts.values())))
-    if held := snapshot_memory(config, degrees):
-        table.add_row("on the host: snapshots of stability.spikes", gib(held))
+def rank_table(degrees: Degrees) -> Table:
+    """Returns the coordinates of the first ranks on every axis."""
+    names = [*DENSE, *EXPERT[:-1]]
+    table = Table(title="ranks", title_justify="left")
+    for name in ("rank", *names):
+        table.add_column(name, justify="right")
+    for rank in range(min(degrees.world, MAX_RANKS)):
+        places = {**place_of(rank, DENSE, degrees), **place_of(rank, EXPERT, degrees)}
+        table.add_row(str(rank), *(str(places[name]) for name in names))
+    if degrees.world > MAX_RANKS:
+        table.add_row("…", *[""] * len(names))
     return table
 
 
-def dry_run_table(found: DryRun) -> Table:
-    """Memory by pipeline rank and part."""
-    unit, name = (GIB, "GiB") if found.fullest.total >= GIB else (2**20, "MiB")
-    where = f", phase {found.phase.number}, {found.phase.name}" if found.phase.name else ""
-    table = Table(title=f"memory of a process, {name}{where}", title_justify="left")
-    names = [*found.ranks[0].resident, "microbatches", "in flight", "activations", "workspace"]
-    for name in ("ranks", "layers", "parameters", *names, "in all"):
+def traffic_of(config: RunConfig, degrees: Degrees) -> Table | str:
+    """Returns the bytes that a rank sends per step, of the pipeline rank that sends most.
+
+    In the phase with the largest microbatches; rows are one sample each and routing is even.
+    """
+    phase = Recipe(config).largest
+    if phase.attention == "warmup":
+        return f"Traffic has no formula for the warm-up of the indexers, phase {phase.number}."
+    rows, parallel = phase.rows, config.parallel
+    work = Work.whole_rows(
+        rows.seq_len,
+        rows.micro_batch_size,
+        math.ceil(rows.global_batch_size / degrees.data / rows.micro_batch_size),
+        "fp32" if config.precision == "fp32" else "bf16",
+        parallel.recompute,
+        phase.attention,
+    )
+    exchange = Exchange(
+        parallel.grad_reduce_dtype,
+        parallel.expert_grad_reduce_dtype,
+        parallel.max_optimizer_padding,
+    )
+    stages = parallel.stages(config.model, Recipe(config).seq_len)
+    first_ranks = range(0, degrees.world, degrees.world // degrees.pipeline)
+    try:
+        by_rank = {
+            rank: step_traffic(config.model, degrees, stages, rank, work, config.optim, exchange)
+            for rank in first_ranks
+        }
+    except ValueError as error:
+        return f"Traffic: {error}."
+    rank = max(by_rank, key=lambda rank: sum(by_rank[rank].values()))
+    where = f", phase {phase.number}, {phase.name}" if phase.name else ""
+    return traffic_table(by_rank[rank], f"sent by rank {rank} per step{where}")
+
+
+def traffic_table(sent: Mapping[tuple[str, str], int], title: str) -> Table:
+    """Returns the bytes sent by axis and collective.
+
+    `stage/8` is the optimizer's exchange within groups of 8 owners of a pipeline stage, `stage*2`
+    the sum over 2 such groups.
+    """
+    unit, name = (GIB, "GiB") if sum(sent.values()) >= GIB else (2**20, "MiB")
+    table = Table(title=f"{title}, {name}", title_justify="left")
+    table.add_column("axis")
+    for name in (*COLLECTIVES, "total"):
         table.add_column(name, justify="right")
-    for ranks in alike(found):
+
+    def add(name: str, sizes: Sequence[int]) -> None:
+        cells = [f"{size / unit:,.2f}" if size else "" for size in (*sizes, sum(sizes))]
+        table.add_row(name, *cells)
+
+    for axis in dict.fromkeys(axis for axis, _ in sent):
+        add(axis, [sent.get((axis, name), 0) for name in COLLECTIVES])
+    table.add_section()
+    totals = [sum(n for (_, other), n in sent.items() if other == name) for name in COLLECTIVES]
+    add("total", totals)
+    return table
+
+
+def memory_table(config: RunConfig, stages: Sequence[StageParts]) -> Table:
+    """Returns the memory that the fullest process holds throughout the run."""
+    table = Table(title="memory of the fullest process", show_header=False, title_justify="left")
+    table.add_column("part")
+    table.add_column("size", justify="right")
+    parts = fullest_parts(stages)
+    for name, size in parts.items():
+        table.add_row(name, gib(size))
+    table.add_section()
+    table.add_row("total without activations (see --dry-run)", gib(sum(parts.values())))
+    if size := snapshot_bytes(config, stages):
+        table.add_row("host memory: snapshots of stability.spikes", gib(size))
+    return table
+
+
+def dry_run_table(result: DryRun) -> Table:
+    """Returns memory by pipeline rank and part."""
+    unit, name = (GIB, "GiB") if result.fullest.total >= GIB else (2**20, "MiB")
+    where = f", phase {result.phase.number}, {result.phase.name}" if result.phase.name else ""
+    table = Table(title=f"memory of a process, {name}{where}", title_justify="left")
+    names = [*result.ranks[0].resident, "microbatches", "in flight", "activations", "workspace"]
+    for name in ("ranks", "layers", "parameters", *names, "total"):
+        table.add_column(name, justify="right")
+    for ranks in similar_ranks(result):
         one = max(ranks, key=lambda rank: rank.total)
         sizes = [one.microbatches, one.activations, one.workspace, one.total]
         values = [f"{size / unit:.2f}" for size in (*one.resident.values(), *sizes)]
@@ -220,39 +324,38 @@ def dry_run_table(found: DryRun) -> Table:
     return table
 
 
-def dry_run_words(found: DryRun) -> str:
-    """The sum of all parameters, and the fullest rank."""
-    full = found.fullest
+def dry_run_summary(result: DryRun) -> str:
+    """Returns a sentence about the sum of all parameters and the fullest rank."""
+    full = result.fullest
     update = ""
     if full.update > full.microbatches + full.activations + full.workspace:
         update = " during the optimizer's step"
     return (
-        f"All processes together hold {found.parameters:,} parameters, each counted once. The "
-        f"fullest is rank {full.rank} on pipeline rank {full.pipeline}: {gib(full.total)} at most"
-        f"{update}, of which {gib(sum(full.resident.values()))} all the time."
+        f"All processes together hold {result.parameters:,} parameters, each counted once. The "
+        f"fullest is rank {full.rank} on pipeline rank {full.pipeline}: peak {gib(full.total)}"
+        f"{update}, of which {gib(sum(full.resident.values()))} throughout the run."
     )
 
 
-def alike(found: DryRun) -> Iterator[list[RankMemory]]:
-    """The ranks that were looked at, those of a pipeline rank together that hold as much to
-    0.1%."""
-    for pipeline in range(found.degrees.pipeline):
-        ranks = [rank for rank in found.ranks if rank.pipeline == pipeline]
+def similar_ranks(result: DryRun) -> Iterator[list[RankMemory]]:
+    """Yields the ranks of the dry run; those of a pipeline rank with equal totals together."""
+    for pipeline in range(result.degrees.pipeline):
+        ranks = [rank for rank in result.ranks if rank.pipeline == pipeline]
         same = [rank for rank in ranks if abs(rank.total / ranks[0].total - 1) < 1e-3]
         yield same
         yield from ([rank] for rank in ranks if rank not in same)
 
 
 def span(numbers: Iterable[int]) -> str:
-    """`3-7` for numbers in order, from the first to the last; nothing for none."""
+    """Formats consecutive numbers: `3-7`; nothing for none."""
     numbers = list(numbers)
     if len(numbers) < 2:
         return "".join(map(str, numbers))
     return f"{numbers[0]}-{numbers[-1]}"
 
 
-class _TimeLeft:
-    """A line on stderr, on a terminal one that changes: how far a dry run is."""
+class _Progress:
+    """Progress of a dry run on stderr; on a terminal the line is rewritten."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -262,7 +365,7 @@ class _TimeLeft:
         spent = time.monotonic() - self._start
         text = f"dry run: {done} of {of} ranks, {spent:.0f} s"
         if done < of:
-            text += f", about {spent / done * (of - done):.0f} s to go"
+            text += f", about {spent / done * (of - done):.0f} s left"
         if sys.stderr.isatty():
             print(f"\r{text:<60}", end="\n" if done == of else "", file=sys.stderr, flush=True)
         elif done == of:

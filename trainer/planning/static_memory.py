@@ -1,39 +1,37 @@
-"""What processes hold for a whole run, from shapes, placements and the optimizer's layout alone."""
+"""Memory that processes hold throughout a run, in closed form: from the table of parameters,
+placements and the optimizer's layout. Answers for thousands of ranks and imports no torch.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from rich.table import Table
 
-from model import V4Model
-from model.parameters import parameter_table
-from optim import build_table
+from model.config import ModelConfig
+from model.parameters import Parameter, parameter_table, split_name, tensors_of
+from optim.partition import build_table
 from optim.zero.plan import Load, Summary
-from trainer.build import DTYPES
-from trainer.checkpoint.logical_tensors import has_master
 from trainer.config import RunConfig
 from trainer.config.recipe import Recipe
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.placement import place_all
-from trainer.parallel.plan import keep_stages
-from trainer.parallel.stage_plan import tied_embedding
+from trainer.parallel.stage_plan import StagePlan, tied_embedding
 from trainer.parallel.zero_layout import Family, FamilyKind, families, stage_loads
 
 
 @dataclass(frozen=True)
 class StageParts:
-    """What the ranks of a pipeline rank hold.
+    """Memory of the ranks of a pipeline rank.
 
     Attributes:
         families: parameters by the ranks that hold the same part of them.
-        loads: by rank of the stage, what its optimizer keeps and computes of each family.
+        loads: by rank of the stage, the optimizer's state and work for each family.
         weights, gradients: bytes on every rank.
-        unmastered: bytes of weights and buffers of which the optimizer keeps no master.
-        quantised: bytes of the experts as quantised phases hold them; None where there are none.
+        unmastered: bytes of weights and buffers without an fp32 master in the optimizer.
+        quantised: bytes of the experts' quantised copies; None without quantised phases.
     """
 
     families: list[Family]
@@ -44,12 +42,12 @@ class StageParts:
     quantised: int | None
 
     def parts(self, rank: int) -> dict[str, int]:
-        """Bytes by part, of a rank by its number in the stage."""
+        """Returns the bytes by part of a rank, by its number in the stage."""
         masters = states = 0
         for (_, is_low), load in self.loads[rank].items():
-            # Masters of fp32 parameters are the parameters, but for matrices that ranks split.
+            # fp32 parameters are their own masters, except matrices that ranks split.
             masters += 4 * (load.muon + load.adamw if is_low else load.joined)
-            states += 4 * (load.muon + 2 * load.adamw + load.runs)  # a run counts its steps
+            states += 4 * (load.muon + 2 * load.adamw + load.runs)  # each run has a step count
         parts = {
             "weights": self.weights,
             "gradients": self.gradients,
@@ -61,32 +59,54 @@ class StageParts:
         return parts
 
     def snapshot(self, rank: int) -> int:
-        """Bytes of a copy of all that a resume needs of a rank; see stability.py."""
+        """Returns the bytes of a snapshot of a rank, which holds all that a resume needs."""
         low = (load for (_, is_low), load in self.loads[rank].items() if is_low)
         masters = sum(4 * (load.muon + load.adamw) for load in low)
         return self.unmastered + masters + self.parts(rank)["optimizer states"]
 
     @property
     def fullest(self) -> int:
-        """The number in the stage of the rank that holds most."""
+        """The rank with most bytes, by its number in the stage."""
         return max(range(len(self.loads)), key=lambda rank: sum(self.parts(rank).values()))
+
+    @property
+    def max_snapshot(self) -> int:
+        """The bytes of the largest snapshot."""
+        return max(self.snapshot(rank) for rank in range(len(self.loads)))
+
+
+def stage_tensors(model: ModelConfig, stages: StagePlan, rank: int) -> dict[str, Parameter]:
+    """Returns the parameters and buffers of a pipeline rank's stages by name."""
+    numbers = stages.stages_of(rank)
+    layers = {f"layers.{row}." for number in numbers for row in stages.layers_of(number)}
+    is_last = any(stages.is_last(number) for number in numbers)
+    has_embedding = 0 in numbers or (is_last and model.num_nextn_predict_layers > 0)
+
+    def is_local(name: str) -> bool:
+        if name.startswith("layers."):
+            return split_name(name)[0] in layers
+        return has_embedding if name == "embed.weight" else is_last
+
+    return {line.name: line for line in tensors_of(model) if is_local(line.name)}
 
 
 def stage_parts(config: RunConfig, degrees: Degrees, pipeline: int) -> StageParts:
-    """Of the ranks of one pipeline rank."""
+    """Computes the memory of the ranks of one pipeline rank."""
     stages = config.parallel.stages(config.model, Recipe(config).seq_len)
-    with torch.device("meta"):
-        model = V4Model(config.model, DTYPES[config.precision])
-    keep_stages(model, stages, pipeline)
-    parameters = dict(model.named_parameters())
-    tensors = {**parameters, **model.state_dict()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    tensors = stage_tensors(config.model, stages, pipeline)
+    shapes = {name: line.shape for name, line in tensors.items()}
     placements = place_all(shapes, degrees, pipeline * (degrees.world // degrees.pipeline))
+    bytes_of_dtype = {"weights": 4 if config.precision == "fp32" else 2, "fp32": 4, "int64": 8}
     elements = {name: math.prod(placement.size) for name, placement in placements.items()}
-    trained = {name: placements[name].matrix_shape for name in parameters}
-    low = {name for name, tensor in parameters.items() if has_master(tensor)}
+    sizes_of = {n: elements[n] * bytes_of_dtype[line.entry.dtype] for n, line in tensors.items()}
+    trained = [name for name, line in tensors.items() if line.entry.group is not None]
+    low = {name for name in trained if sizes_of[name] < 4 * elements[name]}
     some = families(
-        build_table(trained, parameter_table(config.model), config.optim),
+        build_table(
+            {name: placements[name].matrix_shape for name in trained},
+            parameter_table(config.model),
+            config.optim,
+        ),
         placements,
         low,
         degrees,
@@ -96,49 +116,59 @@ def stage_parts(config: RunConfig, degrees: Degrees, pipeline: int) -> StagePart
     )
     quantised = None
     if any(phase.quantised for phase in Recipe(config).phases):
-        experts = [name for name in trained if placements[name].kind == "expert"]
-        quantised = sum(elements[name] * tensors[name].itemsize for name in experts)
+        quantised = sum(sizes_of[name] for name in trained if placements[name].kind == "expert")
     return StageParts(
         some,
         stage_loads(some, degrees, pipeline, config.optim.muon),
-        sum(elements[name] * tensor.itemsize for name, tensor in tensors.items()),
+        sum(sizes_of.values()),
         4 * sum(elements[name] for name in trained),
-        sum(elements[n] * t.itemsize for n, t in tensors.items() if n not in low),
+        sum(size for name, size in sizes_of.items() if name not in low),
         quantised,
     )
 
 
-def memory_parts(config: RunConfig, degrees: Degrees) -> dict[str, int]:
-    """Bytes that the fullest process holds for the whole run, or its quantised phases, by part.
+def all_stage_parts(config: RunConfig, degrees: Degrees) -> list[StageParts]:
+    """Computes the memory of all ranks, by pipeline rank."""
+    return [stage_parts(config, degrees, rank) for rank in range(degrees.pipeline)]
 
-    `trainer.planning.dry_run` counts the same in the real objects.
-    """
-    found = (stage_parts(config, degrees, rank) for rank in range(degrees.pipeline))
-    fullest = [stage.parts(stage.fullest) for stage in found]
+
+def fullest_parts(stages: Sequence[StageParts]) -> dict[str, int]:
+    """Returns the bytes by part of the rank with most of them."""
+    fullest = (stage.parts(stage.fullest) for stage in stages)
     return max(fullest, key=lambda parts: sum(parts.values()))
 
 
+def memory_parts(config: RunConfig, degrees: Degrees) -> dict[str, int]:
+    """Returns the bytes by part that the fullest process holds throughout the run.
+
+    `trainer.planning.dry_run` counts the same on the objects of training; a test compares them.
+    """
+    return fullest_parts(all_stage_parts(config, degrees))
+
+
+def snapshot_bytes(config: RunConfig, stages: Sequence[StageParts]) -> int:
+    """Returns the bytes of host memory that snapshots for rollbacks take in the fullest process."""
+    spikes = config.stability.spikes
+    return 0 if spikes is None else spikes.snapshots * max(s.max_snapshot for s in stages)
+
+
 def snapshot_memory(config: RunConfig, degrees: Degrees) -> int:
-    """Bytes of the host that a process holds at most to turn back to after a spike."""
+    """Returns `snapshot_bytes` of a run on a grid of these degrees."""
     spikes = config.stability.spikes
     if spikes is None or not spikes.snapshots:
         return 0
-    found = (stage_parts(config, degrees, rank) for rank in range(degrees.pipeline))
-    return spikes.snapshots * max(
-        stage.snapshot(rank) for stage in found for rank in range(len(stage.loads))
-    )
+    return snapshot_bytes(config, all_stage_parts(config, degrees))
 
 
-def assignment(config: RunConfig, degrees: Degrees) -> Iterator[Table | str]:
-    """Who owns what: the families of every pipeline rank, and what ranks keep and compute."""
+def assignment(stages: Sequence[StageParts]) -> Iterator[Table | str]:
+    """Yields the owners of the optimizer's state, and the load of a rank: min, mean and max."""
     table = Table(title="owners of the optimizer's state", title_justify="left")
     for name in ("pipeline rank", "parameters", "precision"):
         table.add_column(name)
     for name in ("matrices", "ranks", "owners", "repeated", "padding"):
         table.add_column(name, justify="right")
     loads = []
-    for pipeline in range(degrees.pipeline):
-        stage = stage_parts(config, degrees, pipeline)
+    for pipeline, stage in enumerate(stages):
         loads += [sum(rank.values(), Load()) for rank in stage.loads]
         for family in stage.families:
             matrices = sum(held.count for held in family.held if held.entry.matrices is not None)

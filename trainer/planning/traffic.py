@@ -8,7 +8,7 @@ model. A gather and the scatter that is its transpose send the same, whichever i
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,13 +16,14 @@ from typing import Literal
 import numpy as np
 
 from model.config import LayerType, ModelConfig
-from model.parameters import Shapes, always_fp32, parameter_shapes, parameter_table
+from model.parameters import Shapes, always_fp32, parameter_table
 from optim.config import OptimConfig
 from optim.partition import build_table
 from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
 from trainer.parallel.placement import place_all
 from trainer.parallel.stage_plan import StagePlan, tied_embedding
 from trainer.parallel.zero_layout import Family, families, seats
+from trainer.planning.static_memory import stage_tensors
 
 Lengths = Sequence[Sequence[int]]
 """Lengths of the samples of every row of a microbatch."""
@@ -83,10 +84,11 @@ class Work:
         microbatches: int,
         precision: Literal["fp32", "bf16"] = "bf16",
         recompute: Collection[str] = (),
+        attention: Literal["select", "dense", "sparse"] = "select",
     ) -> Work:
-        """Every row is one sample, and routing is even."""
+        """Returns the work of a step in which every row is one sample and routing is even."""
         one = [[seq_len]] * micro_batch_size
-        return cls(seq_len, [one] * microbatches, precision, recompute)
+        return cls(seq_len, [one] * microbatches, precision, recompute, attention=attention)
 
 
 @dataclass(frozen=True)
@@ -115,31 +117,19 @@ def step_traffic(
     from, which go by blocks whose size depends on the device.
     """
     sent = _Sent(config, degrees, stages, rank, work)
-    for lengths in work.microbatches:
+    counts = Counter(tuple(map(tuple, lengths)) for lengths in work.microbatches)
+    for lengths, count in counts.items():
+        before = sent.bytes.copy()
         sent.microbatch(lengths)
+        for key in sent.bytes:
+            sent.bytes[key] += (count - 1) * (sent.bytes[key] - before[key])
     if work.rows is not None:
         sent.expert_rows(work.rows)
     sent.world()
-    shapes = _held(config, stages, sent.place["pipeline"])
+    tensors = stage_tensors(config, stages, sent.place["pipeline"]).items()
+    shapes = {name: line.shape for name, line in tensors if line.entry.group is not None}
     sent.update(shapes, optim or OptimConfig(), exchange or Exchange())
     return {key: round(size) for key, size in sent.bytes.items() if size}
-
-
-def _held(config: ModelConfig, stages: StagePlan, rank: int) -> Shapes:
-    """Whole shapes of the parameters of which a pipeline rank holds a part."""
-    numbers = stages.stages_of(rank)
-    layers = {f"layers.{row}." for number in numbers for row in stages.layers_of(number)}
-    last = any(stages.is_last(number) for number in numbers)
-    embeds = 0 in numbers or (last and config.num_nextn_predict_layers > 0)
-    held = {}
-    for name, shape in parameter_shapes(config).items():
-        if name.startswith("layers."):
-            here = name[: name.index(".", len("layers.")) + 1] in layers
-        else:
-            here = embeds if name == "embed.weight" else last
-        if here:
-            held[name] = shape
-    return held
 
 
 @dataclass

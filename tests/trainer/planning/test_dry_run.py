@@ -23,7 +23,7 @@ from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import Pipeline
 from trainer.planning.activations import Live, Storages, most_in_flight, tensors_in
 from trainer.planning.dry_run import as_rank, dry_run, microbatches_of
-from trainer.planning.static_memory import memory_parts
+from trainer.planning.static_memory import memory_parts, stage_parts
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SCHEDULES = ("1f1b", "interleaved_1f1b", "zero_bubble_v", "dual_pipe_v")
@@ -87,7 +87,7 @@ def really(tiny: Path) -> dict[str, list[Any]]:
 def test_counts_what_ranks_really_hold(
     tiny: Path, really: dict[str, list[Any]], spread: Topology
 ) -> None:
-    """All that lasts to the byte; activations and what passes within a tenth.
+    """Everything resident to the byte, in closed form as well; the passes within a tenth.
 
     Routing is uneven in truth, and a rank's rows are not one sample each.
     """
@@ -97,6 +97,8 @@ def test_counts_what_ranks_really_hold(
     for rank, (parameters, parts, peak) in zip(found.ranks, really[spread.name], strict=True):
         assert rank.parameters == parameters
         assert rank.resident == parts
+        closed_form = stage_parts(config, found.degrees, rank.pipeline)
+        assert closed_form.parts(rank.rank - rank.pipeline * len(closed_form.loads)) == parts
         passes = rank.microbatches + rank.activations + rank.workspace
         print(f"{spread.name} rank {rank.rank}: {peak:,} B really, {passes:,} B by the dry run")
         # Schedules with two stages on a rank keep what they send to the step's end (torch waits

@@ -17,8 +17,9 @@ from trainer.config import ConfigError, RunConfig, load_config
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.stage_plan import balanced
 from trainer.planning.layer_times import Times, measure, take_times
-from trainer.planning.plan import plan, span, stage_shares
+from trainer.planning.plan import plan, span, stage_shares, traffic_of
 from trainer.planning.static_memory import memory_parts
+from trainer.planning.traffic import Exchange, Work, step_traffic
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -42,12 +43,12 @@ def test_flash_on_256() -> None:
     text = printed(plan(load_config(CONFIGS / "flash.yaml"), 256))
     assert row(text, "tensor x context x data x pipeline") == ["2 x 8 x 2 x 8"]
     assert row(text, "expert_tensor x expert x expert_data") == ["1 x 32 x 1 x 8"]
-    assert row(text, "microbatches a step") == ["36"], "of the phase with the longest rows"
+    assert row(text, "microbatches per step") == ["36"], "of the phase with the longest rows"
     assert row(text, "parameters") == ["290,942,278,866"]
     assert row(text, "33") == ["1", "0", "0", "1", "0", "1", "0"]  # who is where
     assert "│     7 │             7 │     42 │ 1 csa, heads" in text
-    assert row(text, "in all, without activations") == ["20.49 GiB"]
-    assert row(text, "on the host: snapshots") == ["19.25 GiB"], "two of masters and states"
+    assert row(text, "total without activations") == ["20.49 GiB"]
+    assert row(text, "host memory: snapshots") == ["19.25 GiB"], "two of masters and states"
 
 
 def test_the_phases_of_flash() -> None:
@@ -62,6 +63,37 @@ def test_the_phases_of_flash() -> None:
     assert float(time.removesuffix(" days")) == pytest.approx(seconds / 86400, rel=0.15)
     assert "Times at 40% of metrics.peak_tflops = 1000 on 256 processes" in text
     assert row(text, "phase 2")[5] == "0.001" and row(text, "phase 0")[4].startswith("4,608 to")
+
+
+def test_traffic_is_that_of_the_rank_that_sends_most(tiny: Path) -> None:
+    config = load_config(tiny, [*MODEL, "parallel.pipeline=2", "parallel.expert=2"])
+    degrees, rows = config.degrees(4), config.data
+    microbatches = rows.global_batch_size // degrees.data // rows.micro_batch_size
+    work = Work.whole_rows(rows.seq_len, rows.micro_batch_size, microbatches, "fp32")
+    stages = config.parallel.stages(config.model, rows.seq_len)
+    exchange = Exchange(padding=config.parallel.max_optimizer_padding)
+    sent = {
+        rank: step_traffic(config.model, degrees, stages, rank, work, config.optim, exchange)
+        for rank in (0, 2)
+    }
+    rank = max(sent, key=lambda rank: sum(sent[rank].values()))
+    text = printed([traffic_of(config, degrees)])
+    assert f"sent by rank {rank} per step" in text
+    *_, total = row(text, "total")
+    assert float(total) == pytest.approx(sum(sent[rank].values()) / 2**20, abs=0.01)
+    expert = sum(size for (axis, _), size in sent[rank].items() if axis == "expert")
+    assert float(row(text, "expert")[-1]) == pytest.approx(expert / 2**20, abs=0.01)
+
+
+def test_the_table_of_parameters_on_demand(tiny: Path) -> None:
+    config = load_config(tiny, MODEL)
+    without, table = (printed(plan(config, 1, parameters=flag)) for flag in (False, True))
+    assert "layers.*.attn.wkv.weight" in table and "layers.*" not in without
+
+
+def test_a_plan_needs_no_torch() -> None:
+    code = "import sys, trainer.planning.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_shares_of_stages_sum_to_one() -> None:
