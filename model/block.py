@@ -1,4 +1,7 @@
-"""One layer: attention and mixture of experts, each around the residual streams."""
+"""One layer: attention and mixture of experts, connected to the residual streams.
+
+Letters: T tokens, N streams, D hidden size, A experts of a token.
+"""
 
 from __future__ import annotations
 
@@ -20,28 +23,29 @@ BlockPart = Literal["streams", "norms", "attention", "block"]
 
 
 class Compute(Protocol):
-    """How a block calls its parts; see ``compute_now``."""
+    """Calls a part of a block; see ``compute_now``."""
 
     def __call__(self, part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
-        """The function's result."""
+        """Returns the function's result."""
 
 
 def compute_now(part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
-    """Call the function, and keep what its backward needs."""
+    """Calls the function, and keeps what its backward needs."""
     return function(*inputs)
 
 
 @dataclass(frozen=True)
 class BlockStats(MoEStats):
-    """What a block tells beside its streams; `indexer` is its indexer's objective, if any."""
+    """Statistics and losses of a block; ``indexer`` is its indexer's objective, if any."""
 
     indexer: Tensor | None = None
 
 
 class Block(nn.Module):
-    """X -> X with attention, then X -> X with the experts, over N streams [T, N, D].
+    """Attention, then the experts, each reading from and writing to the streams [T, N, D].
 
-    ``row`` is its number among the layers; the MTP block's comes after the last.
+    ``row`` is its number among the layers; the MTP block's number follows the last layer's.
+    ``streams_end`` adds a head that collapses the streams.
     trainer/parallel/recompute.py swaps ``compute`` for one that keeps less.
     """
 
@@ -76,7 +80,7 @@ class Block(nn.Module):
         chosen_TA: Tensor | None = None,
         mode: AttentionMode = "select",
     ) -> tuple[Tensor, BlockStats]:
-        """Returns the streams, what the router did and what the indexer should learn.
+        """Returns the streams, and the statistics and losses of router and indexer.
 
         ``chosen_TA`` as in Router, ``mode`` as in Attention.
         """
@@ -99,7 +103,7 @@ class Block(nn.Module):
         return streams_TND, BlockStats(**vars(stats), indexer=indexer)
 
     def choose(self, streams_TND: Tensor, tokens_T: Tensor, positions: Positions) -> Tensor:
-        """The experts that the router chooses, [T, A]; their work is not done."""
+        """Returns the experts that the router chooses, [T, A], without computing them."""
         x_TD = self._to_experts(streams_TND, positions)[1]
         return self.ffn.gate(x_TD, tokens_T).indices_TA
 
@@ -110,9 +114,8 @@ class Block(nn.Module):
         mode: AttentionMode = "select",
         routed_tokens: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Streams behind the attention, the experts' input, and how their output is written.
-
-        Last comes what the indexer should learn.
+        """Returns the streams after attention, the experts' input, post, comb, and the indexer's
+        objective.
         """
         x_TD, post_TN, comb_TNN = self.hc_attn.read(streams_TND)
         inputs = (x_TD, positions, mode, routed_tokens)

@@ -1,4 +1,7 @@
-"""Compressors: windows of tokens pooled into one key-value entry each (report 2.3.1, 2.3.2)."""
+"""Compressors: windows of tokens pooled into one key-value entry each (report §2.3.1, §2.3.2).
+
+Letters: T tokens, D hidden size, C entries, K their width.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from model.positions import Positions
 
 
 class Compressor(nn.Module):
-    """Entries of width ``dim``: overlapping windows in a CSA layer, plain ones in an HCA layer."""
+    """Makes entries of width ``dim``; windows overlap in a CSA layer, not in an HCA layer."""
 
     def __init__(self, config: ModelConfig, kind: LayerType, dim: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -26,7 +29,7 @@ class Compressor(nn.Module):
         self.norm = RMSNorm(dim, config.rms_norm_eps)
 
     def forward(self, x_TD: Tensor, positions: Positions) -> Tensor:
-        """Entries [C, dim] of every complete window, normed and rotated, in x's dtype."""
+        """Returns an entry [C, K] for every complete window, normed and rotated, in x's dtype."""
         windows = positions.windows(self.kind)
         values, gates = positions.with_previous(self.kind, self.wkv(x_TD), self.wgate(x_TD))
         pooled_CK = pool_windows(

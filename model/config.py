@@ -20,11 +20,11 @@ from pydantic import (
 
 LayerType = Literal["window", "csa", "hca"]
 AttentionMode = Literal["select", "dense", "warmup", "sparse"]
-"""What CSA layers do with their entries, and what their indexers learn (report 2.3.1, 4.2).
+"""Which entries CSA layers attend to, and what their indexers learn (report §2.3.1, §4.2).
 
-- dense: attend to all of them; the indexer has no part in anything.
-- warmup: attend to all; the indexer learns from that which entries get the attention.
-- sparse: attend to those that the indexer keeps; it learns from the attention to these.
+- dense: all entries; the indexer is not used.
+- warmup: all entries; the indexer learns from the attention to them, everything else is frozen.
+- sparse: the entries that the indexer selects; it learns from the attention to these.
 - select: as sparse, but the indexer learns nothing: evaluation, and runs without phases.
 """
 
@@ -101,7 +101,7 @@ class ModelConfig(BaseModel):
     num_hidden_layers: PositiveInt
     max_position_embeddings: PositiveInt
 
-    # Attention (report 2.3)
+    # Attention (report §2.3)
     num_attention_heads: PositiveInt
     head_dim: PositiveInt
     qk_rope_head_dim: PositiveInt
@@ -119,7 +119,7 @@ class ModelConfig(BaseModel):
     compress_rope_theta: PositiveFloat
     rope_scaling: Yarn | None
 
-    # Mixture of experts (report 2.1)
+    # Mixture of experts (report §2.1)
     num_hash_layers: NonNegativeInt
     n_routed_experts: PositiveInt
     num_experts_per_tok: PositiveInt
@@ -129,17 +129,17 @@ class ModelConfig(BaseModel):
     swiglu_limit: PositiveFloat = 10.0
     balance_loss_weight: float = Field(default=1e-4, ge=0)
 
-    # Manifold-constrained hyper-connections (report 2.2)
+    # Manifold-constrained hyper-connections (report §2.2)
     hc_mult: PositiveInt = 4
     hc_sinkhorn_iters: PositiveInt = 20
     hc_eps: PositiveFloat = 1e-6
     hc_init_scale: float = 0.01
     """Initial gating factors (mHC paper)."""
     hc_init_own_read: float = Field(default=0.85, gt=0, lt=1)
-    """Initial share of a sub-layer's input read from the stream it is assigned in turn, the other
-    streams sharing the rest; unpublished, chosen so that streams stay distinguishable."""
+    """Initial weight of the stream that a sub-layer mainly reads, each in turn; the other streams
+    share the rest. Unpublished: chosen so that streams stay distinguishable."""
     hc_init_comb_diagonal: float = 4.0
-    """Initial logit of each stream's carry to itself; unpublished, close to a plain residual."""
+    """Initial logit of each stream's weight for itself. Unpublished: close to a plain residual."""
 
     # Multi-token prediction
     num_nextn_predict_layers: int = Field(default=1, ge=0, le=1)
@@ -213,7 +213,7 @@ class ModelConfig(BaseModel):
         return problems
 
     def compress_ratio(self, layer_type: LayerType) -> int:
-        """Tokens per compressed entry in a layer of this type; 0 where nothing is compressed."""
+        """Returns the tokens per compressed entry in a layer of this type, 0 for none."""
         return {
             "window": 0,
             "csa": self.csa_compress_ratio,
@@ -222,12 +222,12 @@ class ModelConfig(BaseModel):
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], **training: Any) -> ModelConfig:
-        """Read a Hugging Face ``to_dict()`` or an official ``config.json``.
+        """Reads a Hugging Face ``to_dict()`` or an official ``config.json``.
 
         ``training`` sets fields that such files do not carry (``balance_loss_weight``, ...).
 
         Raises:
-            ModelConfigError: a needed key is missing, or asks for something that V4 is not.
+            ModelConfigError: a needed key is missing, or has a value that V4 does not have.
         """
         _refuse_other_architectures(config)
         fields: dict[str, Any] = {}
@@ -251,7 +251,7 @@ class ModelConfig(BaseModel):
             raise ModelConfigError(f"config.json: {_first_problem(error)}") from None
 
     def to_hf(self) -> dict[str, Any]:
-        """The ``config.json`` that ``transformers`` reads (its own field names)."""
+        """Returns the ``config.json`` that ``transformers`` reads, in its own field names."""
         fields = {name: getattr(self, name) for name in (*_SHARED_FIELDS, *_OPTIONAL_FIELDS)}
         rotary_share = self.qk_rope_head_dim / self.head_dim
         main = {"rope_type": "default", "rope_theta": self.rope_theta}

@@ -1,8 +1,8 @@
-"""Floating-point operations of the model's matrix products, counted from its sizes.
+"""FLOPs of the model's matmuls, counted from its sizes.
 
-A multiplication and an addition are two operations. Attention and experts run once per token, not
-once per residual stream; a query is charged for the tokens and entries that it sees, so packed
-rows cost what their samples cost. Recomputation is not charged.
+A multiplication and an addition are two FLOPs. Attention and experts run once per token, not once
+per residual stream; a query counts the tokens and entries that it sees, so that packed rows cost
+what their samples cost. Recomputation does not count.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def training_flops(
     mtp: bool = True,
     attention: AttentionMode = "select",
 ) -> float:
-    """Forward and backward over samples of these lengths.
+    """Returns the FLOPs of forward and backward over samples of these lengths.
 
-    Backward costs twice the forward, where there is one: an indexer that learns nothing has none,
-    and in its warm-up nothing else has.
+    Backward costs twice the forward. An indexer that learns nothing has no backward, and in the
+    indexers' warm-up nothing else has one.
     """
     total = 0.0
     for length in sample_lengths:
@@ -35,9 +35,9 @@ def training_flops(
 def flops_by_part(
     config: ModelConfig, length: int, mtp: bool = True, attention: AttentionMode = "select"
 ) -> tuple[list[float], float]:
-    """Forward and backward over one sample: of each layer, and of all that comes behind them.
+    """Returns the FLOPs of forward and backward over one sample: of each layer, and of the tail.
 
-    The latter is the head and, with ``mtp``, the MTP block with its own pass through the head.
+    The tail is the head and, with ``mtp``, the MTP block with its own pass through the head.
     """
     position = np.arange(length)
     mtp = mtp and config.num_nextn_predict_layers > 0
@@ -46,15 +46,17 @@ def flops_by_part(
     learns = attention in ("warmup", "sparse")
 
     def block(kind: LayerType) -> float:
-        seen = _seen_entries(config, kind, position, attention in ("dense", "warmup"))
+        seen = _attended_entries(config, kind, position, attention in ("dense", "warmup"))
         total = passes * _layer_flops(config, kind, position, seen)
         if kind == "csa" and attention != "dense":
             total += (3 if learns else 1) * _indexer_flops(config, position)
-        if kind == "csa" and learns:  # the teacher: every head's product with what it attended to
+        if (
+            kind == "csa" and learns
+        ):  # the KL target: every head's matmul with the entries it attended to
             total += 2.0 * config.num_attention_heads * config.head_dim * seen
         return total
 
-    # Each head first weighs its streams, then multiplies by the output matrix.
+    # Each head first collapses the streams, then multiplies by the output matrix.
     per_head = (config.hc_mult + 1) * config.hc_mult + config.vocab_size
     tail = passes * (1 + mtp) * length * 2.0 * config.hidden_size * per_head
     if mtp:
@@ -62,8 +64,10 @@ def flops_by_part(
     return [block(kind) for kind in config.layer_types], tail
 
 
-def _seen_entries(config: ModelConfig, kind: LayerType, position: np.ndarray, dense: bool) -> float:
-    """Pairs of a query and an entry that it attends to."""
+def _attended_entries(
+    config: ModelConfig, kind: LayerType, position: np.ndarray, dense: bool
+) -> float:
+    """Returns the number of pairs of a query and an entry that it attends to."""
     ratio = config.compress_ratio(kind)
     if not ratio:
         return 0.0

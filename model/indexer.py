@@ -1,4 +1,8 @@
-"""Lightning indexer of a CSA layer: which compressed entries a query attends to (report 2.3.1)."""
+"""Lightning indexer of a CSA layer: which compressed entries a query attends to (report §2.3.1).
+
+Letters: T tokens, D hidden size, Q rank of the queries, I index heads, J their width, C entries,
+k selected entries.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,10 @@ from model.positions import Positions
 
 
 class Indexer(nn.Module):
-    """Scores entries with small heads of its own and keeps the best ``index_topk`` per query.
+    """Scores entries with small heads of its own and selects the ``index_topk`` best of a query.
 
-    While `quantised` (model/qat.py), queries and keys are MXFP4 numbers, rotated before by a
-    Hadamard matrix as in the official code: it spreads outliers and changes no product.
+    While `quantised` (model/qat.py), queries and keys are rotated by a Hadamard matrix, as in the
+    official code, and rounded to MXFP4. The rotation spreads outliers and changes no dot product.
     """
 
     quantised: bool = False
@@ -32,9 +36,9 @@ class Indexer(nn.Module):
         self.compressor = Compressor(config, "csa", self.dim, dtype)
 
     def forward(self, x_TD: Tensor, q_TQ: Tensor, positions: Positions) -> IndexerInputs:
-        """Queries, head weights and keys, computed from inputs that get no gradient.
+        """Returns queries, keys and head weights, computed from detached inputs.
 
-        The language-model loss does not train the indexer, nor does the indexer's the model.
+        The language-model loss does not train the indexer, and its objective not the model.
         """
         x_TD, q_TQ = x_TD.detach(), q_TQ.detach()
         queries = self.wq_b(q_TQ).unflatten(-1, (self.heads, self.dim))
@@ -53,9 +57,9 @@ class Indexer(nn.Module):
         positions: Positions,
         index: IndexerInputs | None = None,
     ) -> Tensor | None:
-        """int32 [T, k] of entries for the own tokens, -1 for none; None where all see at most k.
+        """Returns entries of the local tokens, int32 [T, k], -1 for none; None if all see at most k.
 
-        `index` is what `forward` gave for the same inputs, where it was called.
+        ``index`` is the result of ``forward`` for the same inputs, if there is one.
         """
         if positions.most_visible("csa") <= self.topk:
             return None

@@ -1,4 +1,4 @@
-"""Initial values: each a function of (seed, parameter name, expert), the same at every topology."""
+"""Initial values: functions of (seed, official name, expert), the same at every topology."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from model.parameters import entry_of, official_name, split_name
 from model.router import balanced_table
 
 
-class Part(Protocol):
-    """Where a parameter lies in the whole one of which it is a part."""
+class Shard(Protocol):
+    """Which part of a whole parameter a rank holds."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -25,13 +25,13 @@ class Part(Protocol):
 
     @property
     def offset(self) -> tuple[int, ...]:
-        """Index of the part's first element in the whole."""
+        """Index of its first element in the whole parameter."""
 
-    def own(self, whole: Tensor) -> Tensor:
-        """Returns the part of a tensor of the whole shape."""
+    def shard(self, whole: Tensor) -> Tensor:
+        """Returns the shard of a tensor of the whole shape."""
 
-    def own_matrix(self, matrix: Tensor) -> Tensor:
-        """Returns the part of one of the whole's stacked matrices."""
+    def matrix_shard(self, matrix: Tensor) -> Tensor:
+        """Returns the shard of one of the whole's stacked matrices."""
 
 
 def initialise(
@@ -39,14 +39,14 @@ def initialise(
     config: ModelConfig,
     seed: int,
     token_counts: Sequence[float] | None,
-    parts: Mapping[str, Part],
+    shards: Mapping[str, Shard],
 ) -> None:
     """Fill every parameter and buffer of ``model`` in place, as the table of parameters says.
 
     "normal" are normal numbers with ``initializer_range`` (V3 §4.2), "hc_scale" is
     ``hc_init_scale``, "hc_base" see ``hyper_connection_bias``, and "balanced_table" balances the
-    experts of a hash table by ``token_counts``. Parameters named in ``parts`` are parts of whole
-    ones and get their part of the same values.
+    experts of a hash table by ``token_counts``. A parameter named in ``shards`` gets its shard of
+    the whole parameter's values.
     """
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -59,7 +59,7 @@ def initialise(
                 sizes = (config.vocab_size, config.n_routed_experts, config.num_experts_per_tok)
                 tensor.copy_(balanced_table(_generator(seed, name), *sizes, token_counts))
             else:
-                _fill_normal(name, tensor, config, seed, parts.get(name))
+                _fill_normal(name, tensor, config, seed, shards.get(name))
 
 
 _CONSTANTS: dict[InitialValues, Callable[[ModelConfig], float]] = {
@@ -75,18 +75,18 @@ def _generator(seed: int, name: str, expert: int | None = None) -> torch.Generat
 
 
 def _fill_normal(
-    name: str, tensor: Tensor, config: ModelConfig, seed: int, part: Part | None
+    name: str, tensor: Tensor, config: ModelConfig, seed: int, shard: Shard | None
 ) -> None:
-    shape = tensor.shape if part is None else part.shape
-    whole = part is None or part.shape == tensor.shape
+    shape = tensor.shape if shard is None else shard.shape
+    whole = shard is None or shard.shape == tensor.shape
     if entry_of(name).stacked:
-        first = 0 if part is None else part.offset[0]
+        first = 0 if shard is None else shard.offset[0]
         for expert, matrix in enumerate(tensor, start=first):
             values = _normal(_generator(seed, name, expert), shape[1:], config)
-            matrix.copy_(values if part is None or whole else part.own_matrix(values))
+            matrix.copy_(values if shard is None or whole else shard.matrix_shard(values))
     else:
         values = _normal(_generator(seed, name), shape, config)
-        tensor.copy_(values if part is None or whole else part.own(values))
+        tensor.copy_(values if shard is None or whole else shard.shard(values))
 
 
 def _normal(generator: torch.Generator, shape: Sequence[int], config: ModelConfig) -> Tensor:

@@ -1,4 +1,7 @@
-"""Global token counts, targets and their shifts."""
+"""Global token counts, targets and their shifts.
+
+Letters: B rows, S tokens of a row, T = B·S tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Denominators of the losses: predictions of the main head, of the MTP head, routed tokens.
+    """Denominators of the losses: predictions of the main and of the MTP head, routed tokens.
 
-    Summed over all microbatches and ranks first, they make every loss a token mean over the
-    global batch, whatever the topology.
+    They are summed over all microbatches and ranks first, so that every loss is a token mean over
+    the global batch at any topology.
     """
 
     lm: int
@@ -29,7 +32,7 @@ class TokenCounts:
 
     @classmethod
     def of(cls, layout: SampleLayout, targets_BS: Tensor) -> TokenCounts:
-        """The counts of one microbatch."""
+        """Returns the counts of one microbatch."""
         targets_T = targets_BS.flatten()
         return cls(
             lm=int((targets_T != IGNORE_INDEX).sum()),
@@ -39,7 +42,7 @@ class TokenCounts:
 
 
 def next_in_sample(layout: SampleLayout, values_T: Tensor, fill: Tensor | int) -> Tensor:
-    """values[t + 1] where t + 1 belongs to the same sample, else ``fill``."""
+    """Returns values[t + 1] where t + 1 belongs to the same sample, else ``fill``."""
     sample_T = layout.sample_T
     shifted = values_T.roll(-1)
     same = sample_T.roll(-1) == sample_T
@@ -48,5 +51,5 @@ def next_in_sample(layout: SampleLayout, values_T: Tensor, fill: Tensor | int) -
 
 
 def second_targets(layout: SampleLayout, targets_T: Tensor) -> Tensor:
-    """What the MTP head predicts at t: the main head's target at t + 1, within the sample."""
+    """Returns the MTP head's targets: at t the main head's target at t + 1 of the same sample."""
     return next_in_sample(layout, targets_T, IGNORE_INDEX)

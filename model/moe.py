@@ -1,4 +1,8 @@
-"""Mixture of experts: routed experts through grouped matrix products, and a shared one."""
+"""Mixture of experts: routed experts through grouped matmuls, and a shared one (report §2.1).
+
+Letters: T tokens, D hidden size, E experts, A experts of a token, F inner width, L = T·A pairs of a
+token and a choice, P >= L rows sorted by expert, with each expert's rows padded.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +21,17 @@ from model.positions import Positions
 from model.router import Router, Routing, balance_loss, expert_load, first_share
 
 ROW_ALIGNMENT = 16
-"""Every expert's rows are rounded up to this. Grouped products want aligned groups, and matrix
-products of a handful of rows take other code paths, which round differently: with it, a token's
+"""Every expert's rows are padded to a multiple of this. Grouped matmuls want aligned groups, and
+matmuls of a handful of rows take other code paths, which round differently: with padding, a token's
 output does not depend on which experts other tokens chose."""
 
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Rows sorted by expert, ready for grouped products, and what brings them back.
+    """Rows sorted by expert, ready for grouped matmuls, and the way back to their tokens.
 
-    Rows that only fill an expert's share up have weight 0, and so no effect and no gradient; rows
-    behind the last expert's end are not computed at all.
+    Padding rows have weight 0, and so no effect and no gradient; rows after the last expert's end
+    are not computed at all.
     """
 
     rows_PD: Tensor
@@ -38,12 +42,12 @@ class Dispatched:
 
 
 class LocalDispatch:
-    """All experts are here: rows are only sorted. Expert parallelism swaps this object."""
+    """Sorts rows by expert on one rank. Expert parallelism swaps this object."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing, experts: int) -> Dispatched:
-        """Copy each token's row to each of its experts, in the order of experts.
+        """Copies each token's row to each of its experts, in the order of experts.
 
-        L = T·A pairs (token, choice) get P >= L places; P is known without asking the device.
+        P follows from the shapes alone, so that the host does not wait for the device.
         """
         expert_L = routing.indices_TA.flatten()
         pairs = len(expert_L)
@@ -62,29 +66,29 @@ class LocalDispatch:
         return Dispatched(rows_PD, weights_P, ends_E.to(torch.int32), order_P, place_L)
 
     def combine(self, y_PD: Tensor, sent: Dispatched, tokens: int) -> Tensor:
-        """Sum each token's expert outputs, [T, D]."""
+        """Sums each token's expert outputs to [T, D]."""
         return collect_rows(y_PD, sent.order_P, sent.place_L, tokens)
 
 
 def count_each(index_L: Tensor, size: int) -> Tensor:
-    """How often each number below `size` occurs, int64. Unlike bincount it asks no device."""
+    """Counts each number below ``size``, int64; unlike bincount without a device sync."""
     return index_L.new_zeros(size).index_add_(0, index_L, torch.ones_like(index_L))
 
 
 class Dispatch(Protocol):
-    """How tokens reach their experts; see LocalDispatch."""
+    """Brings tokens to their experts and back; see LocalDispatch."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing, experts: int) -> Dispatched:
-        """Rows for the experts that are here, sorted by expert."""
+        """Returns the rows of this rank's experts, sorted by expert."""
 
     def combine(self, y_PD: Tensor, sent: Dispatched, tokens: int) -> Tensor:
-        """The sum of each token's expert outputs, [T, D]."""
+        """Sums each token's expert outputs to [T, D]."""
 
 
 class Experts(nn.Module):
     """E clamped SwiGLU experts, their matrices stacked.
 
-    While `rounded` is set (model/qat.py), forward takes those matrices in place of w1, w2, w3.
+    While ``rounded`` is set (model/qat.py), forward multiplies with it instead of w1, w2, w3.
     """
 
     rounded: tuple[Tensor, Tensor, Tensor] | None = None
@@ -104,7 +108,7 @@ class Experts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(experts, inner, dim, dtype=dtype))
 
     def forward(self, sent: Dispatched) -> Tensor:
-        """w2(silu(min(w1 x, limit)) · clamp(w3 x, ±limit)) · weight for every row, [P, D]."""
+        """Returns w2(silu(min(w1 x, limit)) · clamp(w3 x, ±limit)) · weight of each row, [P, D]."""
         x, ends = sent.rows_PD, sent.ends_E
         w1, w2, w3 = self._matrices()
         product = self.products.grouped
@@ -114,7 +118,7 @@ class Experts(nn.Module):
         return product(inner, w2, ends)
 
     def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What to multiply with; its gradient goes to w1, w2 and w3."""
+        """Returns the matrices to multiply with; their gradients go to w1, w2 and w3."""
         if self.rounded is None:
             return self.w1, self.w2, self.w3
         w1, w2, w3 = self.rounded
@@ -126,7 +130,7 @@ class Experts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """The expert every token goes to; clamped like the routed ones."""
+    """The expert that every token goes to, clamped like the routed ones."""
 
     operations: Operations = CHOSEN
 
@@ -147,13 +151,13 @@ class SharedExpert(nn.Module):
 
 @dataclass(frozen=True)
 class MoEStats:
-    """What routing did.
+    """Statistics and loss of a layer's routing.
 
     Attributes:
-        load_E: tokens that chose each expert.
+        load_E: tokens routed to each expert.
         first_share: 0-dim, sum over tokens of the largest weight's share of a token's weights.
         balance: the balance loss; None in a hash layer.
-        chosen_TA: the choice.
+        chosen_TA: the experts of each token.
     """
 
     load_E: Tensor
@@ -182,7 +186,7 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, MoEStats]:
         """[T, D] to [T, D]; ``routed_tokens`` is the balance loss's global denominator.
 
-        ``chosen_TA`` are experts chosen before; see Router.
+        ``chosen_TA`` are experts chosen earlier; see Router.
         """
         routing = self.gate(x_TD, tokens_T, chosen_TA)
         sent = self.dispatch.dispatch(x_TD, routing, self.gate.experts)

@@ -1,4 +1,7 @@
-"""Multi-token prediction: one more block that predicts the token after next (V3 2.2)."""
+"""Multi-token prediction: one more block, which predicts the token after the next (V3 §2.2).
+
+Letters: T tokens, N streams, D hidden size, A experts of a token.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from model.positions import Positions
 class MTPBlock(Block):
     """A window-only block with a learned router over the main model's streams and the next token.
 
-    Embedding and output head are the main model's; norm and streams' head are its own.
+    It shares embedding and output head with the main model, and has its own norm and streams' head.
     """
 
     def __init__(self, config: ModelConfig, row: int, dtype: torch.dtype) -> None:
@@ -36,15 +39,15 @@ class MTPBlock(Block):
         routed_tokens: float,
         chosen_TA: Tensor | None = None,
     ) -> tuple[Tensor, BlockStats]:
-        """Hidden states [T, D] for the output head, which then predict t_{i+2} at position i.
+        """Returns hidden states [T, D], from which the output head predicts t_{i+2} at position i.
 
         Args:
             streams_TND: the main model's streams before its own head.
-            next_embedding_TD: embedding of t_{i+1}; anything at a sample's last position.
+            next_embedding_TD: embedding of t_{i+1}; any values at a sample's last position.
             next_tokens_T: the ids of t_{i+1}.
-            chosen_TA: experts chosen before; see Router.
+            chosen_TA: experts chosen earlier; see Router.
         """
-        streams_TND = self._joined(streams_TND, next_embedding_TD)
+        streams_TND = self._combine(streams_TND, next_embedding_TD)
         streams_TND, stats = self(streams_TND, next_tokens_T, positions, routed_tokens, chosen_TA)
         return self.norm(self.hc_head(streams_TND)), stats
 
@@ -55,11 +58,11 @@ class MTPBlock(Block):
         next_tokens_T: Tensor,
         positions: Positions,
     ) -> Tensor:
-        """As ``choose``, from the arguments of ``predict``."""
-        streams_TND = self._joined(streams_TND, next_embedding_TD)
+        """Returns the experts that the router chooses, [T, A], for the arguments of ``predict``."""
+        streams_TND = self._combine(streams_TND, next_embedding_TD)
         return self.choose(streams_TND, next_tokens_T, positions)
 
-    def _joined(self, streams_TND: Tensor, next_embedding_TD: Tensor) -> Tensor:
-        """The block's own streams."""
+    def _combine(self, streams_TND: Tensor, next_embedding_TD: Tensor) -> Tensor:
+        """Returns the streams that enter the block, [T, N, D]."""
         next_TND = self.e_proj(self.enorm(next_embedding_TD))[:, None]
         return next_TND + self.h_proj(self.hnorm(streams_TND))

@@ -21,5 +21,5 @@ class RMSNorm(nn.Module):
     def forward(
         self, x: Tensor, rotation: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Normalise ``x`` [..., dim], then rotate it if asked, in fp32; see `rms_norm`."""
+        """Returns ``x`` [..., dim] normalised, and rotated if ``rotation`` is given, in fp32."""
         return self.operations.rms_norm(x, self.weight, self.eps, rotation, dtype)

@@ -1,8 +1,8 @@
-"""Quantisation-aware training: the numbers that are served in four bits, already while training.
+"""Quantisation-aware training: forward and backward with the MXFP4 numbers that are served.
 
-The report (3.4) trains the end of post-training with MXFP4 numbers for the routed experts' weights
-and for the queries and keys of the lightning indexer, and nothing else: neither shared experts nor
-the compressor of the attention. Gradients go straight through the rounding.
+The report (§3.4) trains the end of post-training with MXFP4 for the routed experts' weights and for
+the queries and keys of the lightning indexer; shared experts and the attention's compressor stay as
+they are. Gradients go straight through the rounding.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from model.moe import Experts
 
 @contextmanager
 def quantised(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's forward is that of its quantised self.
+    """Context in which the model's forward rounds to MXFP4.
 
-    Experts' weights are rounded once, here, and stay until the end, in as much memory again: change
-    weights outside only. Backward belongs inside, since it may run forward again.
+    Experts' weights are rounded once, on entry, into as much memory again, so weights may change
+    only outside. Backward belongs inside, since recomputation runs forward again.
     """
     experts = [module for module in model.modules() if isinstance(module, Experts)]
     indexers = [module for module in model.modules() if isinstance(module, Indexer)]
@@ -40,6 +40,6 @@ def quantised(model: nn.Module) -> Iterator[None]:
 
 
 def rounded_weights(model: nn.Module) -> list[Tensor]:
-    """The experts' rounded weights, inside of `quantised`."""
+    """Returns the experts' rounded weights, within ``quantised``; else nothing."""
     experts = (module for module in model.modules() if isinstance(module, Experts))
     return [tensor for module in experts if module.rounded is not None for tensor in module.rounded]

@@ -1,4 +1,7 @@
-"""Angles of the rotary embedding, in fp32; YaRN where a layer compresses."""
+"""Angles of the rotary embedding, in fp32; with YaRN in layers that compress.
+
+Letters: R rotary dims, that is R/2 pairs.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from model.config import ModelConfig, Yarn
 def inverse_frequencies(
     rotary_dim: int, theta: float, yarn: Yarn | None, device: torch.device | str | None = None
 ) -> Tensor:
-    """Angular step per position of every pair, [R/2] fp32.
+    """Returns the angle per position of every pair, fp32 [R/2].
 
     With ``yarn`` (Peng et al. 2023, "NTK-by-parts"): pairs that turn more than beta_fast times
     within the original context keep their step, pairs that turn less than beta_slow times have it
-    divided by ``factor``, with a linear ramp between. No attention factor: V4 folds none in.
+    divided by ``factor``, with a linear ramp between. V4 has no attention factor.
     """
     pairs = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
     plain = 1.0 / theta ** (pairs / rotary_dim)
@@ -37,7 +40,7 @@ def inverse_frequencies(
 
 
 def layer_frequencies(config: ModelConfig, compressed: bool, device: torch.device) -> Tensor:
-    """The steps of a window-only layer, or of a layer with a compressor, [R/2] fp32."""
+    """Returns the angles per position of a layer without or with a compressor, fp32 [R/2]."""
     if compressed:
         return inverse_frequencies(
             config.qk_rope_head_dim, config.compress_rope_theta, config.rope_scaling, device
@@ -46,6 +49,6 @@ def layer_frequencies(config: ModelConfig, compressed: bool, device: torch.devic
 
 
 def rotation(position: Tensor, frequencies: Tensor) -> Tensor:
-    """cos + i·sin of every position and pair: [n] and [R/2] to complex64 [n, R/2]."""
+    """Returns cos + i·sin of every position and pair: [n] and [R/2] give complex64 [n, R/2]."""
     angle = position.float()[:, None] * frequencies
     return torch.polar(torch.ones_like(angle), angle)

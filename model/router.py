@@ -1,4 +1,7 @@
-"""Which experts a token goes to, with what weight, and how evenly (report 2.1, V3 2.1.2)."""
+"""Which experts a token goes to, with what weight, and how evenly (report §2.1, V3 §2.1.2).
+
+Letters: T tokens, D hidden size, E experts, A experts of a token, V vocabulary, S samples.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from model.layout import SampleLayout, on_device
 
 @dataclass(frozen=True)
 class Routing:
-    """A layer's choice: A distinct experts a token, their weights, and every expert's score."""
+    """A distinct experts for each token, their weights, and the scores of all experts."""
 
     indices_TA: Tensor
     weights_TA: Tensor
@@ -27,7 +30,7 @@ class Router(nn.Module):
     """Scores sqrt(softplus(gate·x)) in fp32; the choice comes from the scores or from a table.
 
     A learned layer takes the A experts with the largest score plus ``bias``, a buffer that the
-    trainer moves against the load and that affects nothing but the choice. A hash layer takes the
+    trainer moves against the load and that affects only the choice. A hash layer takes the
     token id's row of ``tid2eid``. Weights are the chosen scores, normalised, times the scale.
     """
 
@@ -48,10 +51,10 @@ class Router(nn.Module):
             self.register_buffer("bias", torch.zeros(self.experts, dtype=torch.float32))
 
     def forward(self, x_TD: Tensor, tokens_T: Tensor, chosen_TA: Tensor | None = None) -> Routing:
-        """Route tokens with hidden states ``x_TD`` and ids ``tokens_T``.
+        """Routes tokens with hidden states ``x_TD`` and ids ``tokens_T``.
 
-        ``chosen_TA``, of any integer type, is a choice that was made before (report 4.2.3): scores
-        and weights are of the present gate all the same.
+        ``chosen_TA``, of any integer type, is a choice that was made earlier (report §4.2.3);
+        scores and weights are still those of the present gate.
         """
         logits = F.linear(x_TD.float(), self.weight.float())
         # The floor keeps the root differentiable where softplus underflows to zero.
@@ -68,7 +71,7 @@ class Router(nn.Module):
 
 
 def expert_load(routing: Routing, layout: SampleLayout) -> Tensor:
-    """How many real tokens chose each expert, fp32 [E]."""
+    """Returns how many real tokens chose each expert, fp32 [E]."""
     real = (~layout.padding_T).to(torch.float32)[:, None].expand_as(routing.indices_TA)
     load = torch.zeros_like(routing.scores_TE[0], requires_grad=False)
     return load.index_add_(0, routing.indices_TA.flatten(), real.flatten())
@@ -76,7 +79,7 @@ def expert_load(routing: Routing, layout: SampleLayout) -> Tensor:
 
 @torch.no_grad()
 def first_share(routing: Routing, layout: SampleLayout) -> Tensor:
-    """Sum over real tokens of the largest weight over the sum of a token's weights, fp32."""
+    """Returns the sum over real tokens of the largest weight's share of all weights, fp32."""
     weights_TA = routing.weights_TA.detach()
     share_T = weights_TA.amax(-1) / weights_TA.sum(-1)
     return share_T.masked_fill(layout.padding_T, 0.0).sum()
@@ -88,13 +91,13 @@ def balance_loss(
     denominator: float,
     sum_counts: Callable[[Tensor], Tensor] = lambda counts_SE: counts_SE,
 ) -> Tensor:
-    """Sequence-wise balance loss of one layer without its weight (V3 eq. 17-20).
+    """Returns the sequence-wise balance loss of one layer without its weight (V3 eq. 17-20).
 
     For each sample Σ_i f_i · P_i, f_i = E / (A · T_s) · count_i, P_i the mean over its tokens of
     score_i / Σ_j score_j: 1 when balanced, E/A when all tokens choose the same experts. Samples
-    weigh as many tokens as they have, of ``denominator`` in the whole global batch; padding has
-    no part in it. Where samples are divided over ranks, ``sum_counts`` sums the counts over them,
-    and what the ranks return adds up to the loss.
+    are weighted by their tokens, of ``denominator`` in the global batch; padding does not count.
+    If samples are divided over ranks, ``sum_counts`` sums the counts over them, and the ranks'
+    results add up to the loss.
     """
     experts, active = routing.scores_TE.shape[1], routing.indices_TA.shape[1]
     scores = routing.scores_TE
@@ -124,7 +127,7 @@ def balanced_table(
 
     Tokens, the most frequent first (in random order where counts are equal or not given), each
     take the experts with the least load so far; ties fall at random. Loads then differ by at most
-    one token when counts are equal. The report leaves the rule open.
+    one token when counts are equal. The rule is unpublished.
 
     Returns:
         int64 [V, A].

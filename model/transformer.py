@@ -14,7 +14,7 @@ from model.attention import Attention
 from model.block import Block, BlockStats
 from model.config import AttentionMode, ModelConfig
 from model.hyper_connection import StreamsHead
-from model.init import Part, initialise
+from model.init import Shard, initialise
 from model.kernels.cross_entropy import linear_cross_entropy
 from model.layout import SampleLayout
 from model.loss import IGNORE_INDEX, TokenCounts, next_in_sample, second_targets
@@ -142,10 +142,10 @@ class V4Model(nn.Module):
         self,
         seed: int,
         token_counts: Sequence[float] | None = None,
-        parts: Mapping[str, Part] | None = None,
+        shards: Mapping[str, Shard] | None = None,
     ) -> None:
         """Initial values as a function of (seed, name, expert); see ``model.init``."""
-        initialise(self, self.config, seed, token_counts, parts or {})
+        initialise(self, self.config, seed, token_counts, shards or {})
 
     def forward(
         self,

@@ -42,7 +42,7 @@ def make_weights(config: RunConfig, grid: Grid) -> LocalModel:
     """This rank's part of the model with its initial weights."""
     local = make_local(config, grid)
     local.model.to_empty(device=grid.device)
-    local.model.init_weights(config.seed, parts=local.placements)
+    local.model.init_weights(config.seed, shards=local.placements)
     return local
 
 

@@ -197,7 +197,7 @@ def assert_equal(model: V4Model, other: V4Model, mtp: bool = True) -> None:
             assert torch.equal(tensor, theirs[name]), name
 
 
-# v4-spec's list of the names on disk, experts one by one.
+# The names on disk as docs/architecture-v4.md lists them, experts one by one.
 _HYPER = r"(fn|base|scale)"
 _COMPRESSOR = r"compressor\.(wkv\.weight|wgate\.weight|ape|norm\.weight)"
 _BLOCK = (

@@ -1,8 +1,9 @@
-"""Which part of every logical tensor a rank holds, given its name and the degrees of parallelism.
+"""Which shard of every logical tensor a rank holds, as a function of its name and the degrees.
 
-Tensor ranks split what belongs to heads, output groups, vocabulary and the shared expert's inner
-dimension; expert ranks split the experts, and expert-tensor ranks each expert's inner dimension.
-Everything else is whole on every rank of its pipeline stage. Imports no torch.
+Tensor ranks divide what belongs to heads, output groups, vocabulary and the shared expert's inner
+dimension; expert ranks divide the experts, and expert-tensor ranks each expert's inner dimension,
+as the table in model/parameters.py says. Every other tensor is whole on every rank of its pipeline
+stage. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ Kind = Literal["whole", "tensor", "expert"]
 
 @dataclass(frozen=True)
 class Placement:
-    """The part of a logical tensor that this rank holds.
+    """The shard of a logical tensor that this rank holds.
 
     Attributes:
-        kind: whose axes split it.
-        shape: of the whole logical tensor.
-        offset, size: where the local tensor begins in the whole, and its shape.
-        dim: the dimension that tensor ranks (expert-tensor ranks for experts) split, or None.
-        replicas: how many ranks of the pipeline stage hold this same part.
+        kind: which axes divide the tensor.
+        shape: the whole tensor's shape.
+        offset, size: where the shard begins in the whole tensor, and its shape.
+        dim: the dimension that tensor ranks (expert-tensor ranks for experts) divide, or None.
+        replicas: the number of ranks of the pipeline stage that hold the same shard.
     """
 
     kind: Kind
@@ -42,24 +43,24 @@ class Placement:
 
     @property
     def matrix_shape(self) -> Shape:
-        """The whole shape, but of experts only those that are here: each is a matrix apart."""
+        """The whole shape, but of the experts only the local ones: each is a matrix."""
         return (self.size[0], *self.shape[1:]) if self.kind == "expert" else self.shape
 
-    def own(self, whole: Tensor) -> Tensor:
-        """This rank's part of a tensor of the whole shape, as a view."""
+    def shard(self, whole: Tensor) -> Tensor:
+        """Returns a view of this rank's shard of a tensor of the whole shape."""
         for dim, (start, length) in enumerate(zip(self.offset, self.size, strict=True)):
             whole = whole.narrow(dim, start, length)
         return whole
 
-    def own_matrix(self, matrix: Tensor) -> Tensor:
-        """This rank's part of one of the matrices that the whole tensor stacks, as a view."""
+    def matrix_shard(self, matrix: Tensor) -> Tensor:
+        """Returns a view of this rank's shard of one of the stacked matrices."""
         for dim, (start, length) in enumerate(zip(self.offset[1:], self.size[1:], strict=True)):
             matrix = matrix.narrow(dim, start, length)
         return matrix
 
 
 def split_dim(name: str) -> tuple[Kind, int | None]:
-    """Whose axes split a parameter or buffer, and along which dimension."""
+    """Returns which axes divide a parameter or buffer, and along which dimension."""
     return entry_of(name).split or ("whole", None)
 
 

@@ -94,7 +94,7 @@ def leave_special_values(local: LocalModel) -> None:
         if name.endswith((".scale", ".base", "ape", "attn_sink", "norm.weight")):
             generator = torch.Generator().manual_seed(crc32(name.encode()) + 1)
             noise = torch.randn(local.placements[name].shape, generator=generator)
-            parameter += 0.5 * local.placements[name].own(noise)
+            parameter += 0.5 * local.placements[name].shard(noise)
 
 
 def step(config: ModelConfig, grid: Grid, case: tuple[str, str]) -> Result:
@@ -103,7 +103,7 @@ def step(config: ModelConfig, grid: Grid, case: tuple[str, str]) -> Result:
     stages = plan_stages(config, ROW, grid.pipeline.size, schedule, 1)
     local = localise(config, torch.float32, grid, stages)
     local.model.to_empty(device="cpu")
-    local.model.init_weights(seed=5, parts=local.placements)
+    local.model.init_weights(seed=5, shards=local.placements)
     leave_special_values(local)
     force_routing(local.model, ROUTINGS[case[1]])
     optimizer = zero_of(config, local, grid)

@@ -49,7 +49,7 @@ def step(grid: Grid, spread: dict[str, Any], layout: str, mode: AttentionMode) -
     stages = plan_stages(MODEL, ROW, grid.pipeline.size, schedule, chunks)
     local = localise(MODEL, torch.float32, grid, stages, spread.get("recompute", ()))
     local.model.to_empty(device="cpu")
-    local.model.init_weights(seed=5, parts=local.placements)
+    local.model.init_weights(seed=5, shards=local.placements)
     leave_special_values(local)
     optimizer = zero_of(MODEL, local, grid)
     engine = NativeEngine(local, grid, optimizer)

@@ -100,7 +100,7 @@ class Run:
         self.placements = place_all(whole, degrees, rank)
         # One rank's optimizer has fp32 weights only; the parts are compared with them rounded.
         self.alone = {name: Parameter(p.float()) for name, p in as_parameters(first, dtype).items()}
-        own = {name: self.placements[name].own(tensor) for name, tensor in first.items()}
+        own = {name: self.placements[name].shard(tensor) for name, tensor in first.items()}
         self.parts = as_parameters(own, dtype)
         self.reference = Optimizer(self.alone, build_table(whole, FACTS, config), config)
         shapes_here = {name: p.matrix_shape for name, p in self.placements.items()}
@@ -122,7 +122,7 @@ class Run:
                 if step % 3 or name not in AT_TIMES:
                     alone.grad = gradient.to(part.dtype).float()
                     axis = self.axes[self.placements[name].kind]
-                    own = self.placements[name].own(alone.grad).to(part.dtype)
+                    own = self.placements[name].shard(alone.grad).to(part.dtype)
                     part.grad = own * share(axis.rank, axis.size)
                     square += alone.grad.double().square().sum()
             self.ours.reduce()
@@ -137,7 +137,7 @@ class Run:
         found = {}
         for name, parameter in self.parts.items():
             alone = self.alone[name].detach().to(parameter.dtype)
-            expected = self.placements[name].own(alone).float()
+            expected = self.placements[name].shard(alone).float()
             difference = (parameter.detach().float() - expected).norm()
             found[name] = float(difference / expected.norm())
         return found
