@@ -57,7 +57,7 @@ class Indexer(nn.Module):
         positions: Positions,
         index: IndexerInputs | None = None,
     ) -> Tensor | None:
-        """Returns entries of the local tokens, int32 [T, k], -1 for none; None if all see at most k.
+        """Returns the local tokens' entries, int32 [T, k], -1 for none; None if all see k or fewer.
 
         ``index`` is the result of ``forward`` for the same inputs, if there is one.
         """
