@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data import Batch
 from model import IGNORE_INDEX, ModelConfig
-from model.parameters import parameter_table
+from model.parameters import official_name, parameter_table
 from optim import HybridZero, OptimConfig, build_table
 from tests.distributed import spawn
 from tests.model.tiny import gradient_scale, tiny_config
@@ -92,7 +92,7 @@ def leave_special_values(local: LocalModel) -> None:
     """
     for name, parameter in local.model.named_parameters():
         if name.endswith((".scale", ".base", "ape", "attn_sink", "norm.weight")):
-            generator = torch.Generator().manual_seed(crc32(name.encode()) + 1)
+            generator = torch.Generator().manual_seed(crc32(official_name(name).encode()) + 1)
             noise = torch.randn(local.placements[name].shape, generator=generator)
             parameter += 0.5 * local.placements[name].shard(noise)
 
