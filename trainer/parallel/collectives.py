@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.parallel.grid import Axis
-from trainer.planning.traffic import gather_bytes, scatter_bytes, sum_bytes
+from trainer.parallel.ring import gather_bytes, scatter_bytes, sum_bytes
 
 Item = TypeVar("Item")
 Wait = Callable[[], Tensor]

@@ -23,7 +23,7 @@ from model.linear import PLAIN, Linear
 from model.moe import SharedExpert
 from trainer.parallel.collectives import sum_
 from trainer.parallel.grid import Axis
-from trainer.planning.traffic import sum_bytes
+from trainer.parallel.ring import sum_bytes
 
 with warnings.catch_warnings(action="ignore"):  # about absent NVIDIA packages
     from megatron.core import ModelParallelConfig

@@ -21,27 +21,13 @@ from optim.config import OptimConfig
 from optim.partition import build_table
 from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
 from trainer.parallel.placement import place_all
+from trainer.parallel.ring import gather_bytes, scatter_bytes, sum_bytes
 from trainer.parallel.stage_plan import StagePlan, tied_embedding
 from trainer.parallel.zero_layout import Family, families, seats
 from trainer.planning.static_memory import stage_tensors
 
 Lengths = Sequence[Sequence[int]]
 """Lengths of the samples of every row of a microbatch."""
-
-
-def gather_bytes(ranks: int, part: float) -> float:
-    """What a rank sends in a ring where each gives `part` bytes to all others."""
-    return (ranks - 1) * part
-
-
-def scatter_bytes(ranks: int, whole: float) -> float:
-    """What a rank sends in a ring that sums `whole` bytes and leaves each rank its share."""
-    return (ranks - 1) / ranks * whole
-
-
-def sum_bytes(ranks: int, whole: float) -> float:
-    """What a rank sends in a ring that sums `whole` bytes (or takes maxima) for all."""
-    return 2 * (ranks - 1) / ranks * whole
 
 
 @dataclass(frozen=True)
