@@ -1,4 +1,7 @@
-"""Pooling of token windows with torch's functions, on any device; letters as in `pool_windows`."""
+"""Pooling of token windows with torch's functions, on any device.
+
+T tokens; C entries; m tokens of a window; K an entry's width; X = K, or 2K where windows overlap.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 ``streams_triton.py`` has the plan. Forward divides the columns over programs; backward has
 all columns of a few tokens in one, because its sums run over D.
+
+T tokens; N streams; D their width; X = N·D; w = N(N+2) coefficients, or N of the head.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 ``streams_triton.py`` has the plan. An fp32 factor of a matmul is the sum of two that TF32
 holds: 22 bits, against 8 of a bf16 one.
+
+T tokens; N streams; D their width; X = N·D; w = N(N+2) coefficients, or N of the head.
 """
 
 from __future__ import annotations

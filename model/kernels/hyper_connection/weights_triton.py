@@ -3,6 +3,8 @@
 ``streams_triton.py`` has the plan. A token's numbers stay in registers through all of
 Sinkhorn's steps. Backward computes these again and keeps the divisors, N numbers a step, in L2;
 each step's matrix is that after it times the divisor.
+
+T tokens; N streams; D their width; X = N·D; w = N(N+2) coefficients, or N of the head.
 """
 
 from __future__ import annotations
