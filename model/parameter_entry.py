@@ -74,8 +74,8 @@ class Entry:
 
     Attributes:
         name: in memory, within its scope.
-        shape: the whole shape, on no ranks but one.
         group: the group that optimizer settings name; None for a buffer, which no gradient trains.
+        shape: the whole shape, as on one rank.
         transformers: its name in ``transformers``, within the layer. Entries that share one are
             concatenated there along their second dimension, in the order of the table. None: it
             has no such tensor.
@@ -97,8 +97,8 @@ class Entry:
     """
 
     name: str
-    shape: Callable[[Letters], Shape]
     group: str | None
+    shape: Callable[[Letters], Shape]
     transformers: str | None = None
     scope: Scope = "block"
     official: str | None = None
@@ -120,20 +120,22 @@ class Entry:
 
 
 def one(sizes: Letters) -> int:
+    """The number of matrices of a parameter that is a single one."""
     return 1
 
 
 def matrix(
     name: str, group: str, shape: Callable[[Letters], Shape], transformers: str | None, **more: Any
 ) -> Entry:
-    """An entry for ``name.weight``, a matrix of its own for Muon unless ``more`` says otherwise."""
+    """An entry for ``name.weight``; ``more`` are its other attributes."""
     theirs = transformers and f"{transformers}.weight"
-    return Entry(f"{name}.weight", shape, group, theirs, **({"matrices": one} | more))
+    return Entry(f"{name}.weight", group, shape, theirs, **({"matrices": one} | more))
 
 
 def norm(
     name: str, width: Callable[[Letters], int], transformers: str | None, **more: Any
 ) -> Entry:
+    """An entry for the weight of an RMSNorm."""
     more |= {"matrices": None, "dtype": "fp32", "initial": "ones"}
     return matrix(name, "norms", lambda s: (width(s),), transformers, **more)
 
@@ -141,12 +143,14 @@ def norm(
 def hyper_connection(
     name: str, rows: Callable[[Letters], int], scales: int, transformers: str | None, **more: Any
 ) -> tuple[Entry, ...]:
+    """Entries for fn, base and scale of a hyper-connection or of a head of the streams."""
+
     def entry(leaf: str, shape: Callable[[Letters], Shape], initial: str, **muon: Any) -> Entry:
         rest: dict[str, Any] = {"initial": initial, "dtype": "fp32", **muon, **more}
         theirs = transformers and f"{transformers}{leaf}"
         official = f"{name}_{leaf}"
         return Entry(
-            f"{name}.{leaf}", shape, "hyper_connections", theirs, official=official, **rest
+            f"{name}.{leaf}", "hyper_connections", shape, theirs, official=official, **rest
         )
 
     return (
@@ -159,6 +163,8 @@ def hyper_connection(
 def compressor(
     name: str, group: str, width: Callable[[Letters], int], theirs: str, layers: tuple[str, ...]
 ) -> tuple[Entry, ...]:
+    """Entries for a compressor with entries of this width."""
+
     def projection(leaf: str, their_leaf: str) -> Entry:
         shape = lambda s: (s.X * width(s), s.D)  # noqa: E731
         more: dict[str, Any] = {"matrices": lambda s: s.X, "layers": layers}
@@ -167,7 +173,7 @@ def compressor(
     gate_bias = lambda s: (s.M, s.X * width(s))  # noqa: E731
     zeros: dict[str, Any] = {"dtype": "fp32", "initial": "zeros", "layers": layers}
     return (
-        Entry(f"{name}.ape", gate_bias, group, f"{theirs}.position_bias", **zeros),
+        Entry(f"{name}.ape", group, gate_bias, f"{theirs}.position_bias", **zeros),
         projection("wkv", "kv_proj"),
         projection("wgate", "gate_proj"),
         norm(f"{name}.norm", width, f"{theirs}.kv_norm", layers=layers),
@@ -177,10 +183,11 @@ def compressor(
 def expert_stack(
     leaf: str, shape: Callable[[Letters], Shape], split_dim: int, theirs: str
 ) -> Entry:
+    """An entry for one matrix of all routed experts."""
     return Entry(
         f"ffn.experts.{leaf}",
-        lambda s: (s.E, *shape(s)),
         "experts",
+        lambda s: (s.E, *shape(s)),
         f"mlp.experts.{theirs}",
         split=("expert", split_dim),
         matrices=one,
@@ -191,6 +198,7 @@ def expert_stack(
 def shared_expert(
     leaf: str, shape: Callable[[Letters], Shape], split_dim: int, theirs: str
 ) -> Entry:
+    """An entry for one matrix of the shared expert."""
     split = ("tensor", split_dim)
     theirs = f"mlp.shared_experts.{theirs}"
     return matrix(f"ffn.shared_experts.{leaf}", "shared_experts", shape, theirs, split=split)

@@ -3,7 +3,11 @@
 Adding a parameter touches the module that has it and this table, nothing else: initialisation
 (model/init.py), names on disk (model/hf.py), the division over ranks
 (trainer/parallel/placement.py) and the optimizer's table (optim/partition.py) are read from here.
-Imports no torch. The letters of the shapes are those of model/parameter_entry.py.
+
+A line gives a parameter's name (in memory, within its layer), optimizer group, shape and name in
+``transformers``; attributes of ``Entry`` that are not the usual ones follow. The usual parameter is
+a matrix of the run's precision with normal initial values, whole on every rank, and one matrix for
+Muon. The letters of the shapes are those of model/parameter_entry.py. Imports no torch.
 """
 
 from __future__ import annotations
@@ -45,50 +49,74 @@ _AFTER_LAYERS = (
 )
 _ATTENTION = (
     Entry(
-        *("attn.attn_sink", lambda s: (s.H,), "attention", "self_attn.sinks"),
+        "attn.attn_sink",
+        "attention",
+        lambda s: (s.H,),
+        "self_attn.sinks",
         **_FP32_ZEROS | _ROWS,
     ),
     matrix("attn.wq_a", "attention", lambda s: (s.Q, s.D), "self_attn.q_a_proj"),
     norm("attn.q_norm", lambda s: s.Q, "self_attn.q_a_norm"),
     matrix(
-        *("attn.wq_b", "attention", lambda s: (s.H * s.K, s.Q), "self_attn.q_b_proj"),
+        "attn.wq_b",
+        "attention",
+        lambda s: (s.H * s.K, s.Q),
+        "self_attn.q_b_proj",
         **_ROWS | {"per_head": lambda s: s.H},
     ),
     matrix("attn.wkv", "attention", lambda s: (s.K, s.D), "self_attn.kv_proj"),
     norm("attn.kv_norm", lambda s: s.K, "self_attn.kv_norm"),
     matrix(
-        *("attn.wo_a", "attention", lambda s: (s.G * s.O, s.H * s.K // s.G)),
-        *("self_attn.o_a_proj",),
+        "attn.wo_a",
+        "attention",
+        lambda s: (s.G * s.O, s.H * s.K // s.G),
+        "self_attn.o_a_proj",
         **_ROWS | {"matrices": lambda s: s.G},
     ),
     matrix("attn.wo_b", "attention", lambda s: (s.D, s.G * s.O), "self_attn.o_b_proj", **_COLUMNS),
     *compressor(
-        *("attn.compressor", "compressor", lambda s: s.K, "self_attn.compressor"),
+        "attn.compressor",
+        "compressor",
+        lambda s: s.K,
+        "self_attn.compressor",
         layers=("csa", "hca"),
     ),
     matrix(
-        *("attn.indexer.wq_b", "indexer", lambda s: (s.I * s.J, s.Q)),
-        *("self_attn.compressor.indexer.q_b_proj",),
+        "attn.indexer.wq_b",
+        "indexer",
+        lambda s: (s.I * s.J, s.Q),
+        "self_attn.compressor.indexer.q_b_proj",
         **_CSA | {"per_head": lambda s: s.I},
     ),
     matrix(
-        *("attn.indexer.weights_proj", "indexer", lambda s: (s.I, s.D)),
-        *("self_attn.compressor.indexer.scorer.weights_proj",),
+        "attn.indexer.weights_proj",
+        "indexer",
+        lambda s: (s.I, s.D),
+        "self_attn.compressor.indexer.scorer.weights_proj",
         **_CSA,
     ),
     *compressor(
-        *("attn.indexer.compressor", "indexer", lambda s: s.J, "self_attn.compressor.indexer"),
+        "attn.indexer.compressor",
+        "indexer",
+        lambda s: s.J,
+        "self_attn.compressor.indexer",
         layers=("csa",),
     ),
 )
 _EXPERTS = (
     matrix("ffn.gate", "router", lambda s: (s.E, s.D), "mlp.gate"),
     Entry(
-        *("ffn.gate.bias", lambda s: (s.E,), None, "mlp.gate.e_score_correction_bias"),
+        "ffn.gate.bias",
+        None,
+        lambda s: (s.E,),
+        "mlp.gate.e_score_correction_bias",
         **_FP32_ZEROS | {"router": "learned"},
     ),
     Entry(
-        *("ffn.gate.tid2eid", lambda s: (s.V, s.A), None, "mlp.gate.tid2eid"),
+        "ffn.gate.tid2eid",
+        None,
+        lambda s: (s.V, s.A),
+        "mlp.gate.tid2eid",
         dtype="int64",
         initial="balanced_table",
         router="hashed",

@@ -24,7 +24,7 @@ GROUPS = (
     "shared_experts",
     "mtp",
 )
-"""The groups of parameters that settings can name; optim/partition.py says what is in them."""
+"""The groups of parameters that settings can name; the model's table says what is in them."""
 
 
 def _known_group(name: str) -> str:

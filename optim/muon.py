@@ -3,7 +3,7 @@
     M ← μM + G,   O = NS(μM + G),   W ← W(1 − ηλ) − η · rms · sqrt(max(R, C)) · O
 
 W is one logically independent matrix; every function here takes a stack of them, [N, R, C].
-Which parameters these are stands in optim/partition.py, how they are batched in
+Which parameters these are stands in the model's table of parameters, how they are batched in
 optim/optimizer.py.
 """
 

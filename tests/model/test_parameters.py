@@ -97,8 +97,8 @@ def test_adding_a_parameter_takes_its_module_and_one_line_of_the_table(monkeypat
     plain = parameter_counts(config)
     line = Entry(
         "ffn.shared_experts.toy.side",
-        lambda s: (s.F, s.D),
         "shared_experts",
+        lambda s: (s.F, s.D),
         "mlp.toy.weight",
         official="ffn.shared_experts.toy_side",
         split=("tensor", 0),
