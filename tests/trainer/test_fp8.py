@@ -80,7 +80,7 @@ def test_stopped_and_resumed_to_the_bit(
     train(tiny, tmp_path / "straight", "steps=4", "precision=fp8")
     assert_same_run(tmp_path / "straight", tmp_path / "halves", 4)
     told = capsys.readouterr().out  # what multiplies, and that eight bits gain no time here
-    assert told.count("experts, cross-entropy, fp8: reference (on cpu)") == 3
+    assert told.count("experts, cross-entropy, fp8: eager (on cpu)") == 3
     assert told.count("precision: factors rounded to FP8 are multiplied in bf16, at its speed") == 3
 
 
