@@ -1,6 +1,6 @@
-"""How much memory a microbatch holds between its forward and its backward, and how many do.
+"""Memory of activations between forward and backward, and the number of microbatches in flight.
 
-Everything counts storages, not tensors: views share theirs. Works on any device, meta included.
+Counts storages, not tensors: views share theirs. Works on any device, meta included.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from torch.utils._pytree import tree_leaves
 
 
 class Storages:
-    """Different storages, each once; they stay alive as long as this does."""
+    """A set of storages, which it keeps alive."""
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
-        self._found: dict[int, torch.UntypedStorage] = {}
+        self._storages: dict[int, torch.UntypedStorage] = {}
         for tensor in tensors:
             self.add(tensor)
 
     def add(self, tensor: Tensor) -> None:
-        """Count the tensor's storage, unless it is among these already."""
+        """Adds the tensor's storage unless it is in the set already."""
         storage = tensor.untyped_storage()
-        self._found[storage._cdata] = storage
+        self._storages[storage._cdata] = storage
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._found
+        return tensor.untyped_storage()._cdata in self._storages
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of them."""
-        return sum(storage.nbytes() for storage in self._found.values())
+        """Bytes of all storages."""
+        return sum(storage.nbytes() for storage in self._storages.values())
 
 
 class Live(TorchDispatchMode):
-    """Context that follows the bytes of all storages that operators make, but for `known`.
+    """Context that tracks the bytes of all storages that operators allocate, except `known`.
 
     Attributes:
-        now, peak: bytes alive at present, and at most.
+        now, peak: bytes alive at present, and their maximum.
     """
 
     def __init__(self, known: Storages) -> None:
@@ -59,25 +59,25 @@ class Live(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf not in self.known:
-                self._see(leaf.untyped_storage())
+                self._track(leaf.untyped_storage())
         return out
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         number, size = storage._cdata, storage.nbytes()
         if number in self._alive:
             return
         self._alive.add(number)
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, number, size)
+        weakref.finalize(storage, self._release, number, size)
 
-    def _gone(self, number: int, size: int) -> None:
+    def _release(self, number: int, size: int) -> None:
         self._alive.discard(number)
         self.now -= size
 
 
 class Addresses(TorchFunctionMode):
-    """Context in which meta tensors, which all lie at 0, have addresses that tell them apart."""
+    """Context in which meta tensors have distinct addresses; torch puts all of them at 0."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -90,9 +90,9 @@ class Addresses(TorchFunctionMode):
 
 
 class GroupedShapes(TorchDispatchMode):
-    """Context in which grouped products of meta tensors have a shape in every dtype.
+    """Context in which grouped matmuls of meta tensors have a shape in every dtype.
 
-    torch's own rule knows bf16 only, while its kernels for the CPU take any.
+    torch's meta kernel accepts bf16 only, while its CPU kernels take any dtype.
     """
 
     def __torch_dispatch__(
@@ -105,47 +105,47 @@ class GroupedShapes(TorchDispatchMode):
         return a.new_empty(shape)
 
 
-def tensors_in(thing: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Every tensor that an object reaches through attributes, dictionaries and sequences."""
-    seen = set() if seen is None else seen
-    if id(thing) in seen:
+def tensors_in(thing: Any, visited: set[int] | None = None) -> Iterator[Tensor]:
+    """Yields every tensor that an object reaches through attributes, dictionaries and sequences."""
+    visited = set() if visited is None else visited
+    if id(thing) in visited:
         return
-    seen.add(id(thing))
+    visited.add(id(thing))
     if isinstance(thing, Tensor):
         yield thing
     elif isinstance(thing, Mapping):
         for value in thing.values():
-            yield from tensors_in(value, seen)
+            yield from tensors_in(value, visited)
     elif isinstance(thing, (list, tuple)):
         for value in thing:
-            yield from tensors_in(value, seen)
+            yield from tensors_in(value, visited)
     elif type(thing).__module__.split(".")[0] in ("model", "trainer"):
-        yield from tensors_in(vars(thing), seen)
+        yield from tensors_in(vars(thing), visited)
 
 
-def most_in_flight(order: Iterable[Any], held: Mapping[int, int]) -> dict[int, int]:
-    """Microbatches of each stage whose activations a rank holds when it holds most bytes.
+def peak_in_flight(order: Iterable[Any], activations: Mapping[int, int]) -> dict[int, int]:
+    """Returns the microbatches in flight of each stage when a rank's activations peak.
 
     Args:
         order: the rank's actions in a schedule of torch.distributed.pipelining.
-        held: bytes of one microbatch, by stage.
+        activations: bytes of one microbatch, by stage.
 
     A microbatch counts from its forward to its backward; where that is split in two, to the
     second half, which is an upper bound: the first half frees some.
     """
     alive: Counter[int] = Counter()
-    best, size = dict.fromkeys(held, 0), 0
+    best, size = dict.fromkeys(activations, 0), 0
     for action in order:
         if action is None:
             continue
-        # Of a forward that overlaps with a backward both are held for a while.
+        # A forward that overlaps with a backward: both microbatches are in flight for a while.
         parts = sorted(action.sub_actions or [action], key=lambda a: a.computation_type != FORWARD)
         for part in parts:
             if part.computation_type == FORWARD:
                 alive[part.stage_index] += 1
             elif part.computation_type in (FULL_BACKWARD, BACKWARD_WEIGHT):
                 alive[part.stage_index] -= 1
-            now = sum(held[stage] * count for stage, count in alive.items())
+            now = sum(activations[stage] * count for stage, count in alive.items())
             if now > size:
-                best, size = {stage: alive[stage] for stage in held}, now
+                best, size = {stage: alive[stage] for stage in activations}, now
     return best

@@ -1,10 +1,10 @@
-"""What the ranks of any run would hold, found on one process and without their memory.
+"""Memory of the ranks of any run, counted in one process that allocates none of it.
 
 One pipeline rank after another is built as on its own machine: the grid over torch's fake process
 group, whose collectives give shapes and no values, and the model, gradients and optimizer by the
 functions that training uses, on the meta device. A layer of each kind, the embedding and the heads
-run forward and backward on a microbatch, and what stays alive between the two is counted; torch's
-own schedule says how many microbatches hold theirs at once. Routing is taken to be even.
+run forward and backward on a microbatch, and the storages alive between the two are counted; the
+pipeline schedule gives the number of microbatches in flight. Routing is assumed to be even.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from trainer.planning.activations import (
     GroupedShapes,
     Live,
     Storages,
-    most_in_flight,
+    peak_in_flight,
     tensors_in,
 )
 from trainer.planning.static_memory import stage_parts
@@ -49,33 +49,33 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class StageMemory:
-    """A stage's activations, in bytes.
+    """Memory of a stage's activations, in bytes.
 
     Attributes:
-        number, layers: which stage, and the numbers of its layers.
-        held: of one microbatch from its forward to its backward.
-        in_flight: microbatches that hold theirs when the rank holds most.
-        workspace: what a microbatch's forward and backward need besides, at most, for a while.
+        number, layers: the stage's number, and the numbers of its layers.
+        activations: of one microbatch from its forward to its backward.
+        in_flight: microbatches in flight when the rank's activations peak.
+        workspace: the additional peak within a microbatch's forward and backward.
     """
 
     number: int
     layers: range
-    held: int
+    activations: int
     in_flight: int
     workspace: int
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What one rank holds, in bytes, gradients and workspaces of one microbatch included.
+    """Memory of one rank, in bytes.
 
     Attributes:
-        rank, pipeline: its number among all, and on the pipeline axis.
-        parameters: elements that it holds and trains.
-        resident: what is there all the time, by name; quantised experts but for the update.
-        microbatches: token positions of all microbatches of a step, as if all were there at once.
-        stages: its stages' activations.
-        update: what the optimizer's step needs besides `resident`, at most, for a while.
+        rank, pipeline: its number among all ranks, and on the pipeline axis.
+        parameters: number of local trained elements.
+        resident: memory held throughout the run, by part; quantised experts except in the update.
+        microbatches: token positions of all microbatches of a step, as if all existed at once.
+        stages: activations of its stages.
+        update: the additional peak in the optimizer's step.
     """
 
     rank: int
@@ -88,30 +88,29 @@ class RankMemory:
 
     @property
     def activations(self) -> int:
-        """Of all microbatches in flight."""
-        return sum(stage.held * stage.in_flight for stage in self.stages)
+        """Bytes of all microbatches in flight."""
+        return sum(stage.activations * stage.in_flight for stage in self.stages)
 
     @property
     def workspace(self) -> int:
-        """The largest of its stages'."""
+        """The largest workspace of its stages."""
         return max(stage.workspace for stage in self.stages)
 
     @property
     def total(self) -> int:
-        """The most that it holds at any time of a step."""
+        """The peak of a step."""
         passes = self.microbatches + self.activations + self.workspace
         return sum(self.resident.values()) + max(passes, self.update)
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """Ranks by pipeline rank: of every stage's ranks the first, the last, and the one that has most
-    of the optimizer's state.
+    """The counted ranks of every pipeline rank: the first, the last, and the one with most state.
 
     Attributes:
-        parameters: elements of all ranks, each logical one counted once.
-        microbatches: of a rank in a step.
-        phase: whose microbatches these are.
+        parameters: elements over all ranks, each logical one counted once.
+        microbatches: number per rank and step.
+        phase: the phase of these microbatches.
     """
 
     degrees: Degrees
@@ -122,15 +121,15 @@ class DryRun:
 
     @property
     def fullest(self) -> RankMemory:
-        """The rank that holds most."""
+        """The rank with the highest peak."""
         return max(self.ranks, key=lambda rank: rank.total)
 
 
 class EvenDispatch(ExpertDispatch):
-    """Tokens that every rank sends to all others evenly: tensors without values have no counts."""
+    """Dispatch with even routing: tensors without values have no counts."""
 
     def agree(self, slot_L: Tensor, here: int) -> tuple[Tensor, list[int], list[int]]:
-        """As if all ranks had chosen each expert equally often."""
+        """Returns counts as if all ranks had chosen each expert equally often."""
         rows, size = len(slot_L), self.axis.size
         send = [rows // size + (rank < rows % size) for rank in range(size)]
         return slot_L.new_empty(size, here), send, [send[self.axis.rank]] * size
@@ -139,18 +138,18 @@ class EvenDispatch(ExpertDispatch):
 def dry_run(
     config: RunConfig, world: int, progress: Progress | None = None, phase: int | None = None
 ) -> DryRun:
-    """Build every pipeline rank of `world` processes in turn.
+    """Builds ranks of every pipeline rank of `world` processes in turn, and counts their memory.
 
     Microbatches are those of the run's `phase`, by default of the one with the largest.
-    `progress` is told how many ranks are done, and of how many. Raises ConfigError where the
-    config does not fit the processes, RuntimeError inside a process group.
+    `progress` is called with the ranks done and their number. Raises ConfigError if the config does
+    not fit the processes, RuntimeError inside a process group.
     """
     degrees = config.degrees(world)
-    alike = degrees.world // degrees.pipeline
+    stage_ranks = degrees.world // degrees.pipeline
     places = []
     for pipeline in range(degrees.pipeline):
-        ends = {0, alike - 1, stage_parts(config, degrees, pipeline).fullest}
-        places += [pipeline * alike + rank for rank in sorted(ends)]
+        chosen = {0, stage_ranks - 1, stage_parts(config, degrees, pipeline).fullest}
+        places += [pipeline * stage_ranks + rank for rank in sorted(chosen)]
     known: _Known = {}
     planned = Recipe(config).largest if phase is None else Recipe(config).phases[phase]
     ranks, elements = [], {}
@@ -167,12 +166,12 @@ def dry_run(
 
 @contextmanager
 def as_rank(rank: int, degrees: Degrees) -> Iterator[Grid]:
-    """The grid as `rank` would see it, on the meta device; its collectives move nothing."""
+    """Yields the grid of `rank` on the meta device; its collectives move nothing."""
     if degrees.world == 1:
         yield Grid.build(degrees, META)
         return
     if dist.is_initialized():
-        raise RuntimeError("a dry run makes process groups of its own, but there are some already")
+        raise RuntimeError("a dry run makes process groups of its own, but some exist already")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.world)
@@ -184,26 +183,26 @@ def as_rank(rank: int, degrees: Degrees) -> Iterator[Grid]:
 
 
 def microbatches_of(phase: Phase, degrees: Degrees) -> int:
-    """Microbatches of a rank in a step."""
+    """Returns the microbatches per rank and step."""
     rows = phase.rows
     return -(-rows.global_batch_size // degrees.data // rows.micro_batch_size)
 
 
 @dataclass(frozen=True)
-class _Need:
-    """Bytes that a microbatch holds from its forward to its backward, and needs besides at most."""
+class _PieceMemory:
+    """Activations of a microbatch from its forward to its backward, and the additional peak."""
 
-    held: int
-    work: int
+    activations: int
+    workspace: int
 
 
 _Piece = Callable[[Tensor], list[Tensor]]
-_Known = dict[tuple[object, ...], _Need]
-"""What was measured, by what makes pieces of stages alike."""
+_Known = dict[tuple[object, ...], _PieceMemory]
+"""Counted memory, by what makes pieces of stages equal."""
 
 
 class _Part:
-    """One rank's part of a run on the meta device."""
+    """One rank's model, gradients and optimizer on the meta device."""
 
     def __init__(self, config: RunConfig, grid: Grid, phase: Phase) -> None:
         self.config, self.grid, self.phase = config, grid, phase
@@ -217,7 +216,7 @@ class _Part:
         self.engine.quantised = phase.quantised
 
     def elements(self) -> dict[str, int]:
-        """Elements of every parameter here, over all ranks of the stage and each once."""
+        """Returns the elements of every local parameter over all ranks of the stage, each once."""
         ranks = self.grid.world_size // self.grid.pipeline.size
         return {
             name: parameter.numel() * ranks // self.local.placements[name].replicas
@@ -225,7 +224,7 @@ class _Part:
         }
 
     def memory(self, known: _Known) -> RankMemory:
-        """What this rank holds. What is like something in `known` is not measured again."""
+        """Counts this rank's memory; pieces in `known` are not counted again."""
         with self.engine.computing():
             return self._memory(known)
 
@@ -233,11 +232,15 @@ class _Part:
         micro = self._microbatch()
         numbers = self.local.stages.stages_of(self.grid.pipeline.rank)
         needs = {number: self._stage(number, micro, known) for number in numbers}
-        held = {number: need.held for number, need in needs.items()}
-        in_flight = self._in_flight(held, len(micro.tokens_T))
+        activations = {number: need.activations for number, need in needs.items()}
+        in_flight = self._in_flight(activations, len(micro.tokens_T))
         stages = [
             StageMemory(
-                number, self.local.stages.layers_of(number), need.held, in_flight[number], need.work
+                number,
+                self.local.stages.layers_of(number),
+                need.activations,
+                in_flight[number],
+                need.workspace,
             )
             for number, need in needs.items()
         ]
@@ -254,12 +257,12 @@ class _Part:
 
     def _resident(self) -> dict[str, int]:
         parts = resident(self.local.model, self.optimizer)
-        if held := rounded_weights(self.local.model):
-            parts["quantised experts"] = Storages(held).nbytes
+        if experts := rounded_weights(self.local.model):
+            parts["quantised experts"] = Storages(experts).nbytes
         return parts
 
     def _microbatch(self) -> Microbatch:
-        """Rows that are one sample each."""
+        """Makes a microbatch of rows that are one sample each."""
         rows_of = self.phase.rows
         rows = min(
             rows_of.micro_batch_size, -(-rows_of.global_batch_size // self.grid.degrees.data)
@@ -272,8 +275,8 @@ class _Part:
             tokens, layout, torch.empty_like(tokens), counts, attention=self.phase.attention
         )
 
-    def _stage(self, number: int, micro: Microbatch, known: _Known) -> _Need:
-        """What a microbatch needs in a stage: the sum of what its layers and its ends hold."""
+    def _stage(self, number: int, micro: Microbatch, known: _Known) -> _PieceMemory:
+        """Counts a microbatch's memory in a stage: the sum over its layers and its ends."""
         model, plan, ends = self.config.model, self.local.stages, self.grid.sequence
         pieces: dict[object, _Piece] = {}
         counts: Counter[object] = Counter()
@@ -285,19 +288,19 @@ class _Part:
             pieces["embedding"] = lambda streams: [self.local.model.embed_streams(micro)]
         if plan.is_last(number):
             pieces["heads"] = partial(self._heads, micro)
-        held = 0 if number == 0 else self._streams(micro).nbytes
-        work = 0
+        activations = 0 if number == 0 else self._streams(micro).nbytes
+        workspace = 0
         for likeness, piece in pieces.items():
             place = (likeness, ends.is_first, ends.is_last)
             if place not in known:
                 known[place] = self._measure(piece, micro)
-            held += known[place].held * (counts[likeness] or 1)
-            work = max(work, known[place].work)
+            activations += known[place].activations * (counts[likeness] or 1)
+            workspace = max(workspace, known[place].workspace)
         if "block" in self.config.parallel.offload:
-            # Layers' inputs are on the host, but for what came from the stage before.
+            # The layers' inputs are on the host, except the one from the previous stage.
             moved = max(len(plan.layers_of(number)) - (number > 0), 0)
-            held -= moved * self._streams(micro).nbytes
-        return _Need(held, work)
+            activations -= moved * self._streams(micro).nbytes
+        return _PieceMemory(activations, workspace)
 
     def _layer(self, row: int, micro: Microbatch, streams: Tensor) -> list[Tensor]:
         model = self.local.model
@@ -311,8 +314,8 @@ class _Part:
         balance = model.weighted_balance(stats)
         return [lm + micro.mtp_loss_weight * mtp + (0.0 if balance is None else balance)]
 
-    def _measure(self, piece: _Piece, micro: Microbatch) -> _Need:
-        """Of one piece of a stage, the streams that it is given not counted."""
+    def _measure(self, piece: _Piece, micro: Microbatch) -> _PieceMemory:
+        """Counts one piece of a stage without its input streams."""
         model = self.local.model
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         streams = self._streams(micro)
@@ -320,27 +323,27 @@ class _Part:
         lasting += [*tensors_in(micro), streams]
         with Live(Storages(lasting)) as live, GroupedShapes(), Addresses():
             out = piece(streams)
-            held = live.now
+            activations = live.now
             torch.autograd.backward(out, [torch.empty_like(tensor) for tensor in out])
-        return _Need(held, live.peak - held)
+        return _PieceMemory(activations, live.peak - activations)
 
     def _streams(self, micro: Microbatch) -> Tensor:
-        """What a layer gets from the one before."""
+        """Makes the residual streams between two layers."""
         model = self.config.model
         shape = (len(micro.tokens_T), model.hc_mult, model.hidden_size)
         dtype = DTYPES[self.config.precision]
         return torch.empty(shape, dtype=dtype, device=META, requires_grad=True)
 
-    def _in_flight(self, held: dict[int, int], tokens: int) -> dict[int, int]:
-        """By stage, the microbatches whose activations are there at the worst time."""
+    def _in_flight(self, activations: dict[int, int], tokens: int) -> dict[int, int]:
+        """Returns the microbatches in flight by stage when activations peak."""
         pipeline = self.engine.pipeline
         if pipeline.axis.size == 1:
-            return dict.fromkeys(held, 1)
+            return dict.fromkeys(activations, 1)
         schedule = pipeline.schedule(microbatches_of(self.phase, self.grid.degrees), tokens)
-        return most_in_flight(schedule.pipeline_order[pipeline.axis.rank], held)
+        return peak_in_flight(schedule.pipeline_order[pipeline.axis.rank], activations)
 
     def _update(self) -> int:
-        """Most bytes that the sum of the gradients and the optimizer's step need for a while."""
+        """Counts the additional peak of the gradient reduction and the optimizer's step."""
         parameters = list(self.local.model.parameters())
         grads = [p.grad for p in parameters if p.grad is not None]
         states = [piece.tensor for piece in self.optimizer.states()]
@@ -351,7 +354,7 @@ class _Part:
 
 
 def resident(model: V4Model, optimizer: HybridZero) -> dict[str, int]:
-    """Bytes that a rank holds all the time, by part, after gradients were made."""
+    """Returns the bytes that a rank holds throughout the run, by part."""
     weights = Storages([*model.parameters(), *model.buffers()])
     masters = Storages(master for master in optimizer.owned() if master not in weights)
     states = [piece.tensor for piece in optimizer.states() if piece.tensor not in masters]

@@ -1,9 +1,9 @@
-"""`v4 plan --measure`: layers timed on this machine, and the pipeline that follows from the times.
+"""`v4 plan --measure`: layer times on this machine, and a pipeline balanced by them.
 
 One layer of each kind, the MTP block and the head run forward and backward one after another, each
-with weights of its own for as long as it is timed. A layer has the config's widths, but only as
-many experts as are on one expert rank (at least those that a token chooses), since a token costs
-the same however many there are.
+with weights that exist only while it is timed. A layer has the config's widths, but only the
+experts of one expert rank (at least the active ones of a token), since the cost of a token does not
+depend on their number.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ class Times:
     head: float
 
     def of_layers(self, model: ModelConfig) -> list[float]:
-        """The time of every layer of the model."""
+        """Returns the time of every layer of the model."""
         return [self.layers[kind] for kind in model.layer_types]
 
     @property
     def tail(self) -> float:
-        """What the last stage has behind its layers."""
+        """Time of the last stage's heads."""
         return self.head + self.mtp
 
 
 def measure(config: RunConfig, world: int) -> Iterator[Table | str]:
-    """The times beside the operations, and layers of each stage balanced by the times.
+    """Yields times and FLOPs, and the layers of each stage balanced by the times.
 
-    Raises ConfigError where the config does not fit the processes.
+    Raises ConfigError if the config does not fit the processes.
     """
     config.check_world(world)
     times = take_times(config, local_device(0))
@@ -66,7 +66,7 @@ def measure(config: RunConfig, world: int) -> Iterator[Table | str]:
 
 
 def take_times(config: RunConfig, device: torch.device, repeats: int = REPEATS) -> Times:
-    """Time every part; a row is cut to 256 tokens on a CPU."""
+    """Times every part; a row is cut to 256 tokens on a CPU."""
     length = config.data.seq_len
     tokens = length if device.type != "cpu" else min(length, CPU_TOKENS)
     small = config.model.model_copy(update=_few_experts(config))
@@ -82,8 +82,8 @@ def take_times(config: RunConfig, device: torch.device, repeats: int = REPEATS) 
 
 def _few_experts(config: RunConfig) -> dict[str, int]:
     model, parallel = config.model, config.parallel
-    here = model.n_routed_experts // parallel.expert
-    return {"n_routed_experts": max(here, model.num_experts_per_tok), "num_hash_layers": 0}
+    local = model.n_routed_experts // parallel.expert
+    return {"n_routed_experts": max(local, model.num_experts_per_tok), "num_hash_layers": 0}
 
 
 class _Bench:
@@ -101,7 +101,7 @@ class _Bench:
         self.dtype = model.embed.weight.dtype
 
     def layer(self, row: int) -> float:
-        """Seconds of a layer of the main model."""
+        """Returns the seconds of a layer of the main model."""
         block = self.model.layers[row]
 
         def run() -> Tensor:
@@ -110,7 +110,7 @@ class _Bench:
         return self._time(block, run)
 
     def mtp(self) -> float:
-        """Seconds of the MTP block without its pass through the head."""
+        """Returns the seconds of the MTP block without its pass through the head."""
         block, micro = self.model.mtp[0], self.micro
         embedded = self._streams()[:, 0].detach()
 
@@ -123,7 +123,7 @@ class _Bench:
         return self._time(block, run)
 
     def head(self) -> float:
-        """Seconds of one pass through norm, output matrix and cross-entropy."""
+        """Returns the seconds of one pass through norm, output matrix and cross-entropy."""
         head, norm = self.model.head, self.model.norm
         assert self.micro.counts is not None
         count = self.micro.counts.lm
@@ -142,7 +142,7 @@ class _Bench:
         return torch.randn(shape, dtype=self.dtype, device=self.device, requires_grad=True)
 
     def _time(self, part: nn.Module, run: Callable[[], Tensor]) -> float:
-        """The least of some repeats, after one that is not counted."""
+        """Returns the minimum of some repeats, after a warm-up that is not counted."""
         part.to_empty(device=self.device)
         for tensor in (*part.parameters(), *part.buffers()):
             _fill(tensor.detach(), self.model.config.initializer_range)
@@ -155,13 +155,13 @@ class _Bench:
             self._wait()
             seconds.append(time.perf_counter() - start)
         part.to("meta")
-        self._say()
+        self._log()
         return min(seconds[1:])
 
-    def _say(self) -> None:
+    def _log(self) -> None:
         self.done += 1
         spent = time.perf_counter() - self.start
-        left = f", about {spent / self.done * (self.parts - self.done):.0f} s to go"
+        left = f", about {spent / self.done * (self.parts - self.done):.0f} s left"
         text = f"measured {self.done} of {self.parts} parts on {self.device.type}, {spent:.0f} s"
         print(text + left * (self.done < self.parts), file=sys.stderr, flush=True)
 
@@ -171,7 +171,7 @@ class _Bench:
 
 
 def _fill(tensor: Tensor, std: float) -> None:
-    """Values that cost what a model's cost: no zeros, nothing that overflows."""
+    """Fills in values with the cost of a model's: no zeros, nothing that overflows."""
     if tensor.dim() > 1 and tensor.is_floating_point():
         tensor.normal_(std=std)
     else:
@@ -179,7 +179,7 @@ def _fill(tensor: Tensor, std: float) -> None:
 
 
 def times_table(config: RunConfig, times: Times) -> Table:
-    """Each part's time and operations, and the share of both in the whole model."""
+    """Returns each part's time, and its share of the model's time and FLOPs."""
     layers, tail = flops_by_part(config.model, times.tokens)
     seconds = times.of_layers(config.model)
     whole = (sum(seconds) + times.tail, sum(layers) + tail)
@@ -187,21 +187,21 @@ def times_table(config: RunConfig, times: Times) -> Table:
         title=f"forward and backward of {times.tokens} tokens on {times.device.type}",
         title_justify="left",
     )
-    for name in ("part", "times", "ms", "share of time", "share of operations"):
+    for name in ("part", "times", "ms", "share of time", "share of FLOPs"):
         table.add_column(name, justify="left" if name == "part" else "right")
 
-    def row(name: str, count: int, time_: float, share: float, operations: Sequence[float]) -> None:
+    def row(name: str, count: int, time_: float, share: float, flops: Sequence[float]) -> None:
         table.add_row(
             name,
             str(count),
             f"{time_ * 1e3:.1f}",
             f"{share / whole[0]:.2%}",
-            f"{sum(operations) / whole[1]:.2%}",
+            f"{sum(flops) / whole[1]:.2%}",
         )
 
     kinds = config.model.layer_types
     for kind, time_ in times.layers.items():
-        mine = [cost for cost, own in zip(layers, kinds, strict=True) if own == kind]
-        row(f"{kind} layer", len(mine), time_, time_ * len(mine), mine)
+        costs = [cost for cost, other in zip(layers, kinds, strict=True) if other == kind]
+        row(f"{kind} layer", len(costs), time_, time_ * len(costs), costs)
     row("head, and MTP block with its head", 1, times.tail, times.tail, [tail])
     return table

@@ -180,7 +180,7 @@ def test_the_dry_run_counts_what_was_moved(tiny: Path) -> None:
         for more in ([], ["parallel.offload=[block]"]):
             config = load_config(tiny, [*words, *more])
             ranks = dry_run(config, stages).ranks
-            held.append([rank.stages[0].held for rank in ranks])
+            held.append([rank.stages[0].activations for rank in ranks])
         model, data = config.model, config.data
         tokens = data.micro_batch_size * data.seq_len
         streams = 4 * tokens * model.hc_mult * model.hidden_size

@@ -21,7 +21,7 @@ from trainer.engine import NativeEngine
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import Pipeline
-from trainer.planning.activations import Live, Storages, most_in_flight, tensors_in
+from trainer.planning.activations import Live, Storages, peak_in_flight, tensors_in
 from trainer.planning.dry_run import as_rank, dry_run, microbatches_of
 from trainer.planning.static_memory import memory_parts, stage_parts
 
@@ -134,7 +134,7 @@ def test_in_flight_as_torch_orders_it(tiny: Path, schedule: str, ranks: int) -> 
             plan = config.parallel.stages(config.model, config.data.seq_len)
             order = actions(config, grid, plan)
         mine = found.ranks[rank].stages
-        most, held = 0, {stage.number: stage.held for stage in mine}
+        most, held = 0, {stage.number: stage.activations for stage in mine}
         alive: set[tuple[str, str]] = set()
         for action in order:
             parts = action.strip("()").split(";")
@@ -146,7 +146,7 @@ def test_in_flight_as_torch_orders_it(tiny: Path, schedule: str, ranks: int) -> 
                     # 1F1B's list numbers the last stage's microbatches otherwise.
                     alive.discard((stage, micro) if (stage, micro) in alive else min(alive))
                 most = max(most, sum(held[int(stage)] for stage, _ in alive))
-        assert sum(stage.held * stage.in_flight for stage in mine) == most
+        assert sum(stage.activations * stage.in_flight for stage in mine) == most
         if schedule == "1f1b":
             assert [stage.in_flight for stage in mine] == [ranks - rank]
         assert microbatches_of(found.phase, degrees) == 16
@@ -178,8 +178,8 @@ def test_what_is_in_flight_is_weighed() -> None:
             self.computation_type = _ComputationType(kind)
 
     order = [Action(0, "F"), Action(0, "F"), None, Action(1, "F"), Action(0, "B"), Action(1, "F")]
-    assert most_in_flight(order, {0: 10, 1: 1}) == {0: 2, 1: 1}
-    assert most_in_flight(order, {0: 1, 1: 10}) == {0: 1, 1: 2}
+    assert peak_in_flight(order, {0: 10, 1: 1}) == {0: 2, 1: 1}
+    assert peak_in_flight(order, {0: 1, 1: 10}) == {0: 1, 1: 2}
 
 
 def test_live_bytes() -> None:

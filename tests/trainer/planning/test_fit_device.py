@@ -14,7 +14,13 @@ from trainer.config import ConfigError, RunConfig, load_config
 from trainer.device import DeviceInfo
 from trainer.formatting import GIB
 from trainer.planning.dry_run import dry_run
-from trainer.planning.fit_device import AGAIN, ROOM, Count, fit, micro_batch_size
+from trainer.planning.fit_device import (
+    MEMORY_FRACTION,
+    RECOMPUTATION,
+    Count,
+    fit,
+    micro_batch_sizes,
+)
 from trainer.planning.static_memory import snapshot_memory
 
 CONFIG = Path(__file__).parents[3] / "configs" / "debug.yaml"
@@ -30,9 +36,9 @@ def count(config: RunConfig) -> int:
 def settings(memory: float, *words: str, world: int = 1) -> tuple[int, tuple[str, ...], bool]:
     config = load_config(CONFIG, ["data.global_batch_size=12", "data.micro_batch_size=1", *words])
     # Room is a share of whole GiB; what is over does not count.
-    card = DeviceInfo("a card", math.ceil(memory / ROOM) * GIB + GIB - 1)
+    card = DeviceInfo("a card", math.ceil(memory / MEMORY_FRACTION) * GIB + GIB - 1)
     chosen, words_ = fit(config, world, card, count)
-    assert count(chosen) <= ROOM * card.memory
+    assert count(chosen) <= MEMORY_FRACTION * card.memory
     assert (
         f"data.micro_batch_size = {chosen.data.micro_batch_size}, " in words_ and "a card" in words_
     )
@@ -71,36 +77,37 @@ def test_nothing_fits():
 
 def test_microbatches_have_no_filler_rows_and_end_at_32768_tokens():
     words = ["data.global_batch_size=96", "data.micro_batch_size=1"]
-    rows = micro_batch_size(load_config(CONFIG, words), 1)
+    rows = micro_batch_sizes(load_config(CONFIG, words), 1)
     assert rows == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48] and 64 * 512 == 32_768
-    assert micro_batch_size(load_config(CONFIG, words), 2) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
-    assert micro_batch_size(load_config(CONFIG, [*words, "data.seq_len=16384"]), 1) == [1, 2]
+    assert micro_batch_sizes(load_config(CONFIG, words), 2) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
+    assert micro_batch_sizes(load_config(CONFIG, [*words, "data.seq_len=16384"]), 1) == [1, 2]
     pipeline = [*words, "parallel.pipeline=2", "data.micro_batch_size=4"]
-    assert micro_batch_size(load_config(CONFIG, pipeline), 2) == [4]
+    assert micro_batch_sizes(load_config(CONFIG, pipeline), 2) == [4]
 
 
 def test_a_step_that_other_rows_do_not_divide_is_left_alone():
-    phases = "phases=[{until_tokens: 49152, attention: dense, global_batch_size: 8}, {until_tokens: 98304, attention: dense}]"
+    phases = "phases=[{until_tokens: 49152, attention: dense, global_batch_size: 8}, "
+    phases += "{until_tokens: 98304, attention: dense}]"
     rows, *_ = settings(1000, phases, "steps=0")
     assert rows == 4  # of 12 and of 8
 
 
 def test_what_is_chosen_fits_by_the_dry_run_and_more_does_not():
     config = load_config(CONFIG, ["data.global_batch_size=16"])
-    size = Count(1, on_host=False, tell=False)
+    size = Count(1, on_host=False, log=False)
     chosen, _ = fit(config, 1, DeviceInfo("a card", GIB), size)
-    assert size(chosen) <= ROOM * GIB
+    assert size(chosen) <= MEMORY_FRACTION * GIB
     assert chosen.parallel.recompute == () and 1 <= chosen.data.micro_batch_size < 16
     words = [
         "data.global_batch_size=16",
         f"data.micro_batch_size={2 * chosen.data.micro_batch_size}",
     ]
-    assert size(load_config(CONFIG, words)) > ROOM * GIB
+    assert size(load_config(CONFIG, words)) > MEMORY_FRACTION * GIB
 
 
 def test_snapshots_on_the_host_count_where_it_trains():
     config = load_config(CONFIG, ["stability.spikes={}"])
-    there, here = (Count(1, on_host, tell=False)(config) for on_host in (False, True))
+    there, here = (Count(1, on_host, log=False)(config) for on_host in (False, True))
     assert here - there == snapshot_memory(config, config.degrees(1)) > 0
 
 
@@ -108,7 +115,7 @@ def test_every_rung_needs_less_than_the_one_before():
     """On rows long enough for attention to count; as many as a GPU holds of a larger model."""
     config = load_config(CONFIG, ["data.seq_len=4096", "data.micro_batch_size=4"])
     sizes = []
-    for again in AGAIN:
+    for again in RECOMPUTATION:
         parallel = config.parallel.model_copy(update=again)
         with_it = config.model_copy(update={"parallel": parallel})
         sizes.append(dry_run(with_it, 1).fullest.total)

@@ -25,7 +25,7 @@ def fail(*overrides: str) -> None:
 def test_three_settings_with_estimates_the_best_first(capsys):
     assert run_or_explain(lambda: fail("data.micro_batch_size=8")) == EXIT_CODE
     said = capsys.readouterr().err
-    assert said.startswith("v4: error: cpu: CUDA out of memory; it asks for about ")
+    assert said.startswith("v4: error: cpu: CUDA out of memory; the run takes about ")
     assert len(said.strip().splitlines()) == 1
     settings = re.findall(r"([a-z_.]+)=\S+ \(about ([\d.]+) MiB\)", said)
     sizes = [float(size) for _, size in settings]

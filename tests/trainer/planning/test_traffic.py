@@ -49,7 +49,7 @@ TOPOLOGIES: dict[int, list[Degrees]] = {
         {},
         {"tensor": 2, "recompute": ("attention",)},
         {"tensor": 2, "query_matrices": "per_head", "recompute": ("block", "attention")},
-        {"context": 2, "precision": "bf16", "gradients": "bf16"},
+        {"context": 2, "precision": "bf16", "grad_reduce_dtype": "bf16"},
         {"expert": 2, "recompute": ("block",), "expert_grad_reduce_dtype": "bf16_stochastic"},
         {"expert_tensor": 2},
         {"max_optimizer_padding": 0.001},
