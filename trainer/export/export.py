@@ -1,8 +1,8 @@
 """`v4 export`: a run's newest checkpoint as a Hugging Face folder, one shard at a time.
 
-The tensors go from the checkpoint's files to the folder's without a model or an optimizer in
-between: each is put together from its chunks just before its shard is written, so that a shard
-has to fit into memory, and nothing else. Several processes share out the shards.
+The tensors go from the checkpoint's files to the folder's without a model or an optimizer: each is
+assembled from its chunks just before its shard is written, so that only one shard has to fit into
+memory. The shards are divided among the processes.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def export_run(
     shard_bytes: int = SHARD_BYTES,
     experts: ExpertFormat = "as_trained",
 ) -> str:
-    """Write the newest checkpoint as a Hugging Face folder; returns a sentence about it.
+    """Writes the newest checkpoint as a Hugging Face folder and returns a sentence about it.
 
     All ranks of `grid` call it together. Raises, on all of them, CheckpointError when there is no
     checkpoint or none that fits the config, and ExportError when `out` cannot be written.
@@ -45,10 +45,10 @@ def export_run(
     refuse_full(out, grid.world)
     tokenizer = Tokenizer(config.data.tokenizer.path)
     folder = CheckpointFolder(config.run_dir / "checkpoints", grid)
-    found = newest_of(config, folder, tokenizer.hash)
-    if found is None:
+    newest = newest_of(config, folder, tokenizer.hash)
+    if newest is None:
         raise CheckpointError(f"{config.run_dir}: holds no checkpoint yet; train the run first")
-    path, saved = found
+    path, saved = newest
     dtype = DTYPES[config.precision]
     weights = _outline(config, dtype)
     stored = CheckpointReader(path)
@@ -69,14 +69,14 @@ def export_run(
 
 
 def _outline(config: RunConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's tensors under official names, in its order, on the meta device."""
+    """Returns the model's tensors under official names, in its order, on the meta device."""
     with torch.device("meta"):
         model = V4Model(config.model, dtype)
     return dict(to_official(named_tensors(model).items()))
 
 
 def _check(path: Path, stored: CheckpointReader, weights: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless the checkpoint has these weights and no others."""
+    """Raises CheckpointError unless the checkpoint has these weights and no others."""
     problem = misfit(stored.shapes, {n: [TensorBox.whole(tensor)] for n, tensor in weights.items()})
     extra = [name for name in stored.shapes if not is_state(name) and name not in weights]
     if problem is None and extra:

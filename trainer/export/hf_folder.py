@@ -41,12 +41,12 @@ def write_hf_folder(
     grid: Grid | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what `AutoModelForCausalLM` and `AutoTokenizer` load, all of it or nothing.
+    """Writes a folder for `AutoModelForCausalLM` and `AutoTokenizer` atomically.
 
-    `weights` carry official names. They may be on the meta device: `read` then gives the tensors
-    of a shard, on the host, just before that is written, and they are dropped behind it. The
-    ranks of `grid` share out the shards. `more` goes into config.json, too. Raises ExportError on
-    all ranks when `folder` is there and not empty, or when it cannot be written.
+    `weights` carry official names. They may be on the meta device: `read` then returns the tensors
+    of a shard, on the host, just before it is written; they are freed afterwards. The shards are
+    divided among the ranks of `grid`. `more` is added to config.json. Raises ExportError on
+    all ranks when `folder` exists and is not empty, or when it cannot be written.
     """
     world = (grid or Grid.single()).world
     refuse_full(folder, world)
@@ -74,13 +74,13 @@ def write_hf_folder(
 
 
 def refuse_full(folder: Path, world: Axis) -> None:
-    """Raise ExportError, on all ranks, unless `folder` is new or an empty folder."""
+    """Raises ExportError, on all ranks, unless `folder` is new or an empty folder."""
     try:
         full = on_all_ranks(lambda: _is_full(folder), world)
     except OSError as error:
         raise ExportError(f"{folder}: cannot be read: {error.strerror}") from None
     if any(full):
-        raise ExportError(f"{folder}: is already there; name a folder that is new or empty")
+        raise ExportError(f"{folder}: already exists; name a folder that is new or empty")
 
 
 def _is_full(folder: Path) -> bool:
@@ -89,13 +89,13 @@ def _is_full(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Shards:
-    """Which tensor stands in which file: a function of names, shapes and dtypes alone."""
+    """The file of each tensor: a function of names, shapes and dtypes alone."""
 
     files: Mapping[str, Mapping[str, Tensor]]
 
     @classmethod
     def plan(cls, weights: Mapping[str, Tensor], shard_bytes: int) -> _Shards:
-        """One file, or numbered ones of at most `shard_bytes` (or one tensor)."""
+        """Makes one file, or numbered ones of at most `shard_bytes` (or one tensor)."""
         shards: list[dict[str, Tensor]] = [{}]
         size = 0
         for name, tensor in weights.items():
@@ -110,18 +110,18 @@ class _Shards:
         return cls(dict(zip(names, shards, strict=True)))
 
     def write(self, folder: Path, read: Read, world: Axis) -> None:
-        """Write this rank's share of the files, one after another. Raises OSError."""
+        """Writes this rank's share of the files, one after another. Raises OSError."""
         for file in list(self.files)[world.rank :: world.size]:
             try:
                 save_file(read(self.files[file]), folder / file, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise OSError(0, str(error)) from None
-            # safetensors lets nobody but the owner read what it writes.
+            # safetensors writes files that only their owner can read.
             (folder / file).chmod(folder.stat().st_mode & 0o666)
             fsync_file(folder / file)
 
     def write_index(self, folder: Path) -> None:
-        """Write the index that says which file holds a tensor, if there is more than one."""
+        """Writes the index of the tensors' files, if there are several files."""
         if len(self.files) == 1:
             return
         total = sum(tensor.nbytes for shard in self.files.values() for tensor in shard.values())
@@ -130,7 +130,7 @@ class _Shards:
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the host that share no storage: experts are views of their stack."""
+    """Copies tensors to the host without shared storage: experts are views of their stack."""
     return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
@@ -139,7 +139,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_hf_config(folder: Path, **training: Any) -> ModelConfig:
-    """The model of a Hugging Face folder; `training` sets what config.json does not carry.
+    """Reads the model config of a Hugging Face folder; `training` sets fields that it lacks.
 
     Raises ExportError without a readable config.json, ModelConfigError for another architecture.
     """
@@ -153,9 +153,9 @@ def read_hf_config(folder: Path, **training: Any) -> ModelConfig:
 
 
 def read_hf_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors files, on the host, in official or transformers' names.
+    """Reads all tensors of a folder's safetensors files, in official or transformers' names.
 
-    FP4 and FP8 weights come dequantised. Raises ExportError for missing or damaged files.
+    FP4 and FP8 weights are dequantised. Raises ExportError for missing or damaged files.
     """
     weights: dict[str, Tensor] = {}
     for path in _weight_files(folder):
@@ -174,9 +174,9 @@ def read_hf_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _official(name: str) -> str:
-    """The official name of a tensor that transformers' `save_pretrained` has written.
+    """Returns the official name of a tensor that transformers' `save_pretrained` has written.
 
-    It turns its renaming back only in part (5.23.0): `model.` stays in front, and a few leaves.
+    It reverts its renaming only in part (5.23.0): the prefix `model.` and a few leaves stay.
     """
     name = name.removeprefix("model.")
     name = re.sub(r"^embed_tokens\.", "embed.", name)

@@ -1,4 +1,4 @@
-"""`v4 import`: a Hugging Face folder in. `open_run`: a run's newest checkpoint, ready to use."""
+"""`v4 import`: starts a run from a Hugging Face folder. `open_run`: loads the newest checkpoint."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel
 from trainer.state import TrainState
 
-# Settings of training that a Hugging Face config.json does not carry.
+# Training settings that a Hugging Face config.json lacks.
 _OURS = (
     "balance_loss_weight",
     "mtp_loss_weight",
@@ -25,7 +25,7 @@ _OURS = (
 
 
 def open_run(config: RunConfig, grid: Grid) -> tuple[LocalModel, TrainState]:
-    """This rank's part of the model of a run's newest checkpoint, and its counters.
+    """Returns this rank's part of the model of a run's newest checkpoint, and its counters.
 
     Raises CheckpointError when there is none.
     """
@@ -41,7 +41,7 @@ def open_run(config: RunConfig, grid: Grid) -> tuple[LocalModel, TrainState]:
 
 
 def import_run(config: RunConfig, source: Path) -> str:
-    """Make a run that starts from a Hugging Face folder; returns a sentence about it.
+    """Makes a run that starts from a Hugging Face folder and returns a sentence about it.
 
     The model's sizes come from the folder, everything else from `config`. The run folder gets a
     checkpoint of step 0 and the config to train it with. Raises ExportError when the run folder

@@ -1,7 +1,9 @@
-"""Quantised weights of Hugging Face folders: routed experts in MXFP4 out, FP4 and FP8 in.
+"""Quantised weights of Hugging Face folders: exports routed experts in MXFP4, imports FP4 and FP8.
 
-The layout is the official one: beside an expert's int8 `w1.weight`, [F, D/2], stands `w1.scale`,
-float8_e8m0fnu [F, D/32]; beside an FP8 `weight` stands `scale` with one number for 128 × 128.
+The layout is the official one: an expert has an int8 `w1.weight` [F, D/2] and a `w1.scale`,
+float8_e8m0fnu [F, D/32]; an FP8 `weight` has a `scale` with one number for each 128 x 128 block.
+
+Letters: D hidden size, F inner size of an expert.
 """
 
 import re
@@ -30,58 +32,58 @@ CONFIG: Mapping[str, Any] = {
         "modules_to_not_convert": list(_UNQUANTISED),
     },
 }
-"""What config.json says besides, in transformers' words."""
+"""Additions to config.json, as transformers reads them."""
 
 
 def packed_outline(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of a folder whose routed experts are packed, on the meta device.
+    """Returns the tensors of a folder with packed routed experts, on the meta device.
 
     Raises ExportError unless the experts' rows divide into blocks of 32.
     """
     for field in ("hidden_size", "moe_intermediate_size"):
         if (size := getattr(config, field)) % BLOCK:
-            raise ExportError(f"model.{field} is {size}; MXFP4 experts want a multiple of {BLOCK}")
+            raise ExportError(f"model.{field} is {size}; MXFP4 experts need a multiple of {BLOCK}")
     outline: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        found = _EXPERT.fullmatch(name)
-        if found is None:
+        match = _EXPERT.fullmatch(name)
+        if match is None:
             outline[name] = tensor
         else:
             rows, columns = tensor.shape
             codes = torch.empty(rows, columns // 2, dtype=torch.int8, device="meta")
             scales = torch.empty(rows, columns // BLOCK, dtype=torch.uint8, device="meta")
             outline[name] = codes
-            outline[f"{found[1]}.scale"] = scales.view(torch.float8_e8m0fnu)
+            outline[f"{match[1]}.scale"] = scales.view(torch.float8_e8m0fnu)
     return outline
 
 
 def packed_read(
     read: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], dtype: torch.dtype
 ) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-    """`read` for the tensors of `packed_outline`: experts are read in `dtype`, then packed."""
+    """Wraps `read` for the tensors of `packed_outline`: experts are read in `dtype`, then packed."""
 
     def read_packed(shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
         outlines: dict[str, Tensor] = {}
         for name, tensor in shard.items():
-            found = _EXPERT.fullmatch(name)
-            source = name if found is None else f"{found[1]}.weight"
-            outlines[source] = tensor if found is None else torch.empty(0, dtype=dtype)
+            match = _EXPERT.fullmatch(name)
+            source = name if match is None else f"{match[1]}.weight"
+            outlines[source] = tensor if match is None else torch.empty(0, dtype=dtype)
         whole = read(outlines)
         packed: dict[str, Tensor] = {}
         for name in shard:
-            found = _EXPERT.fullmatch(name)
-            if found is None:
+            match = _EXPERT.fullmatch(name)
+            if match is None:
                 packed[name] = whole[name]
             else:
-                codes, scales = quantise(whole[f"{found[1]}.weight"])
-                packed[name] = codes if found[2] == "weight" else scales
+                codes, scales = quantise(whole[f"{match[1]}.weight"])
+                packed[name] = codes if match[2] == "weight" else scales
         return packed
 
     return read_packed
 
 
 def dequantised(weights: dict[str, Tensor], place: str) -> dict[str, Tensor]:
-    """The weights of a folder with every quantised one as bf16, or fp32 where bf16 cannot hold it.
+    """Dequantises a folder's weights to bf16, or to fp32 where bf16 cannot represent them.
 
     Raises ExportError for a quantised weight without its scale, or with one that does not fit.
     """
@@ -113,5 +115,5 @@ def _dequantised(tensor: Tensor, scales: Tensor, what: str) -> Tensor:
         raise ExportError(f"{what} has a scale of {tuple(scales.shape)} instead of {expected}")
     if tensor.dtype == torch.int8:
         return dequantise(Packed(tensor, scales), torch.bfloat16)
-    numbers = from_fp8(tensor, scales)  # four bits times a power of two: bf16 holds it
+    numbers = from_fp8(tensor, scales)  # exact in bf16: FP8 times a power of two
     return numbers.bfloat16() if scales.dtype == torch.float8_e8m0fnu else numbers

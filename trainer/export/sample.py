@@ -1,4 +1,4 @@
-"""Loads an exported folder with transformers, as a user would, and lets it write."""
+"""Loads an exported folder with transformers and generates text."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from trainer.errors import ExportError
 
 
 def sample(folder: Path, prompt: str, new_tokens: int = 48) -> dict[str, Any]:
-    """Text that `AutoModelForCausalLM` writes after `prompt`, greedily, and what it loaded.
+    """Returns greedily generated text after `prompt`, and the number of parameters loaded.
 
-    Raises ExportError when transformers finds weights missing or unexpected.
+    Raises ExportError when transformers reports missing or unexpected weights.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

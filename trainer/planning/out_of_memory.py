@@ -54,7 +54,7 @@ def advice(config: RunConfig, world: int) -> str:
         try:
             done = subprocess.run(
                 command,
-                env=outside,
+                env=environment,
                 capture_output=True,
                 text=True,
                 timeout=SECONDS,

@@ -70,7 +70,7 @@ def test_what_is_written_does_not_matter():
 def test_nothing_fits():
     with pytest.raises(
         ConfigError,
-        match=r"needs? least a process asks for about 11.00 GiB, and 90% .* of a card are 10.80",
+        match=r"smallest settings take about 11.00 GiB per process, and 90% .* of a card is 10.80",
     ):
         settings(10)
 

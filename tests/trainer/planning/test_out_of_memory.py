@@ -29,7 +29,7 @@ def test_three_settings_with_estimates_the_best_first(capsys):
     assert len(said.strip().splitlines()) == 1
     settings = re.findall(r"([a-z_.]+)=\S+ \(about ([\d.]+) MiB\)", said)
     sizes = [float(size) for _, size in settings]
-    now = float(re.search(r"asks for about ([\d.]+) MiB", said).group(1))
+    now = float(re.search(r"takes about ([\d.]+) MiB", said).group(1))
     assert len(settings) == 3 and sizes == sorted(sizes) and sizes[-1] < now
     assert {name for name, _ in settings} <= {
         "data.micro_batch_size",
