@@ -20,7 +20,7 @@ from trainer.metrics.jsonl import read_metrics
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
 from trainer.planning.dry_run import dry_run
-from trainer.planning.plan import memory_parts
+from trainer.planning.static_memory import memory_parts
 
 SIZES = [
     "model.hidden_size=32",
