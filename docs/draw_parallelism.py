@@ -304,7 +304,7 @@ def draw_gather(
     ax.text(
         left,
         28.9,
-        "Windows begin anew with every sample; what is left at a sample's end becomes no entry.",
+        "Windows restart with every sample; tokens left at a sample's end make no entry.",
         fontsize=9,
         color="#555555",
     )

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-# Okabe and Ito's colours, told apart by people who see fewer of them, and lighter ones of each.
+# Okabe and Ito's colours, safe for colour-blind readers, and lighter ones of each.
 BLUE, ORANGE, GREEN, SKY = "#0072B2", "#D55E00", "#009E73", "#56B4E9"
 FOUR = ("#7FB8D8", "#F2A66A", "#80CEB9", "#E5BCD3")
 GREY, PALE, INK = "#8A8A8A", "#EDEDED", "#222222"

@@ -11,7 +11,7 @@ Slot = tuple[float, float, str, int, int]
 
 
 def timeline(schedule: str, ranks: int, microbatches: int, chunks: int) -> list[list[Slot]]:
-    """When each rank does what: torch's order, each piece as soon as what it needs is there.
+    """Returns the slots of each rank: torch's order, each piece as soon as its inputs are ready.
 
     Forward of a rank's layers takes 1, backward of inputs 1 and of weights 1; of a stage, that
     over the stages of a rank. Communication takes no time.
@@ -41,7 +41,7 @@ def timeline(schedule: str, ranks: int, microbatches: int, chunks: int) -> list[
                 done["I" if kind == "B" else kind, stage, micro] = begin
                 queue.pop(0)
                 moved = True
-        assert moved, "the schedule waits for itself"
+        assert moved, "deadlock in the schedule"
     return lines
 
 
@@ -65,7 +65,7 @@ def from_zero(queue: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
 
 
 def needed(kind: str, stage: int, micro: int, last: int) -> tuple[str, int, int] | None:
-    """What must have come before: from the stage before, or for gradients from the one behind."""
+    """Returns what must be done first: by the previous stage, or for gradients by the next one."""
     if kind == "F":
         return ("F", stage - 1, micro) if stage else None
     return ("I", stage + 1, micro) if stage < last else ("F", stage, micro)

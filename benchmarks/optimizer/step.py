@@ -1,12 +1,12 @@
-"""Time of the optimizer's step and bytes that it sends, beside others, in one run.
+"""Time and traffic of the optimizer's step compared with other optimizers, in one run.
 
 The matrices are those of one layer of a model, with random gradients. On one process of two
-threads: ours (ten Newton–Schulz steps in fp32) beside the bare matrix products of the same
-batches, which are the floor; beside torch.optim.Muon (five steps in bf16, its time times two for
-equal work); and the matrices of a small model in batches and one by one. On two processes of one
-thread each: backward, reduction, update and parameters back, beside DeepSpeed's Muon in ZeRO-2,
-which compiles itself, and the bytes of both beside those of an all-reduce. What is compared takes
-turns; times are medians, and so are ratios, taken round by round. Some two minutes on two cores.
+threads: ours (ten Newton–Schulz steps in fp32), compared with the bare matmuls of the same batches,
+which are the floor, with torch.optim.Muon (five steps in bf16, its time times two for equal work),
+and the matrices of a small model in batches and one by one. On two processes of one thread each:
+backward, reduction, update and gather of the parameters, compared with DeepSpeed's Muon in ZeRO-2,
+which compiles itself, and the bytes of both with those of an all-reduce. The candidates take turns;
+times are medians, and so are ratios, taken round by round. Some two minutes on two cores.
 
     python -m benchmarks.optimizer.step [CONFIG] [--small configs/debug.yaml] [--threads 2]
 """

@@ -1,6 +1,6 @@
-"""The optimizer's step on two processes beside DeepSpeed's Muon in ZeRO-2: time, and bytes sent.
+"""The optimizer's step on two processes compared with DeepSpeed's Muon in ZeRO-2: time and bytes.
 
-A step here is the backward of a plain sum (its gradients are what is given), the reduction, the
+A step is the backward of a plain sum (its gradients are what is given), the reduction, the
 update and the parameters on both processes. All take turns in the same two processes.
 """
 
@@ -33,7 +33,7 @@ THEIR_STEPS = MuonConfig(coarse_steps=5, fine_steps=0, gram=True)
 
 
 class Sent(TorchDispatchMode):
-    """Bytes that torch.distributed is told to send, as a ring sends them, by operator."""
+    """Bytes that torch.distributed sends, by operator; collectives count as rings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Sent(TorchDispatchMode):
         elif name == "barrier":
             size = 0
         else:
-            raise ValueError(f"nobody has said how to count {name}")
+            raise ValueError(f"no formula for the bytes of {name}")
         self.bytes[name.strip("_")] += round(size)
 
 
@@ -170,7 +170,7 @@ def pair_table(path: str, experts: int, rounds: int) -> Table:
     table = Table(
         title=f"the same matrices on two processes of one thread: {size / 4e6:.1f}M elements P; "
         "backward, reduction, update and parameters back",
-        caption="bytes: what a process sends in a step, counted; Gram matrices are made anew every "
+        caption="bytes: what a process sends in a step, counted; Gram matrices are computed every "
         "second step in ours, once in five in DeepSpeed's",
     )
     for column in ("", "ms", "over ours", "MB sent", "over 4P", "of which, over 4P"):

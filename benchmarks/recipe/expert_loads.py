@@ -1,11 +1,11 @@
 """How even the learned routers become, with and without the bias that moves against the load.
 
-    python -m benchmarks.recipe.expert_loads FOLDER --size demo [--speeds 0 0.001 0.01] [--steps 300]
+    python -m benchmarks.recipe.expert_loads FOLDER --size demo [--speeds 0 0.01] [--steps 300]
 
-Trains a model of benchmarks/recipe/stability_runs.py once for every speed of the bias. Printed for every
-learned layer: the busiest expert's load over the mean, of single steps (the median of the last 20)
-and of the last 20 steps together, and the step from which on the median of 20 steps stayed at most
-1.3.
+Trains a model of benchmarks/recipe/stability_runs.py once for every speed of the bias. Printed for
+every learned layer: the most loaded expert's load over the mean, of single steps (the median of the
+last 20) and of the last 20 steps together, and the step from which on the median of 20 steps stayed
+at most 1.3.
 """
 
 from __future__ import annotations

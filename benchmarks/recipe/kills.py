@@ -1,4 +1,4 @@
-"""The demo's recipe killed inside every phase and at every border, beside the undisturbed run.
+"""The demo's recipe killed inside every phase and at every border, against an undisturbed run.
 
     python -m benchmarks.recipe.kills FOLDER [--nproc-per-node 2] [--share 1.0] [key=value ...]
 
@@ -40,7 +40,7 @@ COMPARED = (
 
 
 class Run:
-    """`v4 train` in a folder of its own; what it prints goes into a file beside it."""
+    """`v4 train` in a separate folder, with its output in a file next to it."""
 
     def __init__(self, folder: Path, name: str, overrides: Sequence[str], processes: int) -> None:
         self.folder, self.log = folder / name, folder / f"{name}.log"
@@ -52,8 +52,8 @@ class Run:
         path = self.folder / "metrics.jsonl"
         return {r["step"]: r for r in read_metrics(path)} if path.is_file() else {}
 
-    def train(self, *overrides: str, kill_behind: int | None = None) -> None:
-        """To the end, or until a step behind `kill_behind` has been written."""
+    def train(self, *overrides: str, kill_after: int | None = None) -> None:
+        """Trains to the end, or until a step after `kill_after` has been written."""
         start = time.time()
         with self.log.open("a") as log:
             child = subprocess.Popen([*self.command, *overrides], stdout=log, stderr=log)
@@ -61,11 +61,11 @@ class Run:
                 while child.poll() is None:
                     time.sleep(0.1)
                     new = (s for s, record in self.records().items() if record["time"] > start)
-                    if kill_behind is not None and max(new, default=0) > kill_behind:
+                    if kill_after is not None and max(new, default=0) > kill_after:
                         return
             finally:
                 kill(child)
-        if kill_behind is not None or child.returncode != 0:
+        if kill_after is not None or child.returncode != 0:
             raise SystemExit(f"{self.folder} ended with {child.returncode}; see {self.log}")
 
 
@@ -99,12 +99,12 @@ def places(config: RunConfig) -> dict[int, str]:
 
 
 def killed_everywhere(run: Run, config: RunConfig) -> None:
-    """Train with a kill behind every place that the run has not come to yet."""
+    """Trains with a kill after every place that the run has not reached yet."""
     saved = run.folder / "checkpoints"
     for step, what in places(config).items():
         if any(step_of(path) >= step for path in checkpoints_in(saved)):
             continue
-        run.train(f"checkpoint.every={step}", kill_behind=step)
+        run.train(f"checkpoint.every={step}", kill_after=step)
         newest = step_of(checkpoints_in(saved)[-1])
         print(f"killed in step {max(run.records()) + 1}, goes on {what}: step {newest}", flush=True)
         if newest != step:

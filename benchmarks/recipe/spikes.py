@@ -1,4 +1,4 @@
-"""Spikes made on purpose: when they are seen, and how a run goes on that turns back or does not.
+"""Injected spikes: when they are detected, and how a run continues with and without rollback.
 
     python -m benchmarks.recipe.spikes FOLDER --size demo --fault-at 1206
     python -m benchmarks.recipe.spikes FOLDER --size small --calm 2000
@@ -150,12 +150,19 @@ def validation(run_dir: Path) -> float:
 
 
 def faults(runs: Runs, at: int) -> Table:
-    """Every fault with and without turning back, beside the undisturbed run."""
+    """Runs every fault with and without rollback, and the undisturbed run."""
     calm = runs.with_fault("undisturbed", None, at)
     table = Table(title=f"validation loss after step {at + 1 + AFTER}, the fault in step {at + 1}")
-    for column in ("fault", "seen in step", "back to", "undisturbed", "turned back", "apart"):
+    for column in (
+        "fault",
+        "detected in step",
+        "rolled back to",
+        "undisturbed",
+        "with rollback",
+        "difference",
+    ):
         table.add_column(column, justify="right")
-    for column in ("above in training", "not turned back", "apart", "above in training"):
+    for column in ("above in training", "no rollback", "difference", "above in training"):
         table.add_column(column, justify="right")
     for name, fault in FAULTS.items():
         turned = runs.with_fault(f"{name}, with", fault, at)

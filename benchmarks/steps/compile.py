@@ -4,7 +4,7 @@ The second engine holds a model of the same config and seed. Both train on the s
 is taken by one and then by the other, whose turn is first alternating, and the shares of the step
 are medians of the steps' ratios. The compiled one's first step shows what making the programs
 costs, in this process and the compiler's; torch keeps them on disk, so that a second run on the
-machine shows what it costs to find them (`--fresh` uses a folder of its own).
+machine shows what it costs to find them (`--fresh` uses a new folder).
 
     python -m benchmarks.steps.compile [CONFIG] [--steps 12] [--fresh] [key=value ...]
 """

@@ -1,6 +1,6 @@
-"""Losses of bf16 and FP8 beside fp32 over the same steps on the same rows, from the same weights.
+"""Losses of bf16 and FP8 compared with fp32 over the same steps, rows and initial weights.
 
-Trains a config once in each, in folders of its own, and compares the losses of all steps. Overrides
+Trains a config once in each, in separate folders, and compares the losses of all steps. Overrides
 make its rows or batches smaller.
 
     python -m benchmarks.steps.precision [CONFIG] [--steps 200] [key=value ...]

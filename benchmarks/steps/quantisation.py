@@ -1,6 +1,6 @@
-"""What four bits cost: plain rounding and quantisation-aware training beside training without.
+"""What MXFP4 costs: plain rounding and quantisation-aware training compared with training without.
 
-    python -m benchmarks.steps.quantisation configs/debug.yaml FOLDER --before 60 --phase 20 [key=value]
+    python -m benchmarks.steps.quantisation configs/debug.yaml FOLDER --before 60 --phase 20
     python -m benchmarks.steps.quantisation configs/debug.yaml FOLDER --time [key=value]
 
 The first trains `before` steps, then twice from that checkpoint on the same rows: `phase` steps as
@@ -101,10 +101,10 @@ def compare(path: Path, folder: Path, before: int, phase: int, overrides: list[s
         (f"step {before + phase}, rounded", validation(config("plain", QAT))),
         (f"step {before + phase}, the last {phase} quantised", validation(qat)),
     ]
-    print("\n| weights | validation loss, nats | beside unquantised |\n|---|---:|---:|")
+    print("\n| weights | validation loss, nats | minus unquantised |\n|---|---:|---:|")
     for name, loss in rows:
-        beside = loss - (rows[0] if f"step {before + phase}" not in name else rows[2])[1]
-        print(f"| {name} | {loss:.4f} | {beside:+.4f} |")
+        difference = loss - (rows[0] if f"step {before + phase}" not in name else rows[2])[1]
+        print(f"| {name} | {loss:.4f} | {difference:+.4f} |")
     for name, run in (("unquantised", plain), ("quantised", qat)):
         blocks, fitting, span, lossless = fp8(run)
         print(

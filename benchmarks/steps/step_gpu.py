@@ -1,4 +1,4 @@
-"""A training step on one GPU, part by part: each beside its floor, and the sum beside the step.
+"""A training step on one GPU, part by part: each with its floor, and the sum with the step.
 
 Every part runs alone, forward and then backward, on the step's own rows with the trainer's own
 modules: embedding, hyper-connections, attention by kind of layer, experts, heads with their losses,
@@ -237,9 +237,9 @@ def longest(step: Step, whole: float, count: int = 10) -> tuple[Table, str]:
     """The kernels (on a CPU the operators) that take most of a step, and what all of them take."""
     on_gpu = step.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as seen:
+    with profile(activities=activities) as profiler:
         step()
-    events = seen.key_averages()
+    events = profiler.key_averages()
 
     def spent(event: Any) -> float:
         return event.self_device_time_total if on_gpu else event.self_cpu_time_total

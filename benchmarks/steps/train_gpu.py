@@ -1,4 +1,4 @@
-"""Training steps on one GPU beside transformers: tokens per second, MFU and peak memory.
+"""Training steps on one GPU compared with transformers: tokens per second, MFU and peak memory.
 
 nano.yaml and a four-layer slice of flash.yaml, on rows from 4096 tokens to the longest that fits.
 ``ours, step`` is the trainer's own step of 524,288 tokens, as nano.yaml has them, also in FP8: one
@@ -195,7 +195,7 @@ def table_of(results: list[Result], limit: Ceilings) -> Table:
 
 
 def main() -> int:
-    """Measure, print, and write the JSON anew after every row."""
+    """Measures, prints, and rewrites the JSON after every row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--configs", nargs="+", default=["configs/nano.yaml", "flash-slice"])
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)

@@ -1,4 +1,4 @@
-"""Tokens per second and memory of forward and backward, beside transformers, in one run.
+"""Tokens per second and memory of forward and backward, compared with transformers, in one run.
 
 Both models have the same weights and see the same tokens; the loss is the cross-entropy of the
 next token. transformers has no multi-token prediction, so neither runs it here. Rows shorter than
@@ -188,7 +188,7 @@ def main() -> None:
         share = results[8192][0].tokens_per_second / results[2048][0].tokens_per_second
         growth = results[8192][0].peak_memory / results[2048][0].peak_memory
         console.print(
-            f"ours at 8192 beside 2048: {share:.2f} of the tokens/s, {growth:.1f} of the peak"
+            f"ours at 8192 relative to 2048: {share:.2f} of the tokens/s, {growth:.1f} of the peak"
         )
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO stages beside the native engine on the debug model: losses, resume, export.
+"""DeepSpeed's ZeRO stages and the native engine on the debug model: losses, resume, export.
 
 The model of configs/debug.yaml, AdamW on every parameter, fp32, on two processes of one thread,
 with a little of Python's library as text. The native engine trains twenty steps in one go; so does

@@ -60,7 +60,7 @@ def packed_outline(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[s
 def packed_read(
     read: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], dtype: torch.dtype
 ) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-    """Wraps `read` for the tensors of `packed_outline`: experts are read in `dtype`, then packed."""
+    """Wraps `read` for `packed_outline`: experts are read in `dtype`, then packed."""
 
     def read_packed(shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
         outlines: dict[str, Tensor] = {}

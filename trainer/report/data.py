@@ -1,4 +1,4 @@
-"""`v4 data report`: what the shards hold and how rows look, in one HTML file."""
+"""`v4 data report`: contents of the shards and examples of rows, in one HTML file."""
 
 from collections.abc import Sequence
 from html import escape
@@ -45,7 +45,7 @@ pre.row i { color: var(--soft); opacity: .75; }
 
 
 def write_data_report(config: RunConfig) -> Path:
-    """Write `report.html` beside the shards, of the run's first phase; returns its path.
+    """Writes `report.html` on the run's first phase into the shards' folder; returns its path.
 
     Raises DataError where the shards or the tokenizer are missing or damaged.
     """
@@ -59,7 +59,7 @@ def write_data_report(config: RunConfig) -> Path:
 
 
 def render(loader: Loader, tokenizer: Tokenizer, facts: DataFacts) -> str:
-    """The page as HTML text; its rows are those of the loader's first phase."""
+    """Returns the page as HTML text; its rows are those of the loader's first phase."""
     name = escape(loader.config.shards)
     length = loader.schedule.phases[0].seq_len
     chart = histogram("Document length", "tokens", {s.name: s.lengths for s in facts.sources})
@@ -70,9 +70,9 @@ def render(loader: Loader, tokenizer: Tokenizer, facts: DataFacts) -> str:
         _card("Sources", _SOURCES_NOTE, _sources(facts)),
         f"<section class=card><h2>Length of documents</h2>{chart}</section>",
         _card("Packing into rows", _PACKING_NOTE, _packing(facts)),
-        _card("What the filters left out", _FILTERS_NOTE, _filters(facts)),
+        _card("Filtered documents", _FILTERS_NOTE, _filters(facts)),
         _card("The recipe in the stream", *_recipe(loader)),
-        _card("Rows as the model sees them", _ROWS_NOTE, _rows(loader, tokenizer)),
+        _card("Rows as the model gets them", _ROWS_NOTE, _rows(loader, tokenizer)),
         _card(
             "Longest tokens",
             "The 20 tokens of the vocabulary with the most characters, and their occurrences in "
@@ -96,8 +96,8 @@ def render(loader: Loader, tokenizer: Tokenizer, facts: DataFacts) -> str:
 
 
 _SOURCES_NOTE = (
-    "What each source gave. Tokens include the begin and the end of every document; bytes are "
-    "UTF-8 text. Empty documents and bad records were set aside. The share is of all training "
+    "Contents of each source. Tokens include the begin and the end of every document; bytes are "
+    "UTF-8 text. Empty documents and bad records are skipped. The share is of all training "
     "tokens."
 )
 _PACKING_NOTE = (
@@ -106,7 +106,7 @@ _PACKING_NOTE = (
 )
 _FILTERS_NOTE = (
     "Each document is counted under the first filter that it failed; the share is of the source's "
-    "text. Below are the first documents of each kind, and what spoke against them."
+    "text. Below are the first documents of each kind, and the reason."
 )
 _ROWS_NOTE = (
     "The rows of step 0 that hold the most samples. Each sample has a colour and a bar "
@@ -122,13 +122,13 @@ def _card(title: str, note: str, body: str) -> str:
 
 def _tiles(facts: DataFacts) -> str:
     train = sum(s.train_tokens for s in facts.sources)
-    held = sum(s.validation_tokens for s in facts.sources)
+    validation = sum(s.validation_tokens for s in facts.sources)
     size = sum(s.bytes for s in facts.sources)
     tiles = (
-        (short(train), "tokens to train on"),
-        (short(held) if held else "0", "tokens held out"),
-        (f"{size / (train + held):.2f}", "bytes per token"),
-        (f"{facts.fill:.2%}", "of the rows' positions are filled"),
+        (short(train), "training tokens"),
+        (short(validation) if validation else "0", "validation tokens"),
+        (f"{size / (train + validation):.2f}", "bytes per token"),
+        (f"{facts.fill:.2%}", "of row positions filled"),
     )
     return "".join(f"<div class=tile><b>{v}</b><span>{n}</span></div>" for v, n in tiles)
 
@@ -150,14 +150,14 @@ def _sources(facts: DataFacts) -> str:
         for s in facts.sources
     ]
     header = (
-        *("source", "documents", "empty", "bad", "left out"),
-        *("train tokens", "held out", "bytes/token", "share"),
+        *("source", "documents", "empty", "bad", "filtered"),
+        *("training", "validation", "bytes/token", "share"),
     )
     return _table(header, rows)
 
 
 def _filters(facts: DataFacts) -> str:
-    """Figures by source and filter, and the examples."""
+    """Returns figures by source and filter, and examples."""
     rows, examples = [], []
     for source in facts.sources:
         total = source.bytes + sum(loss.bytes for loss in source.losses.values())
@@ -176,18 +176,18 @@ def _filters(facts: DataFacts) -> str:
                 for e in loss.examples
             ]
     if not rows:
-        return "<p>Nothing: no filter is set, or every document passed.</p>"
+        return "<p>None: no filter is set, or every document passed.</p>"
     table = _table(("source: filter", "documents", "MB", "share"), rows)
     return f"{table}<details><summary>Examples</summary>{''.join(examples)}</details>"
 
 
 def _recipe(loader: Loader) -> tuple[str, str]:
-    """What the stream was found to hold beside what is configured: a note and a table."""
-    found = measured_recipe(loader)
+    """Returns a note and a table that compare the stream with its configuration."""
+    audit = measured_recipe(loader)
     transforms = loader.config.transforms
     rows = []
     for source in loader.config.sources:
-        counted = found.sources.get(source.name)
+        counted = audit.sources.get(source.name)
         if counted is None:
             continue
         fim = transforms.fim_rate if source.domain in transforms.fim_domains else 0.0
@@ -195,9 +195,9 @@ def _recipe(loader: Loader) -> tuple[str, str]:
         rows.append(
             (
                 escape(source.name),
-                f"{found.shares[source.name]:.3%}",
-                f"{counted.tokens / found.tokens:.3%}",
-                f"{found.max_deviation[source.name]:.3%}",
+                f"{audit.shares[source.name]:.3%}",
+                f"{counted.tokens / audit.tokens:.3%}",
+                f"{audit.max_deviation[source.name]:.3%}",
                 f"{fim:.2%}",
                 f"{counted.fim / counted.documents:.2%}" if counted.documents else "-",
                 f"{transforms.punctuation_split_rate:.2%}",
@@ -205,15 +205,15 @@ def _recipe(loader: Loader) -> tuple[str, str]:
             )
         )
     note = (
-        f"Counted in the {found.tokens:,} tokens of the first {found.steps} steps, beside what is "
-        "configured (for the first phase, in a run with several). The largest difference is "
-        f"between the share in any run of whole steps of {found.span_tokens:,} tokens and the "
+        f"Counted in the {audit.tokens:,} tokens of the first {audit.steps} steps, compared with "
+        "the configuration (of the first phase). The largest difference is "
+        f"between the share in any run of whole steps of {audit.span_tokens:,} tokens and the "
         "configured one. FIM: share of documents; split: share of the tokens that join punctuation "
         "and a line break."
     )
     header = (
-        *("source", "share set", "measured", "largest difference"),
-        *("FIM set", "measured", "split set", "measured"),
+        *("source", "share, configured", "measured", "largest difference"),
+        *("FIM, configured", "measured", "split, configured", "measured"),
     )
     return note, _table(header, rows)
 
@@ -232,7 +232,7 @@ def _pairs(rows: list[tuple[str, int, int]], header: tuple[str, str, str]) -> st
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """A table of cells that are HTML already."""
+    """Returns a table; its cells are HTML already."""
     head = "".join(f"<th>{name}</th>" for name in header)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table class=grid><tr>{head}</tr>{body}</table>"
@@ -243,7 +243,7 @@ def _visible(text: str) -> str:
 
 
 def _rows(loader: Loader, tokenizer: Tokenizer) -> str:
-    """The rows of step 0 with the most samples, a colour for each sample."""
+    """Returns the rows of step 0 with the most samples, a colour for each sample."""
     rows = [
         (batch, b) for batch in loader.at(0) for b in range(len(batch.lengths)) if batch.lengths[b]
     ]

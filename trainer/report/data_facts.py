@@ -14,7 +14,7 @@ from data.manifest import FilterStats, Manifest
 from data.rows import Loader, RecipeAudit, audit_recipe, pack_windows, shuffled
 from data.text import Tokenizer
 
-_COUNTED = 2_000_000  # tokens of a source that are looked at one by one
+_COUNTED = 2_000_000  # tokens of a source whose values are counted
 _WORDS_FROM = 200_000  # tokens of a source that are decoded to find words
 _WORD = re.compile(r"\w{2,60}")
 _LISTED = 20
@@ -42,8 +42,8 @@ class SourceFacts:
 class DataFacts:
     """All sources and how their documents fill rows.
 
-    `cut_best_fit` and `cut_concatenated` are the documents that do not stay whole; `fill` is the
-    share of the packed rows' positions that hold a token.
+    `cut_best_fit` and `cut_concatenated` are the documents that are split; `fill` is the fraction
+    of positions in packed rows that hold a token.
     """
 
     sources: list[SourceFacts]
@@ -55,22 +55,22 @@ class DataFacts:
 
     @property
     def train_documents(self) -> int:
-        """Documents to train on."""
+        """Number of training documents."""
         return sum(len(source.lengths) for source in self.sources)
 
     @property
     def counted(self) -> int:
-        """Tokens in the samples."""
+        """Number of tokens in the samples."""
         return sum(len(document) for source in self.sources for document in source.sample)
 
     @property
     def words_from(self) -> int:
-        """Tokens that the words come from."""
+        """Number of tokens from which words are decoded."""
         return sum(len(document) for source in self.sources for document in _head(source))
 
 
 def collect(config: DataConfig, seq_len: int) -> DataFacts:
-    """Read the manifest, all lengths, and the tokens of a bounded sample.
+    """Reads the manifest, all lengths, and the tokens of a bounded sample.
 
     Raises DataError where the shards are missing or damaged.
     """
@@ -102,11 +102,11 @@ def measured_recipe(loader: Loader) -> RecipeAudit:
 
 
 def _source(config: DataConfig, manifest: Manifest, name: str) -> SourceFacts:
-    mine = [shard for shard in manifest.shards if shard.source == name]
+    shards = [shard for shard in manifest.shards if shard.source == name]
     lengths: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
     sample: list[NDArray[np.int64]] = []
     left = _COUNTED
-    for shard in mine:
+    for shard in shards:
         if shard.split != "train":
             continue
         path = Path(config.shards) / manifest.folder / shard.name
@@ -118,17 +118,17 @@ def _source(config: DataConfig, manifest: Manifest, name: str) -> SourceFacts:
             size = min(left, int(opened.sequence_lengths[document]))
             sample.append(opened.get(document, offset=0, length=size).astype(np.int64))
             left -= size
-    tokens = {split: sum(s.tokens for s in mine if s.split == split) for split in _SPLITS}
+    tokens = {split: sum(s.tokens for s in shards if s.split == split) for split in _SPLITS}
     return SourceFacts(
         name=name,
-        domain=mine[0].domain,
-        documents=sum(shard.documents for shard in mine),
+        domain=shards[0].domain,
+        documents=sum(shard.documents for shard in shards),
         empty=manifest.empty_documents.get(name, 0),
         bad=manifest.bad_records.get(name, 0),
         losses=manifest.losses.get(name, {}),
         train_tokens=tokens["train"],
         validation_tokens=tokens["validation"],
-        bytes=sum(shard.bytes for shard in mine),
+        bytes=sum(shard.bytes for shard in shards),
         lengths=np.concatenate(lengths),
         sample=sample,
     )
@@ -138,32 +138,32 @@ _SPLITS = ("train", "validation")
 
 
 def _head(source: SourceFacts) -> list[NDArray[np.int64]]:
-    """The first documents of a source's sample, about `_WORDS_FROM` tokens."""
-    kept, total = [], 0
+    """Returns the first documents of a source's sample, about `_WORDS_FROM` tokens."""
+    head, total = [], 0
     for document in source.sample:
         if total >= _WORDS_FROM:
             break
-        kept.append(document[: _WORDS_FROM - total])
-        total += len(kept[-1])
-    return kept
+        head.append(document[: _WORDS_FROM - total])
+        total += len(head[-1])
+    return head
 
 
 def longest_tokens(tokenizer: Tokenizer, facts: DataFacts) -> list[tuple[str, int, int]]:
-    """(text, characters, occurrences in the sample) of the longest tokens, longest first."""
+    """Returns (text, characters, occurrences in the sample) of the longest tokens first."""
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for source in facts.sources:
         for document in source.sample:
             counts += np.bincount(document, minlength=tokenizer.vocab_size)
     named = set(tokenizer.special.values())
     texts = [(tokenizer.decode([i]), i) for i in range(tokenizer.vocab_size) if i not in named]
-    # Places that a small sample left unused look like special tokens.
+    # Ids that a small training sample left unused look like special tokens.
     real = [(text, i) for text, i in texts if not text.startswith("<｜unused▁")]
     longest = sorted(real, key=lambda pair: (-len(pair[0]), pair[1]))[:_LISTED]
     return [(text, len(text), int(counts[i])) for text, i in longest]
 
 
 def most_split_words(tokenizer: Tokenizer, facts: DataFacts) -> list[tuple[str, int, int]]:
-    """(word, tokens, occurrences) of the sampled words that take the most tokens, most first."""
+    """Returns (word, tokens, occurrences) of the sampled words with the most tokens first."""
     words: Counter[str] = Counter()
     special = list(tokenizer.special.values())
     for source in facts.sources:

@@ -122,7 +122,7 @@ def test_an_import_of_what_transformers_saves(
 
 
 def test_mistakes_are_sentences(tiny: Path, run: RunConfig, exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="already there"):
+    with pytest.raises(ExportError, match="already exists"):
         export_run(run, exported)
     with pytest.raises(ExportError, match=r"already holds step-00000004"):
         import_run(run, exported)
