@@ -32,7 +32,7 @@ def data_prepare(config: RunConfig, options: argparse.Namespace) -> None:
 
 def data_report(config: RunConfig, options: argparse.Namespace) -> None:
     """Show what the token shards hold in report.html beside them."""
-    from trainer.report.data import write_data_report
+    from trainer.report import write_data_report
 
     print(f"wrote {write_data_report(config)}")
 
@@ -93,14 +93,14 @@ def import_(config: RunConfig, options: argparse.Namespace) -> None:
 
 def report(config: RunConfig, options: argparse.Namespace) -> None:
     """Draw the run's curves into report.html."""
-    from trainer.report.run import write_report
+    from trainer.report import write_report
 
     print(f"wrote {write_report(config)}")
 
 
 def sweep_report(folder: str, options: argparse.Namespace) -> None:
     """Compare the trials of a sweep in report.html."""
-    from trainer.report.sweep import write_sweep_report
+    from trainer.report import write_sweep_report
 
     print(f"wrote {write_sweep_report(Path(folder))}")
 

@@ -17,7 +17,7 @@ from trainer.config.recipe import Recipe
 from trainer.metrics.jsonl import read_metrics
 from trainer.planning.dry_run import dry_run
 from trainer.planning.plan import plan, recipe_part
-from trainer.report.run import write_report
+from trainer.report import write_report
 
 # Steps 0-2, 3-4, 5-7, 8-9 and 10-12: a ramp, four row lengths, three kinds of attention, decay.
 STAGES: list[dict[str, Any]] = [

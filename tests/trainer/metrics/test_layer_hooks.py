@@ -24,7 +24,7 @@ from trainer.evaluate import Validation
 from trainer.metrics.jsonl import read_metrics
 from trainer.metrics.layer_hooks import collect_stats
 from trainer.parallel.grid import Grid
-from trainer.report.run import write_report
+from trainer.report import write_report
 
 Numbers = dict[tuple[str, str, int], tuple[float, float]]
 

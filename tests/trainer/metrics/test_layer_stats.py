@@ -13,7 +13,7 @@ from trainer.config import load_config
 from trainer.metrics.jsonl import read_metrics
 from trainer.metrics.layer_stats import expert_load_stats, flatten_layers, layer_stats
 from trainer.parallel.grid import Degrees, Grid
-from trainer.report.run import write_report
+from trainer.report import write_report
 from trainer.step import LayerStats
 
 

@@ -17,8 +17,8 @@ from trainer.export.import_run import open_run
 from trainer.metrics.jsonl import MetricsFile, read_metrics
 from trainer.metrics.progress import Progress
 from trainer.parallel.grid import Grid
+from trainer.report import write_report
 from trainer.report.plots import CHARTS, MAX_POINTS, lines_of, picture, points, smooth
-from trainer.report.run import write_report
 from trainer.trainer import Trainer
 
 COLUMNS = {

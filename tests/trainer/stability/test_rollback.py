@@ -25,8 +25,8 @@ from trainer.metrics.wandb_log import WandbLog
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
 from trainer.planning.static_memory import snapshot_memory
+from trainer.report import write_report
 from trainer.report.plots import CHARTS
-from trainer.report.run import write_report
 from trainer.stability.spikes import History, SpikeDetector, severity, z_score
 from trainer.state import TrainState
 from trainer.trainer import Trainer
