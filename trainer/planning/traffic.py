@@ -1,9 +1,13 @@
-"""What every rank sends in one optimizer step, from the degrees alone. Imports no torch.
+"""Bytes that every rank sends in one optimizer step, in closed form. Imports no torch.
 
-The same numbers are counted while a run goes on (`grid.traffic`), and a test compares them.
-Letters: n ranks of an axis, t tensor, c context, s = t·c; a microbatch has B rows of S tokens, a
-rank T = B·S/s tokens of its own; e bytes an element of the compute dtype; D, K, Q, ... as in the
-model. A gather and the scatter that is its transpose send the same, whichever is in forward.
+A run counts the same numbers (`grid.traffic`), and a test compares them. A gather and the scatter
+that is its transpose send the same, whichever is in forward.
+
+Letters:
+
+    n  ranks of an axis        t  tensor ranks            c  context ranks
+    s  sequence ranks, t·c     B  rows of a microbatch    S  tokens of a row
+    T  local tokens, B·S/s     A  active experts          e  bytes per element, compute dtype
 """
 
 from __future__ import annotations
@@ -32,9 +36,9 @@ Lengths = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """Rows that a rank sends to other ranks' experts, and gets from other ranks for its own.
+    """Rows that a rank sends to other ranks' experts, and receives for its local ones.
 
-    Over all layers and microbatches of a step, each counted once however often forward runs.
+    Over all layers and microbatches of a step, each counted once even if recomputed.
     """
 
     sent: float
@@ -43,15 +47,15 @@ class ExpertRows:
 
 @dataclass(frozen=True)
 class Work:
-    """What a rank does between two updates.
+    """The work of a rank between two updates.
 
     Attributes:
         seq_len: S.
         microbatches: the samples of each.
-        precision: what the model computes in.
-        recompute: as in the config: what backward computes again is also sent again.
-        attention: of the phase; a `warmup` has no formula.
-        rows: None stands for even routing: T·A·p·(n-1)/n rows a layer and microbatch each way,
+        precision: the compute dtype.
+        recompute: as in the config; recomputed collectives are sent again.
+        attention: of the phase; `warmup` has no formula.
+        rows: None means even routing: T·A·p·(n-1)/n rows a layer and microbatch each way,
             for p expert_tensor ranks, and n = p·expert.
     """
 
@@ -79,7 +83,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Exchange:
-    """How gradients are sent and who owns what, as in the config."""
+    """How gradients are reduced and divided among owners, as in the config."""
 
     gradients: str = "fp32"
     expert_gradients: str = "fp32"
@@ -95,12 +99,12 @@ def step_traffic(
     optim: OptimConfig | None = None,
     exchange: Exchange | None = None,
 ) -> dict[tuple[str, str], int]:
-    """Bytes that `rank` sends in one step, by (axis, collective); what is 0 is left out.
+    """Returns the bytes that `rank` sends in one step, by (axis, collective), without zeros.
 
-    Forward and backward, the norm of the gradient, and the update; not evaluation, checkpoints,
-    and what torch's pipelining says once when a schedule is made. Raises ValueError where a sparse
-    stage's indexer chooses nothing in a microbatch and tensor ranks sum the attention it learns
-    from, which go by blocks whose size depends on the device.
+    Includes forward and backward, the gradient norm, and the update; not evaluation, checkpoints,
+    and the messages of torch's pipelining when a schedule is made. Raises ValueError for a sparse
+    phase in which no query sees more entries than the indexer selects and tensor ranks sum the KL
+    target, in blocks whose size depends on the device.
     """
     sent = _Sent(config, degrees, stages, rank, work)
     counts = Counter(tuple(map(tuple, lengths)) for lengths in work.microbatches)
@@ -120,7 +124,7 @@ def step_traffic(
 
 @dataclass
 class _Sent:
-    """Adds up what one rank sends."""
+    """Adds up the bytes that one rank sends."""
 
     config: ModelConfig
     degrees: Degrees
@@ -151,7 +155,7 @@ class _Sent:
         }
         self.element = {"fp32": 4, "bf16": 2}[self.work.precision]
         self.mtp = self.config.num_nextn_predict_layers
-        # How often forward runs; `attention` and `block` run it again in backward.
+        # Runs of forward; `attention` and `block` recompute it in backward.
         self.block_runs = 1 + ("block" in self.work.recompute)
         self.attention_runs = self.block_runs + ("attention" in self.work.recompute)
 
@@ -159,19 +163,19 @@ class _Sent:
         self.bytes[axis, "sum"] += sum_bytes(self.ranks[axis], whole)
 
     def _gather(self, axis: str, part: float, forward: int = 1, backward: int = 1) -> None:
-        """Parts gathered in forward; in backward their gradients are summed and scattered."""
+        """Counts a gather in forward; in backward the gradients are reduced and scattered."""
         ranks = self.ranks[axis]
         self.bytes[axis, "gather"] += forward * gather_bytes(ranks, part)
         self.bytes[axis, "scatter"] += backward * scatter_bytes(ranks, ranks * part)
 
     def _scatter(self, axis: str, part: float, forward: int = 1, backward: int = 1) -> None:
-        """Sums scattered in forward, `part` to each; in backward their gradients are gathered."""
+        """Counts a reduce-scatter in forward, `part` to each; backward gathers gradients."""
         ranks = self.ranks[axis]
         self.bytes[axis, "scatter"] += forward * scatter_bytes(ranks, ranks * part)
         self.bytes[axis, "gather"] += backward * gather_bytes(ranks, part)
 
     def microbatch(self, lengths: Lengths) -> None:
-        """Forward and backward of this rank's stages."""
+        """Counts forward and backward of this rank's stages."""
         rows = [*map(self._with_padding, lengths)]
         tokens = len(rows) * self.work.seq_len // self.ranks["sequence"]
         for number in self.stages.stages_of(self.place["pipeline"]):
@@ -190,20 +194,21 @@ class _Sent:
             self._streams(number, tokens)
 
     def _with_padding(self, row: Sequence[int]) -> list[int]:
-        """What a row's samples leave free counts as one more."""
+        """Returns the row's lengths with its padding as one more sample."""
         rest = self.work.seq_len - sum(row)
         return [*row, rest] if rest else [*row]
 
     def _embedding(self, tokens: int) -> None:
-        """Each tensor rank has some words: the sum for all queries; backward gathers gradients."""
+        """Each tensor rank has a part of the vocabulary: a sum; backward gathers gradients."""
         size = self.config.hidden_size * self.element
         self._sum("tensor", self.degrees.tensor * tokens * size)
         self._scatter("tensor", tokens * size, forward=0)
 
     def _head(self, tokens: int) -> None:
-        """Hidden states to all tensor ranks; of every query a maximum, a sum and the picked logit.
+        """Gathers hidden states; per token sums a maximum, a sum and the target's logit.
 
-        Each has some words' logits. The gradient is formed in forward and sends nothing more.
+        Each tensor rank has the logits of a part of the vocabulary. The gradient is computed in
+        forward and sends nothing more.
         """
         self._gather("tensor", tokens * self.config.hidden_size * self.element)
         self._sum("tensor", self.degrees.tensor * tokens * 3 * 4)
@@ -219,14 +224,14 @@ class _Sent:
             self._entries(kind, rows, width * e, runs)
         if kind == "csa" and self.work.attention != "dense":
             self._index(rows, tokens)
-        # Backward does not ask for this result, so recomputed attention ends before it.
+        # Backward does not need this result, so recomputed attention ends before it.
         self._scatter("tensor", tokens * config.hidden_size * e, self.block_runs)
 
     def _index(self, rows: Lengths, tokens: int) -> None:
-        """The indexer's entries and picks; where it learns, gradients and the teacher, too.
+        """Counts the indexer's entries and selected indices; if it trains, gradients and KL target.
 
-        Tensor ranks sum their heads' share of the attention that each pick got. The choice itself
-        has no gradient.
+        Tensor ranks sum the attention mass of their heads on each selected entry. The selection
+        itself has no gradient.
         """
         size, runs = self.config.index_head_dim * self.element, self.attention_runs
         learns, selects = self.work.attention == "sparse", self._selects(rows)
@@ -238,28 +243,28 @@ class _Sent:
         if learns and selects:
             self._scatter("tensor", picks, runs, backward=0)
         elif learns and self.degrees.tensor > 1:
-            raise ValueError("where every entry is attended to, its mass is sent by no formula")
+            raise ValueError("no formula for the KL target of queries that attend to every entry")
 
     def _selects(self, rows: Lengths) -> bool:
-        """Whether any query sees more entries than the indexer keeps."""
+        """Whether any query sees more entries than the indexer selects."""
         longest = max(length for row in rows for length in row)
         return longest // self.config.csa_compress_ratio > self.config.index_topk
 
     def _halo(self, axis: str, tokens: int, size: float, forward: int, backward: int = 1) -> None:
-        """The tokens before every row's run, `size` bytes for one of each row.
+        """Counts the halo, tokens before every row's local run; `size` counts all rows.
 
-        The ranks behind need at most what this one and those before them hold, and nothing comes
-        to the first or goes from the last. Backward sends back for what came.
+        Later ranks need at most the tokens of this rank and those before them; the first rank
+        receives nothing, the last sends nothing. Backward sends gradients the other way.
         """
         run = self.work.seq_len // self.ranks[axis]
-        before, behind = self.place[axis], self.ranks[axis] - 1 - self.place[axis]
-        sent, come = (min(tokens, run * ranks) for ranks in (behind, before))
-        self.bytes[axis, "exchange"] += (forward * sent + backward * come) * size
+        before, after = self.place[axis], self.ranks[axis] - 1 - self.place[axis]
+        sent, received = (min(tokens, run * ranks) for ranks in (after, before))
+        self.bytes[axis, "exchange"] += (forward * sent + backward * received) * size
 
     def _entries(
         self, kind: LayerType, rows: Lengths, size: int, forward: int, backward: int = 1
     ) -> None:
-        """A compressor's entries of `size` bytes: halo of raw values and gates, then all to all."""
+        """Counts a compressor's entries of `size` bytes: a halo of values and gates, a gather."""
         if self.ranks["sequence"] == 1:
             return
         ratio, overlap = self.config.compress_ratio(kind), 1 + (kind == "csa")
@@ -268,7 +273,7 @@ class _Sent:
         self._gather("sequence", self._most_entries(rows, ratio) * size, forward, backward)
 
     def _most_entries(self, rows: Lengths, ratio: int) -> int:
-        """Entries that end in the run of the rank with most of them; all ranks send as many."""
+        """Returns the entries of the rank with most of them; all ranks send as many."""
         run = self.work.seq_len // self.ranks["sequence"]
         owned = np.zeros(self.ranks["sequence"], dtype=np.int64)
         for row in rows:
@@ -294,7 +299,7 @@ class _Sent:
             self.expert_rows(ExpertRows(*[away * (ranks - 1) / ranks] * 2))
 
     def expert_rows(self, rows: ExpertRows) -> None:
-        """Rows and their fp32 weights out and results back; then gradients the other way."""
+        """Counts rows with fp32 weights to the experts and results back, and their gradients."""
         if self.ranks["expert"] == 1:
             return
         size = self.config.hidden_size * self.element
@@ -303,15 +308,15 @@ class _Sent:
         self.bytes["expert", "exchange"] += self.block_runs * forward + backward
 
     def _streams(self, number: int, tokens: int) -> None:
-        """Residual streams to the next stage, and their gradients to the one before."""
-        config, mine = self.config, self.stages.stages_of(self.place["pipeline"])
+        """Counts residual streams to the next stage, and gradients to the previous one."""
+        config, local = self.config, self.stages.stages_of(self.place["pipeline"])
         for other in (number - 1, number + 1):
-            if 0 <= other < len(self.stages.layers) and other not in mine:
+            if 0 <= other < len(self.stages.layers) and other not in local:
                 size = tokens * config.hc_mult * config.hidden_size * self.element
                 self.bytes["pipeline", "send"] += size
 
     def world(self) -> None:
-        """Once a step: five fp64 counts, four fp64 losses, the experts' loads, the norm."""
+        """Counts sums once per step: five fp64 counts, four fp64 losses, expert loads, the norm."""
         routers = self.config.num_hidden_layers + self.mtp
         loads = routers * (self.config.n_routed_experts + 1) * 4
         self._sum("world", 5 * 8 + 4 * 8 + loads + 8)
