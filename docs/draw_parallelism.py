@@ -377,8 +377,8 @@ def draw_traffic(folder: Path) -> None:
     config = load_config(ROOT / "configs" / "flash.yaml")
     data = config.data
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.9), sharey=True)
-    for ax, degrees in zip(axes, TOPOLOGIES, strict=True):
-        parallel = ParallelConfig(pipeline_schedule="dual_pipe_v", **degrees)
+    for ax, topology in zip(axes, TOPOLOGIES, strict=True):
+        parallel = ParallelConfig(pipeline_schedule="dual_pipe_v", **topology)
         degrees = parallel.degrees(WORLD)
         stages = parallel.stages(config.model, data.seq_len)
         micro = data.global_batch_size // degrees.data // data.micro_batch_size
@@ -397,7 +397,7 @@ def draw_traffic(folder: Path) -> None:
             text = "< 0.001" if 0 < total < 0.001 else text
             ax.text(total + 20, line, text, va="center", fontsize=9.5)
         ax.set(xlim=(0, 1700), xticks=range(0, 1501, 500), xlabel="GB sent by one rank in one step")
-        title = " x ".join(f"{name} {n}" for name, n in degrees.items())
+        title = " x ".join(f"{name} {n}" for name, n in topology.items())
         ax.set_title(f"{title} x data {degrees.data}", loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(left=False)
