@@ -1,61 +1,44 @@
-"""Muon and AdamW, the table that divides the parameters between them, schedules and clipping.
+# ruff: noqa: F401
+"""Muon and AdamW, the table that assigns parameters to them, the schedule and clipping.
 
-The names load on first use, so that `optim.config` can be imported without torch. Two functions
-bear the name of their file and are imported from it: `optim.schedule.schedule` and
-`optim.newton_schulz.newton_schulz`.
+Names are loaded on first use, so that `optim.config` can be imported without torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for type checkers, the names of _MODULES
     from optim.clip import clip_, gradient_norm
     from optim.config import AdamWConfig, MuonConfig, OptimConfig, ScheduleConfig
     from optim.errors import OptimError
-    from optim.optimizer import Optimizer
+    from optim.optimizer import Optimizer, check_names
     from optim.partition import Assignment, ParameterFacts, build_table, render_table
-    from optim.schedule import in_decay
-    from optim.zero.group import StatePiece
-    from optim.zero.hybrid_zero import HybridZero
+    from optim.schedule import decay_start, learning_rate_at
+    from optim.zero import HybridZero, StateSlice
 
-__all__ = [
-    "AdamWConfig",
-    "Assignment",
-    "HybridZero",
-    "MuonConfig",
-    "OptimConfig",
-    "OptimError",
-    "Optimizer",
-    "ParameterFacts",
-    "ScheduleConfig",
-    "StatePiece",
-    "build_table",
-    "clip_",
-    "gradient_norm",
-    "in_decay",
-    "render_table",
-]
-
-_HOME = {
-    "clip_": "clip",
-    "gradient_norm": "clip",
+_MODULES = {
     "AdamWConfig": "config",
+    "Assignment": "partition",
+    "HybridZero": "zero",
     "MuonConfig": "config",
     "OptimConfig": "config",
-    "ScheduleConfig": "config",
     "OptimError": "errors",
-    "HybridZero": "zero.hybrid_zero",
     "Optimizer": "optimizer",
-    "Assignment": "partition",
     "ParameterFacts": "partition",
+    "ScheduleConfig": "config",
+    "StateSlice": "zero",
     "build_table": "partition",
+    "check_names": "optimizer",
+    "clip_": "clip",
+    "decay_start": "schedule",
+    "gradient_norm": "clip",
+    "learning_rate_at": "schedule",
     "render_table": "partition",
-    "in_decay": "schedule",
-    "StatePiece": "zero.group",
 }
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'optim' has no attribute '{name}'")
-    return getattr(import_module(f"optim.{_HOME[name]}"), name)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

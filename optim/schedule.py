@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step (REP 4.2): warm-up, constant, cosine."""
+"""The learning rate as a pure function of the step: warm-up, constant, cosine (report §4.2)."""
 
 import math
 
@@ -8,7 +8,7 @@ DEFAULT_DECAY_FRACTION = 0.1
 
 
 def decay_start(config: OptimConfig, total_steps: int) -> int:
-    """First step (from 0) whose learning rate lies on the cosine; never inside the warm-up."""
+    """First step, counted from 0, whose learning rate is on the cosine; never in the warm-up."""
     shape = config.schedule
     if shape.decay_start is not None:
         return shape.decay_start
@@ -16,16 +16,11 @@ def decay_start(config: OptimConfig, total_steps: int) -> int:
     return max(shape.warmup_steps, total_steps - round(total_steps * fraction))
 
 
-def in_decay(config: OptimConfig, step: int, total_steps: int) -> bool:
-    """Whether `step` lies in the decay, which is also where V4 lowers the MTP loss weight."""
-    return step >= decay_start(config, total_steps)
-
-
-def schedule(config: OptimConfig, step: int, total_steps: int) -> float:
+def learning_rate_at(config: OptimConfig, step: int, total_steps: int) -> float:
     """Learning rate of update number `step`, counted from 0, in a run of `total_steps`.
 
-    The last warm-up step has the full rate, the last step of the run has the final one, and steps
-    beyond it keep the final one. A run shorter than its warm-up just ends inside it.
+    The last warm-up step has the full rate; the last step of the run, and any after it, have the
+    final one. A run shorter than its warm-up ends within it.
     """
     peak, shape = config.learning_rate, config.schedule
     if step < shape.warmup_steps:

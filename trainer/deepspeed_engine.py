@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from model import V4Model
 from model.block import Block
-from optim import Assignment, StatePiece, gradient_norm
+from optim import Assignment, StateSlice, gradient_norm
 from trainer.config import ConfigError, RunConfig
 from trainer.config.deepspeed import resolve, zero_stage
 from trainer.engine import Engine
@@ -150,7 +150,7 @@ class DeepSpeedEngine(Engine):
         outer = self.engine.optimizer
         return getattr(outer, "optimizer", outer)
 
-    def states(self) -> Iterator[StatePiece]:
+    def states(self) -> Iterator[StateSlice]:
         """As optim.HybridZero: whole copies on the host, and of Muon's momentum what is here."""
         self._make_state()
         if self.stage in (1, 2):
@@ -172,7 +172,7 @@ class DeepSpeedEngine(Engine):
         self._copies = copies
         for label, tensor in copies.items():
             kind, _, name = label.partition(".")
-            yield StatePiece(kind, name, tensor, starts[name] if kind == "momentum" else 0)
+            yield StateSlice(kind, name, tensor, starts[name] if kind == "momentum" else 0)
 
     @torch.no_grad()
     def restored(self) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from data.errors import DataError
 from model.config import ModelConfigError
-from optim.errors import OptimError
+from optim import OptimError
 from trainer.config import ConfigError
 
 EXIT_CODE = 2

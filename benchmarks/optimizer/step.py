@@ -30,7 +30,7 @@ from benchmarks.optimizer.tasks import (
     torch_step,
 )
 from benchmarks.optimizer.two_processes import pair_table
-from optim.config import MuonConfig
+from optim import MuonConfig
 
 OURS, FLOOR = "ours", "bare products of the same batches"
 ONE, TORCH = "ours, one matrix after another", "torch.optim.Muon"

@@ -14,10 +14,8 @@ from torch.nn import Parameter
 
 from model import ModelConfig
 from model.parameters import Shapes, parameter_shapes, parameter_table
-from optim import HybridZero, OptimConfig, build_table
-from optim.config import MuonConfig
-from optim.zero.group import Precision
-from optim.zero.plan import newton_schulz_cost
+from optim import HybridZero, MuonConfig, OptimConfig, build_table
+from optim.zero import Precision, newton_schulz_flops
 from trainer.parallel.grid import Grid
 from trainer.parallel.optimizer_sharding import make_zero
 from trainer.parallel.placement import place_all
@@ -90,7 +88,7 @@ class Matrices:
     def operations(self, muon: MuonConfig) -> float:
         """Of one step's products."""
         return sum(
-            entry.matrices[0] * newton_schulz_cost(*entry.matrices[1:], muon)
+            entry.matrices[0] * newton_schulz_flops(*entry.matrices[1:], muon)
             for entry in self.table
             if entry.matrices
         )
@@ -124,7 +122,7 @@ def our_step(matrices: Matrices, muon: MuonConfig) -> Callable[[], None]:
 
 def bare_products(matrices: Matrices, muon: MuonConfig) -> Callable[[], None]:
     """The products of Newton–Schulz over the batches that our step makes, and nothing else."""
-    inner = matrices.zero(Grid.single(), muon)._inner
+    inner = matrices.zero(Grid.single(), muon).inner
     buffers = []
     for batch in inner._batches(inner._muon):
         assert batch[0].entry.matrices is not None

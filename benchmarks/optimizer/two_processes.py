@@ -23,8 +23,8 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.optimizer.tasks import RATE, Matrices, interleaved, parameters_of, ratio
-from optim.config import MuonConfig
-from optim.zero.group import Precision
+from optim import MuonConfig
+from optim.zero import Precision
 from trainer.deepspeed_engine import import_deepspeed
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid

@@ -30,7 +30,7 @@ from model.block import Block
 from model.flops import flops_by_part
 from model.kernels.hyper_connection import write_streams
 from model.transformer import Microbatch
-from optim.zero.plan import newton_schulz_cost
+from optim.zero import newton_schulz_flops
 
 
 @dataclass
@@ -181,7 +181,7 @@ class Parts:
         muon = self.step.config.optim.muon
         self.step.forward_backward()
         operations = sum(
-            entry.matrices[0] * newton_schulz_cost(*entry.matrices[1:], muon)
+            entry.matrices[0] * newton_schulz_flops(*entry.matrices[1:], muon)
             for entry in self.step.optimizer.table
             if entry.matrices
         )

@@ -1,0 +1,39 @@
+# ruff: noqa: F401
+"""Hybrid ZeRO: Muon and AdamW with states divided over ranks (report §3).
+
+`hybrid_zero` tells the phases of a step, `plan` who updates what. Names are loaded on first use, so
+that the plan can be used without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers, the names of _MODULES
+    from optim.zero.group import ParameterGroup, Precision, RankGroup, StateSlice, Wait
+    from optim.zero.hybrid_zero import CHUNK_ELEMENTS, HybridZero
+    from optim.zero.loads import Load, LoadSummary, loads_of
+    from optim.zero.plan import Layout, LocalParameter, newton_schulz_flops, plan_owners
+
+_MODULES = {
+    "CHUNK_ELEMENTS": "hybrid_zero",
+    "HybridZero": "hybrid_zero",
+    "Layout": "plan",
+    "Load": "loads",
+    "LoadSummary": "loads",
+    "LocalParameter": "plan",
+    "ParameterGroup": "group",
+    "Precision": "group",
+    "RankGroup": "group",
+    "StateSlice": "group",
+    "Wait": "group",
+    "loads_of": "loads",
+    "newton_schulz_flops": "plan",
+    "plan_owners": "plan",
+}
+__all__ = [*_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,7 @@
-"""Matrices that ranks split, made whole at one of them, their home, and given back in parts."""
+"""Gathers matrices that ranks shard at their assembly rank, and scatters them back.
+
+Letters: N matrices, R rows, C columns.
+"""
 
 from __future__ import annotations
 
@@ -7,63 +10,69 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from optim.zero.group import Group
-from optim.zero.plan import Piece
+from optim.zero.group import ParameterGroup
+from optim.zero.plan import OwnedSlice
 
 
-class Homes:
-    """One owner's exchange with the ranks that hold other parts of the matrices that it owns.
+class MatrixAssembler:
+    """One owner's exchange with the ranks that hold the other shards of its matrices.
 
     Attributes:
-        parts: pieces of which a part is here, those of the first home first.
-        here: the pieces of them whose matrices are whole here.
+        sharded: slices of sharded matrices, by assembly rank.
+        assembled: those whose assembly rank is this one.
     """
 
-    def __init__(self, group: Group, own: Sequence[Piece]) -> None:
-        self.group, self.ranks = group, group.homes
-        by_home = [[p for p in own if p.home == home] for home in range(self.ranks.size)]
-        self.parts = [piece for pieces in by_home for piece in pieces]
-        self.here = by_home[self.ranks.rank]
-        self._sizes = [sum(piece.size for piece in pieces) for pieces in by_home]
+    def __init__(self, group: ParameterGroup, slices: Sequence[OwnedSlice]) -> None:
+        self.group, self.ranks = group, group.shard_ranks
+        by_rank = [
+            [owned for owned in slices if owned.assembly_rank == rank]
+            for rank in range(self.ranks.size)
+        ]
+        self.sharded = [owned for some in by_rank for owned in some]
+        self.assembled = by_rank[self.ranks.rank]
+        self._sizes = [sum(owned.size for owned in some) for some in by_rank]
 
-    def join(self, part_of: Callable[[Piece], Tensor]) -> list[Tensor]:
-        """Whole [N, R, C] matrices of all pieces `here`, from the flat parts on all ranks."""
-        if not self.parts:
+    def gather(self, shard_of: Callable[[OwnedSlice], Tensor]) -> list[Tensor]:
+        """The matrices of `assembled`, each [N, R, C], from the flat shards on all ranks."""
+        if not self.sharded:
             return []
-        mine = [self._sizes[self.ranks.rank]] * self.ranks.size
-        sent = torch.cat([part_of(piece) for piece in self.parts])
-        rows = self.ranks.all_to_all(sent, self._sizes, mine)().view(self.ranks.size, -1)
-        found, start = [], 0
-        for piece in self.here:
-            run = rows[:, start : start + piece.size]
-            start += piece.size
-            found.append(torch.cat([self._shaped(piece, row) for row in run], self._dim(piece)))
-        return found
+        ranks, size = self.ranks.size, self._sizes[self.ranks.rank]
+        shards = torch.cat([shard_of(owned) for owned in self.sharded])
+        received = self.ranks.all_to_all(shards, self._sizes, [size] * ranks)().view(ranks, -1)
+        matrices, start = [], 0
+        for owned in self.assembled:
+            columns = received[:, start : start + owned.size]
+            start += owned.size
+            shaped = [self._shard_view(owned, flat) for flat in columns]
+            matrices.append(torch.cat(shaped, self._dim(owned)))
+        return matrices
 
-    def split(self, whole_of: Callable[[Piece], Tensor]) -> list[tuple[Piece, Tensor]]:
-        """All `parts`, flat and in the parameters' precision, of what all homes have made whole."""
-        if not self.parts:
+    def scatter(
+        self, matrices_of: Callable[[OwnedSlice], Tensor]
+    ) -> list[tuple[OwnedSlice, Tensor]]:
+        """Returns this rank's shards of `sharded`, flat, in the parameters' precision."""
+        if not self.sharded:
             return []
-        size, mine = self.ranks.size, self._sizes[self.ranks.rank]
-        sent = next(iter(self.group.parameters.values())).new_empty(size, mine)
+        ranks, size = self.ranks.size, self._sizes[self.ranks.rank]
+        sent = next(iter(self.group.parameters.values())).new_empty(ranks, size)
         start = 0
-        for piece in self.here:
-            for rank, share in enumerate(whole_of(piece).chunk(size, self._dim(piece))):
-                self._shaped(piece, sent[rank, start : start + piece.size]).copy_(share)
-            start += piece.size
-        received = self.ranks.all_to_all(sent.view(-1), [mine] * size, self._sizes)()
-        runs = received.split([piece.size for piece in self.parts])
-        return list(zip(self.parts, runs, strict=True))
+        for owned in self.assembled:
+            for rank, shard in enumerate(matrices_of(owned).chunk(ranks, self._dim(owned))):
+                self._shard_view(owned, sent[rank, start : start + owned.size]).copy_(shard)
+            start += owned.size
+        received = self.ranks.all_to_all(sent.view(-1), [size] * ranks, self._sizes)()
+        shards = received.split([owned.size for owned in self.sharded])
+        return list(zip(self.sharded, shards, strict=True))
 
-    def _dim(self, piece: Piece) -> int:
-        """Which dimension of [N, R, C] the homes split."""
+    def _dim(self, owned: OwnedSlice) -> int:
+        """The dimension of [N, R, C] that the ranks split."""
         assert self.group.split_dim is not None
-        dim = self.group.split_dim[piece.name]
-        return dim - self.group.parameters[piece.name].dim() + 3
+        dim = self.group.split_dim[owned.name]
+        return dim - self.group.parameters[owned.name].dim() + 3
 
-    def _shaped(self, piece: Piece, flat: Tensor) -> Tensor:
-        """A flat part of some matrices as [N, R, C], one of the last two divided by the homes."""
-        assert piece.matrices is not None
-        shape = list(piece.matrices)
-        shape[self._dim(piece)] //= self.ranks.size
+    def _shard_view(self, owned: OwnedSlice, flat: Tensor) -> Tensor:
+        """A flat shard as [N, R, C], where R or C is divided by the number of ranks."""
+        assert owned.matrices is not None
+        shape = list(owned.matrices)
+        shape[self._dim(owned)] //= self.ranks.size
         return flat.view(shape)

@@ -1,7 +1,7 @@
-"""One group of parameters on one rank: its masters, and the ways between them and the parameters.
+"""One group of parameters on one rank: its fp32 masters, and the exchange with the parameters.
 
-Gradients go out and parameters come back in chunks of the layout's buffer; `optim.zero.send_queue` says
-when.
+Gradients are sent and parameters return in chunks of the layout's buffer; `optim.zero.send_queue`
+decides when.
 """
 
 from __future__ import annotations
@@ -13,191 +13,257 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from optim.rounding import round_stochastically
-from optim.zero.assemble import Homes
-from optim.zero.group import Group, StatePiece, Wait, check
-from optim.zero.plan import Piece
+from optim.partition import Assignment
+from optim.zero.assemble import MatrixAssembler
+from optim.zero.group import ParameterGroup, StateSlice, Wait, check
+from optim.zero.plan import Layout, OwnedSlice
+
+
+@dataclass(frozen=True)
+class ChunkPart:
+    """Elements `start` to `stop` of `owned` (counted from its own start) that a chunk covers."""
+
+    owned: OwnedSlice
+    start: int
+    stop: int
+
+    def in_parameter(self, flat: Tensor) -> Tensor:
+        """These elements of the flattened parameter, as a view."""
+        return flat[self.owned.start + self.start : self.owned.start + self.stop]
+
+    def in_chunk(self, rows: Tensor, chunk: Chunk) -> Tensor:
+        """These elements of a chunk [owners, elements], as a view."""
+        offset = self.owned.offset - chunk.first
+        return rows[self.owned.owner, offset + self.start : offset + self.stop]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Columns `first` to `last` of a bucket's buffer, and the pieces' elements that are there."""
+    """Elements `first` to `last` (excluded) of every owner's partition, and what they hold."""
 
     first: int
     last: int
-    runs: tuple[tuple[Piece, int, int], ...]
+    parts: tuple[ChunkPart, ...]
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the parameters that it holds elements of."""
+        return {part.owned.name for part in self.parts}
 
 
 class Bucket:
-    """One group's layout, its masters, and the two ways between them and the parameters."""
+    """One group's layout, its fp32 masters, and the exchange with the parameters.
 
-    def __init__(self, number: int, group: Group, chunk_elements: int) -> None:
+    Attributes:
+        unsharded: owned slices whose matrices, if any, are not sharded.
+        slices: everything that this rank updates, by the name of its master.
+        masters: fp32 values of `slices`, of unsharded matrices; views of fp32 parameters where
+            these are not sharded.
+        table: the optimizer's assignment of each master.
+        replica_count: ranks that make the same update.
+    """
+
+    def __init__(self, number: int, group: ParameterGroup, chunk_elements: int) -> None:
         self.number, self.group = number, group
         check(group)
-        self.layout = group.layout
-        self.owners = group.owners
+        self.layout, self.owners = group.layout, group.owners
         first = next(iter(group.parameters.values()))
         self.dtype, self.device = first.dtype, first.device
         self.is_low = self.dtype != torch.float32
-        self.copies = 1
-        for ranks in group.copies:
-            self.copies *= ranks.size
-        own = [piece for piece in self.layout.pieces if piece.owner == group.owners.rank]
-        self.unjoined = [piece for piece in own if piece.home is None]
-        self.homes = Homes(group, own)
-        self.places = {_key(piece): piece for piece in (*self.unjoined, *self.homes.here)}
-        self.chunks = self._chunks(chunk_elements) if group.owners.size > 1 else []
-        self.part: Tensor | None = None
+        self.replica_count = 1
+        for ranks in group.replicas:
+            self.replica_count *= ranks.size
+        owned = [s for s in self.layout.slices if s.owner == group.owners.rank]
+        self.unsharded = [s for s in owned if s.assembly_rank is None]
+        self.assembler = MatrixAssembler(group, owned)
+        self.slices = {_key(s): s for s in (*self.unsharded, *self.assembler.assembled)}
+        self.chunks = cut_chunks(self.layout, chunk_elements) if group.owners.size > 1 else []
+        self._reduced: Tensor | None = None
+        """This owner's partition of the summed gradients, between `receive` and `finish_reduce`."""
         with torch.no_grad():
-            self.masters = {key: Parameter(value) for key, value in self._own_masters().items()}
-        entries = {held.entry.name: held.entry for held in group.held}
-        self.table = [
+            self.masters = {key: Parameter(value) for key, value in self._read().items()}
+        self.table = self._table()
+
+    def _table(self) -> list[Assignment]:
+        entries = {p.assignment.name: p.assignment for p in self.group.local_parameters}
+        return [
             replace(
-                entries[piece.name],
+                entries[owned.name],
                 name=key,
                 shape=tuple(self.masters[key].shape),
-                matrices=piece.matrices,
+                matrices=owned.matrices,
             )
-            for key, piece in self.places.items()
+            for key, owned in self.slices.items()
         ]
 
-    def _chunks(self, elements: int) -> list[Chunk]:
-        width = min(max(1, elements // self.owners.size), max(1, self.layout.part))
-        firsts = range(0, self.layout.part, width)
-        runs: list[list[tuple[Piece, int, int]]] = [[] for _ in firsts]
-        for piece in self.layout.pieces:
-            for number in range(piece.position // width, (piece.last - 1) // width + 1):
-                begin = max(number * width, piece.position) - piece.position
-                end = min((number + 1) * width, piece.last) - piece.position
-                runs[number].append((piece, begin, end))
-        return [
-            Chunk(first, min(first + width, self.layout.part), tuple(some))
-            for first, some in zip(firsts, runs, strict=True)
-        ]
+    def state_slice(self, kind: str, key: str, tensor: Tensor) -> StateSlice:
+        """A tensor shaped as the master `key`, with its position in the parameter."""
+        owned = self.slices[key]
+        is_gathered = owned.assembly_rank is not None
+        start = owned.start * owned.state_size // owned.size if is_gathered else owned.start
+        return StateSlice(kind, owned.name, tensor, start, is_gathered)
 
-    def state(self, kind: str, key: str, tensor: Tensor) -> StatePiece:
-        """What stands in the place of a master."""
-        piece = self.places[key]
-        whole = piece.home is not None
-        start = piece.start * piece.state // piece.size if whole else piece.start
-        return StatePiece(kind, piece.name, tensor, start, whole)
+    # reduce
 
-    def begin(self, chunk: Chunk, seed: int) -> Wait:
-        """Send a chunk of the gradients; gives this owner's row of the sum, in fp32."""
+    def start_reduce(self, chunk: Chunk, seed: int) -> Wait:
+        """Sends a chunk of the gradients; the result is this owner's part of the sum, in fp32."""
         buffer = self._pack(chunk)
         precision = self.group.precision
         if precision == "fp32":
             return self.owners.reduce_scatter(buffer)
         seed = ((seed * 8191 + self.number) * 65_537 + chunk.first) * 65_537 + self.owners.rank
         rounded = buffer.bfloat16() if precision == "bf16" else round_stochastically(buffer, seed)
-        width = [buffer.size(1)] * self.owners.size
-        received = self.owners.all_to_all(rounded.view(-1), width, width)
+        sizes = [buffer.size(1)] * self.owners.size
+        received = self.owners.all_to_all(rounded.view(-1), sizes, sizes)
         return lambda: received().view(self.owners.size, -1).sum(0, dtype=torch.float32)
 
     def _pack(self, chunk: Chunk) -> Tensor:
-        """[owners, elements]: a chunk of the buffer from gradients; zeros elsewhere."""
+        """[owners, elements] of gradients; padding and missing gradients are zeros."""
         shape = (self.layout.owners, chunk.last - chunk.first)
         buffer = torch.zeros(shape, dtype=torch.float32, device=self.device)
-        for piece, begin, end in chunk.runs:
-            gradient = self.group.parameters[piece.name].grad
+        for part in chunk.parts:
+            gradient = self.group.parameters[part.owned.name].grad
             if gradient is not None:
-                start = piece.position + begin - chunk.first
-                run = gradient.reshape(-1)[piece.start + begin : piece.start + end]
-                buffer[piece.owner, start : start + end - begin].copy_(run)
+                part.in_chunk(buffer, chunk).copy_(part.in_parameter(gradient.reshape(-1)))
         return buffer
 
-    def land(self, chunk: Chunk, row: Tensor) -> None:
-        """Take over what `begin` gave."""
-        if self.part is None:
-            self.part = torch.zeros(self.layout.part, dtype=torch.float32, device=self.device)
-        self.part[chunk.first : chunk.last] = row.view(-1)
+    def receive(self, chunk: Chunk, summed: Tensor) -> None:
+        """Stores the result of `start_reduce`."""
+        if self._reduced is None:
+            self._reduced = self._new_partition(torch.float32)
+        self._reduced[chunk.first : chunk.last] = summed.view(-1)
 
-    def finish(self) -> None:
-        """`.grad` of every master, after every chunk has landed."""
-        given = {name for name, p in self.group.parameters.items() if p.grad is not None}
-        if self.part is None and self.copies > 1:  # one owner, but others do the same
-            part = torch.zeros(self.layout.part, dtype=torch.float32, device=self.device)
-            for piece in self.layout.pieces:
-                self._of(part, piece).copy_(self._local(piece, given))
-            self.part = part
-        for ranks in self.group.copies:
-            if self.part is not None:
-                ranks.sum_(self.part)
-        joined = self.homes.join(lambda piece: self._local(piece, given))
-        for piece in self.unjoined:
-            master = self.masters[_key(piece)]
-            is_given = piece.name in given
-            master.grad = self._local(piece, given).view(master.shape) if is_given else None
-        for piece, whole in zip(self.homes.here, joined, strict=True):
-            self.masters[_key(piece)].grad = whole if piece.name in given else None
-        self.part = None
+    def finish_reduce(self) -> None:
+        """Sets `.grad` of every master, after all chunks have been received."""
+        with_gradient = {n for n, p in self.group.parameters.items() if p.grad is not None}
+        if self._reduced is None and self.replica_count > 1:  # one owner, but with replicas
+            partition = self._new_partition(torch.float32)
+            for owned in self.layout.slices:
+                _in_partition(partition, owned).copy_(self._gradient_of(owned))
+            self._reduced = partition
+        for ranks in self.group.replicas:
+            if self._reduced is not None:
+                ranks.sum_(self._reduced)
+        assembled = self.assembler.gather(self._gradient_of)
+        for owned in self.unsharded:
+            master = self.masters[_key(owned)]
+            has_gradient = owned.name in with_gradient
+            master.grad = self._gradient_of(owned).view(master.shape) if has_gradient else None
+        for owned, gradient in zip(self.assembler.assembled, assembled, strict=True):
+            self.masters[_key(owned)].grad = gradient if owned.name in with_gradient else None
+        self._reduced = None
 
-    def _local(self, piece: Piece, given: set[str]) -> Tensor:
-        """The gradient of a piece that is owned here, flat and in fp32; zeros where there is none.
+    def _gradient_of(self, owned: OwnedSlice) -> Tensor:
+        """The summed gradient of an owned slice, flat and in fp32; zeros where there is none.
 
         With one owner it is the parameter's own.
         """
-        if self.part is not None:
-            return self._of(self.part, piece)
-        gradient = self.group.parameters[piece.name].grad
-        if piece.name not in given or gradient is None:
-            return torch.zeros(piece.size, dtype=torch.float32, device=self.device)
-        return gradient.reshape(-1)[piece.start : piece.stop].float()
+        if self._reduced is not None:
+            return _in_partition(self._reduced, owned)
+        gradient = self.group.parameters[owned.name].grad
+        if gradient is None:
+            return torch.zeros(owned.size, dtype=torch.float32, device=self.device)
+        return gradient.reshape(-1)[owned.start : owned.stop].float()
+
+    # gather
 
     def gather(self) -> None:
-        """The parameters of all ranks from their owners' masters."""
+        """Writes the parameters of all ranks from their owners' masters, in their precision."""
         parameters = {n: p.detach().view(-1) for n, p in self.group.parameters.items()}
-        back = self.homes.split(lambda piece: self.masters[_key(piece)])
+        shards = self.assembler.scatter(lambda owned: self.masters[_key(owned)])
         if not self.chunks:
-            for piece, run in back:
-                parameters[piece.name][piece.start : piece.stop].copy_(run)
-            if self.is_low:  # else masters are the parameters
-                for piece in self.unjoined:
-                    run = self.masters[_key(piece)].flatten()
-                    parameters[piece.name][piece.start : piece.stop].copy_(run)
+            for owned, shard in shards:
+                parameters[owned.name][owned.start : owned.stop].copy_(shard)
+            if self.is_low:  # else masters are views of the parameters
+                for owned in self.unsharded:
+                    values = self.masters[_key(owned)].flatten()
+                    parameters[owned.name][owned.start : owned.stop].copy_(values)
             return
-        part = torch.zeros(self.layout.part, dtype=self.dtype, device=self.device)
-        for piece in self.unjoined:
-            self._of(part, piece).copy_(self.masters[_key(piece)].flatten())
-        for piece, run in back:
-            self._of(part, piece).copy_(run)
-        before: tuple[Chunk, Wait] | None = None
-        for chunk in (*self.chunks, None):
-            wait = None if chunk is None else self.owners.all_gather(part[chunk.first : chunk.last])
-            if before is not None:
-                self._unpack(*before, parameters)
-            before = None if chunk is None or wait is None else (chunk, wait)
+        partition = self._new_partition(self.dtype)
+        for owned in self.unsharded:
+            _in_partition(partition, owned).copy_(self.masters[_key(owned)].flatten())
+        for owned, shard in shards:
+            _in_partition(partition, owned).copy_(shard)
+        self._all_gather(partition, parameters)
+
+    def _all_gather(self, partition: Tensor, parameters: Mapping[str, Tensor]) -> None:
+        """Gathers the partitions chunk by chunk, each in flight while the one before is copied."""
+        previous: tuple[Chunk, Wait] | None = None
+        for chunk in self.chunks:
+            wait = self.owners.all_gather(partition[chunk.first : chunk.last])
+            if previous is not None:
+                self._unpack(*previous, parameters)
+            previous = chunk, wait
+        if previous is not None:
+            self._unpack(*previous, parameters)
 
     def _unpack(self, chunk: Chunk, wait: Wait, parameters: Mapping[str, Tensor]) -> None:
         rows = wait().view(self.layout.owners, -1)
-        for piece, begin, end in chunk.runs:
-            start = piece.position + begin - chunk.first
-            run = rows[piece.owner, start : start + end - begin]
-            parameters[piece.name][piece.start + begin : piece.start + end].copy_(run)
+        for part in chunk.parts:
+            values = part.in_chunk(rows, chunk)
+            part.in_parameter(parameters[part.owned.name]).copy_(values)
+
+    # masters
 
     def read(self) -> None:
-        """The masters from the parameters."""
-        for key, tensor in self._own_masters().items():
+        """Sets the masters from the parameters."""
+        for key, tensor in self._read().items():
             self.masters[key].copy_(tensor)
 
-    def _own_masters(self) -> dict[str, Tensor]:
-        """fp32 values of all owned pieces; views of fp32 parameters that are not joined."""
+    def _read(self) -> dict[str, Tensor]:
+        """fp32 values of all slices; views of fp32 parameters that are not sharded."""
         flat = {n: p.detach().view(-1) for n, p in self.group.parameters.items()}
 
-        def run(piece: Piece) -> Tensor:
-            return flat[piece.name][piece.start : piece.stop]
+        def values_of(owned: OwnedSlice) -> Tensor:
+            return flat[owned.name][owned.start : owned.stop].float()
 
-        found = {}
-        for piece in self.unjoined:
-            shape = piece.matrices or (piece.size,)
-            found[_key(piece)] = run(piece).float().view(shape)
-        whole = self.homes.join(lambda piece: run(piece).float())
-        found |= {_key(p): tensor for p, tensor in zip(self.homes.here, whole, strict=True)}
-        return found
+        values = {}
+        for owned in self.unsharded:
+            shape = owned.matrices or (owned.size,)
+            values[_key(owned)] = values_of(owned).view(shape)
+        gathered = self.assembler.gather(values_of)
+        assembled = zip(self.assembler.assembled, gathered, strict=True)
+        return values | {_key(owned): tensor for owned, tensor in assembled}
 
-    def _of(self, part: Tensor, piece: Piece) -> Tensor:
-        return part[piece.position : piece.last]
+    def _new_partition(self, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(self.layout.partition_size, dtype=dtype, device=self.device)
 
 
-def _key(piece: Piece) -> str:
-    return f"{piece.name}@{piece.start}"
+def cut_chunks(layout: Layout, elements: int) -> list[Chunk]:
+    """Cuts the buffer into chunks of at most `elements` over all owners."""
+    width = min(max(1, elements // layout.owners), max(1, layout.partition_size))
+    firsts = range(0, layout.partition_size, width)
+    parts: list[list[ChunkPart]] = [[] for _ in firsts]
+    for owned in layout.slices:
+        for number in range(owned.offset // width, (owned.end - 1) // width + 1):
+            start = max(number * width, owned.offset) - owned.offset
+            stop = min((number + 1) * width, owned.end) - owned.offset
+            parts[number].append(ChunkPart(owned, start, stop))
+    return [
+        Chunk(first, min(first + width, layout.partition_size), tuple(some))
+        for first, some in zip(firsts, parts, strict=True)
+    ]
+
+
+def round_stochastically(tensor: Tensor, seed: int) -> Tensor:
+    """Rounds fp32 to bf16, up or down with the probabilities that keep the mean. NaN stays NaN.
+
+    Sixteen random bits are added to those that bf16 drops. The same seed gives the same bits.
+    """
+    generator = None  # meta tensors have no values
+    if not tensor.is_meta:
+        generator = torch.Generator(tensor.device).manual_seed(seed % 2**63)
+    bits = tensor.contiguous().view(torch.int32)
+    noise = torch.randint(
+        2**16, bits.shape, dtype=torch.int32, device=tensor.device, generator=generator
+    )
+    rounded = (bits + noise).bitwise_and(-(2**16)).view(torch.float32)
+    return torch.where(tensor.isfinite(), rounded, tensor).bfloat16()
+
+
+def _in_partition(partition: Tensor, owned: OwnedSlice) -> Tensor:
+    return partition[owned.offset : owned.end]
+
+
+def _key(owned: OwnedSlice) -> str:
+    return f"{owned.name}@{owned.start}"

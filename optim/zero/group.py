@@ -1,6 +1,6 @@
-"""What hybrid ZeRO is given, parameters that the same ranks hold, and the states that it gives.
+"""What hybrid ZeRO is given (parameters held by the same ranks) and the states that it returns.
 
-The ranks are a protocol: `trainer.parallel.optimizer_sharding` has them over a grid.
+Process groups are a protocol here; `trainer.parallel.optimizer_sharding` implements it on a grid.
 """
 
 from __future__ import annotations
@@ -13,90 +13,91 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from optim.errors import OptimError
-from optim.zero.plan import Held, Layout
+from optim.zero.plan import Layout, LocalParameter
 
 Precision = Literal["fp32", "bf16", "bf16_stochastic"]
+"""What gradients are sent in; `bf16_stochastic` rounds them stochastically."""
 Wait = Callable[[], Tensor]
-"""What a collective that has begun gives when it is called."""
+"""Waits for a collective that has started, and returns its result."""
 
 
-class Ranks(Protocol):
-    """Ranks that exchange tensors; over one rank every method gives what it is given."""
+class RankGroup(Protocol):
+    """Ranks that exchange tensors. With one rank every method returns its input."""
 
     @property
     def rank(self) -> int:
-        """This rank's number among them."""
+        """This rank's index in the group."""
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of ranks."""
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """The sum over all, in place."""
+        """All-reduces in place."""
 
     def reduce_scatter(self, tensor: Tensor) -> Wait:
-        """Begins: this rank's share along dim 0 of the sum over all."""
+        """Starts a reduce-scatter along dim 0."""
 
     def all_gather(self, tensor: Tensor) -> Wait:
-        """Begins: every rank's tensor behind each other along dim 0."""
+        """Starts an all-gather, which concatenates along dim 0."""
 
     def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Wait:
-        """Begins: the first send[0] elements to rank 0, and so on; receive[r] come from rank r."""
+        """Starts an all-to-all of runs of send[r] elements to rank r and receive[r] from it."""
 
 
 @dataclass(frozen=True)
-class Group:
+class ParameterGroup:
     """Parameters of one precision that the same ranks hold.
 
     Attributes:
-        parameters: by name; with shapes as in `held`.
-        held: how this rank holds them, in an order that all its ranks share.
-        layout: who owns what of them.
-        owners: ranks that hold the same parts and own them together.
-        homes: the ranks that hold other parts of the same matrices.
-        copies: further ranks with owners of their own, over which gradients are summed, too, and
-            who do the same update.
-        split_dim: by name of a joined parameter, the dimension that `homes` split.
+        parameters: by name, with the shapes in `local_parameters`.
+        local_parameters: in an order that all ranks share.
+        layout: who owns which part of them.
+        owners: the ranks that hold the same shards and own them together.
+        shard_ranks: the ranks that hold the other shards of the same matrices.
+        replicas: further groups over which gradients are summed, whose ranks have owners of their
+            own and repeat the same update.
+        split_dim: by name of a sharded parameter, the dimension that `shard_ranks` split.
         precision: what gradients are sent in.
     """
 
     parameters: Mapping[str, Parameter]
-    held: Sequence[Held]
+    local_parameters: Sequence[LocalParameter]
     layout: Layout
-    owners: Ranks
-    homes: Ranks
-    copies: Sequence[Ranks] = ()
+    owners: RankGroup
+    shard_ranks: RankGroup
+    replicas: Sequence[RankGroup] = ()
     split_dim: Mapping[str, int] | None = None
     precision: Precision = "fp32"
 
 
 @dataclass(frozen=True)
-class StatePiece:
-    """A state, or the gradient, of some elements of a parameter.
+class StateSlice:
+    """A state, or the gradient, of contiguous elements of a parameter.
 
     Attributes:
         kind: `master`, `momentum`, `exp_avg`, `exp_avg_sq`, `step` (one number) or `gradient`.
         name: of the parameter.
         tensor: the live state.
-        start: first element of the parameter's flattened local part; of the whole matrices, where
-            `whole`.
-        whole: whether it has the whole of matrices of which the parameter here has a part.
+        start: index of its first element in the flattened local parameter; where `is_gathered`, in
+            the flattened unsharded matrices.
+        is_gathered: whether it covers unsharded matrices, of which the parameter is a shard.
     """
 
     kind: str
     name: str
     tensor: Tensor
     start: int = 0
-    whole: bool = False
+    is_gathered: bool = False
 
 
-def check(group: Group) -> None:
-    """Raise OptimError unless names and precision of a group go together."""
-    names = {held.entry.name for held in group.held}
+def check(group: ParameterGroup) -> None:
+    """Raises OptimError unless a group's names match its table and its precision is one."""
+    names = {p.assignment.name for p in group.local_parameters}
     if names != set(group.parameters):
-        odd = sorted(names ^ set(group.parameters))
+        unmatched = sorted(names ^ set(group.parameters))
         raise OptimError(
-            f"these parameters are in a group or in its table, but not in both: {odd[:5]}"
+            f"these parameters are in a group or in its table, but not in both: {unmatched[:5]}"
         )
     if len({parameter.dtype for parameter in group.parameters.values()}) > 1:
-        raise OptimError("a group of parameters has several precisions; each needs its own")
+        raise OptimError("a group of parameters has several precisions; each needs its own group")

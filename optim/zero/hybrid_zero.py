@@ -1,16 +1,17 @@
 """Muon and AdamW with states divided over the ranks that hold the same parameters.
 
 A step has three phases, each for every group of parameters that the same ranks hold:
-  reduce   gradients go out once: chunk by chunk into the layout of `optim.zero.plan`, summed and
-           scattered to the owners, each chunk as soon as backward has left its last gradient.
-           Parts of matrices that other ranks split go on to their home.
-  update   every owner runs `optim.optimizer` on its own matrices and runs of elements: momentum,
+  reduce   gradients are packed chunk by chunk into the buffer of `optim.zero.plan`, summed and
+           scattered to their owners, each chunk as soon as backward has completed its gradients.
+           Shards of matrices are then gathered at their assembly rank.
+  update   every owner runs `optim.optimizer` on its own matrices and slices: momentum,
            Newton–Schulz once for every matrix, AdamW; all in fp32.
-  gather   parameters come back once: parts to the ranks that split them, then from every owner to
-           all, one chunk on the way while the one before is copied. They are rounded before.
+  gather   updated matrices are scattered to the ranks that shard them, then all parameters are
+           all-gathered from their owners, rounded to their precision before, one chunk in flight
+           while the one before is copied.
 
-fp32 masters and states are at the owner alone. With one owner it is the same path, and the
-communication does nothing. Hybrid ZeRO is the V4 report's (arXiv 2606.19348, infrastructure).
+Only owners hold fp32 masters and states. With one owner the path is the same, and the communication
+does nothing. Source: hybrid ZeRO, report §3.
 """
 
 from __future__ import annotations
@@ -25,22 +26,23 @@ from optim.config import OptimConfig
 from optim.optimizer import Optimizer
 from optim.partition import Assignment
 from optim.zero.bucket import Bucket
-from optim.zero.group import Group, StatePiece
-from optim.zero.send_queue import ChunkQueue
+from optim.zero.group import ParameterGroup, StateSlice
+from optim.zero.send_queue import SendQueue
 
 CHUNK_ELEMENTS = 32 * 1024 * 1024  # 128 MiB of fp32: long enough to use the links fully
 
 
 class HybridZero:
-    """Updates the parameters of all `groups` in place as `table` says.
+    """Updates the parameters of all `groups` in place.
 
-    All ranks call every method together. A parameter whose gradient is None is left alone; which
-    these are must be the same on all ranks. Raises OptimError where groups and table do not fit.
+    All ranks call every method together. A parameter whose gradient is None keeps its value and
+    state; which these are must be the same on all ranks. Raises OptimError where a group does not
+    match its table.
     """
 
     def __init__(
         self,
-        groups: Sequence[Group],
+        groups: Sequence[ParameterGroup],
         config: OptimConfig,
         seed: int = 0,
         chunk_elements: int = CHUNK_ELEMENTS,
@@ -50,51 +52,50 @@ class HybridZero:
         self.buckets = [
             Bucket(number, group, chunk_elements)
             for number, group in enumerate(groups)
-            if group.held
+            if group.local_parameters
         ]
-        owned: dict[str, Parameter] = {}
+        self._masters: dict[str, Parameter] = {}
         table: list[Assignment] = []
         for bucket in self.buckets:
-            owned |= bucket.masters
+            self._masters |= bucket.masters
             table += bucket.table
-        self._owned = owned
-        self._inner = Optimizer(owned, table, config)
-        self._queue = ChunkQueue(self.buckets)
+        self.inner = Optimizer(self._masters, table, config)
+        self._queue = SendQueue(self.buckets)
 
     @property
     def step_count(self) -> int:
-        """Steps so far."""
-        return self._inner.step_count
+        """Number of steps so far."""
+        return self.inner.step_count
 
     @step_count.setter
     def step_count(self, count: int) -> None:
-        self._inner.step_count = count
+        self.inner.step_count = count
 
     @property
     def table(self) -> list[Assignment]:
-        """What this rank owns."""
-        return self._inner.table
+        """The assignments of the masters that this rank owns."""
+        return self.inner.table
 
-    def expect(self, gradients: Mapping[str, int]) -> None:
-        """Let `reduce` begin during backward.
+    def expect(self, additions: Mapping[str, int]) -> None:
+        """Lets the next backward send gradients while it runs.
 
-        `gradients` says by name how often backward adds to a parameter's `.grad` at most; the chunk
-        that it belongs to is sent once that has happened. What got fewer waits for `reduce`.
+        `additions` is, by name, the maximum number of times that backward adds to a parameter's
+        `.grad`; its chunks are sent after that many. A parameter with fewer is sent by `reduce`.
         """
-        self._queue.open(gradients, self._seed())
+        self._queue.open(additions, self._rounding_seed())
 
     def reduce(self) -> None:
-        """Sum every parameter's `.grad` over the ranks that hold it, at the owner of each piece."""
+        """Sums every `.grad` over the ranks that hold the parameter, at the owner of each slice."""
         with torch.no_grad():
-            self._queue.finish(self._seed())
+            self._queue.finish(self._rounding_seed())
 
-    def _seed(self) -> int:
+    def _rounding_seed(self) -> int:
         return self.seed * 1_000_003 + self.step_count
 
     def norm_square(self) -> Tensor:
-        """This rank's part of the squared norm of all gradients: to be summed over all ranks.
+        """This rank's part of the squared norm of all gradients, after `reduce`: 0-dim fp64.
 
-        0-dim fp64. Every element is counted once over all ranks, after `reduce`.
+        The sum over all ranks counts every element once.
         """
         total = torch.zeros((), dtype=torch.float64)
         for bucket in self.buckets:
@@ -102,58 +103,58 @@ class HybridZero:
             if gradients:
                 norms = torch._foreach_norm(gradients, dtype=torch.float64)
                 total = total.to(bucket.device)
-                total += torch.stack(norms).square().sum() / bucket.copies
+                total += torch.stack(norms).square().sum() / bucket.replica_count
         return total
 
     def owned(self) -> list[Parameter]:
-        """The fp32 pieces that this rank owns, whose `.grad` `reduce` has set; for clipping."""
-        return list(self._owned.values())
+        """The fp32 masters of this rank, with the `.grad` that `reduce` set; for clipping."""
+        return list(self._masters.values())
 
-    def gradients(self) -> Iterator[StatePiece]:
-        """What `reduce` left here."""
+    def gradients(self) -> Iterator[StateSlice]:
+        """The gradients that `reduce` left at this owner."""
         for bucket in self.buckets:
             for key, master in bucket.masters.items():
                 if master.grad is not None:
-                    yield bucket.state("gradient", key, master.grad)
+                    yield bucket.state_slice("gradient", key, master.grad)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """One update at `learning_rate` from what `reduce` left, and the gathered parameters."""
-        self._inner.step(learning_rate)
-        for master in self._owned.values():
+        """Updates the masters at `learning_rate` and gathers the parameters; frees gradients."""
+        self.inner.step(learning_rate)
+        for master in self._masters.values():
             master.grad = None
         self.write_parameters()
 
     @torch.no_grad()
     def write_parameters(self) -> None:
-        """Round the masters into the parameters of all ranks."""
+        """Rounds the masters into the parameters of all ranks."""
         for bucket in self.buckets:
             bucket.gather()
 
     @torch.no_grad()
     def read_parameters(self) -> None:
-        """Take the masters anew from the parameters, after weights were loaded into the model."""
+        """Sets the masters from the parameters, after weights were loaded into the model."""
         for bucket in self.buckets:
             bucket.read()
 
-    def states(self) -> Iterator[StatePiece]:
-        """Everything that a resume needs of this rank, as live tensors.
+    def states(self) -> Iterator[StateSlice]:
+        """Everything of this rank that a resume needs, as live tensors.
 
-        Masters of fp32 parameters are not among them. To restore, copy into them and into the
-        fp32 parameters, then call `restored`.
+        Masters of fp32 parameters are not included. To restore, copy into these tensors and into
+        the fp32 parameters, then call `restored`.
         """
-        where = {key: bucket for bucket in self.buckets for key in bucket.masters}
-        tensors = self._inner.state_tensors()
-        for key, bucket in where.items():
+        bucket_of = {key: bucket for bucket in self.buckets for key in bucket.masters}
+        tensors = self.inner.state_tensors()
+        for key, bucket in bucket_of.items():
             if bucket.is_low:
-                tensors[f"master.{key}"] = self._owned[key].detach()
+                tensors[f"master.{key}"] = self._masters[key].detach()
         for label, tensor in tensors.items():
             kind, _, key = label.partition(".")
-            yield where[key].state(kind, key, tensor)
+            yield bucket_of[key].state_slice(kind, key, tensor)
 
     @torch.no_grad()
     def restored(self) -> None:
-        """Bring masters and parameters together after `states` were copied into."""
+        """Makes masters and parameters agree after `states` were copied into."""
         for bucket in self.buckets:
             if bucket.is_low:
                 bucket.gather()

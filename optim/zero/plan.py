@@ -1,110 +1,123 @@
-"""Who updates what: parameters that the same ranks hold, divided over them. Imports no torch.
+"""Who updates what: assigns parameters to owners among the ranks that hold them. Imports no torch.
 
-The ranks that hold the same part of some parameters are their owners. A Muon matrix has one owner,
-since Newton–Schulz needs it whole; what AdamW has is divided element by element. Flat pieces of all
-parameters stand in one buffer, [owner 0 | owner 1 | ...], each owner's part padded to the largest:
+The algorithm (report §3, hybrid ZeRO), from names and shapes alone, so that every rank of a group
+computes the same layout:
 
-    owner 0 | wo_b of layer 1 | gate of layer 0 | some of AdamW's elements |     |
-    owner 1 | wo_b of layer 0 | wkv of layer 0  | some of AdamW's elements | pad |
+1. **Matrices.** A Muon matrix has one owner, since Newton–Schulz needs it whole. Equal matrices, as
+   experts are, are divided into contiguous runs of equal length. Different ones are bin-packed: the
+   most expensive first, each to the owner whose larger load, of FLOPs or of elements, stays lowest.
+2. **Elements.** AdamW's parameters are divided element by element, and fill the room that the
+   matrices leave in the emptier owners.
+3. **Buffer.** Each owner has a partition of one flat buffer, padded to the size of the largest, so
+   that one reduce-scatter and one all-gather move everything. In each partition the last layers
+   come first, since backward reaches them first:
 
-AdamW's elements fill up what matrices leave free. Where the matrices are so few that the padding
-would still be large, fewer ranks own them, and the others repeat the update (report, hybrid ZeRO).
-In each part the last layers come first, since backward reaches them first.
+       owner 0 | wo_b of layer 1 | gate of layer 0 | some of AdamW's elements |     |
+       owner 1 | wo_b of layer 0 | wkv of layer 0  | some of AdamW's elements | pad |
 
-Where other ranks split the matrices themselves (tensor, expert_tensor), every one of them holds its
-part of the same buffer, and each matrix has a home: the one of them that makes it whole.
+4. **Number of owners.** Where matrices are so few that the padding would exceed its limit, fewer
+   ranks own them, and the other ranks are replicas that repeat the same update.
+
+Where tensor-parallel or expert-tensor-parallel ranks shard the matrices themselves, each of these
+ranks holds its shard in the same buffer layout, and each matrix also has an assembly rank: the one
+among them that gathers its shards and updates it.
+
+Letters: N matrices, R rows, C columns.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-
-from rich.table import Table
 
 from optim.config import MuonConfig
 from optim.partition import Assignment, Shape
 
 
 @dataclass(frozen=True)
-class Held:
-    """A parameter as a rank holds it.
+class LocalParameter:
+    """A parameter as one rank holds it.
 
     Attributes:
-        entry: its line of the optimizer's table.
-        local: shape of the part that is here.
-        joined: whether other ranks hold other parts of each matrix.
+        assignment: its line of the optimizer's table, with the shape of the unsharded matrices.
+        shape: of the local tensor.
+        is_sharded: whether other ranks hold other shards of each of its matrices.
     """
 
-    entry: Assignment
-    local: Shape
-    joined: bool = False
+    assignment: Assignment
+    shape: Shape
+    is_sharded: bool = False
 
     @property
-    def count(self) -> int:
-        """Matrices, or parts of matrices, that are here."""
-        assert self.entry.matrices is not None
-        whole, rows, columns = self.entry.matrices
-        if self.joined:
-            return whole
-        return math.prod(self.local) // (rows * columns)
+    def matrix_count(self) -> int:
+        """Number of local matrices, or of local shards of matrices."""
+        assert self.assignment.matrices is not None
+        count, rows, columns = self.assignment.matrices
+        if self.is_sharded:
+            return count
+        return math.prod(self.shape) // (rows * columns)
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Elements `start` to `stop` (excluded) of a parameter's flattened local part, at one owner.
+class OwnedSlice:
+    """Elements `start` to `stop` (excluded) of a flattened local parameter, all of one owner.
 
     Attributes:
-        position: where it begins in the owner's part of the buffer.
-        home: the rank that makes the matrices whole, or None where nothing is to be joined.
-        matrices: (N, R, C) of the whole matrices; None for AdamW.
+        offset: of its first element in the owner's partition of the buffer.
+        assembly_rank: the rank that gathers the matrices; None where they are not sharded.
+        matrices: (N, R, C) of the unsharded matrices; None for AdamW.
     """
 
     name: str
     start: int
     stop: int
     owner: int
-    position: int
-    home: int | None
+    offset: int
+    assembly_rank: int | None
     matrices: tuple[int, int, int] | None
 
     @property
     def size(self) -> int:
-        """Elements that are here."""
+        """Number of local elements."""
         return self.stop - self.start
 
     @property
-    def last(self) -> int:
-        """Where it ends in the owner's part of the buffer."""
-        return self.position + self.size
+    def end(self) -> int:
+        """Offset of the first element after it in the owner's partition."""
+        return self.offset + self.size
 
     @property
-    def state(self) -> int:
-        """Elements of the whole matrices, for which the owner keeps state."""
+    def state_size(self) -> int:
+        """Number of elements that its owner keeps state for: those of the unsharded matrices."""
         return self.size if self.matrices is None else math.prod(self.matrices)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All pieces, in the order of the buffer; `part` elements for each of `owners`."""
+    """The buffer of one group of parameters: `owners` partitions of `partition_size` elements.
+
+    Attributes:
+        assembly_ranks: number of ranks that shard the matrices.
+        slices: in the order of the buffer.
+    """
 
     owners: int
-    homes: int
-    part: int
-    pieces: tuple[Piece, ...]
+    assembly_ranks: int
+    partition_size: int
+    slices: tuple[OwnedSlice, ...]
 
     @property
     def padding(self) -> float:
-        """Elements of the buffer that stand for nothing, over those that stand for something."""
-        used = sum(piece.size for piece in self.pieces)
-        return self.owners * self.part / used - 1.0 if used else 0.0
+        """Padding of the buffer as a fraction of the elements that it holds."""
+        used = sum(owned.size for owned in self.slices)
+        return self.owners * self.partition_size / used - 1.0 if used else 0.0
 
 
-def newton_schulz_cost(rows: int, columns: int, config: MuonConfig) -> int:
-    """Operations of one matrix: two products with the wide one and one of Gram matrices a step.
+def newton_schulz_flops(rows: int, columns: int, config: MuonConfig) -> int:
+    """FLOPs of one matrix: per step two matmuls with the wide matrix and one of Gram matrices.
 
     Iterating on the Gram matrix (`gram`) takes fewer, which is not counted.
     """
@@ -115,271 +128,214 @@ def newton_schulz_cost(rows: int, columns: int, config: MuonConfig) -> int:
     return steps * (4 * short**2 * long + 2 * short**3)
 
 
+def plan_owners(
+    parameters: Sequence[LocalParameter],
+    ranks: int,
+    assembly_ranks: int,
+    config: MuonConfig,
+    padding: float,
+) -> Layout:
+    """Returns the layout with the most owners whose padding is within `padding`.
+
+    The number of owners divides `ranks`. `padding` is a fraction of the elements in the buffer; one
+    owner needs none.
+    """
+    sizes = [matrix.size for p in parameters for matrix in _matrices_of(p, config)]
+    adamw_elements = sum(math.prod(p.shape) for p in parameters if p.assignment.matrices is None)
+    limit = (1.0 + padding) * (sum(sizes) + adamw_elements)
+    for owners in range(ranks, 1, -1):
+        if ranks % owners or owners * max(sizes, default=0) > limit:
+            continue
+        layout = plan_layout(parameters, owners, assembly_ranks, config)
+        if owners * layout.partition_size <= limit + owners:  # elements may not divide evenly
+            return layout
+    return plan_layout(parameters, 1, assembly_ranks, config)
+
+
+def plan_layout(
+    parameters: Sequence[LocalParameter], owners: int, assembly_ranks: int, config: MuonConfig
+) -> Layout:
+    """Returns the layout for this number of owners.
+
+    It is the same on every rank that gives the same parameters in the same order.
+    """
+    matrices = [matrix for p in parameters for matrix in _matrices_of(p, config)]
+    if len({(m.flops, m.size, m.parameter.is_sharded) for m in matrices}) <= 1:
+        places = _divide_equal(matrices, owners, assembly_ranks)
+    else:
+        places = _BinPacking(matrices, owners, assembly_ranks).places()
+    order = {p.assignment.name: number for number, p in enumerate(parameters)}
+    # By owner and assembly rank, then the last layers first.
+    packed = sorted(
+        zip(places, matrices, strict=True),
+        key=lambda item: (item[0], -order[item[1].parameter.assignment.name], item[1].index),
+    )
+    fill = [0] * owners
+    slices: list[OwnedSlice] = []
+    for (owner, assembly_rank), matrix in packed:
+        _append(slices, matrix, owner, assembly_rank, fill)
+    elementwise = [p for p in reversed(parameters) if p.assignment.matrices is None]
+    slices += _fill_up(elementwise, fill)
+    slices.sort(key=lambda owned: (owned.owner, owned.offset))
+    return Layout(owners, assembly_ranks, max(fill, default=0), tuple(slices))
+
+
 @dataclass(frozen=True)
-class _Unit:
-    held: Held
+class _Matrix:
+    """One matrix of a local parameter: number `index` of its stack, `size` local elements."""
+
+    parameter: LocalParameter
     index: int
     size: int
-    cost: int
+    flops: int
 
 
-def plan_owners(
-    parameters: Sequence[Held], ranks: int, homes: int, config: MuonConfig, padding: float
-) -> Layout:
-    """The layout for the most owners, of those that divide `ranks`, with no more padding.
-
-    `padding` is over what the buffer holds; one owner needs none.
-    """
-    elements = [unit.size for held in parameters for unit in _units(held, config)]
-    others = sum(math.prod(h.local) for h in parameters if h.entry.matrices is None)
-    limit = (1.0 + padding) * (sum(elements) + others)
-    for owners in range(ranks, 1, -1):
-        if ranks % owners or owners * max(elements, default=0) > limit:
-            continue
-        layout = plan_layout(parameters, owners, homes, config)
-        if owners * layout.part <= limit + owners:  # elements need not divide
-            return layout
-    return plan_layout(parameters, 1, homes, config)
+_Place = tuple[int, int]
+"""Owner and assembly rank of a matrix; the assembly rank is -1 where it is not sharded."""
 
 
-def plan_layout(parameters: Sequence[Held], owners: int, homes: int, config: MuonConfig) -> Layout:
-    """The same layout on every rank, from the same parameters in the same order.
-
-    Equal matrices, as experts are, are dealt out in their order. Others go one by one, the most
-    costly first, to the owner whose fullest share of costs or of elements grows least by it.
-    """
-    units = [unit for held in parameters for unit in _units(held, config)]
-    bins = _deal(units, owners, homes)
-    place = {held.entry.name: number for number, held in enumerate(parameters)}
-    order = sorted(
-        range(len(units)),
-        key=lambda i: (bins[i], -place[units[i].held.entry.name], units[i].index),
-    )
-    pieces: list[Piece] = []
-    fill = [0] * owners
-    for index in order:
-        owner, home = bins[index]
-        _append(pieces, units[index], owner, home, fill)
-    flat = [held for held in reversed(parameters) if held.entry.matrices is None]
-    pieces += _elementwise(flat, fill)
-    pieces.sort(key=lambda piece: (piece.owner, piece.position))
-    return Layout(owners, homes, max(fill, default=0), tuple(pieces))
-
-
-def _units(held: Held, config: MuonConfig) -> Iterable[_Unit]:
-    if held.entry.matrices is None:
+def _matrices_of(parameter: LocalParameter, config: MuonConfig) -> Iterator[_Matrix]:
+    if parameter.assignment.matrices is None:
         return
-    _, rows, columns = held.entry.matrices
-    count = held.count
-    size = math.prod(held.local) // count
+    _, rows, columns = parameter.assignment.matrices
+    count = parameter.matrix_count
+    size = math.prod(parameter.shape) // count
     for index in range(count):
-        yield _Unit(held, index, size, newton_schulz_cost(rows, columns, config))
+        yield _Matrix(parameter, index, size, newton_schulz_flops(rows, columns, config))
 
 
-def _deal(units: list[_Unit], owners: int, homes: int) -> list[tuple[int, int]]:
-    """(owner, home) of every unit; home is -1 where nothing is joined."""
-    alike = len({(unit.cost, unit.size, unit.held.joined) for unit in units}) <= 1
-    if alike:
-        return _deal_alike(units, owners, homes)
-    # No division makes the fullest share of costs smaller than this; a little more may be needed.
-    mean_cost = sum(u.cost for u in units) / (owners * homes)
-    least_cost = 1.1 * max(mean_cost, *(unit.cost for unit in units))
-    mean_size = sum(u.size for u in units) / owners
-    cost = [[0] * homes for _ in range(owners)]
-    size = [0] * owners
-    found: dict[int, tuple[int, int]] = {}
+def _divide_equal(matrices: Sequence[_Matrix], owners: int, assembly_ranks: int) -> list[_Place]:
+    """Divides the equal matrices of each parameter into contiguous runs, one for each bin.
 
-    def fullest(owner: int, unit: _Unit) -> tuple[float, float, int]:
-        busy = min(cost[owner]) if unit.held.joined else max(cost[owner])
-        load = (busy + unit.cost) / least_cost
-        room = (size[owner] + unit.size) / mean_size
-        return max(load, room), load + room, owner
-
-    # What every home has to do comes before what one of them does.
-    for index in sorted(
-        range(len(units)), key=lambda i: (units[i].held.joined, -units[i].cost, -units[i].size, i)
-    ):
-        unit = units[index]
-        owner = min(range(owners), key=partial(fullest, unit=unit))
-        home = cost[owner].index(min(cost[owner])) if unit.held.joined else -1
-        size[owner] += unit.size
-        for place in range(homes) if home < 0 else [home]:
-            cost[owner][place] += unit.cost
-        found[index] = owner, home
-    return [found[index] for index in range(len(units))]
-
-
-def _deal_alike(units: list[_Unit], owners: int, homes: int) -> list[tuple[int, int]]:
-    """Of every parameter a run of matrices to each; what is left goes on from one to the next."""
-    if not units:
+    A bin is an owner, or an owner and assembly rank. The matrices that remain of a parameter go to
+    the bins after those that got the remainder of the parameter before.
+    """
+    if not matrices:
         return []
-    joined = units[0].held.joined
-    each = homes if joined else 1
-    bins, turn = owners * each, 0
-    places: list[int] = []
-    for count in Counter(unit.held.entry.name for unit in units).values():
-        whole, rest = divmod(count, bins)
-        extra = {(turn + number) % bins for number in range(rest)}
-        for place in range(bins):
-            places += [place] * (whole + (place in extra))
-        turn += rest
-    return [(place // each, place % each if joined else -1) for place in places]
+    is_sharded = matrices[0].parameter.is_sharded
+    bins_per_owner = assembly_ranks if is_sharded else 1
+    bins = owners * bins_per_owner
+    first_extra = 0
+    assigned: list[int] = []
+    for count in Counter(m.parameter.assignment.name for m in matrices).values():
+        run, remainder = divmod(count, bins)
+        extra = {(first_extra + number) % bins for number in range(remainder)}
+        for number in range(bins):
+            assigned += [number] * (run + (number in extra))
+        first_extra += remainder
+    return [
+        (number // bins_per_owner, number % bins_per_owner if is_sharded else -1)
+        for number in assigned
+    ]
 
 
-def _append(pieces: list[Piece], unit: _Unit, owner: int, home: int, fill: list[int]) -> None:
-    """Put a matrix behind the owner's others, joined to the last piece where it continues it."""
-    assert unit.held.entry.matrices is not None
-    _, rows, columns = unit.held.entry.matrices
-    name, start = unit.held.entry.name, unit.index * unit.size
-    count, position = 1, fill[owner]
-    last = pieces[-1] if pieces else None
-    home_or_none = None if home < 0 else home
+class _BinPacking:
+    """Greedy bin packing of different matrices by two loads at once: FLOPs and elements.
+
+    The bins are the owners. An owner's FLOPs are counted for each of its assembly ranks: a matrix
+    that is not sharded is updated by all of them alike, a sharded one by the least loaded.
+    """
+
+    def __init__(self, matrices: Sequence[_Matrix], owners: int, assembly_ranks: int) -> None:
+        self.matrices = matrices
+        self.flops = [[0] * assembly_ranks for _ in range(owners)]
+        self.size = [0] * owners
+        mean_flops = sum(m.flops for m in matrices) / (owners * assembly_ranks)
+        # No packing has a lower maximum of FLOPs than this without the factor; 1.1 leaves room.
+        self.flops_target = 1.1 * max(mean_flops, *(m.flops for m in matrices))
+        self.size_target = sum(m.size for m in matrices) / owners
+
+    def places(self) -> list[_Place]:
+        """Assigns every matrix, in the order of `matrices`."""
+        places: dict[int, _Place] = {}
+        for index in self._order():
+            matrix = self.matrices[index]
+            owner = min(range(len(self.size)), key=partial(self._load_with, matrix))
+            flops = self.flops[owner]
+            assembly_rank = flops.index(min(flops)) if matrix.parameter.is_sharded else -1
+            self.size[owner] += matrix.size
+            for rank in range(len(flops)) if assembly_rank < 0 else [assembly_rank]:
+                flops[rank] += matrix.flops
+            places[index] = owner, assembly_rank
+        return [places[index] for index in range(len(self.matrices))]
+
+    def _order(self) -> list[int]:
+        """The most expensive first; those that load all assembly ranks before those of one."""
+
+        def key(index: int) -> tuple[bool, int, int, int]:
+            matrix = self.matrices[index]
+            return matrix.parameter.is_sharded, -matrix.flops, -matrix.size, index
+
+        return sorted(range(len(self.matrices)), key=key)
+
+    def _load_with(self, matrix: _Matrix, owner: int) -> tuple[float, float, int]:
+        """The owner's larger load, relative to its target, were the matrix assigned to it."""
+        flops = self.flops[owner]
+        busy = min(flops) if matrix.parameter.is_sharded else max(flops)
+        flops_load = (busy + matrix.flops) / self.flops_target
+        size_load = (self.size[owner] + matrix.size) / self.size_target
+        return max(flops_load, size_load), flops_load + size_load, owner
+
+
+def _append(
+    slices: list[OwnedSlice], matrix: _Matrix, owner: int, assembly_rank: int, fill: list[int]
+) -> None:
+    """Appends a matrix to its owner's partition, as part of the last slice if it continues it."""
+    assert matrix.parameter.assignment.matrices is not None
+    _, rows, columns = matrix.parameter.assignment.matrices
+    name, start = matrix.parameter.assignment.name, matrix.index * matrix.size
+    count, offset = 1, fill[owner]
+    rank_or_none = None if assembly_rank < 0 else assembly_rank
+    last = slices[-1] if slices else None
     if (
         last is not None
-        and (last.name, last.owner, last.home, last.stop) == (name, owner, home_or_none, start)
+        and (last.name, last.owner, last.assembly_rank, last.stop)
+        == (name, owner, rank_or_none, start)
         and last.matrices is not None
     ):
-        pieces.pop()
-        start, count, position = last.start, last.matrices[0] + 1, last.position
-    stop = (unit.index + 1) * unit.size
+        slices.pop()
+        start, count, offset = last.start, last.matrices[0] + 1, last.offset
+    stop = (matrix.index + 1) * matrix.size
     matrices = (count, rows, columns)
-    pieces.append(Piece(name, start, stop, owner, position, home_or_none, matrices))
-    fill[owner] += unit.size
+    slices.append(OwnedSlice(name, start, stop, owner, offset, rank_or_none, matrices))
+    fill[owner] += matrix.size
 
 
-def _elementwise(parameters: Sequence[Held], fill: list[int]) -> list[Piece]:
-    """AdamW's parameters behind each other, cut into one run for each owner, who is filled up."""
-    rooms = _rooms(fill, sum(math.prod(held.local) for held in parameters))
-    pieces, owner = [], 0
-    for held in parameters:
-        size, start = math.prod(held.local), 0
+def _fill_up(parameters: Sequence[LocalParameter], fill: list[int]) -> list[OwnedSlice]:
+    """Cuts the concatenated parameters of AdamW into one run for each owner, up to its room."""
+    room = _room(fill, sum(math.prod(p.shape) for p in parameters))
+    slices, owner = [], 0
+    for parameter in parameters:
+        size, start = math.prod(parameter.shape), 0
         while start < size:
-            while not rooms[owner]:
+            while not room[owner]:
                 owner += 1
-            stop = min(size, start + rooms[owner])
-            pieces.append(Piece(held.entry.name, start, stop, owner, fill[owner], None, None))
-            rooms[owner] -= stop - start
+            stop = min(size, start + room[owner])
+            name = parameter.assignment.name
+            slices.append(OwnedSlice(name, start, stop, owner, fill[owner], None, None))
+            room[owner] -= stop - start
             fill[owner] += stop - start
             start = stop
-    return pieces
+    return slices
 
 
-def _rooms(fill: Sequence[int], elements: int) -> list[int]:
-    """How many of the elements each owner gets, so that the fullest is as empty as can be."""
-    left, level, low = elements, 0, 0
-    for low, height in enumerate(sorted(fill), start=1):
-        level = height
-        above = sorted(fill)[low] if low < len(fill) else math.inf
-        if left <= (above - height) * low:
-            break
-        left -= int(above - height) * low
-    whole, rest = divmod(left, low)
-    rooms = [max(0, level + whole - height) for height in fill]
-    for owner, height in enumerate(fill):
-        if rest and height <= level:
-            rooms[owner] += 1
-            rest -= 1
-    return rooms
+def _room(fill: Sequence[int], elements: int) -> list[int]:
+    """How many of `elements` each owner takes, so that the largest partition is minimal.
 
-
-@dataclass
-class Load:
-    """What one rank keeps and computes.
-
-    Attributes:
-        muon, adamw: elements that it keeps masters and states of.
-        joined: those of `muon` whose matrices other ranks hold parts of.
-        runs: runs of AdamW's elements.
-        matrices, cost: matrices, and operations of Newton–Schulz for them in a step.
-        buffer, used: elements of its parts of all buffers, and those that stand for something.
+    As water fills a vessel: the lowest owners rise to one level, together with the next lowest
+    once they reach it, until all elements are placed.
     """
-
-    muon: int = 0
-    adamw: int = 0
-    joined: int = 0
-    runs: int = 0
-    matrices: int = 0
-    cost: int = 0
-    buffer: int = 0
-    used: int = 0
-
-    @property
-    def state(self) -> int:
-        """Bytes of fp32 masters and states: 8 an element for Muon, 12 for AdamW."""
-        return 8 * self.muon + 12 * self.adamw
-
-    def __add__(self, other: Load) -> Load:
-        mine, theirs = astuple(self), astuple(other)
-        return Load(*(a + b for a, b in zip(mine, theirs, strict=True)))
-
-    def has(self, piece: Piece, config: MuonConfig) -> None:
-        """Count the update of a piece."""
-        if piece.matrices is None:
-            self.adamw += piece.size
-            self.runs += 1
-            return
-        count, rows, columns = piece.matrices
-        self.muon += piece.state
-        self.joined += 0 if piece.home is None else piece.state
-        self.matrices += count
-        self.cost += count * newton_schulz_cost(rows, columns, config)
-
-
-def loads_of(layout: Layout, config: MuonConfig) -> list[list[Load]]:
-    """By owner, then by its place among the homes, what it keeps and computes of a layout."""
-    loads = [[Load(buffer=layout.part) for _ in range(layout.homes)] for _ in range(layout.owners)]
-    for piece in layout.pieces:
-        for home, load in enumerate(loads[piece.owner]):
-            load.used += piece.size
-            if piece.home in (None, home):
-                load.has(piece, config)
-    return loads
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Loads of all ranks together."""
-
-    loads: list[Load] = field(default_factory=list)
-
-    @property
-    def padding(self) -> float:
-        """Padding of all buffers over what is in them."""
-        used = sum(load.used for load in self.loads)
-        return sum(load.buffer for load in self.loads) / used - 1.0 if used else 0.0
-
-    @property
-    def state_spread(self) -> tuple[int, float, int]:
-        """Least, mean and largest bytes of states on a rank."""
-        states = [load.state for load in self.loads]
-        return min(states), sum(states) / len(states), max(states)
-
-    @property
-    def newton_schulz_excess(self) -> float:
-        """The largest load of Newton–Schulz over the mean."""
-        costs = [load.cost for load in self.loads]
-        return max(costs) * len(costs) / sum(costs) if sum(costs) else 1.0
-
-    def words(self) -> str:
-        """One sentence."""
-        least, mean, most = (size / 2**20 for size in self.state_spread)
-        return (
-            f"Optimizer state of a rank: {least:,.2f} MiB at least, {mean:,.2f} on average, "
-            f"{most:,.2f} at most; buffers padded by {self.padding:.1%}; the largest "
-            f"Newton–Schulz load is {self.newton_schulz_excess:.3f} of the mean."
-        )
-
-    def table(self) -> Table:
-        """What ranks keep and compute: the least, the mean and the most."""
-        view = Table(title="assignment of the optimizer, by rank", title_justify="left")
-        for name in ("", "least", "mean", "most"):
-            view.add_column(name, justify="right" if name else "left")
-        for name, values in (
-            ("matrices", [load.matrices for load in self.loads]),
-            ("masters and states, MiB", [load.state / 2**20 for load in self.loads]),
-            ("Newton–Schulz, GFLOP a step", [load.cost / 1e9 for load in self.loads]),
-            ("its part of the buffers, M elements", [load.buffer / 1e6 for load in self.loads]),
-        ):
-            mean = sum(values) / len(values)
-            view.add_row(name, *(f"{value:,.1f}" for value in (min(values), mean, max(values))))
-        return view
+    heights = sorted(fill)
+    remaining, level, count = elements, 0, 0
+    for count, level in enumerate(heights, start=1):
+        next_level = heights[count] if count < len(heights) else math.inf
+        if remaining <= (next_level - level) * count:
+            break
+        remaining -= int(next_level - level) * count
+    rise, remainder = divmod(remaining, count)
+    room = [max(0, level + rise - height) for height in fill]
+    for owner, height in enumerate(fill):
+        if remainder and height <= level:
+            room[owner] += 1
+            remainder -= 1
+    return room

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from model.parameters import expert_name, official_name
-from optim import StatePiece
+from optim import StateSlice
 from trainer.parallel.grid import Degrees
 from trainer.parallel.placement import Placement, Shape, place
 
@@ -48,7 +48,7 @@ Boxes = dict[str, list[TensorBox]]
 
 def logical_tensors(
     model: nn.Module,
-    states: Iterable[StatePiece],
+    states: Iterable[StateSlice],
     placements: Mapping[str, Placement] | None = None,
 ) -> Boxes:
     """Live tensors of the model and its optimizer by logical name; loading copies into them.
@@ -78,7 +78,7 @@ def logical_tensors(
         if name in mastered or (name in trained and has_master(tensor)):
             continue  # masters are among the states, of this rank or of others
         assert tuple(tensor.shape) == where[name].size, f"{name} is not what its placement says"
-        for entry, part in boxes_of(StatePiece("", name, tensor.detach()), where[name]):
+        for entry, part in boxes_of(StateSlice("", name, tensor.detach()), where[name]):
             logical.setdefault(entry, []).append(part)
     return logical
 
@@ -88,13 +88,13 @@ def has_master(tensor: Tensor) -> bool:
     return tensor.dtype != torch.float32
 
 
-def boxes_of(piece: StatePiece, placement: Placement) -> Iterator[tuple[str, TensorBox]]:
+def boxes_of(piece: StateSlice, placement: Placement) -> Iterator[tuple[str, TensorBox]]:
     """A piece's boxes by the name of their entry in a checkpoint: each expert has one of its own.
 
     `placement` is that of the parameter that the piece belongs to.
     """
     shape, origin = placement.size, placement.offset
-    if piece.whole:  # whole matrices; of experts, those that are here
+    if piece.is_gathered:  # whole matrices; of experts, those that are here
         shape = placement.matrix_shape
         origin = (origin[0] if placement.kind == "expert" else 0,) + (0,) * (len(shape) - 1)
     entry = official_name(piece.name)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from model import V4Model
-from optim import StatePiece
+from optim import StateSlice
 from trainer.checkpoint.folder import (
     CheckpointFolder,
     check_model,
@@ -28,7 +28,7 @@ class Updater(Protocol):
 
     step_count: int
 
-    def states(self) -> Iterator[StatePiece]:
+    def states(self) -> Iterator[StateSlice]:
         """Returns the states on this rank; to restore, copy into the tensors of the last call."""
 
     def restored(self) -> None:

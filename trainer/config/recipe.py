@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from data.config import DataPhase
 from model.config import AttentionMode
 from optim.config import OptimConfig
-from optim.schedule import decay_start, schedule
+from optim.schedule import decay_start, learning_rate_at
 from trainer.config.phases import WARMUP_LEARNING_RATE, PhaseConfig, Quantisation
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Recipe:
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step."""
         own = self.at(step).learning_rate
-        return schedule(self.optim, step, self.steps) if own is None else own
+        return learning_rate_at(self.optim, step, self.steps) if own is None else own
 
     def mtp_loss_weight(self, step: int) -> float:
         """The weight of the MTP loss; it falls when the learning rate starts to (REP 4.2)."""

@@ -1,4 +1,4 @@
-"""Hybrid ZeRO on a grid: the families of `zero_layout` with the ranks that exchange them."""
+"""Hybrid ZeRO on a grid: the groups of `zero_layout`, with the process groups of their ranks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from optim import Assignment, OptimConfig
-from optim.optimizer import check_names
-from optim.zero.group import Group, Precision
-from optim.zero.hybrid_zero import CHUNK_ELEMENTS, HybridZero
+from optim import Assignment, OptimConfig, check_names
+from optim.zero import CHUNK_ELEMENTS, HybridZero, ParameterGroup, Precision
 from trainer.parallel.collectives import (
     Wait,
     begin_all_gather,
@@ -22,39 +20,39 @@ from trainer.parallel.collectives import (
 )
 from trainer.parallel.grid import Axis, Grid
 from trainer.parallel.placement import Placement
-from trainer.parallel.zero_layout import families
+from trainer.parallel.zero_layout import shard_groups
 
 
 @dataclass(frozen=True)
 class AxisRanks:
-    """The ranks of an axis, for the optimizer."""
+    """The ranks of an axis, as the optimizer's `RankGroup`."""
 
     axis: Axis
 
     @property
     def rank(self) -> int:
-        """This rank's number on the axis."""
+        """This rank's index on the axis."""
         return self.axis.rank
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """Number of ranks."""
         return self.axis.size
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """The sum over the axis, in place."""
+        """All-reduces in place."""
         return sum_(tensor, self.axis)
 
     def reduce_scatter(self, tensor: Tensor) -> Wait:
-        """This rank's share along dim 0 of the sum."""
+        """Starts a reduce-scatter along dim 0."""
         return begin_reduce_scatter(tensor, self.axis)
 
     def all_gather(self, tensor: Tensor) -> Wait:
-        """All tensors behind each other."""
+        """Starts an all-gather, which concatenates along dim 0."""
         return begin_all_gather(tensor, self.axis)
 
     def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Wait:
-        """Elements to their ranks."""
+        """Starts an all-to-all of runs of elements, with their degrees by rank."""
         return begin_all_to_all(tensor, send, receive, self.axis)
 
 
@@ -71,12 +69,17 @@ def make_zero(
     expert_gradients: Precision = "fp32",
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> HybridZero:
-    """The optimizer of this rank's parameters; all ranks call it together.
+    """The optimizer of this rank's parameters. All ranks call it together.
 
-    `tied` says that the first and the last stage both hold `embed.weight`. `padding` is the most in
-    a buffer over what it holds: where it would be more, fewer ranks own the parameters.
-    `gradients` and `expert_gradients` are the precisions that they are sent in. Raises OptimError
-    where the table does not have every parameter once, or a split does not fit the optimizer.
+    Args:
+        tied: whether the first and the last stage both hold `embed.weight`.
+        seed: of stochastic rounding.
+        padding: maximum padding of a buffer, as a fraction of the elements that it holds; where it
+            would be more, fewer ranks own the parameters.
+        gradients, expert_gradients: the precisions that gradients are sent in.
+        chunk_elements: size of one collective, over all owners.
+
+    Raises OptimError unless the table has every parameter once and every shard suits Muon.
     """
     check_names(parameters, table)
     alone = Axis("alone", 0, (grid.rank,), None, grid.traffic)
@@ -87,24 +90,23 @@ def make_zero(
         "embedding": (grid.split, grid.tensor),
     }
     low = {name for name, parameter in parameters.items() if parameter.dtype != torch.float32}
-    found = families(table, placements, low, grid.degrees, tied, config.muon, padding)
-    divided = grid.divide([(axes[f.kind][0], f.layout.owners) for f in found])
-    groups = []
-    for family, (owners, repeats) in zip(found, divided, strict=True):
-        homes = axes[family.kind][1]
-        others = [repeats, grid.tied] if family.kind == "embedding" else [repeats]
-        names = [line.entry.name for line in family.held]
+    groups = shard_groups(table, placements, low, grid.degrees, tied, config.muon, padding)
+    divided = grid.divide([(axes[group.kind][0], group.layout.owners) for group in groups])
+    parameter_groups = []
+    for group, (owners, replicas) in zip(groups, divided, strict=True):
+        replica_axes = [replicas, grid.tied] if group.kind == "embedding" else [replicas]
+        names = [local.assignment.name for local in group.local_parameters]
         dims = {name: placements[name].dim for name in names}
-        groups.append(
-            Group(
+        parameter_groups.append(
+            ParameterGroup(
                 {name: parameters[name] for name in names},
-                family.held,
-                family.layout,
-                AxisRanks(owners),
-                AxisRanks(homes),
-                [AxisRanks(axis) for axis in others if axis.size > 1],
-                {name: dim for name, dim in dims.items() if dim is not None},
-                expert_gradients if family.kind == "expert" else gradients,
+                group.local_parameters,
+                group.layout,
+                owners=AxisRanks(owners),
+                shard_ranks=AxisRanks(axes[group.kind][1]),
+                replicas=[AxisRanks(axis) for axis in replica_axes if axis.size > 1],
+                split_dim={name: dim for name, dim in dims.items() if dim is not None},
+                precision=expert_gradients if group.kind == "expert" else gradients,
             )
         )
-    return HybridZero(groups, config, seed, chunk_elements)
+    return HybridZero(parameter_groups, config, seed, chunk_elements)

@@ -1,8 +1,9 @@
-"""Which ranks own which parameters together, from names and degrees alone. Imports no torch.
+"""Which ranks share the ownership of which parameters, from names and degrees alone. No torch.
 
-Weights that every rank of a stage holds are owned over the stage, those that tensor ranks split
-over the ranks with the same part, experts over the ranks with the same experts. The embedding is
-summed over the first and the last stage besides, where both hold it; each stage has owners of it.
+Parameters that every rank of a pipeline stage holds are owned over the stage; those that
+tensor-parallel ranks shard, over the ranks with the same shard; experts, over the ranks with the
+same experts. Where the first and the last stage both hold the embedding, its gradients are also
+summed over the two, and each stage has owners of it.
 """
 
 from __future__ import annotations
@@ -11,40 +12,39 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from optim.config import MuonConfig
-from optim.errors import OptimError
-from optim.partition import Assignment
-from optim.zero.plan import Held, Layout, Load, loads_of, plan_owners
+from optim import Assignment, MuonConfig, OptimError
+from optim.zero import Layout, Load, LocalParameter, loads_of, plan_owners
 from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
 from trainer.parallel.placement import Placement
 
-FamilyKind = Literal["whole", "tensor", "expert", "embedding"]
-KINDS: tuple[FamilyKind, ...] = ("whole", "tensor", "expert", "embedding")
-"""The families in the order that every rank takes them in, fp32 parameters first in each."""
+GroupKind = Literal["whole", "tensor", "expert", "embedding"]
+KINDS: tuple[GroupKind, ...] = ("whole", "tensor", "expert", "embedding")
+"""The order of the groups on every rank, fp32 parameters before lower precision in each."""
 
 
 @dataclass(frozen=True)
-class Family:
-    """Parameters of one precision that the same ranks hold, and who owns what of them.
+class ShardGroup:
+    """Parameters of one precision that the same ranks hold, and who owns which part of them.
 
     Attributes:
-        is_low: whether they are of lower precision than fp32.
-        ranks: how many hold the same part; runs of `layout.owners` of them own it together.
+        is_low: whether their precision is lower than fp32.
+        ranks: number of ranks that hold the same shard; every `layout.owners` consecutive ones of
+            them own it together.
     """
 
-    kind: FamilyKind
+    kind: GroupKind
     is_low: bool
-    held: tuple[Held, ...]
+    local_parameters: tuple[LocalParameter, ...]
     ranks: int
     layout: Layout
 
     @property
-    def repeats(self) -> int:
+    def replicas(self) -> int:
         """How many times the same update is made."""
         return self.ranks // self.layout.owners
 
 
-def families(
+def shard_groups(
     table: Sequence[Assignment],
     placements: Mapping[str, Placement],
     low: Collection[str],
@@ -52,15 +52,15 @@ def families(
     tied: bool,
     muon: MuonConfig,
     padding: float,
-) -> list[Family]:
-    """The families of a rank's parameters, all of whose names are in `table`; none is empty.
+) -> list[ShardGroup]:
+    """Groups a rank's parameters, all of whose names are in `table`. No group is empty.
 
     Args:
         low: names of parameters of lower precision than fp32.
         tied: whether the first and the last stage both hold `embed.weight`.
-        padding: most of it in a buffer, over what the buffer holds.
+        padding: maximum padding of a buffer, as a fraction of the elements that it holds.
 
-    Raises OptimError where ranks split a parameter of several matrices, but not between them.
+    Raises OptimError where ranks shard a parameter of several matrices, but not between them.
     """
     stage = degrees.world // degrees.pipeline
     ranks = {
@@ -69,48 +69,48 @@ def families(
         "expert": (degrees.expert_data, degrees.expert_tensor),
         "embedding": (stage // degrees.tensor, degrees.tensor),
     }
-    found = []
+    groups = []
     for kind in KINDS:
-        owners, homes = ranks[kind]
+        same_shard, assembly_ranks = ranks[kind]
         for is_low in (False, True):
-            held = tuple(
-                held_of(entry, placements[entry.name])
+            parameters = tuple(
+                local_parameter(entry, placements[entry.name])
                 for entry in table
                 if _kind(entry.name, placements, tied) == kind and (entry.name in low) == is_low
             )
-            if held:
-                layout = plan_owners(held, owners, homes, muon, padding)
-                found.append(Family(kind, is_low, held, owners, layout))
-    return found
+            if parameters:
+                layout = plan_owners(parameters, same_shard, assembly_ranks, muon, padding)
+                groups.append(ShardGroup(kind, is_low, parameters, same_shard, layout))
+    return groups
 
 
-def held_of(entry: Assignment, placement: Placement) -> Held:
+def local_parameter(entry: Assignment, placement: Placement) -> LocalParameter:
     """How a rank with this placement holds a parameter.
 
-    Raises OptimError where ranks split a parameter of several matrices, but not between them.
+    Raises OptimError where ranks shard a parameter of several matrices, but not between them.
     """
-    local = placement.size
+    shape = placement.size
     if entry.matrices is None or placement.dim is None:
-        return Held(entry, local)
+        return LocalParameter(entry, shape)
     count, rows, columns = entry.matrices
     if placement.kind == "expert":
-        return Held(entry, local, joined=True)
-    if local[1] == columns and local[0] % rows == 0:  # between matrices: nothing to join
-        return Held(entry, local)
+        return LocalParameter(entry, shape, is_sharded=True)
+    if shape[1] == columns and shape[0] % rows == 0:  # between matrices: each is on one rank
+        return LocalParameter(entry, shape)
     if count > 1:
         raise OptimError(
             f"parameter '{entry.name}' is {count} matrices of {rows} rows, and a rank holds "
-            f"{list(local)} of {list(entry.shape)}; ranks must split it between matrices"
+            f"{list(shape)} of {list(entry.shape)}; ranks must split it between matrices"
         )
-    return Held(entry, local, joined=True)
+    return LocalParameter(entry, shape, is_sharded=True)
 
 
-def _kind(name: str, placements: Mapping[str, Placement], tied: bool) -> FamilyKind:
+def _kind(name: str, placements: Mapping[str, Placement], tied: bool) -> GroupKind:
     return "embedding" if tied and name == "embed.weight" else placements[name].kind
 
 
-def seats(degrees: Degrees, rank: int) -> dict[FamilyKind, tuple[int, int]]:
-    """A rank's number among those that hold the same part, and among those that split it."""
+def group_ranks(degrees: Degrees, rank: int) -> dict[GroupKind, tuple[int, int]]:
+    """By kind, a rank's index among those with the same shard, and among those that shard."""
     dense, expert = place_of(rank, DENSE, degrees), place_of(rank, EXPERT, degrees)
     split = dense["data"] * degrees.context + dense["context"]
     return {
@@ -122,17 +122,17 @@ def seats(degrees: Degrees, rank: int) -> dict[FamilyKind, tuple[int, int]]:
 
 
 def stage_loads(
-    some: Sequence[Family], degrees: Degrees, pipeline: int, muon: MuonConfig
-) -> list[dict[tuple[FamilyKind, bool], Load]]:
-    """By rank of a stage, what it keeps and computes of each family."""
-    loads = {(f.kind, f.is_low): (f, loads_of(f.layout, muon)) for f in some}
+    groups: Sequence[ShardGroup], degrees: Degrees, pipeline: int, muon: MuonConfig
+) -> list[dict[tuple[GroupKind, bool], Load]]:
+    """By rank of a pipeline stage, what it keeps and computes of each group."""
+    group_loads = {(g.kind, g.is_low): (g, loads_of(g.layout, muon)) for g in groups}
     stage = degrees.world // degrees.pipeline
-    found = []
+    by_rank = []
     for rank in range(pipeline * stage, (pipeline + 1) * stage):
-        places = seats(degrees, rank)
-        mine = {}
-        for key, (family, by_owner) in loads.items():
-            number, home = places[family.kind]
-            mine[key] = by_owner[number % family.layout.owners][home]
-        found.append(mine)
-    return found
+        indices = group_ranks(degrees, rank)
+        loads = {}
+        for key, (group, by_owner) in group_loads.items():
+            index, assembly_rank = indices[group.kind]
+            loads[key] = by_owner[index % group.layout.owners][assembly_rank]
+        by_rank.append(loads)
+    return by_rank

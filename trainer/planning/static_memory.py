@@ -12,14 +12,14 @@ from rich.table import Table
 
 from model.config import ModelConfig
 from model.parameters import Parameter, parameter_table, split_name, tensors_of
-from optim.partition import build_table
-from optim.zero.plan import Load, Summary
+from optim import build_table
+from optim.zero import Load, LoadSummary
 from trainer.config import RunConfig
 from trainer.config.recipe import Recipe
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.placement import place_all
 from trainer.parallel.stage_plan import StagePlan, tied_embedding
-from trainer.parallel.zero_layout import Family, FamilyKind, families, stage_loads
+from trainer.parallel.zero_layout import GroupKind, ShardGroup, shard_groups, stage_loads
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class StageParts:
     """Memory of the ranks of a pipeline rank.
 
     Attributes:
-        families: parameters by the ranks that hold the same part of them.
-        loads: by rank of the stage, the optimizer's state and work for each family.
+        groups: parameters by the ranks that hold the same shard of them.
+        loads: by rank of the stage, the optimizer's state and work for each group.
         weights, gradients: bytes on every rank.
         unmastered: bytes of weights and buffers without an fp32 master in the optimizer.
         quantised: bytes of the experts' quantised copies; None without quantised phases.
     """
 
-    families: list[Family]
-    loads: list[dict[tuple[FamilyKind, bool], Load]]
+    groups: list[ShardGroup]
+    loads: list[dict[tuple[GroupKind, bool], Load]]
     weights: int
     gradients: int
     unmastered: int
@@ -46,8 +46,8 @@ class StageParts:
         masters = states = 0
         for (_, is_low), load in self.loads[rank].items():
             # fp32 parameters are their own masters, except matrices that ranks split.
-            masters += 4 * (load.muon + load.adamw if is_low else load.joined)
-            states += 4 * (load.muon + 2 * load.adamw + load.runs)  # each run has a step count
+            masters += 4 * (load.muon + load.adamw if is_low else load.gathered)
+            states += 4 * (load.muon + 2 * load.adamw + load.adamw_slices)  # each slice has a step count
         parts = {
             "weights": self.weights,
             "gradients": self.gradients,
@@ -101,7 +101,7 @@ def stage_parts(config: RunConfig, degrees: Degrees, pipeline: int) -> StagePart
     sizes_of = {n: elements[n] * bytes_of_dtype[line.entry.dtype] for n, line in tensors.items()}
     trained = [name for name, line in tensors.items() if line.entry.group is not None]
     low = {name for name in trained if sizes_of[name] < 4 * elements[name]}
-    some = families(
+    groups = shard_groups(
         build_table(
             {name: placements[name].matrix_shape for name in trained},
             parameter_table(config.model),
@@ -118,8 +118,8 @@ def stage_parts(config: RunConfig, degrees: Degrees, pipeline: int) -> StagePart
     if any(phase.quantised for phase in Recipe(config).phases):
         quantised = sum(sizes_of[name] for name in trained if placements[name].kind == "expert")
     return StageParts(
-        some,
-        stage_loads(some, degrees, pipeline, config.optim.muon),
+        groups,
+        stage_loads(groups, degrees, pipeline, config.optim.muon),
         sum(sizes_of.values()),
         4 * sum(elements[name] for name in trained),
         sum(size for name, size in sizes_of.items() if name not in low),
@@ -165,24 +165,24 @@ def assignment(stages: Sequence[StageParts]) -> Iterator[Table | str]:
     table = Table(title="owners of the optimizer's state", title_justify="left")
     for name in ("pipeline rank", "parameters", "precision"):
         table.add_column(name)
-    for name in ("matrices", "ranks", "owners", "repeated", "padding"):
+    for name in ("matrices", "ranks", "owners", "replicas", "padding"):
         table.add_column(name, justify="right")
     loads = []
     for pipeline, stage in enumerate(stages):
         loads += [sum(rank.values(), Load()) for rank in stage.loads]
-        for family in stage.families:
-            matrices = sum(held.count for held in family.held if held.entry.matrices is not None)
+        for group in stage.groups:
+            matrices = sum(p.matrix_count for p in group.local_parameters if p.assignment.matrices)
             table.add_row(
                 str(pipeline),
-                family.kind,
-                "bf16" if family.is_low else "fp32",
+                group.kind,
+                "bf16" if group.is_low else "fp32",
                 f"{matrices:,}",
-                f"{family.ranks:,}",
-                f"{family.layout.owners:,}",
-                f"{family.repeats:,}",
-                f"{family.layout.padding:.1%}",
+                f"{group.ranks:,}",
+                f"{group.layout.owners:,}",
+                f"{group.replicas:,}",
+                f"{group.layout.padding:.1%}",
             )
-    summary = Summary(loads)
+    summary = LoadSummary(loads)
     yield table
     yield summary.table()
-    yield summary.words()
+    yield summary.sentence()

@@ -21,13 +21,12 @@ import numpy as np
 
 from model.config import LayerType, ModelConfig
 from model.parameters import Shapes, always_fp32, parameter_table
-from optim.config import OptimConfig
-from optim.partition import build_table
+from optim import OptimConfig, build_table
 from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
 from trainer.parallel.placement import place_all
 from trainer.parallel.ring import gather_bytes, scatter_bytes, sum_bytes
 from trainer.parallel.stage_plan import StagePlan, tied_embedding
-from trainer.parallel.zero_layout import Family, families, seats
+from trainer.parallel.zero_layout import ShardGroup, group_ranks, shard_groups
 from trainer.planning.static_memory import stage_tensors
 
 Lengths = Sequence[Sequence[int]]
@@ -322,12 +321,12 @@ class _Sent:
         self._sum("world", 5 * 8 + 4 * 8 + loads + 8)
 
     def update(self, shapes: Shapes, optim: OptimConfig, how: Exchange) -> None:
-        """Gradients to their owners and parameters back, for each family of parameters."""
+        """Gradients to their owners and parameters back, for each group of parameters."""
         placements = place_all(shapes, self.degrees, self.rank)
         whole = {name: placement.matrix_shape for name, placement in placements.items()}
         low = {name for name in shapes if self.element < 4 and not always_fp32(name)}
         tied = tied_embedding(self.stages, self.mtp)
-        for family in families(
+        for group in shard_groups(
             build_table(whole, parameter_table(self.config), optim),
             placements,
             low,
@@ -336,30 +335,30 @@ class _Sent:
             optim.muon,
             how.padding,
         ):
-            self._family(family, how)
+            self._group(group, how)
 
-    def _family(self, family: Family, how: Exchange) -> None:
-        layout, repeats = family.layout, family.repeats
-        axis, split = _AXES[family.kind]
-        back = 2 if family.is_low else 4
+    def _group(self, group: ShardGroup, how: Exchange) -> None:
+        layout, replicas = group.layout, group.replicas
+        axis, split = _AXES[group.kind]
+        back = 2 if group.is_low else 4
         name = f"{axis}/{layout.owners}"
-        precision = how.expert_gradients if family.kind == "expert" else how.gradients
+        precision = how.expert_gradients if group.kind == "expert" else how.gradients
         if precision == "fp32":
             self.bytes[name, "scatter"] += scatter_bytes(
-                layout.owners, layout.owners * layout.part * 4
+                layout.owners, layout.owners * layout.partition_size * 4
             )
         else:
-            self.bytes[name, "exchange"] += (layout.owners - 1) * layout.part * 2
-        self.bytes[name, "gather"] += gather_bytes(layout.owners, layout.part * back)
-        self.bytes[f"{axis}*{repeats}", "sum"] += sum_bytes(repeats, layout.part * 4)
-        if family.kind == "embedding":
-            self.bytes["tied", "sum"] += sum_bytes(2, layout.part * 4)
-        number, home = seats(self.degrees, self.rank)[family.kind]
-        owner = number % layout.owners
-        mine = [piece for piece in layout.pieces if piece.owner == owner and piece.home is not None]
-        away = sum(piece.size for piece in mine if piece.home != home)
-        here = sum(piece.size for piece in mine if piece.home == home)
-        self.bytes[split, "exchange"] += away * 4 + here * (layout.homes - 1) * back
+            self.bytes[name, "exchange"] += (layout.owners - 1) * layout.partition_size * 2
+        self.bytes[name, "gather"] += gather_bytes(layout.owners, layout.partition_size * back)
+        self.bytes[f"{axis}*{replicas}", "sum"] += sum_bytes(replicas, layout.partition_size * 4)
+        if group.kind == "embedding":
+            self.bytes["tied", "sum"] += sum_bytes(2, layout.partition_size * 4)
+        index, assembly_rank = group_ranks(self.degrees, self.rank)[group.kind]
+        owner = index % layout.owners
+        sharded = [s for s in layout.slices if s.owner == owner and s.assembly_rank is not None]
+        away = sum(s.size for s in sharded if s.assembly_rank != assembly_rank)
+        local = sum(s.size for s in sharded if s.assembly_rank == assembly_rank)
+        self.bytes[split, "exchange"] += away * 4 + local * (layout.assembly_ranks - 1) * back
 
 
 _AXES = {
@@ -368,4 +367,4 @@ _AXES = {
     "expert": ("expert_data", "expert_tensor"),
     "embedding": ("split", "tensor"),
 }
-"""By family, who holds the same part and who splits it."""
+"""By kind of group, the axis that holds the same shard and the one that shards."""

@@ -1,4 +1,4 @@
-"""fp32 masters of parameters of lower precision, the order of sending, rounding, and refusals."""
+"""fp32 masters of parameters of lower precision, the order of sending, rounding, and errors."""
 
 from collections.abc import Callable
 
@@ -7,10 +7,9 @@ import torch
 from torch.nn import Parameter
 
 from optim import OptimConfig, OptimError, build_table
-from optim.rounding import round_stochastically
-from optim.zero.group import Group
-from optim.zero.hybrid_zero import HybridZero
-from optim.zero.plan import Held, plan_layout
+from optim.zero import HybridZero, LocalParameter, ParameterGroup
+from optim.zero.bucket import round_stochastically
+from optim.zero.plan import plan_layout
 from tests.optim.debug_parameters import FACTS, shapes
 
 RATE = 0.02
@@ -21,9 +20,11 @@ class _Alone:
     rank, size = 0, 1
 
 
-def group(parameters: dict[str, Parameter], held: list[Held]) -> Group:
-    layout = plan_layout(held, 1, 1, OptimConfig().muon)
-    return Group(parameters, held, layout, _Alone(), _Alone())
+def group(
+    parameters: dict[str, Parameter], local_parameters: list[LocalParameter]
+) -> ParameterGroup:
+    layout = plan_layout(local_parameters, 1, 1, OptimConfig().muon)
+    return ParameterGroup(parameters, local_parameters, layout, _Alone(), _Alone())
 
 
 def model(dtype: Dtype, names: list[str] | None = None) -> dict[str, Parameter]:
@@ -42,7 +43,7 @@ def alone(parameters: dict[str, Parameter]) -> HybridZero:
     groups = []
     for dtype in (torch.float32, torch.bfloat16):
         some = {n: p for n, p in parameters.items() if p.dtype == dtype}
-        groups.append(group(some, [Held(e, e.shape) for e in table if e.name in some]))
+        groups.append(group(some, [LocalParameter(e, e.shape) for e in table if e.name in some]))
     return HybridZero(groups, OptimConfig())
 
 
@@ -57,8 +58,8 @@ def step(ours: HybridZero, parameters: dict[str, Parameter], seed: int, rate: fl
 
 
 def states(ours: HybridZero) -> dict[str, torch.Tensor]:
-    """Live states by kind and name; with one owner a parameter has one piece."""
-    return {f"{piece.kind}.{piece.name}": piece.tensor for piece in ours.states()}
+    """Live states by kind and name; with one owner a parameter has one slice."""
+    return {f"{state.kind}.{state.name}": state.tensor for state in ours.states()}
 
 
 def test_the_norm_of_large_gradients_is_summed_exactly() -> None:
@@ -166,15 +167,15 @@ def test_a_group_of_several_precisions_is_refused() -> None:
         "norm.weight": Parameter(torch.zeros(4)),
         "head.weight": Parameter(torch.zeros(4, 4, dtype=torch.bfloat16)),
     }
-    held = [Held(entry, entry.shape) for entry in table]
+    local_parameters = [LocalParameter(entry, entry.shape) for entry in table]
     with pytest.raises(OptimError, match="several precisions"):
-        HybridZero([group(parameters, held)], OptimConfig())
+        HybridZero([group(parameters, local_parameters)], OptimConfig())
     with pytest.raises(OptimError, match=r"not in both: \['head.weight'\]"):
-        HybridZero([group(parameters, held[:1])], OptimConfig())
+        HybridZero([group(parameters, local_parameters[:1])], OptimConfig())
 
 
 class _Pair:
-    """This rank and another one that sends the same; notes what it is asked to do."""
+    """This rank and another one that sends the same; records the calls."""
 
     rank, size = 0, 2
 
@@ -190,14 +191,14 @@ class _Pair:
 
 
 def test_chunks_go_out_during_backward_in_one_order() -> None:
-    """The last layer's first; one that waits for a gradient holds up those behind it."""
+    """The last layer's first; a chunk that waits for a gradient holds up those after it."""
     names = {f"layers.{row}.attn.wkv.weight": (4, 8) for row in range(6)}
     table = build_table(names, FACTS, OptimConfig())
     parameters = {name: Parameter(torch.zeros(shape)) for name, shape in names.items()}
-    held = [Held(entry, entry.shape) for entry in table]
+    local_parameters = [LocalParameter(entry, entry.shape) for entry in table]
     ranks = _Pair()
-    layout = plan_layout(held, 2, 1, OptimConfig().muon)
-    groups = [Group(parameters, held, layout, ranks, _Alone())]
+    layout = plan_layout(local_parameters, 2, 1, OptimConfig().muon)
+    groups = [ParameterGroup(parameters, local_parameters, layout, ranks, _Alone())]
     ours = HybridZero(groups, OptimConfig(), chunk_elements=64)
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
@@ -216,11 +217,11 @@ def test_chunks_go_out_during_backward_in_one_order() -> None:
     assert len(ranks.calls) == 3
     gradients = list(ours.gradients())
     assert len(gradients) == 3
-    assert all((piece.tensor == 4.0).all() for piece in gradients), "two additions on two ranks"
+    assert all((state.tensor == 4.0).all() for state in gradients), "two additions on two ranks"
 
 
-def test_chunks_end_inside_of_parameters() -> None:
-    """Sums reach their owner and weights come back, whatever the chunks cut apart."""
+def test_chunks_may_end_within_a_parameter() -> None:
+    """Sums reach their owner and weights return, wherever chunks are cut."""
     names = {f"layers.{row}.attn.wkv.weight": (4, 8) for row in range(4)} | {"norm.weight": (21,)}
     table = build_table(names, FACTS, OptimConfig())
     first, given = (
@@ -228,31 +229,33 @@ def test_chunks_end_inside_of_parameters() -> None:
         for generator in (torch.Generator().manual_seed(seed) for seed in (0, 1))
     )
     parameters = {name: Parameter(value.clone()) for name, value in first.items()}
-    held = [Held(entry, entry.shape) for entry in table]
-    layout = plan_layout(held, 2, 1, OptimConfig().muon)
-    groups = [Group(parameters, held, layout, _Pair(), _Alone())]
+    local_parameters = [LocalParameter(entry, entry.shape) for entry in table]
+    layout = plan_layout(local_parameters, 2, 1, OptimConfig().muon)
+    groups = [ParameterGroup(parameters, local_parameters, layout, _Pair(), _Alone())]
     ours = HybridZero(groups, OptimConfig(), chunk_elements=26)  # 13 of each owner's elements
     for name, parameter in parameters.items():
         parameter.grad = given[name].clone()
     ours.reduce()
     here = {name: torch.zeros(shape).flatten() for name, shape in names.items()}
-    for piece in ours.gradients():
-        run = slice(piece.start, piece.start + piece.tensor.numel())
-        assert torch.equal(piece.tensor.flatten(), 2 * given[piece.name].flatten()[run])
-        here[piece.name][run] = first[piece.name].flatten()[run]
+    for state in ours.gradients():
+        run = slice(state.start, state.start + state.tensor.numel())
+        assert torch.equal(state.tensor.flatten(), 2 * given[state.name].flatten()[run])
+        here[state.name][run] = first[state.name].flatten()[run]
     ours.write_parameters()
-    for name, parameter in parameters.items():  # what the other one has comes as zeros
+    for name, parameter in parameters.items():  # the other owner sends zeros
         assert torch.equal(parameter.detach().flatten(), here[name]), name
     assert any(bool(run.any()) and not bool(run.all()) for run in here.values())
 
 
-def test_what_gets_fewer_gradients_than_expected_is_sent_at_the_end() -> None:
+def test_fewer_gradients_than_expected_are_sent_by_reduce() -> None:
     ranks, name = _Pair(), "layers.0.attn.wkv.weight"
     table = build_table({name: (4, 8), "layers.0.attn.wo_b.weight": (8, 4)}, FACTS, OptimConfig())
     parameters = {entry.name: Parameter(torch.zeros(entry.shape)) for entry in table}
-    held = [Held(entry, entry.shape) for entry in table]
-    layout = plan_layout(held, 2, 1, OptimConfig().muon)
-    ours = HybridZero([Group(parameters, held, layout, ranks, _Alone())], OptimConfig())
+    local_parameters = [LocalParameter(entry, entry.shape) for entry in table]
+    layout = plan_layout(local_parameters, 2, 1, OptimConfig().muon)
+    ours = HybridZero(
+        [ParameterGroup(parameters, local_parameters, layout, ranks, _Alone())], OptimConfig()
+    )
     parameters[name].grad = torch.ones(4, 8)  # the other one is frozen
     ours.expect({name: 3})
     parameters[name].sum().backward()

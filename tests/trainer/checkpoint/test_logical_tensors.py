@@ -7,7 +7,7 @@ import torch
 
 from model import V4Model
 from model.parameters import always_fp32
-from optim import StatePiece
+from optim import StateSlice
 from tests.model.tiny import tiny_config
 from trainer.checkpoint.logical_tensors import boxes, boxes_of
 from trainer.parallel.degrees import Degrees
@@ -30,7 +30,7 @@ def test_boxes_cover_a_run_once_and_in_order(shape: tuple[int, ...]) -> None:
 def test_a_run_over_several_experts_stands_under_each_name() -> None:
     degrees = Degrees(2, expert=2)
     placement = place("layers.0.ffn.experts.w2", (4, 3, 2), degrees, 1)
-    piece = StatePiece("exp_avg", "layers.0.ffn.experts.w2", torch.arange(5.0), start=3)
+    piece = StateSlice("exp_avg", "layers.0.ffn.experts.w2", torch.arange(5.0), start=3)
     found = [
         (name, part.offset, part.tensor.tolist(), part.shape)
         for name, part in boxes_of(piece, placement)

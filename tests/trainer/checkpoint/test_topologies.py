@@ -14,7 +14,7 @@ from torch import Tensor
 from model import V4Model
 from model.hf import to_official
 from model.parameters import parameter_table
-from optim import OptimConfig, StatePiece, build_table
+from optim import OptimConfig, StateSlice, build_table
 from tests.distributed import spawn
 from tests.trainer.tiny import saved_tensors
 from trainer.checkpoint.dcp_planners import BoxLoadPlanner
@@ -61,10 +61,10 @@ class Held:
         trained = {key.partition(".")[2] for key in self.by_key}
         return [(name, tensor) for name, tensor in self.tensors.items() if name in trained]
 
-    def states(self) -> Iterator[StatePiece]:
+    def states(self) -> Iterator[StateSlice]:
         for key, tensor in self.by_key.items():
             kind, _, name = key.partition(".")
-            yield StatePiece(kind, name, tensor)
+            yield StateSlice(kind, name, tensor)
 
     def restored(self) -> None:
         pass
