@@ -52,7 +52,7 @@ class AxisRanks:
         return begin_all_gather(tensor, self.axis)
 
     def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Wait:
-        """Starts an all-to-all of runs of elements, with their degrees by rank."""
+        """Starts an all-to-all of runs of elements, with their sizes by rank."""
         return begin_all_to_all(tensor, send, receive, self.axis)
 
 
