@@ -47,7 +47,9 @@ class StageParts:
         for (_, is_low), load in self.loads[rank].items():
             # fp32 parameters are their own masters, except matrices that ranks split.
             masters += 4 * (load.muon + load.adamw if is_low else load.gathered)
-            states += 4 * (load.muon + 2 * load.adamw + load.adamw_slices)  # each slice has a step count
+            states += 4 * (
+                load.muon + 2 * load.adamw + load.adamw_slices
+            )  # each slice has a step count
         parts = {
             "weights": self.weights,
             "gradients": self.gradients,

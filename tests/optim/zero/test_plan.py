@@ -54,9 +54,7 @@ def test_shipped_models_divide_evenly(name: str, ranks: int, owners: int, excess
     assert all(layout.padding < 0.1 for layout in layouts)
     summary = summary_of(layouts, ranks)
     low, _, high = summary.state_bytes_range
-    total = sum(
-        s.state_size * (12 if s.matrices is None else 8) for l in layouts for s in l.slices
-    )
+    total = sum(s.state_size * (12 if s.matrices is None else 8) for l in layouts for s in l.slices)
     assert 0.9 * total / ranks <= low <= high <= 1.1 * total / ranks
     assert round(summary.newton_schulz_imbalance, 3) <= excess
     assert f"max {high / 2**20:,.2f}" in summary.sentence()
