@@ -233,10 +233,10 @@ def sent_bytes(rank: int, world: int) -> dict[str, tuple[dict[tuple[str, str], i
         ours.reduce()
         error = scale = 0.0
         for bucket in ours.buckets:
-            for key, piece in bucket.places.items():
-                want = exact[piece.name].flatten()[piece.start : piece.stop]
+            for key, owned in bucket.slices.items():
+                want = exact[owned.name].flatten()[owned.start : owned.stop]
                 got = bucket.masters[key].grad
-                if ".experts." in piece.name or others == "bf16":
+                if ".experts." in owned.name or others == "bf16":
                     error += float((got.flatten() - want).square().sum())
                     scale += float(want.square().sum())
         ours.step(0.0)
