@@ -15,8 +15,8 @@ class SourceConfig(BaseModel):
 
     `paths` are files, folders or glob patterns; a folder is searched for `include`. `json` takes
     .jsonl and .json (also .gz, .zst), `parquet` takes tables, and `text` takes every file as one
-    document. With `split: hash` each document goes to train or validation by the hash of its text, so
-    two equal documents never fall on both sides; `train` and `validation` say it outright.
+    document. With `split: hash` each document goes to train or validation by the hash of its
+    text, so two equal documents never fall on both sides; `train` and `validation` say it outright.
 
     A record of `content: text` is the string in `text_field`. One of `content: conversation` is the
     list in `messages_field`, or the JSON text of such a list, rendered by `data.dsml`; in the
@@ -83,9 +83,9 @@ class FiltersConfig(BaseModel):
     `generated`: code that says of itself, in its first lines, that a program wrote it. `quality`:
     the rules named in `quality`, for text of the domains in `quality_domains`. Then, over all
     sources together, the first of its kind stays: `exact` duplicates, `near` duplicates from that
-    Jaccard similarity of word 5-grams on, and `template`, groups of `template_min_documents` or more pages
-    whose word 3-grams, digits masked, are similar from that share on. `near` and `template` may be
-    null.
+    Jaccard similarity of word 5-grams on, and `template`, groups of `template_min_documents` or
+    more pages whose word 3-grams, digits masked, are similar from that share on. `near` and
+    `template` may be null.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -111,7 +111,8 @@ class TransformsConfig(BaseModel):
 
     `fim_rate` of the documents of the domains in `fim_domains` become fill-in-the-middle documents:
     prefix, suffix, middle (PSM), or suffix first (SPM) for the share `fim_spm_rate` of these.
-    `punctuation_split_rate` of the tokens that join punctuation and a line break are split into the two.
+    `punctuation_split_rate` of the tokens that join punctuation and a line break are split into
+    the two.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -125,10 +126,10 @@ class TransformsConfig(BaseModel):
 class DataPhase(BaseModel):
     """A part of a run with its own rows; the documents go on where the phase before ended.
 
-    The last phase goes on for ever, so that its `steps` may be absent. Over the first `rampup_steps`
-    steps the rows of a step grow evenly from `initial_batch_size` to `global_batch_size`, in multiples of what
-    divides both: where ranks and microbatches can share out these two, they can all between them.
-    `source_weights` absent: those of the data config.
+    The last phase has no end, so that its `steps` may be absent. Over the first `rampup_steps`
+    steps the rows of a step grow evenly from `initial_batch_size` to `global_batch_size`, in
+    multiples of what divides both: where ranks and microbatches can share out these two, they can
+    all between them. `source_weights` absent: those of the data config.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -170,7 +171,8 @@ class DataPhase(BaseModel):
     def rows_before(self, steps: int) -> int:
         """Rows of the first `steps` steps: of the ramp's, step i of n has from + m·(L·i // n).
 
-        m is `multiple` and L the number of multiples from `initial_batch_size` to `global_batch_size`.
+        m is `multiple` and L the number of multiples from `initial_batch_size` to
+        `global_batch_size`.
         """
         ramp = min(steps, self.rampup_steps)
         rows = (steps - ramp) * self.global_batch_size
@@ -197,15 +199,15 @@ def _floor_sum(count: int, divisor: int, factor: int) -> int:
 class DataConfig(BaseModel):
     """Everything between raw text and the rows of a step.
 
-    `seq_len` S is the number of input positions of a row; `global_batch_size` is the number of rows of
-    one optimizer step over all ranks; `micro_batch_size` is the number of rows a rank runs at once.
-    `validation_fraction` of the documents (by hash) is kept from training. `packing` looks at about
-    `packing_window` documents at a time, and its rows are `packing_fill` full: documents no longer
-    than a row are cut only where best fit cannot reach that. `source_weights` are the sources' shares of
-    the tokens; without them, an epoch of every source is an epoch of all. `prefetch` steps are made
-    ready ahead of their turn. `prepare_workers` processes make the shards, one for each core if
-    absent. `max_bad_record_fraction` of a source's records may be bad; they are set aside. `filters`, if
-    given, leave documents out.
+    `seq_len` S is the number of input positions of a row; `global_batch_size` is the number of rows
+    of one optimizer step over all ranks; `micro_batch_size` is the number of rows a rank runs at
+    once. `validation_fraction` of the documents (by hash) is kept from training. `packing` looks at
+    about `packing_window` documents at a time, and its rows are `packing_fill` full: documents no
+    longer than a row are cut only where best fit cannot reach that. `source_weights` are the
+    sources' shares of the tokens; without them, an epoch of every source is an epoch of all.
+    `prefetch` steps are made ready ahead of their turn. `prepare_workers` processes make the
+    shards, one for each core if absent. `max_bad_record_fraction` of a source's records may be bad;
+    they are quarantined. `filters`, if given, leave documents out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

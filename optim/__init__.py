@@ -1,4 +1,3 @@
-# ruff: noqa: F401
 """Muon and AdamW, the table that assigns parameters to them, the schedule and clipping.
 
 Names are loaded on first use, so that `optim.config` can be imported without torch.

@@ -156,7 +156,7 @@ class Optimizer:
             apply_updates_(weights, parts, learning_rate * factor, weight_decay)
 
     def _batches(self, entries: list[Assignment]) -> Iterator[list[_Piece]]:
-        """Pieces of equal matrix shape, at most `max_batch_bytes` together, in the table's order."""
+        """Pieces of equal shape, at most `max_batch_bytes` together, in the table's order."""
         by_shape: dict[tuple[int, ...], list[Assignment]] = {}
         for entry in entries:
             by_shape.setdefault(tuple(sorted(_matrices(entry)[1:])), []).append(entry)

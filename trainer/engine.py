@@ -195,7 +195,7 @@ class Engine(ABC):
             self.run(Microbatches(self.model, rows, _SUMS, 0.0, mode), accumulator, backward=False)
 
     def _over_ranks(self, accumulator: StepAccumulator) -> StepAccumulator:
-        """Sums `accumulator` over ranks, in place. Every tensor rank computed the heads' whole losses."""
+        """Sums `accumulator` over ranks in place; each tensor rank has the heads' whole losses."""
         if not self.grid.tensor.is_first:
             accumulator.losses[:2] = 0.0
         sum_(accumulator.losses, self.grid.world)

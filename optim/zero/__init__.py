@@ -1,4 +1,3 @@
-# ruff: noqa: F401
 """Hybrid ZeRO: Muon and AdamW with states divided over ranks (report §3).
 
 `hybrid_zero` tells the phases of a step, `plan` who updates what. Names are loaded on first use, so

@@ -163,9 +163,9 @@ class ParallelConfig(BaseModel):
             return
         if len(given) != stages or sum(given) != layers or 0 in given[:-1]:
             yield (
-                f"parallel.pipeline_layers_per_stage = {list(given)} should have one number for each of the "
-                f"{stages} stages, which sum to model.num_hidden_layers = {layers}, with none but "
-                "the last 0"
+                f"parallel.pipeline_layers_per_stage = {list(given)} should have one number "
+                f"for each of the {stages} stages, which sum to model.num_hidden_layers = "
+                f"{layers}, with none but the last 0"
             )
 
     def world_problems(self, world: int) -> Iterator[str]:
@@ -213,8 +213,8 @@ class ParallelConfig(BaseModel):
         if rest:
             yield (
                 f"{name} = {rows} over {data_ranks} data-parallel ranks is {per_rank} rows, which "
-                f"are no whole microbatches of {where}.micro_batch_size = {micro}; {name} should be "
-                f"{count * micro * data_ranks or micro * data_ranks} or "
+                f"are no whole microbatches of {where}.micro_batch_size = {micro}; {name} should "
+                f"be {count * micro * data_ranks or micro * data_ranks} or "
                 f"{(count + 1) * micro * data_ranks}"
             )
             return

@@ -1,14 +1,16 @@
 """The phases of a run, by tokens, as a config says them. Imports no torch.
 
     phases:
-      - {until_tokens: 1e12, attention: dense, seq_len: 4096, initial_batch_size: 2304, rampup_tokens: 1e11}
+      - {until_tokens: 1e12, attention: dense, seq_len: 4096,
+         initial_batch_size: 2304, rampup_tokens: 1e11}
       - {until_tokens: 1.01e12, attention: warmup, seq_len: 65536, global_batch_size: 1152}
-      - {until_tokens: 32e12, attention: sparse, seq_len: 65536, global_batch_size: 1152, decay: true}
+      - {until_tokens: 32e12, attention: sparse, seq_len: 65536,
+         global_batch_size: 1152, decay: true}
 
-What a phase leaves out is the run's: `data.seq_len`, `data.global_batch_size`, `data.micro_batch_size`,
-`data.source_weights`, `model.mtp_loss_weight` and `mtp_loss_weight_in_decay`, `router_bias_speed`,
-`quantisation`, and `optim.learning_rate` with `optim.schedule`. trainer/config/recipe.py makes functions
-of the step of it.
+What a phase leaves out is the run's: `data.seq_len`, `data.global_batch_size`,
+`data.micro_batch_size`, `data.source_weights`, `model.mtp_loss_weight` and
+`mtp_loss_weight_in_decay`, `router_bias_speed`, `quantisation`, and `optim.learning_rate` with
+`optim.schedule`. trainer/config/recipe.py makes functions of the step of it.
 """
 
 from collections.abc import Iterator

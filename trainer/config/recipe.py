@@ -152,8 +152,9 @@ def _resolve(config: RunConfig) -> tuple[Phase, ...]:
     for number, given in enumerate(config.phases):
         if given.until_tokens <= tokens:
             raise ValueError(
-                f"phases.{number}.until_tokens = {given.until_tokens:,} overlaps what comes before, which takes "
-                f"{tokens:,} tokens; every phase should end later than the one before"
+                f"phases.{number}.until_tokens = {given.until_tokens:,} overlaps "
+                f"what comes before, which takes {tokens:,} tokens; every phase should end later "
+                "than the one before"
             )
         rows = _rows(config, number, given, given.until_tokens - tokens)
         assert rows.steps is not None
@@ -207,8 +208,8 @@ def _rows(config: RunConfig, number: int, given: PhaseConfig, budget: int) -> Da
     if given.initial_batch_size is not None and given.rampup_tokens is not None:
         if given.initial_batch_size >= most:
             raise ValueError(
-                f"phases.{number}.initial_batch_size = {given.initial_batch_size} should be less than the rows that "
-                f"it grows to, {most}"
+                f"phases.{number}.initial_batch_size = {given.initial_batch_size} should be less "
+                f"than the rows that it grows to, {most}"
             )
         mean = (given.initial_batch_size + most) / 2
         ramp = max(1, round(given.rampup_tokens / (mean * length)))

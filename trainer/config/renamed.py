@@ -52,7 +52,7 @@ _RENAMED = {
 """The name of today by the dotted key before, without numbers of list items."""
 
 _REMOVED = {
-    "optim.muon.qk_clip": "V4 normalises queries and keys, so that its attention logits are bounded",
+    "optim.muon.qk_clip": "V4 normalises queries and keys, so its attention logits are bounded",
 }
 
 _VALUES = {("data.sources.split", "heldout"): "validation"}

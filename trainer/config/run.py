@@ -116,8 +116,8 @@ class RunConfig(Section):
     """Run norms, experts' activation and residual streams, where no Triton kernel does, through
     torch.compile (docs/performance.md)."""
     fit_to_memory: bool = False
-    """Choose data.micro_batch_size, parallel.recompute and parallel.offload for the memory of the device
-    that training finds, in place of what is written (docs/planning.md)."""
+    """Choose data.micro_batch_size, parallel.recompute and parallel.offload for the memory of the
+    device that training finds, in place of what is written (docs/planning.md)."""
     deterministic: bool = False
     """Refuse operations whose result may differ from run to run."""
     model: ModelConfig

@@ -18,8 +18,8 @@ class AnticipatoryRoutingConfig(_Strict):
     """Experts chosen with the weights of some steps ago (REP 4.2.3)."""
 
     when: Literal["never", "after_spikes", "always"] = "after_spikes"
-    """`after_spikes`: for `active_steps` steps after a spike, where `stability.spikes` is set; `always`:
-    from the first step to the last."""
+    """`after_spikes`: for `active_steps` steps after a spike, where `stability.spikes` is set;
+    `always`: from the first step to the last."""
     lag_steps: NaturalInt = 3
     """By how many steps; unpublished (L). What it costs does not depend on it, but for the memory
     of the choices that wait. 0 chooses with the present weights, as plain training does."""
@@ -84,8 +84,8 @@ def problems(config: Any, phases: Iterable[Any]) -> Iterator[str]:
     for phase in phases:
         if used and config.phases and ahead.lag_steps > phase.steps:
             yield (
-                f"stability.anticipatory_routing.lag_steps = {ahead.lag_steps} should be at most {phase.steps}, the "
-                f"steps of phases.{phase.number}"
+                f"stability.anticipatory_routing.lag_steps = {ahead.lag_steps} should be at "
+                f"most {phase.steps}, the steps of phases.{phase.number}"
             )
     if spikes is None:
         return

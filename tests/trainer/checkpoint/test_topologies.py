@@ -23,7 +23,8 @@ from trainer.checkpoint.logical_tensors import STEP, TensorBox
 from trainer.checkpoint.run import RunCheckpoint
 from trainer.config import RunConfig, load_config
 from trainer.errors import CheckpointError
-from trainer.parallel.grid import Degrees, Grid, place_of
+from trainer.parallel.degrees import Degrees, place_of
+from trainer.parallel.grid import Grid
 from trainer.parallel.optimizer_sharding import make_zero
 from trainer.parallel.placement import Placement, place_all
 from trainer.state import TrainState
@@ -115,9 +116,9 @@ def held_by(run: Held, degrees: Degrees, rank: int) -> tuple[Held, dict[str, Pla
     for key, tensor in run.by_key.items():
         state, _, name = key.partition(".")
         if name in placements:
-            part = tensor if state == "step" else placements[name].own(tensor)
+            part = tensor if state == "step" else placements[name].shard(tensor)
             states[key] = part.clone()
-    tensors = {name: placements[name].own(run.tensors[name]).clone() for name in placements}
+    tensors = {name: placements[name].shard(run.tensors[name]).clone() for name in placements}
     return Held(tensors, states), placements
 
 
