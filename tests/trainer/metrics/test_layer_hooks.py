@@ -216,6 +216,6 @@ def test_sources_apart_are_the_sources_together(tiny: Path, tmp_path: Path) -> N
     assert record["validation_by_source"].keys() == {"few", "many"}
     page = write_report(load_config(tiny, settings)).read_text(encoding="utf-8")
     assert 'aria-label="Validation loss by source"' in page and ">many</text>" in page
-    assert "Weights in step 1<" in page and "<td>hyper connections</td>" in page
+    assert "Update sizes in step 1<" in page and "<td>hyper connections</td>" in page
     assert "<b>indexer recall</b>" in page
     assert Validation(load_config(tiny), Grid.single()).by_source(engine) is None
