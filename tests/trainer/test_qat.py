@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 
-from model import quantised as quantised_module
+from model import qat as quantised_module
 from model.kernels.mxfp4 import rounded
 from model.qat import quantised
 from tests.trainer.tiny import assert_same_run, column, train

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import quantised
+from model import qat
 from model.kernels.mxfp4 import quantise, rounded
 from tests.trainer.parallel.topologies import (
     Job,
@@ -63,7 +63,7 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         gaps.append(gap(weights.detach()))
         return rounded(weights)
 
-    with patch.object(quantised, "rounded", watched):
+    with patch.object(qat, "rounded", watched):
         run_all(tiny, [Job(ALONE, folder / ALONE.name)], *QAT)
     initial = 3 * (4 + 1)  # the initial weights are the same numbers at every topology
     assert len(gaps) == 4 * initial  # two steps, the look at every layer and the evaluation
