@@ -40,7 +40,7 @@ def changed(config: Path, **fields: object) -> Path:
     """The config with other fields of its last source, or of `data` where they are named so."""
     content = yaml.safe_load(config.read_text())
     for name, value in fields.items():
-        where = content["data"] if name in ("weights", "tokenizer", "transforms") else None
+        where = content["data"] if name in ("source_weights", "tokenizer", "transforms") else None
         (where if where is not None else content["data"]["sources"][-1])[name] = value
     config.write_text(yaml.safe_dump(content))
     return config
@@ -83,12 +83,12 @@ def empty_source(folder: Path, config: Path) -> Path:
 
 def negative_weight(folder: Path, config: Path) -> Path:
     (folder / "new.jsonl").write_bytes(LINES)
-    return changed(config, weights={"words": 1.0, "new": -0.5})
+    return changed(config, source_weights={"words": 1.0, "new": -0.5})
 
 
 def weights_of_nothing(folder: Path, config: Path) -> Path:
     (folder / "new.jsonl").write_bytes(LINES)
-    return changed(config, weights={"words": 0.0, "new": 0.0})
+    return changed(config, source_weights={"words": 0.0, "new": 0.0})
 
 
 def too_long(folder: Path, config: Path) -> Path:
@@ -110,7 +110,7 @@ def no_tokenizer(folder: Path, config: Path) -> Path:
         (no_parquet, r"cannot read record 1 of .*new\.parquet"),
         (invalid_utf8, r"new\.jsonl is not UTF-8: the byte at offset \d+"),
         (empty_source, "source 'new' holds no document: 1 files, 1 empty"),
-        (negative_weight, r"weight of 'new' is -0\.5; it should be at least 0"),
+        (negative_weight, r"source_weights.new is -0\.5; it should be at least 0"),
         (weights_of_nothing, "source_weights sum to 0"),
         (too_long, r"record 301 of .* has 2000 characters; a document may have 1000"),
         (no_tokenizer, "no tokenizer at"),

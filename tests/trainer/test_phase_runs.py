@@ -195,7 +195,7 @@ def test_the_report_and_the_plan_show_the_phases(straight: Path, path: Path) -> 
         assert f">{phase.name}</text>" in html
     assert 'aria-label="Indexer loss"' in html
     parts = list(recipe_part(config, config.degrees(1)))
-    assert "of the run's newest steps" in str(parts[1])
+    assert "the median of the run's last steps" in str(parts[1])
 
 
 def test_memory_is_that_of_the_largest_microbatches(path: Path) -> None:

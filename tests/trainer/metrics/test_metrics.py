@@ -43,7 +43,7 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         tiny,
         tmp_path_factory.mktemp("run"),
         "steps=6",
-        "evaluation={every: 2, rows: null}",
+        "evaluation={every: 2, max_rows: null}",
         "metrics.peak_tflops=0.1",
         "optim.schedule={warmup_steps: 2, decay_start: 4}",
     )
@@ -161,7 +161,7 @@ def test_plain_progress_lines(
     train(tiny, tmp_path, "steps=5", "metrics.every=2")
     lines = capsys.readouterr().out.splitlines()
     assert lines.pop(0).startswith("kernels: attention, indexer, indexer loss, compressor")
-    assert re.match(r"memory: [\d.,]+ [MG]iB at most", lines.pop())
+    assert re.match(r"memory: peak [\d.,]+ [MG]iB", lines.pop())
     assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
     assert re.search(
         r"loss \d+\.\d{4}  validation \d+\.\d{4}  [\d ]+ tokens/s  ETA 0:00:0", lines[-1]
