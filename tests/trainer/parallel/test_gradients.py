@@ -85,16 +85,16 @@ def force_routing(model: Any, experts: list[int]) -> None:
 
 
 @torch.no_grad()
-def leave_special_values(local: LocalModel) -> None:
+def leave_special_values(local: LocalModel, sink_draw: int = 1) -> None:
     """Initial norms, sinks and stream coefficients are such that some gradients nearly vanish.
 
     With some draws a sum of terms of both signs does, too, and its rounding passes the limit, each
-    time at another parameter. Of seven draws on an AMD EPYC, this one came to 8.1e-6 and the
-    others to 1.0e-5 to 1.6e-5; another kind of processor may need another draw.
+    time at another parameter. Of seven draws of the sinks here on an AMD EPYC, SINK_DRAW came to
+    8.1e-6 and the others to 1.0e-5 to 1.6e-5; another kind of processor may need another draw.
     """
     for name, parameter in local.model.named_parameters():
         if name.endswith((".scale", ".base", "ape", "attn_sink", "norm.weight")):
-            draw = SINK_DRAW if name.endswith("attn_sink") else 1
+            draw = sink_draw if name.endswith("attn_sink") else 1
             generator = torch.Generator().manual_seed(crc32(official_name(name).encode()) + draw)
             noise = torch.randn(local.placements[name].shape, generator=generator)
             parameter += 0.5 * local.placements[name].shard(noise)
@@ -107,7 +107,7 @@ def step(config: ModelConfig, grid: Grid, case: tuple[str, str]) -> Result:
     local = localise(config, torch.float32, grid, stages)
     local.model.to_empty(device="cpu")
     local.model.init_weights(seed=5, shards=local.placements)
-    leave_special_values(local)
+    leave_special_values(local, SINK_DRAW)
     force_routing(local.model, ROUTINGS[case[1]])
     optimizer = zero_of(config, local, grid)
     engine = NativeEngine(local, grid, optimizer)
