@@ -7,10 +7,25 @@ import re
 from math import gcd
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 
 
-class SourceConfig(BaseModel):
+class Section(BaseModel):
+    """A part of a config: unknown keys, NaN and infinity are refused, and values never change."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class SourceConfig(Section):
     """One named body of raw text, local files or a dataset of the Hugging Face hub.
 
     `paths` are files, folders or glob patterns; a folder is searched for `include`. `json` takes
@@ -22,8 +37,6 @@ class SourceConfig(BaseModel):
     list in `messages_field`, or the JSON text of such a list, rendered by `data.dsml`; in the
     format `json` these are JSON lines.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     paths: tuple[str, ...] = ()
@@ -57,7 +70,7 @@ class SourceConfig(BaseModel):
         return self.messages_field if self.content == "conversation" else self.text_field
 
 
-class TokenizerConfig(BaseModel):
+class TokenizerConfig(Section):
     """Where the tokenizer lives and how `train_tokenizer` makes it.
 
     `path` is a folder that holds `tokenizer.model` (ours) or `tokenizer.json` (imported).
@@ -67,15 +80,13 @@ class TokenizerConfig(BaseModel):
     others are written as bytes.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     path: str
     vocab_size: int = Field(default=129280, ge=384, le=129280)
-    sample_bytes: int = Field(default=64_000_000, ge=1)
+    sample_bytes: PositiveInt = 64_000_000
     character_coverage: float = Field(default=0.9995, gt=0.0, le=1.0)
 
 
-class FiltersConfig(BaseModel):
+class FiltersConfig(Section):
     """Which documents `prepare` leaves out; each is counted under the first rule that it fails.
 
     `length`: fewer than `min_characters` or more than `max_characters`. `encoding`: a share of
@@ -88,10 +99,8 @@ class FiltersConfig(BaseModel):
     `template` may be null.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    min_characters: int = Field(default=100, ge=0)
-    max_characters: int = Field(default=10_000_000, ge=1)
+    min_characters: NonNegativeInt = 100
+    max_characters: PositiveInt = 10_000_000
     max_garbled_fraction: float = Field(default=0.005, ge=0.0, le=1.0)
     generated_code: bool = True
     quality_rules: tuple[Literal["gopher", "repetition", "fineweb"], ...] = (
@@ -106,7 +115,7 @@ class FiltersConfig(BaseModel):
     template_min_documents: int = Field(default=20, ge=2)
 
 
-class TransformsConfig(BaseModel):
+class TransformsConfig(Section):
     """What is done to documents of the train split before packing, by (seed, document, epoch).
 
     `fim_rate` of the documents of the domains in `fim_domains` become fill-in-the-middle documents:
@@ -115,15 +124,13 @@ class TransformsConfig(BaseModel):
     the two.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     fim_rate: float = Field(default=0.1, ge=0.0, le=1.0)
     fim_spm_rate: float = Field(default=0.0, ge=0.0, le=1.0)
     fim_domains: tuple[Literal["code", "prose"], ...] = ("code",)
     punctuation_split_rate: float = Field(default=0.0, ge=0.0, le=1.0)
 
 
-class DataPhase(BaseModel):
+class DataPhase(Section):
     """A part of a run with its own rows; the documents go on where the phase before ended.
 
     The last phase has no end, so that its `steps` may be absent. Over the first `rampup_steps`
@@ -132,14 +139,12 @@ class DataPhase(BaseModel):
     all between them. `source_weights` absent: those of the data config.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    steps: int | None = Field(default=None, ge=1)
+    steps: PositiveInt | None = None
     seq_len: int = Field(ge=2)
-    global_batch_size: int = Field(ge=1)
-    micro_batch_size: int = Field(default=1, ge=1)
-    initial_batch_size: int | None = Field(default=None, ge=1)
-    rampup_steps: int = Field(default=0, ge=0)
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt = 1
+    initial_batch_size: PositiveInt | None = None
+    rampup_steps: NonNegativeInt = 0
     source_weights: dict[str, float] | None = None
 
     @model_validator(mode="after")
@@ -196,7 +201,7 @@ def _floor_sum(count: int, divisor: int, factor: int) -> int:
         divisor, factor = factor, divisor
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """Everything between raw text and the rows of a step.
 
     `seq_len` S is the number of input positions of a row; `global_batch_size` is the number of rows
@@ -210,22 +215,20 @@ class DataConfig(BaseModel):
     they are quarantined. `filters`, if given, leave documents out.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     tokenizer: TokenizerConfig
     shards: str
     seq_len: int = Field(ge=2)
-    global_batch_size: int = Field(ge=1)
-    micro_batch_size: int = Field(default=1, ge=1)
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt = 1
     validation_fraction: float = Field(default=0.01, ge=0.0, lt=1.0)
     packing: Literal["best_fit", "concatenate"] = "best_fit"
-    packing_window: int = Field(default=100_000, ge=1)
+    packing_window: PositiveInt = 100_000
     packing_fill: float = Field(default=0.9995, gt=0.0, le=1.0)
     source_weights: dict[str, float] = {}
     transforms: TransformsConfig = TransformsConfig()
-    prefetch: int = Field(default=2, ge=0)
-    prepare_workers: int | None = Field(default=None, ge=1)
+    prefetch: NonNegativeInt = 2
+    prepare_workers: PositiveInt | None = None
     max_bad_record_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     filters: FiltersConfig | None = None
 

@@ -33,8 +33,7 @@ from docs.drawing import (
 )
 from docs.timeline import timeline
 from model import SampleLayout
-from trainer.config import load_config
-from trainer.config.parallel import ParallelConfig
+from trainer.config import ParallelConfig, load_config
 from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
 from trainer.planning.traffic import Work, step_traffic
 

@@ -110,7 +110,7 @@ def _check_exit(code: int) -> None:
 
 def _train_half(config: RunConfig, arguments: list[str], nproc: int) -> None:
     """Trains with `v4 train` and sends SIGTERM once half of the steps are in metrics.jsonl."""
-    half = config.steps // 2
+    half = config.recipe.steps // 2
     metrics = config.run_dir / "metrics.jsonl"
     if _steps_in(metrics) >= half:
         return  # an earlier demo in the same folder got this far

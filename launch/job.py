@@ -136,7 +136,7 @@ class Job:
     @property
     def last_checkpoint(self) -> Path:
         """The checkpoint of the last step, which exists only once the run is complete."""
-        return self.run.run_dir / "checkpoints" / f"step-{self.run.steps:08d}"
+        return self.run.run_dir / "checkpoints" / f"step-{self.run.recipe.steps:08d}"
 
     @property
     def environment(self) -> dict[str, str]:

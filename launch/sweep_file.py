@@ -6,32 +6,28 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from launch.sweep_parameters import Parameter
-from trainer.config import ConfigError, load_as, load_run
+from trainer.config import ConfigError, Section, load_as, load_run
 
 Arguments = dict[str, Any]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class Metric(_Strict):
+class Metric(Section):
     """The value of `metrics.jsonl` that the sweep optimises."""
 
     name: str
     goal: Literal["minimize", "maximize"] = "minimize"
 
 
-class Hyperband(_Strict):
+class Hyperband(Section):
     """wandb's early stopping; iterations count the points of the metric, from 0."""
 
     type: Literal["hyperband"]
-    min_iter: Annotated[int, Field(ge=1)] | None = None
-    max_iter: Annotated[int, Field(ge=1)] | None = None
-    s: Annotated[int, Field(ge=1)] | None = None
+    min_iter: PositiveInt | None = None
+    max_iter: PositiveInt | None = None
+    s: PositiveInt | None = None
     eta: Annotated[float, Field(gt=1)] = 3
 
     @model_validator(mode="after")
@@ -45,7 +41,7 @@ class Hyperband(_Strict):
         return self
 
 
-class Sweep(_Strict):
+class Sweep(Section):
     """A sweep file, as `wandb sweep` takes it; all fields but `parameters` have wandb's names."""
 
     program: str
@@ -54,7 +50,7 @@ class Sweep(_Strict):
     metric: Metric
     parameters: dict[str, Parameter]
     early_terminate: Hyperband | None = None
-    run_cap: Annotated[int, Field(ge=1)] | None = None
+    run_cap: PositiveInt | None = None
     name: str | None = None
     description: str | None = None
     project: str | None = None

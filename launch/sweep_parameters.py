@@ -6,7 +6,9 @@ from statistics import NormalDist
 from typing import Any, Literal
 
 import optuna
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
+
+from trainer.config import Section
 
 Distribution = Literal[
     "constant",
@@ -28,10 +30,8 @@ Distribution = Literal[
 _TAIL = 1e-6  # a normal distribution is cut where its tails have this probability
 
 
-class Parameter(BaseModel):
+class Parameter(Section):
     """A parameter in wandb's format, with wandb's distributions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     value: Any = None
     values: tuple[Any, ...] | None = Field(None, min_length=1)
@@ -39,8 +39,8 @@ class Parameter(BaseModel):
     min: float | int | None = None
     max: float | int | None = None
     mu: float = 0.0
-    sigma: float = Field(1.0, gt=0)
-    q: float = Field(1.0, gt=0)
+    sigma: PositiveFloat = 1.0
+    q: PositiveFloat = 1.0
     parameters: dict[str, "Parameter"] | None = None
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -76,10 +77,16 @@ class ModelConfigError(ValueError):
     """A model configuration that cannot be built; the message names the field and the remedy."""
 
 
-class Yarn(BaseModel):
-    """YaRN parameters of the layers that have a compressor; no attention factor is folded in."""
+class Section(BaseModel):
+    """A part of a config: unknown keys, NaN and infinity are refused, and values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class Yarn(Section):
+    """YaRN parameters of the layers that have a compressor; no attention factor is folded in."""
 
     factor: PositiveFloat
     original_max_position_embeddings: PositiveInt
@@ -87,14 +94,12 @@ class Yarn(BaseModel):
     beta_slow: PositiveFloat
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Section):
     """Everything that determines the mathematics of a V4 model.
 
     Names follow the official ``config.json`` where one exists. Architecture sizes have no
     defaults: a silently assumed rope base or rank trains the wrong model.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
@@ -127,7 +132,7 @@ class ModelConfig(BaseModel):
     moe_intermediate_size: PositiveInt
     routed_scaling_factor: PositiveFloat
     swiglu_limit: PositiveFloat = 10.0
-    balance_loss_weight: float = Field(default=1e-4, ge=0)
+    balance_loss_weight: NonNegativeFloat = 1e-4
 
     # Manifold-constrained hyper-connections (report §2.2)
     hc_mult: PositiveInt = 4
@@ -143,7 +148,7 @@ class ModelConfig(BaseModel):
 
     # Multi-token prediction
     num_nextn_predict_layers: int = Field(default=1, ge=0, le=1)
-    mtp_loss_weight: float = Field(default=0.3, ge=0)
+    mtp_loss_weight: NonNegativeFloat = 0.3
 
     rms_norm_eps: PositiveFloat = 1e-6
     initializer_range: PositiveFloat = 0.006

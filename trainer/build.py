@@ -6,7 +6,6 @@ from model.parameters import parameter_table
 from optim import Assignment, HybridZero, build_table
 from trainer.checkpoint.run import Updater
 from trainer.config import RunConfig
-from trainer.config.recipe import Recipe
 from trainer.engine import Engine, NativeEngine
 from trainer.parallel.grid import Grid
 from trainer.parallel.optimizer_sharding import make_zero
@@ -52,7 +51,7 @@ def make_local(config: RunConfig, grid: Grid) -> LocalModel:
         config.model,
         DTYPES[config.precision],
         grid,
-        config.parallel.stages(config.model, Recipe(config).seq_len),
+        config.parallel.stages(config.model, config.recipe.seq_len),
         config.parallel.recompute,
         config.parallel.offload,
         fp8=config.precision == "fp8",

@@ -42,7 +42,6 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
 
     With the attention and the quantisation of the last step's phase.
     """
-    from trainer.config.recipe import Recipe
     from trainer.engine import NativeEngine
     from trainer.evaluate import Validation
     from trainer.export.import_run import open_run
@@ -54,7 +53,7 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
         local, state = open_run(config, grid)
         validation = Validation(config, grid)
         engine = NativeEngine(local, grid)
-        phase = Recipe(config).at(max(state.step - 1, 0))
+        phase = config.recipe.at(max(state.step - 1, 0))
         engine.set_attention(phase.attention)
         engine.quantised = phase.quantised
         found = validation.evaluate(engine)

@@ -10,8 +10,7 @@ from data import Batch, Loader, Prefetcher, Tokenizer
 from model.kernel_choices import describe, kernel_choices
 from trainer.build import DTYPES, open_engine
 from trainer.checkpoint.run import RunCheckpoint
-from trainer.config import RunConfig
-from trainer.config.recipe import Phase, Recipe
+from trainer.config import Phase, RunConfig
 from trainer.device import peak_memory_report
 from trainer.engine import StepLosses
 from trainer.errors import DivergedError, SaveError
@@ -52,13 +51,13 @@ class Trainer:
         self.stop = stop or StopRequest()
         self.messages = messages
         self.state = TrainState()
-        self.recipe = Recipe(config)
+        self.recipe = config.recipe
         phases = [phase.rows for phase in self.recipe.phases]
         self.loader = Loader(
             config.data, config.seed, grid.data.rank, grid.data.size, phases=phases
         )
         pin = grid.device.type == "cuda"
-        self.batches = Prefetcher(self.loader.at, config.data.prefetch, config.steps, pin)
+        self.batches = Prefetcher(self.loader.at, config.data.prefetch, self.recipe.steps, pin)
         self.validation: Validation | None = None
         if self.loader.manifest.of_split("validation"):
             self.validation = Validation(config, grid, config.evaluation.max_rows)
@@ -95,7 +94,7 @@ class Trainer:
     def run(self) -> TrainState:
         """Trains from the newest checkpoint, or from the start, to the last step or a signal."""
         self._begin()
-        while self.state.step < self.config.steps and not self.state.stopping:
+        while self.state.step < self.recipe.steps and not self.state.stopping:
             start = time.perf_counter()
             self.stability.before_step()
             result = self.step(self.anticipation.batches(self.state.step))
@@ -207,7 +206,7 @@ class Trainer:
 
     def _is_due(self, every: int, step: int) -> bool:
         """Whether to do after `step` what is done every so many steps and after the last one."""
-        return step == self.config.steps or (every > 0 and step % every == 0)
+        return step == self.recipe.steps or (every > 0 and step % every == 0)
 
     def _to_host(self, phase: Phase, losses: StepLosses, norm: Tensor) -> StepResult:
         """Copies the step's metrics to the host, finite or not, in one transfer."""
@@ -265,7 +264,7 @@ class Trainer:
     def _evaluate(self, state: TrainState, result: StepResult) -> None:
         """Adds the validation loss to the result where it is due; every rank takes part."""
         due = self._is_due(self.config.evaluation.every, state.step)
-        stopped = state.stopping and state.step < self.config.steps
+        stopped = state.stopping and state.step < self.recipe.steps
         if due and not stopped and self.validation is not None:
             result.validation_loss = self.validation.evaluate(self.engine).loss
             result.validation_by_source = self.validation.by_source(self.engine)
@@ -278,14 +277,14 @@ class Trainer:
         """Logs peak memory after the first evaluation and at the end; every rank takes part."""
         is_first = not self.has_logged_memory
         is_first &= self._is_due(self.config.evaluation.every, state.step)
-        if is_first or state.stopping or state.step == self.config.steps:
+        if is_first or state.stopping or state.step == self.recipe.steps:
             self.has_logged_memory = True
             self._log(peak_memory_report(self.grid))
 
     def _save_checkpoint(self, state: TrainState, result: StepResult) -> None:
         """Saves where it is due. A full disk ends only a run that would end anyway."""
         every = self.config.checkpoint.every
-        ends = state.stopping or state.step == self.config.steps
+        ends = state.stopping or state.step == self.recipe.steps
         if not ends and not (every and state.step % every == 0):
             return
         try:
@@ -295,7 +294,7 @@ class Trainer:
                 raise
             self._log(f"warning: {error}; training continues")
             return
-        if state.stopping and state.step < self.config.steps:
+        if state.stopping and state.step < self.recipe.steps:
             config = self.config.run_dir / "config.yaml"
             self._log(f"stopped after step {state.step}, saved {path}; resume: v4 train {config}")
 

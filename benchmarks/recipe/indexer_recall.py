@@ -40,7 +40,6 @@ from trainer.build import build
 from trainer.checkpoint.folder import checkpoints_in, step_of
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig, load_run
-from trainer.config.recipe import Recipe
 from trainer.engine import NativeEngine
 from trainer.evaluate import Validation
 from trainer.parallel.grid import Grid
@@ -173,7 +172,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-2, help="its learning rate")
     options = parser.parse_args()
     config, grid = load_run(options.run).alone(), Grid.single(torch.device("cpu"))
-    warmup = next(s for s in Recipe(config).phases if s.attention == "warmup")
+    warmup = next(s for s in config.recipe.phases if s.attention == "warmup")
     saved = {step_of(path): path for path in checkpoints_in(config.run_dir / "checkpoints")}
     before = max(step for step in saved if step <= warmup.first)
     after = max(step for step in saved if warmup.first < step <= warmup.end)

@@ -29,7 +29,6 @@ import torch
 from trainer.checkpoint.folder import checkpoints_in, step_of
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import RunConfig, load_config
-from trainer.config.recipe import Recipe
 from trainer.metrics.jsonl import Record, read_metrics
 
 CONFIG = "configs/recipe-demo.yaml"
@@ -90,7 +89,7 @@ def shortened(share: float) -> list[str]:
 def places(config: RunConfig) -> dict[int, str]:
     """Steps after which to go on: the middle of every phase, and every border."""
     found = {}
-    phases = Recipe(config).phases
+    phases = config.recipe.phases
     for phase in phases:
         found[phase.first + phase.steps // 2] = f"inside of phase {phase.number}, {phase.name}"
         found[phase.end] = f"at the end of phase {phase.number}, {phase.name}"
@@ -146,14 +145,14 @@ def main() -> int:
     alone, killed = (
         Run(options.folder, name, overrides, options.nproc_per_node) for name in ("alone", "killed")
     )
-    print(f"{config.steps} steps, {len(places(config))} kills", flush=True)
+    print(f"{config.recipe.steps} steps, {len(places(config))} kills", flush=True)
     start = time.monotonic()
     killed_everywhere(killed, config)
     print(f"the killed run is through after {time.monotonic() - start:.0f} s", flush=True)
-    if not (alone.folder / f"checkpoints/step-{config.steps:08d}").is_dir():
+    if not (alone.folder / f"checkpoints/step-{config.recipe.steps:08d}").is_dir():
         shutil.rmtree(alone.folder, ignore_errors=True)
         alone.train("checkpoint.every=0")
-    found = differences(alone, killed, config.steps)
+    found = differences(alone, killed, config.recipe.steps)
     same = f"equal in every step, to the bit: {', '.join(COMPARED)}; and all tensors at the end"
     print("\n".join(found) or same)
     return 1 if found else 0

@@ -25,7 +25,6 @@ from rich.console import Console
 from data import Loader
 from trainer.build import build
 from trainer.config import RunConfig, load_config
-from trainer.config.recipe import Recipe
 from trainer.engine import NativeEngine
 from trainer.parallel.grid import Grid
 
@@ -86,7 +85,7 @@ def main() -> None:
 def measure(path: str, steps: int, overrides: list[str]) -> None:
     """Both runs by turns, and a few lines."""
     config = load_config(path, [*overrides, "compile=false"])
-    rows = [phase.rows for phase in Recipe(config).phases]
+    rows = [phase.rows for phase in config.recipe.phases]
     loader = Loader(config.data, config.seed, 0, 1, phases=rows)
     plain, compiled = runner(config), runner(config.model_copy(update={"compile": True}))
     for step in range(steps + 1):

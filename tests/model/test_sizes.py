@@ -11,7 +11,6 @@ from model import V4Model
 from model.parameters import parameter_counts
 from tests.model.tiny import tiny_config
 from trainer.config import RunConfig, load_config
-from trainer.config.recipe import Recipe
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -94,7 +93,7 @@ def test_flash_and_pro_follow_the_recipe():
     for name, tokens, rows, rate in (("flash", 32e12, 18432, 2.7e-4), ("pro", 33e12, 23040, 2e-4)):
         config = shipped(name)
         assert (config.data.seq_len, config.data.global_batch_size) == (4096, rows)
-        phases = Recipe(config).phases
+        phases = config.recipe.phases
         assert 0 <= sum(phase.tokens for phase in phases) - tokens < rows * 4096
         assert {
             s.rows.global_batch_size * s.rows.seq_len for s in phases if s.attention != "warmup"

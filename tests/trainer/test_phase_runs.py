@@ -13,7 +13,6 @@ from tests.trainer.config.test_recipe import phased
 from tests.trainer.parallel.topologies import Job, differences, outcome, run_all, topology
 from tests.trainer.tiny import assert_same_run, column, saved_tensors, steps_in_file, train
 from trainer.config import ConfigError, load_config
-from trainer.config.recipe import Recipe
 from trainer.metrics.jsonl import read_metrics
 from trainer.planning.dry_run import dry_run
 from trainer.planning.plan import plan, recipe_part
@@ -85,7 +84,7 @@ def straight(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_phases_are_as_they_look(path: Path) -> None:
-    recipe = Recipe(load_config(path))
+    recipe = load_config(path).recipe
     assert [phase.first for phase in recipe.phases[1:]] == BORDERS and recipe.steps == STEPS
 
 
@@ -142,7 +141,7 @@ def test_what_a_phase_trains(straight: Path) -> None:
 
 
 def test_what_a_phase_begins_with_is_compared_with_nothing(straight: Path, path: Path) -> None:
-    recipe = Recipe(load_config(path))
+    recipe = load_config(path).recipe
     for step in range(2, STEPS, 2):
         state = json.loads((straight / f"checkpoints/step-{step:08d}/state.json").read_text())
         assert len(state["history"]["loss"]) == step - recipe.at(step - 1).first, step
@@ -150,7 +149,7 @@ def test_what_a_phase_begins_with_is_compared_with_nothing(straight: Path, path:
 
 def test_updates_are_as_large_as_the_rate_says(straight: Path, path: Path) -> None:
     """Muon's: 0.18 of the learning rate (REP 2.4), and a tenth of the weights for their decay."""
-    rate = Recipe(load_config(path)).learning_rate(STEPS - 1)
+    rate = load_config(path).recipe.learning_rate(STEPS - 1)
     (groups,) = [record["groups"] for record in records_of(straight) if "groups" in record]
     for group in ("experts", "attention"):
         assert groups["update_rms"][group] == pytest.approx(0.18 * rate, rel=0.05), group
@@ -161,7 +160,7 @@ def records_of(run: Path) -> list[dict[str, Any]]:
 
 
 def test_what_the_metrics_say(straight: Path, path: Path) -> None:
-    recipe = Recipe(load_config(path))
+    recipe = load_config(path).recipe
     assert column(straight, "phase") == [recipe.at(step).number for step in range(STEPS)]
     assert column(straight, "learning_rate") == [recipe.learning_rate(s) for s in range(STEPS)]
     before = 0
@@ -191,7 +190,7 @@ def test_a_choice_of_more_than_all_is_said_once(
 def test_the_report_and_the_plan_show_the_phases(straight: Path, path: Path) -> None:
     config = load_config(path, [f"run_dir={straight}"])
     html = write_report(config).read_text(encoding="utf-8")
-    for phase in Recipe(config).phases:
+    for phase in config.recipe.phases:
         assert f">{phase.name}</text>" in html
     assert 'aria-label="Indexer loss"' in html
     parts = list(recipe_part(config, config.degrees(1)))

@@ -134,9 +134,10 @@ class RunCheckpoint:
         self.folder.load(path, tensors)
         self.optimizer.restored()
         self.optimizer.step_count = saved["optimizer_steps"]
-        if state.step > self.config.steps:
+        if state.step > self.config.recipe.steps:
             raise CheckpointError(
-                f"{path}: is at step {state.step}, beyond steps = {self.config.steps} of the config"
+                f"{path}: is at step {state.step}, beyond steps = {self.config.recipe.steps} of "
+                "the config"
             )
         return path
 

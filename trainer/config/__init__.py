@@ -1,9 +1,26 @@
-"""A run's configuration: what it may say, how it is read, and what it asks for at every step.
+"""A run's configuration: its fields, how it is read, and what a run does at every step.
 
 Imports no torch, so that a login node can check a config.
 """
 
-from trainer.config.run import RunConfig, Section, load_as, load_config, load_run
+from trainer.config.parallel import ParallelConfig
+from trainer.config.recipe import Phase, Recipe, short_length
+from trainer.config.run import RunConfig, load_as, load_config, load_run
+from trainer.config.section import Section
 from trainer.config.source import ConfigError
+from trainer.config.stability import AnticipatoryRoutingConfig, SpikeConfig
 
-__all__ = ["ConfigError", "RunConfig", "Section", "load_as", "load_config", "load_run"]
+__all__ = [
+    "AnticipatoryRoutingConfig",
+    "ConfigError",
+    "ParallelConfig",
+    "Phase",
+    "Recipe",
+    "RunConfig",
+    "Section",
+    "SpikeConfig",
+    "load_as",
+    "load_config",
+    "load_run",
+    "short_length",
+]

@@ -8,6 +8,10 @@ or `auto`.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from optim.config import OptimConfig
+from trainer.config.parallel import ParallelConfig
+from trainer.config.settings import RunSettings
+
 Block = dict[str, Any]
 AUTO = "auto"
 NS_METHODS = ("gram", "standard")
@@ -45,7 +49,7 @@ def zero_stage(block: Mapping[str, Any]) -> int:
     return int(block.get("zero_optimization", {}).get("stage", 0))
 
 
-def problems(config: Any) -> Iterator[str]:
+def deepspeed_problems(config: RunSettings) -> Iterator[str]:
     """What contradicts the rest of the config, a sentence each that names both fields."""
     block: Block | None = config.deepspeed
     if config.engine != "deepspeed":
@@ -71,7 +75,7 @@ def problems(config: Any) -> Iterator[str]:
     yield from _optimizer(config, block.get("optimizer", {}))
 
 
-def _degrees(parallel: Any) -> Iterator[str]:
+def _degrees(parallel: ParallelConfig) -> Iterator[str]:
     for axis in _DEGREES:
         if (degree := getattr(parallel, axis)) != 1:
             yield (
@@ -100,7 +104,7 @@ def _unknown(block: Block) -> Iterator[str]:
             yield f"deepspeed.zero_optimization.{field} is not supported; leave it out"
 
 
-def _values(config: Any, block: Block) -> Iterator[str]:
+def _values(config: RunSettings, block: Block) -> Iterator[str]:
     data = config.data
     bf16 = block.get("bf16", {}).get("enabled", AUTO)
     for field, theirs, name, ours in (
@@ -140,7 +144,7 @@ def _zero(zero: Block) -> Iterator[str]:
             yield f"{name}.{unknown} is not supported; leave it out"
 
 
-def _optimizer(config: Any, section: Block) -> Iterator[str]:
+def _optimizer(config: RunSettings, section: Block) -> Iterator[str]:
     kind, optim = section.get("type"), config.optim
     wanted = {"adamw": "AdamW", "muon": "Muon"}[optim.matrix_optimizer]
     if kind != wanted:
@@ -170,7 +174,7 @@ def _optimizer(config: Any, section: Block) -> Iterator[str]:
             yield f"deepspeed.optimizer.params.{field} = {theirs!r} contradicts {name} = {ours}"
 
 
-def _muon(optim: Any, stage: int) -> Iterator[str]:
+def _muon(optim: OptimConfig, stage: int) -> Iterator[str]:
     """What DeepSpeed's Muon cannot do."""
     if optim.clip_norm is not None:
         yield (
@@ -189,7 +193,7 @@ def _muon(optim: Any, stage: int) -> Iterator[str]:
         )
 
 
-def resolve(config: Any, world: int) -> Block:
+def resolve(config: RunSettings, world: int) -> Block:
     """The block with everything filled in, as `deepspeed.initialize` takes it.
 
     Raises ValueError where gradient_accumulation_steps does not fit the number of processes.

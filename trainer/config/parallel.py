@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from data.config import DataPhase
 from model.config import ModelConfig
+from trainer.config.section import Section
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.stage_plan import V_SHAPED, ScheduleName, StagePlan, plan_stages
 
-Degree = Annotated[int, Field(ge=1)]
 
-
-class ParallelConfig(BaseModel):
+class ParallelConfig(Section):
     """Degrees of each axis; the processes that remain are data parallel.
 
     tensor x context x pipeline divides the number of processes, and so does
@@ -27,23 +26,21 @@ class ParallelConfig(BaseModel):
     and tensor degrees do not depend on each other.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    tensor: Degree = 1
+    tensor: PositiveInt = 1
     """Ranks that split heads, output groups, vocabulary and the shared expert."""
-    expert: Degree = 1
+    expert: PositiveInt = 1
     """Ranks that routed experts are divided over."""
-    pipeline: Degree = 1
+    pipeline: PositiveInt = 1
     """Ranks that layers are divided over."""
-    context: Degree = 1
+    context: PositiveInt = 1
     """Ranks that every row is divided over."""
-    expert_tensor: Degree = 1
+    expert_tensor: PositiveInt = 1
     """Ranks that split every routed expert's inner dimension."""
     pipeline_schedule: ScheduleName = "1f1b"
     """Order of forward and backward; the V-shaped ones have two stages on a rank."""
-    pipeline_stages_per_rank: Degree | None = None
+    pipeline_stages_per_rank: PositiveInt | None = None
     """Stages on a rank in `interleaved_1f1b`; null is 2 there. The others fix it."""
-    pipeline_layers_per_stage: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    pipeline_layers_per_stage: tuple[NonNegativeInt, ...] | None = None
     """Layers of each stage; null balances them by their operations (`v4 plan` shows them)."""
     recompute: tuple[Literal["streams", "norms", "attention", "block"], ...] = ()
     """Activations that backward computes again: residual streams inside a block, norms' outputs,
@@ -54,10 +51,10 @@ class ParallelConfig(BaseModel):
     """What gradients are sent to their owners in; they are always summed in fp32."""
     expert_grad_reduce_dtype: Literal["fp32", "bf16", "bf16_stochastic"] = "fp32"
     """The same for routed experts; `bf16_stochastic` rounds without bias."""
-    max_optimizer_padding: Annotated[float, Field(ge=0)] = 0.1
+    max_optimizer_padding: NonNegativeFloat = 0.1
     """Most padding of an optimizer's buffer over what it holds: where matrices are so few that it
     would be more, fewer ranks own them, and the others repeat the update."""
-    timeout_seconds: Annotated[float, Field(gt=0)] | None = None
+    timeout_seconds: PositiveFloat | None = None
     """How long a collective may wait for the others; null is torch's default."""
 
     @property

@@ -13,10 +13,11 @@ What a phase leaves out is the run's: `data.seq_len`, `data.global_batch_size`,
 `optim.schedule`. trainer/config/recipe.py makes functions of the step of it.
 """
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
+
+from trainer.config.section import Section
 
 
 def _whole(value: Any) -> Any:
@@ -24,22 +25,18 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Tokens = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
-Rows = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(ge=0)]
+Tokens = Annotated[PositiveInt, BeforeValidator(_whole)]
 Quantisation = Literal["none", "mxfp4"]
 
 WARMUP_LEARNING_RATE = 1e-3
 """Of the indexer's warm-up (V3.2)."""
 
 
-class PhaseConfig(BaseModel):
+class PhaseConfig(Section):
     """A phase of a run.
 
     Tokens are positions of rows, of which packing leaves about one in two thousand empty.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     until_tokens: Tokens
     """Tokens of the whole run at which the phase ends; its last step may go beyond."""
@@ -49,9 +46,9 @@ class PhaseConfig(BaseModel):
     name: str | None = None
     """For people; attention and row length where it is absent."""
     seq_len: Annotated[int, Field(ge=2)] | None = None
-    global_batch_size: Rows | None = None
-    micro_batch_size: Rows | None = None
-    initial_batch_size: Rows | None = None
+    global_batch_size: PositiveInt | None = None
+    micro_batch_size: PositiveInt | None = None
+    initial_batch_size: PositiveInt | None = None
     """Rows of the phase's first step, from which they grow to `global_batch_size`..."""
     rampup_tokens: Tokens | None = None
     """...over about this many tokens."""
@@ -59,10 +56,10 @@ class PhaseConfig(BaseModel):
     """The sources' shares of the tokens."""
     decay: bool = False
     """The learning rate's cosine begins with the first such phase and ends with the run."""
-    learning_rate: Rate | None = None
+    learning_rate: NonNegativeFloat | None = None
     """Instead of the schedule's, all through the phase; 1e-3 where absent in a `warmup`."""
-    mtp_loss_weight: Rate | None = None
-    router_bias_speed: Rate | None = None
+    mtp_loss_weight: NonNegativeFloat | None = None
+    router_bias_speed: NonNegativeFloat | None = None
     quantisation: Quantisation | None = None
 
     @model_validator(mode="after")
@@ -79,61 +76,3 @@ class PhaseConfig(BaseModel):
                         "leave it out"
                     )
         return self
-
-
-def problems(config: Any) -> Iterator[str]:
-    """What the phases of a run's config have wrong, a sentence each; none where there are none."""
-    phases: tuple[PhaseConfig, ...] = config.phases
-    if not phases:
-        return
-    yield from _engine_and_model(config, phases)
-    longest, warmed, decays = 0, False, False
-    for number, phase in enumerate(phases):
-        here = f"phases.{number}"
-        length = config.data.seq_len if phase.seq_len is None else phase.seq_len
-        if length < longest:
-            yield (
-                f"{here}.seq_len = {length} is shorter than the {longest} of the phase before; "
-                "rows should never become shorter"
-            )
-        longest = length
-        if phase.attention == "sparse" and not warmed:
-            yield (
-                f"{here}.attention = sparse should come after a phase with attention = warmup, in "
-                "which the indexer learns what to choose"
-            )
-        warmed = warmed or phase.attention == "warmup"
-        if decays and not phase.decay:
-            yield f"{here}.decay = false should be true, as in the phase before: the run ends there"
-        decays = phase.decay
-        if phase.source_weights is not None:
-            yield from _weights(config, here, phase.source_weights)
-    if decays:
-        yield from _one_decay(config.optim.schedule)
-
-
-def _engine_and_model(config: Any, phases: tuple[PhaseConfig, ...]) -> Iterator[str]:
-    if config.engine != "native":
-        yield f"phases do not go with engine = {config.engine}; use engine = native"
-    modes = [phase.attention for phase in phases]
-    if "warmup" in modes and "csa" not in config.model.layer_types:
-        yield (
-            f"phases.{modes.index('warmup')}.attention = warmup trains indexers, and "
-            "model.layer_types has no csa layer with one; use dense"
-        )
-
-
-def _weights(config: Any, here: str, weights: dict[str, float]) -> Iterator[str]:
-    try:
-        config.data.check_weights(weights)
-    except ValueError as error:
-        yield f"{here}: {error}"
-
-
-def _one_decay(schedule: Any) -> Iterator[str]:
-    for field in ("decay_start", "decay_fraction"):
-        if (value := getattr(schedule, field)) is not None:
-            yield (
-                f"optim.schedule.{field} = {value} and a phase with decay = true both say where "
-                f"the decay starts; set optim.schedule.{field} to null"
-            )

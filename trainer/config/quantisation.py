@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+
+from trainer.config.settings import RunSettings
 
 BLOCK = 32
 """Numbers that share a scale in MXFP4."""
@@ -11,7 +12,7 @@ FP8_BLOCK = 128
 """The same in FP8."""
 
 
-def problems(config: Any) -> Iterator[str]:
+def quantisation_problems(config: RunSettings) -> Iterator[str]:
     """What keeps a `quantisation` from being what it is, a sentence each that names both fields."""
     given = {"quantisation": config.quantisation}
     for number, phase in enumerate(config.phases):
@@ -22,7 +23,7 @@ def problems(config: Any) -> Iterator[str]:
             return
 
 
-def _problems(config: Any, what: str) -> Iterator[str]:
+def _problems(config: RunSettings, what: str) -> Iterator[str]:
     if config.engine != "native":
         yield f"{what} does not go with engine = {config.engine}; engine should be native"
     model, parts = config.model, config.parallel.expert_tensor
@@ -44,7 +45,7 @@ def _problems(config: Any, what: str) -> Iterator[str]:
         )
 
 
-def fp8_problems(config: Any) -> Iterator[str]:
+def fp8_problems(config: RunSettings) -> Iterator[str]:
     """What keeps `precision = fp8` from being what it is on one process, a sentence each."""
     if config.precision != "fp8":
         return

@@ -1,23 +1,21 @@
-"""What a run does at a step: its phases as functions of the step alone. Imports no torch.
+"""The phases of a run, and its settings as functions of the step alone. Imports no torch.
 
-A run without `phases` is one phase. Everything that changes during a run is asked for here, so that
-it is the same after a resume, wherever that is, and at every topology.
+A run without `phases` is one phase. Everything that changes during a run comes from here, so that
+it is the same after any resume and at every topology.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from data.config import DataPhase
 from model.config import AttentionMode
 from optim.config import OptimConfig
 from optim.schedule import decay_start, learning_rate_at
 from trainer.config.phases import WARMUP_LEARNING_RATE, PhaseConfig, Quantisation
-
-if TYPE_CHECKING:
-    from trainer.config.run import RunConfig
+from trainer.config.settings import RecipeSettings
 
 
 @dataclass(frozen=True)
@@ -26,13 +24,14 @@ class Phase:
 
     Attributes:
         number: from 0.
-        first, steps: its first step and how many it has.
+        name: empty in a run without phases.
+        first, steps: its first step, and their number.
         tokens: positions of all its rows.
         rows: lengths and numbers of its rows.
         attention: `select` in a run without phases, which trains no indexer.
         decay: whether the learning rate decays in it.
-        learning_rate: instead of the schedule's, or None.
-        mtp_loss_weight: or None for the run's.
+        learning_rate: used instead of the schedule's unless None.
+        mtp_loss_weight: used instead of the run's unless None.
     """
 
     number: int
@@ -50,7 +49,7 @@ class Phase:
 
     @property
     def end(self) -> int:
-        """The first step that is no longer its own."""
+        """The first step after the phase."""
         return self.first + self.steps
 
     @property
@@ -60,45 +59,49 @@ class Phase:
 
 
 class Recipe:
-    """The phases of a run, and what they ask for at every step.
+    """The phases of a run, and its settings at every step.
 
-    Raises ValueError, one sentence, where they overlap, or do not cover the run's `steps`.
+    `phases` has at least one phase, `steps` is the number of steps of the whole run, and `optim`
+    has the schedule with its decay resolved. Raises ValueError, one sentence, where phases overlap.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        self.phases = _resolve(config) if config.phases else (_only(config),)
+    def __init__(self, config: RecipeSettings) -> None:
+        self.phases = _resolve(config) if config.phases else (_single_phase(config),)
         self.steps = self.phases[-1].end
-        self._ends = [phase.end for phase in self.phases]
         self.optim = config.optim
         if config.phases and any(phase.decay for phase in self.phases):
             start = next(phase.first for phase in self.phases if phase.decay)
             self.optim = _decaying(config.optim, start)
+        self._ends = [phase.end for phase in self.phases]
+        self._model = config.model
+        self._mtp_loss_weight_in_decay = config.mtp_loss_weight_in_decay
 
     def at(self, step: int) -> Phase:
-        """The phase of a step, counted from 0; the last one beyond the run."""
+        """Returns the phase of a step, counted from 0; after the run, the last one."""
         return self.phases[min(bisect_right(self._ends, step), len(self.phases) - 1)]
 
     def in_decay(self, step: int) -> bool:
-        """Whether a step lies in the learning rate's decay."""
+        """Returns whether a step lies in the learning rate's decay."""
         return step >= decay_start(self.optim, self.steps)
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        own = self.at(step).learning_rate
-        return learning_rate_at(self.optim, step, self.steps) if own is None else own
+        """Returns the learning rate of a step."""
+        of_phase = self.at(step).learning_rate
+        if of_phase is not None:
+            return of_phase
+        return learning_rate_at(self.optim, step, self.steps)
 
     def mtp_loss_weight(self, step: int) -> float:
-        """The weight of the MTP loss; it falls when the learning rate starts to (REP 4.2)."""
-        own, run = self.at(step).mtp_loss_weight, self.config.model.mtp_loss_weight
-        later = self.config.mtp_loss_weight_in_decay
-        if own is not None:
-            return own
-        return min(later, run) if later is not None and self.in_decay(step) else run
+        """Returns the weight of the MTP loss, lower in the learning rate's decay (report §4.2)."""
+        of_phase, of_run = self.at(step).mtp_loss_weight, self._model.mtp_loss_weight
+        in_decay = self._mtp_loss_weight_in_decay
+        if of_phase is not None:
+            return of_phase
+        return min(in_decay, of_run) if in_decay is not None and self.in_decay(step) else of_run
 
     @property
     def seq_len(self) -> int:
-        """Of the phase with most tokens: what layers are divided over a pipeline for."""
+        """Row length of the phase with most tokens, for which pipeline stages are balanced."""
         return max(self.phases, key=lambda phase: phase.tokens).rows.seq_len
 
     @property
@@ -114,12 +117,12 @@ class Recipe:
         return max(self.phases, key=size)
 
     def notes(self) -> list[str]:
-        """What is allowed and perhaps not meant, a sentence each."""
-        model = self.config.model
+        """Returns a sentence about everything that is valid but probably unintended."""
+        model = self._model
         for phase in self.phases:
             entries = phase.rows.seq_len // model.csa_compress_ratio
-            chooses = phase.attention == "sparse" and "csa" in model.layer_types
-            if chooses and entries <= model.index_topk:
+            selects = phase.attention == "sparse" and "csa" in model.layer_types
+            if selects and entries <= model.index_topk:
                 return [
                     f"phase {phase.number} ({phase.name}): rows of {phase.rows.seq_len:,} have "
                     f"{entries:,} entries and model.index_topk is {model.index_topk:,}, so that "
@@ -128,7 +131,7 @@ class Recipe:
         return []
 
 
-def _only(config: RunConfig) -> Phase:
+def _single_phase(config: RecipeSettings) -> Phase:
     rows = config.data.one_phase()
     return Phase(
         number=0,
@@ -146,94 +149,94 @@ def _only(config: RunConfig) -> Phase:
     )
 
 
-def _resolve(config: RunConfig) -> tuple[Phase, ...]:
+def _resolve(config: RecipeSettings) -> tuple[Phase, ...]:
     phases: list[Phase] = []
     step = tokens = 0
-    for number, given in enumerate(config.phases):
-        if given.until_tokens <= tokens:
+    for number, settings in enumerate(config.phases):
+        if settings.until_tokens <= tokens:
             raise ValueError(
-                f"phases.{number}.until_tokens = {given.until_tokens:,} overlaps "
+                f"phases.{number}.until_tokens = {settings.until_tokens:,} overlaps "
                 f"what comes before, which takes {tokens:,} tokens; every phase should end later "
                 "than the one before"
             )
-        rows = _rows(config, number, given, given.until_tokens - tokens)
-        assert rows.steps is not None
-        taken = rows.rows_before(rows.steps) * rows.seq_len
-        warmup = given.attention == "warmup"
-        speed = config.router_bias_speed
-        if given.router_bias_speed is not None:
-            speed = given.router_bias_speed
-        phases.append(
-            Phase(
-                number=number,
-                name=given.name or _name(given, rows),
-                first=step,
-                steps=rows.steps,
-                tokens=taken,
-                rows=rows,
-                attention=given.attention,
-                decay=given.decay,
-                learning_rate=WARMUP_LEARNING_RATE
-                if warmup and given.learning_rate is None
-                else given.learning_rate,
-                mtp_loss_weight=given.mtp_loss_weight,
-                router_bias_speed=0.0 if warmup else speed,
-                quantisation=given.quantisation or config.quantisation,
-            )
-        )
-        step, tokens = step + rows.steps, tokens + taken
+        phase = _phase(config, number, first=step, budget=settings.until_tokens - tokens)
+        phases.append(phase)
+        step, tokens = phase.end, tokens + phase.tokens
     return tuple(phases)
 
 
-def _name(given: PhaseConfig, rows: DataPhase) -> str:
-    more = ", decay" * given.decay + (f", {given.quantisation}" if given.quantisation else "")
-    return f"{given.attention} {short_length(rows.seq_len)}{more}"
+def _phase(config: RecipeSettings, number: int, first: int, budget: int) -> Phase:
+    """Returns a phase that begins at the step `first` and takes `budget` tokens."""
+    settings = config.phases[number]
+    rows = _rows(config, number, budget)
+    steps = _steps(rows, number, settings, budget)
+    is_warmup = settings.attention == "warmup"
+    learning_rate, speed = settings.learning_rate, settings.router_bias_speed
+    if is_warmup:
+        learning_rate = WARMUP_LEARNING_RATE if learning_rate is None else learning_rate
+        speed = 0.0
+    return Phase(
+        number=number,
+        name=settings.name or _name(settings, rows),
+        first=first,
+        steps=steps,
+        tokens=rows.rows_before(steps) * rows.seq_len,
+        rows=rows.model_copy(update={"steps": steps}),
+        attention=settings.attention,
+        decay=settings.decay,
+        learning_rate=learning_rate,
+        mtp_loss_weight=settings.mtp_loss_weight,
+        router_bias_speed=config.router_bias_speed if speed is None else speed,
+        quantisation=settings.quantisation or config.quantisation,
+    )
 
 
-def _rows(config: RunConfig, number: int, given: PhaseConfig, budget: int) -> DataPhase:
-    """A phase's rows, and the fewest steps that take `budget` positions."""
-
-    def of(name: str) -> int:
-        own = getattr(given, name)
-        return getattr(config.data, name) if own is None else own
-
-    length, most = of("seq_len"), of("global_batch_size")
-    sizes = {
-        "seq_len": length,
-        "global_batch_size": most,
-        "micro_batch_size": of("micro_batch_size"),
-    }
-    weights = config.data.source_weights if given.source_weights is None else given.source_weights
-    rows = DataPhase(**sizes, source_weights=weights)
-    if given.initial_batch_size is not None and given.rampup_tokens is not None:
-        if given.initial_batch_size >= most:
-            raise ValueError(
-                f"phases.{number}.initial_batch_size = {given.initial_batch_size} should be less "
-                f"than the rows that it grows to, {most}"
-            )
-        mean = (given.initial_batch_size + most) / 2
-        ramp = max(1, round(given.rampup_tokens / (mean * length)))
-        rows = DataPhase(
-            **sizes,
-            source_weights=weights,
-            initial_batch_size=given.initial_batch_size,
-            rampup_steps=ramp,
+def _rows(config: RecipeSettings, number: int, budget: int) -> DataPhase:
+    """Returns the rows of a phase, which `data` has where the phase does not, without its steps."""
+    settings = config.phases[number]
+    fields: dict[str, Any] = {}
+    for name in ("seq_len", "global_batch_size", "micro_batch_size", "source_weights"):
+        of_phase = getattr(settings, name)
+        fields[name] = getattr(config.data, name) if of_phase is None else of_phase
+    first, final = settings.initial_batch_size, fields["global_batch_size"]
+    if first is None or settings.rampup_tokens is None:
+        return DataPhase(**fields)
+    if first >= final:
+        raise ValueError(
+            f"phases.{number}.initial_batch_size = {first} should be less than the rows that it "
+            f"grows to, {final}"
         )
-    low, high = 0, rows.rampup_steps + -(-budget // (length * most))
+    mean = (first + final) / 2
+    rampup_steps = max(1, round(settings.rampup_tokens / (mean * fields["seq_len"])))
+    return DataPhase(**fields, initial_batch_size=first, rampup_steps=rampup_steps)
+
+
+def _steps(rows: DataPhase, number: int, settings: PhaseConfig, budget: int) -> int:
+    """Returns the smallest number of steps that takes `budget` tokens, by bisection."""
+    low, high = 0, rows.rampup_steps + -(-budget // (rows.seq_len * rows.global_batch_size))
     while high - low > 1:
         middle = (low + high) // 2
-        enough = rows.rows_before(middle) * length >= budget
+        enough = rows.rows_before(middle) * rows.seq_len >= budget
         low, high = (low, middle) if enough else (middle, high)
     if high < rows.rampup_steps:
         raise ValueError(
-            f"phases.{number}.rampup_tokens = {given.rampup_tokens:,} are more than the phase's "
+            f"phases.{number}.rampup_tokens = {settings.rampup_tokens:,} are more than the phase's "
             f"{budget:,} tokens"
         )
-    return rows.model_copy(update={"steps": high})
+    return high
+
+
+def _name(settings: PhaseConfig, rows: DataPhase) -> str:
+    suffix = ", decay" if settings.decay else ""
+    suffix += f", {settings.quantisation}" if settings.quantisation else ""
+    return f"{settings.attention} {short_length(rows.seq_len)}{suffix}"
 
 
 def _decaying(optim: OptimConfig, start: int) -> OptimConfig:
-    """The settings with the decay at a step. Raises ValueError where that is in the warm-up."""
+    """Returns the settings with the decay from a step on.
+
+    Raises ValueError where that is in the warm-up.
+    """
     shape = optim.schedule
     if start < shape.warmup_steps:
         raise ValueError(
@@ -245,7 +248,7 @@ def _decaying(optim: OptimConfig, start: int) -> OptimConfig:
 
 
 def short_length(tokens: int) -> str:
-    """4096 as 4K, 1048576 as 1M; other numbers as they are."""
+    """Returns 4K for 4096 and 1M for 1048576; other numbers as they are."""
     for size, letter in ((2**20, "M"), (2**10, "K")):
         if tokens >= size and tokens % size == 0:
             return f"{tokens // size}{letter}"

@@ -7,47 +7,43 @@ Unknown keys, wrong types and values that do not fit together raise ConfigError 
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
-from data.config import DataConfig, DataPhase
+from data.config import DataConfig
 from model.config import ModelConfig
 from optim.config import OptimConfig
-from trainer.config.deepspeed import problems as deepspeed_problems
+from trainer.config.checks import phase_problems, rows_of, run_problems
 from trainer.config.explain import explain
 from trainer.config.parallel import ParallelConfig
 from trainer.config.phases import PhaseConfig, Quantisation
-from trainer.config.phases import problems as phase_problems
-from trainer.config.quantisation import fp8_problems
-from trainer.config.quantisation import problems as quantisation_problems
 from trainer.config.recipe import Recipe
+from trainer.config.section import Section
 from trainer.config.source import ConfigError, dump_yaml, read_source
 from trainer.config.stability import StabilityConfig
-from trainer.config.stability import problems as stability_problems
 from trainer.parallel.degrees import Degrees
 
-__all__ = ["ConfigError", "RunConfig", "Section", "load_as", "load_config", "load_run"]
-
-PositiveInt = Annotated[int, Field(ge=1)]
-NaturalInt = Annotated[int, Field(ge=0)]
 Root = TypeVar("Root", bound=BaseModel)
-
-
-class Section(BaseModel):
-    """A part of the config: unknown keys fail, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class CheckpointConfig(Section):
     """When checkpoints are written and how many stay."""
 
-    every: NaturalInt = 1000
+    every: NonNegativeInt = 1000
     """Steps between checkpoints; 0 writes only the last one (and one on SIGTERM or SIGINT)."""
-    keep: NaturalInt = 3
+    keep: NonNegativeInt = 3
     """How many of the newest stay; 0 keeps all."""
 
 
@@ -68,11 +64,11 @@ class MetricsConfig(Section):
 
     every: PositiveInt = 1
     """Steps between plain progress lines, and between points sent to wandb."""
-    layer_stats_every: NaturalInt = 100
+    layer_stats_every: NonNegativeInt = 100
     """Steps between looks at every layer (loads of experts, router biases, sinks, streams, SwiGLU)
     and at how far weights move, which run one microbatch forward once more, copy the weights to the
     host and wait for the device; 0 looks only after the last step."""
-    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    peak_tflops: PositiveFloat | None = None
     """Peak of one device in TFLOP/s; with it `mfu` is reported. Null is bf16's of the data sheet,
     where precision is bf16 or fp8 and the GPU a known one."""
     wandb: WandbConfig = WandbConfig()
@@ -81,7 +77,7 @@ class MetricsConfig(Section):
 class EvaluationConfig(Section):
     """Loss on the validation split during training."""
 
-    every: NaturalInt = 1000
+    every: NonNegativeInt = 1000
     """Steps between evaluations; 0 evaluates only after the last step."""
     max_rows: PositiveInt | None = None
     """Validation rows that are read; null reads all of them."""
@@ -94,10 +90,10 @@ class RunConfig(Section):
 
     run_dir: Path
     """The run's folder: config.yaml, metrics.jsonl, checkpoints/, wandb/, report.html."""
-    steps: NaturalInt = 0
+    steps: NonNegativeInt = 0
     """Optimizer steps of the whole run, those before a resume included; with `phases` they follow
     from the phases' tokens."""
-    seed: NaturalInt = 0
+    seed: NonNegativeInt = 0
     """Decides initial weights and data order."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """`bf16` computes in bfloat16, with fp32 master weights in the optimizer. `fp8` is bf16 with
@@ -106,9 +102,9 @@ class RunConfig(Section):
     """`deepspeed` leaves gradients and optimizer to DeepSpeed and its ZeRO stages."""
     deepspeed: dict[str, Any] | None = None
     """DeepSpeed's own settings, in its format; see docs/deepspeed.md."""
-    mtp_loss_weight_in_decay: Annotated[float, Field(ge=0)] | None = 0.1
+    mtp_loss_weight_in_decay: NonNegativeFloat | None = 0.1
     """MTP loss weight once the learning rate decays (REP 4.2); null keeps model.mtp_loss_weight."""
-    router_bias_speed: Annotated[float, Field(ge=0)] = 0.001
+    router_bias_speed: NonNegativeFloat = 0.001
     """How far a router's bias moves a step, against the load (V3 2.1.2; V4's own value)."""
     quantisation: Quantisation = "none"
     """`mxfp4` trains routed experts and the indexer's queries and keys for four bits (REP 3.4)."""
@@ -132,57 +128,24 @@ class RunConfig(Section):
     metrics: MetricsConfig = MetricsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @cached_property
+    def recipe(self) -> Recipe:
+        """What the run does at every step; `recipe.steps` are the steps of the whole run."""
+        return Recipe(self)
+
     @model_validator(mode="after")
-    def _fits_together(self) -> "RunConfig":
-        if not self.phases and not self.steps:
-            raise ValueError("the key 'steps' is missing, or 0; it should be at least 1")
+    def _fits_together(self) -> Self:
         for problem in phase_problems(self):
             raise ValueError(problem)
-        recipe = Recipe(self)
-        if self.phases and self.steps not in (0, recipe.steps):
-            raise ValueError(
-                f"steps = {self.steps:,}, but the phases have {recipe.steps:,}: they should cover "
-                "the run and no more; leave steps out, or say steps=0"
-            )
-        object.__setattr__(self, "steps", recipe.steps)
-        vocabulary, ids = self.model.vocab_size, self.data.tokenizer.vocab_size
-        if ids > vocabulary:
-            raise ValueError(
-                f"model.vocab_size = {vocabulary} should be at least data.tokenizer.vocab_size = "
-                f"{ids}"
-            )
-        for problem in (
-            *self.parallel.problems(self.model),
-            *fp8_problems(self),
-            *deepspeed_problems(self),
-            *quantisation_problems(self),
-            *stability_problems(self, recipe.phases),
-        ):
+        for problem in run_problems(self, self.recipe):
             raise ValueError(problem)
-        for where, rows in self._all_rows(recipe):
-            self._check_rows(where, rows)
         return self
 
-    def _all_rows(self, recipe: Recipe) -> list[tuple[str, DataPhase]]:
-        """The rows of the validation text and of every phase, by the section that says them."""
-        own = [(f"phases.{phase.number}", phase.rows) for phase in recipe.phases if self.phases]
-        return [("data", self.data.one_phase()), *own]
-
-    def _check_rows(self, where: str, rows: DataPhase) -> None:
-        """Raise ValueError for rows that the model or the axes cannot take."""
-        if rows.seq_len > self.model.max_position_embeddings:
-            raise ValueError(
-                f"{where}.seq_len = {rows.seq_len} should be at most "
-                f"model.max_position_embeddings = {self.model.max_position_embeddings}"
-            )
-        for name in ("global_batch_size", "initial_batch_size"):
-            if (getattr(rows, name) or 0) % rows.micro_batch_size:
-                raise ValueError(
-                    f"{where}.{name} = {getattr(rows, name)} should be a multiple of "
-                    f"{where}.micro_batch_size = {rows.micro_batch_size}"
-                )
-        for problem in self.parallel.row_problems(rows.seq_len, where):
-            raise ValueError(problem)
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's; the copy resolves its own recipe."""
+        copy = super().model_copy(update=update, deep=deep)
+        copy.__dict__.pop("recipe", None)
+        return copy
 
     def check_world(self, world_size: int) -> None:
         """Raise ConfigError when the run cannot be spread over this many processes.
@@ -192,7 +155,7 @@ class RunConfig(Section):
         """
         for problem in self.parallel.world_problems(world_size):
             raise ConfigError(problem)
-        for where, rows in self._all_rows(Recipe(self)):
+        for where, rows in rows_of(self, self.recipe):
             for problem in self.parallel.step_problems(world_size, rows, where):
                 raise ConfigError(problem)
 
@@ -201,7 +164,7 @@ class RunConfig(Section):
         self.check_world(world_size)
         return self.parallel.degrees(world_size)
 
-    def alone(self) -> "RunConfig":
+    def alone(self) -> Self:
         """The same run on one process, without DeepSpeed and torch.compile."""
         alone = {"parallel": ParallelConfig(), "engine": "native", "deepspeed": None}
         alone["compile"] = False
@@ -216,8 +179,8 @@ class RunConfig(Section):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in YAML or JSON."""
-        return self.model_dump(mode="json")
+        """Plain values, as they stand in YAML or JSON, with the number of steps resolved."""
+        return self.model_dump(mode="json") | {"steps": self.recipe.steps}
 
     def to_yaml(self) -> str:
         """The resolved config, itself a valid config."""

@@ -1,33 +1,26 @@
 """How a run is kept stable: anticipatory routing and spikes. Imports no torch."""
 
-from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-NaturalInt = Annotated[int, Field(ge=0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0.0)]
+from trainer.config.section import Section
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class AnticipatoryRoutingConfig(_Strict):
+class AnticipatoryRoutingConfig(Section):
     """Experts chosen with the weights of some steps ago (REP 4.2.3)."""
 
     when: Literal["never", "after_spikes", "always"] = "after_spikes"
     """`after_spikes`: for `active_steps` steps after a spike, where `stability.spikes` is set;
     `always`: from the first step to the last."""
-    lag_steps: NaturalInt = 3
+    lag_steps: NonNegativeInt = 3
     """By how many steps; unpublished (L). What it costs does not depend on it, but for the memory
     of the choices that wait. 0 chooses with the present weights, as plain training does."""
     active_steps: PositiveInt = 100
     """For how long after a spike; unpublished (L)."""
 
 
-class SpikeConfig(_Strict):
+class SpikeConfig(Section):
     """What counts as a spike and what is done about it. REP says no more than that there is a
     detector and a short rollback: all numbers here are our choice."""
 
@@ -37,23 +30,23 @@ class SpikeConfig(_Strict):
     """Steps whose distances from their own recent medians say what is usual."""
     min_history: PositiveInt = 32
     """How many of them there have to be before a step is judged."""
-    threshold: Positive = 6.0
+    threshold: PositiveFloat = 6.0
     """From how many robust deviations on a step is a spike."""
-    min_loss_deviation: Positive = 0.05
+    min_loss_deviation: PositiveFloat = 0.05
     """Least deviation of the loss, in nats."""
-    min_grad_norm_deviation: Positive = 0.25
+    min_grad_norm_deviation: PositiveFloat = 0.25
     """Least deviation of the gradient norm's logarithm."""
-    min_router_deviation: Positive = 0.02
+    min_router_deviation: PositiveFloat = 0.02
     """Least deviation of a router's mean share of the first choice."""
     router_collapse_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """Share of a step's tokens that go to one expert of a learned layer from which its router has
     collapsed, unless half as many went there all along."""
-    snapshot_every: NaturalInt = 20
+    snapshot_every: NonNegativeInt = 20
     """Steps between copies of weights and optimizer on the host; 0 turns back to checkpoints
     only."""
     min_rollback_steps: PositiveInt = 5
     """Least number of steps that a run turns back."""
-    max_rollbacks: NaturalInt = 10
+    max_rollbacks: NonNegativeInt = 10
     """Rollbacks of a whole run; one more spike ends it."""
     skip_bad_batches: bool = True
     """Pass over a batch at whose step a spike was seen twice: what comes once, such as a fault of
@@ -65,37 +58,10 @@ class SpikeConfig(_Strict):
         return 1 + -(-self.min_rollback_steps // self.snapshot_every) if self.snapshot_every else 0
 
 
-class StabilityConfig(_Strict):
+class StabilityConfig(Section):
     """See docs/stability.md."""
 
     anticipatory_routing: AnticipatoryRoutingConfig = AnticipatoryRoutingConfig()
     spikes: SpikeConfig | None = None
     """Null, the default, only skips steps that are not finite: a run that turns back by itself
     holds copies of all its states, and is for recipes to ask for."""
-
-
-def problems(config: Any, phases: Iterable[Any]) -> Iterator[str]:
-    """What contradicts the rest of the config, a sentence each that names both fields.
-
-    `phases` as in Recipe.
-    """
-    spikes, ahead = config.stability.spikes, config.stability.anticipatory_routing
-    used = ahead.when == "always" or (ahead.when == "after_spikes" and spikes is not None)
-    for phase in phases:
-        if used and config.phases and ahead.lag_steps > phase.steps:
-            yield (
-                f"stability.anticipatory_routing.lag_steps = {ahead.lag_steps} should be at "
-                f"most {phase.steps}, the steps of phases.{phase.number}"
-            )
-    if spikes is None:
-        return
-    if config.engine == "deepspeed":
-        yield (
-            "stability.spikes does not go with engine = deepspeed, which cannot leave out an "
-            "update; it should be null"
-        )
-    if spikes.min_history > spikes.deviation_window:
-        yield (
-            f"stability.spikes.min_history = {spikes.min_history} should be at most "
-            f"stability.spikes.deviation_window = {spikes.deviation_window}"
-        )

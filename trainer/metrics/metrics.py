@@ -38,7 +38,7 @@ class Metrics:
             self.peak_tflops = DeviceInfo.of(grid.device).peak_tflops
         self.file = MetricsFile(config.run_dir / "metrics.jsonl", state.step)
         self.wandb = WandbLog(config)
-        self.progress = Progress(config.steps, state.step, config.metrics.every)
+        self.progress = Progress(config.recipe.steps, state.step, config.metrics.every)
 
     def __call__(self, state: TrainState, result: StepResult) -> None:
         """Writes a step's record; a periodic hook of the trainer."""

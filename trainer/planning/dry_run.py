@@ -26,8 +26,7 @@ from model.qat import rounded_weights
 from model.transformer import Microbatch
 from optim import HybridZero
 from trainer.build import DTYPES, make_local, make_optimizer
-from trainer.config import RunConfig
-from trainer.config.recipe import Phase, Recipe
+from trainer.config import Phase, RunConfig
 from trainer.engine import NativeEngine
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.expert import ExpertDispatch
@@ -151,7 +150,7 @@ def dry_run(
         chosen = {0, stage_ranks - 1, stage_parts(config, degrees, pipeline).fullest}
         places += [pipeline * stage_ranks + rank for rank in sorted(chosen)]
     known: _Known = {}
-    planned = Recipe(config).largest if phase is None else Recipe(config).phases[phase]
+    planned = config.recipe.largest if phase is None else config.recipe.phases[phase]
     ranks, elements = [], {}
     for number, rank in enumerate(places):
         with as_rank(rank, degrees) as grid:

@@ -18,8 +18,7 @@ from data.config import DataPhase
 from model.flops import flops_by_part, training_flops
 from model.parameters import parameter_counts, parameter_table
 from optim.partition import build_table, render_table
-from trainer.config import ConfigError, RunConfig
-from trainer.config.recipe import Phase, Recipe, short_length
+from trainer.config import ConfigError, Phase, Recipe, RunConfig, short_length
 from trainer.formatting import GIB, duration, gib, short
 from trainer.metrics.jsonl import read_metrics
 from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
@@ -60,7 +59,7 @@ def plan(
     if config.engine != "native":
         raise ConfigError(f"engine = {config.engine}: v4 plan supports engine = native only")
     degrees = config.degrees(world_size)
-    phases = Recipe(config).phases
+    phases = config.recipe.phases
     if phase is not None and not 0 <= phase < len(phases):
         raise ConfigError(f"phase {phase} should be one of the run's, 0 to {len(phases) - 1}")
     yield summary(config, degrees)
@@ -95,9 +94,9 @@ def plan(
 def summary(config: RunConfig, degrees: Degrees) -> Table:
     """Returns steps, tokens, parameters and the degrees of all axes."""
     counts = parameter_counts(config.model)
-    phases = Recipe(config).phases
+    phases = config.recipe.phases
     step_tokens = max(s.rows.global_batch_size * s.rows.seq_len for s in phases)
-    largest = Recipe(config).largest.rows
+    largest = config.recipe.largest.rows
     table = Table(title=f"{config.run_dir}", show_header=False, title_justify="left")
     table.add_column("what")
     table.add_column("value", justify="right")
@@ -105,7 +104,7 @@ def summary(config: RunConfig, degrees: Degrees) -> Table:
     for name, value in (
         ("processes", f"{degrees.world:,}"),
         *((" x ".join(axes), " x ".join(map(str, degrees.of(axes)))) for axes in (DENSE, EXPERT)),
-        ("steps", f"{config.steps:,}"),
+        ("steps", f"{config.recipe.steps:,}"),
         ("tokens per step, max", f"{step_tokens:,}"),
         ("tokens in total, max", f"{sum(phase.tokens for phase in phases):,}"),
         (
@@ -122,7 +121,7 @@ def summary(config: RunConfig, degrees: Degrees) -> Table:
 
 def recipe_part(config: RunConfig, degrees: Degrees) -> Iterator[Table | str]:
     """Yields the run's phases with steps, tokens and times, and the basis of the times."""
-    recipe = Recipe(config)
+    recipe = config.recipe
     rate, basis = expected_rate(config, degrees)
     table = Table(title="phases", title_justify="left")
     names = ("phase", "name", "steps", "tokens", "until", "rows x length", "rate", "mtp", "time")
@@ -188,7 +187,7 @@ def format_rates(recipe: Recipe, phase: Phase) -> str:
 
 def stage_table(config: RunConfig) -> Table:
     """Returns the layers of each pipeline stage and its share of a row's FLOPs."""
-    length = Recipe(config).seq_len
+    length = config.recipe.seq_len
     stages = config.parallel.stages(config.model, length)
     shares = stage_shares(stages, *flops_by_part(config.model, length))
     rank_of = {number: rank for rank in range(stages.ranks) for number in stages.stages_of(rank)}
@@ -234,7 +233,7 @@ def traffic_of(config: RunConfig, degrees: Degrees) -> Table | str:
 
     In the phase with the largest microbatches; rows are one sample each and routing is even.
     """
-    phase = Recipe(config).largest
+    phase = config.recipe.largest
     if phase.attention == "warmup":
         return f"Traffic has no formula for the warm-up of the indexers, phase {phase.number}."
     rows, parallel = phase.rows, config.parallel
@@ -251,7 +250,7 @@ def traffic_of(config: RunConfig, degrees: Degrees) -> Table | str:
         parallel.expert_grad_reduce_dtype,
         parallel.max_optimizer_padding,
     )
-    stages = parallel.stages(config.model, Recipe(config).seq_len)
+    stages = parallel.stages(config.model, config.recipe.seq_len)
     first_ranks = range(0, degrees.world, degrees.world // degrees.pipeline)
     try:
         by_rank = {

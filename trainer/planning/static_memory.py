@@ -15,7 +15,6 @@ from model.parameters import Parameter, parameter_table, split_name, tensors_of
 from optim import build_table
 from optim.zero import Load, LoadSummary
 from trainer.config import RunConfig
-from trainer.config.recipe import Recipe
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.placement import place_all
 from trainer.parallel.stage_plan import StagePlan, tied_embedding
@@ -94,7 +93,7 @@ def stage_tensors(model: ModelConfig, stages: StagePlan, rank: int) -> dict[str,
 
 def stage_parts(config: RunConfig, degrees: Degrees, pipeline: int) -> StageParts:
     """Computes the memory of the ranks of one pipeline rank."""
-    stages = config.parallel.stages(config.model, Recipe(config).seq_len)
+    stages = config.parallel.stages(config.model, config.recipe.seq_len)
     tensors = stage_tensors(config.model, stages, pipeline)
     shapes = {name: line.shape for name, line in tensors.items()}
     placements = place_all(shapes, degrees, pipeline * (degrees.world // degrees.pipeline))
@@ -117,7 +116,7 @@ def stage_parts(config: RunConfig, degrees: Degrees, pipeline: int) -> StagePart
         config.parallel.max_optimizer_padding,
     )
     quantised = None
-    if any(phase.quantised for phase in Recipe(config).phases):
+    if any(phase.quantised for phase in config.recipe.phases):
         quantised = sum(sizes_of[name] for name in trained if placements[name].kind == "expert")
     return StageParts(
         groups,

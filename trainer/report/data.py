@@ -9,7 +9,6 @@ import numpy as np
 from data.rows import Batch, Loader
 from data.text import Tokenizer
 from trainer.config import RunConfig
-from trainer.config.recipe import Recipe
 from trainer.files import write_whole
 from trainer.formatting import short
 from trainer.report.data_facts import (
@@ -50,7 +49,7 @@ def write_data_report(config: RunConfig) -> Path:
     Raises DataError where the shards or the tokenizer are missing or damaged.
     """
     tokenizer = Tokenizer(config.data.tokenizer.path)
-    rows = [phase.rows for phase in Recipe(config).phases]
+    rows = [phase.rows for phase in config.recipe.phases]
     facts = collect(config.data, rows[0].seq_len)
     loader = Loader(config.data, config.seed, phases=rows)
     target = Path(config.data.shards) / "report.html"

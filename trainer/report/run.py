@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from model.parameters import parameter_counts
-from trainer.config import RunConfig
-from trainer.config.recipe import Recipe, short_length
+from trainer.config import RunConfig, short_length
 from trainer.errors import ReportError
 from trainer.files import write_whole
 from trainer.formatting import short
@@ -93,7 +92,7 @@ def render(config: RunConfig, records: list[dict[str, Any]], events: list[Event]
     )
     return page(
         str(config.run_dir),
-        f"DeepSeek-V4 pre-training, step {last['step']:,} of {config.steps:,}",
+        f"DeepSeek-V4 pre-training, step {last['step']:,} of {config.recipe.steps:,}",
         f"<div class=tiles>{tiles}</div><div class=charts>{charts}</div>"
         f"{events_section(config, records, events)}"
         f"{layers_section(config, records)}{groups_section(records)}<div class=facts>{facts}</div>",
@@ -104,7 +103,7 @@ def phase_marks(config: RunConfig) -> list[Mark]:
     """Returns where the phases of a run begin; none for a run without phases."""
     if not config.phases:
         return []
-    return [(phase.first, phase.name) for phase in Recipe(config).phases]
+    return [(phase.first, phase.name) for phase in config.recipe.phases]
 
 
 def page(title: str, subtitle: str, body: str) -> str:
@@ -165,7 +164,7 @@ def _facts(config: RunConfig, last: dict[str, Any]) -> list[tuple[str, list[tupl
         (
             "Training",
             [
-                ("steps", f"{last['step']:,} of {config.steps:,}"),
+                ("steps", f"{last['step']:,} of {config.recipe.steps:,}"),
                 ("tokens", f"{last['tokens']:,}"),
                 *_batch_of_phases(config),
                 ("peak learning rate", f"{optim.learning_rate:g}"),
@@ -187,7 +186,7 @@ def _batch_of_phases(config: RunConfig) -> list[tuple[str, str]]:
             f"batch, rows x tokens{phase.name and ', ' + phase.name}",
             f"{phase.rows.global_batch_size} x {short_length(phase.rows.seq_len)}",
         )
-        for phase in Recipe(config).phases
+        for phase in config.recipe.phases
     ]
 
 

@@ -26,8 +26,7 @@ from torch import Tensor
 from data import Batch, Loader
 from data.config import fingerprint_text
 from trainer.checkpoint.logical_tensors import Boxes, TensorBox, routing_name
-from trainer.config.recipe import Recipe
-from trainer.config.stability import AnticipatoryRoutingConfig
+from trainer.config import AnticipatoryRoutingConfig, Recipe
 from trainer.engine import Engine
 from trainer.microbatches import SelectedExperts
 from trainer.parallel.grid import Grid

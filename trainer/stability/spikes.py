@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from trainer.config.stability import SpikeConfig
+from trainer.config import SpikeConfig
 
 History = dict[str, list[float]]
 """By metric its last values, and by metric and an apostrophe their distances from the median of

@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from trainer.config import ConfigError, RunConfig, load_config
-from trainer.config.explain import _model_at
+from launch.job import ClusterConfig
+from trainer.config import ConfigError, RunConfig, Section, load_config
+from trainer.config.explain import _model_at, _model_in
 from trainer.config.renamed import _REMOVED, _RENAMED
 from trainer.config.source import dump_yaml, parse_yaml
 
@@ -133,6 +136,25 @@ def test_every_name_of_today_exists_and_no_earlier_one_does() -> None:
             continue
         assert old.split(".")[-1] not in section.model_fields, old
         assert new is None or new in section.model_fields, new
+
+
+def sections_in(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield model
+    for field in model.model_fields.values():
+        if (inner := _model_in(field.annotation)) is not None:
+            yield from sections_in(inner)
+
+
+@pytest.mark.parametrize("root", [RunConfig, ClusterConfig])
+def test_all_sections_are_equally_strict(root: type[BaseModel]) -> None:
+    for section in sections_in(root):
+        assert section.model_config == Section.model_config, section
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+def test_numbers_are_finite(value: str) -> None:
+    text = refused(f"metrics.peak_tflops={value}")
+    assert "metrics.peak_tflops = " in text and "finite number" in text
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from trainer.config import ConfigError, load_config
-from trainer.config.recipe import Recipe
 
 CHANGING = [
     {
@@ -54,11 +53,11 @@ def phased(tiny: Path, folder: Path, phases: list[dict[str, Any]], **more: Any) 
 
 def test_everything_is_a_function_of_the_step(tiny: Path, tmp_path: Path) -> None:
     config = load_config(phased(tiny, tmp_path, CHANGING))
-    recipe = Recipe(config)
+    recipe = config.recipe
     # A ramp of 768 / (32 x 3) = 8 steps of 2 rows, then 4 rows until 1,536 tokens.
     assert [phase.first for phase in recipe.phases] == [0, 16, 24, 29, 35]
     assert [phase.end for phase in recipe.phases] == [16, 24, 29, 35, 45]
-    assert config.steps == recipe.steps == 45
+    assert recipe.steps == 45 and config.steps == 0
     assert recipe.phases[0].tokens == 8 * 2 * 32 + 8 * 4 * 32
     counted = 0
     for phase in recipe.phases:
@@ -80,7 +79,8 @@ def test_everything_is_a_function_of_the_step(tiny: Path, tmp_path: Path) -> Non
     ]
     assert recipe.phases[1].rows.source_weights == {"words": 2}
     assert recipe.largest.number == 4 and recipe.seq_len == 192
-    assert load_config(write(config.to_yaml(), tmp_path)) == config
+    again = load_config(write(config.to_yaml(), tmp_path))
+    assert again.steps == again.recipe.steps == 45 and again.digest() == config.digest()
 
 
 def write(text: str, folder: Path) -> Path:
@@ -91,11 +91,22 @@ def write(text: str, folder: Path) -> Path:
 
 def test_a_run_without_phases_is_one(tiny: Path) -> None:
     config = load_config(tiny, ["steps=20", "optim.schedule.decay_fraction=0.5"])
-    recipe = Recipe(config)
+    recipe = config.recipe
     assert len(recipe.phases) == 1 and recipe.at(0) is recipe.at(100)
     assert recipe.at(0).rows == config.data.one_phase() and recipe.at(0).attention == "select"
     assert [recipe.mtp_loss_weight(step) for step in (9, 10)] == [0.3, 0.1]
     assert not recipe.notes()
+
+
+def test_a_recipe_is_resolved_once_and_belongs_to_its_config(tiny: Path) -> None:
+    config, other = load_config(tiny), load_config(tiny)
+    assert config.recipe is config.recipe and config.recipe.steps == config.steps
+    del other.__dict__["recipe"]
+    assert config == other and config.digest() == other.digest()
+    assert "recipe" not in config.model_dump() and "recipe" not in config.model_dump_json()
+    longer = config.model_copy(update={"steps": 9})
+    assert longer.recipe.steps == 9 and longer.recipe is not config.recipe
+    assert config.alone().recipe is not config.recipe
 
 
 def change(number: int, **fields: Any) -> list[dict[str, Any]]:
@@ -152,7 +163,7 @@ def change(number: int, **fields: Any) -> list[dict[str, Any]]:
         (
             change(0, until_tokens=0),
             {},
-            "phases.0.until_tokens = 0 should be greater than or equal to 1",
+            "phases.0.until_tokens = 0 should be greater than 0",
         ),
         (CHANGING, {"optim": {"schedule": {"decay_fraction": 0.1}}}, "decay_fraction = 0.1 and a"),
         (CHANGING, {"optim": {"schedule": {"warmup_steps": 40}}}, "warmup_steps = 40 reaches into"),
@@ -183,8 +194,8 @@ def test_every_step_of_a_ramp_must_fit_the_processes(tiny: Path, tmp_path: Path)
 
 def test_more_picks_than_entries_are_noted_once(tiny: Path, tmp_path: Path) -> None:
     path = phased(tiny, tmp_path, CHANGING)
-    assert not Recipe(load_config(path)).notes()
+    assert not load_config(path).recipe.notes()
     for picks in (64, 24):
-        (note,) = Recipe(load_config(path, [f"model.index_topk={picks}"])).notes()
+        (note,) = load_config(path, [f"model.index_topk={picks}"]).recipe.notes()
         assert f"rows of 96 have 24 entries and model.index_topk is {picks}" in note
-    assert not Recipe(load_config(path, ["model.index_topk=23"])).notes()
+    assert not load_config(path, ["model.index_topk=23"]).recipe.notes()

@@ -16,7 +16,6 @@ from data.rows import Loader, shuffled
 from data.text import Tokenizer
 from tests.trainer.tiny import TINY
 from trainer.config import RunConfig
-from trainer.config.recipe import Recipe
 from trainer.report.data import render, write_data_report
 from trainer.report.data_facts import (
     DataFacts,
@@ -181,7 +180,7 @@ def test_a_run_with_phases_shows_its_first(config: DataConfig) -> None:
     fields |= {"data": config.model_dump(), "phases": phases, "steps": 0}
     run = RunConfig.model_validate(fields)
     page = write_data_report(run).read_text()
-    rows = [phase.rows for phase in Recipe(run).phases]
+    rows = [phase.rows for phase in run.recipe.phases]
     loader = Loader(config, run.seed, phases=rows)
     steps = rows[0].steps or 0
     tokens = sum(n for s in range(steps) for b in loader.at(s) for row in b.lengths for n in row)

@@ -29,7 +29,6 @@ from trainer.checkpoint.logical_tensors import is_routing, routing_name
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.run import RunCheckpoint
 from trainer.config import ConfigError, RunConfig, load_config, load_run
-from trainer.config.recipe import Recipe
 from trainer.export.export import export_run
 from trainer.metrics.jsonl import read_metrics
 from trainer.metrics.layer_stats import expert_load_stats
@@ -81,12 +80,12 @@ def chosen_by(
         if not router.hashed:
             note = found.setdefault(row, []).append
             router.register_forward_hook(lambda _, __, out, note=note: note(out.indices_TA))
-    phases = [phase.rows for phase in Recipe(config).phases]
+    phases = [phase.rows for phase in config.recipe.phases]
     for batch in Loader(config.data, config.seed, phases=phases).at(step):
         layout = SampleLayout.from_lengths(batch.lengths, batch.tokens.shape[1])
         with torch.no_grad():
             local.model(batch.tokens, layout, batch.targets, attention=attention)
-    length = Recipe(config).at(step).rows.seq_len
+    length = config.recipe.at(step).rows.seq_len
     return {r: torch.cat(x).unflatten(0, (-1, length)).sort(-1).values for r, x in found.items()}
 
 

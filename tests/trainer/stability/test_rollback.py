@@ -16,8 +16,7 @@ import torch
 from model import TokenCounts
 from tests.distributed import spawn
 from tests.trainer.tiny import assert_same_run, steps_in_file
-from trainer.config import load_config
-from trainer.config.stability import SpikeConfig
+from trainer.config import SpikeConfig, load_config
 from trainer.engine import StepLosses
 from trainer.errors import ConfigError, DivergedError
 from trainer.metrics.jsonl import read_events, read_metrics

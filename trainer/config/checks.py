@@ -1,0 +1,146 @@
+"""Checks across the sections of a run's config. Imports no torch.
+
+Each yields one sentence per problem, which names both fields and what would be right.
+"""
+
+from collections.abc import Iterator
+
+from data.config import DataPhase
+from optim.config import ScheduleConfig
+from trainer.config.deepspeed import deepspeed_problems
+from trainer.config.phases import PhaseConfig
+from trainer.config.quantisation import fp8_problems, quantisation_problems
+from trainer.config.recipe import Recipe
+from trainer.config.settings import RunSettings
+
+
+def phase_problems(config: RunSettings) -> Iterator[str]:
+    """What has to be right before a recipe can be resolved: the order and options of the phases."""
+    if not config.phases:
+        if not config.steps:
+            yield "the key 'steps' is missing, or 0; it should be at least 1"
+        return
+    yield from _phases_on_this_engine(config)
+    longest, has_warmup, decays = 0, False, False
+    for number, phase in enumerate(config.phases):
+        where = f"phases.{number}"
+        length = config.data.seq_len if phase.seq_len is None else phase.seq_len
+        if length < longest:
+            yield (
+                f"{where}.seq_len = {length} is shorter than the {longest} of the phase before; "
+                "rows should never become shorter"
+            )
+        longest = length
+        if phase.attention == "sparse" and not has_warmup:
+            yield (
+                f"{where}.attention = sparse should come after a phase with attention = warmup, in "
+                "which the indexer learns what to select"
+            )
+        has_warmup = has_warmup or phase.attention == "warmup"
+        if decays and not phase.decay:
+            yield (
+                f"{where}.decay = false should be true, as in the phase before: the decay lasts to "
+                "the end of the run"
+            )
+        decays = phase.decay
+        yield from _source_weights(config, where, phase)
+    if decays:
+        yield from _one_decay(config.optim.schedule)
+
+
+def _phases_on_this_engine(config: RunSettings) -> Iterator[str]:
+    if config.engine != "native":
+        yield f"phases do not go with engine = {config.engine}; use engine = native"
+    modes = [phase.attention for phase in config.phases]
+    if "warmup" in modes and "csa" not in config.model.layer_types:
+        yield (
+            f"phases.{modes.index('warmup')}.attention = warmup trains indexers, and "
+            "model.layer_types has no csa layer with one; use dense"
+        )
+
+
+def _source_weights(config: RunSettings, where: str, phase: PhaseConfig) -> Iterator[str]:
+    try:
+        config.data.check_weights(phase.source_weights or {})
+    except ValueError as error:
+        yield f"{where}: {error}"
+
+
+def _one_decay(schedule: ScheduleConfig) -> Iterator[str]:
+    for field in ("decay_start", "decay_fraction"):
+        if (value := getattr(schedule, field)) is not None:
+            yield (
+                f"optim.schedule.{field} = {value} and a phase with decay = true both define where "
+                f"the decay starts; set optim.schedule.{field} to null"
+            )
+
+
+def run_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
+    """What keeps the sections of a config and its recipe from working together."""
+    if config.phases and config.steps not in (0, recipe.steps):
+        yield (
+            f"steps = {config.steps:,}, but the phases have {recipe.steps:,}: they should cover "
+            "the run and no more; omit steps, or set steps=0"
+        )
+    vocab_size, tokenizer_size = config.model.vocab_size, config.data.tokenizer.vocab_size
+    if tokenizer_size > vocab_size:
+        yield (
+            f"model.vocab_size = {vocab_size} should be at least data.tokenizer.vocab_size = "
+            f"{tokenizer_size}"
+        )
+    yield from config.parallel.problems(config.model)
+    yield from fp8_problems(config)
+    yield from deepspeed_problems(config)
+    yield from quantisation_problems(config)
+    yield from stability_problems(config, recipe)
+    for where, rows in rows_of(config, recipe):
+        yield from _row_problems(config, where, rows)
+
+
+def stability_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
+    """What keeps anticipatory routing or spike detection from working in this run."""
+    spikes, anticipatory = config.stability.spikes, config.stability.anticipatory_routing
+    is_used = anticipatory.when == "always"
+    is_used |= anticipatory.when == "after_spikes" and spikes is not None
+    for phase in recipe.phases:
+        if is_used and config.phases and anticipatory.lag_steps > phase.steps:
+            yield (
+                f"stability.anticipatory_routing.lag_steps = {anticipatory.lag_steps} should be at "
+                f"most {phase.steps}, the steps of phases.{phase.number}"
+            )
+    if spikes is None:
+        return
+    if config.engine == "deepspeed":
+        yield (
+            "stability.spikes does not go with engine = deepspeed, which cannot skip an update; it "
+            "should be null"
+        )
+    if spikes.min_history > spikes.deviation_window:
+        yield (
+            f"stability.spikes.min_history = {spikes.min_history} should be at most "
+            f"stability.spikes.deviation_window = {spikes.deviation_window}"
+        )
+
+
+def rows_of(config: RunSettings, recipe: Recipe) -> list[tuple[str, DataPhase]]:
+    """Returns the rows of the validation text and of every phase, by the section with their sizes.
+
+    Without phases, both are those of `data`.
+    """
+    of_phases = [(f"phases.{phase.number}", phase.rows) for phase in recipe.phases]
+    return [("data", config.data.one_phase()), *(of_phases if config.phases else [])]
+
+
+def _row_problems(config: RunSettings, where: str, rows: DataPhase) -> Iterator[str]:
+    if rows.seq_len > config.model.max_position_embeddings:
+        yield (
+            f"{where}.seq_len = {rows.seq_len} should be at most "
+            f"model.max_position_embeddings = {config.model.max_position_embeddings}"
+        )
+    for name in ("global_batch_size", "initial_batch_size"):
+        if (getattr(rows, name) or 0) % rows.micro_batch_size:
+            yield (
+                f"{where}.{name} = {getattr(rows, name)} should be a multiple of "
+                f"{where}.micro_batch_size = {rows.micro_batch_size}"
+            )
+    yield from config.parallel.row_problems(rows.seq_len, where)
