@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from launch import processes
+from trainer.exit_codes import USER_ERROR, error_line
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -198,16 +199,16 @@ def demo(
 
 
 def main() -> None:
-    """Entry point: one line on stderr and exit code 2 for a config that cannot be used."""
+    """Entry point: one line on stderr and exit code 2 for a user's error."""
     try:
         app()
     except ValueError as error:
-        from trainer.config import ConfigError
+        from trainer.errors import USER_ERRORS
 
-        if not isinstance(error, ConfigError):
+        if not isinstance(error, USER_ERRORS):
             raise
-        print(f"{processes.ERROR_PREFIX}{' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(processes.USER_ERROR)
+        print(error_line(error), file=sys.stderr)
+        sys.exit(USER_ERROR)
 
 
 if __name__ == "__main__":

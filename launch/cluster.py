@@ -1,13 +1,12 @@
 """Writes a job for a cluster: `train.sbatch` or `pytorchjob.yaml`, torchrun on every node."""
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.files import write_atomically
 from launch import kubernetes, slurm
 from launch.job import ClusterConfig, Job
-from trainer.config import ConfigError, RunConfig, load_as
+from trainer.config import RunConfig, load_as
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "clusters"
 
@@ -31,7 +30,8 @@ def write_job(
 ) -> Path:
     """Writes the job file for the cluster manager atomically and returns its path.
 
-    Raises ConfigError when the run does not fit the number of processes or `out` cannot be written.
+    Raises ConfigError when the run does not fit the number of processes, and DataError when `out`
+    cannot be written.
     """
     run.check_world(nodes * gpus_per_node)
     job = Job(run, tuple(arguments), cluster, nodes, gpus_per_node, out.absolute())
@@ -39,23 +39,5 @@ def write_job(
         name, text = "train.sbatch", slurm.script(job)
     else:
         name, text = "pytorchjob.yaml", kubernetes.manifest(job)
-    try:
-        return _write_whole(out / name, text)
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error.strerror}") from None
-
-
-def _write_whole(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
-    return path
+    write_atomically(out / name, text)
+    return out / name

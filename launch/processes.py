@@ -12,8 +12,8 @@ from typing import IO
 
 import psutil
 
-ERROR_PREFIX = "v4: error: "
-USER_ERROR = 2
+from trainer.exit_codes import ERROR_PREFIX, USER_ERROR
+
 _POLL_SECONDS = 0.2
 
 # For torchrun wherever it may restart. Without it, torch 2.13's agents share one store between all

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,10 +17,12 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data.files import write_atomically
 from launch import processes
 from launch.sweep_file import Arguments, Sweep, load_sweep
 from launch.sweep_search import Search, read_history, should_stop
 from trainer.config import ConfigError, load_run
+from trainer.exit_codes import FAILED, error_line
 
 _POLL_SECONDS = 0.3
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -62,11 +63,9 @@ def run_sweep(file: str, out: Path | None, jobs: int, seed: int) -> int:
         return 0
     best = runner.best()
     if best is None:
-        print(
-            f"{processes.ERROR_PREFIX}{folder}: every trial failed; see log.txt in their folders",
-            file=sys.stderr,
-        )
-        return 1
+        message = f"{folder}: every trial failed; see log.txt in their folders"
+        print(error_line(message), file=sys.stderr)
+        return FAILED
     code = processes.run(processes.command("sweep-report", str(folder)))
     number, value = best
     print(
@@ -81,21 +80,12 @@ def _check_same(sweep: Sweep, folder: Path, seed: int) -> None:
     path = folder / "definition.json"
     text = json.dumps({"seed": seed, **sweep.model_dump(mode="json")}, indent=1)
     if not path.is_file():
-        _write_whole(path, text)
+        write_atomically(path, text)
     elif path.read_text(encoding="utf-8") != text:
         raise ConfigError(
             f"{folder}: holds a sweep with another definition or seed; choose another folder with "
             "--out"
         )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 class _Runner:
@@ -190,7 +180,7 @@ class _Runner:
                 start_new_session=True,
             )
         born = psutil.Process(process.pid).create_time()
-        _write_whole(folder / "process.json", json.dumps({"pid": process.pid, "born": born}))
+        write_atomically(folder / "process.json", json.dumps({"pid": process.pid, "born": born}))
         self.running.append(Trial(number, folder, process, self._every(arguments)))
         self._record()
 
@@ -265,7 +255,7 @@ class _Runner:
             "planned": self.sweep.trials,
             "trials": trials,
         }
-        _write_whole(self.folder / "sweep.json", json.dumps(record, indent=1) + "\n")
+        write_atomically(self.folder / "sweep.json", json.dumps(record, indent=1) + "\n")
 
 
 def _short(value: Any) -> str:

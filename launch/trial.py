@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from launch import processes
+from trainer.exit_codes import USER_ERROR, error_line
 
 
 def main(arguments: list[str]) -> int:
@@ -15,12 +16,9 @@ def main(arguments: list[str]) -> int:
     if not any(word.startswith("run_dir=") for word in arguments):
         run_id = os.environ.get("WANDB_RUN_ID")
         if run_id is None:
-            print(
-                f"{processes.ERROR_PREFIX}a trial needs run_dir=FOLDER, or WANDB_RUN_ID as "
-                "`wandb agent` sets it",
-                file=sys.stderr,
-            )
-            return processes.USER_ERROR
+            message = "a trial needs run_dir=FOLDER, or WANDB_RUN_ID as `wandb agent` sets it"
+            print(error_line(message), file=sys.stderr)
+            return USER_ERROR
         folder = Path("runs/sweeps", os.environ.get("WANDB_SWEEP_ID", "wandb"), run_id)
         arguments = [*arguments, f"run_dir={folder}"]
     command = processes.training_command(arguments, 1)

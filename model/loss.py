@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.layout import SampleLayout
 
-IGNORE_INDEX = -100
-"""Target of a position at which nothing is predicted."""
+IGNORE_INDEX = nn.CrossEntropyLoss().ignore_index
+"""Target of a position at which nothing is predicted: -100, as PyTorch has it."""
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,13 @@
-"""All exceptions that are a user's to mend: one sentence on stderr and exit code 2."""
+"""All errors of a user: one sentence on stderr and exit code 2."""
 
 import sys
 from collections.abc import Callable
 
 from data.errors import DataError
 from model.config import ModelConfigError
-from optim import OptimError
+from optim.errors import OptimError
 from trainer.config import ConfigError
-
-EXIT_CODE = 2
-PREFIX = "v4: error: "
+from trainer.exit_codes import USER_ERROR, error_line
 
 
 class CheckpointError(ValueError):
@@ -54,16 +52,11 @@ USER_ERRORS: tuple[type[ValueError], ...] = (
 )
 
 
-def explain(error: Exception) -> str:
-    """The one line about a user's error."""
-    return PREFIX + " ".join(str(error).split())
-
-
 def run_or_explain(action: Callable[[], None]) -> int:
-    """Run a command: 0, or 2 after one line on stderr when the user has something to mend."""
+    """Runs a command and returns its exit code: 0, or 2 after one line about a user's error."""
     try:
         action()
     except USER_ERRORS as error:
-        print(explain(error), file=sys.stderr, flush=True)
-        return EXIT_CODE
+        print(error_line(error), file=sys.stderr, flush=True)
+        return USER_ERROR
     return 0

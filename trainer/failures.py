@@ -20,11 +20,11 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
-from trainer.errors import EXIT_CODE, USER_ERRORS, explain
+from trainer.errors import USER_ERRORS
+from trainer.exit_codes import FAILED, USER_ERROR, error_line
 from trainer.parallel.collectives import gather_objects
 from trainer.parallel.grid import Grid
 
-FAILED = 1
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # in which a rank may find out itself, and say more, that the store has gone
 STORE_TIMEOUT = timedelta(seconds=30)
@@ -68,18 +68,18 @@ class FailureWatch:
             return
         self._over.set()
         mistake = isinstance(error, USER_ERRORS)
-        code = EXIT_CODE if mistake else FAILED
+        code = USER_ERROR if mistake else FAILED
         where = f"rank {self.rank} on {socket.gethostname()}"
         said = f"v4: {where} failed: {type(error).__name__}: {error}"
         if self._claim():
             if mistake:
-                print(explain(error), file=sys.stderr)
+                print(error_line(error), file=sys.stderr)
             else:
                 print(said, file=sys.stderr)
                 traceback.print_exception(error)
                 ErrorHandler().record_exception(error)  # torchrun shows it as the root cause
             sys.stderr.flush()
-            self._leave_note(code, explain(error) if mistake else said)
+            self._leave_note(code, error_line(error) if mistake else said)
         self._end(code)
 
     def _claim(self) -> bool:

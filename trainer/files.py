@@ -15,18 +15,6 @@ def write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file aside and rename it, so that a reader finds the old or the new one."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        write_synced(aside, text)
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
-
-
 def remove_folder(folder: Path) -> None:
     """Remove a folder; it vanishes under its own name first, so that no half of it is ever seen."""
     if not folder.exists():

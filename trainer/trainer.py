@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from data import Batch, Loader, Prefetcher, Tokenizer
+from data.files import write_atomically
 from model.kernel_choices import describe, kernel_choices
 from trainer.build import DTYPES, open_engine
 from trainer.checkpoint.run import RunCheckpoint
@@ -15,7 +16,6 @@ from trainer.device import peak_memory_report
 from trainer.engine import StepLosses
 from trainer.errors import DivergedError, SaveError
 from trainer.evaluate import Validation
-from trainer.files import write_whole
 from trainer.metrics.layer_hooks import collect_stats
 from trainer.metrics.layer_stats import layer_stats
 from trainer.metrics.metrics import Metrics, describe_event
@@ -242,7 +242,7 @@ class Trainer:
         if not self.grid.is_first:
             return
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(self.config.run_dir / "config.yaml", self.config.to_yaml())
+        write_atomically(self.config.run_dir / "config.yaml", self.config.to_yaml())
         self.metrics = Metrics(self.config, self.state, self.grid)
         dtype, is_fp8 = DTYPES[self.config.precision], self.config.precision == "fp8"
         kernels = kernel_choices(self.config.model, self.grid.device, dtype, is_fp8)

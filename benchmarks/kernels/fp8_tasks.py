@@ -15,8 +15,8 @@ from torch.nn.functional import ScalingType
 
 from benchmarks.kernels.attention_tasks import DEVICE, DTYPE, Task, Work, eager_versions, randn
 from model import ModelConfig
+from model.kernels.block_sizes import FP8_BLOCK
 from model.kernels.fp8 import eager
-from model.kernels.mxfp4 import FP8_BLOCK
 from model.moe import ROW_ALIGNMENT
 
 _RANKS = 8

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from data import Loader
-from model.kernels.mxfp4 import BLOCK, fits_fp8, from_fp8, quantise, rounded, to_fp8
+from model.kernels.block_sizes import MXFP4_BLOCK
+from model.kernels.mxfp4 import fits_fp8, from_fp8, quantise, rounded, to_fp8
 from trainer.build import build
 from trainer.checkpoint.folder import checkpoints_in
 from trainer.config import RunConfig, load_config
@@ -73,7 +74,8 @@ def fp8(config: RunConfig) -> tuple[int, int, int, bool]:
         packed = quantise(matrix)
         fits = fits_fp8(packed)
         blocks, fitting = blocks + fits.numel(), fitting + int(fits.sum())
-        exponents = packed.scales.view(torch.uint8).int()[matrix.unflatten(1, (-1, BLOCK)).any(-1)]
+        is_nonzero = matrix.unflatten(1, (-1, MXFP4_BLOCK)).any(-1)
+        exponents = packed.scales.view(torch.uint8).int()[is_nonzero]
         span = max(span, int(exponents.max() - exponents.min()))
         if fits.all():
             lossless &= torch.equal(from_fp8(*to_fp8(packed)), rounded(matrix))

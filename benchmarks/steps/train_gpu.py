@@ -40,11 +40,11 @@ from benchmarks.steps.machine import (
     seconds,
     shown,
 )
+from data.files import write_atomically
 from model import V4Model
 from model.flops import training_flops
 from trainer.build import DTYPES
 from trainer.config import RunConfig
-from trainer.files import write_whole
 
 EXPERTS = ("grouped_mm", "batched_mm", "eager")
 ROWS = [4096, 16384, 65536]
@@ -215,7 +215,7 @@ def main() -> int:
             new = lines_of(name, row, device, limit, skip)
             results += new
             record = {"ceilings": asdict(limit), "results": [asdict(r) for r in results]}
-            write_whole(arguments.json, json.dumps(record, indent=1))
+            write_atomically(arguments.json, json.dumps(record, indent=1))
             longest = config_of(name, device, row).model.max_position_embeddings
             if arguments.longest and not rows and new[1].tokens_per_second and 2 * row <= longest:
                 rows.append(2 * row)

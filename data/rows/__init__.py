@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data.rows.audit import RecipeAudit, audit_recipe
-    from data.rows.loader import NO_TARGET, Batch, Loader, unigram_entropy
+    from data.rows.loader import IGNORE_INDEX, Batch, Loader, unigram_entropy
     from data.rows.packing import pack_windows
     from data.rows.permutation import shuffled
     from data.rows.prefetch import Prefetcher
 
 _MODULES = {
-    "NO_TARGET": "loader",
+    "IGNORE_INDEX": "loader",
     "Batch": "loader",
     "Loader": "loader",
     "Prefetcher": "prefetch",

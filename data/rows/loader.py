@@ -34,7 +34,8 @@ from data.rows.transforms import FIM_EXTRA, cached_tables, fim_ids, splittable_c
 from data.rows.window import Window, build_window
 from data.text import Tokenizer
 
-NO_TARGET = -100  # target of a position at which nothing is predicted
+IGNORE_INDEX = torch.nn.CrossEntropyLoss().ignore_index
+"""Target of a position at which nothing is predicted: -100, as PyTorch has it."""
 _CACHED_WINDOWS = 2
 _WINDOW = 7  # purpose of a key
 
@@ -45,8 +46,7 @@ class Batch:
 
     Attributes:
         tokens [B, S] int64: inputs; pad ids after a row's last sample.
-        targets [B, S] int64: the next token of the same document; NO_TARGET (-100) where there is
-            none.
+        targets [B, S] int64: the next token of the same document; IGNORE_INDEX where there is none.
         lengths: per row the lengths of its samples, in order; they sum to at most S. A row without
             samples is padding, for a step whose rows do not divide evenly among the ranks.
     """
@@ -271,7 +271,7 @@ class Loader:
     def _batch(self, phase: DataPhase, rows: list[tuple[Window, int] | None]) -> Batch:
         shape = (len(rows), phase.seq_len)
         tokens = np.full(shape, self.manifest.pad_id, dtype=np.int64)
-        targets = np.full(shape, NO_TARGET, dtype=np.int64)
+        targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
         lengths: list[list[int]] = []
         for b, row in enumerate(rows):
             lengths.append([] if row is None else self._fill(tokens[b], targets[b], *row))
@@ -308,12 +308,12 @@ def _copy(
 def unigram_entropy(targets: Iterable[Tensor]) -> float:
     """Entropy of the distribution of all targets taken together, in nats per target.
 
-    The loss of the best model that ignores the context. Entries of NO_TARGET do not count; 0.0
+    The loss of the best model that ignores the context. Entries of IGNORE_INDEX do not count; 0.0
     where there are no others.
     """
     counts = torch.zeros(0, dtype=torch.int64)
     for part in targets:
-        total = torch.bincount(part[part != NO_TARGET].flatten(), minlength=len(counts))
+        total = torch.bincount(part[part != IGNORE_INDEX].flatten(), minlength=len(counts))
         total[: len(counts)] += counts
         counts = total
     nonzero = counts[counts > 0].double()

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 32
+from model.kernels.block_sizes import FP8_BLOCK, MXFP4_BLOCK
+
 LARGEST = 6.0
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _MIN_EXPONENT = -126
@@ -22,7 +23,6 @@ _PART = 1 << 24
 _EXPONENT_BIAS = 127
 _NOT_A_NUMBER = 255  # of float8_e8m0fnu
 
-FP8_BLOCK = 128
 FP8_SPAN = 14
 """Largest ratio, as an exponent of two, between the scales inside a block of 128 × 128 for which
 MXFP4 fits into FP8 without loss: E4M3 holds 6 · 2^6 and 0.5 · 2^-8 exactly."""
@@ -122,7 +122,8 @@ def fits_fp8(packed: Packed) -> Tensor:
         fit any scale.
     """
     exponents = packed.scales.view(torch.uint8).int()
-    zero = ((packed.codes.view(torch.uint8) & 0x77) == 0).unflatten(-1, (-1, BLOCK // 2)).all(-1)
+    magnitudes = packed.codes.view(torch.uint8) & 0x77
+    zero = (magnitudes == 0).unflatten(-1, (-1, MXFP4_BLOCK // 2)).all(-1)
     lowest = _tiles(exponents.masked_fill(zero, _NOT_A_NUMBER)).amin(dim=(1, 3))
     highest = _tiles(exponents.masked_fill(zero, 0)).amax(dim=(1, 3))
     return highest - lowest <= FP8_SPAN
@@ -141,7 +142,7 @@ def to_fp8(packed: Packed) -> tuple[Tensor, Tensor]:
     highest = _tiles(exponents).amax(dim=(1, 3))
     common = (highest - 6).clamp_min(0)  # 6 · 2^6 is the largest multiple of 6 below E4M3's 448
     wide = common.repeat_interleave(FP8_BLOCK, 0)[:rows]
-    wide = wide.repeat_interleave(FP8_BLOCK // BLOCK, 1)[:, : columns // BLOCK]
+    wide = wide.repeat_interleave(FP8_BLOCK // MXFP4_BLOCK, 1)[:, : columns // MXFP4_BLOCK]
     ones = torch.full_like(packed.scales.view(torch.uint8), _EXPONENT_BIAS)
     plain = dequantise(Packed(packed.codes, ones.view(torch.float8_e8m0fnu)))
     numbers = _scaled(plain, exponents - wide).to(torch.float8_e4m3fn)
@@ -156,9 +157,9 @@ def from_fp8(numbers: Tensor, scales: Tensor) -> Tensor:
 
 
 def _blocks(x: Tensor) -> Tensor:
-    if x.shape[-1] % BLOCK:
-        raise ValueError(f"MXFP4 wants a multiple of {BLOCK} columns, got {x.shape[-1]}")
-    return x.unflatten(-1, (-1, BLOCK))
+    if x.shape[-1] % MXFP4_BLOCK:
+        raise ValueError(f"MXFP4 wants a multiple of {MXFP4_BLOCK} columns, got {x.shape[-1]}")
+    return x.unflatten(-1, (-1, MXFP4_BLOCK))
 
 
 def _exponents(x: Tensor) -> Tensor:
@@ -195,7 +196,7 @@ def _round_e2m1(x: Tensor) -> Tensor:
 def _tiles(exponents: Tensor) -> Tensor:
     """Views [R, C/32] as [R', 128, C', 4], the last rows and columns repeated to fill up."""
     rows, columns = exponents.shape
-    wide = FP8_BLOCK // BLOCK
+    wide = FP8_BLOCK // MXFP4_BLOCK
     row = torch.arange(-(-rows // FP8_BLOCK) * FP8_BLOCK, device=exponents.device)
     column = torch.arange(-(-columns // wide) * wide, device=exponents.device)
     filled = exponents[row.clamp_max(rows - 1)][:, column.clamp_max(columns - 1)]

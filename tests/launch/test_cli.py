@@ -13,7 +13,6 @@ import torch
 from launch import processes
 from tests.distributed import spawn
 from tests.trainer.tiny import assert_same_run, make_tiny, steps_in_file, train, train_jobs
-from trainer.errors import EXIT_CODE, PREFIX
 
 V4 = [sys.executable, "-m", "launch.cli"]
 
@@ -41,10 +40,6 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], *parts: str) -> 
     assert done.stdout == ""
     for part in parts:
         assert part in done.stderr
-
-
-def test_both_sides_know_the_same_sign_of_an_error() -> None:
-    assert (processes.ERROR_PREFIX, processes.USER_ERROR) == (PREFIX, EXIT_CODE)
 
 
 @pytest.mark.parametrize(

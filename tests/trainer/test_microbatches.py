@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from data import Batch
-from data.rows.loader import NO_TARGET
-from model import IGNORE_INDEX, SampleLayout, TokenCounts
+from model import SampleLayout, TokenCounts
 from trainer.build import build
 from trainer.config import load_config
 from trainer.engine import NativeEngine
@@ -116,7 +115,3 @@ def test_copies_pass_by_what_a_gpu_is_at():
             found.copied.synchronize()
         assert not busy.query()
         check(rows)
-
-
-def test_data_and_model_agree_on_what_is_not_predicted():
-    assert NO_TARGET == IGNORE_INDEX

@@ -6,10 +6,7 @@ from collections.abc import Iterator
 
 from trainer.config.settings import RunSettings
 
-BLOCK = 32
-"""Numbers that share a scale in MXFP4."""
-FP8_BLOCK = 128
-"""The same in FP8."""
+from model.kernels.block_sizes import FP8_BLOCK, MXFP4_BLOCK
 
 
 def quantisation_problems(config: RunSettings) -> Iterator[str]:
@@ -29,19 +26,21 @@ def _problems(config: RunSettings, what: str) -> Iterator[str]:
     model, parts = config.model, config.parallel.expert_tensor
     for field in ("hidden_size", "moe_intermediate_size"):
         size = getattr(model, field)
-        if size % BLOCK:
-            yield f"model.{field} = {size} should be a multiple of {BLOCK} for {what}"
+        if size % MXFP4_BLOCK:
+            yield f"model.{field} = {size} should be a multiple of {MXFP4_BLOCK} for {what}"
     inner = model.moe_intermediate_size
-    if inner % (BLOCK * parts):
+    if inner % (MXFP4_BLOCK * parts):
         yield (
             f"parallel.expert_tensor = {parts} splits model.moe_intermediate_size = {inner} inside "
-            f"a block of {BLOCK}, which {what} cannot; it should divide {inner // BLOCK}"
+            f"a block of {MXFP4_BLOCK}, which {what} cannot; it should divide "
+            f"{inner // MXFP4_BLOCK}"
         )
     index = model.index_head_dim
-    if "csa" in model.layer_types and (index % BLOCK or index & (index - 1)):
+    if "csa" in model.layer_types and (index % MXFP4_BLOCK or index & (index - 1)):
         yield (
-            f"model.index_head_dim = {index} should be a power of two and at least {BLOCK} for "
-            f"{what}, since queries and keys go through a Hadamard matrix before they are rounded"
+            f"model.index_head_dim = {index} should be a power of two and at least {MXFP4_BLOCK} "
+            f"for {what}, since queries and keys go through a Hadamard matrix before they are "
+            "rounded"
         )
 
 

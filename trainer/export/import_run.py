@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from data import Tokenizer
+from data.files import write_atomically
 from trainer.build import build
 from trainer.checkpoint.folder import checkpoints_in
 from trainer.checkpoint.run import RunCheckpoint
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError, ExportError
 from trainer.export.hf_folder import read_hf_config, read_hf_weights
-from trainer.files import write_whole
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel
 from trainer.state import TrainState
@@ -62,7 +62,7 @@ def import_run(config: RunConfig, source: Path) -> str:
     optimizer.read_parameters()
     config.run_dir.mkdir(parents=True, exist_ok=True)
     path = RunCheckpoint(config, grid, local.model, optimizer, tokenizer.hash).save(TrainState())
-    write_whole(config.run_dir / "config.yaml", config.to_yaml())
+    write_atomically(config.run_dir / "config.yaml", config.to_yaml())
     fresh = "" if any(name.startswith("mtp.") for name in weights) else _fresh_mtp(config)
     return f"wrote {path}{fresh}; train it: v4 train {config.run_dir / 'config.yaml'}"
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig
-from model.kernels.mxfp4 import BLOCK, FP8_BLOCK, Packed, dequantise, from_fp8, quantise
+from model.kernels.block_sizes import FP8_BLOCK, MXFP4_BLOCK
+from model.kernels.mxfp4 import Packed, dequantise, from_fp8, quantise
 from trainer.errors import ExportError
 
 _EXPERT = re.compile(r"(.*\.ffn\.experts\.\d+\.w[123])\.(weight|scale)")
@@ -41,8 +42,10 @@ def packed_outline(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[s
     Raises ExportError unless the experts' rows divide into blocks of 32.
     """
     for field in ("hidden_size", "moe_intermediate_size"):
-        if (size := getattr(config, field)) % BLOCK:
-            raise ExportError(f"model.{field} is {size}; MXFP4 experts need a multiple of {BLOCK}")
+        if (size := getattr(config, field)) % MXFP4_BLOCK:
+            raise ExportError(
+                f"model.{field} is {size}; MXFP4 experts need a multiple of {MXFP4_BLOCK}"
+            )
     outline: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         match = _EXPERT.fullmatch(name)
@@ -51,7 +54,7 @@ def packed_outline(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[s
         else:
             rows, columns = tensor.shape
             codes = torch.empty(rows, columns // 2, dtype=torch.int8, device="meta")
-            scales = torch.empty(rows, columns // BLOCK, dtype=torch.uint8, device="meta")
+            scales = torch.empty(rows, columns // MXFP4_BLOCK, dtype=torch.uint8, device="meta")
             outline[name] = codes
             outline[f"{match[1]}.scale"] = scales.view(torch.float8_e8m0fnu)
     return outline
@@ -108,7 +111,7 @@ def _is_quantised(tensor: Tensor | None) -> bool:
 def _dequantised(tensor: Tensor, scales: Tensor, what: str) -> Tensor:
     rows, columns = tensor.shape
     if tensor.dtype == torch.int8:
-        expected = (rows, 2 * columns // BLOCK)
+        expected = (rows, 2 * columns // MXFP4_BLOCK)
     else:
         expected = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
     if scales.shape != expected:

@@ -5,8 +5,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from data.files import write_atomically
 from trainer.config import RunConfig
-from trainer.files import write_whole
 from trainer.metrics.layer_stats import flatten_layers
 from trainer.metrics.update_stats import flatten_groups
 
@@ -56,7 +56,7 @@ class WandbLog:
         if file.is_file():
             return file.read_text(encoding="utf-8").strip()
         run_id = secrets.token_hex(6)
-        write_whole(file, run_id + "\n")
+        write_atomically(file, run_id + "\n")
         return run_id
 
     def log(self, record: dict[str, Any]) -> None:

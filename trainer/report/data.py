@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data.files import write_atomically
 from data.rows import Batch, Loader
 from data.text import Tokenizer
 from trainer.config import RunConfig
-from trainer.files import write_whole
 from trainer.formatting import short
 from trainer.report.data_facts import (
     DataFacts,
@@ -53,7 +53,7 @@ def write_data_report(config: RunConfig) -> Path:
     facts = collect(config.data, rows[0].seq_len)
     loader = Loader(config.data, config.seed, phases=rows)
     target = Path(config.data.shards) / "report.html"
-    write_whole(target, render(loader, tokenizer, facts))
+    write_atomically(target, render(loader, tokenizer, facts))
     return target
 
 

@@ -5,10 +5,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from data.files import write_atomically
 from model.parameters import parameter_counts
 from trainer.config import RunConfig, short_length
 from trainer.errors import ReportError
-from trainer.files import write_whole
 from trainer.formatting import short
 from trainer.metrics.jsonl import Event, read_events, read_metrics
 from trainer.report.layers import events_section, groups_section, layers_section
@@ -68,7 +68,7 @@ def write_report(config: RunConfig) -> Path:
         raise ReportError(f"{path}: there is nothing to draw; train the run first")
     target = config.run_dir / "report.html"
     events = [event for _, event in read_events(path)]
-    write_whole(target, render(config, records, events))
+    write_atomically(target, render(config, records, events))
     return target
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from data.files import write_atomically
 from trainer.errors import ReportError
-from trainer.files import write_whole
 from trainer.metrics.jsonl import Record, read_metrics
 from trainer.report.plots_sweep import draw_curves, draw_parallel
 from trainer.report.run import page
@@ -73,7 +73,7 @@ def write_sweep_report(folder: Path) -> Path:
     for sentence in sentences(ranking, sweep["goal"], sweep["metric"]):
         print(sentence)
     target = folder / "report.html"
-    write_whole(target, render(folder.name, sweep, trials, ranking))
+    write_atomically(target, render(folder.name, sweep, trials, ranking))
     return target
 
 

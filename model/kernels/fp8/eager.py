@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.mxfp4 import FP8_BLOCK as BLOCK
+from model.kernels.block_sizes import FP8_BLOCK as BLOCK
 from model.kernels.mxfp4 import power_of_two
 
 _MIN_EXPONENT = -117

@@ -35,8 +35,8 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels import backend
+from model.kernels.block_sizes import FP8_BLOCK as BLOCK
 from model.kernels.fp8.quantise_triton import Codes, Tiles, quantise, quantise_weight, tiles_of
-from model.kernels.mxfp4 import FP8_BLOCK as BLOCK
 
 _BAND = 8
 """Row tiles whose programs are neighbours, so that they share factors in L2."""

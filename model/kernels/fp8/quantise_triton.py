@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.mxfp4 import FP8_BLOCK as BLOCK
+from model.kernels.block_sizes import FP8_BLOCK as BLOCK
 
 _CODES = torch.float8_e4m3fn
 

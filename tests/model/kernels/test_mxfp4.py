@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
+from model.kernels.block_sizes import FP8_BLOCK
 from model.kernels.mxfp4 import (
-    FP8_BLOCK,
     Packed,
     dequantise,
     fake_quantise,

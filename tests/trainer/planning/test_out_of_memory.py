@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from trainer.config import load_config
-from trainer.errors import EXIT_CODE, run_or_explain
+from trainer.errors import run_or_explain
+from trainer.exit_codes import USER_ERROR
 from trainer.parallel.grid import Grid
 from trainer.planning.out_of_memory import advised, candidates
 
@@ -23,7 +24,7 @@ def fail(*overrides: str) -> None:
 
 
 def test_three_settings_with_estimates_the_best_first(capsys):
-    assert run_or_explain(lambda: fail("data.micro_batch_size=8")) == EXIT_CODE
+    assert run_or_explain(lambda: fail("data.micro_batch_size=8")) == USER_ERROR
     said = capsys.readouterr().err
     assert said.startswith("v4: error: cpu: CUDA out of memory; the run takes about ")
     assert len(said.strip().splitlines()) == 1
