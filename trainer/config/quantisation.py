@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trainer.config.settings import RunSettings
-
 from model.kernels.block_sizes import FP8_BLOCK, MXFP4_BLOCK
+from trainer.config.settings import RunSettings
 
 
 def quantisation_problems(config: RunSettings) -> Iterator[str]:
