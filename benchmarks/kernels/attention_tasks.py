@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from model import ModelConfig, SampleLayout
@@ -20,6 +19,7 @@ from model.kernels.indexer import IndexerInputs, KLTarget, indexer_objective
 from model.kernels.indexer.loss_eager import eager_objective
 from model.kernels.indexer.select_eager import eager_select_topk
 from model.positions import Positions
+from trainer.config import load_config
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 EAGER_ROWS, COMPILED_ROWS = 65536, 4096
@@ -48,7 +48,7 @@ class Task:
 
 def load(name: str) -> ModelConfig:
     path = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
-    return ModelConfig(**yaml.safe_load(path.read_text())["model"])
+    return load_config(path).model
 
 
 def randn(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:

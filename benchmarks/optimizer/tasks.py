@@ -5,17 +5,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 from torch.nn import Parameter
 
-from model import ModelConfig
 from model.parameters import Shapes, parameter_shapes, parameter_table
 from optim import HybridZero, MuonConfig, OptimConfig, build_table
 from optim.zero import Precision, newton_schulz_flops
+from trainer.config import load_config
 from trainer.parallel.grid import Grid
 from trainer.parallel.optimizer_sharding import make_zero
 from trainer.parallel.placement import place_all
@@ -57,8 +55,7 @@ class Matrices:
     """What Muon has in one layer with an indexer of a model, at most some of its experts."""
 
     def __init__(self, path: str, experts: int | None = None) -> None:
-        text = Path(path).read_text()
-        self.model = ModelConfig(**yaml.safe_load(text)["model"])
+        self.model = load_config(path).model
         every = parameter_shapes(self.model)
         layer = {name: shape for name, shape in every.items() if name.startswith(LAYER)}
         table = build_table(layer, parameter_table(self.model), OptimConfig())

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -29,6 +28,7 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from model import ModelConfig, V4Model
 from model.flops import training_flops
+from trainer.config import load_config
 
 CALL_TOKENS = 2048
 ROUNDS = {512: 4, 2048: 3, 8192: 1}
@@ -164,8 +164,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console(width=120)
-    sizes = yaml.safe_load(Path(arguments.config).read_text())["model"]
-    config = ModelConfig(**sizes | {"num_nextn_predict_layers": 0, "balance_loss_weight": 0.0})
+    plain = {"num_nextn_predict_layers": 0, "balance_loss_weight": 0.0}
+    config = load_config(arguments.config).model.model_copy(update=plain)
     ours, theirs = build(config)
     parameters = sum(p.numel() for p in ours.parameters())
     rates = [matmul_rate()]

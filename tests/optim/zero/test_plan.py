@@ -4,9 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import yaml
 
-from model.config import ModelConfig
 from model.parameters import parameter_shapes, parameter_table
 from optim import MuonConfig, OptimConfig, build_table
 from optim.zero.loads import Load, LoadSummary, loads_of
@@ -18,6 +16,7 @@ from optim.zero.plan import (
     plan_owners,
 )
 from tests.optim.debug_parameters import FACTS, shapes
+from trainer.config import load_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 MUON = MuonConfig()
@@ -25,7 +24,7 @@ MUON = MuonConfig()
 
 def layouts_of(name: str, ranks: int) -> list[Layout]:
     """Experts and everything else of a shipped model that `ranks` ranks hold unsharded."""
-    model = ModelConfig(**yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"])
+    model = load_config(CONFIGS / f"{name}.yaml").model
     table = build_table(parameter_shapes(model), parameter_table(model), OptimConfig())
     parameters = [LocalParameter(entry, entry.shape) for entry in table]
     experts = [p for p in parameters if ".experts." in p.assignment.name]
