@@ -1,6 +1,6 @@
-"""What the data pipeline can be told: sources, tokenizer, shards, rows.
+"""Settings of the data pipeline: sources, tokenizer, shards, rows.
 
-Only pydantic and the standard library are imported, so that a login node can read a config.
+Imports only pydantic and the standard library, so that a login node can read a config.
 """
 
 import re
@@ -26,38 +26,50 @@ class Section(BaseModel):
 
 
 class SourceConfig(Section):
-    """One named body of raw text, local files or a dataset of the Hugging Face hub.
-
-    `paths` are files, folders or glob patterns; a folder is searched for `include`. `json` takes
-    .jsonl and .json (also .gz, .zst), `parquet` takes tables, and `text` takes every file as one
-    document. With `split: hash` each document goes to train or validation by the hash of its
-    text, so two equal documents never fall on both sides; `train` and `validation` say it outright.
-
-    A record of `content: text` is the string in `text_field`. One of `content: conversation` is the
-    list in `messages_field`, or the JSON text of such a list, rendered by `data.dsml`; in the
-    format `json` these are JSON lines.
-    """
+    """A named body of raw text: local files, or a dataset of the Hugging Face hub."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Unique name; shards, metrics and `data.source_weights` use it."""
     paths: tuple[str, ...] = ()
+    """Files, folders or glob patterns."""
     include: tuple[str, ...] = ("**/*",)
+    """Glob patterns of the files that are read from a folder in `paths`."""
     format: Literal["json", "parquet", "text"] = "json"
+    """Format of the files: `json` reads .jsonl and .json (also .gz, .zst), `parquet` reads tables,
+    `text` reads every file as one document."""
     dataset: str | None = None
+    """Name of a dataset on the Hugging Face hub, instead of `paths`."""
     dataset_subset: str | None = None
+    """Configuration of the dataset; null is its default."""
     dataset_split: str = "train"
+    """Split of the dataset."""
     dataset_revision: str | None = None
+    """Branch, tag or commit of the dataset; null is its newest."""
     content: Literal["text", "conversation"] = "text"
+    """`text`: a record is the string in `text_field`. `conversation`: a record is the list of
+    messages in `messages_field`, or the JSON text of such a list, rendered by `data.text.dsml`."""
     text_field: str = "text"
+    """Field of a record with its text."""
     messages_field: str = "messages"
+    """Field of a record with its conversation."""
     domain: Literal["code", "prose"] = "prose"
+    """Kind of text, which filters and fill-in-the-middle depend on."""
     split: Literal["hash", "train", "validation"] = "hash"
+    """`hash` assigns each document to training or validation by the hash of its text, so that equal
+    documents are on the same side; `train` and `validation` assign the whole source."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> "SourceConfig":
+    def _has_one_origin(self) -> "SourceConfig":
+        """Either `paths` or `dataset`."""
         if bool(self.paths) == (self.dataset is not None):
             raise ValueError(
                 f"source {self.name!r} needs either `paths` or `dataset`, and exactly one of them"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_hold_conversations(self) -> "SourceConfig":
+        """Conversations need the format `json` or `parquet`."""
         if self.content == "conversation" and self.format == "text":
             raise ValueError(
                 f"source {self.name!r}: conversations are read from `format: json` or `parquet`"
@@ -71,84 +83,99 @@ class SourceConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """Where the tokenizer lives and how `train_tokenizer` makes it.
-
-    `path` is a folder that holds `tokenizer.model` (ours) or `tokenizer.json` (imported).
-    `vocab_size` counts everything, special tokens included; 129280 selects DeepSeek-V4's own ids.
-    `sample_bytes` bounds the UTF-8 bytes of the documents the tokenizer is trained on, and
-    `character_coverage` is the share of character occurrences that get a piece of their own; the
-    others are written as bytes.
-    """
+    """The tokenizer's folder, and how `v4 tokenizer train` trains it."""
 
     path: str
+    """Folder with `tokenizer.model` (trained here) or `tokenizer.json` (imported)."""
     vocab_size: int = Field(default=129280, ge=384, le=129280)
+    """Number of ids, special tokens included; 129280 has DeepSeek-V4's own ids of special tokens.
+    [tokens]"""
     sample_bytes: PositiveInt = 64_000_000
+    """Maximum UTF-8 size of the documents that the tokenizer is trained on. [bytes]"""
     character_coverage: float = Field(default=0.9995, gt=0.0, le=1.0)
+    """Share of character occurrences that the vocabulary covers; other characters are written as
+    bytes."""
 
 
 class FiltersConfig(Section):
-    """Which documents `prepare` leaves out; each is counted under the first rule that it fails.
+    """Which documents `v4 data prepare` drops; each is counted under the first filter it fails.
 
-    `length`: fewer than `min_characters` or more than `max_characters`. `encoding`: a share of
-    characters over `max_garbled_fraction` that are U+FFFD, control codes, private or no characters.
-    `generated`: code that says of itself, in its first lines, that a program wrote it. `quality`:
-    the rules named in `quality`, for text of the domains in `quality_domains`. Then, over all
-    sources together, the first of its kind stays: `exact` duplicates, `near` duplicates from that
-    Jaccard similarity of word 5-grams on, and `template`, groups of `template_min_documents` or
-    more pages whose word 3-grams, digits masked, are similar from that share on. `near` and
-    `template` may be null.
+    They apply in the order of the fields. `exact`, `near` and `template` compare the documents of
+    all sources and keep the first of a group.
     """
 
     min_characters: NonNegativeInt = 100
+    """Filter `length`: shorter documents are dropped. [characters]"""
     max_characters: PositiveInt = 10_000_000
+    """Filter `length`: longer documents are dropped. [characters]"""
     max_garbled_fraction: float = Field(default=0.005, ge=0.0, le=1.0)
+    """Filter `encoding`: maximum share of characters that are U+FFFD, control codes, private-use or
+    unassigned."""
     generated_code: bool = True
+    """Filter `generated`: drops code whose first 1000 characters declare that a program wrote
+    it."""
     quality_rules: tuple[Literal["gopher", "repetition", "fineweb"], ...] = (
         "gopher",
         "repetition",
         "fineweb",
     )
+    """Filter `quality`: the rule sets that a document has to pass."""
     quality_domains: tuple[Literal["code", "prose"], ...] = ("prose",)
+    """Domains that the filter `quality` applies to."""
     exact_duplicates: bool = True
+    """Filter `exact`: drops documents with the text of an earlier one."""
     near_duplicate_similarity: float | None = Field(default=0.8, gt=0.0, le=1.0)
+    """Filter `near`: drops documents whose word 5-grams have at least this Jaccard similarity to an
+    earlier document's; null turns it off."""
     template_similarity: float | None = Field(default=0.6, gt=0.0, le=1.0)
+    """Filter `template`: minimum Jaccard similarity of word 3-grams, digits masked, within a group
+    of pages filled in by a program; null turns it off."""
     template_min_documents: int = Field(default=20, ge=2)
+    """Filter `template`: minimum size of such a group. [documents]"""
 
 
 class TransformsConfig(Section):
-    """What is done to documents of the train split before packing, by (seed, document, epoch).
+    """What happens to training documents before packing, as a function of (seed, document, epoch).
 
-    `fim_rate` of the documents of the domains in `fim_domains` become fill-in-the-middle documents:
-    prefix, suffix, middle (PSM), or suffix first (SPM) for the share `fim_spm_rate` of these.
-    `punctuation_split_rate` of the tokens that join punctuation and a line break are split into
-    the two.
+    See docs/data.md.
     """
 
     fim_rate: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Share of the documents that become fill-in-the-middle documents: prefix, suffix, middle."""
     fim_spm_rate: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of the fill-in-the-middle documents with the suffix first (SPM)."""
     fim_domains: tuple[Literal["code", "prose"], ...] = ("code",)
+    """Domains whose documents `fim_rate` applies to."""
     punctuation_split_rate: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of the tokens of punctuation and a line break together that are split into two."""
 
 
 class DataPhase(Section):
-    """A part of a run with its own rows; the documents go on where the phase before ended.
+    """The rows of a phase of a run, as the loader reads them; documents continue across phases.
 
-    The last phase has no end, so that its `steps` may be absent. Over the first `rampup_steps`
-    steps the rows of a step grow evenly from `initial_batch_size` to `global_batch_size`, in
-    multiples of what divides both: where ranks and microbatches can share out these two, they can
-    all between them. `source_weights` absent: those of the data config.
+    Over the first `rampup_steps` steps the rows of a step grow evenly from `initial_batch_size` to
+    `global_batch_size`, in multiples of the greatest common divisor of the two: all numbers between
+    them divide over ranks and microbatches if these two do.
     """
 
     steps: PositiveInt | None = None
+    """Number of steps; may be null in the last phase. [steps]"""
     seq_len: int = Field(ge=2)
+    """Length of a row, S. [tokens]"""
     global_batch_size: PositiveInt
+    """Rows of an optimizer step over all ranks. [rows]"""
     micro_batch_size: PositiveInt = 1
+    """Rows of a microbatch on a rank. [rows]"""
     initial_batch_size: PositiveInt | None = None
+    """Rows of the first step of a ramp. [rows]"""
     rampup_steps: NonNegativeInt = 0
+    """Length of the ramp. [steps]"""
     source_weights: dict[str, float] | None = None
+    """The sources' shares of the tokens; null: those of the data config."""
 
     @model_validator(mode="after")
-    def _ramp(self) -> "DataPhase":
+    def _has_a_whole_ramp(self) -> "DataPhase":
+        """Both `initial_batch_size` and `rampup_steps`, or neither."""
         if (self.initial_batch_size is None) != (self.rampup_steps == 0):
             raise ValueError(
                 "a ramp needs both `initial_batch_size` and `rampup_steps`, or neither"
@@ -157,7 +184,7 @@ class DataPhase(Section):
 
     @property
     def multiple(self) -> int:
-        """What the rows of every step are a multiple of."""
+        """The rows of every step are a multiple of this."""
         return (
             self.global_batch_size
             if self.initial_batch_size is None
@@ -166,7 +193,7 @@ class DataPhase(Section):
 
     @property
     def sizes(self) -> range:
-        """All numbers of rows that a step may have."""
+        """All numbers of rows that a step of the phase can have."""
         first = (
             self.global_batch_size if self.initial_batch_size is None else self.initial_batch_size
         )
@@ -174,10 +201,10 @@ class DataPhase(Section):
         return range(first, self.global_batch_size + by, by)
 
     def rows_before(self, steps: int) -> int:
-        """Rows of the first `steps` steps: of the ramp's, step i of n has from + m·(L·i // n).
+        """Returns the rows of the first `steps` steps.
 
-        m is `multiple` and L the number of multiples from `initial_batch_size` to
-        `global_batch_size`.
+        Step i of a ramp of n steps has initial_batch_size + m·(L·i // n) rows, where m is
+        `multiple` and L the number of multiples from `initial_batch_size` to `global_batch_size`.
         """
         ramp = min(steps, self.rampup_steps)
         rows = (steps - ramp) * self.global_batch_size
@@ -189,7 +216,7 @@ class DataPhase(Section):
 
 
 def _floor_sum(count: int, divisor: int, factor: int) -> int:
-    """Σ factor·i // divisor over i < count, as Euclid's algorithm finds a common divisor."""
+    """Returns Σ factor·i // divisor over i < count, by the steps of Euclid's algorithm."""
     total, rest = 0, 0
     while True:
         total += (count - 1) * count // 2 * (factor // divisor) + count * (rest // divisor)
@@ -202,50 +229,58 @@ def _floor_sum(count: int, divisor: int, factor: int) -> int:
 
 
 class DataConfig(Section):
-    """Everything between raw text and the rows of a step.
-
-    `seq_len` S is the number of input positions of a row; `global_batch_size` is the number of rows
-    of one optimizer step over all ranks; `micro_batch_size` is the number of rows a rank runs at
-    once. `validation_fraction` of the documents (by hash) is kept from training. `packing` looks at
-    about `packing_window` documents at a time, and its rows are `packing_fill` full: documents no
-    longer than a row are cut only where best fit cannot reach that. `source_weights` are the
-    sources' shares of the tokens; without them, an epoch of every source is an epoch of all.
-    `prefetch` steps are made ready ahead of their turn. `prepare_workers` processes make the
-    shards, one for each core if absent. `max_bad_record_fraction` of a source's records may be bad;
-    they are quarantined. `filters`, if given, leave documents out.
-    """
+    """Everything between raw text and the rows of a step; see docs/data.md."""
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Where the text comes from."""
     tokenizer: TokenizerConfig
     shards: str
+    """Folder of the token shards."""
     seq_len: int = Field(ge=2)
+    """Length of a row, S, also of the validation text. [tokens]"""
     global_batch_size: PositiveInt
+    """Rows of an optimizer step over all ranks. [rows]"""
     micro_batch_size: PositiveInt = 1
+    """Rows of a microbatch on a rank. [rows]"""
     validation_fraction: float = Field(default=0.01, ge=0.0, lt=1.0)
+    """Share of the documents, by hash, that is validation text."""
     packing: Literal["best_fit", "concatenate"] = "best_fit"
+    """`best_fit` places documents whole where it can; `concatenate` cuts at the end of every
+    row."""
     packing_window: PositiveInt = 100_000
+    """About how many documents are packed together. [documents]"""
     packing_fill: float = Field(default=0.9995, gt=0.0, le=1.0)
+    """Minimum share of row positions with a token: documents no longer than a row are cut only
+    where best fit cannot reach it."""
     source_weights: dict[str, float] = {}
+    """The sources' shares of the tokens; empty: an epoch of every source is an epoch of all."""
     transforms: TransformsConfig = TransformsConfig()
     prefetch: NonNegativeInt = 2
+    """How many steps are prepared ahead, in a thread. [steps]"""
     prepare_workers: PositiveInt | None = None
+    """Processes of `v4 data prepare`; null: one per core. [processes]"""
     max_bad_record_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Maximum share of a source's records that may be bad; they are listed in
+    `*.quarantine.jsonl`."""
     filters: FiltersConfig | None = None
+    """Null keeps every document; `{}` filters with the defaults."""
 
     @model_validator(mode="after")
-    def _names_differ(self) -> "DataConfig":
+    def _has_unique_names(self) -> "DataConfig":
+        """Names of sources differ."""
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
-            raise ValueError(f"every source needs a name of its own, got {', '.join(names)}")
+            raise ValueError(f"every source needs a unique name, got {', '.join(names)}")
         return self
 
     @model_validator(mode="after")
-    def _weights(self) -> "DataConfig":
+    def _has_possible_weights(self) -> "DataConfig":
+        """Weights name sources, are at least 0 and do not sum to 0."""
         self.check_weights(self.source_weights)
         return self
 
     def check_weights(self, weights: dict[str, float]) -> None:
-        """Raise ValueError for weights that these sources cannot have."""
+        """Raises ValueError for weights that these sources cannot have."""
         names = [source.name for source in self.sources]
         for name, weight in weights.items():
             if name not in names:
@@ -258,7 +293,7 @@ class DataConfig(Section):
             raise ValueError("source_weights sum to 0; at least one should be larger")
 
     def one_phase(self) -> DataPhase:
-        """The rows of a run that has no phases, and those of the validation text."""
+        """Returns the rows of a run without phases, and of the validation text."""
         sizes = {
             name: getattr(self, name)
             for name in ("seq_len", "global_batch_size", "micro_batch_size")
@@ -286,10 +321,10 @@ _FIRST_NAMES = {
 
 
 def fingerprint_text(text: str) -> str:
-    """JSON of these configs with the names that fields had in the first version.
+    """Returns JSON of these configs with the names that fields had in the first version.
 
-    Digests on disk (of shards, of choices that wait for their step) are made from it, so that a
-    renamed field makes nothing stale.
+    Digests on disk, of shards and of pending expert selections, are made from it, so that they stay
+    valid when a field is renamed.
     """
     text = re.sub(r'"(\w+)"(?=:)', lambda key: f'"{_FIRST_NAMES.get(key[1], key[1])}"', text)
     return re.sub(r'("split": ?)"validation"', r'\1"heldout"', text)

@@ -23,12 +23,17 @@ class SlurmConfig(Section):
     """Slurm's own settings."""
 
     partition: Word | None = None
+    """Partition; null is the cluster's default, as in the next two."""
     account: Word | None = None
+    """Account that is charged."""
     qos: Word | None = None
+    """Quality of service."""
     time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")] = "24:00:00"
     """Time limit of one job, in sbatch's notation; a job that reaches it is requeued."""
     cpus_per_node: PositiveInt | None = None
+    """CPU cores per node; null is Slurm's default. [cores]"""
     exclusive: bool = True
+    """Whether nodes are not shared with other jobs."""
     options: tuple[Word, ...] = ()
     """Further sbatch options, such as `--constraint=ib`."""
     setup: tuple[str, ...] = ()
@@ -36,40 +41,50 @@ class SlurmConfig(Section):
     container: Word | None = None
     """Image for pyxis' `srun --container-image`; null runs on the node itself."""
     container_mounts: tuple[Word, ...] = ()
+    """Mounts of the image, `SOURCE:TARGET`."""
 
 
 class SecretConfig(Section):
     """A key in a Kubernetes Secret, by name; the value is never read here."""
 
     name: DnsName
+    """Name of the Secret."""
     key: Word
+    """Key within the Secret."""
 
 
 class KubernetesConfig(Section):
     """Kubernetes' own settings."""
 
     image: Word
+    """Image with this project installed."""
     namespace: DnsName | None = None
+    """Namespace; null is that of the kubectl context."""
     claim: DnsName
     """PersistentVolumeClaim, ReadWriteMany, for run folders and data."""
     mount: Path
     """Where the claim is mounted in every pod."""
     cpu: Word | None = None
+    """CPU limit of a pod, such as `64`."""
     memory: Word | None = None
+    """Memory limit of a pod, such as `512Gi`."""
     shared_memory: Word = "64Gi"
     """Size of /dev/shm."""
     gpu_resource: Word = "nvidia.com/gpu"
+    """Resource name of a GPU."""
     node_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels that nodes must have."""
     wandb_secret: SecretConfig | None = None
     """The Secret that WANDB_API_KEY comes from; without one, wandb works offline."""
     backoff_limit: NonNegativeInt = 20
-    """Pod failures before the job is marked as failed."""
+    """Pod failures before the job is marked as failed. [failures]"""
 
 
 class ClusterConfig(Section):
     """A cluster file, `configs/clusters/*.yaml`."""
 
     kind: Literal["slurm", "kubernetes"]
+    """Cluster manager."""
     folder: Path = Path(".")
     """The working directory on every node, to which paths in the run's config are relative."""
     python: Word = "python"
@@ -79,19 +94,22 @@ class ClusterConfig(Section):
     port: Annotated[int, Field(ge=1024, le=65535)] = 29500
     """Port of the rendezvous on the first node."""
     max_restarts: NonNegativeInt = 3
-    """Restarts of the training processes before a node gives up."""
+    """Restarts of the training processes before a node gives up. [restarts]"""
     join_seconds: PositiveInt = 1200
-    """How long the rendezvous waits for a node that is late or was replaced."""
+    """How long the rendezvous waits for a node that is late or was replaced. [seconds]"""
     save_seconds: PositiveInt = 300
-    """Time for a last checkpoint between the warning and the end of a job."""
+    """Time for a last checkpoint between the warning and the end of a job. [seconds]"""
     environment: dict[str, str] = Field(default_factory=dict)
     """Variables about networks and caches, such as NCCL_SOCKET_IFNAME. Never a secret."""
     slurm: SlurmConfig | None = None
+    """Settings for `kind: slurm`."""
     kubernetes: KubernetesConfig | None = None
+    """Settings for `kind: kubernetes`."""
 
     @field_validator("environment")
     @classmethod
     def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
+        """Names of networks, caches or proxies, and no secrets."""
         for name in value:
             if SECRET.search(name):
                 raise ValueError(
@@ -108,6 +126,7 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _has_section_of_kind(self) -> "ClusterConfig":
+        """The section of `kind`, and no other."""
         other = "kubernetes" if self.kind == "slurm" else "slurm"
         if getattr(self, self.kind) is None:
             raise ValueError(f"kind = {self.kind} needs the section {self.kind}")

@@ -86,58 +86,94 @@ class Section(BaseModel):
 
 
 class Yarn(Section):
-    """YaRN parameters of the layers that have a compressor; no attention factor is folded in."""
+    """YaRN "by parts" in the layers with a compressor; the attention factor (mscale) is 1."""
 
     factor: PositiveFloat
+    """How many times longer than the original the positions become."""
     original_max_position_embeddings: PositiveInt
+    """Length before the extension. [tokens]"""
     beta_fast: PositiveFloat
+    """Dims with more rotations than this over the original length keep their frequency."""
     beta_slow: PositiveFloat
+    """Dims with fewer rotations than this have their frequency divided by `factor`."""
 
 
 class ModelConfig(Section):
-    """Everything that determines the mathematics of a V4 model.
+    """Everything that determines the mathematics of a V4 model; see docs/architecture-v4.md.
 
     Names follow the official ``config.json`` where one exists. Architecture sizes have no
     defaults: a silently assumed rope base or rank trains the wrong model.
     """
 
     vocab_size: PositiveInt
+    """V: ids with an embedding. [tokens]"""
     hidden_size: PositiveInt
+    """D: width of a residual stream. [dims]"""
     num_hidden_layers: PositiveInt
+    """Number of layers, the MTP block excluded. [layers]"""
     max_position_embeddings: PositiveInt
+    """Maximum row length. [tokens]"""
 
     # Attention (report §2.3)
     num_attention_heads: PositiveInt
+    """H: query heads; they share one key-value head. [heads]"""
     head_dim: PositiveInt
+    """K: width of a head. [dims]"""
     qk_rope_head_dim: PositiveInt
+    """Last dims of queries and keys that RoPE rotates. [dims]"""
     q_lora_rank: PositiveInt
+    """Q: rank of the queries' low-rank projection. [dims]"""
     o_groups: PositiveInt
+    """G: groups of heads that have an output projection each. [groups]"""
     o_lora_rank: PositiveInt
+    """O: rank of a group's output projection. [dims]"""
     sliding_window: PositiveInt
+    """W: tokens that every layer attends to uncompressed. [tokens]"""
     layer_types: tuple[LayerType, ...]
+    """Kind of each layer's attention: `window` alone, or window and compressed entries: `csa` those
+    that the indexer selects, `hca` all."""
     csa_compress_ratio: PositiveInt = 4
+    """m: tokens per compressed entry in CSA layers. [tokens]"""
     hca_compress_ratio: PositiveInt = 128
+    """m: tokens per compressed entry in HCA layers. [tokens]"""
     index_n_heads: PositiveInt
+    """I: heads of the indexer. [heads]"""
     index_head_dim: PositiveInt
+    """J: width of an indexer head. [dims]"""
     index_topk: PositiveInt
+    """Entries that the indexer selects for a query. [entries]"""
     rope_theta: PositiveFloat
+    """Base of RoPE in window layers."""
     compress_rope_theta: PositiveFloat
+    """Base of RoPE in CSA and HCA layers."""
     rope_scaling: Yarn | None
+    """YaRN in CSA and HCA layers; null: none."""
 
     # Mixture of experts (report §2.1)
     num_hash_layers: NonNegativeInt
+    """First layers, whose experts follow from the token id instead of a learned router. [layers]"""
     n_routed_experts: PositiveInt
+    """E: routed experts of a layer. [experts]"""
     num_experts_per_tok: PositiveInt
+    """A: routed experts of a token. [experts]"""
     n_shared_experts: PositiveInt = 1
+    """Experts that every token goes through. [experts]"""
     moe_intermediate_size: PositiveInt
+    """F: inner width of an expert. [dims]"""
     routed_scaling_factor: PositiveFloat
+    """Factor of the routed experts' normalised weights."""
     swiglu_limit: PositiveFloat = 10.0
+    """Maximum of a SwiGLU's gate, and of its other factor's magnitude."""
     balance_loss_weight: NonNegativeFloat = 1e-4
+    """Weight of the sequence-wise balance loss; 0 turns it off."""
 
     # Manifold-constrained hyper-connections (report §2.2)
     hc_mult: PositiveInt = 4
+    """N: residual streams. [streams]"""
     hc_sinkhorn_iters: PositiveInt = 20
+    """Sinkhorn iterations that normalise the mixing of streams. [iterations]"""
     hc_eps: PositiveFloat = 1e-6
+    """Epsilon of hyper-connections: added to coefficients and to Sinkhorn's sums."""
     hc_init_scale: float = 0.01
     """Initial gating factors (mHC paper)."""
     hc_init_own_read: float = Field(default=0.85, gt=0, lt=1)
@@ -148,74 +184,111 @@ class ModelConfig(Section):
 
     # Multi-token prediction
     num_nextn_predict_layers: int = Field(default=1, ge=0, le=1)
+    """MTP blocks, which predict one token further. [blocks]"""
     mtp_loss_weight: NonNegativeFloat = 0.3
+    """Weight of the MTP loss (V3 §2.2) before the learning rate decays."""
 
     rms_norm_eps: PositiveFloat = 1e-6
+    """Epsilon of RMSNorm."""
     initializer_range: PositiveFloat = 0.006
+    """Standard deviation of initial weights."""
     bos_token_id: NonNegativeInt = 0
+    """Id of the token that begins a document."""
     eos_token_id: NonNegativeInt = 1
+    """Id of the token that ends a document."""
     pad_token_id: NonNegativeInt = 2
+    """Id of the token at positions that packing leaves empty."""
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        for problem in self._problems():
-            raise ModelConfigError(problem)
-        return self
-
-    def _problems(self) -> list[str]:
-        problems = []
-
-        def require(ok: bool, problem: str) -> None:
-            if not ok:
-                problems.append(problem)
-
-        require(
+    def _has_a_type_per_layer(self) -> Self:
+        """One entry of `layer_types` per layer of `num_hidden_layers`."""
+        _require(
             len(self.layer_types) == self.num_hidden_layers,
             f"layer_types has {len(self.layer_types)} entries but num_hidden_layers is "
             f"{self.num_hidden_layers}; give one entry per layer",
         )
-        require(
+        return self
+
+    @model_validator(mode="after")
+    def _divides_heads_into_groups(self) -> Self:
+        """`o_groups` divides `num_attention_heads`."""
+        _require(
             self.num_attention_heads % self.o_groups == 0,
             f"num_attention_heads ({self.num_attention_heads}) must be a multiple of o_groups "
             f"({self.o_groups})",
         )
-        require(
+        return self
+
+    @model_validator(mode="after")
+    def _rotates_dims_of_a_head(self) -> Self:
+        """`qk_rope_head_dim` is even and at most `head_dim`."""
+        _require(
             self.qk_rope_head_dim % 2 == 0 and self.qk_rope_head_dim <= self.head_dim,
             f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even and at most head_dim "
             f"({self.head_dim})",
         )
-        require(
+        return self
+
+    @model_validator(mode="after")
+    def _rotates_dims_of_an_indexer_head(self) -> Self:
+        """With CSA layers, `qk_rope_head_dim` is at most `index_head_dim`."""
+        _require(
             "csa" not in self.layer_types or self.qk_rope_head_dim <= self.index_head_dim,
             f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be at most index_head_dim "
             f"({self.index_head_dim}): the indexer rotates that many dims of its keys",
         )
-        require(
+        return self
+
+    @model_validator(mode="after")
+    def _has_even_heads(self) -> Self:
+        """`head_dim` and `index_head_dim` are even."""
+        _require(
             self.head_dim % 2 == 0 and self.index_head_dim % 2 == 0,
             f"head_dim ({self.head_dim}) and index_head_dim ({self.index_head_dim}) must be even",
         )
-        require(
+        return self
+
+    @model_validator(mode="after")
+    def _fits_grouped_matmuls(self) -> Self:
+        """`hidden_size` and `moe_intermediate_size` are multiples of 8."""
+        _require(
             self.hidden_size % 8 == 0 and self.moe_intermediate_size % 8 == 0,
             f"hidden_size ({self.hidden_size}) and moe_intermediate_size "
-            f"({self.moe_intermediate_size}) must be multiples of 8: grouped matrix products need "
-            "rows of 16 bytes",
+            f"({self.moe_intermediate_size}) must be multiples of 8: grouped matmuls need rows of "
+            "16 bytes",
         )
-        require(
+        return self
+
+    @model_validator(mode="after")
+    def _has_experts_for_a_token(self) -> Self:
+        """`num_experts_per_tok` is at most `n_routed_experts`."""
+        _require(
             self.num_experts_per_tok <= self.n_routed_experts,
             f"num_experts_per_tok ({self.num_experts_per_tok}) must be at most n_routed_experts "
             f"({self.n_routed_experts})",
         )
-        require(
+        return self
+
+    @model_validator(mode="after")
+    def _has_layers_to_hash(self) -> Self:
+        """`num_hash_layers` is at most `num_hidden_layers`."""
+        _require(
             self.num_hash_layers <= self.num_hidden_layers,
             f"num_hash_layers ({self.num_hash_layers}) must be at most num_hidden_layers "
             f"({self.num_hidden_layers})",
         )
+        return self
+
+    @model_validator(mode="after")
+    def _has_special_tokens(self) -> Self:
+        """Ids of special tokens are less than `vocab_size`."""
         special = max(self.bos_token_id, self.eos_token_id, self.pad_token_id)
-        require(
+        _require(
             special < self.vocab_size,
             f"vocab_size ({self.vocab_size}) must exceed bos_token_id, eos_token_id and "
             f"pad_token_id (largest is {special})",
         )
-        return problems
+        return self
 
     def compress_ratio(self, layer_type: LayerType) -> int:
         """Returns the tokens per compressed entry in a layer of this type, 0 for none."""
@@ -290,6 +363,11 @@ class ModelConfig(Section):
         }
 
 
+def _require(ok: bool, problem: str) -> None:
+    if not ok:
+        raise ModelConfigError(problem)
+
+
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     if isinstance(reason := problem.get("ctx", {}).get("error"), ModelConfigError):
@@ -328,7 +406,7 @@ def _layer_types_from_hf(config: dict[str, Any]) -> dict[str, Any]:
                 f"config.json has the layer type {error.args[0]!r}; V4 has {known}"
             ) from None
     elif config.get("compress_ratios") is not None:
-        # The official list goes on with the ratio of the MTP block, which is always window-only.
+        # The last ratio of the official list is the MTP block's, which always has window attention.
         kinds: dict[int, LayerType] = {0: "window", csa: "csa", hca: "hca"}
         ratios = config["compress_ratios"][:layers]
         unknown = [ratio for ratio in ratios if ratio not in kinds]

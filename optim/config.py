@@ -1,6 +1,6 @@
 """Settings of the optimizer. Imports no torch, so that a login node can read them.
 
-Defaults are those of V4 Flash (REP 4.2, where REP is the V4 report, arXiv 2606.19348).
+Defaults are those of V4 Flash (report §4.2).
 """
 
 from typing import Annotated, Literal, Self
@@ -33,7 +33,7 @@ GROUPS = (
     "shared_experts",
     "mtp",
 )
-"""The groups of parameters that settings can name; the model's table says what is in them."""
+"""Groups of parameters that settings can name; the model's table of parameters assigns them."""
 
 
 def _known_group(name: str) -> str:
@@ -54,28 +54,32 @@ class Section(BaseModel):
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up, then constant, then a cosine down to the final learning rate (REP 4.2)."""
+    """Linear warm-up, constant, then a cosine down to the final learning rate (report §4.2)."""
 
     warmup_steps: NonNegativeInt = 2000
-    """Steps of linear warm-up; the last of them runs at the full learning rate."""
+    """Length of the linear warm-up, whose last step has the full learning rate. [steps]"""
     decay_fraction: float | None = Field(None, ge=0.0, le=1.0)
-    """Share of the run, at its end, that the cosine takes: 0.1 where neither this nor decay_start
-    is given. REP says "near the end" (L)."""
+    """Share of the run, at its end, with the cosine. Null: 0.1, unless decay_start or a phase with
+    decay is set; unpublished (report §4.2: "near the end")."""
     decay_start: NonNegativeInt | None = None
-    """First step of the cosine, counted from 0; the other way to say where the decay starts."""
+    """First step of the cosine, counted from 0; the alternative to decay_fraction. [steps]"""
     final_ratio: float = Field(0.1, ge=0.0, le=1.0)
-    """Learning rate of the last step divided by the peak: 0.1 in Flash and in Pro."""
+    """Learning rate of the last step divided by the peak."""
 
     @model_validator(mode="after")
-    def _one_start(self) -> Self:
-        if self.decay_start is None:
-            return self
-        if self.decay_fraction is not None:
+    def _has_one_decay(self) -> Self:
+        """At most one of `decay_start` and `decay_fraction`."""
+        if self.decay_start is not None and self.decay_fraction is not None:
             raise ValueError(
                 f"decay_start is {self.decay_start} and decay_fraction is {self.decay_fraction}, "
-                "but both say where the decay starts; set one of them to null"
+                "but both define where the decay starts; set one of them to null"
             )
-        if self.decay_start < self.warmup_steps:
+        return self
+
+    @model_validator(mode="after")
+    def _warms_up_first(self) -> Self:
+        """`decay_start` is at least `warmup_steps`."""
+        if self.decay_start is not None and self.decay_start < self.warmup_steps:
             raise ValueError(
                 f"decay_start is {self.decay_start}, inside the warm-up; it must be at least "
                 f"warmup_steps, which is {self.warmup_steps}"
@@ -84,43 +88,48 @@ class ScheduleConfig(Section):
 
 
 class MuonConfig(Section):
-    """Muon; where its options come from stands in docs/muon.md."""
+    """Muon, for matrices; docs/muon.md has the sources of its options."""
 
     momentum: Momentum = 0.95
+    """Decay of the momentum buffer (Nesterov)."""
     momentum_start: Momentum = 0.85
     """Momentum of the first step, where `momentum_warmup_steps` is not 0."""
     momentum_warmup_steps: NonNegativeInt = 0
-    """Steps in which the momentum grows linearly to `momentum`; V4 has none."""
+    """Steps over which the momentum grows linearly to `momentum`; V4 has none. [steps]"""
     weight_decay: Decay = 0.1
+    """Decoupled weight decay, as a factor of the learning rate."""
     update_rms: PositiveFloat = 0.18
-    """Root mean square of every update, before the learning rate; makes AdamW's rates fit Muon."""
+    """Root mean square of every update before the learning rate, so that Muon can use AdamW's."""
     newton_schulz: Literal["hybrid", "polar_express"] = "hybrid"
-    """The coefficients: V4's two sets, or those of Polar Express."""
+    """Coefficients of Newton–Schulz: V4's two sets, or those of Polar Express."""
     coarse_steps: NonNegativeInt = 8
-    """Hybrid: steps with the coefficients that lift small singular values."""
+    """Hybrid: iterations with the coefficients that raise small singular values. [iterations]"""
     fine_steps: NonNegativeInt = 2
-    """Hybrid: steps with the coefficients that converge to 1."""
+    """Hybrid: iterations with the coefficients that converge to 1. [iterations]"""
     polar_express_steps: PositiveInt = 8
-    """Polar Express: steps; all singular values from 1e-3 upwards are at 1 after 8."""
+    """Polar Express: iterations; 8 bring all singular values of at least 1e-3 to 1. [iterations]"""
     gram: bool = False
-    """Iterate on the Gram matrix of matrices at least twice as long as wide: fewer operations."""
+    """Iterate on the Gram matrix of matrices at least twice as long as wide, for fewer FLOPs."""
     newton_schulz_precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto` is bf16 on accelerators, as in the report, and fp32 on CPU."""
+    """Precision of Newton–Schulz; `auto` is bf16 on accelerators, as in the report, and fp32 on
+    CPU."""
     query_matrices: Literal["whole", "per_head"] = "whole"
-    """Whether wq_b (attention and indexer) is one matrix or one per head; unpublished (L)."""
+    """Whether wq_b (attention and indexer) is one matrix or one per head; unpublished."""
     max_batch_bytes: PositiveInt | None = None
-    """Most fp32 bytes of same-shape matrices that go through Newton–Schulz at once. Where null:
-    2 MiB on CPU, which stays in its cache, and 256 MiB on accelerators."""
+    """Maximum fp32 size of a batch of same-shape matrices in Newton–Schulz. Null: 2 MiB on CPU,
+    which fits its cache, and 256 MiB on accelerators. [bytes]"""
 
 
 class AdamWConfig(Section):
-    """AdamW, for what is not a matrix, the embedding and the output head."""
+    """AdamW, for vectors, the embedding and the output head; docs/optimizer.md has the list."""
 
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
+    """Decay rates of the first and the second moment."""
     eps: NonNegativeFloat = 1e-20
+    """Added to the root of the second moment."""
     weight_decay: Decay = 0.1
-    """Also on norm weights, sinks, ape and hyper-connection biases: the report's list names no
-    exception."""
+    """Decoupled weight decay, as a factor of the learning rate; also of norm weights, sinks, ape,
+    and hyper-connection biases, since the report's list names no exception."""
 
 
 class OptimConfig(Section):
@@ -129,16 +138,17 @@ class OptimConfig(Section):
     learning_rate: PositiveFloat = 2.7e-4
     """Peak learning rate, of Muon and AdamW alike."""
     clip_norm: PositiveFloat | None = 1.0
-    """Largest global gradient norm (V3); null never clips."""
+    """Maximum global gradient norm (V3); null turns clipping off."""
     max_skipped_steps: NonNegativeInt = 3
-    """Steps in a row that are skipped because loss or gradients are not finite; one more ends the
-    run."""
+    """Maximum consecutive steps skipped because loss or gradients are not finite; one more ends the
+    run. [steps]"""
     matrix_optimizer: Literal["muon", "adamw"] = "muon"
-    """What updates the matrices; adamw, for everything, is the baseline to compare Muon with."""
+    """Optimizer of the matrices; adamw, then used for everything, is the baseline for Muon."""
     learning_rate_factors: dict[Group, NonNegativeFloat] = {}
-    """By group of parameters, what its learning rate is multiplied by; 1 where none is given."""
+    """Factors of the learning rate by group of parameters, 1 for groups without one; groups:
+    docs/optimizer.md."""
     no_weight_decay: tuple[Group, ...] = ()
-    """Groups of parameters without weight decay; V4 decays all."""
+    """Groups of parameters without weight decay; V4 decays all of them."""
     schedule: ScheduleConfig = ScheduleConfig()
     muon: MuonConfig = MuonConfig()
     adamw: AdamWConfig = AdamWConfig()

@@ -1,6 +1,6 @@
-"""How a run is spread over processes, and whether model, data and processes allow it.
+"""How a run is spread over processes, and the checks against model, data and processes.
 
-Imports no torch: a login node can say what is wrong before anything is started.
+Imports no torch, so that a login node can refuse a config before anything starts.
 """
 
 from __future__ import annotations
@@ -19,47 +19,47 @@ from trainer.parallel.stage_plan import V_SHAPED, ScheduleName, StagePlan, plan_
 
 
 class ParallelConfig(Section):
-    """Degrees of each axis; the processes that remain are data parallel.
+    """Degree of each axis; data parallelism takes the remaining factor of the processes.
 
-    tensor x context x pipeline divides the number of processes, and so does
-    expert_tensor x expert x pipeline: experts are divided over the same ranks once more, so expert
-    and tensor degrees do not depend on each other.
+    tensor x context x pipeline must divide the number of processes, and so must
+    expert_tensor x expert x pipeline: experts are divided over the same ranks on axes of their own,
+    so expert and tensor degrees are independent. See docs/parallelism.md.
     """
 
     tensor: PositiveInt = 1
-    """Ranks that split heads, output groups, vocabulary and the shared expert."""
+    """Ranks that split heads, output groups, vocabulary and the shared expert. [ranks]"""
     expert: PositiveInt = 1
-    """Ranks that routed experts are divided over."""
+    """Ranks that routed experts are divided over. [ranks]"""
     pipeline: PositiveInt = 1
-    """Ranks that layers are divided over."""
+    """Ranks that layers are divided over. [ranks]"""
     context: PositiveInt = 1
-    """Ranks that every row is divided over."""
+    """Ranks that every row is divided over. [ranks]"""
     expert_tensor: PositiveInt = 1
-    """Ranks that split every routed expert's inner dimension."""
+    """Ranks that split every routed expert's inner dimension. [ranks]"""
     pipeline_schedule: ScheduleName = "1f1b"
-    """Order of forward and backward; the V-shaped ones have two stages on a rank."""
+    """Order of forward and backward; the V-shaped schedules have two stages per rank."""
     pipeline_stages_per_rank: PositiveInt | None = None
-    """Stages on a rank in `interleaved_1f1b`; null is 2 there. The others fix it."""
+    """Stages per rank in `interleaved_1f1b`, 2 if null; other schedules determine it. [stages]"""
     pipeline_layers_per_stage: tuple[NonNegativeInt, ...] | None = None
-    """Layers of each stage; null balances them by their operations (`v4 plan` shows them)."""
+    """Layers of each stage; null balances stages by FLOPs (`v4 plan` shows them). [layers]"""
     recompute: tuple[Literal["streams", "norms", "attention", "block"], ...] = ()
-    """Activations that backward computes again: residual streams inside a block, norms' outputs,
+    """Activations that backward recomputes: residual streams inside a block, outputs of norms,
     attention, or whole blocks."""
     offload: tuple[Literal["attention", "block"], ...] = ()
-    """Of these parts of `recompute` the input waits for backward in the host's memory."""
+    """Parts of `recompute` whose inputs are kept in the host's memory until backward."""
     grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """What gradients are sent to their owners in; they are always summed in fp32."""
+    """Dtype in which gradients are sent to their owners; they are always summed in fp32."""
     expert_grad_reduce_dtype: Literal["fp32", "bf16", "bf16_stochastic"] = "fp32"
-    """The same for routed experts; `bf16_stochastic` rounds without bias."""
+    """The same for gradients of routed experts; `bf16_stochastic` rounds without bias."""
     max_optimizer_padding: NonNegativeFloat = 0.1
-    """Most padding of an optimizer's buffer over what it holds: where matrices are so few that it
-    would be more, fewer ranks own them, and the others repeat the update."""
+    """Maximum padding of an optimizer buffer, as a share of its contents: where there are too few
+    matrices for that, fewer ranks own them and the others repeat the update."""
     timeout_seconds: PositiveFloat | None = None
-    """How long a collective may wait for the others; null is torch's default."""
+    """Timeout of collectives; null is torch's default. [seconds]"""
 
     @property
     def chunks(self) -> int:
-        """Stages on a rank."""
+        """Stages per rank."""
         if self.pipeline == 1:
             return 1
         if self.pipeline_schedule == "interleaved_1f1b":
@@ -67,7 +67,7 @@ class ParallelConfig(Section):
         return 2 if self.pipeline_schedule in V_SHAPED else 1
 
     def stages(self, model: ModelConfig, seq_len: int) -> StagePlan:
-        """Which layers are where; only after the config's checks."""
+        """Returns the layers of each stage; valid only for a checked config."""
         return plan_stages(
             model,
             seq_len,
@@ -78,19 +78,19 @@ class ParallelConfig(Section):
         )
 
     def degrees(self, world: int) -> Degrees:
-        """The degrees for a number of processes. Raises ValueError when they do not divide it."""
+        """Returns the degrees. Raises ValueError if they do not divide the processes."""
         return Degrees(
             world, self.tensor, self.expert, self.pipeline, self.context, self.expert_tensor
         )
 
     @property
-    def least_world(self) -> int:
+    def min_world(self) -> int:
         """The smallest number of processes that these degrees divide."""
         dense = self.tensor * self.context * self.pipeline
         return math.lcm(dense, self.expert_tensor * self.expert * self.pipeline)
 
     def problems(self, model: ModelConfig) -> Iterator[str]:
-        """What does not fit together, whatever the number of processes."""
+        """Yields what does not fit the model, at any number of processes."""
         shared = model.moe_intermediate_size * model.n_shared_experts
         yield from self._split_problems(
             "tensor",
@@ -114,14 +114,14 @@ class ParallelConfig(Section):
         for part in self.offload:
             if part not in self.recompute:
                 yield (
-                    f"parallel.offload = [{', '.join(self.offload)}] moves what is kept of a part "
-                    "that is computed again, but parallel.recompute = "
-                    f"[{', '.join(self.recompute)}] should have {part}, too"
+                    f"parallel.offload = [{', '.join(self.offload)}] moves the input of a "
+                    "recomputed part, so parallel.recompute = "
+                    f"[{', '.join(self.recompute)}] should have {part} as well"
                 )
         yield from self._pipeline_problems(model)
 
     def row_problems(self, length: int, where: str) -> Iterator[str]:
-        """What does not fit rows of a length that the section `where` of the config says."""
+        """Yields what does not fit the row length of the section `where` of the config."""
         runs = self.tensor * self.context
         if length % runs:
             near = [n for n in (length // runs * runs, -(-length // runs) * runs) if n]
@@ -150,23 +150,24 @@ class ParallelConfig(Section):
             )
         stages = self.pipeline * self.chunks
         if stages - 1 > layers:
-            most = (layers + 1) // self.chunks
+            max_pipeline = (layers + 1) // self.chunks
             yield (
                 f"parallel.pipeline = {self.pipeline} with {schedule} makes {stages} stages, but "
-                f"model.num_hidden_layers = {layers}; parallel.pipeline should be at most {most}"
+                f"model.num_hidden_layers = {layers}; parallel.pipeline should be at most "
+                f"{max_pipeline}"
             )
-        given = self.pipeline_layers_per_stage
-        if given is None or self.pipeline == 1:
+        sizes = self.pipeline_layers_per_stage
+        if sizes is None or self.pipeline == 1:
             return
-        if len(given) != stages or sum(given) != layers or 0 in given[:-1]:
+        if len(sizes) != stages or sum(sizes) != layers or 0 in sizes[:-1]:
             yield (
-                f"parallel.pipeline_layers_per_stage = {list(given)} should have one number "
+                f"parallel.pipeline_layers_per_stage = {list(sizes)} should have one number "
                 f"for each of the {stages} stages, which sum to model.num_hidden_layers = "
                 f"{layers}, with none but the last 0"
             )
 
     def world_problems(self, world: int) -> Iterator[str]:
-        """What does not fit a number of processes."""
+        """Yields what does not fit a number of processes."""
         for product, fields in (
             (self.tensor * self.context * self.pipeline, "tensor x context x pipeline"),
             (self.expert_tensor * self.expert * self.pipeline, "expert_tensor x expert x pipeline"),
@@ -180,9 +181,9 @@ class ParallelConfig(Section):
                 return
 
     def step_problems(self, world: int, data: DataPhase, where: str) -> Iterator[str]:
-        """What does not fit a step's rows, those of a ramp included, on a number of processes.
+        """Yields what does not fit a step's rows, those of a ramp included, on these processes.
 
-        `where` is the section of the config that says them.
+        `where` is the section of the config with these rows.
         """
         data_ranks = self.degrees(world).data
         for rows in data.sizes:
@@ -204,14 +205,14 @@ class ParallelConfig(Section):
     def _microbatch_problems(
         self, data_ranks: int, rows: int, micro: int, name: str, where: str
     ) -> Iterator[str]:
-        """A pipeline wants microbatches of one shape, and enough of them for its schedule."""
+        """Yields why a pipeline has no equal microbatches, or too few for its schedule."""
         per_rank = -(-rows // data_ranks)
         count, rest = divmod(per_rank, micro)
         if rest:
             yield (
                 f"{name} = {rows} over {data_ranks} data-parallel ranks is {per_rank} rows, which "
-                f"are no whole microbatches of {where}.micro_batch_size = {micro}; {name} should "
-                f"be {count * micro * data_ranks or micro * data_ranks} or "
+                f"is no whole number of microbatches of {where}.micro_batch_size = {micro}; {name} "
+                f"should be {count * micro * data_ranks or micro * data_ranks} or "
                 f"{(count + 1) * micro * data_ranks}"
             )
             return
@@ -219,8 +220,8 @@ class ParallelConfig(Section):
         need = stages if self.pipeline_schedule in ("1f1b", "dual_pipe_v") else self.pipeline
         if count < need:
             yield (
-                f"{count} microbatches a step are fewer than the {need} that "
-                f"parallel.pipeline_schedule = {self.pipeline_schedule} wants with "
+                f"{count} microbatches per step are fewer than the {need} that "
+                f"parallel.pipeline_schedule = {self.pipeline_schedule} needs with "
                 f"parallel.pipeline = {self.pipeline}; {name} should be at least "
                 f"{need * micro * data_ranks}, or {where}.micro_batch_size smaller"
             )
@@ -229,14 +230,14 @@ class ParallelConfig(Section):
             near = (count // rounds * rounds, (count // rounds + 1) * rounds)
             fitting = [str(n * micro * data_ranks) for n in near]
             yield (
-                f"{count} microbatches a step do not divide into the {rounds} rounds of "
+                f"{count} microbatches per step do not divide into the {rounds} rounds of "
                 f"interleaved_1f1b with parallel.pipeline = {self.pipeline}; {name} should be "
                 f"{' or '.join(fitting)}"
             )
 
 
 def nearest(degree: int, value: int) -> str:
-    """The divisors of `value` next to `degree`, below and above, for people."""
+    """Returns the divisors of `value` next to `degree`, below and above, as text."""
     below = max((n for n in range(1, min(degree, value) + 1) if value % n == 0), default=1)
     above = next((n for n in range(degree + 1, value + 1) if value % n == 0), None)
     return f"{below}" if above is None or below == degree else f"{below} or {above}"

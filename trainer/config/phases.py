@@ -1,4 +1,4 @@
-"""The phases of a run, by tokens, as a config says them. Imports no torch.
+"""The phases of a run, by tokens, as a config has them. Imports no torch.
 
     phases:
       - {until_tokens: 1e12, attention: dense, seq_len: 4096,
@@ -7,10 +7,10 @@
       - {until_tokens: 32e12, attention: sparse, seq_len: 65536,
          global_batch_size: 1152, decay: true}
 
-What a phase leaves out is the run's: `data.seq_len`, `data.global_batch_size`,
+What a phase omits is the run's: `data.seq_len`, `data.global_batch_size`,
 `data.micro_batch_size`, `data.source_weights`, `model.mtp_loss_weight` and
 `mtp_loss_weight_in_decay`, `router_bias_speed`, `quantisation`, and `optim.learning_rate` with
-`optim.schedule`. trainer/config/recipe.py makes functions of the step of it.
+`optim.schedule`. trainer/config/recipe.py resolves phases into steps.
 """
 
 from typing import Annotated, Any, Literal
@@ -21,7 +21,7 @@ from trainer.config.section import Section
 
 
 def _whole(value: Any) -> Any:
-    """1e12 as YAML reads it, where a whole number is wanted."""
+    """Returns 1e12, a float in YAML, as an integer."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -29,50 +29,65 @@ Tokens = Annotated[PositiveInt, BeforeValidator(_whole)]
 Quantisation = Literal["none", "mxfp4"]
 
 WARMUP_LEARNING_RATE = 1e-3
-"""Of the indexer's warm-up (V3.2)."""
+"""Learning rate of the indexer's warm-up (V3.2)."""
 
 
 class PhaseConfig(Section):
     """A phase of a run.
 
-    Tokens are positions of rows, of which packing leaves about one in two thousand empty.
+    Tokens are positions of rows; packing leaves about one in two thousand empty.
     """
 
     until_tokens: Tokens
-    """Tokens of the whole run at which the phase ends; its last step may go beyond."""
+    """Tokens of the whole run at the phase's end; its last step may exceed them. [tokens]"""
     attention: Literal["dense", "warmup", "sparse"]
-    """`dense`: CSA layers attend to every entry, and their indexers rest. `warmup`: likewise, and
-    nothing but the indexers is trained. `sparse`: to the indexers' choice; everything trains."""
+    """`dense`: CSA layers attend to all entries, and their indexers are not used. `warmup`: as
+    dense, and only the indexers are trained. `sparse`: CSA layers attend to the entries that the
+    indexers select; everything is trained."""
     name: str | None = None
-    """For people; attention and row length where it is absent."""
+    """Name in logs and reports; null: attention and row length."""
     seq_len: Annotated[int, Field(ge=2)] | None = None
+    """Length of a row; null: data.seq_len. [tokens]"""
     global_batch_size: PositiveInt | None = None
+    """Rows of an optimizer step over all ranks; null: data.global_batch_size. [rows]"""
     micro_batch_size: PositiveInt | None = None
+    """Rows of a microbatch on a rank; null: data.micro_batch_size. [rows]"""
     initial_batch_size: PositiveInt | None = None
-    """Rows of the phase's first step, from which they grow to `global_batch_size`..."""
+    """Rows of the phase's first step, which grow to global_batch_size over rampup_tokens; null: no
+    ramp. [rows]"""
     rampup_tokens: Tokens | None = None
-    """...over about this many tokens."""
+    """Approximate length of the ramp from initial_batch_size. [tokens]"""
     source_weights: dict[str, float] | None = None
-    """The sources' shares of the tokens."""
+    """The sources' shares of the tokens; null: data.source_weights."""
     decay: bool = False
-    """The learning rate's cosine begins with the first such phase and ends with the run."""
+    """Whether the learning rate decays: its cosine begins with the first such phase and ends with
+    the run."""
     learning_rate: NonNegativeFloat | None = None
-    """Instead of the schedule's, all through the phase; 1e-3 where absent in a `warmup`."""
+    """Constant learning rate of the phase; null: the schedule's, or 1e-3 (V3.2) in a `warmup`."""
     mtp_loss_weight: NonNegativeFloat | None = None
+    """Weight of the MTP loss; null: the run's."""
     router_bias_speed: NonNegativeFloat | None = None
+    """Change of a router's bias per step; null: the run's, or 0 in a `warmup`."""
     quantisation: Quantisation | None = None
+    """Quantisation-aware training; null: the run's."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "PhaseConfig":
+    def _has_a_whole_ramp(self) -> "PhaseConfig":
+        """Both `initial_batch_size` and `rampup_tokens`, or neither."""
         if (self.initial_batch_size is None) != (self.rampup_tokens is None):
             raise ValueError(
                 "a ramp needs both `initial_batch_size` and `rampup_tokens`, or neither"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _trains_what_it_sets(self) -> "PhaseConfig":
+        """A `warmup` sets neither `mtp_loss_weight` nor `router_bias_speed`."""
         if self.attention == "warmup":
             for field in ("mtp_loss_weight", "router_bias_speed"):
                 if getattr(self, field) is not None:
                     raise ValueError(
-                        f"{field} does nothing where attention = warmup trains the indexers alone; "
-                        "leave it out"
+                        f"{field} has no effect with attention = warmup, which trains only the "
+                        "indexers; omit it"
                     )
         return self

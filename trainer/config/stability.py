@@ -1,4 +1,4 @@
-"""How a run is kept stable: anticipatory routing and spikes. Imports no torch."""
+"""Settings of anticipatory routing and spike detection. Imports no torch."""
 
 from typing import Annotated, Literal
 
@@ -8,60 +8,60 @@ from trainer.config.section import Section
 
 
 class AnticipatoryRoutingConfig(Section):
-    """Experts chosen with the weights of some steps ago (REP 4.2.3)."""
+    """Experts selected with the weights of some steps earlier (report §4.2.3)."""
 
     when: Literal["never", "after_spikes", "always"] = "after_spikes"
     """`after_spikes`: for `active_steps` steps after a spike, where `stability.spikes` is set;
     `always`: from the first step to the last."""
     lag_steps: NonNegativeInt = 3
-    """By how many steps; unpublished (L). What it costs does not depend on it, but for the memory
-    of the choices that wait. 0 chooses with the present weights, as plain training does."""
+    """Age of the weights that select the experts; unpublished. It affects the memory of pending
+    selections, not the time; 0 is plain training. [steps]"""
     active_steps: PositiveInt = 100
-    """For how long after a spike; unpublished (L)."""
+    """Duration after a spike; unpublished. [steps]"""
 
 
 class SpikeConfig(Section):
-    """What counts as a spike and what is done about it. REP says no more than that there is a
-    detector and a short rollback: all numbers here are our choice."""
+    """Detection of loss spikes, and rollback. The report (§4.2.3) has no numbers; these are
+    choices."""
 
     median_window: PositiveInt = 16
-    """Steps whose median a step is compared with."""
+    """A step is compared with the median of this many steps before it. [steps]"""
     deviation_window: PositiveInt = 128
-    """Steps whose distances from their own recent medians say what is usual."""
+    """The usual deviation is that of this many steps from their own medians. [steps]"""
     min_history: PositiveInt = 32
-    """How many of them there have to be before a step is judged."""
+    """Minimum number of such steps before a step can be a spike. [steps]"""
     threshold: PositiveFloat = 6.0
-    """From how many robust deviations on a step is a spike."""
+    """Minimum distance of a spike from the median, in robust standard deviations."""
     min_loss_deviation: PositiveFloat = 0.05
-    """Least deviation of the loss, in nats."""
+    """Lower bound of the loss's deviation. [nats]"""
     min_grad_norm_deviation: PositiveFloat = 0.25
-    """Least deviation of the gradient norm's logarithm."""
+    """Lower bound of the deviation of the gradient norm's logarithm."""
     min_router_deviation: PositiveFloat = 0.02
-    """Least deviation of a router's mean share of the first choice."""
+    """Lower bound of the deviation of a router's mean top-1 weight share."""
     router_collapse_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
-    """Share of a step's tokens that go to one expert of a learned layer from which its router has
-    collapsed, unless half as many went there all along."""
+    """A router has collapsed if one expert gets at least this share of a step's tokens, unless its
+    median share was at least half of that before."""
     snapshot_every: NonNegativeInt = 20
-    """Steps between copies of weights and optimizer on the host; 0 turns back to checkpoints
-    only."""
+    """Interval of copies of weights and optimizer in the host's memory; 0 rolls back to checkpoints
+    only. [steps]"""
     min_rollback_steps: PositiveInt = 5
-    """Least number of steps that a run turns back."""
+    """Minimum length of a rollback. [steps]"""
     max_rollbacks: NonNegativeInt = 10
-    """Rollbacks of a whole run; one more spike ends it."""
+    """Maximum rollbacks of a run; one more spike ends it. [rollbacks]"""
     skip_bad_batches: bool = True
-    """Pass over a batch at whose step a spike was seen twice: what comes once, such as a fault of
-    the machine, is not the batch's, and costs no data."""
+    """Skip a batch whose step was a spike twice. A spike that does not recur, such as one from a
+    hardware fault, costs no data."""
 
     @property
     def snapshots(self) -> int:
-        """Copies held at most: the newest that is old enough to turn back to, and later ones."""
+        """Maximum copies in memory: the newest one old enough for a rollback, and later ones."""
         return 1 + -(-self.min_rollback_steps // self.snapshot_every) if self.snapshot_every else 0
 
 
 class StabilityConfig(Section):
-    """See docs/stability.md."""
+    """Anticipatory routing, and rollback after loss spikes; see docs/stability.md."""
 
     anticipatory_routing: AnticipatoryRoutingConfig = AnticipatoryRoutingConfig()
     spikes: SpikeConfig | None = None
-    """Null, the default, only skips steps that are not finite: a run that turns back by itself
-    holds copies of all its states, and is for recipes to ask for."""
+    """Null only skips steps that are not finite; `{}` detects spikes with the defaults, and keeps
+    copies of weights and optimizer in the host's memory."""

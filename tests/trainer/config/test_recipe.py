@@ -147,7 +147,7 @@ def change(number: int, **fields: Any) -> list[dict[str, Any]]:
             r"phases.0.initial_batch_size = 3 should be a multiple of phases.0.mi",
         ),
         (change(0, rampup_tokens=4000), {}, "rampup_tokens = 4,000 are more than the phase's"),
-        (change(2, mtp_loss_weight=0.1), {}, "mtp_loss_weight does nothing where attention"),
+        (change(2, mtp_loss_weight=0.1), {}, "mtp_loss_weight has no effect with attention"),
         (
             change(1, source_weights={"word": 1}),
             {},
