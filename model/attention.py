@@ -1,4 +1,8 @@
-"""V4's attention: low-rank queries, one shared key-value head, grouped output (report 2.3)."""
+"""V4's attention: low-rank queries, one shared key-value head, grouped output (report §2.3).
+
+Letters: T tokens, D hidden size, Q rank of the queries, H heads, K head dim, C entries, k selected
+entries of a query, G groups of heads, O rank of a group's output, X = H·K/G.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from torch import Tensor, nn
 
 from model.compressor import Compressor
 from model.config import AttentionMode, LayerType, ModelConfig
+from model.exchange import Exchange
+from model.execution import LOCAL, Execution
 from model.indexer import Indexer
 from model.kernels.attention import AttentionInputs, attention_with_lse2
 from model.kernels.indexer import (
@@ -25,7 +31,7 @@ from model.positions import Positions
 
 
 class _Inputs(NamedTuple):
-    """Queries at hand, keys of the own tokens, entries."""
+    """Queries of this rank's heads, keys of the local tokens, entries."""
 
     q_THK: Tensor
     kv_TK: Tensor
@@ -35,90 +41,113 @@ class _Inputs(NamedTuple):
 class Attention(nn.Module):
     """Window-only, compressed sparse ("csa") or heavily compressed ("hca") attention."""
 
-    def __init__(self, config: ModelConfig, kind: LayerType, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        kind: LayerType,
+        dtype: torch.dtype,
+        execution: Execution = LOCAL,
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.dim, self.rank = config.head_dim, config.o_lora_rank
         self.eps, self.window = config.rms_norm_eps, config.sliding_window
         heads, groups = config.num_attention_heads, config.o_groups
         inner = heads * self.dim
+        pointwise = execution.pointwise
 
         def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, dtype)
+            return Linear(inputs, outputs, dtype, execution.matmuls)
 
         self.wq_a = linear(config.hidden_size, config.q_lora_rank)
-        self.q_norm = RMSNorm(config.q_lora_rank, self.eps)
+        self.q_norm = RMSNorm(config.q_lora_rank, self.eps, pointwise)
         self.wq_b = linear(config.q_lora_rank, inner)
         self.wkv = linear(config.hidden_size, self.dim)
-        self.kv_norm = RMSNorm(self.dim, self.eps)
+        self.kv_norm = RMSNorm(self.dim, self.eps, pointwise)
         self.wo_a = linear(inner // groups, groups * self.rank)
         self.wo_b = linear(groups * self.rank, config.hidden_size)
         self.attn_sink = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-        self.compressor = None if kind == "window" else Compressor(config, kind, self.dim, dtype)
-        self.indexer = Indexer(config, dtype) if kind == "csa" else None
+        self.compressor = self.indexer = None
+        if kind != "window":
+            self.compressor = Compressor(config, kind, self.dim, dtype, pointwise)
+        if kind == "csa":
+            self.indexer = Indexer(config, dtype, pointwise)
 
     def forward(
         self,
         x_TD: Tensor,
         positions: Positions,
+        exchange: Exchange,
         mode: AttentionMode = "select",
         routed_tokens: float = 1.0,
     ) -> tuple[Tensor, Tensor | None]:
         """[T, D] to [T, D], and the indexer's objective; no token sees another sample.
 
-        The objective is a sum over own tokens divided by `routed_tokens`, those of the whole global
-        batch; None where the mode has none. Heads and groups are those of the weights at hand: a
-        rank may hold some of them, and then `positions` brings it more tokens than its own.
+        The objective is a sum over local tokens divided by `routed_tokens`, those of the global
+        batch; None where the mode has none. Heads and groups are those of the weights on this rank:
+        it may hold some of them, and then `exchange` gathers the tokens of more ranks.
         """
-        q_TQ, inputs = self._inputs(x_TD, positions)
+        q_TQ, inputs = self._inputs(x_TD, positions, exchange)
         index = selected_Tk = None
         if self.indexer is not None and mode in ("warmup", "sparse"):
-            index = self.indexer(x_TD, q_TQ, positions)
+            index = self.indexer(x_TD, q_TQ, positions, exchange)
         if self.indexer is not None and mode in ("select", "sparse"):
-            selected_Tk = self.indexer.select(x_TD, q_TQ, positions, index)
-        picked_Tk = None if selected_Tk is None else positions.to_queries(selected_Tk)
-        o_THK, mass = self._attend(inputs, positions, picked_Tk)
+            selected_Tk = self.indexer.select(x_TD, q_TQ, positions, exchange, index)
+        query_selected_Tk = None
+        if selected_Tk is not None:
+            query_selected_Tk = exchange.gather_queries(selected_Tk)
+        o_THK, mass = self._attend(inputs, positions, exchange, query_selected_Tk)
         objective = None
         if index is not None and mass is not None:
-            objective = self._objective(index, selected_Tk, mass, positions, routed_tokens)
-        return positions.to_own(self.wo_b(self._grouped_output(o_THK))), objective
+            objective = self._objective(
+                index, selected_Tk, mass, positions, exchange, routed_tokens
+            )
+        return exchange.scatter_sum(self.wo_b(self._grouped_output(o_THK))), objective
 
     @torch.no_grad()
-    def recall(self, x_TD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """What the indexer keeps of the attention to all entries, fp32 [T] of the own tokens.
+    def recall(
+        self, x_TD: Tensor, positions: Positions, exchange: Exchange
+    ) -> tuple[Tensor, Tensor]:
+        """What a CSA layer's indexer selects of the attention to all entries, fp32 [T] each.
 
-        In a CSA layer: the mass of the entries that it would select, and of all; see
+        The mass of the entries that it would select, and of all; see
         `selected_probability_mass`.
         """
-        q_TQ, inputs = self._inputs(x_TD, positions)
+        q_TQ, inputs = self._inputs(x_TD, positions, exchange)
         assert self.indexer is not None and inputs.entries_CK is not None
-        selected_Tk = self.indexer.select(x_TD, q_TQ, positions)
-        _, mass = self._attend(inputs, positions, None)
+        selected_Tk = self.indexer.select(x_TD, q_TQ, positions, exchange)
+        _, mass = self._attend(inputs, positions, exchange, None)
         assert mass is not None
-        own_mass = positions.own_mass(self.kind, mass, False)
+        total_mass = exchange.sum_mass(self.kind, mass, listed=False)
         ranges, entries = positions.ranges(self.kind), len(inputs.entries_CK)
-        return selected_probability_mass(own_mass, ranges, selected_Tk, entries)
+        return selected_probability_mass(total_mass, ranges, selected_Tk, entries)
 
-    def _inputs(self, x_TD: Tensor, positions: Positions) -> tuple[Tensor, _Inputs]:
-        """The own tokens' low-rank queries, and what the core attention takes."""
+    def _inputs(
+        self, x_TD: Tensor, positions: Positions, exchange: Exchange
+    ) -> tuple[Tensor, _Inputs]:
+        """The local tokens' low-rank queries, and what the core attention takes."""
         q_TQ = self.q_norm(self.wq_a(x_TD))
-        q_THK = self.wq_b(positions.to_queries(q_TQ)).unflatten(-1, (-1, self.dim))
+        q_THK = self.wq_b(exchange.gather_queries(q_TQ)).unflatten(-1, (-1, self.dim))
         kv_TK = self.kv_norm(self.wkv(x_TD), positions.rotation(self.kind))
-        entries_CK = None if self.compressor is None else self.compressor(x_TD, positions)
+        entries_CK = None if self.compressor is None else self.compressor(x_TD, positions, exchange)
         return q_TQ, _Inputs(q_THK, kv_TK, entries_CK)
 
     def _attend(
-        self, inputs: _Inputs, positions: Positions, picked_Tk: Tensor | None
+        self,
+        inputs: _Inputs,
+        positions: Positions,
+        exchange: Exchange,
+        selected_Tk: Tensor | None,
     ) -> tuple[Tensor, AttentionProbabilityMass | None]:
         """The queries' core attention, and how much of it entries get, where there are any."""
         attention = AttentionInputs(
             inputs.q_THK,
-            positions.keys(inputs.kv_TK),
+            exchange.gather_keys(inputs.kv_TK),
             inputs.entries_CK,
             self.attn_sink,
             positions.query_rotation(self.kind),
             positions.query_ranges(self.kind),
-            picked_Tk,
+            selected_Tk,
             window=self.window,
             norm_eps=self.eps,
         )
@@ -133,16 +162,17 @@ class Attention(nn.Module):
         selected_Tk: Tensor | None,
         mass: AttentionProbabilityMass,
         positions: Positions,
+        exchange: Exchange,
         routed_tokens: float,
     ) -> Tensor:
-        """Sums over the own tokens; the KL target has no gradient, and padding no weight."""
+        """Sums over the local tokens; the KL target has no gradient, and padding no weight."""
         share_T = (~positions.layout.padding_T).to(torch.float32) / routed_tokens
-        own_mass = positions.own_mass(self.kind, mass, selected_Tk is not None)
-        target = KLTarget(own_mass, positions.ranges(self.kind), selected_Tk)
+        total_mass = exchange.sum_mass(self.kind, mass, listed=selected_Tk is not None)
+        target = KLTarget(total_mass, positions.ranges(self.kind), selected_Tk)
         return indexer_objective(index, target, share_T)
 
     def _grouped_output(self, o_THK: Tensor) -> Tensor:
-        """Each group of heads through a matrix of its own: [T, H, K] to [T, G·O]."""
+        """Each group of heads through its matrix: [T, H, K] to [T, G·O]."""
         weight_GOX = self.wo_a.weight.unflatten(0, (-1, self.rank))
         o_GTX = o_THK.reshape(o_THK.shape[0], len(weight_GOX), -1).transpose(0, 1)
-        return self.wo_a.products.batched(o_GTX, weight_GOX).transpose(0, 1).flatten(1)
+        return self.wo_a.matmuls.batched(o_GTX, weight_GOX).transpose(0, 1).flatten(1)

@@ -9,15 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from model.config import LayerType, ModelConfig
+from model.exchange import Exchange
 from model.kernels.compressor import pool_windows
 from model.norm import RMSNorm
+from model.pointwise import EAGER_OR_TRITON, PointwiseOps
 from model.positions import Positions
 
 
 class Compressor(nn.Module):
     """Makes entries of width ``dim``; windows overlap in a CSA layer, not in an HCA layer."""
 
-    def __init__(self, config: ModelConfig, kind: LayerType, dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        kind: LayerType,
+        dim: int,
+        dtype: torch.dtype,
+        pointwise: PointwiseOps = EAGER_OR_TRITON,
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.overlap = kind == "csa"
@@ -26,12 +35,12 @@ class Compressor(nn.Module):
         self.wgate = nn.Linear(config.hidden_size, width, bias=False, dtype=dtype)
         ratio = config.compress_ratio(kind)
         self.ape = nn.Parameter(torch.empty(ratio, width, dtype=torch.float32))
-        self.norm = RMSNorm(dim, config.rms_norm_eps)
+        self.norm = RMSNorm(dim, config.rms_norm_eps, pointwise)
 
-    def forward(self, x_TD: Tensor, positions: Positions) -> Tensor:
+    def forward(self, x_TD: Tensor, positions: Positions, exchange: Exchange) -> Tensor:
         """Returns an entry [C, K] for every complete window, normed and rotated, in x's dtype."""
         windows = positions.windows(self.kind)
-        values, gates = positions.with_previous(self.kind, self.wkv(x_TD), self.wgate(x_TD))
+        values, gates = exchange.with_preceding(self.kind, self.wkv(x_TD), self.wgate(x_TD))
         pooled_CK = pool_windows(
             values,
             gates,
@@ -41,4 +50,4 @@ class Compressor(nn.Module):
             self.overlap,
         )
         entries_CK = self.norm(pooled_CK, windows.rotation_CR, x_TD.dtype)
-        return positions.all_entries(self.kind, entries_CK)
+        return exchange.gather_entries(self.kind, entries_CK)

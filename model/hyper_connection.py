@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.pointwise import CHOSEN, Operations
+from model.pointwise import EAGER_OR_TRITON, PointwiseOps
 
 
 class _Mixing(nn.Module):
     """Coefficients of the streams, ``scale · (fn · z) + base`` with z = RMS-normed vec(X)."""
 
-    operations: Operations = CHOSEN
-
-    def __init__(self, config: ModelConfig, rows: int, scales: int) -> None:
+    def __init__(
+        self, config: ModelConfig, rows: int, scales: int, pointwise: PointwiseOps
+    ) -> None:
         super().__init__()
+        self.pointwise = pointwise
         self.norm_eps, self.hc_eps = config.rms_norm_eps, config.hc_eps
         columns = config.hc_mult * config.hidden_size
         self.fn = nn.Parameter(torch.empty(rows, columns, dtype=torch.float32))
@@ -38,13 +39,13 @@ class HyperConnection(_Mixing):
     The mathematics stands in model/kernels/hyper_connection.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config, rows=(2 + config.hc_mult) * config.hc_mult, scales=3)
+    def __init__(self, config: ModelConfig, pointwise: PointwiseOps = EAGER_OR_TRITON) -> None:
+        super().__init__(config, (2 + config.hc_mult) * config.hc_mult, 3, pointwise)
         self.iterations = config.hc_sinkhorn_iters
 
     def read(self, streams_TND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the sub-layer's input x [T, D], and post [T, N] and comb [T, N, N]."""
-        return self.operations.read_streams(
+        return self.pointwise.read_streams(
             streams_TND,
             self.fn,
             self.base,
@@ -56,18 +57,18 @@ class HyperConnection(_Mixing):
 
     def write(self, streams_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
         """Returns the streams X' after the sub-layer."""
-        return self.operations.write_streams(streams_TND, y_TD, post_TN, comb_TNN)
+        return self.pointwise.write_streams(streams_TND, y_TD, post_TN, comb_TNN)
 
 
 class StreamsHead(_Mixing):
     """Collapses the streams to Σ_j (σ(scale · w_j + base_j) + ε) · X_j for the final norm."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config, rows=config.hc_mult, scales=1)
+    def __init__(self, config: ModelConfig, pointwise: PointwiseOps = EAGER_OR_TRITON) -> None:
+        super().__init__(config, config.hc_mult, 1, pointwise)
 
     def forward(self, streams_TND: Tensor) -> Tensor:
         """[T, N, D] to [T, D]."""
-        return self.operations.collapse_streams(
+        return self.pointwise.collapse_streams(
             streams_TND,
             self.fn,
             self.base,

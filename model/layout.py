@@ -53,7 +53,7 @@ class Entries:
         return self.first_token_C.shape[0]
 
     @property
-    def most_visible(self) -> int:
+    def max_visible(self) -> int:
         """The largest number of entries that any query sees."""
         return int((self.host_end_T - self.host_start_T).max(initial=0))
 

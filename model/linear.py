@@ -1,4 +1,7 @@
-"""How linears and experts multiply: in the precision of their tensors, or in eight bits."""
+"""How linears and experts multiply: in the precision of their tensors, or in FP8.
+
+Letters: T tokens, P rows of experts, G groups, E experts, X input features, F output features.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from model.kernels import fp8
 
 
 @dataclass(frozen=True)
-class Products:
-    """Three kinds of products with weights [.., F, X].
+class Matmuls:
+    """Three kinds of matmuls with weights [.., F, X].
 
     Attributes:
         linear: [.., X] and [F, X] to [.., F].
         batched: [G, T, X] and [G, F, X] to [G, T, F], each group by itself.
         grouped: rows [P, X] sorted by group, [E, F, X] and int32 [E], where each group's rows end;
-            to [P, F]. Rows behind the last end are not computed.
+            to [P, F]. Rows after the last end are not computed.
     """
 
     linear: Callable[[Tensor, Tensor], Tensor]
@@ -36,29 +39,19 @@ def _grouped(x_PX: Tensor, weight_EFX: Tensor, ends_E: Tensor) -> Tensor:
     return F.grouped_mm(x_PX, weight_EFX.transpose(1, 2), offs=ends_E)
 
 
-PLAIN = Products(F.linear, _batched, _grouped)
-FP8 = Products(fp8.linear, fp8.batched, fp8.grouped)
+PLAIN = Matmuls(F.linear, _batched, _grouped)
+FP8 = Matmuls(fp8.linear, fp8.batched, fp8.grouped)
+"""For linears and experts. Output head, router, indexer, compressors and hyper-connections multiply
+in their own precision; the embedding and attention itself have no such weights."""
 
 
 class Linear(nn.Linear):
-    """A linear whose product may be in eight bits."""
+    """A linear without bias whose matmul may be in FP8."""
 
-    products: Products = PLAIN
-
-    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, matmuls: Matmuls) -> None:
         super().__init__(inputs, outputs, bias=False, dtype=dtype)
+        self.matmuls = matmuls
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., X] to [.., F]."""
-        return self.products.linear(x, self.weight)
-
-
-def use_fp8(model: nn.Module) -> None:
-    """Let the model's linears and experts multiply in FP8.
-
-    Not so output head, router, indexer, compressors and hyper-connections, whose products stay in
-    their own precision; the embedding and attention itself have no such weights.
-    """
-    for module in model.modules():
-        if hasattr(module, "products"):
-            module.products = FP8  # type: ignore[assignment]
+        return self.matmuls.linear(x, self.weight)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from model.block import Block, BlockStats
 from model.config import ModelConfig
+from model.exchange import Exchange
+from model.execution import Execution
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.positions import Positions
@@ -21,14 +23,17 @@ class MTPBlock(Block):
     It shares embedding and output head with the main model, and has its own norm and streams' head.
     """
 
-    def __init__(self, config: ModelConfig, row: int, dtype: torch.dtype) -> None:
-        super().__init__(config, row, "window", hashed=False, dtype=dtype, streams_end=True)
+    def __init__(
+        self, config: ModelConfig, row: int, dtype: torch.dtype, execution: Execution
+    ) -> None:
+        super().__init__(config, row, "window", False, dtype, execution, streams_end=True)
         dim, eps = config.hidden_size, config.rms_norm_eps
-        self.e_proj = Linear(dim, dim, dtype)
-        self.h_proj = Linear(dim, dim, dtype)
-        self.enorm = RMSNorm(dim, eps)
-        self.hnorm = RMSNorm(dim, eps)
-        self.norm = RMSNorm(dim, eps)
+        matmuls, pointwise = execution.matmuls, execution.pointwise
+        self.e_proj = Linear(dim, dim, dtype, matmuls)
+        self.h_proj = Linear(dim, dim, dtype, matmuls)
+        self.enorm = RMSNorm(dim, eps, pointwise)
+        self.hnorm = RMSNorm(dim, eps, pointwise)
+        self.norm = RMSNorm(dim, eps, pointwise)
 
     def predict(
         self,
@@ -36,6 +41,7 @@ class MTPBlock(Block):
         next_embedding_TD: Tensor,
         next_tokens_T: Tensor,
         positions: Positions,
+        exchange: Exchange,
         routed_tokens: float,
         chosen_TA: Tensor | None = None,
     ) -> tuple[Tensor, BlockStats]:
@@ -48,7 +54,9 @@ class MTPBlock(Block):
             chosen_TA: experts chosen earlier; see Router.
         """
         streams_TND = self._combine(streams_TND, next_embedding_TD)
-        streams_TND, stats = self(streams_TND, next_tokens_T, positions, routed_tokens, chosen_TA)
+        streams_TND, stats = self(
+            streams_TND, next_tokens_T, positions, exchange, routed_tokens, chosen_TA
+        )
         return self.norm(self.hc_head(streams_TND)), stats
 
     def choose_next(
@@ -57,10 +65,11 @@ class MTPBlock(Block):
         next_embedding_TD: Tensor,
         next_tokens_T: Tensor,
         positions: Positions,
+        exchange: Exchange,
     ) -> Tensor:
         """Returns the experts that the router chooses, [T, A], for the arguments of ``predict``."""
         streams_TND = self._combine(streams_TND, next_embedding_TD)
-        return self.choose(streams_TND, next_tokens_T, positions)
+        return self.choose(streams_TND, next_tokens_T, positions, exchange)
 
     def _combine(self, streams_TND: Tensor, next_embedding_TD: Tensor) -> Tensor:
         """Returns the streams that enter the block, [T, N, D]."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.pointwise import CHOSEN, Operations
+from model.pointwise import EAGER_OR_TRITON, PointwiseOps
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last dim; the weight is kept in fp32."""
 
-    operations: Operations = CHOSEN
-
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, pointwise: PointwiseOps = EAGER_OR_TRITON) -> None:
         super().__init__()
+        self.pointwise = pointwise
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
         self.eps = eps
 
@@ -22,4 +21,4 @@ class RMSNorm(nn.Module):
         self, x: Tensor, rotation: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         """Returns ``x`` [..., dim] normalised, and rotated if ``rotation`` is given, in fp32."""
-        return self.operations.rms_norm(x, self.weight, self.eps, rotation, dtype)
+        return self.pointwise.rms_norm(x, self.weight, self.eps, rotation, dtype)

@@ -1,4 +1,4 @@
-"""How a model computes what lies between its products: as the kernels choose, or compiled."""
+"""How a model computes what lies between its matmuls: by the kernels' choice, or compiled."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.kernels import hyper_connection, norm, swiglu
 
 
 @dataclass(frozen=True)
-class Operations:
+class PointwiseOps:
     """The functions of these names in model.kernels."""
 
     rms_norm: Callable[..., Tensor]
@@ -22,7 +22,7 @@ class Operations:
     collapse_streams: Callable[..., Tensor]
 
 
-CHOSEN = Operations(
+EAGER_OR_TRITON = PointwiseOps(
     norm.rms_norm,
     swiglu.clamped_swiglu,
     hyper_connection.read_streams,
@@ -31,17 +31,15 @@ CHOSEN = Operations(
 )
 
 
-def use_compiled(model: nn.Module) -> None:
-    """Let the model's norms, experts and residual streams run compiled where Triton does not."""
+def compiled_or_triton() -> PointwiseOps:
+    """Norms, experts and residual streams compiled where Triton does not run them."""
     from model.kernels import compiled  # imports torch's compiler, which takes long
 
-    operations = Operations(
-        partial(CHOSEN.rms_norm, eager=compiled.rms_norm),
-        partial(CHOSEN.clamped_swiglu, eager=compiled.clamped_swiglu),
-        partial(CHOSEN.read_streams, eager=compiled.read_streams),
-        partial(CHOSEN.write_streams, eager=compiled.write_streams),
-        partial(CHOSEN.collapse_streams, eager=compiled.read_streams),
+    ops = EAGER_OR_TRITON
+    return PointwiseOps(
+        partial(ops.rms_norm, eager=compiled.rms_norm),
+        partial(ops.clamped_swiglu, eager=compiled.clamped_swiglu),
+        partial(ops.read_streams, eager=compiled.read_streams),
+        partial(ops.write_streams, eager=compiled.write_streams),
+        partial(ops.collapse_streams, eager=compiled.read_streams),
     )
-    for module in model.modules():
-        if hasattr(module, "operations"):
-            module.operations = operations  # type: ignore[assignment]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,17 +13,16 @@ from model import hf
 from model.attention import Attention
 from model.block import Block, BlockStats
 from model.config import AttentionMode, ModelConfig
+from model.exchange import Exchange
+from model.execution import LOCAL, Execution
 from model.hyper_connection import StreamsHead
 from model.init import Shard, initialise
-from model.kernels.cross_entropy import linear_cross_entropy
 from model.layout import SampleLayout
 from model.loss import IGNORE_INDEX, TokenCounts, next_in_sample, second_targets
 from model.mtp import MTPBlock
 from model.norm import RMSNorm
-from model.positions import MakePositions, Positions
+from model.positions import Positions
 from model.router import Router
-
-CrossEntropy = Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ class Microbatch:
     """A microbatch as the parts of the model see it.
 
     Attributes:
-        positions: where its tokens are.
-        tokens_T, next_T: ids of the own tokens, and of those that follow them in their sample.
+        positions, exchange: where this rank's tokens are, and how it reaches the others.
+        tokens_T, next_T: ids of the local tokens, and of those that follow them in their sample.
         counts, mtp_loss_weight: denominators of the losses, and the second loss's weight.
         chosen: experts chosen before [T, A] by the block's row; the other routers choose now.
         attention: what CSA layers do.
@@ -62,6 +61,7 @@ class Microbatch:
     def __init__(
         self,
         positions: Positions,
+        exchange: Exchange,
         layout: SampleLayout,
         tokens_BS: Tensor,
         targets_BS: Tensor | None,
@@ -70,14 +70,15 @@ class Microbatch:
         chosen: Mapping[int, Tensor],
         attention: AttentionMode,
     ) -> None:
-        self.positions, self.layout, self.chosen = positions, layout, chosen
+        self.positions, self.exchange = positions, exchange
+        self.layout, self.chosen = layout, chosen
         self.attention = attention
         self.counts, self.mtp_loss_weight = counts, mtp_loss_weight
-        self._whole_T = tokens_BS.flatten()
-        self._whole_next_T = next_in_sample(layout, self._whole_T, self._whole_T)
+        self._tokens_T = tokens_BS.flatten()
+        self._next_T = next_in_sample(layout, self._tokens_T, self._tokens_T)
         self._targets_T = None if targets_BS is None else targets_BS.flatten()
-        self.tokens_T = positions.own(self._whole_T)
-        self.next_T = positions.own(self._whole_next_T)
+        self.tokens_T = exchange.select_local(self._tokens_T)
+        self.next_T = exchange.select_local(self._next_T)
 
     @property
     def routed(self) -> float:
@@ -87,24 +88,24 @@ class Microbatch:
     @property
     def query_tokens_T(self) -> Tensor:
         """Ids to embed."""
-        return self.positions.queries(self._whole_T)
+        return self.exchange.select_queries(self._tokens_T)
 
     @property
     def query_next_T(self) -> Tensor:
         """Ids to embed for the MTP block."""
-        return self.positions.queries(self._whole_next_T)
+        return self.exchange.select_queries(self._next_T)
 
     @property
     def targets_T(self) -> Tensor:
         """What the main head predicts at the queries."""
         assert self._targets_T is not None
-        return self.positions.queries(self._targets_T)
+        return self.exchange.select_queries(self._targets_T)
 
     @property
     def second_targets_T(self) -> Tensor:
         """What the MTP head predicts at the queries."""
         assert self._targets_T is not None
-        return self.positions.queries(second_targets(self.layout, self._targets_T))
+        return self.exchange.select_queries(second_targets(self.layout, self._targets_T))
 
 
 class V4Model(nn.Module):
@@ -114,27 +115,28 @@ class V4Model(nn.Module):
     always in fp32. Build on the meta device, ``to_empty``, then ``init_weights``.
 
     ``forward`` is ``embed_streams``, ``run_blocks`` and ``predict`` one after another; a pipeline
-    calls them on different ranks. trainer/parallel/plan.py makes a model a part of a whole one: it
-    swaps ``make_positions`` and ``cross_entropy`` and modules that are split.
+    calls them on different ranks. trainer/parallel/plan.py makes a model one rank's part of it.
     """
 
-    make_positions: MakePositions = Positions
-    cross_entropy: CrossEntropy = staticmethod(linear_cross_entropy)
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        execution: Execution = LOCAL,
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.execution = config, execution
         vocab, dim = config.vocab_size, config.hidden_size
-        self.hc_head = StreamsHead(config)
+        self.hc_head = StreamsHead(config, execution.pointwise)
         self.embed = nn.Embedding(vocab, dim, dtype=dtype)
         self.layers = nn.ModuleList(
-            Block(config, row, kind, row < config.num_hash_layers, dtype)
+            Block(config, row, kind, row < config.num_hash_layers, dtype, execution)
             for row, kind in enumerate(config.layer_types)
         )
-        self.norm = RMSNorm(dim, config.rms_norm_eps)
+        self.norm = RMSNorm(dim, config.rms_norm_eps, execution.pointwise)
         self.head = nn.Linear(dim, vocab, bias=False, dtype=dtype)
         self.mtp = nn.ModuleList(
-            MTPBlock(config, config.num_hidden_layers + number, dtype)
+            MTPBlock(config, config.num_hidden_layers + number, dtype, execution)
             for number in range(config.num_nextn_predict_layers)
         )
 
@@ -177,8 +179,8 @@ class V4Model(nn.Module):
         if targets is None:
             hidden_TD = self.norm(self.hc_head(streams_TND))
             return ModelOutput(logits=self.head(hidden_TD).view(*tokens.shape, -1))
-        lm_loss, mtp_loss, seen = self.predict(streams_TND, micro)
-        return self._losses(lm_loss, mtp_loss, micro.mtp_loss_weight, stats + seen)
+        lm_loss, mtp_loss, mtp_stats = self.predict(streams_TND, micro)
+        return self._losses(lm_loss, mtp_loss, micro.mtp_loss_weight, stats + mtp_stats)
 
     def microbatch(
         self,
@@ -199,14 +201,14 @@ class V4Model(nn.Module):
         if targets is not None and counts is None:
             counts = TokenCounts.of(layout, targets)
         weight = self.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
-        positions = self.make_positions(self.config, layout)
+        positions, exchange = self.execution.place_tokens(self.config, layout)
         return Microbatch(
-            positions, layout, tokens, targets, counts, weight, chosen or {}, attention
+            positions, exchange, layout, tokens, targets, counts, weight, chosen or {}, attention
         )
 
     def embed_streams(self, micro: Microbatch) -> Tensor:
-        """The own tokens' embeddings, copied to the streams, [T, N, D]."""
-        embedded_TD = micro.positions.pick_own(self.embed(micro.query_tokens_T))
+        """The local tokens' embeddings, copied to the streams, [T, N, D]."""
+        embedded_TD = micro.exchange.slice_local(self.embed(micro.query_tokens_T))
         return embedded_TD[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
 
     def run_blocks(
@@ -216,30 +218,38 @@ class V4Model(nn.Module):
         stats = []
         for block in cast(Iterable[Block], blocks):
             chosen_TA = micro.chosen.get(block.row)
-            inputs = (micro.tokens_T, micro.positions, micro.routed, chosen_TA, micro.attention)
-            streams_TND, seen = block(streams_TND, *inputs)
-            stats.append(seen)
+            streams_TND, block_stats = block(
+                streams_TND,
+                micro.tokens_T,
+                micro.positions,
+                micro.exchange,
+                micro.routed,
+                chosen_TA,
+                micro.attention,
+            )
+            stats.append(block_stats)
         return streams_TND, stats
 
     def predict(
         self, streams_TND: Tensor, micro: Microbatch
     ) -> tuple[Tensor, Tensor, list[BlockStats]]:
-        """Losses of the main head and, unweighted, of the MTP heads, and their routers' doings."""
+        """Losses of the main head and, unweighted, of the MTP heads, and their blocks' stats."""
         assert micro.counts is not None
         hidden_TD = self.norm(self.hc_head(streams_TND))
         lm_loss = self._cross_entropy(micro, hidden_TD, micro.targets_T, micro.counts.lm)
         mtp_loss = torch.zeros_like(lm_loss)
         stats = []
         for block in cast(Sequence[MTPBlock], self.mtp):
-            hidden_TD, seen = block.predict(
+            hidden_TD, block_stats = block.predict(
                 streams_TND,
-                micro.positions.pick_own(self.embed(micro.query_next_T)),
+                micro.exchange.slice_local(self.embed(micro.query_next_T)),
                 micro.next_T,
                 micro.positions,
+                micro.exchange,
                 micro.routed,
                 micro.chosen.get(block.row),
             )
-            stats.append(seen)
+            stats.append(block_stats)
             targets_T = micro.second_targets_T
             mtp_loss = self._cross_entropy(micro, hidden_TD, targets_T, micro.counts.mtp)
         return lm_loss, mtp_loss, stats
@@ -249,9 +259,10 @@ class V4Model(nn.Module):
         return [
             block.choose_next(
                 streams_TND,
-                micro.positions.pick_own(self.embed(micro.query_next_T)),
+                micro.exchange.slice_local(self.embed(micro.query_next_T)),
                 micro.next_T,
                 micro.positions,
+                micro.exchange,
             )
             for block in cast(Sequence[MTPBlock], self.mtp)
         ]
@@ -259,10 +270,9 @@ class V4Model(nn.Module):
     def _cross_entropy(
         self, micro: Microbatch, hidden_TD: Tensor, targets_T: Tensor, count: int
     ) -> Tensor:
-        hidden_TD = micro.positions.to_queries(hidden_TD)
-        return self.cross_entropy(
-            hidden_TD, self.head.weight, targets_T, max(count, 1), IGNORE_INDEX
-        )
+        hidden_TD = micro.exchange.gather_queries(hidden_TD)
+        cross_entropy = self.execution.cross_entropy
+        return cross_entropy(hidden_TD, self.head.weight, targets_T, max(count, 1), IGNORE_INDEX)
 
     def weighted_balance(self, stats: Iterable[BlockStats]) -> Tensor | None:
         """The balance loss of several layers with its weight; None where all are hash layers."""

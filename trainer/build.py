@@ -2,15 +2,14 @@
 
 import torch
 
+from model.dispatch import Dispatch
 from model.parameters import parameter_table
 from optim import Assignment, HybridZero, build_table
 from trainer.checkpoint.run import Updater
 from trainer.config import RunConfig
 from trainer.engine import Engine, NativeEngine
 from trainer.parallel.grid import Grid
-from trainer.parallel.optimizer_sharding import make_zero
-from trainer.parallel.plan import LocalModel, localise
-from trainer.parallel.stage_plan import tied_embedding
+from trainer.parallel.plan import LocalModel, localise, shard_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Dtype of weights and activations, by `precision`."""
@@ -45,8 +44,8 @@ def make_weights(config: RunConfig, grid: Grid) -> LocalModel:
     return local
 
 
-def make_local(config: RunConfig, grid: Grid) -> LocalModel:
-    """This rank's part of the model on the meta device."""
+def make_local(config: RunConfig, grid: Grid, dispatch: Dispatch | None = None) -> LocalModel:
+    """This rank's part of the model on the meta device; `dispatch` as in `localise`."""
     return localise(
         config.model,
         DTYPES[config.precision],
@@ -56,19 +55,18 @@ def make_local(config: RunConfig, grid: Grid) -> LocalModel:
         config.parallel.offload,
         fp8=config.precision == "fp8",
         compiled=config.compile,
+        dispatch=dispatch,
     )
 
 
 def make_optimizer(config: RunConfig, local: LocalModel, grid: Grid) -> HybridZero:
     """The optimizer of this rank's part of the model, on the device that its weights are on."""
     parallel = config.parallel
-    return make_zero(
-        dict(local.model.named_parameters()),
-        local.placements,
+    return shard_optimizer(
+        local,
         make_table(config, local),
         config.optim,
         grid,
-        tied_embedding(local.stages, config.model.num_nextn_predict_layers),
         config.seed,
         parallel.max_optimizer_padding,
         parallel.grad_reduce_dtype,

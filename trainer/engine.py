@@ -25,11 +25,9 @@ from model.qat import quantised
 from optim import HybridZero, clip_
 from trainer.microbatches import Microbatches, RowCopies, Rows, SelectedExperts
 from trainer.parallel.collectives import gather_objects, sum_
-from trainer.parallel.gradients import Gradients
 from trainer.parallel.grid import Grid
-from trainer.parallel.pipeline import Pipeline
 from trainer.parallel.pipeline_stage import StepAccumulator
-from trainer.parallel.plan import LocalModel
+from trainer.parallel.plan import LocalModel, fp32_gradients, make_pipeline
 
 _SUMS = TokenCounts(lm=1, mtp=1, routed=1)  # denominators of 1: losses are plain sums
 _WITHOUT_OBJECTIVE: dict[AttentionMode, AttentionMode] = {
@@ -237,8 +235,8 @@ class NativeEngine(Engine):
         super().__init__(local, grid)
         self.optimizer = optimizer
         self.names = [name for name, _ in local.model.named_parameters()]
-        self.gradients = Gradients(local.model.parameters())
-        self.pipeline = Pipeline(local.model, local.stages, grid.pipeline)
+        self.gradients = fp32_gradients(local)
+        self.pipeline = make_pipeline(local, grid)
 
     def make_gradients(self) -> None:
         self.gradients.zero_()

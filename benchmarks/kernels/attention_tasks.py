@@ -69,7 +69,7 @@ def attention_task(config: ModelConfig, kind: Any, row: int) -> Task:
     """Core attention of one layer type on one row that is one sample."""
     from model.kernels.attention import forward_triton
 
-    positions = Positions(config, SampleLayout.from_lengths([[row]], device=DEVICE))
+    positions = Positions.of_microbatch(config, SampleLayout.from_lengths([[row]], device=DEVICE))
     ranges, rotation = positions.ranges(kind), positions.rotation(kind)
     heads, dim, window = config.num_attention_heads, config.head_dim, config.sliding_window
     leaves = [randn(row, heads, dim), randn(row, dim), randn(heads, dtype=torch.float32)]
@@ -111,7 +111,7 @@ def mass_task(config: ModelConfig, row: int) -> Task:
     """The KL target over the first block of entries, at most 4096 of them."""
     from model.kernels.attention import probability_mass_triton
 
-    positions = Positions(config, SampleLayout.from_lengths([[row]], device=DEVICE))
+    positions = Positions.of_microbatch(config, SampleLayout.from_lengths([[row]], device=DEVICE))
     ranges, rotation = positions.ranges("csa"), positions.rotation("csa")
     heads, dim = config.num_attention_heads, config.head_dim
     leaves = [randn(row, heads, dim), randn(row // config.csa_compress_ratio, dim)]
@@ -191,7 +191,9 @@ def flex(config: ModelConfig, kind: Any, row: int) -> Callable[..., Tensor]:
 def indexer_task(config: ModelConfig, row: int) -> Task:
     from model.kernels.indexer import select_triton
 
-    ranges = Positions(config, SampleLayout.from_lengths([[row]], device=DEVICE)).ranges("csa")
+    ranges = Positions.of_microbatch(
+        config, SampleLayout.from_lengths([[row]], device=DEVICE)
+    ).ranges("csa")
     heads, dim, k = config.index_n_heads, config.index_head_dim, config.index_topk
     inputs = [randn(row, heads, dim), randn(row // config.csa_compress_ratio, dim)]
     inputs.append(randn(row, heads, dtype=torch.float32))
@@ -218,7 +220,9 @@ def indexer_loss_task(config: ModelConfig, row: int, k: int | None) -> Task:
     Forward forms the gradients as well, backward only scales them. The target is a separate task,
     "entries' probability mass".
     """
-    ranges = Positions(config, SampleLayout.from_lengths([[row]], device=DEVICE)).ranges("csa")
+    ranges = Positions.of_microbatch(
+        config, SampleLayout.from_lengths([[row]], device=DEVICE)
+    ).ranges("csa")
     heads, dim = config.index_n_heads, config.index_head_dim
     leaves = [randn(row, heads, dim), randn(row // config.csa_compress_ratio, dim)]
     leaves.append(randn(row, heads, dtype=torch.float32) * (heads * dim) ** -0.5)

@@ -31,6 +31,7 @@ from data import Loader
 from model import SampleLayout, TokenCounts, V4Model
 from model.attention import Attention
 from model.config import AttentionMode
+from model.exchange import LocalExchange
 from model.kernels.attention import AttentionInputs, attention_with_lse2
 from model.kernels.indexer import attention_probability_mass
 from model.kernels.indexer.naive import naive_scores
@@ -70,7 +71,7 @@ def shares(attn: Attention, x_TD: Tensor, positions: Positions) -> dict[str, tup
     q_TQ = attn.q_norm(attn.wq_a(x_TD))
     q_THK = attn.wq_b(q_TQ).unflatten(-1, (-1, attn.dim))
     kv_TK = rotate(attn.kv_norm(attn.wkv(x_TD)), positions.rotation("csa"))
-    entries_CK = attn.compressor(x_TD, positions)
+    entries_CK = attn.compressor(x_TD, positions, LocalExchange())
     attention = AttentionInputs(
         q_THK,
         kv_TK,
@@ -84,7 +85,7 @@ def shares(attn: Attention, x_TD: Tensor, positions: Positions) -> dict[str, tup
     _, lse2 = attention_with_lse2(attention)
     mass = attention_probability_mass(attention, lse2)
     mass_TC = mass(slice(0, len(x_TD)), slice(0, len(entries_CK)))
-    index = attn.indexer(x_TD, q_TQ, positions)
+    index = attn.indexer(x_TD, q_TQ, positions, LocalExchange())
     scores_TC = naive_scores(index.q_TIJ, index.keys_CJ, index.weights_TI)
     ranges = positions.ranges("csa")
     entry = torch.arange(len(entries_CK))

@@ -102,6 +102,7 @@ class Parts:
                     block.ffn_norm(x),
                     self.micro.tokens_T,
                     self.micro.positions,
+                    self.micro.exchange,
                     self.micro.routed,
                 )[0],
                 block.ffn,
@@ -129,7 +130,7 @@ class Parts:
         return self._part(
             f"attention, {kind}",
             calls,
-            lambda x: block.attn(block.attn_norm(x), self.micro.positions)[0],
+            lambda x: block.attn(block.attn_norm(x), self.micro.positions, self.micro.exchange)[0],
             block.attn,
             self.x_TD,
             operations=operations,

@@ -98,7 +98,7 @@ def test_recall_is_the_share_of_the_dense_mass_that_is_kept(topk: int) -> None:
     model = random_model(tiny_config(**ONE, index_topk=topk, num_nextn_predict_layers=0))
     layer, seen = model.layers[0].attn, dict[str, Any]()
     inputs: list[Any] = []
-    layer.register_forward_pre_hook(lambda _, given: inputs.append(given[:2]))
+    layer.register_forward_pre_hook(lambda _, given: inputs.append(given[:3]))
     attend = module.attention_with_lse2
 
     def attending(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -107,9 +107,9 @@ def test_recall_is_the_share_of_the_dense_mass_that_is_kept(topk: int) -> None:
 
     with torch.no_grad(), patch.object(module, "attention_with_lse2", attending):
         run(model, "select")
-        x_TD, positions = inputs[0]
-        seen["index"] = layer.indexer(x_TD, layer.q_norm(layer.wq_a(x_TD)), positions)
-        kept, whole = layer.recall(x_TD, positions)
+        x_TD, positions, exchange = inputs[0]
+        seen["index"] = layer.indexer(x_TD, layer.q_norm(layer.wq_a(x_TD)), positions, exchange)
+        kept, whole = layer.recall(x_TD, positions, exchange)
     mass, scores, open_ = whole_matrices(model.config, seen)
     rank = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
     assert seen["attention"].selected_Tk is None and open_.any()

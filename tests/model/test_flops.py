@@ -49,7 +49,7 @@ def expected_flops(config: ModelConfig, lengths: list[int]) -> float:
     heads = 1 + config.num_nextn_predict_layers
     blocks = config.num_hidden_layers + config.num_nextn_predict_layers
     trained += tokens * dim * (blocks * 2 * (n + n + n * n) + heads * n)
-    positions = Positions(config, SampleLayout.from_lengths([lengths]))
+    positions = Positions.of_microbatch(config, SampleLayout.from_lengths([lengths]))
     kinds = [*config.layer_types, *["window"] * config.num_nextn_predict_layers]
     query = torch.arange(tokens)
     for kind in kinds:

@@ -9,7 +9,8 @@ import torch
 
 from model import IGNORE_INDEX
 from model.kernels.fp8 import eager as fp8
-from model.linear import use_fp8
+from model.execution import Execution
+from model.linear import FP8
 from tests.model.tiny import random_model, random_tokens, tiny_config
 
 CONFIG = tiny_config()
@@ -22,8 +23,7 @@ IN_EIGHT_BITS = (
 
 
 def test_linears_and_experts_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = random_model(CONFIG)
-    use_fp8(model)
+    model = random_model(CONFIG, execution=Execution(matmuls=FP8))
     rounded, seen = fp8.rounded, set()
 
     def watched(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

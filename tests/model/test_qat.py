@@ -14,6 +14,7 @@ from torch import Tensor
 from model import IGNORE_INDEX, SampleLayout, V4Model
 from model import indexer as indexer_module
 from model.block import Block
+from model.exchange import LocalExchange
 from model.kernels.hadamard import hadamard, naive_hadamard
 from model.kernels.indexer import IndexerInputs
 from model.kernels.mxfp4 import fits_fp8, from_fp8, naive_rounded, quantise, to_fp8
@@ -136,7 +137,8 @@ def test_the_index_learns_straight_through() -> None:
     assert index is not None
     layout = SampleLayout.from_lengths([[48], [13, 35]])
     x = torch.randn(96, 32, generator=torch.Generator().manual_seed(0))
-    inputs = x, torch.randn(96, model.config.q_lora_rank), Positions(model.config, layout)
+    positions = Positions.of_microbatch(model.config, layout)
+    inputs = x, torch.randn(96, model.config.q_lora_rank), positions, LocalExchange()
     upstream = torch.randn(96, 16, 32), torch.randn(48 // 4 + 13 // 4 + 35 // 4, 32)
 
     def grads(turn: Callable[[Tensor], Tensor]) -> list[Tensor]:

@@ -113,7 +113,7 @@ def test_bf16_is_rotated_in_fp32():
 
 def test_positions_restart_with_each_sample_and_entries_stand_at_their_first_token():
     config = tiny_config()
-    positions = Positions(config, SampleLayout.from_lengths([[5, 37], [42]]))
+    positions = Positions.of_microbatch(config, SampleLayout.from_lengths([[5, 37], [42]]))
     scaled = layer_frequencies(config, compressed=True, device=CPU)
     plain = layer_frequencies(config, compressed=False, device=CPU)
     place = torch.cat([torch.arange(5), torch.arange(37), torch.arange(42)])

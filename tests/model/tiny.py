@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, V4Model
+from model.execution import LOCAL, Execution
 
 if TYPE_CHECKING:
     from transformers import DeepseekV4ForCausalLM
@@ -50,9 +51,14 @@ def tiny_config(**changes: Any) -> ModelConfig:
     return ModelConfig(**(fields | changes))
 
 
-def random_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> V4Model:
+def random_model(
+    config: ModelConfig,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    execution: Execution = LOCAL,
+) -> V4Model:
     """A model in which nothing is at a special value: sinks, ape, biases and norms are random."""
-    model = V4Model(config, dtype)
+    model = V4Model(config, dtype, execution)
     model.init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
 

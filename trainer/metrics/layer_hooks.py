@@ -21,8 +21,10 @@ from torch.utils.hooks import RemovableHandle
 
 from model import V4Model
 from model.attention import Attention
-from model.block import Block, BlockPart, Compute
-from model.moe import Dispatched, Experts
+from model.block import Block
+from model.dispatch import Dispatched
+from model.execution import BlockPart, Compute
+from model.moe import Experts
 
 Reduction = Literal["mean", "max"]
 Key = tuple[str, Reduction, int]
@@ -77,9 +79,8 @@ def collect_stats(model: V4Model) -> Iterator[StatsCollector]:
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     undo: list[Callable[[], None]] = []
     for block in blocks:
-        original = block.__dict__.get("compute")
+        undo.append(partial(setattr, block, "compute", block.compute))
         block.compute = _collecting(block, block.compute, collector)
-        undo.append(partial(_restore_compute, block, original))
         undo += [hook.remove for hook in _expert_hooks(block, collector)]
         if block.attn.indexer is not None:
             undo.append(_recall_hook(block, collector).remove)
@@ -89,13 +90,6 @@ def collect_stats(model: V4Model) -> Iterator[StatsCollector]:
     finally:
         for remove in undo:
             remove()
-
-
-def _restore_compute(block: Block, original: Compute | None) -> None:
-    if original is None:
-        del block.compute
-    else:
-        block.compute = original
 
 
 def _collecting(block: Block, plain: Compute, collector: StatsCollector) -> Compute:
@@ -118,9 +112,9 @@ def _collecting(block: Block, plain: Compute, collector: StatsCollector) -> Comp
 
 def _recall_hook(block: Block, collector: StatsCollector) -> RemovableHandle:
     def recall(module: Attention, inputs: tuple[Any, ...]) -> None:
-        x_TD, positions = inputs[:2]
+        x_TD, positions, exchange = inputs[:3]
         real_T = ~positions.layout.padding_T
-        kept_T, all_T = module.recall(x_TD, positions)
+        kept_T, all_T = module.recall(x_TD, positions, exchange)
         collector.add_mean("indexer_recall", block.row, kept_T[real_T].sum(), all_T[real_T].sum())
 
     return block.attn.register_forward_pre_hook(recall)

@@ -1,8 +1,8 @@
 """The collectives of training over the axes of a grid, each a no-op on an axis of one process.
 
 Those that carry activations are differentiable, and each is the exact transpose of another: the
-loss of a job is the sum of what its ranks computed, every rank differentiates its own part, and a
-weight's gradient is the sum over the ranks that hold it.
+loss of a job is the sum of what its ranks computed, every rank differentiates its part, and a
+weight's gradient is the sum over the ranks that hold it. Traffic is counted as a ring sends it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trainer.parallel.ring import gather_bytes, scatter_bytes, sum_bytes
 
 Item = TypeVar("Item")
 Wait = Callable[[], Tensor]
-"""What a collective that has begun gives when it is called; called once, on every rank."""
+"""Waits for a collective that has begun and returns its result; called once, on every rank."""
 
 # torch 2.13 has new names for these two and warns of the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -27,7 +27,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 def sum_(tensor: Tensor, axis: Axis) -> Tensor:
-    """Sum `tensor` over the axis, in place; returns it."""
+    """Sums `tensor` over the axis, in place, and returns it."""
     if axis.group is not None:
         _count(axis, "sum", sum_bytes(axis.size, tensor.nbytes))
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=axis.group)
@@ -35,7 +35,7 @@ def sum_(tensor: Tensor, axis: Axis) -> Tensor:
 
 
 def begin_all_gather(tensor: Tensor, axis: Axis) -> Wait:
-    """The tensors of all ranks, which have one shape, behind each other along dim 0; see Wait."""
+    """The tensors of all ranks, which have one shape, concatenated along dim 0; see Wait."""
     if axis.group is None:
         return lambda: tensor
     tensor = tensor.contiguous()
@@ -57,7 +57,7 @@ def begin_reduce_scatter(tensor: Tensor, axis: Axis) -> Wait:
 def begin_all_to_all(
     tensor: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis
 ) -> Wait:
-    """Rows to their ranks: the first send[0] to rank 0, and so on; receive[r] come from rank r."""
+    """Sends the first send[0] rows to rank 0, and so on; receives receive[r] rows from rank r."""
     if axis.group is None:
         return lambda: tensor
     tensor = tensor.contiguous()
@@ -111,9 +111,9 @@ def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis)
     return x if axis.group is None else _Exchange.apply(x, send, receive, axis)
 
 
-def own_part(x: Tensor, axis: Axis) -> Tensor:
-    """This rank's share along dim 0 of what all ranks hold alike; backward gathers the shares."""
-    return x if axis.group is None else _OwnPart.apply(x, axis)
+def slice_tokens(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's share along dim 0 of what is the same on all ranks; backward gathers the shares."""
+    return x if axis.group is None else _Slice.apply(x, axis)
 
 
 class _Gather(torch.autograd.Function):
@@ -151,7 +151,7 @@ class _Exchange(torch.autograd.Function):
         return all_to_all(grad, ctx.receive, ctx.send, ctx.axis), None, None, None
 
 
-class _OwnPart(torch.autograd.Function):
+class _Slice(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
@@ -163,7 +163,7 @@ class _OwnPart(torch.autograd.Function):
 
 
 def gather_objects(item: Item, axis: Axis) -> list[Item]:
-    """Every rank's `item`, by rank. For small things outside the step: it pickles over the wire."""
+    """Gathers every rank's `item`, by rank. For small things outside the step: it pickles."""
     if axis.group is None:
         return [item]
     items: list[Item] = [item] * axis.size
@@ -172,7 +172,7 @@ def gather_objects(item: Item, axis: Axis) -> list[Item]:
 
 
 def barrier(axis: Axis) -> None:
-    """Wait until every rank of the axis is here."""
+    """Waits until every rank of the axis has come to this call."""
     if axis.group is not None:
         dist.barrier(group=axis.group)
 

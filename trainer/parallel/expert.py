@@ -1,7 +1,10 @@
 """Tokens to the ranks of their experts and back: all of them, and nothing but them.
 
-One all-to-all tells every rank how many rows come from where, one carries the rows and one their
-weights, and one brings the results back. Nothing is dropped and nothing is padded on the way.
+One all-to-all sends every rank the numbers of rows, one the rows and one their weights, and one
+sends the results back. Nothing is dropped and nothing is padded on the way.
+
+Letters: T tokens, A experts of a token, L = T·A·(expert-tensor ranks) sent rows, P received rows,
+D hidden size, R ranks of the expert axis, E experts of one rank (elsewhere: of all).
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.dispatch import Dispatched, LocalDispatch, count_each
 from model.kernels.permute import collect_rows, spread_rows
-from model.moe import Dispatched, LocalDispatch, count_each
 from model.router import Routing
 from trainer.parallel.collectives import all_to_all, exchange
 from trainer.parallel.grid import Grid
@@ -21,7 +24,7 @@ from trainer.parallel.grid import Grid
 
 @dataclass(frozen=True)
 class _Sent(Dispatched):
-    """Rows that came from all ranks, sorted by expert; and how the own ones were sent."""
+    """Rows received from all ranks, sorted by expert, and how this rank's rows were sent."""
 
     send: list[int]
     receive: list[int]
@@ -43,27 +46,27 @@ class ExpertDispatch:
         self.local = LocalDispatch()
 
     def dispatch(self, x_TD: Tensor, routing: Routing, experts: int) -> _Sent:
-        """Copy each token's row to the ranks of its experts; there, sort by expert.
+        """Copies each token's row to the ranks of its experts, which sort them by expert.
 
         The numbers of rows are known to the host only once all ranks have counted: the one wait
         for the device in a layer.
         """
-        here = experts * self.parts // self.axis.size
-        slot_L = self._slots(routing.indices_TA, here).flatten()
+        local_experts = experts * self.parts // self.axis.size
+        slot_L = self._slots(routing.indices_TA, local_experts).flatten()
         weights_L = routing.weights_TA.repeat_interleave(self.parts, dim=1).flatten()
         order_L = torch.argsort(slot_L, stable=True)
         place_L = torch.empty_like(order_L)
         place_L[order_L] = torch.arange(len(order_L), device=order_L.device)
-        come_RE, send, receive = self.agree(slot_L, here)
+        received_RE, send, receive = self.agree(slot_L, local_experts)
         rows_PD = exchange(spread_rows(x_TD, order_L, place_L), send, receive, self.axis)
         weights_P = exchange(weights_L[order_L], send, receive, self.axis)
-        number_P = torch.arange(here, device=x_TD.device).repeat(self.axis.size)
-        expert_P = number_P.repeat_interleave(come_RE.flatten(), output_size=sum(receive))
-        # One row of weight 0 behind them: there is something to compute where nothing came.
+        number_P = torch.arange(local_experts, device=x_TD.device).repeat(self.axis.size)
+        expert_P = number_P.repeat_interleave(received_RE.flatten(), output_size=sum(receive))
+        # One more row, of weight 0, so that there is something to compute where none was received.
         rows_PD, weights_P = F.pad(rows_PD, (0, 0, 0, 1)), F.pad(weights_P, (0, 1))
         expert_P = F.pad(expert_P, (0, 1))
-        arrived = Routing(expert_P[:, None], weights_P[:, None], routing.scores_TE)
-        local = self.local.dispatch(rows_PD, arrived, here)
+        received = Routing(expert_P[:, None], weights_P[:, None], routing.scores_TE)
+        local = self.local.dispatch(rows_PD, received, local_experts)
         return _Sent(
             **vars(local),
             send=send,
@@ -73,24 +76,24 @@ class ExpertDispatch:
             rows=len(rows_PD),
         )
 
-    def agree(self, slot_L: Tensor, here: int) -> tuple[Tensor, list[int], list[int]]:
-        """What comes from each rank for each expert here, and rows to and from each rank."""
-        count_RE = count_each(slot_L, self.axis.size * here).view(-1, here)
+    def agree(self, slot_L: Tensor, local_experts: int) -> tuple[Tensor, list[int], list[int]]:
+        """Rows from each rank for each expert of this one, and rows to and from each rank."""
+        count_RE = count_each(slot_L, self.axis.size * local_experts).view(-1, local_experts)
         ones = [1] * self.axis.size
-        come_RE = all_to_all(count_RE, ones, ones, self.axis)
-        send, receive = torch.stack([count_RE.sum(1), come_RE.sum(1)]).tolist()
-        return come_RE, send, receive
+        received_RE = all_to_all(count_RE, ones, ones, self.axis)
+        send, receive = torch.stack([count_RE.sum(1), received_RE.sum(1)]).tolist()
+        return received_RE, send, receive
 
     def combine(self, y_PD: Tensor, sent: Dispatched, tokens: int) -> Tensor:
-        """Bring the experts' outputs back and sum those of each token, [T, D]."""
+        """Returns the experts' outputs to the ranks of the tokens, and sums each token's, [T, D]."""
         assert isinstance(sent, _Sent)
         rows_PD = self.local.combine(y_PD, sent, sent.rows)[:-1]
         back_LD = exchange(rows_PD, sent.receive, sent.send, self.axis)
         return collect_rows(back_LD, sent.order_L, sent.sent_place_L, tokens)
 
-    def _slots(self, indices_TA: Tensor, here: int) -> Tensor:
+    def _slots(self, indices_TA: Tensor, local_experts: int) -> Tensor:
         """rank · E_local + expert on that rank, for each of the parts of each chosen expert."""
-        owner, number = indices_TA // here, indices_TA % here
+        owner, number = indices_TA // local_experts, indices_TA % local_experts
         part = torch.arange(self.parts, device=indices_TA.device)
-        slots = (owner[..., None] * self.parts + part) * here + number[..., None]
+        slots = (owner[..., None] * self.parts + part) * local_experts + number[..., None]
         return slots.flatten(1)

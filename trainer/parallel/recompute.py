@@ -5,7 +5,7 @@
 - `streams` and `norms` drop one result each, the residual streams between attention and experts
   (half of all streams that a block keeps) and the norms' outputs, and compute it again from inputs
   that are kept in any case: one product of N x N with N x D a token, or one norm, and nothing is
-  communicated (report 3.4's recomputation of mHC's tensors).
+  communicated (report §3.4's recomputation of mHC's tensors).
 
 Of `block` and `attention` the input that is kept can lie in the host's memory until backward.
 """
@@ -20,24 +20,14 @@ from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from model import V4Model
-from model.block import Block, BlockPart
-
-
-def apply_recompute(
-    model: V4Model, parts: Collection[BlockPart], offload: Collection[BlockPart] = ()
-) -> None:
-    """Let every block of the model compute `parts` again in backward.
-
-    Inputs of those among `offload`, `block` or `attention`, wait for it on the host.
-    """
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.compute = Recompute(parts, offload)
+from model.execution import BlockPart
 
 
 class Recompute:
-    """`compute_now` of a block that keeps less; see the module's docstring."""
+    """`Execution.compute` of blocks that compute `parts` again in backward.
+
+    The kept inputs of those among `offload`, `block` or `attention`, wait for it on the host.
+    """
 
     def __init__(self, parts: Collection[BlockPart], offload: Collection[BlockPart] = ()) -> None:
         self.parts, self.offload = frozenset(parts), frozenset(offload)
@@ -54,7 +44,7 @@ class Recompute:
             return function(*inputs)
         if part == "attention":
             return self._checkpoint(part, function, *inputs)
-        # A norm works on an fp32 copy of its input, which it would keep besides.
+        # A norm works on an fp32 copy of its input, which it would keep as well.
         out = _checkpoint(function, *inputs) if part == "norms" else function(*inputs)
         if self._dropped is not None:
             self._dropped[_key(out)] = _Dropped(out, function, inputs)
@@ -92,7 +82,7 @@ class _Dropped:
         self._inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
 
     def forget(self) -> None:
-        """Let the result go, at the end of forward."""
+        """Frees the result, at the end of forward."""
         self._out = None
 
     def get(self) -> Tensor:

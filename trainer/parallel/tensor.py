@@ -1,10 +1,11 @@
-"""Heads, output groups, vocabulary and the shared expert split over tensor ranks.
+"""Vocabulary split over tensor ranks: the embedding and the cross-entropy of the heads.
 
-megatron-core's column- and row-parallel linears and its vocabulary-parallel embedding and
-cross-entropy, with their group given. The linears are told that they belong to an expert, which in
-megatron means that the caller communicates: here `Positions.to_queries` gathers the tokens before
-a split layer and `Positions.to_own` sums and scatters them behind it, so that the residual streams
-between them are divided over the tensor ranks, too (Korthikanti et al. 2022, section 4.2.2).
+Heads, output groups and the shared expert need nothing here: a rank multiplies with its part of
+their weights (placement.py says which), after `Exchange.gather_queries` has gathered the tokens and
+before `Exchange.scatter_sum` sums and scatters them, so that the residual streams between are
+divided over the tensor ranks as well (Korthikanti et al. 2022, section 4.2.2).
+
+Letters: T queries, V vocabulary of this rank, D hidden size, n queries of a chunk.
 """
 
 from __future__ import annotations
@@ -16,11 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model import V4Model
-from model.attention import Attention
 from model.kernels.cross_entropy import chunk_tokens
-from model.linear import PLAIN, Linear
-from model.moe import SharedExpert
 from trainer.parallel.collectives import sum_
 from trainer.parallel.grid import Axis
 from trainer.parallel.ring import sum_bytes
@@ -28,107 +25,37 @@ from trainer.parallel.ring import sum_bytes
 with warnings.catch_warnings(action="ignore"):  # about absent NVIDIA packages
     from megatron.core import ModelParallelConfig
     from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
-    from megatron.core.tensor_parallel.layers import (
-        ColumnParallelLinear,
-        RowParallelLinear,
-        VocabParallelEmbedding,
-    )
+    from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 
 
-class _Column(ColumnParallelLinear):
-    """Output features split; takes the input that every rank has."""
+class SplitEmbedding(VocabParallelEmbedding):
+    """An embedding on the meta device of which each rank has some words.
 
-    get_extra_state = nn.Module.get_extra_state  # no entry of its own in the state
+    Every rank gets the embeddings of all queries.
+    """
 
-    def __init__(self, linear: nn.Linear, axis: Axis, config: ModelParallelConfig) -> None:
-        super().__init__(
-            linear.in_features,
-            linear.out_features,
-            config=config,
-            init_method=_no_values,
-            bias=False,
-            is_expert=True,
-            disable_grad_reduce=True,
-            tp_group=axis.group,
-        )
-        self.products = linear.products if isinstance(linear, Linear) else PLAIN
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.products is PLAIN:
-            return super().forward(x)[0]
-        return self.products.linear(x, self.weight)
-
-
-class _Row(RowParallelLinear):
-    """Input features split; gives partial sums."""
-
-    get_extra_state = nn.Module.get_extra_state
-
-    def __init__(self, linear: Linear, axis: Axis, config: ModelParallelConfig) -> None:
-        super().__init__(
-            linear.in_features,
-            linear.out_features,
-            config=config,
-            init_method=_no_values,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=True,
-            tp_group=axis.group,
-        )
-        self.products = linear.products
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.products is PLAIN:
-            return super().forward(x)[0]
-        return self.products.linear(x, self.weight)
-
-
-class _Embedding(VocabParallelEmbedding):
-    """Vocabulary split; every rank gets all of the queries' embeddings."""
-
-    def __init__(self, embed: nn.Embedding, axis: Axis, config: ModelParallelConfig) -> None:
+    def __init__(self, embed: nn.Embedding, axis: Axis) -> None:
         self.axis = axis
-        super().__init__(
-            embed.num_embeddings,
-            embed.embedding_dim,
-            init_method=_no_values,
-            config=config,
-            tp_group=axis.group,
+        config = ModelParallelConfig(
+            tensor_model_parallel_size=axis.size,
+            params_dtype=embed.weight.dtype,
+            use_cpu_initialization=True,  # on the device in force, which is meta
+            perform_initialization=False,
         )
+        with torch.device("meta"):
+            super().__init__(
+                embed.num_embeddings,
+                embed.embedding_dim,
+                init_method=lambda weight: weight,  # V4Model.init_weights gives values
+                config=config,
+                tp_group=axis.group,
+            )
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         embedded_TD = super().forward(tokens_T)
         size = sum_bytes(self.axis.size, embedded_TD.nbytes)
         self.axis.traffic.add(self.axis.name, "sum", size)
         return embedded_TD
-
-
-def split_model(model: V4Model, axis: Axis, dtype: torch.dtype) -> None:
-    """Swap the modules of a model on the meta device for this rank's parts of them."""
-    config = ModelParallelConfig(
-        tensor_model_parallel_size=axis.size,
-        params_dtype=dtype,
-        use_cpu_initialization=True,  # on the device in force, which is meta
-        perform_initialization=False,
-        gradient_accumulation_fusion=False,
-    )
-    with torch.device("meta"):
-        for module in model.modules():
-            if isinstance(module, Attention):
-                module.wq_b = _Column(module.wq_b, axis, config)
-                module.wo_a = _Column(module.wo_a, axis, config)
-                module.wo_b = _Row(module.wo_b, axis, config)
-            elif isinstance(module, SharedExpert):
-                module.w1 = _Column(module.w1, axis, config)
-                module.w3 = _Column(module.w3, axis, config)
-                module.w2 = _Row(module.w2, axis, config)
-        held = dict(model.named_children())  # a pipeline stage need not have them
-        if "embed" in held:
-            model.embed = _Embedding(model.embed, axis, config)
-        if "head" in held:
-            model.head = _Column(model.head, axis, config)
-    model.cross_entropy = VocabCrossEntropy(axis)
 
 
 class VocabCrossEntropy:
@@ -149,7 +76,7 @@ class VocabCrossEntropy:
         denominator: float,
         ignore: int,
     ) -> Tensor:
-        """Loss of the queries, a sum over those with a target divided by `denominator`, fp32."""
+        """Sums the loss of the queries with a target and divides it by `denominator`, fp32."""
         needs_grad = torch.is_grad_enabled() and hidden_TD.requires_grad
         return _VocabCrossEntropy.apply(
             hidden_TD, weight_VD, target_T, denominator, ignore, self.axis, needs_grad
@@ -211,8 +138,3 @@ class _VocabCrossEntropy(torch.autograd.Function):
 def _max(tensor: Tensor, axis: Axis) -> None:
     axis.traffic.add(axis.name, "sum", sum_bytes(axis.size, tensor.nbytes))
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=axis.group)
-
-
-def _no_values(weight: Tensor) -> Tensor:
-    """Weights get their values from `V4Model.init_weights`."""
-    return weight

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model import SampleLayout, TokenCounts, V4Model
-from model.moe import MoE
 from model.qat import rounded_weights
 from model.transformer import Microbatch
 from optim import HybridZero
@@ -127,11 +126,11 @@ class DryRun:
 class EvenDispatch(ExpertDispatch):
     """Dispatch with even routing: tensors without values have no counts."""
 
-    def agree(self, slot_L: Tensor, here: int) -> tuple[Tensor, list[int], list[int]]:
+    def agree(self, slot_L: Tensor, local_experts: int) -> tuple[Tensor, list[int], list[int]]:
         """Returns counts as if all ranks had chosen each expert equally often."""
         rows, size = len(slot_L), self.axis.size
         send = [rows // size + (rank < rows % size) for rank in range(size)]
-        return slot_L.new_empty(size, here), send, [send[self.axis.rank]] * size
+        return slot_L.new_empty(size, local_experts), send, [send[self.axis.rank]] * size
 
 
 def dry_run(
@@ -205,10 +204,8 @@ class _Part:
 
     def __init__(self, config: RunConfig, grid: Grid, phase: Phase) -> None:
         self.config, self.grid, self.phase = config, grid, phase
-        self.local: LocalModel = make_local(config, grid)
-        for module in self.local.model.modules():
-            if isinstance(module, MoE) and isinstance(module.dispatch, ExpertDispatch):
-                module.dispatch = EvenDispatch(grid)
+        dispatch = EvenDispatch(grid) if grid.expert.size > 1 else None
+        self.local: LocalModel = make_local(config, grid, dispatch)
         self.optimizer = make_optimizer(config, self.local, grid)
         self.engine: NativeEngine = NativeEngine(self.local, grid)
         self.engine.gradients.zero_()

@@ -116,7 +116,12 @@ class _Bench:
 
         def run() -> Tensor:
             out = block.predict(  # type: ignore[operator]
-                self._streams(), embedded, micro.next_T, micro.positions, micro.routed
+                self._streams(),
+                embedded,
+                micro.next_T,
+                micro.positions,
+                micro.exchange,
+                micro.routed,
             )
             return out[0]
 
@@ -130,7 +135,7 @@ class _Bench:
 
         def run() -> Tensor:
             hidden_TD = norm(self._streams()[:, 0])
-            return self.model.cross_entropy(
+            return self.model.execution.cross_entropy(
                 hidden_TD, head.weight, self.micro.targets_T, count, IGNORE_INDEX
             )
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import IGNORE_INDEX, SampleLayout, V4Model
-from model.block import BlockPart
+from model.execution import BlockPart
 from tests.model.tiny import random_model, random_tokens, tiny_config
 from trainer.config import load_config
 from trainer.parallel import recompute

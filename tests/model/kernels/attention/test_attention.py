@@ -52,7 +52,9 @@ class Case:
             compress_rope_theta=THETA,
             rope_scaling=None,
         )
-        positions = Positions(config, SampleLayout.from_lengths(lengths, device=device))
+        positions = Positions.of_microbatch(
+            config, SampleLayout.from_lengths(lengths, device=device)
+        )
         kind = "window" if ratio is None else "csa"
         self.ranges, self.rotation = positions.ranges(kind), positions.rotation(kind)
         self._write_masks()

@@ -18,7 +18,7 @@ from tests.model.tiny import tiny_config
 def ranges_of(lengths: list[int], device: str = "cpu") -> AttentionRanges:
     """Ranges at four tokens an entry."""
     layout = SampleLayout.from_lengths([lengths], device=device)
-    return Positions(tiny_config(), layout).ranges("csa")
+    return Positions.of_microbatch(tiny_config(), layout).ranges("csa")
 
 
 def visible_entries(lengths: list[int]) -> list[range]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model.dispatch import ROW_ALIGNMENT, LocalDispatch
 from model.kernels.permute import collect_rows, spread_rows
 from model.kernels.permute.naive import naive_collect_rows, naive_spread_rows
-from model.moe import ROW_ALIGNMENT, LocalDispatch
 from model.router import Routing
 from tests.model.kernels.compare import assert_same, rand
 
