@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from model import IGNORE_INDEX
-from model.kernels.fp8 import eager as fp8
 from model.execution import Execution
+from model.kernels.fp8 import eager as fp8
 from model.linear import FP8
 from tests.model.tiny import random_model, random_tokens, tiny_config
 

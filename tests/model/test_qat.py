@@ -15,13 +15,14 @@ from model import IGNORE_INDEX, SampleLayout, V4Model
 from model import indexer as indexer_module
 from model.block import Block
 from model.exchange import LocalExchange
+from model.execution import Execution
 from model.kernels.hadamard import hadamard, naive_hadamard
 from model.kernels.indexer import IndexerInputs
 from model.kernels.mxfp4 import fits_fp8, from_fp8, naive_rounded, quantise, to_fp8
 from model.positions import Positions
 from model.qat import quantised, rounded_weights
 from tests.model.tiny import random_model, random_tokens, tiny_config
-from trainer.parallel.recompute import apply_recompute
+from trainer.parallel.recompute import Recompute
 
 SIZES = {"moe_intermediate_size": 64, "index_head_dim": 32}
 ALL_SEEN = {"index_topk": 512}  # nothing to choose: the indexer is idle
@@ -76,8 +77,8 @@ def test_outside_nothing_has_changed() -> None:
 def test_recomputation_sees_the_same_weights() -> None:
     grads = []
     for parts in ((), ("block",)):
-        model = random_model(tiny_config(**SIZES))
-        apply_recompute(model, parts)
+        execution = Execution(compute=Recompute(parts))
+        model = random_model(tiny_config(**SIZES), execution=execution)
         with quantised(model):
             losses(model)
         grads.append(gradients(model))

@@ -112,7 +112,7 @@ def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis)
 
 
 def slice_tokens(x: Tensor, axis: Axis) -> Tensor:
-    """This rank's share along dim 0 of what is the same on all ranks; backward gathers the shares."""
+    """This rank's part along dim 0 of what all ranks hold; backward gathers the parts."""
     return x if axis.group is None else _Slice.apply(x, axis)
 
 

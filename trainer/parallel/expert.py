@@ -85,7 +85,7 @@ class ExpertDispatch:
         return received_RE, send, receive
 
     def combine(self, y_PD: Tensor, sent: Dispatched, tokens: int) -> Tensor:
-        """Returns the experts' outputs to the ranks of the tokens, and sums each token's, [T, D]."""
+        """Sends the experts' outputs back to their tokens' ranks and sums each token's, [T, D]."""
         assert isinstance(sent, _Sent)
         rows_PD = self.local.combine(y_PD, sent, sent.rows)[:-1]
         back_LD = exchange(rows_PD, sent.receive, sent.send, self.axis)

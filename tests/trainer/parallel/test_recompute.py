@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import IGNORE_INDEX, SampleLayout, V4Model
-from model.execution import BlockPart
+from model.execution import BlockPart, Execution
 from tests.model.tiny import random_model, random_tokens, tiny_config
 from trainer.config import load_config
 from trainer.parallel import recompute
-from trainer.parallel.recompute import apply_recompute
+from trainer.parallel.recompute import Recompute
 from trainer.planning.dry_run import dry_run
 
 TOKENS = 96
@@ -41,8 +41,8 @@ def run(
     offload: tuple[BlockPart, ...] = (),
 ) -> tuple[float, dict[str, Tensor], int]:
     """Loss, gradients, and bytes that forward leaves for backward."""
-    model = random_model(CONFIG, dtype=dtype)
-    apply_recompute(model, parts, offload)
+    execution = Execution(compute=Recompute(parts, offload))
+    model = random_model(CONFIG, dtype=dtype, execution=execution)
     with Storages(model) as storages:
         loss = loss_of(model)
     kept = storages.alive()
@@ -114,8 +114,8 @@ def test_norms_keep_no_wide_copies_either() -> None:
 
 def test_nothing_stays_after_backward() -> None:
     for parts in ((), ("streams", "norms"), ("attention",), ("block",)):
-        model = random_model(CONFIG)
-        apply_recompute(model, parts)  # type: ignore[arg-type]
+        execution = Execution(compute=Recompute(parts))  # type: ignore[arg-type]
+        model = random_model(CONFIG, execution=execution)
         with Storages(model) as storages:
             loss = loss_of(model)
             loss.backward()
