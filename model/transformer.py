@@ -1,4 +1,8 @@
-"""The DeepSeek-V4 language model."""
+"""The DeepSeek-V4 language model (report §2).
+
+Letters: B rows, S tokens of a row, T local tokens (B·S on one process), N streams, D hidden size,
+V vocabulary, E experts, A experts of a token.
+"""
 
 from __future__ import annotations
 
@@ -214,7 +218,7 @@ class V4Model(nn.Module):
     def run_blocks(
         self, streams_TND: Tensor, micro: Microbatch, blocks: Iterable[nn.Module]
     ) -> tuple[Tensor, list[BlockStats]]:
-        """Streams through some blocks, and what their routers did and their indexers learn."""
+        """Runs some blocks; returns the streams, and each block's statistics and losses."""
         stats = []
         for block in cast(Iterable[Block], blocks):
             chosen_TA = micro.chosen.get(block.row)
@@ -233,38 +237,43 @@ class V4Model(nn.Module):
     def predict(
         self, streams_TND: Tensor, micro: Microbatch
     ) -> tuple[Tensor, Tensor, list[BlockStats]]:
-        """Losses of the main head and, unweighted, of the MTP heads, and their blocks' stats."""
+        """The main head's loss, the MTP head's (unweighted), and the MTP block's stats."""
         assert micro.counts is not None
         hidden_TD = self.norm(self.hc_head(streams_TND))
         lm_loss = self._cross_entropy(micro, hidden_TD, micro.targets_T, micro.counts.lm)
-        mtp_loss = torch.zeros_like(lm_loss)
-        stats = []
-        for block in cast(Sequence[MTPBlock], self.mtp):
-            hidden_TD, block_stats = block.predict(
-                streams_TND,
-                micro.exchange.slice_local(self.embed(micro.query_next_T)),
-                micro.next_T,
-                micro.positions,
-                micro.exchange,
-                micro.routed,
-                micro.chosen.get(block.row),
-            )
-            stats.append(block_stats)
-            targets_T = micro.second_targets_T
-            mtp_loss = self._cross_entropy(micro, hidden_TD, targets_T, micro.counts.mtp)
-        return lm_loss, mtp_loss, stats
+        block = self.mtp_block
+        if block is None:
+            return lm_loss, torch.zeros_like(lm_loss), []
+        hidden_TD, stats = block.predict(
+            streams_TND,
+            micro.exchange.slice_local(self.embed(micro.query_next_T)),
+            micro.next_T,
+            micro.positions,
+            micro.exchange,
+            micro.routed,
+            micro.chosen.get(block.row),
+        )
+        targets_T = micro.second_targets_T
+        mtp_loss = self._cross_entropy(micro, hidden_TD, targets_T, micro.counts.mtp)
+        return lm_loss, mtp_loss, [stats]
+
+    @property
+    def mtp_block(self) -> MTPBlock | None:
+        """The multi-token prediction block; None in models and pipeline stages without one."""
+        return cast(MTPBlock, self.mtp[0]) if len(self.mtp) else None
 
     def choose_next(self, streams_TND: Tensor, micro: Microbatch) -> list[Tensor]:
-        """The experts that the routers of the MTP blocks choose, [T, A] each."""
+        """The experts that the MTP block's router chooses, [T, A]; empty without an MTP block."""
+        if self.mtp_block is None:
+            return []
         return [
-            block.choose_next(
+            self.mtp_block.choose_next(
                 streams_TND,
                 micro.exchange.slice_local(self.embed(micro.query_next_T)),
                 micro.next_T,
                 micro.positions,
                 micro.exchange,
             )
-            for block in cast(Sequence[MTPBlock], self.mtp)
         ]
 
     def _cross_entropy(
@@ -276,13 +285,13 @@ class V4Model(nn.Module):
 
     def weighted_balance(self, stats: Iterable[BlockStats]) -> Tensor | None:
         """The balance loss of several layers with its weight; None where all are hash layers."""
-        terms = [seen.balance for seen in stats if seen.balance is not None]
+        terms = [block.balance for block in stats if block.balance is not None]
         return sum(terms[1:], terms[0]) * self.config.balance_loss_weight if terms else None
 
     @staticmethod
     def indexer_loss(stats: Iterable[BlockStats]) -> Tensor | None:
         """The sum of the layers' indexers' objectives; None where there are none."""
-        terms = [seen.indexer for seen in stats if seen.indexer is not None]
+        terms = [block.indexer for block in stats if block.indexer is not None]
         return sum(terms[1:], terms[0]) if terms else None
 
     def _losses(
@@ -298,7 +307,7 @@ class V4Model(nn.Module):
             mtp_loss=mtp_loss.detach(),
             balance_loss=balance.detach(),
             indexer_loss=indexer.detach(),
-            expert_load=torch.stack([seen.load_E for seen in stats]),
+            expert_load=torch.stack([block.load_E for block in stats]),
         )
 
     def routers(self) -> dict[int, Router]:
@@ -310,13 +319,13 @@ class V4Model(nn.Module):
         return {row: block.attn for row, block in self._blocks()}
 
     def _blocks(self) -> list[tuple[int, Block]]:
-        """Those that are here: a part of a whole model has placeholders for the others."""
+        """The blocks of this rank; those of other pipeline stages are placeholders."""
         blocks = enumerate([*self.layers, *self.mtp])
         return [(row, block) for row, block in blocks if isinstance(block, Block)]
 
     @torch.no_grad()
     def update_router_bias(self, load: Tensor, speed: float = 0.001) -> None:
-        """Move learned routers' biases towards even load: b_i += speed · sign(mean - load_i).
+        """Moves learned routers' biases towards even load: b_i += speed · sign(mean - load_i).
 
         Args:
             load: [layers (+ MTP), E] as in ``expert_load``, summed over the global batch.
@@ -329,7 +338,7 @@ class V4Model(nn.Module):
                 gate.bias += speed * torch.sign(load[row].mean() - load[row]).to(gate.bias)
 
     def load_hf_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy weights with ``transformers``' in-memory names or official names into the model.
+        """Copies weights with ``transformers``' in-memory names or official names into the model.
 
         MTP weights may be absent (``transformers`` drops them) and then stay as they are.
 
@@ -341,7 +350,7 @@ class V4Model(nn.Module):
     def hf_state_dict(self, grads: bool = False) -> dict[str, Tensor]:
         """Weights, or with ``grads`` their gradients, under ``transformers``' in-memory names.
 
-        Parameters without a gradient are left out of the latter; ``mtp.*`` keeps official names.
+        Parameters without a gradient are then omitted; ``mtp.*`` keeps official names.
         """
         return hf.to_transformers(hf.named_tensors(self, grads))
 

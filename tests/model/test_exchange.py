@@ -1,0 +1,36 @@
+"""On one process nothing is exchanged."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from model.exchange import Exchange, LocalExchange
+from trainer.parallel.context import SequenceExchange
+
+METHODS = [name for name in vars(Exchange) if not name.startswith("_")]
+
+
+def test_every_exchange_has_the_methods_of_the_protocol() -> None:
+    assert len(METHODS) == 10
+    for kind in (LocalExchange, SequenceExchange):
+        for name in METHODS:
+            wanted = inspect.signature(getattr(Exchange, name))
+            assert inspect.signature(getattr(kind, name)) == wanted, (kind, name)
+
+
+def test_local_exchange_returns_its_arguments() -> None:
+    x, mass = torch.ones(3, 2), object()
+    arguments: dict[str, tuple[Any, ...]] = {
+        "with_preceding": ("csa", x, x + 1),
+        "gather_entries": ("csa", x),
+        "sum_mass": ("csa", mass, True),
+    }
+    for name in METHODS:
+        results = getattr(LocalExchange(), name)(*arguments.get(name, (x,)))
+        if name == "with_preceding":
+            assert torch.equal(results[0], x) and torch.equal(results[1], x + 1)
+        else:
+            assert results is (mass if name == "sum_mass" else x), name
