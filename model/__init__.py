@@ -1,6 +1,6 @@
 """The DeepSeek-V4 model: plain PyTorch mathematics on local tensors.
 
-Importing this package costs nothing; torch is imported with the first name that needs it.
+Importing this package does not import torch; the first name that needs torch does.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Tokens to their experts and back.
+"""Dispatches tokens to their experts and combines the results.
 
 Letters: T tokens, A experts of a token, L = T·A pairs of a token and an expert, P padded rows,
 D hidden size, E experts.
@@ -23,7 +23,7 @@ output does not depend on which experts other tokens chose."""
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Rows sorted by expert, ready for grouped matmuls, and the way back to their tokens.
+    """Rows sorted by expert for grouped matmuls, and the indices that map them back to tokens.
 
     Padding rows have weight 0, and so no effect and no gradient; rows after the last expert's end
     are not computed at all.
@@ -66,12 +66,12 @@ class LocalDispatch:
 
 
 def count_each(index_L: Tensor, size: int) -> Tensor:
-    """Counts each number below ``size``, int64; unlike bincount without a device sync."""
+    """Counts of each index below ``size``, int64; unlike bincount without a device sync."""
     return index_L.new_zeros(size).index_add_(0, index_L, torch.ones_like(index_L))
 
 
 class Dispatch(Protocol):
-    """Brings tokens to their experts and back; see LocalDispatch."""
+    """Sends tokens to their experts and combines the results; see LocalDispatch."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing, experts: int) -> Dispatched:
         """Returns the rows of this rank's experts, sorted by expert."""

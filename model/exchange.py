@@ -1,8 +1,8 @@
-"""How a rank reaches the tokens of other ranks inside the layers of the model.
+"""Communication between ranks inside the layers of the model.
 
-A rank's *local* tokens are those whose residual streams it holds, its *queries* those whose
-attention it computes. On one process both are all tokens of the microbatch, and no method has
-anything to do. Where rows are divided over ranks, trainer/parallel/context.py communicates.
+A rank's *local* tokens are those whose residual streams it holds; its *queries* are those whose
+attention it computes. On one process both are all tokens of the microbatch, and every method is
+the identity. Where rows are sharded over ranks, trainer/parallel/context.py communicates.
 
 Letters: T tokens or queries, K head dim, C compressed entries, S samples, E experts, X any width.
 """
@@ -18,48 +18,48 @@ from model.kernels.indexer import AttentionProbabilityMass
 
 
 class Exchange(Protocol):
-    """Moves values of a microbatch's tokens between ranks. Those of activations differentiate."""
+    """Moves values of a microbatch's tokens between ranks; differentiable for activations."""
 
     def select_local(self, microbatch_T: Tensor) -> Tensor:
-        """The local tokens' part of a vector over all tokens of the microbatch."""
+        """Returns the local tokens' elements of a vector over all tokens of the microbatch."""
 
     def select_queries(self, microbatch_T: Tensor) -> Tensor:
-        """The queries' part of a vector over all tokens of the microbatch."""
+        """Returns the queries' elements of a vector over all tokens of the microbatch."""
 
     def gather_queries(self, local_TX: Tensor) -> Tensor:
         """Gathers the queries' values from the ranks that hold them as local tokens."""
 
     def slice_local(self, query_TX: Tensor) -> Tensor:
-        """The local tokens' part of values that are complete at every query."""
+        """Returns the local tokens' rows of values that this rank has for all its queries."""
 
     def scatter_sum(self, partial_TX: Tensor) -> Tensor:
-        """Sums partial results of the queries over heads; each rank gets its local tokens'."""
+        """Reduce-scatters partial results of the queries (a rank's heads') to the local tokens."""
 
     def gather_keys(self, local_TK: Tensor) -> Tensor:
-        """Gathers all that the queries' windows may reach, in the order of the query ranges."""
+        """Gathers the keys in the queries' windows, in the order that query ranges index."""
 
     def with_preceding(
         self, kind: LayerType, values_TX: Tensor, gates_TX: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """A compressor's inputs of the local tokens and of those before them in its windows."""
+        """Prepends the halo of a compressor's inputs: earlier tokens of its windows."""
 
     def gather_entries(self, kind: LayerType, pooled_CK: Tensor) -> Tensor:
-        """Gathers the microbatch's entries, sample after sample, from the ranks that pool them."""
+        """Gathers all entries of the microbatch, in the order of samples."""
 
     def sum_mass(
         self, kind: LayerType, mass: AttentionProbabilityMass, listed: bool
     ) -> AttentionProbabilityMass:
-        """Sums the attention of queries over all heads, from those of each rank, by local token.
+        """Sums attention probability mass over the heads of all ranks, for the local tokens.
 
-        Where the selected entries are not `listed`, columns are the entries that a query may see.
+        If `listed`, columns are the selected entries; otherwise the entries that a query may see.
         """
 
     def sum_counts(self, counts_SE: Tensor) -> Tensor:
-        """Sums counts by sample over the ranks that hold tokens of the same samples."""
+        """Sums counts over the ranks that hold tokens of the same samples."""
 
 
 class LocalExchange:
-    """All tokens are on this process: every method returns its argument."""
+    """The exchange of one process, which has all tokens: every method returns its argument."""
 
     def select_local(self, microbatch_T: Tensor) -> Tensor:
         return microbatch_T

@@ -1,6 +1,7 @@
-"""What a model is given besides its configuration: how it computes, and how it communicates.
+"""How a model computes and communicates; `ModelConfig` says what it computes.
 
-The mathematics is the same with any of these. trainer/parallel/plan.py makes those of a run.
+The results are the same with any Execution, up to rounding. trainer/parallel/plan.py makes the one
+of a run.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ BlockPart = Literal["streams", "norms", "attention", "block"]
 CrossEntropy = Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
 """Hidden states, the head's weight, targets, denominator and ignored target to the loss."""
 PlaceTokens = Callable[[ModelConfig, SampleLayout], tuple[Positions, Exchange]]
-"""A microbatch's samples to where a rank's tokens are, and to how it reaches the others."""
+"""The samples of a microbatch to a rank's positions in it and its exchange with other ranks."""
 
 
 class Compute(Protocol):
-    """How a block calls its parts: at once, or so that backward computes them again."""
+    """How a block calls its parts: plainly, or with activation checkpointing."""
 
     def __call__(self, part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
-        """The function's result."""
+        """Returns the function's result."""
 
 
 def compute_now(part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
-    """Calls the function, and keeps what its backward needs."""
+    """Calls the function; autograd saves what backward needs."""
     return function(*inputs)
 
 
@@ -46,15 +47,15 @@ def place_locally(config: ModelConfig, layout: SampleLayout) -> tuple[Positions,
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model runs; by default on one process, with kernels as the device has them.
+    """How a model runs; the default is one process, with Triton kernels where there is a GPU.
 
     Attributes:
-        matmuls: of linears and experts, in the precision of their tensors or in FP8.
+        matmuls: the matmuls of linears and experts, in the dtype of their tensors or in FP8.
         pointwise: norms, SwiGLU and the mixing of streams, compiled or not.
-        compute: what a block keeps for backward.
-        dispatch: tokens to their experts.
-        place_tokens: rows of tokens to ranks.
-        cross_entropy: of the output heads.
+        compute: what a block saves for backward.
+        dispatch: sends tokens to their experts and combines the results.
+        place_tokens: the part of a microbatch that this rank holds.
+        cross_entropy: the loss of the output heads.
     """
 
     matmuls: Matmuls = PLAIN

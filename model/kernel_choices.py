@@ -1,4 +1,4 @@
-"""Which implementation each operation of a model will use, for whoever starts one."""
+"""Lists which kernel (Triton or eager) each operation of a model will use, and why."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from model.kernels import backend
 def kernel_choices(
     config: ModelConfig, device: torch.device, dtype: torch.dtype, in_fp8: bool = False
 ) -> dict[str, backend.Choice]:
-    """By operation, with the reason; only what layers of this model have.
+    """The kernel of each operation that this model's layers need, with the reason.
 
     Args:
         in_fp8: whether linears and experts multiply in FP8.
     """
     kinds = set(config.layer_types)
-    found = backend.choices(
+    choices = backend.choices(
         device,
         dtype,
         hidden=config.hidden_size,
@@ -30,12 +30,12 @@ def kernel_choices(
         in_fp8=in_fp8,
     )
     if "csa" not in kinds:
-        found = {name: choice for name, choice in found.items() if "indexer" not in name}
-    return found
+        choices = {name: choice for name, choice in choices.items() if "indexer" not in name}
+    return choices
 
 
 def describe(choices: dict[str, backend.Choice]) -> str:
-    """One line, operations of one choice together: ``kernels: attention, indexer: eager``."""
+    """One line, grouped by kernel: ``kernels: attention, indexer: eager``."""
     groups: dict[str, list[str]] = {}
     for name, choice in choices.items():
         groups.setdefault(str(choice), []).append(name.replace(", ", " "))

@@ -1,8 +1,10 @@
-"""Which tokens belong together: the samples of packed rows as integer ranges.
+"""Sample boundaries of packed rows, as integer ranges.
 
 The model sees a microbatch as one flat run of T = B·S tokens. A sample never crosses a row, so
 rows need no special treatment: every mask in every layer is a range of flat token indices and a
 range of compressed-entry indices, and no [S, S] mask exists anywhere.
+
+Letters: B rows, S tokens of a row, T = B·S tokens, C compressed entries, m tokens of an entry.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 
 def on_device(array: np.ndarray, device: torch.device | str | None) -> Tensor:
-    """The array as a tensor there. The host does not wait for what a GPU is still doing."""
+    """Copies an array to a device, without waiting for work that a GPU has still to do."""
     tensor = torch.from_numpy(array)
     if device is None or torch.device(device).type != "cuda":
         return tensor.to(device)
@@ -67,9 +69,9 @@ class SampleLayout:
         sample_lengths: length of every sample in flat order, padding included.
         position_T: each token's 0-based position in its sample.
         start_T: flat index of the first token of its sample.
-        sample_T: number of its sample.
-        padding_T: True for tokens behind a row's last sample. They form samples of their own, so
-            nothing real sees them; routers leave them out of loads and losses.
+        sample_T: index of its sample.
+        padding_T: True for tokens after a row's last sample. They form a separate sample, so no
+            other token attends to them; routers exclude them from loads and losses.
     """
 
     rows: int
@@ -90,11 +92,11 @@ class SampleLayout:
         seq_len: int | None = None,
         device: torch.device | str | None = None,
     ) -> SampleLayout:
-        """Lay out rows given each row's sample lengths.
+        """Builds the layout from each row's sample lengths.
 
         Args:
             lengths: per row, the lengths of its samples in order.
-            seq_len: S; defaults to the longest row. What a row lacks is padding.
+            seq_len: S; defaults to the longest row. Shorter rows are padded.
 
         Raises:
             ValueError: no rows, a length below 1, or samples longer than their row.
@@ -155,13 +157,13 @@ class SampleLayout:
 
     @property
     def num_samples(self) -> int:
-        """Samples, counting each row's padding as one."""
+        """Number of samples; each row's padding counts as one."""
         return len(self.sample_lengths)
 
     def part(self, tokens: np.ndarray, seq_len: int) -> SampleLayout:
-        """The layout of some tokens of every row, by their flat indices; samples keep numbers.
+        """The layout of some tokens of every row, by their flat indices.
 
-        Only what describes single tokens is cut; `sample_lengths` stay those of whole samples.
+        Samples keep their indices, and `sample_lengths` stay those of whole samples.
         """
         tokens_T = on_device(tokens, self.position_T.device)
         return replace(
@@ -177,7 +179,7 @@ class SampleLayout:
         )
 
     def entries(self, ratio: int) -> Entries:
-        """The compressed entries at m = ``ratio``; computed once and kept."""
+        """The compressed entries at m = ``ratio``; computed once and cached."""
         if ratio not in self._entries:
             self._entries[ratio] = self._build_entries(ratio)
         return self._entries[ratio]

@@ -1,6 +1,6 @@
-"""Where a microbatch's tokens are, computed once for all layers: rotations and visible ranges.
+"""Rotary angles and visible ranges of a microbatch's tokens, computed once for all layers.
 
-Data alone; model/exchange.py defines *local* tokens and *queries*, and moves their values.
+Data only; model/exchange.py defines *local* tokens and *queries* and communicates.
 
 Letters: T tokens, C compressed entries, R rotated dims.
 """
@@ -21,7 +21,7 @@ from model.rope import layer_frequencies, rotation
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows that a rank's compressor pools: indices of tokens, and the entries' rotation."""
+    """The windows that a rank's compressor pools: token indices, and rotations of the entries."""
 
     first_token_C: Tensor
     has_previous_C: Tensor
@@ -46,11 +46,11 @@ class Positions:
     """Positions of a rank's local tokens and queries, by layer type.
 
     Attributes:
-        layout: samples of the local tokens.
-        microbatch: samples of all tokens of the microbatch.
-        ratios: tokens of a compressed entry, 0 where a layer type has none.
-        local, queries: of these tokens. Ranges of tokens hold for keys as
-            `Exchange.gather_keys` orders them, and only for the queries where rows are divided.
+        layout: the samples of the local tokens.
+        microbatch: the samples of all tokens of the microbatch.
+        ratios: compression ratio m of each layer type, 0 for window layers.
+        local, queries: rotations and ranges of these tokens. Ranges index keys in the order of
+            `Exchange.gather_keys`; where rows are sharded, those of `local` are not valid.
         pooled: the windows that this rank pools.
     """
 
@@ -63,7 +63,7 @@ class Positions:
 
     @classmethod
     def of_microbatch(cls, config: ModelConfig, layout: SampleLayout) -> Positions:
-        """Positions on one process, where local tokens and queries are all of the microbatch."""
+        """Positions on one process, where local tokens and queries are all tokens."""
         ratios = compress_ratios(config)
         device = layout.position_T.device
         start = np.maximum(
@@ -104,7 +104,7 @@ class Positions:
         return self.local.rotations[self.ratios[kind] > 0]
 
     def ranges(self, kind: LayerType) -> AttentionRanges:
-        """The entries that local tokens see, and the tokens where these are the queries."""
+        """What the local tokens see: entries, and on one process also keys."""
         return self.local.ranges[kind]
 
     def query_rotation(self, kind: LayerType) -> Tensor:
@@ -112,11 +112,11 @@ class Positions:
         return self.queries.rotations[self.ratios[kind] > 0]
 
     def query_ranges(self, kind: LayerType) -> AttentionRanges:
-        """What the queries see of gathered keys and entries."""
+        """What the queries see: gathered keys and entries."""
         return self.queries.ranges[kind]
 
     def windows(self, kind: LayerType) -> Windows:
-        """The windows that this rank pools, in tokens of `Exchange.with_preceding`."""
+        """The windows that this rank pools, as indices into `Exchange.with_preceding`."""
         return self.pooled[kind]
 
     def max_visible(self, kind: LayerType) -> int:
@@ -125,5 +125,5 @@ class Positions:
 
 
 def compress_ratios(config: ModelConfig) -> dict[LayerType, int]:
-    """Tokens of a compressed entry by layer type, with the MTP block's."""
+    """The compression ratio m of each layer type, the MTP block's included."""
     return {kind: config.compress_ratio(kind) for kind in {*config.layer_types, "window"}}

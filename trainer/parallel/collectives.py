@@ -1,8 +1,8 @@
-"""The collectives of training over the axes of a grid, each a no-op on an axis of one process.
+"""The collectives of training over the axes of a grid; no-ops on an axis of one rank.
 
-Those that carry activations are differentiable, and each is the exact transpose of another: the
-loss of a job is the sum of what its ranks computed, every rank differentiates its part, and a
-weight's gradient is the sum over the ranks that hold it. Traffic is counted as a ring sends it.
+Those of activations are differentiable, and the backward of each is the transposed collective: a
+job's loss is the sum of its ranks' losses, every rank differentiates its own, and a weight's
+gradient is the sum over the ranks that hold it. Traffic is counted as ring algorithms send it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trainer.parallel.ring import gather_bytes, scatter_bytes, sum_bytes
 
 Item = TypeVar("Item")
 Wait = Callable[[], Tensor]
-"""Waits for a collective that has begun and returns its result; called once, on every rank."""
+"""Waits for a collective that was started and returns its result; call it once, on every rank."""
 
 # torch 2.13 has new names for these two and warns of the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -35,7 +35,7 @@ def sum_(tensor: Tensor, axis: Axis) -> Tensor:
 
 
 def begin_all_gather(tensor: Tensor, axis: Axis) -> Wait:
-    """The tensors of all ranks, which have one shape, concatenated along dim 0; see Wait."""
+    """Starts an all-gather of equal shapes, concatenated along dim 0; see Wait."""
     if axis.group is None:
         return lambda: tensor
     tensor = tensor.contiguous()
@@ -45,7 +45,7 @@ def begin_all_gather(tensor: Tensor, axis: Axis) -> Wait:
 
 
 def begin_reduce_scatter(tensor: Tensor, axis: Axis) -> Wait:
-    """This rank's share along dim 0 of the sum over all ranks; see Wait."""
+    """Starts a reduce-scatter (sum) along dim 0; see Wait."""
     if axis.group is None:
         return lambda: tensor
     tensor = tensor.contiguous()
@@ -57,7 +57,7 @@ def begin_reduce_scatter(tensor: Tensor, axis: Axis) -> Wait:
 def begin_all_to_all(
     tensor: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis
 ) -> Wait:
-    """Sends the first send[0] rows to rank 0, and so on; receives receive[r] rows from rank r."""
+    """Starts an all-to-all: the first send[0] rows go to rank 0, …; receive[r] rows from rank r."""
     if axis.group is None:
         return lambda: tensor
     tensor = tensor.contiguous()
@@ -70,7 +70,7 @@ def begin_all_to_all(
 
 
 def _wait(work: Any, out: Tensor, sent: Tensor) -> Wait:
-    """Waits for the work; holds what is being sent until then."""
+    """Returns the function that waits; it keeps the sent tensor alive until then."""
 
     def wait() -> Tensor:
         nonlocal sent
@@ -82,17 +82,17 @@ def _wait(work: Any, out: Tensor, sent: Tensor) -> Wait:
 
 
 def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
-    """`begin_all_gather`, waited for."""
+    """All-gathers equal shapes along dim 0."""
     return begin_all_gather(tensor, axis)()
 
 
 def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
-    """`begin_reduce_scatter`, waited for."""
+    """Sums over the axis and returns this rank's part along dim 0."""
     return begin_reduce_scatter(tensor, axis)()
 
 
 def all_to_all(tensor: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis) -> Tensor:
-    """`begin_all_to_all`, waited for."""
+    """Sends send[r] rows to rank r, in order, and returns the rows received, by rank."""
     return begin_all_to_all(tensor, send, receive, axis)()
 
 
@@ -163,7 +163,7 @@ class _Slice(torch.autograd.Function):
 
 
 def gather_objects(item: Item, axis: Axis) -> list[Item]:
-    """Gathers every rank's `item`, by rank. For small things outside the step: it pickles."""
+    """Gathers every rank's `item`, by rank. It pickles: only for small objects outside a step."""
     if axis.group is None:
         return [item]
     items: list[Item] = [item] * axis.size
@@ -172,7 +172,7 @@ def gather_objects(item: Item, axis: Axis) -> list[Item]:
 
 
 def barrier(axis: Axis) -> None:
-    """Waits until every rank of the axis has come to this call."""
+    """Waits until every rank of the axis has called it."""
     if axis.group is not None:
         dist.barrier(group=axis.group)
 

@@ -1,15 +1,15 @@
-"""Rows divided over ranks: where a rank's tokens are, and how it reaches those of others.
+"""Sequence parallelism: rows sharded over context and tensor ranks.
 
-Every row is cut into one run of tokens per rank of the sequence axis (context and tensor ranks
-together, tensor ranks next to each other). A rank's local tokens are its run of every row. Tensor
-ranks split heads, so each computes attention for the local tokens of all of them: its queries, the
-context rank's run of every row.
+Every row is cut into runs of consecutive tokens, one for each rank of the sequence axis (context
+and tensor flattened, tensor varying fastest). A rank's local tokens are its run of every row.
+Tensor ranks shard heads, so each computes attention for the local tokens of all tensor ranks: its
+queries, which are the context rank's run of every row.
 
-Attention over a divided row has two stages (report §3.4): each rank receives the raw values of the
-tokens before its run, as many as an incomplete window may need, and pools the windows that end in
-its run, padded to a number that is the same on all ranks; these entries are gathered and put into
-the order of samples. All index arithmetic is on the host, from the samples' lengths alone, so
-every rank knows what all others send.
+Attention over a sharded row has two steps (report §3.4). First each rank receives the halo: the
+tokens before its run that an incomplete compression window may need. It pools the windows that end
+in its run, padded to the same number on all ranks. Then these entries are all-gathered and put into
+the order of samples. Indices are computed on the host from the samples' lengths alone, so every
+rank knows what all others send.
 
 Letters: B rows, L tokens of a run, T tokens, K head dim, C entries, S samples, E experts, X any
 width.
@@ -45,7 +45,7 @@ from trainer.parallel.grid import Axis, Grid
 def place_on_ranks(
     config: ModelConfig, layout: SampleLayout, grid: Grid
 ) -> tuple[Positions, SequenceExchange]:
-    """A rank's part of a microbatch whose rows are divided, and its way to the other parts."""
+    """The positions of a rank's part of a microbatch with sharded rows, and its exchange."""
     device = layout.position_T.device
     ratios = compress_ratios(config)
     local, queries = _tokens_of(layout, grid.sequence), _tokens_of(layout, grid.context)
@@ -89,7 +89,7 @@ def _ranges(
     num_queries: int,
     context: int,
 ) -> AttentionRanges:
-    """Ranges of some tokens; those of keys are right for the queries only."""
+    """Ranges of some tokens; the ranges of keys are correct for queries only."""
     device, rows, window = layout.position_T.device, layout.rows, config.sliding_window
     halo = window - 1 if context > 1 else 0
     run = num_queries // rows
@@ -188,11 +188,11 @@ class SequenceExchange:
             return slice(low, max(int(ends[rank][rows].max()), low))
 
         def summed(rows: slice, columns: slice) -> Tensor:
-            """Every rank adds its heads' share of the mass that the others ask for."""
+            """Reduce-scatters the mass that each rank needs, over the heads of all ranks."""
             wanted = [columns if listed else columns_of(r, rows) for r in range(tensor.size)]
             width = max(part.stop - part.start for part in wanted)
-            shares = [mass(places_T[r][rows], part) for r, part in enumerate(wanted)]
-            padded = [F.pad(share, (0, width - share.shape[1])) for share in shares]
+            parts = [mass(places_T[r][rows], part) for r, part in enumerate(wanted)]
+            padded = [F.pad(part, (0, width - part.shape[1])) for part in parts]
             return reduce_scatter(torch.cat(padded), tensor)[:, : columns.stop - columns.start]
 
         return summed
@@ -202,11 +202,11 @@ class SequenceExchange:
 
 
 class _Pool:
-    """Which windows of m tokens a rank pools, and where its entries are among all.
+    """The compression windows of m tokens that a rank pools, and the places of its entries.
 
-    A rank pools the windows whose last token is in its run, so it needs m - 1 tokens before it, or
-    2m - 1 where a window overlaps the one before. In that case, where another rank pools the window
-    before a row's first one, that helper is pooled as well and dropped.
+    A rank pools the windows whose last token is in its run. So it needs the m - 1 tokens before the
+    run, or 2m - 1 where windows overlap. With overlap, the window before a rank's first one is
+    pooled as well (a "helper") and its entry dropped, where another rank owns it.
     """
 
     def __init__(
@@ -224,12 +224,12 @@ class _Pool:
         self.max_entries = max((len(share) for share in shares), default=0)
 
         local_C = shares[sequence.rank]
-        # A helper before every window whose predecessor another rank pools.
+        # A helper before every window whose predecessor belongs to another rank.
         helper = has_previous_C[local_C] & (owner_C[np.maximum(local_C - 1, 0)] != sequence.rank)
         helper &= overlap
         pooled = np.sort(np.concatenate([local_C, local_C[helper] - 1]))
         self._without_helpers = on_device(np.searchsorted(pooled, local_C), device)
-        begin = sequence.rank * run - self.halo  # where a row's tokens begin, halo included
+        begin = sequence.rank * run - self.halo  # where a row's tokens begin, with the halo
         first = first_C[pooled] - row_C[pooled] * layout.seq_len - begin
         first += row_C[pooled] * (self.halo + run)
         helps = ~np.isin(pooled, local_C)
@@ -253,24 +253,24 @@ class _Pool:
 
 
 def with_halo(x_TX: Tensor, rows: int, halo: int, axis: Axis) -> Tensor:
-    """Puts before each row's run of tokens the `halo` tokens that precede it in the row.
+    """Prepends to each row's run the `halo` tokens that precede it in the row.
 
-    They may come from more than one rank; before a row's first token there are zeros. [B·L, X] to
+    They may come from more than one rank; zeros stand before a row's first token. [B·L, X] to
     [B·(halo+L), X].
     """
     runs = x_TX.unflatten(0, (rows, -1))
     length = runs.shape[1]
 
-    def need(places: int) -> int:
-        """How many of a rank's last tokens of a row the rank `places` further on needs."""
-        return min(length, max(0, halo - (places - 1) * length)) if places > 0 else 0
+    def need(distance: int) -> int:
+        """How many of a rank's last tokens of a row the rank `distance` later needs."""
+        return min(length, max(0, halo - (distance - 1) * length)) if distance > 0 else 0
 
     send = [need(rank - axis.rank) for rank in range(axis.size)]
     receive = [need(axis.rank - rank) for rank in range(axis.size)]
     parts = [runs[:, length - count :].flatten(0, 1) for count in send]
     counts = [rows * n for n in send], [rows * n for n in receive]
     received = exchange(torch.cat(parts), *counts, axis)
-    # Empty pieces stay: each must be used on every rank, or backward would send it on some only.
+    # Empty pieces stay: every rank must use the exchange's output, or backward would not run it.
     pieces = [piece.unflatten(0, (rows, -1)) for piece in received.split(counts[1])]
     missing = halo - sum(receive)
     if missing:

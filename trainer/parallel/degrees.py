@@ -1,4 +1,4 @@
-"""Degrees of parallelism: how many ranks on every axis, and who is where. Imports no torch."""
+"""Degrees of parallelism and the coordinates of ranks. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ EXPERT = ("expert_tensor", "expert", "expert_data", "pipeline")
 
 @dataclass(frozen=True)
 class Degrees:
-    """Degrees of every axis for a number of processes; `data` and `expert_data` are what remains.
+    """The degree of every axis; `data` and `expert_data` follow from the number of processes.
 
-    Raises ValueError when a product does not divide the world; a run's config is checked before.
+    Raises:
+        ValueError: a product of degrees does not divide the world. A run's config is checked first.
     """
 
     world: int
@@ -45,7 +46,7 @@ class Degrees:
 
 
 def place_of(rank: int, names: Sequence[str], degrees: Degrees) -> dict[str, int]:
-    """Coordinates of a rank in one division of the world, without any process group."""
+    """The coordinates of a rank in the mesh with these axes, without any process group."""
     places = {}
     for name, size in zip(names, degrees.of(names), strict=True):
         rank, places[name] = divmod(rank, size)

@@ -1,7 +1,7 @@
-"""Tokens to the ranks of their experts and back: all of them, and nothing but them.
+"""Dispatches tokens to the ranks of their experts and combines the results: dropless, unpadded.
 
-One all-to-all sends every rank the numbers of rows, one the rows and one their weights, and one
-sends the results back. Nothing is dropped and nothing is padded on the way.
+One all-to-all sends the numbers of rows, one the rows, one their weights, and one sends the results
+back. Only rows that a rank's experts need are sent.
 
 Letters: T tokens, A experts of a token, L = T·A·(expert-tensor ranks) sent rows, P received rows,
 D hidden size, R ranks of the expert axis, E experts of one rank (elsewhere: of all).
@@ -57,12 +57,12 @@ class ExpertDispatch:
         order_L = torch.argsort(slot_L, stable=True)
         place_L = torch.empty_like(order_L)
         place_L[order_L] = torch.arange(len(order_L), device=order_L.device)
-        received_RE, send, receive = self.agree(slot_L, local_experts)
+        received_RE, send, receive = self.exchange_counts(slot_L, local_experts)
         rows_PD = exchange(spread_rows(x_TD, order_L, place_L), send, receive, self.axis)
         weights_P = exchange(weights_L[order_L], send, receive, self.axis)
         number_P = torch.arange(local_experts, device=x_TD.device).repeat(self.axis.size)
         expert_P = number_P.repeat_interleave(received_RE.flatten(), output_size=sum(receive))
-        # One more row, of weight 0, so that there is something to compute where none was received.
+        # One more row, of weight 0: a rank that received no row runs the same matmuls.
         rows_PD, weights_P = F.pad(rows_PD, (0, 0, 0, 1)), F.pad(weights_P, (0, 1))
         expert_P = F.pad(expert_P, (0, 1))
         received = Routing(expert_P[:, None], weights_P[:, None], routing.scores_TE)
@@ -76,8 +76,10 @@ class ExpertDispatch:
             rows=len(rows_PD),
         )
 
-    def agree(self, slot_L: Tensor, local_experts: int) -> tuple[Tensor, list[int], list[int]]:
-        """Rows from each rank for each expert of this one, and rows to and from each rank."""
+    def exchange_counts(
+        self, slot_L: Tensor, local_experts: int
+    ) -> tuple[Tensor, list[int], list[int]]:
+        """Exchanges row counts: by rank and local expert, and sums by rank."""
         count_RE = count_each(slot_L, self.axis.size * local_experts).view(-1, local_experts)
         ones = [1] * self.axis.size
         received_RE = all_to_all(count_RE, ones, ones, self.axis)

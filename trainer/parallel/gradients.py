@@ -1,4 +1,4 @@
-"""Gradients of a rank's part of the model before they are summed over ranks."""
+"""fp32 gradients of a rank's parameters, before they are summed over ranks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch.nn import Parameter
 
 
 class Gradients:
-    """fp32 gradients of all parameters that are trained.
+    """fp32 gradients of all trainable parameters.
 
-    Backward adds to them in place, so bf16 parameters gather their microbatches in fp32, and a
-    parameter that got no gradient on one rank has zeros there rather than None. Parameters without
-    `requires_grad` have None.
+    Backward accumulates into them in place: gradients of bf16 parameters accumulate over
+    microbatches in fp32. A parameter that gets no gradient on this rank has zeros, not None, so
+    all ranks reduce the same tensors. Parameters without `requires_grad` have None.
     """
 
     def __init__(self, parameters: Iterable[Parameter]) -> None:
@@ -22,14 +22,14 @@ class Gradients:
             parameter.grad_dtype = torch.float32
 
     def zero_(self) -> None:
-        """Set every gradient to zero; memory is taken the first time."""
-        there = []
+        """Sets every gradient to zero; the first call allocates them."""
+        allocated = []
         for parameter in self.parameters:
             if not parameter.requires_grad:
                 parameter.grad = None
             elif parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
             else:
-                there.append(parameter.grad)
-        if there:
-            torch._foreach_zero_(there)
+                allocated.append(parameter.grad)
+        if allocated:
+            torch._foreach_zero_(allocated)

@@ -1,13 +1,13 @@
-"""The processes of a run and the groups they form. Passed on explicitly, never looked up.
+"""The device mesh of a run: its processes and their process groups. Passed on as an argument.
 
-Every process has one place in two divisions of the world, both by megatron-core's HyperCommGrid,
-the first name varying fastest from rank to rank:
+Every process has coordinates in two meshes over all ranks, both made by megatron-core's
+HyperCommGrid, the first name varying fastest from rank to rank:
 
     dense weights    tensor x context x data x pipeline
     routed experts   expert_tensor x expert x expert_data x pipeline
 
-The pipeline axis is the slowest of both, so that a stage is one run of ranks either way, and the
-expert axes divide a stage's ranks anew: expert and tensor degrees do not depend on each other.
+The pipeline axis is the slowest of both, so a stage is the same consecutive ranks in either mesh.
+Within a stage, expert and tensor degrees do not depend on each other.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _SHORT = {
 class Traffic:
     """Bytes that this rank has sent, by (axis, collective), and how often.
 
-    Counted as a ring sends them: a gather (n-1) times its part, a scatter (n-1)/n of its whole,
-    a sum (or maximum) both, an exchange everything that is not for this rank itself. What a step
-    should send, traffic.py says.
+    Counted as ring algorithms send them: an all-gather (n-1) times its part, a reduce-scatter
+    (n-1)/n of its input, an all-reduce both, an all-to-all everything that is not for this rank
+    itself. trainer/planning/traffic.py computes what a step should send.
     """
 
     def __init__(self) -> None:
@@ -50,19 +50,19 @@ class Traffic:
         self.calls: Counter[tuple[str, str]] = Counter()
 
     def add(self, axis: str, collective: str, size: float) -> None:
-        """One call that sent `size` bytes."""
+        """Counts one call that sent `size` bytes."""
         self.bytes[axis, collective] += round(size)
         self.calls[axis, collective] += 1
 
     def clear(self) -> None:
-        """Start anew."""
+        """Sets all counts to zero."""
         self.bytes.clear()
         self.calls.clear()
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One process's place on an axis, or on several taken together.
+    """One process's rank along an axis of the mesh, or along several axes flattened into one.
 
     `group` is None where there is one process; collectives over such an axis do nothing.
     """
@@ -75,37 +75,37 @@ class Axis:
 
     @property
     def size(self) -> int:
-        """How many processes there are."""
+        """The number of ranks."""
         return len(self.ranks)
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the first of them."""
+        """Whether this process is the first rank."""
         return self.rank == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether this process is the last of them."""
+        """Whether this process is the last rank."""
         return self.rank == self.size - 1
 
 
 @dataclass(frozen=True)
 class Grid:
-    """This process's place among all processes.
+    """This process's coordinates and process groups.
 
     Attributes:
-        tensor: ranks that split heads, groups, vocabulary and the shared expert.
-        context: ranks that split rows of tokens.
-        sequence: tensor and context together: each holds tokens of its own.
-        data: ranks that have rows of their own.
-        pipeline: ranks that hold layers of their own.
-        stage: all ranks of a pipeline stage; they hold the same weights but for split ones.
-        split: ranks that hold the same part of a weight that tensor ranks split.
-        expert: ranks that tokens are exchanged over (with expert_tensor inside).
-        expert_tensor: ranks that split each expert.
+        tensor: ranks that shard heads, output groups, vocabulary and the shared expert.
+        context: ranks that shard rows of tokens.
+        sequence: tensor and context flattened; each rank holds different tokens.
+        data: ranks with different rows.
+        pipeline: ranks with different layers.
+        stage: all ranks of a pipeline stage.
+        split: ranks that hold the same shard of a weight that tensor ranks shard.
+        expert: ranks of the expert all-to-all (expert_tensor flattened in).
+        expert_tensor: ranks that shard each expert.
         expert_data: ranks that hold the same experts.
-        tied: first and last pipeline rank of this rank's column, which share the embedding.
-        world: all of them.
+        tied: the first and the last pipeline rank, both of which hold the embedding.
+        world: all ranks.
     """
 
     rank: int
@@ -128,7 +128,7 @@ class Grid:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes the run's files and speaks for all."""
+        """Whether this is rank 0, which writes the run's files and logs."""
         return self.rank == 0
 
     @classmethod
@@ -164,40 +164,41 @@ class Grid:
         )
 
     def divide(self, axes: Sequence[tuple[Axis, int]]) -> list[tuple[Axis, Axis]]:
-        """Axes as runs of some ranks: this rank's run, and the same place of every run.
+        """Splits each axis into a consecutive part of `size` ranks and the axis across the parts.
 
-        Groups of their own, over which something may be on its way while the axis itself is used.
-        All ranks of the grid call it together, each with its own axes and run lengths, on which the
-        ranks of the axis agree. The parts are called `data/4` and `data*2`, say.
+        Both get new process groups, so a collective on them may overlap with one on the axis.
+        A collective call: all ranks of the grid make it together, and the ranks of an axis pass the
+        same size. The new axes are called `data/4` and `data*2`, for example.
         """
-        found = []
+        parts = []
         for axis, size in axes:
             first = axis.rank // size * size
-            run, same = axis.ranks[first : first + size], axis.ranks[axis.rank % size :: size]
-            for name, ranks in ((f"{axis.name}/{size}", run), (f"{axis.name}*{len(same)}", same)):
-                found.append(Axis(name, ranks.index(self.rank), ranks, None, self.traffic))
-        groups = self._groups_of({axis.ranks for axis in found if axis.size > 1})
-        whole = [replace(axis, group=groups.get(axis.ranks)) for axis in found]
-        return list(zip(whole[::2], whole[1::2], strict=True))
+            inner, outer = axis.ranks[first : first + size], axis.ranks[axis.rank % size :: size]
+            names = f"{axis.name}/{size}", f"{axis.name}*{len(outer)}"
+            for name, ranks in zip(names, (inner, outer), strict=True):
+                parts.append(Axis(name, ranks.index(self.rank), ranks, None, self.traffic))
+        groups = self._groups_of({part.ranks for part in parts if part.size > 1})
+        grouped = [replace(part, group=groups.get(part.ranks)) for part in parts]
+        return list(zip(grouped[::2], grouped[1::2], strict=True))
 
     def _groups_of(self, wanted: set[tuple[int, ...]]) -> dict[tuple[int, ...], dist.ProcessGroup]:
-        """New process groups: every rank helps to make those of all, in one order."""
-        everyone = [wanted]
+        """Creates process groups; all ranks create all groups, in the same order."""
+        of_ranks = [wanted]
         # On the meta device there are no other ranks (trainer.planning.dry_run).
         if self.world.group is not None and self.device.type != "meta":
-            everyone = [set()] * self.world_size
-            dist.all_gather_object(everyone, wanted, group=self.world.group)
-        return {ranks: dist.new_group(list(ranks)) for ranks in sorted(set().union(*everyone))}
+            of_ranks = [set()] * self.world_size
+            dist.all_gather_object(of_ranks, wanted, group=self.world.group)
+        return {ranks: dist.new_group(list(ranks)) for ranks in sorted(set().union(*of_ranks))}
 
 
 class _AxisMaker:
-    """Process groups of one division of the world; each is made once, and only if it is needed."""
+    """Axes of one mesh; each process group is created once, and only if it is used."""
 
     def __init__(self, names: Sequence[str], degrees: Degrees, rank: int, traffic: Traffic) -> None:
         self.names, self.rank, self.traffic = names, rank, traffic
         self.degrees = dict(zip(names, degrees.of(names), strict=True))
         self.world = degrees.world
-        self._made: dict[tuple[str, ...], Axis] = {}
+        self._axes: dict[tuple[str, ...], Axis] = {}
         if degrees.world > 1:
             with warnings.catch_warnings(action="ignore"):  # about absent NVIDIA packages
                 from megatron.core.hyper_comm_grid import HyperCommGrid  # takes seconds
@@ -205,37 +206,36 @@ class _AxisMaker:
             self.grid = HyperCommGrid(degrees.of(names), [_SHORT[name] for name in names])
 
     def axis(self, name: str, *over: str) -> Axis:
-        """The axis that the axes `over` form together."""
-        wide = tuple(part for part in over if self.degrees[part] > 1)
-        if not wide:
+        """The axis named `name` that flattens the mesh axes `over`."""
+        larger = tuple(part for part in over if self.degrees[part] > 1)
+        if not larger:
             return Axis(name, 0, (self.rank,), None, self.traffic)
-        if wide not in self._made:
-            self._made[wide] = self._make(wide)
-        made = self._made[wide]
-        return Axis(name, made.rank, made.ranks, made.group, self.traffic)
+        if larger not in self._axes:
+            self._axes[larger] = self._make(larger)
+        return replace(self._axes[larger], name=name)
 
-    def _make(self, wide: tuple[str, ...]) -> Axis:
-        dims = [_SHORT[part] for part in wide]
-        mine = next(ranks for ranks in self.grid.get_rank_enum(dims) if self.rank in ranks)
-        everyone = math.prod(self.degrees[part] for part in wide) == self.world
-        group = dist.group.WORLD if everyone else self.grid.create_pg(dims)
-        return Axis("", mine.index(self.rank), tuple(mine), group, self.traffic)
+    def _make(self, names: tuple[str, ...]) -> Axis:
+        dims = [_SHORT[name] for name in names]
+        ranks = next(ranks for ranks in self.grid.get_rank_enum(dims) if self.rank in ranks)
+        has_all = math.prod(self.degrees[name] for name in names) == self.world
+        group = dist.group.WORLD if has_all else self.grid.create_pg(dims)
+        return Axis("", ranks.index(self.rank), tuple(ranks), group, self.traffic)
 
     def ends(self, name: str, over: str) -> Axis:
-        """First and last rank along `over`; alone for ranks between, and where they are one."""
+        """The first and the last rank along `over`; any other rank is alone."""
         alone = Axis(name, 0, (self.rank,), None, self.traffic)
         if self.degrees[over] == 1:
             return alone
         pairs = [[ranks[0], ranks[-1]] for ranks in self.grid.get_rank_enum(_SHORT[over])]
         group, _ = dist.new_subgroups_by_enumeration(pairs)
-        mine = next((pair for pair in pairs if self.rank in pair), None)
-        if mine is None:
+        pair = next((pair for pair in pairs if self.rank in pair), None)
+        if pair is None:
             return alone
-        return Axis(name, mine.index(self.rank), tuple(mine), group, self.traffic)
+        return Axis(name, pair.index(self.rank), tuple(pair), group, self.traffic)
 
 
 def local_device(local_rank: int) -> torch.device:
-    """The accelerator number `local_rank` of this machine, or the CPU where there is none."""
+    """The GPU with index `local_rank`, or the CPU where there is no GPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
@@ -245,12 +245,12 @@ def local_device(local_rank: int) -> torch.device:
 def open_grid(
     degrees_of: Callable[[int], Degrees] = Degrees, timeout_seconds: float | None = None
 ) -> Iterator[Grid]:
-    """The grid over the processes that torchrun's RANK, LOCAL_RANK and WORLD_SIZE describe.
+    """Opens the grid over the processes that torchrun's RANK, LOCAL_RANK and WORLD_SIZE describe.
 
-    `degrees_of` gives the degrees for a number of processes; without torchrun there is one. Brings
-    the process group up and takes it down at a normal end. After an error it is left to the end
-    of the process: the others may be waiting inside a collective. A collective that waits longer
-    than the timeout (torch's default: 10 minutes on GPUs, 30 elsewhere) is an error.
+    `degrees_of` returns the degrees for a number of processes; without torchrun there is one.
+    Initialises the default process group and destroys it at a normal end. After an error it is
+    left alone until the process exits: other ranks may be waiting in a collective. A collective
+    that waits longer than the timeout (torch's default: 10 minutes on GPUs, 30 elsewhere) fails.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     degrees = degrees_of(world_size)

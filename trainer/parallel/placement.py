@@ -2,7 +2,7 @@
 
 Tensor ranks divide what belongs to heads, output groups, vocabulary and the shared expert's inner
 dimension; expert ranks divide the experts, and expert-tensor ranks each expert's inner dimension,
-as the table in model/parameters.py says. Every other tensor is whole on every rank of its pipeline
+as the table in model/parameters.py says. Any other tensor is whole on all ranks of its pipeline
 stage. Imports no torch.
 """
 
@@ -65,7 +65,7 @@ def split_dim(name: str) -> tuple[Kind, int | None]:
 
 
 def place(name: str, shape: Shape, degrees: Degrees, rank: int) -> Placement:
-    """The part of the tensor `name` of the whole `shape` that `rank` holds."""
+    """The shard of the tensor `name`, of the whole `shape`, that `rank` holds."""
     kind, dim = split_dim(name)
     offset, size = [0] * len(shape), list(shape)
     stage = degrees.world // degrees.pipeline

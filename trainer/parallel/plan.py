@@ -1,23 +1,23 @@
-"""How a model becomes this rank's part of it: one sequence, read from top to bottom.
+"""Turns a model into this rank's part of it: one sequence, to be read from top to bottom.
 
-Before there is memory (`localise`):
+On the meta device, before memory is allocated (`localise`):
 
-1. Execution: what every module is given when it is made, since none is changed afterwards: matmuls
-   and pointwise ops, then experts over ranks, rows over ranks, the heads' vocabulary over ranks,
-   and last recomputation, which repeats all that the others do inside a block.
-2. Stages: layers of other pipeline ranks are dropped first, so that nothing else handles them.
-3. Placement: which part of every remaining tensor is this rank's, from the complete shapes, which
-   only exist before anything is split.
-4. Tensor: the embedding is swapped for one that looks up its part of the vocabulary; heads, groups
-   and the shared expert need no other module, only smaller weights.
-5. Shapes: every parameter gets its part's shape, with the experts'. Still nothing is allocated.
+1. Execution: modules get it when they are constructed and are not changed afterwards: matmuls and
+   pointwise ops, the dispatch of tokens to experts, the exchange of tokens between ranks, the
+   cross-entropy over a sharded vocabulary, and recomputation, which repeats all of these inside a
+   block.
+2. Stages: layers of other pipeline ranks are dropped first, so that no later step handles them.
+3. Placement: this rank's shard of every remaining tensor, from the whole shapes, which only exist
+   before anything is sharded.
+4. Tensor: the embedding is replaced by one that looks up its shard of the vocabulary; attention
+   heads, output groups and the shared expert only need smaller weights.
+5. Shapes: every parameter gets the shape of its shard.
 
 After `to_empty` and `init_weights`, on the device:
 
-6. Gradients (`fp32_gradients`) belong to parameters that have their memory.
-7. Optimizer sharding (`shard_optimizer`): owners of masters and states, by the placements.
-8. Schedule (`make_pipeline`): the order of stages and microbatches; it may be made at any time
-   after the stages, and only runs what is there.
+6. Gradients (`fp32_gradients`), which need allocated parameters.
+7. Optimizer sharding (`shard_optimizer`): which rank owns which masters and states.
+8. Schedule (`make_pipeline`): the order of stages and microbatches.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from trainer.parallel.stage_plan import StagePlan, tied_embedding
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A rank's part of a model, and where its tensors lie in the complete ones."""
+    """A rank's part of a model, and which shard of the whole tensors it holds."""
 
     model: V4Model
     placements: dict[str, Placement]
@@ -67,10 +67,9 @@ def localise(
     compiled: bool = False,
     dispatch: Dispatch | None = None,
 ) -> LocalModel:
-    """This rank's part of the model on the meta device: its layers, heads, experts and tokens.
+    """Builds this rank's part of the model on the meta device.
 
-    `dispatch` replaces the one that experts over ranks need. `to_empty` and `init_weights` come
-    next.
+    `dispatch` overrides the dispatch that the grid needs. Next come `to_empty` and `init_weights`.
     """
     # 1. Execution.
     execution = make_execution(grid, recompute, offload, fp8, compiled, dispatch)
@@ -99,7 +98,7 @@ def make_execution(
     compiled: bool = False,
     dispatch: Dispatch | None = None,
 ) -> Execution:
-    """How the model runs on this rank; see `localise`."""
+    """The Execution of this rank; arguments as in `localise`."""
     if dispatch is None:
         dispatch = ExpertDispatch(grid) if grid.expert.size > 1 else LOCAL.dispatch
     place_tokens = LOCAL.place_tokens
@@ -121,7 +120,7 @@ def make_execution(
 
 
 def keep_stages(model: V4Model, stages: StagePlan, rank: int) -> None:
-    """Drops what belongs to the stages of other pipeline ranks; names stay as they are."""
+    """Drops the modules of other pipeline ranks; the names of the rest do not change."""
     numbers = stages.stages_of(rank)
     rows = {row for number in numbers for row in stages.layers_of(number)}
     for row in range(len(model.layers)):
@@ -137,7 +136,7 @@ def keep_stages(model: V4Model, stages: StagePlan, rank: int) -> None:
 
 
 def shrink(model: nn.Module, placements: dict[str, Placement]) -> None:
-    """Gives every parameter that still has the complete shape, but should not, its part's."""
+    """Gives every parameter the shape of its shard."""
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(module_name, recurse=False):
             size = placements[name].size
@@ -148,7 +147,7 @@ def shrink(model: nn.Module, placements: dict[str, Placement]) -> None:
 
 
 def fp32_gradients(local: LocalModel) -> Gradients:
-    """6. Gradients of all parameters, in fp32 whatever the weights are in."""
+    """6. fp32 gradients of all parameters, whatever the dtype of the weights."""
     return Gradients(local.model.parameters())
 
 
@@ -162,7 +161,7 @@ def shard_optimizer(
     gradients: Precision = "fp32",
     expert_gradients: Precision = "fp32",
 ) -> HybridZero:
-    """7. The optimizer, whose masters and states are divided over ranks; see `make_zero`."""
+    """7. The optimizer with masters and states sharded over ranks; see `make_zero`."""
     return make_zero(
         dict(local.model.named_parameters()),
         local.placements,

@@ -1,13 +1,13 @@
-"""Activations that backward computes again instead of keeping, chosen part by part.
+"""Activation checkpointing, chosen part by part.
 
-- `block` and `attention` keep only their input, and run forward once more in backward, with all
-  that they communicate (torch.utils.checkpoint).
+- `block` and `attention` save only their input and run forward again in backward, communication
+  included (torch.utils.checkpoint).
 - `streams` and `norms` drop one result each, the residual streams between attention and experts
-  (half of all streams that a block keeps) and the norms' outputs, and compute it again from inputs
-  that are kept in any case: one product of N x N with N x D a token, or one norm, and nothing is
-  communicated (report §3.4's recomputation of mHC's tensors).
+  (half of all streams that a block saves) and the norms' outputs, and compute it again from inputs
+  that are saved anyway: an N x N by N x D matmul a token, or one norm, without communication
+  (report §3.4, recomputation of mHC's tensors).
 
-Of `block` and `attention` the input that is kept can lie in the host's memory until backward.
+The saved input of `block` and `attention` can be offloaded to host memory until backward.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from model.execution import BlockPart
 
 
 class Recompute:
-    """`Execution.compute` of blocks that compute `parts` again in backward.
+    """`Execution.compute` that recomputes `parts` in backward.
 
-    The kept inputs of those among `offload`, `block` or `attention`, wait for it on the host.
+    The saved inputs of the parts in `offload` (`block` or `attention`) are kept in host memory.
     """
 
     def __init__(self, parts: Collection[BlockPart], offload: Collection[BlockPart] = ()) -> None:
@@ -34,10 +34,10 @@ class Recompute:
         self._dropped: dict[tuple[Any, ...], _Dropped] | None = None
 
     def __call__(self, part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
-        """The function's result, with less of it kept if the part is among those chosen."""
+        """Calls the function; saves less for backward if the part is one to recompute."""
         needed = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         if not (needed and torch.is_grad_enabled()):
-            return function(*inputs)  # where all but the indexers is frozen, nothing is kept
+            return function(*inputs)  # where only indexers are trained
         if part == "block":
             return self._block(function, *inputs)
         if part not in self.parts:
@@ -61,7 +61,7 @@ class Recompute:
             return self._checkpoint("block", function, *inputs)
         if not self.parts & {"streams", "norms"}:
             return function(*inputs)
-        # Results are known by their memory, which is theirs as long as `_dropped` holds them.
+        # A result is identified by its memory, which is not reused as long as `_dropped` holds it.
         dropped: dict[tuple[Any, ...], _Dropped] = {}
         self._dropped = dropped
         try:
@@ -74,7 +74,7 @@ class Recompute:
 
 
 class _Dropped:
-    """A result that is computed again when backward first asks for it."""
+    """A result that is recomputed when backward first needs it."""
 
     def __init__(self, out: Tensor, function: Callable[..., Tensor], inputs: Any) -> None:
         self._out: Tensor | None = out
@@ -86,7 +86,7 @@ class _Dropped:
         self._out = None
 
     def get(self) -> Tensor:
-        """The result; it stays until the last that asks for it is done."""
+        """The result, recomputed at the first call."""
         if self._out is None:
             with torch.no_grad():
                 self._out = self._function(*self._inputs)
@@ -98,14 +98,14 @@ def _unpack(saved: Tensor | _Dropped) -> Tensor:
 
 
 def _on_host(device: torch.device) -> saved_tensors_hooks:
-    """Context in which the inputs that `_checkpoint` keeps are copied to the host and back.
+    """Context in which the inputs that `_checkpoint` saves are copied to the host and back.
 
-    Meta tensors have nothing to copy: only their shape is kept (trainer.planning.dry_run).
+    Of meta tensors only the shape is saved (trainer.planning.dry_run).
     """
     if device.type == "meta":
         return saved_tensors_hooks(
             lambda saved: (saved.shape, saved.dtype),
-            lambda kept: torch.empty(kept[0], dtype=kept[1], device=device),
+            lambda packed: torch.empty(packed[0], dtype=packed[1], device=device),
         )
     return save_on_cpu(pin_memory=device.type == "cuda")
 

@@ -1,4 +1,4 @@
-"""Which layers every pipeline stage has, and which stages every rank. Imports no torch."""
+"""Assigns layers to pipeline stages, and stages to ranks. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ V_SHAPED = ("zero_bubble_v", "dual_pipe_v")
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Which layers every stage of the pipeline has, and which stages every rank.
+    """The layers of every pipeline stage, and the stages of every rank.
 
     Attributes:
-        schedule: the order of work.
-        layers: number of layers of each stage, in order.
-        ranks: pipeline ranks.
+        schedule: the order in which ranks run forward and backward of microbatches.
+        layers: the number of layers of each stage, in order.
+        ranks: the number of pipeline ranks.
     """
 
     schedule: ScheduleName
@@ -27,9 +27,9 @@ class StagePlan:
     ranks: int
 
     def stages_of(self, rank: int) -> list[int]:
-        """The stages of a pipeline rank: in a loop, or down and up again ("v")."""
+        """The stages of a pipeline rank: a loop over ranks, or a V (down and up again)."""
         stages = len(self.layers)
-        if self.schedule in ("zero_bubble_v", "dual_pipe_v"):
+        if self.schedule in V_SHAPED:
             return [rank, stages - 1 - rank]
         return list(range(rank, stages, self.ranks))
 
@@ -39,33 +39,34 @@ class StagePlan:
         return range(first, first + self.layers[stage])
 
     def is_last(self, stage: int) -> bool:
-        """Whether a stage has the heads."""
+        """Whether a stage is the last one, which has the output head."""
         return stage == len(self.layers) - 1
 
 
 def balanced(costs: Sequence[float], tail: float, stages: int) -> tuple[int, ...]:
-    """How many layers each stage gets, so that the dearest stage is as cheap as can be.
+    """The number of layers of each stage that minimises the cost of the most expensive stage.
 
-    Each stage but the last has a layer at least; `tail` is the cost of what the last one has
-    besides. Of equally good divisions it takes the one whose early stages have fewer layers.
+    Each stage but the last has at least one layer; `tail` is the cost of the last stage's norm,
+    heads and MTP block. Ties go to the division whose early stages have fewer layers.
 
-    Raises ValueError where there are too few layers.
+    Raises:
+        ValueError: there are too few layers.
     """
     layers = len(costs)
     if layers < stages - 1:
         raise ValueError(f"{layers} layers for {stages} stages")
-    upto = [0.0]
+    prefix = [0.0]
     for cost in costs:
-        upto.append(upto[-1] + cost)
-    # best[n]: cheapest dearest stage, and counts, when the first stages hold the first n layers.
+        prefix.append(prefix[-1] + cost)
+    # best[n]: the smallest maximum cost, and the counts, where the first stages hold n layers.
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for stage in range(stages):
         last = stage == stages - 1
         ends = [layers] if last else range(stage + 1, layers + 1)
         best = {
             end: min(
-                (max(dearest, upto[end] - upto[start] + tail * last), (*counts, end - start))
-                for start, (dearest, counts) in best.items()
+                (max(highest, prefix[end] - prefix[start] + tail * last), (*counts, end - start))
+                for start, (highest, counts) in best.items()
                 if start + (not last) <= end
             )
             for end in ends
@@ -81,9 +82,12 @@ def plan_stages(
     chunks: int,
     layers: Sequence[int] | None = None,
 ) -> StagePlan:
-    """The stages of a model: as `layers` says, or balanced by the operations of each part.
+    """The stages of a model: as given by `layers`, or balanced by the FLOPs of each layer.
 
-    `chunks` is how many stages a rank has. Raises ValueError where layers do not suffice.
+    `chunks` is the number of stages of a rank.
+
+    Raises:
+        ValueError: there are too few layers.
     """
     if layers is None:
         from model.flops import flops_by_part  # imports numpy
@@ -94,7 +98,7 @@ def plan_stages(
 
 
 def tied_embedding(stages: StagePlan, mtp: int) -> bool:
-    """Whether first and last pipeline rank both hold the embedding and must share gradients."""
+    """Whether first and last pipeline rank both hold the embedding and must sum its gradients."""
     last = len(stages.layers) - 1
     together = any({0, last} <= set(stages.stages_of(rank)) for rank in range(stages.ranks))
     return mtp > 0 and not together

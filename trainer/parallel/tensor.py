@@ -1,4 +1,4 @@
-"""Vocabulary split over tensor ranks: the embedding and the cross-entropy of the heads.
+"""Vocabulary sharded over tensor ranks: the embedding and the cross-entropy of the heads.
 
 Heads, output groups and the shared expert need nothing here: a rank multiplies with its part of
 their weights (placement.py says which), after `Exchange.gather_queries` has gathered the tokens and
@@ -29,9 +29,9 @@ with warnings.catch_warnings(action="ignore"):  # about absent NVIDIA packages
 
 
 class SplitEmbedding(VocabParallelEmbedding):
-    """An embedding on the meta device of which each rank has some words.
+    """An embedding, on the meta device, whose vocabulary is sharded over tensor ranks.
 
-    Every rank gets the embeddings of all queries.
+    Every rank gets the embeddings of all queries: the ranks' partial results are summed.
     """
 
     def __init__(self, embed: nn.Embedding, axis: Axis) -> None:
@@ -39,14 +39,14 @@ class SplitEmbedding(VocabParallelEmbedding):
         config = ModelParallelConfig(
             tensor_model_parallel_size=axis.size,
             params_dtype=embed.weight.dtype,
-            use_cpu_initialization=True,  # on the device in force, which is meta
+            use_cpu_initialization=True,  # on the current device, which is meta
             perform_initialization=False,
         )
         with torch.device("meta"):
             super().__init__(
                 embed.num_embeddings,
                 embed.embedding_dim,
-                init_method=lambda weight: weight,  # V4Model.init_weights gives values
+                init_method=lambda weight: weight,  # V4Model.init_weights sets the values
                 config=config,
                 tp_group=axis.group,
             )
@@ -59,10 +59,10 @@ class SplitEmbedding(VocabParallelEmbedding):
 
 
 class VocabCrossEntropy:
-    """`linear_cross_entropy` with the head's rows split over tensor ranks.
+    """`linear_cross_entropy` with the head's rows sharded over tensor ranks.
 
-    Every rank returns the same loss. The gradient of the hidden states is partial: each rank's
-    part of the vocabulary gives its share.
+    Every rank returns the same loss. The gradient of the hidden states is partial: it comes from
+    this rank's shard of the vocabulary alone.
     """
 
     def __init__(self, axis: Axis) -> None:
