@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # deepspeed is built from source and imports torch while it builds, so these come first.
 BUILD_FIRST := $(shell grep -E '^(torch|setuptools|wheel|numpy|ninja)==' requirements.lock)
+# In the order of tests/conftest.py, not that of how many tests are in a file.
+PYTEST := $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-large lint docs bench bench-gpu
@@ -28,8 +30,11 @@ $(STAMP): requirements.lock setup.py
 demo: $(STAMP)  ## the whole job on embedded real text: tokenizer, training on 2 processes, resume, export
 	$(BIN)/v4 demo
 
-test: $(STAMP)  ## the test suite, file by file in two processes
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+test: $(STAMP)  ## the tests that a change usually breaks, file by file in two processes
+	$(PYTEST) -m 'not slow and not large'
+
+test-all: $(STAMP)  ## the rest of the suite, likewise: larger and slower versions of tests of `test`
+	$(PYTEST) -m 'slow and not large'
 
 test-large: $(STAMP)  ## tests of up to 32 processes at once
 	$(BIN)/python -m pytest tests -m large -s

@@ -69,7 +69,7 @@ def test_ranks_say_it_once_and_torchrun_says_nothing(tiny: Path, tmp_path: Path)
     assert_one_sentence(done, "step-00000002 is damaged", "no whole checkpoint before it")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_run_goes_on(tiny: Path, tmp_path: Path, ranks: int) -> None:
     """Stopped by a real signal wherever it comes, resumed: equal to the run that was not.
 
@@ -155,6 +155,7 @@ def test_threads_are_shared_unless_the_user_says(monkeypatch: pytest.MonkeyPatch
     assert processes.environment(1)["OMP_NUM_THREADS"] == "7"
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_started_again(tiny: Path, tmp_path: Path) -> None:
     """SIGKILL after step 5 and restart from the checkpoint of step 3: equal to an unhurt run."""
     common = ["steps=9", "checkpoint.every=3", "checkpoint.keep=0"]

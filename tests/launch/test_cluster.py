@@ -265,6 +265,7 @@ def pod(manifest: Path) -> list[str]:
     return [word.replace("v4-run-master-0", "localhost") for word in words]
 
 
+@pytest.mark.slow
 def test_a_pod_that_is_taken_away_saves_and_counts_as_interrupted(
     tiny: Path, tmp_path: Path
 ) -> None:

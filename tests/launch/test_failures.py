@@ -37,7 +37,14 @@ def torchrun(*arguments: object, restarts: int = 0) -> subprocess.CompletedProce
     return done
 
 
-@pytest.mark.parametrize(("rank", "how"), [(1, "crash"), (0, "crash"), (1, "early")])
+@pytest.mark.parametrize(
+    ("rank", "how"),
+    [
+        (1, "crash"),
+        pytest.param(0, "crash", marks=pytest.mark.slow),
+        pytest.param(1, "early", marks=pytest.mark.slow),
+    ],
+)
 def test_a_crash_names_its_rank_and_ends_all(
     tiny: Path, tmp_path: Path, rank: int, how: str
 ) -> None:
@@ -51,6 +58,7 @@ def test_a_crash_names_its_rank_and_ends_all(
     assert f"rank      : {rank} " in page and "out of luck" in page
 
 
+@pytest.mark.slow
 def test_a_mistake_seen_by_one_rank_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
     done = torchrun(1, "mistake", tiny, f"run_dir={tmp_path}")
     assert done.stderr.count("v4: error: the shard is damaged.\n") == 1
@@ -58,6 +66,7 @@ def test_a_mistake_seen_by_one_rank_is_one_sentence(tiny: Path, tmp_path: Path) 
     assert done.returncode == 1  # torchrun's own
 
 
+@pytest.mark.slow
 def test_a_crash_before_the_checks_are_met_hangs_nobody(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file where the run folder should be")
     done = torchrun(1, "crash", tiny, f"run_dir={tmp_path / 'run'}")

@@ -138,6 +138,20 @@ def test_a_wrong_sweep_is_one_sentence_before_training(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sweep_trains_its_trials(tiny: Path, tmp_path: Path) -> None:
+    body = "method: grid\nparameters: {optim.learning_rate: {value: 1e-2}, steps: {value: 2}}\n"
+    file, out = write(tiny, tmp_path, body), tmp_path / "out"
+    done = subprocess.run(command(file, out), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    (trial,) = json.loads((out / "sweep.json").read_text())["trials"]
+    assert trial["state"] == "complete"
+    records = read_metrics(out / trial["folder"] / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2]
+    assert "the best: " in done.stdout
+    assert (out / "report.html").is_file()
+
+
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on(tiny: Path, tmp_path: Path) -> None:
     file, out = write(tiny, tmp_path, GRID + "  seed: {values: [1, 2]}\n"), tmp_path / "out"
     process = subprocess.Popen(command(file, out), stdout=subprocess.DEVNULL)

@@ -17,6 +17,8 @@ from launch.processes import RESTART_ENVIRONMENT
 from tests.distributed import spawn
 from tests.trainer.tiny import assert_same_run, make_tiny, steps_in_file, train_jobs
 
+pytestmark = pytest.mark.slow
+
 STEPS = 14
 RUN = [f"steps={STEPS}", "checkpoint.every=3", "checkpoint.keep=0"]
 HEAD = "10.77.0.1"

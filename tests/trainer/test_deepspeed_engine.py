@@ -161,6 +161,7 @@ def test_steps_without_finite_gradients_are_skipped(done: Path) -> None:
         assert ours == pytest.approx(theirs, abs=1e-5), stage
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_every_launcher_trains(folder: Path, tmp_path: Path) -> None:
     """`v4 train` on one process and on two, under torchrun, and DeepSpeed's own launcher."""

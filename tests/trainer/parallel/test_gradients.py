@@ -181,7 +181,7 @@ def alone() -> list[Result]:
     return [step(CONFIG, Grid.single(torch.device("cpu")), case) for case in CASES]
 
 
-@pytest.mark.parametrize("world", TOPOLOGIES)
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_losses_and_gradients_equal_those_of_one_rank(alone: list[Result], world: int) -> None:
     by_rank = spawn(run_all, world, timeout=280)
     for topology, degrees in enumerate(TOPOLOGIES[world]):
