@@ -1,7 +1,7 @@
 """Draws the pictures of parallelism.md: python -m docs.draw_parallelism [folder].
 
-Nothing is drawn by hand that the code knows: places come from `place_of`, windows from
-`SampleLayout`, halos and bytes from `trainer.parallel`, orders of work from torch's own schedules.
+Whatever the code computes is not drawn by hand: places come from `place_of`, windows from
+`SampleLayout`, bytes from `step_traffic`, schedules from torch.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from trainer.planning.traffic import Work, step_traffic
 ROOT = Path(__file__).parents[1]
 
 
-# --- who is where -------------------------------------------------------------------------------
+# --- places of the ranks ------------------------------------------------------------------------
 
 
 def draw_ranks(folder: Path) -> None:
-    """Both divisions of the same 16 ranks, and whom one rank talks to."""
+    """Draws both divisions of the same 16 ranks, and the peers of one rank."""
     degrees = Degrees(16, tensor=2, context=2, pipeline=2, expert=4)
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.9), gridspec_kw={"wspace": 0.04})
     for ax, names, color_by, title in (
@@ -68,24 +68,24 @@ def draw_ranks(folder: Path) -> None:
 
 
 def draw_rank(ax: Any, rank: int, place: dict[str, int], color_by: str) -> None:
-    """One rank's square with its coordinates; stage above stage."""
+    """Draws one rank's square with its coordinates; stages from top to bottom."""
     x, y = 1.3 + rank % 8, 0.15 + 2 * place["pipeline"]
     cell(ax, x, y, 1, 1.8, FOUR[place[color_by]])
     ax.text(x + 0.5, y + 0.45, rank, ha="center", va="center", fontsize=14, fontweight="bold")
-    words = [f"{name.replace('expert_data', 'copy')} {n}" for name, n in place.items()][:-1]
-    ax.text(x + 0.5, y + 1.2, "\n".join(words), ha="center", va="center", fontsize=7)
+    lines = [f"{name.replace('expert_data', 'replica')} {n}" for name, n in place.items()][:-1]
+    ax.text(x + 0.5, y + 1.2, "\n".join(lines), ha="center", va="center", fontsize=7)
 
 
 def draw_groups(ax: Any, names: tuple[str, ...], degrees: Degrees, rank: int) -> None:
-    """For each axis a line of 16 ranks, those filled that `rank` talks to over it."""
-    mine = place_of(rank, names, degrees)
-    ax.text(0, 5.15, f"whom rank {rank} talks to, by axis", fontsize=9.5, fontweight="bold")
+    """Draws a line of 16 ranks for each axis, with the peers of `rank` on it filled."""
+    center = place_of(rank, names, degrees)
+    ax.text(0, 5.15, f"peers of rank {rank}, by axis", fontsize=9.5, fontweight="bold")
     for line, name in enumerate(names):
         y = 5.75 + 0.62 * line
         ax.text(2.55, y, name, ha="right", va="center", fontsize=9)
         for other in range(16):
             place = place_of(other, names, degrees)
-            same = all(place[n] == mine[n] for n in names if n != name)
+            same = all(place[n] == center[n] for n in names if n != name)
             x = 3.0 + 0.4 * other
             color = ORANGE if other == rank else BLUE if same else PALE
             ax.add_patch(Rectangle((x - 0.17, y - 0.24), 0.34, 0.48, fc=color))
@@ -99,11 +99,11 @@ Box = tuple[float, float, float, str, str]
 
 
 def draw_tensor(folder: Path) -> None:
-    """One block on one of t tensor ranks: two lanes, and what goes between them."""
+    """Draws one block on one of t tensor ranks: two lanes, and the collectives between them."""
     figure, ax = blank(12.5, 5.6, 25, 11.2)
     cell(ax, 0, 0.4, 25, 4.9, "#F4F8FB", ec="none")
     cell(ax, 0, 6.9, 25, 3.1, "#FDF5EC", ec="none")
-    ax.text(0.2, 0.95, "own tokens: 1/t of the run, all features", fontweight="bold")
+    ax.text(0.2, 0.95, "the rank's tokens: 1/t of the run, all features", fontweight="bold")
     ax.text(0.2, 9.75, "all tokens of the t ranks: 1/t of heads, groups, inner dims")
     ax.texts[-1].set_fontweight("bold")
     whole: list[Box] = [
@@ -133,15 +133,15 @@ def draw_tensor(folder: Path) -> None:
     arrow(ax, (5.5, 3.4), (6.1, 2.7))
     arrow(ax, (17.4, 3.4), (18.0, 2.7))
     arrow(ax, (21.0, 2.7), (22.4, 3.4))
-    between(ax, 7.2, (3.3, 7.1), "gather\nqueries [Q], keys [K],\npicks [k]")
-    between(ax, 13.9, (7.1, 4.7), "sum,\nscatter [D]")
+    between(ax, 7.2, (3.3, 7.1), "gather\nqueries [Q], keys [K],\nselected entries [k]")
+    between(ax, 13.9, (7.1, 4.7), "reduce-\nscatter [D]")
     between(ax, 16.9, (4.7, 7.1), "gather [D]")
-    between(ax, 23.5, (7.1, 4.7), "sum,\nscatter [D]", ha="right")
+    between(ax, 23.5, (7.1, 4.7), "reduce-\nscatter [D]", ha="right")
     ax.text(
         0.2,
         10.85,
-        "Backward runs the arrows the other way: a gather becomes sum and scatter, a sum and "
-        "scatter a gather. Whole weights and streams are never sent.",
+        "Backward reverses the arrows: a gather becomes a reduce-scatter, a reduce-scatter a "
+        "gather. Whole weights and streams are never sent.",
         fontsize=9,
         color="#555555",
     )
@@ -149,7 +149,7 @@ def draw_tensor(folder: Path) -> None:
 
 
 def draw_box(ax: Any, x: float, y: float, w: float, text: str, kind: str) -> None:
-    """A part of the block: whole on every rank, or split."""
+    """Draws a part of the block: whole on every rank, or split."""
     color = {"whole": FOUR[0], "split": FOUR[1]}[kind]
     shape = "round,pad=0,rounding_size=0.2"
     ax.add_patch(FancyBboxPatch((x, y), w, 1.8, boxstyle=shape, fc=color, ec="none"))
@@ -159,7 +159,7 @@ def draw_box(ax: Any, x: float, y: float, w: float, text: str, kind: str) -> Non
 def between(
     ax: Any, x: float, ends: tuple[float, float], text: str, ha: Literal["left", "right"] = "left"
 ) -> None:
-    """A collective between the lanes, from one height to another."""
+    """Draws a collective between the lanes, from one height to another."""
     arrow(ax, (x, ends[0]), (x, ends[1]), color=GREEN, lw=2.2, mutation_scale=15)
     style = {"va": "center", "fontsize": 9, "color": "#00664B", "fontweight": "bold"}
     ax.text(x + (0.25 if ha == "left" else -0.25), 6.1, text, ha=ha, **style)
@@ -169,19 +169,19 @@ def between(
 
 
 def draw_expert(folder: Path) -> None:
-    """Rows to the ranks of their experts and back."""
-    ranks, per_rank, choices = 4, 4, 2
-    chance = random.Random(3)
+    """Draws rows on their way to the ranks of their experts and back."""
+    ranks, per_rank, active = 4, 4, 2
+    generator = random.Random(3)
     pairs = [
         (rank, token, expert)
         for rank in range(ranks)
         for token in range(per_rank)
-        for expert in chance.sample(range(2 * ranks), choices)
+        for expert in generator.sample(range(2 * ranks), active)
     ]
     figure, ax = blank(12.5, 5.1, 25, 10.2)
     titles = (
         (0.2, "tokens"),
-        (4.0, "a row for each choice"),
+        (4.0, "a row per token and expert"),
         (12.6, "at the experts' ranks"),
         (22.2, "sums"),
     )
@@ -192,9 +192,9 @@ def draw_expert(folder: Path) -> None:
     for rank in range(ranks):
         y = 1.1 + 2.3 * rank
         draw_tokens(ax, 0.2, y, rank, per_rank)
-        mine = sorted((p for p in pairs if p[0] == rank), key=lambda p: (p[2] // 2, p[1]))
-        come = sorted((p for p in pairs if p[2] // 2 == rank), key=lambda p: (p[2], p[0], p[1]))
-        for rows, x0 in ((mine, 4.0), (come, 12.6)):
+        sent = sorted((p for p in pairs if p[0] == rank), key=lambda p: (p[2] // 2, p[1]))
+        received = sorted((p for p in pairs if p[2] // 2 == rank), key=lambda p: (p[2], p[0], p[1]))
+        for rows, x0 in ((sent, 4.0), (received, 12.6)):
             for place, (_, _, expert) in enumerate(rows):
                 x = x0 + 0.62 * place
                 cell(ax, x, y, 0.58, 1.1, FOUR[expert // 2])
@@ -207,19 +207,19 @@ def draw_expert(folder: Path) -> None:
 
 
 def draw_flows(ax: Any, pairs: list[tuple[int, int, int]], ranks: int) -> None:
-    """Between every two ranks a ribbon as wide as the rows that go there, and back."""
+    """Draws a ribbon between every two ranks, as wide as the rows sent, and back."""
     for source in range(ranks):
         for target in range(ranks):
             rows = sum(pair[0] == source and pair[2] // 2 == target for pair in pairs)
-            out = 1.25 + 2.3 * source + 0.27 * target
-            come = 1.25 + 2.3 * target + 0.27 * source
+            start = 1.25 + 2.3 * source + 0.27 * target
+            end = 1.25 + 2.3 * target + 0.27 * source
             style = {"color": FOUR[target], "lw": 1.3 * rows, "solid_capstyle": "butt"}
-            ax.plot([9.2, 9.6, 12.0, 12.4], [out, out, come, come], **style)
-            ax.plot([19.1, 19.5, 21.6, 22.0], [come, come, out, out], **style)
+            ax.plot([9.2, 9.6, 12.0, 12.4], [start, start, end, end], **style)
+            ax.plot([19.1, 19.5, 21.6, 22.0], [end, end, start, start], **style)
 
 
 def draw_tokens(ax: Any, x: float, y: float, rank: int, count: int) -> None:
-    """A rank's tokens."""
+    """Draws the tokens of a rank."""
     for token in range(count):
         cell(ax, x + 0.62 * token, y, 0.58, 1.1, "#CFCFCF")
         ax.text(x + 0.62 * token + 0.29, y + 0.55, f"t{token}", ha="center", va="center", size=8)
@@ -232,7 +232,7 @@ RUN_RANKS, RATIO, SAMPLES = 4, 4, (13, 22, 13)
 
 
 def draw_context(folder: Path) -> None:
-    """A row of three samples over four ranks: halos, windows, entries, the gather."""
+    """Draws a row of three samples over four ranks: halos, windows, entries, the gather."""
     row = sum(SAMPLES)
     run = row // RUN_RANKS
     entries = SampleLayout.from_lengths([list(SAMPLES)]).entries(RATIO)
@@ -242,34 +242,34 @@ def draw_context(folder: Path) -> None:
     figure, ax = blank(12.5, 5.9, 62, 29.5)
     left = 13
 
-    def say(y: float, text: str) -> None:
+    def label(y: float, text: str) -> None:
         ax.text(0, y, text, va="center", fontsize=9.5)
 
-    say(1.6, "the row: three samples")
+    label(1.6, "the row: three samples")
     start = 0
     for number, length in enumerate(SAMPLES):
         cell(ax, left + start, 0.6, length, 2, "#D9D9D9", lw=2.5)
         ax.text(left + start + length / 2, 1.6, f"sample {number}", ha="center", va="center")
         start += length
-    say(5, "one run of tokens a rank")
+    label(5, "one run of tokens a rank")
     for token in range(row):
         cell(ax, left + token, 5.3, 1, 0.9, FOUR[token // run], lw=0.8)
     for rank in range(RUN_RANKS):
         cell(ax, left + rank * run, 4, run, 1.4, FOUR[rank], ec="none")
         ax.text(left + rank * run + run / 2, 4.8, f"rank {rank}", ha="center", va="center")
     halo = RATIO - 1
-    say(9.7, f"1  halo: the {halo} tokens\n    before the run (hatched)")
+    label(9.7, f"1  halo: the {halo} tokens\n    before the run (hatched)")
     for rank in range(RUN_RANKS):
         y = 7.3 + 1.2 * rank
         cell(ax, left + rank * run, y, run, 1.05, FOUR[rank])
         if rank:
             sender = FOUR[rank - 1]
             cell(ax, left + rank * run - halo, y, halo, 1.05, sender, hatch="////", ec=INK, lw=0.5)
-    say(15, "2  pool the windows\n    that end in the run")
+    label(15, "2  pool the windows\n    that end in the run")
     for entry, token in enumerate(first):
         cell(ax, left + token + 0.08, 14, RATIO - 0.16, 2, FOUR[owner[entry]])
         ax.text(left + token + RATIO / 2, 15, entry, ha="center", va="center", fontsize=9)
-    draw_gather(ax, left, run, shares, owner, say)
+    draw_gather(ax, left, run, shares, owner, label)
     for boundary in range(1, RUN_RANKS):
         x = left + boundary * run
         ax.plot([x, x], [6.2, 16.4], color=GREY, lw=0.8, ls=":", zorder=0)
@@ -277,28 +277,28 @@ def draw_context(folder: Path) -> None:
 
 
 def draw_gather(
-    ax: Any, left: float, run: int, shares: list[list[int]], owner: list[int], say: Any
+    ax: Any, left: float, run: int, shares: list[list[int]], owner: list[int], label: Any
 ) -> None:
-    """Local entries with padding, and all entries in the order of samples."""
-    most = max(map(len, shares))
-    wide = 2.6
-    say(20, f"3  pad to the most\n    of any rank, {most}")
-    say(26, "4  gather, and put into\n    the order of samples")
-    shift = left + (run * RUN_RANKS - len(owner) * wide) / 2
+    """Draws the local entries with padding, and all entries in the order of samples."""
+    longest = max(map(len, shares))
+    width = 2.6
+    label(20, f"3  pad to the maximum\n    of any rank, {longest}")
+    label(26, "4  gather, and sort by\n    sample")
+    shift = left + (run * RUN_RANKS - len(owner) * width) / 2
     for rank, share in enumerate(shares):
-        x0 = left + rank * run + (run - most * wide) / 2
-        for place in range(most):
-            x = x0 + place * wide
+        x0 = left + rank * run + (run - longest * width) / 2
+        for place in range(longest):
+            x = x0 + place * width
             if place >= len(share):
-                cell(ax, x, 19, wide - 0.2, 2, "white", ec=GREY, ls="--")
+                cell(ax, x, 19, width - 0.2, 2, "white", ec=GREY, ls="--")
                 continue
-            cell(ax, x, 19, wide - 0.2, 2, FOUR[rank])
-            ax.text(x + wide / 2 - 0.1, 20, share[place], ha="center", va="center", fontsize=9)
-            end = shift + share[place] * wide + wide / 2 - 0.1
-            ax.plot([x + wide / 2 - 0.1, end], [21.1, 24.9], color=FOUR[rank], lw=1.4)
+            cell(ax, x, 19, width - 0.2, 2, FOUR[rank])
+            ax.text(x + width / 2 - 0.1, 20, share[place], ha="center", va="center", fontsize=9)
+            end = shift + share[place] * width + width / 2 - 0.1
+            ax.plot([x + width / 2 - 0.1, end], [21.1, 24.9], color=FOUR[rank], lw=1.4)
     for entry, rank in enumerate(owner):
-        cell(ax, shift + entry * wide, 25, wide - 0.2, 2, FOUR[rank])
-        x = shift + entry * wide + wide / 2 - 0.1
+        cell(ax, shift + entry * width, 25, width - 0.2, 2, FOUR[rank])
+        x = shift + entry * width + width / 2 - 0.1
         ax.text(x, 26, entry, ha="center", va="center", fontsize=9)
     ax.text(
         left,
@@ -313,12 +313,12 @@ def draw_gather(
 
 
 def draw_pipeline(folder: Path) -> None:
-    """Four schedules on four ranks, eight microbatches."""
+    """Draws four schedules on four ranks with eight microbatches."""
     ranks, micro = 4, 8
     schedules = (
         ("1F1B", 1, "1f1b: one stage a rank"),
         ("Interleaved1F1B", 2, "interleaved_1f1b: two stages a rank, in a loop"),
-        ("ZBVZeroBubble", 2, "zero_bubble_v: two stages a rank, down and up again"),
+        ("ZBVZeroBubble", 2, "zero_bubble_v: two stages a rank, down and back up"),
         ("DualPipeV", 2, "dual_pipe_v: the same V, forward and backward in pairs"),
     )
     lines = [timeline(name, ranks, micro, chunks) for name, chunks, _ in schedules]
@@ -345,7 +345,7 @@ def draw_pipeline(folder: Path) -> None:
         Patch(color=c, label=n) for c, n in zip(colors.values(), names, strict=True)
     ]
     handles.append(Patch(color="#F3F3F3", label="idle"))
-    handles.append(Patch(color=INK, label="dark foot: the rank's second stage"))
+    handles.append(Patch(color=INK, label="dark edge: the rank's second stage"))
     figure.legend(handles=handles, ncols=5, loc="lower center", frameon=False)
     figure.subplots_adjust(left=0.055, right=0.99, top=0.965, bottom=0.06, hspace=0.28)
     save(figure, folder, "pipeline", tight=False)
@@ -353,7 +353,7 @@ def draw_pipeline(folder: Path) -> None:
 
 # --- traffic ------------------------------------------------------------------------------------
 
-# Axes as `step_traffic` names them, without the numbers of owners and of repeated updates.
+# Axes as `step_traffic` names them, without the numbers of owners and of replicas.
 AXES = {
     "expert": ("expert",),
     "pipeline": ("pipeline",),
@@ -372,7 +372,7 @@ TOPOLOGIES: tuple[dict[str, Any], ...] = (
 
 
 def draw_traffic(folder: Path) -> None:
-    """Bytes that a rank of a middle stage sends in one step of flash.yaml."""
+    """Draws the bytes that a rank of a middle stage sends in one step of flash.yaml."""
     config = load_config(ROOT / "configs" / "flash.yaml")
     data = config.data
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.9), sharey=True)
@@ -410,7 +410,7 @@ def draw_traffic(folder: Path) -> None:
 
 
 def main() -> None:
-    """Draw them all."""
+    """Draws all pictures into the folder."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "images"
     folder.mkdir(parents=True, exist_ok=True)
     for draw in (

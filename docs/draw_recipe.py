@@ -17,7 +17,7 @@ TARGET = Path(__file__).parent / "images" / "recipe-demo.png"
 
 
 def main() -> None:
-    """The loss of a run over its steps, with the phases marked, as the report has it."""
+    """Draws the loss of a run over its steps with the phases marked, as the report does."""
     config = load_run(sys.argv[1])
     records = read_metrics(config.run_dir / "metrics.jsonl")
     chart = replace(next(chart for chart in CHARTS if chart.title == "Loss"), title="")

@@ -1,4 +1,4 @@
-"""When each rank of a pipeline does what, out of torch's own schedules."""
+"""The timeline of each rank of a pipeline, from torch's schedules."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Slot = tuple[float, float, str, int, int]
 
 
 def timeline(schedule: str, ranks: int, microbatches: int, chunks: int) -> list[list[Slot]]:
-    """Returns the slots of each rank: torch's order, each piece as soon as its inputs are ready.
+    """Returns the slots of each rank: torch's order, each action as soon as its inputs are ready.
 
-    Forward of a rank's layers takes 1, backward of inputs 1 and of weights 1; of a stage, that
-    over the stages of a rank. Communication takes no time.
+    Forward of a rank's layers takes 1, backward of inputs 1 and of weights 1; one of several
+    stages of a rank takes its share of that. Communication takes no time.
     """
     orders = get_schedule_ops(schedule, ranks, microbatches, chunks if chunks > 1 else None)
-    waiting = [[piece for action in order for piece in pieces_of(action)] for order in orders]
+    waiting = [[part for action in order for part in parts_of(action)] for order in orders]
     if chunks == 1:
         waiting = [from_zero(queue) for queue in waiting]
     unit, last = 1 / chunks, ranks * chunks - 1
@@ -45,12 +45,12 @@ def timeline(schedule: str, ranks: int, microbatches: int, chunks: int) -> list[
     return lines
 
 
-def pieces_of(action: Any) -> list[tuple[str, int, int]]:
-    """F, I, W or whole B pieces of one action of torch's; overlapped ones in their order."""
+def parts_of(action: Any) -> list[tuple[str, int, int]]:
+    """Returns the F, I, W or undivided B parts of one of torch's actions, in order."""
     if action is None:
         return []
     if action.sub_actions:
-        return [piece for sub in action.sub_actions for piece in pieces_of(sub)]
+        return [part for sub in action.sub_actions for part in parts_of(sub)]
     kinds = {"FORWARD": "F", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W", "FULL_BACKWARD": "B"}
     kind = kinds.get(action.computation_type.name)
     if kind is None:
@@ -59,7 +59,7 @@ def pieces_of(action: Any) -> list[tuple[str, int, int]]:
 
 
 def from_zero(queue: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """torch 2.13 lists the last rank's forwards of 1F1B as 1 to n; it runs 0 to n - 1."""
+    """Renumbers microbatches: torch 2.13 lists the last rank's forwards of 1F1B as 1 to n."""
     first = min(micro for kind, _, micro in queue if kind == "F")
     return [(kind, stage, micro - first * (kind == "F")) for kind, stage, micro in queue]
 
