@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model import ModelConfig, V4Model, parameters
+from model.execution import Execution
 from model.hf import from_official, named_tensors, to_official, to_transformers
 from model.moe import SharedExpert
 from model.parameter_entry import Entry
@@ -85,8 +86,8 @@ def test_a_name_of_no_parameter_is_an_error(name):
 class GatedSharedExpert(SharedExpert):
     """The shared expert with one more matrix."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__(config, dtype)
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, execution: Execution) -> None:
+        super().__init__(config, dtype, execution)
         self.toy = nn.Module()
         size = config.moe_intermediate_size, config.hidden_size
         self.toy.side = nn.Parameter(torch.empty(size, dtype=dtype))
