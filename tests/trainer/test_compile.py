@@ -43,7 +43,7 @@ STOP_AT = 4
 
 @pytest.fixture(scope="module")
 def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs, and in `programs` how many programs the first compiled two made."""
+    """All runs of one rank, and in `programs` how many programs the compiled two made."""
     folder = tmp_path_factory.mktemp("compiled")
     with watched() as gaps:
         run_all(tiny, [Job(PLAIN, folder / "plain")])
@@ -58,6 +58,11 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_all(tiny, jobs)
         programs.append(made["unique_graphs"] - before)
     (folder / "programs").write_text(f"{programs[0]} {programs[1]}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spread(tiny: Path, folder: Path) -> Path:
     run_all(tiny, [Job(way, folder / way.name) for way in SPREAD])
     return folder
 
@@ -78,9 +83,10 @@ def test_resumed_it_is_the_same_to_the_bit(folder: Path) -> None:
     assert_same_run(folder / "compiled", folder / "resumed", 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", SPREAD, ids=lambda way: way.name)
-def test_ranks_train_as_one(folder: Path, way) -> None:
-    assert_trains_like(outcome(folder / "compiled"), outcome(folder / way.name), way.name)
+def test_ranks_train_as_one(spread: Path, way) -> None:
+    assert_trains_like(outcome(spread / "compiled"), outcome(spread / way.name), way.name)
 
 
 def test_no_compiler_is_a_sentence_before_the_run(
