@@ -10,12 +10,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-from rich.table import Column, Table
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from optim.config import OptimConfig
 from optim.errors import OptimError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Shape = tuple[int, ...]
 
@@ -96,8 +97,10 @@ def _split(name: str, shape: Shape, stacked: bool, count: int) -> tuple[int, int
     return count, rows // count, columns
 
 
-def render_table(table: list[Assignment]) -> Table:
+def render_table(table: list[Assignment]) -> "Table":
     """The table for people, through rich: layers that look the same share one line."""
+    from rich.table import Column, Table  # a quarter of a second to import
+
     lines: Counter[tuple[str, ...]] = Counter()
     for entry in table:
         stack = "x".join(map(str, entry.matrices)) if entry.matrices else ""

@@ -10,7 +10,17 @@ from trainer.signals import StopRequest, stop_on_signals
 
 
 def train(config: RunConfig, stop: StopRequest) -> None:
-    """Train `config` on the processes that torchrun's environment describes."""
+    """Trains `config` on the processes that torchrun's environment describes.
+
+    The first of them logs a line at once: torch and what follows take seconds to import.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        print(
+            f"{config.run_dir}: {config.recipe.steps} steps on {processes} process"
+            f"{'es' * (processes > 1)}; loading torch",
+            flush=True,
+        )
     import torch
 
     from trainer.failures import report_failures
@@ -37,9 +47,9 @@ def train(config: RunConfig, stop: StopRequest) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0 at the end or after a signal, 2 with one line on stderr for bad input."""
+    """Returns exit code 0 at the end or after a signal, 2 after one line about bad input."""
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
-    parser.add_argument("config", help="config file, or the folder of a run to go on with")
+    parser.add_argument("config", help="config file, or the folder of a run to resume")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
     # Before torch is imported, so that a signal during the start is not lost either.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from optim.config import MuonConfig
 from optim.zero.plan import Layout, OwnedSlice, newton_schulz_flops
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass
@@ -102,6 +104,8 @@ class LoadSummary:
 
     def table(self) -> Table:
         """Minimum, mean and maximum over the ranks of what they keep and compute."""
+        from rich.table import Table  # only `v4 plan` needs it
+
         view = Table(title="optimizer load per rank", title_justify="left")
         for name in ("", "min", "mean", "max"):
             view.add_column(name, justify="right" if name else "left")

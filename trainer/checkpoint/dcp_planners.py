@@ -5,14 +5,21 @@ hold are written once, by the rank that has the least to write so far; a reader 
 chunk what overlaps with its parts.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
+    HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
     TensorStorageMetadata,
 )
@@ -31,9 +38,51 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from trainer.checkpoint.logical_tensors import TensorBox
+from trainer.checkpoint.logical_tensors import Boxes, TensorBox
 
 FILE_BYTES = 1 << 30
+
+
+def save_boxes(folder: Path, boxes: Boxes, group: dist.ProcessGroup | None) -> None:
+    """Writes the boxes of all ranks of `group` into safetensors files in `folder`.
+
+    Every rank calls it. Raises OSError on all ranks where one of them cannot write.
+    """
+    writer = BoxWriter(str(folder), save_distributed=True)
+    try:
+        with _quiet():
+            dcp.save(boxes, storage_writer=writer, planner=BoxSavePlanner(), process_group=group)
+    except dcp.CheckpointException as error:
+        raise _os_error_in(error) from None
+
+
+def load_boxes(folder: Path, boxes: Boxes, group: dist.ProcessGroup | None) -> None:
+    """Copies from the files in `folder` into this rank's boxes; every rank of `group` calls it.
+
+    A rank reads only what overlaps with its boxes. Every name must be in the files.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    with _quiet():
+        dcp.load(boxes, storage_reader=reader, planner=BoxLoadPlanner(), process_group=group)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppresses DCP's warning that there is no process group: one process needs none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _os_error_in(error: dcp.CheckpointException) -> OSError:
+    """Returns the OSError inside DCP's exception, which carries one exception for each rank."""
+    for failure, _ in error.failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, OSError):
+                return cause
+            cause = cause.__cause__ or cause.__context__
+    raise error
 
 
 class BoxSavePlanner(DefaultSavePlanner):

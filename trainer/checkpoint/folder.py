@@ -16,23 +16,17 @@ import hashlib
 import json
 import re
 import shutil
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from data.files import fsync_folder
 from trainer.checkpoint import manifest
 from trainer.checkpoint.all_ranks import on_all_ranks
-from trainer.checkpoint.dcp_planners import BoxLoadPlanner, BoxSavePlanner, BoxWriter
 from trainer.checkpoint.logical_tensors import Boxes, TensorBox, is_routing
-from trainer.checkpoint.reader import CheckpointReader
 from trainer.errors import CheckpointError, SaveError
 from trainer.files import remove_folder, write_synced
 from trainer.parallel.collectives import gather_objects, sum_
@@ -133,17 +127,9 @@ class CheckpointFolder:
             aside.mkdir(parents=True)
 
     def _write_shards(self, aside: Path, parts: Boxes) -> None:
-        writer = BoxWriter(str(aside), save_distributed=True)
-        try:
-            with _quiet():
-                dcp.save(
-                    parts,
-                    storage_writer=writer,
-                    planner=BoxSavePlanner(),
-                    process_group=self.grid.world.group,
-                )
-        except dcp.CheckpointException as error:
-            raise _os_error_in(error) from None
+        from trainer.checkpoint.dcp_planners import save_boxes  # takes a second to import
+
+        save_boxes(aside, parts, self.grid.world.group)
 
     def _record_share(self, aside: Path) -> dict[str, manifest.FileRecord]:
         names = [path.name for path in aside.glob("*.safetensors")]
@@ -215,19 +201,16 @@ class CheckpointFolder:
         CheckpointError on all ranks, naming the first tensor that is missing, of another shape,
         or held by no rank.
         """
+        from trainer.checkpoint.dcp_planners import load_boxes  # takes a second to import
+        from trainer.checkpoint.reader import CheckpointReader
+
         parts = _parts(tensors)
         shapes = CheckpointReader(path).shapes
         problems = gather_objects(misfit(shapes, parts), self.grid.world)
         problem = next(filter(None, problems), None) or self._unclaimed(shapes, parts)
         if problem:
             raise CheckpointError(f"{path}: {problem}")
-        with _quiet():
-            dcp.load(
-                parts,
-                storage_reader=HuggingFaceStorageReader(str(path)),
-                planner=BoxLoadPlanner(),
-                process_group=self.grid.world.group,
-            )
+        load_boxes(path, parts, self.grid.world.group)
 
     def _unclaimed(self, shapes: Mapping[str, Shape], parts: Boxes) -> str | None:
         """What the checkpoint holds and no rank has; the same answer on all ranks."""
@@ -240,14 +223,6 @@ class CheckpointFolder:
 
 def _parts(tensors: Mapping[str, list[TensorBox] | Tensor]) -> Boxes:
     return {n: [TensorBox.whole(t)] if isinstance(t, Tensor) else t for n, t in tensors.items()}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without DCP's warning that there is no process group: one process needs none."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def misfit(shapes: Mapping[str, Shape], parts: Boxes) -> str | None:
@@ -283,14 +258,3 @@ def check_model(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None
                 f"{path}: is of another model: model.{field} is {saved[field]!r} there and "
                 f"{ours[field]!r} in this run's config"
             )
-
-
-def _os_error_in(error: dcp.CheckpointException) -> OSError:
-    """The operating system's error inside DCP's, which carries one exception for each rank."""
-    for failure, _ in error.failures.values():
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, OSError):
-                return cause
-            cause = cause.__cause__ or cause.__context__
-    raise error

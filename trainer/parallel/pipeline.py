@@ -6,88 +6,18 @@ rank, N streams, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import (
-    Schedule1F1B,
-    ScheduleDualPipeV,
-    ScheduleInterleaved1F1B,
-    ScheduleZBVZeroBubble,
-)
 
 from model import V4Model
 from model.transformer import Microbatch
 from trainer.parallel.grid import Axis
 from trainer.parallel.pipeline_stage import CurrentStep, Stage, StepAccumulator
 from trainer.parallel.stage_plan import StagePlan
-
-_ONE_STAGE_PER_RANK = Schedule1F1B
-_SEVERAL_STAGES_PER_RANK = {
-    "interleaved_1f1b": ScheduleInterleaved1F1B,
-    "zero_bubble_v": ScheduleZBVZeroBubble,
-    "dual_pipe_v": ScheduleDualPipeV,
-}
-
-
-class _TransientBufferStage(PipelineStage):
-    """A stage whose receive buffers live from the receiving to their use.
-
-    torch makes the buffers of all microbatches before the first and keeps them indefinitely, which
-    is more than there is memory where a step has hundreds of microbatches.
-    """
-
-    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
-        with self._without_memory():
-            super()._setup_forward_recv_info(num_microbatches, has_backward)
-
-    def _setup_backward_recv_info(self, num_microbatches: int) -> None:
-        with self._without_memory():
-            super()._setup_backward_recv_info(num_microbatches)
-
-    @contextmanager
-    def _without_memory(self) -> Iterator[None]:
-        device, self.device = self.device, torch.device("meta")
-        try:
-            yield
-        finally:
-            self.device = device
-
-    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """Receives of a microbatch's input, into new buffers."""
-        self._allocate(self.args_recv_info[fwd_chunk_id])
-        return super().get_fwd_recv_ops(fwd_chunk_id)
-
-    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """Receives of the gradient of a microbatch's output, into new buffers."""
-        if self.has_backward:
-            self._allocate(self.grad_recv_info[bwd_chunk_id])
-        return super().get_bwd_recv_ops(bwd_chunk_id)
-
-    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Forward of a microbatch; autograd holds its input from here on."""
-        out = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        self._free(self.args_recv_info[fwd_chunk_id])
-        return out
-
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        """Backward of a microbatch."""
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
-        self._free(self.grad_recv_info[bwd_chunk_id])
-
-    def _allocate(self, infos: Sequence[Any]) -> None:
-        for info in infos:
-            if not info.is_root_arg:
-                info.buffer = info.tensor_meta.to_tensor(self.device).requires_grad_(False)
-
-    def _free(self, infos: Sequence[Any]) -> None:
-        for info in infos:
-            info.buffer = None
 
 
 class Pipeline:
@@ -102,21 +32,23 @@ class Pipeline:
         self._device = next(model.parameters()).device
         self._stages: dict[int, list[Any]] = {}
         self._schedules: dict[tuple[int, int], Any] = {}
-        if axis.size == 1:
-            return
-        if not hasattr(PipelineStage, "_setup_forward_recv_info"):
-            raise RuntimeError(f"pipelines need torch 2.13 or newer; this is {torch.__version__}")
-        weights = model.named_parameters()
-        self._dtype = next(p.dtype for name, p in weights if name.endswith("wq_a.weight"))
+        if axis.size > 1:
+            from trainer.parallel.pipeline_schedules import check_torch  # takes long to import
+
+            check_torch()
+            weights = model.named_parameters()
+            self._dtype = next(p.dtype for name, p in weights if name.endswith("wq_a.weight"))
 
     def stages(self, tokens: int) -> list[Any]:
         """torch's stages of this rank, for microbatches of which it holds this many tokens."""
         if tokens not in self._stages:
+            from trainer.parallel.pipeline_schedules import TransientBufferStage
+
             streams = self._message(tokens, torch.device("meta")).requires_grad_()
             index = torch.empty(1, dtype=torch.int64, device="meta")
             loss = torch.empty(1, device="meta", requires_grad=True)
             self._stages[tokens] = [
-                _TransientBufferStage(
+                TransientBufferStage(
                     part,
                     number,
                     len(self.plan.layers),
@@ -135,14 +67,10 @@ class Pipeline:
         """torch's schedule of this many microbatches, where there is more than one rank."""
         key = (microbatches, tokens)
         if key not in self._schedules:
+            from trainer.parallel.pipeline_schedules import make_schedule
+
             stages = self.stages(tokens)
-            settings: Any = {"loss_fn": lambda loss, _: loss.sum(), "scale_grads": False}
-            if self.plan.schedule == "1f1b":
-                schedule: Any = _ONE_STAGE_PER_RANK(stages[0], microbatches, **settings)
-            else:
-                kind = _SEVERAL_STAGES_PER_RANK[self.plan.schedule]
-                schedule = kind(stages, microbatches, **settings)
-            self._schedules[key] = schedule
+            self._schedules[key] = make_schedule(self.plan.schedule, stages, microbatches)
         return self._schedules[key]
 
     def run(

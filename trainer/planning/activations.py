@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.pipelining.schedules import BACKWARD_WEIGHT, FORWARD, FULL_BACKWARD
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -133,6 +132,9 @@ def peak_in_flight(order: Iterable[Any], activations: Mapping[int, int]) -> dict
     A microbatch counts from its forward to its backward; where that is split in two, to the
     second half, which is an upper bound: the first half frees some.
     """
+    # Takes a second to import, and only pipelines need it.
+    from torch.distributed.pipelining.schedules import BACKWARD_WEIGHT, FORWARD, FULL_BACKWARD
+
     alive: Counter[int] = Counter()
     best, size = dict.fromkeys(activations, 0), 0
     for action in order:

@@ -7,8 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from model.config import ModelConfig
 from model.parameters import Parameter, parameter_table, split_name, tensors_of
@@ -19,6 +18,9 @@ from trainer.parallel.degrees import Degrees
 from trainer.parallel.placement import place_all
 from trainer.parallel.stage_plan import StagePlan, tied_embedding
 from trainer.parallel.zero_layout import GroupKind, ShardGroup, shard_groups, stage_loads
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ def snapshot_memory(config: RunConfig, degrees: Degrees) -> int:
 
 def assignment(stages: Sequence[StageParts]) -> Iterator[Table | str]:
     """Yields the owners of the optimizer's state, and the load of a rank: min, mean and max."""
+    from rich.table import Table  # only `v4 plan` needs it
+
     table = Table(title="owners of the optimizer's state", title_justify="left")
     for name in ("pipeline rank", "parameters", "precision"):
         table.add_column(name)

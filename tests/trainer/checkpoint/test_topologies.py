@@ -17,6 +17,7 @@ from model.parameters import parameter_table
 from optim import OptimConfig, StateSlice, build_table
 from tests.distributed import spawn
 from tests.trainer.tiny import saved_tensors
+from trainer.checkpoint import dcp_planners
 from trainer.checkpoint.dcp_planners import BoxLoadPlanner
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.logical_tensors import STEP, TensorBox
@@ -250,9 +251,7 @@ def test_experts_stand_under_their_global_numbers(saved: Path, tiny: Path) -> No
 
 
 def elements_read(rank: int, world_size: int, path: Path, folder: Path) -> tuple[int, int]:
-    import trainer.checkpoint.folder
-
-    trainer.checkpoint.folder.BoxLoadPlanner = Counting  # type: ignore[misc]
+    dcp_planners.BoxLoadPlanner = Counting  # type: ignore[misc]
     checkpoint, _ = checkpoint_of(load_config(path), folder, FOUR["tensor 2, expert 2"], rank)
     checkpoint.load(TrainState())
     return Counting.elements, sum(
