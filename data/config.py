@@ -28,7 +28,10 @@ class Section(BaseModel):
 class SourceConfig(Section):
     """A named body of raw text: local files, or a dataset of the Hugging Face hub."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="letters, digits, and `_.-` but in front",
+    )
     """Unique name; shards, metrics and `data.source_weights` use it."""
     paths: tuple[str, ...] = ()
     """Files, folders or glob patterns."""
@@ -69,7 +72,7 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _can_hold_conversations(self) -> "SourceConfig":
-        """Conversations need the format `json` or `parquet`."""
+        """`content` = conversation needs `format` = json or parquet."""
         if self.content == "conversation" and self.format == "text":
             raise ValueError(
                 f"source {self.name!r}: conversations are read from `format: json` or `parquet`"
@@ -267,7 +270,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _has_unique_names(self) -> "DataConfig":
-        """Names of sources differ."""
+        """Names of `sources` differ."""
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"every source needs a unique name, got {', '.join(names)}")
@@ -275,7 +278,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _has_possible_weights(self) -> "DataConfig":
-        """Weights name sources, are at least 0 and do not sum to 0."""
+        """`source_weights` name sources, are at least 0 and do not sum to 0."""
         self.check_weights(self.source_weights)
         return self
 

@@ -171,6 +171,21 @@ def plan(
     _exit(processes.run(command))
 
 
+@app.command("config")
+def config_reference(
+    section: Annotated[
+        str | None, typer.Argument(help="Section or field, such as optim.muon; by default a list.")
+    ] = None,
+    search: Annotated[
+        str | None, typer.Option(help="Show the fields with this in their name or meaning.")
+    ] = None,
+) -> None:
+    """Show the fields of the config: types, defaults, units, meanings and checks."""
+    from launch.show_config import show
+
+    show(section, search)
+
+
 @app.command()
 def sweep(
     file: Annotated[str, typer.Argument(help="Sweep file in wandb's format.")],

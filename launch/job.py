@@ -10,8 +10,20 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 from launch.processes import RESTART_ENVIRONMENT
 from trainer.config import RunConfig, Section
 
-Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:;/@%=+*\[\]()-]+$")]
-DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")]
+Word = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9_.,:;/@%=+*\[\]()-]+$",
+        description="letters, digits and `_.,:;/@%=+*[]()-`",
+    ),
+]
+DnsName = Annotated[
+    str,
+    Field(
+        pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$",
+        description="lower-case letters, digits, and `.-` inside",
+    ),
+]
 # Where networks, caches and the wandb server are; nothing that changes what is computed.
 ALLOWED_VARIABLE = re.compile(
     r"^(NCCL|TORCH_NCCL|GLOO|UCX|FI|HF|WANDB|XDG|TRITON_CACHE|https?_proxy|no_proxy)(_[A-Z0-9_]+)?$"
@@ -23,12 +35,15 @@ class SlurmConfig(Section):
     """Slurm's own settings."""
 
     partition: Word | None = None
-    """Partition; null is the cluster's default, as in the next two."""
+    """Partition; null is the cluster's default."""
     account: Word | None = None
     """Account that is charged."""
     qos: Word | None = None
     """Quality of service."""
-    time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")] = "24:00:00"
+    time: Annotated[
+        str,
+        Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$", description="a time of sbatch"),
+    ] = "24:00:00"
     """Time limit of one job, in sbatch's notation; a job that reaches it is requeued."""
     cpus_per_node: PositiveInt | None = None
     """CPU cores per node; null is Slurm's default. [cores]"""
@@ -109,7 +124,7 @@ class ClusterConfig(Section):
     @field_validator("environment")
     @classmethod
     def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
-        """Names of networks, caches or proxies, and no secrets."""
+        """`environment` has variables of networks, caches or proxies, and no secrets."""
         for name in value:
             if SECRET.search(name):
                 raise ValueError(
@@ -126,7 +141,7 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _has_section_of_kind(self) -> "ClusterConfig":
-        """The section of `kind`, and no other."""
+        """The section of `kind` is there, and no other: `slurm` or `kubernetes`."""
         other = "kubernetes" if self.kind == "slurm" else "slurm"
         if getattr(self, self.kind) is None:
             raise ValueError(f"kind = {self.kind} needs the section {self.kind}")

@@ -42,7 +42,9 @@ def _known_group(name: str) -> str:
     return name
 
 
-Group = Annotated[str, AfterValidator(_known_group)]
+Group = Annotated[
+    str, AfterValidator(_known_group), Field(description=f"one of {', '.join(GROUPS)}")
+]
 
 
 class Section(BaseModel):
@@ -145,8 +147,7 @@ class OptimConfig(Section):
     matrix_optimizer: Literal["muon", "adamw"] = "muon"
     """Optimizer of the matrices; adamw, then used for everything, is the baseline for Muon."""
     learning_rate_factors: dict[Group, NonNegativeFloat] = {}
-    """Factors of the learning rate by group of parameters, 1 for groups without one; groups:
-    docs/optimizer.md."""
+    """Factors of the learning rate by group of parameters, 1 for groups without one."""
     no_weight_decay: tuple[Group, ...] = ()
     """Groups of parameters without weight decay; V4 decays all of them."""
     schedule: ScheduleConfig = ScheduleConfig()

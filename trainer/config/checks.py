@@ -15,7 +15,13 @@ from trainer.config.settings import RunSettings
 
 
 def phase_problems(config: RunSettings) -> Iterator[str]:
-    """What has to be right before a recipe can be resolved: the order and options of the phases."""
+    """Yields what keeps a recipe from being resolved: order and options of the phases.
+
+    - `steps` is at least 1 without `phases`.
+    - `phases.seq_len` never decreases from one phase to the next.
+    - `phases.attention` is sparse only after a phase with warmup.
+    - `phases.decay` is true in every phase after the first one with it.
+    """
     if not config.phases:
         if not config.steps:
             yield "the key 'steps' is missing, or 0; it should be at least 1"
@@ -49,6 +55,11 @@ def phase_problems(config: RunSettings) -> Iterator[str]:
 
 
 def _phases_on_this_engine(config: RunSettings) -> Iterator[str]:
+    """Yields phases that the engine or the model does not have.
+
+    - `phases` need `engine` = native.
+    - `phases.attention` is warmup only if `model.layer_types` has csa.
+    """
     if config.engine != "native":
         yield f"phases do not go with engine = {config.engine}; use engine = native"
     modes = [phase.attention for phase in config.phases]
@@ -60,6 +71,10 @@ def _phases_on_this_engine(config: RunSettings) -> Iterator[str]:
 
 
 def _source_weights(config: RunSettings, where: str, phase: PhaseConfig) -> Iterator[str]:
+    """Yields what is wrong with the weights of a phase.
+
+    - `phases.source_weights` name sources, are at least 0 and do not sum to 0.
+    """
     try:
         config.data.check_weights(phase.source_weights or {})
     except ValueError as error:
@@ -67,6 +82,11 @@ def _source_weights(config: RunSettings, where: str, phase: PhaseConfig) -> Iter
 
 
 def _one_decay(schedule: ScheduleConfig) -> Iterator[str]:
+    """Yields a second definition of the decay.
+
+    - `optim.schedule.decay_start` and `optim.schedule.decay_fraction` are null if `phases.decay` is
+      true in a phase.
+    """
     for field in ("decay_start", "decay_fraction"):
         if (value := getattr(schedule, field)) is not None:
             yield (
@@ -76,7 +96,11 @@ def _one_decay(schedule: ScheduleConfig) -> Iterator[str]:
 
 
 def run_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
-    """What keeps the sections of a config and its recipe from working together."""
+    """Yields contradictions between the sections of a config, or with its recipe.
+
+    - `steps` is 0, or the number of steps of the `phases`, if there are phases.
+    - `model.vocab_size` is at least `data.tokenizer.vocab_size`.
+    """
     if config.phases and config.steps not in (0, recipe.steps):
         yield (
             f"steps = {config.steps:,}, but the phases have {recipe.steps:,}: they should cover "
@@ -98,7 +122,12 @@ def run_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
 
 
 def stability_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
-    """What keeps anticipatory routing or spike detection from working in this run."""
+    """Yields what keeps anticipatory routing or spike detection from working in this run.
+
+    - `stability.anticipatory_routing.lag_steps` is at most the steps of every phase.
+    - `stability.spikes` needs `engine` = native.
+    - `stability.spikes.min_history` is at most `stability.spikes.deviation_window`.
+    """
     spikes, anticipatory = config.stability.spikes, config.stability.anticipatory_routing
     is_used = anticipatory.when == "always"
     is_used |= anticipatory.when == "after_spikes" and spikes is not None
@@ -132,6 +161,13 @@ def rows_of(config: RunSettings, recipe: Recipe) -> list[tuple[str, DataPhase]]:
 
 
 def _row_problems(config: RunSettings, where: str, rows: DataPhase) -> Iterator[str]:
+    """Yields what does not fit the rows of the section `where` of the config.
+
+    - `data.seq_len` and `phases.seq_len` are at most `model.max_position_embeddings`.
+    - `data.global_batch_size` is a multiple of `data.micro_batch_size`.
+    - `phases.global_batch_size` and `phases.initial_batch_size` are multiples of
+      `phases.micro_batch_size`.
+    """
     if rows.seq_len > config.model.max_position_embeddings:
         yield (
             f"{where}.seq_len = {rows.seq_len} should be at most "

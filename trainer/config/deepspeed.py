@@ -1,8 +1,8 @@
-"""What a DeepSpeed block may say beside the rest of a config. Imports no torch.
+"""Checks and completion of a DeepSpeed block. Imports no torch.
 
-The block is in DeepSpeed's own format. Whatever this config decides (batch, precision, clipping,
-learning rate, optimizer settings) is filled in from it; a block that says it too must say the same
-or `auto`.
+The block is in DeepSpeed's own format. What the rest of the config decides (batch, precision,
+clipping, learning rate, optimizer settings) is filled in; a block that has it as well must have the
+same value or `auto`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -45,12 +45,18 @@ _DEGREES = ("tensor", "expert", "pipeline", "context", "expert_tensor")
 
 
 def zero_stage(block: Mapping[str, Any]) -> int:
-    """The block's ZeRO stage, 0 where it names none."""
+    """Returns the block's ZeRO stage, 0 if it has none."""
     return int(block.get("zero_optimization", {}).get("stage", 0))
 
 
 def deepspeed_problems(config: RunSettings) -> Iterator[str]:
-    """What contradicts the rest of the config, a sentence each that names both fields."""
+    """Yields what the engine DeepSpeed or its block does not go with.
+
+    - `deepspeed` needs `engine` = deepspeed, and agrees with `data`, `precision` and `optim`.
+    - `fit_to_memory` needs `engine` = native.
+    - `precision` = bf16 needs ZeRO stage 1 or 2 in `deepspeed`.
+    - `optim.matrix_optimizer` has its DeepSpeed name in `deepspeed`.
+    """
     block: Block | None = config.deepspeed
     if config.engine != "deepspeed":
         if block is not None:
@@ -63,11 +69,14 @@ def deepspeed_problems(config: RunSettings) -> Iterator[str]:
             return
     yield from _degrees(config.parallel)
     if config.fit_to_memory:
-        yield "fit_to_memory = true does not go with engine = deepspeed, whose memory nobody counts"
+        yield (
+            "fit_to_memory = true does not go with engine = deepspeed, whose memory is not "
+            "counted; it should be false"
+        )
     if config.precision == "bf16" and zero_stage(block) not in (1, 2):
         yield (
-            f"precision = bf16 with deepspeed.zero_optimization.stage = {zero_stage(block)}: what "
-            "V4 computes in fp32 can be kept so in stages 1 and 2 only; use one of them, or fp32"
+            f"precision = bf16 with deepspeed.zero_optimization.stage = {zero_stage(block)}: only "
+            "stages 1 and 2 keep in fp32 what V4 computes in fp32; use one of them, or fp32"
         )
     yield from _unknown(block)
     yield from _values(config, block)
@@ -76,6 +85,14 @@ def deepspeed_problems(config: RunSettings) -> Iterator[str]:
 
 
 def _degrees(parallel: ParallelConfig) -> Iterator[str]:
+    """Yields what only the native engine can do.
+
+    - `parallel.tensor`, `parallel.expert`, `parallel.pipeline`, `parallel.context` and
+      `parallel.expert_tensor` are 1 with `engine` = deepspeed.
+    - `parallel.grad_reduce_dtype` and `parallel.expert_grad_reduce_dtype` are fp32 with `engine` =
+      deepspeed.
+    - `parallel.recompute` is empty with `engine` = deepspeed.
+    """
     for axis in _DEGREES:
         if (degree := getattr(parallel, axis)) != 1:
             yield (
@@ -96,12 +113,12 @@ def _unknown(block: Block) -> Iterator[str]:
     for field in block:
         if field in _FOREIGN:
             decides = _FOREIGN[field]
-            yield f"deepspeed.{field} has no place here, since {decides} decides it; leave it out"
+            yield f"deepspeed.{field} is not allowed, since {decides} decides it; omit it"
         elif field not in _KNOWN:
-            yield f"deepspeed.{field} is not supported; leave it out"
+            yield f"deepspeed.{field} is not supported; omit it"
     for field in block.get("zero_optimization", {}):
         if field not in _KNOWN_ZERO:
-            yield f"deepspeed.zero_optimization.{field} is not supported; leave it out"
+            yield f"deepspeed.zero_optimization.{field} is not supported; omit it"
 
 
 def _values(config: RunSettings, block: Block) -> Iterator[str]:
@@ -115,11 +132,10 @@ def _values(config: RunSettings, block: Block) -> Iterator[str]:
         theirs = block.get(field, theirs)
         wanted = data.global_batch_size if ours is None else ours
         if theirs not in (AUTO, wanted):
-            yield f"deepspeed.{field} = {theirs!r} contradicts {name} = {wanted}; leave it out"
+            yield f"deepspeed.{field} = {theirs!r} contradicts {name} = {wanted}; omit it"
     if bf16 not in (AUTO, config.precision == "bf16"):
         yield (
-            f"deepspeed.bf16.enabled = {bf16!r} contradicts precision = {config.precision}; leave "
-            "it out"
+            f"deepspeed.bf16.enabled = {bf16!r} contradicts precision = {config.precision}; omit it"
         )
 
 
@@ -141,7 +157,7 @@ def _zero(zero: Block) -> Iterator[str]:
         elif device != "none" and stage != 3:
             yield f"{name} needs deepspeed.zero_optimization.stage = 3; it is {stage}"
         for unknown in sorted(set(section) - _KNOWN_OFFLOAD):
-            yield f"{name}.{unknown} is not supported; leave it out"
+            yield f"{name}.{unknown} is not supported; omit it"
 
 
 def _optimizer(config: RunSettings, section: Block) -> Iterator[str]:
@@ -150,8 +166,8 @@ def _optimizer(config: RunSettings, section: Block) -> Iterator[str]:
     if kind != wanted:
         shown = "missing" if kind is None else repr(kind)
         yield (
-            f"deepspeed.optimizer.type is {shown} and should be {wanted}, as "
-            f"optim.matrix_optimizer = {optim.matrix_optimizer} says"
+            f"deepspeed.optimizer.type is {shown} and should be {wanted}, as in "
+            f"optim.matrix_optimizer = {optim.matrix_optimizer}"
         )
     decided = {
         "lr": ("optim.learning_rate", optim.learning_rate),
@@ -168,14 +184,18 @@ def _optimizer(config: RunSettings, section: Block) -> Iterator[str]:
                 name = "deepspeed.optimizer.params.ns_method"
                 yield f"{name} = {theirs!r} should be gram or standard"
         elif field not in decided:
-            yield f"deepspeed.optimizer.params.{field} is not supported; leave it out"
+            yield f"deepspeed.optimizer.params.{field} is not supported; omit it"
         elif theirs not in (AUTO, decided[field][1]):
             name, ours = decided[field]
             yield f"deepspeed.optimizer.params.{field} = {theirs!r} contradicts {name} = {ours}"
 
 
 def _muon(optim: OptimConfig, stage: int) -> Iterator[str]:
-    """What DeepSpeed's Muon cannot do."""
+    """Yields what DeepSpeed's Muon cannot do.
+
+    - `optim.clip_norm` is null with DeepSpeed's Muon.
+    - `optim.muon.momentum_warmup_steps` is 0 with DeepSpeed's Muon.
+    """
     if optim.clip_norm is not None:
         yield (
             f"optim.clip_norm = {optim.clip_norm:g} does not go with DeepSpeed's Muon, which would "
@@ -188,30 +208,30 @@ def _muon(optim: OptimConfig, stage: int) -> Iterator[str]:
         )
     if stage == 0:
         yield (
-            "deepspeed.zero_optimization.stage = 0 does not go with DeepSpeed's Muon, which takes "
-            "stacks of matrices for one there; use 1, 2 or 3"
+            "deepspeed.zero_optimization.stage = 0 does not go with DeepSpeed's Muon, which "
+            "treats a stack of matrices as one matrix there; use 1, 2 or 3"
         )
 
 
 def resolve(config: RunSettings, world: int) -> Block:
-    """The block with everything filled in, as `deepspeed.initialize` takes it.
+    """Returns the block with everything filled in, for `deepspeed.initialize`.
 
     Raises ValueError where gradient_accumulation_steps does not fit the number of processes.
     """
     block: Block = dict(config.deepspeed or {})
     micro = min(config.data.micro_batch_size, -(-config.data.global_batch_size // world))
     steps = -(-config.data.global_batch_size // (micro * world))
-    said = block.get("gradient_accumulation_steps", AUTO)
-    if said not in (AUTO, steps):
+    theirs = block.get("gradient_accumulation_steps", AUTO)
+    if theirs not in (AUTO, steps):
         raise ValueError(
-            f"deepspeed.gradient_accumulation_steps = {said!r} should be {steps} for "
+            f"deepspeed.gradient_accumulation_steps = {theirs!r} should be {steps} for "
             f"data.global_batch_size = {config.data.global_batch_size}, data.micro_batch_size = "
             f"{config.data.micro_batch_size} and {world} processes"
         )
     block.pop("optimizer", None)  # the engine makes it, from the table
     if config.optim.matrix_optimizer == "muon" and zero_stage(block) == 3:
         block["zero_optimization"] = {**block["zero_optimization"], "reduce_scatter": False}
-    # Boundaries are set by hand and losses are sums already: DeepSpeed sees one step at a time.
+    # The engine marks boundaries of steps and sums losses itself: DeepSpeed accumulates nothing.
     block.update(
         train_micro_batch_size_per_gpu=micro,
         gradient_accumulation_steps=steps,

@@ -1,12 +1,11 @@
 """Turns pydantic's validation errors into one sentence that names file, key and nearest name."""
 
 import difflib
-import typing
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from trainer.config.renamed import replaced_key, replaced_value
+from trainer.config.section import section_in
 from trainer.config.source import ConfigError, ConfigSource, Key
 
 
@@ -58,7 +57,7 @@ def _sections_with(root: type[BaseModel], name: str) -> list[str]:
     """Dotted keys of other sections whose last name is nearest: it was put into a wrong place."""
     keys = {name: name for name in root.model_fields}
     for section, field in root.model_fields.items():
-        if (model := _model_in(field.annotation)) is not None:
+        if (model := section_in(field.annotation)) is not None:
             for inner in model.model_fields:
                 keys.setdefault(inner, f"{section}.{inner}")
     return [keys[near] for near in difflib.get_close_matches(name, keys, n=1, cutoff=0.6)]
@@ -72,15 +71,5 @@ def _model_at(root: type[BaseModel], key: Key) -> type[BaseModel] | None:
             continue  # an item of a list: its model was found in the list's annotation
         if model is None or part not in model.model_fields:
             return None
-        model = _model_in(model.model_fields[part].annotation)
+        model = section_in(model.model_fields[part].annotation)
     return model
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The first pydantic model inside an annotation such as `list[Source] | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in typing.get_args(annotation):
-        if (model := _model_in(inner)) is not None:
-            return model
-    return None

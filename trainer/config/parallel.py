@@ -19,7 +19,7 @@ from trainer.parallel.stage_plan import V_SHAPED, ScheduleName, StagePlan, plan_
 
 
 class ParallelConfig(Section):
-    """Degree of each axis; data parallelism takes the remaining factor of the processes.
+    """Degrees of parallelism; data parallelism takes the remaining factor of the processes.
 
     tensor x context x pipeline must divide the number of processes, and so must
     expert_tensor x expert x pipeline: experts are divided over the same ranks on axes of their own,
@@ -90,7 +90,14 @@ class ParallelConfig(Section):
         return math.lcm(dense, self.expert_tensor * self.expert * self.pipeline)
 
     def problems(self, model: ModelConfig) -> Iterator[str]:
-        """Yields what does not fit the model, at any number of processes."""
+        """Yields what does not fit the model, at any number of processes.
+
+        - `parallel.tensor` divides `model.num_attention_heads`, `model.o_groups`,
+          `model.vocab_size` and `model.moe_intermediate_size` x `model.n_shared_experts`.
+        - `parallel.expert` divides `model.n_routed_experts`.
+        - `parallel.expert_tensor` splits `model.moe_intermediate_size` into multiples of 8.
+        - `parallel.offload` has only parts of `parallel.recompute`.
+        """
         shared = model.moe_intermediate_size * model.n_shared_experts
         yield from self._split_problems(
             "tensor",
@@ -121,7 +128,10 @@ class ParallelConfig(Section):
         yield from self._pipeline_problems(model)
 
     def row_problems(self, length: int, where: str) -> Iterator[str]:
-        """Yields what does not fit the row length of the section `where` of the config."""
+        """Yields what does not fit the row length of the section `where` of the config.
+
+        - `parallel.context` x `parallel.tensor` divides `data.seq_len` and `phases.seq_len`.
+        """
         runs = self.tensor * self.context
         if length % runs:
             near = [n for n in (length // runs * runs, -(-length // runs) * runs) if n]
@@ -141,6 +151,13 @@ class ParallelConfig(Section):
                 )
 
     def _pipeline_problems(self, model: ModelConfig) -> Iterator[str]:
+        """Yields what does not fit the model's layers.
+
+        - `parallel.pipeline_stages_per_rank` is null, or as `parallel.pipeline_schedule` has it.
+        - `parallel.pipeline` x stages per rank is at most `model.num_hidden_layers` + 1.
+        - `parallel.pipeline_layers_per_stage` has one number per stage, which sum to
+          `model.num_hidden_layers`, with none but the last 0.
+        """
         schedule, layers = self.pipeline_schedule, model.num_hidden_layers
         if self.pipeline_stages_per_rank not in (None, self.chunks):
             yield (
@@ -167,7 +184,13 @@ class ParallelConfig(Section):
             )
 
     def world_problems(self, world: int) -> Iterator[str]:
-        """Yields what does not fit a number of processes."""
+        """Yields what does not fit a number of processes.
+
+        - `parallel.tensor` x `parallel.context` x `parallel.pipeline` divides the number of
+          processes.
+        - `parallel.expert_tensor` x `parallel.expert` x `parallel.pipeline` divides the number of
+          processes.
+        """
         for product, fields in (
             (self.tensor * self.context * self.pipeline, "tensor x context x pipeline"),
             (self.expert_tensor * self.expert * self.pipeline, "expert_tensor x expert x pipeline"),
@@ -184,6 +207,9 @@ class ParallelConfig(Section):
         """Yields what does not fit a step's rows, those of a ramp included, on these processes.
 
         `where` is the section of the config with these rows.
+
+        - `data.global_batch_size`, `phases.global_batch_size` and `phases.initial_batch_size` are
+          at least the number of data-parallel ranks.
         """
         data_ranks = self.degrees(world).data
         for rows in data.sizes:
@@ -205,7 +231,12 @@ class ParallelConfig(Section):
     def _microbatch_problems(
         self, data_ranks: int, rows: int, micro: int, name: str, where: str
     ) -> Iterator[str]:
-        """Yields why a pipeline has no equal microbatches, or too few for its schedule."""
+        """Yields why a pipeline has no equal microbatches, or too few for its schedule.
+
+        - With `parallel.pipeline`, rows per data-parallel rank are a multiple of
+          `data.micro_batch_size` or `phases.micro_batch_size`, with as many microbatches as
+          `parallel.pipeline_schedule` needs.
+        """
         per_rank = -(-rows // data_ranks)
         count, rest = divmod(per_rank, micro)
         if rest:

@@ -1,4 +1,4 @@
-"""Whether a run can be quantised, for four bits or for eight. Imports no torch."""
+"""Checks of quantisation-aware training in MXFP4, and of training in FP8. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from trainer.config.settings import RunSettings
 
 
 def quantisation_problems(config: RunSettings) -> Iterator[str]:
-    """What keeps a `quantisation` from being what it is, a sentence each that names both fields."""
-    given = {"quantisation": config.quantisation}
+    """Yields what the run's quantisation, or a phase's, does not go with.
+
+    - `quantisation` = mxfp4 and `phases.quantisation` = mxfp4 need `engine` = native.
+    - `model.hidden_size` and `model.moe_intermediate_size` are multiples of 32 with `quantisation`.
+    - `parallel.expert_tensor` splits `model.moe_intermediate_size` into multiples of 32 with
+      `quantisation`.
+    - `model.index_head_dim` is a power of two, at least 32, with `quantisation` and CSA layers.
+    """
+    values = {"quantisation": config.quantisation}
     for number, phase in enumerate(config.phases):
-        given[f"phases.{number}.quantisation"] = phase.quantisation or "none"
-    for field, value in given.items():
+        values[f"phases.{number}.quantisation"] = phase.quantisation or "none"
+    for field, value in values.items():
         if value != "none":
             yield from _problems(config, f"{field} = {value}")
             return
@@ -38,13 +45,18 @@ def _problems(config: RunSettings, what: str) -> Iterator[str]:
     if "csa" in model.layer_types and (index % MXFP4_BLOCK or index & (index - 1)):
         yield (
             f"model.index_head_dim = {index} should be a power of two and at least {MXFP4_BLOCK} "
-            f"for {what}, since queries and keys go through a Hadamard matrix before they are "
-            "rounded"
+            f"for {what}, since a Hadamard transform precedes the rounding of queries and "
+            "keys"
         )
 
 
 def fp8_problems(config: RunSettings) -> Iterator[str]:
-    """What keeps `precision = fp8` from being what it is on one process, a sentence each."""
+    """Yields what `precision = fp8` does not go with.
+
+    - `precision` = fp8 needs `engine` = native.
+    - `parallel.tensor` and `parallel.expert_tensor` split no block of 128 values with `precision` =
+      fp8.
+    """
     if config.precision != "fp8":
         return
     if config.engine != "native":

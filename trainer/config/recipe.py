@@ -150,6 +150,10 @@ def _single_phase(config: RecipeSettings) -> Phase:
 
 
 def _resolve(config: RecipeSettings) -> tuple[Phase, ...]:
+    """Returns the phases with their steps.
+
+    - `phases.until_tokens` increases, by more than the last step of the phase before takes.
+    """
     phases: list[Phase] = []
     step = tokens = 0
     for number, settings in enumerate(config.phases):
@@ -192,7 +196,10 @@ def _phase(config: RecipeSettings, number: int, first: int, budget: int) -> Phas
 
 
 def _rows(config: RecipeSettings, number: int, budget: int) -> DataPhase:
-    """Returns the rows of a phase, which `data` has where the phase does not, without its steps."""
+    """Returns the rows of a phase, which `data` has where the phase does not, without its steps.
+
+    - `phases.initial_batch_size` is less than `phases.global_batch_size`.
+    """
     settings = config.phases[number]
     fields: dict[str, Any] = {}
     for name in ("seq_len", "global_batch_size", "micro_batch_size", "source_weights"):
@@ -212,7 +219,10 @@ def _rows(config: RecipeSettings, number: int, budget: int) -> DataPhase:
 
 
 def _steps(rows: DataPhase, number: int, settings: PhaseConfig, budget: int) -> int:
-    """Returns the smallest number of steps that takes `budget` tokens, by bisection."""
+    """Returns the smallest number of steps that takes `budget` tokens, by bisection.
+
+    - `phases.rampup_tokens` is at most the tokens of the phase.
+    """
     low, high = 0, rows.rampup_steps + -(-budget // (rows.seq_len * rows.global_batch_size))
     while high - low > 1:
         middle = (low + high) // 2
@@ -236,6 +246,8 @@ def _decaying(optim: OptimConfig, start: int) -> OptimConfig:
     """Returns the settings with the decay from a step on.
 
     Raises ValueError where that is in the warm-up.
+
+    - `optim.schedule.warmup_steps` end before the first phase with `phases.decay`.
     """
     shape = optim.schedule
     if start < shape.warmup_steps:

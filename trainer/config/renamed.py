@@ -68,7 +68,7 @@ def replaced_key(key: Key) -> str | None:
     if (name := _RENAMED.get(dotted)) is not None:
         return f"is now '{'.'.join(str(part) for part in (*key[:-1], name))}'"
     if (reason := _REMOVED.get(dotted)) is not None:
-        return f"has been removed, since {reason}; leave it out"
+        return f"has been removed, since {reason}; omit it"
     return None
 
 

@@ -1,5 +1,7 @@
 """The base of all sections of a config. Imports no torch."""
 
+from typing import Any, get_args
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -12,3 +14,13 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """Returns the first section inside an annotation such as `tuple[SourceConfig, ...] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in get_args(annotation):
+        if (section := section_in(inner)) is not None:
+            return section
+    return None

@@ -10,8 +10,9 @@ from pydantic import BaseModel
 
 from launch.job import ClusterConfig
 from trainer.config import ConfigError, RunConfig, Section, load_config
-from trainer.config.explain import _model_at, _model_in
+from trainer.config.explain import _model_at
 from trainer.config.renamed import _REMOVED, _RENAMED
+from trainer.config.section import section_in
 from trainer.config.source import dump_yaml, parse_yaml
 
 DEBUG = Path(__file__).parents[3] / "configs" / "debug.yaml"
@@ -141,7 +142,7 @@ def test_every_name_of_today_exists_and_no_earlier_one_does() -> None:
 def sections_in(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
     yield model
     for field in model.model_fields.values():
-        if (inner := _model_in(field.annotation)) is not None:
+        if (inner := section_in(field.annotation)) is not None:
             yield from sections_in(inner)
 
 
