@@ -45,7 +45,8 @@ def list_sections(sections: Sequence[SectionReference]) -> Table:
 
 def describe_section(section: SectionReference) -> Iterator[RenderableType]:
     """Yields a section's meaning, then its fields."""
-    yield Text.assemble((section.key, "bold"), f": {_plain(section.meaning)}\n")
+    if [field.key for field in section.fields] != [section.key]:
+        yield Text.assemble((section.key, "bold"), f": {_plain(section.meaning)}\n")
     yield from describe_fields(section.fields)
 
 

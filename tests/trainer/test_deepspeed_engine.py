@@ -285,7 +285,7 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         ([MUON + "}", *AS_THEIRS], "deepspeed.zero_optimization.stage = 0 does not go"),
         (['deepspeed={"optimizer": {"type": "AdamW", "params": {"lr": 1}}}'], "params.lr = 1 "),
         ([], "deepspeed.optimizer.type is missing"),
-        ([ADAMW + "}", "precision=bf16"], "deepspeed.zero_optimization.stage = 0: what V4"),
+        ([ADAMW + "}", "precision=bf16"], "deepspeed.zero_optimization.stage = 0: only stages"),
         ([ADAMW + "}", "optim.matrix_optimizer=muon"], "'AdamW' and should be Muon"),
         ([ADAMW + "}", "parallel.grad_reduce_dtype=bf16"], "parallel.grad_reduce_dtype = bf16"),
         ([ADAMW + "}", "parallel.tensor=2"], "parallel.tensor = 2"),
