@@ -10,9 +10,9 @@ from trainer.config.source import ConfigError, ConfigSource, Key
 
 
 def explain(error: ValidationError, root: type[BaseModel], source: ConfigSource) -> ConfigError:
-    """The ConfigError for the most telling of pydantic's errors.
+    """Returns the ConfigError for the most useful of pydantic's errors.
 
-    An unknown key comes first: a mistyped name also makes the right one "missing".
+    An unknown key comes first, since a mistyped name also makes the right one "missing".
     """
     errors = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     first = errors[0]
@@ -27,18 +27,18 @@ def explain(error: ValidationError, root: type[BaseModel], source: ConfigSource)
     if first["type"] == "missing":
         return ConfigError(f"{where}: the key {dotted!r} is missing{more}")
     if first["type"] == "value_error":
-        said = str(first["ctx"]["error"])
-        return ConfigError(f"{where}: {dotted}: {said}" if dotted else f"{where}: {said}")
-    if (today := replaced_value(key, first["input"])) is not None:
-        return ConfigError(f"{where}: {dotted} = {first['input']} is now {today}")
+        reason = str(first["ctx"]["error"])
+        return ConfigError(f"{where}: {dotted}: {reason}" if dotted else f"{where}: {reason}")
+    if (new_value := replaced_value(key, first["input"])) is not None:
+        return ConfigError(f"{where}: {dotted} = {first['input']} is now {new_value}")
     value = "a section" if isinstance(first["input"], dict) else repr(first["input"])
-    wish = first["msg"]
-    said = wish.removeprefix("Input") if wish.startswith("Input ") else f": {wish}"
-    return ConfigError(f"{where}: {dotted} = {value}{said}{more}")
+    message = first["msg"]
+    remedy = message.removeprefix("Input") if message.startswith("Input ") else f": {message}"
+    return ConfigError(f"{where}: {dotted} = {value}{remedy}{more}")
 
 
 def _nearest(root: type[BaseModel], key: Key) -> str:
-    """`; did you mean 'model.hidden_size'?`, or the names that are possible there."""
+    """Returns `; did you mean 'model.hidden_size'?`, or the names that are possible there."""
     model = _model_at(root, key[:-1])
     if model is None:
         return ""
@@ -54,7 +54,7 @@ def _nearest(root: type[BaseModel], key: Key) -> str:
 
 
 def _sections_with(root: type[BaseModel], name: str) -> list[str]:
-    """Dotted keys of other sections whose last name is nearest: it was put into a wrong place."""
+    """Returns dotted keys with the nearest last name, for a field in the wrong section."""
     keys = {name: name for name in root.model_fields}
     for section, field in root.model_fields.items():
         if (model := section_in(field.annotation)) is not None:
@@ -64,11 +64,11 @@ def _sections_with(root: type[BaseModel], name: str) -> list[str]:
 
 
 def _model_at(root: type[BaseModel], key: Key) -> type[BaseModel] | None:
-    """The pydantic model that the section `key` is read into."""
+    """Returns the pydantic model that the section `key` is read into."""
     model: type[BaseModel] | None = root
     for part in key:
         if isinstance(part, int):
-            continue  # an item of a list: its model was found in the list's annotation
+            continue  # an item of a list, whose annotation has its model
         if model is None or part not in model.model_fields:
             return None
         model = section_in(model.model_fields[part].annotation)

@@ -1,4 +1,4 @@
-"""Keys of earlier versions: each is refused with one sentence that names the key of today."""
+"""Keys of earlier versions; each is refused with one sentence that names the current key."""
 
 from trainer.config.source import Key
 
@@ -49,7 +49,7 @@ _RENAMED = {
     "evaluation.rows": "max_rows",
     "evaluation.by_source": "per_source",
 }
-"""The name of today by the dotted key before, without numbers of list items."""
+"""The current name by the earlier dotted key, without numbers of list items."""
 
 _REMOVED = {
     "optim.muon.qk_clip": "V4 normalises queries and keys, so its attention logits are bounded",
@@ -63,7 +63,7 @@ def _dotted(key: Key) -> str:
 
 
 def replaced_key(key: Key) -> str | None:
-    """What to do about an unknown key that an earlier version had, or None for any other."""
+    """Returns the remedy for an unknown key that an earlier version had, or None for any other."""
     dotted = _dotted(key)
     if (name := _RENAMED.get(dotted)) is not None:
         return f"is now '{'.'.join(str(part) for part in (*key[:-1], name))}'"
@@ -73,5 +73,5 @@ def replaced_key(key: Key) -> str | None:
 
 
 def replaced_value(key: Key, value: object) -> str | None:
-    """The value of today for one that an earlier version had, or None for any other."""
+    """Returns the current value for one that an earlier version had, or None for any other."""
     return _VALUES.get((_dotted(key), value)) if isinstance(value, str) else None

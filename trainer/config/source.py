@@ -1,7 +1,7 @@
 """Reads config files: YAML, `base:` inheritance, command-line overrides.
 
-The result is a plain dictionary plus the origin of every key, so that an error can name the file
-(or the command line) that a wrong key came from.
+The result is a plain dictionary and the origin of every key, so that an error can name the file, or
+the command line, with the wrong key.
 """
 
 import re
@@ -33,26 +33,26 @@ _SCALARS = (
 
 
 class ConfigError(ValueError):
-    """A config that cannot be used; the message is one sentence for the person who wrote it."""
+    """A config that cannot be used; the message is one sentence."""
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: Resolvers = {}  # noqa: RUF012 - PyYAML's own declaration
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a key that stands twice: the second would win in silence."""
-        seen: set[Any] = set()
+        """Refuses a repeated key, whose second value would silently replace the first."""
+        keys: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} should be a name", key_node.start_mark
                 )
-            if key in seen:
+            if key in keys:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
                 )
-            seen.add(key)
+            keys.add(key)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -66,7 +66,7 @@ for _tag, _pattern, _first in _SCALARS:
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """The value of a YAML text. Raises ConfigError with the place of a syntax error."""
+    """Returns the value of a YAML text. Raises ConfigError with the line of a syntax error."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -78,26 +78,26 @@ def parse_yaml(text: str, origin: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """YAML text that `parse_yaml` reads back as the same value."""
+    """Returns YAML text that `parse_yaml` reads back as the same value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 class ConfigSource:
-    """The merged dictionary of a config and where each of its keys came from."""
+    """The merged dictionary of a config, and the origin of each of its keys."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self._origins: dict[Key, str] = {}
 
     def origin_of(self, key: Key) -> str:
-        """The file, or "command line", that set `key` or the nearest key above it."""
+        """Returns the file, or "command line", that set `key` or the nearest key above it."""
         for length in range(len(key), -1, -1):
             if (origin := self._origins.get(tuple(key[:length]))) is not None:
                 return origin
         return "config"
 
     def merge(self, values: Mapping[str, Any], origin: str) -> None:
-        """Lay `values` over what is there: sections merge, everything else is replaced."""
+        """Merges `values` into those so far: sections merge, everything else is replaced."""
         self._origins.setdefault((), origin)
         self._merge(self.values, values, (), origin)
 
@@ -114,9 +114,9 @@ class ConfigSource:
             self._origins[key] = origin
 
     def override(self, assignment: str) -> None:
-        """Apply one `key.sub=value` of the command line; list items are named by their number.
+        """Applies one `key.sub=value` of the command line; an item of a list has its number as key.
 
-        Raises ConfigError when the text has no `=` or a list item does not exist.
+        Raises ConfigError if the text has no `=` or a list item does not exist.
         """
         dotted, equals, text = assignment.partition("=")
         names = dotted.split(".")
@@ -155,13 +155,12 @@ class ConfigSource:
 
 
 def read_source(path: Path, overrides: Iterable[str] = ()) -> ConfigSource:
-    """Read a config file, the files that its `base:` names (relative to it), and the overrides.
+    """Reads a config file, the files that its `base:` names (relative to it), and the overrides.
 
-    Raises ConfigError for a missing or unreadable file, a circle of bases, or wrong overrides.
+    Raises ConfigError for a missing or unreadable file, circular bases, or wrong overrides.
     """
     source = ConfigSource()
-    chain = _chain(Path(path), [])
-    for file, values in chain:
+    for file, values in _chain(Path(path), []):
         source.merge(values, str(file))
     source._origins[()] = str(path)
     for assignment in overrides:
@@ -170,7 +169,7 @@ def read_source(path: Path, overrides: Iterable[str] = ()) -> ConfigSource:
 
 
 def _chain(path: Path, children: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """The file's values after those of its bases, farthest base first."""
+    """Returns the values of the file's bases, farthest first, then those of the file."""
     if path.resolve() in children:
         raise ConfigError(f"{path}: base: the files inherit from each other in a circle")
     values = read_yaml_mapping(path)
@@ -179,12 +178,12 @@ def _chain(path: Path, children: list[Path]) -> list[tuple[Path, dict[str, Any]]
         return [(path, values)]
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base = {base!r} should be the path of another config file")
-    below = _chain(path.parent / base, [*children, path.resolve()])
-    return [*below, (path, values)]
+    of_bases = _chain(path.parent / base, [*children, path.resolve()])
+    return [*of_bases, (path, values)]
 
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError when there is none."""
+    """Returns the mapping in a YAML file. Raises ConfigError if there is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -1,5 +1,6 @@
 """Reading configs: values, inheritance, overrides, and one sentence for every mistake."""
 
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -190,4 +191,16 @@ def test_configs_load_without_torch() -> None:
     code = f"import sys, trainer.config as c; c.load_config({str(DEBUG)!r}); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pydantic" in done.stdout.split()
-    assert not {"torch", "numpy", "datasets", "sentencepiece"} & set(done.stdout.split())
+    heavy = {"torch", "numpy", "datasets", "sentencepiece", "rich", "matplotlib", "optuna"}
+    assert not heavy & set(done.stdout.split())
+
+
+def test_a_config_is_refused_in_half_a_second_of_processor_time() -> None:
+    command = [sys.executable, "-m", "launch.cli", "train", str(DEBUG), "optim.lerning_rate=1"]
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert subprocess.run(command, capture_output=True).returncode == 2
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5
