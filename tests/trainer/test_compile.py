@@ -61,12 +61,6 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def spread(tiny: Path, folder: Path) -> Path:
-    run_all(tiny, [Job(way, folder / way.name) for way in SPREAD])
-    return folder
-
-
 def test_it_trains_as_without(folder: Path) -> None:
     one, other = (outcome(folder / name) for name in ("plain", "compiled"))
     assert_trains_like(one, other, "compiled")
@@ -85,8 +79,9 @@ def test_resumed_it_is_the_same_to_the_bit(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", SPREAD, ids=lambda way: way.name)
-def test_ranks_train_as_one(spread: Path, way) -> None:
-    assert_trains_like(outcome(spread / "compiled"), outcome(spread / way.name), way.name)
+def test_ranks_train_as_one(folder: Path, tiny: Path, tmp_path: Path, way) -> None:
+    run_all(tiny, [Job(way, tmp_path)])
+    assert_trains_like(outcome(folder / "compiled"), outcome(tmp_path), way.name)
 
 
 def test_no_compiler_is_a_sentence_before_the_run(

@@ -37,7 +37,7 @@ TOPOLOGIES = [
     topology(4, pipeline=2, expert=2),
     topology(4, tensor=2, expert=2),
 ]
-FOUR_RANKS = [
+LARGER = [
     topology(4),
     topology(4, tensor=4),
     topology(4, context=4),
@@ -55,33 +55,18 @@ BF16_RUN = ("precision=bf16", "seed=3", "model.initializer_range=0.05")
 BF16 = [ALONE, topology(4, tensor=2, pipeline=2, expert=2)]
 
 SAVED_AFTER, GOES_ON_TO = 5, 7
-Move = tuple[Topology, Topology]
-MOVES: list[Move] = [
+MOVES = [
     (ALONE, topology(2, tensor=2)),
     (topology(2, tensor=2), topology(2, expert=2)),
     (topology(2, context=2), topology(2, pipeline=2)),
 ]
-MOVES_OF_FOUR: list[Move] = [
+LARGER_MOVES = [
     (topology(2, pipeline=2, pipeline_schedule="zero_bubble_v"), topology(4, tensor=2, expert=2)),
     (topology(4, tensor=2, expert_tensor=2), ALONE),
     (topology(4, expert=4), topology(4, context=4)),
     (topology(4, pipeline=2, tensor=2), topology(2, expert_tensor=2)),
     (topology(2), topology(4, tensor=2, context=2)),
 ]
-
-
-def move_name(move: Move) -> str:
-    before, after = move
-    return f"{before.name} to {after.name}"
-
-
-def run_topologies(tiny: Path, folder: Path, spreads: list[Topology], moves: list[Move]) -> Path:
-    """Every topology to the end, and every move's two halves, in a folder that it returns."""
-    whole = [Job(spread, folder / spread.name) for spread in spreads]
-    first = [Job(move[0], folder / move_name(move), SAVED_AFTER) for move in moves]
-    run_all(tiny, whole + first)
-    run_all(tiny, [Job(move[1], folder / move_name(move), GOES_ON_TO) for move in moves])
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -100,52 +85,31 @@ def alone(alone_dir: Path) -> Outcome:
     return outcome(alone_dir)
 
 
-@pytest.fixture(scope="module")
-def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_topologies(tiny, tmp_path_factory.mktemp("parity"), TOPOLOGIES, MOVES)
+@pytest.mark.parametrize(
+    "spread",
+    [*TOPOLOGIES, *(pytest.param(spread, marks=pytest.mark.slow) for spread in LARGER)],
+    ids=lambda spread: spread.name,
+)
+def test_trains_like_one_rank(tiny: Path, alone: Outcome, tmp_path: Path, spread: Topology) -> None:
+    run_all(tiny, [Job(spread, tmp_path)])
+    assert_trains_like(alone, outcome(tmp_path), spread.name)
 
 
-@pytest.fixture(scope="module")
-def of_four(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_topologies(tiny, tmp_path_factory.mktemp("of_four"), FOUR_RANKS, MOVES_OF_FOUR)
-
-
-def assert_moved_like(alone_dir: Path, moved_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [*MOVES, *(pytest.param(*move, marks=pytest.mark.slow) for move in LARGER_MOVES)],
+    ids=lambda spread: spread.name,
+)
+def test_a_checkpoint_goes_on_at_another_topology(
+    tiny: Path, alone_dir: Path, tmp_path: Path, before: Topology, after: Topology
+) -> None:
     """Losses of the steps after the move are those of the run that was never moved."""
+    run_all(tiny, [Job(before, tmp_path, SAVED_AFTER)])
+    run_all(tiny, [Job(after, tmp_path, GOES_ON_TO)])
     straight = column(alone_dir, "loss")[:GOES_ON_TO]
-    moved = column(moved_dir, "loss")
+    moved = column(tmp_path, "loss")
     assert len(moved) == GOES_ON_TO
     assert moved[SAVED_AFTER:] == pytest.approx(straight[SAVED_AFTER:], rel=1e-6)
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("spread", TOPOLOGIES, ids=lambda t: t.name)
-def test_trains_like_one_rank(folder: Path, alone: Outcome, spread: Topology) -> None:
-    assert_trains_like(alone, outcome(folder / spread.name), spread.name)
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("move", MOVES, ids=move_name)
-def test_a_checkpoint_goes_on_at_another_topology(
-    folder: Path, alone_dir: Path, move: Move
-) -> None:
-    assert_moved_like(alone_dir, folder / move_name(move))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-@pytest.mark.parametrize("spread", FOUR_RANKS, ids=lambda t: t.name)
-def test_four_ranks_train_like_one(of_four: Path, alone: Outcome, spread: Topology) -> None:
-    assert_trains_like(alone, outcome(of_four / spread.name), spread.name)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-@pytest.mark.parametrize("move", MOVES_OF_FOUR, ids=move_name)
-def test_a_checkpoint_goes_on_at_four_ranks_or_fewer(
-    of_four: Path, alone_dir: Path, move: Move
-) -> None:
-    assert_moved_like(alone_dir, of_four / move_name(move))
 
 
 @pytest.mark.slow

@@ -221,7 +221,7 @@ def steps(rank: int, world: int) -> list[Outcome]:
     return [one_step(degrees, world, rank) for degrees in TOPOLOGIES[world]]
 
 
-@pytest.fixture(scope="module", params=TOPOLOGIES)
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def outcomes(request: pytest.FixtureRequest) -> tuple[int, list[list[Outcome]]]:
     """Number of ranks, and by rank and topology what was sent."""
     return request.param, spawn(steps, request.param, timeout=280)
