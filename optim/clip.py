@@ -1,4 +1,4 @@
-"""The global gradient norm and clipping by it (V3: 1.0). Nothing here waits for the device."""
+"""The global gradient norm, and clipping by it (to 1.0 in V3). Nothing waits for the device."""
 
 from collections.abc import Iterable
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm of all `.grad` together: a 0-dim fp32 tensor on their device.
+    """Returns the Euclidean norm of all `.grad` together: 0-dim fp32, on their device.
 
     Summed in fp64 whatever their precision: fp32 loses a few parts in a thousand on a matrix of
-    10M elements on CPU, where sums are sequential. Parameters without a gradient count as
-    nothing. A gradient that is not finite gives a norm that is not.
+    10M elements on CPU, where sums are sequential. Parameters without a gradient do not count. If
+    a gradient is not finite, neither is the norm.
     """
     parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -22,8 +22,8 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def clip_(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale every `.grad` in place so that a global norm of `norm` becomes at most `max_norm`.
+    """Scales every `.grad` in place so that a global norm of `norm` becomes at most `max_norm`.
 
-    A norm that is not finite makes the gradients not finite: check it before the update.
+    If the norm is not finite, the gradients are not afterwards: check it before the update.
     """
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

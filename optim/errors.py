@@ -1,5 +1,5 @@
-"""The exception of this folder."""
+"""The exception that this package raises."""
 
 
 class OptimError(ValueError):
-    """Bad input to the optimizer; the message says what, where, and what would be right."""
+    """Bad input to the optimizer; the message names it and what would be right."""

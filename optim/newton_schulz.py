@@ -1,18 +1,20 @@
 """The nearest semi-orthogonal matrix by Newton–Schulz iterations of degree 5.
 
-Letters: N matrices, R rows, C columns. Each step maps every singular value s to
-a·s + b·s³ + c·s⁵ and leaves the singular vectors alone. Two published lists of coefficients:
+Each step maps every singular value s to a·s + b·s³ + c·s⁵ and keeps the singular vectors. There are
+two published lists of coefficients:
 
 - hybrid (the Muon section of the V4 report, arXiv 2606.19348): coarse steps lift small values fast
   but only to somewhere around 1; fine steps then converge to 1.
 - Polar Express (arXiv 2505.16932, Algorithm 1): every step has the best polynomial for the interval
-  that the step before left, from singular values of 1e-3 upwards.
+  that the previous step maps to, from singular values of 1e-3 upwards.
+
+Letters: N matrices of R rows and C columns.
 """
 
 import torch
 from torch import Tensor
 
-from optim.syrk import product_
+from optim.syrk import syrk_
 
 Step = tuple[float, float, float]
 
@@ -28,21 +30,21 @@ POLAR_EXPRESS: tuple[Step, ...] = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
 )
 POLAR_EXPRESS_LIMIT: Step = (1.875, -1.25, 0.375)
-"""All later steps."""
+"""Coefficients of all later steps."""
 POLAR_EXPRESS_SAFETY = 1.01
-"""Rounding may push a singular value above 1, where the early polynomials diverge."""
+"""Divides singular values: rounding may push one above 1, where early polynomials diverge."""
 GRAM_RESTART = 2
 """Steps on one Gram matrix. Squaring loses small singular values to rounding, and a Gram matrix
-that got a negative eigenvalue diverges within few steps; made anew it has none."""
+with a negative eigenvalue diverges within a few steps; a new one has none."""
 
 
 def hybrid_steps(coarse: int = 8, fine: int = 2) -> tuple[Step, ...]:
-    """V4's coefficients, one entry per step."""
+    """Returns V4's coefficients, one entry for each step."""
     return (COARSE,) * coarse + (FINE,) * fine
 
 
 def polar_express_steps(steps: int) -> tuple[Step, ...]:
-    """The published coefficients of the first `steps`, with the published safety factor."""
+    """Returns the published coefficients of the first `steps`, with the published safety factor."""
     safe = [
         (a / POLAR_EXPRESS_SAFETY, b / POLAR_EXPRESS_SAFETY**3, c / POLAR_EXPRESS_SAFETY**5)
         for a, b, c in POLAR_EXPRESS
@@ -56,18 +58,26 @@ def newton_schulz(
     dtype: torch.dtype = torch.float32,
     gram: bool = False,
 ) -> Tensor:
-    """U·Vᵀ of each matrix U·S·Vᵀ: [N, R, C] (or [R, C]) in, the same shape out, in `dtype`.
+    """Computes U·Vᵀ of each matrix U·S·Vᵀ.
 
     With V4's steps singular values end in [0.999, 1.001] in fp32 and about [0.993, 1.007] in bf16,
     if they were at least about 1e-4 of the matrix's Frobenius norm. A zero matrix stays zero. The
-    scale of the input does not matter. Each matrix is treated alone, however many are given.
+    scale of the input does not matter. A matrix's result does not depend on the others in the
+    stack. Not differentiable.
 
-    `gram` iterates on the Gram matrices of matrices at least twice as wide as high (or as high as
-    wide), which is the same in exact arithmetic with fewer operations. Not differentiable.
+    Args:
+        matrices_NRC: [N, R, C] or [R, C], of any floating dtype.
+        steps: the coefficients (a, b, c) of each iteration.
+        dtype: of the iterations and of the result.
+        gram: iterates on Gram matrices where a matrix is at least twice as wide as high, or as
+            high as wide: the same in exact arithmetic, with fewer FLOPs.
+
+    Returns:
+        The shape of `matrices_NRC`, in `dtype`.
     """
     if matrices_NRC.dim() == 2:
         return newton_schulz(matrices_NRC[None], steps, dtype, gram)[0]
-    if matrices_NRC.size(1) > matrices_NRC.size(2):  # the Gram matrix shall be the small one
+    if matrices_NRC.size(1) > matrices_NRC.size(2):  # so that the Gram matrix is the smaller one
         return newton_schulz(matrices_NRC.mT, steps, dtype, gram).mT
     with torch.no_grad():
         x_NRC = _unit_norm(matrices_NRC).to(dtype)
@@ -77,22 +87,23 @@ def newton_schulz(
 
 
 def _on_matrices(x_NRC: Tensor, steps: tuple[Step, ...]) -> Tensor:
-    """Three products a step, in four buffers."""
+    """Runs the iterations with three matmuls each, in four buffers."""
     other_NRC = torch.empty_like(x_NRC)
     gram_NRR = x_NRC.new_empty(x_NRC.size(0), x_NRC.size(1), x_NRC.size(1))
     polynomial_NRR = torch.empty_like(gram_NRR)
     for a, b, c in steps:
-        product_(gram_NRR, x_NRC)
-        product_(polynomial_NRR, gram_NRR, gram_NRR, b, c)
+        syrk_(gram_NRR, x_NRC)
+        syrk_(polynomial_NRR, gram_NRR, gram_NRR, b, c)
         torch.baddbmm(x_NRC, polynomial_NRR, x_NRC, beta=a, out=other_NRC)
         x_NRC, other_NRC = other_NRC, x_NRC
     return x_NRC
 
 
 def _on_gram(x_NRC: Tensor, steps: tuple[Step, ...]) -> Tensor:
-    """The same steps on Gram matrices: P = aI + bG + cG² gives G ← PGP and X ← PX.
+    """Runs the iterations on Gram matrices: P = aI + bG + cG² gives G ← PGP and X ← PX.
 
-    The products P of GRAM_RESTART steps are gathered before they touch X; then G is made anew.
+    The matrices P of GRAM_RESTART steps are multiplied first, then X by them; then G is computed
+    again from X.
     """
     for first in range(0, len(steps), GRAM_RESTART):
         group = steps[first : first + GRAM_RESTART]
@@ -112,10 +123,10 @@ def _on_gram(x_NRC: Tensor, steps: tuple[Step, ...]) -> Tensor:
 
 
 def _unit_norm(matrices_NRC: Tensor) -> Tensor:
-    """Each matrix over its Frobenius norm, in fp32; a new tensor.
+    """Divides each matrix by its Frobenius norm, into a new fp32 tensor.
 
-    Dividing by the largest entry first keeps squares of tiny gradients from vanishing; after it
-    the norm is at least 1 unless the matrix is zero, so no eps distorts anything.
+    Dividing by the largest entry first keeps squares of tiny gradients from underflowing; the norm
+    is then at least 1 unless the matrix is zero, so no eps is needed.
     """
     largest_N11 = torch.linalg.vector_norm(
         matrices_NRC.float(), torch.inf, dim=(1, 2), keepdim=True

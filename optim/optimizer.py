@@ -1,12 +1,14 @@
 """Muon and AdamW over fp32 parameters on one rank.
 
-A step has two phases:
+A step has two parts:
   1. AdamW on its parameters, through torch's functional form: one fused kernel.
-  2. Muon: momentum for every parameter; then same-shape matrices of many parameters (a matrix
-     and a transposed one have the same shape here) go through Newton–Schulz together.
+  2. Muon: momentum for every parameter; then matrices of the same shape, of many parameters, go
+     through Newton–Schulz together. A matrix and a transposed one count as the same shape.
 
-All state exists from construction, so a checkpoint holds the same names at every step.
+All states are allocated at construction, so a checkpoint has the same names at every step.
 `optim.zero.hybrid_zero` runs it on the masters that a rank owns.
+
+Letters: N matrices of R rows and C columns.
 """
 
 from collections import Counter
@@ -20,7 +22,7 @@ from torch.optim.adamw import adamw
 
 from optim.config import OptimConfig
 from optim.errors import OptimError
-from optim.muon import apply_updates_, look_ahead_, momentum_at, orthogonal_update
+from optim.muon import apply_updates_, momentum_at, nesterov_, orthogonal_update
 from optim.partition import Assignment
 
 CPU_BATCH_BYTES = 2 * 2**20
@@ -28,19 +30,19 @@ ACCELERATOR_BATCH_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Matrices `first` to `last` (excluded) of one parameter's stack."""
+class _MatrixRange:
+    """The matrices from `first` up to `last`, exclusive, of one parameter's stack."""
 
     entry: Assignment
     first: int
     last: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """These matrices, a [N, R, C] view of a tensor of the parameter's shape."""
+        """Returns these matrices of a tensor of the parameter's shape: a view, [N, R, C]."""
         return tensor.view(_matrices(self.entry))[self.first : self.last]
 
     def wide(self, matrices_NRC: Tensor) -> Tensor:
-        """With no more rows than columns, as a view; the inverse is the same."""
+        """Transposes matrices of more rows than columns, as a view; it is its own inverse."""
         _, rows, columns = _matrices(self.entry)
         return matrices_NRC.mT if rows > columns else matrices_NRC
 
@@ -53,9 +55,8 @@ def _matrices(entry: Assignment) -> tuple[int, int, int]:
 class Optimizer:
     """Updates `named_parameters` in place as `table` says.
 
-    A parameter whose gradient is None is left alone: no decay, no momentum, no change of state.
-    Raises OptimError when table and parameters do not fit each other, or one is not fp32 or not
-    contiguous.
+    A parameter whose gradient is None is skipped: no decay, no momentum, no change of state.
+    Raises OptimError when table and parameters do not match, or one is not fp32 or not contiguous.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Optimizer:
         table: list[Assignment],
         config: OptimConfig,
     ) -> None:
-        _check_cover(named_parameters, table)
+        _check_table(named_parameters, table)
         self.config = config
         self.table = table
         self.parameters = dict(named_parameters)
@@ -74,7 +75,7 @@ class Optimizer:
         self._momentum = self._zeros(self._muon)
         self._exp_avg = self._zeros(self._adamw)
         self._exp_avg_sq = self._zeros(self._adamw)
-        # Steps count per parameter, because AdamW's bias correction starts when training does.
+        # Steps are counted for each parameter: AdamW's bias correction starts when it is trained.
         self._steps = {
             entry.name: torch.zeros(1, device=self.parameters[entry.name].device)
             for entry in self._adamw
@@ -85,7 +86,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """One update at `learning_rate` from every parameter's `.grad`."""
+        """Updates every parameter at `learning_rate` from its `.grad`."""
         gradients = {
             name: parameter.grad
             for name, parameter in self.parameters.items()
@@ -105,7 +106,7 @@ class Optimizer:
         for (weight_decay, factor), names in groups.items():
             adamw(
                 [self.parameters[name] for name in names],
-                # torch's fused kernel takes elements as they lie, whatever the strides say.
+                # torch's fused kernel ignores strides.
                 [gradients[name].contiguous() for name in names],
                 [self._exp_avg[name] for name in names],
                 [self._exp_avg_sq[name] for name in names],
@@ -125,49 +126,49 @@ class Optimizer:
         mu = momentum_at(self.config.muon, self.step_count)
         entries = [entry for entry in self._muon if entry.name in gradients]
         gradients = {entry.name: gradients[entry.name].contiguous() for entry in entries}
-        if gradients:  # of all parameters at once: on an accelerator some launches, not two each
+        if gradients:  # for all parameters at once: few launches on an accelerator
             momenta = [self._momentum[name] for name in gradients]
             torch._foreach_mul_(momenta, mu)
             torch._foreach_add_(momenta, list(gradients.values()))
         for batch in self._batches(entries):
-            sizes = [piece.last - piece.first for piece in batch]
+            sizes = [part.last - part.first for part in batch]
             shape = sum(sizes), *sorted(_matrices(batch[0].entry)[1:])
             direction_NRC = self.parameters[batch[0].entry.name].new_empty(shape)
-            look_ahead_(
+            nesterov_(
                 direction_NRC.split(sizes),
-                [piece.wide(piece.of(self._momentum[piece.entry.name])) for piece in batch],
-                [piece.wide(piece.of(gradients[piece.entry.name])) for piece in batch],
+                [part.wide(part.of(self._momentum[part.entry.name])) for part in batch],
+                [part.wide(part.of(gradients[part.entry.name])) for part in batch],
                 mu,
             )
             update_NRC = orthogonal_update(direction_NRC, self.config.muon)
             self._apply(batch, update_NRC.split(sizes), learning_rate)
 
     def _apply(
-        self, batch: Sequence[_Piece], updates: Sequence[Tensor], learning_rate: float
+        self, batch: Sequence[_MatrixRange], updates: Sequence[Tensor], learning_rate: float
     ) -> None:
-        """Updates of a batch's pieces, each as wide as high at least, into the parameters."""
+        """Applies the updates of a batch, none of them higher than wide, to the parameters."""
         groups: dict[tuple[float, float], list[tuple[Tensor, Tensor]]] = {}
-        for piece, update_NRC in zip(batch, updates, strict=True):
-            weight_NRC = piece.wide(piece.of(self.parameters[piece.entry.name]))
-            group = piece.entry.learning_rate_factor, piece.entry.weight_decay
+        for part, update_NRC in zip(batch, updates, strict=True):
+            weight_NRC = part.wide(part.of(self.parameters[part.entry.name]))
+            group = part.entry.learning_rate_factor, part.entry.weight_decay
             groups.setdefault(group, []).append((weight_NRC, update_NRC))
         for (factor, weight_decay), pairs in groups.items():
-            weights, parts = zip(*pairs, strict=True)
-            apply_updates_(weights, parts, learning_rate * factor, weight_decay)
+            weights, group_updates = zip(*pairs, strict=True)
+            apply_updates_(weights, group_updates, learning_rate * factor, weight_decay)
 
-    def _batches(self, entries: list[Assignment]) -> Iterator[list[_Piece]]:
-        """Pieces of equal shape, at most `max_batch_bytes` together, in the table's order."""
+    def _batches(self, entries: list[Assignment]) -> Iterator[list[_MatrixRange]]:
+        """Yields matrices of equal shape, up to `max_batch_bytes`, in the table's order."""
         by_shape: dict[tuple[int, ...], list[Assignment]] = {}
         for entry in entries:
             by_shape.setdefault(tuple(sorted(_matrices(entry)[1:])), []).append(entry)
         for (rows, columns), group in by_shape.items():
             room = limit = max(1, self._batch_bytes(group[0]) // (4 * rows * columns))
-            batch: list[_Piece] = []
+            batch: list[_MatrixRange] = []
             for entry in group:
                 first, count = 0, _matrices(entry)[0]
                 while first < count:
                     last = min(count, first + room)
-                    batch.append(_Piece(entry, first, last))
+                    batch.append(_MatrixRange(entry, first, last))
                     room -= last - first
                     first = last
                     if room == 0:
@@ -183,10 +184,10 @@ class Optimizer:
         return CPU_BATCH_BYTES if on_cpu else ACCELERATOR_BATCH_BYTES
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything that a resume needs, by "kind.parameter", as the live tensors.
+        """Returns all that a resume needs, by "kind.parameter", as the live tensors.
 
-        Kinds: `momentum` (Muon); `exp_avg`, `exp_avg_sq`, `step` (AdamW; `step` is [1]).
-        To restore, copy into them.
+        The kinds are `momentum` of Muon and `exp_avg`, `exp_avg_sq` and `step` of AdamW, the last
+        of shape [1], the others of the parameter's. To restore, copy into them.
         """
         kinds = {
             "momentum": self._momentum,
@@ -198,9 +199,9 @@ class Optimizer:
 
 
 def check_names(parameters: Mapping[str, Parameter], table: Sequence[Assignment]) -> None:
-    """Raise OptimError unless the table has every parameter exactly once, and no others."""
+    """Raises OptimError unless the table has every parameter exactly once, and no others."""
     names = [entry.name for entry in table]
-    _refuse(
+    _raise_for(
         ("appear twice in the optimizer table", [n for n, c in Counter(names).items() if c > 1]),
         (
             "are in the model or in the optimizer table, but not in both",
@@ -209,10 +210,11 @@ def check_names(parameters: Mapping[str, Parameter], table: Sequence[Assignment]
     )
 
 
-def _check_cover(named_parameters: Mapping[str, Parameter], table: list[Assignment]) -> None:
+def _check_table(named_parameters: Mapping[str, Parameter], table: list[Assignment]) -> None:
+    """Raises OptimError unless names and shapes match and every parameter can be updated."""
     check_names(named_parameters, table)
     shapes = {entry.name: entry.shape for entry in table}
-    _refuse(
+    _raise_for(
         (
             "have another shape in the optimizer table than in the model",
             [n for n, p in named_parameters.items() if shapes[n] != tuple(p.shape)],
@@ -228,7 +230,8 @@ def _check_cover(named_parameters: Mapping[str, Parameter], table: list[Assignme
     )
 
 
-def _refuse(*problems: tuple[str, list[str]]) -> None:
-    for problem, found in problems:
-        if found:
-            raise OptimError(f"these parameters {problem}: {', '.join(found[:5])}")
+def _raise_for(*problems: tuple[str, list[str]]) -> None:
+    """Raises OptimError for the first problem that some parameters have."""
+    for problem, names in problems:
+        if names:
+            raise OptimError(f"these parameters {problem}: {', '.join(names[:5])}")

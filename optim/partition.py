@@ -1,9 +1,11 @@
-"""Which optimizer every parameter belongs to, and how it falls into independent matrices.
+"""Assigns every parameter to an optimizer and divides it into independent matrices.
 
-The model hands in what it knows of its parameters, `ParameterFacts` by name; here the settings are
-applied to it. Muon sees logically independent matrices: each expert's three, each output group's,
-the two halves of an overlapping compressor. Every split is along the leading dimension, so the
-stack is a view. The division follows the Muon section of the V4 report (arXiv 2606.19348).
+The model hands in what it knows of its parameters, `ParameterFacts` by name; the settings are
+applied to it here. Muon updates logically independent matrices: each expert's three, each output
+group's, the two halves of an overlapping compressor. Every split is along the leading dimension, so
+the stack is a view. The division follows the Muon section of the V4 report (arXiv 2606.19348).
+
+Letters: N matrices of R rows and C columns.
 """
 
 import re
@@ -22,7 +24,7 @@ Shape = tuple[int, ...]
 
 
 class ParameterFacts(Protocol):
-    """What the optimizer has to know of a parameter."""
+    """What the optimizer has to know about a parameter."""
 
     @property
     def group(self) -> str:
@@ -38,12 +40,15 @@ class ParameterFacts(Protocol):
 
     @property
     def matrices_per_head(self) -> int | None:
-        """The same where every query head has a matrix."""
+        """Their number if every query head has a matrix."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """One parameter's place. `matrices` is (N, R, C): view it so for Muon; None for AdamW."""
+    """The optimizer and the settings of one parameter.
+
+    `matrices` is (N, R, C), the shape of its view as a stack of matrices; None for AdamW.
+    """
 
     name: str
     shape: Shape
@@ -56,10 +61,10 @@ class Assignment:
 def build_table(
     shapes: Mapping[str, Shape], facts: Mapping[str, ParameterFacts], config: OptimConfig
 ) -> list[Assignment]:
-    """Returns one Assignment per parameter, in the order of `shapes`.
+    """Returns one Assignment for each parameter, in the order of `shapes`.
 
-    Raises OptimError for a name that has no facts, and for a shape that does not fall into the
-    matrices that they say.
+    Raises OptimError for a name that has no facts, and for a shape that cannot be divided into as
+    many matrices as they say.
     """
     return [_assign(name, tuple(shape), facts, config) for name, shape in shapes.items()]
 
@@ -98,7 +103,7 @@ def _split(name: str, shape: Shape, stacked: bool, count: int) -> tuple[int, int
 
 
 def render_table(table: list[Assignment]) -> "Table":
-    """The table for people, through rich: layers that look the same share one line."""
+    """Returns the table for printing; layers with the same entries share one line."""
     from rich.table import Column, Table  # a quarter of a second to import
 
     lines: Counter[tuple[str, ...]] = Counter()

@@ -8,7 +8,7 @@ DEFAULT_DECAY_FRACTION = 0.1
 
 
 def decay_start(config: OptimConfig, total_steps: int) -> int:
-    """First step, counted from 0, whose learning rate is on the cosine; never in the warm-up."""
+    """Returns the first step, counted from 0, of the cosine; it is never in the warm-up."""
     shape = config.schedule
     if shape.decay_start is not None:
         return shape.decay_start
@@ -17,7 +17,7 @@ def decay_start(config: OptimConfig, total_steps: int) -> int:
 
 
 def learning_rate_at(config: OptimConfig, step: int, total_steps: int) -> float:
-    """Learning rate of update number `step`, counted from 0, in a run of `total_steps`.
+    """Returns the learning rate of update `step`, counted from 0, in a run of `total_steps`.
 
     The last warm-up step has the full rate; the last step of the run, and any after it, have the
     final one. A run shorter than its warm-up ends within it.

@@ -1,7 +1,9 @@
-"""Symmetric products of matrices, which Newton–Schulz is made of: βC + αA·Aᵀ for symmetric C.
+"""Symmetric matmuls of Newton–Schulz (BLAS's syrk): βC + αA·Aᵀ for symmetric C.
 
-Plain PyTorch computes both triangles. The Triton kernel beside this computes one and writes it
-twice, on GPUs from Hopper on and for 16-bit numbers, once a GPU has shown that it is right there.
+PyTorch's matmul computes both triangles. The Triton kernel (syrk_triton.py) computes one and writes
+it twice, for 16-bit numbers on GPUs from Hopper on, once its test has passed on a GPU.
+
+Letters: N matrices of R rows and C columns.
 """
 
 import torch
@@ -11,24 +13,31 @@ COMPARED_ON_GPU = False
 """Whether tests/optim/test_syrk.py has passed on a GPU. Until then nothing trains with it."""
 
 
-def product_(
+def syrk_(
     out_NRR: Tensor,
     a_NRC: Tensor,
     add_NRR: Tensor | None = None,
     beta: float = 0.0,
     alpha: float = 1.0,
 ) -> Tensor:
-    """βC + αA·Aᵀ of each matrix into ``out_NRR``, which is neither of the inputs."""
-    if COMPARED_ON_GPU and _fits(a_NRC):
-        from optim import syrk_triton as symmetric_triton
+    """Computes βC + αA·Aᵀ of each matrix into `out_NRR`.
 
-        return symmetric_triton.product_(out_NRR, a_NRC, add_NRR, beta, alpha)
+    Args:
+        out_NRR: the result, which must not overlap with the inputs.
+        a_NRC: the matrices A.
+        add_NRR: the symmetric matrices C; none where `beta` is 0.
+    """
+    if COMPARED_ON_GPU and _fits(a_NRC):
+        from optim import syrk_triton
+
+        return syrk_triton.syrk_(out_NRR, a_NRC, add_NRR, beta, alpha)
     if add_NRR is None:
         return torch.bmm(a_NRC, a_NRC.mT, out=out_NRR)
     return torch.baddbmm(add_NRR, a_NRC, a_NRC.mT, beta=beta, alpha=alpha, out=out_NRR)
 
 
 def _fits(a_NRC: Tensor) -> bool:
+    """Whether the kernel takes the matrices."""
     device = a_NRC.device
     return (
         device.type == "cuda"

@@ -1,12 +1,11 @@
-"""``symmetric.product_`` in Triton: the lower triangle is written twice, so that the result is
-symmetric to the bit.
+"""`syrk.syrk_` in Triton: one triangle is written twice, so the result is symmetric to the bit.
 
-A program has one block of one matrix. A matrix of R rows and C columns takes R²·C operations, and
-R·BLOCK·C more for the blocks on the diagonal, instead of 2·R²·C, and moves 2·R·(C + R) bytes in
-bf16 at least. Of the three products of a Newton–Schulz step, R²·C, R³ and R²·C multiplications, the
-first two are symmetric: where R = C a step takes 2/3 of the operations, where C = 2·R 7/10 of them.
+A program computes one block of one matrix. A matrix of R rows and C columns takes R²·C FLOPs, and
+R·BLOCK·C more for the blocks on the diagonal, instead of 2·R²·C, and moves at least 2·R·(C + R)
+bytes in bf16. Of the three matmuls of a Newton–Schulz step, with R²·C, R³ and R²·C multiplications,
+the first two are symmetric: a step takes 2/3 of the FLOPs where R = C, and 7/10 where C = 2·R.
 
-    floor of a step at 989 TFLOP/s, R = C      both triangles   one    measured
+    minimum of a step at 989 TFLOP/s, R = C    both triangles   one    measured
     2048 (Flash's experts are 2048 x 4096)           52 us     35 us   not yet timed
     4096                                            417 us    278 us   not yet timed
     7168                                           2235 us   1490 us   not yet timed
@@ -20,7 +19,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _product(
+def _syrk(
     a,
     add,
     out,
@@ -45,15 +44,15 @@ def _product(
     j = pair - i * (i + 1) // 2
     row = (i * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     other = (j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    own = a + matrix * matrix_stride
+    base = a + matrix * matrix_stride
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in tl.range(0, columns, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = (k < columns)[None, :]
         at = row[:, None] * row_stride + k[None, :] * column_stride
-        x = tl.load(own + at, mask=(row < rows)[:, None] & inside, other=0.0)
+        x = tl.load(base + at, mask=(row < rows)[:, None] & inside, other=0.0)
         at = other[:, None] * row_stride + k[None, :] * column_stride
-        y = tl.load(own + at, mask=(other < rows)[:, None] & inside, other=0.0)
+        y = tl.load(base + at, mask=(other < rows)[:, None] & inside, other=0.0)
         acc = tl.dot(x, tl.trans(y), acc, input_precision="ieee")
     acc *= alpha
     start = matrix * rows * rows
@@ -62,14 +61,14 @@ def _product(
     if ADD:
         acc += beta * tl.load(add + at, mask=mask, other=0.0).to(tl.float32)
     value = acc.to(out.dtype.element_ty)
-    # Of a block on the diagonal one triangle, too: how its product rounds is no matter then.
+    # One triangle of a diagonal block as well, so that both are the same however it is rounded.
     tl.store(out + at, value, mask=mask & (row[:, None] >= other[None, :]))
     at = start + other[:, None] * rows + row[None, :]
     mask = (row < rows)[None, :] & (other[:, None] < row[None, :])
     tl.store(out + at, tl.trans(value), mask=mask)
 
 
-def product_(
+def syrk_(
     out_NRR: Tensor,
     a_NRC: Tensor,
     add_NRR: Tensor | None,
@@ -79,9 +78,12 @@ def product_(
     block: int = 128,
     block_k: int = 64,
 ) -> Tensor:
-    """βC + αA·Aᵀ into contiguous ``out_NRR``; C symmetric and contiguous; two runs agree in bits.
+    """Computes βC + αA·Aᵀ of each matrix into `out_NRR`; the same bits at every run.
 
     Args:
+        out_NRR: contiguous.
+        a_NRC: the matrices A, with any strides.
+        add_NRR: the matrices C, symmetric and contiguous.
         block, block_k: rows and columns of a program's tiles, powers of two.
     """
     assert out_NRR.is_contiguous() and (add_NRR is None or add_NRR.is_contiguous())
@@ -89,7 +91,7 @@ def product_(
     blocks = triton.cdiv(rows, block)
     pairs = blocks * (blocks + 1) // 2
     if out_NRR.numel():
-        _product[(pairs * count,)](
+        _syrk[(pairs * count,)](
             a_NRC,
             add_NRR,
             out_NRR,

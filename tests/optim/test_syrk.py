@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from optim import syrk as symmetric
+from optim import syrk
 from optim.newton_schulz import newton_schulz
 from tests.model.kernels.compare import rand
 from tests.model.kernels.interpreter import compiled, interpreted, last_program_first
@@ -27,9 +27,9 @@ def products(shape: tuple[int, int, int], seed: int = 0):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reference(shape):
     a, c, expected = products(shape)
-    out = symmetric.product_(torch.full_like(c, torch.nan), a, c, 0.5, -2.0)
+    out = syrk.syrk_(torch.full_like(c, torch.nan), a, c, 0.5, -2.0)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
-    plain = symmetric.product_(torch.full_like(c, torch.nan), a)
+    plain = syrk.syrk_(torch.full_like(c, torch.nan), a)
     torch.testing.assert_close(plain, a @ a.mT, rtol=1e-5, atol=1e-5)
 
 
@@ -37,18 +37,18 @@ def test_reference(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @interpreted
 def test_triton_equals_float64_and_is_symmetric(shape, seed):
-    from optim import syrk_triton as symmetric_triton
+    from optim import syrk_triton
 
     a, c, expected = products(shape, seed)
     small = {"block": 16, "block_k": 16}
-    out = symmetric_triton.product_(torch.full_like(c, torch.nan), a, c, 0.5, -2.0, **small)
+    out = syrk_triton.syrk_(torch.full_like(c, torch.nan), a, c, 0.5, -2.0, **small)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(out, out.mT)
     with last_program_first():
-        again = symmetric_triton.product_(torch.full_like(c, torch.nan), a, c, 0.5, -2.0, **small)
+        again = syrk_triton.syrk_(torch.full_like(c, torch.nan), a, c, 0.5, -2.0, **small)
     assert torch.equal(out, again)
     tall = a.mT.contiguous().mT  # strides of their own
-    plain = symmetric_triton.product_(torch.full_like(c, torch.nan), tall, None, 0.0, 1.0, **small)
+    plain = syrk_triton.syrk_(torch.full_like(c, torch.nan), tall, None, 0.0, 1.0, **small)
     torch.testing.assert_close(plain.double(), a.double() @ a.double().mT, rtol=1e-5, atol=1e-5)
 
 
@@ -58,13 +58,13 @@ def test_every_pair_of_blocks_is_found(error):
     """A pair's row comes from its number by a root, which a GPU rounds; here it is off by one."""
     import triton.language as tl
 
-    from optim import syrk_triton as symmetric_triton
+    from optim import syrk_triton
 
     a = rand(1, 90, 5)
     exact = tl.sqrt
     tl.sqrt = lambda x: exact(x) * (1 + error)
     try:
-        out = symmetric_triton.product_(
+        out = syrk_triton.syrk_(
             torch.full((1, 90, 90), torch.nan), a, None, 0.0, 1.0, block=16, block_k=16
         )
     finally:
@@ -76,7 +76,7 @@ def test_every_pair_of_blocks_is_found(error):
 def test_newton_schulz_uses_the_kernel_as_on_a_gpu_that_has_shown_it_right():
     a = rand(2, 40, 70)
     plain = newton_schulz(a)
-    with patch.multiple(symmetric, COMPARED_ON_GPU=True, _fits=lambda a_NRC: True):
+    with patch.multiple(syrk, COMPARED_ON_GPU=True, _fits=lambda a_NRC: True):
         ours = newton_schulz(a)
     assert not torch.equal(ours, plain), "the sums are in another order"
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
@@ -94,7 +94,7 @@ def test_newton_schulz_uses_the_kernel_as_on_a_gpu_that_has_shown_it_right():
 )
 def test_where_the_kernel_runs(device, dtype, capability, fits, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert symmetric._fits(SimpleNamespace(device=torch.device(device), dtype=dtype)) is fits
+    assert syrk._fits(SimpleNamespace(device=torch.device(device), dtype=dtype)) is fits
 
 
 @compiled
@@ -103,11 +103,11 @@ def test_fits_a_hopper_gpu(tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from optim import syrk_triton as symmetric_triton
+    from optim import syrk_triton
     from tests.model.kernels.test_triton_compiles import SHARED_BYTES, stack_bytes
 
     triton.knobs.cache.dir = str(tmp_path)
-    kernel = symmetric_triton._product
+    kernel = syrk_triton._syrk
     sizes = {"ADD": True, "BLOCK": 128, "BLOCK_K": 64}
     kinds = dict.fromkeys(("a", "add", "out"), "*bf16") | {"beta": "fp32", "alpha": "fp32"}
     names = kernel.arg_names
@@ -126,15 +126,15 @@ def test_fits_a_hopper_gpu(tmp_path):
 @pytest.mark.gpu(capability=(9, 0))
 @pytest.mark.parametrize("shape", [(3, 2048, 4096), (2, 1000, 1000), (5, 130, 77)])
 def test_on_a_gpu(shape, monkeypatch):
-    from optim import syrk_triton as symmetric_triton
+    from optim import syrk_triton
 
     a = rand(*shape).to("cuda", torch.bfloat16) * shape[2] ** -0.5
     c = rand(shape[0], shape[1], shape[1], seed=1).to("cuda", torch.bfloat16)
     c = c + c.mT
-    out = symmetric_triton.product_(torch.full_like(c, torch.nan), a, c, 0.5, -2.0).double()
+    out = syrk_triton.syrk_(torch.full_like(c, torch.nan), a, c, 0.5, -2.0).double()
     expected = 0.5 * c.double() - 2.0 * a.double() @ a.double().mT
     assert float((out - expected).norm() / expected.norm()) < 4e-3
     assert torch.equal(out, out.mT)
-    monkeypatch.setattr(symmetric, "COMPARED_ON_GPU", True)
+    monkeypatch.setattr(syrk, "COMPARED_ON_GPU", True)
     values = torch.linalg.svdvals(newton_schulz(a, dtype=torch.bfloat16).float())
     assert float(values.max()) < 1.02
