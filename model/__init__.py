@@ -5,7 +5,8 @@ Importing this package does not import torch; the first name that needs torch do
 
 from typing import TYPE_CHECKING, Any
 
-from model.config import ModelConfig, ModelConfigError
+from model.config import ModelConfig
+from model.errors import ModelConfigError
 
 if TYPE_CHECKING:
     from model.layout import SampleLayout

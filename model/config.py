@@ -1,4 +1,4 @@
-"""Sizes and constants of a DeepSeek-V4 model, and their Hugging Face and official spellings.
+"""Sizes and constants of a DeepSeek-V4 model.
 
 Imports nothing heavier than pydantic, so that a configuration can be read on a login node.
 """
@@ -19,6 +19,9 @@ from pydantic import (
     model_validator,
 )
 
+from model.errors import ModelConfigError
+from model.hf_config import fields_from_hf, fields_to_hf
+
 LayerType = Literal["window", "csa", "hca"]
 AttentionMode = Literal["select", "dense", "warmup", "sparse"]
 """Which entries CSA layers attend to, and what their indexers learn (report §2.3.1, §4.2).
@@ -28,53 +31,6 @@ AttentionMode = Literal["select", "dense", "warmup", "sparse"]
 - sparse: the entries that the indexer selects; it learns from the attention to these.
 - select: as sparse, but the indexer learns nothing: evaluation, and runs without phases.
 """
-
-_HF_LAYER_TYPES: dict[str, LayerType] = {
-    "sliding_attention": "window",
-    "compressed_sparse_attention": "csa",
-    "heavily_compressed_attention": "hca",
-}
-_HF_NAMES = {ours: theirs for theirs, ours in _HF_LAYER_TYPES.items()}
-
-# Fields that have the same name and meaning in our configuration and in a Hugging Face one.
-_SHARED_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "head_dim",
-    "q_lora_rank",
-    "o_groups",
-    "o_lora_rank",
-    "sliding_window",
-    "index_n_heads",
-    "index_head_dim",
-    "index_topk",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "n_shared_experts",
-    "moe_intermediate_size",
-    "routed_scaling_factor",
-    "swiglu_limit",
-    "hc_mult",
-    "hc_sinkhorn_iters",
-    "hc_eps",
-    "rms_norm_eps",
-    "rope_theta",
-    "compress_rope_theta",
-    "max_position_embeddings",
-)
-_OPTIONAL_FIELDS = (
-    "num_nextn_predict_layers",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "initializer_range",
-)
-
-
-class ModelConfigError(ValueError):
-    """A model configuration that cannot be built; the message names the field and the remedy."""
 
 
 class Section(BaseModel):
@@ -307,22 +263,7 @@ class ModelConfig(Section):
         Raises:
             ModelConfigError: a needed key is missing, or has a value that V4 does not have.
         """
-        _refuse_other_architectures(config)
-        fields: dict[str, Any] = {}
-        for name in _SHARED_FIELDS:
-            source = (
-                "num_local_experts" if name not in config and name == "n_routed_experts" else name
-            )
-            if config.get(source) is None:
-                raise ModelConfigError(f"config.json has no {name}; it must be given")
-            fields[name] = config[source]
-        for name in _OPTIONAL_FIELDS:
-            if config.get(name) is not None:
-                fields[name] = config[name]
-        if isinstance(fields.get("eos_token_id"), list):
-            fields["eos_token_id"] = fields["eos_token_id"][0]
-        fields |= _layer_types_from_hf(config) | _rope_from_hf(config)
-        fields["num_hash_layers"] = _hash_layers_from_hf(config)
+        fields = fields_from_hf(config)
         try:
             return cls(**(fields | training))
         except ValidationError as error:
@@ -330,37 +271,7 @@ class ModelConfig(Section):
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the ``config.json`` that ``transformers`` reads, in its own field names."""
-        fields = {name: getattr(self, name) for name in (*_SHARED_FIELDS, *_OPTIONAL_FIELDS)}
-        rotary_share = self.qk_rope_head_dim / self.head_dim
-        main = {"rope_type": "default", "rope_theta": self.rope_theta}
-        compress: dict[str, Any] = {"rope_type": "default", "rope_theta": self.compress_rope_theta}
-        if self.rope_scaling is not None:
-            compress |= {"rope_type": "yarn", "attention_factor": 1.0}
-            compress |= self.rope_scaling.model_dump()
-        for rope in (main, compress):
-            rope["partial_rotary_factor"] = rotary_share
-        learned = self.num_hidden_layers - self.num_hash_layers
-        return fields | {
-            "architectures": ["DeepseekV4ForCausalLM"],
-            "model_type": "deepseek_v4",
-            "layer_types": [_HF_NAMES[t] for t in self.layer_types],
-            "mlp_layer_types": ["hash_moe"] * self.num_hash_layers + ["moe"] * learned,
-            "compress_rates": {
-                "compressed_sparse_attention": self.csa_compress_ratio,
-                "heavily_compressed_attention": self.hca_compress_ratio,
-            },
-            "qk_rope_head_dim": self.qk_rope_head_dim,
-            "partial_rotary_factor": rotary_share,
-            "rope_parameters": {"main": main, "compress": compress},
-            "num_key_value_heads": 1,
-            "scoring_func": "sqrtsoftplus",
-            "norm_topk_prob": True,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "attention_dropout": 0.0,
-            "tie_word_embeddings": False,
-        }
+        return fields_to_hf(self.model_dump())
 
 
 def _require(ok: bool, problem: str) -> None:
@@ -374,104 +285,3 @@ def _first_problem(error: ValidationError) -> str:
         return str(reason)
     name = ".".join(str(part) for part in problem["loc"])
     return f"{name} = {problem['input']!r}: {problem['msg']}"
-
-
-def _refuse_other_architectures(config: dict[str, Any]) -> None:
-    fixed = {
-        "model_type": "deepseek_v4",
-        "scoring_func": "sqrtsoftplus",
-        "norm_topk_prob": True,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "num_key_value_heads": 1,
-    }
-    for name, value in fixed.items():
-        if config.get(name, value) != value:
-            raise ModelConfigError(f"config.json has {name} = {config[name]!r}; V4 has {value!r}")
-
-
-def _layer_types_from_hf(config: dict[str, Any]) -> dict[str, Any]:
-    layers = config["num_hidden_layers"]
-    rates = config.get("compress_rates") or {}
-    csa = rates.get("compressed_sparse_attention", config.get("compress_rate_csa", 4))
-    hca = rates.get("heavily_compressed_attention", config.get("compress_rate_hca", 128))
-    if config.get("layer_types") is not None:
-        try:
-            types = [_HF_LAYER_TYPES[name] for name in config["layer_types"]]
-        except KeyError as error:
-            known = ", ".join(_HF_LAYER_TYPES)
-            raise ModelConfigError(
-                f"config.json has the layer type {error.args[0]!r}; V4 has {known}"
-            ) from None
-    elif config.get("compress_ratios") is not None:
-        # The last ratio of the official list is the MTP block's, which always has window attention.
-        kinds: dict[int, LayerType] = {0: "window", csa: "csa", hca: "hca"}
-        ratios = config["compress_ratios"][:layers]
-        unknown = [ratio for ratio in ratios if ratio not in kinds]
-        if unknown:
-            raise ModelConfigError(
-                f"config.json has the compression ratio {unknown[0]}; V4 has {sorted(kinds)}"
-            )
-        types = [kinds[ratio] for ratio in ratios]
-    else:
-        raise ModelConfigError("config.json has neither layer_types nor compress_ratios")
-    return {
-        "layer_types": types,
-        "csa_compress_ratio": csa,
-        "hca_compress_ratio": hca,
-    }
-
-
-def _rope_from_hf(config: dict[str, Any]) -> dict[str, Any]:
-    if config.get("qk_rope_head_dim") is not None:
-        rotary = config["qk_rope_head_dim"]
-    elif config.get("partial_rotary_factor") is not None:
-        rotary = int(config["head_dim"] * config["partial_rotary_factor"])
-    else:
-        raise ModelConfigError("config.json has neither qk_rope_head_dim nor partial_rotary_factor")
-    nested = config.get("rope_parameters") or {}
-    if isinstance(nested.get("compress"), dict):
-        try:
-            bases = {
-                "rope_theta": nested["main"]["rope_theta"],
-                "compress_rope_theta": nested["compress"]["rope_theta"],
-            }
-        except KeyError as error:
-            raise ModelConfigError(
-                f"config.json's rope_parameters lack {error.args[0]!r}; they need main.rope_theta "
-                "and compress.rope_theta"
-            ) from None
-        scaling = nested["compress"]
-    else:
-        bases = {}
-        scaling = config.get("rope_scaling") or nested
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "yarn"):
-        raise ModelConfigError(f"config.json asks for {kind!r} rope; V4 has 'default' or 'yarn'")
-    if scaling.get("attention_factor", 1.0) != 1.0:
-        raise ModelConfigError(
-            f"config.json has attention_factor = {scaling['attention_factor']}; V4 has 1.0"
-        )
-    yarn = None
-    if kind == "yarn":
-        try:
-            yarn = {name: scaling[name] for name in Yarn.model_fields}
-        except KeyError as error:
-            raise ModelConfigError(f"config.json's yarn rope has no {error.args[0]}") from None
-    return {"qk_rope_head_dim": rotary, "rope_scaling": yarn} | bases
-
-
-def _hash_layers_from_hf(config: dict[str, Any]) -> int:
-    types = config.get("mlp_layer_types")
-    if types is None:
-        if config.get("num_hash_layers") is None:
-            raise ModelConfigError("config.json has neither mlp_layer_types nor num_hash_layers")
-        return config["num_hash_layers"]
-    hashed = types.count("hash_moe")
-    if list(types) != ["hash_moe"] * hashed + ["moe"] * (len(types) - hashed):
-        raise ModelConfigError(
-            "config.json's mlp_layer_types must be hash_moe layers, then moe layers"
-        )
-    return hashed

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfigError
+from model.errors import ModelConfigError
 from model.parameters import (
     entry_of,
     expert_name,

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 
 from data.errors import DataError
-from model.config import ModelConfigError
+from model.errors import ModelConfigError
 from optim.errors import OptimError
 from trainer.config import ConfigError
 from trainer.exit_codes import USER_ERROR, error_line

@@ -1,0 +1,199 @@
+"""The `config.json` of transformers and of the official release, in fields of ModelConfig."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from model.errors import ModelConfigError
+
+_LAYER_TYPES: dict[str, str] = {
+    "sliding_attention": "window",
+    "compressed_sparse_attention": "csa",
+    "heavily_compressed_attention": "hca",
+}
+_HF_NAMES = {ours: theirs for theirs, ours in _LAYER_TYPES.items()}
+
+# Fields that have the same name and meaning in our configuration and in a Hugging Face one.
+_SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "q_lora_rank",
+    "o_groups",
+    "o_lora_rank",
+    "sliding_window",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_shared_experts",
+    "moe_intermediate_size",
+    "routed_scaling_factor",
+    "swiglu_limit",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+    "hc_eps",
+    "rms_norm_eps",
+    "rope_theta",
+    "compress_rope_theta",
+    "max_position_embeddings",
+)
+_OPTIONAL_FIELDS = (
+    "num_nextn_predict_layers",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "initializer_range",
+)
+_FIXED_FIELDS = {
+    "model_type": "deepseek_v4",
+    "scoring_func": "sqrtsoftplus",
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "num_key_value_heads": 1,
+}
+_YARN_FIELDS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+
+
+def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a ModelConfig from ``to_dict()`` of transformers, or ``config.json``.
+
+    Raises ModelConfigError if a needed key is missing, or has a value that V4 does not have.
+    """
+    _refuse_other_architectures(config)
+    fields: dict[str, Any] = {}
+    for name in _SHARED_FIELDS:
+        source = "num_local_experts" if name not in config and name == "n_routed_experts" else name
+        if config.get(source) is None:
+            raise ModelConfigError(f"config.json has no {name}; it must be given")
+        fields[name] = config[source]
+    for name in _OPTIONAL_FIELDS:
+        if config.get(name) is not None:
+            fields[name] = config[name]
+    if isinstance(fields.get("eos_token_id"), list):
+        fields["eos_token_id"] = fields["eos_token_id"][0]
+    fields |= _layer_types_from_hf(config) | _rope_from_hf(config)
+    fields["num_hash_layers"] = _hash_layers_from_hf(config)
+    return fields
+
+
+def fields_to_hf(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the ``config.json`` that ``transformers`` reads, from the fields of a ModelConfig."""
+    rotary_share = config["qk_rope_head_dim"] / config["head_dim"]
+    main = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    compress = {"rope_type": "default", "rope_theta": config["compress_rope_theta"]}
+    if config["rope_scaling"] is not None:
+        compress |= {"rope_type": "yarn", "attention_factor": 1.0} | config["rope_scaling"]
+    for rope in (main, compress):
+        rope["partial_rotary_factor"] = rotary_share
+    hashed = config["num_hash_layers"]
+    return {name: config[name] for name in (*_SHARED_FIELDS, *_OPTIONAL_FIELDS)} | {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "layer_types": [_HF_NAMES[kind] for kind in config["layer_types"]],
+        "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (config["num_hidden_layers"] - hashed),
+        "compress_rates": {
+            "compressed_sparse_attention": config["csa_compress_ratio"],
+            "heavily_compressed_attention": config["hca_compress_ratio"],
+        },
+        "qk_rope_head_dim": config["qk_rope_head_dim"],
+        "partial_rotary_factor": rotary_share,
+        "rope_parameters": {"main": main, "compress": compress},
+        "attention_dropout": 0.0,
+        **_FIXED_FIELDS,
+    }
+
+
+def _refuse_other_architectures(config: Mapping[str, Any]) -> None:
+    for name, value in _FIXED_FIELDS.items():
+        if config.get(name, value) != value:
+            raise ModelConfigError(f"config.json has {name} = {config[name]!r}; V4 has {value!r}")
+
+
+def _layer_types_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
+    layers = config["num_hidden_layers"]
+    rates = config.get("compress_rates") or {}
+    csa = rates.get("compressed_sparse_attention", config.get("compress_rate_csa", 4))
+    hca = rates.get("heavily_compressed_attention", config.get("compress_rate_hca", 128))
+    if config.get("layer_types") is not None:
+        try:
+            types = [_LAYER_TYPES[name] for name in config["layer_types"]]
+        except KeyError as error:
+            known = ", ".join(_LAYER_TYPES)
+            raise ModelConfigError(
+                f"config.json has the layer type {error.args[0]!r}; V4 has {known}"
+            ) from None
+    elif config.get("compress_ratios") is not None:
+        # The last ratio of the official list is the MTP block's, which always has window attention.
+        kinds: dict[int, str] = {0: "window", csa: "csa", hca: "hca"}
+        ratios = config["compress_ratios"][:layers]
+        unknown = [ratio for ratio in ratios if ratio not in kinds]
+        if unknown:
+            raise ModelConfigError(
+                f"config.json has the compression ratio {unknown[0]}; V4 has {sorted(kinds)}"
+            )
+        types = [kinds[ratio] for ratio in ratios]
+    else:
+        raise ModelConfigError("config.json has neither layer_types nor compress_ratios")
+    return {
+        "layer_types": types,
+        "csa_compress_ratio": csa,
+        "hca_compress_ratio": hca,
+    }
+
+
+def _rope_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
+    if config.get("qk_rope_head_dim") is not None:
+        rotary = config["qk_rope_head_dim"]
+    elif config.get("partial_rotary_factor") is not None:
+        rotary = int(config["head_dim"] * config["partial_rotary_factor"])
+    else:
+        raise ModelConfigError("config.json has neither qk_rope_head_dim nor partial_rotary_factor")
+    nested = config.get("rope_parameters") or {}
+    if isinstance(nested.get("compress"), dict):
+        try:
+            bases = {
+                "rope_theta": nested["main"]["rope_theta"],
+                "compress_rope_theta": nested["compress"]["rope_theta"],
+            }
+        except KeyError as error:
+            raise ModelConfigError(
+                f"config.json's rope_parameters lack {error.args[0]!r}; they need main.rope_theta "
+                "and compress.rope_theta"
+            ) from None
+        scaling = nested["compress"]
+    else:
+        bases = {}
+        scaling = config.get("rope_scaling") or nested
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "yarn"):
+        raise ModelConfigError(f"config.json asks for {kind!r} rope; V4 has 'default' or 'yarn'")
+    if scaling.get("attention_factor", 1.0) != 1.0:
+        raise ModelConfigError(
+            f"config.json has attention_factor = {scaling['attention_factor']}; V4 has 1.0"
+        )
+    yarn = None
+    if kind == "yarn":
+        try:
+            yarn = {name: scaling[name] for name in _YARN_FIELDS}
+        except KeyError as error:
+            raise ModelConfigError(f"config.json's yarn rope has no {error.args[0]}") from None
+    return {"qk_rope_head_dim": rotary, "rope_scaling": yarn} | bases
+
+
+def _hash_layers_from_hf(config: Mapping[str, Any]) -> int:
+    types = config.get("mlp_layer_types")
+    if types is None:
+        if config.get("num_hash_layers") is None:
+            raise ModelConfigError("config.json has neither mlp_layer_types nor num_hash_layers")
+        return config["num_hash_layers"]
+    hashed = types.count("hash_moe")
+    if list(types) != ["hash_moe"] * hashed + ["moe"] * (len(types) - hashed):
+        raise ModelConfigError(
+            "config.json's mlp_layer_types must be hash_moe layers, then moe layers"
+        )
+    return hashed
