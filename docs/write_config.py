@@ -78,7 +78,7 @@ def _row(field: Field) -> str:
 
 
 def main() -> None:
-    """Writes config.md beside this file."""
+    """Writes config.md next to this file."""
     TARGET.write_text(page(), encoding="utf-8")
 
 

@@ -128,7 +128,7 @@ class ClusterConfig(Section):
         for name in value:
             if SECRET.search(name):
                 raise ValueError(
-                    f"{name} looks like a secret, which no file here should hold; set it where the "
+                    f"{name} looks like a secret, which no file should contain; set it where the "
                     "job is submitted, or name a secret in kubernetes.wandb_secret"
                 )
             if not ALLOWED_VARIABLE.match(name):
@@ -178,7 +178,7 @@ class Job:
         return RESTART_ENVIRONMENT | self.cluster.environment
 
     def torchrun(self, endpoint: str, job_id: str, is_host: str) -> list[str]:
-        """Returns the command up to training's arguments; its own three are shell text."""
+        """Returns the command without training's arguments; the parameters are shell text."""
         cluster = self.cluster
         return [
             f"{cluster.python} -m torch.distributed.run",

@@ -216,7 +216,7 @@ class ParallelConfig(Section):
             name = (
                 f"{where}.global_batch_size"
                 if rows == data.global_batch_size
-                else f"a ramp's {where}: rows"
+                else f"rows of {where}'s ramp"
             )
             if rows < data_ranks:
                 yield (

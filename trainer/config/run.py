@@ -91,7 +91,7 @@ class EvaluationConfig(Section):
 
 
 class RunConfig(Section):
-    """A run; its fields are the interface of config files and of the command line."""
+    """The fields at the top of a run's config file, and its sections."""
 
     run_dir: Path
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, wandb/, report.html."""

@@ -44,7 +44,7 @@ CHANGING = [
 
 
 def phased(tiny: Path, folder: Path, phases: list[dict[str, Any]], **more: Any) -> Path:
-    """The tiny run with these phases, in a file of its own."""
+    """The tiny run with these phases, in another file."""
     path = folder / "phased.yaml"
     values = {"base": str(tiny), "steps": 0, "phases": phases} | more
     path.write_text(yaml.safe_dump(values))
@@ -61,10 +61,10 @@ def test_everything_is_a_function_of_the_step(tiny: Path, tmp_path: Path) -> Non
     assert recipe.phases[0].tokens == 8 * 2 * 32 + 8 * 4 * 32
     counted = 0
     for phase in recipe.phases:
-        given = config.phases[phase.number]
+        settings = config.phases[phase.number]
         counted += phase.tokens
         rows = phase.rows
-        assert counted >= given.until_tokens > counted - rows.global_batch_size * rows.seq_len
+        assert counted >= settings.until_tokens > counted - rows.global_batch_size * rows.seq_len
     peak = config.optim.learning_rate
     rates = [recipe.learning_rate(step) for step in range(45)]
     assert rates[:2] == [peak / 2, peak] and set(rates[2:24]) == {peak}
@@ -117,7 +117,7 @@ def change(number: int, **fields: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("phases", "more", "words"),
+    ("phases", "more", "message"),
     [
         (change(4, seq_len=64), {}, r"phases.4.seq_len = 64 is shorter than the 96 of"),
         (
@@ -173,9 +173,9 @@ def change(number: int, **fields: Any) -> list[dict[str, Any]]:
     ],
 )
 def test_refused(
-    tiny: Path, tmp_path: Path, phases: list[dict[str, Any]], more: dict[str, Any], words: str
+    tiny: Path, tmp_path: Path, phases: list[dict[str, Any]], more: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=words) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         load_config(phased(tiny, tmp_path, phases, **more))
     assert "\n" not in str(caught.value)
 
@@ -183,19 +183,19 @@ def test_refused(
 def test_every_step_of_a_ramp_must_fit_the_processes(tiny: Path, tmp_path: Path) -> None:
     config = load_config(phased(tiny, tmp_path, change(0, micro_batch_size=1)))
     config.check_world(1)
-    with pytest.raises(ConfigError, match=r"a ramp's phases.0: rows = 2 should be at least .* 3"):
+    with pytest.raises(ConfigError, match=r"rows of phases.0's ramp = 2 should be at least .* 3"):
         config.check_world(3)
     with pytest.raises(
-        ConfigError, match=r"fewer than the 2 .* a ramp's phases.0: rows should be at least 4"
+        ConfigError, match=r"fewer than the 2 .* rows of phases.0's ramp should be at least 4"
     ):
         path = phased(tiny, tmp_path, change(2, global_batch_size=3, micro_batch_size=1))
         load_config(path, ["parallel.pipeline=2", "data.micro_batch_size=1"]).check_world(4)
 
 
-def test_more_picks_than_entries_are_noted_once(tiny: Path, tmp_path: Path) -> None:
+def test_a_topk_above_the_entries_is_noted_once(tiny: Path, tmp_path: Path) -> None:
     path = phased(tiny, tmp_path, CHANGING)
     assert not load_config(path).recipe.notes()
-    for picks in (64, 24):
-        (note,) = load_config(path, [f"model.index_topk={picks}"]).recipe.notes()
-        assert f"rows of 96 have 24 entries and model.index_topk is {picks}" in note
+    for topk in (64, 24):
+        (note,) = load_config(path, [f"model.index_topk={topk}"]).recipe.notes()
+        assert f"rows of 96 have 24 entries and model.index_topk is {topk}" in note
     assert not load_config(path, ["model.index_topk=23"]).recipe.notes()

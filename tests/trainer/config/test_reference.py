@@ -70,7 +70,7 @@ def test_a_field() -> None:
 
 
 @pytest.mark.parametrize(
-    ("annotation", "words"),
+    ("annotation", "name"),
     [
         (dict[str, float] | None, "mapping from names to numbers or null"),
         (tuple[int, int], "list of 2 integers"),
@@ -78,8 +78,8 @@ def test_a_field() -> None:
         (bool, "true or false"),
     ],
 )
-def test_types_in_words(annotation: object, words: str) -> None:
-    assert describe(annotation) == (words, [])
+def test_types_are_named(annotation: object, name: str) -> None:
+    assert describe(annotation) == (name, [])
 
 
 def test_search_finds_keys_before_meanings() -> None:
