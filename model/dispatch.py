@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from model.kernels.permute import collect_rows, spread_rows
+from model.kernels.permute import permute_rows, unpermute_rows
 from model.router import Routing
 
 ROW_ALIGNMENT = 16
@@ -57,12 +57,12 @@ class LocalDispatch:
         place_L = torch.empty_like(sorted_L).index_copy_(0, sorted_L, place)
         weights_L = routing.weights_TA.flatten()
         weights_P = weights_L.new_zeros(places).index_copy(0, place_L, weights_L)
-        rows_PD = spread_rows(x_TD, order_P, place_L)
+        rows_PD = permute_rows(x_TD, order_P, place_L)
         return Dispatched(rows_PD, weights_P, ends_E.to(torch.int32), order_P, place_L)
 
     def combine(self, y_PD: Tensor, sent: Dispatched, tokens: int) -> Tensor:
         """Sums each token's expert outputs to [T, D]."""
-        return collect_rows(y_PD, sent.order_P, sent.place_L, tokens)
+        return unpermute_rows(y_PD, sent.order_P, sent.place_L, tokens)
 
 
 def count_each(index_L: Tensor, size: int) -> Tensor:

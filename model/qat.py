@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from model.indexer import Indexer
-from model.kernels.mxfp4 import rounded
+from model.kernels.mxfp4 import quantise_dequantise
 from model.moe import Experts
 
 
@@ -28,7 +28,11 @@ def quantised(model: nn.Module) -> Iterator[None]:
     indexers = [module for module in model.modules() if isinstance(module, Indexer)]
     try:
         for module in experts:
-            module.rounded = (rounded(module.w1), rounded(module.w2), rounded(module.w3))
+            module.rounded = (
+                quantise_dequantise(module.w1),
+                quantise_dequantise(module.w2),
+                quantise_dequantise(module.w3),
+            )
         for indexer in indexers:
             indexer.quantised = True
         yield

@@ -109,7 +109,10 @@ def rounding_task(config: ModelConfig, row: int) -> Task:
         "codes, triton": lambda g: quantise(g, tiles, rows=True, columns=True)[0].codes
     }
     implementations |= eager_versions(
-        lambda g: eager.rounded(g, 1, FP8_BLOCK) + eager.rounded(g, FP8_BLOCK, 1), row
+        lambda g: (
+            eager.quantise_dequantise(g, 1, FP8_BLOCK) + eager.quantise_dequantise(g, FP8_BLOCK, 1)
+        ),
+        row,
     )
     count = float(grad.numel())
     return Task("rounding to FP8", [grad], implementations, Work(20 * count, 4 * count), None)

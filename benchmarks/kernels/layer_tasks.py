@@ -14,7 +14,7 @@ from model.kernels.cross_entropy import SoftmaxLoss, linear_cross_entropy
 from model.kernels.cross_entropy.eager import eager_softmax_loss
 from model.kernels.hyper_connection.eager import eager_read_streams, eager_write_streams
 from model.kernels.norm.eager import eager_rms_norm
-from model.kernels.permute.eager import eager_collect
+from model.kernels.permute.eager import eager_unpermute
 from model.kernels.swiglu.eager import eager_clamped_swiglu
 from model.transformer import IGNORE_INDEX
 
@@ -97,14 +97,14 @@ def swiglu_task(config: ModelConfig, row: int) -> Task:
 
 def collect_task(config: ModelConfig, row: int) -> Task:
     """The sum of every token's expert rows, which lie in random order."""
-    from model.kernels.permute import collect_triton
+    from model.kernels.permute import unpermute_triton
 
     dim, choices = config.hidden_size, config.num_experts_per_tok
     place = torch.randperm(row * choices, device=DEVICE)
     implementations: dict[str, Callable[..., Tensor]] = {
-        "triton": lambda y: collect_triton.collect(y, place, row)
+        "triton": lambda y: unpermute_triton.unpermute(y, place, row)
     }
-    implementations |= eager_versions(lambda y: eager_collect(y, place, row), 0)
+    implementations |= eager_versions(lambda y: eager_unpermute(y, place, row), 0)
     work = Work(float(row * choices * dim), 2.0 * row * dim * (choices + 1))
     return Task("sum of experts' rows", [randn(row * choices, dim)], implementations, work, None)
 

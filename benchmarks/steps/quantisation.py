@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data import Loader
 from model.kernels.block_sizes import MXFP4_BLOCK
-from model.kernels.mxfp4 import fits_fp8, from_fp8, quantise, rounded, to_fp8
+from model.kernels.mxfp4 import fits_fp8, from_fp8, quantise, quantise_dequantise, to_fp8
 from trainer.build import build
 from trainer.checkpoint.folder import checkpoints_in
 from trainer.config import RunConfig, load_config
@@ -78,7 +78,7 @@ def fp8(config: RunConfig) -> tuple[int, int, int, bool]:
         exponents = packed.scales.view(torch.uint8).int()[is_nonzero]
         span = max(span, int(exponents.max() - exponents.min()))
         if fits.all():
-            lossless &= torch.equal(from_fp8(*to_fp8(packed)), rounded(matrix))
+            lossless &= torch.equal(from_fp8(*to_fp8(packed)), quantise_dequantise(matrix))
     return blocks, fitting, span, lossless
 
 

@@ -68,7 +68,7 @@ def dequantise(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     return (_blocks(values) * scales).flatten(-2).to(dtype)
 
 
-def rounded(x: Tensor) -> Tensor:
+def quantise_dequantise(x: Tensor) -> Tensor:
     """Returns `x` [..., C] after `quantise` and back, in its own dtype and without a gradient."""
     result = torch.empty_like(x, requires_grad=False, memory_format=torch.contiguous_format)
     rows = max(_PART // x.shape[-1], 1)
@@ -82,7 +82,7 @@ def rounded(x: Tensor) -> Tensor:
     return result
 
 
-def naive_rounded(x: Tensor) -> Tensor:
+def naive_quantise_dequantise(x: Tensor) -> Tensor:
     """Rounds `x` [..., C] by a search over all magnitudes, for comparison; x's dtype."""
     blocks = _blocks(x).double()
     largest = blocks.abs().amax(-1, keepdim=True)
@@ -95,8 +95,8 @@ def naive_rounded(x: Tensor) -> Tensor:
 
 
 def fake_quantise(x: Tensor) -> Tensor:
-    """Applies `rounded` in forward only: the gradient passes unchanged."""
-    return straight_through(x, rounded(x))
+    """Applies `quantise_dequantise` in forward only: the gradient passes unchanged."""
+    return straight_through(x, quantise_dequantise(x))
 
 
 def straight_through(x: Tensor, values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from model import attention as module
 from model.config import AttentionMode, ModelConfig
 from model.flops import training_flops
 from model.kernels.attention import AttentionInputs
-from model.kernels.attention.naive import naive_listed, naive_probabilities
+from model.kernels.attention.naive import naive_probabilities, naive_selection_mask
 from model.kernels.indexer import IndexerInputs, KLTarget
 from model.kernels.indexer.naive import naive_scores
 from tests.model.tiny import random_model, random_tokens, tiny_config
@@ -47,7 +47,7 @@ def whole_matrices(config: ModelConfig, seen: dict[str, Any]) -> tuple[Tensor, T
     near = (ranges.window_start_T[:, None] <= t) & (t[:, None] >= t)
     open_ = (c >= ranges.entry_start_T[:, None]) & (c < ranges.entry_end_T[:, None])
     if attention.selected_Tk is not None:
-        open_ &= naive_listed(attention.selected_Tk, entries)
+        open_ &= naive_selection_mask(attention.selected_Tk, entries)
     tensors = (attention.q_THK, attention.kv_TK, attention.entries_CK, attention.sink_H)
     probability = naive_probabilities(
         *[x.double() for x in tensors], attention.rotation_TR, near, open_, config.rms_norm_eps

@@ -18,7 +18,7 @@ from model.exchange import LocalExchange
 from model.execution import Execution
 from model.kernels.hadamard import hadamard, naive_hadamard
 from model.kernels.indexer import IndexerInputs
-from model.kernels.mxfp4 import fits_fp8, from_fp8, naive_rounded, quantise, to_fp8
+from model.kernels.mxfp4 import fits_fp8, from_fp8, naive_quantise_dequantise, quantise, to_fp8
 from model.positions import Positions
 from model.qat import quantised, rounded_weights
 from tests.model.tiny import random_model, random_tokens, tiny_config
@@ -34,7 +34,7 @@ def rounded_copy(model: V4Model) -> V4Model:
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             if ".ffn.experts." in name:
-                parameter.copy_(naive_rounded(parameter))
+                parameter.copy_(naive_quantise_dequantise(parameter))
     return twin
 
 
@@ -124,11 +124,11 @@ def test_only_the_index_sees_rotated_and_rounded_queries_and_keys() -> None:
     plain, found = calls[0], calls[len(calls) // 2]
     for before, after in zip(plain[:2], found[:2], strict=True):
         turned = naive_hadamard(before.double())
-        expected = naive_rounded(turned.float())
+        expected = naive_quantise_dequantise(turned.float())
         close = (turned - expected.double()).abs() + 1e-5 < (turned - after.double()).abs()
         assert not close.any(), "not the nearest"
         assert (after != expected).float().mean() < 1e-3  # where rounding in fp32 meets a tie
-        assert torch.equal(naive_rounded(after), after)
+        assert torch.equal(naive_quantise_dequantise(after), after)
     assert torch.equal(plain[2], found[2]), "the heads' weights stay"
 
 

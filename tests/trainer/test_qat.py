@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 
 from model import qat as quantised_module
-from model.kernels.mxfp4 import rounded
+from model.kernels.mxfp4 import quantise_dequantise
 from model.qat import quantised
 from tests.trainer.tiny import assert_same_run, column, train
 from trainer.commands import main
@@ -49,7 +49,9 @@ def test_four_steps_are_two_and_two(tiny: Path, tmp_path: Path, precision: str) 
 
 
 def test_weights_are_rounded_once_a_step(tiny: Path, tmp_path: Path) -> None:
-    with patch.object(quantised_module, "rounded", wraps=rounded) as counted:
+    with patch.object(
+        quantised_module, "quantise_dequantise", wraps=quantise_dequantise
+    ) as counted:
         train(
             tiny,
             tmp_path / "run",

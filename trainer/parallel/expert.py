@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.dispatch import Dispatched, LocalDispatch, count_each
-from model.kernels.permute import collect_rows, spread_rows
+from model.kernels.permute import permute_rows, unpermute_rows
 from model.router import Routing
 from trainer.parallel.collectives import all_to_all, exchange
 from trainer.parallel.grid import Grid
@@ -58,7 +58,7 @@ class ExpertDispatch:
         place_L = torch.empty_like(order_L)
         place_L[order_L] = torch.arange(len(order_L), device=order_L.device)
         received_RE, send, receive = self.exchange_counts(slot_L, local_experts)
-        rows_PD = exchange(spread_rows(x_TD, order_L, place_L), send, receive, self.axis)
+        rows_PD = exchange(permute_rows(x_TD, order_L, place_L), send, receive, self.axis)
         weights_P = exchange(weights_L[order_L], send, receive, self.axis)
         number_P = torch.arange(local_experts, device=x_TD.device).repeat(self.axis.size)
         expert_P = number_P.repeat_interleave(received_RE.flatten(), output_size=sum(receive))
@@ -91,7 +91,7 @@ class ExpertDispatch:
         assert isinstance(sent, _Sent)
         rows_PD = self.local.combine(y_PD, sent, sent.rows)[:-1]
         back_LD = exchange(rows_PD, sent.receive, sent.send, self.axis)
-        return collect_rows(back_LD, sent.order_L, sent.sent_place_L, tokens)
+        return unpermute_rows(back_LD, sent.order_L, sent.sent_place_L, tokens)
 
     def _slots(self, indices_TA: Tensor, local_experts: int) -> Tensor:
         """rank · E_local + expert on that rank, for each of the parts of each chosen expert."""

@@ -54,6 +54,6 @@ def naive_probabilities(
     return weight / (weight.sum(-1, keepdim=True) + sink_H.exp()[:, None])
 
 
-def naive_listed(selected_Tk: Tensor, entries: int) -> Tensor:
+def naive_selection_mask(selected_Tk: Tensor, entries: int) -> Tensor:
     """Writes lists of entries (-1: none) as a mask, bool [T, C]."""
     return (selected_Tk[..., None] == torch.arange(entries, device=selected_Tk.device)).any(1)

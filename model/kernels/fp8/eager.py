@@ -33,16 +33,24 @@ class _Batched(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.bmm(rounded(x, 1, BLOCK), rounded(weight, BLOCK, BLOCK).transpose(1, 2))
+        return torch.bmm(
+            quantise_dequantise(x, 1, BLOCK),
+            quantise_dequantise(weight, BLOCK, BLOCK).transpose(1, 2),
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.bmm(rounded(grad, 1, BLOCK), rounded(weight, BLOCK, BLOCK))
+            grad_x = torch.bmm(
+                quantise_dequantise(grad, 1, BLOCK), quantise_dequantise(weight, BLOCK, BLOCK)
+            )
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.bmm(rounded(grad, BLOCK, 1).transpose(1, 2), rounded(x, BLOCK, 1))
+            grad_weight = torch.bmm(
+                quantise_dequantise(grad, BLOCK, 1).transpose(1, 2),
+                quantise_dequantise(x, BLOCK, 1),
+            )
         return grad_x, grad_weight
 
 
@@ -50,39 +58,43 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, ends)
-        rounded_weight = rounded(weight, BLOCK, BLOCK).transpose(1, 2)
-        return F.grouped_mm(rounded(x, 1, BLOCK), rounded_weight, offs=ends)
+        rounded_weight = quantise_dequantise(weight, BLOCK, BLOCK).transpose(1, 2)
+        return F.grouped_mm(quantise_dequantise(x, 1, BLOCK), rounded_weight, offs=ends)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, ends = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = F.grouped_mm(rounded(grad, 1, BLOCK), rounded(weight, BLOCK, BLOCK), offs=ends)
+            grad_x = F.grouped_mm(
+                quantise_dequantise(grad, 1, BLOCK),
+                quantise_dequantise(weight, BLOCK, BLOCK),
+                offs=ends,
+            )
         if ctx.needs_input_grad[1]:
             tile_P = tiles_of_groups(ends, len(x))
-            grad, x = (rounded_by_tile(rows, tile_P, len(ends)) for rows in (grad, x))
+            grad, x = (quantise_dequantise_by_tile(rows, tile_P, len(ends)) for rows in (grad, x))
             grad_weight = F.grouped_mm(grad.transpose(0, 1), x, offs=ends)
         return grad_x, grad_weight, None
 
 
-def rounded(x: Tensor, rows: int, columns: int) -> Tensor:
+def quantise_dequantise(x: Tensor, rows: int, columns: int) -> Tensor:
     """Rounds tiles of `rows` x `columns` of [.., R, C], in its own dtype, fp32 or bf16."""
     down, right = -x.shape[-2] % rows, -x.shape[-1] % columns
     filled = F.pad(x, (0, right, 0, down)) if down or right else x
     tiles = filled.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
     largest = tiles.abs().amax(dim=(-3, -1), keepdim=True)
-    out = _rounded(tiles, largest).flatten(-4, -3).flatten(-2)
+    out = _round_e4m3(tiles, largest).flatten(-4, -3).flatten(-2)
     return out[..., : x.shape[-2], : x.shape[-1]] if down or right else out
 
 
-def rounded_by_tile(x_PC: Tensor, tile_P: Tensor, groups: int) -> Tensor:
+def quantise_dequantise_by_tile(x_PC: Tensor, tile_P: Tensor, groups: int) -> Tensor:
     """Rounds every channel of [P, C] by tiles of rows, which `tiles_of_groups` numbers."""
     index_PC = tile_P[:, None].expand_as(x_PC)
     most = len(x_PC) // BLOCK + groups + 1
     largest = x_PC.new_zeros(most, x_PC.shape[1])
     largest = largest.scatter_reduce(0, index_PC, x_PC.abs(), "amax")
-    return _rounded(x_PC, largest.gather(0, index_PC))
+    return _round_e4m3(x_PC, largest.gather(0, index_PC))
 
 
 def tiles_of_groups(ends_E: Tensor, rows: int) -> Tensor:
@@ -99,7 +111,7 @@ def tiles_of_groups(ends_E: Tensor, rows: int) -> Tensor:
     return before_E[group_P] + (row_P - start_E[group_P]) // BLOCK
 
 
-def _rounded(x: Tensor, largest: Tensor) -> Tensor:
+def _round_e4m3(x: Tensor, largest: Tensor) -> Tensor:
     """Rounds to E4M3 numbers times the scale that goes with the largest magnitude, ties to even."""
     fraction, exponent = torch.frexp(largest.float())  # 448 · 2^k = 0.875 · 2^(k+9)
     exponent = torch.where(fraction <= 0.875, exponent - 9, exponent - 8)

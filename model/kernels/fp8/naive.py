@@ -35,7 +35,7 @@ def naive_round_e4m3(x: Tensor) -> Tensor:
     return torch.where(lower, table[above - 1], table[above]).copysign(x)
 
 
-def naive_rounded(x_RC: Tensor, rows: int, columns: int) -> Tensor:
+def naive_quantise_dequantise(x_RC: Tensor, rows: int, columns: int) -> Tensor:
     """Rounds tiles of ``rows`` x ``columns``, each with the least scale that fits, to float64."""
     out = x_RC.double().clone()
     for top, bottom in pairwise([*range(0, len(out), rows), len(out)]):
@@ -51,9 +51,9 @@ def naive_linear(
     x_TX: Tensor, weight_FX: Tensor, grad_TF: Tensor
 ) -> tuple[Factors, Factors, Factors]:
     """Returns the rounded factors of y = x wᵀ, of dx = dy w and of dw = dyᵀ x, float64."""
-    weight = naive_rounded(weight_FX, 128, 128)
+    weight = naive_quantise_dequantise(weight_FX, 128, 128)
     return (
-        (naive_rounded(x_TX, 1, 128), weight.t()),
-        (naive_rounded(grad_TF, 1, 128), weight),
-        (naive_rounded(grad_TF, 128, 1).t(), naive_rounded(x_TX, 128, 1)),
+        (naive_quantise_dequantise(x_TX, 1, 128), weight.t()),
+        (naive_quantise_dequantise(grad_TF, 1, 128), weight),
+        (naive_quantise_dequantise(grad_TF, 128, 1).t(), naive_quantise_dequantise(x_TX, 128, 1)),
     )

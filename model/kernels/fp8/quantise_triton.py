@@ -1,17 +1,19 @@
 """Rounding to FP8 in Triton: E4M3 codes and a power-of-two scale for every tile.
 
-Code times scale is `eager.rounded` and `eager.rounded_by_tile` to the bit. A
-program reads 128 x 128 numbers once; of a gradient it writes rows and columns from one reading. The
-tensor cores read FP8 only where the dimension that is summed over is contiguous, so that
+Code times scale equals `eager.quantise_dequantise` and `quantise_dequantise_by_tile` to the bit. A
+program reads 128 x 128 elements once; for a gradient it writes both the row and the column
+quantisation from one read. The tensor cores read FP8 only where the dimension that is summed over
+is contiguous, hence these layouts:
 
-    rows       1 x 128      [P, C'], scales [C'/128, P]: as they lie
-    columns    128 x 1      [N, C, 128], scales [N, C]: N tiles of 128 rows of one group, turned
-    weights    128 x 128    [E, F, X'], scales [E, F'/128, X'/128], or turned: [E, X, F'], ...
+    rows       1 x 128      [P, C'], scales [C'/128, P]: not transposed
+    columns    128 x 1      [N, C, 128], scales [N, C]: N tiles of 128 rows of one group, transposed
+    weights    128 x 128    [E, F, X'], scales [E, F'/128, X'/128], or transposed: [E, X, F'], ...
 
-where ' means rounded up to 128, filled with zeros. Bytes of a number: 2 read, 1 written (2 of a
-gradient); at 3.35 TB/s 0.9 and 1.2 ps, not yet timed.
+where ' means rounded up to a multiple of 128, padded with zeros. Bytes per element: 2 read, 1
+written (2 for a gradient); at an H100's 3.35 TB/s 0.9 and 1.2 ps, not yet timed.
 
-P rows of E experts; C columns of any matrix; F and X a weight's rows and columns; N tiles.
+P rows of E experts, T rows of each where all have as many; C columns of any matrix; F and X a
+weight's rows and columns; N tiles.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from model.kernels import backend
-from model.kernels.permute.eager import eager_collect
+from model.kernels.permute.eager import eager_unpermute
 
 
-def spread_rows(x_TD: Tensor, order_P: Tensor, place_L: Tensor) -> Tensor:
+def permute_rows(x_TD: Tensor, order_P: Tensor, place_L: Tensor) -> Tensor:
     """Copies each token's row to its A places: out[p] = x[order[p] // A], [P, D].
 
     Args:
@@ -23,51 +23,51 @@ def spread_rows(x_TD: Tensor, order_P: Tensor, place_L: Tensor) -> Tensor:
             each place. A place that belongs to no pair holds the copy of any; see ``place_L``.
         place_L: the place of each pair, all different. Gradients come back through these only.
     """
-    return _Spread.apply(x_TD, order_P, place_L)
+    return _Permute.apply(x_TD, order_P, place_L)
 
 
-def collect_rows(y_PD: Tensor, order_P: Tensor, place_L: Tensor, tokens: int) -> Tensor:
+def unpermute_rows(y_PD: Tensor, order_P: Tensor, place_L: Tensor, tokens: int) -> Tensor:
     """Sums each token's A rows in the order of its choices, [T, D]: the way back.
 
     The gradient of a place that belongs to no pair is not zero but that of the pair copied there;
     what stands at such a place must not depend on any parameter (a weight of 0 sees to it).
     """
-    return _Collect.apply(y_PD, order_P, place_L, tokens)
+    return _Unpermute.apply(y_PD, order_P, place_L, tokens)
 
 
-def _spread(x_TD: Tensor, order_P: Tensor, choices: int) -> Tensor:
+def _permute(x_TD: Tensor, order_P: Tensor, choices: int) -> Tensor:
     return x_TD.index_select(0, order_P // choices)
 
 
-def _collect(y_PD: Tensor, place_L: Tensor, tokens: int) -> Tensor:
+def _unpermute(y_PD: Tensor, place_L: Tensor, tokens: int) -> Tensor:
     if backend.experts(y_PD.device, y_PD.dtype).name == "triton":
-        from model.kernels.permute import collect_triton
+        from model.kernels.permute import unpermute_triton
 
-        return collect_triton.collect(y_PD, place_L, tokens)
-    return eager_collect(y_PD, place_L, tokens)
+        return unpermute_triton.unpermute(y_PD, place_L, tokens)
+    return eager_unpermute(y_PD, place_L, tokens)
 
 
-class _Spread(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(place)
         ctx.tokens = x.shape[0]
-        return _spread(x, order, place.shape[0] // x.shape[0])
+        return _permute(x, order, place.shape[0] // x.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (place,) = ctx.saved_tensors
-        return _collect(grad, place, ctx.tokens), None, None
+        return _unpermute(grad, place, ctx.tokens), None, None
 
 
-class _Collect(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, order: Tensor, place: Tensor, tokens: int) -> Tensor:
         ctx.save_for_backward(order)
         ctx.choices = place.shape[0] // tokens
-        return _collect(y, place, tokens)
+        return _unpermute(y, place, tokens)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (order,) = ctx.saved_tensors
-        return _spread(grad, order, ctx.choices), None, None, None
+        return _permute(grad, order, ctx.choices), None, None, None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def naive_spread_rows(x_TD: Tensor, order_P: Tensor, place_L: Tensor) -> Tensor:
+def naive_permute_rows(x_TD: Tensor, order_P: Tensor, place_L: Tensor) -> Tensor:
     """Copies to each place the row of its pair's token, [P, D].
 
     Places that belong to no pair hold copies as well, but send no gradient back.
@@ -21,6 +21,6 @@ def naive_spread_rows(x_TD: Tensor, order_P: Tensor, place_L: Tensor) -> Tensor:
     return copies_PD * used_P1 + (copies_PD * (1 - used_P1)).detach()
 
 
-def naive_collect_rows(y_PD: Tensor, place_L: Tensor, tokens: int) -> Tensor:
+def naive_unpermute_rows(y_PD: Tensor, place_L: Tensor, tokens: int) -> Tensor:
     """Sums the rows at each token's A places, [T, D]."""
     return torch.stack([y_PD[places].sum(0) for places in place_L.view(tokens, -1)])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model import SampleLayout
-from model.kernels.attention.naive import naive_listed
+from model.kernels.attention.naive import naive_selection_mask
 from model.kernels.hyper_connection.naive import naive_write_streams
 from model.kernels.indexer import IndexerInputs, KLTarget
 from model.kernels.indexer.naive import naive_indexer_loss, naive_scores, naive_select_topk
@@ -186,7 +186,7 @@ def test_the_indexers_loss(k):
     selected = case.select(k) if k else None
     sees = case.sees_entry
     if selected is not None:
-        sees = sees & naive_listed(selected, case.entries)
+        sees = sees & naive_selection_mask(selected, case.entries)
     exact = exact_mass(case, None).float()
     inputs = [draw(case.tokens, 64, 128, seed=1), draw(case.entries, 128, seed=2)]
     inputs.append(draw(case.tokens, 64, seed=3, dtype=torch.float32) * (64 * 128) ** -0.5)
@@ -262,8 +262,8 @@ def test_hyper_connections(dim):
 
 
 def test_experts():
-    from model.kernels.permute import collect_triton
-    from model.kernels.permute.naive import naive_collect_rows
+    from model.kernels.permute import unpermute_triton
+    from model.kernels.permute.naive import naive_unpermute_rows
     from model.kernels.swiglu import swiglu_triton
     from tests.model.kernels.permute.test_permute import places
     from tests.model.kernels.swiglu.test_swiglu import LIMIT, naive
@@ -277,8 +277,8 @@ def test_experts():
     assert_same_bits(ours, inputs)
     _, place = places(100, 6, 9)
     y, place = draw(609, 4096, seed=1), place.to(DEVICE)
-    expected = naive_collect_rows(y.double(), place, 100)
-    out = collect_triton.collect(y, place, 100).double()
+    expected = naive_unpermute_rows(y.double(), place, 100)
+    out = unpermute_triton.unpermute(y, place, 100).double()
     assert float((out - expected).norm() / expected.norm()) <= 4e-3
 
 
@@ -328,13 +328,13 @@ def test_matmuls_in_fp8():
     rows, columns = quantise(x, tiles, rows=True, columns=True)
     live = bounds[-1]
     by_row = values(rows.codes, rows.scales.t())
-    assert_same_bits(by_row[:live], eager.rounded(x, 1, 128)[:live].float())
-    by_tile = eager.rounded_by_tile(x, eager.tiles_of_groups(ends, len(x)), len(ends))
+    assert_same_bits(by_row[:live], eager.quantise_dequantise(x, 1, 128)[:live].float())
+    by_tile = eager.quantise_dequantise_by_tile(x, eager.tiles_of_groups(ends, len(x)), len(ends))
     assert_same_bits(columns_of(columns, tiles, len(x))[:live], by_tile[:live].float())
     for turned in (False, True):
         computed = values(*quantise_weight(weight, turned=turned))
         computed = computed.transpose(1, 2) if turned else computed
-        assert_same_bits(computed, eager.rounded(weight, 128, 128).float())
+        assert_same_bits(computed, eager.quantise_dequantise(weight, 128, 128).float())
     x[5, 300], weight[3, 5, 7] = 1.0, 1.0
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:

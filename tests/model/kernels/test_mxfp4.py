@@ -12,9 +12,9 @@ from model.kernels.mxfp4 import (
     fake_quantise,
     fits_fp8,
     from_fp8,
-    naive_rounded,
+    naive_quantise_dequantise,
     quantise,
-    rounded,
+    quantise_dequantise,
     to_fp8,
 )
 
@@ -36,8 +36,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("seed", range(3))
 def test_rounds_to_the_nearest_of_all_values(seed: int) -> None:
     x = weights(3, 96, seed)
-    assert same_bits(dequantise(quantise(x)), naive_rounded(x))
-    assert same_bits(rounded(x), naive_rounded(x))
+    assert same_bits(dequantise(quantise(x)), naive_quantise_dequantise(x))
+    assert same_bits(quantise_dequantise(x), naive_quantise_dequantise(x))
 
 
 def test_ties_scales_and_small_numbers() -> None:
@@ -45,7 +45,7 @@ def test_ties_scales_and_small_numbers() -> None:
     expected = torch.tensor([0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0]).repeat(4)
     rows = torch.stack([ties, -ties * 2**20, torch.zeros(32), ties * 2.0**-140])
     computed = dequantise(quantise(rows))
-    assert same_bits(computed, naive_rounded(rows))
+    assert same_bits(computed, naive_quantise_dequantise(rows))
     assert torch.equal(computed[0], expected) and torch.equal(computed[1], -expected * 2**20)
     assert not computed[2].any() and computed[3].abs().max() <= 6 * 2.0**-126
     just_above = torch.full((32,), 6.0)

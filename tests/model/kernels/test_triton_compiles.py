@@ -102,7 +102,7 @@ def other_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     from model.kernels.hyper_connection import project_triton as project
     from model.kernels.hyper_connection import weights_triton as weights
     from model.kernels.norm import norm_triton
-    from model.kernels.permute import collect_triton
+    from model.kernels.permute import unpermute_triton
     from model.kernels.swiglu import swiglu_triton
 
     four, out = {"num_warps": 4}, {}
@@ -131,12 +131,12 @@ def other_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     tile = {"WEIGHTED": True, "ROWS": swiglu_triton._ROWS, "COLUMNS": swiglu_triton._COLUMNS}
     for name in ("_forward", "_backward"):
         out[f"experts {name}"] = (getattr(swiglu_triton, name), tile, four)
-    rows = {"CHOICES": 6, "COLUMNS": collect_triton._COLUMNS}
+    rows = {"CHOICES": 6, "COLUMNS": unpermute_triton._COLUMNS}
     for gradient in (False, True):
         softmax = {"GRADIENT": gradient, "BLOCK": softmax_triton._BLOCK}
         options = {"num_warps": softmax_triton._WARPS}
         out[f"softmax {gradient}"] = (softmax_triton._softmax, softmax, options)
-    out["experts _collect"] = (collect_triton._collect, rows, four)
+    out["experts _unpermute"] = (unpermute_triton._unpermute, rows, four)
     return out
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model import qat
-from model.kernels.mxfp4 import quantise, rounded
+from model.kernels.mxfp4 import quantise, quantise_dequantise
 from tests.trainer.parallel.topologies import (
     Job,
     Outcome,
@@ -63,9 +63,9 @@ def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
     def watched(weights: Tensor) -> Tensor:
         gaps.append(gap(weights.detach()))
-        return rounded(weights)
+        return quantise_dequantise(weights)
 
-    with patch.object(qat, "rounded", watched):
+    with patch.object(qat, "quantise_dequantise", watched):
         run_all(tiny, [Job(ALONE, run_dir)], *QAT)
     initial = 3 * (4 + 1)  # the initial weights are the same numbers at every topology
     assert len(gaps) == 4 * initial  # two steps, the look at every layer and the evaluation

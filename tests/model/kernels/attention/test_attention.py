@@ -15,7 +15,7 @@ from model.kernels.attention import (
     attention_with_lse2,
     entry_probability_mass,
 )
-from model.kernels.attention.naive import naive_attention, naive_listed, naive_probabilities
+from model.kernels.attention.naive import naive_attention, naive_probabilities, naive_selection_mask
 from model.positions import Positions
 from tests.model.kernels.compare import assert_same, rand
 from tests.model.tiny import tiny_config
@@ -133,7 +133,7 @@ class Case:
         rotation = torch.polar(torch.ones_like(angle), angle)
         sees = self.sees_entry
         if selected is not None:
-            sees = sees & naive_listed(selected, self.entries)
+            sees = sees & naive_selection_mask(selected, self.entries)
         entries_CK = entries[0] if entries else None
         return q, kv, entries_CK, sink, rotation, self.sees_token, sees, EPS
 

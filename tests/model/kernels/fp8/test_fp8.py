@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.kernels import fp8
 from model.kernels.fp8 import eager
-from model.kernels.fp8.naive import E4M3, naive_linear, naive_round_e4m3, naive_rounded
+from model.kernels.fp8.naive import E4M3, naive_linear, naive_quantise_dequantise, naive_round_e4m3
 
 
 def spread(*shape: int, seed: int) -> Tensor:
@@ -37,19 +37,19 @@ def test_rounding_to_the_bit(shape: tuple[int, int], dtype: torch.dtype) -> None
     x[0, :3] = torch.tensor([448.0, 17.0, -19.0])  # the largest, and two ties
     x[-1] *= 0.0 if shape[0] > 1 else 1.0
     for rows, columns in ((1, 128), (128, 128), (128, 1)):
-        computed = eager.rounded(x, rows, columns)
-        assert torch.equal(computed.double(), naive_rounded(x, rows, columns))
-        assert torch.equal(eager.rounded(computed, rows, columns), computed)
+        computed = eager.quantise_dequantise(x, rows, columns)
+        assert torch.equal(computed.double(), naive_quantise_dequantise(x, rows, columns))
+        assert torch.equal(eager.quantise_dequantise(computed, rows, columns), computed)
 
 
 def test_scales_reach_from_the_least_to_the_largest_number() -> None:
     for value in (3e38, 1e-30, 448 * 2.0**-117, 2.0**-126, 0.0):
         x = torch.full((1, 128), value)
-        assert eager.rounded(x, 1, 128)[0, 0] == pytest.approx(value, rel=2**-4)
+        assert eager.quantise_dequantise(x, 1, 128)[0, 0] == pytest.approx(value, rel=2**-4)
     for value in (torch.inf, torch.nan):
         x = torch.ones(2, 128).index_fill(1, torch.tensor([5]), value)
         x[1] = 1.0
-        computed = eager.rounded(x, 1, 128)
+        computed = eager.quantise_dequantise(x, 1, 128)
         assert computed[0].isnan().all() and computed[1].eq(1).all()
 
 

@@ -114,9 +114,9 @@ def test_rows_and_columns_to_the_bit(dtype):
     x, ends = x.to(dtype), ends_of(*ENDS)
     live = ENDS[-1]
     by_row, by_column = rounded_by_kernel(x, ends)
-    assert_same_bits(by_row[:live], eager.rounded(x, 1, 128)[:live].float())
+    assert_same_bits(by_row[:live], eager.quantise_dequantise(x, 1, 128)[:live].float())
     tile_P = eager.tiles_of_groups(ends, ROWS)
-    expected = eager.rounded_by_tile(x, tile_P, len(ENDS))
+    expected = eager.quantise_dequantise_by_tile(x, tile_P, len(ENDS))
     assert_same_bits(by_column[:live], expected[:live].float())
     assert by_row.isnan().any() and by_column.isnan().any()
 
@@ -137,8 +137,8 @@ def test_every_bf16_number_is_rounded(mixed):
     if mixed:  # or every tile has a number of 10^38
         x = x * torch.exp2(-torch.linspace(0, 200, len(x)))[:, None]
     by_row, by_column = rounded_by_kernel(x, ends_of(len(x)))
-    assert_same_bits(by_row, eager.rounded(x, 1, 128).float())
-    assert_same_bits(by_column, eager.rounded(x, 128, 1).float())
+    assert_same_bits(by_row, eager.quantise_dequantise(x, 1, 128).float())
+    assert_same_bits(by_column, eager.quantise_dequantise(x, 128, 1).float())
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -155,7 +155,7 @@ def test_weights_to_the_bit(shape, turned):
     computed = values(codes, scales)
     assert computed[..., width:].nan_to_num().eq(0).all()
     computed = computed[..., :width]
-    expected = eager.rounded(weight, 128, 128)
+    expected = eager.quantise_dequantise(weight, 128, 128)
     assert_same_bits(computed.transpose(1, 2) if turned else computed, expected)
 
 
@@ -213,11 +213,11 @@ def assert_same_results(computed: Three, live: int = ENDS[-1]) -> None:
 def exact(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Sums, Sums, Sums]:
     """Of one group: the three matmuls of rounded factors in float64."""
     rows, columns = (1, 128), (128, 1)
-    w = eager.rounded(weight, 128, 128).double()
-    y = sums(eager.rounded(x, *rows).double(), w.t())
-    grad_x = sums(eager.rounded(grad, *rows).double(), w)
-    turned = eager.rounded(grad, *columns).double().t()
-    return y, grad_x, sums(turned, eager.rounded(x, *columns).double())
+    w = eager.quantise_dequantise(weight, 128, 128).double()
+    y = sums(eager.quantise_dequantise(x, *rows).double(), w.t())
+    grad_x = sums(eager.quantise_dequantise(grad, *rows).double(), w)
+    turned = eager.quantise_dequantise(grad, *columns).double().t()
+    return y, grad_x, sums(turned, eager.quantise_dequantise(x, *columns).double())
 
 
 def assert_close(computed: Tensor, expected: Sums, terms: int, result: float = 0.0) -> None:

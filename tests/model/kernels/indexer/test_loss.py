@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.attention import attention_with_lse2
-from model.kernels.attention.naive import naive_listed
+from model.kernels.attention.naive import naive_selection_mask
 from model.kernels.indexer import (
     AttentionProbabilityMass,
     IndexerInputs,
@@ -62,7 +62,7 @@ def naive_loss(case: Case, selected: Tensor | None = None, attended: Tensor | No
     """[T] KL of everything at once in the inputs' dtype."""
     sees = case.sees_entry
     if selected is not None:
-        sees = sees & naive_listed(selected, case.entries)
+        sees = sees & naive_selection_mask(selected, case.entries)
     return lambda *x: naive_indexer_loss(*x, exact_mass(case, attended), sees)
 
 
@@ -216,7 +216,7 @@ def test_how_much_probability_a_selection_gets(monkeypatch):
     assert any(columns.start == columns.stop for _, columns in calls)
     mass = exact_mass(case)
     torch.testing.assert_close(of_all.double(), mass.sum(1), rtol=0, atol=1e-5)
-    expected = (mass * naive_listed(selected, case.entries)).sum(1)
+    expected = (mass * naive_selection_mask(selected, case.entries)).sum(1)
     torch.testing.assert_close(of_selected.double(), expected, rtol=0, atol=1e-5)
     assert 0.1 < float(of_selected.sum() / of_all.sum()) < 0.9
 

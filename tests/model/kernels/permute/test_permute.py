@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.kernels.permute import collect_rows, spread_rows
-from model.kernels.permute.naive import naive_collect_rows, naive_spread_rows
+from model.kernels.permute import permute_rows, unpermute_rows
+from model.kernels.permute.naive import naive_permute_rows, naive_unpermute_rows
 from tests.model.kernels.compare import assert_same, rand
 
 
@@ -26,20 +26,20 @@ def test_spread_copies_each_row_to_its_places(tokens, choices, gaps):
     order, place = places(tokens, choices, gaps)
 
     assert_same(
-        lambda x: spread_rows(x, order, place),
-        lambda x: naive_spread_rows(x, order, place),
+        lambda x: permute_rows(x, order, place),
+        lambda x: naive_permute_rows(x, order, place),
         [rand(tokens, 4)],
         rtol=1e-6,
     )
 
 
 @pytest.mark.parametrize(("tokens", "choices"), [(1, 1), (5, 3), (40, 6)])
-def test_collect_sums_each_token_s_rows(tokens, choices):
+def test_unpermute_sums_each_token_s_rows(tokens, choices):
     order, place = places(tokens, choices, 0)
 
     assert_same(
-        lambda y: collect_rows(y, order, place, tokens),
-        lambda y: naive_collect_rows(y, place, tokens),
+        lambda y: unpermute_rows(y, order, place, tokens),
+        lambda y: naive_unpermute_rows(y, place, tokens),
         [rand(tokens * choices, 4)],
         rtol=1e-6,
     )

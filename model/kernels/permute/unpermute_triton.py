@@ -24,7 +24,7 @@ _COLUMNS = 1024
 
 
 @triton.jit
-def _collect(y, place, out, dim, CHOICES: tl.constexpr, COLUMNS: tl.constexpr):
+def _unpermute(y, place, out, dim, CHOICES: tl.constexpr, COLUMNS: tl.constexpr):
     token = tl.program_id(0)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros((COLUMNS,), tl.float32)
@@ -35,7 +35,7 @@ def _collect(y, place, out, dim, CHOICES: tl.constexpr, COLUMNS: tl.constexpr):
     tl.store(at, acc.to(out.dtype.element_ty), mask=d < dim)
 
 
-def collect(y_PD: Tensor, place_L: Tensor, tokens: int) -> Tensor:
+def unpermute(y_PD: Tensor, place_L: Tensor, tokens: int) -> Tensor:
     """Sums over choices a y[place[t·A + a]], [T, D] in y's dtype; ``place_L`` is int64.
 
     Raises:
@@ -45,7 +45,7 @@ def collect(y_PD: Tensor, place_L: Tensor, tokens: int) -> Tensor:
     dim = y_PD.shape[1]
     out = y_PD.new_empty(tokens, dim)
     if tokens:
-        _collect[(tokens, triton.cdiv(dim, _COLUMNS))](
+        _unpermute[(tokens, triton.cdiv(dim, _COLUMNS))](
             y_PD.contiguous(),
             place_L.contiguous(),
             out,

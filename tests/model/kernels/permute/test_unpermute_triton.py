@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from model.kernels.permute.naive import naive_collect_rows
+from model.kernels.permute.naive import naive_unpermute_rows
 from tests.model.kernels.compare import rand
 from tests.model.kernels.interpreter import interpreted
 from tests.model.kernels.permute.test_permute import places
@@ -17,19 +17,19 @@ from tests.model.kernels.permute.test_permute import places
 
 @contextlib.contextmanager
 def small_blocks() -> Iterator[None]:
-    from model.kernels.permute import collect_triton
+    from model.kernels.permute import unpermute_triton
 
-    with patch.object(collect_triton, "_COLUMNS", 16):
+    with patch.object(unpermute_triton, "_COLUMNS", 16):
         yield
 
 
 @pytest.mark.parametrize(("tokens", "choices", "gaps"), [(1, 1, 0), (5, 3, 4), (40, 6, 9)])
 @interpreted
-def test_collect_sums_each_token_s_rows(tokens, choices, gaps):
-    from model.kernels.permute import collect_triton
+def test_unpermute_sums_each_token_s_rows(tokens, choices, gaps):
+    from model.kernels.permute import unpermute_triton
 
     _, place = places(tokens, choices, gaps)
     y = rand(tokens * choices + gaps, 37)
-    out = collect_triton.collect(y, place, tokens)
-    expected = naive_collect_rows(y.double(), place, tokens)
+    out = unpermute_triton.unpermute(y, place, tokens)
+    expected = naive_unpermute_rows(y.double(), place, tokens)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-6)
