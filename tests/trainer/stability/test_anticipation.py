@@ -6,7 +6,8 @@ module notes what it chooses in a plain forward pass on one rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,24 +43,28 @@ LEAD = "stability.anticipatory_routing.lag_steps={}"
 EVERY = ("checkpoint.every=1", "checkpoint.keep=0", "metrics.layer_stats_every=1")
 STEPS = 5
 ALONE = topology(1)
+SLOW = pytest.mark.slow
 SPREAD = [
     topology(4, "parallel.recompute=[block]", pipeline=2, expert=2),
     topology(4, tensor=2, context=2),
 ]
 
 
-def run_name(spread: Topology, lead: int) -> str:
-    return f"{spread.name}, lead {lead}"
+RunOf = Callable[[Topology, int], Path]
 
 
 @pytest.fixture(scope="module")
-def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of every topology with a lead of 3, those of one rank also with 1, every step saved."""
+def run_of(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunOf:
+    """The run at a topology with a lead, every step saved; trained for the first who asks."""
     folder = tmp_path_factory.mktemp("anticipation")
-    for lead, spreads in ((1, [ALONE]), (3, [ALONE, *SPREAD])):
-        jobs = [Job(spread, folder / run_name(spread, lead)) for spread in spreads]
-        run_all(tiny, jobs, ALWAYS, LEAD.format(lead), f"steps={STEPS}", *EVERY)
-    return folder
+
+    @cache
+    def run(spread: Topology, lead: int) -> Path:
+        job = Job(spread, folder / f"{spread.name}, lead {lead}")
+        run_all(tiny, [job], ALWAYS, LEAD.format(lead), f"steps={STEPS}", *EVERY)
+        return job.run_dir
+
+    return run
 
 
 def chosen_by(
@@ -102,11 +107,11 @@ def waiting(
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("spread", "lead"),
-    [(ALONE, 1), *((spread, 3) for spread in (ALONE, *SPREAD))],
+    [(ALONE, 1), (ALONE, 3), *(pytest.param(spread, 3, marks=SLOW) for spread in SPREAD)],
     ids=lambda value: value.name if isinstance(value, Topology) else str(value),
 )
-def test_choices_are_those_of_earlier_weights(folder: Path, spread: Topology, lead: int) -> None:
-    run, otherwise = folder / run_name(spread, lead), 0
+def test_choices_are_those_of_earlier_weights(run_of: RunOf, spread: Topology, lead: int) -> None:
+    run, otherwise = run_of(spread, lead), 0
     for step in range(lead + 1, STEPS):
         # Chosen in the step after the checkpoint of step - lead, and kept until they are used.
         found = waiting(run, step - lead + 1, step)
@@ -122,10 +127,14 @@ def test_choices_are_those_of_earlier_weights(folder: Path, spread: Topology, le
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("spread", [ALONE, *SPREAD], ids=lambda spread: spread.name)
-def test_steps_use_the_choices_that_waited_for_them(folder: Path, spread: Topology) -> None:
+@pytest.mark.parametrize(
+    "spread",
+    [ALONE, *(pytest.param(spread, marks=SLOW) for spread in SPREAD)],
+    ids=lambda spread: spread.name,
+)
+def test_steps_use_the_choices_that_waited_for_them(run_of: RunOf, spread: Topology) -> None:
     """Loads of the step are those of what the checkpoint before it holds."""
-    run = folder / run_name(spread, 3)
+    run = run_of(spread, 3)
     config = load_run(run)
     records = read_metrics(run / "metrics.jsonl")
     for step in range(1, STEPS):
@@ -140,11 +149,12 @@ def test_steps_use_the_choices_that_waited_for_them(folder: Path, spread: Topolo
                 assert records[step]["layers"][name][row] == value, (step, row, name)
 
 
+@SLOW
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("spread", SPREAD, ids=lambda spread: spread.name)
-def test_trains_like_one_rank(folder: Path, spread: Topology) -> None:
+def test_trains_like_one_rank(run_of: RunOf, spread: Topology) -> None:
     for name in ("loss", "balance_loss", "grad_norm"):
-        alone, other = (column(folder / run_name(t, 3), name) for t in (ALONE, spread))
+        alone, other = (column(run_of(t, 3), name) for t in (ALONE, spread))
         assert other == pytest.approx(alone, rel=1e-5)
 
 
