@@ -66,7 +66,7 @@ def test_ranks_say_it_once_and_torchrun_says_nothing(tiny: Path, tmp_path: Path)
     train(tiny, tmp_path, "steps=2")
     next((tmp_path / "checkpoints/step-00000002").glob("*.safetensors")).unlink()
     done = v4("train", tiny, f"run_dir={tmp_path}", "steps=4", "--nproc-per-node=2")
-    assert_one_sentence(done, "step-00000002 is damaged", "no whole checkpoint before it")
+    assert_one_sentence(done, "step-00000002 is damaged", "no complete checkpoint before it")
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -1,4 +1,4 @@
-"""Work on files that all ranks do together: what fails on one of them fails on all."""
+"""Work on files by all ranks together: a failure on one of them is raised on all."""
 
 import os
 import shutil
@@ -16,9 +16,9 @@ Item = TypeVar("Item")
 
 
 def on_all_ranks(action: Callable[[], Item], axis: Axis) -> list[Item]:
-    """Every rank's result of `action`, by rank; an OSError on any rank is raised on all.
+    """Returns every rank's result of `action`, by rank; an OSError on any rank is raised on all.
 
-    Without this a rank whose disk is full would leave the others waiting in a collective.
+    Otherwise a rank whose disk is full would leave the others waiting in a collective.
     """
     outcome: Item | OSError
     try:
@@ -26,36 +26,36 @@ def on_all_ranks(action: Callable[[], Item], axis: Axis) -> list[Item]:
     except OSError as error:
         outcome = OSError(error.errno, error.strerror)
     outcomes = gather_objects(outcome, axis)
-    for failed in outcomes:
-        if isinstance(failed, OSError):
-            raise failed
+    for result in outcomes:
+        if isinstance(result, OSError):
+            raise result
     return [item for item in outcomes if not isinstance(item, OSError)]
 
 
 @contextmanager
 def new_folder(path: Path, axis: Axis) -> Iterator[Path]:
-    """A temporary folder beside `path`, for all ranks, that becomes `path` at a good end.
+    """Yields a temporary folder for all ranks, which is renamed to `path` after the block.
 
-    An empty folder that is already at `path` is replaced. After an error, which the block has to
-    raise on all ranks, nothing is left. Raises OSError on all ranks.
+    An empty folder at `path` is replaced. After an error, which the block has to raise on all
+    ranks, the temporary folder is removed. Raises OSError on all ranks.
     """
-    aside = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        on_all_ranks(lambda: _make(aside) if axis.is_first else None, axis)
-        yield aside
-        on_all_ranks(lambda: _publish(aside, path) if axis.is_first else None, axis)
+        on_all_ranks(lambda: _make(temporary) if axis.is_first else None, axis)
+        yield temporary
+        on_all_ranks(lambda: _publish(temporary, path) if axis.is_first else None, axis)
     except BaseException:
         if axis.is_first:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _make(aside: Path) -> None:
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+def _make(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
 
 
-def _publish(aside: Path, path: Path) -> None:
-    sync_tree(aside)
-    os.replace(aside, path)
+def _publish(temporary: Path, path: Path) -> None:
+    sync_tree(temporary)
+    os.replace(temporary, path)
     fsync_folder(path.parent)

@@ -1,8 +1,8 @@
-"""How torch.distributed.checkpoint writes and reads parts of logical tensors.
+"""How torch.distributed.checkpoint (DCP) writes and reads boxes of logical tensors.
 
-Every part is a chunk of its tensor, of which a rank may have several. Chunks that several ranks
-hold are written once, by the rank that has the least to write so far; a reader takes from every
-chunk what overlaps with its parts.
+Every box is one of DCP's chunks of its tensor; a rank may have several of them. Chunks that several
+ranks hold are written once, by the rank that has the least to write so far; a reader takes from
+every chunk what overlaps with its boxes. Takes a second to import.
 """
 
 import warnings
@@ -92,22 +92,22 @@ class BoxSavePlanner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self) -> SavePlan:
-        """All parts of this rank; the coordinator takes out what others write."""
-        parts = [(name, part) for name, some in self.state_dict.items() for part in some]
-        self.plan = SavePlan([_write_item(name, part) for name, part in parts])
+        """Plans all boxes of this rank; the coordinator removes those that others write."""
+        boxes = [(name, box) for name, some in self.state_dict.items() for box in some]
+        self.plan = SavePlan([_write_item(name, box) for name, box in boxes])
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Each chunk in the plan of one rank only."""
-        return super().create_global_plan(share_out(all_plans))
+        """Leaves each chunk in the plan of one rank."""
+        return super().create_global_plan(divide_writes(all_plans))
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The part's own tensor."""
-        return _part_at(self.state_dict[index.fqn], index).tensor.contiguous()
+        """Returns the tensor of a box."""
+        return _box_at(self.state_dict[index.fqn], index).tensor.contiguous()
 
 
 class BoxLoadPlanner(DefaultLoadPlanner):
-    """Plans the reading into lists of `TensorBox` by name: no more than overlaps with them."""
+    """Plans reading into lists of `TensorBox` by name: only what overlaps with them."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -118,37 +118,37 @@ class BoxLoadPlanner(DefaultLoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """Take the parts as they are."""
+        """Takes the boxes as they are."""
         self.state_dict = self.original_state_dict = state_dict
         self.metadata = metadata
         self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
-        """What this rank reads. Every name is in the checkpoint: that was checked before."""
+        """Plans what this rank reads. Every name is in the checkpoint, as was checked before."""
         assert self.metadata is not None
         items = []
-        for name, parts in self.state_dict.items():
+        for name, boxes in self.state_dict.items():
             entry = self.metadata.state_dict_metadata[name]
             assert isinstance(entry, TensorStorageMetadata)
-            chunks = [_chunk(part) for part in parts]
+            chunks = [_chunk(box) for box in boxes]
             items += create_read_items_for_chunk_list(name, entry, chunks)
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """The part's own tensor."""
-        return _part_at(self.state_dict[index.fqn], index).tensor
+        """Returns the tensor of a box."""
+        return _box_at(self.state_dict[index.fqn], index).tensor
 
 
 class BoxWriter(HuggingFaceStorageWriter):
-    """Writes a rank's parts into files of at most FILE_BYTES, or of one part that is larger.
+    """Writes a rank's boxes into files of at most FILE_BYTES, or of one box that is larger.
 
-    torch brings a whole file's tensors to the host and copies them twice more before it writes.
+    torch copies all tensors of a file to the host, and twice more before it writes them.
     """
 
     def _split_by_storage_plan(
         self, storage_plan: dict[str, int] | None, items: list[WriteItem]
     ) -> dict[int, list[WriteItem]]:
-        """Each part into the first file that has room and no other part of its tensor."""
+        """Puts each box into the first file that has room and no other box of its tensor."""
         files: list[list[WriteItem]] = []
         names: list[set[str]] = []
         sizes: list[int] = []
@@ -156,46 +156,46 @@ class BoxWriter(HuggingFaceStorageWriter):
             name, size = item.index.fqn, _bytes(item)
             fits = (
                 number
-                for number, held in enumerate(sizes)
-                if held + size <= FILE_BYTES and name not in names[number]
+                for number, filled in enumerate(sizes)
+                if filled + size <= FILE_BYTES and name not in names[number]
             )
-            place = next(fits, len(files))
-            if place == len(files):
+            file = next(fits, len(files))
+            if file == len(files):
                 files.append([])
                 names.append(set())
                 sizes.append(0)
-            files[place].append(item)
-            names[place].add(name)
-            sizes[place] += size
+            files[file].append(item)
+            names[file].add(name)
+            sizes[file] += size
         return dict(enumerate(files, start=1))
 
 
-def _part_at(parts: list[TensorBox], index: MetadataIndex) -> TensorBox:
-    return next(part for part in parts if index.offset == torch.Size(part.offset))
+def _box_at(boxes: list[TensorBox], index: MetadataIndex) -> TensorBox:
+    return next(box for box in boxes if index.offset == torch.Size(box.offset))
 
 
-def _chunk(part: TensorBox) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size(part.offset), part.tensor.shape)
+def _chunk(box: TensorBox) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(box.offset), box.tensor.shape)
 
 
-def _write_item(name: str, part: TensorBox) -> WriteItem:
+def _write_item(name: str, box: TensorBox) -> WriteItem:
     return WriteItem(
-        index=MetadataIndex(name, part.offset),
+        index=MetadataIndex(name, box.offset),
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
-            chunk=_chunk(part),
-            properties=TensorProperties.create_from_tensor(part.tensor),
-            size=torch.Size(part.shape),
+            chunk=_chunk(box),
+            properties=TensorProperties.create_from_tensor(box.tensor),
+            size=torch.Size(box.shape),
         ),
     )
 
 
-def share_out(plans: list[SavePlan]) -> list[SavePlan]:
-    """The plans without what another rank writes, so that ranks write about equally much.
+def divide_writes(plans: list[SavePlan]) -> list[SavePlan]:
+    """Removes from each plan what another rank writes, so that ranks write similar amounts.
 
-    Chunks with the fewest holders come first, then the largest; each goes to the holder that has
-    the least so far. torch's own division takes them as they come and counts whole tensors: the
-    last rank of a split tensor would write everything else, too.
+    Chunks that the fewest ranks hold come first, then the largest; each goes to the rank that has
+    the least so far. torch's division takes them in order and counts unsharded tensors: the last
+    rank of a sharded tensor would write everything else as well.
     """
     holders: dict[MetadataIndex, list[int]] = {}
     sizes: dict[MetadataIndex, int] = {}

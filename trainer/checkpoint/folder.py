@@ -6,10 +6,10 @@
         state.json      step, tokens, seed, digests, the model's config
         manifest.json   size and SHA-256 of every other file
 
-torch.distributed.checkpoint plans who writes what and opens the result at any topology: a tensor
-that ranks split stands in their files in pieces, with the place of each in the file's header. Its
-safetensors storage writes no metadata file of its own: the reader builds it from the safetensors
-headers, so nothing from the disk is ever unpickled. All ranks need to see the same folder.
+torch.distributed.checkpoint plans which rank writes what and opens the result at any topology: a
+sharded tensor is in the files of several ranks, with the offset of each shard in the file's header.
+The metadata is built from the safetensors headers, so nothing from the disk is ever unpickled. All
+ranks need to see the same folder.
 """
 
 import hashlib
@@ -36,39 +36,42 @@ from trainer.parallel.placement import Shape
 FORMAT = 1
 _NAME = re.compile(r"^step-(\d{8,})$")
 
-# Fields of the model's config that change neither what a tensor holds nor how it is used: a run
-# may go on with another value.
 FREE_FIELDS = frozenset(
     {"mtp_loss_weight", "balance_loss_weight", "initializer_range", "max_position_embeddings"}
 )
+"""Fields of the model's config that change neither what a tensor holds nor how it is used: a run
+can be resumed with other values."""
 _FREE_PREFIX = "hc_init_"
 
 
 def folder_name(step: int) -> str:
-    """`step-%08d`."""
+    """Returns the name of the folder: `step-%08d`."""
     return f"step-{step:08d}"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Published checkpoints, oldest first; temporary folders are not among them."""
+    """Returns the published checkpoints, oldest first, without temporary folders."""
     if not folder.is_dir():
         return []
-    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.match(p.name))]
-    return [path for _, path in sorted(found)]
+    steps = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.match(p.name))]
+    return [path for _, path in sorted(steps)]
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in the name of a published checkpoint."""
+    """Returns the step in the name of a published checkpoint."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def model_digest(model: dict[str, Any]) -> str:
-    """SHA-256 of a model's config, in hexadecimal."""
+    """Returns the SHA-256 of a model's config, in hexadecimal."""
     return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
 
 
 class CheckpointFolder:
-    """The `checkpoints/` folder of a run, seen by all ranks of a grid."""
+    """The `checkpoints/` folder of a run, which all ranks of a grid see.
+
+    `keep` is how many checkpoints are kept; 0 keeps all.
+    """
 
     def __init__(self, folder: Path, grid: Grid, keep: int = 0) -> None:
         self.folder = folder
@@ -82,31 +85,35 @@ class CheckpointFolder:
         state: dict[str, Any],
         last: bool = False,
     ) -> Path:
-        """Write one checkpoint and prune old ones; every rank calls it.
+        """Writes one checkpoint, removes old ones and returns its folder; every rank calls it.
 
-        `tensors` are what this rank holds, by name; a plain tensor is whole. `state` is what
-        `state.json` holds. Returns the published folder. Raises SaveError on all ranks when any
-        of them could not write, with nothing left behind and nothing else touched. With `last`,
-        one of this step that is there stays, and those of later steps are removed.
+        Raises SaveError on all ranks if one of them cannot write; the temporary folder is then
+        removed and earlier checkpoints are unchanged.
+
+        Args:
+            step: optimizer steps done.
+            tensors: boxes of this rank by name; a plain tensor is not sharded.
+            state: the contents of `state.json`.
+            last: an existing checkpoint of this step is kept, and those of later steps are removed.
         """
         target = self.folder / folder_name(step)
-        aside = target.with_name(f".{target.name}.tmp")
-        parts, world = _parts(tensors), self.grid.world
+        temporary = target.with_name(f".{target.name}.tmp")
+        boxes, world = _as_boxes(tensors), self.grid.world
         if last and all(on_all_ranks(target.is_dir, world)):
             self._remove_later(step)
             return target
         document = {"format": FORMAT, **state}
         try:
-            on_all_ranks(lambda: self._prepare(aside), world)
-            on_all_ranks(lambda: self._write_shards(aside, parts), world)
-            files = on_all_ranks(lambda: self._record_share(aside), world)
-            on_all_ranks(lambda: self._publish(aside, target, files, document), world)
+            on_all_ranks(lambda: self._prepare(temporary), world)
+            on_all_ranks(lambda: self._write_shards(temporary, boxes), world)
+            files = on_all_ranks(lambda: self._hash_files(temporary), world)
+            on_all_ranks(lambda: self._publish(temporary, target, files, document), world)
         except OSError as error:
             if self.grid.is_first:
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
             reason = error.strerror or type(error).__name__
             raise SaveError(
-                f"{target}: the checkpoint could not be written: {reason}{self._left()}"
+                f"{target}: the checkpoint could not be written: {reason}{self._newest_as_clause()}"
             ) from None
         if last:
             self._remove_later(step)
@@ -121,71 +128,71 @@ class CheckpointFolder:
                 if step_of(path) > step:
                     remove_folder(path)
 
-    def _prepare(self, aside: Path) -> None:
+    def _prepare(self, temporary: Path) -> None:
         if self.grid.is_first:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
 
-    def _write_shards(self, aside: Path, parts: Boxes) -> None:
+    def _write_shards(self, temporary: Path, boxes: Boxes) -> None:
         from trainer.checkpoint.dcp_planners import save_boxes  # takes a second to import
 
-        save_boxes(aside, parts, self.grid.world.group)
+        save_boxes(temporary, boxes, self.grid.world.group)
 
-    def _record_share(self, aside: Path) -> dict[str, manifest.FileRecord]:
-        names = [path.name for path in aside.glob("*.safetensors")]
+    def _hash_files(self, temporary: Path) -> dict[str, manifest.FileRecord]:
+        names = [path.name for path in temporary.glob("*.safetensors")]
         return manifest.record(
-            aside, manifest.share_of(names, self.grid.rank, self.grid.world_size)
+            temporary, manifest.share_of(names, self.grid.rank, self.grid.world_size)
         )
 
     def _publish(
         self,
-        aside: Path,
+        temporary: Path,
         target: Path,
         shards: list[dict[str, manifest.FileRecord]],
         state: dict[str, Any],
     ) -> None:
         if not self.grid.is_first:
             return
-        write_synced(aside / "state.json", json.dumps(state, indent=1) + "\n")
-        files = manifest.record(aside, ["state.json"])
-        for part in shards:
-            files |= part
-        manifest.write(aside, files)
-        fsync_folder(aside)
-        aside.rename(target)
+        write_synced(temporary / "state.json", json.dumps(state, indent=1) + "\n")
+        files = manifest.record(temporary, ["state.json"])
+        for of_rank in shards:
+            files |= of_rank
+        manifest.write(temporary, files)
+        fsync_folder(temporary)
+        temporary.rename(target)
         fsync_folder(target.parent)
 
-    def _left(self) -> str:
-        whole = checkpoints_in(self.folder)
-        return f"; the newest whole one is {whole[-1]}" if whole else "; there is none before it"
+    def _newest_as_clause(self) -> str:
+        paths = checkpoints_in(self.folder)
+        return f"; the newest complete one is {paths[-1]}" if paths else "; there is none before it"
 
     def newest(self, before: int | None = None) -> Path | None:
-        """The newest checkpoint, verified byte by byte by all ranks together, or None.
+        """Returns the newest checkpoint, verified by all ranks together, or None without any.
 
-        With `before`, the newest of those with a lower step.
-        Raises CheckpointError when it is damaged, naming the previous whole one.
+        With `before`, the newest of those with a lower step. Raises CheckpointError when it is
+        damaged, naming the previous complete one.
         """
-        found = checkpoints_in(self.folder)
+        paths = checkpoints_in(self.folder)
         if before is not None:
-            found = [path for path in found if step_of(path) < before]
-        if not found:
+            paths = [path for path in paths if step_of(path) < before]
+        if not paths:
             return None
-        problem = self._problem(found[-1], self.grid.rank, self.grid.world_size)
+        problem = self._problem(paths[-1], self.grid.rank, self.grid.world_size)
         problems = [text for text in gather_objects(problem, self.grid.world) if text]
         if not problems:
-            return found[-1]
+            return paths[-1]
         raise CheckpointError(
-            f"{found[-1]} is damaged: {problems[0]}; {self._previous(found[:-1])}"
+            f"{paths[-1]} is damaged: {problems[0]}; {self._previous(paths[:-1])}"
         )
 
     def _previous(self, older: Iterable[Path]) -> str:
         for path in reversed(list(older)):
             if self._problem(path, 0, 1) is None:
                 return (
-                    f"the previous whole checkpoint is {path}: remove the damaged folder to "
+                    f"the previous complete checkpoint is {path}: remove the damaged folder to "
                     "resume from there"
                 )
-        return "there is no whole checkpoint before it"
+        return "there is no complete checkpoint before it"
 
     @staticmethod
     def _problem(path: Path, rank: int, world_size: int) -> str | None:
@@ -195,39 +202,38 @@ class CheckpointFolder:
         return manifest.problem(path, files, manifest.share_of(list(files), rank, world_size))
 
     def load(self, path: Path, tensors: Mapping[str, list[TensorBox] | Tensor]) -> None:
-        """Copy a verified checkpoint into live tensors, at any topology; every rank calls it.
+        """Copies a verified checkpoint into live tensors, at any topology; every rank calls it.
 
-        `tensors` are what this rank holds, by name; it reads no more than that. Raises
-        CheckpointError on all ranks, naming the first tensor that is missing, of another shape,
-        or held by no rank.
+        `tensors` are the boxes of this rank by name; it reads only these. Raises CheckpointError on
+        all ranks, naming the first tensor that is missing, of another shape, or on no rank.
         """
         from trainer.checkpoint.dcp_planners import load_boxes  # takes a second to import
         from trainer.checkpoint.reader import CheckpointReader
 
-        parts = _parts(tensors)
+        boxes = _as_boxes(tensors)
         shapes = CheckpointReader(path).shapes
-        problems = gather_objects(misfit(shapes, parts), self.grid.world)
-        problem = next(filter(None, problems), None) or self._unclaimed(shapes, parts)
+        problems = gather_objects(find_mismatch(shapes, boxes), self.grid.world)
+        problem = next(filter(None, problems), None) or self._unknown_tensor(shapes, boxes)
         if problem:
             raise CheckpointError(f"{path}: {problem}")
-        load_boxes(path, parts, self.grid.world.group)
+        load_boxes(path, boxes, self.grid.world.group)
 
-    def _unclaimed(self, shapes: Mapping[str, Shape], parts: Boxes) -> str | None:
-        """What the checkpoint holds and no rank has; the same answer on all ranks."""
+    def _unknown_tensor(self, shapes: Mapping[str, Shape], boxes: Boxes) -> str | None:
+        """Returns a clause about a tensor of the checkpoint that no rank has, or None."""
         names = sorted(name for name in shapes if not is_routing(name))
-        held = torch.tensor([name in parts for name in names], dtype=torch.int32)
-        holders = sum_(held, self.grid.world).tolist()
-        extra = [name for name, count in zip(names, holders, strict=True) if count == 0]
-        return f"holds {extra[0]}, which this run's model does not have" if extra else None
+        is_local = torch.tensor([name in boxes for name in names], dtype=torch.int32)
+        counts = sum_(is_local, self.grid.world).tolist()
+        unknown = [name for name, count in zip(names, counts, strict=True) if count == 0]
+        return f"holds {unknown[0]}, which this run's model does not have" if unknown else None
 
 
-def _parts(tensors: Mapping[str, list[TensorBox] | Tensor]) -> Boxes:
-    return {n: [TensorBox.whole(t)] if isinstance(t, Tensor) else t for n, t in tensors.items()}
+def _as_boxes(tensors: Mapping[str, list[TensorBox] | Tensor]) -> Boxes:
+    return {n: [TensorBox.unsharded(t)] if isinstance(t, Tensor) else t for n, t in tensors.items()}
 
 
-def misfit(shapes: Mapping[str, Shape], parts: Boxes) -> str | None:
-    """What a checkpoint with tensors of these whole shapes lacks for the parts, or None."""
-    for name, some in parts.items():
+def find_mismatch(shapes: Mapping[str, Shape], boxes: Boxes) -> str | None:
+    """Returns why a checkpoint with these unsharded shapes does not fit the boxes, or None."""
+    for name, some in boxes.items():
         if name not in shapes:
             return f"holds no tensor {name}, which this run needs"
         if some and shapes[name] != some[0].shape:
@@ -239,7 +245,7 @@ def misfit(shapes: Mapping[str, Shape], parts: Boxes) -> str | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """`state.json` of a whole checkpoint. Raises CheckpointError for another format."""
+    """Reads `state.json` of a complete checkpoint. Raises CheckpointError for another format."""
     state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if state.get("format") != FORMAT:
         raise CheckpointError(
@@ -249,7 +255,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def check_model(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raise CheckpointError naming the first field in which the two model configs differ."""
+    """Raises CheckpointError naming the first field in which the two model configs differ."""
     for field in ours:
         if field not in saved or field in FREE_FIELDS or field.startswith(_FREE_PREFIX):
             continue

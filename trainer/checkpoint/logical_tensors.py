@@ -1,10 +1,10 @@
-"""The logical tensors of a run by name, as checkpoints hold them, and the parts of them on a rank.
+"""The logical tensors of a run by name, as checkpoints hold them, and a rank's boxes of them.
 
-Each expert's matrix is an entry of its own under its official name
-(`layers.0.ffn.experts.3.w1.weight`), and optimizer states carry the name of their parameter
-behind `optim.<state>.`. Where the optimizer keeps an fp32 master of a bf16 parameter, the master
-stands under the parameter's name, and loading rounds it again to the same bf16 weight. A rank has
-as many boxes of a tensor as its share of the optimizer's elements makes up.
+Each expert's matrix is a separate entry under its official name
+(`layers.0.ffn.experts.3.w1.weight`); optimizer states have the name `optim.<state>.<parameter>`.
+Where the optimizer keeps an fp32 master of a bf16 parameter, the master is saved under the
+parameter's name, and loading rounds it to the same bf16 weight. A slice of a flattened parameter
+that a rank owns may make up several boxes.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from trainer.parallel.placement import Placement, Shape, place
 
 MASTER = "master"
 STEP = "step"
-"""The optimizer's state that is one number for a whole parameter, however that is split."""
+"""The optimizer's state that is one number for a parameter, however it is sharded."""
 _STATES = "optim."
 _ROUTING = "routing."
 
 
 @dataclass(frozen=True)
 class TensorBox:
-    """What a rank holds of a logical tensor of the whole `shape`: a box that begins at `offset`."""
+    """A rank's box of a logical tensor of the unsharded `shape`; it begins at `offset`."""
 
     tensor: Tensor
     shape: Shape
     offset: Shape
 
     @classmethod
-    def whole(cls, tensor: Tensor) -> TensorBox:
-        """A tensor of which nothing is elsewhere."""
+    def unsharded(cls, tensor: Tensor) -> TensorBox:
+        """Returns the box of a tensor that is not sharded."""
         return cls(tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
 
 Boxes = dict[str, list[TensorBox]]
-"""What a rank holds, by name: boxes that do not overlap."""
+"""A rank's boxes by the name of their tensor; they do not overlap."""
 
 
 def logical_tensors(
@@ -51,35 +51,38 @@ def logical_tensors(
     states: Iterable[StateSlice],
     placements: Mapping[str, Placement] | None = None,
 ) -> Boxes:
-    """Live tensors of the model and its optimizer by logical name; loading copies into them.
+    """Returns the live tensors of the model and its optimizer; loading copies into them.
 
-    `states` are the optimizer's: what this rank keeps of each. `placements` say by the name of a
-    parameter or buffer which part of it is here; what is not among them is whole. Experts are
-    numbered as in the whole model.
+    Args:
+        model: this rank's part of the model.
+        states: the states of the optimizer on this rank.
+        placements: which part of a parameter or buffer this rank holds, by name; those without one
+            are not sharded. Experts are numbered as in the whole model.
     """
     logical: Boxes = {}
     local = model.state_dict()
     trained = {name for name, _ in model.named_parameters()}
-    where = dict(placements or {})
+    placements = dict(placements or {})
     for name, tensor in local.items():
-        if name not in where:
-            where[name] = place(name, tuple(tensor.shape), Degrees(1), 0)
-    mastered = set()
-    for piece in states:
-        if piece.kind == MASTER:
-            mastered.add(piece.name)
-        prefix = "" if piece.kind == MASTER else f"{_STATES}{piece.kind}."
-        if piece.kind == STEP:
-            logical[f"{prefix}{official_name(piece.name)}"] = [TensorBox.whole(piece.tensor)]
+        if name not in placements:
+            placements[name] = place(name, tuple(tensor.shape), Degrees(1), 0)
+    with_master = set()
+    for state in states:
+        if state.kind == MASTER:
+            with_master.add(state.name)
+        prefix = "" if state.kind == MASTER else f"{_STATES}{state.kind}."
+        if state.kind == STEP:
+            logical[f"{prefix}{official_name(state.name)}"] = [TensorBox.unsharded(state.tensor)]
             continue
-        for name, part in boxes_of(piece, where[piece.name]):
-            logical.setdefault(f"{prefix}{name}", []).append(part)
+        for name, box in boxes_of(state, placements[state.name]):
+            logical.setdefault(f"{prefix}{name}", []).append(box)
     for name, tensor in local.items():
-        if name in mastered or (name in trained and has_master(tensor)):
+        if name in with_master or (name in trained and has_master(tensor)):
             continue  # masters are among the states, of this rank or of others
-        assert tuple(tensor.shape) == where[name].size, f"{name} is not what its placement says"
-        for entry, part in boxes_of(StateSlice("", name, tensor.detach()), where[name]):
-            logical.setdefault(entry, []).append(part)
+        placement = placements[name]
+        assert tuple(tensor.shape) == placement.size, f"{name} does not match its placement"
+        for entry, box in boxes_of(StateSlice("", name, tensor.detach()), placement):
+            logical.setdefault(entry, []).append(box)
     return logical
 
 
@@ -88,29 +91,29 @@ def has_master(tensor: Tensor) -> bool:
     return tensor.dtype != torch.float32
 
 
-def boxes_of(piece: StateSlice, placement: Placement) -> Iterator[tuple[str, TensorBox]]:
-    """A piece's boxes by the name of their entry in a checkpoint: each expert has one of its own.
+def boxes_of(state: StateSlice, placement: Placement) -> Iterator[tuple[str, TensorBox]]:
+    """Yields the boxes of a state by the name of their entry; each expert has a separate entry.
 
-    `placement` is that of the parameter that the piece belongs to.
+    `placement` is that of the state's parameter.
     """
     shape, origin = placement.size, placement.offset
-    if piece.is_gathered:  # whole matrices; of experts, those that are here
+    if state.is_gathered:  # unsharded matrices, of this rank's experts
         shape = placement.matrix_shape
         origin = (origin[0] if placement.kind == "expert" else 0,) + (0,) * (len(shape) - 1)
-    entry = official_name(piece.name)
-    flat, at = piece.tensor.view(-1), 0
-    for offset, size in boxes(piece.start, piece.start + flat.numel(), shape):
+    entry = official_name(state.name)
+    flat, at = state.tensor.view(-1), 0
+    for offset, size in boxes(state.start, state.start + flat.numel(), shape):
         tensor = flat[at : (at := at + math.prod(size))].view(size)
-        place_ = tuple(a + b for a, b in zip(origin, offset, strict=True))
+        start = tuple(a + b for a, b in zip(origin, offset, strict=True))
         if placement.kind != "expert":
-            yield entry, TensorBox(tensor, placement.shape, place_)
+            yield entry, TensorBox(tensor, placement.shape, start)
             continue
-        for number, view in enumerate(tensor, start=place_[0]):
-            yield expert_name(entry, number), TensorBox(view, placement.shape[1:], place_[1:])
+        for number, view in enumerate(tensor, start=start[0]):
+            yield expert_name(entry, number), TensorBox(view, placement.shape[1:], start[1:])
 
 
 def boxes(start: int, stop: int, shape: Shape) -> Iterator[tuple[Shape, Shape]]:
-    """Offsets and sizes of the boxes that elements `start` to `stop` of a flat tensor make up."""
+    """Yields offsets and sizes of the boxes that elements `start` to `stop` of a tensor make up."""
     if len(shape) < 2:
         yield (start,)[: len(shape)], (stop - start,)[: len(shape)]
         return
@@ -129,15 +132,15 @@ def boxes(start: int, stop: int, shape: Shape) -> Iterator[tuple[Shape, Shape]]:
 
 
 def is_state(name: str) -> bool:
-    """Whether an entry of a checkpoint is no weight or buffer of the model."""
+    """Whether an entry of a checkpoint is neither a weight nor a buffer of the model."""
     return name.startswith((_STATES, _ROUTING))
 
 
 def routing_name(step: int, layer: int) -> str:
-    """The entry of the experts that were chosen ahead of a step, [rows, length, A]."""
+    """Returns the name of the experts selected ahead of a step: [B, S, A], A for each token."""
     return f"{_ROUTING}{step:08d}.{layer:03d}"
 
 
 def is_routing(name: str) -> bool:
-    """Whether an entry is a choice of experts, which only training has a use for."""
+    """Whether an entry holds selected experts, which only training reads."""
     return name.startswith(_ROUTING)

@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint folder: the size and SHA-256 of each of its files.
+"""The manifest of a checkpoint folder: size and SHA-256 of each file.
 
-It is written last, so a folder with a valid manifest is whole.
+It is written last, so a folder with a valid manifest is complete.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ NAME = "manifest.json"
 
 
 class FileRecord(TypedDict):
-    """What the manifest says about one file."""
+    """The manifest's entry of one file."""
 
     size: int
     """Bytes."""
@@ -23,12 +23,12 @@ class FileRecord(TypedDict):
 
 
 def share_of(names: list[str], rank: int, world_size: int) -> list[str]:
-    """The files that `rank` hashes, so that all ranks together read each file once."""
+    """Returns the files that `rank` hashes, so that all ranks together read each file once."""
     return sorted(names)[rank::world_size]
 
 
 def record(folder: Path, names: list[str]) -> dict[str, FileRecord]:
-    """Sizes and hashes of the named files as they are now."""
+    """Returns sizes and hashes of the named files as they are now."""
     return {
         name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
         for name in names
@@ -36,13 +36,13 @@ def record(folder: Path, names: list[str]) -> dict[str, FileRecord]:
 
 
 def write(folder: Path, files: dict[str, FileRecord]) -> None:
-    """Write the manifest; it also carries a hash of itself."""
+    """Writes the manifest, with a hash of itself."""
     document = {"files": files, "sha256": _digest(files)}
     write_synced(folder / NAME, json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
 def read(folder: Path) -> tuple[dict[str, FileRecord], str | None]:
-    """The manifest's files, and the problem with the manifest, if it has one."""
+    """Returns the manifest's files, and what is wrong with the manifest, or None."""
     try:
         document = json.loads((folder / NAME).read_text(encoding="utf-8"))
         files, digest = document["files"], document["sha256"]
@@ -56,15 +56,15 @@ def read(folder: Path) -> tuple[dict[str, FileRecord], str | None]:
 
 
 def problem(folder: Path, files: dict[str, FileRecord], names: list[str]) -> str | None:
-    """What is wrong with the named files, or None; sizes are compared before any hash."""
+    """Returns what is wrong with the named files, or None; compares sizes before any hash."""
     if unknown := {path.name for path in folder.glob("*.safetensors")} - files.keys():
         return f"{min(unknown)} is not in {NAME}"
     for name in names:
-        path, want = folder / name, files[name]
+        path, size = folder / name, files[name]["size"]
         if not path.is_file():
             return f"{name} is missing"
-        if (size := path.stat().st_size) != want["size"]:
-            return f"{name} has {size} bytes instead of {want['size']}"
+        if (actual := path.stat().st_size) != size:
+            return f"{name} has {actual} bytes instead of {size}"
     for name in names:
         if sha256_of(folder / name) != files[name]["sha256"]:
             return f"{name} was altered"

@@ -1,4 +1,7 @@
-"""The tensors of a checkpoint on the disk, read without a model and without a process group."""
+"""Reads the tensors of a checkpoint without a model or a process group.
+
+Imports torch.distributed.checkpoint, which takes a second.
+"""
 
 from __future__ import annotations
 
@@ -17,24 +20,24 @@ from trainer.parallel.placement import Shape
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A box of a tensor, and the file that it stands in."""
+    """A box of a tensor, and the file that it is in."""
 
     file: str
     offset: Shape
     size: Shape
 
-    def of(self, whole: Tensor) -> Tensor:
-        """This box of the whole tensor, as a view."""
+    def of(self, tensor: Tensor) -> Tensor:
+        """Returns this box of the unsharded tensor, as a view."""
         for dim, (start, length) in enumerate(zip(self.offset, self.size, strict=True)):
-            whole = whole.narrow(dim, start, length)
-        return whole
+            tensor = tensor.narrow(dim, start, length)
+        return tensor
 
 
 class CheckpointReader:
-    """What a whole checkpoint folder holds. Only the files' headers are read at first.
+    """The tensors of a complete checkpoint folder; at first only the files' headers are read.
 
     Attributes:
-        shapes: whole shapes by name.
+        shapes: unsharded shapes by name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,17 +57,17 @@ class CheckpointReader:
             ]
 
     def read(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-        """Whole tensors on the host, rounded to the dtypes given, in the order given.
+        """Returns unsharded tensors on the host, in the order of `dtypes` and rounded to them.
 
-        Holds no more than these and one chunk. Raises KeyError for a name that is not there.
+        Needs memory for these and one chunk. Raises KeyError for a name that is not there.
         """
-        whole = {n: torch.empty(self.shapes[n], dtype=dtype) for n, dtype in dtypes.items()}
+        tensors = {n: torch.empty(self.shapes[n], dtype=dtype) for n, dtype in dtypes.items()}
         files: dict[str, list[tuple[str, _Chunk]]] = {}
-        for name in whole:
+        for name in tensors:
             for chunk in self._chunks[name]:
                 files.setdefault(chunk.file, []).append((name, chunk))
         for path, chunks in files.items():
             with safe_open(path, framework="pt") as file:
                 for name, chunk in chunks:
-                    chunk.of(whole[name]).copy_(file.get_tensor(name))
-        return whole
+                    chunk.of(tensors[name]).copy_(file.get_tensor(name))
+        return tensors

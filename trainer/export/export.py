@@ -16,7 +16,7 @@ from data import Tokenizer
 from model import V4Model
 from model.hf import named_tensors, to_official
 from trainer.build import DTYPES
-from trainer.checkpoint.folder import CheckpointFolder, misfit
+from trainer.checkpoint.folder import CheckpointFolder, find_mismatch
 from trainer.checkpoint.logical_tensors import TensorBox, is_state
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.run import newest_of
@@ -77,7 +77,9 @@ def _outline(config: RunConfig, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _check(path: Path, stored: CheckpointReader, weights: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError unless the checkpoint has these weights and no others."""
-    problem = misfit(stored.shapes, {n: [TensorBox.whole(tensor)] for n, tensor in weights.items()})
+    problem = find_mismatch(
+        stored.shapes, {n: [TensorBox.unsharded(tensor)] for n, tensor in weights.items()}
+    )
     extra = [name for name in stored.shapes if not is_state(name) and name not in weights]
     if problem is None and extra:
         problem = f"holds {extra[0]}, which this run's model does not have"

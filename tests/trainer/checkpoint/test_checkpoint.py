@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_names_the_previous_one(tiny: Path, copy: Path, kin
         train(tiny, copy, "steps=5")
     text = str(caught.value)
     assert "step-00000004 is damaged" in text and file in text
-    assert f"previous whole checkpoint is {copy / 'checkpoints/step-00000002'}" in text
+    assert f"previous complete checkpoint is {copy / 'checkpoints/step-00000002'}" in text
     assert steps_in_file(copy) == [1, 2, 3, 4], "nothing was touched"
 
 
@@ -117,7 +117,7 @@ def test_doing_what_the_message_says_resumes(tiny: Path, copy: Path, trained: Pa
 def test_all_damaged(tiny: Path, copy: Path) -> None:
     damage(copy, "altered")
     (copy / "checkpoints/step-00000002/manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="no whole checkpoint before it"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint before it"):
         train(tiny, copy, "steps=5")
 
 
@@ -175,7 +175,7 @@ def test_a_full_disk_loses_nothing(tiny: Path, copy: Path) -> None:
         train(tiny, copy, "steps=6", "checkpoint.every=1")
     text = str(caught.value)
     assert "step-00000006: the checkpoint could not be written: File too large" in text
-    assert f"newest whole one is {copy / 'checkpoints/step-00000004'}" in text
+    assert f"newest complete one is {copy / 'checkpoints/step-00000004'}" in text
     names = sorted(path.name for path in (copy / "checkpoints").iterdir())
     assert names == ["step-00000002", "step-00000004"], "no temporary folder stays"
     after = saved_tensors(copy / "checkpoints/step-00000004")
