@@ -1,14 +1,14 @@
-"""Times of the Triton kernels on a GPU, and of what they compete with.
+"""Times of the Triton kernels on a GPU, compared with their alternatives.
 
 For Flash's and Pro's widths and rows of several lengths, each operation runs forward and backward
 in Triton, eagerly, eagerly under torch.compile, and in FlexAttention where that can express the
-same (window and entry ranges; not lists of selected entries). Matmuls in FP8 are listed with
-torch's in bf16 and, of one group, its `scaled_mm`. The table also has the machine's ceilings,
-measured in the same run: a large bf16 matmul and a copy. Operations and bytes are the fewest that
-the mathematics needs; what an implementation does twice lowers its share. The peak is what a pass
-takes beyond its inputs. Before anything is timed, Triton in bf16 is compared with the eager version
-in fp32 (tests/model/kernels/test_gpu.py compares it with float64). The JSON is rewritten after each
-row, so that an interrupted run keeps its results.
+same (window and entry ranges; not lists of selected entries). FP8 matmuls are listed with torch's
+in bf16 and, for a single matrix, its `scaled_mm`. The table also has the machine's ceilings,
+measured in the same run: a large bf16 matmul and a copy. FLOPs and bytes are the minimum that the
+mathematics needs; work that an implementation repeats lowers its share. The peak is the memory
+that a pass takes in addition to its inputs. Before anything is timed, Triton in bf16 is compared
+with the eager version in fp32 (tests/model/kernels/test_gpu.py compares it with float64). The JSON
+is rewritten after each row, so that an interrupted run keeps its results.
 
     python -m benchmarks.kernels.attention [--rows 4096 16384 65536] [--longest] [--json FILE]
 """
@@ -44,9 +44,9 @@ CHECKED_ROW = 4096
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this GPU shows: bf16 operations and bytes copied (read and written) per second."""
+    """Measured rates of this GPU: bf16 FLOP/s, and bytes copied (read and written) per second."""
 
-    operations: float
+    flops: float
     bytes: float
 
 
@@ -68,7 +68,7 @@ class Result:
 
 
 def milliseconds(call: Callable[[], object], budget: float = 1500.0) -> float:
-    """Median time of a call on the GPU after two warm-ups, within about ``budget`` ms."""
+    """Returns the median time of a call on the GPU after two warm-ups, within ``budget`` ms."""
     times: list[float] = []
     for number in range(52):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -84,16 +84,16 @@ def milliseconds(call: Callable[[], object], budget: float = 1500.0) -> float:
 
 
 def ceilings() -> Ceilings:
-    """Measured, not read from a data sheet."""
+    """Measures the rates of a large matmul and a large copy."""
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=DTYPE) for _ in range(2))
-    operations = 2 * 8192**3 / (milliseconds(lambda: a @ b) / 1e3)
+    flops = 2 * 8192**3 / (milliseconds(lambda: a @ b) / 1e3)
     x = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE).random_()
     y = torch.empty_like(x)
-    return Ceilings(operations, 2 * x.numel() / (milliseconds(lambda: y.copy_(x)) / 1e3))
+    return Ceilings(flops, 2 * x.numel() / (milliseconds(lambda: y.copy_(x)) / 1e3))
 
 
 def timed(make: Callable[[], Task], sizes: str, row: int, limit: Ceilings) -> list[Result]:
-    """Forward and backward of every implementation; one that fails says so in its row."""
+    """Times forward and backward of every implementation; a failure is noted in its row."""
     try:
         task = make()
     except torch.OutOfMemoryError as error:
@@ -115,7 +115,7 @@ def timed(make: Callable[[], Task], sizes: str, row: int, limit: Ceilings) -> li
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, short enough for a table."""
+    """Returns an error's type and message, short enough for a table."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
 
 
@@ -138,28 +138,28 @@ def _measure(
     result.ms = milliseconds(call)
     seconds = result.ms / 1e3
     result.peak_gib = (torch.cuda.max_memory_allocated() - before) / 2**30
-    result.tflops = work.operations / seconds / 1e12
+    result.tflops = work.flops / seconds / 1e12
     result.gbs = work.bytes / seconds / 1e9
-    floor = max(work.operations / limit.operations, work.bytes / limit.bytes)
+    floor = max(work.flops / limit.flops, work.bytes / limit.bytes)
     result.share = floor / seconds
 
 
 def compared(ours: Tensor, theirs: Tensor) -> tuple[str, bool]:
-    """How far two results are apart, and whether that is near enough."""
+    """Returns the distance of two results as text, and whether it is within the tolerance."""
     if not ours.is_floating_point():
-        # Scores are summed in another order, so that near ties may fall otherwise.
+        # Scores are summed in another order, so near ties may be decided differently.
         share = float((ours.sort(1).values == theirs.sort(1).values).float().mean())
-        return f"{share:.4f} of the choices equal", share >= 1 - TOLERANCE
+        return f"{share:.4f} of the selected entries equal", share >= 1 - TOLERANCE
     a, b = ours.double().flatten(), theirs.double().flatten()
     error = float((a - b).norm() / b.norm())
     cosine = float(torch.dot(a, b) / (a.norm() * b.norm()))
-    # NaN is neither.
+    # A NaN fails both comparisons.
     return f"error {error:.1e}, cosine {cosine:.6f}", error <= TOLERANCE and cosine > COSINE
 
 
 def check(task: Task) -> list[str]:
-    """Where Triton's outputs or gradients differ from the eager version's in fp32."""
-    wrong = []
+    """Lists where Triton's outputs or gradients differ from the eager version's in fp32."""
+    failures = []
     for name in [name for name in task.implementations if name.startswith("triton")]:
         pair = []
         for function, dtype in (
@@ -181,19 +181,20 @@ def check(task: Task) -> list[str]:
             line = f"{task.name}, {name}, result {number}: {distance}"
             CONSOLE.print(f"  {line}")
             if not fine:
-                wrong.append(line)
-    return wrong
+                failures.append(line)
+    return failures
 
 
 def tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:
-    """Made one at a time, because one at a time fits in memory."""
-    of_layers = attention_tasks.tasks(config, row) + layer_tasks.tasks(config, row)
-    return of_layers + fp8_tasks.tasks(config, row)
+    """Returns functions that make the tasks, since only one at a time fits in memory."""
+    modules = (attention_tasks, layer_tasks, fp8_tasks)
+    return [make for module in modules for make in module.tasks(config, row)]
 
 
 def show(results: list[Result], limit: Ceilings) -> None:
+    """Prints the table."""
     title = (
-        f"{torch.cuda.get_device_name()}: {limit.operations / 1e12:.0f} TFLOP/s in a bf16 "
+        f"{torch.cuda.get_device_name()}: {limit.flops / 1e12:.0f} TFLOP/s in a bf16 "
         f"matmul, {limit.bytes / 1e9:.0f} GB/s in a copy"
     )
     table = Table(title=title)
@@ -229,6 +230,7 @@ def save(path: Path, record: dict[str, Any]) -> None:
 
 
 def main() -> int:
+    """Compares, then measures; rewrites the JSON after every row length."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=["flash", "pro"])
     parser.add_argument("--rows", nargs="+", type=int, default=[4096, 16384, 65536])
@@ -240,16 +242,16 @@ def main() -> int:
         return 2
     limit = ceilings()
     results: list[Result] = []
-    wrong: list[str] = []
+    failures: list[str] = []
     record: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    record |= {"ceilings": asdict(limit), "wrong": wrong}
+    record |= {"ceilings": asdict(limit), "failures": failures}
     for sizes in arguments.sizes:
         config = load(sizes)
-        chosen = kernel_choices(config, torch.device(DEVICE), DTYPE, in_fp8=True)
-        for name, choice in chosen.items():
+        choices = kernel_choices(config, torch.device(DEVICE), DTYPE, in_fp8=True)
+        for name, choice in choices.items():
             CONSOLE.print(f"{sizes}: {name} uses {choice}")
         for make in tasks(config, CHECKED_ROW):
-            wrong += check(make())
+            failures += check(make())
         rows = list(arguments.rows)
         while rows:
             row = rows.pop(0)
@@ -262,9 +264,9 @@ def main() -> int:
             if arguments.longest and not rows and fits and row < config.max_position_embeddings:
                 rows.append(2 * row)
     show(results, limit)
-    for line in wrong:
+    for line in failures:
         CONSOLE.print(f"[red]outside the tolerance: {line}")
-    return 1 if wrong else 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ longer rows."""
 
 @dataclass(frozen=True)
 class Work:
-    """The fewest operations and bytes of one pass."""
+    """The minimum FLOPs and bytes of one pass."""
 
-    operations: float
+    flops: float
     bytes: float
 
 
@@ -47,16 +47,18 @@ class Task:
 
 
 def load(name: str) -> ModelConfig:
+    """Reads the model of a shipped config."""
     path = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
     return load_config(path).model
 
 
 def randn(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    """Returns normal random numbers on the device."""
     return torch.randn(shape, device=DEVICE, dtype=dtype)
 
 
 def eager_versions(eager: Callable[..., Tensor], row: int) -> dict[str, Callable[..., Tensor]]:
-    """The eager version, plain and compiled, where the row is not too long for them."""
+    """Returns the eager version, plain and compiled, unless the row is too long for them."""
     versions: dict[str, Callable[..., Tensor]] = {}
     if row <= EAGER_ROWS:
         versions["eager"] = eager
@@ -66,7 +68,7 @@ def eager_versions(eager: Callable[..., Tensor], row: int) -> dict[str, Callable
 
 
 def attention_task(config: ModelConfig, kind: Any, row: int) -> Task:
-    """Core attention of one layer type on one row that is one sample."""
+    """Makes the core attention of one layer type, on one row that is one sample."""
     from model.kernels.attention import forward_triton
 
     positions = Positions.of_microbatch(config, SampleLayout.from_lengths([[row]], device=DEVICE))
@@ -108,7 +110,7 @@ def attention_task(config: ModelConfig, kind: Any, row: int) -> Task:
 
 
 def mass_task(config: ModelConfig, row: int) -> Task:
-    """The KL target over the first block of entries, at most 4096 of them."""
+    """Makes the KL target over the first block of entries, at most 4096 of them."""
     from model.kernels.attention import probability_mass_triton
 
     positions = Positions.of_microbatch(config, SampleLayout.from_lengths([[row]], device=DEVICE))
@@ -140,7 +142,7 @@ def mass_task(config: ModelConfig, row: int) -> Task:
 
 
 def random_choice(end_T: Tensor | None, row: int, k: int) -> Tensor:
-    """k entries of those each query sees, drawn at random, or all where it sees no more."""
+    """Draws k of the entries that each query sees, or all if it sees no more, [row, k]."""
     assert end_T is not None
     out = torch.full((row, k), -1, dtype=torch.int32, device=DEVICE)
     for rows in torch.arange(row, device=DEVICE).split(1024):
@@ -153,7 +155,7 @@ def random_choice(end_T: Tensor | None, row: int, k: int) -> Tensor:
 
 
 def flex(config: ModelConfig, kind: Any, row: int) -> Callable[..., Tensor]:
-    """FlexAttention over tokens and entries in one array; without norm and rotation of queries.
+    """Returns FlexAttention over tokens and entries in one array, without norm and rotation.
 
     The sink is applied afterwards, through the log-sum-exp that FlexAttention returns.
     """
@@ -163,7 +165,7 @@ def flex(config: ModelConfig, kind: Any, row: int) -> Callable[..., Tensor]:
     ratio = 0 if kind == "window" else config.compress_ratio(kind)
     count = row + (row // ratio if ratio else 0)
 
-    def sees(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    def visible(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         token = (s <= t) & (s > t - window)
         if not ratio:
             return token
@@ -173,9 +175,10 @@ def flex(config: ModelConfig, kind: Any, row: int) -> Callable[..., Tensor]:
     masks: list[Any] = []
 
     def call(q: Tensor, kv: Tensor, *rest: Tensor) -> Tensor:
-        if not masks:  # compiled, or the whole [row, count] would be written on the way
-            made = create_block_mask(sees, None, None, row, count, device=DEVICE, _compile=True)
-            masks.append(made)
+        if not masks:  # compiled, since otherwise all of [row, count] would be materialised
+            masks.append(
+                create_block_mask(visible, None, None, row, count, device=DEVICE, _compile=True)
+            )
         keys = torch.cat([kv, rest[0]]) if ratio else kv
         keys = keys[None, None]
         queries = q.transpose(0, 1)[None]
@@ -189,6 +192,7 @@ def flex(config: ModelConfig, kind: Any, row: int) -> Callable[..., Tensor]:
 
 
 def indexer_task(config: ModelConfig, row: int) -> Task:
+    """Makes the indexer's selection."""
     from model.kernels.indexer import select_triton
 
     ranges = Positions.of_microbatch(
@@ -211,14 +215,15 @@ def indexer_task(config: ModelConfig, row: int) -> Task:
 
 
 def indexer_loss_tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:
+    """Returns functions that make the objective of the dense and the sparse phase."""
     return [lambda k=k: indexer_loss_task(config, row, k) for k in (None, config.index_topk)]
 
 
 def indexer_loss_task(config: ModelConfig, row: int, k: int | None) -> Task:
-    """The indexer's objective over all entries or over k of them, its KL target a tensor of ones.
+    """Makes the indexer's objective over all entries or k of them, with a KL target of ones.
 
-    Forward forms the gradients as well, backward only scales them. The target is a separate task,
-    "entries' probability mass".
+    Forward computes the gradients as well, backward only scales them. The target is the separate
+    task "entries' probability mass".
     """
     ranges = Positions.of_microbatch(
         config, SampleLayout.from_lengths([[row]], device=DEVICE)
@@ -252,6 +257,7 @@ def indexer_loss_task(config: ModelConfig, row: int, k: int | None) -> Task:
 
 
 def compressor_task(config: ModelConfig, kind: Any, row: int) -> Task:
+    """Makes the pooling of one kind of compressor."""
     from model.kernels.compressor import pool_triton
 
     m = config.compress_ratio(kind)
@@ -264,7 +270,7 @@ def compressor_task(config: ModelConfig, kind: Any, row: int) -> Task:
     implementations: dict[str, Callable[..., Tensor]] = {
         "triton": lambda *x: pool_triton.pool_windows(*x, *where)
     }
-    # It has no loop, so that the row's length changes nothing.
+    # It has no loop, so the length of the row does not matter.
     implementations |= eager_versions(lambda *x: eager_pool_windows(*x, *where), 0)
     forward = Work(5.0 * row * width, moved + pooled)
     backward = Work(10.0 * row * width, 2 * moved + pooled)
@@ -272,13 +278,13 @@ def compressor_task(config: ModelConfig, kind: Any, row: int) -> Task:
 
 
 def tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:
-    """Made one at a time, because one at a time fits in memory."""
-    made: list[Callable[[], Task]] = []
+    """Returns functions that make the tasks, since only one at a time fits in memory."""
+    makers: list[Callable[[], Task]] = []
     for kind in sorted({"window", *config.layer_types}):
-        made.append(lambda kind=kind: attention_task(config, kind, row))
-    made.append(lambda: mass_task(config, row))
-    made.append(lambda: indexer_task(config, row))
-    made += indexer_loss_tasks(config, row)
+        makers.append(lambda kind=kind: attention_task(config, kind, row))
+    makers.append(lambda: mass_task(config, row))
+    makers.append(lambda: indexer_task(config, row))
+    makers += indexer_loss_tasks(config, row)
     for kind in ("csa", "hca"):
-        made.append(lambda kind=kind: compressor_task(config, kind, row))
-    return made
+        makers.append(lambda kind=kind: compressor_task(config, kind, row))
+    return makers

@@ -1,7 +1,7 @@
-"""Matmuls in FP8 as tasks for a benchmark: a linear, experts, and both of a linear's two halves.
+"""FP8 matmuls as tasks for a benchmark: a linear, its matmul and its rounding, and experts.
 
-The tensor cores multiply FP8 numbers at twice the rate of bf16, in which the ceiling is measured:
-an operation in FP8 counts as half of one.
+The tensor cores multiply FP8 numbers at twice the rate of bf16, in which the ceiling is measured,
+so one FP8 FLOP counts as half.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from torch.nn.functional import ScalingType
 
 from benchmarks.kernels.attention_tasks import DEVICE, DTYPE, Task, Work, eager_versions, randn
 from model import ModelConfig
+from model.dispatch import ROW_ALIGNMENT
 from model.kernels.block_sizes import FP8_BLOCK
 from model.kernels.fp8 import eager
-from model.moe import ROW_ALIGNMENT
 
 _RANKS = 8
-"""Timed are the experts of one of eight expert-parallel ranks, with the rows that it receives."""
+"""The experts of one of so many expert-parallel ranks are timed, with the rows that it receives."""
 
 
 def tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:
-    """One at a time."""
+    """Returns functions that make the tasks, since only one at a time fits in memory."""
     makers = (linear_task, matmul_task, rounding_task, experts_task)
     return [lambda make=make: make(config, row) for make in makers]
 
 
 def _linear(config: ModelConfig, row: int) -> tuple[Tensor, Tensor]:
-    """Rows and weight of attention's wo_b, a layer's largest linear."""
+    """Returns rows and weight of attention's wo_b, a layer's largest linear."""
     inputs, outputs = config.o_groups * config.o_lora_rank, config.hidden_size
     return randn(row, inputs), randn(outputs, inputs) * inputs**-0.5
 
 
 def _work(x: Tensor, weight: Tensor, y_columns: int) -> tuple[Work, Work]:
-    """Forward's and backward's: every tensor once in bf16, one matmul and two."""
-    of_x, of_y, of_weight = x.numel(), len(x) * y_columns, weight.numel()
-    operations = float(len(x)) * x.shape[1] * y_columns
+    """Returns forward's and backward's work: each tensor once in bf16, one matmul and two."""
+    x_size, y_size, weight_size = x.numel(), len(x) * y_columns, weight.numel()
+    flops = float(len(x)) * x.shape[1] * y_columns
     return (
-        Work(operations, 2.0 * (of_x + of_y + of_weight)),
-        Work(2 * operations, 2.0 * (2 * of_x + of_y + 2 * of_weight)),
+        Work(flops, 2.0 * (x_size + y_size + weight_size)),
+        Work(2 * flops, 2.0 * (2 * x_size + y_size + 2 * weight_size)),
     )
 
 
 def linear_task(config: ModelConfig, row: int) -> Task:
-    """A linear with the rounding of what it multiplies."""
+    """Makes a linear with the rounding of its factors."""
     from model.kernels.fp8 import matmul_triton
 
     x, weight = _linear(config, row)
@@ -55,11 +55,11 @@ def linear_task(config: ModelConfig, row: int) -> Task:
         "torch in bf16": F.linear,
     }
     implementations |= eager_versions(lambda x, w: eager.eager_batched(x[None], w[None])[0], row)
-    return Task("linear in FP8", [x, weight], implementations, *_work(x, weight, len(weight)))
+    return Task("FP8 linear", [x, weight], implementations, *_work(x, weight, len(weight)))
 
 
 def matmul_task(config: ModelConfig, row: int) -> Task:
-    """A linear's forward matmul alone, of factors rounded before."""
+    """Makes a linear's forward matmul alone, of rounded factors."""
     from model.kernels.fp8 import matmul_triton
     from model.kernels.fp8.quantise_triton import quantise, quantise_weight, tiles_of
 
@@ -67,8 +67,8 @@ def matmul_task(config: ModelConfig, row: int) -> Task:
     tiles = tiles_of(torch.tensor([row], dtype=torch.int32, device=DEVICE), row)
     rows, _ = quantise(x, tiles, rows=True, columns=False)
     codes = quantise_weight(weight[None], turned=False)
-    of_weight = codes.scales[0]
-    of_weight = F.pad(of_weight, (0, -of_weight.shape[1] % 4))  # as torch wants them
+    scales = codes.scales[0]
+    scales = F.pad(scales, (0, -scales.shape[1] % 4))  # torch requires multiples of 4
 
     def triton(x: Tensor, w: Tensor) -> Tensor:
         return matmul_triton.matmul_(x.new_empty(len(x), len(w)), rows, codes, tiles)
@@ -79,7 +79,7 @@ def matmul_task(config: ModelConfig, row: int) -> Task:
             codes.codes[0].t(),
             rows.scales.t(),
             ScalingType.BlockWise1x128,
-            of_weight.t(),
+            scales.t(),
             ScalingType.BlockWise128x128,
             output_dtype=DTYPE,
         )
@@ -90,16 +90,16 @@ def matmul_task(config: ModelConfig, row: int) -> Task:
         "torch in bf16": F.linear,
         "eager": lambda x, w: eager.eager_batched(x[None], w[None])[0],
     }
-    operations = float(row) * weight.numel()
+    flops = float(row) * weight.numel()
     moved = float(x.numel() + weight.numel()) + 2.0 * row * len(weight)
-    work = Work(operations, moved)
-    return Task("linear in FP8, rounded before", [x, weight], implementations, work, None)
+    work = Work(flops, moved)
+    return Task("FP8 matmul of a linear", [x, weight], implementations, work, None)
 
 
 def rounding_task(config: ModelConfig, row: int) -> Task:
-    """What a linear's backward does with the output's gradient, by rows and by columns.
+    """Makes the rounding of the output's gradient in a linear's backward, by rows and by columns.
 
-    Codes are not numbers to compare: `tests/model/kernels/test_gpu.py` compares them to the bit.
+    Codes cannot be compared as numbers; `tests/model/kernels/test_gpu.py` compares their bits.
     """
     from model.kernels.fp8.quantise_triton import quantise, tiles_of
 
@@ -119,7 +119,7 @@ def rounding_task(config: ModelConfig, row: int) -> Task:
 
 
 def experts_task(config: ModelConfig, row: int) -> Task:
-    """The routed experts' w1 with rows that went to them by chance."""
+    """Makes the routed experts' w1 on randomly routed rows."""
     from model.kernels.fp8 import matmul_triton
 
     experts, inner = config.n_routed_experts // _RANKS, config.moe_intermediate_size
@@ -135,4 +135,4 @@ def experts_task(config: ModelConfig, row: int) -> Task:
         "torch in bf16": lambda x, w: F.grouped_mm(x, w.transpose(1, 2), offs=ends_E),
     }
     implementations |= eager_versions(lambda x, w: eager.eager_grouped(x, w, ends_E), row)
-    return Task("experts in FP8", [x, weight], implementations, *_work(x, weight, inner))
+    return Task("FP8 experts", [x, weight], implementations, *_work(x, weight, inner))

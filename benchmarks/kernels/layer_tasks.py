@@ -23,13 +23,13 @@ WHOLE_ROWS = 16384
 
 
 def tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:
-    """Of what is not attention, one at a time."""
+    """Returns functions that make the tasks other than attention."""
     makers = (norm_task, read_task, write_task, swiglu_task, collect_task, head_task)
     return [lambda make=make: make(config, row) for make in makers]
 
 
 def norm_task(config: ModelConfig, row: int) -> Task:
-    """The RMS norm before a sub-layer."""
+    """Makes the RMS norm before a sub-layer."""
     from model.kernels.norm import norm_triton
 
     dim, eps = config.hidden_size, config.rms_norm_eps
@@ -45,7 +45,7 @@ def norm_task(config: ModelConfig, row: int) -> Task:
 
 
 def read_task(config: ModelConfig, row: int) -> Task:
-    """A sub-layer's input from the streams; its coefficients are computed on the way."""
+    """Makes a sub-layer's input from the streams, with the coefficients."""
     from model.kernels.hyper_connection import streams_triton
 
     dim, n = config.hidden_size, config.hc_mult
@@ -66,7 +66,7 @@ def read_task(config: ModelConfig, row: int) -> Task:
 
 
 def write_task(config: ModelConfig, row: int) -> Task:
-    """The streams after a sub-layer."""
+    """Makes the update of the streams after a sub-layer."""
     from model.kernels.hyper_connection import streams_triton
 
     dim, n = config.hidden_size, config.hc_mult
@@ -80,7 +80,7 @@ def write_task(config: ModelConfig, row: int) -> Task:
 
 
 def swiglu_task(config: ModelConfig, row: int) -> Task:
-    """The routed experts' activation with the rows' weights."""
+    """Makes the routed experts' activation with the rows' weights."""
     from model.kernels.swiglu import swiglu_triton
 
     rows, inner, limit = row * config.num_experts_per_tok, config.moe_intermediate_size, 10.0
@@ -96,21 +96,21 @@ def swiglu_task(config: ModelConfig, row: int) -> Task:
 
 
 def collect_task(config: ModelConfig, row: int) -> Task:
-    """The sum of every token's expert rows, which lie in random order."""
+    """Makes the sum of every token's expert rows, which are in random order."""
     from model.kernels.permute import unpermute_triton
 
-    dim, choices = config.hidden_size, config.num_experts_per_tok
-    place = torch.randperm(row * choices, device=DEVICE)
+    dim, active = config.hidden_size, config.num_experts_per_tok
+    place = torch.randperm(row * active, device=DEVICE)
     implementations: dict[str, Callable[..., Tensor]] = {
         "triton": lambda y: unpermute_triton.unpermute(y, place, row)
     }
     implementations |= eager_versions(lambda y: eager_unpermute(y, place, row), 0)
-    work = Work(float(row * choices * dim), 2.0 * row * dim * (choices + 1))
-    return Task("sum of experts' rows", [randn(row * choices, dim)], implementations, work, None)
+    work = Work(float(row * active * dim), 2.0 * row * dim * (active + 1))
+    return Task("sum of experts' rows", [randn(row * active, dim)], implementations, work, None)
 
 
 def head_task(config: ModelConfig, row: int) -> Task:
-    """The output head with its cross-entropy and all of its gradients; those of hidden states."""
+    """Makes the output head with its cross-entropy; its result is the hidden states' gradient."""
     from model.kernels.cross_entropy.softmax_triton import softmax_loss
 
     dim, vocab = config.hidden_size, config.vocab_size

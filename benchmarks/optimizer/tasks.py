@@ -1,4 +1,4 @@
-"""The matrices of the optimizer's benchmark, the steps on them, and how they are timed."""
+"""The matrices of the optimizer's benchmark, the steps on them, and their timing."""
 
 from __future__ import annotations
 
@@ -21,69 +21,68 @@ from trainer.parallel.placement import place_all
 LAYER = "layers.2."
 RATE = 1e-4
 Times = Mapping[str, Sequence[float]]
-"""Seconds by name; the same round has the same place."""
+"""Seconds by name, one for each round."""
 
 
 def interleaved(
     calls: Mapping[str, Callable[[], object]],
     rounds: int,
-    meet: Callable[[], object] = lambda: None,
+    barrier: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of all calls in turn, `rounds` times, after one of each that does not count.
+    """Times all calls in turn, `rounds` times, after one warm-up of each.
 
-    `meet` is called before and after each: where several processes time together, it makes the
-    slowest of them count.
+    `barrier` is called before and after each, so that the slowest of several processes counts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
-            meet()
+            barrier()
             start = time.perf_counter()
             call()
-            meet()
+            barrier()
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def ratio(seconds: Times, one: str, other: str) -> float:
-    """Median over the rounds of one's time over the other's: a machine's drift falls out."""
+    """Returns the median over rounds of one time over the other; drift cancels out."""
     return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
 
 
 class Matrices:
-    """What Muon has in one layer with an indexer of a model, at most some of its experts."""
+    """Muon's matrices in one layer with an indexer, with a maximum number of experts."""
 
     def __init__(self, path: str, experts: int | None = None) -> None:
         self.model = load_config(path).model
-        every = parameter_shapes(self.model)
-        layer = {name: shape for name, shape in every.items() if name.startswith(LAYER)}
+        shapes_of_model = parameter_shapes(self.model)
+        layer = {name: shape for name, shape in shapes_of_model.items() if name.startswith(LAYER)}
         table = build_table(layer, parameter_table(self.model), OptimConfig())
         shapes = {entry.name: entry.shape for entry in table if entry.matrices is not None}
         self.shapes: Shapes = {
             name: (min(experts, shape[0]), *shape[1:]) if experts and len(shape) == 3 else shape
             for name, shape in shapes.items()
         }
-        found = build_table(self.shapes, parameter_table(self.model), OptimConfig())
-        self.table = [entry for entry in found if entry.matrices is not None]
+        assignments = build_table(self.shapes, parameter_table(self.model), OptimConfig())
+        self.table = [entry for entry in assignments if entry.matrices is not None]
 
     @property
     def elements(self) -> int:
-        """Of all matrices."""
+        """Number of elements of all matrices."""
         return sum(value.numel() for value in self.values(0).values())
 
     @property
     def count(self) -> int:
-        """How many matrices there are."""
+        """Number of matrices."""
         return sum(entry.matrices[0] for entry in self.table if entry.matrices)
 
     def values(self, seed: int) -> dict[str, Tensor]:
-        """Random values by name."""
+        """Returns random values by name."""
         generator = torch.Generator().manual_seed(seed)
         return {name: torch.randn(s, generator=generator) for name, s in self.shapes.items()}
 
-    def operations(self, muon: MuonConfig) -> float:
-        """Of one step's products."""
+    def flops(self, muon: MuonConfig) -> float:
+        """Returns the FLOPs of Newton–Schulz in one step."""
         return sum(
             entry.matrices[0] * newton_schulz_flops(*entry.matrices[1:], muon)
             for entry in self.table
@@ -91,7 +90,7 @@ class Matrices:
         )
 
     def zero(self, grid: Grid, muon: MuonConfig, experts: Precision = "fp32") -> HybridZero:
-        """Our optimizer over new parameters; experts' gradients are sent in `experts`."""
+        """Returns our optimizer over new parameters; experts' gradients are sent in `experts`."""
         config = OptimConfig(muon=muon, clip_norm=None)
         parameters = {name: Parameter(value) for name, value in self.values(0).items()}
         placements = place_all(self.shapes, grid.degrees, grid.rank)
@@ -99,12 +98,12 @@ class Matrices:
 
 
 def parameters_of(zero: HybridZero) -> dict[str, Parameter]:
-    """All parameters by name."""
+    """Returns all parameters by name."""
     return {name: p for bucket in zero.buckets for name, p in bucket.group.parameters.items()}
 
 
 def our_step(matrices: Matrices, muon: MuonConfig) -> Callable[[], None]:
-    """A step on one process, gradients given."""
+    """Returns a step on one process with fixed gradients."""
     zero = matrices.zero(Grid.single(), muon)
     gradients = matrices.values(1)
     for name, parameter in parameters_of(zero).items():
@@ -117,14 +116,14 @@ def our_step(matrices: Matrices, muon: MuonConfig) -> Callable[[], None]:
     return step
 
 
-def bare_products(matrices: Matrices, muon: MuonConfig) -> Callable[[], None]:
-    """The products of Newton–Schulz over the batches that our step makes, and nothing else."""
+def bare_matmuls(matrices: Matrices, muon: MuonConfig) -> Callable[[], None]:
+    """Returns the matmuls of Newton–Schulz over the batches of our step, and nothing else."""
     inner = matrices.zero(Grid.single(), muon).inner
     buffers = []
     for batch in inner._batches(inner._muon):
         assert batch[0].entry.matrices is not None
         r, c = sorted(batch[0].entry.matrices[1:])
-        n = sum(piece.last - piece.first for piece in batch)
+        n = sum(owned.last - owned.first for owned in batch)
         sizes = (n, r, c), (n, r, r), (n, r, r), (n, r, c)
         buffers.append([torch.randn(size) for size in sizes])
     steps = muon.coarse_steps + muon.fine_steps
@@ -140,7 +139,7 @@ def bare_products(matrices: Matrices, muon: MuonConfig) -> Callable[[], None]:
 
 
 def torch_step(matrices: Matrices) -> Callable[[], object]:
-    """torch.optim.Muon, five steps in bf16, over the same matrices, each a parameter."""
+    """Returns a step of torch.optim.Muon, five steps in bf16, with a parameter for each matrix."""
     gradients, parameters = matrices.values(1), []
     for entry in matrices.table:
         assert entry.matrices is not None

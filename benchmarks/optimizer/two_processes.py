@@ -1,7 +1,7 @@
 """The optimizer's step on two processes compared with DeepSpeed's Muon in ZeRO-2: time and bytes.
 
-A step is the backward of a plain sum (its gradients are what is given), the reduction, the
-update and the parameters on both processes. All take turns in the same two processes.
+A step is the backward of a weighted sum (whose gradients are its weights), the reduction, the
+update, and the gather of the parameters. All candidates alternate in the same two processes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ THEIR_STEPS = MuonConfig(coarse_steps=5, fine_steps=0, gram=True)
 
 
 class Sent(TorchDispatchMode):
-    """Bytes that torch.distributed sends, by operator; collectives count as rings."""
+    """Counts the bytes that torch.distributed sends, by operator; collectives count as rings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,10 +41,10 @@ class Sent(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            self._see(func._schema.name.removeprefix("c10d::"), args)
+            self._count(func._schema.name.removeprefix("c10d::"), args)
         return func(*args, **(kwargs or {}))
 
-    def _see(self, name: str, args: Any) -> None:
+    def _count(self, name: str, args: Any) -> None:
         boxed = next(a for a in args if isinstance(a, torch.ScriptObject))
         n = dist.ProcessGroup.unbox(boxed).size()
         if name == "allreduce_":
@@ -68,38 +68,38 @@ def _nbytes(value: Any) -> int:
     return sum(_nbytes(item) for item in value)
 
 
-class Holder(nn.Module):
-    """Parameters whose gradients are what is given."""
+class WeightedSum(nn.Module):
+    """A module whose parameters get the gradients that it is called with."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
         super().__init__()
         self.values = nn.ParameterList([Parameter(value) for value in values.values()])
 
     def forward(self, gradients: list[Tensor]) -> Tensor:
-        """The sum of all products."""
+        """Returns the scalar whose gradients these are."""
         return weighted_sum(list(self.values), gradients)
 
 
 def weighted_sum(parameters: list[Parameter], gradients: list[Tensor]) -> Tensor:
-    """What has these gradients."""
+    """Returns a scalar with these gradients."""
     pairs = zip(parameters, gradients, strict=True)
     return torch.stack([(p * g).sum() for p, g in pairs]).sum()
 
 
-def pair(rank: int, folder: str, path: str, experts: int, rounds: int) -> None:
-    """Worker: everything in turn on two processes; the first writes what was measured."""
+def measure(rank: int, folder: str, path: str, experts: int, rounds: int) -> None:
+    """Times all candidates on one of two processes; the first process saves the results."""
     torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)  # which DeepSpeed wants
+    os.environ["LOCAL_RANK"] = str(rank)  # required by DeepSpeed
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     matrices = Matrices(path, experts)
     gradients = list(matrices.values(rank + 1).values())
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     calls: dict[str, Callable[[], object]] = {
-        "ours": our_pair(matrices, gradients, MuonConfig()),
-        "ours, experts' gradients in bf16": our_pair(matrices, gradients, MuonConfig(), "bf16"),
-        "ours, five steps, gram": our_pair(matrices, gradients, THEIR_STEPS),
-        "DeepSpeed's Muon, ZeRO-2: five steps, gram": deepspeed_pair(matrices, gradients),
+        "ours": our_step(matrices, gradients, MuonConfig()),
+        "ours, experts' gradients in bf16": our_step(matrices, gradients, MuonConfig(), "bf16"),
+        "ours, five steps, gram": our_step(matrices, gradients, THEIR_STEPS),
+        "DeepSpeed's Muon, ZeRO-2: five steps, gram": deepspeed_step(matrices, gradients),
         "plain all-reduce of gradients alone": lambda: dist.all_reduce(flat),
     }
     seconds = interleaved(calls, rounds, dist.barrier)
@@ -109,14 +109,14 @@ def pair(rank: int, folder: str, path: str, experts: int, rounds: int) -> None:
             call()
         sent[name] = dict(counted.bytes)
     if rank == 0:
-        torch.save((seconds, sent), f"{folder}/found.pt")
+        torch.save((seconds, sent), f"{folder}/results.pt")
     dist.destroy_process_group()
 
 
-def our_pair(
+def our_step(
     matrices: Matrices, gradients: list[Tensor], muon: MuonConfig, experts: Precision = "fp32"
 ) -> Callable[[], object]:
-    """A step of ours; parts of the buffer go out during backward."""
+    """Returns a step of ours, which sends parts of the buffer during backward."""
     zero = matrices.zero(Grid.build(Degrees(2), torch.device("cpu")), muon, experts)
     named = parameters_of(zero)
     parameters = [named[name] for name in matrices.shapes]
@@ -132,18 +132,18 @@ def our_pair(
     return step
 
 
-def deepspeed_pair(matrices: Matrices, gradients: list[Tensor]) -> Callable[[], object]:
-    """A step of DeepSpeed's, its Muon as it comes: it compiles itself in the first step."""
+def deepspeed_step(matrices: Matrices, gradients: list[Tensor]) -> Callable[[], object]:
+    """Returns a step of DeepSpeed's Muon with its defaults; the first step compiles it."""
     warnings.simplefilter("ignore", FutureWarning)  # of the compiler, about torch itself
     deepspeed = import_deepspeed(torch.device("cpu"))
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    holder = Holder(matrices.values(0))
-    for parameter in holder.values:
+    module = WeightedSum(matrices.values(0))
+    for parameter in module.values:
         parameter.use_muon = True
         parameter.is_expert_group = parameter.dim() == 3
     settings = {"lr": RATE, "momentum": 0.95, "weight_decay": 0.1, "use_muon": True}
-    optimizer = MuonWithAuxAdam([{"params": list(holder.values), "ns_method": "gram", **settings}])
+    optimizer = MuonWithAuxAdam([{"params": list(module.values), "ns_method": "gram", **settings}])
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 2},
@@ -151,7 +151,7 @@ def deepspeed_pair(matrices: Matrices, gradients: list[Tensor]) -> Callable[[], 
         "steps_per_print": 2**62,
     }
     engine, *_ = deepspeed.initialize(
-        model=holder, optimizer=optimizer, config=config, dist_init_required=False
+        model=module, optimizer=optimizer, config=config, dist_init_required=False
     )
 
     def step() -> None:
@@ -161,28 +161,30 @@ def deepspeed_pair(matrices: Matrices, gradients: list[Tensor]) -> Callable[[], 
     return step
 
 
-def pair_table(path: str, experts: int, rounds: int) -> Table:
-    """Two processes of one thread each: time and bytes."""
+def two_process_table(path: str, experts: int, rounds: int) -> Table:
+    """Measures two processes of one thread each: time and bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(pair, (folder, path, experts, rounds), nprocs=2)
-        seconds, sent = torch.load(f"{folder}/found.pt", weights_only=True)
+        mp.spawn(measure, (folder, path, experts, rounds), nprocs=2)
+        seconds, sent = torch.load(f"{folder}/results.pt", weights_only=True)
     size = 4 * Matrices(path, experts).elements
     table = Table(
         title=f"the same matrices on two processes of one thread: {size / 4e6:.1f}M elements P; "
-        "backward, reduction, update and parameters back",
-        caption="bytes: what a process sends in a step, counted; Gram matrices are computed every "
-        "second step in ours, once in five in DeepSpeed's",
+        "backward, reduction, update and gather of the parameters",
+        caption="bytes: sent by a process in a step, counted; ours recomputes Gram matrices every "
+        "second step, DeepSpeed once in five",
     )
-    for column in ("", "ms", "over ours", "MB sent", "over 4P", "of which, over 4P"):
-        table.add_column(column, justify="left" if column in ("", "of which, over 4P") else "right")
+    for column in ("", "ms", "over ours", "MB sent", "over 4P", "by collective, over 4P"):
+        table.add_column(
+            column, justify="left" if column in ("", "by collective, over 4P") else "right"
+        )
     for name, times in seconds.items():
-        by_kind = ", ".join(f"{kind} {b / size:.2f}" for kind, b in sent[name].items() if b)
+        kinds = ", ".join(f"{kind} {b / size:.2f}" for kind, b in sent[name].items() if b)
         table.add_row(
             name,
             f"{statistics.median(times) * 1e3:,.0f}",
             f"{ratio(seconds, name, 'ours'):.2f}x",
             f"{sum(sent[name].values()) / 1e6:,.1f}",
             f"{sum(sent[name].values()) / size:.2f}",
-            by_kind,
+            kinds,
         )
     return table

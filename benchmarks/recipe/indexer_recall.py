@@ -1,20 +1,22 @@
-"""What the phases of a finished run did: the indexers' recall, and what sparse attention costs.
+"""The indexers' recall in a finished run, and the cost of sparse attention.
 
     python -m benchmarks.recipe.indexer_recall runs/recipe-demo
 
 The run must have kept its checkpoints at the end of its warm-up and at the step before it
 (`checkpoint.keep: 0`; the nearest ones are taken). On the validation rows, with the weights at the
-end of the warm-up: the loss with dense and with sparse attention, and for every CSA layer the share
-of the dense attention mass on entries that the indexer keeps when each query may keep a quarter of
-the entries that it sees; beside it the same for the indexer before its warm-up, for the entries
-with most mass, and for entries at random. Queries that see fewer than eight entries are left out.
-Then the same for all queries with the model's own `index_topk`, of which early ones see no more,
-and as a share of all that a query attends to: the window included, which no choice can lose.
+end of the warm-up, it prints the loss with dense and with sparse attention, and for every CSA
+layer the fraction of the dense attention probability mass on the entries that the indexer selects
+when each query may keep a quarter of the entries that it sees; next to it the same for the indexer
+before its warm-up, for the entries with most mass, and for random entries. Queries that see fewer
+than eight entries are ignored. Then the same for all queries with the model's `index_topk`, and as
+a fraction of all that a query attends to, including the window, which no selection can lose.
 
     python -m benchmarks.recipe.indexer_recall runs/recipe-demo --sharpen 16 --steps 50 --rate 4e-2
 
-makes the attention of the weights before the warm-up less even, by multiplying the norms of the CSA
-layers' entries, and warms the indexers up here.
+makes the attention of the weights before the warm-up less uniform, by scaling the norms of the CSA
+layers' entries, and runs a warm-up of the indexers itself.
+
+Letters: T tokens, D hidden size, Q query rank, H heads, K head dim, C entries.
 """
 
 from __future__ import annotations
@@ -45,85 +47,92 @@ from trainer.engine import NativeEngine
 from trainer.evaluate import Validation
 from trainer.parallel.grid import Grid
 
-LEAST = 8
+MIN_ENTRIES = 8
+Mass = tuple[float, float]
+"""Probability mass on selected entries, and the mass that they are compared with."""
 
 
 def load(model: V4Model, path: Path) -> None:
-    """The weights of a checkpoint into the model."""
+    """Loads the weights of a checkpoint into the model."""
     weights = model.state_dict()
-    stored = CheckpointReader(path)
-    found = stored.read({name: weights[name].dtype for name in weights if name in stored.shapes})
-    rest = weights.keys() - found.keys()
-    experts = [name for name in rest if ".experts.w" in name]
-    assert len(experts) == len(rest), rest
-    for name in experts:  # in a checkpoint each expert's matrix is an entry of its own
+    reader = CheckpointReader(path)
+    state = reader.read({name: weights[name].dtype for name in weights if name in reader.shapes})
+    missing = weights.keys() - state.keys()
+    experts = [name for name in missing if ".experts.w" in name]
+    assert len(experts) == len(missing), missing
+    for name in experts:  # in a checkpoint each expert's matrix is a separate entry
         prefix, matrix = name.rsplit(".", 1)
-        parts = {
-            f"{prefix}.{e}.{matrix}.weight": weights[name].dtype for e in range(len(weights[name]))
-        }
-        found[name] = torch.stack(list(stored.read(parts).values()))
-    model.load_state_dict(found)
+        dtype, count = weights[name].dtype, len(weights[name])
+        entries = {f"{prefix}.{expert}.{matrix}.weight": dtype for expert in range(count)}
+        state[name] = torch.stack(list(reader.read(entries).values()))
+    model.load_state_dict(state)
 
 
-def shares(attn: Attention, x_TD: Tensor, positions: Positions) -> dict[str, tuple[float, float]]:
-    """Mass kept, and mass of all entries, by way of choosing, over the queries that count."""
-    assert attn.compressor is not None and attn.indexer is not None
-    q_TQ = attn.q_norm(attn.wq_a(x_TD))
-    q_THK = attn.wq_b(q_TQ).unflatten(-1, (-1, attn.dim))
-    kv_TK = rotate(attn.kv_norm(attn.wkv(x_TD)), positions.rotation("csa"))
-    entries_CK = attn.compressor(x_TD, positions, LocalExchange())
-    attention = AttentionInputs(
-        q_THK,
-        kv_TK,
-        entries_CK,
+def attention_of(attn: Attention, x_TD: Tensor, positions: Positions) -> AttentionInputs:
+    """Returns the inputs of a layer's core attention."""
+    assert attn.compressor is not None
+    return AttentionInputs(
+        attn.wq_b(attn.q_norm(attn.wq_a(x_TD))).unflatten(-1, (-1, attn.dim)),
+        rotate(attn.kv_norm(attn.wkv(x_TD)), positions.rotation("csa")),
+        attn.compressor(x_TD, positions, LocalExchange()),
         attn.attn_sink,
         positions.query_rotation("csa"),
         positions.query_ranges("csa"),
         window=attn.window,
         norm_eps=attn.eps,
     )
-    _, lse2 = attention_with_lse2(attention)
-    mass = attention_probability_mass(attention, lse2)
-    mass_TC = mass(slice(0, len(x_TD)), slice(0, len(entries_CK)))
-    index = attn.indexer(x_TD, q_TQ, positions, LocalExchange())
+
+
+def masses(attn: Attention, x_TD: Tensor, positions: Positions) -> dict[str, Mass]:
+    """Returns selected and total probability mass by kind of selection, over queries."""
+    assert attn.indexer is not None
+    inputs = attention_of(attn, x_TD, positions)
+    assert inputs.entries_CK is not None
+    _, lse2 = attention_with_lse2(inputs)
+    mass = attention_probability_mass(inputs, lse2)
+    count = len(inputs.entries_CK)
+    mass_TC = mass(slice(0, len(x_TD)), slice(0, count))
+    index = attn.indexer(x_TD, attn.q_norm(attn.wq_a(x_TD)), positions, LocalExchange())
     scores_TC = naive_scores(index.q_TIJ, index.keys_CJ, index.weights_TI)
-    ranges = positions.ranges("csa")
-    entry = torch.arange(len(entries_CK))
-    seen_TC = (entry >= ranges.entry_start_T[:, None]) & (entry < ranges.entry_end_T[:, None])
-    counted = (seen_TC.sum(1) >= LEAST) & ~positions.layout.padding_T
-    quarter_T = seen_TC.sum(1) // 4
+    ranges, entry_C = positions.ranges("csa"), torch.arange(count)
+    visible_TC = entry_C >= ranges.entry_start_T[:, None]
+    visible_TC &= entry_C < ranges.entry_end_T[:, None]
+    real_T = ~positions.layout.padding_T
+    counted_T = (visible_TC.sum(1) >= MIN_ENTRIES) & real_T
+    quarter_T = visible_TC.sum(1) // 4
+    sink_TH = torch.exp2(attn.attn_sink * math.log2(math.e) - lse2)
+    attended_T = (1.0 - sink_TH).sum(1)  # by all heads, to window and entries
     generator = torch.Generator().manual_seed(0)
-    ways = {
+    selections = {
         "indexer": scores_TC,
         "most mass": mass_TC,
         "at random": torch.rand(scores_TC.shape, generator=generator),
     }
-    real = ~positions.layout.padding_T
-    sink_TH = torch.exp2(attn.attn_sink * math.log2(math.e) - lse2)
-    attended_T = (1.0 - sink_TH).sum(1)  # by all heads, to window and entries
-    found = {}
-    for name, values in ways.items():
-        rank = values.masked_fill(~seen_TC, -torch.inf).argsort(1, descending=True).argsort(1)
-        kept_TC = mass_TC * (rank < quarter_T[:, None])
-        found[name] = (float(kept_TC[counted].sum()), float(mass_TC[counted].sum()))
-        kept_TC = mass_TC * (rank < attn.indexer.topk)
-        found[f"{name}, top-k"] = (float(kept_TC[real].sum()), float(mass_TC[real].sum()))
-        lost_T = (mass_TC - kept_TC).sum(1)
-        found[f"{name}, all"] = (
-            float((attended_T - lost_T)[real].sum()),
-            float(attended_T[real].sum()),
-        )
-    return found
+    result: dict[str, Mass] = {}
+    for name, values_TC in selections.items():
+        order_TC = values_TC.masked_fill(~visible_TC, -torch.inf).argsort(1, descending=True)
+        rank_TC = order_TC.argsort(1)
+        selected_TC = mass_TC * (rank_TC < quarter_T[:, None])
+        result[name] = (_sum(selected_TC, counted_T), _sum(mass_TC, counted_T))
+        selected_TC = mass_TC * (rank_TC < attn.indexer.topk)
+        result[f"{name}, top-k"] = (_sum(selected_TC, real_T), _sum(mass_TC, real_T))
+        lost_T = (mass_TC - selected_TC).sum(1)
+        result[f"{name}, all"] = (_sum(attended_T - lost_T, real_T), _sum(attended_T, real_T))
+    return result
+
+
+def _sum(values: Tensor, queries_T: Tensor) -> float:
+    return float(values[queries_T].sum())
 
 
 @torch.no_grad()
 def recall(config: RunConfig, model: V4Model, steps: int) -> dict[int, dict[str, float]]:
-    """The share that each way of choosing keeps, by layer, over validation rows."""
+    """Returns the fraction that each selection keeps, by layer, over validation rows."""
     sums: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
-    inside: list[tuple[int, Tensor, Positions]] = []
+    calls: list[tuple[int, Tensor, Positions]] = []
     hooks = [
         attn.register_forward_pre_hook(
-            lambda _, inputs, row=row: inside.append((row, inputs[0], inputs[1]))
+            lambda _, inputs, row=row: calls.append((row, inputs[0], inputs[1]))
         )
         for row, attn in model.attentions().items()
         if attn.indexer is not None
@@ -134,29 +143,30 @@ def recall(config: RunConfig, model: V4Model, steps: int) -> dict[int, dict[str,
             layout = SampleLayout.from_lengths(batch.lengths, batch.tokens.shape[1])
             counts = TokenCounts(1, 1, 1)
             model(batch.tokens, layout, batch.targets, counts, attention="dense")
-            for row, x_TD, positions in inside:
-                for name, (kept, whole) in shares(model.attentions()[row], x_TD, positions).items():
-                    sums[row][name][0] += kept
-                    sums[row][name][1] += whole
-            inside.clear()
+            for row, x_TD, positions in calls:
+                results = masses(model.attentions()[row], x_TD, positions)
+                for name, (selected, total) in results.items():
+                    sums[row][name][0] += selected
+                    sums[row][name][1] += total
+            calls.clear()
     for hook in hooks:
         hook.remove()
     return {
-        row: {name: kept / whole for name, (kept, whole) in ways.items()}
-        for row, ways in sums.items()
+        row: {name: selected / total for name, (selected, total) in by_name.items()}
+        for row, by_name in sums.items()
     }
 
 
 @torch.no_grad()
 def sharpen(model: V4Model, factor: float) -> None:
-    """Larger entries: the same attention over them, less even."""
+    """Scales the entries, which makes the attention over them less uniform."""
     for attn in model.attentions().values():
         if attn.indexer is not None and attn.compressor is not None:
             attn.compressor.norm.weight.mul_(factor)
 
 
 def warm_up(engine: NativeEngine, loader: Loader, steps: int, rate: float) -> None:
-    """Train the indexers alone, on rows of the loader's."""
+    """Trains the indexers alone, on rows of the loader."""
     engine.set_attention("warmup")
     for step in range(steps):
         losses = engine.forward_backward(loader.at(200 + step))
@@ -164,13 +174,32 @@ def warm_up(engine: NativeEngine, loader: Loader, steps: int, rate: float) -> No
         print(f"warm-up, step {step + 1}: {float(losses.indexer):.3f}", flush=True)
 
 
+def print_tables(
+    untrained: dict[int, dict[str, float]], trained: dict[int, dict[str, float]]
+) -> None:
+    """Prints a Markdown table for each way of counting."""
+    titles = {
+        "a quarter of the visible entries": "",
+        "index_topk": ", top-k",
+        "index_topk, window included": ", all",
+    }
+    for title, suffix in titles.items():
+        print(f"| layer, {title} | untrained | after the warm-up | most mass | at random |")
+        print("|---:|---:|---:|---:|---:|")
+        for row, fractions in trained.items():
+            columns = [fractions[name + suffix] for name in ("indexer", "most mass", "at random")]
+            columns.insert(0, untrained[row]["indexer" + suffix])
+            print(f"| {row} | " + " | ".join(f"{fraction:.1%}" for fraction in columns) + " |")
+
+
 def main() -> None:
+    """Measures before and after the warm-up and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--rows", type=int, default=32, help="validation rows")
     parser.add_argument("--sharpen", type=float, help="factor of the entries' norms")
-    parser.add_argument("--steps", type=int, default=50, help="of a warm-up here")
-    parser.add_argument("--rate", type=float, default=1e-2, help="its learning rate")
+    parser.add_argument("--steps", type=int, default=50, help="steps of the warm-up with --sharpen")
+    parser.add_argument("--rate", type=float, default=1e-2, help="learning rate of this warm-up")
     options = parser.parse_args()
     config, grid = load_run(options.run).alone(), Grid.single(torch.device("cpu"))
     warmup = next(s for s in config.recipe.phases if s.attention == "warmup")
@@ -200,18 +229,7 @@ def main() -> None:
     )
     dense, sparse = losses
     print(f"validation loss, dense {dense:.4f}, sparse {sparse:.4f}: {sparse - dense:+.4f}")
-    titles = {
-        "a quarter of what a query sees": "",
-        "index_topk": ", top-k",
-        "index_topk, the window included": ", all",
-    }
-    for title, end in titles.items():
-        print(f"| layer, {title} | untrained | after the warm-up | most mass | at random |")
-        print("|---:|---:|---:|---:|---:|")
-        for row, ways in trained.items():
-            columns = [ways[name + end] for name in ("indexer", "most mass", "at random")]
-            columns.insert(0, untrained[row]["indexer" + end])
-            print(f"| {row} | " + " | ".join(f"{share:.1%}" for share in columns) + " |")
+    print_tables(untrained, trained)
 
 
 if __name__ == "__main__":

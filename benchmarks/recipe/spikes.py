@@ -3,15 +3,15 @@
     python -m benchmarks.recipe.spikes FOLDER --size demo --fault-at 1206
     python -m benchmarks.recipe.spikes FOLDER --size small --calm 2000
 
-The first form trains a model on the demo's text for a while, and from that checkpoint goes on seven
-times: undisturbed, and with each of three faults with and without `stability.spikes`. The
+The first form trains a model on the demo's text for a while, and resumes from that checkpoint
+seven times: undisturbed, and with each of three faults with and without `stability.spikes`. The
 faults: one batch of random tokens, a router's row scaled by 100, and a learning rate 50 times too
 large for three steps. In the 30 steps after the fault the learning rate decays to a tenth, so that
-the end is no matter of chance. Compared are the validation loss there and, as a mean over these
-steps, by how much the loss of training is above that of the undisturbed run, which sees the
-same batches. The other form trains without a fault and counts the alarms. Sizes are those of
-benchmarks/recipe/stability_runs.py. Cut at any time and started again, all go on: long runs from
-their newest checkpoint, a run with a fault from the common one.
+the end does not depend on chance. It compares the validation loss there and, averaged over these
+steps, the training loss minus that of the undisturbed run, which sees the same batches. The other
+form trains without a fault and counts the alarms. Sizes are those of
+benchmarks/recipe/stability_runs.py. After an interruption, the same command resumes: long runs
+from their newest checkpoint, a run with a fault from the common one.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ SETTINGS = (
     "stability.anticipatory_routing.active_steps=20",
     "optim.schedule.decay_fraction=0.0",
 )
-CUT = ("checkpoint.every=50",)
+SAVING = ("checkpoint.every=50",)
 Fault = Callable[[Trainer, int], None]
 
 
 def corrupted_batch(trainer: Trainer, at: int) -> None:
-    """Step `at` reads random tokens, however often it comes."""
-    plain, vocabulary = trainer.anticipation.fetch, trainer.config.data.tokenizer.vocab_size
+    """Makes step `at` read random tokens, every time it runs."""
+    original, vocabulary = trainer.anticipation.fetch, trainer.config.data.tokenizer.vocab_size
 
     def fetch(step: int) -> list[Batch]:
-        batches = plain(step)
+        batches = original(step)
         if step != at:
             return batches
         noise = torch.Generator().manual_seed(0)
@@ -64,17 +64,17 @@ def corrupted_batch(trainer: Trainer, at: int) -> None:
 
 
 def scaled_router(trainer: Trainer, at: int) -> None:
-    """A row of the first learned router is 100 times too large from step `at` on.
+    """Scales a row of the first learned router by 100, once, before step `at`.
 
-    It is that of the expert that tokens like best: the one with the least bias against its load.
+    It is the row of the most popular expert, the one with the lowest bias.
     """
-    plain, left = trainer.stability.before_step, [at]
+    original, pending = trainer.stability.before_step, [at]
     router = trainer.model.routers()[trainer.config.model.num_hash_layers]
 
     def before_step() -> None:
-        plain()
-        if trainer.state.step in left:
-            left.clear()
+        original()
+        if trainer.state.step in pending:
+            pending.clear()
             with torch.no_grad():
                 router.weight[router.bias.argmin()] *= 100.0
 
@@ -82,17 +82,18 @@ def scaled_router(trainer: Trainer, at: int) -> None:
 
 
 def learning_rate(trainer: Trainer, at: int) -> None:
-    """Updates of steps `at` to `at` + 2 at 50 times the learning rate, the first time they come."""
-    plain, before, left = trainer.engine.step, trainer.stability.before_step, {at, at + 1, at + 2}
+    """Multiplies the learning rate of steps `at` to `at` + 2 by 50, the first time they run."""
+    original, before = trainer.engine.step, trainer.stability.before_step
+    pending = {at, at + 1, at + 2}
     factor = [1.0]
 
     def before_step() -> None:
         before()
-        factor[0] = 50.0 if trainer.state.step in left else 1.0
-        left.discard(trainer.state.step)
+        factor[0] = 50.0 if trainer.state.step in pending else 1.0
+        pending.discard(trainer.state.step)
 
     def step(rate: float, norm: torch.Tensor) -> None:
-        plain(rate * factor[0], norm)
+        original(rate * factor[0], norm)
 
     trainer.stability.before_step = before_step  # type: ignore[method-assign]
     trainer.engine.step = step  # type: ignore[method-assign]
@@ -113,22 +114,25 @@ class Runs:
         self.settings = (*SETTINGS, *settings)
 
     def config(self, name: str, steps: int, *settings: str) -> RunConfig:
+        """Returns the config of one of the runs."""
         return config_of(self.size, self.folder, name, steps, *self.settings, *settings)
 
     def common(self, steps: int) -> Path:
-        """The folder of the steps that all runs have in common."""
-        config = self.config("common", steps, *CUT)
+        """Trains the steps that all runs share, and returns their folder."""
+        config = self.config("common", steps, *SAVING)
         if steps_done(config.run_dir) < steps:
             trainer_of(config).run()
         return config.run_dir
 
     def with_fault(self, name: str, fault: Fault | None, at: int, *settings: str) -> Path:
-        """Go on from the common checkpoint, with the fault in step `at`, counted from 0."""
+        """Resumes from the common checkpoint, with the fault in step `at`, counted from 0."""
         end = at + 1 + AFTER
         decay = f"optim.schedule.decay_fraction={AFTER / end}"
         config = self.config(name, end, decay, f"evaluation.every={end}", *settings)
         if steps_done(config.run_dir) < end:
-            shutil.rmtree(config.run_dir, ignore_errors=True)  # it was cut: a fault comes only once
+            shutil.rmtree(
+                config.run_dir, ignore_errors=True
+            )  # interrupted: a fault happens only once
             shutil.copytree(self.common(at - BEFORE), config.run_dir)
             trainer = trainer_of(config)
             if fault is not None:
@@ -138,20 +142,20 @@ class Runs:
 
 
 def steps_done(run_dir: Path) -> int:
-    """Steps in the run's metrics; a run that ended has all of them."""
+    """Returns the last step of the run's metrics; a finished run has all steps."""
     path = run_dir / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() else []
     return int(records[-1]["step"]) if records else 0
 
 
 def validation(run_dir: Path) -> float:
-    """The validation loss after the last step."""
+    """Returns the validation loss after the last step."""
     return float(read_metrics(run_dir / "metrics.jsonl")[-1]["validation_loss"])
 
 
 def faults(runs: Runs, at: int) -> Table:
     """Runs every fault with and without rollback, and the undisturbed run."""
-    calm = runs.with_fault("undisturbed", None, at)
+    undisturbed = runs.with_fault("undisturbed", None, at)
     table = Table(title=f"validation loss after step {at + 1 + AFTER}, the fault in step {at + 1}")
     for column in (
         "fault",
@@ -162,59 +166,60 @@ def faults(runs: Runs, at: int) -> Table:
         "difference",
     ):
         table.add_column(column, justify="right")
-    for column in ("above in training", "no rollback", "difference", "above in training"):
+    for column in ("training loss above", "no rollback", "difference", "training loss above"):
         table.add_column(column, justify="right")
     for name, fault in FAULTS.items():
-        turned = runs.with_fault(f"{name}, with", fault, at)
-        not_turned = runs.with_fault(f"{name}, without", fault, at, "stability.spikes=null")
-        events = [event for _, event in read_events(turned / "metrics.jsonl")]
+        rolled_back = runs.with_fault(f"{name}, with", fault, at)
+        applied = runs.with_fault(f"{name}, without", fault, at, "stability.spikes=null")
+        events = [event for _, event in read_events(rolled_back / "metrics.jsonl")]
         table.add_row(
             name,
             ", ".join(str(event["spike_step"]) for event in events),
             ", ".join(str(event["restored_step"]) for event in events),
-            f"{validation(calm):.4f}",
-            *compared(turned, calm, at),
-            *compared(not_turned, calm, at),
+            f"{validation(undisturbed):.4f}",
+            *compared(rolled_back, undisturbed, at),
+            *compared(applied, undisturbed, at),
         )
     return table
 
 
-def compared(run_dir: Path, calm: Path, at: int) -> list[str]:
-    """The validation loss, how far it is from the undisturbed one, and the loss of training."""
-    ours, plain = (
+def compared(run_dir: Path, undisturbed: Path, at: int) -> list[str]:
+    """Returns the validation loss, and its and the training loss's excess over undisturbed."""
+    losses, reference = (
         {record["step"]: record.get("lm_loss") for record in read_metrics(path / "metrics.jsonl")}
-        for path in (run_dir, calm)
+        for path in (run_dir, undisturbed)
     )
-    steps = [step for step in range(at + 2, at + 2 + AFTER) if ours.get(step) is not None]
-    above = sum(ours[step] - plain[step] for step in steps) / len(steps)
-    found = validation(run_dir)
-    return [f"{found:.4f}", f"{found - validation(calm):+.4f}", f"{above:+.4f}"]
+    steps = [step for step in range(at + 2, at + 2 + AFTER) if losses.get(step) is not None]
+    above = sum(losses[step] - reference[step] for step in steps) / len(steps)
+    loss = validation(run_dir)
+    return [f"{loss:.4f}", f"{loss - validation(undisturbed):+.4f}", f"{above:+.4f}"]
 
 
 def calm(runs: Runs, steps: int) -> str:
-    """Train without a fault and count the alarms, and how close it came to one."""
-    config = runs.config("calm", steps, *CUT)
+    """Trains without a fault; reports the alarms, and how close it came to one."""
+    config = runs.config("calm", steps, *SAVING)
     trainer_of(config).run()
     path = config.run_dir / "metrics.jsonl"
     records, events = read_metrics(path), read_events(path)
     assert config.stability.spikes is not None
     detector = SpikeDetector(config.stability.spikes)
-    most, past = 0.0, {}
+    highest, past = 0.0, {}
     for record in records:
         numbers = {
             "loss": record["loss"],
             "grad_norm": record["grad_norm"],
             "max_expert_share": 0.0,
         }
-        most = max(most, severity(detector.scores(past, numbers)))
+        highest = max(highest, severity(detector.scores(past, numbers)))
         detector.problem(past, numbers)
     return (
-        f"{len(records)} steps, {len(events)} alarms; loss and gradient norm together came to "
-        f"{most:.1f} deviations, an alarm is at {config.stability.spikes.threshold:g}"
+        f"{len(records)} steps, {len(events)} alarms; loss and gradient norm together reached "
+        f"{highest:.1f} deviations, an alarm is at {config.stability.spikes.threshold:g}"
     )
 
 
 def main() -> None:
+    """Runs one of the two forms."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=get_args(Size), default="small")

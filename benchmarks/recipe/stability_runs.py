@@ -1,8 +1,8 @@
-"""The models that the scripts about stability train, on the demo's text, in this process.
+"""Models for the stability benchmarks, trained on the demo's text in this process.
 
 `small` has every part of configs/debug.yaml at a fraction of the width and 512 tokens a step;
-`demo` is the dense phase of configs/recipe-long.yaml itself, with 9.7M parameters and 4,096.
-`v4 demo` prepares the text.
+`demo` is the dense phase of configs/recipe-long.yaml, with 9.7M parameters and 4,096 tokens a
+step. `v4 demo` prepares the text.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _DEMO = (
 
 
 def config_of(size: Size, folder: Path, name: str, steps: int, *settings: str) -> RunConfig:
-    """The config of a run of so many steps in `folder`; of `demo` its learning rate, too."""
+    """Returns the config of a run of `steps` steps in `folder`."""
     overrides = [f"run_dir={folder / name}", *settings]
     if size == "demo":
         demo = load_config("configs/recipe-long.yaml")
@@ -69,6 +69,6 @@ def config_of(size: Size, folder: Path, name: str, steps: int, *settings: str) -
 
 
 def trainer_of(config: RunConfig) -> Trainer:
-    """Its trainer, on one thread: the matrices are small."""
+    """Returns the run's trainer, on one thread because the matrices are small."""
     torch.set_num_threads(1)
     return Trainer(config, Grid.single())

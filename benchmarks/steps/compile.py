@@ -1,10 +1,10 @@
-"""A training step with and without `compile`, in one process by turns: processor time and losses.
+"""A training step with and without `compile`: CPU time and losses.
 
-The second engine holds a model of the same config and seed. Both train on the same rows; each step
-is taken by one and then by the other, whose turn is first alternating, and the shares of the step
-are medians of the steps' ratios. The compiled one's first step shows what making the programs
-costs, in this process and the compiler's; torch keeps them on disk, so that a second run on the
-machine shows what it costs to find them (`--fresh` uses a new folder).
+Two engines with models of the same config and seed train on the same rows in one process,
+alternating step by step, and so does the order within a step. Ratios are medians of the ratios of
+each step. The first compiled step shows the cost of compiling, in this process and the compiler's;
+torch caches programs on disk, so a second run on the machine shows the cost of loading them
+(`--fresh` uses an empty cache).
 
     python -m benchmarks.steps.compile [CONFIG] [--steps 12] [--fresh] [key=value ...]
 """
@@ -31,17 +31,17 @@ from trainer.parallel.grid import Grid
 LEARNING_RATE = 1e-4
 
 
-def processor_seconds() -> float:
-    """Of this process, its threads and its children that have ended."""
-    own, children = (
+def cpu_seconds() -> float:
+    """Returns the CPU seconds of this process and of its finished children."""
+    process, children = (
         resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
-    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+    return process.ru_utime + process.ru_stime + children.ru_utime + children.ru_stime
 
 
 @dataclass
 class Runner:
-    """An engine that trains, and what its steps took: forward and backward, and all, in seconds."""
+    """An engine, and the CPU seconds of its steps: forward and backward, and in total."""
 
     engine: NativeEngine
     passes: list[float] = field(default_factory=list)
@@ -49,29 +49,29 @@ class Runner:
     losses: list[float] = field(default_factory=list)
 
     def step(self, batches: list) -> None:
-        """One step."""
-        begin = processor_seconds()
+        """Trains one step."""
+        begin = cpu_seconds()
         losses = self.engine.forward_backward(batches)
-        self.passes.append(processor_seconds() - begin)
+        self.passes.append(cpu_seconds() - begin)
         self.engine.step(LEARNING_RATE, self.engine.gradient_norm())
         self.engine.model.update_router_bias(losses.expert_load)
-        self.steps.append(processor_seconds() - begin)
+        self.steps.append(cpu_seconds() - begin)
         self.losses.append(float(losses.loss))
 
 
 def runner(config: RunConfig) -> Runner:
-    """A run of one process that has not begun."""
+    """Returns an untrained run on one process."""
     grid = Grid.single()
     local, optimizer = build(config, grid)
     return Runner(NativeEngine(local, grid, optimizer))
 
 
 def main() -> None:
-    """Train both and print."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", nargs="?", default="configs/debug.yaml")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--fresh", action="store_true", help="find no programs of earlier runs")
+    parser.add_argument("--fresh", action="store_true", help="ignore programs of earlier runs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
@@ -83,34 +83,34 @@ def main() -> None:
 
 
 def measure(path: str, steps: int, overrides: list[str]) -> None:
-    """Both runs by turns, and a few lines."""
+    """Trains both in turn and prints the comparison."""
     config = load_config(path, [*overrides, "compile=false"])
     rows = [phase.rows for phase in config.recipe.phases]
     loader = Loader(config.data, config.seed, 0, 1, phases=rows)
     plain, compiled = runner(config), runner(config.model_copy(update={"compile": True}))
     for step in range(steps + 1):
         batches = loader.at(step)
-        for one in (plain, compiled) if step % 2 else (compiled, plain):
-            one.step(batches)
-    made = compiled.steps[0] - statistics.median(compiled.steps[1:])
+        for each in (plain, compiled) if step % 2 else (compiled, plain):
+            each.step(batches)
+    compiling = compiled.steps[0] - statistics.median(compiled.steps[1:])
     gap = max(abs(a - b) / a for a, b in zip(plain.losses, compiled.losses, strict=True))
     console = Console(width=100)
     console.print(
         f"{path}, {config.precision}, {torch.get_num_threads()} threads of "
         f"{platform.processor() or platform.machine()}, torch {torch.__version__}: {steps} steps "
-        "each, by turns"
+        "each, alternating"
     )
     for name in ("passes", "steps"):
         pairs = list(zip(getattr(plain, name), getattr(compiled, name), strict=True))[1:]
         ratios = sorted(b / a for a, b in pairs)
         what = "forward and backward" if name == "passes" else "whole step"
         console.print(
-            f"{what}: {statistics.median(a for a, _ in pairs):.3f} s of processor time plain, "
+            f"{what}: {statistics.median(a for a, _ in pairs):.3f} s of CPU time plain, "
             f"{statistics.median(b for _, b in pairs):.3f} s compiled; ratio "
             f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
         )
-    console.print(f"programs: {made:.0f} s of processor time in the first step")
-    console.print(f"losses of {steps + 1} steps differ by {gap:.1e} of their size at most")
+    console.print(f"compiling: {compiling:.0f} s of CPU time in the first step")
+    console.print(f"losses of {steps + 1} steps differ by at most {gap:.1e}, relative")
 
 
 if __name__ == "__main__":

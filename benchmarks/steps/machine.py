@@ -1,4 +1,4 @@
-"""What the benchmarks of whole steps share: times, ceilings, configs and steps on random rows."""
+"""Shared by the benchmarks of whole steps: timing, ceilings, configs, steps on random rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def seconds(call: Callable[[], object], device: torch.device, budget: float = 3.0) -> float:
-    """Median of calls within about ``budget`` seconds, after one to warm up; three at least."""
+    """Returns the median time of calls within about ``budget`` seconds, at least three, after one
+    warm-up."""
     times: list[float] = []
     for number in range(32):
         _wait(device)
@@ -43,24 +44,21 @@ def _wait(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine shows: operations of a matrix product, and bytes of a copy, per second."""
+    """Measured rates of this machine: FLOP/s of a matmul, and bytes copied per second."""
 
-    operations: float
+    flops: float
     bytes: float
 
-    def floor(self, operations: float, moved: float) -> float:
-        """The seconds that nothing can beat by much."""
-        return max(operations / self.operations, moved / self.bytes)
+    def floor(self, flops: float, moved: float) -> float:
+        """Returns the minimum seconds at these rates."""
+        return max(flops / self.flops, moved / self.bytes)
 
     def __str__(self) -> str:
-        return (
-            f"{self.operations / 1e12:.3g} TFLOP/s in a matrix product, "
-            f"{self.bytes / 1e9:.3g} GB/s in a copy"
-        )
+        return f"{self.flops / 1e12:.3g} TFLOP/s in a matmul, {self.bytes / 1e9:.3g} GB/s in a copy"
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measured, not read from a data sheet."""
+    """Measures the rates of a large matmul and a large copy."""
     size, length = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 26)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     x = torch.empty(length, dtype=torch.uint8, device=device).random_()
@@ -72,10 +70,10 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def device_of(name: str) -> torch.device | None:
-    """The device, or None after a sentence on stderr where it is a GPU and there is none."""
+    """Returns the device, or None, after a sentence on stderr, if it is a GPU and there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         print(
-            "This benchmark needs a GPU, and torch sees none; --device cpu tries it out on a small "
+            "This benchmark needs a GPU, and torch sees none; try it with --device cpu and a small "
             "config, for instance configs/debug.yaml with --rows 256.",
             file=sys.stderr,
         )
@@ -84,10 +82,10 @@ def device_of(name: str) -> torch.device | None:
 
 
 def config_of(name: str, device: torch.device, row: int, rows: int = 1) -> RunConfig:
-    """A shipped config with one microbatch of so many rows a step; fp32 on a CPU.
+    """Returns a shipped config with one microbatch of ``rows`` rows a step; fp32 on a CPU.
 
     ``flash-slice`` is four layers of configs/flash.yaml, of every kind, with 32 of the 256 experts,
-    what a rank holds where eight share them.
+    as on one of eight expert-parallel ranks.
     """
     overrides = [
         f"data.seq_len={row}",
@@ -104,7 +102,7 @@ def config_of(name: str, device: torch.device, row: int, rows: int = 1) -> RunCo
 
 
 def random_batch(config: RunConfig, seed: int = 0) -> Batch:
-    """One microbatch of rows that are one sample each."""
+    """Returns one microbatch of random rows, each a single sample."""
     data = config.data
     shape = (data.micro_batch_size, data.seq_len + 1)
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +112,7 @@ def random_batch(config: RunConfig, seed: int = 0) -> Batch:
 
 
 class Step:
-    """The trainer's step on random rows: the engine and the optimizer it really uses."""
+    """The trainer's step on random rows, with its engine and optimizer."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -126,38 +124,38 @@ class Step:
         self.gradients: list[Tensor | None] = []
 
     def forward_backward(self) -> None:
-        """Gradients in place, and what an update needs."""
+        """Computes gradients, and their norm and the losses for the update."""
         self.gradients = []
         self.losses = self.engine.forward_backward(self.batches)
-        # Of a norm below 1 an update clips nothing, so that it can be timed again.
+        # With a norm below 1 nothing is clipped, so the update can be repeated.
         self.norm = self.engine.gradient_norm().clamp(max=0.5)
         self.gradients = [master.grad for master in self.optimizer.owned()]
 
     def update(self) -> None:
-        """The update from the last gradients, however often, without the wait for the numbers."""
+        """Updates from the last gradients, repeatably, without waiting for the metrics."""
         for master, gradient in zip(self.optimizer.owned(), self.gradients, strict=True):
-            master.grad = gradient  # which a step takes away
+            master.grad = gradient  # a step clears it
         self.engine.step(1e-6, self.norm)
         self.model.update_router_bias(self.losses.expert_load)
 
     def __call__(self) -> None:
-        """A whole step."""
+        """Runs a whole step."""
         self.forward_backward()
         self.update()
 
 
 def peak_gib(device: torch.device) -> float | None:
-    """Most memory that tensors have held since the last `restart_peak`; None on a CPU."""
+    """Returns the peak memory of tensors since the last `restart_peak`; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def restart_peak(device: torch.device) -> None:
-    """Begin a new record of the peak."""
+    """Resets the peak."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def shown(value: float | None, form: str) -> str:
-    """The number, or a dash where there is none."""
+def formatted(value: float | None, form: str) -> str:
+    """Formats the number, or a dash for None."""
     return "-" if value is None else format(value, form)

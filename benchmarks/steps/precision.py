@@ -1,7 +1,6 @@
 """Losses of bf16 and FP8 compared with fp32 over the same steps, rows and initial weights.
 
-Trains a config once in each, in separate folders, and compares the losses of all steps. Overrides
-make its rows or batches smaller.
+Trains a config once in each precision, in separate folders, and compares the losses of all steps.
 
     python -m benchmarks.steps.precision [CONFIG] [--steps 200] [key=value ...]
 """
@@ -26,18 +25,18 @@ OTHERS = ("bf16", "fp8")
 def losses(
     config: str, folder: Path, precision: str, steps: int, overrides: list[str]
 ) -> list[float]:
-    """The language-model loss of every step of a run in `precision`."""
+    """Trains in `precision` and returns the language-model loss of every step."""
     command = [sys.executable, "-m", "trainer", config, f"run_dir={folder}", f"steps={steps}"]
     command += [f"precision={precision}", "metrics.wandb.mode=disabled", "evaluation.every=0"]
     command += ["checkpoint.every=0", "metrics.every=1", *overrides]
     subprocess.run(command, check=True)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    return [record["lm_loss"] for record in found if "lm_loss" in record]
+    records = [json.loads(line) for line in lines]
+    return [record["lm_loss"] for record in records if "lm_loss" in record]
 
 
 def table_of(curves: dict[str, list[float]], every: int) -> Table:
-    """Means of so many steps: fp32's loss, and of the others loss and difference."""
+    """Returns means over `every` steps: fp32's loss, and the others' losses and differences."""
     table = Table(title="loss, nats, means of steps")
     headings = [EXACT]
     for name in OTHERS:
@@ -57,7 +56,7 @@ def table_of(curves: dict[str, list[float]], every: int) -> Table:
 
 
 def main() -> None:
-    """Train in every precision and print."""
+    """Trains in every precision and prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", nargs="?", default="configs/debug.yaml")
     parser.add_argument("--steps", type=int, default=200)

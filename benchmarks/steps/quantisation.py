@@ -1,13 +1,13 @@
-"""What MXFP4 costs: plain rounding and quantisation-aware training compared with training without.
+"""The cost of MXFP4: rounding after training, and quantisation-aware training.
 
     python -m benchmarks.steps.quantisation configs/debug.yaml FOLDER --before 60 --phase 20
     python -m benchmarks.steps.quantisation configs/debug.yaml FOLDER --time [key=value]
 
-The first trains `before` steps, then twice from that checkpoint on the same rows: `phase` steps as
-before, and `phase` steps with quantisation = mxfp4. It prints validation losses, how much of the
-experts FP8 holds without loss, and whether the packed export has the loss of training. Killed and
-started again with the same arguments, it goes on. The second times a step with and without
-quantisation, one after the other.
+The first trains `before` steps, then twice from that checkpoint on the same rows: `phase` steps
+without and `phase` steps with quantisation = mxfp4. It prints validation losses, how much of the
+experts FP8 represents exactly, and whether the packed export has the loss of training. If it is
+killed, the same arguments resume it. The second times a step with and without quantisation,
+alternating.
 """
 
 import argparse
@@ -38,9 +38,9 @@ QAT = "quantisation=mxfp4"
 
 
 def train(config: RunConfig, last: int) -> None:
-    """Train to step `last`, from where the run is."""
-    found = checkpoints_in(config.run_dir / "checkpoints")
-    if found and int(found[-1].name.removeprefix("step-")) >= last:
+    """Trains to step `last`, or resumes."""
+    saved = checkpoints_in(config.run_dir / "checkpoints")
+    if saved and int(saved[-1].name.removeprefix("step-")) >= last:
         return
     stop = StopRequest()
     trainer = Trainer(config, Grid.single(), stop)
@@ -49,7 +49,7 @@ def train(config: RunConfig, last: int) -> None:
 
 
 def validation(config: RunConfig) -> float:
-    """Validation loss of the newest checkpoint as the config sees it."""
+    """Returns the validation loss of the newest checkpoint, rounded if the config says so."""
     grid = Grid.single()
     local, _ = open_run(config, grid)
     engine = NativeEngine(local, grid)
@@ -58,7 +58,7 @@ def validation(config: RunConfig) -> float:
 
 
 def expert_matrices(config: RunConfig) -> list[Tensor]:
-    """All matrices of all routed experts."""
+    """Returns all matrices of all routed experts."""
     local, _ = open_run(config, Grid.single())
     named = local.model.named_parameters()
     stacks = [p.detach() for name, p in named if ".ffn.experts." in name]
@@ -66,8 +66,8 @@ def expert_matrices(config: RunConfig) -> list[Tensor]:
 
 
 def fp8(config: RunConfig) -> tuple[int, int, int, bool]:
-    """Blocks of 128 x 128, those that fit, the largest span of scales in one (as an exponent of
-    two), and whether FP8 gives the FP4 numbers of all that fit back."""
+    """Returns how many blocks of 128 x 128 there are and fit FP8, the largest range of scales in a
+    matrix (an exponent of two), and whether FP8 returns the FP4 numbers of those that fit."""
     blocks = fitting = span = 0
     lossless = True
     for matrix in expert_matrices(config):
@@ -83,7 +83,7 @@ def fp8(config: RunConfig) -> tuple[int, int, int, bool]:
 
 
 def compare(path: Path, folder: Path, before: int, phase: int, overrides: list[str]) -> None:
-    """Train, and print the table."""
+    """Trains, and prints the table."""
     common = [*overrides, f"steps={before + phase}", "evaluation.every=0", "checkpoint.every=10"]
 
     def config(name: str, *more: str) -> RunConfig:
@@ -113,16 +113,16 @@ def compare(path: Path, folder: Path, before: int, phase: int, overrides: list[s
             f"{name}: {fitting} of {blocks} blocks of 128 x 128 fit FP8; scales inside a matrix "
             f"differ by at most 2^{span}; lossless: {lossless}"
         )
-    again = config("again", QAT)
-    for made in (folder / "packed", folder / "again"):
-        shutil.rmtree(made, ignore_errors=True)
+    imported = config("imported", QAT)
+    for old in (folder / "packed", folder / "imported"):
+        shutil.rmtree(old, ignore_errors=True)
     export_run(qat, folder / "packed", experts="mxfp4")
-    import_run(again, folder / "packed")
-    print(f"packed and unpacked again: {validation(again)} and {rows[4][1]}")
+    import_run(imported, folder / "packed")
+    print(f"exported packed and imported: {validation(imported)} and {rows[4][1]}")
 
 
 def take_times(path: Path, overrides: list[str], repeats: int = 5) -> None:
-    """Seconds of forward and backward of a step, plain and quantised in turn."""
+    """Times forward and backward of a step, plain and quantised in turn."""
     config = load_config(path, overrides)
     grid = Grid.single()
     local, _ = build(config, grid)
@@ -142,7 +142,7 @@ def take_times(path: Path, overrides: list[str], repeats: int = 5) -> None:
 
 
 def main() -> int:
-    """Read the command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("folder", type=Path)

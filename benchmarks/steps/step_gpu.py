@@ -1,10 +1,10 @@
-"""A training step on one GPU, part by part: each with its floor, and the sum with the step.
+"""A training step on one GPU, part by part, each compared with its floor.
 
-Every part runs alone, forward and then backward, on the step's own rows with the trainer's own
-modules: embedding, hyper-connections, attention by kind of layer, experts, heads with their losses,
-the optimizer, and the rows' way to the device. A part's time counts as often as the step runs it.
-The floor is the larger of operations over the matrix rate and of bytes over the copy bandwidth,
-both measured in the same run; bytes are weights once and the part's inputs and outputs once. Then
+Every part runs alone, forward and then backward, on the step's rows with the trainer's modules:
+embedding, hyper-connections, attention by kind of layer, experts, heads with their losses, the
+optimizer, and the copy of the rows to the device. A part's time is multiplied by its calls in a
+step. The floor is the larger of FLOPs over the matmul rate and bytes over the copy bandwidth, both
+measured in the same run; bytes are the weights once and the part's inputs and outputs once. Then
 the ten longest kernels of a whole step.
 
     python -m benchmarks.steps.step_gpu [--config configs/nano.yaml] [--row 4096] [--rows 1]
@@ -35,13 +35,13 @@ from optim.zero import newton_schulz_flops
 
 @dataclass
 class Part:
-    """Seconds of one call, how often a step makes it, and what it must do at least."""
+    """Seconds of a call, calls in a step, and the minimum FLOPs and bytes of a call."""
 
     name: str
     calls: int
     forward: float
     backward: float
-    operations: float = 0.0
+    flops: float = 0.0
     bytes: float = 0.0
 
 
@@ -62,7 +62,7 @@ class Parts:
         self.x_TD = self.streams[:, 0].contiguous()
 
     def all(self) -> list[Part]:
-        """In the order of a step."""
+        """Times all parts, in the order of a step."""
         blocks = [block for block in self.model.layers if isinstance(block, Block)]
         first = {block.attn.kind: block for block in blocks}
         counts = {kind: sum(b.attn.kind == kind for b in blocks) for kind in first}
@@ -70,7 +70,7 @@ class Parts:
         stream_bytes = self.tokens * dim * self.width
         mixing = 2 * dim * ((2 + streams) * streams * streams + streams + streams + streams**2)
         block = blocks[0]
-        found = [
+        parts = [
             self._part(
                 "embedding",
                 1,
@@ -84,17 +84,17 @@ class Parts:
                 lambda x: self._mixed(block, x),
                 None,
                 self.streams,
-                operations=mixing * self.tokens,
+                flops=mixing * self.tokens,
                 moved=(2 * streams + 2) * stream_bytes,
             ),
         ]
         layers, tail = flops_by_part(self.config, self.row)
-        experts = self._expert_operations()
-        for kind, one in first.items():
+        experts = self._expert_flops()
+        for kind, example in first.items():
             row = self.config.layer_types.index(kind)
             attention = layers[row] * self.rows / 3 - experts - 2 * mixing * self.tokens
-            found.append(self._attention(kind, counts[kind], one, attention, stream_bytes))
-        found.append(
+            parts.append(self._attention(kind, counts[kind], example, attention, stream_bytes))
+        parts.append(
             self._part(
                 "experts",
                 len(blocks),
@@ -107,33 +107,31 @@ class Parts:
                 )[0],
                 block.ffn,
                 self.x_TD,
-                operations=experts,
+                flops=experts,
                 moved=2 * stream_bytes,
             )
         )
-        found.append(
+        parts.append(
             self._part(
                 "heads and losses, MTP block",
                 1,
                 lambda x: sum(self.model.predict(x, self.micro)[:2]),
                 self.model.head,
                 self.streams,
-                operations=tail * self.rows / 3,
+                flops=tail * self.rows / 3,
                 moved=streams * stream_bytes,
             )
         )
-        return [*found, self._optimizer(), self._data()]
+        return [*parts, self._optimizer(), self._data()]
 
-    def _attention(
-        self, kind: str, calls: int, block: Block, operations: float, moved: int
-    ) -> Part:
+    def _attention(self, kind: str, calls: int, block: Block, flops: float, moved: int) -> Part:
         return self._part(
             f"attention, {kind}",
             calls,
             lambda x: block.attn(block.attn_norm(x), self.micro.positions, self.micro.exchange)[0],
             block.attn,
             self.x_TD,
-            operations=operations,
+            flops=flops,
             moved=2 * moved,
         )
 
@@ -141,7 +139,7 @@ class Parts:
         x, post, comb = block.hc_attn.read(streams)
         return write_streams(streams, x, post, comb)
 
-    def _expert_operations(self) -> float:
+    def _expert_flops(self) -> float:
         c = self.config
         active = c.num_experts_per_tok + c.n_shared_experts
         per_token = c.n_routed_experts + 3 * c.moe_intermediate_size * active
@@ -154,42 +152,42 @@ class Parts:
         function: Callable[..., Any],
         module: nn.Module | None,
         *inputs: Tensor,
-        operations: float = 0.0,
+        flops: float = 0.0,
         moved: float = 0.0,
     ) -> Part:
         leaves = [x.detach().requires_grad_() for x in inputs]
         weights = [] if module is None else list(module.parameters())
         weight_bytes = sum(p.numel() * p.element_size() for p in weights)
         if module is self.model.embed:
-            weight_bytes = 0  # rows, counted as inputs
+            weight_bytes = 0  # it reads rows, counted as inputs
         out = function(*leaves)
         grad = torch.ones_like(out)
-        wanted = [x for x in (*leaves, *weights) if x.requires_grad]
+        inputs_of_grad = [x for x in (*leaves, *weights) if x.requires_grad]
 
         def backward() -> None:
-            torch.autograd.grad(out, wanted, grad, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(out, inputs_of_grad, grad, retain_graph=True, allow_unused=True)
 
         return Part(
             name,
             calls,
             seconds(lambda: function(*leaves), self.device),
             seconds(backward, self.device),
-            operations,
+            flops,
             moved + weight_bytes,
         )
 
     def _optimizer(self) -> Part:
         muon = self.step.config.optim.muon
         self.step.forward_backward()
-        operations = sum(
+        flops = sum(
             entry.matrices[0] * newton_schulz_flops(*entry.matrices[1:], muon)
             for entry in self.step.optimizer.table
             if entry.matrices
         )
         count = sum(p.numel() for p in self.model.parameters())
-        # Reads gradient, master and momentum, writes the latter two and the weight.
+        # Reads gradient, master and momentum; writes master, momentum and the weight.
         moved = count * (5 * 4 + self.width)
-        return Part("optimizer", 1, seconds(self.step.update, self.device), 0.0, operations, moved)
+        return Part("optimizer", 1, seconds(self.step.update, self.device), 0.0, flops, moved)
 
     def _data(self) -> Part:
         def copy() -> None:
@@ -201,7 +199,7 @@ class Parts:
 
 
 def table_of(parts: list[Part], whole: float, limit: Ceilings) -> Table:
-    """Milliseconds of a step by part; backward's floor is twice forward's."""
+    """Returns milliseconds of a step by part; backward's floor is twice forward's."""
     table = Table(title=str(limit))
     for heading in (
         "part",
@@ -216,7 +214,7 @@ def table_of(parts: list[Part], whole: float, limit: Ceilings) -> Table:
     total = 0.0
     for part in parts:
         spent = part.calls * (part.forward + part.backward)
-        floor = part.calls * limit.floor(part.operations, part.bytes)
+        floor = part.calls * limit.floor(part.flops, part.bytes)
         floor *= 3 if part.backward else 1
         total += spent
         table.add_row(
@@ -235,7 +233,7 @@ def table_of(parts: list[Part], whole: float, limit: Ceilings) -> Table:
 
 
 def longest(step: Step, whole: float, count: int = 10) -> tuple[Table, str]:
-    """The kernels (on a CPU the operators) that take most of a step, and what all of them take."""
+    """Returns the longest kernels of a step (operators on a CPU), and the share of all of them."""
     on_gpu = step.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
@@ -253,14 +251,14 @@ def longest(step: Step, whole: float, count: int = 10) -> tuple[Table, str]:
         table.add_column(heading, justify="left" if heading == "name" else "right")
     for event in sorted(ran, key=spent, reverse=True)[:count]:
         table.add_row(event.key[:90], str(event.count), f"{spent(event) / 1e3:.2f}")
-    words = f"All {calls:,} {kinds} of a step take {busy:.1%} of its time"
+    summary = f"All {calls:,} {kinds} of a step take {busy:.1%} of its time"
     if on_gpu:
-        words += "; where that is well below 100% the GPU waits for launches"
-    return table, words + "."
+        summary += "; well below 100%, the GPU waits for launches"
+    return table, summary + "."
 
 
 def main() -> int:
-    """Measure and print."""
+    """Measures and prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", default="configs/nano.yaml")
     parser.add_argument("--row", type=int, default=4096)

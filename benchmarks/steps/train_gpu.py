@@ -1,12 +1,13 @@
 """Training steps on one GPU compared with transformers: tokens per second, MFU and peak memory.
 
 nano.yaml and a four-layer slice of flash.yaml, on rows from 4096 tokens to the longest that fits.
-``ours, step`` is the trainer's own step of 524,288 tokens, as nano.yaml has them, also in FP8: one
-microbatch of up to 32,768 tokens is timed, and the update apart. ``ours`` and ``transformers`` are
-forward and backward with the same weights on the same row, without MTP, which transformers has not.
-transformers runs with eager attention, the only one that it has for V4, and each of its
-implementations of experts; its rows are left out once one did not fit. MFU is
-`model.flops.training_flops` a second over the bf16 matrix rate measured in the same run.
+``ours, step`` is the trainer's step of 524,288 tokens, as in nano.yaml, also in FP8: one
+microbatch of up to 32,768 tokens is timed, and the update separately. ``ours`` and
+``transformers`` are forward and backward with the same weights on the same row, without MTP, which
+transformers does not have. transformers runs with eager attention, the only one that it has for
+V4, and each of its implementations of experts; after one did not fit, longer rows are skipped for
+it. MFU is `model.flops.training_flops` per second over the bf16 matmul rate measured in the same
+run.
 
     python -m benchmarks.steps.train_gpu [--configs configs/nano.yaml flash-slice] [--rows 4096 ...]
 """
@@ -34,11 +35,11 @@ from benchmarks.steps.machine import (
     ceilings,
     config_of,
     device_of,
+    formatted,
     peak_gib,
     random_batch,
     restart_peak,
     seconds,
-    shown,
 )
 from data.files import write_atomically
 from model import V4Model
@@ -68,18 +69,18 @@ class Result:
 def measured(
     result: Result, time: Callable[[], float], flops: float, limit: Ceilings, device: torch.device
 ) -> Result:
-    """Fill in times and memory; what does not fit or run says so in its line.
+    """Adds times and memory to the result, or the error that occurred.
 
-    ``time`` gives the seconds of a row, ``flops`` are its operations.
+    ``time`` returns the seconds of a row, ``flops`` are its FLOPs.
     """
     restart_peak(device)
     try:
-        spent = time()
+        duration = time()
     except (RuntimeError, ValueError, ImportError) as error:
         result.note = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:70]}"
     else:
-        result.tokens_per_second = result.row / spent
-        result.mfu = flops / spent / limit.operations
+        result.tokens_per_second = result.row / duration
+        result.mfu = flops / duration / limit.flops
         result.peak_gib = peak_gib(device)
     gc.collect()
     restart_peak(device)
@@ -87,7 +88,7 @@ def measured(
 
 
 def step_time(config: RunConfig, device: torch.device) -> float:
-    """Seconds of a step's row, with its share of the update."""
+    """Returns the seconds of one row of a step, with its share of the update."""
     step = Step(config, device)
     passes = seconds(step.forward_backward, device)
     update = seconds(step.update, device)
@@ -95,13 +96,13 @@ def step_time(config: RunConfig, device: torch.device) -> float:
 
 
 def plain(config: RunConfig) -> RunConfig:
-    """Without what transformers has not: MTP and the balance loss."""
+    """Returns the config without MTP and the balance loss, which transformers does not have."""
     changes = {"num_nextn_predict_layers": 0, "balance_loss_weight": 0.0}
     return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
 def our_calls(config: RunConfig, device: torch.device) -> Callable[[], object]:
-    """Forward and backward of our model."""
+    """Returns forward and backward of our model."""
     model = _model(config, device)
     batch = random_batch(config)
     tokens, targets = batch.tokens.to(device), batch.targets.to(device)
@@ -116,7 +117,7 @@ def our_calls(config: RunConfig, device: torch.device) -> Callable[[], object]:
 
 
 def their_calls(config: RunConfig, device: torch.device, experts: str) -> Callable[[], object]:
-    """Forward and backward of transformers' model with the same weights."""
+    """Returns forward and backward of transformers' model with the same weights."""
     ours = _model(config, device)
     sizes = DeepseekV4Config(**config.model.to_hf())
     sizes._attn_implementation, sizes._experts_implementation = "eager", experts
@@ -146,19 +147,19 @@ def _model(config: RunConfig, device: torch.device) -> V4Model:
 def lines_of(
     name: str, row: int, device: torch.device, limit: Ceilings, skip: set[str]
 ) -> list[Result]:
-    """All that is measured of one config at one row length."""
-    long = config_of(name, device, row, max(MICROBATCH_TOKENS // row, 1))
-    eight = long.model_copy(update={"precision": "fp8"})
+    """Measures one config at one row length."""
+    full = config_of(name, device, row, max(MICROBATCH_TOKENS // row, 1))
+    fp8 = full.model_copy(update={"precision": "fp8"})
     bare = plain(config_of(name, device, row))
-    found = []
+    results = []
     for what, config, time in (
-        ("ours, step", long, step_time),
-        ("ours", bare, lambda *of: seconds(our_calls(*of), device)),
-        ("ours, step in FP8", eight, step_time),
+        ("ours, step", full, step_time),
+        ("ours", bare, lambda *args: seconds(our_calls(*args), device)),
+        ("ours, step in FP8", fp8, step_time),
     ):
         flops = training_flops(config.model, [row])
-        of = (config, device)
-        found.append(measured(Result(name, row, what), partial(time, *of), flops, limit, device))
+        call = partial(time, config, device)
+        results.append(measured(Result(name, row, what), call, flops, limit, device))
     for experts in EXPERTS:
         what = f"transformers, {experts}"
         if what in skip:
@@ -172,12 +173,12 @@ def lines_of(
         )
         if line.tokens_per_second is None:
             skip.add(what)
-        found.append(line)
-    return found
+        results.append(line)
+    return results
 
 
 def table_of(results: list[Result], limit: Ceilings) -> Table:
-    """One line a result."""
+    """Returns a table with a line for each result."""
     table = Table(title=str(limit))
     for heading in ("config", "row", "what", "tokens/s", "MFU", "peak GiB", "note"):
         table.add_column(heading, justify="left" if heading in ("what", "note") else "right")
@@ -186,9 +187,9 @@ def table_of(results: list[Result], limit: Ceilings) -> Table:
             r.config,
             str(r.row),
             r.what,
-            shown(r.tokens_per_second, ",.0f"),
-            shown(r.mfu, ".1%"),
-            shown(r.peak_gib, ".2f"),
+            formatted(r.tokens_per_second, ",.0f"),
+            formatted(r.mfu, ".1%"),
+            formatted(r.peak_gib, ".2f"),
             r.note,
         )
     return table

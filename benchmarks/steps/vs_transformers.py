@@ -1,9 +1,9 @@
 """Tokens per second and memory of forward and backward, compared with transformers, in one run.
 
-Both models have the same weights and see the same tokens; the loss is the cross-entropy of the
-next token. transformers has no multi-token prediction, so neither runs it here. Rows shorter than
-2048 come several at a time. Each is called once to warm up, which also shows its memory, and then
-timed; ours before and after transformers, since a machine's speed drifts. The best call counts.
+Both models have the same weights and the same tokens; the loss is the cross-entropy of the next
+token. transformers has no multi-token prediction, so neither runs it here. Rows shorter than 2048
+are batched. Each model is called once to warm up, which also measures its memory, and then timed;
+ours before and after transformers, because a machine's speed drifts. The best call counts.
 
     python -m benchmarks.steps.vs_transformers [CONFIG] [--lengths 512 2048 8192] [--threads 2]
 """
@@ -32,7 +32,7 @@ from trainer.config import load_config
 
 CALL_TOKENS = 2048
 ROUNDS = {512: 4, 2048: 3, 8192: 1}
-"""Timed calls of transformers by row length; ours are quick enough for three more each time."""
+"""Timed calls of transformers by row length; ours gets three more each time."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Measured:
 
 
 def matmul_rate(size: int = 2048, rounds: int = 8) -> float:
-    """The best fp32 matrix product that this machine shows, in operations per second."""
+    """Returns the best rate of an fp32 matmul, in FLOP/s."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     return 2 * size**3 / min(_seconds(lambda: a @ b) for _ in range(rounds))
 
@@ -56,11 +56,11 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """How far the process grows beyond what it holds before the call, in bytes (Linux, glibc)."""
+    """Returns the growth of the process during the call, in bytes (Linux, glibc)."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or memory freed earlier would hide what the call takes
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise memory freed earlier would be reused unnoticed
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # restart the record of the peak
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     call()
     return max(_status("VmHWM") - before, 0)
 
@@ -73,7 +73,7 @@ def _status(field: str) -> int:
 
 
 def build(config: ModelConfig) -> tuple[V4Model, DeepseekV4ForCausalLM]:
-    """Our model and transformers' with the same weights."""
+    """Returns our model and transformers' with the same weights."""
     ours = V4Model(config)
     ours.init_weights(seed=1)
     theirs_config = DeepseekV4Config(**config.to_hf())
@@ -86,7 +86,7 @@ def build(config: ModelConfig) -> tuple[V4Model, DeepseekV4ForCausalLM]:
 def calls(
     ours: V4Model, theirs: DeepseekV4ForCausalLM, length: int
 ) -> tuple[Callable[[], None], Callable[[], None], int]:
-    """Forward and backward of each on the same rows, and the tokens in them."""
+    """Returns forward and backward of each on the same rows, and the tokens in them."""
     rows = max(CALL_TOKENS // length, 1)
     generator = torch.Generator().manual_seed(length)
     vocab = ours.config.vocab_size
@@ -108,7 +108,7 @@ def calls(
 
 
 def measure(ours: V4Model, theirs: DeepseekV4ForCausalLM, length: int) -> list[Measured]:
-    """Both implementations at one row length."""
+    """Measures both implementations at one row length."""
     run_ours, run_theirs, tokens = calls(ours, theirs, length)
     rounds = ROUNDS.get(length, 1)
     peak_ours, before = timed(run_ours, rounds + 3)
@@ -121,14 +121,14 @@ def measure(ours: V4Model, theirs: DeepseekV4ForCausalLM, length: int) -> list[M
 
 
 def timed(call: Callable[[], object], rounds: int) -> tuple[int, float]:
-    """Peak memory of a first call, and the seconds of the best of ``rounds`` more."""
+    """Returns the peak memory of a first call, and the seconds of the best of ``rounds`` more."""
     return peak_memory(call), min(_seconds(call) for _ in range(rounds))
 
 
 def table_of(
     lengths: list[int], results: dict[int, list[Measured]], config: ModelConfig, rate: float
 ) -> Table:
-    """One line a row length."""
+    """Returns a table with a line for each row length."""
     table = Table(title="forward and backward, fp32")
     for column in (
         "row length",
@@ -156,7 +156,7 @@ def table_of(
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="?", default="configs/debug.yaml")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])

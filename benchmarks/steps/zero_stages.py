@@ -1,11 +1,12 @@
 """DeepSpeed's ZeRO stages and the native engine on the debug model: losses, resume, export.
 
 The model of configs/debug.yaml, AdamW on every parameter, fp32, on two processes of one thread,
-with a little of Python's library as text. The native engine trains twenty steps in one go; so does
-DeepSpeed with ZeRO 0, 1, 2, 3, and 3 with everything offloaded to the host, and each once more
-stopped after ten steps and resumed. The table says how far each is from the native engine in the
-losses and gradient norms of any step and in the exported weights, and whether what was resumed is
-what was not, bit for bit. Exit code 1 where a loss is further than 1e-4 or a resume is not exact.
+with part of Python's library as text. The native engine trains twenty steps without interruption;
+so does DeepSpeed with ZeRO 0, 1, 2, 3, and 3 with everything offloaded to the host, and each once
+more, stopped after ten steps and resumed. The table shows the distance of each from the native
+engine in the losses and gradient norms of any step and in the exported weights, and whether the
+resumed run is bit-identical. The exit code is 1 if a loss differs by more than 1e-4 or a resume is
+not exact.
 
     python -m benchmarks.steps.zero_stages [--folder FOLDER] [key=value ...]
 
@@ -50,8 +51,8 @@ TEXT_BYTES = 2_000_000
 SETTINGS = (
     f"steps={STEPS}",
     "optim.matrix_optimizer=adamw",
-    # With Muon's rate, or where gradients that are nothing but rounding move weights as far as any
-    # other, the last bits of a sum in another order are 1e-3 of the loss after twelve steps.
+    # With Muon's rate, or an eps so small that rounding errors move weights as far as any other
+    # gradient, the last bits of a sum in another order are 1e-3 of the loss after twelve steps.
     "optim.learning_rate=1e-3",
     "optim.adamw.eps=1e-6",
     "data.seq_len=256",
@@ -76,12 +77,12 @@ STAGES: dict[str, dict[str, object]] = {
 
 
 def resumed(name: str) -> str:
-    """The name of a run that is stopped half-way."""
+    """Returns the name of the run that is stopped halfway."""
     return f"{name}, resumed"
 
 
 def write_data(folder: Path, settings: Sequence[str]) -> list[str]:
-    """Corpus, tokenizer and shards; the overrides that name them."""
+    """Writes corpus, tokenizer and shards; returns the overrides that name them."""
     lines, size = [], 0
     for text in texts([Path(sysconfig.get_path("stdlib"))], {".py"}):
         lines.append(json.dumps({"text": text}, ensure_ascii=False))
@@ -91,38 +92,38 @@ def write_data(folder: Path, settings: Sequence[str]) -> list[str]:
     path = folder / "code.jsonl"
     path.write_text("\n".join(lines) + "\n")
     sources = json.dumps([{"name": "code", "paths": [str(path)]}])
-    words = [f"data.sources={sources}", f"data.shards={folder / 'shards'}"]
-    words.append(f"data.tokenizer.path={folder / 'tokenizer'}")
-    config = load_config(CONFIG, [*SETTINGS, *words, *settings])
+    overrides = [f"data.sources={sources}", f"data.shards={folder / 'shards'}"]
+    overrides.append(f"data.tokenizer.path={folder / 'tokenizer'}")
+    config = load_config(CONFIG, [*SETTINGS, *overrides, *settings])
     train_tokenizer(config.data)
     prepare(config.data, progress=False)
-    return words
+    return overrides
 
 
 def block(zero: Mapping[str, object]) -> list[str]:
-    """Overrides that train through DeepSpeed."""
+    """Returns the overrides that train through DeepSpeed."""
     value = {"optimizer": {"type": "AdamW"}, "zero_optimization": zero}
     return ["engine=deepspeed", f"deepspeed={json.dumps(value)}"]
 
 
 def train(folder: Path, name: str, settings: Sequence[str], stop_at: int = 0) -> None:
-    """Train in this process and its peer; `stop_at` asks for the end during that step."""
+    """Trains in this process and its peer; stops after step `stop_at` if it is not 0."""
     config = load_config(CONFIG, [*SETTINGS, *settings, f"run_dir={folder / name}"])
     grid = Grid.build(config.degrees(dist.get_world_size()), torch.device("cpu"))
     stop = StopRequest()
     trainer = Trainer(config, grid, stop)
 
-    def ask(state: TrainState, _: StepResult) -> None:
+    def stop_then(state: TrainState, _: StepResult) -> None:
         if state.step == stop_at - 1:
             stop.make()
 
     if stop_at and grid.is_first:
-        trainer.periodic.append(ask)
+        trainer.periodic.append(stop_then)
     trainer.run()
 
 
 def worker(rank: int, folder: Path, settings: list[str]) -> None:
-    """All runs, on one of two processes."""
+    """Trains all runs, on one of two processes."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     store = dist.FileStore(str(folder / "store"), 2)
@@ -137,31 +138,31 @@ def worker(rank: int, folder: Path, settings: list[str]) -> None:
 
 
 def column(run: Path, number: str) -> list[float]:
-    """A number of every step."""
-    found = [record[number] for record in read_metrics(run / "metrics.jsonl")]
-    assert len(found) == STEPS, (run, len(found))
-    return found
+    """Returns a metric of every step."""
+    values = [record[number] for record in read_metrics(run / "metrics.jsonl")]
+    assert len(values) == STEPS, (run, len(values))
+    return values
 
 
-def furthest(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The largest relative difference."""
+def max_relative_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Returns the largest relative difference."""
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
 def saved(run: Path) -> dict[str, Tensor]:
-    """Weights and the optimizer's state of the last checkpoint."""
-    stored = CheckpointReader(run / "checkpoints" / folder_name(STEPS))
-    return stored.read(dict.fromkeys(stored.shapes, torch.float32))
+    """Returns weights and optimizer state of the last checkpoint."""
+    reader = CheckpointReader(run / "checkpoints" / folder_name(STEPS))
+    return reader.read(dict.fromkeys(reader.shapes, torch.float32))
 
 
 def exported(run: Path) -> dict[str, Tensor]:
-    """What `v4 export` makes of it."""
+    """Exports the run and returns the exported weights."""
     export_run(load_config(run / "config.yaml"), run / "hf")
     return read_hf_weights(run / "hf")
 
 
 def apart(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[float, str]:
-    """The largest norm of a tensor's difference over the tensor's, and whose it is."""
+    """Returns the largest norm of a tensor's difference over the tensor's, and the name."""
     assert ours.keys() == theirs.keys()
     errors = {}
     for name, tensor in theirs.items():
@@ -173,7 +174,7 @@ def apart(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[flo
 
 
 def is_same(one: Path, other: Path) -> bool:
-    """Whether two runs have the same losses, weights and states, bit for bit."""
+    """Returns whether two runs have the same losses, weights and states, bit for bit."""
     if any(column(one, number) != column(other, number) for number in ("loss", "grad_norm")):
         return False
     ours, theirs = saved(one), saved(other)
@@ -181,32 +182,39 @@ def is_same(one: Path, other: Path) -> bool:
 
 
 def compare(folder: Path) -> tuple[Table, bool]:
-    """The table, and whether everything in it is as it should be."""
+    """Returns the table, and whether all losses and resumes are within the limits."""
     table = Table(
         title=f"{CONFIG}, AdamW everywhere, fp32, two processes, {STEPS} steps; largest relative "
-        "differences to the native engine"
+        "differences from the native engine"
     )
-    for name in ("", "loss", "gradient norm", "exported weights", "of which", "resumed after 10"):
-        table.add_column(name, justify="left" if name in ("", "of which") else "right")
+    for name in (
+        "",
+        "loss",
+        "gradient norm",
+        "exported weights",
+        "worst tensor",
+        "resumed after 10",
+    ):
+        table.add_column(name, justify="left" if name in ("", "worst tensor") else "right")
     native, good = folder / NATIVE, True
     weights = exported(native)
     for name in STAGES:
         loss, norm = (
-            furthest(column(folder / name, number), column(native, number))
+            max_relative_difference(column(folder / name, number), column(native, number))
             for number in ("loss", "grad_norm")
         )
         error, worst = apart(exported(folder / name), weights)
         same = is_same(folder / name, folder / resumed(name))
         good = good and same and loss <= LIMIT
-        resume = "the same bits" if same else "DIFFERS"
+        resume = "bit-identical" if same else "DIFFERS"
         table.add_row(name, f"{loss:.1e}", f"{norm:.1e}", f"{error:.1e}", worst, resume)
     return table, good
 
 
 def main() -> int:
-    """Train and compare."""
+    """Trains and compares."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="a new one, for the runs")
+    parser.add_argument("--folder", type=Path, help="a new folder that keeps the runs")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

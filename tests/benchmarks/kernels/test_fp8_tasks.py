@@ -20,14 +20,14 @@ def test_what_stands_side_by_side_computes_the_same():
     finally:
         attention_tasks.DEVICE = fp8_tasks.DEVICE = old
     assert [task.name for task in made] == [
-        "linear in FP8",
-        "linear in FP8, rounded before",
+        "FP8 linear",
+        "FP8 matmul of a linear",
         "rounding to FP8",
-        "experts in FP8",
+        "FP8 experts",
     ]
     for task in made:
         expected = task.implementations["eager"](*task.leaves).double()
-        assert task.forward.operations > 0 and task.forward.bytes > 0
+        assert task.forward.flops > 0 and task.forward.bytes > 0
         for name, function in task.implementations.items():
             if name == TORCH_ON_A_GPU or "compiled" in name or "codes" in name:
                 continue

@@ -17,7 +17,7 @@ def test_every_head_gives_the_same_gradient():
     finally:
         attention_tasks.DEVICE = layer_tasks.DEVICE = old
     assert set(task.implementations) == {"triton", "eager", "torch, whole logits"}
-    assert task.forward.operations > 0 and task.forward.bytes > 0 and task.backward is None
+    assert task.forward.flops > 0 and task.forward.bytes > 0 and task.backward is None
     leaves = [leaf.float() for leaf in task.leaves]  # the interpreter cuts bits of bf16 off
     expected = task.implementations["torch, whole logits"](*leaves).double()
     for name, function in task.implementations.items():

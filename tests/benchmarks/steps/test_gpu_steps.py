@@ -40,46 +40,50 @@ def test_without_a_gpu_they_say_so(name: str) -> None:
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
     assert run.returncode == 2
-    assert run.stderr.startswith("This benchmark needs a GPU, and torch sees none; --device cpu")
+    assert run.stderr.startswith(
+        "This benchmark needs a GPU, and torch sees none; try it with --device cpu"
+    )
 
 
 def test_a_step_part_by_part(config: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    words = ["step_gpu", "--device=cpu", f"--config={config}", "--row=64", "--rows=2"]
-    monkeypatch.setattr(sys, "argv", words)
+    command = ["step_gpu", "--device=cpu", f"--config={config}", "--row=64", "--rows=2"]
+    monkeypatch.setattr(sys, "argv", command)
     assert step_gpu.main() == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("embedding", "hyper-connections", "experts", "heads and losses", "optimizer"):
-        assert part in said
+        assert part in output
     for kind in ("window", "csa", "hca"):
-        assert f"attention, {kind}" in said
-    assert "rows to the device" in said and "operators of a step take" in said
+        assert f"attention, {kind}" in output
+    assert "rows to the device" in output and "operators of a step take" in output
 
 
 def test_an_update_is_the_same_work_every_time(config: Path, monkeypatch) -> None:
     from optim import optimizer
 
-    given: list[torch.Tensor] = []
-    plain = optimizer.orthogonal_update
+    directions: list[torch.Tensor] = []
+    original = optimizer.orthogonal_update
     monkeypatch.setattr(
-        optimizer, "orthogonal_update", lambda d, c: (given.append(d.clone()), plain(d, c))[1]
+        optimizer,
+        "orthogonal_update",
+        lambda d, c: (directions.append(d.clone()), original(d, c))[1],
     )
     step = machine.Step(machine.config_of(str(config), CPU, 64), CPU)
     step.forward_backward()
     gradients = [gradient.clone() for gradient in step.gradients]
     step.update()
-    first = len(given)
+    first = len(directions)
     step.update()
-    moved = [bool(direction.any()) for direction in given]  # indexers have no gradient here
+    moved = [bool(direction.any()) for direction in directions]  # indexers have no gradient here
     assert any(moved) and moved[:first] == moved[first:]
-    for gradient, kept in zip(gradients, step.gradients, strict=True):
-        assert torch.equal(gradient, kept)
+    for before, after in zip(gradients, step.gradients, strict=True):
+        assert torch.equal(before, after)
 
 
-def test_steps_beside_transformers(config: Path, monkeypatch, tmp_path: Path) -> None:
+def test_steps_compared_with_transformers(config: Path, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(train_gpu, "MICROBATCH_TOKENS", 128)
     path = tmp_path / "train.json"
-    words = ["train_gpu", "--device=cpu", f"--configs={config}", "--rows=64", f"--json={path}"]
-    monkeypatch.setattr(sys, "argv", words)
+    command = ["train_gpu", "--device=cpu", f"--configs={config}", "--rows=64", f"--json={path}"]
+    monkeypatch.setattr(sys, "argv", command)
     assert train_gpu.main() == 0
     results = json.loads(path.read_text())["results"]
     lines = {result["what"]: result for result in results}
@@ -93,7 +97,7 @@ def test_steps_beside_transformers(config: Path, monkeypatch, tmp_path: Path) ->
         assert line["note"] == "" and line["tokens_per_second"] > 0 and line["mfu"] > 0
 
 
-def test_a_row_bears_its_share_of_the_update(config: Path, monkeypatch) -> None:
+def test_the_time_of_a_row_includes_its_share_of_the_update(config: Path, monkeypatch) -> None:
     """1 s for the passes of four rows, 2 s for the update of 8,192 rows of 64 tokens."""
     times = iter([1.0, 2.0])
     monkeypatch.setattr(train_gpu, "seconds", lambda call, device: next(times))
