@@ -1,7 +1,7 @@
 """V4's attention: low-rank queries, one shared key-value head, grouped output (report §2.3).
 
 Letters: T tokens, D hidden size, Q rank of the queries, H heads, K head dim, C entries, k selected
-entries of a query, G groups of heads, O rank of a group's output, X = H·K/G.
+entries of a query, G groups of heads, O rank of a group's output, X = H·K/G input width of wo_a.
 """
 
 from __future__ import annotations
@@ -50,26 +50,26 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.kind = kind
-        self.dim, self.rank = config.head_dim, config.o_lora_rank
+        self.head_dim, self.o_rank = config.head_dim, config.o_lora_rank
         self.eps, self.window = config.rms_norm_eps, config.sliding_window
         heads, groups = config.num_attention_heads, config.o_groups
-        inner = heads * self.dim
+        inner = heads * self.head_dim
         pointwise = execution.pointwise
 
-        def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, dtype, execution.matmuls)
+        def linear(in_features: int, out_features: int) -> Linear:
+            return Linear(in_features, out_features, dtype, execution.matmuls)
 
         self.wq_a = linear(config.hidden_size, config.q_lora_rank)
         self.q_norm = RMSNorm(config.q_lora_rank, self.eps, pointwise)
         self.wq_b = linear(config.q_lora_rank, inner)
-        self.wkv = linear(config.hidden_size, self.dim)
-        self.kv_norm = RMSNorm(self.dim, self.eps, pointwise)
-        self.wo_a = linear(inner // groups, groups * self.rank)
-        self.wo_b = linear(groups * self.rank, config.hidden_size)
+        self.wkv = linear(config.hidden_size, self.head_dim)
+        self.kv_norm = RMSNorm(self.head_dim, self.eps, pointwise)
+        self.wo_a = linear(inner // groups, groups * self.o_rank)
+        self.wo_b = linear(groups * self.o_rank, config.hidden_size)
         self.attn_sink = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.compressor = self.indexer = None
         if kind != "window":
-            self.compressor = Compressor(config, kind, self.dim, dtype, pointwise)
+            self.compressor = Compressor(config, kind, self.head_dim, dtype, pointwise)
         if kind == "csa":
             self.indexer = Indexer(config, dtype, pointwise)
 
@@ -79,13 +79,14 @@ class Attention(nn.Module):
         positions: Positions,
         exchange: Exchange,
         mode: AttentionMode = "select",
-        routed_tokens: float = 1.0,
+        loss_denominator: float = 1.0,
     ) -> tuple[Tensor, Tensor | None]:
         """[T, D] to [T, D], and the indexer's objective; no token sees another sample.
 
-        The objective is a sum over local tokens divided by `routed_tokens`, those of the global
-        batch; None where the mode has none. Heads and groups are those of the weights on this rank:
-        it may hold some of them, and then `exchange` gathers the tokens of more ranks.
+        The objective is summed over local tokens and divided by `loss_denominator`, the number of
+        non-padding tokens in the global batch; None where the mode has none. Heads and groups are
+        those of the weights on this rank: under tensor parallelism it holds only some of them, and
+        `exchange` gathers the local tokens of all tensor ranks.
         """
         q_TQ, inputs = self._inputs(x_TD, positions, exchange)
         index = selected_Tk = None
@@ -100,34 +101,34 @@ class Attention(nn.Module):
         objective = None
         if index is not None and mass is not None:
             objective = self._objective(
-                index, selected_Tk, mass, positions, exchange, routed_tokens
+                index, selected_Tk, mass, positions, exchange, loss_denominator
             )
         return exchange.scatter_sum(self.wo_b(self._grouped_output(o_THK))), objective
 
     @torch.no_grad()
-    def recall(
+    def selected_and_total_mass(
         self, x_TD: Tensor, positions: Positions, exchange: Exchange
     ) -> tuple[Tensor, Tensor]:
-        """What a CSA layer's indexer selects of the attention to all entries, fp32 [T] each.
+        """Returns a CSA layer's attention probability mass of selected and of all entries.
 
-        The mass of the entries that it would select, and of all; see
-        `selected_probability_mass`.
+        For every local token, fp32 [T] each: of the entries that the indexer would select, and of
+        all visible entries, where attention is to all of them; see `selected_probability_mass`.
         """
         q_TQ, inputs = self._inputs(x_TD, positions, exchange)
         assert self.indexer is not None and inputs.entries_CK is not None
         selected_Tk = self.indexer.select(x_TD, q_TQ, positions, exchange)
         _, mass = self._attend(inputs, positions, exchange, None)
         assert mass is not None
-        total_mass = exchange.sum_mass(self.kind, mass, listed=False)
+        total_mass = exchange.sum_mass(self.kind, mass, selected_only=False)
         ranges, entries = positions.ranges(self.kind), len(inputs.entries_CK)
         return selected_probability_mass(total_mass, ranges, selected_Tk, entries)
 
     def _inputs(
         self, x_TD: Tensor, positions: Positions, exchange: Exchange
     ) -> tuple[Tensor, _Inputs]:
-        """The local tokens' low-rank queries, and what the core attention takes."""
+        """Returns the local tokens' low-rank queries q_TQ, and the inputs of core attention."""
         q_TQ = self.q_norm(self.wq_a(x_TD))
-        q_THK = self.wq_b(exchange.gather_queries(q_TQ)).unflatten(-1, (-1, self.dim))
+        q_THK = self.wq_b(exchange.gather_queries(q_TQ)).unflatten(-1, (-1, self.head_dim))
         kv_TK = self.kv_norm(self.wkv(x_TD), positions.rotation(self.kind))
         entries_CK = None if self.compressor is None else self.compressor(x_TD, positions, exchange)
         return q_TQ, _Inputs(q_THK, kv_TK, entries_CK)
@@ -139,7 +140,10 @@ class Attention(nn.Module):
         exchange: Exchange,
         selected_Tk: Tensor | None,
     ) -> tuple[Tensor, AttentionProbabilityMass | None]:
-        """The queries' core attention, and how much of it entries get, where there are any."""
+        """Returns core attention's output [T, H, K], and a function for the entries' mass.
+
+        The function gives the probability mass of each entry; None in window layers.
+        """
         attention = AttentionInputs(
             inputs.q_THK,
             exchange.gather_keys(inputs.kv_TK),
@@ -163,16 +167,19 @@ class Attention(nn.Module):
         mass: AttentionProbabilityMass,
         positions: Positions,
         exchange: Exchange,
-        routed_tokens: float,
+        loss_denominator: float,
     ) -> Tensor:
-        """Sums over the local tokens; the KL target has no gradient, and padding no weight."""
-        share_T = (~positions.layout.padding_T).to(torch.float32) / routed_tokens
-        total_mass = exchange.sum_mass(self.kind, mass, listed=selected_Tk is not None)
+        """Sums the KL loss over local tokens.
+
+        The target is detached, and padding tokens have weight 0.
+        """
+        weight_T = (~positions.layout.padding_T).to(torch.float32) / loss_denominator
+        total_mass = exchange.sum_mass(self.kind, mass, selected_only=selected_Tk is not None)
         target = KLTarget(total_mass, positions.ranges(self.kind), selected_Tk)
-        return indexer_objective(index, target, share_T)
+        return indexer_objective(index, target, weight_T)
 
     def _grouped_output(self, o_THK: Tensor) -> Tensor:
-        """Each group of heads through its matrix: [T, H, K] to [T, G·O]."""
-        weight_GOX = self.wo_a.weight.unflatten(0, (-1, self.rank))
+        """Multiplies each group of heads by its own matrix: [T, H, K] to [T, G·O]."""
+        weight_GOX = self.wo_a.weight.unflatten(0, (-1, self.o_rank))
         o_GTX = o_THK.reshape(o_THK.shape[0], len(weight_GOX), -1).transpose(0, 1)
         return self.wo_a.matmuls.batched(o_GTX, weight_GOX).transpose(0, 1).flatten(1)

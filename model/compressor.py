@@ -1,6 +1,7 @@
 """Compressors: windows of tokens pooled into one key-value entry each (report §2.3.1, §2.3.2).
 
-Letters: T tokens, D hidden size, C entries, K their width.
+Letters: T tokens, D hidden size, C entries, K width of an entry (head_dim, or index_head_dim in the
+indexer), r = R/2 complex numbers that rotate R dims.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Compressor(nn.Module):
     def forward(self, x_TD: Tensor, positions: Positions, exchange: Exchange) -> Tensor:
         """Returns an entry [C, K] for every complete window, normed and rotated, in x's dtype."""
         windows = positions.windows(self.kind)
-        values, gates = exchange.with_preceding(self.kind, self.wkv(x_TD), self.wgate(x_TD))
+        values, gates = exchange.prepend_halo(self.kind, self.wkv(x_TD), self.wgate(x_TD))
         pooled_CK = pool_windows(
             values,
             gates,
@@ -49,5 +50,5 @@ class Compressor(nn.Module):
             windows.has_previous_C,
             self.overlap,
         )
-        entries_CK = self.norm(pooled_CK, windows.rotation_CR, x_TD.dtype)
+        entries_CK = self.norm(pooled_CK, windows.rotation_Cr, x_TD.dtype)
         return exchange.gather_entries(self.kind, entries_CK)

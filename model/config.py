@@ -24,12 +24,12 @@ from model.hf_config import fields_from_hf, fields_to_hf
 
 LayerType = Literal["window", "csa", "hca"]
 AttentionMode = Literal["select", "dense", "warmup", "sparse"]
-"""Which entries CSA layers attend to, and what their indexers learn (report §2.3.1, §4.2).
+"""Which entries CSA layers attend to, and what their indexers learn (report §2.3.1, §4.2; V3.2).
 
 - dense: all entries; the indexer is not used.
 - warmup: all entries; the indexer learns from the attention to them, everything else is frozen.
 - sparse: the entries that the indexer selects; it learns from the attention to these.
-- select: as sparse, but the indexer learns nothing: evaluation, and runs without phases.
+- select: as sparse, but without the indexer's loss: evaluation, and runs without phases.
 """
 
 
@@ -45,7 +45,7 @@ class Yarn(Section):
     """YaRN "by parts" in the layers with a compressor; the attention factor (mscale) is 1."""
 
     factor: PositiveFloat
-    """How many times longer than the original the positions become."""
+    """Context extension factor: extended length / original length."""
     original_max_position_embeddings: PositiveInt
     """Length before the extension. [tokens]"""
     beta_fast: PositiveFloat
@@ -62,7 +62,7 @@ class ModelConfig(Section):
     """
 
     vocab_size: PositiveInt
-    """V: ids with an embedding. [tokens]"""
+    """V: vocabulary size. [tokens]"""
     hidden_size: PositiveInt
     """D: width of a residual stream. [dims]"""
     num_hidden_layers: PositiveInt
@@ -76,7 +76,7 @@ class ModelConfig(Section):
     head_dim: PositiveInt
     """K: width of a head. [dims]"""
     qk_rope_head_dim: PositiveInt
-    """Last dims of queries and keys that RoPE rotates. [dims]"""
+    """R: number of trailing dims of each query and key that RoPE rotates. [dims]"""
     q_lora_rank: PositiveInt
     """Q: rank of the queries' low-rank projection. [dims]"""
     o_groups: PositiveInt
@@ -107,7 +107,8 @@ class ModelConfig(Section):
 
     # Mixture of experts (report §2.1)
     num_hash_layers: NonNegativeInt
-    """First layers, whose experts follow from the token id instead of a learned router. [layers]"""
+    """Number of leading layers that route by a hash table of token ids instead of a learned router.
+    [layers]"""
     n_routed_experts: PositiveInt
     """E: routed experts of a layer. [experts]"""
     num_experts_per_tok: PositiveInt
@@ -119,7 +120,7 @@ class ModelConfig(Section):
     routed_scaling_factor: PositiveFloat
     """Factor of the routed experts' normalised weights."""
     swiglu_limit: PositiveFloat = 10.0
-    """Maximum of a SwiGLU's gate, and of its other factor's magnitude."""
+    """Clamp of SwiGLU: the gate from above, the up projection to [-limit, limit]."""
     balance_loss_weight: NonNegativeFloat = 1e-4
     """Weight of the sequence-wise balance loss; 0 turns it off."""
 
@@ -133,10 +134,11 @@ class ModelConfig(Section):
     hc_init_scale: float = 0.01
     """Initial gating factors (mHC paper)."""
     hc_init_own_read: float = Field(default=0.85, gt=0, lt=1)
-    """Initial weight of the stream that a sub-layer mainly reads, each in turn; the other streams
-    share the rest. Unpublished: chosen so that streams stay distinguishable."""
+    """Initial pre weight of the stream that a sub-layer mainly reads, n mod N in sub-layer n; the
+    others share the rest. Unpublished: chosen so that streams stay distinguishable."""
     hc_init_comb_diagonal: float = 4.0
-    """Initial logit of each stream's weight for itself. Unpublished: close to a plain residual."""
+    """Initial diagonal of comb's logits; the other logits start at 0. Unpublished: close to a plain
+    residual."""
 
     # Multi-token prediction
     num_nextn_predict_layers: int = Field(default=1, ge=0, le=1)
@@ -210,8 +212,8 @@ class ModelConfig(Section):
         _require(
             self.hidden_size % 8 == 0 and self.moe_intermediate_size % 8 == 0,
             f"hidden_size ({self.hidden_size}) and moe_intermediate_size "
-            f"({self.moe_intermediate_size}) must be multiples of 8: grouped matmuls need rows of "
-            "16 bytes",
+            f"({self.moe_intermediate_size}) must be multiples of 8: grouped matmuls need row "
+            "strides that are multiples of 16 bytes",
         )
         return self
 
@@ -261,7 +263,7 @@ class ModelConfig(Section):
         ``training`` sets fields that such files do not carry (``balance_loss_weight``, ...).
 
         Raises:
-            ModelConfigError: a needed key is missing, or has a value that V4 does not have.
+            ModelConfigError: a needed key is missing, or has an unsupported value.
         """
         fields = fields_from_hf(config)
         try:

@@ -1,10 +1,11 @@
 """Communication between ranks inside the layers of the model.
 
 A rank's *local* tokens are those whose residual streams it holds; its *queries* are those whose
-attention it computes. On one process both are all tokens of the microbatch, and every method is
-the identity. Where rows are sharded over ranks, trainer/parallel/context.py communicates.
+attention it computes, with its heads: the local tokens of all tensor ranks. On one process both are
+all tokens of the microbatch, and every method is the identity. Where rows are sharded over ranks,
+trainer/parallel/context.py communicates.
 
-Letters: T tokens or queries, K head dim, C compressed entries, S samples, E experts, X any width.
+Letters: T tokens or queries, K head dim, C compressed entries, Z samples, E experts, X any width.
 """
 
 from __future__ import annotations
@@ -18,27 +19,30 @@ from model.kernels.indexer import AttentionProbabilityMass
 
 
 class Exchange(Protocol):
-    """Moves values of a microbatch's tokens between ranks; differentiable for activations."""
+    """Communicates per-token tensors of a microbatch between the ranks that share its rows.
 
-    def select_local(self, microbatch_T: Tensor) -> Tensor:
+    Differentiable for floating-point tensors.
+    """
+
+    def local_of_microbatch(self, microbatch_T: Tensor) -> Tensor:
         """Returns the local tokens' elements of a vector over all tokens of the microbatch."""
 
-    def select_queries(self, microbatch_T: Tensor) -> Tensor:
+    def queries_of_microbatch(self, microbatch_T: Tensor) -> Tensor:
         """Returns the queries' elements of a vector over all tokens of the microbatch."""
 
     def gather_queries(self, local_TX: Tensor) -> Tensor:
-        """Gathers the queries' values from the ranks that hold them as local tokens."""
+        """All-gathers local rows over the tensor ranks: [local T, X] to [queries T, X]."""
 
-    def slice_local(self, query_TX: Tensor) -> Tensor:
-        """Returns the local tokens' rows of values that this rank has for all its queries."""
+    def local_of_queries(self, query_TX: Tensor) -> Tensor:
+        """Slices the local tokens' rows out of rows for all queries; backward all-gathers."""
 
     def scatter_sum(self, partial_TX: Tensor) -> Tensor:
-        """Reduce-scatters partial results of the queries (a rank's heads') to the local tokens."""
+        """Reduce-scatters the queries' partial results to the local tokens, summed over ranks."""
 
     def gather_keys(self, local_TK: Tensor) -> Tensor:
         """Gathers the keys in the queries' windows, in the order that query ranges index."""
 
-    def with_preceding(
+    def prepend_halo(
         self, kind: LayerType, values_TX: Tensor, gates_TX: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Prepends the halo of a compressor's inputs: earlier tokens of its windows."""
@@ -47,30 +51,31 @@ class Exchange(Protocol):
         """Gathers all entries of the microbatch, in the order of samples."""
 
     def sum_mass(
-        self, kind: LayerType, mass: AttentionProbabilityMass, listed: bool
+        self, kind: LayerType, mass: AttentionProbabilityMass, selected_only: bool
     ) -> AttentionProbabilityMass:
         """Sums attention probability mass over the heads of all ranks, for the local tokens.
 
-        If `listed`, columns are the selected entries; otherwise the entries that a query may see.
+        If `selected_only`, the columns of `mass` are each query's selected entries; otherwise the
+        entries of the microbatch.
         """
 
-    def sum_counts(self, counts_SE: Tensor) -> Tensor:
+    def sum_counts(self, counts_ZE: Tensor) -> Tensor:
         """Sums counts over the ranks that hold tokens of the same samples."""
 
 
 class LocalExchange:
     """The exchange of one process, which has all tokens: every method returns its argument."""
 
-    def select_local(self, microbatch_T: Tensor) -> Tensor:
+    def local_of_microbatch(self, microbatch_T: Tensor) -> Tensor:
         return microbatch_T
 
-    def select_queries(self, microbatch_T: Tensor) -> Tensor:
+    def queries_of_microbatch(self, microbatch_T: Tensor) -> Tensor:
         return microbatch_T
 
     def gather_queries(self, local_TX: Tensor) -> Tensor:
         return local_TX
 
-    def slice_local(self, query_TX: Tensor) -> Tensor:
+    def local_of_queries(self, query_TX: Tensor) -> Tensor:
         return query_TX
 
     def scatter_sum(self, partial_TX: Tensor) -> Tensor:
@@ -79,7 +84,7 @@ class LocalExchange:
     def gather_keys(self, local_TK: Tensor) -> Tensor:
         return local_TK
 
-    def with_preceding(
+    def prepend_halo(
         self, kind: LayerType, values_TX: Tensor, gates_TX: Tensor
     ) -> tuple[Tensor, Tensor]:
         return values_TX, gates_TX
@@ -88,9 +93,9 @@ class LocalExchange:
         return pooled_CK
 
     def sum_mass(
-        self, kind: LayerType, mass: AttentionProbabilityMass, listed: bool
+        self, kind: LayerType, mass: AttentionProbabilityMass, selected_only: bool
     ) -> AttentionProbabilityMass:
         return mass
 
-    def sum_counts(self, counts_SE: Tensor) -> Tensor:
-        return counts_SE
+    def sum_counts(self, counts_ZE: Tensor) -> Tensor:
+        return counts_ZE

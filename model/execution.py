@@ -17,7 +17,7 @@ from model.dispatch import Dispatch, LocalDispatch
 from model.exchange import Exchange, LocalExchange
 from model.kernels.cross_entropy import linear_cross_entropy
 from model.layout import SampleLayout
-from model.linear import PLAIN, Matmuls
+from model.linear import UNQUANTISED, Matmuls
 from model.pointwise import EAGER_OR_TRITON, PointwiseOps
 from model.positions import Positions
 
@@ -28,14 +28,14 @@ PlaceTokens = Callable[[ModelConfig, SampleLayout], tuple[Positions, Exchange]]
 """The samples of a microbatch to a rank's positions in it and its exchange with other ranks."""
 
 
-class Compute(Protocol):
+class CallPart(Protocol):
     """How a block calls its parts: plainly, or with activation checkpointing."""
 
     def __call__(self, part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
         """Returns the function's result."""
 
 
-def compute_now(part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
+def call_plainly(part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
     """Calls the function; autograd saves what backward needs."""
     return function(*inputs)
 
@@ -52,15 +52,15 @@ class Execution:
     Attributes:
         matmuls: the matmuls of linears and experts, in the dtype of their tensors or in FP8.
         pointwise: norms, SwiGLU and the mixing of streams, compiled or not.
-        compute: what a block saves for backward.
+        call_part: what a block saves for backward.
         dispatch: sends tokens to their experts and combines the results.
         place_tokens: the part of a microbatch that this rank holds.
         cross_entropy: the loss of the output heads.
     """
 
-    matmuls: Matmuls = PLAIN
+    matmuls: Matmuls = UNQUANTISED
     pointwise: PointwiseOps = EAGER_OR_TRITON
-    compute: Compute = compute_now
+    call_part: CallPart = call_plainly
     dispatch: Dispatch = field(default_factory=LocalDispatch)
     place_tokens: PlaceTokens = place_locally
     cross_entropy: CrossEntropy = linear_cross_entropy

@@ -27,12 +27,12 @@ def training_flops(
     """
     total = 0.0
     for length in sample_lengths:
-        layers, tail = flops_by_part(config, int(length), mtp, attention)
+        layers, tail = flops_per_layer(config, int(length), mtp, attention)
         total += sum(layers) + tail
     return total
 
 
-def flops_by_part(
+def flops_per_layer(
     config: ModelConfig, length: int, mtp: bool = True, attention: AttentionMode = "select"
 ) -> tuple[list[float], float]:
     """Returns the FLOPs of forward and backward over one sample: of each layer, and of the tail.

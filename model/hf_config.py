@@ -1,4 +1,4 @@
-"""The `config.json` of transformers and of the official release, in fields of ModelConfig."""
+"""Converts the `config.json` of transformers, or of the official release, to ModelConfig fields."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ _LAYER_TYPES: dict[str, str] = {
     "compressed_sparse_attention": "csa",
     "heavily_compressed_attention": "hca",
 }
-_HF_NAMES = {ours: theirs for theirs, ours in _LAYER_TYPES.items()}
+_HF_LAYER_TYPES = {ours: theirs for theirs, ours in _LAYER_TYPES.items()}
 
 # Fields that have the same name and meaning in our configuration and in a Hugging Face one.
 _SHARED_FIELDS = (
@@ -63,7 +63,7 @@ _YARN_FIELDS = ("factor", "original_max_position_embeddings", "beta_fast", "beta
 def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a ModelConfig from ``to_dict()`` of transformers, or ``config.json``.
 
-    Raises ModelConfigError if a needed key is missing, or has a value that V4 does not have.
+    Raises ModelConfigError if a needed key is missing, or has an unsupported value.
     """
     _refuse_other_architectures(config)
     fields: dict[str, Any] = {}
@@ -94,7 +94,7 @@ def fields_to_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     hashed = config["num_hash_layers"]
     return {name: config[name] for name in (*_SHARED_FIELDS, *_OPTIONAL_FIELDS)} | {
         "architectures": ["DeepseekV4ForCausalLM"],
-        "layer_types": [_HF_NAMES[kind] for kind in config["layer_types"]],
+        "layer_types": [_HF_LAYER_TYPES[kind] for kind in config["layer_types"]],
         "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (config["num_hidden_layers"] - hashed),
         "compress_rates": {
             "compressed_sparse_attention": config["csa_compress_ratio"],
@@ -111,7 +111,9 @@ def fields_to_hf(config: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_other_architectures(config: Mapping[str, Any]) -> None:
     for name, value in _FIXED_FIELDS.items():
         if config.get(name, value) != value:
-            raise ModelConfigError(f"config.json has {name} = {config[name]!r}; V4 has {value!r}")
+            raise ModelConfigError(
+                f"config.json has {name} = {config[name]!r}; supported: {value!r}"
+            )
 
 
 def _layer_types_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +127,7 @@ def _layer_types_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         except KeyError as error:
             known = ", ".join(_LAYER_TYPES)
             raise ModelConfigError(
-                f"config.json has the layer type {error.args[0]!r}; V4 has {known}"
+                f"config.json has layer type {error.args[0]!r}; supported: {known}"
             ) from None
     elif config.get("compress_ratios") is not None:
         # The last ratio of the official list is the MTP block's, which always has window attention.
@@ -134,7 +136,7 @@ def _layer_types_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         unknown = [ratio for ratio in ratios if ratio not in kinds]
         if unknown:
             raise ModelConfigError(
-                f"config.json has the compression ratio {unknown[0]}; V4 has {sorted(kinds)}"
+                f"config.json has compression ratio {unknown[0]}; supported: {sorted(kinds)}"
             )
         types = [kinds[ratio] for ratio in ratios]
     else:
@@ -171,10 +173,10 @@ def _rope_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         scaling = config.get("rope_scaling") or nested
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "yarn"):
-        raise ModelConfigError(f"config.json asks for {kind!r} rope; V4 has 'default' or 'yarn'")
+        raise ModelConfigError(f"config.json has rope_type {kind!r}; supported: 'default', 'yarn'")
     if scaling.get("attention_factor", 1.0) != 1.0:
         raise ModelConfigError(
-            f"config.json has attention_factor = {scaling['attention_factor']}; V4 has 1.0"
+            f"config.json has attention_factor = {scaling['attention_factor']}; supported: 1.0"
         )
     yarn = None
     if kind == "yarn":
@@ -194,6 +196,6 @@ def _hash_layers_from_hf(config: Mapping[str, Any]) -> int:
     hashed = types.count("hash_moe")
     if list(types) != ["hash_moe"] * hashed + ["moe"] * (len(types) - hashed):
         raise ModelConfigError(
-            "config.json's mlp_layer_types must be hash_moe layers, then moe layers"
+            "config.json's mlp_layer_types must list all hash_moe layers before all moe layers"
         )
     return hashed

@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from model.pointwise import EAGER_OR_TRITON, PointwiseOps
 
 
-class _Mixing(nn.Module):
+class _Coefficients(nn.Module):
     """Coefficients of the streams, ``scale · (fn · z) + base`` with z = RMS-normed vec(X)."""
 
     def __init__(
@@ -27,7 +27,7 @@ class _Mixing(nn.Module):
         self.scale = nn.Parameter(torch.empty(scales, dtype=torch.float32))
 
 
-class HyperConnection(_Mixing):
+class HyperConnection(_Coefficients):
     """Connects the streams X [T, N, D] to one sub-layer x -> y.
 
     With w = fn · z, whose (2 + N) · N rows are N for pre, N for post and N² for comb:
@@ -60,7 +60,7 @@ class HyperConnection(_Mixing):
         return self.pointwise.write_streams(streams_TND, y_TD, post_TN, comb_TNN)
 
 
-class StreamsHead(_Mixing):
+class HyperConnectionHead(_Coefficients):
     """Collapses the streams to Σ_j (σ(scale · w_j + base_j) + ε) · X_j for the final norm."""
 
     def __init__(self, config: ModelConfig, pointwise: PointwiseOps = EAGER_OR_TRITON) -> None:

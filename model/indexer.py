@@ -21,13 +21,14 @@ from model.positions import Positions
 
 
 class Indexer(nn.Module):
-    """Scores entries with small heads of its own and selects the ``index_topk`` best of a query.
+    """Scores entries with small heads of its own; a query gets the ``index_topk`` best-scoring.
 
-    While `quantised` (model/qat.py), queries and keys are rotated by a Hadamard matrix, as in the
-    official code, and rounded to MXFP4. The rotation spreads outliers and changes no dot product.
+    While `fake_quantised` (model/qat.py), queries and keys are multiplied by a Hadamard matrix, as
+    in the official code, and rounded to MXFP4. The matrix is orthogonal: it spreads outliers and
+    changes no dot product.
     """
 
-    quantised: bool = False
+    fake_quantised: bool = False
 
     def __init__(
         self,
@@ -47,14 +48,15 @@ class Indexer(nn.Module):
     ) -> IndexerInputs:
         """Returns queries, keys and head weights, computed from detached inputs.
 
-        The language-model loss does not train the indexer, and its objective not the model.
+        The language-model loss does not train the indexer, and the indexer's objective does not
+        train the model.
         """
         x_TD, q_TQ = x_TD.detach(), q_TQ.detach()
         queries = self.wq_b(q_TQ).unflatten(-1, (self.heads, self.dim))
         queries = rotate(queries, positions.rotation("csa"))
         weights = self.weights_proj(x_TD).float() * (self.dim * self.heads) ** -0.5
         keys = self.compressor(x_TD, positions, exchange)
-        if self.quantised:
+        if self.fake_quantised:
             queries, keys = fake_quantise(hadamard(queries)), fake_quantise(hadamard(keys))
         return IndexerInputs(queries, keys, weights)
 
@@ -65,13 +67,14 @@ class Indexer(nn.Module):
         q_TQ: Tensor,
         positions: Positions,
         exchange: Exchange,
-        index: IndexerInputs | None = None,
+        inputs: IndexerInputs | None = None,
     ) -> Tensor | None:
-        """Returns the local tokens' entries, int32 [T, k], -1 for none; None if all see k or fewer.
+        """Returns the entries selected for each local token, int32 [T, k], padded with -1.
 
-        ``index`` is the result of ``forward`` for the same inputs, if there is one.
+        None if no token of the microbatch sees more than k. ``inputs`` is the result of ``forward``
+        for the same arguments, if there is one.
         """
         if positions.max_visible("csa") <= self.topk:
             return None
-        index = self(x_TD, q_TQ, positions, exchange) if index is None else index
-        return select_topk(index, positions.ranges("csa"), self.topk)
+        inputs = self(x_TD, q_TQ, positions, exchange) if inputs is None else inputs
+        return select_topk(inputs, positions.ranges("csa"), self.topk)

@@ -160,12 +160,12 @@ class SampleLayout:
         """Number of samples; each row's padding counts as one."""
         return len(self.sample_lengths)
 
-    def part(self, tokens: np.ndarray, seq_len: int) -> SampleLayout:
+    def select(self, token_index: np.ndarray, seq_len: int) -> SampleLayout:
         """The layout of some tokens of every row, by their flat indices.
 
         Samples keep their indices, and `sample_lengths` stay those of whole samples.
         """
-        tokens_T = on_device(tokens, self.position_T.device)
+        tokens_T = on_device(token_index, self.position_T.device)
         return replace(
             self,
             seq_len=seq_len,
@@ -173,8 +173,8 @@ class SampleLayout:
             start_T=self.start_T[tokens_T],
             sample_T=self.sample_T[tokens_T],
             padding_T=self.padding_T[tokens_T],
-            host_position_T=self.host_position_T[tokens],
-            host_start_T=self.host_start_T[tokens],
+            host_position_T=self.host_position_T[token_index],
+            host_start_T=self.host_start_T[token_index],
             _entries={},
         )
 

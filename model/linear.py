@@ -1,6 +1,7 @@
-"""How linears and experts multiply: in the precision of their tensors, or in FP8.
+"""The matmuls of linears and experts: in the precision of their tensors, or in FP8.
 
-Letters: T tokens, P rows of experts, G groups, E experts, X input features, F output features.
+Letters: T tokens, P rows of experts, G groups of the output projection, E experts, X in_features,
+Y out_features.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from model.kernels import fp8
 
 @dataclass(frozen=True)
 class Matmuls:
-    """Three kinds of matmuls with weights [.., F, X].
+    """Three kinds of matmuls with weights [.., Y, X].
 
     Attributes:
-        linear: [.., X] and [F, X] to [.., F].
-        batched: [G, T, X] and [G, F, X] to [G, T, F], each group by itself.
-        grouped: rows [P, X] sorted by group, [E, F, X] and int32 [E], where each group's rows end;
-            to [P, F]. Rows after the last end are not computed.
+        linear: x [.., X] and weight [Y, X] to [.., Y].
+        batched: x [G, T, X] and weights [G, Y, X] to [G, T, Y], each group by itself.
+        grouped: x [P, X] sorted by expert, weights [E, Y, X], and int32 [E], where each expert's
+            rows end; returns [P, Y]. Rows after the last end are not computed.
     """
 
     linear: Callable[[Tensor, Tensor], Tensor]
@@ -31,27 +32,29 @@ class Matmuls:
     grouped: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _batched(x_GTX: Tensor, weight_GFX: Tensor) -> Tensor:
-    return torch.bmm(x_GTX, weight_GFX.transpose(1, 2))
+def _batched(x_GTX: Tensor, weight_GYX: Tensor) -> Tensor:
+    return torch.bmm(x_GTX, weight_GYX.transpose(1, 2))
 
 
-def _grouped(x_PX: Tensor, weight_EFX: Tensor, ends_E: Tensor) -> Tensor:
-    return F.grouped_mm(x_PX, weight_EFX.transpose(1, 2), offs=ends_E)
+def _grouped(x_PX: Tensor, weight_EYX: Tensor, ends_E: Tensor) -> Tensor:
+    return F.grouped_mm(x_PX, weight_EYX.transpose(1, 2), offs=ends_E)
 
 
-PLAIN = Matmuls(F.linear, _batched, _grouped)
+UNQUANTISED = Matmuls(F.linear, _batched, _grouped)
 FP8 = Matmuls(fp8.linear, fp8.batched, fp8.grouped)
-"""For linears and experts. Output head, router, indexer, compressors and hyper-connections multiply
-in their own precision; the embedding and attention itself have no such weights."""
+"""Used by linears and experts. The output head, router, indexer, compressors and hyper-connections
+run their matmuls in the precision of their weights."""
 
 
 class Linear(nn.Linear):
     """A linear without bias whose matmul may be in FP8."""
 
-    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, matmuls: Matmuls) -> None:
-        super().__init__(inputs, outputs, bias=False, dtype=dtype)
+    def __init__(
+        self, in_features: int, out_features: int, dtype: torch.dtype, matmuls: Matmuls
+    ) -> None:
+        super().__init__(in_features, out_features, bias=False, dtype=dtype)
         self.matmuls = matmuls
 
     def forward(self, x: Tensor) -> Tensor:
-        """[.., X] to [.., F]."""
+        """[.., X] to [.., Y]."""
         return self.matmuls.linear(x, self.weight)

@@ -36,7 +36,7 @@ class TokenCounts:
         targets_T = targets_BS.flatten()
         return cls(
             lm=int((targets_T != IGNORE_INDEX).sum()),
-            mtp=int((second_targets(layout, targets_T) != IGNORE_INDEX).sum()),
+            mtp=int((mtp_targets(layout, targets_T) != IGNORE_INDEX).sum()),
             routed=int((~layout.padding_T).sum()),
         )
 
@@ -50,6 +50,6 @@ def next_in_sample(layout: SampleLayout, values_T: Tensor, fill: Tensor | int) -
     return shifted.where(same, fill)
 
 
-def second_targets(layout: SampleLayout, targets_T: Tensor) -> Tensor:
+def mtp_targets(layout: SampleLayout, targets_T: Tensor) -> Tensor:
     """Returns the MTP head's targets: at t the main head's target at t + 1 of the same sample."""
     return next_in_sample(layout, targets_T, IGNORE_INDEX)

@@ -1,7 +1,7 @@
 """Mixture of experts: routed experts through grouped matmuls, and a shared one (report §2.1).
 
-Letters: T tokens, D hidden size, E experts, A experts of a token, F inner width, L = T·A pairs of a
-token and a choice, P >= L rows sorted by expert, with each expert's rows padded.
+Letters: T tokens, D hidden size, E experts, A experts of a token, F inner width, P rows sorted
+by expert, with each expert's rows padded.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from model.execution import LOCAL, Execution
 from model.kernels.mxfp4 import straight_through
 from model.linear import Linear
 from model.positions import Positions
-from model.router import Router, balance_loss, expert_load, first_share
+from model.router import Router, balance_loss, expert_load, top1_weight_share
 
 
 class Experts(nn.Module):
     """E clamped SwiGLU experts, their matrices stacked.
 
-    While ``rounded`` is set (model/qat.py), forward multiplies with it instead of w1, w2, w3.
+    While ``rounded`` holds MXFP4-rounded weights (model/qat.py), forward uses them in place of w1,
+    w2 and w3; the gradients go to w1, w2 and w3.
     """
 
     rounded: tuple[Tensor, Tensor, Tensor] | None = None
@@ -34,25 +35,22 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.execution = execution
-        experts, dim, inner = (
-            config.n_routed_experts,
-            config.hidden_size,
-            config.moe_intermediate_size,
-        )
+        num_experts, hidden = config.n_routed_experts, config.hidden_size
+        intermediate = config.moe_intermediate_size
         self.limit = config.swiglu_limit
-        self.w1 = nn.Parameter(torch.empty(experts, inner, dim, dtype=dtype))
-        self.w2 = nn.Parameter(torch.empty(experts, dim, inner, dtype=dtype))
-        self.w3 = nn.Parameter(torch.empty(experts, inner, dim, dtype=dtype))
+        self.w1 = nn.Parameter(torch.empty(num_experts, intermediate, hidden, dtype=dtype))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden, intermediate, dtype=dtype))
+        self.w3 = nn.Parameter(torch.empty(num_experts, intermediate, hidden, dtype=dtype))
 
-    def forward(self, sent: Dispatched) -> Tensor:
-        """Returns w2(silu(min(w1 x, limit)) · clamp(w3 x, ±limit)) · weight of each row, [P, D]."""
-        x, ends = sent.rows_PD, sent.ends_E
+    def forward(self, dispatched: Dispatched) -> Tensor:
+        """Returns weight · w2(silu(min(w1 x, limit)) · clamp(w3 x, ±limit)) of each row, [P, D]."""
+        x, ends = dispatched.rows_PD, dispatched.ends_E
         w1, w2, w3 = self._matrices()
-        product = self.execution.matmuls.grouped
+        grouped_mm = self.execution.matmuls.grouped
         inner = self.execution.pointwise.clamped_swiglu(
-            product(x, w1, ends), product(x, w3, ends), self.limit, sent.weights_P
+            grouped_mm(x, w1, ends), grouped_mm(x, w3, ends), self.limit, dispatched.weights_P
         )
-        return product(inner, w2, ends)
+        return grouped_mm(inner, w2, ends)
 
     def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the matrices to multiply with; their gradients go to w1, w2 and w3."""
@@ -72,12 +70,12 @@ class SharedExpert(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, execution: Execution) -> None:
         super().__init__()
         self.execution = execution
-        dim = config.hidden_size
-        inner = config.moe_intermediate_size * config.n_shared_experts
+        hidden = config.hidden_size
+        intermediate = config.moe_intermediate_size * config.n_shared_experts
         self.limit = config.swiglu_limit
-        self.w1 = Linear(dim, inner, dtype, execution.matmuls)
-        self.w2 = Linear(inner, dim, dtype, execution.matmuls)
-        self.w3 = Linear(dim, inner, dtype, execution.matmuls)
+        self.w1 = Linear(hidden, intermediate, dtype, execution.matmuls)
+        self.w2 = Linear(intermediate, hidden, dtype, execution.matmuls)
+        self.w3 = Linear(hidden, intermediate, dtype, execution.matmuls)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] to [T, D]."""
@@ -90,16 +88,17 @@ class MoEStats:
     """Statistics and loss of a layer's routing.
 
     Attributes:
-        load_E: tokens routed to each expert.
-        first_share: 0-dim, sum over tokens of the largest weight's share of a token's weights.
+        load_E: non-padding tokens routed to each expert.
+        top1_weight_share: 0-dim, sum over non-padding tokens of the largest routing weight divided
+            by the sum of the token's routing weights.
         balance: the balance loss; None in a hash layer.
-        chosen_TA: the experts of each token.
+        expert_indices_TA: indices of the experts that each token went to.
     """
 
     load_E: Tensor
-    first_share: Tensor
+    top1_weight_share: Tensor
     balance: Tensor | None
-    chosen_TA: Tensor
+    expert_indices_TA: Tensor
 
 
 class MoE(nn.Module):
@@ -120,22 +119,24 @@ class MoE(nn.Module):
         tokens_T: Tensor,
         positions: Positions,
         exchange: Exchange,
-        routed_tokens: float,
-        chosen_TA: Tensor | None = None,
+        loss_denominator: float,
+        expert_indices_TA: Tensor | None = None,
     ) -> tuple[Tensor, MoEStats]:
-        """[T, D] to [T, D]; ``routed_tokens`` is the balance loss's global denominator.
+        """[T, D] to [T, D], and the routing's statistics and loss.
 
-        ``chosen_TA`` are experts chosen earlier; see Router.
+        ``loss_denominator`` is the balance loss's, the number of non-padding tokens in the global
+        batch. ``expert_indices_TA``: expert indices to use instead of routing now (anticipatory
+        routing, trainer/stability/anticipation.py).
         """
-        routing = self.gate(x_TD, tokens_T, chosen_TA)
-        sent = self.dispatch.dispatch(x_TD, routing, self.gate.experts)
-        routed_TD = self.dispatch.combine(self.experts(sent), sent, x_TD.shape[0])
+        routing = self.gate(x_TD, tokens_T, expert_indices_TA)
+        dispatched = self.dispatch.dispatch(x_TD, routing, self.gate.num_experts)
+        routed_TD = self.dispatch.combine(self.experts(dispatched), dispatched, x_TD.shape[0])
         balance = None
         if not self.gate.hashed:
-            balance = balance_loss(routing, positions.layout, routed_tokens, exchange.sum_counts)
+            balance = balance_loss(routing, positions.layout, loss_denominator, exchange.sum_counts)
         shared_TD = exchange.scatter_sum(self.shared_experts(exchange.gather_queries(x_TD)))
         load_E = expert_load(routing, positions.layout)
         stats = MoEStats(
-            load_E, first_share(routing, positions.layout), balance, routing.indices_TA
+            load_E, top1_weight_share(routing, positions.layout), balance, routing.indices_TA
         )
         return routed_TD + shared_TD, stats

@@ -18,15 +18,16 @@ from model.positions import Positions
 
 
 class MTPBlock(Block):
-    """A window-only block with a learned router over the main model's streams and the next token.
+    """A window-attention block with a learned router, fed by the main model's streams.
 
-    It shares embedding and output head with the main model, and has its own norm and streams' head.
+    They are combined with the next token's embedding. The block shares embedding and output head
+    with the main model, and has its own final norm and hyper-connection head.
     """
 
     def __init__(
-        self, config: ModelConfig, row: int, dtype: torch.dtype, execution: Execution
+        self, config: ModelConfig, layer_index: int, dtype: torch.dtype, execution: Execution
     ) -> None:
-        super().__init__(config, row, "window", False, dtype, execution, streams_end=True)
+        super().__init__(config, layer_index, "window", False, dtype, execution, with_head=True)
         dim, eps = config.hidden_size, config.rms_norm_eps
         matmuls, pointwise = execution.matmuls, execution.pointwise
         self.e_proj = Linear(dim, dim, dtype, matmuls)
@@ -35,31 +36,31 @@ class MTPBlock(Block):
         self.hnorm = RMSNorm(dim, eps, pointwise)
         self.norm = RMSNorm(dim, eps, pointwise)
 
-    def predict(
+    def predict_hidden(
         self,
         streams_TND: Tensor,
         next_embedding_TD: Tensor,
         next_tokens_T: Tensor,
         positions: Positions,
         exchange: Exchange,
-        routed_tokens: float,
-        chosen_TA: Tensor | None = None,
+        loss_denominator: float,
+        expert_indices_TA: Tensor | None = None,
     ) -> tuple[Tensor, BlockStats]:
         """Returns hidden states [T, D], from which the output head predicts t_{i+2} at position i.
 
         Args:
             streams_TND: the main model's streams before its own head.
-            next_embedding_TD: embedding of t_{i+1}; any values at a sample's last position.
+            next_embedding_TD: embedding of t_{i+1}; unused at a sample's last position.
             next_tokens_T: the ids of t_{i+1}.
-            chosen_TA: experts chosen earlier; see Router.
+            expert_indices_TA: expert indices to use instead of routing now; see MoE.
         """
         streams_TND = self._combine(streams_TND, next_embedding_TD)
         streams_TND, stats = self(
-            streams_TND, next_tokens_T, positions, exchange, routed_tokens, chosen_TA
+            streams_TND, next_tokens_T, positions, exchange, loss_denominator, expert_indices_TA
         )
         return self.norm(self.hc_head(streams_TND)), stats
 
-    def choose_next(
+    def select_mtp_experts(
         self,
         streams_TND: Tensor,
         next_embedding_TD: Tensor,
@@ -67,9 +68,12 @@ class MTPBlock(Block):
         positions: Positions,
         exchange: Exchange,
     ) -> Tensor:
-        """Returns the experts that the router chooses, [T, A], for the arguments of ``predict``."""
+        """Returns the expert indices that the router selects, [T, A].
+
+        The arguments are those of ``predict_hidden``.
+        """
         streams_TND = self._combine(streams_TND, next_embedding_TD)
-        return self.choose(streams_TND, next_tokens_T, positions, exchange)
+        return self.select_experts(streams_TND, next_tokens_T, positions, exchange)
 
     def _combine(self, streams_TND: Tensor, next_embedding_TD: Tensor) -> Tensor:
         """Returns the streams that enter the block, [T, N, D]."""

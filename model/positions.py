@@ -25,7 +25,7 @@ class Windows:
 
     first_token_C: Tensor
     has_previous_C: Tensor
-    rotation_CR: Tensor
+    rotation_Cr: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Positions:
         ratios: compression ratio m of each layer type, 0 for window layers.
         local, queries: rotations and ranges of these tokens. Ranges index keys in the order of
             `Exchange.gather_keys`; where rows are sharded, those of `local` are not valid.
-        pooled: the windows that this rank pools.
+        windows_by_type: the windows that this rank pools.
     """
 
     layout: SampleLayout
@@ -59,7 +59,7 @@ class Positions:
     ratios: Mapping[LayerType, int]
     local: TokenPositions
     queries: TokenPositions
-    pooled: Mapping[LayerType, Windows]
+    windows_by_type: Mapping[LayerType, Windows]
 
     @classmethod
     def of_microbatch(cls, config: ModelConfig, layout: SampleLayout) -> Positions:
@@ -116,8 +116,8 @@ class Positions:
         return self.queries.ranges[kind]
 
     def windows(self, kind: LayerType) -> Windows:
-        """The windows that this rank pools, as indices into `Exchange.with_preceding`."""
-        return self.pooled[kind]
+        """The windows that this rank pools, as indices into `Exchange.prepend_halo`."""
+        return self.windows_by_type[kind]
 
     def max_visible(self, kind: LayerType) -> int:
         """The largest number of entries that any query of the microbatch sees, on any rank."""

@@ -18,7 +18,7 @@ from model.moe import Experts
 
 
 @contextmanager
-def quantised(model: nn.Module) -> Iterator[None]:
+def fake_quantised(model: nn.Module) -> Iterator[None]:
     """Context in which the model's forward rounds to MXFP4.
 
     Experts' weights are rounded once, on entry, into as much memory again, so weights may change
@@ -34,16 +34,16 @@ def quantised(model: nn.Module) -> Iterator[None]:
                 quantise_dequantise(module.w3),
             )
         for indexer in indexers:
-            indexer.quantised = True
+            indexer.fake_quantised = True
         yield
     finally:
         for module in experts:
             module.rounded = None
         for indexer in indexers:
-            indexer.quantised = False
+            indexer.fake_quantised = False
 
 
 def rounded_weights(model: nn.Module) -> list[Tensor]:
-    """Returns the experts' rounded weights, within ``quantised``; else nothing."""
+    """Returns the experts' rounded weights, within ``fake_quantised``; else nothing."""
     experts = (module for module in model.modules() if isinstance(module, Experts))
     return [tensor for module in experts if module.rounded is not None for tensor in module.rounded]

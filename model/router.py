@@ -1,6 +1,6 @@
 """Which experts a token goes to, with what weight, and how evenly (report §2.1, V3 §2.1.2).
 
-Letters: T tokens, D hidden size, E experts, A experts of a token, V vocabulary, S samples.
+Letters: T tokens, D hidden size, E experts, A experts of a token, V vocabulary, Z samples.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ class Routing:
 
 
 class Router(nn.Module):
-    """Scores sqrt(softplus(gate·x)) in fp32; the choice comes from the scores or from a table.
+    """Scores sqrt(softplus(gate·x)) in fp32, and selects experts by score or from a table.
 
     A learned layer takes the A experts with the largest score plus ``bias``, a buffer that the
-    trainer moves against the load and that affects only the choice. A hash layer takes the
-    token id's row of ``tid2eid``. Weights are the chosen scores, normalised, times the scale.
+    trainer updates to balance load (auxiliary-loss-free load balancing, V3 §2.1.2) and that affects
+    only the selection. A hash layer takes the token id's row of ``tid2eid``. Weights are the
+    selected scores, normalised, times the scale.
     """
 
     bias: Tensor
@@ -40,46 +41,48 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig, hashed: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.hashed = hashed
-        self.experts, self.active = config.n_routed_experts, config.num_experts_per_tok
+        self.num_experts, self.top_k = config.n_routed_experts, config.num_experts_per_tok
         self.scale = config.routed_scaling_factor
-        weight = torch.empty(self.experts, config.hidden_size, dtype=dtype)
+        weight = torch.empty(self.num_experts, config.hidden_size, dtype=dtype)
         self.weight = nn.Parameter(weight)
         if hashed:
-            table = torch.zeros(config.vocab_size, self.active, dtype=torch.int64)
+            table = torch.zeros(config.vocab_size, self.top_k, dtype=torch.int64)
             self.register_buffer("tid2eid", table)
         else:
-            self.register_buffer("bias", torch.zeros(self.experts, dtype=torch.float32))
+            self.register_buffer("bias", torch.zeros(self.num_experts, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor, tokens_T: Tensor, chosen_TA: Tensor | None = None) -> Routing:
+    def forward(
+        self, x_TD: Tensor, tokens_T: Tensor, expert_indices_TA: Tensor | None = None
+    ) -> Routing:
         """Routes tokens with hidden states ``x_TD`` and ids ``tokens_T``.
 
-        ``chosen_TA``, of any integer type, is a choice that was made earlier (report §4.2.3);
-        scores and weights are still those of the present gate.
+        ``expert_indices_TA``: precomputed expert indices (anticipatory routing, report §4.2.3), of
+        any integer dtype; scores and weights still come from the current gate.
         """
         logits = F.linear(x_TD.float(), self.weight.float())
         # The floor keeps the root differentiable where softplus underflows to zero.
         scores = F.softplus(logits).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
-        if chosen_TA is not None:
-            indices = chosen_TA.long()
+        if expert_indices_TA is not None:
+            indices = expert_indices_TA.long()
         elif self.hashed:
             indices = self.tid2eid[tokens_T]
         else:
-            indices = (scores.detach() + self.bias).topk(self.active, dim=-1).indices
-        chosen = scores.gather(1, indices)
-        weights = chosen / (chosen.sum(-1, keepdim=True) + 1e-20) * self.scale
+            indices = (scores.detach() + self.bias).topk(self.top_k, dim=-1).indices
+        selected = scores.gather(1, indices)
+        weights = selected / (selected.sum(-1, keepdim=True) + 1e-20) * self.scale
         return Routing(indices, weights, scores)
 
 
 def expert_load(routing: Routing, layout: SampleLayout) -> Tensor:
-    """Returns how many real tokens chose each expert, fp32 [E]."""
-    real = (~layout.padding_T).to(torch.float32)[:, None].expand_as(routing.indices_TA)
+    """Returns how many non-padding tokens went to each expert, fp32 [E]."""
+    valid = (~layout.padding_T).to(torch.float32)[:, None].expand_as(routing.indices_TA)
     load = torch.zeros_like(routing.scores_TE[0], requires_grad=False)
-    return load.index_add_(0, routing.indices_TA.flatten(), real.flatten())
+    return load.index_add_(0, routing.indices_TA.flatten(), valid.flatten())
 
 
 @torch.no_grad()
-def first_share(routing: Routing, layout: SampleLayout) -> Tensor:
-    """Returns the sum over real tokens of the largest weight's share of all weights, fp32."""
+def top1_weight_share(routing: Routing, layout: SampleLayout) -> Tensor:
+    """Returns the sum over non-padding tokens of (largest weight / sum of weights), fp32."""
     weights_TA = routing.weights_TA.detach()
     share_T = weights_TA.amax(-1) / weights_TA.sum(-1)
     return share_T.masked_fill(layout.padding_T, 0.0).sum()
@@ -89,45 +92,45 @@ def balance_loss(
     routing: Routing,
     layout: SampleLayout,
     denominator: float,
-    sum_counts: Callable[[Tensor], Tensor] = lambda counts_SE: counts_SE,
+    sum_counts: Callable[[Tensor], Tensor] = lambda counts_ZE: counts_ZE,
 ) -> Tensor:
     """Returns the sequence-wise balance loss of one layer without its weight (V3 eq. 17-20).
 
-    For each sample Σ_i f_i · P_i, f_i = E / (A · T_s) · count_i, P_i the mean over its tokens of
-    score_i / Σ_j score_j: 1 when balanced, E/A when all tokens choose the same experts. Samples
-    are weighted by their tokens, of ``denominator`` in the global batch; padding does not count.
-    If samples are divided over ranks, ``sum_counts`` sums the counts over them, and the ranks'
-    results add up to the loss.
+    For each sample Σ_i f_i · P_i, f_i = E / (A · T_z) · count_i, P_i the mean over its tokens of
+    score_i / Σ_j score_j: 1 when balanced, E/A when all tokens go to the same experts. Samples are
+    weighted by their token counts; ``denominator`` is the number of tokens in the global batch.
+    Padding does not count. If samples are sharded over ranks, ``sum_counts`` all-reduces the
+    counts, and the ranks' results add up to the loss.
     """
-    experts, active = routing.scores_TE.shape[1], routing.indices_TA.shape[1]
+    num_experts, top_k = routing.scores_TE.shape[1], routing.indices_TA.shape[1]
     scores = routing.scores_TE
     share_TE = scores / scores.sum(-1, keepdim=True)
-    share_SE = share_TE.new_zeros(layout.num_samples, experts).index_add(
+    share_ZE = share_TE.new_zeros(layout.num_samples, num_experts).index_add(
         0, layout.sample_T, share_TE
     )
-    slot_TA = layout.sample_T[:, None] * experts + routing.indices_TA
-    count_SE = torch.zeros_like(share_SE, requires_grad=False).flatten()
-    count_SE.index_add_(0, slot_TA.flatten(), count_SE.new_ones(slot_TA.numel()))
-    length_S = on_device(layout.sample_lengths, share_SE.device).to(share_SE.dtype)
-    real_T = (~layout.padding_T).to(length_S.dtype)
-    real_S = torch.zeros_like(length_S).index_add_(0, layout.sample_T, real_T).clamp_(max=1)
-    count_SE = sum_counts(count_SE.view_as(share_SE))
-    products_S = (count_SE * share_SE).sum(-1)
-    return (products_S / length_S * real_S).sum() * (experts / (active * denominator))
+    slot_TA = layout.sample_T[:, None] * num_experts + routing.indices_TA
+    count_ZE = torch.zeros_like(share_ZE, requires_grad=False).flatten()
+    count_ZE.index_add_(0, slot_TA.flatten(), count_ZE.new_ones(slot_TA.numel()))
+    length_Z = on_device(layout.sample_lengths, share_ZE.device).to(share_ZE.dtype)
+    valid_T = (~layout.padding_T).to(length_Z.dtype)
+    has_tokens_Z = torch.zeros_like(length_Z).index_add_(0, layout.sample_T, valid_T).clamp_(max=1)
+    count_ZE = sum_counts(count_ZE.view_as(share_ZE))
+    products_Z = (count_ZE * share_ZE).sum(-1)
+    return (products_Z / length_Z * has_tokens_Z).sum() * (num_experts / (top_k * denominator))
 
 
 def balanced_table(
     generator: torch.Generator,
     vocab_size: int,
-    experts: int,
-    active: int,
+    num_experts: int,
+    top_k: int,
     token_counts: Sequence[float] | None = None,
 ) -> Tensor:
-    """A hash layer's table: ``active`` distinct experts for every token id, loads balanced.
+    """Returns a hash layer's table: ``top_k`` distinct experts for every token id, loads balanced.
 
     Tokens, the most frequent first (in random order where counts are equal or not given), each
-    take the experts with the least load so far; ties fall at random. Loads then differ by at most
-    one token when counts are equal. The rule is unpublished.
+    take the experts with the least load so far; ties are broken at random. Loads then differ by
+    at most one token when counts are equal. The rule is unpublished.
 
     Returns:
         int64 [V, A].
@@ -137,14 +140,14 @@ def balanced_table(
         raise ValueError(f"token_counts has {len(counts)} entries, the vocabulary {vocab_size}")
     order = torch.randperm(vocab_size, generator=generator).tolist()
     order.sort(key=lambda token: -counts[token])
-    ties = torch.rand(vocab_size + 1, active, generator=generator, dtype=torch.float64).tolist()
-    start = torch.rand(experts, generator=generator, dtype=torch.float64).tolist()
+    ties = torch.rand(vocab_size + 1, top_k, generator=generator, dtype=torch.float64).tolist()
+    start = torch.rand(num_experts, generator=generator, dtype=torch.float64).tolist()
     heap = [(0.0, tie, expert) for expert, tie in enumerate(start)]
     heapq.heapify(heap)
-    table = torch.zeros(vocab_size, active, dtype=torch.int64)
-    rows = [[0] * active] * vocab_size
+    table = torch.zeros(vocab_size, top_k, dtype=torch.int64)
+    rows = [[0] * top_k] * vocab_size
     for token in order:
-        taken = [heapq.heappop(heap) for _ in range(active)]
+        taken = [heapq.heappop(heap) for _ in range(top_k)]
         rows[token] = [expert for _, _, expert in taken]
         for (load, _, expert), tie in zip(taken, ties[token], strict=True):
             heapq.heappush(heap, (load + counts[token], tie, expert))

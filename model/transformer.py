@@ -19,10 +19,10 @@ from model.block import Block, BlockStats
 from model.config import AttentionMode, ModelConfig
 from model.exchange import Exchange
 from model.execution import LOCAL, Execution
-from model.hyper_connection import StreamsHead
+from model.hyper_connection import HyperConnectionHead
 from model.init import Shard, initialise
 from model.layout import SampleLayout
-from model.loss import IGNORE_INDEX, TokenCounts, next_in_sample, second_targets
+from model.loss import IGNORE_INDEX, TokenCounts, mtp_targets, next_in_sample
 from model.mtp import MTPBlock
 from model.norm import RMSNorm
 from model.positions import Positions
@@ -58,7 +58,7 @@ class Microbatch:
         positions, exchange: where this rank's tokens are, and how it reaches the others.
         tokens_T, next_T: ids of the local tokens, and of those that follow them in their sample.
         counts, mtp_loss_weight: denominators of the losses, and the second loss's weight.
-        chosen: experts chosen before [T, A] by the block's row; the other routers choose now.
+        experts: experts chosen before [T, A] by the block's row; the other routers choose now.
         attention: what CSA layers do.
     """
 
@@ -71,45 +71,45 @@ class Microbatch:
         targets_BS: Tensor | None,
         counts: TokenCounts | None,
         mtp_loss_weight: float,
-        chosen: Mapping[int, Tensor],
+        experts: Mapping[int, Tensor],
         attention: AttentionMode,
     ) -> None:
         self.positions, self.exchange = positions, exchange
-        self.layout, self.chosen = layout, chosen
+        self.layout, self.experts = layout, experts
         self.attention = attention
         self.counts, self.mtp_loss_weight = counts, mtp_loss_weight
         self._tokens_T = tokens_BS.flatten()
         self._next_T = next_in_sample(layout, self._tokens_T, self._tokens_T)
         self._targets_T = None if targets_BS is None else targets_BS.flatten()
-        self.tokens_T = exchange.select_local(self._tokens_T)
-        self.next_T = exchange.select_local(self._next_T)
+        self.tokens_T = exchange.local_of_microbatch(self._tokens_T)
+        self.next_T = exchange.local_of_microbatch(self._next_T)
 
     @property
-    def routed(self) -> float:
+    def num_routed_tokens(self) -> float:
         """Denominator of the balance loss."""
         return self.counts.routed if self.counts is not None else self.layout.num_tokens
 
     @property
     def query_tokens_T(self) -> Tensor:
         """Ids to embed."""
-        return self.exchange.select_queries(self._tokens_T)
+        return self.exchange.queries_of_microbatch(self._tokens_T)
 
     @property
     def query_next_T(self) -> Tensor:
         """Ids to embed for the MTP block."""
-        return self.exchange.select_queries(self._next_T)
+        return self.exchange.queries_of_microbatch(self._next_T)
 
     @property
     def targets_T(self) -> Tensor:
         """What the main head predicts at the queries."""
         assert self._targets_T is not None
-        return self.exchange.select_queries(self._targets_T)
+        return self.exchange.queries_of_microbatch(self._targets_T)
 
     @property
-    def second_targets_T(self) -> Tensor:
+    def mtp_targets_T(self) -> Tensor:
         """What the MTP head predicts at the queries."""
         assert self._targets_T is not None
-        return self.exchange.select_queries(second_targets(self.layout, self._targets_T))
+        return self.exchange.queries_of_microbatch(mtp_targets(self.layout, self._targets_T))
 
 
 class V4Model(nn.Module):
@@ -118,7 +118,7 @@ class V4Model(nn.Module):
     Matrices are held in ``dtype``; hyper-connections, norms, sinks and positional gate biases
     always in fp32. Build on the meta device, ``to_empty``, then ``init_weights``.
 
-    ``forward`` is ``embed_streams``, ``run_blocks`` and ``predict`` one after another; a pipeline
+    ``forward`` is ``embed_streams``, ``run_blocks`` and ``losses`` one after another; a pipeline
     calls them on different ranks. trainer/parallel/plan.py makes a model one rank's part of it.
     """
 
@@ -131,7 +131,7 @@ class V4Model(nn.Module):
         super().__init__()
         self.config, self.execution = config, execution
         vocab, dim = config.vocab_size, config.hidden_size
-        self.hc_head = StreamsHead(config, execution.pointwise)
+        self.hc_head = HyperConnectionHead(config, execution.pointwise)
         self.embed = nn.Embedding(vocab, dim, dtype=dtype)
         self.layers = nn.ModuleList(
             Block(config, row, kind, row < config.num_hash_layers, dtype, execution)
@@ -183,8 +183,8 @@ class V4Model(nn.Module):
         if targets is None:
             hidden_TD = self.norm(self.hc_head(streams_TND))
             return ModelOutput(logits=self.head(hidden_TD).view(*tokens.shape, -1))
-        lm_loss, mtp_loss, mtp_stats = self.predict(streams_TND, micro)
-        return self._losses(lm_loss, mtp_loss, micro.mtp_loss_weight, stats + mtp_stats)
+        lm_loss, mtp_loss, mtp_stats = self.losses(streams_TND, micro)
+        return self._output(lm_loss, mtp_loss, micro.mtp_loss_weight, stats + mtp_stats)
 
     def microbatch(
         self,
@@ -193,12 +193,12 @@ class V4Model(nn.Module):
         targets: Tensor | None = None,
         counts: TokenCounts | None = None,
         mtp_loss_weight: float | None = None,
-        chosen: Mapping[int, Tensor] | None = None,
+        experts: Mapping[int, Tensor] | None = None,
         attention: AttentionMode = "select",
     ) -> Microbatch:
         """Arguments of ``forward``, checked and made ready for the model's parts.
 
-        ``chosen`` and ``attention`` as in Microbatch.
+        ``experts`` and ``attention`` as in Microbatch.
         """
         layout = SampleLayout.whole_rows(tokens) if layout is None else layout
         _check_shapes(tokens, layout, targets)
@@ -207,12 +207,12 @@ class V4Model(nn.Module):
         weight = self.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
         positions, exchange = self.execution.place_tokens(self.config, layout)
         return Microbatch(
-            positions, exchange, layout, tokens, targets, counts, weight, chosen or {}, attention
+            positions, exchange, layout, tokens, targets, counts, weight, experts or {}, attention
         )
 
     def embed_streams(self, micro: Microbatch) -> Tensor:
         """The local tokens' embeddings, copied to the streams, [T, N, D]."""
-        embedded_TD = micro.exchange.slice_local(self.embed(micro.query_tokens_T))
+        embedded_TD = micro.exchange.local_of_queries(self.embed(micro.query_tokens_T))
         return embedded_TD[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
 
     def run_blocks(
@@ -221,20 +221,20 @@ class V4Model(nn.Module):
         """Runs some blocks; returns the streams, and each block's statistics and losses."""
         stats = []
         for block in cast(Iterable[Block], blocks):
-            chosen_TA = micro.chosen.get(block.row)
+            expert_indices_TA = micro.experts.get(block.layer_index)
             streams_TND, block_stats = block(
                 streams_TND,
                 micro.tokens_T,
                 micro.positions,
                 micro.exchange,
-                micro.routed,
-                chosen_TA,
+                micro.num_routed_tokens,
+                expert_indices_TA,
                 micro.attention,
             )
             stats.append(block_stats)
         return streams_TND, stats
 
-    def predict(
+    def losses(
         self, streams_TND: Tensor, micro: Microbatch
     ) -> tuple[Tensor, Tensor, list[BlockStats]]:
         """The main head's loss, the MTP head's (unweighted), and the MTP block's stats."""
@@ -244,16 +244,16 @@ class V4Model(nn.Module):
         block = self.mtp_block
         if block is None:
             return lm_loss, torch.zeros_like(lm_loss), []
-        hidden_TD, stats = block.predict(
+        hidden_TD, stats = block.predict_hidden(
             streams_TND,
-            micro.exchange.slice_local(self.embed(micro.query_next_T)),
+            micro.exchange.local_of_queries(self.embed(micro.query_next_T)),
             micro.next_T,
             micro.positions,
             micro.exchange,
-            micro.routed,
-            micro.chosen.get(block.row),
+            micro.num_routed_tokens,
+            micro.experts.get(block.layer_index),
         )
-        targets_T = micro.second_targets_T
+        targets_T = micro.mtp_targets_T
         mtp_loss = self._cross_entropy(micro, hidden_TD, targets_T, micro.counts.mtp)
         return lm_loss, mtp_loss, [stats]
 
@@ -262,14 +262,14 @@ class V4Model(nn.Module):
         """The multi-token prediction block; None in models and pipeline stages without one."""
         return cast(MTPBlock, self.mtp[0]) if len(self.mtp) else None
 
-    def choose_next(self, streams_TND: Tensor, micro: Microbatch) -> list[Tensor]:
+    def select_mtp_experts(self, streams_TND: Tensor, micro: Microbatch) -> list[Tensor]:
         """The experts that the MTP block's router chooses, [T, A]; empty without an MTP block."""
         if self.mtp_block is None:
             return []
         return [
-            self.mtp_block.choose_next(
+            self.mtp_block.select_mtp_experts(
                 streams_TND,
-                micro.exchange.slice_local(self.embed(micro.query_next_T)),
+                micro.exchange.local_of_queries(self.embed(micro.query_next_T)),
                 micro.next_T,
                 micro.positions,
                 micro.exchange,
@@ -294,7 +294,7 @@ class V4Model(nn.Module):
         terms = [block.indexer for block in stats if block.indexer is not None]
         return sum(terms[1:], terms[0]) if terms else None
 
-    def _losses(
+    def _output(
         self, lm_loss: Tensor, mtp_loss: Tensor, mtp_weight: float, stats: list[BlockStats]
     ) -> ModelOutput:
         balance = self.weighted_balance(stats)

@@ -21,7 +21,7 @@ from data import Batch
 from model import TokenCounts
 from model.config import AttentionMode
 from model.flops import training_flops
-from model.qat import quantised
+from model.qat import fake_quantised
 from optim import HybridZero, clip_
 from trainer.microbatches import Microbatches, RowCopies, Rows, SelectedExperts
 from trainer.parallel.collectives import gather_objects, sum_
@@ -136,7 +136,7 @@ class Engine(ABC):
 
     def computing(self) -> AbstractContextManager[None]:
         """Returns a context with the weights that forward and backward use."""
-        return quantised(self.model) if self.quantised else nullcontext()
+        return fake_quantised(self.model) if self.quantised else nullcontext()
 
     def forward_backward(
         self,
@@ -180,7 +180,7 @@ class Engine(ABC):
         """
         accumulator = StepAccumulator.zeros(self.model, self.grid.device)
         experts: list[dict[int, Tensor]] = [{} for _ in batches]
-        accumulator.chosen = experts
+        accumulator.experts = experts
         self._forward(batches, accumulator, attention or self.attention)
         return list(experts)
 

@@ -72,7 +72,7 @@ def attention_of(attn: Attention, x_TD: Tensor, positions: Positions) -> Attenti
     """Returns the inputs of a layer's core attention."""
     assert attn.compressor is not None
     return AttentionInputs(
-        attn.wq_b(attn.q_norm(attn.wq_a(x_TD))).unflatten(-1, (-1, attn.dim)),
+        attn.wq_b(attn.q_norm(attn.wq_a(x_TD))).unflatten(-1, (-1, attn.head_dim)),
         rotate(attn.kv_norm(attn.wkv(x_TD)), positions.rotation("csa")),
         attn.compressor(x_TD, positions, LocalExchange()),
         attn.attn_sink,

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.steps.machine import Ceilings, Step, ceilings, config_of, device_of, seconds
 from model.block import Block
-from model.flops import flops_by_part
+from model.flops import flops_per_layer
 from model.kernels.hyper_connection import write_streams
 from model.transformer import Microbatch
 from optim.zero import newton_schulz_flops
@@ -88,7 +88,7 @@ class Parts:
                 moved=(2 * streams + 2) * stream_bytes,
             ),
         ]
-        layers, tail = flops_by_part(self.config, self.row)
+        layers, tail = flops_per_layer(self.config, self.row)
         experts = self._expert_flops()
         for kind, example in first.items():
             row = self.config.layer_types.index(kind)
@@ -103,7 +103,7 @@ class Parts:
                     self.micro.tokens_T,
                     self.micro.positions,
                     self.micro.exchange,
-                    self.micro.routed,
+                    self.micro.num_routed_tokens,
                 )[0],
                 block.ffn,
                 self.x_TD,
@@ -115,7 +115,7 @@ class Parts:
             self._part(
                 "heads and losses, MTP block",
                 1,
-                lambda x: sum(self.model.predict(x, self.micro)[:2]),
+                lambda x: sum(self.model.losses(x, self.micro)[:2]),
                 self.model.head,
                 self.streams,
                 flops=tail * self.rows / 3,

@@ -109,7 +109,7 @@ def test_recall_is_the_share_of_the_dense_mass_that_is_kept(topk: int) -> None:
         run(model, "select")
         x_TD, positions, exchange = inputs[0]
         seen["index"] = layer.indexer(x_TD, layer.q_norm(layer.wq_a(x_TD)), positions, exchange)
-        kept, whole = layer.recall(x_TD, positions, exchange)
+        kept, whole = layer.selected_and_total_mass(x_TD, positions, exchange)
     mass, scores, open_ = whole_matrices(model.config, seen)
     rank = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
     assert seen["attention"].selected_Tk is None and open_.any()

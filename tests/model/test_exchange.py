@@ -24,13 +24,13 @@ def test_every_exchange_has_the_methods_of_the_protocol() -> None:
 def test_local_exchange_returns_its_arguments() -> None:
     x, mass = torch.ones(3, 2), object()
     arguments: dict[str, tuple[Any, ...]] = {
-        "with_preceding": ("csa", x, x + 1),
+        "prepend_halo": ("csa", x, x + 1),
         "gather_entries": ("csa", x),
         "sum_mass": ("csa", mass, True),
     }
     for name in METHODS:
         results = getattr(LocalExchange(), name)(*arguments.get(name, (x,)))
-        if name == "with_preceding":
+        if name == "prepend_halo":
             assert torch.equal(results[0], x) and torch.equal(results[1], x + 1)
         else:
             assert results is (mass if name == "sum_mass" else x), name

@@ -12,7 +12,7 @@ import torch
 from model import IGNORE_INDEX
 from model.dispatch import Dispatched
 from model.execution import LOCAL, Execution
-from model.linear import PLAIN, Matmuls
+from model.linear import UNQUANTISED, Matmuls
 from model.pointwise import EAGER_OR_TRITON, PointwiseOps
 from model.router import Routing
 from tests.model.tiny import random_model, random_tokens, tiny_config
@@ -33,27 +33,27 @@ class CountedDispatch:
     def __init__(self, calls: Counter[str]) -> None:
         self.calls = calls
 
-    def dispatch(self, x_TD: torch.Tensor, routing: Routing, experts: int) -> Dispatched:
+    def dispatch(self, x_TD: torch.Tensor, routing: Routing, num_experts: int) -> Dispatched:
         self.calls["dispatch"] += 1
-        return LOCAL.dispatch.dispatch(x_TD, routing, experts)
+        return LOCAL.dispatch.dispatch(x_TD, routing, num_experts)
 
-    def combine(self, y_PD: torch.Tensor, sent: Dispatched, tokens: int) -> torch.Tensor:
+    def combine(self, y_PD: torch.Tensor, dispatched: Dispatched, num_tokens: int) -> torch.Tensor:
         self.calls["combine"] += 1
-        return LOCAL.dispatch.combine(y_PD, sent, tokens)
+        return LOCAL.dispatch.combine(y_PD, dispatched, num_tokens)
 
 
 def counting_execution(calls: Counter[str]) -> Execution:
     def wrapped(table: Any) -> dict[str, Any]:
         return {f.name: counted(calls, f.name, getattr(table, f.name)) for f in fields(table)}
 
-    def compute(part: str, function: Callable[..., Any], *inputs: Any) -> Any:
+    def call_part(part: str, function: Callable[..., Any], *inputs: Any) -> Any:
         calls[part] += 1
         return function(*inputs)
 
     return Execution(
-        matmuls=Matmuls(**wrapped(PLAIN)),
+        matmuls=Matmuls(**wrapped(UNQUANTISED)),
         pointwise=PointwiseOps(**wrapped(EAGER_OR_TRITON)),
-        compute=compute,
+        call_part=call_part,
         dispatch=CountedDispatch(calls),
         place_tokens=counted(calls, "place_tokens", LOCAL.place_tokens),
         cross_entropy=counted(calls, "cross_entropy", LOCAL.cross_entropy),
@@ -92,7 +92,7 @@ def test_every_part_of_an_execution_is_used_where_it_should_be() -> None:
 
 
 def test_an_execution_cannot_be_changed_once_a_model_has_it() -> None:
-    changed = replace(LOCAL, matmuls=PLAIN)
+    changed = replace(LOCAL, matmuls=UNQUANTISED)
     for name in (field.name for field in fields(Execution)):
         try:
             setattr(changed, name, None)

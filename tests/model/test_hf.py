@@ -150,15 +150,19 @@ class TestConfig:
             ({}, ("compress_ratios",), "neither layer_types nor compress_ratios"),
             ({}, ("num_hash_layers",), "neither mlp_layer_types nor num_hash_layers"),
             ({}, ("qk_rope_head_dim",), "neither qk_rope_head_dim nor partial_rotary_factor"),
-            ({"model_type": "llama"}, (), "model_type = 'llama'; V4 has 'deepseek_v4'"),
-            ({"scoring_func": "sigmoid"}, (), "scoring_func = 'sigmoid'; V4 has 'sqrtsoftplus'"),
-            ({"num_key_value_heads": 8}, (), "num_key_value_heads = 8; V4 has 1"),
+            ({"model_type": "llama"}, (), "model_type = 'llama'; supported: 'deepseek_v4'"),
+            (
+                {"scoring_func": "sigmoid"},
+                (),
+                "'sigmoid'; supported: 'sqrtsoftplus'",
+            ),
+            ({"num_key_value_heads": 8}, (), "num_key_value_heads = 8; supported: 1"),
             ({"tie_word_embeddings": True}, (), "tie_word_embeddings"),
             ({"compress_ratios": [0, 7] * 30}, (), "compression ratio 7"),
             ({"compress_ratios": [0, 4, 128]}, (), "layer_types has 3 entries"),
             ({"layer_types": ["full_attention"] * 43}, (), "layer type 'full_attention'"),
-            ({"mlp_layer_types": ["moe"] * 42 + ["hash_moe"]}, (), "hash_moe layers, then moe"),
-            ({"rope_scaling": {"type": "linear", "factor": 2}}, (), "'linear' rope"),
+            ({"mlp_layer_types": ["moe"] * 42 + ["hash_moe"]}, (), "all hash_moe layers before"),
+            ({"rope_scaling": {"type": "linear", "factor": 2}}, (), "rope_type 'linear'"),
             ({"rope_scaling": {"type": "yarn", "factor": 2}}, (), "has no original_max_position"),
             ({"rope_parameters": {"compress": {"rope_theta": 1.0}}}, (), "rope_parameters"),
             ({"hidden_size": "wide"}, (), "hidden_size"),
@@ -176,7 +180,7 @@ class TestConfig:
         """YaRN's own attention factor would multiply the logits by 1.28."""
         given = official_flash()
         given["rope_scaling"] = given["rope_scaling"] | {"attention_factor": 1.277}
-        with pytest.raises(ModelConfigError, match=r"attention_factor = 1\.277; V4 has 1\.0"):
+        with pytest.raises(ModelConfigError, match=r"attention_factor = 1\.277; supported: 1\.0"):
             ModelConfig.from_hf(given)
 
 

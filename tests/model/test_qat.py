@@ -20,7 +20,7 @@ from model.kernels.hadamard import hadamard, naive_hadamard
 from model.kernels.indexer import IndexerInputs
 from model.kernels.mxfp4 import fits_fp8, from_fp8, naive_quantise_dequantise, quantise, to_fp8
 from model.positions import Positions
-from model.qat import quantised, rounded_weights
+from model.qat import fake_quantised, rounded_weights
 from tests.model.tiny import random_model, random_tokens, tiny_config
 from trainer.parallel.recompute import Recompute
 
@@ -56,7 +56,7 @@ def gradients(model: V4Model) -> dict[str, Tensor]:
 def test_loss_and_gradients_are_those_of_the_rounded_weights(dtype: torch.dtype) -> None:
     model = random_model(tiny_config(**SIZES, **ALL_SEEN), dtype=dtype)
     twin, before = rounded_copy(model), copy.deepcopy(model.state_dict())
-    with quantised(model):
+    with fake_quantised(model):
         found = losses(model)
     assert torch.equal(found, losses(twin))
     ours, theirs = gradients(model), gradients(twin)
@@ -68,7 +68,7 @@ def test_loss_and_gradients_are_those_of_the_rounded_weights(dtype: torch.dtype)
 def test_outside_nothing_has_changed() -> None:
     model = random_model(tiny_config(**SIZES))
     plain = losses(model)
-    with pytest.raises(RuntimeError, match="broken"), quantised(model):
+    with pytest.raises(RuntimeError, match="broken"), fake_quantised(model):
         assert not torch.equal(losses(model), plain)
         raise RuntimeError("broken")
     assert torch.equal(losses(model), plain) and not rounded_weights(model)
@@ -77,9 +77,9 @@ def test_outside_nothing_has_changed() -> None:
 def test_recomputation_sees_the_same_weights() -> None:
     grads = []
     for parts in ((), ("block",)):
-        execution = Execution(compute=Recompute(parts))
+        execution = Execution(call_part=Recompute(parts))
         model = random_model(tiny_config(**SIZES), execution=execution)
-        with quantised(model):
+        with fake_quantised(model):
             losses(model)
         grads.append(gradients(model))
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
@@ -88,7 +88,7 @@ def test_recomputation_sees_the_same_weights() -> None:
 def test_weights_are_rounded_once() -> None:
     model = random_model(tiny_config(**SIZES))
     experts = [block.ffn.experts for block in model.modules() if isinstance(block, Block)]
-    with quantised(model):
+    with fake_quantised(model):
         held = rounded_weights(model)
         assert len(held) == 3 * len(experts) == 3 * (4 + 1)
         losses(model), losses(model)
@@ -97,7 +97,7 @@ def test_weights_are_rounded_once() -> None:
 
 def test_fp8_holds_the_experts_without_loss() -> None:
     model = random_model(tiny_config(**SIZES))
-    with quantised(model):
+    with fake_quantised(model):
         for stack in rounded_weights(model):
             for matrix in stack:
                 packed = quantise(matrix)
@@ -118,7 +118,7 @@ def test_only_the_index_sees_rotated_and_rounded_queries_and_keys() -> None:
     select_topk = indexer_module.select_topk
     with patch.object(indexer_module, "select_topk", select):
         losses(rounded_copy(model))
-        with quantised(model):
+        with fake_quantised(model):
             losses(model)
     # Of the first CSA layer: what comes after it differs by what the indexer selected.
     plain, found = calls[0], calls[len(calls) // 2]
@@ -150,6 +150,6 @@ def test_the_index_learns_straight_through() -> None:
         return list(torch.autograd.grad(total, weights))
 
     plain = grads(hadamard)
-    with quantised(model):
+    with fake_quantised(model):
         ours = grads(lambda part: part)
     assert all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))

@@ -122,4 +122,4 @@ def test_positions_restart_with_each_sample_and_entries_stand_at_their_first_tok
         assert torch.equal(positions.rotation(kind), rotation(place, scaled))
         first = [i * ratio for n in (5, 37, 42) for i in range(n // ratio)]
         turned = rotation(torch.tensor(first), scaled)
-        assert torch.equal(positions.windows(kind).rotation_CR, turned)
+        assert torch.equal(positions.windows(kind).rotation_Cr, turned)

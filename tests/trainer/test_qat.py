@@ -8,7 +8,7 @@ import pytest
 
 from model import qat as quantised_module
 from model.kernels.mxfp4 import quantise_dequantise
-from model.qat import quantised
+from model.qat import fake_quantised
 from tests.trainer.tiny import assert_same_run, column, train
 from trainer.commands import main
 from trainer.config import ConfigError, RunConfig, load_config
@@ -74,7 +74,7 @@ def validation(config: RunConfig, experts_only: bool = False) -> float:
     engine.quantised = not experts_only
     if engine.quantised:
         return Validation(config, grid).evaluate(engine).loss
-    with quantised(local.model):
+    with fake_quantised(local.model):
         for block in [*local.model.layers, *local.model.mtp]:
             block.ffn.experts.rounded = None
         return Validation(config, grid).evaluate(engine).loss

@@ -23,7 +23,7 @@ from model import V4Model
 from model.attention import Attention
 from model.block import Block
 from model.dispatch import Dispatched
-from model.execution import BlockPart, Compute
+from model.execution import BlockPart, CallPart
 from model.moe import Experts
 
 Reduction = Literal["mean", "max"]
@@ -79,8 +79,8 @@ def collect_stats(model: V4Model) -> Iterator[StatsCollector]:
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     undo: list[Callable[[], None]] = []
     for block in blocks:
-        undo.append(partial(setattr, block, "compute", block.compute))
-        block.compute = _collecting(block, block.compute, collector)
+        undo.append(partial(setattr, block, "call_part", block.call_part))
+        block.call_part = _collecting(block, block.call_part, collector)
         undo += [hook.remove for hook in _expert_hooks(block, collector)]
         if block.attn.indexer is not None:
             undo.append(_recall_hook(block, collector).remove)
@@ -92,19 +92,21 @@ def collect_stats(model: V4Model) -> Iterator[StatsCollector]:
             remove()
 
 
-def _collecting(block: Block, plain: Compute, collector: StatsCollector) -> Compute:
+def _collecting(block: Block, plain: CallPart, collector: StatsCollector) -> CallPart:
     def compute(part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
         out = plain(part, function, *inputs)
         if part == "block":
             streams = out[0].float()
-            collector.add_mean("stream_rms", block.row, streams.square().sum(), streams.numel())
-            collector.add_max("stream_max", block.row, streams.abs())
+            collector.add_mean(
+                "stream_rms", block.layer_index, streams.square().sum(), streams.numel()
+            )
+            collector.add_max("stream_max", block.layer_index, streams.abs())
         elif part == "streams":
             _, _, comb_after = block.hc_ffn.read(out)
             for comb_TNN in (inputs[3], comb_after):
                 for dim in (1, 2):
                     error = (comb_TNN.sum(dim) - 1).abs()
-                    collector.add_max("comb_sum_error", block.row, error)
+                    collector.add_max("comb_sum_error", block.layer_index, error)
         return out
 
     return compute
@@ -114,14 +116,16 @@ def _recall_hook(block: Block, collector: StatsCollector) -> RemovableHandle:
     def recall(module: Attention, inputs: tuple[Any, ...]) -> None:
         x_TD, positions, exchange = inputs[:3]
         real_T = ~positions.layout.padding_T
-        kept_T, all_T = module.recall(x_TD, positions, exchange)
-        collector.add_mean("indexer_recall", block.row, kept_T[real_T].sum(), all_T[real_T].sum())
+        kept_T, all_T = module.selected_and_total_mass(x_TD, positions, exchange)
+        collector.add_mean(
+            "indexer_recall", block.layer_index, kept_T[real_T].sum(), all_T[real_T].sum()
+        )
 
     return block.attn.register_forward_pre_hook(recall)
 
 
 def _expert_hooks(block: Block, collector: StatsCollector) -> list[Any]:
-    row, limit = block.row, block.config.swiglu_limit
+    row, limit = block.layer_index, block.config.swiglu_limit
 
     def collect(gate: Tensor, up: Tensor) -> None:
         gate, up = gate.float(), up.float()

@@ -70,12 +70,12 @@ def place_on_ranks(
         )
 
     positions = Positions(
-        layout=layout.part(local, layout.seq_len // grid.sequence.size),
+        layout=layout.select(local, layout.seq_len // grid.sequence.size),
         microbatch=layout,
         ratios=ratios,
         local=positions_of(local),
         queries=positions_of(queries),
-        pooled={kind: pool.windows for kind, pool in pools.items()},
+        windows_by_type={kind: pool.windows for kind, pool in pools.items()},
     )
     window = config.sliding_window
     return positions, SequenceExchange(layout, local, queries, ratios, pools, window, grid)
@@ -134,17 +134,17 @@ class SequenceExchange:
         device = layout.position_T.device
         self._local_T, self._queries_T = on_device(local, device), on_device(queries, device)
 
-    def select_local(self, microbatch_T: Tensor) -> Tensor:
+    def local_of_microbatch(self, microbatch_T: Tensor) -> Tensor:
         return microbatch_T[self._local_T]
 
-    def select_queries(self, microbatch_T: Tensor) -> Tensor:
+    def queries_of_microbatch(self, microbatch_T: Tensor) -> Tensor:
         return microbatch_T[self._queries_T]
 
     def gather_queries(self, local_TX: Tensor) -> Tensor:
         gather = gather_tokens if local_TX.is_floating_point() else all_gather
         return _swap_leading(gather(local_TX, self.tensor), self.tensor.size, self.rows)
 
-    def slice_local(self, query_TX: Tensor) -> Tensor:
+    def local_of_queries(self, query_TX: Tensor) -> Tensor:
         return slice_tokens(_swap_leading(query_TX, self.rows, self.tensor.size), self.tensor)
 
     def scatter_sum(self, partial_TX: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class SequenceExchange:
             return keys_TK
         return with_halo(keys_TK, self.rows, self.window - 1, self.context)
 
-    def with_preceding(
+    def prepend_halo(
         self, kind: LayerType, values_TX: Tensor, gates_TX: Tensor
     ) -> tuple[Tensor, Tensor]:
         both = torch.cat([values_TX, gates_TX], dim=-1)
@@ -168,7 +168,7 @@ class SequenceExchange:
         return self._pools[kind].gather(pooled_CK)
 
     def sum_mass(
-        self, kind: LayerType, mass: AttentionProbabilityMass, listed: bool
+        self, kind: LayerType, mass: AttentionProbabilityMass, selected_only: bool
     ) -> AttentionProbabilityMass:
         tensor = self.tensor
         if tensor.size == 1:
@@ -189,7 +189,7 @@ class SequenceExchange:
 
         def summed(rows: slice, columns: slice) -> Tensor:
             """Reduce-scatters the mass that each rank needs, over the heads of all ranks."""
-            wanted = [columns if listed else columns_of(r, rows) for r in range(tensor.size)]
+            wanted = [columns if selected_only else columns_of(r, rows) for r in range(tensor.size)]
             width = max(part.stop - part.start for part in wanted)
             parts = [mass(places_T[r][rows], part) for r, part in enumerate(wanted)]
             padded = [F.pad(part, (0, width - part.shape[1])) for part in parts]
@@ -197,8 +197,8 @@ class SequenceExchange:
 
         return summed
 
-    def sum_counts(self, counts_SE: Tensor) -> Tensor:
-        return sum_(counts_SE, self.sequence)
+    def sum_counts(self, counts_ZE: Tensor) -> Tensor:
+        return sum_(counts_ZE, self.sequence)
 
 
 class _Pool:

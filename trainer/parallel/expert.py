@@ -45,13 +45,13 @@ class ExpertDispatch:
         self.parts = grid.expert_tensor.size
         self.local = LocalDispatch()
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, experts: int) -> _Sent:
+    def dispatch(self, x_TD: Tensor, routing: Routing, num_experts: int) -> _Sent:
         """Copies each token's row to the ranks of its experts, which sort them by expert.
 
         The numbers of rows are known to the host only once all ranks have counted: the one wait
         for the device in a layer.
         """
-        local_experts = experts * self.parts // self.axis.size
+        local_experts = num_experts * self.parts // self.axis.size
         slot_L = self._slots(routing.indices_TA, local_experts).flatten()
         weights_L = routing.weights_TA.repeat_interleave(self.parts, dim=1).flatten()
         order_L = torch.argsort(slot_L, stable=True)
@@ -86,12 +86,12 @@ class ExpertDispatch:
         send, receive = torch.stack([count_RE.sum(1), received_RE.sum(1)]).tolist()
         return received_RE, send, receive
 
-    def combine(self, y_PD: Tensor, sent: Dispatched, tokens: int) -> Tensor:
+    def combine(self, y_PD: Tensor, dispatched: Dispatched, num_tokens: int) -> Tensor:
         """Sends the experts' outputs back to their tokens' ranks and sums each token's, [T, D]."""
-        assert isinstance(sent, _Sent)
-        rows_PD = self.local.combine(y_PD, sent, sent.rows)[:-1]
-        back_LD = exchange(rows_PD, sent.receive, sent.send, self.axis)
-        return unpermute_rows(back_LD, sent.order_L, sent.sent_place_L, tokens)
+        assert isinstance(dispatched, _Sent)
+        rows_PD = self.local.combine(y_PD, dispatched, dispatched.rows)[:-1]
+        back_LD = exchange(rows_PD, dispatched.receive, dispatched.send, self.axis)
+        return unpermute_rows(back_LD, dispatched.order_L, dispatched.sent_place_L, num_tokens)
 
     def _slots(self, indices_TA: Tensor, local_experts: int) -> Tensor:
         """rank · E_local + expert on that rank, for each of the parts of each chosen expert."""

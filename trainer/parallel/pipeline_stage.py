@@ -29,15 +29,15 @@ class StepAccumulator:
 
     Attributes:
         losses: fp64 [4]: lm, mtp (unweighted), balance and the indexers'.
-        load: fp32 [layers (+ MTP), E + 1]: tokens of each expert, then the sum of first_share.
-        chosen: where there is a list, a step only collects the experts that learned routers
+        load: fp32 [layers (+ MTP), E + 1]: tokens of each expert, then the top1_weight_share.
+        experts: where there is a list, a step only collects the experts that learned routers
             choose, by microbatch and layer [T, A], in the smallest integers that hold them; losses
             and loads stay as they are.
     """
 
     losses: Tensor
     load: Tensor
-    chosen: list[dict[int, Tensor]] | None = None
+    experts: list[dict[int, Tensor]] | None = None
 
     @classmethod
     def zeros(cls, model: V4Model, device: torch.device) -> StepAccumulator:
@@ -88,12 +88,12 @@ class Stage(nn.Module):
             streams = streams.detach()
         streams, stats = model.run_blocks(streams, micro, self.blocks)
         rows = list(self.rows)
-        if accumulator.chosen is not None:
-            accumulator.chosen[int(index)].update(self._chosen_experts(streams, micro, stats))
+        if accumulator.experts is not None:
+            accumulator.experts[int(index)].update(self._selected_experts(streams, micro, stats))
             return streams
         lm = mtp = None
         if self.last:
-            lm, mtp, mtp_stats = model.predict(streams, micro)
+            lm, mtp, mtp_stats = model.losses(streams, micro)
             stats = stats + mtp_stats
             rows += [model.config.num_hidden_layers] * len(mtp_stats)
         balance = model.weighted_balance(stats)
@@ -109,18 +109,20 @@ class Stage(nn.Module):
             return out
         return _AddLoss.apply(out, sum(layer_losses[1:], layer_losses[0]))
 
-    def _chosen_experts(
+    def _selected_experts(
         self, streams: Tensor, micro: Microbatch, stats: Sequence[MoEStats]
     ) -> dict[int, Tensor]:
         """By layer, what this stage's learned routers choose for a microbatch."""
         config = self._model[0].config
-        chosen = {row: block.chosen_TA for row, block in zip(self.rows, stats, strict=True)}
+        experts = {
+            row: block.expert_indices_TA for row, block in zip(self.rows, stats, strict=True)
+        }
         if self.last:
-            of_mtp = self._model[0].choose_next(streams, micro)
-            chosen |= dict(enumerate(of_mtp, config.num_hidden_layers))
+            of_mtp = self._model[0].select_mtp_experts(streams, micro)
+            experts |= dict(enumerate(of_mtp, config.num_hidden_layers))
         dtype = index_dtype(config.n_routed_experts)
         return {
-            row: c_TA.to(dtype) for row, c_TA in chosen.items() if row >= config.num_hash_layers
+            row: c_TA.to(dtype) for row, c_TA in experts.items() if row >= config.num_hash_layers
         }
 
 
@@ -135,7 +137,7 @@ def _accumulate(
         if loss is not None:
             accumulator.losses[place] += loss.double()
     for row, block in zip(rows, stats, strict=True):
-        accumulator.load[row] += torch.cat([block.load_E, block.first_share[None]])
+        accumulator.load[row] += torch.cat([block.load_E, block.top1_weight_share[None]])
 
 
 def index_dtype(experts: int) -> torch.dtype:

@@ -32,7 +32,7 @@ from torch import nn
 from model import ModelConfig, V4Model
 from model.dispatch import Dispatch
 from model.execution import LOCAL, BlockPart, Execution
-from model.linear import FP8, PLAIN
+from model.linear import FP8, UNQUANTISED
 from model.pointwise import EAGER_OR_TRITON, compiled_or_triton
 from optim import Assignment, HybridZero, OptimConfig
 from optim.zero.group import Precision
@@ -110,12 +110,12 @@ def make_execution(
 
         cross_entropy = VocabCrossEntropy(grid.tensor)
     return Execution(
-        matmuls=FP8 if fp8 else PLAIN,
+        matmuls=FP8 if fp8 else UNQUANTISED,
         pointwise=compiled_or_triton() if compiled else EAGER_OR_TRITON,
         dispatch=dispatch,
         place_tokens=place_tokens,
         cross_entropy=cross_entropy,
-        compute=Recompute(recompute, offload) if recompute else LOCAL.compute,
+        call_part=Recompute(recompute, offload) if recompute else LOCAL.call_part,
     )
 
 

@@ -90,9 +90,9 @@ def plan_stages(
         ValueError: there are too few layers.
     """
     if layers is None:
-        from model.flops import flops_by_part  # imports numpy
+        from model.flops import flops_per_layer  # imports numpy
 
-        costs, tail = flops_by_part(config, seq_len)
+        costs, tail = flops_per_layer(config, seq_len)
         layers = balanced(costs, tail, ranks * chunks)
     return StagePlan(schedule, tuple(layers), ranks)
 

@@ -306,7 +306,7 @@ class _Part:
 
     def _heads(self, micro: Microbatch, streams: Tensor) -> list[Tensor]:
         model = self.local.model
-        lm, mtp, stats = model.predict(streams, micro)
+        lm, mtp, stats = model.losses(streams, micro)
         balance = model.weighted_balance(stats)
         return [lm + micro.mtp_loss_weight * mtp + (0.0 if balance is None else balance)]
 

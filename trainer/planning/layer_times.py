@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from model import IGNORE_INDEX, ModelConfig, V4Model
 from model.config import LayerType
-from model.flops import flops_by_part
+from model.flops import flops_per_layer
 from trainer.build import DTYPES
 from trainer.config import RunConfig
 from trainer.parallel.grid import local_device
@@ -115,13 +115,13 @@ class _Bench:
         embedded = self._streams()[:, 0].detach()
 
         def run() -> Tensor:
-            out = block.predict(  # type: ignore[operator]
+            out = block.predict_hidden(  # type: ignore[operator]
                 self._streams(),
                 embedded,
                 micro.next_T,
                 micro.positions,
                 micro.exchange,
-                micro.routed,
+                micro.num_routed_tokens,
             )
             return out[0]
 
@@ -185,7 +185,7 @@ def _fill(tensor: Tensor, std: float) -> None:
 
 def times_table(config: RunConfig, times: Times) -> Table:
     """Returns each part's time, and its share of the model's time and FLOPs."""
-    layers, tail = flops_by_part(config.model, times.tokens)
+    layers, tail = flops_per_layer(config.model, times.tokens)
     seconds = times.of_layers(config.model)
     whole = (sum(seconds) + times.tail, sum(layers) + tail)
     table = Table(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from data.config import DataPhase
-from model.flops import flops_by_part, training_flops
+from model.flops import flops_per_layer, training_flops
 from model.parameters import parameter_counts, parameter_table
 from optim.partition import build_table, render_table
 from trainer.config import ConfigError, Phase, Recipe, RunConfig, short_length
@@ -189,7 +189,7 @@ def stage_table(config: RunConfig) -> Table:
     """Returns the layers of each pipeline stage and its share of a row's FLOPs."""
     length = config.recipe.seq_len
     stages = config.parallel.stages(config.model, length)
-    shares = stage_shares(stages, *flops_by_part(config.model, length))
+    shares = stage_shares(stages, *flops_per_layer(config.model, length))
     rank_of = {number: rank for rank in range(stages.ranks) for number in stages.stages_of(rank)}
     table = Table(title="stages", title_justify="left")
     for name in ("stage", "pipeline rank", "layers", "kinds", "FLOPs"):

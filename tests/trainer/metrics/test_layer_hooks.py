@@ -108,7 +108,7 @@ def test_both_mixing_matrices_of_a_layer_are_looked_at() -> None:
     def look(block: Block, inputs: tuple[Tensor, ...]) -> None:
         comb_TNN = block.hc_attn.read(inputs[0])[2]
         sums = torch.cat([comb_TNN.sum(1), comb_TNN.sum(2)])
-        before_attention[block.row] = float((sums - 1).abs().max())
+        before_attention[block.layer_index] = float((sums - 1).abs().max())
 
     for block in model.layers:
         block.register_forward_pre_hook(look)
@@ -128,7 +128,7 @@ def test_padding_has_no_part_in_the_recall() -> None:
     attn.register_forward_pre_hook(lambda _, given: inputs.append(given[:2]))
     with collect_stats(model) as collector:
         model(tokens(), layout, targets)
-    kept, whole = attn.recall(*inputs[0])
+    kept, whole = attn.selected_and_total_mass(*inputs[0])
     real = ~layout.padding_T
     assert whole[~real].any()
     found = collector.to_host()["indexer_recall", "mean", row]

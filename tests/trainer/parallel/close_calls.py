@@ -37,12 +37,12 @@ def watched() -> Iterator[Gaps]:
     route = Router.forward
 
     def router(
-        self: Router, x_TD: Tensor, tokens_T: Tensor, chosen_TA: Tensor | None = None
+        self: Router, x_TD: Tensor, tokens_T: Tensor, expert_indices_TA: Tensor | None = None
     ) -> Routing:
-        routing = route(self, x_TD, tokens_T, chosen_TA)
+        routing = route(self, x_TD, tokens_T, expert_indices_TA)
         if not self.hashed:
             scores = (routing.scores_TE.detach() + self.bias).sort(descending=True).values
-            gap = (scores[:, self.active - 1] - scores[:, self.active]) / scores[:, 0]
+            gap = (scores[:, self.top_k - 1] - scores[:, self.top_k]) / scores[:, 0]
             gaps.router = min(gaps.router, float(gap.min()))
         return routing
 

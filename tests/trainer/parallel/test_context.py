@@ -50,11 +50,11 @@ def on_rank(rank: int, world_size: int) -> None:
 
 def check_tokens(exchange: SequenceExchange, local: Tensor, queries: Tensor) -> None:
     ids_T = torch.arange(ROWS * SEQ_LEN)
-    assert torch.equal(exchange.select_local(ids_T), local)
-    assert torch.equal(exchange.select_queries(ids_T), queries)
+    assert torch.equal(exchange.local_of_microbatch(ids_T), local)
+    assert torch.equal(exchange.queries_of_microbatch(ids_T), queries)
     assert torch.equal(exchange.gather_queries(X_TX[local]), X_TX[queries])
     assert torch.equal(exchange.gather_queries(local), queries), "integers as well"
-    assert torch.equal(exchange.slice_local(X_TX[queries]), X_TX[local])
+    assert torch.equal(exchange.local_of_queries(X_TX[queries]), X_TX[local])
     # Both tensor ranks give the same partial results.
     assert torch.equal(exchange.scatter_sum(X_TX[queries]), 2 * X_TX[local])
     keys = exchange.gather_keys(X_TX[local]).view(ROWS, -1, WIDTH)
@@ -74,7 +74,7 @@ def check_entries(
     for kind, ratio in positions.ratios.items():
         if not ratio:
             continue
-        values_TX, gates_TX = exchange.with_preceding(kind, X_TX[local], -X_TX[local])
+        values_TX, gates_TX = exchange.prepend_halo(kind, X_TX[local], -X_TX[local])
         assert torch.equal(gates_TX, -values_TX)
         pooled = pool(values_TX, positions.windows(kind).first_token_C, ratio)
         expected = pool(X_TX, whole.windows(kind).first_token_C, ratio)

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from model.flops import flops_by_part
+from model.flops import flops_per_layer
 from tests.trainer.parallel.topologies import MODEL
 from trainer.config import ConfigError, RunConfig, load_config
 from trainer.parallel.degrees import Degrees
@@ -99,7 +99,7 @@ def test_a_plan_needs_no_torch() -> None:
 def test_shares_of_stages_sum_to_one() -> None:
     config = load_config(CONFIGS / "flash.yaml")
     stages = config.parallel.stages(config.model, 4096)
-    costs, tail = flops_by_part(config.model, 4096)
+    costs, tail = flops_per_layer(config.model, 4096)
     shares = stage_shares(stages, costs, tail)
     assert sum(shares) == pytest.approx(1)
     assert shares[-1] == pytest.approx((costs[-1] + tail) / (sum(costs) + tail))
