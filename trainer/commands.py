@@ -1,6 +1,6 @@
 """`python -m trainer.commands VERB ...`: everything but training that needs torch or data.
 
-The `v4` command starts these as subprocesses; they work on their own, too.
+The `v4` command starts these as subprocesses; they also work without it.
 """
 
 import argparse
@@ -27,18 +27,18 @@ def data_prepare(config: RunConfig, options: argparse.Namespace) -> None:
 
     manifest = prepare(config.data, progress=sys.stderr.isatty())
     train, validation = manifest.tokens("train"), manifest.tokens("validation")
-    print(f"{config.data.shards}: {train:,} tokens to train on, {validation:,} held out")
+    print(f"{config.data.shards}: {train:,} tokens for training, {validation:,} for validation")
 
 
 def data_report(config: RunConfig, options: argparse.Namespace) -> None:
-    """Show what the token shards hold in report.html beside them."""
+    """Show the contents of the token shards in report.html in their folder."""
     from trainer.report import write_data_report
 
     print(f"wrote {write_data_report(config)}")
 
 
 def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
-    """Loss of the newest checkpoint on the validation text, beside its unigram entropy.
+    """Loss of the newest checkpoint on the validation text, and the text's unigram entropy.
 
     With the attention and the quantisation of the last step's phase.
     """
@@ -56,21 +56,21 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
         phase = config.recipe.at(max(state.step - 1, 0))
         engine.set_attention(phase.attention)
         engine.quantised = phase.quantised
-        found = validation.evaluate(engine)
+        evaluation = validation.evaluate(engine)
         if not grid.is_first:
             return
         result = {
             "step": state.step,
             "tokens": state.tokens,
-            "validation_loss": found.loss,
-            "validation_tokens": found.tokens,
+            "validation_loss": evaluation.loss,
+            "validation_tokens": evaluation.tokens,
             "unigram_entropy": validation.unigram_entropy(),
         }
         print(json.dumps(result))
 
 
 def export(config: RunConfig, options: argparse.Namespace) -> None:
-    """Write the newest checkpoint as a Hugging Face folder; processes share out its files."""
+    """Write the newest checkpoint as a Hugging Face folder; processes divide its files."""
     from trainer.export.export import export_run
     from trainer.failures import report_failures
     from trainer.parallel.grid import open_grid
@@ -124,7 +124,7 @@ def plan(config: RunConfig, options: argparse.Namespace) -> None:
 
 
 def demo_corpus(folder: str, options: argparse.Namespace) -> None:
-    """Write the text that is on this machine, code and prose, as two .jsonl files."""
+    """Write text of this machine, code and prose, as two .jsonl files."""
     from data.prepare import build_demo_corpus
 
     for path in build_demo_corpus(folder):
@@ -132,13 +132,12 @@ def demo_corpus(folder: str, options: argparse.Namespace) -> None:
 
 
 def sample(folder: str, options: argparse.Namespace) -> None:
-    """Load an exported folder with transformers and let it go on after a prompt."""
+    """Load an exported folder with transformers and continue a prompt."""
     from trainer.export.sample import sample as write
 
     print(json.dumps(write(Path(folder), options.prompt)))
 
 
-# Verbs that read a config, and those that only need a folder.
 VERBS = {
     "tokenizer-train": tokenizer_train,
     "prepare": data_prepare,
@@ -153,7 +152,7 @@ FOLDER_VERBS = {"demo-corpus": demo_corpus, "sample": sample, "sweep-report": sw
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line on stderr for bad input."""
+    """Returns exit code 0, or 2 after one line on stderr about bad input."""
     options = _parser().parse_args(arguments)
 
     def run() -> None:
@@ -183,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "plan":
             verb.add_argument("--processes", type=int, default=1)
             verb.add_argument("--dry-run", action="store_true", help="memory with activations")
-            verb.add_argument("--phase", type=int, help="whose activations")
+            verb.add_argument("--phase", type=int, help="the phase whose activations are counted")
             verb.add_argument("--parameters", action="store_true", help="the optimizer's table")
             verb.add_argument("--measure", action="store_true", help="time one layer of each kind")
         verb.add_argument("overrides", nargs="*", metavar="key=value")

@@ -1,9 +1,9 @@
 """Training through DeepSpeed: ZeRO 0 to 3 and offload, with AdamW throughout or with its own Muon.
 
-Rows, losses, schedules and metrics are those of every engine. DeepSpeed gets one stage that is the
-whole model, gradients that it averages over ranks (so the loss is multiplied by their number: ours
-are sums), and a learning rate for each step. Its own checkpoints are pickles; ours are made from
-whole tensors, gathered one after another to the host of every rank.
+Rows, losses, schedules and metrics are the same with every engine. DeepSpeed gets the model as one
+stage, a loss multiplied by the number of ranks (it averages gradients, ours are sums), and a
+learning rate for each step. DeepSpeed's checkpoints are pickles; ours are made from unsharded
+tensors, gathered one after another to the host of every rank.
 """
 
 import os
@@ -32,8 +32,8 @@ from trainer.parallel.stage_plan import StagePlan
 ABOUT = "engine deepspeed: splits only data; "
 ADAMW = "AdamW on every parameter"
 MUON = (
-    "DeepSpeed's Muon, with 5 Newton–Schulz steps of its own coefficients instead of hybrid ones, "
-    "and with the norm of its updates as grad_norm in ZeRO 1 and 2"
+    "DeepSpeed's Muon, with 5 Newton–Schulz steps and DeepSpeed's coefficients instead of hybrid "
+    "ones, and the norm of its updates as grad_norm in ZeRO 1 and 2"
 )
 MOMENTUM = "momentum_buffer"
 SHARED_MEMORY_SUM = "deepspeed_shm_comm"
@@ -73,13 +73,13 @@ class DeepSpeedEngine(Engine):
 
     @property
     def has_muon(self) -> bool:
-        """Whether any parameter is DeepSpeed's Muon's."""
+        """Whether DeepSpeed's Muon updates any parameter."""
         return any(kinds == ("momentum",) for kinds in self.kinds.values())
 
     def compute(
         self, microbatches: Microbatches, accumulator: StepAccumulator, backward: bool
     ) -> None:
-        """As in Engine; DeepSpeed reduces with the last microbatch.
+        """Runs the microbatches; DeepSpeed reduces gradients in the backward of the last one.
 
         Raises RuntimeError where no step followed the last backward: ZeRO keeps its gradient.
         """
@@ -97,12 +97,12 @@ class DeepSpeedEngine(Engine):
         self.current.microbatches, self.current.accumulator = (), None
 
     def make_gradients(self) -> None:
-        """As in Engine, but DeepSpeed has made room for all once for ever."""
-        raise ConfigError("engine deepspeed trains every parameter all the time")
+        """Raises ConfigError: DeepSpeed allocates the gradients of all parameters once."""
+        raise ConfigError("engine deepspeed cannot freeze parameters")
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        """As in Engine; NaN where DeepSpeed calls the norm invalid."""
+        """Returns the norm of the whole model's gradient; NaN where DeepSpeed calls it invalid."""
         zero = self.engine.optimizer
         if self.stage == 0:
             return gradient_norm(self.parameters.values())
@@ -115,11 +115,10 @@ class DeepSpeedEngine(Engine):
         return torch.where(norm < 0, torch.nan, norm)
 
     def where_not_finite(self) -> str:
-        """As in Engine, but nobody knows."""
-        return "and engine deepspeed does not tell in which gradient"
+        return "and engine deepspeed does not report in which gradient"
 
     def step(self, learning_rate: float, norm: Tensor) -> None:
-        """As in Engine; DeepSpeed takes the norm again and clips itself."""
+        """Updates the weights; DeepSpeed computes the norm again and clips."""
         self._copies.clear()
         for group in self._inner.param_groups:
             group["lr"] = learning_rate * group["factor"]
@@ -128,7 +127,7 @@ class DeepSpeedEngine(Engine):
         self.step_count += 1
 
     def skip(self) -> None:
-        """As in Engine: by DeepSpeed's own way out of an overflow, which drops the gradient."""
+        """Drops the gradient as DeepSpeed does after an overflow."""
         zero = self.engine.optimizer
         if self.stage == 0:
             zero.zero_grad()
@@ -146,15 +145,18 @@ class DeepSpeedEngine(Engine):
 
     @property
     def _inner(self) -> Any:
-        """The torch optimizer, inside of ZeRO's wrapper where there is one."""
+        """The torch optimizer, unwrapped from ZeRO's."""
         outer = self.engine.optimizer
         return getattr(outer, "optimizer", outer)
 
     def states(self) -> Iterator[StateSlice]:
-        """As optim.HybridZero: whole copies on the host, and of Muon's momentum what is here."""
+        """Yields copies on the host: unsharded, but for Muon's momentum, of which this rank's.
+
+        To restore, copy into the tensors of the last call, then call `restored`.
+        """
         self._make_state()
         if self.stage in (1, 2):
-            # DeepSpeed looks for all state after the first group's step, when Muon's is alone.
+            # DeepSpeed links states after the first group's step, when only Muon's exist.
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         copies: dict[str, Tensor] = {}
@@ -166,7 +168,7 @@ class DeepSpeedEngine(Engine):
                 copies[f"step.{name}"] = torch.full((1,), float(self.step_count))
         starts = {}
         for name, start, live in self._momenta():
-            # DeepSpeed averages: (1 - beta) of each gradient is added, where we add the whole.
+            # DeepSpeed adds (1 - beta) of each gradient to the momentum, we all of it.
             copies[f"momentum.{name}"] = live.to("cpu", torch.float32, copy=True) / (1 - self.beta)
             starts[name] = start
         self._copies = copies
@@ -176,7 +178,7 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     def restored(self) -> None:
-        """Put what was copied into the last `states` into weights and state."""
+        """Copies the tensors of the last `states` into weights and states."""
         steps = 0.0
         for name, parameter in self.parameters.items():
             self._write(parameter, self._copies[f"master.{name}"], None)
@@ -189,12 +191,13 @@ class DeepSpeedEngine(Engine):
         for state in self._inner.state.values():
             if "step" in state:
                 number = state["step"]
-                state["step"] = torch.full_like(number, steps) if _is(number) else int(steps)
+                is_tensor = isinstance(number, Tensor)
+                state["step"] = torch.full_like(number, steps) if is_tensor else int(steps)
         self._copies.clear()
         self._round_parameters()
 
     def _momenta(self) -> Iterator[tuple[str, int, Tensor]]:
-        """Name, first element and live momentum, flat, of what this rank has of Muon's."""
+        """Yields name, first element and live momentum, flattened, of this rank's parameters."""
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         zero, state = self.engine.optimizer, self._inner.state
         if self.stage == 0:
@@ -202,19 +205,18 @@ class DeepSpeedEngine(Engine):
                 if self.kinds[name] == ("momentum",):
                     yield name, 0, state[parameter][MOMENTUM].view(-1)
         elif self.stage < 3:
-            for number, here in enumerate(zero.params_in_partition):
-                if not here or self.kinds[names[id(here[0])]] == _ADAM:
+            for number, owned in enumerate(zero.params_in_partition):
+                if not owned or self.kinds[names[id(owned[0])]] == _ADAM:
                     continue
-                flat = zero._muon_momentum_buffer(here, number, torch.float32, self.grid.device)
-                for parameter, momentum in zip(
-                    here, flat.split([p.numel() for p in here]), strict=True
-                ):
+                flat = zero._muon_momentum_buffer(owned, number, torch.float32, self.grid.device)
+                momenta = flat.split([p.numel() for p in owned])
+                for parameter, momentum in zip(owned, momenta, strict=True):
                     yield names[id(parameter)], 0, momentum
         else:
-            yield from self._momenta_3(names)
+            yield from self._sharded_momenta(names)
 
-    def _momenta_3(self, names: Mapping[int, str]) -> Iterator[tuple[str, int, Tensor]]:
-        """ZeRO 3: this rank's part of every matrix, without the padding."""
+    def _sharded_momenta(self, names: Mapping[int, str]) -> Iterator[tuple[str, int, Tensor]]:
+        """Yields this rank's shard of every matrix, without padding, in ZeRO 3."""
         zero = self.engine.optimizer
         for number, group in enumerate(zero.fp16_groups):
             if self.kinds[names[id(group[0])]] == _ADAM:
@@ -223,14 +225,14 @@ class DeepSpeedEngine(Engine):
             for parameter in group:
                 size = parameter.partition_numel()
                 start = size * self.grid.data.rank
-                here = max(0, min(size, parameter.ds_numel - start))
-                if here:
-                    yield names[id(parameter)], start, flat[first : first + here]
+                used = max(0, min(size, parameter.ds_numel - start))
+                if used:
+                    yield names[id(parameter)], start, flat[first : first + used]
                 first += size
 
     @torch.no_grad()
     def _make_state(self) -> None:
-        """DeepSpeed and torch make their state in the first step; one without effect makes it."""
+        """Takes a step of learning rate 0, in which DeepSpeed and torch allocate their states."""
         if self.step_count > 0 or self._has_state:
             return
         self._has_state = True
@@ -239,14 +241,14 @@ class DeepSpeedEngine(Engine):
         for group in inner.param_groups:
             group["lr"] = 0.0
         if self.stage == 3:
-            self._make_state_3()
+            self._make_sharded_state()
         else:
             parameters = [p for group in inner.param_groups for p in group["params"]]
-            held = [p.grad for p in parameters]
+            gradients = [p.grad for p in parameters]
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
             inner.step()
-            for parameter, gradient in zip(parameters, held, strict=True):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
         for group, rate in zip(inner.param_groups, rates, strict=True):
             group["lr"] = rate
@@ -254,32 +256,34 @@ class DeepSpeedEngine(Engine):
             if "step" in state:
                 state["step"] = state["step"] * 0
 
-    def _make_state_3(self) -> None:
+    def _make_sharded_state(self) -> None:
         zero = self.engine.optimizer
         for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
-            held = flat.grad
+            gradient = flat.grad
             flat.grad = torch.zeros_like(flat)
             zero._optimizer_step(number)
-            flat.grad = held
+            flat.grad = gradient
 
     def _read(self, parameter: Tensor, kind: str | None) -> Tensor:
+        """Returns a state, or the master where `kind` is None, unsharded, fp32 on the host."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self._is_plain(parameter):
-            found = parameter if kind is None else self._inner.state[parameter][kind]
+            value = parameter if kind is None else self._inner.state[parameter][kind]
         elif kind is None:
-            found = safe_get_full_fp32_param(parameter)
+            value = safe_get_full_fp32_param(parameter)
         else:
-            found = safe_get_full_optimizer_state(parameter, kind)
+            value = safe_get_full_optimizer_state(parameter, kind)
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        return found.detach().to("cpu", torch.float32, copy=True).view(shape)
+        return value.detach().to("cpu", torch.float32, copy=True).view(shape)
 
     def _write(self, parameter: Tensor, value: Tensor, kind: str | None) -> None:
+        """Sets a state, or the master where `kind` is None, from its unsharded value."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         value = value.to(self.grid.device)
         if hasattr(parameter, "ds_id"):
-            self._write_part(parameter, value, kind)
+            self._write_shard(parameter, value, kind)
         elif self._is_plain(parameter):
             (parameter if kind is None else self._inner.state[parameter][kind]).copy_(value)
         elif kind is None:
@@ -287,24 +291,24 @@ class DeepSpeedEngine(Engine):
         else:
             safe_set_full_optimizer_state(parameter, value, kind)
 
-    def _write_part(self, parameter: Any, value: Tensor, kind: str | None) -> None:
-        """ZeRO 3: this rank's part, padded; DeepSpeed's setter of whole values cannot pad."""
+    def _write_shard(self, parameter: Any, value: Tensor, kind: str | None) -> None:
+        """Sets this rank's shard in ZeRO 3; DeepSpeed's setter of unsharded values cannot pad."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         size = parameter.ds_tensor.ds_numel
         padded = torch.nn.functional.pad(value.flatten(), (0, size * self.world - value.numel()))
-        part = padded[size * self.grid.data.rank :][:size]
+        shard = padded[size * self.grid.data.rank :][:size]
         if kind is None:
-            safe_set_local_fp32_param(parameter, part)
+            safe_set_local_fp32_param(parameter, shard)
         else:
-            safe_set_local_optimizer_state(parameter, part, kind)
+            safe_set_local_optimizer_state(parameter, shard, kind)
 
     def _is_plain(self, parameter: Tensor) -> bool:
-        """Whether torch's optimizer holds the parameter itself: ZeRO 0 in fp32."""
+        """Whether torch's optimizer has the parameter, and no master of it: ZeRO 0 in fp32."""
         return not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")
 
     def _round_parameters(self) -> None:
-        """Bring the weights that are computed with up to the masters."""
+        """Rounds the masters into the weights that forward and backward use."""
         zero = self.engine.optimizer
         if self.stage == 3:
             for number in range(len(zero.fp16_groups)):
@@ -313,12 +317,8 @@ class DeepSpeedEngine(Engine):
             zero.update_lp_params()
 
 
-def _is(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
-class _Whole(nn.Module):
-    """A model with the stage that runs all of it."""
+class _ModelWithStage(nn.Module):
+    """A model, and the stage that runs all of it."""
 
     def __init__(self, model: V4Model, plan: StagePlan, current: CurrentStep) -> None:
         super().__init__()
@@ -326,40 +326,40 @@ class _Whole(nn.Module):
         self._stage = [Stage(model, plan, 0, current)]  # not a submodule: it has the same ones
 
     def forward(self, streams: Tensor, index: Tensor) -> Tensor:
-        """As in Stage."""
+        """Runs the stage: streams and the number of a microbatch to its loss [1]."""
         return self._stage[0](streams, index)
 
 
 class DeepSpeedStage(nn.Module):
-    """The whole model as one stage, that computes in fp32 what V4 does.
+    """The model as one stage, which computes in fp32 what V4 does.
 
-    In bf16 DeepSpeed holds every parameter in bf16, with an fp32 master. Norms, streams'
-    coefficients, sinks and gate biases come into the computation as fp32 copies of these.
+    In bf16 DeepSpeed holds every parameter in bf16, with an fp32 master. The computation uses fp32
+    copies of norms, the streams' coefficients, sinks and gate biases.
     """
 
     def __init__(self, model: V4Model, plan: StagePlan, current: CurrentStep) -> None:
         super().__init__()
-        self.whole = _Whole(model, plan, current)
+        self.inner = _ModelWithStage(model, plan, current)
         is_low = any(parameter.dtype != torch.float32 for parameter in model.parameters())
-        named = self.whole.named_parameters()
+        named = self.inner.named_parameters()
         self.upcast = {n for n, p in named if is_low and p.dtype == torch.float32}
 
     def forward(self, streams: Tensor, index: Tensor) -> Tensor:
-        """As in Stage."""
+        """Runs the stage, with fp32 copies of the parameters in `upcast`."""
         if not self.upcast:
-            return self.whole(streams, index)
-        named = self.whole.named_parameters()
+            return self.inner(streams, index)
+        named = self.inner.named_parameters()
         copies = {name: p.float() for name, p in named if name in self.upcast}
-        return functional_call(self.whole, copies, (streams, index))
+        return functional_call(self.inner, copies, (streams, index))
 
 
 def make_optimizer(
     parameters: Mapping[str, Tensor], table: Sequence[Assignment], config: RunConfig
 ) -> Any:
-    """torch's AdamW, or DeepSpeed's Muon with AdamW inside, with a group for each setting.
+    """Returns torch's AdamW, or DeepSpeed's Muon with AdamW inside, with a group for each setting.
 
-    DeepSpeed's update of an [R, C] matrix has an RMS of 1/sqrt(C) at least: a rate of its own for
-    each C gives it V4's RMS.
+    DeepSpeed's update of an [R, C] matrix has an RMS of at least 1/sqrt(C): a separate learning
+    rate for each C gives it V4's RMS.
     """
     optim = config.optim
     rms = optim.muon.update_rms
@@ -386,7 +386,7 @@ def make_optimizer(
             group |= {"momentum": optim.muon.momentum, "ns_method": params.get("ns_method", "gram")}
         else:
             group |= {"betas": optim.adamw.betas, "eps": optim.adamw.eps}
-        # fp32 and bf16 do not go into one flat group.
+        # A flat group has one dtype.
         key = (is_muon, factor, decay, parameter.dtype)
         groups.setdefault(key, {**group, "params": []})["params"].append(parameter)
     if not any(group["use_muon"] for group in groups.values()):
@@ -399,13 +399,13 @@ def make_optimizer(
 def _initialize(
     stage: nn.Module, make: Callable[[], Any], block: Mapping[str, Any], grid: Grid
 ) -> Any:
-    """`deepspeed.initialize` on a process group that exists; one process gets its own."""
+    """Calls `deepspeed.initialize`; makes a process group where there is one process."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed wants, though nobody launched us
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it, without torchrun as well
     deepspeed = import_deepspeed(grid.device)
     if block.get("zero_optimization", {}).get("stage") == 3:
-        # A block's weights are gathered together.
+        # Gathers a block's weights together.
         deepspeed.utils.set_z3_leaf_modules(stage, [Block])
     engine, *_ = deepspeed.initialize(
         model=stage, optimizer=make(), config=dict(block), dist_init_required=False
@@ -414,7 +414,7 @@ def _initialize(
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """The module, for training on `device`, without its notes on everything that it does."""
+    """Returns the module, for training on `device`, with warnings only."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
     with warnings.catch_warnings():
@@ -425,7 +425,7 @@ def import_deepspeed(device: torch.device) -> Any:
     logger.setLevel("WARNING")
     # DeepSpeed calls collectives by names that newer torch deprecates, several times a step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # On CPUs it would compile, for minutes, a sum for inference that training never calls; after a
-    # kill in between, torch's lock on the build makes every later start wait for ever.
+    # On CPUs it would compile, for minutes, a sum for inference that training never calls; if it is
+    # killed meanwhile, torch's lock on the build makes every later start wait indefinitely.
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_SUM] = False
     return deepspeed

@@ -1,4 +1,4 @@
-"""All errors of a user: one sentence on stderr and exit code 2."""
+"""Errors of a user, each with a message of one sentence; they lead to exit code 2."""
 
 import sys
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from trainer.exit_codes import USER_ERROR, error_line
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one sentence."""
+    """A checkpoint that cannot be used."""
 
 
 class SaveError(CheckpointError):

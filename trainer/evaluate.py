@@ -14,7 +14,7 @@ from trainer.parallel.grid import Grid
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result on validation text."""
+    """The result on validation text."""
 
     loss: float
     """Language-model loss, nats per target token."""
@@ -25,8 +25,8 @@ class Evaluation:
 class Validation:
     """The validation split, read in the same order at every evaluation.
 
-    `rows` limits how much is read, rounded up to whole batches; None reads everything. Raises
-    DataError where the shards hold no validation document.
+    `rows` is the maximum number of rows that are read, rounded up to full batches; None reads all.
+    Raises DataError where the shards hold no validation document.
     """
 
     def __init__(self, config: RunConfig, grid: Grid, rows: int | None = None) -> None:
@@ -44,33 +44,33 @@ class Validation:
         )
 
     def _steps(self, loader: Loader, rows: int | None) -> int:
-        wanted = (
-            loader.num_steps if rows is None else -(-rows // self.config.data.global_batch_size)
-        )
-        return min(loader.num_steps, wanted)
+        if rows is None:
+            return loader.num_steps
+        return min(loader.num_steps, -(-rows // self.config.data.global_batch_size))
 
     def unigram_entropy(self) -> float:
-        """Nats per target of the best guess that ignores the context, on the same rows."""
+        """Returns nats per target of the best guess that ignores the context, on the same rows."""
         return self.loader.unigram_entropy(self.steps)
 
     def evaluate(self, engine: Engine) -> Evaluation:
-        """Loss of the engine's model; every rank of the grid takes part and gets the same."""
-        return self._over(self.loader, self.steps, engine)
+        """Returns the loss of the engine's model, the same on every rank; all ranks call it."""
+        return self._mean_over(self.loader, self.steps, engine)
 
     def by_source(self, engine: Engine) -> dict[str, float] | None:
-        """Loss of every source, on rows of its own; together at most about `rows`, if given.
+        """Returns the loss on the rows of each source, by its name; all ranks call it.
 
-        None where there is one source, or `evaluation.per_source` is false.
+        `rows` is divided among the sources. None where there is one source, or
+        `evaluation.per_source` is false.
         """
         if not self.sources:
             return None
         rows = None if self.rows is None else -(-self.rows // len(self.sources))
         return {
-            name: self._over(loader, self._steps(loader, rows), engine).loss
+            name: self._mean_over(loader, self._steps(loader, rows), engine).loss
             for name, loader in self.sources.items()
         }
 
-    def _over(self, loader: Loader, steps: int, engine: Engine) -> Evaluation:
+    def _mean_over(self, loader: Loader, steps: int, engine: Engine) -> Evaluation:
         total = torch.zeros((), dtype=torch.float64, device=self.grid.device)
         targets = torch.zeros((), dtype=torch.float64)
         for step in range(steps):

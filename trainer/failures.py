@@ -1,9 +1,9 @@
-"""A failure on one rank ends all ranks, and is told once.
+"""A failure on one rank ends all ranks, and is reported once.
 
-A rank that waits inside a collective cannot be told by Python's means that another one has failed,
-and how long it waits depends on the backend. So each rank keeps a thread that looks into the
-job's store: the first rank to fail claims the right to speak there, says which rank it is, where
-and why, and leaves a note at whose sight the others end, too.
+Python cannot interrupt a rank that waits inside a collective when another one has failed, and how
+long it waits depends on the backend. So each rank has a thread that polls the job's store: the
+first rank to fail claims the report there, prints which rank failed, where and why, and writes a
+notice, on which the other ranks exit as well.
 """
 
 import os
@@ -26,25 +26,25 @@ from trainer.parallel.collectives import gather_objects
 from trainer.parallel.grid import Grid
 
 POLL_SECONDS = 1.0
-GRACE_SECONDS = 5.0  # in which a rank may find out itself, and say more, that the store has gone
+GRACE_SECONDS = 5.0  # for the rank's own error, which says more than that the store is gone
 STORE_TIMEOUT = timedelta(seconds=30)
 
 
 class FailureWatch:
-    """What this process says of its own failure, and its ear for the failures of others."""
+    """Reports a failure of this process, and ends it after a failure of another one."""
 
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._store: dist.TCPStore | None = None
         self._key = ""
-        self._over = threading.Event()
+        self._closed = threading.Event()
 
     def connect(self, grid: Grid) -> None:
-        """Start to listen; all ranks call it once the process group is up."""
+        """Starts to poll; all ranks call it once the process group is up."""
         if self.world_size == 1:
             return
-        # torchrun may keep one store for all attempts: every attempt has a name of its own.
+        # torchrun may use one store for all attempts: every attempt has a different key.
         self._key = "v4/" + gather_objects(secrets.token_hex(8), grid.world)[0]
         self._store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
@@ -52,38 +52,38 @@ class FailureWatch:
             is_master=False,
             timeout=STORE_TIMEOUT,
         )
-        threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._poll, daemon=True).start()
 
     def close(self) -> None:
-        """Stop to listen, at a good end."""
-        self._over.set()
+        """Stops polling, at the end of a run without a failure."""
+        self._closed.set()
 
-    def tell(self, error: Exception) -> None:
-        """Speak if no other rank has failed before, then end this process and the others.
+    def report(self, error: Exception) -> None:
+        """Prints the error if no other rank has failed before, then ends all processes.
 
         Returns only in a run of one process. The exit code is 2 for a user's error, else 1. The
-        process ends at once: taking the process group down would wait for the others.
+        process ends at once: destroying the process group would wait for the others.
         """
         if self.world_size == 1:
             return
-        self._over.set()
-        mistake = isinstance(error, USER_ERRORS)
-        code = USER_ERROR if mistake else FAILED
+        self._closed.set()
+        is_user_error = isinstance(error, USER_ERRORS)
+        code = USER_ERROR if is_user_error else FAILED
         where = f"rank {self.rank} on {socket.gethostname()}"
-        said = f"v4: {where} failed: {type(error).__name__}: {error}"
+        message = f"v4: {where} failed: {type(error).__name__}: {error}"
         if self._claim():
-            if mistake:
+            if is_user_error:
                 print(error_line(error), file=sys.stderr)
             else:
-                print(said, file=sys.stderr)
+                print(message, file=sys.stderr)
                 traceback.print_exception(error)
                 ErrorHandler().record_exception(error)  # torchrun shows it as the root cause
             sys.stderr.flush()
-            self._leave_note(code, error_line(error) if mistake else said)
+            self._write_notice(code, error_line(error) if is_user_error else message)
         self._end(code)
 
     def _claim(self) -> bool:
-        """Whether this rank is the first to fail; yes where the store does not answer."""
+        """Whether this rank is the first to fail; True where the store does not answer."""
         if self._store is None:
             return True
         try:
@@ -91,41 +91,41 @@ class FailureWatch:
         except RuntimeError:
             return True
 
-    def _leave_note(self, code: int, said: str) -> None:
+    def _write_notice(self, code: int, message: str) -> None:
         if self._store is None:
             return
         try:
-            self._store.set(f"{self._key}/note", f"{code} {socket.gethostname()} {said}")
+            self._store.set(f"{self._key}/notice", f"{code} {socket.gethostname()} {message}")
         except RuntimeError:
-            return  # the store has gone, and that ends the others, too
+            return  # the store is gone, which ends the others as well
 
-    def _listen(self) -> None:
-        """Body of the thread: end the process when another rank has failed."""
+    def _poll(self) -> None:
+        """Ends the process when another rank has failed; the body of the thread."""
         assert self._store is not None
-        note = f"{self._key}/note"
-        while not self._over.wait(POLL_SECONDS):
+        notice = f"{self._key}/notice"
+        while not self._closed.wait(POLL_SECONDS):
             try:
-                if not self._store.check([note]):
+                if not self._store.check([notice]):
                     continue
-                code, host, said = self._store.get(note).decode().split(" ", 2)
+                code, host, message = self._store.get(notice).decode().split(" ", 2)
             except RuntimeError:
-                if not self._over.wait(GRACE_SECONDS):
+                if not self._closed.wait(GRACE_SECONDS):
                     print(
                         f"v4: rank {self.rank} on {socket.gethostname()} ends, since the process "
-                        "that kept the job together has gone",
+                        "that holds the job's store is gone",
                         file=sys.stderr,
                     )
                     self._end(FAILED)
                 return
             # The first rank's log is where people look.
             if self.rank == 0 and host != socket.gethostname():
-                print(said, file=sys.stderr)
+                print(message, file=sys.stderr)
             # torchrun names the earliest failure, in whole seconds, as the root cause.
             time.sleep(1.0)
             self._end(int(code))
 
     def _end(self, code: int) -> None:
-        """End the process without waiting for threads, process groups or exit handlers."""
+        """Ends the process without waiting for threads, process groups or exit handlers."""
         if self.rank == 0 and self._store is not None:
             time.sleep(2 * POLL_SECONDS)  # the store may live in this process
         sys.stdout.flush()
@@ -135,14 +135,14 @@ class FailureWatch:
 
 @contextmanager
 def report_failures() -> Iterator[FailureWatch]:
-    """A watch that speaks about an exception inside the block.
+    """Yields a watch that reports an exception inside the block.
 
-    In a run of several processes the block's exceptions end the process; alone, they are raised.
+    With several processes the exception ends all of them; with one it is raised.
     """
     watch = FailureWatch()
     ErrorHandler().initialize()  # a crash outside Python shows where it was
     try:
         yield watch
     except Exception as error:
-        watch.tell(error)
+        watch.report(error)
         raise

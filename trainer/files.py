@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Durable writes, and folders that disappear at once."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from data.files import fsync_file, fsync_folder
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Write a text file and wait until it is on the disk."""
+    """Writes a text file and waits until it is on the disk."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -16,19 +16,19 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder; it vanishes under its own name first, so that no half of it is ever seen."""
+    """Removes a folder, after renaming it, so that nobody reads a half-removed one."""
     if not folder.exists():
         return
-    doomed = folder
+    renamed = folder
     if not folder.name.startswith("."):
-        doomed = folder.with_name(f".{folder.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-    shutil.rmtree(doomed)
+        renamed = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(renamed, ignore_errors=True)
+        folder.rename(renamed)
+    shutil.rmtree(renamed)
 
 
 def sync_tree(folder: Path) -> None:
-    """Make every file below `folder`, and the folders themselves, durable."""
+    """Makes every file below `folder`, and the folders themselves, durable."""
     for root, _, names in os.walk(folder):
         for name in names:
             fsync_file(Path(root, name))

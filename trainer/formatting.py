@@ -1,10 +1,10 @@
-"""Numbers for people."""
+"""Formats numbers for tables and messages."""
 
 GIB = 2**30
 
 
 def short(value: float) -> str:
-    """A number with a unit letter: 10.3M."""
+    """Returns a number with a unit letter: 10.3M."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if value >= size:
             return f"{value / size:.3g}{letter}"
@@ -12,7 +12,7 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
+    """Returns seconds in a unit that gives few digits: 2.5 h."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"
@@ -20,5 +20,5 @@ def duration(seconds: float) -> str:
 
 
 def gib(size: int) -> str:
-    """Bytes as GiB, or MiB below one of them."""
+    """Returns bytes as GiB, or as MiB below 1 GiB."""
     return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"

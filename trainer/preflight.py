@@ -1,7 +1,7 @@
-"""What must hold before a model is built: one code, one config, one torch, one data, one folder.
+"""Checks before a model is built that all ranks have the same code, config, torch, data and folder.
 
-Ranks that differ in any of these train without an error message and to a wrong result, or wait
-for each other for ever. One exchange of digests, and every rank comes to the same verdict.
+Ranks that differ in any of these would train to a wrong result without an error, or wait for each
+other indefinitely. Digests are gathered once, and every rank comes to the same verdict.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ from trainer.planning.static_memory import memory_parts, snapshot_memory
 PACKAGES = ("data", "model", "optim", "trainer")
 MISSING = "missing"
 SHOWN_HOSTS = 4
-SEE_SECONDS = 15.0  # that a network file system may take to show a new file
-LARGEST = ("parallel.tensor", "parallel.expert", "parallel.pipeline")
+FOLDER_TIMEOUT = 15.0  # seconds that a network file system may take to show a new file
+DEGREES = ("parallel.tensor", "parallel.expert", "parallel.pipeline")
 
 CODE = f"the code ({', '.join(PACKAGES)})"
 CONFIG = "the resolved config"
@@ -42,11 +42,13 @@ TORCH = "the version of torch"
 
 @dataclass(frozen=True)
 class Facts:
-    """What one rank sees.
+    """What is checked, of one rank.
 
-    `digests` maps what is compared to a digest or version; `memory` is in bytes, of the device
-    that this process trains on; `host_memory` is its share of the machine's; `lacks` is what
-    torch.compile would need and has not, where it is asked for.
+    Attributes:
+        digests: by what is compared, a digest or version.
+        memory: bytes of the device that this process trains on.
+        host_memory: bytes of its share of the host's memory.
+        missing: what torch.compile needs and this host lacks, if `compile` is set; else empty.
     """
 
     rank: int
@@ -54,29 +56,30 @@ class Facts:
     digests: dict[str, str]
     memory: int
     host_memory: int
-    lacks: str = ""
+    missing: str = ""
 
 
-def preflight(config: RunConfig, grid: Grid, see_seconds: float = SEE_SECONDS) -> None:
-    """Raise PreflightError, the same on all ranks, unless they can train together.
+def preflight(config: RunConfig, grid: Grid, folder_timeout: float = FOLDER_TIMEOUT) -> None:
+    """Raises PreflightError, the same on all ranks, unless they can train together.
 
-    Every rank calls it. `see_seconds` is how long the run's folder may take to show a new file.
+    Every rank calls it. `folder_timeout` is in seconds: a new file in the run's folder has to be
+    seen by all ranks within it.
     """
     devices = (grid.device, torch.device("cpu"))
     memory, host_memory = (DeviceInfo.of(device).memory for device in devices)
-    lacks = missing_compiler(grid.device) if config.compile else ""
+    missing = missing_compiler(grid.device) if config.compile else ""
     host, digests = socket.gethostname(), _digests(config)
-    facts = Facts(grid.rank, host, digests, memory, host_memory, lacks)
+    facts = Facts(grid.rank, host, digests, memory, host_memory, missing)
     everyone = gather_objects(facts, grid.world)
     _check_equal(everyone, config, grid)
     _check_memory(everyone, config, grid.device)
     _check_compiler(everyone)
     if grid.world_size > 1:
-        _check_folder(everyone, config.run_dir, grid, see_seconds)
+        _check_folder(everyone, config.run_dir, grid, folder_timeout)
 
 
 def code_digest(root: Path) -> str:
-    """SHA-256 of names and contents of the .py files of our packages below `root`."""
+    """Returns the SHA-256 of names and contents of the .py files of our packages below `root`."""
     digest = hashlib.sha256()
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
@@ -96,7 +99,7 @@ def _digests(config: RunConfig) -> dict[str, str]:
 
 
 def _file_digest(path: Path) -> str:
-    """Missing on all ranks is found, and said better, where the file is read."""
+    """Returns a file's digest; that it is missing on all ranks is reported where it is read."""
     try:
         return sha256_of(path)
     except OSError:
@@ -111,7 +114,7 @@ def _tokenizer(config: RunConfig) -> str:
 
 
 def _check_equal(everyone: list[Facts], config: RunConfig, grid: Grid) -> None:
-    """The config comes before the files it names: their names would differ, too."""
+    """Raises for the first difference; the config comes before the files that it names."""
     for what in everyone[0].digests:
         values = [facts.digests.get(what, MISSING) for facts in everyone]
         others = [f for f, value in zip(everyone, values, strict=True) if value != values[0]]
@@ -119,11 +122,11 @@ def _check_equal(everyone: list[Facts], config: RunConfig, grid: Grid) -> None:
             continue
         if what == CONFIG:
             configs = gather_objects(config.to_dict(), grid.world)
-            first = _difference(configs[0], configs[others[0].rank])
-            what = f"{CONFIG}: {first}"
+            difference = _difference(configs[0], configs[others[0].rank])
+            what = f"{CONFIG}: {difference}"
         else:
-            mine, theirs = values[0], others[0].digests.get(what, MISSING)
-            what = f"{what}: {mine[:16]} and {theirs[:16]}"
+            first, second = values[0], others[0].digests.get(what, MISSING)
+            what = f"{what}: {first[:16]} and {second[:16]}"
         raise PreflightError(
             f"{where([everyone[0]])} and {where(others)} differ in {what}; "
             "every host should see the same"
@@ -131,19 +134,19 @@ def _check_equal(everyone: list[Facts], config: RunConfig, grid: Grid) -> None:
 
 
 def _difference(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "") -> str:
-    """`steps is 5 and 6`, for the first key in which two configs differ."""
+    """Returns `steps is 5 and 6` for the first key in which two configs differ."""
     for name, value in one.items():
-        theirs = other.get(name)
-        if value == theirs:
+        second = other.get(name)
+        if value == second:
             continue
-        if isinstance(value, Mapping) and isinstance(theirs, Mapping):
-            return _difference(value, theirs, f"{above}{name}.")
-        return f"{above}{name} is {value!r} and {theirs!r}"
+        if isinstance(value, Mapping) and isinstance(second, Mapping):
+            return _difference(value, second, f"{above}{name}.")
+        return f"{above}{name} is {value!r} and {second!r}"
     return "a key that one of them does not have"
 
 
 def _check_memory(everyone: list[Facts], config: RunConfig, device: torch.device) -> None:
-    """Raise when what a process must hold all the time is more than there is."""
+    """Raises if what a process holds throughout the run does not fit into its memory."""
     degrees = config.degrees(len(everyone))
     needed = sum(memory_parts(config, degrees).values())
     snapshots = snapshot_memory(config, degrees)
@@ -157,18 +160,18 @@ def _check_memory(everyone: list[Facts], config: RunConfig, device: torch.device
 
 
 def _check_room(everyone: list[Facts], memory: list[int], needed: int, what: str) -> None:
-    least, facts = min(zip(memory, everyone, strict=True), key=lambda pair: pair[0])
-    if least >= needed:
+    smallest, facts = min(zip(memory, everyone, strict=True), key=lambda pair: pair[0])
+    if smallest >= needed:
         return
     raise PreflightError(
         f"{what} take {needed / GIB:,.2f} GiB on a process, while {where([facts])} has "
-        f"{least / GIB:,.2f} GiB; spread the model with a higher {', '.join(LARGEST[:-1])} or "
-        f"{LARGEST[-1]}, or use a smaller one"
+        f"{smallest / GIB:,.2f} GiB; spread the model with a higher {', '.join(DEGREES[:-1])} or "
+        f"{DEGREES[-1]}, or use a smaller one"
     )
 
 
 def missing_compiler(device: torch.device) -> str:
-    """Names what torch.compile needs for `device` and does not find here; empty if nothing."""
+    """Returns what torch.compile needs for `device` and this host lacks; empty if nothing."""
     if device.type == "cuda":
         return "" if importlib.util.find_spec("triton") else "triton for a GPU"
     from torch._inductor.cpp_builder import get_cpp_compiler  # takes long to import
@@ -182,38 +185,38 @@ def missing_compiler(device: torch.device) -> str:
 
 
 def _check_compiler(everyone: list[Facts]) -> None:
-    without = [facts for facts in everyone if facts.lacks]
+    without = [facts for facts in everyone if facts.missing]
     if without:
         raise PreflightError(
-            f"compile = true needs {without[0].lacks}, and there is none for {where(without)}; "
-            "install it, or leave compile out"
+            f"compile = true needs {without[0].missing}, and there is none for {where(without)}; "
+            "install it, or set compile = false"
         )
 
 
-def _check_folder(everyone: list[Facts], folder: Path, grid: Grid, see_seconds: float) -> None:
-    """Raise unless a file that the first rank writes into the run's folder is seen by all."""
+def _check_folder(everyone: list[Facts], folder: Path, grid: Grid, folder_timeout: float) -> None:
+    """Raises unless all ranks see a file that the first one writes into the run's folder."""
     token = folder / f".preflight-{secrets.token_hex(8)}"
-    mine = _write(token) if grid.is_first else ""
+    write_error = _write(token) if grid.is_first else ""
     try:
-        problem, name = gather_objects((mine, token.name), grid.world)[0]
+        problem, name = gather_objects((write_error, token.name), grid.world)[0]
         if problem:
             raise PreflightError(
                 f"{where([everyone[0]])} cannot write into run_dir = {folder}: {problem}"
             )
-        seen = gather_objects(_appears(folder / name, see_seconds), grid.world)
-        blind = [facts for facts, good in zip(everyone, seen, strict=True) if not good]
-        if blind:
+        visible = gather_objects(_appears(folder / name, folder_timeout), grid.world)
+        without = [facts for facts, good in zip(everyone, visible, strict=True) if not good]
+        if without:
             raise PreflightError(
                 f"run_dir = {folder} is not the same folder on {where([everyone[0]])} and "
-                f"{where(blind)}; it should be on a file system that all hosts share"
+                f"{where(without)}; it should be on a file system that all hosts share"
             )
     finally:
-        if grid.is_first and not mine:
+        if grid.is_first and not write_error:
             token.unlink(missing_ok=True)
 
 
 def _write(token: Path) -> str:
-    """Write the file; returns the reason where that is not possible."""
+    """Writes the file; returns the reason if that is not possible, else an empty text."""
     try:
         token.parent.mkdir(parents=True, exist_ok=True)
         token.touch()
@@ -223,11 +226,11 @@ def _write(token: Path) -> str:
 
 
 def _appears(path: Path, seconds: float) -> bool:
-    """Whether the file is there, or comes within `seconds`."""
+    """Whether the file exists, or appears within `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         try:
-            # Reading the folder makes a network file system forget what it believed of it.
+            # Listing the folder makes a network file system update its cache.
             if path.name in os.listdir(path.parent):
                 return True
         except OSError:
@@ -238,7 +241,7 @@ def _appears(path: Path, seconds: float) -> bool:
 
 
 def where(ranks: Iterable[Facts]) -> str:
-    """`rank 3 on host-b`, `ranks 2, 3 on host-b and rank 4 on host-c`, cut after a few hosts."""
+    """Returns `ranks 2, 3 on host-b and rank 4 on host-c`, shortened after a few hosts."""
     hosts: dict[str, list[int]] = {}
     for facts in ranks:
         hosts.setdefault(facts.host, []).append(facts.rank)

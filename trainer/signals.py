@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask for an end after the current step."""
+"""SIGTERM and SIGINT ask a run to stop after the current step."""
 
 import signal
 from collections.abc import Iterator
@@ -7,20 +7,22 @@ from types import FrameType
 
 
 class StopRequest:
-    """Whether this process was asked to stop; the engine agrees on it with the other ranks."""
+    """Whether this process was asked to stop; the engine reduces it over ranks every step."""
 
     def __init__(self) -> None:
         self.made = False
 
     def make(self, signum: int = 0, frame: FrameType | None = None) -> None:
-        """Ask for the end; a signal handler. Repeats change nothing: torchrun and a terminal may
-        both deliver the same signal."""
+        """Makes the request; a signal handler.
+
+        Another call changes nothing: torchrun and a terminal may both deliver the same signal.
+        """
         self.made = True
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """A StopRequest that SIGTERM and SIGINT make; the old handlers come back afterwards."""
+    """Yields a request that SIGTERM and SIGINT make; restores the old handlers afterwards."""
     request = StopRequest()
     old = {
         number: signal.signal(number, request.make) for number in (signal.SIGTERM, signal.SIGINT)

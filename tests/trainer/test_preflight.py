@@ -74,7 +74,7 @@ def verdict(path: Path, overrides: list[str]) -> str:
     """What preflight says on this rank; empty where it has nothing against the run."""
     grid = Grid.build(Degrees(dist.get_world_size()), torch.device("cpu"))
     try:
-        preflight(load_config(path, overrides), grid, see_seconds=0.5)
+        preflight(load_config(path, overrides), grid, folder_timeout=0.5)
     except PreflightError as error:
         return str(error)
     return ""
