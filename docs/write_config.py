@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from launch.show_config import ROOTS
-from trainer.config import Field, Reference, SectionReference
+from trainer.config import FieldReference, Reference, SectionReference
 
 TARGET = Path(__file__).parent / "config.md"
 INTRODUCTION = """\
@@ -67,7 +67,7 @@ def _section(section: SectionReference) -> str:
     return f"## {section.key}\n\n{_link_pages(section.meaning)}\n\n{header}\n{rows}\n"
 
 
-def _row(field: Field) -> str:
+def _row(field: FieldReference) -> str:
     default = field.default
     if default not in ("", "required"):
         default = f"`{default}`"

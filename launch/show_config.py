@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.job import ClusterConfig
-from trainer.config import Field, Reference, RunConfig, SectionReference
+from trainer.config import FieldReference, Reference, RunConfig, SectionReference
 
 ROOTS: dict[str, type[BaseModel]] = {"": RunConfig, "cluster": ClusterConfig}
 """The kinds of config files, by the key before their sections in the reference."""
@@ -50,7 +50,7 @@ def describe_section(section: SectionReference) -> Iterator[RenderableType]:
     yield from describe_fields(section.fields)
 
 
-def describe_fields(fields: Sequence[Field]) -> Iterator[RenderableType]:
+def describe_fields(fields: Sequence[FieldReference]) -> Iterator[RenderableType]:
     """Yields each field's key and default, its type and unit, its meaning and its checks."""
     for field in fields:
         default = {"required": "", "": ""}.get(field.default, f" = {field.default}")

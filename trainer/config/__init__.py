@@ -5,7 +5,7 @@ Imports no torch, so that a login node can check a config.
 
 from trainer.config.parallel import ParallelConfig
 from trainer.config.recipe import Phase, Recipe, short_length
-from trainer.config.reference import Field, Reference, SectionReference
+from trainer.config.reference import FieldReference, Reference, SectionReference
 from trainer.config.run import RunConfig, load_as, load_config, load_run
 from trainer.config.section import Section
 from trainer.config.source import ConfigError
@@ -14,7 +14,7 @@ from trainer.config.stability import AnticipatoryRoutingConfig, SpikeConfig
 __all__ = [
     "AnticipatoryRoutingConfig",
     "ConfigError",
-    "Field",
+    "FieldReference",
     "ParallelConfig",
     "Phase",
     "Recipe",

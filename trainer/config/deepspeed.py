@@ -124,13 +124,13 @@ def _unknown(block: Block) -> Iterator[str]:
 def _values(config: RunSettings, block: Block) -> Iterator[str]:
     data = config.data
     bf16 = block.get("bf16", {}).get("enabled", AUTO)
-    for field, theirs, name, ours in (
-        ("train_batch_size", block.get("train_batch_size", AUTO), "data.global_batch_size", None),
-        ("train_micro_batch_size_per_gpu", AUTO, "data.micro_batch_size", data.micro_batch_size),
-        ("gradient_clipping", AUTO, "optim.clip_norm", config.optim.clip_norm or 0.0),
-    ):
-        theirs = block.get(field, theirs)
-        wanted = data.global_batch_size if ours is None else ours
+    decided = {
+        "train_batch_size": ("data.global_batch_size", data.global_batch_size),
+        "train_micro_batch_size_per_gpu": ("data.micro_batch_size", data.micro_batch_size),
+        "gradient_clipping": ("optim.clip_norm", config.optim.clip_norm or 0.0),
+    }
+    for field, (name, wanted) in decided.items():
+        theirs = block.get(field, AUTO)
         if theirs not in (AUTO, wanted):
             yield f"deepspeed.{field} = {theirs!r} contradicts {name} = {wanted}; omit it"
     if bf16 not in (AUTO, config.precision == "bf16"):

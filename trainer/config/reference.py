@@ -39,7 +39,7 @@ _SUBJECTS = re.compile(r"(?:`[\w.]+`(?:, | and | x )?)+")
 
 
 @dataclass(frozen=True)
-class Field:
+class FieldReference:
     """A field of a section.
 
     Attributes:
@@ -68,7 +68,7 @@ class SectionReference:
 
     key: str
     meaning: str
-    fields: tuple[Field, ...]
+    fields: tuple[FieldReference, ...]
 
     @property
     def summary(self) -> str:
@@ -87,7 +87,7 @@ class Reference:
                 self.sections[section.key] = section
 
     @property
-    def fields(self) -> list[Field]:
+    def fields(self) -> list[FieldReference]:
         """The fields of all sections."""
         return [field for section in self.sections.values() for field in section.fields]
 
@@ -105,7 +105,7 @@ class Reference:
         near = get_close_matches(key, [*self.sections, *by_key], n=1, cutoff=0.0)
         raise ConfigError(f"there is no section or field '{key}'; did you mean '{near[0]}'?")
 
-    def search(self, text: str) -> list[Field]:
+    def search(self, text: str) -> list[FieldReference]:
         """Returns the fields with `text` in their key or meaning, keys first.
 
         Raises ConfigError if there are none.
@@ -139,7 +139,9 @@ def _sections(model: type[BaseModel], key: str, rules: Sequence[str]) -> Iterato
         if section is not None:
             meaning = meaning or _first_sentence(inspect.getdoc(section) or "")
             inner.append((section, dotted))
-        fields.append(Field(dotted, type_name, _default(info), unit, meaning, tuple(checks)))
+        fields.append(
+            FieldReference(dotted, type_name, _default(info), unit, meaning, tuple(checks))
+        )
     yield SectionReference(key or TOP, _one_line(inspect.getdoc(model) or ""), tuple(fields))
     for section, dotted in inner:
         yield from _sections(section, dotted, rules)
