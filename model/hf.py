@@ -1,9 +1,11 @@
 """Names of weights: ours in memory, the official ones on disk, and transformers' in memory.
 
-The names are those of the table in model/parameters.py. Ours are the official ones (report's
-release) with two exceptions: a layer's experts are stacked, ``ffn.experts.w1`` [E, F, D] instead
-of ``ffn.experts.{j}.w1.weight``, and hyper-connections are modules, ``hc_attn.fn`` instead of
-``hc_attn_fn``. ``transformers`` also concatenates w1 and w3, and has no ``mtp.*``.
+The names are those of the table in model/parameters.py. Ours are the official ones (those of the
+released weights) with two exceptions: a layer's experts are stacked, ``ffn.experts.w1`` [E, F, D],
+instead of ``ffn.experts.{j}.w1.weight``, and hyper-connections are modules, ``hc_attn.fn`` instead
+of ``hc_attn_fn``. ``transformers`` also concatenates w1 and w3, and has no ``mtp.*``.
+
+Letters: E experts, F inner size of an expert, D hidden size.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from torch import Tensor, nn
 
 from model.errors import ModelConfigError
 from model.parameters import (
-    entry_of,
     expert_name,
     memory_name,
     official_name,
+    spec_of,
     transformers_name,
 )
 
@@ -31,10 +33,10 @@ def named_tensors(model: nn.Module, grads: bool = False) -> dict[str, Tensor]:
 
 
 def to_official(state: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yields tensors under their official names; each expert's matrices are entries."""
+    """Yields (official name, tensor); stacked experts become one matrix per expert."""
     for name, tensor in state:
         official = official_name(name)
-        if not entry_of(name).stacked:
+        if not spec_of(name).stacked:
             yield official, tensor
             continue
         for expert, matrix in enumerate(tensor):
@@ -42,7 +44,7 @@ def to_official(state: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tens
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns tensors under our names, experts stacked; unknown names stay."""
+    """Returns tensors under our names, experts stacked; unknown names are kept as they are."""
     stacks: dict[str, dict[int, Tensor]] = {}
     result = {}
     for official, tensor in state.items():
@@ -65,25 +67,28 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ``state`` must have all tensors that ``transformers`` concatenates, or none of them.
     """
     result = {}
-    for theirs, names in _by_transformers_name(state).items():
+    for hf_name, names in _by_transformers_name(state).items():
         tensors = [state[name] for name in names]
-        result[theirs] = torch.cat(tensors, dim=1) if len(tensors) > 1 else tensors[0]
+        result[hf_name] = torch.cat(tensors, dim=1) if len(tensors) > 1 else tensors[0]
     return result
 
 
 def from_transformers(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Returns tensors under our names; ``names`` are the model's own, unknown names stay."""
-    ours = _by_transformers_name(names)
+    """Returns tensors under our names; unknown names are kept as they are.
+
+    ``names`` are the model's parameter names.
+    """
+    names_by_hf_name = _by_transformers_name(names)
     result: dict[str, Tensor] = {}
-    for theirs, tensor in state.items():
-        names_of = ours.get(theirs, [theirs])
-        parts = tensor.chunk(len(names_of), dim=1) if len(names_of) > 1 else (tensor,)
-        result |= zip(names_of, parts, strict=True)
+    for hf_name, tensor in state.items():
+        ours = names_by_hf_name.get(hf_name, [hf_name])
+        parts = tensor.chunk(len(ours), dim=1) if len(ours) > 1 else (tensor,)
+        result |= zip(ours, parts, strict=True)
     return result
 
 
 def _by_transformers_name(names: Iterable[str]) -> dict[str, list[str]]:
-    """Our names by the tensor of transformers that they make up, in order."""
+    """Maps each transformers name to our names that are concatenated into it, in order."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(transformers_name(name) or official_name(name), []).append(name)
@@ -91,7 +96,10 @@ def _by_transformers_name(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy ``state``, in official or transformers' names, into ``model``; see V4Model."""
+    """Copies ``state``, in official or transformers' names, into ``model``.
+
+    See V4Model.load_hf_state_dict.
+    """
     weights = model.state_dict()
     if any(name.startswith("model.") for name in state):
         source = from_transformers(state, weights)
@@ -111,7 +119,10 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _check_names(weights: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
-    """Raise ModelConfigError unless ``source`` has the ``weights`` and no others; MTP may lack."""
+    """Raises ModelConfigError unless ``source`` has exactly the names of ``weights``.
+
+    MTP weights may be missing.
+    """
     has_mtp = any(name.startswith("mtp.") for name in source)
     missing = [n for n in weights if n not in source and (has_mtp or not n.startswith("mtp."))]
     if missing:
@@ -120,4 +131,4 @@ def _check_names(weights: Mapping[str, Tensor], source: Mapping[str, Tensor]) ->
         )
     unknown = [n for n in source if n not in weights and not n.startswith("mtp.")]
     if unknown:
-        raise ModelConfigError(f"the weights have {unknown[0]}, which this model has not")
+        raise ModelConfigError(f"the weights have {unknown[0]}, which this model does not have")

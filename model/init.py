@@ -11,27 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.parameter_entry import InitialValues
-from model.parameters import entry_of, official_name, split_name
+from model.parameter_spec import InitialValues
+from model.parameters import official_name, spec_of, split_name
 from model.router import balanced_table
 
 
 class Shard(Protocol):
-    """Which part of a whole parameter a rank holds."""
+    """Which shard of a global parameter a rank holds."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The whole shape."""
+    def global_shape(self) -> tuple[int, ...]:
+        """Shape of the unsharded parameter."""
 
     @property
-    def offset(self) -> tuple[int, ...]:
-        """Index of its first element in the whole parameter."""
+    def global_offset(self) -> tuple[int, ...]:
+        """Index of the shard's first element in the unsharded parameter."""
 
-    def shard(self, whole: Tensor) -> Tensor:
-        """Returns the shard of a tensor of the whole shape."""
+    def shard(self, tensor: Tensor) -> Tensor:
+        """Returns this rank's shard of a tensor of the global shape."""
 
     def matrix_shard(self, matrix: Tensor) -> Tensor:
-        """Returns the shard of one of the whole's stacked matrices."""
+        """Returns this rank's shard of one expert's matrix."""
 
 
 def initialise(
@@ -41,21 +41,21 @@ def initialise(
     token_counts: Sequence[float] | None,
     shards: Mapping[str, Shard],
 ) -> None:
-    """Fill every parameter and buffer of ``model`` in place, as the table of parameters says.
+    """Fills every parameter and buffer of ``model`` in place, as the table of parameters says.
 
-    "normal" are normal numbers with ``initializer_range`` (V3 §4.2), "hc_scale" is
-    ``hc_init_scale``, "hc_base" see ``hyper_connection_bias``, and "balanced_table" balances the
-    experts of a hash table by ``token_counts``. A parameter named in ``shards`` gets its shard of
-    the whole parameter's values.
+    "normal" draws from N(0, initializer_range²) (V3 §4.2), "hc_scale" is ``hc_init_scale``,
+    "hc_base" is set by ``hyper_connection_bias``, and "balanced_table" balances the experts of a
+    hash table by ``token_counts``. A parameter named in ``shards`` gets its shard of the values
+    that the unsharded parameter would get.
     """
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            fill = _CONSTANTS.get(entry_of(name).initial)
+            fill = _CONSTANTS.get(spec_of(name).initial)
             if fill is not None:
                 tensor.fill_(fill(config))
-            elif entry_of(name).initial == "hc_base":
+            elif spec_of(name).initial == "hc_base":
                 tensor.copy_(hyper_connection_bias(name, config))
-            elif entry_of(name).initial == "balanced_table":
+            elif spec_of(name).initial == "balanced_table":
                 sizes = (config.vocab_size, config.n_routed_experts, config.num_experts_per_tok)
                 tensor.copy_(balanced_table(_generator(seed, name), *sizes, token_counts))
             else:
@@ -77,16 +77,16 @@ def _generator(seed: int, name: str, expert: int | None = None) -> torch.Generat
 def _fill_normal(
     name: str, tensor: Tensor, config: ModelConfig, seed: int, shard: Shard | None
 ) -> None:
-    shape = tensor.shape if shard is None else shard.shape
-    whole = shard is None or shard.shape == tensor.shape
-    if entry_of(name).stacked:
-        first = 0 if shard is None else shard.offset[0]
+    shape = tensor.shape if shard is None else shard.global_shape
+    is_unsharded = shard is None or shard.global_shape == tensor.shape
+    if spec_of(name).stacked:
+        first = 0 if shard is None else shard.global_offset[0]
         for expert, matrix in enumerate(tensor, start=first):
             values = _normal(_generator(seed, name, expert), shape[1:], config)
-            matrix.copy_(values if shard is None or whole else shard.matrix_shard(values))
+            matrix.copy_(values if shard is None or is_unsharded else shard.matrix_shard(values))
     else:
         values = _normal(_generator(seed, name), shape, config)
-        tensor.copy_(values if shard is None or whole else shard.shard(values))
+        tensor.copy_(values if shard is None or is_unsharded else shard.shard(values))
 
 
 def _normal(generator: torch.Generator, shape: Sequence[int], config: ModelConfig) -> Tensor:
@@ -94,10 +94,10 @@ def _normal(generator: torch.Generator, shape: Sequence[int], config: ModelConfi
 
 
 def hyper_connection_bias(name: str, config: ModelConfig) -> Tensor:
-    """Returns biases with which a block starts as a plain residual and its streams differ.
+    """Returns the initial biases: close to a plain residual, with streams that differ.
 
-    Sub-layer number n reads mostly stream n mod N, writes to all of them with weight 1, and each
-    stream carries mostly itself; the head reads all streams alike. The report does not give them.
+    Sub-layer n reads mostly stream n mod N and writes to all streams with weight 1, and comb leaves
+    each stream mostly as it is; the head reads all streams alike. The report does not give them.
     """
     streams = config.hc_mult
     prefix, rest = split_name(name)

@@ -1,13 +1,13 @@
-"""The table of parameters: names, shapes, precision, initial values, division, optimizer, exports.
+"""The table of parameters: names, shapes, precision, initial values, sharding, optimizer, exports.
 
 Adding a parameter touches the module that has it and this table, nothing else: initialisation
-(model/init.py), names on disk (model/hf.py), the division over ranks
+(model/init.py), names on disk (model/hf.py), sharding over ranks
 (trainer/parallel/placement.py) and the optimizer's table (optim/partition.py) are read from here.
 
 A line gives a parameter's name (in memory, within its layer), optimizer group, shape and name in
-``transformers``; attributes of ``Entry`` that are not the usual ones follow. The usual parameter is
-a matrix of the run's precision with normal initial values, whole on every rank, and one matrix for
-Muon. The letters of the shapes are those of model/parameter_entry.py. Imports no torch.
+``transformers``; attributes of ``ParameterSpec`` other than the defaults follow. Defaults: a matrix
+in the run's precision, normally initialised, replicated over ranks, and a single Muon matrix.
+The letters of the shapes are those of model/parameter_spec.py. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.config import LayerType, ModelConfig
-from model.parameter_entry import (
-    Entry,
+from model.parameter_spec import (
     Letters,
+    ParameterSpec,
     Shape,
     compressor,
     expert_stack,
@@ -34,9 +34,9 @@ from model.parameter_entry import (
 Shapes = dict[str, Shape]
 
 _FP32_ZEROS: dict[str, Any] = {"dtype": "fp32", "initial": "zeros"}
-_VOCABULARY: dict[str, Any] = {"scope": "model", "matrices": None, "split": ("tensor", 0)}
-_ROWS: dict[str, Any] = {"split": ("tensor", 0)}
-_COLUMNS: dict[str, Any] = {"split": ("tensor", 1)}
+_VOCABULARY: dict[str, Any] = {"scope": "model", "matrices": None, "sharded": ("tensor", 0)}
+_SHARD_DIM_0: dict[str, Any] = {"sharded": ("tensor", 0)}
+_SHARD_DIM_1: dict[str, Any] = {"sharded": ("tensor", 1)}
 _CSA: dict[str, Any] = {"layers": ("csa",)}
 
 _BEFORE_LAYERS = (
@@ -45,15 +45,15 @@ _BEFORE_LAYERS = (
 )
 _AFTER_LAYERS = (
     norm("norm", lambda s: s.D, "model.norm", scope="model"),
-    matrix("head", "head", lambda s: (s.V, s.D), "lm_head", multiplies=True, **_VOCABULARY),
+    matrix("head", "head", lambda s: (s.V, s.D), "lm_head", counts_as_active=True, **_VOCABULARY),
 )
 _ATTENTION = (
-    Entry(
+    ParameterSpec(
         "attn.attn_sink",
         "attention",
         lambda s: (s.H,),
         "self_attn.sinks",
-        **_FP32_ZEROS | _ROWS,
+        **_FP32_ZEROS | _SHARD_DIM_0,
     ),
     matrix("attn.wq_a", "attention", lambda s: (s.Q, s.D), "self_attn.q_a_proj"),
     norm("attn.q_norm", lambda s: s.Q, "self_attn.q_a_norm"),
@@ -62,7 +62,7 @@ _ATTENTION = (
         "attention",
         lambda s: (s.H * s.K, s.Q),
         "self_attn.q_b_proj",
-        **_ROWS | {"per_head": lambda s: s.H},
+        **_SHARD_DIM_0 | {"per_head": lambda s: s.H},
     ),
     matrix("attn.wkv", "attention", lambda s: (s.K, s.D), "self_attn.kv_proj"),
     norm("attn.kv_norm", lambda s: s.K, "self_attn.kv_norm"),
@@ -71,9 +71,11 @@ _ATTENTION = (
         "attention",
         lambda s: (s.G * s.O, s.H * s.K // s.G),
         "self_attn.o_a_proj",
-        **_ROWS | {"matrices": lambda s: s.G},
+        **_SHARD_DIM_0 | {"matrices": lambda s: s.G},
     ),
-    matrix("attn.wo_b", "attention", lambda s: (s.D, s.G * s.O), "self_attn.o_b_proj", **_COLUMNS),
+    matrix(
+        "attn.wo_b", "attention", lambda s: (s.D, s.G * s.O), "self_attn.o_b_proj", **_SHARD_DIM_1
+    ),
     *compressor(
         "attn.compressor",
         "compressor",
@@ -105,14 +107,14 @@ _ATTENTION = (
 )
 _EXPERTS = (
     matrix("ffn.gate", "router", lambda s: (s.E, s.D), "mlp.gate"),
-    Entry(
+    ParameterSpec(
         "ffn.gate.bias",
         None,
         lambda s: (s.E,),
         "mlp.gate.e_score_correction_bias",
         **_FP32_ZEROS | {"router": "learned"},
     ),
-    Entry(
+    ParameterSpec(
         "ffn.gate.tid2eid",
         None,
         lambda s: (s.V, s.A),
@@ -124,9 +126,9 @@ _EXPERTS = (
     expert_stack("w1", lambda s: (s.F, s.D), 1, "gate_up_proj"),
     expert_stack("w2", lambda s: (s.D, s.F), 2, "down_proj"),
     expert_stack("w3", lambda s: (s.F, s.D), 1, "gate_up_proj"),
-    shared_expert("w1", lambda s: (s.S, s.D), 0, "gate_proj"),
-    shared_expert("w2", lambda s: (s.D, s.S), 1, "down_proj"),
-    shared_expert("w3", lambda s: (s.S, s.D), 0, "up_proj"),
+    shared_expert("w1", lambda s: (s.U, s.D), 0, "gate_proj"),
+    shared_expert("w2", lambda s: (s.D, s.U), 1, "down_proj"),
+    shared_expert("w3", lambda s: (s.U, s.D), 0, "up_proj"),
 )
 _HYPER_CONNECTIONS = (
     *hyper_connection("hc_attn", lambda s: (2 + s.N) * s.N, 3, "attn_hc."),
@@ -138,8 +140,8 @@ _SUBLAYERS = (
     *_ATTENTION,
     *_EXPERTS,
 )
-# Every block, with what the MTP block adds; ``transformers`` has no MTP.
-_MTP_BLOCK = (
+# Every block's, with what the MTP block adds; ``transformers`` has no MTP.
+_BLOCK_AND_MTP = (
     *_HYPER_CONNECTIONS,
     *hyper_connection("hc_head", lambda s: s.N, 1, None, scope="mtp"),
     *_SUBLAYERS,
@@ -147,16 +149,16 @@ _MTP_BLOCK = (
     *(norm(name, lambda s: s.D, None, scope="mtp") for name in ("enorm", "hnorm", "norm")),
 )
 
-TABLE: tuple[Entry, ...] = (*_BEFORE_LAYERS, *_AFTER_LAYERS, *_MTP_BLOCK)
+TABLE: tuple[ParameterSpec, ...] = (*_BEFORE_LAYERS, *_AFTER_LAYERS, *_BLOCK_AND_MTP)
 
 _PREFIX = re.compile(r"((?:layers|mtp)\.\d+\.)?(.*)")
 _OFFICIAL_EXPERT = re.compile(r"(.*)\.(\d+)\.([^.]*)\.weight")
 
 
-def _in_scope(entry: Entry, prefix: str) -> bool:
+def _in_scope(spec: ParameterSpec, prefix: str) -> bool:
     if not prefix:
-        return entry.scope == "model"
-    return entry.scope == "block" or (entry.scope == "mtp" and prefix.startswith("mtp."))
+        return spec.scope == "model"
+    return spec.scope == "block" or (spec.scope == "mtp" and prefix.startswith("mtp."))
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -166,15 +168,15 @@ def split_name(name: str) -> tuple[str, str]:
     return match[1] or "", match[2]
 
 
-def entry_of(name: str) -> Entry:
-    """Returns the entry of a parameter or buffer by its whole name in memory.
+def spec_of(name: str) -> ParameterSpec:
+    """Returns the spec of a parameter or buffer by its full name in memory.
 
     Raises KeyError for a name that no V4 model has.
     """
     prefix, rest = split_name(name)
-    for entry in TABLE:
-        if entry.name == rest and _in_scope(entry, prefix):
-            return entry
+    for spec in TABLE:
+        if spec.name == rest and _in_scope(spec, prefix):
+            return spec
     raise KeyError(name)
 
 
@@ -184,7 +186,7 @@ def official_name(name: str) -> str:
     Hyper-connections are modules in memory and flat names in the release (`layers.0.hc_attn.fn`
     and `layers.0.hc_attn_fn`). Experts stay stacked; see ``expert_name``.
     """
-    return split_name(name)[0] + (entry_of(name).official or entry_of(name).name)
+    return split_name(name)[0] + (spec_of(name).official or spec_of(name).name)
 
 
 def expert_name(stack: str, expert: int) -> str:
@@ -196,37 +198,37 @@ def expert_name(stack: str, expert: int) -> str:
 def memory_name(official: str) -> tuple[str, int | None]:
     """Returns the name in memory, and the expert's number if it is one matrix of a stack.
 
-    A name of no V4 weight comes back as it is.
+    Names that are not V4 weights are returned unchanged.
     """
     prefix, rest = split_name(official)
-    for entry in TABLE:
-        if not _in_scope(entry, prefix):
+    for spec in TABLE:
+        if not _in_scope(spec, prefix):
             continue
-        if rest == (entry.official or entry.name):
-            return prefix + entry.name, None
-        match = _OFFICIAL_EXPERT.fullmatch(rest) if entry.stacked else None
-        if match is not None and f"{match[1]}.{match[3]}" == entry.name:
-            return prefix + entry.name, int(match[2])
+        if rest == (spec.official or spec.name):
+            return prefix + spec.name, None
+        match = _OFFICIAL_EXPERT.fullmatch(rest) if spec.stacked else None
+        if match is not None and f"{match[1]}.{match[3]}" == spec.name:
+            return prefix + spec.name, int(match[2])
     return official, None
 
 
 def transformers_name(name: str) -> str | None:
-    """Returns the name in ``transformers``' memory; None where it has no such tensor."""
+    """Returns the in-memory name in ``transformers``, or None if it has no such tensor."""
     prefix, _ = split_name(name)
-    theirs = entry_of(name).transformers
-    if theirs is None or prefix.startswith("mtp."):
+    hf_name = spec_of(name).transformers
+    if hf_name is None or prefix.startswith("mtp."):
         return None
-    return f"model.{prefix}{theirs}" if prefix else theirs
+    return f"model.{prefix}{hf_name}" if prefix else hf_name
 
 
 def always_fp32(name: str) -> bool:
     """Whether a parameter or buffer is in fp32 in a model of any precision."""
-    return entry_of(name).dtype == "fp32"
+    return spec_of(name).dtype == "fp32"
 
 
 def group_of(name: str) -> str:
-    """Returns the group of a parameter that optimizer settings name."""
-    group = entry_of(name).group
+    """Returns the optimizer parameter group, as the config names it."""
+    group = spec_of(name).group
     if group is None:
         raise KeyError(name)
     return group
@@ -234,16 +236,16 @@ def group_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Parameter:
-    """An entry in one model: the parameter or buffer ``name`` of a layer with these sizes."""
+    """A spec in one model: the parameter or buffer ``name`` of a layer with these sizes."""
 
     name: str
-    entry: Entry
+    spec: ParameterSpec
     letters: Letters
 
     @property
     def shape(self) -> Shape:
-        """The whole shape."""
-        return self.entry.shape(self.letters)
+        """The global shape."""
+        return self.spec.shape(self.letters)
 
     @property
     def numel(self) -> int:
@@ -252,33 +254,33 @@ class Parameter:
 
     @property
     def group(self) -> str:
-        """The group that optimizer settings name."""
-        assert self.entry.group is not None
-        return self.entry.group
+        """The optimizer parameter group, as the config names it."""
+        assert self.spec.group is not None
+        return self.spec.group
 
     @property
     def stacked(self) -> bool:
-        """Whether each index of the first of three dimensions is a matrix."""
-        return self.entry.stacked
+        """Whether it is one matrix per expert, stacked along the first of three dimensions."""
+        return self.spec.stacked
 
     @property
     def matrices(self) -> int | None:
-        """How many independent matrices are stacked along the rows; None for AdamW."""
-        count = self.entry.matrices
+        """Number of independent Muon matrices along the rows (per expert); None for AdamW."""
+        count = self.spec.matrices
         return None if count is None else count(self.letters)
 
     @property
-    def matrices_per_head(self) -> int | None:
-        """The same where every query head is a matrix."""
-        count = self.entry.per_head or self.entry.matrices
+    def matrices_if_per_head(self) -> int | None:
+        """Number of Muon matrices if every query head is one; else ``matrices``."""
+        count = self.spec.per_head or self.spec.matrices
         return None if count is None else count(self.letters)
 
     @property
-    def multiplied(self) -> int:
-        """The number of elements that one token is multiplied with."""
-        if self.entry.matrices is None and not self.entry.multiplies:
+    def active_numel(self) -> int:
+        """Number of elements that take part in one token's matmuls (A of E experts)."""
+        if self.spec.matrices is None and not self.spec.counts_as_active:
             return 0
-        if self.entry.stacked:
+        if self.spec.stacked:
             return self.numel // self.letters.E * self.letters.A
         return self.numel
 
@@ -291,22 +293,22 @@ def tensors_of(config: ModelConfig) -> Iterator[Parameter]:
 
     def scope(prefix: str, kind: LayerType = "window", hashed: bool = False) -> Iterator[Parameter]:
         letters = Letters.of(config, kind)
-        for entry in TABLE:
-            if _in_scope(entry, prefix) and entry.exists(kind, hashed):
-                yield Parameter(prefix + entry.name, entry, letters)
+        for spec in TABLE:
+            if _in_scope(spec, prefix) and spec.exists(kind, hashed):
+                yield Parameter(prefix + spec.name, spec, letters)
 
     model = list(scope(""))
-    yield from (line for line in model if line.entry not in _AFTER_LAYERS)
+    yield from (line for line in model if line.spec not in _AFTER_LAYERS)
     for row, kind in enumerate(config.layer_types):
         yield from scope(f"layers.{row}.", kind, row < config.num_hash_layers)
-    yield from (line for line in model if line.entry in _AFTER_LAYERS)
+    yield from (line for line in model if line.spec in _AFTER_LAYERS)
     for number in range(config.num_nextn_predict_layers):
         yield from scope(f"mtp.{number}.")
 
 
 def parameter_table(config: ModelConfig) -> dict[str, Parameter]:
     """Returns the trained parameters by name in memory, those of ``named_parameters()``."""
-    return {line.name: line for line in tensors_of(config) if line.entry.group is not None}
+    return {line.name: line for line in tensors_of(config) if line.spec.group is not None}
 
 
 def parameter_shapes(config: ModelConfig) -> Shapes:
@@ -321,7 +323,7 @@ class ParameterCounts:
     Attributes:
         main: all of the model but MTP.
         mtp: what the MTP block adds. Embedding and head are the main model's.
-        active: what one token multiplies with in matrix products of the main model: A of the E
+        active: parameters used in one token's matmuls in the main model: A of the E
             routed experts, the shared one, projections, routers, hyper-connections and the output
             head. The embedding, which is looked up, and vectors and tables that act element by
             element (norms, sinks, positional gate biases) are not counted.
@@ -338,9 +340,9 @@ class ParameterCounts:
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
-    """Returns the sizes that V4's report and release print: 284B and 13B active for Flash."""
+    """Returns parameter counts as V4's report states them: 284B and 13B active for Flash."""
     lines = parameter_table(config).values()
     main = [line for line in lines if not line.name.startswith("mtp.")]
     total = sum(line.numel for line in lines)
     size = sum(line.numel for line in main)
-    return ParameterCounts(size, total - size, sum(line.multiplied for line in main))
+    return ParameterCounts(size, total - size, sum(line.active_numel for line in main))

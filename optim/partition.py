@@ -39,7 +39,7 @@ class ParameterFacts(Protocol):
         """How many matrices are stacked along the rows of its two dimensions; None for AdamW."""
 
     @property
-    def matrices_per_head(self) -> int | None:
+    def matrices_if_per_head(self) -> int | None:
         """Their number if every query head has a matrix."""
 
 
@@ -81,7 +81,7 @@ def _assign(
     group = parameter.group
     factor = config.learning_rate_factors.get(group, 1.0)
     per_head = config.muon.query_matrices == "per_head"
-    count = parameter.matrices_per_head if per_head else parameter.matrices
+    count = parameter.matrices_if_per_head if per_head else parameter.matrices
     matrices = None if count is None else _split(name, shape, parameter.stacked, count)
     if matrices is None or config.matrix_optimizer == "adamw":
         decay = 0.0 if group in config.no_weight_decay else config.adamw.weight_decay

@@ -283,7 +283,7 @@ class TestWeights:
     def test_an_unknown_name(self):
         state = official_state(random_model(tiny_config()))
         state["layers.9.attn_norm.weight"] = torch.zeros(32)
-        self.assert_refused(state, "layers.9.attn_norm.weight, which this model has not")
+        self.assert_refused(state, "layers.9.attn_norm.weight, which this model does not have")
 
     def test_another_shape(self):
         state = official_state(random_model(tiny_config()))
@@ -296,7 +296,7 @@ class TestWeights:
         self.assert_refused(state, "lack layers.2.attn.attn_sink")
         state["model.layers.2.self_attn.sink"] = sinks
         state["model.layers.2.self_attn.sinks"] = sinks
-        self.assert_refused(state, "model.layers.2.self_attn.sink, which this model has not")
+        self.assert_refused(state, "model.layers.2.self_attn.sink, which this model does not have")
 
     def assert_refused(self, state: dict[str, torch.Tensor], said: str) -> None:
         model, before = blank(tiny_config()), blank(tiny_config())

@@ -12,14 +12,14 @@ from model import ModelConfig, V4Model, parameters
 from model.execution import Execution
 from model.hf import from_official, named_tensors, to_official, to_transformers
 from model.moe import SharedExpert
-from model.parameter_entry import Entry
+from model.parameter_spec import ParameterSpec
 from model.parameters import (
-    entry_of,
     memory_name,
     official_name,
     parameter_counts,
     parameter_shapes,
     parameter_table,
+    spec_of,
     tensors_of,
 )
 from optim import OptimConfig, build_table
@@ -41,7 +41,7 @@ def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> V4Mod
 def check_equal(config: ModelConfig) -> None:
     model = meta_model(config, torch.bfloat16)
     dtypes = {"weights": torch.bfloat16, "fp32": torch.float32, "int64": torch.int64}
-    table = {line.name: (line.shape, dtypes[line.entry.dtype]) for line in tensors_of(config)}
+    table = {line.name: (line.shape, dtypes[line.spec.dtype]) for line in tensors_of(config)}
     assert table == {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
     trained = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert parameter_shapes(config) == trained
@@ -80,7 +80,7 @@ def test_every_name_has_one_official_name_and_comes_back():
 @pytest.mark.parametrize("name", ["norm2.weight", "layers.0.e_proj.weight", "layers.0.hc_attn_fn"])
 def test_a_name_of_no_parameter_is_an_error(name):
     with pytest.raises(KeyError, match=name):
-        entry_of(name)
+        spec_of(name)
 
 
 class GatedSharedExpert(SharedExpert):
@@ -96,13 +96,13 @@ class GatedSharedExpert(SharedExpert):
 def test_adding_a_parameter_takes_its_module_and_one_line_of_the_table(monkeypatch):
     config = tiny_config()
     plain = parameter_counts(config)
-    line = Entry(
+    line = ParameterSpec(
         "ffn.shared_experts.toy.side",
         "shared_experts",
         lambda s: (s.F, s.D),
         "mlp.toy.weight",
         official="ffn.shared_experts.toy_side",
-        split=("tensor", 0),
+        sharded=("tensor", 0),
         matrices=lambda s: 2,
     )
     monkeypatch.setattr(parameters, "TABLE", (*parameters.TABLE, line))
@@ -124,7 +124,7 @@ def test_adding_a_parameter_takes_its_module_and_one_line_of_the_table(monkeypat
     assert official in logical_tensors(model, [])
 
     placement = place(name, tuple(value.shape), Degrees(2, tensor=2), 1)
-    assert (placement.offset, placement.size) == ((12, 0), (12, 32))
+    assert (placement.global_offset, placement.local_shape) == ((12, 0), (12, 32))
     [assignment] = build_table({name: tuple(value.shape)}, parameter_table(config), OptimConfig())
     assert (assignment.optimizer, assignment.matrices) == ("muon", (2, 12, 32))
     blocks = config.num_hidden_layers

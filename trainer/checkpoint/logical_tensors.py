@@ -80,7 +80,7 @@ def logical_tensors(
         if name in with_master or (name in trained and has_master(tensor)):
             continue  # masters are among the states, of this rank or of others
         placement = placements[name]
-        assert tuple(tensor.shape) == placement.size, f"{name} does not match its placement"
+        assert tuple(tensor.shape) == placement.local_shape, f"{name} does not match its placement"
         for entry, box in boxes_of(StateSlice("", name, tensor.detach()), placement):
             logical.setdefault(entry, []).append(box)
     return logical
@@ -96,7 +96,7 @@ def boxes_of(state: StateSlice, placement: Placement) -> Iterator[tuple[str, Ten
 
     `placement` is that of the state's parameter.
     """
-    shape, origin = placement.size, placement.offset
+    shape, origin = placement.local_shape, placement.global_offset
     if state.is_gathered:  # unsharded matrices, of this rank's experts
         shape = placement.matrix_shape
         origin = (origin[0] if placement.kind == "expert" else 0,) + (0,) * (len(shape) - 1)
@@ -106,10 +106,10 @@ def boxes_of(state: StateSlice, placement: Placement) -> Iterator[tuple[str, Ten
         tensor = flat[at : (at := at + math.prod(size))].view(size)
         start = tuple(a + b for a, b in zip(origin, offset, strict=True))
         if placement.kind != "expert":
-            yield entry, TensorBox(tensor, placement.shape, start)
+            yield entry, TensorBox(tensor, placement.global_shape, start)
             continue
         for number, view in enumerate(tensor, start=start[0]):
-            yield expert_name(entry, number), TensorBox(view, placement.shape[1:], start[1:])
+            yield expert_name(entry, number), TensorBox(view, placement.global_shape[1:], start[1:])
 
 
 def boxes(start: int, stop: int, shape: Shape) -> Iterator[tuple[Shape, Shape]]:

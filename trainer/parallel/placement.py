@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from model.parameter_entry import Shape
-from model.parameters import entry_of
+from model.parameter_spec import Shape
+from model.parameters import spec_of
 from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
 
 if TYPE_CHECKING:
@@ -28,40 +28,45 @@ class Placement:
 
     Attributes:
         kind: which axes divide the tensor.
-        shape: the whole tensor's shape.
-        offset, size: where the shard begins in the whole tensor, and its shape.
+        global_shape: the unsharded tensor's shape.
+        global_offset: index of the shard's first element in the unsharded tensor.
+        local_shape: the shard's shape.
         dim: the dimension that tensor ranks (expert-tensor ranks for experts) divide, or None.
         replicas: the number of ranks of the pipeline stage that hold the same shard.
     """
 
     kind: Kind
-    shape: Shape
-    offset: Shape
-    size: Shape
+    global_shape: Shape
+    global_offset: Shape
+    local_shape: Shape
     dim: int | None
     replicas: int
 
     @property
     def matrix_shape(self) -> Shape:
-        """The whole shape, but of the experts only the local ones: each is a matrix."""
-        return (self.size[0], *self.shape[1:]) if self.kind == "expert" else self.shape
+        """The global shape, but of the experts only the local ones: each is a matrix."""
+        if self.kind != "expert":
+            return self.global_shape
+        return (self.local_shape[0], *self.global_shape[1:])
 
-    def shard(self, whole: Tensor) -> Tensor:
-        """Returns a view of this rank's shard of a tensor of the whole shape."""
-        for dim, (start, length) in enumerate(zip(self.offset, self.size, strict=True)):
-            whole = whole.narrow(dim, start, length)
-        return whole
+    def shard(self, tensor: Tensor) -> Tensor:
+        """Returns a view of this rank's shard of a tensor of the global shape."""
+        ranges = zip(self.global_offset, self.local_shape, strict=True)
+        for dim, (start, length) in enumerate(ranges):
+            tensor = tensor.narrow(dim, start, length)
+        return tensor
 
     def matrix_shard(self, matrix: Tensor) -> Tensor:
         """Returns a view of this rank's shard of one of the stacked matrices."""
-        for dim, (start, length) in enumerate(zip(self.offset[1:], self.size[1:], strict=True)):
+        ranges = zip(self.global_offset[1:], self.local_shape[1:], strict=True)
+        for dim, (start, length) in enumerate(ranges):
             matrix = matrix.narrow(dim, start, length)
         return matrix
 
 
 def split_dim(name: str) -> tuple[Kind, int | None]:
     """Returns which axes divide a parameter or buffer, and along which dimension."""
-    return entry_of(name).split or ("whole", None)
+    return spec_of(name).sharded or ("whole", None)
 
 
 def place(name: str, shape: Shape, degrees: Degrees, rank: int) -> Placement:

@@ -139,7 +139,7 @@ def shrink(model: nn.Module, placements: dict[str, Placement]) -> None:
     """Gives every parameter the shape of its shard."""
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(module_name, recurse=False):
-            size = placements[name].size
+            size = placements[name].local_shape
             if tuple(parameter.shape) != size:
                 part = torch.empty(size, dtype=parameter.dtype, device=parameter.device)
                 leaf = name.rpartition(".")[2]

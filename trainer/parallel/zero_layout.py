@@ -89,7 +89,7 @@ def local_parameter(entry: Assignment, placement: Placement) -> LocalParameter:
 
     Raises OptimError where ranks shard a parameter of several matrices, but not between them.
     """
-    shape = placement.size
+    shape = placement.local_shape
     if entry.matrices is None or placement.dim is None:
         return LocalParameter(entry, shape)
     count, rows, columns = entry.matrices

@@ -100,9 +100,9 @@ def stage_parts(config: RunConfig, degrees: Degrees, pipeline: int) -> StagePart
     shapes = {name: line.shape for name, line in tensors.items()}
     placements = place_all(shapes, degrees, pipeline * (degrees.world // degrees.pipeline))
     bytes_of_dtype = {"weights": 4 if config.precision == "fp32" else 2, "fp32": 4, "int64": 8}
-    elements = {name: math.prod(placement.size) for name, placement in placements.items()}
-    sizes_of = {n: elements[n] * bytes_of_dtype[line.entry.dtype] for n, line in tensors.items()}
-    trained = [name for name, line in tensors.items() if line.entry.group is not None]
+    elements = {name: math.prod(placement.local_shape) for name, placement in placements.items()}
+    sizes_of = {n: elements[n] * bytes_of_dtype[line.spec.dtype] for n, line in tensors.items()}
+    trained = [name for name, line in tensors.items() if line.spec.group is not None]
     low = {name for name in trained if sizes_of[name] < 4 * elements[name]}
     groups = shard_groups(
         build_table(

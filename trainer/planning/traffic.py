@@ -116,7 +116,7 @@ def step_traffic(
         sent.expert_rows(work.rows)
     sent.world()
     tensors = stage_tensors(config, stages, sent.place["pipeline"]).items()
-    shapes = {name: line.shape for name, line in tensors if line.entry.group is not None}
+    shapes = {name: line.shape for name, line in tensors if line.spec.group is not None}
     sent.update(shapes, optim or OptimConfig(), exchange or Exchange())
     return {key: round(size) for key, size in sent.bytes.items() if size}
 

@@ -37,7 +37,7 @@ def numbers_of(rank: int, world_size: int, path: Path, degrees: Degrees) -> Laye
                 router.bias.copy_(torch.arange(len(router.bias)) - row)
         for row, attention in local.model.attentions().items():
             placement = local.placements[f"layers.{row}.attn.attn_sink"] if row < 3 else None
-            first = placement.offset[0] if placement else 0
+            first = placement.global_offset[0] if placement else 0
             attention.attn_sink.copy_(row + 10.0 * torch.arange(len(attention.attn_sink)))
             attention.attn_sink += 10.0 * first
     load = torch.arange(16.0).view(4, 4)

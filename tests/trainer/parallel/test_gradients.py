@@ -92,7 +92,7 @@ def leave_special_values(local: LocalModel) -> None:
     for name, parameter in local.model.named_parameters():
         if name.endswith((".scale", ".base", "ape", "attn_sink", "norm.weight")):
             generator = torch.Generator().manual_seed(crc32(official_name(name).encode()) + 1)
-            noise = torch.randn(local.placements[name].shape, generator=generator)
+            noise = torch.randn(local.placements[name].global_shape, generator=generator)
             parameter += 0.5 * local.placements[name].shard(noise)
 
 
