@@ -1,10 +1,11 @@
 """Core attention: one softmax over a window of tokens and compressed entries, with a sink.
 
-Report §2.3.1-2.3.3. Queries are RMS-normalised per head and rotated here, and the output is rotated
-back here, because both cost more than they compute when they pass through memory separately.
+Report §2.3. Queries are RMS-normalised per head and rotated here, and the output is rotated back
+here: as separate memory-bound passes they would cost far more than their arithmetic.
 Backward recomputes the probabilities block by block, so nothing quadratic is ever stored.
 
-T queries; H heads; K their width; C compressed entries; k selected entries of a query.
+T queries; H heads; K their width; C compressed entries; k selected entries of a query; R rotary
+dims.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ __all__ = [
 
 
 def attention_with_lse2(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """Computes softmax(q·k / sqrt(K)) · k, its last R dims rotated back by the query's position.
+    """Computes softmax(q·k / sqrt(K)) · k over window, entries and sink, and rotates it back.
+
+    The output's last R dims are rotated by the inverse of the query's rotation.
 
     Returns:
         [T, H, K] in q's dtype; and lse2, fp32 [T, H], from which `entry_probability_mass` recovers
@@ -48,10 +51,11 @@ def entry_probability_mass(
     """Computes the attention probability of each entry, summed over heads: the KL target's mass.
 
     Args:
-        inputs: as `attention_with_lse2` had them; keys and sink are not read.
-        lse2_TH: as `attention_with_lse2` returned it, so that the window and the sink have a part
-            in the denominator.
-        start, stop: a block of entries, where none are selected; all by default.
+        inputs: those of the `attention_with_lse2` call; keys and sink are not read.
+        lse2_TH: as `attention_with_lse2` returned it, so that the denominator includes the window
+            and the sink.
+        start, stop: the range of entries to compute, used only when ``inputs.selected_Tk`` is None;
+            all by default.
 
     Returns:
         fp32 [T, k], or [T, stop - start] with zeros where a query does not see an entry.

@@ -1,10 +1,10 @@
 """Core attention and the entries' probability mass with torch's functions, on any device.
 
 Queries are handled in chunks, whose logits fill a core's cache or a few large launches of a GPU.
-Backward computes a chunk's probabilities again, so nothing quadratic is ever stored.
+Backward recomputes a chunk's probabilities, so nothing quadratic is ever stored.
 
 T queries, n of a chunk; H heads; K their width; C entries; k selected entries of a query; c keys of
-a chunk, its window's tokens or entries; W the window; R rotated dims.
+one part of a chunk (window tokens, or entries); W the window; R rotary dims (R/2 complex numbers).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch import Tensor
 from model.kernels.attention.inputs import AttentionInputs
 from model.kernels.attention.ranges import AttentionRanges
 
-_CPU_ROWS, _GPU_ROWS = 1 << 11, 1 << 15
-"""Query-head pairs handled at once: on a CPU the logits of a chunk then stay in a core's cache; a
-GPU wants few, large launches, and a chunk with V4's largest selection still takes half a GiB."""
+_CPU_PAIRS, _GPU_PAIRS = 1 << 11, 1 << 15
+"""(query, head) pairs per chunk: on a CPU the logits of a chunk then stay in a core's cache; a GPU
+needs few, large launches, and a chunk with V4's largest selection still takes half a GiB."""
 
 _LOG2E = math.log2(math.e)
-"""Probabilities are powers of two inside: exp2 is the cheaper function, on CPU and GPU alike."""
+"""The softmax works in base 2: exp2 is cheaper than exp on CPU and GPU."""
 
 
 def eager_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """Computes `attention_with_lse2`."""
+    """Computes `model.kernels.attention.attention_with_lse2`."""
     entries_CK, selected_Tk = inputs.entries_CK, inputs.selected_Tk
     if entries_CK is None or entries_CK.shape[0] == 0:
         entries_CK, selected_Tk = None, None
@@ -50,7 +50,7 @@ def eager_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 def eager_entry_probability_mass(
     inputs: AttentionInputs, lse2_TH: Tensor, *, start: int = 0, stop: int | None = None
 ) -> Tensor:
-    """Computes `entry_probability_mass`."""
+    """Computes `model.kernels.attention.entry_probability_mass`."""
     q_THK, entries_CK, ranges = inputs.q_THK, inputs.entries_CK, inputs.ranges
     rotation_TR, selected_Tk = inputs.rotation_TR, inputs.selected_Tk
     assert entries_CK is not None
@@ -61,17 +61,17 @@ def eager_entry_probability_mass(
     mass = torch.empty(tokens, width, dtype=torch.float32, device=q_THK.device)
     index = torch.arange(start, stop, device=q_THK.device)
     keys = entries_CK[start:stop].float()
-    step = max(_chunk_rows(q_THK.device) // heads, 1)
+    step = max(_max_pairs(q_THK.device) // heads, 1)
     for first in range(0, tokens, step):
         rows = slice(first, first + step)
-        ready = _Queries(q_THK[rows], rotation_TR[rows], inputs.norm_eps).ready * _LOG2E
+        scaled_q = _Queries(q_THK[rows], rotation_TR[rows], inputs.norm_eps).scaled_q * _LOG2E
         if selected_Tk is None:
             low, high = ranges.entry_start_T[rows, None], ranges.entry_end_T[rows, None]
             bias = _bias((index >= low) & (index < high))
-            logits = torch.mm(ready.flatten(0, 1), keys.t()).view(*ready.shape[:2], -1)
+            logits = torch.mm(scaled_q.flatten(0, 1), keys.t()).view(*scaled_q.shape[:2], -1)
         else:
             part = _SelectedEntries(selected_Tk[rows], entries_CK)
-            bias, logits = part.bias, part.dot(ready)
+            bias, logits = part.bias, part.dot(scaled_q)
         logits = logits.add_(bias[:, None]).sub_(lse2_TH[rows, :, None])
         mass[rows] = logits.exp2_().sum(1)
     return mass
@@ -79,7 +79,10 @@ def eager_entry_probability_mass(
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Queries [start, stop) in bands of ``band`` tokens, each band sharing its window's keys."""
+    """Queries [start, stop), in sub-blocks (bands) of ``band`` tokens.
+
+    A band shares one slice of W - 1 + band keys; its first own key has index start + shift.
+    """
 
     start: int
     stop: int
@@ -91,19 +94,20 @@ class _Chunk:
         return slice(self.start, self.stop)
 
 
-def _chunk_rows(device: torch.device) -> int:
-    return _CPU_ROWS if device.type == "cpu" else _GPU_ROWS
+def _max_pairs(device: torch.device) -> int:
+    return _CPU_PAIRS if device.type == "cpu" else _GPU_PAIRS
 
 
 def _chunks(
-    segments: tuple[tuple[int, int, int], ...], heads: int, window: int, max_rows: int
+    segments: tuple[tuple[int, int, int], ...], heads: int, window: int, max_pairs: int
 ) -> list[_Chunk]:
     """Divides queries into chunks of bands.
 
-    A band computes W - 1 + band keys per query for W that count; overheads favour wide bands.
+    Each query computes W - 1 + band logits, of which at most W are unmasked; wider bands mean
+    fewer, larger matmuls.
     """
     band = max(window // 4, 8)
-    step = max(max_rows // (heads * band), 1) * band
+    step = max(max_pairs // (heads * band), 1) * band
     chunks = []
     for start, stop, shift in segments:
         full = start + (stop - start) // band * band
@@ -115,7 +119,7 @@ def _chunks(
 
 
 class _Queries:
-    """A chunk's queries, ready for the dot product, and their backward."""
+    """A chunk's queries, normed, scaled and rotated, and the backward of that."""
 
     def __init__(self, q_nHK: Tensor, rotation_nR: Tensor, eps: float) -> None:
         self.raw = q_nHK.float()
@@ -123,14 +127,16 @@ class _Queries:
         self.scale = self.raw.shape[-1] ** -0.5
         square = torch.linalg.vector_norm(self.raw, dim=-1, keepdim=True).square_()
         self.rstd = square.div_(self.raw.shape[-1]).add_(eps).rsqrt_()
-        self.ready = rotate_(self.raw * (self.rstd * self.scale), self.rotation)
+        self.scaled_q = rotate_(self.raw * (self.rstd * self.scale), self.rotation)
 
-    def backward(self, grad_ready: Tensor) -> Tensor:
-        """Returns the raw queries' gradient given that of ``ready``, which is overwritten."""
-        along = torch.linalg.vecdot(grad_ready, self.ready)[..., None] / self.raw.shape[-1]
-        grad = rotate_(grad_ready, self.rotation.conj())
+    def backward(self, grad_scaled_q: Tensor) -> Tensor:
+        """Returns the raw queries' gradient given that of ``scaled_q``, which is overwritten."""
+        # the component of the gradient along q, which the norm removes
+        projection = torch.linalg.vecdot(grad_scaled_q, self.scaled_q)[..., None]
+        projection = projection / self.raw.shape[-1]
+        grad = rotate_(grad_scaled_q, self.rotation.conj())
         grad.mul_(self.rstd * self.scale)
-        return grad.addcmul_(self.raw, self.rstd.square() * along, value=-1)
+        return grad.addcmul_(self.raw, self.rstd.square() * projection, value=-1)
 
 
 def rotate_(x: Tensor, rotation: Tensor) -> Tensor:
@@ -144,9 +150,10 @@ def _bias(visible: Tensor) -> Tensor:
     return torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, float("-inf"))
 
 
-# The keys of a chunk come in one or two parts with the same four methods: ``bias`` [n, c] is 0 or
-# -inf, ``dot`` takes x [n, H, K] to x·kᵀ [n, H, c], ``mix`` takes p [n, H, c] to p·k [n, H, K], and
-# ``accumulate`` adds Σ aᵀ·b over pairs of a [n, H, c] and b [n, H, K] to the keys' gradient.
+# The keys of a chunk are one or two parts, each with an attribute ``bias`` [n, c], 0 or -inf, and
+# three methods: ``dot`` maps x [n, H, K] to x·kᵀ [n, H, c], ``weighted_sum`` maps p [n, H, c] to
+# p·k [n, H, K], and ``accumulate`` adds Σ aᵀ·b over pairs of a [n, H, c] and b [n, H, K] to the
+# keys' gradient.
 
 
 class _WindowKeys:
@@ -177,13 +184,14 @@ class _WindowKeys:
         out = torch.bmm(self._banded(x_nHK), self.keys.transpose(1, 2))
         return out.view(*x_nHK.shape[:2], -1)
 
-    def mix(self, p_nHc: Tensor) -> Tensor:
+    def weighted_sum(self, p_nHc: Tensor) -> Tensor:
         return torch.bmm(self._banded(p_nHc), self.keys).view(*p_nHc.shape[:2], -1)
 
     def accumulate(self, padded_grad: Tensor, pairs: _Pairs) -> None:
         (a, b), (c, d) = [(self._banded(x).transpose(1, 2), self._banded(y)) for x, y in pairs]
         grad = torch.bmm(a, b).baddbmm_(c, d)
-        # Slices of one band's length do not overlap, so that each can be added at once.
+        # Slices of band length from different bands do not overlap: one in-place add per offset
+        # is safe.
         for offset in range(0, self.width, self.chunk.band):
             part = grad[:, offset : offset + self.chunk.band]
             self._slices(padded_grad, offset, part.shape[1]).add_(part)
@@ -207,7 +215,7 @@ class _EntryRange:
     def dot(self, x_nHK: Tensor) -> Tensor:
         return torch.mm(x_nHK.flatten(0, 1), self.keys.t()).view(*x_nHK.shape[:2], -1)
 
-    def mix(self, p_nHc: Tensor) -> Tensor:
+    def weighted_sum(self, p_nHc: Tensor) -> Tensor:
         return torch.mm(p_nHc.flatten(0, 1), self.keys).view(*p_nHc.shape[:2], -1)
 
     def accumulate(self, grad_entries: Tensor, pairs: _Pairs) -> None:
@@ -226,7 +234,7 @@ class _SelectedEntries:
     def dot(self, x_nHK: Tensor) -> Tensor:
         return torch.bmm(x_nHK, self.keys.transpose(1, 2))
 
-    def mix(self, p_nHc: Tensor) -> Tensor:
+    def weighted_sum(self, p_nHc: Tensor) -> Tensor:
         return torch.bmm(p_nHc, self.keys)
 
     def accumulate(self, grad_entries: Tensor, pairs: _Pairs) -> None:
@@ -260,9 +268,9 @@ def _keys_of(
     return parts
 
 
-def _logits(part: _Keys, ready_nHK: Tensor) -> Tensor:
+def _logits(part: _Keys, scaled_q_nHK: Tensor) -> Tensor:
     """Returns base-2 logits, -inf where a query does not see the key."""
-    return part.dot(ready_nHK * _LOG2E).add_(part.bias[:, None])
+    return part.dot(scaled_q_nHK * _LOG2E).add_(part.bias[:, None])
 
 
 class _Attention(torch.autograd.Function):
@@ -279,7 +287,7 @@ class _Attention(torch.autograd.Function):
         window: int,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        ctx.chunks = _chunks(ranges.segments, q.shape[1], window, _chunk_rows(q.device))
+        ctx.chunks = _chunks(ranges.segments, q.shape[1], window, _max_pairs(q.device))
         padded_kv = F.pad(kv.float(), (0, 0, window - 1, 0))
         out_THK = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse2_TH = q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -287,16 +295,16 @@ class _Attention(torch.autograd.Function):
         for chunk in ctx.chunks:
             queries = _Queries(q[chunk.rows], rotation[chunk.rows], eps)
             parts = _keys_of(chunk, padded_kv, entries, selected, ranges, window)
-            logits = [_logits(part, queries.ready) for part in parts]
+            logits = [_logits(part, queries.scaled_q) for part in parts]
             top_nH = sink_H
             for x_nHc in logits:
                 top_nH = torch.maximum(top_nH, x_nHc.amax(-1))
             total_nH = torch.exp2(sink_H - top_nH)
-            out = torch.zeros_like(queries.ready)
+            out = torch.zeros_like(queries.scaled_q)
             for part, x_nHc in zip(parts, logits, strict=True):
                 p_nHc = x_nHc.sub_(top_nH[..., None]).exp2_()
                 total_nH += p_nHc.sum(-1)
-                out += part.mix(p_nHc)
+                out += part.weighted_sum(p_nHc)
             out_THK[chunk.rows] = rotate_(out.div_(total_nH[..., None]), queries.rotation.conj())
             lse2_TH[chunk.rows] = top_nH + total_nH.log2()
         ctx.ranges, ctx.window, ctx.eps = ranges, window, eps
@@ -317,17 +325,17 @@ class _Attention(torch.autograd.Function):
             queries = _Queries(q[rows], rotation[rows], ctx.eps)
             grad_nHK = grad_out_THK[rows].to(torch.float32, copy=True).contiguous()
             rotate_(grad_nHK, queries.rotation)
-            grad_ready = torch.zeros_like(queries.ready)
+            grad_scaled_q = torch.zeros_like(queries.scaled_q)
             for part in _keys_of(chunk, padded_kv, entries, selected, ctx.ranges, ctx.window):
-                p_nHc = _logits(part, queries.ready).sub_(lse2_TH[rows, :, None]).exp2_()
+                p_nHc = _logits(part, queries.scaled_q).sub_(lse2_TH[rows, :, None]).exp2_()
                 ds_nHc = part.dot(grad_nHK).sub_(delta_TH[rows, :, None]).mul_(p_nHc)
                 target = grad_kv if isinstance(part, _WindowKeys) else grad_entries
                 assert target is not None
-                part.accumulate(target, ((ds_nHc, queries.ready), (p_nHc, grad_nHK)))
-                grad_ready += part.mix(ds_nHc)
-            grad_q[rows] = queries.backward(grad_ready)
-        sink_share_TH = torch.exp2(sink.float() * _LOG2E - lse2_TH)
-        grad_sink = -(sink_share_TH * delta_TH).sum(0).to(sink.dtype)
+                part.accumulate(target, ((ds_nHc, queries.scaled_q), (p_nHc, grad_nHK)))
+                grad_scaled_q += part.weighted_sum(ds_nHc)
+            grad_q[rows] = queries.backward(grad_scaled_q)
+        sink_probability_TH = torch.exp2(sink.float() * _LOG2E - lse2_TH)
+        grad_sink = -(sink_probability_TH * delta_TH).sum(0).to(sink.dtype)
         grad_kv = grad_kv[ctx.window - 1 :].to(kv.dtype)
         if grad_entries is not None:
             grad_entries = grad_entries.to(entries.dtype)

@@ -1,21 +1,22 @@
 """Core attention in Triton for Hopper, forward and backward; compared with ``naive.py``.
 
-One key serves all heads and is its own value, so a program holds ``rows`` pairs (token, head), 64
-heads of one token at V4's widths, reads each tile of keys once and uses it for both matmuls. The
-softmax is online, in base 2, over a range of window tokens and then a range of entries or a
-gathered list; it starts from the sink (logit in, no value). Every mask is a pair of integers per
-query. Forward saves only out and lse2. Backward writes the normalised, rotated queries and the
-rotated gradient once (a workspace of two tensors of q's size), because every block of keys reads
-them.
+All heads share one key-value head whose keys are the values. A program therefore handles ``rows``
+(token, head) pairs (64 heads of one token at V4's widths), loads each key tile once and uses it for
+both matmuls. The softmax is online, in base 2, over a range of window tokens and then over a range
+of entries or the selected entries; it starts from the sink's logit, which has no value. Every mask
+is a pair of integers per query. Forward saves only out and lse2. Backward writes the normed,
+rotated queries and the rotated gradient once (a workspace of two tensors of q's size), because
+every block of keys reads them.
 
-What one query token costs, n being the keys that it sees (window W and entries), in bf16:
+Cost of one query token in bf16, n being the number of keys that it sees (window W and entries):
 
-    forward    4·H·K·n operations; reads q, writes out: 4·H·K bytes; keys come from L2
-    backward  14·H·K·n operations (4 for s and dp twice, 6 for dq and dk); 20·H·K bytes: reads q,
+    forward    4·H·K·n FLOPs; reads q, writes out: 4·H·K bytes; keys come from L2
+    backward  14·H·K·n FLOPs (4 for s and dp twice, 6 for dq and dk); 20·H·K bytes: reads q,
                out, grad_out and writes the workspace; reads that twice; writes dq
 
-    floor per token at 989 TFLOP/s and 3.35 TB/s, forward / backward, in ns:
-                               n     operations      bytes       measured
+    roofline bound per token on an H100 SXM (989 dense bf16 TFLOP/s, 3.35 TB/s), forward / backward,
+    in ns:
+                               n       FLOPs         bytes       measured
     Flash, window only        128      17 /   59    39 / 196     not yet timed
     Flash, HCA of 64K rows    384      51 /  178    39 / 196     not yet timed
     Flash, CSA, k = 512       640      85 /  297    39 / 196 *   not yet timed
@@ -32,7 +33,8 @@ key tile is what is left to choose; queries and keys get their gradients from se
 which makes keys' gradients sums in a fixed order. As compiled for Hopper, both halves of a
 program's warps compute s, so that forward issues 6·H·K·n operations for the 4·H·K·n it needs.
 
-T queries; H heads; K their width (DIM); R rotated dims (ROTARY); C entries; k selected entries.
+T queries; H heads; K their width (DIM); R rotated dims (ROTARY); C entries; k selected entries of a
+query.
 """
 
 from __future__ import annotations
@@ -47,58 +49,61 @@ from torch import Tensor
 from model.kernels.attention.inputs import AttentionInputs
 from model.kernels.attention.key_gradient_triton import entry_gradients, range_gradients
 from model.kernels.attention.parts_triton import (
+    ENTRY_RANGE,
     LOG2E,
+    SELECTED_ENTRIES,
     Blocks,
     Call,
     blocks_for,
     bounds,
     check,
+    load_queries,
     range_tile,
-    ready_queries,
     rows_of_program,
     selected_tile,
 )
-from model.kernels.attention.query_gradient_triton import prepared, query_gradients
+from model.kernels.attention.query_gradient_triton import prepare_rows, query_gradients
 from model.kernels.attention.ranges import AttentionRanges
-from model.kernels.norm.rotation_triton import angles_of, turned
+from model.kernels.norm.rotation_triton import cos_sin_of, rotate_pairs
 
 
 @triton.jit
-def _staged_ready(
+def _staged_queries(
     q,
     stage,
-    rotation,
+    cos_sin,
     row,
     token,
-    live,
+    in_bounds,
     eps,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     ROTARY: tl.constexpr,
 ):
-    """`ready_queries` in the dtype of ``stage``, by way of it: it is like q and free until the end.
+    """Stores `load_queries` in ``stage`` and loads it back in its dtype.
 
-    What a program loads, Triton hands to the tensor cores from shared memory; what it computes,
-    from registers, of which the accumulator leaves too few. The detour stays in L2.
+    ``stage`` is a buffer shaped like q, here the output, which is not written before the end.
+    Triton feeds loaded operands to the tensor cores from shared memory but computed ones from
+    registers, of which the accumulator leaves too few. The detour stays in L2.
     """
-    ready, _ = ready_queries(q, rotation, row, token, live, eps, ROWS, DIM, ROTARY)
+    normed_q, _ = load_queries(q, cos_sin, row, token, in_bounds, eps, ROWS, DIM, ROTARY)
     at = row.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
-    tl.store(stage + at, ready.to(stage.dtype.element_ty), mask=live[:, None])
+    tl.store(stage + at, normed_q.to(stage.dtype.element_ty), mask=in_bounds[:, None])
     tl.debug_barrier()
-    return tl.load(stage + at, mask=live[:, None], other=0.0)
+    return tl.load(stage + at, mask=in_bounds[:, None], other=0.0)
 
 
 @triton.jit
-def _softmax_step(q, k, visible, top, total, acc, scale):
-    """One online-softmax step over keys k, which are also the values."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+def _softmax_step(q, k, visible, top, total, acc, scale_log2):
+    """Computes one online-softmax step over keys k, which are also the values."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
     s = tl.where(visible, s, float("-inf"))
-    higher = tl.maximum(top, tl.max(s, 1))
-    p = tl.exp2(s - higher[:, None])
-    shrink = tl.exp2(top - higher)
-    total = total * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(k.dtype), k, acc * shrink[:, None], input_precision="ieee")
-    return higher, total, acc
+    new_top = tl.maximum(top, tl.max(s, 1))
+    p = tl.exp2(s - new_top[:, None])
+    rescale = tl.exp2(top - new_top)
+    total = total * rescale + tl.sum(p, 1)
+    acc = tl.dot(p.to(k.dtype), k, acc * rescale[:, None], input_precision="ieee")
+    return new_top, total, acc
 
 
 @triton.jit
@@ -108,20 +113,20 @@ def _softmax_over_range(
     low_T,
     high_T,
     token,
-    live,
+    in_bounds,
     top,
     total,
     acc,
-    scale,
+    scale_log2,
     DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The steps over all keys that each row sees, from low_T to high_T."""
-    low, high, first, end = bounds(low_T, high_T, token, live)
+    """Runs `_softmax_step` over all keys in each row's range [low_T, high_T)."""
+    low, high, first, end = bounds(low_T, high_T, token, in_bounds)
     for start in tl.range(first, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         k, visible = range_tile(keys, n, low, high, end, DIM)
-        top, total, acc = _softmax_step(q, k, visible, top, total, acc, scale)
+        top, total, acc = _softmax_step(q, k, visible, top, total, acc, scale_log2)
     return top, total, acc
 
 
@@ -132,7 +137,7 @@ def _forward(
     entries,
     selected,
     sink,
-    rotation,
+    cos_sin,
     key_start,
     key_end,
     entry_start,
@@ -143,7 +148,7 @@ def _forward(
     heads,
     num_selected,
     eps,
-    scale,
+    scale_log2,
     DIM: tl.constexpr,
     ROTARY: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -152,39 +157,54 @@ def _forward(
     MODE: tl.constexpr,
 ):
     ROWS: tl.constexpr = BLOCK_T * BLOCK_H
-    token, head, row, live = rows_of_program(tokens, heads, BLOCK_T, BLOCK_H)
-    ready = _staged_ready(q, out, rotation, row, token, live, eps, ROWS, DIM, ROTARY)
-    top = tl.load(sink + head, mask=live, other=0.0).to(tl.float32) * 1.4426950408889634
+    token, head, row, in_bounds = rows_of_program(tokens, heads, BLOCK_T, BLOCK_H)
+    normed_q = _staged_queries(q, out, cos_sin, row, token, in_bounds, eps, ROWS, DIM, ROTARY)
+    top = tl.load(sink + head, mask=in_bounds, other=0.0).to(tl.float32) * 1.4426950408889634
     total = tl.full((ROWS,), 1.0, tl.float32)
     acc = tl.zeros((ROWS, DIM), tl.float32)
     top, total, acc = _softmax_over_range(
-        ready, keys, key_start, key_end, token, live, top, total, acc, scale, DIM, BLOCK_N
+        normed_q,
+        keys,
+        key_start,
+        key_end,
+        token,
+        in_bounds,
+        top,
+        total,
+        acc,
+        scale_log2,
+        DIM,
+        BLOCK_N,
     )
-    if MODE == 1:
+    if MODE == ENTRY_RANGE:
         top, total, acc = _softmax_over_range(
-            ready,
+            normed_q,
             entries,
             entry_start,
             entry_end,
             token,
-            live,
+            in_bounds,
             top,
             total,
             acc,
-            scale,
+            scale_log2,
             DIM,
             BLOCK_N,
         )
-    if MODE == 2:
-        one = tl.min(tl.where(live, token, tokens), 0)
+    if MODE == SELECTED_ENTRIES:
+        one = tl.min(tl.where(in_bounds, token, tokens), 0)
         for start in tl.range(0, tl.load(entry_end + one), BLOCK_N):
-            place = start + tl.arange(0, BLOCK_N)
-            entry, k = selected_tile(entries, selected, one, place, num_selected, DIM)
-            top, total, acc = _softmax_step(ready, k, (entry >= 0)[None, :], top, total, acc, scale)
-    acc = turned(acc / total[:, None], rotation, token, live, -1.0, ROWS, DIM, DIM, ROTARY)
+            column = start + tl.arange(0, BLOCK_N)
+            entry, k = selected_tile(entries, selected, one, column, num_selected, DIM)
+            top, total, acc = _softmax_step(
+                normed_q, k, (entry >= 0)[None, :], top, total, acc, scale_log2
+            )
+    acc = rotate_pairs(
+        acc / total[:, None], cos_sin, token, in_bounds, -1.0, ROWS, DIM, DIM, ROTARY
+    )
     at = row.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=live[:, None])
-    tl.store(lse2 + row, top + tl.log2(total), mask=live)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=in_bounds[:, None])
+    tl.store(lse2 + row, top + tl.log2(total), mask=in_bounds)
 
 
 def attention(
@@ -194,8 +214,8 @@ def attention(
 
     Args:
         deterministic: the gradient of selected entries is summed in a fixed order through a
-            workspace instead of by atomics. All other gradients always are.
-        blocks: sizes of the launches; those for K by default.
+            workspace instead of by atomics. All other gradients are deterministic anyway.
+        blocks: block sizes of the launches; by default those for K.
 
     Returns:
         [T, H, K] in q's dtype, and lse2 fp32 [T, H]: log2 of the softmax's denominator, sink
@@ -203,7 +223,7 @@ def attention(
 
     Raises:
         UnsupportedError: a GPU cannot run this device, dtype or K, or T·H is 2^30 or more.
-        ValueError: K has no known sizes and ``blocks`` is not given.
+        ValueError: no block sizes are known for K and ``blocks`` is not given.
     """
     q_THK, entries_CK, selected_Tk = inputs.q_THK, inputs.entries_CK, inputs.selected_Tk
     check(q_THK)
@@ -215,7 +235,7 @@ def attention(
         inputs.kv_TK.contiguous(),
         None if entries_CK is None else entries_CK.contiguous(),
         inputs.sink_H,
-        angles_of(inputs.rotation_TR),
+        cos_sin_of(inputs.rotation_TR),
         inputs.ranges,
         selected_Tk,
         inputs.norm_eps,
@@ -232,7 +252,7 @@ class _Attention(torch.autograd.Function):
         kv: Tensor,
         entries: Tensor | None,
         sink: Tensor,
-        angles: Tensor,
+        cos_sin: Tensor,
         ranges: AttentionRanges,
         selected: Tensor | None,
         eps: float,
@@ -250,7 +270,7 @@ class _Attention(torch.autograd.Function):
                 entries,
                 call.selected,
                 sink.contiguous(),
-                angles,
+                cos_sin,
                 *call.visible,
                 out,
                 lse2,
@@ -258,9 +278,9 @@ class _Attention(torch.autograd.Function):
                 call.heads,
                 call.num_selected,
                 eps,
-                call.scale,
+                call.scale_log2,
                 DIM=call.dim,
-                ROTARY=angles.shape[1],
+                ROTARY=cos_sin.shape[1],
                 BLOCK_T=block_t,
                 BLOCK_H=block_h,
                 BLOCK_N=blocks.keys,
@@ -268,18 +288,18 @@ class _Attention(torch.autograd.Function):
                 **blocks.options,
             )
         ctx.eps, ctx.ranges, ctx.blocks, ctx.deterministic = eps, ranges, blocks, deterministic
-        ctx.save_for_backward(q, kv, entries, sink, angles, selected, out, lse2)
+        ctx.save_for_backward(q, kv, entries, sink, cos_sin, selected, out, lse2)
         ctx.mark_non_differentiable(lse2)
         return out, lse2
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, kv, entries, sink, angles, selected, out, lse2 = ctx.saved_tensors
+        q, kv, entries, sink, cos_sin, selected, out, lse2 = ctx.saved_tensors
         call = Call(q, entries, ctx.ranges, selected, ctx.blocks)
-        rows = prepared(q, out, grad_out.contiguous(), angles, lse2, ctx.eps, call.blocks)
-        grad_q = query_gradients(call, rows, q, kv, entries, angles)
+        rows = prepare_rows(q, out, grad_out.contiguous(), cos_sin, lse2, ctx.eps, call.blocks)
+        grad_q = query_gradients(call, rows, q, kv, entries, cos_sin)
         grad_kv = range_gradients(call, rows, kv, call.key_start, call.key_end).to(kv.dtype)
         grad_entries = entry_gradients(call, rows, entries, ctx.deterministic)
-        share_TH = torch.exp2(sink.float() * LOG2E - lse2)
-        grad_sink = -(share_TH * rows.delta).sum(0).to(sink.dtype)
+        sink_probability_TH = torch.exp2(sink.float() * LOG2E - lse2)
+        grad_sink = -(sink_probability_TH * rows.delta).sum(0).to(sink.dtype)
         return grad_q, grad_kv, grad_entries, grad_sink, *[None] * 6

@@ -1,6 +1,6 @@
 """The arguments that the public, eager and Triton versions of core attention share.
 
-T queries and tokens; H heads; K their width; C compressed entries; R rotated dims (R/2 complex
+T queries and tokens; H heads; K their width; C compressed entries; R rotary dims (R/2 complex
 numbers); k selected entries of a query.
 """
 
@@ -15,17 +15,17 @@ from model.kernels.attention.ranges import AttentionRanges
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What V4's multi-query attention with one shared key-value head is computed from.
+    """Inputs of V4's multi-query attention.
 
     Attributes:
         q_THK: queries before their norm and rotation.
-        kv_TK: the keys, which are also the values, normalised and rotated; at least those of the
-            queries' own tokens.
-        entries_CK: compressed entries, normalised and rotated.
-        sink_H: logit of each head's sink, which takes probability and gives no value.
+        kv_TK: keys (= values), normed and rotated, of the queries' tokens and of the halo before
+            them, if any.
+        entries_CK: compressed entries, normed and rotated.
+        sink_H: logit of each head's sink, which takes probability and has no value.
         rotation_TR: complex [T, R/2], the rotation at each query's position.
         ranges: the visible range of tokens and of entries for each query.
-        selected_Tk: the entries selected for each query (-1: none); without it a query sees its
+        selected_Tk: the entries selected for each query (-1: none); None if a query sees its
             whole range. A query that sees at most k entries must have all of them selected.
         window: W, the maximum number of tokens that a query sees.
         norm_eps: of the queries' RMS norm.
@@ -52,13 +52,16 @@ class AttentionInputs:
             sink_H=self.sink_H.detach(),
         )
 
-    def of_queries(self, rows: slice | Tensor, columns: slice) -> AttentionInputs:
-        """Returns some of the queries, and some places of their lists; of use to entries alone."""
+    def select(self, rows: slice | Tensor, columns: slice) -> AttentionInputs:
+        """Restricts to some queries and, if entries are selected, to some of their k columns.
+
+        The result has no segments and is valid for entries only.
+        """
         selected_Tk = None if self.selected_Tk is None else self.selected_Tk[rows, columns]
         return replace(
             self,
             q_THK=self.q_THK[rows],
             rotation_TR=self.rotation_TR[rows],
-            ranges=self.ranges.of(rows),
+            ranges=self.ranges.select(rows),
             selected_Tk=selected_Tk,
         )

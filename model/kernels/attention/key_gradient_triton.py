@@ -1,7 +1,8 @@
 """Core attention's gradients of keys and of entries in Triton.
 
-A program has a block of keys and passes over the queries that see one of them, or some selected
-entries of one token and passes over its heads. ``forward_triton.py`` has the plan and the floors.
+Each program owns one block of keys and loops over the queries that see any of them; or owns one
+block of a token's selected entries and loops over its heads. ``forward_triton.py`` has the plan and
+the roofline bounds.
 
 T queries; H heads; K their width (DIM); C entries; k selected entries of a query.
 """
@@ -21,23 +22,33 @@ from model.kernels.attention.ranges import queries_of_blocks
 
 @triton.jit
 def _key_gradient_step(
-    both, k, visible, lse2, delta, acc, scale, root, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
+    q_and_grad,
+    k,
+    visible,
+    lse2,
+    delta,
+    acc,
+    scale_log2,
+    softmax_scale,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Adds dsᵀ · q + pᵀ · grad, this tile of queries' share, to the gradient of keys k.
+    """Adds dsᵀ · q + pᵀ · grad of this tile of queries to the gradient of keys k.
 
-    ``both`` [2·ROWS, DIM] alternates queries and their gradients, so that each is one matmul.
+    ``q_and_grad`` [2·ROWS, DIM] alternates queries and output gradients: one matmul gives s and dp,
+    another adds both products.
     """
-    x = tl.dot(k, tl.trans(both), input_precision="ieee")
+    x = tl.dot(k, tl.trans(q_and_grad), input_precision="ieee")
     s, dp = tl.split(tl.reshape(x, (BLOCK_N, ROWS, 2)))
-    p = tl.exp2(tl.where(visible, s * scale - lse2[None, :], float("-inf")))
-    ds = p * (dp - delta[None, :]) * root
+    p = tl.exp2(tl.where(visible, s * scale_log2 - lse2[None, :], float("-inf")))
+    ds = p * (dp - delta[None, :]) * softmax_scale
     weight = tl.reshape(tl.join(ds, p), (BLOCK_N, 2 * ROWS))
-    return tl.dot(weight.to(both.dtype), both, acc, input_precision="ieee")
+    return tl.dot(weight.to(q_and_grad.dtype), q_and_grad, acc, input_precision="ieee")
 
 
 @triton.jit
 def _grad_keys(
-    both,
+    q_and_grad,
     keys,
     start_T,
     end_T,
@@ -48,15 +59,16 @@ def _grad_keys(
     grad,
     count,
     heads,
-    scale,
-    root,
+    scale_log2,
+    softmax_scale,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Keys [BLOCK_N] against the queries that may see them, one of several equal parts of these.
+    """Computes the gradient of a block of keys from one of several equal parts of its queries.
 
-    Written as fp32 [parts, count, DIM]; nothing is added to by two programs.
+    Its queries are those that see any of the keys. Writes fp32 [parts, count, DIM]; no two programs
+    write the same element.
     """
     block, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -64,21 +76,30 @@ def _grad_keys(
     acc = tl.zeros((BLOCK_N, DIM), tl.float32)
     first = tl.load(query_start + block) * heads
     last = tl.load(query_end + block) * heads
-    share = tl.cdiv(tl.cdiv(last - first, parts), ROWS) * ROWS
-    end = tl.minimum(first + (part + 1) * share, last)
-    for start in tl.range(first + part * share, end, ROWS):
+    span = tl.cdiv(tl.cdiv(last - first, parts), ROWS) * ROWS
+    end = tl.minimum(first + (part + 1) * span, last)
+    for start in tl.range(first + part * span, end, ROWS):
         row = start + tl.arange(0, ROWS)
-        live = row < end
+        in_bounds = row < end
         token = row // heads
-        low = tl.load(start_T + token, mask=live, other=FAR)
-        high = tl.load(end_T + token, mask=live, other=0)
+        low = tl.load(start_T + token, mask=in_bounds, other=FAR)
+        high = tl.load(end_T + token, mask=in_bounds, other=0)
         pair = 2 * start + tl.arange(0, 2 * ROWS)
-        q_and_grad = tile(both, pair, pair < 2 * end, DIM)
-        row_lse2 = tl.load(lse2 + row, mask=live, other=0.0)
-        row_delta = tl.load(delta + row, mask=live, other=0.0)
+        q_and_grad_tile = tile(q_and_grad, pair, pair < 2 * end, DIM)
+        row_lse2 = tl.load(lse2 + row, mask=in_bounds, other=0.0)
+        row_delta = tl.load(delta + row, mask=in_bounds, other=0.0)
         visible = (n[:, None] >= low[None, :]) & (n[:, None] < high[None, :])
         acc = _key_gradient_step(
-            q_and_grad, k, visible, row_lse2, row_delta, acc, scale, root, ROWS, BLOCK_N
+            q_and_grad_tile,
+            k,
+            visible,
+            row_lse2,
+            row_delta,
+            acc,
+            scale_log2,
+            softmax_scale,
+            ROWS,
+            BLOCK_N,
         )
     at = (part.to(tl.int64) * count + n)[:, None] * DIM + tl.arange(0, DIM)[None, :]
     tl.store(grad + at, acc, mask=(n < count)[:, None])
@@ -86,7 +107,7 @@ def _grad_keys(
 
 @triton.jit
 def _grad_selected(
-    both,
+    q_and_grad,
     entries,
     selected,
     lse2,
@@ -95,17 +116,17 @@ def _grad_selected(
     first_token,
     heads,
     num_selected,
-    scale,
-    root,
+    scale_log2,
+    softmax_scale,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ATOMIC: tl.constexpr,
 ):
-    """Multiplies one token's selected entries [BLOCK_N] with all its heads.
+    """Computes the gradient of one token's selected entries [BLOCK_N], summed over its heads.
 
-    Either added to the entries' gradient [C, DIM] by atomics, in any order, or written as a row
-    for each pair (token, place), [tokens · k, DIM], which ``add_pairs`` adds up in order.
+    Either adds it to the entries' gradient [C, DIM] by atomics, in any order, or writes one row for
+    each (token, column) pair, [tokens · k, DIM], which ``add_pairs`` sums in a fixed order.
     """
     token = first_token + tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -117,15 +138,24 @@ def _grad_selected(
         acc = tl.zeros((BLOCK_N, DIM), tl.float32)
         for start in tl.range(0, heads, ROWS):
             head = start + tl.arange(0, ROWS)
-            live = head < heads
+            in_bounds = head < heads
             row = token * heads + head
             pair = 2 * start + tl.arange(0, 2 * ROWS)
-            q_and_grad = tile(both, 2 * token * heads + pair, pair < 2 * heads, DIM)
-            row_lse2 = tl.load(lse2 + row, mask=live, other=0.0)
-            row_delta = tl.load(delta + row, mask=live, other=0.0)
-            visible = (entry >= 0)[:, None] & live[None, :]
+            q_and_grad_tile = tile(q_and_grad, 2 * token * heads + pair, pair < 2 * heads, DIM)
+            row_lse2 = tl.load(lse2 + row, mask=in_bounds, other=0.0)
+            row_delta = tl.load(delta + row, mask=in_bounds, other=0.0)
+            visible = (entry >= 0)[:, None] & in_bounds[None, :]
             acc = _key_gradient_step(
-                q_and_grad, k, visible, row_lse2, row_delta, acc, scale, root, ROWS, BLOCK_N
+                q_and_grad_tile,
+                k,
+                visible,
+                row_lse2,
+                row_delta,
+                acc,
+                scale_log2,
+                softmax_scale,
+                ROWS,
+                BLOCK_N,
             )
         dim = tl.arange(0, DIM)[None, :]
         if ATOMIC:
@@ -139,10 +169,13 @@ def _grad_selected(
 def entry_gradients(
     call: Call, rows: Rows, entries: Tensor | None, deterministic: bool
 ) -> Tensor | None:
-    """Returns the entries' gradient in their dtype; lists are summed in a fixed order or in any."""
+    """Returns the entries' gradient in their dtype.
+
+    With selected entries the sum is in a fixed order if ``deterministic``, else atomic.
+    """
     if entries is None:
         return None
-    if call.mode == ENTRY_RANGE:
+    if call.mode == ENTRY_RANGE.value:
         sums = range_gradients(call, rows, entries, call.entry_start, call.entry_end)
     else:
         sums = _selected_gradients(call, rows, entries, deterministic)
@@ -150,17 +183,20 @@ def entry_gradients(
 
 
 def range_gradients(call: Call, rows: Rows, keys: Tensor, start_T: Tensor, end_T: Tensor) -> Tensor:
-    """Returns the fp32 gradient of keys; query t sees start_T[t] to end_T[t], which only grow."""
-    count, block = keys.shape[0], call.blocks.key_keys
+    """Returns the fp32 gradient of keys, of which query t sees [start_T[t], end_T[t]).
+
+    Neither bound decreases with t.
+    """
+    count, block = keys.shape[0], call.blocks.dk_keys
     if not count or not call.tokens:
         return torch.zeros_like(keys, dtype=torch.float32)
     first = torch.arange(0, count, block, dtype=torch.int32, device=keys.device)
     query_start, query_end = queries_of_blocks(first, block, start_T, end_T)
     parts = max(call.blocks.programs // len(first), 1)
-    parts = min(parts, triton.cdiv(call.tokens * call.heads, call.blocks.key_rows))
+    parts = min(parts, triton.cdiv(call.tokens * call.heads, call.blocks.dk_rows))
     grad = torch.empty((parts, *keys.shape), dtype=torch.float32, device=keys.device)
     _grad_keys[(len(first), parts)](
-        rows.both,
+        rows.q_and_grad,
         keys,
         start_T,
         end_T,
@@ -171,10 +207,10 @@ def range_gradients(call: Call, rows: Rows, keys: Tensor, start_T: Tensor, end_T
         grad,
         count,
         call.heads,
-        call.scale,
-        call.root,
+        call.scale_log2,
+        call.softmax_scale,
         DIM=call.dim,
-        ROWS=call.blocks.key_rows,
+        ROWS=call.blocks.dk_rows,
         BLOCK_N=block,
         **call.blocks.options,
     )
@@ -182,7 +218,7 @@ def range_gradients(call: Call, rows: Rows, keys: Tensor, start_T: Tensor, end_T
 
 
 def _selected_gradients(call: Call, rows: Rows, entries: Tensor, deterministic: bool) -> Tensor:
-    """Returns the fp32 gradient of entries where every query sees its list."""
+    """Returns the fp32 gradient of entries where each query attends to its selected ones."""
     grad = torch.zeros_like(entries, dtype=torch.float32)
     chunk = call.tokens
     if deterministic:
@@ -190,8 +226,8 @@ def _selected_gradients(call: Call, rows: Rows, entries: Tensor, deterministic: 
         pairs = grad.new_empty(chunk * call.num_selected, call.dim)
     for first in range(0, call.tokens, max(chunk, 1)):
         tokens = min(chunk, call.tokens - first)
-        _grad_selected[(tokens, triton.cdiv(call.num_selected, call.blocks.key_keys))](
-            rows.both,
+        _grad_selected[(tokens, triton.cdiv(call.num_selected, call.blocks.dk_keys))](
+            rows.q_and_grad,
             entries,
             call.selected,
             rows.lse2,
@@ -200,11 +236,11 @@ def _selected_gradients(call: Call, rows: Rows, entries: Tensor, deterministic: 
             first,
             call.heads,
             call.num_selected,
-            call.scale,
-            call.root,
+            call.scale_log2,
+            call.softmax_scale,
             DIM=call.dim,
-            ROWS=call.blocks.key_rows,
-            BLOCK_N=call.blocks.key_keys,
+            ROWS=call.blocks.dk_rows,
+            BLOCK_N=call.blocks.dk_keys,
             ATOMIC=not deterministic,
             **call.blocks.options,
         )

@@ -1,10 +1,10 @@
-"""Sums of many rows by a row each belongs to, in a fixed order: the adjoint of a gather.
+"""Deterministic segment sum (index_add in a fixed order): the adjoint of a gather.
 
-Gradients of entries that queries selected, of attention and of the indexer's objective: each
-(query, place) pair's share has a separate row, and each entry adds up its pairs' in the order
+Used for the gradients of selected entries in attention and in the indexer's objective: each
+(query, column) pair's gradient is a separate row, and each entry sums its pairs' rows in the order
 of the queries, so that two runs agree bit for bit where atomics would not.
 
-P pairs; C entries.
+P (query, column) pairs; C entries; d row width (DIM).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @triton.jit
 def _sum_pairs(pairs, order, bounds, grad, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds to one entry's gradient the rows of its pairs, in the order of the queries."""
+    """Adds the rows of one entry's pairs to its gradient, in the order of the queries."""
     entry = tl.program_id(0)
     dim = tl.arange(0, DIM)
     first, last = tl.load(bounds + entry), tl.load(bounds + entry + 1)
@@ -36,8 +36,8 @@ def add_pairs(pairs: Tensor, entry_P: Tensor, grad: Tensor) -> None:
     """Adds row i of ``pairs`` to row entry_P[i] of ``grad``, for each row of grad in order of i.
 
     Args:
-        pairs: fp32 [P, d] or more dims before d.
-        entry_P: -1 where a row belongs to none.
+        pairs: fp32 [..., d] with P rows.
+        entry_P: the row of ``grad`` that each row of ``pairs`` is added to, -1 for none.
         grad: fp32 [C, d].
     """
     entry_sorted, order = entry_P.sort(stable=True)

@@ -1,7 +1,8 @@
-"""Shared parts of core attention's kernels: sizes of launches, a call's ranges, parts of programs.
+"""What core attention's kernels share: block sizes, the arguments of a call, and device functions.
 
-T queries; H heads; K their width (DIM); R rotated dims (ROTARY); k selected entries. In the parts
-``token`` and ``row`` index [T] and [T, H], and ``live`` masks what is outside.
+T queries; H heads; K their width (DIM); R rotary dims (ROTARY); C entries; k selected entries of a
+query. In device functions ``token`` indexes [T], ``row`` indexes [T, H] as token · H + head, and
+``in_bounds`` masks the rows that exist.
 """
 
 from __future__ import annotations
@@ -16,35 +17,39 @@ from torch import Tensor
 
 from model.kernels import backend
 from model.kernels.attention.ranges import AttentionRanges
-from model.kernels.norm.rotation_triton import turned
+from model.kernels.norm.rotation_triton import rotate_pairs
 
 LOG2E = math.log2(math.e)
-NO_ENTRIES, ENTRY_RANGE, SELECTED_ENTRIES = range(3)
+NO_ENTRIES, ENTRY_RANGE, SELECTED_ENTRIES = (tl.constexpr(mode) for mode in range(3))
+"""Values of MODE: which entries a query attends to besides its window."""
 _MIN_ROWS = 16
-"""The tensor cores take no fewer."""
+"""Minimum number of rows of a tensor-core operand."""
 FAR = tl.constexpr(2**31 - 1)
-"""The first key of a row that is outside."""
+"""Start of the key range of out-of-bounds rows: larger than any key, so that minima ignore it."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of the launches, all powers of two.
+    """Block sizes of the launches, all powers of two.
 
     Attributes:
-        rows, keys: pairs (token, head) of a program and keys of a step, where rows stay.
-        grad_rows, grad_keys: the same in the kernel of the queries' gradient.
-        key_rows, key_keys: in the kernels of the keys' gradient, where keys stay.
+        rows, keys: forward: (token, head) pairs per program and keys per step (the program loops
+            over keys).
+        dq_rows, dq_keys: the same in the kernel of the queries' gradient.
+        dk_rows, dk_keys: keys' gradient: rows per step and keys per program (the program loops over
+            rows).
+        warps, stages: warps of a program and stages of its software pipeline.
         programs: with fewer blocks of keys than this, their queries are divided over several
             programs whose sums are added afterwards.
-        pair_bytes: workspace of a deterministic gradient of selected entries.
+        pair_bytes: size of the workspace of a deterministic gradient of selected entries.
     """
 
     rows: int
     keys: int
-    grad_rows: int
-    grad_keys: int
-    key_rows: int
-    key_keys: int
+    dq_rows: int
+    dq_keys: int
+    dk_rows: int
+    dk_keys: int
     warps: int = 8
     stages: int = 2
     programs: int = 528
@@ -65,81 +70,89 @@ _BLOCKS = {
 
 
 def blocks_for(head_dim: int) -> Blocks:
-    """Returns the sizes for a head width.
+    """Returns the block sizes for a head width.
 
     Raises:
         ValueError: no sizes are known for this width.
     """
     if head_dim not in _BLOCKS:
-        raise ValueError(f"head_dim is {head_dim}; Triton attention knows {sorted(_BLOCKS)}")
+        raise ValueError(f"head_dim is {head_dim}; Triton attention supports {sorted(_BLOCKS)}")
     return _BLOCKS[head_dim]
 
 
 @triton.jit
-def ready_queries(
+def load_queries(
     q,
-    rotation,
+    cos_sin,
     row,
     token,
-    live,
+    in_bounds,
     eps,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     ROTARY: tl.constexpr,
 ):
-    """Queries [ROWS, DIM] in fp32 after their norm and rotation, and 1 / rms [ROWS]."""
+    """Loads queries: fp32 [ROWS, DIM] after their norm and rotation, and 1 / rms [ROWS]."""
     dim = tl.arange(0, DIM)
     at = row.to(tl.int64)[:, None] * DIM + dim[None, :]
-    x = tl.load(q + at, mask=live[:, None], other=0.0).to(tl.float32)
+    x = tl.load(q + at, mask=in_bounds[:, None], other=0.0).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)
-    return turned(x * rstd[:, None], rotation, token, live, 1.0, ROWS, DIM, DIM, ROTARY), rstd
+    return rotate_pairs(
+        x * rstd[:, None], cos_sin, token, in_bounds, 1.0, ROWS, DIM, DIM, ROTARY
+    ), rstd
 
 
 @triton.jit
 def tile(keys, index, valid, DIM: tl.constexpr):
-    """Keys [n, DIM] by index [n]; zeros where not valid."""
+    """Loads keys [n, DIM] by index [n]; zeros where not valid."""
     at = index.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
     return tl.load(keys + at, mask=valid[:, None], other=0.0)
 
 
 @triton.jit
 def range_tile(keys, n, low, high, end, DIM: tl.constexpr):
-    """Keys number n [BLOCK_N] before ``end``, and which of them each row sees."""
+    """Loads keys n [BLOCK_N] that are below ``end``; returns them and which of them a row sees."""
     visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
     return tile(keys, n, n < end, DIM), visible
 
 
 @triton.jit
-def selected_tile(entries, selected, token, place, num_selected, DIM: tl.constexpr):
-    """The entries at ``place`` [BLOCK_N] of one token's list; where there is none, -1 and zeros."""
+def selected_tile(entries, selected, token, column, num_selected, DIM: tl.constexpr):
+    """Loads one token's selected entries in these columns [BLOCK_N]: indices (-1: none) and rows.
+
+    Rows are zero where there is no entry.
+    """
     entry = tl.load(
-        selected + token.to(tl.int64) * num_selected + place, mask=place < num_selected, other=-1
+        selected + token.to(tl.int64) * num_selected + column, mask=column < num_selected, other=-1
     )
     return entry, tile(entries, entry, entry >= 0, DIM)
 
 
 @triton.jit
 def rows_of_program(tokens, heads, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
-    """token, head, row, live of BLOCK_T tokens by BLOCK_H heads; the last tokens come first."""
+    """Returns token, head and row indices of this program and their in-bounds mask.
+
+    A program handles BLOCK_T tokens times BLOCK_H heads; the first programs get the last tokens.
+    """
     head_blocks = tl.cdiv(heads, BLOCK_H)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    place = tl.arange(0, BLOCK_T * BLOCK_H)
-    token = program // head_blocks * BLOCK_T + place // BLOCK_H
-    head = program % head_blocks * BLOCK_H + place % BLOCK_H
-    live = (token < tokens) & (head < heads)
-    return token, head, token * heads + head, live
+    index = tl.arange(0, BLOCK_T * BLOCK_H)
+    token = program // head_blocks * BLOCK_T + index // BLOCK_H
+    head = program % head_blocks * BLOCK_H + index % BLOCK_H
+    in_bounds = (token < tokens) & (head < heads)
+    return token, head, token * heads + head, in_bounds
 
 
 @triton.jit
-def bounds(low, high, token, live):
-    """Each row's range of keys, and the range of all rows together."""
-    first = tl.load(low + token, mask=live, other=FAR)
-    end = tl.load(high + token, mask=live, other=0)
+def bounds(low, high, token, in_bounds):
+    """Returns each row's range of keys, and the smallest range that contains all of them."""
+    first = tl.load(low + token, mask=in_bounds, other=FAR)
+    end = tl.load(high + token, mask=in_bounds, other=0)
     return first, end, tl.min(first, 0), tl.max(end, 0)
 
 
 class Call:
-    """Arguments of every kernel of one call: ranges as int32, sizes, and how entries are read."""
+    """Arguments shared by the kernels of one call: ranges as int32, sizes, and MODE."""
 
     def __init__(
         self,
@@ -151,33 +164,36 @@ class Call:
     ) -> None:
         self.tokens, self.heads, self.dim = q_THK.shape
         self.blocks = blocks
-        self.root = self.dim**-0.5
-        self.scale = self.root * LOG2E
+        self.softmax_scale = self.dim**-0.5
+        self.scale_log2 = self.softmax_scale * LOG2E
         self.key_start = ranges.window_start_T.int()
         self.key_end = _own_key(ranges.segments, self.tokens, q_THK.device) + 1
-        self.selected, self.num_selected, self.mode = None, 0, NO_ENTRIES
+        self.selected, self.num_selected, self.mode = None, 0, NO_ENTRIES.value
         self.entry_start = self.entry_end = self.key_start
         if entries_CK is None:
             return
         assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
         self.entry_start, self.entry_end = ranges.entry_start_T.int(), ranges.entry_end_T.int()
-        self.mode = ENTRY_RANGE
+        self.mode = ENTRY_RANGE.value
         if selected_Tk is not None:
-            self.mode, self.num_selected = SELECTED_ENTRIES, selected_Tk.shape[1]
+            self.mode, self.num_selected = SELECTED_ENTRIES.value, selected_Tk.shape[1]
             self.selected = selected_Tk.int().contiguous()
-            # A list is read up to its last entry.
-            place = torch.arange(1, self.num_selected + 1, device=q_THK.device, dtype=torch.int32)
-            self.entry_end = (place * (self.selected >= 0)).amax(1)
+            # In this mode entry_end is the number of leading columns up to the last valid one.
+            count = torch.arange(1, self.num_selected + 1, device=q_THK.device, dtype=torch.int32)
+            self.entry_end = (count * (self.selected >= 0)).amax(1)
 
     @property
     def visible(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The ranges of keys and of entries, as kernels take them."""
+        """The ranges of keys and of entries, in the order of the kernels' arguments."""
         return self.key_start, self.key_end, self.entry_start, self.entry_end
 
     def rows(self, max_rows: int) -> tuple[int, int]:
-        """Returns tokens and heads of a program of up to ``max_rows`` rows; one token of a list."""
+        """Returns tokens and heads of a program of up to ``max_rows`` rows.
+
+        Where entries are selected, a program has one token.
+        """
         heads = min(triton.next_power_of_2(self.heads), max_rows)
-        if self.mode == SELECTED_ENTRIES:
+        if self.mode == SELECTED_ENTRIES.value:
             return 1, min(max(heads, _MIN_ROWS), max_rows)
         return max_rows // heads, heads
 
@@ -188,7 +204,7 @@ class Call:
 def _own_key(
     segments: tuple[tuple[int, int, int], ...], tokens: int, device: torch.device
 ) -> Tensor:
-    """Returns the number of each query's own key, int32 [T]."""
+    """Returns the index of each query's own key, int32 [T]."""
     key_T = torch.arange(tokens, dtype=torch.int32, device=device)
     for start, stop, shift in segments:
         key_T[start:stop] += shift
@@ -196,13 +212,13 @@ def _own_key(
 
 
 def check(q_THK: Tensor) -> None:
-    """Raises UnsupportedError where Triton cannot take these queries.
+    """Raises UnsupportedError if Triton cannot handle these queries.
 
-    Rows (token, head), two for each in backward, are numbered in 32 bits; all offsets in 64.
+    Row indices (token, head), two for each in backward, have 32 bits; all offsets have 64.
     """
     tokens, heads, dim = q_THK.shape
     backend.attention(q_THK.device, q_THK.dtype, dim, required=True)
     if tokens * heads >= 1 << 30:
         raise backend.UnsupportedError(
-            f"attention: {tokens} tokens of {heads} heads in one call; Triton numbers up to 2^30"
+            f"attention: {tokens} tokens of {heads} heads in one call; Triton supports up to 2^30"
         )

@@ -1,12 +1,13 @@
 """The entries' attention probability mass in Triton, for the indexer's KL target.
 
-Probabilities come back from the saved log-sum-exp and are summed over heads, one block of heads
-after the other in one program, so that two runs agree bit for bit.
+Probabilities are recomputed from the saved log-sum-exp and are summed over heads, one block of
+heads after the other in one program, so that two runs agree bit for bit.
 
-2·H·K operations per query and entry that it sees; reads q once, writes 4 bytes per pair, so its
-floor is a third of attention's forward at the same entries. Not yet timed.
+2·H·K FLOPs per query and visible entry; reads q once and writes 4 bytes per (query, entry) pair.
+Roofline bounds: docs/performance.md. Not yet timed.
 
-T queries; H heads; K their width (DIM); R rotated dims (ROTARY); C entries.
+T queries; H heads; K their width (DIM); R rotary dims (ROTARY); C entries; k selected entries of a
+query.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from torch import Tensor
 
 from model.kernels.attention.inputs import AttentionInputs
 from model.kernels.attention.parts_triton import (
+    ENTRY_RANGE,
     FAR,
     Blocks,
     Call,
     blocks_for,
     check,
-    ready_queries,
+    load_queries,
     tile,
 )
-from model.kernels.norm.rotation_triton import angles_of
+from model.kernels.norm.rotation_triton import cos_sin_of
 
 
 @triton.jit
@@ -34,7 +36,7 @@ def _mass(
     q,
     entries,
     selected,
-    rotation,
+    cos_sin,
     entry_start,
     entry_end,
     lse2,
@@ -44,7 +46,7 @@ def _mass(
     begin,
     width,
     eps,
-    scale,
+    scale_log2,
     DIM: tl.constexpr,
     ROTARY: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -55,43 +57,43 @@ def _mass(
     """Sums probabilities over heads, [BLOCK_T, width], one block of heads after the other."""
     ROWS: tl.constexpr = BLOCK_T * BLOCK_H
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    place = tl.arange(0, ROWS)
-    own = program * BLOCK_T + tl.arange(0, BLOCK_T)
-    token = program * BLOCK_T + place // BLOCK_H
+    index = tl.arange(0, ROWS)
+    token_of_block = program * BLOCK_T + tl.arange(0, BLOCK_T)
+    token = program * BLOCK_T + index // BLOCK_H
     low = tl.load(entry_start + token, mask=token < tokens, other=FAR)
     high = tl.load(entry_end + token, mask=token < tokens, other=0)
     first, end = tl.min(low, 0), tl.max(high, 0)
     for head_start in tl.range(0, heads, BLOCK_H):
-        head = head_start + place % BLOCK_H
-        live = (token < tokens) & (head < heads)
+        head = head_start + index % BLOCK_H
+        in_bounds = (token < tokens) & (head < heads)
         row = token * heads + head
-        ready, _ = ready_queries(q, rotation, row, token, live, eps, ROWS, DIM, ROTARY)
-        ready = ready.to(q.dtype.element_ty)
-        row_lse2 = tl.load(lse2 + row, mask=live, other=0.0)
+        normed_q, _ = load_queries(q, cos_sin, row, token, in_bounds, eps, ROWS, DIM, ROTARY)
+        normed_q = normed_q.to(q.dtype.element_ty)
+        row_lse2 = tl.load(lse2 + row, mask=in_bounds, other=0.0)
         for start in tl.range(0, width, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
-            if MODE == 1:
+            if MODE == ENTRY_RANGE:
                 n = begin + column
-                some = (begin + start < end) & (begin + start + BLOCK_N > first)
+                any_visible = (begin + start < end) & (begin + start + BLOCK_N > first)
                 visible = (
-                    (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None]) & live[:, None]
+                    (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None]) & in_bounds[:, None]
                 )
             else:
                 at = (program * BLOCK_T).to(tl.int64) * width
                 n = tl.load(selected + at + column, mask=column < width, other=-1)
-                some = tl.max(n, 0) >= 0
-                visible = (n >= 0)[None, :] & live[:, None]
-            share = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-            if some:
+                any_visible = tl.max(n, 0) >= 0
+                visible = (n >= 0)[None, :] & in_bounds[:, None]
+            mass_tile = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+            if any_visible:
                 k = tile(entries, n, (n >= 0) & (column < width) & (n < end), DIM)
-                s = tl.dot(ready, tl.trans(k), input_precision="ieee") * scale
+                s = tl.dot(normed_q, tl.trans(k), input_precision="ieee") * scale_log2
                 p = tl.exp2(tl.where(visible, s - row_lse2[:, None], float("-inf")))
-                share = tl.sum(tl.reshape(p, (BLOCK_T, BLOCK_H, BLOCK_N)), 1)
-            at = mass + own.to(tl.int64)[:, None] * width + column[None, :]
-            inside = (own < tokens)[:, None] & (column < width)[None, :]
+                mass_tile = tl.sum(tl.reshape(p, (BLOCK_T, BLOCK_H, BLOCK_N)), 1)
+            at = mass + token_of_block.to(tl.int64)[:, None] * width + column[None, :]
+            in_output = (token_of_block < tokens)[:, None] & (column < width)[None, :]
             if head_start > 0:
-                share += tl.load(at, mask=inside, other=0.0)
-            tl.store(at, share, mask=inside)
+                mass_tile += tl.load(at, mask=in_output, other=0.0)
+            tl.store(at, mass_tile, mask=in_output)
         tl.debug_barrier()
 
 
@@ -120,7 +122,7 @@ def entry_probability_mass(
         stop = entries_CK.shape[0] if stop is None else stop
         width = stop - start
     mass = torch.empty((call.tokens, width), dtype=torch.float32, device=q_THK.device)
-    angles = angles_of(inputs.rotation_TR)
+    cos_sin = cos_sin_of(inputs.rotation_TR)
     block_t, block_h = call.rows(blocks.rows)
     if mass.numel():
         assert ranges.entry_end_T is not None
@@ -128,7 +130,7 @@ def entry_probability_mass(
             q_THK,
             entries_CK,
             call.selected,
-            angles,
+            cos_sin,
             call.entry_start,
             ranges.entry_end_T.int(),
             lse2_TH,
@@ -138,9 +140,9 @@ def entry_probability_mass(
             start,
             width,
             inputs.norm_eps,
-            call.scale,
+            call.scale_log2,
             DIM=call.dim,
-            ROTARY=angles.shape[1],
+            ROTARY=cos_sin.shape[1],
             BLOCK_T=block_t,
             BLOCK_H=block_h,
             BLOCK_N=blocks.keys,

@@ -1,6 +1,6 @@
 """What each query may see, as integer ranges: all masks of attention and of the indexer.
 
-T queries; B blocks of keys.
+T queries; N blocks of keys.
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionRanges:
-    """What each query may see: keys [window_start, its own], entries [entry_start, entry_end).
+    """What each query may see: keys window_start to its own (inclusive), and a range of entries.
 
-    Query t's own key is number t + shift of the keys, with the shift of t's segment: queries
-    [start, stop) of a segment and their keys follow each other without a gap. Where keys are
-    exactly the queries' own there is one segment with shift 0. ``window_start_T`` counts keys.
-    ``host_*`` are the same numbers on the host; all of them never decrease with t. The entry
-    ranges are None in a layer that compresses nothing.
+    Attributes:
+        window_start_T: index of the first key that each query sees.
+        segments: (start, stop, shift): query t in [start, stop) has its own key at index t + shift.
+            Queries of a segment, and their keys, are contiguous. If the keys are exactly those of
+            the queries there is one segment with shift 0.
+        entry_start_T, entry_end_T: entries [entry_start, entry_end); None in a layer without
+            compression.
+        host_entry_start_T, host_entry_end_T: the same numbers on the host.
+
+    None of the bounds decreases with t.
     """
 
     window_start_T: Tensor
@@ -30,22 +35,24 @@ class AttentionRanges:
     host_entry_start_T: np.ndarray | None = None
     host_entry_end_T: np.ndarray | None = None
 
-    def of(self, rows: slice | Tensor) -> AttentionRanges:
-        """Returns what some of the queries see; without segments, so for entries alone."""
+    def select(self, rows: slice | Tensor) -> AttentionRanges:
+        """Restricts to some queries; the result has no segments and is valid for entries only."""
         assert self.entry_start_T is not None and self.entry_end_T is not None
         start_T, end_T = self.entry_start_T[rows], self.entry_end_T[rows]
         return AttentionRanges(self.window_start_T[rows], (), start_T, end_T)
 
 
 def queries_of_blocks(
-    first_B: Tensor, block: int, start_T: Tensor, end_T: Tensor
+    first_N: Tensor, block: int, start_T: Tensor, end_T: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns, for each block of keys, queries [start, end) that see one of [first, first + block).
+    """Returns, for each block of keys, queries [start, end) that see any of its keys.
+
+    A block has keys [first, first + block).
 
     Args:
-        first_B: the first key of each block.
-        start_T, end_T: the range of keys that each query sees; neither ever decreases.
+        first_N: the first key of each block.
+        start_T, end_T: the range of keys that each query sees; neither decreases with t.
     """
-    query_start_B = torch.searchsorted(end_T, first_B, right=True, out_int32=True)
-    query_end_B = torch.searchsorted(start_T, first_B + (block - 1), right=True, out_int32=True)
-    return query_start_B, query_end_B
+    query_start_N = torch.searchsorted(end_T, first_N, right=True, out_int32=True)
+    query_end_N = torch.searchsorted(start_T, first_N + (block - 1), right=True, out_int32=True)
+    return query_start_N, query_end_N

@@ -72,7 +72,7 @@ def attention_probability_mass(
     inputs, lse2_TH = inputs.detached(), lse2_TH.detach()
 
     def mass(rows: slice | Tensor, columns: slice) -> Tensor:
-        queries = inputs.of_queries(rows, columns)
+        queries = inputs.select(rows, columns)
         if inputs.selected_Tk is not None:
             return entry_probability_mass(queries, lse2_TH[rows])
         block = {"start": columns.start, "stop": columns.stop}

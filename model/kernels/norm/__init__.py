@@ -1,7 +1,7 @@
 """RMS normalisation (Zhang & Sennrich 2019) and rotary embedding, in fp32, in one pass.
 
-Keys and compressed entries are normalised and then rotated; as two operations, each would read and
-write them. n rows; d their width; R rotated dims.
+Keys and compressed entries are normed and then rotated; done separately, each pass would read and
+write the whole tensor. n rows; d their width; R rotary dims (R/2 complex numbers).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def rms_norm(
     dtype: torch.dtype | None = None,
     eager: Callable[..., Tensor] = eager_rms_norm,
 ) -> Tensor:
-    """Computes x / sqrt(mean(x²) + eps) · weight over the last dim, then rotates it if asked.
+    """Computes x / sqrt(mean(x²) + eps) · weight over the last dim, then rotates it.
 
     Args:
-        x: [..., d], or [n, d] where it is rotated.
+        x: [..., d], or [n, d] with a rotation.
         weight: fp32 [d].
-        rotation: as in `rotate`.
+        rotation: as in `rotate`; None for none.
         dtype: of the result; x's by default. Nothing is rounded before the end.
-        eager: what runs where Triton does not.
+        eager: the implementation used where Triton does not run.
     """
     dtype = dtype or x.dtype
     if backend.norm(x.device, x.dtype, x.shape[-1]).name == "triton":

@@ -1,6 +1,6 @@
 """RMS normalisation and rotary embedding as formulas, for comparison in any dtype.
 
-n rows; d their width; R rotated dims.
+n rows; d their width; R rotary dims (R/2 complex numbers).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def naive_rms_norm(x: Tensor, weight: Tensor, eps: float, rotation: Tensor | None = None) -> Tensor:
-    """Computes x / sqrt(mean(x²) + eps) · weight over the last dim, then rotates it if asked."""
+    """Computes x / sqrt(mean(x²) + eps) · weight over the last dim, then rotates it."""
     out = x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight
     return out if rotation is None else naive_rotate(out, rotation)
 

@@ -1,19 +1,20 @@
 """RMS normalisation and rotary embedding in Triton; compared with ``naive.py``.
 
-A program takes ROWS rows of d numbers, all in registers, so that each is read once and written
-once. Backward reads x and the gradient, makes 1 / rms again, and writes x's gradient; the weight's
+A program handles ROWS rows of width d, all in registers, so that each is read once and written
+once. Backward reads x and the gradient, recomputes 1 / rms, and writes x's gradient; the weight's
 is summed over a program's rows, and the programs' sums are added in a fixed order afterwards.
 
-With b bytes a number of x and c of the result, a row costs (b + c)·d bytes forward and
-(2·b + c)·d backward, and about 5 and 12 operations a number: far below what the bytes cost.
+With b bytes per element of x and c per element of the result, a row costs (b + c)·d bytes forward
+and (2·b + c)·d backward, and about 5 and 12 FLOPs per element, which take far less time.
 
-    floor per token at 3.35 TB/s                forward   backward   measured
+    roofline per token at 3.35 TB/s (H100)      forward   backward   measured
     D = 4096, bf16                               4.9 ns     7.3 ns   not yet timed
     kv, K = 512, bf16, with its rotation         0.6 ns     0.9 ns   not yet timed
     CSA's entries, K = 512, fp32 to bf16, m = 4  0.2 ns     0.4 ns   not yet timed
     indexer's queries, 64 · 128, rotation only   9.8 ns        -     not yet timed
 
-n rows; d their width (DIM); R rotated dims (ROTARY); D the hidden width; K a head's.
+n rows; d their width (DIM); R rotary dims (ROTARY); D the hidden width; K a head's; m tokens per
+entry.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels import backend
-from model.kernels.norm.rotation_triton import angles_of, turned
+from model.kernels.norm.rotation_triton import cos_sin_of, rotate_pairs
 
 _ELEMENTS = 8192
-"""Numbers that a program of 8 warps holds at once."""
+"""Elements that a program of 8 warps holds at once."""
 _PARTS = 528
-"""Partial sums of the weight's gradient: four for each multiprocessor."""
+"""Partial sums of the weight's gradient: four per SM."""
 
 
 @triton.jit
 def _forward(
     x,
     weight,
-    rotation,
+    cos_sin,
     out,
     rows,
     heads,
@@ -51,16 +52,16 @@ def _forward(
     NORM: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = row < rows
+    in_bounds = row < rows
     dim = tl.arange(0, BLOCK)
     at = row.to(tl.int64)[:, None] * DIM + dim[None, :]
-    mask = live[:, None] & (dim < DIM)[None, :]
+    mask = in_bounds[:, None] & (dim < DIM)[None, :]
     y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     if NORM:
         rstd = tl.rsqrt(tl.sum(y * y, 1) / DIM + eps)
         y = y * rstd[:, None] * tl.load(weight + dim, mask=dim < DIM, other=0.0)[None, :]
     if ROTARY:
-        y = turned(y, rotation, row // heads, live, sign, ROWS, DIM, BLOCK, ROTARY)
+        y = rotate_pairs(y, cos_sin, row // heads, in_bounds, sign, ROWS, DIM, BLOCK, ROTARY)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
@@ -68,7 +69,7 @@ def _forward(
 def _backward(
     x,
     weight,
-    rotation,
+    cos_sin,
     grad_out,
     grad_x,
     grad_weight,
@@ -80,7 +81,10 @@ def _backward(
     ROWS: tl.constexpr,
     ROTARY: tl.constexpr,
 ):
-    """``span`` rows, ROWS at a time, and their part [DIM] of the weight's gradient."""
+    """Computes the gradients of ``span`` rows, ROWS at a time.
+
+    Writes their partial sum of the weight's gradient, [DIM].
+    """
     part = tl.program_id(0)
     dim = tl.arange(0, BLOCK)
     w = tl.load(weight + dim, mask=dim < DIM, other=0.0)
@@ -88,13 +92,13 @@ def _backward(
     end = tl.minimum((part + 1) * span, rows)
     for start in tl.range(part * span, end, ROWS):
         row = start + tl.arange(0, ROWS)
-        live = row < end
+        in_bounds = row < end
         at = row.to(tl.int64)[:, None] * DIM + dim[None, :]
-        mask = live[:, None] & (dim < DIM)[None, :]
+        mask = in_bounds[:, None] & (dim < DIM)[None, :]
         y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
         if ROTARY:
-            grad = turned(grad, rotation, row, live, -1.0, ROWS, DIM, BLOCK, ROTARY)
+            grad = rotate_pairs(grad, cos_sin, row, in_bounds, -1.0, ROWS, DIM, BLOCK, ROTARY)
         rstd = tl.rsqrt(tl.sum(y * y, 1) / DIM + eps)[:, None]
         y *= rstd
         acc += tl.sum(grad * y, 0)
@@ -113,9 +117,9 @@ def rms_norm(
         UnsupportedError: a GPU cannot run this device, dtype or width.
     """
     backend.norm(x.device, x.dtype, x.shape[-1], required=True)
-    angles = None if rotation is None else angles_of(rotation)
+    cos_sin = None if rotation is None else cos_sin_of(rotation)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    return _Norm.apply(flat, weight, angles, eps, dtype).view(x.shape)
+    return _Norm.apply(flat, weight, cos_sin, eps, dtype).view(x.shape)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -123,12 +127,12 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     backend.norm(x.device, x.dtype, x.shape[-1], required=True)
     heads = x[0, ..., 0].numel() if len(x) else 1
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    return _Rotate.apply(flat, angles_of(rotation), heads).view(x.shape)
+    return _Rotate.apply(flat, cos_sin_of(rotation), heads).view(x.shape)
 
 
-def _sizes(x: Tensor, angles: Tensor | None) -> dict[str, int]:
+def _sizes(x: Tensor, cos_sin: Tensor | None) -> dict[str, int]:
     block = triton.next_power_of_2(x.shape[1])
-    rotary = 0 if angles is None else angles.shape[1]
+    rotary = 0 if cos_sin is None else cos_sin.shape[1]
     rows = max(_ELEMENTS // block, 1)
     return {"DIM": x.shape[1], "BLOCK": block, "ROWS": rows, "ROTARY": rotary}
 
@@ -136,18 +140,18 @@ def _sizes(x: Tensor, angles: Tensor | None) -> dict[str, int]:
 def _launch(
     x: Tensor,
     weight: Tensor | None,
-    angles: Tensor | None,
+    cos_sin: Tensor | None,
     out: Tensor,
     heads: int,
     eps: float,
     sign: float,
 ) -> None:
-    sizes = _sizes(x, angles)
+    sizes = _sizes(x, cos_sin)
     if len(x):
         _forward[(triton.cdiv(len(x), sizes["ROWS"]),)](
             x,
             weight,
-            angles,
+            cos_sin,
             out,
             len(x),
             heads,
@@ -162,18 +166,18 @@ def _launch(
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, angles: Tensor | None, eps: float, dtype: torch.dtype
+        ctx: Any, x: Tensor, weight: Tensor, cos_sin: Tensor | None, eps: float, dtype: torch.dtype
     ) -> Tensor:
         out = torch.empty_like(x, dtype=dtype)
-        _launch(x, weight.float().contiguous(), angles, out, 1, eps, 1.0)
-        ctx.save_for_backward(x, weight, angles)
+        _launch(x, weight.float().contiguous(), cos_sin, out, 1, eps, 1.0)
+        ctx.save_for_backward(x, weight, cos_sin)
         ctx.eps = eps
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, angles = ctx.saved_tensors
-        sizes = _sizes(x, angles)
+        x, weight, cos_sin = ctx.saved_tensors
+        sizes = _sizes(x, cos_sin)
         blocks = triton.cdiv(len(x), sizes["ROWS"])
         span = max(triton.cdiv(blocks, _PARTS), 1) * sizes["ROWS"]
         parts = triton.cdiv(len(x), span)
@@ -183,7 +187,7 @@ class _Norm(torch.autograd.Function):
             _backward[(parts,)](
                 x,
                 weight.float().contiguous(),
-                angles,
+                cos_sin,
                 grad_out.contiguous(),
                 grad_x,
                 grad_weight,
@@ -198,16 +202,16 @@ class _Norm(torch.autograd.Function):
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, angles: Tensor, heads: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos_sin: Tensor, heads: int) -> Tensor:
         out = torch.empty_like(x)
-        _launch(x, None, angles, out, heads, 0.0, 1.0)
-        ctx.save_for_backward(angles)
+        _launch(x, None, cos_sin, out, heads, 0.0, 1.0)
+        ctx.save_for_backward(cos_sin)
         ctx.heads = heads
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        (angles,) = ctx.saved_tensors
+        (cos_sin,) = ctx.saved_tensors
         grad_x = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
-        _launch(grad_out.contiguous(), None, angles, grad_x, ctx.heads, 0.0, -1.0)
+        _launch(grad_out.contiguous(), None, cos_sin, grad_x, ctx.heads, 0.0, -1.0)
         return grad_x, None, None

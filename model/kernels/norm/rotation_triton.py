@@ -1,6 +1,6 @@
-"""Rotation of adjacent pairs, in registers: a part of the kernels of attention and of norms.
+"""Rotation of adjacent pairs in registers, used by the kernels of attention and of norms.
 
-n rows; R rotated dims (ROTARY).
+n rows; R rotary dims (ROTARY), R/2 complex numbers of a rotation.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 @triton.jit
-def turned(
+def rotate_pairs(
     x,
-    rotation,
-    place,
-    live,
+    cos_sin,
+    index,
+    in_bounds,
     sign,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
@@ -25,17 +25,17 @@ def turned(
 ):
     """Rotates the last ROTARY of DIM dims of fp32 x [ROWS, BLOCK] by sign · angle.
 
-    ``place`` [ROWS] is each row's place in ``rotation``, whose numbers are `angles_of`.
+    ``index`` [ROWS] is each row's index into ``cos_sin``, a result of `cos_sin_of`.
     """
     even, odd = tl.split(tl.reshape(x, (ROWS, BLOCK // 2, 2)))
     pair = tl.arange(0, BLOCK // 2) - (DIM - ROTARY) // 2
-    turns = live[:, None] & ((pair >= 0) & (pair < ROTARY // 2))[None, :]
-    at = rotation + place.to(tl.int64)[:, None] * ROTARY + 2 * pair[None, :]
-    cos = tl.load(at, mask=turns, other=1.0)
-    sin = tl.load(at + 1, mask=turns, other=0.0) * sign
+    rotated = in_bounds[:, None] & ((pair >= 0) & (pair < ROTARY // 2))[None, :]
+    at = cos_sin + index.to(tl.int64)[:, None] * ROTARY + 2 * pair[None, :]
+    cos = tl.load(at, mask=rotated, other=1.0)
+    sin = tl.load(at + 1, mask=rotated, other=0.0) * sign
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (ROWS, BLOCK))
 
 
-def angles_of(rotation: Tensor) -> Tensor:
+def cos_sin_of(rotation: Tensor) -> Tensor:
     """Returns cosine and sine of every pair of a complex rotation [n, R/2], fp32 [n, R]."""
     return torch.view_as_real(rotation).flatten(1).contiguous()

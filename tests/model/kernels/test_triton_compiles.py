@@ -17,25 +17,23 @@ STACK_BYTES = 512
 """More per thread would be registers spilled inside a loop, not around it."""
 
 TYPES = {
-    "*bf16": "q keys entries out both grad_q grad_out values gates grad_values grad_gates "
+    "*bf16": "q keys entries out q_and_grad grad_q grad_out values gates grad_values grad_gates "
     "logits x grad_x streams read y grad_streams grad_y grad_read gate up grad_gate grad_up",
-    "*fp32": "sink rotation lse lse2 rstd delta along grad mass pairs weights ape pooled "
+    "*fp32": "sink cos_sin lse lse2 rstd delta along grad mass pairs weights ape pooled "
     "grad_pooled grad_ape loss total grad_weights grad_scores each weight grad_weight fn part_w "
-    "part_square base w pre post comb grad_pre grad_post grad_comb divisors grad_w grad_base "
-    "grad_fn a_scales b_scales row_scales column_scales",
+    "part_square base scale grad_scale w pre post comb grad_pre grad_post grad_comb divisors "
+    "grad_w grad_base grad_fn a_scales b_scales row_scales column_scales",
     "*i32": "key_start key_end entry_start entry_end start_T end_T query_start query_end "
     "bounds selected first_token has_previous ends before tile_group tile_first tile_end",
     "*i64": "order strip place target",
     "*fp8e4nv": "a b row_codes column_codes",
     "i32": "tokens heads num_selected rows count begin width k span parts dim columns "
     "groups blocks tiles right stride shift vocab ignore",
-    "fp32": "eps scale root sign norm_eps hc_eps limit share",
+    "fp32": "eps scale_log2 softmax_scale sign norm_eps hc_eps limit share",
 }
 OTHERWISE = {
     "_grad_selected": {"first_token": "i32"},
     "_select": {"first_token": "i32"},
-    "_weigh": {"scale": "*fp32"},
-    "_weigh_back": {"scale": "*fp32", "grad_scale": "*fp32"},
 }
 LOSS = {"HEADS": 64, "DIM": 128, "BLOCK_N": 64}
 WIDE = {"DIM": 512, "ROTARY": 64}
@@ -65,12 +63,12 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
 
         for mode in (0, 1, 2):
             forward = sizes | block(b.rows, mode) | {"BLOCK_N": b.keys}
-            backward = sizes | block(b.grad_rows, mode) | {"BLOCK_N": b.grad_keys}
+            backward = sizes | block(b.dq_rows, mode) | {"BLOCK_N": b.dq_keys}
             out[f"{name} forward {mode}"] = (forward_triton._forward, forward, options)
             out[f"{name} queries {mode}"] = (query_gradient._grad_queries, backward, options)
             if mode:
                 out[f"{name} mass {mode}"] = (probability_mass_triton._mass, forward, options)
-        tile = dim | {"ROWS": b.key_rows, "BLOCK_N": b.key_keys}
+        tile = dim | {"ROWS": b.dk_rows, "BLOCK_N": b.dk_keys}
         out[f"{name} keys"] = (key_gradient._grad_keys, tile, options)
         for atomic in (False, True):
             kernel = (key_gradient._grad_selected, tile | {"ATOMIC": atomic}, options)
