@@ -35,7 +35,7 @@ from docs.timeline import timeline
 from model import SampleLayout
 from trainer.config import ParallelConfig, load_config
 from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
-from trainer.planning.traffic import Work, step_traffic
+from trainer.planning import Work, step_traffic
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 
 from trainer.config import load_run
-from trainer.metrics.jsonl import read_metrics
+from trainer.metrics import read_metrics
 from trainer.report.plots import CHARTS, STYLE, picture
 from trainer.report.run import phase_marks
 

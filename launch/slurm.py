@@ -95,8 +95,8 @@ def _options(job: Job, slurm: SlurmConfig) -> list[str]:
 def _container(job: Job, slurm: SlurmConfig) -> str:
     if slurm.container is None:
         return ""
-    words = [f"--container-image={slurm.container}"]
-    words.append(f"--container-workdir={job.cluster.folder.absolute()}")
+    options = [f"--container-image={slurm.container}"]
+    options.append(f"--container-workdir={job.cluster.folder.absolute()}")
     if slurm.container_mounts:
-        words.append(f"--container-mounts={','.join(slurm.container_mounts)}")
-    return "".join(f" \\\n    {shlex.quote(word)}" for word in words)
+        options.append(f"--container-mounts={','.join(slurm.container_mounts)}")
+    return "".join(f" \\\n    {shlex.quote(word)}" for word in options)

@@ -25,14 +25,12 @@ def train(config: RunConfig, stop: StopRequest) -> None:
 
     from trainer.failures import report_failures
     from trainer.parallel.grid import open_grid
-    from trainer.planning.expected_memory import expected_memory
-    from trainer.planning.fit_device import fitted
-    from trainer.planning.out_of_memory import advised
+    from trainer.planning import advised, expected_memory_report, fitted
     from trainer.preflight import preflight
     from trainer.trainer import Trainer
 
     with report_failures() as watch:
-        config, notes = fitted(config)  # before there is a process group
+        config, messages = fitted(config)  # before there is a process group
         with open_grid(config.degrees, config.parallel.timeout_seconds) as grid:
             watch.connect(grid)
             if config.deterministic:
@@ -40,9 +38,9 @@ def train(config: RunConfig, stop: StopRequest) -> None:
                     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
             preflight(config, grid)
-            notes.append(expected_memory(config, grid.world_size))
+            messages.append(expected_memory_report(config, grid.world_size))
             with advised(config, grid):
-                Trainer(config, grid, stop, notes).run()
+                Trainer(config, grid, stop, messages).run()
             watch.close()
 
 

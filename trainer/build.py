@@ -5,7 +5,7 @@ import torch
 from model.dispatch import Dispatch
 from model.parameters import parameter_table
 from optim import Assignment, HybridZero, build_table
-from trainer.checkpoint.run import Updater
+from trainer.checkpoint import Updater
 from trainer.config import RunConfig
 from trainer.engine import Engine, NativeEngine
 from trainer.parallel.grid import Grid

@@ -44,7 +44,7 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     """
     from trainer.engine import NativeEngine
     from trainer.evaluate import Validation
-    from trainer.export.import_run import open_run
+    from trainer.export import open_run
     from trainer.parallel.grid import open_grid
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -71,7 +71,7 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
 
 def export(config: RunConfig, options: argparse.Namespace) -> None:
     """Write the newest checkpoint as a Hugging Face folder; processes divide its files."""
-    from trainer.export.export import export_run
+    from trainer.export import export_run
     from trainer.failures import report_failures
     from trainer.parallel.grid import open_grid
 
@@ -85,9 +85,9 @@ def export(config: RunConfig, options: argparse.Namespace) -> None:
 
 def import_(config: RunConfig, options: argparse.Namespace) -> None:
     """Start a run from a Hugging Face folder."""
-    from trainer.export.import_run import import_run
+    from trainer.export import import_hf_folder
 
-    print(import_run(config, Path(options.folder)))
+    print(import_hf_folder(config, Path(options.folder)))
 
 
 def report(config: RunConfig, options: argparse.Namespace) -> None:
@@ -108,18 +108,18 @@ def plan(config: RunConfig, options: argparse.Namespace) -> None:
     """Show what the config asks for."""
     from rich.console import Console
 
-    from trainer.planning.plan import plan as make_plan
+    from trainer.planning import describe_plan
 
     # A file or a pipe has no width: tables are as wide as they need.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    for part in make_plan(
+    for part in describe_plan(
         config, options.processes, options.dry_run, options.phase, options.parameters
     ):
         console.print(part)
     if options.measure:
-        from trainer.planning.layer_times import measure
+        from trainer.planning import measure_layers
 
-        for part in measure(config, options.processes):
+        for part in measure_layers(config, options.processes):
             console.print(part)
 
 
@@ -133,9 +133,9 @@ def demo_corpus(folder: str, options: argparse.Namespace) -> None:
 
 def sample(folder: str, options: argparse.Namespace) -> None:
     """Load an exported folder with transformers and continue a prompt."""
-    from trainer.export.sample import sample as write
+    from trainer.export import sample_text
 
-    print(json.dumps(write(Path(folder), options.prompt)))
+    print(json.dumps(sample_text(Path(folder), options.prompt)))
 
 
 VERBS = {

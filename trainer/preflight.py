@@ -27,7 +27,7 @@ from trainer.errors import PreflightError
 from trainer.formatting import GIB
 from trainer.parallel.collectives import gather_objects
 from trainer.parallel.grid import Grid
-from trainer.planning.static_memory import memory_parts, snapshot_memory
+from trainer.planning import memory_parts, snapshot_memory
 
 PACKAGES = ("data", "model", "optim", "trainer")
 MISSING = "missing"

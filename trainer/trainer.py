@@ -10,20 +10,16 @@ from data import Batch, Loader, Prefetcher, Tokenizer
 from data.files import write_atomically
 from model.kernel_choices import describe, kernel_choices
 from trainer.build import DTYPES, open_engine
-from trainer.checkpoint.run import RunCheckpoint
+from trainer.checkpoint import RunCheckpoint
 from trainer.config import Phase, RunConfig
 from trainer.device import peak_memory_report
 from trainer.engine import StepLosses
 from trainer.errors import DivergedError, SaveError
 from trainer.evaluate import Validation
-from trainer.metrics.layer_hooks import collect_stats
-from trainer.metrics.layer_stats import layer_stats
-from trainer.metrics.metrics import Metrics, describe_event
-from trainer.metrics.update_stats import UpdateStats
+from trainer.metrics import Metrics, UpdateStats, collect_stats, compute_layer_stats, describe_event
 from trainer.parallel.grid import Grid
 from trainer.signals import StopRequest
-from trainer.stability.anticipation import Anticipation
-from trainer.stability.rollback import Stability
+from trainer.stability import Anticipation, Stability
 from trainer.state import TrainState
 from trainer.step import RolledBack, StepResult
 
@@ -138,7 +134,9 @@ class Trainer:
             with collect_stats(self.model) as collector:
                 self.engine.evaluate(batches[:1])
             hook_stats = collector.to_host()
-            result.layers = layer_stats(self.model, losses.expert_load, self.grid, hook_stats)
+            result.layers = compute_layer_stats(
+                self.model, losses.expert_load, self.grid, hook_stats
+            )
         return result
 
     def _enter_phase(self) -> Phase:

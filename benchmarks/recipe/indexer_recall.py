@@ -40,8 +40,7 @@ from model.kernels.indexer.naive import naive_scores
 from model.kernels.norm import rotate
 from model.positions import Positions
 from trainer.build import build
-from trainer.checkpoint.folder import checkpoints_in, step_of
-from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint import CheckpointReader, checkpoints_in, step_of
 from trainer.config import RunConfig, load_run
 from trainer.engine import NativeEngine
 from trainer.evaluate import Validation

@@ -27,10 +27,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from trainer.checkpoint.folder import checkpoints_in, step_of
-from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint import CheckpointReader, checkpoints_in, step_of
 from trainer.config import RunConfig, load_config
-from trainer.metrics.jsonl import Record, read_metrics
+from trainer.metrics import Record, read_metrics
 
 CONFIG = "configs/recipe-demo.yaml"
 COMPARED = (

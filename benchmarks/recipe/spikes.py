@@ -30,8 +30,8 @@ from rich.table import Table
 from benchmarks.recipe.stability_runs import Size, config_of, trainer_of
 from data import Batch
 from trainer.config import RunConfig
-from trainer.metrics.jsonl import read_events, read_metrics
-from trainer.stability.spikes import SpikeDetector, severity
+from trainer.metrics import read_events, read_metrics
+from trainer.stability import SpikeDetector, severity
 from trainer.trainer import Trainer
 
 BEFORE, AFTER = 5, 30

@@ -24,12 +24,11 @@ from data import Loader
 from model.kernels.block_sizes import MXFP4_BLOCK
 from model.kernels.mxfp4 import fits_fp8, from_fp8, quantise, quantise_dequantise, to_fp8
 from trainer.build import build
-from trainer.checkpoint.folder import checkpoints_in
+from trainer.checkpoint import checkpoints_in
 from trainer.config import RunConfig, load_config
 from trainer.engine import NativeEngine
 from trainer.evaluate import Validation
-from trainer.export.export import export_run
-from trainer.export.import_run import import_run, open_run
+from trainer.export import export_run, import_hf_folder, open_run
 from trainer.parallel.grid import Grid
 from trainer.signals import StopRequest
 from trainer.trainer import Trainer
@@ -117,7 +116,7 @@ def compare(path: Path, folder: Path, before: int, phase: int, overrides: list[s
     for old in (folder / "packed", folder / "imported"):
         shutil.rmtree(old, ignore_errors=True)
     export_run(qat, folder / "packed", experts="mxfp4")
-    import_run(imported, folder / "packed")
+    import_hf_folder(imported, folder / "packed")
     print(f"exported packed and imported: {validation(imported)} and {rows[4][1]}")
 
 

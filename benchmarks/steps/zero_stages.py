@@ -33,12 +33,10 @@ from torch import Tensor
 
 from benchmarks.data.corpus import texts
 from data.prepare import prepare, train_tokenizer
-from trainer.checkpoint.folder import folder_name
-from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint import CheckpointReader, folder_name
 from trainer.config import load_config
-from trainer.export.export import export_run
-from trainer.export.hf_folder import read_hf_weights
-from trainer.metrics.jsonl import read_metrics
+from trainer.export import export_run, read_hf_weights
+from trainer.metrics import read_metrics
 from trainer.parallel.grid import Grid
 from trainer.signals import StopRequest
 from trainer.state import TrainState

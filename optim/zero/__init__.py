@@ -1,7 +1,7 @@
 """Hybrid ZeRO: Muon and AdamW with states divided over ranks (report §3).
 
-`hybrid_zero` tells the phases of a step, `plan` who updates what. Names are loaded on first use, so
-that the plan can be used without torch.
+`hybrid_zero` has the phases of a step, `plan` divides the updates over ranks. Names are loaded on
+first use, so that the plan can be used without torch.
 """
 
 from importlib import import_module

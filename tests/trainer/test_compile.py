@@ -26,7 +26,7 @@ from trainer.config import load_config
 from trainer.engine import NativeEngine
 from trainer.parallel.grid import Grid
 from trainer.planning.activations import Live, Storages
-from trainer.planning.dry_run import dry_run
+from trainer.planning.dry_run import count_memory
 from trainer.preflight import missing_compiler
 
 PLAIN = topology(1)
@@ -110,7 +110,7 @@ def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_is_expected_as_it_is_held(tiny: Path) -> None:
     """Programs as they stand hold the same for backward, and while they run no less."""
     config = load_config(tiny, ["compile=true", "model.hidden_size=128"])
-    expects = dry_run(config, 1).fullest
+    expects = count_memory(config, 1).fullest
     local, optimizer = build(config, Grid.single())
     engine = NativeEngine(local, Grid.single(), optimizer)
     batches = Loader(config.data, config.seed, 0, 1).at(0)

@@ -18,7 +18,7 @@ from trainer.config.deepspeed import resolve
 from trainer.export.export import export_run
 from trainer.export.hf_folder import read_hf_weights
 from trainer.parallel.grid import Grid
-from trainer.planning.plan import plan
+from trainer.planning.plan import describe_plan
 from trainer.trainer import Trainer
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
@@ -307,4 +307,4 @@ def test_accumulation_must_fit_the_processes(folder: Path) -> None:
 def test_a_plan_is_refused(folder: Path) -> None:
     config = load_config(folder / "tiny.yaml", ["engine=deepspeed", ADAMW + "}"])
     with pytest.raises(ConfigError, match="engine = deepspeed"):
-        list(plan(config, 2))
+        list(describe_plan(config, 2))

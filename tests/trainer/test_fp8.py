@@ -11,7 +11,7 @@ from tests.distributed import spawn
 from tests.trainer.tiny import Job, assert_same_run, column, train, train_jobs
 from trainer.build import DTYPES
 from trainer.config import ConfigError, load_config
-from trainer.planning.dry_run import dry_run
+from trainer.planning.dry_run import count_memory
 
 # Sizes of which two tensor or expert-tensor ranks have whole blocks of 128 each.
 SIZES = [
@@ -71,7 +71,8 @@ def test_two_ranks_follow_one(runs: Path, tiny: Path, name: str) -> None:
 def test_the_dry_run_holds_what_bf16_does(tiny: Path) -> None:
     """The rounded factors are made anew for every product, and so only pass."""
     eight, bf16 = (
-        dry_run(load_config(tiny, [f"precision={name}"]), 1).fullest for name in ("fp8", "bf16")
+        count_memory(load_config(tiny, [f"precision={name}"]), 1).fullest
+        for name in ("fp8", "bf16")
     )
     assert eight.activations == bf16.activations and eight.resident == bf16.resident
     assert eight.workspace > bf16.workspace

@@ -14,8 +14,8 @@ from tests.trainer.parallel.topologies import Job, differences, outcome, run_all
 from tests.trainer.tiny import assert_same_run, column, saved_tensors, steps_in_file, train
 from trainer.config import ConfigError, load_config
 from trainer.metrics.jsonl import read_metrics
-from trainer.planning.dry_run import dry_run
-from trainer.planning.plan import plan, recipe_part
+from trainer.planning.dry_run import count_memory
+from trainer.planning.plan import describe_plan, recipe_part
 from trainer.report import write_report
 
 # Steps 0-2, 3-4, 5-7, 8-9 and 10-12: a ramp, four row lengths, three kinds of attention, decay.
@@ -199,13 +199,13 @@ def test_the_report_and_the_plan_show_the_phases(straight: Path, path: Path) -> 
 
 def test_memory_is_that_of_the_largest_microbatches(path: Path) -> None:
     config = load_config(path)
-    found = [dry_run(config, 1, phase=phase) for phase in (None, 0, 3)]
+    found = [count_memory(config, 1, phase=phase) for phase in (None, 0, 3)]
     assert [dry.phase.number for dry in found] == [4, 0, 3]
     longest, dense, shorter = (dry.fullest.activations for dry in found)
     assert longest > shorter > dense
     assert shorter / longest == pytest.approx(112 / 128, rel=0.05)
     with pytest.raises(ConfigError, match="phase 7 should be one of the run's, 0 to 4"):
-        list(plan(config, 1, dry=True, phase=7))
+        list(describe_plan(config, 1, dry=True, phase=7))
 
 
 TOPOLOGIES = [

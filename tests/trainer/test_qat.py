@@ -15,11 +15,11 @@ from trainer.config import ConfigError, RunConfig, load_config
 from trainer.engine import NativeEngine
 from trainer.evaluate import Validation
 from trainer.export.export import export_run
-from trainer.export.import_run import import_run, open_run
+from trainer.export.import_run import import_hf_folder, open_run
 from trainer.metrics.jsonl import read_metrics
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
-from trainer.planning.dry_run import dry_run
+from trainer.planning.dry_run import count_memory
 from trainer.planning.static_memory import memory_parts
 
 SIZES = [
@@ -91,7 +91,7 @@ def test_the_packed_export_has_exactly_the_loss_of_training(
     assert validation(config, experts_only=True) != trained, "masters are not rounded"
     export_run(config, tmp_path / "packed", experts="mxfp4")
     again = load_config(tiny, [f"run_dir={tmp_path / 'again'}", *common])
-    import_run(again, tmp_path / "packed")
+    import_hf_folder(again, tmp_path / "packed")
     assert validation(again, experts_only=True) == trained, "the unpacked numbers as they are"
     assert validation(again) == trained, "rounding them once more changes nothing"
 
@@ -122,7 +122,7 @@ def test_memory_counts_the_rounded_experts(tiny: Path, tmp_path: Path) -> None:
     config = load_config(tiny, [*QAT, "precision=bf16"])
     parts = memory_parts(config, Degrees(1))
     assert parts["quantised experts"] == 2 * 4 * 4 * 3 * 64 * 32
-    assert dry_run(config, 1).fullest.resident == parts
+    assert count_memory(config, 1).fullest.resident == parts
     plain = memory_parts(load_config(tiny, [*SIZES, "precision=bf16"]), Degrees(1))
     assert parts == plain | {"quantised experts": parts["quantised experts"]}
 

@@ -1,0 +1,53 @@
+"""Checkpoints: logical tensors in safetensors, saved and loaded at any topology.
+
+`run` saves and restores a run, `folder` publishes a checkpoint atomically. Names are loaded on
+first use: torch.distributed.checkpoint takes a second to import.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers, the names of _MODULES
+    from trainer.checkpoint.all_ranks import new_folder, on_all_ranks
+    from trainer.checkpoint.folder import (
+        CheckpointFolder,
+        checkpoints_in,
+        find_mismatch,
+        folder_name,
+        step_of,
+    )
+    from trainer.checkpoint.logical_tensors import (
+        Boxes,
+        TensorBox,
+        is_routing,
+        is_state,
+        routing_name,
+    )
+    from trainer.checkpoint.reader import CheckpointReader
+    from trainer.checkpoint.run import RunCheckpoint, Updater, newest_of
+
+_MODULES = {
+    "Boxes": "logical_tensors",
+    "CheckpointFolder": "folder",
+    "CheckpointReader": "reader",
+    "RunCheckpoint": "run",
+    "TensorBox": "logical_tensors",
+    "Updater": "run",
+    "checkpoints_in": "folder",
+    "find_mismatch": "folder",
+    "folder_name": "folder",
+    "is_routing": "logical_tensors",
+    "is_state": "logical_tensors",
+    "new_folder": "all_ranks",
+    "newest_of": "run",
+    "on_all_ranks": "all_ranks",
+    "routing_name": "logical_tensors",
+    "step_of": "folder",
+}
+__all__ = [*_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

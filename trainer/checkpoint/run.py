@@ -78,8 +78,8 @@ def newest_of(
 class RunCheckpoint:
     """Saves and restores model, optimizer and counters of one run.
 
-    `placements` describe which parts of the model's tensors this rank holds; by default it holds
-    whole tensors. Without `anticipation`, pending selections in a checkpoint are ignored.
+    `placements` say which part of each of the model's tensors this rank holds; without them nothing
+    is sharded. Without `anticipation`, pending selections in a checkpoint are ignored.
     """
 
     def __init__(

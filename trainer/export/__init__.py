@@ -1,0 +1,28 @@
+"""To and from Hugging Face folders: export, import, packed weights, a sample of text.
+
+Names are loaded on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers, the names of _MODULES
+    from trainer.export.export import export_run
+    from trainer.export.hf_folder import read_hf_weights
+    from trainer.export.import_run import import_hf_folder, open_run
+    from trainer.export.sample import sample_text
+
+_MODULES = {
+    "export_run": "export",
+    "import_hf_folder": "import_run",
+    "open_run": "import_run",
+    "read_hf_weights": "hf_folder",
+    "sample_text": "sample",
+}
+__all__ = [*_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

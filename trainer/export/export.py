@@ -16,10 +16,14 @@ from data import Tokenizer
 from model import V4Model
 from model.hf import named_tensors, to_official
 from trainer.build import DTYPES
-from trainer.checkpoint.folder import CheckpointFolder, find_mismatch
-from trainer.checkpoint.logical_tensors import TensorBox, is_state
-from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.run import newest_of
+from trainer.checkpoint import (
+    CheckpointFolder,
+    CheckpointReader,
+    TensorBox,
+    find_mismatch,
+    is_state,
+    newest_of,
+)
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
 from trainer.export.hf_folder import SHARD_BYTES, refuse_full, write_hf_folder

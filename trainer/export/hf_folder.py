@@ -16,7 +16,7 @@ from torch import Tensor
 from data import Tokenizer
 from data.files import fsync_file
 from model import ModelConfig
-from trainer.checkpoint.all_ranks import new_folder, on_all_ranks
+from trainer.checkpoint import new_folder, on_all_ranks
 from trainer.errors import ExportError
 from trainer.export.packed_weights import dequantised
 from trainer.files import write_synced

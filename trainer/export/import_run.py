@@ -5,8 +5,7 @@ from pathlib import Path
 from data import Tokenizer
 from data.files import write_atomically
 from trainer.build import build
-from trainer.checkpoint.folder import checkpoints_in
-from trainer.checkpoint.run import RunCheckpoint
+from trainer.checkpoint import RunCheckpoint, checkpoints_in
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError, ExportError
 from trainer.export.hf_folder import read_hf_config, read_hf_weights
@@ -40,7 +39,7 @@ def open_run(config: RunConfig, grid: Grid) -> tuple[LocalModel, TrainState]:
     return local, state
 
 
-def import_run(config: RunConfig, source: Path) -> str:
+def import_hf_folder(config: RunConfig, source: Path) -> str:
     """Makes a run that starts from a Hugging Face folder and returns a sentence about it.
 
     The model's sizes come from the folder, everything else from `config`. The run folder gets a

@@ -8,7 +8,7 @@ import torch
 from trainer.errors import ExportError
 
 
-def sample(folder: Path, prompt: str, new_tokens: int = 48) -> dict[str, Any]:
+def sample_text(folder: Path, prompt: str, new_tokens: int = 48) -> dict[str, Any]:
     """Returns greedily generated text after `prompt`, and the number of parameters loaded.
 
     Raises ExportError when transformers reports missing or unexpected weights.

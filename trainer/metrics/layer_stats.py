@@ -21,7 +21,7 @@ _Ranges = dict[tuple[str, int], tuple[float, float]]
 """Minimum and maximum by metric and the layer's row."""
 
 
-def layer_stats(
+def compute_layer_stats(
     model: V4Model, expert_load: Tensor, grid: Grid, hook_stats: HookStats | None = None
 ) -> LayerStats:
     """Returns the stats of all layers, on every rank; all ranks call it, outside of a step.

@@ -1,0 +1,37 @@
+"""What a run needs before it starts: memory, traffic, the time of a layer, the settings that fit.
+
+Names are loaded on first use: some modules import torch, and tables take rich.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers, the names of _MODULES
+    from trainer.planning.dry_run import count_memory
+    from trainer.planning.expected_memory import expected_memory_report
+    from trainer.planning.fit_device import fitted
+    from trainer.planning.layer_times import measure_layers
+    from trainer.planning.out_of_memory import advised
+    from trainer.planning.plan import describe_plan
+    from trainer.planning.static_memory import memory_parts, snapshot_memory
+    from trainer.planning.traffic import Work, step_traffic
+
+_MODULES = {
+    "Work": "traffic",
+    "advised": "out_of_memory",
+    "count_memory": "dry_run",
+    "describe_plan": "plan",
+    "expected_memory_report": "expected_memory",
+    "fitted": "fit_device",
+    "measure_layers": "layer_times",
+    "memory_parts": "static_memory",
+    "snapshot_memory": "static_memory",
+    "step_traffic": "traffic",
+}
+__all__ = [*_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -133,7 +133,7 @@ class EvenDispatch(ExpertDispatch):
         return slot_L.new_empty(size, local_experts), send, [send[self.axis.rank]] * size
 
 
-def dry_run(
+def count_memory(
     config: RunConfig, world: int, progress: Progress | None = None, phase: int | None = None
 ) -> DryRun:
     """Builds ranks of every pipeline rank of `world` processes in turn, and counts their memory.

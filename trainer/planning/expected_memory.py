@@ -5,7 +5,7 @@ from trainer.formatting import gib
 from trainer.planning.static_memory import memory_parts
 
 
-def expected_memory(config: RunConfig, world_size: int) -> str:
+def expected_memory_report(config: RunConfig, world_size: int) -> str:
     """Returns a line about the memory that the fullest process holds throughout the run.
 
     It is the closed form, which costs milliseconds and builds no model; activations, which

@@ -20,7 +20,7 @@ from trainer.config import ConfigError, RunConfig
 from trainer.device import DeviceInfo
 from trainer.formatting import GIB, gib
 from trainer.parallel.grid import local_device
-from trainer.planning.dry_run import dry_run
+from trainer.planning.dry_run import count_memory
 from trainer.planning.static_memory import snapshot_memory
 
 MEMORY_FRACTION = 0.9
@@ -131,7 +131,7 @@ class Count:
         self.start, self.done = time.monotonic(), 0
 
     def __call__(self, config: RunConfig) -> int:
-        size = dry_run(config, self.world).fullest.total
+        size = count_memory(config, self.world).fullest.total
         if self.on_host:
             size += snapshot_memory(config, config.degrees(self.world))
         self.done += 1

@@ -49,7 +49,7 @@ class Times:
         return self.head + self.mtp
 
 
-def measure(config: RunConfig, world: int) -> Iterator[Table | str]:
+def measure_layers(config: RunConfig, world: int) -> Iterator[Table | str]:
     """Yields times and FLOPs, and the layers of each stage balanced by the times.
 
     Raises ConfigError if the config does not fit the processes.

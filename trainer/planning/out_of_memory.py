@@ -82,9 +82,9 @@ def candidates(config: RunConfig) -> list[str]:
 
 def estimate(config: RunConfig, world: int) -> int:
     """Returns the peak bytes of the fullest process."""
-    from trainer.planning.dry_run import dry_run
+    from trainer.planning.dry_run import count_memory
 
-    return dry_run(config, world).fullest.total
+    return count_memory(config, world).fullest.total
 
 
 def compare(path: str, world: int) -> str:

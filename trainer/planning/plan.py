@@ -20,7 +20,7 @@ from model.parameters import parameter_counts, parameter_table
 from optim.partition import build_table, render_table
 from trainer.config import ConfigError, Phase, Recipe, RunConfig, short_length
 from trainer.formatting import GIB, duration, gib, short
-from trainer.metrics.jsonl import read_metrics
+from trainer.metrics import read_metrics
 from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
 from trainer.parallel.stage_plan import StagePlan
 from trainer.planning.static_memory import (
@@ -42,7 +42,7 @@ MAX_RANKS = 64
 COLLECTIVES = ("gather", "scatter", "sum", "exchange", "send")
 
 
-def plan(
+def describe_plan(
     config: RunConfig,
     world_size: int,
     dry: bool = False,
@@ -84,9 +84,9 @@ def plan(
     if not dry:
         yield memory_table(config, stages)
         return
-    from trainer.planning.dry_run import dry_run
+    from trainer.planning.dry_run import count_memory
 
-    result = dry_run(config, world_size, _Progress(), phase)
+    result = count_memory(config, world_size, _Progress(), phase)
     yield dry_run_table(result)
     yield dry_run_summary(result)
 

@@ -4,7 +4,7 @@ from html import escape
 from typing import Any
 
 from trainer.config import RunConfig
-from trainer.metrics.jsonl import Event
+from trainer.metrics import Event
 from trainer.report.plots import draw_layers
 
 Records = list[dict[str, Any]]

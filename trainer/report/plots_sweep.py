@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import matplotlib
 from matplotlib.figure import Figure
 
-from trainer.metrics.jsonl import Record
+from trainer.metrics import Record
 from trainer.report.plots import STYLE, points, to_svg
 
 

@@ -10,7 +10,7 @@ from model.parameters import parameter_counts
 from trainer.config import RunConfig, short_length
 from trainer.errors import ReportError
 from trainer.formatting import short
-from trainer.metrics.jsonl import Event, read_events, read_metrics
+from trainer.metrics import Event, read_events, read_metrics
 from trainer.report.layers import events_section, groups_section, layers_section
 from trainer.report.plots import CHARTS, Mark, draw, source_charts, value_of
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from data.files import write_atomically
 from trainer.errors import ReportError
-from trainer.metrics.jsonl import Record, read_metrics
+from trainer.metrics import Record, read_metrics
 from trainer.report.plots_sweep import draw_curves, draw_parallel
 from trainer.report.run import page
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data import Batch, Loader
 from data.config import fingerprint_text
-from trainer.checkpoint.logical_tensors import Boxes, TensorBox, routing_name
+from trainer.checkpoint import Boxes, TensorBox, routing_name
 from trainer.config import AnticipatoryRoutingConfig, Recipe
 from trainer.engine import Engine
 from trainer.microbatches import SelectedExperts

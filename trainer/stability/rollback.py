@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.folder import checkpoints_in, step_of
-from trainer.checkpoint.run import RunCheckpoint
+from trainer.checkpoint import RunCheckpoint, checkpoints_in, step_of
 from trainer.config import RunConfig
-from trainer.metrics.jsonl import Event
+from trainer.metrics import Event
 from trainer.stability.anticipation import Anticipation
 from trainer.stability.spikes import SpikeDetector
 from trainer.state import TrainState

@@ -15,8 +15,8 @@ from trainer.config import RunConfig, load_config
 from trainer.errors import CheckpointError, ExportError
 from trainer.export.export import export_run
 from trainer.export.hf_folder import read_hf_weights, write_hf_folder
-from trainer.export.import_run import import_run, open_run
-from trainer.export.sample import sample
+from trainer.export.import_run import import_hf_folder, open_run
+from trainer.export.sample import sample_text
 from trainer.parallel.grid import Grid
 
 
@@ -61,7 +61,7 @@ def test_its_tokenizer_gives_the_same_ids(run: RunConfig, exported: Path) -> Non
 
 
 def test_transformers_writes_text(exported: Path) -> None:
-    result = sample(exported, "abc", new_tokens=4)
+    result = sample_text(exported, "abc", new_tokens=4)
     assert result["text"].startswith("abc") and result["parameters"] > 10_000
 
 
@@ -73,7 +73,7 @@ def test_sample_refuses_a_folder_with_a_weight_missing(exported: Path, tmp_path:
     del weights["layers.0.attn.wkv.weight"]
     save_file(weights, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ExportError, match="missing_keys"):
-        sample(tmp_path / "hf", "abc")
+        sample_text(tmp_path / "hf", "abc")
 
 
 def test_several_shards_with_an_index(run: RunConfig, exported: Path, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_an_import_has_all_weights_and_trains_on(
 ) -> None:
     # Other sizes in the config on purpose: the folder's own count.
     overrides = [f"run_dir={tmp_path}", "model.hidden_size=32", f"precision={precision}"]
-    import_run(load_config(tiny, [*overrides, "steps=3"]), exported)
+    import_hf_folder(load_config(tiny, [*overrides, "steps=3"]), exported)
     imported = saved_tensors(tmp_path / "checkpoints/step-00000000")
     original = saved_tensors(run.run_dir / "checkpoints/step-00000004")
     for name, tensor in original.items():
@@ -114,7 +114,7 @@ def test_an_import_of_what_transformers_saves(
     theirs, _ = transformers_model(exported)
     theirs.save_pretrained(tmp_path / "hf")
     config = load_config(tiny, [f"run_dir={tmp_path / 'run'}"])
-    assert "mtp.* was not in the folder" in import_run(config, tmp_path / "hf")
+    assert "mtp.* was not in the folder" in import_hf_folder(config, tmp_path / "hf")
     imported = saved_tensors(tmp_path / "run/checkpoints/step-00000000")
     original = saved_tensors(run.run_dir / "checkpoints/step-00000004")
     names = [name for name in original if not name.startswith(("optim.", "mtp."))]
@@ -125,17 +125,17 @@ def test_mistakes_are_sentences(tiny: Path, run: RunConfig, exported: Path, tmp_
     with pytest.raises(ExportError, match="already exists"):
         export_run(run, exported)
     with pytest.raises(ExportError, match=r"already holds step-00000004"):
-        import_run(run, exported)
+        import_hf_folder(run, exported)
     config = load_config(tiny, [f"run_dir={tmp_path / 'run'}"])
     with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
         export_run(config, tmp_path / "out")
     with pytest.raises(ExportError, match=r"no config\.json"):
-        import_run(config, tmp_path)
+        import_hf_folder(config, tmp_path)
     shutil.copytree(exported, tmp_path / "cut")
     with (tmp_path / "cut/model.safetensors").open("r+b") as file:
         file.truncate(5000)
     with pytest.raises(ExportError, match="truncated"):
-        import_run(config, tmp_path / "cut")
+        import_hf_folder(config, tmp_path / "cut")
     assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
 
 

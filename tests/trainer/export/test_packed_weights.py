@@ -14,7 +14,7 @@ from trainer.config import RunConfig, load_config
 from trainer.errors import ExportError
 from trainer.export.export import export_run
 from trainer.export.hf_folder import read_hf_weights
-from trainer.export.import_run import import_run
+from trainer.export.import_run import import_hf_folder
 from trainer.export.packed_weights import dequantised
 
 SIZES = ["model.hidden_size=32", "model.moe_intermediate_size=64", "precision=bf16"]
@@ -71,7 +71,7 @@ def test_export_of_an_import_is_the_same_folder(
     tiny: Path, run: RunConfig, packed: Path, tmp_path: Path
 ) -> None:
     config = load_config(tiny, [f"run_dir={tmp_path / 'run'}", *SIZES])
-    import_run(config, packed)
+    import_hf_folder(config, packed)
     export_run(config, tmp_path / "again", experts="mxfp4")
     first, second = read_hf_weights(packed), read_hf_weights(tmp_path / "again")
     assert first.keys() == second.keys()

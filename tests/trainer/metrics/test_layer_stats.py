@@ -11,7 +11,7 @@ from tests.trainer.tiny import train
 from trainer.build import build
 from trainer.config import load_config
 from trainer.metrics.jsonl import read_metrics
-from trainer.metrics.layer_stats import expert_load_stats, flatten_layers, layer_stats
+from trainer.metrics.layer_stats import compute_layer_stats, expert_load_stats, flatten_layers
 from trainer.parallel.grid import Degrees, Grid
 from trainer.report import write_report
 from trainer.step import LayerStats
@@ -41,7 +41,7 @@ def numbers_of(rank: int, world_size: int, path: Path, degrees: Degrees) -> Laye
             attention.attn_sink.copy_(row + 10.0 * torch.arange(len(attention.attn_sink)))
             attention.attn_sink += 10.0 * first
     load = torch.arange(16.0).view(4, 4)
-    return layer_stats(local.model, load, grid)
+    return compute_layer_stats(local.model, load, grid)
 
 
 @pytest.mark.parametrize("degrees", [Degrees(2, tensor=2), Degrees(2, pipeline=2)])

@@ -20,7 +20,7 @@ from tests.model.tiny import random_model, random_tokens, tiny_config
 from trainer.config import load_config
 from trainer.parallel import recompute
 from trainer.parallel.recompute import Recompute
-from trainer.planning.dry_run import dry_run
+from trainer.planning.dry_run import count_memory
 
 TOKENS = 96
 CONFIG = tiny_config(hidden_size=64)
@@ -179,7 +179,7 @@ def test_the_dry_run_counts_what_was_moved(tiny: Path) -> None:
         held = []
         for more in ([], ["parallel.offload=[block]"]):
             config = load_config(tiny, [*words, *more])
-            ranks = dry_run(config, stages).ranks
+            ranks = count_memory(config, stages).ranks
             held.append([rank.stages[0].activations for rank in ranks])
         model, data = config.model, config.data
         tokens = data.micro_batch_size * data.seq_len

@@ -22,7 +22,7 @@ from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import Pipeline
 from trainer.planning.activations import Live, Storages, peak_in_flight, tensors_in
-from trainer.planning.dry_run import as_rank, dry_run, microbatches_of
+from trainer.planning.dry_run import as_rank, count_memory, microbatches_of
 from trainer.planning.static_memory import memory_parts, stage_parts
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -92,7 +92,7 @@ def test_counts_what_ranks_really_hold(
     Routing is uneven in truth, and a rank's rows are not one sample each.
     """
     config = load_config(tiny, [*MODEL, *spread.overrides])
-    found = dry_run(config, 2)
+    found = count_memory(config, 2)
     assert [rank.rank for rank in found.ranks] == [0, 1]
     for rank, (parameters, parts, peak) in zip(found.ranks, really[spread.name], strict=True):
         assert rank.parameters == parameters
@@ -128,7 +128,7 @@ def test_in_flight_as_torch_orders_it(tiny: Path, schedule: str, ranks: int) -> 
     ]
     config = load_config(tiny, [*MODEL, *words])
     degrees = config.degrees(ranks)
-    found = dry_run(config, ranks)
+    found = count_memory(config, ranks)
     for rank in range(ranks):
         with as_rank(rank, degrees) as grid:
             plan = config.parallel.stages(config.model, config.data.seq_len)
@@ -212,9 +212,9 @@ def test_tensors_of_a_microbatch_are_found(tiny: Path) -> None:
 
 def test_what_does_not_fit_is_refused(tiny: Path) -> None:
     with pytest.raises(ConfigError, match="does not divide the 3 processes"):
-        dry_run(load_config(tiny, [*MODEL, "parallel.tensor=2"]), 3)
+        count_memory(load_config(tiny, [*MODEL, "parallel.tensor=2"]), 3)
     with as_rank(0, Degrees(2)), pytest.raises(RuntimeError, match="process groups of its own"):
-        dry_run(load_config(tiny, MODEL), 2)
+        count_memory(load_config(tiny, MODEL), 2)
     assert not dist.is_initialized()
 
 
@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused(tiny: Path) -> None:
     [("flash", 256, "284.332", "6.610"), ("pro", 2048, "1572.997", "25.840")],
 )
 def test_large_configs_fit(name: str, world: int, main: str, mtp: str) -> None:
-    found = dry_run(load_config(CONFIGS / f"{name}.yaml"), world, phase=3)
+    found = count_memory(load_config(CONFIGS / f"{name}.yaml"), world, phase=3)
     assert found.phase.name == "sparse 64K"
     assert found.parameters / 1e9 == pytest.approx(float(main) + float(mtp), abs=1e-3)
     assert found.fullest.total < 0.9 * 80e9

@@ -18,8 +18,8 @@ from trainer.device import peak_memory, peak_memory_report
 from trainer.engine import NativeEngine
 from trainer.parallel.grid import Grid
 from trainer.planning.activations import Live, Storages
-from trainer.planning.dry_run import dry_run
-from trainer.planning.expected_memory import expected_memory
+from trainer.planning.dry_run import count_memory
+from trainer.planning.expected_memory import expected_memory_report
 
 # Weights of 1 MiB and more, so that what is printed has digits enough.
 WIDE = ("model.hidden_size=128", "model.moe_intermediate_size=256", "precision=bf16")
@@ -62,7 +62,7 @@ def test_a_run_says_what_it_expects_and_what_it_took(
         engine.forward_backward(batches)
     total = sum(said(expects, name) for name in held)
     assert said(expects, "memory:") == pytest.approx(total, abs=0.5 * 2**20)
-    counted = dry_run(config, 1).fullest
+    counted = count_memory(config, 1).fullest
     passes = counted.microbatches + counted.activations + counted.workspace
     assert passes == pytest.approx(live.peak, rel=0.1)  # routing is uneven, samples are short
     # After the first evaluation, and at the end.
@@ -94,4 +94,4 @@ def test_the_peak_is_that_of_the_fullest_rank(tiny: Path) -> None:
 
 def test_another_engine_has_no_estimate(tiny: Path) -> None:
     config = load_config(tiny).model_copy(update={"engine": "deepspeed"})
-    assert "no estimate" in expected_memory(config, 1)
+    assert "no estimate" in expected_memory_report(config, 1)

@@ -13,7 +13,7 @@ from trainer.__main__ import main
 from trainer.config import ConfigError, RunConfig, load_config
 from trainer.device import DeviceInfo
 from trainer.formatting import GIB
-from trainer.planning.dry_run import dry_run
+from trainer.planning.dry_run import count_memory
 from trainer.planning.fit_device import (
     MEMORY_FRACTION,
     RECOMPUTATION,
@@ -118,7 +118,7 @@ def test_every_rung_needs_less_than_the_one_before():
     for again in RECOMPUTATION:
         parallel = config.parallel.model_copy(update=again)
         with_it = config.model_copy(update={"parallel": parallel})
-        sizes.append(dry_run(with_it, 1).fullest.total)
+        sizes.append(count_memory(with_it, 1).fullest.total)
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
 
 

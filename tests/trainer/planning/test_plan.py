@@ -16,8 +16,8 @@ from tests.trainer.parallel.topologies import MODEL
 from trainer.config import ConfigError, RunConfig, load_config
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.stage_plan import balanced
-from trainer.planning.layer_times import Times, measure, take_times
-from trainer.planning.plan import plan, span, stage_shares, traffic_of
+from trainer.planning.layer_times import Times, measure_layers, take_times
+from trainer.planning.plan import describe_plan, span, stage_shares, traffic_of
 from trainer.planning.static_memory import memory_parts
 from trainer.planning.traffic import Exchange, Work, step_traffic
 
@@ -40,7 +40,7 @@ def row(text: str, name: str) -> list[str]:
 
 
 def test_flash_on_256() -> None:
-    text = printed(plan(load_config(CONFIGS / "flash.yaml"), 256))
+    text = printed(describe_plan(load_config(CONFIGS / "flash.yaml"), 256))
     assert row(text, "tensor x context x data x pipeline") == ["2 x 8 x 2 x 8"]
     assert row(text, "expert_tensor x expert x expert_data") == ["1 x 32 x 1 x 8"]
     assert row(text, "microbatches per step") == ["36"], "of the phase with the longest rows"
@@ -53,7 +53,7 @@ def test_flash_on_256() -> None:
 
 def test_the_phases_of_flash() -> None:
     config = load_config(CONFIGS / "flash.yaml", ["metrics.peak_tflops=1000"])
-    text = printed(plan(config, 256))
+    text = printed(describe_plan(config, 256))
     name, steps, tokens, until, rows, rates, mtp, time = row(text, "phase 3")
     assert (name, tokens, until, rows) == ("sparse 64K", "27.8T", "28.8T", "1,152 x 64K")
     assert int(steps.replace(",", "")) == pytest.approx(27.8e12 / 75.5e6, rel=1e-3)
@@ -87,7 +87,7 @@ def test_traffic_is_that_of_the_rank_that_sends_most(tiny: Path) -> None:
 
 def test_the_table_of_parameters_on_demand(tiny: Path) -> None:
     config = load_config(tiny, MODEL)
-    without, table = (printed(plan(config, 1, parameters=flag)) for flag in (False, True))
+    without, table = (printed(describe_plan(config, 1, parameters=flag)) for flag in (False, True))
     assert "layers.*.attn.wkv.weight" in table and "layers.*" not in without
 
 
@@ -144,7 +144,7 @@ def test_measured_times_balance_the_stages(tiny: Path, monkeypatch: pytest.Monke
     layers = {"window": 1.0, "csa": 9.0, "hca": 1.0}
     times = Times(torch.device("cpu"), 48, layers, 1.0, 1.0)  # type: ignore[arg-type]
     monkeypatch.setattr("trainer.planning.layer_times.take_times", lambda *_: times)
-    table, override = measure(config, 2)
+    table, override = measure_layers(config, 2)
     assert isinstance(table, Table)
     # window 1, csa 9, hca 1 | csa 9, head and MTP 2
     assert override == "parallel.pipeline_layers_per_stage=[3,1]"
@@ -168,9 +168,9 @@ def test_every_part_is_timed(tiny: Path) -> None:
 def test_a_world_that_does_not_fit_is_refused(tiny: Path) -> None:
     config = load_config(tiny, [*MODEL, "parallel.tensor=2"])
     with pytest.raises(ConfigError, match="does not divide the 3 processes"):
-        list(plan(config, 3))
+        list(describe_plan(config, 3))
     with pytest.raises(ConfigError, match="does not divide the 3 processes"):
-        list(measure(config, 3))
+        list(measure_layers(config, 3))
 
 
 def test_span() -> None:
