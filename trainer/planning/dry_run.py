@@ -126,7 +126,9 @@ class DryRun:
 class EvenDispatch(ExpertDispatch):
     """Dispatch with even routing: tensors without values have no counts."""
 
-    def agree(self, slot_L: Tensor, local_experts: int) -> tuple[Tensor, list[int], list[int]]:
+    def exchange_counts(
+        self, slot_L: Tensor, local_experts: int
+    ) -> tuple[Tensor, list[int], list[int]]:
         """Returns counts as if all ranks had chosen each expert equally often."""
         rows, size = len(slot_L), self.axis.size
         send = [rows // size + (rank < rows % size) for rank in range(size)]
