@@ -24,10 +24,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what this machine has no GPU for, and say what it has."""
+    """Skips tests whose GPU this machine lacks, with the reason."""
     for mark in item.iter_markers("gpu"):
         needed = mark.kwargs.get("capability", (0, 0))
         if not torch.cuda.is_available():
             pytest.skip("needs a GPU, and torch.cuda.is_available() is False")
-        elif (found := torch.cuda.get_device_capability()) < needed:
-            pytest.skip(f"needs a GPU of capability {needed}, and this one has {found}")
+        elif (capability := torch.cuda.get_device_capability()) < needed:
+            pytest.skip(f"needs a GPU of capability {needed}, and this one has {capability}")

@@ -28,7 +28,7 @@ def documents() -> list[str]:
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> DataConfig:
-    """A trained tokenizer and prepared shards of `documents`, one in five held out."""
+    """A trained tokenizer and prepared shards of `documents`, one in five for validation."""
     folder = tmp_path_factory.mktemp("data")
     with (folder / "text.jsonl").open("w") as stream:
         for text in documents:

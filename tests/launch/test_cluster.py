@@ -48,23 +48,23 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
 def refused(tmp_path: Path, text: str, *parts: str) -> None:
     with pytest.raises(ConfigError) as caught:
         write(tmp_path, text)
-    said = str(caught.value)
-    assert "\n" not in said
+    message = str(caught.value)
+    assert "\n" not in message
     for part in parts:
-        assert part in said
+        assert part in message
 
 
 def directives(script: str) -> dict[str, str]:
-    found = re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", script, flags=re.M)
-    assert len(found) == script.count("#SBATCH")
-    return dict(found)
+    options = re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", script, flags=re.M)
+    assert len(options) == script.count("#SBATCH")
+    return dict(options)
 
 
 def torchrun_options(text: str) -> dict[str, str]:
     """Options of torchrun in a script, by name."""
     command = text.split("torch.distributed.run", 1)[1].split("-m trainer")[0]
-    words = command.replace("\\\n", " ").split()
-    return dict(zip(words[::2], words[1::2], strict=True))
+    arguments = command.replace("\\\n", " ").split()
+    return dict(zip(arguments[::2], arguments[1::2], strict=True))
 
 
 def test_the_sbatch_script(tmp_path: Path) -> None:
@@ -93,11 +93,11 @@ def test_slurm_settings(tmp_path: Path) -> None:
         "cpus_per_node: 9, exclusive: false, options: ['--constraint=ib'], container: img.sqsh, "
         "container_mounts: ['/a:/b'], setup: ['module load cuda']}\n",
     ).read_text()
-    asked = directives(text)
-    wanted = {"partition": "p", "account": "a", "qos": "q", "time": "2-00:00:00"}
-    assert asked | wanted == asked and asked["cpus-per-task"] == "9"
-    assert asked["constraint"] == "ib" and "exclusive" not in asked
-    assert "gpus-per-node" not in asked
+    options = directives(text)
+    expected = {"partition": "p", "account": "a", "qos": "q", "time": "2-00:00:00"}
+    assert options | expected == options and options["cpus-per-task"] == "9"
+    assert options["constraint"] == "ib" and "exclusive" not in options
+    assert "gpus-per-node" not in options
     assert "--container-image=img.sqsh" in text and "--container-mounts=/a:/b" in text
     assert "\nmodule load cuda\n" in text
 
@@ -189,9 +189,9 @@ def test_the_command(
     out = tmp_path / "job"
     job = ["plan", DEBUG, "steps=5", "--cluster", "slurm", "--nodes", 2, "--out", out]
     assert v4(*job, "--gpus-per-node", 3, monkeypatch=monkeypatch) == 0
-    said = capfd.readouterr().out
-    assert f"submit it with: sbatch {out}/train.sbatch" in said
-    assert re.search(r"processes\W+6\b", said)
+    output = capfd.readouterr().out
+    assert f"submit it with: sbatch {out}/train.sbatch" in output
+    assert re.search(r"processes\W+6\b", output)
     assert f"arguments=({DEBUG} steps=5)" in (out / "train.sbatch").read_text()
     (out / "train.sbatch").unlink()
     assert v4(*job, "--gpus-per-node", 5, monkeypatch=monkeypatch) == 2
@@ -261,8 +261,8 @@ def test_slurm_saves_before_the_limit_and_queues_again(tiny: Path, tmp_path: Pat
 def pod(manifest: Path) -> list[str]:
     job = yaml.safe_load(manifest.read_text())
     master = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]
-    words = [*master["command"], *master["args"]]
-    return [word.replace("v4-run-master-0", "localhost") for word in words]
+    command = [*master["command"], *master["args"]]
+    return [word.replace("v4-run-master-0", "localhost") for word in command]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A rank that fails takes the others down, says who it was and why, once, and in time."""
+"""A rank that fails takes the others down, reports its rank and the reason once, and in time."""
 
 import socket
 import subprocess
@@ -33,7 +33,7 @@ def torchrun(*arguments: object, restarts: int = 0) -> subprocess.CompletedProce
     started = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=2 * LIMIT)
     assert time.monotonic() - started < LIMIT
-    assert "forcefully" not in done.stderr  # nobody waits for torchrun's SIGKILL
+    assert "forcefully" not in done.stderr  # nothing waits for torchrun's SIGKILL
     return done
 
 
@@ -67,7 +67,7 @@ def test_a_mistake_seen_by_one_rank_is_one_sentence(tiny: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_crash_before_the_checks_are_met_hangs_nobody(tiny: Path, tmp_path: Path) -> None:
+def test_a_crash_before_the_checks_hangs_no_rank(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file where the run folder should be")
     done = torchrun(1, "crash", tiny, f"run_dir={tmp_path / 'run'}")
     assert done.stderr.count("v4: error: ") == 1

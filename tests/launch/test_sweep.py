@@ -82,13 +82,13 @@ def test_arguments_are_those_of_wandb_agent(tiny: Path, tmp_path: Path) -> None:
 def draw(sweep: Sweep, folder: Path, reopen: bool) -> list[dict]:
     """All trials' settings; a trial's loss is its number's remainder, told at once."""
     folder.mkdir()
-    search, found = Search(sweep, folder, seed=7), []
+    search, settings = Search(sweep, folder, seed=7), []
     while (number := search.next()) is not None:
-        found.append(search.arguments(number))
+        settings.append(search.arguments(number))
         search.finish(number, [float(number % 3)], optuna.trial.TrialState.COMPLETE)
         if reopen:
             search = Search(sweep, folder, seed=7)
-    return found
+    return settings
 
 
 def test_a_grid_is_complete_and_random_trials_survive_reopening(tiny: Path, tmp_path: Path) -> None:
@@ -184,8 +184,8 @@ def test_seeds_are_averaged_and_the_others_tuned() -> None:
         for (kind, rate), pair in values.items()
         for seed, value in enumerate(pair)
     ]
-    said = sentences(groups(trials, "minimize"), "minimize", "validation_loss")
-    assert said[0] == "the best: kind=muon rate=1: validation_loss 2.1000 ± 0.1414"
+    lines = sentences(groups(trials, "minimize"), "minimize", "validation_loss")
+    assert lines[0] == "the best: kind=muon rate=1: validation_loss 2.1000 ± 0.1414"
     # sqrt(0.02 / 2 + 0.08 / 2) = 0.2236
-    assert said[1].startswith("kind: muon beats adamw by 0.5000 ± 0.2236 nats of validation_loss")
-    assert len(said) == 2
+    assert lines[1].startswith("kind: muon beats adamw by 0.5000 ± 0.2236 nats of validation_loss")
+    assert len(lines) == 2

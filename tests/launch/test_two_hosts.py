@@ -1,4 +1,4 @@
-"""Two hosts, each a network namespace with an address of its own: one dies, the run goes on."""
+"""Two hosts, each a network namespace with its own address: one dies, the run resumes."""
 
 import os
 import shutil
@@ -56,7 +56,7 @@ class Host:
         ]
 
     def start(self, log: Path, *training: str, restarts: int = 3) -> None:
-        """Start this host's share of the job; what it says is appended to `log`."""
+        """Starts this host's share of the job; its output is appended to `log`."""
         environment = os.environ | RESTART_ENVIRONMENT
         environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.link}
         with log.open("a") as file:
@@ -179,7 +179,7 @@ def test_a_death_costs_no_more_than_the_steps_since_the_checkpoint(
 def test_the_first_host_says_who_failed_on_the_other(
     tiny: Path, hosts: list[Host], tmp_path: Path
 ) -> None:
-    """Rank 0 waits for ever; the failure of rank 1 ends it and stands in both hosts' logs."""
+    """Rank 0 waits indefinitely; the failure of rank 1 ends it and is in both hosts' logs."""
     logs = [tmp_path / "log1", tmp_path / "log2"]
     training = ["tests.launch.failing", "1", "crash", str(tiny), f"run_dir={tmp_path / 'run'}"]
     for host, log in zip(hosts, logs, strict=True):

@@ -87,9 +87,9 @@ def test_the_objective_is_the_divergence_from_the_core_attention(attention: Atte
         patch.object(module, "attention_with_lse2", attending),
         patch.object(module, "indexer_objective", learning),
     ):
-        found = float(run(model, attention).indexer_loss)
+        actual = float(run(model, attention).indexer_loss)
     assert (seen["attention"].selected_Tk is not None) == (attention == "sparse")
-    assert found == pytest.approx(divergence(model.config, seen), rel=1e-5)
+    assert actual == pytest.approx(divergence(model.config, seen), rel=1e-5)
 
 
 @pytest.mark.parametrize("topk", [3, 500])
@@ -144,7 +144,7 @@ def test_dense_attends_to_everything() -> None:
 
 
 def test_operations_by_mode() -> None:
-    """By hand for one query that sees many entries beside one that sees few."""
+    """By hand for a query that sees many entries and one that sees few."""
     config = tiny_config(**ONE, num_nextn_predict_layers=0, index_topk=3)
     wide = config.model_copy(update={"index_topk": 500})
     of = {m: training_flops(config, [90], attention=m) for m in ("select", "dense", "warmup")}

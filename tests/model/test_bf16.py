@@ -1,4 +1,4 @@
-"""A bf16 model beside the fp32 model of the same weights: losses, gradients, logits."""
+"""A bf16 model compared with an fp32 model of the same weights: losses, gradients, logits."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ def test_every_exchange_has_the_methods_of_the_protocol() -> None:
     assert len(METHODS) == 10
     for kind in (LocalExchange, SequenceExchange):
         for name in METHODS:
-            wanted = inspect.signature(getattr(Exchange, name))
-            assert inspect.signature(getattr(kind, name)) == wanted, (kind, name)
+            expected = inspect.signature(getattr(Exchange, name))
+            assert inspect.signature(getattr(kind, name)) == expected, (kind, name)
 
 
 def test_local_exchange_returns_its_arguments() -> None:

@@ -98,7 +98,7 @@ def test_equals_shapes_and_masks_at_the_released_sizes(name):
 
 
 def test_torch_counts_about_the_same():
-    """Short windows: what bands compute beyond them is small beside the projections."""
+    """Short windows: what bands compute beyond them is small compared with the projections."""
     config = tiny_config(
         hidden_size=64,
         moe_intermediate_size=64,

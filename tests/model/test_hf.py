@@ -23,7 +23,7 @@ def shipped(name: str) -> ModelConfig:
 
 
 def official_flash() -> dict[str, Any]:
-    """The keys and the manner of the released config.json, quantisation left out."""
+    """Keys and form of the released config.json, without quantisation."""
     return {
         "architectures": ["DeepseekV4ForCausalLM"],
         "model_type": "deepseek_v4",
@@ -142,7 +142,7 @@ class TestConfig:
         assert ModelConfig.from_hf(given).qk_rope_head_dim == 64
 
     @pytest.mark.parametrize(
-        ("changes", "removed", "said"),
+        ("changes", "removed", "message"),
         [
             ({}, ("index_topk",), "no index_topk"),
             ({}, ("rope_theta",), "no rope_theta"),
@@ -171,10 +171,10 @@ class TestConfig:
         ],
         ids=lambda value: str(value)[:40],
     )
-    def test_one_sentence_for_what_is_missing_or_not_v4(self, changes, removed, said):
+    def test_one_sentence_for_what_is_missing_or_not_v4(self, changes, removed, message):
         with pytest.raises(ModelConfigError) as caught:
             ModelConfig.from_hf(without(official_flash() | changes, *removed))
-        assert said in str(caught.value) and "\n" not in str(caught.value)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
 
     def test_attention_factor_is_refused(self):
         """YaRN's own attention factor would multiply the logits by 1.28."""
@@ -266,7 +266,7 @@ class TestWeights:
         assert torch.equal(model.head.weight, source.head.weight.float())
 
     @pytest.mark.parametrize(
-        ("removed", "said"),
+        ("removed", "message"),
         [
             ("layers.1.attn.attn_sink", "lack layers.1.attn.attn_sink (1 missing in all)"),
             ("layers.1.ffn.experts.3.w1.weight", "layers.1.ffn.experts.w1 has no expert 3"),
@@ -275,10 +275,10 @@ class TestWeights:
             ("mtp.0.hnorm.weight", "lack mtp.0.hnorm.weight"),
         ],
     )
-    def test_a_missing_name(self, removed, said):
+    def test_a_missing_name(self, removed, message):
         state = official_state(random_model(tiny_config()))
         del state[removed]
-        self.assert_refused(state, said)
+        self.assert_refused(state, message)
 
     def test_an_unknown_name(self):
         state = official_state(random_model(tiny_config()))
@@ -298,9 +298,9 @@ class TestWeights:
         state["model.layers.2.self_attn.sinks"] = sinks
         self.assert_refused(state, "model.layers.2.self_attn.sink, which this model does not have")
 
-    def assert_refused(self, state: dict[str, torch.Tensor], said: str) -> None:
+    def assert_refused(self, state: dict[str, torch.Tensor], message: str) -> None:
         model, before = blank(tiny_config()), blank(tiny_config())
         with pytest.raises(ModelConfigError) as caught:
             model.load_hf_state_dict(state)
-        assert said in str(caught.value) and "\n" not in str(caught.value)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
         assert_equal(model, before)  # nothing was overwritten

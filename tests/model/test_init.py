@@ -163,7 +163,7 @@ def test_each_stream_carries_mostly_itself_and_sublayers_read_in_turn():
 
 
 def spread_of_streams(model: V4Model, tokens: Tensor) -> float:
-    """How far the streams behind the last layer are from their mean, relative to it."""
+    """Relative distance of the streams after the last layer from their mean."""
     seen = []
     hook = model.layers[-1].register_forward_hook(lambda *args: seen.append(args[2][0]))
     with torch.no_grad():
@@ -174,7 +174,7 @@ def spread_of_streams(model: V4Model, tokens: Tensor) -> float:
 
 
 def test_streams_part_from_each_other_with_training():
-    """Streams start as copies; equal gradients to all would keep them copies for ever."""
+    """Streams start as copies; equal gradients to all would keep them copies forever."""
     model = initialised(initializer_range=0.006)
     tokens = random_tokens(model.config, 2, 50)
     targets = tokens.roll(-1, 1)

@@ -1,4 +1,4 @@
-"""Which products are in eight bits, and that all others stay as they are."""
+"""Which matmuls are in FP8, and that all others are unchanged."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def test_linears_and_experts_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -
     loss = model(tokens, targets=targets).loss
     loss.backward()
     names = {name for name, p in model.named_parameters() if (p.data_ptr(), p.numel()) in seen}
-    wanted = {
+    expected = {
         name
         for name, _ in model.named_parameters()
         if any(re.fullmatch(pattern, name) for pattern in IN_EIGHT_BITS)
     }
-    assert names == wanted and len(wanted) > 20
+    assert names == expected and len(expected) > 20
     plain = random_model(CONFIG)
     exact = plain(tokens, targets=targets).loss
     exact.backward()
     assert 0 < abs(loss.item() - exact.item()) < 0.02 * exact.item()
     grads = dict(plain.named_parameters())
-    for name in wanted:
+    for name in expected:
         both = (dict(model.named_parameters())[name].grad, grads[name].grad)
         assert torch.cosine_similarity(*(grad.flatten() for grad in both), dim=0) > 0.8, name

@@ -10,7 +10,7 @@ from tests.model.dense_reference import mtp_nll
 from tests.model.tiny import random_model, random_tokens, relative_error, tiny_config
 
 CONFIG = {"num_hidden_layers": 2, "layer_types": ("csa", "window"), "balance_loss_weight": 0.0}
-# Whole rows; packed rows with samples too short to predict anything; padding behind them.
+# Whole rows; packed rows with samples too short to predict anything; padding after them.
 CASES = {
     "one row": [[21]],
     "two rows": [[13], [13]],

@@ -1,4 +1,4 @@
-"""Every shipped configuration is read, built on the meta device, and has the size it says."""
+"""Every shipped configuration is read, built on the meta device, and has the size it claims."""
 
 from __future__ import annotations
 

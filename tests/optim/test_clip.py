@@ -41,9 +41,9 @@ def test_large_gradients_are_summed_exactly(dtype: torch.dtype) -> None:
 
 
 def test_not_a_number_is_seen() -> None:
-    given = parameters(torch.float32)
-    given[2].grad[0, 0, 0] = float("nan")
-    assert not torch.isfinite(gradient_norm(given))
+    inputs = parameters(torch.float32)
+    inputs[2].grad[0, 0, 0] = float("nan")
+    assert not torch.isfinite(gradient_norm(inputs))
 
 
 def test_nothing_to_clip() -> None:

@@ -39,48 +39,52 @@ def test_singular_values_in_bf16(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48), (4, 31, 57)])
 def test_it_is_the_orthogonal_factor(shape: tuple[int, ...]) -> None:
-    given = gaussian(shape)
-    u, _, vh = torch.linalg.svd(given.double(), full_matrices=False)
-    torch.testing.assert_close(newton_schulz(given).double(), u @ vh, rtol=0, atol=1e-3)
+    matrices = gaussian(shape)
+    u, _, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
+    torch.testing.assert_close(newton_schulz(matrices).double(), u @ vh, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e30])
 def test_the_scale_does_not_matter(scale: float) -> None:
-    given = gaussian((20, 30))
+    matrices = gaussian((20, 30))
     torch.testing.assert_close(
-        newton_schulz(given * scale), newton_schulz(given), rtol=0, atol=1e-4
+        newton_schulz(matrices * scale), newton_schulz(matrices), rtol=0, atol=1e-4
     )
 
 
 def test_a_batch_equals_its_matrices_one_by_one() -> None:
-    given = gaussian((7, 24, 40)) * torch.logspace(-3, 3, 7)[:, None, None]
-    alone = torch.stack([newton_schulz(matrix) for matrix in given])
-    torch.testing.assert_close(newton_schulz(given), alone, rtol=0, atol=1e-5)
+    matrices = gaussian((7, 24, 40)) * torch.logspace(-3, 3, 7)[:, None, None]
+    alone = torch.stack([newton_schulz(matrix) for matrix in matrices])
+    torch.testing.assert_close(newton_schulz(matrices), alone, rtol=0, atol=1e-5)
 
 
 def test_stacked_matrices_are_not_one_matrix() -> None:
-    given = gaussian((4, 24, 40))
-    as_one = newton_schulz(given.view(96, 40)).view(4, 24, 40)
-    assert (newton_schulz(given) - as_one).abs().max() > 0.05
+    matrices = gaussian((4, 24, 40))
+    as_one = newton_schulz(matrices.view(96, 40)).view(4, 24, 40)
+    assert (newton_schulz(matrices) - as_one).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zero_stays_zero_beside_others(dtype: torch.dtype) -> None:
-    given = gaussian((3, 8, 12))
-    given[1] = 0
-    result = newton_schulz(given, dtype=dtype)
+def test_zero_stays_zero_in_a_batch(dtype: torch.dtype) -> None:
+    matrices = gaussian((3, 8, 12))
+    matrices[1] = 0
+    result = newton_schulz(matrices, dtype=dtype)
     assert torch.isfinite(result).all()
     assert result[1].abs().max() == 0
-    torch.testing.assert_close(result[2], newton_schulz(given[2], dtype=dtype), rtol=0, atol=1e-2)
+    torch.testing.assert_close(
+        result[2], newton_schulz(matrices[2], dtype=dtype), rtol=0, atol=1e-2
+    )
 
 
 def test_transposing_commutes() -> None:
-    given = gaussian((2, 16, 48))
-    torch.testing.assert_close(newton_schulz(given.mT), newton_schulz(given).mT, rtol=0, atol=1e-5)
+    matrices = gaussian((2, 16, 48))
+    torch.testing.assert_close(
+        newton_schulz(matrices.mT), newton_schulz(matrices).mT, rtol=0, atol=1e-5
+    )
 
 
 def test_the_input_is_left_alone() -> None:
-    given = gaussian((2, 16, 48))
-    copy = given.clone()
-    newton_schulz(given)
-    assert torch.equal(given, copy)
+    matrices = gaussian((2, 16, 48))
+    copy = matrices.clone()
+    newton_schulz(matrices)
+    assert torch.equal(matrices, copy)

@@ -18,8 +18,8 @@ RATE = 0.02
 
 def model(names: list[str] | None = None) -> dict[str, Parameter]:
     generator = torch.Generator().manual_seed(1)
-    made = {n: Parameter(torch.randn(s, generator=generator)) for n, s in shapes().items()}
-    return {name: made[name] for name in names or made}
+    parameters = {n: Parameter(torch.randn(s, generator=generator)) for n, s in shapes().items()}
+    return {name: parameters[name] for name in names or parameters}
 
 
 def optimizer(parameters: dict[str, Parameter], **muon: object) -> Optimizer:
@@ -80,7 +80,7 @@ def test_muon_against_a_reference(batch_bytes: int | None) -> None:
 
 def test_batches_hold_every_matrix_once_and_stay_small() -> None:
     ours = optimizer(model(), max_batch_bytes=20_000)
-    seen = []
+    actual = []
     batches = list(ours._batches(ours._muon))
     for batch in batches:
         shape = {tuple(sorted(piece.entry.matrices[1:])) for piece in batch}
@@ -88,10 +88,10 @@ def test_batches_hold_every_matrix_once_and_stay_small() -> None:
         (rows, columns) = shape.pop()
         count = sum(piece.last - piece.first for piece in batch)
         assert count == 1 or count * rows * columns * 4 <= 20_000
-        seen += [(p.entry.name, index) for p in batch for index in range(p.first, p.last)]
-    wanted = [(e.name, index) for e in ours._muon for index in range(e.matrices[0])]
-    assert sorted(seen) == sorted(wanted)
-    assert len(batches) < len(wanted) / 2
+        actual += [(p.entry.name, index) for p in batch for index in range(p.first, p.last)]
+    expected = [(e.name, index) for e in ours._muon for index in range(e.matrices[0])]
+    assert sorted(actual) == sorted(expected)
+    assert len(batches) < len(expected) / 2
 
 
 def test_queries_per_head_against_a_reference() -> None:

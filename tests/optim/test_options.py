@@ -31,32 +31,32 @@ def matrix(rows: int, columns: int, decades: float) -> tuple[Tensor, Tensor]:
 def test_every_iteration_ends_at_the_orthogonal_factor(
     steps: tuple[Step, ...], shape: tuple[int, int], gram: bool
 ) -> None:
-    given, wanted = matrix(min(shape), max(shape), 2.0)
+    inputs, expected = matrix(min(shape), max(shape), 2.0)
     if shape[0] > shape[1]:
-        given, wanted = given.T, wanted.T
+        inputs, expected = inputs.T, expected.T
     # 1e-3: where the polynomials themselves end in fp32
-    result = newton_schulz(given.float(), steps, gram=gram).double()
-    torch.testing.assert_close(result, wanted, rtol=0, atol=1e-3)
-    low = newton_schulz(given.float(), steps, torch.bfloat16, gram).double()
+    result = newton_schulz(inputs.float(), steps, gram=gram).double()
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
+    low = newton_schulz(inputs.float(), steps, torch.bfloat16, gram).double()
     values = torch.linalg.svdvals(low)  # bf16 has 8 bits: rounding of some 3 units in the last
     assert values.min() > 0.98 and values.max() < 1.02
 
 
 @pytest.mark.parametrize("decades", [3.0, 4.0])
 def test_gram_survives_small_singular_values_in_bf16(decades: float) -> None:
-    given, _ = matrix(64, 256, decades)  # three steps without a restart diverge here
-    result = newton_schulz(given.float(), dtype=torch.bfloat16, gram=True).double()
+    inputs, _ = matrix(64, 256, decades)  # three steps without a restart diverge here
+    result = newton_schulz(inputs.float(), dtype=torch.bfloat16, gram=True).double()
     assert torch.linalg.svdvals(result).max() < 1.02
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_gram_is_the_same_polynomial(count: int) -> None:
-    given, _ = matrix(24, 96, 2.0)
+    inputs, _ = matrix(24, 96, 2.0)
     for steps in (hybrid_steps(count, 0), polar_express_steps(count)):
-        direct = newton_schulz(given.float(), steps)
+        direct = newton_schulz(inputs.float(), steps)
         # fp32 rounding, times what the coarse steps multiply it by
         torch.testing.assert_close(
-            newton_schulz(given.float(), steps, gram=True), direct, rtol=0, atol=1e-4
+            newton_schulz(inputs.float(), steps, gram=True), direct, rtol=0, atol=1e-4
         )
 
 
@@ -85,17 +85,17 @@ FP32, BF16 = torch.float32, torch.bfloat16
 def test_the_update_is_made_as_the_options_say(
     options: dict, steps: tuple[Step, ...], dtype: torch.dtype, gram: bool, rms: float
 ) -> None:
-    given = torch.randn(2, 24, 96, generator=torch.Generator().manual_seed(0))
-    update = orthogonal_update(given, MuonConfig(**options))
-    wanted = newton_schulz(given, steps, dtype, gram).float() * (rms * 96**0.5)
-    assert torch.equal(update, wanted)
-    assert torch.equal(update, orthogonal_update(given, MuonConfig())) == (not options)
+    inputs = torch.randn(2, 24, 96, generator=torch.Generator().manual_seed(0))
+    update = orthogonal_update(inputs, MuonConfig(**options))
+    expected = newton_schulz(inputs, steps, dtype, gram).float() * (rms * 96**0.5)
+    assert torch.equal(update, expected)
+    assert torch.equal(update, orthogonal_update(inputs, MuonConfig())) == (not options)
 
 
 def test_the_momentum_grows_in_a_line() -> None:
     config = MuonConfig(momentum_warmup_steps=10)
-    given = [momentum_at(config, step) for step in (0, 5, 10, 11)]
-    assert given == pytest.approx([0.85, 0.90, 0.95, 0.95])
+    momenta = [momentum_at(config, step) for step in (0, 5, 10, 11)]
+    assert momenta == pytest.approx([0.85, 0.90, 0.95, 0.95])
     assert momentum_at(MuonConfig(), 0) == 0.95
 
 
@@ -119,12 +119,12 @@ def test_the_optimizer_warms_its_momentum_up() -> None:
     muon = MuonConfig(momentum_warmup_steps=2)
     ours = optimizer(parameters, OptimConfig(muon=muon))
     name = "layers.0.attn.wkv.weight"
-    wanted = torch.zeros_like(parameters[name])
+    expected = torch.zeros_like(parameters[name])
     for step, mu in enumerate((0.85, 0.90, 0.95, 0.95)):
         give_gradients(parameters, step)
-        wanted = mu * wanted + parameters[name].grad
+        expected = mu * expected + parameters[name].grad
         ours.step(RATE)
-    torch.testing.assert_close(ours.state_tensors()[f"momentum.{name}"], wanted)
+    torch.testing.assert_close(ours.state_tensors()[f"momentum.{name}"], expected)
 
 
 def test_adamw_for_everything_with_factors_and_exclusions_like_torch() -> None:
@@ -170,13 +170,13 @@ def test_factors_and_exclusions_of_muon() -> None:
 
 
 def test_every_group_has_parameters_and_every_parameter_one_group() -> None:
-    seen: list[str] = []
+    names: list[str] = []
     for group in GROUPS:
         table = build_table(shapes(), FACTS, OptimConfig(learning_rate_factors={group: 2.0}))
         members = [entry.name for entry in table if entry.learning_rate_factor == 2.0]
         assert members, group
-        seen += members
-    assert sorted(seen) == sorted(shapes())
+        names += members
+    assert sorted(names) == sorted(shapes())
 
 
 @pytest.mark.parametrize(

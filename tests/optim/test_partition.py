@@ -24,9 +24,9 @@ def test_every_parameter_exactly_once() -> None:
 
 
 def test_adamw_has_what_the_report_lists() -> None:
-    words = ("embed.", "head.weight", "norm", ".base", ".scale", "attn_sink", "ape")
+    names_of_adamw = ("embed.", "head.weight", "norm", ".base", ".scale", "attn_sink", "ape")
     for name, matrices in stacks().items():
-        assert (matrices is None) == any(word in name for word in words), name
+        assert (matrices is None) == any(word in name for word in names_of_adamw), name
 
 
 @pytest.mark.parametrize(
@@ -57,10 +57,10 @@ def test_matrices(name: str, expected: tuple[int, int, int]) -> None:
 
 
 def test_queries_per_head() -> None:
-    found = stacks(query_matrices="per_head")
-    assert found["layers.1.attn.wq_b.weight"] == (H, K, Q)
-    assert found["layers.1.attn.indexer.wq_b.weight"] == (I, J, Q)
-    assert found["layers.1.attn.wq_a.weight"] == (1, Q, D)
+    matrices = stacks(query_matrices="per_head")
+    assert matrices["layers.1.attn.wq_b.weight"] == (H, K, Q)
+    assert matrices["layers.1.attn.indexer.wq_b.weight"] == (I, J, Q)
+    assert matrices["layers.1.attn.wq_a.weight"] == (1, Q, D)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ def config(**shape: float) -> OptimConfig:
 
 
 def test_corners() -> None:
-    given = config(warmup_steps=10, decay_start=60, final_ratio=0.1)
-    rates = [learning_rate_at(given, step, 100) for step in range(101)]
+    settings = config(warmup_steps=10, decay_start=60, final_ratio=0.1)
+    rates = [learning_rate_at(settings, step, 100) for step in range(101)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[10:60] == [2.0] * 50
     assert rates[79] == pytest.approx(1.1)  # the middle of the cosine

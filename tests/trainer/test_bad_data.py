@@ -102,7 +102,7 @@ def no_tokenizer(folder: Path, config: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "message"),
     [
         (corrupt_gzip, r"cannot read record \d+ of .*new\.jsonl\.gz"),
         (no_gzip, r"cannot read record 1 of .*new\.jsonl\.gz"),
@@ -120,7 +120,7 @@ def test_one_sentence_and_nothing_lost(
     config: Path,
     tmp_path: Path,
     spoil: Callable[[Path, Path], Path],
-    words: str,
+    message: str,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -128,9 +128,9 @@ def test_one_sentence_and_nothing_lost(
     before = files(tmp_path / "shards")
     good = config.read_text()
     assert main(["prepare", str(spoil(tmp_path, config))]) == 2
-    said = capfd.readouterr()
-    assert said.out == "" and said.err.startswith("v4: error: ") and said.err.count("\n") == 1
-    assert re.search(words, said.err), said.err
+    output = capfd.readouterr()
+    assert output.out == "" and output.err.startswith("v4: error: ") and output.err.count("\n") == 1
+    assert re.search(message, output.err), output.err
     kept = files(tmp_path / "shards")
     assert {name: kept[name] for name in before} == before
     assert all(name.startswith(".unfinished-") for name in kept.keys() - before.keys())
@@ -168,5 +168,5 @@ def test_shards_of_another_tokenizer(
     assert main(["tokenizer-train", str(changed(config, tokenizer=settings))]) == 0
     capsys.readouterr()
     assert main(["data-report", str(config)]) == 2
-    said = capsys.readouterr().err
-    assert "were made with another tokenizer" in said and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert "were made with another tokenizer" in output and output.count("\n") == 1

@@ -1,6 +1,6 @@
-"""Runs with `compile` beside runs without: the same training, resumed and spread as any other.
+"""Runs with `compile` compared with runs without: the same training, resumed and divided like any.
 
-Rows are packed anew every step, so that numbers of entries and of experts' rows change.
+Rows are packed differently in every step, so that numbers of entries and of experts' rows change.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data import Loader
-from tests.trainer.parallel.close_calls import watched
+from tests.trainer.parallel.close_calls import recorded_gaps
 from tests.trainer.parallel.topologies import (
     Job,
     assert_trains_like,
@@ -45,7 +45,7 @@ STOP_AT = 4
 def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs of one rank, and in `programs` how many programs the compiled two made."""
     folder = tmp_path_factory.mktemp("compiled")
-    with watched() as gaps:
+    with recorded_gaps() as gaps:
         run_all(tiny, [Job(PLAIN, folder / "plain")])
     assert gaps.router > 1e-5 and gaps.index > 1e-5, vars(gaps)  # see close_calls.py
     torch._dynamo.reset()  # of programs that other tests of this process made
@@ -87,9 +87,9 @@ def test_ranks_train_as_one(folder: Path, tiny: Path, tmp_path: Path, way) -> No
 def test_no_compiler_is_a_sentence_before_the_run(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(tiny), f"run_dir={tmp_path / 'run'}", "compile=true"]
+    arguments = [str(tiny), f"run_dir={tmp_path / 'run'}", "compile=true"]
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
-        assert main(words) == 2
+        assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "compile = true needs a C++ compiler (g++, or what CXX names)" in error
     assert error.count("\n") == 1

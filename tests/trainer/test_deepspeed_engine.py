@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import free_port, spawn
-from tests.trainer.parallel.close_calls import watched
+from tests.trainer.parallel.close_calls import recorded_gaps
 from tests.trainer.tiny import column, make_tiny, saved_tensors, train
 from trainer.config import ConfigError, load_config
 from trainer.config.deepspeed import resolve
@@ -66,7 +66,7 @@ def all_others(rank: int, world_size: int, path: Path, folder: Path) -> None:
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # DeepSpeed compiles its Muon, which takes minutes
     for name in OTHERS:
         stage_run(path, folder, name)
-    with watched() as gaps:
+    with recorded_gaps() as gaps:
         train(path, folder / "muon native", *STEPS, *AS_THEIRS)
     assert gaps.router > 1e-5 and gaps.index > 1e-5, vars(gaps)  # see close_calls.py
     for stage in STAGES[1:]:
@@ -198,13 +198,19 @@ def test_every_launcher_trains(folder: Path, tmp_path: Path) -> None:
     of_deepspeed_says = ["--num_accelerators=2", f"--master_port={free_port()}"]
     of_deepspeed_says += ["--no_local_rank", "--module", "trainer"]
     ours = [sys.executable, "-m", "launch.cli", "train"]
-    words = ["engine=deepspeed", ADAMW + "}", "steps=2", "evaluation.max_rows=4"]
+    arguments = ["engine=deepspeed", ADAMW + "}", "steps=2", "evaluation.max_rows=4"]
     for name, command, more in (
         ("1", ours, ["--nproc-per-node=1"]),
         ("2", ours, ["--nproc-per-node=2"]),
         ("deepspeed", [of_deepspeed, *of_deepspeed_says], []),
     ):
-        command = [*command, str(folder / "tiny.yaml"), *words, f"run_dir={tmp_path / name}", *more]
+        command = [
+            *command,
+            str(folder / "tiny.yaml"),
+            *arguments,
+            f"run_dir={tmp_path / name}",
+            *more,
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=190, env=environment)
         assert done.returncode == 0, (name, done.stderr)

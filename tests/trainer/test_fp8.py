@@ -30,7 +30,7 @@ SPREAD = {
 
 
 def in_fp32(rank: int, world: int, path: Path, folder: Path, jobs: list[Job]) -> None:
-    """Worker: all but the rounding to eight bits in fp32, so that sums in bf16 do not hide it."""
+    """Worker: all but the rounding to FP8 in fp32, so that sums in bf16 do not hide it."""
     DTYPES["fp8"] = torch.float32
     train_jobs(rank, world, path, folder, jobs)
 
@@ -54,22 +54,22 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_two_ranks_follow_one(runs: Path, tiny: Path, name: str) -> None:
-    """A sum that falls otherwise may round to the next number of eight bits, but seldom does.
+    """A sum that falls otherwise may round to the next FP8 number, but seldom does.
 
     With context ranks other tokens share a scale in the gradients of weights: the forward is the
-    same, and later losses differ by less than what eight bits change.
+    same, and later losses differ by less than what FP8 changes.
     """
     spawn(in_fp32, 2, tiny, runs, [(name, [*SIZES, *SPREAD[name]], 0)])
     alone, spread, plain = (column(runs / run, "lm_loss") for run in ("alone", name, "plain"))
     gaps = [abs(a - b) for a, b in zip(alone, spread, strict=True)]
     changed = [abs(a - b) for a, b in zip(alone, plain, strict=True)]
-    print(f"{name}: {gaps}, FP8 beside fp32: {changed}")
+    print(f"{name}: {gaps}, FP8 minus fp32: {changed}")
     assert gaps[0] < 1e-6
     assert max(gaps) < (max(changed) if name == "context" else 1e-5)
 
 
 def test_the_dry_run_holds_what_bf16_does(tiny: Path) -> None:
-    """The rounded factors are made anew for every product, and so only pass."""
+    """The rounded factors are computed for every matmul, so they are only temporary."""
     eight, bf16 = (
         count_memory(load_config(tiny, [f"precision={name}"]), 1).fullest
         for name in ("fp8", "bf16")
@@ -85,9 +85,11 @@ def test_stopped_and_resumed_to_the_bit(
         train(tiny, tmp_path / "halves", "steps=4", "precision=fp8", stop_at=stop_at)
     train(tiny, tmp_path / "straight", "steps=4", "precision=fp8")
     assert_same_run(tmp_path / "straight", tmp_path / "halves", 4)
-    told = capsys.readouterr().out  # what multiplies, and that eight bits gain no time here
-    assert told.count("experts, cross-entropy, fp8: eager (on cpu)") == 3
-    assert told.count("precision: factors rounded to FP8 are multiplied in bf16, at its speed") == 3
+    output = capsys.readouterr().out  # which kernels run, and that FP8 saves no time here
+    assert output.count("experts, cross-entropy, fp8: eager (on cpu)") == 3
+    assert (
+        output.count("precision: factors rounded to FP8 are multiplied in bf16, at its speed") == 3
+    )
 
 
 @pytest.mark.parametrize(

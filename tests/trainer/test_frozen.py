@@ -48,10 +48,10 @@ def test_a_step_of_some_weights_leaves_the_others_alone(tiny: Path, precision: s
     path = tiny.with_name(f"{precision}.yaml")
     path.write_text(f"base: {tiny.name}\nprecision: {precision}\n")
     alone = train_some(0, 1, path)
-    wanted = [f"layers.{row}{TRAINED}" for row in range(3)] + [f"mtp.0{TRAINED}"]
-    assert alone[0] == wanted and alone[1] == wanted
+    expected = [f"layers.{row}{TRAINED}" for row in range(3)] + [f"mtp.0{TRAINED}"]
+    assert alone[0] == expected and alone[1] == expected
     pair = spawn(train_some, 2, path)
-    assert all(moved == wanted for moved, _, _ in pair)
-    assert sorted({name for _, changed, _ in pair for name in changed}) == wanted
+    assert all(moved == expected for moved, _, _ in pair)
+    assert sorted({name for _, changed, _ in pair for name in changed}) == expected
     for _, _, norm in pair:
         assert norm == pytest.approx(alone[2], rel=1e-5 if precision == "fp32" else 1e-2)

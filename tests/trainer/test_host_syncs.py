@@ -17,16 +17,16 @@ from trainer.parallel.grid import Grid
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"
 WAYS = pytest.mark.parametrize(
-    "words",
+    "overrides",
     [["precision=bf16"], ["precision=fp8"], ["precision=bf16", "compile=true"]],
-    ids=lambda words: ", ".join(words),
+    ids=lambda overrides: ", ".join(overrides),
 )
 LENGTHS = [[512], [200, 312], [1, 2, 509], [128] * 4]
 
 
-def step_on(device: torch.device, *words: str) -> Callable[[], None]:
+def step_on(device: torch.device, *overrides: str) -> Callable[[], None]:
     """From rows on the host to new weights and router biases on the device."""
-    config = load_config(CONFIG, words)
+    config = load_config(CONFIG, overrides)
     grid = Grid.single(device)
     local, optimizer = build(config, grid)
     engine = NativeEngine(local, grid, optimizer)
@@ -45,15 +45,15 @@ def step_on(device: torch.device, *words: str) -> Callable[[], None]:
 
 
 @WAYS
-def test_no_number_is_read_between_rows_and_update(words):
+def test_no_number_is_read_between_rows_and_update(overrides):
     """Without a GPU: the meta device's tensors have no numbers, so that reading one is an error."""
-    step_on(torch.device("meta"), *words)()
+    step_on(torch.device("meta"), *overrides)()
 
 
 @pytest.mark.gpu
 @WAYS
-def test_nothing_waits_for_the_device_between_rows_and_update(words):
-    step = step_on(torch.device("cuda"), *words)
+def test_nothing_waits_for_the_device_between_rows_and_update(overrides):
+    step = step_on(torch.device("cuda"), *overrides)
     step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")

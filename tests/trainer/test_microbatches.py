@@ -1,4 +1,4 @@
-"""Rows go to the device beside what it computes, and nothing reads or overwrites them too early."""
+"""Rows are copied while the device computes, and nothing reads or overwrites them too early."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Streams:
     """A device's streams and events that write down who waits for what."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[object, ...]] = []
+        self.events: list[tuple[object, ...]] = []
         self.now = "compute"
 
     def Stream(self) -> SimpleNamespace:
-        wait = lambda other: self.told.append(("copies wait for", other))  # noqa: E731
+        wait = lambda other: self.events.append(("copies wait for", other))  # noqa: E731
         return SimpleNamespace(wait_stream=wait)
 
     def current_stream(self) -> str:
@@ -50,10 +50,10 @@ class Streams:
         self.now = "compute"
 
     def Event(self) -> SimpleNamespace:
-        number = sum(what[0] == "copied" for what in self.told)
+        number = sum(what[0] == "copied" for what in self.events)
         return SimpleNamespace(
-            record=lambda: self.told.append(("copied", number, self.now)),
-            wait=lambda: self.told.append((self.now, "waits for", number)),
+            record=lambda: self.events.append(("copied", number, self.now)),
+            wait=lambda: self.events.append((self.now, "waits for", number)),
         )
 
 
@@ -67,14 +67,14 @@ def test_a_microbatch_waits_for_its_own_rows_and_later_copies_for_all(monkeypatc
     engine = NativeEngine(local, grid, optimizer)
     run = engine.model.run_blocks
     monkeypatch.setattr(
-        engine.model, "run_blocks", lambda *a: (streams.told.append(("computes",)), run(*a))[1]
+        engine.model, "run_blocks", lambda *a: (streams.events.append(("computes",)), run(*a))[1]
     )
     if backward:
         engine.forward_backward(batches())
     else:
         engine.evaluate(batches())
     work = [step for n in range(3) for step in (("compute", "waits for", n), ("computes",))]
-    assert streams.told == [
+    assert streams.events == [
         *(("copied", n, "copies") for n in range(3)),
         *work,
         ("copies wait for", "compute"),
@@ -82,17 +82,17 @@ def test_a_microbatch_waits_for_its_own_rows_and_later_copies_for_all(monkeypatc
 
 
 def check(rows: list) -> None:
-    for found, batch in zip(rows, batches(), strict=True):
-        found.wait_for_copies()
+    for microbatch, batch in zip(rows, batches(), strict=True):
+        microbatch.wait_for_copies()
         layout = SampleLayout.from_lengths(batch.lengths, 64)
-        assert found.counts == TokenCounts.of(layout, batch.targets)
-        pairs = [(found.tokens_BS, batch.tokens), (found.targets_BS, batch.targets)]
+        assert microbatch.counts == TokenCounts.of(layout, batch.targets)
+        pairs = [(microbatch.tokens_BS, batch.tokens), (microbatch.targets_BS, batch.targets)]
         pairs += [
-            (getattr(found.layout, name), getattr(layout, name))
+            (getattr(microbatch.layout, name), getattr(layout, name))
             for name in ("position_T", "start_T", "sample_T", "padding_T")
         ]
         for ratio in (4, 16):
-            ours, right = found.layout.entries(ratio), layout.entries(ratio)
+            ours, right = microbatch.layout.entries(ratio), layout.entries(ratio)
             pairs += [(ours.start_T, right.start_T), (ours.end_T, right.end_T)]
         for ours, right in pairs:
             assert torch.equal(ours.cpu(), right)
@@ -111,7 +111,7 @@ def test_copies_pass_by_what_a_gpu_is_at():
     torch.cuda._sleep(4_000_000_000)  # cycles: seconds
     busy.record()
     with copies.rows(batches(pin=True)) as rows:
-        for found in rows:
-            found.copied.synchronize()
+        for actual in rows:
+            actual.copied.synchronize()
         assert not busy.query()
         check(rows)

@@ -30,7 +30,7 @@ def other_code(patch: pytest.MonkeyPatch) -> None:
 
 
 def little_memory(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(checks.DeviceInfo, "of", lambda device: checks.DeviceInfo("a card", 2**10))
+    patch.setattr(checks.DeviceInfo, "of", lambda device: checks.DeviceInfo("a device", 2**10))
 
 
 def no_compiler(patch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 def verdict(path: Path, overrides: list[str]) -> str:
-    """What preflight says on this rank; empty where it has nothing against the run."""
+    """Preflight's message on this rank; empty if the run may start."""
     grid = Grid.build(Degrees(dist.get_world_size()), torch.device("cpu"))
     try:
         preflight(load_config(path, overrides), grid, folder_timeout=0.5)
@@ -82,7 +82,7 @@ def verdict(path: Path, overrides: list[str]) -> str:
 
 def all_verdicts(rank: int, world_size: int, tiny: Path, folder: Path) -> dict[str, str]:
     """Every case, each rank with a working directory and so with data of its own."""
-    found = {}
+    actual = {}
     (folder / "unwritable").write_text("a file where the run folder should be")
     for case, change in CASES.items():
         here = folder / f"{case}, rank {rank}"
@@ -97,8 +97,8 @@ def all_verdicts(rank: int, world_size: int, tiny: Path, folder: Path) -> dict[s
             if rank:
                 change(patch)
                 overrides += ["optim.schedule.warmup_steps=3"] * (case == "config")
-            found[case] = verdict(tiny, overrides)
-    return found
+            actual[case] = verdict(tiny, overrides)
+    return actual
 
 
 @pytest.fixture(scope="module")

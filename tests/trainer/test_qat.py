@@ -67,7 +67,7 @@ def test_weights_are_rounded_once_a_step(tiny: Path, tmp_path: Path) -> None:
 
 def validation(config: RunConfig, experts_only: bool = False) -> float:
     """Validation loss of the newest checkpoint; or with experts as they are saved, and only the
-    index in four bits."""
+    index in MXFP4."""
     grid = Grid.single()
     local, _ = open_run(config, grid)
     engine = NativeEngine(local, grid)
@@ -113,9 +113,9 @@ def test_a_phase_is_quantised_alone(
     assert_same_run(config.run_dir, tmp_path / "halves", 4)
     capsys.readouterr()
     assert main(["eval", str(config.run_dir)]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])["validation_loss"]
-    assert found == read_metrics(config.run_dir / "metrics.jsonl")[-1]["validation_loss"]
-    assert found != read_metrics(plain.run_dir / "metrics.jsonl")[-1]["validation_loss"]
+    actual = json.loads(capsys.readouterr().out.splitlines()[-1])["validation_loss"]
+    assert actual == read_metrics(config.run_dir / "metrics.jsonl")[-1]["validation_loss"]
+    assert actual != read_metrics(plain.run_dir / "metrics.jsonl")[-1]["validation_loss"]
 
 
 def test_memory_counts_the_rounded_experts(tiny: Path, tmp_path: Path) -> None:

@@ -137,14 +137,14 @@ def saved_tensors(checkpoint: Path) -> dict[str, Tensor]:
                 box = info[name]["saved_offsets"], file.get_tensor(name)
                 boxes.setdefault(name, []).append(box)
     tensors: dict[str, Tensor] = {}
-    for name, found in boxes.items():
-        ends = [[o + n for o, n in zip(offset, t.shape, strict=True)] for offset, t in found]
+    for name, actual in boxes.items():
+        ends = [[o + n for o, n in zip(offset, t.shape, strict=True)] for offset, t in actual]
         whole = torch.zeros([max(column) for column in zip(*ends, strict=True)])
-        whole = whole.to(found[0][1].dtype)
-        for offset, tensor in found:
+        whole = whole.to(actual[0][1].dtype)
+        for offset, tensor in actual:
             spans = zip(offset, tensor.shape, strict=True)
             whole[tuple(slice(start, start + size) for start, size in spans)] = tensor
-        assert whole.numel() == sum(tensor.numel() for _, tensor in found), name
+        assert whole.numel() == sum(tensor.numel() for _, tensor in actual), name
         tensors[name] = whole
     return tensors
 

@@ -13,7 +13,7 @@ from tests.model.tiny import tiny_config
 ROOT = Path(__file__).parents[3]
 
 
-def test_without_a_gpu_it_says_so():
+def test_without_a_gpu_it_reports_it():
     command = [sys.executable, "-m", "benchmarks.kernels.attention"]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The benchmarks of whole steps, tried out on a CPU, and what they say without a GPU."""
+"""The benchmarks of whole steps, tried on a CPU, and their message without a GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", ["step_gpu", "train_gpu"])
-def test_without_a_gpu_they_say_so(name: str) -> None:
+def test_without_a_gpu_they_report_it(name: str) -> None:
     command = [sys.executable, "-m", f"benchmarks.steps.{name}"]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)

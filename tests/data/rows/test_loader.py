@@ -59,7 +59,7 @@ def test_shapes_and_padding(config: DataConfig) -> None:
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_every_token_is_predicted_once(config: DataConfig, split: Split) -> None:
     """Inputs are all tokens but each document's last, targets all but each first, in bigrams."""
-    found: Counter[tuple[int, int]] = Counter()
+    actual: Counter[tuple[int, int]] = Counter()
     loader = Loader(config, seed=3, split=split)
     for tokens, targets, lengths in epoch_rows(loader):
         start = 0
@@ -67,12 +67,12 @@ def test_every_token_is_predicted_once(config: DataConfig, split: Split) -> None
             inputs = tokens[start : start + length]
             outputs = targets[start : start + length]
             assert inputs[1:] == outputs[:-1]
-            found.update(zip(inputs, outputs, strict=True))
+            actual.update(zip(inputs, outputs, strict=True))
             start += length
     expected: Counter[tuple[int, int]] = Counter()
     for ids in documents_on_disk(config, split):
         expected.update(itertools.pairwise(ids))
-    assert found == expected
+    assert actual == expected
     assert loader.num_targets == sum(expected.values())
 
 

@@ -122,9 +122,9 @@ def test_any_lengths_into_fixed_rows(
     lengths: list[int], size: int, spare: int, together: bool
 ) -> None:
     """Both ways hold every position once; best fit cuts a short document only where it must."""
-    found = np.array(lengths, dtype=np.int64)
-    pieces = pieces_of(np.zeros_like(found), found, size)
-    rows = -(-int(found.sum()) // size) + spare
+    sizes = np.array(lengths, dtype=np.int64)
+    pieces = pieces_of(np.zeros_like(sizes), sizes, size)
+    rows = -(-int(sizes.sum()) // size) + spare
     place = concatenate if together else pack_into
     packed = place(*pieces, size, rows)
     assert len(packed) == rows
@@ -136,9 +136,9 @@ def test_any_lengths_into_fixed_rows(
     ]
     assert sorted(covered) == [(d, p) for d, n in enumerate(lengths) for p in range(n)]
     assert all(sum(piece[2] for piece in row) <= size for row in as_lists(packed))
-    if not together and rows >= len(pack(found, size)):
-        cut = np.bincount(packed.document, minlength=len(found)) > 1
-        assert (cut == (found > size)).all()
+    if not together and rows >= len(pack(sizes, size)):
+        cut = np.bincount(packed.document, minlength=len(sizes)) > 1
+        assert (cut == (sizes > size)).all()
 
 
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=60), st.integers(2, 50))

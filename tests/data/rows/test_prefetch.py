@@ -52,7 +52,7 @@ def test_later_steps_are_made_meanwhile_and_none_behind_the_last() -> None:
     batches.at(1)
     batches.at(2)
     batches.close()
-    assert source.made == [0, 1, 2], "nothing twice, and nothing behind the last step"
+    assert source.made == [0, 1, 2], "nothing twice, and nothing after the last step"
 
 
 def test_an_error_comes_at_its_own_step() -> None:

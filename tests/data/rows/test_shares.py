@@ -47,7 +47,7 @@ def rows_by_source(
     )
     phase = config.one_phase()
     plan = plan_windows(config, phase, sources, config.source_weights, [1.0] * len(names))
-    found = []
+    tokens_by_row = []
     for number in range(3):
         first, last = number * plan.rows, (number + 1) * plan.rows
         parts = [
@@ -55,15 +55,15 @@ def rows_by_source(
             for i, source in enumerate(sources)
         ]
         counts = [None] * len(names)
-        made = build_window(
+        window = build_window(
             parts, counts, None, seq_len, plan.rows, "best_fit", number, group, first
         )
         tokens = np.zeros((plan.rows, len(names)), dtype=np.int64)
-        row_of = np.repeat(np.arange(plan.rows), np.diff(made.packed.offsets))
-        np.add.at(tokens, (row_of, made.source[made.packed.document]), made.packed.length)
-        assert sorted(made.order) == list(range(plan.rows))
-        found.append(tokens[made.order])
-    return np.concatenate(found), np.array(weights) / sum(weights)
+        row_of = np.repeat(np.arange(plan.rows), np.diff(window.packed.offsets))
+        np.add.at(tokens, (row_of, window.source[window.packed.document]), window.packed.length)
+        assert sorted(window.order) == list(range(plan.rows))
+        tokens_by_row.append(tokens[window.order])
+    return np.concatenate(tokens_by_row), np.array(weights) / sum(weights)
 
 
 @given(
@@ -78,8 +78,8 @@ def test_any_run_of_steps_has_the_shares(
 ) -> None:
     """To a few rows, with few rows to choose from, wherever windows end."""
     seq_len = 128
-    tokens, wanted = rows_by_source(weights, means[: len(weights)], seq_len, group, 800, seed)
-    off = np.cumsum(tokens - tokens.sum(axis=1, keepdims=True) * wanted, axis=0)
+    tokens, expected = rows_by_source(weights, means[: len(weights)], seq_len, group, 800, seed)
+    off = np.cumsum(tokens - tokens.sum(axis=1, keepdims=True) * expected, axis=0)
     period = group * -(-12 // group)
     ends = off[period - 1 :: period]
     assert np.ptp(ends, axis=0).max() <= 4 * seq_len
@@ -88,13 +88,13 @@ def test_any_run_of_steps_has_the_shares(
 
 
 def test_a_million_tokens_have_the_shares_to_a_thousandth() -> None:
-    tokens, wanted = rows_by_source([0.5, 0.3, 0.2], [400, 250, 600], 1024, 64, 6000, 0, 20_000)
+    tokens, expected = rows_by_source([0.5, 0.3, 0.2], [400, 250, 600], 1024, 64, 6000, 0, 20_000)
     steps = tokens[: len(tokens) // 64 * 64].reshape(-1, 64, 3).sum(axis=1)
     run = -(-1_000_000 // steps.sum(axis=1).min())
     ends = np.concatenate([np.zeros((1, 3)), steps.cumsum(axis=0)])
     runs = ends[run:] - ends[:-run]
     assert len(runs) > 20
-    assert np.abs(runs / runs.sum(axis=1, keepdims=True) - wanted).max() < 1e-3
+    assert np.abs(runs / runs.sum(axis=1, keepdims=True) - expected).max() < 1e-3
 
 
 @given(
@@ -139,10 +139,10 @@ def mixed(
 
 
 def test_measured_is_what_windows_decided(mixed: DataConfig) -> None:
-    """The tokens say what the windows, which made them, meant."""
+    """The tokens have the shares that their windows planned."""
     loader = Loader(mixed, seed=2)
     steps = 3
-    found = audit_recipe(loader, steps)
+    audit = audit_recipe(loader, steps)
     fim, splits, able, begun = dict.fromkeys(("code", "prose"), 0), 0, 0, 0
     for step in range(steps):
         for place in range(mixed.global_batch_size):
@@ -159,14 +159,14 @@ def test_measured_is_what_windows_decided(mixed: DataConfig) -> None:
                 if start == 0 and length == len(raw) - 1 + extra:
                     splits += int(window.splits[which])
                     able += int((loader.split_table[raw, 0] >= 0).sum())
-    counted = found.sources
+    counted = audit.sources
     assert {name: c.fim for name, c in counted.items()} == fim
     assert sum(c.documents for c in counted.values()) == begun
     assert sum(c.split for c in counted.values()) == splits > 0
     assert sum(c.splittable for c in counted.values()) == able
-    assert found.shares == pytest.approx({"code": 0.6, "prose": 0.4})
-    assert found.tokens == sum(c.tokens for c in counted.values())
-    share = counted["code"].tokens / found.tokens
-    assert found.max_deviation["code"] >= abs(share - 0.6) - 1e-12
+    assert audit.shares == pytest.approx({"code": 0.6, "prose": 0.4})
+    assert audit.tokens == sum(c.tokens for c in counted.values())
+    share = counted["code"].tokens / audit.tokens
+    assert audit.max_deviation["code"] >= abs(share - 0.6) - 1e-12
     plain = audit_recipe(Loader(mixed.model_copy(update={"source_weights": {}}), seed=2), 1)
     assert sum(plain.shares.values()) == pytest.approx(1.0)

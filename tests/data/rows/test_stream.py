@@ -47,7 +47,7 @@ def changed(config: DataConfig, **fields: object) -> DataConfig:
 
 def stream(loader: Loader, steps: int) -> dict[tuple[str, int, int], list[int]]:
     """The tokens of every (source, epoch, document) of the first steps, put together by place."""
-    found: dict[tuple[str, int, int], dict[int, list[int]]] = defaultdict(dict)
+    pieces_of_documents: dict[tuple[str, int, int], dict[int, list[int]]] = defaultdict(dict)
     for step in range(steps):
         _, numbers = loader.schedule.rows_of(step)
         for place, batch in zip(range(len(numbers)), loader.all_rows(step), strict=True):
@@ -62,15 +62,15 @@ def stream(loader: Loader, steps: int) -> dict[tuple[str, int, int], list[int]]:
                 inputs = batch.tokens[0, piece].tolist()
                 outputs = batch.targets[0, piece].tolist()
                 assert inputs[1:] == outputs[:-1]
-                assert start not in found[key]  # nothing twice
-                found[key][start] = [*inputs, outputs[-1]]
+                assert start not in pieces_of_documents[key]  # nothing twice
+                pieces_of_documents[key][start] = [*inputs, outputs[-1]]
                 position += length
     whole = {}
-    for key, pieces in found.items():
+    for key, pieces in pieces_of_documents.items():
         tokens: list[int] = []
         for start in sorted(pieces):
             if start != max(len(tokens) - 1, 0):
-                break  # goes on after these steps, or began before them
+                break  # continues after these steps, or began before them
             tokens = tokens[:start] + pieces[start]
         whole[key] = tokens
     return whole
@@ -121,10 +121,10 @@ def test_every_document_comes_back(mixed: DataConfig, packing: str, spm: float) 
             original = source.tokens_of(number).tolist()
             fims[source.name] += tokens[1] == ids[0]
             suffix_first += tokens[1:3] == ids[:2]
-            found = merges_to(restored(tokens, ids), original, table)
-            assert found is not None
+            count = merges_to(restored(tokens, ids), original, table)
+            assert count is not None
             assert tokenizer.decode(restored(tokens, ids)) == tokenizer.decode(original)
-            splits[source.name] += found
+            splits[source.name] += count
             able[source.name] += int((table[original, 0] >= 0).sum())
     assert fims["prose"] == 0
     assert 0.2 < fims["code"] / loader.sources[0].documents < 0.8
@@ -291,7 +291,7 @@ def test_epochs_differ_in_their_transforms(mixed: DataConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "message"),
     [
         ({"source_weights": {"code": -1.0}}, "at least 0"),
         ({"source_weights": {"code": float("nan")}}, "at least 0"),
@@ -299,8 +299,8 @@ def test_epochs_differ_in_their_transforms(mixed: DataConfig) -> None:
         ({"source_weights": {"cod": 1.0}}, "the sources are code, prose"),
     ],
 )
-def test_refused(mixed: DataConfig, fields: dict[str, object], words: str) -> None:
-    with pytest.raises(ValidationError, match=words):
+def test_refused(mixed: DataConfig, fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         changed(mixed, **fields)
 
 
@@ -312,10 +312,10 @@ def test_a_source_of_which_the_shards_hold_nothing(mixed: DataConfig, tmp_path: 
     weights = {"code": 0.3, "prose": 0.7}
     with pytest.raises(DataError, match=r"no document of source 'prose', whose weight is 0\.7"):
         Loader(changed(mixed, shards=str(tmp_path), source_weights=weights), seed=0)
-    found = Loader(
+    loader = Loader(
         changed(mixed, shards=str(tmp_path), source_weights={"code": 1.0, "prose": 0.0}), seed=0
     )
-    assert [source.name for source in found.sources] == ["code"]
+    assert [source.name for source in loader.sources] == ["code"]
 
 
 def test_a_ramp_needs_both_of_its_fields() -> None:

@@ -69,15 +69,15 @@ def test_every_record_comes_back_from_its_shard(
     tokenizer = Tokenizer(chat.tokenizer.path)
     (shard,) = manifest.shards
     path = tmp_path / "shards" / manifest.folder / shard.name
-    found = []
+    records = []
     for ids in open_shard(path, shard.documents, shard.tokens):
         assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
         assert ids[-2] != tokenizer.eos_id  # an answer's own end is the document's
         body = ids[1:].tolist()
         answered = body.count(tokenizer.special["<｜Assistant｜>"])
-        found.append(decode(body if answered else body[:-1], tokenizer))
+        records.append(decode(body if answered else body[:-1], tokenizer))
     expected = [Conversation.model_validate({"messages": messages}) for messages in RECORDS]
-    assert [repr(record) for record in found] == [repr(record) for record in expected]
+    assert [repr(record) for record in records] == [repr(record) for record in expected]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ NASTY = [
 
 @pytest.fixture(scope="module")
 def hf(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
-    """The exported tokenizer as AutoTokenizer loads it, a V4 config.json beside it."""
+    """The exported tokenizer as AutoTokenizer loads it, with a V4 config.json next to it."""
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("hf")

@@ -48,7 +48,7 @@ def compiled(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def _need_linux() -> None:
-    # On Linux a test without triton fails: nothing of this is left out in silence there.
+    # On Linux a test without triton fails: nothing is skipped silently there.
     if sys.platform != "linux":
         pytest.skip("setup.py asks for triton on Linux only, where its wheels are")
 

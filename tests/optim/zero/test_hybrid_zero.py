@@ -30,11 +30,11 @@ def group(
 def model(dtype: Dtype, names: list[str] | None = None) -> dict[str, Parameter]:
     """Parameters of a small model, its vectors in fp32."""
     generator = torch.Generator().manual_seed(1)
-    made = {}
+    parameters = {}
     for name, shape in shapes().items():
         value = torch.randn(shape, generator=generator)
-        made[name] = Parameter(value.to(dtype if len(shape) > 1 else torch.float32))
-    return {name: made[name] for name in names or made}
+        parameters[name] = Parameter(value.to(dtype if len(shape) > 1 else torch.float32))
+    return {name: parameters[name] for name in names or parameters}
 
 
 def alone(parameters: dict[str, Parameter]) -> HybridZero:

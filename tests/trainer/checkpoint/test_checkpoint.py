@@ -34,8 +34,8 @@ def copy(trained: Path, tmp_path: Path) -> Path:
 
 
 def weights_of(run_dir: Path) -> Path:
-    (found,) = (run_dir / "checkpoints/step-00000004").glob("*.safetensors")
-    return found
+    (file,) = (run_dir / "checkpoints/step-00000004").glob("*.safetensors")
+    return file
 
 
 def test_whole_tensors_under_official_names(trained: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_full_disk_loses_nothing(tiny: Path, copy: Path) -> None:
     assert names == ["step-00000002", "step-00000004"], "no temporary folder stays"
     after = saved_tensors(copy / "checkpoints/step-00000004")
     assert all(torch.equal(after[name], before[name]) for name in before)
-    assert steps_in_file(copy) == [1, 2, 3, 4, 5, 6], "training went on after the failure at 5"
+    assert steps_in_file(copy) == [1, 2, 3, 4, 5, 6], "training resumed after the failure at 5"
 
 
 def save_where_one_rank_has_no_room(rank: int, world_size: int, folder: Path) -> str:

@@ -18,24 +18,24 @@ from trainer.parallel.placement import place
 def test_boxes_cover_a_run_once_and_in_order(shape: tuple[int, ...]) -> None:
     whole = torch.arange(torch.Size(shape).numel()).view(shape)
     for start, stop in itertools.combinations(range(whole.numel() + 1), 2):
-        found = []
+        actual = []
         for offset, size in boxes(start, stop, shape):
             box = whole[tuple(slice(a, a + n) for a, n in zip(offset, size, strict=True))]
             assert box.shape == size
-            found.append(box.flatten())
-        assert torch.equal(torch.cat(found), torch.arange(start, stop))
-        assert len(found) <= 2 * max(len(shape), 1) - 1
+            actual.append(box.flatten())
+        assert torch.equal(torch.cat(actual), torch.arange(start, stop))
+        assert len(actual) <= 2 * max(len(shape), 1) - 1
 
 
 def test_a_run_over_several_experts_stands_under_each_name() -> None:
     degrees = Degrees(2, expert=2)
     placement = place("layers.0.ffn.experts.w2", (4, 3, 2), degrees, 1)
     piece = StateSlice("exp_avg", "layers.0.ffn.experts.w2", torch.arange(5.0), start=3)
-    found = [
+    actual = [
         (name, part.offset, part.tensor.tolist(), part.shape)
         for name, part in boxes_of(piece, placement)
     ]
-    assert found == [
+    assert actual == [
         ("layers.0.ffn.experts.2.w2.weight", (1, 1), [[0.0]], (3, 2)),
         ("layers.0.ffn.experts.2.w2.weight", (2, 0), [[1.0, 2.0]], (3, 2)),
         ("layers.0.ffn.experts.3.w2.weight", (0, 0), [[3.0, 4.0]], (3, 2)),

@@ -49,7 +49,7 @@ FOUR = {
 EVERY = ONE | TWO | FOUR
 
 
-class Held:
+class RunTensors:
     """Stands in for a rank's model and its optimizer: tensors by name, nothing else."""
 
     def __init__(self, tensors: dict[str, Tensor], states: dict[str, Tensor]) -> None:
@@ -72,7 +72,7 @@ class Held:
         pass
 
 
-def whole_run(config: RunConfig) -> Held:
+def whole_run(config: RunConfig) -> RunTensors:
     """All tensors of a run in bf16, each with values of its own."""
     model = V4Model(config.model, torch.bfloat16)
     parameters = dict(model.named_parameters())
@@ -84,7 +84,7 @@ def whole_run(config: RunConfig) -> Held:
     for piece in optimizer.states():
         tensor = piece.tensor if piece.kind == STEP else piece.tensor.view(shapes[piece.name])
         states[f"{piece.kind}.{piece.name}"] = distinct(f"{piece.kind}.{piece.name}", tensor)
-    return Held({n: distinct(n, t) for n, t in model.state_dict().items()}, states)
+    return RunTensors({n: distinct(n, t) for n, t in model.state_dict().items()}, states)
 
 
 def distinct(name: str, like: Tensor) -> Tensor:
@@ -104,7 +104,9 @@ def stage_of(name: str, stages: int) -> set[int]:
     return {stages - 1}
 
 
-def held_by(run: Held, degrees: Degrees, rank: int) -> tuple[Held, dict[str, Placement]]:
+def held_by(
+    run: RunTensors, degrees: Degrees, rank: int
+) -> tuple[RunTensors, dict[str, Placement]]:
     """Copies of the parts that a rank holds of a whole run."""
     shapes = {name: tuple(tensor.shape) for name, tensor in run.tensors.items()}
     stage = place_of(rank, ("tensor", "context", "data", "pipeline"), degrees)["pipeline"]
@@ -120,12 +122,12 @@ def held_by(run: Held, degrees: Degrees, rank: int) -> tuple[Held, dict[str, Pla
             part = tensor if state == "step" else placements[name].shard(tensor)
             states[key] = part.clone()
     tensors = {name: placements[name].shard(run.tensors[name]).clone() for name in placements}
-    return Held(tensors, states), placements
+    return RunTensors(tensors, states), placements
 
 
 def checkpoint_of(
     config: RunConfig, folder: Path, degrees: Degrees, rank: int, tokenizer: str = "hash"
-) -> tuple[RunCheckpoint, Held]:
+) -> tuple[RunCheckpoint, RunTensors]:
     grid = Grid.build(degrees, torch.device("cpu"))
     held, placements = held_by(whole_run(config), degrees, rank)
     config = config.model_copy(update={"run_dir": folder})
@@ -145,7 +147,7 @@ class Counting(BoxLoadPlanner):
 
 def load_and_compare(config: RunConfig, folder: Path, degrees: Degrees, rank: int) -> None:
     checkpoint, held = checkpoint_of(config, folder, degrees, rank)
-    wanted = {name: tensor.clone() for name, tensor in (held.tensors | held.by_key).items()}
+    expected = {name: tensor.clone() for name, tensor in (held.tensors | held.by_key).items()}
     for tensor in (held.tensors | held.by_key).values():
         tensor.fill_(-3)
     state = TrainState()
@@ -153,7 +155,7 @@ def load_and_compare(config: RunConfig, folder: Path, degrees: Degrees, rank: in
     assert (state.step, state.tokens, held.step_count) == (3, 30, 7)
     for name, tensor in (held.tensors | held.by_key).items():
         if f"master.{name}" not in held.by_key:  # such a weight is rounded from its master
-            assert torch.equal(tensor, wanted[name]), (folder.name, degrees, name)
+            assert torch.equal(tensor, expected[name]), (folder.name, degrees, name)
 
 
 def work(
@@ -206,20 +208,20 @@ def files_of(folder: Path) -> list[Path]:
 @pytest.mark.parametrize("name", list(EVERY))
 def test_every_element_is_written_once(saved: Path, tiny: Path, name: str) -> None:
     run = whole_run(load_config(tiny))
-    wanted: Counter[str] = Counter()
+    expected: Counter[str] = Counter()
     for key, tensor in run.tensors.items():
-        wanted.update({n: t.numel() for n, t in to_official([(key, tensor)])})
+        expected.update({n: t.numel() for n, t in to_official([(key, tensor)])})
     for key, tensor in run.by_key.items():
         state, _, parameter = key.partition(".")
         if state != "master":
             official = to_official([(parameter, tensor)])
-            wanted.update({f"optim.{state}.{n}": t.numel() for n, t in official})
-    found: Counter[str] = Counter()
+            expected.update({f"optim.{state}.{n}": t.numel() for n, t in official})
+    actual: Counter[str] = Counter()
     for path in files_of(saved / name):
         with safe_open(path, framework="pt") as file:
             for entry in file.keys():  # noqa: SIM118
-                found[entry] += file.get_tensor(entry).numel()
-    assert found == wanted
+                actual[entry] += file.get_tensor(entry).numel()
+    assert actual == expected
 
 
 @pytest.mark.parametrize("name", ["data 2", "tensor 2", "tensor 2, expert 2"])
@@ -265,7 +267,7 @@ def test_a_rank_reads_its_parts_and_no_more(saved: Path, tiny: Path) -> None:
 
 
 def mistakes(rank: int, world_size: int, folder: Path) -> list[str]:
-    """What loading says where the ranks' parts and the checkpoint do not agree."""
+    """The error of loading when the ranks' parts and the checkpoint disagree."""
     checkpoints = CheckpointFolder(folder, Grid.build(Degrees(2, tensor=2), torch.device("cpu")))
     half = [TensorBox(torch.ones(2, 3), (4, 3), (2 * rank, 0))]
     own = {f"rank {rank}": torch.ones(5)}

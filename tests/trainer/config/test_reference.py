@@ -101,11 +101,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command() -> None:
-    listed, section, found = run(), run("optim.muon"), run("--search", "momentum")
-    assert listed.returncode == section.returncode == found.returncode == 0
+    listed, section, matches = run(), run("optim.muon"), run("--search", "momentum")
+    assert listed.returncode == section.returncode == matches.returncode == 0
     assert all(key in listed.stdout for key in REFERENCE.sections)
     assert "optim.muon.momentum = 0.95" in section.stdout and "adamw" not in section.stdout
-    assert "optim.muon.momentum_start = 0.85" in found.stdout
+    assert "optim.muon.momentum_start = 0.85" in matches.stdout
 
 
 def test_a_wrong_section_is_one_sentence() -> None:

@@ -86,7 +86,7 @@ def test_two_processes_write_what_one_writes(folder: Path) -> None:
 def test_split_tensors_are_whole_again_in_the_runs_precision(folder: Path, tiny: Path) -> None:
     run = whole_run(config_of(tiny, folder))
     exported = read_hf_weights(folder / "two")
-    wanted = {
+    expected = {
         official: part
         for name, tensor in run.tensors.items()
         for official, part in to_official(
@@ -94,9 +94,9 @@ def test_split_tensors_are_whole_again_in_the_runs_precision(folder: Path, tiny:
         )
     }
     index = json.loads((folder / "two/model.safetensors.index.json").read_text())
-    assert list(index["weight_map"]) == list(wanted)
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in wanted.values())
-    for name, tensor in wanted.items():
+    assert list(index["weight_map"]) == list(expected)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
+    for name, tensor in expected.items():
         assert exported[name].dtype == tensor.dtype, name
         assert torch.equal(exported[name], tensor), name
     dtypes = {tensor.dtype for tensor in exported.values()}
@@ -120,8 +120,8 @@ def test_a_trained_run(tiny: Path, tmp_path: Path, precision: str) -> None:
 
 def live_bytes() -> int:
     """Memory of all tensors of this process that are not on the meta device."""
-    found = [thing for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter)]
-    storages = [tensor.untyped_storage() for tensor in found if tensor.device.type != "meta"]
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -61,10 +61,10 @@ def test_the_folder_holds_packed_experts(packed: Path) -> None:
 
 
 def test_it_comes_back_as_the_rounded_weights(run: RunConfig, packed: Path) -> None:
-    expected, found = rounded(run), read_hf_weights(packed)
-    assert expected.keys() == found.keys()
+    expected, actual = rounded(run), read_hf_weights(packed)
+    assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
-        assert torch.equal(found[name].float(), tensor.to(found[name].dtype).float()), name
+        assert torch.equal(actual[name].float(), tensor.to(actual[name].dtype).float()), name
 
 
 def test_export_of_an_import_is_the_same_folder(
@@ -115,6 +115,6 @@ def test_fp8_weights_are_read_as_transformers_reads_them() -> None:
 
     numbers = torch.randn(256, 128).to(torch.float8_e4m3fn)
     for scales in (torch.tensor([[0.25], [4.0]]).to(torch.float8_e8m0fnu), torch.rand(2, 1)):
-        found = dequantised({"a.weight": numbers, "a.scale": scales}, "here")["a.weight"]
-        theirs = Fp8Dequantize(None)._dequantize_one(numbers, scales, found.dtype)
-        assert torch.equal(found, theirs)
+        ours = dequantised({"a.weight": numbers, "a.scale": scales}, "here")["a.weight"]
+        theirs = Fp8Dequantize(None)._dequantize_one(numbers, scales, ours.dtype)
+        assert torch.equal(ours, theirs)

@@ -64,7 +64,7 @@ def test_streams_and_swiglu_are_those_of_a_plain_pass() -> None:
         model(tokens(), targets=tokens())
     for hook in hooks:
         hook.remove()
-    found = seen_in(model)
+    stats = seen_in(model)
     for row, block in enumerate(model.layers):
         shared, experts = block.ffn.shared_experts, block.ffn.experts
         pairs = [
@@ -73,15 +73,15 @@ def test_streams_and_swiglu_are_those_of_a_plain_pass() -> None:
         for x, indices in zip(inputs[row], chosen[row].tolist(), strict=True):
             pairs += [(experts.w1[e] @ x, experts.w3[e] @ x) for e in indices]
         gate, up = (torch.cat(values) for values in zip(*pairs, strict=True))
-        clamped, count = found["swiglu_clamped_share", "mean", row]
+        clamped, count = stats["swiglu_clamped_share", "mean", row]
         assert count == gate.numel()
         assert clamped == int(((gate > 1) | (up.abs() > 1)).sum()) > 0
         top = float(torch.cat([gate, up]).abs().max())
-        assert found["swiglu_max", "max", row][0] == pytest.approx(top, rel=1e-5)
-        total, count = found["stream_rms", "mean", row]
+        assert stats["swiglu_max", "max", row][0] == pytest.approx(top, rel=1e-5)
+        total, count = stats["stream_rms", "mean", row]
         assert total / count == pytest.approx(float(streams[row].square().mean()), rel=1e-5)
-        assert found["stream_max", "max", row][0] == float(streams[row].abs().max())
-    assert {row for _, _, row in found} == {*range(len(model.layers) + 1)}, "the MTP block, too"
+        assert stats["stream_max", "max", row][0] == float(streams[row].abs().max())
+    assert {row for _, _, row in stats} == {*range(len(model.layers) + 1)}, "the MTP block, too"
 
 
 def test_a_model_that_is_watched_stays_as_it_is() -> None:
@@ -95,8 +95,8 @@ def test_a_model_that_is_watched_stays_as_it_is() -> None:
 
 def test_fewer_iterations_leave_the_mixing_matrices_less_doubly_stochastic() -> None:
     def departure(iterations: int) -> float:
-        found = seen_in(model_of(hc_sinkhorn_iters=iterations, hc_init_scale=0.1))
-        return found["comb_sum_error", "max", 1][0]
+        stats = seen_in(model_of(hc_sinkhorn_iters=iterations, hc_init_scale=0.1))
+        return stats["comb_sum_error", "max", 1][0]
 
     assert departure(1) > 10 * departure(20) > 0
 
@@ -112,14 +112,14 @@ def test_both_mixing_matrices_of_a_layer_are_looked_at() -> None:
 
     for block in model.layers:
         block.register_forward_pre_hook(look)
-    found = seen_in(model)
-    pairs = [(found["comb_sum_error", "max", n][0], least) for n, least in before_attention.items()]
+    stats = seen_in(model)
+    pairs = [(stats["comb_sum_error", "max", n][0], least) for n, least in before_attention.items()]
     assert all(seen >= least for seen, least in pairs)
     assert any(seen == least for seen, least in pairs), "the other is always larger"
 
 
 def test_padding_has_no_part_in_the_recall() -> None:
-    """Where it stands behind a sample of twenty tokens, it has entries of its own."""
+    """After a sample of twenty tokens, it has separate entries."""
     model, layout = model_of(index_topk=2), SampleLayout.from_lengths([[20], [40]], 40)
     targets = tokens()
     targets[0, 20:] = IGNORE_INDEX
@@ -131,9 +131,9 @@ def test_padding_has_no_part_in_the_recall() -> None:
     kept, whole = attn.selected_and_total_mass(*inputs[0])
     real = ~layout.padding_T
     assert whole[~real].any()
-    found = collector.to_host()["indexer_recall", "mean", row]
-    assert found == pytest.approx((float(kept[real].sum()), float(whole[real].sum())))
-    assert found[0] < 0.9 * found[1]
+    actual = collector.to_host()["indexer_recall", "mean", row]
+    assert actual == pytest.approx((float(kept[real].sum()), float(whole[real].sum())))
+    assert actual[0] < 0.9 * actual[1]
 
 
 def close(ours: object, theirs: object) -> bool:
@@ -157,8 +157,8 @@ def test_ranks_see_together_what_one_sees(tiny: Path, tmp_path: Path) -> None:
         (topology(2, "data.micro_batch_size=2", tensor=2), "tensor"),
         (topology(2, "data.micro_batch_size=2", context=2), "context"),
     ]
-    words = ("steps=2", "metrics.layer_stats_every=2", "checkpoint.every=1")
-    run_all(tiny, [Job(spread, tmp_path / name) for spread, name in jobs], *words)
+    overrides = ("steps=2", "metrics.layer_stats_every=2", "checkpoint.every=1")
+    run_all(tiny, [Job(spread, tmp_path / name) for spread, name in jobs], *overrides)
     seen = {name: read_metrics(tmp_path / name / "metrics.jsonl")[-1] for _, name in jobs}
     assert {"swiglu_clamped_share", "stream_rms", "comb_sum_error"} < seen["two"]["layers"].keys()
     recall = seen["two"]["layers"]["indexer_recall"]

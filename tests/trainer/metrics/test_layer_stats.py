@@ -19,11 +19,11 @@ from trainer.step import LayerStats
 
 def test_expert_numbers_by_hand() -> None:
     load = torch.tensor([[4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0], [6.0, 2.0, 0.0, 0.0]])
-    found = expert_load_stats(load)
-    assert found["expert_load_max"] == pytest.approx([1.0, 4.0, 3.0])
+    stats = expert_load_stats(load)
+    assert stats["expert_load_max"] == pytest.approx([1.0, 4.0, 3.0])
     uneven = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4)
-    assert found["expert_load_entropy"] == pytest.approx([1.0, 0.0, uneven])
-    assert found["dead_expert_share"] == [0.0, 0.75, 0.5]
+    assert stats["expert_load_entropy"] == pytest.approx([1.0, 0.0, uneven])
+    assert stats["dead_expert_share"] == [0.0, 0.75, 0.5]
 
 
 def numbers_of(rank: int, world_size: int, path: Path, degrees: Degrees) -> LayerStats:
@@ -50,10 +50,10 @@ def test_ranks_that_split_the_layers_see_all_of_them(tiny: Path, degrees: Degree
     assert expected["router_bias_min"] == [None, -1.0, -2.0, -3.0]
     assert expected["router_bias_max"] == [None, 2.0, 1.0, 0.0]
     assert expected["sink_max"][:3] == [10.0, 11.0, 12.0]
-    for found in spawn(numbers_of, 2, tiny, degrees):
+    for actual in spawn(numbers_of, 2, tiny, degrees):
         if degrees.tensor == 2:  # the MTP block's sinks are not told apart above
-            expected["sink_max"][3] = found["sink_max"][3]
-        assert found == expected
+            expected["sink_max"][3] = actual["sink_max"][3]
+        assert actual == expected
 
 
 def test_a_run_reports_its_layers(tiny: Path, tmp_path: Path) -> None:

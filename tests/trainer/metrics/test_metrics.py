@@ -69,7 +69,7 @@ def test_validation_loss_is_the_mean_over_all_targets(run: RunConfig) -> None:
     local, _ = open_run(run, Grid.single())
     engine = NativeEngine(local, Grid.single())
     validation = Validation(run, Grid.single())
-    found = validation.evaluate(engine)
+    result = validation.evaluate(engine)
     total = count = 0.0
     for step in range(validation.loader.num_steps):
         for batch in validation.loader.at(step):
@@ -81,14 +81,14 @@ def test_validation_loss_is_the_mean_over_all_targets(run: RunConfig) -> None:
                     span = slice(start, start + length)
                     with torch.no_grad():
                         logits = local.model(tokens[None, span]).logits[0]
-                    wanted = targets[span]
-                    losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+                    expected = targets[span]
+                    losses = torch.nn.functional.cross_entropy(logits, expected, reduction="none")
                     total += float(losses.double().sum())
                     count += length
                     start += length
-    assert found.tokens == count == validation.loader.num_targets
-    assert found.loss == pytest.approx(total / count, rel=1e-5)
-    assert found.loss == pytest.approx(
+    assert result.tokens == count == validation.loader.num_targets
+    assert result.loss == pytest.approx(total / count, rel=1e-5)
+    assert result.loss == pytest.approx(
         read_metrics(run.run_dir / "metrics.jsonl")[-1]["validation_loss"], rel=1e-6
     )
     assert Validation(run, Grid.single(), rows=1).evaluate(engine).tokens < count
@@ -171,7 +171,7 @@ def test_plain_progress_lines(
 def test_the_time_left_counts_steps_that_came_again(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten seconds a step, also where a run turns back behind its own beginning."""
+    """Ten seconds a step, also when a run rolls back to before its start."""
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr("trainer.metrics.progress.time.monotonic", lambda: next(clock))
     progress = Progress(20, 10, 1)

@@ -31,8 +31,8 @@ class Gaps:
 
 
 @contextmanager
-def watched() -> Iterator[Gaps]:
-    """Gaps of all routers and indexers that run inside."""
+def recorded_gaps() -> Iterator[Gaps]:
+    """Records the gaps of all routers and indexers that run inside."""
     gaps = Gaps()
     route = Router.forward
 

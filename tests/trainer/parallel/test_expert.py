@@ -56,8 +56,8 @@ def test_divided_experts_compute_what_one_rank_does(idle: bool) -> None:
     factors_E = torch.arange(1.0, EXPERTS + 1, dtype=torch.float64)
     outcomes = spawn(on_rank, 2, idle)
     alone = [run(LocalDispatch(), factors_E, *inputs(rank, idle)) for rank in range(2)]
-    for (out, grad_x, _), (wanted, wanted_x, _) in zip(outcomes, alone, strict=True):
-        torch.testing.assert_close(out, wanted, rtol=1e-14, atol=0)
+    for (out, grad_x, _), (expected, wanted_x, _) in zip(outcomes, alone, strict=True):
+        torch.testing.assert_close(out, expected, rtol=1e-14, atol=0)
         torch.testing.assert_close(grad_x, wanted_x, rtol=1e-14, atol=0)
     grads_E = torch.cat([outcome[2] for outcome in outcomes])
     torch.testing.assert_close(grads_E, alone[0][2] + alone[1][2], rtol=1e-14, atol=0)

@@ -183,14 +183,14 @@ def zero_of(config: ModelConfig, local: LocalModel, grid: Grid) -> HybridZero:
 
 def whole_of(parts: dict[str, list[TensorBox]]) -> dict[str, Tensor]:
     """Whole tensors out of all their parts."""
-    found = {}
+    gradients = {}
     for name, some in parts.items():
-        found[name] = torch.full(some[0].shape, torch.nan)
+        gradients[name] = torch.full(some[0].shape, torch.nan)
         for part in some:
             spans = zip(part.offset, part.tensor.shape, strict=True)
-            found[name][tuple(slice(a, a + n) for a, n in spans)] = part.tensor
-        assert found[name].isfinite().all(), name
-    return found
+            gradients[name][tuple(slice(a, a + n) for a, n in spans)] = part.tensor
+        assert gradients[name].isfinite().all(), name
+    return gradients
 
 
 def run_all(rank: int, world: int) -> list[list[Result]]:

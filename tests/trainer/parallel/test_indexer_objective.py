@@ -28,7 +28,7 @@ from trainer.parallel.grid import Grid
 from trainer.parallel.plan import localise
 from trainer.parallel.stage_plan import plan_stages
 
-# Few picks of up to twelve entries; two layers of four have an indexer, both on the first stage.
+# Few selected entries of up to twelve; two layers of four have an indexer, both on the first stage.
 MODEL = CONFIG.model_copy(update={"index_topk": 3})
 LAYOUTS = ("samples across all ranks", "padding on some ranks only")
 Spread = dict[str, Any]

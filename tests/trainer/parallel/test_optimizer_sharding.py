@@ -134,13 +134,13 @@ class Run:
 
     def errors(self) -> dict[str, float]:
         """By name of the weight, relative to the whole."""
-        found = {}
+        actual = {}
         for name, parameter in self.parts.items():
             alone = self.alone[name].detach().to(parameter.dtype)
             expected = self.placements[name].shard(alone).float()
             difference = (parameter.detach().float() - expected).norm()
-            found[name] = float(difference / expected.norm())
-        return found
+            actual[name] = float(difference / expected.norm())
+        return actual
 
     def tensors(self) -> Boxes:
         """What a checkpoint holds of this rank."""
@@ -278,16 +278,16 @@ def test_gradients_go_out_once_and_parameters_come_in_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda table: table[1:], r"but not in both: embed\.weight"),
         (lambda table: [*table, table[0]], r"appear twice in the optimizer table: embed\.weight"),
     ],
 )
-def test_a_parameter_in_no_table_or_in_two_is_refused(change: Any, words: str) -> None:
+def test_a_parameter_in_no_table_or_in_two_is_refused(change: Any, message: str) -> None:
     parameters = as_parameters(values(0, FEW), FP32)
     whole = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     table = build_table(whole, FACTS, OptimConfig())
     placements = place_all(whole, Degrees(1), 0)
-    with pytest.raises(OptimError, match=words):
+    with pytest.raises(OptimError, match=message):
         make_zero(parameters, placements, change(table), OptimConfig(), Grid.single())

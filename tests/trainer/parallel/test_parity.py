@@ -1,4 +1,4 @@
-"""Any division of the model, its tokens and its experts trains like one rank, and goes on as any.
+"""Any division of model, tokens and experts trains like one rank, and resumes as any other.
 
 Every run has packed rows of several samples, every kind of layer, hash and learned routers and the
 MTP block, in fp32.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.parallel.close_calls import watched
+from tests.trainer.parallel.close_calls import recorded_gaps
 from tests.trainer.parallel.topologies import (
     Job,
     Outcome,
@@ -73,7 +73,7 @@ LARGER_MOVES = [
 def alone_dir(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run on one rank."""
     run_dir = tmp_path_factory.mktemp("parity") / "alone"
-    with watched() as gaps:
+    with recorded_gaps() as gaps:
         run_all(tiny, [Job(ALONE, run_dir)])
     # A hundred times what rounding moves: see close_calls.py. If not, take another seed.
     assert gaps.router > 1e-5 and gaps.index > 1e-5, vars(gaps)
@@ -115,7 +115,7 @@ def test_a_checkpoint_goes_on_at_another_topology(
 @pytest.mark.slow
 def test_bf16_follows_one_rank_as_far_as_its_rounding_allows(tiny: Path, tmp_path: Path) -> None:
     """Partial sums are rounded to 8 bits before they are added, and close choices fall otherwise:
-    2e-4 was seen. A part that is left out or counted twice shows in the first digits."""
+    2e-4 was seen. A part that is missing or counted twice shows in the first digits."""
     run_all(tiny, [Job(t, tmp_path / t.name) for t in BF16], *BF16_RUN)
     alone, spread = (column(tmp_path / t.name, "loss") for t in BF16)
     assert spread == pytest.approx(alone, rel=2e-3)

@@ -61,11 +61,11 @@ def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     run_dir = tmp_path_factory.mktemp("qat")
     gaps = []
 
-    def watched(weights: Tensor) -> Tensor:
+    def recorded_gaps(weights: Tensor) -> Tensor:
         gaps.append(gap(weights.detach()))
         return quantise_dequantise(weights)
 
-    with patch.object(qat, "quantise_dequantise", watched):
+    with patch.object(qat, "quantise_dequantise", recorded_gaps):
         run_all(tiny, [Job(ALONE, run_dir)], *QAT)
     initial = 3 * (4 + 1)  # the initial weights are the same numbers at every topology
     assert len(gaps) == 4 * initial  # two steps, the look at every layer and the evaluation

@@ -45,21 +45,21 @@ MODEL = (
 
 @dataclass(frozen=True)
 class Topology:
-    """Processes and the config's words for how they are used."""
+    """Processes and the overrides that divide them."""
 
     world: int
     overrides: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        words = [word.removeprefix("parallel.").replace("=", " ") for word in self.overrides]
-        return f"{self.world} ranks, {', '.join(words) or 'data'}"
+        axes = [word.removeprefix("parallel.").replace("=", " ") for word in self.overrides]
+        return f"{self.world} ranks, {', '.join(axes) or 'data'}"
 
 
 def topology(world: int, *more: str, **degrees: object) -> Topology:
     """E.g. topology(4, tensor=2, context=2)."""
-    words = tuple(f"parallel.{name}={value}" for name, value in degrees.items())
-    return Topology(world, words + more)
+    overrides = tuple(f"parallel.{name}={value}" for name, value in degrees.items())
+    return Topology(world, overrides + more)
 
 
 @dataclass(frozen=True)

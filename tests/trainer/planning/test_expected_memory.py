@@ -27,21 +27,21 @@ SIZE = {"MiB": 2**20, "GiB": 2**30}
 
 
 def said(text: str, name: str) -> float:
-    """The bytes that stand behind a name, to a tenth of a MiB or a hundredth of a GiB."""
-    found = re.search(rf"{name} ([\d.,]+) (MiB|GiB)", text)
-    assert found is not None, (name, text)
-    return float(found[1].replace(",", "")) * SIZE[found[2]]
+    """The bytes after a name, to a tenth of a MiB or a hundredth of a GiB."""
+    match = re.search(rf"{name} ([\d.,]+) (MiB|GiB)", text)
+    assert match is not None, (name, text)
+    return float(match[1].replace(",", "")) * SIZE[match[2]]
 
 
 def test_a_run_says_what_it_expects_and_what_it_took(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*WIDE, f"run_dir={tmp_path}", "steps=3", "evaluation.every=2"]
-    assert main([str(tiny), *words]) == 0
+    overrides = [*WIDE, f"run_dir={tmp_path}", "steps=3", "evaluation.every=2"]
+    assert main([str(tiny), *overrides]) == 0
     lines = capsys.readouterr().out.splitlines()
     first = next(place for place, line in enumerate(lines) if line.startswith("step "))
     (expects,) = (line for line in lines[:first] if " expected throughout the run " in line)
-    config = load_config(tiny, words)
+    config = load_config(tiny, overrides)
     local, optimizer = build(config, Grid.single())
     engine = NativeEngine(local, Grid.single(), optimizer)
     batches = Loader(config.data, config.seed, 0, 1).at(0)
@@ -66,14 +66,16 @@ def test_a_run_says_what_it_expects_and_what_it_took(
     passes = counted.microbatches + counted.activations + counted.workspace
     assert passes == pytest.approx(live.peak, rel=0.1)  # routing is uneven, samples are short
     # After the first evaluation, and at the end.
-    told = [place for place, line in enumerate(lines) if "memory: peak " in line]
+    places = [place for place, line in enumerate(lines) if "memory: peak " in line]
     steps = [int(line.split()[1].split("/")[0]) for line in lines if line.startswith("step ")]
-    assert steps == [1, 2, 3] and len(told) == 2
-    assert lines[told[0] - 1].startswith("step 2/3") and lines[told[1] - 1].startswith("step 3/3")
+    assert steps == [1, 2, 3] and len(places) == 2
+    assert lines[places[0] - 1].startswith("step 2/3") and lines[places[1] - 1].startswith(
+        "step 3/3"
+    )
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    assert "(rank 0), resident, Python and libraries included" in lines[told[1]]
+    assert "(rank 0), resident, Python and libraries included" in lines[places[1]]
     digit = 2**20 if own < 2**30 else 2**30 / 100
-    assert 100 * 2**20 < said(lines[told[1]], "memory: peak") <= own + digit
+    assert 100 * 2**20 < said(lines[places[1]], "memory: peak") <= own + digit
 
 
 def of_ranks(rank: int, world: int, path: Path) -> tuple[str, int]:

@@ -33,14 +33,17 @@ def count(config: RunConfig) -> int:
     return int((10 + config.data.micro_batch_size * of_row) * GIB)
 
 
-def settings(memory: float, *words: str, world: int = 1) -> tuple[int, tuple[str, ...], bool]:
-    config = load_config(CONFIG, ["data.global_batch_size=12", "data.micro_batch_size=1", *words])
+def settings(memory: float, *overrides: str, world: int = 1) -> tuple[int, tuple[str, ...], bool]:
+    config = load_config(
+        CONFIG, ["data.global_batch_size=12", "data.micro_batch_size=1", *overrides]
+    )
     # Room is a share of whole GiB; what is over does not count.
-    card = DeviceInfo("a card", math.ceil(memory / MEMORY_FRACTION) * GIB + GIB - 1)
-    chosen, words_ = fit(config, world, card, count)
-    assert count(chosen) <= MEMORY_FRACTION * card.memory
+    device = DeviceInfo("a device", math.ceil(memory / MEMORY_FRACTION) * GIB + GIB - 1)
+    chosen, message = fit(config, world, device, count)
+    assert count(chosen) <= MEMORY_FRACTION * device.memory
     assert (
-        f"data.micro_batch_size = {chosen.data.micro_batch_size}, " in words_ and "a card" in words_
+        f"data.micro_batch_size = {chosen.data.micro_batch_size}, " in message
+        and "a device" in message
     )
     return chosen.data.micro_batch_size, chosen.parallel.recompute, bool(chosen.parallel.offload)
 
@@ -70,18 +73,29 @@ def test_what_is_written_does_not_matter():
 def test_nothing_fits():
     with pytest.raises(
         ConfigError,
-        match=r"smallest settings take about 11.00 GiB per process, and 90% .* of a card is 10.80",
+        match=r"smallest settings take about 11.00 GiB per process, and 90% .* is 10.80",
     ):
         settings(10)
 
 
 def test_microbatches_have_no_filler_rows_and_end_at_32768_tokens():
-    words = ["data.global_batch_size=96", "data.micro_batch_size=1"]
-    rows = micro_batch_sizes(load_config(CONFIG, words), 1)
+    overrides = ["data.global_batch_size=96", "data.micro_batch_size=1"]
+    rows = micro_batch_sizes(load_config(CONFIG, overrides), 1)
     assert rows == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48] and 64 * 512 == 32_768
-    assert micro_batch_sizes(load_config(CONFIG, words), 2) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
-    assert micro_batch_sizes(load_config(CONFIG, [*words, "data.seq_len=16384"]), 1) == [1, 2]
-    pipeline = [*words, "parallel.pipeline=2", "data.micro_batch_size=4"]
+    assert micro_batch_sizes(load_config(CONFIG, overrides), 2) == [
+        1,
+        2,
+        3,
+        4,
+        6,
+        8,
+        12,
+        16,
+        24,
+        48,
+    ]
+    assert micro_batch_sizes(load_config(CONFIG, [*overrides, "data.seq_len=16384"]), 1) == [1, 2]
+    pipeline = [*overrides, "parallel.pipeline=2", "data.micro_batch_size=4"]
     assert micro_batch_sizes(load_config(CONFIG, pipeline), 2) == [4]
 
 
@@ -95,14 +109,14 @@ def test_a_step_that_other_rows_do_not_divide_is_left_alone():
 def test_what_is_chosen_fits_by_the_dry_run_and_more_does_not():
     config = load_config(CONFIG, ["data.global_batch_size=16"])
     size = Count(1, on_host=False, log=False)
-    chosen, _ = fit(config, 1, DeviceInfo("a card", GIB), size)
+    chosen, _ = fit(config, 1, DeviceInfo("a device", GIB), size)
     assert size(chosen) <= MEMORY_FRACTION * GIB
     assert chosen.parallel.recompute == () and 1 <= chosen.data.micro_batch_size < 16
-    words = [
+    overrides = [
         "data.global_batch_size=16",
         f"data.micro_batch_size={2 * chosen.data.micro_batch_size}",
     ]
-    assert size(load_config(CONFIG, words)) > MEMORY_FRACTION * GIB
+    assert size(load_config(CONFIG, overrides)) > MEMORY_FRACTION * GIB
 
 
 def test_snapshots_on_the_host_count_where_it_trains():
@@ -126,13 +140,17 @@ def test_a_run_fits_itself_to_this_machine_and_trains_the_same(
     tiny: Path, tmp_path, capsys
 ) -> None:
     losses = {}
-    for name, words in (("fitted", ["fit_to_memory=true"]), ("plain", ["data.micro_batch_size=1"])):
+    for name, overrides in (
+        ("fitted", ["fit_to_memory=true"]),
+        ("plain", ["data.micro_batch_size=1"]),
+    ):
         folder = tmp_path / name
-        assert main([str(tiny), f"run_dir={folder}", *words]) == 0
+        assert main([str(tiny), f"run_dir={folder}", *overrides]) == 0
         losses[name] = column(folder, "loss")
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert (
-        "fit_to_memory: data.micro_batch_size = 4, parallel.recompute = []" in said.out + said.err
+        "fit_to_memory: data.micro_batch_size = 4, parallel.recompute = []"
+        in output.out + output.err
     )
     assert load_config(tmp_path / "fitted" / "config.yaml").data.micro_batch_size == 4
     # Rounding alone: sums in another order, over six updates.

@@ -1,4 +1,4 @@
-"""What a run says at its end where the device is full."""
+"""The message at the end of a run whose device is full."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def fail(*overrides: str) -> None:
 
 def test_three_settings_with_estimates_the_best_first(capsys):
     assert run_or_explain(lambda: fail("data.micro_batch_size=8")) == USER_ERROR
-    said = capsys.readouterr().err
-    assert said.startswith("v4: error: cpu: CUDA out of memory; the run takes about ")
-    assert len(said.strip().splitlines()) == 1
-    settings = re.findall(r"([a-z_.]+)=\S+ \(about ([\d.]+) MiB\)", said)
+    output = capsys.readouterr().err
+    assert output.startswith("v4: error: cpu: CUDA out of memory; the run takes about ")
+    assert len(output.strip().splitlines()) == 1
+    settings = re.findall(r"([a-z_.]+)=\S+ \(about ([\d.]+) MiB\)", output)
     sizes = [float(size) for _, size in settings]
-    now = float(re.search(r"takes about ([\d.]+) MiB", said).group(1))
+    now = float(re.search(r"takes about ([\d.]+) MiB", output).group(1))
     assert len(settings) == 3 and sizes == sorted(sizes) and sizes[-1] < now
     assert {name for name, _ in settings} <= {
         "data.micro_batch_size",
@@ -40,12 +40,12 @@ def test_three_settings_with_estimates_the_best_first(capsys):
 
 
 def test_what_is_set_already_is_not_advised():
-    words = ["data.micro_batch_size=1", "parallel.recompute=[block]"]
-    assert candidates(load_config(CONFIG, words)) == [
+    overrides = ["data.micro_batch_size=1", "parallel.recompute=[block]"]
+    assert candidates(load_config(CONFIG, overrides)) == [
         "parallel.offload=[block]",
         "data.seq_len=256",
     ]
-    config = load_config(CONFIG, [*words, "parallel.offload=[block]"])
+    config = load_config(CONFIG, [*overrides, "parallel.offload=[block]"])
     assert candidates(config) == ["data.seq_len=256"]
 
 

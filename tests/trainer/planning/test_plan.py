@@ -34,9 +34,9 @@ def printed(parts: object) -> str:
 def row(text: str, name: str) -> list[str]:
     """The other cells of the one line whose first cell begins with `name`."""
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
-    found = [cells[1:] for cells in lines if cells and cells[0].startswith(name)]
-    assert len(found) == 1, (name, text)
-    return found[0]
+    rows = [cells[1:] for cells in lines if cells and cells[0].startswith(name)]
+    assert len(rows) == 1, (name, text)
+    return rows[0]
 
 
 def test_flash_on_256() -> None:
@@ -109,8 +109,8 @@ def test_memory_falls_with_every_axis_that_divides_it(tiny: Path) -> None:
     config = load_config(tiny, [*MODEL, "precision=bf16"])
 
     def total(**degrees: int) -> int:
-        words = [f"parallel.{name}={degree}" for name, degree in degrees.items()]
-        changed = load_config(tiny, [*MODEL, "precision=bf16", *words])
+        overrides = [f"parallel.{name}={degree}" for name, degree in degrees.items()]
+        changed = load_config(tiny, [*MODEL, "precision=bf16", *overrides])
         return sum(memory_parts(changed, Degrees(2, **degrees)).values())
 
     alone = sum(memory_parts(config, Degrees(2)).values())
@@ -122,8 +122,8 @@ def test_memory_falls_with_every_axis_that_divides_it(tiny: Path) -> None:
 def test_the_whole_command(tiny: Path) -> None:
     """Degrees without a number of processes: the fewest they need; tables on stdout only."""
     command = [sys.executable, "-m", "launch.cli", "plan", str(tiny), *MODEL]
-    words = ["parallel.pipeline=2", "parallel.expert=2", "--dry-run"]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=200)
+    arguments = ["parallel.pipeline=2", "parallel.expert=2", "--dry-run"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert row(done.stdout, "processes") == ["4"]
     layers, parameters, *memory = row(done.stdout, "2-3")

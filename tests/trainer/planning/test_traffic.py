@@ -107,7 +107,7 @@ def run_config(degrees: Degrees) -> RunConfig:
 
 
 def batches_of(data_rank: int, count: int) -> list[Batch]:
-    """Microbatches of rows with one to three samples, some with padding behind them."""
+    """Microbatches of rows with one to three samples, some with padding after them."""
     chance = random.Random(data_rank)
     generator = torch.Generator().manual_seed(data_rank)
     batches = []

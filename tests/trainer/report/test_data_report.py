@@ -116,11 +116,11 @@ def test_page_shows_samples_and_escapes_text(
     config: DataConfig, facts: DataFacts, tokenizer: Tokenizer
 ) -> None:
     page = render(Loader(config, 1), tokenizer, facts)
-    found: list[str] = []
+    tags: list[str] = []
 
     class Samples(HTMLParser):
         def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-            found.append(tag)
+            tags.append(tag)
             assert not {"src", "href"} & set(dict(attributes)) or tag == "use"
 
     Samples().feed(page)
@@ -128,7 +128,7 @@ def test_page_shows_samples_and_escapes_text(
     lengths = [row for batch in Loader(config, 1).at(0) for row in batch.lengths]
     lengths = sorted(lengths, key=len, reverse=True)[:3]
     assert page.count("<span class=s") == sum(map(len, lengths))
-    assert found.count("script") == 0 and found.count("svg") == 1
+    assert tags.count("script") == 0 and tags.count("svg") == 1
     assert page.count("<b>&lt;｜begin▁of▁sentence｜&gt;</b>") > 0
     assert Path(config.shards).name in page
 
@@ -152,18 +152,18 @@ def test_page_shows_filters_and_the_measured_recipe(
     for source in "ab":
         assert f"{source}, length: 7 characters</p><pre class=row>tiny&lt;i&gt;</pre>" in page
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
-    found = measured_recipe(loader)
+    audit = measured_recipe(loader)
     (row,) = [row for row in cells if row[:2] == ["a", "75.000%"]]
-    counted = found.sources["a"]
+    counted = audit.sources["a"]
     assert row[2:] == [
-        f"{counted.tokens / found.tokens:.3%}",
-        f"{found.max_deviation['a']:.3%}",
+        f"{counted.tokens / audit.tokens:.3%}",
+        f"{audit.max_deviation['a']:.3%}",
         "25.00%",
         f"{counted.fim / counted.documents:.2%}",
         "50.00%",
         f"{counted.split / counted.splittable:.2%}",
     ]
-    assert abs(counted.tokens / found.tokens - 0.75) < 0.02
+    assert abs(counted.tokens / audit.tokens - 0.75) < 0.02
 
 
 def test_a_run_with_phases_shows_its_first(config: DataConfig) -> None:

@@ -80,18 +80,22 @@ def chosen_by(
     checkpoint = RunCheckpoint(config, grid, local.model, optimizer, "", local.placements)
     path = run_dir / "checkpoints" / f"step-{saved_at:08d}"
     checkpoint.folder.load(path, checkpoint._tensors())
-    found: dict[int, list[Tensor]] = {}
+    selections: dict[int, list[Tensor]] = {}
     for row, router in local.model.routers().items():
         if not router.hashed:
-            note = found.setdefault(row, []).append
-            router.register_forward_hook(lambda _, __, out, note=note: note(out.indices_TA))
+            of_row = selections.setdefault(row, [])
+            router.register_forward_hook(
+                lambda _, __, out, of_row=of_row: of_row.append(out.indices_TA)
+            )
     phases = [phase.rows for phase in config.recipe.phases]
     for batch in Loader(config.data, config.seed, phases=phases).at(step):
         layout = SampleLayout.from_lengths(batch.lengths, batch.tokens.shape[1])
         with torch.no_grad():
             local.model(batch.tokens, layout, batch.targets, attention=attention)
     length = config.recipe.at(step).rows.seq_len
-    return {r: torch.cat(x).unflatten(0, (-1, length)).sort(-1).values for r, x in found.items()}
+    return {
+        r: torch.cat(x).unflatten(0, (-1, length)).sort(-1).values for r, x in selections.items()
+    }
 
 
 def waiting(
@@ -114,12 +118,12 @@ def test_choices_are_those_of_earlier_weights(run_of: RunOf, spread: Topology, l
     run, otherwise = run_of(spread, lead), 0
     for step in range(lead + 1, STEPS):
         # Chosen in the step after the checkpoint of step - lead, and kept until they are used.
-        found = waiting(run, step - lead + 1, step)
+        pending = waiting(run, step - lead + 1, step)
         for later in range(step - lead + 2, step + 1):
             kept = waiting(run, later, step)
-            assert all(torch.equal(found[row], kept[row]) for row in found), (step, later)
+            assert all(torch.equal(pending[row], kept[row]) for row in pending), (step, later)
         old, present = chosen_by(run, step - lead, step), chosen_by(run, step, step)
-        for row, chosen in found.items():
+        for row, chosen in pending.items():
             assert chosen.dtype == torch.uint8
             assert torch.equal(chosen.long(), old[row]), (step, row)
             otherwise += not torch.equal(old[row], present[row])
@@ -183,10 +187,10 @@ def test_a_run_goes_on_in_the_middle_of_it(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_choices_that_wait_open_at_another_topology(tiny: Path, tmp_path: Path) -> None:
     """Five rows: two data ranks share them with a filler."""
-    words = (ALWAYS, LEAD.format(2), "steps=7", "data.global_batch_size=5")
-    run_all(tiny, [Job(ALONE, tmp_path / "alone")], *words)
+    overrides = (ALWAYS, LEAD.format(2), "steps=7", "data.global_batch_size=5")
+    run_all(tiny, [Job(ALONE, tmp_path / "alone")], *overrides)
     for spread, stop_at in ((topology(2), 3), (topology(2, context=2), 5), (ALONE, 0)):
-        run_all(tiny, [Job(spread, tmp_path / "moved", stop_at)], *words)
+        run_all(tiny, [Job(spread, tmp_path / "moved", stop_at)], *overrides)
     alone, moved = (column(tmp_path / name, "loss") for name in ("alone", "moved"))
     assert moved == pytest.approx(alone, rel=1e-5)
 
@@ -197,9 +201,9 @@ def test_another_lead_or_none_at_all_may_go_on(tiny: Path, tmp_path: Path) -> No
     assert sum(is_routing(name) for name in stored.shapes) == 2 * 3
     export_run(config, tmp_path / "hf", Grid.single())
     state = trainer_state(load_config(tiny, [f"run_dir={tmp_path}", ALWAYS, LEAD.format(1)]))
-    assert (state.step, state.anticipation_start) == (2, 2), "it starts anew"
+    assert (state.step, state.anticipation_start) == (2, 2), "it starts again"
     state = trainer_state(load_config(tiny, [f"run_dir={tmp_path}", ALWAYS, LEAD.format(2)]))
-    assert (state.step, state.anticipation_start) == (2, 0), "it goes on"
+    assert (state.step, state.anticipation_start) == (2, 0), "it continues"
     train(tiny, tmp_path, "steps=4")
     assert steps_in_file(tmp_path) == [1, 2, 3, 4]
     assert column(tmp_path, "anticipatory_routing") == [True, True, False, False]
@@ -231,14 +235,14 @@ def test_a_lead_reaches_into_the_next_phase(tiny: Path, tmp_path: Path) -> None:
 def test_a_step_of_the_next_phase_is_looked_at_with_its_attention(
     tiny: Path, tmp_path: Path
 ) -> None:
-    """Where the indexer chooses, layers behind it see other streams and choose other experts."""
+    """With other selected entries, later layers get other streams and select other experts."""
     first = {"until_tokens": 576, "attention": "warmup", "seq_len": 96, "global_batch_size": 2}
     path = phased(tiny, tmp_path, [first, first | {"until_tokens": 1152, "attention": "sparse"}])
     train(path, tmp_path / "run", ALWAYS, LEAD.format(1), *EVERY)
-    found = waiting(tmp_path / "run", 3, 3, (1, 2, 3))
+    pending = waiting(tmp_path / "run", 3, 3, (1, 2, 3))
     sparse, dense = (chosen_by(tmp_path / "run", 2, 3, mode) for mode in ("sparse", "dense"))
-    assert all(torch.equal(found[row].long(), sparse[row]) for row in found)
-    assert any(not torch.equal(sparse[row], dense[row]) for row in found)
+    assert all(torch.equal(pending[row].long(), sparse[row]) for row in pending)
+    assert any(not torch.equal(sparse[row], dense[row]) for row in pending)
 
 
 def test_the_smallest_integers_that_hold_an_expert() -> None:

@@ -67,16 +67,16 @@ def test_scores_are_those_of_numpy_from_all_the_numbers_before() -> None:
             walk.append((walk[-1] if walk else 2.0) + chance.gauss(0.0, size))
         numbers = {name: walk[-1] for name, walk in walks.items()}
         numbers["grad_norm"] = math.exp(numbers["grad_norm"])
-        found = detector.scores(past, numbers)
+        actual = detector.scores(past, numbers)
         for name, walk in walks.items():
             aways = [walk[at] - np.median(walk[at - 5 : at]) for at in range(5, step + 1)]
             usual = np.array(aways[:-1][-12:])
-            assert (name in found) == (len(usual) >= 4), (name, step)
-            if name in found:
+            assert (name in actual) == (len(usual) >= 4), (name, step)
+            if name in actual:
                 deviation = 1.4826 * np.median(np.abs(usual - np.median(usual)))
                 floored += deviation < floors[name]
                 expected = (aways[-1] - np.median(usual)) / max(deviation, floors[name])
-                assert found[name] == pytest.approx(expected, rel=1e-9), (name, step)
+                assert actual[name] == pytest.approx(expected, rel=1e-9), (name, step)
         assert detector.problem(past, numbers | {"max_expert_share": 0.2}) is None
     assert 20 < floored < 140, "the floors count in some steps, and in some they do not"
 
@@ -178,9 +178,9 @@ def test_rolling_back_and_skipping_a_batch(
     assert (first["spike_step"], first["restored_step"], first["skipped_batch"]) == (12, 9, None)
     assert (event["spike_step"], event["restored_step"], event["skipped_batch"]) == (12, 9, 12)
     assert "the gradient norm" in event["reason"] and event["anticipation_end"] == 12
-    told = [line for line in capsys.readouterr().out.splitlines() if "rolled back to" in line]
-    assert len(told) == 2 and all(line.startswith("step 12: the loss is") for line in told)
-    assert ["will be skipped" in line for line in told] == [False, True]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "rolled back to" in line]
+    assert len(lines) == 2 and all(line.startswith("step 12: the loss is") for line in lines)
+    assert ["will be skipped" in line for line in lines] == [False, True]
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 17))
     assert steps_in_file(tmp_path) == [*range(1, 12), 9, 10, 11, 9, *range(10, 17)]
@@ -216,8 +216,8 @@ def test_what_routers_are_judged_by(tiny: Path, tmp_path: Path) -> None:
     load = torch.tensor([[16.0, 0, 0, 0], [6, 4, 4, 2], [4, 4, 4, 4], [4, 4, 4, 4]])
     sums, none = torch.zeros(5).double().unbind(0), TokenCounts(1, 1, 1)
     losses = StepLosses(*sums, load, torch.zeros(4), none, 0.0, False)
-    found = trainer._to_host(trainer.recipe.at(0), losses, torch.ones(()))
-    assert found.max_expert_share == 6 / 8, "not the hash layer's"
+    metrics = trainer._to_host(trainer.recipe.at(0), losses, torch.ones(()))
+    assert metrics.max_expert_share == 6 / 8, "not the hash layer's"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -288,9 +288,9 @@ def test_checkpoints_are_restored_and_later_ones_removed(tiny: Path, tmp_path: P
         plain = trainer.stability.roll_back
 
         def roll_back(problem: str) -> object:
-            found = plain(problem)
+            result = plain(problem)
             seen.append(sorted(p.name for p in (tmp_path / "rolled/checkpoints").iterdir()))
-            return found
+            return result
 
         trainer.stability.roll_back = roll_back  # type: ignore[method-assign, assignment]
 
@@ -346,7 +346,7 @@ def test_numbers_that_are_not_finite_roll_back_after_the_skipped_steps(
 
 
 def held_by(tiny: Path, grid: Grid, *settings: str) -> int:
-    """Most bytes of snapshots on this rank, beside nothing but taking them."""
+    """The peak bytes of snapshots on this rank, from taking them alone."""
     config = load_config(tiny, [*SPIKES, *settings])
     snapshots = Trainer(config, grid).stability.snapshots
     most = 0
@@ -385,10 +385,10 @@ def two_ranks(rank: int, world_size: int, tiny: Path, folder: Path) -> Two:
 
 
 def test_two_ranks_roll_back_together_and_as_one_does(tiny: Path, tmp_path: Path) -> None:
-    found = spawn(two_ranks, 2, tiny, tmp_path / "two")
-    assert [each[:2] for each in found] == [(2, [11]), (2, [11])]
+    results = spawn(two_ranks, 2, tiny, tmp_path / "two")
+    assert [each[:2] for each in results] == [(2, [11]), (2, [11])]
     expected = [snapshot_memory(load_config(tiny, [*SPIKES, *more]), Degrees(2)) for more in ROOM]
-    assert [max(held) for held in zip(*(each[2] for each in found), strict=True)] == expected
+    assert [max(held) for held in zip(*(each[2] for each in results), strict=True)] == expected
     run(tiny, tmp_path / "one", {12: gradients_times(1e6)}, *SPIKES, times=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 

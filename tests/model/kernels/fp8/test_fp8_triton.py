@@ -338,13 +338,13 @@ def test_large_numbers_meet_small_ones():
 @interpreted
 def test_only_the_gradient_that_is_wanted():
     x, weight, grad = drawn()
-    for wanted in (0, 1):
+    for index in (0, 1):
         leaves = [x.clone(), weight.clone()]
-        leaves[wanted].requires_grad_()
+        leaves[index].requires_grad_()
         out = grouped(ends_of(*ENDS))(*leaves)
-        (computed,) = torch.autograd.grad(out, leaves[wanted], grad)
-        live = slice(ENDS[-1]) if wanted == 0 else slice(None)
-        assert torch.equal(computed[live], plain()[1 + wanted][live])
+        (computed,) = torch.autograd.grad(out, leaves[index], grad)
+        live = slice(ENDS[-1]) if index == 0 else slice(None)
+        assert torch.equal(computed[live], plain()[1 + index][live])
 
 
 @interpreted

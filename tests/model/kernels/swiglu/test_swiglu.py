@@ -57,7 +57,7 @@ def test_bf16():
     out = clamped_swiglu(*inputs, LIMIT)
     assert out.dtype == torch.bfloat16
     exact = naive(*[x.double() for x in inputs])
-    # Computed in fp32 and rounded once: half a unit in the last of eight bits.
+    # Computed in fp32 and rounded once: half a unit in the last place of bf16.
     assert ((out.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-30).all()
 
 
