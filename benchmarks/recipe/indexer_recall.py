@@ -38,6 +38,7 @@ from model.kernels.attention import AttentionInputs, attention_with_lse2
 from model.kernels.indexer import attention_probability_mass
 from model.kernels.indexer.naive import naive_scores
 from model.kernels.norm import rotate
+from model.parameters import expert_name, official_name
 from model.positions import Positions
 from trainer.build import build
 from trainer.checkpoint import CheckpointReader, checkpoints_in, step_of
@@ -52,18 +53,15 @@ Mass = tuple[float, float]
 
 
 def load(model: V4Model, path: Path) -> None:
-    """Loads the weights of a checkpoint into the model."""
-    weights = model.state_dict()
-    reader = CheckpointReader(path)
-    state = reader.read({name: weights[name].dtype for name in weights if name in reader.shapes})
-    missing = weights.keys() - state.keys()
-    experts = [name for name in missing if ".experts.w" in name]
-    assert len(experts) == len(missing), missing
-    for name in experts:  # in a checkpoint each expert's matrix is a separate entry
-        prefix, matrix = name.rsplit(".", 1)
-        dtype, count = weights[name].dtype, len(weights[name])
-        entries = {f"{prefix}.{expert}.{matrix}.weight": dtype for expert in range(count)}
-        state[name] = torch.stack(list(reader.read(entries).values()))
+    """Loads the weights of a checkpoint, where each expert's matrix is an entry, into the model."""
+    reader, state = CheckpointReader(path), {}
+    for name, tensor in model.state_dict().items():
+        stacked = ".experts.w" in name
+        names = [official_name(name)]
+        if stacked:
+            names = [expert_name(name, expert) for expert in range(len(tensor))]
+        values = reader.read(dict.fromkeys(names, tensor.dtype))
+        state[name] = torch.stack([values[n] for n in names]) if stacked else values[names[0]]
     model.load_state_dict(state)
 
 
