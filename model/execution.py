@@ -1,7 +1,7 @@
 """How a model computes and communicates; `ModelConfig` says what it computes.
 
-The results are the same with any Execution, up to rounding. trainer/parallel/plan.py makes the one
-of a run.
+The results are the same with any Execution, up to rounding. trainer/parallel/plan.py builds the
+Execution of a training run.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from model.positions import Positions
 
 BlockPart = Literal["streams", "norms", "attention", "block"]
 CrossEntropy = Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
-"""Hidden states, the head's weight, targets, denominator and ignored target to the loss."""
+"""(hidden states, head weight, targets, denominator, ignore_index) -> loss."""
 PlaceTokens = Callable[[ModelConfig, SampleLayout], tuple[Positions, Exchange]]
-"""The samples of a microbatch to a rank's positions in it and its exchange with other ranks."""
+"""(config, layout of the microbatch) -> this rank's Positions and Exchange."""
 
 
 class CallPart(Protocol):
-    """How a block calls its parts: plainly, or with activation checkpointing."""
+    """Calls a part of a block, plainly or as trainer/parallel/recompute.py does."""
 
     def __call__(self, part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
         """Returns the function's result."""
@@ -41,7 +41,7 @@ def call_plainly(part: BlockPart, function: Callable[..., Any], *inputs: Any) ->
 
 
 def place_locally(config: ModelConfig, layout: SampleLayout) -> tuple[Positions, Exchange]:
-    """All tokens of a microbatch on this process."""
+    """Returns Positions and Exchange of one process that holds all tokens."""
     return Positions.of_microbatch(config, layout), LocalExchange()
 
 
@@ -51,10 +51,10 @@ class Execution:
 
     Attributes:
         matmuls: the matmuls of linears and experts, in the dtype of their tensors or in FP8.
-        pointwise: norms, SwiGLU and the mixing of streams, compiled or not.
-        call_part: what a block saves for backward.
+        pointwise: norms, SwiGLU and hyper-connections, compiled or not.
+        call_part: calls a part of a block, plainly or under activation checkpointing.
         dispatch: sends tokens to their experts and combines the results.
-        place_tokens: the part of a microbatch that this rank holds.
+        place_tokens: maps a microbatch's layout to the part that this rank holds.
         cross_entropy: the loss of the output heads.
     """
 

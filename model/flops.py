@@ -22,62 +22,63 @@ def training_flops(
 ) -> float:
     """Returns the FLOPs of forward and backward over samples of these lengths.
 
-    Backward costs twice the forward. An indexer that learns nothing has no backward, and in the
-    indexers' warm-up nothing else has one.
+    Backward costs twice the forward. An indexer without a loss costs only its forward; during
+    indexer warm-up everything else costs only its forward.
     """
     total = 0.0
     for length in sample_lengths:
-        layers, tail = flops_per_layer(config, int(length), mtp, attention)
-        total += sum(layers) + tail
+        layers, output = flops_per_layer(config, int(length), mtp, attention)
+        total += sum(layers) + output
     return total
 
 
 def flops_per_layer(
     config: ModelConfig, length: int, mtp: bool = True, attention: AttentionMode = "select"
 ) -> tuple[list[float], float]:
-    """Returns the FLOPs of forward and backward over one sample: of each layer, and of the tail.
+    """Returns the FLOPs of forward and backward over one sample: of each layer, and of the output.
 
-    The tail is the head and, with ``mtp``, the MTP block with its own pass through the head.
+    The output is the head and, with ``mtp``, the MTP block with its own pass through the head.
     """
     position = np.arange(length)
     mtp = mtp and config.num_nextn_predict_layers > 0
 
-    passes = 1 if attention == "warmup" else 3
-    learns = attention in ("warmup", "sparse")
+    # Multiples of the forward's FLOPs: 1 where there is no backward, else 3.
+    multiple = 1 if attention == "warmup" else 3
+    trains_indexers = attention in ("warmup", "sparse")
 
     def block(kind: LayerType) -> float:
-        seen = _attended_entries(config, kind, position, attention in ("dense", "warmup"))
-        total = passes * _layer_flops(config, kind, position, seen)
+        pairs = _attended_entries(config, kind, position, attention in ("dense", "warmup"))
+        total = multiple * _layer_flops(config, kind, position, pairs)
         if kind == "csa" and attention != "dense":
-            total += (3 if learns else 1) * _indexer_flops(config, position)
-        if (
-            kind == "csa" and learns
-        ):  # the KL target: every head's matmul with the entries it attended to
-            total += 2.0 * config.num_attention_heads * config.head_dim * seen
+            total += (3 if trains_indexers else 1) * _indexer_flops(config, position)
+        # The KL target recomputes q·k for every head and attended entry.
+        if kind == "csa" and trains_indexers:
+            total += 2.0 * config.num_attention_heads * config.head_dim * pairs
         return total
 
     # Each head first collapses the streams, then multiplies by the output matrix.
     per_head = (config.hc_mult + 1) * config.hc_mult + config.vocab_size
-    tail = passes * (1 + mtp) * length * 2.0 * config.hidden_size * per_head
+    output = multiple * (1 + mtp) * length * 2.0 * config.hidden_size * per_head
     if mtp:
-        tail += passes * length * 2 * config.hidden_size**2 * (1 + config.hc_mult) + block("window")
-    return [block(kind) for kind in config.layer_types], tail
+        projections = config.hidden_size**2 * (1 + config.hc_mult)
+        output += multiple * length * 2 * projections + block("window")
+    return [block(kind) for kind in config.layer_types], output
 
 
 def _attended_entries(
     config: ModelConfig, kind: LayerType, position: np.ndarray, dense: bool
 ) -> float:
-    """Returns the number of pairs of a query and an entry that it attends to."""
+    """Returns the number of (query, entry) pairs in which the query attends to the entry."""
     ratio = config.compress_ratio(kind)
     if not ratio:
         return 0.0
     entries = (position + 1) // ratio
-    chooses = kind == "csa" and not dense
-    return float((np.minimum(entries, config.index_topk) if chooses else entries).sum())
+    is_sparse = kind == "csa" and not dense
+    return float((np.minimum(entries, config.index_topk) if is_sparse else entries).sum())
 
 
 def _layer_flops(
-    config: ModelConfig, kind: LayerType, position: np.ndarray, entries: float
+    config: ModelConfig, kind: LayerType, position: np.ndarray, attended_entries: float
 ) -> float:
     dim, inner = config.hidden_size, config.num_attention_heads * config.head_dim
     ratio = config.compress_ratio(kind)
@@ -85,8 +86,8 @@ def _layer_flops(
     attention += inner * config.o_lora_rank + config.o_groups * config.o_lora_rank * dim
     if ratio:
         attention += 2 * dim * config.head_dim * (2 if kind == "csa" else 1)
-    experts = dim * config.n_routed_experts
-    experts += (
+    moe = dim * config.n_routed_experts  # router
+    moe += (
         3
         * dim
         * config.moe_intermediate_size
@@ -94,8 +95,9 @@ def _layer_flops(
     )
     streams = config.hc_mult
     mixing = 2 * dim * ((2 + streams) * streams * streams + streams + streams + streams**2)
-    seen = float(np.minimum(position + 1, config.sliding_window).sum()) + entries
-    return 2.0 * (len(position) * (attention + experts + mixing) + 2 * inner * seen)
+    attended = float(np.minimum(position + 1, config.sliding_window).sum())
+    attended += attended_entries
+    return 2.0 * (len(position) * (attention + moe + mixing) + 2 * inner * attended)
 
 
 def _indexer_flops(config: ModelConfig, position: np.ndarray) -> float:

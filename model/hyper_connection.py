@@ -13,18 +13,22 @@ from model.pointwise import EAGER_OR_TRITON, PointwiseOps
 
 
 class _Coefficients(nn.Module):
-    """Coefficients of the streams, ``scale · (fn · z) + base`` with z = RMS-normed vec(X)."""
+    """Parameters of the coefficients ``scale · (fn · z) + base``, with z = RMS-normed vec(X)."""
 
     def __init__(
-        self, config: ModelConfig, rows: int, scales: int, pointwise: PointwiseOps
+        self,
+        config: ModelConfig,
+        num_coefficients: int,
+        num_scales: int,
+        pointwise: PointwiseOps,
     ) -> None:
         super().__init__()
         self.pointwise = pointwise
         self.norm_eps, self.hc_eps = config.rms_norm_eps, config.hc_eps
         columns = config.hc_mult * config.hidden_size
-        self.fn = nn.Parameter(torch.empty(rows, columns, dtype=torch.float32))
-        self.base = nn.Parameter(torch.empty(rows, dtype=torch.float32))
-        self.scale = nn.Parameter(torch.empty(scales, dtype=torch.float32))
+        self.fn = nn.Parameter(torch.empty(num_coefficients, columns, dtype=torch.float32))
+        self.base = nn.Parameter(torch.empty(num_coefficients, dtype=torch.float32))
+        self.scale = nn.Parameter(torch.empty(num_scales, dtype=torch.float32))
 
 
 class HyperConnection(_Coefficients):
@@ -36,7 +40,7 @@ class HyperConnection(_Coefficients):
         post = 2 σ(scale_1 · w_post + base_post)            X'_k = post_k · y + Σ_j comb_jk · X_j
         comb = Sinkhorn(softmax(scale_2 · w_comb + base_comb) + ε)
 
-    The mathematics stands in model/kernels/hyper_connection.
+    The implementation is in model/kernels/hyper_connection.
     """
 
     def __init__(self, config: ModelConfig, pointwise: PointwiseOps = EAGER_OR_TRITON) -> None:

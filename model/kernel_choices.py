@@ -1,4 +1,4 @@
-"""Lists which kernel (Triton or eager) each operation of a model will use, and why."""
+"""Lists which implementation (Triton or eager) each operation of a model uses, and why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.kernels import backend
 def kernel_choices(
     config: ModelConfig, device: torch.device, dtype: torch.dtype, in_fp8: bool = False
 ) -> dict[str, backend.Choice]:
-    """The kernel of each operation that this model's layers need, with the reason.
+    """Returns the implementation chosen for each operation of this model, with the reason.
 
     Args:
         in_fp8: whether linears and experts multiply in FP8.
@@ -35,8 +35,9 @@ def kernel_choices(
 
 
 def describe(choices: dict[str, backend.Choice]) -> str:
-    """One line, grouped by kernel: ``kernels: attention, indexer: eager``."""
+    """Returns one line, e.g. ``kernels: attention, indexer: eager (on cpu)``."""
     groups: dict[str, list[str]] = {}
     for name, choice in choices.items():
+        # "compressor, m = 4" has a comma of its own.
         groups.setdefault(str(choice), []).append(name.replace(", ", " "))
     return "kernels: " + "; ".join(f"{', '.join(ops)}: {what}" for what, ops in groups.items())

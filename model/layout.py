@@ -1,10 +1,13 @@
 """Sample boundaries of packed rows, as integer ranges.
 
-The model sees a microbatch as one flat run of T = B·S tokens. A sample never crosses a row, so
-rows need no special treatment: every mask in every layer is a range of flat token indices and a
-range of compressed-entry indices, and no [S, S] mask exists anywhere.
+A row is one sequence of the batch; a sample is a packed document, or a piece of one, inside a row
+(what `cu_seqlens` delimit elsewhere). The model sees a microbatch as one flat sequence of T = B·S
+tokens. A sample never crosses a row, so rows need no special treatment: every mask in every layer
+is a range of flat token indices and a range of compressed-entry indices, and no [S, S] mask exists
+anywhere.
 
-Letters: B rows, S tokens of a row, T = B·S tokens, C compressed entries, m tokens of an entry.
+Letters: B rows, S tokens of a row, T = B·S tokens, C compressed entries, m tokens in an entry's
+window.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import Tensor
 
 
 def on_device(array: np.ndarray, device: torch.device | str | None) -> Tensor:
-    """Copies an array to a device, without waiting for work that a GPU has still to do."""
+    """Copies an array to a device without synchronising with the GPU."""
     tensor = torch.from_numpy(array)
     if device is None or torch.device(device).type != "cuda":
         return tensor.to(device)
@@ -27,15 +30,17 @@ def on_device(array: np.ndarray, device: torch.device | str | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Entries:
-    """The compressed entries of every complete window of ``ratio`` tokens, sample after sample.
+    """Index ranges of the compressed entries: one for every complete window of ``ratio`` tokens.
+
+    Entries are in the order of samples.
 
     Attributes:
         first_token_C: flat index of each window's first token.
-        position_C: that token's position in its sample (where the entry is rotated).
+        position_C: that token's position in its sample, the entry's position in RoPE.
         has_previous_C: whether the window before it belongs to the same sample.
         start_T, end_T: the range of entries that a query at token t may see: its sample's entries
             from the first up to (position + 1) // ratio.
-        host_*: the same on the host, so that loops need no device sync.
+        host_*: copies of these arrays on the host, so that loops need no device sync.
     """
 
     ratio: int
@@ -161,7 +166,7 @@ class SampleLayout:
         return len(self.sample_lengths)
 
     def select(self, token_index: np.ndarray, seq_len: int) -> SampleLayout:
-        """The layout of some tokens of every row, by their flat indices.
+        """Returns the layout of the tokens at these flat indices, ``seq_len`` of them in every row.
 
         Samples keep their indices, and `sample_lengths` stay those of whole samples.
         """

@@ -17,8 +17,10 @@ IGNORE_INDEX = nn.CrossEntropyLoss().ignore_index
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Denominators of the losses: predictions of the main and of the MTP head, routed tokens.
+    """Global denominators of the losses.
 
+    ``lm`` and ``mtp`` are the numbers of tokens that the main and the MTP head predict; ``routed``,
+    of the balance loss and the indexers' objective, is the number of non-padding tokens.
     They are summed over all microbatches and ranks first, so that every loss is a token mean over
     the global batch at any topology.
     """
@@ -51,5 +53,5 @@ def next_in_sample(layout: SampleLayout, values_T: Tensor, fill: Tensor | int) -
 
 
 def mtp_targets(layout: SampleLayout, targets_T: Tensor) -> Tensor:
-    """Returns the MTP head's targets: at t the main head's target at t + 1 of the same sample."""
+    """Returns the MTP head's targets: the main head's, shifted by one more in each sample."""
     return next_in_sample(layout, targets_T, IGNORE_INDEX)

@@ -7,7 +7,8 @@ Letters of shapes, for one layer:
     E  routed experts           A  active experts           F  inner size of an expert
     U  inner size of the shared expert                      V  vocabulary
     I  index heads              J  index head dim           N  residual streams
-    m  tokens in a compression window                       X  2 where windows overlap, else 1
+    m  tokens in a compression window
+    w  windows that an entry pools: 2 where they overlap, else 1
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Letters(NamedTuple):
     J: int
     N: int
     m: int
-    X: int
+    w: int
 
     @classmethod
     def of(cls, config: ModelConfig, kind: LayerType) -> Letters:
@@ -64,7 +65,7 @@ class Letters(NamedTuple):
             J=config.index_head_dim,
             N=config.hc_mult,
             m=config.compress_ratio(kind),
-            X=2 if kind == "csa" else 1,
+            w=2 if kind == "csa" else 1,
         )
 
 
@@ -172,11 +173,11 @@ def compressor(
     """Returns the specs of a compressor whose compressed entries have this width."""
 
     def projection(leaf: str, hf_leaf: str) -> ParameterSpec:
-        shape = lambda s: (s.X * width(s), s.D)  # noqa: E731
-        more: dict[str, Any] = {"matrices": lambda s: s.X, "layers": layers}
+        shape = lambda s: (s.w * width(s), s.D)  # noqa: E731
+        more: dict[str, Any] = {"matrices": lambda s: s.w, "layers": layers}
         return matrix(f"{name}.{leaf}", group, shape, f"{hf_name}.{hf_leaf}", **more)
 
-    gate_bias = lambda s: (s.m, s.X * width(s))  # noqa: E731
+    gate_bias = lambda s: (s.m, s.w * width(s))  # noqa: E731
     zeros: dict[str, Any] = {"dtype": "fp32", "initial": "zeros", "layers": layers}
     return (
         ParameterSpec(f"{name}.ape", group, gate_bias, f"{hf_name}.position_bias", **zeros),

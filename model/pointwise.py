@@ -1,4 +1,4 @@
-"""How a model computes what lies between its matmuls: by the kernels' choice, or compiled."""
+"""What lies between the matmuls: eager or Triton as model.kernels chooses, or torch.compile'd."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from model.kernels import hyper_connection, norm, swiglu
 
 @dataclass(frozen=True)
 class PointwiseOps:
-    """The functions of these names in model.kernels."""
+    """Norms, SwiGLU and hyper-connections, with the signatures of model.kernels' functions."""
 
     rms_norm: Callable[..., Tensor]
     clamped_swiglu: Callable[..., Tensor]
@@ -32,7 +32,7 @@ EAGER_OR_TRITON = PointwiseOps(
 
 
 def compiled_or_triton() -> PointwiseOps:
-    """Norms, experts and residual streams compiled where Triton does not run them."""
+    """Returns the ops of EAGER_OR_TRITON, torch.compile'd where Triton does not run them."""
     from model.kernels import compiled  # imports torch's compiler, which takes long
 
     ops = EAGER_OR_TRITON

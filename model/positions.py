@@ -2,7 +2,7 @@
 
 Data only; model/exchange.py defines *local* tokens and *queries* and communicates.
 
-Letters: T tokens, C compressed entries, R rotated dims.
+Letters: T tokens, C compressed entries, R rotated dims, r = R/2 complex numbers that rotate them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TokenPositions:
     """Rotations and visible ranges of some tokens.
 
     Attributes:
-        rotations: complex [T, R/2], of layers with compressed entries (True) and without.
+        rotations: complex [T, r], by whether the layer has a compressor.
         ranges: the tokens and entries that each token sees, by layer type.
     """
 
@@ -50,8 +50,9 @@ class Positions:
         microbatch: the samples of all tokens of the microbatch.
         ratios: compression ratio m of each layer type, 0 for window layers.
         local, queries: rotations and ranges of these tokens. Ranges index keys in the order of
-            `Exchange.gather_keys`; where rows are sharded, those of `local` are not valid.
-        windows_by_type: the windows that this rank pools.
+            `Exchange.gather_keys`. Where rows are sharded, key ranges of `local` are meaningless;
+            use those of `queries`.
+        windows_by_type: the windows that this rank pools, by layer type.
     """
 
     layout: SampleLayout
@@ -100,23 +101,23 @@ class Positions:
         return cls(layout, layout, ratios, tokens, tokens, windows)
 
     def rotation(self, kind: LayerType) -> Tensor:
-        """Complex [T, R/2] of the local tokens in a layer of this type."""
+        """Complex [T, r] of the local tokens in a layer of this type."""
         return self.local.rotations[self.ratios[kind] > 0]
 
     def ranges(self, kind: LayerType) -> AttentionRanges:
-        """What the local tokens see: entries, and on one process also keys."""
+        """Entry ranges of the local tokens; their key ranges are valid on one process only."""
         return self.local.ranges[kind]
 
     def query_rotation(self, kind: LayerType) -> Tensor:
-        """Complex [T, R/2] of the queries."""
+        """Complex [T, r] of the queries."""
         return self.queries.rotations[self.ratios[kind] > 0]
 
     def query_ranges(self, kind: LayerType) -> AttentionRanges:
-        """What the queries see: gathered keys and entries."""
+        """Ranges of the gathered keys and entries that the queries see."""
         return self.queries.ranges[kind]
 
     def windows(self, kind: LayerType) -> Windows:
-        """The windows that this rank pools, as indices into `Exchange.prepend_halo`."""
+        """The windows that this rank pools; they index the result of `Exchange.prepend_halo`."""
         return self.windows_by_type[kind]
 
     def max_visible(self, kind: LayerType) -> int:

@@ -1,7 +1,7 @@
-"""Quantisation-aware training: forward and backward with the MXFP4 numbers that are served.
+"""Quantisation-aware training: forward and backward use weights in MXFP4, as inference does.
 
-The report (§3.4) trains the end of post-training with MXFP4 for the routed experts' weights and for
-the queries and keys of the lightning indexer; shared experts and the attention's compressor stay as
+At the end of post-training the report (§3.4) uses MXFP4 for the routed experts' weights and for the
+queries and keys of the lightning indexer; shared experts and the attention's compressor stay as
 they are. Gradients go straight through the rounding.
 """
 
@@ -21,8 +21,8 @@ from model.moe import Experts
 def fake_quantised(model: nn.Module) -> Iterator[None]:
     """Context in which the model's forward rounds to MXFP4.
 
-    Experts' weights are rounded once, on entry, into as much memory again, so weights may change
-    only outside. Backward belongs inside, since recomputation runs forward again.
+    Experts' weights are rounded once, on entry, into a second copy, so they must not be updated
+    inside. Backward belongs inside, since recomputation runs forward again.
     """
     experts = [module for module in model.modules() if isinstance(module, Experts)]
     indexers = [module for module in model.modules() if isinstance(module, Indexer)]
@@ -44,6 +44,6 @@ def fake_quantised(model: nn.Module) -> Iterator[None]:
 
 
 def rounded_weights(model: nn.Module) -> list[Tensor]:
-    """Returns the experts' rounded weights, within ``fake_quantised``; else nothing."""
+    """Returns the experts' rounded weights inside ``fake_quantised``, an empty list outside."""
     experts = (module for module in model.modules() if isinstance(module, Experts))
     return [tensor for module in experts if module.rounded is not None for tensor in module.rounded]

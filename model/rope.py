@@ -18,25 +18,25 @@ def inverse_frequencies(
 ) -> Tensor:
     """Returns the angle per position of every pair, fp32 [R/2].
 
-    With ``yarn`` (Peng et al. 2023, "NTK-by-parts"): pairs that turn more than beta_fast times
-    within the original context keep their step, pairs that turn less than beta_slow times have it
-    divided by ``factor``, with a linear ramp between. V4 has no attention factor.
+    With ``yarn`` (YaRN, "NTK-by-parts"): pairs with more than beta_fast rotations within the
+    original context keep their frequency, pairs with fewer than beta_slow have it divided by
+    ``factor``, with a linear ramp between. V4's attention factor (mscale) is 1.
     """
     pairs = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
     plain = 1.0 / theta ** (pairs / rotary_dim)
     if yarn is None:
         return plain
 
-    def pair_that_turns(times: float) -> float:
+    def pair_with_rotations(rotations: float) -> float:
         length = yarn.original_max_position_embeddings
-        return rotary_dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
+        return rotary_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(yarn.beta_slow)), rotary_dim - 1)
+    low = max(math.floor(pair_with_rotations(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_with_rotations(yarn.beta_slow)), rotary_dim - 1)
     width = max(high - low, 0.001)
     index = torch.arange(rotary_dim // 2, dtype=torch.float32, device=device)
-    interpolated = ((index - low) / width).clamp(0, 1)
-    return plain / yarn.factor * interpolated + plain * (1 - interpolated)
+    ramp = ((index - low) / width).clamp(0, 1)
+    return plain / yarn.factor * ramp + plain * (1 - ramp)
 
 
 def layer_frequencies(config: ModelConfig, compressed: bool, device: torch.device) -> Tensor:

@@ -36,10 +36,11 @@ class ModelOutput:
     Attributes:
         logits: [B, S, V]; None when targets were given.
         loss: what to differentiate: lm_loss + mtp weight · mtp_loss + balance_loss + indexer_loss.
-        lm_loss, mtp_loss, balance_loss: detached; the last is weighted and summed over the
-            learned layers, so with even routing it is the weight times their number.
+        lm_loss, mtp_loss: detached.
+        balance_loss: detached, weighted, summed over learned routers; with even load it is the
+            weight times the number of learned routers.
         indexer_loss: detached; summed over the CSA layers, 0 in modes without one.
-        expert_load: [layers (+ MTP), E], how many tokens chose each expert.
+        expert_load: [layers (+ MTP), E], tokens routed to each expert.
     """
 
     logits: Tensor | None = None
@@ -52,14 +53,15 @@ class ModelOutput:
 
 
 class Microbatch:
-    """A microbatch as the parts of the model see it.
+    """A microbatch as the parts of the model use it.
 
     Attributes:
         positions, exchange: where this rank's tokens are, and how it reaches the others.
         tokens_T, next_T: ids of the local tokens, and of those that follow them in their sample.
-        counts, mtp_loss_weight: denominators of the losses, and the second loss's weight.
-        experts: experts chosen before [T, A] by the block's row; the other routers choose now.
-        attention: what CSA layers do.
+        counts, mtp_loss_weight: denominators of the losses, and the weight of the MTP loss.
+        experts: precomputed expert indices [T, A] by layer index (anticipatory routing); other
+            layers route normally.
+        attention: mode of CSA layers, see AttentionMode.
     """
 
     def __init__(
@@ -86,40 +88,40 @@ class Microbatch:
 
     @property
     def num_routed_tokens(self) -> float:
-        """Denominator of the balance loss."""
+        """Denominator of the balance loss and the indexers' objective: non-padding tokens."""
         return self.counts.routed if self.counts is not None else self.layout.num_tokens
 
     @property
     def query_tokens_T(self) -> Tensor:
-        """Ids to embed."""
+        """Token ids of this rank's queries."""
         return self.exchange.queries_of_microbatch(self._tokens_T)
 
     @property
     def query_next_T(self) -> Tensor:
-        """Ids to embed for the MTP block."""
+        """Ids of the tokens that follow this rank's queries, for the MTP block."""
         return self.exchange.queries_of_microbatch(self._next_T)
 
     @property
     def targets_T(self) -> Tensor:
-        """What the main head predicts at the queries."""
+        """Targets of the main head for this rank's queries."""
         assert self._targets_T is not None
         return self.exchange.queries_of_microbatch(self._targets_T)
 
     @property
     def mtp_targets_T(self) -> Tensor:
-        """What the MTP head predicts at the queries."""
+        """Targets of the MTP head for this rank's queries."""
         assert self._targets_T is not None
         return self.exchange.queries_of_microbatch(mtp_targets(self.layout, self._targets_T))
 
 
 class V4Model(nn.Module):
-    """Embedding, blocks over N residual streams, head of the streams, norm, output head, MTP.
+    """Embedding, blocks over N residual streams, hyper-connection head, norm, output head, MTP.
 
     Matrices are held in ``dtype``; hyper-connections, norms, sinks and positional gate biases
     always in fp32. Build on the meta device, ``to_empty``, then ``init_weights``.
 
     ``forward`` is ``embed_streams``, ``run_blocks`` and ``losses`` one after another; a pipeline
-    calls them on different ranks. trainer/parallel/plan.py makes a model one rank's part of it.
+    calls them on different ranks. trainer/parallel/plan.py reduces a model to one rank's part.
     """
 
     def __init__(
@@ -134,8 +136,8 @@ class V4Model(nn.Module):
         self.hc_head = HyperConnectionHead(config, execution.pointwise)
         self.embed = nn.Embedding(vocab, dim, dtype=dtype)
         self.layers = nn.ModuleList(
-            Block(config, row, kind, row < config.num_hash_layers, dtype, execution)
-            for row, kind in enumerate(config.layer_types)
+            Block(config, index, kind, index < config.num_hash_layers, dtype, execution)
+            for index, kind in enumerate(config.layer_types)
         )
         self.norm = RMSNorm(dim, config.rms_norm_eps, execution.pointwise)
         self.head = nn.Linear(dim, vocab, bias=False, dtype=dtype)
@@ -150,7 +152,7 @@ class V4Model(nn.Module):
         token_counts: Sequence[float] | None = None,
         shards: Mapping[str, Shard] | None = None,
     ) -> None:
-        """Initial values as a function of (seed, name, expert); see ``model.init``."""
+        """Sets initial values, a function of (seed, name, expert); see ``model.init``."""
         initialise(self, self.config, seed, token_counts, shards or {})
 
     def forward(
@@ -162,7 +164,7 @@ class V4Model(nn.Module):
         mtp_loss_weight: float | None = None,
         attention: AttentionMode = "select",
     ) -> ModelOutput:
-        """Logits of every position, or the losses.
+        """Returns the logits of every position, or the losses.
 
         Args:
             tokens: int64 [B, S].
@@ -171,7 +173,7 @@ class V4Model(nn.Module):
             counts: the global batch's token counts; by default this call's own. Losses and
                 gradients of calls that share their counts add up to the global token mean.
             mtp_loss_weight: overrides the configured weight (it changes during a run).
-            attention: what CSA layers do, and whether their indexers' objective is in the loss.
+            attention: mode of CSA layers; "warmup" and "sparse" add the indexers' objective.
 
         Raises:
             ValueError: tokens, targets and layout do not have the same shape.
@@ -196,7 +198,7 @@ class V4Model(nn.Module):
         experts: Mapping[int, Tensor] | None = None,
         attention: AttentionMode = "select",
     ) -> Microbatch:
-        """Arguments of ``forward``, checked and made ready for the model's parts.
+        """Checks the arguments of ``forward`` and places them for the model's parts.
 
         ``experts`` and ``attention`` as in Microbatch.
         """
@@ -211,7 +213,7 @@ class V4Model(nn.Module):
         )
 
     def embed_streams(self, micro: Microbatch) -> Tensor:
-        """The local tokens' embeddings, copied to the streams, [T, N, D]."""
+        """Returns the local tokens' embeddings, copied to the streams, [T, N, D]."""
         embedded_TD = micro.exchange.local_of_queries(self.embed(micro.query_tokens_T))
         return embedded_TD[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
 
@@ -237,7 +239,7 @@ class V4Model(nn.Module):
     def losses(
         self, streams_TND: Tensor, micro: Microbatch
     ) -> tuple[Tensor, Tensor, list[BlockStats]]:
-        """The main head's loss, the MTP head's (unweighted), and the MTP block's stats."""
+        """Returns the main head's loss, the MTP head's (unweighted), and the MTP block's stats."""
         assert micro.counts is not None
         hidden_TD = self.norm(self.hc_head(streams_TND))
         lm_loss = self._cross_entropy(micro, hidden_TD, micro.targets_T, micro.counts.lm)
@@ -263,7 +265,7 @@ class V4Model(nn.Module):
         return cast(MTPBlock, self.mtp[0]) if len(self.mtp) else None
 
     def select_mtp_experts(self, streams_TND: Tensor, micro: Microbatch) -> list[Tensor]:
-        """The experts that the MTP block's router chooses, [T, A]; empty without an MTP block."""
+        """Returns the expert indices that the MTP block's router selects, [T, A]; or no tensor."""
         if self.mtp_block is None:
             return []
         return [
@@ -284,13 +286,13 @@ class V4Model(nn.Module):
         return cross_entropy(hidden_TD, self.head.weight, targets_T, max(count, 1), IGNORE_INDEX)
 
     def weighted_balance(self, stats: Iterable[BlockStats]) -> Tensor | None:
-        """The balance loss of several layers with its weight; None where all are hash layers."""
+        """Returns several layers' balance loss with its weight; None where all are hash layers."""
         terms = [block.balance for block in stats if block.balance is not None]
         return sum(terms[1:], terms[0]) * self.config.balance_loss_weight if terms else None
 
     @staticmethod
     def indexer_loss(stats: Iterable[BlockStats]) -> Tensor | None:
-        """The sum of the layers' indexers' objectives; None where there are none."""
+        """Returns the sum of the layers' indexer objectives; None where there are none."""
         terms = [block.indexer for block in stats if block.indexer is not None]
         return sum(terms[1:], terms[0]) if terms else None
 
@@ -311,17 +313,17 @@ class V4Model(nn.Module):
         )
 
     def routers(self) -> dict[int, Router]:
-        """The routers by their rows of ``expert_load``: every layer's, then the MTP block's."""
-        return {row: block.ffn.gate for row, block in self._blocks()}
+        """Routers by layer index (= row of ``expert_load``); the MTP block comes last."""
+        return {index: block.ffn.gate for index, block in self._blocks()}
 
     def attentions(self) -> dict[int, Attention]:
-        """The attentions by the same rows."""
-        return {row: block.attn for row, block in self._blocks()}
+        """Attention modules by layer index; the MTP block comes last."""
+        return {index: block.attn for index, block in self._blocks()}
 
     def _blocks(self) -> list[tuple[int, Block]]:
-        """The blocks of this rank; those of other pipeline stages are placeholders."""
+        """The blocks of this rank by layer index; other pipeline stages' are placeholders."""
         blocks = enumerate([*self.layers, *self.mtp])
-        return [(row, block) for row, block in blocks if isinstance(block, Block)]
+        return [(index, block) for index, block in blocks if isinstance(block, Block)]
 
     @torch.no_grad()
     def update_router_bias(self, load: Tensor, speed: float = 0.001) -> None:
@@ -330,17 +332,17 @@ class V4Model(nn.Module):
         Args:
             load: [layers (+ MTP), E] as in ``expert_load``, summed over the global batch.
         """
-        rows = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
-        if len(load) != rows:
-            raise ValueError(f"the load has {len(load)} rows, the model {rows} routers")
-        for row, gate in self.routers().items():
+        num_blocks = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
+        if len(load) != num_blocks:
+            raise ValueError(f"load has {len(load)} rows but the model has {num_blocks} routers")
+        for index, gate in self.routers().items():
             if not gate.hashed:
-                gate.bias += speed * torch.sign(load[row].mean() - load[row]).to(gate.bias)
+                gate.bias += speed * torch.sign(load[index].mean() - load[index]).to(gate.bias)
 
     def load_hf_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copies weights with ``transformers``' in-memory names or official names into the model.
 
-        MTP weights may be absent (``transformers`` drops them) and then stay as they are.
+        MTP weights may be absent (``transformers`` drops them); then the model's own are kept.
 
         Raises:
             ModelConfigError: a name is missing, unknown, or has another shape.
