@@ -62,6 +62,7 @@ def test_a_crash_is_not_a_mistake(tiny: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 
+@pytest.mark.slow
 def test_ranks_say_it_once_and_torchrun_says_nothing(tiny: Path, tmp_path: Path) -> None:
     train(tiny, tmp_path, "steps=2")
     next((tmp_path / "checkpoints/step-00000002").glob("*.safetensors")).unlink()

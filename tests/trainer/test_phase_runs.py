@@ -214,6 +214,7 @@ TOPOLOGIES = [
 ]
 
 
+@pytest.mark.slow
 def test_other_topologies_train_the_same_and_go_on_across_borders(
     path: Path, tmp_path: Path
 ) -> None:

@@ -34,7 +34,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["step_gpu", "train_gpu"])
+@pytest.mark.parametrize("name", ["step_gpu", pytest.param("train_gpu", marks=pytest.mark.slow)])
 def test_without_a_gpu_they_report_it(name: str) -> None:
     command = [sys.executable, "-m", f"benchmarks.steps.{name}"]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -79,6 +79,7 @@ def test_an_update_is_the_same_work_every_time(config: Path, monkeypatch) -> Non
         assert torch.equal(before, after)
 
 
+@pytest.mark.slow
 def test_steps_compared_with_transformers(config: Path, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(train_gpu, "MICROBATCH_TOKENS", 128)
     path = tmp_path / "train.json"

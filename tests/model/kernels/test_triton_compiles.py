@@ -38,7 +38,6 @@ OTHERWISE = {
 LOSS = {"HEADS": 64, "DIM": 128, "BLOCK_N": 64}
 WIDE = {"DIM": 512, "ROTARY": 64}
 NARROW = {"DIM": 128, "ROTARY": 32}
-NAMES = ("V4", "nano", "narrow")
 
 
 def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
@@ -201,19 +200,21 @@ def check(group: str) -> None:
         assert stack <= STACK_BYTES, f"{name}: {stack} bytes of stack"
 
 
+# Half a second to three seconds each; the larger ones take up to fifteen.
+QUICK = [
+    *(f"narrow {part}" for part in ("forward", "queries", "mass", "keys", "selected")),
+    *("narrow prepare", "narrow sum", "norm", "experts", "softmax"),
+]
+SLOW = [
+    *(f"{name} {part}" for name in ("V4", "nano") for part in ("forward", "queries", "mass")),
+    # The others do not depend on the number of heads.
+    *(f"V4 {part}" for part in ("keys", "selected", "prepare", "sum")),
+    *("select", "loss", "pool", "streams False", "streams True", "fp8"),
+]
+
+
 @pytest.mark.parametrize(
-    "group",
-    [
-        *[f"{name} {part}" for name in NAMES for part in ("forward", "queries", "mass")],
-        # What follows does not depend on the number of heads.
-        *[
-            f"{name} {part}"
-            for name in ("V4", "narrow")
-            for part in ("keys", "selected", "prepare")
-        ],
-        *["V4 sum", "narrow sum", "select", "loss", "pool", "norm", "streams False"],
-        *["streams True", "experts", "softmax", "fp8"],
-    ],
+    "group", [*QUICK, *(pytest.param(group, marks=pytest.mark.slow) for group in SLOW)]
 )
 @compiled
 def test_fits_a_hopper_gpu(group, tmp_path):
@@ -223,6 +224,7 @@ def test_fits_a_hopper_gpu(group, tmp_path):
     check(group)
 
 
+@pytest.mark.slow
 @compiled
 def test_a_tile_too_large_is_seen(tmp_path):
     """The negative control: twice the keys do not fit."""

@@ -161,6 +161,7 @@ def test_a_checkpoint_of_another_run(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_torchrun(folder: Path, tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "trainer.commands", "export", str(tiny)]
