@@ -1,6 +1,6 @@
 """Draws the pictures of parallelism.md: python -m docs.draw_parallelism [folder].
 
-Whatever the code computes is not drawn by hand: places come from `place_of`, windows from
+Whatever the code computes is not drawn by hand: places come from `coordinates_of`, windows from
 `SampleLayout`, bytes from `step_traffic`, schedules from torch.
 """
 
@@ -34,7 +34,7 @@ from docs.drawing import (
 from docs.timeline import timeline
 from model import SampleLayout
 from trainer.config import ParallelConfig, load_config
-from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
+from trainer.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, coordinates_of
 from trainer.planning import Work, step_traffic
 
 ROOT = Path(__file__).parents[1]
@@ -47,14 +47,16 @@ def draw_ranks(folder: Path) -> None:
     """Draws both divisions of the same 16 ranks, and the peers of one rank."""
     degrees = Degrees(16, tensor=2, context=2, pipeline=2, expert=4)
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.9), gridspec_kw={"wspace": 0.04})
+    dense = "tensor 2 x context 2 x data 2 x pipeline 2"
+    experts = "expert 4 x expert_data 2 x pipeline 2"
     for ax, names, color_by, title in (
-        (axes[0], DENSE, "tensor", "dense weights: tensor 2 x context 2 x data 2 x pipeline 2"),
-        (axes[1], EXPERT[1:], "expert", "routed experts: expert 4 x expert_data 2 x pipeline 2"),
+        (axes[0], DENSE_AXES, "tensor", f"dense weights: {dense}"),
+        (axes[1], EXPERT_AXES[1:], "expert", f"routed experts: {experts}"),
     ):
         bare(ax, 9.5, 8.1)
         ax.set_title(title, loc="left", fontweight="bold", fontsize=10.5)
         for rank in range(16):
-            draw_rank(ax, rank, place_of(rank, names, degrees), color_by)
+            draw_rank(ax, rank, coordinates_of(rank, names, degrees), color_by)
         for stage in range(2):
             ax.text(0, 1.05 + 2 * stage, f"pipeline\n{stage}", va="center", fontsize=9.5)
         draw_groups(ax, names, degrees, 5)
@@ -78,13 +80,13 @@ def draw_rank(ax: Any, rank: int, place: dict[str, int], color_by: str) -> None:
 
 def draw_groups(ax: Any, names: tuple[str, ...], degrees: Degrees, rank: int) -> None:
     """Draws a line of 16 ranks for each axis, with the peers of `rank` on it filled."""
-    center = place_of(rank, names, degrees)
+    center = coordinates_of(rank, names, degrees)
     ax.text(0, 5.15, f"peers of rank {rank}, by axis", fontsize=9.5, fontweight="bold")
     for line, name in enumerate(names):
         y = 5.75 + 0.62 * line
         ax.text(2.55, y, name, ha="right", va="center", fontsize=9)
         for other in range(16):
-            place = place_of(other, names, degrees)
+            place = coordinates_of(other, names, degrees)
             same = all(place[n] == center[n] for n in names if n != name)
             x = 3.0 + 0.4 * other
             color = ORANGE if other == rank else BLUE if same else PALE
@@ -355,11 +357,11 @@ def draw_pipeline(folder: Path) -> None:
 
 # Axes as `step_traffic` names them, without the numbers of owners and of replicas.
 AXES = {
-    "expert": ("expert",),
+    "expert": ("expert_all_to_all",),
     "pipeline": ("pipeline",),
     "tensor": ("tensor",),
     "context, sequence": ("context", "sequence"),
-    "update, dense": ("stage", "split", "tied", "alone"),
+    "update, dense": ("stage", "tensor_replicas", "embedding", "trivial"),
     "update, experts": ("expert_data", "expert_tensor"),
     "world": ("world",),
 }

@@ -9,7 +9,7 @@ from trainer.checkpoint import Updater
 from trainer.config import RunConfig
 from trainer.engine import Engine, NativeEngine
 from trainer.parallel.grid import Grid
-from trainer.parallel.plan import LocalModel, localise, shard_optimizer
+from trainer.parallel.plan import LocalModel, build_local_model, shard_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Dtype of weights and activations, by `precision`."""
@@ -45,8 +45,8 @@ def make_weights(config: RunConfig, grid: Grid) -> LocalModel:
 
 
 def make_local(config: RunConfig, grid: Grid, dispatch: Dispatch | None = None) -> LocalModel:
-    """This rank's part of the model on the meta device; `dispatch` as in `localise`."""
-    return localise(
+    """This rank's part of the model on the meta device; `dispatch` as in `build_local_model`."""
+    return build_local_model(
         config.model,
         DTYPES[config.precision],
         grid,

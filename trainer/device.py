@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from trainer.formatting import gib
-from trainer.parallel.collectives import gather_objects
+from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
 
 PEAK_TFLOPS = {
@@ -62,7 +62,7 @@ def peak_memory(device: torch.device) -> int:
 
 def peak_memory_report(grid: Grid) -> str:
     """Returns a line about the process with the highest peak; every rank calls it."""
-    peaks = gather_objects(peak_memory(grid.device), grid.world)
+    peaks = all_gather_objects(peak_memory(grid.device), grid.world)
     peak = max(peaks)
     kind = "resident, Python and libraries included"
     if grid.device.type == "cuda":

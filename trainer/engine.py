@@ -24,7 +24,7 @@ from model.flops import training_flops
 from model.qat import fake_quantised
 from optim import HybridZero, clip_
 from trainer.microbatches import Microbatches, RowCopies, Rows, SelectedExperts
-from trainer.parallel.collectives import gather_objects, sum_
+from trainer.parallel.collectives import all_gather_objects, all_reduce_
 from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline_stage import StepAccumulator
 from trainer.parallel.plan import LocalModel, fp32_gradients, make_pipeline
@@ -196,8 +196,8 @@ class Engine(ABC):
         """Sums `accumulator` over ranks in place; each tensor rank has the heads' whole losses."""
         if not self.grid.tensor.is_first:
             accumulator.losses[:2] = 0.0
-        sum_(accumulator.losses, self.grid.world)
-        sum_(accumulator.load, self.grid.world)
+        all_reduce_(accumulator.losses, self.grid.world)
+        all_reduce_(accumulator.load, self.grid.world)
         return accumulator
 
     def _count_flops(self, batches: Sequence[Batch]) -> float:
@@ -221,7 +221,7 @@ class Engine(ABC):
         )
         if not (self.grid.sequence.is_first and self.grid.pipeline.is_first):
             numbers[:4] = 0.0
-        lm, mtp, routed, flops, stops = sum_(numbers, self.grid.world).tolist()
+        lm, mtp, routed, flops, stops = all_reduce_(numbers, self.grid.world).tolist()
         return TokenCounts(lm=int(lm), mtp=int(mtp), routed=int(routed)), flops, stops > 0
 
 
@@ -260,7 +260,7 @@ class NativeEngine(Engine):
         Schedules that compute weight gradients separately add to them outside of autograd: these
         are sent at the end.
         """
-        stages = Counter(id(p) for part in self.pipeline.parts for p in part.parameters())
+        stages = Counter(id(p) for part in self.pipeline.stage_modules for p in part.parameters())
         return {
             name: microbatches * stages[id(parameter)]
             for name, parameter in self.model.named_parameters()
@@ -270,7 +270,7 @@ class NativeEngine(Engine):
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
         square = self._optimizer.norm_square().to(self.grid.device)
-        return sum_(square, self.grid.world).sqrt().float()
+        return all_reduce_(square, self.grid.world).sqrt().float()
 
     def where_not_finite(self) -> str:
         """Returns the first parameter, in the model's order, whose gradient is not finite."""
@@ -280,7 +280,7 @@ class NativeEngine(Engine):
             for piece in self._optimizer.gradients()
             if not piece.tensor.isfinite().all()
         ]
-        gathered = gather_objects(sorted(local)[:1], self.grid.world)
+        gathered = all_gather_objects(sorted(local)[:1], self.grid.world)
         firsts = [first for of_rank in gathered for first in of_rank]
         if not firsts:
             return "all gradients are finite"

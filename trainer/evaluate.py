@@ -8,7 +8,7 @@ from data import Loader
 from model import IGNORE_INDEX
 from trainer.config import RunConfig
 from trainer.engine import Engine
-from trainer.parallel.collectives import sum_
+from trainer.parallel.collectives import all_reduce_
 from trainer.parallel.grid import Grid
 
 
@@ -77,5 +77,5 @@ class Validation:
             batches = loader.at(step)
             total += engine.evaluate(batches)
             targets += sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
-        tokens = int(sum_(targets, self.grid.data))
+        tokens = int(all_reduce_(targets, self.grid.data))
         return Evaluation(float(total) / tokens, tokens)

@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from trainer.errors import USER_ERRORS
 from trainer.exit_codes import FAILED, USER_ERROR, error_line
-from trainer.parallel.collectives import gather_objects
+from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
 
 POLL_SECONDS = 1.0
@@ -45,7 +45,7 @@ class FailureWatch:
         if self.world_size == 1:
             return
         # torchrun may use one store for all attempts: every attempt has a different key.
-        self._key = "v4/" + gather_objects(secrets.token_hex(8), grid.world)[0]
+        self._key = "v4/" + all_gather_objects(secrets.token_hex(8), grid.world)[0]
         self._store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),

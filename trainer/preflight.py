@@ -25,7 +25,7 @@ from trainer.config import RunConfig
 from trainer.device import DeviceInfo
 from trainer.errors import PreflightError
 from trainer.formatting import GIB
-from trainer.parallel.collectives import gather_objects
+from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
 from trainer.planning import memory_parts, snapshot_memory
 
@@ -70,7 +70,7 @@ def preflight(config: RunConfig, grid: Grid, folder_timeout: float = FOLDER_TIME
     missing = missing_compiler(grid.device) if config.compile else ""
     host, digests = socket.gethostname(), _digests(config)
     facts = Facts(grid.rank, host, digests, memory, host_memory, missing)
-    everyone = gather_objects(facts, grid.world)
+    everyone = all_gather_objects(facts, grid.world)
     _check_equal(everyone, config, grid)
     _check_memory(everyone, config, grid.device)
     _check_compiler(everyone)
@@ -121,7 +121,7 @@ def _check_equal(everyone: list[Facts], config: RunConfig, grid: Grid) -> None:
         if not others:
             continue
         if what == CONFIG:
-            configs = gather_objects(config.to_dict(), grid.world)
+            configs = all_gather_objects(config.to_dict(), grid.world)
             difference = _difference(configs[0], configs[others[0].rank])
             what = f"{CONFIG}: {difference}"
         else:
@@ -198,12 +198,12 @@ def _check_folder(everyone: list[Facts], folder: Path, grid: Grid, folder_timeou
     token = folder / f".preflight-{secrets.token_hex(8)}"
     write_error = _write(token) if grid.is_first else ""
     try:
-        problem, name = gather_objects((write_error, token.name), grid.world)[0]
+        problem, name = all_gather_objects((write_error, token.name), grid.world)[0]
         if problem:
             raise PreflightError(
                 f"{where([everyone[0]])} cannot write into run_dir = {folder}: {problem}"
             )
-        visible = gather_objects(_appears(folder / name, folder_timeout), grid.world)
+        visible = all_gather_objects(_appears(folder / name, folder_timeout), grid.world)
         without = [facts for facts, good in zip(everyone, visible, strict=True) if not good]
         if without:
             raise PreflightError(

@@ -15,8 +15,8 @@ from optim import HybridZero, MuonConfig, OptimConfig, build_table
 from optim.zero import Precision, newton_schulz_flops
 from trainer.config import load_config
 from trainer.parallel.grid import Grid
-from trainer.parallel.optimizer_sharding import make_zero
-from trainer.parallel.placement import place_all
+from trainer.parallel.optimizer_sharding import build_hybrid_zero
+from trainer.parallel.placement import placements_of
 
 LAYER = "layers.2."
 RATE = 1e-4
@@ -93,8 +93,10 @@ class Matrices:
         """Returns our optimizer over new parameters; experts' gradients are sent in `experts`."""
         config = OptimConfig(muon=muon, clip_norm=None)
         parameters = {name: Parameter(value) for name, value in self.values(0).items()}
-        placements = place_all(self.shapes, grid.degrees, grid.rank)
-        return make_zero(parameters, placements, self.table, config, grid, expert_gradients=experts)
+        placements = placements_of(self.shapes, grid.degrees, grid.rank)
+        return build_hybrid_zero(
+            parameters, placements, self.table, config, grid, expert_grad_reduce_dtype=experts
+        )
 
 
 def parameters_of(zero: HybridZero) -> dict[str, Parameter]:

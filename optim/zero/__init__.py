@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers, the names of _MODULES
-    from optim.zero.group import ParameterGroup, Precision, RankGroup, StateSlice, Wait
+    from optim.zero.group import ParameterGroup, Pending, Precision, RankGroup, StateSlice
     from optim.zero.hybrid_zero import CHUNK_ELEMENTS, HybridZero
     from optim.zero.loads import Load, LoadSummary, loads_of
     from optim.zero.plan import Layout, LocalParameter, newton_schulz_flops, plan_owners
@@ -24,7 +24,7 @@ _MODULES = {
     "Precision": "group",
     "RankGroup": "group",
     "StateSlice": "group",
-    "Wait": "group",
+    "Pending": "group",
     "loads_of": "loads",
     "newton_schulz_flops": "plan",
     "plan_owners": "plan",

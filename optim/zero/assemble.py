@@ -66,8 +66,8 @@ class MatrixAssembler:
 
     def _dim(self, owned: OwnedSlice) -> int:
         """The dimension of [N, R, C] that the ranks split."""
-        assert self.group.split_dim is not None
-        dim = self.group.split_dim[owned.name]
+        assert self.group.shard_dim is not None
+        dim = self.group.shard_dim[owned.name]
         return dim - self.group.parameters[owned.name].dim() + 3
 
     def _shard_view(self, owned: OwnedSlice, flat: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from optim.partition import Assignment
 from optim.zero.assemble import MatrixAssembler
-from optim.zero.group import ParameterGroup, StateSlice, Wait, check
+from optim.zero.group import ParameterGroup, Pending, StateSlice, check
 from optim.zero.plan import Layout, OwnedSlice
 
 
@@ -105,7 +105,7 @@ class Bucket:
 
     # reduce
 
-    def start_reduce(self, chunk: Chunk, seed: int) -> Wait:
+    def start_reduce(self, chunk: Chunk, seed: int) -> Pending:
         """Sends a chunk of the gradients; the result is this owner's part of the sum, in fp32."""
         buffer = self._pack(chunk)
         precision = self.group.precision
@@ -143,7 +143,7 @@ class Bucket:
             self._reduced = partition
         for ranks in self.group.replicas:
             if self._reduced is not None:
-                ranks.sum_(self._reduced)
+                ranks.all_reduce_(self._reduced)
         assembled = self.assembler.gather(self._gradient_of)
         for owned in self.unsharded:
             master = self.masters[_key(owned)]
@@ -188,7 +188,7 @@ class Bucket:
 
     def _all_gather(self, partition: Tensor, parameters: Mapping[str, Tensor]) -> None:
         """Gathers the partitions chunk by chunk, each in flight while the one before is copied."""
-        previous: tuple[Chunk, Wait] | None = None
+        previous: tuple[Chunk, Pending] | None = None
         for chunk in self.chunks:
             wait = self.owners.all_gather(partition[chunk.first : chunk.last])
             if previous is not None:
@@ -197,7 +197,7 @@ class Bucket:
         if previous is not None:
             self._unpack(*previous, parameters)
 
-    def _unpack(self, chunk: Chunk, wait: Wait, parameters: Mapping[str, Tensor]) -> None:
+    def _unpack(self, chunk: Chunk, wait: Pending, parameters: Mapping[str, Tensor]) -> None:
         rows = wait().view(self.layout.owners, -1)
         for part in chunk.parts:
             values = part.in_chunk(rows, chunk)

@@ -17,7 +17,7 @@ from optim.zero.plan import Layout, LocalParameter
 
 Precision = Literal["fp32", "bf16", "bf16_stochastic"]
 """What gradients are sent in; `bf16_stochastic` rounds them stochastically."""
-Wait = Callable[[], Tensor]
+Pending = Callable[[], Tensor]
 """Waits for a collective that has started, and returns its result."""
 
 
@@ -32,16 +32,16 @@ class RankGroup(Protocol):
     def size(self) -> int:
         """Number of ranks."""
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
         """All-reduces in place."""
 
-    def reduce_scatter(self, tensor: Tensor) -> Wait:
+    def reduce_scatter(self, tensor: Tensor) -> Pending:
         """Starts a reduce-scatter along dim 0."""
 
-    def all_gather(self, tensor: Tensor) -> Wait:
+    def all_gather(self, tensor: Tensor) -> Pending:
         """Starts an all-gather, which concatenates along dim 0."""
 
-    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Wait:
+    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
         """Starts an all-to-all of runs of send[r] elements to rank r and receive[r] from it."""
 
 
@@ -57,7 +57,7 @@ class ParameterGroup:
         shard_ranks: the ranks that hold the other shards of the same matrices.
         replicas: further groups over which gradients are summed, whose ranks have owners of their
             own and repeat the same update.
-        split_dim: by name of a sharded parameter, the dimension that `shard_ranks` split.
+        shard_dim: by name of a sharded parameter, the dimension that `shard_ranks` split.
         precision: what gradients are sent in.
     """
 
@@ -67,7 +67,7 @@ class ParameterGroup:
     owners: RankGroup
     shard_ranks: RankGroup
     replicas: Sequence[RankGroup] = ()
-    split_dim: Mapping[str, int] | None = None
+    shard_dim: Mapping[str, int] | None = None
     precision: Precision = "fp32"
 
 

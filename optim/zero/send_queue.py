@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optim.zero.bucket import Bucket, Chunk
-from optim.zero.group import Wait
+from optim.zero.group import Pending
 
 
 class SendQueue:
@@ -35,7 +35,7 @@ class SendQueue:
         self._incomplete: list[int] = []
         """By chunk, the number of its parameters whose gradient is not complete."""
         self._sent = 0
-        self._in_flight: deque[tuple[Bucket, Chunk, Wait]] = deque()
+        self._in_flight: deque[tuple[Bucket, Chunk, Pending]] = deque()
         for bucket in buckets:
             for name, parameter in bucket.group.parameters.items():
                 if name in self._chunks_of:

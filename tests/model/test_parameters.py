@@ -28,7 +28,7 @@ from tests.model.tiny import tiny_config
 from trainer.checkpoint.logical_tensors import logical_tensors
 from trainer.config import load_config
 from trainer.parallel.degrees import Degrees
-from trainer.parallel.placement import place
+from trainer.parallel.placement import placement_of
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -123,7 +123,7 @@ def test_adding_a_parameter_takes_its_module_and_one_line_of_the_table(monkeypat
     )
     assert official in logical_tensors(model, [])
 
-    placement = place(name, tuple(value.shape), Degrees(2, tensor=2), 1)
+    placement = placement_of(name, tuple(value.shape), Degrees(2, tensor=2), 1)
     assert (placement.global_offset, placement.local_shape) == ((12, 0), (12, 32))
     [assignment] = build_table({name: tuple(value.shape)}, parameter_table(config), OptimConfig())
     assert (assignment.optimizer, assignment.matrices) == ("muon", (2, 12, 32))

@@ -22,7 +22,7 @@ from model.kernels.mxfp4 import fits_fp8, from_fp8, naive_quantise_dequantise, q
 from model.positions import Positions
 from model.qat import fake_quantised, rounded_weights
 from tests.model.tiny import random_model, random_tokens, tiny_config
-from trainer.parallel.recompute import Recompute
+from trainer.parallel.recompute import ActivationCheckpointing
 
 SIZES = {"moe_intermediate_size": 64, "index_head_dim": 32}
 ALL_SEEN = {"index_topk": 512}  # nothing to choose: the indexer is idle
@@ -77,7 +77,7 @@ def test_outside_nothing_has_changed() -> None:
 def test_recomputation_sees_the_same_weights() -> None:
     grads = []
     for parts in ((), ("block",)):
-        execution = Execution(call_part=Recompute(parts))
+        execution = Execution(call_part=ActivationCheckpointing(parts))
         model = random_model(tiny_config(**SIZES), execution=execution)
         with fake_quantised(model):
             losses(model)

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from data.files import fsync_folder
 from trainer.files import sync_tree
-from trainer.parallel.collectives import gather_objects
+from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Axis
 
 Item = TypeVar("Item")
@@ -25,7 +25,7 @@ def on_all_ranks(action: Callable[[], Item], axis: Axis) -> list[Item]:
         outcome = action()
     except OSError as error:
         outcome = OSError(error.errno, error.strerror)
-    outcomes = gather_objects(outcome, axis)
+    outcomes = all_gather_objects(outcome, axis)
     for result in outcomes:
         if isinstance(result, OSError):
             raise result

@@ -29,7 +29,7 @@ from trainer.checkpoint.all_ranks import on_all_ranks
 from trainer.checkpoint.logical_tensors import Boxes, TensorBox, is_routing
 from trainer.errors import CheckpointError, SaveError
 from trainer.files import remove_folder, write_synced
-from trainer.parallel.collectives import gather_objects, sum_
+from trainer.parallel.collectives import all_gather_objects, all_reduce_
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Shape
 
@@ -178,7 +178,7 @@ class CheckpointFolder:
         if not paths:
             return None
         problem = self._problem(paths[-1], self.grid.rank, self.grid.world_size)
-        problems = [text for text in gather_objects(problem, self.grid.world) if text]
+        problems = [text for text in all_gather_objects(problem, self.grid.world) if text]
         if not problems:
             return paths[-1]
         raise CheckpointError(
@@ -212,7 +212,7 @@ class CheckpointFolder:
 
         boxes = _as_boxes(tensors)
         shapes = CheckpointReader(path).shapes
-        problems = gather_objects(find_mismatch(shapes, boxes), self.grid.world)
+        problems = all_gather_objects(find_mismatch(shapes, boxes), self.grid.world)
         problem = next(filter(None, problems), None) or self._unknown_tensor(shapes, boxes)
         if problem:
             raise CheckpointError(f"{path}: {problem}")
@@ -222,7 +222,7 @@ class CheckpointFolder:
         """Returns a clause about a tensor of the checkpoint that no rank has, or None."""
         names = sorted(name for name in shapes if not is_routing(name))
         is_local = torch.tensor([name in boxes for name in names], dtype=torch.int32)
-        counts = sum_(is_local, self.grid.world).tolist()
+        counts = all_reduce_(is_local, self.grid.world).tolist()
         unknown = [name for name, count in zip(names, counts, strict=True) if count == 0]
         return f"holds {unknown[0]}, which this run's model does not have" if unknown else None
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from model.parameters import expert_name, official_name
 from optim import StateSlice
 from trainer.parallel.grid import Degrees
-from trainer.parallel.placement import Placement, Shape, place
+from trainer.parallel.placement import Placement, Shape, placement_of
 
 MASTER = "master"
 STEP = "step"
@@ -65,7 +65,7 @@ def logical_tensors(
     placements = dict(placements or {})
     for name, tensor in local.items():
         if name not in placements:
-            placements[name] = place(name, tuple(tensor.shape), Degrees(1), 0)
+            placements[name] = placement_of(name, tuple(tensor.shape), Degrees(1), 0)
     with_master = set()
     for state in states:
         if state.kind == MASTER:

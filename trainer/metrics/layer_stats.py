@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model import V4Model
 from trainer.metrics.layer_hooks import HookStats
-from trainer.parallel.collectives import gather_objects
+from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
 from trainer.step import LayerStats
 
@@ -40,13 +40,13 @@ def compute_layer_stats(
         With `hook_stats` also those of layer_hooks.py.
     """
     stats = expert_load_stats(expert_load)
-    ranges = _merged(gather_objects(_local_ranges(model), grid.world))
+    ranges = _merged(all_gather_objects(_local_ranges(model), grid.world))
     for name in ("router_bias", "sink"):
         pairs = [ranges.get((name, row)) for row in range(len(expert_load))]
         stats[f"{name}_min"] = [pair and pair[0] for pair in pairs]
         stats[f"{name}_max"] = [pair and pair[1] for pair in pairs]
     if hook_stats is not None:
-        stats |= _over_ranks(gather_objects(hook_stats, grid.world), len(expert_load))
+        stats |= _over_ranks(all_gather_objects(hook_stats, grid.world), len(expert_load))
     return stats
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from model.parameters import group_of
-from trainer.parallel.collectives import gather_objects
+from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel
-from trainer.parallel.stage_plan import tied_embedding
+from trainer.parallel.stage_plan import embedding_is_replicated
 from trainer.step import GroupStats
 
 
@@ -22,7 +22,7 @@ class UpdateStats:
     def __init__(self, local: LocalModel, grid: Grid) -> None:
         self.local, self.grid = local, grid
         mtp = local.model.config.num_nextn_predict_layers
-        self.tied = grid.tied.size > 1 and tied_embedding(local.stages, mtp)
+        self.tied = grid.embedding.size > 1 and embedding_is_replicated(local.stages, mtp)
         self.before = {
             name: weight.detach().to("cpu", copy=True) for name, weight in self._weights().items()
         }
@@ -43,7 +43,7 @@ class UpdateStats:
             share = torch.stack(numbers) / self._replicas(name)
             sums[group] = sums.get(group, torch.zeros_like(share)) + share
         local_sums = {group: tuple(numbers.tolist()) for group, numbers in sums.items()}
-        return _over_ranks(gather_objects(local_sums, self.grid.world))
+        return _over_ranks(all_gather_objects(local_sums, self.grid.world))
 
     def _replicas(self, name: str) -> int:
         """How many ranks hold the same part of a parameter."""

@@ -1,8 +1,9 @@
 """The collectives of training over the axes of a grid; no-ops on an axis of one rank.
 
-Those of activations are differentiable, and the backward of each is the transposed collective: a
-job's loss is the sum of its ranks' losses, every rank differentiates its own, and a weight's
-gradient is the sum over the ranks that hold it. Traffic is counted as ring algorithms send it.
+The collectives on activations (`…_tokens`) are differentiable; the backward of each is its adjoint
+collective. Each rank's backward produces its part of the gradient, and a weight's gradient is the
+sum over the ranks that hold it. Tensor ranks return the same head losses, and each computes
+partial gradients of them. Traffic is counted as ring algorithms send it.
 """
 
 from __future__ import annotations
@@ -15,62 +16,62 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.parallel.grid import Axis
-from trainer.parallel.ring import gather_bytes, scatter_bytes, sum_bytes
+from trainer.parallel.ring import all_gather_bytes, all_reduce_bytes, reduce_scatter_bytes
 
 Item = TypeVar("Item")
-Wait = Callable[[], Tensor]
-"""Waits for a collective that was started and returns its result; call it once, on every rank."""
+Pending = Callable[[], Tensor]
+"""A collective that was started: call it once, on every rank, to wait for its result."""
 
 # torch 2.13 has new names for these two and warns of the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def sum_(tensor: Tensor, axis: Axis) -> Tensor:
+def all_reduce_(tensor: Tensor, axis: Axis) -> Tensor:
     """Sums `tensor` over the axis, in place, and returns it."""
     if axis.group is not None:
-        _count(axis, "sum", sum_bytes(axis.size, tensor.nbytes))
+        _count(axis, "all_reduce", all_reduce_bytes(axis.size, tensor.nbytes))
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=axis.group)
     return tensor
 
 
-def begin_all_gather(tensor: Tensor, axis: Axis) -> Wait:
-    """Starts an all-gather of equal shapes, concatenated along dim 0; see Wait."""
+def begin_all_gather(tensor: Tensor, axis: Axis) -> Pending:
+    """Starts an all-gather of equally shaped tensors along dim 0; see Pending."""
     if axis.group is None:
         return lambda: tensor
     tensor = tensor.contiguous()
-    _count(axis, "gather", gather_bytes(axis.size, tensor.nbytes))
+    _count(axis, "all_gather", all_gather_bytes(axis.size, tensor.nbytes))
     out = tensor.new_empty(axis.size * tensor.shape[0], *tensor.shape[1:])
     return _wait(_all_gather(out, tensor, group=axis.group, async_op=True), out, tensor)
 
 
-def begin_reduce_scatter(tensor: Tensor, axis: Axis) -> Wait:
-    """Starts a reduce-scatter (sum) along dim 0; see Wait."""
+def begin_reduce_scatter(tensor: Tensor, axis: Axis) -> Pending:
+    """Starts a reduce-scatter (sum) along dim 0; see Pending."""
     if axis.group is None:
         return lambda: tensor
     tensor = tensor.contiguous()
-    _count(axis, "scatter", scatter_bytes(axis.size, tensor.nbytes))
+    _count(axis, "reduce_scatter", reduce_scatter_bytes(axis.size, tensor.nbytes))
     out = tensor.new_empty(tensor.shape[0] // axis.size, *tensor.shape[1:])
     return _wait(_reduce_scatter(out, tensor, group=axis.group, async_op=True), out, tensor)
 
 
 def begin_all_to_all(
     tensor: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis
-) -> Wait:
+) -> Pending:
     """Starts an all-to-all: the first send[0] rows go to rank 0, …; receive[r] rows from rank r."""
     if axis.group is None:
         return lambda: tensor
     tensor = tensor.contiguous()
     row = tensor.element_size() * tensor[:1].numel() if len(tensor) else 0
-    _count(axis, "exchange", (sum(send) - send[axis.rank]) * row)
+    _count(axis, "all_to_all", (sum(send) - send[axis.rank]) * row)
     out = tensor.new_empty(sum(receive), *tensor.shape[1:])
     sizes = list(receive), list(send)
     work = dist.all_to_all_single(out, tensor, *sizes, group=axis.group, async_op=True)
     return _wait(work, out, tensor)
 
 
-def _wait(work: Any, out: Tensor, sent: Tensor) -> Wait:
-    """Returns the function that waits; it keeps the sent tensor alive until then."""
+def _wait(work: Any, out: Tensor, sent: Tensor) -> Pending:
+    """Returns the function that waits; it keeps the sent tensor alive until the collective ends."""
 
     def wait() -> Tensor:
         nonlocal sent
@@ -82,41 +83,41 @@ def _wait(work: Any, out: Tensor, sent: Tensor) -> Wait:
 
 
 def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
-    """All-gathers equal shapes along dim 0."""
+    """All-gathers equally shaped tensors along dim 0."""
     return begin_all_gather(tensor, axis)()
 
 
 def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
-    """Sums over the axis and returns this rank's part along dim 0."""
+    """Sums over the axis and returns this rank's slice along dim 0."""
     return begin_reduce_scatter(tensor, axis)()
 
 
 def all_to_all(tensor: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis) -> Tensor:
-    """Sends send[r] rows to rank r, in order, and returns the rows received, by rank."""
+    """Sends send[r] rows to rank r, in order, and returns the rows received, in rank order."""
     return begin_all_to_all(tensor, send, receive, axis)()
 
 
-def gather_tokens(x: Tensor, axis: Axis) -> Tensor:
+def all_gather_tokens(x: Tensor, axis: Axis) -> Tensor:
     """Differentiable `all_gather`; backward is `reduce_scatter`."""
-    return x if axis.group is None else _Gather.apply(x, axis)
+    return x if axis.group is None else _AllGather.apply(x, axis)
 
 
-def scatter_sum(x: Tensor, axis: Axis) -> Tensor:
+def reduce_scatter_tokens(x: Tensor, axis: Axis) -> Tensor:
     """Differentiable `reduce_scatter`; backward is `all_gather`."""
-    return x if axis.group is None else _ScatterSum.apply(x, axis)
+    return x if axis.group is None else _ReduceScatter.apply(x, axis)
 
 
-def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis) -> Tensor:
+def all_to_all_tokens(x: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis) -> Tensor:
     """Differentiable `all_to_all`; backward sends the rows back."""
-    return x if axis.group is None else _Exchange.apply(x, send, receive, axis)
+    return x if axis.group is None else _AllToAll.apply(x, send, receive, axis)
 
 
 def slice_tokens(x: Tensor, axis: Axis) -> Tensor:
-    """This rank's part along dim 0 of what all ranks hold; backward gathers the parts."""
+    """Slices this rank's part of a replicated tensor along dim 0; backward all-gathers."""
     return x if axis.group is None else _Slice.apply(x, axis)
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
@@ -127,7 +128,7 @@ class _Gather(torch.autograd.Function):
         return reduce_scatter(grad, ctx.axis), None
 
 
-class _ScatterSum(torch.autograd.Function):
+class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
@@ -138,7 +139,7 @@ class _ScatterSum(torch.autograd.Function):
         return all_gather(grad, ctx.axis), None
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis
@@ -162,8 +163,8 @@ class _Slice(torch.autograd.Function):
         return all_gather(grad, ctx.axis), None
 
 
-def gather_objects(item: Item, axis: Axis) -> list[Item]:
-    """Gathers every rank's `item`, by rank. It pickles: only for small objects outside a step."""
+def all_gather_objects(item: Item, axis: Axis) -> list[Item]:
+    """All-gathers `item` from every rank. Uses pickle: only for small objects, outside a step."""
     if axis.group is None:
         return [item]
     items: list[Item] = [item] * axis.size

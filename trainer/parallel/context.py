@@ -32,17 +32,17 @@ from model.positions import Positions, TokenPositions, Windows, compress_ratios
 from model.rope import layer_frequencies, rotation
 from trainer.parallel.collectives import (
     all_gather,
-    exchange,
-    gather_tokens,
+    all_gather_tokens,
+    all_reduce_,
+    all_to_all_tokens,
     reduce_scatter,
-    scatter_sum,
+    reduce_scatter_tokens,
     slice_tokens,
-    sum_,
 )
 from trainer.parallel.grid import Axis, Grid
 
 
-def place_on_ranks(
+def shard_rows(
     config: ModelConfig, layout: SampleLayout, grid: Grid
 ) -> tuple[Positions, SequenceExchange]:
     """The positions of a rank's part of a microbatch with sharded rows, and its exchange."""
@@ -54,7 +54,7 @@ def place_on_ranks(
         for compressed in {ratio > 0 for ratio in ratios.values()}
     }
     pools = {
-        kind: _Pool(layout, ratio, kind == "csa", grid.sequence, frequencies[True])
+        kind: _WindowPlan(layout, ratio, kind == "csa", grid.sequence, frequencies[True])
         for kind, ratio in ratios.items()
         if ratio
     }
@@ -124,7 +124,7 @@ class SequenceExchange:
         local: np.ndarray,
         queries: np.ndarray,
         ratios: Mapping[LayerType, int],
-        pools: Mapping[LayerType, _Pool],
+        pools: Mapping[LayerType, _WindowPlan],
         window: int,
         grid: Grid,
     ) -> None:
@@ -141,14 +141,16 @@ class SequenceExchange:
         return microbatch_T[self._queries_T]
 
     def gather_queries(self, local_TX: Tensor) -> Tensor:
-        gather = gather_tokens if local_TX.is_floating_point() else all_gather
+        gather = all_gather_tokens if local_TX.is_floating_point() else all_gather
         return _swap_leading(gather(local_TX, self.tensor), self.tensor.size, self.rows)
 
     def local_of_queries(self, query_TX: Tensor) -> Tensor:
         return slice_tokens(_swap_leading(query_TX, self.rows, self.tensor.size), self.tensor)
 
     def scatter_sum(self, partial_TX: Tensor) -> Tensor:
-        return scatter_sum(_swap_leading(partial_TX, self.rows, self.tensor.size), self.tensor)
+        return reduce_scatter_tokens(
+            _swap_leading(partial_TX, self.rows, self.tensor.size), self.tensor
+        )
 
     def gather_keys(self, local_TK: Tensor) -> Tensor:
         keys_TK = self.gather_queries(local_TK)
@@ -198,10 +200,10 @@ class SequenceExchange:
         return summed
 
     def sum_counts(self, counts_ZE: Tensor) -> Tensor:
-        return sum_(counts_ZE, self.sequence)
+        return all_reduce_(counts_ZE, self.sequence)
 
 
-class _Pool:
+class _WindowPlan:
     """The compression windows of m tokens that a rank pools, and the places of its entries.
 
     A rank pools the windows whose last token is in its run. So it needs the m - 1 tokens before the
@@ -249,7 +251,7 @@ class _Pool:
         if self.max_entries == 0:
             return local_CK
         padded = F.pad(local_CK, (0, 0, 0, self.max_entries - len(local_CK)))
-        return gather_tokens(padded, self.sequence).index_select(0, self._order)
+        return all_gather_tokens(padded, self.sequence).index_select(0, self._order)
 
 
 def with_halo(x_TX: Tensor, rows: int, halo: int, axis: Axis) -> Tensor:
@@ -269,7 +271,7 @@ def with_halo(x_TX: Tensor, rows: int, halo: int, axis: Axis) -> Tensor:
     receive = [need(axis.rank - rank) for rank in range(axis.size)]
     parts = [runs[:, length - count :].flatten(0, 1) for count in send]
     counts = [rows * n for n in send], [rows * n for n in receive]
-    received = exchange(torch.cat(parts), *counts, axis)
+    received = all_to_all_tokens(torch.cat(parts), *counts, axis)
     # Empty pieces stay: every rank must use the exchange's output, or backward would not run it.
     pieces = [piece.unflatten(0, (rows, -1)) for piece in received.split(counts[1])]
     missing = halo - sum(receive)

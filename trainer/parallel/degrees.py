@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # The first name varies fastest from rank to rank.
-DENSE = ("tensor", "context", "data", "pipeline")
-EXPERT = ("expert_tensor", "expert", "expert_data", "pipeline")
+DENSE_AXES = ("tensor", "context", "data", "pipeline")
+EXPERT_AXES = ("expert_tensor", "expert", "expert_data", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,11 @@ class Degrees:
     """The degree of every axis; `data` and `expert_data` follow from the number of processes.
 
     Raises:
-        ValueError: a product of degrees does not divide the world. A run's config is checked first.
+        ValueError: a product of degrees does not divide the world size. Config validation reports
+            this earlier.
     """
 
-    world: int
+    world_size: int
     tensor: int = 1
     expert: int = 1
     pipeline: int = 1
@@ -27,27 +28,30 @@ class Degrees:
 
     def __post_init__(self) -> None:
         for product in (self.tensor * self.context, self.expert_tensor * self.expert):
-            if self.world % (product * self.pipeline):
-                raise ValueError(f"{self} does not divide the world")
+            if self.world_size % (product * self.pipeline):
+                raise ValueError(
+                    f"world size {self.world_size} is not a multiple of "
+                    f"{product * self.pipeline}: {self}"
+                )
 
     @property
     def data(self) -> int:
-        """Ranks that share a global batch's rows."""
-        return self.world // (self.tensor * self.context * self.pipeline)
+        """Number of data-parallel ranks, among which a global batch's rows are divided."""
+        return self.world_size // (self.tensor * self.context * self.pipeline)
 
     @property
     def expert_data(self) -> int:
-        """Ranks that hold the same experts."""
-        return self.world // (self.expert_tensor * self.expert * self.pipeline)
+        """Number of ranks that hold the same experts."""
+        return self.world_size // (self.expert_tensor * self.expert * self.pipeline)
 
     def of(self, names: Sequence[str]) -> list[int]:
-        """Degrees of the named axes."""
+        """Returns the degrees of the named axes."""
         return [getattr(self, name) for name in names]
 
 
-def place_of(rank: int, names: Sequence[str], degrees: Degrees) -> dict[str, int]:
-    """The coordinates of a rank in the mesh with these axes, without any process group."""
-    places = {}
+def coordinates_of(rank: int, names: Sequence[str], degrees: Degrees) -> dict[str, int]:
+    """Returns a rank's coordinates in the mesh of these axes, without any process group."""
+    coordinates = {}
     for name, size in zip(names, degrees.of(names), strict=True):
-        rank, places[name] = divmod(rank, size)
-    return places
+        rank, coordinates[name] = divmod(rank, size)
+    return coordinates

@@ -18,12 +18,12 @@ from torch import Tensor
 from model.dispatch import Dispatched, LocalDispatch, count_each
 from model.kernels.permute import permute_rows, unpermute_rows
 from model.router import Routing
-from trainer.parallel.collectives import all_to_all, exchange
+from trainer.parallel.collectives import all_to_all, all_to_all_tokens
 from trainer.parallel.grid import Grid
 
 
 @dataclass(frozen=True)
-class _Sent(Dispatched):
+class _DispatchState(Dispatched):
     """Rows received from all ranks, sorted by expert, and how this rank's rows were sent."""
 
     send: list[int]
@@ -41,11 +41,11 @@ class ExpertDispatch:
     """
 
     def __init__(self, grid: Grid) -> None:
-        self.axis = grid.expert
+        self.axis = grid.expert_all_to_all
         self.parts = grid.expert_tensor.size
         self.local = LocalDispatch()
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, num_experts: int) -> _Sent:
+    def dispatch(self, x_TD: Tensor, routing: Routing, num_experts: int) -> _DispatchState:
         """Copies each token's row to the ranks of its experts, which sort them by expert.
 
         The numbers of rows are known to the host only once all ranks have counted: the one wait
@@ -58,8 +58,8 @@ class ExpertDispatch:
         place_L = torch.empty_like(order_L)
         place_L[order_L] = torch.arange(len(order_L), device=order_L.device)
         received_RE, send, receive = self.exchange_counts(slot_L, local_experts)
-        rows_PD = exchange(permute_rows(x_TD, order_L, place_L), send, receive, self.axis)
-        weights_P = exchange(weights_L[order_L], send, receive, self.axis)
+        rows_PD = all_to_all_tokens(permute_rows(x_TD, order_L, place_L), send, receive, self.axis)
+        weights_P = all_to_all_tokens(weights_L[order_L], send, receive, self.axis)
         number_P = torch.arange(local_experts, device=x_TD.device).repeat(self.axis.size)
         expert_P = number_P.repeat_interleave(received_RE.flatten(), output_size=sum(receive))
         # One more row, of weight 0: a rank that received no row runs the same matmuls.
@@ -67,7 +67,7 @@ class ExpertDispatch:
         expert_P = F.pad(expert_P, (0, 1))
         received = Routing(expert_P[:, None], weights_P[:, None], routing.scores_TE)
         local = self.local.dispatch(rows_PD, received, local_experts)
-        return _Sent(
+        return _DispatchState(
             **vars(local),
             send=send,
             receive=receive,
@@ -88,9 +88,9 @@ class ExpertDispatch:
 
     def combine(self, y_PD: Tensor, dispatched: Dispatched, num_tokens: int) -> Tensor:
         """Sends the experts' outputs back to their tokens' ranks and sums each token's, [T, D]."""
-        assert isinstance(dispatched, _Sent)
+        assert isinstance(dispatched, _DispatchState)
         rows_PD = self.local.combine(y_PD, dispatched, dispatched.rows)[:-1]
-        back_LD = exchange(rows_PD, dispatched.receive, dispatched.send, self.axis)
+        back_LD = all_to_all_tokens(rows_PD, dispatched.receive, dispatched.send, self.axis)
         return unpermute_rows(back_LD, dispatched.order_L, dispatched.sent_place_L, num_tokens)
 
     def _slots(self, indices_TA: Tensor, local_experts: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The device mesh of a run: its processes and their process groups. Passed on as an argument.
+"""The device mesh of a run: its processes and their process groups. An argument, never a global.
 
 Every process has coordinates in two meshes over all ranks, both made by megatron-core's
 HyperCommGrid, the first name varying fastest from rank to rank:
@@ -24,7 +24,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from trainer.parallel.degrees import DENSE, EXPERT, Degrees
+from trainer.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees
 
 _SHORT = {
     "tensor": "tp",
@@ -96,15 +96,16 @@ class Grid:
     Attributes:
         tensor: ranks that shard heads, output groups, vocabulary and the shared expert.
         context: ranks that shard rows of tokens.
-        sequence: tensor and context flattened; each rank holds different tokens.
+        sequence: context x tensor flattened, tensor fastest; each rank holds different tokens.
         data: ranks with different rows.
         pipeline: ranks with different layers.
         stage: all ranks of a pipeline stage.
-        split: ranks that hold the same shard of a weight that tensor ranks shard.
-        expert: ranks of the expert all-to-all (expert_tensor flattened in).
+        tensor_replicas: context and data flattened: ranks that hold the same tensor shard.
+        expert_all_to_all: expert x expert_tensor flattened, expert_tensor fastest: the ranks of the
+            all-to-all that sends tokens to experts.
         expert_tensor: ranks that shard each expert.
         expert_data: ranks that hold the same experts.
-        tied: the first and the last pipeline rank, both of which hold the embedding.
+        embedding: the first and the last pipeline rank, both of which hold the embedding.
         world: all ranks.
     """
 
@@ -119,11 +120,11 @@ class Grid:
     data: Axis
     pipeline: Axis
     stage: Axis
-    split: Axis
-    expert: Axis
+    tensor_replicas: Axis
+    expert_all_to_all: Axis
     expert_tensor: Axis
     expert_data: Axis
-    tied: Axis
+    embedding: Axis
     world: Axis
 
     @property
@@ -138,14 +139,17 @@ class Grid:
 
     @classmethod
     def build(cls, degrees: Degrees, device: torch.device) -> Grid:
-        """The grid over the default process group, which is up unless there is one process."""
-        rank = dist.get_rank() if degrees.world > 1 else 0
+        """Returns the grid over the default process group.
+
+        It must be initialised unless the world size is 1.
+        """
+        rank = dist.get_rank() if degrees.world_size > 1 else 0
         traffic = Traffic()
-        makers = [_AxisMaker(names, degrees, rank, traffic) for names in (DENSE, EXPERT)]
-        dense, expert = makers
+        dense = _Mesh(DENSE_AXES, degrees, rank, traffic)
+        expert = _Mesh(EXPERT_AXES, degrees, rank, traffic)
         return cls(
             rank=rank,
-            world_size=degrees.world,
+            world_size=degrees.world_size,
             device=device,
             degrees=degrees,
             traffic=traffic,
@@ -155,16 +159,18 @@ class Grid:
             data=dense.axis("data", "data"),
             pipeline=dense.axis("pipeline", "pipeline"),
             stage=dense.axis("stage", "tensor", "context", "data"),
-            split=dense.axis("split", "context", "data"),
-            expert=expert.axis("expert", "expert_tensor", "expert"),
+            tensor_replicas=dense.axis("tensor_replicas", "context", "data"),
+            expert_all_to_all=expert.axis("expert_all_to_all", "expert_tensor", "expert"),
             expert_tensor=expert.axis("expert_tensor", "expert_tensor"),
             expert_data=expert.axis("expert_data", "expert_data"),
-            tied=dense.ends("tied", "pipeline"),
-            world=dense.axis("world", *DENSE),
+            embedding=dense.ends("embedding", "pipeline"),
+            world=dense.axis("world", *DENSE_AXES),
         )
 
     def divide(self, axes: Sequence[tuple[Axis, int]]) -> list[tuple[Axis, Axis]]:
-        """Splits each axis into a consecutive part of `size` ranks and the axis across the parts.
+        """Splits each axis in two: an inner one of `size` consecutive ranks, and an outer one.
+
+        The outer axis has the ranks with the same index on their inner axes.
 
         Both get new process groups, so a collective on them may overlap with one on the axis.
         A collective call: all ranks of the grid make it together, and the ranks of an axis pass the
@@ -191,22 +197,22 @@ class Grid:
         return {ranks: dist.new_group(list(ranks)) for ranks in sorted(set().union(*of_ranks))}
 
 
-class _AxisMaker:
-    """Axes of one mesh; each process group is created once, and only if it is used."""
+class _Mesh:
+    """One mesh and its axes; each process group is created once, and only if it is used."""
 
     def __init__(self, names: Sequence[str], degrees: Degrees, rank: int, traffic: Traffic) -> None:
         self.names, self.rank, self.traffic = names, rank, traffic
         self.degrees = dict(zip(names, degrees.of(names), strict=True))
-        self.world = degrees.world
+        self.world_size = degrees.world_size
         self._axes: dict[tuple[str, ...], Axis] = {}
-        if degrees.world > 1:
+        if degrees.world_size > 1:
             with warnings.catch_warnings(action="ignore"):  # about absent NVIDIA packages
                 from megatron.core.hyper_comm_grid import HyperCommGrid  # takes seconds
 
             self.grid = HyperCommGrid(degrees.of(names), [_SHORT[name] for name in names])
 
     def axis(self, name: str, *over: str) -> Axis:
-        """The axis named `name` that flattens the mesh axes `over`."""
+        """Returns the axis named `name` that flattens the mesh axes `over`."""
         larger = tuple(part for part in over if self.degrees[part] > 1)
         if not larger:
             return Axis(name, 0, (self.rank,), None, self.traffic)
@@ -217,20 +223,20 @@ class _AxisMaker:
     def _make(self, names: tuple[str, ...]) -> Axis:
         dims = [_SHORT[name] for name in names]
         ranks = next(ranks for ranks in self.grid.get_rank_enum(dims) if self.rank in ranks)
-        has_all = math.prod(self.degrees[name] for name in names) == self.world
+        has_all = math.prod(self.degrees[name] for name in names) == self.world_size
         group = dist.group.WORLD if has_all else self.grid.create_pg(dims)
         return Axis("", ranks.index(self.rank), tuple(ranks), group, self.traffic)
 
     def ends(self, name: str, over: str) -> Axis:
-        """The first and the last rank along `over`; any other rank is alone."""
-        alone = Axis(name, 0, (self.rank,), None, self.traffic)
+        """Returns the axis of the first and the last rank along `over`; size 1 on other ranks."""
+        trivial = Axis(name, 0, (self.rank,), None, self.traffic)
         if self.degrees[over] == 1:
-            return alone
+            return trivial
         pairs = [[ranks[0], ranks[-1]] for ranks in self.grid.get_rank_enum(_SHORT[over])]
         group, _ = dist.new_subgroups_by_enumeration(pairs)
         pair = next((pair for pair in pairs if self.rank in pair), None)
         if pair is None:
-            return alone
+            return trivial
         return Axis(name, pair.index(self.rank), tuple(pair), group, self.traffic)
 
 

@@ -12,11 +12,11 @@ from torch.nn import Parameter
 from optim import Assignment, OptimConfig, check_names
 from optim.zero import CHUNK_ELEMENTS, HybridZero, ParameterGroup, Precision
 from trainer.parallel.collectives import (
-    Wait,
+    Pending,
+    all_reduce_,
     begin_all_gather,
     begin_all_to_all,
     begin_reduce_scatter,
-    sum_,
 )
 from trainer.parallel.grid import Axis, Grid
 from trainer.parallel.placement import Placement
@@ -39,62 +39,73 @@ class AxisRanks:
         """Number of ranks."""
         return self.axis.size
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
         """All-reduces in place."""
-        return sum_(tensor, self.axis)
+        return all_reduce_(tensor, self.axis)
 
-    def reduce_scatter(self, tensor: Tensor) -> Wait:
+    def reduce_scatter(self, tensor: Tensor) -> Pending:
         """Starts a reduce-scatter along dim 0."""
         return begin_reduce_scatter(tensor, self.axis)
 
-    def all_gather(self, tensor: Tensor) -> Wait:
+    def all_gather(self, tensor: Tensor) -> Pending:
         """Starts an all-gather, which concatenates along dim 0."""
         return begin_all_gather(tensor, self.axis)
 
-    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Wait:
-        """Starts an all-to-all of runs of elements, with their sizes by rank."""
+    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
+        """Starts an all-to-all of contiguous elements, with sizes per rank."""
         return begin_all_to_all(tensor, send, receive, self.axis)
 
 
-def make_zero(
+def build_hybrid_zero(
     parameters: Mapping[str, Parameter],
     placements: Mapping[str, Placement],
     table: Sequence[Assignment],
     config: OptimConfig,
     grid: Grid,
-    tied: bool = False,
+    embedding_is_replicated: bool = False,
     seed: int = 0,
-    padding: float = 0.1,
-    gradients: Precision = "fp32",
-    expert_gradients: Precision = "fp32",
+    max_padding: float = 0.1,
+    grad_reduce_dtype: Precision = "fp32",
+    expert_grad_reduce_dtype: Precision = "fp32",
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> HybridZero:
-    """The optimizer of this rank's parameters. All ranks call it together.
+    """Returns the optimizer of this rank's parameters. All ranks call it together.
 
     Args:
-        tied: whether the first and the last stage both hold `embed.weight`.
+        embedding_is_replicated: whether the first and the last stage both hold `embed.weight`.
         seed: of stochastic rounding.
-        padding: maximum padding of a buffer, as a fraction of the elements that it holds; where it
-            would be more, fewer ranks own the parameters.
-        gradients, expert_gradients: the precisions that gradients are sent in.
+        max_padding: maximum padding of a flat buffer, as a fraction of the elements that it holds;
+            if exceeded, fewer ranks own the parameters and the rest are replicas.
+        grad_reduce_dtype, expert_grad_reduce_dtype: the precisions that gradients are sent in.
         chunk_elements: size of one collective, over all owners.
 
-    Raises OptimError unless the table has every parameter once and every shard suits Muon.
+    Raises OptimError if a parameter is missing from or duplicated in the table, or a shard boundary
+    falls inside one of a parameter's several Muon matrices.
     """
     check_names(parameters, table)
-    alone = Axis("alone", 0, (grid.rank,), None, grid.traffic)
+    trivial = Axis("trivial", 0, (grid.rank,), None, grid.traffic)
     axes = {
-        "whole": (grid.stage, alone),
-        "tensor": (grid.split, grid.tensor),
+        "replicated": (grid.stage, trivial),
+        "tensor": (grid.tensor_replicas, grid.tensor),
         "expert": (grid.expert_data, grid.expert_tensor),
-        "embedding": (grid.split, grid.tensor),
+        "embedding": (grid.tensor_replicas, grid.tensor),
     }
-    low = {name for name, parameter in parameters.items() if parameter.dtype != torch.float32}
-    groups = shard_groups(table, placements, low, grid.degrees, tied, config.muon, padding)
+    low_precision = {
+        name for name, parameter in parameters.items() if parameter.dtype != torch.float32
+    }
+    groups = shard_groups(
+        table,
+        placements,
+        low_precision,
+        grid.degrees,
+        embedding_is_replicated,
+        config.muon,
+        max_padding,
+    )
     divided = grid.divide([(axes[group.kind][0], group.layout.owners) for group in groups])
     parameter_groups = []
     for group, (owners, replicas) in zip(groups, divided, strict=True):
-        replica_axes = [replicas, grid.tied] if group.kind == "embedding" else [replicas]
+        replica_axes = [replicas, grid.embedding] if group.kind == "embedding" else [replicas]
         names = [local.assignment.name for local in group.local_parameters]
         dims = {name: placements[name].dim for name in names}
         parameter_groups.append(
@@ -105,8 +116,8 @@ def make_zero(
                 owners=AxisRanks(owners),
                 shard_ranks=AxisRanks(axes[group.kind][1]),
                 replicas=[AxisRanks(axis) for axis in replica_axes if axis.size > 1],
-                split_dim={name: dim for name, dim in dims.items() if dim is not None},
-                precision=expert_gradients if group.kind == "expert" else gradients,
+                shard_dim={name: dim for name, dim in dims.items() if dim is not None},
+                precision=expert_grad_reduce_dtype if group.kind == "expert" else grad_reduce_dtype,
             )
         )
     return HybridZero(parameter_groups, config, seed, chunk_elements)

@@ -26,8 +26,8 @@ class Pipeline:
     def __init__(self, model: V4Model, plan: StagePlan, axis: Axis) -> None:
         self.current = CurrentStep()
         self.plan, self.axis = plan, axis
-        numbers = plan.stages_of(axis.rank) if axis.size > 1 else [0]
-        self.parts = [Stage(model, plan, number, self.current) for number in numbers]
+        stage_ids = plan.stages_of(axis.rank) if axis.size > 1 else [0]
+        self.stage_modules = [Stage(model, plan, stage_id, self.current) for stage_id in stage_ids]
         self._streams = (model.config.hc_mult, model.config.hidden_size)
         self._device = next(model.parameters()).device
         self._stages: dict[int, list[Any]] = {}
@@ -40,31 +40,31 @@ class Pipeline:
             self._dtype = next(p.dtype for name, p in weights if name.endswith("wq_a.weight"))
 
     def stages(self, tokens: int) -> list[Any]:
-        """torch's stages of this rank, for microbatches of which it holds this many tokens."""
+        """Returns this rank's PipelineStages for microbatches with `tokens` local tokens."""
         if tokens not in self._stages:
             from trainer.parallel.pipeline_schedules import TransientBufferStage
 
-            streams = self._message(tokens, torch.device("meta")).requires_grad_()
+            streams = self._streams_buffer(tokens, torch.device("meta")).requires_grad_()
             index = torch.empty(1, dtype=torch.int64, device="meta")
             loss = torch.empty(1, device="meta", requires_grad=True)
             self._stages[tokens] = [
                 TransientBufferStage(
-                    part,
-                    number,
-                    len(self.plan.layers),
+                    module,
+                    stage_id,
+                    len(self.plan.layer_counts),
                     self._device,
-                    input_args=(index if number == 0 else streams,),
-                    output_args=(loss if self.plan.is_last(number) else streams,),
+                    input_args=(index if stage_id == 0 else streams,),
+                    output_args=(loss if self.plan.is_last(stage_id) else streams,),
                     group=self.axis.group,
                 )
-                for number, part in zip(
-                    self.plan.stages_of(self.axis.rank), self.parts, strict=True
+                for stage_id, module in zip(
+                    self.plan.stages_of(self.axis.rank), self.stage_modules, strict=True
                 )
             ]
         return self._stages[tokens]
 
     def schedule(self, microbatches: int, tokens: int) -> Any:
-        """torch's schedule of this many microbatches, where there is more than one rank."""
+        """Returns torch's schedule of this many microbatches, on an axis of more than one rank."""
         key = (microbatches, tokens)
         if key not in self._schedules:
             from trainer.parallel.pipeline_schedules import make_schedule
@@ -82,26 +82,26 @@ class Pipeline:
     ) -> None:
         """Forward of all microbatches, and backward into the parameters' gradients if asked.
 
-        This rank holds `tokens` tokens of each.
+        `tokens` is the number of local tokens of each.
         """
         self.current.microbatches, self.current.accumulator = microbatches, accumulator
         if self.axis.size == 1:
-            self._run_alone(len(microbatches), backward)
+            self._run_single_rank(len(microbatches), backward)
         elif backward:
             self._run_schedule(len(microbatches), tokens)
         else:
             self._run_forward(len(microbatches), tokens)
-        self._count(len(microbatches), tokens, backward)
+        self._count_traffic(len(microbatches), tokens, backward)
         self.current.microbatches, self.current.accumulator = (), None
 
-    def _message(self, tokens: int, device: torch.device) -> Tensor:
-        """Residual streams as stages send them."""
+    def _streams_buffer(self, tokens: int, device: torch.device) -> Tensor:
+        """Returns an empty tensor of the residual streams that stages send."""
         return torch.empty(tokens, *self._streams, dtype=self._dtype, device=device)
 
-    def _run_alone(self, microbatches: int, backward: bool) -> None:
+    def _run_single_rank(self, microbatches: int, backward: bool) -> None:
         nothing = torch.empty(0)
         for index in torch.arange(microbatches):
-            loss = self.parts[0](nothing, index)
+            loss = self.stage_modules[0](nothing, index)
             if backward:
                 loss.backward()
 
@@ -117,31 +117,33 @@ class Pipeline:
         The schedules cannot skip backward where a rank has two stages.
         """
         rank_of = {n: r for r in range(self.axis.size) for n in self.plan.stages_of(r)}
-        local: list[Tensor] = []  # what this rank's stage before sent to this rank
+        # Outputs of this rank's previous stage, when it feeds the next one on this rank.
+        local: list[Tensor] = []
         works: list[Any] = []
-        for number, part in zip(self.plan.stages_of(self.axis.rank), self.parts, strict=True):
-            source, target = rank_of.get(number - 1), rank_of.get(number + 1)
+        stage_ids = self.plan.stages_of(self.axis.rank)
+        for stage_id, module in zip(stage_ids, self.stage_modules, strict=True):
+            source, target = rank_of.get(stage_id - 1), rank_of.get(stage_id + 1)
             out = []
             for index in torch.arange(microbatches):
                 if source is None or source == self.axis.rank:
                     streams = local[index] if local else torch.empty(0)
                 else:
-                    streams = self._message(tokens, self._device)
+                    streams = self._streams_buffer(tokens, self._device)
                     dist.recv(streams, group=self.axis.group, group_src=source)
-                out.append(part(streams, index))
+                out.append(module(streams, index))
                 if target is not None and target != self.axis.rank:
                     works.append(dist.isend(out[-1], group=self.axis.group, group_dst=target))
             local = out if target == self.axis.rank else []
         for work in works:
             work.wait()
 
-    def _count(self, microbatches: int, tokens: int, backward: bool) -> None:
-        """Counts the streams that this rank sends on, and their gradients that it sends back."""
+    def _count_traffic(self, microbatches: int, tokens: int, backward: bool) -> None:
+        """Counts the activations sent forward and the activation gradients sent backward."""
         if self.axis.size == 1:
             return
-        numbers = self.plan.stages_of(self.axis.rank)
-        following = [n + 1 for n in numbers if not self.plan.is_last(n)]
-        preceding = [n - 1 for n in numbers if n > 0 and backward]
-        receivers = [n for n in following + preceding if n not in numbers]
-        message = self._message(tokens, torch.device("meta")).nbytes
-        self.axis.traffic.add("pipeline", "send", len(receivers) * microbatches * message)
+        stage_ids = self.plan.stages_of(self.axis.rank)
+        following = [n + 1 for n in stage_ids if not self.plan.is_last(n)]
+        preceding = [n - 1 for n in stage_ids if n > 0 and backward]
+        receivers = [n for n in following + preceding if n not in stage_ids]
+        size = self._streams_buffer(tokens, torch.device("meta")).nbytes
+        self.axis.traffic.add("pipeline", "send", len(receivers) * microbatches * size)

@@ -1,4 +1,4 @@
-"""What torch.distributed.pipelining makes of a rank's stages: its stage objects and schedules.
+"""torch.distributed.pipelining: the objects of a rank's stages, and the schedules over them.
 
 Imported only where there are several pipeline ranks, since torch's module takes long to import.
 """
@@ -19,7 +19,7 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 
-_SEVERAL_STAGES_PER_RANK = {
+_MULTI_STAGE_SCHEDULES = {
     "interleaved_1f1b": ScheduleInterleaved1F1B,
     "zero_bubble_v": ScheduleZBVZeroBubble,
     "dual_pipe_v": ScheduleDualPipeV,
@@ -37,26 +37,26 @@ def make_schedule(name: str, stages: Sequence[Any], microbatches: int) -> Any:
     settings: Any = {"loss_fn": lambda loss, _: loss.sum(), "scale_grads": False}
     if name == "1f1b":
         return Schedule1F1B(stages[0], microbatches, **settings)
-    return _SEVERAL_STAGES_PER_RANK[name](list(stages), microbatches, **settings)
+    return _MULTI_STAGE_SCHEDULES[name](list(stages), microbatches, **settings)
 
 
 class TransientBufferStage(PipelineStage):
-    """A stage whose receive buffers live from the receiving to their use.
+    """A stage whose receive buffers are allocated at the receive and freed after use.
 
-    torch makes the buffers of all microbatches before the first and keeps them indefinitely, which
-    is more than there is memory where a step has hundreds of microbatches.
+    torch allocates receive buffers for all microbatches up front and never frees them, which does
+    not fit in memory where a step has hundreds of microbatches.
     """
 
     def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
-        with self._without_memory():
+        with self._on_meta_device():
             super()._setup_forward_recv_info(num_microbatches, has_backward)
 
     def _setup_backward_recv_info(self, num_microbatches: int) -> None:
-        with self._without_memory():
+        with self._on_meta_device():
             super()._setup_backward_recv_info(num_microbatches)
 
     @contextmanager
-    def _without_memory(self) -> Iterator[None]:
+    def _on_meta_device(self) -> Iterator[None]:
         device, self.device = self.device, torch.device("meta")
         try:
             yield
@@ -64,24 +64,24 @@ class TransientBufferStage(PipelineStage):
             self.device = device
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """Receives of a microbatch's input, into new buffers."""
+        """Returns the receives of a microbatch's input, into new buffers."""
         self._allocate(self.args_recv_info[fwd_chunk_id])
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """Receives of the gradient of a microbatch's output, into new buffers."""
+        """Returns the receives of the gradient of a microbatch's output, into new buffers."""
         if self.has_backward:
             self._allocate(self.grad_recv_info[bwd_chunk_id])
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Forward of a microbatch; autograd holds its input from here on."""
+        """Runs forward of a microbatch; autograd keeps its input from here on."""
         out = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         self._free(self.args_recv_info[fwd_chunk_id])
         return out
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        """Backward of a microbatch."""
+        """Runs backward of a microbatch."""
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         self._free(self.grad_recv_info[bwd_chunk_id])
 

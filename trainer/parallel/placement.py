@@ -2,8 +2,8 @@
 
 Tensor ranks divide what belongs to heads, output groups, vocabulary and the shared expert's inner
 dimension; expert ranks divide the experts, and expert-tensor ranks each expert's inner dimension,
-as the table in model/parameters.py says. Any other tensor is whole on all ranks of its pipeline
-stage. Imports no torch.
+as the table in model/parameters.py says. Any other tensor is replicated on all ranks of its
+pipeline stage. Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Literal
 
 from model.parameter_spec import Shape
 from model.parameters import spec_of
-from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
+from trainer.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, coordinates_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["whole", "tensor", "expert"]
+Kind = Literal["replicated", "tensor", "expert"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Placement:
     """The shard of a logical tensor that this rank holds.
 
     Attributes:
-        kind: which axes divide the tensor.
+        kind: which ranks shard the tensor.
         global_shape: the unsharded tensor's shape.
         global_offset: index of the shard's first element in the unsharded tensor.
         local_shape: the shard's shape.
-        dim: the dimension that tensor ranks (expert-tensor ranks for experts) divide, or None.
+        dim: the dimension that tensor ranks (expert-tensor ranks for experts) shard, or None.
         replicas: the number of ranks of the pipeline stage that hold the same shard.
     """
 
@@ -44,7 +44,7 @@ class Placement:
 
     @property
     def matrix_shape(self) -> Shape:
-        """The global shape, but of the experts only the local ones: each is a matrix."""
+        """Unsharded shape of the local matrices; the first dim of experts is their local number."""
         if self.kind != "expert":
             return self.global_shape
         return (self.local_shape[0], *self.global_shape[1:])
@@ -64,36 +64,36 @@ class Placement:
         return matrix
 
 
-def split_dim(name: str) -> tuple[Kind, int | None]:
-    """Returns which axes divide a parameter or buffer, and along which dimension."""
-    return spec_of(name).sharded or ("whole", None)
+def sharding_of(name: str) -> tuple[Kind, int | None]:
+    """Returns which ranks shard a parameter or buffer, and along which dimension."""
+    return spec_of(name).sharded or ("replicated", None)
 
 
-def place(name: str, shape: Shape, degrees: Degrees, rank: int) -> Placement:
-    """The shard of the tensor `name`, of the whole `shape`, that `rank` holds."""
-    kind, dim = split_dim(name)
-    offset, size = [0] * len(shape), list(shape)
-    stage = degrees.world // degrees.pipeline
+def placement_of(name: str, shape: Shape, degrees: Degrees, rank: int) -> Placement:
+    """Returns which shard of the tensor `name`, of the unsharded `shape`, `rank` holds."""
+    kind, dim = sharding_of(name)
+    offset, local_shape = [0] * len(shape), list(shape)
+    replicas = degrees.world_size // degrees.pipeline
 
-    def cut(along: int, index: int, parts: int) -> None:
-        size[along] = shape[along] // parts
-        offset[along] = index * size[along]
+    def shard_dim(along: int, rank: int, num_ranks: int) -> None:
+        local_shape[along] = shape[along] // num_ranks
+        offset[along] = rank * local_shape[along]
 
     if kind == "tensor":
         assert dim is not None
-        cut(dim, place_of(rank, DENSE, degrees)["tensor"], degrees.tensor)
-        stage //= degrees.tensor
+        shard_dim(dim, coordinates_of(rank, DENSE_AXES, degrees)["tensor"], degrees.tensor)
+        replicas //= degrees.tensor
         dim = dim if degrees.tensor > 1 else None
     elif kind == "expert":
         assert dim is not None
-        places = place_of(rank, EXPERT, degrees)
-        cut(0, places["expert"], degrees.expert)
-        cut(dim, places["expert_tensor"], degrees.expert_tensor)
-        stage = degrees.expert_data
+        coordinates = coordinates_of(rank, EXPERT_AXES, degrees)
+        shard_dim(0, coordinates["expert"], degrees.expert)
+        shard_dim(dim, coordinates["expert_tensor"], degrees.expert_tensor)
+        replicas = degrees.expert_data
         dim = dim if degrees.expert_tensor > 1 else None
-    return Placement(kind, shape, tuple(offset), tuple(size), dim, stage)
+    return Placement(kind, shape, tuple(offset), tuple(local_shape), dim, replicas)
 
 
-def place_all(shapes: Mapping[str, Shape], degrees: Degrees, rank: int) -> dict[str, Placement]:
-    """The placement of every tensor by name."""
-    return {name: place(name, tuple(shape), degrees, rank) for name, shape in shapes.items()}
+def placements_of(shapes: Mapping[str, Shape], degrees: Degrees, rank: int) -> dict[str, Placement]:
+    """Returns the placement of every tensor by name."""
+    return {name: placement_of(name, tuple(shape), degrees, rank) for name, shape in shapes.items()}

@@ -1,6 +1,6 @@
 """Turns a model into this rank's part of it: one sequence, to be read from top to bottom.
 
-On the meta device, before memory is allocated (`localise`):
+On the meta device, before memory is allocated (`build_local_model`):
 
 1. Execution: modules get it when they are constructed and are not changed afterwards: matmuls and
    pointwise ops, the dispatch of tokens to experts, the exchange of tokens between ranks, the
@@ -36,15 +36,15 @@ from model.linear import FP8, UNQUANTISED
 from model.pointwise import EAGER_OR_TRITON, compiled_or_triton
 from optim import Assignment, HybridZero, OptimConfig
 from optim.zero.group import Precision
-from trainer.parallel.context import place_on_ranks
+from trainer.parallel.context import shard_rows
 from trainer.parallel.expert import ExpertDispatch
 from trainer.parallel.gradients import Gradients
 from trainer.parallel.grid import Grid
-from trainer.parallel.optimizer_sharding import make_zero
+from trainer.parallel.optimizer_sharding import build_hybrid_zero
 from trainer.parallel.pipeline import Pipeline
-from trainer.parallel.placement import Placement, place_all
-from trainer.parallel.recompute import Recompute
-from trainer.parallel.stage_plan import StagePlan, tied_embedding
+from trainer.parallel.placement import Placement, placements_of
+from trainer.parallel.recompute import ActivationCheckpointing
+from trainer.parallel.stage_plan import StagePlan, embedding_is_replicated
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class LocalModel:
     stages: StagePlan
 
 
-def localise(
+def build_local_model(
     config: ModelConfig,
     dtype: torch.dtype,
     grid: Grid,
@@ -79,14 +79,14 @@ def localise(
     keep_stages(model, stages, grid.pipeline.rank)
     # 3. Placement.
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    placements = place_all(shapes, grid.degrees, grid.rank)
+    placements = placements_of(shapes, grid.degrees, grid.rank)
     # 4. Tensor.
     if grid.tensor.size > 1 and hasattr(model, "embed"):  # which a pipeline stage may lack
-        from trainer.parallel.tensor import SplitEmbedding  # imports megatron-core: seconds
+        from trainer.parallel.tensor import ShardedEmbedding  # imports megatron-core: seconds
 
-        model.embed = SplitEmbedding(model.embed, grid.tensor)
+        model.embed = ShardedEmbedding(model.embed, grid.tensor)
     # 5. Shapes.
-    shrink(model, placements)
+    shard_parameters(model, placements)
     return LocalModel(model, placements, stages)
 
 
@@ -98,12 +98,12 @@ def make_execution(
     compiled: bool = False,
     dispatch: Dispatch | None = None,
 ) -> Execution:
-    """The Execution of this rank; arguments as in `localise`."""
+    """The Execution of this rank; arguments as in `build_local_model`."""
     if dispatch is None:
-        dispatch = ExpertDispatch(grid) if grid.expert.size > 1 else LOCAL.dispatch
+        dispatch = ExpertDispatch(grid) if grid.expert_all_to_all.size > 1 else LOCAL.dispatch
     place_tokens = LOCAL.place_tokens
     if grid.sequence.size > 1:
-        place_tokens = partial(place_on_ranks, grid=grid)
+        place_tokens = partial(shard_rows, grid=grid)
     cross_entropy = LOCAL.cross_entropy
     if grid.tensor.size > 1:
         from trainer.parallel.tensor import VocabCrossEntropy  # imports megatron-core: seconds
@@ -115,7 +115,7 @@ def make_execution(
         dispatch=dispatch,
         place_tokens=place_tokens,
         cross_entropy=cross_entropy,
-        call_part=Recompute(recompute, offload) if recompute else LOCAL.call_part,
+        call_part=ActivationCheckpointing(recompute, offload) if recompute else LOCAL.call_part,
     )
 
 
@@ -135,7 +135,7 @@ def keep_stages(model: V4Model, stages: StagePlan, rank: int) -> None:
         del model.embed
 
 
-def shrink(model: nn.Module, placements: dict[str, Placement]) -> None:
+def shard_parameters(model: nn.Module, placements: dict[str, Placement]) -> None:
     """Gives every parameter the shape of its shard."""
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(module_name, recurse=False):
@@ -157,22 +157,22 @@ def shard_optimizer(
     config: OptimConfig,
     grid: Grid,
     seed: int = 0,
-    padding: float = 0.1,
-    gradients: Precision = "fp32",
-    expert_gradients: Precision = "fp32",
+    max_padding: float = 0.1,
+    grad_reduce_dtype: Precision = "fp32",
+    expert_grad_reduce_dtype: Precision = "fp32",
 ) -> HybridZero:
-    """7. The optimizer with masters and states sharded over ranks; see `make_zero`."""
-    return make_zero(
+    """7. The optimizer with masters and states sharded over ranks; see `build_hybrid_zero`."""
+    return build_hybrid_zero(
         dict(local.model.named_parameters()),
         local.placements,
         table,
         config,
         grid,
-        tied_embedding(local.stages, local.model.config.num_nextn_predict_layers),
+        embedding_is_replicated(local.stages, local.model.config.num_nextn_predict_layers),
         seed,
-        padding,
-        gradients,
-        expert_gradients,
+        max_padding,
+        grad_reduce_dtype,
+        expert_grad_reduce_dtype,
     )
 
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from model.execution import BlockPart
 
 
-class Recompute:
+class ActivationCheckpointing:
     """`Execution.compute` that recomputes `parts` in backward.
 
     The saved inputs of the parts in `offload` (`block` or `attention`) are kept in host memory.

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.kernels.cross_entropy import chunk_tokens
-from trainer.parallel.collectives import sum_
+from trainer.parallel.collectives import all_reduce_
 from trainer.parallel.grid import Axis
-from trainer.parallel.ring import sum_bytes
+from trainer.parallel.ring import all_reduce_bytes
 
 with warnings.catch_warnings(action="ignore"):  # about absent NVIDIA packages
     from megatron.core import ModelParallelConfig
@@ -28,7 +28,7 @@ with warnings.catch_warnings(action="ignore"):  # about absent NVIDIA packages
     from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 
 
-class SplitEmbedding(VocabParallelEmbedding):
+class ShardedEmbedding(VocabParallelEmbedding):
     """An embedding, on the meta device, whose vocabulary is sharded over tensor ranks.
 
     Every rank gets the embeddings of all queries: the ranks' partial results are summed.
@@ -53,8 +53,8 @@ class SplitEmbedding(VocabParallelEmbedding):
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         embedded_TD = super().forward(tokens_T)
-        size = sum_bytes(self.axis.size, embedded_TD.nbytes)
-        self.axis.traffic.add(self.axis.name, "sum", size)
+        size = all_reduce_bytes(self.axis.size, embedded_TD.nbytes)
+        self.axis.traffic.add(self.axis.name, "all_reduce", size)
         return embedded_TD
 
 
@@ -113,7 +113,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
             mask_n, index_n, picked_n, sum_n, powers_nV = parts.calculate_predicted_logits(
                 logits_nV, target_T[rows], top_n, first, first + weight.shape[0]
             )
-            picked_n, sum_n = sum_(torch.stack([picked_n, sum_n]), axis).unbind(0)
+            picked_n, sum_n = all_reduce_(torch.stack([picked_n, sum_n]), axis).unbind(0)
             softmax_nV, loss_n = parts.calculate_cross_entropy_loss(powers_nV, picked_n, sum_n)
             total += (loss_n * share_n).sum()
             if grad_hidden is not None and grad_weight is not None:
@@ -136,5 +136,5 @@ class _VocabCrossEntropy(torch.autograd.Function):
 
 
 def _max(tensor: Tensor, axis: Axis) -> None:
-    axis.traffic.add(axis.name, "sum", sum_bytes(axis.size, tensor.nbytes))
+    axis.traffic.add(axis.name, "all_reduce", all_reduce_bytes(axis.size, tensor.nbytes))
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=axis.group)

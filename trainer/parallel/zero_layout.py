@@ -1,4 +1,4 @@
-"""Which ranks share the ownership of which parameters, from names and degrees alone. No torch.
+"""Decides, from names and degrees alone, which ranks own which parameters. Imports no torch.
 
 Parameters that every rank of a pipeline stage holds are owned over the stage; those that
 tensor-parallel ranks shard, over the ranks with the same shard; experts, over the ranks with the
@@ -14,11 +14,11 @@ from typing import Literal
 
 from optim import Assignment, MuonConfig, OptimError
 from optim.zero import Layout, Load, LocalParameter, loads_of, plan_owners
-from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
+from trainer.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, coordinates_of
 from trainer.parallel.placement import Placement
 
-GroupKind = Literal["whole", "tensor", "expert", "embedding"]
-KINDS: tuple[GroupKind, ...] = ("whole", "tensor", "expert", "embedding")
+GroupKind = Literal["replicated", "tensor", "expert", "embedding"]
+KINDS: tuple[GroupKind, ...] = ("replicated", "tensor", "expert", "embedding")
 """The order of the groups on every rank, fp32 parameters before lower precision in each."""
 
 
@@ -27,67 +27,68 @@ class ShardGroup:
     """Parameters of one precision that the same ranks hold, and who owns which part of them.
 
     Attributes:
-        is_low: whether their precision is lower than fp32.
-        ranks: number of ranks that hold the same shard; every `layout.owners` consecutive ones of
-            them own it together.
+        is_low_precision: whether their precision is lower than fp32.
+        num_ranks: number of ranks that hold the same shard. They form groups of `layout.owners`
+            consecutive ranks; the ranks of each group own all of the shard together.
     """
 
     kind: GroupKind
-    is_low: bool
+    is_low_precision: bool
     local_parameters: tuple[LocalParameter, ...]
-    ranks: int
+    num_ranks: int
     layout: Layout
 
     @property
     def replicas(self) -> int:
-        """How many times the same update is made."""
-        return self.ranks // self.layout.owners
+        """Number of groups of owners; each computes the same update."""
+        return self.num_ranks // self.layout.owners
 
 
 def shard_groups(
     table: Sequence[Assignment],
     placements: Mapping[str, Placement],
-    low: Collection[str],
+    low_precision: Collection[str],
     degrees: Degrees,
-    tied: bool,
+    embedding_is_replicated: bool,
     muon: MuonConfig,
-    padding: float,
+    max_padding: float,
 ) -> list[ShardGroup]:
     """Groups a rank's parameters, all of whose names are in `table`. No group is empty.
 
     Args:
-        low: names of parameters of lower precision than fp32.
-        tied: whether the first and the last stage both hold `embed.weight`.
-        padding: maximum padding of a buffer, as a fraction of the elements that it holds.
+        low_precision: names of parameters of lower precision than fp32.
+        embedding_is_replicated: whether the first and the last stage both hold `embed.weight`.
+        max_padding: maximum padding of a buffer, as a fraction of the elements that it holds.
 
-    Raises OptimError where ranks shard a parameter of several matrices, but not between them.
+    Raises OptimError if a shard boundary falls inside one of a parameter's several matrices.
     """
-    stage = degrees.world // degrees.pipeline
+    stage = degrees.world_size // degrees.pipeline
     ranks = {
-        "whole": (stage, 1),
+        "replicated": (stage, 1),
         "tensor": (stage // degrees.tensor, degrees.tensor),
         "expert": (degrees.expert_data, degrees.expert_tensor),
         "embedding": (stage // degrees.tensor, degrees.tensor),
     }
     groups = []
     for kind in KINDS:
-        same_shard, assembly_ranks = ranks[kind]
-        for is_low in (False, True):
+        num_ranks, assembly_ranks = ranks[kind]  # the latter shard each matrix (optim/zero/plan.py)
+        for is_low_precision in (False, True):
             parameters = tuple(
                 local_parameter(entry, placements[entry.name])
                 for entry in table
-                if _kind(entry.name, placements, tied) == kind and (entry.name in low) == is_low
+                if _kind(entry.name, placements, embedding_is_replicated) == kind
+                and (entry.name in low_precision) == is_low_precision
             )
             if parameters:
-                layout = plan_owners(parameters, same_shard, assembly_ranks, muon, padding)
-                groups.append(ShardGroup(kind, is_low, parameters, same_shard, layout))
+                layout = plan_owners(parameters, num_ranks, assembly_ranks, muon, max_padding)
+                groups.append(ShardGroup(kind, is_low_precision, parameters, num_ranks, layout))
     return groups
 
 
 def local_parameter(entry: Assignment, placement: Placement) -> LocalParameter:
-    """How a rank with this placement holds a parameter.
+    """Returns a parameter as a rank with this placement holds it.
 
-    Raises OptimError where ranks shard a parameter of several matrices, but not between them.
+    Raises OptimError if a shard boundary falls inside one of a parameter's several matrices.
     """
     shape = placement.local_shape
     if entry.matrices is None or placement.dim is None:
@@ -100,33 +101,43 @@ def local_parameter(entry: Assignment, placement: Placement) -> LocalParameter:
     if count > 1:
         raise OptimError(
             f"parameter '{entry.name}' is {count} matrices of {rows} rows, and a rank holds "
-            f"{list(shape)} of {list(entry.shape)}; ranks must split it between matrices"
+            f"{list(shape)} of {list(entry.shape)}; shard boundaries must coincide with "
+            "matrix boundaries"
         )
     return LocalParameter(entry, shape, is_sharded=True)
 
 
-def _kind(name: str, placements: Mapping[str, Placement], tied: bool) -> GroupKind:
-    return "embedding" if tied and name == "embed.weight" else placements[name].kind
+def _kind(
+    name: str, placements: Mapping[str, Placement], embedding_is_replicated: bool
+) -> GroupKind:
+    if embedding_is_replicated and name == "embed.weight":
+        return "embedding"
+    return placements[name].kind
 
 
 def group_ranks(degrees: Degrees, rank: int) -> dict[GroupKind, tuple[int, int]]:
-    """By kind, a rank's index among those with the same shard, and among those that shard."""
-    dense, expert = place_of(rank, DENSE, degrees), place_of(rank, EXPERT, degrees)
-    split = dense["data"] * degrees.context + dense["context"]
+    """Returns two indices of a rank for each kind of group.
+
+    The first is among the ranks that hold the same shard, the second among those that hold the
+    shards of the same matrices.
+    """
+    dense = coordinates_of(rank, DENSE_AXES, degrees)
+    expert = coordinates_of(rank, EXPERT_AXES, degrees)
+    replica = dense["data"] * degrees.context + dense["context"]
     return {
-        "whole": (split * degrees.tensor + dense["tensor"], 0),
-        "tensor": (split, dense["tensor"]),
+        "replicated": (replica * degrees.tensor + dense["tensor"], 0),
+        "tensor": (replica, dense["tensor"]),
         "expert": (expert["expert_data"], expert["expert_tensor"]),
-        "embedding": (split, dense["tensor"]),
+        "embedding": (replica, dense["tensor"]),
     }
 
 
 def stage_loads(
     groups: Sequence[ShardGroup], degrees: Degrees, pipeline: int, muon: MuonConfig
 ) -> list[dict[tuple[GroupKind, bool], Load]]:
-    """By rank of a pipeline stage, what it keeps and computes of each group."""
-    group_loads = {(g.kind, g.is_low): (g, loads_of(g.layout, muon)) for g in groups}
-    stage = degrees.world // degrees.pipeline
+    """Returns, for every rank of a pipeline stage, its load (memory and FLOPs) from each group."""
+    group_loads = {(g.kind, g.is_low_precision): (g, loads_of(g.layout, muon)) for g in groups}
+    stage = degrees.world_size // degrees.pipeline
     by_rank = []
     for rank in range(pipeline * stage, (pipeline + 1) * stage):
         indices = group_ranks(degrees, rank)

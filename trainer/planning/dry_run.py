@@ -145,7 +145,7 @@ def count_memory(
     not fit the processes, RuntimeError inside a process group.
     """
     degrees = config.degrees(world)
-    stage_ranks = degrees.world // degrees.pipeline
+    stage_ranks = degrees.world_size // degrees.pipeline
     places = []
     for pipeline in range(degrees.pipeline):
         chosen = {0, stage_ranks - 1, stage_parts(config, degrees, pipeline).fullest}
@@ -167,14 +167,14 @@ def count_memory(
 @contextmanager
 def as_rank(rank: int, degrees: Degrees) -> Iterator[Grid]:
     """Yields the grid of `rank` on the meta device; its collectives move nothing."""
-    if degrees.world == 1:
+    if degrees.world_size == 1:
         yield Grid.build(degrees, META)
         return
     if dist.is_initialized():
         raise RuntimeError("a dry run makes process groups of its own, but some exist already")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.world)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.world_size)
     try:
         with warnings.catch_warnings(action="ignore"):  # of collectives without a device
             yield Grid.build(degrees, META)
@@ -206,7 +206,7 @@ class _Part:
 
     def __init__(self, config: RunConfig, grid: Grid, phase: Phase) -> None:
         self.config, self.grid, self.phase = config, grid, phase
-        dispatch = EvenDispatch(grid) if grid.expert.size > 1 else None
+        dispatch = EvenDispatch(grid) if grid.expert_all_to_all.size > 1 else None
         self.local: LocalModel = make_local(config, grid, dispatch)
         self.optimizer = make_optimizer(config, self.local, grid)
         self.engine: NativeEngine = NativeEngine(self.local, grid)

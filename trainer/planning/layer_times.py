@@ -23,7 +23,7 @@ from model.flops import flops_per_layer
 from trainer.build import DTYPES
 from trainer.config import RunConfig
 from trainer.parallel.grid import local_device
-from trainer.parallel.stage_plan import balanced
+from trainer.parallel.stage_plan import balance_layers
 
 CPU_TOKENS = 256
 REPEATS = 3
@@ -61,7 +61,7 @@ def measure_layers(config: RunConfig, world: int) -> Iterator[Table | str]:
     if stages == 1:
         yield "There is one stage: nothing to balance."
         return
-    layers = balanced(times.of_layers(config.model), times.tail, stages)
+    layers = balance_layers(times.of_layers(config.model), times.tail, stages)
     yield f"parallel.pipeline_layers_per_stage=[{','.join(map(str, layers))}]"
 
 

@@ -21,7 +21,7 @@ from optim.partition import build_table, render_table
 from trainer.config import ConfigError, Phase, Recipe, RunConfig, short_length
 from trainer.formatting import GIB, duration, gib, short
 from trainer.metrics import read_metrics
-from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
+from trainer.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, coordinates_of
 from trainer.parallel.stage_plan import StagePlan
 from trainer.planning.static_memory import (
     StageParts,
@@ -30,7 +30,7 @@ from trainer.planning.static_memory import (
     fullest_parts,
     snapshot_bytes,
 )
-from trainer.planning.traffic import Exchange, Work, step_traffic
+from trainer.planning.traffic import GradientReduction, Work, step_traffic
 
 if TYPE_CHECKING:
     from trainer.planning.dry_run import DryRun, RankMemory
@@ -39,7 +39,7 @@ UTILISATION = 0.4
 """MFU that is assumed before a run has been measured."""
 MAX_RANKS = 64
 """Ranks whose coordinates are listed."""
-COLLECTIVES = ("gather", "scatter", "sum", "exchange", "send")
+COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")
 
 
 def describe_plan(
@@ -102,8 +102,11 @@ def summary(config: RunConfig, degrees: Degrees) -> Table:
     table.add_column("value", justify="right")
     rows_of_rank = math.ceil(largest.global_batch_size / degrees.data)
     for name, value in (
-        ("processes", f"{degrees.world:,}"),
-        *((" x ".join(axes), " x ".join(map(str, degrees.of(axes)))) for axes in (DENSE, EXPERT)),
+        ("processes", f"{degrees.world_size:,}"),
+        *(
+            (" x ".join(axes), " x ".join(map(str, degrees.of(axes))))
+            for axes in (DENSE_AXES, EXPERT_AXES)
+        ),
         ("steps", f"{config.recipe.steps:,}"),
         ("tokens per step, max", f"{step_tokens:,}"),
         ("tokens in total, max", f"{sum(phase.tokens for phase in phases):,}"),
@@ -165,10 +168,10 @@ def expected_rate(config: RunConfig, degrees: Degrees) -> tuple[float | None, st
         speed = speeds[len(speeds) // 2]
         return speed * 1e12, f"Times at {speed:.3g} TFLOP/s, the median of the run's last steps."
     if (peak := config.metrics.peak_tflops) is not None:
-        rate = UTILISATION * peak * degrees.world
+        rate = UTILISATION * peak * degrees.world_size
         return rate * 1e12, (
-            f"Times at {UTILISATION:.0%} of metrics.peak_tflops = {peak:g} on {degrees.world:,} "
-            "processes; the run has no measured steps yet."
+            f"Times at {UTILISATION:.0%} of metrics.peak_tflops = {peak:g} on "
+            f"{degrees.world_size:,} processes; the run has no measured steps yet."
         )
     return None, "Times need metrics.peak_tflops, or a run with measured steps."
 
@@ -190,7 +193,9 @@ def stage_table(config: RunConfig) -> Table:
     length = config.recipe.seq_len
     stages = config.parallel.stages(config.model, length)
     shares = stage_shares(stages, *flops_per_layer(config.model, length))
-    rank_of = {number: rank for rank in range(stages.ranks) for number in stages.stages_of(rank)}
+    rank_of = {
+        number: rank for rank in range(stages.num_ranks) for number in stages.stages_of(rank)
+    }
     table = Table(title="stages", title_justify="left")
     for name in ("stage", "pipeline rank", "layers", "kinds", "FLOPs"):
         table.add_column(name, justify="left" if name == "kinds" else "right")
@@ -209,21 +214,22 @@ def stage_shares(stages: StagePlan, costs: list[float], tail: float) -> list[flo
     """Returns each stage's share of the cost of all layers and of the `tail` after them."""
     of_stage = [
         sum(costs[row] for row in stages.layers_of(number)) + tail * stages.is_last(number)
-        for number in range(len(stages.layers))
+        for number in range(len(stages.layer_counts))
     ]
     return [cost / (sum(costs) + tail) for cost in of_stage]
 
 
 def rank_table(degrees: Degrees) -> Table:
     """Returns the coordinates of the first ranks on every axis."""
-    names = [*DENSE, *EXPERT[:-1]]
+    names = [*DENSE_AXES, *EXPERT_AXES[:-1]]
     table = Table(title="ranks", title_justify="left")
     for name in ("rank", *names):
         table.add_column(name, justify="right")
-    for rank in range(min(degrees.world, MAX_RANKS)):
-        places = {**place_of(rank, DENSE, degrees), **place_of(rank, EXPERT, degrees)}
-        table.add_row(str(rank), *(str(places[name]) for name in names))
-    if degrees.world > MAX_RANKS:
+    for rank in range(min(degrees.world_size, MAX_RANKS)):
+        coordinates = coordinates_of(rank, DENSE_AXES, degrees)
+        coordinates |= coordinates_of(rank, EXPERT_AXES, degrees)
+        table.add_row(str(rank), *(str(coordinates[name]) for name in names))
+    if degrees.world_size > MAX_RANKS:
         table.add_row("…", *[""] * len(names))
     return table
 
@@ -245,16 +251,16 @@ def traffic_of(config: RunConfig, degrees: Degrees) -> Table | str:
         parallel.recompute,
         phase.attention,
     )
-    exchange = Exchange(
+    reduction = GradientReduction(
         parallel.grad_reduce_dtype,
         parallel.expert_grad_reduce_dtype,
         parallel.max_optimizer_padding,
     )
     stages = parallel.stages(config.model, config.recipe.seq_len)
-    first_ranks = range(0, degrees.world, degrees.world // degrees.pipeline)
+    first_ranks = range(0, degrees.world_size, degrees.world_size // degrees.pipeline)
     try:
         by_rank = {
-            rank: step_traffic(config.model, degrees, stages, rank, work, config.optim, exchange)
+            rank: step_traffic(config.model, degrees, stages, rank, work, config.optim, reduction)
             for rank in first_ranks
         }
     except ValueError as error:
@@ -267,14 +273,14 @@ def traffic_of(config: RunConfig, degrees: Degrees) -> Table | str:
 def traffic_table(sent: Mapping[tuple[str, str], int], title: str) -> Table:
     """Returns the bytes sent by axis and collective.
 
-    `stage/8` is the optimizer's exchange within groups of 8 owners of a pipeline stage, `stage*2`
-    the sum over 2 such groups.
+    `stage/8` is the optimizer's traffic within groups of 8 owners of a pipeline stage, `stage*2`
+    the all-reduce over 2 such groups.
     """
     unit, name = (GIB, "GiB") if sum(sent.values()) >= GIB else (2**20, "MiB")
     table = Table(title=f"{title}, {name}", title_justify="left")
     table.add_column("axis")
     for name in (*COLLECTIVES, "total"):
-        table.add_column(name, justify="right")
+        table.add_column(name.replace("_", " "), justify="right")
 
     def add(name: str, sizes: Sequence[int]) -> None:
         cells = [f"{size / unit:,.2f}" if size else "" for size in (*sizes, sum(sizes))]

@@ -15,8 +15,8 @@ from optim import build_table
 from optim.zero import Load, LoadSummary
 from trainer.config import RunConfig
 from trainer.parallel.degrees import Degrees
-from trainer.parallel.placement import place_all
-from trainer.parallel.stage_plan import StagePlan, tied_embedding
+from trainer.parallel.placement import placements_of
+from trainer.parallel.stage_plan import StagePlan, embedding_is_replicated
 from trainer.parallel.zero_layout import GroupKind, ShardGroup, shard_groups, stage_loads
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ class StageParts:
     def parts(self, rank: int) -> dict[str, int]:
         """Returns the bytes by part of a rank, by its number in the stage."""
         masters = states = 0
-        for (_, is_low), load in self.loads[rank].items():
+        for (_, is_low_precision), load in self.loads[rank].items():
             # fp32 parameters are their own masters, except matrices that ranks split.
-            masters += 4 * (load.muon + load.adamw if is_low else load.gathered)
+            masters += 4 * (load.muon + load.adamw if is_low_precision else load.gathered)
             states += 4 * (
                 load.muon + 2 * load.adamw + load.adamw_slices
             )  # each slice has a step count
@@ -63,7 +63,7 @@ class StageParts:
 
     def snapshot(self, rank: int) -> int:
         """Returns the bytes of a snapshot of a rank, which holds all that a resume needs."""
-        low = (load for (_, is_low), load in self.loads[rank].items() if is_low)
+        low = (load for (_, is_low_precision), load in self.loads[rank].items() if is_low_precision)
         masters = sum(4 * (load.muon + load.adamw) for load in low)
         return self.unmastered + masters + self.parts(rank)["optimizer states"]
 
@@ -98,12 +98,12 @@ def stage_parts(config: RunConfig, degrees: Degrees, pipeline: int) -> StagePart
     stages = config.parallel.stages(config.model, config.recipe.seq_len)
     tensors = stage_tensors(config.model, stages, pipeline)
     shapes = {name: line.shape for name, line in tensors.items()}
-    placements = place_all(shapes, degrees, pipeline * (degrees.world // degrees.pipeline))
+    placements = placements_of(shapes, degrees, pipeline * (degrees.world_size // degrees.pipeline))
     bytes_of_dtype = {"weights": 4 if config.precision == "fp32" else 2, "fp32": 4, "int64": 8}
     elements = {name: math.prod(placement.local_shape) for name, placement in placements.items()}
     sizes_of = {n: elements[n] * bytes_of_dtype[line.spec.dtype] for n, line in tensors.items()}
     trained = [name for name, line in tensors.items() if line.spec.group is not None]
-    low = {name for name in trained if sizes_of[name] < 4 * elements[name]}
+    low_precision = {name for name in trained if sizes_of[name] < 4 * elements[name]}
     groups = shard_groups(
         build_table(
             {name: placements[name].matrix_shape for name in trained},
@@ -111,9 +111,9 @@ def stage_parts(config: RunConfig, degrees: Degrees, pipeline: int) -> StagePart
             config.optim,
         ),
         placements,
-        low,
+        low_precision,
         degrees,
-        tied_embedding(stages, config.model.num_nextn_predict_layers),
+        embedding_is_replicated(stages, config.model.num_nextn_predict_layers),
         config.optim.muon,
         config.parallel.max_optimizer_padding,
     )
@@ -125,7 +125,7 @@ def stage_parts(config: RunConfig, degrees: Degrees, pipeline: int) -> StagePart
         stage_loads(groups, degrees, pipeline, config.optim.muon),
         sum(sizes_of.values()),
         4 * sum(elements[name] for name in trained),
-        sum(size for name, size in sizes_of.items() if name not in low),
+        sum(size for name, size in sizes_of.items() if name not in low_precision),
         quantised,
     )
 
@@ -180,9 +180,9 @@ def assignment(stages: Sequence[StageParts]) -> Iterator[Table | str]:
             table.add_row(
                 str(pipeline),
                 group.kind,
-                "bf16" if group.is_low else "fp32",
+                "bf16" if group.is_low_precision else "fp32",
                 f"{matrices:,}",
-                f"{group.ranks:,}",
+                f"{group.num_ranks:,}",
                 f"{group.layout.owners:,}",
                 f"{group.replicas:,}",
                 f"{group.layout.padding:.1%}",

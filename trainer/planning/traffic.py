@@ -1,7 +1,7 @@
 """Bytes that every rank sends in one optimizer step, in closed form. Imports no torch.
 
-A run counts the same numbers (`grid.traffic`), and a test compares them. A gather and the scatter
-that is its transpose send the same, whichever is in forward.
+A run counts the same numbers (`grid.traffic`), and a test compares them. An all-gather and the
+reduce-scatter that is its adjoint send the same, whichever is in forward.
 
 Letters:
 
@@ -22,10 +22,10 @@ import numpy as np
 from model.config import LayerType, ModelConfig
 from model.parameters import Shapes, always_fp32, parameter_table
 from optim import OptimConfig, build_table
-from trainer.parallel.degrees import DENSE, EXPERT, Degrees, place_of
-from trainer.parallel.placement import place_all
-from trainer.parallel.ring import gather_bytes, scatter_bytes, sum_bytes
-from trainer.parallel.stage_plan import StagePlan, tied_embedding
+from trainer.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, coordinates_of
+from trainer.parallel.placement import placements_of
+from trainer.parallel.ring import all_gather_bytes, all_reduce_bytes, reduce_scatter_bytes
+from trainer.parallel.stage_plan import StagePlan, embedding_is_replicated
 from trainer.parallel.zero_layout import ShardGroup, group_ranks, shard_groups
 from trainer.planning.static_memory import stage_tensors
 
@@ -81,12 +81,12 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class GradientReduction:
     """How gradients are reduced and divided among owners, as in the config."""
 
-    gradients: str = "fp32"
-    expert_gradients: str = "fp32"
-    padding: float = 0.1
+    grad_reduce_dtype: str = "fp32"
+    expert_grad_reduce_dtype: str = "fp32"
+    max_padding: float = 0.1
 
 
 def step_traffic(
@@ -96,7 +96,7 @@ def step_traffic(
     rank: int,
     work: Work,
     optim: OptimConfig | None = None,
-    exchange: Exchange | None = None,
+    reduction: GradientReduction | None = None,
 ) -> dict[tuple[str, str], int]:
     """Returns the bytes that `rank` sends in one step, by (axis, collective), without zeros.
 
@@ -117,7 +117,7 @@ def step_traffic(
     sent.world()
     tensors = stage_tensors(config, stages, sent.place["pipeline"]).items()
     shapes = {name: line.shape for name, line in tensors if line.spec.group is not None}
-    sent.update(shapes, optim or OptimConfig(), exchange or Exchange())
+    sent.update(shapes, optim or OptimConfig(), reduction or GradientReduction())
     return {key: round(size) for key, size in sent.bytes.items() if size}
 
 
@@ -134,20 +134,20 @@ class _Sent:
 
     def __post_init__(self) -> None:
         degrees = self.degrees
-        self.place = place_of(self.rank, DENSE, degrees)
-        expert = place_of(self.rank, EXPERT, degrees)
+        self.place = coordinates_of(self.rank, DENSE_AXES, degrees)
+        expert = coordinates_of(self.rank, EXPERT_AXES, degrees)
         self.ranks = {
             "tensor": degrees.tensor,
             "context": degrees.context,
             "sequence": degrees.tensor * degrees.context,
             "data": degrees.data,
-            "stage": degrees.world // degrees.pipeline,
-            "split": degrees.context * degrees.data,
-            "expert": degrees.expert * degrees.expert_tensor,
+            "stage": degrees.world_size // degrees.pipeline,
+            "tensor_replicas": degrees.context * degrees.data,
+            "expert_all_to_all": degrees.expert * degrees.expert_tensor,
             "expert_tensor": degrees.expert_tensor,
             "expert_data": degrees.expert_data,
-            "tied": 2,
-            "world": degrees.world,
+            "embedding": 2,
+            "world": degrees.world_size,
         }
         self.place |= expert | {
             "sequence": self.place["context"] * degrees.tensor + self.place["tensor"]
@@ -158,20 +158,20 @@ class _Sent:
         self.block_runs = 1 + ("block" in self.work.recompute)
         self.attention_runs = self.block_runs + ("attention" in self.work.recompute)
 
-    def _sum(self, axis: str, whole: float) -> None:
-        self.bytes[axis, "sum"] += sum_bytes(self.ranks[axis], whole)
+    def _all_reduce(self, axis: str, total: float) -> None:
+        self.bytes[axis, "all_reduce"] += all_reduce_bytes(self.ranks[axis], total)
 
-    def _gather(self, axis: str, part: float, forward: int = 1, backward: int = 1) -> None:
-        """Counts a gather in forward; in backward the gradients are reduced and scattered."""
+    def _all_gather(self, axis: str, part: float, forward: int = 1, backward: int = 1) -> None:
+        """Counts an all-gather in forward; backward reduce-scatters the gradients."""
         ranks = self.ranks[axis]
-        self.bytes[axis, "gather"] += forward * gather_bytes(ranks, part)
-        self.bytes[axis, "scatter"] += backward * scatter_bytes(ranks, ranks * part)
+        self.bytes[axis, "all_gather"] += forward * all_gather_bytes(ranks, part)
+        self.bytes[axis, "reduce_scatter"] += backward * reduce_scatter_bytes(ranks, ranks * part)
 
-    def _scatter(self, axis: str, part: float, forward: int = 1, backward: int = 1) -> None:
-        """Counts a reduce-scatter in forward, `part` to each; backward gathers gradients."""
+    def _reduce_scatter(self, axis: str, part: float, forward: int = 1, backward: int = 1) -> None:
+        """Counts a reduce-scatter in forward, `part` to each; backward all-gathers gradients."""
         ranks = self.ranks[axis]
-        self.bytes[axis, "scatter"] += forward * scatter_bytes(ranks, ranks * part)
-        self.bytes[axis, "gather"] += backward * gather_bytes(ranks, part)
+        self.bytes[axis, "reduce_scatter"] += forward * reduce_scatter_bytes(ranks, ranks * part)
+        self.bytes[axis, "all_gather"] += backward * all_gather_bytes(ranks, part)
 
     def microbatch(self, lengths: Lengths) -> None:
         """Counts forward and backward of this rank's stages."""
@@ -200,8 +200,8 @@ class _Sent:
     def _embedding(self, tokens: int) -> None:
         """Each tensor rank has a part of the vocabulary: a sum; backward gathers gradients."""
         size = self.config.hidden_size * self.element
-        self._sum("tensor", self.degrees.tensor * tokens * size)
-        self._scatter("tensor", tokens * size, forward=0)
+        self._all_reduce("tensor", self.degrees.tensor * tokens * size)
+        self._reduce_scatter("tensor", tokens * size, forward=0)
 
     def _head(self, tokens: int) -> None:
         """Gathers hidden states; per token sums a maximum, a sum and the target's logit.
@@ -209,14 +209,14 @@ class _Sent:
         Each tensor rank has the logits of a part of the vocabulary. The gradient is computed in
         forward and sends nothing more.
         """
-        self._gather("tensor", tokens * self.config.hidden_size * self.element)
-        self._sum("tensor", self.degrees.tensor * tokens * 3 * 4)
+        self._all_gather("tensor", tokens * self.config.hidden_size * self.element)
+        self._all_reduce("tensor", self.degrees.tensor * tokens * 3 * 4)
 
     def _attention(self, kind: LayerType, rows: Lengths, tokens: int) -> None:
         config, e, runs = self.config, self.element, self.attention_runs
         width = config.head_dim
-        self._gather("tensor", tokens * config.q_lora_rank * e, runs)  # low-rank queries
-        self._gather("tensor", tokens * width * e, runs)  # key-values
+        self._all_gather("tensor", tokens * config.q_lora_rank * e, runs)  # low-rank queries
+        self._all_gather("tensor", tokens * width * e, runs)  # key-values
         if self.degrees.context > 1:
             self._halo("context", config.sliding_window - 1, len(rows) * width * e, runs)
         if kind != "window":
@@ -224,7 +224,7 @@ class _Sent:
         if kind == "csa" and self.work.attention != "dense":
             self._index(rows, tokens)
         # Backward does not need this result, so recomputed attention ends before it.
-        self._scatter("tensor", tokens * config.hidden_size * e, self.block_runs)
+        self._reduce_scatter("tensor", tokens * config.hidden_size * e, self.block_runs)
 
     def _index(self, rows: Lengths, tokens: int) -> None:
         """Counts the indexer's entries and selected indices; if it trains, gradients and KL target.
@@ -238,9 +238,9 @@ class _Sent:
             self._entries("csa", rows, size, runs, backward=int(learns))
         picks = tokens * self.config.index_topk * 4
         if selects:
-            self._gather("tensor", picks, runs, backward=0)
+            self._all_gather("tensor", picks, runs, backward=0)
         if learns and selects:
-            self._scatter("tensor", picks, runs, backward=0)
+            self._reduce_scatter("tensor", picks, runs, backward=0)
         elif learns and self.degrees.tensor > 1:
             raise ValueError("no formula for the KL target of queries that attend to every entry")
 
@@ -258,7 +258,7 @@ class _Sent:
         run = self.work.seq_len // self.ranks[axis]
         before, after = self.place[axis], self.ranks[axis] - 1 - self.place[axis]
         sent, received = (min(tokens, run * ranks) for ranks in (after, before))
-        self.bytes[axis, "exchange"] += (forward * sent + backward * received) * size
+        self.bytes[axis, "all_to_all"] += (forward * sent + backward * received) * size
 
     def _entries(
         self, kind: LayerType, rows: Lengths, size: int, forward: int, backward: int = 1
@@ -269,7 +269,7 @@ class _Sent:
         ratio, overlap = self.config.compress_ratio(kind), 1 + (kind == "csa")
         halo = overlap * ratio - 1
         self._halo("sequence", halo, len(rows) * 2 * overlap * size, forward, backward)
-        self._gather("sequence", self._most_entries(rows, ratio) * size, forward, backward)
+        self._all_gather("sequence", self._most_entries(rows, ratio) * size, forward, backward)
 
     def _most_entries(self, rows: Lengths, ratio: int) -> int:
         """Returns the entries of the rank with most of them; all ranks send as many."""
@@ -285,32 +285,32 @@ class _Sent:
 
     def _experts(self, learned: bool, rows: Lengths, tokens: int) -> None:
         config, runs, size = self.config, self.block_runs, self.config.hidden_size * self.element
-        self._gather("tensor", tokens * size, runs)  # the shared expert's input
-        self._scatter("tensor", tokens * size, runs)
+        self._all_gather("tensor", tokens * size, runs)  # the shared expert's input
+        self._reduce_scatter("tensor", tokens * size, runs)
         if learned:
             samples = sum(map(len, rows))
-            self._sum("sequence", runs * samples * config.n_routed_experts * 4)
-        ranks = self.ranks["expert"]
+            self._all_reduce("sequence", runs * samples * config.n_routed_experts * 4)
+        ranks = self.ranks["expert_all_to_all"]
         counts = config.n_routed_experts // self.degrees.expert * 8
-        self.bytes["expert", "exchange"] += runs * (ranks - 1) * counts
+        self.bytes["expert_all_to_all", "all_to_all"] += runs * (ranks - 1) * counts
         if self.work.rows is None:
             away = tokens * config.num_experts_per_tok * self.degrees.expert_tensor
             self.expert_rows(ExpertRows(*[away * (ranks - 1) / ranks] * 2))
 
     def expert_rows(self, rows: ExpertRows) -> None:
         """Counts rows with fp32 weights to the experts and results back, and their gradients."""
-        if self.ranks["expert"] == 1:
+        if self.ranks["expert_all_to_all"] == 1:
             return
         size = self.config.hidden_size * self.element
         forward = rows.sent * (size + 4) + rows.received * size
         backward = rows.received * (size + 4) + rows.sent * size
-        self.bytes["expert", "exchange"] += self.block_runs * forward + backward
+        self.bytes["expert_all_to_all", "all_to_all"] += self.block_runs * forward + backward
 
     def _streams(self, number: int, tokens: int) -> None:
         """Counts residual streams to the next stage, and gradients to the previous one."""
         config, local = self.config, self.stages.stages_of(self.place["pipeline"])
         for other in (number - 1, number + 1):
-            if 0 <= other < len(self.stages.layers) and other not in local:
+            if 0 <= other < len(self.stages.layer_counts) and other not in local:
                 size = tokens * config.hc_mult * config.hidden_size * self.element
                 self.bytes["pipeline", "send"] += size
 
@@ -318,53 +318,56 @@ class _Sent:
         """Counts sums once per step: five fp64 counts, four fp64 losses, expert loads, the norm."""
         routers = self.config.num_hidden_layers + self.mtp
         loads = routers * (self.config.n_routed_experts + 1) * 4
-        self._sum("world", 5 * 8 + 4 * 8 + loads + 8)
+        self._all_reduce("world", 5 * 8 + 4 * 8 + loads + 8)
 
-    def update(self, shapes: Shapes, optim: OptimConfig, how: Exchange) -> None:
+    def update(self, shapes: Shapes, optim: OptimConfig, how: GradientReduction) -> None:
         """Gradients to their owners and parameters back, for each group of parameters."""
-        placements = place_all(shapes, self.degrees, self.rank)
-        whole = {name: placement.matrix_shape for name, placement in placements.items()}
-        low = {name for name in shapes if self.element < 4 and not always_fp32(name)}
-        tied = tied_embedding(self.stages, self.mtp)
+        placements = placements_of(shapes, self.degrees, self.rank)
+        matrix_shapes = {name: placement.matrix_shape for name, placement in placements.items()}
+        low_precision = {name for name in shapes if self.element < 4 and not always_fp32(name)}
+        is_replicated = embedding_is_replicated(self.stages, self.mtp)
         for group in shard_groups(
-            build_table(whole, parameter_table(self.config), optim),
+            build_table(matrix_shapes, parameter_table(self.config), optim),
             placements,
-            low,
+            low_precision,
             self.degrees,
-            tied,
+            is_replicated,
             optim.muon,
-            how.padding,
+            how.max_padding,
         ):
             self._group(group, how)
 
-    def _group(self, group: ShardGroup, how: Exchange) -> None:
+    def _group(self, group: ShardGroup, how: GradientReduction) -> None:
         layout, replicas = group.layout, group.replicas
-        axis, split = _AXES[group.kind]
-        back = 2 if group.is_low else 4
+        axis, shard_axis = _AXES[group.kind]
+        back = 2 if group.is_low_precision else 4
         name = f"{axis}/{layout.owners}"
-        precision = how.expert_gradients if group.kind == "expert" else how.gradients
+        is_expert = group.kind == "expert"
+        precision = how.expert_grad_reduce_dtype if is_expert else how.grad_reduce_dtype
+        owners, size = layout.owners, layout.partition_size
         if precision == "fp32":
-            self.bytes[name, "scatter"] += scatter_bytes(
-                layout.owners, layout.owners * layout.partition_size * 4
-            )
+            sent = reduce_scatter_bytes(owners, owners * size * 4)
+            self.bytes[name, "reduce_scatter"] += sent
         else:
-            self.bytes[name, "exchange"] += (layout.owners - 1) * layout.partition_size * 2
-        self.bytes[name, "gather"] += gather_bytes(layout.owners, layout.partition_size * back)
-        self.bytes[f"{axis}*{replicas}", "sum"] += sum_bytes(replicas, layout.partition_size * 4)
+            self.bytes[name, "all_to_all"] += (owners - 1) * size * 2
+        self.bytes[name, "all_gather"] += all_gather_bytes(owners, size * back)
+        self.bytes[f"{axis}*{replicas}", "all_reduce"] += all_reduce_bytes(replicas, size * 4)
         if group.kind == "embedding":
-            self.bytes["tied", "sum"] += sum_bytes(2, layout.partition_size * 4)
+            self.bytes["embedding", "all_reduce"] += all_reduce_bytes(2, size * 4)
         index, assembly_rank = group_ranks(self.degrees, self.rank)[group.kind]
         owner = index % layout.owners
         sharded = [s for s in layout.slices if s.owner == owner and s.assembly_rank is not None]
         away = sum(s.size for s in sharded if s.assembly_rank != assembly_rank)
         local = sum(s.size for s in sharded if s.assembly_rank == assembly_rank)
-        self.bytes[split, "exchange"] += away * 4 + local * (layout.assembly_ranks - 1) * back
+        self.bytes[shard_axis, "all_to_all"] += (
+            away * 4 + local * (layout.assembly_ranks - 1) * back
+        )
 
 
 _AXES = {
-    "whole": ("stage", "alone"),
-    "tensor": ("split", "tensor"),
+    "replicated": ("stage", "trivial"),
+    "tensor": ("tensor_replicas", "tensor"),
     "expert": ("expert_data", "expert_tensor"),
-    "embedding": ("split", "tensor"),
+    "embedding": ("tensor_replicas", "tensor"),
 }
 """By kind of group, the axis that holds the same shard and the one that shards."""

@@ -11,7 +11,7 @@ from optim import StateSlice
 from tests.model.tiny import tiny_config
 from trainer.checkpoint.logical_tensors import boxes, boxes_of
 from trainer.parallel.degrees import Degrees
-from trainer.parallel.placement import place
+from trainer.parallel.placement import placement_of
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (2, 3, 4), (1, 1, 5)])
@@ -29,7 +29,7 @@ def test_boxes_cover_a_run_once_and_in_order(shape: tuple[int, ...]) -> None:
 
 def test_a_run_over_several_experts_stands_under_each_name() -> None:
     degrees = Degrees(2, expert=2)
-    placement = place("layers.0.ffn.experts.w2", (4, 3, 2), degrees, 1)
+    placement = placement_of("layers.0.ffn.experts.w2", (4, 3, 2), degrees, 1)
     piece = StateSlice("exp_avg", "layers.0.ffn.experts.w2", torch.arange(5.0), start=3)
     actual = [
         (name, part.offset, part.tensor.tolist(), part.shape)

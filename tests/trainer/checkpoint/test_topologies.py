@@ -24,10 +24,10 @@ from trainer.checkpoint.logical_tensors import STEP, TensorBox
 from trainer.checkpoint.run import RunCheckpoint
 from trainer.config import RunConfig, load_config
 from trainer.errors import CheckpointError
-from trainer.parallel.degrees import Degrees, place_of
+from trainer.parallel.degrees import Degrees, coordinates_of
 from trainer.parallel.grid import Grid
-from trainer.parallel.optimizer_sharding import make_zero
-from trainer.parallel.placement import Placement, place_all
+from trainer.parallel.optimizer_sharding import build_hybrid_zero
+from trainer.parallel.placement import Placement, placements_of
 from trainer.state import TrainState
 
 STATES = ("momentum", "exp_avg", "exp_avg_sq", "step", "master")
@@ -77,9 +77,9 @@ def whole_run(config: RunConfig) -> RunTensors:
     model = V4Model(config.model, torch.bfloat16)
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    placements = place_all(shapes, Degrees(1), 0)
+    placements = placements_of(shapes, Degrees(1), 0)
     table = build_table(shapes, parameter_table(config.model), OptimConfig())
-    optimizer = make_zero(parameters, placements, table, OptimConfig(), Grid.single())
+    optimizer = build_hybrid_zero(parameters, placements, table, OptimConfig(), Grid.single())
     states = {}
     for piece in optimizer.states():
         tensor = piece.tensor if piece.kind == STEP else piece.tensor.view(shapes[piece.name])
@@ -109,10 +109,10 @@ def held_by(
 ) -> tuple[RunTensors, dict[str, Placement]]:
     """Copies of the parts that a rank holds of a whole run."""
     shapes = {name: tuple(tensor.shape) for name, tensor in run.tensors.items()}
-    stage = place_of(rank, ("tensor", "context", "data", "pipeline"), degrees)["pipeline"]
+    stage = coordinates_of(rank, ("tensor", "context", "data", "pipeline"), degrees)["pipeline"]
     placements = {
         name: placement
-        for name, placement in place_all(shapes, degrees, rank).items()
+        for name, placement in placements_of(shapes, degrees, rank).items()
         if stage in stage_of(name, degrees.pipeline)
     }
     states = {}
@@ -166,7 +166,7 @@ def work(
     config = load_config(path)
     for name in save:
         checkpoint_of(config, folder / name, EVERY[name], rank)[0].save(TrainState(3, 30))
-    for at in [degrees for degrees in EVERY.values() if degrees.world == world_size]:
+    for at in [degrees for degrees in EVERY.values() if degrees.world_size == world_size]:
         for name in load:
             load_and_compare(config, folder / name, at, rank)
 

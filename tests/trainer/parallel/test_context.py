@@ -13,7 +13,7 @@ from model.layout import SampleLayout
 from model.positions import Positions
 from tests.distributed import spawn
 from tests.model.tiny import tiny_config
-from trainer.parallel.context import SequenceExchange, place_on_ranks
+from trainer.parallel.context import SequenceExchange, shard_rows
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
 
@@ -34,7 +34,7 @@ def on_rank(rank: int, world_size: int) -> None:
     degrees = Degrees(world_size, tensor=2, context=2)
     grid = Grid.build(degrees, torch.device("cpu"))
     layout = SampleLayout.from_lengths(LENGTHS)
-    positions, exchange = place_on_ranks(CONFIG, layout, grid)
+    positions, exchange = shard_rows(CONFIG, layout, grid)
     local, queries = runs(rank, 1), runs(rank // 2 * 2, 2)
     check_tokens(exchange, local, queries)
     check_entries(positions, exchange, layout, local, rank)

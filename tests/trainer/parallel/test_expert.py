@@ -47,7 +47,7 @@ def on_rank(rank: int, world_size: int, idle: bool) -> tuple[Tensor, ...]:
     factors_E = torch.arange(1.0, EXPERTS + 1, dtype=torch.float64)
     grid = Grid.build(Degrees(world_size, expert=2), torch.device("cpu"))
     half = EXPERTS // 2
-    local_E = factors_E[grid.expert.rank * half : (grid.expert.rank + 1) * half]
+    local_E = factors_E.split(half)[grid.expert_all_to_all.rank]
     return run(ExpertDispatch(grid), local_E, *inputs(rank, idle))
 
 

@@ -20,9 +20,9 @@ from trainer.checkpoint.logical_tensors import TensorBox, boxes_of
 from trainer.engine import NativeEngine
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
-from trainer.parallel.optimizer_sharding import make_zero
-from trainer.parallel.plan import LocalModel, localise
-from trainer.parallel.stage_plan import plan_stages, tied_embedding
+from trainer.parallel.optimizer_sharding import build_hybrid_zero
+from trainer.parallel.plan import LocalModel, build_local_model
+from trainer.parallel.stage_plan import embedding_is_replicated, plan_stages
 
 ROW = 48
 NUDGE = 2**-22
@@ -112,7 +112,7 @@ def step(config: ModelConfig, grid: Grid, case: tuple[str, str], seed: int = 0) 
     """
     schedule = "1f1b"
     stages = plan_stages(config, ROW, grid.pipeline.size, schedule, 1)
-    local = localise(config, torch.float32, grid, stages)
+    local = build_local_model(config, torch.float32, grid, stages)
     local.model.to_empty(device="cpu")
     local.model.init_weights(seed=5, shards=local.placements)
     leave_special_values(local)
@@ -175,8 +175,8 @@ def zero_of(config: ModelConfig, local: LocalModel, grid: Grid) -> HybridZero:
     parameters = dict(local.model.named_parameters())
     shapes = {name: local.placements[name].matrix_shape for name in parameters}
     table = build_table(shapes, parameter_table(config), OptimConfig())
-    tied = tied_embedding(local.stages, config.num_nextn_predict_layers)
-    return make_zero(
+    tied = embedding_is_replicated(local.stages, config.num_nextn_predict_layers)
+    return build_hybrid_zero(
         parameters, local.placements, table, OptimConfig(), grid, tied, chunk_elements=3000
     )
 

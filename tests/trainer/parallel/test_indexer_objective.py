@@ -25,7 +25,7 @@ from tests.trainer.parallel.test_gradients import (
 from trainer.engine import NativeEngine, learns
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
-from trainer.parallel.plan import localise
+from trainer.parallel.plan import build_local_model
 from trainer.parallel.stage_plan import plan_stages
 
 # Few selected entries of up to twelve; two layers of four have an indexer, both on the first stage.
@@ -53,7 +53,7 @@ def step(grid: Grid, spread: Spread, layout: str, mode: AttentionMode, seed: int
     schedule = spread.get("schedule", "1f1b")
     chunks = 1 if schedule == "1f1b" else 2
     stages = plan_stages(MODEL, ROW, grid.pipeline.size, schedule, chunks)
-    local = localise(MODEL, torch.float32, grid, stages, spread.get("recompute", ()))
+    local = build_local_model(MODEL, torch.float32, grid, stages, spread.get("recompute", ()))
     local.model.to_empty(device="cpu")
     local.model.init_weights(seed=5, shards=local.placements)
     leave_special_values(local)

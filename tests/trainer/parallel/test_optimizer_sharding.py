@@ -20,11 +20,11 @@ from tests.distributed import spawn
 from tests.optim.debug_parameters import FACTS, shapes
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.logical_tensors import Boxes, logical_tensors
-from trainer.parallel.collectives import sum_
+from trainer.parallel.collectives import all_reduce_
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
-from trainer.parallel.optimizer_sharding import make_zero
-from trainer.parallel.placement import place_all
+from trainer.parallel.optimizer_sharding import build_hybrid_zero
+from trainer.parallel.placement import placements_of
 
 STEPS = 10
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -97,7 +97,7 @@ class Run:
         config = OptimConfig()
         first = values(0, self.names)
         whole = {name: tuple(tensor.shape) for name, tensor in first.items()}
-        self.placements = place_all(whole, degrees, rank)
+        self.placements = placements_of(whole, degrees, rank)
         # One rank's optimizer has fp32 weights only; the parts are compared with them rounded.
         self.alone = {name: Parameter(p.float()) for name, p in as_parameters(first, dtype).items()}
         own = {name: self.placements[name].shard(tensor) for name, tensor in first.items()}
@@ -105,11 +105,15 @@ class Run:
         self.reference = Optimizer(self.alone, build_table(whole, FACTS, config), config)
         shapes_here = {name: p.matrix_shape for name, p in self.placements.items()}
         table = build_table(shapes_here, FACTS, config)
-        self.ours = make_zero(
-            self.parts, self.placements, table, config, self.grid, padding=padding
+        self.ours = build_hybrid_zero(
+            self.parts, self.placements, table, config, self.grid, max_padding=padding
         )
         grid = self.grid
-        self.axes = {"whole": grid.stage, "tensor": grid.split, "expert": grid.expert_data}
+        self.axes = {
+            "replicated": grid.stage,
+            "tensor": grid.tensor_replicas,
+            "expert": grid.expert_data,
+        }
 
     def steps(self, first: int, last: int) -> dict[str, float]:
         """Errors of the norms of the gradients of some steps."""
@@ -126,7 +130,7 @@ class Run:
                     part.grad = own * share(axis.rank, axis.size)
                     square += alone.grad.double().square().sum()
             self.ours.reduce()
-            norm = sum_(self.ours.norm_square(), self.grid.world).sqrt()
+            norm = all_reduce_(self.ours.norm_square(), self.grid.world).sqrt()
             errors[f"norm {step}"] = abs(float(norm / square.sqrt()) - 1.0)
             self.reference.step(0.02)
             self.ours.step(0.02)
@@ -213,7 +217,7 @@ def sent_bytes(rank: int, world: int) -> dict[str, tuple[dict[tuple[str, str], i
     grid = Grid.build(Degrees(world), torch.device("cpu"))
     first = values(0, None)
     whole = {name: tuple(tensor.shape) for name, tensor in first.items()}
-    placements = place_all(whole, grid.degrees, rank)
+    placements = placements_of(whole, grid.degrees, rank)
     table = build_table(whole, FACTS, OptimConfig())
     gradients = values(rank + 1, None)
     exact = {n: sum(values(r + 1, None)[n] for r in range(world)) for n in whole}
@@ -227,7 +231,7 @@ def sent_bytes(rank: int, world: int) -> dict[str, tuple[dict[tuple[str, str], i
         parameters = as_parameters(first, FP32)
         for key, parameter in parameters.items():
             parameter.grad = gradients[key].clone()
-        ours = make_zero(
+        ours = build_hybrid_zero(
             parameters,
             placements,
             table,
@@ -261,20 +265,22 @@ def test_gradients_go_out_once_and_parameters_come_in_once() -> None:
         assert set(plain) == {
             (axis, kind)
             for axis in ("stage/2", "split/2", "expert_data/2")
-            for kind in ("scatter", "gather")
+            for kind in ("reduce_scatter", "all_gather")
         }
         assert all_reduce <= sum(plain.values()) <= 1.1 * all_reduce
         assert error < 1e-6
         for precision in ("bf16", "bf16_stochastic"):
             low, _, error = results[precision]
-            assert low["expert_data/2", "exchange"] * 2 == plain["expert_data/2", "scatter"]
-            assert low["expert_data/2", "gather"] == plain["expert_data/2", "gather"]
+            assert (
+                low["expert_data/2", "all_to_all"] * 2 == plain["expert_data/2", "reduce_scatter"]
+            )
+            assert low["expert_data/2", "all_gather"] == plain["expert_data/2", "all_gather"]
             assert 1e-4 < error < 2**-7
         # Rounded to 8 bits once, at most by half a step each: that of a sum of two is below 2^-8.
         everything, _, error = results["bf16 all"]
         assert 1e-4 < error < 2**-8
         for axis in ("stage/2", "split/2", "expert_data/2"):
-            assert everything[axis, "exchange"] * 2 == plain[axis, "scatter"]
+            assert everything[axis, "all_to_all"] * 2 == plain[axis, "reduce_scatter"]
 
 
 @pytest.mark.parametrize(
@@ -288,6 +294,6 @@ def test_a_parameter_in_no_table_or_in_two_is_refused(change: Any, message: str)
     parameters = as_parameters(values(0, FEW), FP32)
     whole = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     table = build_table(whole, FACTS, OptimConfig())
-    placements = place_all(whole, Degrees(1), 0)
+    placements = placements_of(whole, Degrees(1), 0)
     with pytest.raises(OptimError, match=message):
-        make_zero(parameters, placements, change(table), OptimConfig(), Grid.single())
+        build_hybrid_zero(parameters, placements, change(table), OptimConfig(), Grid.single())

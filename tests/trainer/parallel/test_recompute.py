@@ -19,7 +19,7 @@ from model.execution import BlockPart, Execution
 from tests.model.tiny import random_model, random_tokens, tiny_config
 from trainer.config import load_config
 from trainer.parallel import recompute
-from trainer.parallel.recompute import Recompute
+from trainer.parallel.recompute import ActivationCheckpointing
 from trainer.planning.dry_run import count_memory
 
 TOKENS = 96
@@ -41,7 +41,7 @@ def run(
     offload: tuple[BlockPart, ...] = (),
 ) -> tuple[float, dict[str, Tensor], int]:
     """Loss, gradients, and bytes that forward leaves for backward."""
-    execution = Execution(call_part=Recompute(parts, offload))
+    execution = Execution(call_part=ActivationCheckpointing(parts, offload))
     model = random_model(CONFIG, dtype=dtype, execution=execution)
     with Storages(model) as storages:
         loss = loss_of(model)
@@ -114,7 +114,7 @@ def test_norms_keep_no_wide_copies_either() -> None:
 
 def test_nothing_stays_after_backward() -> None:
     for parts in ((), ("streams", "norms"), ("attention",), ("block",)):
-        execution = Execution(call_part=Recompute(parts))  # type: ignore[arg-type]
+        execution = Execution(call_part=ActivationCheckpointing(parts))  # type: ignore[arg-type]
         model = random_model(CONFIG, execution=execution)
         with Storages(model) as storages:
             loss = loss_of(model)

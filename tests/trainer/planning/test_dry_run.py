@@ -147,9 +147,9 @@ def test_in_flight_as_torch_orders_it(tiny: Path, schedule: str, ranks: int) -> 
 
 def actions(config: Any, grid: Grid, plan: Any) -> list[str]:
     """A rank's actions in torch's schedule, as text."""
-    from trainer.parallel.plan import localise
+    from trainer.parallel.plan import build_local_model
 
-    local = localise(config.model, torch.float32, grid, plan)
+    local = build_local_model(config.model, torch.float32, grid, plan)
     pipeline = Pipeline(local.model, plan, grid.pipeline)
     schedule = pipeline.schedule(16, 48)
     lines = [str(a).split(")")[0] for a in schedule.pipeline_order[grid.rank] if a is not None]

@@ -15,11 +15,11 @@ from model.flops import flops_per_layer
 from tests.trainer.parallel.topologies import MODEL
 from trainer.config import ConfigError, RunConfig, load_config
 from trainer.parallel.degrees import Degrees
-from trainer.parallel.stage_plan import balanced
+from trainer.parallel.stage_plan import balance_layers
 from trainer.planning.layer_times import Times, measure_layers, take_times
 from trainer.planning.plan import describe_plan, span, stage_shares, traffic_of
 from trainer.planning.static_memory import memory_parts
-from trainer.planning.traffic import Exchange, Work, step_traffic
+from trainer.planning.traffic import GradientReduction, Work, step_traffic
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -71,7 +71,7 @@ def test_traffic_is_that_of_the_rank_that_sends_most(tiny: Path) -> None:
     microbatches = rows.global_batch_size // degrees.data // rows.micro_batch_size
     work = Work.whole_rows(rows.seq_len, rows.micro_batch_size, microbatches, "fp32")
     stages = config.parallel.stages(config.model, rows.seq_len)
-    exchange = Exchange(padding=config.parallel.max_optimizer_padding)
+    exchange = GradientReduction(max_padding=config.parallel.max_optimizer_padding)
     sent = {
         rank: step_traffic(config.model, degrees, stages, rank, work, config.optim, exchange)
         for rank in (0, 2)
@@ -81,8 +81,8 @@ def test_traffic_is_that_of_the_rank_that_sends_most(tiny: Path) -> None:
     assert f"sent by rank {rank} per step" in text
     *_, total = row(text, "total")
     assert float(total) == pytest.approx(sum(sent[rank].values()) / 2**20, abs=0.01)
-    expert = sum(size for (axis, _), size in sent[rank].items() if axis == "expert")
-    assert float(row(text, "expert")[-1]) == pytest.approx(expert / 2**20, abs=0.01)
+    expert = sum(size for (axis, _), size in sent[rank].items() if axis == "expert_all_to_all")
+    assert float(row(text, "expert_all_to_all")[-1]) == pytest.approx(expert / 2**20, abs=0.01)
 
 
 def test_the_table_of_parameters_on_demand(tiny: Path) -> None:
@@ -148,7 +148,7 @@ def test_measured_times_balance_the_stages(tiny: Path, monkeypatch: pytest.Monke
     assert isinstance(table, Table)
     # window 1, csa 9, hca 1 | csa 9, head and MTP 2
     assert override == "parallel.pipeline_layers_per_stage=[3,1]"
-    assert balanced(times.of_layers(config.model), times.tail, 2) == (3, 1)
+    assert balance_layers(times.of_layers(config.model), times.tail, 2) == (3, 1)
     again = load_config(tiny, [*MODEL, "parallel.pipeline=2", str(override)])
     assert again.parallel.pipeline_layers_per_stage == (3, 1)
     text = printed([table])

@@ -22,7 +22,7 @@ from trainer.config import RunConfig
 from trainer.engine import NativeEngine
 from trainer.parallel.expert import ExpertDispatch
 from trainer.parallel.grid import Grid
-from trainer.planning.traffic import Exchange, ExpertRows, Work, step_traffic
+from trainer.planning.traffic import ExpertRows, GradientReduction, Work, step_traffic
 
 # Runs of 12 tokens on four ranks: shorter than an HCA entry's 16, and the window's 8 reach back.
 ROW, ROWS, MICRO_ROWS = 48, 8, 2
@@ -140,15 +140,15 @@ class Wire(TorchDispatchMode):
         ranks = tuple(dist.get_process_group_ranks(group))
         n = len(ranks)
         if name == "allreduce_":
-            kind, size = "sum", 2 * (n - 1) / n * sum(t.nbytes for t in args[0])
+            kind, size = "all_reduce", 2 * (n - 1) / n * sum(t.nbytes for t in args[0])
         elif name == "_allgather_base_":
-            kind, size = "gather", (n - 1) * args[1].nbytes
+            kind, size = "all_gather", (n - 1) * args[1].nbytes
         elif name == "_reduce_scatter_base_":
-            kind, size = "scatter", (n - 1) / n * args[1].nbytes
+            kind, size = "reduce_scatter", (n - 1) / n * args[1].nbytes
         elif name == "alltoall_base_":
             split = args[4] or [args[1].shape[0] // n] * n
             rows = sum(split) - split[group.rank()]
-            kind, size = "exchange", rows * args[1].element_size() * args[1][0:1].numel()
+            kind, size = "all_to_all", rows * args[1].element_size() * args[1][0:1].numel()
         elif name == "send":
             # When a schedule is made, torch's pipelining sends single numbers, and votes.
             kind, size = "send", sum(t.nbytes for t in args[0] if t.numel() > 1)
@@ -159,8 +159,8 @@ class Wire(TorchDispatchMode):
 
 def rank_of_axis(grid: Grid) -> dict[str, tuple[int, ...]]:
     """The ranks of every axis by its name."""
-    axes = ("tensor", "context", "sequence", "data", "pipeline", "stage", "split")
-    axes += ("expert", "expert_tensor", "expert_data", "tied", "world")
+    axes = ("tensor", "context", "sequence", "data", "pipeline", "stage", "tensor_replicas")
+    axes += ("expert_all_to_all", "expert_tensor", "expert_data", "embedding", "world")
     return {name: getattr(grid, name).ranks for name in axes}
 
 
@@ -196,7 +196,7 @@ def one_step(degrees: Degrees, world: int, rank: int) -> Outcome:
         ExpertRows(away[0] / runs, away[1] / runs),
         attention,
     )
-    how = Exchange(
+    how = GradientReduction(
         config.parallel.grad_reduce_dtype,
         config.parallel.expert_grad_reduce_dtype,
         config.parallel.max_optimizer_padding,
@@ -266,7 +266,7 @@ def test_no_number_where_no_formula_is() -> None:
     with pytest.raises(ValueError, match="no formula"):
         step_traffic(MODEL, config.degrees(2), stages, 0, work)
     apart = run_config({"context": 2}).degrees(2)
-    assert step_traffic(MODEL, apart, stages, 0, work)["sequence", "gather"] > 0
+    assert step_traffic(MODEL, apart, stages, 0, work)["sequence", "all_gather"] > 0
 
 
 def test_formula_needs_no_torch() -> None:
