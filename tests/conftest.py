@@ -12,15 +12,29 @@ import torch
 torch.set_num_threads(1)
 
 HERE = Path(__file__).parent
-LONG = (HERE / "trainer", HERE / "launch")
+LONGEST_FIRST = ("trainer/test_deepspeed_engine.py", "trainer/parallel", "launch", "trainer")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Config file of a run whose tokenizer and shards are ready."""
+    from tests.trainer.tiny import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the folders with the longest files first: the last files should be short.
+    """Put the longest files first.
 
     Two processes take file by file, and while one works on a long last file the other is idle.
     """
-    items.sort(key=lambda item: not any(item.path.is_relative_to(folder) for folder in LONG))
+    places = [HERE / place for place in LONGEST_FIRST]
+
+    def order(item: pytest.Item) -> int:
+        found = (at for at, place in enumerate(places) if item.path.is_relative_to(place))
+        return next(found, len(places))
+
+    items.sort(key=order)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -12,14 +12,9 @@ import torch
 
 from launch import processes
 from tests.distributed import spawn
-from tests.trainer.tiny import assert_same_run, make_tiny, steps_in_file, train, train_jobs
+from tests.trainer.tiny import assert_same_run, steps_in_file, train, train_jobs
 
 V4 = [sys.executable, "-m", "launch.cli"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from launch.cli import main
 from launch.cluster import CONFIGS, load_cluster, write_job
 from launch.job import ClusterConfig
 from tests.distributed import free_port
-from tests.trainer.tiny import make_tiny, steps_in_file
+from tests.trainer.tiny import steps_in_file
 from trainer.config import ConfigError, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -202,11 +202,6 @@ def test_the_command(
     blocked.write_text("")
     assert v4(*job[:-1], blocked, "--gpus-per-node=1", monkeypatch=monkeypatch) == 2
     assert f"cannot write {blocked}" in capfd.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def local_job(tiny: Path, tmp_path: Path, text: str, steps: int) -> Path:

@@ -9,15 +9,9 @@ from pathlib import Path
 import pytest
 
 from launch.processes import RESTART_ENVIRONMENT
-from tests.trainer.tiny import make_tiny
 
 RANKS = 3
 LIMIT = 60.0  # seconds
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,6 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from launch.sweep_file import Hyperband, Sweep, load_sweep
 from launch.sweep_parameters import Parameter
 from launch.sweep_search import Search, bands, should_stop
-from tests.trainer.tiny import make_tiny
 from trainer.metrics.jsonl import read_metrics
 from trainer.report.sweep import Trial, groups, sentences
 
@@ -25,11 +24,6 @@ command: ["${{env}}", "${{interpreter}}", "-m", "${{program}}", {config}, "${{ar
 metric: {{name: validation_loss}}
 """
 GRID = "method: grid\nparameters:\n  optim.learning_rate: {values: [1e-3, 1e-2]}\n"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def write(tiny: Path, folder: Path, body: str) -> Path:

@@ -15,7 +15,7 @@ import pytest
 
 from launch.processes import RESTART_ENVIRONMENT
 from tests.distributed import spawn
-from tests.trainer.tiny import assert_same_run, make_tiny, steps_in_file, train_jobs
+from tests.trainer.tiny import assert_same_run, steps_in_file, train_jobs
 
 pytestmark = pytest.mark.slow
 
@@ -116,11 +116,6 @@ def hosts() -> Iterator[list[Host]]:
             for link in ("lo", host.link):
                 assert ip("-n", host.space, "link", "set", link, "up").returncode == 0
         yield pair
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

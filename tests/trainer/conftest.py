@@ -1,4 +1,4 @@
-"""The tiny run that the trainer's tests share."""
+"""Runs that the trainer's tests share."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distributed import spawn
-from tests.trainer.tiny import Job, make_tiny, train_jobs
+from tests.trainer.tiny import Job, train_jobs
 
 COMPARED = [
     "steps=8",
@@ -27,12 +27,6 @@ TWO_RANKS: list[Job] = [
 def one_thread() -> None:
     """Tiny matrices: more threads only wait for each other."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Config file of a run whose tokenizer and shards are ready."""
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
