@@ -44,6 +44,8 @@ class StepResult:
     """Tokens of the global batch, without padding."""
     flops: float = 0.0
     """FLOPs of forward and backward over all ranks."""
+    epochs: dict[str, float] = field(default_factory=dict)
+    """By source of the training data, how many epochs the run has read so far."""
     seconds: float = 0.0
     """Wall time from fetching the batch to the end of the update."""
     validation_loss: float | None = None

@@ -99,6 +99,7 @@ class Trainer:
             result.seconds = time.perf_counter() - start
             self.state.step += 1
             self.state.tokens += result.tokens
+            result.epochs = self.loader.epochs_of(self.state.step)
             for hook in self.periodic:
                 hook(self.state, result)
         self.batches.close()

@@ -63,6 +63,7 @@ class Metrics:
         record: Record = {
             "step": state.step,
             "tokens": state.tokens,
+            "epochs": result.epochs,
             "loss": result.loss,
             "lm_loss": result.lm_loss,
             "mtp_loss": result.mtp_loss,

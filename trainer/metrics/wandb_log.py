@@ -63,8 +63,9 @@ class WandbLog:
         """Sends one step's record."""
         if self._run is not None:
             plain = {n: v for n, v in record.items() if not isinstance(v, dict)}
-            sources = record.get("validation_by_source", {}).items()
-            by_source = {f"validation_loss/{name}": loss for name, loss in sources}
+            losses = record.get("validation_by_source", {})
+            by_source = {f"validation_loss/{name}": loss for name, loss in losses.items()}
+            by_source |= {f"epochs/{name}": read for name, read in record.get("epochs", {}).items()}
             layers = flatten_layers(record.get("layers", {}))
             groups = flatten_groups(record.get("groups", {}))
             self._run.log(plain | by_source | layers | groups)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data import Loader
 from tests.full_disk import full_disk
 from tests.trainer.tiny import column, steps_in_file, train
 from trainer.config import RunConfig, load_config
@@ -24,6 +25,7 @@ from trainer.trainer import Trainer
 COLUMNS = {
     "step",
     "tokens",
+    "epochs",
     "loss",
     "lm_loss",
     "mtp_loss",
@@ -56,6 +58,15 @@ def test_every_step_has_all_numbers(run: RunConfig) -> None:
     last = records[-1]
     assert last["mfu"] == pytest.approx(last["tflops_per_second"] / 0.1)
     assert 0 < last["expert_load_min"] <= 1 <= last["expert_load_max"]
+
+
+def test_every_step_has_the_epochs_of_each_source(run: RunConfig) -> None:
+    records = read_metrics(run.run_dir / "metrics.jsonl")
+    loader = Loader(run.data, run.seed, phases=[phase.rows for phase in run.recipe.phases])
+    sizes = {source.name: source.positions for source in loader.sources}
+    assert [set(record["epochs"]) for record in records] == [set(sizes)] * 6
+    read = sum(records[-1]["epochs"][name] * size for name, size in sizes.items())
+    assert read == pytest.approx(records[-1]["tokens"], rel=0.05)
 
 
 def test_the_mtp_weight_falls_with_the_learning_rate(run: RunConfig) -> None:
