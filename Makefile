@@ -50,7 +50,7 @@ docs: $(STAMP)  ## the documentation as a site with search, in site/index.html
 	$(BIN)/zensical build --strict
 	@echo "look at it: $(BIN)/zensical serve"
 
-bench: $(STAMP)  ## tokens per second and memory beside transformers
+bench: $(STAMP)  ## tokens per second and memory compared with transformers
 	$(BIN)/python -m benchmarks.steps.vs_transformers
 
 bench-gpu: $(STAMP)  ## a GPU: kernels compared with float64 and timed, training steps timed

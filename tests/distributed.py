@@ -66,7 +66,7 @@ def spawn(
 
     Returns what the workers returned, by rank. Raises AssertionError with the traceback of every
     rank that failed, or naming the ranks that gave no answer within `timeout` seconds. No process
-    is left behind.
+    remains.
     """
     context = server()
     job = pickle.dumps((worker, args))

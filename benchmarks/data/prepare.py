@@ -187,11 +187,11 @@ def filters(config: DataConfig) -> None:
         seconds = time.perf_counter() - begin
     total = sum(shard.bytes for shard in manifest.shards)
     for source in config.sources:
-        kept = sum(shard.documents for shard in manifest.shards if shard.source == source.name)
+        remaining = sum(shard.documents for shard in manifest.shards if shard.source == source.name)
         losses = manifest.losses[source.name]
         dropped = ", ".join(f"{r} {losses[r].documents}" for r in REASONS if r in losses)
         total += sum(stats.bytes for stats in losses.values())
-        print(f"{source.name}: {kept} documents kept; dropped: {dropped}")
+        print(f"{source.name}: {remaining} documents kept; dropped: {dropped}")
     print(f"prepare with all filters: {total / seconds / 1e6:.2f} MB/s on {os.cpu_count()} cores")
 
 

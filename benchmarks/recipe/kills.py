@@ -154,7 +154,7 @@ def main() -> int:
         shutil.rmtree(undisturbed.folder, ignore_errors=True)
         undisturbed.train("checkpoint.every=0")
     different = differences(undisturbed, killed, config.recipe.steps)
-    same = f"equal in every step, to the bit: {', '.join(COMPARED)}; and all tensors at the end"
+    same = f"equal in every step, bit for bit: {', '.join(COMPARED)}; and all tensors at the end"
     print("\n".join(different) or same)
     return 1 if different else 0
 

@@ -34,7 +34,7 @@ from optim.zero import newton_schulz_flops
 
 
 @dataclass
-class Part:
+class PartTimes:
     """Seconds of a call, calls in a step, and the minimum FLOPs and bytes of a call."""
 
     name: str
@@ -61,7 +61,7 @@ class Parts:
         self.streams = self.model.embed_streams(self.micro).detach()
         self.x_TD = self.streams[:, 0].contiguous()
 
-    def all(self) -> list[Part]:
+    def all(self) -> list[PartTimes]:
         """Times all parts, in the order of a step."""
         blocks = [block for block in self.model.layers if isinstance(block, Block)]
         first = {block.attn.kind: block for block in blocks}
@@ -124,7 +124,9 @@ class Parts:
         )
         return [*parts, self._optimizer(), self._data()]
 
-    def _attention(self, kind: str, calls: int, block: Block, flops: float, moved: int) -> Part:
+    def _attention(
+        self, kind: str, calls: int, block: Block, flops: float, moved: int
+    ) -> PartTimes:
         return self._part(
             f"attention, {kind}",
             calls,
@@ -154,7 +156,7 @@ class Parts:
         *inputs: Tensor,
         flops: float = 0.0,
         moved: float = 0.0,
-    ) -> Part:
+    ) -> PartTimes:
         leaves = [x.detach().requires_grad_() for x in inputs]
         weights = [] if module is None else list(module.parameters())
         weight_bytes = sum(p.numel() * p.element_size() for p in weights)
@@ -167,7 +169,7 @@ class Parts:
         def backward() -> None:
             torch.autograd.grad(out, inputs_of_grad, grad, retain_graph=True, allow_unused=True)
 
-        return Part(
+        return PartTimes(
             name,
             calls,
             seconds(lambda: function(*leaves), self.device),
@@ -176,7 +178,7 @@ class Parts:
             moved + weight_bytes,
         )
 
-    def _optimizer(self) -> Part:
+    def _optimizer(self) -> PartTimes:
         muon = self.step.config.optim.muon
         self.step.forward_backward()
         flops = sum(
@@ -187,18 +189,20 @@ class Parts:
         count = sum(p.numel() for p in self.model.parameters())
         # Reads gradient, master and momentum; writes master, momentum and the weight.
         moved = count * (5 * 4 + self.width)
-        return Part("optimizer", 1, seconds(self.step.update, self.device), 0.0, flops, moved)
+        return PartTimes("optimizer", 1, seconds(self.step.update, self.device), 0.0, flops, moved)
 
-    def _data(self) -> Part:
+    def _data(self) -> PartTimes:
         def copy() -> None:
             with self.step.engine.copies.rows(self.step.batches) as rows:
                 for arriving in rows:
                     arriving.wait_for_copies()
 
-        return Part("rows to the device", 1, seconds(copy, self.device), 0.0, 0.0, 16 * self.tokens)
+        return PartTimes(
+            "rows to the device", 1, seconds(copy, self.device), 0.0, 0.0, 16 * self.tokens
+        )
 
 
-def table_of(parts: list[Part], whole: float, limit: Ceilings) -> Table:
+def table_of(parts: list[PartTimes], whole: float, limit: Ceilings) -> Table:
     """Returns milliseconds of a step by part; backward's floor is twice forward's."""
     table = Table(title=str(limit))
     for heading in (

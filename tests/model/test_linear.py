@@ -26,12 +26,12 @@ def test_linears_and_experts_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -
     model = random_model(CONFIG, execution=Execution(matmuls=FP8))
     rounded, seen = fp8.quantise_dequantise, set()
 
-    def watched(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    def recording(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         if rows == columns:
             seen.add((x.data_ptr(), x.numel()))
         return rounded(x, rows, columns)
 
-    monkeypatch.setattr(fp8, "quantise_dequantise", watched)
+    monkeypatch.setattr(fp8, "quantise_dequantise", recording)
     tokens = random_tokens(CONFIG, 1, 64)
     targets = tokens.roll(-1, 1)
     targets[:, -1] = IGNORE_INDEX

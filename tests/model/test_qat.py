@@ -39,7 +39,7 @@ def rounded_copy(model: V4Model) -> V4Model:
 
 
 def losses(model: V4Model) -> Tensor:
-    """The loss of two packed rows, whose gradients are left behind."""
+    """The loss of two packed rows; leaves gradients in the model."""
     tokens = random_tokens(model.config, 2, 48)
     targets = tokens.roll(-1, 1)
     targets[:, -1] = IGNORE_INDEX

@@ -81,7 +81,7 @@ def verdict(path: Path, overrides: list[str]) -> str:
 
 
 def all_verdicts(rank: int, world_size: int, tiny: Path, folder: Path) -> dict[str, str]:
-    """Every case, each rank with a working directory and so with data of its own."""
+    """Every case, each rank with its own working directory and so its own data."""
     actual = {}
     (folder / "unwritable").write_text("a file where the run folder should be")
     for case, change in CASES.items():

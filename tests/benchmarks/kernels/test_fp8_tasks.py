@@ -32,6 +32,6 @@ def test_what_stands_side_by_side_computes_the_same():
             if name == TORCH_ON_A_GPU or "compiled" in name or "codes" in name:
                 continue
             computed = function(*task.leaves).double()
-            # Four bits of a factor, and what the interpreter cuts off of bf16.
+            # The 4 bits of a factor, and what the interpreter cuts off of bf16.
             allowed = 0.1 if name == "torch in bf16" else 2.0**-7
             assert (computed - expected).norm() <= allowed * expected.norm(), (task.name, name)

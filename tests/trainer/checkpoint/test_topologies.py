@@ -73,7 +73,7 @@ class RunTensors:
 
 
 def whole_run(config: RunConfig) -> RunTensors:
-    """All tensors of a run in bf16, each with values of its own."""
+    """All tensors of a run in bf16, each with different values."""
     model = V4Model(config.model, torch.bfloat16)
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}

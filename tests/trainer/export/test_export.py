@@ -38,11 +38,11 @@ def watch_files(written: list[str]) -> None:
     """Append the names of the files that this process writes."""
     save_file = trainer.export.hf_folder.save_file
 
-    def watched(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    def recording(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         written.append(path.name)
         save_file(tensors, path, metadata)
 
-    trainer.export.hf_folder.save_file = watched
+    trainer.export.hf_folder.save_file = recording
 
 
 def save_and_export(rank: int, world_size: int, path: Path, folder: Path) -> tuple[list[str], str]:

@@ -1,4 +1,4 @@
-"""What a dry run says beside what really built ranks hold, and the totals of the large configs."""
+"""A dry run compared with really built ranks, and the totals of the large configs."""
 
 from __future__ import annotations
 

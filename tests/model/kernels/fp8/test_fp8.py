@@ -14,7 +14,7 @@ from model.kernels.fp8.naive import E4M3, naive_linear, naive_quantise_dequantis
 def spread(*shape: int, seed: int) -> Tensor:
     """Numbers of many sizes, with tokens and channels that are small next to others.
 
-    So numbers round to zero in a tile with the wrong neighbours, and keep four bits in the right.
+    So numbers round to zero in a tile with the wrong neighbours, and keep 4 bits in the right.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator)
