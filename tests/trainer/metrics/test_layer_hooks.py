@@ -125,7 +125,7 @@ def test_padding_has_no_part_in_the_recall() -> None:
     targets[0, 20:] = IGNORE_INDEX
     (row,) = [n for n, attn in model.attentions().items() if attn.indexer is not None][:1]
     attn, inputs = model.attentions()[row], list[Any]()
-    attn.register_forward_pre_hook(lambda _, given: inputs.append(given[:2]))
+    attn.register_forward_pre_hook(lambda _, given: inputs.append(given[:3]))
     with collect_stats(model) as collector:
         model(tokens(), layout, targets)
     kept, whole = attn.selected_and_total_mass(*inputs[0])
