@@ -33,7 +33,7 @@ demo: $(STAMP)  ## the whole job on embedded real text: tokenizer, training on 2
 test: $(STAMP)  ## the tests that a change usually breaks, file by file in two processes
 	$(PYTEST) -m 'not slow and not large'
 
-test-all: $(STAMP)  ## the rest of the suite, likewise: larger and slower versions of tests of `test`
+test-all: $(STAMP)  ## the rest of the suite, marked slow: four ranks, two hosts, kills, combinations
 	$(PYTEST) -m 'slow and not large'
 
 test-large: $(STAMP)  ## tests of up to 32 processes at once
