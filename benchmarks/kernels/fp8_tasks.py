@@ -66,12 +66,12 @@ def matmul_task(config: ModelConfig, row: int) -> Task:
     x, weight = _linear(config, row)
     tiles = tiles_of(torch.tensor([row], dtype=torch.int32, device=DEVICE), row)
     rows, _ = quantise(x, tiles, rows=True, columns=False)
-    codes = quantise_weight(weight[None], turned=False)
+    codes = quantise_weight(weight[None], transposed=False)
     scales = codes.scales[0]
     scales = F.pad(scales, (0, -scales.shape[1] % 4))  # torch requires multiples of 4
 
     def triton(x: Tensor, w: Tensor) -> Tensor:
-        return matmul_triton.matmul_(x.new_empty(len(x), len(w)), rows, codes, tiles)
+        return matmul_triton.matmul_into(x.new_empty(len(x), len(w)), rows, codes, tiles)
 
     def torch_scaled(x: Tensor, w: Tensor) -> Tensor:
         return F.scaled_mm(

@@ -1,12 +1,13 @@
-"""One room for each operation, with the same implementations inside.
+"""One package per operation, each with the same set of implementations.
 
 `__init__.py` has the public functions, which choose an implementation by device, dtype and shape
-(`backend.py`). `naive.py` is the readable mathematics, differentiated by autograd on any device and
-in any dtype: all others are compared with it. `eager.py` is plain PyTorch made fast, which runs on
-CPUs. `*_triton.py` are the kernels for Hopper, imported only where they run. `compiled.py` has what
-torch.compile makes of norms, activation and streams; `hadamard.py` and `mxfp4.py` are small enough
-for one file.
+(`backend.py`). `naive.py` is the readable reference implementation, differentiated by autograd on
+any device and in any dtype: all others are compared with it. `eager.py` is optimised plain PyTorch,
+which runs on CPUs. `*_triton.py` are the kernels for Hopper, imported only where they run. They and
+`eager.py` name in their docstrings the public function that they implement, which has the contract.
+`compiled.py` holds the torch.compile'd norms, SwiGLU backward and hyper-connections; `hadamard.py`
+and `mxfp4.py` are small enough for one file.
 
-Functions take local tensors and plain integers, know nothing of configurations, modules or process
+Functions take local tensors and plain integers, have no access to configs, modules or process
 groups, and keep memory linear in the number of tokens.
 """

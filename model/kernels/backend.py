@@ -1,9 +1,11 @@
 """Which implementation of an operation runs: decided here, by device, dtype and shape alone.
 
-On a CPU the eager version runs, which is plain PyTorch. On a GPU Triton runs what it supports and
-what has been compared there; for the rest the eager version runs, and the choice gives the reason,
-once in the log and in ``choices``, which training logs at its start. A Triton function called by
-name runs in Triton or raises UnsupportedError. No environment variable and no setting decides this.
+On a CPU the eager version runs, which is plain PyTorch. On a GPU an operation runs in Triton if
+Triton supports it and `make bench-gpu` has verified its kernel there; otherwise the eager version
+runs, and the choice gives the reason, once in the log and in ``choices``, which training logs at
+its start. COMPARED_ON_GPU is empty at present: training runs no Triton kernel. A Triton function
+called by name runs in Triton or raises UnsupportedError. No environment variable and no setting
+decides this.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _CAPABILITY = (9, 0)
 
 COMPARED_ON_GPU: frozenset[str] = frozenset()
-"""Operations whose Triton kernels `make bench-gpu` has verified on a GPU: "attention",
-"indexer", "indexer loss", "compressor", "norms", "hyper-connections", "experts",
-"cross-entropy", "fp8".
-Training uses no others: a compiler may be wrong where an interpreter is right."""
+"""Operations whose Triton kernels `make bench-gpu` has verified on a GPU, out of "attention",
+"indexer", "indexer loss", "compressor", "norms", "hyper-connections", "swiglu and combine",
+"cross-entropy" and "fp8". Training uses no others: compiled kernels may be wrong where the
+interpreter's results are right."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Choice:
 
 
 class UnsupportedError(ValueError):
-    """Triton was asked for by name and cannot run this."""
+    """Triton was requested by name and cannot run this."""
 
 
 # With ``required`` each of these chooses Triton or raises UnsupportedError.
@@ -51,7 +53,7 @@ class UnsupportedError(ValueError):
 def attention(
     device: torch.device, dtype: torch.dtype, head_dim: int, required: bool = False
 ) -> Choice:
-    """Chooses for core attention and the entries' probability mass."""
+    """Chooses the implementation of core attention and of the entries' probability mass."""
     unsupported = None if head_dim in _HEAD_DIMS else f"head_dim {head_dim} is not in {_HEAD_DIMS}"
     return _choice("attention", device, dtype, unsupported, required)
 
@@ -65,10 +67,10 @@ def indexer(
     topk: int,
     required: bool = False,
 ) -> Choice:
-    """Chooses for the selection of the best entries."""
+    """Chooses the implementation of the indexer's selection."""
     unsupported = None
     if dim & (dim - 1) or dim < 16:
-        unsupported = f"index_head_dim {dim} is not a power of two from 16 on"
+        unsupported = f"index_head_dim {dim} is not a power of two of at least 16"
     elif heads & (heads - 1) or not 8 <= heads <= 128:
         unsupported = f"index_n_heads {heads} is not a power of two from 8 to 128"
     elif topk > 1024:
@@ -80,10 +82,13 @@ def indexer(
 def indexer_loss(
     device: torch.device, dtype: torch.dtype, dim: int, heads: int, required: bool = False
 ) -> Choice:
-    """Chooses for the indexer's objective. A mean's gradients of scores are too small for fp16."""
+    """Chooses the implementation of the indexer's objective.
+
+    fp16 is excluded, since gradients of scores divided by the global token count underflow.
+    """
     unsupported = None
     if dim & (dim - 1) or dim < 16:
-        unsupported = f"index_head_dim {dim} is not a power of two from 16 on"
+        unsupported = f"index_head_dim {dim} is not a power of two of at least 16"
     elif heads & (heads - 1) or not 16 <= heads <= 128:
         unsupported = f"index_n_heads {heads} is not a power of two from 16 to 128"
     return _choice("indexer loss", device, dtype, unsupported, required, (torch.bfloat16,))
@@ -93,16 +98,16 @@ def indexer_loss(
 def compressor(
     device: torch.device, dtype: torch.dtype, ratio: int, required: bool = False
 ) -> Choice:
-    """Chooses for the pooling of windows; the softmax is in fp32 whatever the inputs."""
+    """Chooses the implementation of window pooling; the softmax is in fp32 for all dtypes."""
     unsupported = None
     if ratio & (ratio - 1) or ratio > 256:
-        unsupported = f"{ratio} tokens an entry is not a power of two up to 256"
+        unsupported = f"compress ratio {ratio} is not a power of two up to 256"
     return _choice("compressor", device, dtype, unsupported, required, (*_DTYPES, torch.float32))
 
 
 @functools.cache
 def norm(device: torch.device, dtype: torch.dtype, dim: int, required: bool = False) -> Choice:
-    """Chooses for RMS norms and rotations, in fp32 whatever the inputs."""
+    """Chooses the implementation of RMS norms and rotations, in fp32 for all dtypes."""
     unsupported = None
     if dim % 2 or dim > 16384:
         unsupported = f"a width of {dim} is odd or above 16384"
@@ -113,26 +118,26 @@ def norm(device: torch.device, dtype: torch.dtype, dim: int, required: bool = Fa
 def hyper_connection(
     device: torch.device, dtype: torch.dtype, streams: int, required: bool = False
 ) -> Choice:
-    """Chooses for reading and writing the residual streams."""
+    """Chooses the implementation of reading and writing the residual streams."""
     unsupported = None if streams in (1, 2, 4) else f"hc_mult {streams} is not 1, 2 or 4"
     return _choice("hyper-connections", device, dtype, unsupported, required)
 
 
 @functools.cache
-def experts(device: torch.device, dtype: torch.dtype, required: bool = False) -> Choice:
-    """Chooses for the experts' activation and the sum of the rows that come back from them."""
-    return _choice("experts", device, dtype, None, required, (*_DTYPES, torch.float32))
+def swiglu_and_combine(device: torch.device, dtype: torch.dtype, required: bool = False) -> Choice:
+    """Chooses the implementation of SwiGLU and of the MoE combine."""
+    return _choice("swiglu and combine", device, dtype, None, required, (*_DTYPES, torch.float32))
 
 
 @functools.cache
 def cross_entropy(device: torch.device, dtype: torch.dtype, required: bool = False) -> Choice:
-    """Chooses for the softmax over the vocabulary, its loss and its gradient."""
+    """Chooses the implementation of the softmax over the vocabulary, its loss and gradient."""
     return _choice("cross-entropy", device, dtype, None, required, (*_DTYPES, torch.float32))
 
 
 @functools.cache
 def fp8(device: torch.device, dtype: torch.dtype, required: bool = False) -> Choice:
-    """Chooses for matmuls in FP8 and the rounding of their factors, of any size."""
+    """Chooses the implementation of FP8 matmuls and of their operands' quantisation."""
     return _choice("fp8", device, dtype, None, required, (torch.bfloat16,))
 
 
@@ -157,7 +162,7 @@ def choices(
         **{f"compressor, m = {m}": compressor(device, dtype, m) for m in ratios},
         "norms": norm(device, dtype, hidden),
         "hyper-connections": hyper_connection(device, dtype, streams),
-        "experts": experts(device, dtype),
+        "swiglu and combine": swiglu_and_combine(device, dtype),
         "cross-entropy": cross_entropy(device, dtype),
         **({"fp8": fp8(device, dtype)} if in_fp8 else {}),
     }
@@ -186,9 +191,9 @@ def _choice(
     if required:
         if unsupported is not None:
             raise UnsupportedError(f"{operation}: Triton cannot run this, {unsupported}")
-        return Choice("triton", "asked for")
+        return Choice("triton", "requested")
     if unsupported is None and operation not in COMPARED_ON_GPU:
-        unsupported = "its Triton kernel has not been compared on a GPU yet"
+        unsupported = "its Triton kernel has not been verified on a GPU yet"
     if unsupported is None:
         return Choice("triton", "Hopper or newer, supported dtype and shape")
     log.warning("%s runs eagerly on this GPU: %s", operation, unsupported)

@@ -12,12 +12,12 @@ from torch import Tensor
 def hadamard(x: Tensor) -> Tensor:
     """Multiplies `x` [..., J] by the orthogonal J x J Hadamard matrix (Sylvester's), in x's dtype.
 
-    Sums and differences of pairs in fp32, so a row's result does not depend on the other rows. The
-    transform is its own inverse. J must be a power of two.
+    Sums and differences of pairs are in fp32, so a row's result does not depend on the other rows.
+    The transform is its own inverse. J must be a power of two.
     """
     size = x.shape[-1]
     if size & (size - 1):
-        raise ValueError(f"a Hadamard matrix here has a power of two columns, not {size}")
+        raise ValueError(f"hadamard needs a last dimension that is a power of two, got {size}")
     y = x.float()
     step = 1
     while step < size:

@@ -1,7 +1,7 @@
 """MXFP4: E2M1 numbers in blocks of 32 with a power-of-two scale (OCP MX 1.0).
 
-The report uses it for the routed experts and the indexer's queries and keys (§3.4). R rows; C
-columns; blocks run along the last dimension. All functions work on any device and are exact:
+Used for the routed experts and the indexer's queries and keys (report §3.4). R rows; C columns;
+blocks run along the last dimension. All functions work on any device and are exact:
 scaling by powers of two and the 16 values of E2M1 lose nothing in fp32 or bf16.
 """
 
@@ -17,9 +17,9 @@ from model.kernels.block_sizes import FP8_BLOCK, MXFP4_BLOCK
 LARGEST = 6.0
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _MIN_EXPONENT = -126
-"""Smallest scale that is chosen; also the scale of a block of zeros."""
+"""Exponent of the smallest scale, which blocks of zeros also get."""
 _PART = 1 << 24
-"""Numbers rounded at a time."""
+"""Elements rounded at a time."""
 _EXPONENT_BIAS = 127
 _NOT_A_NUMBER = 255  # of float8_e8m0fnu
 
@@ -32,7 +32,7 @@ class Packed(NamedTuple):
     """A quantised tensor as the official checkpoints hold it.
 
     Attributes:
-        codes: int8 [..., C/2], two numbers a byte, the one with the even index in the low bits.
+        codes: int8 [..., C/2], two numbers per byte, the one with the even index in the low bits.
         scales: float8_e8m0fnu [..., C/32].
     """
 
@@ -83,7 +83,7 @@ def quantise_dequantise(x: Tensor) -> Tensor:
 
 
 def naive_quantise_dequantise(x: Tensor) -> Tensor:
-    """Rounds `x` [..., C] by a search over all magnitudes, for comparison; x's dtype."""
+    """Computes `quantise_dequantise` by a search over all magnitudes, for comparison."""
     blocks = _blocks(x).double()
     largest = blocks.abs().amax(-1, keepdim=True)
     exponent = torch.ceil(torch.log2(largest / LARGEST)).clamp(min=_MIN_EXPONENT)
@@ -124,13 +124,14 @@ def fits_fp8(packed: Packed) -> Tensor:
     exponents = packed.scales.view(torch.uint8).int()
     magnitudes = packed.codes.view(torch.uint8) & 0x77
     zero = (magnitudes == 0).unflatten(-1, (-1, MXFP4_BLOCK // 2)).all(-1)
+    # 255 is above every exponent, so zero blocks do not affect the minimum
     lowest = _tiles(exponents.masked_fill(zero, _NOT_A_NUMBER)).amin(dim=(1, 3))
     highest = _tiles(exponents.masked_fill(zero, 0)).amax(dim=(1, 3))
     return highest - lowest <= FP8_SPAN
 
 
 def to_fp8(packed: Packed) -> tuple[Tensor, Tensor]:
-    """Converts to FP8 (E4M3) with one scale for 128 × 128, as FP8 kernels take them.
+    """Converts to FP8 (E4M3) with one scale per 128 × 128 block, the format of FP8 kernels.
 
     Lossless where `fits_fp8`; elsewhere the smallest numbers are rounded.
 
@@ -140,25 +141,26 @@ def to_fp8(packed: Packed) -> tuple[Tensor, Tensor]:
     rows, columns = packed.codes.shape[0], 2 * packed.codes.shape[1]
     exponents = packed.scales.view(torch.uint8).int()
     highest = _tiles(exponents).amax(dim=(1, 3))
-    common = (highest - 6).clamp_min(0)  # 6 · 2^6 is the largest multiple of 6 below E4M3's 448
-    wide = common.repeat_interleave(FP8_BLOCK, 0)[:rows]
-    wide = wide.repeat_interleave(FP8_BLOCK // MXFP4_BLOCK, 1)[:, : columns // MXFP4_BLOCK]
+    common = (highest - 6).clamp_min(0)  # 6 · 2^6 = 384 is the largest 6 · 2^k up to E4M3's 448
+    expanded = common.repeat_interleave(FP8_BLOCK, 0)[:rows]
+    expanded = expanded.repeat_interleave(FP8_BLOCK // MXFP4_BLOCK, 1)
+    expanded = expanded[:, : columns // MXFP4_BLOCK]
     ones = torch.full_like(packed.scales.view(torch.uint8), _EXPONENT_BIAS)
     plain = dequantise(Packed(packed.codes, ones.view(torch.float8_e8m0fnu)))
-    numbers = _scaled(plain, exponents - wide).to(torch.float8_e4m3fn)
+    numbers = _scaled(plain, exponents - expanded).to(torch.float8_e4m3fn)
     return numbers, common.to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def from_fp8(numbers: Tensor, scales: Tensor) -> Tensor:
-    """Multiplies FP8 numbers [R, C] by their scales for 128 × 128, of any dtype; fp32 [R, C]."""
+    """Dequantises FP8 numbers [R, C] with one scale per 128 × 128 block; returns fp32 [R, C]."""
     rows, columns = numbers.shape
-    wide = scales.float().repeat_interleave(FP8_BLOCK, 0)[:rows]
-    return numbers.float() * wide.repeat_interleave(FP8_BLOCK, 1)[:, :columns]
+    expanded = scales.float().repeat_interleave(FP8_BLOCK, 0)[:rows]
+    return numbers.float() * expanded.repeat_interleave(FP8_BLOCK, 1)[:, :columns]
 
 
 def _blocks(x: Tensor) -> Tensor:
     if x.shape[-1] % MXFP4_BLOCK:
-        raise ValueError(f"MXFP4 wants a multiple of {MXFP4_BLOCK} columns, got {x.shape[-1]}")
+        raise ValueError(f"MXFP4 needs a multiple of {MXFP4_BLOCK} columns, got {x.shape[-1]}")
     return x.unflatten(-1, (-1, MXFP4_BLOCK))
 
 
@@ -175,7 +177,10 @@ def power_of_two(exponents: Tensor) -> Tensor:
 
 
 def _scaled(x: Tensor, exponents: Tensor) -> Tensor:
-    """Computes x · 2^exponent of its block exactly, in two steps: no factor leaves fp32."""
+    """Computes x · 2^exponent of its block exactly.
+
+    In two steps, so that neither factor over- or underflows fp32.
+    """
     half = exponents // 2
     blocks = torch.ldexp(torch.ldexp(_blocks(x), half[..., None]), (exponents - half)[..., None])
     return blocks.flatten(-2)
@@ -184,8 +189,9 @@ def _scaled(x: Tensor, exponents: Tensor) -> Tensor:
 def _round_e2m1(x: Tensor) -> Tensor:
     """Rounds to the nearest number of E2M1, ties to the even code; |x| <= 6, fp32.
 
-    The numbers are a step of half their power of two apart, below 2 of 0.5. In fp32 adding
-    3 · 2^22 steps leaves no bit for less than a step, and rounds to the nearest, ties to even.
+    E2M1 numbers in [2^e, 2^(e+1)) are spaced 2^(e-1) apart, and 0.5 apart below 2. Adding
+    1.5 · 2^23 spacings in fp32 leaves no bits below one spacing, so the addition rounds to nearest,
+    ties to even.
     """
     magnitude = x.abs()
     power = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min_(1.0)
@@ -194,7 +200,7 @@ def _round_e2m1(x: Tensor) -> Tensor:
 
 
 def _tiles(exponents: Tensor) -> Tensor:
-    """Views [R, C/32] as [R', 128, C', 4], the last rows and columns repeated to fill up."""
+    """Views [R, C/32] as [R', 128, C', 4], padded by repeating the last row and column."""
     rows, columns = exponents.shape
     wide = FP8_BLOCK // MXFP4_BLOCK
     row = torch.arange(-(-rows // FP8_BLOCK) * FP8_BLOCK, device=exponents.device)

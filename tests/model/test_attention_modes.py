@@ -78,9 +78,9 @@ def test_the_objective_is_the_divergence_from_the_core_attention(attention: Atte
         seen["attention"] = inputs
         return attend(inputs)
 
-    def learning(inputs: IndexerInputs, target: KLTarget, share_T: Tensor) -> Tensor:
+    def learning(inputs: IndexerInputs, target: KLTarget, weight_T: Tensor) -> Tensor:
         seen["index"] = inputs
-        return objective(inputs, target, share_T)
+        return objective(inputs, target, weight_T)
 
     with (
         torch.no_grad(),

@@ -23,17 +23,17 @@ Cost of one query token in bf16, n being the number of keys that it sees (window
     Pro, HCA of 64K rows      384     102 /  356    78 / 391     not yet timed
     Pro, CSA, k = 1024       1152     305 / 1069    78 / 391 *   not yet timed
 
-    * and 8·k·K bytes more in a deterministic backward: each (query, entry) pair's share of the
+    * and 8·k·K bytes more in a deterministic backward: each (query, entry) pair's term of the
       entries' gradient, written and read back: 626 ns (Flash), 1252 ns (Pro). With atomics those
       are 4·k·K bytes of additions in L2.
 
-At K = 512 the accumulator [64, 512] in fp32 fills half of the registers of a multiprocessor and q
-[64, 512] 64 KiB of its shared memory, so one program of 8 warps runs per multiprocessor and the
-key tile is what is left to choose; queries and keys get their gradients from separate kernels,
-which makes keys' gradients sums in a fixed order. As compiled for Hopper, both halves of a
-program's warps compute s, so that forward issues 6·H·K·n operations for the 4·H·K·n it needs.
+At K = 512 the fp32 accumulator [64, 512] fills half of an SM's registers, and q [64, 512] takes
+64 KiB of its shared memory, so one program of 8 warps runs per SM, and only the size of the key
+tile is left to choose. Queries and keys get their gradients from separate kernels, so that the
+keys' gradients are sums in a fixed order. As compiled for Hopper, both warp groups compute s
+redundantly, so forward issues 6·H·K·n FLOPs for the 4·H·K·n it needs.
 
-T queries; H heads; K their width (DIM); R rotated dims (ROTARY); C entries; k selected entries of a
+T queries; H heads; K their width (DIM); R rotary dims (ROTARY); C entries; k selected entries of a
 query.
 """
 

@@ -1,4 +1,4 @@
-"""The arguments that the public, eager and Triton versions of core attention share.
+"""Arguments shared by the public, eager and Triton versions of core attention.
 
 T queries and tokens; H heads; K their width; C compressed entries; R rotary dims (R/2 complex
 numbers); k selected entries of a query.

@@ -21,7 +21,7 @@ from model.kernels.norm.rotation_triton import rotate_pairs
 
 LOG2E = math.log2(math.e)
 NO_ENTRIES, ENTRY_RANGE, SELECTED_ENTRIES = (tl.constexpr(mode) for mode in range(3))
-"""Values of MODE: which entries a query attends to besides its window."""
+"""Values of MODE: which entries a query attends to in addition to its window."""
 _MIN_ROWS = 16
 """Minimum number of rows of a tensor-core operand."""
 FAR = tl.constexpr(2**31 - 1)

@@ -257,7 +257,7 @@ def _grad_queries(
 def query_gradients(
     call: Call, rows: Rows, q: Tensor, kv: Tensor, entries: Tensor | None, cos_sin: Tensor
 ) -> Tensor:
-    """Returns the gradient of q before its norm and cos_sin, in its dtype."""
+    """Returns the gradient of q before its norm and rotation, in its dtype."""
     grad_q = torch.empty_like(q)
     block_t, block_h = call.rows(call.blocks.dq_rows)
     if grad_q.numel():

@@ -23,18 +23,19 @@ def pool_windows(
 
     Args:
         values_TX, gates_TX: projections of every token, X = K, or 2K where windows overlap.
-        ape_mX: a bias of the gate for each place in the window.
+        ape_mX: a bias of the gate for each position in the window.
         first_token_C: index of each window's first token; its m tokens follow.
         has_previous_C: whether the entry before belongs to the same sample.
-        overlap: entry i also pools window i-1, which it reads through channels [0:K] while it
-            reads its own through [K:2K]; without a previous window that half has weight 0.
+        overlap: entry i pools window i-1 through channels [0:K] and its own window through [K:2K];
+            without a previous window that half has weight 0.
 
     Returns:
         fp32 [C, K].
     """
-    where = (first_token_C, has_previous_C, overlap)
     if backend.compressor(values_TX.device, values_TX.dtype, ape_mX.shape[0]).name == "triton":
         from model.kernels.compressor import pool_triton
 
-        return pool_triton.pool_windows(values_TX, gates_TX, ape_mX, *where)
-    return eager_pool_windows(values_TX, gates_TX, ape_mX, *where)
+        return pool_triton.pool_windows(
+            values_TX, gates_TX, ape_mX, first_token_C, has_previous_C, overlap
+        )
+    return eager_pool_windows(values_TX, gates_TX, ape_mX, first_token_C, has_previous_C, overlap)

@@ -18,11 +18,11 @@ def eager_pool_windows(
     has_previous_C: Tensor,
     overlap: bool,
 ) -> Tensor:
-    """Computes `pool_windows` in fp32."""
+    """Computes `model.kernels.compressor.pool_windows` in fp32."""
     m = ape_mX.shape[0]
-    token_C_m = (first_token_C[:, None] + torch.arange(m, device=first_token_C.device)).flatten()
-    values_CmX = values_TX.index_select(0, token_C_m).float().unflatten(0, (-1, m))
-    gates_CmX = gates_TX.index_select(0, token_C_m).float().unflatten(0, (-1, m)) + ape_mX.float()
+    token_index = (first_token_C[:, None] + torch.arange(m, device=first_token_C.device)).flatten()
+    values_CmX = values_TX.index_select(0, token_index).float().unflatten(0, (-1, m))
+    gates_CmX = gates_TX.index_select(0, token_index).float().unflatten(0, (-1, m)) + ape_mX.float()
     if overlap:
         values_CmX = _with_previous(values_CmX)
         gates_CmX = _with_previous(gates_CmX)

@@ -1,29 +1,29 @@
 """Pooling of token windows in Triton, forward and backward; compared with ``naive.py``.
 
-A program takes BLOCK_C windows of m tokens and BLOCK_X channels; the softmax runs over a window's
-slots in registers. Every element of values and gates has a part in at most one entry (where
+A program handles BLOCK_C windows of m tokens and BLOCK_X channels; the softmax runs over a window's
+slots in registers. Every element of values and gates contributes to at most one entry (where
 windows overlap, one half of the channels goes to the window's own entry and the other to the next
-one), so forward reads each once and backward writes each gradient once: no two programs ever add
-to the same place. Only the bias of the gate is shared, and is summed in parts, in a fixed order.
+one), so forward reads each once and backward writes each gradient once: no two programs accumulate
+into the same element. Only the bias of the gate is shared; it is summed in parts, in a fixed order.
 
 Bytes per token in bf16, X = K or 2K channels: forward reads 4·X and writes 4·K/m; backward reads
-4·X + 4·K/m and writes 4·X, plus 4·X for zeros that windows left out or not continued keep. The
-arithmetic is about 10 operations an element, far below what the bytes cost:
+4·X + 4·K/m and writes 4·X, plus 4·X to zero-initialise both gradients, because some elements of
+values and gates enter no entry. The arithmetic, about 10 FLOPs per element, takes far less time:
 
-    floor per token at 3.35 TB/s     forward   backward   measured
-    HCA, K = 512, m = 128             0.6 ns     1.8 ns   not yet timed
-    CSA, K = 512, m = 4               1.4 ns     3.8 ns   not yet timed
-    CSA's indexer, J = 128, m = 4     0.3 ns     1.0 ns   not yet timed
+    roofline per token at 3.35 TB/s (H100)   forward   backward   measured
+    HCA, K = 512, m = 128                     0.6 ns     1.8 ns   not yet timed
+    CSA, K = 512, m = 4                       1.4 ns     3.8 ns   not yet timed
+    CSA's indexer, J = 128, m = 4             0.3 ns     1.0 ns   not yet timed
 
-The same for Flash and Pro, whose K, J and m are equal.
+They are equal for Flash and Pro, whose K, J and m are equal.
 
-The norm and rotation of what is pooled are one more kernel, ``norm_triton.py``, which reads 4·K/m
-and writes 2·K/m bytes a token. Here they would need whole rows in a program, for which HCA's 128
+The norm and rotation of pooled entries are one more kernel, ``norm_triton.py``, which reads 4·K/m
+and writes 2·K/m bytes per token. Here they would need whole rows in a program, for which HCA's 128
 tokens leave no registers; for CSA they would save 8·K/m of the 10·K/m bytes that follow the 8·K of
 the inputs, a fifth of its time.
 
 T tokens; C entries; m tokens of a window (M); K an entry's width (DIM); X = K or 2K channels
-(WIDTH).
+(WIDTH); J an index head's width.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ def _slots(
     OFFSET: tl.constexpr,
     M: tl.constexpr,
 ):
-    """Where slots lie, values, and biased gates (-inf where absent): [BLOCK_C, M, BLOCK_X]."""
+    """Returns offsets, mask, values and biased gates (-inf where absent).
+
+    Each is [BLOCK_C, M, BLOCK_X].
+    """
     j = tl.arange(0, M)[None, :, None]
     column = OFFSET + x[None, None, :]
     at = (token[:, None, None] + j).to(tl.int64) * WIDTH + column
@@ -85,35 +88,35 @@ def _forward(
     WIDTH: tl.constexpr = 2 * DIM if OVERLAP else DIM
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     x = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
-    live = c < count
-    token = tl.load(first_token + c, mask=live, other=0)
-    # Windows that do not exist have finite gates here, and are not stored.
+    in_bounds = c < count
+    token = tl.load(first_token + c, mask=in_bounds, other=0)
+    # Out-of-range windows load finite values; their results are masked at the store.
     _, _, value, gate = _slots(
         values, gates, ape, token, token >= 0, x, x < DIM, WIDTH, WIDTH - DIM, M
     )
     top = tl.max(gate, 1)
     if OVERLAP:
-        present = tl.load(has_previous + c, mask=live, other=0) != 0
+        present = tl.load(has_previous + c, mask=in_bounds, other=0) != 0
         before = tl.load(first_token + c - 1, mask=present, other=0)
-        _, _, old_value, old_gate = _slots(
+        _, _, previous_value, previous_gate = _slots(
             values, gates, ape, before, present, x, x < DIM, WIDTH, 0, M
         )
-        top = tl.maximum(top, tl.max(old_gate, 1))
-    share = tl.exp(gate - top[:, None, :])
-    total = tl.sum(share, 1)
-    out = tl.sum(share * value, 1)
+        top = tl.maximum(top, tl.max(previous_gate, 1))
+    weight = tl.exp(gate - top[:, None, :])
+    total = tl.sum(weight, 1)
+    out = tl.sum(weight * value, 1)
     if OVERLAP:
-        share = tl.exp(old_gate - top[:, None, :])
-        total += tl.sum(share, 1)
-        out += tl.sum(share * old_value, 1)
+        weight = tl.exp(previous_gate - top[:, None, :])
+        total += tl.sum(weight, 1)
+        out += tl.sum(weight * previous_value, 1)
     at = c.to(tl.int64)[:, None] * DIM + x[None, :]
-    tl.store(pooled + at, out / total, mask=live[:, None] & (x < DIM)[None, :])
+    tl.store(pooled + at, out / total, mask=in_bounds[:, None] & (x < DIM)[None, :])
 
 
 @triton.jit
-def _write_gradients(grad_values, grad_gates, at, mask, value, share, out, grad):
+def _write_gradients(grad_values, grad_gates, at, mask, value, weight, out, grad):
     """Stores one half's gradients and returns that of the gates, [BLOCK_C, M, BLOCK_X]."""
-    grad_value = share * grad[:, None, :]
+    grad_value = weight * grad[:, None, :]
     grad_gate = grad_value * (value - out[:, None, :])
     tl.store(grad_values + at, grad_value.to(grad_values.dtype.element_ty), mask=mask)
     tl.store(grad_gates + at, grad_gate.to(grad_gates.dtype.element_ty), mask=mask)
@@ -139,54 +142,64 @@ def _backward(
     BLOCK_X: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """``span`` windows, BLOCK_C at a time, and their part [M, WIDTH] of the bias's gradient."""
+    """Computes the gradients of ``span`` windows, BLOCK_C at a time.
+
+    Writes their partial sum [M, WIDTH] of the gradient of ape.
+    """
     WIDTH: tl.constexpr = 2 * DIM if OVERLAP else DIM
     part = tl.program_id(0)
     x = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
     own_ape = tl.zeros((M, BLOCK_X), tl.float32)
-    old_ape = tl.zeros((M, BLOCK_X), tl.float32)
+    previous_ape = tl.zeros((M, BLOCK_X), tl.float32)
     end = tl.minimum((part + 1) * span, count)
     for start in tl.range(part * span, end, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        live = c < end
-        token = tl.load(first_token + c, mask=live, other=0)
+        in_bounds = c < end
+        token = tl.load(first_token + c, mask=in_bounds, other=0)
         at, mask, value, gate = _slots(
             values, gates, ape, token, token >= 0, x, x < DIM, WIDTH, WIDTH - DIM, M
         )
-        mask = mask & live[:, None, None]
+        mask = mask & in_bounds[:, None, None]
         top = tl.max(gate, 1)
         if OVERLAP:
-            present = tl.load(has_previous + c, mask=live, other=0) != 0
+            present = tl.load(has_previous + c, mask=in_bounds, other=0) != 0
             before = tl.load(first_token + c - 1, mask=present, other=0)
-            old_at, old_mask, old_value, old_gate = _slots(
+            previous_at, previous_mask, previous_value, previous_gate = _slots(
                 values, gates, ape, before, present, x, x < DIM, WIDTH, 0, M
             )
-            top = tl.maximum(top, tl.max(old_gate, 1))
-        share = tl.exp(gate - top[:, None, :])
-        total = tl.sum(share, 1)
+            top = tl.maximum(top, tl.max(previous_gate, 1))
+        weight = tl.exp(gate - top[:, None, :])
+        total = tl.sum(weight, 1)
         if OVERLAP:
-            old_share = tl.exp(old_gate - top[:, None, :])
-            total += tl.sum(old_share, 1)
-            old_share = old_share / total[:, None, :]
-        share = share / total[:, None, :]
-        out = tl.sum(share * value, 1)
+            previous_weight = tl.exp(previous_gate - top[:, None, :])
+            total += tl.sum(previous_weight, 1)
+            previous_weight = previous_weight / total[:, None, :]
+        weight = weight / total[:, None, :]
+        out = tl.sum(weight * value, 1)
         if OVERLAP:
-            out += tl.sum(old_share * old_value, 1)
+            out += tl.sum(previous_weight * previous_value, 1)
         row = c.to(tl.int64)[:, None] * DIM + x[None, :]
-        grad = tl.load(grad_pooled + row, mask=live[:, None] & (x < DIM)[None, :], other=0.0)
-        grad_gate = _write_gradients(grad_values, grad_gates, at, mask, value, share, out, grad)
+        grad = tl.load(grad_pooled + row, mask=in_bounds[:, None] & (x < DIM)[None, :], other=0.0)
+        grad_gate = _write_gradients(grad_values, grad_gates, at, mask, value, weight, out, grad)
         own_ape += tl.sum(grad_gate, 0)
         if OVERLAP:
             grad_gate = _write_gradients(
-                grad_values, grad_gates, old_at, old_mask, old_value, old_share, out, grad
+                grad_values,
+                grad_gates,
+                previous_at,
+                previous_mask,
+                previous_value,
+                previous_weight,
+                out,
+                grad,
             )
-            old_ape += tl.sum(grad_gate, 0)
+            previous_ape += tl.sum(grad_gate, 0)
     j = tl.arange(0, M)[:, None]
     at = grad_ape + (part * M + j) * WIDTH + x[None, :]
     in_row = (j >= 0) & (x < DIM)[None, :]
     tl.store(at + (WIDTH - DIM), own_ape, mask=in_row)
     if OVERLAP:
-        tl.store(at, old_ape, mask=in_row)
+        tl.store(at, previous_ape, mask=in_row)
 
 
 def pool_windows(
@@ -199,10 +212,10 @@ def pool_windows(
     *,
     block_x: int = 64,
 ) -> Tensor:
-    """``model.kernels.compressor.pool_windows`` in Triton; the arguments are the same.
+    """Computes ``model.kernels.compressor.pool_windows`` in Triton.
 
     Args:
-        block_x: channels of a program, a power of two.
+        block_x: channels per program, a power of two.
 
     Raises:
         UnsupportedError: a GPU cannot run this device, dtype or m.
@@ -211,7 +224,7 @@ def pool_windows(
     m = ape_mX.shape[0]
     backend.compressor(values_TX.device, values_TX.dtype, m, required=True)
     if m & (m - 1):
-        raise ValueError(f"{m} tokens an entry; Triton pools powers of two")
+        raise ValueError(f"compress ratio {m}; Triton supports powers of two")
     return _Pool.apply(
         values_TX.contiguous(),
         gates_TX.contiguous(),

@@ -15,13 +15,14 @@ from model.kernels import backend
 from model.kernels.cross_entropy.eager import eager_softmax_loss
 
 CPU_LOGITS = 1 << 21
-"""Logits of a chunk: as many as stay in a cache."""
+"""Logits per chunk on a CPU: as many as stay in a core's cache."""
 ACCELERATOR_LOGITS = 1 << 28
-"""The same elsewhere, where every chunk reads the whole head and adds to its whole gradient."""
+"""On accelerators: larger, because every chunk reads all of the head and updates all of its
+gradient."""
 
 
 def chunk_tokens(vocab: int, device: torch.device) -> int:
-    """Returns the number of tokens of a chunk."""
+    """Returns the number of tokens per chunk."""
     logits = CPU_LOGITS if device.type == "cpu" else ACCELERATOR_LOGITS
     return max(logits // vocab, 1)
 
@@ -35,24 +36,25 @@ def linear_cross_entropy(
     weight_VD: Tensor,
     target_T: Tensor,
     denominator: float,
-    ignore: int,
+    ignore_index: int,
     softmax_loss: SoftmaxLoss | None = None,
 ) -> Tensor:
     """Computes Σ_t -log softmax(W h_t)[target_t] / denominator over the tokens that have a target.
 
-    The result is fp32. The gradients are formed in the forward pass, chunk by chunk while the
-    logits are there, and only scaled in the backward pass.
+    The result is fp32. The gradients are computed in the forward pass, chunk by chunk while the
+    logits are in memory, and only scaled in the backward pass.
 
     Args:
         hidden_TD, weight_VD: hidden states and head, of one dtype.
-        target_T: int64 token ids, ``ignore`` where nothing is predicted.
+        target_T: int64 token ids, or ``ignore_index`` for positions without a target.
         denominator: the number of predictions in the whole global batch.
-        softmax_loss: loss and gradient of a chunk's logits; what the backend chooses by default.
+        softmax_loss: computes loss and gradient of a chunk's logits; defaults to the backend's
+            choice.
     """
     softmax_loss = softmax_loss or _implementation(hidden_TD)
     needs_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     return _LinearCrossEntropy.apply(
-        hidden_TD, weight_VD, target_T, float(denominator), ignore, needs_grad, softmax_loss
+        hidden_TD, weight_VD, target_T, float(denominator), ignore_index, needs_grad, softmax_loss
     )
 
 
@@ -64,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         target: Tensor,
         denominator: float,
-        ignore: int,
+        ignore_index: int,
         needs_grad: bool,
         softmax_loss: SoftmaxLoss,
     ) -> Tensor:
@@ -75,7 +77,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], step):
             rows = slice(start, start + step)
             logits_nV = torch.mm(hidden[rows], weight.t())
-            loss_n, grad = softmax_loss(logits_nV, target[rows], denominator, ignore, needs_grad)
+            loss_n, grad = softmax_loss(
+                logits_nV, target[rows], denominator, ignore_index, needs_grad
+            )
             total += loss_n.sum()
             if grad is not None and grad_hidden is not None and grad_weight is not None:
                 torch.mm(grad, weight, out=grad_hidden[rows])

@@ -13,19 +13,21 @@ _LOG2E = math.log2(math.e)
 
 
 def eager_softmax_loss(
-    logits_nV: Tensor, target_n: Tensor, denominator: float, ignore: int, needs_grad: bool
+    logits_nV: Tensor, target_n: Tensor, denominator: float, ignore_index: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes the cross-entropies of logits, and the gradient to add to that of the logits.
+    """Computes each token's cross-entropy, and the gradient with respect to the logits.
+
+    The gradient is that of Σ loss / denominator.
 
     Args:
-        target_n: int64; where it is ``ignore``, loss and gradient are 0.
-        denominator: what the gradient is divided by, and the loss is not.
+        target_n: int64; where it is ``ignore_index``, loss and gradient are 0.
+        denominator: divides the gradient only; the caller divides the loss.
 
     Returns:
-        fp32 [n], and [n, V] in the logits' dtype, or None unless ``needs_grad``. The logits may
-        have been overwritten.
+        fp32 [n], and [n, V] in the logits' dtype, or None unless ``needs_grad``. The logits may be
+        overwritten.
     """
-    valid_n = target_n != ignore
+    valid_n = target_n != ignore_index
     index_n1 = target_n.masked_fill(~valid_n, 0)[:, None]
     # Logits in base 2, less their maximum: exp2 is cheaper than exp.
     wide_nV = logits_nV.float().mul_(_LOG2E)
@@ -36,7 +38,7 @@ def eager_softmax_loss(
     loss_n = (sum_n1.log2() - target_logit_n1)[:, 0] * valid_n / _LOG2E
     if not needs_grad:
         return loss_n, None
-    share_n1 = valid_n[:, None] / denominator
-    grad_nV = powers_nV.mul_(share_n1 / sum_n1)
-    grad_nV.scatter_add_(1, index_n1, -share_n1)
+    token_weight_n1 = valid_n[:, None] / denominator
+    grad_nV = powers_nV.mul_(token_weight_n1 / sum_n1)
+    grad_nV.scatter_add_(1, index_n1, -token_weight_n1)
     return loss_n, grad_nV.to(logits_nV.dtype)

@@ -1,14 +1,15 @@
 """Softmax over the vocabulary in Triton; compared with ``naive.py``.
 
-A program has one token and goes over its logits twice: for their largest, the sum of powers of two
-and the target's, lane by lane, which are combined at the end; and for the gradient, which takes the
-logits' place. So no two programs write the same number, and nothing depends on their order. With
-bf16 logits it reads 4 bytes a logit and writes 2, with some 20 operations; plain PyTorch moves 58.
-The head's three matmuls take 6·D operations a logit.
+Each program handles one token and reads its logits twice: first, per lane, for the maximum, the sum
+of exp2 and the target's logit, which are reduced at the end; then for the gradient, which
+overwrites the logits. So no two programs write the same element, and nothing depends on their
+order. With bf16 logits it reads 4 bytes per logit and writes 2, with some 20 FLOPs; plain PyTorch
+moves 58 bytes. The head's three matmuls take 6·D FLOPs per logit.
 
-    floor per token at 3.35 TB/s    softmax    the matmuls at 989 TFLOP/s   measured
-    Flash, V = 129280, D = 4096      232 ns              3212 ns            not yet timed
-    Pro, V = 129280, D = 7168        232 ns              5622 ns            not yet timed
+    roofline per token on an H100     softmax,        matmuls,         measured
+                                      3.35 TB/s       989 TFLOP/s
+    Flash, V = 129280, D = 4096        232 ns          3212 ns         not yet timed
+    Pro, V = 129280, D = 7168          232 ns          5622 ns         not yet timed
 
 n tokens; V the vocabulary; D the hidden width.
 """
@@ -34,45 +35,45 @@ def _softmax(
     target,
     loss,
     vocab,
-    share,
-    ignore,
+    inverse_denominator,
+    ignore_index,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    own = logits + token * vocab
+    row = logits + token * vocab
     index = tl.load(target + token)
     lane = tl.arange(0, BLOCK)
-    # By lane. A finite start: a lane without logits has no sum, and no NaN either.
+    # Per lane. The start is finite: a lane without logits then gets no NaN.
     top = tl.full((BLOCK,), -1e38, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     target_logit = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, vocab, BLOCK):
         at = start + lane
-        x = tl.load(own + at, mask=at < vocab, other=-float("inf")).to(tl.float32) * _LOG2E
-        new = tl.maximum(top, x)  # a NaN shows in the sum
+        x = tl.load(row + at, mask=at < vocab, other=-float("inf")).to(tl.float32) * _LOG2E
+        new = tl.maximum(top, x)  # drops NaN, but the sum propagates it
         total = total * tl.exp2(top - new) + tl.exp2(x - new)
         target_logit += tl.where(at == index, x, 0.0)
         top = new
     largest = tl.max(top, 0)
     total_all = tl.sum(total * tl.exp2(top - largest), 0)
-    counts = index != ignore
+    counts = index != ignore_index
     value = (tl.log2(total_all) + (largest - tl.sum(target_logit, 0))) / _LOG2E
     tl.store(loss + token, tl.where(counts, value, 0.0))
     if GRADIENT:
-        weight = tl.where(counts, share, 0.0)
+        weight = tl.where(counts, inverse_denominator, 0.0)
         factor = weight / total_all
         for start in tl.range(0, vocab, BLOCK):
             at = start + lane
-            x = tl.load(own + at, mask=at < vocab, other=0.0).to(tl.float32) * _LOG2E
+            x = tl.load(row + at, mask=at < vocab, other=0.0).to(tl.float32) * _LOG2E
             grad = tl.exp2(x - largest) * factor - tl.where(at == index, weight, 0.0)
-            tl.store(own + at, grad.to(logits.dtype.element_ty), mask=at < vocab)
+            tl.store(row + at, grad.to(logits.dtype.element_ty), mask=at < vocab)
 
 
 def softmax_loss(
-    logits_nV: Tensor, target_n: Tensor, denominator: float, ignore: int, needs_grad: bool
+    logits_nV: Tensor, target_n: Tensor, denominator: float, ignore_index: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes `eager_softmax_loss` in Triton; the gradient takes the place of the logits.
+    """Computes `eager_softmax_loss` in Triton; the gradient overwrites the logits.
 
     Raises:
         UnsupportedError: a GPU cannot run this device or dtype.
@@ -88,7 +89,7 @@ def softmax_loss(
             loss_n,
             vocab,
             1.0 / denominator,
-            ignore,
+            ignore_index,
             GRADIENT=needs_grad,
             BLOCK=_BLOCK,
             num_warps=_WARPS,

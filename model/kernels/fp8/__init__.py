@@ -1,21 +1,22 @@
-"""Matmuls in FP8 (E4M3) with a power of two as scale for every tile (V3 §3.3, V4's ue8m0 scales).
+"""Matmuls in FP8 (E4M3) with a power of two as scale for every tile (docs/quantisation.md).
 
-Of a linear y = x wᵀ with x [T, X] and w [F, X] each of the three matmuls rounds both factors, in
-tiles of 128 numbers along the dimension that it sums over:
+For a linear y = x wᵀ, x [T, X], w [F, X], each of the three matmuls quantises both operands, in
+tiles of 128 elements along the dimension that it sums over (V3 §3.3; the scales are V4's ue8m0):
 
     forward             y  = R(x) B(w)ᵀ        R: 1 x 128, 128 channels of a token
     gradient of x       dx = R(dy) B(w)        B: 128 x 128 of a weight
     gradient of w       dw = C(dy)ᵀ C(x)       C: 128 x 1, a channel of 128 tokens
 
-What is rounded is always the number in the training precision, never one rounded before. Tiles at
-an edge are smaller. A tile's scale is the smallest power of two with which its largest magnitude
-is at most 448: nothing saturates. A tile with a NaN or an infinity becomes NaN. Rounded numbers
-have four significant bits, so bf16 and fp32 hold them exactly, scale included, and ``eager.py``
-multiplies them as such, with sums in fp32: the same factors as those of an FP8 matmul, and so its
-values up to the order of sums, but not its speed. ``matmul_triton.py`` uses FP8 tensor cores.
+Quantisation always starts from the training-precision tensor, never from an already quantised one.
+Tiles at an edge are smaller. A tile's scale is the smallest power of two with which its largest
+magnitude is at most 448: nothing saturates. A tile with a NaN or an infinity becomes NaN. Quantised
+numbers have four significant bits, so bf16 and fp32 hold them exactly, scale included.
+``eager.py`` multiplies them in that dtype with fp32 sums: the same operands as those of an FP8
+matmul and therefore the same result up to summation order, without FP8's speed.
+``matmul_triton.py`` uses FP8 tensor cores.
 
 T tokens; X and F a weight's inputs and outputs; G groups of T tokens each; E experts, whose rows
-lie one group after the other among P rows.
+are contiguous, group by group, in P rows.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def batched(x_GTX: Tensor, weight_GFX: Tensor) -> Tensor:
 def grouped(x_PX: Tensor, weight_EFX: Tensor, ends_E: Tensor) -> Tensor:
     """Multiplies rows sorted by group by their group's transposed weight, [P, F].
 
-    Tiles of 128 tokens start again with every group. Rows after the last end are not computed.
+    Tiles of 128 tokens restart at every group. Rows after the last end are not computed.
     """
     if backend.fp8(x_PX.device, x_PX.dtype).name == "triton":
         from model.kernels.fp8 import matmul_triton

@@ -1,4 +1,4 @@
-"""Matmuls of factors rounded to FP8 and multiplied in their own dtype, on any device.
+"""Matmuls of operands quantised to FP8 but multiplied in their own dtype, on any device.
 
 T tokens; X and F a weight's inputs and outputs; G groups; E experts; P rows; R rows and C columns
 of any matrix.
@@ -16,16 +16,17 @@ from model.kernels.block_sizes import FP8_BLOCK as BLOCK
 from model.kernels.mxfp4 import power_of_two
 
 _MIN_EXPONENT = -117
-"""Smallest scale, also that of zeros: its smallest number, 2^-9 of it, is a normal one of fp32."""
+"""Exponent of the smallest scale, also used for all-zero tiles: E4M3's smallest subnormal 2^-9
+times 2^-117 is 2^-126, fp32's smallest normal number."""
 
 
 def eager_batched(x_GTX: Tensor, weight_GFX: Tensor) -> Tensor:
-    """Computes `batched`."""
+    """Computes `model.kernels.fp8.batched`."""
     return _Batched.apply(x_GTX, weight_GFX)
 
 
 def eager_grouped(x_PX: Tensor, weight_EFX: Tensor, ends_E: Tensor) -> Tensor:
-    """Computes `grouped`."""
+    """Computes `model.kernels.fp8.grouped`."""
     return _Grouped.apply(x_PX, weight_EFX, ends_E)
 
 
@@ -58,8 +59,8 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, ends)
-        rounded_weight = quantise_dequantise(weight, BLOCK, BLOCK).transpose(1, 2)
-        return F.grouped_mm(quantise_dequantise(x, 1, BLOCK), rounded_weight, offs=ends)
+        quantised_weight = quantise_dequantise(weight, BLOCK, BLOCK).transpose(1, 2)
+        return F.grouped_mm(quantise_dequantise(x, 1, BLOCK), quantised_weight, offs=ends)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -79,7 +80,10 @@ class _Grouped(torch.autograd.Function):
 
 
 def quantise_dequantise(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Rounds tiles of `rows` x `columns` of [.., R, C], in its own dtype, fp32 or bf16."""
+    """Quantises tiles of ``rows`` x ``columns`` of [.., R, C]; returns them in x's dtype.
+
+    The dtype is fp32 or bf16.
+    """
     down, right = -x.shape[-2] % rows, -x.shape[-1] % columns
     filled = F.pad(x, (0, right, 0, down)) if down or right else x
     tiles = filled.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
@@ -89,18 +93,18 @@ def quantise_dequantise(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def quantise_dequantise_by_tile(x_PC: Tensor, tile_P: Tensor, groups: int) -> Tensor:
-    """Rounds every channel of [P, C] by tiles of rows, which `tiles_of_groups` numbers."""
+    """Quantises each channel in tiles of rows given by `tiles_of_groups`; in x's dtype."""
     index_PC = tile_P[:, None].expand_as(x_PC)
-    most = len(x_PC) // BLOCK + groups + 1
-    largest = x_PC.new_zeros(most, x_PC.shape[1])
+    max_tiles = len(x_PC) // BLOCK + groups + 1
+    largest = x_PC.new_zeros(max_tiles, x_PC.shape[1])
     largest = largest.scatter_reduce(0, index_PC, x_PC.abs(), "amax")
     return _round_e4m3(x_PC, largest.gather(0, index_PC))
 
 
 def tiles_of_groups(ends_E: Tensor, rows: int) -> Tensor:
-    """Numbers each row's tile, [P]: up to 128 rows of one group; no wait for the device.
+    """Returns the tile index of each row, [P]; a tile is up to 128 rows of one group.
 
-    Rows after the last end have separate tiles.
+    No device sync. Rows after the last end have separate tiles.
     """
     end_E = ends_E.long()
     start_E = F.pad(end_E, (1, 0))
@@ -112,7 +116,7 @@ def tiles_of_groups(ends_E: Tensor, rows: int) -> Tensor:
 
 
 def _round_e4m3(x: Tensor, largest: Tensor) -> Tensor:
-    """Rounds to E4M3 numbers times the scale that goes with the largest magnitude, ties to even."""
+    """Rounds to E4M3 with the scale implied by ``largest``, ties to even, and rescales."""
     fraction, exponent = torch.frexp(largest.float())  # 448 · 2^k = 0.875 · 2^(k+9)
     exponent = torch.where(fraction <= 0.875, exponent - 9, exponent - 8)
     exponent = exponent.clamp_min(_MIN_EXPONENT)

@@ -1,26 +1,27 @@
-"""Matmuls in FP8 on Hopper's tensor cores; ``quantise_triton.py`` rounds their factors.
+"""Matmuls in FP8 on Hopper's tensor cores; ``quantise_triton.py`` quantises their operands.
 
-torch's `scaled_mm` supports these scales on Hopper, for one group and without an edge inside a
-tile; its `scaled_grouped_mm` does not, and neither runs without a GPU: so all three matmuls are
+torch's `scaled_mm` supports these scales on Hopper, for a single group whose sizes are multiples of
+128; its `scaled_grouped_mm` does not, and neither runs without a GPU: so all three matmuls are
 here, grouped, and a linear is one group (`make bench-gpu` also times `scaled_mm`).
 
-The tensor cores add up E4M3 products with about 14 bits (V3 §3.3.2). So they sum over 128 products
-from zero; then the sum is multiplied by both tiles' scales and added in fp32 outside of them. Where
-a product of two scales leaves fp32's range, above 2^127 or below 2^-149, so do the results.
+The tensor cores accumulate E4M3 products with about 14 bits (V3 §3.3.2). So each partial sum of 128
+products starts from zero, is scaled by both tiles' scales and added in fp32 outside of the tensor
+cores. Where a product of two scales leaves fp32's range, above 2^127 or below 2^-149, so do the
+results.
 
 No group's size is read from the device: there are as many programs as there may be tiles of 128
-rows, and the surplus ones stop at once. For the gradients x and the weight are saved as they came,
-not as codes: a norm's output is one tensor that several linears save, and codes would be one for
-each of them.
+rows, and the surplus ones exit at once. For backward, x and the weight are saved unquantised: a
+norm's output is one tensor that several linears save, while codes would be one for each of them.
 
-Floors for Flash's 6 routed experts of three matrices of 2048 x 4096: matmuls at 1979 TFLOP/s (989
-in bf16); rounding at 3.35 TB/s, 3 bytes a number of x and 4 of a gradient, which is read once for
-both of its matmuls. Weights are rounded again for every matmul, 3 bytes a number: 22 us an expert
-forward and as much backward, which pays off from 1,400 rows an expert on, backward from 700.
+Roofline bounds for Flash's 6 routed experts of three matrices of 2048 x 4096, on an H100: matmuls
+at 1979 TFLOP/s (989 in bf16); quantisation at 3.35 TB/s, 3 bytes per element of x and 4 of a
+gradient, which is read once for both of its matmuls. Weights are quantised again for every matmul,
+3 bytes per element: 22 µs per expert forward and as much backward, which pays off from 1,400 rows
+per expert on, backward from 700.
 
-    ns a token    bf16    matmuls   rounding x and dy   measured
-    forward        305        153                  55   not yet timed
-    backward       610        305                 114   not yet timed
+    ns per token    bf16    matmuls   quantising x and dy   measured
+    forward          305        153                    55   not yet timed
+    backward         610        305                   114   not yet timed
 
 G groups of T tokens; P rows of E experts; F and X a weight's outputs and inputs; N tiles.
 """
@@ -39,7 +40,7 @@ from model.kernels.block_sizes import FP8_BLOCK as BLOCK
 from model.kernels.fp8.quantise_triton import Codes, Tiles, quantise, quantise_weight, tiles_of
 
 _BAND = 8
-"""Row tiles whose programs are neighbours, so that they share factors in L2."""
+"""Row tiles whose programs have adjacent ids, so that they share operands in L2."""
 
 
 def batched(x_GTX: Tensor, weight_GFX: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def grouped(x_PX: Tensor, weight_EFX: Tensor, ends_E: Tensor) -> Tensor:
 
 
 class _Matmuls(torch.autograd.Function):
-    """All matmuls with x [P, X], or [E, T, X] where every group has as many rows."""
+    """All three matmuls of x [P, X], or of [E, T, X] with T rows per group."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -73,29 +74,30 @@ class _Matmuls(torch.autograd.Function):
         tiles = tiles_of(ends, x.shape[:-1].numel())
         rows, _ = quantise(x, tiles, rows=True, columns=False)
         out = x.new_empty(*x.shape[:-1], weight.shape[1])
-        return matmul_(out, rows, quantise_weight(weight, turned=False), tiles)
+        return matmul_into(out, rows, quantise_weight(weight, transposed=False), tiles)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, ends = ctx.saved_tensors
-        of_x, of_weight, _ = ctx.needs_input_grad
+        needs_x, needs_weight, _ = ctx.needs_input_grad
         tiles = tiles_of(ends, x.shape[:-1].numel())
-        rows, columns = quantise(grad, tiles, rows=of_x, columns=of_weight)
+        rows, columns = quantise(grad, tiles, rows=needs_x, columns=needs_weight)
         grad_x = grad_weight = None
-        if of_x:
-            turned = quantise_weight(weight, turned=True)
-            grad_x = matmul_(x.new_empty(x.shape), rows, turned, tiles)
-        if of_weight:
+        if needs_x:
+            transposed = quantise_weight(weight, transposed=True)
+            grad_x = matmul_into(x.new_empty(x.shape), rows, transposed, tiles)
+        if needs_weight:
             _, x_columns = quantise(x, tiles, rows=False, columns=True)
             out = weight.new_empty(weight.shape)
-            grad_weight = weight_gradient_(out, columns, x_columns, tiles)
+            grad_weight = weight_gradient_into(out, columns, x_columns, tiles)
         return grad_x, grad_weight, None
 
 
-def matmul_(out: Tensor, rows: Codes, weight: Codes, tiles: Tiles) -> Tensor:
-    """Multiplies every tile of rows [P, K] by its group's matrix [N, K], transposed, into ``out``.
+def matmul_into(out: Tensor, rows: Codes, weight: Codes, tiles: Tiles) -> Tensor:
+    """Multiplies every tile of rows [P, X] by its group's matrix [F, X], transposed, into ``out``.
 
-    ``out`` is contiguous and has P rows of N numbers, whatever its dims.
+    ``out`` is contiguous and has P rows of F elements, whatever its dims. For the gradient of x,
+    X and F change places.
     """
     height, width = rows.codes.shape[0], out.shape[-1]
     count, columns = len(tiles.first), triton.cdiv(width, BLOCK)
@@ -118,7 +120,7 @@ def matmul_(out: Tensor, rows: Codes, weight: Codes, tiles: Tiles) -> Tensor:
     return out
 
 
-def weight_gradient_(out_EFX: Tensor, grad: Codes, x: Codes, tiles: Tiles) -> Tensor:
+def weight_gradient_into(out_EFX: Tensor, grad: Codes, x: Codes, tiles: Tiles) -> Tensor:
     """Sums over every group's tiles grad [N, F, 128] times x [N, X, 128], into ``out``."""
     experts, height, width = out_EFX.shape
     right = triton.cdiv(width, BLOCK)
@@ -155,32 +157,32 @@ def _matmul(
     BLOCK: tl.constexpr,
 ):
     columns = tl.cdiv(width, BLOCK)
-    band, place = tl.program_id(0) // (BAND * columns), tl.program_id(0) % (BAND * columns)
+    band, index = tl.program_id(0) // (BAND * columns), tl.program_id(0) % (BAND * columns)
     high = tl.minimum(tiles - band * BAND, BAND)
-    tile, column = band * BAND + place % high, place // high
+    tile, column = band * BAND + index % high, index // high
     first, end = tl.load(tile_first + tile), tl.load(tile_end + tile)
     if first == end:
         return
     group = tl.load(tile_group + tile).to(tl.int64)
     k = tl.arange(0, BLOCK)
     row, n = first + tl.arange(0, BLOCK), column * BLOCK + tl.arange(0, BLOCK)
-    live, inside = row < end, n < width
+    in_bounds, inside = row < end, n < width
     a_at = a + row.to(tl.int64)[:, None] * (blocks * BLOCK) + k[None, :]
     b_at = b + (group * width + n)[:, None] * (blocks * BLOCK) + k[None, :]
     a_scale = a_scales + row
     b_scale = b_scales + (group * columns + column) * blocks
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for _ in tl.range(0, blocks):
-        x = tl.load(a_at, mask=live[:, None], other=0.0)
+        x = tl.load(a_at, mask=in_bounds[:, None], other=0.0)
         w = tl.load(b_at, mask=inside[:, None], other=0.0)
-        scale = tl.load(a_scale, mask=live, other=0.0) * tl.load(b_scale)
+        scale = tl.load(a_scale, mask=in_bounds, other=0.0) * tl.load(b_scale)
         acc += tl.dot(x, tl.trans(w)) * scale[:, None]
         a_at += BLOCK
         b_at += BLOCK
         a_scale += rows
         b_scale += 1
     at = row.to(tl.int64)[:, None] * width + n[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=in_bounds[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -200,16 +202,16 @@ def _weight_gradient(
     i, j = tl.program_id(0) // right, tl.program_id(0) % right
     k = tl.arange(0, BLOCK)
     row, column = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
-    live, inside = row < rows, column < columns
+    in_bounds, inside = row < rows, column < columns
     tile, end = tl.load(before + expert), tl.load(before + expert + 1)
     a_line, b_line = tile.to(tl.int64) * rows + row, tile.to(tl.int64) * columns + column
     a_at = a_line[:, None] * BLOCK + k[None, :]
     b_at = b_line[:, None] * BLOCK + k[None, :]
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for _ in tl.range(tile, end):
-        y = tl.load(a + a_at, mask=live[:, None], other=0.0)
+        y = tl.load(a + a_at, mask=in_bounds[:, None], other=0.0)
         x = tl.load(b + b_at, mask=inside[:, None], other=0.0)
-        y_scale = tl.load(a_scales + a_line, mask=live, other=0.0)
+        y_scale = tl.load(a_scales + a_line, mask=in_bounds, other=0.0)
         x_scale = tl.load(b_scales + b_line, mask=inside, other=0.0)
         acc += tl.dot(y, tl.trans(x)) * (y_scale[:, None] * x_scale[None, :])
         a_line += rows
@@ -217,4 +219,4 @@ def _weight_gradient(
         a_at += rows * BLOCK
         b_at += columns * BLOCK
     at = (expert.to(tl.int64) * rows + row)[:, None] * columns + column[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=in_bounds[:, None] & inside[None, :])

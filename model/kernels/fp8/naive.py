@@ -1,4 +1,4 @@
-"""Matmuls in FP8 with every number looked up (V3 §3.3), one tile after the other.
+"""Reference FP8 matmuls (V3 §3.3): a search in the table of E4M3 values rounds every number.
 
 T tokens; X and F a weight's inputs and outputs; R rows and C columns of any matrix.
 """
@@ -21,7 +21,7 @@ E4M3 = torch.tensor(
 )
 """Every magnitude of E4M3 in ascending order: 4 bits of exponent, 3 of fraction."""
 
-Factors = tuple[Tensor, Tensor]
+Operands = tuple[Tensor, Tensor]
 """The two matrices of a matmul."""
 
 
@@ -30,13 +30,16 @@ def naive_round_e4m3(x: Tensor) -> Tensor:
     table = E4M3.to(x.device)
     above = torch.searchsorted(table, x.abs()).clamp(1, len(table) - 1)
     to_lower, to_upper = x.abs() - table[above - 1], table[above] - x.abs()
-    # Of two neighbours the one at an even place has an even fraction.
+    # Of two neighbours the one at an even index has an even fraction.
     lower = (to_lower < to_upper) | ((to_lower == to_upper) & (above % 2 == 1))
     return torch.where(lower, table[above - 1], table[above]).copysign(x)
 
 
 def naive_quantise_dequantise(x_RC: Tensor, rows: int, columns: int) -> Tensor:
-    """Rounds tiles of ``rows`` x ``columns``, each with the least scale that fits, to float64."""
+    """Quantises tiles of ``rows`` x ``columns`` and returns them dequantised, float64.
+
+    A tile has the smallest scale with which nothing overflows.
+    """
     out = x_RC.double().clone()
     for top, bottom in pairwise([*range(0, len(out), rows), len(out)]):
         for left, right in pairwise([*range(0, out.shape[1], columns), out.shape[1]]):
@@ -49,8 +52,8 @@ def naive_quantise_dequantise(x_RC: Tensor, rows: int, columns: int) -> Tensor:
 
 def naive_linear(
     x_TX: Tensor, weight_FX: Tensor, grad_TF: Tensor
-) -> tuple[Factors, Factors, Factors]:
-    """Returns the rounded factors of y = x wᵀ, of dx = dy w and of dw = dyᵀ x, float64."""
+) -> tuple[Operands, Operands, Operands]:
+    """Returns the quantised operands of y = x wᵀ, of dx = dy w and of dw = dyᵀ x, float64."""
     weight = naive_quantise_dequantise(weight_FX, 128, 128)
     return (
         (naive_quantise_dequantise(x_TX, 1, 128), weight.t()),

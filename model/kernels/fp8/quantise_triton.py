@@ -31,7 +31,10 @@ _CODES = torch.float8_e4m3fn
 
 
 class Codes(NamedTuple):
-    """E4M3 numbers and the fp32 powers of two that they count in, NaN of tiles that hold one."""
+    """E4M3 codes, and one fp32 power-of-two scale per tile.
+
+    The scale is NaN for tiles that contain NaN or infinity.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -41,8 +44,8 @@ class Tiles(NamedTuple):
     """Tiles of up to 128 rows of one group each, int32 on the device.
 
     Attributes:
-        group, first, end: [N], a tile's group and rows; a surplus tile has none.
-        before: [E + 1], how many tiles lie before each group, and of all.
+        group, first, end: [N], a tile's group and its rows [first, end); surplus tiles are empty.
+        before: [E + 1], the number of tiles before each group, and of all.
     """
 
     group: Tensor
@@ -52,7 +55,7 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(ends_E: Tensor, rows: int) -> Tiles:
-    """Finds the tiles of groups that end at these rows, without a host sync; some are empty."""
+    """Returns the tiles of groups that end at these rows, without a host sync; some are empty."""
     groups = len(ends_E)
     tiles = max((rows + (BLOCK - 1) * groups) // BLOCK, 1)
     group, first, end = ends_E.new_empty(3, tiles, dtype=torch.int32)
@@ -65,13 +68,13 @@ def tiles_of(ends_E: Tensor, rows: int) -> Tiles:
 
 
 def quantise(x: Tensor, tiles: Tiles, *, rows: bool, columns: bool) -> tuple[Codes, Codes]:
-    """Rounds by rows and by columns of tiles, as laid out above; empty where not requested.
+    """Quantises by rows and by columns of tiles, as laid out above; empty where not requested.
 
-    Rows of no group are neither read nor written.
+    Rows that belong to no group are neither read nor written.
 
     Args:
-        x: [P, C], or [E, T, C] of groups of as many rows each; read where it lies, as long as the
-            numbers of a row are neighbours.
+        x: [P, C], or [E, T, C] with T rows per group; not copied if its last dimension is
+            contiguous.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     height, width, stride = x.shape[:-1].numel(), x.shape[-1], x.stride(-2)
@@ -107,12 +110,12 @@ def quantise(x: Tensor, tiles: Tiles, *, rows: bool, columns: bool) -> tuple[Cod
     return by_row, by_column
 
 
-def quantise_weight(weight_EFX: Tensor, *, turned: bool) -> Codes:
-    """Rounds by blocks of 128 x 128 as laid out above, X contiguous or, turned, F."""
+def quantise_weight(weight_EFX: Tensor, *, transposed: bool) -> Codes:
+    """Quantises by blocks of 128 x 128 as laid out above; X is contiguous, or F if transposed."""
     weight_EFX = weight_EFX.contiguous()
     experts, height, width = weight_EFX.shape
     down, right = triton.cdiv(height, BLOCK), triton.cdiv(width, BLOCK)
-    lines, blocks = (width, (right, down)) if turned else (height, (down, right))
+    lines, blocks = (width, (right, down)) if transposed else (height, (down, right))
     codes = weight_EFX.new_empty(experts, lines, blocks[1] * BLOCK, dtype=_CODES)
     scales = weight_EFX.new_empty(experts, *blocks, dtype=torch.float32)
     _quantise_weight[(experts * down, right)](
@@ -121,7 +124,7 @@ def quantise_weight(weight_EFX: Tensor, *, turned: bool) -> Codes:
         scales,
         height,
         width,
-        TURNED=turned,
+        TRANSPOSED=transposed,
         BLOCK=BLOCK,
         num_warps=8,
     )
@@ -167,8 +170,8 @@ def _magnitude(x):
 def _scale_of(largest):
     """Returns a tile's scale from the bits of its maximum, and 1 / scale, 0 if it is not finite.
 
-    448 is 1.75 · 2^8, so that a fraction above 1.75, and no other, carries into the exponent. The
-    minimum scale is 2^-117, of a biased exponent of 18.
+    448 is 1.75 · 2^8, so that a significand above 1.75, and only such, carries into the exponent.
+    The minimum scale is 2^-117, whose magnitudes up to 448 have a biased exponent of at most 18.
     """
     finite = largest < 0x7F800000
     power = tl.maximum((tl.where(finite, largest, 0) + 0x1FFFFF) >> 23, 18)
@@ -181,8 +184,9 @@ def _scale_of(largest):
 def _codes(x, down):
     """Rounds x · down to E4M3, ties to even; 0 where down is 0.
 
-    A number's steps are an eighth of its power of two, below 2^-6 of that. In fp32 adding 3 · 2^22
-    steps leaves no bit for less than a step: the conversion itself has nothing to round.
+    E4M3 numbers in [2^e, 2^(e+1)) are spaced 2^(e-3) apart; below 2^-6 they are spaced 2^-9. Adding
+    1.5 · 2^23 spacings in fp32 leaves no bits below one spacing, so the addition rounds to nearest,
+    ties to even, and the conversion itself has nothing to round.
     """
     x = tl.where(down == 0.0, 0.0, x) * down
     power = (_magnitude(x) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -212,23 +216,23 @@ def _quantise(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Rounds 128 columns of a tile of rows; ``shift`` moves each group's rows by as much again."""
+    """Quantises 128 columns of one tile; group g's rows lie g · ``shift`` elements further on."""
     tile, block = tl.program_id(0), tl.program_id(1)
     first, end = tl.load(tile_first + tile), tl.load(tile_end + tile)
     if first == end:
         return
     row = first + tl.arange(0, BLOCK)
     column = block * BLOCK + tl.arange(0, BLOCK)
-    live, inside = row < end, column < columns
+    in_bounds, inside = row < end, column < columns
     start = tl.load(tile_group + tile).to(tl.int64) * shift
     at = start + row.to(tl.int64)[:, None] * stride + column[None, :]
-    value = tl.load(x + at, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    value = tl.load(x + at, mask=in_bounds[:, None] & inside[None, :], other=0.0).to(tl.float32)
     bits = _magnitude(value)
     if ROWS:
         scale, down = _scale_of(tl.max(bits, 1))
         at = row.to(tl.int64)[:, None] * (blocks * BLOCK) + column[None, :]
-        tl.store(row_codes + at, _codes(value, down[:, None]), mask=live[:, None])
-        tl.store(row_scales + block.to(tl.int64) * rows + row, scale, mask=live)
+        tl.store(row_codes + at, _codes(value, down[:, None]), mask=in_bounds[:, None])
+        tl.store(row_scales + block.to(tl.int64) * rows + row, scale, mask=in_bounds)
     if COLUMNS:
         scale, down = _scale_of(tl.max(bits, 0))
         line = tile.to(tl.int64) * columns + column
@@ -240,24 +244,24 @@ def _quantise(
 
 @triton.jit
 def _quantise_weight(
-    x, row_codes, row_scales, rows, columns, TURNED: tl.constexpr, BLOCK: tl.constexpr
+    x, row_codes, row_scales, rows, columns, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Rounds one block of one expert's weight."""
+    """Quantises one block of one expert's weight."""
     down_blocks, right_blocks = tl.cdiv(rows, BLOCK), tl.num_programs(1)
     expert = (tl.program_id(0) // down_blocks).to(tl.int64)
     i, j = tl.program_id(0) % down_blocks, tl.program_id(1)
     row = i * BLOCK + tl.arange(0, BLOCK)
     column = j * BLOCK + tl.arange(0, BLOCK)
-    live, inside = row < rows, column < columns
+    in_bounds, inside = row < rows, column < columns
     at = (expert * rows + row)[:, None] * columns + column[None, :]
-    value = tl.load(x + at, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    value = tl.load(x + at, mask=in_bounds[:, None] & inside[None, :], other=0.0).to(tl.float32)
     scale, down = _scale_of(tl.max(tl.max(_magnitude(value), 1), 0))
     codes = _codes(value, down)
-    if TURNED:
+    if TRANSPOSED:
         at = (expert * columns + column)[:, None] * (down_blocks * BLOCK) + row[None, :]
         tl.store(row_codes + at, tl.trans(codes), mask=inside[:, None])
         tl.store(row_scales + (expert * right_blocks + j) * down_blocks + i, scale)
     else:
         at = (expert * rows + row)[:, None] * (right_blocks * BLOCK) + column[None, :]
-        tl.store(row_codes + at, codes, mask=live[:, None])
+        tl.store(row_codes + at, codes, mask=in_bounds[:, None])
         tl.store(row_scales + (expert * down_blocks + i) * right_blocks + j, scale)

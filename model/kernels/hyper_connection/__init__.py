@@ -1,9 +1,10 @@
 """Manifold-constrained hyper-connections: the streams' coefficients and their mixing.
 
 mHC paper (arXiv 2512.24880) and report §2.2. All coefficients are fp32. Backward recomputes them
-from the N(N+2) projections, so a sub-layer keeps no more than its streams.
+from the M projections w, so of size [T, N, D] a sub-layer saves only its streams. In formulas X_j
+is stream j.
 
-T tokens; N streams; D their width; X = N·D; w = (2+N)·N coefficients, or N of the head.
+T tokens; N streams; D their width; Z = N·D; M = (2+N)·N coefficients, or N of them in the head.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from model.kernels.hyper_connection.eager import eager_read_streams, eager_write
 
 def read_streams(
     streams_TND: Tensor,
-    fn_wX: Tensor,
-    base_w: Tensor,
-    scale_3: Tensor,
+    fn_MZ: Tensor,
+    base_M: Tensor,
+    scale: Tensor,
     *,
     norm_eps: float,
     hc_eps: float,
@@ -32,9 +33,10 @@ def read_streams(
 
     Args:
         streams_TND: the residual streams.
-        fn_wX: [(2+N)·N, N·D], rows in the order pre N, post N, comb N².
-        base_w, scale_3: static biases and the gating factors of pre, post, comb.
-        eager: what runs where Triton does not.
+        fn_MZ: rows in the order pre N, post N, comb N².
+        base_M: static biases.
+        scale: [3], the gating factors of pre, post and comb.
+        eager: the implementation used where Triton does not run.
 
     Returns:
         x [T, D] = Σ_j pre_j X_j in the streams' dtype; post [T, N] and comb [T, N, N] in fp32.
@@ -44,14 +46,14 @@ def read_streams(
 
         return streams_triton.read_streams(
             streams_TND,
-            fn_wX,
-            base_w,
-            scale_3,
+            fn_MZ,
+            base_M,
+            scale,
             norm_eps=norm_eps,
             hc_eps=hc_eps,
             iterations=iterations,
         )
-    return eager(streams_TND, fn_wX, base_w, scale_3, norm_eps, hc_eps, iterations)
+    return eager(streams_TND, fn_MZ, base_M, scale, norm_eps, hc_eps, iterations)
 
 
 def write_streams(
@@ -74,9 +76,9 @@ def write_streams(
 
 def collapse_streams(
     streams_TND: Tensor,
-    fn_NX: Tensor,
+    fn_NZ: Tensor,
     base_N: Tensor,
-    scale_1: Tensor,
+    scale: Tensor,
     *,
     norm_eps: float,
     hc_eps: float,
@@ -84,15 +86,15 @@ def collapse_streams(
 ) -> Tensor:
     """Computes the head's weighted sum of the streams, [T, D]: weights σ(scale · w + base) + eps.
 
-    `eager` as in `read_streams`.
+    ``scale`` is [1]. `eager` as in `read_streams`.
     """
     if _on_triton(streams_TND):
         from model.kernels.hyper_connection import streams_triton
 
         return streams_triton.read_streams(
-            streams_TND, fn_NX, base_N, scale_1, norm_eps=norm_eps, hc_eps=hc_eps, iterations=None
+            streams_TND, fn_NZ, base_N, scale, norm_eps=norm_eps, hc_eps=hc_eps, iterations=None
         )
-    return eager(streams_TND, fn_NX, base_N, scale_1, norm_eps, hc_eps, None)
+    return eager(streams_TND, fn_NZ, base_N, scale, norm_eps, hc_eps, None)
 
 
 def _on_triton(streams_TND: Tensor) -> bool:

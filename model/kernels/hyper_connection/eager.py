@@ -1,6 +1,6 @@
 """Hyper-connections as few torch calls, with a backward written by hand, on any device.
 
-T tokens; N streams; D their width; X = N·D; w = (2+N)·N coefficients, or N of the head.
+T tokens; N streams; D their width; Z = N·D; M = (2+N)·N coefficients, or N of them in the head.
 """
 
 from __future__ import annotations
@@ -13,28 +13,31 @@ from torch import Tensor
 
 def eager_read_streams(
     streams_TND: Tensor,
-    fn_wX: Tensor,
-    base_w: Tensor,
+    fn_MZ: Tensor,
+    base_M: Tensor,
     scale: Tensor,
     norm_eps: float,
     hc_eps: float,
     iterations: int | None,
 ) -> Any:
-    """Computes `read_streams`, or with ``iterations`` None `collapse_streams`."""
-    return ReadStreams.apply(streams_TND, fn_wX, base_w, scale, norm_eps, hc_eps, iterations)
+    """Computes `model.kernels.hyper_connection.read_streams`.
+
+    With ``iterations`` None it computes `collapse_streams`.
+    """
+    return ReadStreams.apply(streams_TND, fn_MZ, base_M, scale, norm_eps, hc_eps, iterations)
 
 
 def eager_write_streams(
     streams_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor
 ) -> Tensor:
-    """Computes `write_streams`."""
+    """Computes `model.kernels.hyper_connection.write_streams`."""
     return _WriteStreams.apply(streams_TND, y_TD, post_TN, comb_TNN)
 
 
 def coefficients(
     w: Tensor, base: Tensor, scale: Tensor, hc_eps: float, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes pre [T, N], post [T, N] and comb [T, N, N] from the projections w [T, (2+N)·N]."""
+    """Computes pre [T, N], post [T, N] and comb [T, N, N] from the projections w [T, M]."""
     streams = round((1 + w.shape[1]) ** 0.5) - 1
     sizes = [streams, streams, streams * streams]
     pre, post, comb = w.split(sizes, dim=1)
@@ -55,7 +58,7 @@ def sinkhorn(logits_TNN: Tensor, eps: float, iterations: int) -> Tensor:
 
 
 class _Sinkhorn(torch.autograd.Function):
-    # Tokens come last inside, so that each of the many small steps runs over contiguous memory.
+    # Works on [N, N, T], so that each of the many small steps runs over contiguous memory.
 
     @staticmethod
     def forward(ctx: Any, logits_TNN: Tensor, eps: float, iterations: int) -> Tensor:
@@ -88,7 +91,10 @@ def _normalised_dims(iterations: int) -> list[int]:
 
 
 class ReadStreams(torch.autograd.Function):
-    """Norm, projection, coefficients and weighted read; ``iterations`` None reads only (head)."""
+    """Norm, projection, coefficients and weighted read.
+
+    With ``iterations`` None it computes only pre and the weighted read (the head).
+    """
 
     @staticmethod
     def forward(
@@ -102,18 +108,18 @@ class ReadStreams(torch.autograd.Function):
         iterations: int | None,
     ) -> Any:
         """Returns what `eager_read_streams` does."""
-        flat_TX = streams.flatten(1).float()
-        square = torch.linalg.vector_norm(flat_TX, dim=1, keepdim=True).square_()
-        rstd = square.div_(flat_TX.shape[1]).add_(norm_eps).rsqrt_()
-        w = torch.mm(flat_TX, fn.float().t()).mul_(rstd)
+        flat_TZ = streams.flatten(1).float()
+        square = torch.linalg.vector_norm(flat_TZ, dim=1, keepdim=True).square_()
+        rstd = square.div_(flat_TZ.shape[1]).add_(norm_eps).rsqrt_()
+        w = torch.mm(flat_TZ, fn.float().t()).mul_(rstd)
         ctx.hc_eps, ctx.iterations = hc_eps, iterations
         ctx.save_for_backward(streams, fn, base, scale, w, rstd)
-        outputs = ReadStreams.weights(w, base.float(), scale.float(), hc_eps, iterations)
-        read = torch.bmm(outputs[0][:, None], flat_TX.view(streams.shape))[:, 0]
+        outputs = ReadStreams.all_coefficients(w, base.float(), scale.float(), hc_eps, iterations)
+        read = torch.bmm(outputs[0][:, None], flat_TZ.view(streams.shape))[:, 0]
         return (read.to(streams.dtype), *outputs[1:]) if iterations else read.to(streams.dtype)
 
     @staticmethod
-    def weights(
+    def all_coefficients(
         w: Tensor, base: Tensor, scale: Tensor, hc_eps: float, iterations: int | None
     ) -> tuple[Tensor, ...]:
         """Computes the streams' coefficients from their projections."""
@@ -124,7 +130,7 @@ class ReadStreams(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_read: Tensor, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of streams, fn, base and scale."""
-        saved = ctx.saved_tensors  # may be asked for only once, where it is computed again
+        saved = ctx.saved_tensors  # unpacked once: a second time fails under recomputation
         grad_pre = torch.linalg.vecdot(saved[0].float(), grad_read.float()[:, None])
         return ReadStreams.gradients(ctx, saved, grad_pre, grad_read, *grad_outputs)
 
@@ -132,23 +138,25 @@ class ReadStreams(torch.autograd.Function):
     def gradients(
         ctx: Any, saved: Any, grad_pre: Tensor, grad_read: Tensor, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Computes the rest of backward, given the gradient of the reading weights."""
+        """Computes the rest of backward, given the gradient of pre."""
         streams, fn, base, scale, w, rstd = saved
         wide = streams.float()
         grad_read = grad_read.float()
         with torch.enable_grad():
             leaves = [x.detach().float().requires_grad_() for x in (w, base, scale)]
             w_leaf, base_leaf, scale_leaf = leaves
-            outputs = ReadStreams.weights(w_leaf, base_leaf, scale_leaf, ctx.hc_eps, ctx.iterations)
+            outputs = ReadStreams.all_coefficients(
+                w_leaf, base_leaf, scale_leaf, ctx.hc_eps, ctx.iterations
+            )
             grads = torch.autograd.grad(outputs, leaves, (grad_pre, *grad_outputs))
         grad_w, grad_base, grad_scale = grads
-        flat_TX = wide.flatten(1)
-        # w = (X · fnᵀ) · rstd, and d rstd / dX = -rstd³ · X / (N·D)
-        along = torch.linalg.vecdot(grad_w, w)[:, None] * rstd.square() / flat_TX.shape[1]
+        flat_TZ = wide.flatten(1)
+        # w = (X · fnᵀ) · rstd, and d rstd / dX = -rstd³ · X / (N·D): the norm adds -norm_term · X
+        norm_term = torch.linalg.vecdot(grad_w, w)[:, None] * rstd.square() / flat_TZ.shape[1]
         grad_projected = grad_w * rstd
         grad_streams = torch.mul(outputs[0].detach()[..., None], grad_read[:, None]).flatten(1)
-        grad_streams.addmm_(grad_projected, fn.float()).addcmul_(flat_TX, along, value=-1)
-        grad_fn = torch.mm(grad_projected.t(), flat_TX).to(fn.dtype)
+        grad_streams.addmm_(grad_projected, fn.float()).addcmul_(flat_TZ, norm_term, value=-1)
+        grad_fn = torch.mm(grad_projected.t(), flat_TZ).to(fn.dtype)
         grad_streams = grad_streams.view_as(streams).to(streams.dtype)
         parameters = (grad_fn, grad_base.to(base.dtype), grad_scale.to(scale.dtype))
         return grad_streams, *parameters, None, None, None

@@ -1,6 +1,6 @@
 """Hyper-connections as loops over streams and tokens (report §2.2, arXiv 2512.24880).
 
-T tokens; N streams; D their width; X = N·D; w = (2+N)·N coefficients. Any device and dtype.
+T tokens; N streams; D their width; Z = N·D; M = (2+N)·N coefficients. Any device and dtype.
 """
 
 from __future__ import annotations
@@ -11,34 +11,34 @@ from torch import Tensor
 
 def naive_read_streams(
     streams_TND: Tensor,
-    fn_wX: Tensor,
-    base_w: Tensor,
-    scale_3: Tensor,
+    fn_MZ: Tensor,
+    base_M: Tensor,
+    scale: Tensor,
     norm_eps: float,
     hc_eps: float,
     iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes x [T, D] = Σ_j pre_j X_j, post [T, N] and comb [T, N, N]."""
     n = streams_TND.shape[1]
-    w = naive_projections(streams_TND, fn_wX, norm_eps)
-    pre = torch.sigmoid(scale_3[0] * w[:, :n] + base_w[:n]) + hc_eps
-    post = 2 * torch.sigmoid(scale_3[1] * w[:, n : 2 * n] + base_w[n : 2 * n])
-    comb = (scale_3[2] * w[:, 2 * n :] + base_w[2 * n :]).view(-1, n, n)
+    w = naive_projections(streams_TND, fn_MZ, norm_eps)
+    pre = torch.sigmoid(scale[0] * w[:, :n] + base_M[:n]) + hc_eps
+    post = 2 * torch.sigmoid(scale[1] * w[:, n : 2 * n] + base_M[n : 2 * n])
+    comb = (scale[2] * w[:, 2 * n :] + base_M[2 * n :]).view(-1, n, n)
     x_TD = torch.stack([pre[:, j, None] * streams_TND[:, j] for j in range(n)]).sum(0)
     return x_TD, post, naive_sinkhorn(comb, hc_eps, iterations)
 
 
 def naive_collapse_streams(
     streams_TND: Tensor,
-    fn_NX: Tensor,
+    fn_NZ: Tensor,
     base_N: Tensor,
-    scale_1: Tensor,
+    scale: Tensor,
     norm_eps: float,
     hc_eps: float,
 ) -> Tensor:
     """Computes the head's weighted sum of the streams, [T, D]."""
-    w = naive_projections(streams_TND, fn_NX, norm_eps)
-    weight_TN = torch.sigmoid(scale_1 * w + base_N) + hc_eps
+    w = naive_projections(streams_TND, fn_NZ, norm_eps)
+    weight_TN = torch.sigmoid(scale * w + base_N) + hc_eps
     return (weight_TN[..., None] * streams_TND).sum(1)
 
 
@@ -54,14 +54,17 @@ def naive_write_streams(
     return torch.stack([post_TN[:, k, None] * y_TD + mixed[k] for k in range(n)], dim=1)
 
 
-def naive_projections(streams_TND: Tensor, fn_wX: Tensor, norm_eps: float) -> Tensor:
-    """Computes RMSNorm(X) · fnᵀ over all streams of a token, [T, w]."""
-    flat_TX = streams_TND.flatten(1)
-    return flat_TX / torch.sqrt(flat_TX.square().mean(1, keepdim=True) + norm_eps) @ fn_wX.T
+def naive_projections(streams_TND: Tensor, fn_MZ: Tensor, norm_eps: float) -> Tensor:
+    """Computes RMSNorm(X) · fnᵀ over all streams of a token, [T, M]."""
+    flat_TZ = streams_TND.flatten(1)
+    return flat_TZ / torch.sqrt(flat_TZ.square().mean(1, keepdim=True) + norm_eps) @ fn_MZ.T
 
 
 def naive_sinkhorn(logits_TNN: Tensor, eps: float, iterations: int) -> Tensor:
-    """Makes each token's matrix nearly doubly stochastic: softmax, then columns and rows."""
+    """Makes each token's matrix nearly doubly stochastic.
+
+    Softmax over rows, then normalises columns and rows in turn.
+    """
     out = []
     for matrix in logits_TNN:
         matrix = matrix.exp() / matrix.exp().sum(1, keepdim=True) + eps

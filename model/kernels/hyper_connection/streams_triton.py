@@ -1,26 +1,27 @@
 """Hyper-connections in Triton, forward and backward; compared with ``naive.py``.
 
-Everything inside is fp32. The kernels, in the order of a sub-layer:
+All arithmetic is fp32. The kernels, in the order of a sub-layer:
 
-    _project    X [T, N·D] times fnᵀ [N·D, w] and Σ X², w = N(N+2) <= 24; the columns are divided
-                over programs, whose parts are added in a fixed order by the next kernel
-    _weigh      pre, post, comb of every token from these; Sinkhorn's steps in registers
-    _mix        x = Σ pre_j X_j
-    _write      X'_k = post_k y + Σ comb_jk X_j
+    _project        X [T, Z] times fnᵀ [Z, M] and Σ X², M = N(N+2) <= 24; the columns are divided
+                    over programs, whose parts the next kernel adds in a fixed order
+    _coefficients   pre, post, comb of every token from these; Sinkhorn's steps in registers
+    _mix            x = Σ pre_j X_j
+    _write          X'_k = post_k y + Σ comb_jk X_j
 
-and backward, each next to its forward:
+and in backward:
 
-    _write_back     gradients of X, y, post, comb: each token's sums over D stay in one program
-    _mix_back       that of pre, Σ X_j · grad_x
-    _weigh_back     through Sinkhorn, from the projections
-    _project_back   that of X, and fn's in parts that are added in a fixed order
+    _write_backward          gradients of X, y, post, comb; a program has all of a token's columns
+    _mix_backward            gradient of pre, Σ X_j · grad_x
+    _coefficients_backward   through Sinkhorn to the gradient of the projections
+    _project_backward        gradient of X, and that of fn in parts that are added in a fixed order
 
-Nothing is added to by two programs, so that two runs agree bit for bit. Keeping a token's X between
-_project and _mix would take 2·N·D bytes of registers, and then fn, 1.5 MB, would be read for every
-few tokens: more from L2 than X is from memory. So X is read twice.
+No two programs accumulate into the same element, so runs are bit-identical. Keeping a token's X
+between _project and _mix would take 2·N·D bytes of registers per token, leaving room for few tokens
+per program, so fn (1.5 MB) would be re-read for each such group: more traffic from L2 than X costs
+from memory. So X is read twice.
 
-Bytes a token in bf16 with N = 4; the matmuls (2·24·N·D operations, two or three times
-in TF32) and Sinkhorn's 1,500 operations take less time:
+Bytes per token in bf16 with N = 4; the matmuls (2·24·N·D FLOPs, two or three times in TF32) and
+Sinkhorn's 1,500 FLOPs take less time:
 
                        minimum                  as written
     read, forward      2·(N + 1)·D              2·(2·N + 1)·D
@@ -28,13 +29,14 @@ in TF32) and Sinkhorn's 1,500 operations take less time:
     write, backward    2·(3·N + 2)·D            the same
     read, backward     2·(2·N + 1)·D            2·(3·N + 2)·D
 
-    floor per token at 3.35 TB/s, ns    minimum, Flash / Pro    as written    measured
+    roofline per token at 3.35 TB/s
+    (H100), ns                          minimum, Flash / Pro    as written    measured
     read, forward                            12 /  21             22 /  39    not yet timed
     write, forward                           22 /  39             22 /  39    not yet timed
     write, backward                          34 /  60             34 /  60    not yet timed
     read, backward                           22 /  39             34 /  60    not yet timed
 
-T tokens; N streams; D their width; w = N(N+2) coefficients, or N of the head.
+T tokens; N streams; D their width; Z = N·D; M = (2+N)·N coefficients, or N of them in the head.
 """
 
 from __future__ import annotations
@@ -45,35 +47,38 @@ import torch
 from torch import Tensor
 
 from model.kernels import backend
-from model.kernels.hyper_connection.mix_triton import mix, mix_back, write, write_back
-from model.kernels.hyper_connection.project_triton import project, project_back
-from model.kernels.hyper_connection.weights_triton import weigh, weigh_back
+from model.kernels.hyper_connection.coefficients_triton import coefficients, coefficients_backward
+from model.kernels.hyper_connection.mix_triton import mix, mix_backward, write, write_backward
+from model.kernels.hyper_connection.project_triton import project, project_backward
 
 
 def read_streams(
     streams_TND: Tensor,
-    fn_wX: Tensor,
-    base_w: Tensor,
-    scale_3: Tensor,
+    fn_MZ: Tensor,
+    base_M: Tensor,
+    scale: Tensor,
     *,
     norm_eps: float,
     hc_eps: float,
     iterations: int | None,
 ) -> Any:
-    """Computes `read_streams` in Triton; with ``iterations`` None `collapse_streams`.
+    """Computes `model.kernels.hyper_connection.read_streams` in Triton.
+
+    With ``iterations`` None it computes `collapse_streams`.
 
     Raises:
         UnsupportedError: a GPU cannot run this device, dtype or number of streams.
         ValueError: the number of streams is not a power of two.
     """
     _check(streams_TND)
-    return _Read.apply(
-        streams_TND.contiguous(), fn_wX, base_w, scale_3, norm_eps, hc_eps, iterations
-    )
+    return _Read.apply(streams_TND.contiguous(), fn_MZ, base_M, scale, norm_eps, hc_eps, iterations)
 
 
 def write_streams(streams_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
-    """Computes `write_streams` in Triton; raises as `read_streams` does."""
+    """Computes `model.kernels.hyper_connection.write_streams` in Triton.
+
+    Raises the same errors as `read_streams`.
+    """
     _check(streams_TND)
     return _Write.apply(
         streams_TND.contiguous(), y_TD.contiguous(), post_TN.contiguous(), comb_TNN.contiguous()
@@ -84,7 +89,7 @@ def _check(streams_TND: Tensor) -> None:
     count = streams_TND.shape[1]
     backend.hyper_connection(streams_TND.device, streams_TND.dtype, count, required=True)
     if count & (count - 1):
-        raise ValueError(f"{count} residual streams; Triton mixes powers of two")
+        raise ValueError(f"{count} residual streams; Triton supports powers of two")
 
 
 class _Read(torch.autograd.Function):
@@ -101,10 +106,10 @@ class _Read(torch.autograd.Function):
     ) -> Any:
         fn, base, scale = (x.float().contiguous() for x in (fn, base, scale))
         _, count, dim = streams.shape
-        # The first of the iterations has columns alone.
+        # The first iteration normalises columns only.
         ctx.steps = None if iterations is None else iterations - 1
         ctx.width, ctx.hc_eps = count * dim, hc_eps
-        w, rstd, pre, post, comb = weigh(
+        w, rstd, pre, post, comb = coefficients(
             *project(streams, fn),
             base,
             scale,
@@ -124,19 +129,19 @@ class _Read(torch.autograd.Function):
         grad_read = grad_read.contiguous()
         # The head has neither post nor comb.
         grad_post, grad_comb = [x.contiguous() for x in grads] or (None, None)
-        grad_w, along, grad_base, grad_scale = weigh_back(
+        grad_w, norm_term, grad_base, grad_scale = coefficients_backward(
             w,
             base,
             scale,
             rstd,
-            mix_back(streams, grad_read),
+            mix_backward(streams, grad_read),
             grad_post,
             grad_comb,
             ctx.width,
             steps=ctx.steps,
             hc_eps=ctx.hc_eps,
         )
-        grad_streams, grad_fn = project_back(streams, fn, grad_w, along, pre, grad_read)
+        grad_streams, grad_fn = project_backward(streams, fn, grad_w, norm_term, pre, grad_read)
         return grad_streams, grad_fn, grad_base, grad_scale, None, None, None
 
 
@@ -149,4 +154,4 @@ class _Write(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
         streams, y, post, comb = ctx.saved_tensors
-        return write_back(streams, y, post, comb, grad_out.contiguous())
+        return write_backward(streams, y, post, comb, grad_out.contiguous())

@@ -1,4 +1,4 @@
-"""Lightning indexer: the selection of compressed entries, and its objective (report §2.3.1).
+"""Lightning indexer: the selection of compressed entries (report §2.3.1; objective: V3.2).
 
 T queries; I index heads; J their width; C compressed entries; k selected entries of a query.
 """
@@ -35,8 +35,8 @@ __all__ = [
 def select_topk(inputs: IndexerInputs, ranges: AttentionRanges, k: int) -> Tensor:
     """Selects the k visible entries of each query with the largest Σ_h w_h · ReLU(q_h · k_s).
 
-    Equal scores go to the lower entry, so the choice does not depend on layout or device. Of
-    ``ranges`` those of entries are used.
+    Ties are broken in favour of the lower index, so the selection does not depend on layout or
+    device. Only the entry ranges of ``ranges`` are used.
 
     Returns:
         int32 [T, k]: entry indices, -1 where a query sees fewer than k.

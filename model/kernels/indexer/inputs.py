@@ -1,4 +1,4 @@
-"""The arguments that the public, eager and Triton versions of the indexer share.
+"""Arguments shared by the public, eager and Triton versions of the indexer.
 
 T queries; I index heads; J their width; C compressed entries.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class IndexerInputs:
-    """What scores are made of: I_ts = Σ_h w_h · ReLU(q_h · k_s) (report §2.3.1).
+    """Inputs of the scores s_ts = Σ_h w_h · ReLU(q_h · k_s) of query t, entry s (report §2.3.1).
 
     Attributes:
         q_TIJ: rotated queries.

@@ -1,4 +1,4 @@
-"""The KL target of the indexer: how much attention probability each entry gets (report §2.3.1).
+"""The KL target of the indexer: how much attention probability each entry gets (V3.2).
 
 T queries, n of a block; C entries, c of a block; k selected entries of a query; H heads of the core
 attention.
@@ -16,28 +16,29 @@ from torch import Tensor
 from model.kernels.attention import AttentionInputs, AttentionRanges, entry_probability_mass
 
 AttentionProbabilityMass = Callable[[Any, slice], Tensor]
-"""mass(rows, columns): fp32 attention probability summed over all heads, [rows, columns] of queries
-(a slice or their numbers) and of entries, or of places in their lists where the entries are
-selected. Zero where a query does not see an entry."""
+"""mass(rows, columns) -> fp32 [rows, columns]: attention probability summed over heads, for these
+queries (slice or index tensor) and these entries (or, with a selection, these of their k columns).
+Zero where a query does not see an entry."""
 
 MIN_PROBABILITY_MASS = torch.finfo(torch.float32).tiny
-"""Less counts as none: a logarithm or a quotient of it would not be a number on every device."""
+"""Smaller masses are treated as 0: denormals may be flushed, and log or division would then give
+NaN or infinity."""
 
 _RECALL_PAIRS = 1 << 20
-"""Pairs of a query and an entry handled at once where a selection is measured."""
+"""(query, entry) pairs per block when computing recall."""
 
 
 @dataclass(frozen=True)
 class KLTarget:
-    """What the indexer's scores are compared with: a distribution p over each query's entries.
+    """Target of the indexer's scores: a distribution p over each query's entries.
 
     Attributes:
-        mass: divided by its sum over a query's entries it is p. `attention_probability_mass` makes
-            it where one process has all queries and heads. Ranks with as many queries and entries
-            ask for the same number of rows in the same order, so that a mass may be a sum over
-            ranks.
+        mass: unnormalised p; p = mass / its sum over the query's entries.
+            `attention_probability_mass` returns it where one process has all queries and heads.
+            Ranks with equally many queries and entries call it with the same row counts in the same
+            order, so it may contain collectives.
         ranges: the range of entries that each query sees.
-        selected_Tk: the entries of each query (-1: none); without it all that the query sees.
+        selected_Tk: the entries selected for each query (-1: none); None for all that it sees.
     """
 
     mass: AttentionProbabilityMass
@@ -45,21 +46,23 @@ class KLTarget:
     selected_Tk: Tensor | None = None
 
     def blocks(self, entries: int, max_pairs: int) -> Iterator[tuple[slice, slice]]:
-        """Yields queries, and the entries that one of them sees or the places in their lists.
+        """Yields (query slice, entry slice) blocks.
 
-        A block has at most ``max_pairs`` pairs, or one query. How many queries it has depends on
-        sizes alone: ranks with other samples take the same steps.
+        The entry slice has the entries visible to any of these queries, or all k columns if entries
+        are selected. A block has at most ``max_pairs`` (query, entry) pairs, but at least one
+        query. The number of queries depends only on sizes: ranks with other samples take the same
+        steps.
         """
-        ranges, places = self.ranges, None
+        ranges, num_selected = self.ranges, None
         if self.selected_Tk is not None:
-            places = self.selected_Tk.shape[1]
+            num_selected = self.selected_Tk.shape[1]
         assert ranges.host_entry_start_T is not None and ranges.host_entry_end_T is not None
         start_T, end_T = ranges.host_entry_start_T, ranges.host_entry_end_T
-        step = max(max_pairs // max(entries if places is None else places, 1), 1)
+        step = max(max_pairs // max(entries if num_selected is None else num_selected, 1), 1)
         for first in range(0, len(start_T) if entries else 0, step):
             rows = slice(first, min(first + step, len(start_T)))
-            if places is not None:
-                yield rows, slice(0, places)
+            if num_selected is not None:
+                yield rows, slice(0, num_selected)
                 continue
             low = int(start_T[first])
             yield rows, slice(low, max(int(end_T[rows].max()), low))
@@ -68,7 +71,7 @@ class KLTarget:
 def attention_probability_mass(
     inputs: AttentionInputs, lse2_TH: Tensor
 ) -> AttentionProbabilityMass:
-    """Returns the mass from what `attention_with_lse2` had and returned, without a gradient."""
+    """Returns a mass function, detached, for the inputs and lse2 of `attention_with_lse2`."""
     inputs, lse2_TH = inputs.detached(), lse2_TH.detach()
 
     def mass(rows: slice | Tensor, columns: slice) -> Tensor:
@@ -90,15 +93,15 @@ def selected_probability_mass(
 ) -> tuple[Tensor, Tensor]:
     """Sums the mass of the selected and of all entries, each fp32 [T].
 
-    Their quotient, of sums over queries, is the recall of the selection. ``mass`` is that of all
-    entries, not of a list; its heads' denominators are those of the attention that it came from.
-    Without ``selected_Tk`` all are selected. ``entries`` is their number, C.
+    Recall = Σ_t selected / Σ_t all. ``mass`` must have been made without a selection; the
+    denominators of its heads are those of the attention call that it was made from. Without
+    ``selected_Tk`` all are selected. ``entries`` is their number, C.
     """
     assert ranges.entry_start_T is not None
     all_T = torch.zeros(len(ranges.entry_start_T), device=ranges.entry_start_T.device)
     selected_T = torch.zeros_like(all_T)
     for rows, columns in KLTarget(mass, ranges).blocks(entries, _RECALL_PAIRS):
-        mass_nc = mass(rows, columns)  # asked for in any case: it may be a sum over ranks
+        mass_nc = mass(rows, columns)  # called even if unused: it may be a collective
         all_T[rows] = mass_nc.sum(1)
         if selected_Tk is not None and columns.start < columns.stop:
             index_nk = selected_Tk[rows].long()

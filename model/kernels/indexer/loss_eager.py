@@ -1,7 +1,7 @@
 """The indexer's objective and its gradients with torch's functions, on any device.
 
-One pass by blocks of queries forms both, so that the target's mass is asked for once and nothing of
-size [T, C] is ever stored.
+One pass over blocks of queries computes both, so the target is evaluated once and nothing of size
+[T, C] is ever stored.
 
 T queries, n of a block; I index heads; J their width; C entries, c of a block; k selected entries.
 """
@@ -17,72 +17,77 @@ from model.kernels.indexer.inputs import IndexerInputs
 from model.kernels.indexer.kl_target import MIN_PROBABILITY_MASS, KLTarget
 
 _CPU_SCORES, _GPU_SCORES = 1 << 19, 1 << 27
-"""Per-head scores in memory at once: a core's cache, or half a GiB."""
+"""Max per-head scores held at once: fits a core's cache (CPU), or 0.5 GiB (GPU)."""
 
 
 def eager_objective(
-    inputs: IndexerInputs, target: KLTarget, share_T: Tensor, needs_grad: bool
+    inputs: IndexerInputs, target: KLTarget, weight_T: Tensor, needs_grad: bool
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """Computes Σ_t share_t · KL_t and, where they are needed, its gradients, block by block.
+    """Computes Σ_t weight_t · KL_t and, if ``needs_grad``, its gradients, block by block.
 
     Returns:
-        a 0-dim tensor, and the gradients of queries, keys and head weights, or nothing.
+        A 0-dim tensor, and the gradients of queries, keys and head weights, or an empty tuple.
     """
     q_TIJ = inputs.q_TIJ
     max_scores = _CPU_SCORES if q_TIJ.device.type == "cpu" else _GPU_SCORES
-    exact = torch.promote_types(q_TIJ.dtype, torch.float32)
-    total = torch.zeros((), dtype=exact, device=q_TIJ.device)
+    compute_dtype = torch.promote_types(q_TIJ.dtype, torch.float32)
+    total = torch.zeros((), dtype=compute_dtype, device=q_TIJ.device)
     gradients = _Gradients(inputs) if needs_grad else None
     for rows, columns in target.blocks(len(inputs.keys_CJ), max_scores // q_TIJ.shape[1]):
         block = _Block(inputs, target, rows, columns)
         loss_n, lse_n = block.divergence()
-        total += (loss_n * share_T[rows]).sum()
+        total += (loss_n * weight_T[rows]).sum()
         if gradients is not None:
-            gradients.add(block, lse_n, share_T[rows])
+            gradients.add(block, lse_n, weight_T[rows])
     return total, () if gradients is None else gradients.of_inputs()
 
 
 class _Block:
-    """Scores of some queries, and the distribution that is their target."""
+    """Scores of a block of queries, and their target distribution."""
 
     def __init__(
         self, inputs: IndexerInputs, kl_target: KLTarget, rows: slice, columns: slice
     ) -> None:
         q, keys, weights = inputs.q_TIJ, inputs.keys_CJ, inputs.weights_TI
         ranges, selected = kl_target.ranges, kl_target.selected_Tk
-        exact = torch.promote_types(q.dtype, torch.float32)
+        compute_dtype = torch.promote_types(q.dtype, torch.float32)
         self.rows, self.columns = rows, columns
-        self.q, self.weights = q[rows].to(exact), weights[rows].to(exact)
+        self.q, self.weights = q[rows].to(compute_dtype), weights[rows].to(compute_dtype)
         self.index = None
         if selected is None:
             assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
             index = torch.arange(columns.start, columns.stop, device=q.device)
             low, high = ranges.entry_start_T[rows, None], ranges.entry_end_T[rows, None]
             self.visible = (index >= low) & (index < high)
-            self.keys = keys[columns].to(exact)
+            self.keys = keys[columns].to(compute_dtype)
             dots = (self.q.flatten(0, 1) @ self.keys.t()).view(*self.q.shape[:2], -1)
         else:
             self.visible = selected[rows] >= 0
             self.index = selected[rows].clamp(min=0).flatten()
-            self.keys = keys.index_select(0, self.index).to(exact).view(*self.visible.shape, -1)
+            self.keys = (
+                keys.index_select(0, self.index).to(compute_dtype).view(*self.visible.shape, -1)
+            )
             dots = torch.bmm(self.q, self.keys.transpose(1, 2))
         self.dots = dots.relu_()
         self.scores = torch.bmm(self.weights[:, None], self.dots)[:, 0]
-        mass = kl_target.mass(rows, columns).to(exact)
+        mass = kl_target.mass(rows, columns).to(compute_dtype)
         mass = mass.masked_fill(~self.visible | (mass < MIN_PROBABILITY_MASS), 0.0)
         self.total = mass.sum(1)
         self.target = mass / self.total.clamp(min=MIN_PROBABILITY_MASS)[:, None]
 
     def divergence(self) -> tuple[Tensor, Tensor]:
-        """Returns KL and log Σ exp(I), each [n]."""
+        """Returns KL and log Σ exp(s), each [n]."""
         lse = self.scores.masked_fill(~self.visible, float("-inf")).logsumexp(1)
-        cross = (torch.xlogy(self.target, self.target) - self.target * self.scores).sum(1)
-        return (cross + lse).masked_fill(self.total == 0, 0.0), lse
+        kl_without_lse = (torch.xlogy(self.target, self.target) - self.target * self.scores).sum(1)
+        return (kl_without_lse + lse).masked_fill(self.total == 0, 0.0), lse
 
     def gradients(self, lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns those of queries, head weights and keys: [c, J], or [n · k, J] of the lists."""
-        share = (self.scores - lse[:, None]).exp()
-        grad_scores = (share - self.target).mul_(grad[:, None])
+        """Returns the gradients of queries, head weights and keys.
+
+        Those of the keys are [c, J], or [n·k, J] for selected entries.
+        """
+        probability = (self.scores - lse[:, None]).exp()
+        grad_scores = (probability - self.target).mul_(grad[:, None])
         grad_scores.masked_fill_(~self.visible | (self.total == 0)[:, None], 0.0)
         grad_weights = torch.bmm(self.dots, grad_scores[..., None])[..., 0]
         grad_dots = grad_scores[:, None] * self.weights[..., None] * (self.dots > 0)
@@ -104,7 +109,7 @@ class _Gradients:
         self.dtype = keys.dtype
 
     def add(self, block: _Block, lse_n: Tensor, grad_n: Tensor) -> None:
-        """Adds a block's; ``grad_n`` is the gradient of each query's divergence."""
+        """Adds one block's gradients; ``grad_n`` is the gradient of each query's divergence."""
         rows = block.rows
         self.q[rows], self.weights[rows], grad_keys = block.gradients(lse_n, grad_n)
         if block.index is None:
@@ -113,5 +118,5 @@ class _Gradients:
             self.keys.index_add_(0, block.index, grad_keys)
 
     def of_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns them in the dtypes of the inputs."""
+        """Returns the gradients in the dtypes of the inputs."""
         return self.q, self.keys.to(self.dtype), self.weights

@@ -1,28 +1,28 @@
 """The indexer's objective in Triton, forward and backward; compared with ``naive.py``.
 
-The host goes by blocks of queries, because the target's mass m is asked for by blocks; the kernels
-are in ``loss_kernels_triton.py``.
-Forward: a program has the pairs (token, head) of BLOCK_T tokens and passes over their entries once,
-with the running log-sum-exp of the scores I, Σ m, and Σ m · (log m − I), from which comes
+The host loops over blocks of queries, because the target's mass m is evaluated per block; the
+kernels are in ``loss_kernels_triton.py``.
+Forward: a program handles the (token, head) pairs of BLOCK_T tokens and loops over their entries
+once. It accumulates the log-sum-exp of the scores s, Σ m, and Σ m · (log m − s), which give
 
-    KL = Σ m · (log m − I) / Σ m − log Σ m + log Σ exp(I).
+    KL = Σ m · (log m − s) / Σ m − log Σ m + log Σ exp(s).
 
-Backward scores again. Where each query sees a range, a first kernel writes the gradients of
-queries and head weights and that of every score; a second one, whose programs have a block of keys
-each, scores once more. Where entries are selected, the first kernel also writes the gradient of
-every (query, place) pair's key, and these are summed by entry in the order of the queries. Two
-runs agree bit for bit; the only array of queries and entries is that of a block.
+Backward recomputes the scores. Where each query sees a range, a first kernel writes the gradients
+of queries and head weights and that of every score; a second one, whose programs own a block of
+keys each, recomputes the scores once more. Where entries are selected, the first kernel also writes
+the gradient of every (query, column) pair's key, and these are summed by entry in the order of the
+queries. Two runs agree bit for bit; the only array over queries and entries is that of a block.
 
-Per pair of query and entry 2·I·J operations forward (16.4 thousand at I = 64, J = 128, so 17 ps at
-989 TFLOP/s), 8·I·J backward over ranges and 6·I·J over lists, plus 4·I and 8·I in the vector units;
-over lists backward also writes and reads 4·J bytes a pair (0.31 ns at 3.35 TB/s), which is
-its floor.
+Per (query, entry) pair 2·I·J FLOPs forward (16.4 thousand at I = 64, J = 128, so 17 ps at an H100's
+989 TFLOP/s), 8·I·J backward over ranges and 6·I·J over selected entries, plus 4·I and 8·I in the
+vector units; over selected entries backward also writes and reads 4·J bytes per pair (0.31 ns at
+3.35 TB/s), which bounds it.
 
-    one sample of        entries, mean    floor per token, forward + backward    measured
-    4K tokens                    512                  8 +    34 ns           not yet timed
-    64K tokens                 8 192                136 +   543 ns           not yet timed
-    lists, Flash                 512                  8 +   157 ns           not yet timed
-    lists, Pro                 1 024                 17 +   313 ns           not yet timed
+    one sample of        entries, mean    roofline per token, forward + backward    measured
+    4K tokens                    512                     8 +    34 ns           not yet timed
+    64K tokens                 8 192                   136 +   543 ns           not yet timed
+    selected, Flash              512                     8 +   157 ns           not yet timed
+    selected, Pro              1 024                    17 +   313 ns           not yet timed
 
 T queries; I index heads; J their width; C entries; k selected entries of a query.
 """
@@ -44,29 +44,29 @@ from model.kernels.indexer.kl_target import KLTarget
 from model.kernels.indexer.loss_kernels_triton import forward, grad_keys, grad_queries
 
 _ROWS = 128
-"""Pairs (token, head) of a program."""
+"""(token, head) pairs per program."""
 _BLOCK_N = 64
 _RANGE_PAIRS = 1 << 26
-"""Pairs of a query and an entry of a block, with 4 bytes of mass and 4 of a gradient each."""
+"""(query, entry) pairs per block, with 4 bytes of mass and 4 of a gradient each."""
 _PAIR_BYTES = 1 << 28
-"""Bytes of gradients of lists' keys in memory at once."""
+"""Bytes of per-pair key gradients in memory at once."""
 _KEY_PROGRAMS = 264
-"""Two for each multiprocessor; with fewer blocks of keys, their queries are divided as well."""
+"""Two per SM; with fewer blocks of keys than that, their queries are divided as well."""
 
 
 def objective(
-    inputs: IndexerInputs, target: KLTarget, share_T: Tensor, needs_grad: bool
+    inputs: IndexerInputs, target: KLTarget, weight_T: Tensor, needs_grad: bool
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """Computes `eager_objective` from the two passes of `indexer_loss`."""
+    """Computes `eager_objective` from the two passes of `query_divergences`."""
     tensors = (inputs.q_TIJ, inputs.keys_CJ, inputs.weights_TI)
     leaves = [x.detach().requires_grad_(needs_grad) for x in tensors]
     with torch.set_grad_enabled(needs_grad):
-        total = (indexer_loss(IndexerInputs(*leaves), target) * share_T).sum()
+        total = (query_divergences(IndexerInputs(*leaves), target) * weight_T).sum()
     gradients = torch.autograd.grad(total, leaves) if needs_grad else ()
     return total.detach(), gradients
 
 
-def indexer_loss(
+def query_divergences(
     inputs: IndexerInputs,
     target: KLTarget,
     *,
@@ -75,12 +75,12 @@ def indexer_loss(
     range_pairs: int = _RANGE_PAIRS,
     pair_bytes: int = _PAIR_BYTES,
 ) -> Tensor:
-    """Computes KL(p_t ‖ softmax(I_t)) of every query t, fp32 [T]. Backward asks for p again.
+    """Computes KL(p_t ‖ softmax(s_t)) of every query t, fp32 [T]. Backward evaluates p again.
 
     Args:
-        rows, block_n: pairs (token, head) of a program and entries of a step, powers of two.
-        range_pairs: pairs of a query and an entry of a block, where each query sees a range.
-        pair_bytes: gradients of keys of a block, where entries are selected.
+        rows, block_n: (token, head) pairs per program and entries per step, powers of two.
+        range_pairs: (query, entry) pairs per block, where each query sees a range.
+        pair_bytes: bytes of per-pair key gradients of a block, where entries are selected.
 
     Raises:
         UnsupportedError: a GPU cannot run this device, dtype or shape.
@@ -90,9 +90,9 @@ def indexer_loss(
     heads, dim = q_TIJ.shape[1:]
     backend.indexer_loss(q_TIJ.device, q_TIJ.dtype, dim, heads, required=True)
     if heads & (heads - 1) or dim & (dim - 1):
-        raise ValueError(f"{heads} index heads of width {dim}; Triton scores powers of two")
+        raise ValueError(f"{heads} index heads of width {dim}; Triton supports powers of two")
     max_pairs = range_pairs if target.selected_Tk is None else pair_bytes // (4 * dim)
-    return _IndexerLoss.apply(
+    return _QueryDivergences.apply(
         q_TIJ.contiguous(),
         inputs.keys_CJ.contiguous(),
         inputs.weights_TI.contiguous(),
@@ -101,7 +101,7 @@ def indexer_loss(
 
 
 class _Block:
-    """Some queries and their entries: the arguments of every kernel, and how it is launched."""
+    """A block of queries and their entries: every kernel's arguments and launch options."""
 
     def __init__(self, call: _Call, rows: slice, columns: slice, heads: int) -> None:
         self.rows, self.columns = rows, columns
@@ -109,15 +109,15 @@ class _Block:
         self.low, self.high = call.low_T[rows], call.high_T[rows]
         self.selected = None if call.selected is None else call.selected[rows]
         self.mass = call.target.mass(rows, columns).float().contiguous()
-        lists = call.selected is not None
-        self.block_t = 1 if lists else max(call.rows // heads, 1)
+        is_selected = call.selected is not None
+        self.block_t = 1 if is_selected else max(call.rows // heads, 1)
         self.grid = (triton.cdiv(self.tokens, self.block_t),)
         self.sizes = {"BLOCK_T": self.block_t, "BLOCK_N": call.block_n}
-        self.options = {"LISTS": lists, "num_warps": 8, "num_stages": 2}
+        self.options = {"SELECTED": is_selected, "num_warps": 8, "num_stages": 2}
 
 
 class _Call:
-    """What forward and backward of one call share."""
+    """Arguments that forward and backward of one call share."""
 
     def __init__(self, target: KLTarget, rows: int, block_n: int, max_pairs: int) -> None:
         ranges, selected_Tk = target.ranges, target.selected_Tk
@@ -128,12 +128,12 @@ class _Call:
         self.max_pairs = max_pairs
 
     def blocks(self, entries: int, heads: int) -> Iterator[_Block]:
-        """Yields the blocks of queries, in the order in which all ranks ask for their mass."""
+        """Yields the blocks of queries, in the order in which all ranks evaluate their mass."""
         for rows, columns in self.target.blocks(entries, self.max_pairs):
             yield _Block(self, rows, columns, heads)
 
 
-class _IndexerLoss(torch.autograd.Function):
+class _QueryDivergences(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, keys: Tensor, weights: Tensor, call: _Call) -> Tensor:
         new = torch.empty if len(keys) else torch.zeros
@@ -171,9 +171,11 @@ class _IndexerLoss(torch.autograd.Function):
         grad_keys = torch.zeros_like(keys, dtype=torch.float32)
         heads, dim = q.shape[1:]
         for b in ctx.call.blocks(len(keys), heads):
-            # Of the scores, or of the key of each place of a list.
-            lists = b.selected is not None
-            each = grad_keys.new_empty((b.tokens, b.width, dim) if lists else b.mass.shape)
+            # Gradients of the scores, or of each (query, column) pair's key.
+            is_selected = b.selected is not None
+            grad_pairs = grad_keys.new_empty(
+                (b.tokens, b.width, dim) if is_selected else b.mass.shape
+            )
             grad_queries[b.grid](
                 q[b.rows],
                 keys,
@@ -187,7 +189,7 @@ class _IndexerLoss(torch.autograd.Function):
                 grad[b.rows],
                 grad_q[b.rows],
                 grad_weights[b.rows],
-                each,
+                grad_pairs,
                 b.tokens,
                 b.columns.start,
                 b.width,
@@ -197,9 +199,9 @@ class _IndexerLoss(torch.autograd.Function):
                 **b.options,
             )
             if b.selected is not None:
-                add_pairs(each, b.selected.flatten(), grad_keys)
+                add_pairs(grad_pairs, b.selected.flatten(), grad_keys)
             elif b.width:
-                grad_keys[b.columns] += _range_gradients(b, q, keys, weights, each)
+                grad_keys[b.columns] += _range_gradients(b, q, keys, weights, grad_pairs)
         return grad_q, grad_keys.to(keys.dtype), grad_weights, None
 
 

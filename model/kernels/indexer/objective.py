@@ -1,9 +1,9 @@
-"""The indexer's objective: its scores against the attention that entries got (report §2.3.1).
+"""The indexer's objective: its scores compared with core attention's probabilities (V3.2).
 
-For every query, KL(p ‖ softmax(I)) over a set of entries: I are the indexer's scores, and p is the
+For every query, KL(p ‖ softmax(s)) over a set of entries: s are the indexer's scores, and p is the
 probability mass that core attention gave to each entry, summed over heads and divided by its sum
-over the set. The set is all entries that the query sees (the dense phase), or those selected for
-it. Only the indexer's queries, keys and head weights get a gradient; p is a constant.
+over the set. The set is all entries that the query sees (mode "warmup"), or those selected for it
+(mode "sparse"). Only the indexer's queries, keys and head weights get a gradient; p is a constant.
 
 T queries; I index heads; J their width; C entries.
 """
@@ -30,24 +30,23 @@ ComputeObjective = Callable[
 def indexer_objective(
     inputs: IndexerInputs,
     target: KLTarget,
-    share_T: Tensor,
+    weight_T: Tensor,
     compute: ComputeObjective | None = None,
 ) -> Tensor:
-    """Computes Σ_t share_t · KL(p_t ‖ softmax(I_t)) as a 0-dim tensor.
+    """Computes Σ_t weight_t · KL(p_t ‖ softmax(s_t)) as a 0-dim tensor.
 
-    The gradient is formed in forward, while a block's scores and mass are there: the mass is asked
-    for only then, so that nothing of the target stays until backward, and a mass that is a sum over
-    ranks sends nothing in backward.
+    The gradient is computed in forward, block by block, while scores and mass are in memory, so the
+    target is not kept for backward and backward needs no communication.
 
     Args:
-        inputs: detach what they were computed from where the indexer alone is to learn.
-        share_T: fp32 weight of each query. A query with an empty set, or whose set got no mass,
+        inputs: compute them from detached activations if only the indexer is to be trained.
+        weight_T: fp32 weight of each query. A query with an empty set, or whose set got no mass,
             contributes 0 and has no gradient.
-        compute: forms objective and gradients; what the backend chooses by default.
+        compute: computes objective and gradients; defaults to the backend's choice.
     """
     tensors = (inputs.q_TIJ, inputs.keys_CJ, inputs.weights_TI)
     compute = compute or _implementation(inputs.q_TIJ)
-    return _Objective.apply(*tensors, target, share_T, torch.is_grad_enabled(), compute)
+    return _Objective.apply(*tensors, target, weight_T, torch.is_grad_enabled(), compute)
 
 
 def _implementation(q_TIJ: Tensor) -> ComputeObjective:
@@ -67,13 +66,13 @@ class _Objective(torch.autograd.Function):
         keys: Tensor,
         weights: Tensor,
         target: KLTarget,
-        share: Tensor,
+        weight: Tensor,
         grad_enabled: bool,
         compute: ComputeObjective,
     ) -> Tensor:
         needs_grad = grad_enabled and any(ctx.needs_input_grad[:3])
         inputs = IndexerInputs(q, keys, weights)
-        total, gradients = compute(inputs, target, share, needs_grad)
+        total, gradients = compute(inputs, target, weight, needs_grad)
         ctx.save_for_backward(*gradients)
         return total
 

@@ -12,12 +12,12 @@ from model.kernels.attention import AttentionRanges
 from model.kernels.indexer.inputs import IndexerInputs
 
 _CPU_SCORES, _GPU_SCORES = 1 << 19, 1 << 27
-"""Per-head scores in memory at once, at any sequence length: a core's cache, or half a GiB."""
+"""Max per-head scores held at once: fits a core's cache (CPU), or 0.5 GiB (GPU)."""
 
 
 @torch.no_grad()
 def eager_select_topk(inputs: IndexerInputs, ranges: AttentionRanges, k: int) -> Tensor:
-    """Computes `select_topk`."""
+    """Computes `model.kernels.indexer.select_topk`."""
     assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
     assert ranges.host_entry_start_T is not None and ranges.host_entry_end_T is not None
     q_TIJ, keys_CJ, weights_TI = inputs.q_TIJ, inputs.keys_CJ, inputs.weights_TI
@@ -31,16 +31,16 @@ def eager_select_topk(inputs: IndexerInputs, ranges: AttentionRanges, k: int) ->
     step = max(max_scores // (heads * max(widest, 1)), 1)
     for block in range(0, len(host_start), step):
         rows = slice(block, block + step)
-        # Where no query sees more than k entries there is nothing to choose.
+        # Where no query sees more than k entries there is nothing to select.
         if (host_end[rows] - host_start[rows]).max() <= k:
             continue
         first, last = int(host_start[rows][0]), int(host_end[rows].max())
         scores = entry_scores(q_TIJ[rows], keys_CJ[first:last], weights_TI[rows])
         index = torch.arange(first, last, device=scores.device)
-        hidden = (index < start_T[rows, None]) | (index >= end_T[rows, None])
-        scores.masked_fill_(hidden, float("-inf"))
+        masked = (index < start_T[rows, None]) | (index >= end_T[rows, None])
+        scores.masked_fill_(masked, float("-inf"))
         best = _ordered(scores).topk(k, dim=-1).indices
-        best = best.masked_fill(hidden.gather(1, best), -1 - first) + first
+        best = best.masked_fill(masked.gather(1, best), -1 - first) + first
         selected_Tk[rows] = best.to(torch.int32)
     return selected_Tk
 
@@ -53,7 +53,7 @@ def entry_scores(q_nIJ: Tensor, keys_cJ: Tensor, weights_nI: Tensor) -> Tensor:
 
 
 def _ordered(scores_nc: Tensor) -> Tensor:
-    """Returns int64 keys, all different, in the order of (score, lower index first).
+    """Returns distinct int64 keys in the order of (score, lower index first).
 
     The bits of a float sort like the number itself once negative ones are flipped; adding zero
     makes -0.0 and 0.0 equal.

@@ -3,19 +3,19 @@
 A program scores BLOCK_T tokens, all heads at once, against one block of visible entries after the
 other: [BLOCK_T · I, J] times [J, BLOCK_N], ReLU, weighted sum over heads. A score and its entry
 become one int64 whose order is (score, lower entry first), as in the eager version, so that ties
-are broken alike. The k best so far stay in registers, sorted; a strip of as many new ones passes
-through a small scratch that stays in cache, is sorted the other way, and the larger of each two and
-a bitonic merge are the new k best. No [T, C] matrix exists.
+are broken alike. The k best so far stay in registers, sorted. A strip of k new candidates goes
+through a small scratch buffer (which stays in cache), is sorted ascending, and the elementwise
+maximum with the k best, bitonic-merged, gives the new k best. No [T, C] matrix exists.
 
-Per query and visible entry 2·I·J operations in tensor cores (16.4 thousand at I = 64, J = 128, so
-17 ps at 989 TFLOP/s) and 3·I in the vector units, plus about 60 compare steps of the sort; of
-memory a query reads 2·I·(J + 2) bytes once and writes 4·k, while keys come from L2. Flash and Pro
-differ in k alone.
+Per query and visible entry 2·I·J FLOPs in tensor cores (16.4 thousand at I = 64, J = 128, so 17 ps
+at an H100's 989 TFLOP/s) and 3·I in the vector units, plus about 60 compare steps of the sort; a
+query reads 2·I·(J + 2) bytes of memory once and writes 4·k, while keys come from L2. Flash and Pro
+differ only in k.
 
-    one sample of    visible entries, mean    floor per token    measured
-    4K tokens                    512                9 ns        not yet timed
-    64K tokens                 8 192              136 ns        not yet timed
-    1M tokens                131 072             2172 ns        not yet timed
+    one sample of    visible entries, mean    roofline per token    measured
+    4K tokens                    512                9 ns           not yet timed
+    64K tokens                 8 192              136 ns           not yet timed
+    1M tokens                131 072             2172 ns           not yet timed
 
 T queries; I index heads (HEADS); J their width (DIM); C entries; k selected entries of a query.
 """
@@ -32,19 +32,19 @@ from model.kernels.attention import AttentionRanges
 from model.kernels.indexer.inputs import IndexerInputs
 
 _ROWS = 128
-"""Pairs (token, head) of a program."""
+"""(token, head) pairs per program."""
 _MAX_BEST = 2048
-"""Best entries of all tokens of a program, which stay in registers."""
+"""Max best entries of all tokens of a program, which stay in registers."""
 _CHUNK_TOKENS = 1 << 14
-"""Tokens of one launch; bounds the scratch at 8 bytes for each of their k best."""
+"""Tokens per launch; bounds the scratch buffer, of 8 bytes for each of their k best."""
 _LOWEST = tl.constexpr(-(2**63))
 FAR = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def scored(ready, tile, weight, BLOCK_T: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
+def scored(q_tile, tile, weight, BLOCK_T: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Computes ReLU(q · k) of all heads [T · I, BLOCK_N], and the scores [T, BLOCK_N]."""
-    dots = tl.maximum(tl.dot(ready, tl.trans(tile), input_precision="ieee"), 0.0)
+    dots = tl.maximum(tl.dot(q_tile, tl.trans(tile), input_precision="ieee"), 0.0)
     weighted = tl.reshape(dots * weight[:, None], (BLOCK_T, HEADS, BLOCK_N))
     return dots, tl.sum(weighted, 1)
 
@@ -80,19 +80,19 @@ def _select(
     # The last tokens see the most entries and come first.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     token = first_token + program * BLOCK_T + tl.arange(0, BLOCK_T)
-    live = token < tokens
-    low = tl.load(entry_start + token, mask=live, other=FAR)
-    high = tl.load(entry_end + token, mask=live, other=0)
+    in_bounds = token < tokens
+    low = tl.load(entry_start + token, mask=in_bounds, other=FAR)
+    high = tl.load(entry_end + token, mask=in_bounds, other=0)
     first, end = tl.min(low, 0), tl.max(high, 0)
-    # Where no query sees more than k entries there is nothing to choose.
+    # Where no query sees more than k entries there is nothing to select.
     end = tl.where(tl.max(high - low, 0) <= k, first, end)
     row = (first_token + program * BLOCK_T) * HEADS + tl.arange(0, BLOCK_T * HEADS)
     in_rows = row < tokens * HEADS
     dim = tl.arange(0, DIM)[None, :]
-    ready = tl.load(q + row.to(tl.int64)[:, None] * DIM + dim, mask=in_rows[:, None], other=0.0)
+    q_tile = tl.load(q + row.to(tl.int64)[:, None] * DIM + dim, mask=in_rows[:, None], other=0.0)
     weight = tl.load(weights + row, mask=in_rows, other=0.0).to(tl.float32)
-    place = tl.arange(0, BEST)
-    # int64, because a scratch of many programs is large
+    lane = tl.arange(0, BEST)
+    # int64, because the scratch buffer of many programs is large
     own = (program * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None] * BEST
     best = tl.full((BLOCK_T, BEST), -(2**63), tl.int64)
     for base in tl.range(first, end, BEST):
@@ -100,21 +100,21 @@ def _select(
             n = base + step + tl.arange(0, BLOCK_N)
             at = n.to(tl.int64)[:, None] * DIM + dim
             tile = tl.load(keys + at, mask=(n < end)[:, None], other=0.0)
-            _, scores = scored(ready, tile, weight, BLOCK_T, HEADS, BLOCK_N)
+            _, scores = scored(q_tile, tile, weight, BLOCK_T, HEADS, BLOCK_N)
             visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
             column = (step + tl.arange(0, BLOCK_N))[None, :]
             tl.store(strip + own + column, _ordered(scores, n[None, :], visible))
         tl.debug_barrier()
-        new = tl.sort(tl.load(strip + own + place[None, :]))
+        new = tl.sort(tl.load(strip + own + lane[None, :]))
         best = tl.bitonic_merge(tl.maximum(best, new), descending=True)
         tl.debug_barrier()
     entry = 0x7FFFFFFF - (best & 0xFFFFFFFF)
     entry = tl.where(best == _LOWEST, -1, entry).to(tl.int32)
-    every = low[:, None] + place[None, :]
+    every = low[:, None] + lane[None, :]
     every = tl.where(every < high[:, None], every, -1)
     entry = tl.where((high - low)[:, None] <= k, every, entry)
-    out = selected + token.to(tl.int64)[:, None] * k + place[None, :]
-    tl.store(out, entry, mask=live[:, None] & (place < k)[None, :])
+    out = selected + token.to(tl.int64)[:, None] * k + lane[None, :]
+    tl.store(out, entry, mask=in_bounds[:, None] & (lane < k)[None, :])
 
 
 @torch.no_grad()
@@ -129,11 +129,11 @@ def select_topk(
     """Computes ``model.kernels.indexer.select_topk`` in Triton.
 
     Args:
-        rows, block_n: pairs (token, head) of a program and entries of a step, powers of two.
+        rows, block_n: (token, head) pairs per program and entries per step, powers of two.
 
     Returns:
-        int32 [T, k]. A query that sees at most k entries has them in their order; others have
-        theirs from the best on.
+        int32 [T, k]. A query that sees at most k entries gets them in index order; others in
+        descending order of score.
 
     Raises:
         UnsupportedError: a GPU cannot run this device, dtype or shape.
@@ -144,7 +144,7 @@ def select_topk(
     tokens, heads, dim = q_TIJ.shape
     backend.indexer(q_TIJ.device, q_TIJ.dtype, dim, heads, k, required=True)
     if heads & (heads - 1) or dim & (dim - 1):
-        raise ValueError(f"{heads} index heads of width {dim}; Triton scores powers of two")
+        raise ValueError(f"{heads} index heads of width {dim}; Triton supports powers of two")
     selected_Tk = torch.empty((tokens, k), dtype=torch.int32, device=q_TIJ.device)
     best = max(triton.next_power_of_2(k), block_n)
     block_t = max(min(rows // heads, _MAX_BEST // best), 1)

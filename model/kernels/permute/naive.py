@@ -1,6 +1,6 @@
-"""Rows to their experts and back, one row at a time, for comparison in any dtype.
+"""MoE permute and unpermute, one row at a time, for comparison in any dtype.
 
-T tokens; A experts of a token; L = T·A (token, choice) pairs; P places; D the hidden width.
+T tokens; A experts of a token; L = T·A (token, choice) pairs; P rows; D the hidden width.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 
-def naive_permute_rows(x_TD: Tensor, order_P: Tensor, place_L: Tensor) -> Tensor:
-    """Copies to each place the row of its pair's token, [P, D].
+def naive_permute_rows(x_TD: Tensor, pair_of_row_P: Tensor, row_of_pair_L: Tensor) -> Tensor:
+    """Copies to each row that of its pair's token, [P, D].
 
-    Places that belong to no pair hold copies as well, but send no gradient back.
+    Padding rows hold copies as well, but propagate no gradient.
     """
-    choices = len(place_L) // len(x_TD)
-    copies_PD = torch.stack([x_TD[pair // choices] for pair in order_P.tolist()])
-    used_P1 = torch.zeros(len(order_P), 1, dtype=x_TD.dtype, device=x_TD.device)
-    used_P1[place_L] = 1
+    choices = len(row_of_pair_L) // len(x_TD)
+    copies_PD = torch.stack([x_TD[pair // choices] for pair in pair_of_row_P.tolist()])
+    used_P1 = torch.zeros(len(pair_of_row_P), 1, dtype=x_TD.dtype, device=x_TD.device)
+    used_P1[row_of_pair_L] = 1
     return copies_PD * used_P1 + (copies_PD * (1 - used_P1)).detach()
 
 
-def naive_unpermute_rows(y_PD: Tensor, place_L: Tensor, tokens: int) -> Tensor:
-    """Sums the rows at each token's A places, [T, D]."""
-    return torch.stack([y_PD[places].sum(0) for places in place_L.view(tokens, -1)])
+def naive_unpermute_rows(y_PD: Tensor, row_of_pair_L: Tensor, tokens: int) -> Tensor:
+    """Sums each token's A rows, [T, D]."""
+    return torch.stack([y_PD[rows].sum(0) for rows in row_of_pair_L.view(tokens, -1)])

@@ -1,15 +1,15 @@
 """The sum of each token's expert rows in Triton, as a gather; compared with ``naive.py``.
 
-A token's A rows are read where they lie, added in fp32 in the order of its choices, and written
-once: 2·D·(A + 1) bytes a token in bf16, where index_select and a sum move 2·D·(3·A + 1). It
-combines the experts' outputs and computes the gradient of the dispatch; the other two are plain
-gathers of rows, which index_select does at memory bandwidth.
+A token's A rows are gathered, added in fp32 in the order of its choices, and written once:
+2·D·(A + 1) bytes per token in bf16, where index_select and a sum move 2·D·(3·A + 1). It is the
+forward of the combine and the backward of the dispatch; the forward of the dispatch and the
+backward of the combine are plain gathers of rows, which index_select does at memory bandwidth.
 
-    floor per token at 3.35 TB/s     minimum  index_select and sum   measured
-    Flash, D = 4096, A = 6             17 ns                  46 ns   not yet timed
-    Pro, D = 7168, A = 6               30 ns                  81 ns   not yet timed
+    roofline per token at 3.35 TB/s (H100)  minimum  index_select and sum   measured
+    Flash, D = 4096, A = 6                    17 ns                  46 ns   not yet timed
+    Pro, D = 7168, A = 6                      30 ns                  81 ns   not yet timed
 
-T tokens; A experts of a token; L = T·A; P places; D the hidden width.
+T tokens; A experts of a token; L = T·A pairs; P rows; D the hidden width.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ _COLUMNS = 1024
 
 
 @triton.jit
-def _unpermute(y, place, out, dim, CHOICES: tl.constexpr, COLUMNS: tl.constexpr):
+def _unpermute(y, row_of_pair, out, dim, CHOICES: tl.constexpr, COLUMNS: tl.constexpr):
     token = tl.program_id(0)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros((COLUMNS,), tl.float32)
     for choice in tl.static_range(CHOICES):
-        row = tl.load(place + token.to(tl.int64) * CHOICES + choice)
+        row = tl.load(row_of_pair + token.to(tl.int64) * CHOICES + choice)
         acc += tl.load(y + row * dim + d, mask=d < dim, other=0.0).to(tl.float32)
     at = out + token.to(tl.int64) * dim + d
     tl.store(at, acc.to(out.dtype.element_ty), mask=d < dim)
 
 
-def unpermute(y_PD: Tensor, place_L: Tensor, tokens: int) -> Tensor:
-    """Sums over choices a y[place[t·A + a]], [T, D] in y's dtype; ``place_L`` is int64.
+def unpermute(y_PD: Tensor, row_of_pair_L: Tensor, tokens: int) -> Tensor:
+    """Sums over choices a y[row_of_pair[t·A + a]], [T, D] in y's dtype; ``row_of_pair_L`` is int64.
 
     Raises:
         UnsupportedError: a GPU cannot run this device or dtype.
     """
-    backend.experts(y_PD.device, y_PD.dtype, required=True)
+    backend.swiglu_and_combine(y_PD.device, y_PD.dtype, required=True)
     dim = y_PD.shape[1]
     out = y_PD.new_empty(tokens, dim)
     if tokens:
         _unpermute[(tokens, triton.cdiv(dim, _COLUMNS))](
             y_PD.contiguous(),
-            place_L.contiguous(),
+            row_of_pair_L.contiguous(),
             out,
             dim,
-            CHOICES=len(place_L) // tokens,
+            CHOICES=len(row_of_pair_L) // tokens,
             COLUMNS=_COLUMNS,
             num_warps=4,
         )

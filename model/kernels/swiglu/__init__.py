@@ -1,4 +1,4 @@
-"""Clamped SwiGLU (report §2.1 and §4.2.3), optionally weighted by row.
+"""Clamped SwiGLU (report §4.2.3; docs/architecture-v4.md), optionally weighted by row.
 
 n rows; F the experts' inner width.
 """
@@ -25,12 +25,12 @@ def clamped_swiglu(
     Args:
         gate, up: [n, F].
         weight: fp32 [n], or None for 1.
-        eager: what runs where Triton does not.
+        eager: the implementation used where Triton does not run.
 
     Returns:
         [n, F] in gate's dtype, computed in fp32.
     """
-    if backend.experts(gate.device, gate.dtype).name == "triton":
+    if backend.swiglu_and_combine(gate.device, gate.dtype).name == "triton":
         from model.kernels.swiglu import swiglu_triton
 
         return swiglu_triton.clamped_swiglu(gate, up, limit, weight)

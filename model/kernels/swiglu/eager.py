@@ -11,20 +11,20 @@ from torch import Tensor
 def eager_clamped_swiglu(
     gate: Tensor, up: Tensor, limit: float, weight: Tensor | None = None
 ) -> Tensor:
-    """Computes `clamped_swiglu` in fp32 and keeps its inputs for backward."""
+    """Computes `model.kernels.swiglu.clamped_swiglu` in fp32; saves only its inputs."""
     return ClampedSwiGLU.apply(gate, up, limit, weight)
 
 
 def _sigmoid(x: Tensor) -> Tensor:
-    # torch.sigmoid rounds differently in the tail of a thread's share, and which rows are there
-    # depends on other samples' experts; torch.exp gives a number the same bits everywhere.
+    # torch.sigmoid rounds differently in the scalar tail of a thread's vectorised chunk, and which
+    # rows fall there depends on other samples' experts; torch.exp has no such difference.
     return x.neg().exp_().add_(1).reciprocal_()
 
 
 def activation(gate: Tensor, up: Tensor, weight: Tensor | None, limit: float) -> Tensor:
-    """Computes `clamped_swiglu` of tensors without gradients, [n, F]."""
-    clamped = gate.float().clamp(max=limit)
-    out = _sigmoid(clamped).mul_(clamped)
+    """Computes `clamped_swiglu` without autograd, [n, F]."""
+    gate_clamped = gate.float().clamp(max=limit)
+    out = _sigmoid(gate_clamped).mul_(gate_clamped)
     out.mul_(up.float().clamp(-limit, limit))
     if weight is not None:
         out.mul_(weight[:, None])
@@ -37,23 +37,23 @@ def activation_gradients(
     """Returns the gradients of gate [n, F], up [n, F] and weight [n] from the output's."""
     grad_out = grad_out.float()
     wide_gate, wide_up = gate.float(), up.float()
-    clamped = wide_gate.clamp(max=limit)
-    bounded = wide_up.clamp(-limit, limit)
-    sigmoid = _sigmoid(clamped)
-    silu = sigmoid * clamped
+    gate_clamped = wide_gate.clamp(max=limit)
+    up_clamped = wide_up.clamp(-limit, limit)
+    sigmoid = _sigmoid(gate_clamped)
+    silu = sigmoid * gate_clamped
     grad_weight = None
     if weight is not None:
-        grad_weight = torch.linalg.vecdot(grad_out, silu * bounded)
+        grad_weight = torch.linalg.vecdot(grad_out, silu * up_clamped)
         grad_out = grad_out * weight[:, None]
     grad_up = (grad_out * silu).masked_fill_(wide_up.abs() > limit, 0)
     # d silu = sigmoid · (1 + x · (1 - sigmoid)) = sigmoid + silu · (1 - sigmoid)
     slope = torch.addcmul(sigmoid + silu, silu, sigmoid, value=-1)
-    grad_gate = slope.mul_(grad_out).mul_(bounded).masked_fill_(wide_gate > limit, 0)
+    grad_gate = slope.mul_(grad_out).mul_(up_clamped).masked_fill_(wide_gate > limit, 0)
     return grad_gate.to(gate.dtype), grad_up.to(up.dtype), grad_weight
 
 
 class ClampedSwiGLU(torch.autograd.Function):
-    """Clamped SwiGLU that keeps its inputs, and nothing else, for backward."""
+    """Clamped SwiGLU that saves only its inputs for backward."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, limit: float, weight: Tensor | None) -> Tensor:

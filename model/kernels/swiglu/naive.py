@@ -1,4 +1,4 @@
-"""Clamped SwiGLU as a formula (report §2.1 and §4.2.3), for comparison in any dtype.
+"""Clamped SwiGLU as a formula (report §4.2.3), for comparison in any dtype.
 
 n rows; F the experts' inner width.
 """
@@ -14,8 +14,8 @@ def naive_clamped_swiglu(
 ) -> Tensor:
     """Computes silu(min(gate, limit)) · clamp(up, -limit, limit) · weight, [n, F].
 
-    A number at its limit gets its gradient, one beyond gets none. (torch.minimum would halve the
-    gradient of a tie.)
+    The gradient passes at the limit and is 0 beyond it. (torch.minimum would halve the gradient of
+    a tie.)
     """
     gate = torch.where(gate > limit, torch.full_like(gate, limit), gate)
     up = torch.where(up > limit, torch.full_like(up, limit), up)

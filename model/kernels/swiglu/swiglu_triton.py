@@ -1,13 +1,14 @@
 """Clamped SwiGLU in Triton, forward and backward; compared with ``naive.py``.
 
-A program has ROWS rows and passes over their F columns, so that a row's sum over columns, the
-gradient of its weight, stays in it: no two programs add to the same place. Apart from that sum it
-reads and writes each number once: 6·F bytes a row in bf16 forward (gate, up, out) and 10·F
-backward (gate, up, the gradient; two gradients out), with about 10 and 25 operations a number.
+A program handles ROWS rows and loops over their F columns in backward, so that a row's sum over
+columns, the gradient of its weight, is computed within one program: no two programs accumulate into
+the same element. Apart from that sum it reads and writes each element once: 6·F bytes per row in
+bf16 forward (gate, up, out) and 10·F backward (gate, up, the gradient; two gradients out), with
+about 10 and 25 FLOPs per element.
 
-    floor per token at 3.35 TB/s     forward   backward   measured
-    Flash, 6 + 1 experts, F = 2048     26 ns     43 ns    not yet timed
-    Pro, 6 + 1 experts, F = 3072       39 ns     64 ns    not yet timed
+    roofline per token at 3.35 TB/s (H100)   forward   backward   measured
+    Flash, 6 + 1 experts, F = 2048             26 ns     43 ns    not yet timed
+    Pro, 6 + 1 experts, F = 3072               39 ns     64 ns    not yet timed
 
 n rows; F the experts' inner width.
 """
@@ -27,14 +28,20 @@ _ROWS, _COLUMNS = 4, 512
 
 
 @triton.jit
-def _parts(gate, up, at, mask, limit):
-    """Both inputs in fp32, clamped; the sigmoid of the gate; and where each was not cut off."""
+def _load_clamped(gate, up, at, mask, limit):
+    """Returns gate and up clamped, in fp32; the gate's sigmoid; where each passes a gradient."""
     g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
-    clamped = tl.minimum(g, limit, propagate_nan=tl.PropagateNan.ALL)
-    bounded = tl.minimum(u, limit, propagate_nan=tl.PropagateNan.ALL)
-    bounded = tl.maximum(bounded, -limit, propagate_nan=tl.PropagateNan.ALL)
-    return clamped, bounded, 1.0 / (1.0 + tl.exp(-clamped)), g <= limit, tl.abs(u) <= limit
+    gate_clamped = tl.minimum(g, limit, propagate_nan=tl.PropagateNan.ALL)
+    up_clamped = tl.minimum(u, limit, propagate_nan=tl.PropagateNan.ALL)
+    up_clamped = tl.maximum(up_clamped, -limit, propagate_nan=tl.PropagateNan.ALL)
+    return (
+        gate_clamped,
+        up_clamped,
+        1.0 / (1.0 + tl.exp(-gate_clamped)),
+        g <= limit,
+        tl.abs(u) <= limit,
+    )
 
 
 @triton.jit
@@ -54,8 +61,8 @@ def _forward(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
-    clamped, bounded, sigmoid, _, _ = _parts(gate, up, at, mask, limit)
-    y = sigmoid * clamped * bounded
+    gate_clamped, up_clamped, sigmoid, _, _ = _load_clamped(gate, up, at, mask, limit)
+    y = sigmoid * gate_clamped * up_clamped
     if WEIGHTED:
         y *= tl.load(weight + row, mask=row < rows, other=0.0)[:, None]
     tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
@@ -78,25 +85,27 @@ def _backward(
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = row < rows
+    in_bounds = row < rows
     total = tl.zeros((ROWS,), tl.float32)
     for start in tl.range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        mask = live[:, None] & (column < columns)[None, :]
+        mask = in_bounds[:, None] & (column < columns)[None, :]
         at = row.to(tl.int64)[:, None] * columns + column[None, :]
-        clamped, bounded, sigmoid, gate_free, up_free = _parts(gate, up, at, mask, limit)
-        silu = sigmoid * clamped
+        gate_clamped, up_clamped, sigmoid, gate_passes, up_passes = _load_clamped(
+            gate, up, at, mask, limit
+        )
+        silu = sigmoid * gate_clamped
         grad = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
-            total += tl.sum(grad * silu * bounded, 1)
-            grad *= tl.load(weight + row, mask=live, other=0.0)[:, None]
-        of_up = tl.where(up_free, grad * silu, 0.0)
+            total += tl.sum(grad * silu * up_clamped, 1)
+            grad *= tl.load(weight + row, mask=in_bounds, other=0.0)[:, None]
+        grad_u = tl.where(up_passes, grad * silu, 0.0)
         # d silu = sigmoid · (1 + x · (1 - sigmoid)) = sigmoid + silu · (1 - sigmoid)
-        of_gate = tl.where(gate_free, grad * bounded * (sigmoid + silu * (1.0 - sigmoid)), 0.0)
-        tl.store(grad_up + at, of_up.to(grad_up.dtype.element_ty), mask=mask)
-        tl.store(grad_gate + at, of_gate.to(grad_gate.dtype.element_ty), mask=mask)
+        grad_g = tl.where(gate_passes, grad * up_clamped * (sigmoid + silu * (1.0 - sigmoid)), 0.0)
+        tl.store(grad_up + at, grad_u.to(grad_up.dtype.element_ty), mask=mask)
+        tl.store(grad_gate + at, grad_g.to(grad_gate.dtype.element_ty), mask=mask)
     if WEIGHTED:
-        tl.store(grad_weight + row, total, mask=live)
+        tl.store(grad_weight + row, total, mask=in_bounds)
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, weight: Tensor | None = None) -> Tensor:
@@ -105,7 +114,7 @@ def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, weight: Tensor | None
     Raises:
         UnsupportedError: a GPU cannot run this device or dtype.
     """
-    backend.experts(gate.device, gate.dtype, required=True)
+    backend.swiglu_and_combine(gate.device, gate.dtype, required=True)
     if weight is not None:
         weight = weight.float().contiguous()
     return _SwiGLU.apply(gate.contiguous(), up.contiguous(), float(limit), weight)

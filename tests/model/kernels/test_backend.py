@@ -36,7 +36,7 @@ def hopper(monkeypatch):
     proved |= {"norms", "hyper-connections", "experts", "cross-entropy", "fp8"}
     monkeypatch.setattr(backend, "COMPARED_ON_GPU", frozenset(proved))
     choices = (backend.attention, backend.indexer, backend.indexer_loss, backend.compressor)
-    choices += (backend.norm, backend.hyper_connection, backend.experts)
+    choices += (backend.norm, backend.hyper_connection, backend.swiglu_and_combine)
     choices += (backend.cross_entropy, backend.fp8)
     for choice in choices:
         choice.cache_clear()
@@ -100,7 +100,7 @@ def test_what_triton_cannot_do_is_logged(changes, operation, reason, caplog):
         (lambda: backend.compressor(GPU, torch.bfloat16, 12, required=True), "12 tokens"),
         (lambda: backend.norm(GPU, torch.bfloat16, 33, required=True), "a width of 33"),
         (lambda: backend.hyper_connection(GPU, torch.bfloat16, 3, required=True), "hc_mult 3"),
-        (lambda: backend.experts(GPU, torch.float64, required=True), "torch.float64"),
+        (lambda: backend.swiglu_and_combine(GPU, torch.float64, required=True), "torch.float64"),
         (lambda: backend.fp8(GPU, torch.float16, required=True), "torch.float16"),
     ],
 )

@@ -18,7 +18,7 @@ from model import SampleLayout
 from model.kernels.attention.naive import naive_selection_mask
 from model.kernels.hyper_connection.naive import naive_write_streams
 from model.kernels.indexer import IndexerInputs, KLTarget
-from model.kernels.indexer.naive import naive_indexer_loss, naive_scores, naive_select_topk
+from model.kernels.indexer.naive import naive_query_divergences, naive_scores, naive_select_topk
 from tests.model.kernels.attention.test_attention import EPS, Case
 from tests.model.kernels.compare import rand
 from tests.model.kernels.compressor.test_compressor import naive as pooled
@@ -198,9 +198,11 @@ def test_the_indexers_loss(k):
         return exact[rows].gather(1, index.clamp(min=0).long()).masked_fill(index < 0, 0.0)
 
     def ours(*x: Tensor) -> Tensor:
-        return loss_triton.indexer_loss(IndexerInputs(*x), KLTarget(mass, case.ranges, selected))
+        return loss_triton.query_divergences(
+            IndexerInputs(*x), KLTarget(mass, case.ranges, selected)
+        )
 
-    assert_near(ours, lambda *x: naive_indexer_loss(*x, exact.double(), sees), inputs)
+    assert_near(ours, lambda *x: naive_query_divergences(*x, exact.double(), sees), inputs)
     assert_same_bits(ours, inputs)
 
 
@@ -265,7 +267,7 @@ def test_experts():
     from model.kernels.permute import unpermute_triton
     from model.kernels.permute.naive import naive_unpermute_rows
     from model.kernels.swiglu import swiglu_triton
-    from tests.model.kernels.permute.test_permute import places
+    from tests.model.kernels.permute.test_permute import random_pairs
     from tests.model.kernels.swiglu.test_swiglu import LIMIT, naive
 
     inputs = [draw(999, 2048, seed=i) for i in range(2)] + [draw(999, seed=3, dtype=torch.float32)]
@@ -275,10 +277,10 @@ def test_experts():
 
     assert_near(ours, naive, inputs)
     assert_same_bits(ours, inputs)
-    _, place = places(100, 6, 9)
-    y, place = draw(609, 4096, seed=1), place.to(DEVICE)
-    expected = naive_unpermute_rows(y.double(), place, 100)
-    out = unpermute_triton.unpermute(y, place, 100).double()
+    _, row_of_pair = random_pairs(100, 6, 9)
+    y, row_of_pair = draw(609, 4096, seed=1), row_of_pair.to(DEVICE)
+    expected = naive_unpermute_rows(y.double(), row_of_pair, 100)
+    out = unpermute_triton.unpermute(y, row_of_pair, 100).double()
     assert float((out - expected).norm() / expected.norm()) <= 4e-3
 
 
@@ -331,9 +333,9 @@ def test_matmuls_in_fp8():
     assert_same_bits(by_row[:live], eager.quantise_dequantise(x, 1, 128)[:live].float())
     by_tile = eager.quantise_dequantise_by_tile(x, eager.tiles_of_groups(ends, len(x)), len(ends))
     assert_same_bits(columns_of(columns, tiles, len(x))[:live], by_tile[:live].float())
-    for turned in (False, True):
-        computed = values(*quantise_weight(weight, turned=turned))
-        computed = computed.transpose(1, 2) if turned else computed
+    for transposed in (False, True):
+        computed = values(*quantise_weight(weight, transposed=transposed))
+        computed = computed.transpose(1, 2) if transposed else computed
         assert_same_bits(computed, eager.quantise_dequantise(weight, 128, 128).float())
     x[5, 300], weight[3, 5, 7] = 1.0, 1.0
 

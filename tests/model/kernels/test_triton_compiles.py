@@ -19,17 +19,17 @@ STACK_BYTES = 512
 TYPES = {
     "*bf16": "q keys entries out q_and_grad grad_q grad_out values gates grad_values grad_gates "
     "logits x grad_x streams read y grad_streams grad_y grad_read gate up grad_gate grad_up",
-    "*fp32": "sink cos_sin lse lse2 rstd delta along grad mass pairs weights ape pooled "
-    "grad_pooled grad_ape loss total grad_weights grad_scores each weight grad_weight fn part_w "
-    "part_square base scale grad_scale w pre post comb grad_pre grad_post grad_comb divisors "
-    "grad_w grad_base grad_fn a_scales b_scales row_scales column_scales",
+    "*fp32": "sink cos_sin lse lse2 rstd delta norm_term grad mass pairs weights ape pooled "
+    "grad_pooled grad_ape loss total grad_weights grad_scores grad_pairs weight grad_weight fn "
+    "part_w part_square base scale grad_scale w pre post comb grad_pre grad_post grad_comb "
+    "divisors grad_w grad_base grad_fn a_scales b_scales row_scales column_scales",
     "*i32": "key_start key_end entry_start entry_end start_T end_T query_start query_end "
     "bounds selected first_token has_previous ends before tile_group tile_first tile_end",
-    "*i64": "order strip place target",
+    "*i64": "order strip row_of_pair target",
     "*fp8e4nv": "a b row_codes column_codes",
     "i32": "tokens heads num_selected rows count begin width k span parts dim columns "
-    "groups blocks tiles right stride shift vocab ignore",
-    "fp32": "eps scale_log2 softmax_scale sign norm_eps hc_eps limit share",
+    "groups blocks tiles right stride shift vocab ignore_index",
+    "fp32": "eps scale_log2 softmax_scale sign norm_eps hc_eps limit inverse_denominator",
 }
 OTHERWISE = {
     "_grad_selected": {"first_token": "i32"},
@@ -80,7 +80,7 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
         out[f"select {k}"] = (select_triton._select, choice | {"BEST": k}, {"num_warps": 8})
     eight = {"num_warps": 8, "num_stages": 2}
     for lists in (False, True):
-        loss = LOSS | {"BLOCK_T": 1 if lists else 2, "LISTS": lists}
+        loss = LOSS | {"BLOCK_T": 1 if lists else 2, "SELECTED": lists}
         out[f"loss forward {lists}"] = (loss_kernels.forward, loss, eight)
         out[f"loss queries {lists}"] = (loss_kernels.grad_queries, loss, eight)
     out["loss keys"] = (loss_kernels.grad_keys, LOSS | {"BLOCK_T": 2}, eight)
@@ -95,9 +95,9 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
 def other_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     """The same of what is not attention."""
     from model.kernels.cross_entropy import softmax_triton
+    from model.kernels.hyper_connection import coefficients_triton as coefficients
     from model.kernels.hyper_connection import mix_triton as mix
     from model.kernels.hyper_connection import project_triton as project
-    from model.kernels.hyper_connection import weights_triton as weights
     from model.kernels.norm import norm_triton
     from model.kernels.permute import unpermute_triton
     from model.kernels.swiglu import swiglu_triton
@@ -113,16 +113,16 @@ def other_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
         n = {"N": 4, "OUT": rows}
         wide = {"BLOCK_W": 32 if rows == 24 else 16}
         tile = {"BLOCK_T": project._TOKENS, "BLOCK_X": project._COLUMNS} | wide
-        back = {"BLOCK_T": project._BACK_TOKENS}
-        few = {"N": 4, "BLOCK_T": mix._FEW, "BLOCK_D": mix._MIXED}
-        weigh = n | {"BLOCK_T": weights._TOKENS, "STEPS": 19, "HEAD": head}
+        back = {"BLOCK_T": project._BACKWARD_TOKENS}
+        few = {"N": 4, "BLOCK_T": mix._BLOCK_T, "BLOCK_D": mix._BLOCK_D}
+        launch = n | {"BLOCK_T": coefficients._TOKENS, "STEPS": 19, "HEAD": head}
         for kernel, constants, options in (
             (project._project, tile | {"OUT": rows}, {"num_warps": 8, "num_stages": 3}),
-            (project._project_back, n | tile | back, four | {"num_stages": 2}),
-            (weights._weigh, weigh | wide, {"num_warps": 2}),
-            (weights._weigh_back, weigh, {"num_warps": 2}),
-            *((kernel, few, four) for kernel in (mix._mix, mix._mix_back)),
-            *((kernel, few, four) for kernel in (mix._write, mix._write_back)),
+            (project._project_backward, n | tile | back, four | {"num_stages": 2}),
+            (coefficients._coefficients, launch | wide, {"num_warps": 2}),
+            (coefficients._coefficients_backward, launch, {"num_warps": 2}),
+            *((kernel, few, four) for kernel in (mix._mix, mix._mix_backward)),
+            *((kernel, few, four) for kernel in (mix._write, mix._write_backward)),
         ):
             out[f"streams {head} {kernel.__name__}"] = (kernel, constants, options)
     tile = {"WEIGHTED": True, "ROWS": swiglu_triton._ROWS, "COLUMNS": swiglu_triton._COLUMNS}
@@ -153,9 +153,9 @@ def fp8_launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     for rows, columns in ((True, False), (False, True), (True, True)):
         sizes = tile | {"ROWS": rows, "COLUMNS": columns}
         out[f"fp8 rows {rows}, columns {columns}"] = (quantise._quantise, sizes, eight)
-    for turned in (False, True):
-        sizes = tile | {"TURNED": turned}
-        out[f"fp8 weight, turned {turned}"] = (quantise._quantise_weight, sizes, eight)
+    for transposed in (False, True):
+        sizes = tile | {"TRANSPOSED": transposed}
+        out[f"fp8 weight, transposed {transposed}"] = (quantise._quantise_weight, sizes, eight)
     return out
 
 

@@ -141,22 +141,22 @@ def test_every_bf16_number_is_rounded(mixed):
     assert_same_bits(by_column, eager.quantise_dequantise(x, 128, 1).float())
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(3, 136, 300), (1, 128, 128), (2, 1, 7)])
 @interpreted
-def test_weights_to_the_bit(shape, turned):
+def test_weights_to_the_bit(shape, transposed):
     from model.kernels.fp8.quantise_triton import quantise_weight
 
     weight = spread(*shape, seed=1)
     weight[0, 0, -1] = torch.nan
     weight[-1, -1, :3] *= -0.0
-    codes, scales = quantise_weight(weight, turned=turned)
-    width = shape[1] if turned else shape[2]
+    codes, scales = quantise_weight(weight, transposed=transposed)
+    width = shape[1] if transposed else shape[2]
     computed = values(codes, scales)
     assert computed[..., width:].nan_to_num().eq(0).all()
     computed = computed[..., :width]
     expected = eager.quantise_dequantise(weight, 128, 128)
-    assert_same_bits(computed.transpose(1, 2) if turned else computed, expected)
+    assert_same_bits(computed.transpose(1, 2) if transposed else computed, expected)
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,8 @@ def exact(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Sums, Sums, Sums]:
     w = eager.quantise_dequantise(weight, 128, 128).double()
     y = sums(eager.quantise_dequantise(x, *rows).double(), w.t())
     grad_x = sums(eager.quantise_dequantise(grad, *rows).double(), w)
-    turned = eager.quantise_dequantise(grad, *columns).double().t()
-    return y, grad_x, sums(turned, eager.quantise_dequantise(x, *columns).double())
+    transposed = eager.quantise_dequantise(grad, *columns).double().t()
+    return y, grad_x, sums(transposed, eager.quantise_dequantise(x, *columns).double())
 
 
 def assert_close(computed: Tensor, expected: Sums, terms: int, result: float = 0.0) -> None:

@@ -34,12 +34,12 @@ def small_blocks() -> Iterator[None]:
     from model.kernels.hyper_connection import mix_triton as mix
     from model.kernels.hyper_connection import project_triton as project
 
-    old = mix._MIXED, project._COLUMNS
-    mix._MIXED, project._COLUMNS = 64, 32
+    old = mix._BLOCK_D, project._COLUMNS
+    mix._BLOCK_D, project._COLUMNS = 64, 32
     try:
         yield
     finally:
-        mix._MIXED, project._COLUMNS = old
+        mix._BLOCK_D, project._COLUMNS = old
 
 
 def parameters(tokens: int, streams: int, dim: int, seed: int) -> list[Tensor]:

@@ -21,7 +21,7 @@ from model.kernels.indexer import (
     loss_eager,
     selected_probability_mass,
 )
-from model.kernels.indexer.naive import naive_indexer_loss
+from model.kernels.indexer.naive import naive_query_divergences
 from tests.model.kernels.attention.test_attention import Case
 from tests.model.kernels.compare import assert_same, rand
 
@@ -63,7 +63,7 @@ def naive_loss(case: Case, selected: Tensor | None = None, attended: Tensor | No
     sees = case.sees_entry
     if selected is not None:
         sees = sees & naive_selection_mask(selected, case.entries)
-    return lambda *x: naive_indexer_loss(*x, exact_mass(case, attended), sees)
+    return lambda *x: naive_query_divergences(*x, exact_mass(case, attended), sees)
 
 
 def objective(
@@ -131,7 +131,7 @@ def test_the_target_s_denominator_has_sink_and_window(without):
     entries, sink = share[..., case.tokens :], 1 - share.sum(-1, keepdim=True)
     rest = share if without == "sink" else torch.cat([entries, sink], -1)
     mass = (entries / rest.sum(-1, keepdim=True)).sum(1)
-    expected = lambda *x: naive_indexer_loss(*x, mass, case.sees_entry)  # noqa: E731
+    expected = lambda *x: naive_query_divergences(*x, mass, case.sees_entry)  # noqa: E731
     with pytest.raises(AssertionError, match="result 0"):
         is_divergence(case, mass_of(case), expected)
 

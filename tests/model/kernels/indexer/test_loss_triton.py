@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.indexer import AttentionProbabilityMass, IndexerInputs, KLTarget
-from model.kernels.indexer.naive import naive_indexer_loss
+from model.kernels.indexer.naive import naive_query_divergences
 from tests.model.kernels.attention.test_attention import Case
 from tests.model.kernels.compare import assert_same, rand
 from tests.model.kernels.indexer.test_loss import (
@@ -42,7 +42,7 @@ def loss(
 
     pairs = case.tokens * max(case.entries if selected is None else selected.shape[1], 1)
     most = -(-pairs // blocks)
-    return loss_triton.indexer_loss(
+    return loss_triton.query_divergences(
         IndexerInputs(*inputs),
         KLTarget(mass, case.ranges, selected),
         rows=(128 if case.tokens > 999 else 4) * HEADS,
@@ -137,7 +137,7 @@ def test_the_mass_is_left_as_it_was():
         return shared[columns].expand(rows.stop - rows.start, -1)
 
     all_rows = shared.double().expand(case.tokens, -1)
-    expected = lambda *x: naive_indexer_loss(*x, all_rows, case.sees_entry)  # noqa: E731
+    expected = lambda *x: naive_query_divergences(*x, all_rows, case.sees_entry)  # noqa: E731
     is_divergence(case, mass, expected, None, 0, 2)
     assert torch.equal(shared, before)
 
@@ -167,7 +167,7 @@ def test_odd_head_counts_are_refused():
     case = CASES["odd length"]
     with pytest.raises(ValueError, match="3 index heads"):
         inputs = IndexerInputs(*index_inputs(case, heads=3))
-        loss_triton.indexer_loss(inputs, KLTarget(mass_of(case), case.ranges))
+        loss_triton.query_divergences(inputs, KLTarget(mass_of(case), case.ranges))
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])

@@ -12,7 +12,7 @@ import torch
 from model.kernels.permute.naive import naive_unpermute_rows
 from tests.model.kernels.compare import rand
 from tests.model.kernels.interpreter import interpreted
-from tests.model.kernels.permute.test_permute import places
+from tests.model.kernels.permute.test_permute import random_pairs
 
 
 @contextlib.contextmanager
@@ -28,8 +28,8 @@ def small_blocks() -> Iterator[None]:
 def test_unpermute_sums_each_token_s_rows(tokens, choices, gaps):
     from model.kernels.permute import unpermute_triton
 
-    _, place = places(tokens, choices, gaps)
+    _, row_of_pair = random_pairs(tokens, choices, gaps)
     y = rand(tokens * choices + gaps, 37)
-    out = unpermute_triton.unpermute(y, place, tokens)
-    expected = naive_unpermute_rows(y.double(), place, tokens)
+    out = unpermute_triton.unpermute(y, row_of_pair, tokens)
+    expected = naive_unpermute_rows(y.double(), row_of_pair, tokens)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-6)

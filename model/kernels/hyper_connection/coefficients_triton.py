@@ -1,10 +1,10 @@
-"""Coefficients of hyper-connections in Triton: pre, post and comb from the projections, and back.
+"""Coefficients of hyper-connections in Triton: pre, post and comb from the projections; backward.
 
 ``streams_triton.py`` has the plan. A token's numbers stay in registers through all of
-Sinkhorn's steps. Backward computes these again and keeps the divisors, N numbers a step, in L2;
-each step's matrix is that after it times the divisor.
+Sinkhorn's steps. Backward recomputes the steps and keeps the divisors, N numbers per step, in L2;
+each step's input is its output times the divisor.
 
-T tokens; N streams; D their width; X = N·D; w = N(N+2) coefficients, or N of the head.
+T tokens; N streams; D their width; Z = N·D; M = (2+N)·N coefficients, or N of them in the head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from model.kernels.hyper_connection.project_triton import block_of
 
 _TOKENS = 64
-"""Tokens of a program."""
+"""Tokens per program."""
 
 
 @triton.jit
@@ -32,21 +32,21 @@ def _softmax(comb):
 
 
 @triton.jit
-def _normalised(x, at, live, eps, AXIS: tl.constexpr, KEEP: tl.constexpr):
+def _normalise(x, at, in_bounds, eps, AXIS: tl.constexpr, KEEP: tl.constexpr):
     """Divides x [T, N, N] by its sums along AXIS, which are stored at ``at`` [T, N]."""
     divisor = tl.sum(x, AXIS) + eps
     if KEEP:
-        tl.store(at, divisor, mask=live[:, None])
+        tl.store(at, divisor, mask=in_bounds[:, None])
     return x / tl.expand_dims(divisor, AXIS)
 
 
 @triton.jit
-def _normalised_back(grad, y, at, live, AXIS: tl.constexpr):
-    """The gradient of x from that of `_normalised`'s y, and x.
+def _normalise_backward(grad, y, at, in_bounds, AXIS: tl.constexpr):
+    """Backward of `_normalise`: returns the gradient of x, and x recomputed from y.
 
     y = x / d with d = Σx + eps, so dx = (dy - Σ dy·y) / d, and x = y · d.
     """
-    divisor = tl.expand_dims(tl.load(at, mask=live[:, None], other=1.0), AXIS)
+    divisor = tl.expand_dims(tl.load(at, mask=in_bounds[:, None], other=1.0), AXIS)
     return (grad - tl.expand_dims(tl.sum(grad * y, AXIS), AXIS)) / divisor, y * divisor
 
 
@@ -55,43 +55,48 @@ def _sinkhorn(
     soft,
     divisors,
     token,
-    live,
+    in_bounds,
     tokens,
     eps,
     N: tl.constexpr,
     STEPS: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """Columns, then ``STEPS`` times rows and columns; the divisors into [2·STEPS+1, T, N]."""
+    """Normalises columns, then ``STEPS`` times rows and columns.
+
+    With KEEP it stores the divisors in ``divisors`` [2·STEPS+1, T, N].
+    """
     at = divisors + token.to(tl.int64)[:, None] * N + tl.arange(0, N)[None, :]
-    x = _normalised(soft + eps, at, live, eps, 1, KEEP)
+    x = _normalise(soft + eps, at, in_bounds, eps, 1, KEEP)
     for _ in tl.range(0, STEPS):
         at += tokens * N
-        x = _normalised(x, at, live, eps, 2, KEEP)
+        x = _normalise(x, at, in_bounds, eps, 2, KEEP)
         at += tokens * N
-        x = _normalised(x, at, live, eps, 1, KEEP)
+        x = _normalise(x, at, in_bounds, eps, 1, KEEP)
     return x
 
 
 @triton.jit
-def _scaled(w, base, token, live, scale, first, N: tl.constexpr, OUT: tl.constexpr):
-    """Projections of the N rows from ``first`` on, [T, N], times the factor plus the biases."""
+def _scaled(w, base, token, in_bounds, scale, first, N: tl.constexpr, OUT: tl.constexpr):
+    """Returns w and scale · w + base for the N coefficients from ``first``, [T, N]."""
     n = first + tl.arange(0, N)
-    value = tl.load(w + token.to(tl.int64)[:, None] * OUT + n[None, :], mask=live[:, None], other=0)
+    value = tl.load(
+        w + token.to(tl.int64)[:, None] * OUT + n[None, :], mask=in_bounds[:, None], other=0
+    )
     return value, value * scale + tl.load(base + n)[None, :]
 
 
 @triton.jit
-def _scaled_comb(w, base, token, live, scale, N: tl.constexpr, OUT: tl.constexpr):
-    """The same of comb, [T, N, N]."""
+def _scaled_comb(w, base, token, in_bounds, scale, N: tl.constexpr, OUT: tl.constexpr):
+    """Returns offsets, w and scale · w + base for comb, [T, N, N]."""
     n = 2 * N + tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     at = token.to(tl.int64)[:, None, None] * OUT + n[None, :, :]
-    value = tl.load(w + at, mask=live[:, None, None], other=0.0)
+    value = tl.load(w + at, mask=in_bounds[:, None, None], other=0.0)
     return at, value, value * scale + tl.load(base + n)[None, :, :]
 
 
 @triton.jit
-def _weigh(
+def _coefficients(
     part_w,
     part_square,
     base,
@@ -114,41 +119,41 @@ def _weigh(
     HEAD: tl.constexpr,
 ):
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    live = token < tokens
+    in_bounds = token < tokens
     out = tl.arange(0, BLOCK_W)
-    mask = live[:, None] & (out < OUT)[None, :]
+    mask = in_bounds[:, None] & (out < OUT)[None, :]
     acc = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
     square = tl.zeros((BLOCK_T,), tl.float32)
     row = token.to(tl.int64)
     for _ in tl.range(0, parts):
         acc += tl.load(part_w + row[:, None] * OUT + out[None, :], mask=mask, other=0.0)
-        square += tl.load(part_square + row, mask=live, other=0.0)
+        square += tl.load(part_square + row, mask=in_bounds, other=0.0)
         row += tokens
     r = tl.rsqrt(square / width + norm_eps)
-    tl.store(rstd + token, r, mask=live)
+    tl.store(rstd + token, r, mask=in_bounds)
     own = token.to(tl.int64)[:, None]
     tl.store(w + own * OUT + out[None, :], acc * r[:, None], mask=mask)
     tl.debug_barrier()  # what follows reads w in other shapes
     n = tl.arange(0, N)[None, :]
-    _, x = _scaled(w, base, token, live, tl.load(scale), 0, N, OUT)
-    tl.store(pre + own * N + n, _sigmoid(x) + hc_eps, mask=live[:, None])
+    _, x = _scaled(w, base, token, in_bounds, tl.load(scale), 0, N, OUT)
+    tl.store(pre + own * N + n, _sigmoid(x) + hc_eps, mask=in_bounds[:, None])
     if not HEAD:
-        _, x = _scaled(w, base, token, live, tl.load(scale + 1), N, N, OUT)
-        tl.store(post + own * N + n, 2.0 * _sigmoid(x), mask=live[:, None])
-        _, _, x = _scaled_comb(w, base, token, live, tl.load(scale + 2), N, OUT)
-        x = _sinkhorn(_softmax(x), comb, token, live, tokens, hc_eps, N, STEPS, False)
+        _, x = _scaled(w, base, token, in_bounds, tl.load(scale + 1), N, N, OUT)
+        tl.store(post + own * N + n, 2.0 * _sigmoid(x), mask=in_bounds[:, None])
+        _, _, x = _scaled_comb(w, base, token, in_bounds, tl.load(scale + 2), N, OUT)
+        x = _sinkhorn(_softmax(x), comb, token, in_bounds, tokens, hc_eps, N, STEPS, False)
         at = own[:, :, None] * (N * N) + tl.arange(0, N)[None, :, None] * N + n[:, None, :]
-        tl.store(comb + at, x, mask=live[:, None, None])
+        tl.store(comb + at, x, mask=in_bounds[:, None, None])
 
 
 @triton.jit
-def _gate_back(
+def _gate_backward(
     grad,
     value,
     factor,
     r,
     token,
-    live,
+    in_bounds,
     grad_w,
     grad_base,
     grad_scale,
@@ -156,13 +161,14 @@ def _gate_back(
     N: tl.constexpr,
     OUT: tl.constexpr,
 ):
-    """Stores what follows from the gradient [T, N] of pre (NUMBER 0) or post (1) at the sigmoid.
+    """Backward of the scaling of pre (NUMBER 0) or post (1).
 
-    Returns its part of ``along`` [T].
+    Given the gradient [T, N] at the sigmoid's input, stores those of w, base and scale. Returns its
+    part of ``norm_term`` [T].
     """
     n = NUMBER * N + tl.arange(0, N)
     at = grad_w + token.to(tl.int64)[:, None] * OUT + n[None, :]
-    tl.store(at, grad * factor * r[:, None], mask=live[:, None])
+    tl.store(at, grad * factor * r[:, None], mask=in_bounds[:, None])
     program = tl.program_id(0)
     tl.store(grad_base + program * OUT + n, tl.sum(grad, 0))
     tl.store(grad_scale + program * 4 + NUMBER, tl.sum(tl.sum(grad * value, 1), 0))
@@ -170,7 +176,7 @@ def _gate_back(
 
 
 @triton.jit
-def _weigh_back(
+def _coefficients_backward(
     w,
     base,
     scale,
@@ -180,7 +186,7 @@ def _weigh_back(
     grad_comb,
     divisors,
     grad_w,
-    along,
+    norm_term,
     grad_base,
     grad_scale,
     tokens,
@@ -192,56 +198,59 @@ def _weigh_back(
     BLOCK_T: tl.constexpr,
     HEAD: tl.constexpr,
 ):
-    """Of the projections, times rstd; of base [parts, OUT] and scale [parts, 4] by programs.
+    """Computes the gradients of the projections (times rstd) and of base and scale.
 
-    ``along`` is what the norm of X takes off its gradient for each X.
+    Those of base [parts, OUT] and scale [parts, 4] are partial sums per program. X's gradient gets
+    -``norm_term`` · X from the norm.
     """
     program = tl.program_id(0)
     token = program * BLOCK_T + tl.arange(0, BLOCK_T)
-    live = token < tokens
+    in_bounds = token < tokens
     own = token.to(tl.int64)[:, None]
     n = tl.arange(0, N)
-    r = tl.load(rstd + token, mask=live, other=0.0)
+    r = tl.load(rstd + token, mask=in_bounds, other=0.0)
     factor = tl.load(scale)
-    value, x = _scaled(w, base, token, live, factor, 0, N, OUT)
+    value, x = _scaled(w, base, token, in_bounds, factor, 0, N, OUT)
     s = _sigmoid(x)
-    grad = tl.load(grad_pre + own * N + n[None, :], mask=live[:, None], other=0.0) * s * (1.0 - s)
-    sum_along = _gate_back(
-        grad, value, factor, r, token, live, grad_w, grad_base, grad_scale, 0, N, OUT
+    grad = (
+        tl.load(grad_pre + own * N + n[None, :], mask=in_bounds[:, None], other=0.0) * s * (1.0 - s)
+    )
+    sum_norm_term = _gate_backward(
+        grad, value, factor, r, token, in_bounds, grad_w, grad_base, grad_scale, 0, N, OUT
     )
     if not HEAD:
         factor = tl.load(scale + 1)
-        value, x = _scaled(w, base, token, live, factor, N, N, OUT)
+        value, x = _scaled(w, base, token, in_bounds, factor, N, N, OUT)
         s = _sigmoid(x)
-        grad = tl.load(grad_post + own * N + n[None, :], mask=live[:, None], other=0.0)
+        grad = tl.load(grad_post + own * N + n[None, :], mask=in_bounds[:, None], other=0.0)
         grad *= 2.0 * s * (1.0 - s)
-        sum_along += _gate_back(
-            grad, value, factor, r, token, live, grad_w, grad_base, grad_scale, 1, N, OUT
+        sum_norm_term += _gate_backward(
+            grad, value, factor, r, token, in_bounds, grad_w, grad_base, grad_scale, 1, N, OUT
         )
         factor = tl.load(scale + 2)
-        place, value, x = _scaled_comb(w, base, token, live, factor, N, OUT)
+        offsets, value, x = _scaled_comb(w, base, token, in_bounds, factor, N, OUT)
         soft = _softmax(x)
-        y = _sinkhorn(soft, divisors, token, live, tokens, hc_eps, N, STEPS, True)
+        y = _sinkhorn(soft, divisors, token, in_bounds, tokens, hc_eps, N, STEPS, True)
         tl.debug_barrier()
         at = own[:, :, None] * (N * N) + n[None, :, None] * N + n[None, None, :]
-        grad = tl.load(grad_comb + at, mask=live[:, None, None], other=0.0)
+        grad = tl.load(grad_comb + at, mask=in_bounds[:, None, None], other=0.0)
         at = divisors + own * N + n[None, :] + 2 * STEPS * tokens * N
         for _ in tl.range(0, STEPS):
-            grad, y = _normalised_back(grad, y, at, live, 1)
-            grad, y = _normalised_back(grad, y, at - tokens * N, live, 2)
+            grad, y = _normalise_backward(grad, y, at, in_bounds, 1)
+            grad, y = _normalise_backward(grad, y, at - tokens * N, in_bounds, 2)
             at -= 2 * tokens * N
-        grad, _ = _normalised_back(grad, y, at, live, 1)
+        grad, _ = _normalise_backward(grad, y, at, in_bounds, 1)
         grad = (grad - tl.sum(grad * soft, 2)[:, :, None]) * soft
-        sum_along += tl.sum(tl.sum(grad * factor * value, 2), 1)
-        tl.store(grad_w + place, grad * factor * r[:, None, None], mask=live[:, None, None])
+        sum_norm_term += tl.sum(tl.sum(grad * factor * value, 2), 1)
+        tl.store(grad_w + offsets, grad * factor * r[:, None, None], mask=in_bounds[:, None, None])
         at = program * OUT + 2 * N + n[:, None] * N + n[None, :]
         tl.store(grad_base + at, tl.sum(grad, 0))
         total = tl.sum(tl.sum(tl.sum(grad * value, 2), 1), 0)
         tl.store(grad_scale + program * 4 + 2, total)
-    tl.store(along + token, sum_along * r * r / width, mask=live)
+    tl.store(norm_term + token, sum_norm_term * r * r / width, mask=in_bounds)
 
 
-def weigh(
+def coefficients(
     part_w: Tensor,
     part_square: Tensor,
     base: Tensor,
@@ -253,20 +262,21 @@ def weigh(
     norm_eps: float,
     hc_eps: float,
 ) -> tuple[Tensor, ...]:
-    """w [T, w], 1 / rms [T], pre [T, N], post [T, N] and comb [T, N, N] of every token, all fp32.
+    """Returns w [T, M], 1 / rms [T], pre [T, N], post [T, N] and comb [T, N, N], all fp32.
 
     Args:
         part_w, part_square: as `project` returns them.
-        width: N·D, over which the norm's mean goes.
+        width: N·D, the number of elements in the norm's mean.
         streams: N.
-        steps: rows and columns after the first columns; None where there is pre alone (the head).
+        steps: number of (row, column) normalisations after the first column one; None for the
+            head, which has only pre.
     """
     parts, tokens, out = part_w.shape
     w, rstd = part_w.new_empty(tokens, out), part_w.new_empty(tokens)
     pre, post = (part_w.new_empty(tokens, streams) for _ in range(2))
     comb = part_w.new_empty(tokens, streams, streams)
     if tokens:
-        _weigh[(triton.cdiv(tokens, _TOKENS),)](
+        _coefficients[(triton.cdiv(tokens, _TOKENS),)](
             part_w,
             part_square,
             base,
@@ -292,7 +302,7 @@ def weigh(
     return w, rstd, pre, post, comb
 
 
-def weigh_back(
+def coefficients_backward(
     w: Tensor,
     base: Tensor,
     scale: Tensor,
@@ -305,17 +315,17 @@ def weigh_back(
     steps: int | None,
     hc_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the projections, times 1 / rms [T, w]; ``along`` [T]; those of base and scale.
+    """Returns grad_w · rstd [T, M], ``norm_term`` [T], and the gradients of base and scale.
 
-    ``along`` is what the norm of X takes off its gradient for each X.
+    X's gradient gets -``norm_term`` · X from the norm.
     """
     tokens, streams = grad_pre.shape
     out, programs = w.shape[1], triton.cdiv(tokens, _TOKENS)
-    grad_w, along = torch.empty_like(w), torch.empty_like(rstd)
+    grad_w, norm_term = torch.empty_like(w), torch.empty_like(rstd)
     grad_base, grad_scale = w.new_empty(programs, out), w.new_empty(programs, 4)
     divisors = w.new_empty(2 * (steps or 0) + 1, tokens, streams)
     if tokens:
-        _weigh_back[(programs,)](
+        _coefficients_backward[(programs,)](
             w,
             base,
             scale,
@@ -325,7 +335,7 @@ def weigh_back(
             grad_comb,
             divisors,
             grad_w,
-            along,
+            norm_term,
             grad_base,
             grad_scale,
             tokens,
@@ -338,4 +348,4 @@ def weigh_back(
             HEAD=steps is None,
             num_warps=2,
         )
-    return grad_w, along, grad_base.sum(0), grad_scale.sum(0)[: len(scale)]
+    return grad_w, norm_term, grad_base.sum(0), grad_scale.sum(0)[: len(scale)]
