@@ -50,7 +50,7 @@ def whole_matrices(config: ModelConfig, seen: dict[str, Any]) -> tuple[Tensor, T
         open_ &= naive_selection_mask(attention.selected_Tk, entries)
     tensors = (attention.q_THK, attention.kv_TK, attention.entries_CK, attention.sink_H)
     probability = naive_probabilities(
-        *[x.double() for x in tensors], attention.rotation_TR, near, open_, config.rms_norm_eps
+        *[x.double() for x in tensors], attention.rotation_Tr, near, open_, config.rms_norm_eps
     )
     mass = probability[..., len(t) :].sum(1)
     scores = naive_scores(*[x.double() for x in (index.q_TIJ, index.keys_CJ, index.weights_TI)])

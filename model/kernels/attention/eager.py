@@ -4,7 +4,8 @@ Queries are handled in chunks, whose logits fill a core's cache or a few large l
 Backward recomputes a chunk's probabilities, so nothing quadratic is ever stored.
 
 T queries, n of a chunk; H heads; K their width; C entries; k selected entries of a query; c keys of
-one part of a chunk (window tokens, or entries); W the window; R rotary dims (R/2 complex numbers).
+one part of a chunk (window tokens, or entries); W the window; r complex numbers of a
+rotation, half of the rotary dims.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def eager_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         inputs.kv_TK,
         entries_CK,
         inputs.sink_H,
-        inputs.rotation_TR,
+        inputs.rotation_Tr,
         inputs.ranges,
         selected_Tk,
         inputs.window,
@@ -52,7 +53,7 @@ def eager_entry_probability_mass(
 ) -> Tensor:
     """Computes `model.kernels.attention.entry_probability_mass`."""
     q_THK, entries_CK, ranges = inputs.q_THK, inputs.entries_CK, inputs.ranges
-    rotation_TR, selected_Tk = inputs.rotation_TR, inputs.selected_Tk
+    rotation_Tr, selected_Tk = inputs.rotation_Tr, inputs.selected_Tk
     assert entries_CK is not None
     assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
     stop = entries_CK.shape[0] if stop is None else stop
@@ -64,7 +65,7 @@ def eager_entry_probability_mass(
     step = max(_max_pairs(q_THK.device) // heads, 1)
     for first in range(0, tokens, step):
         rows = slice(first, first + step)
-        scaled_q = _Queries(q_THK[rows], rotation_TR[rows], inputs.norm_eps).scaled_q * _LOG2E
+        scaled_q = _Queries(q_THK[rows], rotation_Tr[rows], inputs.norm_eps).scaled_q * _LOG2E
         if selected_Tk is None:
             low, high = ranges.entry_start_T[rows, None], ranges.entry_end_T[rows, None]
             bias = _bias((index >= low) & (index < high))
@@ -121,9 +122,9 @@ def _chunks(
 class _Queries:
     """A chunk's queries, normed, scaled and rotated, and the backward of that."""
 
-    def __init__(self, q_nHK: Tensor, rotation_nR: Tensor, eps: float) -> None:
+    def __init__(self, q_nHK: Tensor, rotation_nr: Tensor, eps: float) -> None:
         self.raw = q_nHK.float()
-        self.rotation = rotation_nR[:, None]
+        self.rotation = rotation_nr[:, None]
         self.scale = self.raw.shape[-1] ** -0.5
         square = torch.linalg.vector_norm(self.raw, dim=-1, keepdim=True).square_()
         self.rstd = square.div_(self.raw.shape[-1]).add_(eps).rsqrt_()

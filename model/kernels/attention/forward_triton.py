@@ -235,7 +235,7 @@ def attention(
         inputs.kv_TK.contiguous(),
         None if entries_CK is None else entries_CK.contiguous(),
         inputs.sink_H,
-        cos_sin_of(inputs.rotation_TR),
+        cos_sin_of(inputs.rotation_Tr),
         inputs.ranges,
         selected_Tk,
         inputs.norm_eps,

@@ -1,7 +1,7 @@
 """Arguments shared by the public, eager and Triton versions of core attention.
 
-T queries and tokens; H heads; K their width; C compressed entries; R rotary dims (R/2 complex
-numbers); k selected entries of a query.
+T queries and tokens; H heads; K their width; C compressed entries; R rotary dims; r = R/2
+complex numbers of a rotation; k selected entries of a query.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class AttentionInputs:
             them, if any.
         entries_CK: compressed entries, normed and rotated.
         sink_H: logit of each head's sink, which takes probability and has no value.
-        rotation_TR: complex [T, R/2], the rotation at each query's position.
+        rotation_Tr: complex, the rotation at each query's position.
         ranges: the visible range of tokens and of entries for each query.
         selected_Tk: the entries selected for each query (-1: none); None if a query sees its
             whole range. A query that sees at most k entries must have all of them selected.
@@ -35,7 +35,7 @@ class AttentionInputs:
     kv_TK: Tensor
     entries_CK: Tensor | None
     sink_H: Tensor
-    rotation_TR: Tensor
+    rotation_Tr: Tensor
     ranges: AttentionRanges
     selected_Tk: Tensor | None = None
     window: int = field(kw_only=True)
@@ -61,7 +61,7 @@ class AttentionInputs:
         return replace(
             self,
             q_THK=self.q_THK[rows],
-            rotation_TR=self.rotation_TR[rows],
+            rotation_Tr=self.rotation_Tr[rows],
             ranges=self.ranges.select(rows),
             selected_Tk=selected_Tk,
         )

@@ -1,7 +1,7 @@
 """Core attention with dense logits (report §2.3), for comparison in any dtype.
 
-T queries; L keys; C entries; H heads; K their width; R rotary dims (rotations are complex, R/2);
-k selected entries.
+T queries; L keys; C entries; H heads; K their width; r complex numbers of a rotation;
+k selected entries of a query.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def naive_attention(
     kv_LK: Tensor,
     entries_CK: Tensor | None,
     sink_H: Tensor,
-    rotation_TR: Tensor,
+    rotation_Tr: Tensor,
     sees_token_TL: Tensor,
     sees_entry_TC: Tensor | None,
     norm_eps: float,
@@ -25,9 +25,9 @@ def naive_attention(
     """Computes softmax(q·k / sqrt(K)) · k over tokens and entries, rotated back, [T, H, K]."""
     keys = kv_LK if entries_CK is None else torch.cat([kv_LK, entries_CK])
     probability = naive_probabilities(
-        q_THK, kv_LK, entries_CK, sink_H, rotation_TR, sees_token_TL, sees_entry_TC, norm_eps
+        q_THK, kv_LK, entries_CK, sink_H, rotation_Tr, sees_token_TL, sees_entry_TC, norm_eps
     )
-    return naive_rotate(torch.einsum("thl,lk->thk", probability, keys), rotation_TR.conj())
+    return naive_rotate(torch.einsum("thl,lk->thk", probability, keys), rotation_Tr.conj())
 
 
 def naive_probabilities(
@@ -35,7 +35,7 @@ def naive_probabilities(
     kv_LK: Tensor,
     entries_CK: Tensor | None,
     sink_H: Tensor,
-    rotation_TR: Tensor,
+    rotation_Tr: Tensor,
     sees_token_TL: Tensor,
     sees_entry_TC: Tensor | None,
     norm_eps: float,
@@ -48,7 +48,7 @@ def naive_probabilities(
         sees_token_TL, sees_entry_TC: bool, which keys a query may attend to.
     """
     q = q_THK / torch.sqrt(q_THK.square().mean(-1, keepdim=True) + norm_eps)
-    q = naive_rotate(q, rotation_TR)
+    q = naive_rotate(q, rotation_Tr)
     keys, sees = kv_LK, sees_token_TL
     if entries_CK is not None and sees_entry_TC is not None:
         keys, sees = torch.cat([kv_LK, entries_CK]), torch.cat([sees, sees_entry_TC], 1)

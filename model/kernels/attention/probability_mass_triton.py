@@ -122,7 +122,7 @@ def entry_probability_mass(
         stop = entries_CK.shape[0] if stop is None else stop
         width = stop - start
     mass = torch.empty((call.tokens, width), dtype=torch.float32, device=q_THK.device)
-    cos_sin = cos_sin_of(inputs.rotation_TR)
+    cos_sin = cos_sin_of(inputs.rotation_Tr)
     block_t, block_h = call.rows(blocks.rows)
     if mass.numel():
         assert ranges.entry_end_T is not None

@@ -4,7 +4,7 @@ mHC paper (arXiv 2512.24880) and report §2.2. All coefficients are fp32. Backwa
 from the M projections w, so of size [T, N, D] a sub-layer saves only its streams. In formulas X_j
 is stream j.
 
-T tokens; N streams; D their width; Z = N·D; M = (2+N)·N coefficients, or N of them in the head.
+T tokens; N streams; D their width; M = (2+N)·N coefficients, or N of them in the head.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from model.kernels.hyper_connection.eager import eager_read_streams, eager_write
 
 def read_streams(
     streams_TND: Tensor,
-    fn_MZ: Tensor,
+    fn: Tensor,
     base_M: Tensor,
     scale: Tensor,
     *,
@@ -33,7 +33,7 @@ def read_streams(
 
     Args:
         streams_TND: the residual streams.
-        fn_MZ: rows in the order pre N, post N, comb N².
+        fn: [M, N·D], rows in the order pre N, post N, comb N².
         base_M: static biases.
         scale: [3], the gating factors of pre, post and comb.
         eager: the implementation used where Triton does not run.
@@ -46,14 +46,14 @@ def read_streams(
 
         return streams_triton.read_streams(
             streams_TND,
-            fn_MZ,
+            fn,
             base_M,
             scale,
             norm_eps=norm_eps,
             hc_eps=hc_eps,
             iterations=iterations,
         )
-    return eager(streams_TND, fn_MZ, base_M, scale, norm_eps, hc_eps, iterations)
+    return eager(streams_TND, fn, base_M, scale, norm_eps, hc_eps, iterations)
 
 
 def write_streams(
@@ -76,7 +76,7 @@ def write_streams(
 
 def collapse_streams(
     streams_TND: Tensor,
-    fn_NZ: Tensor,
+    fn: Tensor,
     base_N: Tensor,
     scale: Tensor,
     *,
@@ -86,15 +86,15 @@ def collapse_streams(
 ) -> Tensor:
     """Computes the head's weighted sum of the streams, [T, D]: weights σ(scale · w + base) + eps.
 
-    ``scale`` is [1]. `eager` as in `read_streams`.
+    ``fn`` is [N, N·D] and ``scale`` [1]. `eager` as in `read_streams`.
     """
     if _on_triton(streams_TND):
         from model.kernels.hyper_connection import streams_triton
 
         return streams_triton.read_streams(
-            streams_TND, fn_NZ, base_N, scale, norm_eps=norm_eps, hc_eps=hc_eps, iterations=None
+            streams_TND, fn, base_N, scale, norm_eps=norm_eps, hc_eps=hc_eps, iterations=None
         )
-    return eager(streams_TND, fn_NZ, base_N, scale, norm_eps, hc_eps, None)
+    return eager(streams_TND, fn, base_N, scale, norm_eps, hc_eps, None)
 
 
 def _on_triton(streams_TND: Tensor) -> bool:

@@ -4,7 +4,7 @@
 Sinkhorn's steps. Backward recomputes the steps and keeps the divisors, N numbers per step, in L2;
 each step's input is its output times the divisor.
 
-T tokens; N streams; D their width; Z = N·D; M = (2+N)·N coefficients, or N of them in the head.
+T tokens; N streams; D their width; M = (2+N)·N coefficients, or N of them in the head.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Hyper-connections as few torch calls, with a backward written by hand, on any device.
 
-T tokens; N streams; D their width; Z = N·D; M = (2+N)·N coefficients, or N of them in the head.
+T tokens; N streams; D their width; M = (2+N)·N coefficients, or N of them in the head.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 def eager_read_streams(
     streams_TND: Tensor,
-    fn_MZ: Tensor,
+    fn: Tensor,
     base_M: Tensor,
     scale: Tensor,
     norm_eps: float,
@@ -24,7 +24,7 @@ def eager_read_streams(
 
     With ``iterations`` None it computes `collapse_streams`.
     """
-    return ReadStreams.apply(streams_TND, fn_MZ, base_M, scale, norm_eps, hc_eps, iterations)
+    return ReadStreams.apply(streams_TND, fn, base_M, scale, norm_eps, hc_eps, iterations)
 
 
 def eager_write_streams(
@@ -108,14 +108,14 @@ class ReadStreams(torch.autograd.Function):
         iterations: int | None,
     ) -> Any:
         """Returns what `eager_read_streams` does."""
-        flat_TZ = streams.flatten(1).float()
-        square = torch.linalg.vector_norm(flat_TZ, dim=1, keepdim=True).square_()
-        rstd = square.div_(flat_TZ.shape[1]).add_(norm_eps).rsqrt_()
-        w = torch.mm(flat_TZ, fn.float().t()).mul_(rstd)
+        flat = streams.flatten(1).float()
+        square = torch.linalg.vector_norm(flat, dim=1, keepdim=True).square_()
+        rstd = square.div_(flat.shape[1]).add_(norm_eps).rsqrt_()
+        w = torch.mm(flat, fn.float().t()).mul_(rstd)
         ctx.hc_eps, ctx.iterations = hc_eps, iterations
         ctx.save_for_backward(streams, fn, base, scale, w, rstd)
         outputs = ReadStreams.all_coefficients(w, base.float(), scale.float(), hc_eps, iterations)
-        read = torch.bmm(outputs[0][:, None], flat_TZ.view(streams.shape))[:, 0]
+        read = torch.bmm(outputs[0][:, None], flat.view(streams.shape))[:, 0]
         return (read.to(streams.dtype), *outputs[1:]) if iterations else read.to(streams.dtype)
 
     @staticmethod
@@ -150,13 +150,13 @@ class ReadStreams(torch.autograd.Function):
             )
             grads = torch.autograd.grad(outputs, leaves, (grad_pre, *grad_outputs))
         grad_w, grad_base, grad_scale = grads
-        flat_TZ = wide.flatten(1)
+        flat = wide.flatten(1)
         # w = (X · fnᵀ) · rstd, and d rstd / dX = -rstd³ · X / (N·D): the norm adds -norm_term · X
-        norm_term = torch.linalg.vecdot(grad_w, w)[:, None] * rstd.square() / flat_TZ.shape[1]
+        norm_term = torch.linalg.vecdot(grad_w, w)[:, None] * rstd.square() / flat.shape[1]
         grad_projected = grad_w * rstd
         grad_streams = torch.mul(outputs[0].detach()[..., None], grad_read[:, None]).flatten(1)
-        grad_streams.addmm_(grad_projected, fn.float()).addcmul_(flat_TZ, norm_term, value=-1)
-        grad_fn = torch.mm(grad_projected.t(), flat_TZ).to(fn.dtype)
+        grad_streams.addmm_(grad_projected, fn.float()).addcmul_(flat, norm_term, value=-1)
+        grad_fn = torch.mm(grad_projected.t(), flat).to(fn.dtype)
         grad_streams = grad_streams.view_as(streams).to(streams.dtype)
         parameters = (grad_fn, grad_base.to(base.dtype), grad_scale.to(scale.dtype))
         return grad_streams, *parameters, None, None, None

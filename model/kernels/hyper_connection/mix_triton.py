@@ -3,7 +3,7 @@
 ``streams_triton.py`` has the plan. Forward divides the columns over programs; in backward a program
 has all columns of a few tokens, because its sums run over D.
 
-T tokens; N streams; D their width; Z = N·D; M = (2+N)·N coefficients, or N of them in the head.
+T tokens; N streams; D their width; M = (2+N)·N coefficients, or N of them in the head.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Hyper-connections as loops over streams and tokens (report §2.2, arXiv 2512.24880).
 
-T tokens; N streams; D their width; Z = N·D; M = (2+N)·N coefficients. Any device and dtype.
+T tokens; N streams; D their width; M = (2+N)·N coefficients. Any device and dtype.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 def naive_read_streams(
     streams_TND: Tensor,
-    fn_MZ: Tensor,
+    fn: Tensor,
     base_M: Tensor,
     scale: Tensor,
     norm_eps: float,
@@ -20,7 +20,7 @@ def naive_read_streams(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes x [T, D] = Σ_j pre_j X_j, post [T, N] and comb [T, N, N]."""
     n = streams_TND.shape[1]
-    w = naive_projections(streams_TND, fn_MZ, norm_eps)
+    w = naive_projections(streams_TND, fn, norm_eps)
     pre = torch.sigmoid(scale[0] * w[:, :n] + base_M[:n]) + hc_eps
     post = 2 * torch.sigmoid(scale[1] * w[:, n : 2 * n] + base_M[n : 2 * n])
     comb = (scale[2] * w[:, 2 * n :] + base_M[2 * n :]).view(-1, n, n)
@@ -30,14 +30,14 @@ def naive_read_streams(
 
 def naive_collapse_streams(
     streams_TND: Tensor,
-    fn_NZ: Tensor,
+    fn: Tensor,
     base_N: Tensor,
     scale: Tensor,
     norm_eps: float,
     hc_eps: float,
 ) -> Tensor:
     """Computes the head's weighted sum of the streams, [T, D]."""
-    w = naive_projections(streams_TND, fn_NZ, norm_eps)
+    w = naive_projections(streams_TND, fn, norm_eps)
     weight_TN = torch.sigmoid(scale * w + base_N) + hc_eps
     return (weight_TN[..., None] * streams_TND).sum(1)
 
@@ -54,10 +54,10 @@ def naive_write_streams(
     return torch.stack([post_TN[:, k, None] * y_TD + mixed[k] for k in range(n)], dim=1)
 
 
-def naive_projections(streams_TND: Tensor, fn_MZ: Tensor, norm_eps: float) -> Tensor:
+def naive_projections(streams_TND: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
     """Computes RMSNorm(X) · fnᵀ over all streams of a token, [T, M]."""
-    flat_TZ = streams_TND.flatten(1)
-    return flat_TZ / torch.sqrt(flat_TZ.square().mean(1, keepdim=True) + norm_eps) @ fn_MZ.T
+    flat = streams_TND.flatten(1)
+    return flat / torch.sqrt(flat.square().mean(1, keepdim=True) + norm_eps) @ fn.T
 
 
 def naive_sinkhorn(logits_TNN: Tensor, eps: float, iterations: int) -> Tensor:

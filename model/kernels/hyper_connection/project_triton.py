@@ -3,7 +3,7 @@
 ``streams_triton.py`` has the plan. An fp32 operand is split into two TF32 numbers (22 bits in all;
 a bf16 operand has 8).
 
-T tokens; N streams; D their width; Z = N·D; M = (2+N)·N coefficients, or N of them in the head.
+T tokens; N streams; D their width; M = (2+N)·N coefficients, or N of them in the head.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def project(streams: Tensor, fn: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         streams: [T, N, D].
-        fn: fp32 [M, Z].
+        fn: fp32 [M, N·D].
     """
     tokens, count, dim = streams.shape
     out, width = len(fn), count * dim

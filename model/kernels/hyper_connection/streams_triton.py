@@ -2,8 +2,8 @@
 
 All arithmetic is fp32. The kernels, in the order of a sub-layer:
 
-    _project        X [T, Z] times fnᵀ [Z, M] and Σ X², M = N(N+2) <= 24; the columns are divided
-                    over programs, whose parts the next kernel adds in a fixed order
+    _project        X [T, N·D] times fnᵀ [N·D, M] and Σ X², M <= 24; the columns are divided over
+                    programs, whose parts the next kernel adds in a fixed order
     _coefficients   pre, post, comb of every token from these; Sinkhorn's steps in registers
     _mix            x = Σ pre_j X_j
     _write          X'_k = post_k y + Σ comb_jk X_j
@@ -36,7 +36,7 @@ Sinkhorn's 1,500 FLOPs take less time:
     write, backward                          34 /  60             34 /  60    not yet timed
     read, backward                           22 /  39             34 /  60    not yet timed
 
-T tokens; N streams; D their width; Z = N·D; M = (2+N)·N coefficients, or N of them in the head.
+T tokens; N streams; D their width; M = (2+N)·N coefficients, or N of them in the head.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from model.kernels.hyper_connection.project_triton import project, project_backw
 
 def read_streams(
     streams_TND: Tensor,
-    fn_MZ: Tensor,
+    fn: Tensor,
     base_M: Tensor,
     scale: Tensor,
     *,
@@ -71,7 +71,7 @@ def read_streams(
         ValueError: the number of streams is not a power of two.
     """
     _check(streams_TND)
-    return _Read.apply(streams_TND.contiguous(), fn_MZ, base_M, scale, norm_eps, hc_eps, iterations)
+    return _Read.apply(streams_TND.contiguous(), fn, base_M, scale, norm_eps, hc_eps, iterations)
 
 
 def write_streams(streams_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
