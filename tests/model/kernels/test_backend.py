@@ -33,7 +33,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     proved = {"attention", "indexer", "indexer loss", "compressor"}
-    proved |= {"norms", "hyper-connections", "experts", "cross-entropy", "fp8"}
+    proved |= {"norms", "hyper-connections", "swiglu and combine", "cross-entropy", "fp8"}
     monkeypatch.setattr(backend, "COMPARED_ON_GPU", frozenset(proved))
     choices = (backend.attention, backend.indexer, backend.indexer_loss, backend.compressor)
     choices += (backend.norm, backend.hyper_connection, backend.swiglu_and_combine)
@@ -56,7 +56,7 @@ def test_a_cpu_runs_eagerly():
 def test_hopper_runs_triton():
     pools = ["compressor, m = 4", "compressor, m = 128"]
     expected = ["attention", "indexer", "indexer loss", *pools]
-    expected += ["norms", "hyper-connections", "experts", "cross-entropy", "fp8"]
+    expected += ["norms", "hyper-connections", "swiglu and combine", "cross-entropy", "fp8"]
     assert names(GPU, torch.bfloat16) == dict.fromkeys(expected, "triton")
 
 
@@ -75,7 +75,7 @@ def test_what_no_gpu_has_run_trains_nothing(monkeypatch):
         ({"index_dim": 100}, "indexer loss", "index_head_dim 100"),
         ({"index_dim": 100}, "indexer", "index_head_dim 100"),
         ({"index_topk": 2048}, "indexer", "index_topk 2048"),
-        ({"ratios": (12,)}, "compressor, m = 12", "12 tokens"),
+        ({"ratios": (12,)}, "compressor, m = 12", "compress ratio 12"),
         ({"hidden": 20480}, "norms", "a width of 20480"),
         ({"streams": 3}, "hyper-connections", "hc_mult 3"),
     ],
@@ -97,19 +97,19 @@ def test_what_triton_cannot_do_is_logged(changes, operation, reason, caplog):
             "index_n_heads",
         ),
         (lambda: backend.indexer_loss(GPU, torch.float16, 128, 64, required=True), "torch.float16"),
-        (lambda: backend.compressor(GPU, torch.bfloat16, 12, required=True), "12 tokens"),
+        (lambda: backend.compressor(GPU, torch.bfloat16, 12, required=True), "compress ratio 12"),
         (lambda: backend.norm(GPU, torch.bfloat16, 33, required=True), "a width of 33"),
         (lambda: backend.hyper_connection(GPU, torch.bfloat16, 3, required=True), "hc_mult 3"),
         (lambda: backend.swiglu_and_combine(GPU, torch.float64, required=True), "torch.float64"),
         (lambda: backend.fp8(GPU, torch.float16, required=True), "torch.float16"),
     ],
 )
-def test_what_triton_cannot_do_raises_where_it_is_asked_for(ask, reason):
+def test_what_triton_cannot_do_raises_where_it_is_required(ask, reason):
     with pytest.raises(backend.UnsupportedError, match=reason):
         ask()
 
 
-def test_asked_for_it_runs_before_a_gpu_has_compared_it(monkeypatch):
+def test_required_it_runs_before_a_gpu_has_verified_it(monkeypatch):
     monkeypatch.setattr(backend, "COMPARED_ON_GPU", frozenset())
     assert backend.attention(GPU, torch.bfloat16, 512, required=True).name == "triton"
 
@@ -134,13 +134,13 @@ def test_one_line_names_every_operation_of_the_model():
     line = describe(kernel_choices(tiny_config(), CPU, torch.float32))
     assert line == (
         "kernels: attention, indexer, indexer loss, compressor m = 4, compressor m = 16, norms, "
-        "hyper-connections, experts, cross-entropy: eager (on cpu)"
+        "hyper-connections, swiglu and combine, cross-entropy: eager (on cpu)"
     )
     eight = describe(kernel_choices(tiny_config(), CPU, torch.bfloat16, in_fp8=True))
     assert eight == line.replace("cross-entropy:", "cross-entropy, fp8:")
     window = tiny_config(layer_types=["window"] * len(tiny_config().layer_types))
     line = describe(kernel_choices(window, CPU, torch.float32))
-    operations = "attention, norms, hyper-connections, experts, cross-entropy"
+    operations = "attention, norms, hyper-connections, swiglu and combine, cross-entropy"
     assert line == f"kernels: {operations}: eager (on cpu)"
 
 

@@ -23,5 +23,5 @@ def test_the_matrix_is_orthogonal_and_symmetric() -> None:
 
 
 def test_other_sizes_are_named() -> None:
-    with pytest.raises(ValueError, match="a power of two columns, not 48"):
+    with pytest.raises(ValueError, match="a power of two, got 48"):
         hadamard(torch.zeros(2, 48))
