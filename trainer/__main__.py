@@ -25,12 +25,12 @@ def train(config: RunConfig, stop: StopRequest) -> None:
 
     from trainer.failures import report_failures
     from trainer.parallel.grid import open_grid
-    from trainer.planning import advised, expected_memory_report, fitted
+    from trainer.planning import advise_on_out_of_memory, expected_memory_report, fit_to_device
     from trainer.preflight import preflight
     from trainer.trainer import Trainer
 
     with report_failures() as watch:
-        config, messages = fitted(config)  # before there is a process group
+        config, messages = fit_to_device(config)  # before there is a process group
         with open_grid(config.degrees, config.parallel.timeout_seconds) as grid:
             watch.connect(grid)
             if config.deterministic:
@@ -39,7 +39,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
                 torch.use_deterministic_algorithms(True)
             preflight(config, grid)
             messages.append(expected_memory_report(config, grid.world_size))
-            with advised(config, grid):
+            with advise_on_out_of_memory(config, grid):
                 Trainer(config, grid, stop, messages).run()
             watch.close()
 

@@ -15,29 +15,29 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Dtype of weights and activations, by `precision`."""
 
 
-def open_engine(config: RunConfig, grid: Grid) -> tuple[LocalModel, Engine, Updater]:
-    """The model with its initial weights, the engine that the config names, and its optimizer.
+def build_engine(config: RunConfig, grid: Grid) -> tuple[LocalModel, Engine, Updater]:
+    """Builds the initialised model, the engine that the config names, and its optimizer.
 
     Raises ConfigError where a DeepSpeed block does not fit the number of processes.
     """
     if config.engine == "native":
-        local, optimizer = build(config, grid)
+        local, optimizer = build_native(config, grid)
         return local, NativeEngine(local, grid, optimizer), optimizer
     from trainer.deepspeed_engine import DeepSpeedEngine  # imports deepspeed, which takes long
 
-    local = make_weights(config, grid)
+    local = make_initialised_model(config, grid)
     engine = DeepSpeedEngine(config, local, grid, make_table(config, local))
     return local, engine, engine
 
 
-def build(config: RunConfig, grid: Grid) -> tuple[LocalModel, HybridZero]:
-    """This rank's part of the model with its initial weights, and the optimizer with its state."""
-    local = make_weights(config, grid)
+def build_native(config: RunConfig, grid: Grid) -> tuple[LocalModel, HybridZero]:
+    """Builds this rank's part of the model, initialised, and the native engine's optimizer."""
+    local = make_initialised_model(config, grid)
     return local, make_optimizer(config, local, grid)
 
 
-def make_weights(config: RunConfig, grid: Grid) -> LocalModel:
-    """This rank's part of the model with its initial weights."""
+def make_initialised_model(config: RunConfig, grid: Grid) -> LocalModel:
+    """Makes this rank's part of the model with its initial weights."""
     local = make_local(config, grid)
     local.model.to_empty(device=grid.device)
     local.model.init_weights(config.seed, shards=local.placements)
@@ -45,7 +45,7 @@ def make_weights(config: RunConfig, grid: Grid) -> LocalModel:
 
 
 def make_local(config: RunConfig, grid: Grid, dispatch: Dispatch | None = None) -> LocalModel:
-    """This rank's part of the model on the meta device; `dispatch` as in `build_local_model`."""
+    """Makes this rank's part of the model on the meta device; `dispatch` as in `build_local_model`."""
     return build_local_model(
         config.model,
         DTYPES[config.precision],
@@ -60,7 +60,7 @@ def make_local(config: RunConfig, grid: Grid, dispatch: Dispatch | None = None) 
 
 
 def make_optimizer(config: RunConfig, local: LocalModel, grid: Grid) -> HybridZero:
-    """The optimizer of this rank's part of the model, on the device that its weights are on."""
+    """Makes the optimizer of this rank's part of the model, on the device of its weights."""
     parallel = config.parallel
     return shard_optimizer(
         local,
@@ -75,7 +75,7 @@ def make_optimizer(config: RunConfig, local: LocalModel, grid: Grid) -> HybridZe
 
 
 def make_table(config: RunConfig, local: LocalModel) -> list[Assignment]:
-    """Which optimizer every parameter of this rank's part of the model belongs to."""
+    """Returns the optimizer's table of the parameters of this rank's part of the model."""
     names = [name for name, _ in local.model.named_parameters()]
     shapes = {name: local.placements[name].matrix_shape for name in names}
     return build_table(shapes, parameter_table(config.model), config.optim)

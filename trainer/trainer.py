@@ -9,7 +9,7 @@ from torch import Tensor
 from data import Batch, Loader, Prefetcher, Tokenizer
 from data.files import write_atomically
 from model.kernel_choices import describe, kernel_choices
-from trainer.build import DTYPES, open_engine
+from trainer.build import DTYPES, build_engine
 from trainer.checkpoint import RunCheckpoint
 from trainer.config import Phase, RunConfig
 from trainer.device import peak_memory_report
@@ -57,7 +57,7 @@ class Trainer:
         self.validation: Validation | None = None
         if self.loader.manifest.of_split("validation"):
             self.validation = Validation(config, grid, config.evaluation.max_rows)
-        self.local, self.engine, self.optimizer = open_engine(config, grid)
+        self.local, self.engine, self.optimizer = build_engine(config, grid)
         self.model = self.local.model
         self.anticipation = Anticipation(
             self.engine,

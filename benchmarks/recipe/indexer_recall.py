@@ -40,7 +40,7 @@ from model.kernels.indexer.naive import naive_scores
 from model.kernels.norm import rotate
 from model.parameters import expert_name, official_name
 from model.positions import Positions
-from trainer.build import build
+from trainer.build import build_native
 from trainer.checkpoint import CheckpointReader, checkpoints_in, step_of
 from trainer.config import RunConfig, load_run
 from trainer.engine import NativeEngine
@@ -203,7 +203,7 @@ def main() -> None:
     saved = {step_of(path): path for path in checkpoints_in(config.run_dir / "checkpoints")}
     before = max(step for step in saved if step <= warmup.first)
     after = max(step for step in saved if warmup.first < step <= warmup.end)
-    local, optimizer = build(config, grid)
+    local, optimizer = build_native(config, grid)
     engine = NativeEngine(local, grid, optimizer)
     validation = Validation(config, grid, options.rows)
     load(local.model, saved[before])

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from data import Loader
-from trainer.build import build
+from trainer.build import build_native
 from trainer.config import RunConfig, load_config
 from trainer.engine import NativeEngine
 from trainer.parallel.grid import Grid
@@ -62,7 +62,7 @@ class Runner:
 def runner(config: RunConfig) -> Runner:
     """Returns an untrained run on one process."""
     grid = Grid.single()
-    local, optimizer = build(config, grid)
+    local, optimizer = build_native(config, grid)
     return Runner(NativeEngine(local, grid, optimizer))
 
 

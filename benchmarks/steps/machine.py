@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data import Batch
-from trainer.build import build
+from trainer.build import build_native
 from trainer.config import RunConfig, load_config
 from trainer.engine import NativeEngine
 from trainer.parallel.grid import Grid
@@ -117,7 +117,7 @@ class Step:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.grid = Grid.single(device)
-        local, self.optimizer = build(config, self.grid)
+        local, self.optimizer = build_native(config, self.grid)
         self.model = local.model
         self.engine: NativeEngine = NativeEngine(local, self.grid, self.optimizer)
         self.batches = [random_batch(config)]

@@ -23,7 +23,7 @@ from torch import Tensor
 from data import Loader
 from model.kernels.block_sizes import MXFP4_BLOCK
 from model.kernels.mxfp4 import fits_fp8, from_fp8, quantise, quantise_dequantise, to_fp8
-from trainer.build import build
+from trainer.build import build_native
 from trainer.checkpoint import checkpoints_in
 from trainer.config import RunConfig, load_config
 from trainer.engine import NativeEngine
@@ -124,7 +124,7 @@ def take_times(path: Path, overrides: list[str], repeats: int = 5) -> None:
     """Times forward and backward of a step, plain and quantised in turn."""
     config = load_config(path, overrides)
     grid = Grid.single()
-    local, _ = build(config, grid)
+    local, _ = build_native(config, grid)
     engine = NativeEngine(local, grid)
     batches = Loader(config.data, config.seed, 0, 1).at(0)
     seconds: dict[bool, list[float]] = {False: [], True: []}

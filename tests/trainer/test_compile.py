@@ -21,7 +21,7 @@ from tests.trainer.parallel.topologies import (
 )
 from tests.trainer.tiny import assert_same_run
 from trainer.__main__ import main
-from trainer.build import build
+from trainer.build import build_native
 from trainer.config import load_config
 from trainer.engine import NativeEngine
 from trainer.parallel.grid import Grid
@@ -111,7 +111,7 @@ def test_memory_is_expected_as_it_is_held(tiny: Path) -> None:
     """Programs as they stand hold the same for backward, and while they run no less."""
     config = load_config(tiny, ["compile=true", "model.hidden_size=128"])
     expects = count_memory(config, 1).fullest
-    local, optimizer = build(config, Grid.single())
+    local, optimizer = build_native(config, Grid.single())
     engine = NativeEngine(local, Grid.single(), optimizer)
     batches = Loader(config.data, config.seed, 0, 1).at(0)
     with torch.compiler.set_stance("force_eager"):

@@ -7,7 +7,7 @@ import torch
 
 from data import Loader
 from tests.distributed import spawn
-from trainer.build import build
+from trainer.build import build_native
 from trainer.config import load_config
 from trainer.engine import NativeEngine
 from trainer.parallel.grid import Grid
@@ -23,7 +23,7 @@ def train_some(rank: int, world: int, path: Path) -> tuple[list[str], list[str],
     """Worker: after a common step, a step of some weights only, and what that changed."""
     config = load_config(path)
     grid = Grid.build(config.degrees(world), torch.device("cpu"))
-    local, optimizer = build(config, grid)
+    local, optimizer = build_native(config, grid)
     engine = NativeEngine(local, grid, optimizer)
     loader = Loader(config.data, config.seed, grid.data.rank, grid.data.size)
     engine.forward_backward(loader.at(0))

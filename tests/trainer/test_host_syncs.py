@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data import Batch
-from trainer.build import build
+from trainer.build import build_native
 from trainer.config import load_config
 from trainer.engine import NativeEngine
 from trainer.parallel.grid import Grid
@@ -28,7 +28,7 @@ def step_on(device: torch.device, *overrides: str) -> Callable[[], None]:
     """From rows on the host to new weights and router biases on the device."""
     config = load_config(CONFIG, overrides)
     grid = Grid.single(device)
-    local, optimizer = build(config, grid)
+    local, optimizer = build_native(config, grid)
     engine = NativeEngine(local, grid, optimizer)
     tokens = torch.randint(3, 4096, (4, 513), generator=torch.Generator().manual_seed(0))
     rows, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

@@ -11,7 +11,7 @@ import torch
 
 from data import Batch
 from model import SampleLayout, TokenCounts
-from trainer.build import build
+from trainer.build import build_native
 from trainer.config import load_config
 from trainer.engine import NativeEngine
 from trainer.microbatches import RowCopies
@@ -63,7 +63,7 @@ def test_a_microbatch_waits_for_its_own_rows_and_later_copies_for_all(monkeypatc
     monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
     config = load_config(CONFIG)
     grid = Grid.single(torch.device("cpu"))
-    local, optimizer = build(config, grid)
+    local, optimizer = build_native(config, grid)
     engine = NativeEngine(local, grid, optimizer)
     run = engine.model.run_blocks
     monkeypatch.setattr(

@@ -58,8 +58,8 @@ class ParallelConfig(Section):
     """Timeout of collectives; null is torch's default. [seconds]"""
 
     @property
-    def chunks(self) -> int:
-        """Stages per rank."""
+    def stages_per_rank(self) -> int:
+        """Pipeline stages of each rank."""
         if self.pipeline == 1:
             return 1
         if self.pipeline_schedule == "interleaved_1f1b":
@@ -73,7 +73,7 @@ class ParallelConfig(Section):
             seq_len,
             self.pipeline,
             self.pipeline_schedule,
-            self.chunks,
+            self.stages_per_rank,
             self.pipeline_layers_per_stage if self.pipeline > 1 else None,
         )
 
@@ -159,15 +159,15 @@ class ParallelConfig(Section):
           `model.num_hidden_layers`, with none but the last 0.
         """
         schedule, layers = self.pipeline_schedule, model.num_hidden_layers
-        if self.pipeline_stages_per_rank not in (None, self.chunks):
+        if self.pipeline_stages_per_rank not in (None, self.stages_per_rank):
             yield (
                 f"parallel.pipeline_stages_per_rank = {self.pipeline_stages_per_rank} does not fit "
                 f"parallel.pipeline_schedule = {schedule} on parallel.pipeline = {self.pipeline}; "
-                f"it should be {self.chunks} or null"
+                f"it should be {self.stages_per_rank} or null"
             )
-        stages = self.pipeline * self.chunks
+        stages = self.pipeline * self.stages_per_rank
         if stages - 1 > layers:
-            max_pipeline = (layers + 1) // self.chunks
+            max_pipeline = (layers + 1) // self.stages_per_rank
             yield (
                 f"parallel.pipeline = {self.pipeline} with {schedule} makes {stages} stages, but "
                 f"model.num_hidden_layers = {layers}; parallel.pipeline should be at most "
@@ -247,7 +247,7 @@ class ParallelConfig(Section):
                 f"{(count + 1) * micro * data_ranks}"
             )
             return
-        stages = self.pipeline * self.chunks
+        stages = self.pipeline * self.stages_per_rank
         need = stages if self.pipeline_schedule in ("1f1b", "dual_pipe_v") else self.pipeline
         if count < need:
             yield (

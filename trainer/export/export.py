@@ -26,7 +26,7 @@ from trainer.checkpoint import (
 )
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
-from trainer.export.hf_folder import SHARD_BYTES, refuse_full, write_hf_folder
+from trainer.export.hf_folder import SHARD_BYTES, require_empty, write_hf_folder
 from trainer.export.packed_weights import CONFIG, packed_outline, packed_read
 from trainer.parallel.grid import Grid
 
@@ -46,7 +46,7 @@ def export_run(
     checkpoint or none that fits the config, and ExportError when `out` cannot be written.
     """
     grid = grid or Grid.single()
-    refuse_full(out, grid.world)
+    require_empty(out, grid.world)
     tokenizer = Tokenizer(config.data.tokenizer.path)
     folder = CheckpointFolder(config.run_dir / "checkpoints", grid)
     newest = newest_of(config, folder, tokenizer.hash)

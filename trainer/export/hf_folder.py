@@ -49,7 +49,7 @@ def write_hf_folder(
     all ranks when `folder` exists and is not empty, or when it cannot be written.
     """
     world = (grid or Grid.single()).world
-    refuse_full(folder, world)
+    require_empty(folder, world)
     shards = _Shards.plan(weights, shard_bytes)
     generation = {
         "_from_model_config": True,
@@ -73,7 +73,7 @@ def write_hf_folder(
         raise ExportError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
-def refuse_full(folder: Path, world: Axis) -> None:
+def require_empty(folder: Path, world: Axis) -> None:
     """Raises ExportError, on all ranks, unless `folder` is new or an empty folder."""
     try:
         full = on_all_ranks(lambda: _is_full(folder), world)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data import Tokenizer
 from data.files import write_atomically
-from trainer.build import build
+from trainer.build import build_native
 from trainer.checkpoint import RunCheckpoint, checkpoints_in
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError, ExportError
@@ -29,7 +29,7 @@ def open_run(config: RunConfig, grid: Grid) -> tuple[LocalModel, TrainState]:
     Raises CheckpointError when there is none.
     """
     tokenizer = Tokenizer(config.data.tokenizer.path)
-    local, optimizer = build(config, grid)
+    local, optimizer = build_native(config, grid)
     checkpoint = RunCheckpoint(
         config, grid, local.model, optimizer, tokenizer.hash, local.placements
     )
@@ -56,7 +56,7 @@ def import_hf_folder(config: RunConfig, source: Path) -> str:
     config.check_vocabulary(tokenizer.vocab_size)
     weights = read_hf_weights(source)
     grid = Grid.single()
-    local, optimizer = build(config.alone(), grid)
+    local, optimizer = build_native(config.alone(), grid)
     local.model.load_hf_state_dict(weights)
     optimizer.read_parameters()
     config.run_dir.mkdir(parents=True, exist_ok=True)

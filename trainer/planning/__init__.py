@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers, the names of _MODULES
     from trainer.planning.dry_run import count_memory
     from trainer.planning.expected_memory import expected_memory_report
-    from trainer.planning.fit_device import fitted
+    from trainer.planning.fit_device import fit_to_device
     from trainer.planning.layer_times import measure_layers
-    from trainer.planning.out_of_memory import advised
+    from trainer.planning.out_of_memory import advise_on_out_of_memory
     from trainer.planning.plan import describe_plan
     from trainer.planning.static_memory import memory_parts, snapshot_memory
     from trainer.planning.traffic import Work, step_traffic
 
 _MODULES = {
     "Work": "traffic",
-    "advised": "out_of_memory",
+    "advise_on_out_of_memory": "out_of_memory",
     "count_memory": "dry_run",
     "describe_plan": "plan",
     "expected_memory_report": "expected_memory",
-    "fitted": "fit_device",
+    "fit_to_device": "fit_device",
     "measure_layers": "layer_times",
     "memory_parts": "static_memory",
     "snapshot_memory": "static_memory",

@@ -1,6 +1,8 @@
 """Memory of activations between forward and backward, and the number of microbatches in flight.
 
 Counts storages, not tensors: views share theirs. Works on any device, meta included.
+
+Shapes: E experts of a rank.
 """
 
 from __future__ import annotations

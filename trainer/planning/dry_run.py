@@ -5,6 +5,8 @@ group, whose collectives give shapes and no values, and the model, gradients and
 functions that training uses, on the meta device. A layer of each kind, the embedding and the heads
 run forward and backward on a microbatch, and the storages alive between the two are counted; the
 pipeline schedule gives the number of microbatches in flight. Routing is assumed to be even.
+
+Shapes: T local tokens of a microbatch, L rows sent to experts.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from trainer.planning.activations import (
     peak_in_flight,
     tensors_in,
 )
-from trainer.planning.static_memory import stage_parts
+from trainer.planning.static_memory import pipeline_rank_memory
 
 META = torch.device("meta")
 Progress = Callable[[int, int], None]
@@ -70,8 +72,10 @@ class RankMemory:
     Attributes:
         rank, pipeline: its number among all ranks, and on the pipeline axis.
         parameters: number of local trained elements.
-        resident: memory held throughout the run, by part; quantised experts except in the update.
-        microbatches: token positions of all microbatches of a step, as if all existed at once.
+        resident: memory held throughout the run, by part; among them the quantised experts, which
+            are freed during the update.
+        microbatches: inputs of all microbatches of a step (ids, targets, layout, RoPE tables), as
+            if all existed at once.
         stages: activations of its stages.
         update: the additional peak in the optimizer's step.
     """
@@ -129,7 +133,7 @@ class EvenDispatch(ExpertDispatch):
     def exchange_counts(
         self, slot_L: Tensor, local_experts: int
     ) -> tuple[Tensor, list[int], list[int]]:
-        """Returns counts as if all ranks had chosen each expert equally often."""
+        """Returns counts as if all ranks had selected each expert equally often."""
         rows, size = len(slot_L), self.axis.size
         send = [rows // size + (rank < rows % size) for rank in range(size)]
         return slot_L.new_empty(size, local_experts), send, [send[self.axis.rank]] * size
@@ -148,16 +152,16 @@ def count_memory(
     stage_ranks = degrees.world_size // degrees.pipeline
     places = []
     for pipeline in range(degrees.pipeline):
-        chosen = {0, stage_ranks - 1, stage_parts(config, degrees, pipeline).fullest}
+        chosen = {0, stage_ranks - 1, pipeline_rank_memory(config, degrees, pipeline).fullest}
         places += [pipeline * stage_ranks + rank for rank in sorted(chosen)]
     known: _Known = {}
     planned = config.recipe.largest if phase is None else config.recipe.phases[phase]
     ranks, elements = [], {}
     for number, rank in enumerate(places):
         with as_rank(rank, degrees) as grid:
-            part = _Part(config, grid, planned)
-            ranks.append(part.memory(known))
-            elements.update(part.elements())
+            one = _Rank(config, grid, planned)
+            ranks.append(one.memory(known))
+            elements.update(one.elements())
         if progress is not None:
             progress(number + 1, len(places))
     parameters = sum(elements.values())
@@ -171,7 +175,7 @@ def as_rank(rank: int, degrees: Degrees) -> Iterator[Grid]:
         yield Grid.build(degrees, META)
         return
     if dist.is_initialized():
-        raise RuntimeError("a dry run makes process groups of its own, but some exist already")
+        raise RuntimeError("a dry run makes its own process groups, but some exist already")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.world_size)
@@ -201,7 +205,7 @@ _Known = dict[tuple[object, ...], _PieceMemory]
 """Counted memory, by what makes pieces of stages equal."""
 
 
-class _Part:
+class _Rank:
     """One rank's model, gradients and optimizer on the meta device."""
 
     def __init__(self, config: RunConfig, grid: Grid, phase: Phase) -> None:
@@ -275,34 +279,34 @@ class _Part:
 
     def _stage(self, number: int, micro: Microbatch, known: _Known) -> _PieceMemory:
         """Counts a microbatch's memory in a stage: the sum over its layers and its ends."""
-        model, plan, ends = self.config.model, self.local.stages, self.grid.sequence
+        model, plan, axis = self.config.model, self.local.stages, self.grid.sequence
         pieces: dict[object, _Piece] = {}
         counts: Counter[object] = Counter()
-        for row in plan.layers_of(number):
-            likeness: object = (model.layer_types[row], row < model.num_hash_layers)
-            pieces.setdefault(likeness, partial(self._layer, row, micro))
-            counts[likeness] += 1
+        for layer in plan.layers_of(number):
+            kind: object = (model.layer_types[layer], layer < model.num_hash_layers)
+            pieces.setdefault(kind, partial(self._layer, layer, micro))
+            counts[kind] += 1
         if number == 0:
             pieces["embedding"] = lambda streams: [self.local.model.embed_streams(micro)]
         if plan.is_last(number):
             pieces["heads"] = partial(self._heads, micro)
         activations = 0 if number == 0 else self._streams(micro).nbytes
         workspace = 0
-        for likeness, piece in pieces.items():
-            place = (likeness, ends.is_first, ends.is_last)
-            if place not in known:
-                known[place] = self._measure(piece, micro)
-            activations += known[place].activations * (counts[likeness] or 1)
-            workspace = max(workspace, known[place].workspace)
+        for kind, piece in pieces.items():
+            key = (kind, axis.is_first, axis.is_last)
+            if key not in known:
+                known[key] = self._measure(piece, micro)
+            activations += known[key].activations * (counts[kind] or 1)
+            workspace = max(workspace, known[key].workspace)
         if "block" in self.config.parallel.offload:
             # The layers' inputs are on the host, except the one from the previous stage.
             moved = max(len(plan.layers_of(number)) - (number > 0), 0)
             activations -= moved * self._streams(micro).nbytes
         return _PieceMemory(activations, workspace)
 
-    def _layer(self, row: int, micro: Microbatch, streams: Tensor) -> list[Tensor]:
+    def _layer(self, index: int, micro: Microbatch, streams: Tensor) -> list[Tensor]:
         model = self.local.model
-        out, stats = model.run_blocks(streams, micro, [model.layers[row]])
+        out, stats = model.run_blocks(streams, micro, [model.layers[index]])
         losses = (model.weighted_balance(stats), model.indexer_loss(stats))
         return [out, *(loss for loss in losses if loss is not None)]
 

@@ -38,7 +38,7 @@ RECOMPUTATION: tuple[dict[str, tuple[str, ...]], ...] = (
 """Settings of recomputation, from none to all."""
 
 
-def fitted(config: RunConfig) -> tuple[RunConfig, list[str]]:
+def fit_to_device(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """Applies `fit` for this process's device if the config asks for it; also returns log lines.
 
     Called before there is a process group.

@@ -4,6 +4,8 @@ One layer of each kind, the MTP block and the head run forward and backward one 
 with weights that exist only while it is timed. A layer has the config's widths, but only the
 experts of one expert rank (at least the active ones of a token), since the cost of a token does not
 depend on their number.
+
+Shapes: T tokens of the row, D hidden size.
 """
 
 from __future__ import annotations
@@ -31,7 +33,13 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of forward and backward over a row of `tokens`, on `device`."""
+    """Seconds of forward and backward over a row of `tokens`, on `device`.
+
+    Attributes:
+        layers: of a layer of each kind.
+        mtp: of the MTP block with its own pass through the head.
+        head: of the main model's pass through the head.
+    """
 
     device: torch.device
     tokens: int
@@ -45,7 +53,7 @@ class Times:
 
     @property
     def tail(self) -> float:
-        """Time of the last stage's heads."""
+        """Time after the last layer: head and MTP."""
         return self.head + self.mtp
 
 
@@ -57,7 +65,7 @@ def measure_layers(config: RunConfig, world: int) -> Iterator[Table | str]:
     config.check_world(world)
     times = take_times(config, local_device(0))
     yield times_table(config, times)
-    stages = config.parallel.pipeline * config.parallel.chunks
+    stages = config.parallel.pipeline * config.parallel.stages_per_rank
     if stages == 1:
         yield "There is one stage: nothing to balance."
         return
@@ -100,9 +108,9 @@ class _Bench:
         self.micro = model.microbatch(ids, targets=targets)
         self.dtype = model.embed.weight.dtype
 
-    def layer(self, row: int) -> float:
+    def layer(self, index: int) -> float:
         """Returns the seconds of a layer of the main model."""
-        block = self.model.layers[row]
+        block = self.model.layers[index]
 
         def run() -> Tensor:
             return self.model.run_blocks(self._streams(), self.micro, [block])[0]

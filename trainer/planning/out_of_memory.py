@@ -1,4 +1,4 @@
-"""Advice on out of memory: the settings that save most, each with the memory of a process.
+"""Advice when a device is out of memory: the settings that save most, with their memory.
 
 The estimates are those of `v4 plan --dry-run`, in a separate process: the one that failed may be
 part of a process group, and its device is full.
@@ -21,12 +21,13 @@ from trainer.errors import OutOfMemoryError
 from trainer.formatting import gib
 from trainer.parallel.grid import Grid
 
-SETTINGS = 3
-SECONDS = 900
+MAX_SUGGESTIONS = 3
+"""Settings that the advice names."""
+ESTIMATE_TIMEOUT_SECONDS = 900
 
 
 @contextmanager
-def advised(config: RunConfig, grid: Grid) -> Iterator[None]:
+def advise_on_out_of_memory(config: RunConfig, grid: Grid) -> Iterator[None]:
     """Turns torch.OutOfMemoryError inside the block into a sentence with advice.
 
     Raises OutOfMemoryError.
@@ -57,7 +58,7 @@ def advice(config: RunConfig, world: int) -> str:
                 env=environment,
                 capture_output=True,
                 text=True,
-                timeout=SECONDS,
+                timeout=ESTIMATE_TIMEOUT_SECONDS,
                 check=True,
             )
         except subprocess.SubprocessError:
@@ -66,7 +67,10 @@ def advice(config: RunConfig, world: int) -> str:
 
 
 def candidates(config: RunConfig) -> list[str]:
-    """Returns settings with less memory: of the same training, and a shorter row, which differs."""
+    """Returns settings that need less memory.
+
+    All give the same training, except the last one: shorter rows.
+    """
     data, recompute = config.data, set(config.parallel.recompute)
     settings = []
     if data.micro_batch_size > 1:
@@ -97,8 +101,9 @@ def compare(path: str, world: int) -> str:
         except ConfigError:  # conflicts with the other settings
             continue
     now = estimate(config, world)
-    best = sorted((size, setting) for setting, size in sizes.items() if size < now)[:SETTINGS]
-    listing = ", ".join(f"{setting} (about {gib(size)})" for size, setting in best)
+    better = sorted((size, setting) for setting, size in sizes.items() if size < now)
+    suggested = better[:MAX_SUGGESTIONS]
+    listing = ", ".join(f"{setting} (about {gib(size)})" for size, setting in suggested)
     return f"the run takes about {gib(now)} per process; these settings save most: {listing}"
 
 

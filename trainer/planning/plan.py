@@ -24,10 +24,10 @@ from trainer.metrics import read_metrics
 from trainer.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, coordinates_of
 from trainer.parallel.stage_plan import StagePlan
 from trainer.planning.static_memory import (
-    StageParts,
-    all_stage_parts,
-    assignment,
+    PipelineRankMemory,
     fullest_parts,
+    memory_by_pipeline_rank,
+    owner_tables,
     snapshot_bytes,
 )
 from trainer.planning.traffic import GradientReduction, Work, step_traffic
@@ -77,12 +77,12 @@ def describe_plan(
         table = parameter_table(config.model)
         shapes = {name: line.shape for name, line in table.items()}
         yield render_table(build_table(shapes, table, config.optim))
-    stages = all_stage_parts(config, degrees)
-    yield from assignment(stages)
+    memory = memory_by_pipeline_rank(config, degrees)
+    yield from owner_tables(memory)
     if world_size > 1:
         yield traffic_of(config, degrees)
     if not dry:
-        yield memory_table(config, stages)
+        yield memory_table(config, memory)
         return
     from trainer.planning.dry_run import count_memory
 
@@ -125,10 +125,10 @@ def summary(config: RunConfig, degrees: Degrees) -> Table:
 def recipe_part(config: RunConfig, degrees: Degrees) -> Iterator[Table | str]:
     """Yields the run's phases with steps, tokens and times, and the basis of the times."""
     recipe = config.recipe
-    rate, basis = expected_rate(config, degrees)
+    speed, basis = expected_flops_per_second(config, degrees)
     table = Table(title="phases", title_justify="left")
-    names = ("phase", "name", "steps", "tokens", "until", "rows x length", "rate", "mtp", "time")
-    for name in names:
+    names = ("phase", "name", "steps", "tokens", "until token", "rows x length")
+    for name in (*names, "learning rate", "MTP weight", "time"):
         table.add_column(name, justify="left" if name == "name" else "right")
     until, total = 0, 0.0
     for phase in recipe.phases:
@@ -141,13 +141,13 @@ def recipe_part(config: RunConfig, degrees: Degrees) -> Iterator[Table | str]:
             short(phase.tokens),
             short(until),
             format_rows(phase.rows),
-            format_rates(recipe, phase),
+            format_learning_rates(recipe, phase),
             f"{recipe.mtp_loss_weight(phase.end - 1):g}",
-            "?" if rate is None else duration(flops / rate),
+            "?" if speed is None else duration(flops / speed),
         )
-    if len(recipe.phases) > 1 and rate is not None:
+    if len(recipe.phases) > 1 and speed is not None:
         table.add_section()
-        table.add_row("total", "", f"{recipe.steps:,}", *[""] * 5, duration(total / rate))
+        table.add_row("total", "", f"{recipe.steps:,}", *[""] * 5, duration(total / speed))
     yield table
     yield basis
     yield from recipe.notes()
@@ -159,7 +159,7 @@ def phase_flops(config: RunConfig, phase: Phase) -> float:
     return of_row * (phase.tokens // phase.rows.seq_len)
 
 
-def expected_rate(config: RunConfig, degrees: Degrees) -> tuple[float | None, str]:
+def expected_flops_per_second(config: RunConfig, degrees: Degrees) -> tuple[float | None, str]:
     """Returns FLOP/s of all processes together, and a sentence about the source of that number."""
     path = config.run_dir / "metrics.jsonl"
     records = read_metrics(path)[-100:] if path.is_file() else []
@@ -182,7 +182,7 @@ def format_rows(rows: DataPhase) -> str:
     return f"{ramp}{rows.global_batch_size:,} x {short_length(rows.seq_len)}"
 
 
-def format_rates(recipe: Recipe, phase: Phase) -> str:
+def format_learning_rates(recipe: Recipe, phase: Phase) -> str:
     """Formats the learning rates of the first, the middle and the last step."""
     steps = (phase.first, (phase.first + phase.end) // 2, phase.end - 1)
     return ", ".join(dict.fromkeys(f"{recipe.learning_rate(step):.3g}" for step in steps))
@@ -200,12 +200,12 @@ def stage_table(config: RunConfig) -> Table:
     for name in ("stage", "pipeline rank", "layers", "kinds", "FLOPs"):
         table.add_column(name, justify="left" if name == "kinds" else "right")
     for number, share in enumerate(shares):
-        rows = stages.layers_of(number)
-        counts = Counter(config.model.layer_types[row] for row in rows)
+        layers = stages.layers_of(number)
+        counts = Counter(config.model.layer_types[layer] for layer in layers)
         kinds = [f"{count} {kind}" for kind, count in counts.items()]
         kinds += ["heads"] if stages.is_last(number) else []
         table.add_row(
-            str(number), str(rank_of[number]), span(rows), ", ".join(kinds), f"{share:.2%}"
+            str(number), str(rank_of[number]), span(layers), ", ".join(kinds), f"{share:.2%}"
         )
     return table
 
@@ -213,7 +213,7 @@ def stage_table(config: RunConfig) -> Table:
 def stage_shares(stages: StagePlan, costs: list[float], tail: float) -> list[float]:
     """Returns each stage's share of the cost of all layers and of the `tail` after them."""
     of_stage = [
-        sum(costs[row] for row in stages.layers_of(number)) + tail * stages.is_last(number)
+        sum(costs[layer] for layer in stages.layers_of(number)) + tail * stages.is_last(number)
         for number in range(len(stages.layer_counts))
     ]
     return [cost / (sum(costs) + tail) for cost in of_stage]
@@ -280,7 +280,7 @@ def traffic_table(sent: Mapping[tuple[str, str], int], title: str) -> Table:
     table = Table(title=f"{title}, {name}", title_justify="left")
     table.add_column("axis")
     for name in (*COLLECTIVES, "total"):
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(name.replace("_", "-"), justify="right")
 
     def add(name: str, sizes: Sequence[int]) -> None:
         cells = [f"{size / unit:,.2f}" if size else "" for size in (*sizes, sum(sizes))]
@@ -294,17 +294,17 @@ def traffic_table(sent: Mapping[tuple[str, str], int], title: str) -> Table:
     return table
 
 
-def memory_table(config: RunConfig, stages: Sequence[StageParts]) -> Table:
+def memory_table(config: RunConfig, pipeline_ranks: Sequence[PipelineRankMemory]) -> Table:
     """Returns the memory that the fullest process holds throughout the run."""
     table = Table(title="memory of the fullest process", show_header=False, title_justify="left")
     table.add_column("part")
     table.add_column("size", justify="right")
-    parts = fullest_parts(stages)
+    parts = fullest_parts(pipeline_ranks)
     for name, size in parts.items():
         table.add_row(name, gib(size))
     table.add_section()
     table.add_row("total without activations (see --dry-run)", gib(sum(parts.values())))
-    if size := snapshot_bytes(config, stages):
+    if size := snapshot_bytes(config, pipeline_ranks):
         table.add_row("host memory: snapshots of stability.spikes", gib(size))
     return table
 
@@ -324,8 +324,8 @@ def dry_run_table(result: DryRun) -> Table:
         flight = "+".join(str(stage.in_flight) for stage in one.stages)
         values.insert(len(one.resident) + 1, flight)
         layers = " ".join(span(stage.layers) for stage in one.stages)
-        numbers = [rank.rank for rank in ranks]
-        table.add_row(span(numbers), layers, f"{one.parameters:,}", *values)
+        numbers = ", ".join(str(rank.rank) for rank in ranks)
+        table.add_row(numbers, layers, f"{one.parameters:,}", *values)
     return table
 
 
@@ -352,7 +352,7 @@ def similar_ranks(result: DryRun) -> Iterator[list[RankMemory]]:
 
 
 def span(numbers: Iterable[int]) -> str:
-    """Formats consecutive numbers: `3-7`; nothing for none."""
+    """Formats consecutive numbers by the first and the last: `3-7`; nothing for none."""
     numbers = list(numbers)
     if len(numbers) < 2:
         return "".join(map(str, numbers))
@@ -364,7 +364,7 @@ class _Progress:
 
     def __init__(self) -> None:
         self._start = time.monotonic()
-        print("dry run: about a minute", file=sys.stderr, flush=True)
+        print("dry run: counting ranks", file=sys.stderr, flush=True)
 
     def __call__(self, done: int, of: int) -> None:
         spent = time.monotonic() - self._start

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class StageParts:
-    """Memory of the ranks of a pipeline rank.
+class PipelineRankMemory:
+    """Memory of the ranks that have one pipeline coordinate, whatever the number of its stages.
 
     Attributes:
         groups: parameters by the ranks that hold the same shard of them.
-        loads: by rank of the stage, the optimizer's state and work for each group.
+        loads: by rank within it, the optimizer's state and work for each group.
         weights, gradients: bytes on every rank.
         unmastered: bytes of weights and buffers without an fp32 master in the optimizer.
         quantised: bytes of the experts' quantised copies; None without quantised phases.
@@ -43,10 +43,10 @@ class StageParts:
     quantised: int | None
 
     def parts(self, rank: int) -> dict[str, int]:
-        """Returns the bytes by part of a rank, by its number in the stage."""
+        """Returns the bytes by part of a rank, given by its number within the pipeline rank."""
         masters = states = 0
         for (_, is_low_precision), load in self.loads[rank].items():
-            # fp32 parameters are their own masters, except matrices that ranks split.
+            # fp32 parameters are their own masters, except matrices that ranks shard.
             masters += 4 * (load.muon + load.adamw if is_low_precision else load.gathered)
             states += 4 * (
                 load.muon + 2 * load.adamw + load.adamw_slices
@@ -62,14 +62,14 @@ class StageParts:
         return parts
 
     def snapshot(self, rank: int) -> int:
-        """Returns the bytes of a snapshot of a rank, which holds all that a resume needs."""
+        """Returns the bytes of a snapshot of a rank, which holds everything that a resume needs."""
         low = (load for (_, is_low_precision), load in self.loads[rank].items() if is_low_precision)
         masters = sum(4 * (load.muon + load.adamw) for load in low)
         return self.unmastered + masters + self.parts(rank)["optimizer states"]
 
     @property
     def fullest(self) -> int:
-        """The rank with most bytes, by its number in the stage."""
+        """The rank with most bytes, by its number within the pipeline rank."""
         return max(range(len(self.loads)), key=lambda rank: sum(self.parts(rank).values()))
 
     @property
@@ -81,7 +81,7 @@ class StageParts:
 def stage_tensors(model: ModelConfig, stages: StagePlan, rank: int) -> dict[str, Parameter]:
     """Returns the parameters and buffers of a pipeline rank's stages by name."""
     numbers = stages.stages_of(rank)
-    layers = {f"layers.{row}." for number in numbers for row in stages.layers_of(number)}
+    layers = {f"layers.{layer}." for number in numbers for layer in stages.layers_of(number)}
     is_last = any(stages.is_last(number) for number in numbers)
     has_embedding = 0 in numbers or (is_last and model.num_nextn_predict_layers > 0)
 
@@ -93,7 +93,7 @@ def stage_tensors(model: ModelConfig, stages: StagePlan, rank: int) -> dict[str,
     return {line.name: line for line in tensors_of(model) if is_local(line.name)}
 
 
-def stage_parts(config: RunConfig, degrees: Degrees, pipeline: int) -> StageParts:
+def pipeline_rank_memory(config: RunConfig, degrees: Degrees, pipeline: int) -> PipelineRankMemory:
     """Computes the memory of the ranks of one pipeline rank."""
     stages = config.parallel.stages(config.model, config.recipe.seq_len)
     tensors = stage_tensors(config.model, stages, pipeline)
@@ -120,7 +120,7 @@ def stage_parts(config: RunConfig, degrees: Degrees, pipeline: int) -> StagePart
     quantised = None
     if any(phase.quantised for phase in config.recipe.phases):
         quantised = sum(sizes_of[name] for name in trained if placements[name].kind == "expert")
-    return StageParts(
+    return PipelineRankMemory(
         groups,
         stage_loads(groups, degrees, pipeline, config.optim.muon),
         sum(sizes_of.values()),
@@ -130,14 +130,14 @@ def stage_parts(config: RunConfig, degrees: Degrees, pipeline: int) -> StagePart
     )
 
 
-def all_stage_parts(config: RunConfig, degrees: Degrees) -> list[StageParts]:
+def memory_by_pipeline_rank(config: RunConfig, degrees: Degrees) -> list[PipelineRankMemory]:
     """Computes the memory of all ranks, by pipeline rank."""
-    return [stage_parts(config, degrees, rank) for rank in range(degrees.pipeline)]
+    return [pipeline_rank_memory(config, degrees, rank) for rank in range(degrees.pipeline)]
 
 
-def fullest_parts(stages: Sequence[StageParts]) -> dict[str, int]:
+def fullest_parts(pipeline_ranks: Sequence[PipelineRankMemory]) -> dict[str, int]:
     """Returns the bytes by part of the rank with most of them."""
-    fullest = (stage.parts(stage.fullest) for stage in stages)
+    fullest = (each.parts(each.fullest) for each in pipeline_ranks)
     return max(fullest, key=lambda parts: sum(parts.values()))
 
 
@@ -146,13 +146,15 @@ def memory_parts(config: RunConfig, degrees: Degrees) -> dict[str, int]:
 
     `trainer.planning.dry_run` counts the same on the objects of training; a test compares them.
     """
-    return fullest_parts(all_stage_parts(config, degrees))
+    return fullest_parts(memory_by_pipeline_rank(config, degrees))
 
 
-def snapshot_bytes(config: RunConfig, stages: Sequence[StageParts]) -> int:
+def snapshot_bytes(config: RunConfig, pipeline_ranks: Sequence[PipelineRankMemory]) -> int:
     """Returns the bytes of host memory that snapshots for rollbacks take in the fullest process."""
     spikes = config.stability.spikes
-    return 0 if spikes is None else spikes.snapshots * max(s.max_snapshot for s in stages)
+    if spikes is None:
+        return 0
+    return spikes.snapshots * max(each.max_snapshot for each in pipeline_ranks)
 
 
 def snapshot_memory(config: RunConfig, degrees: Degrees) -> int:
@@ -160,10 +162,10 @@ def snapshot_memory(config: RunConfig, degrees: Degrees) -> int:
     spikes = config.stability.spikes
     if spikes is None or not spikes.snapshots:
         return 0
-    return snapshot_bytes(config, all_stage_parts(config, degrees))
+    return snapshot_bytes(config, memory_by_pipeline_rank(config, degrees))
 
 
-def assignment(stages: Sequence[StageParts]) -> Iterator[Table | str]:
+def owner_tables(pipeline_ranks: Sequence[PipelineRankMemory]) -> Iterator[Table | str]:
     """Yields the owners of the optimizer's state, and the load of a rank: min, mean and max."""
     from rich.table import Table  # only `v4 plan` needs it
 
@@ -173,9 +175,9 @@ def assignment(stages: Sequence[StageParts]) -> Iterator[Table | str]:
     for name in ("matrices", "ranks", "owners", "replicas", "padding"):
         table.add_column(name, justify="right")
     loads = []
-    for pipeline, stage in enumerate(stages):
-        loads += [sum(rank.values(), Load()) for rank in stage.loads]
-        for group in stage.groups:
+    for pipeline, memory in enumerate(pipeline_ranks):
+        loads += [sum(rank.values(), Load()) for rank in memory.loads]
+        for group in memory.groups:
             matrices = sum(p.matrix_count for p in group.local_parameters if p.assignment.matrices)
             table.add_row(
                 str(pipeline),

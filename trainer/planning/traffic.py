@@ -3,7 +3,7 @@
 A run counts the same numbers (`grid.traffic`), and a test compares them. An all-gather and the
 reduce-scatter that is its adjoint send the same, whichever is in forward.
 
-Letters:
+Shapes:
 
     n  ranks of an axis        t  tensor ranks            c  context ranks
     s  sequence ranks, t·c     B  rows of a microbatch    S  tokens of a row
@@ -37,7 +37,7 @@ Lengths = Sequence[Sequence[int]]
 class ExpertRows:
     """Rows that a rank sends to other ranks' experts, and receives for its local ones.
 
-    Over all layers and microbatches of a step, each counted once even if recomputed.
+    Over all layers and microbatches of a step, each counted once even if it is recomputed.
     """
 
     sent: float
@@ -50,11 +50,11 @@ class Work:
 
     Attributes:
         seq_len: S.
-        microbatches: the samples of each.
+        microbatches: sample lengths of each, by row.
         precision: the compute dtype.
         recompute: as in the config; recomputed collectives are sent again.
         attention: of the phase; `warmup` has no formula.
-        rows: None means even routing: T·A·p·(n-1)/n rows a layer and microbatch each way,
+        expert_rows: None means even routing: T·A·p·(n-1)/n rows a layer and microbatch each way,
             for p expert_tensor ranks, and n = p·expert.
     """
 
@@ -62,7 +62,7 @@ class Work:
     microbatches: Sequence[Lengths]
     precision: Literal["fp32", "bf16"] = "bf16"
     recompute: Collection[str] = ()
-    rows: ExpertRows | None = None
+    expert_rows: ExpertRows | None = None
     attention: Literal["select", "dense", "sparse"] = "select"
 
     @classmethod
@@ -100,10 +100,10 @@ def step_traffic(
 ) -> dict[tuple[str, str], int]:
     """Returns the bytes that `rank` sends in one step, by (axis, collective), without zeros.
 
-    Includes forward and backward, the gradient norm, and the update; not evaluation, checkpoints,
-    and the messages of torch's pipelining when a schedule is made. Raises ValueError for a sparse
-    phase in which no query sees more entries than the indexer selects and tensor ranks sum the KL
-    target, in blocks whose size depends on the device.
+    Includes forward and backward, the gradient norm, and the update, but not evaluation,
+    checkpoints, or the messages of torch's pipelining when a schedule is made. Raises ValueError
+    for a sparse phase with tensor parallelism in which every query attends to all entries: there
+    the KL target is summed in blocks whose size depends on the device.
     """
     sent = _Sent(config, degrees, stages, rank, work)
     counts = Counter(tuple(map(tuple, lengths)) for lengths in work.microbatches)
@@ -112,8 +112,8 @@ def step_traffic(
         sent.microbatch(lengths)
         for key in sent.bytes:
             sent.bytes[key] += (count - 1) * (sent.bytes[key] - before[key])
-    if work.rows is not None:
-        sent.expert_rows(work.rows)
+    if work.expert_rows is not None:
+        sent.expert_rows(work.expert_rows)
     sent.world()
     tensors = stage_tensors(config, stages, sent.place["pipeline"]).items()
     shapes = {name: line.shape for name, line in tensors if line.spec.group is not None}
@@ -180,9 +180,9 @@ class _Sent:
         for number in self.stages.stages_of(self.place["pipeline"]):
             if number == 0:
                 self._embedding(tokens)
-            for row in self.stages.layers_of(number):
-                self._attention(self.config.layer_types[row], rows, tokens)
-                self._experts(row >= self.config.num_hash_layers, rows, tokens)
+            for layer in self.stages.layers_of(number):
+                self._attention(self.config.layer_types[layer], rows, tokens)
+                self._experts(layer >= self.config.num_hash_layers, rows, tokens)
             if self.stages.is_last(number):
                 self._head(tokens)
                 for _ in range(self.mtp):
@@ -236,11 +236,11 @@ class _Sent:
         learns, selects = self.work.attention == "sparse", self._selects(rows)
         if learns or selects:
             self._entries("csa", rows, size, runs, backward=int(learns))
-        picks = tokens * self.config.index_topk * 4
+        selected = tokens * self.config.index_topk * 4
         if selects:
-            self._all_gather("tensor", picks, runs, backward=0)
+            self._all_gather("tensor", selected, runs, backward=0)
         if learns and selects:
-            self._reduce_scatter("tensor", picks, runs, backward=0)
+            self._reduce_scatter("tensor", selected, runs, backward=0)
         elif learns and self.degrees.tensor > 1:
             raise ValueError("no formula for the KL target of queries that attend to every entry")
 
@@ -293,7 +293,7 @@ class _Sent:
         ranks = self.ranks["expert_all_to_all"]
         counts = config.n_routed_experts // self.degrees.expert * 8
         self.bytes["expert_all_to_all", "all_to_all"] += runs * (ranks - 1) * counts
-        if self.work.rows is None:
+        if self.work.expert_rows is None:
             away = tokens * config.num_experts_per_tok * self.degrees.expert_tensor
             self.expert_rows(ExpertRows(*[away * (ranks - 1) / ranks] * 2))
 

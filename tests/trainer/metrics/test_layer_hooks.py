@@ -17,7 +17,7 @@ from model.block import Block
 from tests.model.tiny import tiny_config
 from tests.trainer.parallel.topologies import Job, run_all, topology
 from tests.trainer.tiny import saved_tensors, train
-from trainer.build import build
+from trainer.build import build_native
 from trainer.config import load_config
 from trainer.engine import NativeEngine
 from trainer.evaluate import Validation
@@ -195,7 +195,7 @@ def test_sources_apart_are_the_sources_together(tiny: Path, tmp_path: Path) -> N
     ]
     config = load_config(tiny, settings)
     prepare(config.data, progress=False)
-    local, _ = build(config, Grid.single())
+    local, _ = build_native(config, Grid.single())
     engine = NativeEngine(local, Grid.single())
     validation = Validation(config, Grid.single())
     whole, parts = validation.evaluate(engine), validation.by_source(engine)

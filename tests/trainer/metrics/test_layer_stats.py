@@ -8,7 +8,7 @@ import torch
 
 from tests.distributed import spawn
 from tests.trainer.tiny import train
-from trainer.build import build
+from trainer.build import build_native
 from trainer.config import load_config
 from trainer.metrics.jsonl import read_metrics
 from trainer.metrics.layer_stats import compute_layer_stats, expert_load_stats, flatten_layers
@@ -30,7 +30,7 @@ def numbers_of(rank: int, world_size: int, path: Path, degrees: Degrees) -> Laye
     """Of a model whose sinks and biases differ by layer and by head or expert."""
     config = load_config(path, ["parallel.pipeline=2"] if degrees.pipeline == 2 else [])
     grid = Grid.build(degrees, torch.device("cpu")) if world_size > 1 else Grid.single()
-    local, _ = build(config, grid)
+    local, _ = build_native(config, grid)
     with torch.no_grad():
         for row, router in local.model.routers().items():
             if not router.hashed:

@@ -15,7 +15,7 @@ from data import Loader
 from model.parameters import parameter_shapes
 from tests.distributed import spawn
 from tests.trainer.parallel.topologies import MODEL, Topology, topology
-from trainer.build import build
+from trainer.build import build_native
 from trainer.config import ConfigError, load_config
 from trainer.engine import NativeEngine
 from trainer.parallel.degrees import Degrees
@@ -23,7 +23,7 @@ from trainer.parallel.grid import Grid
 from trainer.parallel.pipeline import Pipeline
 from trainer.planning.activations import Live, Storages, peak_in_flight, tensors_in
 from trainer.planning.dry_run import as_rank, count_memory, microbatches_of
-from trainer.planning.static_memory import memory_parts, stage_parts
+from trainer.planning.static_memory import memory_parts, pipeline_rank_memory
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SCHEDULES = ("1f1b", "interleaved_1f1b", "zero_bubble_v", "dual_pipe_v")
@@ -47,7 +47,7 @@ def hold(rank: int, world: int, path: Path, words: tuple[str, ...]) -> Any:
     """Worker: what a rank holds: parameters, bytes by part, most bytes of passes."""
     config = load_config(path, words)
     grid = Grid.build(config.degrees(world), torch.device("cpu"))
-    local, optimizer = build(config, grid)
+    local, optimizer = build_native(config, grid)
     engine = NativeEngine(local, grid)
     model = local.model
     lasting = [*model.parameters(), *model.buffers()]
@@ -90,7 +90,7 @@ def test_counts_what_ranks_really_hold(tiny: Path, spread: Topology) -> None:
     for rank, (parameters, parts, peak) in zip(found.ranks, really, strict=True):
         assert rank.parameters == parameters
         assert rank.resident == parts
-        closed_form = stage_parts(config, found.degrees, rank.pipeline)
+        closed_form = pipeline_rank_memory(config, found.degrees, rank.pipeline)
         assert closed_form.parts(rank.rank - rank.pipeline * len(closed_form.loads)) == parts
         passes = rank.microbatches + rank.activations + rank.workspace
         print(f"{spread.name} rank {rank.rank}: {peak:,} B really, {passes:,} B by the dry run")

@@ -12,7 +12,7 @@ import torch
 from data import Loader
 from tests.distributed import spawn
 from trainer.__main__ import main
-from trainer.build import build
+from trainer.build import build_native
 from trainer.config import load_config
 from trainer.device import peak_memory, peak_memory_report
 from trainer.engine import NativeEngine
@@ -42,7 +42,7 @@ def test_a_run_says_what_it_expects_and_what_it_took(
     first = next(place for place, line in enumerate(lines) if line.startswith("step "))
     (expects,) = (line for line in lines[:first] if " expected throughout the run " in line)
     config = load_config(tiny, overrides)
-    local, optimizer = build(config, Grid.single())
+    local, optimizer = build_native(config, Grid.single())
     engine = NativeEngine(local, Grid.single(), optimizer)
     batches = Loader(config.data, config.seed, 0, 1).at(0)
     engine.forward_backward(batches)

@@ -12,14 +12,14 @@ from trainer.config import load_config
 from trainer.errors import run_or_explain
 from trainer.exit_codes import USER_ERROR
 from trainer.parallel.grid import Grid
-from trainer.planning.out_of_memory import advised, candidates
+from trainer.planning.out_of_memory import advise_on_out_of_memory, candidates
 
 CONFIG = Path(__file__).parents[3] / "configs" / "debug.yaml"
 
 
 def fail(*overrides: str) -> None:
     config = load_config(CONFIG, overrides)
-    with advised(config, Grid.single(torch.device("cpu"))):
+    with advise_on_out_of_memory(config, Grid.single(torch.device("cpu"))):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a")
 
 
@@ -50,6 +50,6 @@ def test_what_is_set_already_is_not_advised():
 
 
 def test_other_errors_pass():
-    inside = advised(load_config(CONFIG), Grid.single(torch.device("cpu")))
+    inside = advise_on_out_of_memory(load_config(CONFIG), Grid.single(torch.device("cpu")))
     with pytest.raises(RuntimeError, match="of another kind"), inside:
         raise RuntimeError("of another kind")

@@ -71,9 +71,9 @@ def test_traffic_is_that_of_the_rank_that_sends_most(tiny: Path) -> None:
     microbatches = rows.global_batch_size // degrees.data // rows.micro_batch_size
     work = Work.whole_rows(rows.seq_len, rows.micro_batch_size, microbatches, "fp32")
     stages = config.parallel.stages(config.model, rows.seq_len)
-    exchange = GradientReduction(max_padding=config.parallel.max_optimizer_padding)
+    reduction = GradientReduction(max_padding=config.parallel.max_optimizer_padding)
     sent = {
-        rank: step_traffic(config.model, degrees, stages, rank, work, config.optim, exchange)
+        rank: step_traffic(config.model, degrees, stages, rank, work, config.optim, reduction)
         for rank in (0, 2)
     }
     rank = max(sent, key=lambda rank: sum(sent[rank].values()))
@@ -126,7 +126,7 @@ def test_the_whole_command(tiny: Path) -> None:
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert row(done.stdout, "processes") == ["4"]
-    layers, parameters, *memory = row(done.stdout, "2-3")
+    layers, parameters, *memory = row(done.stdout, "2, 3")
     assert layers == "3" and int(parameters.replace(",", "")) > 10_000
     assert memory[5] == "1"  # the last stage holds one microbatch
     assert float(memory[-1]) > sum(map(float, memory[:4]))

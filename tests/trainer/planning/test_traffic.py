@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data import Batch
 from tests.distributed import spawn
 from tests.model.tiny import tiny_config
-from trainer.build import build
+from trainer.build import build_native
 from trainer.config import RunConfig
 from trainer.engine import NativeEngine
 from trainer.parallel.expert import ExpertDispatch
@@ -168,7 +168,7 @@ def one_step(degrees: Degrees, world: int, rank: int) -> Outcome:
     """One step at a topology."""
     config = run_config(degrees)
     grid = Grid.build(config.degrees(world), torch.device("cpu"))
-    local, optimizer = build(config, grid)
+    local, optimizer = build_native(config, grid)
     engine = NativeEngine(local, grid, optimizer)
     attention = degrees.get("attention", "select")
     engine.set_attention(attention)
@@ -253,7 +253,7 @@ def test_even_routing_and_whole_rows_are_the_default() -> None:
     layers = MODEL.num_hidden_layers + MODEL.num_nextn_predict_layers
     # A row for each of the two parts of an expert; three of four ranks are others.
     rows = layers * MICRO_ROWS * ROW * MODEL.num_experts_per_tok * 2 * 3 / 4
-    given = Work(ROW, [[[ROW]] * MICRO_ROWS], "fp32", rows=ExpertRows(rows, rows))
+    given = Work(ROW, [[[ROW]] * MICRO_ROWS], "fp32", expert_rows=ExpertRows(rows, rows))
     assert step_traffic(MODEL, degrees, stages, 0, work) == step_traffic(
         MODEL, degrees, stages, 0, given
     )

@@ -25,7 +25,7 @@ from tests.trainer.tiny import (
     steps_in_file,
     train,
 )
-from trainer.build import build
+from trainer.build import build_native
 from trainer.checkpoint.logical_tensors import is_routing, routing_name
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.run import RunCheckpoint
@@ -76,7 +76,7 @@ def chosen_by(
     """
     config = load_run(run_dir).alone()
     grid = Grid.single()
-    local, optimizer = build(config, grid)
+    local, optimizer = build_native(config, grid)
     checkpoint = RunCheckpoint(config, grid, local.model, optimizer, "", local.placements)
     path = run_dir / "checkpoints" / f"step-{saved_at:08d}"
     checkpoint.folder.load(path, checkpoint._tensors())
