@@ -30,7 +30,7 @@ def run(tiny: Path, folder: Path, poisoned: set[int], *settings: str) -> Trainer
         batches: Sequence[Batch],
         mtp_loss_weight: float | None = None,
         stop: bool = False,
-        chosen: object = None,
+        experts: object = None,
     ) -> StepLosses:
         weights.append({n: t.clone() for n, t in trainer.model.state_dict().items()})
         return plain(batches, mtp_loss_weight, stop)

@@ -125,13 +125,13 @@ def _recall_hook(block: Block, collector: StatsCollector) -> RemovableHandle:
 
 
 def _expert_hooks(block: Block, collector: StatsCollector) -> list[Any]:
-    row, limit = block.layer_index, block.config.swiglu_limit
+    index, limit = block.layer_index, block.config.swiglu_limit
 
     def collect(gate: Tensor, up: Tensor) -> None:
         gate, up = gate.float(), up.float()
         clamped = (gate > limit) | (up.abs() > limit)
-        collector.add_mean("swiglu_clamped_share", row, clamped.sum(), clamped.numel())
-        collector.add_max("swiglu_max", row, torch.cat([gate.abs(), up.abs()]))
+        collector.add_mean("swiglu_clamped_share", index, clamped.sum(), clamped.numel())
+        collector.add_max("swiglu_max", index, torch.cat([gate.abs(), up.abs()]))
 
     def experts(module: Experts, inputs: tuple[Dispatched]) -> None:
         (dispatched,) = inputs
