@@ -103,7 +103,7 @@ class Attention(nn.Module):
             objective = self._objective(
                 index, selected_Tk, mass, positions, exchange, loss_denominator
             )
-        return exchange.scatter_sum(self.wo_b(self._grouped_output(o_THK))), objective
+        return exchange.reduce_scatter_queries(self.wo_b(self._grouped_output(o_THK))), objective
 
     @torch.no_grad()
     def selected_and_total_mass(

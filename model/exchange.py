@@ -36,7 +36,7 @@ class Exchange(Protocol):
     def local_of_queries(self, query_TX: Tensor) -> Tensor:
         """Slices the local tokens' rows out of rows for all queries; backward all-gathers."""
 
-    def scatter_sum(self, partial_TX: Tensor) -> Tensor:
+    def reduce_scatter_queries(self, partial_TX: Tensor) -> Tensor:
         """Reduce-scatters the queries' partial results to the local tokens, summed over ranks."""
 
     def gather_keys(self, local_TK: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class LocalExchange:
     def local_of_queries(self, query_TX: Tensor) -> Tensor:
         return query_TX
 
-    def scatter_sum(self, partial_TX: Tensor) -> Tensor:
+    def reduce_scatter_queries(self, partial_TX: Tensor) -> Tensor:
         return partial_TX
 
     def gather_keys(self, local_TK: Tensor) -> Tensor:

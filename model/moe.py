@@ -134,7 +134,9 @@ class MoE(nn.Module):
         balance = None
         if not self.gate.hashed:
             balance = balance_loss(routing, positions.layout, loss_denominator, exchange.sum_counts)
-        shared_TD = exchange.scatter_sum(self.shared_experts(exchange.gather_queries(x_TD)))
+        shared_TD = exchange.reduce_scatter_queries(
+            self.shared_experts(exchange.gather_queries(x_TD))
+        )
         load_E = expert_load(routing, positions.layout)
         stats = MoEStats(
             load_E, top1_weight_share(routing, positions.layout), balance, routing.indices_TA

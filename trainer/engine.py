@@ -157,17 +157,18 @@ class Engine(ABC):
             counts, flops, stop = self._agree(rows, self._count_flops(batches), stop)
             microbatches = Microbatches(self.model, rows, counts, weight, self.attention, experts)
             self.run(microbatches, accumulator, backward=True)
-        lm, mtp, balance, indexer = self._over_ranks(accumulator).losses.unbind(0)
+        total = self._sum_over_ranks(accumulator)
+        lm, mtp, balance, indexer = total.losses.unbind(0)
         loss = lm + weight * mtp + balance + indexer
-        load, top1 = accumulator.load[:, :-1], accumulator.load[:, -1] / max(counts.routed, 1)
-        return StepLosses(loss, lm, mtp, balance, indexer, load, top1, counts, flops, stop)
+        top1 = total.top1_weight_share / max(counts.routed, 1)
+        return StepLosses(loss, lm, mtp, balance, indexer, total.load, top1, counts, flops, stop)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """Returns the sum of the main head's losses over all ranks' microbatches, 0-dim fp64."""
         accumulator = StepAccumulator.zeros(self.model, self.grid.device)
         self._forward(batches, accumulator, self.attention)
-        return self._over_ranks(accumulator).losses[0]
+        return self._sum_over_ranks(accumulator).losses[0]
 
     @torch.no_grad()
     def select_experts(
@@ -192,13 +193,14 @@ class Engine(ABC):
         with self.copies.rows(batches) as rows:
             self.run(Microbatches(self.model, rows, _SUMS, 0.0, mode), accumulator, backward=False)
 
-    def _over_ranks(self, accumulator: StepAccumulator) -> StepAccumulator:
-        """Sums `accumulator` over ranks in place; each tensor rank has the heads' whole losses."""
+    def _sum_over_ranks(self, accumulator: StepAccumulator) -> StepAccumulator:
+        """Sums over all ranks; each tensor rank has the full losses of the heads."""
         if not self.grid.tensor.is_first:
             accumulator.losses[:2] = 0.0
-        all_reduce_(accumulator.losses, self.grid.world)
-        all_reduce_(accumulator.load, self.grid.world)
-        return accumulator
+        stats = torch.cat([accumulator.load, accumulator.top1_weight_share[:, None]], dim=1)
+        losses = all_reduce_(accumulator.losses, self.grid.world)
+        stats = all_reduce_(stats, self.grid.world)
+        return StepAccumulator(losses, stats[:, :-1], stats[:, -1])
 
     def _count_flops(self, batches: Sequence[Batch]) -> float:
         """FLOPs of forward and backward, every sample at its own length."""

@@ -1,17 +1,17 @@
-"""Sequence parallelism: rows sharded over context and tensor ranks.
+"""Context and sequence parallelism: rows sharded over context ranks, then over tensor ranks.
 
-Every row is cut into runs of consecutive tokens, one for each rank of the sequence axis (context
-and tensor flattened, tensor varying fastest). A rank's local tokens are its run of every row.
-Tensor ranks shard heads, so each computes attention for the local tokens of all tensor ranks: its
-queries, which are the context rank's run of every row.
+Every row is cut into chunks of consecutive tokens, one for each rank of the sequence axis (context
+x tensor flattened, tensor fastest). A rank's local tokens are its chunk of every row. Tensor ranks
+shard heads, so each computes attention for the local tokens of all tensor ranks: its queries, which
+are the context rank's chunk of every row.
 
-Attention over a sharded row has two steps (report §3.4). First each rank receives the halo: the
-tokens before its run that an incomplete compression window may need. It pools the windows that end
-in its run, padded to the same number on all ranks. Then these entries are all-gathered and put into
-the order of samples. Indices are computed on the host from the samples' lengths alone, so every
-rank knows what all others send.
+Attention over a sharded row has two steps (report §3.4; docs/architecture-v4.md). First each rank
+receives the halo: the tokens before its chunk that belong to windows ending in it. It pools the
+windows that end in its chunk, padded to the same number on all ranks. Then these entries are
+all-gathered and put into the order of samples. Indices are computed on the host from the samples'
+lengths alone, so every rank knows what all others send.
 
-Letters: B rows, L tokens of a run, T tokens, K head dim, C entries, S samples, E experts, X any
+Letters: B rows, U tokens of a chunk, T tokens, K head dim, C entries, Z samples, E experts, X any
 width.
 """
 
@@ -45,7 +45,7 @@ from trainer.parallel.grid import Axis, Grid
 def shard_rows(
     config: ModelConfig, layout: SampleLayout, grid: Grid
 ) -> tuple[Positions, SequenceExchange]:
-    """The positions of a rank's part of a microbatch with sharded rows, and its exchange."""
+    """Returns the Positions and the Exchange of this rank where rows are sharded."""
     device = layout.position_T.device
     ratios = compress_ratios(config)
     local, queries = _tokens_of(layout, grid.sequence), _tokens_of(layout, grid.context)
@@ -53,7 +53,7 @@ def shard_rows(
         compressed: layer_frequencies(config, compressed, device)
         for compressed in {ratio > 0 for ratio in ratios.values()}
     }
-    pools = {
+    window_plans = {
         kind: _WindowPlan(layout, ratio, kind == "csa", grid.sequence, frequencies[True])
         for kind, ratio in ratios.items()
         if ratio
@@ -75,10 +75,12 @@ def shard_rows(
         ratios=ratios,
         local=positions_of(local),
         queries=positions_of(queries),
-        windows_by_type={kind: pool.windows for kind, pool in pools.items()},
+        windows_by_type={kind: plan.windows for kind, plan in window_plans.items()},
     )
-    window = config.sliding_window
-    return positions, SequenceExchange(layout, local, queries, ratios, pools, window, grid)
+    exchange = SequenceExchange(
+        layout, local, queries, ratios, window_plans, config.sliding_window, grid
+    )
+    return positions, exchange
 
 
 def _ranges(
@@ -87,36 +89,36 @@ def _ranges(
     ratio: int,
     tokens: np.ndarray,
     num_queries: int,
-    context: int,
+    context_size: int,
 ) -> AttentionRanges:
-    """Ranges of some tokens; the ranges of keys are correct for queries only."""
+    """Returns the ranges of these tokens; those of keys are meaningful only if they are queries."""
     device, rows, window = layout.position_T.device, layout.rows, config.sliding_window
-    halo = window - 1 if context > 1 else 0
-    run = num_queries // rows
+    halo = window - 1 if context_size > 1 else 0
+    chunk = num_queries // rows
     start = np.maximum(layout.host_start_T[tokens], tokens - window + 1)
-    # Key h + i of a row is its query i; rows follow each other with their halos.
-    row, place = np.divmod(np.arange(len(tokens)), len(tokens) // rows)
-    start = start - tokens + place + row * (halo + run) + halo
+    # In each row, key halo + i is query i's own; rows with their halos are concatenated.
+    row, index = np.divmod(np.arange(len(tokens)), len(tokens) // rows)
+    start = start - tokens + index + row * (halo + chunk) + halo
     segments: tuple[tuple[int, int, int], ...] = ((0, len(tokens), 0),)
     if halo:
-        segments = tuple((row * run, (row + 1) * run, (row + 1) * halo) for row in range(rows))
+        segments = tuple((row * chunk, (row + 1) * chunk, (row + 1) * halo) for row in range(rows))
     start_T = on_device(start, device)
     if ratio == 0:
         return AttentionRanges(start_T, segments)
     entries = layout.entries(ratio)
-    index = on_device(tokens, device)
+    tokens_T = on_device(tokens, device)
     return AttentionRanges(
         start_T,
         segments,
-        entries.start_T[index],
-        entries.end_T[index],
+        entries.start_T[tokens_T],
+        entries.end_T[tokens_T],
         entries.host_start_T[tokens],
         entries.host_end_T[tokens],
     )
 
 
 class SequenceExchange:
-    """`model.exchange.Exchange` of a rank that holds a part of every row of a microbatch."""
+    """`model.exchange.Exchange` of a rank that holds a chunk of every row of a microbatch."""
 
     def __init__(
         self,
@@ -124,13 +126,13 @@ class SequenceExchange:
         local: np.ndarray,
         queries: np.ndarray,
         ratios: Mapping[LayerType, int],
-        pools: Mapping[LayerType, _WindowPlan],
+        window_plans: Mapping[LayerType, _WindowPlan],
         window: int,
         grid: Grid,
     ) -> None:
         self.layout, self.rows, self.window = layout, layout.rows, window
         self.tensor, self.context, self.sequence = grid.tensor, grid.context, grid.sequence
-        self._ratios, self._pools, self._queries = ratios, pools, queries
+        self._ratios, self._window_plans, self._queries = ratios, window_plans, queries
         device = layout.position_T.device
         self._local_T, self._queries_T = on_device(local, device), on_device(queries, device)
 
@@ -147,7 +149,7 @@ class SequenceExchange:
     def local_of_queries(self, query_TX: Tensor) -> Tensor:
         return slice_tokens(_swap_leading(query_TX, self.rows, self.tensor.size), self.tensor)
 
-    def scatter_sum(self, partial_TX: Tensor) -> Tensor:
+    def reduce_scatter_queries(self, partial_TX: Tensor) -> Tensor:
         return reduce_scatter_tokens(
             _swap_leading(partial_TX, self.rows, self.tensor.size), self.tensor
         )
@@ -162,12 +164,12 @@ class SequenceExchange:
         self, kind: LayerType, values_TX: Tensor, gates_TX: Tensor
     ) -> tuple[Tensor, Tensor]:
         both = torch.cat([values_TX, gates_TX], dim=-1)
-        halo = self._pools[kind].halo
+        halo = self._window_plans[kind].halo
         values, gates = with_halo(both, self.rows, halo, self.sequence).chunk(2, dim=-1)
         return values, gates
 
     def gather_entries(self, kind: LayerType, pooled_CK: Tensor) -> Tensor:
-        return self._pools[kind].gather(pooled_CK)
+        return self._window_plans[kind].gather(pooled_CK)
 
     def sum_mass(
         self, kind: LayerType, mass: AttentionProbabilityMass, selected_only: bool
@@ -175,40 +177,41 @@ class SequenceExchange:
         tensor = self.tensor
         if tensor.size == 1:
             return mass
-        run = self.layout.seq_len // self.sequence.size
+        chunk = self.layout.seq_len // self.sequence.size
         entries = self.layout.entries(self._ratios[kind])
-        assert entries.host_start_T is not None and entries.host_end_T is not None
-        # By tensor rank, its local tokens' places among the queries and what they see.
-        first = np.arange(self.rows)[:, None] * (tensor.size * run) + np.arange(run)
-        places = [(first + rank * run).ravel() for rank in range(tensor.size)]
-        starts = [entries.host_start_T[self._queries[place]] for place in places]
-        ends = [entries.host_end_T[self._queries[place]] for place in places]
-        places_T = [on_device(place, self._local_T.device) for place in places]
+        # For each tensor rank: indices of its local tokens among the queries, and the entries that
+        # they see.
+        first = np.arange(self.rows)[:, None] * (tensor.size * chunk) + np.arange(chunk)
+        indices = [(first + rank * chunk).ravel() for rank in range(tensor.size)]
+        starts = [entries.host_start_T[self._queries[index]] for index in indices]
+        ends = [entries.host_end_T[self._queries[index]] for index in indices]
+        indices_T = [on_device(index, self._local_T.device) for index in indices]
 
         def columns_of(rank: int, rows: slice) -> slice:
             low = int(starts[rank][rows.start])
             return slice(low, max(int(ends[rank][rows].max()), low))
 
-        def summed(rows: slice, columns: slice) -> Tensor:
+        def total_mass(rows: slice, columns: slice) -> Tensor:
             """Reduce-scatters the mass that each rank needs, over the heads of all ranks."""
-            wanted = [columns if selected_only else columns_of(r, rows) for r in range(tensor.size)]
-            width = max(part.stop - part.start for part in wanted)
-            parts = [mass(places_T[r][rows], part) for r, part in enumerate(wanted)]
+            needed = [columns if selected_only else columns_of(r, rows) for r in range(tensor.size)]
+            width = max(part.stop - part.start for part in needed)
+            parts = [mass(indices_T[r][rows], part) for r, part in enumerate(needed)]
             padded = [F.pad(part, (0, width - part.shape[1])) for part in parts]
             return reduce_scatter(torch.cat(padded), tensor)[:, : columns.stop - columns.start]
 
-        return summed
+        return total_mass
 
     def sum_counts(self, counts_ZE: Tensor) -> Tensor:
         return all_reduce_(counts_ZE, self.sequence)
 
 
 class _WindowPlan:
-    """The compression windows of m tokens that a rank pools, and the places of its entries.
+    """The windows of m tokens that a rank pools, and where its entries go in the gathered order.
 
-    A rank pools the windows whose last token is in its run. So it needs the m - 1 tokens before the
-    run, or 2m - 1 where windows overlap. With overlap, the window before a rank's first one is
-    pooled as well (a "helper") and its entry dropped, where another rank owns it.
+    A rank pools the windows whose last token is in its chunk. So it needs the m - 1 tokens before
+    the chunk, or 2m - 1 where windows overlap. With overlap, a window also pools the tokens of its
+    predecessor; wherever that belongs to another rank, it is computed here as well (a "helper",
+    whose entry is dropped), as up to one window per row.
     """
 
     def __init__(
@@ -219,34 +222,35 @@ class _WindowPlan:
         device = entries.first_token_C.device
         first_C, position_C = entries.host_first_token_C, entries.host_position_C
         has_previous_C = position_C > 0
-        run = layout.seq_len // sequence.size
-        row_C, place_C = np.divmod(first_C + ratio - 1, layout.seq_len)
-        owner_C = place_C // run
-        shares = [np.flatnonzero(owner_C == rank) for rank in range(sequence.size)]
-        self.max_entries = max((len(share) for share in shares), default=0)
+        chunk = layout.seq_len // sequence.size
+        row_C, last_C = np.divmod(first_C + ratio - 1, layout.seq_len)
+        owner_C = last_C // chunk
+        entries_of_rank = [np.flatnonzero(owner_C == rank) for rank in range(sequence.size)]
+        self.max_entries = max((len(local) for local in entries_of_rank), default=0)
 
-        local_C = shares[sequence.rank]
+        local_C = entries_of_rank[sequence.rank]
         # A helper before every window whose predecessor belongs to another rank.
         helper = has_previous_C[local_C] & (owner_C[np.maximum(local_C - 1, 0)] != sequence.rank)
         helper &= overlap
         pooled = np.sort(np.concatenate([local_C, local_C[helper] - 1]))
         self._without_helpers = on_device(np.searchsorted(pooled, local_C), device)
-        begin = sequence.rank * run - self.halo  # where a row's tokens begin, with the halo
+        # Index in the row of the first token that this rank holds, halo included.
+        begin = sequence.rank * chunk - self.halo
         first = first_C[pooled] - row_C[pooled] * layout.seq_len - begin
-        first += row_C[pooled] * (self.halo + run)
-        helps = ~np.isin(pooled, local_C)
+        first += row_C[pooled] * (self.halo + chunk)
+        is_helper = ~np.isin(pooled, local_C)
         self.windows = Windows(
             on_device(first, device),
-            on_device(has_previous_C[pooled] & ~helps, device),
+            on_device(has_previous_C[pooled] & ~is_helper, device),
             rotation(on_device(position_C[pooled], device), frequencies),
         )
         order = np.empty(len(first_C), dtype=np.int64)
-        for rank, share in enumerate(shares):
-            order[share] = rank * self.max_entries + np.arange(len(share))
+        for rank, local in enumerate(entries_of_rank):
+            order[local] = rank * self.max_entries + np.arange(len(local))
         self._order = on_device(order, device)
 
     def gather(self, pooled_CK: Tensor) -> Tensor:
-        """The entries of all ranks, sample after sample, [C, K]."""
+        """Returns the entries of all ranks in the order of samples, [C, K]."""
         local_CK = pooled_CK.index_select(0, self._without_helpers)
         if self.max_entries == 0:
             return local_CK
@@ -255,40 +259,41 @@ class _WindowPlan:
 
 
 def with_halo(x_TX: Tensor, rows: int, halo: int, axis: Axis) -> Tensor:
-    """Prepends to each row's run the `halo` tokens that precede it in the row.
+    """Prepends to each row's chunk the `halo` tokens that precede it in the row.
 
-    They may come from more than one rank; zeros stand before a row's first token. [B·L, X] to
-    [B·(halo+L), X].
+    They may come from more than one rank; zeros stand before a row's first token. [B·U, X] to
+    [B·(halo+U), X].
     """
-    runs = x_TX.unflatten(0, (rows, -1))
-    length = runs.shape[1]
+    chunks = x_TX.unflatten(0, (rows, -1))
+    length = chunks.shape[1]
 
     def need(distance: int) -> int:
-        """How many of a rank's last tokens of a row the rank `distance` later needs."""
+        """Number of trailing tokens of a chunk that the rank `distance` places further on needs."""
         return min(length, max(0, halo - (distance - 1) * length)) if distance > 0 else 0
 
     send = [need(rank - axis.rank) for rank in range(axis.size)]
     receive = [need(axis.rank - rank) for rank in range(axis.size)]
-    parts = [runs[:, length - count :].flatten(0, 1) for count in send]
+    parts = [chunks[:, length - count :].flatten(0, 1) for count in send]
     counts = [rows * n for n in send], [rows * n for n in receive]
     received = all_to_all_tokens(torch.cat(parts), *counts, axis)
-    # Empty pieces stay: every rank must use the exchange's output, or backward would not run it.
+    # Empty pieces stay: every rank must use the all-to-all's output, or its backward would not take
+    # part in the collective.
     pieces = [piece.unflatten(0, (rows, -1)) for piece in received.split(counts[1])]
     missing = halo - sum(receive)
     if missing:
-        pieces.insert(0, runs.new_zeros(rows, missing, runs.shape[2]))
-    return torch.cat([*pieces, runs], dim=1).flatten(0, 1)
+        pieces.insert(0, chunks.new_zeros(rows, missing, chunks.shape[2]))
+    return torch.cat([*pieces, chunks], dim=1).flatten(0, 1)
 
 
 def _tokens_of(layout: SampleLayout, axis: Axis) -> np.ndarray:
-    """Flat indices of a rank's run of every row."""
-    run = layout.seq_len // axis.size
-    first = np.arange(layout.rows)[:, None] * layout.seq_len + axis.rank * run
-    return (first + np.arange(run)).ravel()
+    """Returns the flat indices of a rank's chunk of every row."""
+    chunk = layout.seq_len // axis.size
+    first = np.arange(layout.rows)[:, None] * layout.seq_len + axis.rank * chunk
+    return (first + np.arange(chunk)).ravel()
 
 
 def _swap_leading(x_TX: Tensor, outer: int, inner: int) -> Tensor:
-    """Swaps the two leading dims of [outer, inner, L, …] flattened to [T, …]."""
+    """Swaps the two leading dims of [outer, inner, U, …] flattened to [T, …]."""
     if outer == 1 or inner == 1:
         return x_TX
     return x_TX.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)

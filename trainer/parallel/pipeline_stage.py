@@ -1,9 +1,9 @@
 """One stage of a pipeline as a module, and what it records while a step runs.
 
-A stage is a run of layers; the first also embeds, the last also has the streams' head, the final
-norm, the output head and the MTP block with a copy of the embedding. Every rank reads the token ids
-of its rows itself, so hash layers, targets and layouts need no message, and balance losses are
-differentiated on the stage where they arise.
+A stage is a contiguous range of layers; the first also embeds, the last also has the streams' head,
+the final norm, the output head and the MTP block with a copy of the embedding. Every rank reads the
+token ids of its rows itself, so nothing is sent for hash layers, targets and layouts, and balance
+losses are differentiated on the stage that computes them.
 
 Letters: T tokens of this rank, A experts of a token, E experts.
 """
@@ -25,69 +25,75 @@ from trainer.parallel.stage_plan import StagePlan
 
 @dataclass
 class StepAccumulator:
-    """Sums over a step's microbatches, on the device, to which every stage adds.
+    """Device accumulators of a step, to which every local stage adds.
 
     Attributes:
         losses: fp64 [4]: lm, mtp (unweighted), balance and the indexers'.
-        load: fp32 [layers (+ MTP), E + 1]: tokens of each expert, then the top1_weight_share.
-        experts: where there is a list, a step only collects the experts that learned routers
-            choose, by microbatch and layer [T, A], in the smallest integers that hold them; losses
-            and loads stay as they are.
+        load: fp32 [layers (+ MTP), E]: tokens of each expert.
+        top1_weight_share: fp32 [layers (+ MTP)]: sum over tokens of the share that the largest
+            weight has of a token's weights.
+        experts: if a list, the step is routing-only: it records, per microbatch and layer, the
+            experts [T, A] that learned routers select, in the smallest integer dtype; losses and
+            loads are not updated.
     """
 
     losses: Tensor
     load: Tensor
+    top1_weight_share: Tensor
     experts: list[dict[int, Tensor]] | None = None
 
     @classmethod
     def zeros(cls, model: V4Model, device: torch.device) -> StepAccumulator:
-        """Sums before the first microbatch."""
-        rows = model.config.num_hidden_layers + model.config.num_nextn_predict_layers
-        load = torch.zeros(rows, model.config.n_routed_experts + 1, device=device)
-        return cls(torch.zeros(4, dtype=torch.float64, device=device), load)
+        """Returns the accumulators before the first microbatch."""
+        num_layers = model.config.num_hidden_layers + model.config.num_nextn_predict_layers
+        return cls(
+            losses=torch.zeros(4, dtype=torch.float64, device=device),
+            load=torch.zeros(num_layers, model.config.n_routed_experts, device=device),
+            top1_weight_share=torch.zeros(num_layers, device=device),
+        )
 
 
 @dataclass
 class CurrentStep:
-    """The step's microbatches, which every stage looks up by number, and its accumulator."""
+    """The step's microbatches, which every stage looks up by index, and its accumulator."""
 
     microbatches: Sequence[Microbatch] = ()
     accumulator: StepAccumulator | None = None
 
 
 class Stage(nn.Module):
-    """One stage: some blocks of a model, and what only the first and the last stage have.
+    """One stage: a range of a model's blocks, and what only the first and the last stage have.
 
-    A schedule passes the streams and a microbatch's number; all else comes from `step`.
+    A schedule passes the streams and a microbatch's index; everything else comes from `step`.
     """
 
-    def __init__(self, model: V4Model, plan: StagePlan, number: int, step: CurrentStep) -> None:
+    def __init__(self, model: V4Model, plan: StagePlan, stage_id: int, step: CurrentStep) -> None:
         super().__init__()
-        self.first, self.last = number == 0, plan.is_last(number)
-        self.rows = list(plan.layers_of(number))
-        self.blocks = nn.ModuleList(model.layers[row] for row in self.rows)
+        self.first, self.last = stage_id == 0, plan.is_last(stage_id)
+        self.layer_indices = list(plan.layers_of(stage_id))
+        self.blocks = nn.ModuleList(model.layers[index] for index in self.layer_indices)
         # The parameters of this stage, registered so that zero-bubble schedules find them.
         if self.first or (self.last and len(model.mtp)):
             self.embed = model.embed
         if self.last:
             self.hc_head, self.norm, self.head = model.hc_head, model.norm, model.head
             self.mtp = model.mtp
-        self._model = [model]  # not a submodule: it may have other stages' layers as well
+        self._model = [model]  # in a list, so that it is not registered as a submodule
         self.step = step
 
     def forward(self, streams: Tensor, index: Tensor) -> Tensor:
-        """Streams to streams, or in the last stage to the loss [1]; the first embeds."""
+        """Maps streams to streams; the first stage embeds, the last returns the loss, [1]."""
         model, micro = self._model[0], self.step.microbatches[int(index)]
         accumulator = self.step.accumulator
         assert accumulator is not None
         received = streams
-        frozen = micro.attention == "warmup" and torch.is_grad_enabled()
+        only_indexers_learn = micro.attention == "warmup" and torch.is_grad_enabled()
         if self.first:
             streams = model.embed_streams(micro)
-        elif frozen:
+        elif only_indexers_learn:
             streams = streams.detach()
         streams, stats = model.run_blocks(streams, micro, self.blocks)
-        rows = list(self.rows)
+        layer_indices = list(self.layer_indices)
         if accumulator.experts is not None:
             accumulator.experts[int(index)].update(self._selected_experts(streams, micro, stats))
             return streams
@@ -95,15 +101,15 @@ class Stage(nn.Module):
         if self.last:
             lm, mtp, mtp_stats = model.losses(streams, micro)
             stats = stats + mtp_stats
-            rows += [model.config.num_hidden_layers] * len(mtp_stats)
+            layer_indices += [model.config.num_hidden_layers] * len(mtp_stats)
         balance = model.weighted_balance(stats)
         indexer = model.indexer_loss(stats)
-        _accumulate(accumulator, (lm, mtp, balance, indexer), rows, stats)
+        _accumulate(accumulator, (lm, mtp, balance, indexer), layer_indices, stats)
         layer_losses = [loss for loss in (balance, indexer) if loss is not None]
         out = streams
         if lm is not None and mtp is not None:
             out = sum(layer_losses, lm + micro.mtp_loss_weight * mtp).view(1)
-        if frozen:
+        if only_indexers_learn:
             return _without_block_gradients(out, received, indexer)
         if self.last or not layer_losses:
             return out
@@ -112,17 +118,20 @@ class Stage(nn.Module):
     def _selected_experts(
         self, streams: Tensor, micro: Microbatch, stats: Sequence[MoEStats]
     ) -> dict[int, Tensor]:
-        """By layer, what this stage's learned routers choose for a microbatch."""
+        """Returns by layer what this stage's learned routers select for a microbatch."""
         config = self._model[0].config
         experts = {
-            row: block.expert_indices_TA for row, block in zip(self.rows, stats, strict=True)
+            index: block.expert_indices_TA
+            for index, block in zip(self.layer_indices, stats, strict=True)
         }
         if self.last:
             of_mtp = self._model[0].select_mtp_experts(streams, micro)
             experts |= dict(enumerate(of_mtp, config.num_hidden_layers))
         dtype = index_dtype(config.n_routed_experts)
         return {
-            row: c_TA.to(dtype) for row, c_TA in experts.items() if row >= config.num_hash_layers
+            index: expert_TA.to(dtype)
+            for index, expert_TA in experts.items()
+            if index >= config.num_hash_layers
         }
 
 
@@ -130,31 +139,33 @@ class Stage(nn.Module):
 def _accumulate(
     accumulator: StepAccumulator,
     losses: Sequence[Tensor | None],
-    rows: Sequence[int],
+    layer_indices: Sequence[int],
     stats: Sequence[MoEStats],
 ) -> None:
-    for place, loss in enumerate(losses):
+    for index, loss in enumerate(losses):
         if loss is not None:
-            accumulator.losses[place] += loss.double()
-    for row, block in zip(rows, stats, strict=True):
-        accumulator.load[row] += torch.cat([block.load_E, block.top1_weight_share[None]])
+            accumulator.losses[index] += loss.double()
+    for layer_index, block in zip(layer_indices, stats, strict=True):
+        accumulator.load[layer_index] += block.load_E
+        accumulator.top1_weight_share[layer_index] += block.top1_weight_share
 
 
-def index_dtype(experts: int) -> torch.dtype:
-    """The smallest integer type that holds an expert's number, of those that safetensors holds."""
+def index_dtype(num_experts: int) -> torch.dtype:
+    """Returns the smallest integer dtype supported by safetensors that can hold an expert index."""
     for dtype in (torch.uint8, torch.int16):
-        if experts - 1 <= torch.iinfo(dtype).max:
+        if num_experts - 1 <= torch.iinfo(dtype).max:
             return dtype
     return torch.int32
 
 
 class _AddLoss(torch.autograd.Function):
-    """Streams as they are; in backward, `loss` gets the gradient 1 as if it were in the sum."""
+    """Identity on streams; backward gives `loss` gradient 1, as if added to the total loss."""
 
     @staticmethod
     def forward(ctx: Any, streams: Tensor, loss: Tensor) -> Tensor:
         ctx.like = loss
-        ctx.mark_dirty(streams)  # in place, as a view could not be detached after backward
+        # Returned in place: torch's pipeline detaches stage outputs, which fails on views.
+        ctx.mark_dirty(streams)
         return streams
 
     @staticmethod
@@ -163,17 +174,17 @@ class _AddLoss(torch.autograd.Function):
 
 
 def _without_block_gradients(out: Tensor, received: Tensor, loss: Tensor | None) -> Tensor:
-    """A stage's result where nothing but indexers learns: no gradient goes through its blocks.
+    """Returns a stage's output where only indexers learn: no gradient goes through its blocks.
 
-    A schedule wants a gradient for what the stage received, which is zeros, and a result to
-    differentiate, even where the stage has no indexer.
+    The pipeline schedule needs a gradient for the stage's input, here zeros, and a differentiable
+    output, even if the stage has no indexer.
     """
     anchor = received if received.requires_grad else out.new_zeros(1).requires_grad_()
-    return _GradientOfLossAlone.apply(out.detach().clone(), anchor, loss)
+    return _LossGradientOnly.apply(out.detach().clone(), anchor, loss)
 
 
-class _GradientOfLossAlone(torch.autograd.Function):
-    """`out` as it is; in backward `loss` gets the gradient 1, and `anchor` zeros."""
+class _LossGradientOnly(torch.autograd.Function):
+    """Identity on `out`; backward gives `loss` gradient 1 and `anchor` zeros, and `out` none."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, anchor: Tensor, loss: Tensor | None) -> Tensor:

@@ -2,12 +2,11 @@
 
 On the meta device, before memory is allocated (`build_local_model`):
 
-1. Execution: modules get it when they are constructed and are not changed afterwards: matmuls and
-   pointwise ops, the dispatch of tokens to experts, the exchange of tokens between ranks, the
-   cross-entropy over a sharded vocabulary, and recomputation, which repeats all of these inside a
-   block.
+1. Execution, passed to modules at construction: matmuls and pointwise ops, the dispatch of tokens
+   to experts, the exchange of tokens between ranks, the cross-entropy over a sharded vocabulary,
+   and activation checkpointing.
 2. Stages: layers of other pipeline ranks are dropped first, so that no later step handles them.
-3. Placement: this rank's shard of every remaining tensor, from the whole shapes, which only exist
+3. Placement: this rank's shard of every remaining tensor, from the unsharded shapes, known only
    before anything is sharded.
 4. Tensor: the embedding is replaced by one that looks up its shard of the vocabulary; attention
    heads, output groups and the shared expert only need smaller weights.
@@ -16,7 +15,8 @@ On the meta device, before memory is allocated (`build_local_model`):
 After `to_empty` and `init_weights`, on the device:
 
 6. Gradients (`fp32_gradients`), which need allocated parameters.
-7. Optimizer sharding (`shard_optimizer`): which rank owns which masters and states.
+7. Optimizer sharding (`shard_optimizer`): which rank owns which master weights and optimizer
+   states.
 8. Schedule (`make_pipeline`): the order of stages and microbatches.
 """
 
@@ -49,7 +49,7 @@ from trainer.parallel.stage_plan import StagePlan, embedding_is_replicated
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A rank's part of a model, and which shard of the whole tensors it holds."""
+    """A rank's part of a model, and which shards of the unsharded tensors it holds."""
 
     model: V4Model
     placements: dict[str, Placement]
@@ -69,7 +69,8 @@ def build_local_model(
 ) -> LocalModel:
     """Builds this rank's part of the model on the meta device.
 
-    `dispatch` overrides the dispatch that the grid needs. Next come `to_empty` and `init_weights`.
+    `dispatch` overrides the default dispatch for this grid. Call `to_empty` and `init_weights`
+    next.
     """
     # 1. Execution.
     execution = make_execution(grid, recompute, offload, fp8, compiled, dispatch)
@@ -81,7 +82,8 @@ def build_local_model(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     placements = placements_of(shapes, grid.degrees, grid.rank)
     # 4. Tensor.
-    if grid.tensor.size > 1 and hasattr(model, "embed"):  # which a pipeline stage may lack
+    # Later pipeline stages have no embedding.
+    if grid.tensor.size > 1 and hasattr(model, "embed"):
         from trainer.parallel.tensor import ShardedEmbedding  # imports megatron-core: seconds
 
         model.embed = ShardedEmbedding(model.embed, grid.tensor)
@@ -98,7 +100,7 @@ def make_execution(
     compiled: bool = False,
     dispatch: Dispatch | None = None,
 ) -> Execution:
-    """The Execution of this rank; arguments as in `build_local_model`."""
+    """Returns the Execution of this rank; arguments as in `build_local_model`."""
     if dispatch is None:
         dispatch = ExpertDispatch(grid) if grid.expert_all_to_all.size > 1 else LOCAL.dispatch
     place_tokens = LOCAL.place_tokens
@@ -121,17 +123,17 @@ def make_execution(
 
 def keep_stages(model: V4Model, stages: StagePlan, rank: int) -> None:
     """Drops the modules of other pipeline ranks; the names of the rest do not change."""
-    numbers = stages.stages_of(rank)
-    rows = {row for number in numbers for row in stages.layers_of(number)}
-    for row in range(len(model.layers)):
-        if row not in rows:
-            model.layers[row] = nn.Module()
-    last = any(stages.is_last(number) for number in numbers)
-    if not last:
+    stage_ids = stages.stages_of(rank)
+    local = {index for stage_id in stage_ids for index in stages.layers_of(stage_id)}
+    for index in range(len(model.layers)):
+        if index not in local:
+            model.layers[index] = nn.Module()
+    has_last_stage = any(stages.is_last(stage_id) for stage_id in stage_ids)
+    if not has_last_stage:
         for name in ("norm", "head", "hc_head"):
             delattr(model, name)
         model.mtp = nn.ModuleList()
-    if 0 not in numbers and not len(model.mtp):
+    if 0 not in stage_ids and not len(model.mtp):
         del model.embed
 
 
@@ -139,15 +141,15 @@ def shard_parameters(model: nn.Module, placements: dict[str, Placement]) -> None
     """Gives every parameter the shape of its shard."""
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(module_name, recurse=False):
-            size = placements[name].local_shape
-            if tuple(parameter.shape) != size:
-                part = torch.empty(size, dtype=parameter.dtype, device=parameter.device)
+            shape = placements[name].local_shape
+            if tuple(parameter.shape) != shape:
+                shard = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
                 leaf = name.rpartition(".")[2]
-                setattr(module, leaf, nn.Parameter(part))
+                setattr(module, leaf, nn.Parameter(shard))
 
 
 def fp32_gradients(local: LocalModel) -> Gradients:
-    """6. fp32 gradients of all parameters, whatever the dtype of the weights."""
+    """Returns fp32 gradients of all parameters, whatever the dtype of the weights."""
     return Gradients(local.model.parameters())
 
 
@@ -161,7 +163,7 @@ def shard_optimizer(
     grad_reduce_dtype: Precision = "fp32",
     expert_grad_reduce_dtype: Precision = "fp32",
 ) -> HybridZero:
-    """7. The optimizer with masters and states sharded over ranks; see `build_hybrid_zero`."""
+    """Returns the optimizer with states sharded over ranks; see `build_hybrid_zero`."""
     return build_hybrid_zero(
         dict(local.model.named_parameters()),
         local.placements,
@@ -177,5 +179,5 @@ def shard_optimizer(
 
 
 def make_pipeline(local: LocalModel, grid: Grid) -> Pipeline:
-    """8. The schedule that runs this rank's stages over the microbatches of a step."""
+    """Returns the schedule that runs this rank's stages over the microbatches of a step."""
     return Pipeline(local.model, local.stages, grid.pipeline)

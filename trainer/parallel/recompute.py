@@ -1,13 +1,15 @@
 """Activation checkpointing, chosen part by part.
 
-- `block` and `attention` save only their input and run forward again in backward, communication
+- `block` and `attention` save only their input and repeat forward in backward, communication
   included (torch.utils.checkpoint).
-- `streams` and `norms` drop one result each, the residual streams between attention and experts
-  (half of all streams that a block saves) and the norms' outputs, and compute it again from inputs
-  that are saved anyway: an N x N by N x D matmul a token, or one norm, without communication
-  (report §3.4, recomputation of mHC's tensors).
+- `streams` drops the residual streams between attention and experts, half of the streams that a
+  block saves; `norms` drops the norms' outputs. Both are recomputed from tensors that are saved
+  anyway, with an N x N by N x D matmul per token, or one norm, and without communication (report
+  §3.4, recomputation of mHC's tensors; docs/architecture-v4.md).
 
 The saved input of `block` and `attention` can be offloaded to host memory until backward.
+
+Letters: N residual streams, D hidden size.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from model.execution import BlockPart
 
 
 class ActivationCheckpointing:
-    """`Execution.compute` that recomputes `parts` in backward.
+    """`Execution.call_part` that recomputes `parts` in backward.
 
-    The saved inputs of the parts in `offload` (`block` or `attention`) are kept in host memory.
+    The saved inputs of the parts in `offload` (`block` or `attention`) are in host memory until
+    backward.
     """
 
     def __init__(self, parts: Collection[BlockPart], offload: Collection[BlockPart] = ()) -> None:
@@ -37,14 +40,14 @@ class ActivationCheckpointing:
         """Calls the function; saves less for backward if the part is one to recompute."""
         needed = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         if not (needed and torch.is_grad_enabled()):
-            return function(*inputs)  # where only indexers are trained
+            return function(*inputs)  # no_grad, or only indexers are trained
         if part == "block":
             return self._block(function, *inputs)
         if part not in self.parts:
             return function(*inputs)
         if part == "attention":
             return self._checkpoint(part, function, *inputs)
-        # A norm works on an fp32 copy of its input, which it would keep as well.
+        # A norm also saves an fp32 copy of its input; checkpointing drops it.
         out = _checkpoint(function, *inputs) if part == "norms" else function(*inputs)
         if self._dropped is not None:
             self._dropped[_key(out)] = _Dropped(out, function, inputs)
@@ -61,7 +64,7 @@ class ActivationCheckpointing:
             return self._checkpoint("block", function, *inputs)
         if not self.parts & {"streams", "norms"}:
             return function(*inputs)
-        # A result is identified by its memory, which is not reused as long as `_dropped` holds it.
+        # Results are keyed by their address, which is not reused while `dropped` holds them.
         dropped: dict[tuple[Any, ...], _Dropped] = {}
         self._dropped = dropped
         try:
@@ -86,7 +89,7 @@ class _Dropped:
         self._out = None
 
     def get(self) -> Tensor:
-        """The result, recomputed at the first call."""
+        """Returns the result, recomputed at the first call."""
         if self._out is None:
             with torch.no_grad():
                 self._out = self._function(*self._inputs)
@@ -98,7 +101,7 @@ def _unpack(saved: Tensor | _Dropped) -> Tensor:
 
 
 def _on_host(device: torch.device) -> saved_tensors_hooks:
-    """Context in which the inputs that `_checkpoint` saves are copied to the host and back.
+    """Returns a context that copies the inputs that `_checkpoint` saves to the host and back.
 
     Of meta tensors only the shape is saved (trainer.planning.dry_run).
     """

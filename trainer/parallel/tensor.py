@@ -2,10 +2,10 @@
 
 Heads, output groups and the shared expert need nothing here: a rank multiplies with its part of
 their weights (placement.py says which), after `Exchange.gather_queries` has gathered the tokens and
-before `Exchange.scatter_sum` sums and scatters them, so that the residual streams between are
-divided over the tensor ranks as well (Korthikanti et al. 2022, section 4.2.2).
+before `Exchange.reduce_scatter_queries` reduce-scatters them, so that the residual streams between
+are sharded over the tensor ranks as well (Megatron-LM sequence parallelism, section 4.2.2).
 
-Letters: T queries, V vocabulary of this rank, D hidden size, n queries of a chunk.
+Letters: T queries, v vocabulary of this rank, D hidden size, n queries of a chunk.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ShardedEmbedding(VocabParallelEmbedding):
         config = ModelParallelConfig(
             tensor_model_parallel_size=axis.size,
             params_dtype=embed.weight.dtype,
-            use_cpu_initialization=True,  # on the current device, which is meta
+            use_cpu_initialization=True,  # allocates on torch's default device, here meta
             perform_initialization=False,
         )
         with torch.device("meta"):
@@ -71,20 +71,21 @@ class VocabCrossEntropy:
     def __call__(
         self,
         hidden_TD: Tensor,
-        weight_VD: Tensor,
+        weight_vD: Tensor,
         target_T: Tensor,
         denominator: float,
-        ignore: int,
+        ignore_index: int,
     ) -> Tensor:
         """Sums the loss of the queries with a target and divides it by `denominator`, fp32."""
         needs_grad = torch.is_grad_enabled() and hidden_TD.requires_grad
         return _VocabCrossEntropy.apply(
-            hidden_TD, weight_VD, target_T, denominator, ignore, self.axis, needs_grad
+            hidden_TD, weight_vD, target_T, denominator, ignore_index, self.axis, needs_grad
         )
 
 
 class _VocabCrossEntropy(torch.autograd.Function):
-    # As in model/kernels/cross_entropy, gradients are formed while a chunk's logits are there.
+    # As in model/kernels/cross_entropy, gradients are computed while a chunk's logits are in
+    # memory.
 
     @staticmethod
     def forward(
@@ -93,34 +94,34 @@ class _VocabCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         target: Tensor,
         denominator: float,
-        ignore: int,
+        ignore_index: int,
         axis: Axis,
         needs_grad: bool,
     ) -> Tensor:
-        parts = VocabParallelCrossEntropy
+        mcore = VocabParallelCrossEntropy
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
-        valid_T = target != ignore
+        valid_T = target != ignore_index
         target_T = target.masked_fill(~valid_T, 0)
         first = axis.rank * weight.shape[0]
         step = chunk_tokens(weight.shape[0], hidden.device)
         for start in range(0, hidden.shape[0], step):
             rows = slice(start, start + step)
-            share_n = valid_T[rows] / denominator
-            logits_nV, top_n = parts.calculate_logits_max(torch.mm(hidden[rows], weight.t()))
-            _max(top_n, axis)
-            mask_n, index_n, picked_n, sum_n, powers_nV = parts.calculate_predicted_logits(
-                logits_nV, target_T[rows], top_n, first, first + weight.shape[0]
+            scale_n = valid_T[rows] / denominator
+            logits_nv, max_n = mcore.calculate_logits_max(torch.mm(hidden[rows], weight.t()))
+            _all_reduce_max_(max_n, axis)
+            mask_n, index_n, picked_n, sum_n, exp_nv = mcore.calculate_predicted_logits(
+                logits_nv, target_T[rows], max_n, first, first + weight.shape[0]
             )
             picked_n, sum_n = all_reduce_(torch.stack([picked_n, sum_n]), axis).unbind(0)
-            softmax_nV, loss_n = parts.calculate_cross_entropy_loss(powers_nV, picked_n, sum_n)
-            total += (loss_n * share_n).sum()
+            softmax_nv, loss_n = mcore.calculate_cross_entropy_loss(exp_nv, picked_n, sum_n)
+            total += (loss_n * scale_n).sum()
             if grad_hidden is not None and grad_weight is not None:
-                grad_2d, row_n, update, grad = parts.prepare_gradient_calculation_operands(
-                    softmax_nV, mask_n
+                grad_2d, row_n, update, grad = mcore.prepare_gradient_calculation_operands(
+                    softmax_nv, mask_n
                 )
-                parts.calculate_gradients(grad_2d, row_n, index_n, update, grad, share_n)
+                mcore.calculate_gradients(grad_2d, row_n, index_n, update, grad, scale_n)
                 grad = grad.to(hidden.dtype)
                 torch.mm(grad, weight, out=grad_hidden[rows])
                 grad_weight += torch.mm(grad.t(), hidden[rows])
@@ -135,6 +136,6 @@ class _VocabCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight, *[None] * 5
 
 
-def _max(tensor: Tensor, axis: Axis) -> None:
+def _all_reduce_max_(tensor: Tensor, axis: Axis) -> None:
     axis.traffic.add(axis.name, "all_reduce", all_reduce_bytes(axis.size, tensor.nbytes))
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=axis.group)

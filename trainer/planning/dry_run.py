@@ -130,7 +130,7 @@ class DryRun:
 class EvenDispatch(ExpertDispatch):
     """Dispatch with even routing: tensors without values have no counts."""
 
-    def exchange_counts(
+    def all_to_all_counts(
         self, slot_L: Tensor, local_experts: int
     ) -> tuple[Tensor, list[int], list[int]]:
         """Returns counts as if all ranks had selected each expert equally often."""

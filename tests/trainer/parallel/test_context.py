@@ -56,7 +56,7 @@ def check_tokens(exchange: SequenceExchange, local: Tensor, queries: Tensor) -> 
     assert torch.equal(exchange.gather_queries(local), queries), "integers as well"
     assert torch.equal(exchange.local_of_queries(X_TX[queries]), X_TX[local])
     # Both tensor ranks give the same partial results.
-    assert torch.equal(exchange.scatter_sum(X_TX[queries]), 2 * X_TX[local])
+    assert torch.equal(exchange.reduce_scatter_queries(X_TX[queries]), 2 * X_TX[local])
     keys = exchange.gather_keys(X_TX[local]).view(ROWS, -1, WIDTH)
     halo = CONFIG.sliding_window - 1
     for row, first in enumerate(queries.view(ROWS, -1)[:, 0].tolist()):
