@@ -1,4 +1,7 @@
-"""A training run: the loop over optimizer steps, and the periodic hooks after each of them."""
+"""A training run: the loop over optimizer steps, and the periodic hooks after each of them.
+
+Letters: L layers (+ MTP), E routed experts.
+"""
 
 import time
 from collections.abc import Callable, Sequence
