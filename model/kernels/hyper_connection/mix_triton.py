@@ -74,8 +74,8 @@ def _write(
     for k in tl.static_range(N):
         at = comb + (own[:, None] * N + n) * N + k
         weight = tl.load(at, mask=in_bounds[:, None], other=0.0)
-        mixed_y = tl.load(post + own * N + k, mask=in_bounds, other=0.0)
-        mixed = tl.sum(weight[:, :, None] * x, 1) + mixed_y[:, None] * y_tile
+        post_weight = tl.load(post + own * N + k, mask=in_bounds, other=0.0)
+        mixed = tl.sum(weight[:, :, None] * x, 1) + post_weight[:, None] * y_tile
         at = out + (own * N + k)[:, None] * dim + d[None, :]
         tl.store(at, mixed.to(out.dtype.element_ty), mask=mask)
 
@@ -111,8 +111,8 @@ def _write_backward(
         at = own[:, None] * dim + d[None, :]
         y_tile = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
         grad = _streams_tile(grad_out, own, in_bounds, d, dim, N)
-        mixed_y = tl.sum(post_weight[:, :, None] * grad, 1)
-        tl.store(grad_y + at, mixed_y.to(grad_y.dtype.element_ty), mask=mask)
+        grad_y_tile = tl.sum(post_weight[:, :, None] * grad, 1)
+        tl.store(grad_y + at, grad_y_tile.to(grad_y.dtype.element_ty), mask=mask)
         sum_post += tl.sum(grad * y_tile[:, None, :], 2)
         for j in tl.static_range(N):
             wide = (own * N + j)[:, None] * dim + d[None, :]

@@ -309,7 +309,7 @@ def test_cross_entropy(vocab):
 
 
 def test_matmuls_in_fp8():
-    """Codes to the bit; matmuls of the same factors, which the tensor cores add with 14 bits."""
+    """Codes to the bit; matmuls of the same operands, which tensor cores sum with 14 bits."""
     from model.kernels.fp8 import eager, matmul_triton
     from model.kernels.fp8.quantise_triton import quantise, quantise_weight, tiles_of
     from tests.model.kernels.fp8.test_fp8_triton import (

@@ -79,10 +79,10 @@ def launches() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     for k in (512, 1024):
         out[f"select {k}"] = (select_triton._select, choice | {"BEST": k}, {"num_warps": 8})
     eight = {"num_warps": 8, "num_stages": 2}
-    for lists in (False, True):
-        loss = LOSS | {"BLOCK_T": 1 if lists else 2, "SELECTED": lists}
-        out[f"loss forward {lists}"] = (loss_kernels.forward, loss, eight)
-        out[f"loss queries {lists}"] = (loss_kernels.grad_queries, loss, eight)
+    for is_selected in (False, True):
+        loss = LOSS | {"BLOCK_T": 1 if is_selected else 2, "SELECTED": is_selected}
+        out[f"loss forward {is_selected}"] = (loss_kernels.forward, loss, eight)
+        out[f"loss queries {is_selected}"] = (loss_kernels.grad_queries, loss, eight)
     out["loss keys"] = (loss_kernels.grad_keys, LOSS | {"BLOCK_T": 2}, eight)
     for m, block_c, overlap in ((128, 1, False), (4, 16, True)):
         pool = {"DIM": 512, "M": m, "BLOCK_C": block_c, "BLOCK_X": 64, "OVERLAP": overlap}

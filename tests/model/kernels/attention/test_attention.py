@@ -251,11 +251,11 @@ def test_probability_mass_of_entries_equals_whole_masks(k):
         ]
         mass = torch.cat(halves, 1)
     else:
-        listed = entry_probability_mass(arguments, lse2)
+        selected_mass = entry_probability_mass(arguments, lse2)
         rows = (selected >= 0).nonzero()[:, 0]
         mass = torch.zeros(expected.shape)
-        mass[rows, selected[selected >= 0].long()] = listed[selected >= 0]
-        assert (listed[selected < 0] == 0).all()
+        mass[rows, selected[selected >= 0].long()] = selected_mass[selected >= 0]
+        assert (selected_mass[selected < 0] == 0).all()
     torch.testing.assert_close(mass.double(), expected, rtol=0, atol=2e-5)
 
 

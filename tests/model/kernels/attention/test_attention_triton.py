@@ -105,12 +105,12 @@ def test_selection_in_a_longer_sample():
 def test_no_entry_between_others_of_a_list():
     """-1 may stand anywhere in a list, and a list is read to its end."""
     case = CASES["more heads than rows"]
-    listed = case.select(5)
+    without_gaps = case.select(5)
     selected = torch.full((case.tokens, 41), -1, dtype=torch.int32)
-    selected[:, [0, 17, 18, 33, 40]] = listed
+    selected[:, [0, 17, 18, 33, 40]] = without_gaps
     assert_same(
         lambda *x: run(case, *x, selected=selected),
-        lambda *x: case.naive(*x, selected=listed),
+        lambda *x: case.naive(*x, selected=without_gaps),
         inputs(case, 0),
         RTOL,
     )

@@ -63,7 +63,7 @@ def sums(a: Tensor, b: Tensor) -> Sums:
 
 def matmuls_of(x: Tensor, weight: Tensor, grad: Tensor) -> list[Sums]:
     """Output and both gradients in float64."""
-    return [sums(*factors) for factors in naive_linear(x, weight, grad)]
+    return [sums(*operands) for operands in naive_linear(x, weight, grad)]
 
 
 def close(computed: Tensor | None, expected: Sums) -> None:

@@ -1,7 +1,7 @@
 """Triton's rounding to FP8 and its matmuls, in the interpreter.
 
 What is rounded is compared to the bit with ``model.kernels.fp8.eager``, which other tests compare
-with loops over tiles; matmuls with float64 sums of the same rounded factors. A product of two E4M3
+with loops over tiles; matmuls with float64 sums of the same rounded operands. A product of two E4M3
 numbers is exact in fp32 and powers of two are as well: what may differ is K sums' rounding.
 """
 
@@ -211,7 +211,7 @@ def assert_same_results(computed: Three, live: int = ENDS[-1]) -> None:
 
 
 def exact(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Sums, Sums, Sums]:
-    """Of one group: the three matmuls of rounded factors in float64."""
+    """Of one group: the three matmuls of rounded operands in float64."""
     rows, columns = (1, 128), (128, 1)
     w = eager.quantise_dequantise(weight, 128, 128).double()
     y = sums(eager.quantise_dequantise(x, *rows).double(), w.t())

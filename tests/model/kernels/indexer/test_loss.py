@@ -117,10 +117,10 @@ def test_selected(name, size):
 
 def test_none_may_stand_anywhere_in_a_list():
     case = CASES["short samples"]
-    listed = case.select(3)
+    without_gaps = case.select(3)
     selected = torch.full((case.tokens, 9), -1, dtype=torch.int32)
-    selected[:, [1, 4, 8]] = listed
-    is_divergence(case, mass_of(case, selected), naive_loss(case, listed), selected)
+    selected[:, [1, 4, 8]] = without_gaps
+    is_divergence(case, mass_of(case, selected), naive_loss(case, without_gaps), selected)
 
 
 @pytest.mark.parametrize("without", ["sink", "window"])
@@ -196,8 +196,8 @@ def test_every_block_holds_its_share_of_pairs():
     computed = list(target.blocks(case.entries, 1 << 10))
     assert all((r.stop - r.start) * (c.stop - c.start) <= 1 << 10 for r, c in computed)
     assert [r.stop - r.start for r, _ in computed] == [8] * 64
-    listed = list(replace(target, selected_Tk=case.select(5)).blocks(case.entries, 1 << 10))
-    assert [r for r, _ in listed] == [slice(0, 204), slice(204, 408), slice(408, 512)]
+    blocks = list(replace(target, selected_Tk=case.select(5)).blocks(case.entries, 1 << 10))
+    assert [r for r, _ in blocks] == [slice(0, 204), slice(204, 408), slice(408, 512)]
 
 
 def test_how_much_probability_a_selection_gets(monkeypatch):
@@ -230,15 +230,15 @@ def test_the_objective_is_a_weighted_sum_with_its_gradient(name, k, size):
     share = rand(case.tokens, seed=5).relu()
     mass, calls = mass_of(case, selected, selected), []
 
-    def asked(rows: slice, columns: slice) -> Tensor:
+    def counted_mass(rows: slice, columns: slice) -> Tensor:
         calls.append(rows)
         return mass(rows, columns)
 
     leaves = [x.requires_grad_() for x in index_inputs(case)]
-    total = objective(leaves, asked, case, share, selected)
+    total = objective(leaves, counted_mass, case, share, selected)
     in_forward = len(calls)
     (3.0 * total).backward()
-    assert len(calls) == in_forward, "the mass was asked for again in backward"
+    assert len(calls) == in_forward, "the mass was evaluated again in backward"
     theirs = [x.detach().double().requires_grad_() for x in leaves]
     expected = (naive_loss(case, selected, selected)(*theirs) * share.double()).sum()
     (3.0 * expected).backward()

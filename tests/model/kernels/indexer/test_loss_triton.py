@@ -86,10 +86,10 @@ def test_selected(name, blocks, seed):
 @interpreted
 def test_none_may_stand_anywhere_in_a_list():
     case = CASES["short samples"]
-    listed = case.select(3)
+    without_gaps = case.select(3)
     selected = torch.full((case.tokens, 9), -1, dtype=torch.int32)
-    selected[:, [1, 4, 8]] = listed
-    is_divergence(case, mass_of(case, selected), naive_loss(case, listed), selected, 0, 3)
+    selected[:, [1, 4, 8]] = without_gaps
+    is_divergence(case, mass_of(case, selected), naive_loss(case, without_gaps), selected, 0, 3)
 
 
 @pytest.mark.parametrize("k", [None, 5])
