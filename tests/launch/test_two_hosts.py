@@ -101,16 +101,16 @@ def hosts() -> Iterator[list[Host]]:
     pair = [Host(1), Host(2)]
     with ExitStack() as stack:
         for host in pair:
-            made = ip("netns", "add", host.space)
-            if made.returncode:
-                without(f"no network namespace can be made: {made.stderr.strip()}")
+            result = ip("netns", "add", host.space)
+            if result.returncode:
+                without(f"no network namespace can be made: {result.stderr.strip()}")
             stack.callback(ip, "netns", "del", host.space)
             stack.callback(host.kill)
         one, two = pair
         cable = ["link", "add", one.link, "netns", one.space, "type", "veth"]
-        made = ip(*cable, "peer", "name", two.link, "netns", two.space)
-        if made.returncode:
-            without(f"two network namespaces cannot be joined: {made.stderr.strip()}")
+        result = ip(*cable, "peer", "name", two.link, "netns", two.space)
+        if result.returncode:
+            without(f"two network namespaces cannot be joined: {result.stderr.strip()}")
         for host in pair:
             ip("-n", host.space, "addr", "add", f"{host.address}/24", "dev", host.link)
             for link in ("lo", host.link):

@@ -39,9 +39,9 @@ def gradients(model: V4Model, attention: AttentionMode) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def whole_matrices(config: ModelConfig, seen: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def whole_matrices(config: ModelConfig, recorded: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Probability mass of entries, scores, and which entries are seen, each [T, C], in float64."""
-    attention, index = seen["attention"], seen["index"]
+    attention, index = recorded["attention"], recorded["index"]
     ranges, entries = attention.ranges, len(attention.entries_CK)
     t, c = torch.arange(len(attention.q_THK)), torch.arange(entries)
     near = (ranges.window_start_T[:, None] <= t) & (t[:, None] >= t)
@@ -57,29 +57,29 @@ def whole_matrices(config: ModelConfig, seen: dict[str, Any]) -> tuple[Tensor, T
     return mass, scores.masked_fill(~open_, -torch.inf), open_
 
 
-def divergence(config: ModelConfig, seen: dict[str, Any]) -> float:
+def divergence(config: ModelConfig, recorded: dict[str, Any]) -> float:
     """The objective from whole matrices in float64: what attention and the objective were given."""
-    mass, scores, open_ = whole_matrices(config, seen)
+    mass, scores, open_ = whole_matrices(config, recorded)
     total = 0.0
-    for token in torch.nonzero(open_.any(1) & ~seen["padding"]).flatten().tolist():
-        here = open_[token]
-        p = mass[token, here] / mass[token, here].sum()
-        total += float((p * (p.log() - scores[token, here].log_softmax(0))).sum())
-    return total / int((~seen["padding"]).sum())
+    for token in torch.nonzero(open_.any(1) & ~recorded["padding"]).flatten().tolist():
+        entries = open_[token]
+        p = mass[token, entries] / mass[token, entries].sum()
+        total += float((p * (p.log() - scores[token, entries].log_softmax(0))).sum())
+    return total / int((~recorded["padding"]).sum())
 
 
 @pytest.mark.parametrize("attention", ["warmup", "sparse"])
 def test_the_objective_is_the_divergence_from_the_core_attention(attention: AttentionMode) -> None:
     model = random_model(tiny_config(**ONE, index_topk=3, num_nextn_predict_layers=0))
-    seen: dict[str, Any] = {"padding": SampleLayout.from_lengths(LENGTHS, 48).padding_T}
+    recorded: dict[str, Any] = {"padding": SampleLayout.from_lengths(LENGTHS, 48).padding_T}
     attend, objective = module.attention_with_lse2, module.indexer_objective
 
     def attending(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-        seen["attention"] = inputs
+        recorded["attention"] = inputs
         return attend(inputs)
 
     def learning(inputs: IndexerInputs, target: KLTarget, weight_T: Tensor) -> Tensor:
-        seen["index"] = inputs
+        recorded["index"] = inputs
         return objective(inputs, target, weight_T)
 
     with (
@@ -88,35 +88,35 @@ def test_the_objective_is_the_divergence_from_the_core_attention(attention: Atte
         patch.object(module, "indexer_objective", learning),
     ):
         actual = float(run(model, attention).indexer_loss)
-    assert (seen["attention"].selected_Tk is not None) == (attention == "sparse")
-    assert actual == pytest.approx(divergence(model.config, seen), rel=1e-5)
+    assert (recorded["attention"].selected_Tk is not None) == (attention == "sparse")
+    assert actual == pytest.approx(divergence(model.config, recorded), rel=1e-5)
 
 
 @pytest.mark.parametrize("topk", [3, 500])
 def test_recall_is_the_share_of_the_dense_mass_that_is_kept(topk: int) -> None:
     """Equal scores go to the lower entry."""
     model = random_model(tiny_config(**ONE, index_topk=topk, num_nextn_predict_layers=0))
-    layer, seen = model.layers[0].attn, dict[str, Any]()
+    layer, recorded = model.layers[0].attn, dict[str, Any]()
     inputs: list[Any] = []
-    layer.register_forward_pre_hook(lambda _, given: inputs.append(given[:3]))
+    layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[:3]))
     attend = module.attention_with_lse2
 
     def attending(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-        seen["attention"] = inputs
+        recorded["attention"] = inputs
         return attend(inputs)
 
     with torch.no_grad(), patch.object(module, "attention_with_lse2", attending):
         run(model, "select")
         x_TD, positions, exchange = inputs[0]
-        seen["index"] = layer.indexer(x_TD, layer.q_norm(layer.wq_a(x_TD)), positions, exchange)
-        kept, whole = layer.selected_and_total_mass(x_TD, positions, exchange)
-    mass, scores, open_ = whole_matrices(model.config, seen)
+        recorded["index"] = layer.indexer(x_TD, layer.q_norm(layer.wq_a(x_TD)), positions, exchange)
+        selected, total = layer.selected_and_total_mass(x_TD, positions, exchange)
+    mass, scores, open_ = whole_matrices(model.config, recorded)
     rank = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
-    assert seen["attention"].selected_Tk is None and open_.any()
-    torch.testing.assert_close(whole.double(), mass.sum(1), rtol=1e-5, atol=1e-7)
+    assert recorded["attention"].selected_Tk is None and open_.any()
+    torch.testing.assert_close(total.double(), mass.sum(1), rtol=1e-5, atol=1e-7)
     expected = (mass * (rank < topk)).sum(1)
-    torch.testing.assert_close(kept.double(), expected, rtol=1e-5, atol=1e-7)
-    assert bool((kept < 0.9 * whole).any()) == (topk == 3)
+    torch.testing.assert_close(selected.double(), expected, rtol=1e-5, atol=1e-7)
+    assert bool((selected < 0.9 * total).any()) == (topk == 3)
 
 
 def test_neither_learns_from_the_other() -> None:
@@ -149,14 +149,16 @@ def test_operations_by_mode() -> None:
     wide = config.model_copy(update={"index_topk": 500})
     of = {m: training_flops(config, [90], attention=m) for m in ("select", "dense", "warmup")}
     entries = sum((t + 1) // 4 for t in range(90))
-    kept = sum(min((t + 1) // 4, 3) for t in range(90))
+    selected = sum(min((t + 1) // 4, 3) for t in range(90))
     inner = config.num_attention_heads * config.head_dim
     width = config.index_n_heads * config.index_head_dim
     index = 2 * 90 * (config.q_lora_rank * width + config.hidden_size * config.index_n_heads)
     index += 2 * 90 * 4 * config.hidden_size * config.index_head_dim
     index += 2 * (width + config.index_n_heads) * entries
-    assert of["dense"] - (of["select"] - index) == pytest.approx(3 * 4 * inner * (entries - kept))
+    assert of["dense"] - (of["select"] - index) == pytest.approx(
+        3 * 4 * inner * (entries - selected)
+    )
     sparse = training_flops(config, [90], attention="sparse")
-    assert sparse - of["select"] == pytest.approx(2 * index + 2 * inner * kept)
+    assert sparse - of["select"] == pytest.approx(2 * index + 2 * inner * selected)
     assert training_flops(wide, [90], attention="dense") == of["dense"]
     assert of["warmup"] == pytest.approx(of["dense"] / 3 + 3 * index + 2 * inner * entries)

@@ -35,18 +35,18 @@ def test_losses_and_gradients_are_close_and_of_the_right_type():
     exact, exact_grads = losses_and_gradients(high)
     assert ours.loss.dtype == torch.float32
     for name in ("loss", "lm_loss", "mtp_loss", "balance_loss"):
-        mine, other = getattr(ours, name).item(), getattr(exact, name).item()
-        assert abs(mine - other) < 5e-3 * abs(other), name
+        value, reference = getattr(ours, name).item(), getattr(exact, name).item()
+        assert abs(value - reference) < 5e-3 * abs(reference), name
     compared = 0
     for name, parameter in low.named_parameters():
         if exact_grads[name] is None:
             assert grads[name] is None and ".indexer." in name
             continue
         assert grads[name].dtype == parameter.dtype and grads[name].isfinite().all(), name
-        mine, other = grads[name].flatten().double(), exact_grads[name].flatten().double()
+        value, reference = grads[name].flatten().double(), exact_grads[name].flatten().double()
         # The few factors and biases are sums over all tokens that nearly cancel.
-        if len(other) > 100:
-            error = float((mine - other).norm() / other.norm())
+        if len(reference) > 100:
+            error = float((value - reference).norm() / reference.norm())
             assert error < (0.1 if "hc_head" in name else 0.03), f"{name}: {error:.3f}"
             compared += 1
     assert compared > 60

@@ -54,15 +54,15 @@ def expected_flops(config: ModelConfig, lengths: list[int]) -> float:
     query = torch.arange(tokens)
     for kind in kinds:
         ranges = positions.ranges(kind)
-        seen = query - ranges.window_start_T + 1
+        visible = query - ranges.window_start_T + 1
         if kind != "window":
             entries = ranges.entry_end_T - ranges.entry_start_T
             if kind == "csa":
                 width = config.index_n_heads * (config.index_head_dim + 1)
                 indexer += width * float(entries.sum())
                 entries = entries.clamp(max=config.index_topk)
-            seen = seen + entries
-        trained += 2 * config.num_attention_heads * config.head_dim * float(seen.sum())
+            visible = visible + entries
+        trained += 2 * config.num_attention_heads * config.head_dim * float(visible.sum())
     return 2 * (3 * trained + indexer)
 
 

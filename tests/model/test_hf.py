@@ -138,8 +138,8 @@ class TestConfig:
         assert ModelConfig.from_hf(official_flash() | {"eos_token_id": [7, 8]}).eos_token_id == 7
 
     def test_the_share_of_rotary_dims_will_do(self):
-        given = without(official_flash(), "qk_rope_head_dim") | {"partial_rotary_factor": 0.125}
-        assert ModelConfig.from_hf(given).qk_rope_head_dim == 64
+        keys = without(official_flash(), "qk_rope_head_dim") | {"partial_rotary_factor": 0.125}
+        assert ModelConfig.from_hf(keys).qk_rope_head_dim == 64
 
     @pytest.mark.parametrize(
         ("changes", "removed", "message"),
@@ -178,10 +178,10 @@ class TestConfig:
 
     def test_attention_factor_is_refused(self):
         """YaRN's own attention factor would multiply the logits by 1.28."""
-        given = official_flash()
-        given["rope_scaling"] = given["rope_scaling"] | {"attention_factor": 1.277}
+        keys = official_flash()
+        keys["rope_scaling"] = keys["rope_scaling"] | {"attention_factor": 1.277}
         with pytest.raises(ModelConfigError, match=r"attention_factor = 1\.277; supported: 1\.0"):
-            ModelConfig.from_hf(given)
+            ModelConfig.from_hf(keys)
 
 
 def blank(config: ModelConfig) -> V4Model:

@@ -72,7 +72,7 @@ def test_another_seed_gives_other_numbers_everywhere():
 
 
 def test_no_two_matrices_are_alike():
-    seen: dict[tuple[float, ...], str] = {}
+    starts: dict[tuple[float, ...], str] = {}
     for name, tensor in state(initialised()).items():
         if tensor.dim() == 3:
             parts = {f"{name}[{j}]": matrix for j, matrix in enumerate(tensor)}
@@ -82,8 +82,8 @@ def test_no_two_matrices_are_alike():
             continue
         for part, matrix in parts.items():
             start = tuple(matrix.flatten()[:8].tolist())
-            assert start not in seen, f"{part} is {seen[start]}"
-            seen[start] = part
+            assert start not in starts, f"{part} is {starts[start]}"
+            starts[start] = part
 
 
 def test_a_part_of_the_model_has_the_whole_s_numbers():

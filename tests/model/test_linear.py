@@ -24,11 +24,11 @@ IN_EIGHT_BITS = (
 
 def test_linears_and_experts_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(CONFIG, execution=Execution(matmuls=FP8))
-    rounded, seen = fp8.quantise_dequantise, set()
+    rounded, shapes = fp8.quantise_dequantise, set()
 
     def recording(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         if rows == columns:
-            seen.add((x.data_ptr(), x.numel()))
+            shapes.add((x.data_ptr(), x.numel()))
         return rounded(x, rows, columns)
 
     monkeypatch.setattr(fp8, "quantise_dequantise", recording)
@@ -37,7 +37,7 @@ def test_linears_and_experts_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -
     targets[:, -1] = IGNORE_INDEX
     loss = model(tokens, targets=targets).loss
     loss.backward()
-    names = {name for name, p in model.named_parameters() if (p.data_ptr(), p.numel()) in seen}
+    names = {name for name, p in model.named_parameters() if (p.data_ptr(), p.numel()) in shapes}
     expected = {
         name
         for name, _ in model.named_parameters()

@@ -22,26 +22,26 @@ def peak_memory(run: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
     events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
+    alive = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        alive += event.nbytes()
+        peak = max(peak, alive)
     return peak
 
 
 def saved_bytes(run: Callable[[], object]) -> int:
     """Bytes kept for backward, every storage once."""
-    seen: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
+        sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = run()
     del output
-    return sum(seen.values())
+    return sum(sizes.values())
 
 
 def assert_linear(sizes: list[int]) -> None:
@@ -71,7 +71,7 @@ def _step(model: V4Model, tokens, layout, targets, backward: bool):
 
 def test_the_measure_sees_what_is_quadratic():
     """The negative control: the same measures on a function that forms an [S, S] matrix."""
-    peaks, kept = [], []
+    peaks, saved = [], []
     for length in LENGTHS:
         x = torch.randn(length, 64, requires_grad=True)
 
@@ -79,10 +79,10 @@ def test_the_measure_sees_what_is_quadratic():
             return ((x @ x.t()).softmax(-1) @ x).sum()
 
         peaks.append(peak_memory(lambda attend=attend: attend().backward()))
-        kept.append(saved_bytes(attend))
+        saved.append(saved_bytes(attend))
     matrix = 4 * LENGTHS[0] ** 2
-    assert kept[0] >= matrix and peaks[0] >= matrix
-    for sizes in (peaks, kept):
+    assert saved[0] >= matrix and peaks[0] >= matrix
+    for sizes in (peaks, saved):
         with pytest.raises(AssertionError):
             assert_linear(sizes)
 

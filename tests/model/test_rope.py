@@ -80,8 +80,8 @@ def test_adjacent_pairs_turn_and_the_rest_stays():
                 a * math.cos(angle) - b * math.sin(angle),
                 a * math.sin(angle) + b * math.cos(angle),
             ]
-            mine = out[row, :, 4 + 2 * pair : 6 + 2 * pair]
-            torch.testing.assert_close(mine, torch.stack(expected, -1), rtol=0, atol=1e-4)
+            pair_of_row = out[row, :, 4 + 2 * pair : 6 + 2 * pair]
+            torch.testing.assert_close(pair_of_row, torch.stack(expected, -1), rtol=0, atol=1e-4)
 
 
 def test_the_conjugate_turns_back_and_the_input_is_left_alone():

@@ -162,15 +162,15 @@ def test_a_missing_gradient_leaves_everything_alone() -> None:
     give_gradients(parameters, 1)
     ours.step(RATE)
     frozen = ["embed.weight", "layers.1.attn.indexer.wq_b.weight"]
-    kept = {
+    states = {
         key: t.clone() for key, t in ours.state_tensors().items() if key.endswith(tuple(frozen))
     }
     values = {name: parameters[name].detach().clone() for name in frozen}
     for name in frozen:
         parameters[name].grad = None
     ours.step(RATE)
-    assert len(kept) == 4
-    assert all(torch.equal(ours.state_tensors()[key], tensor) for key, tensor in kept.items())
+    assert len(states) == 4
+    assert all(torch.equal(ours.state_tensors()[key], tensor) for key, tensor in states.items())
     assert all(torch.equal(parameters[name].detach(), values[name]) for name in frozen)
 
 

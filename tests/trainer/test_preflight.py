@@ -85,13 +85,13 @@ def all_verdicts(rank: int, world_size: int, tiny: Path, folder: Path) -> dict[s
     actual = {}
     (folder / "unwritable").write_text("a file where the run folder should be")
     for case, change in CASES.items():
-        here = folder / f"{case}, rank {rank}"
+        directory = folder / f"{case}, rank {rank}"
         for name in ("shards", "tokenizer"):
-            shutil.copytree(tiny.parent / name, here / name)
+            shutil.copytree(tiny.parent / name, directory / name)
         run = "run" if case == "own folder" else folder / ("unwritable" if case[0] == "u" else "x")
         overrides = [f"run_dir={run}", "data.shards=shards", "data.tokenizer.path=tokenizer"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(here)
+            patch.chdir(directory)
             patch.setattr(socket, "gethostname", lambda: "b" if rank else "a")
             overrides += ["compile=true"] * (case == "compiler")
             if rank:

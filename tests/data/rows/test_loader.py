@@ -228,14 +228,14 @@ def test_killed_ten_times_while_loading(config: DataConfig, tmp_path: Path) -> N
     rng = random.Random(5)
     killed_before_counts = 0
     for trial in range(10):
-        mine = changed(splits, shards=str(tmp_path / f"killed{trial}"))
-        shutil.copytree(config.shards, mine.shards)
-        child = multiprocessing.get_context("fork").Process(target=_load, args=(mine,))
+        copy = changed(splits, shards=str(tmp_path / f"killed{trial}"))
+        shutil.copytree(config.shards, copy.shards)
+        child = multiprocessing.get_context("fork").Process(target=_load, args=(copy,))
         child.start()
-        kill_after(child, Path(mine.shards), "*/*.np[yz]", trial % 3, rng)
-        killed_before_counts += not list(Path(mine.shards).rglob("text-*.splittable.npy"))
-        assert first_steps(mine) == reference
-        left = [p for p in Path(mine.shards).rglob("*") if p.is_file()]
+        kill_after(child, Path(copy.shards), "*/*.np[yz]", trial % 3, rng)
+        killed_before_counts += not list(Path(copy.shards).rglob("text-*.splittable.npy"))
+        assert first_steps(copy) == reference
+        left = [p for p in Path(copy.shards).rglob("*") if p.is_file()]
         assert {p.name: p.read_bytes() for p in left if not p.name.startswith(".")} == original
     assert killed_before_counts < 10
 

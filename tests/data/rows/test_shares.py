@@ -133,9 +133,9 @@ def mixed(
             "punctuation_split_rate": 0.3,
         },
     }
-    made = DataConfig.model_validate(config.model_dump() | fields)
-    prepare(made, progress=False)
-    return made
+    variant = DataConfig.model_validate(config.model_dump() | fields)
+    prepare(variant, progress=False)
+    return variant
 
 
 def test_measured_is_what_windows_decided(mixed: DataConfig) -> None:

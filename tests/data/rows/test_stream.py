@@ -36,9 +36,9 @@ def mixed(config: DataConfig, documents: list[str], tmp_path_factory: pytest.Tem
         for name in ("code", "prose")
     ]
     fields = {"sources": sources, "shards": str(folder / "shards"), "validation_fraction": 0.0}
-    made = DataConfig.model_validate(config.model_dump() | fields)
-    prepare(made, progress=False)
-    return made
+    variant = DataConfig.model_validate(config.model_dump() | fields)
+    prepare(variant, progress=False)
+    return variant
 
 
 def changed(config: DataConfig, **fields: object) -> DataConfig:
@@ -151,13 +151,13 @@ def test_any_token_may_be_split() -> None:
     table[5] = 6, 7
     raw = np.array([0, *[5] * 20, 1], dtype=np.uint16)
     raw.flags.writeable = False  # as a shard's are
-    seen = np.zeros(20)
+    splits = np.zeros(20)
     for number in range(1000):
         key = hashes(np.array([number]), 3)[0]
-        made = transform(raw, table, 5, NONE, np.zeros(3, dtype=np.int64), key)
-        seen += made[1:-1][made[1:-1] != 7] == 6
-    assert seen.sum() == 5000
-    assert np.abs(seen / 1000 - 0.25).max() < 5 * math.sqrt(0.25 * 0.75 / 1000)
+        tokens = transform(raw, table, 5, NONE, np.zeros(3, dtype=np.int64), key)
+        splits += tokens[1:-1][tokens[1:-1] != 7] == 6
+    assert splits.sum() == 5000
+    assert np.abs(splits / 1000 - 0.25).max() < 5 * math.sqrt(0.25 * 0.75 / 1000)
 
 
 def code_and_all(loader: Loader, step: int) -> tuple[int, int]:
@@ -177,8 +177,8 @@ def test_shares_follow_the_weights(mixed: DataConfig) -> None:
     ends = np.cumsum([(0, 0)] + [code_and_all(loader, step) for step in range(200)], axis=0)
     off = ends[:, 0] - 0.3 * ends[:, 1]
     assert off.max() - off.min() <= 2 * 64  # any run of steps is right to two rows
-    seen = loader.epochs_of(200)
-    assert seen["prose"] > 1 and seen["code"] > 0
+    epochs = loader.epochs_of(200)
+    assert epochs["prose"] > 1 and epochs["code"] > 0
 
 
 def test_weights_change_at_a_step(mixed: DataConfig) -> None:
@@ -223,8 +223,8 @@ def test_phases_go_on_where_the_last_ended(mixed: DataConfig) -> None:
                 assert tokens == source.tokens_of(number).tolist()
     starts = [loader._stream_offsets(i, loader.schedule.rows_in(i) or 0) for i in (0, 1)]
     assert starts == loader._offsets[1:]
-    seen = [loader.epochs_of(step)["code"] for step in range(12)]
-    assert seen[0] == 0 and seen == sorted(set(seen))
+    epochs = [loader.epochs_of(step)["code"] for step in range(12)]
+    assert epochs[0] == 0 and epochs == sorted(set(epochs))
 
 
 @pytest.mark.parametrize(("first", "last", "ramp"), [(1, 10, 4), (6, 4, 3), (96, 1152, 10_000)])
@@ -294,7 +294,7 @@ def test_epochs_differ_in_their_transforms(mixed: DataConfig) -> None:
     ("fields", "message"),
     [
         ({"source_weights": {"code": -1.0}}, "at least 0"),
-        ({"source_weights": {"code": float("nan")}}, "at least 0"),
+        ({"source_weights": {"code": float("nan")}}, "finite number"),
         ({"source_weights": {"code": 0.0, "prose": 0.0}}, "sum to 0"),
         ({"source_weights": {"cod": 1.0}}, "the sources are code, prose"),
     ],

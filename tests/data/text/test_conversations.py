@@ -125,8 +125,8 @@ def test_the_tokenizer_learns_no_special_token(config: DataConfig, tmp_path: Pat
     """It sees what people and models wrote, not the spellings between."""
     source = as_json_lines(tmp_path)
     chat = chats(config, source, tmp_path / "shards")
-    seen = [text for document in Corpus(chat.sources[0]).documents() for text in document.plain]
-    written = "".join(seen)
+    texts = [text for document in Corpus(chat.sources[0]).documents() for text in document.plain]
+    written = "".join(texts)
     assert "There it is." in written and "search" in written
     assert written.count("<｜") == 2  # the two that stand in a value and a message
     assert read_messages(json.dumps(RECORDS[0])) == read_messages(RECORDS[0])

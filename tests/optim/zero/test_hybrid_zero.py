@@ -236,15 +236,15 @@ def test_chunks_may_end_within_a_parameter() -> None:
     for name, parameter in parameters.items():
         parameter.grad = given[name].clone()
     ours.reduce()
-    here = {name: torch.zeros(shape).flatten() for name, shape in names.items()}
+    flat = {name: torch.zeros(shape).flatten() for name, shape in names.items()}
     for state in ours.gradients():
         run = slice(state.start, state.start + state.tensor.numel())
         assert torch.equal(state.tensor.flatten(), 2 * given[state.name].flatten()[run])
-        here[state.name][run] = first[state.name].flatten()[run]
+        flat[state.name][run] = first[state.name].flatten()[run]
     ours.write_parameters()
     for name, parameter in parameters.items():  # the other owner sends zeros
-        assert torch.equal(parameter.detach().flatten(), here[name]), name
-    assert any(bool(run.any()) and not bool(run.all()) for run in here.values())
+        assert torch.equal(parameter.detach().flatten(), flat[name]), name
+    assert any(bool(run.any()) and not bool(run.all()) for run in flat.values())
 
 
 def test_fewer_gradients_than_expected_are_sent_by_reduce() -> None:

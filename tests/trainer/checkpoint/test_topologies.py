@@ -235,13 +235,13 @@ def test_parts_lie_where_their_header_says(saved: Path, tiny: Path) -> None:
     """Read with nothing but safetensors: both halves of a weight that is split along dim 1."""
     whole = whole_run(load_config(tiny)).by_key["master.layers.0.attn.wo_b.weight"]
     name = "layers.0.attn.wo_b.weight"
-    seen = {}
+    shards = {}
     for path in files_of(saved / "tensor 2"):
         with safe_open(path, framework="pt") as file:
             offsets = json.loads(file.metadata()["DCP_SHARDING_INFO"])[name]["saved_offsets"]
-            seen[tuple(offsets)] = file.get_tensor(name)
-    assert seen.keys() == {(0, 0), (0, 8)}
-    assert torch.equal(torch.cat([seen[0, 0], seen[0, 8]], dim=1), whole)
+            shards[tuple(offsets)] = file.get_tensor(name)
+    assert shards.keys() == {(0, 0), (0, 8)}
+    assert torch.equal(torch.cat([shards[0, 0], shards[0, 8]], dim=1), whole)
 
 
 def test_experts_stand_under_their_global_numbers(saved: Path, tiny: Path) -> None:

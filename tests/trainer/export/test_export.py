@@ -54,10 +54,10 @@ def save_and_export(rank: int, world_size: int, path: Path, folder: Path) -> tup
     written: list[str] = []
     watch_files(written)
     export_run(config, folder / "two", grid, SHARD_BYTES)
-    mine = list(written)
+    files = list(written)
     with full_disk(15_000 if rank == 1 else 10**9), pytest.raises(ExportError) as caught:
         export_run(config, folder / "failed", grid, SHARD_BYTES)
-    return mine, str(caught.value)
+    return files, str(caught.value)
 
 
 @pytest.fixture(scope="module")

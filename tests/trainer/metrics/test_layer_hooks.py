@@ -159,15 +159,17 @@ def test_ranks_see_together_what_one_sees(tiny: Path, tmp_path: Path) -> None:
     ]
     overrides = ("steps=2", "metrics.layer_stats_every=2", "checkpoint.every=1")
     run_all(tiny, [Job(spread, tmp_path / name) for spread, name in jobs], *overrides)
-    seen = {name: read_metrics(tmp_path / name / "metrics.jsonl")[-1] for _, name in jobs}
-    assert {"swiglu_clamped_share", "stream_rms", "comb_sum_error"} < seen["two"]["layers"].keys()
-    recall = seen["two"]["layers"]["indexer_recall"]
+    records = {name: read_metrics(tmp_path / name / "metrics.jsonl")[-1] for _, name in jobs}
+    assert {"swiglu_clamped_share", "stream_rms", "comb_sum_error"} < records["two"][
+        "layers"
+    ].keys()
+    recall = records["two"]["layers"]["indexer_recall"]
     assert [value is None for value in recall] == [True, False, True, False, True]
     pairs = [("four", "expert"), *(("two", name) for name in ("pipeline", "tensor", "context"))]
     for one, other in pairs:
         for part in ("layers", "groups"):
-            assert close(seen[one][part], seen[other][part]), (other, part)
-    update = seen["two"]["groups"]["update_rms"]
+            assert close(records[one][part], records[other][part]), (other, part)
+    update = records["two"]["groups"]["update_rms"]
     for group, names in (("experts", ".ffn.experts."), ("embedding", "embed.weight")):
         assert update[group] == pytest.approx(change(tmp_path / "two", names), rel=1e-4)
 

@@ -61,9 +61,9 @@ def test_a_run_reports_its_layers(tiny: Path, tmp_path: Path) -> None:
         tiny, tmp_path, "steps=5", "metrics.layer_stats_every=2", "router_bias_speed=0.25"
     )
     records = read_metrics(config.run_dir / "metrics.jsonl")
-    seen = [record for record in records if "layers" in record]
-    assert [record["step"] for record in seen] == [2, 4, 5]
-    last = seen[-1]["layers"]
+    with_layers = [record for record in records if "layers" in record]
+    assert [record["step"] for record in with_layers] == [2, 4, 5]
+    last = with_layers[-1]["layers"]
     assert {len(values) for values in last.values()} == {4}
     assert max(last["expert_load_max"]) == pytest.approx(records[-1]["expert_load_max"])
     reach = max(abs(last["router_bias_min"][1]), last["router_bias_max"][1])

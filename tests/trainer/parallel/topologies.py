@@ -91,13 +91,13 @@ def run_jobs(rank: int, world: int, path: Path, jobs: list[Job], more: tuple[str
 def run_all(path: Path, jobs: list[Job], *more: str) -> None:
     """Every job on its number of processes, which are started once for all jobs of a number."""
     for world in sorted({job.topology.world for job in jobs}):
-        mine = [job for job in jobs if job.topology.world == world]
+        jobs_of_world = [job for job in jobs if job.topology.world == world]
         if world == 1:
-            run_jobs(0, 1, path, mine, more)
+            run_jobs(0, 1, path, jobs_of_world, more)
             os.environ.pop("WORLD_SIZE")
         else:
-            limit = 60 + 30 * world * len(mine)
-            spawn(run_jobs, world, path, mine, more, timeout=limit)
+            limit = 60 + 30 * world * len(jobs_of_world)
+            spawn(run_jobs, world, path, jobs_of_world, more, timeout=limit)
 
 
 def outcome(run_dir: Path) -> Outcome:

@@ -178,12 +178,12 @@ def test_what_is_in_flight_is_weighed() -> None:
 def test_live_bytes() -> None:
     known = torch.zeros(100)
     with Live(Storages([known])) as live:
-        kept = torch.zeros(10) + 1
+        alive = torch.zeros(10) + 1
         assert (live.now, live.peak) == (40, 80)
         known += 1
-        view = kept[3:]
+        view = alive[3:]
         assert live.now == 40
-        del kept
+        del alive
         assert live.now == 40
         del view
         assert live.now == 0

@@ -49,18 +49,18 @@ def test_a_run_says_what_it_expects_and_what_it_took(
     model, near = local.model, {"abs": 0.06 * 2**20}
     weights = [*model.parameters(), *model.buffers()]
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    held = {
+    tensors_by_part = {
         "weights": weights,
         "gradients": grads,
         # fp32 parameters are their own masters.
         "master weights": [t for t in optimizer.owned() if t not in Storages(weights)],
         "optimizer states": [s.tensor for s in optimizer.states() if s.kind != "master"],
     }
-    for name, tensors in held.items():
+    for name, tensors in tensors_by_part.items():
         assert said(expects, name) == pytest.approx(sum(t.nbytes for t in tensors), **near), name
     with Live(Storages([*weights, *grads])) as live:
         engine.forward_backward(batches)
-    total = sum(said(expects, name) for name in held)
+    total = sum(said(expects, name) for name in tensors_by_part)
     assert said(expects, "memory:") == pytest.approx(total, abs=0.5 * 2**20)
     counted = count_memory(config, 1).fullest
     passes = counted.microbatches + counted.activations + counted.workspace

@@ -281,7 +281,7 @@ def test_checkpoints_are_restored_and_later_ones_removed(tiny: Path, tmp_path: P
     never = "stability.anticipatory_routing.when=never"
     run(tiny, tmp_path / "plain", {}, "checkpoint.every=5")
     settings = (turn, never, "checkpoint.every=5", "checkpoint.keep=0")
-    seen: list[list[str]] = []
+    folders: list[list[str]] = []
 
     def fault(trainer: Trainer) -> None:
         gradients_times(1e6)(trainer)
@@ -289,13 +289,13 @@ def test_checkpoints_are_restored_and_later_ones_removed(tiny: Path, tmp_path: P
 
         def roll_back(problem: str) -> object:
             result = plain(problem)
-            seen.append(sorted(p.name for p in (tmp_path / "rolled/checkpoints").iterdir()))
+            folders.append(sorted(p.name for p in (tmp_path / "rolled/checkpoints").iterdir()))
             return result
 
         trainer.stability.roll_back = roll_back  # type: ignore[method-assign, assignment]
 
     run(tiny, tmp_path / "rolled", {12: fault}, *settings)
-    assert seen == [["step-00000005"]]
+    assert folders == [["step-00000005"]]
     assert_same_run(tmp_path / "plain", tmp_path / "rolled", 16)
 
 
