@@ -16,7 +16,7 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder, after renaming it, so that nobody reads a half-removed one."""
+    """Removes a folder, after renaming it, so that no reader finds a half-removed one."""
     if not folder.exists():
         return
     renamed = folder

@@ -148,7 +148,7 @@ def test_what_a_phase_begins_with_is_compared_with_nothing(straight: Path, path:
 
 
 def test_updates_are_as_large_as_the_rate_says(straight: Path, path: Path) -> None:
-    """Muon's: 0.18 of the learning rate (REP 2.4), and a tenth of the weights for their decay."""
+    """Muon's: 0.18 of the learning rate (report §2.4), and a tenth of the weights as decay."""
     rate = load_config(path).recipe.learning_rate(STEPS - 1)
     (groups,) = [record["groups"] for record in records_of(straight) if "groups" in record]
     for group in ("experts", "attention"):
