@@ -1,7 +1,7 @@
 """The nearest semi-orthogonal matrix by Newton–Schulz iterations of degree 5.
 
-Each step maps every singular value s to a·s + b·s³ + c·s⁵ and keeps the singular vectors. There are
-two published lists of coefficients:
+Each step maps every singular value s to a·s + b·s³ + c·s⁵ and keeps the singular vectors. Two
+published lists of coefficients are implemented:
 
 - hybrid (the Muon section of the V4 report, arXiv 2606.19348): coarse steps lift small values fast
   but only to somewhere around 1; fine steps then converge to 1.
@@ -34,8 +34,9 @@ POLAR_EXPRESS_LIMIT: Step = (1.875, -1.25, 0.375)
 POLAR_EXPRESS_SAFETY = 1.01
 """Divides singular values: rounding may push one above 1, where early polynomials diverge."""
 GRAM_RESTART = 2
-"""Steps on one Gram matrix. Squaring loses small singular values to rounding, and a Gram matrix
-with a negative eigenvalue diverges within a few steps; a new one has none."""
+"""Steps on one Gram matrix. Squaring loses small singular values to rounding, and with every step on
+one Gram matrix the error grows until a negative eigenvalue diverges; a new one has the error of one
+rounding (Dao AI Lab, Gram Newton–Schulz, 2026)."""
 
 
 def hybrid_steps(coarse: int = 8, fine: int = 2) -> tuple[Step, ...]:
@@ -69,8 +70,8 @@ def newton_schulz(
         matrices_NRC: [N, R, C] or [R, C], of any floating dtype.
         steps: the coefficients (a, b, c) of each iteration.
         dtype: of the iterations and of the result.
-        gram: iterates on Gram matrices where a matrix is at least twice as wide as high, or as
-            high as wide: the same in exact arithmetic, with fewer FLOPs.
+        gram: iterates on Gram matrices where the longer side is at least twice the shorter one:
+            the same in exact arithmetic, with fewer FLOPs.
 
     Returns:
         The shape of `matrices_NRC`, in `dtype`.

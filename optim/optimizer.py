@@ -1,9 +1,10 @@
 """Muon and AdamW over fp32 parameters on one rank.
 
 A step has two parts:
-  1. AdamW on its parameters, through torch's functional form: one fused kernel.
+  1. AdamW on its parameters, through torch's functional form: one fused call for each pair
+     of weight decay and learning-rate factor.
   2. Muon: momentum for every parameter; then matrices of the same shape, of many parameters, go
-     through Newton–Schulz together. A matrix and a transposed one count as the same shape.
+     through Newton–Schulz together. [R, C] and [C, R] count as the same shape.
 
 All states are allocated at construction, so a checkpoint has the same names at every step.
 `optim.zero.hybrid_zero` runs it on the masters that a rank owns.
@@ -184,10 +185,11 @@ class Optimizer:
         return CPU_BATCH_BYTES if on_cpu else ACCELERATOR_BATCH_BYTES
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Returns all that a resume needs, by "kind.parameter", as the live tensors.
+        """Returns all state tensors, by "kind.parameter", as the live tensors.
 
         The kinds are `momentum` of Muon and `exp_avg`, `exp_avg_sq` and `step` of AdamW, the last
-        of shape [1], the others of the parameter's. To restore, copy into them.
+        of shape [1], the others of the parameter's. To restore, copy into them, and set
+        `step_count`, which drives the warm-up of the momentum.
         """
         kinds = {
             "momentum": self._momentum,

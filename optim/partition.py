@@ -36,11 +36,11 @@ class ParameterFacts(Protocol):
 
     @property
     def matrices(self) -> int | None:
-        """How many matrices are stacked along the rows of its two dimensions; None for AdamW."""
+        """How many matrices are stacked along its rows; None for AdamW."""
 
     @property
     def matrices_if_per_head(self) -> int | None:
-        """Their number if every query head has a matrix."""
+        """The same number with `optim.muon.query_matrices` = per_head."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _split(name: str, shape: Shape, stacked: bool, count: int) -> tuple[int, int
         return shape[0], shape[1], shape[2]
     rows, columns = shape
     if count < 1 or rows % count:
-        raise OptimError(f"parameter '{name}' has {rows} rows; they must divide by {count}")
+        raise OptimError(f"parameter '{name}' has {rows} rows, which must be divisible by {count}")
     return count, rows // count, columns
 
 
@@ -114,7 +114,7 @@ def render_table(table: list[Assignment]) -> "Table":
         settings = f"{entry.weight_decay:g}", f"{entry.learning_rate_factor:g}"
         lines[pattern, shape, entry.optimizer, stack, *settings] += 1
     name = Column("parameter", overflow="fold")
-    view = Table(name, "shape", "optimizer", "matrices", "decay", "rate", "count")
+    view = Table(name, "shape", "optimizer", "matrices", "weight decay", "lr factor", "count")
     for key, count in lines.items():
         view.add_row(*key, str(count))
     return view

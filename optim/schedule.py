@@ -9,11 +9,13 @@ DEFAULT_DECAY_FRACTION = 0.1
 
 def decay_start(config: OptimConfig, total_steps: int) -> int:
     """Returns the first step, counted from 0, of the cosine; it is never in the warm-up."""
-    shape = config.schedule
-    if shape.decay_start is not None:
-        return shape.decay_start
-    fraction = DEFAULT_DECAY_FRACTION if shape.decay_fraction is None else shape.decay_fraction
-    return max(shape.warmup_steps, total_steps - round(total_steps * fraction))
+    schedule = config.schedule
+    if schedule.decay_start is not None:
+        return schedule.decay_start
+    fraction = (
+        DEFAULT_DECAY_FRACTION if schedule.decay_fraction is None else schedule.decay_fraction
+    )
+    return max(schedule.warmup_steps, total_steps - round(total_steps * fraction))
 
 
 def learning_rate_at(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -22,12 +24,12 @@ def learning_rate_at(config: OptimConfig, step: int, total_steps: int) -> float:
     The last warm-up step has the full rate; the last step of the run, and any after it, have the
     final one. A run shorter than its warm-up ends within it.
     """
-    peak, shape = config.learning_rate, config.schedule
-    if step < shape.warmup_steps:
-        return peak * (step + 1) / shape.warmup_steps
+    peak, schedule = config.learning_rate, config.schedule
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
     start = decay_start(config, total_steps)
     if step < start:
         return peak
     progress = min(1.0, (step + 1 - start) / max(1, total_steps - start))
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return peak * (shape.final_ratio + (1.0 - shape.final_ratio) * cosine)
+    return peak * (schedule.final_ratio + (1.0 - schedule.final_ratio) * cosine)

@@ -6,9 +6,13 @@ bytes in bf16. Of the three matmuls of a Newton–Schulz step, with R²·C, R³ 
 the first two are symmetric: a step takes 2/3 of the FLOPs where R = C, and 7/10 where C = 2·R.
 
     minimum of a step at 989 TFLOP/s, R = C    both triangles   one    measured
-    2048 (Flash's experts are 2048 x 4096)           52 us     35 us   not yet timed
+    2048                                             52 us     35 us   not yet timed
     4096                                            417 us    278 us   not yet timed
     7168                                           2235 us   1490 us   not yet timed
+
+A matrix of Flash's experts, 2048 x 4096, takes at least 87 us and 61 us.
+
+Letters: R rows, C columns.
 """
 
 from __future__ import annotations

@@ -271,7 +271,7 @@ class NativeEngine(Engine):
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        square = self._optimizer.norm_square().to(self.grid.device)
+        square = self._optimizer.squared_norm().to(self.grid.device)
         return all_reduce_(square, self.grid.world).sqrt().float()
 
     def where_not_finite(self) -> str:

@@ -18,7 +18,7 @@ class MatrixAssembler:
     """One owner's exchange with the ranks that hold the other shards of its matrices.
 
     Attributes:
-        sharded: slices of sharded matrices, by assembly rank.
+        sharded: slices of sharded matrices, in the order of their assembly ranks.
         assembled: those whose assembly rank is this one.
     """
 

@@ -52,13 +52,15 @@ class Chunk:
 
 
 class Bucket:
-    """One group's layout, its fp32 masters, and the exchange with the parameters.
+    """One group's layout, its fp32 masters, and the collectives between masters and parameters.
+
+    A bucket is a whole group; the unit of communication is a Chunk.
 
     Attributes:
         unsharded: owned slices whose matrices, if any, are not sharded.
         slices: everything that this rank updates, by the name of its master.
-        masters: fp32 values of `slices`, of unsharded matrices; views of fp32 parameters where
-            these are not sharded.
+        masters: fp32 values of `slices`, of whole matrices even where ranks shard them; views of
+            the parameters where these are fp32 and not sharded.
         table: the optimizer's assignment of each master.
         replica_count: ranks that make the same update.
     """

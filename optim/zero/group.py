@@ -22,7 +22,7 @@ Pending = Callable[[], Tensor]
 
 
 class RankGroup(Protocol):
-    """Ranks that exchange tensors. With one rank every method returns its input."""
+    """Ranks that exchange tensors. With one rank the result of every method is its input."""
 
     @property
     def rank(self) -> int:
@@ -47,7 +47,7 @@ class RankGroup(Protocol):
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters of one precision that the same ranks hold.
+    """Parameters of one dtype that the same ranks hold.
 
     Attributes:
         parameters: by name, with the shapes in `local_parameters`.
@@ -92,7 +92,7 @@ class StateSlice:
 
 
 def check(group: ParameterGroup) -> None:
-    """Raises OptimError unless a group's names match its table and its precision is one."""
+    """Raises OptimError unless names match the table and all parameters have one dtype."""
     names = {p.assignment.name for p in group.local_parameters}
     if names != set(group.parameters):
         unmatched = sorted(names ^ set(group.parameters))

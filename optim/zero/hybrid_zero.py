@@ -92,7 +92,7 @@ class HybridZero:
     def _rounding_seed(self) -> int:
         return self.seed * 1_000_003 + self.step_count
 
-    def norm_square(self) -> Tensor:
+    def squared_norm(self) -> Tensor:
         """This rank's part of the squared norm of all gradients, after `reduce`: 0-dim fp64.
 
         The sum over all ranks counts every element once.
@@ -119,7 +119,7 @@ class HybridZero:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Updates the masters at `learning_rate` and gathers the parameters; frees gradients."""
+        """Updates and gathers the parameters; frees the masters' gradients."""
         self.inner.step(learning_rate)
         for master in self._masters.values():
             master.grad = None
@@ -138,7 +138,7 @@ class HybridZero:
             bucket.read()
 
     def states(self) -> Iterator[StateSlice]:
-        """Everything of this rank that a resume needs, as live tensors.
+        """All state tensors of this rank, live; a resume also needs `step_count`.
 
         Masters of fp32 parameters are not included. To restore, copy into these tensors and into
         the fp32 parameters, then call `restored`.

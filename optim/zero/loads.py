@@ -71,7 +71,7 @@ def loads_of(layout: Layout, config: MuonConfig) -> list[list[Load]]:
 
 @dataclass(frozen=True)
 class LoadSummary:
-    """The loads of all ranks, for people."""
+    """The loads of all ranks, summarised for display."""
 
     loads: Sequence[Load]
 

@@ -133,16 +133,16 @@ def plan_owners(
     ranks: int,
     assembly_ranks: int,
     config: MuonConfig,
-    padding: float,
+    max_padding: float,
 ) -> Layout:
-    """Returns the layout with the most owners whose padding is within `padding`.
+    """Returns the layout with the most owners whose padding is at most `max_padding`.
 
-    The number of owners divides `ranks`. `padding` is a fraction of the elements in the buffer; one
+    The number of owners divides `ranks`. Padding is a fraction of the elements in the buffer; one
     owner needs none.
     """
     sizes = [matrix.size for p in parameters for matrix in _matrices_of(p, config)]
     adamw_elements = sum(math.prod(p.shape) for p in parameters if p.assignment.matrices is None)
-    limit = (1.0 + padding) * (sum(sizes) + adamw_elements)
+    limit = (1.0 + max_padding) * (sum(sizes) + adamw_elements)
     for owners in range(ranks, 1, -1):
         if ranks % owners or owners * max(sizes, default=0) > limit:
             continue
@@ -207,8 +207,8 @@ def _matrices_of(parameter: LocalParameter, config: MuonConfig) -> Iterator[_Mat
 def _divide_equal(matrices: Sequence[_Matrix], owners: int, assembly_ranks: int) -> list[_Place]:
     """Divides the equal matrices of each parameter into contiguous runs, one for each bin.
 
-    A bin is an owner, or an owner and assembly rank. The matrices that remain of a parameter go to
-    the bins after those that got the remainder of the parameter before.
+    A bin is an owner, or an owner and assembly rank. Remainders are dealt round-robin:
+    those of a parameter begin at the bin after the last one that got an extra matrix.
     """
     if not matrices:
         return []
@@ -241,7 +241,7 @@ class _BinPacking:
         self.flops = [[0] * assembly_ranks for _ in range(owners)]
         self.size = [0] * owners
         mean_flops = sum(m.flops for m in matrices) / (owners * assembly_ranks)
-        # No packing has a lower maximum of FLOPs than this without the factor; 1.1 leaves room.
+        # Without the factor, a lower bound on the largest load of any packing; 1.1 leaves room.
         self.flops_target = 1.1 * max(mean_flops, *(m.flops for m in matrices))
         self.size_target = sum(m.size for m in matrices) / owners
 

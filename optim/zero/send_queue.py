@@ -93,7 +93,7 @@ class SendQueue:
 
 
 def _backward_order(name: str) -> tuple[int, str]:
-    """Sorts heads first, then the layers from the last to the first, then the embedding."""
+    """Sorts norm, heads and MTP first, then layers from last to first, then the embedding."""
     if name.startswith("layers."):
         return -int(name.split(".")[1]), name
     return (1 if name == "embed.weight" else -(2**31)), name

@@ -68,7 +68,7 @@ def test_the_norm_of_large_gradients_is_summed_exactly() -> None:
     parameters["embed.weight"].grad = torch.full((5000, 200), 0.01)
     ours.reduce()
     exact = 1e6 * float(torch.tensor(0.01)) ** 2
-    assert ours.norm_square().item() == pytest.approx(exact, rel=1e-10)
+    assert ours.squared_norm().item() == pytest.approx(exact, rel=1e-10)
 
 
 def test_masters_carry_steps_too_small_for_bf16() -> None:

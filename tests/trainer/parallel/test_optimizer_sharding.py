@@ -130,7 +130,7 @@ class Run:
                     part.grad = own * share(axis.rank, axis.size)
                     square += alone.grad.double().square().sum()
             self.ours.reduce()
-            norm = all_reduce_(self.ours.norm_square(), self.grid.world).sqrt()
+            norm = all_reduce_(self.ours.squared_norm(), self.grid.world).sqrt()
             errors[f"norm {step}"] = abs(float(norm / square.sqrt()) - 1.0)
             self.reference.step(0.02)
             self.ours.step(0.02)
