@@ -45,7 +45,10 @@ def make_initialised_model(config: RunConfig, grid: Grid) -> LocalModel:
 
 
 def make_local(config: RunConfig, grid: Grid, dispatch: Dispatch | None = None) -> LocalModel:
-    """Makes this rank's part of the model on meta; `dispatch` is that of `build_local_model`."""
+    """Makes this rank's part of the model on the meta device.
+
+    `dispatch`: as in `build_local_model`.
+    """
     return build_local_model(
         config.model,
         DTYPES[config.precision],

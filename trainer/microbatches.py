@@ -50,7 +50,7 @@ class RowCopies:
     """Copies batches to a device.
 
     Arguments:
-        device: of the copies; a CPU and the meta device have one stream, which does nothing here.
+        device: of the copies; on a CPU and the meta device streams are no-ops.
         ratios: compression ratios of the layers, whose entries are copied with the rows.
     """
 
@@ -87,7 +87,7 @@ class RowCopies:
 
 
 class Microbatches(Sequence[Microbatch]):
-    """Microbatches made on access: their rotations are large where rows are long."""
+    """Microbatches, each made on access: its RoPE tables are large where rows are long."""
 
     def __init__(
         self,

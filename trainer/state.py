@@ -30,9 +30,10 @@ class TrainState:
     consecutive_skips: int = 0
     """Such steps since the last update."""
     anticipation_start: int | None = None
-    """First step of the current anticipatory routing, or of the last one; None before any."""
+    """First step, counted from 0, of the current anticipatory routing or the last one; None before
+    any."""
     anticipation_end: int | None = None
-    """First step after it; None where it lasts to the end of the run."""
+    """First step after it, counted from 0; None where it lasts to the end of the run."""
     rollbacks: int = 0
     """How often the run has rolled back."""
     spike_steps: list[int] = field(default_factory=list)

@@ -47,7 +47,8 @@ class StepResult:
     epochs: dict[str, float] = field(default_factory=dict)
     """By source of the training data, how many epochs the run has read so far."""
     seconds: float = 0.0
-    """Wall time from fetching the batch to the end of the update."""
+    """Wall time on the host from before the step's batch is fetched until the step returns, layer
+    stats included; the device may still be updating."""
     validation_loss: float | None = None
     """Set where an evaluation was due after this step."""
     validation_by_source: dict[str, float] | None = None

@@ -183,3 +183,12 @@ def test_seeds_are_averaged_and_the_others_tuned() -> None:
     # sqrt(0.02 / 2 + 0.08 / 2) = 0.2236
     assert lines[1].startswith("kind: muon beats adamw by 0.5000 ± 0.2236 nats of validation_loss")
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize(("goal", "better"), [("minimize", 1.5), ("maximize", 2.5)])
+def test_more_seeds_do_not_beat_a_better_mean(goal: str, better: float) -> None:
+    trials = [Trial("t", "complete", {"kind": "muon", "seed": seed}, [], 2.0) for seed in (1, 2)]
+    trials.append(Trial("t", "complete", {"kind": "adamw", "seed": 1}, [], better))
+    _, line = sentences(groups(trials, goal), goal, "validation_loss")
+    expected = "kind: muon, with more seeds, is worse than adamw by 0.5000 nats of validation_loss"
+    assert line.startswith(f"{expected} (2 and 1 trials, ")

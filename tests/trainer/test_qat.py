@@ -143,7 +143,7 @@ def test_memory_counts_the_rounded_experts(tiny: Path, tmp_path: Path) -> None:
         ),
         (
             ["engine=deepspeed", *DEEPSPEED],
-            "quantisation = mxfp4 does not go with engine = deepspeed",
+            "quantisation = mxfp4 is not supported with engine = deepspeed",
         ),
         (["quantisation=fp4"], "quantisation = 'fp4'"),
         (

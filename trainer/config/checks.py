@@ -61,7 +61,7 @@ def _phases_on_this_engine(config: RunSettings) -> Iterator[str]:
     - `phases.attention` is warmup only if `model.layer_types` has csa.
     """
     if config.engine != "native":
-        yield f"phases do not go with engine = {config.engine}; use engine = native"
+        yield f"phases are not supported with engine = {config.engine}; use engine = native"
     modes = [phase.attention for phase in config.phases]
     if "warmup" in modes and "csa" not in config.model.layer_types:
         yield (
@@ -141,8 +141,8 @@ def stability_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
         return
     if config.engine == "deepspeed":
         yield (
-            "stability.spikes does not go with engine = deepspeed, which cannot skip an update; it "
-            "should be null"
+            "stability.spikes is not supported with engine = deepspeed, which cannot skip an "
+            "update; use null"
         )
     if spikes.min_history > spikes.deviation_window:
         yield (

@@ -50,12 +50,13 @@ def zero_stage(block: Mapping[str, Any]) -> int:
 
 
 def deepspeed_problems(config: RunSettings) -> Iterator[str]:
-    """Yields what the engine DeepSpeed or its block does not go with.
+    """Yields the settings that are incompatible with the engine DeepSpeed or its block.
 
     - `deepspeed` needs `engine` = deepspeed, and agrees with `data`, `precision` and `optim`.
     - `fit_to_memory` needs `engine` = native.
     - `precision` = bf16 needs ZeRO stage 1 or 2 in `deepspeed`.
-    - `optim.matrix_optimizer` has its DeepSpeed name in `deepspeed`.
+    - `optim.matrix_optimizer` = adamw needs an optimizer of type AdamW in `deepspeed`, and muon one
+      of type Muon.
     """
     block: Block | None = config.deepspeed
     if config.engine != "deepspeed":
@@ -70,8 +71,8 @@ def deepspeed_problems(config: RunSettings) -> Iterator[str]:
     yield from _degrees(config.parallel)
     if config.fit_to_memory:
         yield (
-            "fit_to_memory = true does not go with engine = deepspeed, whose memory is not "
-            "counted; it should be false"
+            "fit_to_memory = true is not supported with engine = deepspeed, whose memory is not "
+            "counted; use false"
         )
     if config.precision == "bf16" and zero_stage(block) not in (1, 2):
         yield (
@@ -85,7 +86,7 @@ def deepspeed_problems(config: RunSettings) -> Iterator[str]:
 
 
 def _degrees(parallel: ParallelConfig) -> Iterator[str]:
-    """Yields what only the native engine can do.
+    """Yields parallelism that only the native engine supports.
 
     - `parallel.tensor`, `parallel.expert`, `parallel.pipeline`, `parallel.context` and
       `parallel.expert_tensor` are 1 with `engine` = deepspeed.
@@ -96,17 +97,17 @@ def _degrees(parallel: ParallelConfig) -> Iterator[str]:
     for axis in _DEGREES:
         if (degree := getattr(parallel, axis)) != 1:
             yield (
-                f"parallel.{axis} = {degree} does not go with engine = deepspeed, which divides "
-                f"only data; parallel.{axis} should be 1"
+                f"parallel.{axis} = {degree} is not supported with engine = deepspeed, which has "
+                "only data parallelism; use 1"
             )
     for field in ("grad_reduce_dtype", "expert_grad_reduce_dtype"):
         if (value := getattr(parallel, field)) != "fp32":
             yield (
-                f"parallel.{field} = {value} does not go with engine = deepspeed, which sends them "
-                "in the model's precision; it should be fp32"
+                f"parallel.{field} = {value} is not supported with engine = deepspeed, which sends "
+                "gradients in the model's precision; use fp32"
             )
     if parallel.recompute:
-        yield "parallel.recompute does not go with engine = deepspeed; it should be empty"
+        yield "parallel.recompute is not supported with engine = deepspeed; leave it empty"
 
 
 def _unknown(block: Block) -> Iterator[str]:
@@ -151,7 +152,10 @@ def _zero(zero: Block) -> Iterator[str]:
             return
         device = section.get("device", "none")
         if device == "nvme":
-            yield f"{name}.device = 'nvme' does not update as AdamW does; use cpu"
+            yield (
+                f"{name}.device = 'nvme' is not supported: its optimizer does not update as AdamW "
+                "does; use cpu"
+            )
         elif device not in ("none", "cpu"):
             yield f"{name}.device = {device!r} should be cpu or none"
         elif device != "none" and stage != 3:
@@ -191,24 +195,25 @@ def _optimizer(config: RunSettings, section: Block) -> Iterator[str]:
 
 
 def _muon(optim: OptimConfig, stage: int) -> Iterator[str]:
-    """Yields what DeepSpeed's Muon cannot do.
+    """Yields settings that DeepSpeed's Muon does not support.
 
     - `optim.clip_norm` is null with DeepSpeed's Muon.
     - `optim.muon.momentum_warmup_steps` is 0 with DeepSpeed's Muon.
+    - `deepspeed` has ZeRO stage 1, 2 or 3 with DeepSpeed's Muon.
     """
     if optim.clip_norm is not None:
         yield (
-            f"optim.clip_norm = {optim.clip_norm:g} does not go with DeepSpeed's Muon, which would "
-            "clip the updates instead of the gradients; use null"
+            f"optim.clip_norm = {optim.clip_norm:g} is not supported with DeepSpeed's Muon, which "
+            "would clip the updates instead of the gradients; use null"
         )
     if optim.muon.momentum_warmup_steps:
         yield (
-            f"optim.muon.momentum_warmup_steps = {optim.muon.momentum_warmup_steps} does not go "
-            "with DeepSpeed's Muon; use 0"
+            f"optim.muon.momentum_warmup_steps = {optim.muon.momentum_warmup_steps} is not "
+            "supported with DeepSpeed's Muon; use 0"
         )
     if stage == 0:
         yield (
-            "deepspeed.zero_optimization.stage = 0 does not go with DeepSpeed's Muon, which "
+            "deepspeed.zero_optimization.stage = 0 is not supported with DeepSpeed's Muon, which "
             "treats a stack of matrices as one matrix there; use 1, 2 or 3"
         )
 
@@ -231,7 +236,8 @@ def resolve(config: RunSettings, world: int) -> Block:
     block.pop("optimizer", None)  # the engine makes it, from the table
     if config.optim.matrix_optimizer == "muon" and zero_stage(block) == 3:
         block["zero_optimization"] = {**block["zero_optimization"], "reduce_scatter": False}
-    # The engine marks boundaries of steps and sums losses itself: DeepSpeed accumulates nothing.
+    # The engine marks the accumulation boundary itself, and backward does not divide by the number
+    # of microbatches (scale_wrt_gas=False): DeepSpeed only accumulates gradients.
     block.update(
         train_micro_batch_size_per_gpu=micro,
         gradient_accumulation_steps=steps,

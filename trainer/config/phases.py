@@ -45,7 +45,8 @@ class PhaseConfig(Section):
     dense, and only the indexers are trained. `sparse`: CSA layers attend to the entries that the
     indexers select; everything is trained."""
     name: str | None = None
-    """Name in logs and reports; null: attention and row length."""
+    """Name in logs and reports; null: attention and row length, and decay and
+    quantisation if set."""
     seq_len: Annotated[int, Field(ge=2)] | None = None
     """Length of a row; null: data.seq_len. [tokens]"""
     global_batch_size: PositiveInt | None = None

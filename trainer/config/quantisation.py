@@ -9,7 +9,7 @@ from trainer.config.settings import RunSettings
 
 
 def quantisation_problems(config: RunSettings) -> Iterator[str]:
-    """Yields what the run's quantisation, or a phase's, does not go with.
+    """Yields the settings that are incompatible with the quantisation of the run or a phase.
 
     - `quantisation` = mxfp4 and `phases.quantisation` = mxfp4 need `engine` = native.
     - `model.hidden_size` and `model.moe_intermediate_size` are multiples of 32 with `quantisation`.
@@ -28,7 +28,7 @@ def quantisation_problems(config: RunSettings) -> Iterator[str]:
 
 def _problems(config: RunSettings, what: str) -> Iterator[str]:
     if config.engine != "native":
-        yield f"{what} does not go with engine = {config.engine}; engine should be native"
+        yield f"{what} is not supported with engine = {config.engine}; use engine = native"
     model, parts = config.model, config.parallel.expert_tensor
     for field in ("hidden_size", "moe_intermediate_size"):
         size = getattr(model, field)
@@ -38,7 +38,7 @@ def _problems(config: RunSettings, what: str) -> Iterator[str]:
     if inner % (MXFP4_BLOCK * parts):
         yield (
             f"parallel.expert_tensor = {parts} splits model.moe_intermediate_size = {inner} inside "
-            f"a block of {MXFP4_BLOCK}, which {what} cannot; it should divide "
+            f"a block of {MXFP4_BLOCK}, which {what} does not allow; it should divide "
             f"{inner // MXFP4_BLOCK}"
         )
     index = model.index_head_dim
@@ -51,7 +51,7 @@ def _problems(config: RunSettings, what: str) -> Iterator[str]:
 
 
 def fp8_problems(config: RunSettings) -> Iterator[str]:
-    """Yields what `precision = fp8` does not go with.
+    """Yields the settings that are incompatible with `precision = fp8`.
 
     - `precision` = fp8 needs `engine` = native.
     - `parallel.tensor` and `parallel.expert_tensor` split no block of 128 values with `precision` =
@@ -60,7 +60,7 @@ def fp8_problems(config: RunSettings) -> Iterator[str]:
     if config.precision != "fp8":
         return
     if config.engine != "native":
-        yield f"precision = fp8 does not go with engine = {config.engine}; engine should be native"
+        yield f"precision = fp8 is not supported with engine = {config.engine}; use engine = native"
     model = config.model
     inner = model.moe_intermediate_size
     for axis, sizes in (
@@ -79,7 +79,7 @@ def fp8_problems(config: RunSettings) -> Iterator[str]:
             if degree > 1 and size % (FP8_BLOCK * degree):
                 yield (
                     f"parallel.{axis} = {degree} splits {field} = {size} inside a block of "
-                    f"{FP8_BLOCK}, which precision = fp8 cannot; it should be 1"
+                    f"{FP8_BLOCK}, which precision = fp8 does not allow; it should be 1"
                     + f" or divide {size // FP8_BLOCK}"
                     * (size % FP8_BLOCK == 0)
                 )

@@ -62,7 +62,8 @@ class Recipe:
     """The phases of a run, and its settings at every step.
 
     `phases` has at least one phase, `steps` is the number of steps of the whole run, and `optim`
-    has the schedule with its decay resolved. Raises ValueError, one sentence, where phases overlap.
+    has the schedule with its decay resolved. Raises ValueError, one sentence, where phases overlap,
+    a ramp does not fit its phase, or the decay begins in the warm-up.
     """
 
     def __init__(self, config: RecipeSettings) -> None:
@@ -117,7 +118,7 @@ class Recipe:
         return max(self.phases, key=size)
 
     def notes(self) -> list[str]:
-        """Returns a sentence about everything that is valid but probably unintended."""
+        """Returns a warning if sparse attention in some phase would select every entry."""
         model = self._model
         for phase in self.phases:
             entries = phase.rows.seq_len // model.csa_compress_ratio
@@ -126,7 +127,7 @@ class Recipe:
                 return [
                     f"phase {phase.number} ({phase.name}): rows of {phase.rows.seq_len:,} have "
                     f"{entries:,} entries and model.index_topk is {model.index_topk:,}, so that "
-                    "sparse attention sees all of them"
+                    "sparse attention selects all of them"
                 ]
         return []
 
@@ -152,7 +153,8 @@ def _single_phase(config: RecipeSettings) -> Phase:
 def _resolve(config: RecipeSettings) -> tuple[Phase, ...]:
     """Returns the phases with their steps.
 
-    - `phases.until_tokens` increases, by more than the last step of the phase before takes.
+    - `phases.until_tokens` is more than the tokens of all phases before, the last step of each
+      included.
     """
     phases: list[Phase] = []
     step = tokens = 0
@@ -196,7 +198,9 @@ def _phase(config: RecipeSettings, number: int, first: int, budget: int) -> Phas
 
 
 def _rows(config: RecipeSettings, number: int, budget: int) -> DataPhase:
-    """Returns the rows of a phase, which `data` has where the phase does not, without its steps.
+    """Returns the rows of a phase, with the settings of `data` where the phase has none.
+
+    The number of steps is not set yet.
 
     - `phases.initial_batch_size` is less than `phases.global_batch_size`.
     """
@@ -249,13 +253,13 @@ def _decaying(optim: OptimConfig, start: int) -> OptimConfig:
 
     - `optim.schedule.warmup_steps` end before the first phase with `phases.decay`.
     """
-    shape = optim.schedule
-    if start < shape.warmup_steps:
+    schedule = optim.schedule
+    if start < schedule.warmup_steps:
         raise ValueError(
-            f"optim.schedule.warmup_steps = {shape.warmup_steps} reaches into the first phase with "
-            f"decay = true, which begins at step {start}"
+            f"optim.schedule.warmup_steps = {schedule.warmup_steps} reaches into the first phase "
+            f"with decay = true, which begins at step {start}"
         )
-    decaying = shape.model_copy(update={"decay_start": start, "decay_fraction": None})
+    decaying = schedule.model_copy(update={"decay_start": start, "decay_fraction": None})
     return optim.model_copy(update={"schedule": decaying})
 
 

@@ -6,7 +6,8 @@
 The string after a field is its meaning, and may end with a unit, as in "Length of a row. [tokens]".
 What a value is checked for comes from three places: the field's constraints; the docstrings of the
 section's validators, which name its fields in backticks; and lists in the docstrings of the modules
-that check across sections, whose items begin with the keys that they are about, in backticks.
+that check across sections, whose items begin with the keys that they are about, in backticks; an
+item that begins otherwise is about all its keys.
 """
 
 import ast
@@ -77,7 +78,10 @@ class SectionReference:
 
 
 class Reference:
-    """All sections of the configs that are read as `roots`, by the key of each root."""
+    """The sections of config files.
+
+    `roots`: their pydantic models by the key under which they appear, "" for a run's config.
+    """
 
     def __init__(self, roots: Mapping[str, type[BaseModel]]) -> None:
         rules = _rules_across_sections()

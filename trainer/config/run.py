@@ -87,7 +87,8 @@ class EvaluationConfig(Section):
     max_rows: PositiveInt | None = None
     """Maximum number of validation rows; null reads all of them. [rows]"""
     per_source: bool = True
-    """Also log the loss of each source, where there are several, on as many rows in total."""
+    """Also log the loss of each source where there are several; `max_rows` is divided among
+    them."""
 
 
 class RunConfig(Section):
@@ -96,8 +97,8 @@ class RunConfig(Section):
     run_dir: Path
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, wandb/, report.html."""
     steps: NonNegativeInt = 0
-    """Optimizer steps of the whole run, those before a resume included; 0 or absent with `phases`,
-    whose tokens determine them. [steps]"""
+    """Optimizer steps of the whole run, those before a resume included; with `phases`, whose tokens
+    determine it, 0, absent, or that number. [steps]"""
     seed: NonNegativeInt = 0
     """Seed of initial weights and data order."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
@@ -117,8 +118,8 @@ class RunConfig(Section):
     """Run norms, experts' activation and residual streams through torch.compile where they have no
     Triton kernel (docs/performance.md)."""
     fit_to_memory: bool = False
-    """Choose data.micro_batch_size, parallel.recompute and parallel.offload for the device's
-    memory, instead of the config's (docs/planning.md)."""
+    """Choose parallel.recompute, parallel.offload and, without a pipeline, data.micro_batch_size
+    for the device's memory; the config's values of these are not used (docs/planning.md)."""
     deterministic: bool = False
     """Refuse operations whose results can differ between runs."""
     model: ModelConfig

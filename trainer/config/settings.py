@@ -1,4 +1,4 @@
-"""The fields of a run's config that its recipe and its checks read, as types. Imports no torch.
+"""Protocols with the fields of a run's config that its recipe and checks read. Imports no torch.
 
 `RunConfig` has all of them. A module that takes one of these instead of `RunConfig` can be imported
 by it.

@@ -40,7 +40,10 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: Resolvers = {}  # noqa: RUF012 - PyYAML's own declaration
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuses a repeated key, whose second value would silently replace the first."""
+        """Refuses a key that is no string, and one that is repeated.
+
+        The second value of a repeated key would silently replace the first.
+        """
         keys: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)

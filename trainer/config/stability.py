@@ -27,9 +27,11 @@ class SpikeConfig(Section):
     median_window: PositiveInt = 16
     """A step is compared with the median of this many steps before it. [steps]"""
     deviation_window: PositiveInt = 128
-    """The usual deviation is that of this many steps from their own medians. [steps]"""
+    """Number of past steps whose distances from the medians before them define the usual deviation.
+    [steps]"""
     min_history: PositiveInt = 32
-    """Minimum number of such steps before a step can be a spike. [steps]"""
+    """Minimum number of such steps before loss, gradient norm or routers' top-1 shares can be
+    outliers; a collapsed router needs `median_window` steps. [steps]"""
     threshold: PositiveFloat = 6.0
     """Minimum distance of a spike from the median, in robust standard deviations."""
     min_loss_deviation: PositiveFloat = 0.05
@@ -39,8 +41,9 @@ class SpikeConfig(Section):
     min_router_deviation: PositiveFloat = 0.02
     """Lower bound of the deviation of a router's mean top-1 weight share."""
     router_collapse_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
-    """A router has collapsed if one expert gets at least this share of a step's tokens, unless its
-    median share was at least half of that before."""
+    """A router has collapsed if one expert of a learned layer gets at least this share of a step's
+    tokens, unless the median of the largest such share over the steps before was more than half of
+    this setting."""
     snapshot_every: NonNegativeInt = 20
     """Interval of copies of weights and optimizer in the host's memory; 0 rolls back to checkpoints
     only. [steps]"""

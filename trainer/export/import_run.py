@@ -47,8 +47,10 @@ def import_hf_folder(config: RunConfig, source: Path) -> str:
     already has checkpoints, ModelConfigError when weights are missing or do not fit.
     """
     checkpoints = config.run_dir / "checkpoints"
-    if found := checkpoints_in(checkpoints):
-        raise ExportError(f"{config.run_dir}: already holds {found[-1].name}; name a new run_dir")
+    if existing := checkpoints_in(checkpoints):
+        raise ExportError(
+            f"{config.run_dir}: already holds {existing[-1].name}; name a new run_dir"
+        )
     ours = {name: getattr(config.model, name) for name in _OURS}
     model_config = read_hf_config(source, **ours)
     config = config.model_copy(update={"model": model_config})
@@ -69,4 +71,4 @@ def import_hf_folder(config: RunConfig, source: Path) -> str:
 def _fresh_mtp(config: RunConfig) -> str:
     if config.model.num_nextn_predict_layers == 0:
         return ""
-    return f" (mtp.* was not in the folder and starts fresh from seed {config.seed})"
+    return f" (mtp.* was not in the folder and is initialised from seed {config.seed})"

@@ -9,7 +9,7 @@ Record = dict[str, Any]
 Event = dict[str, Any]
 """A rollback: `spike_step`, `reason`, `restored_step` (None where there was nothing to restore),
 `rollbacks`, `skipped_batch` and `anticipation_end` (None for none), `stop_reason` (None unless the
-run ends); see stability/rollback.py."""
+run ends); see stability/rollback.py. Steps are counted from 1 here, from 0 in TrainState."""
 
 _OLD_KEYS = {
     "heldout_loss": "validation_loss",
@@ -41,13 +41,13 @@ class MetricsFile:
     training: lines wait in memory until they can be written.
     """
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        """Opens for appending; lines of steps after `first_step` are dropped."""
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Opens for appending; lines of steps after `last_step` are dropped."""
         self.path = path
         records: list[Record] = []
         if path.exists():
-            records = read_metrics(path, first_step)
-            for step, event in read_events(path, first_step):
+            records = read_metrics(path, last_step)
+            for step, event in read_events(path, last_step):
                 place = sum(record["step"] <= step for record in records)
                 records.insert(place, {"step": step, "event": event})
         self._pending = "".join(json.dumps(record) + "\n" for record in records)
@@ -102,7 +102,7 @@ def read_events(path: Path, last_step: int | None = None) -> list[tuple[int, Eve
 
 
 def _lines(path: Path, last_step: int | None) -> list[Record]:
-    """The objects of a file up to `last_step`, without a torn line."""
+    """Returns the objects of a file up to `last_step`, without a torn line."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -115,7 +115,7 @@ def _lines(path: Path, last_step: int | None) -> list[Record]:
 
 
 def _with_new_keys(record: Record) -> Record:
-    """A record of an older run with the keys that are written now."""
+    """Returns a record of an older run with the keys that are written now."""
     renamed = {_OLD_KEYS.get(key, key): value for key, value in record.items()}
     for key, old_keys in (("layers", _OLD_LAYER_KEYS), ("event", _OLD_EVENT_KEYS)):
         if key in renamed:

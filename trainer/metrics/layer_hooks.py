@@ -28,7 +28,7 @@ from model.moe import Experts
 
 Reduction = Literal["mean", "max"]
 Key = tuple[str, Reduction, int]
-"""Name of a metric, how it is reduced, and the layer's row."""
+"""Name of a metric, how it is reduced, and the index of the layer (then MTP)."""
 HookStats = dict[Key, tuple[float, float]]
 """Sum and count of a mean, or a maximum and 1."""
 
@@ -39,15 +39,15 @@ class StatsCollector:
     def __init__(self) -> None:
         self._tensors: dict[Key, list[Tensor]] = {}
 
-    def add_mean(self, name: str, row: int, total: Tensor, count: Tensor | int) -> None:
+    def add_mean(self, name: str, layer: int, total: Tensor, count: Tensor | int) -> None:
         """Adds to a mean; `total` and `count` are sums, 0-dim."""
         count = torch.as_tensor(count, device=total.device)
-        self._add((name, "mean", row), torch.stack([total.double(), count.double()]))
+        self._add((name, "mean", layer), torch.stack([total.double(), count.double()]))
 
-    def add_max(self, name: str, row: int, values: Tensor) -> None:
+    def add_max(self, name: str, layer: int, values: Tensor) -> None:
         """Adds to a maximum."""
         top = values.max() if values.numel() else values.new_zeros(())
-        self._add((name, "max", row), torch.stack([top.double(), torch.ones_like(top).double()]))
+        self._add((name, "max", layer), torch.stack([top.double(), torch.ones_like(top).double()]))
 
     def _add(self, key: Key, pair: Tensor) -> None:
         self._tensors.setdefault(key, []).append(pair)
@@ -68,12 +68,12 @@ class StatsCollector:
 def collect_stats(model: V4Model) -> Iterator[StatsCollector]:
     """Collects stats of the forward passes inside the block.
 
-    `stream_rms`, `stream_max`: root mean square (as a mean of squares) and largest magnitude of the
-    residual streams that a block returns. `comb_sum_error`: largest distance from 1 of the sum of a
-    row or column of the matrices that mix the streams. `swiglu_clamped_share`, `swiglu_max`: share
-    of the experts' inner values that SwiGLU's clamp changes, and the largest magnitude before it.
-    `indexer_recall`: of the attention mass that all entries get from all queries in a CSA layer,
-    the share of the entries that its indexer selects.
+    `stream_rms`: mean square of the residual streams that a block returns (layer_stats.py takes the
+    root); `stream_max`: their largest magnitude. `comb_sum_error`: largest distance from 1 of the
+    sum of a row or column of the matrices that mix the streams. `swiglu_clamped_share`,
+    `swiglu_max`: share of the experts' inner values that SwiGLU's clamp changes, and the largest
+    magnitude before it. `indexer_recall`: of the attention mass that all entries get from all
+    queries in a CSA layer, the share of the entries that its indexer selects.
     """
     collector = StatsCollector()
     blocks = [module for module in model.modules() if isinstance(module, Block)]
@@ -125,13 +125,13 @@ def _recall_hook(block: Block, collector: StatsCollector) -> RemovableHandle:
 
 
 def _expert_hooks(block: Block, collector: StatsCollector) -> list[Any]:
-    index, limit = block.layer_index, block.config.swiglu_limit
+    layer, limit = block.layer_index, block.config.swiglu_limit
 
     def collect(gate: Tensor, up: Tensor) -> None:
         gate, up = gate.float(), up.float()
         clamped = (gate > limit) | (up.abs() > limit)
-        collector.add_mean("swiglu_clamped_share", index, clamped.sum(), clamped.numel())
-        collector.add_max("swiglu_max", index, torch.cat([gate.abs(), up.abs()]))
+        collector.add_mean("swiglu_clamped_share", layer, clamped.sum(), clamped.numel())
+        collector.add_max("swiglu_max", layer, torch.cat([gate.abs(), up.abs()]))
 
     def experts(module: Experts, inputs: tuple[Dispatched]) -> None:
         (dispatched,) = inputs

@@ -18,13 +18,15 @@ from trainer.parallel.grid import Grid
 from trainer.step import LayerStats
 
 _Ranges = dict[tuple[str, int], tuple[float, float]]
-"""Minimum and maximum by metric and the layer's row."""
+"""Minimum and maximum by metric and the index of the layer (then MTP)."""
 
 
 def compute_layer_stats(
     model: V4Model, expert_load: Tensor, grid: Grid, hook_stats: HookStats | None = None
 ) -> LayerStats:
-    """Returns the stats of all layers, on every rank; all ranks call it, outside of a step.
+    """Returns the stats of all layers, on every rank.
+
+    All ranks call it, after forward and backward.
 
     Args:
         model: this rank's part.
@@ -32,9 +34,9 @@ def compute_layer_stats(
         hook_stats: what hooks collected on this rank in a forward pass.
 
     Returns:
-        `expert_load_max`: of the busiest expert, over the mean; 1 is even.
-        `expert_load_entropy`: over that of an even load, 0 to 1.
-        `dead_expert_share`: share of experts that no token chose.
+        `expert_load_max`: of the most loaded expert, over the mean; 1 is balanced.
+        `expert_load_entropy`: over that of a balanced load, 0 to 1.
+        `dead_expert_share`: share of experts that no token selected.
         `router_bias_min`, `router_bias_max`: of learned routers.
         `sink_min`, `sink_max`: of the heads' logits in the softmax's denominator.
         With `hook_stats` also those of layer_hooks.py.
@@ -42,7 +44,7 @@ def compute_layer_stats(
     stats = expert_load_stats(expert_load)
     ranges = _merged(all_gather_objects(_local_ranges(model), grid.world))
     for name in ("router_bias", "sink"):
-        pairs = [ranges.get((name, row)) for row in range(len(expert_load))]
+        pairs = [ranges.get((name, layer)) for layer in range(len(expert_load))]
         stats[f"{name}_min"] = [pair and pair[0] for pair in pairs]
         stats[f"{name}_max"] = [pair and pair[1] for pair in pairs]
     if hook_stats is not None:
@@ -50,24 +52,25 @@ def compute_layer_stats(
     return stats
 
 
-def _over_ranks(parts: list[HookStats], rows: int) -> LayerStats:
-    """Means and maxima over the ranks' stats."""
+def _over_ranks(parts: list[HookStats], layers: int) -> LayerStats:
+    """Returns means and maxima over the ranks' stats."""
     stats: LayerStats = {}
     keys = {key for part in parts for key in part}
-    for name, kind, row in sorted(keys):
-        pairs = [part[name, kind, row] for part in parts if (name, kind, row) in part]
-        values = stats.setdefault(name, [None] * rows)
+    for key in sorted(keys):
+        name, kind, layer = key
+        pairs = [part[key] for part in parts if key in part]
+        values = stats.setdefault(name, [None] * layers)
         if kind == "max":
-            values[row] = max(top for top, _ in pairs)
+            values[layer] = max(top for top, _ in pairs)
             continue
         total, count = (sum(numbers) for numbers in zip(*pairs, strict=True))
         mean = total / count if count else 0.0
-        values[row] = math.sqrt(mean) if name.endswith("_rms") else mean
+        values[layer] = math.sqrt(mean) if name.endswith("_rms") else mean
     return stats
 
 
 def expert_load_stats(load_LE: Tensor) -> LayerStats:
-    """Returns max over mean, normalised entropy and share of unused experts, for each row."""
+    """Returns max over mean, normalised entropy and share of unused experts, for each layer."""
     load_LE = load_LE.double()
     experts = load_LE.shape[1]
     share_LE = load_LE / load_LE.sum(1, keepdim=True).clamp(min=1.0)
@@ -81,13 +84,13 @@ def expert_load_stats(load_LE: Tensor) -> LayerStats:
 
 @torch.no_grad()
 def _local_ranges(model: V4Model) -> _Ranges:
-    """Ranges of router biases and sinks on this rank."""
+    """Returns the ranges of router biases and sinks on this rank."""
     tensors: dict[tuple[str, int], Tensor] = {}
-    for row, router in model.routers().items():
+    for layer, router in model.routers().items():
         if not router.hashed:
-            tensors["router_bias", row] = router.bias
-    for row, attention in model.attentions().items():
-        tensors["sink", row] = attention.attn_sink
+            tensors["router_bias", layer] = router.bias
+    for layer, attention in model.attentions().items():
+        tensors["sink", layer] = attention.attn_sink
     if not tensors:
         return {}
     ends = torch.stack([torch.stack(tensor.float().aminmax()) for tensor in tensors.values()])
@@ -106,8 +109,8 @@ def _merged(parts: list[_Ranges]) -> _Ranges:
 def flatten_layers(stats: Mapping[str, list[float | None]]) -> dict[str, float]:
     """Returns one entry per layer, as monitoring services want them: `layers/NAME/03`."""
     return {
-        f"layers/{name}/{row:02d}": value
+        f"layers/{name}/{layer:02d}": value
         for name, values in stats.items()
-        for row, value in enumerate(values)
+        for layer, value in enumerate(values)
         if value is not None
     }

@@ -67,7 +67,7 @@ def _live_line() -> "RichProgress":
 
 
 def describe(record: dict[str, Any], left: timedelta) -> str:
-    """Formats a record: `loss 3.214  validation 3.401  12 345 tokens/s  ETA 0:01:40`."""
+    """Formats a record: `loss 3.2140  validation 3.4010  12 345 tokens/s  ETA 0:01:40`."""
     validation = (
         f"  validation {record['validation_loss']:.4f}" if "validation_loss" in record else ""
     )

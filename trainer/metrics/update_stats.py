@@ -30,8 +30,9 @@ class UpdateStats:
     def after_update(self) -> GroupStats:
         """Returns the stats on every rank; all ranks call it.
 
-        `update_rms`: root mean square of the change of a weight in this step, decay included.
-        `weight_norm`: Euclidean norm of all weights of the group.
+        `update_rms`: root mean square of the weights' change in this step, weight decay included.
+        `weight_norm`: Euclidean norm of all weights of the group before the update. Both are of the
+        model's weights, which are rounded in bf16.
         """
         sums: dict[str, Tensor] = {}
         for name, weight in self._weights().items():

@@ -43,7 +43,7 @@ class WandbLog:
             config=config.to_dict(),
             settings=wandb.Settings(console="off", silent=True),
         )
-        # Steps that are trained again after a resume replace the old points on this axis.
+        # Charts are over our own step: one that is trained again is a second point at the same x.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

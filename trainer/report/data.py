@@ -95,8 +95,8 @@ def render(loader: Loader, tokenizer: Tokenizer, facts: DataFacts) -> str:
 
 
 _SOURCES_NOTE = (
-    "Contents of each source. Tokens include the begin and the end of every document; bytes are "
-    "UTF-8 text. Empty documents and bad records are skipped. The share is of all training "
+    "Contents of each source. Token counts include the begin- and end-of-document tokens; bytes "
+    "are UTF-8 text. Empty documents and bad records are skipped. The share is of all training "
     "tokens."
 )
 _PACKING_NOTE = (
@@ -140,7 +140,7 @@ def _sources(facts: DataFacts) -> str:
             f"{s.documents:,}",
             f"{s.empty:,}",
             f"{s.bad:,}",
-            f"{sum(loss.documents for loss in s.losses.values()):,}",
+            f"{sum(stats.documents for stats in s.filtered.values()):,}",
             f"{s.train_tokens:,}",
             f"{s.validation_tokens:,}",
             f"{s.bytes / (s.train_tokens + s.validation_tokens):.2f}",
@@ -159,20 +159,20 @@ def _filters(facts: DataFacts) -> str:
     """Returns figures by source and filter, and examples."""
     rows, examples = [], []
     for source in facts.sources:
-        total = source.bytes + sum(loss.bytes for loss in source.losses.values())
-        for reason, loss in source.losses.items():
+        total = source.bytes + sum(each.bytes for each in source.filtered.values())
+        for reason, stats in source.filtered.items():
             rows.append(
                 (
                     f"{escape(source.name)}: {escape(reason)}",
-                    f"{loss.documents:,}",
-                    f"{loss.bytes / 1e6:,.2f}",
-                    f"{loss.bytes / total:.2%}",
+                    f"{stats.documents:,}",
+                    f"{stats.bytes / 1e6:,.2f}",
+                    f"{stats.bytes / total:.2%}",
                 )
             )
             examples += [
                 f"<p class=note>{escape(source.name)}, {escape(reason)}: {escape(e.detail)}</p>"
                 f"<pre class=row>{escape(e.text)}</pre>"
-                for e in loss.examples
+                for e in stats.examples
             ]
     if not rows:
         return "<p>None: no filter is set, or every document passed.</p>"
@@ -205,9 +205,9 @@ def _recipe(loader: Loader) -> tuple[str, str]:
         )
     note = (
         f"Counted in the {audit.tokens:,} tokens of the first {audit.steps} steps, compared with "
-        "the configuration (of the first phase). The largest difference is "
-        f"between the share in any run of whole steps of {audit.span_tokens:,} tokens and the "
-        "configured one. FIM: share of documents; split: share of the tokens that join punctuation "
+        "the configuration (of the first phase). Largest difference: the greatest deviation from "
+        f"the configured share in any window of whole steps of about {audit.span_tokens:,} tokens. "
+        "FIM: share of documents; split: share of the tokens that join punctuation "
         "and a line break."
     )
     header = (

@@ -23,14 +23,17 @@ _MEASURED = 4_000_000  # tokens of the stream
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """One source: documents and tokens of its shards; `lengths` [documents] in tokens, to train."""
+    """One source: documents and tokens of its shards.
+
+    `lengths` are those of the training documents, in tokens.
+    """
 
     name: str
     domain: str
     documents: int
     empty: int
     bad: int
-    losses: dict[str, FilterStats]
+    filtered: dict[str, FilterStats]
     train_tokens: int
     validation_tokens: int
     bytes: int
@@ -125,7 +128,7 @@ def _source(config: DataConfig, manifest: Manifest, name: str) -> SourceFacts:
         documents=sum(shard.documents for shard in shards),
         empty=manifest.empty_documents.get(name, 0),
         bad=manifest.bad_records.get(name, 0),
-        losses=manifest.losses.get(name, {}),
+        filtered=manifest.losses.get(name, {}),
         train_tokens=tokens["train"],
         validation_tokens=tokens["validation"],
         bytes=sum(shard.bytes for shard in shards),

@@ -62,7 +62,7 @@ def events_section(config: RunConfig, records: Records, events: list[Event]) -> 
         f"<td>{escape(_action(event))}</td></tr>"
         for event in events
     )
-    skipped = sum("loss" not in record for record in records)
+    skipped = sum(not record["tokens_per_second"] for record in records)
     routed = sum(bool(record.get("anticipatory_routing")) for record in records)
     below = (
         f"<p>Skipped batches: {skipped}. Steps with anticipatory routing (experts chosen by older "

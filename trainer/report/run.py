@@ -131,13 +131,13 @@ def _headline(config: RunConfig, records: list[dict[str, Any]]) -> list[tuple[st
     tiles = [
         ("parameters", short(counts.total)),
         ("tokens trained on", short(last["tokens"])),
-        ("final training loss", f"{last.get('lm_loss', math.nan):.4f}"),
+        ("last training loss", f"{last.get('lm_loss', math.nan):.4f}"),
         ("tokens per second, median", short(speeds[len(speeds) // 2])),
     ]
     if last.get("rollbacks"):
         tiles.append(("rollbacks", str(last["rollbacks"])))
     if validation:
-        tiles.insert(3, ("final validation loss", f"{validation[-1]:.4f}"))
+        tiles.insert(3, ("last validation loss", f"{validation[-1]:.4f}"))
     return tiles
 
 
@@ -150,8 +150,8 @@ def _facts(config: RunConfig, last: dict[str, Any]) -> list[tuple[str, list[tupl
             "Model",
             [
                 ("parameters", f"{counts.total:,}"),
+                ("in the MTP block", f"{counts.mtp:,}"),
                 ("active per token, without MTP", f"{counts.active:,}"),
-                ("of which in the MTP block", f"{counts.mtp:,}"),
                 ("vocabulary", f"{model.vocab_size:,}"),
                 ("hidden size", model.hidden_size),
                 ("layers", f"{model.num_hidden_layers} ({', '.join(kinds)})"),

@@ -114,20 +114,25 @@ def sentences(ranking: list[Group], goal: str, metric: str) -> list[str]:
 def _comparison(
     name: str, winner: tuple[str, Group], other: tuple[str, Group], goal: str, metric: str
 ) -> str:
-    """Returns `muon beats adamw by x ± y`, y the standard error of the difference of means."""
+    """Returns `muon beats adamw by x ± y`, y the standard error of the difference of means.
+
+    A winner that only has more seeds does not beat a setting with a better mean.
+    """
     (value, group), (other_value, other_group) = winner, other
-    gap = abs(group.mean - other_group.mean)
+    gap = group.mean - other_group.mean
+    is_worse = gap > 0 if goal == "minimize" else gap < 0
     error = standard_error(group, other_group)
     unit = " nats" if metric.endswith("loss") else ""
     wide = f" ± {error:.4f}" if error is not None else ""
     seeds = f"{len(group.values)} and {len(other_group.values)} trials"
     if len(group.values) == len(other_group.values):
         seeds = f"{len(group.values)} seed{'s' * (len(group.values) > 1)}"
-    return (
-        f"{name}: {value} beats {other_value} by {gap:.4f}{wide}{unit} of {metric} ({seeds}, the "
-        f"best setting of each: {amount(group)} with {group.text()}, {amount(other_group)} with "
-        f"{other_group.text()})"
-    )
+    size = f"{abs(gap):.4f}{wide}{unit} of {metric}"
+    result = f"{value} beats {other_value} by {size}"
+    if is_worse:
+        result = f"{value}, with more seeds, is worse than {other_value} by {size}"
+    of_each = " and ".join(f"{amount(g)} with {g.text()}" for g in (group, other_group))
+    return f"{name}: {result} ({seeds}, the best setting of each: {of_each})"
 
 
 def standard_error(a: Group, b: Group) -> float | None:

@@ -1,12 +1,12 @@
-"""Anticipatory routing: experts chosen with the weights of some steps ago (report §4.2.3).
+"""Anticipatory routing: experts selected with the weights of some steps ago (report §4.2.3).
 
 While it is on, step t trains with the weights of step t, but its tokens go to the experts that the
-weights of step t - lead chose for them; the present gate still weights the experts. So every step
-fetches the batch of `lead` steps later, runs forward over it once, and keeps what the learned
+weights of step t - lag select for them; the present gate still weights the experts. So every step
+fetches the batch of `lag` steps later, runs forward over it once, and keeps what the learned
 routers select until then.
 
 Where it was switched on before step s, there are no selections of before s: those of steps s to
-s + lead are all made with the weights of step s. Pending selections are part of a checkpoint,
+s + lag are all made with the weights of step s. Pending selections are part of a checkpoint,
 by step and layer over the global batch, so that a run resumes with the same ones at any topology.
 
 Shapes: T local tokens of a microbatch, A experts per token.
@@ -61,9 +61,9 @@ class Anticipation:
     """Batches and selected experts of the steps to come, on one rank.
 
     Arguments:
-        fetch: returns this rank's microbatches of a step; called with rising steps.
-        settings: by how many steps selections are older than the weights they are used with, and
-            whether the whole run is routed so; otherwise the state has the first and last step.
+        fetch: returns this rank's microbatches of a step; steps rise except after a rollback.
+        settings: the lag, and whether routing is on throughout, never, or where the state's
+            `anticipation_start` and `anticipation_end` say.
         recipe: of the whole run.
     """
 
@@ -77,7 +77,7 @@ class Anticipation:
         recipe: Recipe,
     ) -> None:
         self.engine, self.grid, self.loader, self.fetch = engine, grid, loader, fetch
-        self.lead, self.recipe = settings.lag_steps, recipe
+        self.lag, self.recipe = settings.lag_steps, recipe
         self.always, self.never = settings.when == "always", settings.when == "never"
         self._batches: dict[int, list[Batch]] = {}
         # By step and layer: [local rows, local columns, A].
@@ -96,13 +96,13 @@ class Anticipation:
         now = state.step
         if not state.anticipatory_routing_at(now):
             return None
-        ahead = [step for step in range(now + 1, now + self.lead + 1) if step < self.recipe.steps]
+        ahead = [step for step in range(now + 1, now + self.lag + 1) if step < self.recipe.steps]
         for step in ahead:
             if state.anticipatory_routing_at(step) and step not in self._batches:
                 self._batches[step] = self.fetch(step)
         is_first = now == state.anticipation_start
         for step, fetched in {now: batches, **self._batches}.items():
-            if is_first or step == now + self.lead:
+            if is_first or step == now + self.lag:
                 self._selected[step] = self._select(step, fetched)
         return self._by_microbatch(now, self._selected.pop(now))
 
@@ -136,7 +136,11 @@ class Anticipation:
         self._selected.clear()
 
     def configure(self, state: TrainState) -> None:
-        """Sets first and last step in `state` where the config routes the whole run, or no step."""
+        """Sets `anticipation_start` and `anticipation_end` in `state` as the config wants.
+
+        `always` begins at this step unless it is on already; `never` ends it, and `after_spikes`
+        ends what `always` began.
+        """
         if self.always and state.anticipation_start is None:
             state.anticipation_start = state.step
         if self.always:
@@ -163,7 +167,7 @@ class Anticipation:
     def restore(self, saved: Saved | None, state: TrainState) -> Boxes:
         """Allocates the selections that were pending in a checkpoint; returns them as `boxes`.
 
-        A run that resumes with another lead or on other data starts anticipation again from here.
+        A run that resumes with another lag or on other data starts anticipation again from here.
         """
         self._clear()
         self.configure(state)
@@ -191,7 +195,7 @@ class Anticipation:
         fields = data.model_dump(mode="json", include=_DATA_FIELDS)
         # Hashed with the first names of the keys: selections of older checkpoints stay valid.
         text = fingerprint_text(json.dumps([fields, phases, manifest.digest])).encode()
-        return {"lead": self.lead, "data": hashlib.sha256(text).hexdigest()[:16]}
+        return {"lead": self.lag, "data": hashlib.sha256(text).hexdigest()[:16]}
 
     def _local_rows(self, step: int) -> _LocalRows:
         schedule, data, sequence = self.loader.schedule, self.grid.data, self.grid.sequence

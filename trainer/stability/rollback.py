@@ -2,10 +2,10 @@
 
 A step is judged between its backward and its update, by its metrics on the host. If it is a spike
 there is no update: weights, optimizer and counters are restored from a snapshot of some steps ago
-in memory, or from a checkpoint where there is no snapshot, and for a while experts are chosen with
-older weights (anticipation.py). A batch whose step is a spike a second time is skipped. Snapshots
-are taken every so many steps, before a step. All ranks judge by the same metrics, so all decide the
-same without communication.
+in memory, or from a checkpoint where there is no snapshot, and for a while experts are selected
+with older weights (anticipation.py). A batch whose step is a spike a second time is skipped
+(`skip_bad_batches`). Snapshots are taken before every `snapshot_every`-th step. All ranks judge by
+the same metrics, so all decide the same without communication.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Snapshots:
 
     Arguments:
         every: steps between snapshots; 0 takes none.
-        min_age: fewest steps that a run rolls back.
+        min_age: minimum number of steps that a rollback undoes.
     """
 
     def __init__(self, checkpoint: RunCheckpoint, every: int, min_age: int) -> None:
@@ -51,7 +51,10 @@ class Snapshots:
         self._is_first = True
 
     def before_step(self, state: TrainState) -> None:
-        """Takes a snapshot before the first step and every so many; does not wait for copies."""
+        """Takes a snapshot before the first step and every `every` steps.
+
+        Does not wait for the copies.
+        """
         due = self.every and (state.step % self.every == 0 or self._is_first)
         if not due or (self._snapshots and self._snapshots[-1].state.step == state.step):
             return
@@ -186,7 +189,10 @@ class Stability:
         return is_restored
 
     def _record_spike(self, step: int) -> None:
-        """Skips a step's batch if the step was a spike before: then the batch is the cause."""
+        """Records a spike; skips the step's batch if the step was a spike before.
+
+        Then the batch is the cause.
+        """
         assert self.settings is not None
         state = self.state
         if self.settings.skip_bad_batches and step in state.spike_steps:

@@ -71,8 +71,8 @@ class SpikeDetector:
             if name.startswith("router") and score > limit:
                 router = name.replace(" ", " of layer ")
                 return (
-                    f"the {router} gives {metrics[name]:.0%} of the weight to the first expert, "
-                    f"{score:.1f} deviations too much"
+                    f"the {router} gives {metrics[name]:.0%} of a token's weight to its top expert "
+                    f"on average, {score:.1f} deviations too much"
                 )
         return None
 

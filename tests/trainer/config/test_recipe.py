@@ -168,7 +168,7 @@ def change(number: int, **fields: Any) -> list[dict[str, Any]]:
         (CHANGING, {"optim": {"schedule": {"decay_fraction": 0.1}}}, "decay_fraction = 0.1 and a"),
         (CHANGING, {"optim": {"schedule": {"warmup_steps": 40}}}, "warmup_steps = 40 reaches into"),
         (CHANGING, {"model": {"layer_types": ["window", "hca", "hca"]}}, "has no csa layer"),
-        (CHANGING, {"engine": "deepspeed"}, "phases do not go with engine = deepspeed"),
+        (CHANGING, {"engine": "deepspeed"}, "phases are not supported with engine = deepspeed"),
         ([], {}, "the key 'steps' is missing"),
     ],
 )

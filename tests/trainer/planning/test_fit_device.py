@@ -159,7 +159,7 @@ def test_a_run_fits_itself_to_this_machine_and_trains_the_same(
 
 def test_the_memory_of_deepspeed_is_not_known():
     with pytest.raises(
-        ConfigError, match="fit_to_memory = true does not go with engine = deepspeed"
+        ConfigError, match="fit_to_memory = true is not supported with engine = deepspeed"
     ):
         load_config(CONFIG, ["engine=deepspeed", "fit_to_memory=true"])
 

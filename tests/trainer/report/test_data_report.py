@@ -75,7 +75,7 @@ def test_figures_are_plain_counts(facts: DataFacts, tokenizer: Tokenizer) -> Non
         lengths = [len(ids) + 2 for ids in tokenizer.encode_batch(texts)]
         assert source.lengths.tolist() == lengths
         assert (source.documents, source.empty, source.bad) == (len(texts), 1, 0)
-        assert {r: (n.documents, n.bytes) for r, n in source.losses.items()} == {"length": (1, 7)}
+        assert {r: (n.documents, n.bytes) for r, n in source.filtered.items()} == {"length": (1, 7)}
         assert source.train_tokens == sum(lengths)
         assert source.bytes == sum(len(text.encode()) for text in texts)
     positions = [int(n) - 1 for source in facts.sources for n in source.lengths]

@@ -434,7 +434,7 @@ def test_settings_that_do_not_go_together(tiny: Path) -> None:
         ConfigError, match=r"min_history = 9 should be at most .*deviation_window = 8"
     ):
         load_config(tiny, ["stability.spikes={deviation_window: 8, min_history: 9}"])
-    with pytest.raises(ConfigError, match=r"stability.spikes does not go with engine = deepspeed"):
+    with pytest.raises(ConfigError, match=r"stability.spikes is not supported with engine"):
         load_config(
             tiny,
             [
