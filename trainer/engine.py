@@ -262,9 +262,11 @@ class NativeEngine(Engine):
         Schedules that compute weight gradients separately add to them outside of autograd: these
         are sent at the end.
         """
-        stages = Counter(id(p) for part in self.pipeline.stage_modules for p in part.parameters())
+        num_stages = Counter(
+            id(p) for stage in self.pipeline.stage_modules for p in stage.parameters()
+        )
         return {
-            name: microbatches * stages[id(parameter)]
+            name: microbatches * num_stages[id(parameter)]
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad
         }
@@ -276,7 +278,7 @@ class NativeEngine(Engine):
 
     def where_not_finite(self) -> str:
         """Returns the first parameter, in the model's order, whose gradient is not finite."""
-        order = {name: (_depth(name), place) for place, name in enumerate(self.names)}
+        order = {name: (_depth(name), index) for index, name in enumerate(self.names)}
         local = [
             (*order[piece.name], piece.name)
             for piece in self._optimizer.gradients()

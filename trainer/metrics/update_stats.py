@@ -22,7 +22,9 @@ class UpdateStats:
     def __init__(self, local: LocalModel, grid: Grid) -> None:
         self.local, self.grid = local, grid
         mtp = local.model.config.num_nextn_predict_layers
-        self.tied = grid.embedding.size > 1 and embedding_is_replicated(local.stages, mtp)
+        self.embedding_is_replicated = grid.embedding.size > 1 and embedding_is_replicated(
+            local.stages, mtp
+        )
         self.before = {
             name: weight.detach().to("cpu", copy=True) for name, weight in self._weights().items()
         }
@@ -47,8 +49,8 @@ class UpdateStats:
         return _over_ranks(all_gather_objects(local_sums, self.grid.world))
 
     def _replicas(self, name: str) -> int:
-        """How many ranks hold the same part of a parameter."""
-        shared = 2 if self.tied and name == "embed.weight" else 1
+        """Number of ranks that hold the same shard of a parameter."""
+        shared = 2 if self.embedding_is_replicated and name == "embed.weight" else 1
         return self.local.placements[name].replicas * shared
 
     def _weights(self) -> dict[str, Tensor]:

@@ -115,7 +115,7 @@ def step_traffic(
     if work.expert_rows is not None:
         sent.expert_rows(work.expert_rows)
     sent.world()
-    tensors = stage_tensors(config, stages, sent.place["pipeline"]).items()
+    tensors = stage_tensors(config, stages, sent.coordinates["pipeline"]).items()
     shapes = {name: line.shape for name, line in tensors if line.spec.group is not None}
     sent.update(shapes, optim or OptimConfig(), reduction or GradientReduction())
     return {key: round(size) for key, size in sent.bytes.items() if size}
@@ -134,7 +134,7 @@ class _Sent:
 
     def __post_init__(self) -> None:
         degrees = self.degrees
-        self.place = coordinates_of(self.rank, DENSE_AXES, degrees)
+        self.coordinates = coordinates_of(self.rank, DENSE_AXES, degrees)
         expert = coordinates_of(self.rank, EXPERT_AXES, degrees)
         self.ranks = {
             "tensor": degrees.tensor,
@@ -149,8 +149,8 @@ class _Sent:
             "embedding": 2,
             "world": degrees.world_size,
         }
-        self.place |= expert | {
-            "sequence": self.place["context"] * degrees.tensor + self.place["tensor"]
+        self.coordinates |= expert | {
+            "sequence": self.coordinates["context"] * degrees.tensor + self.coordinates["tensor"]
         }
         self.element = {"fp32": 4, "bf16": 2}[self.work.precision]
         self.mtp = self.config.num_nextn_predict_layers
@@ -177,7 +177,7 @@ class _Sent:
         """Counts forward and backward of this rank's stages."""
         rows = [*map(self._with_padding, lengths)]
         tokens = len(rows) * self.work.seq_len // self.ranks["sequence"]
-        for number in self.stages.stages_of(self.place["pipeline"]):
+        for number in self.stages.stages_of(self.coordinates["pipeline"]):
             if number == 0:
                 self._embedding(tokens)
             for layer in self.stages.layers_of(number):
@@ -256,7 +256,7 @@ class _Sent:
         receives nothing, the last sends nothing. Backward sends gradients the other way.
         """
         run = self.work.seq_len // self.ranks[axis]
-        before, after = self.place[axis], self.ranks[axis] - 1 - self.place[axis]
+        before, after = self.coordinates[axis], self.ranks[axis] - 1 - self.coordinates[axis]
         sent, received = (min(tokens, run * ranks) for ranks in (after, before))
         self.bytes[axis, "all_to_all"] += (forward * sent + backward * received) * size
 
@@ -308,7 +308,7 @@ class _Sent:
 
     def _streams(self, number: int, tokens: int) -> None:
         """Counts residual streams to the next stage, and gradients to the previous one."""
-        config, local = self.config, self.stages.stages_of(self.place["pipeline"])
+        config, local = self.config, self.stages.stages_of(self.coordinates["pipeline"])
         for other in (number - 1, number + 1):
             if 0 <= other < len(self.stages.layer_counts) and other not in local:
                 size = tokens * config.hc_mult * config.hidden_size * self.element

@@ -175,9 +175,9 @@ def zero_of(config: ModelConfig, local: LocalModel, grid: Grid) -> HybridZero:
     parameters = dict(local.model.named_parameters())
     shapes = {name: local.placements[name].matrix_shape for name in parameters}
     table = build_table(shapes, parameter_table(config), OptimConfig())
-    tied = embedding_is_replicated(local.stages, config.num_nextn_predict_layers)
+    is_replicated = embedding_is_replicated(local.stages, config.num_nextn_predict_layers)
     return build_hybrid_zero(
-        parameters, local.placements, table, OptimConfig(), grid, tied, chunk_elements=3000
+        parameters, local.placements, table, OptimConfig(), grid, is_replicated, chunk_elements=3000
     )
 
 
@@ -236,8 +236,8 @@ def test_losses_and_gradients_equal_those_of_one_rank(
                 for name, count in covered_by(parts, reference, limits[number]).items():
                     covered[name] += count
             for name, count in covered.items():
-                tied = 2 if name == "embed.weight" and degrees.get("pipeline") == 2 else 1
-                assert count == tied * reference[name].numel(), (degrees, name)
+                copies = 2 if name == "embed.weight" and degrees.get("pipeline") == 2 else 1
+                assert count == copies * reference[name].numel(), (degrees, name)
 
 
 def test_the_forced_routings_leave_a_rank_with_nothing(alone: list[Result]) -> None:

@@ -237,8 +237,8 @@ def sent_bytes(rank: int, world: int) -> dict[str, tuple[dict[tuple[str, str], i
             table,
             OptimConfig(),
             grid,
-            gradients=others,
-            expert_gradients=precision,
+            grad_reduce_dtype=others,
+            expert_grad_reduce_dtype=precision,
         )
         grid.traffic.clear()
         ours.reduce()
@@ -264,7 +264,7 @@ def test_gradients_go_out_once_and_parameters_come_in_once() -> None:
         # Half of an all-reduce each way, and the padding: the table is of tiny matrices.
         assert set(plain) == {
             (axis, kind)
-            for axis in ("stage/2", "split/2", "expert_data/2")
+            for axis in ("stage/2", "tensor_replicas/2", "expert_data/2")
             for kind in ("reduce_scatter", "all_gather")
         }
         assert all_reduce <= sum(plain.values()) <= 1.1 * all_reduce
@@ -279,7 +279,7 @@ def test_gradients_go_out_once_and_parameters_come_in_once() -> None:
         # Rounded to 8 bits once, at most by half a step each: that of a sum of two is below 2^-8.
         everything, _, error = results["bf16 all"]
         assert 1e-4 < error < 2**-8
-        for axis in ("stage/2", "split/2", "expert_data/2"):
+        for axis in ("stage/2", "tensor_replicas/2", "expert_data/2"):
             assert everything[axis, "all_to_all"] * 2 == plain[axis, "reduce_scatter"]
 
 
