@@ -119,6 +119,7 @@ def test_a_second_signal_kills(tiny: Path, tmp_path: Path) -> None:
     assert not processes.psutil.pid_exists(worker.pid)
 
 
+@pytest.mark.slow
 def test_eval_export_import_and_plan(tiny: Path, tmp_path: Path) -> None:
     train(tiny, tmp_path / "run", "steps=2")
     done = v4("eval", tmp_path / "run")

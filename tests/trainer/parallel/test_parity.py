@@ -57,10 +57,10 @@ BF16 = [ALONE, topology(4, tensor=2, pipeline=2, expert=2)]
 SAVED_AFTER, GOES_ON_TO = 5, 7
 MOVES = [
     (ALONE, topology(2, tensor=2)),
-    (topology(2, tensor=2), topology(2, expert=2)),
     (topology(2, context=2), topology(2, pipeline=2)),
 ]
 LARGER_MOVES = [
+    (topology(2, tensor=2), topology(2, expert=2)),
     (topology(2, pipeline=2, pipeline_schedule="zero_bubble_v"), topology(4, tensor=2, expert=2)),
     (topology(4, tensor=2, expert_tensor=2), ALONE),
     (topology(4, expert=4), topology(4, context=4)),

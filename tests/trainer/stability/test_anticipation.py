@@ -184,6 +184,7 @@ def test_a_run_goes_on_in_the_middle_of_it(tiny: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "straight", tmp_path / "halves", 9)
 
 
+@SLOW
 @pytest.mark.timeout(600)
 def test_choices_that_wait_open_at_another_topology(tiny: Path, tmp_path: Path) -> None:
     """Five rows: two data ranks share them with a filler."""
