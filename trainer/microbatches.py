@@ -3,7 +3,7 @@
 A step's rows are copied on a separate stream, from page-locked memory, during the update of the
 previous step and during earlier microbatches.
 
-Shapes: B rows, S positions of a row, T local tokens, A experts per token.
+Letters: B rows, S positions of a row, T local tokens, A experts per token.
 """
 
 from __future__ import annotations

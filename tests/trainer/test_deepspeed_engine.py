@@ -245,7 +245,7 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         ([ADAMW + ', "zero_optimization": {"stage": 4}}'], "deepspeed.zero_optimization.stage = 4"),
         (
             [ADAMW + ', "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}'],
-            "offload_param.device = 'nvme' does not update as AdamW does; use cpu",
+            "offload_param.device = 'nvme' is not supported: its optimizer",
         ),
         (
             [ADAMW + ', "zero_optimization": {"stage": 3, "offload_param": {"device": "tape"}}}'],
@@ -275,7 +275,7 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
             "params.amsgrad is not supported",
         ),
         ([MUON + "}"], "deepspeed.optimizer.type is 'Muon' and should be AdamW"),
-        ([MUON + "}", "optim.matrix_optimizer=muon"], "optim.clip_norm = 1 does not go"),
+        ([MUON + "}", "optim.matrix_optimizer=muon"], "optim.clip_norm = 1 is not supported"),
         (
             [MUON + "}", *AS_THEIRS, "optim.muon.momentum_warmup_steps=5"],
             "optim.muon.momentum_warmup_steps = 5",
@@ -288,14 +288,14 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
             ],
             "ns_method = 'qr' should be gram or standard",
         ),
-        ([MUON + "}", *AS_THEIRS], "deepspeed.zero_optimization.stage = 0 does not go"),
+        ([MUON + "}", *AS_THEIRS], "deepspeed.zero_optimization.stage = 0 is not supported"),
         (['deepspeed={"optimizer": {"type": "AdamW", "params": {"lr": 1}}}'], "params.lr = 1 "),
         ([], "deepspeed.optimizer.type is missing"),
         ([ADAMW + "}", "precision=bf16"], "deepspeed.zero_optimization.stage = 0: only stages"),
         ([ADAMW + "}", "optim.matrix_optimizer=muon"], "'AdamW' and should be Muon"),
         ([ADAMW + "}", "parallel.grad_reduce_dtype=bf16"], "parallel.grad_reduce_dtype = bf16"),
         ([ADAMW + "}", "parallel.tensor=2"], "parallel.tensor = 2"),
-        ([ADAMW + "}", "parallel.recompute=[norms]"], "parallel.recompute does not go"),
+        ([ADAMW + "}", "parallel.recompute=[norms]"], "parallel.recompute is not supported"),
         (["engine=native", "deepspeed={}"], "deepspeed block"),
     ],
 )

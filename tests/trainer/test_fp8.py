@@ -101,7 +101,7 @@ def test_stopped_and_resumed_to_the_bit(
             ["o_groups x o_lora_rank = 128", "block of 128", "should be 1 or divide 1"],
         ),
         (["parallel.expert_tensor=2"], ["expert_tensor = 2", "moe_intermediate_size = 16"]),
-        (["engine=deepspeed"], ["precision = fp8", "engine = deepspeed", "be native"]),
+        (["engine=deepspeed"], ["precision = fp8", "engine = deepspeed", "use engine = native"]),
     ],
 )
 def test_what_cannot_be_is_refused(tiny: Path, overrides: list[str], parts: list[str]) -> None:

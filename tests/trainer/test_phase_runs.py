@@ -184,7 +184,7 @@ def test_a_choice_of_more_than_all_is_said_once(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(path, tmp_path / "run", *COMMON, "model.index_topk=40", stop_at=2)
-    assert capsys.readouterr().out.count("sparse attention sees all of them") == 1
+    assert capsys.readouterr().out.count("sparse attention selects all of them") == 1
 
 
 def test_the_report_and_the_plan_show_the_phases(straight: Path, path: Path) -> None:

@@ -3,7 +3,7 @@
 Hooks are on the model only while stats are collected, so that training itself computes nothing more
 and waits for nothing. The stats stay on the device until they are asked for.
 
-Shapes: T tokens, D hidden size, N residual streams, E routed experts, P pairs of a token and an
+Letters: T tokens, D hidden size, N residual streams, E routed experts, P pairs of a token and an
 expert.
 """
 

@@ -1,6 +1,6 @@
 """Stats of every layer: expert loads, router biases, sinks, and what hooks collected.
 
-Shapes: L layers and MTP blocks, E routed experts.
+Letters: L layers and MTP blocks, E routed experts.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Counts storages, not tensors: views share theirs. Works on any device, meta included.
 
-Shapes: E experts of a rank.
+Letters: E experts of a rank.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ functions that training uses, on the meta device. A layer of each kind, the embe
 run forward and backward on a microbatch, and the storages alive between the two are counted; the
 pipeline schedule gives the number of microbatches in flight. Routing is assumed to be even.
 
-Shapes: T local tokens of a microbatch, L rows sent to experts.
+Letters: T local tokens of a microbatch, L rows sent to experts.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ with weights that exist only while it is timed. A layer has the config's widths,
 experts of one expert rank (at least the active ones of a token), since the cost of a token does not
 depend on their number.
 
-Shapes: T tokens of the row, D hidden size.
+Letters: T tokens of the row, D hidden size.
 """
 
 from __future__ import annotations

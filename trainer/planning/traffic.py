@@ -3,7 +3,7 @@
 A run counts the same numbers (`grid.traffic`), and a test compares them. An all-gather and the
 reduce-scatter that is its adjoint send the same, whichever is in forward.
 
-Shapes:
+Letters:
 
     n  ranks of an axis        t  tensor ranks            c  context ranks
     s  sequence ranks, t·c     B  rows of a microbatch    S  tokens of a row

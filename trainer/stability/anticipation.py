@@ -9,7 +9,7 @@ Where it was switched on before step s, there are no selections of before s: tho
 s + lag are all made with the weights of step s. Pending selections are part of a checkpoint,
 by step and layer over the global batch, so that a run resumes with the same ones at any topology.
 
-Shapes: T local tokens of a microbatch, A experts per token.
+Letters: T local tokens of a microbatch, A experts per token.
 """
 
 from __future__ import annotations
