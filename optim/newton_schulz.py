@@ -34,9 +34,9 @@ POLAR_EXPRESS_LIMIT: Step = (1.875, -1.25, 0.375)
 POLAR_EXPRESS_SAFETY = 1.01
 """Divides singular values: rounding may push one above 1, where early polynomials diverge."""
 GRAM_RESTART = 2
-"""Steps on one Gram matrix. Squaring loses small singular values to rounding, and with every step on
-one Gram matrix the error grows until a negative eigenvalue diverges; a new one has the error of one
-rounding (Dao AI Lab, Gram Newton–Schulz, 2026)."""
+"""Steps on one Gram matrix. Squaring loses small singular values to rounding, and the error grows
+with every step on one Gram matrix until a negative eigenvalue diverges; a new Gram matrix has the
+error of one rounding (Dao AI Lab, Gram Newton–Schulz, 2026)."""
 
 
 def hybrid_steps(coarse: int = 8, fine: int = 2) -> tuple[Step, ...]:

@@ -5,7 +5,7 @@ import torch
 from model.dispatch import Dispatch
 from model.parameters import parameter_table
 from optim import Assignment, HybridZero, build_table
-from trainer.checkpoint import Updater
+from trainer.checkpoint import SavedOptimizer
 from trainer.config import RunConfig
 from trainer.engine import Engine, NativeEngine
 from trainer.parallel.grid import Grid
@@ -15,7 +15,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Dtype of weights and activations, by `precision`."""
 
 
-def build_engine(config: RunConfig, grid: Grid) -> tuple[LocalModel, Engine, Updater]:
+def build_engine(config: RunConfig, grid: Grid) -> tuple[LocalModel, Engine, SavedOptimizer]:
     """Builds the initialised model, the engine that the config names, and its optimizer.
 
     Raises ConfigError where a DeepSpeed block does not fit the number of processes.

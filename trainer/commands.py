@@ -38,7 +38,7 @@ def data_report(config: RunConfig, options: argparse.Namespace) -> None:
 
 
 def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
-    """Loss of the newest checkpoint on the validation text, and the text's unigram entropy.
+    """Print the loss of the newest checkpoint on the validation text, and its unigram entropy.
 
     With the attention and the quantisation of the last step's phase.
     """
@@ -105,12 +105,12 @@ def sweep_report(folder: str, options: argparse.Namespace) -> None:
 
 
 def plan(config: RunConfig, options: argparse.Namespace) -> None:
-    """Show what the config asks for."""
+    """Show steps, phases, parallelism, traffic and memory of a config."""
     from rich.console import Console
 
     from trainer.planning import describe_plan
 
-    # A file or a pipe has no width: tables are as wide as they need.
+    # A file or a pipe has no width: tables may take 200 columns.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     for part in describe_plan(
         config, options.processes, options.dry_run, options.phase, options.parameters
@@ -124,7 +124,7 @@ def plan(config: RunConfig, options: argparse.Namespace) -> None:
 
 
 def demo_corpus(folder: str, options: argparse.Namespace) -> None:
-    """Write text of this machine, code and prose, as two .jsonl files."""
+    """Collect code and prose that this machine has into two .jsonl files."""
     from data.prepare import build_demo_corpus
 
     for path in build_demo_corpus(folder):

@@ -32,8 +32,8 @@ from trainer.parallel.stage_plan import StagePlan
 ABOUT = "engine deepspeed: splits only data; "
 ADAMW = "AdamW on every parameter"
 MUON = (
-    "DeepSpeed's Muon, with 5 Newton–Schulz steps and DeepSpeed's coefficients instead of hybrid "
-    "ones, and the norm of its updates as grad_norm in ZeRO 1 and 2"
+    "DeepSpeed's Muon (5 Newton–Schulz steps with DeepSpeed's coefficients); in ZeRO 1 and 2, "
+    "grad_norm is the norm of its updates"
 )
 MOMENTUM = "momentum_buffer"
 SHARED_MEMORY_SUM = "deepspeed_shm_comm"
@@ -150,7 +150,7 @@ class DeepSpeedEngine(Engine):
         return getattr(outer, "optimizer", outer)
 
     def states(self) -> Iterator[StateSlice]:
-        """Yields copies on the host: unsharded, but for Muon's momentum, of which this rank's.
+        """Yields copies on the host: unsharded ones, but of Muon's momentum this rank's part.
 
         To restore, copy into the tensors of the last call, then call `restored`.
         """
@@ -358,8 +358,8 @@ def make_optimizer(
 ) -> Any:
     """Returns torch's AdamW, or DeepSpeed's Muon with AdamW inside, with a group for each setting.
 
-    DeepSpeed's update of an [R, C] matrix has an RMS of at least 1/sqrt(C): a separate learning
-    rate for each C gives it V4's RMS.
+    DeepSpeed's update of a matrix of R rows and C columns has an RMS of 1/sqrt(C): a separate
+    learning rate for each C gives it V4's RMS.
     """
     optim = config.optim
     rms = optim.muon.update_rms
@@ -414,7 +414,7 @@ def _initialize(
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """Returns the module, for training on `device`, with warnings only."""
+    """Imports deepspeed for training on `device`; its logger reports warnings and errors only."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
     with warnings.catch_warnings():

@@ -62,7 +62,11 @@ class StepLosses:
 
 
 def learns(name: str, attention: AttentionMode) -> bool:
-    """Whether a parameter is trained: in `dense` all but the indexers, in `warmup` only they."""
+    """Whether a parameter has a gradient in this attention mode.
+
+    In `dense` all but the indexers' have one, in `warmup` only these, in `sparse` and `select` all;
+    in `select` those of the indexers are zero, so that only weight decay changes them.
+    """
     if attention in ("select", "sparse"):
         return True
     return (".indexer." in name) == (attention == "warmup")
@@ -71,7 +75,8 @@ def learns(name: str, attention: AttentionMode) -> bool:
 class Engine(ABC):
     """Forward, backward and update; subclasses decide what runs them and where gradients are.
 
-    While `quantised` is set, all of them see the quantised weights of model/qat.py.
+    While `quantised` is set, forward and backward use the quantised weights of model/qat.py; the
+    update does not.
     """
 
     quantised: bool = False
@@ -88,8 +93,9 @@ class Engine(ABC):
         )
 
     def set_attention(self, attention: AttentionMode) -> None:
-        """Trains with this attention from now on; parameters that learn nothing in it are frozen.
+        """Sets the attention mode of the following steps and freezes what it does not train.
 
+        `dense` freezes the indexers, `warmup` everything else; `select` and `sparse` nothing.
         Frozen parameters have no gradient, and the optimizer does not touch them or their state.
         """
         if attention == self.attention:
@@ -128,8 +134,8 @@ class Engine(ABC):
     def run(self, microbatches: Microbatches, accumulator: StepAccumulator, backward: bool) -> None:
         """Runs forward of all microbatches into `accumulator`, and backward if asked.
 
-        Backward leaves the gradient of the sum over all ranks to the optimizer, in place of any
-        earlier one.
+        After backward the optimizer holds the gradient of the sum over all ranks, which replaces
+        any earlier one.
         """
         with self.computing():
             self.compute(microbatches, accumulator, backward)
@@ -288,7 +294,7 @@ class NativeEngine(Engine):
         firsts = [first for of_rank in gathered for first in of_rank]
         if not firsts:
             return "all gradients are finite"
-        return f"first in the gradient of '{min(firsts)[2]}'"
+        return f"the first gradient that is not finite is that of '{min(firsts)[2]}'"
 
     def step(self, learning_rate: float, norm: Tensor) -> None:
         if (max_norm := self._optimizer.config.clip_norm) is not None:

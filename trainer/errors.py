@@ -1,4 +1,4 @@
-"""Errors of a user, each with a message of one sentence; they lead to exit code 2."""
+"""Expected errors: each is reported as one sentence without a traceback, with exit code 2."""
 
 import sys
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class SaveError(CheckpointError):
 
 
 class DivergedError(ValueError):
-    """Loss or gradients are no longer finite."""
+    """A run that cannot go on: losses stay non-finite, or spikes cannot be rolled back."""
 
 
 class ExportError(ValueError):

@@ -59,7 +59,9 @@ class FailureWatch:
         self._closed.set()
 
     def report(self, error: Exception) -> None:
-        """Prints the error if no other rank has failed before, then ends all processes.
+        """Prints the error if no other rank has failed before, then ends this process.
+
+        The other ranks end when they see the report.
 
         Returns only in a run of one process. The exit code is 2 for a user's error, else 1. The
         process ends at once: destroying the process group would wait for the others.

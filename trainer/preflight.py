@@ -166,7 +166,7 @@ def _check_room(everyone: list[Facts], memory: list[int], needed: int, what: str
     raise PreflightError(
         f"{what} take {needed / GIB:,.2f} GiB on a process, while {where([facts])} has "
         f"{smallest / GIB:,.2f} GiB; spread the model with a higher {', '.join(DEGREES[:-1])} or "
-        f"{DEGREES[-1]}, or use a smaller one"
+        f"{DEGREES[-1]}, or use a smaller model"
     )
 
 

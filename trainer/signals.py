@@ -10,22 +10,22 @@ class StopRequest:
     """Whether this process was asked to stop; the engine reduces it over ranks every step."""
 
     def __init__(self) -> None:
-        self.made = False
+        self.requested = False
 
-    def make(self, signum: int = 0, frame: FrameType | None = None) -> None:
-        """Makes the request; a signal handler.
+    def request(self, signum: int = 0, frame: FrameType | None = None) -> None:
+        """Requests a stop; a signal handler.
 
         Another call changes nothing: torchrun and a terminal may both deliver the same signal.
         """
-        self.made = True
+        self.requested = True
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Yields a request that SIGTERM and SIGINT make; restores the old handlers afterwards."""
+    """Yields a StopRequest that SIGTERM and SIGINT set; restores the old handlers afterwards."""
     request = StopRequest()
     old = {
-        number: signal.signal(number, request.make) for number in (signal.SIGTERM, signal.SIGINT)
+        number: signal.signal(number, request.request) for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
         yield request

@@ -121,10 +121,12 @@ class Trainer:
         if self.state.step in self.state.skipped_batches:
             return self._skip_batch(phase)
         mtp_loss_weight = self.recipe.mtp_loss_weight(self.state.step)
-        losses = self.engine.forward_backward(batches, mtp_loss_weight, self.stop.made, experts)
+        losses = self.engine.forward_backward(
+            batches, mtp_loss_weight, self.stop.requested, experts
+        )
         self.state.stopping = losses.stop
         norm = self.engine.gradient_norm()
-        result = self._to_host(phase, losses, norm)  # the only wait for the device in a step
+        result = self._to_host(phase, losses, norm)  # waits for the device, as do expert axes
         if result.is_finite:
             problem = self.stability.problem(result)
         else:
@@ -144,7 +146,7 @@ class Trainer:
         return result
 
     def _enter_phase(self) -> Phase:
-        """Returns the phase of the current step; sets the engine up at its first step."""
+        """Returns the phase of the current step; sets up the engine where the phase has changed."""
         phase = self.recipe.at(self.state.step)
         if self.state.step == phase.first:
             self.state.history.clear()  # the jump at the start of a phase is no spike
@@ -168,9 +170,9 @@ class Trainer:
             result.groups = update_stats.after_update()
 
     def _skip_update(self, result: StepResult) -> str | None:
-        """Counts a step without an update; returns why the run has to roll back, or None.
+        """Counts a step without an update; returns a reason to roll back after too many in a row.
 
-        It has to after too many in a row. Raises DivergedError where the config has no rollback.
+        Raises DivergedError where the config has no rollback.
         """
         self.state.skipped_steps += 1
         self.state.consecutive_skips += 1
@@ -207,7 +209,7 @@ class Trainer:
         return StepResult(self.recipe.learning_rate(self.state.step), phase.number)
 
     def _is_due(self, every: int, step: int) -> bool:
-        """Whether to do after `step` what is done every so many steps and after the last one."""
+        """Whether `step` is a multiple of `every` (0: never) or the last step."""
         return step == self.recipe.steps or (every > 0 and step % every == 0)
 
     def _to_host(self, phase: Phase, losses: StepLosses, norm: Tensor) -> StepResult:
@@ -252,7 +254,10 @@ class Trainer:
         if resumed is not None:
             self._log(f"resumed from {resumed}")
         if is_fp8 and kernels["fp8"].name == "eager":
-            self._log("precision: factors rounded to FP8 are multiplied in bf16, at its speed")
+            self._log(
+                "precision = fp8: this device has no FP8 kernel; operands are rounded to FP8 and "
+                "multiplied in bf16, with no gain in speed"
+            )
         if self.config.compile:
             self._log(
                 "compile: the first step compiles norms, experts and residual streams, or loads "

@@ -74,8 +74,8 @@ def test_an_unknown_name_is_an_error(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "reason"),
     [
-        ("layers.0.attn.wo_a.weight", (G * O + 1, 8), "divide by 2"),
-        ("layers.1.attn.compressor.wkv.weight", (2 * K + 1, D), "divide by 2"),
+        ("layers.0.attn.wo_a.weight", (G * O + 1, 8), "divisible by 2"),
+        ("layers.1.attn.compressor.wkv.weight", (2 * K + 1, D), "divisible by 2"),
         ("layers.0.ffn.experts.w1", (E * F, D), "3 dims"),
         ("layers.0.attn.wkv.weight", (K,), "2 dims"),
     ],

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # for type checkers, the names of _MODULES
         routing_name,
     )
     from trainer.checkpoint.reader import CheckpointReader
-    from trainer.checkpoint.run import RunCheckpoint, Updater, newest_of
+    from trainer.checkpoint.run import RunCheckpoint, SavedOptimizer, newest_of
 
 _MODULES = {
     "Boxes": "logical_tensors",
@@ -32,7 +32,7 @@ _MODULES = {
     "CheckpointReader": "reader",
     "RunCheckpoint": "run",
     "TensorBox": "logical_tensors",
-    "Updater": "run",
+    "SavedOptimizer": "run",
     "checkpoints_in": "folder",
     "find_mismatch": "folder",
     "folder_name": "folder",

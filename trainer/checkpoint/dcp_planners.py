@@ -142,7 +142,8 @@ class BoxLoadPlanner(DefaultLoadPlanner):
 class BoxWriter(HuggingFaceStorageWriter):
     """Writes a rank's boxes into files of at most FILE_BYTES, or of one box that is larger.
 
-    torch copies all tensors of a file to the host, and twice more before it writes them.
+    torch copies all tensors of a file to the host and makes two more copies of them before it
+    writes.
     """
 
     def _split_by_storage_plan(

@@ -2,7 +2,7 @@
 
     checkpoints/step-00000020/
         shard-00001-model-00001-of-00001.safetensors   what rank 0 wrote: files of at most 1 GiB,
-        shard-00001-model-00002-of-00001.safetensors   or one tensor; and so on for each rank
+        shard-00001-model-00002-of-00001.safetensors   or one tensor (DCP always writes -of-00001)
         state.json      step, tokens, seed, digests, the model's config
         manifest.json   size and SHA-256 of every other file
 
@@ -83,7 +83,7 @@ class CheckpointFolder:
         step: int,
         tensors: Mapping[str, list[TensorBox] | Tensor],
         state: dict[str, Any],
-        last: bool = False,
+        drop_later: bool = False,
     ) -> Path:
         """Writes one checkpoint, removes old ones and returns its folder; every rank calls it.
 
@@ -94,12 +94,12 @@ class CheckpointFolder:
             step: optimizer steps done.
             tensors: boxes of this rank by name; a plain tensor is not sharded.
             state: the contents of `state.json`.
-            last: an existing checkpoint of this step is kept, and those of later steps are removed.
+            drop_later: removes checkpoints of later steps, and keeps one of this step that exists.
         """
         target = self.folder / folder_name(step)
         temporary = target.with_name(f".{target.name}.tmp")
         boxes, world = _as_boxes(tensors), self.grid.world
-        if last and all(on_all_ranks(target.is_dir, world)):
+        if drop_later and all(on_all_ranks(target.is_dir, world)):
             self._remove_later(step)
             return target
         document = {"format": FORMAT, **state}
@@ -115,7 +115,7 @@ class CheckpointFolder:
             raise SaveError(
                 f"{target}: the checkpoint could not be written: {reason}{self._newest_as_clause()}"
             ) from None
-        if last:
+        if drop_later:
             self._remove_later(step)
         if self.grid.is_first and self.keep:
             for old in checkpoints_in(self.folder)[: -self.keep]:

@@ -1,5 +1,8 @@
 """The logical tensors of a run by name, as checkpoints hold them, and a rank's boxes of them.
 
+A logical tensor is one of the unsharded model. A box is a contiguous block of it, given by offset
+and shape; DCP calls it a chunk.
+
 Each expert's matrix is a separate entry under its official name
 (`layers.0.ffn.experts.3.w1.weight`); optimizer states have the name `optim.<state>.<parameter>`.
 Where the optimizer keeps an fp32 master of a bf16 parameter, the master is saved under the
@@ -137,7 +140,7 @@ def is_state(name: str) -> bool:
 
 
 def routing_name(step: int, layer: int) -> str:
-    """Returns the name of the experts selected ahead of a step: [B, S, A], A for each token."""
+    """The name of experts selected ahead of a step, [rows of the global batch, S, A]."""
     return f"{_ROUTING}{step:08d}.{layer:03d}"
 
 

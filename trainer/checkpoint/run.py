@@ -23,7 +23,7 @@ from trainer.parallel.placement import Placement
 from trainer.state import TrainState
 
 
-class Updater(Protocol):
+class SavedOptimizer(Protocol):
     """What a checkpoint needs of an optimizer; see optim.HybridZero."""
 
     step_count: int
@@ -87,7 +87,7 @@ class RunCheckpoint:
         config: RunConfig,
         grid: Grid,
         model: V4Model,
-        optimizer: Updater,
+        optimizer: SavedOptimizer,
         tokenizer_hash: str,
         placements: Mapping[str, Placement] | None = None,
         anticipation: PendingSelections | None = None,
@@ -100,16 +100,16 @@ class RunCheckpoint:
         self.anticipation = anticipation
         self.folder = CheckpointFolder(config.run_dir / "checkpoints", grid, config.checkpoint.keep)
 
-    def save(self, state: TrainState, last: bool = False) -> Path:
+    def save(self, state: TrainState, drop_later: bool = False) -> Path:
         """Publishes a checkpoint of the current state. Raises SaveError.
 
-        With `last`, those of later steps, which were undone, are removed, and one of this step that
-        exists already is kept.
+        With `drop_later`, checkpoints of later steps, which were undone, are removed, and one of
+        this step that exists is kept.
         """
         tensors = self._tensors()
         if self.anticipation is not None:
             tensors |= self.anticipation.boxes()
-        return self.folder.save(state.step, tensors, self._document(state), last)
+        return self.folder.save(state.step, tensors, self._document(state), drop_later)
 
     def live_tensors(self) -> list[Tensor]:
         """Returns all tensors of model and optimizer on this rank, always in the same order."""

@@ -158,7 +158,7 @@ class Stability:
             )
         self.anticipation.restart(state)
         if stop_reason is not None:
-            stop_reason += f"; saved {self.checkpoint.save(state, last=True)}"
+            stop_reason += f"; saved {self.checkpoint.save(state, drop_later=True)}"
         else:
             state.rollbacks += 1
             self._record_spike(spike)
@@ -214,4 +214,4 @@ class Stability:
         """Removes checkpoints of steps that are undone: a restart would resume from them."""
         folder = self.checkpoint.folder.folder
         if any(step_of(path) > self.state.step for path in checkpoints_in(folder)):
-            self.checkpoint.save(self.state, last=True)
+            self.checkpoint.save(self.state, drop_later=True)
