@@ -43,7 +43,7 @@ def train(config: RunConfig, last: int) -> None:
         return
     stop = StopRequest()
     trainer = Trainer(config, Grid.single(), stop)
-    trainer.periodic.append(lambda state, _: stop.make() if state.step == last - 1 else None)
+    trainer.periodic.append(lambda state, _: stop.request() if state.step == last - 1 else None)
     trainer.run()
 
 

@@ -113,7 +113,7 @@ def train(folder: Path, name: str, settings: Sequence[str], stop_at: int = 0) ->
 
     def stop_then(state: TrainState, _: StepResult) -> None:
         if state.step == stop_at - 1:
-            stop.make()
+            stop.request()
 
     if stop_at and grid.is_first:
         trainer.periodic.append(stop_then)

@@ -94,7 +94,7 @@ def train(
     stop = StopRequest()
     trainer = Trainer(config, grid, stop)
     if stop_at and grid.is_first:
-        trainer.periodic.append(lambda state, _: state.step == stop_at - 1 and stop.make())
+        trainer.periodic.append(lambda state, _: state.step == stop_at - 1 and stop.request())
     if crash_at:
         trainer.periodic.insert(2, lambda state, _: crash(state.step == crash_at))
     trainer.run()

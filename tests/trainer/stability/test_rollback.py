@@ -399,7 +399,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def asked_to_stop(coming: Iterator[bool]) -> Fault:
-    return lambda trainer: next(coming) and trainer.stop.make()
+    return lambda trainer: next(coming) and trainer.stop.request()
 
 
 @pytest.mark.parametrize(
