@@ -65,8 +65,8 @@ def events_section(config: RunConfig, records: Records, events: list[Event]) -> 
     skipped = sum(not record["tokens_per_second"] for record in records)
     routed = sum(bool(record.get("anticipatory_routing")) for record in records)
     below = (
-        f"<p>Skipped batches: {skipped}. Steps with anticipatory routing (experts chosen by older "
-        f"weights): {routed}. A dashed line in the charts marks a spike; repeated steps are shown "
+        f"<p>Skipped batches: {skipped}. Steps with anticipatory routing (experts selected by "
+        f"older weights): {routed}. A dashed line in the charts marks a spike; repeated steps are shown "
         "as they were the last time.</p>"
     )
     head = "<tr><th>step</th><th>problem</th><th>action</th></tr>"
@@ -107,10 +107,10 @@ def _table(config: RunConfig, numbers: dict[str, list[float | None]], columns: C
     kinds = [*config.model.layer_types, *["window"] * config.model.num_nextn_predict_layers]
     head = "<th>layer</th>" + "".join(f"<th>{escape(label)}</th>" for _, label, _ in columns)
     body = ""
-    for row, kind in enumerate(kinds):
-        place = "MTP" if row >= config.model.num_hidden_layers else str(row)
-        router = "hash" if row < config.model.num_hash_layers else "learned"
-        cells = [numbers[name][row] for name, _, _ in columns]
+    for layer, kind in enumerate(kinds):
+        place = "MTP" if layer >= config.model.num_hidden_layers else str(layer)
+        router = "hash" if layer < config.model.num_hash_layers else "learned"
+        cells = [numbers[name][layer] for name, _, _ in columns]
         body += f"<tr><td>{place}: {kind}, {router}</td>" + "".join(
             f"<td>{'–' if cell is None else f'{cell:.3g}'}</td>" for cell in cells
         )

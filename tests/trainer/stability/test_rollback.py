@@ -198,7 +198,7 @@ def test_rolling_back_and_skipping_a_batch(
         "to step 12</td>"
     ) in page
     assert "<td>rolled back to the state after step 9; anticipatory routing to step 12</td>" in page
-    assert "Skipped batches: 1." in page and "(experts chosen by older weights): 3." in page
+    assert "Skipped batches: 1." in page and "(experts selected by older weights): 3." in page
     every = len(CHARTS) - 1  # but that of the indexers' objective
     assert page.count("stroke: #c24b4b; stroke-opacity: 0.7") == 2 * every, "lines in every chart"
 
