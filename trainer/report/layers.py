@@ -66,8 +66,8 @@ def events_section(config: RunConfig, records: Records, events: list[Event]) -> 
     routed = sum(bool(record.get("anticipatory_routing")) for record in records)
     below = (
         f"<p>Skipped batches: {skipped}. Steps with anticipatory routing (experts selected by "
-        f"older weights): {routed}. A dashed line in the charts marks a spike; repeated steps are shown "
-        "as they were the last time.</p>"
+        f"older weights): {routed}. A dashed line in the charts marks a spike; repeated steps "
+        "are shown as they were the last time.</p>"
     )
     head = "<tr><th>step</th><th>problem</th><th>action</th></tr>"
     return _figure("Spikes", f"<table class=events>{head}{rows}</table>{below}")
