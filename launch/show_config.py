@@ -54,8 +54,8 @@ def describe_fields(fields: Sequence[FieldReference]) -> Iterator[RenderableType
     """Yields each field's key and default, its type and unit, its meaning and its checks."""
     for field in fields:
         default = {"required": "", "": ""}.get(field.default, f" = {field.default}")
-        notes = [_plain(field.type), field.unit, "required" * (field.default == "required")]
-        facts = ", ".join(text for text in notes if text)
+        parts = [_plain(field.type), field.unit, "required" * (field.default == "required")]
+        facts = ", ".join(text for text in parts if text)
         lines = [Text(_plain(field.meaning))]
         if field.checks:
             lines.append(Text(f"checked: {_plain('; '.join(field.checks))}", style="dim"))

@@ -98,18 +98,18 @@ class Sweep(Section):
             "${program}": [self.program],
             "${args_no_hyphens}": pairs,
         }
-        words = [word for part in self.command for word in macros.get(part, [part])]
-        unknown = [word for word in words if word.startswith("${")]
+        argv = [argument for part in self.command for argument in macros.get(part, [part])]
+        unknown = [argument for argument in argv if argument.startswith("${")]
         if unknown:
             raise ConfigError(f"command: {unknown[0]} is not among {', '.join(macros)}")
-        return words
+        return argv
 
     def config_arguments(self, arguments: Mapping[str, Any]) -> tuple[str, list[str]]:
         """Returns config file and overrides of a trial's command."""
-        words = self.trial_command(arguments)
-        for i, word in enumerate(words):
-            if word.endswith((".yaml", ".yml")):
-                return word, words[i + 1 :]
+        argv = self.trial_command(arguments)
+        for i, argument in enumerate(argv):
+            if argument.endswith((".yaml", ".yml")):
+                return argument, argv[i + 1 :]
         raise ConfigError("command: has no config file (.yaml)")
 
 

@@ -263,7 +263,7 @@ class Trainer:
                 "compile: the first step compiles norms, experts and residual streams, or loads "
                 "them from torch's cache"
             )
-        for message in (*self.messages, *self.recipe.notes()):
+        for message in (*self.messages, *self.recipe.warnings()):
             self._log(message)
         if self.validation is None:
             self._log(f"{self.config.data.shards} has no validation text: nothing is evaluated")

@@ -117,7 +117,7 @@ class Recipe:
 
         return max(self.phases, key=size)
 
-    def notes(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """Returns a warning if sparse attention in some phase would select every entry."""
         model = self._model
         for phase in self.phases:

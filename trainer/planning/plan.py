@@ -150,7 +150,7 @@ def recipe_part(config: RunConfig, degrees: Degrees) -> Iterator[Table | str]:
         table.add_row("total", "", f"{recipe.steps:,}", *[""] * 5, duration(total / speed))
     yield table
     yield basis
-    yield from recipe.notes()
+    yield from recipe.warnings()
 
 
 def phase_flops(config: RunConfig, phase: Phase) -> float:

@@ -95,7 +95,7 @@ def test_a_run_without_phases_is_one(tiny: Path) -> None:
     assert len(recipe.phases) == 1 and recipe.at(0) is recipe.at(100)
     assert recipe.at(0).rows == config.data.one_phase() and recipe.at(0).attention == "select"
     assert [recipe.mtp_loss_weight(step) for step in (9, 10)] == [0.3, 0.1]
-    assert not recipe.notes()
+    assert not recipe.warnings()
 
 
 def test_a_recipe_is_resolved_once_and_belongs_to_its_config(tiny: Path) -> None:
@@ -192,10 +192,10 @@ def test_every_step_of_a_ramp_must_fit_the_processes(tiny: Path, tmp_path: Path)
         load_config(path, ["parallel.pipeline=2", "data.micro_batch_size=1"]).check_world(4)
 
 
-def test_a_topk_above_the_entries_is_noted_once(tiny: Path, tmp_path: Path) -> None:
+def test_a_topk_above_the_entries_is_warned_about_once(tiny: Path, tmp_path: Path) -> None:
     path = phased(tiny, tmp_path, CHANGING)
-    assert not load_config(path).recipe.notes()
+    assert not load_config(path).recipe.warnings()
     for topk in (64, 24):
-        (note,) = load_config(path, [f"model.index_topk={topk}"]).recipe.notes()
-        assert f"rows of 96 have 24 entries and model.index_topk is {topk}" in note
-    assert not load_config(path, ["model.index_topk=23"]).recipe.notes()
+        (warning,) = load_config(path, [f"model.index_topk={topk}"]).recipe.warnings()
+        assert f"rows of 96 have 24 entries and model.index_topk is {topk}" in warning
+    assert not load_config(path, ["model.index_topk=23"]).recipe.warnings()
