@@ -10,7 +10,7 @@ from model.errors import ModelConfigError
 
 if TYPE_CHECKING:
     from model.layout import SampleLayout
-    from model.loss import IGNORE_INDEX, TokenCounts
+    from model.targets import IGNORE_INDEX, TokenCounts
     from model.transformer import ModelOutput, V4Model
 
 __all__ = [
@@ -25,8 +25,8 @@ __all__ = [
 
 _MODULES = {
     "SampleLayout": "model.layout",
-    "TokenCounts": "model.loss",
-    "IGNORE_INDEX": "model.loss",
+    "TokenCounts": "model.targets",
+    "IGNORE_INDEX": "model.targets",
     "V4Model": "model.transformer",
     "ModelOutput": "model.transformer",
 }

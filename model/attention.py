@@ -18,9 +18,9 @@ from model.execution import LOCAL, Execution
 from model.indexer import Indexer
 from model.kernels.attention import AttentionInputs, attention_with_lse2
 from model.kernels.indexer import (
-    AttentionProbabilityMass,
     IndexerInputs,
     KLTarget,
+    MassFunction,
     attention_probability_mass,
     indexer_objective,
     selected_probability_mass,
@@ -34,7 +34,7 @@ class _Inputs(NamedTuple):
     """Queries of this rank's heads, keys of the local tokens, entries."""
 
     q_THK: Tensor
-    kv_TK: Tensor
+    kv_LK: Tensor
     entries_CK: Tensor | None
 
 
@@ -129,9 +129,9 @@ class Attention(nn.Module):
         """Returns the local tokens' low-rank queries q_TQ, and the inputs of core attention."""
         q_TQ = self.q_norm(self.wq_a(x_TD))
         q_THK = self.wq_b(exchange.gather_queries(q_TQ)).unflatten(-1, (-1, self.head_dim))
-        kv_TK = self.kv_norm(self.wkv(x_TD), positions.rotation(self.kind))
+        kv_LK = self.kv_norm(self.wkv(x_TD), positions.rotation(self.kind))
         entries_CK = None if self.compressor is None else self.compressor(x_TD, positions, exchange)
-        return q_TQ, _Inputs(q_THK, kv_TK, entries_CK)
+        return q_TQ, _Inputs(q_THK, kv_LK, entries_CK)
 
     def _attend(
         self,
@@ -139,14 +139,14 @@ class Attention(nn.Module):
         positions: Positions,
         exchange: Exchange,
         selected_Tk: Tensor | None,
-    ) -> tuple[Tensor, AttentionProbabilityMass | None]:
+    ) -> tuple[Tensor, MassFunction | None]:
         """Returns core attention's output [T, H, K], and a function for the entries' mass.
 
         The function gives the probability mass of each entry; None in window layers.
         """
         attention = AttentionInputs(
             inputs.q_THK,
-            exchange.gather_keys(inputs.kv_TK),
+            exchange.gather_keys(inputs.kv_LK),
             inputs.entries_CK,
             self.attn_sink,
             positions.query_rotation(self.kind),
@@ -164,7 +164,7 @@ class Attention(nn.Module):
         self,
         index: IndexerInputs,
         selected_Tk: Tensor | None,
-        mass: AttentionProbabilityMass,
+        mass: MassFunction,
         positions: Positions,
         exchange: Exchange,
         loss_denominator: float,

@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from model.config import LayerType
-from model.kernels.indexer import AttentionProbabilityMass
+from model.kernels.indexer import MassFunction
 
 
 class Exchange(Protocol):
@@ -50,13 +50,11 @@ class Exchange(Protocol):
     def gather_entries(self, kind: LayerType, pooled_CK: Tensor) -> Tensor:
         """Gathers all entries of the microbatch, in the order of samples."""
 
-    def sum_mass(
-        self, kind: LayerType, mass: AttentionProbabilityMass, selected_only: bool
-    ) -> AttentionProbabilityMass:
-        """Sums attention probability mass over the heads of all ranks, for the local tokens.
+    def sum_mass(self, kind: LayerType, mass: MassFunction, selected_only: bool) -> MassFunction:
+        """Returns the function `mass` of the local tokens summed over the heads of all ranks.
 
-        If `selected_only`, the columns of `mass` are each query's selected entries; otherwise the
-        entries of the microbatch.
+        It may communicate whenever it is called. If `selected_only`, its columns are each query's
+        selected entries; otherwise the entries of the microbatch.
         """
 
     def sum_counts(self, counts_ZE: Tensor) -> Tensor:
@@ -92,9 +90,7 @@ class LocalExchange:
     def gather_entries(self, kind: LayerType, pooled_CK: Tensor) -> Tensor:
         return pooled_CK
 
-    def sum_mass(
-        self, kind: LayerType, mass: AttentionProbabilityMass, selected_only: bool
-    ) -> AttentionProbabilityMass:
+    def sum_mass(self, kind: LayerType, mass: MassFunction, selected_only: bool) -> MassFunction:
         return mass
 
     def sum_counts(self, counts_ZE: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ class MoEStats:
 
     Attributes:
         load_E: non-padding tokens routed to each expert.
-        top1_weight_share: 0-dim, sum over non-padding tokens of the largest routing weight divided
-            by the sum of the token's routing weights.
+        top1_weight_share: 0-dim, summed over non-padding tokens: a token's largest routing weight
+            as a share of all its routing weights.
         balance: the balance loss; None in a hash layer.
         expert_indices_TA: indices of the experts that each token went to.
     """

@@ -20,5 +20,8 @@ class RMSNorm(nn.Module):
     def forward(
         self, x: Tensor, rotation: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Returns ``x`` [..., dim] normalised, and rotated if ``rotation`` is given, in fp32."""
+        """Returns x [..., dim] normalised, and rotated if ``rotation`` is given.
+
+        Computed in fp32 and rounded once, to ``dtype`` (x's by default).
+        """
         return self.pointwise.rms_norm(x, self.weight, self.eps, rotation, dtype)

@@ -22,11 +22,11 @@ from model.execution import LOCAL, Execution
 from model.hyper_connection import HyperConnectionHead
 from model.init import Shard, initialise
 from model.layout import SampleLayout
-from model.loss import IGNORE_INDEX, TokenCounts, mtp_targets, next_in_sample
 from model.mtp import MTPBlock
 from model.norm import RMSNorm
 from model.positions import Positions
 from model.router import Router
+from model.targets import IGNORE_INDEX, TokenCounts, mtp_targets, next_in_sample
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,10 @@ class Microbatch:
 
     @property
     def num_routed_tokens(self) -> float:
-        """Denominator of the balance loss and the indexers' objective: non-padding tokens."""
+        """Denominator of the balance loss and the indexers' objective: non-padding tokens.
+
+        Without counts, where no loss is returned, all tokens of the microbatch.
+        """
         return self.counts.routed if self.counts is not None else self.layout.num_tokens
 
     @property
@@ -102,13 +105,13 @@ class Microbatch:
         return self.exchange.queries_of_microbatch(self._next_T)
 
     @property
-    def targets_T(self) -> Tensor:
+    def query_targets_T(self) -> Tensor:
         """Targets of the main head for this rank's queries."""
         assert self._targets_T is not None
         return self.exchange.queries_of_microbatch(self._targets_T)
 
     @property
-    def mtp_targets_T(self) -> Tensor:
+    def query_mtp_targets_T(self) -> Tensor:
         """Targets of the MTP head for this rank's queries."""
         assert self._targets_T is not None
         return self.exchange.queries_of_microbatch(mtp_targets(self.layout, self._targets_T))
@@ -242,7 +245,7 @@ class V4Model(nn.Module):
         """Returns the main head's loss, the MTP head's (unweighted), and the MTP block's stats."""
         assert micro.counts is not None
         hidden_TD = self.norm(self.hc_head(streams_TND))
-        lm_loss = self._cross_entropy(micro, hidden_TD, micro.targets_T, micro.counts.lm)
+        lm_loss = self._cross_entropy(micro, hidden_TD, micro.query_targets_T, micro.counts.lm)
         block = self.mtp_block
         if block is None:
             return lm_loss, torch.zeros_like(lm_loss), []
@@ -255,7 +258,7 @@ class V4Model(nn.Module):
             micro.num_routed_tokens,
             micro.experts.get(block.layer_index),
         )
-        targets_T = micro.mtp_targets_T
+        targets_T = micro.query_mtp_targets_T
         mtp_loss = self._cross_entropy(micro, hidden_TD, targets_T, micro.counts.mtp)
         return lm_loss, mtp_loss, [stats]
 

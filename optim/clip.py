@@ -24,6 +24,6 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
 def clip_(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scales every `.grad` in place so that a global norm of `norm` becomes at most `max_norm`.
 
-    If the norm is not finite, the gradients are not afterwards: check it before the update.
+    If the norm is not finite, clipping does not make gradients finite: check it before the update.
     """
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

@@ -33,7 +33,8 @@ GROUPS = (
     "shared_experts",
     "mtp",
 )
-"""Groups of parameters that settings can name; the model's table of parameters assigns them."""
+"""Groups of parameters that settings can name; the model's table of parameters assigns them.
+`mtp` has only the MTP block's e_proj and h_proj; its other parameters are in the other groups."""
 
 
 def _known_group(name: str) -> str:

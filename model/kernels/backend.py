@@ -1,11 +1,12 @@
-"""Which implementation of an operation runs: decided here, by device, dtype and shape alone.
+"""Whether an operation runs in Triton: decided here, by device, dtype and shape alone.
 
 On a CPU the eager version runs, which is plain PyTorch. On a GPU an operation runs in Triton if
 Triton supports it and `make bench-gpu` has verified its kernel there; otherwise the eager version
 runs, and the choice gives the reason, once in the log and in ``choices``, which training logs at
-its start. COMPARED_ON_GPU is empty at present: training runs no Triton kernel. A Triton function
-called by name runs in Triton or raises UnsupportedError. No environment variable and no setting
-decides this.
+its start. COMPARED_ON_GPU is empty at present: training runs no Triton kernel. The
+functions of `*_triton.py`, called directly, run or raise UnsupportedError. No environment variable
+decides this; where Triton does not run, a setting may replace the eager version of some operations
+by a compiled one (model/pointwise.py).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Choice:
 
 
 class UnsupportedError(ValueError):
-    """Triton was requested by name and cannot run this."""
+    """Triton was required and cannot run this."""
 
 
 # With ``required`` each of these chooses Triton or raises UnsupportedError.

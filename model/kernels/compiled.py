@@ -177,7 +177,7 @@ def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, weight: Tensor | None
 def read_streams(*inputs: Any) -> Any:
     """Computes `model.kernels.hyper_connection.read_streams`.
 
-    Only the gradient of pre is compiled.
+    With ``iterations`` None it computes `collapse_streams`. Only the gradient of pre is compiled.
     """
     return _ReadStreams.apply(*inputs)
 

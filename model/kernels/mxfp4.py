@@ -1,8 +1,9 @@
 """MXFP4: E2M1 numbers in blocks of 32 with a power-of-two scale (OCP MX 1.0).
 
 Used for the routed experts and the indexer's queries and keys (report §3.4). R rows; C columns;
-blocks run along the last dimension. All functions work on any device and are exact:
-scaling by powers of two and the 16 values of E2M1 lose nothing in fp32 or bf16.
+blocks run along the last dimension. All functions work on any device. Apart from the
+rounding to E2M1 (in `to_fp8` to E4M3) they are exact: fp32 and bf16 hold the 16 values of E2M1 and
+powers of two.
 """
 
 from __future__ import annotations

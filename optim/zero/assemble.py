@@ -1,4 +1,4 @@
-"""Gathers matrices that ranks shard at their assembly rank, and scatters them back.
+"""Gathers sharded matrices at their assembly ranks, and scatters them back.
 
 Letters: N matrices, R rows, C columns.
 """

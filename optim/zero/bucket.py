@@ -73,7 +73,7 @@ class Bucket:
         self.dtype, self.device = first.dtype, first.device
         self.is_low = self.dtype != torch.float32
         self.replica_count = 1
-        for ranks in group.replicas:
+        for ranks in group.replica_groups:
             self.replica_count *= ranks.size
         owned = [s for s in self.layout.slices if s.owner == group.owners.rank]
         self.unsharded = [s for s in owned if s.assembly_rank is None]
@@ -143,7 +143,7 @@ class Bucket:
             for owned in self.layout.slices:
                 _in_partition(partition, owned).copy_(self._gradient_of(owned))
             self._reduced = partition
-        for ranks in self.group.replicas:
+        for ranks in self.group.replica_groups:
             if self._reduced is not None:
                 ranks.all_reduce_(self._reduced)
         assembled = self.assembler.gather(self._gradient_of)

@@ -55,8 +55,8 @@ class ParameterGroup:
         layout: who owns which part of them.
         owners: the ranks that hold the same shards and own them together.
         shard_ranks: the ranks that hold the other shards of the same matrices.
-        replicas: further groups over which gradients are summed, whose ranks have owners of their
-            own and repeat the same update.
+        replica_groups: ranks that own the same partition, one of each set of owners. Gradients are
+            summed over them as well, and each rank makes the same update.
         shard_dim: by name of a sharded parameter, the dimension that `shard_ranks` split.
         precision: what gradients are sent in.
     """
@@ -66,7 +66,7 @@ class ParameterGroup:
     layout: Layout
     owners: RankGroup
     shard_ranks: RankGroup
-    replicas: Sequence[RankGroup] = ()
+    replica_groups: Sequence[RankGroup] = ()
     shard_dim: Mapping[str, int] | None = None
     precision: Precision = "fp32"
 

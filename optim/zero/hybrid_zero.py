@@ -10,8 +10,8 @@ A step has three phases, each for every group of parameters that the same ranks 
            all-gathered from their owners, rounded to their precision before, one chunk in flight
            while the one before is copied.
 
-Only owners hold fp32 masters and states. With one owner the path is the same, and the communication
-does nothing. Source: hybrid ZeRO, report §3.
+Only owners hold fp32 masters and states. With one owner there are no chunks: masters take gradients
+directly from the parameters. Source: hybrid ZeRO, report §3.3.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Who updates what: assigns parameters to owners among the ranks that hold them. Imports no torch.
 
-The algorithm (report §3, hybrid ZeRO), from names and shapes alone, so that every rank of a group
+The algorithm (hybrid ZeRO, report §3.3), from names and shapes alone, so that every rank of a group
 computes the same layout:
 
-1. **Matrices.** A Muon matrix has one owner, since Newton–Schulz needs it whole. Equal matrices, as
-   experts are, are divided into contiguous runs of equal length. Different ones are bin-packed: the
-   most expensive first, each to the owner whose larger load, of FLOPs or of elements, stays lowest.
+1. **Matrices.** A Muon matrix has one owner, since Newton–Schulz needs it whole. If all matrices
+   of a group are equal, as experts' are, each owner gets contiguous runs of equal length. Otherwise
+   all are bin-packed: the most expensive first, each to the owner whose larger load, of FLOPs or of
+   elements, stays lowest.
 2. **Elements.** AdamW's parameters are divided element by element, and fill the room that the
    matrices leave in the emptier owners.
 3. **Buffer.** Each owner has a partition of one flat buffer, padded to the size of the largest, so

@@ -16,8 +16,9 @@ class SendQueue:
     """Sends the chunks of all buckets, during backward and after it.
 
     Chunks are ordered by the time at which backward completes them. A chunk is sent once it is
-    complete and all before it have been sent. Nothing waits for a collective during backward: other
-    ranks may need this one to take part in an exchange of tokens before they get as far.
+    complete and all before it have been sent. Nothing waits for a collective during backward,
+    which could deadlock: before another rank sends the same chunk, it may need this rank in an
+    all-to-all of tokens.
     """
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:

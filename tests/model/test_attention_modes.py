@@ -48,7 +48,7 @@ def whole_matrices(config: ModelConfig, recorded: dict[str, Any]) -> tuple[Tenso
     open_ = (c >= ranges.entry_start_T[:, None]) & (c < ranges.entry_end_T[:, None])
     if attention.selected_Tk is not None:
         open_ &= naive_selection_mask(attention.selected_Tk, entries)
-    tensors = (attention.q_THK, attention.kv_TK, attention.entries_CK, attention.sink_H)
+    tensors = (attention.q_THK, attention.kv_LK, attention.entries_CK, attention.sink_H)
     probability = naive_probabilities(
         *[x.double() for x in tensors], attention.rotation_Tr, near, open_, config.rms_norm_eps
     )

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from model.config import LayerType, ModelConfig
 from model.kernels.attention import AttentionRanges
-from model.kernels.indexer import AttentionProbabilityMass
+from model.kernels.indexer import MassFunction
 from model.layout import SampleLayout, on_device
 from model.positions import Positions, TokenPositions, Windows, compress_ratios
 from model.rope import layer_frequencies, rotation
@@ -171,9 +171,7 @@ class SequenceExchange:
     def gather_entries(self, kind: LayerType, pooled_CK: Tensor) -> Tensor:
         return self._window_plans[kind].gather(pooled_CK)
 
-    def sum_mass(
-        self, kind: LayerType, mass: AttentionProbabilityMass, selected_only: bool
-    ) -> AttentionProbabilityMass:
+    def sum_mass(self, kind: LayerType, mass: MassFunction, selected_only: bool) -> MassFunction:
         tensor = self.tensor
         if tensor.size == 1:
             return mass
@@ -209,9 +207,9 @@ class _WindowPlan:
     """The windows of m tokens that a rank pools, and where its entries go in the gathered order.
 
     A rank pools the windows whose last token is in its chunk. So it needs the m - 1 tokens before
-    the chunk, or 2m - 1 where windows overlap. With overlap, a window also pools the tokens of its
-    predecessor; wherever that belongs to another rank, it is computed here as well (a "helper",
-    whose entry is dropped), as up to one window per row.
+    the chunk, or 2m - 1 where windows overlap. With overlap, a window also pools its predecessor's
+    tokens. Where the predecessor belongs to another rank, this rank pools it as well and drops its
+    entry (a "helper"; at most one per row).
     """
 
     def __init__(

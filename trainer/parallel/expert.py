@@ -3,8 +3,8 @@
 One all-to-all sends the numbers of rows, one the rows, one their weights, and one sends the results
 back. Only rows that a rank's experts need are sent.
 
-Letters: T tokens, A experts of a token, L sent rows = T·A·(expert-tensor degree), P received rows,
-after `LocalDispatch` padded, D hidden size, R ranks of the expert all-to-all, E experts of the
+Letters: T tokens, A experts of a token, L sent rows = T·A·(expert-tensor degree), M received rows,
+P rows of `LocalDispatch`, padded, D hidden size, R ranks of the expert all-to-all, E experts of the
 model, e experts of one rank.
 """
 
@@ -29,15 +29,16 @@ class _DispatchState(Dispatched):
 
     Attributes:
         send, receive: numbers of rows sent to and received from each rank.
-        pair_of_sent_L: index of the (token, expert, shard of the expert) triple in each sent row.
-        sent_of_pair_L: index of each triple's sent row.
+        copy_of_sent_L: the copy in each sent row. Copies are (token, expert, shard of the expert)
+            triples in this order.
+        sent_of_copy_L: the sent row of each copy.
         num_received_rows: received rows, with the dummy row.
     """
 
     send: list[int]
     receive: list[int]
-    pair_of_sent_L: Tensor
-    sent_of_pair_L: Tensor
+    copy_of_sent_L: Tensor
+    sent_of_copy_L: Tensor
     num_received_rows: int
 
 
@@ -62,27 +63,27 @@ class ExpertDispatch:
         local_experts = num_experts * self.expert_tensor_size // self.axis.size
         destination_L = self._destinations(routing.indices_TA, local_experts).flatten()
         weights_L = routing.weights_TA.repeat_interleave(self.expert_tensor_size, dim=1).flatten()
-        pair_of_sent_L = torch.argsort(destination_L, stable=True)
-        sent_of_pair_L = torch.empty_like(pair_of_sent_L)
-        sent_of_pair_L[pair_of_sent_L] = torch.arange(len(pair_of_sent_L), device=x_TD.device)
+        copy_of_sent_L = torch.argsort(destination_L, stable=True)
+        sent_of_copy_L = torch.empty_like(copy_of_sent_L)
+        sent_of_copy_L[copy_of_sent_L] = torch.arange(len(copy_of_sent_L), device=x_TD.device)
         received_Re, send, receive = self.all_to_all_counts(destination_L, local_experts)
-        rows_LD = permute_rows(x_TD, pair_of_sent_L, sent_of_pair_L)
-        rows_PD = all_to_all_tokens(rows_LD, send, receive, self.axis)
-        weights_P = all_to_all_tokens(weights_L[pair_of_sent_L], send, receive, self.axis)
+        rows_LD = permute_rows(x_TD, copy_of_sent_L, sent_of_copy_L)
+        rows_MD = all_to_all_tokens(rows_LD, send, receive, self.axis)
+        weights_M = all_to_all_tokens(weights_L[copy_of_sent_L], send, receive, self.axis)
         expert_R_e = torch.arange(local_experts, device=x_TD.device).repeat(self.axis.size)
-        expert_P = expert_R_e.repeat_interleave(received_Re.flatten(), output_size=sum(receive))
+        expert_M = expert_R_e.repeat_interleave(received_Re.flatten(), output_size=sum(receive))
         # A dummy row of weight 0 is appended, so that a rank without rows runs the same matmuls.
-        rows_PD, weights_P = F.pad(rows_PD, (0, 0, 0, 1)), F.pad(weights_P, (0, 1))
-        expert_P = F.pad(expert_P, (0, 1))
-        received = Routing(expert_P[:, None], weights_P[:, None], routing.scores_TE)
-        local = self.local.dispatch(rows_PD, received, local_experts)
+        rows_MD, weights_M = F.pad(rows_MD, (0, 0, 0, 1)), F.pad(weights_M, (0, 1))
+        expert_M = F.pad(expert_M, (0, 1))
+        received = Routing(expert_M[:, None], weights_M[:, None], routing.scores_TE)
+        local = self.local.dispatch(rows_MD, received, local_experts)
         return _DispatchState(
             **vars(local),
             send=send,
             receive=receive,
-            pair_of_sent_L=pair_of_sent_L,
-            sent_of_pair_L=sent_of_pair_L,
-            num_received_rows=len(rows_PD),
+            copy_of_sent_L=copy_of_sent_L,
+            sent_of_copy_L=sent_of_copy_L,
+            num_received_rows=len(rows_MD),
         )
 
     def all_to_all_counts(
@@ -102,10 +103,10 @@ class ExpertDispatch:
     def combine(self, y_PD: Tensor, dispatched: Dispatched, num_tokens: int) -> Tensor:
         """Sends the experts' outputs back to their tokens' ranks and sums each token's, [T, D]."""
         assert isinstance(dispatched, _DispatchState)
-        rows_PD = self.local.combine(y_PD, dispatched, dispatched.num_received_rows)[:-1]
-        back_LD = all_to_all_tokens(rows_PD, dispatched.receive, dispatched.send, self.axis)
+        rows_MD = self.local.combine(y_PD, dispatched, dispatched.num_received_rows)[:-1]
+        back_LD = all_to_all_tokens(rows_MD, dispatched.receive, dispatched.send, self.axis)
         return unpermute_rows(
-            back_LD, dispatched.pair_of_sent_L, dispatched.sent_of_pair_L, num_tokens
+            back_LD, dispatched.copy_of_sent_L, dispatched.sent_of_copy_L, num_tokens
         )
 
     def _destinations(self, indices_TA: Tensor, local_experts: int) -> Tensor:

@@ -105,7 +105,8 @@ class Grid:
             all-to-all that sends tokens to experts.
         expert_tensor: ranks that shard each expert.
         expert_data: ranks that hold the same experts.
-        embedding: the first and the last pipeline rank, both of which hold the embedding.
+        embedding: the first and the last pipeline rank; where both hold the embedding
+            (`embedding_is_replicated`), its gradients are summed over them.
         world: all ranks.
     """
 

@@ -115,7 +115,7 @@ def build_hybrid_zero(
                 group.layout,
                 owners=AxisRanks(owners),
                 shard_ranks=AxisRanks(axes[group.kind][1]),
-                replicas=[AxisRanks(axis) for axis in replica_axes if axis.size > 1],
+                replica_groups=[AxisRanks(axis) for axis in replica_axes if axis.size > 1],
                 shard_dim={name: dim for name, dim in dims.items() if dim is not None},
                 precision=expert_grad_reduce_dtype if group.kind == "expert" else grad_reduce_dtype,
             )

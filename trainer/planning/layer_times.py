@@ -144,7 +144,7 @@ class _Bench:
         def run() -> Tensor:
             hidden_TD = norm(self._streams()[:, 0])
             return self.model.execution.cross_entropy(
-                hidden_TD, head.weight, self.micro.targets_T, count, IGNORE_INDEX
+                hidden_TD, head.weight, self.micro.query_targets_T, count, IGNORE_INDEX
             )
 
         return self._time(nn.ModuleList([head, norm]), run)

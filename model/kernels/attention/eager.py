@@ -36,7 +36,7 @@ def eager_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         entries_CK, selected_Tk = None, None
     return _Attention.apply(
         inputs.q_THK.contiguous(),
-        inputs.kv_TK,
+        inputs.kv_LK,
         entries_CK,
         inputs.sink_H,
         inputs.rotation_Tr,
@@ -82,7 +82,7 @@ def eager_entry_probability_mass(
 class _Chunk:
     """Queries [start, stop), in sub-blocks (bands) of ``band`` tokens.
 
-    A band shares one slice of W - 1 + band keys; its first own key has index start + shift.
+    A band shares one slice of W - 1 + band keys. The key of query `start` has index start + shift.
     """
 
     start: int

@@ -232,7 +232,7 @@ def attention(
         entries_CK, selected_Tk = None, None
     return _Attention.apply(
         q_THK.contiguous(),
-        inputs.kv_TK.contiguous(),
+        inputs.kv_LK.contiguous(),
         None if entries_CK is None else entries_CK.contiguous(),
         inputs.sink_H,
         cos_sin_of(inputs.rotation_Tr),

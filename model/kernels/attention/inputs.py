@@ -1,6 +1,6 @@
 """Arguments shared by the public, eager and Triton versions of core attention.
 
-T queries and tokens; H heads; K their width; C compressed entries; R rotary dims; r = R/2
+T queries; L keys; H heads; K their width; C compressed entries; R rotary dims; r = R/2
 complex numbers of a rotation; k selected entries of a query.
 """
 
@@ -19,7 +19,7 @@ class AttentionInputs:
 
     Attributes:
         q_THK: queries before their norm and rotation.
-        kv_TK: keys (= values), normed and rotated, of the queries' tokens and of the halo before
+        kv_LK: keys (= values), normed and rotated, of the queries' tokens and of the halo before
             them, if any.
         entries_CK: compressed entries, normed and rotated.
         sink_H: logit of each head's sink, which takes probability and has no value.
@@ -32,7 +32,7 @@ class AttentionInputs:
     """
 
     q_THK: Tensor
-    kv_TK: Tensor
+    kv_LK: Tensor
     entries_CK: Tensor | None
     sink_H: Tensor
     rotation_Tr: Tensor
@@ -47,7 +47,7 @@ class AttentionInputs:
         return replace(
             self,
             q_THK=self.q_THK.detach(),
-            kv_TK=self.kv_TK.detach(),
+            kv_LK=self.kv_LK.detach(),
             entries_CK=entries_CK,
             sink_H=self.sink_H.detach(),
         )

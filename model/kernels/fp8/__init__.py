@@ -15,8 +15,8 @@ numbers have four significant bits, so bf16 and fp32 hold them exactly, scale in
 matmul and therefore the same result up to summation order, without FP8's speed.
 ``matmul_triton.py`` uses FP8 tensor cores.
 
-T tokens; X and F a weight's inputs and outputs; G groups of T tokens each; E experts, whose rows
-are contiguous, group by group, in P rows.
+T tokens; X and F a weight's inputs and outputs; G groups of T tokens each (`batched`); P rows,
+sorted by expert, of E experts (`grouped`).
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def batched(x_GTX: Tensor, weight_GFX: Tensor) -> Tensor:
 
 
 def grouped(x_PX: Tensor, weight_EFX: Tensor, ends_E: Tensor) -> Tensor:
-    """Multiplies rows sorted by group by their group's transposed weight, [P, F].
+    """Multiplies the rows of each expert by that expert's transposed weight, [P, F].
 
-    Tiles of 128 tokens restart at every group. Rows after the last end are not computed.
+    Tiles of 128 rows restart at every expert. Rows after the last end are not computed.
     """
     if backend.fp8(x_PX.device, x_PX.dtype).name == "triton":
         from model.kernels.fp8 import matmul_triton

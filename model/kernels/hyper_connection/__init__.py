@@ -1,8 +1,8 @@
 """Manifold-constrained hyper-connections: the streams' coefficients and their mixing.
 
 mHC paper (arXiv 2512.24880) and report §2.2. All coefficients are fp32. Backward recomputes them
-from the M projections w, so of size [T, N, D] a sub-layer saves only its streams. In formulas X_j
-is stream j.
+from the M projections w, so the streams are the only [T, N, D] tensor that a sub-layer saves. In
+formulas X_j is stream j.
 
 T tokens; N streams; D their width; M = (2+N)·N coefficients, or N of them in the head.
 """

@@ -12,8 +12,8 @@ from model.kernels import backend
 from model.kernels.attention import AttentionRanges
 from model.kernels.indexer.inputs import IndexerInputs
 from model.kernels.indexer.kl_target import (
-    AttentionProbabilityMass,
     KLTarget,
+    MassFunction,
     attention_probability_mass,
     selected_probability_mass,
 )
@@ -21,9 +21,9 @@ from model.kernels.indexer.objective import indexer_objective
 from model.kernels.indexer.select_eager import eager_select_topk
 
 __all__ = [
-    "AttentionProbabilityMass",
     "IndexerInputs",
     "KLTarget",
+    "MassFunction",
     "attention_probability_mass",
     "indexer_objective",
     "select_topk",

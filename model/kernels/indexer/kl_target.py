@@ -15,10 +15,12 @@ from torch import Tensor
 
 from model.kernels.attention import AttentionInputs, AttentionRanges, entry_probability_mass
 
-AttentionProbabilityMass = Callable[[Any, slice], Tensor]
-"""mass(rows, columns) -> fp32 [rows, columns]: attention probability summed over heads, for these
-queries (slice or index tensor) and these entries (or, with a selection, these of their k columns).
-Zero where a query does not see an entry."""
+MassFunction = Callable[[Any, slice], Tensor]
+"""Attention probability mass, (rows, columns) -> fp32 [rows, columns]: probability summed over heads.
+
+Rows are queries (a slice or an index tensor), columns entries or, with a selection, places among
+the k selected ones. Zero where a query does not see an entry.
+"""
 
 MIN_PROBABILITY_MASS = torch.finfo(torch.float32).tiny
 """Smaller masses are treated as 0: denormals may be flushed, and log or division would then give
@@ -41,7 +43,7 @@ class KLTarget:
         selected_Tk: the entries selected for each query (-1: none); None for all that it sees.
     """
 
-    mass: AttentionProbabilityMass
+    mass: MassFunction
     ranges: AttentionRanges
     selected_Tk: Tensor | None = None
 
@@ -68,9 +70,7 @@ class KLTarget:
             yield rows, slice(low, max(int(end_T[rows].max()), low))
 
 
-def attention_probability_mass(
-    inputs: AttentionInputs, lse2_TH: Tensor
-) -> AttentionProbabilityMass:
+def attention_probability_mass(inputs: AttentionInputs, lse2_TH: Tensor) -> MassFunction:
     """Returns a mass function, detached, for the inputs and lse2 of `attention_with_lse2`."""
     inputs, lse2_TH = inputs.detached(), lse2_TH.detach()
 
@@ -86,15 +86,16 @@ def attention_probability_mass(
 
 @torch.no_grad()
 def selected_probability_mass(
-    mass: AttentionProbabilityMass,
+    mass: MassFunction,
     ranges: AttentionRanges,
     selected_Tk: Tensor | None,
     entries: int,
 ) -> tuple[Tensor, Tensor]:
     """Sums the mass of the selected and of all entries, each fp32 [T].
 
-    Recall = Σ_t selected / Σ_t all. ``mass`` must have been made without a selection; the
-    denominators of its heads are those of the attention call that it was made from. Without
+    Recall = Σ_t selected / Σ_t all. ``mass`` must have been made without a selection;
+    each head's softmax denominator stays that of the attention call whose inputs it was made from.
+    Without
     ``selected_Tk`` all are selected. ``entries`` is their number, C.
     """
     assert ranges.entry_start_T is not None

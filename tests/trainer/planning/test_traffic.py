@@ -204,7 +204,7 @@ def one_step(degrees: Degrees, world: int, rank: int) -> Outcome:
     formula = step_traffic(config.model, grid.degrees, local.stages, rank, work, config.optim, how)
     ranks = rank_of_axis(grid)
     for bucket in optimizer.buckets:
-        for axis in (bucket.owners.axis, *[others.axis for others in bucket.group.replicas]):
+        for axis in (bucket.owners.axis, *[others.axis for others in bucket.group.replica_groups]):
             ranks[axis.name] = axis.ranks
     by_ranks: defaultdict[tuple[Any, str], int] = defaultdict(int)
     for (axis, kind), size in grid.traffic.bytes.items():

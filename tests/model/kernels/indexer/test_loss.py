@@ -12,9 +12,9 @@ from torch import Tensor
 from model.kernels.attention import attention_with_lse2
 from model.kernels.attention.naive import naive_selection_mask
 from model.kernels.indexer import (
-    AttentionProbabilityMass,
     IndexerInputs,
     KLTarget,
+    MassFunction,
     attention_probability_mass,
     indexer_objective,
     kl_target,
@@ -45,7 +45,7 @@ def index_inputs(case: Case, seed: int = 0, heads: int = HEADS, dim: int = DIM) 
 
 def mass_of(
     case: Case, selected: Tensor | None = None, attended: Tensor | None = None
-) -> AttentionProbabilityMass:
+) -> MassFunction:
     """What attention gave to ``selected``, after it saw ``attended``."""
     arguments = case.arguments(*case.inputs(), selected=attended)
     _, lse2 = attention_with_lse2(arguments)
@@ -68,7 +68,7 @@ def naive_loss(case: Case, selected: Tensor | None = None, attended: Tensor | No
 
 def objective(
     inputs: Sequence[Tensor],
-    mass: AttentionProbabilityMass,
+    mass: MassFunction,
     case: Case,
     share: Tensor,
     selected: Tensor | None = None,
@@ -79,7 +79,7 @@ def objective(
 
 def is_divergence(
     case: Case,
-    mass: AttentionProbabilityMass,
+    mass: MassFunction,
     expected: Callable[..., Tensor],
     selected: Tensor | None = None,
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels.indexer import AttentionProbabilityMass, IndexerInputs, KLTarget
+from model.kernels.indexer import IndexerInputs, KLTarget, MassFunction
 from model.kernels.indexer.naive import naive_query_divergences
 from tests.model.kernels.attention.test_attention import Case
 from tests.model.kernels.compare import assert_same, rand
@@ -33,7 +33,7 @@ CASES = {
 
 def loss(
     inputs: tuple[Tensor, ...],
-    mass: AttentionProbabilityMass,
+    mass: MassFunction,
     case: Case,
     selected: Tensor | None,
     blocks: int = 1,
@@ -54,7 +54,7 @@ def loss(
 
 def is_divergence(
     case: Case,
-    mass: AttentionProbabilityMass,
+    mass: MassFunction,
     expected,
     selected: Tensor | None,
     seed: int,

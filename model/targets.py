@@ -19,10 +19,10 @@ IGNORE_INDEX = nn.CrossEntropyLoss().ignore_index
 class TokenCounts:
     """Global denominators of the losses.
 
-    ``lm`` and ``mtp`` are the numbers of tokens that the main and the MTP head predict; ``routed``,
-    of the balance loss and the indexers' objective, is the number of non-padding tokens.
-    They are summed over all microbatches and ranks first, so that every loss is a token mean over
-    the global batch at any topology.
+    ``lm`` and ``mtp`` are the numbers of tokens that the main and the MTP head predict; ``routed``
+    is the number of non-padding tokens, the denominator of the balance loss and of the indexers'
+    objective. They are summed over all microbatches and ranks first, so that every loss is a token
+    mean over the global batch at any topology.
     """
 
     lm: int
