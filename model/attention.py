@@ -1,7 +1,8 @@
 """V4's attention: low-rank queries, one shared key-value head, grouped output (report §2.3).
 
-Letters: T tokens, D hidden size, Q rank of the queries, H heads, K head dim, C entries, k selected
-entries of a query, G groups of heads, O rank of a group's output, X = H·K/G input width of wo_a.
+Letters: T tokens, D hidden size, Q rank of the queries, H heads, K head dim, L keys, C entries, k
+selected entries of a query, G groups of heads, O rank of a group's output, X = H·K/G
+input width of wo_a.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor
 from model.kernels.attention import AttentionInputs, AttentionRanges, entry_probability_mass
 
 MassFunction = Callable[[Any, slice], Tensor]
-"""Attention probability mass, (rows, columns) -> fp32 [rows, columns]: probability summed over heads.
+"""Attention probability mass, (rows, columns) -> fp32 [rows, columns]: summed over heads.
 
 Rows are queries (a slice or an index tensor), columns entries or, with a selection, places among
 the k selected ones. Zero where a query does not see an entry.

@@ -227,7 +227,7 @@ def test_every_element_is_written_once(saved: Path, tiny: Path, name: str) -> No
 @pytest.mark.parametrize("name", ["data 2", "tensor 2", "tensor 2, expert 2"])
 def test_the_ranks_share_the_writing(saved: Path, name: str) -> None:
     sizes = [path.stat().st_size for path in files_of(saved / name)]
-    assert len(sizes) == EVERY[name].world
+    assert len(sizes) == EVERY[name].world_size
     assert max(sizes) < 1.1 * min(sizes)
 
 
