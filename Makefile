@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # deepspeed is built from source and imports torch while it builds, so these come first.
 BUILD_FIRST := $(shell grep -E '^(torch|setuptools|wheel|numpy|ninja)==' requirements.lock)
 # In the order of tests/conftest.py, not that of how many tests are in a file.
-PYTEST := $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-large lint docs bench bench-gpu

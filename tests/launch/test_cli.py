@@ -32,7 +32,7 @@ def v4(*arguments: object) -> subprocess.CompletedProcess[str]:
 def assert_one_sentence(
     done: subprocess.CompletedProcess[str], *parts: str, started: bool = False
 ) -> None:
-    """Exit code 2 and one line of error; before it a run that `started` has logged its first line."""
+    """Exit code 2 and one line of error; a run that `started` has logged its first line before."""
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("v4: error: "), done.stderr
     if started:
