@@ -49,13 +49,14 @@ _OPTIONAL_FIELDS = (
 )
 _FIXED_FIELDS = {
     "model_type": "deepseek_v4",
+    "num_key_value_heads": 1,
     "scoring_func": "sqrtsoftplus",
     "norm_topk_prob": True,
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
+    "attention_dropout": 0.0,
     "tie_word_embeddings": False,
-    "num_key_value_heads": 1,
 }
 _YARN_FIELDS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 
@@ -94,6 +95,7 @@ def fields_to_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     hashed = config["num_hash_layers"]
     return {name: config[name] for name in (*_SHARED_FIELDS, *_OPTIONAL_FIELDS)} | {
         "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": _FIXED_FIELDS["model_type"],
         "layer_types": [_HF_LAYER_TYPES[kind] for kind in config["layer_types"]],
         "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (config["num_hidden_layers"] - hashed),
         "compress_rates": {
@@ -103,13 +105,14 @@ def fields_to_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         "qk_rope_head_dim": config["qk_rope_head_dim"],
         "partial_rotary_factor": rotary_share,
         "rope_parameters": {"main": main, "compress": compress},
-        "attention_dropout": 0.0,
         **_FIXED_FIELDS,
     }
 
 
 def _refuse_other_architectures(config: Mapping[str, Any]) -> None:
     for name, value in _FIXED_FIELDS.items():
+        if name == "attention_dropout":  # any rate: it belongs to training, not to the weights
+            continue
         if config.get(name, value) != value:
             raise ModelConfigError(
                 f"config.json has {name} = {config[name]!r}; supported: {value!r}"
