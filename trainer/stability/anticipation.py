@@ -5,9 +5,9 @@ weights of step t - lag select for them; the present gate still weights the expe
 fetches the batch of `lag` steps later, runs forward over it once, and keeps what the learned
 routers select until then.
 
-Where it was switched on before step s, there are no selections of before s: those of steps s to
-s + lag are all made with the weights of step s. Pending selections are part of a checkpoint,
-by step and layer over the global batch, so that a run resumes with the same ones at any topology.
+If it starts at step s, nothing was selected earlier: the experts of steps s to s + lag are all
+selected with the weights of step s. Pending selections are part of a checkpoint, by step and layer
+over the global batch, so that a run resumes with the same ones at any topology.
 
 Letters: T local tokens of a microbatch, A experts per token.
 """
@@ -138,12 +138,13 @@ class Anticipation:
     def configure(self, state: TrainState) -> None:
         """Sets `anticipation_start` and `anticipation_end` in `state` as the config wants.
 
-        `always` begins at this step unless it is on already; `never` ends it, and `after_spikes`
-        ends what `always` began.
+        `always` begins at this step, unless routing is on and goes on for at least `lag` steps;
+        `never` ends it, and `after_spikes` ends what `always` began.
         """
-        if self.always and state.anticipation_start is None:
-            state.anticipation_start = state.step
         if self.always:
+            # Nothing was selected for steps after an earlier end: it has to begin before them.
+            if not state.anticipatory_routing_at(state.step + max(self.lag - 1, 0)):
+                state.anticipation_start = state.step
             state.anticipation_end = None
         elif state.anticipation_end is None or self.never:
             state.anticipation_start = None

@@ -210,6 +210,24 @@ def test_another_lead_or_none_at_all_may_go_on(tiny: Path, tmp_path: Path) -> No
     assert column(tmp_path, "anticipatory_routing") == [True, True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("end", "pending", "start"), [(2, [], 3), (4, [3], 3), (5, [3, 4], 0), (None, [3, 4], 0)]
+)
+def test_always_resumes_after_and_in_earlier_routing(
+    tiny: Path, tmp_path: Path, end: int | None, pending: list[int], start: int
+) -> None:
+    """Routing from step 0 that ended, ends within the lag, or lasts longer; resumed at step 3."""
+    config = load_config(tiny, [f"run_dir={tmp_path}", "steps=6", ALWAYS, LEAD.format(2)])
+    trainer = Trainer(config, Grid.single())
+    state, anticipation = trainer.state, trainer.anticipation
+    state.step, state.anticipation_start, state.anticipation_end = 3, 0, end
+    saved = anticipation.metadata() | {"steps": pending}
+    anticipation.restore(saved, state)
+    assert (state.anticipation_start, state.anticipation_end) == (start, None)
+    for state.step in range(3, 6):
+        assert anticipation.select(state, anticipation.batches(state.step))
+
+
 def trainer_state(config: RunConfig) -> TrainState:
     trainer = Trainer(config, Grid.single())
     trainer.checkpoint.load(trainer.state)
