@@ -125,8 +125,8 @@ def should_stop(
 def read_history(path: Path, name: str, every: int) -> list[float]:
     """Returns the metric's points of a `metrics.jsonl` that would be sent to wandb.
 
-    A line is a point if its step is a multiple of `every` or was evaluated. A partial last line is
-    ignored.
+    A line is a point if its step is a multiple of `every`, was evaluated, or has layer stats. A
+    partial last line is ignored.
     """
     points: dict[int, Any] = {}
     if not path.is_file():
@@ -136,6 +136,9 @@ def read_history(path: Path, name: str, every: int) -> list[float]:
             record = json.loads(line)
         except ValueError:
             continue  # the line being written
-        if name in record and (record["step"] % every == 0 or "validation_loss" in record):
+        if name not in record:
+            continue
+        due = record["step"] % every == 0
+        if due or "validation_loss" in record or "layers" in record:
             points[record["step"]] = record[name]
     return [points[step] for step in sorted(points)]

@@ -14,7 +14,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from launch.sweep_file import Hyperband, Sweep, load_sweep
 from launch.sweep_parameters import Parameter
-from launch.sweep_search import Search, bands, should_stop
+from launch.sweep_search import Search, bands, read_history, should_stop
 from trainer.metrics.jsonl import read_metrics
 from trainer.report.sweep import Trial, groups, sentences
 
@@ -34,6 +34,16 @@ def write(tiny: Path, folder: Path, body: str) -> Path:
 
 def command(file: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "launch.cli", "sweep", str(file), f"--out={out}", "--jobs=2"]
+
+
+def test_history_has_the_points_that_wandb_gets(tmp_path: Path) -> None:
+    """Every third step, and those that were evaluated or have layer stats."""
+    records = [{"step": step, "loss": float(step)} for step in range(1, 8)]
+    records[3] |= {"layers": {}}
+    records[6] |= {"validation_loss": 1.0}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 8, "lo')
+    assert read_history(path, "loss", 3) == [3.0, 4.0, 6.0, 7.0]
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
