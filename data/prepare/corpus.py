@@ -18,7 +18,7 @@ _MAX_CHARACTERS = 10**9
 
 
 class BadRecord(NamedTuple):
-    """A record that is not a document: its file (or dataset), its number there, and the reason."""
+    """A record that is not a document: its file(s) or dataset, its number there, and the reason."""
 
     place: str
     number: int
@@ -91,7 +91,8 @@ class Corpus:
                 files = self._decodable(files, self._bad)
             if files:
                 opened = partial(self._open, files, {"sample_by": "document"})
-                yield from self._records(opened, "its files", 0)
+                place = f"the files of source {self.source.name!r}"
+                yield from self._records(opened, place, 0)
         else:
             for file in self.files:
                 if os.path.getsize(file):
@@ -147,7 +148,8 @@ class Corpus:
     def _records(self, opened: Callable[[], Any], place: str, first: int) -> Iterator[Document]:
         """Yields the document of each record; errors name `place` and the number of the record.
 
-        `opened` may fail like reading does: `datasets` reads into compressed files first.
+        `opened` may fail as reading does, since `datasets` already reads the beginning of
+        compressed files in it.
         """
         field = "text" if self.source.format == "text" else self.source.field
         records: Iterator[Any] | None = None

@@ -150,6 +150,15 @@ def test_bad_content_is_one_sentence(tmp_path: Path, content: bytes, message: st
     assert "\n" not in str(caught.value)
 
 
+def test_text_that_cannot_be_used_names_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("five!")
+    monkeypatch.setattr("data.prepare.corpus._MAX_CHARACTERS", 4)
+    with pytest.raises(DataError, match=r"^record 0 of the files of source 's' has 5 characters"):
+        texts_of(corpus(paths=[str(tmp_path)], format="text"))
+
+
 def test_missing_path(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"source 's': nothing to read at .*nowhere"):
         corpus(paths=[str(tmp_path / "nowhere")])
