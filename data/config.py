@@ -30,7 +30,7 @@ class SourceConfig(Section):
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
-        description="letters, digits, and `_.-` but in front",
+        description="letters, digits, and `_.-` except in front",
     )
     """Unique name; shards, metrics and `data.source_weights` use it."""
     paths: tuple[str, ...] = ()
@@ -256,7 +256,8 @@ class DataConfig(Section):
     """Minimum share of row positions with a token: documents no longer than a row are cut only
     where best fit cannot reach it."""
     source_weights: dict[str, float] = {}
-    """The sources' shares of the tokens; empty: an epoch of every source is an epoch of all."""
+    """The sources' shares of the tokens; empty: in proportion to their sizes, so that every
+    source is read once per epoch."""
     transforms: TransformsConfig = TransformsConfig()
     prefetch: NonNegativeInt = 2
     """How many steps are prepared ahead, in a thread. [steps]"""

@@ -7,7 +7,7 @@ so that a reader finds the old shards or the new ones and never a mixture.
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data.errors import DataError
 from data.files import write_atomically
@@ -74,7 +74,7 @@ class Manifest(BaseModel):
         digest: hash of everything the shards depend on.
         folder: name of the folder with the shards, next to the manifest.
         empty_documents, bad_records: how many were skipped, by source.
-        losses: what the filters dropped, by source and filter.
+        dropped: what the filters dropped, by source and filter.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -89,7 +89,9 @@ class Manifest(BaseModel):
     pad_id: int
     empty_documents: dict[str, int]
     bad_records: dict[str, int] = {}
-    losses: dict[str, dict[str, FilterStats]] = {}
+    dropped: dict[str, dict[str, FilterStats]] = Field(
+        default={}, validation_alias=AliasChoices("dropped", "losses")
+    )
     shards: tuple[Shard, ...]
 
     def of_split(self, split: Split) -> list[Shard]:

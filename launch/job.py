@@ -135,7 +135,7 @@ class ClusterConfig(Section):
                 raise ValueError(
                     f"{name} is not about networks or caches, and no variable may change what is "
                     "computed; it should begin with NCCL_, TORCH_NCCL_, GLOO_, UCX_, FI_, HF_, "
-                    "WANDB_ or XDG_, or name a proxy"
+                    "WANDB_, XDG_ or TRITON_CACHE_, or name a proxy"
                 )
         return value
 
@@ -152,14 +152,19 @@ class ClusterConfig(Section):
 
 @dataclass(frozen=True)
 class Job:
-    """A run on a cluster; `arguments` are those of `python -m trainer`."""
+    """A run on a cluster.
+
+    Attributes:
+        arguments: those of `python -m trainer`.
+        out: folder of the job file and the logs.
+    """
 
     run: RunConfig
     arguments: tuple[str, ...]
     cluster: ClusterConfig
     nodes: int
-    processes: int
-    folder: Path
+    processes_per_node: int
+    out: Path
 
     @property
     def name(self) -> str:
@@ -182,7 +187,7 @@ class Job:
         cluster = self.cluster
         return [
             f"{cluster.python} -m torch.distributed.run",
-            f"--nnodes {self.nodes} --nproc-per-node {self.processes}",
+            f"--nnodes {self.nodes} --nproc-per-node {self.processes_per_node}",
             f"--rdzv-backend c10d --rdzv-endpoint {endpoint} --rdzv-id {job_id}",
             f"--rdzv-conf is_host={is_host},join_timeout={cluster.join_seconds}",
             f"--max-restarts {cluster.max_restarts} --shutdown-timeout {cluster.save_seconds}",

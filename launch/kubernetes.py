@@ -141,7 +141,7 @@ def _environment(job: Job, kubernetes: KubernetesConfig) -> list[dict[str, Any]]
 def _resources(job: Job, kubernetes: KubernetesConfig) -> dict[str, Any]:
     amounts: dict[str, Any] = {}
     if job.cluster.gpus:
-        amounts[kubernetes.gpu_resource] = job.processes
+        amounts[kubernetes.gpu_resource] = job.processes_per_node
     for name in ("cpu", "memory"):
         if (value := getattr(kubernetes, name)) is not None:
             amounts[name] = value

@@ -78,10 +78,10 @@ def _options(job: Job, slurm: SlurmConfig) -> list[str]:
         f"--signal=B:TERM@{job.cluster.save_seconds + 60}",
         "--requeue",
         "--open-mode=append",
-        f"--output={shlex.quote(str(job.folder / '%x-%j.log'))}",
+        f"--output={shlex.quote(str(job.out / '%x-%j.log'))}",
     ]
     if job.cluster.gpus:
-        options.append(f"--gpus-per-node={job.processes}")
+        options.append(f"--gpus-per-node={job.processes_per_node}")
     for name in ("partition", "account", "qos"):
         if (value := getattr(slurm, name)) is not None:
             options.append(f"--{name}={value}")

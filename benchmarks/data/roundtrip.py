@@ -10,7 +10,7 @@ from data.config import DataConfig
 from data.indexed import indexed_module
 from data.manifest import Manifest, Split
 from data.prepare.corpus import Corpus
-from data.rows.audit import audit_recipe, pieces
+from data.rows.audit import audit_mixture, pieces
 from data.rows.loader import Loader
 from data.rows.transforms import fim_ids, split_table
 from data.text import Tokenizer
@@ -22,7 +22,7 @@ def recipe(config: DataConfig) -> None:
     """Prints counted and configured values over 16 million tokens."""
     update = {"source_weights": WEIGHTS, "transforms": RECIPE}
     loader = Loader(DataConfig.model_validate(config.model_dump() | update), seed=1)
-    audit = audit_recipe(loader, 60)
+    audit = audit_mixture(loader, 60)
     print(f"{audit.tokens:,} tokens of {audit.steps} steps; runs of {audit.span_tokens:,} tokens")
     for name, counts in audit.sources.items():
         print(

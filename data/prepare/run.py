@@ -44,10 +44,10 @@ _FORMAT = 2  # raise when equal inputs would give other shards
 def prepare(config: DataConfig, progress: bool = True) -> Manifest:
     """Tokenises every source into `config.shards`; returns the manifest.
 
-    Does nothing where the shards there were made from the same files by the same tokenizer.
-    `progress` shows progress bars on stderr. Raises DataError where a source or the tokenizer
-    cannot be read, the disk is full, or another process is writing; the earlier shards stay
-    complete.
+    Does nothing where the shards there were made from the same files, with the same settings, by
+    the same tokenizer. `progress` shows progress bars on stderr. Raises DataError where a source or
+    the tokenizer cannot be read, the disk is full, or another process is writing; the earlier
+    shards stay complete.
     """
     tokenizer = Tokenizer(config.tokenizer.path)
     corpora = [Corpus(source) for source in config.sources]
@@ -153,16 +153,16 @@ def _manifest(
     """
     shards: list[Shard] = []
     empty, bad = {}, {}
-    losses: dict[str, dict[str, FilterStats]] = {}
+    dropped: dict[str, dict[str, FilterStats]] = {}
     for source in config.sources:
         records = [record for item, record in parts if item.source == source]
-        dropped = _merge(record.losses for record in records)
+        of_source = _merge(record.dropped for record in records)
         if config.filters is not None:
-            losses[source.name] = dropped
+            dropped[source.name] = of_source
         kept = sum(record.documents for record in records)
         empty[source.name] = sum(record.empty for record in records)
         bad[source.name] = sum(record.bad for record in records)
-        total = kept + empty[source.name] + bad[source.name] + _count(dropped)
+        total = kept + empty[source.name] + bad[source.name] + _count(of_source)
         fraction = bad[source.name] / max(1, total)
         if fraction > config.max_bad_record_fraction:
             raise DataError(
@@ -173,7 +173,7 @@ def _manifest(
             )
         if not kept:
             files = sum(len(item.files) for item, _ in parts if item.source == source)
-            raise no_document(source, files, empty[source.name], _count(dropped))
+            raise no_document(source, files, empty[source.name], _count(of_source))
         for split in ("train", "validation"):
             shards += [s for record in records for s in record.shards if s.split == split]
     return Manifest(
@@ -186,7 +186,7 @@ def _manifest(
         pad_id=tokenizer.pad_id,
         empty_documents=empty,
         bad_records=bad,
-        losses=losses,
+        dropped=dropped,
         shards=tuple(shards),
     )
 

@@ -130,7 +130,7 @@ def _sample(documents: Iterable[Document], limit: int) -> list[str]:
     """The texts of the documents with the lowest hashes, up to `limit` UTF-8 bytes.
 
     They are sorted by hash, without special tokens. Memory stays within `limit` and one document. A
-    first document over the limit is cut.
+    document that alone exceeds the limit is cut to `limit` characters.
     """
     sample: list[tuple[int, int, str]] = []  # a heap of (-hash, bytes, text), highest hash first
     bound = 1 << 64  # the lowest hash removed so far; higher hashes cannot be in the sample

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from data.errors import DataError
 from data.files import fsync_file, write_atomically
@@ -35,7 +35,9 @@ class PartRecord(BaseModel):
     documents: int
     empty: int
     bad: int
-    losses: dict[str, FilterStats] = {}
+    dropped: dict[str, FilterStats] = Field(
+        default={}, validation_alias=AliasChoices("dropped", "losses")
+    )
 
 
 def finished_part(item: WorkItem, folder: Path) -> PartRecord | None:
@@ -80,7 +82,7 @@ def write_part(
                 split: Split = "validation" if validation else "train"
                 writers[split].add(ids, len(document.text.encode()))
             advance(sum(len(document.text.encode()) for document in batch))
-        losses = {} if verdicts is None else verdicts.stats()
+        dropped = {} if verdicts is None else verdicts.stats()
         for writer in writers.values():
             writer.close()
         shards = [shard for writer in writers.values() if (shard := writer.finish()) is not None]
@@ -96,7 +98,7 @@ def write_part(
         documents=sum(shard.documents for shard in shards),
         empty=corpus.empty,
         bad=len(bad),
-        losses=losses,
+        dropped=dropped,
     )
     write_atomically(folder / f"{item.name}.json", record.model_dump_json())
     return record

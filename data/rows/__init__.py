@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data.rows.audit import RecipeAudit, audit_recipe
+    from data.rows.audit import MixtureAudit, audit_mixture
     from data.rows.loader import IGNORE_INDEX, Batch, Loader, unigram_entropy
     from data.rows.packing import pack_windows
     from data.rows.permutation import shuffled
@@ -18,8 +18,8 @@ _MODULES = {
     "Batch": "loader",
     "Loader": "loader",
     "Prefetcher": "prefetch",
-    "RecipeAudit": "audit",
-    "audit_recipe": "audit",
+    "MixtureAudit": "audit",
+    "audit_mixture": "audit",
     "pack_windows": "packing",
     "shuffled": "permutation",
     "unigram_entropy": "loader",

@@ -35,7 +35,7 @@ class SourceAudit:
 
 
 @dataclass
-class RecipeAudit:
+class MixtureAudit:
     """Counts over the first steps of a loader.
 
     Attributes:
@@ -89,9 +89,9 @@ def pieces(loader: Loader, step: int) -> Iterator[Piece]:
             position += length
 
 
-def audit_recipe(loader: Loader, steps: int) -> RecipeAudit:
+def audit_mixture(loader: Loader, steps: int) -> MixtureAudit:
     """Counts the first `steps` steps of a train split."""
-    audit = RecipeAudit(steps, sources={source.name: SourceAudit() for source in loader.sources})
+    audit = MixtureAudit(steps, sources={source.name: SourceAudit() for source in loader.sources})
     tokens_by_step = np.zeros((steps, len(loader.sources)), dtype=np.int64)
     begin, table = int(loader.fim_ids[0]), loader.split_table
     for step in range(steps):
@@ -115,7 +115,7 @@ def audit_recipe(loader: Loader, steps: int) -> RecipeAudit:
     return audit
 
 
-def _set_deviations(audit: RecipeAudit, tokens_by_step: NDArray[np.int64]) -> None:
+def _set_deviations(audit: MixtureAudit, tokens_by_step: NDArray[np.int64]) -> None:
     """The largest deviation of each source's share over any run of steps of a million tokens."""
     steps = len(tokens_by_step)
     length = min(steps, max(1, -(-_SPAN_TOKENS * steps // max(1, audit.tokens))))

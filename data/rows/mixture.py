@@ -2,8 +2,9 @@
 
 A window takes from every source the next interval of its infinite stream of positions, in
 proportion to the weights, so that what a window contains does not depend on an earlier one. Within
-a window the rows are ordered so that every source keeps its share: at the end of a step the running
-deviation from the window's shares is as small as the choice of two rows can make it.
+a window the rows are ordered so that every source keeps its share: at the end of every group of
+`global_batch_size` rows, a step unless the phase has a ramp, the running deviation from the
+window's shares is as small as the choice of two rows can make it.
 
 Letters: R rows of a window, N sources.
 """
@@ -23,7 +24,7 @@ from data.rows.stream import SourceStream
 Ints = NDArray[np.int64]
 _POOL = 256  # candidate rows for the next place
 _RUN = 64  # rows after which shares are balanced to less than a row
-_MIN_GROUP = 12  # smaller steps are balanced in groups of at least as many rows
+_MIN_GROUP = 12  # smaller groups are joined into groups of at least as many rows
 _MIN_MIXED = 3  # mixed rows per run, below which they are not spread evenly
 
 
@@ -132,7 +133,7 @@ def balanced_order(tokens_RN: Ints, key: int, group: int, first: int = 0) -> Int
     Arguments:
         tokens_RN: tokens of each source in each row.
         key: of the random order.
-        group: rows of a step.
+        group: rows of a group, the phase's `global_batch_size`.
         first: number of the first row within the phase, from which groups are counted.
     """
     filled = tokens_RN.sum(axis=1)
@@ -151,12 +152,12 @@ def balanced_order(tokens_RN: Ints, key: int, group: int, first: int = 0) -> Int
 
 @numba.njit(cache=True, nogil=True)
 def _balance(
-    deviation_RN: NDArray[np.float64], kind: Ints, group: int, phase: int, size: int
+    deviation_RN: NDArray[np.float64], kind: Ints, group: int, first_place: int, size: int
 ) -> Ints:
     """The order of rows [R], chosen from pools of up to `size` rows.
 
-    `kind` [R] is 1 for rows that mix sources and 0 for others; `phase` is the place of the first
-    row in its group.
+    `kind` [R] is 1 for rows that mix sources and 0 for others; `first_place` is the place of the
+    first row in its group.
     """
     rows, sources = deviation_RN.shape
     order = np.empty(rows, dtype=np.int64)
@@ -174,7 +175,7 @@ def _balance(
         mean[kind[row]] += deviation_RN[row] / total[kind[row]]
     running, mixed_placed, place = np.zeros(sources), 0, 0
     while place < rows:
-        offset = (place + phase) % group
+        offset = (place + first_place) % group
         end = min(place - offset + min(offset // _RUN * _RUN + _RUN, group), rows)
         mixed_left = total[1] * end // rows - mixed_placed  # mixed rows still to place in this run
         left = end - place

@@ -1,8 +1,9 @@
 """Best-fit packing of documents into rows (Ding et al. 2024; report §4.1).
 
 A document longer than a row is cut into pieces of `seq_len` and a remainder; the pieces are then
-placed, longest first, each into the row with the smallest sufficient room. Only documents longer
-than a row are cut, where concatenate-and-cut cuts one at the end of every row.
+placed, longest first, each into the row with the smallest sufficient room. `pack` cuts only
+documents longer than a row; `pack_into`, which training uses, also cuts pieces that do not fit into
+its number of rows. Concatenate-and-cut cuts one at the end of every row.
 
 Letters: P pieces, R rows.
 """
@@ -48,8 +49,8 @@ def pack(lengths: Ints, seq_len: int, order: Ints | None = None) -> PackedRows:
     alone.
     """
     order = np.arange(len(lengths)) if order is None else order
-    last = lengths[order].astype(np.int64)
-    owner, start, length = pieces_of(np.zeros_like(last), last, seq_len)
+    end = lengths[order].astype(np.int64)
+    owner, start, length = pieces_of(np.zeros_like(end), end, seq_len)
     # Stable, so that equal lengths keep `order`; a radix sort on 32-bit keys.
     longest_first = np.argsort((seq_len - length).astype(np.int32), kind="stable")
     row_of, rows = _best_fit(length[longest_first], seq_len)
@@ -123,18 +124,18 @@ def _best_fit(lengths: Ints, seq_len: int) -> tuple[Ints, int]:
     return row_of, rows
 
 
-def pieces_of(first: Ints, last: Ints, seq_len: int) -> tuple[Ints, Ints, Ints]:
-    """(document, start, length), [P] each, of the pieces of positions first … last-1 of documents.
+def pieces_of(first: Ints, end: Ints, seq_len: int) -> tuple[Ints, Ints, Ints]:
+    """(document, start, length), [P] each, of the pieces of positions first … end-1 of documents.
 
     Cuts are at multiples of `seq_len` from the document's beginning, whatever `first` is.
     """
     cell = first // seq_len
-    counts = -(-last // seq_len) - cell
+    counts = -(-end // seq_len) - cell
     document = np.repeat(np.arange(len(first)), counts)
     inside = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
     begin = (cell[document] + inside) * seq_len
     start = np.maximum(begin, first[document])
-    return document, start, np.minimum(begin + seq_len, last[document]) - start
+    return document, start, np.minimum(begin + seq_len, end[document]) - start
 
 
 def pack_into(document: Ints, start: Ints, length: Ints, seq_len: int, rows: int) -> PackedRows:

@@ -29,14 +29,14 @@ class DocumentSpans:
 
     Attributes:
         epoch, document [D]: which document it is.
-        first, last [D]: positions first … last-1 of the document lie inside the interval; `last`
-            is the document's number of positions where its end lies inside.
+        first, end [D]: positions first … end-1 of the document lie inside the interval; `end` is
+            the document's number of positions where its end lies inside.
     """
 
     epoch: Ints
     document: Ints
     first: Ints
-    last: Ints
+    end: Ints
 
 
 class SourceStream:

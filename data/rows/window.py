@@ -58,25 +58,25 @@ def build_window(
         intervals: index and stream of each source, and its documents.
         counts: splittable tokens of each document by source, where splits are used.
         seed: decides the order of the rows.
-        group: rows of a step.
+        group: the phase's `global_batch_size`; shares are balanced at its multiples.
         first_row: number of the window's first row in its phase.
     """
     columns = []
     for index, stream, spans in intervals:
         fim, splits, key = _choose_transforms(stream, spans, counts[index], transforms)
         source = np.full(len(fim), index)
-        ends = spans.last == stream.lengths[spans.document] - 1
+        has_end = spans.end == stream.lengths[spans.document] - 1
         columns.append(
-            (source, spans.epoch, spans.document, fim, splits, key, spans.first, spans.last, ends)
+            (source, spans.epoch, spans.document, fim, splits, key, spans.first, spans.end, has_end)
         )
-    source, epoch, document, fim, splits, key, first, last, ends = (
+    source, epoch, document, fim, splits, key, first, end, has_end = (
         np.concatenate(column) for column in zip(*columns, strict=True)
     )
-    extra = np.where(ends, FIM_EXTRA * (fim != NONE) + splits, 0)
-    _limit_transforms(seq_len * rows, first, last, extra, fim, splits)
-    last = last + extra
+    extra = np.where(has_end, FIM_EXTRA * (fim != NONE) + splits, 0)
+    _limit_transforms(seq_len * rows, first, end, extra, fim, splits)
+    end = end + extra
     shuffle = np.argsort(hashes(np.arange(len(first)), key_of(seed, _ROWS)), kind="stable")
-    owner, start, length = pieces_of(first[shuffle], last[shuffle], seq_len)
+    owner, start, length = pieces_of(first[shuffle], end[shuffle], seq_len)
     pack = concatenate if packing == "concatenate" else pack_into
     packed = pack(shuffle[owner], start, length, seq_len, rows)
     tokens_RN = np.zeros((rows, len(counts)), dtype=np.int64)
@@ -116,13 +116,13 @@ def _choose_transforms(
 
 
 def _limit_transforms(
-    capacity: int, first: Ints, last: Ints, extra: Ints, fim: Ints, splits: Ints
+    capacity: int, first: Ints, end: Ints, extra: Ints, fim: Ints, splits: Ints
 ) -> None:
     """Undoes the transforms of a window's last documents until it fits into `capacity` positions.
 
     By chance, the drawn transforms can lengthen a window beyond its rows.
     """
-    over = int((last - first + extra).sum()) - capacity
+    over = int((end - first + extra).sum()) - capacity
     if over <= 0:
         return
     # Both parts of a document cut by a window's end must agree, so only whole documents change.

@@ -15,7 +15,7 @@ from trainer.report.data_facts import (
     DataFacts,
     collect,
     longest_tokens,
-    measured_recipe,
+    measured_mixture,
     most_split_words,
 )
 from trainer.report.plots import SERIES_COLORS, histogram
@@ -70,7 +70,7 @@ def render(loader: Loader, tokenizer: Tokenizer, facts: DataFacts) -> str:
         f"<section class=card><h2>Length of documents</h2>{chart}</section>",
         _card("Packing into rows", _PACKING_NOTE, _packing(facts)),
         _card("Filtered documents", _FILTERS_NOTE, _filters(facts)),
-        _card("The recipe in the stream", *_recipe(loader)),
+        _card("Mixture and transforms in the stream", *_mixture(loader)),
         _card("Rows as the model gets them", _ROWS_NOTE, _rows(loader, tokenizer)),
         _card(
             "Longest tokens",
@@ -180,9 +180,9 @@ def _filters(facts: DataFacts) -> str:
     return f"{table}<details><summary>Examples</summary>{''.join(examples)}</details>"
 
 
-def _recipe(loader: Loader) -> tuple[str, str]:
+def _mixture(loader: Loader) -> tuple[str, str]:
     """Returns a note and a table that compare the stream with its configuration."""
-    audit = measured_recipe(loader)
+    audit = measured_mixture(loader)
     transforms = loader.config.transforms
     rows = []
     for source in loader.config.sources:
@@ -219,7 +219,7 @@ def _recipe(loader: Loader) -> tuple[str, str]:
 
 def _packing(facts: DataFacts) -> str:
     rows = [
-        ("best fit (used)", f"{facts.rows:,}", f"{facts.fill:.2%}", f"{facts.cut_best_fit:,}"),
+        ("best fit", f"{facts.rows:,}", f"{facts.fill:.2%}", f"{facts.cut_best_fit:,}"),
         ("concatenate and cut", f"{facts.rows_concatenated:,}", "", f"{facts.cut_concatenated:,}"),
     ]
     return _table(("", "rows", "filled", f"documents cut, of {facts.train_documents:,}"), rows)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from data.config import DataConfig
 from data.indexed import open_shard
 from data.manifest import FilterStats, Manifest
-from data.rows import Loader, RecipeAudit, audit_recipe, pack_windows, shuffled
+from data.rows import Loader, MixtureAudit, audit_mixture, pack_windows, shuffled
 from data.text import Tokenizer
 
 _COUNTED = 2_000_000  # tokens of a source whose values are counted
@@ -97,11 +97,11 @@ def collect(config: DataConfig, seq_len: int) -> DataFacts:
     )
 
 
-def measured_recipe(loader: Loader) -> RecipeAudit:
-    """The recipe over the first steps: some millions of tokens, the first epoch or phase."""
+def measured_mixture(loader: Loader) -> MixtureAudit:
+    """The mixture over the first steps: some millions of tokens, the first epoch or phase."""
     phase = loader.schedule.phases[0]
     steps = -(-_MEASURED // (phase.global_batch_size * phase.seq_len))
-    return audit_recipe(loader, min(steps, loader.num_steps, phase.steps or steps))
+    return audit_mixture(loader, min(steps, loader.num_steps, phase.steps or steps))
 
 
 def _source(config: DataConfig, manifest: Manifest, name: str) -> SourceFacts:
@@ -128,7 +128,7 @@ def _source(config: DataConfig, manifest: Manifest, name: str) -> SourceFacts:
         documents=sum(shard.documents for shard in shards),
         empty=manifest.empty_documents.get(name, 0),
         bad=manifest.bad_records.get(name, 0),
-        filtered=manifest.losses.get(name, {}),
+        filtered=manifest.dropped.get(name, {}),
         train_tokens=tokens["train"],
         validation_tokens=tokens["validation"],
         bytes=sum(shard.bytes for shard in shards),

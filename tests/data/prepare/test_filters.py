@@ -216,11 +216,11 @@ def contents(config: DataConfig) -> dict[str, bytes]:
 
 def test_prepare_counts_what_it_drops(filtered: DataConfig, tmp_path: Path) -> None:
     manifest = prepare(filtered, progress=False)
-    losses = {
+    counts = {
         source: {reason: stats.documents for reason, stats in by_reason.items()}
-        for source, by_reason in manifest.losses.items()
+        for source, by_reason in manifest.dropped.items()
     }
-    assert losses == {
+    assert counts == {
         "prose": {"length": 1, "encoding": 1, "quality": 1, "near": 1, "template": 24},
         "code": {"generated": 1, "exact": 3},
     }
@@ -234,15 +234,17 @@ def test_prepare_counts_what_it_drops(filtered: DataConfig, tmp_path: Path) -> N
         for ids in open_shard(path, shard.documents, shard.tokens):
             kept[tokenizer.decode(ids[1:-1].tolist())] += 1
     assert max(kept.values()) == 1 and not kept - everything
-    count = sum(stats.documents for by in manifest.losses.values() for stats in by.values())
+    count = sum(stats.documents for by in manifest.dropped.values() for stats in by.values())
     assert kept.total() + count + sum(manifest.empty_documents.values()) == everything.total()
     dropped = everything - kept
     sizes = sum(len(text.encode()) for text in dropped.elements() if text.strip())
-    assert sizes == sum(stats.bytes for by in manifest.losses.values() for stats in by.values())
-    quality = manifest.losses["prose"]["quality"].examples[0]
+    assert sizes == sum(stats.bytes for by in manifest.dropped.values() for stats in by.values())
+    quality = manifest.dropped["prose"]["quality"].examples[0]
     assert quality.text.startswith("no words\n") and ": " in quality.detail
-    template = manifest.losses["prose"]["template"]
+    template = manifest.dropped["prose"]["template"]
     assert len(template.examples) == 3
+    older = manifest.model_dump_json().replace('"dropped":', '"losses":')
+    assert Manifest.model_validate_json(older) == manifest
     assert re.fullmatch(r"like document \d+ of prose-0000\d", template.examples[0].detail)
     names = {Path(name).name.split(".", 1)[-1] for name in contents(filtered)}
     assert names == {"bin", "idx", "json"}  # the files of the filter pass are removed
@@ -314,4 +316,4 @@ def test_dropping_everything_is_an_error(filtered: DataConfig) -> None:
     other = elsewhere(filtered, "one", filters={"template_similarity": None})
     first = prepare(filtered, progress=False)
     assert prepare(other, progress=False).digest != first.digest
-    assert "template" not in Manifest.load(other.shards).losses["prose"]
+    assert "template" not in Manifest.load(other.shards).dropped["prose"]

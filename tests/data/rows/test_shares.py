@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data.config import DataConfig
 from data.prepare.run import prepare
-from data.rows.audit import audit_recipe
+from data.rows.audit import audit_mixture
 from data.rows.loader import Loader
 from data.rows.mixture import balanced_order, plan_windows
 from data.rows.stream import SourceStream
@@ -142,7 +142,7 @@ def test_measured_is_what_windows_decided(mixed: DataConfig) -> None:
     """The tokens have the shares that their windows planned."""
     loader = Loader(mixed, seed=2)
     steps = 3
-    audit = audit_recipe(loader, steps)
+    audit = audit_mixture(loader, steps)
     fim, splits, able, begun = dict.fromkeys(("code", "prose"), 0), 0, 0, 0
     for step in range(steps):
         for place in range(mixed.global_batch_size):
@@ -168,5 +168,5 @@ def test_measured_is_what_windows_decided(mixed: DataConfig) -> None:
     assert audit.tokens == sum(c.tokens for c in counted.values())
     share = counted["code"].tokens / audit.tokens
     assert audit.max_deviation["code"] >= abs(share - 0.6) - 1e-12
-    plain = audit_recipe(Loader(mixed.model_copy(update={"source_weights": {}}), seed=2), 1)
+    plain = audit_mixture(Loader(mixed.model_copy(update={"source_weights": {}}), seed=2), 1)
     assert sum(plain.shares.values()) == pytest.approx(1.0)

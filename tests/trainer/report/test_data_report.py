@@ -21,7 +21,7 @@ from trainer.report.data_facts import (
     DataFacts,
     collect,
     longest_tokens,
-    measured_recipe,
+    measured_mixture,
     most_split_words,
 )
 
@@ -133,7 +133,7 @@ def test_page_shows_samples_and_escapes_text(
     assert Path(config.shards).name in page
 
 
-def test_page_shows_filters_and_the_measured_recipe(
+def test_page_shows_filters_and_the_measured_mixture(
     config: DataConfig, facts: DataFacts, tokenizer: Tokenizer
 ) -> None:
     data = DataConfig.model_validate(
@@ -152,7 +152,7 @@ def test_page_shows_filters_and_the_measured_recipe(
     for source in "ab":
         assert f"{source}, length: 7 characters</p><pre class=row>tiny&lt;i&gt;</pre>" in page
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
-    audit = measured_recipe(loader)
+    audit = measured_mixture(loader)
     (row,) = [row for row in cells if row[:2] == ["a", "75.000%"]]
     counted = audit.sources["a"]
     assert row[2:] == [
