@@ -1,1 +1,1 @@
-"""The `v4` command. Imports only `trainer.config` of ours; the work runs in subprocesses."""
+"""The `v4` command. Imports no torch; the work runs in subprocesses."""

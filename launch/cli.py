@@ -147,7 +147,10 @@ def plan(
     ] = False,
     cluster: Annotated[
         str | None,
-        typer.Option(help="Also write a job: a cluster file, or slurm or kubernetes for ours."),
+        typer.Option(
+            help="Also write a job: a cluster file, or slurm or kubernetes for the one in "
+            "configs/clusters."
+        ),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="Processes on each node.")] = 8,

@@ -131,7 +131,8 @@ class _Training:
 class _ErrorFilter:
     """Forwards stderr up to and including the first line about a user's error.
 
-    Every rank prints that line, and torchrun adds a page about ranks that exited.
+    Before the ranks are connected, every rank prints that line; and torchrun adds a page about
+    ranks that exited.
     """
 
     def __init__(self, stream: IO[str] | None) -> None:

@@ -42,7 +42,10 @@ class Hyperband(Section):
 
 
 class Sweep(Section):
-    """A sweep file, as `wandb sweep` takes it; all fields but `parameters` have wandb's names."""
+    """A sweep file, as `wandb sweep` takes it.
+
+    All fields have wandb's names; the keys inside `parameters` are fields of the run's config.
+    """
 
     program: str
     command: tuple[str, ...] = ("${env}", "${interpreter}", "${program}", "${args}")

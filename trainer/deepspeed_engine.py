@@ -81,10 +81,13 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         """Runs the microbatches; DeepSpeed reduces gradients in the backward of the last one.
 
-        Raises RuntimeError where no step followed the last backward: ZeRO keeps its gradient.
+        Raises RuntimeError where neither `step` nor `skip` followed the last backward: ZeRO keeps
+        its gradient.
         """
         if backward and self._pending:
-            raise RuntimeError("engine deepspeed: every backward should be followed by a step")
+            raise RuntimeError(
+                "engine deepspeed: every backward should be followed by a step or a skip"
+            )
         self.current.microbatches, self.current.accumulator = microbatches, accumulator
         nothing, last = torch.empty(0), len(microbatches) - 1
         for index in torch.arange(len(microbatches)):

@@ -126,7 +126,8 @@ class Trainer:
         )
         self.state.stopping = losses.stop
         norm = self.engine.gradient_norm()
-        result = self._to_host(phase, losses, norm)  # waits for the device, as do expert axes
+        # Waits for the device; so does dispatch over expert ranks, for its counts.
+        result = self._to_host(phase, losses, norm)
         if result.is_finite:
             problem = self.stability.problem(result)
         else:

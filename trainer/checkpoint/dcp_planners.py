@@ -195,8 +195,8 @@ def divide_writes(plans: list[SavePlan]) -> list[SavePlan]:
     """Removes from each plan what another rank writes, so that ranks write similar amounts.
 
     Chunks that the fewest ranks hold come first, then the largest; each goes to the rank that has
-    the least so far. torch's division takes them in order and counts unsharded tensors: the last
-    rank of a sharded tensor would write everything else as well.
+    the least so far. torch's division takes chunks in order and counts each at the size of its
+    whole tensor: the last rank of a sharded tensor would write everything else as well.
     """
     holders: dict[MetadataIndex, list[int]] = {}
     sizes: dict[MetadataIndex, int] = {}

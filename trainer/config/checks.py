@@ -141,8 +141,7 @@ def stability_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
         return
     if config.engine == "deepspeed":
         yield (
-            "stability.spikes is not supported with engine = deepspeed, which cannot skip an "
-            "update; use null"
+            "stability.spikes is not supported with engine = deepspeed; use null or engine = native"
         )
     if spikes.min_history > spikes.deviation_window:
         yield (

@@ -29,7 +29,7 @@ class Phase:
         tokens: positions of all its rows.
         rows: lengths and numbers of its rows.
         attention: `select` in a run without phases, which trains no indexer.
-        decay: whether the learning rate decays in it.
+        decay: as in the phase's config; False in a run without phases, whose schedule decides.
         learning_rate: used instead of the schedule's unless None.
         mtp_loss_weight: used instead of the run's unless None.
     """
@@ -153,6 +153,8 @@ def _single_phase(config: RecipeSettings) -> Phase:
 def _resolve(config: RecipeSettings) -> tuple[Phase, ...]:
     """Returns the phases with their steps.
 
+    Raises ValueError unless:
+
     - `phases.until_tokens` is more than the tokens of all phases before, the last step of each
       included.
     """
@@ -202,6 +204,8 @@ def _rows(config: RecipeSettings, number: int, budget: int) -> DataPhase:
 
     The number of steps is not set yet.
 
+    Raises ValueError unless:
+
     - `phases.initial_batch_size` is less than `phases.global_batch_size`.
     """
     settings = config.phases[number]
@@ -224,6 +228,8 @@ def _rows(config: RecipeSettings, number: int, budget: int) -> DataPhase:
 
 def _steps(rows: DataPhase, number: int, settings: PhaseConfig, budget: int) -> int:
     """Returns the smallest number of steps that takes `budget` tokens, by bisection.
+
+    Raises ValueError unless:
 
     - `phases.rampup_tokens` is at most the tokens of the phase.
     """
@@ -249,7 +255,7 @@ def _name(settings: PhaseConfig, rows: DataPhase) -> str:
 def _decaying(optim: OptimConfig, start: int) -> OptimConfig:
     """Returns the settings with the decay from a step on.
 
-    Raises ValueError where that is in the warm-up.
+    Raises ValueError unless:
 
     - `optim.schedule.warmup_steps` end before the first phase with `phases.decay`.
     """

@@ -137,11 +137,11 @@ def _sections(model: type[BaseModel], key: str, rules: Sequence[str]) -> Iterato
         section = section_in(info.annotation)
         checks = [
             *constraints,
-            *(_first_sentence(rule) for rule in own_rules if name in _QUOTED.findall(rule)),
+            *(_first_paragraph(rule) for rule in own_rules if name in _QUOTED.findall(rule)),
             *(_within(rule, key) for rule in rules if dotted in _subjects(rule)),
         ]
         if section is not None:
-            meaning = meaning or _first_sentence(inspect.getdoc(section) or "")
+            meaning = meaning or _first_paragraph(inspect.getdoc(section) or "")
             inner.append((section, dotted))
         fields.append(
             FieldReference(dotted, type_name, _default(info), unit, meaning, tuple(checks))
@@ -278,7 +278,7 @@ def _split_unit(text: str) -> tuple[str, str]:
     return (text, "") if unit is None else (text[: unit.start()], unit[1])
 
 
-def _first_sentence(text: str) -> str:
+def _first_paragraph(text: str) -> str:
     return _one_line(text.split("\n\n")[0]).rstrip(".")
 
 

@@ -97,8 +97,8 @@ class RunConfig(Section):
     run_dir: Path
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, wandb/, report.html."""
     steps: NonNegativeInt = 0
-    """Optimizer steps of the whole run, those before a resume included; with `phases`, whose tokens
-    determine it, 0, absent, or that number. [steps]"""
+    """Optimizer steps of the whole run, those before a resume included. With `phases`, whose tokens
+    determine the number, omit it or give 0 or that number. [steps]"""
     seed: NonNegativeInt = 0
     """Seed of initial weights and data order."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
@@ -109,7 +109,8 @@ class RunConfig(Section):
     deepspeed: dict[str, Any] | None = None
     """DeepSpeed's own settings, in its own format (docs/deepspeed.md)."""
     mtp_loss_weight_in_decay: NonNegativeFloat | None = 0.1
-    """MTP loss weight in the learning rate's decay (report §4.2); null: model.mtp_loss_weight."""
+    """MTP loss weight in the learning rate's decay, at most model.mtp_loss_weight (report §4.2);
+    null: model.mtp_loss_weight."""
     router_bias_speed: NonNegativeFloat = 0.001
     """Change of a router's bias per step, against the load (V3 §2.1.2, report §4.2)."""
     quantisation: Quantisation = "none"
@@ -156,8 +157,8 @@ class RunConfig(Section):
     def check_world(self, world_size: int) -> None:
         """Raises ConfigError if the run cannot be spread over this many processes.
 
-        Without a pipeline, data-parallel ranks need not divide the rows: they get filler rows,
-        which do not count.
+        Data-parallel ranks need not divide the rows: they get filler rows, which do not count. With
+        a pipeline, the rows of a rank have to be whole microbatches.
         """
         for problem in self.parallel.world_problems(world_size):
             raise ConfigError(problem)

@@ -15,7 +15,7 @@ class AnticipatoryRoutingConfig(Section):
     `always`: from the first step to the last."""
     lag_steps: NonNegativeInt = 3
     """Age of the weights that select the experts; unpublished. It affects the memory of pending
-    selections, not the time; 0 is plain training. [steps]"""
+    selections, not the time; with 0 the results are those of plain training. [steps]"""
     active_steps: PositiveInt = 100
     """Duration after a spike; unpublished. [steps]"""
 

@@ -8,8 +8,9 @@ from typing import Any
 Record = dict[str, Any]
 Event = dict[str, Any]
 """A rollback: `spike_step`, `reason`, `restored_step` (None where there was nothing to restore),
-`rollbacks`, `skipped_batch` and `anticipation_end` (None for none), `stop_reason` (None unless the
-run ends); see stability/rollback.py. Steps are counted from 1 here, from 0 in TrainState."""
+`rollbacks`, `skipped_batch` (None for none), `anticipation_end` (its last step; None where there is
+none or it lasts to the end of the run), `stop_reason` (None unless the run ends); see
+stability/rollback.py. Steps are counted from 1 here, from 0 in TrainState."""
 
 _OLD_KEYS = {
     "heldout_loss": "validation_loss",

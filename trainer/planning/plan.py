@@ -235,7 +235,7 @@ def rank_table(degrees: Degrees) -> Table:
 
 
 def traffic_of(config: RunConfig, degrees: Degrees) -> Table | str:
-    """Returns the bytes that a rank sends per step, of the pipeline rank that sends most.
+    """Returns the bytes sent per step by the first rank of the pipeline rank that sends most.
 
     In the phase with the largest microbatches; rows are one sample each and routing is even.
     """

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PipelineRankMemory:
-    """Memory of the ranks that have one pipeline coordinate, whatever the number of its stages.
+    """Memory of the ranks that share a pipeline coordinate, over all their stages.
 
     Attributes:
         groups: parameters by the ranks that hold the same shard of them.

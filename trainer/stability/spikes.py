@@ -1,9 +1,9 @@
 """Detects spikes: metrics far above those of the steps before. Imports no torch.
 
-A metric's distance is a robust z-score. Its value is compared with the median of the last few
-steps, which follows a falling loss; the usual distance from such a median is a median absolute
-deviation, which earlier outliers hardly change. Only values that are too large are a spike. A spike
-does not enter the history.
+A metric's distance is its value minus the median of the last few steps, which follows a falling
+loss. Its score is the robust z-score of that distance among those of earlier steps: their median is
+subtracted and the result divided by their median absolute deviation, which outliers hardly change.
+Only values that are too large are a spike. A spike does not enter the history.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def severity(scores: Mapping[str, float]) -> float:
     """Combines the z-scores of `loss` and `grad_norm` into what is compared with the threshold.
 
     A small spike shows in both, and both are rarely far off by chance. A norm alone is far off much
-    more often than a loss: one odd document triples it, and clipping makes that harmless. So it
-    counts at most twice the loss's score, or half as much as the loss would.
+    more often than a loss: one odd document triples it, and clipping makes that harmless. So
+    combined with the loss it counts at most twice the loss's score, and alone it counts half.
     """
     loss, norm = (max(scores.get(name, 0.0), 0.0) for name in ("loss", "grad_norm"))
     return max(math.hypot(loss, min(norm, 2.0 * loss)), norm / 2.0)
