@@ -188,10 +188,10 @@ def filters(config: DataConfig) -> None:
     total = sum(shard.bytes for shard in manifest.shards)
     for source in config.sources:
         remaining = sum(shard.documents for shard in manifest.shards if shard.source == source.name)
-        losses = manifest.losses[source.name]
-        dropped = ", ".join(f"{r} {losses[r].documents}" for r in REASONS if r in losses)
-        total += sum(stats.bytes for stats in losses.values())
-        print(f"{source.name}: {remaining} documents kept; dropped: {dropped}")
+        dropped = manifest.dropped[source.name]
+        counts = ", ".join(f"{r} {dropped[r].documents}" for r in REASONS if r in dropped)
+        total += sum(stats.bytes for stats in dropped.values())
+        print(f"{source.name}: {remaining} documents kept; dropped: {counts}")
     print(f"prepare with all filters: {total / seconds / 1e6:.2f} MB/s on {os.cpu_count()} cores")
 
 
