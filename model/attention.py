@@ -1,6 +1,6 @@
 """V4's attention: low-rank queries, one shared key-value head, grouped output (report §2.3).
 
-Letters: T tokens, D hidden size, Q rank of the queries, H heads, K head dim, L keys, C entries, k
+Letters: T tokens, D hidden size, Q rank of the queries, H heads, K head dim, C entries, k
 selected entries of a query, G groups of heads, O rank of a group's output, X = H·K/G
 input width of wo_a.
 """
@@ -32,10 +32,10 @@ from model.positions import Positions
 
 
 class _Inputs(NamedTuple):
-    """Queries of this rank's heads, keys of the local tokens, entries."""
+    """Gathered queries of this rank's heads, keys of the local tokens only, gathered entries."""
 
     q_THK: Tensor
-    kv_LK: Tensor
+    kv_TK: Tensor
     entries_CK: Tensor | None
 
 
@@ -90,19 +90,19 @@ class Attention(nn.Module):
         `exchange` gathers the local tokens of all tensor ranks.
         """
         q_TQ, inputs = self._inputs(x_TD, positions, exchange)
-        index = selected_Tk = None
+        indexer_inputs = selected_Tk = None
         if self.indexer is not None and mode in ("warmup", "sparse"):
-            index = self.indexer(x_TD, q_TQ, positions, exchange)
+            indexer_inputs = self.indexer(x_TD, q_TQ, positions, exchange)
         if self.indexer is not None and mode in ("select", "sparse"):
-            selected_Tk = self.indexer.select(x_TD, q_TQ, positions, exchange, index)
+            selected_Tk = self.indexer.select(x_TD, q_TQ, positions, exchange, indexer_inputs)
         query_selected_Tk = None
         if selected_Tk is not None:
             query_selected_Tk = exchange.gather_queries(selected_Tk)
         o_THK, mass = self._attend(inputs, positions, exchange, query_selected_Tk)
         objective = None
-        if index is not None and mass is not None:
+        if indexer_inputs is not None and mass is not None:
             objective = self._objective(
-                index, selected_Tk, mass, positions, exchange, loss_denominator
+                indexer_inputs, selected_Tk, mass, positions, exchange, loss_denominator
             )
         return exchange.reduce_scatter_queries(self.wo_b(self._grouped_output(o_THK))), objective
 
@@ -130,9 +130,9 @@ class Attention(nn.Module):
         """Returns the local tokens' low-rank queries q_TQ, and the inputs of core attention."""
         q_TQ = self.q_norm(self.wq_a(x_TD))
         q_THK = self.wq_b(exchange.gather_queries(q_TQ)).unflatten(-1, (-1, self.head_dim))
-        kv_LK = self.kv_norm(self.wkv(x_TD), positions.rotation(self.kind))
+        kv_TK = self.kv_norm(self.wkv(x_TD), positions.rotation(self.kind))
         entries_CK = None if self.compressor is None else self.compressor(x_TD, positions, exchange)
-        return q_TQ, _Inputs(q_THK, kv_LK, entries_CK)
+        return q_TQ, _Inputs(q_THK, kv_TK, entries_CK)
 
     def _attend(
         self,
@@ -147,7 +147,7 @@ class Attention(nn.Module):
         """
         attention = AttentionInputs(
             inputs.q_THK,
-            exchange.gather_keys(inputs.kv_LK),
+            exchange.gather_keys(inputs.kv_TK),
             inputs.entries_CK,
             self.attn_sink,
             positions.query_rotation(self.kind),
@@ -163,7 +163,7 @@ class Attention(nn.Module):
 
     def _objective(
         self,
-        index: IndexerInputs,
+        indexer_inputs: IndexerInputs,
         selected_Tk: Tensor | None,
         mass: MassFunction,
         positions: Positions,
@@ -177,7 +177,7 @@ class Attention(nn.Module):
         weight_T = (~positions.layout.padding_T).to(torch.float32) / loss_denominator
         total_mass = exchange.sum_mass(self.kind, mass, selected_only=selected_Tk is not None)
         target = KLTarget(total_mass, positions.ranges(self.kind), selected_Tk)
-        return indexer_objective(index, target, weight_T)
+        return indexer_objective(indexer_inputs, target, weight_T)
 
     def _grouped_output(self, o_THK: Tensor) -> Tensor:
         """Multiplies each group of heads by its own matrix: [T, H, K] to [T, G·O]."""

@@ -57,8 +57,8 @@ class Yarn(Section):
 class ModelConfig(Section):
     """Everything that determines the mathematics of a V4 model; see docs/architecture-v4.md.
 
-    Names follow the official ``config.json`` where one exists. Architecture sizes have no
-    defaults: a silently assumed rope base or rank trains the wrong model.
+    Names follow the official ``config.json`` where one exists. Widths, ranks, numbers
+    of layers and rope bases have no defaults: a silently assumed one trains the wrong model.
     """
 
     vocab_size: PositiveInt

@@ -25,8 +25,9 @@ output does not depend on which experts other tokens chose."""
 class Dispatched:
     """Rows sorted by expert for grouped matmuls, and the indices that map them back to tokens.
 
-    Padding rows have weight 0: they change no output, and no gradient of a parameter or token (rows
-    of y have one, see `unpermute_rows`). Rows after the last expert's end are not computed at all.
+    Padding rows have weight 0: they change no output and no gradient of a parameter or token
+    (though the experts' outputs there do get a gradient, see `unpermute_rows`). Rows after the last
+    expert's end are not computed at all.
 
     Attributes:
         rows_PD: hidden states, sorted by expert.

@@ -51,10 +51,11 @@ class Exchange(Protocol):
         """Gathers all entries of the microbatch, in the order of samples."""
 
     def sum_mass(self, kind: LayerType, mass: MassFunction, selected_only: bool) -> MassFunction:
-        """Returns the function `mass` of the local tokens summed over the heads of all ranks.
+        """Returns a mass function of the local tokens and the heads of all tensor ranks.
 
-        It may communicate whenever it is called. If `selected_only`, its columns are each query's
-        selected entries; otherwise the entries of the microbatch.
+        `mass` is of the queries and this rank's heads. The result may communicate when called. If
+        `selected_only`, its columns are each query's selected entries; otherwise the entries of the
+        microbatch.
         """
 
     def sum_counts(self, counts_ZE: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def place_locally(config: ModelConfig, layout: SampleLayout) -> tuple[Positions,
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model runs; the default is one process, with Triton kernels where there is a GPU.
+    """How a model runs; by default on one process, with the kernels that `backend` chooses.
 
     Attributes:
         matmuls: the matmuls of linears and experts, in the dtype of their tensors or in FP8.

@@ -42,8 +42,8 @@ def _grouped(x_PX: Tensor, weight_EYX: Tensor, ends_E: Tensor) -> Tensor:
 
 UNQUANTISED = Matmuls(F.linear, _batched, _grouped)
 FP8 = Matmuls(fp8.linear, fp8.batched, fp8.grouped)
-"""Used by linears and experts. The output head, router, indexer, compressors and hyper-connections
-run their matmuls in the precision of their weights."""
+"""Used by linears and experts. The router multiplies in fp32; the output head, indexer, compressors
+and hyper-connections in the precision of their weights."""
 
 
 class Linear(nn.Linear):

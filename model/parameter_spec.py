@@ -89,10 +89,10 @@ class ParameterSpec:
         sharded: ("tensor", d): sharded over tensor ranks along dim d. ("expert", d): over expert
             ranks along dim 0, and over expert-tensor ranks along d. None: replicated within a
             pipeline stage.
-        matrices: number of independent Muon matrices stacked along dim 0 (per expert, if
-            ``stacked``); None for AdamW.
-        per_head: the number of Muon matrices if optim.muon.query_matrices makes each head (of the
-            attention's or the indexer's queries) one.
+        matrices: number of independent Muon matrices stacked along dim 0; None for AdamW. If
+            ``stacked``, there is one per expert, whatever the number.
+        per_head: the same number with optim.muon.query_matrices = per_head, which makes each head
+            of the attention's or the indexer's queries a matrix; None: as in ``matrices``.
         stacked: [E, rows, columns], one matrix per expert, each initialised and stored separately.
         counts_as_active: counts towards active parameters although AdamW trains it (the output
             head); whatever Muon trains counts in any case.

@@ -5,8 +5,9 @@ Adding a parameter touches the module that has it and this table, nothing else: 
 (trainer/parallel/placement.py) and the optimizer's table (optim/partition.py) are read from here.
 
 A line gives a parameter's name (in memory, within its layer), optimizer group, shape and name in
-``transformers``; attributes of ``ParameterSpec`` other than the defaults follow. Defaults: a matrix
-in the run's precision, normally initialised, replicated over ranks, and a single Muon matrix.
+``transformers``; attributes of ``ParameterSpec`` other than the defaults follow. The defaults
+are a parameter in the run's precision, normally initialised, replicated over ranks and trained by
+AdamW; `matrix()` appends `.weight` and makes it a single Muon matrix.
 The letters of the shapes are those of model/parameter_spec.py. Imports no torch.
 """
 
@@ -265,7 +266,10 @@ class Parameter:
 
     @property
     def matrices(self) -> int | None:
-        """Number of independent Muon matrices along the rows (per expert); None for AdamW."""
+        """Number of independent Muon matrices along the rows; None for AdamW.
+
+        A stacked parameter has one per expert, whatever the number.
+        """
         count = self.spec.matrices
         return None if count is None else count(self.letters)
 

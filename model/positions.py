@@ -20,7 +20,7 @@ from model.rope import layer_frequencies, rotation
 
 
 @dataclass(frozen=True)
-class Windows:
+class CompressionWindows:
     """The windows that a rank's compressor pools: token indices, and rotations of the entries."""
 
     first_token_C: Tensor
@@ -60,7 +60,7 @@ class Positions:
     ratios: Mapping[LayerType, int]
     local: TokenPositions
     queries: TokenPositions
-    windows_by_type: Mapping[LayerType, Windows]
+    windows_by_type: Mapping[LayerType, CompressionWindows]
 
     @classmethod
     def of_microbatch(cls, config: ModelConfig, layout: SampleLayout) -> Positions:
@@ -78,7 +78,7 @@ class Positions:
         rotations = {c: rotation(layout.position_T, f) for c, f in frequencies.items()}
         segments = ((0, layout.num_tokens, 0),)
         ranges: dict[LayerType, AttentionRanges] = {}
-        windows: dict[LayerType, Windows] = {}
+        windows: dict[LayerType, CompressionWindows] = {}
         for kind, ratio in ratios.items():
             if ratio == 0:
                 ranges[kind] = AttentionRanges(start_T, segments)
@@ -92,7 +92,7 @@ class Positions:
                 entries.host_start_T,
                 entries.host_end_T,
             )
-            windows[kind] = Windows(
+            windows[kind] = CompressionWindows(
                 entries.first_token_C,
                 entries.has_previous_C,
                 rotation(entries.position_C, frequencies[True]),
@@ -116,7 +116,7 @@ class Positions:
         """Ranges of the gathered keys and entries that the queries see."""
         return self.queries.ranges[kind]
 
-    def windows(self, kind: LayerType) -> Windows:
+    def windows(self, kind: LayerType) -> CompressionWindows:
         """The windows that this rank pools; they index the result of `Exchange.prepend_halo`."""
         return self.windows_by_type[kind]
 

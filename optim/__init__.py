@@ -1,4 +1,4 @@
-"""Muon and AdamW, hybrid ZeRO over them, the table of parameters, the schedule and clipping.
+"""Muon and AdamW, hybrid ZeRO over them, the assignment of parameters, the schedule and clipping.
 
 Names are loaded on first use, so that `optim.config` can be imported without torch.
 """

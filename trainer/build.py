@@ -80,5 +80,5 @@ def make_optimizer(config: RunConfig, local: LocalModel, grid: Grid) -> HybridZe
 def make_table(config: RunConfig, local: LocalModel) -> list[Assignment]:
     """Returns the optimizer's table of the parameters of this rank's part of the model."""
     names = [name for name, _ in local.model.named_parameters()]
-    shapes = {name: local.placements[name].matrix_shape for name in names}
+    shapes = {name: local.placements[name].table_shape for name in names}
     return build_table(shapes, parameter_table(config.model), config.optim)

@@ -9,6 +9,7 @@ public function that they implement, which has the contract. `compiled.py` holds
 norms, SwiGLU backward and hyper-connections; `hadamard.py` and `mxfp4.py` are small enough for one
 file.
 
-Functions take local tensors and plain integers, have no access to configs, modules or process
-groups, and keep memory linear in the number of tokens.
+Functions take local tensors and plain integers and have no access to configs, modules or process
+groups; only a `KLTarget` may bring a function that communicates. Memory is linear in the number of
+tokens, except in `naive.py`.
 """

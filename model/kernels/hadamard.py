@@ -12,7 +12,8 @@ from torch import Tensor
 def hadamard(x: Tensor) -> Tensor:
     """Multiplies `x` [..., J] by the orthogonal J x J Hadamard matrix (Sylvester's), in x's dtype.
 
-    Sums and differences of pairs are in fp32, so a row's result does not depend on the other rows.
+    Computed by sums and differences of pairs, in fp32, and not by a matmul, so a row's result does
+    not depend on the other rows.
     The transform is its own inverse. J must be a power of two.
     """
     size = x.shape[-1]

@@ -101,7 +101,7 @@ def fake_quantise(x: Tensor) -> Tensor:
 
 
 def straight_through(x: Tensor, values: Tensor) -> Tensor:
-    """Returns a view of `values`, whose gradient goes to `x`, of the same shape, unchanged."""
+    """Returns a view of `values`; its gradient passes unchanged to `x` of the same shape."""
     return _StraightThrough.apply(x, values)
 
 
@@ -123,12 +123,17 @@ def fits_fp8(packed: Packed) -> Tensor:
         fit any scale.
     """
     exponents = packed.scales.view(torch.uint8).int()
-    magnitudes = packed.codes.view(torch.uint8) & 0x77
-    zero = (magnitudes == 0).unflatten(-1, (-1, MXFP4_BLOCK // 2)).all(-1)
+    zero = _zero_blocks(packed)
     # 255 is above every exponent, so zero blocks do not affect the minimum
     lowest = _tiles(exponents.masked_fill(zero, _NOT_A_NUMBER)).amin(dim=(1, 3))
     highest = _tiles(exponents.masked_fill(zero, 0)).amax(dim=(1, 3))
     return highest - lowest <= FP8_SPAN
+
+
+def _zero_blocks(packed: Packed) -> Tensor:
+    """Returns which blocks hold nothing but zeros, bool in the shape of the scales."""
+    magnitudes = packed.codes.view(torch.uint8) & 0x77
+    return (magnitudes == 0).unflatten(-1, (-1, MXFP4_BLOCK // 2)).all(-1)
 
 
 def to_fp8(packed: Packed) -> tuple[Tensor, Tensor]:
@@ -141,6 +146,8 @@ def to_fp8(packed: Packed) -> tuple[Tensor, Tensor]:
     """
     rows, columns = packed.codes.shape[0], 2 * packed.codes.shape[1]
     exponents = packed.scales.view(torch.uint8).int()
+    # Zeros fit any scale: theirs must not raise the common one.
+    exponents = exponents.masked_fill(_zero_blocks(packed) & (exponents != _NOT_A_NUMBER), 0)
     highest = _tiles(exponents).amax(dim=(1, 3))
     common = (highest - 6).clamp_min(0)  # 6 · 2^6 = 384 is the largest 6 · 2^k up to E4M3's 448
     expanded = common.repeat_interleave(FP8_BLOCK, 0)[:rows]

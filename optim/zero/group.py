@@ -47,7 +47,7 @@ class RankGroup(Protocol):
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters of one dtype that the same ranks hold.
+    """Parameters of one dtype that the same ranks hold (not a group that settings name).
 
     Attributes:
         parameters: by name, with the shapes in `local_parameters`.
@@ -55,8 +55,9 @@ class ParameterGroup:
         layout: who owns which part of them.
         owners: the ranks that hold the same shards and own them together.
         shard_ranks: the ranks that hold the other shards of the same matrices.
-        replica_groups: ranks that own the same partition, one of each set of owners. Gradients are
-            summed over them as well, and each rank makes the same update.
+        replica_groups: groups of ranks that own the same partition as this rank: one rank from each
+            set of owners, and for a replicated embedding the other end of the pipeline. Gradients
+            are summed over them as well, and each rank makes the same update.
         shard_dim: by name of a sharded parameter, the dimension that `shard_ranks` split.
         precision: what gradients are sent in.
     """
@@ -92,7 +93,7 @@ class StateSlice:
 
 
 def check(group: ParameterGroup) -> None:
-    """Raises OptimError unless names match the table and all parameters have one dtype."""
+    """Raises OptimError unless all parameters have one dtype and a LocalParameter each."""
     names = {p.assignment.name for p in group.local_parameters}
     if names != set(group.parameters):
         unmatched = sorted(names ^ set(group.parameters))

@@ -36,8 +36,8 @@ class HybridZero:
     """Updates the parameters of all `groups` in place.
 
     All ranks call every method together. A parameter whose gradient is None keeps its value and
-    state; which these are must be the same on all ranks. Raises OptimError where a group does not
-    match its table.
+    state; which these are must be the same on all ranks. Raises OptimError where the
+    names of a group's parameters differ from those of its `local_parameters`.
     """
 
     def __init__(

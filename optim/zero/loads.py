@@ -58,7 +58,7 @@ class Load:
 def loads_of(layout: Layout, config: MuonConfig) -> list[list[Load]]:
     """The loads of a layout, by owner and then by assembly rank."""
     loads = [
-        [Load(buffer=layout.partition_size) for _ in range(layout.assembly_ranks)]
+        [Load(buffer=layout.partition_size) for _ in range(layout.num_shard_ranks)]
         for _ in range(layout.owners)
     ]
     for owned in layout.slices:

@@ -101,12 +101,12 @@ class Layout:
     """The buffer of one group of parameters: `owners` partitions of `partition_size` elements.
 
     Attributes:
-        assembly_ranks: number of ranks that shard the matrices.
+        num_shard_ranks: number of ranks that shard the matrices.
         slices: in the order of the buffer.
     """
 
     owners: int
-    assembly_ranks: int
+    num_shard_ranks: int
     partition_size: int
     slices: tuple[OwnedSlice, ...]
 
@@ -132,7 +132,7 @@ def newton_schulz_flops(rows: int, columns: int, config: MuonConfig) -> int:
 def plan_owners(
     parameters: Sequence[LocalParameter],
     ranks: int,
-    assembly_ranks: int,
+    num_shard_ranks: int,
     config: MuonConfig,
     max_padding: float,
 ) -> Layout:
@@ -147,14 +147,14 @@ def plan_owners(
     for owners in range(ranks, 1, -1):
         if ranks % owners or owners * max(sizes, default=0) > limit:
             continue
-        layout = plan_layout(parameters, owners, assembly_ranks, config)
+        layout = plan_layout(parameters, owners, num_shard_ranks, config)
         if owners * layout.partition_size <= limit + owners:  # elements may not divide evenly
             return layout
-    return plan_layout(parameters, 1, assembly_ranks, config)
+    return plan_layout(parameters, 1, num_shard_ranks, config)
 
 
 def plan_layout(
-    parameters: Sequence[LocalParameter], owners: int, assembly_ranks: int, config: MuonConfig
+    parameters: Sequence[LocalParameter], owners: int, num_shard_ranks: int, config: MuonConfig
 ) -> Layout:
     """Returns the layout for this number of owners.
 
@@ -162,9 +162,9 @@ def plan_layout(
     """
     matrices = [matrix for p in parameters for matrix in _matrices_of(p, config)]
     if len({(m.flops, m.size, m.parameter.is_sharded) for m in matrices}) <= 1:
-        places = _divide_equal(matrices, owners, assembly_ranks)
+        places = _divide_equal(matrices, owners, num_shard_ranks)
     else:
-        places = _BinPacking(matrices, owners, assembly_ranks).places()
+        places = _BinPacking(matrices, owners, num_shard_ranks).places()
     order = {p.assignment.name: number for number, p in enumerate(parameters)}
     # By owner and assembly rank, then the last layers first.
     packed = sorted(
@@ -178,7 +178,7 @@ def plan_layout(
     elementwise = [p for p in reversed(parameters) if p.assignment.matrices is None]
     slices += _fill_up(elementwise, fill)
     slices.sort(key=lambda owned: (owned.owner, owned.offset))
-    return Layout(owners, assembly_ranks, max(fill, default=0), tuple(slices))
+    return Layout(owners, num_shard_ranks, max(fill, default=0), tuple(slices))
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _matrices_of(parameter: LocalParameter, config: MuonConfig) -> Iterator[_Mat
         yield _Matrix(parameter, index, size, newton_schulz_flops(rows, columns, config))
 
 
-def _divide_equal(matrices: Sequence[_Matrix], owners: int, assembly_ranks: int) -> list[_Place]:
+def _divide_equal(matrices: Sequence[_Matrix], owners: int, num_shard_ranks: int) -> list[_Place]:
     """Divides the equal matrices of each parameter into contiguous runs, one for each bin.
 
     A bin is an owner, or an owner and assembly rank. Remainders are dealt round-robin:
@@ -214,7 +214,7 @@ def _divide_equal(matrices: Sequence[_Matrix], owners: int, assembly_ranks: int)
     if not matrices:
         return []
     is_sharded = matrices[0].parameter.is_sharded
-    bins_per_owner = assembly_ranks if is_sharded else 1
+    bins_per_owner = num_shard_ranks if is_sharded else 1
     bins = owners * bins_per_owner
     first_extra = 0
     assigned: list[int] = []
@@ -233,15 +233,16 @@ def _divide_equal(matrices: Sequence[_Matrix], owners: int, assembly_ranks: int)
 class _BinPacking:
     """Greedy bin packing of different matrices by two loads at once: FLOPs and elements.
 
-    The bins are the owners. An owner's FLOPs are counted for each of its assembly ranks: a matrix
-    that is not sharded is updated by all of them alike, a sharded one by the least loaded.
+    The bins are the owners. An owner's FLOPs are counted for each of its assembly ranks: for a
+    matrix that is not sharded each has one of its own, which adds to all loads; a sharded one is
+    assembled and updated by the least loaded.
     """
 
-    def __init__(self, matrices: Sequence[_Matrix], owners: int, assembly_ranks: int) -> None:
+    def __init__(self, matrices: Sequence[_Matrix], owners: int, num_shard_ranks: int) -> None:
         self.matrices = matrices
-        self.flops = [[0] * assembly_ranks for _ in range(owners)]
+        self.flops = [[0] * num_shard_ranks for _ in range(owners)]
         self.size = [0] * owners
-        mean_flops = sum(m.flops for m in matrices) / (owners * assembly_ranks)
+        mean_flops = sum(m.flops for m in matrices) / (owners * num_shard_ranks)
         # Without the factor, a lower bound on the largest load of any packing; 1.1 leaves room.
         self.flops_target = 1.1 * max(mean_flops, *(m.flops for m in matrices))
         self.size_target = sum(m.size for m in matrices) / owners

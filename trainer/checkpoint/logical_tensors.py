@@ -101,7 +101,7 @@ def boxes_of(state: StateSlice, placement: Placement) -> Iterator[tuple[str, Ten
     """
     shape, origin = placement.local_shape, placement.global_offset
     if state.is_gathered:  # unsharded matrices, of this rank's experts
-        shape = placement.matrix_shape
+        shape = placement.table_shape
         origin = (origin[0] if placement.kind == "expert" else 0,) + (0,) * (len(shape) - 1)
     entry = official_name(state.name)
     flat, at = state.tensor.view(-1), 0

@@ -5,10 +5,11 @@ x tensor flattened, tensor fastest). A rank's local tokens are its chunk of ever
 shard heads, so each computes attention for the local tokens of all tensor ranks: its queries, which
 are the context rank's chunk of every row.
 
-Attention over a sharded row has two steps (report §3.4; docs/architecture-v4.md). First each rank
-receives the halo: the tokens before its chunk that belong to windows ending in it. It pools the
-windows that end in its chunk, padded to the same number on all ranks. Then these entries are
-all-gathered and put into the order of samples. Indices are computed on the host from the samples'
+Keys of the sliding window: each rank receives a halo of window - 1 keys before its queries.
+Compressed entries (report §3.4; docs/architecture-v4.md): each rank receives a halo of the tokens
+before its chunk that belong to compression windows ending in it, and pools these windows. Their
+entries, padded to the same number on all ranks, are all-gathered and put into the order of samples.
+Indices are computed on the host from the samples'
 lengths alone, so every rank knows what all others send.
 
 Letters: B rows, U tokens of a chunk, T tokens, K head dim, C entries, Z samples, E experts, X any
@@ -28,7 +29,7 @@ from model.config import LayerType, ModelConfig
 from model.kernels.attention import AttentionRanges
 from model.kernels.indexer import MassFunction
 from model.layout import SampleLayout, on_device
-from model.positions import Positions, TokenPositions, Windows, compress_ratios
+from model.positions import CompressionWindows, Positions, TokenPositions, compress_ratios
 from model.rope import layer_frequencies, rotation
 from trainer.parallel.collectives import (
     all_gather,
@@ -91,7 +92,7 @@ def _ranges(
     num_queries: int,
     context_size: int,
 ) -> AttentionRanges:
-    """Returns the ranges of these tokens; those of keys are meaningful only if they are queries."""
+    """Returns the ranges of these tokens; key ranges are valid only if they are the queries."""
     device, rows, window = layout.position_T.device, layout.rows, config.sliding_window
     halo = window - 1 if context_size > 1 else 0
     chunk = num_queries // rows
@@ -237,7 +238,7 @@ class _WindowPlan:
         first = first_C[pooled] - row_C[pooled] * layout.seq_len - begin
         first += row_C[pooled] * (self.halo + chunk)
         is_helper = ~np.isin(pooled, local_C)
-        self.windows = Windows(
+        self.windows = CompressionWindows(
             on_device(first, device),
             on_device(has_previous_C[pooled] & ~is_helper, device),
             rotation(on_device(position_C[pooled], device), frequencies),

@@ -27,6 +27,8 @@ from trainer.parallel.grid import Grid
 class _DispatchState(Dispatched):
     """Rows received from all ranks, sorted by expert, and how this rank's rows were sent.
 
+    The inherited attributes are about received rows: their pairs are the M received rows.
+
     Attributes:
         send, receive: numbers of rows sent to and received from each rank.
         copy_of_sent_L: the copy in each sent row. Copies are (token, expert, shard of the expert)

@@ -6,8 +6,8 @@ HyperCommGrid, the first name varying fastest from rank to rank:
     dense weights    tensor x context x data x pipeline
     routed experts   expert_tensor x expert x expert_data x pipeline
 
-The pipeline axis is the slowest of both, so a stage is the same consecutive ranks in either mesh.
-Within a stage, expert and tensor degrees do not depend on each other.
+The pipeline axis is the slowest of both, so the ranks of one pipeline coordinate are the same
+consecutive ones in either mesh. Within them, expert and tensor degrees do not depend on each other.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Grid:
         sequence: context x tensor flattened, tensor fastest; each rank holds different tokens.
         data: ranks with different rows.
         pipeline: ranks with different layers.
-        stage: all ranks of a pipeline stage.
+        stage: all ranks with the same pipeline coordinate; they may hold several stages of layers.
         tensor_replicas: context and data flattened: ranks that hold the same tensor shard.
         expert_all_to_all: expert x expert_tensor flattened, expert_tensor fastest: the ranks of the
             all-to-all that sends tokens to experts.

@@ -72,7 +72,7 @@ def build_hybrid_zero(
     """Returns the optimizer of this rank's parameters. All ranks call it together.
 
     Args:
-        embedding_is_replicated: whether the first and the last stage both hold `embed.weight`.
+        embedding_is_replicated: whether first and last pipeline rank both hold `embed.weight`.
         seed: of stochastic rounding.
         max_padding: maximum padding of a flat buffer, as a fraction of the elements that it holds;
             if exceeded, fewer ranks own the parameters and the rest are replicas.

@@ -1,7 +1,8 @@
 """One stage of a pipeline as a module, and what it records while a step runs.
 
 A stage is a contiguous range of layers; the first also embeds, the last also has the streams' head,
-the final norm, the output head and the MTP block with a copy of the embedding. Every rank reads the
+the final norm, the output head and the MTP block with the embedding (a copy, unless the first
+stage is on the same rank). Every rank reads the
 token ids of its rows itself, so nothing is sent for hash layers, targets and layouts, and balance
 losses are differentiated on the stage that computes them.
 
@@ -82,7 +83,10 @@ class Stage(nn.Module):
         self.step = step
 
     def forward(self, streams: Tensor, index: Tensor) -> Tensor:
-        """Maps streams to streams; the first stage embeds, the last returns the loss, [1]."""
+        """Maps streams to streams; the last stage returns the loss, [1].
+
+        The first stage embeds; its `streams` is a placeholder.
+        """
         model, micro = self._model[0], self.step.microbatches[int(index)]
         accumulator = self.step.accumulator
         assert accumulator is not None

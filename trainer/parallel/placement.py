@@ -43,8 +43,8 @@ class Placement:
     replicas: int
 
     @property
-    def matrix_shape(self) -> Shape:
-        """Unsharded shape of the local matrices; the first dim of experts is their local number."""
+    def table_shape(self) -> Shape:
+        """The shape in the optimizer's table: the global one, of this rank's experts only."""
         if self.kind != "expert":
             return self.global_shape
         return (self.local_shape[0], *self.global_shape[1:])

@@ -3,9 +3,9 @@
 - `block` and `attention` save only their input and repeat forward in backward, communication
   included (torch.utils.checkpoint).
 - `streams` drops the residual streams between attention and experts, half of the streams that a
-  block saves; `norms` drops the norms' outputs. Both are recomputed from tensors that are saved
-  anyway, with an N x N by N x D matmul per token, or one norm, and without communication (report
-  §3.4, recomputation of mHC's tensors; docs/architecture-v4.md).
+  block saves; `norms` drops the outputs of attn_norm and ffn_norm. Both are recomputed from tensors
+  that are saved anyway, with an N x N by N x D matmul per token, or one norm, and without
+  communication (report §3.4, recomputation of mHC's tensors; docs/architecture-v4.md).
 
 The saved input of `block` and `attention` can be offloaded to host memory until backward.
 

@@ -3,7 +3,7 @@
 Heads, output groups and the shared expert need nothing here: a rank multiplies with its part of
 their weights (placement.py says which), after `Exchange.gather_queries` has gathered the tokens and
 before `Exchange.reduce_scatter_queries` reduce-scatters them, so that the residual streams between
-are sharded over the tensor ranks as well (Megatron-LM sequence parallelism, section 4.2.2).
+are sharded over the tensor ranks as well (sequence parallelism, arXiv 2205.05198 §4.2.2).
 
 Letters: T queries, v vocabulary of this rank, D hidden size, n queries of a chunk.
 """

@@ -2,8 +2,8 @@
 
 Parameters that every rank of a pipeline stage holds are owned over the stage; those that
 tensor-parallel ranks shard, over the ranks with the same shard; experts, over the ranks with the
-same experts. Where the first and the last stage both hold the embedding, its gradients are also
-summed over the two, and each stage has owners of it.
+same experts. Where the first and the last pipeline rank both hold the embedding, its gradients
+are also summed over the two, and each has owners of it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def shard_groups(
 
     Args:
         low_precision: names of parameters of lower precision than fp32.
-        embedding_is_replicated: whether the first and the last stage both hold `embed.weight`.
+        embedding_is_replicated: whether first and last pipeline rank both hold `embed.weight`.
         max_padding: maximum padding of a buffer, as a fraction of the elements that it holds.
 
     Raises OptimError if a shard boundary falls inside one of a parameter's several matrices.
@@ -71,7 +71,8 @@ def shard_groups(
     }
     groups = []
     for kind in KINDS:
-        num_ranks, assembly_ranks = ranks[kind]  # the latter shard each matrix (optim/zero/plan.py)
+        # The latter shard each matrix (optim/zero/plan.py).
+        num_ranks, num_shard_ranks = ranks[kind]
         for is_low_precision in (False, True):
             parameters = tuple(
                 local_parameter(entry, placements[entry.name])
@@ -80,7 +81,7 @@ def shard_groups(
                 and (entry.name in low_precision) == is_low_precision
             )
             if parameters:
-                layout = plan_owners(parameters, num_ranks, assembly_ranks, muon, max_padding)
+                layout = plan_owners(parameters, num_ranks, num_shard_ranks, muon, max_padding)
                 groups.append(ShardGroup(kind, is_low_precision, parameters, num_ranks, layout))
     return groups
 

@@ -106,7 +106,7 @@ def pipeline_rank_memory(config: RunConfig, degrees: Degrees, pipeline: int) -> 
     low_precision = {name for name in trained if sizes_of[name] < 4 * elements[name]}
     groups = shard_groups(
         build_table(
-            {name: placements[name].matrix_shape for name in trained},
+            {name: placements[name].table_shape for name in trained},
             parameter_table(config.model),
             config.optim,
         ),

@@ -323,7 +323,7 @@ class _Sent:
     def update(self, shapes: Shapes, optim: OptimConfig, how: GradientReduction) -> None:
         """Gradients to their owners and parameters back, for each group of parameters."""
         placements = placements_of(shapes, self.degrees, self.rank)
-        matrix_shapes = {name: placement.matrix_shape for name, placement in placements.items()}
+        matrix_shapes = {name: placement.table_shape for name, placement in placements.items()}
         low_precision = {name for name in shapes if self.element < 4 and not always_fp32(name)}
         is_replicated = embedding_is_replicated(self.stages, self.mtp)
         for group in shard_groups(
@@ -360,7 +360,7 @@ class _Sent:
         away = sum(s.size for s in sharded if s.assembly_rank != assembly_rank)
         local = sum(s.size for s in sharded if s.assembly_rank == assembly_rank)
         self.bytes[shard_axis, "all_to_all"] += (
-            away * 4 + local * (layout.assembly_ranks - 1) * back
+            away * 4 + local * (layout.num_shard_ranks - 1) * back
         )
 
 

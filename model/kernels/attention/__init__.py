@@ -27,8 +27,9 @@ __all__ = [
 
 
 def attention_with_lse2(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """Computes softmax(q·k / sqrt(K)) · k over window, entries and sink, and rotates it back.
+    """Computes softmax(q·kv / sqrt(K)) · kv over window, entries and sink, and rotates it back.
 
+    Keys are the values.
     The output's last R dims are rotated by the inverse of the query's rotation.
 
     Returns:

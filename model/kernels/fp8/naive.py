@@ -50,7 +50,7 @@ def naive_quantise_dequantise(x_RC: Tensor, rows: int, columns: int) -> Tensor:
     return out
 
 
-def naive_linear(
+def naive_operands(
     x_TX: Tensor, weight_FX: Tensor, grad_TF: Tensor
 ) -> tuple[Operands, Operands, Operands]:
     """Returns the quantised operands of y = x wᵀ, of dx = dy w and of dw = dyᵀ x, float64."""

@@ -36,9 +36,9 @@ class KLTarget:
 
     Attributes:
         mass: unnormalised p; p = mass / its sum over the query's entries.
-            `attention_probability_mass` returns it where one process has all queries and heads.
-            Ranks with equally many queries and entries call it with the same row counts in the same
-            order, so it may contain collectives.
+            `attention_probability_mass` returns it where one process has all heads; where tensor
+            ranks shard heads, `Exchange.sum_mass` makes one that communicates. It may, since
+            `blocks` has the same numbers of rows in the same order on all ranks.
         ranges: the range of entries that each query sees.
         selected_Tk: the entries selected for each query (-1: none); None for all that it sees.
     """

@@ -101,6 +101,15 @@ def test_the_condition_is_sharp(apart: int, lossless: bool) -> None:
     assert torch.equal(from_fp8(numbers, scales), dequantise(packed)) == lossless
 
 
+def test_scales_of_zeros_do_not_matter() -> None:
+    x = torch.ones(2, 64)
+    x[:, 32:] = 0
+    packed = quantise(x)
+    packed.scales.view(torch.uint8)[:, 1] = 200
+    assert fits_fp8(packed).all()
+    assert torch.equal(from_fp8(*to_fp8(packed)), x)
+
+
 def test_columns_must_fill_blocks() -> None:
     with pytest.raises(ValueError, match="multiple of 32 columns, got 33"):
         quantise(torch.zeros(2, 33))

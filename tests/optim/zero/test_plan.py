@@ -88,17 +88,17 @@ def test_fewer_owners_where_padding_would_be_large() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 8, 500])
-@pytest.mark.parametrize("assembly_ranks", [1, 2])
+@pytest.mark.parametrize("num_shard_ranks", [1, 2])
 def test_every_element_has_one_owner_and_no_matrix_is_split(
-    ranks: int, assembly_ranks: int
+    ranks: int, num_shard_ranks: int
 ) -> None:
     table = build_table(shapes(), FACTS, OptimConfig())
     parameters = []
     for entry in table:
-        is_sharded = assembly_ranks > 1 and "shared_experts.w1" in entry.name
-        shape = (entry.shape[0] // assembly_ranks, *entry.shape[1:]) if is_sharded else entry.shape
+        is_sharded = num_shard_ranks > 1 and "shared_experts.w1" in entry.name
+        shape = (entry.shape[0] // num_shard_ranks, *entry.shape[1:]) if is_sharded else entry.shape
         parameters.append(LocalParameter(entry, shape, is_sharded))
-    layout = plan_layout(parameters, ranks, assembly_ranks, MUON)
+    layout = plan_layout(parameters, ranks, num_shard_ranks, MUON)
     ends: dict[str, int] = {}
     for owned in sorted(layout.slices, key=lambda owned: (owned.name, owned.start)):
         assert owned.start == ends.get(owned.name, 0)
@@ -118,7 +118,7 @@ def test_every_element_has_one_owner_and_no_matrix_is_split(
     for owned in layout.slices:
         if owned.matrices is not None:
             matrices[owned.name] += owned.matrices[0]
-            shards = 1 if owned.assembly_rank is None else assembly_ranks
+            shards = 1 if owned.assembly_rank is None else num_shard_ranks
             assert owned.state_size == owned.size * shards
     assert matrices == {e.name: e.matrices[0] for e in table if e.matrices is not None}
 

@@ -173,7 +173,7 @@ def covered_by(
 def zero_of(config: ModelConfig, local: LocalModel, grid: Grid) -> HybridZero:
     """The optimizer, with chunks so short that many go out during backward."""
     parameters = dict(local.model.named_parameters())
-    shapes = {name: local.placements[name].matrix_shape for name in parameters}
+    shapes = {name: local.placements[name].table_shape for name in parameters}
     table = build_table(shapes, parameter_table(config), OptimConfig())
     is_replicated = embedding_is_replicated(local.stages, config.num_nextn_predict_layers)
     return build_hybrid_zero(

@@ -103,7 +103,7 @@ class Run:
         own = {name: self.placements[name].shard(tensor) for name, tensor in first.items()}
         self.parts = as_parameters(own, dtype)
         self.reference = Optimizer(self.alone, build_table(whole, FACTS, config), config)
-        shapes_here = {name: p.matrix_shape for name, p in self.placements.items()}
+        shapes_here = {name: p.table_shape for name, p in self.placements.items()}
         table = build_table(shapes_here, FACTS, config)
         self.ours = build_hybrid_zero(
             self.parts, self.placements, table, config, self.grid, max_padding=padding

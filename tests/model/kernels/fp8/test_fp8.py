@@ -8,7 +8,12 @@ from torch import Tensor
 
 from model.kernels import fp8
 from model.kernels.fp8 import eager
-from model.kernels.fp8.naive import E4M3, naive_linear, naive_quantise_dequantise, naive_round_e4m3
+from model.kernels.fp8.naive import (
+    E4M3,
+    naive_operands,
+    naive_quantise_dequantise,
+    naive_round_e4m3,
+)
 
 
 def spread(*shape: int, seed: int) -> Tensor:
@@ -63,7 +68,7 @@ def sums(a: Tensor, b: Tensor) -> Sums:
 
 def matmuls_of(x: Tensor, weight: Tensor, grad: Tensor) -> list[Sums]:
     """Output and both gradients in float64."""
-    return [sums(*operands) for operands in naive_linear(x, weight, grad)]
+    return [sums(*operands) for operands in naive_operands(x, weight, grad)]
 
 
 def close(computed: Tensor | None, expected: Sums) -> None:
