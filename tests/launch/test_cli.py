@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import processes
+from launch import demo, processes
 from tests.distributed import spawn
 from tests.trainer.tiny import assert_same_run, steps_in_file, train, train_jobs
+from trainer.config import load_config
 
 V4 = [sys.executable, "-m", "launch.cli"]
 
@@ -138,6 +139,43 @@ def test_eval_export_import_and_plan(tiny: Path, tmp_path: Path) -> None:
     assert (tmp_path / "again/checkpoints/step-00000000/manifest.json").is_file()
     done = v4("plan", tiny, "--nproc", 2)
     assert done.returncode == 0 and "parameters" in done.stdout, done.stderr
+
+
+def test_the_demo_stops_its_training_after_half_of_the_steps(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(tiny, [f"run_dir={tmp_path}"])
+    metrics, signals = tmp_path / "metrics.jsonl", []
+
+    class Training:
+        """A process that makes a step whenever it is looked at, until it gets a signal."""
+
+        def __init__(self, command: list[str]) -> None:
+            metrics.write_text("")
+
+        def __enter__(self) -> "Training":
+            return self
+
+        def __exit__(self, *exception: object) -> None:
+            pass
+
+        def poll(self) -> int | None:
+            with open(metrics, "a") as file:
+                file.write("{}\n")
+            return 0 if len(metrics.read_text().split()) > config.recipe.steps else None
+
+        def send_signal(self, number: int) -> None:
+            signals.append((number, len(metrics.read_text().split()) - 1))
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(demo.subprocess, "Popen", Training)
+    monkeypatch.setattr(demo.time, "sleep", lambda seconds: None)
+    demo._train_half(config, [], 1)
+    assert signals == [(signal.SIGTERM, config.recipe.steps // 2)]
+    demo._train_half(config, [], 1)  # the same folder again: nothing to train
+    assert len(signals) == 1
 
 
 def test_help_loads_only_typer_and_a_config_no_torch(tiny: Path) -> None:

@@ -5,10 +5,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from launch.processes import RESTART_ENVIRONMENT
+from trainer import failures
 
 RANKS = 3
 LIMIT = 60.0  # seconds
@@ -66,3 +68,26 @@ def test_a_crash_before_the_checks_hangs_no_rank(tiny: Path, tmp_path: Path) -> 
     done = torchrun(1, "crash", tiny, f"run_dir={tmp_path / 'run'}")
     assert done.stderr.count("v4: error: ") == 1
     assert f"cannot write into run_dir = {tmp_path / 'run'}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rank", "host", "is_repeated"),
+    [(0, "elsewhere", True), (0, socket.gethostname(), False), (1, "elsewhere", False)],
+)
+def test_only_the_first_rank_repeats_what_failed_on_another_host(
+    rank: int,
+    host: str,
+    is_repeated: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(failures, "POLL_SECONDS", 0.0)
+    watch = failures.FailureWatch()
+    watch._store = SimpleNamespace(
+        check=lambda keys: True, get=lambda key: f"2 {host} v4: error: a sentence.".encode()
+    )
+    monkeypatch.setattr(watch, "_end", sys.exit)
+    with pytest.raises(SystemExit, match="2"):
+        watch._poll()
+    assert capsys.readouterr().err == "v4: error: a sentence.\n" * is_repeated

@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
+from launch.sweep import _stop_orphan
 from launch.sweep_file import Hyperband, Sweep, load_sweep
 from launch.sweep_parameters import Parameter
 from launch.sweep_search import Search, bands, read_history, should_stop
@@ -178,6 +180,19 @@ def test_a_killed_sweep_goes_on(tiny: Path, tmp_path: Path) -> None:
         assert [record["step"] for record in records] == list(range(1, 7))
     assert "the best: optim.learning_rate=0.01" in done.stdout
     assert (out / "report.html").is_file()
+
+
+def test_only_the_process_that_a_killed_sweep_started_is_terminated(tmp_path: Path) -> None:
+    """A process id may belong to another program by now; the time of its creation tells."""
+    _stop_orphan(tmp_path)  # a trial that was not started
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        born = psutil.Process(process.pid).create_time()
+        for recorded, is_terminated in ((born - 1.0, False), (born, True)):
+            record = {"pid": process.pid, "born": recorded}
+            (tmp_path / "process.json").write_text(json.dumps(record))
+            _stop_orphan(tmp_path)
+            status = process.poll()
+            assert (status is not None) == is_terminated
 
 
 def test_seeds_are_averaged_and_the_others_tuned() -> None:

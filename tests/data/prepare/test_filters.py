@@ -23,7 +23,7 @@ from data.prepare.duplicates import SignatureTable, find_duplicates
 from data.prepare.filter_pass import deduplicate, filter_item, is_filtered
 from data.prepare.filters import REASONS, Rules, language
 from data.prepare.run import prepare
-from data.prepare.signatures import signatures
+from data.prepare.signatures import _shingles, signatures
 from data.prepare.work_item import work_items
 from data.text.tokenizer import Tokenizer
 from tests.data.kills import kill_after
@@ -129,6 +129,16 @@ def changed_words(text: str, rng: random.Random, count: int) -> str:
 
 def with_numbers(text: str, rng: random.Random) -> str:
     return " ".join(f"{w} {rng.randrange(10**6)}" for w in text.split(" "))
+
+
+def test_every_n_gram_has_one_hash() -> None:
+    texts = [b"a b c d e f", b"A b, c d e", b"", b"a b c", b"b c d e f", b"a b c d"]
+    bounds = np.cumsum([0, *map(len, texts)])
+    hashes, offsets = _shingles(np.frombuffer(b"".join(texts), np.uint8), bounds, 5, False)
+    assert np.diff(offsets.astype(int)).tolist() == [2, 1, 0, 1, 1, 1]
+    first, second, same_as_first, short, same_as_second, longer = hashes.tolist()
+    assert (same_as_first, same_as_second) == (first, second)
+    assert len({first, second, short, longer}) == 4
 
 
 def test_signatures_estimate_jaccard() -> None:

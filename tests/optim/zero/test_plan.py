@@ -52,9 +52,13 @@ def test_shipped_models_divide_evenly(name: str, ranks: int, owners: int, excess
     assert [layout.owners for layout in layouts] == [ranks, owners]
     assert all(layout.padding < 0.1 for layout in layouts)
     summary = summary_of(layouts, ranks)
-    low, _, high = summary.state_bytes_range
-    total = sum(s.state_size * (12 if s.matrices is None else 8) for l in layouts for s in l.slices)
-    assert 0.9 * total / ranks <= low <= high <= 1.1 * total / ranks
+    low, mean, high = summary.state_bytes_range
+    sizes = [
+        sum(s.state_size * (12 if s.matrices is None else 8) for s in layout.slices)
+        for layout in layouts
+    ]
+    assert 0.9 * sum(sizes) / ranks <= low <= high <= 1.1 * sum(sizes) / ranks
+    assert mean == sum(size / layout.owners for size, layout in zip(sizes, layouts, strict=True))
     assert round(summary.newton_schulz_imbalance, 3) <= excess
     assert f"max {high / 2**20:,.2f}" in summary.sentence()
     assert summary.table().row_count == 4
@@ -121,6 +125,18 @@ def test_every_element_has_one_owner_and_no_matrix_is_split(
             shards = 1 if owned.assembly_rank is None else num_shard_ranks
             assert owned.state_size == owned.size * shards
     assert matrices == {e.name: e.matrices[0] for e in table if e.matrices is not None}
+
+
+def test_equal_matrices_are_divided_over_owners_and_assembly_ranks() -> None:
+    table = build_table(shapes(), FACTS, OptimConfig())
+    entry = next(entry for entry in table if entry.name.endswith(".experts.w1"))
+    experts, rows, columns = entry.shape
+    stack = LocalParameter(entry, (experts, rows // 2, columns), is_sharded=True)
+    matrices = Counter[tuple[int, int | None]]()
+    for owned in plan_layout([stack], 3, 2, MUON).slices:
+        assert owned.matrices is not None
+        matrices[owned.owner, owned.assembly_rank] += owned.matrices[0]
+    assert len(matrices) == 6 and set(matrices.values()) == {experts // 6}
 
 
 def _elements(parameter: LocalParameter) -> int:
