@@ -138,7 +138,7 @@ class Anticipation:
     def configure(self, state: TrainState) -> None:
         """Sets `anticipation_start` and `anticipation_end` in `state` as the config wants.
 
-        `always` begins at this step, unless routing is on and goes on for at least `lag` steps;
+        `always` begins at this step, unless routing is on and continues for at least `lag` steps;
         `never` ends it, and `after_spikes` ends what `always` began.
         """
         if self.always:
