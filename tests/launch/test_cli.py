@@ -65,7 +65,7 @@ def test_a_crash_is_not_a_mistake(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_say_it_once_and_torchrun_says_nothing(tiny: Path, tmp_path: Path) -> None:
+def test_ranks_report_an_error_once_and_torchrun_does_not(tiny: Path, tmp_path: Path) -> None:
     train(tiny, tmp_path, "steps=2")
     next((tmp_path / "checkpoints/step-00000002").glob("*.safetensors")).unlink()
     done = v4("train", tiny, f"run_dir={tmp_path}", "steps=4", "--nproc-per-node=2")
@@ -74,7 +74,7 @@ def test_ranks_say_it_once_and_torchrun_says_nothing(tiny: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_the_run_goes_on(tiny: Path, tmp_path: Path, ranks: int) -> None:
+def test_a_signal_saves_and_the_run_resumes(tiny: Path, tmp_path: Path, ranks: int) -> None:
     """Stopped by a real signal wherever it comes, resumed: equal to the run that was not.
 
     One rank gets SIGTERM; with two, the whole process group gets SIGINT, as from Ctrl-C.

@@ -158,7 +158,7 @@ def test_a_sweep_trains_its_trials(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on(tiny: Path, tmp_path: Path) -> None:
+def test_a_killed_sweep_resumes(tiny: Path, tmp_path: Path) -> None:
     file, out = write(tiny, tmp_path, GRID + "  seed: {values: [1, 2]}\n"), tmp_path / "out"
     process = subprocess.Popen(command(file, out), stdout=subprocess.DEVNULL)
     try:

@@ -171,7 +171,7 @@ def test_a_death_costs_no_more_than_the_steps_since_the_checkpoint(
     assert_same_run(undisturbed, run_dir, STEPS)
 
 
-def test_the_first_host_says_who_failed_on_the_other(
+def test_the_first_host_reports_who_failed_on_the_other(
     tiny: Path, hosts: list[Host], tmp_path: Path
 ) -> None:
     """Rank 0 waits indefinitely; the failure of rank 1 ends it and is in both hosts' logs."""

@@ -117,7 +117,7 @@ def test_loss_and_gradients_equal_the_dense_reference(name, last_target_known):
             assert without[key].abs().max() == 0, f"{key} is trained by another loss"
 
 
-def test_shifts_across_samples_would_be_seen():
+def test_shifts_across_samples_would_be_detected():
     """The negative control: one long sample instead of packed ones is another loss."""
     model, lengths, layout, tokens, targets = make_case("packed", last_target_known=True)
     grads, output = run_model(model, tokens, layout, targets, weight=1.0)

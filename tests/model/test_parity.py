@@ -117,7 +117,7 @@ def _transpose_comb(model):
     ],
     ids=["comb transposed", "sink moved", "ape moved", "one expert scaled"],
 )
-def test_a_small_fault_is_seen(break_ours):
+def test_a_small_fault_is_detected(break_ours):
     """The negative control: faults far smaller than a wrong formula exceed the tolerance."""
     logits_error, _ = run_both({}, 1, 67, break_ours)
     assert logits_error > 10 * LOGITS_RTOL

@@ -40,7 +40,7 @@ def test_large_gradients_are_summed_exactly(dtype: torch.dtype) -> None:
     assert norm.item() == pytest.approx(exact, rel=1e-6)
 
 
-def test_not_a_number_is_seen() -> None:
+def test_not_a_number_is_detected() -> None:
     inputs = parameters(torch.float32)
     inputs[2].grad[0, 0, 0] = float("nan")
     assert not torch.isfinite(gradient_norm(inputs))

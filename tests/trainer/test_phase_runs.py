@@ -215,7 +215,7 @@ TOPOLOGIES = [
 
 
 @pytest.mark.slow
-def test_other_topologies_train_the_same_and_go_on_across_borders(
+def test_other_topologies_train_the_same_and_resume_across_borders(
     path: Path, tmp_path: Path
 ) -> None:
     """Losses of all steps, and from one topology to another in the middle of the warm-up."""

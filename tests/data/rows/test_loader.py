@@ -76,7 +76,7 @@ def test_every_token_is_predicted_once(config: DataConfig, split: Split) -> None
     assert loader.num_targets == sum(expected.values())
 
 
-def test_a_cut_document_goes_on_in_order(config: DataConfig) -> None:
+def test_a_cut_document_continues_in_order(config: DataConfig) -> None:
     """The pieces of the longest document, found by content, tile it with one token of overlap."""
     longest = max(documents_on_disk(config, "train"), key=len)
     pieces = {tuple(longest[i : i + 65]) for i in range(0, len(longest) - 65, 64)}

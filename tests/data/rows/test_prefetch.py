@@ -42,7 +42,7 @@ def test_any_order_of_steps_gives_each_its_own_batches(ahead: int) -> None:
     batches.close()
 
 
-def test_later_steps_are_made_meanwhile_and_none_behind_the_last() -> None:
+def test_later_steps_are_made_meanwhile_and_none_after_the_last() -> None:
     source = Steps()
     batches = Prefetcher(source.at, 3, steps=3)
     batches.at(0)

@@ -193,7 +193,7 @@ def test_weights_change_at_a_step(mixed: DataConfig) -> None:
         assert abs(code - share * tokens) <= 2 * 64
 
 
-def test_phases_go_on_where_the_last_ended(mixed: DataConfig) -> None:
+def test_phases_continue_where_the_last_ended(mixed: DataConfig) -> None:
     phases = [
         {
             "steps": 7,

@@ -226,7 +226,7 @@ def test_fits_a_hopper_gpu(group, tmp_path):
 
 @pytest.mark.slow
 @compiled
-def test_a_tile_too_large_is_seen(tmp_path):
+def test_a_tile_too_large_is_detected(tmp_path):
     """The negative control: twice the keys do not fit."""
     import triton
 

@@ -81,7 +81,7 @@ def test_deterministic_is_the_switch_of_torch(tiny: Path, tmp_path: Path) -> Non
         torch.use_deterministic_algorithms(False)
 
 
-def test_the_resolved_config_goes_on_with_the_run(tiny: Path, tmp_path: Path) -> None:
+def test_the_resolved_config_resumes_the_run(tiny: Path, tmp_path: Path) -> None:
     config = train(tiny, tmp_path / "run", "steps=2", "optim.adamw.eps=1e-20")
     again = load_config(config.run_dir / "config.yaml")
     assert again == config and again.optim.adamw.eps == 1e-20

@@ -285,7 +285,7 @@ def mistakes(rank: int, world_size: int, folder: Path) -> list[str]:
     return texts
 
 
-def test_all_ranks_say_the_same_of_what_does_not_fit(tmp_path: Path) -> None:
+def test_all_ranks_report_the_same_of_what_does_not_fit(tmp_path: Path) -> None:
     first, second = spawn(mistakes, 2, tmp_path)
     assert (
         first

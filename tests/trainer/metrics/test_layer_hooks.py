@@ -101,7 +101,7 @@ def test_fewer_iterations_leave_the_mixing_matrices_less_doubly_stochastic() -> 
     assert departure(1) > 10 * departure(20) > 0
 
 
-def test_both_mixing_matrices_of_a_layer_are_looked_at() -> None:
+def test_both_mixing_matrices_of_a_layer_are_checked() -> None:
     model = model_of(hc_sinkhorn_iters=1, hc_init_scale=0.1)
     before_attention: dict[int, float] = {}
 

@@ -100,7 +100,7 @@ def test_trains_like_one_rank(tiny: Path, alone: Outcome, tmp_path: Path, spread
     [*MOVES, *(pytest.param(*move, marks=pytest.mark.slow) for move in LARGER_MOVES)],
     ids=lambda spread: spread.name,
 )
-def test_a_checkpoint_goes_on_at_another_topology(
+def test_a_checkpoint_resumes_at_another_topology(
     tiny: Path, alone_dir: Path, tmp_path: Path, before: Topology, after: Topology
 ) -> None:
     """Losses of the steps after the move are those of the run that was never moved."""

@@ -33,7 +33,7 @@ def said(text: str, name: str) -> float:
     return float(match[1].replace(",", "")) * SIZE[match[2]]
 
 
-def test_a_run_says_what_it_expects_and_what_it_took(
+def test_a_run_logs_expected_and_peak_memory(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = [*WIDE, f"run_dir={tmp_path}", "steps=3", "evaluation.every=2"]

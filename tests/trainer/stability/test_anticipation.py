@@ -174,7 +174,7 @@ def test_a_lead_of_nothing_is_plain_training(tiny: Path, tmp_path: Path, recompu
     assert one[0] == none[0] and one != none
 
 
-def test_a_run_goes_on_in_the_middle_of_it(tiny: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_in_the_middle_of_it(tiny: Path, tmp_path: Path) -> None:
     """To the bit at the same topology; rows that two ranks share with a filler, on one rank."""
     common = ["steps=9", ALWAYS, LEAD.format(2)]
     train(tiny, tmp_path / "straight", *common)

@@ -219,7 +219,7 @@ def test_queries_of_zero_have_finite_gradients():
 
 
 @pytest.mark.parametrize("fault", ["sink", "window", "entry", "rotation"])
-def test_a_small_fault_is_seen(fault):
+def test_a_small_fault_is_detected(fault):
     """The negative control: each mask and term of the naive version matters at this tolerance."""
     case = Case([[61]], 7, 4, 2, 8)
     inputs = case.inputs()

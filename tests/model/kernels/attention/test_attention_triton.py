@@ -239,7 +239,7 @@ def test_the_order_of_programs_shows_where_atomics_add():
 
 @pytest.mark.parametrize("fault", ["sink", "window", "entry", "rotation"])
 @interpreted
-def test_a_small_fault_is_seen(fault):
+def test_a_small_fault_is_detected(fault):
     """The negative control of everything above: each term matters at this tolerance."""
     case = Case([[61]], 7, 4, 2, 8)
     if fault == "window":

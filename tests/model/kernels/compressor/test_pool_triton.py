@@ -88,7 +88,7 @@ def test_the_order_of_programs_changes_no_bit():
 
 
 @interpreted
-def test_a_small_fault_is_seen():
+def test_a_small_fault_is_detected():
     """The negative control: the bias's place in the window matters at this tolerance."""
     lengths, m = [30], 4
     with pytest.raises(AssertionError, match="result 0"):

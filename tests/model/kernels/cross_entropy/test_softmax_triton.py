@@ -73,7 +73,7 @@ def test_without_gradients_the_logits_stay():
 
 @pytest.mark.parametrize("place", [0, 20, 49])
 @interpreted
-def test_large_logits_stay_finite_and_what_is_not_finite_is_seen(place):
+def test_large_logits_stay_finite_and_what_is_not_finite_is_detected(place):
     logits, target = rand(3, 50, seed=1, scale=1e4), torch.tensor([place, 49, 1])
     losses, grad = softmax_loss(logits.clone(), target)
     torch.testing.assert_close(losses.double(), exact(logits, target)[0], rtol=1e-6, atol=1e-3)
@@ -126,7 +126,7 @@ def test_the_head_uses_the_kernel_where_the_backend_says_so():
 
 
 @interpreted
-def test_a_shifted_target_is_seen():
+def test_a_shifted_target_is_detected():
     """The negative control."""
     logits, target = rand(9, 50, seed=1), targets_of(9, 50, 0.0)
     losses, _ = softmax_loss(logits.clone(), (target + 1) % 50)

@@ -101,7 +101,7 @@ def test_coefficients_have_their_ranges():
     assert post[0].tolist() == [2.0] * 4
 
 
-def test_a_transposed_mix_is_seen():
+def test_a_transposed_mix_is_detected():
     """The negative control: comb is not symmetric, and the sum runs over its first index."""
     streams, fn, base, scale = parameters(4)
     _, post, comb = kernel_read(streams, fn, base, scale)

@@ -143,7 +143,7 @@ def test_the_order_of_programs_changes_no_bit():
 
 
 @interpreted
-def test_a_transposed_mix_is_seen():
+def test_a_transposed_mix_is_detected():
     """The negative control: the sum runs over comb's first index."""
     with pytest.raises(AssertionError, match="result 0"):
         assert_same(

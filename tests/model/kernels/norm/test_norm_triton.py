@@ -103,7 +103,7 @@ def test_the_order_of_programs_changes_no_bit():
 
 
 @interpreted
-def test_a_turn_the_other_way_is_seen():
+def test_a_turn_the_other_way_is_detected():
     """The negative control."""
     inputs, rotation = [rand(9, 24, seed=1), rand(24, seed=2)], turn(9, 6)
     with pytest.raises(AssertionError, match="result 0"):

@@ -78,7 +78,7 @@ def test_the_order_of_programs_changes_no_bit():
 
 
 @interpreted
-def test_a_lower_clamp_of_the_gate_is_seen():
+def test_a_lower_clamp_of_the_gate_is_detected():
     """The negative control."""
     gate, up = corners()
     with pytest.raises(AssertionError, match="result 0"):
