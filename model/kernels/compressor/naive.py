@@ -20,7 +20,7 @@ def naive_pool_windows(
     """Computes each entry as a mean over its 2m or m tokens, by a softmax per channel, [C, K]."""
     m, width = ape_mX.shape
     dim = width // 2 if overlap else width
-    entries = [values_TX.new_zeros(0, dim) + 0 * values_TX.sum()]
+    entries = [values_TX[:0, :dim]]  # an empty result where there is no entry
     for first, has_previous in zip(first_token_C.tolist(), has_previous_C.tolist(), strict=True):
         window = slice(first, first + m)
         value, gate = values_TX[window, -dim:], gates_TX[window, -dim:] + ape_mX[:, -dim:]

@@ -9,9 +9,11 @@ import sentencepiece
 
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
+from data.prepare.corpus import Document
 from data.prepare.splits import is_validation
 from data.prepare.tokenizer_training import (
     _sample,
+    _shares,
     _training_documents,
     train_model,
     train_tokenizer,
@@ -137,6 +139,12 @@ def test_sample_is_bounded_and_free_of_validation_text(config: DataConfig) -> No
     assert sample == _sample(documents[::-1], 50_000)
 
 
+def test_of_documents_that_exceed_the_limit_one_is_cut() -> None:
+    documents = [Document(f"{number} " * 60) for number in range(4)]
+    (text,) = _sample(documents, 100)
+    assert len(text) == 100 and any(document.text.startswith(text) for document in documents)
+
+
 def test_sources_give_their_weights_of_the_sample(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +165,9 @@ def test_sources_give_their_weights_of_the_sample(
     train_tokenizer(DataConfig.model_validate(config.model_dump() | update))
     sizes = {name: sum(len(t) for t in seen if t[0] == name) for name in "abc"}
     assert sizes == {"a": 15_000 // 120 * 120, "b": 5_000 // 120 * 120, "c": 0}
+    update["source_weights"] = {"a": 1e9, "b": 1.0}
+    shares = _shares(DataConfig.model_validate(config.model_dump() | update))
+    assert [size for _, size in shares] == [19_999, 1]  # no source is left out
 
 
 def test_exported_folder_loads_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
