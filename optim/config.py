@@ -144,7 +144,7 @@ class OptimConfig(Section):
     """Maximum global gradient norm (V3); null turns clipping off."""
     max_skipped_steps: NonNegativeInt = 3
     """Maximum consecutive steps skipped because loss or gradients are not finite; one more ends the
-    run. [steps]"""
+    run, or rolls it back where stability.spikes is set. [steps]"""
     matrix_optimizer: Literal["muon", "adamw"] = "muon"
     """Optimizer of the matrices; adamw, then used for everything, is the baseline for Muon."""
     learning_rate_factors: dict[Group, NonNegativeFloat] = {}

@@ -21,8 +21,8 @@ def decay_start(config: OptimConfig, total_steps: int) -> int:
 def learning_rate_at(config: OptimConfig, step: int, total_steps: int) -> float:
     """Returns the learning rate of update `step`, counted from 0, in a run of `total_steps`.
 
-    The last warm-up step has the full rate; the last step of the run, and any after it, have the
-    final one. A run shorter than its warm-up ends within it.
+    The last warm-up step has the full rate. If the decay begins before the end of the run, its last
+    step, and any after it, have the final one. A run shorter than its warm-up ends within it.
     """
     peak, schedule = config.learning_rate, config.schedule
     if step < schedule.warmup_steps:

@@ -72,7 +72,8 @@ def preflight(config: RunConfig, grid: Grid, folder_timeout: float = FOLDER_TIME
     facts = Facts(grid.rank, host, digests, memory, host_memory, missing)
     everyone = all_gather_objects(facts, grid.world)
     _check_equal(everyone, config, grid)
-    _check_memory(everyone, config, grid.device)
+    if config.engine == "native":  # DeepSpeed shards weights and states by its own rules
+        _check_memory(everyone, config, grid.device)
     _check_compiler(everyone)
     if grid.world_size > 1:
         _check_folder(everyone, config.run_dir, grid, folder_timeout)

@@ -11,7 +11,7 @@ computes the same layout:
    matrices leave in the emptier owners.
 3. **Buffer.** Each owner has a partition of one flat buffer, padded to the size of the largest, so
    that one reduce-scatter and one all-gather move everything. In each partition the last layers
-   come first, since backward reaches them first:
+   come first (within each assembly rank's matrices), since backward reaches them first:
 
        owner 0 | wo_b of layer 1 | gate of layer 0 | some of AdamW's elements |     |
        owner 1 | wo_b of layer 0 | wkv of layer 0  | some of AdamW's elements | pad |
@@ -233,9 +233,9 @@ def _divide_equal(matrices: Sequence[_Matrix], owners: int, num_shard_ranks: int
 class _BinPacking:
     """Greedy bin packing of different matrices by two loads at once: FLOPs and elements.
 
-    The bins are the owners. An owner's FLOPs are counted for each of its assembly ranks: for a
-    matrix that is not sharded each has one of its own, which adds to all loads; a sharded one is
-    assembled and updated by the least loaded.
+    The bins are the owners. FLOPs are counted for each owner and assembly rank. A matrix that is
+    not sharded is a different one on every shard rank, so each of the owner's assembly ranks
+    updates one; a sharded matrix is assembled and updated by the least loaded of them.
     """
 
     def __init__(self, matrices: Sequence[_Matrix], owners: int, num_shard_ranks: int) -> None:

@@ -244,6 +244,10 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         ([ADAMW + ', "zero_optimization": 3}'], "deepspeed.zero_optimization should be a map"),
         ([ADAMW + ', "zero_optimization": {"stage": 4}}'], "deepspeed.zero_optimization.stage = 4"),
         (
+            [ADAMW + ', "zero_optimization": {"stage": "three"}}'],
+            "deepspeed.zero_optimization.stage = three",
+        ),
+        (
             [ADAMW + ', "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}'],
             "offload_param.device = 'nvme' is not supported: its optimizer",
         ),

@@ -45,8 +45,9 @@ _DEGREES = ("tensor", "expert", "pipeline", "context", "expert_tensor")
 
 
 def zero_stage(block: Mapping[str, Any]) -> int:
-    """Returns the block's ZeRO stage, 0 if it has none."""
-    return int(block.get("zero_optimization", {}).get("stage", 0))
+    """Returns the block's ZeRO stage, 0 if it has none or one that is no number."""
+    stage = block.get("zero_optimization", {}).get("stage", 0)
+    return stage if isinstance(stage, int) else 0  # `_zero` reports what is not supported
 
 
 def deepspeed_problems(config: RunSettings) -> Iterator[str]:

@@ -186,8 +186,12 @@ def _official(name: str) -> str:
 
 def _weight_files(folder: Path) -> Iterator[Path]:
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        yield from (folder / name for name in sorted(set(index["weight_map"].values())))
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            names = sorted(set(index["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ExportError(f"{folder / INDEX}: is not an index of safetensors files") from None
+        yield from (folder / name for name in names)
     elif (folder / SINGLE).is_file():
         yield folder / SINGLE
     else:

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from data.files import write_atomically
+
 Record = dict[str, Any]
 Event = dict[str, Any]
 """A rollback: `spike_step`, `reason`, `restored_step` (None where there was nothing to restore),
@@ -43,7 +45,10 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
-        """Opens for appending; lines of steps after `last_step` are dropped."""
+        """Opens for appending; lines of steps after `last_step` are dropped.
+
+        Raises DataError, and leaves an earlier file as it is, where the disk is full.
+        """
         self.path = path
         records: list[Record] = []
         if path.exists():
@@ -51,13 +56,11 @@ class MetricsFile:
             for step, event in read_events(path, last_step):
                 place = sum(record["step"] <= step for record in records)
                 records.insert(place, {"step": step, "event": event})
-        self._pending = "".join(json.dumps(record) + "\n" for record in records)
-        temporary = path.with_name(f".{path.name}.tmp")
-        self._file = open(temporary, "wb", buffering=0)  # noqa: SIM115 - open as long as the run
-        self._complete_bytes = 0
-        self.flush()
-        os.fsync(self._file.fileno())
-        os.replace(temporary, path)
+        self._pending = ""
+        content = "".join(json.dumps(record) + "\n" for record in records).encode()
+        write_atomically(path, content)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
+        self._complete_bytes = len(content)
 
     def write(self, record: Record) -> None:
         """Appends one object."""

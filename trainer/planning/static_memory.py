@@ -29,7 +29,7 @@ class PipelineRankMemory:
 
     Attributes:
         groups: parameters by the ranks that hold the same shard of them.
-        loads: by rank within it, the optimizer's state and work for each group.
+        loads: for each rank of this pipeline rank, the optimizer's state and work by group.
         weights, gradients: bytes on every rank.
         unmastered: bytes of weights and buffers without an fp32 master in the optimizer.
         quantised: bytes of the experts' quantised copies; None without quantised phases.

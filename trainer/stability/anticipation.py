@@ -194,7 +194,7 @@ class Anticipation:
         data, manifest = self.loader.config, self.loader.manifest
         phases = [phase.model_dump(mode="json") for phase in self.loader.schedule.phases]
         fields = data.model_dump(mode="json", include=_DATA_FIELDS)
-        # Hashed with the first names of the keys: selections of older checkpoints stay valid.
+        # Keys are hashed under their original names: selections of older checkpoints stay valid.
         text = fingerprint_text(json.dumps([fields, phases, manifest.digest])).encode()
         return {"lead": self.lag, "data": hashlib.sha256(text).hexdigest()[:16]}
 

@@ -170,7 +170,7 @@ class Stability:
             "restored_step": state.step if is_restored else None,
             "rollbacks": state.rollbacks,
             "skipped_batch": spike + 1 if spike in state.skipped_batches else None,
-            # The first step after it, counted from 0, is its last step, counted from 1.
+            # state.anticipation_end is exclusive, from 0: the last routed step, counted from 1.
             "anticipation_end": None if stop_reason else self._anticipation_end(),
             "stop_reason": stop_reason,
         }

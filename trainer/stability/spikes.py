@@ -15,8 +15,8 @@ from statistics import median
 from trainer.config import SpikeConfig
 
 History = dict[str, list[float]]
-"""By metric its last values, and by metric and an apostrophe their distances from the median of
-those before them; the newest last."""
+"""Keys `NAME`: the metric's last values. Keys `NAME'`: each value's distance from the median of the
+values before it. The newest is last."""
 
 _NORMAL = 1.4826  # standard deviation over median absolute deviation, of a normal distribution
 

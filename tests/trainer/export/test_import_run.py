@@ -89,6 +89,13 @@ def test_several_shards_with_an_index(run: RunConfig, exported: Path, tmp_path: 
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}'])
+def test_a_damaged_index_is_named(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ExportError, match=r"index\.json: is not an index"):
+        read_hf_weights(tmp_path)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_import_has_all_weights_and_trains_on(
     tiny: Path, run: RunConfig, exported: Path, tmp_path: Path, precision: str

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data import Loader
+from data.errors import DataError
 from tests.full_disk import full_disk
 from tests.trainer.tiny import column, steps_in_file, train
 from trainer.config import RunConfig, load_config
@@ -122,6 +123,15 @@ def test_opening_keeps_steps_up_to_the_resumed_one(tmp_path: Path) -> None:
     path.write_text("".join(f'{{"step": {s}, "n": {n}}}\n' for n, s in enumerate([1, 2, 2, 3])))
     MetricsFile(path, 2).close()
     assert read_metrics(path) == [{"step": 1, "n": 0}, {"step": 2, "n": 2}]
+
+
+def test_a_full_disk_at_a_resume_keeps_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    content = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 9))
+    path.write_text(content)
+    with full_disk(17), pytest.raises(DataError, match="File too large"):
+        MetricsFile(path, last_step=8)
+    assert path.read_text() == content and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_divergence_stops_before_the_update(tiny: Path, tmp_path: Path) -> None:
