@@ -245,7 +245,7 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         ([ADAMW + ', "zero_optimization": {"stage": 4}}'], "deepspeed.zero_optimization.stage = 4"),
         (
             [ADAMW + ', "zero_optimization": {"stage": "three"}}'],
-            "deepspeed.zero_optimization.stage = three",
+            "deepspeed.zero_optimization.stage = 'three'",
         ),
         (
             [ADAMW + ', "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}'],
