@@ -164,6 +164,13 @@ def test_a_model_too_large_for_one_process_is_refused(
         preflight(large, Grid.single(torch.device("cpu")))
 
 
+def test_memory_of_deepspeed_is_not_counted_by_the_native_formula(tiny: Path) -> None:
+    large = ["model.n_routed_experts=4096", "model.moe_intermediate_size=65536"]
+    block = 'deepspeed={"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3}}'
+    overrides = [*large, "engine=deepspeed", block, "optim.matrix_optimizer=adamw"]
+    preflight(load_config(tiny, overrides), Grid.single(torch.device("cpu")))
+
+
 def test_snapshots_are_counted_where_they_are(tiny: Path) -> None:
     config = load_config(tiny, ["stability.spikes={}"])
     held, rest = snapshot_memory(config, Degrees(1)), sum(memory_parts(config, Degrees(1)).values())
