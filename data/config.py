@@ -38,8 +38,8 @@ class SourceConfig(Section):
     include: tuple[str, ...] = ("**/*",)
     """Glob patterns of the files that are read from a folder in `paths`."""
     format: Literal["json", "parquet", "text"] = "json"
-    """Format of the files: `json` reads .jsonl and .json (also .gz, .zst), `parquet` reads tables,
-    `text` reads every file as one document."""
+    """Format of the files: `json` reads .jsonl and .json, `parquet` reads tables, `text` reads each
+    file as a document. `json` and `text` may be compressed: .gz, .bz2, .xz, .zst."""
     dataset: str | None = None
     """Name of a dataset on the Hugging Face hub, instead of `paths`."""
     dataset_subset: str | None = None

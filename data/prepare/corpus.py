@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from data.config import SourceConfig
 from data.errors import DataError
+from data.prepare.compressed import SUFFIXES, register_formats
 from data.text import Special, read_messages, render
 
 _READ_BYTES = 1 << 20
@@ -52,8 +53,9 @@ class Corpus:
         files: the local files, sorted; empty for a hub dataset.
         empty: documents skipped by the last iteration because they have no visible character.
 
-    Raises DataError for a path that matches nothing, text that is not UTF-8, a record without
-    the text field or longer than 10^9 characters, and a source without any document.
+    Raises DataError for a path that matches nothing, text that is not UTF-8, a compressed file that
+    is cut off, a record without the text field or longer than 10^9 characters, and a source without
+    any document.
     """
 
     def __init__(self, source: SourceConfig, files: Sequence[Path] | None = None) -> None:
@@ -85,7 +87,7 @@ class Corpus:
             yield from self._records(self._open_hub, self.source.dataset or "", 0)
         elif self.source.format == "text":
             # One stream for all files: a tree of code has thousands of small ones.
-            files = [file for file in self.files if os.path.getsize(file)]
+            files = [file for file in self.files if not _is_empty(file)]
             self.empty += len(self.files) - len(files)
             if self._bad is not None:
                 files = self._decodable(files, self._bad)
@@ -95,7 +97,7 @@ class Corpus:
                 yield from self._records(opened, place, 0)
         else:
             for file in self.files:
-                if os.path.getsize(file):
+                if not _is_empty(file):
                     yield from self._records(partial(self._open_one, file), str(file), 1)
 
     def _decodable(self, files: list[Path], bad: list[BadRecord]) -> list[Path]:
@@ -121,6 +123,7 @@ class Corpus:
 
         # The library also logs what it raises, which is reported once.
         datasets.utils.logging.set_verbosity(logging.CRITICAL)
+        register_formats()
         builder = builder or self.source.format
         names = [glob.escape(str(file)) for file in files]
         return datasets.load_dataset(
@@ -130,6 +133,7 @@ class Corpus:
     def _open_hub(self) -> Any:
         import datasets
 
+        register_formats()
         source = self.source
         try:
             return datasets.load_dataset(
@@ -213,7 +217,7 @@ def first_invalid_utf8(path: Path) -> int | None:
     """Byte offset of the first byte that is not UTF-8, None for a good (or compressed) file."""
     import codecs
 
-    if path.suffix in (".gz", ".zst", ".xz", ".bz2", ".zip"):
+    if path.suffix in (*SUFFIXES, ".zip"):
         return None
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = 0
@@ -228,6 +232,11 @@ def first_invalid_utf8(path: Path) -> int | None:
             if not block:
                 return None
             position += len(block)
+
+
+def _is_empty(file: Path) -> bool:
+    """True for files of plain text without a byte; others of no size are cut off."""
+    return not os.path.getsize(file) and file.suffix not in (*SUFFIXES, ".zip", ".parquet")
 
 
 def no_document(source: SourceConfig, files: int, empty: int, dropped: int = 0) -> DataError:
@@ -269,7 +278,9 @@ def _json_record(line: dict[str, str]) -> dict[str, Any]:
 
 
 def _one_line(error: BaseException) -> str:
-    """The innermost cause, on one line."""
-    while error.__cause__ is not None:
+    """The innermost cause, or the first that has a sentence of ours, on one line."""
+    while error.__cause__ is not None and not isinstance(error, DataError):
         error = error.__cause__
+    if isinstance(error, DataError):
+        return str(error)
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,114 @@
+"""Compressed files, read to the end of their last frame or refused.
+
+The usual readers disagree about the end: zstandard's takes a file that is cut off for a shorter
+one and stops after the first of several frames, and lzma's and bz2's ignore whatever they cannot
+read after the first stream. Here a file is frames (gzip calls them members, xz and bzip2 streams)
+one after another, zstd's skippable ones included; zero bytes may follow each.
+"""
+
+import bz2
+import io
+import lzma
+import zlib
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import zstandard
+
+from data.errors import DataError
+
+_READ_BYTES = 1 << 16
+_MAX_WINDOW = 1 << 31  # bytes; zstd's own limit, which `--ultra --long=31` needs
+
+# Suffixes of files, and what makes the decompressor of a frame.
+_FORMATS: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
+    "gzip": ((".gz", ".gzip"), lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)),
+    "bz2": ((".bz2",), bz2.BZ2Decompressor),
+    "xz": ((".xz",), lzma.LZMADecompressor),
+    "zstd": (
+        (".zst", ".zstd"),
+        lambda: zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj(),
+    ),
+}
+SUFFIXES = tuple(suffix for suffixes, _ in _FORMATS.values() for suffix in suffixes)
+"""Suffixes of the names of compressed files."""
+
+
+class DecompressedFile(io.RawIOBase):
+    """The content of a compressed file.
+
+    Arguments:
+        file: the open compressed file, closed with this one.
+        form: gzip, bz2, xz or zstd.
+
+    Reading raises DataError where the file ends inside a frame, a frame is damaged, or what
+    follows a frame is no frame.
+    """
+
+    def __init__(self, file: BinaryIO, form: str) -> None:
+        self._file, self._form = file, form
+        self._new_frame = _FORMATS[form][1]
+        self._frame: Any = None
+        self._frames = 0
+        self._input = b""
+        self._output = memoryview(b"")
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills `buffer` with the next bytes; returns their number, 0 at the end."""
+        while not len(self._output):
+            if not self._input and not (block := self._file.read(_READ_BYTES)):
+                if self._frame is not None or not self._frames:
+                    raise self._error("is cut off: it ends inside a compressed frame")
+                return 0
+            self._decompress(self._input or block)
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
+
+    def _decompress(self, block: bytes) -> None:
+        """Decompresses `block` up to the end of a frame, the rest becoming the next input."""
+        self._input = b""
+        if self._frame is None:
+            block = block.lstrip(b"\0") if self._frames else block
+            if not block:
+                return
+            self._frame = self._new_frame()
+            self._frames += 1
+        try:
+            self._output = memoryview(self._frame.decompress(block))
+        except (zlib.error, OSError, ValueError, lzma.LZMAError, zstandard.ZstdError) as error:
+            raise self._error(f"is damaged in frame {self._frames}: {error}") from error
+        if self._frame.eof:
+            self._input, self._frame = self._frame.unused_data, None
+
+    def close(self) -> None:
+        """Closes both files."""
+        self._file.close()
+        super().close()
+
+    def _error(self, what: str) -> DataError:
+        name = getattr(self._file, "path", None) or getattr(self._file, "name", "a stream")
+        return DataError(f"{name} {what} ({self._form}); copy or download it again.")
+
+
+def register_formats() -> None:
+    """Makes fsspec, and thereby `datasets`, open compressed files by DecompressedFile."""
+    from fsspec.compression import register_compression
+
+    for form, (suffixes, _) in _FORMATS.items():
+        extensions = [suffix.removeprefix(".") for suffix in suffixes]
+        register_compression(form, _opener(form), extensions, force=True)
+
+
+def _opener(form: str) -> Callable[..., io.BufferedReader]:
+    def open_compressed(file: BinaryIO, mode: str = "rb", **_: Any) -> io.BufferedReader:
+        if not mode.startswith("r"):
+            raise ValueError(f"compressed files are opened for reading only, not with {mode!r}")
+        return io.BufferedReader(DecompressedFile(file, form), _READ_BYTES)
+
+    return open_compressed
