@@ -32,10 +32,9 @@ def run_demo(out: Path, nproc: int, overrides: list[str]) -> int:
     """Runs every step under `out` and returns the exit code."""
     started = time.monotonic()
     console = Console(highlight=False)
-    run_dir = out / "run"
     arguments = [
         str(CONFIG),
-        f"run_dir={run_dir}",
+        f"run_dir={json.dumps(str(out / 'run'))}",
         f"data.sources.0.paths=[{json.dumps(str(out / 'corpus' / 'code.jsonl'))}]",
         f"data.sources.1.paths=[{json.dumps(str(out / 'corpus' / 'prose.jsonl'))}]",
         f"data.tokenizer.path={json.dumps(str(out / 'tokenizer'))}",
@@ -44,6 +43,7 @@ def run_demo(out: Path, nproc: int, overrides: list[str]) -> int:
     ]
     config = load_config(arguments[0], arguments[1:])
     config.check_world(nproc)
+    run_dir = config.run_dir
     hugging_face = _unused_name(out / "hf")
 
     def heading(text: str) -> None:

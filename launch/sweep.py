@@ -180,7 +180,8 @@ class _Runner:
                 start_new_session=True,
             )
         born = psutil.Process(process.pid).create_time()
-        write_atomically(folder / "process.json", json.dumps({"pid": process.pid, "born": born}))
+        record = {"pid": process.pid, "born": born, "folder": str(folder.resolve())}
+        write_atomically(folder / "process.json", json.dumps(record))
         self.running.append(Trial(number, folder, process, self._every(arguments)))
         self._record()
 
@@ -263,11 +264,16 @@ def _short(value: Any) -> str:
 
 
 def _stop_orphan(folder: Path) -> None:
-    """Terminates the trial that a killed sweep left running; it saves a checkpoint first."""
+    """Terminates the trial that a killed sweep left running; it saves a checkpoint first.
+
+    In the copy of a sweep's folder, the process is the original's and goes on.
+    """
     path = folder / "process.json"
     if not path.is_file():
         return
     known = json.loads(path.read_text(encoding="utf-8"))
+    if known.get("folder", str(folder.resolve())) != str(folder.resolve()):
+        return
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(known["pid"])
         if process.create_time() == known["born"]:

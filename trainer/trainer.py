@@ -14,7 +14,7 @@ from data.files import write_atomically
 from model.kernel_choices import describe, kernel_choices
 from trainer.build import DTYPES, build_engine
 from trainer.checkpoint import RunCheckpoint
-from trainer.config import Phase, RunConfig
+from trainer.config import CONFIG_FILE, Phase, RunConfig
 from trainer.device import peak_memory_report
 from trainer.engine import StepLosses
 from trainer.errors import DivergedError, SaveError
@@ -247,7 +247,8 @@ class Trainer:
         if not self.grid.is_first:
             return
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.config.run_dir / "config.yaml", self.config.to_yaml())
+        saved = self.config.with_absolute_paths()
+        write_atomically(self.config.run_dir / CONFIG_FILE, saved.to_yaml())
         self.metrics = Metrics(self.config, self.state, self.grid)
         dtype, is_fp8 = DTYPES[self.config.precision], self.config.precision == "fp8"
         kernels = kernel_choices(self.config.model, self.grid.device, dtype, is_fp8)
@@ -303,8 +304,8 @@ class Trainer:
             self._log(f"warning: {error}; training continues")
             return
         if state.stopping and state.step < self.recipe.steps:
-            config = self.config.run_dir / "config.yaml"
-            self._log(f"stopped after step {state.step}, saved {path}; resume: v4 train {config}")
+            folder = self.config.run_dir
+            self._log(f"stopped after step {state.step}, saved {path}; resume: v4 train {folder}")
 
     def _log(self, message: str) -> None:
         if self.metrics is not None:

@@ -95,7 +95,7 @@ def test_a_signal_saves_and_the_run_resumes(tiny: Path, tmp_path: Path, ranks: i
     assert 3 <= stopped < 16
     last = out.decode().splitlines()[-1]
     assert last.startswith(f"stopped after step {stopped}, saved ")
-    assert last.endswith(f"resume: v4 train {tmp_path / 'run' / 'config.yaml'}")
+    assert last.endswith(f"resume: v4 train {tmp_path / 'run'}")
     done = v4("train", tmp_path / "run/config.yaml", f"--nproc-per-node={ranks}")
     assert done.returncode == 0, done.stderr
     if ranks == 1:

@@ -187,8 +187,13 @@ def test_only_the_process_that_a_killed_sweep_started_is_terminated(tmp_path: Pa
     _stop_orphan(tmp_path)  # a trial that was not started
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
         born = psutil.Process(process.pid).create_time()
-        for recorded, is_terminated in ((born - 1.0, False), (born, True)):
-            record = {"pid": process.pid, "born": recorded}
+        other, same = str(tmp_path / "original"), str(tmp_path.resolve())
+        for recorded, folder, is_terminated in (
+            (born - 1.0, same, False),
+            (born, other, False),  # this folder is a copy of that one
+            (born, same, True),
+        ):
+            record = {"pid": process.pid, "born": recorded, "folder": folder}
             (tmp_path / "process.json").write_text(json.dumps(record))
             _stop_orphan(tmp_path)
             status = process.poll()

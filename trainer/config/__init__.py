@@ -6,12 +6,13 @@ Imports no torch, so that a login node can check a config.
 from trainer.config.parallel import ParallelConfig
 from trainer.config.recipe import Phase, Recipe, short_length
 from trainer.config.reference import FieldReference, Reference, SectionReference
-from trainer.config.run import RunConfig, load_as, load_config, load_run
+from trainer.config.run import CONFIG_FILE, RunConfig, load_as, load_config, load_run
 from trainer.config.section import Section
 from trainer.config.source import ConfigError
 from trainer.config.stability import AnticipatoryRoutingConfig, SpikeConfig
 
 __all__ = [
+    "CONFIG_FILE",
     "AnticipatoryRoutingConfig",
     "ConfigError",
     "FieldReference",

@@ -7,6 +7,7 @@ Unknown keys, wrong types and contradicting values raise ConfigError with one se
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -31,11 +32,14 @@ from trainer.config.parallel import ParallelConfig
 from trainer.config.phases import PhaseConfig, Quantisation
 from trainer.config.recipe import Recipe
 from trainer.config.section import Section
-from trainer.config.source import ConfigError, dump_yaml, read_source
+from trainer.config.source import COMMAND_LINE, ConfigError, dump_yaml, read_source
 from trainer.config.stability import StabilityConfig
 from trainer.parallel.degrees import Degrees
 
 Root = TypeVar("Root", bound=BaseModel)
+CONFIG_FILE = "config.yaml"
+_OUTPUTS = ("metrics.jsonl", "checkpoints")
+"""What a run folder has once the run has begun."""
 
 
 class CheckpointConfig(Section):
@@ -95,7 +99,8 @@ class RunConfig(Section):
     """The fields at the top of a run's config file, and its sections."""
 
     run_dir: Path
-    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, wandb/, report.html."""
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, wandb/, report.html. A command
+    that is given a run folder works in that folder, whatever its config.yaml has here."""
     steps: NonNegativeInt = 0
     """Optimizer steps of the whole run, those before a resume included. With `phases`, whose tokens
     determine the number, omit it or give 0 or that number. [steps]"""
@@ -177,6 +182,20 @@ class RunConfig(Section):
         alone["compile"] = False
         return self.model_copy(update=alone)
 
+    def with_absolute_paths(self) -> Self:
+        """Returns the same run with paths that mean the same from any working directory."""
+        data = self.data
+        sources = tuple(
+            source.model_copy(update={"paths": tuple(map(os.path.abspath, source.paths))})
+            for source in data.sources
+        )
+        path = os.path.abspath(data.tokenizer.path)
+        tokenizer = data.tokenizer.model_copy(update={"path": path})
+        shards = os.path.abspath(data.shards)
+        update = {"sources": sources, "tokenizer": tokenizer, "shards": shards}
+        run_dir = self.run_dir.absolute()
+        return self.model_copy(update={"run_dir": run_dir, "data": data.model_copy(update=update)})
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ConfigError if the tokenizer has ids without an embedding in the model."""
         if vocab_size > self.model.vocab_size:
@@ -222,11 +241,34 @@ def load_as(root: type[Root], path: str | Path, overrides: Iterable[str] = ()) -
 def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Reads the config of a run folder, or a config file.
 
-    Raises ConfigError, also if the folder has no `config.yaml`.
+    `run_dir` of the result is the folder that was named, whatever its `config.yaml` has: a run can
+    be copied, renamed, linked to, or used from any working directory.
+
+    Raises ConfigError, also if the folder has no `config.yaml`, if the command line has another
+    `run_dir`, or if a file is the `config.yaml` of a run folder and has the `run_dir` of another.
     """
-    path = Path(path)
-    if path.is_dir():
-        if not (path / "config.yaml").is_file():
-            raise ConfigError(f"{path}: no run folder, since it has no config.yaml")
-        return load_config(path / "config.yaml", overrides)
-    return load_config(path, overrides)
+    path, overrides = Path(path), list(overrides)
+    has_run_dir = any(text.partition("=")[0] == "run_dir" for text in overrides)
+    if not path.is_dir():
+        config = load_config(path, overrides)
+        folder = path.parent
+        is_saved = path.name == CONFIG_FILE and any((folder / name).exists() for name in _OUTPUTS)
+        if is_saved and not has_run_dir and not _is_same_folder(folder, config.run_dir):
+            raise ConfigError(
+                f"{path}: is the config of a run in {folder}, and has run_dir = {config.run_dir}; "
+                f"name the folder {folder}, or set run_dir=FOLDER on the command line"
+            )
+        return config
+    if not (path / CONFIG_FILE).is_file():
+        raise ConfigError(f"{path}: no run folder, since it has no {CONFIG_FILE}")
+    config = load_config(path / CONFIG_FILE, overrides)
+    if has_run_dir and not _is_same_folder(path, config.run_dir):
+        raise ConfigError(
+            f"{COMMAND_LINE}: run_dir = {config.run_dir} is not the run folder that is named, "
+            f"{path}; omit it, or name {path / CONFIG_FILE} to start another run with this config"
+        )
+    return config.model_copy(update={"run_dir": path})
+
+
+def _is_same_folder(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()

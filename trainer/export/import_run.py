@@ -6,7 +6,7 @@ from data import Tokenizer
 from data.files import write_atomically
 from trainer.build import build_native
 from trainer.checkpoint import RunCheckpoint, checkpoints_in
-from trainer.config import RunConfig
+from trainer.config import CONFIG_FILE, RunConfig
 from trainer.errors import CheckpointError, ExportError
 from trainer.export.hf_folder import read_hf_config, read_hf_weights
 from trainer.parallel.grid import Grid
@@ -63,9 +63,9 @@ def import_hf_folder(config: RunConfig, source: Path) -> str:
     optimizer.read_parameters()
     config.run_dir.mkdir(parents=True, exist_ok=True)
     path = RunCheckpoint(config, grid, local.model, optimizer, tokenizer.hash).save(TrainState())
-    write_atomically(config.run_dir / "config.yaml", config.to_yaml())
+    write_atomically(config.run_dir / CONFIG_FILE, config.with_absolute_paths().to_yaml())
     fresh = "" if any(name.startswith("mtp.") for name in weights) else _fresh_mtp(config)
-    return f"wrote {path}{fresh}; train it: v4 train {config.run_dir / 'config.yaml'}"
+    return f"wrote {path}{fresh}; train it: v4 train {config.run_dir}"
 
 
 def _fresh_mtp(config: RunConfig) -> str:
