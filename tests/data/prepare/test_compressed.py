@@ -98,7 +98,7 @@ def test_whole_files_of_text_and_datasets_of_the_hub(tmp_path: Path) -> None:
     source = SourceConfig(name="s", dataset=str(hub))
     assert [document.text for document in Corpus(source).documents()] == TEXTS
     (hub / "train.jsonl.xz").write_bytes(frames("xz", 2) + b"garbage")
-    with pytest.raises(DataError, match="damaged in frame 2"):
+    with pytest.raises(DataError, match="damaged in frame 3"):
         list(Corpus(source).documents())
 
 
