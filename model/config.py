@@ -258,9 +258,10 @@ class ModelConfig(Section):
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], **training: Any) -> ModelConfig:
-        """Reads a Hugging Face ``to_dict()`` or an official ``config.json``.
+        """Reads an official ``config.json``, or a ``to_dict()`` or ``config.json`` of transformers.
 
-        ``training`` sets fields that such files do not carry (``balance_loss_weight``, ...).
+        ``training`` sets fields that such files do not carry (``balance_loss_weight``, ...), and
+        takes precedence.
 
         Raises:
             ModelConfigError: a needed key is missing, or has an unsupported value.
@@ -272,7 +273,7 @@ class ModelConfig(Section):
             raise ModelConfigError(f"config.json: {_first_problem(error)}") from None
 
     def to_hf(self) -> dict[str, Any]:
-        """Returns the ``config.json`` that ``transformers`` reads, in its own field names."""
+        """Returns the official ``config.json``, which servers and ``transformers`` read."""
         return fields_to_hf(self.model_dump())
 
 

@@ -1,5 +1,9 @@
-"""Converts the `config.json` of transformers, or of the official release, to ModelConfig fields."""
+"""Converts ModelConfig fields to the official `config.json`, and back from transformers' form too.
 
+The official form is the one that vLLM, SGLang, transformers and the official code all read.
+"""
+
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,20 +48,20 @@ _OPTIONAL_FIELDS = (
     "num_nextn_predict_layers",
     "bos_token_id",
     "eos_token_id",
-    "pad_token_id",
     "initializer_range",
 )
 _FIXED_FIELDS = {
     "model_type": "deepseek_v4",
     "num_key_value_heads": 1,
     "scoring_func": "sqrtsoftplus",
+    "topk_method": "noaux_tc",  # vLLM makes router biases only for this method
     "norm_topk_prob": True,
     "hidden_act": "silu",
     "attention_bias": False,
-    "mlp_bias": False,
     "attention_dropout": 0.0,
     "tie_word_embeddings": False,
 }
+_OFFICIAL_RATIOS = {"window": 0, "csa": 4, "hca": 128}
 _YARN_FIELDS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 
 
@@ -73,7 +77,7 @@ def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         if config.get(source) is None:
             raise ModelConfigError(f"config.json has no {name}; it must be given")
         fields[name] = config[source]
-    for name in _OPTIONAL_FIELDS:
+    for name in (*_OPTIONAL_FIELDS, "pad_token_id"):
         if config.get(name) is not None:
             fields[name] = config[name]
     if isinstance(fields.get("eos_token_id"), list):
@@ -84,33 +88,46 @@ def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fields_to_hf(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the ``config.json`` that ``transformers`` reads, from the fields of a ModelConfig."""
-    rotary_share = config["qk_rope_head_dim"] / config["head_dim"]
-    main = {"rope_type": "default", "rope_theta": config["rope_theta"]}
-    compress = {"rope_type": "default", "rope_theta": config["compress_rope_theta"]}
-    if config["rope_scaling"] is not None:
-        compress |= {"rope_type": "yarn", "attention_factor": 1.0} | config["rope_scaling"]
-    for rope in (main, compress):
-        rope["partial_rotary_factor"] = rotary_share
-    hashed = config["num_hash_layers"]
-    return {name: config[name] for name in (*_SHARED_FIELDS, *_OPTIONAL_FIELDS)} | {
+    """Returns the official ``config.json`` from the fields of a ModelConfig.
+
+    Where the official keys cannot represent the model, transformers' own are added.
+    """
+    yarn = config["rope_scaling"]
+    ratios = [_ratios(config)[kind] for kind in config["layer_types"]]
+    return {
         "architectures": ["DeepseekV4ForCausalLM"],
-        "model_type": _FIXED_FIELDS["model_type"],
-        "layer_types": [_HF_LAYER_TYPES[kind] for kind in config["layer_types"]],
-        "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (config["num_hidden_layers"] - hashed),
-        "compress_rates": {
-            "compressed_sparse_attention": config["csa_compress_ratio"],
-            "heavily_compressed_attention": config["hca_compress_ratio"],
-        },
+        **{name: config[name] for name in (*_SHARED_FIELDS, *_OPTIONAL_FIELDS)},
         "qk_rope_head_dim": config["qk_rope_head_dim"],
-        "partial_rotary_factor": rotary_share,
-        "rope_parameters": {"main": main, "compress": compress},
+        "num_hash_layers": config["num_hash_layers"],
+        "compress_ratios": [*ratios, *[0] * config["num_nextn_predict_layers"]],
+        "rope_scaling": None if yarn is None else {"type": "yarn", **yarn},
+        "use_cache": True,
         **_FIXED_FIELDS,
+        **_unofficial_keys(config),
     }
 
 
+def _ratios(config: Mapping[str, Any]) -> dict[str, int]:
+    return {"window": 0, "csa": config["csa_compress_ratio"], "hca": config["hca_compress_ratio"]}
+
+
+def _unofficial_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what transformers needs beside the official keys to build the same model."""
+    keys: dict[str, Any] = {}
+    if _ratios(config) != _OFFICIAL_RATIOS:
+        keys["layer_types"] = [_HF_LAYER_TYPES[kind] for kind in config["layer_types"]]
+        keys["compress_rates"] = {
+            _HF_LAYER_TYPES[kind]: ratio for kind, ratio in _ratios(config).items() if ratio
+        }
+    # transformers divides by head_dim, multiplies by it and truncates: 30 of 44 dims become 29.
+    share = config["qk_rope_head_dim"] / config["head_dim"]
+    if int(config["head_dim"] * share) != config["qk_rope_head_dim"]:
+        keys["partial_rotary_factor"] = math.nextafter(share, 1.0)
+    return keys
+
+
 def _refuse_other_architectures(config: Mapping[str, Any]) -> None:
-    for name, value in _FIXED_FIELDS.items():
+    for name, value in {**_FIXED_FIELDS, "mlp_bias": False}.items():
         if name == "attention_dropout":  # any rate: it belongs to training, not to the weights
             continue
         if config.get(name, value) != value:
@@ -132,6 +149,8 @@ def _layer_types_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ModelConfigError(
                 f"config.json has layer type {error.args[0]!r}; supported: {known}"
             ) from None
+        ratios = [{"window": 0, "csa": csa, "hca": hca}[kind] for kind in types]
+        _refuse_contradiction(config, "layer_types", "compress_ratios", ratios, stop=layers)
     elif config.get("compress_ratios") is not None:
         # The last ratio of the official list is the MTP block's, which always has window attention.
         kinds: dict[int, str] = {0: "window", csa: "csa", hca: "hca"}
@@ -154,6 +173,12 @@ def _layer_types_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
 def _rope_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("qk_rope_head_dim") is not None:
         rotary = config["qk_rope_head_dim"]
+        share = config.get("partial_rotary_factor")
+        if share is not None and round(config["head_dim"] * share) != rotary:
+            raise ModelConfigError(
+                f"config.json has qk_rope_head_dim = {rotary}, but partial_rotary_factor = {share} "
+                f"of head_dim = {config['head_dim']}; make them agree"
+            )
     elif config.get("partial_rotary_factor") is not None:
         rotary = int(config["head_dim"] * config["partial_rotary_factor"])
     else:
@@ -201,4 +226,18 @@ def _hash_layers_from_hf(config: Mapping[str, Any]) -> int:
         raise ModelConfigError(
             "config.json's mlp_layer_types must list all hash_moe layers before all moe layers"
         )
+    _refuse_contradiction(config, "mlp_layer_types", "num_hash_layers", hashed)
     return hashed
+
+
+def _refuse_contradiction(
+    config: Mapping[str, Any], name: str, other: str, expected: Any, stop: int | None = None
+) -> None:
+    """Raises ModelConfigError if the key `other`, up to item `stop`, is not what `name` implies."""
+    value = config.get(other)
+    if isinstance(value, list | tuple):
+        value = list(value[:stop])
+    if value is not None and value != expected:
+        raise ModelConfigError(
+            f"config.json has {other} = {value}, but its {name} imply {expected}; make them agree"
+        )

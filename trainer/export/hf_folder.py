@@ -41,12 +41,13 @@ def write_hf_folder(
     grid: Grid | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a folder for `AutoModelForCausalLM` and `AutoTokenizer` atomically.
+    """Writes a folder for vLLM, SGLang and transformers atomically.
 
     `weights` carry official names. They may be on the meta device: `read` then returns the tensors
     of a shard, on the host, just before it is written; they are freed afterwards. The shards are
-    divided among the ranks of `grid`. `more` is added to config.json. Raises ExportError on
-    all ranks when `folder` exists and is not empty, or when it cannot be written.
+    divided among the ranks of `grid`. `more` is added to config.json: `expert_dtype` and
+    `quantization_config` of quantised weights, nothing for weights as trained. Raises ExportError
+    on all ranks when `folder` exists and is not empty, or when it cannot be written.
     """
     world = (grid or Grid.single()).world
     require_empty(folder, world)
@@ -55,13 +56,16 @@ def write_hf_folder(
         "_from_model_config": True,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_p": 1.0,
     }
 
     def write(aside: Path) -> None:
         shards.write(aside, read or _storable, world)
         if world.is_first:
-            _write_json(aside / "config.json", {**config.to_hf(), **(more or {}), "dtype": dtype})
+            keys = {**config.to_hf(), "torch_dtype": dtype, **(more or {})}
+            _write_json(aside / "config.json", keys)
             _write_json(aside / "generation_config.json", generation)
             tokenizer.export_hf(aside)
             shards.write_index(aside)

@@ -115,7 +115,7 @@ def test_a_trained_run(tiny: Path, tmp_path: Path, precision: str) -> None:
     for name, tensor in like.items():
         assert exported[name].dtype == tensor.dtype, name
         assert torch.equal(exported[name], saved[name].to(tensor.dtype)), name
-    assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == str(dtype)[6:]
+    assert json.loads((tmp_path / "hf/config.json").read_text())["torch_dtype"] == str(dtype)[6:]
 
 
 def live_bytes() -> int:
