@@ -33,7 +33,8 @@ def inverse_frequencies(
 
     low = max(math.floor(pair_with_rotations(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_with_rotations(yarn.beta_slow)), rotary_dim - 1)
-    width = max(high - low, 0.001)
+    # An end before the start turns the ramp around, as in the official code and in transformers.
+    width = high - low or 0.001
     index = torch.arange(rotary_dim // 2, dtype=torch.float32, device=device)
     ramp = ((index - low) / width).clamp(0, 1)
     return plain / yarn.factor * ramp + plain * (1 - ramp)

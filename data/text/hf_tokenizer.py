@@ -10,12 +10,9 @@ into two known pieces, in the order of the pieces' scores.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.text.special_tokens import BOS, BOS_ID, EOS, IMAGE, PAD
+from data.text.special_tokens import BOS, EOS, HIDDEN
 
 SPACE = "▁"
-# Tokens that DeepSeek-V4 marks `special`, which `skip_special_tokens` hides. The others, such as
-# <think>, stay visible in decoded text.
-_HIDDEN = frozenset((BOS, EOS, PAD, "<｜end_of_query｜>", *IMAGE))
 
 
 def merges_of(vocab: Mapping[str, int], pieces: Sequence[str]) -> list[tuple[str, str]]:
@@ -31,7 +28,7 @@ def merges_of(vocab: Mapping[str, int], pieces: Sequence[str]) -> list[tuple[str
 def tokenizer_json(
     pieces: Sequence[str], mergeable: Sequence[str], special: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The tokenizer.json of a vocabulary, as a dictionary.
+    """The tokenizer.json of a vocabulary, as a dictionary; it adds no tokens to a text.
 
     Arguments:
         pieces: the written form of id 0, 1, 2, …, with plain spaces.
@@ -39,8 +36,6 @@ def tokenizer_json(
         special: written form -> id of the special tokens, which are among `pieces`.
     """
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    begin = {"SpecialToken": {"id": BOS, "type_id": 0}}
-    body = [{"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB")]
     return {
         "version": "1.0",
         "truncation": None,
@@ -53,18 +48,13 @@ def tokenizer_json(
                 "lstrip": False,
                 "rstrip": False,
                 "normalized": False,
-                "special": token in _HIDDEN,
+                "special": token in HIDDEN,
             }
             for token, i in special.items()
         ],
         "normalizer": None,
         "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [begin, body[0]],
-            "pair": [begin, *body],
-            "special_tokens": {BOS: {"id": BOS, "ids": [BOS_ID], "tokens": [BOS]}},
-        },
+        "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {
             "type": "BPE",
@@ -82,14 +72,17 @@ def tokenizer_json(
 
 
 def tokenizer_config(max_length: int) -> dict[str, Any]:
-    """The tokenizer_config.json that goes with it; `max_length` in tokens."""
+    """The tokenizer_config.json that goes with it, as released; `max_length` in tokens.
+
+    Whoever makes a prompt writes bos; batches are padded with eos.
+    """
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
         "eos_token": EOS,
-        "pad_token": PAD,
+        "pad_token": EOS,
         "unk_token": None,
-        "add_bos_token": True,
+        "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,

@@ -91,15 +91,23 @@ IMAGE = (
 )
 
 
+PLACEHOLDERS = tuple(f"<｜place▁holder▁no▁{i}｜>" for i in range(800))
+SPANS = tuple(f"<|place_holder_mm_span_{i:04d}|>" for i in range(21, 436))
+
+_TABLES = ("<｜/table>｜", "<｜table｜>", "<｜/td｜>", "<｜td｜>", "<｜/tr｜>", "<｜tr｜>")
+_VISIBLE = (*NAMED[:-1], "<｜image2｜>", *_TABLES)
+HIDDEN = frozenset((*EDGES, *PLACEHOLDERS, *NAMED, *SPANS, *IMAGE)) - {*_VISIBLE}
+"""Tokens that DeepSeek-V4 marks `special`, which `skip_special_tokens` hides. The others, such as
+<think>, stay visible in decoded text."""
+
+
 def special_ids(vocab_size: int) -> dict[str, int]:
     """Written form -> id of every special token in a vocabulary of `vocab_size`, sorted by id."""
     table = dict(zip(EDGES, (BOS_ID, EOS_ID, PAD_ID), strict=True))
     if vocab_size < V4_VOCAB_SIZE:
         first = vocab_size - len(NAMED)
         return table | {token: first + i for i, token in enumerate(NAMED)}
-    placeholders = [f"<｜place▁holder▁no▁{i}｜>" for i in range(800)]
-    spans = [f"<|place_holder_mm_span_{i:04d}|>" for i in range(21, 436)]
-    tokens = [*placeholders, *NAMED, *spans, *IMAGE]
+    tokens = (*PLACEHOLDERS, *NAMED, *SPANS, *IMAGE)
     return table | {token: _FIRST_PLACEHOLDER_ID + i for i, token in enumerate(tokens)}
 
 

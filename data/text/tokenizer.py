@@ -21,7 +21,6 @@ from data.text.special_tokens import BOS, EOS, PAD, special_ids
 MODEL_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
 HF_CONFIG_FILE = "tokenizer_config.json"
-V4_MAX_LENGTH = 1_048_576  # tokens
 # Punctuation or symbols, optionally after whitespace, then line breaks.
 _COMBINED = re.compile(r"([^\S\r\n]*(?:[^\w\s\ufffd]|_)+)([\r\n]+)")
 
@@ -115,8 +114,12 @@ class Tokenizer:
                 table[i] = (left[0], right[0])
         return table
 
-    def export_hf(self, folder: str | Path) -> None:
-        """Writes the files of `transformers.AutoTokenizer` and the SentencePiece model."""
+    def export_hf(self, folder: str | Path, max_length: int) -> None:
+        """Writes the files of `transformers.AutoTokenizer` and the SentencePiece model.
+
+        `max_length`: maximum of tokens that the model reads. The files of an imported tokenizer are
+        copied as they are.
+        """
         folder = Path(folder)
         if self.path.suffix == ".json":
             companion = self.path.with_name(HF_CONFIG_FILE)
@@ -126,7 +129,7 @@ class Tokenizer:
             config = None
             write_atomically(folder / MODEL_FILE, self.path.read_bytes())
             write_atomically(folder / HF_FILE, _dump(self._json))
-        config = config or _dump(tokenizer_config(V4_MAX_LENGTH))
+        config = config or _dump(tokenizer_config(max_length))
         write_atomically(folder / HF_CONFIG_FILE, config)
 
 

@@ -48,6 +48,27 @@ def test_yarn_equals_transformers(config):
     assert not torch.allclose(ours, plain, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize(
+    "yarn",
+    [
+        YARN | {"original_max_position_embeddings": 1},
+        YARN | {"original_max_position_embeddings": 4, "beta_fast": 64, "beta_slow": 8},
+        YARN | {"beta_fast": 1, "beta_slow": 32},
+        YARN | {"beta_fast": 2, "beta_slow": 2},
+        YARN | {"original_max_position_embeddings": 10**9, "beta_fast": 1e-3, "beta_slow": 1e-4},
+    ],
+    ids=["below the first pair", "all below", "ends swapped", "ends equal", "past the last pair"],
+)
+@pytest.mark.parametrize("rotary_dim", [4, 8, 16])
+def test_empty_correction_range_as_in_transformers(yarn, rotary_dim):
+    """The ramp's end before its start, where no pair has a number of rotations between the two."""
+    config = tiny_config(rope_scaling=yarn, qk_rope_head_dim=rotary_dim, compress_rope_theta=50.0)
+    theirs = DeepseekV4Config(**config.to_hf())
+    expected, _ = ROPE_INIT_FUNCTIONS["yarn"](theirs, CPU, layer_type="compress")
+    ours = layer_frequencies(config, compressed=True, device=CPU)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+
+
 def test_window_layers_have_no_yarn():
     for config in (tiny_config(), shipped("flash")):
         embedding = DeepseekV4RotaryEmbedding(DeepseekV4Config(**config.to_hf()))

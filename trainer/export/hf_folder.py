@@ -67,7 +67,7 @@ def write_hf_folder(
             keys = {**config.to_hf(), "torch_dtype": dtype, **(more or {})}
             _write_json(aside / "config.json", keys)
             _write_json(aside / "generation_config.json", generation)
-            tokenizer.export_hf(aside)
+            tokenizer.export_hf(aside, config.max_position_embeddings)
             shards.write_index(aside)
 
     try:

@@ -9,7 +9,7 @@ from trainer.errors import ExportError
 
 
 def sample_text(folder: Path, prompt: str, new_tokens: int = 48) -> dict[str, Any]:
-    """Returns greedily generated text after `prompt`, and the number of parameters loaded.
+    """Returns greedily generated text after bos and `prompt`, and the number of parameters loaded.
 
     Raises ExportError when transformers reports missing or unexpected weights.
     """
@@ -23,11 +23,10 @@ def sample_text(folder: Path, prompt: str, new_tokens: int = 48) -> dict[str, An
         if info[kind]:
             raise ExportError(f"{folder}: transformers reports {kind}: {sorted(info[kind])[:3]}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = tokenizer(prompt, return_tensors="pt")
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    inputs = torch.tensor([[model.config.bos_token_id, *ids]])
     with torch.no_grad():
-        output = model.generate(
-            input_ids=inputs["input_ids"], max_new_tokens=new_tokens, do_sample=False
-        )
+        output = model.generate(input_ids=inputs, max_new_tokens=new_tokens, do_sample=False)
     return {
         "text": tokenizer.decode(output[0], skip_special_tokens=True),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -4,7 +4,7 @@ import pytest
 
 from data.config import TokenizerConfig
 from data.prepare.tokenizer_training import train_model
-from data.text.special_tokens import NAMED, base_size, special_ids
+from data.text.special_tokens import HIDDEN, NAMED, base_size, special_ids
 from data.text.tokenizer import MODEL_FILE, Tokenizer
 
 # v4-spec section 8, written out by hand.
@@ -40,6 +40,21 @@ V4_IDS = {
     "<|place_holder_mm_span_0021|>": 128847,
     "<｜image｜>": 129279,
 }
+
+
+# What `skip_special_tokens` leaves in a text, by the released tokenizer.json.
+V4_VISIBLE = [
+    *range(128800, 128846),  # all named ones but <｜end_of_query｜>
+    *range(129264, 129271),  # <｜image2｜> and the parts of tables
+]
+
+
+def test_v4_hides_what_the_released_files_hide() -> None:
+    table = special_ids(129280)
+    visible = sorted(i for token, i in table.items() if token not in HIDDEN)
+    assert visible == V4_VISIBLE
+    placeholders = [token for token in HIDDEN if "holder" in token and "for" not in token]
+    assert len(placeholders) == 1215
 
 
 def test_v4_layout_has_every_id_once() -> None:

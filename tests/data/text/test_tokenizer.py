@@ -40,7 +40,7 @@ def hf(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("hf")
-    tokenizer.export_hf(folder)
+    tokenizer.export_hf(folder, max_length=4096)
     (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v4"}))
     return AutoTokenizer.from_pretrained(folder)
 
@@ -80,10 +80,20 @@ def test_transformers_gives_the_same_ids(tokenizer: Tokenizer, hf, any_text, doc
     theirs = hf(texts, add_special_tokens=False).input_ids
     ours = tokenizer.encode_batch(texts, allow_special=True)
     assert theirs == ours
-    assert hf("x y").input_ids == [0, *tokenizer.encode("x y")]
     assert [hf.decode(ids) for ids in ours] == texts
-    assert (hf.bos_token_id, hf.eos_token_id, hf.pad_token_id) == (0, 1, 2)
     assert len(hf) == tokenizer.vocab_size
+
+
+def test_transformers_adds_no_token_as_in_the_released_files(tokenizer: Tokenizer, hf) -> None:
+    """Whoever makes the prompt writes bos: the official encoder, or `v4 sample`."""
+    ids = tokenizer.encode("x y")
+    assert hf("x y").input_ids == hf.encode("x y") == ids
+    assert hf("<｜begin▁of▁sentence｜>x y").input_ids == [tokenizer.bos_id, *ids]
+    assert hf("x", "y").input_ids == [*tokenizer.encode("x"), *tokenizer.encode("y")]
+    assert (hf.bos_token_id, hf.eos_token_id, hf.pad_token_id) == (0, 1, 1)
+    assert hf.model_max_length == 4096
+    first, second = hf(["x y", "x y x y"], padding=True).input_ids
+    assert first == [*ids, *[tokenizer.eos_id] * (len(second) - len(ids))] != ids
 
 
 def test_transformers_decodes_any_ids_alike(tokenizer: Tokenizer, hf) -> None:
@@ -171,7 +181,7 @@ def test_sources_give_their_weights_of_the_sample(
 
 
 def test_exported_folder_loads_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenizer.export_hf(tmp_path)
+    tokenizer.export_hf(tmp_path, max_length=4096)
     assert Tokenizer(tmp_path).hash == tokenizer.hash
     (tmp_path / "tokenizer.model").unlink()
     imported = Tokenizer(tmp_path)  # only what transformers knows

@@ -57,12 +57,37 @@ def test_its_tokenizer_gives_the_same_ids(run: RunConfig, exported: Path) -> Non
     text = "abc  def\n\tgh é <｜User｜> 漢字"
     theirs = AutoTokenizer.from_pretrained(exported)
     ids = Tokenizer(run.data.tokenizer.path).encode(text, allow_special=True)
-    assert theirs.encode(text, add_special_tokens=False) == ids
+    assert theirs.encode(text) == ids
+    assert theirs.model_max_length == run.model.max_position_embeddings
+
+
+def test_generation_as_released(exported: Path) -> None:
+    settings = json.loads((exported / "generation_config.json").read_text())
+    assert settings == {
+        "_from_model_config": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_p": 1.0,
+    }
+    assert "pad_token_id" not in json.loads((exported / "config.json").read_text())
 
 
 def test_transformers_writes_text(exported: Path) -> None:
     result = sample_text(exported, "abc", new_tokens=4)
     assert result["text"].startswith("abc") and result["parameters"] > 10_000
+
+
+def test_a_sample_continues_the_beginning_of_a_document(run: RunConfig, exported: Path) -> None:
+    """The trainer's documents begin with bos, which the tokenizer's files no longer add."""
+    ours, tokenizer = open_run(run, Grid.single())[0].model, Tokenizer(run.data.tokenizer.path)
+    ids = [tokenizer.bos_id, *tokenizer.encode("abc")]
+    with torch.no_grad():
+        for _ in range(3):
+            ids.append(int(ours(torch.tensor([ids])).logits[0, -1].argmax()))
+    expected = "".join(tokenizer.decode([i]) for i in ids if i > 2)
+    assert sample_text(exported, "abc", new_tokens=3)["text"] == expected
 
 
 def test_sample_refuses_a_folder_with_a_weight_missing(exported: Path, tmp_path: Path) -> None:
