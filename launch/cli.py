@@ -34,11 +34,12 @@ Overrides = Annotated[
 ]
 
 
-class ExpertFormat(StrEnum):
-    """How `v4 export` writes the routed experts."""
+class WeightFormat(StrEnum):
+    """How `v4 export` stores the weights."""
 
     AS_TRAINED = "as_trained"
-    MXFP4 = "mxfp4"
+    MXFP4_EXPERTS = "mxfp4_experts"
+    RELEASED = "released"
 
 
 def _exit(code: int) -> NoReturn:
@@ -102,12 +103,16 @@ def export(
     config: Config,
     out: Path,
     overrides: Overrides = None,
-    experts: Annotated[
-        ExpertFormat, typer.Option(help="mxfp4 packs the routed experts as the official release.")
-    ] = ExpertFormat.AS_TRAINED,
+    weights: Annotated[
+        WeightFormat,
+        typer.Option(
+            help="mxfp4_experts packs the routed experts in MXFP4; released also writes linears in "
+            "FP8 and the rest in bf16, as the official release."
+        ),
+    ] = WeightFormat.AS_TRAINED,
 ) -> None:
     """Write the newest checkpoint as a Hugging Face folder."""
-    _command("export", config, overrides, str(out), f"--experts={experts.value}")
+    _command("export", config, overrides, str(out), f"--weights={weights.value}")
 
 
 @app.command("import")

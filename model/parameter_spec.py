@@ -20,10 +20,12 @@ from typing import Any, Literal, NamedTuple
 from model.config import LayerType, ModelConfig
 
 Shape = tuple[int, ...]
+FP32: dict[str, Any] = {"dtype": "fp32", "released": "fp32"}
 Scope = Literal["model", "block", "mtp"]
 DType = Literal["weights", "fp32", "int64"]
 InitialValues = Literal["normal", "ones", "zeros", "hc_scale", "hc_base", "balanced_table"]
 ShardedBy = Literal["tensor", "expert"]
+ReleasedFormat = Literal["bf16", "fp32", "int64", "fp8", "mxfp4"]
 
 
 class Letters(NamedTuple):
@@ -85,6 +87,8 @@ class ParameterSpec:
         official: its name in DeepSeek's release, used on disk and for seeding; None if it is
             ``name``.
         dtype: "weights" follows the precision of the run.
+        released: how the released files store it: "fp8" is E4M3 with a scale for each block of
+            128 x 128, "mxfp4" is E2M1 with one for 32 numbers of a row.
         initial: see model/init.py.
         sharded: ("tensor", d): sharded over tensor ranks along dim d. ("expert", d): over expert
             ranks along dim 0, and over expert-tensor ranks along d. None: replicated within a
@@ -106,6 +110,7 @@ class ParameterSpec:
     scope: Scope = "block"
     official: str | None = None
     dtype: DType = "weights"
+    released: ReleasedFormat = "bf16"
     initial: InitialValues = "normal"
     sharded: tuple[ShardedBy, int] | None = None
     matrices: Callable[[Letters], int] | None = None
@@ -153,7 +158,7 @@ def hyper_connection(
     def spec(
         leaf: str, shape: Callable[[Letters], Shape], initial: str, **extra: Any
     ) -> ParameterSpec:
-        rest: dict[str, Any] = {"initial": initial, "dtype": "fp32", **extra, **more}
+        rest: dict[str, Any] = {"initial": initial, **FP32, **extra, **more}
         hf_name = transformers and f"{transformers}{leaf}"
         official = f"{name}_{leaf}"
         return ParameterSpec(
@@ -178,7 +183,7 @@ def compressor(
         return matrix(f"{name}.{leaf}", group, shape, f"{hf_name}.{hf_leaf}", **more)
 
     gate_bias = lambda s: (s.m, s.w * width(s))  # noqa: E731
-    zeros: dict[str, Any] = {"dtype": "fp32", "initial": "zeros", "layers": layers}
+    zeros: dict[str, Any] = {**FP32, "initial": "zeros", "layers": layers}
     return (
         ParameterSpec(f"{name}.ape", group, gate_bias, f"{hf_name}.position_bias", **zeros),
         projection("wkv", "kv_proj"),
@@ -196,6 +201,7 @@ def expert_stack(
         "experts",
         lambda s: (s.E, *shape(s)),
         f"mlp.experts.{hf_name}",
+        released="mxfp4",
         sharded=("expert", sharded_dim),
         matrices=single_matrix,
         stacked=True,
@@ -206,6 +212,6 @@ def shared_expert(
     leaf: str, shape: Callable[[Letters], Shape], sharded_dim: int, hf_name: str
 ) -> ParameterSpec:
     """Returns the spec of one matrix of the shared expert."""
-    sharded = ("tensor", sharded_dim)
+    more: dict[str, Any] = {"released": "fp8", "sharded": ("tensor", sharded_dim)}
     hf_name = f"mlp.shared_experts.{hf_name}"
-    return matrix(f"ffn.shared_experts.{leaf}", "shared_experts", shape, hf_name, sharded=sharded)
+    return matrix(f"ffn.shared_experts.{leaf}", "shared_experts", shape, hf_name, **more)

@@ -21,6 +21,7 @@ from typing import Any
 
 from model.config import LayerType, ModelConfig
 from model.parameter_spec import (
+    FP32,
     Letters,
     ParameterSpec,
     Shape,
@@ -34,7 +35,8 @@ from model.parameter_spec import (
 
 Shapes = dict[str, Shape]
 
-_FP32_ZEROS: dict[str, Any] = {"dtype": "fp32", "initial": "zeros"}
+_FP32_ZEROS: dict[str, Any] = {**FP32, "initial": "zeros"}
+_FP8: dict[str, Any] = {"released": "fp8"}
 _VOCABULARY: dict[str, Any] = {"scope": "model", "matrices": None, "sharded": ("tensor", 0)}
 _SHARD_DIM_0: dict[str, Any] = {"sharded": ("tensor", 0)}
 _SHARD_DIM_1: dict[str, Any] = {"sharded": ("tensor", 1)}
@@ -56,26 +58,30 @@ _ATTENTION = (
         "self_attn.sinks",
         **_FP32_ZEROS | _SHARD_DIM_0,
     ),
-    matrix("attn.wq_a", "attention", lambda s: (s.Q, s.D), "self_attn.q_a_proj"),
+    matrix("attn.wq_a", "attention", lambda s: (s.Q, s.D), "self_attn.q_a_proj", **_FP8),
     norm("attn.q_norm", lambda s: s.Q, "self_attn.q_a_norm"),
     matrix(
         "attn.wq_b",
         "attention",
         lambda s: (s.H * s.K, s.Q),
         "self_attn.q_b_proj",
-        **_SHARD_DIM_0 | {"per_head": lambda s: s.H},
+        **_FP8 | _SHARD_DIM_0 | {"per_head": lambda s: s.H},
     ),
-    matrix("attn.wkv", "attention", lambda s: (s.K, s.D), "self_attn.kv_proj"),
+    matrix("attn.wkv", "attention", lambda s: (s.K, s.D), "self_attn.kv_proj", **_FP8),
     norm("attn.kv_norm", lambda s: s.K, "self_attn.kv_norm"),
     matrix(
         "attn.wo_a",
         "attention",
         lambda s: (s.G * s.O, s.H * s.K // s.G),
         "self_attn.o_a_proj",
-        **_SHARD_DIM_0 | {"matrices": lambda s: s.G},
+        **_FP8 | _SHARD_DIM_0 | {"matrices": lambda s: s.G},
     ),
     matrix(
-        "attn.wo_b", "attention", lambda s: (s.D, s.G * s.O), "self_attn.o_b_proj", **_SHARD_DIM_1
+        "attn.wo_b",
+        "attention",
+        lambda s: (s.D, s.G * s.O),
+        "self_attn.o_b_proj",
+        **_FP8 | _SHARD_DIM_1,
     ),
     *compressor(
         "attn.compressor",
@@ -89,7 +95,7 @@ _ATTENTION = (
         "indexer",
         lambda s: (s.I * s.J, s.Q),
         "self_attn.compressor.indexer.q_b_proj",
-        **_CSA | {"per_head": lambda s: s.I},
+        **_FP8 | _CSA | {"per_head": lambda s: s.I},
     ),
     matrix(
         "attn.indexer.weights_proj",
@@ -121,6 +127,7 @@ _EXPERTS = (
         lambda s: (s.V, s.A),
         "mlp.gate.tid2eid",
         dtype="int64",
+        released="int64",
         initial="balanced_table",
         router="hashed",
     ),
@@ -146,7 +153,8 @@ _BLOCK_AND_MTP = (
     *_HYPER_CONNECTIONS,
     *hyper_connection("hc_head", lambda s: s.N, 1, None, scope="mtp"),
     *_SUBLAYERS,
-    *(matrix(n, "mtp", lambda s: (s.D, s.D), None, scope="mtp") for n in ("e_proj", "h_proj")),
+    matrix("e_proj", "mtp", lambda s: (s.D, s.D), None, scope="mtp", **_FP8),
+    matrix("h_proj", "mtp", lambda s: (s.D, s.D), None, scope="mtp", **_FP8),
     *(norm(name, lambda s: s.D, None, scope="mtp") for name in ("enorm", "hnorm", "norm")),
 )
 

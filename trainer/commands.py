@@ -77,7 +77,7 @@ def export(config: RunConfig, options: argparse.Namespace) -> None:
 
     with report_failures() as watch, open_grid() as grid:
         watch.connect(grid)
-        text = export_run(config, Path(options.folder), grid, experts=options.experts)
+        text = export_run(config, Path(options.folder), grid, weights=options.weights)
         if grid.is_first:
             print(text)
         watch.close()
@@ -178,7 +178,8 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("export", "import"):
             verb.add_argument("folder", help="Hugging Face folder")
         if name == "export":
-            verb.add_argument("--experts", choices=["as_trained", "mxfp4"], default="as_trained")
+            formats = ["as_trained", "mxfp4_experts", "released"]
+            verb.add_argument("--weights", choices=formats, default="as_trained")
         if name == "plan":
             verb.add_argument("--processes", type=int, default=1)
             verb.add_argument("--dry-run", action="store_true", help="memory with activations")

@@ -115,7 +115,7 @@ def compare(path: Path, folder: Path, before: int, phase: int, overrides: list[s
     imported = config("imported", QAT)
     for old in (folder / "packed", folder / "imported"):
         shutil.rmtree(old, ignore_errors=True)
-    export_run(qat, folder / "packed", experts="mxfp4")
+    export_run(qat, folder / "packed", weights="mxfp4_experts")
     import_hf_folder(imported, folder / "packed")
     print(f"exported packed and imported: {validation(imported)} and {rows[4][1]}")
 

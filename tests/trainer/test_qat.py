@@ -89,7 +89,7 @@ def test_the_packed_export_has_exactly_the_loss_of_training(
     trained = read_metrics(config.run_dir / "metrics.jsonl")[-1]["validation_loss"]
     assert validation(config) == trained
     assert validation(config, experts_only=True) != trained, "masters are not rounded"
-    export_run(config, tmp_path / "packed", experts="mxfp4")
+    export_run(config, tmp_path / "packed", weights="mxfp4_experts")
     again = load_config(tiny, [f"run_dir={tmp_path / 'again'}", *common])
     import_hf_folder(again, tmp_path / "packed")
     assert validation(again, experts_only=True) == trained, "the unpacked numbers as they are"

@@ -7,7 +7,6 @@ memory. The shards are divided among the processes.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,10 +26,14 @@ from trainer.checkpoint import (
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
 from trainer.export.hf_folder import SHARD_BYTES, require_empty, write_hf_folder
-from trainer.export.packed_weights import CONFIG, packed_outline, packed_read
+from trainer.export.packed_weights import (
+    CONFIG,
+    WeightFormat,
+    packed_outline,
+    packed_read,
+    require_blocks,
+)
 from trainer.parallel.grid import Grid
-
-ExpertFormat = Literal["as_trained", "mxfp4"]
 
 
 def export_run(
@@ -38,37 +41,42 @@ def export_run(
     out: Path,
     grid: Grid | None = None,
     shard_bytes: int = SHARD_BYTES,
-    experts: ExpertFormat = "as_trained",
+    weights: WeightFormat = "as_trained",
 ) -> str:
     """Writes the newest checkpoint as a Hugging Face folder and returns a sentence about it.
 
     All ranks of `grid` call it together. Raises, on all of them, CheckpointError when there is no
-    checkpoint or none that fits the config, and ExportError when `out` cannot be written.
+    checkpoint or none that fits the config, and ExportError when `out` cannot be written or the
+    model's sizes do not fit the blocks of the format.
     """
     grid = grid or Grid.single()
     require_empty(out, grid.world)
+    require_blocks(config.model, weights)
     tokenizer = Tokenizer(config.data.tokenizer.path)
     folder = CheckpointFolder(config.run_dir / "checkpoints", grid)
     newest = newest_of(config, folder, tokenizer.hash)
     if newest is None:
         raise CheckpointError(f"{config.run_dir}: holds no checkpoint yet; train the run first")
     path, saved = newest
-    dtype = DTYPES[config.precision]
-    weights = _outline(config, dtype)
+    outline = _outline(config, DTYPES[config.precision])
     stored = CheckpointReader(path)
-    _check(path, stored, weights)
+    _check(path, stored, outline)
 
     def read(shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return stored.read({name: tensor.dtype for name, tensor in shard.items()})
 
-    name = str(dtype).removeprefix("torch.")
-    if experts == "as_trained":
-        write_hf_folder(out, config.model, weights, tokenizer, name, shard_bytes, read, grid)
-    else:
-        outline, read_packed = packed_outline(weights, config.model), packed_read(read, dtype)
-        write_hf_folder(
-            out, config.model, outline, tokenizer, name, shard_bytes, read_packed, grid, CONFIG
-        )
+    dtype = torch.bfloat16 if weights == "released" else DTYPES[config.precision]
+    write_hf_folder(
+        out,
+        config.model,
+        packed_outline(outline, weights),
+        tokenizer,
+        str(dtype).removeprefix("torch."),
+        shard_bytes,
+        packed_read(read, outline, weights),
+        grid,
+        CONFIG[weights],
+    )
     return f"wrote step {saved['step']} of {config.run_dir} to {out}"
 
 

@@ -1,88 +1,159 @@
-"""Quantised weights of Hugging Face folders: exports routed experts in MXFP4, imports FP4 and FP8.
+"""Quantised weights of Hugging Face folders: exports MXFP4 and FP8, imports both.
 
-The layout is the official one: an expert has an int8 `w1.weight` [F, D/2] and a `w1.scale`,
-float8_e8m0fnu [F, D/32]; an FP8 `weight` has a `scale` with one number for each 128 x 128 block.
+The layout is the official one: an expert in MXFP4 has an int8 `w1.weight` [F, D/2] and a
+`w1.scale`, float8_e8m0fnu [F, D/32]; an FP8 `weight` has a `scale` with one number for each
+128 x 128 block. Which tensors the release has in which format is a column of the table in
+model/parameters.py.
 
-Letters: D hidden size, F inner size of an expert.
+Letters: D hidden size, F inner size of an expert, R rows and C columns of a matrix.
 """
 
-import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from model import ModelConfig
 from model.kernels.block_sizes import FP8_BLOCK, MXFP4_BLOCK
-from model.kernels.mxfp4 import Packed, dequantise, from_fp8, quantise
+from model.kernels.fp8 import eager as fp8
+from model.kernels.mxfp4 import Packed, dequantise, from_fp8, quantise, quantise_dequantise
+from model.parameter_spec import ReleasedFormat
+from model.parameters import memory_name, spec_of, tensors_of
 from trainer.errors import ExportError
 
-_EXPERT = re.compile(r"(.*\.ffn\.experts\.\d+\.w[123])\.(weight|scale)")
+WeightFormat = Literal["as_trained", "mxfp4_experts", "released"]
+"""`as_trained`: the tensors of the run's precision. `mxfp4_experts`: routed experts packed, the
+rest as trained. `released`: every tensor in the release's format, which also has FP8 linears, and
+bf16 instead of the run's precision and of fp32 norms."""
+Read = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
 # The modules of transformers' model that keep the precision of training.
 _UNQUANTISED = ("self_attn", "shared_experts", "mlp.gate", "lm_head", "hc")
-
-CONFIG: Mapping[str, Any] = {
-    "expert_dtype": "fp4",
-    "quantization_config": {
-        "quant_method": "fp8",
-        "activation_scheme": "dynamic",
-        "scale_fmt": "ue8m0",
-        "expert_dtype": "fp4",
-        "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-        "modules_to_not_convert": list(_UNQUANTISED),
-    },
+_QUANTISATION: Mapping[str, Any] = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
 }
-"""Additions to config.json, as transformers reads them."""
+
+CONFIG: Mapping[WeightFormat, Mapping[str, Any]] = {
+    "as_trained": {},
+    "mxfp4_experts": {
+        "expert_dtype": "fp4",
+        "quantization_config": {**_QUANTISATION, "modules_to_not_convert": [*_UNQUANTISED]},
+    },
+    "released": {"expert_dtype": "fp4", "quantization_config": _QUANTISATION},
+}
+"""Additions to config.json for each format."""
 
 
-def packed_outline(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Returns the tensors of a folder with packed routed experts, on the meta device.
+def require_blocks(config: ModelConfig, weights: WeightFormat) -> None:
+    """Raises ExportError unless blocks of scales divide the matrices that have them.
 
-    Raises ExportError unless the experts' rows divide into blocks of 32.
+    Rows of MXFP4 divide into blocks of 32. FP8 matrices, of the output projection those of each
+    group, divide into 128 x 128: with other sizes the official converter stops, servers refuse
+    merged projections, and transformers takes the scales for those of smaller blocks.
     """
+    if weights == "as_trained":
+        return
     for field in ("hidden_size", "moe_intermediate_size"):
         if (size := getattr(config, field)) % MXFP4_BLOCK:
             raise ExportError(
                 f"model.{field} is {size}; MXFP4 experts need a multiple of {MXFP4_BLOCK}"
             )
-    outline: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        match = _EXPERT.fullmatch(name)
-        if match is None:
-            outline[name] = tensor
-        else:
+    if weights != "released":
+        return
+    for line in tensors_of(config):
+        if line.spec.released == "fp8":
+            rows, columns = line.shape[0] // (line.matrices or 1), line.shape[1]
+            if rows % FP8_BLOCK or columns % FP8_BLOCK:
+                raise ExportError(
+                    f"{line.name} has matrices of {rows} x {columns}; the released layout needs "
+                    f"multiples of {FP8_BLOCK}; use --weights mxfp4_experts or as_trained"
+                )
+
+
+def packed_outline(outline: Mapping[str, Tensor], weights: WeightFormat) -> dict[str, Tensor]:
+    """Returns the tensors of a folder in a format, on the meta device; `outline` is as trained."""
+    packed: dict[str, Tensor] = {}
+    for name, tensor in outline.items():
+        stored = _format_of(name, weights)
+        if stored == "mxfp4":
             rows, columns = tensor.shape
-            codes = torch.empty(rows, columns // 2, dtype=torch.int8, device="meta")
-            scales = torch.empty(rows, columns // MXFP4_BLOCK, dtype=torch.uint8, device="meta")
-            outline[name] = codes
-            outline[f"{match[1]}.scale"] = scales.view(torch.float8_e8m0fnu)
-    return outline
+            packed[name] = _meta(torch.int8, rows, columns // 2)
+            packed[_scale_of(name)] = _meta(torch.float8_e8m0fnu, rows, columns // MXFP4_BLOCK)
+        elif stored == "fp8":
+            grid = [size // FP8_BLOCK for size in tensor.shape]
+            packed[name] = _meta(torch.float8_e4m3fn, *tensor.shape)
+            packed[_scale_of(name)] = _meta(torch.float8_e8m0fnu, *grid)
+        else:
+            packed[name] = tensor.bfloat16() if stored == "bf16" else tensor
+    return packed
 
 
-def packed_read(
-    read: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], dtype: torch.dtype
-) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-    """Wraps `read` for `packed_outline`: experts are read in `dtype`, then packed."""
+def packed_read(read: Read, outline: Mapping[str, Tensor], weights: WeightFormat) -> Read:
+    """Wraps `read` for `packed_outline`: quantised weights are read as in `outline`, then packed.
+
+    A shard may have a weight without its scale, or the reverse.
+    """
 
     def read_packed(shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        outlines: dict[str, Tensor] = {}
-        for name, tensor in shard.items():
-            match = _EXPERT.fullmatch(name)
-            source = name if match is None else f"{match[1]}.weight"
-            outlines[source] = tensor if match is None else torch.empty(0, dtype=dtype)
-        whole = read(outlines)
-        packed: dict[str, Tensor] = {}
-        for name in shard:
-            match = _EXPERT.fullmatch(name)
-            if match is None:
-                packed[name] = whole[name]
+        sources = {_weight_of(name, outline): name for name in shard}
+        whole = read(
+            {
+                source: outline[source] if _pack_of(source, weights) else shard[name]
+                for source, name in sources.items()
+            }
+        )
+        tensors: dict[str, Tensor] = {}
+        for source, tensor in whole.items():
+            pack = _pack_of(source, weights)
+            if pack is None:
+                tensors[source] = tensor
             else:
-                codes, scales = quantise(whole[f"{match[1]}.weight"])
-                packed[name] = codes if match[2] == "weight" else scales
-        return packed
+                tensors[source], tensors[_scale_of(source)] = pack(tensor)
+        return {name: tensors[name] for name in shard}
 
     return read_packed
+
+
+def _format_of(name: str, weights: WeightFormat) -> ReleasedFormat | None:
+    """Returns the format of a weight by its official name; None: as trained."""
+    released = spec_of(memory_name(name)[0]).released
+    if weights == "released" or (weights == "mxfp4_experts" and released == "mxfp4"):
+        return released
+    return None
+
+
+def _pack_of(name: str, weights: WeightFormat) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+    """Returns the function from a weight to its codes and scales; None where it has no scales."""
+    stored = _format_of(name, weights)
+    return {"mxfp4": _pack_mxfp4, "fp8": _pack_fp8}.get(stored or "")
+
+
+# Weights are rounded before they are packed, which changes no number. A block's largest number may
+# become one that a smaller scale reaches, and so packing what was unpacked gives the same bytes.
+def _pack_mxfp4(matrix_RC: Tensor) -> tuple[Tensor, Tensor]:
+    return quantise(quantise_dequantise(matrix_RC))
+
+
+def _pack_fp8(matrix_RC: Tensor) -> tuple[Tensor, Tensor]:
+    return fp8.quantise_blocks(fp8.quantise_dequantise(matrix_RC, FP8_BLOCK, FP8_BLOCK))
+
+
+def _scale_of(name: str) -> str:
+    return f"{name.removesuffix('.weight')}.scale"
+
+
+def _weight_of(name: str, outline: Iterable[str]) -> str:
+    """Returns the weight of a scale, other names as they are."""
+    return name if name in outline else f"{name.removesuffix('.scale')}.weight"
+
+
+def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def dequantised(weights: dict[str, Tensor], place: str) -> dict[str, Tensor]:
@@ -95,7 +166,7 @@ def dequantised(weights: dict[str, Tensor], place: str) -> dict[str, Tensor]:
         if name.endswith(".scale") and _is_quantised(weights.get(f"{name[:-6]}.weight")):
             continue
         if _is_quantised(tensor):
-            scale_name = name.removesuffix(".weight") + ".scale"
+            scale_name = _scale_of(name)
             if scale_name not in weights:
                 raise ExportError(f"{place}: {name} is quantised, but {scale_name} is missing")
             result[name] = _dequantised(tensor, weights[scale_name], f"{place}: {name}")

@@ -28,7 +28,7 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 @pytest.fixture(scope="module")
 def packed(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed") / "hf"
-    export_run(run, folder, shard_bytes=20_000, experts="mxfp4")
+    export_run(run, folder, shard_bytes=20_000, weights="mxfp4_experts")
     return folder
 
 
@@ -72,7 +72,7 @@ def test_export_of_an_import_is_the_same_folder(
 ) -> None:
     config = load_config(tiny, [f"run_dir={tmp_path / 'run'}", *SIZES])
     import_hf_folder(config, packed)
-    export_run(config, tmp_path / "again", experts="mxfp4")
+    export_run(config, tmp_path / "again", weights="mxfp4_experts")
     first, second = read_hf_weights(packed), read_hf_weights(tmp_path / "again")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -99,7 +99,7 @@ def test_bad_sizes_and_missing_scales_are_named(
 ) -> None:
     plain = train(tiny, tmp_path / "run", "steps=1")
     with pytest.raises(ExportError, match=r"model\.hidden_size is 24; .* a multiple of 32"):
-        export_run(plain, tmp_path / "out", experts="mxfp4")
+        export_run(plain, tmp_path / "out", weights="mxfp4_experts")
     assert not (tmp_path / "out").exists()
     tensors = on_disk(packed)
     scale = tensors.pop("layers.0.ffn.experts.0.w1.scale")

@@ -14,6 +14,7 @@ from model.kernels.fp8.naive import (
     naive_quantise_dequantise,
     naive_round_e4m3,
 )
+from model.kernels.mxfp4 import from_fp8
 
 
 def spread(*shape: int, seed: int) -> Tensor:
@@ -45,6 +46,19 @@ def test_rounding_to_the_bit(shape: tuple[int, int], dtype: torch.dtype) -> None
         computed = eager.quantise_dequantise(x, rows, columns)
         assert torch.equal(computed.double(), naive_quantise_dequantise(x, rows, columns))
         assert torch.equal(eager.quantise_dequantise(computed, rows, columns), computed)
+
+
+@pytest.mark.parametrize("shape", [(130, 300), (128, 256), (5, 7)])
+def test_codes_of_a_weight_times_its_scales_are_the_rounded_numbers(shape: tuple[int, int]) -> None:
+    x = spread(*shape, seed=3)
+    codes, scales = eager.quantise_blocks(x)
+    assert codes.dtype == torch.float8_e4m3fn and scales.dtype == torch.float8_e8m0fnu
+    assert scales.shape == (-(-shape[0] // 128), -(-shape[1] // 128))
+    rounded = naive_quantise_dequantise(x, 128, 128).float()
+    assert torch.equal(from_fp8(codes, scales), rounded)
+    x[0, 0] = torch.inf
+    scales = eager.quantise_blocks(x)[1].float()
+    assert scales[0, 0].isnan() and scales.flatten()[1:].isfinite().all()
 
 
 def test_scales_reach_from_the_least_to_the_largest_number() -> None:
