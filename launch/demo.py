@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data.lease import Lease
 from launch import processes
 from trainer.config import RunConfig, load_config
 
@@ -29,7 +30,15 @@ class DemoFailed(Exception):
 
 
 def run_demo(out: Path, nproc: int, overrides: list[str]) -> int:
-    """Runs every step under `out` and returns the exit code."""
+    """Runs every step under `out` and returns the exit code.
+
+    Raises LeaseError if another demo is running there.
+    """
+    with Lease(out, "v4 demo"):
+        return _run_steps(out, nproc, overrides)
+
+
+def _run_steps(out: Path, nproc: int, overrides: list[str]) -> int:
     started = time.monotonic()
     console = Console(highlight=False)
     arguments = [

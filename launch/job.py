@@ -173,11 +173,6 @@ class Job:
         return f"v4-{name}"[:40].rstrip("-")
 
     @property
-    def last_checkpoint(self) -> Path:
-        """The checkpoint of the last step, which exists only once the run is complete."""
-        return self.run.run_dir / "checkpoints" / f"step-{self.run.recipe.steps:08d}"
-
-    @property
     def environment(self) -> dict[str, str]:
         """Variables of every process."""
         return RESTART_ENVIRONMENT | self.cluster.environment

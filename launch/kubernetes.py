@@ -119,7 +119,7 @@ def _script(job: Job, is_host: bool) -> str:
     return _SCRIPT.format(
         folder=shlex.quote(str(job.cluster.folder)),
         torchrun=_TORCHRUN_LINE.join(torchrun),
-        last=shlex.quote(str(job.last_checkpoint)),
+        last=shlex.quote(str(job.run.last_checkpoint)),
     )
 
 

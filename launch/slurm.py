@@ -63,7 +63,7 @@ def script(job: Job) -> str:
         torchrun=" \\\n    ".join(torchrun),
         arguments=shlex.join(job.arguments),
         srun=_container(job, slurm),
-        last=shlex.quote(str(job.last_checkpoint)),
+        last=shlex.quote(str(job.run.last_checkpoint)),
     )
     head = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(job, slurm))]
     return "\n".join(head) + "\n" + body

@@ -1,6 +1,5 @@
 """`v4 sweep`: runs the trials of a sweep on this machine, several at once, without a server."""
 
-import fcntl
 import json
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.files import write_atomically
+from data.lease import Lease
 from launch import processes
 from launch.sweep_file import Arguments, Sweep, load_sweep
 from launch.sweep_search import Search, read_history, should_stop
@@ -47,14 +47,7 @@ def run_sweep(file: str, out: Path | None, jobs: int, seed: int) -> int:
     """
     sweep = load_sweep(file)
     folder = out or Path("runs", f"sweep-{Path(file).stem}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{folder}: another sweep is running in this folder; wait for its end"
-            ) from None
+    with Lease(folder, "v4 sweep"):
         _check_same(sweep, folder, seed)
         with _Runner(sweep, folder, jobs, seed) as runner:
             finished = runner.run()

@@ -14,7 +14,16 @@ def train(config: RunConfig, stop: StopRequest) -> None:
 
     The first of them logs a line at once: torch and what follows take seconds to import.
     """
-    if os.environ.get("RANK", "0") == "0":
+    is_first = os.environ.get("RANK", "0") == "0"
+    if config.is_complete:
+        if is_first:
+            print(
+                f"{config.run_dir}: complete, with {config.recipe.steps} of "
+                f"{config.recipe.steps} steps; to train on, set more steps",
+                flush=True,
+            )
+        return
+    if is_first:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         print(
             f"{config.run_dir}: {config.recipe.steps} steps on {processes} process"
@@ -24,6 +33,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     import torch
 
     from trainer.failures import report_failures
+    from trainer.lease import lease_on
     from trainer.parallel.grid import open_grid
     from trainer.planning import advise_on_out_of_memory, expected_memory_report, fit_to_device
     from trainer.preflight import preflight
@@ -37,10 +47,11 @@ def train(config: RunConfig, stop: StopRequest) -> None:
                 if grid.device.type == "cuda":
                     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
-            preflight(config, grid)
-            messages.append(expected_memory_report(config, grid.world_size))
-            with advise_on_out_of_memory(config, grid):
-                Trainer(config, grid, stop, messages).run()
+            with lease_on(config.run_dir, "v4 train", grid, watch) as check:
+                preflight(config, grid)
+                messages.append(expected_memory_report(config, grid.world_size))
+                with advise_on_out_of_memory(config, grid):
+                    Trainer(config, grid, stop, messages, check).run()
             watch.close()
 
 

@@ -71,13 +71,18 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
 
 def export(config: RunConfig, options: argparse.Namespace) -> None:
     """Write the newest checkpoint as a Hugging Face folder; processes divide its files."""
+    from data.lease import LEASE_FILE
     from trainer.export import export_run
     from trainer.failures import report_failures
+    from trainer.lease import lease_on
     from trainer.parallel.grid import open_grid
 
     with report_failures() as watch, open_grid() as grid:
         watch.connect(grid)
-        text = export_run(config, Path(options.folder), grid, weights=options.weights)
+        out = Path(options.folder)
+        lease_file = f".{out.name}.{LEASE_FILE}"  # the folder itself appears whole
+        with lease_on(out.parent, "v4 export", grid, watch, lease_file):
+            text = export_run(config, out, grid, weights=options.weights)
         if grid.is_first:
             print(text)
         watch.close()
@@ -85,9 +90,11 @@ def export(config: RunConfig, options: argparse.Namespace) -> None:
 
 def import_(config: RunConfig, options: argparse.Namespace) -> None:
     """Start a run from a Hugging Face folder."""
+    from data.lease import Lease
     from trainer.export import import_hf_folder
 
-    print(import_hf_folder(config, Path(options.folder)))
+    with Lease(config.run_dir, "v4 import"):
+        print(import_hf_folder(config, Path(options.folder)))
 
 
 def report(config: RunConfig, options: argparse.Namespace) -> None:

@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -39,6 +39,8 @@ class FailureWatch:
         self._store: dist.TCPStore | None = None
         self._key = ""
         self._closed = threading.Event()
+        self.at_end: list[Callable[[], None]] = []
+        """Called before this process is ended because of a failure."""
 
     def connect(self, grid: Grid) -> None:
         """Starts to poll; all ranks call it once the process group is up."""
@@ -130,6 +132,9 @@ class FailureWatch:
         """Ends the process without waiting for threads, process groups or exit handlers."""
         if self.rank == 0 and self._store is not None:
             time.sleep(2 * POLL_SECONDS)  # the store may live in this process
+        for action in self.at_end:
+            with suppress(OSError):
+                action()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

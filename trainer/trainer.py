@@ -32,6 +32,8 @@ Hook = Callable[[TrainState, StepResult], None]
 class Trainer:
     """Trains `config` on the processes of `grid`; the first logs `messages` at the start.
 
+    `check` is called after every step, before anything is written; what it raises ends the run.
+
     Raises the errors of trainer.errors.USER_ERRORS for input that cannot be trained on.
     """
 
@@ -41,6 +43,7 @@ class Trainer:
         grid: Grid,
         stop: StopRequest | None = None,
         messages: Sequence[str] = (),
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         config.check_world(grid.world_size)
         tokenizer = Tokenizer(config.data.tokenizer.path)
@@ -49,6 +52,7 @@ class Trainer:
         self.grid = grid
         self.stop = stop or StopRequest()
         self.messages = messages
+        self.check = check
         self.state = TrainState()
         self.recipe = config.recipe
         phases = [phase.rows for phase in self.recipe.phases]
@@ -100,6 +104,7 @@ class Trainer:
             if isinstance(result, RolledBack):
                 continue  # from the step that was restored
             result.seconds = time.perf_counter() - start
+            self.check()
             self.state.step += 1
             self.state.tokens += result.tokens
             result.epochs = self.loader.epochs_of(self.state.step)

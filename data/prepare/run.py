@@ -9,13 +9,11 @@ With filters the input is read twice: first every document is judged and signed 
 and when all are deduplicated, those that remain are tokenised.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from data.config import DataConfig, FiltersConfig, fingerprint_text
 from data.errors import DataError
 from data.files import fsync_folder, sha256_of
 from data.indexed import open_shard
+from data.lease import Lease
 from data.manifest import FilterStats, Manifest, Shard
 from data.prepare.corpus import Corpus, no_document
 from data.prepare.filter_pass import (
@@ -58,7 +57,7 @@ def prepare(config: DataConfig, progress: bool = True) -> Manifest:
         return existing
     folder = root / f"{_UNFINISHED}{digest[:16]}"
     try:
-        with _locked(root):
+        with Lease(root, "v4 data prepare"):
             folder.mkdir(exist_ok=True)
             try:
                 records = _write(config, corpora, tokenizer, folder, progress)
@@ -75,20 +74,6 @@ def prepare(config: DataConfig, progress: bool = True) -> Manifest:
             "the earlier shards are unchanged."
         ) from error
     return manifest
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Locks `root` against other runs; the lock ends with the process."""
-    root.mkdir(parents=True, exist_ok=True)
-    handle = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise DataError(f"another `v4 data prepare` is writing into {root}.") from error
-    finally:
-        os.close(handle)
 
 
 def _write(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from data.lease import LEASE_FILE
 from launch.processes import RESTART_ENVIRONMENT
 from trainer import failures
 
@@ -48,6 +49,7 @@ def test_a_crash_names_its_rank_and_ends_all(
     assert done.returncode == 1
     sentence = f"v4: rank {rank} on {socket.gethostname()} failed: RuntimeError: out of luck"
     assert done.stderr.splitlines().count(sentence) == 1
+    assert not (tmp_path / LEASE_FILE).exists()
     ours, page = done.stderr.split("ChildFailedError", 1)
     assert ours.count("Traceback (most recent call last)") == 2  # ours, and torchrun's of itself
     page = page.split("Root Cause", 1)[1]
@@ -67,7 +69,7 @@ def test_a_crash_before_the_checks_hangs_no_rank(tiny: Path, tmp_path: Path) -> 
     (tmp_path / "run").write_text("a file where the run folder should be")
     done = torchrun(1, "crash", tiny, f"run_dir={tmp_path / 'run'}")
     assert done.stderr.count("v4: error: ") == 1
-    assert f"cannot write into run_dir = {tmp_path / 'run'}" in done.stderr
+    assert f"cannot write {tmp_path / 'run'}/lease.json: File exists" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,17 @@ class RunConfig(Section):
         """The settings of every step, resolved once; `recipe.steps` is the length of the run."""
         return Recipe(self)
 
+    @property
+    def last_checkpoint(self) -> Path:
+        """The checkpoint of the last step, which exists only once the run is complete."""
+        return self.run_dir / "checkpoints" / f"step-{self.recipe.steps:08d}"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the newest checkpoint is that of the last step."""
+        saved = sorted(self.last_checkpoint.parent.glob("step-*"))
+        return bool(saved) and saved[-1] == self.last_checkpoint
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         for problem in phase_problems(self):

@@ -1,6 +1,5 @@
 """Shards in parts: any number of processes, killed at any moment, bad records quarantined."""
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -15,6 +14,7 @@ import data.prepare.work_item
 from data.config import DataConfig
 from data.errors import DataError
 from data.indexed import indexed_module
+from data.lease import Lease
 from data.manifest import Manifest
 from data.prepare import pool as prepare_pool
 from data.prepare.corpus import Corpus
@@ -201,13 +201,8 @@ def test_too_long_document(
 
 
 def test_one_run_at_a_time(parts: DataConfig) -> None:
-    Path(parts.shards).mkdir()
-    handle = os.open(parts.shards, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
-        with pytest.raises(DataError, match="another `v4 data prepare`"):
-            prepare(parts, progress=False)
-    finally:
-        os.close(handle)
+    refused = pytest.raises(DataError, match=r"`v4 data prepare` \(process")
+    with Lease(Path(parts.shards), "v4 data prepare"), refused:
+        prepare(parts, progress=False)
     prepare(parts, progress=False)
     assert Manifest.load(parts.shards).bad_records == {"a": 0, "tree": 0}

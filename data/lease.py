@@ -1,0 +1,313 @@
+"""A lease on a folder, so that only one process at a time works in it.
+
+`lease.json` in the folder names its owner, which renews the file's time of modification every
+`RENEW_SECONDS`. A lease is taken over from an owner that is dead:
+
+- on this machine, as soon as its process is gone;
+- on another one, when the file has not been renewed for `STALE_SECONDS`. Its age is the difference
+  from a file written now, so that both times come from the same file system, and no owner is taken
+  for dead before the file has been watched for at least two renewals without a change: clocks that
+  differ between hosts can delay a takeover, and cannot cause one.
+
+An owner that could not renew its lease in time, and lost it, learns so from `check`, which it calls
+before it writes.
+"""
+
+import os
+import secrets
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data.errors import DataError
+
+LEASE_FILE = "lease.json"
+RENEW_SECONDS = 15.0
+STALE_SECONDS = 120.0
+_POLL = 0.2  # of the time between renewals
+_CLOCK_SECONDS = 2.0  # by which the recorded time of a process's creation may shift with the clock
+
+
+class LeaseError(DataError):
+    """A folder in which another process works."""
+
+
+class Owner(BaseModel):
+    """Who holds a lease, as the file has it.
+
+    Attributes:
+        work: the command.
+        machine: differs between boots and between containers with their own process ids.
+        born: when the process was created, in seconds since 1970.
+        launch: the job of a process that a launcher may restart on another host; else empty.
+        folder: where the lease was taken; the copy of a folder has the original's.
+        started: in UTC.
+        token: differs between any two leases.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    work: str
+    host: str
+    machine: str
+    pid: int
+    born: float
+    launch: str
+    folder: str
+    started: str
+    token: str
+
+    @classmethod
+    def current(cls, work: str, folder: Path, launch: str) -> "Owner":
+        """This process."""
+        return cls(
+            work=work,
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=os.getpid(),
+            born=psutil.Process().create_time(),
+            launch=launch,
+            folder=str(folder.resolve()),
+            started=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+            token=secrets.token_hex(8),
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> "Owner | None":
+        """The owner in a lease file; None for a file that is not written yet, or damaged."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError:
+            return None
+
+
+@dataclass(frozen=True)
+class _File:
+    """The lease file at one moment; `owner` is None if it has none."""
+
+    owner: Owner | None
+    mtime: float
+
+
+class Lease:
+    """The lease on `folder`, which is made where it is missing; a context that holds it.
+
+    Arguments:
+        work: the command, which others show.
+        launch: job of the launcher that started this process. Of an owner of the same job, which
+            may be about to end, the end is waited for.
+        name: of the lease file.
+        renew, stale: seconds, the same for all that use the folder.
+        log: called with a line before a wait.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        work: str,
+        launch: str = "",
+        name: str = LEASE_FILE,
+        renew: float = RENEW_SECONDS,
+        stale: float = STALE_SECONDS,
+        log: Callable[[str], None] = print,
+    ) -> None:
+        self.folder, self.path = folder, folder / name
+        self.renew, self.stale, self.log = renew, stale, log
+        self.owner = Owner.current(work, folder, launch)
+        self._new_owner: Owner | None = None
+        self._is_new_folder = False
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+
+    def __enter__(self) -> "Lease":
+        """Takes the lease. Raises LeaseError if another process has it, or the folder is read-only.
+
+        Waits for up to `stale` seconds to learn whether an owner on another machine is alive.
+        """
+        try:
+            self._is_new_folder = not self.folder.exists()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while not self._create():
+                self._outlive_owner()
+        except OSError as error:
+            raise LeaseError(f"cannot write {self.path}: {error.strerror}.") from error
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Ends the lease; a folder that was made for it and is empty is removed."""
+        self._closed.set()
+        self._thread.join(timeout=1.0)  # it would write the file again
+        file = self._read()
+        if file is None or file.owner != self.owner:
+            return
+        self.path.unlink(missing_ok=True)
+        if self._is_new_folder and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def check(self) -> None:
+        """Raises LeaseError if another process has taken the lease over."""
+        if self._new_owner is not None:
+            raise LeaseError(
+                f"{self.folder}: {_name(self._new_owner)} has taken the folder over, since this "
+                f"process did not renew {self.path.name} for {self.stale:.0f} s; this one ends."
+            )
+
+    def _renew(self) -> None:
+        """The body of the thread."""
+        while not self._closed.wait(self.renew):
+            try:
+                file = self._read()
+                if file is None:  # removed by hand
+                    self._create()
+                elif file.owner == self.owner:
+                    os.utime(self.path)
+                elif file.owner is not None:
+                    self._new_owner = file.owner
+                    return
+            except OSError:
+                continue  # a file system that fails for a while; who takes over is seen later
+
+    def _read(self) -> _File | None:
+        try:
+            with self.path.open(encoding="utf-8", errors="replace") as stream:
+                return _File(Owner.parse(stream.read()), os.fstat(stream.fileno()).st_mtime)
+        except FileNotFoundError:
+            return None
+
+    def _create(self) -> bool:
+        """Writes the file unless there is one; whether this process owns it."""
+        try:
+            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(self._text())
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            raise
+        return True
+
+    def _text(self) -> str:
+        return self.owner.model_dump_json(indent=1) + "\n"
+
+    def _outlive_owner(self) -> None:
+        """Removes the file of a dead owner. Raises LeaseError if the owner is alive."""
+        first = self._read()
+        if first is None:
+            return
+        owner, last = first.owner, first
+        is_here = owner is not None and owner.machine == self.owner.machine
+        is_patient = owner is not None and owner.launch == self.owner.launch != ""
+        quiet = max(self.stale - max(self._age(first), 0.0), 2 * self.renew)
+        start = renewed = time.monotonic()
+        has_logged = False
+        while True:
+            now = time.monotonic()
+            is_dead = _is_dead(owner, self.folder) if is_here else now - renewed >= quiet
+            if is_dead:
+                self._remove(last)
+                return
+            is_alive = is_here or last is not first
+            if is_alive and not (is_patient and now - start < self.stale):
+                raise self._refusal(last)
+            if not has_logged:
+                has_logged = True
+                self.log(
+                    f"{self.folder}: waiting for up to {self.stale:.0f} s to learn whether "
+                    f"{_name(owner)} is still working here"
+                )
+            time.sleep(min(_POLL * self.renew, 1.0))
+            file = self._read()
+            if file is None or file.owner != owner:
+                return
+            if file != last:
+                last, renewed, quiet = file, time.monotonic(), self.stale
+
+    def _refusal(self, file: _File) -> LeaseError:
+        owner = file.owner
+        since = "" if owner is None else f" since {owner.started}"
+        return LeaseError(
+            f"{self.folder}: {_name(owner)} has been working here{since}, and was active "
+            f"{max(self._age(file), 0.0):.0f} s ago; wait for its end, or stop it."
+        )
+
+    def _age(self, file: _File) -> float:
+        """Seconds since the last renewal, by the clock of the file system."""
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f".{self.path.name}.") as probe:
+            return os.fstat(probe.fileno()).st_mtime - file.mtime
+
+    def _remove(self, dead: _File) -> None:
+        """Removes the file of a dead owner, unless it has been replaced in the meantime.
+
+        Of several processes that find the same owner dead, one renames the file that it has read.
+        """
+        aside = self.path.with_name(f".{self.path.name}.{self.owner.token}")
+        try:
+            os.rename(self.path, aside)
+        except FileNotFoundError:
+            return
+        if (current := Owner.parse(aside.read_text(encoding="utf-8", errors="replace"))) is None:
+            current = dead.owner
+        if current == dead.owner:
+            aside.unlink()
+        else:  # another process was faster
+            os.rename(aside, self.path)
+
+
+def _is_dead(owner: Owner | None, folder: Path) -> bool:
+    """Whether an owner on this machine does not work in `folder`: its process has ended.
+
+    Or its lease was taken in another folder, which was then copied.
+    """
+    if owner is None:
+        return False
+    try:
+        process = psutil.Process(owner.pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        if abs(process.create_time() - owner.born) > _CLOCK_SECONDS:
+            return True
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        pass  # of another user, and there
+    try:
+        return not os.path.samefile(owner.folder, folder)
+    except OSError:
+        return False  # the folder was renamed since
+
+
+def _name(owner: Owner | None) -> str:
+    if owner is None:
+        return "a process with an unreadable lease"
+    return f"`{owner.work}` (process {owner.pid} on {owner.host})"
+
+
+def _machine() -> str:
+    """Identifies the space of process ids: host, boot and, in a container, its namespace."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    parts = [socket.gethostname()]
+    if boot.is_file():
+        parts.append(boot.read_text(encoding="ascii").strip())
+    if namespace.is_symlink():
+        parts.append(os.readlink(namespace))
+    return " ".join(parts)

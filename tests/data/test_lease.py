@@ -1,0 +1,174 @@
+"""One process at a time works in a folder; an owner that is dead is not waited for."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data.lease import LEASE_FILE, Lease, LeaseError, Owner
+
+HELD = """
+import sys, time
+from pathlib import Path
+from data.lease import Lease
+with Lease(Path(sys.argv[1]), "v4 train"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+QUICK = {"renew": 0.1, "stale": 0.8}
+
+
+def hold(folder: Path) -> subprocess.Popen[str]:
+    """Another process with the lease."""
+    command = [sys.executable, "-c", HELD, str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def of_another_host(folder: Path, **more: object) -> Path:
+    """A lease that a process on another host has taken."""
+    owner = Owner.current("v4 train", folder, "").model_copy(
+        update={"host": "far", "machine": "far 1", "pid": 4711, **more}
+    )
+    path = folder / LEASE_FILE
+    path.write_text(owner.model_dump_json())
+    return path
+
+
+def renewing(path: Path, seconds: float, shift: float = 0.0) -> Callable[[], None]:
+    """Starts to renew a lease file as an owner does whose clock is ahead by `shift` seconds."""
+    stop = threading.Event()
+
+    def renew() -> None:
+        while not stop.wait(seconds):
+            now = time.time() + shift
+            os.utime(path, (now, now))
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    return lambda: (stop.set(), thread.join())[0]
+
+
+def test_a_living_owner_is_named_with_its_age(tmp_path: Path) -> None:
+    process = hold(tmp_path)
+    try:
+        with pytest.raises(LeaseError) as refused, Lease(tmp_path, "v4 train"):
+            pass
+        message = str(refused.value)
+        assert message.startswith(f"{tmp_path}: `v4 train` (process {process.pid} on ")
+        assert "was active 0 s ago; wait for its end, or stop it." in message
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_a_killed_owner_on_this_host_is_replaced_at_once(tmp_path: Path) -> None:
+    process = hold(tmp_path)
+    process.kill()
+    time.sleep(0.2)
+    start = time.monotonic()
+    with Lease(tmp_path, "v4 train"):  # the process is a zombie still
+        assert time.monotonic() - start < 5.0
+    process.wait()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_id_that_another_program_has_by_now(tmp_path: Path) -> None:
+    ours = Owner.current("v4 train", tmp_path, "")
+    (tmp_path / LEASE_FILE).write_text(
+        ours.model_copy(update={"born": ours.born - 60.0, "token": "old"}).model_dump_json()
+    )
+    with Lease(tmp_path, "v4 train"):
+        pass
+
+
+def test_the_copy_of_a_folder_in_use_is_free(tmp_path: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    with Lease(tmp_path / "original", "v4 train") as original:
+        (tmp_path / "copy" / LEASE_FILE).write_bytes(original.path.read_bytes())
+        with Lease(tmp_path / "copy", "v4 train"):
+            assert original.path.is_file()
+
+
+@pytest.mark.parametrize("shift", [-3600.0, 0.0, 3600.0])
+def test_another_host_by_its_renewals_whatever_its_clock(tmp_path: Path, shift: float) -> None:
+    path = of_another_host(tmp_path)
+    lines: list[str] = []
+    stop = renewing(path, 0.1, shift)
+    try:
+        time.sleep(0.2)
+        refused = pytest.raises(LeaseError, match=r"process 4711 on far.* s ago")
+        with refused, Lease(tmp_path, "v4 train", log=lines.append, **QUICK):
+            pass
+    finally:
+        stop()
+    assert len(lines) == 1 and "waiting for up to 1 s" in lines[0]
+    start = time.monotonic()
+    with Lease(tmp_path, "v4 train", log=lines.append, **QUICK):
+        assert time.monotonic() - start >= 2 * QUICK["renew"]
+
+
+def test_an_owner_that_loses_its_lease_learns_it(tmp_path: Path) -> None:
+    with Lease(tmp_path, "v4 train", **QUICK) as lease:
+        lease.check()
+        of_another_host(tmp_path)
+        time.sleep(0.5)
+        with pytest.raises(LeaseError, match=r"process 4711 on far.* has taken the folder over"):
+            lease.check()
+    assert (tmp_path / LEASE_FILE).is_file(), "that of the new owner stays"
+
+
+def test_a_restart_of_the_same_launch_waits_for_the_end(tmp_path: Path) -> None:
+    with Lease(tmp_path, "v4 train", launch="job-7") as first:
+        timer = threading.Timer(0.4, first.release)
+        timer.start()
+        with Lease(tmp_path, "v4 train", launch="job-7", log=lambda line: None, **QUICK):
+            timer.join()
+        refused = pytest.raises(LeaseError, match="has been working here")
+        with Lease(tmp_path, "v4 train", launch="job-7"), refused:
+            Lease(tmp_path, "v4 train", launch="job-8").__enter__()
+
+
+def test_a_file_without_an_owner_becomes_stale(tmp_path: Path) -> None:
+    """A process may die between creating the file and writing it."""
+    (tmp_path / LEASE_FILE).write_text("")
+    with Lease(tmp_path, "v4 train", log=lambda line: None, **QUICK):
+        assert '"pid"' in (tmp_path / LEASE_FILE).read_text()
+
+
+def test_one_of_many_takes_a_dead_lease(tmp_path: Path) -> None:
+    of_another_host(tmp_path)
+    os.utime(tmp_path / LEASE_FILE, (0.0, 0.0))
+    outcomes: list[str] = []
+    done = threading.Barrier(8)
+
+    def take() -> None:
+        try:
+            with Lease(tmp_path, "v4 train", log=lambda line: None, **QUICK):
+                outcomes.append("held")
+                done.wait()
+        except LeaseError:
+            outcomes.append("refused")
+            done.wait()
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["held"] + ["refused"] * 7
+
+
+def test_a_folder_made_for_a_lease_goes_with_it(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), Lease(tmp_path / "new", "v4 import"):
+        raise RuntimeError
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LeaseError, match=r"cannot write .*file/lease.json: File exists"):
+        Lease(tmp_path / "file", "v4 train").__enter__()
