@@ -121,7 +121,8 @@ class V4Model(nn.Module):
     """Embedding, blocks over N residual streams, hyper-connection head, norm, output head, MTP.
 
     Matrices are held in ``dtype``; hyper-connections, norms, sinks and positional gate biases
-    always in fp32. Build on the meta device, ``to_empty``, then ``init_weights``.
+    always in fp32. Build on the meta device, ``to_empty``, then ``init_weights``. ``dtype`` is also
+    the residual streams', on every pipeline stage.
 
     ``forward`` is ``embed_streams``, ``run_blocks`` and ``losses`` one after another; a pipeline
     calls them on different ranks. trainer/parallel/plan.py reduces a model to one rank's part.
@@ -134,7 +135,7 @@ class V4Model(nn.Module):
         execution: Execution = LOCAL,
     ) -> None:
         super().__init__()
-        self.config, self.execution = config, execution
+        self.config, self.execution, self.dtype = config, execution, dtype
         vocab, dim = config.vocab_size, config.hidden_size
         self.hc_head = HyperConnectionHead(config, execution.pointwise)
         self.embed = nn.Embedding(vocab, dim, dtype=dtype)

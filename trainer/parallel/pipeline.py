@@ -29,6 +29,7 @@ class Pipeline:
         stage_ids = plan.stages_of(axis.rank) if axis.size > 1 else [0]
         self.stage_modules = [Stage(model, plan, stage_id, self.current) for stage_id in stage_ids]
         self._streams = (model.config.hc_mult, model.config.hidden_size)
+        self._dtype = model.dtype
         self._device = next(model.parameters()).device
         self._stages: dict[int, list[Any]] = {}
         self._schedules: dict[tuple[int, int], Any] = {}
@@ -36,8 +37,6 @@ class Pipeline:
             from trainer.parallel.pipeline_schedules import check_torch  # takes long to import
 
             check_torch()
-            weights = model.named_parameters()
-            self._dtype = next(p.dtype for name, p in weights if name.endswith("wq_a.weight"))
 
     def stages(self, tokens: int) -> list[Any]:
         """Returns this rank's PipelineStages for microbatches with `tokens` local tokens."""
