@@ -113,8 +113,9 @@ class ModelConfig(Section):
     """E: routed experts of a layer. [experts]"""
     num_experts_per_tok: PositiveInt
     """A: routed experts of a token. [experts]"""
-    n_shared_experts: PositiveInt = 1
-    """Experts that every token goes through. [experts]"""
+    n_shared_experts: Literal[1] = 1
+    """Experts that every token goes through: one of the width of a routed one, as transformers and
+    the official code build it. [experts]"""
     moe_intermediate_size: PositiveInt
     """F: inner width of an expert. [dims]"""
     routed_scaling_factor: PositiveFloat

@@ -71,7 +71,7 @@ class SharedExpert(nn.Module):
         super().__init__()
         self.execution = execution
         hidden = config.hidden_size
-        intermediate = config.moe_intermediate_size * config.n_shared_experts
+        intermediate = config.moe_intermediate_size
         self.limit = config.swiglu_limit
         self.w1 = Linear(hidden, intermediate, dtype, execution.matmuls)
         self.w2 = Linear(intermediate, hidden, dtype, execution.matmuls)

@@ -5,9 +5,8 @@ Letters of shapes, for one layer:
     D  hidden size              H  query heads              K  head dim
     Q  rank of the queries      G  groups of the output     O  rank of each group's output
     E  routed experts           A  active experts           F  inner size of an expert
-    U  inner size of the shared expert                      V  vocabulary
     I  index heads              J  index head dim           N  residual streams
-    m  tokens in a compression window
+    V  vocabulary               m  tokens in a compression window
     w  windows that an entry pools: 2 where they overlap, else 1
 """
 
@@ -40,7 +39,6 @@ class Letters(NamedTuple):
     E: int
     A: int
     F: int
-    U: int
     V: int
     I: int
     J: int
@@ -61,7 +59,6 @@ class Letters(NamedTuple):
             E=config.n_routed_experts,
             A=config.num_experts_per_tok,
             F=config.moe_intermediate_size,
-            U=config.moe_intermediate_size * config.n_shared_experts,
             V=config.vocab_size,
             I=config.index_n_heads,
             J=config.index_head_dim,

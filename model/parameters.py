@@ -134,9 +134,9 @@ _EXPERTS = (
     expert_stack("w1", lambda s: (s.F, s.D), 1, "gate_up_proj"),
     expert_stack("w2", lambda s: (s.D, s.F), 2, "down_proj"),
     expert_stack("w3", lambda s: (s.F, s.D), 1, "gate_up_proj"),
-    shared_expert("w1", lambda s: (s.U, s.D), 0, "gate_proj"),
-    shared_expert("w2", lambda s: (s.D, s.U), 1, "down_proj"),
-    shared_expert("w3", lambda s: (s.U, s.D), 0, "up_proj"),
+    shared_expert("w1", lambda s: (s.F, s.D), 0, "gate_proj"),
+    shared_expert("w2", lambda s: (s.D, s.F), 1, "down_proj"),
+    shared_expert("w3", lambda s: (s.F, s.D), 0, "up_proj"),
 )
 _HYPER_CONNECTIONS = (
     *hyper_connection("hc_attn", lambda s: (2 + s.N) * s.N, 3, "attn_hc."),

@@ -77,7 +77,6 @@ def expected_flops(config: ModelConfig, lengths: list[int]) -> float:
         ({"num_hidden_layers": 1, "layer_types": ("csa",)}, [90]),
         ({"num_hidden_layers": 1, "layer_types": ("hca",)}, [90]),
         ({"hc_mult": 1}, [30]),
-        ({"n_shared_experts": 2}, [30]),
     ],
     ids=str,
 )

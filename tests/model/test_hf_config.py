@@ -215,6 +215,7 @@ class TestConfig:
             ({"mlp_layer_types": ["moe"] * 43}, (), "num_hash_layers = 3, but its mlp_layer_types"),
             ({"partial_rotary_factor": 0.25}, (), "qk_rope_head_dim = 64, but partial_rotary"),
             ({"topk_method": "greedy"}, (), "topk_method = 'greedy'; supported: 'noaux_tc'"),
+            ({"n_shared_experts": 2}, (), "n_shared_experts = 2: Input should be 1"),
             ({"hidden_size": "wide"}, (), "hidden_size"),
             ({"o_groups": 7}, (), "num_attention_heads (64) must be a multiple of o_groups (7)"),
             ({"n_routed_experts": 5}, (), "num_experts_per_tok (6) must be at most"),

@@ -93,19 +93,18 @@ class ParallelConfig(Section):
         """Yields what does not fit the model, at any number of processes.
 
         - `parallel.tensor` divides `model.num_attention_heads`, `model.o_groups`,
-          `model.vocab_size` and `model.moe_intermediate_size` x `model.n_shared_experts`.
+          `model.vocab_size` and `model.moe_intermediate_size`.
         - `parallel.expert` divides `model.n_routed_experts`.
         - `parallel.expert_tensor` splits `model.moe_intermediate_size` into multiples of 8.
         - `parallel.offload` has only parts of `parallel.recompute`.
         """
-        shared = model.moe_intermediate_size * model.n_shared_experts
         yield from self._split_problems(
             "tensor",
             {
                 "model.num_attention_heads": model.num_attention_heads,
                 "model.o_groups": model.o_groups,
                 "model.vocab_size": model.vocab_size,
-                "model.moe_intermediate_size x model.n_shared_experts": shared,
+                "model.moe_intermediate_size": model.moe_intermediate_size,
             },
         )
         yield from self._split_problems(

@@ -69,7 +69,7 @@ def fp8_problems(config: RunSettings) -> Iterator[str]:
             {
                 "model.num_attention_heads x head_dim": model.num_attention_heads * model.head_dim,
                 "model.o_groups x o_lora_rank": model.o_groups * model.o_lora_rank,
-                "model.moe_intermediate_size x n_shared_experts": inner * model.n_shared_experts,
+                "model.moe_intermediate_size": inner,
             },
         ),
         ("expert_tensor", {"model.moe_intermediate_size": inner}),
