@@ -3,6 +3,7 @@
 Imports only pydantic and the standard library, so that a login node can read a config.
 """
 
+import os
 import re
 from math import gcd
 from typing import Literal
@@ -50,11 +51,18 @@ class SourceConfig(Section):
     """Branch, tag or commit of the dataset; null is its newest."""
     content: Literal["text", "conversation"] = "text"
     """`text`: a record is the string in `text_field`. `conversation`: a record is the list of
-    messages in `messages_field`, or the JSON text of such a list, rendered by `data.text.dsml`."""
+    messages in `messages_field`, or the JSON text of such a list, written in DeepSeek-V4's form."""
     text_field: str = "text"
     """Field of a record with its text."""
     messages_field: str = "messages"
     """Field of a record with its conversation."""
+    effort_field: str = "reasoning_effort"
+    """Field of a record with the effort of its conversation: none, high or max. Without it, high
+    where a message has reasoning, otherwise none."""
+    prompts_file: str | None = None
+    """Python file with the prompt texts of conversations, such as the encoder of a released folder
+    (`encoding/encoding_dsv4.py`): its string constants are read and nothing is run. Null: this
+    project's own texts."""
     domain: Literal["code", "prose"] = "prose"
     """Kind of text, which filters and fill-in-the-middle depend on."""
     split: Literal["hash", "train", "validation"] = "hash"
@@ -72,12 +80,23 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _can_hold_conversations(self) -> "SourceConfig":
-        """`content` = conversation needs `format` = json or parquet."""
+        """`content` = conversation needs `format` = json or parquet; `prompts_file` needs it."""
         if self.content == "conversation" and self.format == "text":
             raise ValueError(
                 f"source {self.name!r}: conversations are read from `format: json` or `parquet`"
             )
+        if self.content == "text" and self.prompts_file is not None:
+            raise ValueError(f"source {self.name!r}: `prompts_file` needs `content: conversation`")
         return self
+
+    def with_absolute_paths(self) -> "SourceConfig":
+        """The same source with paths that mean the same from any working directory."""
+        prompts = self.prompts_file
+        update = {
+            "paths": tuple(map(os.path.abspath, self.paths)),
+            "prompts_file": None if prompts is None else os.path.abspath(prompts),
+        }
+        return self.model_copy(update=update)
 
     @property
     def field(self) -> str:
@@ -332,3 +351,12 @@ def fingerprint_text(text: str) -> str:
     """
     text = re.sub(r'"(\w+)"(?=:)', lambda key: f'"{_FIRST_NAMES.get(key[1], key[1])}"', text)
     return re.sub(r'("split": ?)"validation"', r'\1"heldout"', text)
+
+
+def fingerprint_source(source: SourceConfig) -> str:
+    """Returns what digests on disk are made from for a source.
+
+    Its files are in them by content, and so are the prompt texts of conversations.
+    """
+    without = {"paths", "include", "effort_field", "prompts_file"}
+    return fingerprint_text(source.model_dump_json(exclude=without))

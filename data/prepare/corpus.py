@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from data.config import SourceConfig
 from data.errors import DataError
 from data.prepare.compressed import SUFFIXES, register_formats
-from data.text import Special, read_messages, render
+from data.text import OWN_PROMPTS, Special, read_messages, read_prompts, render
 
 _READ_BYTES = 1 << 20
 _MAX_CHARACTERS = 10**9
@@ -51,6 +51,7 @@ class Corpus:
 
     Attributes:
         files: the local files, sorted; empty for a hub dataset.
+        prompts: the prompt texts of conversations.
         empty: documents skipped by the last iteration because they have no visible character.
 
     Raises DataError for a path that matches nothing, text that is not UTF-8, a compressed file that
@@ -61,6 +62,8 @@ class Corpus:
     def __init__(self, source: SourceConfig, files: Sequence[Path] | None = None) -> None:
         self.source = source
         self.files = list(files) if files is not None else find_files(source)
+        file = source.prompts_file
+        self.prompts = OWN_PROMPTS if file is None else read_prompts(file)
         self.empty = 0
         self._bad: list[BadRecord] | None = None
 
@@ -180,19 +183,22 @@ class Corpus:
     def _read(self, record: dict[str, Any], field: str) -> tuple[Document | None, str]:
         """(document, "") of a good record, or (None, what is wrong with it)."""
         content = record.get(field)
-        conversation = self.source.content == "conversation"
-        if not isinstance(content, (str, list) if conversation else str):
-            kind = "list of messages" if conversation else "string"
-            setting = "messages_field" if conversation else "text_field"
+        is_chat = self.source.content == "conversation"
+        if not isinstance(content, (str, list) if is_chat else str):
+            kind = "list of messages" if is_chat else "string"
+            setting = "messages_field" if is_chat else "text_field"
             return None, (
                 f"has no {kind} in the field {field!r}; its fields are "
                 f"{', '.join(sorted(record))} (set `{setting}` of source {self.source.name!r})"
             )
-        if conversation:
+        if is_chat:
             try:
-                segments = render(read_messages(content))
+                conversation = read_messages(content, record.get(self.source.effort_field))
             except DataError as error:
                 return None, str(error)
+            if not conversation.is_answered:
+                return None, "has no answer after its last message, so that nothing is learned"
+            segments = render(conversation, self.prompts)
             document = Document("".join(segments), tuple(segments))
         else:
             document = Document(str(content))

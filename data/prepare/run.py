@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from data.config import DataConfig, FiltersConfig, fingerprint_text
+from data.config import DataConfig, FiltersConfig, fingerprint_source, fingerprint_text
 from data.errors import DataError
 from data.files import fsync_folder, sha256_of
 from data.indexed import open_shard
@@ -38,6 +38,7 @@ from data.text import Tokenizer
 
 _UNFINISHED = ".unfinished-"
 _FORMAT = 2  # raise when equal inputs would give other shards
+_CONVERSATIONS = 2  # raise when equal conversations would
 
 
 def prepare(config: DataConfig, progress: bool = True) -> Manifest:
@@ -197,8 +198,10 @@ def _digest(config: DataConfig, tokenizer: Tokenizer, corpora: list[Corpus]) -> 
         basis += f"{fingerprint_text(config.filters.model_dump_json())}\n"
     digest = hashlib.sha256(basis.encode())
     for corpus in corpora:
-        settings = fingerprint_text(corpus.source.model_dump_json(exclude={"paths", "include"}))
-        digest.update(f"{settings}\n".encode())
+        digest.update(f"{fingerprint_source(corpus.source)}\n".encode())
+        if corpus.source.content == "conversation":
+            form = f"{_CONVERSATIONS} {corpus.source.effort_field} {corpus.prompts}\n"
+            digest.update(form.encode())
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for content in pool.map(sha256_of, corpus.files):
                 digest.update(f"{content}\n".encode())

@@ -7,24 +7,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data.text.dsml import Special, encode_segments, read_messages, render
+    from data.text.conversation import Conversation, read_messages
+    from data.text.dsml import decode, encode, parse, render
     from data.text.hf_tokenizer import SPACE
+    from data.text.prompts import OWN_PROMPTS, Prompts, read_prompts
+    from data.text.segments import Special, encode_segments
     from data.text.special_tokens import BOS, EDGES, EOS, PAD, PAD_ID, base_size, special_ids
     from data.text.tokenizer import MODEL_FILE, Tokenizer, sentencepiece_schema, tokenizer_file
 
 _MODULES = {
     "BOS": "special_tokens",
+    "Conversation": "conversation",
     "EDGES": "special_tokens",
     "EOS": "special_tokens",
     "MODEL_FILE": "tokenizer",
+    "OWN_PROMPTS": "prompts",
     "PAD": "special_tokens",
     "PAD_ID": "special_tokens",
+    "Prompts": "prompts",
     "SPACE": "hf_tokenizer",
-    "Special": "dsml",
+    "Special": "segments",
     "Tokenizer": "tokenizer",
     "base_size": "special_tokens",
-    "encode_segments": "dsml",
-    "read_messages": "dsml",
+    "decode": "dsml",
+    "encode": "dsml",
+    "encode_segments": "segments",
+    "parse": "dsml",
+    "read_messages": "conversation",
+    "read_prompts": "prompts",
     "render": "dsml",
     "sentencepiece_schema": "tokenizer",
     "special_ids": "special_tokens",

@@ -196,10 +196,7 @@ class RunConfig(Section):
     def with_absolute_paths(self) -> Self:
         """Returns the same run with paths that mean the same from any working directory."""
         data = self.data
-        sources = tuple(
-            source.model_copy(update={"paths": tuple(map(os.path.abspath, source.paths))})
-            for source in data.sources
-        )
+        sources = tuple(source.with_absolute_paths() for source in data.sources)
         path = os.path.abspath(data.tokenizer.path)
         tokenizer = data.tokenizer.model_copy(update={"path": path})
         shards = os.path.abspath(data.shards)

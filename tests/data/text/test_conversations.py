@@ -17,27 +17,30 @@ from data.indexed import open_shard
 from data.prepare.corpus import Corpus
 from data.prepare.run import prepare
 from data.prepare.tokenizer_training import train_tokenizer
-from data.text.dsml import Conversation, decode, read_messages
+from data.text.conversation import read_messages
+from data.text.dsml import decode
 from data.text.tokenizer import Tokenizer
 
 TOOLS = [{"name": "search", "parameters": {"query": {"type": "string"}}}]
+CALLS = [
+    {"name": "search", "arguments": {"query": '"x" <｜DSML｜parameter>', "n": 3}},
+    {"name": "other", "arguments": {"deep": {"list": [1, None, "s"]}, "on": True}},
+]
 RECORDS: list[list[dict[str, Any]]] = [
     [
-        {"role": "system", "text": "Be brief.", "tools": TOOLS},
-        {"role": "user", "text": "Find <｜DSML｜ and\u2028</think>"},
-        {
-            "role": "assistant",
-            "thinking": "a search",
-            "calls": [
-                {"name": "search", "arguments": {"query": '"x" <｜DSML｜parameter>', "n": 3}},
-                {"name": "other", "arguments": {"deep": {"list": [1, None, "s"]}, "on": True}},
-            ],
-        },
-        {"role": "tool", "results": ["found", ""]},
-        {"role": "assistant", "text": "There it is."},
+        {"role": "system", "content": "Be brief.", "tools": TOOLS},
+        {"role": "user", "content": "Find <｜DSML｜ and\u2028</think>"},
+        {"role": "assistant", "reasoning_content": "a search", "tool_calls": CALLS},
+        {"role": "tool", "content": "found"},
+        {"role": "tool", "content": ""},
+        {"role": "assistant", "content": "There it is."},
     ],
-    [{"role": "user", "text": "hi", "quick": "title"}, {"role": "assistant", "text": "Greeting"}],
-    [{"role": "user", "text": "a record that ends with the user"}],
+    [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "Hello.", "task": "title"},
+        {"role": "assistant", "content": "Greeting"},
+    ],
+    [{"role": "user", "content": "hm", "task": "query"}, {"role": "assistant", "content": "why"}],
 ]
 
 
@@ -73,10 +76,8 @@ def test_every_record_comes_back_from_its_shard(
     for ids in open_shard(path, shard.documents, shard.tokens):
         assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
         assert ids[-2] != tokenizer.eos_id  # an answer's own end is the document's
-        body = ids[1:].tolist()
-        answered = body.count(tokenizer.special["<｜Assistant｜>"])
-        records.append(decode(body if answered else body[:-1], tokenizer))
-    expected = [Conversation.model_validate({"messages": messages}) for messages in RECORDS]
+        records.append(decode(ids[1:].tolist(), tokenizer))
+    expected = [read_messages(messages) for messages in RECORDS]
     assert [repr(record) for record in records] == [repr(record) for record in expected]
 
 
@@ -85,15 +86,18 @@ def test_every_record_comes_back_from_its_shard(
     [
         ({"chat": RECORDS[0]}, "has no list of messages in the field 'messages'; .* chat"),
         (
-            {"messages": [{"role": "tool", "results": []}]},
-            r"not a conversation: messages\.0\.tool",
+            {"messages": [{"role": "tool", "content": "x"}]},
+            r"not a conversation: messages\.0: a tool message follows",
         ),
         (
-            {"messages": [{"role": "robot", "text": "x"}]},
+            {"messages": [{"role": "robot", "content": "x"}]},
             "not a conversation: messages.0: .*robot",
         ),
         ({"messages": "{"}, "its messages are not JSON"),
-        ({"messages": [{"role": "user", "text": 3}]}, r"messages\.0\.user\.text"),
+        ({"messages": [{"role": "user", "content": 3}]}, r"messages\.0\.user\.content"),
+        ({"messages": RECORDS[0][:2]}, "has no answer after its last message"),
+        ({"messages": []}, "has no answer after its last message"),
+        ({"messages": RECORDS[2], "reasoning_effort": "low"}, "its effort is 'low'; it is one of"),
     ],
 )
 def test_bad_records(config: DataConfig, tmp_path: Path, content: object, reason: str) -> None:
@@ -107,6 +111,33 @@ def test_bad_records(config: DataConfig, tmp_path: Path, content: object, reason
         chat, chat.sources[0].model_dump(), tmp_path / "shards", max_bad_record_fraction=0.4
     )
     assert prepare(tolerant, progress=False).bad_records == {"chat": 1}
+
+
+def test_the_effort_and_the_prompts_of_a_source(config: DataConfig, tmp_path: Path) -> None:
+    """Other texts are other shards; only the source's own fields and file decide."""
+    messages = [*RECORDS[0][:2], {"role": "assistant", "content": "No.", "reasoning_content": "?"}]
+    records = [{"messages": messages}, {"messages": messages, "level": "max"}]
+    records += [{"messages": messages, "level": "none", "reasoning_effort": "low"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    names = ("TOOLS_TEMPLATE", "response_format_template", "REASONING_EFFORT_MAX")
+    texts = ("TOOLS {dsml_token} {tool_schemas}", "FORMAT {schema}", "MAXIMUM ")
+    lines = [f"{name} = {text!r}\n" for name, text in zip(names, texts, strict=True)]
+    (tmp_path / "encoding.py").write_text("".join(lines))
+    source = {"paths": [str(tmp_path / "a.jsonl")], "effort_field": "level"}
+    own = prepare(chats(config, source, tmp_path / "shards"), progress=False)
+    source |= {"prompts_file": str(tmp_path / "encoding.py")}
+    chat = chats(config, source, tmp_path / "shards")
+    manifest = prepare(chat, progress=False)
+    assert manifest.digest != own.digest
+    assert prepare(chat, progress=False) == manifest
+    high, maximum, none = (document.text for document in Corpus(chat.sources[0]))
+    head = f"Be brief.\n\nTOOLS ｜DSML｜ {json.dumps(TOOLS[0])}<｜User｜>"
+    assert high.startswith(head) and maximum == "MAXIMUM " + high
+    assert none == high.replace("<think>?</think>", "</think>")
+    (tmp_path / "encoding.py").write_text("".join(lines).replace("FORMAT", "OTHER"))
+    assert prepare(chat, progress=False).digest not in (manifest.digest, own.digest)
+    with pytest.raises(ValidationError, match="`prompts_file` needs `content: conversation`"):
+        chats(config, source | {"content": "text"}, tmp_path)
 
 
 def test_a_line_that_is_no_object(config: DataConfig, tmp_path: Path) -> None:
