@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from launch import processes
-from trainer.exit_codes import USER_ERROR, error_line
+from trainer.signals import raise_on_interrupt
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -222,16 +222,14 @@ def demo(
 
 
 def main() -> None:
-    """Entry point: one line on stderr and exit code 2 for a user's error."""
+    """Entry point: errors of the user or the machine are one line and exit code 2."""
+    raise_on_interrupt()
     try:
         app()
-    except ValueError as error:
-        from trainer.errors import USER_ERRORS
+    except Exception as error:
+        from trainer.errors import report_error
 
-        if not isinstance(error, USER_ERRORS):
-            raise
-        print(error_line(error), file=sys.stderr)
-        sys.exit(USER_ERROR)
+        sys.exit(report_error(error))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,22 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import IO
 
 import psutil
 
-from trainer.exit_codes import ERROR_PREFIX, USER_ERROR
+from trainer.exit_codes import (
+    ERROR_PREFIX,
+    USER_ERROR,
+    describe_signal,
+    error_line,
+    exit_code_of,
+)
 
+Handler = Callable[[int, FrameType | None], None]
 _POLL_SECONDS = 0.2
 
 # For torchrun wherever it may restart. Without it, torch 2.13's agents share one store between all
@@ -35,7 +42,7 @@ def training_command(arguments: Sequence[str], processes: int, restarts: int = 0
     python = [sys.executable, "-m"]
     if not _needs_torchrun(processes, restarts):
         return [*python, "trainer", *arguments]
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    torchrun = ["trainer.torchrun", "--standalone", "--nproc-per-node", str(processes)]
     torchrun += ["--max-restarts", str(restarts)]
     return [*python, *torchrun, "-m", "trainer", *arguments]
 
@@ -45,13 +52,44 @@ def _needs_torchrun(processes: int, restarts: int) -> bool:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs a subprocess and returns its exit code."""
-    with subprocess.Popen(arguments, env=environment(1)) as process:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:
-                pass  # the subprocess got it as well, and decides
+    """Runs a verb's command and returns its exit code. SIGTERM and SIGHUP end it as well.
+
+    Ctrl-C reaches the subprocess too, which decides.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in started:
+            process.send_signal(number)
+
+    def ignore(number: int, frame: FrameType | None) -> None:
+        pass
+
+    with _handlers({signal.SIGTERM: pass_on, signal.SIGHUP: pass_on, signal.SIGINT: ignore}):
+        # Blocked until the subprocess has a handler, see trainer.signals.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        process = subprocess.Popen(arguments, env=environment(1))
+        started.append(process)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        return finish(process.wait(), f"v4 {arguments[3]}")
+
+
+def finish(returncode: int, what: str) -> int:
+    """Returns the exit code for a subprocess's return code; reports the signal that killed it."""
+    if returncode < 0 and returncode != -signal.SIGINT:
+        print(error_line(f"{what} {describe_signal(returncode)}"), file=sys.stderr, flush=True)
+    return exit_code_of(returncode)
+
+
+@contextmanager
+def _handlers(handlers: Mapping[int, Handler]) -> Iterator[None]:
+    """Handles signals inside the block; restores the old handlers afterwards."""
+    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def train(arguments: Sequence[str], processes: int, restarts: int = 0) -> int:
@@ -59,16 +97,12 @@ def train(arguments: Sequence[str], processes: int, restarts: int = 0) -> int:
 
     A second signal kills the training. After a crash it restarts from the newest checkpoint, at
     most `restarts` times. Returns 0, 2 after one line on stderr about bad input, or the exit code
-    of the training processes.
+    of the training processes, 128 + n where signal n killed one.
     """
     training = _Training(arguments, processes, restarts)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    old = {number: signal.signal(number, training.on_signal) for number in numbers}
-    try:
+    with _handlers(dict.fromkeys(numbers, training.on_signal)):
         return training.wait()
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 class _Training:
@@ -108,7 +142,9 @@ class _Training:
                 elif self.signals == 1:
                     self._terminate()
         self.errors.join()
-        return USER_ERROR if self.errors.has_error else code
+        if self.errors.has_error:
+            return USER_ERROR
+        return exit_code_of(code) if self.signals > 1 else finish(code, "the training process")
 
     def _terminate(self) -> None:
         """Sends SIGTERM to every worker once, including those that torchrun starts later."""

@@ -1,12 +1,17 @@
 """`python -m trainer CONFIG [key=value ...]`: trains, alone or as one process of torchrun."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from trainer.config import RunConfig, load_run
 from trainer.signals import StopRequest, stop_on_signals
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
 
 
 def train(config: RunConfig, stop: StopRequest) -> None:
@@ -61,8 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="config file, or the folder of a run to resume")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
-    # Before torch is imported, so that a signal during the start is not lost either.
+    # Before anything is imported that takes long, so that no signal is lost.
     with stop_on_signals() as stop:
+        from trainer.config import load_run
         from trainer.errors import run_or_explain
 
         return run_or_explain(lambda: train(load_run(options.config, options.overrides), stop))

@@ -1,7 +1,10 @@
 """`python -m trainer.commands VERB ...`: everything but training that needs torch or data.
 
-The `v4` command starts these as subprocesses; they also work without it.
+The `v4` command starts these as subprocesses; they also work without it. What takes long to import
+is imported where it is used.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -9,9 +12,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trainer.config import RunConfig, load_run
-from trainer.errors import run_or_explain
+from trainer.signals import raise_on_interrupt
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
 
 
 def tokenizer_train(config: RunConfig, options: argparse.Namespace) -> None:
@@ -159,8 +165,11 @@ FOLDER_VERBS = {"demo-corpus": demo_corpus, "sample": sample, "sweep-report": sw
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns exit code 0, or 2 after one line on stderr about bad input."""
+    """Returns exit code 0, 2 after one line on stderr about bad input, or 130 after Ctrl-C."""
+    raise_on_interrupt()
     options = _parser().parse_args(arguments)
+    from trainer.config import load_run
+    from trainer.errors import run_or_explain
 
     def run() -> None:
         if options.verb in FOLDER_VERBS:

@@ -1,13 +1,28 @@
-"""Expected errors: each is reported as one sentence without a traceback, with exit code 2."""
+"""Expected errors: each is reported as one sentence without a traceback, with exit code 2.
 
+So are the machine's: files that cannot be read or written, memory that is not there. Ctrl-C ends
+with exit code 130. Everything else is a fault of ours and keeps its traceback.
+"""
+
+import errno
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from data.errors import DataError
 from model.errors import ModelConfigError
 from optim.errors import OptimError
 from trainer.config import ConfigError
-from trainer.exit_codes import USER_ERROR, error_line
+from trainer.exit_codes import (
+    INTERRUPTED,
+    INTERRUPTED_LINE,
+    USER_ERROR,
+    error_line,
+    exit_code_of,
+)
 
 
 class CheckpointError(ValueError):
@@ -53,10 +68,72 @@ USER_ERRORS: tuple[type[ValueError], ...] = (
 
 
 def run_or_explain(action: Callable[[], None]) -> int:
-    """Runs a command and returns its exit code: 0, or 2 after one line about a user's error."""
+    """Runs a command and returns its exit code: 0, or that of `report_error`."""
     try:
         action()
-    except USER_ERRORS as error:
-        print(error_line(error), file=sys.stderr, flush=True)
-        return USER_ERROR
+        sys.stdout.flush()  # its disk may be full
+    except BaseException as error:
+        return report_error(error)
     return 0
+
+
+def report_error(error: BaseException) -> int:
+    """Prints one line about an error that ends a command, and returns the exit code.
+
+    Raises the error itself where it is a fault of ours.
+    """
+    _flush_or_drop_stdout()
+    if isinstance(error, KeyboardInterrupt):
+        print(INTERRUPTED_LINE, end="", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    if isinstance(error, BrokenPipeError):  # the reader has what it wanted, as `head` does
+        return exit_code_of(-signal.SIGPIPE)
+    if (sentence := explain(error)) is None:
+        raise error
+    print(error_line(sentence), file=sys.stderr, flush=True)
+    return USER_ERROR
+
+
+def _flush_or_drop_stdout() -> None:
+    """Writes what is left for stdout; drops it if that fails, since Python would fail at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def explain(error: BaseException) -> str | None:
+    """Returns a sentence about an error of the user or the machine; None for a fault of ours."""
+    if isinstance(error, USER_ERRORS):
+        return str(error)
+    if (allocation := failed_allocation(error)) is not None:
+        return f"out of memory: {allocation}; this machine, or the limit of this process, has less"
+    if not isinstance(error, OSError):
+        return None
+    problem = error.strerror or str(error) or type(error).__name__
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    # A write to an open file does not know the file's name.
+    return f"{' to '.join(names) or _line_of_ours(error)}: {problem}"
+
+
+def failed_allocation(error: BaseException) -> str | None:
+    """Returns what could not be allocated, on the host or on a GPU; None for another error.
+
+    torch has a class for GPUs alone; its allocator on the host raises RuntimeError.
+    """
+    text = str(error)
+    if isinstance(error, MemoryError):
+        return text or "no memory is left"
+    if isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or os.strerror(errno.ENOMEM) in text
+    ):
+        return "; ".join(text.split("DefaultCPUAllocator: ")[-1].split(". ")[:2])
+    return None
+
+
+def _line_of_ours(error: BaseException) -> str:
+    """Returns the line of our code that an error came from."""
+    root = Path(__file__).resolve().parents[1]
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(root)]
+    return f"{Path(ours[-1].filename).relative_to(root)}, line {ours[-1].lineno}"

@@ -20,7 +20,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
-from trainer.errors import USER_ERRORS
+from trainer.errors import explain
 from trainer.exit_codes import FAILED, USER_ERROR, error_line
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
@@ -65,25 +65,26 @@ class FailureWatch:
 
         The other ranks end when they see the report.
 
-        Returns only in a run of one process. The exit code is 2 for a user's error, else 1. The
-        process ends at once: destroying the process group would wait for the others.
+        Returns only in a run of one process. The exit code is 2 for an error of the user or the
+        machine, else 1. The process ends at once: destroying the process group would wait for the
+        others.
         """
         if self.world_size == 1:
             return
         self._closed.set()
-        is_user_error = isinstance(error, USER_ERRORS)
-        code = USER_ERROR if is_user_error else FAILED
+        sentence = explain(error)
+        code = FAILED if sentence is None else USER_ERROR
         where = f"rank {self.rank} on {socket.gethostname()}"
         message = f"v4: {where} failed: {type(error).__name__}: {error}"
         if self._claim():
-            if is_user_error:
-                print(error_line(error), file=sys.stderr)
+            if sentence is not None:
+                print(error_line(sentence), file=sys.stderr)
             else:
                 print(message, file=sys.stderr)
                 traceback.print_exception(error)
                 ErrorHandler().record_exception(error)  # torchrun shows it as the root cause
             sys.stderr.flush()
-            self._write_notice(code, error_line(error) if is_user_error else message)
+            self._write_notice(code, message if sentence is None else error_line(sentence))
         self._end(code)
 
     def _claim(self) -> bool:

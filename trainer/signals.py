@@ -1,9 +1,16 @@
-"""SIGTERM and SIGINT ask a run to stop after the current step."""
+"""Signals: SIGTERM and SIGINT ask a run to stop after the current step; Ctrl-C ends a command.
 
+Imports little, so that the handlers are there before what takes long to import.
+"""
+
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from trainer.exit_codes import INTERRUPTED, INTERRUPTED_LINE
 
 
 class StopRequest:
@@ -32,3 +39,24 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def raise_on_interrupt() -> None:
+    """Makes SIGINT raise KeyboardInterrupt, but end the process inside an import.
+
+    Libraries do not expect an exception there: torch turns it into others, or loses it. The
+    launcher blocks the signal while it starts a process, where Python has no handler yet.
+    """
+    signal.signal(signal.SIGINT, _on_interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _on_interrupt(signum: int, frame: FrameType | None) -> None:
+    caller = frame
+    while caller is not None:
+        if caller.f_code.co_filename.startswith("<frozen importlib"):
+            sys.stderr.write(INTERRUPTED_LINE)
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
+        caller = caller.f_back
+    raise KeyboardInterrupt

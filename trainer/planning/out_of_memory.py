@@ -14,10 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from trainer.config import ConfigError, RunConfig, load_config
-from trainer.errors import OutOfMemoryError
+from trainer.errors import OutOfMemoryError, failed_allocation
 from trainer.formatting import gib
 from trainer.parallel.grid import Grid
 
@@ -28,16 +26,17 @@ ESTIMATE_TIMEOUT_SECONDS = 900
 
 @contextmanager
 def advise_on_out_of_memory(config: RunConfig, grid: Grid) -> Iterator[None]:
-    """Turns torch.OutOfMemoryError inside the block into a sentence with advice.
+    """Turns a failed allocation, on a GPU or the host, into a sentence with advice.
 
     Raises OutOfMemoryError.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        first = str(error).split(". ")[0]
+    except (MemoryError, RuntimeError) as error:
+        if (allocation := failed_allocation(error)) is None:
+            raise
         raise OutOfMemoryError(
-            f"{grid.device}: {first}; {advice(config, grid.world_size)}"
+            f"{grid.device}: {allocation}; {advice(config, grid.world_size)}"
         ) from None
 
 

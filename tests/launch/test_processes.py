@@ -1,0 +1,71 @@
+"""Exit codes of subprocesses, and the signals that end them."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import processes
+from trainer.exit_codes import describe_signal
+
+
+def script(code: str) -> list[str]:
+    """A command in the form of `processes.command`, of the verb `eval`."""
+    return [sys.executable, "-c", f"import os, signal, sys, time; {code}", "eval"]
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 130])
+def test_exit_codes_pass(code: int, capfd: pytest.CaptureFixture[str]) -> None:
+    assert processes.run(script(f"sys.exit({code})")) == code
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "cause"),
+    [(signal.SIGKILL, "memory ran out"), (signal.SIGBUS, "became shorter"), (signal.SIGSEGV, "")],
+)
+def test_a_killed_command_names_the_signal(
+    number: signal.Signals, cause: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert processes.run(script(f"os.kill(os.getpid(), {int(number)})")) == 128 + number
+    line = capfd.readouterr().err
+    assert line.startswith(f"v4: error: v4 eval was killed by {number.name} (signal {number:d})")
+    assert cause in line and line.count("\n") == 1
+
+
+def test_a_signal_without_a_name_has_its_number() -> None:
+    assert describe_signal(-(signal.SIGRTMIN + 3)) == f"was killed by signal {signal.SIGRTMIN + 3}"
+
+
+def test_sigterm_ends_the_subprocess_as_well(tmp_path: Path) -> None:
+    inner = "open(sys.argv[2], 'w').write(str(os.getpid())); print(flush=True); time.sleep(60)"
+    command = [*script(inner), str(tmp_path / "pid")]
+    code = f"import sys; from launch import processes; sys.exit(processes.run({command!r}))"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe) as outer:
+        assert outer.stdout is not None and outer.stdout.readline() == b"\n"
+        outer.terminate()
+        _, errors = outer.communicate(timeout=30)
+    assert outer.returncode == 128 + signal.SIGTERM and b"SIGTERM" in errors
+    assert not processes.psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "part"),
+    [
+        ("[ $RANK = 0 ] && sleep 30; kill -9 $BASHPID", 137, "v4: rank 1 on "),
+        ("exit 2", 2, ""),
+        ("exit 1", 1, "Root Cause"),
+    ],
+)
+def test_torchrun_ends_as_its_first_rank(command: str, code: int, part: str) -> None:
+    torchrun = [sys.executable, "-m", "trainer.torchrun", "--standalone", "--nproc-per-node=2"]
+    torchrun += ["--no-python", "bash", "-c", command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == code, done.stderr
+    assert part in done.stderr and "Traceback" not in done.stderr
+    assert ("was killed by SIGKILL (signal 9)" in done.stderr) == (code == 137)

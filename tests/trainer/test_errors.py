@@ -1,0 +1,126 @@
+"""How a command ends: one sentence for what the user or the machine lacks, a traceback for bugs."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.errors import DataError
+from tests.full_disk import full_disk
+from trainer.errors import run_or_explain
+
+
+def open_missing() -> None:
+    Path("/nowhere/file").read_bytes()
+
+
+def rename_missing() -> None:
+    os.rename("/nowhere/one", "/nowhere/two")
+
+
+def too_large_for_torch() -> None:
+    torch.empty(1 << 55)
+
+
+def too_large_for_numpy() -> None:
+    np.empty(1 << 55)
+
+
+def mistake() -> None:
+    raise DataError("a source is empty.")
+
+
+def stale() -> None:
+    raise OSError(errno.ESTALE, "Stale file handle")
+
+
+STALE_LINE = stale.__code__.co_firstlineno + 1
+
+
+@pytest.mark.parametrize(
+    ("action", "sentence"),
+    [
+        (mistake, "a source is empty."),
+        (open_missing, "/nowhere/file: No such file or directory"),
+        (rename_missing, "/nowhere/one to /nowhere/two: No such file or directory"),
+        (stale, f"tests/trainer/test_errors.py, line {STALE_LINE}: Stale file handle"),
+        (too_large_for_torch, "out of memory: can't allocate memory: you tried to allocate 1441"),
+        (too_large_for_numpy, "out of memory: Unable to allocate 256. PiB"),
+    ],
+)
+def test_one_sentence(
+    action: Callable[[], None], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_or_explain(action) == 2
+    out = capsys.readouterr().err
+    assert out.startswith(f"v4: error: {sentence}") and out.count("\n") == 1, out
+
+
+def test_a_full_disk_names_our_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def write() -> None:
+        with full_disk(10), open(tmp_path / "file", "wb", buffering=0) as file:
+            file.write(bytes(10))
+            file.write(bytes(10))
+
+    assert run_or_explain(write) == 2
+    assert "test_errors.py, line " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug")])
+def test_a_fault_of_ours_is_raised(error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error), match="a bug"):
+        run_or_explain(fail)
+
+
+def python(code: str, *, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    head = "import os, signal, sys\nfrom trainer.errors import run_or_explain\n"
+    command = [sys.executable, "-c", head + code]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
+
+
+def test_stdout_on_a_full_disk_is_one_sentence() -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    done = python("sys.exit(run_or_explain(lambda: print('numbers')))", stdout=full)
+    os.close(full)
+    assert done.returncode == 2
+    assert done.stderr.startswith("v4: error: ") and "No space left" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_left_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = python("sys.exit(run_or_explain(lambda: print('x' * 100_000)))", stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)\n"
+
+
+def test_ctrl_c_is_one_line() -> None:
+    code = "from trainer.signals import raise_on_interrupt\nraise_on_interrupt()\n"
+    code += f"def work():\n try:\n  {INTERRUPT} finally:\n  print('cleaned')\n"
+    done = python(code + "sys.exit(run_or_explain(work))")
+    assert (done.returncode, done.stderr, done.stdout) == (130, "v4: interrupted\n", "cleaned\n")
+
+
+def test_ctrl_c_inside_an_import_ends_the_process(tmp_path: Path) -> None:
+    """A library may catch everything while it is imported."""
+    (tmp_path / "greedy.py").write_text(
+        f"import os, signal\ntry:\n  {INTERRUPT}except BaseException:\n  pass\n"
+    )
+    code = "from trainer.signals import raise_on_interrupt\nraise_on_interrupt()\n"
+    code += f"sys.path.insert(0, {str(tmp_path)!r})\nimport greedy\n"
+    done = python(code)
+    assert (done.returncode, done.stderr) == (130, "v4: interrupted\n")

@@ -1,0 +1,55 @@
+"""`python -m trainer.torchrun ...`: torchrun that ends with the exit code of the rank that failed.
+
+torchrun itself always ends with 1, and a page about every rank that exited.
+"""
+
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+from trainer.exit_codes import USER_ERROR, describe_signal, exit_code_of
+
+_CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
+"""Return codes of ranks that torchrun, or a communication library, ended after another failure."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0 or the exit code of the first failure, 128 + n where signal n killed a rank.
+
+    Logs the signal, or torchrun's page; nothing after a user's error, which that rank has reported.
+    """
+    try:
+        torchrun(arguments)
+    except ChildFailedError as error:
+        rank, code, pid = _root_cause(error)
+        if code < 0:
+            where = f"rank {rank} on {socket.gethostname()} (pid {pid})"
+            print(f"v4: {where} {describe_signal(code)}", file=sys.stderr, flush=True)
+        elif code != USER_ERROR:
+            print(f"torchrun: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return exit_code_of(code)
+    return 0
+
+
+def _root_cause(error: ChildFailedError) -> tuple[int, int, int]:
+    """Returns rank, return code and process id of the failure that led to the others.
+
+    The death of a process breaks the connections of other ranks, whose errors may be reported in
+    the same second.
+    """
+    killed = [
+        rank
+        for rank, failure in error.failures.items()
+        if failure.exitcode < 0 and failure.exitcode not in _CONSEQUENCES
+    ]
+    rank = killed[0] if killed else error.get_first_failure()[0]
+    failure = error.failures[rank]
+    return rank, failure.exitcode, failure.pid
+
+
+if __name__ == "__main__":
+    sys.exit(main())
