@@ -162,7 +162,8 @@ def skips(module: str, listed: Iterable[str], server: str) -> bool:
     """
     if server == "sglang":
         return any(f".{entry.removeprefix('model.')}." in f".{module}." for entry in listed)
-    names = [re.sub(r"^layers\.", "model.layers.", entry) for entry in listed]
+    names = [re.sub(r"^(layers|mtp)\.", r"model.\1.", entry) for entry in listed]
+    names = [name.replace(".shared_experts.w2", ".shared_experts.down_proj") for name in names]
     if "experts" in module:
         return any(module in name for name in names)
     return module in names

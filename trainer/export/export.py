@@ -27,8 +27,8 @@ from trainer.config import RunConfig
 from trainer.errors import CheckpointError
 from trainer.export.hf_folder import SHARD_BYTES, require_empty, write_hf_folder
 from trainer.export.packed_weights import (
-    CONFIG,
     WeightFormat,
+    config_keys,
     packed_outline,
     packed_read,
     require_blocks,
@@ -75,7 +75,7 @@ def export_run(
         shard_bytes,
         packed_read(read, outline, weights),
         grid,
-        CONFIG[weights],
+        config_keys(config.model, weights),
     )
     return f"wrote step {saved['step']} of {config.run_dir} to {out}"
 

@@ -19,7 +19,7 @@ from model.kernels.block_sizes import FP8_BLOCK, MXFP4_BLOCK
 from model.kernels.fp8 import eager as fp8
 from model.kernels.mxfp4 import Packed, dequantise, from_fp8, quantise, quantise_dequantise
 from model.parameter_spec import ReleasedFormat
-from model.parameters import memory_name, spec_of, tensors_of
+from model.parameters import memory_name, official_name, spec_of, tensors_of
 from trainer.errors import ExportError
 
 WeightFormat = Literal["as_trained", "mxfp4_experts", "released"]
@@ -28,8 +28,10 @@ rest as trained. `released`: every tensor in the release's format, which also ha
 bf16 instead of the run's precision and of fp32 norms."""
 Read = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
-# The modules of transformers' model that keep the precision of training.
-_UNQUANTISED = ("self_attn", "shared_experts", "mlp.gate", "lm_head", "hc")
+# SGLang looks for these among the parts of a linear's name, transformers at its end.
+_UNQUANTISED = ("self_attn", "shared_experts", "mlp.gate", "lm_head")
+# vLLM's names of linears that it joins, by the first of the two.
+_JOINED = {"wq_a": "fused_wqa_wkv", "shared_experts.w1": "shared_experts.gate_up_proj"}
 _QUANTISATION: Mapping[str, Any] = {
     "quant_method": "fp8",
     "activation_scheme": "dynamic",
@@ -38,15 +40,33 @@ _QUANTISATION: Mapping[str, Any] = {
     "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
 }
 
-CONFIG: Mapping[WeightFormat, Mapping[str, Any]] = {
-    "as_trained": {},
-    "mxfp4_experts": {
-        "expert_dtype": "fp4",
-        "quantization_config": {**_QUANTISATION, "modules_to_not_convert": [*_UNQUANTISED]},
-    },
-    "released": {"expert_dtype": "fp4", "quantization_config": _QUANTISATION},
-}
-"""Additions to config.json for each format."""
+
+def config_keys(config: ModelConfig, weights: WeightFormat) -> dict[str, Any]:
+    """Returns what a format adds to config.json, as transformers, vLLM and SGLang read it."""
+    if weights == "as_trained":
+        return {}
+    quantisation = dict(_QUANTISATION)
+    if weights == "mxfp4_experts":
+        quantisation["modules_to_not_convert"] = _unquantised_modules(config)
+    return {"expert_dtype": "fp4", "quantization_config": quantisation}
+
+
+def _unquantised_modules(config: ModelConfig) -> list[str]:
+    """Names the linears that are FP8 in the release, as each reader looks for them.
+
+    transformers wants the beginning of its own name, vLLM the whole official name, or its own for
+    two that it joins.
+    """
+    names = [*_UNQUANTISED]
+    for layer in range(config.num_hidden_layers):
+        place = f"model.layers.{layer}"
+        names += [f"{place}.self_attn", f"{place}.mlp.shared_experts"]
+    for line in tensors_of(config):
+        if line.spec.released == "fp8":
+            name = official_name(line.name).removesuffix(".weight")
+            names.append(name)
+            names += [name.replace(a, b) for a, b in _JOINED.items() if name.endswith(a)]
+    return names
 
 
 def require_blocks(config: ModelConfig, weights: WeightFormat) -> None:

@@ -9,13 +9,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from model.kernels.mxfp4 import dequantise, quantise
+from tests import servers
+from tests.model.tiny import tiny_config
 from tests.trainer.tiny import saved_tensors, train
 from trainer.config import RunConfig, load_config
 from trainer.errors import ExportError
 from trainer.export.export import export_run
 from trainer.export.hf_folder import read_hf_weights
 from trainer.export.import_run import import_hf_folder
-from trainer.export.packed_weights import dequantised
+from trainer.export.packed_weights import config_keys, dequantised
 
 SIZES = ["model.hidden_size=32", "model.moe_intermediate_size=64", "precision=bf16"]
 
@@ -118,3 +120,35 @@ def test_fp8_weights_are_read_as_transformers_reads_them() -> None:
         ours = dequantised({"a.weight": numbers, "a.scale": scales}, "here")["a.weight"]
         theirs = Fp8Dequantize(None)._dequantize_one(numbers, scales, ours.dtype)
         assert torch.equal(ours, theirs)
+
+
+RELEASED_RATIOS = {"csa_compress_ratio": 4, "hca_compress_ratio": 128}
+
+
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+def test_servers_leave_the_linears_of_packed_experts_alone(server: str) -> None:
+    """And only those: the routed experts, and all linears of the released layout, are converted."""
+    config = tiny_config(**RELEASED_RATIOS)
+    keys = config.to_hf() | config_keys(config, "mxfp4_experts")
+    listed = keys["quantization_config"]["modules_to_not_convert"]
+    modules = [*servers.linear_modules(keys, server)]
+    assert len(modules) > 20
+    assert [module for module in modules if not servers.skips(module, listed, server)] == []
+    ffn = {"vllm": "ffn", "sglang": "mlp"}[server]
+    assert not servers.skips(f"model.layers.1.{ffn}.experts", listed, server)
+    assert "modules_to_not_convert" not in config_keys(config, "released")["quantization_config"]
+
+
+def test_transformers_leaves_the_linears_of_packed_experts_alone() -> None:
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    config = tiny_config(**RELEASED_RATIOS)
+    keys = config.to_hf() | config_keys(config, "mxfp4_experts")
+    listed = keys["quantization_config"]["modules_to_not_convert"]
+    with torch.device("meta"):
+        model = DeepseekV4ForCausalLM(DeepseekV4Config(**config.to_hf()))
+    linears = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert len(linears) > 20
+    assert [name for name in linears if should_convert_module(name, listed)] == []
+    assert should_convert_module("model.layers.1.mlp.experts", listed)
