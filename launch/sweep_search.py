@@ -136,7 +136,7 @@ def read_history(path: Path, name: str, every: int) -> list[float]:
             record = json.loads(line)
         except ValueError:
             continue  # the line being written
-        if name not in record:
+        if record.get(name) is None:  # not measured in this step, or not finite
             continue
         due = record["step"] % every == 0
         if due or "validation_loss" in record or "layers" in record:

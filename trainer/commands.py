@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.signals import raise_on_interrupt
 
@@ -46,7 +46,7 @@ def data_report(config: RunConfig, options: argparse.Namespace) -> None:
 def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     """Print the loss of the newest checkpoint on the validation text, and its unigram entropy.
 
-    With the attention and the quantisation of the last step's phase.
+    With the rows of `evaluation`, and the attention and the quantisation of the last step's phase.
     """
     from trainer.engine import NativeEngine
     from trainer.evaluate import Validation
@@ -62,16 +62,18 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
         phase = config.recipe.at(max(state.step - 1, 0))
         engine.set_attention(phase.attention)
         engine.quantised = phase.quantised
-        evaluation = validation.evaluate(engine)
+        evaluation, by_source = validation.evaluate(engine), validation.by_source(engine)
         if not grid.is_first:
             return
-        result = {
+        result: dict[str, Any] = {
             "step": state.step,
             "tokens": state.tokens,
             "validation_loss": evaluation.loss,
             "validation_tokens": evaluation.tokens,
             "unigram_entropy": validation.unigram_entropy(),
         }
+        if by_source is not None:
+            result["validation_by_source"] = by_source
         print(json.dumps(result))
 
 

@@ -10,6 +10,11 @@ from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.parallel.collectives import all_reduce_
 from trainer.parallel.grid import Grid
+from trainer.signals import StopRequest
+
+
+class EvaluationStopped(Exception):
+    """An evaluation that ended early on all ranks, since one of them was asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +30,14 @@ class Evaluation:
 class Validation:
     """The validation split, read in the same order at every evaluation.
 
-    `rows` is the maximum number of rows that are read, rounded up to full batches; None reads all.
-    Raises DataError where the shards hold no validation document.
+    At most `evaluation.max_rows` are read, rounded up to full batches. Where `stop` is requested on
+    a rank, all of them end the evaluation before the next batch. Raises DataError where the shards
+    hold no validation document.
     """
 
-    def __init__(self, config: RunConfig, grid: Grid, rows: int | None = None) -> None:
-        self.config, self.grid, self.rows = config, grid, rows
+    def __init__(self, config: RunConfig, grid: Grid, stop: StopRequest | None = None) -> None:
+        self.config, self.grid, self.stop = config, grid, stop or StopRequest()
+        self.rows = rows = config.evaluation.max_rows
         self.loader = self._loader(None)
         self.steps = self._steps(self.loader, rows)
         names = [source.name for source in self.loader.sources]
@@ -53,14 +60,17 @@ class Validation:
         return self.loader.unigram_entropy(self.steps)
 
     def evaluate(self, engine: Engine) -> Evaluation:
-        """Returns the loss of the engine's model, the same on every rank; all ranks call it."""
+        """Returns the loss of the engine's model, the same on every rank; all ranks call it.
+
+        Raises EvaluationStopped on all ranks.
+        """
         return self._mean_over(self.loader, self.steps, engine)
 
     def by_source(self, engine: Engine) -> dict[str, float] | None:
         """Returns the loss on the rows of each source, by its name; all ranks call it.
 
-        `rows` is divided among the sources. None where there is one source, or
-        `evaluation.per_source` is false.
+        `evaluation.max_rows` is divided among the sources. None where there is one source, or
+        `evaluation.per_source` is false. Raises EvaluationStopped on all ranks.
         """
         if not self.sources:
             return None
@@ -74,8 +84,15 @@ class Validation:
         total = torch.zeros((), dtype=torch.float64, device=self.grid.device)
         targets = torch.zeros((), dtype=torch.float64)
         for step in range(steps):
+            self._check_stop(step, steps)
             batches = loader.at(step)
             total += engine.evaluate(batches)
             targets += sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
         tokens = int(all_reduce_(targets, self.grid.data))
         return Evaluation(float(total) / tokens, tokens)
+
+    def _check_stop(self, step: int, steps: int) -> None:
+        """Raises EvaluationStopped on all ranks where one of them was asked to stop."""
+        requests = torch.tensor(float(self.stop.requested))
+        if all_reduce_(requests, self.grid.world) > 0:
+            raise EvaluationStopped(f"after {step} of {steps} batches")

@@ -29,6 +29,8 @@ class TrainState:
     """Steps without an update because loss or gradients were not finite; they count in `step`."""
     consecutive_skips: int = 0
     """Such steps since the last update."""
+    skipping_since: int | None = None
+    """Optimizer steps done before the first of these; None where the last step had an update."""
     anticipation_start: int | None = None
     """First step, counted from 0, of the current anticipatory routing or the last one; None before
     any."""
@@ -56,6 +58,8 @@ class TrainState:
         for name in self.to_dict():
             old = saved.get(_OLD_NAMES.get(name, name), getattr(self, name))
             setattr(self, name, saved.get(name, old))
+        if self.consecutive_skips and self.skipping_since is None:  # of an older checkpoint
+            self.skipping_since = self.step - self.consecutive_skips
         self.history = {_OLD_HISTORY.get(name, name): past for name, past in self.history.items()}
 
     def anticipatory_routing_at(self, step: int) -> bool:

@@ -13,12 +13,12 @@ from data import Batch, Loader, Prefetcher, Tokenizer
 from data.files import write_atomically
 from model.kernel_choices import describe, kernel_choices
 from trainer.build import DTYPES, build_engine
-from trainer.checkpoint import RunCheckpoint
+from trainer.checkpoint import PeriodicCheckpoints, RunCheckpoint
 from trainer.config import CONFIG_FILE, Phase, RunConfig
 from trainer.device import peak_memory_report
 from trainer.engine import StepLosses
-from trainer.errors import DivergedError, SaveError
-from trainer.evaluate import Validation
+from trainer.errors import DivergedError
+from trainer.evaluate import EvaluationStopped, Validation
 from trainer.metrics import Metrics, UpdateStats, collect_stats, compute_layer_stats, describe_event
 from trainer.parallel.grid import Grid
 from trainer.signals import StopRequest
@@ -63,7 +63,7 @@ class Trainer:
         self.batches = Prefetcher(self.loader.at, config.data.prefetch, self.recipe.steps, pin)
         self.validation: Validation | None = None
         if self.loader.manifest.of_split("validation"):
-            self.validation = Validation(config, grid, config.evaluation.max_rows)
+            self.validation = Validation(config, grid, self.stop)
         self.local, self.engine, self.optimizer = build_engine(config, grid)
         self.model = self.local.model
         self.anticipation = Anticipation(
@@ -91,12 +91,23 @@ class Trainer:
             self._evaluate,
             self._write_metrics,
             self._log_memory,
-            self._save_checkpoint,
+            PeriodicCheckpoints(config, self.checkpoint, self._log),
         ]
 
     def run(self) -> TrainState:
         """Trains from the newest checkpoint, or from the start, to the last step or a signal."""
-        self._begin()
+        is_complete = False
+        try:
+            self._begin()
+            self._train()
+            is_complete = True
+        finally:
+            self.batches.close()
+            if self.metrics is not None:
+                self.metrics.close(0 if is_complete else 1)
+        return self.state
+
+    def _train(self) -> None:
         while self.state.step < self.recipe.steps and not self.state.stopping:
             start = time.perf_counter()
             self.stability.before_step()
@@ -110,10 +121,6 @@ class Trainer:
             result.epochs = self.loader.epochs_of(self.state.step)
             for hook in self.periodic:
                 hook(self.state, result)
-        self.batches.close()
-        if self.metrics is not None:
-            self.metrics.close()
-        return self.state
 
     def step(self, batches: list[Batch]) -> StepResult | RolledBack:
         """Takes one optimizer step on this rank's microbatches of a global batch.
@@ -168,7 +175,7 @@ class Trainer:
         self, result: StepResult, losses: StepLosses, norm: Tensor, phase: Phase, with_stats: bool
     ) -> None:
         """Updates weights and router biases."""
-        self.state.consecutive_skips = 0
+        self.state.consecutive_skips, self.state.skipping_since = 0, None
         update_stats = UpdateStats(self.local, self.grid) if with_stats else None
         self.engine.step(result.learning_rate, norm)
         self.model.update_router_bias(losses.expert_load, phase.router_bias_speed)
@@ -180,21 +187,24 @@ class Trainer:
 
         Raises DivergedError where the config has no rollback.
         """
-        self.state.skipped_steps += 1
-        self.state.consecutive_skips += 1
+        state = self.state
+        state.skipped_steps += 1
+        state.consecutive_skips += 1
+        if state.skipping_since is None:
+            state.skipping_since = state.step
         where = self.engine.where_not_finite()
         problem = f"the loss is {result.loss}, the gradient norm {result.grad_norm}, {where}"
         limit = self.config.optim.max_skipped_steps
-        if self.state.consecutive_skips > limit:
+        if state.consecutive_skips > limit:
             problem += f"; more than optim.max_skipped_steps = {limit} in a row"
             if self.config.stability.spikes is not None:
                 return problem
+            newest = self.checkpoint.newest_before(state.skipping_since + 1)
             raise DivergedError(
-                f"step {self.state.step + 1}: {problem}; {self.checkpoint.newest_as_text()}; try a "
-                "lower optim.learning_rate"
+                f"step {state.step + 1}: {problem}; {newest}; try a lower optim.learning_rate"
             )
         self.engine.skip()
-        self._log(f"step {self.state.step + 1}: {problem}; the update is skipped")
+        self._log(f"step {state.step + 1}: {problem}; the update is skipped")
         return None
 
     def _roll_back(self, problem: str) -> RolledBack:
@@ -206,6 +216,8 @@ class Trainer:
         if event["stop_reason"] is not None:
             raise DivergedError(describe_event(event))
         self._log(describe_event(event))
+        if event["save_problem"] is not None:
+            self._log(f"warning: {event['save_problem']}; training continues")
         self.state.stopping = False  # a run that was asked to stop saves after its next step
         return RolledBack(problem, self.state.step)
 
@@ -222,7 +234,8 @@ class Trainer:
         """Copies the step's metrics to the host, finite or not, in one transfer."""
         model = self.config.model
         load_LE = losses.expert_load / losses.expert_load.mean(dim=1, keepdim=True).clamp(min=1.0)
-        max_learned = load_LE[model.num_hash_layers :].max()
+        learned_LE = load_LE[model.num_hash_layers :]
+        max_learned = learned_LE.max() if len(learned_LE) else load_LE.new_zeros(())
         scalars = (losses.loss, losses.lm, losses.mtp, losses.balance, losses.indexer, norm)
         loads = (load_LE.max(), max_learned, load_LE.min())
         packed = torch.stack([x.double() for x in (*scalars, *loads, *losses.top1_weight_share)])
@@ -278,10 +291,17 @@ class Trainer:
     def _evaluate(self, state: TrainState, result: StepResult) -> None:
         """Adds the validation loss to the result where it is due; every rank takes part."""
         due = self._is_due(self.config.evaluation.every, state.step)
-        stopped = state.stopping and state.step < self.recipe.steps
-        if due and not stopped and self.validation is not None:
+        if not due or self.validation is None:
+            return
+        try:
             result.validation_loss = self.validation.evaluate(self.engine).loss
             result.validation_by_source = self.validation.by_source(self.engine)
+        except EvaluationStopped as stopped:
+            state.stopping = True
+            self._log(
+                f"the evaluation after step {state.step} was stopped {stopped}; "
+                f"v4 eval {self.config.run_dir} repeats it once a checkpoint is saved"
+            )
 
     def _write_metrics(self, state: TrainState, result: StepResult) -> None:
         if self.metrics is not None:
@@ -294,23 +314,6 @@ class Trainer:
         if is_first or state.stopping or state.step == self.recipe.steps:
             self.has_logged_memory = True
             self._log(peak_memory_report(self.grid))
-
-    def _save_checkpoint(self, state: TrainState, result: StepResult) -> None:
-        """Saves where it is due. A full disk ends only a run that would end anyway."""
-        every = self.config.checkpoint.every
-        ends = state.stopping or state.step == self.recipe.steps
-        if not ends and not (every and state.step % every == 0):
-            return
-        try:
-            path = self.checkpoint.save(state)
-        except SaveError as error:
-            if ends:
-                raise
-            self._log(f"warning: {error}; training continues")
-            return
-        if state.stopping and state.step < self.recipe.steps:
-            folder = self.config.run_dir
-            self._log(f"stopped after step {state.step}, saved {path}; resume: v4 train {folder}")
 
     def _log(self, message: str) -> None:
         if self.metrics is not None:

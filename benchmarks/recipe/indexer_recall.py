@@ -198,14 +198,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="steps of the warm-up with --sharpen")
     parser.add_argument("--rate", type=float, default=1e-2, help="learning rate of this warm-up")
     options = parser.parse_args()
-    config, grid = load_run(options.run).alone(), Grid.single(torch.device("cpu"))
+    rows = f"evaluation.max_rows={options.rows}"
+    config, grid = load_run(options.run, [rows]).alone(), Grid.single(torch.device("cpu"))
     warmup = next(s for s in config.recipe.phases if s.attention == "warmup")
     saved = {step_of(path): path for path in checkpoints_in(config.run_dir / "checkpoints")}
     before = max(step for step in saved if step <= warmup.first)
     after = max(step for step in saved if warmup.first < step <= warmup.end)
     local, optimizer = build_native(config, grid)
     engine = NativeEngine(local, grid, optimizer)
-    validation = Validation(config, grid, options.rows)
+    validation = Validation(config, grid)
     load(local.model, saved[before])
     if options.sharpen:
         sharpen(local.model, options.sharpen)

@@ -53,7 +53,7 @@ def validation(config: RunConfig) -> float:
     local, _ = open_run(config, grid)
     engine = NativeEngine(local, grid)
     engine.quantised = config.quantisation != "none"
-    return Validation(config, grid, config.evaluation.max_rows).evaluate(engine).loss
+    return Validation(config, grid).evaluate(engine).loss
 
 
 def expert_matrices(config: RunConfig) -> list[Tensor]:

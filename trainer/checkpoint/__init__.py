@@ -1,7 +1,7 @@
 """Checkpoints: logical tensors in safetensors, saved and loaded at any topology.
 
-`run` saves and restores a run, `folder` publishes a checkpoint atomically. Names are loaded on
-first use: torch.distributed.checkpoint takes a second to import.
+`run` saves and restores a run, `periodic` decides when, `folder` publishes a checkpoint atomically.
+Names are loaded on first use: torch.distributed.checkpoint takes a second to import.
 """
 
 from importlib import import_module
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for type checkers, the names of _MODULES
         is_state,
         routing_name,
     )
+    from trainer.checkpoint.periodic import PeriodicCheckpoints
     from trainer.checkpoint.reader import CheckpointReader
     from trainer.checkpoint.run import RunCheckpoint, SavedOptimizer, newest_of
 
@@ -30,6 +31,7 @@ _MODULES = {
     "Boxes": "logical_tensors",
     "CheckpointFolder": "folder",
     "CheckpointReader": "reader",
+    "PeriodicCheckpoints": "periodic",
     "RunCheckpoint": "run",
     "TensorBox": "logical_tensors",
     "SavedOptimizer": "run",

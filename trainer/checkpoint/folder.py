@@ -77,37 +77,39 @@ class CheckpointFolder:
         self.folder = folder
         self.grid = grid
         self.keep = keep
+        self._may_prune = True
 
     def save(
         self,
         step: int,
         tensors: Mapping[str, list[TensorBox] | Tensor],
         state: dict[str, Any],
-        drop_later: bool = False,
+        reuse: bool = False,
     ) -> Path:
-        """Writes one checkpoint, removes old ones and returns its folder; every rank calls it.
+        """Writes one checkpoint and returns its folder; every rank calls it.
 
-        Raises SaveError on all ranks if one of them cannot write; the temporary folder is then
-        removed and earlier checkpoints are unchanged.
+        Checkpoints of later steps, which were undone, are removed once it is published; older ones
+        stay until `prune`. Raises SaveError on all ranks if one of them cannot write; the temporary
+        folder is then removed and other checkpoints are unchanged.
 
         Args:
             step: optimizer steps done.
             tensors: boxes of this rank by name; a plain tensor is not sharded.
             state: the contents of `state.json`.
-            drop_later: removes checkpoints of later steps, and keeps one of this step that exists.
+            reuse: keeps a checkpoint of this step that exists, instead of replacing it.
         """
         target = self.folder / folder_name(step)
         temporary = target.with_name(f".{target.name}.tmp")
         boxes, world = _as_boxes(tensors), self.grid.world
-        if drop_later and all(on_all_ranks(target.is_dir, world)):
-            self._remove_later(step)
-            return target
         document = {"format": FORMAT, **state}
+        self._may_prune = True
         try:
-            on_all_ranks(lambda: self._prepare(temporary), world)
-            on_all_ranks(lambda: self._write_shards(temporary, boxes), world)
-            files = on_all_ranks(lambda: self._hash_files(temporary), world)
-            on_all_ranks(lambda: self._publish(temporary, target, files, document), world)
+            if not (reuse and all(on_all_ranks(target.is_dir, world))):
+                on_all_ranks(lambda: self._prepare(temporary), world)
+                on_all_ranks(lambda: self._write_shards(temporary, boxes), world)
+                files = on_all_ranks(lambda: self._hash_files(temporary), world)
+                on_all_ranks(lambda: self._publish(temporary, target, files, document), world)
+            on_all_ranks(lambda: self._remove_later(step), world)
         except OSError as error:
             if self.grid.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -115,12 +117,23 @@ class CheckpointFolder:
             raise SaveError(
                 f"{target}: the checkpoint could not be written: {reason}{self._newest_as_clause()}"
             ) from None
-        if drop_later:
-            self._remove_later(step)
-        if self.grid.is_first and self.keep:
+        return target
+
+    def prune(self) -> str | None:
+        """Removes all but the newest `keep`; returns the reason where that is not possible.
+
+        The caller knows that the newest is sound: one that was saved after an update that ruined
+        the weights must not replace a good one.
+        """
+        if not (self._may_prune and self.grid.is_first and self.keep):
+            return None
+        self._may_prune = False
+        try:
             for old in checkpoints_in(self.folder)[: -self.keep]:
                 remove_folder(old)
-        return target
+        except OSError as error:
+            return f"{old}: could not be removed: {error.strerror or type(error).__name__}"
+        return None
 
     def _remove_later(self, step: int) -> None:
         if self.grid.is_first:
@@ -159,6 +172,7 @@ class CheckpointFolder:
             files |= of_rank
         manifest.write(temporary, files)
         fsync_folder(temporary)
+        remove_folder(target)  # of a step that was undone, and is trained again
         temporary.rename(target)
         fsync_folder(target.parent)
 

@@ -14,6 +14,7 @@ from trainer.checkpoint.folder import (
     checkpoints_in,
     model_digest,
     read_state,
+    step_of,
 )
 from trainer.checkpoint.logical_tensors import Boxes, logical_tensors
 from trainer.config import RunConfig
@@ -100,16 +101,20 @@ class RunCheckpoint:
         self.anticipation = anticipation
         self.folder = CheckpointFolder(config.run_dir / "checkpoints", grid, config.checkpoint.keep)
 
-    def save(self, state: TrainState, drop_later: bool = False) -> Path:
+    def save(self, state: TrainState, reuse: bool = False) -> Path:
         """Publishes a checkpoint of the current state. Raises SaveError.
 
-        With `drop_later`, checkpoints of later steps, which were undone, are removed, and one of
-        this step that exists is kept.
+        Checkpoints of later steps, which were undone, are removed; older ones stay until `prune`.
+        With `reuse`, one of this step that exists is kept.
         """
         tensors = self._tensors()
         if self.anticipation is not None:
             tensors |= self.anticipation.boxes()
-        return self.folder.save(state.step, tensors, self._document(state), drop_later)
+        return self.folder.save(state.step, tensors, self._document(state), reuse)
+
+    def prune(self) -> str | None:
+        """Removes old checkpoints once the newest is known to be sound; returns any problem."""
+        return self.folder.prune()
 
     def live_tensors(self) -> list[Tensor]:
         """Returns all tensors of model and optimizer on this rank, always in the same order."""
@@ -141,10 +146,25 @@ class RunCheckpoint:
             )
         return path
 
-    def newest_as_text(self) -> str:
-        """Returns a clause that names the newest checkpoint."""
+    def newest_before(self, step: int) -> str:
+        """Returns a clause that names the newest checkpoint from before a step with a failure.
+
+        `step` is counted from 1. Where that checkpoint has the very weights with which the step
+        failed, the one before it is named as well, and in any case those to remove.
+        """
         paths = checkpoints_in(self.folder.folder)
-        return f"the newest checkpoint is {paths[-1]}" if paths else "there is no checkpoint yet"
+        earlier = [path for path in paths if step_of(path) < step]
+        if not paths:
+            return "there is no checkpoint yet"
+        if not earlier:
+            return f"there is no checkpoint from before step {step}"
+        text = f"from before step {step}, the newest checkpoint is {earlier[-1]}"
+        if step_of(earlier[-1]) == step - 1:
+            previous = f"; the previous one is {earlier[-2]}" if len(earlier) > 1 else ""
+            text += f" (saved right before it{previous})"
+        if later := [path.name for path in paths if step_of(path) >= step]:
+            text += f"; to resume from there, remove {', '.join(later)}"
+        return text
 
     def _tensors(self) -> Boxes:
         return logical_tensors(self.model, self.optimizer.states(), self.placements)

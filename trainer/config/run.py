@@ -48,7 +48,8 @@ class CheckpointConfig(Section):
     every: NonNegativeInt = 1000
     """Interval of checkpoints; 0 writes only the last one, and one on SIGTERM or SIGINT. [steps]"""
     keep: NonNegativeInt = 3
-    """How many of the newest are kept; 0 keeps all. [checkpoints]"""
+    """How many of the newest are kept, and one more until a finite loss shows that the newest is
+    sound; 0 keeps all. [checkpoints]"""
 
 
 class WandbConfig(Section):
@@ -88,8 +89,9 @@ class EvaluationConfig(Section):
 
     every: NonNegativeInt = 1000
     """Interval of evaluations; 0 evaluates only after the last step. [steps]"""
-    max_rows: PositiveInt | None = None
-    """Maximum number of validation rows; null reads all of them. [rows]"""
+    max_rows: PositiveInt | None = 1024
+    """Maximum number of validation rows, in training and in `v4 eval`; null reads all of them.
+    [rows]"""
     per_source: bool = True
     """Also log the loss of each source where there are several; `max_rows` is divided among
     them."""

@@ -1,11 +1,15 @@
 """`metrics.jsonl`: one JSON object for every step of a run."""
 
 import json
+import math
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from data.files import write_atomically
+from trainer.metrics.progress import print_line
 
 Record = dict[str, Any]
 Event = dict[str, Any]
@@ -40,53 +44,89 @@ class MetricsFile:
     """Appends to `metrics.jsonl`, also after a resume.
 
     A rollback has a line of its own, `{"step": ..., "event": {...}}`; the steps that are trained
-    again follow it, and of two lines for one step the later counts. A full disk does not end
-    training: lines wait in memory until they can be written.
+    again follow it, and of two lines for one step the later counts. A number that is not finite is
+    null, since JSON has none. A full disk does not end training: lines wait in memory until they
+    can be written.
     """
 
-    def __init__(self, path: Path, last_step: int) -> None:
+    def __init__(self, path: Path, last_step: int, log: Callable[[str], None] = print_line) -> None:
         """Opens for appending; lines of steps after `last_step` are dropped.
+
+        `log` gets a line where the file cannot be written, and where it can again.
 
         Raises DataError, and leaves an earlier file as it is, where the disk is full.
         """
-        self.path = path
+        self.path, self.log = path, log
         records: list[Record] = []
         if path.exists():
             records = read_metrics(path, last_step)
             for step, event in read_events(path, last_step):
                 place = sum(record["step"] <= step for record in records)
                 records.insert(place, {"step": step, "event": event})
-        self._pending = ""
-        content = "".join(json.dumps(record) + "\n" for record in records).encode()
+        self._pending: list[bytes] = []
+        self._is_failing = False
+        content = b"".join(_line(record) for record in records)
         write_atomically(path, content)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
         self._complete_bytes = len(content)
 
     def write(self, record: Record) -> None:
         """Appends one object."""
-        self._pending += json.dumps(record) + "\n"
-        self.flush()
+        self._pending.append(_line(record))
+        problem = self._flush()
+        if problem and not self._is_failing:
+            self.log(f"warning: {self.path} cannot be written: {problem}; its lines wait in memory")
+        elif self._is_failing and not problem:
+            self.log(f"{self.path} can be written again, and is complete")
+        self._is_failing = problem is not None
 
-    def flush(self) -> str | None:
+    def _flush(self) -> str | None:
         """Writes the pending lines; returns the reason where that is not possible now."""
-        data = self._pending.encode()
+        data = b"".join(self._pending)
         try:
             written = 0
             while written < len(data):
                 written += self._file.write(data[written:]) or 0
         except OSError as error:
-            self._file.truncate(self._complete_bytes)  # no half line: the rest is written later
-            self._file.seek(self._complete_bytes)
-            return error.strerror or type(error).__name__
+            with suppress(OSError):
+                self._file.truncate(self._complete_bytes)  # no half line: the rest follows later
+                self._file.seek(self._complete_bytes)
+            return _reason(error)
         self._complete_bytes += len(data)
-        self._pending = ""
+        self._pending.clear()
         return None
 
     def close(self) -> None:
-        """Makes everything durable."""
-        self.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Makes everything durable, or logs what is lost."""
+        problem = self._flush()
+        try:
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            problem = problem or _reason(error)
+        if problem:
+            lines = f"the last {len(self._pending)} lines" if self._pending else "the last lines"
+            self.log(f"warning: {self.path} lacks {lines}, which cannot be written: {problem}")
+
+
+def _line(record: Record) -> bytes:
+    """Returns a line of the file; null stands for a number that is not finite."""
+    return (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    """Returns a JSON value in which None replaces every number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or type(error).__name__
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[Record]:

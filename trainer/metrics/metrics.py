@@ -1,6 +1,5 @@
 """The metrics of a run: `metrics.jsonl`, wandb, and a progress line, on the first rank."""
 
-import math
 import time
 
 from trainer.config import RunConfig
@@ -36,9 +35,9 @@ class Metrics:
         self.peak_tflops = config.metrics.peak_tflops
         if self.peak_tflops is None and config.precision != "fp32":
             self.peak_tflops = DeviceInfo.of(grid.device).peak_tflops
-        self.file = MetricsFile(config.run_dir / "metrics.jsonl", state.step)
-        self.wandb = WandbLog(config)
         self.progress = Progress(config.recipe.steps, state.step, config.metrics.every)
+        self.file = MetricsFile(config.run_dir / "metrics.jsonl", state.step, self.log)
+        self.wandb = WandbLog(config, self.log)
 
     def __call__(self, state: TrainState, result: StepResult) -> None:
         """Writes a step's record; a periodic hook of the trainer."""
@@ -59,7 +58,7 @@ class Metrics:
         self.wandb.log({"step": state.step, "rollbacks": state.rollbacks, "event": event["reason"]})
 
     def record(self, state: TrainState, result: StepResult) -> Record:
-        """Returns the step's object, JSON-ready, without numbers that are not finite."""
+        """Returns the step's object; metrics.jsonl has null for a number that is not finite."""
         record: Record = {
             "step": state.step,
             "tokens": state.tokens,
@@ -88,14 +87,10 @@ class Metrics:
         record["skipped_steps"] = state.skipped_steps
         record["rollbacks"] = state.rollbacks
         record["anticipatory_routing"] = state.anticipatory_routing_at(state.step - 1)
-        return {
-            key: value
-            for key, value in record.items()
-            if not isinstance(value, float) or math.isfinite(value)  # JSON has no NaN
-        }
+        return record
 
-    def close(self) -> None:
+    def close(self, exit_code: int) -> None:
         """Flushes the file and ends the progress line and the wandb run."""
         self.progress.close()
         self.file.close()
-        self.wandb.close()
+        self.wandb.close(exit_code)

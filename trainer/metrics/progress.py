@@ -1,7 +1,9 @@
 """The progress of a run on stdout: a live line on a terminal, plain lines elsewhere."""
 
+import math
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -31,14 +33,14 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         elif step % self.every == 0 or step == self.steps:
-            print(f"step {step}/{self.steps}  {text}", flush=True)
+            print_line(f"step {step}/{self.steps}  {text}")
 
     def log(self, message: str) -> None:
         """Prints a line, above the live one."""
         if self._bar is not None:
             self._bar.console.print(message, highlight=False)
         else:
-            print(message, flush=True)
+            print_line(message)
 
     def close(self) -> None:
         """Stops the live line; its last state stays on the screen."""
@@ -66,13 +68,26 @@ def _live_line() -> "RichProgress":
     return RichProgress(*columns, console=Console())
 
 
+def print_line(text: str) -> None:
+    """Prints to stdout; a log on a full disk, or a reader that has gone, does not end training."""
+    with suppress(OSError):
+        print(text, flush=True)
+
+
 def describe(record: dict[str, Any], left: timedelta) -> str:
-    """Formats a record: `loss 3.2140  validation 3.4010  12 345 tokens/s  ETA 0:01:40`."""
-    validation = (
-        f"  validation {record['validation_loss']:.4f}" if "validation_loss" in record else ""
-    )
+    """Formats a record: `loss 3.2140  validation 3.4010  12 345 tokens/s  ETA 0:01:40`.
+
+    Both losses are those of the language model (`lm_loss`), without MTP and balance.
+    """
+    validation = ""
+    if "validation_loss" in record:
+        validation = f"  validation {_number(record['validation_loss'])}"
     speed = f"{record['tokens_per_second']:,.0f}".replace(",", " ")
-    loss = "loss not finite" if record["tokens_per_second"] else "batch skipped"
-    if "loss" in record:
-        loss = f"loss {record['loss']:.4f}"
+    loss = f"loss {_number(record['lm_loss'])}"
+    if not record["tokens_per_second"]:
+        loss = "batch skipped"
     return f"{loss}{validation}  {speed} tokens/s  ETA {left}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "not finite"

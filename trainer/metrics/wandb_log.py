@@ -1,55 +1,136 @@
-"""Weights & Biases: one run per run folder, offline where no key is found."""
+"""Weights & Biases: one run per run folder, offline where no key is found or no server answers.
+
+A thread of its own opens the run and sends the records, so that training never waits for a server.
+What goes wrong there is a warning: metrics.jsonl has every number anyway, and `wandb sync` uploads
+what the run folder holds.
+"""
 
 import os
+import re
 import secrets
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Literal
 
 from data.files import write_atomically
 from trainer.config import RunConfig
 from trainer.metrics.layer_stats import flatten_layers
 from trainer.metrics.update_stats import flatten_groups
 
+START_SECONDS = 20.0  # until a server that does not answer is given up
+FINISH_SECONDS = 20.0  # for what is still to be uploaded after the last step
+_KEY = re.compile(r"[0-9A-Za-z_-]{32,}")
+
 
 class WandbLog:
     """Sends records to a wandb run that a resume continues under the same id.
 
     wandb itself finds the key (WANDB_API_KEY or its login file); it is never read into the config
-    nor written by this class.
+    nor written by this class. `log` gets warnings.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self._run: Any = None
-        settings = config.metrics.wandb
-        if settings.mode == "disabled":
+    def __init__(self, config: RunConfig, log: Callable[[str], None]) -> None:
+        self.config, self.log_line = config, log
+        self._records: SimpleQueue[dict[str, Any] | int] = SimpleQueue()
+        self._thread: Thread | None = None
+        if config.metrics.wandb.mode != "disabled":
+            self._thread = Thread(target=self._work, name="wandb", daemon=True)
+            self._thread.start()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Sends one step's record, without waiting."""
+        if self._thread is not None and self._thread.is_alive():
+            self._records.put(record)
+
+    def close(self, exit_code: int) -> None:
+        """Ends the run, which can be resumed; waits a limited time for what is not uploaded."""
+        if self._thread is None or not self._thread.is_alive():
             return
+        self._records.put(exit_code)
+        self._thread.join(2.0)
+        if self._thread.is_alive():
+            limit = START_SECONDS + FINISH_SECONDS
+            self.log_line(f"wandb: waiting up to {limit:.0f} s for the server")
+            self._thread.join(limit)
+        if self._thread.is_alive():
+            self.log_line("warning: wandb did not finish; metrics.jsonl is complete")
+
+    def _work(self) -> None:
+        """Opens the run and sends records until the run ends; the body of the thread."""
+        try:
+            run = self._open()
+        except Exception as error:
+            self.log_line(f"warning: wandb is not used: {_reason(error)}")
+            return
+        try:
+            while isinstance(record := self._records.get(), dict):
+                run.log(_flat(record))
+            run.finish(exit_code=record)
+        except Exception as error:
+            self.log_line(
+                f"warning: wandb: {_reason(error)}; to upload the rest, run: "
+                f"wandb sync {run.settings.sync_dir}"
+            )
+
+    def _open(self) -> Any:
+        """Starts the run: online where a key is found and the server answers, else offline."""
+        # wandb would wait for its server once more at exit, to report on itself.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb  # seconds to import, and only the first rank needs it
 
-        mode = settings.mode
-        if mode == "auto":
-            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-        folder = config.run_dir / "wandb"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
+        quiet = wandb.Settings(silent=True)
+        wandb.setup(quiet)
+        mode = self.config.metrics.wandb.mode
+        try:
+            if mode == "online" or (mode == "auto" and wandb.login(prompt=False, verify=False)):
+                return self._init("online")
+        except Exception as error:
+            problem = _reason(error)
+        else:
+            return self._init("offline")
+        wandb.teardown()  # forgets the run that could not be started
+        wandb.setup(quiet)
+        run = self._init("offline")
+        self.log_line(
+            f"warning: wandb: {problem}; this run is logged offline, to upload it later, run: "
+            f"wandb sync {run.settings.sync_dir}"
+        )
+        return run
+
+    def _init(self, mode: Literal["online", "offline"]) -> Any:
+        import wandb
+
+        settings, run_dir = self.config.metrics.wandb, self.config.run_dir
+        run = wandb.init(
             mode=mode,
             project=settings.project,
             entity=settings.entity,
             name=settings.name,
             group=settings.group,
             tags=list(settings.tags),
-            dir=str(config.run_dir),
-            id=self._run_id(folder),
+            dir=str(run_dir),
+            id=self._run_id(run_dir / "wandb"),
             resume="allow",
-            config=config.to_dict(),
-            settings=wandb.Settings(console="off", silent=True),
+            config=self.config.to_dict(),
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                init_timeout=START_SECONDS,
+                finish_timeout=FINISH_SECONDS,
+                finish_timeout_raises=True,
+            ),
         )
         # Charts are over our own step: one that is trained again is a second point at the same x.
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
 
     @staticmethod
     def _run_id(folder: Path) -> str:
         """The id in wandb/run-id; `wandb agent` names the run itself, through its environment."""
+        folder.mkdir(parents=True, exist_ok=True)
         if run_id := os.environ.get("WANDB_RUN_ID"):
             return run_id
         file = folder / "run-id"
@@ -59,18 +140,18 @@ class WandbLog:
         write_atomically(file, run_id + "\n")
         return run_id
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Sends one step's record."""
-        if self._run is not None:
-            plain = {n: v for n, v in record.items() if not isinstance(v, dict)}
-            losses = record.get("validation_by_source", {})
-            by_source = {f"validation_loss/{name}": loss for name, loss in losses.items()}
-            by_source |= {f"epochs/{name}": read for name, read in record.get("epochs", {}).items()}
-            layers = flatten_layers(record.get("layers", {}))
-            groups = flatten_groups(record.get("groups", {}))
-            self._run.log(plain | by_source | layers | groups)
 
-    def close(self) -> None:
-        """Ends the run; it can be resumed."""
-        if self._run is not None:
-            self._run.finish()
+def _reason(error: Exception) -> str:
+    """Returns what went wrong in one line, without anything that may be a key."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return _KEY.sub("…", text)
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns a record as wandb wants it, one number for every name."""
+    plain = {n: v for n, v in record.items() if not isinstance(v, dict) and v is not None}
+    losses = record.get("validation_by_source", {})
+    by_source = {f"validation_loss/{name}": loss for name, loss in losses.items()}
+    by_source |= {f"epochs/{name}": read for name, read in record.get("epochs", {}).items()}
+    layers = flatten_layers(record.get("layers", {}))
+    return plain | by_source | layers | flatten_groups(record.get("groups", {}))

@@ -112,7 +112,7 @@ def _table(config: RunConfig, numbers: dict[str, list[float | None]], columns: C
         router = "hash" if layer < config.model.num_hash_layers else "learned"
         cells = [numbers[name][layer] for name, _, _ in columns]
         body += f"<tr><td>{place}: {kind}, {router}</td>" + "".join(
-            f"<td>{'–' if cell is None else f'{cell:.3g}'}</td>" for cell in cells
+            f"<td>{_cell(cell, 3)}</td>" for cell in cells
         )
         body += "</tr>"
     meanings = "; ".join(
@@ -123,6 +123,10 @@ def _table(config: RunConfig, numbers: dict[str, list[float | None]], columns: C
     return f"<table class=layers><tr>{head}</tr>{body}</table><p>{meanings}.</p>"
 
 
+def _cell(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
 def groups_section(records: Records) -> str:
     """Returns the table of update sizes and norms by group at the last collected step."""
     sampled = [record for record in records if record.get("groups")]
@@ -130,8 +134,8 @@ def groups_section(records: Records) -> str:
         return ""
     numbers, step = sampled[-1]["groups"], sampled[-1]["step"]
     rows = "".join(
-        f"<tr><td>{escape(group.replace('_', ' '))}</td><td>{update:.3g}</td>"
-        f"<td>{numbers['weight_norm'][group]:.4g}</td></tr>"
+        f"<tr><td>{escape(group.replace('_', ' '))}</td><td>{_cell(update, 3)}</td>"
+        f"<td>{_cell(numbers['weight_norm'][group], 4)}</td></tr>"
         for group, update in numbers["update_rms"].items()
     )
     head = "<tr><th>parameters</th><th>update RMS</th><th>weight norm</th></tr>"

@@ -210,7 +210,7 @@ def draw_layers(records: Sequence[dict[str, Any]], key: str, title: str, unit: s
         axes = figure.subplots()
         edges = [row - 0.5 for row in range(rows + 1)]
         steps = [0, *(record["step"] for record in sampled)]
-        colours = axes.pcolormesh(steps, edges, values, cmap="viridis")
+        colours = axes.pcolormesh(steps, edges, np.array(values, float), cmap="viridis")
         axes.invert_yaxis()
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("step")

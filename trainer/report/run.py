@@ -1,6 +1,5 @@
 """`v4 report`: charts and tables of a run in one self-contained HTML file."""
 
-import math
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -125,13 +124,14 @@ def _rows(rows: list[tuple[str, Any]]) -> str:
 
 def _headline(config: RunConfig, records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     last = records[-1]
-    validation = [record["validation_loss"] for record in records if "validation_loss" in record]
+    validation = [loss for record in records if (loss := record.get("validation_loss")) is not None]
     speeds = sorted(record["tokens_per_second"] for record in records)
     counts = parameter_counts(config.model)
+    loss = last.get("lm_loss")
     tiles = [
         ("parameters", short(counts.total)),
         ("tokens trained on", short(last["tokens"])),
-        ("last training loss", f"{last.get('lm_loss', math.nan):.4f}"),
+        ("last training loss", "not finite" if loss is None else f"{loss:.4f}"),
         ("tokens per second, median", short(speeds[len(speeds) // 2])),
     ]
     if last.get("rollbacks"):
@@ -174,7 +174,11 @@ def _facts(config: RunConfig, last: dict[str, Any]) -> list[tuple[str, list[tupl
         ),
         (
             "Last step",
-            [(name.replace("_", " "), number(last[name])) for name in _FINAL if name in last],
+            [
+                (name.replace("_", " "), number(value))
+                for name in _FINAL
+                if (value := last.get(name)) is not None
+            ],
         ),
     ]
 

@@ -80,7 +80,7 @@ def write_sweep_report(folder: Path) -> Path:
 def _read(folder: Path, trial: dict[str, Any], metric: str) -> Trial:
     path = folder / trial["folder"] / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() else []
-    values = [record[metric] for record in records if metric in record]
+    values = [record[metric] for record in records if record.get(metric) is not None]
     last = values[-1] if values else None
     return Trial(trial["folder"], trial["state"], trial["parameters"], records, last)
 

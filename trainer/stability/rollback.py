@@ -6,6 +6,9 @@ in memory, or from a checkpoint where there is no snapshot, and for a while expe
 with older weights (anticipation.py). A batch whose step is a spike a second time is skipped
 (`skip_bad_batches`). Snapshots are taken before every `snapshot_every`-th step. All ranks judge by
 the same metrics, so all decide the same without communication.
+
+Where steps were skipped because loss or gradients were not finite, the update before them may have
+ruined the weights. No snapshot is taken then, and what is restored is from before that update.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from trainer.checkpoint import RunCheckpoint, checkpoints_in, step_of
 from trainer.config import RunConfig
+from trainer.errors import SaveError
 from trainer.metrics import Event
 from trainer.stability.anticipation import Anticipation
 from trainer.stability.spikes import SpikeDetector
@@ -53,14 +57,16 @@ class Snapshots:
     def before_step(self, state: TrainState) -> None:
         """Takes a snapshot before the first step and every `every` steps.
 
-        Does not wait for the copies.
+        None while steps are skipped. Does not wait for the copies.
         """
+        if state.skipping_since is not None:
+            return
         due = self.every and (state.step % self.every == 0 or self._is_first)
         if not due or (self._snapshots and self._snapshots[-1].state.step == state.step):
             return
         self._is_first = False
         reusable = None
-        while len(self._snapshots) > 1 and self._snapshots[1].state.step <= self._limit(state):
+        while len(self._snapshots) > 1 and self._snapshots[1].state.step <= self.limit(state):
             reusable = self._snapshots.pop(0).tensors
         live_tensors = self.checkpoint.live_tensors()
         copies = [_empty_on_host(t) for t in live_tensors] if reusable is None else reusable
@@ -71,7 +77,7 @@ class Snapshots:
 
     def restore(self, state: TrainState) -> bool:
         """Restores the newest that is old enough and drops those after it; False for none."""
-        while self._snapshots and self._snapshots[-1].state.step > self._limit(state):
+        while self._snapshots and self._snapshots[-1].state.step > self.limit(state):
             self._snapshots.pop()
         if not self._snapshots:
             return False
@@ -88,9 +94,12 @@ class Snapshots:
         """Returns the bytes of all snapshots on this rank."""
         return sum(tensor.nbytes for each in self._snapshots for tensor in each.tensors)
 
-    def _limit(self, state: TrainState) -> int:
-        """The newest step that a run in this state may roll back to."""
-        return state.step - self.min_age
+    def limit(self, state: TrainState) -> int:
+        """Returns the newest step that a run in this state may roll back to."""
+        limit = state.step - self.min_age
+        if state.skipping_since is not None:
+            limit = min(limit, state.skipping_since - 1)  # before the last update
+        return limit
 
 
 def _empty_on_host(tensor: Tensor) -> Tensor:
@@ -139,12 +148,13 @@ class Stability:
         """Undoes the last steps because the current one has this problem.
 
         Returns what was done. Where there is nothing to restore, or the run has rolled back too
-        often, the run has to end: a checkpoint is saved, and `stop_reason` is set.
+        often, the run has to end: a checkpoint is saved, unless its weights may be ruined, and
+        `stop_reason` is set.
         """
         settings, state = self.settings, self.state
         assert settings is not None
         spike, is_spent = state.step, state.rollbacks >= settings.max_rollbacks
-        is_restored, stop_reason = self._restore(), None
+        is_restored, stop_reason, save_problem = self._restore(), None, None
         if not is_restored:
             stop_reason = (
                 "there is neither a snapshot nor a checkpoint at least "
@@ -158,12 +168,12 @@ class Stability:
             )
         self.anticipation.restart(state)
         if stop_reason is not None:
-            stop_reason += f"; saved {self.checkpoint.save(state, drop_later=True)}"
+            stop_reason += f"; {self._save_at_end(is_restored)}"
         else:
             state.rollbacks += 1
             self._record_spike(spike)
             self._start_anticipation()
-            self._remove_later_checkpoints()
+            save_problem = self._remove_later_checkpoints()
         return {
             "spike_step": spike + 1,
             "reason": problem,
@@ -173,6 +183,7 @@ class Stability:
             # state.anticipation_end is exclusive, from 0: the last routed step, counted from 1.
             "anticipation_end": None if stop_reason else self._anticipation_end(),
             "stop_reason": stop_reason,
+            "save_problem": save_problem,
         }
 
     def _restore(self) -> bool:
@@ -180,7 +191,7 @@ class Stability:
         assert self.settings is not None
         state = self.state
         kept_fields = {name: copy.deepcopy(getattr(state, name)) for name in _KEPT_FIELDS}
-        limit = state.step - self.settings.min_rollback_steps
+        limit = self.snapshots.limit(state)
         is_restored = self.snapshots.restore(state)
         if not is_restored:
             is_restored = self.checkpoint.load(state, before=limit + 1) is not None
@@ -211,8 +222,26 @@ class Stability:
         state = self.state
         return state.anticipation_end if state.anticipatory_routing_at(state.step) else None
 
-    def _remove_later_checkpoints(self) -> None:
-        """Removes checkpoints of steps that are undone: a restart would resume from them."""
+    def _save_at_end(self, is_restored: bool) -> str:
+        """Saves the last state of a run that ends, if it is sound; returns a clause about it."""
+        since = self.state.skipping_since
+        if not is_restored and since is not None:
+            return f"nothing is saved; {self.checkpoint.newest_before(since + 1)}"
+        try:
+            return f"saved {self.checkpoint.save(self.state, reuse=True)}"
+        except SaveError as error:
+            return str(error)
+
+    def _remove_later_checkpoints(self) -> str | None:
+        """Removes checkpoints of steps that are undone: a restart would resume from them.
+
+        Returns the reason where the restored state, which replaces them, could not be saved. Then
+        they stay until the next checkpoint.
+        """
         folder = self.checkpoint.folder.folder
         if any(step_of(path) > self.state.step for path in checkpoints_in(folder)):
-            self.checkpoint.save(self.state, drop_later=True)
+            try:
+                self.checkpoint.save(self.state, reuse=True)
+            except SaveError as error:
+                return str(error)
+        return None

@@ -72,10 +72,11 @@ def test_a_crash_leaves_one_object_a_step(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_deterministic_is_the_switch_of_torch(tiny: Path, tmp_path: Path) -> None:
-    arguments = [str(tiny), f"run_dir={tmp_path / 'run'}", "steps=1", "evaluation.max_rows=1"]
     try:
         for deterministic in (False, True):
-            assert main([*arguments, f"deterministic={str(deterministic).lower()}"]) == 0
+            name = str(deterministic).lower()
+            settings = [f"run_dir={tmp_path / name}", "steps=1", "evaluation.max_rows=1"]
+            assert main([str(tiny), *settings, f"deterministic={name}"]) == 0
             assert torch.are_deterministic_algorithms_enabled() == deterministic
     finally:
         torch.use_deterministic_algorithms(False)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from trainer.errors import DivergedError, ReportError
 from trainer.evaluate import Validation
 from trainer.export.import_run import open_run
 from trainer.metrics.jsonl import MetricsFile, read_metrics
-from trainer.metrics.progress import Progress
+from trainer.metrics.progress import Progress, describe
 from trainer.parallel.grid import Grid
 from trainer.report import write_report
 from trainer.report.plots import CHARTS, MAX_POINTS, lines_of, picture, points, smooth
@@ -103,7 +104,9 @@ def test_validation_loss_is_the_mean_over_all_targets(run: RunConfig) -> None:
     assert result.loss == pytest.approx(
         read_metrics(run.run_dir / "metrics.jsonl")[-1]["validation_loss"], rel=1e-6
     )
-    assert Validation(run, Grid.single(), rows=1).evaluate(engine).tokens < count
+    one_row = run.evaluation.model_copy(update={"max_rows": 1})
+    less = run.model_copy(update={"evaluation": one_row})
+    assert Validation(less, Grid.single()).evaluate(engine).tokens < count
 
 
 def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
@@ -116,6 +119,75 @@ def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
     file.write({"step": 3})
     file.close()
     assert steps_in_file(tmp_path) == [1, 2, 3]
+
+
+def test_a_full_disk_is_logged_once_and_what_is_lost_at_the_end(tmp_path: Path) -> None:
+    lines: list[str] = []
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0, lines.append)
+    with full_disk(17):
+        for step in range(1, 4):
+            file.write({"step": step, "x": "y" * 100})
+    assert lines == [f"warning: {path} cannot be written: File too large; its lines wait in memory"]
+    file.write({"step": 4})
+    assert lines[1:] == [f"{path} can be written again, and is complete"]
+    with full_disk(17):
+        file.write({"step": 5})
+        file.write({"step": 6})
+        file.close()
+    last = f"warning: {path} lacks the last 2 lines, which cannot be written: File too large"
+    assert lines[-1] == last
+    assert steps_in_file(tmp_path) == [1, 2, 3, 4]
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    """Also in a file of before, which a resume writes again."""
+    nan, infinity = float("nan"), float("inf")
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "layers": {"sink_max": [NaN, 1.0]}}\n')
+    file = MetricsFile(path, 1)
+    file.write({"step": 2, "loss": nan, "layers": {"sink_max": [infinity, 2.0, None]}})
+    file.write({"step": 2, "event": {"scores": [[-infinity], "NaN"]}})
+    file.close()
+    assert path.read_text().splitlines() == [
+        '{"step": 1, "layers": {"sink_max": [null, 1.0]}}',
+        '{"step": 2, "loss": null, "layers": {"sink_max": [null, 2.0, null]}}',
+        '{"step": 2, "event": {"scores": [[null], "NaN"]}}',
+    ]
+
+
+def test_the_losses_of_the_progress_line_are_the_same_quantity() -> None:
+    record = {"step": 1, "loss": 3.0, "lm_loss": 2.0, "tokens_per_second": 1500.0}
+    left = timedelta(seconds=9)
+    line = describe(record | {"validation_loss": 2.5}, left)
+    assert line == "loss 2.0000  validation 2.5000  1 500 tokens/s  ETA 0:00:09"
+    nan = float("nan")
+    line = describe(record | {"lm_loss": nan, "validation_loss": nan}, left)
+    assert line.startswith("loss not finite  validation not finite  1 500")
+    skipped = describe(record | {"lm_loss": nan, "tokens_per_second": 0.0}, left)
+    assert skipped.startswith("batch skipped  0")
+
+
+def test_a_report_of_steps_that_are_not_finite(run: RunConfig, tmp_path: Path) -> None:
+    copy = load_config(run.run_dir / "config.yaml", [f"run_dir={tmp_path}"])
+    records = read_metrics(run.run_dir / "metrics.jsonl")
+    last = dict(records[-1])
+    for name in ("loss", "lm_loss", "validation_loss", "grad_norm"):
+        last[name] = float("nan")
+    last["groups"] = {
+        name: dict.fromkeys(values, float("nan")) for name, values in last["groups"].items()
+    }
+    last["layers"] = {
+        name: [float("nan") for _ in values] for name, values in last["layers"].items()
+    }
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    for record in (*records[:-1], last):
+        file.write(record)
+    file.close()
+    html = write_report(copy).read_text(encoding="utf-8")
+    assert "<b>not finite</b><span>last training loss</span>" in html
+    validation = f"<b>{records[3]['validation_loss']:.4f}</b><span>last validation loss</span>"
+    assert validation in html
 
 
 def test_opening_keeps_steps_up_to_the_resumed_one(tmp_path: Path) -> None:
@@ -197,7 +269,7 @@ def test_the_time_left_counts_steps_that_came_again(
     monkeypatch.setattr("trainer.metrics.progress.time.monotonic", lambda: next(clock))
     progress = Progress(20, 10, 1)
     for step in (11, 12, 9, 10, 11):
-        progress.update({"step": step, "loss": 1.0, "tokens_per_second": 1.0})
+        progress.update({"step": step, "lm_loss": 1.0, "tokens_per_second": 1.0})
     left = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
     assert left == ["0:01:30", "0:01:20", "0:01:50", "0:01:40", "0:01:30"]
 
