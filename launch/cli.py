@@ -33,6 +33,11 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the file."),
 ]
 
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace what is there, which runs may have been made with."),
+]
+
 
 class WeightFormat(StrEnum):
     """How `v4 export` stores the weights."""
@@ -59,15 +64,17 @@ def _check(config: str, overrides: list[str] | None) -> "RunConfig":
 
 
 @tokenizer_app.command("train")
-def tokenizer_train(config: Config, overrides: Overrides = None) -> None:
+def tokenizer_train(
+    config: Config, overrides: Overrides = None, overwrite: Overwrite = False
+) -> None:
     """Train the tokenizer of data.tokenizer on data.sources."""
-    _command("tokenizer-train", config, overrides)
+    _command("tokenizer-train", config, overrides, *["--overwrite"] * overwrite)
 
 
 @data_app.command("prepare")
-def data_prepare(config: Config, overrides: Overrides = None) -> None:
+def data_prepare(config: Config, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
     """Turn data.sources into token shards."""
-    _command("prepare", config, overrides)
+    _command("prepare", config, overrides, *["--overwrite"] * overwrite)
 
 
 @data_app.command("report")

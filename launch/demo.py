@@ -61,8 +61,11 @@ def _run_steps(out: Path, nproc: int, overrides: list[str]) -> int:
     try:
         heading("1  text: the standard library, its documentation, the packages' documentation")
         _run("demo-corpus", str(out / "corpus"))
-        heading("2  tokenizer")
-        _run("tokenizer-train", *arguments)
+        if (Path(config.data.tokenizer.path) / "tokenizer.model").is_file():
+            heading("2  tokenizer: that of an earlier demo in this folder")
+        else:
+            heading("2  tokenizer")
+            _run("tokenizer-train", *arguments)
         heading("3  token shards")
         _run("prepare", *arguments)
         heading(f"4  training on {nproc} processes, stopped by SIGTERM half-way")

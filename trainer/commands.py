@@ -24,14 +24,14 @@ def tokenizer_train(config: RunConfig, options: argparse.Namespace) -> None:
     """Train the tokenizer of `data.tokenizer` on `data.sources`."""
     from data.prepare import train_tokenizer
 
-    print(f"wrote {train_tokenizer(config.data)}")
+    print(f"wrote {train_tokenizer(config.data, options.overwrite)}")
 
 
 def data_prepare(config: RunConfig, options: argparse.Namespace) -> None:
     """Turn `data.sources` into token shards."""
     from data.prepare import prepare
 
-    manifest = prepare(config.data, progress=sys.stderr.isatty())
+    manifest = prepare(config.data, sys.stderr.isatty(), options.overwrite)
     train, validation = manifest.tokens("train"), manifest.tokens("validation")
     print(f"{config.data.shards}: {train:,} tokens for training, {validation:,} for validation")
 
@@ -56,6 +56,8 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         config = config.alone()  # checkpoints open at any topology
     with open_grid(config.degrees) as grid:
+        if grid.is_first:
+            _warn_of_other_tokenizer(config)
         local, state = open_run(config, grid)
         validation = Validation(config, grid)
         engine = NativeEngine(local, grid)
@@ -87,6 +89,8 @@ def export(config: RunConfig, options: argparse.Namespace) -> None:
 
     with report_failures() as watch, open_grid() as grid:
         watch.connect(grid)
+        if grid.is_first:
+            _warn_of_other_tokenizer(config)
         out = Path(options.folder)
         lease_file = f".{out.name}.{LEASE_FILE}"  # the folder itself appears whole
         with lease_on(out.parent, "v4 export", grid, watch, lease_file):
@@ -94,6 +98,13 @@ def export(config: RunConfig, options: argparse.Namespace) -> None:
         if grid.is_first:
             print(text)
         watch.close()
+
+
+def _warn_of_other_tokenizer(config: RunConfig) -> None:
+    from trainer.run_tokenizer import other_tokenizer
+
+    if notice := other_tokenizer(config):
+        print(f"v4: warning: {notice}", file=sys.stderr)
 
 
 def import_(config: RunConfig, options: argparse.Namespace) -> None:
@@ -195,6 +206,8 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("config", help="config file or run folder")
         if name in ("export", "import"):
             verb.add_argument("folder", help="Hugging Face folder")
+        if name in ("tokenizer-train", "prepare"):
+            verb.add_argument("--overwrite", action="store_true", help="replace what is there")
         if name == "export":
             formats = ["as_trained", "mxfp4_experts", "released"]
             verb.add_argument("--weights", choices=formats, default="as_trained")

@@ -10,6 +10,7 @@ from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.parallel.collectives import all_reduce_
 from trainer.parallel.grid import Grid
+from trainer.run_tokenizer import run_data
 from trainer.signals import StopRequest
 
 
@@ -45,10 +46,9 @@ class Validation:
         self.sources = {name: self._loader(name) for name in names} if several else {}
 
     def _loader(self, source: str | None) -> Loader:
-        data = self.grid.data
-        return Loader(
-            self.config.data, self.config.seed, data.rank, data.size, "validation", source=source
-        )
+        config, axis = self.config, self.grid.data
+        data = run_data(config)
+        return Loader(data, config.seed, axis.rank, axis.size, "validation", source=source)
 
     def _steps(self, loader: Loader, rows: int | None) -> int:
         if rows is None:

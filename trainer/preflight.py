@@ -28,6 +28,7 @@ from trainer.formatting import GIB
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
 from trainer.planning import memory_parts, snapshot_memory
+from trainer.run_tokenizer import run_data
 
 PACKAGES = ("data", "model", "optim", "trainer")
 MISSING = "missing"
@@ -89,13 +90,14 @@ def code_digest(root: Path) -> str:
 
 
 def _digests(config: RunConfig) -> dict[str, str]:
+    path = run_data(config).tokenizer.path
     manifest = Path(config.data.shards) / MANIFEST_FILE
     return {
         CODE: code_digest(Path(__file__).resolve().parents[1]),
         TORCH: str(torch.__version__),
         CONFIG: config.digest(),
         f"the shards in data.shards = {config.data.shards}": _file_digest(manifest),
-        f"the tokenizer at data.tokenizer.path = {config.data.tokenizer.path}": _tokenizer(config),
+        f"the tokenizer at data.tokenizer.path = {path}": _tokenizer(path),
     }
 
 
@@ -107,9 +109,9 @@ def _file_digest(path: Path) -> str:
         return MISSING
 
 
-def _tokenizer(config: RunConfig) -> str:
+def _tokenizer(path: str) -> str:
     try:
-        return _file_digest(tokenizer_file(config.data.tokenizer.path))
+        return _file_digest(tokenizer_file(path))
     except DataError:
         return MISSING
 

@@ -21,6 +21,7 @@ from trainer.errors import DivergedError
 from trainer.evaluate import EvaluationStopped, Validation
 from trainer.metrics import Metrics, UpdateStats, collect_stats, compute_layer_stats, describe_event
 from trainer.parallel.grid import Grid
+from trainer.run_tokenizer import keep_tokenizer, other_tokenizer, run_data
 from trainer.signals import StopRequest
 from trainer.stability import Anticipation, Stability
 from trainer.state import TrainState
@@ -46,8 +47,9 @@ class Trainer:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         config.check_world(grid.world_size)
-        tokenizer = Tokenizer(config.data.tokenizer.path)
-        config.check_vocabulary(tokenizer.vocab_size)
+        data = run_data(config)
+        self.tokenizer = Tokenizer(data.tokenizer.path)
+        config.check_vocabulary(self.tokenizer.vocab_size)
         self.config = config
         self.grid = grid
         self.stop = stop or StopRequest()
@@ -56,9 +58,7 @@ class Trainer:
         self.state = TrainState()
         self.recipe = config.recipe
         phases = [phase.rows for phase in self.recipe.phases]
-        self.loader = Loader(
-            config.data, config.seed, grid.data.rank, grid.data.size, phases=phases
-        )
+        self.loader = Loader(data, config.seed, grid.data.rank, grid.data.size, phases=phases)
         pin = grid.device.type == "cuda"
         self.batches = Prefetcher(self.loader.at, config.data.prefetch, self.recipe.steps, pin)
         self.validation: Validation | None = None
@@ -79,7 +79,7 @@ class Trainer:
             grid,
             self.model,
             self.optimizer,
-            tokenizer.hash,
+            self.tokenizer.hash,
             self.local.placements,
             self.anticipation,
         )
@@ -267,12 +267,15 @@ class Trainer:
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
         saved = self.config.with_absolute_paths()
         write_atomically(self.config.run_dir / CONFIG_FILE, saved.to_yaml())
+        keep_tokenizer(self.config, self.tokenizer)
         self.metrics = Metrics(self.config, self.state, self.grid)
         dtype, is_fp8 = DTYPES[self.config.precision], self.config.precision == "fp8"
         kernels = kernel_choices(self.config.model, self.grid.device, dtype, is_fp8)
         self._log(describe(kernels))
         if resumed is not None:
             self._log(f"resumed from {resumed}")
+        if notice := other_tokenizer(self.config):
+            self._log(f"warning: {notice}")
         if is_fp8 and kernels["fp8"].name == "eager":
             self._log(
                 "precision = fp8: this device has no FP8 kernel; operands are rounded to FP8 and "

@@ -22,7 +22,7 @@ from data.errors import DataError
 from data.files import fsync_folder, sha256_of
 from data.indexed import open_shard
 from data.lease import Lease
-from data.manifest import FilterStats, Manifest, Shard
+from data.manifest import MANIFEST_FILE, FilterStats, Manifest, Shard
 from data.prepare.corpus import Corpus, no_document
 from data.prepare.filter_pass import (
     FilterSettings,
@@ -41,24 +41,27 @@ _FORMAT = 2  # raise when equal inputs would give other shards
 _CONVERSATIONS = 2  # raise when equal conversations would
 
 
-def prepare(config: DataConfig, progress: bool = True) -> Manifest:
+def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) -> Manifest:
     """Tokenises every source into `config.shards`; returns the manifest.
 
     Does nothing where the shards there were made from the same files, with the same settings, by
-    the same tokenizer. `progress` shows progress bars on stderr. Raises DataError where a source or
-    the tokenizer cannot be read, the disk is full, or another process is writing; the earlier
-    shards stay complete.
+    the same tokenizer. Other shards are replaced only with `overwrite`: runs that were trained on
+    them can be resumed on them alone. `progress` shows progress bars on stderr. Raises DataError
+    where a source or the tokenizer cannot be read, there are other shards, the disk is full, or
+    another process is writing; the earlier shards stay complete.
     """
     tokenizer = Tokenizer(config.tokenizer.path)
     corpora = [Corpus(source) for source in config.sources]
     digest = _digest(config, tokenizer, corpora)
     root = Path(config.shards)
-    existing = _existing(root, digest)
+    existing = _existing(root, digest, overwrite)
     if existing is not None:
         return existing
     folder = root / f"{_UNFINISHED}{digest[:16]}"
     try:
         with Lease(root, "v4 data prepare"):
+            if (existing := _existing(root, digest, overwrite)) is not None:
+                return existing  # made by another process in the meantime
             folder.mkdir(exist_ok=True)
             try:
                 records = _write(config, corpora, tokenizer, folder, progress)
@@ -208,12 +211,27 @@ def _digest(config: DataConfig, tokenizer: Tokenizer, corpora: list[Corpus]) -> 
     return digest.hexdigest()
 
 
-def _existing(root: Path, digest: str) -> Manifest | None:
-    """The manifest in `root` if it has this digest and its shards are complete, otherwise None."""
+def _existing(root: Path, digest: str, overwrite: bool) -> Manifest | None:
+    """The manifest in `root` if it has this digest and its shards are complete, otherwise None.
+
+    Raises DataError, unless `overwrite`, for one with another digest and for one that is damaged.
+    """
+    if not (root / MANIFEST_FILE).exists():
+        return None
     try:
         manifest = Manifest.load(root)
-        if manifest.digest != digest:
+    except DataError:
+        if overwrite:
             return None
+        raise
+    if manifest.digest != digest:
+        if overwrite:
+            return None
+        raise DataError(
+            f"{root} holds shards of other text, settings or another tokenizer, and runs that were "
+            "trained on them need them; set another data.shards, or replace them with --overwrite."
+        )
+    try:
         for shard in manifest.shards:
             open_shard(root / manifest.folder / shard.name, shard.documents, shard.tokens)
     except DataError:

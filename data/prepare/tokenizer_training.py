@@ -21,6 +21,7 @@ from data.text import (
     BOS,
     EDGES,
     EOS,
+    HF_FILE,
     MODEL_FILE,
     PAD,
     PAD_ID,
@@ -35,24 +36,41 @@ _CHUNK_CHARACTERS = 2048  # SentencePiece is fed lines joined up to this length
 _MAX_LINE = 1 << 16  # characters; a longer line is cut
 
 
-def train_tokenizer(config: DataConfig) -> Path:
+def train_tokenizer(config: DataConfig, overwrite: bool = False) -> Path:
     """Trains on the train split of `config.sources`; returns the model file.
+
+    A tokenizer that is there is replaced only with `overwrite`: shards and models are of no use
+    without theirs.
 
     The sample is the `sample_bytes` worth of documents with the lowest hashes: a random sample
     that does not depend on the order of the files. With `config.source_weights` every source
     contributes its share of these bytes, or all it has. Raises DataError where the corpus is empty
-    or cannot be read, or the vocabulary is too small for the characters of the sample.
+    or cannot be read, the vocabulary is too small for the characters of the sample, or there is a
+    tokenizer.
     """
+    folder = Path(config.tokenizer.path)
+    if not overwrite:
+        _check_is_new(folder)
     sample: list[str] = []
     for sources, size in _shares(config):
         sample += _sample(_training_documents(config, sources), size)
     if not sample:
         raise DataError("the sources hold no document to train a tokenizer on.")
     model = train_model(sample, config.tokenizer)
-    path = Path(config.tokenizer.path) / MODEL_FILE
+    path = folder / MODEL_FILE
     write_atomically(path, model)
     Tokenizer(path)  # raises where the model is not usable
     return path
+
+
+def _check_is_new(folder: Path) -> None:
+    files = (folder, folder / MODEL_FILE, folder / HF_FILE)
+    existing = [file for file in files if file.is_file()]
+    if existing:
+        raise DataError(
+            f"{existing[0]} is there already, and shards and runs that were made with it need it; "
+            "set another data.tokenizer.path, or replace it with --overwrite."
+        )
 
 
 def _shares(config: DataConfig) -> list[tuple[tuple[SourceConfig, ...], int]]:

@@ -40,8 +40,9 @@ def matching_manifest(config: DataConfig) -> Manifest:
     file = tokenizer_file(config.tokenizer.path)
     if sha256_of(file) != manifest.tokenizer_hash:
         raise DataError(
-            f"the shards in {config.shards} were made with another tokenizer than {file}; "
-            "run `v4 data prepare CONFIG` again, or point `data.tokenizer.path` to the right one."
+            f"the shards in {config.shards} were made with another tokenizer than {file}; make "
+            "shards with this one in another folder (`v4 data prepare CONFIG data.shards=FOLDER "
+            f"data.tokenizer.path={config.tokenizer.path}`), or set data.tokenizer.path to theirs."
         )
     return manifest
 

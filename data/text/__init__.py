@@ -13,13 +13,20 @@ if TYPE_CHECKING:
     from data.text.prompts import OWN_PROMPTS, Prompts, read_prompts
     from data.text.segments import Special, encode_segments
     from data.text.special_tokens import BOS, EDGES, EOS, PAD, PAD_ID, base_size, special_ids
-    from data.text.tokenizer import MODEL_FILE, Tokenizer, sentencepiece_schema, tokenizer_file
+    from data.text.tokenizer import (
+        HF_FILE,
+        MODEL_FILE,
+        Tokenizer,
+        sentencepiece_schema,
+        tokenizer_file,
+    )
 
 _MODULES = {
     "BOS": "special_tokens",
     "Conversation": "conversation",
     "EDGES": "special_tokens",
     "EOS": "special_tokens",
+    "HF_FILE": "tokenizer",
     "MODEL_FILE": "tokenizer",
     "OWN_PROMPTS": "prompts",
     "PAD": "special_tokens",

@@ -6,6 +6,7 @@ SentencePiece's encoder reads U+2581 as a space, and breaks ties between two way
 by position instead of by rank; on text without U+2581 it gives the same ids in practice.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -113,6 +114,20 @@ class Tokenizer:
             if len(left) == len(right) == 1:
                 table[i] = (left[0], right[0])
         return table
+
+    def copy_to(self, folder: str | Path) -> None:
+        """Writes the defining file, and the config beside a tokenizer.json: an equal tokenizer.
+
+        Raises DataError where the file has changed since it was opened, or cannot be written.
+        """
+        folder, content = Path(folder), self.path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.hash:
+            raise DataError(f"{self.path} has changed since it was opened; run the command again.")
+        is_hf = self.path.suffix == ".json"
+        companion = self.path.with_name(HF_CONFIG_FILE)
+        if is_hf and companion.is_file():
+            write_atomically(folder / HF_CONFIG_FILE, companion.read_bytes())
+        write_atomically(folder / (HF_FILE if is_hf else MODEL_FILE), content)
 
     def export_hf(self, folder: str | Path, max_length: int) -> None:
         """Writes the files of `transformers.AutoTokenizer` and the SentencePiece model.

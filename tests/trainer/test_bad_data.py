@@ -127,7 +127,7 @@ def test_one_sentence_and_nothing_lost(
     monkeypatch.setattr("data.prepare.corpus._MAX_CHARACTERS", 1000)
     before = files(tmp_path / "shards")
     good = config.read_text()
-    assert main(["prepare", str(spoil(tmp_path, config))]) == 2
+    assert main(["prepare", str(spoil(tmp_path, config)), "--overwrite"]) == 2
     output = capfd.readouterr()
     assert output.out == "" and output.err.startswith("v4: error: ") and output.err.count("\n") == 1
     assert re.search(message, output.err), output.err
@@ -138,7 +138,7 @@ def test_one_sentence_and_nothing_lost(
         file.unlink()
     (tmp_path / "new.jsonl").write_bytes(LINES)
     config.write_text(good)
-    assert main(["prepare", str(config)]) == 0
+    assert main(["prepare", str(config), "--overwrite"]) == 0
     assert not any(name.startswith(".") for name in files(tmp_path / "shards"))
 
 
@@ -153,11 +153,11 @@ def test_a_full_disk(
     config.write_text(yaml.safe_dump(content))
     before = files(tmp_path / "shards")
     with full_disk(8192):
-        assert main(["prepare", str(config)]) == 2
+        assert main(["prepare", str(config), "--overwrite"]) == 2
     assert "cannot write" in capsys.readouterr().err
     kept = files(tmp_path / "shards")
     assert {name: kept[name] for name in before} == before
-    assert main(["prepare", str(config)]) == 0
+    assert main(["prepare", str(config), "--overwrite"]) == 0
 
 
 def test_shards_of_another_tokenizer(

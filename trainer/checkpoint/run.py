@@ -21,6 +21,7 @@ from trainer.config import RunConfig
 from trainer.errors import CheckpointError
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Placement
+from trainer.run_tokenizer import run_data
 from trainer.state import TrainState
 
 
@@ -64,15 +65,17 @@ def newest_of(
         return None
     saved = read_state(path)
     check_model(path, saved["model"], config.model.model_dump(mode="json"))
-    for field, ours, config_key in (
-        ("seed", config.seed, "seed"),
-        ("tokenizer", tokenizer_hash, "data.tokenizer.path"),
-    ):
-        if saved[field] != ours:
-            raise CheckpointError(
-                f"{path}: was trained with another {config_key}: {saved[field]!r} there and "
-                f"{ours!r} in this run"
-            )
+    if saved["seed"] != config.seed:
+        raise CheckpointError(
+            f"{path}: was trained with seed = {saved['seed']}, and this run's config has seed = "
+            f"{config.seed}"
+        )
+    if saved["tokenizer"] != tokenizer_hash:
+        raise CheckpointError(
+            f"{path}: was trained with another tokenizer than the one in "
+            f"{run_data(config).tokenizer.path} (SHA-256 {saved['tokenizer'][:12]}… there and "
+            f"{tokenizer_hash[:12]}… here); set data.tokenizer.path to a copy of the former"
+        )
     return path, saved
 
 

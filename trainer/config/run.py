@@ -101,7 +101,7 @@ class RunConfig(Section):
     """The fields at the top of a run's config file, and its sections."""
 
     run_dir: Path
-    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, wandb/, report.html. A command
+    """Folder of the run: config.yaml, tokenizer/, metrics.jsonl, checkpoints/, wandb/. A command
     that is given a run folder works in that folder, whatever its config.yaml has here."""
     steps: NonNegativeInt = 0
     """Optimizer steps of the whole run, those before a resume included. With `phases`, whose tokens

@@ -34,6 +34,7 @@ from trainer.export.packed_weights import (
     require_blocks,
 )
 from trainer.parallel.grid import Grid
+from trainer.run_tokenizer import run_data
 
 
 def export_run(
@@ -52,7 +53,7 @@ def export_run(
     grid = grid or Grid.single()
     require_empty(out, grid.world)
     require_blocks(config.model, weights)
-    tokenizer = Tokenizer(config.data.tokenizer.path)
+    tokenizer = Tokenizer(run_data(config).tokenizer.path)
     folder = CheckpointFolder(config.run_dir / "checkpoints", grid)
     newest = newest_of(config, folder, tokenizer.hash)
     if newest is None:

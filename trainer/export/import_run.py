@@ -11,6 +11,7 @@ from trainer.errors import CheckpointError, ExportError
 from trainer.export.hf_folder import read_hf_config, read_hf_weights
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel
+from trainer.run_tokenizer import keep_tokenizer, run_data
 from trainer.state import TrainState
 
 # Training settings that a Hugging Face config.json lacks.
@@ -28,7 +29,7 @@ def open_run(config: RunConfig, grid: Grid) -> tuple[LocalModel, TrainState]:
 
     Raises CheckpointError when there is none.
     """
-    tokenizer = Tokenizer(config.data.tokenizer.path)
+    tokenizer = Tokenizer(run_data(config).tokenizer.path)
     local, optimizer = build_native(config, grid)
     checkpoint = RunCheckpoint(
         config, grid, local.model, optimizer, tokenizer.hash, local.placements
@@ -62,6 +63,7 @@ def import_hf_folder(config: RunConfig, source: Path) -> str:
     local.model.load_hf_state_dict(weights)
     optimizer.read_parameters()
     config.run_dir.mkdir(parents=True, exist_ok=True)
+    keep_tokenizer(config, tokenizer)
     path = RunCheckpoint(config, grid, local.model, optimizer, tokenizer.hash).save(TrainState())
     write_atomically(config.run_dir / CONFIG_FILE, config.with_absolute_paths().to_yaml())
     fresh = "" if any(name.startswith("mtp.") for name in weights) else _fresh_mtp(config)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import write_atomically
+from data import Manifest
+from data.config import DataConfig
+from data.files import sha256_of, write_atomically
 from data.rows import Batch, Loader
-from data.text import Tokenizer
+from data.text import Tokenizer, tokenizer_file
 from trainer.config import RunConfig
 from trainer.formatting import short
 from trainer.report.data_facts import (
@@ -20,6 +22,7 @@ from trainer.report.data_facts import (
 )
 from trainer.report.plots import SERIES_COLORS, histogram
 from trainer.report.run import CSS
+from trainer.run_tokenizer import run_data
 
 _SHOWN_ROWS = 3
 _SHOWN_TOKENS = 1024  # of a row
@@ -48,13 +51,21 @@ def write_data_report(config: RunConfig) -> Path:
 
     Raises DataError where the shards or the tokenizer are missing or damaged.
     """
-    tokenizer = Tokenizer(config.data.tokenizer.path)
+    data = _data_of_shards(config)
+    tokenizer = Tokenizer(data.tokenizer.path)
     rows = [phase.rows for phase in config.recipe.phases]
-    facts = collect(config.data, rows[0].seq_len)
-    loader = Loader(config.data, config.seed, phases=rows)
+    facts = collect(data, rows[0].seq_len)
+    loader = Loader(data, config.seed, phases=rows)
     target = Path(config.data.shards) / "report.html"
     write_atomically(target, render(loader, tokenizer, facts))
     return target
+
+
+def _data_of_shards(config: RunConfig) -> DataConfig:
+    """Returns the data config with the run's own tokenizer, if that made the shards."""
+    data = run_data(config)
+    made_by = Manifest.load(data.shards).tokenizer_hash
+    return data if sha256_of(tokenizer_file(data.tokenizer.path)) == made_by else config.data
 
 
 def render(loader: Loader, tokenizer: Tokenizer, facts: DataFacts) -> str:

@@ -325,5 +325,5 @@ def test_dropping_everything_is_an_error(filtered: DataConfig) -> None:
         prepare(none, progress=False)
     other = elsewhere(filtered, "one", filters={"template_similarity": None})
     first = prepare(filtered, progress=False)
-    assert prepare(other, progress=False).digest != first.digest
+    assert prepare(other, progress=False, overwrite=True).digest != first.digest
     assert "template" not in Manifest.load(other.shards).dropped["prose"]

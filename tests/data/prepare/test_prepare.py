@@ -87,7 +87,10 @@ def test_second_run_changes_nothing_and_other_input_does(
     assert prepare(one, progress=False) == first
     assert files_below(one.shards) == before
     write_source(tmp_path / "a.jsonl", ["one", "two!"])
-    assert prepare(one, progress=False).digest != first.digest
+    with pytest.raises(DataError, match=r"holds shards of other text.* --overwrite"):
+        prepare(one, progress=False)
+    assert files_below(one.shards) == before
+    assert prepare(one, progress=False, overwrite=True).digest != first.digest
     assert texts_of(one, "train") == ["one", "two!"]
     assert len(files_below(one.shards)) == 4  # the replaced shards are removed
     assert (Path(one.shards) / "notes").is_dir()  # not made by prepare, so it is kept
@@ -114,7 +117,7 @@ def test_full_disk_leaves_earlier_shards_intact(config: DataConfig, tmp_path: Pa
             full_disk(size),
             pytest.raises(DataError, match=r"cannot write the shards .* unchanged"),
         ):
-            prepare(one, progress=False)
+            prepare(one, progress=False, overwrite=True)
         assert files_below(one.shards) == before
         assert len(list(Path(one.shards).iterdir())) == 2
 
@@ -126,7 +129,7 @@ def test_bad_text_leaves_earlier_shards_intact(config: DataConfig, tmp_path: Pat
     before = files_below(one.shards)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xff"}\n')
     with pytest.raises(DataError, match="not UTF-8"):
-        prepare(one, progress=False)
+        prepare(one, progress=False, overwrite=True)
     assert files_below(one.shards) == before
     assert len(list(Path(one.shards).iterdir())) == 2
 

@@ -159,18 +159,18 @@ def test_complete_parts_are_kept_and_partial_ones_are_not(parts: DataConfig) -> 
     assert contents(parts) == contents(elsewhere(parts, "reference"))
     good.write_bytes(whole + b'{"text": 3}\n')
     with pytest.raises(DataError, match=r"05\.jsonl"):
-        prepare(parts, progress=False)
+        prepare(parts, progress=False, overwrite=True)
     records = list(Path(parts.shards).glob(".unfinished-*/a-*.json"))
     assert records
     times = {record: record.stat().st_mtime_ns for record in records}
     with pytest.raises(DataError, match=r"05\.jsonl"):
-        prepare(parts, progress=False)
+        prepare(parts, progress=False, overwrite=True)
     assert {record: record.stat().st_mtime_ns for record in records} == times
     cut = next(Path(parts.shards).glob(".unfinished-*/a-train-*.bin"))
     content = cut.read_bytes()
     cut.write_bytes(content[:-2])
     with pytest.raises(DataError, match=r"05\.jsonl"):
-        prepare(parts, progress=False)
+        prepare(parts, progress=False, overwrite=True)
     assert cut.read_bytes() == content  # a record alone does not make a part complete
 
 

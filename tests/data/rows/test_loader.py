@@ -169,7 +169,7 @@ def test_another_tokenizer_is_refused(config: DataConfig, tmp_path: Path) -> Non
     train_tokenizer(other)
     with pytest.raises(DataError, match=r"made with another tokenizer than .*tokenizer\.model"):
         Loader(other, seed=0)
-    prepare(other, progress=False)
+    prepare(other, progress=False, overwrite=True)
     assert Loader(other, seed=0).manifest.vocab_size == 900
 
 

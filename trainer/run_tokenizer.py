@@ -1,0 +1,55 @@
+"""The tokenizer of a run: a copy in the run folder, made at the start.
+
+Without it the ids of a model have no meaning, while `data.tokenizer.path` may get another tokenizer
+before the run is resumed, evaluated or exported. From its first checkpoint on, a run uses its copy.
+"""
+
+from pathlib import Path
+
+from data import Tokenizer
+from data.config import DataConfig
+from data.errors import DataError
+from data.files import sha256_of
+from data.text import tokenizer_file
+from trainer.config import RunConfig
+from trainer.files import remove_folder
+
+FOLDER = "tokenizer"
+
+
+def run_data(config: RunConfig) -> DataConfig:
+    """Returns `config.data` with the run's tokenizer: its copy, where there are checkpoints of it.
+
+    Runs of earlier versions have no copy until they are resumed.
+    """
+    copy = config.run_dir / FOLDER
+    has_begun = any((config.run_dir / "checkpoints").glob("step-*"))
+    if not has_begun or _file_in(copy) is None:
+        return config.data
+    tokenizer = config.data.tokenizer.model_copy(update={"path": str(copy)})
+    return config.data.model_copy(update={"tokenizer": tokenizer})
+
+
+def keep_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Copies the tokenizer into the run folder, unless it is there."""
+    copy = config.run_dir / FOLDER
+    existing = _file_in(copy)
+    if existing is None or sha256_of(existing) != tokenizer.hash:
+        remove_folder(copy)  # of a run that ended before its first checkpoint
+        tokenizer.copy_to(copy)
+
+
+def other_tokenizer(config: RunConfig) -> str:
+    """Returns a sentence where `data.tokenizer.path` and the run's copy differ, else nothing."""
+    used = Path(run_data(config).tokenizer.path)
+    named = _file_in(Path(config.data.tokenizer.path))
+    if named is None or sha256_of(named) == sha256_of(tokenizer_file(used)):
+        return ""
+    return f"{named} is not the tokenizer that the run was started with; its copy in {used} is used"
+
+
+def _file_in(folder: Path) -> Path | None:
+    try:
+        return tokenizer_file(folder)
+    except DataError:
+        return None
