@@ -51,6 +51,7 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     from trainer.engine import NativeEngine
     from trainer.evaluate import Validation
     from trainer.export import open_run
+    from trainer.metrics import finite
     from trainer.parallel.grid import open_grid
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -59,6 +60,8 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
         if grid.is_first:
             _warn_of_other_tokenizer(config)
         local, state = open_run(config, grid)
+        if grid.is_first and (doubt := state.doubt()):
+            print(f"warning: {doubt}", file=sys.stderr)
         validation = Validation(config, grid)
         engine = NativeEngine(local, grid)
         phase = config.recipe.at(max(state.step - 1, 0))
@@ -76,7 +79,7 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
         }
         if by_source is not None:
             result["validation_by_source"] = by_source
-        print(json.dumps(result))
+        print(json.dumps(finite(result)))
 
 
 def export(config: RunConfig, options: argparse.Namespace) -> None:

@@ -62,6 +62,15 @@ class TrainState:
             self.skipping_since = self.step - self.consecutive_skips
         self.history = {_OLD_HISTORY.get(name, name): past for name, past in self.history.items()}
 
+    def doubt(self) -> str:
+        """Returns a clause about weights that may be ruined, or an empty text."""
+        if self.skipping_since is None:
+            return ""
+        return (
+            f"the steps from {self.skipping_since + 1} to {self.step} were skipped, since loss or "
+            "gradients were not finite: the weights may be ruined"
+        )
+
     def anticipatory_routing_at(self, step: int) -> bool:
         """Whether a step is routed by older weights (report §4.2.3)."""
         start, end = self.anticipation_start, self.anticipation_end

@@ -63,6 +63,19 @@ def test_a_skipped_step_changes_nothing_and_is_told(
     assert records[1]["grad_norm"] is None and "NaN" not in json.dumps(records)
 
 
+def test_stats_of_ruined_weights_are_null(tiny: Path, tmp_path: Path) -> None:
+    """The step is skipped, and its stats of layers are what they are."""
+    settings = [f"run_dir={tmp_path}", "steps=2", "metrics.layer_stats_every=1"]
+    trainer = Trainer(load_config(tiny, [*settings, "optim.max_skipped_steps=9"]), Grid.single())
+    trainer.validation = None
+    for weight in trainer.model.parameters():
+        weight.detach().fill_(float("nan"))
+    trainer.run()
+    first, _ = read_metrics(tmp_path / "metrics.jsonl")
+    assert first["loss"] is None and first["layers"]["sink_max"] == [None] * 4
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
 def test_too_many_in_a_row_end_the_run_and_a_resume_goes_on_counting(
     tiny: Path, tmp_path: Path
 ) -> None:

@@ -143,7 +143,8 @@ class CheckpointFolder:
 
     def _prepare(self, temporary: Path) -> None:
         if self.grid.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left in self.folder.glob(".step-*"):  # by a save or a removal that was killed
+                shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir(parents=True)
 
     def _write_shards(self, temporary: Path, boxes: Boxes) -> None:

@@ -35,6 +35,7 @@ from trainer.export.packed_weights import (
 )
 from trainer.parallel.grid import Grid
 from trainer.run_tokenizer import run_data
+from trainer.state import TrainState
 
 
 def export_run(
@@ -78,7 +79,10 @@ def export_run(
         grid,
         config_keys(config.model, weights),
     )
-    return f"wrote step {saved['step']} of {config.run_dir} to {out}"
+    state = TrainState()
+    state.restore(saved)
+    doubt = state.doubt()
+    return f"wrote step {state.step} of {config.run_dir} to {out}" + (doubt and f"; {doubt}")
 
 
 def _outline(config: RunConfig, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers, the names of _MODULES
-    from trainer.metrics.jsonl import Event, Record, read_events, read_metrics
+    from trainer.metrics.jsonl import Event, Record, finite, read_events, read_metrics
     from trainer.metrics.layer_hooks import collect_stats
     from trainer.metrics.layer_stats import compute_layer_stats
     from trainer.metrics.metrics import Metrics, describe_event
@@ -21,6 +21,7 @@ _MODULES = {
     "collect_stats": "layer_hooks",
     "compute_layer_stats": "layer_stats",
     "describe_event": "metrics",
+    "finite": "jsonl",
     "read_events": "jsonl",
     "read_metrics": "jsonl",
 }

@@ -111,22 +111,22 @@ class MetricsFile:
 
 def _line(record: Record) -> bytes:
     """Returns a line of the file; null stands for a number that is not finite."""
-    return (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
-
-
-def _finite(value: Any) -> Any:
-    """Returns a JSON value in which None replaces every number that is not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+    return (json.dumps(finite(record), allow_nan=False) + "\n").encode()
 
 
 def _reason(error: OSError) -> str:
     return error.strerror or type(error).__name__
+
+
+def finite(value: Any) -> Any:
+    """Returns a JSON value with None, JSON's null, for every number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[Record]:

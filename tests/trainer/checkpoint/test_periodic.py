@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch import Tensor
 from tests.full_disk import full_disk
 from tests.trainer.tiny import assert_same_run, train
 from trainer.checkpoint import folder as checkpoint_folder
+from trainer.commands import main
 from trainer.config import load_config
 from trainer.errors import DivergedError
+from trainer.export import export_run
 from trainer.metrics.jsonl import read_events, read_metrics
 from trainer.parallel.grid import Grid
 from trainer.state import TrainState
@@ -126,6 +129,16 @@ def test_a_stop_while_steps_are_skipped_loses_nothing(
     with pytest.raises(DivergedError, match=advice):
         train(tiny, tmp_path, *CALM, *settings)
     assert saved(tmp_path) == [3, 6]
+    capsys.readouterr()
+
+    assert main(["eval", str(tmp_path)]) == 0, "of the newest, and with a warning"
+    output = capsys.readouterr()
+    assert json.loads(output.out.splitlines()[-1])["validation_loss"] is None
+    doubt = "the steps from 5 to 6 were skipped"
+    assert output.err.startswith(f"warning: {doubt}")
+    exported = export_run(load_config(tmp_path / "config.yaml"), tmp_path / "hf")
+    assert f"{tmp_path / 'hf'}; {doubt}" in exported
+
     checkpoint_folder.remove_folder(bad)
     train(tiny, tmp_path, *CALM, *settings, "steps=6")
     assert saved(tmp_path) == [6]
@@ -195,6 +208,14 @@ def test_a_checkpoint_that_cannot_be_removed_is_a_warning(
     train(tiny, tmp_path, "steps=3", "checkpoint={every: 1, keep: 1}")
     assert saved(tmp_path) == [1, 2, 3]
     assert "step-00000001: could not be removed: Device or resource busy" in capsys.readouterr().out
+
+
+def test_what_a_killed_save_left_goes_with_the_next(tiny: Path, tmp_path: Path) -> None:
+    for name in (".step-00000007.tmp", ".step-00000003.removed"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "shard.safetensors").write_bytes(b"x" * 100)
+    train(tiny, tmp_path, "steps=1")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 def test_a_state_of_before_knows_where_skipping_began() -> None:
