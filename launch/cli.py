@@ -125,7 +125,7 @@ def export(
 @app.command("import")
 def import_(source: Path, config: Config, overrides: Overrides = None) -> None:
     """Start a run from a Hugging Face folder; CONFIG gives all but the model's sizes."""
-    _command("import", config, overrides, str(source))
+    _exit(processes.run(processes.command("import", config, str(source), *(overrides or []))))
 
 
 @app.command()

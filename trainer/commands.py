@@ -184,16 +184,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns exit code 0, 2 after one line on stderr about bad input, or 130 after Ctrl-C."""
     raise_on_interrupt()
     options = _parser().parse_args(arguments)
-    from trainer.config import load_run
     from trainer.errors import run_or_explain
 
     def run() -> None:
         if options.verb in FOLDER_VERBS:
             FOLDER_VERBS[options.verb](options.folder, options)
         else:
-            VERBS[options.verb](load_run(options.config, options.overrides), options)
+            VERBS[options.verb](_load(options), options)
 
     return run_or_explain(run)
+
+
+def _load(options: argparse.Namespace) -> RunConfig:
+    """Reads the config; that of an import has the folder's sizes where it has none of its own."""
+    from trainer.config import load_run
+
+    if options.verb != "import":
+        return load_run(options.config, options.overrides)
+    from trainer.export import imported_sizes
+
+    return load_run(options.config, options.overrides, imported_sizes(Path(options.folder)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -30,6 +30,13 @@ def run_data(config: RunConfig) -> DataConfig:
     return config.data.model_copy(update={"tokenizer": tokenizer})
 
 
+def open_tokenizer(config: RunConfig) -> Tokenizer:
+    """Opens the run's tokenizer. Raises ConfigError if its ids are not those of the model."""
+    tokenizer = Tokenizer(run_data(config).tokenizer.path)
+    config.check_token_ids(tokenizer, f"the tokenizer in {tokenizer.path}")
+    return tokenizer
+
+
 def keep_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Copies the tokenizer into the run folder, unless it is there."""
     copy = config.run_dir / FOLDER

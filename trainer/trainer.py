@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from data import Batch, Loader, Prefetcher, Tokenizer
+from data import Batch, Loader, Prefetcher
 from data.files import write_atomically
 from model.kernel_choices import describe, kernel_choices
 from trainer.build import DTYPES, build_engine
@@ -21,7 +21,7 @@ from trainer.errors import DivergedError
 from trainer.evaluate import EvaluationStopped, Validation
 from trainer.metrics import Metrics, UpdateStats, collect_stats, compute_layer_stats, describe_event
 from trainer.parallel.grid import Grid
-from trainer.run_tokenizer import keep_tokenizer, other_tokenizer, run_data
+from trainer.run_tokenizer import keep_tokenizer, open_tokenizer, other_tokenizer, run_data
 from trainer.signals import StopRequest
 from trainer.stability import Anticipation, Stability
 from trainer.state import TrainState
@@ -48,8 +48,7 @@ class Trainer:
     ) -> None:
         config.check_world(grid.world_size)
         data = run_data(config)
-        self.tokenizer = Tokenizer(data.tokenizer.path)
-        config.check_vocabulary(self.tokenizer.vocab_size)
+        self.tokenizer = open_tokenizer(config)
         self.config = config
         self.grid = grid
         self.stop = stop or StopRequest()
@@ -59,6 +58,7 @@ class Trainer:
         self.recipe = config.recipe
         phases = [phase.rows for phase in self.recipe.phases]
         self.loader = Loader(data, config.seed, grid.data.rank, grid.data.size, phases=phases)
+        config.check_token_ids(self.loader.manifest, f"the manifest in {data.shards}")
         pin = grid.device.type == "cuda"
         self.batches = Prefetcher(self.loader.at, config.data.prefetch, self.recipe.steps, pin)
         self.validation: Validation | None = None

@@ -129,6 +129,26 @@ class Tokenizer:
             write_atomically(folder / HF_CONFIG_FILE, companion.read_bytes())
         write_atomically(folder / (HF_FILE if is_hf else MODEL_FILE), content)
 
+    def difference(self, other: "Tokenizer") -> str | None:
+        """Returns a reason why `other` gives other ids for some text; None if there is none.
+
+        What transformers adds to the ids of a text, and hides of it, does not count.
+        """
+        if self.hash == other.hash:
+            return None
+        ours, theirs = (t._full.get_vocab(with_added_tokens=True) for t in (self, other))
+        for token, _ in sorted({**theirs, **ours}.items(), key=lambda item: item[1]):
+            if ours.get(token) != theirs.get(token):
+                there, here = (str(ids.get(token, "no token")) for ids in (theirs, ours))
+                return f"{token!r} is {there} there and {here} here"
+        if self.special != other.special:
+            return "they mark other tokens as special"
+        ours, theirs = (json.loads(tokenizer._full.to_str()) for tokenizer in (self, other))
+        for part in ("normalizer", "pre_tokenizer", "model"):
+            if ours[part] != theirs[part]:
+                return f"the part `{part}` of their tokenizer.json differs"
+        return None
+
     def export_hf(self, folder: str | Path, max_length: int) -> None:
         """Writes the files of `transformers.AutoTokenizer` and the SentencePiece model.
 

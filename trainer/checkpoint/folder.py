@@ -37,7 +37,10 @@ FORMAT = 1
 _NAME = re.compile(r"^step-(\d{8,})$")
 
 FREE_FIELDS = frozenset(
-    {"mtp_loss_weight", "balance_loss_weight", "initializer_range", "max_position_embeddings"}
+    {
+        *("mtp_loss_weight", "balance_loss_weight", "initializer_range", "max_position_embeddings"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+    }
 )
 """Fields of the model's config that change neither what a tensor holds nor how it is used: a run
 can be resumed with other values."""

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -32,7 +32,7 @@ from trainer.config.parallel import ParallelConfig
 from trainer.config.phases import PhaseConfig, Quantisation
 from trainer.config.recipe import Recipe
 from trainer.config.section import Section
-from trainer.config.source import COMMAND_LINE, ConfigError, dump_yaml, read_source
+from trainer.config.source import COMMAND_LINE, ConfigError, Defaults, dump_yaml, read_source
 from trainer.config.stability import StabilityConfig
 from trainer.parallel.degrees import Degrees
 
@@ -40,6 +40,19 @@ Root = TypeVar("Root", bound=BaseModel)
 CONFIG_FILE = "config.yaml"
 _OUTPUTS = ("metrics.jsonl", "checkpoints")
 """What a run folder has once the run has begun."""
+
+
+class TokenIds(Protocol):
+    """What a tokenizer and a manifest of shards both define."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def bos_id(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
 
 
 class CheckpointConfig(Section):
@@ -206,13 +219,23 @@ class RunConfig(Section):
         run_dir = self.run_dir.absolute()
         return self.model_copy(update={"run_dir": run_dir, "data": data.model_copy(update=update)})
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises ConfigError if the tokenizer has ids without an embedding in the model."""
-        if vocab_size > self.model.vocab_size:
+    def check_token_ids(self, tokens: TokenIds, place: str) -> None:
+        """Raises ConfigError if the model lacks an embedding, or has other special ids.
+
+        `place` is where `tokens`, a tokenizer or a manifest of shards, are defined.
+        """
+        if tokens.vocab_size > self.model.vocab_size:
             raise ConfigError(
-                f"model.vocab_size = {self.model.vocab_size} should be at least the {vocab_size} "
-                f"ids of the tokenizer in data.tokenizer.path = {self.data.tokenizer.path}"
+                f"model.vocab_size = {self.model.vocab_size} should be at least the "
+                f"{tokens.vocab_size} ids of {place}"
             )
+        for name, value in (
+            ("bos_token_id", tokens.bos_id),
+            ("eos_token_id", tokens.eos_id),
+            ("pad_token_id", tokens.pad_id),
+        ):
+            if (ours := getattr(self.model, name)) != value:
+                raise ConfigError(f"model.{name} = {ours} should be {value}, as in {place}")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values as in YAML or JSON, with the number of steps resolved."""
@@ -228,18 +251,27 @@ class RunConfig(Section):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), defaults: Defaults | None = None
+) -> RunConfig:
     """Reads a config file with its bases and `key.sub=value` overrides.
+
+    `defaults` are values of keys that neither the files nor the overrides have.
 
     Raises ConfigError: one sentence with the file (or "command line"), the dotted key, the remedy,
     and the nearest name for a key that does not exist.
     """
-    return load_as(RunConfig, path, overrides)
+    return load_as(RunConfig, path, overrides, defaults)
 
 
-def load_as(root: type[Root], path: str | Path, overrides: Iterable[str] = ()) -> Root:
+def load_as(
+    root: type[Root],
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    defaults: Defaults | None = None,
+) -> Root:
     """Reads a config file with another root in the same way, with the same errors."""
-    source = read_source(Path(path), overrides)
+    source = read_source(Path(path), overrides, defaults)
     try:
         # Strict JSON reading: no "10" for 10 and no true for 1, yet lists become tuples and
         # strings become paths.
@@ -248,8 +280,10 @@ def load_as(root: type[Root], path: str | Path, overrides: Iterable[str] = ()) -
         raise explain(error, root, source) from None
 
 
-def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Reads the config of a run folder, or a config file.
+def load_run(
+    path: str | Path, overrides: Iterable[str] = (), defaults: Defaults | None = None
+) -> RunConfig:
+    """Reads the config of a run folder, or a config file; `defaults` as in `load_config`.
 
     `run_dir` of the result is the folder that was named, whatever its `config.yaml` has: a run can
     be copied, renamed, linked to, or used from any working directory.
@@ -260,7 +294,7 @@ def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     path, overrides = Path(path), list(overrides)
     has_run_dir = any(text.partition("=")[0] == "run_dir" for text in overrides)
     if not path.is_dir():
-        config = load_config(path, overrides)
+        config = load_config(path, overrides, defaults)
         folder = path.parent
         is_saved = path.name == CONFIG_FILE and any((folder / name).exists() for name in _OUTPUTS)
         if is_saved and not has_run_dir and not _is_same_folder(folder, config.run_dir):
@@ -271,7 +305,7 @@ def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         return config
     if not (path / CONFIG_FILE).is_file():
         raise ConfigError(f"{path}: no run folder, since it has no {CONFIG_FILE}")
-    config = load_config(path / CONFIG_FILE, overrides)
+    config = load_config(path / CONFIG_FILE, overrides, defaults)
     if has_run_dir and not _is_same_folder(path, config.run_dir):
         raise ConfigError(
             f"{COMMAND_LINE}: run_dir = {config.run_dir} is not the run folder that is named, "

@@ -13,6 +13,8 @@ import yaml
 
 Key = tuple[str | int, ...]
 Resolvers = dict[str, list[tuple[str, re.Pattern[str]]]]
+Defaults = Mapping[str, Mapping[str, Any]]
+"""Values of a config, by the file that they come from."""
 COMMAND_LINE = "command line"
 
 # YAML 1.1, which PyYAML follows, reads `1e-20` as a string, `no` and `off` as False and `010` as 8.
@@ -157,12 +159,18 @@ class ConfigSource:
         return int(name)
 
 
-def read_source(path: Path, overrides: Iterable[str] = ()) -> ConfigSource:
+def read_source(
+    path: Path, overrides: Iterable[str] = (), defaults: Defaults | None = None
+) -> ConfigSource:
     """Reads a config file, the files that its `base:` names (relative to it), and the overrides.
+
+    All of them take precedence over `defaults`.
 
     Raises ConfigError for a missing or unreadable file, circular bases, or wrong overrides.
     """
     source = ConfigSource()
+    for origin, values in (defaults or {}).items():
+        source.merge(values, origin)
     for file, values in _chain(Path(path), []):
         source.merge(values, str(file))
     source._origins[()] = str(path)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers, the names of _MODULES
     from trainer.export.export import export_run
     from trainer.export.hf_folder import read_hf_weights
-    from trainer.export.import_run import import_hf_folder, open_run
+    from trainer.export.import_run import import_hf_folder, imported_sizes, open_run
     from trainer.export.sample import sample_text
 
 _MODULES = {
     "export_run": "export",
     "import_hf_folder": "import_run",
+    "imported_sizes": "import_run",
     "open_run": "import_run",
     "read_hf_weights": "hf_folder",
     "sample_text": "sample",

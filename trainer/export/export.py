@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import Tokenizer
 from model import V4Model
 from model.hf import named_tensors, to_official
 from trainer.build import DTYPES
@@ -34,7 +33,7 @@ from trainer.export.packed_weights import (
     require_blocks,
 )
 from trainer.parallel.grid import Grid
-from trainer.run_tokenizer import run_data
+from trainer.run_tokenizer import open_tokenizer
 from trainer.state import TrainState
 
 
@@ -54,7 +53,7 @@ def export_run(
     grid = grid or Grid.single()
     require_empty(out, grid.world)
     require_blocks(config.model, weights)
-    tokenizer = Tokenizer(run_data(config).tokenizer.path)
+    tokenizer = open_tokenizer(config)
     folder = CheckpointFolder(config.run_dir / "checkpoints", grid)
     newest = newest_of(config, folder, tokenizer.hash)
     if newest is None:

@@ -26,6 +26,7 @@ Read = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CONFIG_JSON = "config.json"
 SHARD_BYTES = 5 * 10**9
 _SAVED_BY_TRANSFORMERS = re.compile(r"^model\.layers\.\d+\.(attn|ffn)\.")
 
@@ -65,7 +66,7 @@ def write_hf_folder(
         shards.write(aside, read or _storable, world)
         if world.is_first:
             keys = {**config.to_hf(), "torch_dtype": dtype, **(more or {})}
-            _write_json(aside / "config.json", keys)
+            _write_json(aside / CONFIG_JSON, keys)
             _write_json(aside / "generation_config.json", generation)
             tokenizer.export_hf(aside, config.max_position_embeddings)
             shards.write_index(aside)
@@ -148,7 +149,7 @@ def read_hf_config(folder: Path, **training: Any) -> ModelConfig:
     Raises ExportError without a readable config.json, ModelConfigError for another architecture.
     """
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads((folder / CONFIG_JSON).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ExportError(f"{folder}: not a Hugging Face folder, no config.json") from None
     except ValueError:

@@ -1,23 +1,26 @@
 """`v4 import`: starts a run from a Hugging Face folder. `open_run`: loads the newest checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
-from data import Tokenizer
 from data.files import write_atomically
 from trainer.build import build_native
 from trainer.checkpoint import RunCheckpoint, checkpoints_in
 from trainer.config import CONFIG_FILE, RunConfig
 from trainer.errors import CheckpointError, ExportError
-from trainer.export.hf_folder import read_hf_config, read_hf_weights
+from trainer.export.compare import check_generation, check_sizes, check_tokenizer
+from trainer.export.hf_folder import CONFIG_JSON, read_hf_config, read_hf_weights
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel
-from trainer.run_tokenizer import keep_tokenizer, run_data
+from trainer.run_tokenizer import keep_tokenizer, open_tokenizer
 from trainer.state import TrainState
 
-# Training settings that a Hugging Face config.json lacks.
+# Fields that config.json lacks, or has of training only; the padding is the tokenizer's.
 _OURS = (
+    "pad_token_id",
     "balance_loss_weight",
     "mtp_loss_weight",
+    "initializer_range",
     "hc_init_scale",
     "hc_init_own_read",
     "hc_init_comb_diagonal",
@@ -29,7 +32,7 @@ def open_run(config: RunConfig, grid: Grid) -> tuple[LocalModel, TrainState]:
 
     Raises CheckpointError when there is none.
     """
-    tokenizer = Tokenizer(run_data(config).tokenizer.path)
+    tokenizer = open_tokenizer(config)
     local, optimizer = build_native(config, grid)
     checkpoint = RunCheckpoint(
         config, grid, local.model, optimizer, tokenizer.hash, local.placements
@@ -40,12 +43,21 @@ def open_run(config: RunConfig, grid: Grid) -> tuple[LocalModel, TrainState]:
     return local, state
 
 
+def imported_sizes(source: Path) -> dict[str, dict[str, Any]]:
+    """Returns what a folder's config.json determines of a run's config, by its origin.
+
+    Raises ExportError and ModelConfigError as `read_hf_config`.
+    """
+    sizes = read_hf_config(source).model_dump(mode="json", exclude={*_OURS})
+    return {str(source / CONFIG_JSON): {"model": sizes}}
+
+
 def import_hf_folder(config: RunConfig, source: Path) -> str:
     """Makes a run that starts from a Hugging Face folder and returns a sentence about it.
 
-    The model's sizes come from the folder, everything else from `config`. The run folder gets a
-    checkpoint of step 0 and the config to train it with. Raises ExportError when the run folder
-    already has checkpoints, ModelConfigError when weights are missing or do not fit.
+    The run folder gets a checkpoint of step 0 and `config`, whose model has the folder's sizes (see
+    `imported_sizes`). Raises ExportError when the run folder already has checkpoints, or the folder
+    contradicts the config or itself; ModelConfigError when weights are missing or do not fit.
     """
     checkpoints = config.run_dir / "checkpoints"
     if existing := checkpoints_in(checkpoints):
@@ -53,10 +65,11 @@ def import_hf_folder(config: RunConfig, source: Path) -> str:
             f"{config.run_dir}: already holds {existing[-1].name}; name a new run_dir"
         )
     ours = {name: getattr(config.model, name) for name in _OURS}
-    model_config = read_hf_config(source, **ours)
-    config = config.model_copy(update={"model": model_config})
-    tokenizer = Tokenizer(config.data.tokenizer.path)
-    config.check_vocabulary(tokenizer.vocab_size)
+    imported = read_hf_config(source, **ours)
+    check_sizes(config.model, imported, source)
+    check_generation(imported, source)
+    tokenizer = open_tokenizer(config)
+    check_tokenizer(tokenizer, source)
     weights = read_hf_weights(source)
     grid = Grid.single()
     local, optimizer = build_native(config.alone(), grid)

@@ -85,7 +85,7 @@ def test_transformers_gives_the_same_ids(tokenizer: Tokenizer, hf, any_text, doc
 
 
 def test_transformers_adds_no_token_as_in_the_released_files(tokenizer: Tokenizer, hf) -> None:
-    """Whoever makes the prompt writes bos: the official encoder, or `v4 sample`."""
+    """Whoever makes the prompt writes bos: the official encoder, for example."""
     ids = tokenizer.encode("x y")
     assert hf("x y").input_ids == hf.encode("x y") == ids
     assert hf("<｜begin▁of▁sentence｜>x y").input_ids == [tokenizer.bos_id, *ids]

@@ -108,7 +108,7 @@ def test_export_of_an_import_has_the_same_bytes(
     tiny: Path, run: RunConfig, released: Path, tmp_path: Path
 ) -> None:
     other = {"fp32": "bf16", "bf16": "fp32"}[run.precision]
-    overrides = [f"run_dir={tmp_path / 'run'}", f"precision={other}"]
+    overrides = [f"run_dir={tmp_path / 'run'}", f"precision={other}", *SIZES]
     config = load_config(tiny, overrides)
     import_hf_folder(config, released)
     again = load_config(tmp_path / "run/config.yaml", overrides)
