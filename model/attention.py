@@ -72,7 +72,7 @@ class Attention(nn.Module):
         if kind != "window":
             self.compressor = Compressor(config, kind, self.head_dim, dtype, pointwise)
         if kind == "csa":
-            self.indexer = Indexer(config, dtype, pointwise)
+            self.indexer = Indexer(config, dtype, pointwise, execution.matmuls)
 
     def forward(
         self,

@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from model.config import LayerType, ModelConfig
 from model.exchange import Exchange
 from model.kernels.compressor import pool_windows
+from model.linear import FP32OutLinear
 from model.norm import RMSNorm
 from model.pointwise import EAGER_OR_TRITON, PointwiseOps
 from model.positions import Positions
 
 
 class Compressor(nn.Module):
-    """Makes entries of width ``dim``; windows overlap in a CSA layer, not in an HCA layer."""
+    """Makes entries of width ``dim``; windows overlap in a CSA layer, not in an HCA layer.
+
+    Projections, pooling and norm are in fp32, as in the official code; entries are rounded once.
+    """
 
     def __init__(
         self,
@@ -32,8 +36,8 @@ class Compressor(nn.Module):
         self.kind = kind
         self.overlap = kind == "csa"
         width = 2 * dim if self.overlap else dim
-        self.wkv = nn.Linear(config.hidden_size, width, bias=False, dtype=dtype)
-        self.wgate = nn.Linear(config.hidden_size, width, bias=False, dtype=dtype)
+        self.wkv = FP32OutLinear(config.hidden_size, width, dtype)
+        self.wgate = FP32OutLinear(config.hidden_size, width, dtype)
         ratio = config.compress_ratio(kind)
         self.ape = nn.Parameter(torch.empty(ratio, width, dtype=torch.float32))
         self.norm = RMSNorm(dim, config.rms_norm_eps, pointwise)

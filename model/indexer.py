@@ -16,6 +16,7 @@ from model.kernels.hadamard import hadamard
 from model.kernels.indexer import IndexerInputs, select_topk
 from model.kernels.mxfp4 import fake_quantise
 from model.kernels.norm import rotate
+from model.linear import UNQUANTISED, Linear, Matmuls
 from model.pointwise import EAGER_OR_TRITON, PointwiseOps
 from model.positions import Positions
 
@@ -35,11 +36,12 @@ class Indexer(nn.Module):
         config: ModelConfig,
         dtype: torch.dtype,
         pointwise: PointwiseOps = EAGER_OR_TRITON,
+        matmuls: Matmuls = UNQUANTISED,
     ) -> None:
         super().__init__()
         self.heads, self.dim = config.index_n_heads, config.index_head_dim
         self.topk = config.index_topk
-        self.wq_b = nn.Linear(config.q_lora_rank, self.heads * self.dim, bias=False, dtype=dtype)
+        self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim, dtype, matmuls)
         self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False, dtype=dtype)
         self.compressor = Compressor(config, "csa", self.dim, dtype, pointwise)
 

@@ -1,4 +1,4 @@
-"""The matmuls of linears and experts: in the precision of their tensors, or in FP8.
+"""The matmuls of linears and experts: in the precision of their tensors, in FP8, or to fp32.
 
 Letters: T tokens, P rows of experts, G groups of the output projection, E experts, X in_features,
 Y out_features.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,9 @@ def _grouped(x_PX: Tensor, weight_EYX: Tensor, ends_E: Tensor) -> Tensor:
 
 UNQUANTISED = Matmuls(F.linear, _batched, _grouped)
 FP8 = Matmuls(fp8.linear, fp8.batched, fp8.grouped)
-"""Used by linears and experts. The router multiplies in fp32; the output head, indexer, compressors
-and hyper-connections in the precision of their weights."""
+"""Used by linears and experts. Compressors' projections are `FP32OutLinear`s, and the router
+multiplies in fp32; the output head, the indexer's head weights and hyper-connections multiply in
+the precision of their weights."""
 
 
 class Linear(nn.Linear):
@@ -58,3 +60,36 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[.., X] to [.., Y]."""
         return self.matmuls.linear(x, self.weight)
+
+
+class FP32OutLinear(nn.Linear):
+    """A linear without bias that returns the fp32 sums of its products, whatever its dtype.
+
+    Backward rounds the gradient of the result to the weight's dtype, which others have already.
+    """
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__(in_features, out_features, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, X] to fp32 [T, Y]."""
+        if x.dtype == torch.float32:
+            return F.linear(x, self.weight)
+        return _FP32Out.apply(x, self.weight)
+
+
+class _FP32Out(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TX: Tensor, weight_YX: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TX, weight_YX)
+        if x_TX.device.type == "cpu":  # which has no such matmul; fp32 holds the factors exactly
+            return F.linear(x_TX.float(), weight_YX.float())
+        return torch.mm(x_TX, weight_YX.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TY: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_TX, weight_YX = ctx.saved_tensors
+        grad_TY = grad_TY.to(x_TX.dtype)
+        grad_x = grad_TY @ weight_YX if ctx.needs_input_grad[0] else None
+        grad_weight = grad_TY.t() @ x_TX if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight

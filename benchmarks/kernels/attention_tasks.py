@@ -264,9 +264,9 @@ def compressor_task(config: ModelConfig, kind: Any, row: int) -> Task:
     entries = SampleLayout.from_lengths([[row]], device=DEVICE).entries(m)
     where = (entries.first_token_C, entries.has_previous_C, kind == "csa")
     width = config.head_dim * (2 if kind == "csa" else 1)
-    leaves = [randn(row, width), randn(row, width), randn(m, width, dtype=torch.float32)]
+    leaves = [randn(rows, width, dtype=torch.float32) for rows in (row, row, m)]
     pooled = row / m * config.head_dim * 4
-    moved = 2.0 * row * width * 2
+    moved = 2.0 * row * width * 4
     implementations: dict[str, Callable[..., Tensor]] = {
         "triton": lambda *x: pool_triton.pool_windows(*x, *where)
     }

@@ -78,8 +78,9 @@ def test_every_part_of_an_execution_is_used_where_it_should_be() -> None:
         "norms": 2 * BLOCKS,
         "dispatch": BLOCKS,
         "combine": BLOCKS,
-        # wq_a, wq_b, wkv and wo_b of attention and three of the shared expert; e_proj and h_proj.
-        "linear": 7 * BLOCKS + 2,
+        # wq_a, wq_b, wkv and wo_b of attention and three of the shared expert; e_proj and h_proj;
+        # the indexer's wq_b.
+        "linear": 7 * BLOCKS + 2 + CONFIG.layer_types.count("csa"),
         "batched": BLOCKS,  # wo_a, by output group
         "grouped": 3 * BLOCKS,
         "clamped_swiglu": 2 * BLOCKS,

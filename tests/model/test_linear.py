@@ -1,4 +1,4 @@
-"""Which matmuls are in FP8, and that all others are unchanged."""
+"""Which matmuls are in FP8, and that all others are unchanged; fp32 results of bf16 factors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from model import IGNORE_INDEX
 from model.execution import Execution
 from model.kernels.fp8 import eager as fp8
-from model.linear import FP8
+from model.linear import FP8, FP32OutLinear
 from tests.model.tiny import random_model, random_tokens, tiny_config
 
-CONFIG = tiny_config()
+CONFIG = tiny_config(index_topk=512)  # indexers learn, and rounding changes no selection
 IN_EIGHT_BITS = (
-    r"(layers\.\d+|mtp\.0)\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)\.weight",
+    r"(layers\.\d+|mtp\.0)\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight",
     r"(layers\.\d+|mtp\.0)\.ffn\.shared_experts\.w[123]\.weight",
     r"(layers\.\d+|mtp\.0)\.ffn\.experts\.w[123]",
     r"mtp\.0\.(e_proj|h_proj)\.weight",
@@ -35,7 +35,7 @@ def test_linears_and_experts_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -
     tokens = random_tokens(CONFIG, 1, 64)
     targets = tokens.roll(-1, 1)
     targets[:, -1] = IGNORE_INDEX
-    loss = model(tokens, targets=targets).loss
+    loss = model(tokens, targets=targets, attention="sparse").loss
     loss.backward()
     names = {name for name, p in model.named_parameters() if (p.data_ptr(), p.numel()) in shapes}
     expected = {
@@ -45,10 +45,26 @@ def test_linears_and_experts_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -
     }
     assert names == expected and len(expected) > 20
     plain = random_model(CONFIG)
-    exact = plain(tokens, targets=targets).loss
+    exact = plain(tokens, targets=targets, attention="sparse").loss
     exact.backward()
     assert 0 < abs(loss.item() - exact.item()) < 0.02 * exact.item()
     grads = dict(plain.named_parameters())
     for name in expected:
         both = (dict(model.named_parameters())[name].grad, grads[name].grad)
         assert torch.cosine_similarity(*(grad.flatten() for grad in both), dim=0) > 0.8, name
+
+
+def test_fp32_results_are_the_sums_of_bf16_products() -> None:
+    linear = FP32OutLinear(200, 30, torch.bfloat16)
+    x = torch.randn(50, 200).bfloat16().requires_grad_()
+    out = linear(x)
+    assert out.dtype == torch.float32
+    wide, weight = x.detach().double(), linear.weight.detach().double()
+    torch.testing.assert_close(out.double(), wide @ weight.t(), rtol=0, atol=1e-5)
+    grad = torch.randn(50, 30)
+    out.backward(grad)
+    rounded = grad.bfloat16().double()  # as that of a bf16 result
+    for actual, exact in ((x.grad, rounded @ weight), (linear.weight.grad, rounded.t() @ wide)):
+        assert actual.dtype == torch.bfloat16
+        # Rounded once: half of the last of 8 bits, and a sum near zero may lose some more.
+        torch.testing.assert_close(actual.double(), exact, rtol=2**-8, atol=1e-5)

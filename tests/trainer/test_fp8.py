@@ -17,6 +17,7 @@ from trainer.planning.dry_run import count_memory
 SIZES = [
     *("model.num_attention_heads=2", "model.head_dim=128", "model.o_lora_rank=128"),
     *("model.moe_intermediate_size=256", "steps=3", "data.micro_batch_size=1", "precision=fp8"),
+    "seed=5",  # with some seeds a score is so close that a rounding moves a token to other experts
 ]
 SPREAD = {
     "tensor": ["parallel.tensor=2", "parallel.expert=2"],

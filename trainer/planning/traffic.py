@@ -220,7 +220,7 @@ class _Sent:
         if self.degrees.context > 1:
             self._halo("context", config.sliding_window - 1, len(rows) * width * e, runs)
         if kind != "window":
-            self._entries(kind, rows, width * e, runs)
+            self._entries(kind, rows, width, runs)
         if kind == "csa" and self.work.attention != "dense":
             self._index(rows, tokens)
         # Backward does not need this result, so recomputed attention ends before it.
@@ -232,10 +232,10 @@ class _Sent:
         Tensor ranks sum the attention mass of their heads on each selected entry. The selection
         itself has no gradient.
         """
-        size, runs = self.config.index_head_dim * self.element, self.attention_runs
+        runs = self.attention_runs
         learns, selects = self.work.attention == "sparse", self._selects(rows)
         if learns or selects:
-            self._entries("csa", rows, size, runs, backward=int(learns))
+            self._entries("csa", rows, self.config.index_head_dim, runs, backward=int(learns))
         selected = tokens * self.config.index_topk * 4
         if selects:
             self._all_gather("tensor", selected, runs, backward=0)
@@ -261,15 +261,16 @@ class _Sent:
         self.bytes[axis, "all_to_all"] += (forward * sent + backward * received) * size
 
     def _entries(
-        self, kind: LayerType, rows: Lengths, size: int, forward: int, backward: int = 1
+        self, kind: LayerType, rows: Lengths, width: int, forward: int, backward: int = 1
     ) -> None:
-        """Counts a compressor's entries of `size` bytes: a halo of values and gates, a gather."""
+        """Counts a compressor's entries: a halo of values and gates in fp32, a gather."""
         if self.ranks["sequence"] == 1:
             return
         ratio, overlap = self.config.compress_ratio(kind), 1 + (kind == "csa")
         halo = overlap * ratio - 1
-        self._halo("sequence", halo, len(rows) * 2 * overlap * size, forward, backward)
-        self._all_gather("sequence", self._most_entries(rows, ratio) * size, forward, backward)
+        self._halo("sequence", halo, len(rows) * 2 * overlap * width * 4, forward, backward)
+        size = self._most_entries(rows, ratio) * width * self.element
+        self._all_gather("sequence", size, forward, backward)
 
     def _most_entries(self, rows: Lengths, ratio: int) -> int:
         """Returns the entries of the rank with most of them; all ranks send as many."""

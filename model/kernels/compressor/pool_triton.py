@@ -6,21 +6,22 @@ windows overlap, one half of the channels goes to the window's own entry and the
 one), so forward reads each once and backward writes each gradient once: no two programs accumulate
 into the same element. Only the bias of the gate is shared; it is summed in parts, in a fixed order.
 
-Bytes per token in bf16, X = K or 2K channels: forward reads 4·X and writes 4·K/m; backward reads
-4·X + 4·K/m and writes 4·X, plus 4·X to zero-initialise both gradients, because some elements of
-values and gates enter no entry. The arithmetic, about 10 FLOPs per element, takes far less time:
+Values and gates are in fp32 (model/compressor.py). Bytes per token, X = K or 2K channels: forward
+reads 8·X and writes 4·K/m; backward reads 8·X + 4·K/m and writes 8·X, plus 8·X to zero-initialise
+both gradients, because some elements of values and gates enter no entry. The arithmetic, about 10
+FLOPs per element, takes far less time:
 
     roofline per token at 3.35 TB/s (H100)   forward   backward   measured
-    HCA, K = 512, m = 128                     0.6 ns     1.8 ns   not yet timed
-    CSA, K = 512, m = 4                       1.4 ns     3.8 ns   not yet timed
-    CSA's indexer, J = 128, m = 4             0.3 ns     1.0 ns   not yet timed
+    HCA, K = 512, m = 128                     1.2 ns     3.7 ns   not yet timed
+    CSA, K = 512, m = 4                       2.6 ns     7.5 ns   not yet timed
+    CSA's indexer, J = 128, m = 4             0.6 ns     1.9 ns   not yet timed
 
 They are equal for Flash and Pro, whose K, J and m are equal.
 
 The norm and rotation of pooled entries are one more kernel, ``norm_triton.py``, which reads 4·K/m
 and writes 2·K/m bytes per token. Here they would need whole rows in a program, for which HCA's 128
-tokens leave no registers; for CSA they would save 8·K/m of the 10·K/m bytes that follow the 8·K of
-the inputs, a fifth of its time.
+tokens leave no registers; for CSA they would save 8·K/m of the 10·K/m bytes that follow the 16·K of
+the inputs, a ninth of its time.
 
 T tokens; C entries; m tokens of a window (M); K an entry's width (DIM); X = K or 2K channels
 (WIDTH); J an index head's width.

@@ -213,8 +213,8 @@ def test_the_compressor(m, overlap):
     entries = SampleLayout.from_lengths([SAMPLES], device=DEVICE).entries(m)
     where = (entries.first_token_C, entries.has_previous_C, overlap)
     width, tokens = 512 * (2 if overlap else 1), sum(SAMPLES)
-    inputs = [draw(tokens, width, seed=1), draw(tokens, width, seed=2)]
-    inputs.append(draw(m, width, seed=3, dtype=torch.float32))
+    shapes = [(tokens, width), (tokens, width), (m, width)]
+    inputs = [draw(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate(shapes)]
 
     def ours(*x: Tensor) -> Tensor:
         return pool_triton.pool_windows(*x, *where)

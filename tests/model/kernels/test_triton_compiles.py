@@ -17,12 +17,13 @@ STACK_BYTES = 512
 """More per thread would be registers spilled inside a loop, not around it."""
 
 TYPES = {
-    "*bf16": "q keys entries out q_and_grad grad_q grad_out values gates grad_values grad_gates "
-    "logits x grad_x streams read y grad_streams grad_y grad_read gate up grad_gate grad_up",
-    "*fp32": "sink cos_sin lse lse2 rstd delta norm_term grad mass pairs weights ape pooled "
-    "grad_pooled grad_ape loss total grad_weights grad_scores grad_pairs weight grad_weight fn "
-    "part_w part_square base scale grad_scale w pre post comb grad_pre grad_post grad_comb "
-    "divisors grad_w grad_base grad_fn a_scales b_scales row_scales column_scales",
+    "*bf16": "q keys entries out q_and_grad grad_q grad_out logits x grad_x streams read y "
+    "grad_streams grad_y grad_read gate up grad_gate grad_up",
+    "*fp32": "sink cos_sin lse lse2 rstd delta norm_term grad mass pairs weights values gates ape "
+    "pooled grad_values grad_gates grad_pooled grad_ape loss total grad_weights grad_scores "
+    "grad_pairs weight grad_weight fn part_w part_square base scale grad_scale w pre post comb "
+    "grad_pre grad_post grad_comb divisors grad_w grad_base grad_fn a_scales b_scales row_scales "
+    "column_scales",
     "*i32": "key_start key_end entry_start entry_end start_T end_T query_start query_end "
     "bounds selected first_token has_previous ends before tile_group tile_first tile_end",
     "*i64": "order strip row_of_pair target",
