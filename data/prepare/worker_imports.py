@@ -1,7 +1,5 @@
 """Imports everything that the processes of `prepare` need, once for all of them."""
 
-import datasets  # noqa: F401
-
 from data.indexed import indexed_module
 from data.prepare import filter_pass, write_part  # noqa: F401
 

@@ -106,13 +106,13 @@ def no_tokenizer(folder: Path, config: Path) -> Path:
     [
         (corrupt_gzip, r"new\.jsonl\.gz is cut off"),
         (no_gzip, r"new\.jsonl\.gz is damaged in frame 1"),
-        (parquet_without_field, r"record 1 of .*new\.parquet has no string in the field 'text'"),
-        (no_parquet, r"cannot read record 1 of .*new\.parquet"),
-        (invalid_utf8, r"new\.jsonl is not UTF-8: the byte at offset \d+"),
+        (parquet_without_field, r"new\.parquet has no field 'text'; its fields are body"),
+        (no_parquet, r"new\.parquet is a damaged parquet table"),
+        (invalid_utf8, r"line 301 of .*new\.jsonl is not UTF-8 at byte 10"),
         (empty_source, "source 'new' holds no document: 1 files, 1 empty"),
         (negative_weight, r"source_weights.new is -0\.5; it should be at least 0"),
         (weights_of_nothing, "source_weights sum to 0"),
-        (too_long, r"record 301 of .* has 2000 characters; a document may have 1000"),
+        (too_long, r"line 301 of .* has 2000 characters; a document may have 1000"),
         (no_tokenizer, "no tokenizer at"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from data.config import SourceConfig
 from data.errors import DataError
-from data.prepare.corpus import BadRecord, Corpus, first_invalid_utf8
+from data.prepare.corpus import BadRecord, Corpus
 
 TEXTS = ["one \x00 two\r\n", "▁ three\u2028", "four"]
 
@@ -114,31 +115,133 @@ def test_empty_documents_are_skipped_and_counted(tmp_path: Path) -> None:
     assert texts_of(source) == ["x", "y"] and source.empty == 2
 
 
-@pytest.mark.parametrize("form", ["json", "text"])
-def test_not_utf8_names_file_and_offset(tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "place"), [("json", r"line 2 of .*b\.jsonl is not"), ("text", r"b\.jsonl is not")]
+)
+def test_not_utf8_names_the_file_and_the_place(tmp_path: Path, form: str, place: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(["fine"]))
-    (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
-    with pytest.raises(DataError, match=r"b\.jsonl is not UTF-8: the byte at offset 13"):
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=rf"{place} UTF-8 at byte (13|30)\.$"):
         texts_of(corpus(paths=[str(tmp_path)], format=form))
 
 
-def test_invalid_utf8_across_blocks(tmp_path: Path) -> None:
-    block = 1 << 20
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"x" * (block - 1) + "é".encode() + b"y")
-    assert first_invalid_utf8(path) is None
-    path.write_bytes(b"x" * (block - 1) + b"\xc3x")
-    assert first_invalid_utf8(path) == block - 1
-    path.write_bytes(b"x\xc3")
-    assert first_invalid_utf8(path) == 1
+MANY = jsonl([f"text {i} " + "x" * 1000 for i in range(300)])
+NESTED = b'{"text":"a","x":{"y":1},"n":1}\n{"text":"b","x":[1],"n":"one"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (MANY + b'{"text": "last", "extra": 1}\n', 301),
+        (b'{"text":"a","n":1}\n' + MANY + b'{"text":"b","n":"one"}\n{"text":"c"}\n', 303),
+        (NESTED, ["a", "b"]),
+        (b'{"text":"2024-01-01T00:00:00"}\n' * 2, ["2024-01-01T00:00:00"] * 2),
+        (b'{"text":"a","n":%s}\n{"text":"b","n":1e400}\n' % (b"9" * 5000), ["a", "b"]),
+        (b'{"text":"a","text ":NaN}\r\n\r\n{"text":"b"}', ["a", "b"]),
+        (b'\xef\xbb\xbf{"text":"a"}\n', ["a"]),
+        (b'{"text":"a"} {"text":"b"}\n', ["a", "b"]),
+        (b'{\n "text": "a"\n}\n{\n "text": "b"\n}\n', ["a", "b"]),
+        (b'[{"text":"a","n":1},\n{"text":"b","n":"x","z":null}]', ["a", "b"]),
+    ],
+)
+def test_only_the_text_field_matters(
+    tmp_path: Path, content: bytes, texts: list[str] | int
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    documents = texts_of(corpus(paths=[str(tmp_path / "a.jsonl")]))
+    assert (len(documents) if isinstance(texts, int) else documents) == texts
+
+
+BAD_LINES = [
+    (b'{"text": null}', "has null instead of a string in the field 'text'"),
+    (b'{"text": 1}', "has a number instead of a string in the field 'text'"),
+    (b'{"text": true}', "has true instead of a string in the field 'text'"),
+    (b'{"body": "x"}', r"has no field 'text'; its fields are body \(set `text_field` of source"),
+    (b'{"text": "x"', r"is not JSON \(Expecting ',' delimiter at character 13\)"),
+    (b'{"text": "\xff"}', "is not UTF-8 at byte 10"),
+    (b'{"text": "a\\ud800"}', r"has the lone surrogate U\+D800 at character 1, which is not"),
+    (b"[" * 100_000, "is not JSON that can be read"),
+    (b'["x"]', "is a list instead of an object"),
+    (b"3", "is a number instead of an object"),
+]
+
+
+def test_a_bad_line_is_one_bad_record(tmp_path: Path) -> None:
+    lines = [line for bad, _ in BAD_LINES for line in (b'{"text": "good"}', bad)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    source = corpus(paths=[str(tmp_path / "a.jsonl")])
+    bad: list[BadRecord] = []
+    assert [d.text for d in source.documents(bad)] == ["good"] * len(BAD_LINES)
+    assert [record.number for record in bad] == list(range(2, len(lines) + 1, 2))
+    for record, (_, reason) in zip(bad, BAD_LINES, strict=True):
+        assert record.place == f"line {record.number} of {tmp_path / 'a.jsonl'}"
+        assert re.match(reason, record.reason), record
+    with pytest.raises(DataError, match=r"^line 2 of .*a\.jsonl has null instead of a string"):
+        texts_of(source)
+
+
+def test_bad_rows_of_a_table(tmp_path: Path) -> None:
+    raw = pyarrow.array([b"one", b"\xff", None, b"two"]).view(pyarrow.utf8())
+    others = pyarrow.array([[{"x": 1}]] * 4)
+    pyarrow.parquet.write_table(pyarrow.table({"text": raw, "n": others}), tmp_path / "a.parquet")
+    bad: list[BadRecord] = []
+    source = corpus(paths=[str(tmp_path / "a.parquet")], format="parquet")
+    assert [d.text for d in source.documents(bad)] == ["one", "two"]
+    assert [(record.number, record.reason) for record in bad] == [
+        (2, "is not UTF-8 at byte 0 of the field 'text'"),
+        (3, "has null instead of a string in the field 'text'"),
+    ]
+
+
+PARQUET = "is a parquet table; set `format: parquet` of source 's'"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "form", "message"),
+    [
+        ("a.txt", b"Hello.\n", "json", r"line 1 of .*a\.txt is not JSON .*; set `format: text` of"),
+        ("a.parquet", b"PAR1..", "json", rf"a\.parquet {PARQUET}"),
+        ("a", b"PAR1..", "text", PARQUET),
+        ("a.jsonl", b"{}\n", "parquet", "a.jsonl is not a parquet table; set `format: json` or"),
+        ("a.parquet", b"PAR1..", "parquet", "a.parquet is a damaged parquet table: "),
+        ("a.zip", b"PK", "json", "a.zip is an archive; unpack it"),
+        ("a.tar.gz", gzip.compress(b"x"), "text", r"a.tar.gz is an archive; unpack it"),
+        ("a.json", b'[{"text": "a"},', "json", "a.json is neither a list of objects in JSON nor"),
+    ],
+)
+def test_the_format_that_was_meant(
+    tmp_path: Path, name: str, content: bytes, form: str, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        texts_of(corpus(paths=[str(tmp_path / name)], format=form))
+    assert "\n" not in str(caught.value)
+
+
+def test_hidden_files_and_metadata_are_not_data(tmp_path: Path) -> None:
+    names = ["a.jsonl", "_b.jsonl", "sub/__init__.jsonl"]
+    others = [".a.jsonl", ".cache/a.jsonl", "_SUCCESS", "__MACOSX/a.jsonl", "README.md"]
+    for name in (*names, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jsonl([name]))
+    assert set(texts_of(corpus(paths=[str(tmp_path)]))) == set(names)
+    everywhere = corpus(paths=[f"{tmp_path}/**"])
+    assert set(texts_of(everywhere)) == set(names)
+    assert len(corpus(paths=[str(tmp_path)], format="text").files) == len(names) + 1  # README.md
+    hidden = corpus(paths=[str(tmp_path)], include=[".cache/*", "README.md"])
+    assert texts_of(hidden) == [".cache/a.jsonl", "README.md"]
+    assert texts_of(corpus(paths=[f"{tmp_path}/.*.jsonl"])) == [".a.jsonl"]
+    assert texts_of(corpus(paths=[str(tmp_path / "_SUCCESS")])) == ["_SUCCESS"]
+    with pytest.raises(DataError, match=r"nothing to read at .* \(hidden files and metad"):
+        corpus(paths=[str(tmp_path)], include=["_*/*", "_SUCC*"])
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"body": "x"}\n', "record 1 .* no string in the field 'text'; its fields are body"),
-        (b'{"text": "x"}\n{"text": null}\n', "record 2 .* no string in the field 'text'"),
-        (b'{"text": "x"\n', "cannot read record 1 of .*a.jsonl"),
+        (b'{"body": "x"}\n', "line 1 .* no field 'text'; its fields are body"),
+        (b'{"text": "x"}\n{"text": null}\n', "line 2 .* null instead of a string in the field"),
+        (b'{"text": "x"\n', "line 1 of .*a.jsonl is not JSON"),
         (b"", "source 's' holds no document"),
         (b'{"text": ""}\n', "source 's' holds no document: 1 files, 1 empty documents"),
     ],
@@ -150,12 +253,12 @@ def test_bad_content_is_one_sentence(tmp_path: Path, content: bytes, message: st
     assert "\n" not in str(caught.value)
 
 
-def test_text_that_cannot_be_used_names_the_source(
+def test_text_that_cannot_be_used_names_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.txt").write_text("five!")
     monkeypatch.setattr("data.prepare.corpus._MAX_CHARACTERS", 4)
-    with pytest.raises(DataError, match=r"^record 0 of the files of source 's' has 5 characters"):
+    with pytest.raises(DataError, match=r"^\S+a\.txt has 5 characters"):
         texts_of(corpus(paths=[str(tmp_path)], format="text"))
 
 

@@ -185,10 +185,11 @@ def test_bad_records_are_quarantined_up_to_a_share(parts: DataConfig, tmp_path: 
     (listed,) = Path(tolerant.shards).rglob("*.quarantine.jsonl")
     records = [json.loads(line) for line in listed.read_text().splitlines()]
     assert [record["number"] for record in records] == [2, 100]
-    assert all("no string in the field 'text'" in record["reason"] for record in records)
+    assert records[0]["reason"] == "has null instead of a string in the field 'text'"
+    assert records[1]["reason"].startswith("has no field 'text'; its fields are none")
     with pytest.raises(DataError, match=r"'b' has 2 bad records, a fraction of 0.02; .* 0.019"):
         prepare(elsewhere(tolerant, "strict", max_bad_record_fraction=0.019), progress=False)
-    with pytest.raises(DataError, match=r"record 2 of .*bad\.jsonl has no string"):
+    with pytest.raises(DataError, match=r"line 2 of .*bad\.jsonl has null instead"):
         prepare(elsewhere(tolerant, "none", max_bad_record_fraction=0.0), progress=False)
 
 

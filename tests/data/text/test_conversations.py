@@ -84,7 +84,7 @@ def test_every_record_comes_back_from_its_shard(
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"chat": RECORDS[0]}, "has no list of messages in the field 'messages'; .* chat"),
+        ({"chat": RECORDS[0]}, "has no field 'messages'; its fields are chat"),
         (
             {"messages": [{"role": "tool", "content": "x"}]},
             r"not a conversation: messages\.0: a tool message follows",
@@ -104,7 +104,7 @@ def test_bad_records(config: DataConfig, tmp_path: Path, content: object, reason
     good = json.dumps({"messages": RECORDS[1]})
     (tmp_path / "a.jsonl").write_text(f"{good}\n{json.dumps(content)}\n{good}\n")
     chat = chats(config, {"paths": [str(tmp_path / "a.jsonl")]}, tmp_path / "shards")
-    with pytest.raises(DataError, match=rf"record 2 of .*a\.jsonl .*{reason}") as caught:
+    with pytest.raises(DataError, match=rf"line 2 of .*a\.jsonl .*{reason}") as caught:
         prepare(chat, progress=False)
     assert "\n" not in str(caught.value)
     tolerant = chats(
@@ -141,9 +141,9 @@ def test_the_effort_and_the_prompts_of_a_source(config: DataConfig, tmp_path: Pa
 
 
 def test_a_line_that_is_no_object(config: DataConfig, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("[1]\n")
+    (tmp_path / "a.jsonl").write_text("1\n")
     chat = chats(config, {"paths": [str(tmp_path / "a.jsonl")]}, tmp_path / "shards")
-    with pytest.raises(DataError, match="is a list instead of an object"):
+    with pytest.raises(DataError, match="is a number instead of an object"):
         prepare(chat, progress=False)
 
 
