@@ -24,6 +24,7 @@ def test_a_checkpoint_of_version_0_1_gives_every_field() -> None:
         tokens=90,
         skipped_steps=2,
         consecutive_skips=1,
+        skipping_since=6,
         anticipation_start=3,
         anticipation_end=9,
         rollbacks=1,

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Shows step, loss, speed and the time left."""
+    """Shows step, loss, speed and the time left.
+
+    A log on a full disk, a reader or a terminal that has gone do not end training.
+    """
 
     def __init__(self, steps: int, done: int, every: int) -> None:
         self.steps = steps
@@ -37,15 +40,17 @@ class Progress:
 
     def log(self, message: str) -> None:
         """Prints a line, above the live one."""
-        if self._bar is not None:
-            self._bar.console.print(message, highlight=False)
-        else:
+        if self._bar is None:
             print_line(message)
+            return
+        with suppress(OSError):
+            self._bar.console.print(message, highlight=False)
 
     def close(self) -> None:
         """Stops the live line; its last state stays on the screen."""
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
 
     def _time_left(self, step: int) -> timedelta:
         """At the pace so far; steps that were trained again count again."""
@@ -69,7 +74,7 @@ def _live_line() -> "RichProgress":
 
 
 def print_line(text: str) -> None:
-    """Prints to stdout; a log on a full disk, or a reader that has gone, does not end training."""
+    """Prints to stdout, where that is possible."""
     with suppress(OSError):
         print(text, flush=True)
 

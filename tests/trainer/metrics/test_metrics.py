@@ -261,6 +261,21 @@ def test_plain_progress_lines(
     )
 
 
+def test_a_log_that_cannot_be_written_does_not_end_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with (tmp_path / "log").open("w") as log, full_disk(10):
+        monkeypatch.setattr("sys.stdout", log)
+        progress = Progress(2, 0, 1)
+        for step in (1, 2):
+            progress.log("a line that is longer than the disk")
+            progress.update({"step": step, "lm_loss": 1.0, "tokens_per_second": 1.0})
+        progress.close()
+        monkeypatch.undo()
+        assert (tmp_path / "log").stat().st_size <= 10
+    assert "step 2/2  loss 1.0000" in (tmp_path / "log").read_text(), "once there is room"
+
+
 def test_the_time_left_counts_steps_that_came_again(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
