@@ -125,6 +125,8 @@ class _Training:
             text=True,
         )
         self.errors = _ErrorFilter(self.process.stderr)
+        if self.with_torchrun:  # it takes seconds before a process has its first line
+            print(f"v4: starting {processes} processes", file=sys.stderr, flush=True)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Counts signals: the first one stops the training, the second one kills it."""

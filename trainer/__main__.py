@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from data.activity import Activity
 from trainer.signals import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
@@ -35,16 +36,17 @@ def train(config: RunConfig, stop: StopRequest) -> None:
             f"{'es' * (processes > 1)}; loading torch",
             flush=True,
         )
-    import torch
+    with Activity("loading torch", visible=is_first):
+        import torch
 
-    from trainer.failures import report_failures
-    from trainer.lease import lease_on
-    from trainer.parallel.grid import open_grid
-    from trainer.planning import advise_on_out_of_memory, expected_memory_report, fit_to_device
-    from trainer.preflight import preflight
-    from trainer.trainer import Trainer
+        from trainer.failures import report_failures
+        from trainer.lease import lease_on
+        from trainer.parallel.grid import open_grid
+        from trainer.planning import advise_on_out_of_memory, expected_memory_report, fit_to_device
+        from trainer.preflight import preflight
+        from trainer.trainer import Trainer
 
-    with report_failures() as watch:
+    with report_failures() as watch, Activity("connecting", visible=is_first) as start:
         config, messages = fit_to_device(config)  # before there is a process group
         with open_grid(config.degrees, config.parallel.timeout_seconds) as grid:
             watch.connect(grid)
@@ -53,10 +55,16 @@ def train(config: RunConfig, stop: StopRequest) -> None:
                     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
             with lease_on(config.run_dir, "v4 train", grid, watch) as check:
-                preflight(config, grid)
+                start.what = "comparing all processes"
+                for warning in preflight(config, grid):
+                    if is_first:
+                        print(f"warning: {warning}", flush=True)
                 messages.append(expected_memory_report(config, grid.world_size))
+                start.what = "opening the shards and building the model"
                 with advise_on_out_of_memory(config, grid):
-                    Trainer(config, grid, stop, messages, check).run()
+                    trainer = Trainer(config, grid, stop, messages, check)
+                    start.end()
+                    trainer.run()
             watch.close()
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.activity import Activity
 from trainer.signals import raise_on_interrupt
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def data_prepare(config: RunConfig, options: argparse.Namespace) -> None:
     """Turn `data.sources` into token shards."""
     from data.prepare import prepare
 
-    manifest = prepare(config.data, sys.stderr.isatty(), options.overwrite)
+    manifest = prepare(config.data, overwrite=options.overwrite)
     train, validation = manifest.tokens("train"), manifest.tokens("validation")
     print(f"{config.data.shards}: {train:,} tokens for training, {validation:,} for validation")
 
@@ -40,7 +41,9 @@ def data_report(config: RunConfig, options: argparse.Namespace) -> None:
     """Show the contents of the token shards in report.html in their folder."""
     from trainer.report import write_data_report
 
-    print(f"wrote {write_data_report(config)}")
+    with Activity("reading the shards"):
+        path = write_data_report(config)
+    print(f"wrote {path}")
 
 
 def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
@@ -48,11 +51,12 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
 
     With the rows of `evaluation`, and the attention and the quantisation of the last step's phase.
     """
-    from trainer.engine import NativeEngine
-    from trainer.evaluate import Validation
-    from trainer.export import open_run
-    from trainer.metrics import finite
-    from trainer.parallel.grid import open_grid
+    with _loading():
+        from trainer.engine import NativeEngine
+        from trainer.evaluate import Validation
+        from trainer.export import open_run
+        from trainer.metrics import finite
+        from trainer.parallel.grid import open_grid
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         config = config.alone()  # checkpoints open at any topology
@@ -84,11 +88,12 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
 
 def export(config: RunConfig, options: argparse.Namespace) -> None:
     """Write the newest checkpoint as a Hugging Face folder; processes divide its files."""
-    from data.lease import LEASE_FILE
-    from trainer.export import export_run
-    from trainer.failures import report_failures
-    from trainer.lease import lease_on
-    from trainer.parallel.grid import open_grid
+    with _loading():
+        from data.lease import LEASE_FILE
+        from trainer.export import export_run
+        from trainer.failures import report_failures
+        from trainer.lease import lease_on
+        from trainer.parallel.grid import open_grid
 
     with report_failures() as watch, open_grid() as grid:
         watch.connect(grid)
@@ -112,8 +117,9 @@ def _warn_of_other_tokenizer(config: RunConfig) -> None:
 
 def import_(config: RunConfig, options: argparse.Namespace) -> None:
     """Start a run from a Hugging Face folder."""
-    from data.lease import Lease
-    from trainer.export import import_hf_folder
+    with _loading():
+        from data.lease import Lease
+        from trainer.export import import_hf_folder
 
     with Lease(config.run_dir, "v4 import"):
         print(import_hf_folder(config, Path(options.folder)))
@@ -123,14 +129,18 @@ def report(config: RunConfig, options: argparse.Namespace) -> None:
     """Draw the run's curves into report.html."""
     from trainer.report import write_report
 
-    print(f"wrote {write_report(config)}")
+    with Activity("drawing the report"):
+        path = write_report(config)
+    print(f"wrote {path}")
 
 
 def sweep_report(folder: str, options: argparse.Namespace) -> None:
     """Compare the trials of a sweep in report.html."""
     from trainer.report import write_sweep_report
 
-    print(f"wrote {write_sweep_report(Path(folder))}")
+    with Activity("drawing the report"):
+        path = write_sweep_report(Path(folder))
+    print(f"wrote {path}")
 
 
 def plan(config: RunConfig, options: argparse.Namespace) -> None:
@@ -164,7 +174,14 @@ def sample(folder: str, options: argparse.Namespace) -> None:
     """Load an exported folder with transformers and continue a prompt."""
     from trainer.export import sample_text
 
-    print(json.dumps(sample_text(Path(folder), options.prompt)))
+    with Activity("loading the model with transformers, then sampling"):
+        result = sample_text(Path(folder), options.prompt)
+    print(json.dumps(result))
+
+
+def _loading() -> Activity:
+    """Reports slow imports in the first process."""
+    return Activity("loading torch", visible=os.environ.get("RANK", "0") == "0")
 
 
 VERBS = {

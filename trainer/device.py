@@ -6,10 +6,10 @@ import os
 import resource
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from trainer.formatting import gib
+from trainer.host_memory import HostMemory
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
 
@@ -36,17 +36,28 @@ class DeviceInfo:
 
     @classmethod
     def of(cls, device: torch.device) -> DeviceInfo:
-        """Describes `device`; a CPU's memory is divided among the processes of this host."""
+        """Describes `device`; the host's memory is divided among its processes."""
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             return cls(properties.name, properties.total_memory)
-        share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return cls("CPU", psutil.virtual_memory().total // share)
+        return cls("CPU", HostMemory.read().total // _processes_of_host())
 
     @property
     def peak_tflops(self) -> float | None:
         """Dense bf16 TFLOP/s; None for an unknown device."""
         return next((peak for name, peak in PEAK_TFLOPS.items() if name in self.name), None)
+
+
+def available_memory(device: torch.device) -> int:
+    """Returns the bytes of a GPU that are free now, or this process's share of the host's."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    return HostMemory.read().available // _processes_of_host()
+
+
+def _processes_of_host() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def peak_memory(device: torch.device) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from data import Loader
+from data.activity import Activity
 from model import IGNORE_INDEX
 from trainer.config import RunConfig
 from trainer.engine import Engine
@@ -57,7 +58,8 @@ class Validation:
 
     def unigram_entropy(self) -> float:
         """Returns nats per target of the best guess that ignores the context, on the same rows."""
-        return self.loader.unigram_entropy(self.steps)
+        with Activity("unigram entropy", visible=self.grid.is_first):
+            return self.loader.unigram_entropy(self.steps)
 
     def evaluate(self, engine: Engine) -> Evaluation:
         """Returns the loss of the engine's model, the same on every rank; all ranks call it.
@@ -83,11 +85,13 @@ class Validation:
     def _mean_over(self, loader: Loader, steps: int, engine: Engine) -> Evaluation:
         total = torch.zeros((), dtype=torch.float64, device=self.grid.device)
         targets = torch.zeros((), dtype=torch.float64)
-        for step in range(steps):
-            self._check_stop(step, steps)
-            batches = loader.at(step)
-            total += engine.evaluate(batches)
-            targets += sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
+        with Activity("validation", steps, "batches", self.grid.is_first) as activity:
+            for step in range(steps):
+                self._check_stop(step, steps)
+                batches = loader.at(step)
+                total += engine.evaluate(batches)
+                targets += sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
+                activity.advance()
         tokens = int(all_reduce_(targets, self.grid.data))
         return Evaluation(float(total) / tokens, tokens)
 

@@ -22,7 +22,7 @@ from data.files import sha256_of
 from data.manifest import MANIFEST_FILE
 from data.text import tokenizer_file
 from trainer.config import RunConfig
-from trainer.device import DeviceInfo
+from trainer.device import DeviceInfo, available_memory
 from trainer.errors import PreflightError
 from trainer.formatting import GIB
 from trainer.parallel.collectives import all_gather_objects
@@ -49,6 +49,7 @@ class Facts:
         digests: by what is compared, a digest or version.
         memory: bytes of the device that this process trains on.
         host_memory: bytes of its share of the host's memory.
+        available: bytes of the device's memory that nothing uses now.
         missing: what torch.compile needs and this host lacks, if `compile` is set; else empty.
     """
 
@@ -57,11 +58,14 @@ class Facts:
     digests: dict[str, str]
     memory: int
     host_memory: int
+    available: int
     missing: str = ""
 
 
-def preflight(config: RunConfig, grid: Grid, folder_timeout: float = FOLDER_TIMEOUT) -> None:
+def preflight(config: RunConfig, grid: Grid, folder_timeout: float = FOLDER_TIMEOUT) -> list[str]:
     """Raises PreflightError, the same on all ranks, unless they can train together.
+
+    Returns warnings.
 
     Every rank calls it. `folder_timeout` is in seconds: a new file in the run's folder has to be
     seen by all ranks within it.
@@ -70,14 +74,17 @@ def preflight(config: RunConfig, grid: Grid, folder_timeout: float = FOLDER_TIME
     memory, host_memory = (DeviceInfo.of(device).memory for device in devices)
     missing = missing_compiler(grid.device) if config.compile else ""
     host, digests = socket.gethostname(), _digests(config)
-    facts = Facts(grid.rank, host, digests, memory, host_memory, missing)
+    available = available_memory(grid.device)
+    facts = Facts(grid.rank, host, digests, memory, host_memory, available, missing)
     everyone = all_gather_objects(facts, grid.world)
     _check_equal(everyone, config, grid)
+    warnings = []
     if config.engine == "native":  # DeepSpeed shards weights and states by its own rules
-        _check_memory(everyone, config, grid.device)
+        warnings = _check_memory(everyone, config, grid.device)
     _check_compiler(everyone)
     if grid.world_size > 1:
         _check_folder(everyone, config.run_dir, grid, folder_timeout)
+    return warnings
 
 
 def code_digest(root: Path) -> str:
@@ -148,8 +155,11 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "
     return "a key that one of them does not have"
 
 
-def _check_memory(everyone: list[Facts], config: RunConfig, device: torch.device) -> None:
-    """Raises if what a process holds throughout the run does not fit into its memory."""
+def _check_memory(everyone: list[Facts], config: RunConfig, device: torch.device) -> list[str]:
+    """Raises if what a process holds throughout the run does not fit into its memory.
+
+    Returns a warning if it does not fit into what is available now.
+    """
     degrees = config.degrees(len(everyone))
     needed = sum(memory_parts(config, degrees).values())
     snapshots = snapshot_memory(config, degrees)
@@ -158,8 +168,17 @@ def _check_memory(everyone: list[Facts], config: RunConfig, device: torch.device
         needed += snapshots
         what += ", with the snapshots of stability.spikes," if snapshots else ""
     _check_room(everyone, [facts.memory for facts in everyone], needed, what)
+    fullest = min(everyone, key=lambda facts: facts.available)
+    warnings = []
+    if fullest.available < needed:
+        warnings.append(
+            f"{what} take {needed / GIB:,.2f} GiB on a process, while {where([fullest])} has "
+            f"{fullest.available / GIB:,.2f} GiB available now: other programs use the rest, and "
+            "the run may fail or be killed"
+        )
     what = "the snapshots of stability.spikes, which are on the host,"
     _check_room(everyone, [facts.host_memory for facts in everyone], snapshots, what)
+    return warnings
 
 
 def _check_room(everyone: list[Facts], memory: list[int], needed: int, what: str) -> None:

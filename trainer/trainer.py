@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data import Batch, Loader, Prefetcher
+from data.activity import Activity
 from data.files import write_atomically
 from model.kernel_choices import describe, kernel_choices
 from trainer.build import DTYPES, build_engine
@@ -108,10 +109,13 @@ class Trainer:
         return self.state
 
     def _train(self) -> None:
+        first = self.state.step
         while self.state.step < self.recipe.steps and not self.state.stopping:
             start = time.perf_counter()
             self.stability.before_step()
-            result = self.step(self.anticipation.batches(self.state.step))
+            is_first = self.grid.is_first and self.state.step == first
+            with Activity("first step", visible=is_first):  # may compile
+                result = self.step(self.anticipation.batches(self.state.step))
             if isinstance(result, RolledBack):
                 continue  # from the step that was restored
             result.seconds = time.perf_counter() - start

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from data.activity import Activity
 from data.errors import DataError
 from data.prepare.work_item import WorkItem
 from data.text import Tokenizer
@@ -86,6 +87,7 @@ class Progress:
     """A progress bar per source with the bytes done and the time left.
 
     The total is the size of the files, exact for plain text and an estimate for other formats.
+    Where stderr is no terminal, lines report the bytes of all sources together.
 
     Arguments:
         verb: the work, shown before the source's name.
@@ -96,14 +98,15 @@ class Progress:
         from rich import progress
         from rich.console import Console
 
+        console = Console(stderr=True)
         self.bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
             progress.DownloadColumn(),
             progress.TransferSpeedColumn(),
             progress.TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not visible,
+            console=console,
+            disable=not (visible and console.is_terminal),
         )
         sizes: dict[str, int] = {}
         for item in items:
@@ -113,13 +116,19 @@ class Progress:
             for name, size in sizes.items()
         }
 
+        total = sum(sizes.values()) / 1e6
+        self.lines = Activity(verb, total, "MB", visible and not console.is_terminal)
+
     def __enter__(self) -> "Progress":
         self.bar.start()
+        self.lines.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.lines.__exit__()
         self.bar.stop()
 
     def advance(self, item: WorkItem, size: int) -> None:
         """Adds `size` bytes to the progress of an item's source."""
         self.bar.update(self.tasks[item.source.name], advance=size)
+        self.lines.advance(size / 1e6)

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from data.activity import Activity
 from data.config import DataConfig, FiltersConfig, fingerprint_source, fingerprint_text
 from data.errors import DataError
 from data.files import fsync_folder, sha256_of
@@ -46,13 +47,14 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
 
     Does nothing where the shards there were made from the same files, with the same settings, by
     the same tokenizer. Other shards are replaced only with `overwrite`: runs that were trained on
-    them can be resumed on them alone. `progress` shows progress bars on stderr. Raises DataError
+    them can be resumed on them alone. `progress` reports progress on stderr. Raises DataError
     where a source or the tokenizer cannot be read, there are other shards, the disk is full, or
     another process is writing; the earlier shards stay complete.
     """
     tokenizer = Tokenizer(config.tokenizer.path)
     corpora = [Corpus(source) for source in config.sources]
-    digest = _digest(config, tokenizer, corpora)
+    with Activity("hashing the sources", visible=progress):
+        digest = _digest(config, tokenizer, corpora)
     root = Path(config.shards)
     existing = _existing(root, digest, overwrite)
     if existing is not None:
@@ -65,7 +67,8 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
             folder.mkdir(exist_ok=True)
             try:
                 records = _write(config, corpora, tokenizer, folder, progress)
-                manifest = _manifest(config, digest, tokenizer, records)
+                with Activity("hashing the shards", visible=progress):
+                    manifest = _manifest(config, digest, tokenizer, records)
                 remove_filter_files(folder)
                 _publish(folder, root, manifest)
             except BaseException:
@@ -131,7 +134,8 @@ def _filter(
                 remaining.append(item)
         for _ in run_items(remaining, tokenizer, workers, work, bar.advance):
             pass
-    deduplicate(items, folder, filters)
+    with Activity("deduplicating", visible=progress):
+        deduplicate(items, folder, filters)
 
 
 def _manifest(

@@ -9,9 +9,13 @@ tokens still have V4's ids.
 
 import heapq
 import io
+import signal
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from data.activity import Activity
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
 from data.files import write_atomically
@@ -53,10 +57,14 @@ def train_tokenizer(config: DataConfig, overwrite: bool = False) -> Path:
         _check_is_new(folder)
     sample: list[str] = []
     for sources, size in _shares(config):
-        sample += _sample(_training_documents(config, sources), size)
+        names = ", ".join(source.name for source in sources)
+        with Activity(f"reading a sample of {names}"):
+            sample += _sample(_training_documents(config, sources), size)
     if not sample:
         raise DataError("the sources hold no document to train a tokenizer on.")
-    model = train_model(sample, config.tokenizer)
+    millions = sum(len(text) for text in sample) / 1e6
+    with Activity(f"training the tokenizer on {millions:,.1f} M characters"), _ended_by_interrupt():
+        model = train_model(sample, config.tokenizer)
     path = folder / MODEL_FILE
     write_atomically(path, model)
     Tokenizer(path)  # raises where the model is not usable
@@ -71,6 +79,19 @@ def _check_is_new(folder: Path) -> None:
             f"{existing[0]} is there already, and shards and runs that were made with it need it; "
             "set another data.tokenizer.path, or replace it with --overwrite."
         )
+
+
+@contextmanager
+def _ended_by_interrupt() -> Iterator[None]:
+    """Lets Ctrl-C end the process at once: SentencePiece returns to Python only when it is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _shares(config: DataConfig) -> list[tuple[tuple[SourceConfig, ...], int]]:

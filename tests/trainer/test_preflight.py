@@ -5,7 +5,6 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from tests.distributed import spawn
 from trainer import preflight as checks
 from trainer.config import load_config
 from trainer.errors import USER_ERRORS, PreflightError
+from trainer.host_memory import HostMemory
 from trainer.parallel.grid import Degrees, Grid
 from trainer.planning.static_memory import memory_parts, snapshot_memory
 from trainer.preflight import Facts, code_digest, preflight, where
@@ -156,12 +156,23 @@ def test_a_model_too_large_for_one_process_is_refused(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    half = psutil.virtual_memory().total // 2
+    half = HostMemory.read().total // 2
     assert checks.DeviceInfo.of(torch.device("cpu")).memory == half
     preflight(load_config(tiny), Grid.single(torch.device("cpu")))
     large = load_config(tiny, ["model.n_routed_experts=4096", "model.moe_intermediate_size=65536"])
     with pytest.raises(PreflightError, match=f"has {half / 2**30:,.2f} GiB"):
         preflight(large, Grid.single(torch.device("cpu")))
+
+
+def test_what_others_use_is_a_warning(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, grid = load_config(tiny), Grid.single(torch.device("cpu"))
+    needed = sum(memory_parts(config, Degrees(1)).values())
+    monkeypatch.setattr(checks, "available_memory", lambda device: needed)
+    assert preflight(config, grid) == []
+    monkeypatch.setattr(checks, "available_memory", lambda device: needed - 1)
+    (warning,) = preflight(config, grid)
+    assert warning.startswith("weights, gradients and optimizer states take 0.00 GiB on a process")
+    assert "GiB available now" in warning
 
 
 def test_memory_of_deepspeed_is_not_counted_by_the_native_formula(tiny: Path) -> None:
@@ -176,7 +187,7 @@ def test_snapshots_are_counted_where_they_are(tiny: Path) -> None:
     held, rest = snapshot_memory(config, Degrees(1)), sum(memory_parts(config, Degrees(1)).values())
 
     def check(device: str, memory: int, host_memory: int) -> None:
-        facts = [Facts(0, "a", {}, memory, host_memory)]
+        facts = [Facts(0, "a", {}, memory, host_memory, memory)]
         checks._check_memory(facts, config, torch.device(device))
 
     check("cpu", rest + held, rest + held)
@@ -205,7 +216,7 @@ def test_the_code_is_its_names_and_contents(tmp_path: Path) -> None:
 
 
 def test_many_hosts_make_no_long_sentence() -> None:
-    many = [Facts(rank, f"host{rank // 16}", {}, 0, 0) for rank in range(16 * 9)]
+    many = [Facts(rank, f"host{rank // 16}", {}, 0, 0, 0) for rank in range(16 * 9)]
     text = where(many)
     assert text.startswith("ranks 0, 1, 2, 3, 4, 5, 6, 7, … on host0, ranks 16, 17")
     assert text.endswith("on host3 and those on 5 more hosts")

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.activity import Activity
 from data.files import fsync_folder
 from trainer.checkpoint import manifest
 from trainer.checkpoint.all_ranks import on_all_ranks
@@ -108,10 +109,11 @@ class CheckpointFolder:
         self._may_prune = True
         try:
             if not (reuse and all(on_all_ranks(target.is_dir, world))):
-                on_all_ranks(lambda: self._prepare(temporary), world)
-                on_all_ranks(lambda: self._write_shards(temporary, boxes), world)
-                files = on_all_ranks(lambda: self._hash_files(temporary), world)
-                on_all_ranks(lambda: self._publish(temporary, target, files, document), world)
+                with Activity(f"saving {target}", visible=self.grid.is_first):
+                    on_all_ranks(lambda: self._prepare(temporary), world)
+                    on_all_ranks(lambda: self._write_shards(temporary, boxes), world)
+                    files = on_all_ranks(lambda: self._hash_files(temporary), world)
+                    on_all_ranks(lambda: self._publish(temporary, target, files, document), world)
             on_all_ranks(lambda: self._remove_later(step), world)
         except OSError as error:
             if self.grid.is_first:
@@ -195,7 +197,8 @@ class CheckpointFolder:
             paths = [path for path in paths if step_of(path) < before]
         if not paths:
             return None
-        problem = self._problem(paths[-1], self.grid.rank, self.grid.world_size)
+        with Activity(f"verifying {paths[-1]}", visible=self.grid.is_first):
+            problem = self._problem(paths[-1], self.grid.rank, self.grid.world_size)
         problems = [text for text in all_gather_objects(problem, self.grid.world) if text]
         if not problems:
             return paths[-1]
@@ -234,7 +237,8 @@ class CheckpointFolder:
         problem = next(filter(None, problems), None) or self._unknown_tensor(shapes, boxes)
         if problem:
             raise CheckpointError(f"{path}: {problem}")
-        load_boxes(path, boxes, self.grid.world.group)
+        with Activity(f"loading {path}", visible=self.grid.is_first):
+            load_boxes(path, boxes, self.grid.world.group)
 
     def _unknown_tensor(self, shapes: Mapping[str, Shape], boxes: Boxes) -> str | None:
         """Returns a clause about a tensor of the checkpoint that no rank has, or None."""

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data import Tokenizer
+from data.activity import Activity
 from data.files import fsync_file
 from model import ModelConfig
 from trainer.checkpoint import new_folder, on_all_ranks
@@ -116,14 +117,17 @@ class _Shards:
 
     def write(self, folder: Path, read: Read, world: Axis) -> None:
         """Writes this rank's share of the files, one after another. Raises OSError."""
-        for file in list(self.files)[world.rank :: world.size]:
-            try:
-                save_file(read(self.files[file]), folder / file, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise OSError(0, str(error)) from None
-            # safetensors writes files that only their owner can read.
-            (folder / file).chmod(folder.stat().st_mode & 0o666)
-            fsync_file(folder / file)
+        share = list(self.files)[world.rank :: world.size]
+        with Activity("writing weights", len(share), "files", world.is_first) as activity:
+            for file in share:
+                try:
+                    save_file(read(self.files[file]), folder / file, metadata={"format": "pt"})
+                except SafetensorError as error:
+                    raise OSError(0, str(error)) from None
+                # safetensors writes files that only their owner can read.
+                (folder / file).chmod(folder.stat().st_mode & 0o666)
+                fsync_file(folder / file)
+                activity.advance()
 
     def write_index(self, folder: Path) -> None:
         """Writes the index of the tensors' files, if there are several files."""
@@ -163,15 +167,18 @@ def read_hf_weights(folder: Path) -> dict[str, Tensor]:
     FP4 and FP8 weights are dequantised. Raises ExportError for missing or damaged files.
     """
     weights: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dictionary
-                    weights[name] = file.get_tensor(name)
-        except FileNotFoundError:
-            raise ExportError(f"{path}: is missing, though {INDEX} names it") from None
-        except SafetensorError as error:
-            raise ExportError(f"{path}: is truncated or no safetensors file: {error}") from None
+    paths = list(_weight_files(folder))
+    with Activity("reading weights", len(paths), "files") as activity:
+        for path in paths:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 - not a dictionary
+                        weights[name] = file.get_tensor(name)
+            except FileNotFoundError:
+                raise ExportError(f"{path}: is missing, though {INDEX} names it") from None
+            except SafetensorError as error:
+                raise ExportError(f"{path}: is truncated or no safetensors file: {error}") from None
+            activity.advance()
     weights = dequantised(weights, str(folder))
     if any(_SAVED_BY_TRANSFORMERS.match(name) for name in weights):
         return {_official(name): tensor for name, tensor in weights.items()}

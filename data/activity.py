@@ -1,0 +1,66 @@
+"""Reports of work that takes long: what is done, how far it is, and an estimate of the rest."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from datetime import timedelta
+
+REPORT_SECONDS = (3.0, 6.0, 10.0, 20.0, 40.0, 60.0)
+"""When reports come after the start of the work; then after every further minute."""
+
+
+class Activity:
+    """Logs `v4: WHAT, 12 s` on stderr while its block lasts, but nothing in the first 3 seconds.
+
+    With a total: `v4: WHAT: 1,200 of 5,000 batches, 12 s, about 0:00:38 left`.
+
+    Arguments:
+        what: the work, as `loading the checkpoint`; may be set as the work goes on.
+        total: how much `advance` will count, in `unit`; 0 where that is not known.
+        visible: logs nothing where False, as on all ranks but the first.
+    """
+
+    def __init__(self, what: str, total: float = 0, unit: str = "", visible: bool = True) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.done = 0.0
+        self._start = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._report, daemon=True) if visible else None
+
+    def __enter__(self) -> Activity:
+        if self._thread is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Ends the reports, where the work ends before its block does."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()  # no line after the block
+
+    def advance(self, amount: float = 1) -> None:
+        """Counts work that is done."""
+        self.done += amount
+
+    def describe(self, spent: float) -> str:
+        """Returns the line after `spent` seconds."""
+        parts = [f"v4: {self.what}"]
+        if self.total:
+            parts[0] += f": {self.done:,.0f} of {self.total:,.0f} {self.unit}"
+        parts.append(f"{spent:.0f} s")
+        if 0 < self.done < self.total:
+            left = timedelta(seconds=round(spent * (self.total / self.done - 1)))
+            parts.append(f"about {left} left")
+        return ", ".join(parts)
+
+    def _report(self) -> None:
+        times = list(REPORT_SECONDS)
+        while not self._ended.wait(self._start + times[0] - time.monotonic()):
+            print(self.describe(time.monotonic() - self._start), file=sys.stderr, flush=True)
+            last = times.pop(0)
+            times = times or [last + REPORT_SECONDS[-1]]
