@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
 import wandb
+
 from tests.wandb_server import WandbServer, wandb_server
 from trainer.config import RunConfig, load_config
 from trainer.metrics import wandb_log
