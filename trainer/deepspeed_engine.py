@@ -15,19 +15,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from model import V4Model
 from model.block import Block
 from optim import Assignment, StateSlice, gradient_norm
 from trainer.config import ConfigError, RunConfig
 from trainer.config.deepspeed import resolve, zero_stage
+from trainer.deepspeed_stage import DeepSpeedStage
 from trainer.engine import Engine
 from trainer.microbatches import Microbatches
 from trainer.parallel.grid import Grid
-from trainer.parallel.pipeline_stage import CurrentStep, Stage, StepAccumulator
+from trainer.parallel.pipeline_stage import CurrentStep, StepAccumulator
 from trainer.parallel.plan import LocalModel
-from trainer.parallel.stage_plan import StagePlan
 
 ABOUT = "engine deepspeed: splits only data; "
 ADAMW = "AdamW on every parameter"
@@ -55,7 +53,13 @@ class DeepSpeedEngine(Engine):
         self.stage = zero_stage(config.deepspeed or {})
         self.parameters = dict(local.model.named_parameters())
         self.current = CurrentStep()
-        stage = DeepSpeedStage(local.model, local.stages, self.current)
+        stage = DeepSpeedStage(
+            # In ZeRO 3 DeepSpeed fills the gradients of leaf modules itself.
+            local.model,
+            local.stages,
+            self.current,
+            fills_gradients=self.stage < 3,
+        )
         self.beta = config.optim.muon.momentum
         self._pending = self._has_state = False
         self._copies: dict[str, Tensor] = {}
@@ -318,42 +322,6 @@ class DeepSpeedEngine(Engine):
                 zero._reassign_or_swap_out_partitioned_parameters(number)
         elif hasattr(zero, "update_lp_params"):
             zero.update_lp_params()
-
-
-class _ModelWithStage(nn.Module):
-    """A model, and the stage that runs all of it."""
-
-    def __init__(self, model: V4Model, plan: StagePlan, current: CurrentStep) -> None:
-        super().__init__()
-        self.model = model
-        self._stage = [Stage(model, plan, 0, current)]  # not a submodule: it has the same ones
-
-    def forward(self, streams: Tensor, index: Tensor) -> Tensor:
-        """Runs the stage: streams and the number of a microbatch to its loss [1]."""
-        return self._stage[0](streams, index)
-
-
-class DeepSpeedStage(nn.Module):
-    """The model as one stage, which computes in fp32 what V4 does.
-
-    In bf16 DeepSpeed holds every parameter in bf16, with an fp32 master. The computation uses fp32
-    copies of norms, the streams' coefficients, sinks and gate biases.
-    """
-
-    def __init__(self, model: V4Model, plan: StagePlan, current: CurrentStep) -> None:
-        super().__init__()
-        self.inner = _ModelWithStage(model, plan, current)
-        is_low = any(parameter.dtype != torch.float32 for parameter in model.parameters())
-        named = self.inner.named_parameters()
-        self.upcast = {n for n, p in named if is_low and p.dtype == torch.float32}
-
-    def forward(self, streams: Tensor, index: Tensor) -> Tensor:
-        """Runs the stage, with fp32 copies of the parameters in `upcast`."""
-        if not self.upcast:
-            return self.inner(streams, index)
-        named = self.inner.named_parameters()
-        copies = {name: p.float() for name, p in named if name in self.upcast}
-        return functional_call(self.inner, copies, (streams, index))
 
 
 def make_optimizer(
