@@ -200,7 +200,7 @@ FOLDER_VERBS = {"demo-corpus": demo_corpus, "sample": sample, "sweep-report": sw
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns exit code 0, 2 after one line on stderr about bad input, or 130 after Ctrl-C."""
     raise_on_interrupt()
-    options = _parser().parse_args(arguments)
+    options = parse(arguments)
     from trainer.errors import run_or_explain
 
     def run() -> None:
@@ -210,6 +210,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             VERBS[options.verb](_load(options), options)
 
     return run_or_explain(run)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the verb and its arguments, options and overrides in any order.
+
+    argparse itself takes no override after an option.
+    """
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    overrides = [word for word in others if not word.startswith("-")]
+    if others and (options.verb in FOLDER_VERBS or overrides != others):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if overrides:
+        options.overrides += overrides
+    return options
 
 
 def _load(options: argparse.Namespace) -> RunConfig:

@@ -15,6 +15,7 @@ from data.files import write_atomically
 from model.kernel_choices import describe, kernel_choices
 from trainer.build import DTYPES, build_engine
 from trainer.checkpoint import PeriodicCheckpoints, RunCheckpoint
+from trainer.command_line import v4
 from trainer.config import CONFIG_FILE, Phase, RunConfig
 from trainer.device import peak_memory_report
 from trainer.engine import StepLosses
@@ -307,7 +308,7 @@ class Trainer:
             state.stopping = True
             self._log(
                 f"the evaluation after step {state.step} was stopped {stopped}; "
-                f"v4 eval {self.config.run_dir} repeats it once a checkpoint is saved"
+                f"{v4('eval', self.config.run_dir)} repeats it once a checkpoint is saved"
             )
 
     def _write_metrics(self, state: TrainState, result: StepResult) -> None:

@@ -2,18 +2,21 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from launch import demo, processes
+from launch import cli, demo, processes
 from tests.distributed import spawn
 from tests.trainer.tiny import assert_same_run, steps_in_file, train, train_jobs
+from trainer.commands import parse
 from trainer.config import load_config
 
 V4 = [sys.executable, "-m", "launch.cli"]
@@ -60,6 +63,46 @@ def test_a_mistyped_key_is_one_line(tiny: Path, arguments: tuple[str, ...]) -> N
     assert_one_sentence(done, "data.seq_lenn", "'data.seq_len'")
 
 
+RUN = ["run", "steps=3", "seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flags"),
+    [
+        (["export", "run", "out", *RUN[1:]], {"weights": "as_trained"}),
+        (["export", "--weights=released", "run", "out", *RUN[1:]], {"weights": "released"}),
+        (["data", "prepare", *RUN, "--overwrite"], {"overwrite": True}),
+        (["data", "prepare", *RUN], {"overwrite": False}),
+        (["data", "report", *RUN], {}),
+        (["tokenizer", "train", "--overwrite", *RUN], {"overwrite": True}),
+        (["eval", *RUN], {}),
+        (["import", "out", *RUN], {}),
+        (["report", *RUN], {}),
+        (["plan", *RUN, "--nproc=4", "--dry-run"], {"processes": 4, "dry_run": True}),
+    ],
+)
+def test_every_command_takes_overrides_and_options(
+    arguments: list[str], flags: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `v4` starts is what the verb's parser reads."""
+    commands: list[list[str]] = []
+    run = SimpleNamespace(check_world=lambda world: None)
+    monkeypatch.setattr(cli, "_check", lambda config, overrides: run)
+    monkeypatch.setattr(processes, "run", lambda command: commands.append(command) or 0)
+    cli.app(arguments, standalone_mode=False)
+    options = parse(commands[0][3:])
+    assert (options.config, options.overrides) == ("run", ["steps=3", "seed=1"])
+    assert {name: getattr(options, name) for name in flags} == flags
+    assert getattr(options, "folder", "out") == "out"
+
+
+def test_what_no_option_is_stays_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["eval", "run", "--all"], ["sweep-report", "folder", "steps=3"]):
+        with pytest.raises(SystemExit, match="2"):
+            parse(arguments)
+        assert f"unrecognized arguments: {arguments[-1]}" in capsys.readouterr().err
+
+
 def test_mistakes_found_by_the_subprocess(tiny: Path, tmp_path: Path) -> None:
     assert_one_sentence(v4("report", tiny, f"run_dir={tmp_path}"), "nothing to draw")
     assert_one_sentence(v4("train", tiny, f"data.shards={tmp_path}"), "data prepare", started=True)
@@ -103,8 +146,9 @@ def test_a_signal_saves_and_the_run_resumes(tiny: Path, tmp_path: Path, ranks: i
     assert 3 <= stopped < 16
     last = out.decode().splitlines()[-1]
     assert last.startswith(f"stopped after step {stopped}, saved ")
-    assert last.endswith(f"resume: v4 train {tmp_path / 'run'}")
-    done = v4("train", tmp_path / "run/config.yaml", f"--nproc-per-node={ranks}")
+    command = shlex.split(last.split("; resume: ")[1])
+    assert command[-1 - (ranks > 1) :] == [str(tmp_path / "run"), "--nproc-per-node=2"][:ranks]
+    done = v4(*command[command.index("train") :])
     assert done.returncode == 0, done.stderr
     if ranks == 1:
         train(tiny, tmp_path / "straight", *common)

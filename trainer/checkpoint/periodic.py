@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 from trainer.checkpoint.run import RunCheckpoint
+from trainer.command_line import resume_command
 from trainer.config import RunConfig
 from trainer.errors import DivergedError, SaveError
 from trainer.state import TrainState
@@ -52,8 +53,8 @@ class PeriodicCheckpoints:
             newest = self.checkpoint.newest_before(state.skipping_since + 1)
             self.log(f"warning: {path} was saved without an update since then; {newest}")
         if state.stopping and state.step < self.config.recipe.steps:
-            folder = self.config.run_dir
-            self.log(f"stopped after step {state.step}, saved {path}; resume: v4 train {folder}")
+            command = resume_command(self.config.run_dir)
+            self.log(f"stopped after step {state.step}, saved {path}; resume: {command}")
 
     def _is_sound(self, state: TrainState, result: StepResult, ends: bool) -> bool:
         """Whether the weights may be saved; while steps are skipped, only at the end.

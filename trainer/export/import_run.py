@@ -6,6 +6,7 @@ from typing import Any
 from data.files import write_atomically
 from trainer.build import build_native
 from trainer.checkpoint import RunCheckpoint, checkpoints_in
+from trainer.command_line import v4
 from trainer.config import CONFIG_FILE, RunConfig
 from trainer.errors import CheckpointError, ExportError
 from trainer.export.compare import check_generation, check_sizes, check_tokenizer
@@ -80,7 +81,7 @@ def import_hf_folder(config: RunConfig, source: Path) -> str:
     path = RunCheckpoint(config, grid, local.model, optimizer, tokenizer.hash).save(TrainState())
     write_atomically(config.run_dir / CONFIG_FILE, config.with_absolute_paths().to_yaml())
     fresh = "" if any(name.startswith("mtp.") for name in weights) else _fresh_mtp(config)
-    return f"wrote {path}{fresh}; train it: v4 train {config.run_dir}"
+    return f"wrote {path}{fresh}; train it: {v4('train', config.run_dir)}"
 
 
 def _fresh_mtp(config: RunConfig) -> str:
