@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from data.errors import DataError
     from data.manifest import Manifest
     from data.prepare import build_demo_corpus, train_tokenizer
-    from data.rows import Batch, Loader, Prefetcher, unigram_entropy
+    from data.rows import Batch, DataRecord, Loader, Prefetcher, unigram_entropy
     from data.text import Tokenizer
 
 _MODULES = {
     "Batch": "rows",
     "DataConfig": "config",
     "DataError": "errors",
+    "DataRecord": "rows",
     "Loader": "rows",
     "Manifest": "manifest",
     "Prefetcher": "rows",

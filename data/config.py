@@ -278,6 +278,9 @@ class DataConfig(Section):
     """The sources' shares of the tokens; empty: in proportion to their sizes, so that every
     source is read once per epoch."""
     transforms: TransformsConfig = TransformsConfig()
+    accept_change_at: NonNegativeInt | None = None
+    """Step at which a resume accepts that these settings or the shards have changed, and goes on
+    after the packing window in progress; null: none (docs/resume.md). [steps]"""
     prefetch: NonNegativeInt = 2
     """How many steps are prepared ahead, in a thread. [steps]"""
     prepare_workers: PositiveInt | None = None

@@ -4,11 +4,12 @@ Readers start from `manifest.json`. It is replaced atomically and names the fold
 so that a reader finds the old shards or the new ones and never a mixture.
 """
 
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePath
+from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from data.config import DataConfig
 from data.errors import DataError
 from data.files import write_atomically
 
@@ -75,6 +76,7 @@ class Manifest(BaseModel):
         folder: name of the folder with the shards, next to the manifest.
         empty_documents, bad_records: how many were skipped, by source.
         dropped: what the filters dropped, by source and filter.
+        settings: those that the shards were made with, by dotted key; empty before version 0.2.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -92,7 +94,23 @@ class Manifest(BaseModel):
     dropped: dict[str, dict[str, FilterStats]] = Field(
         default={}, validation_alias=AliasChoices("dropped", "losses")
     )
+    settings: dict[str, Any] = {}
     shards: tuple[Shard, ...]
+
+    def stale_setting(self, config: DataConfig) -> tuple[str, Any, Any] | None:
+        """Returns a key with another value now than when the shards were made, and both values.
+
+        The value now comes first; None if there is no such key. A relative path equals an absolute
+        one that ends in it.
+        """
+        for key, now in preparation_settings(config).items():
+            then = self.settings.get(key, now)
+            is_same = now == then
+            if key.endswith(".paths") and len(now) == len(then):
+                is_same = all(map(_is_same_path, now, then))
+            if not is_same:
+                return key, now, then
+        return None
 
     def of_split(self, split: Split) -> list[Shard]:
         """The shards of one split, in the order of the sources."""
@@ -121,3 +139,31 @@ class Manifest(BaseModel):
                 f"{path} is damaged ({error.errors()[0]['msg']}); delete it and run "
                 "`v4 data prepare CONFIG` again."
             ) from error
+
+
+def preparation_settings(config: DataConfig) -> dict[str, Any]:
+    """Returns the settings that decide what shards hold, by dotted key.
+
+    The tokenizer is not among them: its file is compared.
+    """
+    settings: dict[str, Any] = {
+        "data.validation_fraction": config.validation_fraction,
+        "data.filters": "null" if config.filters is None else "a section",
+        "data.sources": [source.name for source in config.sources],
+    }
+    sections: dict[str, BaseModel] = {
+        f"sources.{i}": source for i, source in enumerate(config.sources)
+    }
+    if config.filters is not None:
+        sections["filters"] = config.filters
+    for section, fields in sections.items():
+        values = fields.model_dump(mode="json")
+        settings |= {f"data.{section}.{name}": value for name, value in values.items()}
+    return settings
+
+
+def _is_same_path(one: str, other: str) -> bool:
+    """Whether two paths are equal, or one is relative and the end of the other."""
+    short, long = sorted((PurePath(one).parts, PurePath(other).parts), key=len)
+    is_relative = bool(short) and not PurePath(*short).is_absolute()
+    return short == long or (is_relative and long[-len(short) :] == short)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from data import Batch, Loader, Prefetcher
+from data import Batch, DataRecord, Loader, Prefetcher
 from data.activity import Activity
 from data.files import write_atomically
 from model.kernel_choices import describe, kernel_choices
@@ -84,6 +84,7 @@ class Trainer:
             self.tokenizer.hash,
             self.local.placements,
             self.anticipation,
+            DataRecord(self.loader),
         )
         self.stability = Stability(config, self.state, self.checkpoint, self.anticipation)
         self.metrics: Metrics | None = None  # on the first rank, once the run has begun
@@ -279,6 +280,8 @@ class Trainer:
         self._log(describe(kernels))
         if resumed is not None:
             self._log(f"resumed from {resumed}")
+            for change in self.checkpoint.changes:
+                self._log(change)
         if notice := other_tokenizer(self.config):
             self._log(f"warning: {notice}")
         if is_fp8 and kernels["fp8"].name == "eager":

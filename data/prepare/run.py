@@ -23,7 +23,7 @@ from data.errors import DataError
 from data.files import fsync_folder, sha256_of
 from data.indexed import open_shard
 from data.lease import Lease
-from data.manifest import MANIFEST_FILE, FilterStats, Manifest, Shard
+from data.manifest import MANIFEST_FILE, FilterStats, Manifest, Shard, preparation_settings
 from data.prepare.corpus import Corpus, no_document
 from data.prepare.filter_pass import (
     FilterSettings,
@@ -57,13 +57,16 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
         digest = _digest(config, tokenizer, corpora)
     root = Path(config.shards)
     existing = _existing(root, digest, overwrite)
-    if existing is not None:
+    if existing is not None and existing.settings and not existing.stale_setting(config):
         return existing
     folder = root / f"{_UNFINISHED}{digest[:16]}"
     try:
         with Lease(root, "v4 data prepare"):
             if (existing := _existing(root, digest, overwrite)) is not None:
-                return existing  # made by another process in the meantime
+                # Made by another process in the meantime, or from files with other names.
+                manifest = existing.model_copy(update={"settings": preparation_settings(config)})
+                manifest.save(root)
+                return manifest
             folder.mkdir(exist_ok=True)
             try:
                 records = _write(config, corpora, tokenizer, folder, progress)
@@ -180,6 +183,7 @@ def _manifest(
         empty_documents=empty,
         bad_records=bad,
         dropped=dropped,
+        settings=preparation_settings(config),
         shards=tuple(shards),
     )
 

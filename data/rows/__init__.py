@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data.rows.audit import MixtureAudit, audit_mixture
-    from data.rows.loader import IGNORE_INDEX, Batch, Loader, unigram_entropy
+    from data.rows.loader import IGNORE_INDEX, Batch, Loader, Place, unigram_entropy
     from data.rows.packing import pack_windows
     from data.rows.permutation import shuffled
     from data.rows.prefetch import Prefetcher
+    from data.rows.resume import DataRecord
 
 _MODULES = {
     "IGNORE_INDEX": "loader",
     "Batch": "loader",
+    "DataRecord": "resume",
     "Loader": "loader",
+    "Place": "loader",
     "Prefetcher": "prefetch",
     "MixtureAudit": "audit",
     "audit_mixture": "audit",

@@ -56,6 +56,23 @@ class Batch:
     lengths: list[list[int]]
 
 
+@dataclass(frozen=True)
+class Place:
+    """A place in the data of a run, from which it can be read on.
+
+    Attributes:
+        step: its first step.
+        row: number of its first row in the windows from `offsets` on.
+        group: rows after which the sources' shares are balanced in the phase of `step`.
+        offsets: position in each source's stream at row 0, by name; 0 for others.
+    """
+
+    step: int
+    row: int
+    group: int
+    offsets: dict[str, int]
+
+
 class Loader:
     """Batches of one split, for one rank.
 
@@ -73,6 +90,7 @@ class Loader:
     Attributes:
         manifest: of the shards; `manifest.vocab_size` must fit the model.
         sources: the streams of documents.
+        start: where the loader begins.
         num_rows: rows in one epoch of the whole split; with weights, of the slowest source.
         num_targets: tokens predicted in one epoch, before the transforms.
         num_steps: steps in one epoch, the last one perhaps not full.
@@ -119,10 +137,7 @@ class Loader:
             plan_windows(config, phase, self.sources, weights, growths)
             for phase, weights in zip(self.schedule.phases, self.weights, strict=True)
         ]
-        self._offsets = [[0] * len(self.sources)]
-        for index in range(len(self.plans) - 1):
-            rows = self.schedule.rows_in(index) or 0
-            self._offsets.append(self._stream_offsets(index, rows))
+        self.start_at(Place(0, 0, self.schedule.phases[0].global_batch_size, {}))
         self._window = lru_cache(maxsize=_CACHED_WINDOWS)(self._make_window)
         plan = self.plans[0]
         self.num_rows = plan.rows * max(
@@ -132,6 +147,46 @@ class Loader:
         )
         self.num_targets = sum(source.positions for source in self.sources)
         self.num_steps = -(-self.num_rows // self.schedule.phases[0].global_batch_size)
+
+    def start_at(self, place: Place) -> None:
+        """Begins at a place in the data; call it before the first batch is read.
+
+        Later steps and phases follow from there.
+        """
+        self.start = place
+        self.schedule = Schedule(self.schedule.phases, (place.step, place.row))
+        first = self.schedule.first_phase
+        names = [source.name for source in self.sources]
+        self._offsets = [[place.offsets.get(name, 0) for name in names] for _ in range(first + 1)]
+        for index in range(first, len(self.plans) - 1):
+            rows = self.schedule.rows_in(index) or 0
+            self._offsets.append(self._stream_offsets(index, rows))
+
+    def place_of(self, step: int) -> Place:
+        """The place at which a loader begins that is to read the same rows from a step on."""
+        index, numbers = self.schedule.rows_of(step)
+        return Place(step, numbers.start, self._group(index), self._by_name(self._offsets[index]))
+
+    def after_window(self, step: int) -> tuple[Place, int]:
+        """The place after the window in which a step begins, and the window's rows that are left.
+
+        From there nothing is read twice, whatever the rows are like.
+        """
+        index, numbers = self.schedule.rows_of(step)
+        size, total = self.plans[index].rows, self.schedule.rows_in(index)
+        end = -(-numbers.start // size) * size
+        end = end if total is None else min(end, total)
+        offsets = self._by_name(self._stream_offsets(index, end))
+        return Place(step, 0, self._group(index), offsets), end - numbers.start
+
+    def _by_name(self, offsets: list[int]) -> dict[str, int]:
+        return {source.name: at for source, at in zip(self.sources, offsets, strict=True)}
+
+    def _group(self, index: int) -> int:
+        """Rows after which the sources' shares are balanced: once begun, the same in a phase."""
+        if index == self.schedule.first_phase:
+            return self.start.group
+        return self.schedule.phases[index].global_batch_size
 
     def at(self, step: int) -> list[Batch]:
         """This rank's microbatches of a step.
@@ -264,7 +319,7 @@ class Loader:
             last - first,
             self.config.packing,
             key_of(self.seed, _WINDOW, index, number),
-            phase.global_batch_size,
+            self._group(index),
             first,
         )
 

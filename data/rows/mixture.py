@@ -95,15 +95,23 @@ def plan_windows(
 
 
 class Schedule:
-    """Assigns to each step its phase and its rows within the phase."""
+    """Assigns to each step its phase and its rows within the phase.
 
-    def __init__(self, phases: Sequence[DataPhase]) -> None:
+    With a `start` (step, row), that step of its phase begins with that row; earlier steps have no
+    rows.
+    """
+
+    def __init__(self, phases: Sequence[DataPhase], start: tuple[int, int] = (0, 0)) -> None:
         self.phases = tuple(phases)
         if any(phase.steps is None for phase in self.phases[:-1]):
             raise DataError("every phase but the last needs `steps`.")
         self._first = [0]
         for phase in self.phases[:-1]:
             self._first.append(self._first[-1] + (phase.steps or 0))
+        self._start, row = start
+        self.first_phase = self.phase_of(self._start)
+        local = self._start - self._first[self.first_phase]
+        self._shift = row - self.phases[self.first_phase].rows_before(local)
 
     def phase_of(self, step: int) -> int:
         """Index of the phase that a step belongs to; the last one continues indefinitely."""
@@ -111,15 +119,22 @@ class Schedule:
 
     def rows_of(self, step: int) -> tuple[int, range]:
         """(phase index, row numbers within the phase) of a step."""
+        if step < self._start:
+            raise DataError(
+                f"step {step} cannot be trained again: the data changed at step {self._start}, "
+                "and the rows of earlier steps are those of another config."
+            )
         index = self.phase_of(step)
         phase, local = self.phases[index], step - self._first[index]
-        return index, range(phase.rows_before(local), phase.rows_before(local + 1))
+        shift = self._shift if index == self.first_phase else 0
+        return index, range(shift + phase.rows_before(local), shift + phase.rows_before(local + 1))
 
     def rows_in(self, index: int) -> int | None:
         """Rows of a whole phase; None where it has no end."""
         if index == len(self.phases) - 1:
             return None
-        return self.phases[index].rows_before(self.phases[index].steps or 0)
+        shift = self._shift if index == self.first_phase else 0
+        return shift + self.phases[index].rows_before(self.phases[index].steps or 0)
 
 
 def balanced_order(tokens_RN: Ints, key: int, group: int, first: int = 0) -> Ints:

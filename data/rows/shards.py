@@ -35,7 +35,10 @@ class TokenShard:
 
 
 def matching_manifest(config: DataConfig) -> Manifest:
-    """The manifest of `config.shards`; DataError where another tokenizer made the shards."""
+    """The manifest of `config.shards`.
+
+    Raises DataError where another tokenizer, or other settings of the config, made the shards.
+    """
     manifest = Manifest.load(config.shards)
     file = tokenizer_file(config.tokenizer.path)
     if sha256_of(file) != manifest.tokenizer_hash:
@@ -43,6 +46,12 @@ def matching_manifest(config: DataConfig) -> Manifest:
             f"the shards in {config.shards} were made with another tokenizer than {file}; make "
             "shards with this one in another folder (`v4 data prepare CONFIG data.shards=FOLDER "
             f"data.tokenizer.path={config.tokenizer.path}`), or set data.tokenizer.path to theirs."
+        )
+    if (stale := manifest.stale_setting(config)) is not None:
+        key, now, then = stale
+        raise DataError(
+            f"{key} is {now!r}, and the shards in {config.shards} were made with {then!r}; "
+            "restore it, or prepare others with `v4 data prepare CONFIG` in another data.shards."
         )
     return manifest
 

@@ -28,6 +28,7 @@ from data.files import fsync_folder
 from trainer.checkpoint import manifest
 from trainer.checkpoint.all_ranks import on_all_ranks
 from trainer.checkpoint.logical_tensors import Boxes, TensorBox, is_routing
+from trainer.config import Rule, rule_of
 from trainer.errors import CheckpointError, SaveError
 from trainer.files import remove_folder, write_synced
 from trainer.parallel.collectives import all_gather_objects, all_reduce_
@@ -36,16 +37,6 @@ from trainer.parallel.placement import Shape
 
 FORMAT = 1
 _NAME = re.compile(r"^step-(\d{8,})$")
-
-FREE_FIELDS = frozenset(
-    {
-        *("mtp_loss_weight", "balance_loss_weight", "initializer_range", "max_position_embeddings"),
-        *("bos_token_id", "eos_token_id", "pad_token_id"),
-    }
-)
-"""Fields of the model's config that change neither what a tensor holds nor how it is used: a run
-can be resumed with other values."""
-_FREE_PREFIX = "hc_init_"
 
 
 def folder_name(step: int) -> str:
@@ -279,7 +270,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def check_model(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raises CheckpointError naming the first field in which the two model configs differ."""
     for field in ours:
-        if field not in saved or field in FREE_FIELDS or field.startswith(_FREE_PREFIX):
+        if field not in saved or rule_of(f"model.{field}") is not Rule.SAME:
             continue
         if saved[field] != ours[field]:
             raise CheckpointError(

@@ -17,7 +17,7 @@ from trainer.checkpoint.folder import (
     step_of,
 )
 from trainer.checkpoint.logical_tensors import Boxes, logical_tensors
-from trainer.config import RunConfig
+from trainer.config import RunConfig, changed_fields
 from trainer.errors import CheckpointError
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Placement
@@ -48,6 +48,16 @@ class PendingSelections(Protocol):
 
     def restore(self, saved: dict[str, Any] | None, state: TrainState) -> Boxes:
         """Allocates those of a checkpoint, to be loaded into, and updates `state`."""
+
+
+class SavedData(Protocol):
+    """What a checkpoint needs of the data; see data/rows/resume.py."""
+
+    def save(self, step: int) -> dict[str, Any]:
+        """Returns what `state.json` records about the data before a step."""
+
+    def resume(self, saved: dict[str, Any] | None, step: int) -> list[str]:
+        """Compares it with the data of this run and begins there; returns lines to log."""
 
 
 def newest_of(
@@ -83,7 +93,10 @@ class RunCheckpoint:
     """Saves and restores model, optimizer and counters of one run.
 
     `placements` say which part of each of the model's tensors this rank holds; without them nothing
-    is sharded. Without `anticipation`, pending selections in a checkpoint are ignored.
+    is sharded. Without `anticipation`, pending selections in a checkpoint are ignored; without
+    `data`, what it records about the data is.
+
+    `changes` has lines about what a checkpoint that was loaded has otherwise than this run.
     """
 
     def __init__(
@@ -95,6 +108,7 @@ class RunCheckpoint:
         tokenizer_hash: str,
         placements: Mapping[str, Placement] | None = None,
         anticipation: PendingSelections | None = None,
+        data: SavedData | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -102,6 +116,8 @@ class RunCheckpoint:
         self.tokenizer_hash = tokenizer_hash
         self.placements = placements
         self.anticipation = anticipation
+        self.data = data
+        self.changes: list[str] = []
         self.folder = CheckpointFolder(config.run_dir / "checkpoints", grid, config.checkpoint.keep)
 
     def save(self, state: TrainState, reuse: bool = False) -> Path:
@@ -129,12 +145,15 @@ class RunCheckpoint:
         With `before`, from the newest of those with a lower step.
 
         Raises CheckpointError for a damaged checkpoint and for one of another model, seed or
-        tokenizer, naming the field.
+        tokenizer, DataError for other rows, naming the field.
         """
         newest = newest_of(self.config, self.folder, self.tokenizer_hash, before)
         if newest is None:
             return None
         path, saved = newest
+        self.changes = changed_fields(saved.get("config"), self.config.to_dict())
+        if self.data is not None:
+            self.changes += self.data.resume(saved.get("data"), saved["step"])
         state.restore(saved)
         tensors = self._tensors()
         if self.anticipation is not None:
@@ -177,13 +196,16 @@ class RunCheckpoint:
         pending = (
             {} if self.anticipation is None else {"anticipation": self.anticipation.metadata()}
         )
+        data = {} if self.data is None else {"data": self.data.save(state.step)}
         return {
             **state.to_dict(),
             **pending,
+            **data,
             "optimizer_steps": self.optimizer.step_count,
             "seed": self.config.seed,
             "tokenizer": self.tokenizer_hash,
             "config_digest": self.config.digest(),
+            "config": self.config.to_dict(),
             "model_digest": model_digest(model),
             "model": model,
         }

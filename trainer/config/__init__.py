@@ -6,6 +6,7 @@ Imports no torch, so that a login node can check a config.
 from trainer.config.parallel import ParallelConfig
 from trainer.config.recipe import Phase, Recipe, short_length
 from trainer.config.reference import FieldReference, Reference, SectionReference
+from trainer.config.resume import Rule, changed_fields, rule_of
 from trainer.config.run import CONFIG_FILE, RunConfig, load_as, load_config, load_run
 from trainer.config.section import Section
 from trainer.config.source import ConfigError
@@ -20,12 +21,15 @@ __all__ = [
     "Phase",
     "Recipe",
     "Reference",
+    "Rule",
     "RunConfig",
     "Section",
     "SectionReference",
     "SpikeConfig",
+    "changed_fields",
     "load_as",
     "load_config",
     "load_run",
+    "rule_of",
     "short_length",
 ]
