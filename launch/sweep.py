@@ -13,15 +13,14 @@ from typing import Any
 
 import psutil
 from optuna.trial import TrialState
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.files import write_atomically
 from data.lease import Lease
 from launch import processes
 from launch.sweep_file import Arguments, Sweep, load_sweep
-from launch.sweep_search import Search, read_history, should_stop
-from trainer.config import ConfigError, load_run
+from launch.sweep_progress import SweepDisplay, TrialProgress, failure_reason
+from launch.sweep_search import Search, read_history, should_stop, storage_errors
+from trainer.config import ConfigError, RunConfig, load_run
 from trainer.exit_codes import FAILED, error_line
 
 _POLL_SECONDS = 0.3
@@ -36,6 +35,7 @@ class Trial:
     folder: Path
     process: subprocess.Popen[bytes]
     every: int
+    progress: TrialProgress
     history: list[float] = field(default_factory=list)
     stopped: bool = False
 
@@ -49,11 +49,15 @@ def run_sweep(file: str, out: Path | None, jobs: int, seed: int) -> int:
     folder = out or Path("runs", f"sweep-{Path(file).stem}")
     with Lease(folder, "v4 sweep"):
         _check_same(sweep, folder, seed)
-        with _Runner(sweep, folder, jobs, seed) as runner:
+        with storage_errors(folder), _Runner(sweep, folder, jobs, seed) as runner:
             finished = runner.run()
+            failed = runner.search.failed
     if not finished:
         print(f"stopped; the same command resumes {folder}", flush=True)
         return 0
+    if failed:
+        numbers = ", ".join(map(str, sorted(failed)))
+        print(f"failed: trials {numbers}; the same command tries them again", flush=True)
     best = runner.best()
     if best is None:
         message = f"{folder}: every trial failed; see log.txt in their folders"
@@ -93,16 +97,11 @@ class _Runner:
         self.stopping = False
         self.arguments: dict[int, Arguments] = {}
         self.histories: dict[int, list[float]] = {}
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(highlight=False), disable=not Console().is_terminal,
-        )  # fmt: skip
-        self.task = self.progress.add_task("trials", total=sweep.trials)
+        self.display = SweepDisplay(sweep.trials)
 
     def __enter__(self) -> "_Runner":
         self.old = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
-        self.progress.start()
+        self.display.bar.start()
         return self
 
     def __exit__(
@@ -115,7 +114,7 @@ class _Runner:
             trial.process.terminate()
         for trial in self.running:
             trial.process.wait()
-        self.progress.stop()
+        self.display.bar.stop()
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
@@ -125,7 +124,7 @@ class _Runner:
     def run(self) -> bool:
         """Runs all trials; False after a signal."""
         self._load()
-        waiting = self.search.interrupted()
+        waiting = self.search.unfinished()
         for number in waiting:
             _stop_orphan(self._trial_folder(number))
         while not self.stopping:
@@ -139,19 +138,20 @@ class _Runner:
             time.sleep(_POLL_SECONDS)
             for trial in list(self.running):
                 self._poll(trial)
+            self._show()
         return False
 
     def _load(self) -> None:
         """Loads the trials of earlier calls."""
         for number in self.search.states():
             self.arguments[number] = self.search.arguments(number)
-            every = self._every(self.arguments[number])
+            every = self._config(self.arguments[number]).metrics.every
             path = self._trial_folder(number) / "metrics.jsonl"
             self.histories[number] = read_history(path, self.sweep.metric.name, every)
         self._record()
 
-    def _every(self, arguments: Arguments) -> int:
-        return load_run(*self.sweep.config_arguments(arguments)).metrics.every
+    def _config(self, arguments: Arguments) -> RunConfig:
+        return load_run(*self.sweep.config_arguments(arguments))
 
     def _trial_folder(self, number: int) -> Path:
         return self.folder / f"trial-{number:04d}"
@@ -175,8 +175,11 @@ class _Runner:
         born = psutil.Process(process.pid).create_time()
         record = {"pid": process.pid, "born": born, "folder": str(folder.resolve())}
         write_atomically(folder / "process.json", json.dumps(record))
-        self.running.append(Trial(number, folder, process, self._every(arguments)))
+        config = self._config(arguments)
+        progress = TrialProgress(number, folder, config.recipe.steps)
+        self.running.append(Trial(number, folder, process, config.metrics.every, progress))
         self._record()
+        self.display.line(f"trial {number} starts: {self.setting(number)}")
 
     def _poll(self, trial: Trial) -> None:
         """Reads a trial's new points, stops it if early termination says so, records its end."""
@@ -201,18 +204,22 @@ class _Runner:
         self._report(trial, state)
 
     def _report(self, trial: Trial, state: TrialState) -> None:
-        line = f"trial {trial.number} {state.name.lower()}: {self.setting(trial.number)}"
+        name = self.sweep.metric.name
         if state == TrialState.FAIL:
-            line += f"; see {trial.folder / 'log.txt'}"
+            log = trial.folder / "log.txt"
+            end = "failed"
+            result = f"{failure_reason(trial.process.returncode, log, name)}; see {log}"
         else:
-            line += f": {self.sweep.metric.name} {trial.history[-1]:.4f}"
-        self.progress.console.print(line, markup=False, soft_wrap=True)
+            end = state.name.lower()
+            result = f"{name} {trial.history[-1]:.4f}"
+        self.display.line(f"trial {trial.number} {end}: {self.setting(trial.number)}: {result}")
+
+    def _show(self) -> None:
         best = self.best()
-        running = ", ".join(str(other.number) for other in self.running)
-        self.progress.update(
-            self.task,
-            completed=sum(state != "running" for state in self.search.states().values()),
-            description=f"running {running or '-'}; best {best[1] if best else float('nan'):.4f}",
+        self.display.show(
+            sum(state != "running" for state in self.search.states().values()),
+            [trial.progress for trial in self.running],
+            None if best is None else best[1],
         )
 
     def setting(self, number: int) -> str:

@@ -1,6 +1,7 @@
 """Reads a sweep in wandb's format and makes the command of each trial."""
 
 import itertools
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -130,6 +131,9 @@ def load_sweep(path: str | Path) -> Sweep:
     Raises ConfigError: one sentence, also for a parameter that is no field of the config.
     """
     sweep = load_as(Sweep, path)
+    program = sweep.trial_command({})[0]
+    if shutil.which(program) is None:
+        raise ConfigError(f"{path}: command: {program!r} is not a program on this machine")
     for arguments in _samples(sweep):
         try:
             load_run(*sweep.config_arguments(arguments))

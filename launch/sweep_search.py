@@ -2,28 +2,37 @@
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from launch.sweep_file import Arguments, Hyperband, Sweep
+from trainer.config import ConfigError
 
 
 class Search:
     """The sweep's trials, stored in `study.sqlite3`, from which a killed sweep resumes.
 
-    Trial n depends on the seed, n, and the trials finished before it, and on nothing in memory.
+    Trial n depends on the seed, n, and the trials finished before it, and on nothing in memory. A
+    trial that failed stays unfinished in the study, so that the next call tries it again.
+
+    Attributes:
+        failed: numbers of the trials that failed since the study was opened.
     """
 
     def __init__(self, sweep: Sweep, folder: Path, seed: int) -> None:
         optuna.logging.set_verbosity(logging.WARNING)
         self.sweep = sweep
         self.seed = seed
+        self.failed: set[int] = set()
         self.points = list(islice(sweep.points(), sweep.trials)) if sweep.method == "grid" else []
         self.study = optuna.create_study(
             storage=f"sqlite:///{folder / 'study.sqlite3'}",
@@ -32,8 +41,8 @@ class Search:
             load_if_exists=True,
         )
 
-    def interrupted(self) -> list[int]:
-        """Returns the trials that were running when the sweep was stopped."""
+    def unfinished(self) -> list[int]:
+        """Returns the trials that failed, or were running when the sweep was stopped."""
         return [number for number, state in self.states().items() if state == "running"]
 
     def next(self) -> int | None:
@@ -69,6 +78,9 @@ class Search:
 
     def finish(self, number: int, history: Sequence[float], state: TrialState) -> None:
         """Ends a trial as complete, pruned (stopped early) or failed; its last point counts."""
+        if state == TrialState.FAIL:
+            self.failed.add(number)
+            return
         if state == TrialState.PRUNED:
             trial = self._reopen(number)
             for step, value in enumerate(history):
@@ -83,10 +95,21 @@ class Search:
         """Returns every started trial's state: running, complete, pruned or fail."""
         trials = self.study.get_trials(deepcopy=False)
         return {
-            trial.number: trial.state.name.lower()
+            trial.number: "fail" if trial.number in self.failed else trial.state.name.lower()
             for trial in trials
             if trial.state != TrialState.WAITING
         }
+
+
+@contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """Turns errors of the database into one sentence. Raises ConfigError."""
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+        reason = str(getattr(cause, "orig", None) or cause)
+        raise ConfigError(f"{folder / 'study.sqlite3'}: {reason}") from None
 
 
 def bands(rule: Hyperband, longest: int) -> list[int]:

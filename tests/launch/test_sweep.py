@@ -13,10 +13,12 @@ import psutil
 import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
+from launch import sweep_progress
 from launch.sweep import _stop_orphan
 from launch.sweep_file import Hyperband, Sweep, load_sweep
 from launch.sweep_parameters import Parameter
 from launch.sweep_search import Search, bands, read_history, should_stop
+from trainer.config import ConfigError
 from trainer.metrics.jsonl import read_metrics
 from trainer.report.sweep import Trial, groups, sentences
 
@@ -112,6 +114,68 @@ def test_a_grid_is_complete_and_random_trials_survive_reopening(tiny: Path, tmp_
         assert len({trial["optim.learning_rate"] for trial in once}) == 12
 
 
+FAKE = """
+for word; do case $word in run_dir=*) folder=$(eval echo "${word#run_dir=}");; esac; done
+echo '{"step": 1, "validation_loss": 2.5, "loss": 3.0}' >> "$folder/metrics.jsonl"
+if [ -e %s ]; then exit 0; fi
+touch %s; echo 'v4: error: the moon is full' >&2; echo 'a last line'; %s
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [("exit 2", "the moon is full; see "), ("kill -9 $$", "was killed by SIGKILL (signal 9)")],
+)
+def test_a_failed_trial_is_tried_again_by_the_next_call(
+    tiny: Path, tmp_path: Path, end: str, reason: str
+) -> None:
+    (tmp_path / "fake.sh").write_text(FAKE % (tmp_path / "mark", tmp_path / "mark", end))
+    file, out = write(tiny, tmp_path, GRID), tmp_path / "out"
+    text = file.read_text().splitlines()
+    text[1] = f'command: [bash, {tmp_path / "fake.sh"}, {tiny}, "${{args_no_hyphens}}"]'
+    file.write_text("\n".join(text))
+    sweep = [argument for argument in command(file, out) if argument != "--jobs=2"]
+
+    def states() -> list[str]:
+        trials = json.loads((out / "sweep.json").read_text())["trials"]
+        return [trial["state"] for trial in trials]
+
+    done = subprocess.run(sweep, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert f"trial 0 failed: optim.learning_rate=0.001: {reason}" in done.stdout
+    assert "failed: trials 0; the same command tries them again" in done.stdout
+    assert states() == ["fail", "complete"]
+    done = subprocess.run(sweep, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "trial 0 complete" in done.stdout, done.stderr
+    assert "trial 1" not in done.stdout.split("best:")[0]  # complete
+    assert states() == ["complete", "complete"]
+
+
+def test_progress_has_step_loss_and_estimate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(sweep_progress.time, "monotonic", lambda: now[0])
+    trial, path = sweep_progress.TrialProgress(3, tmp_path, 100), tmp_path / "metrics.jsonl"
+    assert trial.describe() == "trial 3: starting"
+    path.write_text('{"step": 10, "loss": 3.5}\n')
+    assert trial.describe() == "trial 3: step 10/100, loss 3.5000"
+    path.write_text('{"step": 20, "loss": 3.25}\n{"step": 21, "lo')
+    now[0] += 5.0
+    assert trial.describe() == "trial 3: step 20/100, loss 3.2500, 0:00:40 left"
+    resumed = sweep_progress.TrialProgress(3, tmp_path, 100)
+    assert resumed.describe() == "trial 3: resuming after step 20"
+
+
+def test_a_damaged_study_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
+    file, out = write(tiny, tmp_path, GRID), tmp_path / "out"
+    out.mkdir()
+    (out / "study.sqlite3").write_bytes(b"no database" * 1000)
+    done = subprocess.run(command(file, out), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr == f"v4: error: {out / 'study.sqlite3'}: file is not a database\n"
+
+
 def test_hyperband_as_wandb_documents_it() -> None:
     assert bands(Hyperband(type="hyperband", min_iter=3), 100) == [3, 9, 27, 81]
     assert bands(Hyperband(type="hyperband", max_iter=27, s=2), 100) == [3, 9]
@@ -142,6 +206,13 @@ def test_a_wrong_sweep_is_one_sentence_before_training(
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert part in done.stderr and "sweep.yaml" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_program_is_one_sentence_before_training(tiny: Path, tmp_path: Path) -> None:
+    file = write(tiny, tmp_path, GRID)
+    file.write_text(file.read_text().replace("${env}", "python4"))
+    with pytest.raises(ConfigError, match=r"sweep\.yaml: command: 'python4' is not a program"):
+        load_sweep(file)
 
 
 def test_a_sweep_trains_its_trials(tiny: Path, tmp_path: Path) -> None:
