@@ -77,6 +77,8 @@ class Manifest(BaseModel):
         empty_documents, bad_records: how many were skipped, by source.
         dropped: what the filters dropped, by source and filter.
         settings: those that the shards were made with, by dotted key; empty before version 0.2.
+        token_counts: SHA-256 of the file with the counts of ids (data/token_counts.py); None in
+            manifests before version 0.2 and of other tools.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -96,6 +98,7 @@ class Manifest(BaseModel):
     )
     settings: dict[str, Any] = {}
     shards: tuple[Shard, ...]
+    token_counts: str | None = None
 
     def stale_setting(self, config: DataConfig) -> tuple[str, Any, Any] | None:
         """Returns a key with another value now than when the shards were made, and both values.

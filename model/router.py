@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.layout import SampleLayout, on_device
 
+_MIN_COUNT = 0.01
+"""Of the mean count, what a token counts at least in `balanced_table`."""
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -130,7 +133,8 @@ def balanced_table(
 
     Tokens, the most frequent first (in random order where counts are equal or not given), each
     take the experts with the least load so far; ties are broken at random. Loads then differ by
-    at most one token when counts are equal. The rule is unpublished.
+    at most one token when counts are equal. Rare tokens count as a hundredth of the mean, so that
+    those which do not occur are spread over all experts, too. The rule is unpublished.
 
     Returns:
         int64 [V, A].
@@ -138,6 +142,8 @@ def balanced_table(
     counts = [1.0] * vocab_size if token_counts is None else [float(c) for c in token_counts]
     if len(counts) != vocab_size:
         raise ValueError(f"token_counts has {len(counts)} entries, the vocabulary {vocab_size}")
+    floor = _MIN_COUNT * sum(counts) / vocab_size
+    counts = [max(count, floor) for count in counts]
     order = torch.randperm(vocab_size, generator=generator).tolist()
     order.sort(key=lambda token: -counts[token])
     ties = torch.rand(vocab_size + 1, top_k, generator=generator, dtype=torch.float64).tolist()

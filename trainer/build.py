@@ -1,5 +1,7 @@
 """Builds what a run trains: this rank's part of the model, its optimizer, and the engine."""
 
+from collections.abc import Sequence
+
 import torch
 
 from model.dispatch import Dispatch
@@ -11,36 +13,54 @@ from trainer.engine import Engine, NativeEngine
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel, build_local_model, shard_optimizer
 
+Frequencies = Sequence[float]
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Dtype of weights and activations, by `precision`."""
 
 
-def build_engine(config: RunConfig, grid: Grid) -> tuple[LocalModel, Engine, SavedOptimizer]:
+def build_engine(
+    config: RunConfig, grid: Grid, token_frequencies: Frequencies | None = None
+) -> tuple[LocalModel, Engine, SavedOptimizer]:
     """Builds the initialised model, the engine that the config names, and its optimizer.
+
+    `token_frequencies`: as in `make_initialised_model`.
 
     Raises ConfigError where a DeepSpeed block does not fit the number of processes.
     """
     if config.engine == "native":
-        local, optimizer = build_native(config, grid)
+        local, optimizer = build_native(config, grid, token_frequencies)
         return local, NativeEngine(local, grid, optimizer), optimizer
     from trainer.deepspeed_engine import DeepSpeedEngine  # imports deepspeed, which takes long
 
-    local = make_initialised_model(config, grid)
+    local = make_initialised_model(config, grid, token_frequencies)
     engine = DeepSpeedEngine(config, local, grid, make_table(config, local))
     return local, engine, engine
 
 
-def build_native(config: RunConfig, grid: Grid) -> tuple[LocalModel, HybridZero]:
+def build_native(
+    config: RunConfig, grid: Grid, token_frequencies: Frequencies | None = None
+) -> tuple[LocalModel, HybridZero]:
     """Builds this rank's part of the model, initialised, and the native engine's optimizer."""
-    local = make_initialised_model(config, grid)
+    local = make_initialised_model(config, grid, token_frequencies)
     return local, make_optimizer(config, local, grid)
 
 
-def make_initialised_model(config: RunConfig, grid: Grid) -> LocalModel:
-    """Makes this rank's part of the model with its initial weights."""
+def make_initialised_model(
+    config: RunConfig, grid: Grid, token_frequencies: Frequencies | None = None
+) -> LocalModel:
+    """Makes this rank's part of the model with its initial weights.
+
+    `token_frequencies`: of the ids that the tokenizer has, by which the tables of hash-routed
+    layers balance the experts; None takes all ids of the vocabulary for equally frequent.
+    """
     local = make_local(config, grid)
     local.model.to_empty(device=grid.device)
-    local.model.init_weights(config.seed, shards=local.placements)
+    counts = None
+    if token_frequencies is not None:
+        unused = config.model.vocab_size - len(token_frequencies)
+        counts = [*token_frequencies, *[0.0] * unused]
+    local.model.init_weights(config.seed, counts, local.placements)
     return local
 
 

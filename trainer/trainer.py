@@ -12,6 +12,7 @@ from torch import Tensor
 from data import Batch, DataRecord, Loader, Prefetcher
 from data.activity import Activity
 from data.files import write_atomically
+from data.rows import token_frequencies
 from model.kernel_choices import describe, kernel_choices
 from trainer.build import DTYPES, build_engine
 from trainer.checkpoint import PeriodicCheckpoints, RunCheckpoint
@@ -66,7 +67,11 @@ class Trainer:
         self.validation: Validation | None = None
         if self.loader.manifest.of_split("validation"):
             self.validation = Validation(config, grid, self.stop)
-        self.local, self.engine, self.optimizer = build_engine(config, grid)
+        frequencies = token_frequencies(self.loader) if config.model.num_hash_layers else None
+        self.are_ids_counted = frequencies is not None
+        self.local, self.engine, self.optimizer = build_engine(
+            config, grid, None if frequencies is None else frequencies.tolist()
+        )
         self.model = self.local.model
         self.anticipation = Anticipation(
             self.engine,
@@ -282,6 +287,11 @@ class Trainer:
             self._log(f"resumed from {resumed}")
             for change in self.checkpoint.changes:
                 self._log(change)
+        elif self.config.model.num_hash_layers and not self.are_ids_counted:
+            self._log(
+                f"{self.config.data.shards} has no counts of ids (v4 data prepare counts them): "
+                "hash-routed layers take all ids for equally frequent"
+            )
         if notice := other_tokenizer(self.config):
             self._log(f"warning: {notice}")
         if is_fp8 and kernels["fp8"].name == "eager":

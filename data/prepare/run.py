@@ -36,6 +36,7 @@ from data.prepare.pool import Progress, run_items
 from data.prepare.work_item import WorkItem, work_items
 from data.prepare.write_part import PartRecord, finished_part, write_part
 from data.text import Tokenizer
+from data.token_counts import read_counts, write_counts
 
 _UNFINISHED = ".unfinished-"
 _FORMAT = 2  # raise when equal inputs would give other shards
@@ -57,21 +58,23 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
         digest = _digest(config, tokenizer, corpora)
     root = Path(config.shards)
     existing = _existing(root, digest, overwrite)
-    if existing is not None and existing.settings and not existing.stale_setting(config):
+    if existing is not None and _is_current(existing, config):
         return existing
     folder = root / f"{_UNFINISHED}{digest[:16]}"
     try:
         with Lease(root, "v4 data prepare"):
             if (existing := _existing(root, digest, overwrite)) is not None:
-                # Made by another process in the meantime, or from files with other names.
+                # Made in the meantime, from files with other names, or by an earlier version.
                 manifest = existing.model_copy(update={"settings": preparation_settings(config)})
+                manifest = _with_counts(root / existing.folder, manifest)
                 manifest.save(root)
                 return manifest
             folder.mkdir(exist_ok=True)
             try:
                 records = _write(config, corpora, tokenizer, folder, progress)
-                with Activity("hashing the shards", visible=progress):
-                    manifest = _manifest(config, digest, tokenizer, records)
+                manifest = _manifest(config, digest, tokenizer, records)
+                with Activity("counting ids", visible=progress):
+                    manifest = _with_counts(folder, manifest)
                 remove_filter_files(folder)
                 _publish(folder, root, manifest)
             except BaseException:
@@ -242,9 +245,20 @@ def _existing(root: Path, digest: str, overwrite: bool) -> Manifest | None:
     try:
         for shard in manifest.shards:
             open_shard(root / manifest.folder / shard.name, shard.documents, shard.tokens)
+        read_counts(root, manifest)
     except DataError:
         return None  # missing or damaged: made again
     return manifest
+
+
+def _is_current(manifest: Manifest, config: DataConfig) -> bool:
+    """True unless the manifest lacks what this version records, or has other names of files."""
+    is_complete = bool(manifest.settings) and manifest.token_counts is not None
+    return is_complete and not manifest.stale_setting(config)
+
+
+def _with_counts(folder: Path, manifest: Manifest) -> Manifest:
+    return manifest.model_copy(update={"token_counts": write_counts(folder, manifest)})
 
 
 def _publish(folder: Path, root: Path, manifest: Manifest) -> None:

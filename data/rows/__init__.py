@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data.rows.audit import MixtureAudit, audit_mixture
+    from data.rows.frequencies import token_frequencies
     from data.rows.loader import IGNORE_INDEX, Batch, Loader, Place, unigram_entropy
     from data.rows.packing import pack_windows
     from data.rows.permutation import shuffled
@@ -25,6 +26,7 @@ _MODULES = {
     "audit_mixture": "audit",
     "pack_windows": "packing",
     "shuffled": "permutation",
+    "token_frequencies": "frequencies",
     "unigram_entropy": "loader",
 }
 __all__ = list(_MODULES)

@@ -198,6 +198,15 @@ class TestHashTable:
         common = (table[1:, :, None] == table[:-1, None, :]).any(-1).sum(1).double()
         assert abs(float(common.mean()) - 4 * 4 / 32) < 0.05
 
+    def test_ids_that_do_not_occur_are_spread_over_all_experts(self):
+        counts = torch.zeros(4000)
+        counts[:400] = torch.arange(400, 0, -1).double() ** 2
+        table = balanced_table(torch.Generator().manual_seed(0), 4000, 8, 2, counts.tolist())
+        unused = table[400:].flatten().bincount(minlength=8)
+        assert int(unused.min()) > 0.8 * 3600 * 2 / 8
+        loads = loads_of(table, 8, counts)
+        assert float(loads.max() / loads.mean()) < 1.01
+
     def test_counts_of_another_vocabulary_are_refused(self):
         with pytest.raises(ValueError, match="token_counts has 3 entries, the vocabulary 4"):
             balanced_table(torch.Generator(), 4, 2, 1, [1.0, 2.0, 3.0])

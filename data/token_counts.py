@@ -1,0 +1,66 @@
+"""How often each id is an input of training, by source; counted when the shards are made.
+
+The tables of hash-routed layers are balanced by it (`data.rows.token_frequencies`). The last token
+of a document, its eos, is never an input.
+
+Letters: V vocabulary.
+"""
+
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.errors import DataError
+from data.files import sha256_of, write_atomically
+from data.indexed import open_shard
+from data.manifest import Manifest
+
+COUNTS_FILE = "token_counts.npz"
+_BLOCK = 1 << 22  # tokens
+
+
+def write_counts(folder: Path, manifest: Manifest) -> str:
+    """Counts the inputs in the train split of the shards in `folder`; returns the file's SHA-256.
+
+    The file has an array [V] int64 for each source. Raises DataError for an id beyond the
+    vocabulary.
+    """
+    counts: dict[str, NDArray[np.int64]] = {}
+    for shard in manifest.of_split("train"):
+        total = counts.setdefault(shard.source, np.zeros(manifest.vocab_size, dtype=np.int64))
+        opened = open_shard(folder / shard.name, shard.documents, shard.tokens)
+        tokens = np.memmap(f"{folder / shard.name}.bin", dtype=opened.index.dtype, mode="r")
+        for first in range(0, len(tokens), _BLOCK):
+            block = np.bincount(tokens[first : first + _BLOCK], minlength=len(total))
+            if len(block) > len(total):
+                raise DataError(
+                    f"{folder / shard.name}.bin has the id {len(block) - 1}, beyond the vocabulary "
+                    f"of {len(total)}."
+                )
+            total += block
+        total[manifest.eos_id] -= shard.documents
+    stream = io.BytesIO()
+    np.savez(stream, allow_pickle=False, **counts)
+    write_atomically(folder / COUNTS_FILE, stream.getvalue())
+    return sha256_of(folder / COUNTS_FILE)
+
+
+def read_counts(shards: str | Path, manifest: Manifest) -> Mapping[str, NDArray[np.int64]] | None:
+    """Inputs by source and id, [V] each; None for shards that were made without counts.
+
+    Raises DataError where the file of the counts is missing or damaged.
+    """
+    if manifest.token_counts is None:
+        return None
+    path = Path(shards) / manifest.folder / COUNTS_FILE
+    try:
+        if sha256_of(path) == manifest.token_counts:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+    except (OSError, ValueError, zipfile.BadZipFile):
+        pass
+    raise DataError(f"{path} is missing or damaged; make it again with `v4 data prepare CONFIG`.")
