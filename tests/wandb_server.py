@@ -2,12 +2,13 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-Mode = Literal["ok", "stall", "401", "500"]
+Mode = Literal["ok", "slow", "stall", "401", "500"]
 
 
 class WandbServer(ThreadingHTTPServer):
@@ -46,7 +47,9 @@ class Handler(BaseHTTPRequestHandler):
         if mode == "stall":
             self.server.closing.wait()
             return
-        code = 200 if mode == "ok" else int(mode)
+        if mode == "slow":
+            time.sleep(0.5)
+        code = 200 if mode in ("ok", "slow") else int(mode)
         answer = {"errors": [{"message": "no"}]} if code != 200 else {}
         if code == 200 and self.path.endswith("graphql"):
             answer = {"data": graphql(json.loads(body))}

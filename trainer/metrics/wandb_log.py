@@ -84,11 +84,12 @@ class WandbLog:
         wandb.setup(quiet)
         mode = self.config.metrics.wandb.mode
         try:
-            if mode == "online" or (mode == "auto" and wandb.login(prompt=False, verify=False)):
+            if mode != "offline" and wandb.login(prompt=False, verify=False):
                 return self._init("online")
+            problem = "no API key is found" if mode == "online" else None
         except Exception as error:
             problem = _reason(error)
-        else:
+        if problem is None:
             return self._init("offline")
         wandb.teardown()  # forgets the run that could not be started
         wandb.setup(quiet)

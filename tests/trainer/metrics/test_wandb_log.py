@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import wandb
@@ -109,15 +110,17 @@ def test_a_server_that_fails_costs_a_warning(
     assert history[1]["loss"] == 0.5 and history[1]["layers/sink_max/00"] == 0.5
 
 
+@pytest.mark.parametrize("mode", ["ok", "slow"])
 def test_a_server_that_answers_gets_every_record(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, mode: Literal["ok", "slow"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
-    with wandb_server("ok") as server:
+    monkeypatch.setattr(wandb_log, "FINISH_SECONDS", 30.0)
+    with wandb_server(mode) as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        train_five_steps(config_in(tiny, tmp_path / "run", "online"), lines)
+        assert train_five_steps(config_in(tiny, tmp_path / "run", "online"), lines) < 0.1
         assert [record["step"] for record in server.history()] == [1, 2, 3, 4, 5]
-    assert not lines
+    assert not [line for line in lines if "warning" in line]
 
 
 def test_a_server_that_stalls_later_costs_a_warning(
@@ -152,11 +155,13 @@ def test_a_key_that_is_none_costs_a_warning(
     assert not [line for line in lines if "not a key" in line]
 
 
+@pytest.mark.parametrize("mode", ["auto", "online"])
 def test_without_a_key_the_run_is_offline(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nobody is asked for one, on a terminal neither."""
     monkeypatch.delenv("WANDB_API_KEY")
     lines: list[str] = []
-    train_five_steps(config_in(tiny, tmp_path / "run"), lines)
+    train_five_steps(config_in(tiny, tmp_path / "run", mode), lines)
     offline_folder(tmp_path / "run")
-    assert not lines
+    assert ["no API key is found" in line for line in lines] == [True] * (mode == "online")
