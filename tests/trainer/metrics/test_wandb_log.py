@@ -103,7 +103,9 @@ def test_a_server_that_fails_costs_a_warning(
     with wandb_server("ok") as server_up:
         command = [sys.executable, "-m", "wandb", "sync", str(folder)]
         environment = {**os.environ, "WANDB_BASE_URL": server_up.url}
-        done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
         history = server_up.history()
     assert [record["step"] for record in history] == [1, 2, 3, 4, 5]
