@@ -48,8 +48,10 @@ def read_json(source: SourceConfig, file: Path) -> Iterator[Record]:
     decoder = _TEXT_DECODER if source.content == "text" else json.JSONDecoder()
     if _is_archive(file):
         raise DataError(f"{file} {_UNPACK}.")
+    number = 0
     with open_file(file) as stream:
-        for number, line in enumerate(stream, 1):
+        for line in stream:
+            number += 1
             if number == 1:
                 line = line.removeprefix(_BOM)
                 if line.startswith(_PARQUET):
@@ -58,25 +60,27 @@ def read_json(source: SourceConfig, file: Path) -> Iterator[Record]:
                 if opening == b"{" or opening.startswith(b"["):
                     yield from _whole_json(file, line + stream.read(), decoder)
                     return
-            yield from _line(source, file, number, line, decoder)
+            place = f"line {number} of {file}"
+            values, problem = _read_line(line, decoder)
+            del line  # one of hundreds of megabytes is not kept with its document
+            if problem and number == 1:
+                problem += f"; {_set_format(source, 'text')} where a file is a document"
+            if problem:
+                yield Record(place, number, None, problem)
+            while values:
+                yield _object(place, number, values.pop(0))
 
 
-def _line(
-    source: SourceConfig, file: Path, number: int, line: bytes, decoder: json.JSONDecoder
-) -> list[Record]:
-    """The records of a line: one, or none where it is blank."""
-    place = f"line {number} of {file}"
+def _read_line(line: bytes, decoder: json.JSONDecoder) -> tuple[list[Any], str]:
+    """The values of a line, usually one, or what is wrong with it."""
     try:
-        return [_object(place, number, value) for value in _values(line.decode(), decoder)]
+        return _values(line.decode(), decoder), ""
     except UnicodeDecodeError as error:
-        problem = f"is not UTF-8 at byte {error.start}"
+        return [], f"is not UTF-8 at byte {error.start}"
     except json.JSONDecodeError as error:
-        problem = f"is not JSON ({error.msg} at character {error.pos})"
-        if number == 1:
-            problem += f"; {_set_format(source, 'text')} where a file is a document"
+        return [], f"is not JSON ({error.msg} at character {error.pos})"
     except (ValueError, RecursionError) as error:  # a number, or nesting, beyond Python's limits
-        problem = f"is not JSON that can be read ({error})"
-    return [Record(place, number, None, problem)]
+        return [], f"is not JSON that can be read ({error})"
 
 
 def _whole_json(file: Path, content: bytes, decoder: json.JSONDecoder) -> Iterator[Record]:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from data.errors import DataError
@@ -118,11 +119,13 @@ class _Writer:
         self.dtype = dtype
         self.documents = self.tokens = self.bytes = 0
 
-    def add(self, ids: list[int], size: int) -> None:
+    def add(self, ids: list[NDArray[np.int32]], size: int) -> None:
         """Appends one document of `size` UTF-8 bytes."""
         eos = self.tokenizer.eos_id
-        end = [] if ids and ids[-1] == eos else [eos]  # assistant messages end with eos
-        document = np.array([self.tokenizer.bos_id, *ids, *end], dtype=self.dtype)
+        end = [] if ids and ids[-1][-1:] == [eos] else [[eos]]  # conversations end with eos
+        document = np.concatenate(
+            [[self.tokenizer.bos_id], *ids, *end], dtype=self.dtype, casting="unsafe"
+        )
         self.builder.add_document(document, [len(document)])
         self.documents += 1
         self.tokens += len(document)

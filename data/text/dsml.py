@@ -59,7 +59,8 @@ def render(record: Conversation, prompts: Prompts = OWN_PROMPTS) -> list[Segment
 
 def encode(record: Conversation, tokenizer: Tokenizer, prompts: Prompts = OWN_PROMPTS) -> list[int]:
     """The ids of a record, without bos; DataError where the tokenizer lacks a special token."""
-    return encode_segments([render(record, prompts)], tokenizer)[0]
+    (ids,) = encode_segments([render(record, prompts)], tokenizer)
+    return [int(i) for part in ids for i in part]
 
 
 def decode(

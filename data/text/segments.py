@@ -5,7 +5,10 @@ special id, so the spelling of a special token inside a message stays plain text
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.text.special_tokens import EOS, NAMED
@@ -71,27 +74,25 @@ def spelled(text: str) -> list[Segment]:
 
 def encode_segments(
     documents: Sequence[Sequence[Segment]], tokenizer: Tokenizer
-) -> list[list[int]]:
-    """The ids of the segments of many documents, on all cores.
+) -> Iterator[list[NDArray[np.int32]]]:
+    """Yields the ids of each document, in arrays one after another; on all cores.
 
     Raises DataError where the tokenizer lacks one of the special tokens.
     """
-    plain = [s for segments in documents for s in segments if not isinstance(s, Special)]
-    encoded = iter(tokenizer.encode_batch(plain))
-    encodings = []
+    plain = (s for segments in documents for s in segments if not isinstance(s, Special))
+    encoded = tokenizer.encode_parts(plain)
     for segments in documents:
-        ids: list[int] = []
+        ids: list[NDArray[np.int32]] = []
         for segment in segments:
             if not isinstance(segment, Special):
                 ids += next(encoded)
             elif segment in tokenizer.special:
-                ids.append(tokenizer.special[segment])
+                ids.append(np.array([tokenizer.special[segment]], dtype=np.int32))
             else:
                 raise DataError(
                     f"{tokenizer.path} has no special token {segment}; conversations need it."
                 )
-        encodings.append(ids)
-    return encodings
+        yield ids
 
 
 def decode_segments(ids: Sequence[int], tokenizer: Tokenizer) -> list[Segment]:

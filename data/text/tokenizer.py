@@ -9,19 +9,24 @@ by position instead of by rank; on text without U+2581 it gives the same ids in 
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data.errors import DataError
 from data.files import sha256_of, write_atomically
+from data.text.cuts import Cuts
 from data.text.hf_tokenizer import SPACE, tokenizer_config, tokenizer_json
 from data.text.special_tokens import BOS, EOS, PAD, special_ids
 
 MODEL_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
 HF_CONFIG_FILE = "tokenizer_config.json"
+_BATCH_CHARACTERS = 1 << 20  # encoded at once, on all cores
 # Punctuation or symbols, optionally after whitespace, then line breaks.
 _COMBINED = re.compile(r"([^\S\r\n]*(?:[^\w\s\ufffd]|_)+)([\r\n]+)")
 
@@ -62,6 +67,7 @@ class Tokenizer:
         self._full = _engine(self._json, self.path)
         # The same merges without the added tokens, whose spellings are then plain text.
         self._plain = _engine(self._json | {"added_tokens": [], "post_processor": None}, self.path)
+        self._cuts = Cuts(self._json, self._plain)
         added = self._json.get("added_tokens", [])
         self.special: dict[str, int] = {token["content"]: token["id"] for token in added}
         self.vocab_size: int = 1 + max(self._full.get_vocab(with_added_tokens=True).values())
@@ -88,6 +94,31 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             raise _surrogate_error(texts) from error
         return [encoding.ids for encoding in encodings]
+
+    def encode_parts(self, texts: Iterable[str]) -> Iterator[list[NDArray[np.int32]]]:
+        """Yields the ids of each text as by `encode`, in one or more arrays.
+
+        Long texts are encoded in parts: the memory that the library needs is that of
+        `_BATCH_CHARACTERS`, however long a text is.
+        """
+        ids: list[NDArray[np.int32]] = []
+        for batch in _batches(self._parts(texts)):
+            encodings = self.encode_batch([part for part, _ in batch])
+            for (_, is_last), encoding in zip(batch, encodings, strict=True):
+                ids.append(np.array(encoding, dtype=np.int32))
+                if is_last:
+                    yield ids
+                    ids = []
+
+    def _parts(self, texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+        """The parts of the texts, and whether a part is the last of its text."""
+        for text in texts:
+            parts = self._cuts.parts(text)
+            part = next(parts)
+            for following in parts:
+                yield part, False
+                part = following
+            yield part, True
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens included; an incomplete character becomes U+FFFD."""
@@ -166,6 +197,20 @@ class Tokenizer:
             write_atomically(folder / HF_FILE, _dump(self._json))
         config = config or _dump(tokenizer_config(max_length))
         write_atomically(folder / HF_CONFIG_FILE, config)
+
+
+def _batches(parts: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Yields parts together, about `_BATCH_CHARACTERS` of them."""
+    batch: list[tuple[str, bool]] = []
+    size = 0
+    for part in parts:
+        batch.append(part)
+        size += len(part[0])
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _dump(value: dict[str, Any]) -> bytes:

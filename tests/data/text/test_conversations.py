@@ -127,7 +127,7 @@ def test_the_effort_and_the_prompts_of_a_source(config: DataConfig, tmp_path: Pa
     own = prepare(chats(config, source, tmp_path / "shards"), progress=False)
     source |= {"prompts_file": str(tmp_path / "encoding.py")}
     chat = chats(config, source, tmp_path / "shards")
-    manifest = prepare(chat, progress=False)
+    manifest = prepare(chat, progress=False, overwrite=True)
     assert manifest.digest != own.digest
     assert prepare(chat, progress=False) == manifest
     high, maximum, none = (document.text for document in Corpus(chat.sources[0]))
@@ -135,7 +135,8 @@ def test_the_effort_and_the_prompts_of_a_source(config: DataConfig, tmp_path: Pa
     assert high.startswith(head) and maximum == "MAXIMUM " + high
     assert none == high.replace("<think>?</think>", "</think>")
     (tmp_path / "encoding.py").write_text("".join(lines).replace("FORMAT", "OTHER"))
-    assert prepare(chat, progress=False).digest not in (manifest.digest, own.digest)
+    other = prepare(chat, progress=False, overwrite=True)
+    assert other.digest not in (manifest.digest, own.digest)
     with pytest.raises(ValidationError, match="`prompts_file` needs `content: conversation`"):
         chats(config, source | {"content": "text"}, tmp_path)
 
