@@ -16,6 +16,7 @@ from rich.table import Table
 from data.lease import Lease
 from launch import processes
 from trainer.config import RunConfig, load_config
+from trainer.exit_codes import INTERRUPTED
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "debug.yaml"
 PROMPT = "def main(argv):\n"
@@ -72,6 +73,8 @@ def _run_steps(out: Path, nproc: int, overrides: list[str]) -> int:
         _train_half(config, arguments, nproc)
         heading("5  training resumes from the checkpoint")
         _check_exit(processes.train(arguments, nproc))
+        if _steps_in(run_dir / "metrics.jsonl") < config.recipe.steps:
+            raise DemoFailed(INTERRUPTED)  # a signal stopped the training
         heading("6  validation loss")
         result = json.loads(_run("eval", str(run_dir), captured=True))
         heading("7  export, and generation with transformers")

@@ -42,12 +42,19 @@ def train(config: RunConfig, stop: StopRequest) -> None:
         from trainer.failures import report_failures
         from trainer.lease import lease_on
         from trainer.parallel.grid import open_grid
-        from trainer.planning import advise_on_out_of_memory, expected_memory_report, fit_to_device
+        from trainer.planning import (
+            advise_on_out_of_memory,
+            expected_memory_report,
+            fit_to_device,
+            host_memory_warning,
+        )
         from trainer.preflight import preflight
         from trainer.trainer import Trainer
 
     with report_failures() as watch, Activity("connecting", visible=is_first) as start:
         config, messages = fit_to_device(config)  # before there is a process group
+        if is_first and (warning := host_memory_warning(config)):
+            print(f"warning: {warning}", flush=True)
         with open_grid(config.degrees, config.parallel.timeout_seconds) as grid:
             watch.connect(grid)
             if config.deterministic:

@@ -151,22 +151,25 @@ def plan(config: RunConfig, options: argparse.Namespace) -> None:
 
     # A file or a pipe has no width: tables may take 200 columns.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    for part in describe_plan(
-        config, options.processes, options.dry_run, options.phase, options.parameters
-    ):
-        console.print(part)
-    if options.measure:
-        from trainer.planning import measure_layers
-
-        for part in measure_layers(config, options.processes):
+    with Activity("measuring" if options.measure else "planning"):
+        for part in describe_plan(
+            config, options.processes, options.dry_run, options.phase, options.parameters
+        ):
             console.print(part)
+        if options.measure:
+            from trainer.planning import measure_layers
+
+            for part in measure_layers(config, options.processes):
+                console.print(part)
 
 
 def demo_corpus(folder: str, options: argparse.Namespace) -> None:
     """Collect code and prose that this machine has into two .jsonl files."""
     from data.prepare import build_demo_corpus
 
-    for path in build_demo_corpus(folder):
+    with Activity("collecting text"):
+        paths = build_demo_corpus(folder)
+    for path in paths:
         print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 

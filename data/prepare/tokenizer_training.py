@@ -18,7 +18,7 @@ from pathlib import Path
 from data.activity import Activity
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
-from data.files import write_atomically
+from data.files import require_writable, write_atomically
 from data.prepare.corpus import Corpus, Document
 from data.prepare.splits import document_hash, is_validation
 from data.text import (
@@ -55,6 +55,7 @@ def train_tokenizer(config: DataConfig, overwrite: bool = False) -> Path:
     folder = Path(config.tokenizer.path)
     if not overwrite:
         _check_is_new(folder)
+    require_writable(folder)
     sample: list[str] = []
     for sources, size in _shares(config):
         names = ", ".join(source.name for source in sources)

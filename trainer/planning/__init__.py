@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers, the names of _MODULES
     from trainer.planning.dry_run import count_memory
-    from trainer.planning.expected_memory import expected_memory_report
+    from trainer.planning.expected_memory import expected_memory_report, host_memory_warning
     from trainer.planning.fit_device import fit_to_device
     from trainer.planning.layer_times import measure_layers
     from trainer.planning.out_of_memory import advise_on_out_of_memory
@@ -23,6 +23,7 @@ _MODULES = {
     "describe_plan": "plan",
     "expected_memory_report": "expected_memory",
     "fit_to_device": "fit_device",
+    "host_memory_warning": "expected_memory",
     "measure_layers": "layer_times",
     "memory_parts": "static_memory",
     "snapshot_memory": "static_memory",

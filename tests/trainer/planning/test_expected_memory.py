@@ -13,13 +13,19 @@ from data import Loader
 from tests.distributed import spawn
 from trainer.__main__ import main
 from trainer.build import build_native
-from trainer.config import load_config
+from trainer.config import RunConfig, load_config
 from trainer.device import peak_memory, peak_memory_report
 from trainer.engine import NativeEngine
 from trainer.parallel.grid import Grid
+from trainer.planning import expected_memory
 from trainer.planning.activations import Live, Storages
 from trainer.planning.dry_run import count_memory
-from trainer.planning.expected_memory import expected_memory_report
+from trainer.planning.expected_memory import (
+    expected_memory_report,
+    host_memory_warning,
+    rough_activations,
+)
+from trainer.planning.static_memory import memory_parts
 
 # Weights of 1 MiB and more, so that what is printed has digits enough.
 WIDE = ("model.hidden_size=128", "model.moe_intermediate_size=256", "precision=bf16")
@@ -97,3 +103,34 @@ def test_the_peak_is_that_of_the_fullest_rank(tiny: Path) -> None:
 def test_another_engine_has_no_estimate(tiny: Path) -> None:
     config = load_config(tiny).model_copy(update={"engine": "deepspeed"})
     assert "no estimate" in expected_memory_report(config, 1)
+
+
+def test_a_run_that_the_host_cannot_hold_is_a_warning(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(tiny)
+    needed = count_memory(config, 1).fullest.total
+    counts: list[int] = []
+
+    def count(config: RunConfig, world: int) -> object:
+        counts.append(world)
+        return count_memory(config, world)
+
+    monkeypatch.setattr(expected_memory, "count_memory", count)
+    for available, counted, warns in ((2**40, 0, False), (needed + 1, 1, False), (needed, 2, True)):
+        monkeypatch.setattr(expected_memory, "available_memory", lambda device, a=available: a)
+        warning = host_memory_warning(config)
+        assert (warning is not None, len(counts)) == (warns, counted)
+    assert warning is not None and "data.micro_batch_size (now 2)" in warning
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["data.seq_len=512"], ["data.micro_batch_size=400", "data.global_batch_size=400"]],
+)
+def test_the_rough_estimate_is_not_below_the_count(tiny: Path, overrides: list[str]) -> None:
+    """Twice the estimate decides whether activations are counted."""
+    config = load_config(tiny, overrides)
+    lasting = sum(memory_parts(config, config.degrees(1)).values())
+    activations = count_memory(config, 1).fullest.total - lasting
+    assert 0.5 < activations / rough_activations(config) < 1.5
