@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import sentencepiece
 
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
+from data.prepare import tokenizer_training
 from data.prepare.corpus import Document
 from data.prepare.splits import is_validation
 from data.prepare.tokenizer_training import (
@@ -223,3 +225,31 @@ def test_vocabulary_too_small_for_the_characters(config: DataConfig, tmp_path: P
     with pytest.raises(DataError, match="vocab_size 512"):
         train_tokenizer(small)
     assert not (tmp_path / "tok").exists()
+
+
+def test_ctrl_c_ends_the_training_at_once(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SentencePiece would return to Python, and so to its handler, only at the end."""
+    handlers = []
+
+    def training(texts: list[str], config: TokenizerConfig) -> bytes:
+        handlers.append(signal.getsignal(signal.SIGINT))
+        return train_model(texts, config)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(tokenizer_training, "train_model", training)
+    place = TokenizerConfig(path=str(tmp_path), vocab_size=config.tokenizer.vocab_size)
+    train_tokenizer(config.model_copy(update={"tokenizer": place}))
+    assert handlers == [signal.SIG_DFL]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_corpus_is_read(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    place = TokenizerConfig(path=str(tmp_path / "file" / "tokenizer"), vocab_size=1024)
+    monkeypatch.setattr(tokenizer_training, "_sample", None)
+    with pytest.raises(DataError, match="cannot write into"):
+        train_tokenizer(config.model_copy(update={"tokenizer": place}))
