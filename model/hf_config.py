@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from model.errors import ModelConfigError
 
 _LAYER_TYPES: dict[str, str] = {
@@ -65,11 +67,52 @@ _OFFICIAL_RATIOS = {"window": 0, "csa": 4, "hca": 128}
 _YARN_FIELDS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 
 
+class _Form(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Rope(_Form):
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: float | None = None
+
+
+class _NestedRope(_Rope):
+    main: _Rope = _Rope()
+    compress: _Rope = _Rope()
+
+
+class _Keys(_Form):
+    """Types of the keys that are computed with here; ModelConfig checks those of all others."""
+
+    num_hidden_layers: int | None = None
+    head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    partial_rotary_factor: float | None = None
+    layer_types: list[str] | None = None
+    mlp_layer_types: list[str] | None = None
+    compress_ratios: list[int] | None = None
+    compress_rates: dict[str, int] | None = None
+    compress_rate_csa: int = 4
+    compress_rate_hca: int = 128
+    rope_scaling: _Rope | None = None
+    rope_parameters: _NestedRope | None = None
+
+
 def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a ModelConfig from ``to_dict()`` of transformers, or ``config.json``.
 
     Raises ModelConfigError if a needed key is missing, or has an unsupported value.
     """
+    try:
+        _Keys.model_validate(config)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].partition(" or instance")[0]
+        raise ModelConfigError(
+            f"config.json has {name} = {problem['input']!r}: {message}"
+        ) from None
     _refuse_other_architectures(config)
     fields: dict[str, Any] = {}
     for name in _SHARED_FIELDS:
@@ -80,8 +123,8 @@ def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in (*_OPTIONAL_FIELDS, "pad_token_id"):
         if config.get(name) is not None:
             fields[name] = config[name]
-    if isinstance(fields.get("eos_token_id"), list):
-        fields["eos_token_id"] = fields["eos_token_id"][0]
+    if isinstance(eos := fields.get("eos_token_id"), list) and eos:
+        fields["eos_token_id"] = eos[0]
     fields |= _layer_types_from_hf(config) | _rope_from_hf(config)
     fields["num_hash_layers"] = _hash_layers_from_hf(config)
     return fields

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import DeepseekV4Config
 
 from model import ModelConfig, ModelConfigError, V4Model
@@ -217,6 +220,9 @@ class TestConfig:
             ({"topk_method": "greedy"}, (), "topk_method = 'greedy'; supported: 'noaux_tc'"),
             ({"n_shared_experts": 2}, (), "n_shared_experts = 2: Input should be 1"),
             ({"hidden_size": "wide"}, (), "hidden_size"),
+            ({"rope_scaling": "yarn"}, (), "rope_scaling = 'yarn': Input should be a valid dict"),
+            ({"compress_ratios": [0, "4"]}, (), "compress_ratios.1 = '4': Input should be a"),
+            ({"eos_token_id": []}, (), "eos_token_id = []: Input should be a valid integer"),
             ({"o_groups": 7}, (), "num_attention_heads (64) must be a multiple of o_groups (7)"),
             ({"n_routed_experts": 5}, (), "num_experts_per_tok (6) must be at most"),
         ],
@@ -266,3 +272,30 @@ class TestServers:
         config = tiny_config(**RELEASED_RATIOS, **changes)
         names = [name for name, _ in to_official(named_tensors(V4Model(config)).items())]
         assert servers.loaded(names, renaming) == servers.expected(config.to_hf(), renaming)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+BOTH_FORMS = {**former_form(tiny_config()), **tiny_config().to_hf()}
+KINDS = ("main", "compress")
+NESTED = [f"rope_parameters.{kind}.{key}" for kind in KINDS for key in ("rope_theta", "rope_type")]
+INNER = ["rope_scaling.factor", "rope_scaling.type", "compress_rates.compressed_sparse_attention"]
+
+
+@given(st.sampled_from([*BOTH_FORMS, "rope_parameters.main", *NESTED, *INNER]), ANYTHING)
+@settings(max_examples=500, deadline=None, derandomize=True)
+def test_whatever_a_key_has_it_is_read_or_refused_in_a_sentence(key, value):
+    for form in (BOTH_FORMS, former_form(tiny_config())):
+        keys = copy.deepcopy(form)
+        *above, last = key.split(".")
+        section = keys
+        for name in above:
+            section = section.get(name, {})
+        section[last] = value
+        try:
+            ModelConfig.from_hf(keys)
+        except ModelConfigError as error:
+            assert "\n" not in str(error)

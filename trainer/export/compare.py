@@ -4,7 +4,6 @@ Ids of special tokens, sizes and the vocabulary may be in several files. If two 
 each other, a run would train on ids or sizes that the folder's weights do not have.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from data import DataError, Tokenizer
 from data.text import tokenizer_file
 from model import ModelConfig
 from trainer.errors import ExportError
-from trainer.export.hf_folder import CONFIG_JSON
+from trainer.export.hf_folder import CONFIG_JSON, read_object
 
 _LONGEST_LIST = 5
 
@@ -37,12 +36,7 @@ def check_sizes(config: ModelConfig, imported: ModelConfig, source: Path) -> Non
 def check_generation(config: ModelConfig, source: Path) -> None:
     """Raises ExportError if generation_config.json has other ids than config.json."""
     path = source / "generation_config.json"
-    if not path.is_file():
-        return
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ExportError(f"{path}: is not valid JSON") from None
+    settings = read_object(path) or {}
     for name in ("bos_token_id", "eos_token_id"):
         value, expected = settings.get(name), getattr(config, name)
         if value is not None and expected not in (value if isinstance(value, list) else [value]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,26 +152,38 @@ def read_hf_config(folder: Path, **training: Any) -> ModelConfig:
 
     Raises ExportError without a readable config.json, ModelConfigError for another architecture.
     """
-    try:
-        values = json.loads((folder / CONFIG_JSON).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ExportError(f"{folder}: not a Hugging Face folder, no config.json") from None
-    except ValueError:
-        raise ExportError(f"{folder / 'config.json'}: is not valid JSON") from None
+    values = read_object(folder / CONFIG_JSON)
+    if values is None:
+        raise ExportError(f"{folder}: not a Hugging Face folder, no config.json")
     return ModelConfig.from_hf(values, **training)
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Reads a JSON file with an object; None: there is no file. Raises ExportError for others."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        raise ExportError(f"{path}: is not valid JSON") from None
+    if not isinstance(value, dict):
+        raise ExportError(f"{path}: should hold a JSON object, not a {type(value).__name__}")
+    return value
 
 
 def read_hf_weights(folder: Path) -> dict[str, Tensor]:
     """Reads all tensors of a folder's safetensors files, in official or transformers' names.
 
-    FP4 and FP8 weights are dequantised. Raises ExportError for missing or damaged files.
+    FP4 and FP8 weights are dequantised. Raises ExportError for missing or damaged files, and for
+    files that hold other tensors than the index has.
     """
     weights: dict[str, Tensor] = {}
-    paths = list(_weight_files(folder))
-    with Activity("reading weights", len(paths), "files") as activity:
-        for path in paths:
+    listed = _weight_files(folder)
+    with Activity("reading weights", len(listed), "files") as activity:
+        for path, names in listed.items():
             try:
                 with safe_open(path, framework="pt") as file:
+                    _compare_names(path, {*file.keys()}, names)
                     for name in file.keys():  # noqa: SIM118 - not a dictionary
                         weights[name] = file.get_tensor(name)
             except FileNotFoundError:
@@ -196,15 +208,32 @@ def _official(name: str) -> str:
     return re.sub(r"^(layers\.\d+\.attn)\.norm\.", r"\1.kv_norm.", name)
 
 
-def _weight_files(folder: Path) -> Iterator[Path]:
-    if (folder / INDEX).is_file():
-        try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            names = sorted(set(index["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ExportError(f"{folder / INDEX}: is not an index of safetensors files") from None
-        yield from (folder / name for name in names)
-    elif (folder / SINGLE).is_file():
-        yield folder / SINGLE
-    else:
-        raise ExportError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
+def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """Returns the folder's files, each with the names that the index has; None: without index."""
+    index = read_object(folder / INDEX)
+    has_single = (folder / SINGLE).is_file()
+    if index is None:
+        if not has_single:
+            raise ExportError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
+        return {folder / SINGLE: None}
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not {*map(type, weight_map.values())} <= {str}:
+        raise ExportError(f"{folder / INDEX}: is not an index of safetensors files")
+    files: dict[Path, set[str] | None] = {
+        folder / file: {name for name, place in weight_map.items() if place == file}
+        for file in sorted({*weight_map.values()})
+    }
+    if has_single and folder / SINGLE not in files:
+        raise ExportError(
+            f"{folder}: holds both {SINGLE} and {INDEX}, which does not name it; delete one"
+        )
+    return files
+
+
+def _compare_names(path: Path, names: set[str], listed: set[str] | None) -> None:
+    """Raises ExportError unless a file has exactly the tensors that are listed for it."""
+    if listed is None or names == listed:
+        return
+    name = min(names ^ listed)
+    fault = "lacks" if name in listed else "holds"
+    raise ExportError(f"{path}: {fault} {name}, contrary to {INDEX}")

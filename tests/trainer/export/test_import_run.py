@@ -114,11 +114,51 @@ def test_several_shards_with_an_index(run: RunConfig, exported: Path, tmp_path: 
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
-@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}'])
-def test_a_damaged_index_is_named(tmp_path: Path, index: str) -> None:
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "should hold a JSON object"),
+        ('{"weight_map": 3}', "is not an index"),
+        ('{"weight_map": {"norm.weight": ["a"]}}', "is not an index"),
+    ],
+)
+def test_a_damaged_index_is_named(tmp_path: Path, index: str, message: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ExportError, match=r"index\.json: is not an index"):
+    with pytest.raises(ExportError, match=rf"index\.json: {message}"):
         read_hf_weights(tmp_path)
+
+
+def test_files_and_index_that_contradict_each_other(exported: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "hf"))
+    names = list(read_hf_weights(folder))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = folder / "model.safetensors.index.json"
+
+    def write(*listed: str) -> None:
+        file = "model-00001-of-00001.safetensors"
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(listed, file)}))
+
+    write(*names)
+    assert [*read_hf_weights(folder)] == names
+    write(*(name for name in names if name != "norm.weight"))
+    with pytest.raises(ExportError, match=r"safetensors: holds norm\.weight, contrary to"):
+        read_hf_weights(folder)
+    write(*names, "a.weight")
+    with pytest.raises(ExportError, match=r"safetensors: lacks a\.weight, contrary to"):
+        read_hf_weights(folder)
+    shutil.copy(exported / "model.safetensors", folder)
+    with pytest.raises(ExportError, match=r"holds both model\.safetensors and .*; delete one"):
+        read_hf_weights(folder)
+
+
+def test_a_folder_or_file_that_is_no_model(tiny: Path, tmp_path: Path) -> None:
+    config = load_config(tiny, [f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(ExportError, match=r"tiny\.yaml: not a Hugging Face folder"):
+        import_hf_folder(config, tiny)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ExportError, match=r"config\.json: should hold a JSON object, not a list"):
+        import_hf_folder(config, tmp_path)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
