@@ -122,7 +122,8 @@ class _Writer:
     def add(self, ids: list[NDArray[np.int32]], size: int) -> None:
         """Appends one document of `size` UTF-8 bytes."""
         eos = self.tokenizer.eos_id
-        end = [] if ids and ids[-1][-1:] == [eos] else [[eos]]  # conversations end with eos
+        ends = bool(ids) and ids[-1][-1:].tolist() == [eos]  # as conversations do
+        end = [] if ends else [[eos]]
         document = np.concatenate(
             [[self.tokenizer.bos_id], *ids, *end], dtype=self.dtype, casting="unsafe"
         )
