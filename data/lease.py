@@ -4,10 +4,12 @@
 `RENEW_SECONDS`. A lease is taken over from an owner that is dead:
 
 - on this machine, as soon as its process is gone;
-- on another one, when the file has not been renewed for `STALE_SECONDS`. Its age is the difference
-  from a file written now, so that both times come from the same file system, and no owner is taken
-  for dead before the file has been watched for at least two renewals without a change: clocks that
-  differ between hosts can delay a takeover, and cannot cause one.
+- on another one, when the file has not been renewed for `STALE_SECONDS`; for two renewals if it is of
+  the same launch, whose launcher has ended the earlier attempt, or its host is gone.
+
+The age of the file is its difference from a file written now, so that both times come from the same
+file system, and no owner is taken for dead before the file has been watched for two renewals
+without a change: clocks that differ between hosts can delay a takeover, and cannot cause one.
 
 An owner that could not renew its lease in time, and lost it, learns so from `check`, which it calls
 before it writes.
@@ -20,18 +22,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
 import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.errors import DataError
 
 LEASE_FILE = "lease.json"
-RENEW_SECONDS = 15.0
+RENEW_SECONDS = 10.0
 STALE_SECONDS = 120.0
 _POLL = 0.2  # of the time between renewals
 _CLOCK_SECONDS = 2.0  # by which the recorded time of a process's creation may shift with the clock
@@ -64,7 +67,7 @@ class Owner(BaseModel):
     launch: str
     folder: str
     started: str
-    token: str
+    token: str = Field(pattern="^[0-9a-f]+$")
 
     @classmethod
     def current(cls, work: str, folder: Path, launch: str) -> "Owner":
@@ -217,7 +220,10 @@ class Lease:
         owner, last = first.owner, first
         is_here = owner is not None and owner.machine == self.owner.machine
         is_patient = owner is not None and owner.launch == self.owner.launch != ""
-        quiet = max(self.stale - max(self._age(first), 0.0), 2 * self.renew)
+        confirm = 2 * self.renew
+        quiet = (
+            confirm if is_patient else max(self.stale - max(self._age(first.mtime), 0.0), confirm)
+        )
         start = renewed = time.monotonic()
         has_logged = False
         while True:
@@ -240,37 +246,44 @@ class Lease:
             if file is None or file.owner != owner:
                 return
             if file != last:
-                last, renewed, quiet = file, time.monotonic(), self.stale
+                last, renewed = file, time.monotonic()
+                quiet = confirm if is_patient else self.stale
 
     def _refusal(self, file: _File) -> LeaseError:
         owner = file.owner
         since = "" if owner is None else f" since {owner.started}"
         return LeaseError(
             f"{self.folder}: {_name(owner)} has been working here{since}, and was active "
-            f"{max(self._age(file), 0.0):.0f} s ago; wait for its end, or stop it."
+            f"{max(self._age(file.mtime), 0.0):.0f} s ago; wait for its end, or stop it."
         )
 
-    def _age(self, file: _File) -> float:
-        """Seconds since the last renewal, by the clock of the file system."""
+    def _age(self, mtime: float) -> float:
+        """Seconds since a time of modification, by the clock of the file system."""
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f".{self.path.name}.") as probe:
-            return os.fstat(probe.fileno()).st_mtime - file.mtime
+            return os.fstat(probe.fileno()).st_mtime - mtime
 
     def _remove(self, dead: _File) -> None:
-        """Removes the file of a dead owner, unless it has been replaced in the meantime.
+        """Removes the file of a dead owner; of several processes that do, one at a time.
 
-        Of several processes that find the same owner dead, one renames the file that it has read.
+        Only who has created the marker of this owner may remove its file, and looks again before:
+        the file of an owner that has replaced it stays.
         """
-        aside = self.path.with_name(f".{self.path.name}.{self.owner.token}")
+        token = "unreadable" if dead.owner is None else dead.owner.token
+        marker = self.path.with_name(f".{self.path.name}.{token}")
         try:
-            os.rename(self.path, aside)
-        except FileNotFoundError:
+            os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            time.sleep(min(_POLL * self.renew, 1.0))
+            with suppress(FileNotFoundError):
+                if self._age(marker.stat().st_mtime) > 2 * self.renew:
+                    marker.unlink()  # of a process that died in between
             return
-        if (current := Owner.parse(aside.read_text(encoding="utf-8", errors="replace"))) is None:
-            current = dead.owner
-        if current == dead.owner:
-            aside.unlink()
-        else:  # another process was faster
-            os.rename(aside, self.path)
+        try:
+            file = self._read()
+            if file is not None and file.owner == dead.owner:
+                self.path.unlink(missing_ok=True)
+        finally:
+            marker.unlink(missing_ok=True)
 
 
 def _is_dead(owner: Owner | None, folder: Path) -> bool:
@@ -303,11 +316,8 @@ def _name(owner: Owner | None) -> str:
 
 
 def _machine() -> str:
-    """Identifies the space of process ids: host, boot and, in a container, its namespace."""
+    """Identifies the space of process ids: the boot and, in a container, its namespace."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    parts = [socket.gethostname()]
-    if boot.is_file():
-        parts.append(boot.read_text(encoding="ascii").strip())
-    if namespace.is_symlink():
-        parts.append(os.readlink(namespace))
-    return " ".join(parts)
+    if not (boot.is_file() and namespace.is_symlink()):
+        return socket.gethostname()  # not Linux
+    return f"{boot.read_text(encoding='ascii').strip()} {os.readlink(namespace)}"

@@ -82,7 +82,7 @@ def test_a_killed_owner_on_this_host_is_replaced_at_once(tmp_path: Path) -> None
 def test_a_process_id_that_another_program_has_by_now(tmp_path: Path) -> None:
     ours = Owner.current("v4 train", tmp_path, "")
     (tmp_path / LEASE_FILE).write_text(
-        ours.model_copy(update={"born": ours.born - 60.0, "token": "old"}).model_dump_json()
+        ours.model_copy(update={"born": ours.born - 60.0, "token": "0"}).model_dump_json()
     )
     with Lease(tmp_path, "v4 train"):
         pass
@@ -133,6 +133,13 @@ def test_a_restart_of_the_same_launch_waits_for_the_end(tmp_path: Path) -> None:
         refused = pytest.raises(LeaseError, match="has been working here")
         with Lease(tmp_path, "v4 train", launch="job-7"), refused:
             Lease(tmp_path, "v4 train", launch="job-8").__enter__()
+
+
+def test_a_restart_on_another_host_takes_over_after_two_renewals(tmp_path: Path) -> None:
+    of_another_host(tmp_path, launch="job-7")
+    start = time.monotonic()
+    with Lease(tmp_path, "v4 train", "job-7", log=lambda line: None, renew=0.1, stale=60.0):
+        assert 0.2 <= time.monotonic() - start < 20.0
 
 
 def test_a_file_without_an_owner_becomes_stale(tmp_path: Path) -> None:
