@@ -14,6 +14,7 @@ import psutil
 
 from trainer.exit_codes import (
     ERROR_PREFIX,
+    INTERRUPTED_LINE,
     USER_ERROR,
     describe_signal,
     error_line,
@@ -76,7 +77,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def finish(returncode: int, what: str) -> int:
     """Returns the exit code for a subprocess's return code; reports the signal that killed it."""
-    if returncode < 0 and returncode != -signal.SIGINT:
+    if returncode == -signal.SIGINT:  # it had no handler at that moment
+        print(INTERRUPTED_LINE, end="", file=sys.stderr, flush=True)
+    elif returncode < 0:
         print(error_line(f"{what} {describe_signal(returncode)}"), file=sys.stderr, flush=True)
     return exit_code_of(returncode)
 

@@ -36,6 +36,14 @@ def test_a_killed_command_names_the_signal(
     assert cause in line and line.count("\n") == 1
 
 
+def test_ctrl_c_is_no_error(capfd: pytest.CaptureFixture[str]) -> None:
+    code = "signal.signal(signal.SIGINT, signal.SIG_DFL)"
+    code += "; signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])"
+    code += "; os.kill(os.getpid(), signal.SIGINT)"
+    assert processes.run(script(code)) == 130
+    assert capfd.readouterr().err == "v4: interrupted\n"
+
+
 def test_a_signal_without_a_name_has_its_number() -> None:
     assert describe_signal(-(signal.SIGRTMIN + 3)) == f"was killed by signal {signal.SIGRTMIN + 3}"
 
