@@ -1,63 +1,165 @@
-"""megatron-core's `.bin/.idx` files: checked opening, and the import, which takes seconds.
+"""megatron-core's `.bin/.idx` files: reading, and the import of what writes them.
 
-A document is one sequence of tokens, [bos] + text + [eos].
+The index has a header, the length [int32] and byte offset [int64] of every sequence, and the
+sequence [int64] at which each document begins, and one past the last. A document of ours is one
+sequence of tokens, [bos] + text + [eos].
 """
 
 import os
 import struct
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data.errors import DataError
 
 # magic, version, code of the token type, number of sequences, number of document boundaries
 _HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
+_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are no integers
 _BYTES_PER_SEQUENCE = 4 + 8  # length and offset
 _BYTES_PER_BOUNDARY = 8
+_ANCHOR = 64  # documents
+_BLOCK = 1 << 22  # tokens
 
 
 def indexed_module() -> Any:
-    """megatron.core.datasets.indexed_dataset, without the warnings about GPU packages."""
+    """megatron.core.datasets.indexed_dataset, without the warnings about GPU packages.
+
+    The import takes seconds.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
 
 
-def open_shard(prefix: Path, documents: int, tokens: int) -> Any:
-    """The memory-mapped IndexedDataset at `prefix` (.bin and .idx).
+@dataclass(frozen=True)
+class IndexedShard:
+    """One `.bin/.idx` pair, opened.
 
-    Raises DataError where a file is missing, cannot be read, or does not have the size and the
-    header of `documents` sequences and `tokens` tokens in all. This is checked before megatron
-    opens the files, since megatron only asserts, and its destructors then print to stderr.
+    The ids are read from the file whenever they are asked for. A mapping would be faster, and would
+    kill the process (SIGBUS) where the file is truncated while a run reads it.
+
+    Attributes:
+        prefix: its path without `.bin` and `.idx`.
+        dtype: of the ids in the file.
+        lengths [documents]: tokens of each document.
+        anchors: index of the first token of every `_ANCHOR`-th document.
+        vocab_size: ids have to be below it, if given.
     """
-    module = indexed_module()
+
+    prefix: Path
+    dtype: np.dtype[Any]
+    lengths: NDArray[np.int64] | NDArray[np.int32]
+    anchors: NDArray[np.int64]
+    vocab_size: int | None
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        """Yields the ids of each document."""
+        return (self.read(document) for document in range(len(self)))
+
+    def read(self, document: int, start: int = 0, end: int | None = None) -> NDArray[Any]:
+        """The ids of a document, bos and eos included, or those from `start` until before `end`.
+
+        Raises DataError where the file has been truncated, or an id is not in the vocabulary.
+        """
+        length = int(self.lengths[document])
+        end = length if end is None else min(end, length)
+        return self._read(document, start, max(start, end))
+
+    def blocks(self, tokens: int = _BLOCK) -> Iterator[tuple[int, int, NDArray[Any]]]:
+        """Yields (first document, next one, ids of those between), about `tokens` at a time."""
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        first = 0
+        while first < len(self):
+            begin = int(ends[first]) - int(self.lengths[first])
+            end = max(first + 1, int(np.searchsorted(ends, begin + tokens, side="right")))
+            yield first, end, self._read(first, 0, int(ends[end - 1]) - begin)
+            first = end
+
+    def _read(self, document: int, start: int, end: int) -> NDArray[Any]:
+        """The ids from `start` until before `end`, counted from the beginning of a document."""
+        anchor, itemsize = document // _ANCHOR, self.dtype.itemsize
+        before = self.lengths[anchor * _ANCHOR : document].sum(dtype=np.int64)
+        size = (end - start) * itemsize
+        path = f"{self.prefix}.bin"
+        try:
+            with open(path, "rb") as stream:
+                stream.seek((int(self.anchors[anchor] + before) + start) * itemsize)
+                content = stream.read(size)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+        if len(content) < size:
+            raise _damaged(f"{path} has been truncated: it ends before document {document} does")
+        ids = np.frombuffer(content, self.dtype)
+        if self.vocab_size is not None and size:
+            largest = int(ids.view(f"u{itemsize}").max())  # negative ones are large there
+            if largest >= self.vocab_size:
+                value = ids.min() if self.dtype.kind == "i" and ids.min() < 0 else largest
+                raise DataError(
+                    f"{path} has the id {value} in or after document {document}, which is not in "
+                    f"the vocabulary of {self.vocab_size}."
+                )
+        return ids
+
+
+def open_shard(
+    prefix: Path, documents: int, tokens: int, vocab_size: int | None = None
+) -> IndexedShard:
+    """Opens the shard at `prefix`, of `documents` documents and `tokens` tokens in all.
+
+    A document may consist of several sequences, as Megatron's tools make them from sentences: they
+    are read as one. Raises DataError where a file is missing, cannot be read, or does not have the
+    size and the contents of such an index.
+    """
+    path = f"{prefix}.idx"
     try:
-        with open(f"{prefix}.idx", "rb") as stream:
+        with open(path, "rb") as stream:
             header = stream.read(_HEADER.size)
-        index_bytes = os.path.getsize(f"{prefix}.idx")
+            if len(header) < _HEADER.size:
+                raise _damaged(f"{path} has {len(header)} bytes, less than a header")
+            magic, version, code, sequences, boundaries = _HEADER.unpack(header)
+            if (magic, version, boundaries) != (_MAGIC, _VERSION, documents + 1) or (
+                code not in _DTYPES
+            ):
+                raise _damaged(f"{path} does not begin like the index of {documents} documents")
+            index_bytes = os.path.getsize(path)
+            expected = _HEADER.size + sequences * _BYTES_PER_SEQUENCE
+            expected += boundaries * _BYTES_PER_BOUNDARY
+            if index_bytes != expected:
+                raise _damaged(f"{path} has {index_bytes} bytes instead of {expected}")
+            lengths = np.fromfile(stream, "<i4", sequences)
+            pointers = np.fromfile(stream, "<i8", sequences)
+            bounds = np.fromfile(stream, "<i8", boundaries)
         token_bytes = os.path.getsize(f"{prefix}.bin")
     except OSError as error:
         raise _damaged(f"{error.filename} cannot be read ({error.strerror})") from error
-    boundaries = documents + 1
-    expected = _HEADER.size + documents * _BYTES_PER_SEQUENCE + boundaries * _BYTES_PER_BOUNDARY
-    if index_bytes != expected:
-        raise _damaged(f"{prefix}.idx has {index_bytes} bytes instead of {expected}")
-    magic, version, code, *counts = _HEADER.unpack(header)
-    codes = {kind.value for kind in module.DType}
-    if (magic, version, counts) != (module._INDEX_HEADER, _VERSION, [documents, boundaries]) or (
-        code not in codes
-    ):
-        raise _damaged(f"{prefix}.idx does not begin like the index of {documents} documents")
-    expected = tokens * module.DType.size(module.DType.dtype_from_code(code))
-    if token_bytes != expected:
-        raise _damaged(f"{prefix}.bin has {token_bytes} bytes instead of {expected}")
-    dataset = module.IndexedDataset(str(prefix))
-    if int(dataset.sequence_lengths.sum()) != tokens:
-        raise _damaged(f"{prefix}.idx does not add up to {tokens} tokens")
-    return dataset
+    dtype = np.dtype(_DTYPES[code])
+    if token_bytes != tokens * dtype.itemsize:
+        raise _damaged(f"{prefix}.bin has {token_bytes} bytes instead of {tokens * dtype.itemsize}")
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    if starts[-1] != tokens or (sequences and lengths.min() < 0):
+        raise _damaged(f"{path} does not add up to {tokens} tokens")
+    if not np.array_equal(pointers, starts[:-1] * dtype.itemsize):
+        raise _damaged(f"{path} does not have its sequences one after another")
+    steps = np.diff(bounds)
+    if bounds[0] != 0 or bounds[-1] != sequences or (documents and steps.min() < 0):
+        raise _damaged(f"{path} does not divide {sequences} sequences among its documents")
+    if not (steps == 1).all():
+        starts = starts[bounds]
+        lengths = np.diff(starts)
+    return IndexedShard(prefix, dtype, lengths, starts[:-1:_ANCHOR].copy(), vocab_size)
 
 
 def _damaged(what: str) -> DataError:

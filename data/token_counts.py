@@ -20,7 +20,6 @@ from data.indexed import open_shard
 from data.manifest import Manifest
 
 COUNTS_FILE = "token_counts.npz"
-_BLOCK = 1 << 22  # tokens
 
 
 def write_counts(folder: Path, manifest: Manifest) -> str:
@@ -32,16 +31,10 @@ def write_counts(folder: Path, manifest: Manifest) -> str:
     counts: dict[str, NDArray[np.int64]] = {}
     for shard in manifest.of_split("train"):
         total = counts.setdefault(shard.source, np.zeros(manifest.vocab_size, dtype=np.int64))
-        opened = open_shard(folder / shard.name, shard.documents, shard.tokens)
-        tokens = np.memmap(f"{folder / shard.name}.bin", dtype=opened.index.dtype, mode="r")
-        for first in range(0, len(tokens), _BLOCK):
-            block = np.bincount(tokens[first : first + _BLOCK], minlength=len(total))
-            if len(block) > len(total):
-                raise DataError(
-                    f"{folder / shard.name}.bin has the id {len(block) - 1}, beyond the vocabulary "
-                    f"of {len(total)}."
-                )
-            total += block
+        prefix = folder / shard.name
+        opened = open_shard(prefix, shard.documents, shard.tokens, manifest.vocab_size)
+        for _, _, ids in opened.blocks():
+            total += np.bincount(ids, minlength=len(total))
         total[manifest.eos_id] -= shard.documents
     stream = io.BytesIO()
     np.savez(stream, allow_pickle=False, **counts)

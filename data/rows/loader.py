@@ -340,11 +340,14 @@ class Loader:
         lengths = []
         for document, start, length in window.packed.row(row):
             source = self.sources[window.source[document]]
-            ids = source.tokens_of(int(window.document[document]))
+            number = int(window.document[document])
             splits, fim = int(window.splits[document]), int(window.fim[document])
             if splits or fim:
-                key = window.key[document]
+                ids, key = source.tokens_of(number), window.key[document]
                 ids = transform(ids, self.split_table, splits, fim, self.fim_ids, key)
+            else:
+                ids = source.tokens_of(number, start, start + length + 1)
+                start = 0
             _copy(ids, start, length, tokens_S, targets_S, position)
             position += length
             lengths.append(length)

@@ -1,37 +1,13 @@
 """The token shards of a split, opened for reading."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from data.config import DataConfig
 from data.errors import DataError
 from data.files import sha256_of
-from data.indexed import open_shard
+from data.indexed import IndexedShard, open_shard
 from data.manifest import Manifest, Split
 from data.text import tokenizer_file
-
-
-@dataclass(frozen=True)
-class TokenShard:
-    """One open shard.
-
-    Attributes:
-        prefix: its path without `.bin` and `.idx`.
-        tokens: the ids of all documents, mapped from the file.
-        sequence_lengths [documents]: tokens of each document.
-        starts [documents]: index of each document's first token in `tokens`.
-        file: the open index, which unmaps the arrays when it is collected.
-    """
-
-    prefix: Path
-    tokens: NDArray[Any]
-    sequence_lengths: NDArray[np.int32]
-    starts: NDArray[np.int64]
-    file: Any
 
 
 def matching_manifest(config: DataConfig) -> Manifest:
@@ -58,16 +34,17 @@ def matching_manifest(config: DataConfig) -> Manifest:
 
 def open_split(
     config: DataConfig, manifest: Manifest, split: Split, source: str | None
-) -> dict[str, tuple[str, list[TokenShard]]]:
+) -> dict[str, tuple[str, list[IndexedShard]]]:
     """The domain and the shards of each source of a split, or of one `source` only.
 
     Raises DataError where a shard is missing or damaged, or there is none.
     """
     root = Path(config.shards) / manifest.folder
-    sources: dict[str, tuple[str, list[TokenShard]]] = {}
+    sources: dict[str, tuple[str, list[IndexedShard]]] = {}
     for shard in manifest.of_split(split):
         if source in (None, shard.source):
-            opened = _open(root / shard.name, shard.documents, shard.tokens)
+            prefix = root / shard.name
+            opened = open_shard(prefix, shard.documents, shard.tokens, manifest.vocab_size)
             sources.setdefault(shard.source, (shard.domain, []))[1].append(opened)
     if not sources:
         raise DataError(
@@ -75,11 +52,3 @@ def open_split(
             "see `validation_fraction` and the sources' `split`."
         )
     return sources
-
-
-def _open(prefix: Path, documents: int, tokens: int) -> TokenShard:
-    file = open_shard(prefix, documents, tokens)
-    index = file.index
-    ids = np.asarray(np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r"))
-    starts = np.asarray(index.sequence_pointers) // ids.itemsize
-    return TokenShard(prefix, ids, np.asarray(index.sequence_lengths), starts, file)

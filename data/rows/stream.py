@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.errors import DataError
+from data.indexed import IndexedShard
 from data.rows.permutation import key_of, shuffled
-from data.rows.shards import TokenShard
 
 Ints = NDArray[np.int64]
 _MAX_BLOCKS = 1 << 19
@@ -50,21 +51,28 @@ class SourceStream:
     Attributes:
         lengths [D]: tokens of each document.
         documents: their number.
-        positions: positions in one epoch; a document of n tokens has n-1.
+        positions: positions in one epoch; a document of n tokens has n-1, an empty one none.
+
+    Raises DataError where no document has a position.
     """
 
-    def __init__(self, name: str, domain: str, shards: list[TokenShard], seed: int) -> None:
+    def __init__(self, name: str, domain: str, shards: list[IndexedShard], seed: int) -> None:
         self.name, self.domain, self.shards = name, domain, shards
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         self.key = key_of(seed, int.from_bytes(digest, "big"))
-        lengths = [shard.sequence_lengths for shard in shards]
+        lengths = [shard.lengths for shard in shards]
         self.lengths = lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
         self._first_of_shard = np.cumsum([0] + [len(part) for part in lengths])
         self.documents = len(self.lengths)
+        if not self.documents or int(self.lengths.max()) < 2:
+            raise DataError(
+                f"the shards of source {name!r} hold no document of two tokens or more, and only "
+                "such have something to predict."
+            )
         size = -(-self.documents // _MAX_BLOCKS)
         self._block = np.arange(0, self.documents, size)
         self._block_end = np.append(self._block[1:], self.documents)
-        totals = np.add.reduceat(self.lengths, self._block, dtype=np.int64)
+        totals = np.add.reduceat(np.maximum(self.lengths, 1), self._block, dtype=np.int64)
         self._positions = totals - (self._block_end - self._block)
         self.positions = int(self._positions.sum())
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
@@ -74,12 +82,14 @@ class SourceStream:
         order = shuffled(len(self._block), key_of(self.key, _ORDER, epoch))
         return order, np.cumsum(self._positions[order])
 
-    def tokens_of(self, document: int) -> NDArray[Any]:
-        """The ids of a document as the shard stores them, bos and eos included."""
+    def tokens_of(self, document: int, start: int = 0, end: int | None = None) -> NDArray[Any]:
+        """The ids of a document as the shard stores them, bos and eos included.
+
+        Or those from `start` until before `end`: of a long document, a row needs a part.
+        """
         index = int(np.searchsorted(self._first_of_shard, document, side="right")) - 1
         shard, local = self.shards[index], document - int(self._first_of_shard[index])
-        start = int(shard.starts[local])
-        return shard.tokens[start : start + int(shard.sequence_lengths[local])]
+        return shard.read(local, start, end)
 
     def between(self, begin: int, end: int) -> DocumentSpans:
         """The documents that have positions in [begin, end) of the stream."""
@@ -100,7 +110,7 @@ class SourceStream:
         counts = self._block_end[blocks] - self._block[blocks]
         inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         document = np.repeat(self._block[blocks], counts) + inside
-        length = self.lengths[document].astype(np.int64) - 1
+        length = np.maximum(self.lengths[document].astype(np.int64) - 1, 0)
         stop = np.cumsum(length) + (ends[low] - self._positions[order[low]])
         start = stop - length
         overlaps = (np.minimum(stop, end) > np.maximum(start, begin)).nonzero()[0]

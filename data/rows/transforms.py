@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.files import write_atomically
-from data.rows.shards import TokenShard
+from data.indexed import IndexedShard
 from data.text import Tokenizer
 
 Ints = NDArray[np.int64]
@@ -74,17 +74,21 @@ def cached_tables(folder: Path, tokenizer_path: str) -> tuple[Ints, Ints]:
     return fim, split
 
 
-def splittable_counts(shard: TokenShard, table: Ints) -> Ints:
+def splittable_counts(shard: IndexedShard, table: Ints) -> Ints:
     """Splittable tokens of each document [documents], cached in a file next to the shard."""
     file = Path(f"{shard.prefix}.splittable.npy")
     if file.is_file():
         try:
             cached = np.load(file, allow_pickle=False)
-            if cached.shape == (len(shard.starts),):
+            if cached.shape == (len(shard),):
                 return cached
         except (ValueError, OSError):
             pass  # damaged: computed again
-    counts = _count(shard.tokens, np.append(shard.starts, len(shard.tokens)), table)
+    parts = [
+        _count(ids, np.append(0, np.cumsum(shard.lengths[first:end])), table)
+        for first, end, ids in shard.blocks()
+    ]
+    counts = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
     stream = io.BytesIO()
     np.save(stream, counts, allow_pickle=False)
     write_atomically(file, stream.getvalue())

@@ -80,8 +80,8 @@ def collect(config: DataConfig, seq_len: int) -> DataFacts:
     manifest = Manifest.load(config.shards)
     names = dict.fromkeys(shard.source for shard in manifest.shards)
     sources = [_source(config, manifest, name) for name in names]
-    # A document of n tokens takes n-1 positions.
-    positions = np.concatenate([source.lengths for source in sources]) - 1
+    # A document of n tokens takes n-1 positions, an empty one none.
+    positions = np.maximum(np.concatenate([source.lengths for source in sources]) - 1, 0)
     order = shuffled(len(positions), 0)
     packed = pack_windows(positions, seq_len, order, config.packing_window)
     ends = np.cumsum(positions[order])
@@ -113,14 +113,13 @@ def _source(config: DataConfig, manifest: Manifest, name: str) -> SourceFacts:
         if shard.split != "train":
             continue
         path = Path(config.shards) / manifest.folder / shard.name
-        opened = open_shard(path, shard.documents, shard.tokens)
-        lengths.append(np.asarray(opened.sequence_lengths, dtype=np.int64))
+        opened = open_shard(path, shard.documents, shard.tokens, manifest.vocab_size)
+        lengths.append(opened.lengths.astype(np.int64))
         for document in range(len(opened)):
             if left <= 0:
                 break
-            size = min(left, int(opened.sequence_lengths[document]))
-            sample.append(opened.get(document, offset=0, length=size).astype(np.int64))
-            left -= size
+            sample.append(opened.read(document, 0, left).astype(np.int64))
+            left -= len(sample[-1])
     tokens = {split: sum(s.tokens for s in shards if s.split == split) for split in _SPLITS}
     return SourceFacts(
         name=name,

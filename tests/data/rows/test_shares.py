@@ -32,7 +32,7 @@ def rows_by_source(
     sources = []
     for name, mean in zip(names, means, strict=True):
         lengths = np.maximum(2, rng.lognormal(np.log(mean), 1.0, documents)).astype(np.int32)
-        part = SimpleNamespace(sequence_lengths=lengths)
+        part = SimpleNamespace(lengths=lengths)
         sources.append(SourceStream(name, "prose", [part], seed))
     config = DataConfig.model_validate(
         {

@@ -340,7 +340,7 @@ def test_a_line_is_its_documents_and_windows_end_between_pieces(
 ) -> None:
     monkeypatch.setattr("data.rows.stream._MAX_BLOCKS", blocks)
     lengths = np.random.default_rng(0).integers(2, 40, 50)
-    source = SourceStream("a", "code", [SimpleNamespace(sequence_lengths=lengths)], 5)
+    source = SourceStream("a", "code", [SimpleNamespace(lengths=lengths)], 5)
     line = [  # every position of the first two epochs
         (e, d, p)
         for e, d, first, last in zip(
