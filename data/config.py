@@ -6,7 +6,7 @@ Imports only pydantic and the standard library, so that a login node can read a 
 import os
 import re
 from math import gcd
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -16,6 +16,8 @@ from pydantic import (
     PositiveInt,
     model_validator,
 )
+
+Rows = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class Section(BaseModel):
@@ -184,11 +186,11 @@ class DataPhase(Section):
     """Number of steps; may be null in the last phase. [steps]"""
     seq_len: int = Field(ge=2)
     """Length of a row, S. [tokens]"""
-    global_batch_size: PositiveInt
+    global_batch_size: Rows
     """Rows of an optimizer step over all ranks. [rows]"""
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: Rows = 1
     """Rows of a microbatch on a rank. [rows]"""
-    initial_batch_size: PositiveInt | None = None
+    initial_batch_size: Rows | None = None
     """Rows of the first step of a ramp. [rows]"""
     rampup_steps: NonNegativeInt = 0
     """Length of the ramp. [steps]"""
@@ -260,9 +262,9 @@ class DataConfig(Section):
     """Folder of the token shards."""
     seq_len: int = Field(ge=2)
     """Length of a row, S, also of the validation text. [tokens]"""
-    global_batch_size: PositiveInt
+    global_batch_size: Rows
     """Rows of an optimizer step over all ranks. [rows]"""
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: Rows = 1
     """Rows of a microbatch on a rank. [rows]"""
     validation_fraction: float = Field(default=0.01, ge=0.0, lt=1.0)
     """Share of the documents, by hash, that is validation text."""
@@ -281,9 +283,9 @@ class DataConfig(Section):
     accept_change_at: NonNegativeInt | None = None
     """Step at which a resume accepts that these settings or the shards have changed, and goes on
     after the packing window in progress; null: none (docs/resume.md). [steps]"""
-    prefetch: NonNegativeInt = 2
+    prefetch: int = Field(default=2, ge=0, le=1000)
     """How many steps are prepared ahead, in a thread. [steps]"""
-    prepare_workers: PositiveInt | None = None
+    prepare_workers: int | None = Field(default=None, ge=1, le=4096)
     """Processes of `v4 data prepare`; null: one per core. [processes]"""
     max_bad_record_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Maximum share of a source's records that may be bad; they are listed in

@@ -5,16 +5,13 @@ Imports nothing heavier than pydantic, so that a configuration can be read on a 
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -33,6 +30,16 @@ AttentionMode = Literal["select", "dense", "warmup", "sparse"]
 """
 
 
+Size = Annotated[int, Field(ge=1, le=10**9)]
+Factor = Annotated[float, Field(gt=0, le=1e4)]
+LossWeight = Annotated[float, Field(ge=0, le=1e4)]
+Epsilon = Annotated[float, Field(ge=1e-12, le=1)]
+"""An addend under a root or in a denominator, in fp32, where gradients divide by its powers."""
+YarnFactor = Annotated[float, Field(gt=0, le=1e6)]
+RopeBase = Annotated[float, Field(gt=1, le=1e12)]
+"""With a base of 1 all pairs of dims would rotate alike, and YaRN would divide by its logarithm."""
+
+
 class Section(BaseModel):
     """A part of a config: unknown keys, NaN and infinity are refused, and values never change."""
 
@@ -44,13 +51,13 @@ class Section(BaseModel):
 class Yarn(Section):
     """YaRN "by parts" in the layers with a compressor; the attention factor (mscale) is 1."""
 
-    factor: PositiveFloat
+    factor: YarnFactor
     """Context extension factor: extended length / original length."""
-    original_max_position_embeddings: PositiveInt
+    original_max_position_embeddings: Size
     """Length before the extension. [tokens]"""
-    beta_fast: PositiveFloat
+    beta_fast: YarnFactor
     """Dims with more rotations than this over the original length keep their frequency."""
-    beta_slow: PositiveFloat
+    beta_slow: YarnFactor
     """Dims with fewer rotations than this have their frequency divided by `factor`."""
 
 
@@ -61,46 +68,46 @@ class ModelConfig(Section):
     of layers and rope bases have no defaults: a silently assumed one trains the wrong model.
     """
 
-    vocab_size: PositiveInt
+    vocab_size: Size
     """V: vocabulary size. [tokens]"""
-    hidden_size: PositiveInt
+    hidden_size: Size
     """D: width of a residual stream. [dims]"""
-    num_hidden_layers: PositiveInt
+    num_hidden_layers: Size
     """Number of layers, the MTP block excluded. [layers]"""
-    max_position_embeddings: PositiveInt
+    max_position_embeddings: Size
     """Maximum row length. [tokens]"""
 
     # Attention (report §2.3)
-    num_attention_heads: PositiveInt
+    num_attention_heads: Size
     """H: query heads; they share one key-value head. [heads]"""
-    head_dim: PositiveInt
+    head_dim: Size
     """K: width of a head. [dims]"""
-    qk_rope_head_dim: PositiveInt
+    qk_rope_head_dim: Size
     """R: number of trailing dims of each query and key that RoPE rotates. [dims]"""
-    q_lora_rank: PositiveInt
+    q_lora_rank: Size
     """Q: rank of the queries' low-rank projection. [dims]"""
-    o_groups: PositiveInt
+    o_groups: Size
     """G: groups of heads that have an output projection each. [groups]"""
-    o_lora_rank: PositiveInt
+    o_lora_rank: Size
     """O: rank of a group's output projection. [dims]"""
-    sliding_window: PositiveInt
+    sliding_window: Size
     """W: tokens that every layer attends to uncompressed. [tokens]"""
     layer_types: tuple[LayerType, ...]
     """Kind of each layer's attention: `window` alone, or window and compressed entries: `csa` those
     that the indexer selects, `hca` all."""
-    csa_compress_ratio: PositiveInt = 4
+    csa_compress_ratio: Size = 4
     """m: tokens per compressed entry in CSA layers. [tokens]"""
-    hca_compress_ratio: PositiveInt = 128
+    hca_compress_ratio: Size = 128
     """m: tokens per compressed entry in HCA layers. [tokens]"""
-    index_n_heads: PositiveInt
+    index_n_heads: Size
     """I: heads of the indexer. [heads]"""
-    index_head_dim: PositiveInt
+    index_head_dim: Size
     """J: width of an indexer head. [dims]"""
-    index_topk: PositiveInt
+    index_topk: Size
     """Entries that the indexer selects for a query. [entries]"""
-    rope_theta: PositiveFloat
+    rope_theta: RopeBase
     """Base of RoPE in window layers."""
-    compress_rope_theta: PositiveFloat
+    compress_rope_theta: RopeBase
     """Base of RoPE in CSA and HCA layers."""
     rope_scaling: Yarn | None
     """YaRN in CSA and HCA layers; null: none."""
@@ -109,47 +116,47 @@ class ModelConfig(Section):
     num_hash_layers: NonNegativeInt
     """Number of leading layers that route by a hash table of token ids instead of a learned router.
     [layers]"""
-    n_routed_experts: PositiveInt
+    n_routed_experts: Size
     """E: routed experts of a layer. [experts]"""
-    num_experts_per_tok: PositiveInt
+    num_experts_per_tok: Size
     """A: routed experts of a token. [experts]"""
     n_shared_experts: Literal[1] = 1
     """Experts that every token goes through: one of the width of a routed one, as transformers and
     the official code build it. [experts]"""
-    moe_intermediate_size: PositiveInt
+    moe_intermediate_size: Size
     """F: inner width of an expert. [dims]"""
-    routed_scaling_factor: PositiveFloat
+    routed_scaling_factor: Factor
     """Factor of the routed experts' normalised weights."""
-    swiglu_limit: PositiveFloat = 10.0
+    swiglu_limit: Factor = 10.0
     """Clamp of SwiGLU: the gate from above, the up projection to [-limit, limit]."""
-    balance_loss_weight: NonNegativeFloat = 1e-4
+    balance_loss_weight: LossWeight = 1e-4
     """Weight of the sequence-wise balance loss; 0 turns it off."""
 
     # Manifold-constrained hyper-connections (report §2.2)
-    hc_mult: PositiveInt = 4
+    hc_mult: Size = 4
     """N: residual streams. [streams]"""
-    hc_sinkhorn_iters: PositiveInt = 20
+    hc_sinkhorn_iters: int = Field(default=20, ge=1, le=1000)
     """Sinkhorn iterations that normalise the mixing of streams. [iterations]"""
-    hc_eps: PositiveFloat = 1e-6
+    hc_eps: Epsilon = 1e-6
     """Epsilon of hyper-connections: added to coefficients and to Sinkhorn's sums."""
-    hc_init_scale: float = 0.01
+    hc_init_scale: float = Field(default=0.01, ge=-100, le=100)
     """Initial gating factors (mHC paper)."""
     hc_init_own_read: float = Field(default=0.85, gt=0, lt=1)
     """Initial pre weight of the stream that a sub-layer mainly reads, n mod N in sub-layer n; the
     others share the rest. Unpublished: chosen so that streams stay distinguishable."""
-    hc_init_comb_diagonal: float = 4.0
+    hc_init_comb_diagonal: float = Field(default=4.0, ge=-80, le=80)
     """Initial diagonal of comb's logits; the other logits start at 0. Unpublished: close to a plain
     residual."""
 
     # Multi-token prediction
     num_nextn_predict_layers: int = Field(default=1, ge=0, le=1)
     """MTP blocks, which predict one token further. [blocks]"""
-    mtp_loss_weight: NonNegativeFloat = 0.3
+    mtp_loss_weight: LossWeight = 0.3
     """Weight of the MTP loss (V3 §2.2) before the learning rate decays."""
 
-    rms_norm_eps: PositiveFloat = 1e-6
+    rms_norm_eps: Epsilon = 1e-6
     """Epsilon of RMSNorm."""
-    initializer_range: PositiveFloat = 0.006
+    initializer_range: float = Field(default=0.006, gt=0, le=10)
     """Standard deviation of initial weights."""
     bos_token_id: NonNegativeInt = 0
     """Id of the token that begins a document."""

@@ -10,7 +10,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -19,6 +18,8 @@ from pydantic import (
 
 Decay = Annotated[float, Field(ge=0.0, le=1.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
+Iterations = Annotated[int, Field(ge=0, le=100)]
+LearningRateFactor = Annotated[float, Field(ge=0, le=1e4)]
 
 GROUPS = (
     "embedding",
@@ -101,15 +102,15 @@ class MuonConfig(Section):
     """Steps over which the momentum grows linearly to `momentum`; V4 has none. [steps]"""
     weight_decay: Decay = 0.1
     """Decoupled weight decay, as a factor of the learning rate."""
-    update_rms: PositiveFloat = 0.18
+    update_rms: float = Field(0.18, gt=0, le=1e4)
     """Root mean square of every update before the learning rate, so that Muon can use AdamW's."""
     newton_schulz: Literal["hybrid", "polar_express"] = "hybrid"
     """Coefficients of Newton–Schulz: V4's two sets, or those of Polar Express."""
-    coarse_steps: NonNegativeInt = 8
+    coarse_steps: Iterations = 8
     """Hybrid: iterations with the coefficients that raise small singular values. [iterations]"""
-    fine_steps: NonNegativeInt = 2
+    fine_steps: Iterations = 2
     """Hybrid: iterations with the coefficients that converge to 1. [iterations]"""
-    polar_express_steps: PositiveInt = 8
+    polar_express_steps: int = Field(8, ge=1, le=100)
     """Polar Express: iterations; 8 bring all singular values of at least 1e-3 to 1. [iterations]"""
     gram: bool = False
     """Iterate on the Gram matrix of matrices at least twice as long as wide, for fewer FLOPs."""
@@ -122,14 +123,24 @@ class MuonConfig(Section):
     """Maximum fp32 size of a batch of same-shape matrices in Newton–Schulz. Null: 2 MiB on CPU,
     which fits its cache, and 256 MiB on accelerators. [bytes]"""
 
+    @model_validator(mode="after")
+    def _iterates(self) -> Self:
+        """At least one of `coarse_steps` and `fine_steps` with `newton_schulz` = hybrid."""
+        if self.newton_schulz == "hybrid" and not self.coarse_steps + self.fine_steps:
+            raise ValueError(
+                "coarse_steps and fine_steps are both 0, so that updates would not be "
+                "orthogonalised; V4's are 8 and 2"
+            )
+        return self
+
 
 class AdamWConfig(Section):
     """AdamW, for vectors, the embedding and the output head; docs/optimizer.md has the list."""
 
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     """Decay rates of the first and the second moment."""
-    eps: NonNegativeFloat = 1e-20
-    """Added to the root of the second moment."""
+    eps: float = Field(1e-20, ge=1e-30, le=1.0)
+    """Added to the root of the second moment, in fp32."""
     weight_decay: Decay = 0.1
     """Decoupled weight decay, as a factor of the learning rate; also of norm weights, sinks, ape,
     and hyper-connection biases, since the report's list names no exception."""
@@ -138,7 +149,7 @@ class AdamWConfig(Section):
 class OptimConfig(Section):
     """Everything that turns gradients into the next weights."""
 
-    learning_rate: PositiveFloat = 2.7e-4
+    learning_rate: float = Field(2.7e-4, gt=0, le=100)
     """Peak learning rate, of Muon and AdamW alike."""
     clip_norm: PositiveFloat | None = 1.0
     """Maximum global gradient norm (V3); null turns clipping off."""
@@ -147,7 +158,7 @@ class OptimConfig(Section):
     run, or rolls it back where stability.spikes is set. [steps]"""
     matrix_optimizer: Literal["muon", "adamw"] = "muon"
     """Optimizer of the matrices; adamw, then used for everything, is the baseline for Muon."""
-    learning_rate_factors: dict[Group, NonNegativeFloat] = {}
+    learning_rate_factors: dict[Group, LearningRateFactor] = {}
     """Factors of the learning rate by group of parameters, 1 for groups without one."""
     no_weight_decay: tuple[Group, ...] = ()
     """Groups of parameters without weight decay; V4 decays all of them."""

@@ -25,6 +25,7 @@ Ints = NDArray[np.int64]
 _POOL = 256  # candidate rows for the next place
 _RUN = 64  # rows after which shares are balanced to less than a row
 _MIN_GROUP = 12  # smaller groups are joined into groups of at least as many rows
+_MIN_TAKE = 50  # positions of a source in a window: rounding them moves no share by over a percent
 _MIN_MIXED = 3  # mixed rows per run, below which they are not spread evenly
 
 
@@ -76,14 +77,18 @@ def plan_windows(
     weights: Mapping[str, float],
     growth: Sequence[float],
 ) -> WindowPlan:
-    """Windows of about `packing_window` documents, at most one epoch of the slowest source."""
+    """Windows of about `packing_window` documents, at most one epoch of the slowest source.
+
+    With weights a window is larger where the smallest share would be rounded away.
+    """
     by_source = shares(sources, weights, growth)
     raw = [share / factor for share, factor in zip(by_source, growth, strict=True)]
     documents = sum(r * s.documents / s.positions for r, s in zip(raw, sources, strict=True))
     epoch = max(s.positions / r for r, s in zip(raw, sources, strict=True) if r > 0)
     parts = 1
     if weights:
-        size = min(epoch, config.packing_window / documents)
+        exact = _MIN_TAKE / min(r for r in raw if r > 0)
+        size = min(epoch, max(config.packing_window / documents, exact))
         take = [round(size * r) for r in raw]
     else:
         parts = max(1, round(epoch * documents / config.packing_window))

@@ -29,7 +29,8 @@ _KNOWN = {
 _OFFLOADS = ("offload_optimizer", "offload_param")
 _KNOWN_OFFLOAD = {"device", "pin_memory"}
 _KNOWN_ZERO = {"stage", *_OFFLOADS}
-_KNOWN_ZERO |= {"reduce_bucket_size", "allgather_bucket_size", "sub_group_size"}
+_ELEMENTS = ("reduce_bucket_size", "allgather_bucket_size", "sub_group_size")
+_KNOWN_ZERO |= {*_ELEMENTS}
 _FOREIGN = {
     "scheduler": "optim.schedule",
     "fp16": "precision",
@@ -145,6 +146,12 @@ def _zero(zero: Block) -> Iterator[str]:
     stage = zero.get("stage", 0)
     if stage not in STAGES:
         yield f"deepspeed.zero_optimization.stage = {stage!r} should be 0, 1, 2 or 3"
+    for field in _ELEMENTS:
+        value = zero.get(field, AUTO)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value != AUTO and not (is_number and 1 <= value <= 1e15 and value == int(value)):
+            name = f"deepspeed.zero_optimization.{field}"
+            yield f"{name} = {value!r} should be a whole number of elements, at least 1"
     for field in _OFFLOADS:
         section = zero.get(field, {})
         name = f"deepspeed.zero_optimization.{field}"

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from data.config import DataPhase
 from model.config import ModelConfig
@@ -54,7 +54,7 @@ class ParallelConfig(Section):
     max_optimizer_padding: NonNegativeFloat = 0.1
     """Maximum padding of an optimizer buffer, as a share of its contents: where there are too few
     matrices for that, fewer ranks own them and the others repeat the update."""
-    timeout_seconds: PositiveFloat | None = None
+    timeout_seconds: Annotated[float, Field(gt=0, le=1e7)] | None = None
     """Timeout of collectives; null is torch's default. [seconds]"""
 
     @property

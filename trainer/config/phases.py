@@ -15,8 +15,10 @@ What a phase omits is the run's: `data.seq_len`, `data.global_batch_size`,
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from data.config import Rows
+from model.config import LossWeight
 from trainer.config.section import Section
 
 
@@ -25,7 +27,8 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Tokens = Annotated[PositiveInt, BeforeValidator(_whole)]
+Tokens = Annotated[int, Field(gt=0, le=10**18), BeforeValidator(_whole)]
+BiasSpeed = Annotated[float, Field(ge=0, le=100)]
 Quantisation = Literal["none", "mxfp4"]
 
 WARMUP_LEARNING_RATE = 1e-3
@@ -49,11 +52,11 @@ class PhaseConfig(Section):
     quantisation if set."""
     seq_len: Annotated[int, Field(ge=2)] | None = None
     """Length of a row; null: data.seq_len. [tokens]"""
-    global_batch_size: PositiveInt | None = None
+    global_batch_size: Rows | None = None
     """Rows of an optimizer step over all ranks; null: data.global_batch_size. [rows]"""
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: Rows | None = None
     """Rows of a microbatch on a rank; null: data.micro_batch_size. [rows]"""
-    initial_batch_size: PositiveInt | None = None
+    initial_batch_size: Rows | None = None
     """Rows of the phase's first step, which grow to global_batch_size over rampup_tokens; null: no
     ramp. [rows]"""
     rampup_tokens: Tokens | None = None
@@ -63,11 +66,11 @@ class PhaseConfig(Section):
     decay: bool = False
     """Whether the learning rate decays: its cosine begins with the first such phase and ends with
     the run."""
-    learning_rate: NonNegativeFloat | None = None
+    learning_rate: Annotated[float, Field(ge=0, le=100)] | None = None
     """Constant learning rate of the phase; null: the schedule's, or 1e-3 (V3.2) in a `warmup`."""
-    mtp_loss_weight: NonNegativeFloat | None = None
+    mtp_loss_weight: LossWeight | None = None
     """Weight of the MTP loss; null: the run's."""
-    router_bias_speed: NonNegativeFloat | None = None
+    router_bias_speed: BiasSpeed | None = None
     """Change of a router's bias per step; null: the run's, or 0 in a `warmup`."""
     quantisation: Quantisation | None = None
     """Quantisation-aware training; null: the run's."""

@@ -11,11 +11,11 @@ import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
 
 from pydantic import (
     BaseModel,
-    NonNegativeFloat,
+    Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -24,12 +24,12 @@ from pydantic import (
 )
 
 from data.config import DataConfig
-from model.config import ModelConfig
+from model.config import LossWeight, ModelConfig
 from optim.config import OptimConfig
 from trainer.config.checks import phase_problems, rows_of, run_problems
 from trainer.config.explain import explain
 from trainer.config.parallel import ParallelConfig
-from trainer.config.phases import PhaseConfig, Quantisation
+from trainer.config.phases import BiasSpeed, PhaseConfig, Quantisation
 from trainer.config.recipe import Recipe
 from trainer.config.section import Section
 from trainer.config.source import COMMAND_LINE, ConfigError, Defaults, dump_yaml, read_source
@@ -116,10 +116,10 @@ class RunConfig(Section):
     run_dir: Path
     """Folder of the run: config.yaml, tokenizer/, metrics.jsonl, checkpoints/, wandb/. A command
     that is given a run folder works in that folder, whatever its config.yaml has here."""
-    steps: NonNegativeInt = 0
+    steps: Annotated[int, Field(ge=0, le=10**15)] = 0
     """Optimizer steps of the whole run, those before a resume included. With `phases`, whose tokens
     determine the number, omit it or give 0 or that number. [steps]"""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, le=10**18)] = 0
     """Seed of initial weights and data order."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """`bf16` computes in bfloat16, with fp32 master weights in the optimizer; `fp8` is bf16 with
@@ -128,10 +128,10 @@ class RunConfig(Section):
     """`deepspeed` trains with DeepSpeed's optimizer and its ZeRO stages."""
     deepspeed: dict[str, Any] | None = None
     """DeepSpeed's own settings, in its own format (docs/deepspeed.md)."""
-    mtp_loss_weight_in_decay: NonNegativeFloat | None = 0.1
+    mtp_loss_weight_in_decay: LossWeight | None = 0.1
     """MTP loss weight in the learning rate's decay, at most model.mtp_loss_weight (report §4.2);
     null: model.mtp_loss_weight."""
-    router_bias_speed: NonNegativeFloat = 0.001
+    router_bias_speed: BiasSpeed = 0.001
     """Change of a router's bias per step, against the load (V3 §2.1.2, report §4.2)."""
     quantisation: Quantisation = "none"
     """`mxfp4` trains routed experts and the indexer's queries and keys for MXFP4 (report §3.4)."""

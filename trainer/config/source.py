@@ -101,6 +101,16 @@ class ConfigSource:
                 return origin
         return "config"
 
+    def has(self, key: Key) -> bool:
+        """Whether there is a value at `key`."""
+        node: Any = self.values
+        for part in key:
+            keys = range(len(node)) if isinstance(node, list) else node
+            if not isinstance(node, list | dict) or part not in keys:
+                return False
+            node = node[part]
+        return True
+
     def merge(self, values: Mapping[str, Any], origin: str) -> None:
         """Merges `values` into those so far: sections merge, everything else is replaced."""
         self._origins.setdefault((), origin)

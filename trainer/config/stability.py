@@ -13,7 +13,7 @@ class AnticipatoryRoutingConfig(Section):
     when: Literal["never", "after_spikes", "always"] = "after_spikes"
     """`after_spikes`: for `active_steps` steps after a spike, where `stability.spikes` is set;
     `always`: from the first step to the last."""
-    lag_steps: NonNegativeInt = 3
+    lag_steps: Annotated[int, Field(ge=0, le=1000)] = 3
     """Age of the weights that select the experts; unpublished. It affects the memory of pending
     selections, not the time; with 0 the results are those of plain training. [steps]"""
     active_steps: PositiveInt = 100

@@ -204,3 +204,32 @@ def test_a_config_is_refused_in_half_a_second_of_processor_time() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.5
+
+
+def test_all_missing_keys_are_in_the_first_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "short.yaml"
+    path.write_text("run_dir: x\nsteps: 1\noptim: {}\n")
+    assert refused(path=path) == f"{path}: the keys 'model' and 'data' are missing"
+    path.write_text(f"base: {DEBUG}\nmodel: {{head_dim: 32}}\ndata: null\n")
+    assert "the key" not in refused(path=path)
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("model.vocab_size=100", "model.vocab_size = 100 should be at least"),
+        ("model.o_groups=3", "num_attention_heads (8) must be a multiple of o_groups (3)"),
+        ("model.num_hidden_layers=7", "num_hidden_layers is 7"),
+        ("optim.muon={coarse_steps: 0, fine_steps: 0}", "coarse_steps and fine_steps are both 0"),
+        ("optim.adamw.eps=0", "should be greater than or equal to 1e-30"),
+    ],
+)
+def test_a_sentence_about_several_fields_names_the_command_line(override: str, text: str) -> None:
+    error = refused(override)
+    assert error.startswith("command line: ") and text in error
+
+
+def test_a_sentence_about_the_file_alone_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(f"base: {DEBUG}\nmodel: {{o_groups: 3}}\n")
+    assert refused("steps=7", path=path).startswith(f"{DEBUG}: model: num_attention")
