@@ -18,18 +18,18 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import JsonValue
 
-from data.text.conversation import (
+from data.text.conversation import Conversation
+from data.text.dsml_parser import parse
+from data.text.messages import (
     JOIN,
     Assistant,
     Call,
-    Conversation,
     Developer,
     LatestReminder,
     System,
     Text,
     User,
 )
-from data.text.dsml_parser import parse
 from data.text.prompts import OWN_PROMPTS, Prompts
 from data.text.segments import (
     ASSISTANT,

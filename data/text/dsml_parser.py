@@ -8,12 +8,12 @@ from typing import Any, Literal
 from pydantic import JsonValue, ValidationError
 
 from data.errors import DataError
-from data.text.conversation import (
+from data.text.conversation import Conversation
+from data.text.messages import (
     END_OF_NAME,
     JOIN,
     Assistant,
     Call,
-    Conversation,
     Developer,
     Effort,
     LatestReminder,

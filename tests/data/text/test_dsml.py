@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.text.conversation import EFFORTS, END_OF_NAME, Conversation, read_messages
+from data.text.conversation import Conversation, read_messages
 from data.text.dsml import decode, encode, parse, render
+from data.text.messages import EFFORTS, END_OF_NAME
 from data.text.prompts import Prompts
 from data.text.segments import Special
 from data.text.special_tokens import NAMED
