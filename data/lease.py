@@ -4,8 +4,8 @@
 `RENEW_SECONDS`. A lease is taken over from an owner that is dead:
 
 - on this machine, as soon as its process is gone;
-- on another one, when the file has not been renewed for `STALE_SECONDS`; for two renewals if it is of
-  the same launch, whose launcher has ended the earlier attempt, or its host is gone.
+- on another one, when the file has not been renewed for `STALE_SECONDS`; for two renewals if it is
+  of the same launch, whose launcher has ended the earlier attempt, or its host is gone.
 
 The age of the file is its difference from a file written now, so that both times come from the same
 file system, and no owner is taken for dead before the file has been watched for two renewals
