@@ -80,11 +80,14 @@ def import_hf_folder(config: RunConfig, source: Path) -> str:
     keep_tokenizer(config, tokenizer)
     path = RunCheckpoint(config, grid, local.model, optimizer, tokenizer.hash).save(TrainState())
     write_atomically(config.run_dir / CONFIG_FILE, config.with_absolute_paths().to_yaml())
-    fresh = "" if any(name.startswith("mtp.") for name in weights) else _fresh_mtp(config)
-    return f"wrote {path}{fresh}; train it: {v4('train', config.run_dir)}"
+    has_mtp = any(name.startswith("mtp.") for name in weights)
+    return f"wrote {path}{_about_mtp(config, has_mtp)}; train it: {v4('train', config.run_dir)}"
 
 
-def _fresh_mtp(config: RunConfig) -> str:
-    if config.model.num_nextn_predict_layers == 0:
-        return ""
-    return f" (mtp.* was not in the folder and is initialised from seed {config.seed})"
+def _about_mtp(config: RunConfig, has_mtp: bool) -> str:
+    """Returns what the folder's config.json has of MTP and its weights have not, or the reverse."""
+    if has_mtp and config.model.num_nextn_predict_layers == 0:
+        return " (without the folder's mtp.*: its config.json has num_nextn_predict_layers = 0)"
+    if not has_mtp and config.model.num_nextn_predict_layers > 0:
+        return f" (mtp.* was not in the folder and is initialised from seed {config.seed})"
+    return ""

@@ -192,6 +192,14 @@ def test_an_import_of_what_transformers_saves(
     assert all(torch.equal(imported[name], original[name]) for name in names)
 
 
+def test_an_import_without_the_folder_s_mtp(tiny: Path, exported: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "hf"))
+    keys = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(keys | {"num_nextn_predict_layers": 0}))
+    overrides = [f"run_dir={tmp_path / 'run'}", "model.num_nextn_predict_layers=0"]
+    assert "without the folder's mtp.*" in import_hf_folder(load_config(tiny, overrides), folder)
+
+
 def test_mistakes_are_sentences(tiny: Path, run: RunConfig, exported: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="already exists"):
         export_run(run, exported)
