@@ -18,6 +18,7 @@ from model.exchange import Exchange
 from model.execution import LOCAL, Execution
 from model.indexer import Indexer
 from model.kernels.attention import AttentionInputs, attention_with_lse2
+from model.kernels.fp8.kv import fake_quantise_kv
 from model.kernels.indexer import (
     IndexerInputs,
     KLTarget,
@@ -40,7 +41,12 @@ class _Inputs(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Window-only, compressed sparse ("csa") or heavily compressed ("hca") attention."""
+    """Window-only, compressed sparse ("csa") or heavily compressed ("hca") attention.
+
+    While `fake_quantised` (model/qat.py), keys and entries are rounded as inference stores them.
+    """
+
+    fake_quantised: bool = False
 
     def __init__(
         self,
@@ -51,7 +57,8 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.kind = kind
-        self.head_dim, self.o_rank = config.head_dim, config.o_lora_rank
+        self.head_dim, self.rotary_dim = config.head_dim, config.qk_rope_head_dim
+        self.o_rank = config.o_lora_rank
         self.eps, self.window = config.rms_norm_eps, config.sliding_window
         heads, groups = config.num_attention_heads, config.o_groups
         inner = heads * self.head_dim
@@ -130,9 +137,15 @@ class Attention(nn.Module):
         """Returns the local tokens' low-rank queries q_TQ, and the inputs of core attention."""
         q_TQ = self.q_norm(self.wq_a(x_TD))
         q_THK = self.wq_b(exchange.gather_queries(q_TQ)).unflatten(-1, (-1, self.head_dim))
-        kv_TK = self.kv_norm(self.wkv(x_TD), positions.rotation(self.kind))
-        entries_CK = None if self.compressor is None else self.compressor(x_TD, positions, exchange)
+        kv_TK = self._rounded(self.kv_norm(self.wkv(x_TD), positions.rotation(self.kind)))
+        entries_CK = None
+        if self.compressor is not None:
+            entries_CK = self.compressor(x_TD, positions, exchange, self._rounded)
         return q_TQ, _Inputs(q_THK, kv_TK, entries_CK)
+
+    def _rounded(self, kv_NK: Tensor) -> Tensor:
+        """Rounds keys or entries [N, K] if they are `fake_quantised`."""
+        return fake_quantise_kv(kv_NK, self.rotary_dim) if self.fake_quantised else kv_NK
 
     def _attend(
         self,

@@ -6,6 +6,8 @@ indexer), r = R/2 complex numbers that rotate R dims.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -42,8 +44,17 @@ class Compressor(nn.Module):
         self.ape = nn.Parameter(torch.empty(ratio, width, dtype=torch.float32))
         self.norm = RMSNorm(dim, config.rms_norm_eps, pointwise)
 
-    def forward(self, x_TD: Tensor, positions: Positions, exchange: Exchange) -> Tensor:
-        """Returns an entry [C, K] for every complete window, normed and rotated, in x's dtype."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        positions: Positions,
+        exchange: Exchange,
+        rounded: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Returns an entry [C, K] for every complete window, normed and rotated, in x's dtype.
+
+        ``rounded`` is applied to this rank's entries before they are gathered.
+        """
         windows = positions.windows(self.kind)
         values, gates = exchange.prepend_halo(self.kind, self.wkv(x_TD), self.wgate(x_TD))
         pooled_CK = pool_windows(
@@ -55,4 +66,6 @@ class Compressor(nn.Module):
             self.overlap,
         )
         entries_CK = self.norm(pooled_CK, windows.rotation_Cr, x_TD.dtype)
+        if rounded is not None:
+            entries_CK = rounded(entries_CK)
         return exchange.gather_entries(self.kind, entries_CK)

@@ -1,8 +1,9 @@
-"""Quantisation-aware training: forward and backward use weights in MXFP4, as inference does.
+"""Quantisation-aware training: forward and backward round as inference does.
 
 At the end of post-training the report (§3.4) uses MXFP4 for the routed experts' weights and for the
-queries and keys of the lightning indexer; shared experts and the attention's compressor stay as
-they are. Gradients go straight through the rounding.
+queries and keys of the lightning indexer. The official code also stores attention's keys and
+compressed entries in FP8, all but their rotary dims. Everything else stays as it is. Gradients go
+straight through the rounding.
 """
 
 from __future__ import annotations
@@ -12,35 +13,40 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from model.attention import Attention
 from model.indexer import Indexer
 from model.kernels.mxfp4 import quantise_dequantise
 from model.moe import Experts
 
 
 @contextmanager
-def fake_quantised(model: nn.Module) -> Iterator[None]:
-    """Context in which the model's forward rounds to MXFP4.
+def fake_quantised(model: nn.Module, kv: bool = True) -> Iterator[None]:
+    """Context in which the model's forward rounds to MXFP4, and with `kv` keys and entries to FP8.
 
     Experts' weights are rounded once, on entry, into a second copy, so they must not be updated
     inside. Backward belongs inside, since recomputation runs forward again.
     """
-    experts = [module for module in model.modules() if isinstance(module, Experts)]
-    indexers = [module for module in model.modules() if isinstance(module, Indexer)]
+    stacks = [module for module in model.modules() if isinstance(module, Experts)]
+    layers: list[Attention | Indexer] = [
+        module
+        for module in model.modules()
+        if isinstance(module, Indexer) or (kv and isinstance(module, Attention))
+    ]
     try:
-        for module in experts:
-            module.rounded = (
-                quantise_dequantise(module.w1),
-                quantise_dequantise(module.w2),
-                quantise_dequantise(module.w3),
+        for experts in stacks:
+            experts.rounded = (
+                quantise_dequantise(experts.w1),
+                quantise_dequantise(experts.w2),
+                quantise_dequantise(experts.w3),
             )
-        for indexer in indexers:
-            indexer.fake_quantised = True
+        for layer in layers:
+            layer.fake_quantised = True
         yield
     finally:
-        for module in experts:
-            module.rounded = None
-        for indexer in indexers:
-            indexer.fake_quantised = False
+        for experts in stacks:
+            experts.rounded = None
+        for layer in layers:
+            layer.fake_quantised = False
 
 
 def rounded_weights(model: nn.Module) -> list[Tensor]:

@@ -70,7 +70,7 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
         engine = NativeEngine(local, grid)
         phase = config.recipe.at(max(state.step - 1, 0))
         engine.set_attention(phase.attention)
-        engine.quantised = phase.quantised
+        engine.quantisation = phase.quantisation
         evaluation, by_source = validation.evaluate(engine), validation.by_source(engine)
         if not grid.is_first:
             return

@@ -23,6 +23,7 @@ from model.config import AttentionMode
 from model.flops import training_flops
 from model.qat import fake_quantised
 from optim import HybridZero, clip_
+from trainer.config.phases import Quantisation
 from trainer.microbatches import Microbatches, RowCopies, Rows, SelectedExperts
 from trainer.parallel.collectives import all_gather_objects, all_reduce_
 from trainer.parallel.grid import Grid
@@ -75,11 +76,11 @@ def learns(name: str, attention: AttentionMode) -> bool:
 class Engine(ABC):
     """Forward, backward and update; subclasses decide what runs them and where gradients are.
 
-    While `quantised` is set, forward and backward use the quantised weights of model/qat.py; the
-    update does not.
+    Unless `quantisation` is none, forward and backward round as model/qat.py does; the update does
+    not.
     """
 
-    quantised: bool = False
+    quantisation: Quantisation = "none"
 
     def __init__(self, local: LocalModel, grid: Grid) -> None:
         self.model = local.model
@@ -142,7 +143,9 @@ class Engine(ABC):
 
     def computing(self) -> AbstractContextManager[None]:
         """Returns a context with the weights that forward and backward use."""
-        return fake_quantised(self.model) if self.quantised else nullcontext()
+        if self.quantisation == "none":
+            return nullcontext()
+        return fake_quantised(self.model, kv=self.quantisation == "mxfp4")
 
     def forward_backward(
         self,

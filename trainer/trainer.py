@@ -177,7 +177,7 @@ class Trainer:
         if self.phase is not phase:
             self.phase = phase
             self.engine.set_attention(phase.attention)
-            self.engine.quantised = phase.quantised
+            self.engine.quantisation = phase.quantisation
             if phase.name:
                 self._log(f"step {self.state.step + 1}: phase {phase.number}, {phase.name}")
         return phase

@@ -1,13 +1,12 @@
-"""The cost of MXFP4: rounding after training, and quantisation-aware training.
+"""The cost of MXFP4 and of an FP8 KV: rounding after training, and quantisation-aware training.
 
     python -m benchmarks.steps.quantisation configs/debug.yaml FOLDER --before 60 --phase 20
     python -m benchmarks.steps.quantisation configs/debug.yaml FOLDER --time [key=value]
 
-The first trains `before` steps, then twice from that checkpoint on the same rows: `phase` steps
-without and `phase` steps with quantisation = mxfp4. It prints validation losses, how much of the
-experts FP8 represents exactly, and whether the packed export has the loss of training. If it is
-killed, the same arguments resume it. The second times a step with and without quantisation,
-alternating.
+The first trains `before` steps, then from that checkpoint, on the same rows, `phase` steps with
+each value of `quantisation`. It prints validation losses, how much of the experts FP8 represents
+exactly, and whether the packed export has the loss of training. If it is killed, the same arguments
+resume it. The second times a step with each value, alternating.
 """
 
 import argparse
@@ -26,6 +25,7 @@ from model.kernels.mxfp4 import fits_fp8, from_fp8, quantise, quantise_dequantis
 from trainer.build import build_native
 from trainer.checkpoint import checkpoints_in
 from trainer.config import RunConfig, load_config
+from trainer.config.phases import Quantisation
 from trainer.engine import NativeEngine
 from trainer.evaluate import Validation
 from trainer.export import export_run, import_hf_folder, open_run
@@ -34,6 +34,7 @@ from trainer.signals import StopRequest
 from trainer.trainer import Trainer
 
 QAT = "quantisation=mxfp4"
+EXPERTS = "quantisation=mxfp4_without_kv"
 
 
 def train(config: RunConfig, last: int) -> None:
@@ -52,7 +53,7 @@ def validation(config: RunConfig) -> float:
     grid = Grid.single()
     local, _ = open_run(config, grid)
     engine = NativeEngine(local, grid)
-    engine.quantised = config.quantisation != "none"
+    engine.quantisation = config.quantisation
     return Validation(config, grid).evaluate(engine).loss
 
 
@@ -89,23 +90,26 @@ def compare(path: Path, folder: Path, before: int, phase: int, overrides: list[s
         return load_config(path, [*common, f"run_dir={folder / name}", *more])
 
     train(config("base"), before)
-    for name, more in (("plain", []), ("qat", [QAT])):
+    for name, more in (("plain", []), ("experts", [EXPERTS]), ("qat", [QAT])):
         if not (folder / name).exists():
             shutil.copytree(folder / "base", folder / f"{name}.part", dirs_exist_ok=True)
             (folder / f"{name}.part").rename(folder / name)
         train(config(name, *more), before + phase)
     plain, qat = config("plain"), config("qat", QAT)
-    rows = [
-        (f"step {before}", validation(config("base"))),
-        (f"step {before}, rounded", validation(config("base", QAT))),
-        (f"step {before + phase}", validation(plain)),
-        (f"step {before + phase}, rounded", validation(config("plain", QAT))),
-        (f"step {before + phase}, the last {phase} quantised", validation(qat)),
-    ]
     print("\n| weights | validation loss, nats | minus unquantised |\n|---|---:|---:|")
-    for name, loss in rows:
-        difference = loss - (rows[0] if f"step {before + phase}" not in name else rows[2])[1]
-        print(f"| {name} | {loss:.4f} | {difference:+.4f} |")
+    for step, name in ((before, "base"), (before + phase, "plain")):
+        unquantised = validation(config(name))
+        print(f"| step {step} | {unquantised:.4f} | |")
+        rows = [
+            ("experts and index rounded", validation(config(name, EXPERTS))),
+            ("KV rounded, too", validation(config(name, QAT))),
+        ]
+        if step > before:
+            without_kv = validation(config("experts", EXPERTS))
+            rows.append((f"the last {phase} with experts and index rounded", without_kv))
+            rows.append((f"the last {phase} with the KV rounded, too", validation(qat)))
+        for label, loss in rows:
+            print(f"| step {step}, {label} | {loss:.4f} | {loss - unquantised:+.4f} |")
     for name, run in (("unquantised", plain), ("quantised", qat)):
         blocks, fitting, span, lossless = fp8(run)
         print(
@@ -117,27 +121,29 @@ def compare(path: Path, folder: Path, before: int, phase: int, overrides: list[s
         shutil.rmtree(old, ignore_errors=True)
     export_run(qat, folder / "packed", weights="mxfp4_experts")
     import_hf_folder(imported, folder / "packed")
-    print(f"exported packed and imported: {validation(imported)} and {rows[4][1]}")
+    print(f"exported packed and imported: {validation(imported)} and {validation(qat)}")
 
 
 def take_times(path: Path, overrides: list[str], repeats: int = 5) -> None:
-    """Times forward and backward of a step, plain and quantised in turn."""
+    """Times forward and backward of a step with each quantisation in turn."""
     config = load_config(path, overrides)
     grid = Grid.single()
     local, _ = build_native(config, grid)
     engine = NativeEngine(local, grid)
     batches = Loader(config.data, config.seed, 0, 1).at(0)
-    seconds: dict[bool, list[float]] = {False: [], True: []}
+    seconds: dict[Quantisation, list[float]] = {"none": [], "mxfp4_without_kv": [], "mxfp4": []}
     for repeat in range(repeats + 1):
-        for on in seconds:
-            engine.quantised = on
+        for quantisation in seconds:
+            engine.quantisation = quantisation
             start = time.perf_counter()
             engine.forward_backward(batches)
             if repeat:  # the first is a warm-up
-                seconds[on].append(time.perf_counter() - start)
-    plain, quantised = (statistics.median(seconds[on]) for on in (False, True))
-    print(f"{len(batches)} microbatches: {plain:.3f} s plain, {quantised:.3f} s quantised")
-    print(f"ratio {quantised / plain:.3f}")
+                seconds[quantisation].append(time.perf_counter() - start)
+    plain = statistics.median(seconds["none"])
+    print(f"{len(batches)} microbatches")
+    for quantisation, times in seconds.items():
+        median = statistics.median(times)
+        print(f"quantisation = {quantisation}: {median:.3f} s, ratio {median / plain:.3f}")
 
 
 def main() -> int:

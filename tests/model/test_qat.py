@@ -21,6 +21,7 @@ from model.kernels.indexer import IndexerInputs
 from model.kernels.mxfp4 import fits_fp8, from_fp8, naive_quantise_dequantise, quantise, to_fp8
 from model.positions import Positions
 from model.qat import fake_quantised, rounded_weights
+from tests.model.kernels.fp8.test_kv import reference as naive_kv
 from tests.model.tiny import random_model, random_tokens, tiny_config
 from trainer.parallel.recompute import ActivationCheckpointing
 
@@ -56,7 +57,7 @@ def gradients(model: V4Model) -> dict[str, Tensor]:
 def test_loss_and_gradients_are_those_of_the_rounded_weights(dtype: torch.dtype) -> None:
     model = random_model(tiny_config(**SIZES, **ALL_SEEN), dtype=dtype)
     twin, before = rounded_copy(model), copy.deepcopy(model.state_dict())
-    with fake_quantised(model):
+    with fake_quantised(model, kv=False):
         found = losses(model)
     assert torch.equal(found, losses(twin))
     ours, theirs = gradients(model), gradients(twin)
@@ -118,7 +119,7 @@ def test_only_the_index_sees_rotated_and_rounded_queries_and_keys() -> None:
     select_topk = indexer_module.select_topk
     with patch.object(indexer_module, "select_topk", select):
         losses(rounded_copy(model))
-        with fake_quantised(model):
+        with fake_quantised(model, kv=False):
             losses(model)
     # Of the first CSA layer: what comes after it differs by what the indexer selected.
     plain, found = calls[0], calls[len(calls) // 2]
@@ -152,4 +153,49 @@ def test_the_index_learns_straight_through() -> None:
     plain = grads(hadamard)
     with fake_quantised(model):
         ours = grads(lambda part: part)
+    assert all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_and_entries_are_rounded_as_inference_stores_them(dtype: torch.dtype) -> None:
+    """Of window, CSA, HCA and MTP layers; not the index, which has a rounding of its own."""
+    config = tiny_config(**SIZES, head_dim=80, qk_rope_head_dim=8)  # blocks of 64 and of 8
+    model = random_model(config, dtype=dtype)
+    layout = SampleLayout.from_lengths([[48], [13, 35]])
+    positions, exchange = Positions.of_microbatch(config, layout), LocalExchange()
+    x = torch.randn(96, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    kinds = set()
+    for attention in model.attentions().values():
+        _, plain = attention._inputs(x, positions, exchange)
+        with fake_quantised(model):
+            _, rounded = attention._inputs(x, positions, exchange)
+        with fake_quantised(model, kv=False):
+            _, unrounded = attention._inputs(x, positions, exchange)
+        assert torch.equal(rounded.q_THK, plain.q_THK)
+        for before, after, other in zip(plain[1:], rounded[1:], unrounded[1:], strict=True):
+            if before is None:
+                assert attention.kind == "window" and after is None and other is None
+                continue
+            assert torch.equal(after.double(), naive_kv(before, 8)) and torch.equal(before, other)
+        kinds.add(attention.kind)
+    assert kinds == {"window", "csa", "hca"} and len(model.attentions()) == 5
+
+
+def test_the_kv_learns_straight_through() -> None:
+    config = tiny_config(**SIZES)
+    model = random_model(config)
+    positions = Positions.of_microbatch(config, SampleLayout.from_lengths([[96]]))
+    attention = model.attentions()[2]
+    weights = attention.wkv.weight, attention.compressor.wkv.weight, attention.compressor.ape
+    x = torch.randn(96, 32)
+    upstream = torch.randn(96, 16), torch.randn(6, 16)
+
+    def grads() -> tuple[Tensor, ...]:
+        _, inputs = attention._inputs(x, positions, LocalExchange())
+        parts = zip((inputs.kv_TK, inputs.entries_CK), upstream, strict=True)
+        return torch.autograd.grad(sum((part * up).sum() for part, up in parts), weights)
+
+    plain = grads()
+    with fake_quantised(model):
+        ours = grads()
     assert all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))

@@ -71,8 +71,8 @@ def validation(config: RunConfig, experts_only: bool = False) -> float:
     grid = Grid.single()
     local, _ = open_run(config, grid)
     engine = NativeEngine(local, grid)
-    engine.quantised = not experts_only
-    if engine.quantised:
+    if not experts_only:
+        engine.quantisation = config.quantisation
         return Validation(config, grid).evaluate(engine).loss
     with fake_quantised(local.model):
         for block in [*local.model.layers, *local.model.mtp]:

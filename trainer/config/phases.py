@@ -29,7 +29,7 @@ def _whole(value: Any) -> Any:
 
 Tokens = Annotated[int, Field(gt=0, le=10**18), BeforeValidator(_whole)]
 BiasSpeed = Annotated[float, Field(ge=0, le=100)]
-Quantisation = Literal["none", "mxfp4"]
+Quantisation = Literal["none", "mxfp4", "mxfp4_without_kv"]
 
 WARMUP_LEARNING_RATE = 1e-3
 """Learning rate of the indexer's warm-up (V3.2)."""

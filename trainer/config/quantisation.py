@@ -1,4 +1,4 @@
-"""Checks of quantisation-aware training in MXFP4, and of training in FP8. Imports no torch."""
+"""Checks of quantisation-aware training, and of training in FP8. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from trainer.config.settings import RunSettings
 def quantisation_problems(config: RunSettings) -> Iterator[str]:
     """Yields the settings that are incompatible with the quantisation of the run or a phase.
 
-    - `quantisation` = mxfp4 and `phases.quantisation` = mxfp4 need `engine` = native.
+    - `quantisation` other than none needs `engine` = native.
+    - `phases.quantisation` other than none needs `engine` = native.
     - `model.hidden_size` and `model.moe_intermediate_size` are multiples of 32 with `quantisation`.
     - `parallel.expert_tensor` splits `model.moe_intermediate_size` into multiples of 32 with
       `quantisation`.

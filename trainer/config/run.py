@@ -134,7 +134,9 @@ class RunConfig(Section):
     router_bias_speed: BiasSpeed = 0.001
     """Change of a router's bias per step, against the load (V3 §2.1.2, report §4.2)."""
     quantisation: Quantisation = "none"
-    """`mxfp4` trains routed experts and the indexer's queries and keys for MXFP4 (report §3.4)."""
+    """`mxfp4` trains for inference as released: routed experts and the indexer's queries and keys
+    in MXFP4 (report §3.4), attention's keys and entries in FP8; `mxfp4_without_kv` leaves these
+    (docs/quantisation.md)."""
     compile: bool = False
     """Run norms, experts' activation and residual streams through torch.compile where they have no
     Triton kernel (docs/performance.md)."""

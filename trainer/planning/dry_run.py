@@ -215,7 +215,7 @@ class _Rank:
         self.optimizer = make_optimizer(config, self.local, grid)
         self.engine: NativeEngine = NativeEngine(self.local, grid)
         self.engine.gradients.zero_()
-        self.engine.quantised = phase.quantised
+        self.engine.quantisation = phase.quantisation
 
     def elements(self) -> dict[str, int]:
         """Returns the elements of every local parameter over all ranks of the stage, each once."""

@@ -88,7 +88,7 @@ def quantise_dequantise(x: Tensor, rows: int, columns: int) -> Tensor:
     filled = F.pad(x, (0, right, 0, down)) if down or right else x
     tiles = filled.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
     largest = tiles.abs().amax(dim=(-3, -1), keepdim=True)
-    out = _round_e4m3(tiles, largest).flatten(-4, -3).flatten(-2)
+    out = round_e4m3(tiles, largest).flatten(-4, -3).flatten(-2)
     return out[..., : x.shape[-2], : x.shape[-1]] if down or right else out
 
 
@@ -98,7 +98,7 @@ def quantise_dequantise_by_tile(x_PC: Tensor, tile_P: Tensor, groups: int) -> Te
     max_tiles = len(x_PC) // BLOCK + groups + 1
     largest = x_PC.new_zeros(max_tiles, x_PC.shape[1])
     largest = largest.scatter_reduce(0, index_PC, x_PC.abs(), "amax")
-    return _round_e4m3(x_PC, largest.gather(0, index_PC))
+    return round_e4m3(x_PC, largest.gather(0, index_PC))
 
 
 def tiles_of_groups(ends_E: Tensor, rows: int) -> Tensor:
@@ -141,7 +141,7 @@ def _exponents(largest: Tensor) -> Tensor:
     return exponent.clamp_min_(_MIN_EXPONENT)
 
 
-def _round_e4m3(x: Tensor, largest: Tensor) -> Tensor:
+def round_e4m3(x: Tensor, largest: Tensor) -> Tensor:
     """Rounds to E4M3 with the scale implied by ``largest``, ties to even, and rescales."""
     exponent = _exponents(largest)
     scale = power_of_two(exponent).masked_fill(~largest.isfinite(), torch.nan)
