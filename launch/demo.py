@@ -60,8 +60,12 @@ def _run_steps(out: Path, nproc: int, overrides: list[str]) -> int:
         console.rule(f"[bold]{text}", align="left")
 
     try:
-        heading("1  text: the standard library, its documentation, the packages' documentation")
-        _run("demo-corpus", str(out / "corpus"))
+        # What an earlier demo made stays: its tokenizer, shards and run depend on it.
+        if all((out / "corpus" / name).is_file() for name in ("code.jsonl", "prose.jsonl")):
+            heading("1  text: that of an earlier demo in this folder")
+        else:
+            heading("1  text: the standard library, its documentation, the packages' documentation")
+            _run("demo-corpus", str(out / "corpus"))
         if (Path(config.data.tokenizer.path) / "tokenizer.model").is_file():
             heading("2  tokenizer: that of an earlier demo in this folder")
         else:

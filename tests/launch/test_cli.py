@@ -270,3 +270,25 @@ def test_a_killed_process_is_started_again(tiny: Path, tmp_path: Path) -> None:
 def test_a_mistake_is_not_tried_again(tiny: Path, tmp_path: Path) -> None:
     done = v4("train", tiny, f"data.shards={tmp_path}", "--max-restarts=9", "--nproc-per-node=2")
     assert_one_sentence(done, "data prepare", started=True)
+
+
+def test_a_demo_goes_on_with_what_an_earlier_one_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verbs = []
+
+    def run(verb: str, *arguments: str, captured: bool = False) -> str:
+        verbs.append(verb)
+        if verb == "prepare":
+            raise demo.DemoFailed(3)
+        return ""
+
+    monkeypatch.setattr(demo, "_run", run)
+    assert demo.run_demo(tmp_path, 2, []) == 3
+    assert verbs == ["demo-corpus", "tokenizer-train", "prepare"]
+    for name in ("corpus/code.jsonl", "corpus/prose.jsonl", "tokenizer/tokenizer.model"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    verbs.clear()
+    assert demo.run_demo(tmp_path, 2, []) == 3
+    assert verbs == ["prepare"]
