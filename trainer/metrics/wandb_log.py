@@ -112,7 +112,7 @@ class WandbLog:
             group=settings.group,
             tags=list(settings.tags),
             dir=str(run_dir),
-            id=self._run_id(run_dir / "wandb"),
+            id=run_id(run_dir),
             resume="allow",
             config=self.config.to_dict(),
             settings=wandb.Settings(
@@ -128,18 +128,33 @@ class WandbLog:
         run.define_metric("*", step_metric="step")
         return run
 
-    @staticmethod
-    def _run_id(folder: Path) -> str:
-        """The id in wandb/run-id; `wandb agent` names the run itself, through its environment."""
-        folder.mkdir(parents=True, exist_ok=True)
-        if run_id := os.environ.get("WANDB_RUN_ID"):
-            return run_id
-        file = folder / "run-id"
-        if file.is_file():
-            return file.read_text(encoding="utf-8").strip()
-        run_id = secrets.token_hex(6)
-        write_atomically(file, run_id + "\n")
-        return run_id
+
+def run_id(run_dir: Path) -> str:
+    """Returns the id in wandb/run-id, which the folder's first run makes.
+
+    A folder that was moved keeps its id. A copy gets another while the original is there, else both
+    would log into one wandb run. `wandb agent` names the run itself, through its environment.
+    """
+    if agents_id := os.environ.get("WANDB_RUN_ID"):
+        return agents_id
+    file = run_dir.resolve() / "wandb" / "run-id"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    saved_id, owner = _read_id(file)
+    if saved_id and owner != file and _read_id(owner) == (saved_id, owner):
+        saved_id = ""
+    if not saved_id or owner != file:
+        saved_id = saved_id or secrets.token_hex(6)
+        write_atomically(file, f"{saved_id}\n{file}\n")
+    return saved_id
+
+
+def _read_id(file: Path) -> tuple[str, Path]:
+    """Returns the id, empty if there is none, and the file in which it was written."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "", file
+    return (lines[0] if lines else ""), Path(lines[1]) if len(lines) > 1 else file
 
 
 def _reason(error: Exception) -> str:

@@ -236,7 +236,7 @@ def test_wandb_offline_keeps_its_id_and_no_key(
     monkeypatch.setenv("WANDB_API_KEY", key)
     for steps in (1, 2):
         train(tiny, tmp_path, f"steps={steps}", "metrics.wandb.mode=offline")
-    run_id = (tmp_path / "wandb/run-id").read_text().strip()
+    run_id = (tmp_path / "wandb/run-id").read_text().splitlines()[0]
     files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
     # Two runs in one second share a time, and wandb then numbers the second folder's name.
     logs = [path for path in files if path.suffix == ".wandb"]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import wandb
 from tests.wandb_server import WandbServer, wandb_server
 from trainer.config import RunConfig, load_config
 from trainer.metrics import wandb_log
-from trainer.metrics.wandb_log import WandbLog
+from trainer.metrics.wandb_log import WandbLog, run_id
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 SECONDS = 3.0
@@ -167,3 +168,17 @@ def test_without_a_key_the_run_is_offline(
     train_five_steps(config_in(tiny, tmp_path / "run", mode), lines)
     offline_folder(tmp_path / "run")
     assert ["no API key is found" in line for line in lines] == [True] * (mode == "online")
+
+
+def test_a_moved_run_keeps_its_id_and_a_copy_gets_another(tmp_path: Path) -> None:
+    original = run_id(tmp_path / "a")
+    assert run_id(tmp_path / "a") == original
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    copy = run_id(tmp_path / "copy")
+    assert copy != original
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert run_id(tmp_path / "b") == original
+    assert run_id(tmp_path / "copy") == copy
+    (tmp_path / "c" / "wandb").mkdir(parents=True)
+    (tmp_path / "c" / "wandb" / "run-id").write_text("0123abcd\n")  # as earlier versions wrote it
+    assert run_id(tmp_path / "c") == "0123abcd"
