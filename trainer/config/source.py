@@ -105,8 +105,9 @@ class ConfigSource:
         """Whether there is a value at `key`."""
         node: Any = self.values
         for part in key:
-            keys = range(len(node)) if isinstance(node, list) else node
-            if not isinstance(node, list | dict) or part not in keys:
+            if isinstance(node, list):
+                node = dict(enumerate(node))
+            if not isinstance(node, dict) or part not in node:
                 return False
             node = node[part]
         return True
