@@ -155,7 +155,7 @@ def _ratios(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _unofficial_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what transformers needs beside the official keys to build the same model."""
+    """Returns the keys that transformers needs in addition, to build the same model."""
     keys: dict[str, Any] = {}
     if _ratios(config) != _OFFICIAL_RATIOS:
         keys["layer_types"] = [_HF_LAYER_TYPES[kind] for kind in config["layer_types"]]
