@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 
 from model.dispatch import Dispatch
-from model.parameters import parameter_table
-from optim import Assignment, HybridZero, build_table
+from optim import Assignment, HybridZero
 from trainer.checkpoint import SavedOptimizer
 from trainer.config import RunConfig
 from trainer.engine import Engine, NativeEngine
+from trainer.optimizer_table import table_of_run
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel, build_local_model, shard_optimizer
 
@@ -101,4 +101,4 @@ def make_table(config: RunConfig, local: LocalModel) -> list[Assignment]:
     """Returns the optimizer's table of the parameters of this rank's part of the model."""
     names = [name for name, _ in local.model.named_parameters()]
     shapes = {name: local.placements[name].table_shape for name in names}
-    return build_table(shapes, parameter_table(config.model), config.optim)
+    return table_of_run(config, shapes)

@@ -66,7 +66,7 @@ def learns(name: str, attention: AttentionMode) -> bool:
     """Whether a parameter has a gradient in this attention mode.
 
     In `dense` all but the indexers' have one, in `warmup` only these, in `sparse` and `select` all;
-    in `select` those of the indexers are zero, so that only weight decay changes them.
+    in `select` those of the indexers are zero, and without weight decay they stay as they are.
     """
     if attention in ("select", "sparse"):
         return True

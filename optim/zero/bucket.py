@@ -138,7 +138,8 @@ class Bucket:
     def finish_reduce(self) -> None:
         """Sets `.grad` of every master, after all chunks have been received."""
         with_gradient = {n for n, p in self.group.parameters.items() if p.grad is not None}
-        if self._reduced is None and self.replica_count > 1:  # one owner, but with replicas
+        has_one_owner = not self.chunks
+        if has_one_owner and with_gradient and self.replica_count > 1:
             partition = self._new_partition(torch.float32)
             for owned in self.layout.slices:
                 _in_partition(partition, owned).copy_(self._gradient_of(owned))

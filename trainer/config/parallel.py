@@ -257,7 +257,9 @@ class ParallelConfig(Section):
             )
         elif self.pipeline_schedule == "interleaved_1f1b" and count % (count // self.pipeline):
             rounds = count // self.pipeline
-            near = (count // rounds * rounds, (count // rounds + 1) * rounds)
+            # The nearest numbers that the schedule takes: multiples of `pipeline` among them.
+            fits = [n for n in range(self.pipeline, 2 * count + 1) if n % (n // self.pipeline) == 0]
+            near = (max(n for n in fits if n < count), min(n for n in fits if n > count))
             fitting = [str(n * micro * data_ranks) for n in near]
             yield (
                 f"{count} microbatches per step do not divide into the {rounds} rounds of "

@@ -151,7 +151,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     phases: tuple[PhaseConfig, ...] = ()
     """Parts of the run with their own rows, attention and rates (docs/recipe.md). Without phases,
-    the indexers are not trained."""
+    the indexers are not trained: they keep their initial values."""
     stability: StabilityConfig = StabilityConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()

@@ -81,7 +81,24 @@ def export_run(
     state = TrainState()
     state.restore(saved)
     doubt = state.doubt()
-    return f"wrote step {state.step} of {config.run_dir} to {out}" + (doubt and f"; {doubt}")
+    notes = [note for note in (doubt, untrained_indexers(config, state.step)) if note]
+    return "; ".join([f"wrote step {state.step} of {config.run_dir} to {out}", *notes])
+
+
+def untrained_indexers(config: RunConfig, step: int) -> str:
+    """Returns a clause where transformers will select entries with untrained indexers, or ""."""
+    phases = config.recipe.phases
+    now = config.recipe.at(max(step - 1, 0)).attention
+    learnt = any(p.attention in ("warmup", "sparse") and p.first < step for p in phases)
+    if "csa" not in config.model.layer_types or (learnt and now != "dense"):
+        return ""
+    return (
+        f"the run has not trained its indexers (attention = {now}), and transformers selects "
+        "entries with them"
+        if not learnt
+        else "its last phase has attention = dense, and transformers selects entries with the "
+        "indexers of an earlier one"
+    )
 
 
 def _outline(config: RunConfig, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -44,6 +44,7 @@ from trainer.planning.activations import (
 from trainer.planning.static_memory import pipeline_rank_memory
 
 META = torch.device("meta")
+QUANTISED = "quantised experts"
 Progress = Callable[[int, int], None]
 
 
@@ -99,10 +100,16 @@ class RankMemory:
         return max(stage.workspace for stage in self.stages)
 
     @property
+    def passes(self) -> int:
+        """The peak of forward and backward; quantised experts are freed before the update."""
+        of_microbatches = self.microbatches + self.activations + self.workspace
+        return of_microbatches + self.resident.get(QUANTISED, 0)
+
+    @property
     def total(self) -> int:
         """The peak of a step."""
-        passes = self.microbatches + self.activations + self.workspace
-        return sum(self.resident.values()) + max(passes, self.update)
+        lasting = sum(size for name, size in self.resident.items() if name != QUANTISED)
+        return lasting + max(self.passes, self.update)
 
 
 @dataclass(frozen=True)
@@ -260,7 +267,7 @@ class _Rank:
     def _resident(self) -> dict[str, int]:
         parts = resident(self.local.model, self.optimizer)
         if experts := rounded_weights(self.local.model):
-            parts["quantised experts"] = Storages(experts).nbytes
+            parts[QUANTISED] = Storages(experts).nbytes
         return parts
 
     def _microbatch(self) -> Microbatch:

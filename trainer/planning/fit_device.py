@@ -83,8 +83,9 @@ def fit(config: RunConfig, world: int, device: DeviceInfo, count: Count) -> tupl
 def micro_batch_sizes(config: RunConfig, world: int) -> Sequence[int]:
     """Returns candidates for `data.micro_batch_size`, ascending; a pipeline keeps its own.
 
-    Each divides the rows of a rank, so that there are no filler rows. The number of microbatches
-    of a pipeline determines its bubbles.
+    Each divides the rows that a rank has of `data.global_batch_size`, so that these need no filler
+    rows; phases and ramps with other numbers of rows may get some. The number of microbatches of a
+    pipeline determines its bubbles.
     """
     if config.parallel.pipeline > 1:
         return [config.data.micro_batch_size]

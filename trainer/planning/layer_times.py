@@ -75,7 +75,7 @@ def measure_layers(config: RunConfig, world: int) -> Iterator[Table | str]:
 
 def take_times(config: RunConfig, device: torch.device, repeats: int = REPEATS) -> Times:
     """Times every part; a row is cut to 256 tokens on a CPU."""
-    length = config.data.seq_len
+    length = config.recipe.seq_len
     tokens = length if device.type != "cpu" else min(length, CPU_TOKENS)
     small = config.model.model_copy(update=_few_experts(config))
     with torch.device("meta"):

@@ -79,7 +79,11 @@ def candidates(config: RunConfig) -> list[str]:
             settings.append(f"parallel.recompute=[{','.join(parts)}]")
     if "block" in recompute and "block" not in config.parallel.offload:
         settings.append("parallel.offload=[block]")
-    settings.append(f"data.seq_len={data.seq_len // 2}")
+    shorter = [f"data.seq_len={data.seq_len // 2}"] if data.seq_len >= 4 else []
+    number = config.recipe.largest.number
+    if config.phases and (length := config.phases[number].seq_len) is not None:
+        shorter = [f"phases.{number}.seq_len={length // 2}"]  # may conflict with earlier phases
+    settings += shorter
     return settings
 
 
@@ -102,6 +106,11 @@ def compare(path: str, world: int) -> str:
     now = estimate(config, world)
     better = sorted((size, setting) for setting, size in sizes.items() if size < now)
     suggested = better[:MAX_SUGGESTIONS]
+    if not suggested:
+        return (
+            f"the run takes about {gib(now)} per process, and no other recomputation or row length "
+            "takes less; use more processes"
+        )
     listing = ", ".join(f"{setting} (about {gib(size)})" for size, setting in suggested)
     return f"the run takes about {gib(now)} per process; these settings save most: {listing}"
 

@@ -17,10 +17,11 @@ from rich.table import Table
 from data.config import DataPhase
 from model.flops import flops_per_layer, training_flops
 from model.parameters import parameter_counts, parameter_table
-from optim.partition import build_table, render_table
+from optim.partition import render_table
 from trainer.config import ConfigError, Phase, Recipe, RunConfig, short_length
 from trainer.formatting import GIB, duration, gib, short
 from trainer.metrics import read_metrics
+from trainer.optimizer_table import table_of_run
 from trainer.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, coordinates_of
 from trainer.parallel.stage_plan import StagePlan
 from trainer.planning.static_memory import (
@@ -76,7 +77,7 @@ def describe_plan(
     if parameters:
         table = parameter_table(config.model)
         shapes = {name: line.shape for name, line in table.items()}
-        yield render_table(build_table(shapes, table, config.optim))
+        yield render_table(table_of_run(config, shapes))
     memory = memory_by_pipeline_rank(config, degrees)
     yield from owner_tables(memory)
     if world_size > 1:
@@ -333,7 +334,7 @@ def dry_run_summary(result: DryRun) -> str:
     """Returns a sentence about the sum of all parameters and the fullest rank."""
     full = result.fullest
     update = ""
-    if full.update > full.microbatches + full.activations + full.workspace:
+    if full.update > full.passes:
         update = " during the optimizer's step"
     return (
         f"All processes together hold {result.parameters:,} parameters, each counted once. The "
