@@ -233,3 +233,12 @@ def test_a_sentence_about_the_file_alone_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text(f"base: {DEBUG}\nmodel: {{o_groups: 3}}\n")
     assert refused("steps=7", path=path).startswith(f"{DEBUG}: model: num_attention")
+
+
+def test_rows_that_are_suggested_for_a_pipeline_are_accepted() -> None:
+    schedule = ["parallel.pipeline=2", "parallel.pipeline_schedule=interleaved_1f1b"]
+    rows = ["data.micro_batch_size=1", "data.global_batch_size=7"]
+    with pytest.raises(ConfigError, match=r"should be 6 or 8$"):
+        load_config(DEBUG, [*schedule, *rows]).check_world(2)
+    for number in (6, 8):
+        load_config(DEBUG, [*schedule, rows[0], f"data.global_batch_size={number}"]).check_world(2)

@@ -12,7 +12,7 @@ from trainer.config import load_config
 from trainer.errors import run_or_explain
 from trainer.exit_codes import USER_ERROR
 from trainer.parallel.grid import Grid
-from trainer.planning.out_of_memory import advise_on_out_of_memory, candidates
+from trainer.planning.out_of_memory import advise_on_out_of_memory, candidates, compare
 
 CONFIG = Path(__file__).parents[3] / "configs" / "debug.yaml"
 
@@ -26,7 +26,8 @@ def fail(*overrides: str) -> None:
 def test_three_settings_with_estimates_the_best_first(capsys):
     assert run_or_explain(lambda: fail("data.micro_batch_size=8")) == USER_ERROR
     output = capsys.readouterr().err
-    assert output.startswith("v4: error: cpu: CUDA out of memory; the run takes about ")
+    start = "v4: error: cpu: CUDA out of memory; Tried to allocate 2.00 GiB; the run takes about "
+    assert output.startswith(start)
     assert len(output.strip().splitlines()) == 1
     settings = re.findall(r"([a-z_.]+)=\S+ \(about ([\d.]+) MiB\)", output)
     sizes = [float(size) for _, size in settings]
@@ -47,6 +48,17 @@ def test_what_is_set_already_is_not_advised():
     ]
     config = load_config(CONFIG, [*overrides, "parallel.offload=[block]"])
     assert candidates(config) == ["data.seq_len=256"]
+
+
+def test_a_phase_s_own_row_length_is_advised():
+    phases = "phases=[{until_tokens: 1e6, attention: dense, seq_len: 1024}]"
+    config = load_config(CONFIG, [phases, "steps=0", "data.micro_batch_size=1"])
+    assert candidates(config)[-1] == "phases.0.seq_len=512"
+
+
+def test_nothing_that_helps_is_no_empty_list(monkeypatch):
+    monkeypatch.setattr("trainer.planning.out_of_memory.estimate", lambda *_: 2**30)
+    assert compare(str(CONFIG), 1).endswith("takes less; use more processes")
 
 
 def test_other_errors_pass():
