@@ -29,16 +29,6 @@ def fsync_file(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def require_writable(folder: Path) -> None:
-    """Raises DataError unless a file can be made in `folder`: before long work, not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise DataError(f"cannot write into {folder}: {error.strerror}.") from error
-
-
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes `path` so that a reader sees the old file or the whole new one.
 

@@ -22,6 +22,7 @@ from trainer.exit_codes import (
 )
 
 Handler = Callable[[int, FrameType | None], None]
+STOP_SIGNALS: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _POLL_SECONDS = 0.2
 
 # For torchrun wherever it may restart. Without it, torch 2.13's agents share one store between all
@@ -66,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
     def ignore(number: int, frame: FrameType | None) -> None:
         pass
 
-    with _handlers({signal.SIGTERM: pass_on, signal.SIGHUP: pass_on, signal.SIGINT: ignore}):
+    with handlers({signal.SIGTERM: pass_on, signal.SIGHUP: pass_on, signal.SIGINT: ignore}):
         # Blocked until the subprocess has a handler, see trainer.signals.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         process = subprocess.Popen(arguments, env=environment(1))
@@ -85,9 +86,18 @@ def finish(returncode: int, what: str) -> int:
 
 
 @contextmanager
-def _handlers(handlers: Mapping[int, Handler]) -> Iterator[None]:
-    """Handles signals inside the block; restores the old handlers afterwards."""
-    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+def handlers(new: Mapping[int, Handler]) -> Iterator[None]:
+    """Handles signals inside the block; restores the old handlers afterwards.
+
+    SIGHUP stays ignored where nohup has it ignored. SIGINT does not: shells ignore it for the
+    background jobs of a script, which `kill -INT` should stop nevertheless.
+    """
+    is_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    old = {
+        number: signal.signal(number, handler)
+        for number, handler in new.items()
+        if not (is_nohup and number == signal.SIGHUP)
+    }
     try:
         yield
     finally:
@@ -103,8 +113,7 @@ def train(arguments: Sequence[str], processes: int, restarts: int = 0) -> int:
     of the training processes, 128 + n where signal n killed one.
     """
     training = _Training(arguments, processes, restarts)
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    with _handlers(dict.fromkeys(numbers, training.on_signal)):
+    with handlers(dict.fromkeys(STOP_SIGNALS, training.on_signal)):
         return training.wait()
 
 

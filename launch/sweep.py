@@ -1,7 +1,6 @@
 """`v4 sweep`: runs the trials of a sweep on this machine, several at once, without a server."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -24,7 +23,6 @@ from trainer.config import ConfigError, RunConfig, load_run
 from trainer.exit_codes import FAILED, error_line
 
 _POLL_SECONDS = 0.3
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass
@@ -49,8 +47,11 @@ def run_sweep(file: str, out: Path | None, jobs: int, seed: int) -> int:
     folder = out or Path("runs", f"sweep-{Path(file).stem}")
     with Lease(folder, "v4 sweep"):
         _check_same(sweep, folder, seed)
-        with storage_errors(folder), _Runner(sweep, folder, jobs, seed) as runner:
-            finished = runner.run()
+        with storage_errors(folder):
+            runner = _Runner(sweep, folder, jobs, seed)
+            stop = dict.fromkeys(processes.STOP_SIGNALS, runner.on_signal)
+            with processes.handlers(stop), runner:
+                finished = runner.run()
             failed = runner.search.failed
     if not finished:
         print(f"stopped; the same command resumes {folder}", flush=True)
@@ -100,7 +101,6 @@ class _Runner:
         self.display = SweepDisplay(sweep.trials)
 
     def __enter__(self) -> "_Runner":
-        self.old = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         self.display.bar.start()
         return self
 
@@ -115,10 +115,9 @@ class _Runner:
         for trial in self.running:
             trial.process.wait()
         self.display.bar.stop()
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Ends the sweep; a handler of signals."""
         self.stopping = True
 
     def run(self) -> bool:

@@ -18,7 +18,8 @@ from pathlib import Path
 from data.activity import Activity
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
-from data.files import require_writable, write_atomically
+from data.files import write_atomically
+from data.lease import Lease
 from data.prepare.corpus import Corpus, Document
 from data.prepare.splits import document_hash, is_validation
 from data.text import (
@@ -49,13 +50,19 @@ def train_tokenizer(config: DataConfig, overwrite: bool = False) -> Path:
     The sample is the `sample_bytes` worth of documents with the lowest hashes: a random sample
     that does not depend on the order of the files. With `config.source_weights` every source
     contributes its share of these bytes, or all it has. Raises DataError where the corpus is empty
-    or cannot be read, the vocabulary is too small for the characters of the sample, or there is a
-    tokenizer.
+    or cannot be read, the vocabulary is too small for the characters of the sample, there is a
+    tokenizer, the folder cannot be written, or another process is working in it.
     """
     folder = Path(config.tokenizer.path)
     if not overwrite:
         _check_is_new(folder)
-    require_writable(folder)
+    with Lease(folder, "v4 tokenizer train"):
+        if not overwrite:
+            _check_is_new(folder)  # written in the meantime
+        return _train(config, folder)
+
+
+def _train(config: DataConfig, folder: Path) -> Path:
     sample: list[str] = []
     for sources, size in _shares(config):
         names = ", ".join(source.name for source in sources)

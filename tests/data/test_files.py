@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import DataError
-from data.files import require_writable, write_atomically
+from data.files import write_atomically
 from tests.full_disk import full_disk
 
 
@@ -26,11 +26,3 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert file.read_bytes() == b"before" and list(file.parent.iterdir()) == [file]
     with pytest.raises(DataError, match=r"cannot write .*b\.json: File exists"):
         write_atomically(file / "b.json", b"")
-
-
-def test_a_folder_is_tried_before_long_work(tmp_path: Path) -> None:
-    require_writable(tmp_path / "new" / "folder")
-    assert not any((tmp_path / "new" / "folder").iterdir())
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"cannot write into .*folder: Not a directory"):
-        require_writable(tmp_path / "file" / "folder")

@@ -61,6 +61,26 @@ def test_sigterm_ends_the_subprocess_as_well(tmp_path: Path) -> None:
     assert not processes.psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
+@pytest.mark.parametrize("is_nohup", [False, True])
+def test_a_hangup_stops_nothing_under_nohup(is_nohup: bool) -> None:
+    ignore = "signal.signal(signal.SIGHUP, signal.SIG_IGN)" if is_nohup else "pass"
+    code = f"""
+import os, signal
+from launch import processes
+{ignore}
+hangups = []
+with processes.handlers(
+    dict.fromkeys(processes.STOP_SIGNALS, lambda number, frame: hangups.append(number))
+):
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGTERM)
+print(hangups, signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    numbers = [] if is_nohup else [int(signal.SIGHUP)]
+    assert done.stdout == f"{[*numbers, int(signal.SIGTERM)]} {is_nohup}\n"
+
+
 @pytest.mark.parametrize(
     ("command", "code", "part"),
     [

@@ -10,6 +10,7 @@ import sentencepiece
 
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
+from data.lease import Lease
 from data.prepare import tokenizer_training
 from data.prepare.corpus import Document
 from data.prepare.splits import is_validation
@@ -251,5 +252,15 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_corpus_is_read(
     (tmp_path / "file").touch()
     place = TokenizerConfig(path=str(tmp_path / "file" / "tokenizer"), vocab_size=1024)
     monkeypatch.setattr(tokenizer_training, "_sample", None)
-    with pytest.raises(DataError, match="cannot write into"):
+    with pytest.raises(DataError, match=r"cannot write .*file/tokenizer"):
         train_tokenizer(config.model_copy(update={"tokenizer": place}))
+
+
+def test_one_training_at_a_time(config: DataConfig, tmp_path: Path) -> None:
+    place = TokenizerConfig(path=str(tmp_path / "t"), vocab_size=config.tokenizer.vocab_size)
+    config = config.model_copy(update={"tokenizer": place})
+    refused = pytest.raises(DataError, match=r"`v4 tokenizer train` \(process \d+")
+    with Lease(tmp_path / "t", "v4 tokenizer train"), refused:
+        train_tokenizer(config, overwrite=True)
+    train_tokenizer(config)
+    assert [file.name for file in (tmp_path / "t").iterdir()] == ["tokenizer.model"]
