@@ -1,9 +1,12 @@
-"""Files that appear whole or not at all, durable writes, and the hash of a file."""
+"""Files that appear whole or not at all, durable writes, hashes, and names that files store."""
 
 import hashlib
 import os
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from data.errors import DataError
 
@@ -12,6 +15,20 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_inside(name: str) -> str:
+    """Returns a name that a file stores of another, relative to the folder that both are in.
+
+    Raises ValueError for one that leads out of the folder: a copied or renamed folder would be read
+    and written in another place.
+    """
+    if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+        raise ValueError(f"{name!r} should be a relative path inside the folder, without ..")
+    return name
+
+
+InsidePath = Annotated[str, AfterValidator(check_inside)]
 
 
 def fsync_folder(folder: Path) -> None:

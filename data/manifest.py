@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data.config import DataConfig
-from data.errors import DataError
-from data.files import write_atomically
+from data.errors import DataError, first_problem
+from data.files import InsidePath, write_atomically
 
 MANIFEST_FILE = "manifest.json"
 MAX_EXAMPLES = 3
@@ -30,7 +30,7 @@ class Shard(BaseModel):
     source: str
     domain: str
     split: Split
-    name: str
+    name: InsidePath
     documents: int
     tokens: int
     bytes: int
@@ -85,7 +85,7 @@ class Manifest(BaseModel):
 
     format: Literal[1] = 1
     digest: str
-    folder: str
+    folder: InsidePath
     tokenizer_hash: str
     vocab_size: int
     bos_id: int
@@ -139,7 +139,7 @@ class Manifest(BaseModel):
             ) from None
         except ValidationError as error:
             raise DataError(
-                f"{path} is damaged ({error.errors()[0]['msg']}); delete it and run "
+                f"{path} is damaged ({first_problem(error)}); delete it and run "
                 "`v4 data prepare CONFIG` again."
             ) from error
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TypedDict
 
-from data.files import sha256_of
+from data.files import check_inside, sha256_of
 from trainer.files import write_synced
 
 NAME = "manifest.json"
@@ -52,6 +52,11 @@ def read(folder: Path) -> tuple[dict[str, FileRecord], str | None]:
         return {}, f"{NAME} is truncated or altered"
     if not isinstance(files, dict) or digest != _digest(files):
         return {}, f"{NAME} was altered"
+    try:
+        for name in files:
+            check_inside(name)
+    except ValueError as error:
+        return {}, f"{NAME}: {error}"
     return files, None
 
 

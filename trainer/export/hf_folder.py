@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data import Tokenizer
 from data.activity import Activity
-from data.files import fsync_file
+from data.files import check_inside, fsync_file
 from model import ModelConfig
 from trainer.checkpoint import new_folder, on_all_ranks
 from trainer.errors import ExportError
@@ -219,6 +219,11 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not {*map(type, weight_map.values())} <= {str}:
         raise ExportError(f"{folder / INDEX}: is not an index of safetensors files")
+    try:
+        for file in sorted({*weight_map.values()}):
+            check_inside(file)
+    except ValueError as error:
+        raise ExportError(f"{folder / INDEX}: weight_map: {error}") from None
     files: dict[Path, set[str] | None] = {
         folder / file: {name for name, place in weight_map.items() if place == file}
         for file in sorted({*weight_map.values()})

@@ -1,14 +1,16 @@
 """`v4 report` on a sweep's folder: the best setting, its margin, and the trials' curves."""
 
-import json
 import math
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
-from data.files import write_atomically
+from pydantic import BaseModel, ValidationError
+
+from data.errors import first_problem
+from data.files import InsidePath, write_atomically
 from trainer.errors import ReportError
 from trainer.metrics import Record, read_metrics
 from trainer.report.plots_sweep import draw_curves, draw_parallel
@@ -16,6 +18,23 @@ from trainer.report.run import page
 
 SEED = "seed"
 Setting = tuple[tuple[str, str], ...]
+
+
+class TrialRecord(BaseModel):
+    """The entry of a trial in `sweep.json`."""
+
+    folder: InsidePath
+    state: str
+    parameters: dict[str, Any]
+
+
+class SweepRecord(BaseModel):
+    """The contents of `sweep.json`."""
+
+    metric: str
+    goal: Literal["minimize", "maximize"]
+    planned: int
+    trials: tuple[TrialRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -60,29 +79,32 @@ class Group:
 def write_sweep_report(folder: Path) -> Path:
     """Writes `report.html` into a sweep's folder and returns its path.
 
-    Raises ReportError if no trial is complete.
+    Raises ReportError if no trial is complete, or `sweep.json` is missing or damaged.
     """
+    path = folder / "sweep.json"
     try:
-        sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{folder / 'sweep.json'}: cannot be read: {error}") from None
-    trials = [_read(folder, trial, sweep["metric"]) for trial in sweep["trials"]]
-    ranking = groups(trials, sweep["goal"])
+        sweep = SweepRecord.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        raise ReportError(f"{path}: is damaged: {first_problem(error)}") from None
+    trials = [_read(folder, trial, sweep.metric) for trial in sweep.trials]
+    ranking = groups(trials, sweep.goal)
     if not ranking:
         raise ReportError(f"{folder}: no trial is complete; resume the sweep")
-    for sentence in sentences(ranking, sweep["goal"], sweep["metric"]):
+    for sentence in sentences(ranking, sweep.goal, sweep.metric):
         print(sentence)
     target = folder / "report.html"
     write_atomically(target, render(folder.name, sweep, trials, ranking))
     return target
 
 
-def _read(folder: Path, trial: dict[str, Any], metric: str) -> Trial:
-    path = folder / trial["folder"] / "metrics.jsonl"
+def _read(folder: Path, trial: TrialRecord, metric: str) -> Trial:
+    path = folder / trial.folder / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() else []
     values = [record[metric] for record in records if record.get(metric) is not None]
     last = values[-1] if values else None
-    return Trial(trial["folder"], trial["state"], trial["parameters"], records, last)
+    return Trial(trial.folder, trial.state, trial.parameters, records, last)
 
 
 def groups(trials: list[Trial], goal: str) -> list[Group]:
@@ -155,10 +177,10 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def render(name: str, sweep: dict[str, Any], trials: list[Trial], ranking: list[Group]) -> str:
+def render(name: str, sweep: SweepRecord, trials: list[Trial], ranking: list[Group]) -> str:
     """Returns the page as HTML text."""
-    metric = sweep["metric"]
-    lines = sentences(ranking, sweep["goal"], metric)
+    metric = sweep.metric
+    lines = sentences(ranking, sweep.goal, metric)
     comparison = "".join(f"<p>{escape(line)}</p>" for line in lines)
     head = [*(key for key, _ in ranking[0].setting), "seeds", metric]
     rows = [
@@ -180,7 +202,7 @@ def render(name: str, sweep: dict[str, Any], trials: list[Trial], ranking: list[
     points = [(dict(group.setting), group.mean) for group in ranking]
     return page(
         name,
-        f"Sweep, {ended} of {sweep['planned']} trials finished",
+        f"Sweep, {ended} of {sweep.planned} trials finished",
         f"<figure>{comparison}</figure><div class=charts>"
         f"<figure class=wide><h2>{escape(metric)}, darker is better</h2>"
         f"{draw_curves(curves, metric, len(ranking))}</figure>"

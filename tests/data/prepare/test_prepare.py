@@ -140,3 +140,21 @@ def test_damaged_manifest(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"digest": 3}')
     with pytest.raises(DataError, match=r"manifest\.json is damaged"):
         Manifest.load(tmp_path)
+
+
+@pytest.mark.parametrize("outside", ["/", "../"])
+def test_a_manifest_names_shards_inside_its_folder(
+    config: DataConfig, tmp_path: Path, outside: str
+) -> None:
+    """A copied folder of shards is read, and completed, where it is."""
+    made = Manifest.load(config.shards)
+    shard = made.shards[0].model_copy(update={"name": f"{outside}{made.shards[0].name}"})
+    for key, update in (
+        ("folder", {"folder": f"{outside}{made.folder}"}),
+        (r"shards\.0\.name", {"shards": (shard,)}),
+    ):
+        made.model_copy(update=update).save(tmp_path)
+        with pytest.raises(DataError, match=rf"damaged \({key}: '.*' should be a relative path"):
+            Manifest.load(tmp_path)
+    made.model_copy(update={"folder": f"below/{made.folder}"}).save(tmp_path)
+    assert Manifest.load(tmp_path).folder == f"below/{made.folder}"

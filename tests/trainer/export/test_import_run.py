@@ -121,6 +121,8 @@ def test_several_shards_with_an_index(run: RunConfig, exported: Path, tmp_path: 
         ("[]", "should hold a JSON object"),
         ('{"weight_map": 3}', "is not an index"),
         ('{"weight_map": {"norm.weight": ["a"]}}', "is not an index"),
+        ('{"weight_map": {"norm.weight": "../a"}}', "weight_map: '../a' should be a relative"),
+        ('{"weight_map": {"norm.weight": "/a"}}', "weight_map: '/a' should be a relative path"),
     ],
 )
 def test_a_damaged_index_is_named(tmp_path: Path, index: str, message: str) -> None:
