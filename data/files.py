@@ -1,10 +1,11 @@
-"""Files that appear whole or not at all, durable writes, hashes, and names that files store."""
+"""Files that appear whole or not at all, durable writes, and what files of a run store."""
 
 import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path, PurePath
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
@@ -29,6 +30,24 @@ def check_inside(name: str) -> str:
 
 
 InsidePath = Annotated[str, AfterValidator(check_inside)]
+
+
+def read_step_records(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Returns the objects with a `step` in the lines of a metrics file, and how many lines lack it.
+
+    A last line without its end, which is being written or was torn by a crash, does not count.
+    """
+    records, others = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
+        else:
+            others += line.endswith(b"\n")
+    return records, others
 
 
 def fsync_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data.files import read_step_records
 from data.lease import Lease
 from launch import processes
 from trainer.config import RunConfig, load_config
@@ -155,8 +156,7 @@ def _table(
     hugging_face: Path,
     seconds: float,
 ) -> Table:
-    lines = (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records, _ = read_step_records(config.run_dir / "metrics.jsonl")
     speeds = sorted(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
     table = Table(title="v4 demo", show_header=False, title_justify="left")
     table.add_column("what")

@@ -14,6 +14,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from data.files import read_step_records
 from launch.sweep_file import Arguments, Hyperband, Sweep
 from trainer.config import ConfigError
 
@@ -148,17 +149,13 @@ def should_stop(
 def read_history(path: Path, name: str, every: int) -> list[float]:
     """Returns the metric's points of a `metrics.jsonl` that would be sent to wandb.
 
-    A line is a point if its step is a multiple of `every`, was evaluated, or has layer stats. A
-    partial last line is ignored.
+    A line is a point if its step is a multiple of `every`, was evaluated, or has layer stats. Lines
+    that are no records are ignored.
     """
     points: dict[int, Any] = {}
     if not path.is_file():
         return []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # the line being written
+    for record in read_step_records(path)[0]:
         if record.get(name) is None:  # not measured in this step, or not finite
             continue
         due = record["step"] % every == 0

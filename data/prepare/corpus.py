@@ -1,7 +1,7 @@
 """The documents of a source, with errors that name the file and the line."""
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,8 @@ from data.prepare.records import (
     read_text,
 )
 from data.text import OWN_PROMPTS, Special, read_messages, read_prompts, render
+
+Identity = tuple[int, int]
 
 _MAX_CHARACTERS = 10**9
 # What Spark, macOS, Windows and Python leave beside data.
@@ -178,7 +180,8 @@ def no_document(source: SourceConfig, files: int, empty: int, dropped: int = 0) 
 def find_files(source: SourceConfig) -> list[Path]:
     """The local files of a source, sorted; DataError for a path that matches nothing.
 
-    Hidden files and those that describe a data set are left out where only a wildcard matches them.
+    A file that several paths or links lead to is there once, under the first of its names. Hidden
+    files and those that describe a data set are left out where only a wildcard matches them.
     """
     files: set[Path] = set()
     for pattern in source.paths:
@@ -197,7 +200,38 @@ def find_files(source: SourceConfig) -> list[Path]:
                 f"source {source.name!r}: nothing to read at {pattern} ({only or missing})."
             )
         files.update(data)
-    return sorted(files)
+    by_identity: dict[Identity, Path] = {}
+    for file in sorted(files):
+        by_identity.setdefault(identity(file), file)
+    return list(by_identity.values())
+
+
+def identity(file: Path) -> Identity:
+    """What names of the same file have in common: device and inode. DataError if it is gone."""
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}.") from error
+    return stat.st_dev, stat.st_ino
+
+
+def require_distinct(corpora: Iterable[Corpus]) -> None:
+    """Raises DataError where two sources read the same field of the same file or hub dataset."""
+    readers: dict[tuple[object, ...], str] = {}
+    for corpus in corpora:
+        source = corpus.source
+        origins: dict[object, object] = {identity(file): file for file in corpus.files}
+        if source.dataset is not None:
+            subset = (source.dataset_subset, source.dataset_split, source.dataset_revision)
+            origins = {(source.dataset, *subset): source.dataset}
+        for origin, name in origins.items():
+            other = readers.setdefault((origin, source.format, source.field), source.name)
+            if other != source.name:
+                raise DataError(
+                    f"sources {other!r} and {source.name!r} both read {name}, so that its text "
+                    "would be there twice; name it in one of them, and set its share in "
+                    "data.source_weights."
+                )
 
 
 def _is_data(file: Path, pattern: Path, source: SourceConfig) -> bool:

@@ -24,7 +24,7 @@ from data.files import fsync_folder, sha256_of
 from data.indexed import open_shard
 from data.lease import Lease
 from data.manifest import MANIFEST_FILE, FilterStats, Manifest, Shard, preparation_settings
-from data.prepare.corpus import Corpus, no_document
+from data.prepare.corpus import Corpus, no_document, require_distinct
 from data.prepare.filter_pass import (
     FilterSettings,
     deduplicate,
@@ -49,11 +49,12 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
     Does nothing where the shards there were made from the same files, with the same settings, by
     the same tokenizer. Other shards are replaced only with `overwrite`: runs that were trained on
     them can be resumed on them alone. `progress` reports progress on stderr. Raises DataError
-    where a source or the tokenizer cannot be read, there are other shards, the disk is full, or
-    another process is writing; the earlier shards stay complete.
+    where a source or the tokenizer cannot be read, two sources read the same text, there are other
+    shards, the disk is full, or another process is writing; the earlier shards stay complete.
     """
     tokenizer = Tokenizer(config.tokenizer.path)
     corpora = [Corpus(source) for source in config.sources]
+    require_distinct(corpora)
     with Activity("hashing the sources", visible=progress):
         digest = _digest(config, tokenizer, corpora)
     root = Path(config.shards)

@@ -93,7 +93,9 @@ def write_part(
         raise
     if bad:
         lines = [json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in bad]
-        write_atomically(folder / f"{item.name}.quarantine.jsonl", "".join(lines))
+        # A lone surrogate, of a field's name or a file name that is not UTF-8, becomes \uXXXX.
+        content = "".join(lines).encode(errors="backslashreplace")
+        write_atomically(folder / f"{item.name}.quarantine.jsonl", content)
     record = PartRecord(
         shards=tuple(shards),
         documents=sum(shard.documents for shard in shards),

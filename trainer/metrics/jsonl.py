@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data.files import write_atomically
+from data.files import read_step_records, write_atomically
 from trainer.metrics.progress import print_line
 
 Record = dict[str, Any]
@@ -52,13 +52,16 @@ class MetricsFile:
     def __init__(self, path: Path, last_step: int, log: Callable[[str], None] = print_line) -> None:
         """Opens for appending; lines of steps after `last_step` are dropped.
 
-        `log` gets a line where the file cannot be written, and where it can again.
+        `log` gets a line where the file cannot be written, where it can again, and where it has
+        lines that are no records: they are dropped, and the file as it was is kept in
+        `metrics.jsonl.damaged`.
 
         Raises DataError, and leaves an earlier file as it is, where the disk is full.
         """
         self.path, self.log = path, log
         records: list[Record] = []
         if path.exists():
+            self._keep_damaged()
             records = read_metrics(path, last_step)
             for step, event in read_events(path, last_step):
                 place = sum(record["step"] <= step for record in records)
@@ -69,6 +72,16 @@ class MetricsFile:
         write_atomically(path, content)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
         self._complete_bytes = len(content)
+
+    def _keep_damaged(self) -> None:
+        _, others = read_step_records(self.path)
+        if others:
+            copy = self.path.with_name(f"{self.path.name}.damaged")
+            write_atomically(copy, self.path.read_bytes())
+            self.log(
+                f"warning: {others} lines of {self.path} are no records and are dropped; the file "
+                f"as it was is {copy}"
+            )
 
     def write(self, record: Record) -> None:
         """Appends one object."""
@@ -132,7 +145,7 @@ def finite(value: Any) -> Any:
 def read_metrics(path: Path, last_step: int | None = None) -> list[Record]:
     """Returns the objects of a metrics file up to `last_step`, one per step, in order.
 
-    A torn last line, as a crash may leave it, is skipped. Keys of older runs are renamed.
+    Lines that are no records are skipped. Keys of older runs are renamed.
     """
     lines = _lines(path, last_step)
     records = {record["step"]: record for record in lines if "event" not in record}
@@ -146,16 +159,13 @@ def read_events(path: Path, last_step: int | None = None) -> list[tuple[int, Eve
 
 
 def _lines(path: Path, last_step: int | None) -> list[Record]:
-    """Returns the objects of a file up to `last_step`, without a torn line."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if last_step is None or record["step"] <= last_step:
-            records.append(_with_new_keys(record))
-    return records
+    """Returns the records of a file up to `last_step`."""
+    records, _ = read_step_records(path)
+    return [
+        _with_new_keys(record)
+        for record in records
+        if last_step is None or record["step"] <= last_step
+    ]
 
 
 def _with_new_keys(record: Record) -> Record:

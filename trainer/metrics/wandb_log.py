@@ -152,7 +152,7 @@ def _read_id(file: Path) -> tuple[str, Path]:
     """Returns the id, empty if there is none, and the file in which it was written."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return "", file
     return (lines[0] if lines else ""), Path(lines[1]) if len(lines) > 1 else file
 

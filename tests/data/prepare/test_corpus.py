@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from data.config import SourceConfig
 from data.errors import DataError
-from data.prepare.corpus import BadRecord, Corpus
+from data.prepare.corpus import BadRecord, Corpus, require_distinct
 
 TEXTS = ["one \x00 two\r\n", "▁ three\u2028", "four"]
 
@@ -216,6 +216,34 @@ def test_the_format_that_was_meant(
     with pytest.raises(DataError, match=message) as caught:
         texts_of(corpus(paths=[str(tmp_path / name)], format=form))
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_several_names_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(jsonl(["a"]))
+    (folder / "latest.jsonl").symlink_to("a.jsonl")
+    (folder / "linked.jsonl").hardlink_to(folder / "a.jsonl")
+    (tmp_path / "other").symlink_to(folder)
+    names = ["data/a.jsonl", "data/../data/a.jsonl", str(folder), "other", "other/*.jsonl"]
+    assert texts_of(corpus(paths=names)) == ["a"]
+
+
+def test_two_sources_do_not_read_the_same_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]))
+    (tmp_path / "b.jsonl").symlink_to("a.jsonl")
+    one = corpus(name="one", paths=[str(tmp_path / "a.jsonl")])
+    two = {"name": "two", "paths": [str(tmp_path / "b.jsonl")]}
+    with pytest.raises(DataError, match=r"'one' and 'two' both read .*b\.jsonl, so that its text"):
+        require_distinct([one, corpus(**two)])
+    require_distinct([one, corpus(**two, text_field="summary")])
+    hub = {"dataset": "x/y", "dataset_subset": "en"}
+    with pytest.raises(DataError, match=r"'one' and 'two' both read x/y"):
+        require_distinct([corpus(name="one", **hub), corpus(name="two", **hub)])
+    require_distinct([corpus(name="one", **hub), corpus(name="two", dataset="x/y")])
 
 
 def test_hidden_files_and_metadata_are_not_data(tmp_path: Path) -> None:

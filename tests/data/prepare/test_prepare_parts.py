@@ -193,6 +193,28 @@ def test_bad_records_are_quarantined_up_to_a_share(parts: DataConfig, tmp_path: 
         prepare(elsewhere(tolerant, "none", max_bad_record_fraction=0.0), progress=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "line", "written"),
+    [
+        ("bad.jsonl", b'{"te\\ud800xt": 1}\n', r"te\ud800xt"),
+        (os.fsdecode(b"caf\xe9.jsonl"), b'{"text": null}\n', r"caf\udce9.jsonl"),
+    ],
+    ids=["field", "file"],
+)
+def test_names_that_are_not_unicode_are_quarantined(
+    parts: DataConfig, tmp_path: Path, name: str, line: bytes, written: str
+) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / name).write_bytes(line + b'{"text": "good"}\n')
+    sources = [{"name": "b", "paths": [str(folder)]}]
+    tolerant = elsewhere(parts, "bad", sources=sources, max_bad_record_fraction=0.5)
+    assert prepare(tolerant, progress=False).bad_records == {"b": 1}
+    (listed,) = Path(tolerant.shards).rglob("*.quarantine.jsonl")
+    (text,) = listed.read_text().splitlines()
+    assert written in text and json.loads(text)["number"] == 1
+
+
 def test_too_long_document(
     parts: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,10 @@
-"""metrics.jsonl of a run of version 0.1 is read with the keys of today."""
+"""metrics.jsonl of a run of version 0.1, and one with damaged lines."""
 
 import json
 from pathlib import Path
 
-from trainer.metrics.jsonl import read_events, read_metrics
+from launch.sweep_search import read_history
+from trainer.metrics.jsonl import MetricsFile, read_events, read_metrics
 
 STEP = {
     "step": 2,
@@ -56,3 +57,21 @@ def test_earlier_keys_are_renamed(tmp_path: Path) -> None:
             },
         )
     ]
+
+
+def test_lines_that_are_no_records_are_dropped_and_kept_aside(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    damaged = b'{"step": 2, "loss": \xff}\n' + b"7\n[]\n" + b'{"loss": 1}\n\0\0\0'
+    content = b'{"step": 1, "loss": 2.0}\n' + damaged
+    path.write_bytes(content)
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}] and not read_events(path)
+    assert read_history(path, "loss", 1) == [2.0]
+    lines: list[str] = []
+    MetricsFile(path, 1, lines.append).close()
+    assert path.read_bytes() == b'{"step": 1, "loss": 2.0}\n'
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == content
+    assert len(lines) == 1 and "4 lines of" in lines[0] and "damaged" in lines[0]
+
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo')  # torn by a crash
+    MetricsFile(path, 1, lines.append).close()
+    assert path.read_bytes() == b'{"step": 1, "loss": 2.0}\n' and len(lines) == 1
