@@ -34,7 +34,7 @@ QAT = (
     "model.index_head_dim=32",
     "model.n_routed_experts=4",
     "steps=2",
-    "seed=51",
+    "seed=57",
 )
 MIDDLES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])  # beyond 6 the scale doubles
 ALONE = topology(1)
