@@ -1,14 +1,32 @@
-"""Reports of work that takes long: what is done, how far it is, and an estimate of the rest."""
+"""Reports that end nothing where they cannot be written, and those of work that takes long."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
+from io import TextIOWrapper
+from typing import TextIO
 
 REPORT_SECONDS = (3.0, 6.0, 10.0, 20.0, 40.0, 60.0)
 """When reports come after the start of the work; then after every further minute."""
+
+
+def print_line(text: str, stream: TextIO | None = None) -> None:
+    """Prints to stdout, or to `stream`, where that is possible.
+
+    A reader or a terminal that has gone, or a log on a full disk, ends no work.
+    """
+    with suppress(OSError):
+        print(text, file=stream, flush=True)
+
+
+def replace_unprintable() -> None:
+    """Prints `?` on stdout for what its encoding lacks, as stderr prints an escape."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 class Activity:
@@ -61,6 +79,6 @@ class Activity:
     def _report(self) -> None:
         times = list(REPORT_SECONDS)
         while not self._ended.wait(self._start + times[0] - time.monotonic()):
-            print(self.describe(time.monotonic() - self._start), file=sys.stderr, flush=True)
+            print_line(self.describe(time.monotonic() - self._start), sys.stderr)
             last = times.pop(0)
             times = times or [last + REPORT_SECONDS[-1]]

@@ -31,6 +31,7 @@ from types import TracebackType
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from data.activity import print_line
 from data.errors import DataError
 
 LEASE_FILE = "lease.json"
@@ -121,7 +122,7 @@ class Lease:
         name: str = LEASE_FILE,
         renew: float = RENEW_SECONDS,
         stale: float = STALE_SECONDS,
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = print_line,
     ) -> None:
         self.folder, self.path = folder, folder / name
         self.renew, self.stale, self.log = renew, stale, log

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from data.activity import replace_unprintable
 from launch import processes
 from trainer.signals import raise_on_interrupt
 
@@ -231,6 +232,7 @@ def demo(
 def main() -> None:
     """Entry point: errors of the user or the machine are one line and exit code 2."""
     raise_on_interrupt()
+    replace_unprintable()
     try:
         app()
     except Exception as error:

@@ -12,6 +12,7 @@ from typing import IO
 
 import psutil
 
+from data.activity import print_line
 from trainer.exit_codes import (
     ERROR_PREFIX,
     INTERRUPTED_LINE,
@@ -79,9 +80,9 @@ def run(arguments: Sequence[str]) -> int:
 def finish(returncode: int, what: str) -> int:
     """Returns the exit code for a subprocess's return code; reports the signal that killed it."""
     if returncode == -signal.SIGINT:  # it had no handler at that moment
-        print(INTERRUPTED_LINE, end="", file=sys.stderr, flush=True)
+        print_line(INTERRUPTED_LINE, sys.stderr)
     elif returncode < 0:
-        print(error_line(f"{what} {describe_signal(returncode)}"), file=sys.stderr, flush=True)
+        print_line(error_line(f"{what} {describe_signal(returncode)}"), sys.stderr)
     return exit_code_of(returncode)
 
 
@@ -112,9 +113,13 @@ def train(arguments: Sequence[str], processes: int, restarts: int = 0) -> int:
     most `restarts` times. Returns 0, 2 after one line on stderr about bad input, or the exit code
     of the training processes, 128 + n where signal n killed one.
     """
-    training = _Training(arguments, processes, restarts)
-    with handlers(dict.fromkeys(STOP_SIGNALS, training.on_signal)):
-        return training.wait()
+    received: list[int] = []  # from before the start, else a signal could leave the training alone
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    with handlers(dict.fromkeys(STOP_SIGNALS, receive)):
+        return _Training(arguments, processes, restarts, received).wait()
 
 
 class _Training:
@@ -122,27 +127,29 @@ class _Training:
 
     Outside the terminal's process group, Ctrl-C reaches only this process, which sends SIGTERM to
     the workers. torchrun itself gets no signal: it would give them 30 seconds and then fail.
+
+    Arguments:
+        received: signals so far; the first one stops the training, the second one kills it.
     """
 
-    def __init__(self, arguments: Sequence[str], processes: int, restarts: int) -> None:
+    def __init__(
+        self, arguments: Sequence[str], processes: int, restarts: int, received: Sequence[int]
+    ) -> None:
         self.with_torchrun = _needs_torchrun(processes, restarts)
+        if self.with_torchrun:  # it takes seconds before a process has its first line
+            print_line(f"v4: starting {processes} processes", sys.stderr)
         self.may_restart = restarts > 0
-        self.signals = 0
+        self.received = received
         self.terminated: set[int] = set()
         self.process = subprocess.Popen(
             training_command(arguments, processes, restarts),
             env=environment(processes),
             start_new_session=True,
             stderr=subprocess.PIPE if self.with_torchrun else None,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
         )
         self.errors = _ErrorFilter(self.process.stderr)
-        if self.with_torchrun:  # it takes seconds before a process has its first line
-            print(f"v4: starting {processes} processes", file=sys.stderr, flush=True)
-
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Counts signals: the first one stops the training, the second one kills it."""
-        self.signals += 1
 
     def wait(self) -> int:
         """Waits for the training and returns its exit code."""
@@ -151,14 +158,15 @@ class _Training:
                 code = self.process.wait(timeout=_POLL_SECONDS)
                 break
             except subprocess.TimeoutExpired:
-                if self.signals > 1 or (self.may_restart and self.errors.has_error):
+                if len(self.received) > 1 or (self.may_restart and self.errors.has_error):
                     self._kill()  # a user's error is the same after every restart
-                elif self.signals == 1:
+                elif self.received:
                     self._terminate()
         self.errors.join()
         if self.errors.has_error:
             return USER_ERROR
-        return exit_code_of(code) if self.signals > 1 else finish(code, "the training process")
+        was_killed = len(self.received) > 1
+        return exit_code_of(code) if was_killed else finish(code, "the training process")
 
     def _terminate(self) -> None:
         """Sends SIGTERM to every worker once, including those that torchrun starts later."""
@@ -195,7 +203,7 @@ class _ErrorFilter:
     def _pass_on(self, stream: IO[str]) -> None:
         for line in stream:
             if not self.has_error:
-                print(line, end="", file=sys.stderr, flush=True)
+                print_line(line.rstrip("\n"), sys.stderr)
                 self.has_error = line.startswith(ERROR_PREFIX)
 
     def join(self) -> None:

@@ -101,7 +101,7 @@ class _Runner:
         self.display = SweepDisplay(sweep.trials)
 
     def __enter__(self) -> "_Runner":
-        self.display.bar.start()
+        self.display.start()
         return self
 
     def __exit__(
@@ -114,7 +114,7 @@ class _Runner:
             trial.process.terminate()
         for trial in self.running:
             trial.process.wait()
-        self.display.bar.stop()
+        self.display.stop()
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Ends the sweep; a handler of signals."""

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data.activity import print_line
 from trainer.exit_codes import ERROR_PREFIX, describe_signal
 
 PLAIN_SECONDS = 30.0
@@ -68,7 +70,7 @@ def failure_reason(returncode: int, log: Path, metric: str) -> str:
     if returncode < 0:
         return describe_signal(returncode)
     if returncode == 0:
-        return f"it logged no {metric}"
+        return f"it logged no number {metric}"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     errors = [line for line in lines if line.startswith(ERROR_PREFIX)]
     last = (errors or lines or ["its log is empty"])[-1]
@@ -91,7 +93,21 @@ class SweepDisplay:
 
     def line(self, text: str) -> None:
         """Prints a line, above the bar."""
-        self.bar.console.print(text, markup=False, soft_wrap=True)
+        if not self.is_live:
+            print_line(text)
+            return
+        with suppress(OSError):
+            self.bar.console.print(text, markup=False, soft_wrap=True)
+
+    def start(self) -> None:
+        """Shows the bar."""
+        with suppress(OSError):
+            self.bar.start()
+
+    def stop(self) -> None:
+        """Stops the bar; its last state stays on the screen."""
+        with suppress(OSError):
+            self.bar.stop()
 
     def show(self, completed: int, running: Sequence[TrialProgress], best: float | None) -> None:
         """Shows the running trials: in the bar at once, in lines every half minute."""

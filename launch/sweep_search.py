@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.exceptions import StorageInternalError
@@ -152,13 +151,14 @@ def read_history(path: Path, name: str, every: int) -> list[float]:
     A line is a point if its step is a multiple of `every`, was evaluated, or has layer stats. Lines
     that are no records are ignored.
     """
-    points: dict[int, Any] = {}
+    points: dict[int, float] = {}
     if not path.is_file():
         return []
     for record in read_step_records(path)[0]:
-        if record.get(name) is None:  # not measured in this step, or not finite
-            continue
+        value = record.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue  # not measured in this step, not finite, or several numbers
         due = record["step"] % every == 0
         if due or "validation_loss" in record or "layers" in record:
-            points[record["step"]] = record[name]
+            points[record["step"]] = value
     return [points[step] for step in sorted(points)]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from data.activity import Activity
+from data.activity import Activity, print_line, replace_unprintable
 from trainer.signals import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
@@ -23,18 +23,16 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     is_first = os.environ.get("RANK", "0") == "0"
     if config.is_complete:
         if is_first:
-            print(
+            print_line(
                 f"{config.run_dir}: complete, with {config.recipe.steps} of "
-                f"{config.recipe.steps} steps; to train on, set more steps",
-                flush=True,
+                f"{config.recipe.steps} steps; to train on, set more steps"
             )
         return
     if is_first:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
-        print(
+        print_line(
             f"{config.run_dir}: {config.recipe.steps} steps on {processes} process"
-            f"{'es' * (processes > 1)}; loading torch",
-            flush=True,
+            f"{'es' * (processes > 1)}; loading torch"
         )
     with Activity("loading torch", visible=is_first):
         import torch
@@ -54,7 +52,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     with report_failures() as watch, Activity("connecting", visible=is_first) as start:
         config, messages = fit_to_device(config)  # before there is a process group
         if is_first and (warning := host_memory_warning(config)):
-            print(f"warning: {warning}", flush=True)
+            print_line(f"warning: {warning}")
         with open_grid(config.degrees, config.parallel.timeout_seconds) as grid:
             watch.connect(grid)
             if config.deterministic:
@@ -65,7 +63,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
                 start.what = "comparing all processes"
                 for warning in preflight(config, grid):
                     if is_first:
-                        print(f"warning: {warning}", flush=True)
+                        print_line(f"warning: {warning}")
                 messages.append(expected_memory_report(config, grid.world_size))
                 start.what = "opening the shards and building the model"
                 with advise_on_out_of_memory(config, grid):
@@ -77,6 +75,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns exit code 0 at the end or after a signal, 2 after one line about bad input."""
+    replace_unprintable()
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     parser.add_argument("config", help="config file, or the folder of a run to resume")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.activity import Activity
+from data.activity import Activity, print_line, replace_unprintable
 from trainer.signals import raise_on_interrupt
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
             _warn_of_other_tokenizer(config)
         local, state = open_run(config, grid)
         if grid.is_first and (doubt := state.doubt()):
-            print(f"warning: {doubt}", file=sys.stderr)
+            print_line(f"warning: {doubt}", sys.stderr)
         validation = Validation(config, grid)
         engine = NativeEngine(local, grid)
         phase = config.recipe.at(max(state.step - 1, 0))
@@ -112,7 +112,7 @@ def _warn_of_other_tokenizer(config: RunConfig) -> None:
     from trainer.run_tokenizer import other_tokenizer
 
     if notice := other_tokenizer(config):
-        print(f"v4: warning: {notice}", file=sys.stderr)
+        print_line(f"v4: warning: {notice}", sys.stderr)
 
 
 def import_(config: RunConfig, options: argparse.Namespace) -> None:
@@ -203,6 +203,7 @@ FOLDER_VERBS = {"demo-corpus": demo_corpus, "sample": sample, "sweep-report": sw
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns exit code 0, 2 after one line on stderr about bad input, or 130 after Ctrl-C."""
     raise_on_interrupt()
+    replace_unprintable()
     options = parse(arguments)
     from trainer.errors import run_or_explain
 

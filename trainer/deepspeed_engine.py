@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from data.activity import print_line
 from model.block import Block
 from optim import Assignment, StateSlice, gradient_norm
 from trainer.config import ConfigError, RunConfig
@@ -73,7 +74,7 @@ class DeepSpeedEngine(Engine):
         make = partial(make_optimizer, self.parameters, table, config)
         self.engine = _initialize(stage, make, resolved, grid)
         if grid.is_first:
-            print(ABOUT + (MUON if self.has_muon else ADAMW), flush=True)
+            print_line(ABOUT + (MUON if self.has_muon else ADAMW))
 
     @property
     def has_muon(self) -> bool:

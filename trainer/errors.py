@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from data.activity import print_line
 from data.errors import DataError
 from model.errors import ModelConfigError
 from optim.errors import OptimError
@@ -84,13 +85,13 @@ def report_error(error: BaseException) -> int:
     """
     _flush_or_drop_stdout()
     if isinstance(error, KeyboardInterrupt):
-        print(INTERRUPTED_LINE, end="", file=sys.stderr, flush=True)
+        print_line(INTERRUPTED_LINE, sys.stderr)
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):  # the reader has what it wanted, as `head` does
         return exit_code_of(-signal.SIGPIPE)
     if (sentence := explain(error)) is None:
         raise error
-    print(error_line(sentence), file=sys.stderr, flush=True)
+    print_line(error_line(sentence), sys.stderr)
     return USER_ERROR
 
 

@@ -11,7 +11,7 @@ USER_ERROR = 2
 """Bad input, or a machine that lacks space, memory or a permission: after one line on stderr."""
 INTERRUPTED = 128 + signal.SIGINT
 """After Ctrl-C, as shells report it."""
-INTERRUPTED_LINE = "v4: interrupted\n"
+INTERRUPTED_LINE = "v4: interrupted"
 ERROR_PREFIX = "v4: error: "
 
 

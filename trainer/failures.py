@@ -20,6 +20,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
+from data.activity import print_line
 from trainer.errors import explain
 from trainer.exit_codes import FAILED, USER_ERROR, error_line
 from trainer.parallel.collectives import all_gather_objects
@@ -78,12 +79,11 @@ class FailureWatch:
         message = f"v4: {where} failed: {type(error).__name__}: {error}"
         if self._claim():
             if sentence is not None:
-                print(error_line(sentence), file=sys.stderr)
+                print_line(error_line(sentence), sys.stderr)
             else:
-                print(message, file=sys.stderr)
-                traceback.print_exception(error)
+                print_line(message, sys.stderr)
+                print_line("".join(traceback.format_exception(error)), sys.stderr)
                 ErrorHandler().record_exception(error)  # torchrun shows it as the root cause
-            sys.stderr.flush()
             self._write_notice(code, message if sentence is None else error_line(sentence))
         self._end(code)
 
@@ -115,16 +115,16 @@ class FailureWatch:
                 code, host, message = self._store.get(notice).decode().split(" ", 2)
             except RuntimeError:
                 if not self._closed.wait(GRACE_SECONDS):
-                    print(
+                    print_line(
                         f"v4: rank {self.rank} on {socket.gethostname()} ends, since the process "
                         "that holds the job's store is gone",
-                        file=sys.stderr,
+                        sys.stderr,
                     )
                     self._end(FAILED)
                 return
             # The first rank's log is where people look.
             if self.rank == 0 and host != socket.gethostname():
-                print(message, file=sys.stderr)
+                print_line(message, sys.stderr)
             # torchrun names the earliest failure, in whole seconds, as the root cause.
             time.sleep(1.0)
             self._end(int(code))
@@ -136,8 +136,9 @@ class FailureWatch:
         for action in self.at_end:
             with suppress(OSError):
                 action()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
         os._exit(code)
 
 

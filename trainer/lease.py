@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from data.lease import LEASE_FILE, Lease
@@ -24,6 +23,6 @@ def lease_on(
         return
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     launch = "" if launch == "none" else launch  # torchrun's default, which names no job
-    with Lease(folder, work, launch, name, log=partial(print, flush=True)) as lease:
+    with Lease(folder, work, launch, name) as lease:
         watch.at_end.append(lease.release)
         yield lease.check

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from data.activity import print_line
 from trainer.exit_codes import INTERRUPTED, INTERRUPTED_LINE
 
 
@@ -55,8 +56,7 @@ def _on_interrupt(signum: int, frame: FrameType | None) -> None:
     caller = frame
     while caller is not None:
         if caller.f_code.co_filename.startswith("<frozen importlib"):
-            sys.stderr.write(INTERRUPTED_LINE)
-            sys.stderr.flush()
+            print_line(INTERRUPTED_LINE, sys.stderr)
             os._exit(INTERRUPTED)
         caller = caller.f_back
     raise KeyboardInterrupt

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
+from data.activity import print_line
 from trainer.exit_codes import USER_ERROR, describe_signal, exit_code_of
 
 _CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
@@ -28,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank, code, pid = _root_cause(error)
         if code < 0:
             where = f"rank {rank} on {socket.gethostname()} (pid {pid})"
-            print(f"v4: {where} {describe_signal(code)}", file=sys.stderr, flush=True)
+            print_line(f"v4: {where} {describe_signal(code)}", sys.stderr)
         elif code != USER_ERROR:
-            print(f"torchrun: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            print_line(f"torchrun: {type(error).__name__}: {error}", sys.stderr)
         return exit_code_of(code)
     return 0
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -120,13 +121,15 @@ class Progress:
         self.lines = Activity(verb, total, "MB", visible and not console.is_terminal)
 
     def __enter__(self) -> "Progress":
-        self.bar.start()
+        with suppress(OSError):  # a terminal that has gone
+            self.bar.start()
         self.lines.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.lines.__exit__()
-        self.bar.stop()
+        with suppress(OSError):
+            self.bar.stop()
 
     def advance(self, item: WorkItem, size: int) -> None:
         """Adds `size` bytes to the progress of an item's source."""

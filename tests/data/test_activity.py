@@ -1,11 +1,24 @@
 """Long work reports itself; short work stays silent."""
 
+import errno
+import io
 import time
 
 import pytest
 
 from data import activity
-from data.activity import Activity
+from data.activity import Activity, print_line
+
+
+class FullDisk(io.StringIO):
+    """A log that takes nothing."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "")
+
+
+def test_a_line_that_cannot_be_printed_ends_nothing() -> None:
+    print_line("text", FullDisk())
 
 
 def test_lines_come_less_and_less_often(

@@ -103,6 +103,14 @@ def test_what_no_option_is_stays_an_error(capsys: pytest.CaptureFixture[str]) ->
         assert f"unrecognized arguments: {arguments[-1]}" in capsys.readouterr().err
 
 
+def test_a_stdout_that_is_not_utf8(tiny: Path) -> None:
+    for arguments in (["config", "optim.muon"], ["plan", str(tiny)]):
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run([*V4, *arguments], capture_output=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        assert b"?" in done.stdout and done.stdout.isascii()
+
+
 def test_mistakes_found_by_the_subprocess(tiny: Path, tmp_path: Path) -> None:
     assert_one_sentence(v4("report", tiny, f"run_dir={tmp_path}"), "nothing to draw")
     assert_one_sentence(v4("train", tiny, f"data.shards={tmp_path}"), "data prepare", started=True)

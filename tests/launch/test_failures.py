@@ -1,5 +1,6 @@
 """A rank that fails takes the others down, reports its rank and the reason once, and in time."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -93,3 +94,22 @@ def test_only_the_first_rank_repeats_what_failed_on_another_host(
     with pytest.raises(SystemExit, match="2"):
         watch._poll()
     assert capsys.readouterr().err == "v4: error: a sentence.\n" * is_repeated
+
+
+def test_the_other_ranks_learn_of_a_failure_that_cannot_be_printed() -> None:
+    code = """
+import sys
+from types import SimpleNamespace
+from trainer.failures import FailureWatch
+watch = FailureWatch()
+watch._store = SimpleNamespace(add=lambda key, n: 1, set=lambda key, text: print(text, flush=True))
+watch.report(RuntimeError("out of luck"))
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=writer, env=environment
+    )
+    os.close(writer)
+    assert done.returncode == 1 and b"failed: RuntimeError: out of luck" in done.stdout

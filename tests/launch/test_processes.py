@@ -61,6 +61,22 @@ def test_sigterm_ends_the_subprocess_as_well(tmp_path: Path) -> None:
     assert not processes.psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
+def test_training_goes_on_when_the_reader_of_its_stderr_has_gone() -> None:
+    """What torchrun and its workers write fills no pipe that would then block them."""
+    noisy = "import os; [os.write(2, b'\\xff' * 99 + b'\\n') for _ in range(3000)]"
+    code = f"""
+import sys
+from launch import processes
+processes.training_command = lambda *arguments: [sys.executable, "-c", {noisy!r}]
+sys.exit(processes.train([], 2))
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stderr=writer, timeout=60, check=False)
+    os.close(writer)
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize("is_nohup", [False, True])
 def test_a_hangup_stops_nothing_under_nohup(is_nohup: bool) -> None:
     ignore = "signal.signal(signal.SIGHUP, signal.SIG_IGN)" if is_nohup else "pass"

@@ -1,6 +1,7 @@
 """Sweeps: wandb's format, the trials they draw, early stopping, resuming after a kill."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -48,6 +49,7 @@ def test_history_has_the_points_that_wandb_gets(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 8, "lo')
     assert read_history(path, "loss", 3) == [3.0, 4.0, 6.0, 7.0]
+    assert read_history(path, "layers", 3) == []  # not a number
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
@@ -226,6 +228,20 @@ def test_a_sweep_trains_its_trials(tiny: Path, tmp_path: Path) -> None:
     assert [record["step"] for record in records] == [1, 2]
     assert "the best: " in done.stdout
     assert (out / "report.html").is_file()
+
+
+def test_a_sweep_goes_on_when_the_reader_of_its_stdout_has_gone() -> None:
+    code = """
+import os
+from launch.sweep_progress import SweepDisplay
+SweepDisplay(1).line("trial 0 starts")
+os._exit(0)
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, check=False)
+    os.close(writer)
+    assert done.returncode == 0
 
 
 @pytest.mark.slow

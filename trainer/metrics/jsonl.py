@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data.activity import print_line
 from data.files import read_step_records, write_atomically
-from trainer.metrics.progress import print_line
 
 Record = dict[str, Any]
 Event = dict[str, Any]

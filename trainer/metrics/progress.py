@@ -7,6 +7,8 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from data.activity import print_line
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
@@ -71,12 +73,6 @@ def _live_line() -> "RichProgress":
         TextColumn("{task.description}"),
     )
     return RichProgress(*columns, console=Console())
-
-
-def print_line(text: str) -> None:
-    """Prints to stdout, where that is possible."""
-    with suppress(OSError):
-        print(text, flush=True)
 
 
 def describe(record: dict[str, Any], left: timedelta) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from data.activity import print_line
 from trainer.config import ConfigError, RunConfig
 from trainer.device import DeviceInfo
 from trainer.formatting import GIB, gib
@@ -138,9 +139,8 @@ class Count:
         self.done += 1
         if (spent := time.monotonic() - self.start) > 3 and self.log:
             total = len(RECOMPUTATION) + len(micro_batch_sizes(config, self.world))
-            print(
+            print_line(
                 f"fit_to_memory: {self.done} of at most {total} settings counted, {spent:.0f} s",
-                file=sys.stderr,
-                flush=True,
+                sys.stderr,
             )
         return size
