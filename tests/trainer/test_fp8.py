@@ -62,7 +62,8 @@ def test_two_ranks_follow_one(runs: Path, tiny: Path, name: str) -> None:
     """A sum that falls otherwise may round to the next FP8 number, but seldom does.
 
     With context ranks other tokens share a scale in the gradients of weights: the forward is the
-    same, and later losses differ by less than twice what FP8 changes in one of the runs.
+    same. After one update the losses differ by less than FP8 changes them; after the next, which
+    Muon's orthogonalisation amplifies, by less than the changes of two runs in FP8 together.
     """
     spawn(in_fp32, 2, tiny, runs, [(name, [*SIZES, *SPREAD[name]], 0)])
     alone, spread, plain = (column(runs / run, "lm_loss") for run in ("alone", name, "plain"))
@@ -70,7 +71,10 @@ def test_two_ranks_follow_one(runs: Path, tiny: Path, name: str) -> None:
     changed = [abs(a - b) for a, b in zip(alone, plain, strict=True)]
     print(f"{name}: {gaps}, FP8 minus fp32: {changed}")
     assert gaps[0] < 1e-6
-    assert max(gaps) < (2 * max(changed) if name == "context" else 1e-5)
+    if name == "context":
+        assert gaps[1] < max(changed) and gaps[2] < 2 * max(changed)
+    else:
+        assert max(gaps) < 1e-5
 
 
 def test_the_dry_run_holds_what_bf16_does(tiny: Path) -> None:
