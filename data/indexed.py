@@ -53,6 +53,7 @@ class IndexedShard:
         lengths [documents]: tokens of each document.
         anchors: index of the first token of every `_ANCHOR`-th document.
         vocab_size: ids have to be below it, if given.
+        ends: bos and eos, if every document has them.
     """
 
     prefix: Path
@@ -60,6 +61,7 @@ class IndexedShard:
     lengths: NDArray[np.int64] | NDArray[np.int32]
     anchors: NDArray[np.int64]
     vocab_size: int | None
+    ends: tuple[int, int] | None
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -72,11 +74,20 @@ class IndexedShard:
     def read(self, document: int, start: int = 0, end: int | None = None) -> NDArray[Any]:
         """The ids of a document, bos and eos included, or those from `start` until before `end`.
 
-        Raises DataError where the file has been truncated, or an id is not in the vocabulary.
+        Raises DataError where the file has been truncated, an id is not in the vocabulary, or the
+        document lacks its bos or eos: a file of the right size may hold zeros after a crash.
         """
         length = int(self.lengths[document])
         end = length if end is None else min(end, length)
-        return self._read(document, start, max(start, end))
+        ids = self._read(document, start, max(start, end))
+        if self.ends is not None and len(ids):
+            bos, eos = self.ends
+            if (start == 0 and ids[0] != bos) or (end == length and ids[-1] != eos):
+                raise _damaged(
+                    f"{self.prefix}.bin has been altered: document {document} does not begin with "
+                    f"the id {bos} and end with {eos}"
+                )
+        return ids
 
     def blocks(self, tokens: int = _BLOCK) -> Iterator[tuple[int, int, NDArray[Any]]]:
         """Yields (first document, next one, ids of those between), about `tokens` at a time."""
@@ -115,13 +126,18 @@ class IndexedShard:
 
 
 def open_shard(
-    prefix: Path, documents: int, tokens: int, vocab_size: int | None = None
+    prefix: Path,
+    documents: int,
+    tokens: int,
+    vocab_size: int | None = None,
+    ends: tuple[int, int] | None = None,
 ) -> IndexedShard:
     """Opens the shard at `prefix`, of `documents` documents and `tokens` tokens in all.
 
     A document may consist of several sequences, as Megatron's tools make them from sentences: they
-    are read as one. Raises DataError where a file is missing, cannot be read, or does not have the
-    size and the contents of such an index.
+    are read as one. With `ends`, the first and the last document are compared with it now, the
+    others when they are read. Raises DataError where a file is missing, cannot be read, or does not
+    have the size and the contents of such an index.
     """
     path = f"{prefix}.idx"
     try:
@@ -159,7 +175,11 @@ def open_shard(
     if not (steps == 1).all():
         starts = starts[bounds]
         lengths = np.diff(starts)
-    return IndexedShard(prefix, dtype, lengths, starts[:-1:_ANCHOR].copy(), vocab_size)
+    shard = IndexedShard(prefix, dtype, lengths, starts[:-1:_ANCHOR].copy(), vocab_size, ends)
+    if documents and ends is not None:
+        shard.read(0, 0, 1)
+        shard.read(documents - 1, max(int(lengths[-1]) - 1, 0))
+    return shard
 
 
 def _damaged(what: str) -> DataError:

@@ -4,6 +4,7 @@ Readers start from `manifest.json`. It is replaced atomically and names the fold
 so that a reader finds the old shards or the new ones and never a mixture.
 """
 
+from collections import Counter
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -99,6 +100,23 @@ class Manifest(BaseModel):
     settings: dict[str, Any] = {}
     shards: tuple[Shard, ...]
     token_counts: str | None = None
+
+    @field_validator("shards")
+    @classmethod
+    def _has_unique_names(cls, shards: tuple[Shard, ...]) -> tuple[Shard, ...]:
+        """Raises ValueError for a shard that would be read twice."""
+        (name, count), *_ = Counter(shard.name for shard in shards).most_common(1) or [("", 0)]
+        if count > 1:
+            raise ValueError(f"{name} is there {count} times")
+        return shards
+
+    @property
+    def document_ends(self) -> tuple[int, int] | None:
+        """The bos and eos of every document; None for shards of other tools.
+
+        `v4 data prepare` names the folder by the digest.
+        """
+        return (self.bos_id, self.eos_id) if self.folder == self.digest[:16] else None
 
     def stale_setting(self, config: DataConfig) -> tuple[str, Any, Any] | None:
         """Returns a key with another value now than when the shards were made, and both values.

@@ -19,7 +19,7 @@ from launch import processes
 from launch.sweep_file import Arguments, Sweep, load_sweep
 from launch.sweep_progress import SweepDisplay, TrialProgress, failure_reason
 from launch.sweep_search import Search, read_history, should_stop, storage_errors
-from trainer.config import ConfigError, RunConfig, load_run
+from trainer.config import ConfigError, RunConfig, load_config
 from trainer.exit_codes import FAILED, error_line
 
 _POLL_SECONDS = 0.3
@@ -150,7 +150,7 @@ class _Runner:
         self._record()
 
     def _config(self, arguments: Arguments) -> RunConfig:
-        return load_run(*self.sweep.config_arguments(arguments))
+        return load_config(*self.sweep.config_arguments(arguments))
 
     def _trial_folder(self, number: int) -> Path:
         return self.folder / f"trial-{number:04d}"

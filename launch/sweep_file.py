@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from launch.sweep_parameters import Parameter
-from trainer.config import ConfigError, Section, load_as, load_run
+from trainer.config import ConfigError, Section, load_as, load_config
 
 Arguments = dict[str, Any]
 
@@ -109,7 +109,7 @@ class Sweep(Section):
         return argv
 
     def config_arguments(self, arguments: Mapping[str, Any]) -> tuple[str, list[str]]:
-        """Returns config file and overrides of a trial's command."""
+        """Returns config file and overrides of a trial's command, which sets its own `run_dir`."""
         argv = self.trial_command(arguments)
         for i, argument in enumerate(argv):
             if argument.endswith((".yaml", ".yml")):
@@ -136,7 +136,7 @@ def load_sweep(path: str | Path) -> Sweep:
         raise ConfigError(f"{path}: command: {program!r} is not a program on this machine")
     for arguments in _samples(sweep):
         try:
-            load_run(*sweep.config_arguments(arguments))
+            load_config(*sweep.config_arguments(arguments))
         except ConfigError as error:
             message = str(error).replace("command line", f"{path}: parameters", 1)
             raise ConfigError(message if str(path) in message else f"{path}: {message}") from None

@@ -52,6 +52,7 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     With the rows of `evaluation`, and the attention and the quantisation of the last step's phase.
     """
     with _loading():
+        from trainer.checkpoint import other_shards
         from trainer.engine import NativeEngine
         from trainer.evaluate import Validation
         from trainer.export import open_run
@@ -67,6 +68,8 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
         if grid.is_first and (doubt := state.doubt()):
             print_line(f"warning: {doubt}", sys.stderr)
         validation = Validation(config, grid)
+        if grid.is_first and (notice := other_shards(config, validation.loader.manifest.digest)):
+            print(f"v4: warning: {notice}", file=sys.stderr)
         engine = NativeEngine(local, grid)
         phase = config.recipe.at(max(state.step - 1, 0))
         engine.set_attention(phase.attention)
@@ -208,6 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from trainer.errors import run_or_explain
 
     def run() -> None:
+        from trainer.config import require_unicode
+
+        require_unicode([os.path.abspath(getattr(options, "folder", "."))])
         if options.verb in FOLDER_VERBS:
             FOLDER_VERBS[options.verb](options.folder, options)
         else:

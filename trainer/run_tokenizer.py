@@ -11,8 +11,7 @@ from data.config import DataConfig
 from data.errors import DataError
 from data.files import sha256_of
 from data.text import tokenizer_file
-from trainer.config import RunConfig
-from trainer.files import remove_folder
+from trainer.config import ConfigError, RunConfig
 
 FOLDER = "tokenizer"
 
@@ -38,12 +37,19 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
 
 
 def keep_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Copies the tokenizer into the run folder, unless it is there."""
+    """Copies the tokenizer into the run folder, unless it is there.
+
+    Raises ConfigError where another one is there, which shards and other runs may depend on.
+    """
     copy = config.run_dir / FOLDER
     existing = _file_in(copy)
-    if existing is None or sha256_of(existing) != tokenizer.hash:
-        remove_folder(copy)  # of a run that ended before its first checkpoint
+    if existing is None:
         tokenizer.copy_to(copy)
+    elif sha256_of(existing) != tokenizer.hash:
+        raise ConfigError(
+            f"{existing} is another tokenizer than {tokenizer.path}, and a run keeps a copy of its "
+            f"own there; name another run_dir, or move {copy}"
+        )
 
 
 def other_tokenizer(config: RunConfig) -> str:

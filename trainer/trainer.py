@@ -15,7 +15,7 @@ from data.files import write_atomically
 from data.rows import token_frequencies
 from model.kernel_choices import describe, kernel_choices
 from trainer.build import DTYPES, build_engine
-from trainer.checkpoint import PeriodicCheckpoints, RunCheckpoint
+from trainer.checkpoint import PeriodicCheckpoints, RunCheckpoint, unsaved_progress
 from trainer.command_line import v4
 from trainer.config import CONFIG_FILE, Phase, RunConfig
 from trainer.device import peak_memory_report
@@ -275,10 +275,10 @@ class Trainer:
         self.anticipation.configure(self.state)
         if not self.grid.is_first:
             return
-        self.config.run_dir.mkdir(parents=True, exist_ok=True)
+        unsaved_steps = 0 if resumed else unsaved_progress(self.config)
+        keep_tokenizer(self.config, self.tokenizer)
         saved = self.config.with_absolute_paths()
         write_atomically(self.config.run_dir / CONFIG_FILE, saved.to_yaml())
-        keep_tokenizer(self.config, self.tokenizer)
         self.metrics = Metrics(self.config, self.state, self.grid)
         dtype, is_fp8 = DTYPES[self.config.precision], self.config.precision == "fp8"
         kernels = kernel_choices(self.config.model, self.grid.device, dtype, is_fp8)
@@ -287,7 +287,12 @@ class Trainer:
             self._log(f"resumed from {resumed}")
             for change in self.checkpoint.changes:
                 self._log(change)
-        elif self.config.model.num_hash_layers and not self.are_ids_counted:
+        elif unsaved_steps:
+            self._log(
+                f"no checkpoint was saved in {unsaved_steps} steps before: training starts from "
+                "step 0, and metrics.jsonl as well"
+            )
+        if not resumed and self.config.model.num_hash_layers and not self.are_ids_counted:
             self._log(
                 f"{self.config.data.shards} has no counts of ids (v4 data prepare counts them): "
                 "hash-routed layers take all ids for equally frequent"

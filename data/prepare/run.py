@@ -245,7 +245,8 @@ def _existing(root: Path, digest: str, overwrite: bool) -> Manifest | None:
         )
     try:
         for shard in manifest.shards:
-            open_shard(root / manifest.folder / shard.name, shard.documents, shard.tokens)
+            prefix, ends = root / manifest.folder / shard.name, manifest.document_ends
+            open_shard(prefix, shard.documents, shard.tokens, ends=ends)
         read_counts(root, manifest)
     except DataError:
         return None  # missing or damaged: made again

@@ -44,7 +44,9 @@ def open_split(
     for shard in manifest.of_split(split):
         if source in (None, shard.source):
             prefix = root / shard.name
-            opened = open_shard(prefix, shard.documents, shard.tokens, manifest.vocab_size)
+            opened = open_shard(
+                prefix, shard.documents, shard.tokens, manifest.vocab_size, manifest.document_ends
+            )
             sources.setdefault(shard.source, (shard.domain, []))[1].append(opened)
     if not sources:
         raise DataError(

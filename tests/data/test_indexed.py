@@ -1,6 +1,7 @@
 """Shards of any origin: what Megatron's builder writes is read, or refused in one sentence."""
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -161,3 +162,35 @@ def test_an_index_of_nonsense_is_refused(
     header_of(tmp_path / "x.idx", at, value)
     with pytest.raises(DataError, match=message):
         open_shard(tmp_path / "x", 2, 6)
+
+
+@pytest.mark.parametrize("damaged", ["all", "middle"])
+def test_altered_tokens_of_the_same_size_are_refused(
+    config: DataConfig, tmp_path: Path, damaged: str
+) -> None:
+    """At the start where all are zeros, as a crash of the host leaves them; else when read."""
+    shutil.copytree(config.shards, tmp_path / "shards")
+    made = config.model_copy(update={"shards": str(tmp_path / "shards")})
+    manifest = Manifest.load(made.shards)
+    shard = manifest.of_split("train")[0]
+    prefix = tmp_path / "shards" / manifest.folder / shard.name
+    opened = open_shard(prefix, shard.documents, shard.tokens, ends=manifest.document_ends)
+    assert all(document[0] == 0 and document[-1] == 1 for document in opened)
+    content = bytearray(Path(f"{prefix}.bin").read_bytes())
+    start = int(opened.lengths[:2].sum()) * opened.dtype.itemsize
+    end = int(opened.lengths[:-1].sum()) * opened.dtype.itemsize
+    start, end = (0, len(content)) if damaged == "all" else (start, end)
+    content[start:end] = bytes(end - start)
+    Path(f"{prefix}.bin").write_bytes(content)
+    with pytest.raises(DataError, match=r"\.bin has been altered: document \d+ does not begin"):
+        loader = Loader(made, seed=1)
+        assert damaged == "middle"
+        list(loader)
+
+
+def test_a_shard_that_is_listed_twice_is_refused(config: DataConfig, tmp_path: Path) -> None:
+    manifest = Manifest.load(config.shards)
+    shards = (*manifest.shards, manifest.shards[0].model_copy(update={"split": "validation"}))
+    manifest.model_copy(update={"shards": shards}).save(tmp_path)
+    with pytest.raises(DataError, match=r"damaged \(shards: text-train-00000 is there 2 times"):
+        Manifest.load(tmp_path)

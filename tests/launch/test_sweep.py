@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from launch.sweep import _stop_orphan
 from launch.sweep_file import Hyperband, Sweep, load_sweep
 from launch.sweep_parameters import Parameter
 from launch.sweep_search import Search, bands, read_history, should_stop
-from trainer.config import ConfigError
+from trainer.config import ConfigError, load_config
 from trainer.metrics.jsonl import read_metrics
 from trainer.report.sweep import Trial, groups, sentences
 
@@ -242,6 +243,26 @@ os._exit(0)
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, check=False)
     os.close(writer)
     assert done.returncode == 0
+
+
+def test_a_sweep_of_a_copied_run_trains_in_its_own_folder(tiny: Path, tmp_path: Path) -> None:
+    """Its config.yaml names the original as run_dir; neither of the two is written."""
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    original.mkdir()
+    (original / "config.yaml").write_text(
+        load_config(tiny, [f"run_dir={original}", "steps=1"]).to_yaml()
+    )
+    (original / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    shutil.copytree(original, copy)
+    before = {path: path.read_bytes() for folder in (original, copy) for path in folder.iterdir()}
+    body = "method: grid\nparameters: {optim.learning_rate: {value: 1e-2}}\n"
+    file = write(copy / "config.yaml", tmp_path, body)
+    sweep = command(file, tmp_path / "out")
+    done = subprocess.run(sweep, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/trial-0000/checkpoints/step-00000001").is_dir()
+    after = {path: path.read_bytes() for folder in (original, copy) for path in folder.iterdir()}
+    assert after == before
 
 
 @pytest.mark.slow

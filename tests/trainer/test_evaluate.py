@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed import spawn
-from tests.trainer.tiny import train
+from tests.trainer.tiny import make_tiny, train
 from trainer.commands import main
 from trainer.config import load_config
 from trainer.config.run import EvaluationConfig
@@ -99,3 +99,19 @@ def test_the_default_number_of_rows_is_bounded(tiny: Path) -> None:
     assert EvaluationConfig().max_rows == 1024
     config = load_config(tiny, ["evaluation.max_rows=1"])
     assert Validation(config, Grid.single()).steps == 1
+
+
+def test_shards_that_were_prepared_again_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, config = tmp_path / "run", make_tiny(tmp_path)
+    train(config, run, "steps=1")
+    assert main(["eval", str(run)]) == 0
+    assert "warning" not in capsys.readouterr().err
+    lines = (tmp_path / "words.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "words.jsonl").write_text("".join(lines[:150]))
+    assert main(["prepare", str(config), "--overwrite"]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(run)]) == 0
+    error = capsys.readouterr().err
+    assert "v4: warning: " in error and "shards has been prepared again (" in error

@@ -10,7 +10,7 @@ from data import Tokenizer
 from tests.trainer.tiny import column, make_tiny, train
 from trainer.checkpoint import RunCheckpoint
 from trainer.commands import main
-from trainer.config import load_config, load_run
+from trainer.config import ConfigError, load_config, load_run
 from trainer.errors import CheckpointError
 from trainer.parallel.grid import Grid
 from trainer.run_tokenizer import keep_tokenizer, run_data
@@ -60,10 +60,16 @@ def test_a_finished_run_outlives_its_tokenizer(
     assert (run / "tokenizer/tokenizer.model").read_bytes() == content
 
 
-def test_before_the_first_checkpoint_the_config_decides(tiny: Path, tmp_path: Path) -> None:
+def test_another_tokenizer_in_the_run_folder_is_not_replaced(tiny: Path, tmp_path: Path) -> None:
+    """As where a project's tokenizer is in the folder that is named as run_dir."""
     run = tmp_path / "run"
     (run / "tokenizer").mkdir(parents=True)
-    (run / "tokenizer/tokenizer.model").write_bytes(b"of a run that never saved")
+    other = run / "tokenizer/tokenizer.model"
+    other.write_bytes(b"another")
+    with pytest.raises(ConfigError, match=r"run/tokenizer/tokenizer.model is another tokenizer"):
+        train(tiny, run, "steps=1")
+    assert other.read_bytes() == b"another" and not (run / "config.yaml").exists()
+    (run / "tokenizer").rename(run / "old")
     config = train(tiny, run, "steps=1")
     assert Tokenizer(run_data(config).tokenizer.path).hash == Tokenizer(tmp_path / "tokenizer").hash
 

@@ -25,7 +25,13 @@ if TYPE_CHECKING:  # for type checkers, the names of _MODULES
     )
     from trainer.checkpoint.periodic import PeriodicCheckpoints
     from trainer.checkpoint.reader import CheckpointReader
-    from trainer.checkpoint.run import RunCheckpoint, SavedOptimizer, newest_of
+    from trainer.checkpoint.run import (
+        RunCheckpoint,
+        SavedOptimizer,
+        newest_of,
+        other_shards,
+        unsaved_progress,
+    )
 
 _MODULES = {
     "Boxes": "logical_tensors",
@@ -43,8 +49,10 @@ _MODULES = {
     "new_folder": "all_ranks",
     "newest_of": "run",
     "on_all_ranks": "all_ranks",
+    "other_shards": "run",
     "routing_name": "logical_tensors",
     "step_of": "folder",
+    "unsaved_progress": "run",
 }
 __all__ = [*_MODULES]
 

@@ -14,6 +14,7 @@ ranks need to see the same folder.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -45,8 +46,16 @@ def folder_name(step: int) -> str:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Returns the published checkpoints, oldest first, without temporary folders."""
+    """Returns the published checkpoints, oldest first, without temporary folders.
+
+    Raises CheckpointError for a link to nothing, as one to a disk that is not mounted.
+    """
     if not folder.is_dir():
+        if folder.is_symlink():
+            raise CheckpointError(
+                f"{folder} is a link to {os.readlink(folder)}, where there is no folder; make it, "
+                "or mount its disk"
+            )
         return []
     steps = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.match(p.name))]
     return [path for _, path in sorted(steps)]

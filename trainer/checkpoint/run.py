@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from data.files import read_step_records
 from model import V4Model
 from optim import StateSlice
 from trainer.checkpoint.folder import (
@@ -87,6 +88,41 @@ def newest_of(
             f"{tokenizer_hash[:12]}… here); set data.tokenizer.path to a copy of the former"
         )
     return path, saved
+
+
+def unsaved_progress(config: RunConfig) -> int:
+    """Returns the last step in metrics.jsonl of a run without checkpoints, 0 for a new run.
+
+    Raises CheckpointError where a checkpoint was saved by then: it is gone, and the run would
+    silently start again. (A save that was killed leaves its temporary folder.)
+    """
+    path, checkpoints = config.run_dir / "metrics.jsonl", config.run_dir / "checkpoints"
+    records = read_step_records(path)[0] if path.is_file() else []
+    last: int = max((record["step"] for record in records), default=0)
+    steps = config.recipe.steps
+    first_save = min(config.checkpoint.every or steps, steps)
+    if last > first_save or (last == first_save and not any(checkpoints.glob(".step-*"))):
+        raise CheckpointError(
+            f"{path} has steps up to {last}, and there is no checkpoint in {checkpoints}: restore "
+            "them (is their disk mounted?), name another run_dir, or move metrics.jsonl away to "
+            "start from step 0"
+        )
+    return last
+
+
+def other_shards(config: RunConfig, digest: str) -> str:
+    """Returns a sentence where the newest checkpoint was trained on other shards, else nothing.
+
+    `digest` is that of the manifest in use. Checkpoints before version 0.2 do not record theirs.
+    """
+    newest = checkpoints_in(config.run_dir / "checkpoints")[-1]
+    trained_on = read_state(newest).get("data", {}).get("shards", digest)
+    if trained_on == digest:
+        return ""
+    return (
+        f"{config.data.shards} has been prepared again ({digest[:16]}) since {newest} was trained "
+        f"on it ({trained_on[:16]}): its validation text may be another"
+    )
 
 
 class RunCheckpoint:

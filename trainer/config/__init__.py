@@ -9,7 +9,7 @@ from trainer.config.reference import FieldReference, Reference, SectionReference
 from trainer.config.resume import Rule, changed_fields, rule_of
 from trainer.config.run import CONFIG_FILE, RunConfig, load_as, load_config, load_run
 from trainer.config.section import Section
-from trainer.config.source import ConfigError
+from trainer.config.source import ConfigError, require_unicode
 from trainer.config.stability import AnticipatoryRoutingConfig, SpikeConfig
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "load_as",
     "load_config",
     "load_run",
+    "require_unicode",
     "rule_of",
     "short_length",
 ]

@@ -4,6 +4,7 @@ The result is a plain dictionary and the origin of every key, so that an error c
 the command line, with the wrong key.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -177,8 +178,11 @@ def read_source(
 
     All of them take precedence over `defaults`.
 
-    Raises ConfigError for a missing or unreadable file, circular bases, or wrong overrides.
+    Raises ConfigError for a missing or unreadable file, circular bases, wrong overrides, and a path
+    that is not UTF-8.
     """
+    overrides = list(overrides)
+    require_unicode([os.path.abspath(path), *overrides])
     source = ConfigSource()
     for origin, values in (defaults or {}).items():
         source.merge(values, origin)
@@ -188,6 +192,20 @@ def read_source(
     for assignment in overrides:
         source.override(assignment)
     return source
+
+
+def require_unicode(words: Iterable[str]) -> None:
+    """Raises ConfigError for a word of a command line, such as a path, that is not UTF-8.
+
+    Configs, manifests and the headers of checkpoints, which have such paths, are.
+    """
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{COMMAND_LINE}: {word!r} is not UTF-8; rename the file or folder"
+            ) from None
 
 
 def _chain(path: Path, children: list[Path]) -> list[tuple[Path, dict[str, Any]]]:

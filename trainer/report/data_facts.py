@@ -113,7 +113,9 @@ def _source(config: DataConfig, manifest: Manifest, name: str) -> SourceFacts:
         if shard.split != "train":
             continue
         path = Path(config.shards) / manifest.folder / shard.name
-        opened = open_shard(path, shard.documents, shard.tokens, manifest.vocab_size)
+        opened = open_shard(
+            path, shard.documents, shard.tokens, manifest.vocab_size, manifest.document_ends
+        )
         lengths.append(opened.lengths.astype(np.int64))
         for document in range(len(opened)):
             if left <= 0:

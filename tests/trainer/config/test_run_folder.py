@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.files import sha256_of
-from tests.trainer.tiny import steps_in_file, train
+from tests.trainer.tiny import make_tiny, steps_in_file, train
 from trainer.__main__ import main as train_command
 from trainer.commands import main as command
 from trainer.config import ConfigError, load_config, load_run
@@ -49,6 +49,20 @@ def test_a_copy_is_trained_evaluated_exported_and_drawn(
     assert command(["plan", str(copy)]) == 0
     assert str(copy) in capsys.readouterr().out
     assert digests(original) == before
+
+
+def test_the_shards_of_a_copy_are_reported_with_its_own_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    train(make_tiny(tmp_path), run, "steps=1")
+    shutil.copytree(run, copy)
+    shutil.rmtree(run)
+    shutil.rmtree(tmp_path / "tokenizer")
+    before = digests(copy)
+    assert command(["data-report", str(copy)]) == 0
+    assert f"wrote {tmp_path / 'shards/report.html'}" in capsys.readouterr().out
+    assert digests(copy) == before and not run.exists()
 
 
 def test_an_import_goes_into_the_folder_that_is_named(
@@ -108,3 +122,19 @@ def test_the_config_file_of_a_copy(original: Path, copy: Path) -> None:
         load_run(copy / "config.yaml")
     assert load_run(original / "config.yaml").run_dir == original
     assert load_run(copy / "config.yaml", [f"run_dir={copy}"]).run_dir == copy
+
+
+def test_a_name_that_is_not_utf8(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither config.yaml nor the headers of checkpoints can have it."""
+    copy = Path(shutil.copytree(original, tmp_path / os.fsdecode(b"caf\xe9")))
+    before = digests(copy)
+    for name in ("eval", "report", "plan"):
+        assert command([name, str(copy)]) == 2
+    assert command(["export", str(original), str(copy / "hf")]) == 2
+    assert train_command([str(copy), "steps=3"]) == 2
+    assert train_command([str(original), f"data.shards={copy}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == error.count("is not UTF-8; rename") == 6
+    assert digests(copy) == before

@@ -1,0 +1,64 @@
+"""A run whose checkpoints are gone does not silently start again."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.tiny import steps_in_file, train
+from trainer.__main__ import main
+
+
+@pytest.fixture
+def run(tiny: Path, tmp_path: Path) -> Path:
+    """A run of three steps with a checkpoint of each."""
+    train(tiny, tmp_path / "run", "steps=3", "checkpoint.every=1")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("overrides", [(), ("steps=2",), ("checkpoint.every=0",)])
+def test_metrics_without_checkpoints_are_refused(
+    run: Path, overrides: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = run / "checkpoints"
+    checkpoints.rename(run / "moved")
+    config = (run / "config.yaml").read_bytes()
+    for is_empty in (False, True):
+        if is_empty:  # as a disk that is not mounted leaves it
+            checkpoints.mkdir()
+        assert main([str(run), *overrides]) == 2
+        error = capsys.readouterr().err
+        assert f"has steps up to 3, and there is no checkpoint in {checkpoints}" in error
+    assert steps_in_file(run) == [1, 2, 3] and (run / "config.yaml").read_bytes() == config
+    (run / "metrics.jsonl").rename(run / "metrics-1.jsonl")
+    assert main([str(run), *overrides]) == 0
+
+
+def test_a_link_to_nothing_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.move(run / "checkpoints", run / "disk")
+    (run / "checkpoints").symlink_to(run / "disk")
+    assert main([str(run), "steps=4"]) == 0
+    (run / "disk").rename(run / "unmounted")
+    assert main([str(run), "steps=5"]) == 2
+    error = capsys.readouterr().err
+    assert "checkpoints is a link to" in error and error.count("\n") == 1
+    assert steps_in_file(run) == [1, 2, 3, 4]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="crash"):
+        train(tiny, run, "steps=3", "checkpoint.every=0", crash_at=2)
+    train(tiny, run, "steps=3")
+    assert "no checkpoint was saved in 2 steps before" in capsys.readouterr().out
+    assert steps_in_file(run) == [1, 2, 3]
+
+
+def test_a_first_save_that_was_killed_is_repeated(run: Path) -> None:
+    for checkpoint in (run / "checkpoints").iterdir():
+        shutil.rmtree(checkpoint)
+    (run / "checkpoints/.step-00000003.tmp").mkdir()
+    assert main([str(run), "checkpoint.every=0"]) == 0
+    assert (run / "checkpoints/step-00000003").is_dir()
