@@ -19,7 +19,7 @@ from launch import processes
 from launch.sweep_file import Arguments, Sweep, load_sweep
 from launch.sweep_progress import SweepDisplay, TrialProgress, failure_reason
 from launch.sweep_search import Search, read_history, should_stop, storage_errors
-from trainer.config import ConfigError, RunConfig, load_config
+from trainer.config import ConfigError, RunConfig, differences, load_config
 from trainer.exit_codes import FAILED, error_line
 
 _POLL_SECONDS = 0.3
@@ -74,16 +74,32 @@ def run_sweep(file: str, out: Path | None, jobs: int, seed: int) -> int:
 
 
 def _check_same(sweep: Sweep, folder: Path, seed: int) -> None:
-    """Writes the definition into the folder, or checks that it equals the one written before."""
+    """Writes the definition into the folder, or checks that it equals the one written before.
+
+    The config of the first trial stands for the config file, whose other values all trials share.
+    Raises ConfigError.
+    """
     path = folder / "definition.json"
-    text = json.dumps({"seed": seed, **sweep.model_dump(mode="json")}, indent=1)
-    if not path.is_file():
-        write_atomically(path, text)
-    elif path.read_text(encoding="utf-8") != text:
+    file, overrides = sweep.config_arguments(next(sweep.samples()))
+    config = load_config(file, overrides).to_dict()
+    ours = {"seed": seed, **sweep.model_dump(mode="json"), "config": config}
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ours
+        saved_config = saved.pop("config", config)  # not in those before version 0.2
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{path}: is damaged; choose another folder with --out") from None
+    if saved != {key: value for key, value in ours.items() if key != "config"}:
         raise ConfigError(
             f"{folder}: holds a sweep with another definition or seed; choose another folder with "
             "--out"
         )
+    for key, old, new in differences(saved_config, config):
+        if key != "run_dir" and not key.startswith("metrics.wandb."):
+            raise ConfigError(
+                f"{file}: {key} is {new!r}, and was {old!r} in the trials of {folder}; restore it, "
+                "or choose another folder with --out"
+            )
+    write_atomically(path, json.dumps({**saved, "config": saved_config}, indent=1))
 
 
 class _Runner:

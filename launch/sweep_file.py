@@ -93,6 +93,17 @@ class Sweep(Section):
         for values in itertools.product(*(flat[name].choices or () for name in flat)):
             yield dict(zip(flat, values, strict=True))
 
+    def samples(self) -> Iterator[Arguments]:
+        """Yields points whose configs are checked: the grid, or both ends of each range in turn."""
+        if self.method == "grid":
+            yield from itertools.islice(self.points(), self.trials)
+            return
+        ends = {name: parameter.ends() for name, parameter in self.flat().items()}
+        first = {name: values[0] for name, values in ends.items()}
+        for name, values in ends.items():
+            for value in values:
+                yield {**first, name: value}
+
     def trial_command(self, arguments: Mapping[str, Any]) -> list[str]:
         """Returns the command that `wandb agent` runs, with this interpreter."""
         pairs = [f"{name}={value}" for name, value in arguments.items()]
@@ -134,22 +145,10 @@ def load_sweep(path: str | Path) -> Sweep:
     program = sweep.trial_command({})[0]
     if shutil.which(program) is None:
         raise ConfigError(f"{path}: command: {program!r} is not a program on this machine")
-    for arguments in _samples(sweep):
+    for arguments in sweep.samples():
         try:
             load_config(*sweep.config_arguments(arguments))
         except ConfigError as error:
             message = str(error).replace("command line", f"{path}: parameters", 1)
             raise ConfigError(message if str(path) in message else f"{path}: {message}") from None
     return sweep
-
-
-def _samples(sweep: Sweep) -> Iterator[Arguments]:
-    """Yields points whose configs are checked: the grid, or both ends of each range in turn."""
-    if sweep.method == "grid":
-        yield from itertools.islice(sweep.points(), sweep.trials)
-        return
-    ends = {name: parameter.ends() for name, parameter in sweep.flat().items()}
-    first = {name: values[0] for name, values in ends.items()}
-    for name, values in ends.items():
-        for value in values:
-            yield {**first, name: value}

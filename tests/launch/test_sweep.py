@@ -16,7 +16,7 @@ import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from launch import sweep_progress
-from launch.sweep import _stop_orphan
+from launch.sweep import _check_same, _stop_orphan
 from launch.sweep_file import Hyperband, Sweep, load_sweep
 from launch.sweep_parameters import Parameter
 from launch.sweep_search import Search, bands, read_history, should_stop
@@ -243,6 +243,40 @@ os._exit(0)
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, check=False)
     os.close(writer)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("body", [GRID, GRID.replace("grid", "random") + "run_cap: 2\n"])
+def test_a_sweep_resumes_with_the_same_config(tiny: Path, tmp_path: Path, body: str) -> None:
+    config = tmp_path / "base.yaml"
+    config.write_text(tiny.read_text())
+    sweep = load_sweep(write(config, tmp_path, body))
+    _check_same(sweep, tmp_path, 0)
+    definition = (tmp_path / "definition.json").read_text()
+    for change in ("", "\nmetrics: {wandb: {mode: offline}}\n", "\nrun_dir: elsewhere\n"):
+        text = tiny.read_text()
+        key = change.strip().partition(":")[0]
+        lines = [line for line in text.splitlines() if not (key and line.startswith(f"{key}:"))]
+        config.write_text("\n".join(lines) + change)
+        _check_same(sweep, tmp_path, 0)
+    config.write_text(tiny.read_text().replace("global_batch_size: 4", "global_batch_size: 8"))
+    with pytest.raises(
+        ConfigError, match=r"base\.yaml: data.global_batch_size is 8, and was 4 in the trials of"
+    ):
+        _check_same(sweep, tmp_path, 0)
+    with pytest.raises(ConfigError, match="another definition or seed"):
+        _check_same(sweep, tmp_path, 1)
+    assert (tmp_path / "definition.json").read_text() == definition
+    (tmp_path / "definition.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"definition\.json: is damaged"):
+        _check_same(sweep, tmp_path, 0)
+
+
+def test_a_definition_of_before_gets_the_config(tiny: Path, tmp_path: Path) -> None:
+    sweep = load_sweep(write(tiny, tmp_path, GRID))
+    path = tmp_path / "definition.json"
+    path.write_text(json.dumps({"seed": 0, **sweep.model_dump(mode="json")}))
+    _check_same(sweep, tmp_path, 0)
+    assert json.loads(path.read_text())["config"]["seed"] == 3
 
 
 def test_a_sweep_of_a_copied_run_trains_in_its_own_folder(tiny: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Imports no torch, so that a login node can check a config.
 from trainer.config.parallel import ParallelConfig
 from trainer.config.recipe import Phase, Recipe, short_length
 from trainer.config.reference import FieldReference, Reference, SectionReference
-from trainer.config.resume import Rule, changed_fields, rule_of
+from trainer.config.resume import Rule, changed_fields, differences, rule_of
 from trainer.config.run import CONFIG_FILE, RunConfig, load_as, load_config, load_run
 from trainer.config.section import Section
 from trainer.config.source import ConfigError, require_unicode
@@ -27,6 +27,7 @@ __all__ = [
     "SectionReference",
     "SpikeConfig",
     "changed_fields",
+    "differences",
     "load_as",
     "load_config",
     "load_run",

@@ -100,7 +100,7 @@ def changed_fields(saved: Mapping[str, Any] | None, ours: Mapping[str, Any]) -> 
         return []
     return [
         f"{key} is {_short(new)} and was {_short(old)} in the checkpoint"
-        for key, old, new in _differences(saved, ours, "")
+        for key, old, new in differences(saved, ours)
         if key != "run_dir" and rule_of(key) is Rule.FREE
     ]
 
@@ -109,7 +109,7 @@ def _short(value: Any) -> str:
     return f"a list of {len(value)}" if isinstance(value, list) else repr(value)
 
 
-def _differences(saved: Any, ours: Any, above: str) -> Iterator[tuple[str, Any, Any]]:
+def differences(saved: Any, ours: Any, above: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yields dotted key, saved value and ours of all fields in both that differ."""
     if isinstance(saved, Mapping) and isinstance(ours, Mapping):
         pairs = [(name, saved.get(name, _MISSING), ours[name]) for name in ours]
@@ -121,4 +121,4 @@ def _differences(saved: Any, ours: Any, above: str) -> Iterator[tuple[str, Any, 
         return
     for name, old, new in pairs:
         if old is not _MISSING:
-            yield from _differences(old, new, f"{above}.{name}" if above else name)
+            yield from differences(old, new, f"{above}.{name}" if above else name)
