@@ -12,7 +12,7 @@ from torch import Tensor
 from data import Batch, DataRecord, Loader, Prefetcher
 from data.activity import Activity
 from data.files import write_atomically
-from data.rows import token_frequencies
+from data.rows import matching_manifest, token_frequencies
 from model.kernel_choices import describe, kernel_choices
 from trainer.build import DTYPES, build_engine
 from trainer.checkpoint import PeriodicCheckpoints, RunCheckpoint, unsaved_progress
@@ -60,8 +60,8 @@ class Trainer:
         self.state = TrainState()
         self.recipe = config.recipe
         phases = [phase.rows for phase in self.recipe.phases]
+        config.check_token_ids(matching_manifest(data), f"the manifest in {data.shards}")
         self.loader = Loader(data, config.seed, grid.data.rank, grid.data.size, phases=phases)
-        config.check_token_ids(self.loader.manifest, f"the manifest in {data.shards}")
         pin = grid.device.type == "cuda"
         self.batches = Prefetcher(self.loader.at, config.data.prefetch, self.recipe.steps, pin)
         self.validation: Validation | None = None

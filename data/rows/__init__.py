@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from data.rows.permutation import shuffled
     from data.rows.prefetch import Prefetcher
     from data.rows.resume import DataRecord
+    from data.rows.shards import matching_manifest
 
 _MODULES = {
     "IGNORE_INDEX": "loader",
@@ -24,6 +25,7 @@ _MODULES = {
     "Prefetcher": "prefetch",
     "MixtureAudit": "audit",
     "audit_mixture": "audit",
+    "matching_manifest": "shards",
     "pack_windows": "packing",
     "shuffled": "permutation",
     "token_frequencies": "frequencies",

@@ -7,12 +7,13 @@ each other, a run would train on ids or sizes that the folder's weights do not h
 from pathlib import Path
 from typing import Any
 
-from data import DataError, Tokenizer
-from data.text import tokenizer_file
+from data import Tokenizer
+from data.text import BOS, EOS, HF_FILE, MODEL_FILE
 from model import ModelConfig
 from trainer.errors import ExportError
 from trainer.export.hf_folder import CONFIG_JSON, read_object
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _LONGEST_LIST = 5
 
 
@@ -34,7 +35,10 @@ def check_sizes(config: ModelConfig, imported: ModelConfig, source: Path) -> Non
 
 
 def check_generation(config: ModelConfig, source: Path) -> None:
-    """Raises ExportError if generation_config.json has other ids than config.json."""
+    """Raises ExportError if generation_config.json has other ids than config.json, or unknown ones.
+
+    A list of ids that end a text may have more than config.json's.
+    """
     path = source / "generation_config.json"
     settings = read_object(path) or {}
     for name in ("bos_token_id", "eos_token_id"):
@@ -43,19 +47,38 @@ def check_generation(config: ModelConfig, source: Path) -> None:
             raise ExportError(
                 f"{path}: {name} = {value} should be {expected}, as in config.json next to it"
             )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = settings.get(name)
+        ids = value if isinstance(value, list) else [value]
+        if value is not None and not all(i in range(config.vocab_size) for i in ids):
+            raise ExportError(
+                f"{path}: {name} = {value} should be below the vocab_size = {config.vocab_size} of "
+                "config.json next to it"
+            )
 
 
 def check_tokenizer(tokenizer: Tokenizer, source: Path) -> None:
-    """Raises ExportError if the folder has a tokenizer, and it is not that of the run."""
-    try:
-        tokenizer_file(source)
-    except DataError:
-        return  # the folder has none
-    if difference := tokenizer.difference(Tokenizer(source)):
-        raise ExportError(
-            f"{source}: its tokenizer is another one than data.tokenizer.path = {tokenizer.path}: "
-            f"{difference}; set data.tokenizer.path to {source}"
-        )
+    """Raises ExportError if a tokenizer file of the folder is not that of the run.
+
+    Others read tokenizer.json where there is a tokenizer.model as well, and the special tokens of
+    tokenizer_config.json.
+    """
+    files = [path for name in (MODEL_FILE, HF_FILE) if (path := source / name).is_file()]
+    for path in files:
+        if difference := tokenizer.difference(Tokenizer(path)):
+            raise ExportError(
+                f"{path}: is another tokenizer than data.tokenizer.path = {tokenizer.path}: "
+                f"{difference}; set data.tokenizer.path to a folder with the one that the weights "
+                "were trained with"
+            )
+    path = source / TOKENIZER_CONFIG
+    settings = (read_object(path) if files else None) or {}
+    for name, expected in (("bos", BOS), ("eos", EOS), ("pad", None)):
+        value = settings.get(f"{name}_token")
+        token = value.get("content") if isinstance(value, dict) else value
+        if token is not None and (token not in tokenizer.special or expected not in (None, token)):
+            wanted = "a special token of the tokenizer" if expected is None else repr(expected)
+            raise ExportError(f"{path}: {name}_token = {token!r} should be {wanted}")
 
 
 def _short(value: Any) -> str:

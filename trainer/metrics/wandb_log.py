@@ -140,7 +140,7 @@ def run_id(run_dir: Path) -> str:
     file = run_dir.resolve() / "wandb" / "run-id"
     file.parent.mkdir(parents=True, exist_ok=True)
     saved_id, owner = _read_id(file)
-    if saved_id and owner != file and _read_id(owner) == (saved_id, owner):
+    if saved_id and owner not in (None, file) and _read_id(owner) == (saved_id, owner):
         saved_id = ""
     if not saved_id or owner != file:
         saved_id = saved_id or secrets.token_hex(6)
@@ -148,13 +148,13 @@ def run_id(run_dir: Path) -> str:
     return saved_id
 
 
-def _read_id(file: Path) -> tuple[str, Path]:
-    """Returns the id, empty if there is none, and the file in which it was written."""
+def _read_id(file: Path) -> tuple[str, Path | None]:
+    """Returns the id, empty if there is none, and the file in which it was written, if known."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        return "", file
-    return (lines[0] if lines else ""), Path(lines[1]) if len(lines) > 1 else file
+        return "", None
+    return (lines[0] if lines else ""), Path(lines[1]) if len(lines) > 1 else None
 
 
 def _reason(error: Exception) -> str:

@@ -97,6 +97,8 @@ def test_every_contradiction_counts_but_of_training_settings(
     [
         ({"bos_token_id": 1}, r"bos_token_id = 1 should be 0, as in config\.json"),
         ({"eos_token_id": [3, 4]}, r"eos_token_id = \[3, 4\] should be 1"),
+        ({"eos_token_id": [1, 1000]}, r"eos_token_id = \[1, 1000\] should be below the vocab_size"),
+        ({"pad_token_id": -1}, r"pad_token_id = -1 should be below the vocab_size = 400"),
         ({"eos_token_id": [1, 4], "pad_token_id": 1}, None),
         ({"eos_token_id": None}, None),
     ],
@@ -163,6 +165,34 @@ class TestTokenizerInTheFolder:
         path.write_text(json.dumps(spec))
         config = load_config(tiny, [f"run_dir={tmp_path / 'new'}"])
         assert_refused(config, folder, message)
+
+    def test_two_files_that_differ(self, tiny: Path, folder: Path, tmp_path: Path) -> None:
+        path = folder / "tokenizer.json"
+        spec = json.loads(path.read_text())
+        spec["model"]["merges"].reverse()
+        path.write_text(json.dumps(spec))
+        config = load_config(tiny, [f"run_dir={tmp_path / 'new'}"])
+        assert_refused(config, folder, r"hf/tokenizer\.json: is another tokenizer than")
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"eos_token": "<|EOT|>"}, r"eos_token = '<\|EOT\|>' should be '<｜end"),
+            ({"bos_token": {"content": "<think>"}}, "bos_token = '<think>' should be '<｜begin"),
+            ({"pad_token": "x"}, "pad_token = 'x' should be a special token of the tokenizer"),
+            ({"pad_token": {"content": "<think>"}, "bos_token": None}, None),
+        ],
+        ids=str,
+    )
+    def test_tokens_of_its_config(
+        self, tiny: Path, folder: Path, tmp_path: Path, changes: dict[str, Any], message: str | None
+    ) -> None:
+        edit(folder / "tokenizer_config.json", **changes)
+        config = load_config(tiny, [f"run_dir={tmp_path / 'new'}"])
+        if message is None:
+            assert import_hf_folder(config, folder).startswith("wrote ")
+        else:
+            assert_refused(config, folder, rf"tokenizer_config\.json: {message}")
 
     def test_a_damaged_one(self, tiny: Path, folder: Path, tmp_path: Path) -> None:
         (folder / "tokenizer.model").write_bytes(b"?")

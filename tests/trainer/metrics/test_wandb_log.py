@@ -182,3 +182,5 @@ def test_a_moved_run_keeps_its_id_and_a_copy_gets_another(tmp_path: Path) -> Non
     (tmp_path / "c" / "wandb").mkdir(parents=True)
     (tmp_path / "c" / "wandb" / "run-id").write_text("0123abcd\n")  # as earlier versions wrote it
     assert run_id(tmp_path / "c") == "0123abcd"
+    shutil.copytree(tmp_path / "c", tmp_path / "d")  # after a resume, the id has its folder
+    assert run_id(tmp_path / "d") != "0123abcd"
