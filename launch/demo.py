@@ -119,7 +119,7 @@ def _run(verb: str, *arguments: str, captured: bool = False) -> str:
         return ""
     command = processes.command(verb, *arguments)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    _check_exit(done.returncode)
+    _check_exit(processes.finish(done.returncode, f"v4 {verb}"))
     return done.stdout.strip().splitlines()[-1]
 
 
@@ -140,7 +140,7 @@ def _train_half(config: RunConfig, arguments: list[str], nproc: int) -> None:
             time.sleep(0.2)
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        _check_exit(process.wait())
+        _check_exit(processes.finish(process.wait(), "v4 train"))
 
 
 def _steps_in(metrics: Path) -> int:

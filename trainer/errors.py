@@ -54,6 +54,9 @@ class ReportError(ValueError):
     """A run whose metrics cannot be drawn."""
 
 
+_NOT_LOADED = ("failed to map segment", os.strerror(errno.ENOMEM))
+"""Why the loader of libraries, or the system, finds no room in memory."""
+
 USER_ERRORS: tuple[type[ValueError], ...] = (
     ConfigError,
     ModelConfigError,
@@ -120,9 +123,14 @@ def explain(error: BaseException) -> str | None:
 def failed_allocation(error: BaseException) -> str | None:
     """Returns what could not be allocated, on the host or on a GPU; None for another error.
 
-    torch has a class for GPUs alone; its allocator on the host raises RuntimeError.
+    torch has a class for GPUs alone; its allocator on the host raises RuntimeError. Under a limit
+    of address space a library cannot be loaded.
     """
     text = str(error)
+    cause = error.__context__ or error  # where a package reports a library of its own
+    for reason in (text, str(cause)):
+        if isinstance(error, ImportError | OSError) and any(part in reason for part in _NOT_LOADED):
+            return reason
     if isinstance(error, MemoryError):
         return text or "no memory is left"
     if isinstance(error, RuntimeError) and (

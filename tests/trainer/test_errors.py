@@ -33,6 +33,13 @@ def too_large_for_numpy() -> None:
     np.empty(1 << 55)
 
 
+def no_room_for_a_library() -> None:
+    try:
+        raise ImportError("libtorch.so: failed to map segment from shared object")
+    except ImportError:
+        raise OSError("a package cannot load its library") from None
+
+
 def mistake() -> None:
     raise DataError("a source is empty.")
 
@@ -52,6 +59,7 @@ STALE_LINE = stale.__code__.co_firstlineno + 1
         (rename_missing, "/nowhere/one to /nowhere/two: No such file or directory"),
         (stale, f"tests/trainer/test_errors.py, line {STALE_LINE}: Stale file handle"),
         (too_large_for_torch, "out of memory: can't allocate memory: you tried to allocate 1441"),
+        (no_room_for_a_library, "out of memory: libtorch.so: failed to map segment"),
         (too_large_for_numpy, "out of memory: Unable to allocate 256. PiB"),
     ],
 )

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch  # noqa: F401 - before the first save, which should not fail of an import
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp

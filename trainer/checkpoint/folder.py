@@ -28,7 +28,9 @@ from data.activity import Activity
 from data.files import fsync_folder
 from trainer.checkpoint import manifest
 from trainer.checkpoint.all_ranks import on_all_ranks
+from trainer.checkpoint.dcp_planners import load_boxes, save_boxes
 from trainer.checkpoint.logical_tensors import Boxes, TensorBox, is_routing
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import Rule, rule_of
 from trainer.errors import CheckpointError, SaveError
 from trainer.files import remove_folder, write_synced
@@ -153,8 +155,6 @@ class CheckpointFolder:
             temporary.mkdir(parents=True)
 
     def _write_shards(self, temporary: Path, boxes: Boxes) -> None:
-        from trainer.checkpoint.dcp_planners import save_boxes  # takes a second to import
-
         save_boxes(temporary, boxes, self.grid.world.group)
 
     def _hash_files(self, temporary: Path) -> dict[str, manifest.FileRecord]:
@@ -228,9 +228,6 @@ class CheckpointFolder:
         `tensors` are the boxes of this rank by name; it reads only these. Raises CheckpointError on
         all ranks, naming the first tensor that is missing, of another shape, or on no rank.
         """
-        from trainer.checkpoint.dcp_planners import load_boxes  # takes a second to import
-        from trainer.checkpoint.reader import CheckpointReader
-
         boxes = _as_boxes(tensors)
         shapes = CheckpointReader(path).shapes
         problems = all_gather_objects(find_mismatch(shapes, boxes), self.grid.world)

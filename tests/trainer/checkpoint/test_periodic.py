@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -222,3 +225,26 @@ def test_a_state_of_before_knows_where_skipping_began() -> None:
     state = TrainState()
     state.restore({"step": 9, "consecutive_skips": 2})
     assert state.skipping_since == 7
+
+
+@pytest.mark.slow
+def test_a_run_imports_nothing_after_its_first_step(tiny: Path, tmp_path: Path) -> None:
+    """So no save fails for a file system or memory that has gone since."""
+    code = """
+import sys
+from trainer.config import load_run
+from trainer.parallel.grid import open_grid
+from trainer.trainer import Trainer
+config = load_run(sys.argv[1], sys.argv[2:])
+modules = []
+with open_grid(config.degrees) as grid:
+    trainer = Trainer(config, grid)
+    trainer.periodic.insert(0, lambda state, result: modules.append(set(sys.modules)))
+    trainer.run()
+print(sorted(set(sys.modules) - modules[0]))
+"""
+    overrides = [f"run_dir={tmp_path}", "steps=2", "checkpoint.every=1"]
+    command = [sys.executable, "-c", code, str(tiny), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    modules = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert [name for name in modules if not name.startswith("numpy.")] == []
