@@ -7,7 +7,8 @@ a resume with other rows is refused, with two exceptions:
 - In a run without phases, `data.global_batch_size` may change: the next step begins with the row
   after the last one read.
 - `data.accept_change_at` accepts any change at one step: rows go on after the packing window in
-  progress, the rest of which is left out.
+  progress, the rest of which is left out. If the run then rolls back to a checkpoint from before
+  that step, the change holds from there.
 """
 
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ class DataRecord:
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
+        self._has_accepted = False
 
     def save(self, step: int) -> Saved:
         """Returns what the checkpoint before a step records, JSON-ready."""
@@ -72,7 +74,7 @@ class DataRecord:
         if keys == {f"data.{_BATCH_SIZE}"}:
             self.loader.start_at(Place(**saved["place"]))
             return [f"{key} is {new} and was {old}; reading goes on with the row after the last"]
-        if self.loader.config.accept_change_at != step:
+        if not self._has_accepted and self.loader.config.accept_change_at != step:
             more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
             raise DataError(
                 f"{key} is {new!r} in this run and {old!r} in the checkpoint of step {step}{more}, "
@@ -80,6 +82,7 @@ class DataRecord:
                 f"data.accept_change_at={step} to leave out the rest of a packing window and go on "
                 "after it."
             )
+        self._has_accepted = True
         return [f"{key} is {new!r} and was {old!r}" for key, old, new in changes] + self._go_on(
             saved, step
         )

@@ -125,6 +125,26 @@ def test_a_change_is_kept_by_later_resumes(small: DataConfig) -> None:
         again.at(6)
 
 
+def test_a_rollback_to_before_an_accepted_change_goes_on_with_it(small: DataConfig) -> None:
+    """A spike soon after a resume restores a checkpoint of the data before the change."""
+    before = Loader(small, seed=3)
+    saved = {step: DataRecord(before).save(step) for step in (5, 7)}
+    config = changed(small, seq_len=96, accept_change_at=7)
+    loader = Loader(config, seed=3)
+    record = DataRecord(loader)
+    record.resume(saved[7], 7)
+    loader.at(7)
+    lines = record.resume(saved[5], 5)
+    assert lines[0] == "data.seq_len is 96 and was 64"
+    old, new = positions(before, range(5)), positions(loader, range(5, 16))
+    assert not old & new and max(new.values()) == 1
+    direct = Loader(changed(config, accept_change_at=5), seed=3)
+    DataRecord(direct).resume(saved[5], 5)
+    assert rows(loader, range(5, 16)) == rows(direct, range(5, 16))
+    with pytest.raises(DataError, match="in the checkpoint of step 5"):  # at another start
+        DataRecord(Loader(config, seed=3)).resume(saved[5], 5)
+
+
 def phases(*sizes: tuple[int, int, int]) -> list[DataPhase]:
     """Phases of (steps, row length, batch size)."""
     return [DataPhase(steps=n, seq_len=s, global_batch_size=b) for n, s, b in sizes]
