@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -25,6 +26,7 @@ from trainer.exit_codes import (
 Handler = Callable[[int, FrameType | None], None]
 STOP_SIGNALS: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _POLL_SECONDS = 0.2
+_LAST_LINE_SECONDS = 10.0
 
 # For torchrun wherever it may restart. Without it, torch 2.13's agents share one store between all
 # attempts: workers read the addresses of dead workers from it, and a replaced host waits for an
@@ -140,7 +142,8 @@ class _Training:
             print_line(f"v4: starting {processes} processes", sys.stderr)
         self.may_restart = restarts > 0
         self.received = received
-        self.terminated: set[int] = set()
+        self.terminated: set[psutil.Process] = set()
+        self.workers: set[psutil.Process] = set()
         self.process = subprocess.Popen(
             training_command(arguments, processes, restarts),
             env=environment(processes),
@@ -153,37 +156,51 @@ class _Training:
 
     def wait(self) -> int:
         """Waits for the training and returns its exit code."""
-        while True:
-            try:
-                code = self.process.wait(timeout=_POLL_SECONDS)
-                break
-            except subprocess.TimeoutExpired:
-                if len(self.received) > 1 or (self.may_restart and self.errors.has_error):
-                    self._kill()  # a user's error is the same after every restart
-                elif self.received:
-                    self._terminate()
+        while self._is_running():
+            if len(self.received) > 1 or (self.may_restart and self.errors.has_error):
+                self._kill()  # a user's error is the same after every restart
+            elif self.received or self.process.poll() is not None:  # workers without torchrun
+                self._terminate()
         self.errors.join()
         if self.errors.has_error:
             return USER_ERROR
-        was_killed = len(self.received) > 1
+        code, was_killed = self.process.wait(), len(self.received) > 1
         return exit_code_of(code) if was_killed else finish(code, "the training process")
+
+    def _is_running(self) -> bool:
+        """Waits a moment; whether the process, or a worker that a killed torchrun left, runs."""
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self.process.pid)
+            self.workers |= set(parent.children() if self.with_torchrun else [parent])
+        try:
+            self.process.wait(timeout=_POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            return True
+        if not any(map(_runs, self.workers)):
+            return False
+        time.sleep(_POLL_SECONDS)
+        return True
 
     def _terminate(self) -> None:
         """Sends SIGTERM to every worker once, including those that torchrun starts later."""
-        for worker in self._workers():
-            if worker.pid not in self.terminated:
-                self.terminated.add(worker.pid)
-                with suppress(psutil.NoSuchProcess):
-                    worker.terminate()
+        for worker in self.workers - self.terminated:
+            self.terminated.add(worker)
+            with suppress(psutil.NoSuchProcess):
+                worker.terminate()
 
     def _kill(self) -> None:
-        for worker in [psutil.Process(self.process.pid), *self._workers()]:
+        self.process.kill()
+        for worker in self.workers:
             with suppress(psutil.NoSuchProcess):
                 worker.kill()
 
-    def _workers(self) -> list[psutil.Process]:
-        parent = psutil.Process(self.process.pid)
-        return parent.children() if self.with_torchrun else [parent]
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended, reaped or not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class _ErrorFilter:
@@ -207,9 +224,9 @@ class _ErrorFilter:
                 self.has_error = line.startswith(ERROR_PREFIX)
 
     def join(self) -> None:
-        """Waits for the last line."""
+        """Waits for the last line; not for a process that outlives the training."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_LAST_LINE_SECONDS)
 
 
 def environment(processes: int) -> dict[str, str]:

@@ -77,6 +77,19 @@ sys.exit(processes.train([], 2))
     assert done.returncode == 0
 
 
+def test_the_workers_of_a_killed_torchrun_are_stopped() -> None:
+    code = """
+import sys
+from launch import processes
+command = ["bash", "-c", "sleep 300 & sleep 2; kill -9 $$"]
+processes.training_command = lambda *arguments: command
+sys.exit(processes.train([], 2))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "the training process was killed by SIGKILL" in done.stderr
+
+
 @pytest.mark.parametrize("is_nohup", [False, True])
 def test_a_hangup_stops_nothing_under_nohup(is_nohup: bool) -> None:
     ignore = "signal.signal(signal.SIGHUP, signal.SIG_IGN)" if is_nohup else "pass"
