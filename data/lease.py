@@ -112,6 +112,7 @@ class Lease:
         name: of the lease file.
         renew, stale: seconds, the same for all that use the folder.
         log: called with a line before a wait.
+        is_stopped: whether a signal ends the wait.
     """
 
     def __init__(
@@ -123,9 +124,11 @@ class Lease:
         renew: float = RENEW_SECONDS,
         stale: float = STALE_SECONDS,
         log: Callable[[str], None] = print_line,
+        is_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self.folder, self.path = folder, folder / name
         self.renew, self.stale, self.log = renew, stale, log
+        self.is_stopped = is_stopped
         self.owner = Owner.current(work, folder, launch)
         self._new_owner: Owner | None = None
         self._is_new_folder = False
@@ -243,6 +246,8 @@ class Lease:
                     f"{_name(owner)} is still working here"
                 )
             time.sleep(min(_POLL * self.renew, 1.0))
+            if self.is_stopped():
+                raise LeaseError(f"{self.folder}: stopped in this wait; nothing was begun.")
             file = self._read()
             if file is None or file.owner != owner:
                 return

@@ -39,6 +39,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
 
         from trainer.failures import report_failures
         from trainer.lease import lease_on
+        from trainer.parallel.collectives import all_gather_objects
         from trainer.parallel.grid import open_grid
         from trainer.planning import (
             advise_on_out_of_memory,
@@ -59,11 +60,16 @@ def train(config: RunConfig, stop: StopRequest) -> None:
                 if grid.device.type == "cuda":
                     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
-            with lease_on(config.run_dir, "v4 train", grid, watch) as check:
+            with lease_on(config.run_dir, "v4 train", grid, watch, stop=stop) as check:
                 start.what = "comparing all processes"
                 for warning in preflight(config, grid):
                     if is_first:
                         print_line(f"warning: {warning}")
+                if any(all_gather_objects(stop.requested, grid.world)):
+                    if is_first:
+                        print_line("stopped before the first step")
+                    watch.close()
+                    return
                 messages.append(expected_memory_report(config, grid.world_size))
                 start.what = "opening the shards and building the model"
                 with advise_on_out_of_memory(config, grid):

@@ -8,21 +8,29 @@ from pathlib import Path
 from data.lease import LEASE_FILE, Lease
 from trainer.failures import FailureWatch
 from trainer.parallel.grid import Grid
+from trainer.signals import StopRequest
 
 
 @contextmanager
 def lease_on(
-    folder: Path, work: str, grid: Grid, watch: FailureWatch, name: str = LEASE_FILE
+    folder: Path,
+    work: str,
+    grid: Grid,
+    watch: FailureWatch,
+    name: str = LEASE_FILE,
+    stop: StopRequest | None = None,
 ) -> Iterator[Callable[[], None]]:
     """Holds the lease in the first rank, for all ranks; yields its `check`, to call before writing.
 
-    Raises LeaseError on the first rank, which ends the others through `watch`.
+    Raises LeaseError on the first rank, which ends the others through `watch`; also where `stop` is
+    requested while the lease is waited for.
     """
     if not grid.is_first:
         yield lambda: None
         return
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     launch = "" if launch == "none" else launch  # torchrun's default, which names no job
-    with Lease(folder, work, launch, name) as lease:
+    stop = stop or StopRequest()
+    with Lease(folder, work, launch, name, is_stopped=lambda: stop.requested) as lease:
         watch.at_end.append(lease.release)
         yield lease.check

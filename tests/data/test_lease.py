@@ -96,6 +96,14 @@ def test_the_copy_of_a_folder_in_use_is_free(tmp_path: Path) -> None:
             assert original.path.is_file()
 
 
+def test_a_signal_ends_the_wait(tmp_path: Path) -> None:
+    of_another_host(tmp_path)
+    start, stopped = time.monotonic(), pytest.raises(LeaseError, match="stopped in this wait")
+    with stopped, Lease(tmp_path, "v4 train", renew=0.1, stale=60.0, is_stopped=lambda: True):
+        pass
+    assert time.monotonic() - start < 5
+
+
 @pytest.mark.parametrize("shift", [-3600.0, 0.0, 3600.0])
 def test_another_host_by_its_renewals_whatever_its_clock(tmp_path: Path, shift: float) -> None:
     path = of_another_host(tmp_path)
