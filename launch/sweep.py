@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 from optuna.trial import TrialState
 
+from data.activity import Activity
 from data.files import write_atomically
 from data.lease import Lease
 from launch import processes
@@ -141,7 +143,7 @@ class _Runner:
         self._load()
         waiting = self.search.unfinished()
         for number in waiting:
-            _stop_orphan(self._trial_folder(number))
+            _stop_orphan(self._trial_folder(number), lambda: self.stopping)
         while not self.stopping:
             while len(self.running) < self.jobs:
                 following = waiting.pop(0) if waiting else self.search.next()
@@ -246,7 +248,7 @@ class _Runner:
         values = {
             number: self.histories[number][-1]
             for number, state in self.search.states().items()
-            if state == "complete"
+            if state == "complete" and self.histories[number]  # whose metrics were not lost since
         }
         if not values:
             return None
@@ -278,8 +280,10 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _stop_orphan(folder: Path) -> None:
+def _stop_orphan(folder: Path, is_stopping: Callable[[], bool] = lambda: False) -> None:
     """Terminates the trial that a killed sweep left running; it saves a checkpoint first.
+
+    `is_stopping` ends the wait for it.
 
     In the copy of a sweep's folder, the process is the original's and goes on.
     """
@@ -293,4 +297,8 @@ def _stop_orphan(folder: Path) -> None:
         process = psutil.Process(known["pid"])
         if process.create_time() == known["born"]:
             process.terminate()
-            process.wait()
+            with Activity(f"waiting for the earlier process {process.pid} of {folder} to save"):
+                while not is_stopping():
+                    with suppress(psutil.TimeoutExpired):
+                        process.wait(_POLL_SECONDS)
+                        return

@@ -342,6 +342,20 @@ def test_only_the_process_that_a_killed_sweep_started_is_terminated(tmp_path: Pa
             assert (status is not None) == is_terminated
 
 
+def test_a_signal_ends_the_wait_for_an_earlier_trial(tmp_path: Path) -> None:
+    code = (
+        "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(9)"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"\n"
+        record = {"pid": process.pid, "born": psutil.Process(process.pid).create_time()}
+        (tmp_path / "process.json").write_text(json.dumps(record))
+        _stop_orphan(tmp_path, lambda: True)
+        assert process.poll() is None
+        process.kill()
+
+
 def test_seeds_are_averaged_and_the_others_tuned() -> None:
     values = {("muon", 1): (2.0, 2.2), ("muon", 2): (3.0, 3.0), ("adamw", 1): (9.0, 9.0)}
     values["adamw", 2] = (2.4, 2.8)
