@@ -15,10 +15,15 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def kill_after(
-    process: BaseProcess, folder: Path, pattern: str, count: int, rng: random.Random
+    process: BaseProcess,
+    folder: Path,
+    pattern: str,
+    count: int,
+    rng: random.Random,
+    within: float = 0.1,
 ) -> None:
-    """SIGKILL within a tenth of a second after `folder` holds `count` files of `pattern`."""
+    """SIGKILL within `within` seconds after `folder` holds `count` files of `pattern`."""
     until(lambda: len(list(folder.glob(pattern))) >= count or not process.is_alive())
-    time.sleep(rng.uniform(0.0, 0.1))
+    time.sleep(rng.uniform(0.0, within))
     process.kill()
     process.join()

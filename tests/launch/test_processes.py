@@ -92,7 +92,11 @@ sys.exit(processes.train([], 2))
 
 @pytest.mark.parametrize("is_nohup", [False, True])
 def test_a_hangup_stops_nothing_under_nohup(is_nohup: bool) -> None:
-    ignore = "signal.signal(signal.SIGHUP, signal.SIG_IGN)" if is_nohup else "pass"
+    ignore = (
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+        if is_nohup
+        else "signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+    )
     code = f"""
 import os, signal
 from launch import processes

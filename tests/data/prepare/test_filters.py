@@ -280,7 +280,7 @@ def test_processes_and_kills_change_nothing(
         done = rng.randrange(
             10 * trial, 10 * trial + 10
         )  # of 12 files of the filter pass and others
-        kill_after(child, Path(killed.shards), ".unfinished-*/[!.]*", done, rng)
+        kill_after(child, Path(killed.shards), ".unfinished-*/[!.]*", done, rng, within=0.01)
         left = [path.name for path in Path(killed.shards).glob(".unfinished-*/*")]
         phases["filtering"] += any(name.endswith("filter.json") for name in left)
         phases["tokenising"] += any(name.endswith(".idx") for name in left)
