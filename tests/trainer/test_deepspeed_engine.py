@@ -31,7 +31,7 @@ MUON = 'deepspeed={"optimizer": {"type": "Muon"}'
 # The steps that DeepSpeed's Muon makes, from weights with which no choice is close.
 AS_THEIRS = [
     "steps=6",
-    "seed=5",
+    "seed=4",
     "optim.matrix_optimizer=muon",
     "optim.clip_norm=null",
     "optim.muon.coarse_steps=5",
