@@ -222,7 +222,8 @@ def test_other_topologies_train_the_same_and_resume_across_borders(
     alone = Job(topology(1), tmp_path / "alone")
     jobs = [alone, *(Job(spread, tmp_path / spread.name) for spread in TOPOLOGIES)]
     moves = [Job(topology(2, context=2), tmp_path / "move", 6), Job(topology(1), tmp_path / "move")]
-    more = (*COMMON, "model.index_topk=3", "steps=0", "data.micro_batch_size=1")
+    # With this seed no choice of another phase's is close either: see close_calls.py.
+    more = (*COMMON, "model.index_topk=3", "steps=0", "data.micro_batch_size=1", "seed=40")
     run_all(path, jobs[1:] + moves[:1], *more)
     run_all(path, [alone, moves[1]], *more)
     reference = outcome(alone.run_dir)
