@@ -169,8 +169,8 @@ def test_torchrun(folder: Path, tiny: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (
-        f"wrote step 3 of {folder / 'run'} to {tmp_path / 'hf'}; the run has not trained its indexers "
-        "(attention = select), and transformers selects entries with them\n"
+        f"wrote step 3 of {folder / 'run'} to {tmp_path / 'hf'}; the run has not trained "
+        "its indexers (attention = select), and transformers selects entries with them\n"
     )
     exported = read_hf_weights(tmp_path / "hf")
     one = read_hf_weights(folder / "one")
