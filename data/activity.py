@@ -35,7 +35,7 @@ class Activity:
     With a total: `v4: WHAT: 1,200 of 5,000 batches, 12 s, about 0:00:38 left`.
 
     Arguments:
-        what: the work, as `loading the checkpoint`; may be set as the work goes on.
+        what: the work, as `loading the checkpoint`; may be set while the work runs.
         total: how much `advance` will count, in `unit`; 0 where that is not known.
         visible: logs nothing where False, as on all ranks but the first.
     """

@@ -281,7 +281,7 @@ class DataConfig(Section):
     source is read once per epoch."""
     transforms: TransformsConfig = TransformsConfig()
     accept_change_at: NonNegativeInt | None = None
-    """Step at which a resume accepts that these settings or the shards have changed, and goes on
+    """Step at which a resume accepts that these settings or the shards have changed, and continues
     after the packing window in progress; null: none (docs/resume.md). [steps]"""
     prefetch: int = Field(default=2, ge=0, le=1000)
     """How many steps are prepared ahead, in a thread. [steps]"""

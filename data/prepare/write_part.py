@@ -93,7 +93,7 @@ def write_part(
         raise
     if bad:
         lines = [json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in bad]
-        # A lone surrogate, of a field's name or a file name that is not UTF-8, becomes \uXXXX.
+        # A lone surrogate, of a field's name or a file name that is not UTF-8, becomes an escape.
         content = "".join(lines).encode(errors="backslashreplace")
         write_atomically(folder / f"{item.name}.quarantine.jsonl", content)
     record = PartRecord(

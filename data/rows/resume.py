@@ -73,7 +73,7 @@ class DataRecord:
         keys = {change[0] for change in changes}
         if keys == {f"data.{_BATCH_SIZE}"}:
             self.loader.start_at(Place(**saved["place"]))
-            return [f"{key} is {new} and was {old}; reading goes on with the row after the last"]
+            return [f"{key} is {new} and was {old}; reading continues with the row after the last"]
         if not self._has_accepted and self.loader.config.accept_change_at != step:
             more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
             raise DataError(

@@ -1,4 +1,4 @@
-"""Segments: text in which special tokens are told apart from their spelling by type.
+"""Segments: text in which type distinguishes special tokens from their spelling.
 
 `Special` stands for a special token, any other string for plain text. Only a `Special` becomes a
 special id, so the spelling of a special token inside a message stays plain text.

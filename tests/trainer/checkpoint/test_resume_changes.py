@@ -63,7 +63,7 @@ def test_another_batch_size_keeps_its_place_in_later_resumes_too(
     straight = Path(shutil.copytree(run, tmp_path / "straight"))
     assert main([str(straight), "data.global_batch_size=6"]) == 0
     out = capsys.readouterr().out
-    assert "data.global_batch_size is 6 and was 4; reading goes on with the row after" in out
+    assert "data.global_batch_size is 6 and was 4; reading continues with the row after" in out
     train(tiny, run, "steps=8", "data.global_batch_size=6", stop_at=5)
     assert main([str(run)]) == 0
     assert "data.global_batch_size is 6 and was" not in capsys.readouterr().out.split("resumed")[-1]
