@@ -52,7 +52,8 @@ def test_another_batch_size_goes_on_with_the_next_row(
     loader = Loader(changed(small, global_batch_size=size), seed=3)
     (line,) = DataRecord(loader).resume(saved, step)
     assert line == (
-        f"data.global_batch_size is {size} and was 12; reading continues with the row after the last"
+        f"data.global_batch_size is {size} and was 12; "
+        "reading continues with the row after the last"
     )
     count = 3 * before.plans[0].rows
     ours, theirs = range(step, step + count // size), range(step, step + count // 12)
