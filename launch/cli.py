@@ -9,7 +9,7 @@ import typer
 
 from data.activity import replace_unprintable
 from launch import processes
-from trainer.signals import raise_on_interrupt
+from trainer.process.signals import raise_on_interrupt
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -236,7 +236,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        from trainer.errors import report_error
+        from trainer.process.errors import report_error
 
         sys.exit(report_error(error))
 

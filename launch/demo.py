@@ -17,7 +17,7 @@ from data.files import read_step_records
 from data.lease import Lease
 from launch import processes
 from trainer.config import RunConfig, load_config
-from trainer.exit_codes import INTERRUPTED
+from trainer.process.exit_codes import INTERRUPTED
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "debug.yaml"
 PROMPT = "def main(argv):\n"

@@ -14,7 +14,7 @@ from typing import IO
 import psutil
 
 from data.activity import print_line
-from trainer.exit_codes import (
+from trainer.process.exit_codes import (
     ERROR_PREFIX,
     INTERRUPTED_LINE,
     USER_ERROR,
@@ -47,7 +47,7 @@ def training_command(arguments: Sequence[str], processes: int, restarts: int = 0
     python = [sys.executable, "-m"]
     if not _needs_torchrun(processes, restarts):
         return [*python, "trainer", *arguments]
-    torchrun = ["trainer.torchrun", "--standalone", "--nproc-per-node", str(processes)]
+    torchrun = ["trainer.process.torchrun", "--standalone", "--nproc-per-node", str(processes)]
     torchrun += ["--max-restarts", str(restarts)]
     return [*python, *torchrun, "-m", "trainer", *arguments]
 
@@ -71,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
         pass
 
     with handlers({signal.SIGTERM: pass_on, signal.SIGHUP: pass_on, signal.SIGINT: ignore}):
-        # Blocked until the subprocess has a handler, see trainer.signals.
+        # Blocked until the subprocess has a handler, see trainer.process.signals.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         process = subprocess.Popen(arguments, env=environment(1))
         started.append(process)

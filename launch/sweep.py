@@ -22,7 +22,7 @@ from launch.sweep_file import Arguments, Sweep, load_sweep
 from launch.sweep_progress import SweepDisplay, TrialProgress, failure_reason
 from launch.sweep_search import Search, read_history, should_stop, storage_errors
 from trainer.config import ConfigError, RunConfig, differences, load_config
-from trainer.exit_codes import FAILED, error_line
+from trainer.process.exit_codes import FAILED, error_line
 
 _POLL_SECONDS = 0.3
 

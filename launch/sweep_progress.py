@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.activity import print_line
-from trainer.exit_codes import ERROR_PREFIX, describe_signal
+from trainer.process.exit_codes import ERROR_PREFIX, describe_signal
 
 PLAIN_SECONDS = 30.0
 """Between lines about the running trials where stdout is no terminal."""

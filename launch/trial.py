@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from launch import processes
-from trainer.exit_codes import USER_ERROR, error_line
+from trainer.process.exit_codes import USER_ERROR, error_line
 
 
 def main(arguments: list[str]) -> int:

@@ -12,7 +12,7 @@ import torch
 torch.set_num_threads(1)
 
 HERE = Path(__file__).parent
-LONGEST_FIRST = ("trainer/test_deepspeed_engine.py", "trainer/parallel", "launch", "trainer")
+LONGEST_FIRST = ("trainer/deepspeed", "trainer/parallel", "launch", "trainer")
 
 
 @pytest.fixture(scope="session")

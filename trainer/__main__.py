@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from data.activity import Activity, print_line, replace_unprintable
-from trainer.signals import StopRequest, stop_on_signals
+from trainer.process.signals import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -37,8 +37,6 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     with Activity("loading torch", visible=is_first):
         import torch
 
-        from trainer.failures import report_failures
-        from trainer.lease import lease_on
         from trainer.parallel.collectives import all_gather_objects
         from trainer.parallel.grid import open_grid
         from trainer.planning import (
@@ -48,6 +46,8 @@ def train(config: RunConfig, stop: StopRequest) -> None:
             host_memory_warning,
         )
         from trainer.preflight import preflight
+        from trainer.process.failures import report_failures
+        from trainer.process.lease import lease_on
         from trainer.trainer import Trainer
 
     with report_failures() as watch, Activity("connecting", visible=is_first) as start:
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before anything is imported that takes long, so that no signal is lost.
     with stop_on_signals() as stop:
         from trainer.config import load_run
-        from trainer.errors import run_or_explain
+        from trainer.process.errors import run_or_explain
 
         return run_or_explain(lambda: train(load_run(options.config, options.overrides), stop))
 

@@ -31,7 +31,7 @@ def build_engine(
     if config.engine == "native":
         local, optimizer = build_native(config, grid, token_frequencies)
         return local, NativeEngine(local, grid, optimizer), optimizer
-    from trainer.deepspeed_engine import DeepSpeedEngine  # imports deepspeed, which takes long
+    from trainer.deepspeed.engine import DeepSpeedEngine  # imports deepspeed, which takes long
 
     local = make_initialised_model(config, grid, token_frequencies)
     engine = DeepSpeedEngine(config, local, grid, make_table(config, local))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.activity import Activity, print_line, replace_unprintable
-from trainer.signals import raise_on_interrupt
+from trainer.process.signals import raise_on_interrupt
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -94,9 +94,9 @@ def export(config: RunConfig, options: argparse.Namespace) -> None:
     with _loading():
         from data.lease import LEASE_FILE
         from trainer.export import export_run
-        from trainer.failures import report_failures
-        from trainer.lease import lease_on
         from trainer.parallel.grid import open_grid
+        from trainer.process.failures import report_failures
+        from trainer.process.lease import lease_on
 
     with report_failures() as watch, open_grid() as grid:
         watch.connect(grid)
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raise_on_interrupt()
     replace_unprintable()
     options = parse(arguments)
-    from trainer.errors import run_or_explain
+    from trainer.process.errors import run_or_explain
 
     def run() -> None:
         from trainer.config import require_unicode

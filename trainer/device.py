@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from trainer.formatting import gib
-from trainer.host_memory import HostMemory
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
+from trainer.process.host_memory import HostMemory
 
 PEAK_TFLOPS = {
     "A100": 312,

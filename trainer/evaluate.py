@@ -11,8 +11,8 @@ from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.parallel.collectives import all_reduce_
 from trainer.parallel.grid import Grid
+from trainer.process.signals import StopRequest
 from trainer.run_tokenizer import run_data
-from trainer.signals import StopRequest
 
 
 class EvaluationStopped(Exception):

@@ -23,11 +23,11 @@ from data.manifest import MANIFEST_FILE
 from data.text import tokenizer_file
 from trainer.config import RunConfig
 from trainer.device import DeviceInfo, available_memory
-from trainer.errors import PreflightError
 from trainer.formatting import GIB
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
 from trainer.planning import memory_parts, snapshot_memory
+from trainer.process.errors import PreflightError
 from trainer.run_tokenizer import run_data
 
 PACKAGES = ("data", "model", "optim", "trainer")

@@ -16,16 +16,16 @@ from data.rows import matching_manifest, token_frequencies
 from model.kernel_choices import describe, kernel_choices
 from trainer.build import DTYPES, build_engine
 from trainer.checkpoint import PeriodicCheckpoints, RunCheckpoint, unsaved_progress
-from trainer.command_line import v4
 from trainer.config import CONFIG_FILE, Phase, RunConfig
 from trainer.device import peak_memory_report
 from trainer.engine import StepLosses
-from trainer.errors import DivergedError
 from trainer.evaluate import EvaluationStopped, Validation
 from trainer.metrics import Metrics, UpdateStats, collect_stats, compute_layer_stats, describe_event
 from trainer.parallel.grid import Grid
+from trainer.process.command_line import v4
+from trainer.process.errors import DivergedError
+from trainer.process.signals import StopRequest
 from trainer.run_tokenizer import keep_tokenizer, open_tokenizer, other_tokenizer, run_data
-from trainer.signals import StopRequest
 from trainer.stability import Anticipation, Stability
 from trainer.state import TrainState
 from trainer.step import RolledBack, StepResult
@@ -38,7 +38,7 @@ class Trainer:
 
     `check` is called after every step, before anything is written; what it raises ends the run.
 
-    Raises the errors of trainer.errors.USER_ERRORS for input that cannot be trained on.
+    Raises the errors of trainer.process.errors.USER_ERRORS for input that cannot be trained on.
     """
 
     def __init__(

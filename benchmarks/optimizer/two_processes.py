@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.optimizer.tasks import RATE, Matrices, interleaved, parameters_of, ratio
 from optim import MuonConfig
 from optim.zero import Precision
-from trainer.deepspeed_engine import import_deepspeed
+from trainer.deepspeed.engine import import_deepspeed
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
 

@@ -29,7 +29,7 @@ from trainer.engine import NativeEngine
 from trainer.evaluate import Validation
 from trainer.export import export_run, import_hf_folder, open_run
 from trainer.parallel.grid import Grid
-from trainer.signals import StopRequest
+from trainer.process.signals import StopRequest
 from trainer.trainer import Trainer
 
 QAT = "quantisation=mxfp4"

@@ -38,7 +38,7 @@ from trainer.config import load_config
 from trainer.export import export_run, read_hf_weights
 from trainer.metrics import read_metrics
 from trainer.parallel.grid import Grid
-from trainer.signals import StopRequest
+from trainer.process.signals import StopRequest
 from trainer.state import TrainState
 from trainer.step import StepResult
 from trainer.trainer import Trainer

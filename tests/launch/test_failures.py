@@ -12,7 +12,7 @@ import pytest
 
 from data.lease import LEASE_FILE
 from launch.processes import RESTART_ENVIRONMENT
-from trainer import failures
+from trainer.process import failures
 
 RANKS = 3
 LIMIT = 60.0  # seconds
@@ -100,7 +100,7 @@ def test_the_other_ranks_learn_of_a_failure_that_cannot_be_printed() -> None:
     code = """
 import sys
 from types import SimpleNamespace
-from trainer.failures import FailureWatch
+from trainer.process.failures import FailureWatch
 watch = FailureWatch()
 watch._store = SimpleNamespace(add=lambda key, n: 1, set=lambda key, text: print(text, flush=True))
 watch.report(RuntimeError("out of luck"))

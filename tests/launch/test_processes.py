@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import processes
-from trainer.exit_codes import describe_signal
+from trainer.process.exit_codes import describe_signal
 
 
 def script(code: str) -> list[str]:
@@ -123,8 +123,8 @@ print(hangups, signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
     ],
 )
 def test_torchrun_ends_as_its_first_rank(command: str, code: int, part: str) -> None:
-    torchrun = [sys.executable, "-m", "trainer.torchrun", "--standalone", "--nproc-per-node=2"]
-    torchrun += ["--no-python", "bash", "-c", command]
+    torchrun = [sys.executable, "-m", "trainer.process.torchrun", "--standalone"]
+    torchrun += ["--nproc-per-node=2", "--no-python", "bash", "-c", command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == code, done.stderr

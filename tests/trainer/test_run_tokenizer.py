@@ -11,8 +11,8 @@ from tests.trainer.tiny import column, make_tiny, train
 from trainer.checkpoint import RunCheckpoint
 from trainer.commands import main
 from trainer.config import ConfigError, load_config, load_run
-from trainer.errors import CheckpointError
 from trainer.parallel.grid import Grid
+from trainer.process.errors import CheckpointError
 from trainer.run_tokenizer import keep_tokenizer, run_data
 from trainer.trainer import Trainer
 

@@ -10,9 +10,9 @@ import torch
 from data import Batch
 from trainer.config import load_config
 from trainer.engine import NativeEngine, StepLosses
-from trainer.errors import DivergedError
 from trainer.metrics.jsonl import read_metrics
 from trainer.parallel.grid import Grid
+from trainer.process.errors import DivergedError
 from trainer.trainer import Trainer
 
 

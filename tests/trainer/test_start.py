@@ -21,6 +21,8 @@ def test_the_first_line_comes_before_torch(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_one_process_imports_nothing_that_it_does_not_need() -> None:
-    modules = "trainer.failures, trainer.preflight, trainer.trainer, trainer.planning.fit_device"
+    modules = (
+        "trainer.process.failures, trainer.preflight, trainer.trainer, trainer.planning.fit_device"
+    )
     modules += ", trainer.planning.expected_memory, trainer.planning.out_of_memory"
     assert run(f"import {modules}; print({HEAVY} & set(sys.modules))") == "set()"

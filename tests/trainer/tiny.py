@@ -14,7 +14,7 @@ from data.prepare import prepare, train_tokenizer
 from trainer.config import RunConfig, load_config
 from trainer.metrics.jsonl import read_metrics
 from trainer.parallel.grid import Grid
-from trainer.signals import StopRequest
+from trainer.process.signals import StopRequest
 from trainer.trainer import Trainer
 
 TINY = """

@@ -32,11 +32,11 @@ from trainer.checkpoint.dcp_planners import load_boxes, save_boxes
 from trainer.checkpoint.logical_tensors import Boxes, TensorBox, is_routing
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import Rule, rule_of
-from trainer.errors import CheckpointError, SaveError
 from trainer.files import remove_folder, write_synced
 from trainer.parallel.collectives import all_gather_objects, all_reduce_
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Shape
+from trainer.process.errors import CheckpointError, SaveError
 
 FORMAT = 1
 _NAME = re.compile(r"^step-(\d{8,})$")

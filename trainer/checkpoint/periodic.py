@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable
 
 from trainer.checkpoint.run import RunCheckpoint
-from trainer.command_line import resume_command
 from trainer.config import RunConfig
-from trainer.errors import DivergedError, SaveError
+from trainer.process.command_line import resume_command
+from trainer.process.errors import DivergedError, SaveError
 from trainer.state import TrainState
 from trainer.step import StepResult
 

@@ -19,9 +19,9 @@ from trainer.checkpoint.folder import (
 )
 from trainer.checkpoint.logical_tensors import Boxes, logical_tensors
 from trainer.config import RunConfig, changed_fields
-from trainer.errors import CheckpointError
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Placement
+from trainer.process.errors import CheckpointError
 from trainer.run_tokenizer import run_data
 from trainer.state import TrainState
 

@@ -10,8 +10,8 @@ from typing import Any
 from data import Tokenizer
 from data.text import BOS, EOS, HF_FILE, MODEL_FILE
 from model import ModelConfig
-from trainer.errors import ExportError
 from trainer.export.hf_folder import CONFIG_JSON, read_object
+from trainer.process.errors import ExportError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _LONGEST_LIST = 5

@@ -23,7 +23,6 @@ from trainer.checkpoint import (
     newest_of,
 )
 from trainer.config import RunConfig
-from trainer.errors import CheckpointError
 from trainer.export.hf_folder import SHARD_BYTES, require_empty, write_hf_folder
 from trainer.export.packed_weights import (
     WeightFormat,
@@ -33,6 +32,7 @@ from trainer.export.packed_weights import (
     require_blocks,
 )
 from trainer.parallel.grid import Grid
+from trainer.process.errors import CheckpointError
 from trainer.run_tokenizer import open_tokenizer
 from trainer.state import TrainState
 

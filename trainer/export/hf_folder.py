@@ -18,10 +18,10 @@ from data.activity import Activity
 from data.files import check_inside, fsync_file
 from model import ModelConfig
 from trainer.checkpoint import new_folder, on_all_ranks
-from trainer.errors import ExportError
 from trainer.export.packed_weights import dequantised
 from trainer.files import write_synced
 from trainer.parallel.grid import Axis, Grid
+from trainer.process.errors import ExportError
 
 Read = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 

@@ -6,13 +6,13 @@ from typing import Any
 from data.files import write_atomically
 from trainer.build import build_native
 from trainer.checkpoint import RunCheckpoint, checkpoints_in
-from trainer.command_line import v4
 from trainer.config import CONFIG_FILE, RunConfig
-from trainer.errors import CheckpointError, ExportError
 from trainer.export.compare import check_generation, check_sizes, check_tokenizer
 from trainer.export.hf_folder import CONFIG_JSON, read_hf_config, read_hf_weights
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel
+from trainer.process.command_line import v4
+from trainer.process.errors import CheckpointError, ExportError
 from trainer.run_tokenizer import keep_tokenizer, open_tokenizer
 from trainer.state import TrainState
 

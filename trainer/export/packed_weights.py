@@ -20,7 +20,7 @@ from model.kernels.fp8 import eager as fp8
 from model.kernels.mxfp4 import Packed, dequantise, from_fp8, quantise, quantise_dequantise
 from model.parameter_spec import ReleasedFormat
 from model.parameters import memory_name, official_name, spec_of, tensors_of
-from trainer.errors import ExportError
+from trainer.process.errors import ExportError
 
 WeightFormat = Literal["as_trained", "mxfp4_experts", "released"]
 """`as_trained`: the tensors of the run's precision. `mxfp4_experts`: routed experts packed, the

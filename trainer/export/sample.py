@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from trainer.errors import ExportError
+from trainer.process.errors import ExportError
 
 
 def sample_text(folder: Path, prompt: str, new_tokens: int = 48) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.config import ConfigError, RunConfig, load_config
-from trainer.errors import OutOfMemoryError, failed_allocation
 from trainer.formatting import gib
 from trainer.parallel.grid import Grid
+from trainer.process.errors import OutOfMemoryError, failed_allocation
 
 MAX_SUGGESTIONS = 3
 """Settings that the advice names."""

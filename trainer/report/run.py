@@ -7,9 +7,9 @@ from typing import Any
 from data.files import write_atomically
 from model.parameters import parameter_counts
 from trainer.config import RunConfig, short_length
-from trainer.errors import ReportError
 from trainer.formatting import short
 from trainer.metrics import Event, read_events, read_metrics
+from trainer.process.errors import ReportError
 from trainer.report.layers import events_section, groups_section, layers_section
 from trainer.report.plots import CHARTS, Mark, draw, source_charts, value_of
 

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from data.errors import first_problem
 from data.files import InsidePath, write_atomically
-from trainer.errors import ReportError
 from trainer.metrics import Record, read_metrics
+from trainer.process.errors import ReportError
 from trainer.report.plots_sweep import draw_curves, draw_parallel
 from trainer.report.run import page
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from trainer.checkpoint import RunCheckpoint, checkpoints_in, step_of
 from trainer.config import RunConfig
-from trainer.errors import SaveError
 from trainer.metrics import Event
+from trainer.process.errors import SaveError
 from trainer.stability.anticipation import Anticipation
 from trainer.stability.spikes import SpikeDetector
 from trainer.state import TrainState

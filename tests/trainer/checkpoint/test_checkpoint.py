@@ -15,8 +15,8 @@ from tests.trainer.tiny import assert_same_run, column, saved_tensors, steps_in_
 from trainer.checkpoint import dcp_planners as planners
 from trainer.checkpoint.folder import CheckpointFolder, checkpoints_in
 from trainer.checkpoint.logical_tensors import TensorBox
-from trainer.errors import CheckpointError, SaveError
 from trainer.parallel.grid import Degrees, Grid
+from trainer.process.errors import CheckpointError, SaveError
 
 
 @pytest.fixture(scope="module")

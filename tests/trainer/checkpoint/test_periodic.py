@@ -18,10 +18,10 @@ from tests.trainer.tiny import assert_same_run, train
 from trainer.checkpoint import folder as checkpoint_folder
 from trainer.commands import main
 from trainer.config import load_config
-from trainer.errors import DivergedError
 from trainer.export import export_run
 from trainer.metrics.jsonl import read_events, read_metrics
 from trainer.parallel.grid import Grid
+from trainer.process.errors import DivergedError
 from trainer.state import TrainState
 from trainer.step import StepResult
 from trainer.trainer import Trainer

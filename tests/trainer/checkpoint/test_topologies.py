@@ -23,11 +23,11 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.logical_tensors import STEP, TensorBox
 from trainer.checkpoint.run import RunCheckpoint
 from trainer.config import RunConfig, load_config
-from trainer.errors import CheckpointError
 from trainer.parallel.degrees import Degrees, coordinates_of
 from trainer.parallel.grid import Grid
 from trainer.parallel.optimizer_sharding import build_hybrid_zero
 from trainer.parallel.placement import Placement, placements_of
+from trainer.process.errors import CheckpointError
 from trainer.state import TrainState
 
 STATES = ("momentum", "exp_avg", "exp_avg_sq", "step", "master")

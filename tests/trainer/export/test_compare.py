@@ -13,9 +13,9 @@ from data.errors import DataError
 from tests.trainer.tiny import saved_tensors, train
 from trainer.commands import main
 from trainer.config import ConfigError, RunConfig, load_config
-from trainer.errors import ExportError
 from trainer.export.export import export_run
 from trainer.export.import_run import import_hf_folder
+from trainer.process.errors import ExportError
 
 
 @pytest.fixture(scope="module")

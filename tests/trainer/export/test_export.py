@@ -20,10 +20,10 @@ from tests.full_disk import full_disk
 from tests.trainer.checkpoint.test_topologies import checkpoint_of, whole_run
 from tests.trainer.tiny import saved_tensors, train
 from trainer.config import RunConfig, load_config
-from trainer.errors import CheckpointError, ExportError
 from trainer.export.export import export_run
 from trainer.export.hf_folder import read_hf_weights
 from trainer.parallel.grid import Degrees, Grid
+from trainer.process.errors import CheckpointError, ExportError
 from trainer.state import TrainState
 
 SHARD_BYTES = 20_000

@@ -12,12 +12,12 @@ from data import Tokenizer
 from tests.full_disk import full_disk
 from tests.trainer.tiny import column, saved_tensors, train
 from trainer.config import RunConfig, load_config
-from trainer.errors import CheckpointError, ExportError
 from trainer.export.export import export_run
 from trainer.export.hf_folder import read_hf_weights, write_hf_folder
 from trainer.export.import_run import import_hf_folder, open_run
 from trainer.export.sample import sample_text
 from trainer.parallel.grid import Grid
+from trainer.process.errors import CheckpointError, ExportError
 
 
 @pytest.fixture(scope="module")

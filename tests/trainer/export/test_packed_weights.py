@@ -13,11 +13,11 @@ from tests import servers
 from tests.model.tiny import tiny_config
 from tests.trainer.tiny import saved_tensors, train
 from trainer.config import RunConfig, load_config
-from trainer.errors import ExportError
 from trainer.export.export import export_run
 from trainer.export.hf_folder import read_hf_weights
 from trainer.export.import_run import import_hf_folder
 from trainer.export.packed_weights import config_keys, dequantised
+from trainer.process.errors import ExportError
 
 SIZES = ["model.hidden_size=32", "model.moe_intermediate_size=64", "precision=bf16"]
 

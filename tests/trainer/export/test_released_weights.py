@@ -16,11 +16,11 @@ from tests.trainer.export.test_packed_weights import on_disk
 from tests.trainer.tiny import saved_tensors, train
 from trainer.commands import main
 from trainer.config import RunConfig, load_config
-from trainer.errors import ExportError
 from trainer.export.export import export_run
 from trainer.export.hf_folder import read_hf_config, read_hf_weights
 from trainer.export.import_run import import_hf_folder
 from trainer.export.packed_weights import _pack_fp8, _pack_mxfp4, dequantised
+from trainer.process.errors import ExportError
 
 SIZES = [
     "model.hidden_size=128",

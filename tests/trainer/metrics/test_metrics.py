@@ -14,12 +14,12 @@ from tests.full_disk import full_disk
 from tests.trainer.tiny import column, steps_in_file, train
 from trainer.config import RunConfig, load_config
 from trainer.engine import NativeEngine
-from trainer.errors import DivergedError, ReportError
 from trainer.evaluate import Validation
 from trainer.export.import_run import open_run
 from trainer.metrics.jsonl import MetricsFile, read_metrics
 from trainer.metrics.progress import Progress, describe
 from trainer.parallel.grid import Grid
+from trainer.process.errors import DivergedError, ReportError
 from trainer.report import write_report
 from trainer.report.plots import CHARTS, MAX_POINTS, lines_of, picture, points, smooth
 from trainer.trainer import Trainer

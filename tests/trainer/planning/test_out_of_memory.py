@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from trainer.config import load_config
-from trainer.errors import run_or_explain
-from trainer.exit_codes import USER_ERROR
 from trainer.parallel.grid import Grid
 from trainer.planning.out_of_memory import advise_on_out_of_memory, candidates, compare
+from trainer.process.errors import run_or_explain
+from trainer.process.exit_codes import USER_ERROR
 
 CONFIG = Path(__file__).parents[3] / "configs" / "debug.yaml"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trainer.errors import ReportError
+from trainer.process.errors import ReportError
 from trainer.report import write_sweep_report
 
 TRIAL = {"folder": "trial-0000", "state": "complete", "parameters": {"seed": 1, "steps": 2}}

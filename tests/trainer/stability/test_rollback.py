@@ -18,12 +18,12 @@ from tests.distributed import spawn
 from tests.trainer.tiny import assert_same_run, steps_in_file
 from trainer.config import SpikeConfig, load_config
 from trainer.engine import StepLosses
-from trainer.errors import ConfigError, DivergedError
 from trainer.metrics.jsonl import read_events, read_metrics
 from trainer.metrics.wandb_log import WandbLog
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.grid import Grid
 from trainer.planning.static_memory import snapshot_memory
+from trainer.process.errors import ConfigError, DivergedError
 from trainer.report import write_report
 from trainer.report.plots import CHARTS
 from trainer.stability.spikes import History, SpikeDetector, severity, z_score

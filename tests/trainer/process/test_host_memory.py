@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trainer.host_memory import HostMemory
+from trainer.process.host_memory import HostMemory
 
 GIB = 1 << 30
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")

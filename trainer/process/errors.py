@@ -17,7 +17,7 @@ from data.errors import DataError
 from model.errors import ModelConfigError
 from optim.errors import OptimError
 from trainer.config import ConfigError
-from trainer.exit_codes import (
+from trainer.process.exit_codes import (
     INTERRUPTED,
     INTERRUPTED_LINE,
     USER_ERROR,
@@ -142,7 +142,7 @@ def failed_allocation(error: BaseException) -> str | None:
 
 def _line_of_ours(error: BaseException) -> str:
     """Returns the line of our code that an error came from."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(root)]
     return f"{Path(ours[-1].filename).relative_to(root)}, line {ours[-1].lineno}"

@@ -21,7 +21,7 @@ from model.block import Block
 from optim import Assignment, StateSlice, gradient_norm
 from trainer.config import ConfigError, RunConfig
 from trainer.config.deepspeed import resolve, zero_stage
-from trainer.deepspeed_stage import DeepSpeedStage
+from trainer.deepspeed.stage import DeepSpeedStage
 from trainer.engine import Engine
 from trainer.microbatches import Microbatches
 from trainer.parallel.grid import Grid

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from data.activity import print_line
-from trainer.exit_codes import INTERRUPTED, INTERRUPTED_LINE
+from trainer.process.exit_codes import INTERRUPTED, INTERRUPTED_LINE
 
 
 class StopRequest:

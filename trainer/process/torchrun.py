@@ -1,4 +1,4 @@
-"""`python -m trainer.torchrun ...`: torchrun that ends with the exit code of the rank that failed.
+"""`python -m trainer.process.torchrun`: torchrun with the exit code of the rank that failed.
 
 torchrun itself always ends with 1, and a page about every rank that exited.
 """
@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from data.activity import print_line
-from trainer.exit_codes import USER_ERROR, describe_signal, exit_code_of
+from trainer.process.exit_codes import USER_ERROR, describe_signal, exit_code_of
 
 _CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
 """Return codes of ranks that torchrun, or a communication library, ended after another failure."""

@@ -14,7 +14,7 @@ import torch
 
 from data.errors import DataError
 from tests.full_disk import full_disk
-from trainer.errors import run_or_explain
+from trainer.process.errors import run_or_explain
 
 
 def open_missing() -> None:
@@ -57,7 +57,7 @@ STALE_LINE = stale.__code__.co_firstlineno + 1
         (mistake, "a source is empty."),
         (open_missing, "/nowhere/file: No such file or directory"),
         (rename_missing, "/nowhere/one to /nowhere/two: No such file or directory"),
-        (stale, f"tests/trainer/test_errors.py, line {STALE_LINE}: Stale file handle"),
+        (stale, f"tests/trainer/process/test_errors.py, line {STALE_LINE}: Stale file handle"),
         (too_large_for_torch, "out of memory: can't allocate memory: you tried to allocate 1441"),
         (no_room_for_a_library, "out of memory: libtorch.so: failed to map segment"),
         (too_large_for_numpy, "out of memory: Unable to allocate 256. PiB"),
@@ -91,7 +91,7 @@ def test_a_fault_of_ours_is_raised(error: Exception) -> None:
 
 
 def python(code: str, *, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
-    head = "import os, signal, sys\nfrom trainer.errors import run_or_explain\n"
+    head = "import os, signal, sys\nfrom trainer.process.errors import run_or_explain\n"
     command = [sys.executable, "-c", head + code]
     return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
 
@@ -117,7 +117,7 @@ INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)\n"
 
 
 def test_ctrl_c_is_one_line() -> None:
-    code = "from trainer.signals import raise_on_interrupt\nraise_on_interrupt()\n"
+    code = "from trainer.process.signals import raise_on_interrupt\nraise_on_interrupt()\n"
     code += f"def work():\n try:\n  {INTERRUPT} finally:\n  print('cleaned')\n"
     done = python(code + "sys.exit(run_or_explain(work))")
     assert (done.returncode, done.stderr, done.stdout) == (130, "v4: interrupted\n", "cleaned\n")
@@ -128,7 +128,7 @@ def test_ctrl_c_inside_an_import_ends_the_process(tmp_path: Path) -> None:
     (tmp_path / "greedy.py").write_text(
         f"import os, signal\ntry:\n  {INTERRUPT}except BaseException:\n  pass\n"
     )
-    code = "from trainer.signals import raise_on_interrupt\nraise_on_interrupt()\n"
+    code = "from trainer.process.signals import raise_on_interrupt\nraise_on_interrupt()\n"
     code += f"sys.path.insert(0, {str(tmp_path)!r})\nimport greedy\n"
     done = python(code)
     assert (done.returncode, done.stderr) == (130, "v4: interrupted\n")

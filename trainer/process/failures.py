@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from data.activity import print_line
-from trainer.errors import explain
-from trainer.exit_codes import FAILED, USER_ERROR, error_line
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
+from trainer.process.errors import explain
+from trainer.process.exit_codes import FAILED, USER_ERROR, error_line
 
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for the rank's own error, which says more than that the store is gone

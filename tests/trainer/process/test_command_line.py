@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.command_line import resume_command, v4
+from trainer.process.command_line import resume_command, v4
 
 
 def test_it_runs_wherever_v4_is(monkeypatch: pytest.MonkeyPatch) -> None:

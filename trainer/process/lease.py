@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.lease import LEASE_FILE, Lease
-from trainer.failures import FailureWatch
 from trainer.parallel.grid import Grid
-from trainer.signals import StopRequest
+from trainer.process.failures import FailureWatch
+from trainer.process.signals import StopRequest
 
 
 @contextmanager
