@@ -1,0 +1,71 @@
+"""What a check of kernels is asked and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The sizes at which kernels are checked: those of the run.
+
+    Attributes:
+        model: the fields of the ModelConfig.
+        dtype: of activations and weights.
+        micro_tokens: tokens of a microbatch on one rank, sequence parts of other ranks excluded.
+        operations: what to check, out of model.kernels.operations.OPERATIONS.
+        matrices: distinct (rows, columns) of the matrices that Muon updates, for "syrk".
+        deterministic: whether the run demands deterministic algorithms.
+    """
+
+    model: Mapping[str, Any]
+    dtype: Literal["bfloat16", "float16", "float32"]
+    micro_tokens: int
+    operations: tuple[str, ...]
+    matrices: tuple[tuple[int, int], ...] = ()
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of checking one operation on one GPU.
+
+    Attributes:
+        operation: one of model.kernels.operations.OPERATIONS.
+        passed: whether the Triton kernel fits this GPU and is right there.
+        reason: one sentence without a final dot: why the kernel failed, or why `choice` was chosen.
+        choice: the fastest implementation that passed: "eager", "compile", "triton" or a library.
+        blocks: the block sizes with which the Triton kernel passed and was fastest; empty where it
+            failed or has no choice of sizes.
+        errors: largest relative error by implementation, of outputs and of gradients (NaN where
+            there are none). "eager" is the yardstick in the run's dtype.
+        milliseconds: of forward and backward together, by implementation.
+    """
+
+    operation: str
+    passed: bool
+    reason: str
+    choice: str
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    milliseconds: Mapping[str, float] = field(default_factory=dict)
+
+
+class CheckKernels(Protocol):
+    """Checks kernels in subprocesses, one after the other, each with a time limit.
+
+    A subprocess that hangs is ended, and one that dies is reported; either gives a Verdict with
+    ``passed=False``, choice "eager" and the reason, and the next operation is checked.
+    """
+
+    def __call__(
+        self, problem: Problem, device_index: int, report: Callable[[str], None]
+    ) -> tuple[Verdict, ...]:
+        """Returns a Verdict for each of ``problem.operations``, in their order.
+
+        Args:
+            device_index: the GPU, as torch numbers it in this process.
+            report: called with the operation that is being checked.
+        """
