@@ -5,7 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# deepspeed is built from source and imports torch while it builds, so these come first.
+# deepspeed is built from source and imports torch while it builds, so these come first. Nothing is
+# compiled then, yet its set-up probes the accelerator and wants nvcc where there is a GPU:
+# DS_ACCELERATOR=cpu, for that command alone, makes it the same on every host.
 BUILD_FIRST := $(shell grep -E '^(torch|setuptools|wheel|numpy|ninja)==' requirements.lock)
 # In the order of tests/conftest.py, not that of how many tests are in a file.
 PYTEST := $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --durations=20
@@ -23,7 +25,7 @@ $(STAMP): requirements.lock setup.py
 	  { echo "make: '$(PYTHON)' is missing or older than Python 3.11; say: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(BUILD_FIRST)
-	$(BIN)/python -m pip install --quiet --no-build-isolation -r requirements.lock
+	DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --no-build-isolation -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
