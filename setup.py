@@ -56,5 +56,5 @@ setup(
         "rich>=13.9",
     ],
     extras_require={"docs": DOCS, "test": TEST},
-    entry_points={"console_scripts": ["v4 = launch.cli:main"]},
+    entry_points={"console_scripts": ["v4 = launch.__main__:main"]},
 )

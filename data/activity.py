@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -23,8 +24,21 @@ def print_line(text: str, stream: TextIO | None = None) -> None:
         print(text, file=stream, flush=True)
 
 
-def replace_unprintable() -> None:
-    """Prints `?` on stdout for what its encoding lacks, as stderr prints an escape."""
+def prepare_streams() -> None:
+    """Lets nothing that is printed fail for the sake of stdout and stderr.
+
+    What stdout's encoding lacks becomes `?`, as it becomes an escape on stderr. A stream that is
+    closed (`>&-`) leads nowhere; its number goes to no file that is opened later.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 

@@ -37,7 +37,10 @@ def write_counts(folder: Path, manifest: Manifest) -> str:
             total += np.bincount(ids, minlength=len(total))
         total[manifest.eos_id] -= shard.documents
     stream = io.BytesIO()
-    np.savez(stream, allow_pickle=False, **counts)
+    with zipfile.ZipFile(stream, "w") as archive:  # np.savez takes not every name
+        for source, count in counts.items():
+            with archive.open(f"{source}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, count, allow_pickle=False)
     write_atomically(folder / COUNTS_FILE, stream.getvalue())
     return sha256_of(folder / COUNTS_FILE)
 

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from data.activity import replace_unprintable
 from launch import processes
-from trainer.process.signals import raise_on_interrupt
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -230,12 +228,10 @@ def demo(
 
 
 def main() -> None:
-    """Entry point: errors of the user or the machine are one line and exit code 2."""
-    raise_on_interrupt()
-    replace_unprintable()
+    """Runs the command line: errors of the user or the machine are one line and exit code 2."""
     try:
         app()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         from trainer.process.errors import report_error
 
         sys.exit(report_error(error))

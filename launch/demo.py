@@ -134,7 +134,7 @@ def _train_half(config: RunConfig, arguments: list[str], nproc: int) -> None:
     metrics = config.run_dir / "metrics.jsonl"
     if _steps_in(metrics) >= half:
         return  # an earlier demo in the same folder got this far
-    command = [sys.executable, "-m", "launch.cli", "train", *arguments]
+    command = [sys.executable, "-m", "launch", "train", *arguments]
     with subprocess.Popen([*command, f"--nproc-per-node={nproc}"]) as process:
         while process.poll() is None and _steps_in(metrics) < half:
             time.sleep(0.2)

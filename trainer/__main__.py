@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from data.activity import Activity, print_line, replace_unprintable
+from data.activity import Activity, prepare_streams, print_line
 from trainer.process.signals import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     with Activity("loading torch", visible=is_first):
         import torch
 
+        from trainer.checkpoint import claim_checkpoints
         from trainer.parallel.collectives import all_gather_objects
         from trainer.parallel.grid import open_grid
         from trainer.planning import (
@@ -61,6 +62,8 @@ def train(config: RunConfig, stop: StopRequest) -> None:
                     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
             with lease_on(config.run_dir, "v4 train", grid, watch, stop=stop) as check:
+                if is_first:
+                    claim_checkpoints(config.run_dir)
                 start.what = "comparing all processes"
                 for warning in preflight(config, grid):
                     if is_first:
@@ -81,7 +84,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns exit code 0 at the end or after a signal, 2 after one line about bad input."""
-    replace_unprintable()
+    prepare_streams()
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     parser.add_argument("config", help="config file, or the folder of a run to resume")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.activity import Activity, print_line, replace_unprintable
+from data.activity import Activity, prepare_streams, print_line
 from trainer.process.signals import raise_on_interrupt
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 def tokenizer_train(config: RunConfig, options: argparse.Namespace) -> None:
     """Train the tokenizer of `data.tokenizer` on `data.sources`."""
     from data.prepare import train_tokenizer
+    from trainer.run_tokenizer import check_replaceable
 
+    check_replaceable(Path(config.data.tokenizer.path))
     print(f"wrote {train_tokenizer(config.data, options.overwrite)}")
 
 
@@ -205,12 +207,12 @@ FOLDER_VERBS = {"demo-corpus": demo_corpus, "sample": sample, "sweep-report": sw
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns exit code 0, 2 after one line on stderr about bad input, or 130 after Ctrl-C."""
-    raise_on_interrupt()
-    replace_unprintable()
+    prepare_streams()
     options = parse(arguments)
     from trainer.process.errors import run_or_explain
 
     def run() -> None:
+        raise_on_interrupt()  # one that came before is delivered here
         from trainer.config import require_unicode
 
         require_unicode([os.path.abspath(getattr(options, "folder", "."))])

@@ -52,6 +52,17 @@ def keep_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
         )
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raises ConfigError for a tokenizer that is the copy of a run which has checkpoints."""
+    run_dir = folder.resolve().parent
+    is_copy = folder.resolve().name == FOLDER and _file_in(folder) is not None
+    if is_copy and any((run_dir / "checkpoints").glob("step-*")):
+        raise ConfigError(
+            f"{folder} is the tokenizer of the run in {run_dir}, whose checkpoints are of no use "
+            "without it; set another data.tokenizer.path"
+        )
+
+
 def other_tokenizer(config: RunConfig) -> str:
     """Returns a sentence where `data.tokenizer.path` and the run's copy differ, else nothing."""
     used = Path(run_data(config).tokenizer.path)

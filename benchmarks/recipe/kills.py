@@ -44,7 +44,7 @@ class Run:
     def __init__(self, folder: Path, name: str, overrides: Sequence[str], processes: int) -> None:
         self.folder, self.log = folder / name, folder / f"{name}.log"
         arguments = [*overrides, f"run_dir={self.folder}", f"--nproc-per-node={processes}"]
-        self.command = [sys.executable, "-m", "launch.cli", "train", CONFIG, *arguments]
+        self.command = [sys.executable, "-m", "launch", "train", CONFIG, *arguments]
 
     def records(self) -> dict[int, Record]:
         """Returns the metrics by step; the last line may be incomplete."""

@@ -1,13 +1,12 @@
 """The documents of a source, with errors that name the file and the line."""
 
-import glob
 from collections.abc import Iterable, Iterator, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.config import SourceConfig
 from data.errors import DataError
+from data.prepare.find_files import find_files, identity
 from data.prepare.records import (
     Record,
     is_empty,
@@ -20,16 +19,7 @@ from data.prepare.records import (
 )
 from data.text import OWN_PROMPTS, Special, read_messages, read_prompts, render
 
-Identity = tuple[int, int]
-
 _MAX_CHARACTERS = 10**9
-# What Spark, macOS, Windows and Python leave beside data.
-_METADATA = (
-    *("_SUCCESS", "_metadata", "_common_metadata", "_committed_*", "_started_*"),
-    *("__MACOSX", "Thumbs.db", "desktop.ini", "__pycache__"),
-)
-# Text about a data set, which no JSON or table is.
-_DESCRIPTIONS = ("*.md", "README*", "LICENSE*", "dataset_info.json", "dataset_infos.json")
 
 
 class BadRecord(NamedTuple):
@@ -177,44 +167,6 @@ def no_document(source: SourceConfig, files: int, empty: int, dropped: int = 0) 
     )
 
 
-def find_files(source: SourceConfig) -> list[Path]:
-    """The local files of a source, sorted; DataError for a path that matches nothing.
-
-    A file that several paths or links lead to is there once, under the first of its names. Hidden
-    files and those that describe a data set are left out where only a wildcard matches them.
-    """
-    files: set[Path] = set()
-    for pattern in source.paths:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            matches = [(p, path / i) for i in source.include for p in path.glob(i)]
-        elif path.is_file():
-            matches = [(path, path)]
-        else:
-            matches = [(Path(name), path) for name in glob.glob(str(path), recursive=True)]
-        data = [p for p, q in matches if p.is_file() and _is_data(p, q, source)]
-        if not data:
-            only = "hidden files and metadata only" if any(p.is_file() for p, _ in matches) else ""
-            missing = "an empty folder" if path.is_dir() else "no such file, folder or match"
-            raise DataError(
-                f"source {source.name!r}: nothing to read at {pattern} ({only or missing})."
-            )
-        files.update(data)
-    by_identity: dict[Identity, Path] = {}
-    for file in sorted(files):
-        by_identity.setdefault(identity(file), file)
-    return list(by_identity.values())
-
-
-def identity(file: Path) -> Identity:
-    """What names of the same file have in common: device and inode. DataError if it is gone."""
-    try:
-        stat = file.stat()
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}.") from error
-    return stat.st_dev, stat.st_ino
-
-
 def require_distinct(corpora: Iterable[Corpus]) -> None:
     """Raises DataError where two sources read the same field of the same file or hub dataset."""
     readers: dict[tuple[object, ...], str] = {}
@@ -232,15 +184,3 @@ def require_distinct(corpora: Iterable[Corpus]) -> None:
                     "would be there twice; name it in one of them, and set its share in "
                     "data.source_weights."
                 )
-
-
-def _is_data(file: Path, pattern: Path, source: SourceConfig) -> bool:
-    """False for hidden files and metadata, unless `pattern` names them."""
-    metadata = _METADATA if source.format == "text" else _METADATA + _DESCRIPTIONS
-    for part in set(file.parts).difference(pattern.parts):
-        is_hidden = part.startswith(".") and not any(
-            named.startswith(".") and fnmatch(part, named) for named in pattern.parts
-        )
-        if is_hidden or any(fnmatch(part, name) for name in metadata):
-            return False
-    return True

@@ -138,6 +138,9 @@ def read_parquet(source: SourceConfig, file: Path) -> Iterator[Record]:
             names = table.schema_arrow.names
             if source.field not in names:
                 raise DataError(f"{file} has {no_field(source, names)}.")
+            for name in (source.field, source.effort_field):
+                if names.count(name) > 1:
+                    raise DataError(f"{file} has {names.count(name)} columns {name!r}.")
             wanted = [source.field]
             if source.content == "conversation" and source.effort_field in names:
                 wanted.append(source.effort_field)

@@ -43,7 +43,7 @@ def frequencies_of(config: DataConfig, phases: Sequence[DataPhase] = ()) -> np.n
 def mixed(config: DataConfig, documents: list[str], tmp_path: Path) -> DataConfig:
     """Two sources of different text and size."""
     sources = []
-    for name, texts in (("code", documents[:20]), ("short", documents[-150:])):
+    for name, texts in (("file", documents[:20]), ("short", documents[-150:])):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         sources.append({"name": name, "paths": [str(path)], "split": "train"})
@@ -66,14 +66,14 @@ def test_phases_and_weights_decide_the_shares(mixed: DataConfig) -> None:
         weights = {source.name: float(source.name == name) for source in mixed.sources}
         return frequencies_of(changed(mixed, source_weights=weights))
 
-    code, short = only("code"), only("short")
+    code, short = only("file"), only("short")
     assert np.abs(code - short).sum() > 0.5
-    weighted = changed(mixed, source_weights={"code": 0.25, "short": 0.75})
+    weighted = changed(mixed, source_weights={"file": 0.25, "short": 0.75})
     np.testing.assert_allclose(frequencies_of(weighted), 0.25 * code + 0.75 * short, rtol=1e-12)
     # 3 steps of 2 rows of 32 with 1:1, then 1 step of 4 rows of 16 with code alone: 3/4 and 1/4.
     phases = [
-        DataPhase(seq_len=32, global_batch_size=2, steps=3, source_weights={"code": 1, "short": 1}),
-        DataPhase(seq_len=16, global_batch_size=4, steps=1, source_weights={"code": 1}),
+        DataPhase(seq_len=32, global_batch_size=2, steps=3, source_weights={"file": 1, "short": 1}),
+        DataPhase(seq_len=16, global_batch_size=4, steps=1, source_weights={"file": 1}),
     ]
     expected = 0.75 * (code + short) / 2 + 0.25 * code
     np.testing.assert_allclose(frequencies_of(mixed, phases), expected, rtol=1e-12)

@@ -19,7 +19,7 @@ from tests.trainer.tiny import assert_same_run, steps_in_file, train, train_jobs
 from trainer.commands import parse
 from trainer.config import load_config
 
-V4 = [sys.executable, "-m", "launch.cli"]
+V4 = [sys.executable, "-m", "launch"]
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ def write(tiny: Path, folder: Path, body: str) -> Path:
 
 
 def command(file: Path, out: Path) -> list[str]:
-    return [sys.executable, "-m", "launch.cli", "sweep", str(file), f"--out={out}", "--jobs=2"]
+    return [sys.executable, "-m", "launch", "sweep", str(file), f"--out={out}", "--jobs=2"]
 
 
 def test_history_has_the_points_that_wandb_gets(tmp_path: Path) -> None:

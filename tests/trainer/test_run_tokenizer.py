@@ -97,3 +97,17 @@ def test_a_run_without_a_copy_names_both_tokenizers(tiny: Path, tmp_path: Path) 
         checkpoint.load(local.state)
     local.run()
     assert (run / "tokenizer/tokenizer.model").is_file()
+
+
+def test_the_tokenizer_of_a_run_is_not_trained_again(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where data.tokenizer.path is RUN/tokenizer, which is the run's own copy at once."""
+    run = tmp_path / "run"
+    shutil.copytree(tmp_path / "tokenizer", run / "tokenizer")
+    named = f"data.tokenizer.path={run / 'tokenizer'}"
+    train(tiny, run, "steps=1", named)
+    content = (run / "tokenizer/tokenizer.model").read_bytes()
+    assert main(["tokenizer-train", str(tiny), named, "--overwrite"]) == 2
+    assert "tokenizer is the tokenizer of the run in" in capsys.readouterr().err
+    assert (run / "tokenizer/tokenizer.model").read_bytes() == content

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for type checkers, the names of _MODULES
         folder_name,
         step_of,
     )
+    from trainer.checkpoint.linked_folder import claim_checkpoints
     from trainer.checkpoint.logical_tensors import (
         Boxes,
         TensorBox,
@@ -42,6 +43,7 @@ _MODULES = {
     "TensorBox": "logical_tensors",
     "SavedOptimizer": "run",
     "checkpoints_in": "folder",
+    "claim_checkpoints": "linked_folder",
     "find_mismatch": "folder",
     "folder_name": "folder",
     "is_routing": "logical_tensors",

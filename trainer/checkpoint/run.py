@@ -85,7 +85,7 @@ def newest_of(
         raise CheckpointError(
             f"{path}: was trained with another tokenizer than the one in "
             f"{run_data(config).tokenizer.path} (SHA-256 {saved['tokenizer'][:12]}… there and "
-            f"{tokenizer_hash[:12]}… here); set data.tokenizer.path to a copy of the former"
+            f"{tokenizer_hash[:12]}… here); put a copy of the former there"
         )
     return path, saved
 

@@ -68,6 +68,7 @@ class DeepSpeedEngine(Engine):
             resolved = resolve(config, self.world)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        self._check_bucket(resolved)
         self.kinds = {
             entry.name: ("momentum",) if entry.optimizer == "muon" else _ADAM for entry in table
         }
@@ -75,6 +76,20 @@ class DeepSpeedEngine(Engine):
         self.engine = _initialize(stage, make, resolved, grid)
         if grid.is_first:
             print_line(ABOUT + (MUON if self.has_muon else ADAMW))
+
+    def _check_bucket(self, resolved: Mapping[str, Any]) -> None:
+        """Raises ConfigError for a gradient that ZeRO 3 keeps to the update: DeepSpeed fails then.
+
+        It hands the gradient to a stream, which a CPU has not.
+        """
+        size = resolved["zero_optimization"].get("reduce_bucket_size")
+        largest = max(parameter.numel() for parameter in self.parameters.values())
+        is_fatal = self.stage == 3 and self.grid.device.type == "cpu"
+        if is_fatal and size is not None and size < largest:
+            raise ConfigError(
+                f"deepspeed.zero_optimization.reduce_bucket_size is {size}, and a parameter of "
+                f"this model has {largest} elements; stage 3 on a CPU needs at least as many"
+            )
 
     @property
     def has_muon(self) -> bool:

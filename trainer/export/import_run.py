@@ -5,7 +5,7 @@ from typing import Any
 
 from data.files import write_atomically
 from trainer.build import build_native
-from trainer.checkpoint import RunCheckpoint, checkpoints_in
+from trainer.checkpoint import RunCheckpoint, checkpoints_in, unsaved_progress
 from trainer.config import CONFIG_FILE, RunConfig
 from trainer.export.compare import check_generation, check_sizes, check_tokenizer
 from trainer.export.hf_folder import CONFIG_JSON, read_hf_config, read_hf_weights
@@ -57,14 +57,17 @@ def import_hf_folder(config: RunConfig, source: Path) -> str:
     """Makes a run that starts from a Hugging Face folder and returns a sentence about it.
 
     The run folder gets a checkpoint of step 0 and `config`, whose model has the folder's sizes (see
-    `imported_sizes`). Raises ExportError when the run folder already has checkpoints, or the folder
-    contradicts the config or itself; ModelConfigError when weights are missing or do not fit.
+    `imported_sizes`). Raises ExportError when the run folder has checkpoints or metrics, or the folder contradicts
+    the config or itself; CheckpointError when the run has lost its checkpoints;
+    ModelConfigError when weights are missing or do not fit.
     """
     checkpoints = config.run_dir / "checkpoints"
     if existing := checkpoints_in(checkpoints):
         raise ExportError(
             f"{config.run_dir}: already holds {existing[-1].name}; name a new run_dir"
         )
+    if last := unsaved_progress(config):
+        raise ExportError(f"{config.run_dir}: has metrics of {last} steps; name a new run_dir")
     ours = {name: getattr(config.model, name) for name in _OURS}
     imported = read_hf_config(source, **ours)
     check_sizes(config.model, imported, source)

@@ -15,7 +15,7 @@ def v4(*arguments: str | Path) -> str:
     if on_path is not None and Path(on_path).resolve() == script.resolve():
         program = ["v4"]
     else:
-        program = [str(script)] if script.is_file() else [sys.executable, "-m", "launch.cli"]
+        program = [str(script)] if script.is_file() else [sys.executable, "-m", "launch"]
     return shlex.join([*program, *map(str, arguments)])
 
 

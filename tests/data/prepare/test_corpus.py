@@ -193,6 +193,13 @@ def test_bad_rows_of_a_table(tmp_path: Path) -> None:
     ]
 
 
+def test_two_columns_of_a_name(tmp_path: Path) -> None:
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet has 2 columns 'text'"):
+        texts_of(corpus(paths=[str(tmp_path / "a.parquet")], format="parquet"))
+
+
 PARQUET = "is a parquet table; set `format: parquet` of source 's'"
 
 
@@ -218,20 +225,6 @@ def test_the_format_that_was_meant(
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_of_several_names_is_read_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "a.jsonl").write_bytes(jsonl(["a"]))
-    (folder / "latest.jsonl").symlink_to("a.jsonl")
-    (folder / "linked.jsonl").hardlink_to(folder / "a.jsonl")
-    (tmp_path / "other").symlink_to(folder)
-    names = ["data/a.jsonl", "data/../data/a.jsonl", str(folder), "other", "other/*.jsonl"]
-    assert texts_of(corpus(paths=names)) == ["a"]
-
-
 def test_two_sources_do_not_read_the_same_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]))
     (tmp_path / "b.jsonl").symlink_to("a.jsonl")
@@ -244,24 +237,6 @@ def test_two_sources_do_not_read_the_same_text(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'one' and 'two' both read x/y"):
         require_distinct([corpus(name="one", **hub), corpus(name="two", **hub)])
     require_distinct([corpus(name="one", **hub), corpus(name="two", dataset="x/y")])
-
-
-def test_hidden_files_and_metadata_are_not_data(tmp_path: Path) -> None:
-    names = ["a.jsonl", "_b.jsonl", "sub/__init__.jsonl"]
-    others = [".a.jsonl", ".cache/a.jsonl", "_SUCCESS", "__MACOSX/a.jsonl", "README.md"]
-    for name in (*names, *others):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(jsonl([name]))
-    assert set(texts_of(corpus(paths=[str(tmp_path)]))) == set(names)
-    everywhere = corpus(paths=[f"{tmp_path}/**"])
-    assert set(texts_of(everywhere)) == set(names)
-    assert len(corpus(paths=[str(tmp_path)], format="text").files) == len(names) + 1  # README.md
-    hidden = corpus(paths=[str(tmp_path)], include=[".cache/*", "README.md"])
-    assert texts_of(hidden) == [".cache/a.jsonl", "README.md"]
-    assert texts_of(corpus(paths=[f"{tmp_path}/.*.jsonl"])) == [".a.jsonl"]
-    assert texts_of(corpus(paths=[str(tmp_path / "_SUCCESS")])) == ["_SUCCESS"]
-    with pytest.raises(DataError, match=r"nothing to read at .* \(hidden files and metad"):
-        corpus(paths=[str(tmp_path)], include=["_*/*", "_SUCC*"])
 
 
 @pytest.mark.parametrize(
@@ -288,13 +263,6 @@ def test_text_that_cannot_be_used_names_its_file(
     monkeypatch.setattr("data.prepare.corpus._MAX_CHARACTERS", 4)
     with pytest.raises(DataError, match=r"^\S+a\.txt has 5 characters"):
         texts_of(corpus(paths=[str(tmp_path)], format="text"))
-
-
-def test_missing_path(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"source 's': nothing to read at .*nowhere"):
-        corpus(paths=[str(tmp_path / "nowhere")])
-    with pytest.raises(DataError, match="an empty folder"):
-        corpus(paths=[str(tmp_path)])
 
 
 @pytest.mark.parametrize("fields", [{}, {"paths": ["x"], "dataset": "y"}])

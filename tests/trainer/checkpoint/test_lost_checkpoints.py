@@ -62,3 +62,23 @@ def test_a_first_save_that_was_killed_is_repeated(run: Path) -> None:
     (run / "checkpoints/.step-00000003.tmp").mkdir()
     assert main([str(run), "checkpoint.every=0"]) == 0
     assert (run / "checkpoints/step-00000003").is_dir()
+
+
+def test_a_copied_link_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`cp -r` copies the link to a large disk: two runs would prune each other's checkpoints."""
+    shutil.move(run / "checkpoints", run.parent / "disk")
+    (run / "checkpoints").symlink_to(run.parent / "disk")
+    assert main([str(run), "steps=4"]) == 0
+    copy = run.parent / "copy"
+    shutil.copytree(run, copy, symlinks=True)
+    capsys.readouterr()
+    assert main([str(copy), "steps=5"]) == 2
+    error = capsys.readouterr().err
+    assert f"where {run} keeps its checkpoints" in error and error.count("\n") == 1
+    assert steps_in_file(copy) == [1, 2, 3, 4]
+    assert main([str(run), "steps=5"]) == 0
+    run.rename(run.with_name("renamed"))
+    assert main([str(run.with_name("renamed")), "steps=6"]) == 0
+    (copy / "checkpoints").unlink()
+    shutil.copytree(run.parent / "disk", copy / "checkpoints")
+    assert main([str(copy), "steps=7"]) == 0

@@ -196,7 +196,7 @@ def test_configs_load_without_torch() -> None:
 
 
 def test_a_config_is_refused_in_half_a_second_of_processor_time() -> None:
-    command = [sys.executable, "-m", "launch.cli", "train", str(DEBUG), "optim.lerning_rate=1"]
+    command = [sys.executable, "-m", "launch", "train", str(DEBUG), "optim.lerning_rate=1"]
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -92,7 +92,7 @@ def test_search_finds_keys_before_meanings() -> None:
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     code = (
-        "import sys; from launch.cli import main; sys.argv = ['v4', 'config', *sys.argv[1:]]\n"
+        "import sys; from launch.__main__ import main; sys.argv = ['v4', 'config', *sys.argv[1:]]\n"
         "try: main()\n"
         "finally: assert 'torch' not in sys.modules"
     )

@@ -197,7 +197,7 @@ def test_every_launcher_trains(folder: Path, tmp_path: Path) -> None:
     of_deepspeed = str(Path(sys.executable).with_name("deepspeed"))
     of_deepspeed_says = ["--num_accelerators=2", f"--master_port={free_port()}"]
     of_deepspeed_says += ["--no_local_rank", "--module", "trainer"]
-    ours = [sys.executable, "-m", "launch.cli", "train"]
+    ours = [sys.executable, "-m", "launch", "train"]
     arguments = ["engine=deepspeed", ADAMW + "}", "steps=2", "evaluation.max_rows=4"]
     for name, command, more in (
         ("1", ours, ["--nproc-per-node=1"]),
@@ -312,6 +312,14 @@ def test_accumulation_must_fit_the_processes(folder: Path) -> None:
     overrides = ["engine=deepspeed", ADAMW + ', "gradient_accumulation_steps": 3}']
     with pytest.raises(ValueError, match=r"should be 1 for data\.global_batch_size = 4"):
         resolve(load_config(folder / "tiny.yaml", overrides), 2)
+
+
+def test_a_bucket_that_a_gradient_outgrows(folder: Path) -> None:
+    """DeepSpeed ends with an error of its own there, at the first update on a CPU."""
+    zero = ', "zero_optimization": {"stage": 3, "reduce_bucket_size": 100}}'
+    config = load_config(folder / "tiny.yaml", ["engine=deepspeed", ADAMW + zero, "steps=1"])
+    with pytest.raises(ConfigError, match=r"reduce_bucket_size is 100, .* has \d+ elements"):
+        Trainer(config, Grid.single())
 
 
 def test_a_plan_is_refused(folder: Path) -> None:

@@ -207,6 +207,11 @@ def test_mistakes_are_sentences(tiny: Path, run: RunConfig, exported: Path, tmp_
         export_run(run, exported)
     with pytest.raises(ExportError, match=r"already holds step-00000004"):
         import_hf_folder(run, exported)
+    lost = load_config(tiny, [f"run_dir={tmp_path / 'lost'}"])
+    lost.run_dir.mkdir()
+    (lost.run_dir / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n')
+    with pytest.raises(ExportError, match="lost: has metrics of 4 steps; name a new run_dir"):
+        import_hf_folder(lost, exported)
     config = load_config(tiny, [f"run_dir={tmp_path / 'run'}"])
     with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
         export_run(config, tmp_path / "out")

@@ -121,7 +121,7 @@ def test_memory_falls_with_every_axis_that_divides_it(tiny: Path) -> None:
 
 def test_the_whole_command(tiny: Path) -> None:
     """Degrees without a number of processes: the fewest they need; tables on stdout only."""
-    command = [sys.executable, "-m", "launch.cli", "plan", str(tiny), *MODEL]
+    command = [sys.executable, "-m", "launch", "plan", str(tiny), *MODEL]
     arguments = ["parallel.pipeline=2", "parallel.expert=2", "--dry-run"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -113,6 +113,18 @@ def test_a_reader_that_left_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+def test_closed_streams_lead_nowhere(tmp_path: Path) -> None:
+    """Nothing that is printed gets into a file that is opened later."""
+    code = "from data.activity import prepare_streams, print_line\nprepare_streams()\n"
+    code += f"file = os.open({str(tmp_path / 'file')!r}, os.O_CREAT | os.O_WRONLY)\n"
+    code += "print('out')\nprint_line('err', sys.stderr)\nos.write(file, b'written')\n"
+    code += "sys.exit(run_or_explain(lambda: print(file)))"
+    head = "import os, sys\nfrom trainer.process.errors import run_or_explain\n"
+    shell = ["bash", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, head + code]
+    assert subprocess.run(shell, timeout=60).returncode == 0
+    assert (tmp_path / "file").read_bytes() == b"written"
+
+
 INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)\n"
 
 
