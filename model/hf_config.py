@@ -114,6 +114,7 @@ def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
             f"config.json has {name} = {problem['input']!r}: {message}"
         ) from None
     _refuse_other_architectures(config)
+    _refuse_second_values(config)
     fields: dict[str, Any] = {}
     for name in _SHARED_FIELDS:
         source = "num_local_experts" if name not in config and name == "n_routed_experts" else name
@@ -176,6 +177,34 @@ def _refuse_other_architectures(config: Mapping[str, Any]) -> None:
         if config.get(name, value) != value:
             raise ModelConfigError(
                 f"config.json has {name} = {config[name]!r}; supported: {value!r}"
+            )
+
+
+def _refuse_second_values(config: Mapping[str, Any]) -> None:
+    """Raises ModelConfigError where two forms of one fact differ; transformers reads either."""
+    rates = config.get("compress_rates") or {}
+    nested = config.get("rope_parameters") or {}
+    main, compress = (nested.get(name) or {} for name in ("main", "compress"))
+    forms = [
+        ("n_routed_experts", "num_local_experts", config.get("num_local_experts")),
+        ("rope_theta", "rope_parameters.main.rope_theta", main.get("rope_theta")),
+        ("compress_rope_theta", "rope_parameters.compress.rope_theta", compress.get("rope_theta")),
+    ]
+    for kind in ("csa", "hca"):
+        rate = rates.get(_HF_LAYER_TYPES[kind])
+        forms.append((f"compress_rate_{kind}", f"compress_rates.{_HF_LAYER_TYPES[kind]}", rate))
+    scaling = config.get("rope_scaling")
+    if scaling and compress:
+        for field in _YARN_FIELDS:
+            if scaling.get(field) != compress.get(field):
+                raise ModelConfigError(
+                    f"config.json has rope_scaling.{field} = {scaling.get(field)} and "
+                    f"rope_parameters.compress.{field} = {compress.get(field)}; make them agree"
+                )
+    for name, other, value in forms:
+        if value is not None and config.get(name, value) not in (value, None):
+            raise ModelConfigError(
+                f"config.json has {name} = {config[name]} and {other} = {value}; make them agree"
             )
 
 

@@ -70,7 +70,7 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
         if grid.is_first and (doubt := state.doubt()):
             print_line(f"warning: {doubt}", sys.stderr)
         validation = Validation(config, grid)
-        if grid.is_first and (notice := other_shards(config, validation.loader.manifest.digest)):
+        if grid.is_first and (notice := other_shards(config, validation.loader)):
             print(f"v4: warning: {notice}", file=sys.stderr)
         engine = NativeEngine(local, grid)
         phase = config.recipe.at(max(state.step - 1, 0))

@@ -28,7 +28,7 @@ from data.errors import DataError
 from data.manifest import Split
 from data.rows.mixture import Schedule, plan_windows, shares
 from data.rows.permutation import key_of
-from data.rows.shards import matching_manifest, open_split
+from data.rows.shards import content_digest, matching_manifest, open_split
 from data.rows.stream import SourceStream
 from data.rows.transforms import FIM_EXTRA, cached_tables, fim_ids, splittable_counts, transform
 from data.rows.window import Window, build_window
@@ -89,6 +89,7 @@ class Loader:
 
     Attributes:
         manifest: of the shards; `manifest.vocab_size` must fit the model.
+        digest: identifies the documents of the shards.
         sources: the streams of documents.
         start: where the loader begins.
         num_rows: rows in one epoch of the whole split; with weights, of the slowest source.
@@ -118,6 +119,7 @@ class Loader:
         self.rank, self.world = rank, world
         self.manifest = matching_manifest(config)
         opened = open_split(config, self.manifest, split, source)
+        self.digest = content_digest(config, self.manifest)
         self.sources = [
             SourceStream(name, domain, shards, self.seed)
             for name, (domain, shards) in opened.items()
@@ -255,7 +257,8 @@ class Loader:
         if not fim and not transforms.punctuation_split_rate:
             return
         root = Path(self.config.shards) / self.manifest.folder
-        ids, table = cached_tables(root, self.config.tokenizer.path)
+        path, size = self.config.tokenizer.path, self.manifest.vocab_size
+        ids, table = cached_tables(root, path, size, self._cache_key)
         if fim and not len(ids):
             fim_ids(Tokenizer(self.config.tokenizer.path))  # raises and names the missing token
         if fim:
@@ -266,8 +269,20 @@ class Loader:
 
     def _source_counts(self, source: SourceStream) -> NDArray[np.int64]:
         return np.concatenate(
-            [splittable_counts(shard, self.split_table) for shard in source.shards]
+            [splittable_counts(shard, self.split_table, self._cache_key) for shard in source.shards]
         )
+
+    @property
+    def _cache_key(self) -> str:
+        """What the caches among the shards depend on."""
+        return f"{self.manifest.tokenizer_hash} {self.digest}"
+
+    def has_shards(self, digest: str) -> bool:
+        """Whether a checkpoint with this digest was trained on these shards.
+
+        Earlier versions saved the manifest's own digest.
+        """
+        return digest in (self.digest, self.manifest.digest)
 
     def configured_shares(self, phase: int) -> dict[str, float]:
         """Each source's share of a phase's tokens, as configured: by weights or by size."""

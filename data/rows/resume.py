@@ -44,7 +44,7 @@ class DataRecord:
         index, numbers = loader.schedule.rows_of(step)
         after_window, rows_left = loader.after_window(step)
         return {
-            "shards": loader.manifest.digest,
+            "shards": loader.digest,
             "settings": _settings(loader),
             "phases": _phases(loader),
             "phase": index,
@@ -128,9 +128,9 @@ class DataRecord:
             if settings.get(key) != old:
                 yield key, old, settings.get(key)
         yield from self._phase_changes(saved, step)
-        if saved["shards"] != loader.manifest.digest:
+        if not loader.has_shards(saved["shards"]):
             where = f"the preparation in data.shards = {loader.config.shards}"
-            yield where, saved["shards"][:16], loader.manifest.digest[:16]
+            yield where, saved["shards"][:16], loader.digest[:16]
 
     def _phase_changes(self, saved: Saved, step: int) -> Iterator[Change]:
         """Yields changes of the phases that have begun; later ones are free."""

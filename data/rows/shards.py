@@ -1,5 +1,6 @@
 """The token shards of a split, opened for reading."""
 
+import hashlib
 from pathlib import Path
 
 from data.config import DataConfig
@@ -30,6 +31,19 @@ def matching_manifest(config: DataConfig) -> Manifest:
             "restore it, or prepare others with `v4 data prepare CONFIG` in another data.shards."
         )
     return manifest
+
+
+def content_digest(config: DataConfig, manifest: Manifest) -> str:
+    """Identifies the documents of `config.shards`.
+
+    The digest of `v4 data prepare` does. That of another tool's manifest is whatever somebody wrote
+    there, so the index files are hashed as well.
+    """
+    if manifest.document_ends is not None:
+        return manifest.digest
+    root = Path(config.shards) / manifest.folder
+    parts = [manifest.digest, *(sha256_of(root / f"{s.name}.idx") for s in manifest.shards)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def open_split(

@@ -14,6 +14,8 @@ Letters: V vocabulary.
 
 import io
 import zipfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,48 +53,49 @@ def fim_ids(tokenizer: Tokenizer) -> Ints:
     return np.array([tokenizer.special[token] for token in FIM_TOKENS], dtype=np.int64)
 
 
-def cached_tables(folder: Path, tokenizer_path: str) -> tuple[Ints, Ints]:
-    """(`fim_ids`, `split_table`), cached in a file among the shards, which share one tokenizer.
+def cached_tables(folder: Path, path: str, vocab_size: int, key: str) -> tuple[Ints, Ints]:
+    """(`fim_ids`, `split_table`) of the tokenizer at `path`, cached in a file among the shards.
 
     Opening a tokenizer of 128K takes seconds, which the cache saves. The ids are empty where the
-    tokenizer lacks one of them.
+    tokenizer lacks one of them. The table has `vocab_size` rows or more: other tools pad theirs.
     """
-    file = folder / "transforms.npz"
-    if file.is_file():
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                return arrays["fim"], arrays["split"]
-        except (ValueError, OSError, KeyError, zipfile.BadZipFile):
-            pass  # damaged: computed again
-    tokenizer = Tokenizer(tokenizer_path)
-    complete = all(token in tokenizer.special for token in FIM_TOKENS)
-    fim = fim_ids(tokenizer) if complete else np.zeros(0, dtype=np.int64)
-    split = split_table(tokenizer)
-    stream = io.BytesIO()
-    np.savez(stream, fim=fim, split=split)
-    write_atomically(file, stream.getvalue())
-    return fim, split
+
+    def compute() -> dict[str, Ints]:
+        tokenizer = Tokenizer(path)
+        complete = all(token in tokenizer.special for token in FIM_TOKENS)
+        split = split_table(tokenizer)
+        padding = np.full((max(0, vocab_size - len(split)), 2), -1)
+        fim = fim_ids(tokenizer) if complete else np.zeros(0, dtype=np.int64)
+        return {"fim": fim, "split": np.concatenate([split, padding])}
+
+    arrays = _cached(folder / "transforms.npz", key, compute)
+    return arrays["fim"], arrays["split"]
 
 
-def splittable_counts(shard: IndexedShard, table: Ints) -> Ints:
+def splittable_counts(shard: IndexedShard, table: Ints, key: str) -> Ints:
     """Splittable tokens of each document [documents], cached in a file next to the shard."""
-    file = Path(f"{shard.prefix}.splittable.npy")
-    if file.is_file():
-        try:
-            cached = np.load(file, allow_pickle=False)
-            if cached.shape == (len(shard),):
-                return cached
-        except (ValueError, OSError):
-            pass  # damaged: computed again
-    parts = [
-        _count(ids, np.append(0, np.cumsum(shard.lengths[first:end])), table)
-        for first, end, ids in shard.blocks()
-    ]
-    counts = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+    def compute() -> dict[str, Ints]:
+        parts = [
+            _count(ids, np.append(0, np.cumsum(shard.lengths[first:end])), table)
+            for first, end, ids in shard.blocks()
+        ]
+        return {"counts": np.concatenate([np.zeros(0, dtype=np.int64), *parts])}
+
+    return _cached(Path(f"{shard.prefix}.splittable.npz"), key, compute)["counts"]
+
+
+def _cached(file: Path, key: str, compute: Callable[[], dict[str, Ints]]) -> dict[str, Ints]:
+    """Arrays from a file that was written with the same key; else they are computed and written."""
+    no_cache = suppress(ValueError, OSError, KeyError, zipfile.BadZipFile)
+    with no_cache, np.load(file, allow_pickle=False) as cached:
+        if str(cached["key"]) == key:
+            return dict(cached)
+    arrays = compute()
     stream = io.BytesIO()
-    np.save(stream, counts, allow_pickle=False)
+    np.savez(stream, allow_pickle=False, key=np.array(key), **arrays)
     write_atomically(file, stream.getvalue())
-    return counts
+    return arrays
 
 
 @numba.njit(cache=True, nogil=True)

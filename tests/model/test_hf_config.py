@@ -219,6 +219,25 @@ class TestConfig:
             ({"partial_rotary_factor": 0.25}, (), "qk_rope_head_dim = 64, but partial_rotary"),
             ({"topk_method": "greedy"}, (), "topk_method = 'greedy'; supported: 'noaux_tc'"),
             ({"n_shared_experts": 2}, (), "n_shared_experts = 2: Input should be 1"),
+            ({"num_local_experts": 8}, (), "n_routed_experts = 256 and num_local_experts = 8"),
+            (
+                {"rope_parameters": {"main": {"rope_theta": 9.0}}},
+                (),
+                "rope_theta = 10000 and rope_parameters.main.rope_theta = 9.0; make them agree",
+            ),
+            (
+                {"rope_parameters": {"compress": {"rope_theta": 160000}}},
+                (),
+                "rope_scaling.factor = 16 and rope_parameters.compress.factor = None; make",
+            ),
+            (
+                {
+                    "compress_rate_csa": 8,
+                    "compress_rates": {"compressed_sparse_attention": 4},
+                },
+                (),
+                "compress_rate_csa = 8 and compress_rates.compressed_sparse_attention = 4; make",
+            ),
             ({"hidden_size": "wide"}, (), "hidden_size"),
             ({"rope_scaling": "yarn"}, (), "rope_scaling = 'yarn': Input should be a valid dict"),
             ({"compress_ratios": [0, "4"]}, (), "compress_ratios.1 = '4': Input should be a"),

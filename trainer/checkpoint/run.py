@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from data import Loader
 from data.files import read_step_records
 from model import V4Model
 from optim import StateSlice
@@ -110,18 +111,18 @@ def unsaved_progress(config: RunConfig) -> int:
     return last
 
 
-def other_shards(config: RunConfig, digest: str) -> str:
+def other_shards(config: RunConfig, loader: Loader) -> str:
     """Returns a sentence where the newest checkpoint was trained on other shards, else nothing.
 
-    `digest` is that of the manifest in use. Checkpoints before version 0.2 do not record theirs.
+    `loader` has those in use. Checkpoints before version 0.2 do not record theirs.
     """
     newest = checkpoints_in(config.run_dir / "checkpoints")[-1]
-    trained_on = read_state(newest).get("data", {}).get("shards", digest)
-    if trained_on == digest:
+    trained_on = read_state(newest).get("data", {}).get("shards", loader.digest)
+    if loader.has_shards(trained_on):
         return ""
     return (
-        f"{config.data.shards} has been prepared again ({digest[:16]}) since {newest} was trained "
-        f"on it ({trained_on[:16]}): its validation text may be another"
+        f"{config.data.shards} has been prepared again ({loader.digest[:16]}) since {newest} was "
+        f"trained on it ({trained_on[:16]}): its validation text may be another"
     )
 
 

@@ -57,8 +57,8 @@ def import_hf_folder(config: RunConfig, source: Path) -> str:
     """Makes a run that starts from a Hugging Face folder and returns a sentence about it.
 
     The run folder gets a checkpoint of step 0 and `config`, whose model has the folder's sizes (see
-    `imported_sizes`). Raises ExportError when the run folder has checkpoints or metrics, or the folder contradicts
-    the config or itself; CheckpointError when the run has lost its checkpoints;
+    `imported_sizes`). Raises ExportError when the run folder has checkpoints or metrics, or the
+    folder contradicts the config or itself; CheckpointError when the run has lost its checkpoints;
     ModelConfigError when weights are missing or do not fit.
     """
     checkpoints = config.run_dir / "checkpoints"

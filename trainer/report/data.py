@@ -54,7 +54,7 @@ def write_data_report(config: RunConfig) -> Path:
     data = _data_of_shards(config)
     tokenizer = Tokenizer(data.tokenizer.path)
     rows = [phase.rows for phase in config.recipe.phases]
-    facts = collect(data, rows[0].seq_len)
+    facts = collect(data, rows[0].seq_len, tokenizer.vocab_size)
     loader = Loader(data, config.seed, phases=rows)
     target = Path(config.data.shards) / "report.html"
     write_atomically(target, render(loader, tokenizer, facts))

@@ -72,14 +72,15 @@ class DataFacts:
         return sum(len(document) for source in self.sources for document in _head(source))
 
 
-def collect(config: DataConfig, seq_len: int) -> DataFacts:
+def collect(config: DataConfig, seq_len: int, vocab_size: int) -> DataFacts:
     """Reads the manifest, all lengths, and the tokens of a bounded sample.
 
-    Raises DataError where the shards are missing or damaged.
+    Raises DataError where the shards are missing or damaged, or have an id of `vocab_size`, the
+    tokenizer's, or more: other tools pad theirs.
     """
     manifest = Manifest.load(config.shards)
     names = dict.fromkeys(shard.source for shard in manifest.shards)
-    sources = [_source(config, manifest, name) for name in names]
+    sources = [_source(config, manifest, name, vocab_size) for name in names]
     # A document of n tokens takes n-1 positions, an empty one none.
     positions = np.maximum(np.concatenate([source.lengths for source in sources]) - 1, 0)
     order = shuffled(len(positions), 0)
@@ -104,7 +105,7 @@ def measured_mixture(loader: Loader) -> MixtureAudit:
     return audit_mixture(loader, min(steps, loader.num_steps, phase.steps or steps))
 
 
-def _source(config: DataConfig, manifest: Manifest, name: str) -> SourceFacts:
+def _source(config: DataConfig, manifest: Manifest, name: str, vocab_size: int) -> SourceFacts:
     shards = [shard for shard in manifest.shards if shard.source == name]
     lengths: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
     sample: list[NDArray[np.int64]] = []
@@ -113,9 +114,8 @@ def _source(config: DataConfig, manifest: Manifest, name: str) -> SourceFacts:
         if shard.split != "train":
             continue
         path = Path(config.shards) / manifest.folder / shard.name
-        opened = open_shard(
-            path, shard.documents, shard.tokens, manifest.vocab_size, manifest.document_ends
-        )
+        size = min(manifest.vocab_size, vocab_size)
+        opened = open_shard(path, shard.documents, shard.tokens, size, manifest.document_ends)
         lengths.append(opened.lengths.astype(np.int64))
         for document in range(len(opened)):
             if left <= 0:

@@ -191,11 +191,11 @@ class Anticipation:
 
     def _origin(self) -> Saved:
         """What has to be equal for saved selections to belong to this run's batches."""
-        data, manifest = self.loader.config, self.loader.manifest
+        data = self.loader.config
         phases = [phase.model_dump(mode="json") for phase in self.loader.schedule.phases]
         fields = data.model_dump(mode="json", include=_DATA_FIELDS)
         # Keys are hashed under their original names: selections of older checkpoints stay valid.
-        text = fingerprint_text(json.dumps([fields, phases, manifest.digest])).encode()
+        text = fingerprint_text(json.dumps([fields, phases, self.loader.digest])).encode()
         return {"lead": self.lag, "data": hashlib.sha256(text).hexdigest()[:16]}
 
     def _local_rows(self, step: int) -> _LocalRows:

@@ -224,7 +224,7 @@ def test_killed_ten_times_while_loading(config: DataConfig, tmp_path: Path) -> N
     shutil.copytree(config.shards, splits.shards)
     reference = first_steps(splits)
     original = {p.name: p.read_bytes() for p in Path(splits.shards).rglob("*") if p.is_file()}
-    assert any(name.endswith(".splittable.npy") for name in original)
+    assert any(name.endswith(".splittable.npz") for name in original)
     rng = random.Random(5)
     killed_before_counts = 0
     for trial in range(10):
@@ -233,7 +233,7 @@ def test_killed_ten_times_while_loading(config: DataConfig, tmp_path: Path) -> N
         child = multiprocessing.get_context("fork").Process(target=_load, args=(copy,))
         child.start()
         kill_after(child, Path(copy.shards), "*/*.np[yz]", trial % 3, rng)
-        killed_before_counts += not list(Path(copy.shards).rglob("text-*.splittable.npy"))
+        killed_before_counts += not list(Path(copy.shards).rglob("text-*.splittable.npz"))
         assert first_steps(copy) == reference
         left = [p for p in Path(copy.shards).rglob("*") if p.is_file()]
         assert {p.name: p.read_bytes() for p in left if not p.name.startswith(".")} == original

@@ -14,6 +14,7 @@ from data.prepare.run import prepare
 from data.rows.audit import pieces
 from data.rows.loader import Loader
 from data.rows.resume import DataRecord
+from tests.data.test_indexed import shards_of
 
 Position = tuple[int, int, int]
 """Epoch, document, and position inside it."""
@@ -213,3 +214,20 @@ def test_settings_that_the_shards_were_not_made_with(config: DataConfig, tmp_pat
 def test_a_checkpoint_without_a_record(small: DataConfig) -> None:
     (line,) = DataRecord(Loader(small, seed=3)).resume(None, 7)
     assert "does not record its data" in line
+
+
+def test_shards_of_other_tools_are_compared_by_their_documents(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    """A manifest that somebody wrote may have one digest for ever."""
+    documents = [[[5] * length] for length in range(10, 40)]
+    first = Loader(shards_of(config, tmp_path / "a", documents), seed=0)
+    saved = DataRecord(first).save(1)
+    copy = Loader(shards_of(config, tmp_path / "b", documents), seed=0)
+    assert DataRecord(copy).resume(saved, 1) == []
+    other = Loader(shards_of(config, tmp_path / "c", documents[::-1]), seed=0)
+    assert other.manifest.digest == first.manifest.digest
+    with pytest.raises(DataError, match=r"the preparation in data\.shards"):
+        DataRecord(other).resume(saved, 1)
+    before = saved | {"shards": first.manifest.digest}  # as earlier versions saved it
+    assert DataRecord(copy).resume(before, 1) == []

@@ -326,12 +326,38 @@ def test_a_ramp_needs_both_of_its_fields() -> None:
 def test_damaged_counts_and_tables_are_made_again(mixed: DataConfig) -> None:
     config = changed(mixed, transforms={"punctuation_split_rate": 0.5})
     first = Loader(config, seed=0).at(3)[0]
-    files = [*Path(config.shards).rglob("*.splittable.npy")]
+    files = [*Path(config.shards).rglob("*.splittable.npz")]
     files += Path(config.shards).rglob("transforms.npz")
     assert len(files) == 3
     for file in files:
         file.write_bytes(file.read_bytes()[:50])
     assert (Loader(config, seed=0).at(3)[0].tokens == first.tokens).all()
+
+
+def test_caches_of_other_shards_are_made_again(mixed: DataConfig) -> None:
+    """As where another tool makes its shards again in place, with another tokenizer."""
+    config = changed(mixed, transforms={"punctuation_split_rate": 0.5})
+    first = Loader(config, seed=0)
+    root = Path(config.shards) / first.manifest.folder
+    for file in [root / "transforms.npz", *root.glob("*.splittable.npz")]:
+        with np.load(file) as arrays:
+            wrong = {name: values * 0 for name, values in arrays.items() if name != "key"}
+        np.savez(file, **wrong, key=np.array("of another tokenizer"))
+    again = Loader(config, seed=0)
+    assert (again.split_table == first.split_table).all() and (first.split_table >= 0).any()
+    for one, other in zip(first._counts, again._counts, strict=True):
+        assert (one == other).all() and one.any()
+
+
+def test_a_padded_vocabulary_is_never_split(mixed: DataConfig) -> None:
+    config = changed(mixed, transforms={"punctuation_split_rate": 0.5})
+    manifest = Manifest.load(config.shards)
+    unpadded = Loader(config, seed=0).split_table
+    manifest.model_copy(update={"vocab_size": manifest.vocab_size + 9}).save(Path(config.shards))
+    for file in Path(config.shards).rglob("transforms.npz"):
+        file.unlink()
+    table = Loader(config, seed=0).split_table
+    assert len(table) == len(unpadded) + 9 and (table[len(unpadded) :] == -1).all()
 
 
 @pytest.mark.parametrize("blocks", [1 << 19, 7])

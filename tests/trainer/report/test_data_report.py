@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from data.config import DataConfig
+from data.errors import DataError
 from data.prepare import prepare, train_tokenizer
 from data.rows import Loader, shuffled
 from data.text import Tokenizer
@@ -66,8 +67,14 @@ def tokenizer(config: DataConfig) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def facts(config: DataConfig) -> DataFacts:
-    return collect(config, config.seq_len)
+def facts(config: DataConfig, tokenizer: Tokenizer) -> DataFacts:
+    return collect(config, config.seq_len, tokenizer.vocab_size)
+
+
+def test_ids_that_the_tokenizer_has_not_are_named(config: DataConfig) -> None:
+    """In shards of tools that pad the vocabulary."""
+    with pytest.raises(DataError, match=r"id \d+"):
+        collect(config, config.seq_len, 20)
 
 
 def test_figures_are_plain_counts(facts: DataFacts, tokenizer: Tokenizer) -> None:
