@@ -218,7 +218,10 @@ def sweep(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/demo"),
-    nproc_per_node: Annotated[int, typer.Option(min=1)] = 2,
+    nproc_per_node: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes; by default 2, or 1 where there is one GPU."),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """The whole pipeline on text from this machine: corpus to transformers model."""

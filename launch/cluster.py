@@ -34,6 +34,8 @@ def write_job(
     cannot be written.
     """
     run.check_world(nodes * gpus_per_node)
+    if run.device == "auto":  # a node without its GPUs is an error, not a rank on a CPU
+        arguments = [*arguments, f"device={'cuda' if cluster.gpus else 'cpu'}"]
     job = Job(run, tuple(arguments), cluster, nodes, gpus_per_node, out.absolute())
     if cluster.kind == "slurm":
         name, text = "train.sbatch", slurm.script(job)

@@ -20,6 +20,7 @@ from trainer.config import RunConfig, load_config
 from trainer.process.exit_codes import INTERRUPTED
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "debug.yaml"
+PROCESSES = 2
 PROMPT = "def main(argv):\n"
 
 
@@ -31,8 +32,10 @@ class DemoFailed(Exception):
         self.code = code
 
 
-def run_demo(out: Path, nproc: int, overrides: list[str]) -> int:
+def run_demo(out: Path, nproc: int | None, overrides: list[str]) -> int:
     """Runs every step under `out` and returns the exit code.
+
+    `nproc` None: two processes, as many as there are GPUs at most.
 
     Raises LeaseError if another demo is running there.
     """
@@ -40,7 +43,7 @@ def run_demo(out: Path, nproc: int, overrides: list[str]) -> int:
         return _run_steps(out, nproc, overrides)
 
 
-def _run_steps(out: Path, nproc: int, overrides: list[str]) -> int:
+def _run_steps(out: Path, nproc: int | None, overrides: list[str]) -> int:
     started = time.monotonic()
     console = Console(highlight=False)
     arguments = [
@@ -53,7 +56,6 @@ def _run_steps(out: Path, nproc: int, overrides: list[str]) -> int:
         *overrides,
     ]
     config = load_config(arguments[0], arguments[1:])
-    config.check_world(nproc)
     run_dir = config.run_dir
     hugging_face = _unused_name(out / "hf")
 
@@ -61,6 +63,10 @@ def _run_steps(out: Path, nproc: int, overrides: list[str]) -> int:
         console.rule(f"[bold]{text}", align="left")
 
     try:
+        if nproc is None:
+            gpus = int(_run("gpus", *arguments, captured=True))
+            nproc = min(gpus, PROCESSES) or PROCESSES
+        config.check_world(nproc)
         # What an earlier demo made stays: its tokenizer, shards and run depend on it.
         if all((out / "corpus" / name).is_file() for name in ("code.jsonl", "prose.jsonl")):
             heading("1  text: that of an earlier demo in this folder")
@@ -74,7 +80,7 @@ def _run_steps(out: Path, nproc: int, overrides: list[str]) -> int:
             _run("tokenizer-train", *arguments)
         heading("3  token shards")
         _run("prepare", *arguments)
-        heading(f"4  training on {nproc} processes, stopped by SIGTERM half-way")
+        heading(f"4  training on {nproc} process{'es' * (nproc > 1)}, stopped by SIGTERM half-way")
         _train_half(config, arguments, nproc)
         heading("5  training resumes from the checkpoint")
         _check_exit(processes.train(arguments, nproc))

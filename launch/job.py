@@ -105,7 +105,8 @@ class ClusterConfig(Section):
     python: Word = "python"
     """The interpreter; relative to `folder` when it has a slash."""
     gpus: bool = True
-    """Whether a process needs a GPU; false trains on CPUs."""
+    """Whether a process needs a GPU; false trains on CPUs. It becomes the run's `device` where that
+    is auto."""
     port: Annotated[int, Field(ge=1024, le=65535)] = 29500
     """Port of the rendezvous on the first node."""
     max_restarts: NonNegativeInt = 3

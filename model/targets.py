@@ -48,7 +48,7 @@ def next_in_sample(layout: SampleLayout, values_T: Tensor, fill: Tensor | int) -
     sample_T = layout.sample_T
     shifted = values_T.roll(-1)
     same = sample_T.roll(-1) == sample_T
-    same[-1] = False
+    same[-1:] = False  # as a slice: one element is a copy from the host, which waits for the GPU
     return shifted.where(same, fill)
 
 

@@ -1,9 +1,12 @@
 """Every process of the suite computes on one thread: `make test` runs two of them side by side.
 
-A test marked `gpu` is skipped where torch finds no GPU, or one below the `capability` it asks for;
-`make bench-gpu` runs all of them.
+GPUs are hidden from the suite and from the processes that it starts: two processes would need two,
+and a rank on a CPU is compared with it to the bit. Tests marked `gpu` run where they are asked for,
+with `-m gpu` as in `make bench-gpu`; then those are skipped whose `capability` the GPU lacks.
 """
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.trainer.tiny import make_tiny
 
     return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs, before any test makes torch look for them, unless the mark `gpu` is selected."""
+    if not re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,6 +51,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("gpu"):
         needed = mark.kwargs.get("capability", (0, 0))
         if not torch.cuda.is_available():
-            pytest.skip("needs a GPU, and torch.cuda.is_available() is False")
+            pytest.skip("needs a GPU that torch can use, and the option -m gpu")
         elif (capability := torch.cuda.get_device_capability()) < needed:
             pytest.skip(f"needs a GPU of capability {needed}, and this one has {capability}")

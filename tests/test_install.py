@@ -1,7 +1,7 @@
 """`make install` where torch finds a GPU and there is no CUDA toolkit.
 
-DeepSpeed comes as a source archive. Its set-up probes the operators of the accelerator that it finds,
-and on a host with a GPU and without `nvcc` that probe raises, although nothing is compiled.
+DeepSpeed comes as a source archive. Its set-up probes the operators of the accelerator that it
+finds, and on a host with a GPU and without `nvcc` that probe raises, although nothing is compiled.
 """
 
 import os

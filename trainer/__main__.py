@@ -49,13 +49,15 @@ def train(config: RunConfig, stop: StopRequest) -> None:
         from trainer.preflight import preflight
         from trainer.process.failures import report_failures
         from trainer.process.lease import lease_on
+        from trainer.process.local_device import local_device
         from trainer.trainer import Trainer
 
     with report_failures() as watch, Activity("connecting", visible=is_first) as start:
-        config, messages = fit_to_device(config)  # before there is a process group
-        if is_first and (warning := host_memory_warning(config)):
+        device = local_device(config.device)
+        config, messages = fit_to_device(config, device)  # before there is a process group
+        if is_first and (warning := host_memory_warning(config, device)):
             print_line(f"warning: {warning}")
-        with open_grid(config.degrees, config.parallel.timeout_seconds) as grid:
+        with open_grid(device, config.degrees, config.parallel.timeout_seconds) as grid:
             watch.connect(grid)
             if config.deterministic:
                 if grid.device.type == "cuda":

@@ -60,10 +60,11 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
         from trainer.export import open_run
         from trainer.metrics import finite
         from trainer.parallel.grid import open_grid
+        from trainer.process.local_device import local_device
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         config = config.alone()  # checkpoints open at any topology
-    with open_grid(config.degrees) as grid:
+    with open_grid(local_device(config.device), config.degrees) as grid:
         if grid.is_first:
             _warn_of_other_tokenizer(config)
         local, state = open_run(config, grid)
@@ -94,13 +95,15 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
 def export(config: RunConfig, options: argparse.Namespace) -> None:
     """Write the newest checkpoint as a Hugging Face folder; processes divide its files."""
     with _loading():
+        import torch
+
         from data.lease import LEASE_FILE
         from trainer.export import export_run
         from trainer.parallel.grid import open_grid
         from trainer.process.failures import report_failures
         from trainer.process.lease import lease_on
 
-    with report_failures() as watch, open_grid() as grid:
+    with report_failures() as watch, open_grid(torch.device("cpu")) as grid:
         watch.connect(grid)
         if grid.is_first:
             _warn_of_other_tokenizer(config)
@@ -168,6 +171,14 @@ def plan(config: RunConfig, options: argparse.Namespace) -> None:
                 console.print(part)
 
 
+def gpus(config: RunConfig, options: argparse.Namespace) -> None:
+    """Print how many processes of this host can have a GPU; 0 on the CPU."""
+    with _loading():
+        from trainer.process.local_device import usable_gpus
+
+    print(usable_gpus(config.device))
+
+
 def demo_corpus(folder: str, options: argparse.Namespace) -> None:
     """Collect code and prose that this machine has into two .jsonl files."""
     from data.prepare import build_demo_corpus
@@ -201,6 +212,7 @@ VERBS = {
     "import": import_,
     "report": report,
     "plan": plan,
+    "gpus": gpus,
 }
 FOLDER_VERBS = {"demo-corpus": demo_corpus, "sample": sample, "sweep-report": sweep_report}
 

@@ -17,6 +17,7 @@ from trainer.config import load_config
 from trainer.parallel.grid import Grid
 from trainer.parallel.optimizer_sharding import build_hybrid_zero
 from trainer.parallel.placement import placements_of
+from trainer.process.local_device import local_device
 
 LAYER = "layers.2."
 RATE = 1e-4
@@ -106,7 +107,7 @@ def parameters_of(zero: HybridZero) -> dict[str, Parameter]:
 
 def our_step(matrices: Matrices, muon: MuonConfig) -> Callable[[], None]:
     """Returns a step on one process with fixed gradients."""
-    zero = matrices.zero(Grid.single(), muon)
+    zero = matrices.zero(Grid.single(local_device("auto")), muon)
     gradients = matrices.values(1)
     for name, parameter in parameters_of(zero).items():
         parameter.grad = gradients[name]
@@ -120,7 +121,7 @@ def our_step(matrices: Matrices, muon: MuonConfig) -> Callable[[], None]:
 
 def bare_matmuls(matrices: Matrices, muon: MuonConfig) -> Callable[[], None]:
     """Returns the matmuls of Newton–Schulz over the batches of our step, and nothing else."""
-    inner = matrices.zero(Grid.single(), muon).inner
+    inner = matrices.zero(Grid.single(local_device("auto")), muon).inner
     buffers = []
     for batch in inner._batches(inner._muon):
         assert batch[0].entry.matrices is not None

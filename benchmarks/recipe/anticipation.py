@@ -18,6 +18,7 @@ import torch
 
 from trainer.config import load_config
 from trainer.parallel.grid import Grid
+from trainer.process.local_device import local_device
 from trainer.trainer import Trainer
 
 WARMUP = 2
@@ -30,7 +31,9 @@ def trainer_of(folder: Path, name: str, *settings: str) -> Trainer:
         "metrics.layer_stats_every=0",
         f"run_dir={folder / name}",
     )
-    trainer = Trainer(load_config("configs/debug.yaml", [*fixed, *settings]), Grid.single())
+    trainer = Trainer(
+        load_config("configs/debug.yaml", [*fixed, *settings]), Grid.single(local_device("auto"))
+    )
     trainer.anticipation.configure(trainer.state)
     return trainer
 

@@ -14,6 +14,7 @@ import torch
 
 from trainer.config import RunConfig, load_config
 from trainer.parallel.grid import Grid
+from trainer.process.local_device import local_device
 from trainer.trainer import Trainer
 
 Size = Literal["small", "demo"]
@@ -71,4 +72,4 @@ def config_of(size: Size, folder: Path, name: str, steps: int, *settings: str) -
 def trainer_of(config: RunConfig) -> Trainer:
     """Returns the run's trainer, on one thread because the matrices are small."""
     torch.set_num_threads(1)
-    return Trainer(config, Grid.single())
+    return Trainer(config, Grid.single(local_device("auto")))

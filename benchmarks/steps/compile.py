@@ -27,6 +27,7 @@ from trainer.build import build_native
 from trainer.config import RunConfig, load_config
 from trainer.engine import NativeEngine
 from trainer.parallel.grid import Grid
+from trainer.process.local_device import local_device
 
 LEARNING_RATE = 1e-4
 
@@ -61,7 +62,7 @@ class Runner:
 
 def runner(config: RunConfig) -> Runner:
     """Returns an untrained run on one process."""
-    grid = Grid.single()
+    grid = Grid.single(local_device("auto"))
     local, optimizer = build_native(config, grid)
     return Runner(NativeEngine(local, grid, optimizer))
 

@@ -29,6 +29,7 @@ from trainer.engine import NativeEngine
 from trainer.evaluate import Validation
 from trainer.export import export_run, import_hf_folder, open_run
 from trainer.parallel.grid import Grid
+from trainer.process.local_device import local_device
 from trainer.process.signals import StopRequest
 from trainer.trainer import Trainer
 
@@ -42,14 +43,14 @@ def train(config: RunConfig, last: int) -> None:
     if saved and int(saved[-1].name.removeprefix("step-")) >= last:
         return
     stop = StopRequest()
-    trainer = Trainer(config, Grid.single(), stop)
+    trainer = Trainer(config, Grid.single(local_device("auto")), stop)
     trainer.periodic.append(lambda state, _: stop.request() if state.step == last - 1 else None)
     trainer.run()
 
 
 def validation(config: RunConfig) -> float:
     """Returns the validation loss of the newest checkpoint, rounded if the config says so."""
-    grid = Grid.single()
+    grid = Grid.single(local_device("auto"))
     local, _ = open_run(config, grid)
     engine = NativeEngine(local, grid)
     engine.quantisation = config.quantisation
@@ -58,7 +59,7 @@ def validation(config: RunConfig) -> float:
 
 def expert_matrices(config: RunConfig) -> list[Tensor]:
     """Returns all matrices of all routed experts."""
-    local, _ = open_run(config, Grid.single())
+    local, _ = open_run(config, Grid.single(local_device("auto")))
     named = local.model.named_parameters()
     stacks = [p.detach() for name, p in named if ".ffn.experts." in name]
     return [matrix for stack in stacks for matrix in stack]
@@ -126,7 +127,7 @@ def compare(path: Path, folder: Path, before: int, phase: int, overrides: list[s
 def take_times(path: Path, overrides: list[str], repeats: int = 5) -> None:
     """Times forward and backward of a step with each quantisation in turn, by the CPU's clock."""
     config = load_config(path, overrides)
-    grid = Grid.single()
+    grid = Grid.single(local_device("auto"))
     local, _ = build_native(config, grid)
     engine = NativeEngine(local, grid)
     batches = Loader(config.data, config.seed, 0, 1).at(0)

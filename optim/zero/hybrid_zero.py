@@ -97,12 +97,12 @@ class HybridZero:
 
         The sum over all ranks counts every element once.
         """
-        total = torch.zeros((), dtype=torch.float64)
+        device = self.buckets[0].device if self.buckets else None
+        total = torch.zeros((), dtype=torch.float64, device=device)  # a copy to it would wait
         for bucket in self.buckets:
             gradients = [m.grad for m in bucket.masters.values() if m.grad is not None]
             if gradients:
                 norms = torch._foreach_norm(gradients, dtype=torch.float64)
-                total = total.to(bucket.device)
                 total += torch.stack(norms).square().sum() / bucket.replica_count
         return total
 

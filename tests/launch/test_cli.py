@@ -300,3 +300,19 @@ def test_a_demo_goes_on_with_what_an_earlier_one_made(
     verbs.clear()
     assert demo.run_demo(tmp_path, 2, []) == 3
     assert verbs == ["prepare"]
+
+
+@pytest.mark.parametrize(("gpus", "processes"), [("0", 2), ("1", 1), ("2", 2), ("8", 2)])
+def test_a_demo_has_no_more_processes_than_gpus(
+    gpus: str, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_on = []
+
+    def train_half(config: object, arguments: list[str], nproc: int) -> None:
+        trained_on.append(nproc)
+        raise demo.DemoFailed(3)
+
+    monkeypatch.setattr(demo, "_run", lambda verb, *_, **__: gpus if verb == "gpus" else "")
+    monkeypatch.setattr(demo, "_train_half", train_half)
+    assert demo.run_demo(tmp_path, None, []) == 3
+    assert trained_on == [processes]

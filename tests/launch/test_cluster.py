@@ -82,7 +82,7 @@ def test_the_sbatch_script(tmp_path: Path) -> None:
     assert options["--rdzv-backend"] == "c10d" and options["--max-restarts"] == "3"
     assert options["--shutdown-timeout"] == "120"
     line = next(line for line in text.splitlines() if line.startswith("arguments="))
-    assert shlex.split(line.removeprefix("arguments=(")[:-1]) == [str(DEBUG), *HARD]
+    assert shlex.split(line.removeprefix("arguments=(")[:-1]) == [str(DEBUG), *HARD, "device=cuda"]
     assert not list(tmp_path.glob(".train*"))
 
 
@@ -97,7 +97,7 @@ def test_slurm_settings(tmp_path: Path) -> None:
     expected = {"partition": "p", "account": "a", "qos": "q", "time": "2-00:00:00"}
     assert options | expected == options and options["cpus-per-task"] == "9"
     assert options["constraint"] == "ib" and "exclusive" not in options
-    assert "gpus-per-node" not in options
+    assert "gpus-per-node" not in options and "device=cpu)" in text
     assert "--container-image=img.sqsh" in text and "--container-mounts=/a:/b" in text
     assert "\nmodule load cuda\n" in text
 
@@ -118,7 +118,8 @@ def test_the_pytorchjob(tmp_path: Path) -> None:
         options = torchrun_options(container["command"][2])
         assert options["--rdzv-endpoint"] == "v4-debug-master-0:29500"
         assert f"is_host={str(kind == 'Master').lower()}" in options["--rdzv-conf"]
-        assert [arg.replace("$$(", "$(") for arg in container["args"]] == [str(DEBUG), *HARD]
+        arguments = [arg.replace("$$(", "$(") for arg in container["args"]]
+        assert arguments == [str(DEBUG), *HARD, "device=cuda"]
         assert "'$$(HOME)'" in container["args"][1]  # not the pod's variable
         amounts = container["resources"]["limits"]
         assert amounts == {"nvidia.com/gpu": 2, "cpu": "8", "memory": "1e3"}
@@ -192,7 +193,7 @@ def test_the_command(
     output = capfd.readouterr().out
     assert f"submit it with: sbatch {out}/train.sbatch" in output
     assert re.search(r"processes\W+6\b", output)
-    assert f"arguments=({DEBUG} steps=5)" in (out / "train.sbatch").read_text()
+    assert f"arguments=({DEBUG} steps=5 device=cuda)" in (out / "train.sbatch").read_text()
     (out / "train.sbatch").unlink()
     assert v4(*job, "--gpus-per-node", 5, monkeypatch=monkeypatch) == 2
     error = capfd.readouterr().err

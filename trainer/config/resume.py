@@ -34,6 +34,7 @@ RULES: dict[str, Rule] = {
     "quantisation": Rule.FREE,
     "compile": Rule.FREE,
     "fit_to_memory": Rule.FREE,
+    "device": Rule.FREE,
     "deterministic": Rule.FREE,
     "model": Rule.SAME,
     "model.balance_loss_weight": Rule.FREE,

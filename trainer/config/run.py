@@ -143,6 +143,9 @@ class RunConfig(Section):
     fit_to_memory: bool = False
     """Choose parallel.recompute, parallel.offload and, without a pipeline, data.micro_batch_size
     for the device's memory; the config's values of these are not used (docs/planning.md)."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """What a process computes on: `auto` is a GPU where the host has one, else the CPU. A GPU that
+    torch cannot use is an error unless this is `cpu`."""
     deterministic: bool = False
     """Refuse operations whose results can differ between runs."""
     model: ModelConfig

@@ -135,8 +135,8 @@ class Grid:
 
     @classmethod
     def single(cls, device: torch.device | None = None) -> Grid:
-        """One process without torch.distributed."""
-        return cls.build(Degrees(1), device or local_device(0))
+        """One process without torch.distributed, on the CPU unless there is a `device`."""
+        return cls.build(Degrees(1), device or torch.device("cpu"))
 
     @classmethod
     def build(cls, degrees: Degrees, device: torch.device) -> Grid:
@@ -241,35 +241,33 @@ class _Mesh:
         return Axis(name, pair.index(self.rank), tuple(pair), group, self.traffic)
 
 
-def local_device(local_rank: int) -> torch.device:
-    """The GPU with index `local_rank`, or the CPU where there is no GPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
-
-
 @contextmanager
 def open_grid(
-    degrees_of: Callable[[int], Degrees] = Degrees, timeout_seconds: float | None = None
+    device: torch.device,
+    degrees_of: Callable[[int], Degrees] = Degrees,
+    timeout_seconds: float | None = None,
 ) -> Iterator[Grid]:
-    """Opens the grid over the processes that torchrun's RANK, LOCAL_RANK and WORLD_SIZE describe.
+    """Opens the grid over the processes that torchrun's RANK and WORLD_SIZE describe.
 
-    `degrees_of` returns the degrees for a number of processes; without torchrun there is one.
+    `device`: this process's. `degrees_of` returns the degrees for a number of processes; without
+    torchrun there is one.
     Initialises the default process group and destroys it at a normal end. After an error it is
     left alone until the process exits: other ranks may be waiting in a collective. A collective
     that waits longer than the timeout (torch's default: 10 minutes on GPUs, 30 elsewhere) fails.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     degrees = degrees_of(world_size)
-    device = local_device(int(os.environ.get("LOCAL_RANK", "0")))
     if world_size == 1:
         yield Grid.build(degrees, device)
         return
-    if device.type == "cuda":
+    is_gpu = device.type == "cuda"
+    if is_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if is_gpu else "gloo",
         timeout=None if timeout_seconds is None else timedelta(seconds=timeout_seconds),
+        # NCCL connects at once, and makes the smaller groups by splitting this one.
+        device_id=device if is_gpu else None,
     )
     yield Grid.build(degrees, device)
     dist.destroy_process_group()

@@ -2,10 +2,11 @@
 
 import os
 
+import torch
+
 from trainer.config import RunConfig
 from trainer.device import available_memory
 from trainer.formatting import gib
-from trainer.parallel.grid import local_device
 from trainer.planning.dry_run import count_memory
 from trainer.planning.static_memory import memory_parts, snapshot_memory
 
@@ -26,14 +27,13 @@ def expected_memory_report(config: RunConfig, world_size: int) -> str:
     )
 
 
-def host_memory_warning(config: RunConfig) -> str | None:
+def host_memory_warning(config: RunConfig, device: torch.device) -> str | None:
     """Returns a warning where a run on CPUs needs more memory than this host has available.
 
     On a GPU such a run ends with an error; on a host the kernel kills it. The count of activations
     takes seconds, so it is made only where a rough estimate comes near. Called by one process,
     before there is a process group.
     """
-    device = local_device(int(os.environ.get("LOCAL_RANK", "0")))
     if device.type != "cpu" or config.engine != "native":
         return None
     world, available = int(os.environ.get("WORLD_SIZE", "1")), available_memory(device)

@@ -14,13 +14,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from data.activity import print_line
 from trainer.config import ConfigError, RunConfig
 from trainer.device import DeviceInfo
 from trainer.formatting import GIB, gib
-from trainer.parallel.grid import local_device
 from trainer.planning.dry_run import count_memory
 from trainer.planning.static_memory import snapshot_memory
 
@@ -39,15 +39,14 @@ RECOMPUTATION: tuple[dict[str, tuple[str, ...]], ...] = (
 """Settings of recomputation, from none to all."""
 
 
-def fit_to_device(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """Applies `fit` for this process's device if the config asks for it; also returns log lines.
+def fit_to_device(config: RunConfig, device: torch.device) -> tuple[RunConfig, list[str]]:
+    """Applies `fit` for this process's `device` if the config asks for it; also returns log lines.
 
     Called before there is a process group.
     """
     if not config.fit_to_memory:
         return config, []
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    device = local_device(int(os.environ.get("LOCAL_RANK", "0")))
     count = Count(world, on_host=device.type == "cpu", log=rank == 0)
     config, line = fit(config, world, DeviceInfo.of(device), count)
     return config, [line]

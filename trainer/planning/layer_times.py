@@ -24,8 +24,8 @@ from model.config import LayerType
 from model.flops import flops_per_layer
 from trainer.build import DTYPES
 from trainer.config import RunConfig
-from trainer.parallel.grid import local_device
 from trainer.parallel.stage_plan import balance_layers
+from trainer.process.local_device import local_device
 
 CPU_TOKENS = 256
 REPEATS = 3
@@ -63,7 +63,7 @@ def measure_layers(config: RunConfig, world: int) -> Iterator[Table | str]:
     Raises ConfigError if the config does not fit the processes.
     """
     config.check_world(world)
-    times = take_times(config, local_device(0))
+    times = take_times(config, local_device(config.device))
     yield times_table(config, times)
     stages = config.parallel.pipeline * config.parallel.stages_per_rank
     if stages == 1:

@@ -232,12 +232,13 @@ def test_a_run_imports_nothing_after_its_first_step(tiny: Path, tmp_path: Path) 
     """So no save fails for a file system or memory that has gone since."""
     code = """
 import sys
+import torch
 from trainer.config import load_run
 from trainer.parallel.grid import open_grid
 from trainer.trainer import Trainer
 config = load_run(sys.argv[1], sys.argv[2:])
 modules = []
-with open_grid(config.degrees) as grid:
+with open_grid(torch.device("cpu"), config.degrees) as grid:
     trainer = Trainer(config, grid)
     trainer.periodic.insert(0, lambda state, result: modules.append(set(sys.modules)))
     trainer.run()

@@ -119,7 +119,7 @@ def test_a_run_that_the_host_cannot_hold_is_a_warning(
     monkeypatch.setattr(expected_memory, "count_memory", count)
     for available, counted, warns in ((2**40, 0, False), (needed + 1, 1, False), (needed, 2, True)):
         monkeypatch.setattr(expected_memory, "available_memory", lambda device, a=available: a)
-        warning = host_memory_warning(config)
+        warning = host_memory_warning(config, torch.device("cpu"))
         assert (warning is not None, len(counts)) == (warns, counted)
     assert warning is not None and "data.micro_batch_size (now 2)" in warning
 
