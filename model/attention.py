@@ -62,24 +62,24 @@ class Attention(nn.Module):
         self.eps, self.window = config.rms_norm_eps, config.sliding_window
         heads, groups = config.num_attention_heads, config.o_groups
         inner = heads * self.head_dim
-        pointwise = execution.pointwise
+        self.kernels = kernels = execution.kernels
 
         def linear(in_features: int, out_features: int) -> Linear:
             return Linear(in_features, out_features, dtype, execution.matmuls)
 
         self.wq_a = linear(config.hidden_size, config.q_lora_rank)
-        self.q_norm = RMSNorm(config.q_lora_rank, self.eps, pointwise)
+        self.q_norm = RMSNorm(config.q_lora_rank, self.eps, kernels)
         self.wq_b = linear(config.q_lora_rank, inner)
         self.wkv = linear(config.hidden_size, self.head_dim)
-        self.kv_norm = RMSNorm(self.head_dim, self.eps, pointwise)
+        self.kv_norm = RMSNorm(self.head_dim, self.eps, kernels)
         self.wo_a = linear(inner // groups, groups * self.o_rank)
         self.wo_b = linear(groups * self.o_rank, config.hidden_size)
         self.attn_sink = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.compressor = self.indexer = None
         if kind != "window":
-            self.compressor = Compressor(config, kind, self.head_dim, dtype, pointwise)
+            self.compressor = Compressor(config, kind, self.head_dim, dtype, kernels)
         if kind == "csa":
-            self.indexer = Indexer(config, dtype, pointwise, execution.matmuls)
+            self.indexer = Indexer(config, dtype, kernels, execution.matmuls)
 
     def forward(
         self,
@@ -169,10 +169,10 @@ class Attention(nn.Module):
             window=self.window,
             norm_eps=self.eps,
         )
-        o_THK, lse2_TH = attention_with_lse2(attention)
+        o_THK, lse2_TH = attention_with_lse2(attention, self.kernels.attention)
         if inputs.entries_CK is None:
             return o_THK, None
-        return o_THK, attention_probability_mass(attention, lse2_TH)
+        return o_THK, attention_probability_mass(attention, lse2_TH, self.kernels.attention)
 
     def _objective(
         self,
@@ -190,7 +190,7 @@ class Attention(nn.Module):
         weight_T = (~positions.layout.padding_T).to(torch.float32) / loss_denominator
         total_mass = exchange.sum_mass(self.kind, mass, selected_only=selected_Tk is not None)
         target = KLTarget(total_mass, positions.ranges(self.kind), selected_Tk)
-        return indexer_objective(indexer_inputs, target, weight_T)
+        return indexer_objective(indexer_inputs, target, weight_T, self.kernels.indexer_loss)
 
     def _grouped_output(self, o_THK: Tensor) -> Tensor:
         """Multiplies each group of heads by its own matrix: [T, H, K] to [T, G·O]."""

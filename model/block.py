@@ -46,13 +46,13 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.layer_index, self.call_part = config, layer_index, execution.call_part
-        pointwise = execution.pointwise
-        self.hc_attn = HyperConnection(config, pointwise)
-        self.hc_ffn = HyperConnection(config, pointwise)
+        kernels = execution.kernels
+        self.hc_attn = HyperConnection(config, kernels)
+        self.hc_ffn = HyperConnection(config, kernels)
         if with_head:
-            self.hc_head = HyperConnectionHead(config, pointwise)
-        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, pointwise)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, pointwise)
+            self.hc_head = HyperConnectionHead(config, kernels)
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         self.attn = Attention(config, kind, dtype, execution)
         self.ffn = MoE(config, hashed, dtype, execution)
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from model.config import LayerType, ModelConfig
 from model.exchange import Exchange
 from model.kernels.compressor import pool_windows
+from model.kernels.operations import ALL_EAGER, Kernels
 from model.linear import FP32OutLinear
 from model.norm import RMSNorm
-from model.pointwise import EAGER_OR_TRITON, PointwiseOps
 from model.positions import Positions
 
 
@@ -32,7 +32,7 @@ class Compressor(nn.Module):
         kind: LayerType,
         dim: int,
         dtype: torch.dtype,
-        pointwise: PointwiseOps = EAGER_OR_TRITON,
+        kernels: Kernels = ALL_EAGER,
     ) -> None:
         super().__init__()
         self.kind = kind
@@ -42,7 +42,8 @@ class Compressor(nn.Module):
         self.wgate = FP32OutLinear(config.hidden_size, width, dtype)
         ratio = config.compress_ratio(kind)
         self.ape = nn.Parameter(torch.empty(ratio, width, dtype=torch.float32))
-        self.norm = RMSNorm(dim, config.rms_norm_eps, pointwise)
+        self.choice = kernels.compressor
+        self.norm = RMSNorm(dim, config.rms_norm_eps, kernels)
 
     def forward(
         self,
@@ -64,6 +65,7 @@ class Compressor(nn.Module):
             windows.first_token_C,
             windows.has_previous_C,
             self.overlap,
+            self.choice,
         )
         entries_CK = self.norm(pooled_CK, windows.rotation_Cr, x_TD.dtype)
         if rounded is not None:

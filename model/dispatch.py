@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from model.kernels.operations import EAGER, Choice
 from model.kernels.permute import permute_rows, unpermute_rows
 from model.router import Routing
 
@@ -44,8 +45,15 @@ class Dispatched:
     row_of_pair_L: Tensor
 
 
+@dataclass(frozen=True)
 class LocalDispatch:
-    """Sorts rows by expert; all experts are on this rank."""
+    """Sorts rows by expert; all experts are on this rank.
+
+    Attributes:
+        choice: the implementation of the combine.
+    """
+
+    choice: Choice = EAGER
 
     def dispatch(self, x_TD: Tensor, routing: Routing, num_experts: int) -> Dispatched:
         """Copies each token's hidden state once per selected expert, sorted by expert.
@@ -65,12 +73,18 @@ class LocalDispatch:
         row_of_pair_L = torch.empty_like(sorted_L).index_copy_(0, sorted_L, row_L)
         weights_L = routing.weights_TA.flatten()
         weights_P = weights_L.new_zeros(padded_rows).index_copy(0, row_of_pair_L, weights_L)
-        rows_PD = permute_rows(x_TD, pair_of_row_P, row_of_pair_L)
+        rows_PD = permute_rows(x_TD, pair_of_row_P, row_of_pair_L, self.choice)
         return Dispatched(rows_PD, weights_P, ends_E.to(torch.int32), pair_of_row_P, row_of_pair_L)
 
     def combine(self, y_PD: Tensor, dispatched: Dispatched, num_tokens: int) -> Tensor:
         """Sums each token's expert outputs to [T, D]."""
-        return unpermute_rows(y_PD, dispatched.pair_of_row_P, dispatched.row_of_pair_L, num_tokens)
+        return unpermute_rows(
+            y_PD,
+            dispatched.pair_of_row_P,
+            dispatched.row_of_pair_L,
+            num_tokens,
+            self.choice,
+        )
 
 
 def count_each(index_L: Tensor, size: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -16,9 +17,9 @@ from model.config import ModelConfig
 from model.dispatch import Dispatch, LocalDispatch
 from model.exchange import Exchange, LocalExchange
 from model.kernels.cross_entropy import linear_cross_entropy
+from model.kernels.operations import ALL_EAGER, Kernels
 from model.layout import SampleLayout
-from model.linear import UNQUANTISED, Matmuls
-from model.pointwise import EAGER_OR_TRITON, PointwiseOps
+from model.linear import UNQUANTISED, Matmuls, fp8_matmuls
 from model.positions import Positions
 
 BlockPart = Literal["streams", "norms", "attention", "block"]
@@ -47,11 +48,13 @@ def place_locally(config: ModelConfig, layout: SampleLayout) -> tuple[Positions,
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model runs; by default on one process, with the kernels that `backend` chooses.
+    """How a model runs; by default on one process, in plain eager PyTorch.
+
+    `local_execution` makes one whose matmuls, dispatch and cross-entropy use its `kernels`.
 
     Attributes:
         matmuls: the matmuls of linears and experts, in the dtype of their tensors or in FP8.
-        pointwise: norms, SwiGLU and hyper-connections, compiled or not.
+        kernels: the implementation of every operation.
         call_part: calls a part of a block, plainly or under activation checkpointing.
         dispatch: sends tokens to their experts and combines the results.
         place_tokens: maps a microbatch's layout to the part that this rank holds.
@@ -59,7 +62,7 @@ class Execution:
     """
 
     matmuls: Matmuls = UNQUANTISED
-    pointwise: PointwiseOps = EAGER_OR_TRITON
+    kernels: Kernels = ALL_EAGER
     call_part: CallPart = call_plainly
     dispatch: Dispatch = field(default_factory=LocalDispatch)
     place_tokens: PlaceTokens = place_locally
@@ -67,3 +70,13 @@ class Execution:
 
 
 LOCAL = Execution()
+
+
+def local_execution(kernels: Kernels = ALL_EAGER, in_fp8: bool = False) -> Execution:
+    """Returns the Execution of one process with these kernels, its matmuls in FP8 or not."""
+    return Execution(
+        matmuls=fp8_matmuls(kernels.fp8) if in_fp8 else UNQUANTISED,
+        kernels=kernels,
+        dispatch=LocalDispatch(kernels.permute),
+        cross_entropy=partial(linear_cross_entropy, choice=kernels.cross_entropy),
+    )

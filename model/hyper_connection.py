@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.pointwise import EAGER_OR_TRITON, PointwiseOps
+from model.kernels.hyper_connection import collapse_streams, read_streams, write_streams
+from model.kernels.operations import ALL_EAGER, Kernels
 
 
 class _Coefficients(nn.Module):
@@ -20,10 +21,10 @@ class _Coefficients(nn.Module):
         config: ModelConfig,
         num_coefficients: int,
         num_scales: int,
-        pointwise: PointwiseOps,
+        kernels: Kernels,
     ) -> None:
         super().__init__()
-        self.pointwise = pointwise
+        self.choice = kernels.hyper_connections
         self.norm_eps, self.hc_eps = config.rms_norm_eps, config.hc_eps
         columns = config.hc_mult * config.hidden_size
         self.fn = nn.Parameter(torch.empty(num_coefficients, columns, dtype=torch.float32))
@@ -43,13 +44,13 @@ class HyperConnection(_Coefficients):
     The implementation is in model/kernels/hyper_connection.
     """
 
-    def __init__(self, config: ModelConfig, pointwise: PointwiseOps = EAGER_OR_TRITON) -> None:
-        super().__init__(config, (2 + config.hc_mult) * config.hc_mult, 3, pointwise)
+    def __init__(self, config: ModelConfig, kernels: Kernels = ALL_EAGER) -> None:
+        super().__init__(config, (2 + config.hc_mult) * config.hc_mult, 3, kernels)
         self.iterations = config.hc_sinkhorn_iters
 
     def read(self, streams_TND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the sub-layer's input x [T, D], and post [T, N] and comb [T, N, N]."""
-        return self.pointwise.read_streams(
+        return read_streams(
             streams_TND,
             self.fn,
             self.base,
@@ -57,26 +58,28 @@ class HyperConnection(_Coefficients):
             norm_eps=self.norm_eps,
             hc_eps=self.hc_eps,
             iterations=self.iterations,
+            choice=self.choice,
         )
 
     def write(self, streams_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
         """Returns the streams X' after the sub-layer."""
-        return self.pointwise.write_streams(streams_TND, y_TD, post_TN, comb_TNN)
+        return write_streams(streams_TND, y_TD, post_TN, comb_TNN, self.choice)
 
 
 class HyperConnectionHead(_Coefficients):
     """Collapses the streams to Σ_j (σ(scale · w_j + base_j) + ε) · X_j for the final norm."""
 
-    def __init__(self, config: ModelConfig, pointwise: PointwiseOps = EAGER_OR_TRITON) -> None:
-        super().__init__(config, config.hc_mult, 1, pointwise)
+    def __init__(self, config: ModelConfig, kernels: Kernels = ALL_EAGER) -> None:
+        super().__init__(config, config.hc_mult, 1, kernels)
 
     def forward(self, streams_TND: Tensor) -> Tensor:
         """[T, N, D] to [T, D]."""
-        return self.pointwise.collapse_streams(
+        return collapse_streams(
             streams_TND,
             self.fn,
             self.base,
             self.scale,
             norm_eps=self.norm_eps,
             hc_eps=self.hc_eps,
+            choice=self.choice,
         )

@@ -16,8 +16,8 @@ from model.kernels.hadamard import hadamard
 from model.kernels.indexer import IndexerInputs, select_topk
 from model.kernels.mxfp4 import fake_quantise
 from model.kernels.norm import rotate
+from model.kernels.operations import ALL_EAGER, Kernels
 from model.linear import UNQUANTISED, Linear, Matmuls
-from model.pointwise import EAGER_OR_TRITON, PointwiseOps
 from model.positions import Positions
 
 
@@ -35,15 +35,15 @@ class Indexer(nn.Module):
         self,
         config: ModelConfig,
         dtype: torch.dtype,
-        pointwise: PointwiseOps = EAGER_OR_TRITON,
+        kernels: Kernels = ALL_EAGER,
         matmuls: Matmuls = UNQUANTISED,
     ) -> None:
         super().__init__()
         self.heads, self.dim = config.index_n_heads, config.index_head_dim
-        self.topk = config.index_topk
+        self.topk, self.kernels = config.index_topk, kernels
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim, dtype, matmuls)
         self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False, dtype=dtype)
-        self.compressor = Compressor(config, "csa", self.dim, dtype, pointwise)
+        self.compressor = Compressor(config, "csa", self.dim, dtype, kernels)
 
     def forward(
         self, x_TD: Tensor, q_TQ: Tensor, positions: Positions, exchange: Exchange
@@ -55,7 +55,7 @@ class Indexer(nn.Module):
         """
         x_TD, q_TQ = x_TD.detach(), q_TQ.detach()
         queries = self.wq_b(q_TQ).unflatten(-1, (self.heads, self.dim))
-        queries = rotate(queries, positions.rotation("csa"))
+        queries = rotate(queries, positions.rotation("csa"), self.kernels.norms)
         weights = self.weights_proj(x_TD).float() * (self.dim * self.heads) ** -0.5
         keys = self.compressor(x_TD, positions, exchange)
         if self.fake_quantised:
@@ -79,4 +79,4 @@ class Indexer(nn.Module):
         if positions.max_visible("csa") <= self.topk:
             return None
         inputs = self(x_TD, q_TQ, positions, exchange) if inputs is None else inputs
-        return select_topk(inputs, positions.ranges("csa"), self.topk)
+        return select_topk(inputs, positions.ranges("csa"), self.topk, self.kernels.indexer)

@@ -1,43 +1,71 @@
-"""Lists which implementation (Triton or eager) each operation of a model uses, and why."""
+"""The operations of a model, and which implementation each of them uses."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 
 from model.config import ModelConfig
 from model.kernels import backend
+from model.kernels.operations import Kernels
 
 
-def kernel_choices(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, in_fp8: bool = False
-) -> dict[str, backend.Choice]:
-    """Returns the implementation chosen for each operation of this model, with the reason.
+def operations_of(config: ModelConfig, in_fp8: bool = False) -> tuple[str, ...]:
+    """Returns the operations that this model has, out of model.kernels.operations.OPERATIONS.
 
     Args:
         in_fp8: whether linears and experts multiply in FP8.
     """
-    kinds = set(config.layer_types)
-    choices = backend.choices(
-        device,
-        dtype,
-        hidden=config.hidden_size,
-        streams=config.hc_mult,
-        head_dim=config.head_dim,
-        index_dim=config.index_head_dim,
-        index_heads=config.index_n_heads,
-        index_topk=config.index_topk,
-        ratios=tuple(config.compress_ratio(kind) for kind in ("csa", "hca") if kind in kinds),
-        in_fp8=in_fp8,
-    )
-    if "csa" not in kinds:
-        choices = {name: choice for name, choice in choices.items() if "indexer" not in name}
-    return choices
+    operations = ["attention"]
+    operations += ["indexer", "indexer_loss"] * ("csa" in config.layer_types)
+    operations += ["compressor"] * bool({"csa", "hca"} & set(config.layer_types))
+    operations += ["norms", "hyper_connections", "swiglu", "permute", "cross_entropy"]
+    return *operations, *["fp8"] * in_fp8
 
 
-def describe(choices: dict[str, backend.Choice]) -> str:
+def unsupported_by_triton(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, operations: Iterable[str]
+) -> dict[str, str]:
+    """Returns the reason for each operation of this model that Triton cannot run."""
+    reasons: dict[str, str] = {}
+    for operation in operations:
+        for check in _checks(config, device, dtype, operation):
+            try:
+                check()
+            except backend.UnsupportedError as error:
+                reasons.setdefault(operation, str(error).removeprefix(f"{operation}: "))
+    return reasons
+
+
+def _checks(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, operation: str
+) -> list[Callable[[], None]]:
+    """Returns what has to hold for an operation at all sizes that the model has."""
+    index_dim, index_heads = config.index_head_dim, config.index_n_heads
+    ratios = [config.compress_ratio(kind) for kind in {*config.layer_types} - {"window"}]
+    widths = {config.hidden_size, config.q_lora_rank, config.head_dim, index_dim}
+    index = partial(backend.indexer, device, dtype, index_dim, index_heads, config.index_topk)
+    checks: dict[str, list[Callable[[], None]]] = {
+        "attention": [partial(backend.attention, device, dtype, config.head_dim)],
+        "indexer": [index],
+        "indexer_loss": [partial(backend.indexer_loss, device, dtype, index_dim, index_heads)],
+        "compressor": [partial(backend.compressor, device, dtype, m) for m in sorted(ratios)],
+        "norms": [partial(backend.norm, device, dtype, width) for width in sorted(widths)],
+        "hyper_connections": [partial(backend.hyper_connection, device, dtype, config.hc_mult)],
+        "swiglu": [partial(backend.swiglu, device, dtype)],
+        "permute": [partial(backend.permute, device, dtype)],
+        "cross_entropy": [partial(backend.cross_entropy, device, dtype)],
+        "fp8": [partial(backend.fp8, device, dtype)],
+        "syrk": [partial(backend.syrk, device, dtype)],
+    }
+    return checks[operation]
+
+
+def describe(kernels: Kernels, operations: Iterable[str]) -> str:
     """Returns one line, e.g. ``kernels: attention, indexer: eager (on cpu)``."""
     groups: dict[str, list[str]] = {}
-    for name, choice in choices.items():
-        # "compressor, m = 4" has a comma of its own.
-        groups.setdefault(str(choice), []).append(name.replace(", ", " "))
+    for operation in operations:
+        groups.setdefault(str(getattr(kernels, operation)), []).append(operation)
     return "kernels: " + "; ".join(f"{', '.join(ops)}: {what}" for what, ops in groups.items())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.kernels import fp8
+from model.kernels.operations import EAGER, Choice
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,17 @@ def _grouped(x_PX: Tensor, weight_EYX: Tensor, ends_E: Tensor) -> Tensor:
 
 
 UNQUANTISED = Matmuls(F.linear, _batched, _grouped)
-FP8 = Matmuls(fp8.linear, fp8.batched, fp8.grouped)
-"""Used by linears and experts. Compressors' projections are `FP32OutLinear`s, and the router
-multiplies in fp32; the output head, the indexer's head weights and hyper-connections multiply in
-the precision of their weights."""
+
+
+def fp8_matmuls(choice: Choice = EAGER) -> Matmuls:
+    """Returns matmuls in FP8, of linears and experts.
+
+    Compressors' projections are `FP32OutLinear`s, and the router multiplies in fp32; the output
+    head, the indexer's head weights and hyper-connections multiply in the precision of their
+    weights.
+    """
+    functions = fp8.linear, fp8.batched, fp8.grouped
+    return Matmuls(*[partial(function, choice=choice) for function in functions])
 
 
 class Linear(nn.Linear):

@@ -16,6 +16,7 @@ from model.dispatch import Dispatched
 from model.exchange import Exchange
 from model.execution import LOCAL, Execution
 from model.kernels.mxfp4 import straight_through
+from model.kernels.swiglu import clamped_swiglu
 from model.linear import Linear
 from model.positions import Positions
 from model.router import Router, balance_loss, expert_load, top1_weight_share
@@ -47,8 +48,12 @@ class Experts(nn.Module):
         x, ends = dispatched.rows_PD, dispatched.ends_E
         w1, w2, w3 = self._matrices()
         grouped_mm = self.execution.matmuls.grouped
-        inner = self.execution.pointwise.clamped_swiglu(
-            grouped_mm(x, w1, ends), grouped_mm(x, w3, ends), self.limit, dispatched.weights_P
+        inner = clamped_swiglu(
+            grouped_mm(x, w1, ends),
+            grouped_mm(x, w3, ends),
+            self.limit,
+            dispatched.weights_P,
+            self.execution.kernels.swiglu,
         )
         return grouped_mm(inner, w2, ends)
 
@@ -80,7 +85,7 @@ class SharedExpert(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] to [T, D]."""
         gate, up = self.w1(x_TD), self.w3(x_TD)
-        return self.w2(self.execution.pointwise.clamped_swiglu(gate, up, self.limit))
+        return self.w2(clamped_swiglu(gate, up, self.limit, choice=self.execution.kernels.swiglu))
 
 
 @dataclass(frozen=True)

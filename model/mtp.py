@@ -29,12 +29,12 @@ class MTPBlock(Block):
     ) -> None:
         super().__init__(config, layer_index, "window", False, dtype, execution, with_head=True)
         dim, eps = config.hidden_size, config.rms_norm_eps
-        matmuls, pointwise = execution.matmuls, execution.pointwise
+        matmuls, kernels = execution.matmuls, execution.kernels
         self.e_proj = Linear(dim, dim, dtype, matmuls)
         self.h_proj = Linear(dim, dim, dtype, matmuls)
-        self.enorm = RMSNorm(dim, eps, pointwise)
-        self.hnorm = RMSNorm(dim, eps, pointwise)
-        self.norm = RMSNorm(dim, eps, pointwise)
+        self.enorm = RMSNorm(dim, eps, kernels)
+        self.hnorm = RMSNorm(dim, eps, kernels)
+        self.norm = RMSNorm(dim, eps, kernels)
 
     def predict_hidden(
         self,

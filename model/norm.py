@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.pointwise import EAGER_OR_TRITON, PointwiseOps
+from model.kernels.norm import rms_norm
+from model.kernels.operations import ALL_EAGER, Kernels
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last dim; the weight is kept in fp32."""
 
-    def __init__(self, dim: int, eps: float, pointwise: PointwiseOps = EAGER_OR_TRITON) -> None:
+    def __init__(self, dim: int, eps: float, kernels: Kernels = ALL_EAGER) -> None:
         super().__init__()
-        self.pointwise = pointwise
+        self.choice = kernels.norms
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
         self.eps = eps
 
@@ -24,4 +25,4 @@ class RMSNorm(nn.Module):
 
         Computed in fp32 and rounded once, to ``dtype`` (x's by default).
         """
-        return self.pointwise.rms_norm(x, self.weight, self.eps, rotation, dtype)
+        return rms_norm(x, self.weight, self.eps, rotation, dtype, self.choice)

@@ -137,13 +137,13 @@ class V4Model(nn.Module):
         super().__init__()
         self.config, self.execution, self.dtype = config, execution, dtype
         vocab, dim = config.vocab_size, config.hidden_size
-        self.hc_head = HyperConnectionHead(config, execution.pointwise)
+        self.hc_head = HyperConnectionHead(config, execution.kernels)
         self.embed = nn.Embedding(vocab, dim, dtype=dtype)
         self.layers = nn.ModuleList(
             Block(config, index, kind, index < config.num_hash_layers, dtype, execution)
             for index, kind in enumerate(config.layer_types)
         )
-        self.norm = RMSNorm(dim, config.rms_norm_eps, execution.pointwise)
+        self.norm = RMSNorm(dim, config.rms_norm_eps, execution.kernels)
         self.head = nn.Linear(dim, vocab, bias=False, dtype=dtype)
         self.mtp = nn.ModuleList(
             MTPBlock(config, config.num_hidden_layers + number, dtype, execution)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from optim.config import MuonConfig
 from optim.newton_schulz import hybrid_steps, newton_schulz, polar_express_steps
+from optim.syrk import Syrk, syrk_
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 """Tensors as torch's foreach functions take them."""
@@ -34,7 +35,7 @@ def nesterov_(out: Tensors, momenta: Tensors, gradients: Tensors, mu: float) -> 
     torch._foreach_add_(out, momenta, alpha=mu)
 
 
-def orthogonal_update(direction_NRC: Tensor, config: MuonConfig) -> Tensor:
+def orthogonal_update(direction_NRC: Tensor, config: MuonConfig, syrk: Syrk = syrk_) -> Tensor:
     """Returns the update at learning rate 1, [N, R, C] fp32: NS(direction) scaled to the set RMS.
 
     A semi-orthogonal [R, C] matrix has root mean square 1/sqrt(max(R, C)), so the factor gives
@@ -45,7 +46,7 @@ def orthogonal_update(direction_NRC: Tensor, config: MuonConfig) -> Tensor:
         steps = polar_express_steps(config.polar_express_steps)
     else:
         steps = hybrid_steps(config.coarse_steps, config.fine_steps)
-    update_NRC = newton_schulz(direction_NRC, steps, dtype, config.gram).float()
+    update_NRC = newton_schulz(direction_NRC, steps, dtype, config.gram, syrk).float()
     return update_NRC.mul_(config.update_rms * max(direction_NRC.shape[-2:]) ** 0.5)
 
 

@@ -14,7 +14,7 @@ Letters: N matrices of R rows and C columns.
 import torch
 from torch import Tensor
 
-from optim.syrk import syrk_
+from optim.syrk import Syrk, syrk_
 
 Step = tuple[float, float, float]
 
@@ -58,6 +58,7 @@ def newton_schulz(
     steps: tuple[Step, ...] = hybrid_steps(),
     dtype: torch.dtype = torch.float32,
     gram: bool = False,
+    syrk: Syrk = syrk_,
 ) -> Tensor:
     """Computes U·Vᵀ of each matrix U·S·Vᵀ.
 
@@ -72,29 +73,30 @@ def newton_schulz(
         dtype: of the iterations and of the result.
         gram: iterates on Gram matrices where the longer side is at least twice the shorter one:
             the same in exact arithmetic, with fewer FLOPs.
+        syrk: computes the symmetric matmuls of other iterations.
 
     Returns:
         The shape of `matrices_NRC`, in `dtype`.
     """
     if matrices_NRC.dim() == 2:
-        return newton_schulz(matrices_NRC[None], steps, dtype, gram)[0]
+        return newton_schulz(matrices_NRC[None], steps, dtype, gram, syrk)[0]
     if matrices_NRC.size(1) > matrices_NRC.size(2):  # so that the Gram matrix is the smaller one
-        return newton_schulz(matrices_NRC.mT, steps, dtype, gram).mT
+        return newton_schulz(matrices_NRC.mT, steps, dtype, gram, syrk).mT
     with torch.no_grad():
         x_NRC = _unit_norm(matrices_NRC).to(dtype)
         if gram and matrices_NRC.size(2) >= 2 * matrices_NRC.size(1):
             return _on_gram(x_NRC, steps)
-        return _on_matrices(x_NRC, steps)
+        return _on_matrices(x_NRC, steps, syrk)
 
 
-def _on_matrices(x_NRC: Tensor, steps: tuple[Step, ...]) -> Tensor:
+def _on_matrices(x_NRC: Tensor, steps: tuple[Step, ...], syrk: Syrk) -> Tensor:
     """Runs the iterations with three matmuls each, in four buffers."""
     other_NRC = torch.empty_like(x_NRC)
     gram_NRR = x_NRC.new_empty(x_NRC.size(0), x_NRC.size(1), x_NRC.size(1))
     polynomial_NRR = torch.empty_like(gram_NRR)
     for a, b, c in steps:
-        syrk_(gram_NRR, x_NRC)
-        syrk_(polynomial_NRR, gram_NRR, gram_NRR, b, c)
+        syrk(gram_NRR, x_NRC, None, 0.0, 1.0)
+        syrk(polynomial_NRR, gram_NRR, gram_NRR, b, c)
         torch.baddbmm(x_NRC, polynomial_NRR, x_NRC, beta=a, out=other_NRC)
         x_NRC, other_NRC = other_NRC, x_NRC
     return x_NRC

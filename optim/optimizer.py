@@ -25,6 +25,7 @@ from optim.config import OptimConfig
 from optim.errors import OptimError
 from optim.muon import apply_updates_, momentum_at, nesterov_, orthogonal_update
 from optim.partition import Assignment
+from optim.syrk import Syrk, syrk_
 
 CPU_BATCH_BYTES = 2 * 2**20
 ACCELERATOR_BATCH_BYTES = 256 * 2**20
@@ -56,6 +57,8 @@ def _matrices(entry: Assignment) -> tuple[int, int, int]:
 class Optimizer:
     """Updates `named_parameters` in place as `table` says.
 
+    `syrk` computes the symmetric matmuls of Newton–Schulz.
+
     A parameter whose gradient is None is skipped: no decay, no momentum, no change of state.
     Raises OptimError when table and parameters do not match, or one is not fp32 or not contiguous.
     """
@@ -65,9 +68,10 @@ class Optimizer:
         named_parameters: Mapping[str, Parameter],
         table: list[Assignment],
         config: OptimConfig,
+        syrk: Syrk = syrk_,
     ) -> None:
         _check_table(named_parameters, table)
-        self.config = config
+        self.config, self.syrk = config, syrk
         self.table = table
         self.parameters = dict(named_parameters)
         self.step_count = 0
@@ -141,7 +145,7 @@ class Optimizer:
                 [part.wide(part.of(gradients[part.entry.name])) for part in batch],
                 mu,
             )
-            update_NRC = orthogonal_update(direction_NRC, self.config.muon)
+            update_NRC = orthogonal_update(direction_NRC, self.config.muon, self.syrk)
             self._apply(batch, update_NRC.split(sizes), learning_rate)
 
     def _apply(

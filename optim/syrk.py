@@ -1,16 +1,18 @@
 """Symmetric matmuls of Newton–Schulz (BLAS's syrk): βC + αA·Aᵀ for symmetric C.
 
 PyTorch's matmul computes both triangles. The Triton kernel (syrk_triton.py) computes one and writes
-it twice, for 16-bit numbers on GPUs from Hopper on, once its test has passed on a GPU.
+it twice, for 16-bit numbers.
 
 Letters: N matrices of R rows and C columns.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-COMPARED_ON_GPU = False
-"""Whether tests/optim/test_syrk.py has passed on a GPU. Until then nothing trains with it."""
+Syrk = Callable[[Tensor, Tensor, Tensor | None, float, float], Tensor]
+"""A function with the arguments and the result of `syrk_`."""
 
 
 def syrk_(
@@ -27,20 +29,6 @@ def syrk_(
         a_NRC: the matrices A.
         add_NRR: the symmetric matrices C; none where `beta` is 0.
     """
-    if COMPARED_ON_GPU and _fits(a_NRC):
-        from optim import syrk_triton
-
-        return syrk_triton.syrk_(out_NRR, a_NRC, add_NRR, beta, alpha)
     if add_NRR is None:
         return torch.bmm(a_NRC, a_NRC.mT, out=out_NRR)
     return torch.baddbmm(add_NRR, a_NRC, a_NRC.mT, beta=beta, alpha=alpha, out=out_NRR)
-
-
-def _fits(a_NRC: Tensor) -> bool:
-    """Whether the kernel takes the matrices."""
-    device = a_NRC.device
-    return (
-        device.type == "cuda"
-        and a_NRC.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    )

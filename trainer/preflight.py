@@ -24,6 +24,7 @@ from data.text import tokenizer_file
 from trainer.config import RunConfig
 from trainer.device import DeviceInfo, available_memory
 from trainer.formatting import GIB
+from trainer.kernels import unchecked_kernels
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
 from trainer.planning import memory_parts, snapshot_memory
@@ -50,7 +51,7 @@ class Facts:
         memory: bytes of the device that this process trains on.
         host_memory: bytes of its share of the host's memory.
         available: bytes of the device's memory that nothing uses now.
-        missing: what torch.compile needs and this host lacks, if `compile` is set; else empty.
+        missing: what torch.compile needs and this host lacks, if `kernels` asks for it; else empty.
     """
 
     rank: int
@@ -72,7 +73,7 @@ def preflight(config: RunConfig, grid: Grid, folder_timeout: float = FOLDER_TIME
     """
     devices = (grid.device, torch.device("cpu"))
     memory, host_memory = (DeviceInfo.of(device).memory for device in devices)
-    missing = missing_compiler(grid.device) if config.compile else ""
+    missing = missing_compiler(grid.device) if is_compiled(config) else ""
     host, digests = socket.gethostname(), _digests(config)
     available = available_memory(grid.device)
     facts = Facts(grid.rank, host, digests, memory, host_memory, available, missing)
@@ -192,6 +193,12 @@ def _check_room(everyone: list[Facts], memory: list[int], needed: int, what: str
     )
 
 
+def is_compiled(config: RunConfig) -> bool:
+    """Whether the config has operations through torch.compile."""
+    choices = unchecked_kernels(config).by_operation().values()
+    return any(choice.name == "compile" for choice in choices)
+
+
 def missing_compiler(device: torch.device) -> str:
     """Returns what torch.compile needs for `device` and this host lacks; empty if nothing."""
     if device.type == "cuda":
@@ -210,8 +217,8 @@ def _check_compiler(everyone: list[Facts]) -> None:
     without = [facts for facts in everyone if facts.missing]
     if without:
         raise PreflightError(
-            f"compile = true needs {without[0].missing}, and there is none for {where(without)}; "
-            "install it, or set compile = false"
+            f"kernels = compile needs {without[0].missing}, and there is none for "
+            f"{where(without)}; install it, or set kernels to auto or eager"
         )
 
 

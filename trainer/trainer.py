@@ -13,13 +13,15 @@ from data import Batch, DataRecord, Loader, Prefetcher
 from data.activity import Activity
 from data.files import write_atomically
 from data.rows import matching_manifest, token_frequencies
-from model.kernel_choices import describe, kernel_choices
-from trainer.build import DTYPES, build_engine
+from model.kernel_choices import describe
+from model.kernels.operations import Kernels
+from trainer.build import build_engine
 from trainer.checkpoint import PeriodicCheckpoints, RunCheckpoint, unsaved_progress
 from trainer.config import CONFIG_FILE, Phase, RunConfig
 from trainer.device import peak_memory_report
 from trainer.engine import StepLosses
 from trainer.evaluate import EvaluationStopped, Validation
+from trainer.kernels import choose_kernels, run_operations
 from trainer.metrics import Metrics, UpdateStats, collect_stats, compute_layer_stats, describe_event
 from trainer.parallel.grid import Grid
 from trainer.process.command_line import v4
@@ -37,6 +39,7 @@ class Trainer:
     """Trains `config` on the processes of `grid`; the first logs `messages` at the start.
 
     `check` is called after every step, before anything is written; what it raises ends the run.
+    `kernels` are what all ranks agreed on; by default, those that the config names.
 
     Raises the errors of trainer.process.errors.USER_ERRORS for input that cannot be trained on.
     """
@@ -48,6 +51,7 @@ class Trainer:
         stop: StopRequest | None = None,
         messages: Sequence[str] = (),
         check: Callable[[], None] = lambda: None,
+        kernels: Kernels | None = None,
     ) -> None:
         config.check_world(grid.world_size)
         data = run_data(config)
@@ -59,6 +63,7 @@ class Trainer:
         self.check = check
         self.state = TrainState()
         self.recipe = config.recipe
+        self.kernels = kernels or choose_kernels(config, grid.device, {})
         phases = [phase.rows for phase in self.recipe.phases]
         config.check_token_ids(matching_manifest(data), f"the manifest in {data.shards}")
         self.loader = Loader(data, config.seed, grid.data.rank, grid.data.size, phases=phases)
@@ -70,7 +75,7 @@ class Trainer:
         frequencies = token_frequencies(self.loader) if config.model.num_hash_layers else None
         self.are_ids_counted = frequencies is not None
         self.local, self.engine, self.optimizer = build_engine(
-            config, grid, None if frequencies is None else frequencies.tolist()
+            config, grid, None if frequencies is None else frequencies.tolist(), self.kernels
         )
         self.model = self.local.model
         self.anticipation = Anticipation(
@@ -280,9 +285,7 @@ class Trainer:
         saved = self.config.with_absolute_paths()
         write_atomically(self.config.run_dir / CONFIG_FILE, saved.to_yaml())
         self.metrics = Metrics(self.config, self.state, self.grid)
-        dtype, is_fp8 = DTYPES[self.config.precision], self.config.precision == "fp8"
-        kernels = kernel_choices(self.config.model, self.grid.device, dtype, is_fp8)
-        self._log(describe(kernels))
+        self._log(describe(self.kernels, run_operations(self.config)))
         if resumed is not None:
             self._log(f"resumed from {resumed}")
             for change in self.checkpoint.changes:
@@ -299,15 +302,16 @@ class Trainer:
             )
         if notice := other_tokenizer(self.config):
             self._log(f"warning: {notice}")
-        if is_fp8 and kernels["fp8"].name == "eager":
+        if self.config.precision == "fp8" and self.kernels.fp8.name == "eager":
             self._log(
-                "precision = fp8: this device has no FP8 kernel; operands are rounded to FP8 and "
+                "precision = fp8: no FP8 kernel is used; operands are rounded to FP8 and "
                 "multiplied in bf16, with no gain in speed"
             )
-        if self.config.compile:
+        choices = self.kernels.by_operation()
+        if compiled := [name for name, choice in choices.items() if choice.name == "compile"]:
             self._log(
-                "compile: the first step compiles norms, experts and residual streams, or loads "
-                "them from torch's cache"
+                f"kernels: the first step compiles {', '.join(compiled)}, or loads them from "
+                "torch's cache"
             )
         for message in (*self.messages, *self.recipe.warnings()):
             self._log(message)

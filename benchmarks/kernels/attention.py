@@ -33,7 +33,7 @@ from torch import Tensor
 from benchmarks.kernels import attention_tasks, fp8_tasks, layer_tasks
 from benchmarks.kernels.attention_tasks import DEVICE, DTYPE, Task, Work, load
 from model import ModelConfig
-from model.kernel_choices import kernel_choices
+from model.kernel_choices import operations_of, unsupported_by_triton
 
 CONSOLE = Console()
 TOLERANCE, COSINE = 2e-2, 0.999
@@ -247,9 +247,10 @@ def main() -> int:
     record |= {"ceilings": asdict(limit), "failures": failures}
     for sizes in arguments.sizes:
         config = load(sizes)
-        choices = kernel_choices(config, torch.device(DEVICE), DTYPE, in_fp8=True)
-        for name, choice in choices.items():
-            CONSOLE.print(f"{sizes}: {name} uses {choice}")
+        operations = operations_of(config, in_fp8=True)
+        reasons = unsupported_by_triton(config, torch.device(DEVICE), DTYPE, operations)
+        for name, reason in reasons.items():
+            CONSOLE.print(f"{sizes}: {name}: {reason}")
         for make in tasks(config, CHECKED_ROW):
             failures += check(make())
         rows = list(arguments.rows)

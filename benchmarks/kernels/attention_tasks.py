@@ -16,8 +16,8 @@ from model.kernels.attention import AttentionInputs
 from model.kernels.attention.eager import eager_attention, eager_entry_probability_mass
 from model.kernels.compressor.eager import eager_pool_windows
 from model.kernels.indexer import IndexerInputs, KLTarget, indexer_objective
-from model.kernels.indexer.loss_eager import eager_objective
 from model.kernels.indexer.select_eager import eager_select_topk
+from model.kernels.operations import Choice
 from model.positions import Positions
 from trainer.config import load_config
 
@@ -241,12 +241,10 @@ def indexer_loss_task(config: ModelConfig, row: int, k: int | None) -> Task:
     target, share = KLTarget(mass, ranges, selected), torch.full((row,), 1 / row, device=DEVICE)
 
     def triton(*x: Tensor) -> Tensor:
-        from model.kernels.indexer import loss_triton
-
-        return indexer_objective(IndexerInputs(*x), target, share, loss_triton.objective)
+        return indexer_objective(IndexerInputs(*x), target, share, Choice("triton"))
 
     def eager(*x: Tensor) -> Tensor:
-        return indexer_objective(IndexerInputs(*x), target, share, eager_objective)
+        return indexer_objective(IndexerInputs(*x), target, share)
 
     implementations = {"triton": triton, **eager_versions(eager, row)}
     moved = leaves[0].numel() * 2.0 + leaves[2].numel() * 4 + 4 * pairs

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from benchmarks.kernels.attention_tasks import DEVICE, Task, Work, eager_versions, randn
 from model import ModelConfig
-from model.kernels.cross_entropy import SoftmaxLoss, linear_cross_entropy
-from model.kernels.cross_entropy.eager import eager_softmax_loss
+from model.kernels.cross_entropy import linear_cross_entropy
 from model.kernels.hyper_connection.eager import eager_read_streams, eager_write_streams
 from model.kernels.norm.eager import eager_rms_norm
+from model.kernels.operations import Choice
 from model.kernels.permute.eager import eager_unpermute
 from model.kernels.swiglu.eager import eager_clamped_swiglu
 from model.transformer import IGNORE_INDEX
@@ -111,8 +111,6 @@ def collect_task(config: ModelConfig, row: int) -> Task:
 
 def head_task(config: ModelConfig, row: int) -> Task:
     """Makes the output head with its cross-entropy; its result is the hidden states' gradient."""
-    from model.kernels.cross_entropy.softmax_triton import softmax_loss
-
     dim, vocab = config.hidden_size, config.vocab_size
     leaves = [randn(row, dim), randn(vocab, dim) * dim**-0.5]
     target = torch.randint(vocab, (row,), device=DEVICE)
@@ -124,13 +122,10 @@ def head_task(config: ModelConfig, row: int) -> Task:
 
         return gradient
 
-    def chunked(softmax: SoftmaxLoss) -> Callable[..., Tensor]:
-        return of(lambda h, w: linear_cross_entropy(h, w, target, row, IGNORE_INDEX, softmax))
+    def chunked(choice: Choice) -> Callable[..., Tensor]:
+        return of(lambda h, w: linear_cross_entropy(h, w, target, row, IGNORE_INDEX, choice))
 
-    implementations = {
-        "triton": chunked(softmax_loss),
-        "eager": chunked(eager_softmax_loss),
-    }
+    implementations = {name: chunked(Choice(name)) for name in ("triton", "eager")}
     if row <= WHOLE_ROWS:
         implementations["torch, whole logits"] = of(lambda h, w: F.cross_entropy(h @ w.T, target))
     work = Work(6.0 * row * dim * vocab, 2.0 * (2 * row * dim + 3 * vocab * dim))

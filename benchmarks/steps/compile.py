@@ -85,10 +85,10 @@ def main() -> None:
 
 def measure(path: str, steps: int, overrides: list[str]) -> None:
     """Trains both in turn and prints the comparison."""
-    config = load_config(path, [*overrides, "compile=false"])
+    config = load_config(path, [*overrides, "kernels=eager"])
     rows = [phase.rows for phase in config.recipe.phases]
     loader = Loader(config.data, config.seed, 0, 1, phases=rows)
-    plain, compiled = runner(config), runner(config.model_copy(update={"compile": True}))
+    plain, compiled = runner(config), runner(config.model_copy(update={"kernels": "compile"}))
     for step in range(steps + 1):
         batches = loader.at(step)
         for each in (plain, compiled) if step % 2 else (compiled, plain):

@@ -25,6 +25,7 @@ from torch.nn import Parameter
 from optim.config import OptimConfig
 from optim.optimizer import Optimizer
 from optim.partition import Assignment
+from optim.syrk import Syrk, syrk_
 from optim.zero.bucket import Bucket
 from optim.zero.group import ParameterGroup, StateSlice
 from optim.zero.send_queue import SendQueue
@@ -33,7 +34,7 @@ CHUNK_ELEMENTS = 32 * 1024 * 1024  # 128 MiB of fp32: long enough to use the lin
 
 
 class HybridZero:
-    """Updates the parameters of all `groups` in place.
+    """Updates the parameters of all `groups` in place; `syrk` as in `Optimizer`.
 
     All ranks call every method together. A parameter whose gradient is None keeps its value and
     state; which these are must be the same on all ranks. Raises OptimError where the
@@ -46,6 +47,7 @@ class HybridZero:
         config: OptimConfig,
         seed: int = 0,
         chunk_elements: int = CHUNK_ELEMENTS,
+        syrk: Syrk = syrk_,
     ) -> None:
         self.config = config
         self.seed = seed
@@ -59,7 +61,7 @@ class HybridZero:
         for bucket in self.buckets:
             self._masters |= bucket.masters
             table += bucket.table
-        self.inner = Optimizer(self._masters, table, config)
+        self.inner = Optimizer(self._masters, table, config, syrk)
         self._queue = SendQueue(self.buckets)
 
     @property

@@ -74,13 +74,13 @@ def test_the_objective_is_the_divergence_from_the_core_attention(attention: Atte
     recorded: dict[str, Any] = {"padding": SampleLayout.from_lengths(LENGTHS, 48).padding_T}
     attend, objective = module.attention_with_lse2, module.indexer_objective
 
-    def attending(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    def attending(inputs: AttentionInputs, *more: Any) -> tuple[Tensor, Tensor]:
         recorded["attention"] = inputs
-        return attend(inputs)
+        return attend(inputs, *more)
 
-    def learning(inputs: IndexerInputs, target: KLTarget, weight_T: Tensor) -> Tensor:
+    def learning(inputs: IndexerInputs, target: KLTarget, weight_T: Tensor, *more: Any) -> Tensor:
         recorded["index"] = inputs
-        return objective(inputs, target, weight_T)
+        return objective(inputs, target, weight_T, *more)
 
     with (
         torch.no_grad(),
@@ -101,9 +101,9 @@ def test_recall_is_the_share_of_the_dense_mass_that_is_kept(topk: int) -> None:
     layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[:3]))
     attend = module.attention_with_lse2
 
-    def attending(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    def attending(inputs: AttentionInputs, *more: Any) -> tuple[Tensor, Tensor]:
         recorded["attention"] = inputs
-        return attend(inputs)
+        return attend(inputs, *more)
 
     with torch.no_grad(), patch.object(module, "attention_with_lse2", attending):
         run(model, "select")

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
+import pytest
 import torch
 
 from model import IGNORE_INDEX
 from model.dispatch import Dispatched
-from model.execution import LOCAL, Execution
+from model.execution import LOCAL, Execution, local_execution
+from model.kernel_choices import operations_of
+from model.kernels.backend import UnsupportedError
+from model.kernels.operations import Choice, Kernels
 from model.linear import UNQUANTISED, Matmuls
-from model.pointwise import EAGER_OR_TRITON, PointwiseOps
 from model.router import Routing
 from tests.model.tiny import random_model, random_tokens, tiny_config
 
@@ -52,7 +55,6 @@ def counting_execution(calls: Counter[str]) -> Execution:
 
     return Execution(
         matmuls=Matmuls(**wrapped(UNQUANTISED)),
-        pointwise=PointwiseOps(**wrapped(EAGER_OR_TRITON)),
         call_part=call_part,
         dispatch=CountedDispatch(calls),
         place_tokens=counted(calls, "place_tokens", LOCAL.place_tokens),
@@ -83,13 +85,23 @@ def test_every_part_of_an_execution_is_used_where_it_should_be() -> None:
         "linear": 7 * BLOCKS + 2 + CONFIG.layer_types.count("csa"),
         "batched": BLOCKS,  # wo_a, by output group
         "grouped": 3 * BLOCKS,
-        "clamped_swiglu": 2 * BLOCKS,
-        "read_streams": 2 * BLOCKS,
-        "write_streams": 2 * BLOCKS,
-        "collapse_streams": 2,
-        "rms_norm": calls["rms_norm"],  # block norms, those inside attention, enorm and hnorm
     }
-    assert calls["rms_norm"] > 4 * BLOCKS
+
+
+@pytest.mark.parametrize("operation", operations_of(CONFIG, in_fp8=True))
+def test_every_kernel_of_an_execution_is_used(operation: str) -> None:
+    """On a CPU the chosen Triton kernel says that it cannot run; eager would run."""
+    tokens = random_tokens(CONFIG, 1, 64)
+    assert 64 // CONFIG.compress_ratio("csa") > CONFIG.index_topk  # the indexer selects
+    execution = local_execution(Kernels(**{operation: Choice("triton")}), operation == "fp8")
+    model = random_model(CONFIG, dtype=torch.bfloat16, execution=execution)
+    with pytest.raises(UnsupportedError, match=f"^{operation}: Triton runs on a GPU"):
+        model(tokens, targets=tokens, attention="sparse").loss.backward()
+
+
+def test_an_operation_has_only_its_own_implementations() -> None:
+    with pytest.raises(ValueError, match="attention has no implementation 'compile'; it has eager"):
+        Kernels(attention=Choice("compile"))
 
 
 def test_an_execution_cannot_be_changed_once_a_model_has_it() -> None:

@@ -10,7 +10,7 @@ import torch
 from model import IGNORE_INDEX
 from model.execution import Execution
 from model.kernels.fp8 import eager as fp8
-from model.linear import FP8, FP32OutLinear
+from model.linear import FP32OutLinear, fp8_matmuls
 from tests.model.tiny import random_model, random_tokens, tiny_config
 
 CONFIG = tiny_config(index_topk=512)  # indexers learn, and rounding changes no selection
@@ -23,7 +23,7 @@ IN_EIGHT_BITS = (
 
 
 def test_linears_and_experts_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = random_model(CONFIG, execution=Execution(matmuls=FP8))
+    model = random_model(CONFIG, execution=Execution(matmuls=fp8_matmuls()))
     rounded, shapes = fp8.quantise_dequantise, set()
 
     def recording(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

@@ -27,13 +27,13 @@ from trainer.engine import NativeEngine
 from trainer.parallel.grid import Grid
 from trainer.planning.activations import Live, Storages
 from trainer.planning.dry_run import count_memory
-from trainer.preflight import missing_compiler
+from trainer.preflight import is_compiled, missing_compiler
 
 PLAIN = topology(1)
-COMPILED = topology(1, "compile=true")
+COMPILED = topology(1, "kernels=compile")
 SPREAD = [
-    topology(2, "compile=true", "parallel.recompute=[block]"),
-    topology(2, "compile=true", "parallel.recompute=[streams, norms, attention]", tensor=2),
+    topology(2, "kernels=compile", "parallel.recompute=[block]"),
+    topology(2, "kernels=compile", "parallel.recompute=[streams, norms, attention]", tensor=2),
 ]
 PROGRAMS = 7
 """Of norms two, of the activation one with and one without weights, of streams read one, written
@@ -87,18 +87,18 @@ def test_ranks_train_as_one(folder: Path, tiny: Path, tmp_path: Path, way) -> No
 def test_no_compiler_is_a_sentence_before_the_run(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(tiny), f"run_dir={tmp_path / 'run'}", "compile=true"]
+    arguments = [str(tiny), f"run_dir={tmp_path / 'run'}", "kernels=compile"]
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
         assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert "compile = true needs a C++ compiler (g++, or what CXX names)" in error
+    assert "kernels = compile needs a C++ compiler (g++, or what CXX names)" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
 def test_what_opens_a_run_alone_needs_no_compiler(tiny: Path) -> None:
-    config = load_config(tiny, ["compile=true"])
-    assert config.compile and not config.alone().compile
+    config = load_config(tiny, ["kernels=compile"])
+    assert is_compiled(config) and not is_compiled(config.alone())
 
 
 def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_is_expected_as_it_is_held(tiny: Path) -> None:
     """Programs as they stand hold the same for backward, and while they run no less."""
-    config = load_config(tiny, ["compile=true", "model.hidden_size=128"])
+    config = load_config(tiny, ["kernels=compile", "model.hidden_size=128"])
     expects = count_memory(config, 1).fullest
     local, optimizer = build_native(config, Grid.single())
     engine = NativeEngine(local, Grid.single(), optimizer)

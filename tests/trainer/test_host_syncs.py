@@ -18,7 +18,7 @@ from trainer.parallel.grid import Grid
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"
 WAYS = pytest.mark.parametrize(
     "overrides",
-    [["precision=bf16"], ["precision=fp8"], ["precision=bf16", "compile=true"]],
+    [["precision=bf16"], ["precision=fp8"], ["precision=bf16", "kernels=compile"]],
     ids=lambda overrides: ", ".join(overrides),
 )
 LENGTHS = [[512], [200, 312], [1, 2, 509], [128] * 4]

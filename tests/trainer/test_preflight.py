@@ -93,7 +93,7 @@ def all_verdicts(rank: int, world_size: int, tiny: Path, folder: Path) -> dict[s
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(directory)
             patch.setattr(socket, "gethostname", lambda: "b" if rank else "a")
-            overrides += ["compile=true"] * (case == "compiler")
+            overrides += ["kernels=compile"] * (case == "compiler")
             if rank:
                 change(patch)
                 overrides += ["optim.schedule.warmup_steps=3"] * (case == "config")
@@ -149,7 +149,7 @@ def test_memory_names_fields_and_numbers(verdicts: dict[str, str]) -> None:
 
 def test_a_compiler_is_there_for_all(verdicts: dict[str, str]) -> None:
     text = verdicts["compiler"]
-    assert "compile = true needs a C++ compiler, and there is none for ranks 1, 2 on b;" in text
+    assert "kernels = compile needs a C++ compiler, and there is none for ranks 1, 2 on b;" in text
 
 
 def test_a_model_too_large_for_one_process_is_refused(

@@ -1,8 +1,11 @@
 """Keys of earlier versions; each is refused with one sentence that names the current key."""
 
+from typing import Any
+
 from trainer.config.source import Key
 
 _RENAMED = {
+    "compile": "kernels",
     "fit_device": "fit_to_memory",
     "stages": "phases",
     "data.row_length": "seq_len",
@@ -55,11 +58,21 @@ _REMOVED = {
     "optim.muon.qk_clip": "V4 normalises queries and keys, so its attention logits are bounded",
 }
 
+_UNSET = {"compile": False}
+"""Earlier keys with the value that asked for nothing, which the config of a run folder may have."""
+
 _VALUES = {("data.sources.split", "heldout"): "validation"}
 
 
 def _dotted(key: Key) -> str:
     return ".".join(part for part in key if isinstance(part, str))
+
+
+def drop_unset(values: dict[str, Any]) -> None:
+    """Removes keys of earlier versions whose value asked for nothing."""
+    for key, value in _UNSET.items():
+        if key in values and values[key] is value:
+            del values[key]
 
 
 def replaced_key(key: Key) -> str | None:

@@ -32,7 +32,7 @@ RULES: dict[str, Rule] = {
     "mtp_loss_weight_in_decay": Rule.FREE,
     "router_bias_speed": Rule.FREE,
     "quantisation": Rule.FREE,
-    "compile": Rule.FREE,
+    "kernels": Rule.FREE,
     "fit_to_memory": Rule.FREE,
     "device": Rule.FREE,
     "deterministic": Rule.FREE,

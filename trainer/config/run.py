@@ -28,9 +28,11 @@ from model.config import LossWeight, ModelConfig
 from optim.config import OptimConfig
 from trainer.config.checks import phase_problems, rows_of, run_problems
 from trainer.config.explain import explain
+from trainer.config.kernels import AUTO, KernelSetting, setting_of
 from trainer.config.parallel import ParallelConfig
 from trainer.config.phases import BiasSpeed, PhaseConfig, Quantisation
 from trainer.config.recipe import Recipe
+from trainer.config.renamed import drop_unset
 from trainer.config.section import Section
 from trainer.config.source import COMMAND_LINE, ConfigError, Defaults, dump_yaml, read_source
 from trainer.config.stability import StabilityConfig
@@ -137,9 +139,11 @@ class RunConfig(Section):
     """`mxfp4` trains for inference as released: routed experts and the indexer's queries and keys
     in MXFP4 (report §3.4), attention's keys and entries in FP8; `mxfp4_without_kv` leaves these
     (docs/quantisation.md)."""
-    compile: bool = False
-    """Run norms, experts' activation and residual streams through torch.compile where they have no
-    Triton kernel (docs/performance.md)."""
+    kernels: KernelSetting = AUTO
+    """Implementation of every operation (docs/kernels.md). `auto` is eager on a CPU; on a GPU, the
+    fastest that passed the check there. `eager` is plain PyTorch, `compile` torch.compile where an
+    operation has a compiled version, `triton` demands its Triton kernel. A section sets single
+    operations, as in {attention: eager}; the others are `auto`."""
     fit_to_memory: bool = False
     """Choose parallel.recompute, parallel.offload and, without a pipeline, data.micro_batch_size
     for the device's memory; the config's values of these are not used (docs/planning.md)."""
@@ -176,6 +180,10 @@ class RunConfig(Section):
         saved = sorted(self.last_checkpoint.parent.glob("step-*"))
         return bool(saved) and saved[-1] == self.last_checkpoint
 
+    def kernel_setting(self, operation: str) -> str:
+        """Returns what `kernels` asks for an operation: "auto" or an implementation."""
+        return setting_of(self.kernels, operation)
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         for problem in phase_problems(self):
@@ -208,9 +216,9 @@ class RunConfig(Section):
         return self.parallel.degrees(world_size)
 
     def alone(self) -> Self:
-        """Returns the same run on one process, without DeepSpeed and torch.compile."""
+        """Returns the same run on one process, without DeepSpeed, and with `kernels` = auto."""
         alone = {"parallel": ParallelConfig(), "engine": "native", "deepspeed": None}
-        alone["compile"] = False
+        alone["kernels"] = AUTO
         return self.model_copy(update=alone)
 
     def with_absolute_paths(self) -> Self:
@@ -277,6 +285,7 @@ def load_as(
 ) -> Root:
     """Reads a config file with another root in the same way, with the same errors."""
     source = read_source(Path(path), overrides, defaults)
+    drop_unset(source.values)
     try:
         # Strict JSON reading: no "10" for 10 and no true for 1, yet lists become tuples and
         # strings become paths.

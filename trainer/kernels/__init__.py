@@ -3,6 +3,20 @@
 Importing this package does not import torch.
 """
 
+from trainer.kernels.choose import (
+    KernelError,
+    choose_kernels,
+    run_operations,
+    unchecked_kernels,
+)
 from trainer.kernels.verdict import CheckKernels, Problem, Verdict
 
-__all__ = ["CheckKernels", "Problem", "Verdict"]
+__all__ = [
+    "CheckKernels",
+    "KernelError",
+    "Problem",
+    "Verdict",
+    "choose_kernels",
+    "run_operations",
+    "unchecked_kernels",
+]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.dispatch import Dispatched, LocalDispatch, count_each
+from model.kernels.operations import EAGER, Choice
 from model.kernels.permute import permute_rows, unpermute_rows
 from model.router import Routing
 from trainer.parallel.collectives import all_to_all, all_to_all_tokens
@@ -51,10 +52,10 @@ class ExpertDispatch:
     experts and returns partial sums over its shard of the inner dimension.
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, choice: Choice = EAGER) -> None:
         self.axis = grid.expert_all_to_all
         self.expert_tensor_size = grid.expert_tensor.size
-        self.local = LocalDispatch()
+        self.local = LocalDispatch(choice)
 
     def dispatch(self, x_TD: Tensor, routing: Routing, num_experts: int) -> _DispatchState:
         """Copies each token's row to the ranks of its experts, which sort them by expert.
@@ -69,7 +70,7 @@ class ExpertDispatch:
         sent_of_copy_L = torch.empty_like(copy_of_sent_L)
         sent_of_copy_L[copy_of_sent_L] = torch.arange(len(copy_of_sent_L), device=x_TD.device)
         received_Re, send, receive = self.all_to_all_counts(destination_L, local_experts)
-        rows_LD = permute_rows(x_TD, copy_of_sent_L, sent_of_copy_L)
+        rows_LD = permute_rows(x_TD, copy_of_sent_L, sent_of_copy_L, self.local.choice)
         rows_MD = all_to_all_tokens(rows_LD, send, receive, self.axis)
         weights_M = all_to_all_tokens(weights_L[copy_of_sent_L], send, receive, self.axis)
         expert_R_e = torch.arange(local_experts, device=x_TD.device).repeat(self.axis.size)
@@ -108,7 +109,11 @@ class ExpertDispatch:
         rows_MD = self.local.combine(y_PD, dispatched, dispatched.num_received_rows)[:-1]
         back_LD = all_to_all_tokens(rows_MD, dispatched.receive, dispatched.send, self.axis)
         return unpermute_rows(
-            back_LD, dispatched.copy_of_sent_L, dispatched.sent_of_copy_L, num_tokens
+            back_LD,
+            dispatched.copy_of_sent_L,
+            dispatched.sent_of_copy_L,
+            num_tokens,
+            self.local.choice,
         )
 
     def _destinations(self, indices_TA: Tensor, local_experts: int) -> Tensor:

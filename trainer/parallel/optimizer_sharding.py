@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from optim import Assignment, OptimConfig, check_names
+from optim.syrk import Syrk, syrk_
 from optim.zero import CHUNK_ELEMENTS, HybridZero, ParameterGroup, Precision
 from trainer.parallel.collectives import (
     Pending,
@@ -68,6 +69,7 @@ def build_hybrid_zero(
     grad_reduce_dtype: Precision = "fp32",
     expert_grad_reduce_dtype: Precision = "fp32",
     chunk_elements: int = CHUNK_ELEMENTS,
+    syrk: Syrk = syrk_,
 ) -> HybridZero:
     """Returns the optimizer of this rank's parameters. All ranks call it together.
 
@@ -78,6 +80,7 @@ def build_hybrid_zero(
             if exceeded, fewer ranks own the parameters and the rest are replicas.
         grad_reduce_dtype, expert_grad_reduce_dtype: the precisions that gradients are sent in.
         chunk_elements: size of one collective, over all owners.
+        syrk: computes the symmetric matmuls of Newton–Schulz.
 
     Raises OptimError if a parameter is missing from or duplicated in the table, or a shard boundary
     falls inside one of a parameter's several Muon matrices.
@@ -120,4 +123,4 @@ def build_hybrid_zero(
                 precision=expert_grad_reduce_dtype if group.kind == "expert" else grad_reduce_dtype,
             )
         )
-    return HybridZero(parameter_groups, config, seed, chunk_elements)
+    return HybridZero(parameter_groups, config, seed, chunk_elements, syrk)

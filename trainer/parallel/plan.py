@@ -2,7 +2,7 @@
 
 On the meta device, before memory is allocated (`build_local_model`):
 
-1. Execution, passed to modules at construction: matmuls and pointwise ops, the dispatch of tokens
+1. Execution, passed to modules at construction: kernels and matmuls, the dispatch of tokens
    to experts, the exchange of tokens between ranks, the cross-entropy over a sharded vocabulary,
    and activation checkpointing.
 2. Stages: layers of other pipeline ranks are dropped first, so that no later step handles them.
@@ -22,19 +22,19 @@ After `to_empty` and `init_weights`, on the device:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model import ModelConfig, V4Model
 from model.dispatch import Dispatch
-from model.execution import LOCAL, BlockPart, Execution
-from model.linear import FP8, UNQUANTISED
-from model.pointwise import EAGER_OR_TRITON, compiled_or_triton
+from model.execution import BlockPart, Execution, local_execution
+from model.kernels.operations import ALL_EAGER, Kernels
 from optim import Assignment, HybridZero, OptimConfig
+from optim.syrk import Syrk, syrk_
 from optim.zero.group import Precision
 from trainer.parallel.context import shard_rows
 from trainer.parallel.expert import ExpertDispatch
@@ -64,7 +64,7 @@ def build_local_model(
     recompute: Collection[BlockPart] = (),
     offload: Collection[BlockPart] = (),
     fp8: bool = False,
-    compiled: bool = False,
+    kernels: Kernels = ALL_EAGER,
     dispatch: Dispatch | None = None,
 ) -> LocalModel:
     """Builds this rank's part of the model on the meta device.
@@ -73,7 +73,7 @@ def build_local_model(
     next.
     """
     # 1. Execution.
-    execution = make_execution(grid, recompute, offload, fp8, compiled, dispatch)
+    execution = make_execution(grid, recompute, offload, fp8, kernels, dispatch)
     with torch.device("meta"):
         model = V4Model(config, dtype, execution)
     # 2. Stages.
@@ -97,28 +97,24 @@ def make_execution(
     recompute: Collection[BlockPart] = (),
     offload: Collection[BlockPart] = (),
     fp8: bool = False,
-    compiled: bool = False,
+    kernels: Kernels = ALL_EAGER,
     dispatch: Dispatch | None = None,
 ) -> Execution:
     """Returns the Execution of this rank; arguments as in `build_local_model`."""
-    if dispatch is None:
-        dispatch = ExpertDispatch(grid) if grid.expert_all_to_all.size > 1 else LOCAL.dispatch
-    place_tokens = LOCAL.place_tokens
+    execution = local_execution(kernels, fp8)
+    if dispatch is not None:
+        execution = replace(execution, dispatch=dispatch)
+    elif grid.expert_all_to_all.size > 1:
+        execution = replace(execution, dispatch=ExpertDispatch(grid, kernels.permute))
     if grid.sequence.size > 1:
-        place_tokens = partial(shard_rows, grid=grid)
-    cross_entropy = LOCAL.cross_entropy
+        execution = replace(execution, place_tokens=partial(shard_rows, grid=grid))
     if grid.tensor.size > 1:
         from trainer.parallel.tensor import VocabCrossEntropy  # imports megatron-core: seconds
 
-        cross_entropy = VocabCrossEntropy(grid.tensor)
-    return Execution(
-        matmuls=FP8 if fp8 else UNQUANTISED,
-        pointwise=compiled_or_triton() if compiled else EAGER_OR_TRITON,
-        dispatch=dispatch,
-        place_tokens=place_tokens,
-        cross_entropy=cross_entropy,
-        call_part=ActivationCheckpointing(recompute, offload) if recompute else LOCAL.call_part,
-    )
+        execution = replace(execution, cross_entropy=VocabCrossEntropy(grid.tensor))
+    if recompute:
+        execution = replace(execution, call_part=ActivationCheckpointing(recompute, offload))
+    return execution
 
 
 def keep_stages(model: V4Model, stages: StagePlan, rank: int) -> None:
@@ -162,8 +158,15 @@ def shard_optimizer(
     max_padding: float = 0.1,
     grad_reduce_dtype: Precision = "fp32",
     expert_grad_reduce_dtype: Precision = "fp32",
+    kernels: Kernels = ALL_EAGER,
 ) -> HybridZero:
     """Returns the optimizer with states sharded over ranks; see `build_hybrid_zero`."""
+    syrk: Syrk = syrk_
+    if kernels.syrk.name == "triton":
+        from optim import syrk_triton
+
+        kernel: Callable[..., Tensor] = syrk_triton.syrk_
+        syrk = partial(kernel, **kernels.syrk.blocks)
     return build_hybrid_zero(
         dict(local.model.named_parameters()),
         local.placements,
@@ -175,6 +178,7 @@ def shard_optimizer(
         max_padding,
         grad_reduce_dtype,
         expert_grad_reduce_dtype,
+        syrk=syrk,
     )
 
 

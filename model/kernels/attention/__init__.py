@@ -10,13 +10,18 @@ dims.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from model.kernels import backend
 from model.kernels.attention.eager import eager_attention, eager_entry_probability_mass
 from model.kernels.attention.inputs import AttentionInputs
 from model.kernels.attention.ranges import AttentionRanges
+from model.kernels.operations import EAGER, Choice
+
+if TYPE_CHECKING:
+    from model.kernels.attention.parts_triton import Blocks
 
 __all__ = [
     "AttentionInputs",
@@ -26,7 +31,7 @@ __all__ = [
 ]
 
 
-def attention_with_lse2(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+def attention_with_lse2(inputs: AttentionInputs, choice: Choice = EAGER) -> tuple[Tensor, Tensor]:
     """Computes softmax(q·kv / sqrt(K)) · kv over window, entries and sink, and rotates it back.
 
     Keys are the values.
@@ -37,17 +42,22 @@ def attention_with_lse2(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         probabilities: the base-2 logarithm of the softmax's denominator, sink included, without a
         gradient.
     """
-    if _on_triton(inputs):
+    if choice.name == "triton":
         from model.kernels.attention import forward_triton
 
         deterministic = torch.are_deterministic_algorithms_enabled()
-        return forward_triton.attention(inputs, deterministic=deterministic)
+        return forward_triton.attention(inputs, deterministic=deterministic, blocks=_blocks(choice))
     return eager_attention(inputs)
 
 
 @torch.no_grad()
 def entry_probability_mass(
-    inputs: AttentionInputs, lse2_TH: Tensor, *, start: int = 0, stop: int | None = None
+    inputs: AttentionInputs,
+    lse2_TH: Tensor,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    choice: Choice = EAGER,
 ) -> Tensor:
     """Computes the attention probability of each entry, summed over heads: the KL target's mass.
 
@@ -61,15 +71,17 @@ def entry_probability_mass(
     Returns:
         fp32 [T, k], or [T, stop - start] with zeros where a query does not see an entry.
     """
-    if _on_triton(inputs):
+    if choice.name == "triton":
         from model.kernels.attention import probability_mass_triton
 
         return probability_mass_triton.entry_probability_mass(
-            inputs, lse2_TH, start=start, stop=stop
+            inputs, lse2_TH, start=start, stop=stop, blocks=_blocks(choice)
         )
     return eager_entry_probability_mass(inputs, lse2_TH, start=start, stop=stop)
 
 
-def _on_triton(inputs: AttentionInputs) -> bool:
-    q_THK = inputs.q_THK
-    return backend.attention(q_THK.device, q_THK.dtype, q_THK.shape[-1]).name == "triton"
+def _blocks(choice: Choice) -> Blocks | None:
+    """Returns the kernels' block sizes; None for their own."""
+    from model.kernels.attention.parts_triton import Blocks
+
+    return Blocks(**choice.blocks) if choice.blocks else None

@@ -217,7 +217,7 @@ def check(q_THK: Tensor) -> None:
     Row indices (token, head), two for each in backward, have 32 bits; all offsets have 64.
     """
     tokens, heads, dim = q_THK.shape
-    backend.attention(q_THK.device, q_THK.dtype, dim, required=True)
+    backend.attention(q_THK.device, q_THK.dtype, dim)
     if tokens * heads >= 1 << 30:
         raise backend.UnsupportedError(
             f"attention: {tokens} tokens of {heads} heads in one call; Triton supports up to 2^30"

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from model.kernels import backend
 from model.kernels.compressor.eager import eager_pool_windows
+from model.kernels.operations import EAGER, Choice
 
 
 def pool_windows(
@@ -18,6 +18,7 @@ def pool_windows(
     first_token_C: Tensor,
     has_previous_C: Tensor,
     overlap: bool,
+    choice: Choice = EAGER,
 ) -> Tensor:
     """Computes the softmax-gated mean over each window's tokens, per channel.
 
@@ -32,10 +33,10 @@ def pool_windows(
     Returns:
         fp32 [C, K].
     """
-    if backend.compressor(values_TX.device, values_TX.dtype, ape_mX.shape[0]).name == "triton":
+    if choice.name == "triton":
         from model.kernels.compressor import pool_triton
 
         return pool_triton.pool_windows(
-            values_TX, gates_TX, ape_mX, first_token_C, has_previous_C, overlap
+            values_TX, gates_TX, ape_mX, first_token_C, has_previous_C, overlap, **choice.blocks
         )
     return eager_pool_windows(values_TX, gates_TX, ape_mX, first_token_C, has_previous_C, overlap)

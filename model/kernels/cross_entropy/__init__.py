@@ -6,13 +6,14 @@ T tokens, n of a chunk; D the hidden width; V the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.kernels import backend
 from model.kernels.cross_entropy.eager import eager_softmax_loss
+from model.kernels.operations import EAGER, Choice
 
 CPU_LOGITS = 1 << 21
 """Logits per chunk on a CPU: as many as stay in a core's cache."""
@@ -37,7 +38,7 @@ def linear_cross_entropy(
     target_T: Tensor,
     denominator: float,
     ignore_index: int,
-    softmax_loss: SoftmaxLoss | None = None,
+    choice: Choice = EAGER,
 ) -> Tensor:
     """Computes Σ_t -log softmax(W h_t)[target_t] / denominator over the tokens that have a target.
 
@@ -48,10 +49,9 @@ def linear_cross_entropy(
         hidden_TD, weight_VD: hidden states and head, of one dtype.
         target_T: int64 token ids, or ``ignore_index`` for positions without a target.
         denominator: the number of predictions in the whole global batch.
-        softmax_loss: computes loss and gradient of a chunk's logits; defaults to the backend's
-            choice.
+        choice: the implementation of a chunk's softmax, loss and gradient.
     """
-    softmax_loss = softmax_loss or _implementation(hidden_TD)
+    softmax_loss = _implementation(choice)
     needs_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     return _LinearCrossEntropy.apply(
         hidden_TD, weight_VD, target_T, float(denominator), ignore_index, needs_grad, softmax_loss
@@ -95,9 +95,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight, *[None] * 5
 
 
-def _implementation(hidden: Tensor) -> SoftmaxLoss:
-    if backend.cross_entropy(hidden.device, hidden.dtype).name == "triton":
+def _implementation(choice: Choice) -> SoftmaxLoss:
+    if choice.name == "triton":
         from model.kernels.cross_entropy import softmax_triton
 
-        return softmax_triton.softmax_loss
+        softmax_loss: Callable[..., Any] = softmax_triton.softmax_loss
+        return partial(softmax_loss, **choice.blocks)
     return eager_softmax_loss

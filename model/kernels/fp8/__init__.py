@@ -23,32 +23,32 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from model.kernels import backend
 from model.kernels.fp8.eager import eager_batched, eager_grouped
+from model.kernels.operations import EAGER, Choice
 
 
-def linear(x: Tensor, weight_FX: Tensor) -> Tensor:
+def linear(x: Tensor, weight_FX: Tensor, choice: Choice = EAGER) -> Tensor:
     """Multiplies [.., X] by the transposed weight, [.., F]; all dims but the last are tokens."""
-    y_1TF = batched(x.reshape(1, -1, x.shape[-1]), weight_FX[None])
+    y_1TF = batched(x.reshape(1, -1, x.shape[-1]), weight_FX[None], choice)
     return y_1TF.view(*x.shape[:-1], -1)
 
 
-def batched(x_GTX: Tensor, weight_GFX: Tensor) -> Tensor:
+def batched(x_GTX: Tensor, weight_GFX: Tensor, choice: Choice = EAGER) -> Tensor:
     """Multiplies every group of [G, T, X] by its own transposed weight, [G, T, F]."""
-    if backend.fp8(x_GTX.device, x_GTX.dtype).name == "triton":
+    if choice.name == "triton":
         from model.kernels.fp8 import matmul_triton
 
-        return matmul_triton.batched(x_GTX, weight_GFX)
+        return matmul_triton.batched(x_GTX, weight_GFX, **choice.blocks)
     return eager_batched(x_GTX, weight_GFX)
 
 
-def grouped(x_PX: Tensor, weight_EFX: Tensor, ends_E: Tensor) -> Tensor:
+def grouped(x_PX: Tensor, weight_EFX: Tensor, ends_E: Tensor, choice: Choice = EAGER) -> Tensor:
     """Multiplies the rows of each expert by that expert's transposed weight, [P, F].
 
     Tiles of 128 rows restart at every expert. Rows after the last end are not computed.
     """
-    if backend.fp8(x_PX.device, x_PX.dtype).name == "triton":
+    if choice.name == "triton":
         from model.kernels.fp8 import matmul_triton
 
-        return matmul_triton.grouped(x_PX, weight_EFX, ends_E)
+        return matmul_triton.grouped(x_PX, weight_EFX, ends_E, **choice.blocks)
     return eager_grouped(x_PX, weight_EFX, ends_E)

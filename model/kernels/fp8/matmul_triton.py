@@ -49,7 +49,7 @@ def batched(x_GTX: Tensor, weight_GFX: Tensor) -> Tensor:
     Raises:
         UnsupportedError: a GPU cannot run this device or dtype.
     """
-    backend.fp8(x_GTX.device, x_GTX.dtype, required=True)
+    backend.fp8(x_GTX.device, x_GTX.dtype)
     groups, tokens, _ = x_GTX.shape
     ends_G = torch.arange(1, groups + 1, dtype=torch.int32, device=x_GTX.device) * tokens
     return _Matmuls.apply(x_GTX, weight_GFX, ends_G)
@@ -61,7 +61,7 @@ def grouped(x_PX: Tensor, weight_EFX: Tensor, ends_E: Tensor) -> Tensor:
     Raises:
         UnsupportedError: a GPU cannot run this device or dtype.
     """
-    backend.fp8(x_PX.device, x_PX.dtype, required=True)
+    backend.fp8(x_PX.device, x_PX.dtype)
     return _Matmuls.apply(x_PX, weight_EFX, ends_E)
 
 

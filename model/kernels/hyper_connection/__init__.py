@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from model.kernels import backend
 from model.kernels.hyper_connection.eager import eager_read_streams, eager_write_streams
+from model.kernels.operations import EAGER, Choice
 
 
 def read_streams(
@@ -27,7 +27,7 @@ def read_streams(
     norm_eps: float,
     hc_eps: float,
     iterations: int,
-    eager: Callable[..., Any] = eager_read_streams,
+    choice: Choice = EAGER,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes a sub-layer's input, and the coefficients with which its output is written back.
 
@@ -36,12 +36,11 @@ def read_streams(
         fn: [M, N·D], rows in the order pre N, post N, comb N².
         base_M: static biases.
         scale: [3], the gating factors of pre, post and comb.
-        eager: the implementation used where Triton does not run.
 
     Returns:
         x [T, D] = Σ_j pre_j X_j in the streams' dtype; post [T, N] and comb [T, N, N] in fp32.
     """
-    if _on_triton(streams_TND):
+    if choice.name == "triton":
         from model.kernels.hyper_connection import streams_triton
 
         return streams_triton.read_streams(
@@ -52,8 +51,9 @@ def read_streams(
             norm_eps=norm_eps,
             hc_eps=hc_eps,
             iterations=iterations,
+            **choice.blocks,
         )
-    return eager(streams_TND, fn, base_M, scale, norm_eps, hc_eps, iterations)
+    return _read(choice)(streams_TND, fn, base_M, scale, norm_eps, hc_eps, iterations)
 
 
 def write_streams(
@@ -61,17 +61,21 @@ def write_streams(
     y_TD: Tensor,
     post_TN: Tensor,
     comb_TNN: Tensor,
-    eager: Callable[..., Tensor] = eager_write_streams,
+    choice: Choice = EAGER,
 ) -> Tensor:
     """Computes X'_k = post_k · y + Σ_j comb[j, k] · X_j, [T, N, D].
 
-    The sum runs over comb's first index. `eager` as in `read_streams`.
+    The sum runs over comb's first index.
     """
-    if _on_triton(streams_TND):
+    if choice.name == "triton":
         from model.kernels.hyper_connection import streams_triton
 
-        return streams_triton.write_streams(streams_TND, y_TD, post_TN, comb_TNN)
-    return eager(streams_TND, y_TD, post_TN, comb_TNN)
+        return streams_triton.write_streams(streams_TND, y_TD, post_TN, comb_TNN, **choice.blocks)
+    if choice.name == "compile":
+        from model.kernels.hyper_connection import compiled  # imports torch's compiler
+
+        return compiled.write_streams(streams_TND, y_TD, post_TN, comb_TNN)
+    return eager_write_streams(streams_TND, y_TD, post_TN, comb_TNN)
 
 
 def collapse_streams(
@@ -82,21 +86,32 @@ def collapse_streams(
     *,
     norm_eps: float,
     hc_eps: float,
-    eager: Callable[..., Any] = eager_read_streams,
+    choice: Choice = EAGER,
 ) -> Tensor:
     """Computes the head's weighted sum of the streams, [T, D]: weights σ(scale · w + base) + eps.
 
-    ``fn`` is [N, N·D] and ``scale`` [1]. `eager` as in `read_streams`.
+    ``fn`` is [N, N·D] and ``scale`` [1].
     """
-    if _on_triton(streams_TND):
+    if choice.name == "triton":
         from model.kernels.hyper_connection import streams_triton
 
         return streams_triton.read_streams(
-            streams_TND, fn, base_N, scale, norm_eps=norm_eps, hc_eps=hc_eps, iterations=None
+            streams_TND,
+            fn,
+            base_N,
+            scale,
+            norm_eps=norm_eps,
+            hc_eps=hc_eps,
+            iterations=None,
+            **choice.blocks,
         )
-    return eager(streams_TND, fn, base_N, scale, norm_eps, hc_eps, None)
+    return _read(choice)(streams_TND, fn, base_N, scale, norm_eps, hc_eps, None)
 
 
-def _on_triton(streams_TND: Tensor) -> bool:
-    device, dtype, streams = streams_TND.device, streams_TND.dtype, streams_TND.shape[1]
-    return backend.hyper_connection(device, dtype, streams).name == "triton"
+def _read(choice: Choice) -> Callable[..., Any]:
+    """Returns the function with which PyTorch reads the streams, compiled or not."""
+    if choice.name == "compile":
+        from model.kernels.hyper_connection import compiled  # imports torch's compiler
+
+        return compiled.read_streams
+    return eager_read_streams

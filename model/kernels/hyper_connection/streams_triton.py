@@ -87,7 +87,7 @@ def write_streams(streams_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: 
 
 def _check(streams_TND: Tensor) -> None:
     count = streams_TND.shape[1]
-    backend.hyper_connection(streams_TND.device, streams_TND.dtype, count, required=True)
+    backend.hyper_connection(streams_TND.device, streams_TND.dtype, count)
     if count & (count - 1):
         raise ValueError(f"{count} residual streams; Triton supports powers of two")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.kernels import backend
 from model.kernels.attention import AttentionRanges
 from model.kernels.indexer.inputs import IndexerInputs
 from model.kernels.indexer.kl_target import (
@@ -19,6 +18,7 @@ from model.kernels.indexer.kl_target import (
 )
 from model.kernels.indexer.objective import indexer_objective
 from model.kernels.indexer.select_eager import eager_select_topk
+from model.kernels.operations import EAGER, Choice
 
 __all__ = [
     "IndexerInputs",
@@ -32,7 +32,9 @@ __all__ = [
 
 
 @torch.no_grad()
-def select_topk(inputs: IndexerInputs, ranges: AttentionRanges, k: int) -> Tensor:
+def select_topk(
+    inputs: IndexerInputs, ranges: AttentionRanges, k: int, choice: Choice = EAGER
+) -> Tensor:
     """Selects the k visible entries of each query with the largest Σ_h w_h · ReLU(q_h · k_s).
 
     Ties are broken in favour of the lower index, so the selection does not depend on layout or
@@ -41,10 +43,8 @@ def select_topk(inputs: IndexerInputs, ranges: AttentionRanges, k: int) -> Tenso
     Returns:
         int32 [T, k]: entry indices, -1 where a query sees fewer than k.
     """
-    q_TIJ = inputs.q_TIJ
-    heads, dim = q_TIJ.shape[1:]
-    if backend.indexer(q_TIJ.device, q_TIJ.dtype, dim, heads, k).name == "triton":
+    if choice.name == "triton":
         from model.kernels.indexer import select_triton
 
-        return select_triton.select_topk(inputs, ranges, k)
+        return select_triton.select_topk(inputs, ranges, k, **choice.blocks)
     return eager_select_topk(inputs, ranges, k)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.attention import AttentionInputs, AttentionRanges, entry_probability_mass
+from model.kernels.operations import EAGER, Choice
 
 MassFunction = Callable[[Any, slice], Tensor]
 """Attention probability mass, (rows, columns) -> fp32 [rows, columns]: summed over heads.
@@ -70,16 +71,21 @@ class KLTarget:
             yield rows, slice(low, max(int(end_T[rows].max()), low))
 
 
-def attention_probability_mass(inputs: AttentionInputs, lse2_TH: Tensor) -> MassFunction:
-    """Returns a mass function, detached, for the inputs and lse2 of `attention_with_lse2`."""
+def attention_probability_mass(
+    inputs: AttentionInputs, lse2_TH: Tensor, choice: Choice = EAGER
+) -> MassFunction:
+    """Returns a mass function, detached, for the inputs and lse2 of `attention_with_lse2`.
+
+    `choice` is the implementation of `entry_probability_mass`.
+    """
     inputs, lse2_TH = inputs.detached(), lse2_TH.detach()
 
     def mass(rows: slice | Tensor, columns: slice) -> Tensor:
         queries = inputs.select(rows, columns)
         if inputs.selected_Tk is not None:
-            return entry_probability_mass(queries, lse2_TH[rows])
+            return entry_probability_mass(queries, lse2_TH[rows], choice=choice)
         block = {"start": columns.start, "stop": columns.stop}
-        return entry_probability_mass(queries, lse2_TH[rows], **block)
+        return entry_probability_mass(queries, lse2_TH[rows], **block, choice=choice)
 
     return mass
 

@@ -88,7 +88,7 @@ def query_divergences(
     """
     q_TIJ = inputs.q_TIJ
     heads, dim = q_TIJ.shape[1:]
-    backend.indexer_loss(q_TIJ.device, q_TIJ.dtype, dim, heads, required=True)
+    backend.indexer_loss(q_TIJ.device, q_TIJ.dtype, dim, heads)
     if heads & (heads - 1) or dim & (dim - 1):
         raise ValueError(f"{heads} index heads of width {dim}; Triton supports powers of two")
     max_pairs = range_pairs if target.selected_Tk is None else pair_bytes // (4 * dim)

@@ -11,15 +11,16 @@ T queries; I index heads; J their width; C entries.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.kernels import backend
 from model.kernels.indexer.inputs import IndexerInputs
 from model.kernels.indexer.kl_target import KLTarget
 from model.kernels.indexer.loss_eager import eager_objective
+from model.kernels.operations import EAGER, Choice
 
 ComputeObjective = Callable[
     [IndexerInputs, KLTarget, Tensor, bool], tuple[Tensor, Sequence[Tensor]]
@@ -31,7 +32,7 @@ def indexer_objective(
     inputs: IndexerInputs,
     target: KLTarget,
     weight_T: Tensor,
-    compute: ComputeObjective | None = None,
+    choice: Choice = EAGER,
 ) -> Tensor:
     """Computes Σ_t weight_t · KL(p_t ‖ softmax(s_t)) as a 0-dim tensor.
 
@@ -42,19 +43,20 @@ def indexer_objective(
         inputs: compute them from detached activations if only the indexer is to be trained.
         weight_T: fp32 weight of each query. A query with an empty set, or whose set got no mass,
             contributes 0 and has no gradient.
-        compute: computes objective and gradients; defaults to the backend's choice.
+        choice: the implementation of objective and gradients.
     """
     tensors = (inputs.q_TIJ, inputs.keys_CJ, inputs.weights_TI)
-    compute = compute or _implementation(inputs.q_TIJ)
-    return _Objective.apply(*tensors, target, weight_T, torch.is_grad_enabled(), compute)
+    return _Objective.apply(
+        *tensors, target, weight_T, torch.is_grad_enabled(), _implementation(choice)
+    )
 
 
-def _implementation(q_TIJ: Tensor) -> ComputeObjective:
-    heads, dim = q_TIJ.shape[1:]
-    if backend.indexer_loss(q_TIJ.device, q_TIJ.dtype, dim, heads).name == "triton":
+def _implementation(choice: Choice) -> ComputeObjective:
+    if choice.name == "triton":
         from model.kernels.indexer import loss_triton
 
-        return loss_triton.objective
+        objective: Callable[..., Any] = loss_triton.objective
+        return partial(objective, **choice.blocks)
     return eager_objective
 
 

@@ -142,7 +142,7 @@ def select_topk(
     assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
     q_TIJ, keys_CJ, weights_TI = inputs.q_TIJ, inputs.keys_CJ, inputs.weights_TI
     tokens, heads, dim = q_TIJ.shape
-    backend.indexer(q_TIJ.device, q_TIJ.dtype, dim, heads, k, required=True)
+    backend.indexer(q_TIJ.device, q_TIJ.dtype, dim, heads, k)
     if heads & (heads - 1) or dim & (dim - 1):
         raise ValueError(f"{heads} index heads of width {dim}; Triton supports powers of two")
     selected_Tk = torch.empty((tokens, k), dtype=torch.int32, device=q_TIJ.device)

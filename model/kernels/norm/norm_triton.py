@@ -116,7 +116,7 @@ def rms_norm(
     Raises:
         UnsupportedError: a GPU cannot run this device, dtype or width.
     """
-    backend.norm(x.device, x.dtype, x.shape[-1], required=True)
+    backend.norm(x.device, x.dtype, x.shape[-1])
     cos_sin = None if rotation is None else cos_sin_of(rotation)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     return _Norm.apply(flat, weight, cos_sin, eps, dtype).view(x.shape)
@@ -124,7 +124,7 @@ def rms_norm(
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Computes ``model.kernels.norm.rotate`` in Triton; raises as `rms_norm` does."""
-    backend.norm(x.device, x.dtype, x.shape[-1], required=True)
+    backend.norm(x.device, x.dtype, x.shape[-1])
     heads = x[0, ..., 0].numel() if len(x) else 1
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     return _Rotate.apply(flat, cos_sin_of(rotation), heads).view(x.shape)

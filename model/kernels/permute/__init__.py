@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels import backend
+from model.kernels.operations import EAGER, Choice
 from model.kernels.permute.eager import eager_unpermute
 
 
-def permute_rows(x_TD: Tensor, pair_of_row_P: Tensor, row_of_pair_L: Tensor) -> Tensor:
+def permute_rows(
+    x_TD: Tensor, pair_of_row_P: Tensor, row_of_pair_L: Tensor, choice: Choice = EAGER
+) -> Tensor:
     """Copies each token's row to the rows of its A pairs: out[p] = x[pair_of_row[p] // A], [P, D].
 
     Args:
@@ -23,55 +25,66 @@ def permute_rows(x_TD: Tensor, pair_of_row_P: Tensor, row_of_pair_L: Tensor) -> 
             rows hold a copy of some token's row; see ``row_of_pair_L``.
         row_of_pair_L: index of each pair's row, all distinct; only these rows propagate gradients.
     """
-    return _Permute.apply(x_TD, pair_of_row_P, row_of_pair_L)
+    return _Permute.apply(x_TD, pair_of_row_P, row_of_pair_L, choice)
 
 
 def unpermute_rows(
-    y_PD: Tensor, pair_of_row_P: Tensor, row_of_pair_L: Tensor, tokens: int
+    y_PD: Tensor,
+    pair_of_row_P: Tensor,
+    row_of_pair_L: Tensor,
+    tokens: int,
+    choice: Choice = EAGER,
 ) -> Tensor:
     """Sums each token's A rows in the order of its choices, [T, D].
 
     Padding rows get a nonzero gradient (that of the pair whose index they carry), so their contents
     must not depend on any parameter (a weight of 0 ensures it).
     """
-    return _Unpermute.apply(y_PD, pair_of_row_P, row_of_pair_L, tokens)
+    return _Unpermute.apply(y_PD, pair_of_row_P, row_of_pair_L, tokens, choice)
 
 
 def _permute(x_TD: Tensor, pair_of_row_P: Tensor, choices: int) -> Tensor:
     return x_TD.index_select(0, pair_of_row_P // choices)
 
 
-def _unpermute(y_PD: Tensor, row_of_pair_L: Tensor, tokens: int) -> Tensor:
-    if backend.swiglu_and_combine(y_PD.device, y_PD.dtype).name == "triton":
+def _unpermute(y_PD: Tensor, row_of_pair_L: Tensor, tokens: int, choice: Choice) -> Tensor:
+    if choice.name == "triton":
         from model.kernels.permute import unpermute_triton
 
-        return unpermute_triton.unpermute(y_PD, row_of_pair_L, tokens)
+        return unpermute_triton.unpermute(y_PD, row_of_pair_L, tokens, **choice.blocks)
     return eager_unpermute(y_PD, row_of_pair_L, tokens)
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pair_of_row: Tensor, row_of_pair: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, pair_of_row: Tensor, row_of_pair: Tensor, choice: Choice
+    ) -> Tensor:
         ctx.save_for_backward(row_of_pair)
-        ctx.tokens = x.shape[0]
+        ctx.tokens, ctx.choice = x.shape[0], choice
         return _permute(x, pair_of_row, row_of_pair.shape[0] // x.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (row_of_pair,) = ctx.saved_tensors
-        return _unpermute(grad, row_of_pair, ctx.tokens), None, None
+        return _unpermute(grad, row_of_pair, ctx.tokens, ctx.choice), None, None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, pair_of_row: Tensor, row_of_pair: Tensor, tokens: int
+        ctx: Any,
+        y: Tensor,
+        pair_of_row: Tensor,
+        row_of_pair: Tensor,
+        tokens: int,
+        choice: Choice,
     ) -> Tensor:
         ctx.save_for_backward(pair_of_row)
         ctx.choices = row_of_pair.shape[0] // tokens
-        return _unpermute(y, row_of_pair, tokens)
+        return _unpermute(y, row_of_pair, tokens, choice)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (pair_of_row,) = ctx.saved_tensors
-        return _permute(grad, pair_of_row, ctx.choices), None, None, None
+        return _permute(grad, pair_of_row, ctx.choices), None, None, None, None

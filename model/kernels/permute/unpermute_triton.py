@@ -41,7 +41,7 @@ def unpermute(y_PD: Tensor, row_of_pair_L: Tensor, tokens: int) -> Tensor:
     Raises:
         UnsupportedError: a GPU cannot run this device or dtype.
     """
-    backend.swiglu_and_combine(y_PD.device, y_PD.dtype, required=True)
+    backend.permute(y_PD.device, y_PD.dtype)
     dim = y_PD.shape[1]
     out = y_PD.new_empty(tokens, dim)
     if tokens:

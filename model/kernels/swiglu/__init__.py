@@ -5,11 +5,9 @@ n rows; F the experts' inner width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from model.kernels import backend
+from model.kernels.operations import EAGER, Choice
 from model.kernels.swiglu.eager import eager_clamped_swiglu
 
 
@@ -18,20 +16,23 @@ def clamped_swiglu(
     up: Tensor,
     limit: float,
     weight: Tensor | None = None,
-    eager: Callable[..., Tensor] = eager_clamped_swiglu,
+    choice: Choice = EAGER,
 ) -> Tensor:
     """Computes silu(min(gate, limit)) · clamp(up, -limit, limit) · weight.
 
     Args:
         gate, up: [n, F].
         weight: fp32 [n], or None for 1.
-        eager: the implementation used where Triton does not run.
 
     Returns:
         [n, F] in gate's dtype, computed in fp32.
     """
-    if backend.swiglu_and_combine(gate.device, gate.dtype).name == "triton":
+    if choice.name == "triton":
         from model.kernels.swiglu import swiglu_triton
 
-        return swiglu_triton.clamped_swiglu(gate, up, limit, weight)
-    return eager(gate, up, limit, weight)
+        return swiglu_triton.clamped_swiglu(gate, up, limit, weight, **choice.blocks)
+    if choice.name == "compile":
+        from model.kernels.swiglu import compiled  # imports torch's compiler, which takes long
+
+        return compiled.clamped_swiglu(gate, up, limit, weight)
+    return eager_clamped_swiglu(gate, up, limit, weight)

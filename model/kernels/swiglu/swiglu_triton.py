@@ -114,7 +114,7 @@ def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, weight: Tensor | None
     Raises:
         UnsupportedError: a GPU cannot run this device or dtype.
     """
-    backend.swiglu_and_combine(gate.device, gate.dtype, required=True)
+    backend.swiglu(gate.device, gate.dtype)
     if weight is not None:
         weight = weight.float().contiguous()
     return _SwiGLU.apply(gate.contiguous(), up.contiguous(), float(limit), weight)

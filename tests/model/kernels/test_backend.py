@@ -1,120 +1,96 @@
-"""Which implementation runs where."""
+"""Where Triton's kernels can run, and how their choice is logged."""
 
 from __future__ import annotations
 
 import importlib.util
-import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from model.kernel_choices import describe, kernel_choices
+from model.kernel_choices import describe, operations_of, unsupported_by_triton
 from model.kernels import backend
+from model.kernels.operations import ALL_EAGER, OPERATIONS, Choice, Kernels
 from tests.model.tiny import tiny_config
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
-V4 = {
-    "hidden": 4096,
-    "streams": 4,
-    "head_dim": 512,
-    "index_dim": 128,
-    "index_heads": 64,
-    "index_topk": 512,
-    "ratios": (4, 128),
-    "in_fp8": True,
-}
+GPU = torch.device("cuda")
+CHECKS = [check for check in vars(backend).values() if hasattr(check, "cache_clear")]
 
 
 @pytest.fixture(autouse=True)
-def hopper(monkeypatch):
-    """A GPU as far as the choice can see, and nothing remembered from other tests."""
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU as far as the checks can see, and nothing remembered from other tests."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    proved = {"attention", "indexer", "indexer loss", "compressor"}
-    proved |= {"norms", "hyper-connections", "swiglu and combine", "cross-entropy", "fp8"}
-    monkeypatch.setattr(backend, "COMPARED_ON_GPU", frozenset(proved))
-    choices = (backend.attention, backend.indexer, backend.indexer_loss, backend.compressor)
-    choices += (backend.norm, backend.hyper_connection, backend.swiglu_and_combine)
-    choices += (backend.cross_entropy, backend.fp8)
-    for choice in choices:
-        choice.cache_clear()
+    for check in CHECKS:
+        check.cache_clear()
     yield
-    for choice in choices:
-        choice.cache_clear()
+    for check in CHECKS:
+        check.cache_clear()
 
 
-def names(device: torch.device, dtype: torch.dtype, **changes: object) -> dict[str, str]:
-    return {k: c.name for k, c in backend.choices(device, dtype, **(V4 | changes)).items()}
+V4 = {
+    "hidden_size": 4096,
+    "head_dim": 512,
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 512,
+}
 
 
-def test_a_cpu_runs_eagerly():
-    assert set(names(CPU, torch.bfloat16).values()) == {"eager"}
+def unsupported(dtype: torch.dtype, **changes: object) -> dict[str, str]:
+    config = tiny_config().model_copy(update=V4 | changes)
+    return unsupported_by_triton(config, GPU, dtype, OPERATIONS)
 
 
-def test_hopper_runs_triton():
-    pools = ["compressor, m = 4", "compressor, m = 128"]
-    expected = ["attention", "indexer", "indexer loss", *pools]
-    expected += ["norms", "hyper-connections", "swiglu and combine", "cross-entropy", "fp8"]
-    assert names(GPU, torch.bfloat16) == dict.fromkeys(expected, "triton")
-
-
-def test_what_no_gpu_has_run_trains_nothing(monkeypatch):
-    monkeypatch.setattr(backend, "COMPARED_ON_GPU", frozenset({"indexer"}))
-    chosen = names(GPU, torch.bfloat16)
-    assert chosen.pop("indexer") == "triton" and set(chosen.values()) == {"eager"}
+def test_a_hopper_gpu_runs_all_at_v4s_sizes() -> None:
+    assert unsupported(torch.bfloat16) == {}
 
 
 @pytest.mark.parametrize(
     ("changes", "operation", "reason"),
     [
         ({"head_dim": 96}, "attention", "head_dim 96"),
-        ({"index_heads": 12}, "indexer", "index_n_heads 12"),
-        ({"index_heads": 8}, "indexer loss", "index_n_heads 8"),
-        ({"index_dim": 100}, "indexer loss", "index_head_dim 100"),
-        ({"index_dim": 100}, "indexer", "index_head_dim 100"),
+        ({"index_n_heads": 12}, "indexer", "index_n_heads 12"),
+        ({"index_n_heads": 8}, "indexer_loss", "index_n_heads 8"),
+        ({"index_head_dim": 100}, "indexer_loss", "index_head_dim 100"),
+        ({"index_head_dim": 100}, "indexer", "index_head_dim 100"),
         ({"index_topk": 2048}, "indexer", "index_topk 2048"),
-        ({"ratios": (12,)}, "compressor, m = 12", "compress ratio 12"),
-        ({"hidden": 20480}, "norms", "a width of 20480"),
-        ({"streams": 3}, "hyper-connections", "hc_mult 3"),
+        ({"csa_compress_ratio": 12}, "compressor", "compress ratio 12"),
+        ({"hidden_size": 20480}, "norms", "a width of 20480"),
+        ({"hc_mult": 3}, "hyper_connections", "hc_mult 3"),
     ],
 )
-def test_what_triton_cannot_do_is_logged(changes, operation, reason, caplog):
-    with caplog.at_level(logging.WARNING):
-        choice = backend.choices(GPU, torch.bfloat16, **(V4 | changes))[operation]
-    assert choice.name == "eager" and reason in str(choice)
-    assert reason in caplog.text
+def test_what_triton_cannot_do_has_a_reason(
+    changes: dict[str, object], operation: str, reason: str
+) -> None:
+    assert reason in unsupported(torch.bfloat16, **changes)[operation]
 
 
-@pytest.mark.parametrize(
-    ("ask", "reason"),
-    [
-        (lambda: backend.attention(GPU, torch.bfloat16, 96, required=True), "head_dim 96"),
-        (lambda: backend.attention(GPU, torch.float32, 512, required=True), "torch.float32"),
-        (
-            lambda: backend.indexer(GPU, torch.bfloat16, 128, 12, 512, required=True),
-            "index_n_heads",
-        ),
-        (lambda: backend.indexer_loss(GPU, torch.float16, 128, 64, required=True), "torch.float16"),
-        (lambda: backend.compressor(GPU, torch.bfloat16, 12, required=True), "compress ratio 12"),
-        (lambda: backend.norm(GPU, torch.bfloat16, 33, required=True), "a width of 33"),
-        (lambda: backend.hyper_connection(GPU, torch.bfloat16, 3, required=True), "hc_mult 3"),
-        (lambda: backend.swiglu_and_combine(GPU, torch.float64, required=True), "torch.float64"),
-        (lambda: backend.fp8(GPU, torch.float16, required=True), "torch.float16"),
-    ],
-)
-def test_what_triton_cannot_do_raises_where_it_is_required(ask, reason):
-    with pytest.raises(backend.UnsupportedError, match=reason):
-        ask()
+def test_fp32_is_left_out_where_tensor_cores_would_round() -> None:
+    reasons = unsupported(torch.float32)
+    assert {"attention", "indexer", "fp8", "syrk"} <= reasons.keys()
+    assert "compressor" not in reasons and "torch.float32" in reasons["attention"]
 
 
-def test_required_it_runs_before_a_gpu_has_verified_it(monkeypatch):
-    monkeypatch.setattr(backend, "COMPARED_ON_GPU", frozenset())
-    assert backend.attention(GPU, torch.bfloat16, 512, required=True).name == "triton"
+def test_fp16_underflows_in_the_indexers_objective() -> None:
+    assert "torch.float16" in unsupported(torch.float16)["indexer_loss"]
 
 
-def test_triton_on_a_cpu_without_the_interpreter_raises():
+@pytest.mark.parametrize("missing", ["hopper", "triton"])
+def test_a_machine_without_one_of_them_runs_none(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if missing == "hopper":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert unsupported(torch.bfloat16).keys() == {*OPERATIONS}
+
+
+def test_triton_on_a_cpu_without_the_interpreter_raises() -> None:
     code = """
 import torch
 from model.kernels import backend
@@ -130,36 +106,22 @@ else:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_one_line_names_every_operation_of_the_model():
-    line = describe(kernel_choices(tiny_config(), CPU, torch.float32))
-    assert line == (
-        "kernels: attention, indexer, indexer loss, compressor m = 4, compressor m = 16, norms, "
-        "hyper-connections, swiglu and combine, cross-entropy: eager (on cpu)"
-    )
-    eight = describe(kernel_choices(tiny_config(), CPU, torch.bfloat16, in_fp8=True))
-    assert eight == line.replace("cross-entropy:", "cross-entropy, fp8:")
+def test_a_model_has_the_operations_of_its_layers() -> None:
+    assert operations_of(tiny_config(), in_fp8=True) == tuple(n for n in OPERATIONS if n != "syrk")
     window = tiny_config(layer_types=["window"] * len(tiny_config().layer_types))
-    line = describe(kernel_choices(window, CPU, torch.float32))
-    operations = "attention, norms, hyper-connections, swiglu and combine, cross-entropy"
-    assert line == f"kernels: {operations}: eager (on cpu)"
+    assert operations_of(window) == (
+        *("attention", "norms", "hyper_connections", "swiglu", "permute", "cross_entropy"),
+    )
 
 
-def test_fp32_runs_eagerly_where_tensor_cores_would_round():
-    chosen = names(GPU, torch.float32)
-    assert chosen["attention"] == chosen["indexer"] == chosen["fp8"] == "eager"
-    assert chosen["compressor, m = 4"] == "triton"
+def test_one_line_names_every_operation() -> None:
+    assert describe(ALL_EAGER, ("attention", "norms")) == "kernels: attention, norms: eager"
+    kernels = Kernels(norms=Choice("triton"), attention=Choice(why="head_dim 96"))
+    line = describe(kernels, ("attention", "norms", "indexer"))
+    assert line == "kernels: attention: eager (head_dim 96); norms: triton; indexer: eager"
 
 
-@pytest.mark.parametrize("missing", ["hopper", "triton"])
-def test_a_machine_without_one_of_them_runs_eagerly(missing, monkeypatch):
-    if missing == "hopper":
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    else:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert set(names(GPU, torch.bfloat16).values()) == {"eager"}
-
-
-def test_the_model_on_a_cpu_imports_no_triton():
+def test_the_model_on_a_cpu_imports_no_triton() -> None:
     code = """
 import sys, torch
 from model import SampleLayout, V4Model

@@ -34,7 +34,7 @@ Case = tuple[Callable[..., object], Callable[..., object], list[Tensor], float]
 
 
 def norm(rows: int, width: int) -> Case:
-    from model.kernels import compiled
+    from model.kernels.norm import compiled
 
     return (
         lambda x, w: compiled.rms_norm(x, w, EPS, None, torch.float32),
@@ -50,7 +50,7 @@ def norm_of_streams(rows: int, width: int) -> Case:
 
 
 def rotated_norm(rows: int, width: int) -> Case:
-    from model.kernels import compiled
+    from model.kernels.norm import compiled
 
     rotation = turn(rows, width // 2 * 2)
     return (
@@ -62,14 +62,14 @@ def rotated_norm(rows: int, width: int) -> Case:
 
 
 def activation(rows: int, width: int) -> Case:
-    from model.kernels import compiled
+    from model.kernels.swiglu import compiled
 
     inputs = [rand(rows, width, seed=seed, scale=2) for seed in (1, 2)]
     return lambda g, u: compiled.clamped_swiglu(g, u, LIMIT), naive_swiglu, inputs, 1e-5
 
 
 def weighted_activation(rows: int, width: int) -> Case:
-    from model.kernels import compiled
+    from model.kernels.swiglu import compiled
 
     _, formula, inputs, rtol = activation(rows, width)
     inputs.append(rand(rows, seed=3))
@@ -77,7 +77,7 @@ def weighted_activation(rows: int, width: int) -> Case:
 
 
 def read(rows: int, width: int) -> Case:
-    from model.kernels import compiled
+    from model.kernels.hyper_connection import compiled
 
     coefficients = (2 + STREAMS) * STREAMS
     inputs = [
@@ -92,7 +92,7 @@ def read(rows: int, width: int) -> Case:
 
 
 def write(rows: int, width: int, streams: int = STREAMS) -> Case:
-    from model.kernels import compiled
+    from model.kernels.hyper_connection import compiled
 
     shapes = (rows, streams, width), (rows, width), (rows, streams), (rows, streams, streams)
     inputs = [rand(*shape, seed=seed) for seed, shape in enumerate(shapes)]
@@ -115,7 +115,7 @@ def test_one_program_serves_all_sizes(case: Callable[[int, int], Case]) -> None:
 
 def test_one_program_serves_all_limits_strides_and_what_learns() -> None:
     """Numbers of a config are no constants of a program, which outlives the run on disk."""
-    from model.kernels import compiled
+    from model.kernels.swiglu import compiled
 
     for first, limit in ((True, LIMIT), (False, 3 * LIMIT)):
         grads = []
@@ -131,7 +131,9 @@ def test_one_program_serves_all_limits_strides_and_what_learns() -> None:
 
 def test_dtypes_are_those_of_the_inputs() -> None:
     """Of one row, which runs as it stands: bf16 in, bf16 out, and gradients likewise."""
-    from model.kernels import compiled
+    from model.kernels.hyper_connection.compiled import write_streams
+    from model.kernels.norm.compiled import rms_norm
+    from model.kernels.swiglu.compiled import clamped_swiglu
 
     def case(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return rand(*shape, seed=1).to(dtype).requires_grad_()
@@ -140,10 +142,10 @@ def test_dtypes_are_those_of_the_inputs() -> None:
     x, weight, streams = case(1, 8), case(8, dtype=fp32), case(1, 3, 8)
     post, comb = case(1, 3, dtype=fp32), case(1, 3, 3, dtype=fp32)
     for out in (
-        compiled.rms_norm(x, weight, EPS, None, torch.bfloat16),
-        compiled.rms_norm(x, weight, EPS, turn(1, 4), torch.bfloat16),
-        compiled.clamped_swiglu(x, x, LIMIT, case(1, dtype=fp32)),
-        compiled.write_streams(streams, x, post, comb),
+        rms_norm(x, weight, EPS, None, torch.bfloat16),
+        rms_norm(x, weight, EPS, turn(1, 4), torch.bfloat16),
+        clamped_swiglu(x, x, LIMIT, case(1, dtype=fp32)),
+        write_streams(streams, x, post, comb),
     ):
         assert out.dtype == torch.bfloat16
         out.sum().backward()

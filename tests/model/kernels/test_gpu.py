@@ -19,6 +19,7 @@ from model.kernels.attention.naive import naive_selection_mask
 from model.kernels.hyper_connection.naive import naive_write_streams
 from model.kernels.indexer import IndexerInputs, KLTarget
 from model.kernels.indexer.naive import naive_query_divergences, naive_scores, naive_select_topk
+from model.kernels.operations import Choice
 from tests.model.kernels.attention.test_attention import EPS, Case
 from tests.model.kernels.compare import rand
 from tests.model.kernels.compressor.test_compressor import naive as pooled
@@ -301,7 +302,7 @@ def test_cross_entropy(vocab):
     assert float((grad.double() - leaf.grad).abs().max()) <= 2**-8 * float(leaf.grad.abs().max())
 
     def ours(h: Tensor, w: Tensor) -> Tensor:
-        return linear_cross_entropy(h, w, target, 40.0, IGNORE_INDEX, softmax_loss)
+        return linear_cross_entropy(h, w, target, 40.0, IGNORE_INDEX, Choice("triton"))
 
     inputs = [draw(777, 512, seed=1), draw(vocab, 512, seed=2) * 0.1]
     assert_near(ours, lambda h, w: naive(h, w, target, 40.0), inputs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -46,9 +47,9 @@ def recorded_gaps() -> Iterator[Gaps]:
             gaps.router = min(gaps.router, float(gap.min()))
         return routing
 
-    def index(inputs: IndexerInputs, ranges: AttentionRanges, k: int) -> Tensor:
+    def index(inputs: IndexerInputs, ranges: AttentionRanges, k: int, *more: Any) -> Tensor:
         gaps.index = min(gaps.index, index_gap(inputs, ranges, k))
-        return select_topk(inputs, ranges, k)
+        return select_topk(inputs, ranges, k, *more)
 
     with (
         patch.object(Router, "forward", router),

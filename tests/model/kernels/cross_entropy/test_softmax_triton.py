@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.cross_entropy.naive import naive_softmax_loss
+from model.kernels.operations import Choice
 from tests.model.kernels.compare import assert_same, rand
 from tests.model.kernels.cross_entropy.test_cross_entropy import IGNORE_INDEX, naive, targets_of
 from tests.model.kernels.interpreter import interpreted, last_program_first
@@ -102,22 +102,22 @@ def test_no_tokens():
 
 
 @interpreted
-def test_the_head_uses_the_kernel_where_the_backend_says_so():
-    from model.kernels import backend, cross_entropy
+def test_the_head_uses_the_kernel_that_is_chosen():
+    from model.kernels import cross_entropy
     from model.kernels.cross_entropy import softmax_triton
 
     target = targets_of(37, 97)
     inputs = [rand(37, 8, seed=1), rand(97, 8, seed=2)]
     plain = softmax_triton.softmax_loss
     calls = []
-    chosen = lambda *of, required=False: SimpleNamespace(name="triton")  # noqa: E731
     with (
         patch.object(cross_entropy, "CPU_LOGITS", 97 * 10),
-        patch.object(backend, "cross_entropy", chosen),
         patch.object(softmax_triton, "softmax_loss", lambda *of: (calls.append(of), plain(*of))[1]),
     ):
         assert_same(
-            lambda h, w: cross_entropy.linear_cross_entropy(h, w, target, 40.0, IGNORE_INDEX),
+            lambda h, w: cross_entropy.linear_cross_entropy(
+                h, w, target, 40.0, IGNORE_INDEX, Choice("triton")
+            ),
             lambda h, w: naive(h, w, target, 40.0),
             inputs,
             rtol=1e-5,

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels import backend, fp8
 from model.kernels.fp8 import eager
+from model.kernels.operations import Choice
+from model.linear import fp8_matmuls
 from tests.model.kernels.compare import rand
 from tests.model.kernels.fp8.test_fp8 import Sums, spread, sums
 from tests.model.kernels.interpreter import interpreted, last_program_first
@@ -369,17 +370,14 @@ def test_the_order_of_programs_changes_no_bit():
 
 @interpreted
 def test_linears_and_experts_use_what_was_chosen():
-    """As on a GPU that has compared it: the results are Triton's, to the bit, for every caller."""
+    """The results are Triton's, to the bit, for every caller."""
     from model.kernels.fp8 import matmul_triton
 
     x, weight, grad = spread(2, 70, 40, seed=1), spread(9, 40, seed=2), spread(2, 70, 9, seed=3)
     ends, inputs = ends_of(*ENDS), drawn()
-    old, backend.fp8 = backend.fp8, lambda *_, **__: backend.Choice("triton", "for a test")
-    try:
-        as_linear = results(fp8.linear, x, weight, grad)
-        as_experts = results(lambda x, w: fp8.grouped(x, w, ends), *inputs)
-    finally:
-        backend.fp8 = old
+    matmuls = fp8_matmuls(Choice("triton"))
+    as_linear = results(matmuls.linear, x, weight, grad)
+    as_experts = results(lambda x, w: matmuls.grouped(x, w, ends), *inputs)
     rows = x.view(1, 140, 40), weight[None], grad.view(1, 140, 9)
     for actual, other in zip(as_linear, results(matmul_triton.batched, *rows), strict=True):
         assert torch.equal(actual.flatten(), other.flatten())

@@ -1,0 +1,98 @@
+"""Which kernels a process would use: the config's setting, and what passed on its GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from model.kernels.operations import Choice, Kernels
+from trainer.config import RunConfig
+from trainer.kernels.verdict import Verdict
+
+if TYPE_CHECKING:
+    import torch
+
+
+class KernelError(ValueError):
+    """A config demands a kernel that cannot run; the message is one sentence."""
+
+
+def run_operations(config: RunConfig) -> tuple[str, ...]:
+    """Returns the operations of this run, in the order of model.kernels.operations.OPERATIONS."""
+    from model.kernel_choices import operations_of
+
+    operations = operations_of(config.model, config.precision == "fp8")
+    if config.parallel.tensor > 1:  # the loss of a sharded vocabulary is megatron-core's
+        operations = tuple(name for name in operations if name != "cross_entropy")
+    return (*operations, "syrk") if config.engine == "native" else operations
+
+
+def unchecked_kernels(config: RunConfig) -> Kernels:
+    """Returns the implementations that the config names; eager where it has "auto"."""
+    named = {name: config.kernel_setting(name) for name in run_operations(config)}
+    return Kernels(**{name: Choice(what) for name, what in named.items() if what != "auto"})
+
+
+def choose_kernels(
+    config: RunConfig, device: torch.device, verdicts: Mapping[str, Verdict]
+) -> Kernels:
+    """Returns what this process would use on `device`.
+
+    "auto" takes what was fastest of all that passed; on a CPU, and for operations without a
+    verdict, the eager version.
+
+    Raises KernelError if the config demands a Triton kernel that cannot run or did not pass.
+    """
+    unsupported = unsupported_operations(config, device)
+    choices = {}
+    for operation in run_operations(config):
+        setting, verdict = config.kernel_setting(operation), verdicts.get(operation)
+        problem = unsupported.get(operation)
+        if setting == "auto":
+            choices[operation] = _automatic(device, problem, verdict)
+            continue
+        if setting != "triton":
+            choices[operation] = Choice(setting, why="as configured")
+            continue
+        if problem is None and verdict is not None and not verdict.passed:
+            problem = verdict.reason
+        if problem is not None:
+            raise KernelError(_demand(config, operation, problem))
+        blocks = {} if verdict is None else verdict.blocks
+        choices[operation] = Choice("triton", blocks, "as configured")
+    return Kernels(**choices)
+
+
+def unsupported_operations(config: RunConfig, device: torch.device) -> dict[str, str]:
+    """Returns the reason for each operation of the run that Triton cannot run on `device`."""
+    import torch
+
+    from model.kernel_choices import unsupported_by_triton
+    from optim.muon import newton_schulz_dtype
+
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    operations = run_operations(config)
+    on_model = [name for name in operations if name != "syrk"]
+    reasons = unsupported_by_triton(config.model, device, dtype, on_model)
+    if "syrk" in operations:
+        dtype = newton_schulz_dtype(config.optim.muon, device)
+        reasons |= unsupported_by_triton(config.model, device, dtype, ["syrk"])
+    return reasons
+
+
+def _automatic(device: torch.device, problem: str | None, verdict: Verdict | None) -> Choice:
+    if device.type != "cuda":
+        return Choice(why=f"on {device.type}")
+    if problem is not None:
+        return Choice(why=problem)
+    if verdict is None:
+        return Choice(why="its kernel was not checked on this GPU")
+    blocks = verdict.blocks if verdict.choice == "triton" else {}
+    return Choice(verdict.choice, blocks, verdict.reason)
+
+
+def _demand(config: RunConfig, operation: str, problem: str) -> str:
+    """Returns the sentence about a kernel that is demanded and cannot run."""
+    where = "kernels" if isinstance(config.kernels, str) else f"kernels.{operation}"
+    what = f": {operation}: " if where == "kernels" else ": "
+    return f"{where} = triton{what}{problem}; set kernels.{operation} to auto or eager"
