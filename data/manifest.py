@@ -157,8 +157,8 @@ class Manifest(BaseModel):
             ) from None
         except ValidationError as error:
             raise DataError(
-                f"{path} is damaged ({first_problem(error)}); delete it and run "
-                "`v4 data prepare CONFIG` again."
+                f"{path} is damaged ({first_problem(error)}); restore it, or make shards in "
+                "another data.shards with `v4 data prepare CONFIG`."
             ) from error
 
 

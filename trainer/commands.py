@@ -107,7 +107,7 @@ def export(config: RunConfig, options: argparse.Namespace) -> None:
         watch.connect(grid)
         if grid.is_first:
             _warn_of_other_tokenizer(config)
-        out = Path(options.folder)
+        out = Path(options.folder).resolve()  # of a link, or the working directory
         lease_file = f".{out.name}.{LEASE_FILE}"  # the folder itself appears whole
         with lease_on(out.parent, "v4 export", grid, watch, lease_file):
             text = export_run(config, out, grid, weights=options.weights)

@@ -12,18 +12,20 @@ and when all are deduplicated, those that remain are tokenised.
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from data.activity import Activity
+from data.activity import Activity, print_line
 from data.config import DataConfig, FiltersConfig, fingerprint_source, fingerprint_text
 from data.errors import DataError
 from data.files import fsync_folder, sha256_of
 from data.indexed import open_shard
 from data.lease import Lease
 from data.manifest import MANIFEST_FILE, FilterStats, Manifest, Shard, preparation_settings
+from data.prepare.compressed import SUFFIXES
 from data.prepare.corpus import Corpus, no_document, require_distinct
 from data.prepare.filter_pass import (
     FilterSettings,
@@ -217,10 +219,35 @@ def _digest(config: DataConfig, tokenizer: Tokenizer, corpora: list[Corpus]) -> 
         if corpus.source.content == "conversation":
             form = f"{_CONVERSATIONS} {corpus.source.effort_field} {corpus.prompts}\n"
             digest.update(form.encode())
+        files = corpus.files
+        if corpus.source.dataset is not None:  # a copy of one on this machine, or none
+            files = sorted(p for p in Path(corpus.source.dataset).glob("**/*") if p.is_file())
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for content in pool.map(sha256_of, corpus.files):
-                digest.update(f"{content}\n".encode())
+            contents = list(pool.map(sha256_of, files))
+        for content in contents:
+            digest.update(f"{content}\n".encode())
+        _warn_of_copies(corpus.source.name, files, contents)
     return digest.hexdigest()
+
+
+def _warn_of_copies(source: str, files: list[Path], contents: list[str]) -> None:
+    """Logs files whose text is probably there twice: of equal content, or a compressed copy."""
+    first: dict[str, Path] = {}
+    copies: list[tuple[Path, Path]] = []
+    names = set(files)
+    for file, content in zip(files, contents, strict=True):
+        if (other := first.setdefault(content, file)) != file:
+            copies.append((file, other))
+        elif file.suffix in SUFFIXES and (plain := file.with_suffix("")) in names:
+            copies.append((file, plain))
+    if copies:
+        file, other = copies[0]
+        more = f" (and {len(copies) - 1} more)" if len(copies) > 1 else ""
+        print_line(
+            f"v4: warning: source {source!r}: {file} seems to be a copy of {other}"
+            f"{more}; if it is, its documents are there twice",
+            sys.stderr,
+        )
 
 
 def _existing(root: Path, digest: str, overwrite: bool) -> Manifest | None:
@@ -229,6 +256,12 @@ def _existing(root: Path, digest: str, overwrite: bool) -> Manifest | None:
     Raises DataError, unless `overwrite`, for one with another digest and for one that is damaged.
     """
     if not (root / MANIFEST_FILE).exists():
+        complete = [path for path in _folders(root) if not path.name.startswith(_UNFINISHED)]
+        if complete and not overwrite:
+            raise DataError(
+                f"{root} holds shards in {complete[0].name} and no {MANIFEST_FILE}, and runs may "
+                "need them; restore it, set another data.shards, or replace them with --overwrite."
+            )
         return None
     try:
         manifest = Manifest.load(root)
@@ -272,12 +305,16 @@ def _publish(folder: Path, root: Path, manifest: Manifest) -> None:
     folder.rename(target)
     fsync_folder(root)
     manifest.save(root)
-    for old in root.iterdir():
-        if old.is_dir() and old != target and _is_ours(old):
+    for old in _folders(root):
+        if old != target:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_ours(folder: Path) -> bool:
-    """True for folders made by `prepare`: named by a digest, or left by a run that died."""
-    hexadecimal = len(folder.name) == 16 and set(folder.name) <= set("0123456789abcdef")
-    return folder.name.startswith(_UNFINISHED) or hexadecimal
+def _folders(root: Path) -> list[Path]:
+    """The folders made by `prepare`: named by a digest, or left by a run that died."""
+
+    def is_ours(name: str) -> bool:
+        hexadecimal = len(name) == 16 and set(name) <= set("0123456789abcdef")
+        return name.startswith(_UNFINISHED) or hexadecimal
+
+    return [path for path in root.glob("*") if path.is_dir() and is_ours(path.name)]

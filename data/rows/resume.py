@@ -153,7 +153,8 @@ class DataRecord:
         new, size = loader.schedule.rows_in(index), loader.plans[index].rows
         row = saved["place"]["row"]
         end = -(-row // size) * size
-        if row % size and old != new and min(n for n in (old, new) if n is not None) < end:
+        is_cut = row % size and old != new and min(n for n in (old, new) if n is not None) < end
+        if is_cut or (new is not None and new < row):
             yield f"the number of rows of phases.{index}", old, new
 
 

@@ -94,7 +94,8 @@ def _cached(file: Path, key: str, compute: Callable[[], dict[str, Ints]]) -> dic
     arrays = compute()
     stream = io.BytesIO()
     np.savez(stream, allow_pickle=False, key=np.array(key), **arrays)
-    write_atomically(file, stream.getvalue())
+    with suppress(DataError):  # a shared corpus may be read-only
+        write_atomically(file, stream.getvalue())
     return arrays
 
 

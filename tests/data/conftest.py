@@ -78,3 +78,11 @@ def any_text() -> Callable[[random.Random], str]:
         return "".join(parts)
 
     return make
+
+
+@pytest.fixture
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which the library would cache tables if it did not stream."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder))
+    return folder

@@ -76,6 +76,8 @@ def newest_of(
     if path is None:
         return None
     saved = read_state(path)
+    if saved["step"] != step_of(path):
+        raise CheckpointError(f"{path}: is of step {saved['step']}; restore the folder's name")
     check_model(path, saved["model"], config.model.model_dump(mode="json"))
     if saved["seed"] != config.seed:
         raise CheckpointError(

@@ -80,6 +80,7 @@ RULES: dict[str, Rule] = {
 }
 """By the dotted key of a field, or of a section for all its fields without a rule of their own."""
 
+_VALIDATION_ROWS = ("data.seq_len", "data.global_batch_size", "data.source_weights")
 _MISSING = object()
 
 
@@ -94,15 +95,17 @@ def rule_of(key: str) -> Rule:
 def changed_fields(saved: Mapping[str, Any] | None, ours: Mapping[str, Any]) -> list[str]:
     """Returns a line about each free field that a checkpoint's config has otherwise.
 
+    In a run with phases those of `_VALIDATION_ROWS` are free: only the validation text has them.
     Fields with another rule are compared where they are used. `saved` is None in checkpoints that
     have no config.
     """
     if saved is None:
         return []
+    free = _VALIDATION_ROWS if ours.get("phases") else ()
     return [
         f"{key} is {_short(new)} and was {_short(old)} in the checkpoint"
         for key, old, new in differences(saved, ours)
-        if key != "run_dir" and rule_of(key) is Rule.FREE
+        if key != "run_dir" and (rule_of(key) is Rule.FREE or key in free)
     ]
 
 

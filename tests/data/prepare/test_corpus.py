@@ -31,14 +31,6 @@ def jsonl(texts: list[str], field: str = "text") -> bytes:
     return "".join(json.dumps({field: text}) + "\n" for text in texts).encode()
 
 
-@pytest.fixture
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which the library would cache tables if it did not stream."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder))
-    return folder
-
-
 def test_every_json_container(tmp_path: Path, cache: Path) -> None:
     contents = {
         "a.jsonl": jsonl(TEXTS),

@@ -1,5 +1,6 @@
 """Shards: their contents, and their atomic replacement."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -104,6 +105,48 @@ def test_damaged_shards_are_made_again(config: DataConfig, tmp_path: Path) -> No
     binary.write_bytes(binary.read_bytes()[:-2])
     prepare(one, progress=False)
     assert texts_of(one, "train") == ["one", "two"]
+
+
+def test_shards_without_their_manifest_are_kept(config: DataConfig, tmp_path: Path) -> None:
+    source = write_source(tmp_path / "a.jsonl", ["one", "two"]) | {"split": "train"}
+    one = changed(config, sources=[source], shards=str(tmp_path / "shards"))
+    manifest = prepare(one, progress=False)
+    (tmp_path / "shards/manifest.json").rename(tmp_path / "manifest.json")
+    before = files_below(one.shards)
+    with pytest.raises(DataError, match=rf"shards in {manifest.folder} and no manifest.json"):
+        prepare(changed(one, validation_fraction=0.5), progress=False)
+    assert files_below(one.shards) == before
+    prepare(one, progress=False, overwrite=True)
+    assert texts_of(one, "train") == ["one", "two"]
+
+
+def test_copies_are_named(
+    config: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    write_source(folder / "a.jsonl", ["one", "two"])
+    text = (folder / "a.jsonl").read_bytes()
+    (folder / "a (1).jsonl").write_bytes(text)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(text))
+    source = {"name": "a", "paths": [str(folder)], "split": "train"}
+    prepare(changed(config, sources=[source], shards=str(tmp_path / "shards")), progress=False)
+    error = capsys.readouterr().err
+    assert "a.jsonl seems to be a copy of" in error and "(and 1 more)" in error
+
+
+def test_a_changed_dataset_on_this_machine_is_noticed(
+    config: DataConfig, tmp_path: Path, cache: Path
+) -> None:
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    write_source(hub / "train.jsonl", ["one", "two"])
+    source = {"name": "a", "dataset": str(hub), "split": "train"}
+    one = changed(config, sources=[source], shards=str(tmp_path / "shards"))
+    prepare(one, progress=False)
+    write_source(hub / "train.jsonl", ["one", "three"])
+    with pytest.raises(DataError, match="holds shards of other text"):
+        prepare(one, progress=False)
 
 
 def test_full_disk_leaves_earlier_shards_intact(config: DataConfig, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A resume reads every row once, or is refused, or logs what it reads twice or leaves out."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -169,6 +170,20 @@ def test_phases_that_have_not_begun_are_free(small: DataConfig) -> None:
         loader = Loader(small, seed=3, phases=other)
         with pytest.raises(DataError, match=key):
             DataRecord(loader).resume(record.save(step), step)
+
+
+def test_a_phase_cannot_end_before_the_rows_that_were_read(small: DataConfig) -> None:
+    """Neither inside a packing window nor where one ends."""
+    size = Loader(small, seed=3).plans[0].rows
+    step = size // math.gcd(size, 12)
+    before = Loader(small, seed=3, phases=phases((step + 2, 64, 12), (9, 128, 6)))
+    saved = DataRecord(before).save(step)
+    assert saved["place"]["row"] % size == 0
+    shorter = Loader(small, seed=3, phases=phases((step - 1, 64, 12), (9, 128, 6)))
+    with pytest.raises(DataError, match=r"the number of rows of phases\.0"):
+        DataRecord(shorter).resume(saved, step)
+    longer = Loader(small, seed=3, phases=phases((step + 9, 64, 12), (9, 128, 6)))
+    assert DataRecord(longer).resume(saved, step) == []
 
 
 def test_shards_that_were_prepared_again(small: DataConfig, tmp_path: Path) -> None:

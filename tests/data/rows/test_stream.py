@@ -334,6 +334,17 @@ def test_damaged_counts_and_tables_are_made_again(mixed: DataConfig) -> None:
     assert (Loader(config, seed=0).at(3)[0].tokens == first.tokens).all()
 
 
+def test_a_shared_corpus_may_be_read_only(
+    mixed: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, content: bytes) -> None:
+        raise DataError(f"cannot write {path}: Permission denied")
+
+    monkeypatch.setattr("data.rows.transforms.write_atomically", refuse)
+    config = changed(mixed, transforms={"punctuation_split_rate": 0.5})
+    assert Loader(config, seed=0).at(0)
+
+
 def test_caches_of_other_shards_are_made_again(mixed: DataConfig) -> None:
     """As where another tool makes its shards again in place, with another tokenizer."""
     config = changed(mixed, transforms={"punctuation_split_rate": 0.5})

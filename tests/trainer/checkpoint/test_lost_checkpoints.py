@@ -82,3 +82,10 @@ def test_a_copied_link_is_refused(run: Path, capsys: pytest.CaptureFixture[str])
     (copy / "checkpoints").unlink()
     shutil.copytree(run.parent / "disk", copy / "checkpoints")
     assert main([str(copy), "steps=7"]) == 0
+
+
+def test_a_renamed_checkpoint_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be removed as one of a later step, which was undone."""
+    (run / "checkpoints/step-00000003").rename(run / "checkpoints/step-00000009")
+    assert main([str(run), "steps=5"]) == 2
+    assert "step-00000009: is of step 3; restore the folder's name" in capsys.readouterr().err

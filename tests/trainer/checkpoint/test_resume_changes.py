@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from tests.trainer.tiny import assert_same_run, column, train
 from trainer.__main__ import main
 from trainer.config import RunConfig, rule_of
-from trainer.config.resume import RULES
+from trainer.config.resume import RULES, changed_fields
 from trainer.config.section import section_in
 
 DOCS = Path(__file__).parents[3] / "docs" / "resume.md"
@@ -85,6 +85,14 @@ def test_an_accepted_change_is_logged_and_free_fields_too(
     assert column(run, "step") == [1, 2, 3, 4, 5]
     assert main([str(run), "steps=6"]) == 0  # from config.yaml, which has the new length
     assert column(run, "step")[-1] == 6
+
+
+def test_rows_that_only_the_validation_text_has_are_logged() -> None:
+    saved = {"data": {"seq_len": 48, "micro_batch_size": 1}, "phases": []}
+    ours = {"data": {"seq_len": 96, "micro_batch_size": 1}, "phases": []}
+    assert changed_fields(saved, ours) == []  # compared with the rows, and refused
+    in_phases = [{**config, "phases": [{"seq_len": 48}]} for config in (saved, ours)]
+    assert changed_fields(*in_phases) == ["data.seq_len is 96 and was 48 in the checkpoint"]
 
 
 def test_a_checkpoint_of_before_opens(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from tests.distributed import spawn
 from tests.full_disk import full_disk
 from tests.trainer.checkpoint.test_topologies import checkpoint_of, whole_run
 from tests.trainer.tiny import saved_tensors, train
+from trainer.commands import main
 from trainer.config import RunConfig, load_config
 from trainer.export.export import export_run
 from trainer.export.hf_folder import read_hf_weights
@@ -159,6 +160,20 @@ def test_a_checkpoint_of_another_run(
     with pytest.raises(CheckpointError, match=message):
         export_run(config, tmp_path / "hf")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_and_the_working_directory_are_written_into(
+    folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("disk", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    monkeypatch.chdir(tmp_path / "here")
+    for out, real in ((str(tmp_path / "link"), "disk"), (".", "here")):
+        assert main(["export", str(tiny), out, f"run_dir={folder / 'run'}", "precision=bf16"]) == 0
+        assert (tmp_path / real / "model.safetensors").is_file()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "here", "link"]
 
 
 @pytest.mark.slow
