@@ -34,6 +34,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
             f"{config.run_dir}: {config.recipe.steps} steps on {processes} process"
             f"{'es' * (processes > 1)}; loading torch"
         )
+    allow_growing_segments()
     with Activity("loading torch", visible=is_first):
         import torch
 
@@ -82,6 +83,16 @@ def train(config: RunConfig, stop: StopRequest) -> None:
                     start.end()
                     trainer.run()
             watch.close()
+
+
+def allow_growing_segments() -> None:
+    """Lets the allocator of GPU memory grow its segments, unless the user configured it.
+
+    The sizes of tensors follow from the packing of every step; segments of fixed sizes would leave
+    gaps among them. torch reads the first of the variables that is set when it is imported.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

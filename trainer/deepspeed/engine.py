@@ -24,7 +24,7 @@ from trainer.config.deepspeed import resolve, zero_stage
 from trainer.deepspeed.stage import DeepSpeedStage
 from trainer.engine import Engine
 from trainer.microbatches import Microbatches
-from trainer.parallel.grid import Grid
+from trainer.parallel.grid import Grid, start_process_group
 from trainer.parallel.pipeline_stage import CurrentStep, StepAccumulator
 from trainer.parallel.plan import LocalModel
 
@@ -388,7 +388,7 @@ def _initialize(
 ) -> Any:
     """Calls `deepspeed.initialize`; makes a process group where there is one process."""
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        start_process_group(grid.device, store=dist.HashStore(), rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it, without torchrun as well
     deepspeed = import_deepspeed(grid.device)
     if block.get("zero_optimization", {}).get("stage") == 3:

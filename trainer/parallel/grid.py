@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -241,6 +242,19 @@ class _Mesh:
         return Axis(name, pair.index(self.rank), tuple(pair), group, self.traffic)
 
 
+def start_process_group(device: torch.device, **settings: Any) -> None:
+    """Initialises the default process group: gloo for tensors on the host, NCCL for those on GPUs.
+
+    `settings` are those of `torch.distributed.init_process_group`.
+    """
+    if device.type != "cuda":
+        dist.init_process_group("gloo", **settings)
+        return
+    torch.cuda.set_device(device)
+    # With `device_id` NCCL connects at once, and makes the smaller groups by splitting this one.
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **settings)
+
+
 @contextmanager
 def open_grid(
     device: torch.device,
@@ -260,14 +274,7 @@ def open_grid(
     if world_size == 1:
         yield Grid.build(degrees, device)
         return
-    is_gpu = device.type == "cuda"
-    if is_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if is_gpu else "gloo",
-        timeout=None if timeout_seconds is None else timedelta(seconds=timeout_seconds),
-        # NCCL connects at once, and makes the smaller groups by splitting this one.
-        device_id=device if is_gpu else None,
-    )
+    timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
+    start_process_group(device, timeout=timeout)
     yield Grid.build(degrees, device)
     dist.destroy_process_group()

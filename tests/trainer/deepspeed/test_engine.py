@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.trainer.parallel.close_calls import recorded_gaps
 from tests.trainer.tiny import column, make_tiny, saved_tensors, train
 from trainer.config import ConfigError, load_config
 from trainer.config.deepspeed import resolve
+from trainer.deepspeed import engine
 from trainer.export.export import export_run
 from trainer.export.hf_folder import read_hf_weights
 from trainer.parallel.grid import Grid
@@ -326,3 +328,19 @@ def test_a_plan_is_refused(folder: Path) -> None:
     config = load_config(folder / "tiny.yaml", ["engine=deepspeed", ADAMW + "}"])
     with pytest.raises(ConfigError, match="engine = deepspeed"):
         list(describe_plan(config, 2))
+
+
+def test_one_gpu_reduces_over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO 1 to 3 reduce-scatter tensors of the GPU, which gloo refuses, on one process as well."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(backend: str, **settings: object) -> None:
+        raise Stopped(f"{backend} {settings['device_id']}")
+
+    monkeypatch.setattr(dist, "init_process_group", stop)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    grid = SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.raises(Stopped, match=r"^cpu:gloo,cuda:nccl cuda:0$"):
+        engine._initialize(torch.nn.Linear(1, 1), lambda: None, {}, grid)
