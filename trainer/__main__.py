@@ -68,7 +68,8 @@ def train(config: RunConfig, stop: StopRequest) -> None:
                 if is_first:
                     claim_checkpoints(config.run_dir)
                 start.what = "comparing all processes"
-                for warning in preflight(config, grid):
+                warnings, agreed = preflight(config, grid)
+                for warning in warnings:
                     if is_first:
                         print_line(f"warning: {warning}")
                 if any(all_gather_objects(stop.requested, grid.world)):
@@ -79,7 +80,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
                 messages.append(expected_memory_report(config, grid.world_size))
                 start.what = "opening the shards and building the model"
                 with advise_on_out_of_memory(config, grid):
-                    trainer = Trainer(config, grid, stop, messages, check)
+                    trainer = Trainer(config, grid, stop, messages, check, agreed)
                     start.end()
                     trainer.run()
             watch.close()

@@ -24,7 +24,16 @@ from data.text import tokenizer_file
 from trainer.config import RunConfig
 from trainer.device import DeviceInfo, available_memory
 from trainer.formatting import GIB
-from trainer.kernels import unchecked_kernels
+from trainer.kernels import (
+    AgreedKernels,
+    LocalVerdicts,
+    PinnedKernels,
+    Platform,
+    RankKernels,
+    agree,
+    read_pinned,
+    unchecked_kernels,
+)
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
 from trainer.planning import memory_parts, snapshot_memory
@@ -51,6 +60,8 @@ class Facts:
         memory: bytes of the device that this process trains on.
         host_memory: bytes of its share of the host's memory.
         available: bytes of the device's memory that nothing uses now.
+        kernels: what it could use.
+        pinned: the kernels that the run used before, and a line if their file is damaged.
         missing: what torch.compile needs and this host lacks, if `kernels` asks for it; else empty.
     """
 
@@ -60,32 +71,61 @@ class Facts:
     memory: int
     host_memory: int
     available: int
+    kernels: RankKernels
+    pinned: tuple[PinnedKernels | None, str]
     missing: str = ""
 
 
-def preflight(config: RunConfig, grid: Grid, folder_timeout: float = FOLDER_TIMEOUT) -> list[str]:
+def preflight(
+    config: RunConfig,
+    grid: Grid,
+    kernels: RankKernels | None = None,
+    folder_timeout: float = FOLDER_TIMEOUT,
+) -> tuple[list[str], AgreedKernels]:
     """Raises PreflightError, the same on all ranks, unless they can train together.
 
-    Returns warnings.
+    Returns warnings, and the kernels that all ranks use.
 
-    Every rank calls it. `folder_timeout` is in seconds: a new file in the run's folder has to be
-    seen by all ranks within it.
+    Every rank calls it. `kernels` are what it could use, by default without a check of its GPU.
+    `folder_timeout` is in seconds: a new file in the run's folder has to be seen by all ranks
+    within it.
     """
     devices = (grid.device, torch.device("cpu"))
     memory, host_memory = (DeviceInfo.of(device).memory for device in devices)
     missing = missing_compiler(grid.device) if is_compiled(config) else ""
     host, digests = socket.gethostname(), _digests(config)
     available = available_memory(grid.device)
-    facts = Facts(grid.rank, host, digests, memory, host_memory, available, missing)
+    if kernels is None:
+        kernels = RankKernels.of(config, grid.device, LocalVerdicts(Platform.of(grid.device)))
+    facts = Facts(
+        grid.rank,
+        host,
+        digests,
+        memory,
+        host_memory,
+        available,
+        kernels,
+        read_pinned(config.run_dir),
+        missing,
+    )
     everyone = all_gather_objects(facts, grid.world)
     _check_equal(everyone, config, grid)
-    warnings = []
+    pinned, damage = everyone[0].pinned
+    warnings = [damage] if damage else []
+    warnings += _platform_warnings(everyone)
     if config.engine == "native":  # DeepSpeed shards weights and states by its own rules
-        warnings = _check_memory(everyone, config, grid.device)
+        warnings += _check_memory(everyone, config, grid.device)
     _check_compiler(everyone)
     if grid.world_size > 1:
         _check_folder(everyone, config.run_dir, grid, folder_timeout)
-    return warnings
+    agreed = agree(
+        config,
+        grid.rank,
+        [facts.kernels for facts in everyone],
+        lambda rank: where([everyone[rank]]),
+        pinned,
+    )
+    return warnings, agreed
 
 
 def code_digest(root: Path) -> str:
@@ -142,6 +182,20 @@ def _check_equal(everyone: list[Facts], config: RunConfig, grid: Grid) -> None:
             f"{where([everyone[0]])} and {where(others)} differ in {what}; "
             "every host should see the same"
         )
+
+
+def _platform_warnings(everyone: list[Facts]) -> list[str]:
+    """Returns a line for other GPUs, drivers or versions of Triton than the first rank has."""
+    first, warnings = everyone[0], []
+    for what, field in (("GPUs", "kind"), ("drivers", "driver"), ("versions of Triton", "triton")):
+        value = getattr(first.kernels.platform, field)
+        others = [one for one in everyone if getattr(one.kernels.platform, field) != value]
+        if others:
+            other = getattr(others[0].kernels.platform, field)
+            warnings.append(
+                f"{where([first])} and {where(others)} have different {what}: {value} and {other}"
+            )
+    return warnings
 
 
 def _difference(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "") -> str:

@@ -14,14 +14,13 @@ from data.activity import Activity
 from data.files import write_atomically
 from data.rows import matching_manifest, token_frequencies
 from model.kernel_choices import describe
-from model.kernels.operations import Kernels
 from trainer.build import build_engine
 from trainer.checkpoint import PeriodicCheckpoints, RunCheckpoint, unsaved_progress
 from trainer.config import CONFIG_FILE, Phase, RunConfig
 from trainer.device import peak_memory_report
 from trainer.engine import StepLosses
 from trainer.evaluate import EvaluationStopped, Validation
-from trainer.kernels import choose_kernels, run_operations
+from trainer.kernels import AgreedKernels, run_operations, unchecked
 from trainer.metrics import Metrics, UpdateStats, collect_stats, compute_layer_stats, describe_event
 from trainer.parallel.grid import Grid
 from trainer.process.command_line import v4
@@ -39,7 +38,8 @@ class Trainer:
     """Trains `config` on the processes of `grid`; the first logs `messages` at the start.
 
     `check` is called after every step, before anything is written; what it raises ends the run.
-    `kernels` are what all ranks agreed on; by default, those that the config names.
+    `kernels` are what all ranks agreed on; by default, those that the config names without
+    a check of the GPU.
 
     Raises the errors of trainer.process.errors.USER_ERRORS for input that cannot be trained on.
     """
@@ -51,7 +51,7 @@ class Trainer:
         stop: StopRequest | None = None,
         messages: Sequence[str] = (),
         check: Callable[[], None] = lambda: None,
-        kernels: Kernels | None = None,
+        kernels: AgreedKernels | None = None,
     ) -> None:
         config.check_world(grid.world_size)
         data = run_data(config)
@@ -63,7 +63,7 @@ class Trainer:
         self.check = check
         self.state = TrainState()
         self.recipe = config.recipe
-        self.kernels = kernels or choose_kernels(config, grid.device, {})
+        self.kernels = kernels or unchecked(config, grid.device)
         phases = [phase.rows for phase in self.recipe.phases]
         config.check_token_ids(matching_manifest(data), f"the manifest in {data.shards}")
         self.loader = Loader(data, config.seed, grid.data.rank, grid.data.size, phases=phases)
@@ -75,7 +75,10 @@ class Trainer:
         frequencies = token_frequencies(self.loader) if config.model.num_hash_layers else None
         self.are_ids_counted = frequencies is not None
         self.local, self.engine, self.optimizer = build_engine(
-            config, grid, None if frequencies is None else frequencies.tolist(), self.kernels
+            config,
+            grid,
+            None if frequencies is None else frequencies.tolist(),
+            self.kernels.kernels,
         )
         self.model = self.local.model
         self.anticipation = Anticipation(
@@ -285,7 +288,10 @@ class Trainer:
         saved = self.config.with_absolute_paths()
         write_atomically(self.config.run_dir / CONFIG_FILE, saved.to_yaml())
         self.metrics = Metrics(self.config, self.state, self.grid)
-        self._log(describe(self.kernels, run_operations(self.config)))
+        self.kernels.pinned.write(self.config.run_dir)
+        self._log(describe(self.kernels.kernels, run_operations(self.config)))
+        for line in self.kernels.lines:
+            self._log(line)
         if resumed is not None:
             self._log(f"resumed from {resumed}")
             for change in self.checkpoint.changes:
@@ -302,12 +308,12 @@ class Trainer:
             )
         if notice := other_tokenizer(self.config):
             self._log(f"warning: {notice}")
-        if self.config.precision == "fp8" and self.kernels.fp8.name == "eager":
+        if self.config.precision == "fp8" and self.kernels.kernels.fp8.name == "eager":
             self._log(
                 "precision = fp8: no FP8 kernel is used; operands are rounded to FP8 and "
                 "multiplied in bf16, with no gain in speed"
             )
-        choices = self.kernels.by_operation()
+        choices = self.kernels.kernels.by_operation()
         if compiled := [name for name, choice in choices.items() if choice.name == "compile"]:
             self._log(
                 f"kernels: the first step compiles {', '.join(compiled)}, or loads them from "

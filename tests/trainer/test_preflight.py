@@ -12,6 +12,7 @@ import torch.distributed as dist
 from tests.distributed import spawn
 from trainer import preflight as checks
 from trainer.config import load_config
+from trainer.kernels import Platform, RankKernels
 from trainer.parallel.grid import Degrees, Grid
 from trainer.planning.static_memory import memory_parts, snapshot_memory
 from trainer.preflight import Facts, code_digest, preflight, where
@@ -19,6 +20,7 @@ from trainer.process.errors import USER_ERRORS, PreflightError
 from trainer.process.host_memory import HostMemory
 
 RANKS = 3
+KERNELS = RankKernels(Platform("cpu"))
 
 
 def other_torch(patch: pytest.MonkeyPatch) -> None:
@@ -168,9 +170,9 @@ def test_what_others_use_is_a_warning(tiny: Path, monkeypatch: pytest.MonkeyPatc
     config, grid = load_config(tiny), Grid.single(torch.device("cpu"))
     needed = sum(memory_parts(config, Degrees(1)).values())
     monkeypatch.setattr(checks, "available_memory", lambda device: needed)
-    assert preflight(config, grid) == []
+    assert preflight(config, grid)[0] == []
     monkeypatch.setattr(checks, "available_memory", lambda device: needed - 1)
-    (warning,) = preflight(config, grid)
+    (warning,) = preflight(config, grid)[0]
     assert warning.startswith("weights, gradients and optimizer states take 0.00 GiB on a process")
     assert "GiB available now" in warning
 
@@ -187,7 +189,7 @@ def test_snapshots_are_counted_where_they_are(tiny: Path) -> None:
     held, rest = snapshot_memory(config, Degrees(1)), sum(memory_parts(config, Degrees(1)).values())
 
     def check(device: str, memory: int, host_memory: int) -> None:
-        facts = [Facts(0, "a", {}, memory, host_memory, memory)]
+        facts = [Facts(0, "a", {}, memory, host_memory, memory, KERNELS, (None, ""))]
         checks._check_memory(facts, config, torch.device(device))
 
     check("cpu", rest + held, rest + held)
@@ -216,7 +218,9 @@ def test_the_code_is_its_names_and_contents(tmp_path: Path) -> None:
 
 
 def test_many_hosts_make_no_long_sentence() -> None:
-    many = [Facts(rank, f"host{rank // 16}", {}, 0, 0, 0) for rank in range(16 * 9)]
+    many = [
+        Facts(rank, f"host{rank // 16}", {}, 0, 0, 0, KERNELS, (None, "")) for rank in range(16 * 9)
+    ]
     text = where(many)
     assert text.startswith("ranks 0, 1, 2, 3, 4, 5, 6, 7, … on host0, ranks 16, 17")
     assert text.endswith("on host3 and those on 5 more hosts")

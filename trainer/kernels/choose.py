@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING
 from model.kernels.operations import Choice, Kernels
 from trainer.config import RunConfig
 from trainer.kernels.verdict import Verdict
+from trainer.process.errors import PreflightError
 
 if TYPE_CHECKING:
     import torch
-
-
-class KernelError(ValueError):
-    """A config demands a kernel that cannot run; the message is one sentence."""
 
 
 def run_operations(config: RunConfig) -> tuple[str, ...]:
@@ -41,7 +38,7 @@ def choose_kernels(
     "auto" takes what was fastest of all that passed; on a CPU, and for operations without a
     verdict, the eager version.
 
-    Raises KernelError if the config demands a Triton kernel that cannot run or did not pass.
+    Raises PreflightError if the config demands a Triton kernel that cannot run or did not pass.
     """
     unsupported = unsupported_operations(config, device)
     choices = {}
@@ -57,7 +54,7 @@ def choose_kernels(
         if problem is None and verdict is not None and not verdict.passed:
             problem = verdict.reason
         if problem is not None:
-            raise KernelError(_demand(config, operation, problem))
+            raise PreflightError(_demand(config, operation, problem))
         blocks = {} if verdict is None else verdict.blocks
         choices[operation] = Choice("triton", blocks, "as configured")
     return Kernels(**choices)

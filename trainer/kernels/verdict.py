@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from trainer.kernels.gpu import Platform
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -53,6 +55,21 @@ class Verdict:
     milliseconds: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class LocalVerdicts:
+    """What is known about the kernels on a process's device.
+
+    Attributes:
+        platform: the device, and what runs on it.
+        digest: of the key of the verdicts; "" where none are needed.
+        verdicts: by operation; empty where none are needed.
+    """
+
+    platform: Platform
+    digest: str = ""
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+
+
 class CheckKernels(Protocol):
     """Checks kernels in subprocesses, one after the other, each with a time limit.
 
@@ -61,11 +78,17 @@ class CheckKernels(Protocol):
     """
 
     def __call__(
-        self, problem: Problem, device_index: int, report: Callable[[str], None]
+        self,
+        problem: Problem,
+        device_index: int,
+        report: Callable[[str], None],
+        *,
+        seconds: float,
     ) -> tuple[Verdict, ...]:
         """Returns a Verdict for each of ``problem.operations``, in their order.
 
         Args:
             device_index: the GPU, as torch numbers it in this process.
             report: called with the operation that is being checked.
+            seconds: limit of each operation.
         """

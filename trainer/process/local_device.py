@@ -86,7 +86,7 @@ class Driver:
         """Returns the driver; None where neither a device file nor nvidia-smi is there."""
         nodes = sorted(Path("/dev").glob("nvidia[0-9]*"))
         evidence = str(nodes[0]) if nodes else shutil.which("nvidia-smi")
-        return None if evidence is None else cls(evidence, _driver_version(), _driver_cuda())
+        return None if evidence is None else cls(evidence, driver_version(), _driver_cuda())
 
     def problem(self) -> str:
         """Returns a sentence: why torch cannot use the GPU, and what to install."""
@@ -108,7 +108,8 @@ class Driver:
         return f"{start}it is built for CUDA {torch.version.cuda}; {remedy}"
 
 
-def _driver_version() -> str | None:
+def driver_version() -> str | None:
+    """Returns the version of NVIDIA's driver, such as 535.104.05; None without one."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:

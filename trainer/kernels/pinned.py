@@ -1,0 +1,85 @@
+"""The kernels that a run has used, in `kernels.json` of its folder. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data.files import write_atomically
+from model.kernels.operations import Choice, Kernels
+
+KERNELS_FILE = "kernels.json"
+
+
+class OfKind(BaseModel):
+    """The kernels on one kind of device.
+
+    Attributes:
+        key: digest of the verdicts that they were chosen by; "" where none were needed.
+        choices: name and block sizes by operation.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    key: str
+    choices: dict[str, Choice]
+
+    def kernels(self) -> Kernels:
+        """Returns the choices. Raises ValueError for an implementation that there is not."""
+        return Kernels(**self.choices)
+
+
+class PinnedKernels(BaseModel):
+    """The contents of the file.
+
+    Attributes:
+        setting: `kernels` of the config.
+        kinds: by kind of device, such as "NVIDIA H100 80GB HBM3 (9.0, 132 SMs)".
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    setting: str | dict[str, str]
+    kinds: dict[str, OfKind]
+
+    def write(self, run_dir: Path) -> None:
+        """Writes the file into a run's folder, whole."""
+        write_atomically(run_dir / KERNELS_FILE, self.model_dump_json(indent=1) + "\n")
+
+    def choices_of(self, operation: str) -> set[tuple[str, tuple[tuple[str, int], ...]]]:
+        """Returns the names and block sizes that an operation has on all kinds of device."""
+        return {
+            (choice.name, tuple(sorted(choice.blocks.items())))
+            for kind in self.kinds.values()
+            for name, choice in kind.choices.items()
+            if name == operation
+        }
+
+
+def read_pinned(run_dir: Path) -> tuple[PinnedKernels | None, str]:
+    """Returns what the file has, None without one, and a line about a damaged file."""
+    path = run_dir / KERNELS_FILE
+    try:
+        pinned = PinnedKernels.model_validate_json(path.read_bytes())
+        for kind in pinned.kinds.values():
+            kind.kernels()
+    except FileNotFoundError:
+        return None, ""
+    except (ValidationError, ValueError, TypeError, OSError):
+        return None, f"{path} is damaged: kernels are chosen again, as for a new run"
+    return pinned, ""
+
+
+def pin(
+    setting: str | dict[str, str], kinds: Mapping[str, tuple[str, dict[str, Choice]]]
+) -> PinnedKernels:
+    """Returns what to write; `kinds` has the verdicts' digest and the choices of each kind."""
+    values: dict[str, Any] = {
+        name: {"key": key, "choices": {op: asdict(choice) for op, choice in choices.items()}}
+        for name, (key, choices) in kinds.items()
+    }
+    return PinnedKernels.model_validate({"setting": setting, "kinds": values})
