@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.kernels import host
+from model.kernels.hyper_connection import host as fused
+
 
 def eager_read_streams(
     streams_TND: Tensor,
@@ -109,10 +112,18 @@ class ReadStreams(torch.autograd.Function):
     ) -> Any:
         """Returns what `eager_read_streams` does."""
         flat = streams.flatten(1).float()
+        ctx.hc_eps, ctx.iterations = hc_eps, iterations
+        if host.runs(flat, fn, base, scale):
+            w = torch.mm(flat, fn.t())
+            wide = flat.view(streams.shape)
+            rstd, read, outputs = fused.read_forward(
+                wide, w, base, scale, norm_eps, hc_eps, iterations
+            )
+            ctx.save_for_backward(streams, fn, base, scale, w, rstd)
+            return (read.to(streams.dtype), *outputs) if iterations else read.to(streams.dtype)
         square = torch.linalg.vector_norm(flat, dim=1, keepdim=True).square_()
         rstd = square.div_(flat.shape[1]).add_(norm_eps).rsqrt_()
         w = torch.mm(flat, fn.float().t()).mul_(rstd)
-        ctx.hc_eps, ctx.iterations = hc_eps, iterations
         ctx.save_for_backward(streams, fn, base, scale, w, rstd)
         outputs = ReadStreams.all_coefficients(w, base.float(), scale.float(), hc_eps, iterations)
         read = torch.bmm(outputs[0][:, None], flat.view(streams.shape))[:, 0]
@@ -131,6 +142,20 @@ class ReadStreams(torch.autograd.Function):
     def backward(ctx: Any, grad_read: Tensor, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of streams, fn, base and scale."""
         saved = ctx.saved_tensors  # unpacked once: a second time fails under recomputation
+        if host.runs(*saved[1:]):
+            streams, fn, base, scale, w, rstd = saved
+            grads = fused.read_gradients(
+                streams.float(),
+                w,
+                rstd,
+                fn,
+                base,
+                scale,
+                ctx.hc_eps,
+                ctx.iterations,
+                (grad_read.float(), *grad_outputs),
+            )
+            return grads[0].to(streams.dtype), *grads[1:], None, None, None
         grad_pre = torch.linalg.vecdot(saved[0].float(), grad_read.float()[:, None])
         return ReadStreams.gradients(ctx, saved, grad_pre, grad_read, *grad_outputs)
 
@@ -166,6 +191,8 @@ class _WriteStreams(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         ctx.save_for_backward(streams, y, post, comb)
+        if host.runs(post, comb):
+            return fused.write_forward(streams.float(), y.float(), post, comb).to(streams.dtype)
         out = torch.bmm(comb.transpose(1, 2), streams.float())
         return out.addcmul_(post[..., None], y.float()[:, None]).to(streams.dtype)
 
@@ -173,6 +200,9 @@ class _WriteStreams(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
         streams, y, post, comb = ctx.saved_tensors
         grad_out = grad_out.float()
+        if host.runs(post, comb):
+            grads = fused.write_gradients(streams.float(), y.float(), post, comb, grad_out)
+            return grads[0].to(streams.dtype), grads[1].to(y.dtype), *grads[2:]
         grad_streams = torch.bmm(comb, grad_out).to(streams.dtype)
         grad_comb = torch.bmm(streams.float(), grad_out.transpose(1, 2))
         grad_post = torch.linalg.vecdot(grad_out, y.float()[:, None])
