@@ -7,7 +7,7 @@
   that are saved anyway, with an N x N by N x D matmul per token, or one norm, and without
   communication (report §3.4, recomputation of mHC's tensors; docs/architecture-v4.md).
 
-The saved input of `block` and `attention` can be offloaded to host memory until backward.
+The saved input of `block` and `attention` can be in host memory until backward (offload.py).
 
 Letters: N residual streams, D hidden size.
 """
@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from model.execution import BlockPart
+from trainer.parallel.offload import HostOffload
 
 
 class ActivationCheckpointing:
@@ -34,6 +35,7 @@ class ActivationCheckpointing:
 
     def __init__(self, parts: Collection[BlockPart], offload: Collection[BlockPart] = ()) -> None:
         self.parts, self.offload = frozenset(parts), frozenset(offload)
+        self._host = HostOffload()
         self._dropped: dict[tuple[Any, ...], _Dropped] | None = None
 
     def __call__(self, part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
@@ -56,7 +58,8 @@ class ActivationCheckpointing:
     def _checkpoint(self, part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
         if part not in self.offload:
             return _checkpoint(function, *inputs)
-        with _on_host(inputs[0].device):
+        microbatch = next((x for x in inputs if not isinstance(x, Tensor)), None)  # its positions
+        with self._host.saving(inputs[0].device, microbatch):
             return _checkpoint(function, *inputs)
 
     def _block(self, function: Callable[..., Any], *inputs: Any) -> Any:
@@ -98,19 +101,6 @@ class _Dropped:
 
 def _unpack(saved: Tensor | _Dropped) -> Tensor:
     return saved.get() if isinstance(saved, _Dropped) else saved
-
-
-def _on_host(device: torch.device) -> saved_tensors_hooks:
-    """Returns a context that copies the inputs that `_checkpoint` saves to the host and back.
-
-    Of meta tensors only the shape is saved (trainer.planning.dry_run).
-    """
-    if device.type == "meta":
-        return saved_tensors_hooks(
-            lambda saved: (saved.shape, saved.dtype),
-            lambda packed: torch.empty(packed[0], dtype=packed[1], device=device),
-        )
-    return save_on_cpu(pin_memory=device.type == "cuda")
 
 
 def _key(tensor: Tensor) -> tuple[Any, ...]:

@@ -306,9 +306,11 @@ class _Rank:
             activations += known[key].activations * (counts[kind] or 1)
             workspace = max(workspace, known[key].workspace)
         if "block" in self.config.parallel.offload:
-            # The layers' inputs are on the host, except the one from the previous stage.
+            # The layers' inputs are on the host, except the one from the previous stage; but one,
+            # which may be the MTP block's, is on its way while the layer after it is in backward.
             moved = max(len(plan.layers_of(number)) - (number > 0), 0)
-            activations -= moved * self._streams(micro).nbytes
+            has_mtp = plan.is_last(number) and model.num_nextn_predict_layers > 0
+            activations -= (moved - (moved > 0 or has_mtp)) * self._streams(micro).nbytes
         return _PieceMemory(activations, workspace)
 
     def _layer(self, index: int, micro: Microbatch, streams: Tensor) -> list[Tensor]:
