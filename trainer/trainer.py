@@ -11,12 +11,11 @@ from torch import Tensor
 
 from data import Batch, DataRecord, Loader, Prefetcher
 from data.activity import Activity
-from data.files import write_atomically
 from data.rows import matching_manifest, token_frequencies
 from model.kernel_choices import describe
 from trainer.build import build_engine
 from trainer.checkpoint import PeriodicCheckpoints, RunCheckpoint, unsaved_progress
-from trainer.config import CONFIG_FILE, Phase, RunConfig
+from trainer.config import Phase, RunConfig, save_config
 from trainer.device import peak_memory_report
 from trainer.engine import StepLosses
 from trainer.evaluate import EvaluationStopped, Validation
@@ -103,11 +102,14 @@ class Trainer:
         self.metrics: Metrics | None = None  # on the first rank, once the run has begun
         self.phase: Phase | None = None
         self.has_logged_memory = False
+        checkpoints = PeriodicCheckpoints(config, self.checkpoint, self._log)
         self.periodic: list[Hook] = [
-            self._evaluate,
             self._write_metrics,
+            checkpoints.before_evaluation,
+            self._evaluate,
+            self._publish_metrics,
             self._log_memory,
-            PeriodicCheckpoints(config, self.checkpoint, self._log),
+            checkpoints.after_evaluation,
         ]
 
     def run(self) -> TrainState:
@@ -285,9 +287,10 @@ class Trainer:
             return
         unsaved_steps = 0 if resumed else unsaved_progress(self.config)
         keep_tokenizer(self.config, self.tokenizer)
-        saved = self.config.with_absolute_paths()
-        write_atomically(self.config.run_dir / CONFIG_FILE, saved.to_yaml())
+        handwritten = save_config(self.config)
         self.metrics = Metrics(self.config, self.state, self.grid)
+        if handwritten is not None:
+            self._log(f"config.yaml is now the resolved config; as it was, it is {handwritten}")
         self.kernels.pinned.write(self.config.run_dir)
         self._log(describe(self.kernels.kernels, run_operations(self.config)))
         for line in self.kernels.lines:
@@ -341,7 +344,11 @@ class Trainer:
 
     def _write_metrics(self, state: TrainState, result: StepResult) -> None:
         if self.metrics is not None:
-            self.metrics(state, result)
+            self.metrics.write(state, result)
+
+    def _publish_metrics(self, state: TrainState, result: StepResult) -> None:
+        if self.metrics is not None:
+            self.metrics.publish(state, result)
 
     def _log_memory(self, state: TrainState, result: StepResult) -> None:
         """Logs peak memory after the first evaluation and at the end; every rank takes part."""

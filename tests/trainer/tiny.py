@@ -96,7 +96,7 @@ def train(
     if stop_at and grid.is_first:
         trainer.periodic.append(lambda state, _: state.step == stop_at - 1 and stop.request())
     if crash_at:
-        trainer.periodic.insert(2, lambda state, _: crash(state.step == crash_at))
+        trainer.periodic.insert(1, lambda state, _: crash(state.step == crash_at))
     trainer.run()
     return config
 

@@ -142,6 +142,19 @@ class CheckpointFolder:
             return f"{old}: could not be removed: {error.strerror or type(error).__name__}"
         return None
 
+    def remove(self, checkpoint: Path) -> str | None:
+        """Removes a checkpoint that is not sound; returns the reason where that is not possible.
+
+        Every rank calls it, and none returns before it is gone.
+        """
+        try:
+            on_all_ranks(
+                lambda: remove_folder(checkpoint) if self.grid.is_first else None, self.grid.world
+            )
+        except OSError as error:
+            return f"{checkpoint}: could not be removed: {error.strerror or type(error).__name__}"
+        return None
+
     def _remove_later(self, step: int) -> None:
         if self.grid.is_first:
             for path in checkpoints_in(self.folder):
@@ -192,7 +205,8 @@ class CheckpointFolder:
         With `before`, the newest of those with a lower step. Raises CheckpointError when it is
         damaged, naming the previous complete one.
         """
-        paths = checkpoints_in(self.folder)
+        # Of the first rank: a training may publish or remove one between two ranks' looks.
+        paths = all_gather_objects(checkpoints_in(self.folder), self.grid.world)[0]
         if before is not None:
             paths = [path for path in paths if step_of(path) < before]
         if not paths:

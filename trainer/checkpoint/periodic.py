@@ -1,13 +1,17 @@
 """When a run saves a checkpoint, and when it removes old ones.
 
 An update can ruin the weights, which shows in the losses that follow. So what is saved after it may
-not replace what was saved before: no regular checkpoint is saved while steps are skipped or after a
-validation loss that is not finite, and old checkpoints are removed only once a finite loss shows
-that the newest one is sound.
+not replace what was saved before: no regular checkpoint is saved while steps are skipped, one is
+removed after a validation loss that is not finite, and old checkpoints are removed only once a
+finite loss shows that the newest one is sound.
+
+A checkpoint is saved before an evaluation of the same step: one that fails, or is killed because it
+needs more memory than training, loses no step.
 """
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 from trainer.checkpoint.run import RunCheckpoint
 from trainer.config import RunConfig
@@ -18,61 +22,79 @@ from trainer.step import StepResult
 
 
 class PeriodicCheckpoints:
-    """Saves every `checkpoint.every` steps, at the end and on a stop; a hook after every step.
+    """Saves every `checkpoint.every` steps, at the end and on a stop.
 
-    All ranks call it. `log` gets a line about what could not be done.
+    All ranks call its two hooks after every step. `log` gets a line about what could not be done.
     """
 
     def __init__(
         self, config: RunConfig, checkpoint: RunCheckpoint, log: Callable[[str], None]
     ) -> None:
         self.config, self.checkpoint, self.log = config, checkpoint, log
+        self._saved: Path | None = None  # after the current step
 
-    def __call__(self, state: TrainState, result: StepResult) -> None:
+    def before_evaluation(self, state: TrainState, result: StepResult) -> None:
         """Saves where it is due. A full disk ends only a run that would end anyway.
 
-        Raises SaveError then, and DivergedError where the run ends with ruined weights.
+        Raises SaveError then.
         """
         if result.is_finite:
             self._prune()  # the step began with the weights of the newest checkpoint or later ones
+        self._saved = None
         every = self.config.checkpoint.every
-        ends = state.stopping or state.step == self.config.recipe.steps
-        is_due = ends or (every > 0 and state.step % every == 0)
-        if not is_due or not self._is_sound(state, result, ends):
+        ends = self._ends(state)
+        if not ends and not (every > 0 and state.step % every == 0):
             return
-        try:
-            path = self.checkpoint.save(state)
-        except SaveError as error:
-            if ends:
-                raise
-            self.log(f"warning: {error}; training continues")
+        if state.skipping_since is not None and not ends:
+            self.log(f"step {state.step}: a checkpoint is due and not saved before the next update")
             return
-        if result.validation_loss is not None:
-            self._prune()
-        if state.skipping_since is not None:
-            newest = self.checkpoint.newest_before(state.skipping_since + 1)
-            self.log(f"warning: {path} was saved without an update since then; {newest}")
-        if state.stopping and state.step < self.config.recipe.steps:
-            command = resume_command(self.config.run_dir)
-            self.log(f"stopped after step {state.step}, saved {path}; resume: {command}")
+        self._save(state)
 
-    def _is_sound(self, state: TrainState, result: StepResult, ends: bool) -> bool:
-        """Whether the weights may be saved; while steps are skipped, only at the end.
+    def after_evaluation(self, state: TrainState, result: StepResult) -> None:
+        """Judges what was saved by the validation loss; saves where the evaluation was stopped.
 
         Raises DivergedError where the run ends with a validation loss that is not finite.
         """
-        loss, since = result.validation_loss, state.skipping_since
+        loss = result.validation_loss
         if loss is not None and not math.isfinite(loss):
-            problem = f"step {state.step}: the validation loss is {loss}, so nothing is saved"
-            if ends:
-                first = state.step if since is None else since + 1
-                raise DivergedError(f"{problem}; {self.checkpoint.newest_before(first)}")
-            self.log(f"warning: {problem}; training continues")
-            return False
-        if since is not None and not ends:
-            self.log(f"step {state.step}: a checkpoint is due and not saved before the next update")
-            return False
-        return True
+            self._remove(state, loss)
+            return
+        if self._saved is None and state.stopping:
+            self._save(state)
+        if self._saved is None:
+            return
+        if loss is not None:
+            self._prune()
+        if state.skipping_since is not None:
+            newest = self.checkpoint.newest_before(state.skipping_since + 1)
+            self.log(f"warning: {self._saved} was saved without an update since then; {newest}")
+        if state.stopping and state.step < self.config.recipe.steps:
+            command = resume_command(self.config.run_dir)
+            self.log(f"stopped after step {state.step}, saved {self._saved}; resume: {command}")
+
+    def _ends(self, state: TrainState) -> bool:
+        return state.stopping or state.step == self.config.recipe.steps
+
+    def _save(self, state: TrainState) -> None:
+        try:
+            self._saved = self.checkpoint.save(state)
+        except SaveError as error:
+            if self._ends(state):
+                raise
+            self.log(f"warning: {error}; training continues")
+
+    def _remove(self, state: TrainState, loss: float) -> None:
+        """Removes the checkpoint of a step whose validation loss is not finite."""
+        if self._saved is None:
+            return
+        problem = f"step {state.step}: the validation loss is {loss}, so its checkpoint is removed"
+        if failure := self.checkpoint.remove(self._saved):
+            problem += f" ({failure})"
+        if self._ends(state):
+            since = state.skipping_since
+            first = state.step if since is None else since + 1
+            raise DivergedError(f"{problem}; {self.checkpoint.newest_before(first)}")
+        self.log(f"warning: {problem}; training continues")
 
     def _prune(self) -> None:
         if problem := self.checkpoint.prune():

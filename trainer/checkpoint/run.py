@@ -174,6 +174,10 @@ class RunCheckpoint:
         """Removes old checkpoints once the newest is known to be sound; returns any problem."""
         return self.folder.prune()
 
+    def remove(self, checkpoint: Path) -> str | None:
+        """Removes a checkpoint that is not sound, on all ranks; returns any problem."""
+        return self.folder.remove(checkpoint)
+
     def live_tensors(self) -> list[Tensor]:
         """Returns all tensors of model and optimizer on this rank, always in the same order."""
         return [box.tensor for boxes in self._tensors().values() for box in boxes]

@@ -8,6 +8,7 @@ from trainer.config.recipe import Phase, Recipe, short_length
 from trainer.config.reference import FieldReference, Reference, SectionReference
 from trainer.config.resume import Rule, changed_fields, differences, rule_of
 from trainer.config.run import CONFIG_FILE, RunConfig, load_as, load_config, load_run
+from trainer.config.saved import save_config
 from trainer.config.section import Section
 from trainer.config.source import ConfigError, require_unicode
 from trainer.config.stability import AnticipatoryRoutingConfig, SpikeConfig
@@ -33,5 +34,6 @@ __all__ = [
     "load_run",
     "require_unicode",
     "rule_of",
+    "save_config",
     "short_length",
 ]

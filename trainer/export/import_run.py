@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from data.files import write_atomically
 from trainer.build import build_native
 from trainer.checkpoint import RunCheckpoint, checkpoints_in, unsaved_progress
-from trainer.config import CONFIG_FILE, RunConfig
+from trainer.config import RunConfig, save_config
 from trainer.export.compare import check_generation, check_sizes, check_tokenizer
 from trainer.export.hf_folder import CONFIG_JSON, read_hf_config, read_hf_weights
 from trainer.parallel.grid import Grid
@@ -82,7 +81,7 @@ def import_hf_folder(config: RunConfig, source: Path) -> str:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     keep_tokenizer(config, tokenizer)
     path = RunCheckpoint(config, grid, local.model, optimizer, tokenizer.hash).save(TrainState())
-    write_atomically(config.run_dir / CONFIG_FILE, config.with_absolute_paths().to_yaml())
+    save_config(config)
     has_mtp = any(name.startswith("mtp.") for name in weights)
     return f"wrote {path}{_about_mtp(config, has_mtp)}; train it: {v4('train', config.run_dir)}"
 

@@ -72,6 +72,7 @@ class MetricsFile:
         write_atomically(path, content)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
         self._complete_bytes = len(content)
+        self._last_bytes = 0  # of the line that was written last
 
     def _keep_damaged(self) -> None:
         _, others = read_step_records(self.path)
@@ -83,8 +84,10 @@ class MetricsFile:
                 f"as it was is {copy}"
             )
 
-    def write(self, record: Record) -> None:
-        """Appends one object."""
+    def write(self, record: Record, replaces_last: bool = False) -> None:
+        """Appends one object, or writes it in place of the last one."""
+        if replaces_last:
+            self._remove_last()
         self._pending.append(_line(record))
         problem = self._flush()
         if problem and not self._is_failing:
@@ -92,6 +95,16 @@ class MetricsFile:
         elif self._is_failing and not problem:
             self.log(f"{self.path} can be written again, and is complete")
         self._is_failing = problem is not None
+
+    def _remove_last(self) -> None:
+        """Removes the last line; a disk that fails keeps it, and the later line counts."""
+        if self._pending:
+            self._pending.pop()
+            return
+        with suppress(OSError):
+            self._file.truncate(self._complete_bytes - self._last_bytes)
+            self._complete_bytes -= self._last_bytes
+            self._last_bytes = 0
 
     def _flush(self) -> str | None:
         """Writes the pending lines; returns the reason where that is not possible now."""
@@ -106,6 +119,7 @@ class MetricsFile:
                 self._file.seek(self._complete_bytes)
             return _reason(error)
         self._complete_bytes += len(data)
+        self._last_bytes = len(self._pending[-1]) if self._pending else self._last_bytes
         self._pending.clear()
         return None
 

@@ -39,10 +39,15 @@ class Metrics:
         self.file = MetricsFile(config.run_dir / "metrics.jsonl", state.step, self.log)
         self.wandb = WandbLog(config, self.log)
 
-    def __call__(self, state: TrainState, result: StepResult) -> None:
-        """Writes a step's record; a periodic hook of the trainer."""
+    def write(self, state: TrainState, result: StepResult) -> None:
+        """Writes a step's record into the file, before an evaluation that may fail."""
+        self.file.write(self.record(state, result))
+
+    def publish(self, state: TrainState, result: StepResult) -> None:
+        """Adds the losses of an evaluation to the record; sends it to wandb, and shows it."""
         record = self.record(state, result)
-        self.file.write(record)
+        if result.validation_loss is not None:
+            self.file.write(record, replaces_last=True)
         due = state.step % self.config.metrics.every == 0
         if due or "validation_loss" in record or "layers" in record:
             self.wandb.log(record)

@@ -14,7 +14,7 @@ import pytest
 from torch import Tensor
 
 from tests.full_disk import full_disk
-from tests.trainer.tiny import assert_same_run, train
+from tests.trainer.tiny import assert_same_run, steps_in_file, train
 from trainer.checkpoint import folder as checkpoint_folder
 from trainer.commands import main
 from trainer.config import load_config
@@ -94,7 +94,7 @@ def test_old_checkpoints_go_once_the_newest_is_sound(tiny: Path, tmp_path: Path)
     assert folders == [[], [2], [2], [2, 4], [5]], "the loss after the last step was finite"
 
 
-def test_a_validation_loss_that_is_not_finite_saves_nothing(
+def test_a_validation_loss_that_is_not_finite_keeps_no_checkpoint(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ("checkpoint={every: 1, keep: 1}", "evaluation.every=1")
@@ -103,10 +103,34 @@ def test_a_validation_loss_that_is_not_finite_saves_nothing(
             ruined(tiny, tmp_path / name, 4, f"steps={steps}", *settings).run()
         assert saved(tmp_path / name) == [3]
         assert f"checkpoint is {tmp_path / name / 'checkpoints/step-00000003'}" in str(caught.value)
-    assert "step 4: the validation loss is nan, so nothing is saved" in str(caught.value)
+    assert "step 4: the validation loss is nan, so its checkpoint is removed" in str(caught.value)
     assert "warning: step 4: the validation loss is nan" in capsys.readouterr().out
     records = read_metrics(tmp_path / "end/metrics.jsonl")
     assert records[-1]["validation_loss"] is None and records[-1]["loss"] is not None
+
+
+@pytest.mark.parametrize("steps", [3, 6])
+def test_an_evaluation_that_fails_loses_no_step(tiny: Path, tmp_path: Path, steps: int) -> None:
+    """After step 3, in the middle of the run and at its end."""
+    settings = (f"steps={steps}", "checkpoint={every: 3, keep: 1}", "evaluation.every=3")
+    options = [f"run_dir={tmp_path / 'run'}", *CALM, *settings]
+    trainer = Trainer(load_config(tiny, options), Grid.single())
+
+    def evaluate(engine: object) -> None:
+        raise OSError(5, "Input/output error", "validation.bin")
+
+    assert trainer.validation is not None
+    trainer.validation.evaluate = evaluate  # type: ignore[method-assign, assignment]
+    with pytest.raises(OSError, match="Input/output error"):
+        trainer.run()
+    assert saved(tmp_path / "run") == [3]
+    assert steps_in_file(tmp_path / "run") == [1, 2, 3]
+
+    train(tiny, tmp_path / "run", *CALM, *settings, "steps=6")
+    train(tiny, tmp_path / "plain", *CALM, *settings, "steps=6")
+    assert steps_in_file(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+    if steps == 6:
+        assert_same_run(tmp_path / "plain", tmp_path / "run", 6)
 
 
 def test_a_stop_while_steps_are_skipped_loses_nothing(

@@ -138,3 +138,22 @@ def test_a_name_that_is_not_utf8(
     error = capsys.readouterr().err
     assert error.count("\n") == error.count("is not UTF-8; rename") == 6
     assert digests(copy) == before
+
+
+def test_a_handwritten_config_in_the_run_folder_is_kept(tiny: Path, tmp_path: Path) -> None:
+    written, kept = tmp_path / "config.yaml", tmp_path / "config.input.yaml"
+    text = f"# why this rate\nbase: {tiny}\nsteps: 1\nrun_dir: {tmp_path}\n"
+    written.write_text(text)
+    assert train_command([str(tmp_path)]) == 0
+    assert kept.read_text() == text
+    resolved = load_run(tmp_path).to_yaml()
+    assert written.read_text() == resolved and "# why" not in resolved
+
+    assert train_command([str(tmp_path), "steps=2"]) == 0
+    written.write_text("# longer\n" + written.read_text())
+    assert train_command([str(tmp_path), "steps=3"]) == 0
+    assert [path.name for path in sorted(tmp_path.glob("config*"))] == [
+        *("config.input-2.yaml", "config.input.yaml", "config.yaml")
+    ]
+    assert (tmp_path / "config.input-2.yaml").read_text().startswith("# longer\n")
+    assert kept.read_text() == text and load_run(tmp_path).steps == 3
