@@ -76,6 +76,7 @@ class Manifest(BaseModel):
         digest: hash of everything the shards depend on.
         folder: name of the folder with the shards, next to the manifest.
         empty_documents, bad_records: how many were skipped, by source.
+        empty_files: how many files had no record, by source; {} before version 0.2.
         dropped: what the filters dropped, by source and filter.
         settings: those that the shards were made with, by dotted key; empty before version 0.2.
         token_counts: SHA-256 of the file with the counts of ids (data/token_counts.py); None in
@@ -94,6 +95,7 @@ class Manifest(BaseModel):
     pad_id: int
     empty_documents: dict[str, int]
     bad_records: dict[str, int] = {}
+    empty_files: dict[str, int] = {}
     dropped: dict[str, dict[str, FilterStats]] = Field(
         default={}, validation_alias=AliasChoices("dropped", "losses")
     )
@@ -117,6 +119,22 @@ class Manifest(BaseModel):
         `v4 data prepare` names the folder by the digest.
         """
         return (self.bos_id, self.eos_id) if self.folder == self.digest[:16] else None
+
+    def skipped(self) -> list[str]:
+        """Returns a line about each source of which something was skipped or dropped."""
+        lines = []
+        for name in self.empty_documents:
+            dropped = sum(stats.documents for stats in self.dropped.get(name, {}).values())
+            counts = {
+                "empty documents": self.empty_documents[name],
+                "bad records": self.bad_records.get(name, 0),
+                "files without a record": self.empty_files.get(name, 0),
+                "documents dropped by the filters": dropped,
+            }
+            parts = [f"{count:,} {what}" for what, count in counts.items() if count]
+            if parts:
+                lines.append(f"source {name!r}: skipped {', '.join(parts)}")
+        return lines
 
     def stale_setting(self, config: DataConfig) -> tuple[str, Any, Any] | None:
         """Returns a key with another value now than when the shards were made, and both values.

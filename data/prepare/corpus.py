@@ -16,6 +16,7 @@ from data.prepare.records import (
     read_json,
     read_parquet,
     read_text,
+    repeated_key,
 )
 from data.text import OWN_PROMPTS, Special, read_messages, read_prompts, render
 
@@ -57,6 +58,7 @@ class Corpus:
         files: the local files, sorted; empty for a hub dataset.
         prompts: the prompt texts of conversations.
         empty: documents skipped by the last iteration because they have no visible character.
+        empty_files: files in which it read no record.
 
     Raises DataError for a path that matches nothing, text that is not UTF-8, a compressed file that
     is cut off, a record without the text field or longer than 10^9 characters, and a source without
@@ -68,7 +70,7 @@ class Corpus:
         self.files = list(files) if files is not None else find_files(source)
         file = source.prompts_file
         self.prompts = OWN_PROMPTS if file is None else read_prompts(file)
-        self.empty = 0
+        self.empty = self.empty_files = 0
         self._bad: list[BadRecord] | None = None
 
     def __iter__(self) -> Iterator[Document]:
@@ -77,11 +79,11 @@ class Corpus:
             count += 1
             yield document
         if not count:
-            raise no_document(self.source, len(self.files), self.empty)
+            raise no_document(self.source, len(self.files), self.empty, self.empty_files)
 
     def documents(self, bad: list[BadRecord] | None = None) -> Iterator[Document]:
         """Yields the documents, if any; bad records are appended to `bad`, or raise without it."""
-        self.empty = 0
+        self.empty = self.empty_files = 0
         self._bad = bad
         for document in self._documents():
             if document.text.strip():
@@ -106,17 +108,25 @@ class Corpus:
         if not source.paths:
             yield from read_hub(source)
         for number, file in enumerate(self.files):
+            is_empty_file = True
             try:
-                if source.format == "text" and is_empty(file):
-                    self.empty += 1
-                elif source.format == "text":
-                    yield read_text(source, file, number)
-                elif source.format == "parquet":
-                    yield from read_parquet(source, file)
-                elif not is_empty(file):
-                    yield from read_json(source, file)
+                for record in self._records_in(file, number):
+                    is_empty_file = False
+                    yield record
             except OSError as error:
                 raise DataError(f"cannot read {file}: {error.strerror or error}.") from error
+            self.empty_files += is_empty_file
+
+    def _records_in(self, file: Path, number: int) -> Iterator[Record]:
+        source = self.source
+        if source.format == "parquet":
+            yield from read_parquet(source, file)
+        elif source.format == "text" and is_empty(file):
+            yield Record(str(file), number, {source.field: ""})
+        elif source.format == "text":
+            yield read_text(source, file, number)
+        elif not is_empty(file):
+            yield from read_json(source, file)
 
     def _read(self, record: dict[str, Any]) -> tuple[Document | None, str]:
         """(document, "") of a good record, or (None, what is wrong with it)."""
@@ -125,6 +135,9 @@ class Corpus:
             return None, f"has {no_field(source, list(record))}"
         content = record[source.field]
         is_chat = source.content == "conversation"
+        wanted_keys = [source.field, source.effort_field] if is_chat else [source.field]
+        if (key := repeated_key(record, wanted_keys)) is not None:
+            return None, f"has the key {key!r} twice, and either value could be meant"
         if not isinstance(content, (str, list) if is_chat else str):
             wanted = "a list of messages" if is_chat else "a string"
             field = f"in the field {source.field!r}"
@@ -158,11 +171,14 @@ def _unusable(text: str) -> str:
     return ""
 
 
-def no_document(source: SourceConfig, files: int, empty: int, dropped: int = 0) -> DataError:
+def no_document(
+    source: SourceConfig, files: int, empty: int, empty_files: int = 0, dropped: int = 0
+) -> DataError:
     """The error for a source without any document, `dropped` of which the filters removed."""
+    unread = f" ({empty_files} of them without a record)" if empty_files else ""
     filters = f", {dropped} dropped by the filters" if dropped else ""
     return DataError(
-        f"source {source.name!r} holds no document: {files} files, {empty} empty documents"
+        f"source {source.name!r} holds no document: {files} files{unread}, {empty} empty documents"
         f"{filters}."
     )
 

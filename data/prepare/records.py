@@ -9,7 +9,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,8 +24,31 @@ _ROWS = 256  # of a table that are decoded together
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 _UNPACK = "is an archive; unpack it and name the folder"
 _SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class RepeatedKeys(dict[str, Any]):
+    """A JSON object that has a key twice: readers differ in which of the values they take.
+
+    Attributes:
+        names: the keys.
+    """
+
+    names: tuple[str, ...] = ()
+
+
+def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values."""
+    value = dict(pairs)
+    if len(value) == len(pairs):
+        return value
+    repeated = RepeatedKeys(value)
+    repeated.names = tuple(n for n, count in Counter(n for n, _ in pairs).items() if count > 1)
+    return repeated
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_json_object)
 # Only strings are wanted; an integer of any length is a float.
-_TEXT_DECODER = json.JSONDecoder(parse_int=float)
+_TEXT_DECODER = json.JSONDecoder(parse_int=float, object_pairs_hook=_json_object)
 
 
 class Record(NamedTuple):
@@ -45,7 +69,7 @@ class Record(NamedTuple):
 
 def read_json(source: SourceConfig, file: Path) -> Iterator[Record]:
     """The objects of a file: one a line, or a list of all, or one after another."""
-    decoder = _TEXT_DECODER if source.content == "text" else json.JSONDecoder()
+    decoder = _TEXT_DECODER if source.content == "text" else _DECODER
     if _is_archive(file):
         raise DataError(f"{file} {_UNPACK}.")
     number = 0
@@ -126,6 +150,21 @@ def name_of(value: Any) -> str:
         return json.dumps(value)
     names = {str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number"}
     return names.get(type(value), f"a {type(value).__name__}")
+
+
+def repeated_key(record: dict[str, Any], wanted: Sequence[str]) -> str | None:
+    """A wanted key that a record has twice, or any key that is twice inside a wanted value."""
+    for name in getattr(record, "names", ()):
+        if name in wanted:
+            return str(name)
+    values = [record[name] for name in wanted if name in record]
+    while values:
+        value = values.pop()
+        if isinstance(value, RepeatedKeys):
+            return value.names[0]
+        if isinstance(value, dict | list):
+            values += value.values() if isinstance(value, dict) else value
+    return None
 
 
 def read_parquet(source: SourceConfig, file: Path) -> Iterator[Record]:

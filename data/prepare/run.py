@@ -154,7 +154,7 @@ def _manifest(
     records.
     """
     shards: list[Shard] = []
-    empty, bad = {}, {}
+    empty, bad, empty_files = {}, {}, {}
     dropped: dict[str, dict[str, FilterStats]] = {}
     for source in config.sources:
         records = [record for item, record in parts if item.source == source]
@@ -164,6 +164,7 @@ def _manifest(
         kept = sum(record.documents for record in records)
         empty[source.name] = sum(record.empty for record in records)
         bad[source.name] = sum(record.bad for record in records)
+        empty_files[source.name] = sum(record.empty_files for record in records)
         total = kept + empty[source.name] + bad[source.name] + _count(of_source)
         fraction = bad[source.name] / max(1, total)
         if fraction > config.max_bad_record_fraction:
@@ -175,7 +176,8 @@ def _manifest(
             )
         if not kept:
             files = sum(len(item.files) for item, _ in parts if item.source == source)
-            raise no_document(source, files, empty[source.name], _count(of_source))
+            counts = empty[source.name], empty_files[source.name], _count(of_source)
+            raise no_document(source, files, *counts)
         for split in ("train", "validation"):
             shards += [s for record in records for s in record.shards if s.split == split]
     return Manifest(
@@ -188,6 +190,7 @@ def _manifest(
         pad_id=tokenizer.pad_id,
         empty_documents=empty,
         bad_records=bad,
+        empty_files=empty_files,
         dropped=dropped,
         settings=preparation_settings(config),
         shards=tuple(shards),

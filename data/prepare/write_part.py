@@ -28,7 +28,10 @@ _SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
 class PartRecord(BaseModel):
-    """What a finished part holds; `bad` counts the records in the file `*.quarantine.jsonl`."""
+    """What a finished part holds; `bad` counts the records in the file `*.quarantine.jsonl`.
+
+    `empty` counts documents, `empty_files` files without a record.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,6 +39,7 @@ class PartRecord(BaseModel):
     documents: int
     empty: int
     bad: int
+    empty_files: int = 0
     dropped: dict[str, FilterStats] = Field(
         default={}, validation_alias=AliasChoices("dropped", "losses")
     )
@@ -101,6 +105,7 @@ def write_part(
         documents=sum(shard.documents for shard in shards),
         empty=corpus.empty,
         bad=len(bad),
+        empty_files=corpus.empty_files,
         dropped=dropped,
     )
     write_atomically(folder / f"{item.name}.json", record.model_dump_json())

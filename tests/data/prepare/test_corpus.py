@@ -101,6 +101,24 @@ def test_files_that_are_not_utf8_are_quarantined(tmp_path: Path) -> None:
     assert bad == [BadRecord(str(tmp_path / "b.txt"), 1, "is not UTF-8 at byte 3")]
 
 
+def test_a_wanted_key_that_is_there_twice_is_a_bad_record(tmp_path: Path) -> None:
+    """Readers of JSON differ in which of the values they take; other keys do not matter."""
+    lines = ('{"text": "a", "n": 1, "n": 2}', '{"n": 1, "text": "b", "text": "c"}')
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    bad: list[BadRecord] = []
+    documents = corpus(paths=[str(tmp_path)]).documents(bad)
+    assert [document.text for document in documents] == ["a"]
+    ((place, _, reason),) = bad
+    assert place == f"line 2 of {tmp_path / 'a.jsonl'}"
+    assert reason == "has the key 'text' twice, and either value could be meant"
+
+    message = '{"role": "assistant", "content": "x", "content": "y"}'
+    turns = f'[{{"role": "user", "content": "?"}}, {message}]'
+    (tmp_path / "a.jsonl").write_text(f'{{"messages": {turns}}}\n')
+    with pytest.raises(DataError, match=r"line 1 of .* has the key 'content' twice"):
+        texts_of(corpus(paths=[str(tmp_path)], content="conversation"))
+
+
 def test_empty_documents_are_skipped_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(["x", "", " \n", "y"]))
     source = corpus(paths=[str(tmp_path / "a.jsonl")])

@@ -76,6 +76,28 @@ def test_explicit_split(config: DataConfig, tmp_path: Path) -> None:
     assert manifest.empty_documents == {"a": 0, "b": 1}
 
 
+def test_what_is_skipped_is_counted(config: DataConfig, tmp_path: Path) -> None:
+    sources = [
+        write_source(tmp_path / "a.jsonl", ["a", "b"]),
+        write_source(tmp_path / "b.jsonl", ["c", "", "d"]),
+    ]
+    (tmp_path / "none.jsonl").touch()
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    sources[1]["paths"] = [str(tmp_path / f"{name}.jsonl") for name in ("b", "blank", "none")]
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write('{"text": "e", "text": "f"}\n')
+    settings = {"shards": str(tmp_path / "shards"), "max_bad_record_fraction": 0.5}
+    manifest = prepare(changed(config, sources=sources, **settings), progress=False)
+    assert manifest.empty_files == {"a": 0, "b": 2} and manifest.bad_records == {"a": 0, "b": 1}
+    assert manifest.skipped() == [
+        "source 'b': skipped 1 empty documents, 1 bad records, 2 files without a record"
+    ]
+    before = manifest.model_dump(exclude={"empty_files"})
+    assert Manifest.model_validate(before).skipped() == [
+        "source 'b': skipped 1 empty documents, 1 bad records"
+    ]
+
+
 def test_second_run_changes_nothing_and_other_input_does(
     config: DataConfig, tmp_path: Path
 ) -> None:
