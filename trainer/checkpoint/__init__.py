@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers, the names of _MODULES
     from trainer.checkpoint.all_ranks import new_folder, on_all_ranks
+    from trainer.checkpoint.concurrent import read_newest
     from trainer.checkpoint.folder import (
         CheckpointFolder,
         checkpoints_in,
@@ -52,6 +53,7 @@ _MODULES = {
     "newest_of": "run",
     "on_all_ranks": "all_ranks",
     "other_shards": "run",
+    "read_newest": "concurrent",
     "routing_name": "logical_tensors",
     "step_of": "folder",
     "unsaved_progress": "run",

@@ -21,6 +21,7 @@ from trainer.checkpoint import (
     find_mismatch,
     is_state,
     newest_of,
+    read_newest,
 )
 from trainer.config import RunConfig
 from trainer.export.hf_folder import SHARD_BYTES, require_empty, write_hf_folder
@@ -53,8 +54,14 @@ def export_run(
     grid = grid or Grid.single()
     require_empty(out, grid.world)
     require_blocks(config.model, weights)
-    tokenizer = open_tokenizer(config)
     folder = CheckpointFolder(config.run_dir / "checkpoints", grid)
+    return read_newest(folder, lambda: _export(config, out, folder, shard_bytes, weights))
+
+
+def _export(
+    config: RunConfig, out: Path, folder: CheckpointFolder, shard_bytes: int, weights: WeightFormat
+) -> str:
+    tokenizer = open_tokenizer(config)
     newest = newest_of(config, folder, tokenizer.hash)
     if newest is None:
         raise CheckpointError(f"{config.run_dir}: holds no checkpoint yet; train the run first")
@@ -75,7 +82,7 @@ def export_run(
         str(dtype).removeprefix("torch."),
         shard_bytes,
         packed_read(read, outline, weights),
-        grid,
+        folder.grid,
         config_keys(config.model, weights),
     )
     state = TrainState()
