@@ -5,10 +5,12 @@ What goes wrong there is a warning: metrics.jsonl has every number anyway, and `
 what the run folder holds.
 """
 
+import atexit
 import os
 import re
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -62,8 +64,12 @@ class WandbLog:
         try:
             run = self._open()
         except Exception as error:
-            self.log_line(f"warning: wandb is not used: {_reason(error)}")
+            self.log_line(
+                f"warning: wandb: {_reason(error)}; it does not log from here on{self._upload()}"
+            )
             return
+        finally:
+            atexit.register(_close_session)  # runs before wandb's own
         try:
             while isinstance(record := self._records.get(), dict):
                 run.log(_flat(record))
@@ -91,7 +97,7 @@ class WandbLog:
             problem = _reason(error)
         if problem is None:
             return self._init("offline")
-        wandb.teardown()  # forgets the run that could not be started
+        _close_session()  # forgets the run that could not be started
         wandb.setup(quiet)
         run = self._init("offline")
         self.log_line(
@@ -99,6 +105,11 @@ class WandbLog:
             f"wandb sync {run.settings.sync_dir}"
         )
         return run
+
+    def _upload(self) -> str:
+        """Returns a clause about what the run folder holds for wandb, or an empty text."""
+        folders = sorted((self.config.run_dir / "wandb").glob("*run-*-*"), key=os.path.getmtime)
+        return f"; to upload what it has, run: wandb sync {folders[-1]}" if folders else ""
 
     def _init(self, mode: Literal["online", "offline"]) -> Any:
         import wandb
@@ -127,6 +138,14 @@ class WandbLog:
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         return run
+
+
+def _close_session() -> None:
+    """Ends wandb's service, if it is there: its own exit hook has a traceback where it is not."""
+    import wandb
+
+    with suppress(Exception, SystemExit):
+        wandb.teardown()
 
 
 def run_id(run_dir: Path) -> str:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import pytest
 import wandb
 
@@ -184,3 +185,73 @@ def test_a_moved_run_keeps_its_id_and_a_copy_gets_another(tmp_path: Path) -> Non
     assert run_id(tmp_path / "c") == "0123abcd"
     shutil.copytree(tmp_path / "c", tmp_path / "d")  # after a resume, the id has its folder
     assert run_id(tmp_path / "d") != "0123abcd"
+
+
+def kill_service() -> None:
+    """wandb's own processes, as the kernel ends them when memory runs out."""
+    for process in psutil.Process().children(recursive=True):
+        if process.name().startswith("wandb"):
+            process.kill()
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from tests.trainer.metrics.test_wandb_log import kill_service
+from trainer.config import load_config
+from trainer.metrics.wandb_log import WandbLog
+
+config = load_config(sys.argv[1], ["run_dir=" + sys.argv[2], "metrics.wandb.mode=offline"])
+log = WandbLog(config, print)
+log.log({"step": 1, "loss": 1.0})
+while not list(Path(sys.argv[2]).glob("wandb/offline-run-*/*.wandb")):
+    time.sleep(0.1)
+time.sleep(2.0)
+kill_service()
+time.sleep(1.0)
+for step in (2, 3, 4):
+    log.log({"step": step, "loss": 1.0})
+    time.sleep(0.1)
+log.close(0)
+print("end")
+"""
+
+
+@pytest.mark.slow
+def test_a_service_that_is_killed_costs_a_warning(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tiny), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    warning, end = done.stdout.splitlines()
+    assert warning.startswith("warning: wandb: ") and end == "end"
+    assert warning.endswith(f"wandb sync {offline_folder(tmp_path / 'run')}")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_service_that_is_killed_at_the_start(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is offline then, with a new service; without one, the sync of earlier parts."""
+    lines: list[str] = []
+    plain = WandbLog._init
+
+    def init(self: WandbLog, mode: Literal["online", "offline"]) -> object:
+        wandb.setup().ensure_service()
+        if mode == "online" or is_hopeless:
+            kill_service()
+            time.sleep(0.5)
+        return plain(self, mode)
+
+    monkeypatch.setattr(WandbLog, "_init", init)
+    with wandb_server("ok") as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        is_hopeless = False
+        train_five_steps(config_in(tiny, tmp_path / "run"), lines)
+        folder = offline_folder(tmp_path / "run")
+        is_hopeless = True
+        train_five_steps(config_in(tiny, tmp_path / "run"), lines)
+        wandb_log._close_session()
+    first, second = [line for line in lines if line.startswith("warning: ")]
+    assert first.endswith(
+        f"this run is logged offline, to upload it later, run: wandb sync {folder}"
+    )
+    assert "; it does not log from here on; to upload what it has, run: wandb sync " in second
