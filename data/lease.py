@@ -45,6 +45,10 @@ class LeaseError(DataError):
     """A folder in which another process works."""
 
 
+class LeaseStopped(Exception):
+    """A wait for a lease that a signal has ended; nothing was begun."""
+
+
 class Owner(BaseModel):
     """Who holds a lease, as the file has it.
 
@@ -139,6 +143,7 @@ class Lease:
         """Takes the lease. Raises LeaseError if another process has it, or the folder is read-only.
 
         Waits for up to `stale` seconds to learn whether an owner on another machine is alive.
+        Raises LeaseStopped where `is_stopped` ends the wait.
         """
         try:
             self._is_new_folder = not self.folder.exists()
@@ -247,7 +252,7 @@ class Lease:
                 )
             time.sleep(min(_POLL * self.renew, 1.0))
             if self.is_stopped():
-                raise LeaseError(f"{self.folder}: stopped in this wait; nothing was begun.")
+                raise LeaseStopped(f"{self.folder}: stopped in this wait")
             file = self._read()
             if file is None or file.owner != owner:
                 return

@@ -179,10 +179,13 @@ class Job:
         return RESTART_ENVIRONMENT | self.cluster.environment
 
     def torchrun(self, endpoint: str, job_id: str, is_host: str) -> list[str]:
-        """Returns the command without training's arguments; the parameters are shell text."""
+        """Returns the command without training's arguments; the parameters are shell text.
+
+        Ours ends with the exit code of the rank that failed, torch's own with 1.
+        """
         cluster = self.cluster
         return [
-            f"{cluster.python} -m torch.distributed.run",
+            f"{cluster.python} -m trainer.process.torchrun",
             f"--nnodes {self.nodes} --nproc-per-node {self.processes_per_node}",
             f"--rdzv-backend c10d --rdzv-endpoint {endpoint} --rdzv-id {job_id}",
             f"--rdzv-conf is_host={is_host},join_timeout={cluster.join_seconds}",

@@ -4,7 +4,9 @@ The master's pod is the first node, named `JOB-master-0` by the operator's servi
 evicted gets SIGTERM and time for a last checkpoint. All ranks stop with it, so torchrun exits with
 0 everywhere although the run has not reached its last step: such a pod exits with 143, which the
 operator treats as an interruption and restarts. So does a pod that has lost the first node. A pod
-whose processes failed more often than `max_restarts` ends the job.
+whose processes failed more often than `max_restarts` ends the job: the operator restarts every pod
+that ends with 128 or more, so one whose rank was killed by signal n ends with 1, and its log names
+the signal.
 """
 
 import re
@@ -37,6 +39,7 @@ if [[ -d {last} ]]; then exit 0; fi
 if [[ -n $stopped || $code == 0 ]]; then exit 143; fi
 # The node that hosts the rendezvous is gone, which is not this node's failure.
 if grep -qs '"message": "Rendezvous' "$TORCHELASTIC_ERROR_FILE"; then exit 143; fi
+if (( code >= 128 )); then exit 1; fi
 exit "$code"
 """
 _TORCHRUN_LINE = " \\\n    "

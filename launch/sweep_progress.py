@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.activity import print_line
-from trainer.process.exit_codes import ERROR_PREFIX, describe_signal
+from trainer.process.exit_codes import ERROR_PREFIX, FAILURE_PREFIX, describe_signal
 
 PLAIN_SECONDS = 30.0
 """Between lines about the running trials where stdout is no terminal."""
@@ -72,9 +72,9 @@ def failure_reason(returncode: int, log: Path, metric: str) -> str:
     if returncode == 0:
         return f"it logged no number {metric}"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    errors = [line for line in lines if line.startswith(ERROR_PREFIX)]
+    errors = [line for line in lines if line.startswith((ERROR_PREFIX, FAILURE_PREFIX))]
     last = (errors or lines or ["its log is empty"])[-1]
-    return last.removeprefix(ERROR_PREFIX)
+    return last.removeprefix(ERROR_PREFIX).removeprefix(FAILURE_PREFIX)
 
 
 class SweepDisplay:

@@ -6,10 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from data.activity import Activity, prepare_streams, print_line
-from trainer.process.signals import StopRequest, stop_on_signals
+from trainer.process.signals import StopRequest, end_on_signals, stop_on_signals
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -36,8 +37,6 @@ def train(config: RunConfig, stop: StopRequest) -> None:
         )
     allow_growing_segments()
     with Activity("loading torch", visible=is_first):
-        import torch
-
         from trainer.checkpoint import claim_checkpoints
         from trainer.parallel.collectives import all_gather_objects
         from trainer.parallel.grid import open_grid
@@ -53,37 +52,48 @@ def train(config: RunConfig, stop: StopRequest) -> None:
         from trainer.process.local_device import local_device
         from trainer.trainer import Trainer
 
-    with report_failures() as watch, Activity("connecting", visible=is_first) as start:
+    with (
+        report_failures() as watch,
+        ExitStack() as opened,
+        Activity("connecting", visible=is_first) as start,
+    ):
         device = local_device(config.device)
         config, messages = fit_to_device(config, device)  # before there is a process group
         if is_first and (warning := host_memory_warning(config, device)):
             print_line(f"warning: {warning}")
-        with open_grid(device, config.degrees, config.parallel.timeout_seconds) as grid:
+        with end_on_signals(stop, "connecting to the other processes"):
+            timeout = config.parallel.timeout_seconds
+            grid = opened.enter_context(open_grid(device, config.degrees, timeout))
             watch.connect(grid)
-            if config.deterministic:
-                if grid.device.type == "cuda":
-                    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-                torch.use_deterministic_algorithms(True)
-            with lease_on(config.run_dir, "v4 train", grid, watch, stop=stop) as check:
+        if config.deterministic:
+            _use_deterministic_algorithms()
+        with lease_on(config.run_dir, "v4 train", grid, watch, stop=stop) as check:
+            start.what = "comparing all processes"
+            warnings, agreed = preflight(config, grid)
+            for warning in warnings:
                 if is_first:
-                    claim_checkpoints(config.run_dir)
-                start.what = "comparing all processes"
-                warnings, agreed = preflight(config, grid)
-                for warning in warnings:
-                    if is_first:
-                        print_line(f"warning: {warning}")
-                if any(all_gather_objects(stop.requested, grid.world)):
-                    if is_first:
-                        print_line("stopped before the first step")
-                    watch.close()
-                    return
-                messages.append(expected_memory_report(config, grid.world_size))
-                start.what = "opening the shards and building the model"
-                with advise_on_out_of_memory(config, grid):
-                    trainer = Trainer(config, grid, stop, messages, check, agreed)
-                    start.end()
-                    trainer.run()
-            watch.close()
+                    print_line(f"warning: {warning}")
+            if any(all_gather_objects(stop.requested, grid.world)):
+                if is_first:
+                    print_line("stopped before the first step")
+                watch.close()
+                return
+            if is_first:
+                claim_checkpoints(config.run_dir)
+            messages.append(expected_memory_report(config, grid.world_size))
+            start.what = "opening the shards and building the model"
+            with advise_on_out_of_memory(config, grid):
+                trainer = Trainer(config, grid, stop, messages, check, agreed)
+                start.end()
+                trainer.run()
+        watch.close()
+
+
+def _use_deterministic_algorithms() -> None:
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # only GPUs read it
+    torch.use_deterministic_algorithms(True)
 
 
 def allow_growing_segments() -> None:

@@ -35,6 +35,8 @@ def data_prepare(config: RunConfig, options: argparse.Namespace) -> None:
     from data.prepare import prepare
 
     manifest = prepare(config.data, overwrite=options.overwrite)
+    for line in manifest.skipped():
+        print(line)
     train, validation = manifest.tokens("train"), manifest.tokens("validation")
     print(f"{config.data.shards}: {train:,} tokens for training, {validation:,} for validation")
 
@@ -54,7 +56,7 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     With the rows of `evaluation`, and the attention and the quantisation of the last step's phase.
     """
     with _loading():
-        from trainer.checkpoint import other_shards
+        from trainer.checkpoint import CheckpointFolder, other_shards, read_newest
         from trainer.engine import NativeEngine
         from trainer.evaluate import Validation
         from trainer.export import open_run
@@ -67,12 +69,15 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     with open_grid(local_device(config.device), config.degrees) as grid:
         if grid.is_first:
             _warn_of_other_tokenizer(config)
-        local, state = open_run(config, grid)
+        validation = Validation(config, grid)
+        checkpoints = CheckpointFolder(config.run_dir / "checkpoints", grid)
+        (local, state), notice = read_newest(
+            checkpoints, lambda: (open_run(config, grid), other_shards(config, validation.loader))
+        )
         if grid.is_first and (doubt := state.doubt()):
             print_line(f"warning: {doubt}", sys.stderr)
-        validation = Validation(config, grid)
-        if grid.is_first and (notice := other_shards(config, validation.loader)):
-            print(f"v4: warning: {notice}", file=sys.stderr)
+        if grid.is_first and notice:
+            print_line(f"v4: warning: {notice}", sys.stderr)
         engine = NativeEngine(local, grid)
         phase = config.recipe.at(max(state.step - 1, 0))
         engine.set_attention(phase.attention)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data.lease import LEASE_FILE, Lease, LeaseError, Owner
+from data.lease import LEASE_FILE, Lease, LeaseError, LeaseStopped, Owner
 
 HELD = """
 import sys, time
@@ -98,7 +98,7 @@ def test_the_copy_of_a_folder_in_use_is_free(tmp_path: Path) -> None:
 
 def test_a_signal_ends_the_wait(tmp_path: Path) -> None:
     of_another_host(tmp_path)
-    start, stopped = time.monotonic(), pytest.raises(LeaseError, match="stopped in this wait")
+    start, stopped = time.monotonic(), pytest.raises(LeaseStopped, match="stopped in this wait")
     with stopped, Lease(tmp_path, "v4 train", renew=0.1, stale=60.0, is_stopped=lambda: True):
         pass
     assert time.monotonic() - start < 5

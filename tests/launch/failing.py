@@ -1,10 +1,12 @@
 """`python -m trainer`, but one rank fails: `python -m tests.launch.failing RANK HOW CONFIG ...`.
 
-HOW is `crash` (an unexpected error in the second step), `mistake` (a user's error there) or `early`
-(an unexpected error before the checks). The other ranks wait as long as in a collective that never
+HOW is `crash` (an unexpected error in the second step), `mistake` (a user's error there), `away` (a
+file server that is away there, at the first attempt) or `early` (an unexpected error before the
+checks). The other ranks wait as long as in a collective that never
 ends by itself.
 """
 
+import errno
 import os
 import sys
 import time
@@ -22,11 +24,14 @@ def fail(rank: int, how: str) -> None:
     step = Trainer.step
 
     def failing_step(self: Trainer, batches: Any) -> Any:
-        if self.state.step == 1:
+        attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        if self.state.step == 1 and not (how == "away" and attempt > 0):
             if self.grid.rank != rank:
                 time.sleep(300)  # as deaf as inside a collective
             if how == "mistake":
                 raise DataError("the shard is damaged.")
+            if how == "away":
+                raise OSError(errno.ESTALE, "Stale file handle", "a.bin")
             raise RuntimeError("out of luck")
         return step(self, batches)
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -62,7 +63,7 @@ def directives(script: str) -> dict[str, str]:
 
 def torchrun_options(text: str) -> dict[str, str]:
     """Options of torchrun in a script, by name."""
-    command = text.split("torch.distributed.run", 1)[1].split("-m trainer")[0]
+    command = text.split(" -m trainer.process.torchrun", 1)[1].split("-m trainer")[0]
     arguments = command.replace("\\\n", " ").split()
     return dict(zip(arguments[::2], arguments[1::2], strict=True))
 
@@ -278,7 +279,26 @@ def test_a_pod_that_is_taken_away_saves_and_counts_as_interrupted(
     assert subprocess.run(command, env=environment).returncode == 0
     mistake = [word.replace(f"run_dir={tmp_path}/run", "data.shards=nowhere") for word in command]
     (tmp_path / f"run/checkpoints/step-{last + 2:08d}").rename(tmp_path / "elsewhere")
-    assert subprocess.run(mistake, env=environment).returncode == 1
+    assert subprocess.run(mistake, env=environment).returncode == 2
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_named(tiny: Path, tmp_path: Path) -> None:
+    """Slurm gets 137; a pod ends with 1, since the operator restarts all that end with more."""
+    kubernetes = "kind: kubernetes\nkubernetes: {image: x, claim: work, mount: /work}\n"
+    slurm = fake_slurm(tmp_path / "bin")
+    for text, code in ((SLURM, 137), (kubernetes, 1)):
+        job = local_job(tiny, tmp_path, text + "max_restarts: 0\n", 100_000)
+        command = ["bash", str(job)] if code == 137 else pod(job)
+        with subprocess.Popen(command, env=slurm, stderr=subprocess.PIPE, text=True) as process:
+            wait_for_step(tmp_path / "run", 1, process)
+            (worker,) = psutil.Process(process.pid).children(recursive=True)[-1:]
+            assert worker.cmdline()[-4:-2] == ["trainer", str(tiny)]
+            worker.kill()
+            assert process.wait(60) == code
+            assert process.stderr is not None
+            assert "was killed by SIGKILL (signal 9)" in process.stderr.read()
+        (tmp_path / "run/metrics.jsonl").unlink()
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,28 @@ def test_a_mistake_seen_by_one_rank_is_one_sentence(tiny: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("how", "restarts", "code"), [("away", 1, 0), ("away", 0, 1)])
+def test_a_file_server_that_is_away_is_tried_again(
+    tiny: Path, tmp_path: Path, how: str, restarts: int, code: int
+) -> None:
+    """By `v4 train`, which ends at once after a mistake of the user."""
+    script = f"""
+import sys
+from launch import processes
+torchrun = [sys.executable, "-m", "trainer.process.torchrun", "--standalone"]
+torchrun += ["--nproc-per-node=2", "--max-restarts={restarts}", "-m", "tests.launch.failing"]
+processes.training_command = lambda arguments, *others: [*torchrun, "1", {how!r}, *arguments]
+sys.exit(processes.train(sys.argv[1:], 2, {restarts}))
+"""
+    command = [sys.executable, "-c", script, str(tiny), f"run_dir={tmp_path}"]
+    command += ["steps=3", "checkpoint.every=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * LIMIT)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.splitlines().count("v4: failed: a.bin: Stale file handle") == 1
+    assert "resumed from" in done.stdout or not restarts
+
+
+@pytest.mark.slow
 def test_a_crash_before_the_checks_hangs_no_rank(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file where the run folder should be")
     done = torchrun(1, "crash", tiny, f"run_dir={tmp_path / 'run'}")

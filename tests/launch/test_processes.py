@@ -130,3 +130,19 @@ def test_torchrun_ends_as_its_first_rank(command: str, code: int, part: str) -> 
     assert done.returncode == code, done.stderr
     assert part in done.stderr and "Traceback" not in done.stderr
     assert ("was killed by SIGKILL (signal 9)" in done.stderr) == (code == 137)
+
+
+def test_a_signal_to_torchrun_waits_for_the_ranks() -> None:
+    rank = "trap 'echo saved $RANK; exit 0' TERM; echo started; while :; do sleep 0.1; done"
+    torchrun = [sys.executable, "-m", "trainer.process.torchrun", "--standalone"]
+    torchrun += ["--nproc-per-node=2", "--no-python", "bash", "-c", rank]
+    pipe, environment = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        torchrun, stdout=pipe, stderr=pipe, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["started\n"] * 2
+        process.terminate()
+        out, error = process.communicate(timeout=60)
+    assert (process.returncode, sorted(out.splitlines())) == (143, ["saved 0", "saved 1"])
+    assert "Traceback" not in error

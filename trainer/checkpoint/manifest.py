@@ -42,13 +42,16 @@ def write(folder: Path, files: dict[str, FileRecord]) -> None:
 
 
 def read(folder: Path) -> tuple[dict[str, FileRecord], str | None]:
-    """Returns the manifest's files, and what is wrong with the manifest, or None."""
+    """Returns the manifest's files, and what is wrong with the manifest, or None.
+
+    Raises OSError where it is there and cannot be read.
+    """
     try:
         document = json.loads((folder / NAME).read_text(encoding="utf-8"))
         files, digest = document["files"], document["sha256"]
     except FileNotFoundError:
         return {}, f"{NAME} is missing"
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError):
         return {}, f"{NAME} is truncated or altered"
     if not isinstance(files, dict) or digest != _digest(files):
         return {}, f"{NAME} was altered"

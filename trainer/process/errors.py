@@ -1,7 +1,8 @@
 """Expected errors: each is reported as one sentence without a traceback, with exit code 2.
 
-So are the machine's: files that cannot be read or written, memory that is not there. Ctrl-C ends
-with exit code 130. Everything else is a fault of ours and keeps its traceback.
+So are the machine's: files that cannot be read or written, memory that is not there. Those that may
+pass, as a file server that is away, have exit code 1: a restart is worth trying. Ctrl-C ends with
+exit code 130. Everything else is a fault of ours and keeps its traceback.
 """
 
 import errno
@@ -18,6 +19,7 @@ from model.errors import ModelConfigError
 from optim.errors import OptimError
 from trainer.config import ConfigError
 from trainer.process.exit_codes import (
+    FAILED,
     INTERRUPTED,
     INTERRUPTED_LINE,
     USER_ERROR,
@@ -57,6 +59,17 @@ class ReportError(ValueError):
 _NOT_LOADED = ("failed to map segment", os.strerror(errno.ENOMEM))
 """Why the loader of libraries, or the system, finds no room in memory."""
 
+_PASSING = frozenset(
+    {
+        *(errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOLINK),
+        *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+        *(errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENOTCONN),
+        *(errno.ESHUTDOWN, errno.EPROTO),
+    }
+)
+"""Errors of file systems, their servers and networks that may have gone at the next start; nobody
+has to change anything. Not among them: no such file, no permission, no space, a read-only disk."""
+
 USER_ERRORS: tuple[type[ValueError], ...] = (
     ConfigError,
     ModelConfigError,
@@ -94,7 +107,23 @@ def report_error(error: BaseException) -> int:
         return exit_code_of(-signal.SIGPIPE)
     if (sentence := explain(error)) is None:
         raise error
-    print_line(error_line(sentence), sys.stderr)
+    code = exit_code(error)
+    print_line(error_line(sentence, code), sys.stderr)
+    return code
+
+
+def exit_code(error: BaseException) -> int:
+    """Returns the exit code for an error: 2 for one that is the same after every restart, else 1.
+
+    What led to an error decides as well, as the disk does where a checkpoint cannot be written.
+    """
+    if explain(error) is None:
+        return FAILED
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _PASSING:
+            return FAILED
+        cause = cause.__cause__ or cause.__context__
     return USER_ERROR
 
 

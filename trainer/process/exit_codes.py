@@ -6,18 +6,23 @@ Imports little, so that `v4 --help` answers at once.
 import signal
 
 FAILED = 1
-"""A failure that is not the user's, and a sweep in which every trial failed."""
+"""A failure that the same command may outlive: a fault of ours, after its traceback; a file server
+or a network that is away for a while, after one line on stderr. Also a sweep in which every trial
+failed."""
 USER_ERROR = 2
 """Bad input, or a machine that lacks space, memory or a permission: after one line on stderr."""
 INTERRUPTED = 128 + signal.SIGINT
 """After Ctrl-C, as shells report it."""
 INTERRUPTED_LINE = "v4: interrupted"
 ERROR_PREFIX = "v4: error: "
+"""Of a user's error, which is the same after every restart."""
+FAILURE_PREFIX = "v4: failed: "
 
 
-def error_line(error: Exception | str) -> str:
-    """Returns the one line about a user's error."""
-    return ERROR_PREFIX + " ".join(str(error).split())
+def error_line(error: Exception | str, code: int = USER_ERROR) -> str:
+    """Returns the one line about an error that ends with this exit code."""
+    prefix = ERROR_PREFIX if code == USER_ERROR else FAILURE_PREFIX
+    return prefix + " ".join(str(error).split())
 
 
 def exit_code_of(returncode: int) -> int:

@@ -23,8 +23,8 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from data.activity import print_line
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
-from trainer.process.errors import explain
-from trainer.process.exit_codes import FAILED, USER_ERROR, error_line
+from trainer.process.errors import exit_code, explain
+from trainer.process.exit_codes import FAILED, error_line
 
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for the rank's own error, which says more than that the store is gone
@@ -66,25 +66,23 @@ class FailureWatch:
 
         The other ranks end when they see the report.
 
-        Returns only in a run of one process. The exit code is 2 for an error of the user or the
-        machine, else 1. The process ends at once: destroying the process group would wait for the
-        others.
+        Returns only in a run of one process. The exit code is that of `errors.exit_code`. The
+        process ends at once: destroying the process group would wait for the others.
         """
         if self.world_size == 1:
             return
         self._closed.set()
-        sentence = explain(error)
-        code = FAILED if sentence is None else USER_ERROR
+        sentence, code = explain(error), exit_code(error)
         where = f"rank {self.rank} on {socket.gethostname()}"
         message = f"v4: {where} failed: {type(error).__name__}: {error}"
         if self._claim():
             if sentence is not None:
-                print_line(error_line(sentence), sys.stderr)
-            else:
-                print_line(message, sys.stderr)
+                message = error_line(sentence, code)
+            print_line(message, sys.stderr)
+            if sentence is None:
                 print_line("".join(traceback.format_exception(error)), sys.stderr)
                 ErrorHandler().record_exception(error)  # torchrun shows it as the root cause
-            self._write_notice(code, message if sentence is None else error_line(sentence))
+            self._write_notice(code, message)
         self._end(code)
 
     def _claim(self) -> bool:

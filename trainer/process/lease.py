@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from data.lease import LEASE_FILE, Lease
+from data.lease import LEASE_FILE, Lease, LeaseStopped
 from trainer.parallel.grid import Grid
 from trainer.process.failures import FailureWatch
 from trainer.process.signals import StopRequest
@@ -22,8 +22,8 @@ def lease_on(
 ) -> Iterator[Callable[[], None]]:
     """Holds the lease in the first rank, for all ranks; yields its `check`, to call before writing.
 
-    Raises LeaseError on the first rank, which ends the others through `watch`; also where `stop` is
-    requested while the lease is waited for.
+    Raises LeaseError on the first rank, which ends the others through `watch`. Where `stop` is
+    requested while the lease is waited for, nobody holds it: the caller ends before it writes.
     """
     if not grid.is_first:
         yield lambda: None
@@ -31,6 +31,9 @@ def lease_on(
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     launch = "" if launch == "none" else launch  # torchrun's default, which names no job
     stop = stop or StopRequest()
-    with Lease(folder, work, launch, name, is_stopped=lambda: stop.requested) as lease:
-        watch.at_end.append(lease.release)
+    with ExitStack() as stack:
+        lease = Lease(folder, work, launch, name, is_stopped=lambda: stop.requested)
+        with suppress(LeaseStopped):
+            stack.enter_context(lease)
+            watch.at_end.append(lease.release)
         yield lease.check

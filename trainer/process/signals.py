@@ -6,12 +6,16 @@ Imports little, so that the handlers are there before what takes long to import.
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from data.activity import print_line
-from trainer.process.exit_codes import INTERRUPTED, INTERRUPTED_LINE
+from trainer.process.exit_codes import INTERRUPTED, INTERRUPTED_LINE, exit_code_of
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_GRACE_SECONDS = 10.0  # for ranks that are all there, and can end together
 
 
 class StopRequest:
@@ -32,14 +36,50 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Yields a StopRequest that SIGTERM and SIGINT set; restores the old handlers afterwards."""
     request = StopRequest()
-    old = {
-        number: signal.signal(number, request.request) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    old = {number: signal.signal(number, request.request) for number in _STOP_SIGNALS}
     try:
         yield request
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def end_on_signals(stop: StopRequest, what: str) -> Iterator[None]:
+    """Ends the process some seconds after a signal in a block that may wait for other processes.
+
+    They may never come, and the wait is inside a library, where Python runs no handler: the system
+    wakes a thread. The exit code is 128 + n after signal n, so that torchrun ends the other ranks;
+    an earlier request counts as SIGTERM.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    is_over = threading.Event()
+
+    def watch() -> None:
+        number: int = signal.SIGTERM
+        while not stop.requested:
+            received = os.read(reader, 1)
+            if not received:
+                return  # closed
+            number = received[0]
+            if number in _STOP_SIGNALS:
+                break
+        if not is_over.wait(_GRACE_SECONDS):
+            print_line(f"stopped while {what}; nothing was begun")
+            os._exit(exit_code_of(-number))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    old = signal.set_wakeup_fd(writer)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        signal.set_wakeup_fd(old)
+        os.close(writer)
+        thread.join()
+        os.close(reader)
 
 
 def raise_on_interrupt() -> None:

@@ -1,6 +1,7 @@
 """`python -m trainer.process.torchrun`: torchrun with the exit code of the rank that failed.
 
-torchrun itself always ends with 1, and a page about every rank that exited.
+torchrun itself always ends with 1, and a page about every rank that exited, or a traceback after a
+signal to it.
 """
 
 import signal
@@ -8,12 +9,15 @@ import socket
 import sys
 from collections.abc import Sequence
 
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from data.activity import print_line
 from trainer.process.exit_codes import USER_ERROR, describe_signal, exit_code_of
 
+_STOPS = (-signal.SIGTERM, -signal.SIGINT)
+"""Return codes, 128 + n too, of ranks that ended after a signal before they were connected."""
 _CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
 """Return codes of ranks that torchrun, or a communication library, ended after another failure."""
 
@@ -21,6 +25,7 @@ _CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 or the exit code of the first failure, 128 + n where signal n killed a rank.
 
+    Also 128 + n after signal n to torchrun, which passes it to the ranks and waits for their end.
     Logs the signal, or torchrun's page; nothing after a user's error, which that rank has reported.
     """
     try:
@@ -30,9 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code < 0:
             where = f"rank {rank} on {socket.gethostname()} (pid {pid})"
             print_line(f"v4: {where} {describe_signal(code)}", sys.stderr)
-        elif code != USER_ERROR:
+        elif code not in (USER_ERROR, *map(exit_code_of, _STOPS)):
             print_line(f"torchrun: {type(error).__name__}: {error}", sys.stderr)
         return exit_code_of(code)
+    except SignalException as stop:
+        return exit_code_of(-stop.sigval)
     return 0
 
 

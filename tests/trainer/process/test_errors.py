@@ -14,7 +14,7 @@ import torch
 
 from data.errors import DataError
 from tests.full_disk import full_disk
-from trainer.process.errors import run_or_explain
+from trainer.process.errors import SaveError, run_or_explain
 
 
 def open_missing() -> None:
@@ -57,7 +57,6 @@ STALE_LINE = stale.__code__.co_firstlineno + 1
         (mistake, "a source is empty."),
         (open_missing, "/nowhere/file: No such file or directory"),
         (rename_missing, "/nowhere/one to /nowhere/two: No such file or directory"),
-        (stale, f"tests/trainer/process/test_errors.py, line {STALE_LINE}: Stale file handle"),
         (too_large_for_torch, "out of memory: can't allocate memory: you tried to allocate 1441"),
         (no_room_for_a_library, "out of memory: libtorch.so: failed to map segment"),
         (too_large_for_numpy, "out of memory: Unable to allocate 256. PiB"),
@@ -69,6 +68,37 @@ def test_one_sentence(
     assert run_or_explain(action) == 2
     out = capsys.readouterr().err
     assert out.startswith(f"v4: error: {sentence}") and out.count("\n") == 1, out
+
+
+def unsaved(number: int) -> None:
+    """As a checkpoint that cannot be written."""
+    try:
+        raise OSError(number, os.strerror(number), "/server/file")
+    except OSError as error:
+        raise SaveError(f"the checkpoint could not be written: {error.strerror}") from None
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        *((n, 1) for n in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN)),
+        *((n, 1) for n in (errno.EHOSTDOWN, errno.ECONNRESET, errno.ENOTCONN)),
+        *((n, 2) for n in (errno.ENOENT, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)),
+    ],
+)
+def test_what_may_pass_has_exit_code_1(
+    number: int, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = {1: "v4: failed: ", 2: "v4: error: "}[code]
+    assert run_or_explain(lambda: unsaved(number)) == code
+    text = f"the checkpoint could not be written: {os.strerror(number)}"
+    assert capsys.readouterr().err == f"{prefix}{text}\n"
+
+
+def test_what_may_pass_names_our_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_or_explain(stale) == 1
+    place = f"tests/trainer/process/test_errors.py, line {STALE_LINE}"
+    assert capsys.readouterr().err == f"v4: failed: {place}: Stale file handle\n"
 
 
 def test_a_full_disk_names_our_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
