@@ -118,7 +118,7 @@ def _require(
     dtypes: tuple[torch.dtype, ...] = _DTYPES,
 ) -> None:
     if device.type != "cuda":
-        if not _interpreted():
+        if not _triton_takes(device):
             raise UnsupportedError(
                 f"{operation}: Triton runs on a GPU or in its interpreter, not on {device.type}"
             )
@@ -133,10 +133,15 @@ def _require(
         raise UnsupportedError(f"{operation}: Triton cannot run this, {unsupported}")
 
 
-def _interpreted() -> bool:
-    """Whether Triton runs in its interpreter, which takes any shape and dtype."""
+def _triton_takes(device: torch.device) -> bool:
+    """Whether Triton takes tensors of this device: any in its interpreter, else its driver's."""
     if importlib.util.find_spec("triton") is None:
         return False
     import triton
 
-    return bool(triton.knobs.runtime.interpret)
+    if triton.knobs.runtime.interpret:
+        return True
+    try:
+        return bool(triton.runtime.driver.active.get_active_torch_device().type == device.type)
+    except RuntimeError:  # without a GPU there is no active driver
+        return False

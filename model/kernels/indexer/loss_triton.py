@@ -55,13 +55,14 @@ _KEY_PROGRAMS = 264
 
 
 def objective(
-    inputs: IndexerInputs, target: KLTarget, weight_T: Tensor, needs_grad: bool
+    inputs: IndexerInputs, target: KLTarget, weight_T: Tensor, needs_grad: bool, **blocks: int
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """Computes `eager_objective` from the two passes of `query_divergences`."""
+    """Computes `eager_objective` by the two passes of `query_divergences`, with its ``blocks``."""
     tensors = (inputs.q_TIJ, inputs.keys_CJ, inputs.weights_TI)
     leaves = [x.detach().requires_grad_(needs_grad) for x in tensors]
     with torch.set_grad_enabled(needs_grad):
-        total = (query_divergences(IndexerInputs(*leaves), target) * weight_T).sum()
+        divergence_T = query_divergences(IndexerInputs(*leaves), target, **blocks)
+        total = (divergence_T * weight_T).sum()
     gradients = torch.autograd.grad(total, leaves) if needs_grad else ()
     return total.detach(), gradients
 

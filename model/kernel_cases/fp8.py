@@ -1,0 +1,206 @@
+"""FP8: the quantisation of operands, to the bit, and matmuls of linears and of experts.
+
+P rows of E experts; X and F a weight's inputs and outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.kernel_cases.case import Case, Function, MakeCase, Sizes, Work
+from model.kernels.block_sizes import FP8_BLOCK
+from model.kernels.fp8 import eager
+
+_RANKS = 8
+"""The experts of one of so many expert-parallel ranks are timed, with the rows that it receives."""
+_ALIGNMENT = 16
+"""Rows of an expert are a multiple of this, as dispatch pads them."""
+
+
+def fp8_cases(sizes: Sizes) -> Iterator[MakeCase]:
+    """Yields rounding, a linear, and the routed experts' first matmul."""
+    if sizes.dense:
+        yield lambda: rounding_case(sizes)
+        for transposed in (False, True):
+            yield partial(weight_rounding_case, sizes, transposed)
+    yield lambda: linear_case(sizes)
+    yield lambda: experts_case(sizes)
+
+
+def _ends(sizes: Sizes, experts: int, rows: int) -> Tensor:
+    """Returns where each expert's rows end, int32 [E]; one expert has none."""
+    count_E = sizes.draw().integers(experts, rows).bincount(minlength=experts)
+    count_E = (count_E + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
+    count_E[experts // 2] *= experts == 1
+    return count_E.cumsum(0).to(sizes.device, torch.int32)
+
+
+def rounding_case(sizes: Sizes) -> Case:
+    """Makes the rounding of a gradient by rows and by columns; a number in it is infinite."""
+    from model.kernels.fp8.quantise_triton import quantise, tiles_of
+
+    ends_E = _ends(sizes, 4, sizes.tokens)
+    rows = int(ends_E[-1])
+    x = sizes.draw()(rows, sizes.config.hidden_size)
+    x[:, 7] *= 2.0**20
+    x[rows // 2, 9] = torch.inf
+    tile_P = eager.tiles_of_groups(ends_E, rows)
+    # The row's place in its tile: tiles have consecutive rows.
+    first_P = torch.searchsorted(tile_P, tile_P)
+    place_P = torch.arange(rows, device=sizes.device) - first_P
+
+    def triton(x: Tensor) -> tuple[Tensor, Tensor]:
+        by_row, by_column = quantise(x, tiles_of(ends_E, rows), rows=True, columns=True)
+        scales = by_row.scales.t().repeat_interleave(FP8_BLOCK, 1)
+        columns = by_column.codes.float()[tile_P, :, place_P] * by_column.scales[tile_P]
+        return (by_row.codes.float() * scales)[:, : x.shape[1]], columns
+
+    def reference(x: Tensor) -> tuple[Tensor, Tensor]:
+        by_column = eager.quantise_dequantise_by_tile(x, tile_P, len(ends_E))
+        return eager.quantise_dequantise(x, 1, FP8_BLOCK).float(), by_column.float()
+
+    return Case(
+        "rounding of rows and columns",
+        {"rows": x},
+        eager=reference,
+        triton=lambda blocks: triton,
+        outputs=("rows", "columns"),
+        differentiable=False,
+        exact=True,
+        weight=0.0,
+    )
+
+
+def weight_rounding_case(sizes: Sizes, transposed: bool) -> Case:
+    """Makes the rounding of two experts' weights."""
+    from model.kernels.fp8.quantise_triton import quantise_weight
+
+    shape = (2, sizes.config.moe_intermediate_size, sizes.config.hidden_size)
+
+    def triton(weight: Tensor) -> Tensor:
+        codes, scales = quantise_weight(weight, transposed=transposed)
+        for dim in (1, 2):
+            scales = scales.repeat_interleave(FP8_BLOCK, dim)
+        values = codes.float() * scales[:, : codes.shape[1], : codes.shape[2]]
+        values = values.transpose(1, 2) if transposed else values
+        return values[:, : shape[1], : shape[2]]
+
+    return Case(
+        "rounding of weights" + (", transposed" if transposed else ""),
+        {"weight": sizes.draw()(*shape)},
+        eager=lambda w: eager.quantise_dequantise(w, FP8_BLOCK, FP8_BLOCK).float(),
+        triton=lambda blocks: triton,
+        differentiable=False,
+        exact=True,
+        weight=0.0,
+    )
+
+
+def linear_case(sizes: Sizes) -> Case:
+    """Makes attention's wo_b, a layer's largest linear."""
+    from model.kernels.fp8 import matmul_triton
+
+    config, draw = sizes.config, sizes.draw()
+    inputs, outputs = config.o_groups * config.o_lora_rank, config.hidden_size
+    leaves = {
+        "rows": draw(sizes.tokens, inputs),
+        "weight": draw(outputs, inputs, scale=inputs**-0.5),
+    }
+    ends = [sizes.tokens]
+
+    def of(batched: Function) -> Function:
+        return lambda x, w: batched(x[None], w[None])[0]
+
+    flops = float(sizes.tokens) * inputs * outputs
+    return Case(
+        "linear",
+        leaves,
+        eager=of(eager.eager_batched),
+        triton=lambda blocks: of(matmul_triton.batched),
+        naive=(lambda x, w: _Exact.apply(x, w[None], ends)) if sizes.dense else None,
+        weight=5.0 * len(config.layer_types),
+        # The tensor cores multiply FP8 at twice the rate of bf16: one FLOP counts as half.
+        forward=Work(flops, 2.0 * (sizes.tokens * (inputs + outputs) + inputs * outputs)),
+        backward=Work(2 * flops, 2.0 * sizes.tokens * (2 * inputs + outputs)),
+    )
+
+
+def experts_case(sizes: Sizes) -> Case:
+    """Makes the routed experts' w1. Rows after the last expert's are NaN, as nothing reads them."""
+    from model.kernels.fp8 import matmul_triton
+
+    config, draw = sizes.config, sizes.draw()
+    experts = 5 if sizes.dense else max(config.n_routed_experts // _RANKS, 1)
+    inner, dim = config.moe_intermediate_size, config.hidden_size
+    rows = sizes.tokens * (1 if sizes.dense else config.num_experts_per_tok)
+    ends_E = _ends(sizes, experts, rows)
+    ends = [int(end) for end in ends_E.tolist()]
+    live = ends[-1]
+    leaves = {
+        "rows": draw(live, dim),
+        "weight": draw(experts, inner, dim, scale=dim**-0.5),
+    }
+
+    def of(grouped: Function) -> Function:
+        def function(x: Tensor, weight: Tensor) -> Tensor:
+            x = torch.cat([x, x.new_full((_ALIGNMENT, dim), torch.nan)])
+            out: Tensor = grouped(x, weight, ends_E)
+            return out[:live]
+
+        return function
+
+    flops = float(live) * inner * dim
+    return Case(
+        "experts",
+        leaves,
+        eager=of(eager.eager_grouped),
+        triton=lambda blocks: of(matmul_triton.grouped),
+        naive=(lambda x, w: _Exact.apply(x, w, ends)) if sizes.dense else None,
+        weight=3.0 * len(config.layer_types),
+        forward=Work(flops, 2.0 * (live * (inner + dim) + experts * inner * dim)),
+        backward=Work(2 * flops, 2.0 * live * (2 * dim + inner)),
+    )
+
+
+class _Exact(torch.autograd.Function):
+    """Matmuls of quantised operands, summed in the dtype of x [P, X], which is float64.
+
+    The operands are quantised by the eager version, whose codes tests compare with a search in the
+    table of E4M3's numbers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: list[int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.ends = ends
+        rows, blocks = _rounded(x, 1, FP8_BLOCK), _rounded(weight, FP8_BLOCK, FP8_BLOCK)
+        return torch.cat([rows[some] @ blocks[e].t() for e, some in _groups(ends)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        blocks, rows = _rounded(weight, FP8_BLOCK, FP8_BLOCK), _rounded(grad, 1, FP8_BLOCK)
+        grad_x, grad_weight = [], []
+        for e, some in _groups(ctx.ends):
+            grad_x.append(rows[some] @ blocks[e])
+            grad_weight.append(
+                _rounded(grad[some], FP8_BLOCK, 1).t() @ _rounded(x[some], FP8_BLOCK, 1)
+            )
+        return torch.cat(grad_x), torch.stack(grad_weight), None
+
+
+def _groups(ends: list[int]) -> list[tuple[int, slice]]:
+    return [(e, slice(*some)) for e, some in enumerate(pairwise([0, *ends]))]
+
+
+def _rounded(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Quantises and dequantises; fp32 holds all numbers that a run's dtype does."""
+    if not x.numel():
+        return x
+    return eager.quantise_dequantise(x.float(), rows, columns).to(x.dtype)

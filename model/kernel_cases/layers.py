@@ -1,0 +1,356 @@
+"""Compressor, norms, rotations, residual streams, SwiGLU, combine and cross-entropy.
+
+n rows; T tokens; D the hidden width; N streams; F an expert's inner width; V the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from model.kernel_cases.case import Blocks, Case, Function, MakeCase, Sizes, Work, layers_of
+from model.kernels.compressor.eager import eager_pool_windows
+from model.kernels.compressor.naive import naive_pool_windows
+from model.kernels.cross_entropy import linear_cross_entropy
+from model.kernels.cross_entropy.eager import eager_softmax_loss
+from model.kernels.cross_entropy.naive import naive_linear_cross_entropy, naive_softmax_loss
+from model.kernels.hyper_connection.eager import eager_read_streams, eager_write_streams
+from model.kernels.hyper_connection.naive import (
+    naive_collapse_streams,
+    naive_read_streams,
+    naive_write_streams,
+)
+from model.kernels.norm.eager import eager_rms_norm, eager_rotate
+from model.kernels.norm.naive import naive_rms_norm, naive_rotate
+from model.kernels.permute.eager import eager_unpermute
+from model.kernels.permute.naive import naive_unpermute_rows
+from model.kernels.swiglu.eager import eager_clamped_swiglu
+from model.kernels.swiglu.naive import naive_clamped_swiglu
+
+IGNORE_INDEX = -100
+_NAIVE_ROWS = 333
+"""Rows of an operation that treats each by itself, where the truth loops over them."""
+
+
+def _rows(sizes: Sizes) -> int:
+    return min(sizes.tokens, _NAIVE_ROWS) if sizes.dense else sizes.tokens
+
+
+def _compiled(name: str) -> Function:
+    """Returns a function of `model.kernels.compiled`; the call imports torch's compiler."""
+
+    def function(*inputs: Any) -> Any:
+        from model.kernels import compiled
+
+        return getattr(compiled, name)(*inputs)
+
+    return function
+
+
+def compressor_cases(sizes: Sizes) -> Iterator[MakeCase]:
+    """Yields the pooling of each kind of compressor that the model has."""
+    kinds: tuple[Literal["csa", "hca"], ...] = ("csa", "hca")
+    for kind in kinds:
+        if kind in sizes.config.layer_types:
+            yield partial(compressor_case, sizes, kind)
+
+
+def compressor_case(sizes: Sizes, kind: Literal["csa", "hca"]) -> Case:
+    """Makes the pooling of windows of one kind of layer."""
+    from model.kernels.compressor import pool_triton
+
+    config, draw, m = sizes.config, sizes.draw(), sizes.config.compress_ratio(kind)
+    entries, tokens = sizes.layout.entries(m), sizes.tokens
+    where: Any = (entries.first_token_C, entries.has_previous_C, kind == "csa")
+    width = config.head_dim * (2 if kind == "csa" else 1)
+    leaves = {
+        name: draw(rows, width, dtype=torch.float32)
+        for name, rows in (("values", tokens), ("gates", tokens), ("bias", m))
+    }
+    pooled, moved = tokens / m * config.head_dim * 4, 2.0 * tokens * width * 4
+
+    def triton(blocks: Blocks) -> Function:
+        return lambda *x: pool_triton.pool_windows(*x, *where, **dict[str, Any](blocks))
+
+    return Case(
+        f"{kind} layers",
+        leaves,
+        eager=lambda *x: eager_pool_windows(*x, *where),
+        triton=triton,
+        naive=(lambda *x: naive_pool_windows(*x, *where)) if sizes.dense else None,
+        weight=layers_of(config, kind),
+        forward=Work(5.0 * tokens * width, moved + pooled),
+        backward=Work(10.0 * tokens * width, 2 * moved + pooled),
+    )
+
+
+def norm_cases(sizes: Sizes) -> Iterator[MakeCase]:
+    """Yields norms of hidden states, of keys and entries with their rotation, and a rotation."""
+    config = sizes.config
+    rotary = config.qk_rope_head_dim
+    yield lambda: norm_case(sizes, config.hidden_size, 0, sizes.dtype)
+    yield lambda: norm_case(sizes, config.head_dim, rotary, sizes.dtype)
+    if {"csa", "hca"} & set(config.layer_types):
+        yield lambda: norm_case(sizes, config.head_dim, rotary, torch.float32)
+    if "csa" in config.layer_types:
+        yield lambda: rotation_case(sizes)
+
+
+def norm_case(sizes: Sizes, dim: int, rotary: int, dtype: torch.dtype) -> Case:
+    """Makes the RMS norm of rows of this width and dtype, rotated if ``rotary`` is not 0."""
+    from model.kernels.norm import norm_triton
+
+    draw, rows, eps = sizes.draw(), _rows(sizes), sizes.config.rms_norm_eps
+    leaves = {"rows": draw(rows, dim, dtype=dtype), "weight": draw(dim, dtype=torch.float32)}
+    rotation = draw.rotation(rows, rotary) if rotary else None
+
+    def arguments(x: Tensor, weight: Tensor) -> tuple[Any, ...]:
+        # The result has the activations' dtype, or that of a comparison in fp32.
+        return x, weight, eps, rotation, sizes.dtype if x.dtype == dtype else x.dtype
+
+    moved = 2.0 * rows * dim
+    name = f"norm of {dim} dims" + (f" and rotation of {rotary}" if rotary else "")
+    return Case(
+        name + (", fp32" if dtype != sizes.dtype else ""),
+        leaves,
+        eager=lambda *x: eager_rms_norm(*arguments(*x)),
+        triton=lambda blocks: lambda *x: norm_triton.rms_norm(*arguments(*x)),
+        naive=(lambda x, w: naive_rms_norm(x, w, eps, rotation)) if sizes.dense else None,
+        compiled=lambda *x: _compiled("rms_norm")(*arguments(*x)),
+        weight=2.0 * len(sizes.config.layer_types),
+        forward=Work(5 * moved, 2 * moved),
+        backward=Work(12 * moved, 3 * moved),
+    )
+
+
+def rotation_case(sizes: Sizes) -> Case:
+    """Makes the rotation of the indexer's queries."""
+    from model.kernels.norm import norm_triton
+
+    config, draw, rows = sizes.config, sizes.draw(), _rows(sizes)
+    x = draw(rows, config.index_n_heads, config.index_head_dim)
+    rotation = draw.rotation(rows, config.qk_rope_head_dim)
+    moved = 2.0 * x.numel() * x.element_size()
+    return Case(
+        f"rotation of {config.index_n_heads} heads",
+        {"rows": x},
+        eager=lambda x: eager_rotate(x, rotation),
+        triton=lambda blocks: lambda x: norm_triton.rotate(x, rotation),
+        naive=(lambda x: naive_rotate(x, rotation)) if sizes.dense else None,
+        weight=layers_of(config, "csa"),
+        forward=Work(0.0, moved),
+        backward=Work(0.0, moved),
+    )
+
+
+def hyper_connection_cases(sizes: Sizes) -> Iterator[MakeCase]:
+    """Yields reading and writing the streams, and their sum before the head."""
+    yield lambda: read_case(sizes, head=False)
+    yield lambda: write_case(sizes)
+    yield lambda: read_case(sizes, head=True)
+
+
+def read_case(sizes: Sizes, head: bool) -> Case:
+    """Makes a sub-layer's input, or the head's, from the streams, with the coefficients."""
+    from model.kernels.hyper_connection import streams_triton
+
+    config, draw, tokens = sizes.config, sizes.draw(), _rows(sizes)
+    dim, n = config.hidden_size, config.hc_mult
+    out = n if head else (2 + n) * n
+    fp32 = torch.float32
+    leaves = {
+        "streams": draw(tokens, n, dim),
+        "projection": draw(out, n * dim, dtype=fp32, scale=(n * dim) ** -0.5),
+        "base": draw(out, dtype=fp32),
+        "scale": draw(1 if head else 3, dtype=fp32),
+    }
+    steps = None if head else config.hc_sinkhorn_iters
+    arguments: Any = (config.rms_norm_eps, config.hc_eps, steps)
+    eps: Any = (config.rms_norm_eps, config.hc_eps)
+
+    def triton(*x: Any) -> Any:
+        norm_eps, hc_eps = eps
+        options: Any = {"norm_eps": norm_eps, "hc_eps": hc_eps, "iterations": steps}
+        return streams_triton.read_streams(*x, **options)
+
+    def naive(*x: Any) -> Any:
+        if steps is None:
+            return naive_collapse_streams(*x, *eps)
+        return naive_read_streams(*x, norm_eps=eps[0], hc_eps=eps[1], iterations=steps)
+
+    return Case(
+        "streams summed for the head" if head else "streams read",
+        leaves,
+        eager=lambda *x: eager_read_streams(*x, *arguments),
+        triton=lambda blocks: triton,
+        naive=naive if sizes.dense else None,
+        compiled=lambda *x: _compiled("read_streams")(*x, *arguments),
+        outputs=("output",) if head else ("output", "post", "comb"),
+        weight=1.0 if head else 2.0 * len(config.layer_types),
+        forward=Work(2.0 * tokens * out * n * dim, 2.0 * tokens * dim * (n + 1)),
+        backward=Work(4.0 * tokens * out * n * dim, 2.0 * tokens * dim * (2 * n + 1)),
+    )
+
+
+def write_case(sizes: Sizes) -> Case:
+    """Makes the update of the streams after a sub-layer."""
+    from model.kernels.hyper_connection import streams_triton
+
+    draw, tokens = sizes.draw(), _rows(sizes)
+    dim, n = sizes.config.hidden_size, sizes.config.hc_mult
+    leaves = {
+        "streams": draw(tokens, n, dim),
+        "y": draw(tokens, dim),
+        "post": draw(tokens, n, dtype=torch.float32),
+        "comb": draw(tokens, n, n, dtype=torch.float32),
+    }
+    return Case(
+        "streams written",
+        leaves,
+        eager=eager_write_streams,
+        triton=lambda blocks: streams_triton.write_streams,
+        naive=naive_write_streams if sizes.dense else None,
+        compiled=_compiled("write_streams"),
+        weight=2.0 * len(sizes.config.layer_types),
+        forward=Work(2.0 * tokens * n * (n + 1) * dim, 2.0 * tokens * dim * (2 * n + 1)),
+        backward=Work(4.0 * tokens * n * (n + 1) * dim, 2.0 * tokens * dim * (3 * n + 2)),
+    )
+
+
+def swiglu_cases(sizes: Sizes) -> Iterator[MakeCase]:
+    """Yields the routed experts' activation, with their rows' weights, and the shared one's."""
+    for weighted in (True, False):
+        yield partial(swiglu_case, sizes, weighted)
+
+
+def swiglu_case(sizes: Sizes, weighted: bool) -> Case:
+    """Makes the experts' activation; some of gate and up are beyond the limit."""
+    from model.kernels.swiglu import swiglu_triton
+
+    config, draw, limit = sizes.config, sizes.draw(), sizes.config.swiglu_limit
+    rows, inner = _rows(sizes), config.moe_intermediate_size
+    rows *= config.num_experts_per_tok if weighted and not sizes.dense else 1
+    leaves = {name: draw(rows, inner, scale=limit / 2) for name in ("gate", "up")}
+    if weighted:
+        leaves["weight"] = draw(rows, dtype=torch.float32)
+    count = float(rows * inner)
+
+    def of(function: Function) -> Function:
+        return lambda gate, up, *weight: function(gate, up, limit, *weight)
+
+    return Case(
+        "routed experts" if weighted else "shared expert",
+        leaves,
+        eager=of(eager_clamped_swiglu),
+        triton=lambda blocks: of(swiglu_triton.clamped_swiglu),
+        naive=of(naive_clamped_swiglu) if sizes.dense else None,
+        compiled=of(_compiled("clamped_swiglu")),
+        weight=len(config.layer_types),
+        forward=Work(10 * count, 6 * count),
+        backward=Work(25 * count, 10 * count),
+    )
+
+
+def permute_cases(sizes: Sizes) -> Iterator[MakeCase]:
+    """Yields the sum of every token's expert rows."""
+    yield lambda: combine_case(sizes)
+
+
+def combine_case(sizes: Sizes) -> Case:
+    """Makes the sum of every token's expert rows, which lie in random order."""
+    from model.kernels.permute import unpermute_triton
+
+    config, draw, tokens = sizes.config, sizes.draw(), _rows(sizes)
+    dim, active = config.hidden_size, config.num_experts_per_tok
+    # Some rows are padding, as between experts.
+    y = draw(tokens * active + 15, dim)
+    place = draw.permutation(len(y))[: tokens * active]
+
+    def naive(y: Tensor) -> Tensor:
+        return naive_unpermute_rows(y, place, tokens)
+
+    return Case(
+        "combine",
+        {"rows": y},
+        eager=lambda y: eager_unpermute(y, place, tokens),
+        triton=lambda blocks: lambda y: unpermute_triton.unpermute(y, place, tokens),
+        naive=naive if sizes.dense else None,
+        differentiable=False,
+        # The forward of the combine, and the backward of the dispatch.
+        weight=2.0 * len(config.layer_types),
+        forward=Work(float(tokens * active * dim), 2.0 * tokens * dim * (active + 1)),
+    )
+
+
+def cross_entropy_cases(sizes: Sizes) -> Iterator[MakeCase]:
+    """Yields the head with its loss, and at small sizes the softmax alone."""
+    if sizes.dense:
+        yield lambda: softmax_case(sizes)
+    yield lambda: head_case(sizes)
+
+
+def _targets(sizes: Sizes, tokens: int) -> Tensor:
+    """Returns token ids, the first and last of the vocabulary among them; some are ignored."""
+    vocab = sizes.config.vocab_size
+    target_T = sizes.draw().integers(vocab, tokens)
+    target_T[::7] = IGNORE_INDEX
+    target_T[1::7] = vocab - 1
+    return target_T
+
+
+def softmax_case(sizes: Sizes) -> Case:
+    """Makes loss and gradient of a chunk of logits."""
+    from model.kernels.cross_entropy.softmax_triton import softmax_loss
+
+    tokens, vocab = min(_rows(sizes), 64), sizes.config.vocab_size
+    target_T, denominator = _targets(sizes, tokens), float(tokens)
+
+    def of(softmax: Function) -> Function:
+        # The gradient may overwrite the logits.
+        return lambda x: softmax(x.clone(), target_T, denominator, IGNORE_INDEX, True)
+
+    def naive(x: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            loss_T = naive_softmax_loss(leaf, target_T, IGNORE_INDEX)
+            (grad,) = torch.autograd.grad(loss_T.sum() / denominator, leaf)
+        return loss_T.detach(), grad
+
+    return Case(
+        f"softmax over {vocab} tokens",
+        {"logits": sizes.draw()(tokens, vocab, scale=8.0)},
+        eager=of(eager_softmax_loss),
+        triton=lambda blocks: of(softmax_loss),
+        naive=naive,
+        outputs=("loss", "gradient"),
+        differentiable=False,
+        weight=0.0,
+    )
+
+
+def head_case(sizes: Sizes) -> Case:
+    """Makes the output head with its loss, forward and backward."""
+    from model.kernels.cross_entropy.softmax_triton import softmax_loss
+
+    config, draw, tokens = sizes.config, sizes.draw(), _rows(sizes)
+    dim, vocab = config.hidden_size, config.vocab_size
+    target_T, denominator = _targets(sizes, tokens), float(tokens)
+
+    def of(softmax: Function) -> Function:
+        return lambda h, w: linear_cross_entropy(h, w, target_T, denominator, IGNORE_INDEX, softmax)
+
+    def naive(h: Tensor, w: Tensor) -> Tensor:
+        return naive_linear_cross_entropy(h, w, target_T, denominator, IGNORE_INDEX)
+
+    return Case(
+        "head and loss",
+        {"hidden": draw(tokens, dim), "weight": draw(vocab, dim, scale=2 * dim**-0.5)},
+        eager=of(eager_softmax_loss),
+        triton=lambda blocks: of(softmax_loss),
+        naive=naive if sizes.dense else None,
+        forward=Work(6.0 * tokens * dim * vocab, 2.0 * (2 * tokens * dim + 3 * vocab * dim)),
+    )

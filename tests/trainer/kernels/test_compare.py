@@ -1,0 +1,117 @@
+"""What the comparison notices: single wrong rows, unwritten and foreign memory, other bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.kernel_cases import Case
+from trainer.kernels.compare import fault_of, reference_of
+
+LEAVES = {
+    "x": torch.randn(2000, 64, generator=torch.Generator().manual_seed(0)).bfloat16(),
+    "w": torch.randn(64, generator=torch.Generator().manual_seed(1)),
+}
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    return (x.to(w.dtype) * w).square().to(x.dtype)
+
+
+def case_of(function: Callable[..., Tensor], **changes: object) -> Case:
+    defaults = {"naive": lambda x, w: (x * w).square(), "eager": product}
+    return Case("a product", LEAVES, triton=lambda blocks: function, **(defaults | changes))
+
+
+def fault(function: Callable[..., Tensor], **changes: object) -> str | None:
+    case = case_of(function, **changes)
+    return fault_of(case, function, reference_of(case))[0]
+
+
+def test_a_right_function_has_no_fault():
+    case = case_of(product)
+    reference = reference_of(case)
+    assert reference.names == ["output", "gradient of x", "gradient of w"]
+    reason, errors = fault_of(case, product, reference)
+    assert reason is None
+    assert errors == reference.errors and max(errors) < 4e-3
+
+
+def test_a_little_wrong_everywhere():
+    assert "output has an error of" in str(fault(lambda x, w: 1.01 * product(x, w)))
+
+
+def test_a_wrong_gradient_alone():
+    def wrong(x: Tensor, w: Tensor) -> Tensor:
+        out = product(x, w)
+        return out + 0.1 * (out - out.detach())
+
+    assert "gradient of x has an error of" in str(fault(wrong))
+
+
+def test_one_wrong_row_of_thousands():
+    def wrong(x: Tensor, w: Tensor) -> Tensor:
+        scale = torch.ones(len(x), 1)
+        scale[-1] = 0.95
+        return (product(x, w) * scale).to(x.dtype)
+
+    assert "has a row with an error of" in str(fault(wrong))
+
+
+def test_what_is_left_unwritten():
+    def wrong(x: Tensor, w: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        out[:-1] = product(x, w)[:-1]
+        return out
+
+    assert "output is not finite" in str(fault(wrong))
+
+
+def test_what_lies_after_an_input_is_not_read():
+    def wrong(x: Tensor, w: Tensor) -> Tensor:
+        beyond = x.detach().as_strided((1,), (1,), x.storage_offset() + x.numel())
+        return product(x, w) + beyond
+
+    assert "output is not finite" in str(fault(wrong))
+
+
+@pytest.mark.parametrize("offset", [-1, 0, 64 * 2000])
+def test_inputs_and_what_lies_next_to_them_are_not_written(offset):
+    def wrong(x: Tensor, w: Tensor) -> Tensor:
+        x.detach().as_strided((1,), (1,), x.storage_offset() + offset).fill_(7.0)
+        return product(x.detach(), w)
+
+    with pytest.raises(RuntimeError, match="x, an input, or memory next to it was written"):
+        fault(wrong)
+
+
+def test_other_bits_at_a_second_run():
+    calls: list[int] = []
+
+    def noisy(x: Tensor, w: Tensor) -> Tensor:
+        calls.append(0)
+        return product(x, w) * (1.0 + 2.0**-20 * len(calls))
+
+    leaves = {name: x.float() for name, x in LEAVES.items()}
+    changes = {"repeatable": True}
+    case = Case("a product", leaves, product, lambda b: noisy, **changes)
+    assert fault_of(case, noisy, reference_of(case))[0] == "output has other bits at a second run"
+    case = Case("a product", leaves, product, lambda b: noisy, repeatable=False)
+    assert fault_of(case, noisy, reference_of(case))[0] is None
+
+
+def test_bits_where_they_are_promised():
+    def codes(x: Tensor, w: Tensor) -> Tensor:
+        return product(x, w)
+
+    def other(x: Tensor, w: Tensor) -> Tensor:
+        out = product(x, w).clone()
+        out[3, 3] = -out[3, 3]
+        return out
+
+    changes = {"exact": True, "differentiable": False, "naive": None}
+    assert fault(codes, **changes) is None
+    assert fault(other, **changes) == "output differs"

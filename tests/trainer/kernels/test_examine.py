@@ -1,0 +1,104 @@
+"""The check of one operation, in Triton's interpreter: true kernels pass, broken ones do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from model import ModelConfig
+from model.kernel_cases import CASES, Case
+from model.kernels.operations import OPERATIONS
+from tests.model.kernels.interpreter import interpreted
+from tests.model.tiny import tiny_config
+from tests.trainer.kernels.broken import broken
+from trainer.kernels.examine import Bench, Candidate, candidates_of, check_operation
+from trainer.kernels.verdict import Problem, Verdict
+
+SAMPLES = (1, 2, 37, 3, 24)
+MATRICES = ((24, 40), (40, 24))
+SLOW = ("attention", "indexer_loss", "fp8", "swiglu")
+
+
+def same_time(call: Callable[[], object]) -> float:
+    """A clock on which all calls take as long; the comparison has run them already."""
+    return 1000.0
+
+
+def fits(call: Callable[[], object]) -> str | None:
+    return None
+
+
+BENCH = Bench(torch.device("cpu"), fits, same_time, 0, SAMPLES, seeds=(0,))
+
+
+def problem_of(operation: str, **changes: Any) -> Problem:
+    """A tiny model. The interpreter truncates numbers to bf16, fp16 it rounds; FP8 takes fp32."""
+    config = tiny_config(head_dim=64, qk_rope_head_dim=16)
+    dtype = "float32" if operation == "fp8" else "float16"
+    problem = Problem(config.model_dump(), dtype, 40, (operation,), MATRICES)
+    return replace(problem, **changes)
+
+
+def first_triton(operation: str, config: ModelConfig, cases: Sequence[Case]) -> list[Candidate]:
+    """Triton with its own block sizes alone."""
+    return candidates_of(operation, config, cases)[:1]
+
+
+def verdict_on(operation: str, bench: Bench = BENCH, **changes: Any) -> Verdict:
+    return check_operation(operation, problem_of(operation, **changes), bench, first_triton)
+
+
+def test_every_operation_has_cases():
+    assert {*CASES, "syrk"} == set(OPERATIONS)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [pytest.param(o, marks=pytest.mark.slow) if o in SLOW else o for o in OPERATIONS],
+)
+@interpreted
+def test_true_kernels_pass(operation):
+    verdict = verdict_on(operation)
+    assert verdict.passed, verdict.reason
+    assert verdict.choice == "eager"  # as fast
+    assert verdict.errors["triton"][0] < 1e-2
+
+
+BROKEN = [
+    (
+        "attention",
+        "model.kernels.attention.forward_triton",
+        "total = total * rescale + tl.sum(p, 1)",
+        "total = total + tl.sum(p, 1)",
+        "output has an error of",
+    ),
+    (
+        "norms",
+        "model.kernels.norm.norm_triton",
+        "grad = (grad - y * (tl.sum(grad * y, 1) / DIM)[:, None]) * rstd",
+        "grad = grad * rstd",
+        "gradient of rows has an error of",
+    ),
+    (
+        "indexer",
+        "model.kernels.indexer.select_triton",
+        "visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])",
+        "visible = (n[None, :] >= 0) & (n[None, :] < high[:, None])",
+        "has entries that their query does not see",
+    ),
+]
+
+
+@pytest.mark.parametrize(("operation", "module", "line", "instead", "reason"), BROKEN)
+@interpreted
+def test_a_broken_kernel_is_refused(operation, module, line, instead, reason):
+    with broken(module, line, instead):
+        verdict = verdict_on(operation)
+    assert not verdict.passed
+    assert reason in verdict.reason, verdict.reason
+    assert verdict.choice == "eager" and verdict.blocks == {}
+    assert "\n" not in verdict.reason

@@ -1,0 +1,60 @@
+"""Kernels are compiled for GPUs that are not there, and refused where they would not run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from model.kernel_cases import CASES, Sizes
+from tests.model.kernels.interpreter import compiled
+from tests.model.tiny import tiny_config
+from tests.trainer.kernels.target import target
+from trainer.kernels.compare import results
+from trainer.kernels.fit import DeviceLimits, Needs, Variant, exceeded, misfit, record_variants
+
+CONFIG = tiny_config(head_dim=64, qk_rope_head_dim=16)
+
+
+def variants_of(operation: str, blocks: Mapping[str, int]) -> list[Variant]:
+    """What the operation's cases would compile, for the target in force."""
+    sizes = Sizes(CONFIG, (1, 2, 37), torch.bfloat16, torch.device("cpu"), dense=True)
+    variants: dict[str, Variant] = {}
+    for make in CASES[operation].cases(sizes):
+        case = make()
+        for variant in record_variants(lambda c=case: results(c, c.triton(blocks))):
+            variants[variant.key] = variant
+    return list(variants.values())
+
+
+def test_limits_are_named():
+    limits = DeviceLimits(120, 101_376)
+    assert exceeded("norm._forward", Needs(101_376, 512, 9999), limits) is None
+    assert exceeded("norm._forward", Needs(101_377, 0, 0), limits) == (
+        "norm._forward needs 101,377 bytes of shared memory, this GPU has 101,376"
+    )
+    assert exceeded("norm._forward", Needs(0, 513, 0), limits) == (
+        "norm._forward needs 513 columns of tensor memory, this GPU has 512"
+    )
+
+
+@compiled
+def test_every_kernel_of_forward_and_backward_is_recorded():
+    with target(90):
+        variants = variants_of("norms", {})
+    names = [variant.name for variant in variants]
+    assert {"norm._forward", "norm._backward"} == set(names)
+    # hidden states, keys and fp32 entries; and the rotation alone
+    assert names.count("norm._backward") == 3
+    assert all(variant.options["num_warps"] == 8 for variant in variants)
+
+
+@compiled
+def test_a_kernel_that_does_not_compile_is_a_misfit():
+    """E4M3 is a type from compute capability 8.9 on."""
+    with target(80) as limits:
+        variants = [v for v in variants_of("fp8", {}) if v.name == "quantise._quantise_weight"]
+        reason = misfit(variants[:1], limits)
+    assert reason is not None
+    assert reason.startswith("quantise._quantise_weight does not compile for it: ")
+    assert "\n" not in reason

@@ -1,0 +1,116 @@
+"""What is timed, and which implementation is chosen for its times, on a clock of the test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.kernel_cases import Case
+from trainer.kernels.examine import Bench, Candidate, Examination
+from trainer.kernels.timing import milliseconds
+
+LEAVES = {"x": torch.ones(64, 32), "w": torch.ones(32)}
+
+
+class Clock:
+    """Runs each call, and takes as long as the numbers say, the last one from then on."""
+
+    def __init__(self, *times: float) -> None:
+        self.times = list(times)
+        self.calls = 0
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        self.calls += 1
+        call()
+        return self.times.pop(0) if len(self.times) > 1 else self.times[0]
+
+
+def square(x: Tensor, w: Tensor) -> Tensor:
+    return (x * w).square()
+
+
+def case_of(weight: float = 1.0, differentiable: bool = True) -> Case:
+    return Case(
+        "a square",
+        LEAVES,
+        square,
+        lambda blocks: square,
+        weight=weight,
+        differentiable=differentiable,
+    )
+
+
+def test_the_median_after_warm_ups():
+    # Three warm-ups, then at least five calls until half a second has passed.
+    clock = Clock(9e9, 9e9, 9e9, 100.0, 900.0, 100.0, 100.0, 200.0)
+    assert milliseconds(case_of(), square, clock, 0) == 100.0
+    assert clock.calls == 8
+
+
+def test_inputs_take_turns_among_copies_larger_than_the_cache():
+    places: list[int] = []
+
+    def seen(x: Tensor, w: Tensor) -> Tensor:
+        places.append(x.data_ptr())
+        return square(x, w)
+
+    size = sum(x.numel() * 4 for x in LEAVES.values())
+    milliseconds(case_of(), seen, Clock(50.0), 3 * size)
+    assert len(set(places)) == 7
+    assert all(a != b for a, b in pairwise(places[1:]))
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_backward_is_timed_with_forward(differentiable):
+    backwards: list[int] = []
+
+    def watched(x: Tensor, w: Tensor) -> Tensor:
+        out = square(x, w)
+        if out.requires_grad:
+            out.register_hook(lambda grad: backwards.append(0))
+        return out
+
+    milliseconds(case_of(differentiable=differentiable), watched, Clock(1000.0), 0)
+    assert len(backwards) == (8 if differentiable else 0)
+
+
+def chosen(eager: float, *times: float) -> tuple[str, dict[str, int], str]:
+    """The choice among eager and Triton with blocks of 1, 2, ... that take these times."""
+    candidates = [Candidate("triton", {"block": i + 1}) for i in range(len(times))]
+    examination = Examination(candidates)
+    clock = Clock(*[t for time in (eager, *times) for t in [time] * 8])
+    bench = Bench(torch.device("cpu"), lambda call: None, clock, 0)
+    examination.compare(case_of())
+    examination.time(case_of(), bench)
+    verdict = examination.verdict("norms")
+    return verdict.choice, dict(verdict.blocks), verdict.reason
+
+
+def test_the_fastest_block_size_wins():
+    choice, blocks, reason = chosen(900.0, 600.0, 300.0, 400.0)
+    assert (choice, blocks) == ("triton", {"block": 2})
+    assert reason == "triton is 3.00 times as fast as eager"
+
+
+@pytest.mark.parametrize(("time", "choice"), [(980.0, "eager"), (960.0, "triton")])
+def test_a_gain_of_three_per_cent_is_asked_for(time, choice):
+    assert chosen(1000.0, time)[0] == choice
+
+
+def test_a_slower_kernel_is_right_and_not_chosen():
+    choice, blocks, reason = chosen(1000.0, 1500.0)
+    assert (choice, blocks) == ("eager", {"block": 1})
+    assert reason == "triton takes 1.50 times as long as eager"
+
+
+def test_times_count_as_often_as_a_model_runs_them():
+    examination = Examination([Candidate("triton", {})])
+    bench = Bench(torch.device("cpu"), lambda call: None, Clock(200.0), 0)
+    for weight in (3.0, 0.0, 1.0):
+        examination.compare(case_of(weight))
+        examination.time(case_of(weight), bench)
+    assert examination.verdict("norms").milliseconds == {"eager": 800.0, "triton": 800.0}

@@ -1,0 +1,34 @@
+"""Stands for trainer/kernels/worker.py, whose arguments it takes: each operation ends otherwise."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from trainer.kernels.check import problem_from_json
+from trainer.kernels.verdict import Verdict
+from trainer.kernels.worker import write_verdict
+
+
+def main() -> None:
+    operation, path = sys.argv[2], Path(sys.argv[6])
+    problem = problem_from_json(sys.stdin.read())
+    assert operation in problem.operations and sys.argv[4] == "3"
+    print("a compiler's warning")
+    if operation == "attention":
+        time.sleep(600)
+    if operation == "indexer":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if operation == "indexer_loss":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if operation == "compressor":
+        sys.exit(0)
+    verdict = Verdict(operation, True, "fine", "triton", {"block": 64}, {"eager": (0.1, 0.2)})
+    write_verdict(path, verdict)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Checks kernels on a GPU, each operation in a process of its own with a time limit.
+
+An illegal access of memory makes a process's GPU unusable until its end, a kernel may hang, and a
+compiler may crash: none of it reaches the caller, and the next operation gets a new process. Writes
+one verdict per operation as a JSON line.
+
+    python -m trainer.kernels.check --problem FILE [--device INDEX] [--seconds LIMIT]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO
+
+from trainer.kernels.verdict import Problem, Verdict
+from trainer.process.exit_codes import describe_signal
+
+SECONDS = 300.0
+"""Limit of one operation. Compiling takes most of it, on as many processors as the host has."""
+_GRACE = 10.0
+"""Seconds in which a killed process must end; a driver may keep it longer."""
+WORKER = (sys.executable, "-m", "trainer.kernels.worker")
+
+
+def check_kernels(
+    problem: Problem,
+    device_index: int,
+    report: Callable[[str], None],
+    *,
+    seconds: float = SECONDS,
+    worker: Sequence[str] = WORKER,
+) -> tuple[Verdict, ...]:
+    """Checks each of the problem's operations; see `CheckKernels`.
+
+    Args:
+        seconds: limit of one operation.
+        worker: the command that checks one operation (trainer/kernels/worker.py).
+    """
+    verdicts = []
+    for operation in problem.operations:
+        report(operation)
+        verdicts.append(_check(operation, problem, device_index, seconds, worker))
+    return tuple(verdicts)
+
+
+def _check(
+    operation: str, problem: Problem, device_index: int, seconds: float, worker: Sequence[str]
+) -> Verdict:
+    """Runs the worker and returns its verdict, or the reason why there is none."""
+    with tempfile.TemporaryDirectory(prefix="v4-kernels-") as folder:
+        path = Path(folder, "verdict.json")
+        command = [*worker, "--operation", operation, "--device", str(device_index)]
+        with Path(folder, "output").open("w+", errors="replace") as output:
+            reason = _run([*command, "--verdict", str(path)], problem, seconds, output)
+        if path.exists():
+            return verdict_from_json(path.read_text())
+    return Verdict(operation, False, reason, "eager")
+
+
+def _run(command: list[str], problem: Problem, seconds: float, output: IO[str]) -> str:
+    """Runs a command with the problem as its input; returns how it ended.
+
+    It and its children are ended after the limit, and when the caller is interrupted.
+    """
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        process.communicate(json.dumps(asdict(problem)), timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"its check took more than {seconds:.0f} seconds and was ended"
+    finally:
+        _end(process)
+    if process.returncode < 0:
+        return f"its check {describe_signal(process.returncode)}"
+    return f"its check failed: {_last_line(output)}"
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Kills what is left of the process group; does not wait for a driver that keeps it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_GRACE)
+
+
+def _last_line(output: IO[str]) -> str:
+    """Returns the last line that is not empty: of a traceback, its exception."""
+    output.seek(0)
+    lines = [line.strip() for line in output if line.strip()]
+    return lines[-1][:300] if lines else "no message"
+
+
+def problem_from_json(text: str) -> Problem:
+    """Reads what `json.dumps(asdict(problem))` wrote."""
+    fields = json.loads(text)
+    fields["operations"] = tuple(fields["operations"])
+    fields["matrices"] = tuple((rows, columns) for rows, columns in fields["matrices"])
+    return Problem(**fields)
+
+
+def verdict_from_json(text: str) -> Verdict:
+    """Reads what the worker wrote."""
+    fields = json.loads(text)
+    fields["errors"] = {name: tuple(pair) for name, pair in fields["errors"].items()}
+    return Verdict(**fields)
+
+
+def main() -> int:
+    """Prints a verdict per line, as soon as it is known; progress goes to standard error."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--problem", type=Path, required=True, help="JSON of a Problem")
+    parser.add_argument("--device", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of one operation")
+    arguments = parser.parse_args()
+    problem = problem_from_json(arguments.problem.read_text())
+    for number, operation in enumerate(problem.operations, 1):
+        print(f"{operation} ({number} of {len(problem.operations)})", file=sys.stderr, flush=True)
+        verdict = _check(operation, problem, arguments.device, arguments.seconds, WORKER)
+        print(json.dumps(asdict(verdict)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

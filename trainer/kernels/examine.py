@@ -1,0 +1,236 @@
+"""Checks one operation: does it fit, is it right, is it faster? Runs in the process that called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from model import ModelConfig
+from model.kernel_cases import CASES, RAGGED, Blocks, Case, Function, MakeCase, Sizes
+from trainer.kernels.compare import fault_of, reference_of, results
+from trainer.kernels.syrk_cases import BLOCK_CHOICES, syrk_cases
+from trainer.kernels.timing import MIN_GAIN, Clock, milliseconds
+from trainer.kernels.verdict import Problem, Verdict
+
+SEEDS = (0, 1, 2)
+_LARGE_TOKENS = 8192
+_LARGE_NUMBERS = 1 << 28
+"""Of the queries: in fp32, with their gradients and eager copies, about 6 GiB."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An implementation to try: its name in the verdict, and its block sizes if it is Triton's."""
+
+    name: str
+    blocks: Blocks
+
+    def function(self, case: Case) -> Function:
+        """Returns its function for a case; the eager one where it has none."""
+        if self.name == "triton":
+            return case.triton(self.blocks)
+        if self.name == "compile":
+            return case.compiled or case.eager
+        return case.libraries.get(self.name, case.eager)
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name} {size}" for name, size in self.blocks.items())
+        return f"{self.name} ({sizes})" if sizes else self.name
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where an operation is checked.
+
+    Attributes:
+        misfit: (a call of the implementation) -> why one of its kernels does not fit, or None.
+        clock: measures a call.
+        cache_bytes: of the device's last cache.
+        samples: lengths of the ragged samples, at which the truth is float64.
+        seeds: of the inputs there.
+    """
+
+    device: torch.device
+    misfit: Callable[[Callable[[], object]], str | None]
+    clock: Clock
+    cache_bytes: int
+    samples: tuple[int, ...] = RAGGED
+    seeds: tuple[int, ...] = SEEDS
+
+
+def cases_of(operation: str, problem: Problem, sizes: Sizes) -> Iterator[MakeCase]:
+    """Yields what makes the operation's cases at these sizes."""
+    if operation == "syrk":
+        return syrk_cases(sizes, problem.matrices)
+    return CASES[operation].cases(sizes)
+
+
+def candidates_of(operation: str, config: ModelConfig, cases: Sequence[Case]) -> list[Candidate]:
+    """Returns what may replace the eager version: Triton with its block sizes, and others."""
+    blocks = BLOCK_CHOICES if operation == "syrk" else CASES[operation].block_choices(config)
+    names = [name for case in cases for name in case.libraries]
+    if any(case.compiled for case in cases):
+        names.append("compile")
+    return [Candidate("triton", choice) for choice in blocks] + [
+        Candidate(name, {}) for name in dict.fromkeys(names)
+    ]
+
+
+def sizes_of(problem: Problem, bench: Bench) -> tuple[Sizes, Sizes]:
+    """Returns the ragged samples, and a microbatch, cut so that its fp32 truth fits in memory."""
+    config = ModelConfig(**problem.model)
+    dtype = getattr(torch, problem.dtype)
+    ragged = Sizes(config, bench.samples, dtype, bench.device, 0, problem.deterministic, dense=True)
+    most = _LARGE_NUMBERS // (config.num_attention_heads * config.head_dim)
+    tokens = max(min(problem.micro_tokens, _LARGE_TOKENS, most), 1)
+    full, rest = divmod(tokens, min(config.max_position_embeddings, tokens))
+    samples = (config.max_position_embeddings,) * full if full > 1 else (tokens - rest,)
+    samples += (rest,) * (rest > 0)
+    return ragged, replace(ragged, samples=samples, dense=False)
+
+
+class Examination:
+    """The candidates of an operation: why each was refused, and errors and times of the others."""
+
+    def __init__(self, candidates: Sequence[Candidate]) -> None:
+        self.refused: dict[int, str] = {}
+        self.candidates = candidates
+        self.errors: dict[int, tuple[float, float]] = {}
+        self.times: dict[int, float] = dict.fromkeys(range(len(candidates)), 0.0)
+        self.eager_errors = (math.nan, math.nan)
+        self.eager_time = 0.0
+
+    @property
+    def remaining(self) -> list[tuple[int, Candidate]]:
+        """Those not refused yet."""
+        return [(i, c) for i, c in enumerate(self.candidates) if i not in self.refused]
+
+    def fit(self, cases: Sequence[Case], bench: Bench) -> None:
+        """Refuses Triton candidates with a kernel that does not fit."""
+        for index, candidate in self.remaining:
+            if candidate.name != "triton":
+                continue
+
+            def call(candidate: Candidate = candidate) -> None:
+                for case in cases:
+                    results(case, candidate.function(case))
+
+            if (reason := bench.misfit(call)) is not None:
+                self.refused[index] = reason
+
+    def compare(self, case: Case) -> None:
+        """Refuses candidates that are wrong on a case."""
+        reference = reference_of(case)
+        self.eager_errors = _largest(self.eager_errors, reference.errors)
+        for index, candidate in self.remaining:
+            try:
+                fault, errors = fault_of(case, candidate.function(case), reference)
+            except Exception as error:
+                self.refused[index] = _failure(case, error)
+                continue
+            self.errors[index] = _largest(self.errors.get(index, (math.nan, math.nan)), errors)
+            if fault is not None:
+                self.refused[index] = f"{case.name}: {fault}"
+
+    def time(self, case: Case, bench: Bench) -> None:
+        """Adds a case's times, weighted by how often a model runs it."""
+        if not case.weight:
+            return
+        clock, cache = bench.clock, bench.cache_bytes
+        self.eager_time += case.weight * milliseconds(case, case.eager, clock, cache)
+        for index, candidate in self.remaining:
+            try:
+                time = milliseconds(case, candidate.function(case), clock, cache)
+            except Exception as error:
+                self.refused[index] = _failure(case, error)
+                continue
+            self.times[index] += case.weight * time
+
+    def verdict(self, operation: str) -> Verdict:
+        """Chooses the fastest of eager and the candidates that passed."""
+        remaining = self.remaining
+        best = {
+            name: min((i for i, c in remaining if c.name == name), key=self.times.__getitem__)
+            for name in dict.fromkeys(c.name for _, c in remaining)
+        }
+        times = {"eager": self.eager_time} | {name: self.times[i] for name, i in best.items()}
+        errors = {"eager": self.eager_errors} | {name: self.errors[i] for name, i in best.items()}
+        choice = min(times, key=times.__getitem__)
+        if times[choice] > (1 - MIN_GAIN) * self.eager_time:
+            choice = "eager"
+        passed = "triton" in best
+        return Verdict(
+            operation,
+            passed,
+            self._reason(choice, times) if passed else self._refusal(),
+            choice,
+            dict(self.candidates[best["triton"]].blocks) if passed else {},
+            errors,
+            times,
+        )
+
+    def _reason(self, choice: str, times: dict[str, float]) -> str:
+        if choice != "eager":
+            return f"{choice} is {times['eager'] / times[choice]:.2f} times as fast as eager"
+        second = min((n for n in times if n != "eager"), key=times.__getitem__)
+        return f"{second} takes {times[second] / times['eager']:.2f} times as long as eager"
+
+    def _refusal(self) -> str:
+        """Why the kernel failed with its own block sizes, and with how many others."""
+        reasons = [self.refused[i] for i, c in enumerate(self.candidates) if c.name == "triton"]
+        others = len(reasons) - 1
+        return reasons[0] + (f"; {others} other block sizes fail as well" if others else "")
+
+
+def check_operation(
+    operation: str,
+    problem: Problem,
+    bench: Bench,
+    candidates: Callable[[str, ModelConfig, Sequence[Case]], list[Candidate]] = candidates_of,
+) -> Verdict:
+    """Returns the verdict on one operation.
+
+    First every candidate is compiled and compared with the GPU's limits, then compared with the
+    truth on ragged samples and on one microbatch, then timed on the microbatch.
+
+    Raises:
+        Exception: the eager version failed, or the GPU can no longer be used.
+    """
+    ragged, large = sizes_of(problem, bench)
+    cases = [make() for make in cases_of(operation, problem, ragged)]
+    examination = Examination(candidates(operation, ragged.config, cases))
+    examination.fit(cases, bench)
+    del cases
+    for seed in bench.seeds:
+        for make in cases_of(operation, problem, replace(ragged, seed=seed)):
+            if examination.remaining:
+                examination.compare(make())
+    for make in cases_of(operation, problem, large):
+        if examination.remaining:
+            case = make()
+            examination.compare(case)
+            examination.time(case, bench)
+    return examination.verdict(operation)
+
+
+def _largest(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    """Returns the larger error of outputs and of gradients; NaN stands for none."""
+    outputs, gradients = zip(one, other, strict=True)
+    return _max(outputs), _max(gradients)
+
+
+def _max(errors: tuple[float, ...]) -> float:
+    return max((x for x in errors if not math.isnan(x)), default=math.nan)
+
+
+def _failure(case: Case, error: Exception) -> str:
+    """Describes an exception; raises it if the device can no longer be used."""
+    device = next(iter(case.leaves.values())).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{case.name}: {type(error).__name__}: {first[:200]}"

@@ -1,0 +1,170 @@
+"""Does a kernel fit a GPU? What it needs is compiled for the GPU and compared with its limits.
+
+No kernel runs here. The calls of an operation are made with Triton's cache hook, which sees every
+variant that would be compiled, and returns before the launch; the variants are then compiled side
+by side, which also warms Triton's cache on disk. Without a GPU the same works for any target, with
+a driver that only names it (tests/trainer/kernels/).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TENSOR_MEMORY_COLUMNS = 512
+"""Of a multiprocessor that has tensor memory (compute capability 10.x)."""
+_COMPILERS = 16
+"""Variants compiled at once, on a host with as many processors."""
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What a program may use on a GPU.
+
+    Attributes:
+        capability: compute capability as one number, 90 for 9.0.
+        shared_bytes: of a program's shared memory.
+    """
+
+    capability: int
+    shared_bytes: int
+    tensor_memory_columns: int = TENSOR_MEMORY_COLUMNS
+    warp_size: int = 32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with the types and constants of its arguments and its compiler options."""
+
+    kernel: Any = field(compare=False)
+    signature: Mapping[str, str] = field(compare=False)
+    constants: Mapping[Any, Any] = field(compare=False)
+    attributes: Mapping[Any, Any] = field(compare=False)
+    options: Mapping[str, int] = field(compare=False)
+    key: str = ""
+
+    @property
+    def name(self) -> str:
+        """Module and function, without what all kernels share."""
+        module = self.kernel.fn.__module__.split(".")[-1].removesuffix("_triton")
+        return f"{module}.{self.kernel.fn.__name__}"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a compiled kernel uses: bytes of shared memory, tensor memory, and stack per thread."""
+
+    shared_bytes: int
+    tensor_memory_columns: int
+    stack_bytes: int
+
+
+def device_limits(index: int) -> DeviceLimits:
+    """Returns the limits of a GPU, as Triton's driver reads them."""
+    import torch
+    import triton
+
+    driver = triton.runtime.driver.active
+    properties = driver.utils.get_device_properties(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    return DeviceLimits(10 * major + minor, properties["max_shared_mem"])
+
+
+def record_variants(call: Callable[[], object]) -> list[Variant]:
+    """Returns the variants of kernels that a call would compile, without compiling or running any.
+
+    What the call returns is undefined.
+    """
+    import triton
+
+    variants: dict[str, Variant] = {}
+
+    def hook(*, key: str, fn: Any, compile: Mapping[str, Any], **_: Any) -> bool:
+        kernel, options = fn.jit_function, ("num_warps", "num_stages", "num_ctas")
+        key = f"{kernel.fn.__module__}.{kernel.fn.__name__} {key}"
+        variants[key] = Variant(
+            kernel,
+            compile["signature"],
+            compile["constants"],
+            compile["configs"][0],
+            {name: compile[name] for name in options},
+            key,
+        )
+        return True
+
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.jit_cache_hook = hook
+        call()
+    return list(variants.values())
+
+
+def needs_of(variant: Variant, limits: DeviceLimits) -> Needs:
+    """Compiles a variant for a GPU of these limits.
+
+    Raises:
+        Exception: whatever the compiler raises.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
+    target = GPUTarget("cuda", limits.capability, limits.warp_size)
+    binary = triton.compile(source, target=target, options=dict(variant.options))
+    metadata = binary.metadata
+    columns = getattr(metadata, "tmem_size", None) or 0
+    return Needs(metadata.shared, columns, _stack_bytes(binary.asm["cubin"]))
+
+
+def misfit(variants: Iterable[Variant], limits: DeviceLimits) -> str | None:
+    """Returns why one of the variants cannot run on a GPU of these limits, or None.
+
+    Registers never prevent a launch: what does not fit into them goes to the stack, and only timing
+    shows whether that is slow.
+    """
+
+    def check(variant: Variant) -> str | None:
+        try:
+            needs = needs_of(variant, limits)
+        except Exception as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return f"{variant.name} does not compile for it: {first[:160]}"
+        return exceeded(variant.name, needs, limits)
+
+    workers = min(os.cpu_count() or 1, _COMPILERS)
+    with ThreadPoolExecutor(workers) as pool:
+        return next((reason for reason in pool.map(check, variants) if reason is not None), None)
+
+
+def exceeded(name: str, needs: Needs, limits: DeviceLimits) -> str | None:
+    """Returns which limit a kernel exceeds, or None."""
+    if needs.shared_bytes > limits.shared_bytes:
+        return (
+            f"{name} needs {needs.shared_bytes:,} bytes of shared memory, "
+            f"this GPU has {limits.shared_bytes:,}"
+        )
+    if needs.tensor_memory_columns > limits.tensor_memory_columns:
+        return (
+            f"{name} needs {needs.tensor_memory_columns} columns of tensor memory, "
+            f"this GPU has {limits.tensor_memory_columns}"
+        )
+    return None
+
+
+def _stack_bytes(binary: bytes) -> int:
+    """Returns the bytes of stack per thread of a compiled kernel: registers that did not fit."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(usage.split("STACK:")[1].split()[0])

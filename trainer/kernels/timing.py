@@ -1,0 +1,86 @@
+"""How fast is an implementation? Forward and backward together, on inputs that no cache holds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.kernel_cases import Case, Function
+
+MIN_GAIN = 0.03
+"""An implementation replaces the eager one if it takes less time by this share: power limits and
+other users move times by as much."""
+_WARM_UPS, _MAX_CALLS, _MIN_CALLS = 3, 30, 5
+_BUDGET_MS = 500.0
+_MAX_COPIES = 16
+
+
+class Clock(Protocol):
+    """Measures one call on the device."""
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        """Runs the call to its end and returns its milliseconds."""
+
+
+class EventClock:
+    """Measures with CUDA events, which the device records in order."""
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        """Runs the call to its end and returns its milliseconds."""
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop))
+
+
+def l2_bytes(device: torch.device) -> int:
+    """Returns the size of a device's last cache; 0 on a CPU, whose times are not compared."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def milliseconds(case: Case, function: Function, clock: Clock, cache_bytes: int) -> float:
+    """Returns the median time of forward, and of backward where the case has one.
+
+    Calls take turns among copies of the inputs that are together larger than twice the cache.
+    """
+    size = sum(x.numel() * x.element_size() for x in case.leaves.values())
+    copies = min(2 * cache_bytes // max(size, 1) + 1, _MAX_COPIES)
+    inputs = [_copy(case) for _ in range(copies)]
+    grads = _output_gradients(case, function, inputs[0])
+
+    def call(number: int) -> None:
+        leaves = inputs[number % copies]
+        with torch.set_grad_enabled(case.differentiable):
+            out = function(*leaves)
+        if case.differentiable:
+            outputs = out if isinstance(out, tuple) else (out,)
+            torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+
+    for number in range(_WARM_UPS):
+        clock(partial(call, number))
+    times: list[float] = []
+    while len(times) < _MAX_CALLS and (len(times) < _MIN_CALLS or sum(times) < _BUDGET_MS):
+        number = _WARM_UPS + len(times)
+        times.append(clock(partial(call, number)))
+    return statistics.median(times)
+
+
+def _copy(case: Case) -> list[Tensor]:
+    return [x.clone().requires_grad_(case.differentiable) for x in case.leaves.values()]
+
+
+def _output_gradients(case: Case, function: Function, leaves: list[Tensor]) -> list[Tensor]:
+    if not case.differentiable:
+        return []
+    out = function(*leaves)
+    outputs = out if isinstance(out, tuple) else (out,)
+    return [torch.ones_like(x) if x.dim() == 0 else torch.randn_like(x) for x in outputs]

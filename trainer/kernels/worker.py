@@ -1,0 +1,57 @@
+"""Checks one operation in a process of its own, which may hang or die without harm.
+
+The problem comes as JSON on standard input; the verdict goes as JSON into a file, which appears
+whole. Messages of compilers and drivers may go to both standard outputs.
+
+    python -m trainer.kernels.worker --operation NAME --device INDEX --verdict FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from trainer.files import write_synced
+from trainer.kernels.check import problem_from_json
+from trainer.kernels.examine import Bench, check_operation
+from trainer.kernels.fit import device_limits, misfit, record_variants
+from trainer.kernels.timing import EventClock, l2_bytes
+from trainer.kernels.verdict import Verdict
+
+
+def gpu_bench(index: int) -> Bench:
+    """Returns the bench of a GPU, which it makes the current one."""
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    limits = device_limits(index)
+    return Bench(
+        device, lambda call: misfit(record_variants(call), limits), EventClock(), l2_bytes(device)
+    )
+
+
+def write_verdict(path: Path, verdict: Verdict) -> None:
+    """The file appears whole."""
+    aside = path.with_name(path.name + ".new")
+    write_synced(aside, json.dumps(asdict(verdict)))
+    aside.replace(path)
+
+
+def main() -> None:
+    """Checks the operation on the GPU."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--operation", required=True)
+    parser.add_argument("--device", type=int, required=True)
+    parser.add_argument("--verdict", type=Path, required=True)
+    arguments = parser.parse_args()
+    problem = problem_from_json(sys.stdin.read())
+    bench = gpu_bench(arguments.device)
+    write_verdict(arguments.verdict, check_operation(arguments.operation, problem, bench))
+
+
+if __name__ == "__main__":
+    main()
