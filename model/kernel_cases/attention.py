@@ -27,13 +27,17 @@ from model.kernel_cases.case import (
     sees,
     visible_entries,
 )
-from model.kernels.attention import AttentionInputs
-from model.kernels.attention.eager import eager_attention, eager_entry_probability_mass
+from model.kernels.attention import (
+    AttentionInputs,
+    attention_with_lse2,
+    entry_probability_mass,
+)
 from model.kernels.attention.naive import (
     naive_attention,
     naive_probabilities,
     naive_selection_mask,
 )
+from model.kernels.operations import Choice
 
 _NAIVE_HEADS = 8
 """Heads whose dense probabilities are in memory at once."""
@@ -187,10 +191,12 @@ def attention_case(
     leaves, selected = _inputs(sizes, kind, k)
     call = _Call(sizes, kind, selected)
 
-    def triton(blocks: Blocks) -> Function:
-        own = parts_triton.Blocks(**blocks) if blocks else None
+    def function(choice: Choice) -> Function:
+        if choice.name != "triton":
+            return lambda *x: attention_with_lse2(call.inputs(*x), choice)[0]
+        blocks = parts_triton.Blocks(**choice.blocks) if choice.blocks else None
         return lambda *x: forward_triton.attention(
-            call.inputs(*x), deterministic=deterministic, blocks=own
+            call.inputs(*x), deterministic=deterministic, blocks=blocks
         )[0]
 
     pairs = _pairs(sizes, kind, k)
@@ -201,8 +207,7 @@ def attention_case(
     return Case(
         name,
         leaves,
-        eager=lambda *x: eager_attention(call.inputs(*x))[0],
-        triton=triton,
+        function,
         naive=call.naive if sizes.dense else None,
         repeatable=selected is None or deterministic,
         weight=layers_of(sizes.config, kind),
@@ -216,33 +221,21 @@ def mass_case(sizes: Sizes, k: int | None, stop: int | None = None) -> Case:
 
     The mass is computed from attention's own log-sum-exp, which is thereby compared as well.
     """
-    from model.kernels.attention import forward_triton, parts_triton, probability_mass_triton
-
     leaves, selected = _inputs(sizes, "csa", k)
     call = _Call(sizes, "csa", selected)
-    columns = {} if stop is None else {"stop": stop}
 
-    def eager(*x: Tensor) -> Tensor:
-        inputs = call.inputs(*x)
-        return eager_entry_probability_mass(inputs, eager_attention(inputs)[1], **columns)
-
-    def triton(blocks: Blocks) -> Function:
-        own = parts_triton.Blocks(**blocks) if blocks else None
-
-        def function(*x: Tensor) -> Tensor:
+    def function(choice: Choice) -> Function:
+        def mass(*x: Tensor) -> Tensor:
             inputs = call.inputs(*x)
-            _, lse2 = forward_triton.attention(inputs, blocks=own)
-            return probability_mass_triton.entry_probability_mass(
-                inputs, lse2, blocks=own, **columns
-            )
+            _, lse2 = attention_with_lse2(inputs, choice)
+            return entry_probability_mass(inputs, lse2, stop=stop, choice=choice)
 
-        return function
+        return mass
 
     return Case(
         "probability mass of " + ("all entries" if selected is None else "selected entries"),
         leaves,
-        eager=eager,
-        triton=triton,
+        function,
         naive=call.naive_mass if sizes.dense else None,
         differentiable=False,
         weight=0.0,

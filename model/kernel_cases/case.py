@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import LayerType, ModelConfig
+from model.kernels.operations import EAGER, Choice
 from model.layout import SampleLayout
 from model.positions import Positions
 
@@ -124,15 +125,12 @@ class Case:
         name: e.g. "window layers"; the operation is named apart from it.
         leaves: the inputs by name. Gradients of all of them are compared if `differentiable`.
         naive: the readable implementation, for leaves in float64; None where `Sizes.dense` is off,
-            or where `eager` is exact.
-        eager: plain PyTorch, which also takes leaves in fp32.
-        triton: (block sizes) -> the implementation in Triton with them.
-        compiled: the implementation under torch.compile, where there is one.
-        libraries: implementations of installed libraries, by name.
+            or where the eager version is exact.
+        function: (choice) -> that implementation. The eager one takes leaves in fp32 as well.
         outputs: names of the outputs.
         differentiable: whether every floating-point output has a gradient in every leaf.
         repeatable: whether Triton promises the same bits at every run.
-        exact: whether outputs equal those of `eager` to the bit.
+        exact: whether outputs equal those of the eager version to the bit.
         selection: set where the output is a selection of entries.
         weight: how often a pass of the model runs it, e.g. the number of layers; 0 if it is
             compared but not timed.
@@ -141,11 +139,8 @@ class Case:
 
     name: str
     leaves: Mapping[str, Tensor]
-    eager: Function
-    triton: Callable[[Blocks], Function]
+    function: Callable[[Choice], Function]
     naive: Function | None = None
-    compiled: Function | None = None
-    libraries: Mapping[str, Function] = field(default_factory=dict)
     outputs: tuple[str, ...] = ("output",)
     differentiable: bool = True
     repeatable: bool = True
@@ -154,6 +149,11 @@ class Case:
     weight: float = 1.0
     forward: Work | None = None
     backward: Work | None = None
+
+    @property
+    def eager(self) -> Function:
+        """The eager implementation."""
+        return self.function(EAGER)
 
 
 MakeCase = Callable[[], Case]

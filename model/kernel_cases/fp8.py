@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from model.kernel_cases.case import Case, Function, MakeCase, Sizes, Work
+from model.kernels import fp8
 from model.kernels.block_sizes import FP8_BLOCK
 from model.kernels.fp8 import eager
+from model.kernels.operations import Choice
 
 _RANKS = 8
 """The experts of one of so many expert-parallel ranks are timed, with the rows that it receives."""
@@ -68,8 +70,7 @@ def rounding_case(sizes: Sizes) -> Case:
     return Case(
         "rounding of rows and columns",
         {"rows": x},
-        eager=reference,
-        triton=lambda blocks: triton,
+        lambda choice: triton if choice.name == "triton" else reference,
         outputs=("rows", "columns"),
         differentiable=False,
         exact=True,
@@ -83,6 +84,9 @@ def weight_rounding_case(sizes: Sizes, transposed: bool) -> Case:
 
     shape = (2, sizes.config.moe_intermediate_size, sizes.config.hidden_size)
 
+    def reference(weight: Tensor) -> Tensor:
+        return eager.quantise_dequantise(weight, FP8_BLOCK, FP8_BLOCK).float()
+
     def triton(weight: Tensor) -> Tensor:
         codes, scales = quantise_weight(weight, transposed=transposed)
         for dim in (1, 2):
@@ -94,8 +98,7 @@ def weight_rounding_case(sizes: Sizes, transposed: bool) -> Case:
     return Case(
         "rounding of weights" + (", transposed" if transposed else ""),
         {"weight": sizes.draw()(*shape)},
-        eager=lambda w: eager.quantise_dequantise(w, FP8_BLOCK, FP8_BLOCK).float(),
-        triton=lambda blocks: triton,
+        lambda choice: triton if choice.name == "triton" else reference,
         differentiable=False,
         exact=True,
         weight=0.0,
@@ -104,8 +107,6 @@ def weight_rounding_case(sizes: Sizes, transposed: bool) -> Case:
 
 def linear_case(sizes: Sizes) -> Case:
     """Makes attention's wo_b, a layer's largest linear."""
-    from model.kernels.fp8 import matmul_triton
-
     config, draw = sizes.config, sizes.draw()
     inputs, outputs = config.o_groups * config.o_lora_rank, config.hidden_size
     leaves = {
@@ -114,15 +115,11 @@ def linear_case(sizes: Sizes) -> Case:
     }
     ends = [sizes.tokens]
 
-    def of(batched: Function) -> Function:
-        return lambda x, w: batched(x[None], w[None])[0]
-
     flops = float(sizes.tokens) * inputs * outputs
     return Case(
         "linear",
         leaves,
-        eager=of(eager.eager_batched),
-        triton=lambda blocks: of(matmul_triton.batched),
+        lambda choice: lambda x, w: fp8.linear(x, w, choice),
         naive=(lambda x, w: _Exact.apply(x, w[None], ends)) if sizes.dense else None,
         weight=5.0 * len(config.layer_types),
         # The tensor cores multiply FP8 at twice the rate of bf16: one FLOP counts as half.
@@ -133,8 +130,6 @@ def linear_case(sizes: Sizes) -> Case:
 
 def experts_case(sizes: Sizes) -> Case:
     """Makes the routed experts' w1. Rows after the last expert's are NaN, as nothing reads them."""
-    from model.kernels.fp8 import matmul_triton
-
     config, draw = sizes.config, sizes.draw()
     experts = 5 if sizes.dense else max(config.n_routed_experts // _RANKS, 1)
     inner, dim = config.moe_intermediate_size, config.hidden_size
@@ -147,20 +142,18 @@ def experts_case(sizes: Sizes) -> Case:
         "weight": draw(experts, inner, dim, scale=dim**-0.5),
     }
 
-    def of(grouped: Function) -> Function:
-        def function(x: Tensor, weight: Tensor) -> Tensor:
+    def function(choice: Choice) -> Function:
+        def matmul(x: Tensor, weight: Tensor) -> Tensor:
             x = torch.cat([x, x.new_full((_ALIGNMENT, dim), torch.nan)])
-            out: Tensor = grouped(x, weight, ends_E)
-            return out[:live]
+            return fp8.grouped(x, weight, ends_E, choice)[:live]
 
-        return function
+        return matmul
 
     flops = float(live) * inner * dim
     return Case(
         "experts",
         leaves,
-        eager=of(eager.eager_grouped),
-        triton=lambda blocks: of(matmul_triton.grouped),
+        function,
         naive=(lambda x, w: _Exact.apply(x, w, ends)) if sizes.dense else None,
         weight=3.0 * len(config.layer_types),
         forward=Work(flops, 2.0 * (live * (inner + dim) + experts * inner * dim)),

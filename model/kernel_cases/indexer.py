@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from model.config import ModelConfig
 from model.kernel_cases.case import (
     Blocks,
     Case,
-    Function,
     MakeCase,
     Selection,
     Sizes,
@@ -27,10 +25,8 @@ from model.kernel_cases.case import (
     visible_entries,
 )
 from model.kernels.attention.naive import naive_selection_mask
-from model.kernels.indexer import IndexerInputs, KLTarget, indexer_objective
-from model.kernels.indexer.loss_eager import eager_objective
+from model.kernels.indexer import IndexerInputs, KLTarget, indexer_objective, select_topk
 from model.kernels.indexer.naive import naive_query_divergences, naive_scores
-from model.kernels.indexer.select_eager import eager_select_topk
 
 
 def indexer_cases(sizes: Sizes) -> Iterator[MakeCase]:
@@ -67,16 +63,11 @@ def _leaves(sizes: Sizes) -> dict[str, Tensor]:
 
 def selection_case(sizes: Sizes, k: int) -> Case:
     """Makes the selection of the k best entries of every query."""
-    from model.kernels.indexer import select_triton
-
     leaves, ranges = _leaves(sizes), sizes.positions.ranges("csa")
     assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
 
     def scores(x: Sequence[Tensor], rows: slice) -> Tensor:
         return naive_scores(x[0][rows], x[1], x[2][rows])
-
-    def triton(blocks: Blocks) -> Function:
-        return lambda *x: select_triton.select_topk(IndexerInputs(*x), ranges, k, **blocks)
 
     config, visible = sizes.config, visible_entries(sizes, "csa")
     pairs = float(visible[visible > k].sum())
@@ -84,8 +75,7 @@ def selection_case(sizes: Sizes, k: int) -> Case:
     return Case(
         f"selection of {k} entries",
         leaves,
-        eager=lambda *x: eager_select_topk(IndexerInputs(*x), ranges, k),
-        triton=triton,
+        lambda choice: lambda *x: select_topk(IndexerInputs(*x), ranges, k, choice),
         outputs=("selection",),
         differentiable=False,
         selection=Selection(scores, ranges.entry_start_T, ranges.entry_end_T),
@@ -99,8 +89,6 @@ def loss_case(sizes: Sizes, k: int | None) -> Case:
 
     Forward computes the gradients as well, backward only scales them.
     """
-    from model.kernels.indexer import loss_triton
-
     leaves, ranges, draw = _leaves(sizes), sizes.positions.ranges("csa"), sizes.draw()
     start_T, end_T = ranges.entry_start_T, ranges.entry_end_T
     assert start_T is not None and end_T is not None
@@ -125,18 +113,13 @@ def loss_case(sizes: Sizes, k: int | None) -> Case:
         divergence_T = naive_query_divergences(q, keys, weights, mass_TC.to(q.dtype), sees_TC)
         return (divergence_T * share_T).sum()
 
-    def triton(blocks: Blocks) -> Function:
-        compute: Any = partial(loss_triton.objective, **dict[str, Any](blocks))
-        return lambda *x: indexer_objective(IndexerInputs(*x), target, share_T, compute)
-
     config, visible = sizes.config, visible_entries(sizes, "csa")
     pairs = float((visible if k is None else visible.clip(max=k)).sum())
     moved = leaves["queries"].numel() * 2.0 + leaves["weights"].numel() * 4 + 4 * pairs
     return Case(
         "objective over " + ("all entries" if k is None else "selected entries"),
         leaves,
-        eager=lambda *x: indexer_objective(IndexerInputs(*x), target, share_T, eager_objective),
-        triton=triton,
+        lambda choice: lambda *x: indexer_objective(IndexerInputs(*x), target, share_T, choice),
         naive=naive if sizes.dense else None,
         weight=layers_of(config, "csa"),
         forward=Work(8 * config.index_n_heads * config.index_head_dim * pairs, 3 * moved),

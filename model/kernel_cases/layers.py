@@ -12,23 +12,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from model.kernel_cases.case import Blocks, Case, Function, MakeCase, Sizes, Work, layers_of
-from model.kernels.compressor.eager import eager_pool_windows
+from model.kernel_cases.case import Case, Function, MakeCase, Sizes, Work, layers_of
+from model.kernels.compressor import pool_windows
 from model.kernels.compressor.naive import naive_pool_windows
 from model.kernels.cross_entropy import linear_cross_entropy
 from model.kernels.cross_entropy.eager import eager_softmax_loss
 from model.kernels.cross_entropy.naive import naive_linear_cross_entropy, naive_softmax_loss
-from model.kernels.hyper_connection.eager import eager_read_streams, eager_write_streams
+from model.kernels.hyper_connection import collapse_streams, read_streams, write_streams
 from model.kernels.hyper_connection.naive import (
     naive_collapse_streams,
     naive_read_streams,
     naive_write_streams,
 )
-from model.kernels.norm.eager import eager_rms_norm, eager_rotate
+from model.kernels.norm import rms_norm, rotate
 from model.kernels.norm.naive import naive_rms_norm, naive_rotate
-from model.kernels.permute.eager import eager_unpermute
+from model.kernels.operations import Choice
+from model.kernels.permute import unpermute_rows
 from model.kernels.permute.naive import naive_unpermute_rows
-from model.kernels.swiglu.eager import eager_clamped_swiglu
+from model.kernels.swiglu import clamped_swiglu
 from model.kernels.swiglu.naive import naive_clamped_swiglu
 
 IGNORE_INDEX = -100
@@ -38,17 +39,6 @@ _NAIVE_ROWS = 333
 
 def _rows(sizes: Sizes) -> int:
     return min(sizes.tokens, _NAIVE_ROWS) if sizes.dense else sizes.tokens
-
-
-def _compiled(name: str) -> Function:
-    """Returns a function of `model.kernels.compiled`; the call imports torch's compiler."""
-
-    def function(*inputs: Any) -> Any:
-        from model.kernels import compiled
-
-        return getattr(compiled, name)(*inputs)
-
-    return function
 
 
 def compressor_cases(sizes: Sizes) -> Iterator[MakeCase]:
@@ -61,7 +51,6 @@ def compressor_cases(sizes: Sizes) -> Iterator[MakeCase]:
 
 def compressor_case(sizes: Sizes, kind: Literal["csa", "hca"]) -> Case:
     """Makes the pooling of windows of one kind of layer."""
-    from model.kernels.compressor import pool_triton
 
     config, draw, m = sizes.config, sizes.draw(), sizes.config.compress_ratio(kind)
     entries, tokens = sizes.layout.entries(m), sizes.tokens
@@ -73,14 +62,10 @@ def compressor_case(sizes: Sizes, kind: Literal["csa", "hca"]) -> Case:
     }
     pooled, moved = tokens / m * config.head_dim * 4, 2.0 * tokens * width * 4
 
-    def triton(blocks: Blocks) -> Function:
-        return lambda *x: pool_triton.pool_windows(*x, *where, **dict[str, Any](blocks))
-
     return Case(
         f"{kind} layers",
         leaves,
-        eager=lambda *x: eager_pool_windows(*x, *where),
-        triton=triton,
+        lambda choice: lambda *x: partial(pool_windows, choice=choice)(*x, *where),
         naive=(lambda *x: naive_pool_windows(*x, *where)) if sizes.dense else None,
         weight=layers_of(config, kind),
         forward=Work(5.0 * tokens * width, moved + pooled),
@@ -102,7 +87,6 @@ def norm_cases(sizes: Sizes) -> Iterator[MakeCase]:
 
 def norm_case(sizes: Sizes, dim: int, rotary: int, dtype: torch.dtype) -> Case:
     """Makes the RMS norm of rows of this width and dtype, rotated if ``rotary`` is not 0."""
-    from model.kernels.norm import norm_triton
 
     draw, rows, eps = sizes.draw(), _rows(sizes), sizes.config.rms_norm_eps
     leaves = {"rows": draw(rows, dim, dtype=dtype), "weight": draw(dim, dtype=torch.float32)}
@@ -117,10 +101,8 @@ def norm_case(sizes: Sizes, dim: int, rotary: int, dtype: torch.dtype) -> Case:
     return Case(
         name + (", fp32" if dtype != sizes.dtype else ""),
         leaves,
-        eager=lambda *x: eager_rms_norm(*arguments(*x)),
-        triton=lambda blocks: lambda *x: norm_triton.rms_norm(*arguments(*x)),
+        lambda choice: lambda *x: partial(rms_norm, choice=choice)(*arguments(*x)),
         naive=(lambda x, w: naive_rms_norm(x, w, eps, rotation)) if sizes.dense else None,
-        compiled=lambda *x: _compiled("rms_norm")(*arguments(*x)),
         weight=2.0 * len(sizes.config.layer_types),
         forward=Work(5 * moved, 2 * moved),
         backward=Work(12 * moved, 3 * moved),
@@ -129,7 +111,6 @@ def norm_case(sizes: Sizes, dim: int, rotary: int, dtype: torch.dtype) -> Case:
 
 def rotation_case(sizes: Sizes) -> Case:
     """Makes the rotation of the indexer's queries."""
-    from model.kernels.norm import norm_triton
 
     config, draw, rows = sizes.config, sizes.draw(), _rows(sizes)
     x = draw(rows, config.index_n_heads, config.index_head_dim)
@@ -138,8 +119,7 @@ def rotation_case(sizes: Sizes) -> Case:
     return Case(
         f"rotation of {config.index_n_heads} heads",
         {"rows": x},
-        eager=lambda x: eager_rotate(x, rotation),
-        triton=lambda blocks: lambda x: norm_triton.rotate(x, rotation),
+        lambda choice: lambda x: rotate(x, rotation, choice),
         naive=(lambda x: naive_rotate(x, rotation)) if sizes.dense else None,
         weight=layers_of(config, "csa"),
         forward=Work(0.0, moved),
@@ -156,7 +136,6 @@ def hyper_connection_cases(sizes: Sizes) -> Iterator[MakeCase]:
 
 def read_case(sizes: Sizes, head: bool) -> Case:
     """Makes a sub-layer's input, or the head's, from the streams, with the coefficients."""
-    from model.kernels.hyper_connection import streams_triton
 
     config, draw, tokens = sizes.config, sizes.draw(), _rows(sizes)
     dim, n = config.hidden_size, config.hc_mult
@@ -169,26 +148,23 @@ def read_case(sizes: Sizes, head: bool) -> Case:
         "scale": draw(1 if head else 3, dtype=fp32),
     }
     steps = None if head else config.hc_sinkhorn_iters
-    arguments: Any = (config.rms_norm_eps, config.hc_eps, steps)
-    eps: Any = (config.rms_norm_eps, config.hc_eps)
+    eps: dict[str, Any] = {"norm_eps": config.rms_norm_eps, "hc_eps": config.hc_eps}
 
-    def triton(*x: Any) -> Any:
-        norm_eps, hc_eps = eps
-        options: Any = {"norm_eps": norm_eps, "hc_eps": hc_eps, "iterations": steps}
-        return streams_triton.read_streams(*x, **options)
+    def function(choice: Choice) -> Function:
+        if steps is None:
+            return partial(collapse_streams, **eps, choice=choice)
+        return partial(read_streams, **eps, iterations=steps, choice=choice)
 
     def naive(*x: Any) -> Any:
         if steps is None:
-            return naive_collapse_streams(*x, *eps)
-        return naive_read_streams(*x, norm_eps=eps[0], hc_eps=eps[1], iterations=steps)
+            return naive_collapse_streams(*x, **eps)
+        return naive_read_streams(*x, **(eps | {"iterations": steps}))
 
     return Case(
         "streams summed for the head" if head else "streams read",
         leaves,
-        eager=lambda *x: eager_read_streams(*x, *arguments),
-        triton=lambda blocks: triton,
+        function,
         naive=naive if sizes.dense else None,
-        compiled=lambda *x: _compiled("read_streams")(*x, *arguments),
         outputs=("output",) if head else ("output", "post", "comb"),
         weight=1.0 if head else 2.0 * len(config.layer_types),
         forward=Work(2.0 * tokens * out * n * dim, 2.0 * tokens * dim * (n + 1)),
@@ -198,7 +174,6 @@ def read_case(sizes: Sizes, head: bool) -> Case:
 
 def write_case(sizes: Sizes) -> Case:
     """Makes the update of the streams after a sub-layer."""
-    from model.kernels.hyper_connection import streams_triton
 
     draw, tokens = sizes.draw(), _rows(sizes)
     dim, n = sizes.config.hidden_size, sizes.config.hc_mult
@@ -211,10 +186,8 @@ def write_case(sizes: Sizes) -> Case:
     return Case(
         "streams written",
         leaves,
-        eager=eager_write_streams,
-        triton=lambda blocks: streams_triton.write_streams,
+        lambda choice: partial(write_streams, choice=choice),
         naive=naive_write_streams if sizes.dense else None,
-        compiled=_compiled("write_streams"),
         weight=2.0 * len(sizes.config.layer_types),
         forward=Work(2.0 * tokens * n * (n + 1) * dim, 2.0 * tokens * dim * (2 * n + 1)),
         backward=Work(4.0 * tokens * n * (n + 1) * dim, 2.0 * tokens * dim * (3 * n + 2)),
@@ -229,7 +202,6 @@ def swiglu_cases(sizes: Sizes) -> Iterator[MakeCase]:
 
 def swiglu_case(sizes: Sizes, weighted: bool) -> Case:
     """Makes the experts' activation; some of gate and up are beyond the limit."""
-    from model.kernels.swiglu import swiglu_triton
 
     config, draw, limit = sizes.config, sizes.draw(), sizes.config.swiglu_limit
     rows, inner = _rows(sizes), config.moe_intermediate_size
@@ -239,16 +211,14 @@ def swiglu_case(sizes: Sizes, weighted: bool) -> Case:
         leaves["weight"] = draw(rows, dtype=torch.float32)
     count = float(rows * inner)
 
-    def of(function: Function) -> Function:
-        return lambda gate, up, *weight: function(gate, up, limit, *weight)
+    def arguments(gate: Tensor, up: Tensor, weight: Tensor | None = None) -> tuple[Any, ...]:
+        return gate, up, limit, weight
 
     return Case(
         "routed experts" if weighted else "shared expert",
         leaves,
-        eager=of(eager_clamped_swiglu),
-        triton=lambda blocks: of(swiglu_triton.clamped_swiglu),
-        naive=of(naive_clamped_swiglu) if sizes.dense else None,
-        compiled=of(_compiled("clamped_swiglu")),
+        lambda choice: lambda *x: partial(clamped_swiglu, choice=choice)(*arguments(*x)),
+        naive=(lambda *x: naive_clamped_swiglu(*arguments(*x))) if sizes.dense else None,
         weight=len(config.layer_types),
         forward=Work(10 * count, 6 * count),
         backward=Work(25 * count, 10 * count),
@@ -262,13 +232,14 @@ def permute_cases(sizes: Sizes) -> Iterator[MakeCase]:
 
 def combine_case(sizes: Sizes) -> Case:
     """Makes the sum of every token's expert rows, which lie in random order."""
-    from model.kernels.permute import unpermute_triton
 
     config, draw, tokens = sizes.config, sizes.draw(), _rows(sizes)
     dim, active = config.hidden_size, config.num_experts_per_tok
     # Some rows are padding, as between experts.
     y = draw(tokens * active + 15, dim)
     place = draw.permutation(len(y))[: tokens * active]
+    pair_of_row = torch.zeros(len(y), dtype=torch.int64, device=sizes.device)
+    pair_of_row[place] = torch.arange(len(place), device=sizes.device)
 
     def naive(y: Tensor) -> Tensor:
         return naive_unpermute_rows(y, place, tokens)
@@ -276,8 +247,7 @@ def combine_case(sizes: Sizes) -> Case:
     return Case(
         "combine",
         {"rows": y},
-        eager=lambda y: eager_unpermute(y, place, tokens),
-        triton=lambda blocks: lambda y: unpermute_triton.unpermute(y, place, tokens),
+        lambda choice: lambda y: unpermute_rows(y, pair_of_row, place, tokens, choice),
         naive=naive if sizes.dense else None,
         differentiable=False,
         # The forward of the combine, and the backward of the dispatch.
@@ -304,12 +274,17 @@ def _targets(sizes: Sizes, tokens: int) -> Tensor:
 
 def softmax_case(sizes: Sizes) -> Case:
     """Makes loss and gradient of a chunk of logits."""
-    from model.kernels.cross_entropy.softmax_triton import softmax_loss
 
     tokens, vocab = min(_rows(sizes), 64), sizes.config.vocab_size
     target_T, denominator = _targets(sizes, tokens), float(tokens)
 
-    def of(softmax: Function) -> Function:
+    def function(choice: Choice) -> Function:
+        softmax: Any = eager_softmax_loss
+        if choice.name == "triton":
+            from model.kernels.cross_entropy import softmax_triton
+
+            softmax = softmax_triton.softmax_loss
+            softmax = partial(softmax, **choice.blocks)
         # The gradient may overwrite the logits.
         return lambda x: softmax(x.clone(), target_T, denominator, IGNORE_INDEX, True)
 
@@ -323,8 +298,7 @@ def softmax_case(sizes: Sizes) -> Case:
     return Case(
         f"softmax over {vocab} tokens",
         {"logits": sizes.draw()(tokens, vocab, scale=8.0)},
-        eager=of(eager_softmax_loss),
-        triton=lambda blocks: of(softmax_loss),
+        function,
         naive=naive,
         outputs=("loss", "gradient"),
         differentiable=False,
@@ -334,14 +308,13 @@ def softmax_case(sizes: Sizes) -> Case:
 
 def head_case(sizes: Sizes) -> Case:
     """Makes the output head with its loss, forward and backward."""
-    from model.kernels.cross_entropy.softmax_triton import softmax_loss
 
     config, draw, tokens = sizes.config, sizes.draw(), _rows(sizes)
     dim, vocab = config.hidden_size, config.vocab_size
     target_T, denominator = _targets(sizes, tokens), float(tokens)
 
-    def of(softmax: Function) -> Function:
-        return lambda h, w: linear_cross_entropy(h, w, target_T, denominator, IGNORE_INDEX, softmax)
+    def function(choice: Choice) -> Function:
+        return lambda h, w: linear_cross_entropy(h, w, target_T, denominator, IGNORE_INDEX, choice)
 
     def naive(h: Tensor, w: Tensor) -> Tensor:
         return naive_linear_cross_entropy(h, w, target_T, denominator, IGNORE_INDEX)
@@ -349,8 +322,7 @@ def head_case(sizes: Sizes) -> Case:
     return Case(
         "head and loss",
         {"hidden": draw(tokens, dim), "weight": draw(vocab, dim, scale=2 * dim**-0.5)},
-        eager=of(eager_softmax_loss),
-        triton=lambda blocks: of(softmax_loss),
+        function,
         naive=naive if sizes.dense else None,
         forward=Work(6.0 * tokens * dim * vocab, 2.0 * (2 * tokens * dim + 3 * vocab * dim)),
     )

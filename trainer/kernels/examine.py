@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from model import ModelConfig
-from model.kernel_cases import CASES, RAGGED, Blocks, Case, Function, MakeCase, Sizes
+from model.kernel_cases import CASES, RAGGED, Case, MakeCase, Sizes
+from model.kernels.operations import IMPLEMENTATIONS, Choice
 from trainer.kernels.compare import fault_of, reference_of, results
 from trainer.kernels.syrk_cases import BLOCK_CHOICES, syrk_cases
 from trainer.kernels.timing import MIN_GAIN, Clock, milliseconds
@@ -19,26 +20,6 @@ SEEDS = (0, 1, 2)
 _LARGE_TOKENS = 8192
 _LARGE_NUMBERS = 1 << 28
 """Of the queries: in fp32, with their gradients and eager copies, about 6 GiB."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An implementation to try: its name in the verdict, and its block sizes if it is Triton's."""
-
-    name: str
-    blocks: Blocks
-
-    def function(self, case: Case) -> Function:
-        """Returns its function for a case; the eager one where it has none."""
-        if self.name == "triton":
-            return case.triton(self.blocks)
-        if self.name == "compile":
-            return case.compiled or case.eager
-        return case.libraries.get(self.name, case.eager)
-
-    def __str__(self) -> str:
-        sizes = ", ".join(f"{name} {size}" for name, size in self.blocks.items())
-        return f"{self.name} ({sizes})" if sizes else self.name
 
 
 @dataclass(frozen=True)
@@ -68,15 +49,11 @@ def cases_of(operation: str, problem: Problem, sizes: Sizes) -> Iterator[MakeCas
     return CASES[operation].cases(sizes)
 
 
-def candidates_of(operation: str, config: ModelConfig, cases: Sequence[Case]) -> list[Candidate]:
+def candidates_of(operation: str, config: ModelConfig) -> list[Choice]:
     """Returns what may replace the eager version: Triton with its block sizes, and others."""
     blocks = BLOCK_CHOICES if operation == "syrk" else CASES[operation].block_choices(config)
-    names = [name for case in cases for name in case.libraries]
-    if any(case.compiled for case in cases):
-        names.append("compile")
-    return [Candidate("triton", choice) for choice in blocks] + [
-        Candidate(name, {}) for name in dict.fromkeys(names)
-    ]
+    others = [name for name in IMPLEMENTATIONS[operation] if name not in ("eager", "triton")]
+    return [*(Choice("triton", some) for some in blocks), *(Choice(name) for name in others)]
 
 
 def sizes_of(problem: Problem, bench: Bench) -> tuple[Sizes, Sizes]:
@@ -95,7 +72,7 @@ def sizes_of(problem: Problem, bench: Bench) -> tuple[Sizes, Sizes]:
 class Examination:
     """The candidates of an operation: why each was refused, and errors and times of the others."""
 
-    def __init__(self, candidates: Sequence[Candidate]) -> None:
+    def __init__(self, candidates: Sequence[Choice]) -> None:
         self.refused: dict[int, str] = {}
         self.candidates = candidates
         self.errors: dict[int, tuple[float, float]] = {}
@@ -104,7 +81,7 @@ class Examination:
         self.eager_time = 0.0
 
     @property
-    def remaining(self) -> list[tuple[int, Candidate]]:
+    def remaining(self) -> list[tuple[int, Choice]]:
         """Those not refused yet."""
         return [(i, c) for i, c in enumerate(self.candidates) if i not in self.refused]
 
@@ -114,9 +91,9 @@ class Examination:
             if candidate.name != "triton":
                 continue
 
-            def call(candidate: Candidate = candidate) -> None:
+            def call(candidate: Choice = candidate) -> None:
                 for case in cases:
-                    results(case, candidate.function(case))
+                    results(case, case.function(candidate))
 
             if (reason := bench.misfit(call)) is not None:
                 self.refused[index] = reason
@@ -127,7 +104,7 @@ class Examination:
         self.eager_errors = _largest(self.eager_errors, reference.errors)
         for index, candidate in self.remaining:
             try:
-                fault, errors = fault_of(case, candidate.function(case), reference)
+                fault, errors = fault_of(case, case.function(candidate), reference)
             except Exception as error:
                 self.refused[index] = _failure(case, error)
                 continue
@@ -143,7 +120,7 @@ class Examination:
         self.eager_time += case.weight * milliseconds(case, case.eager, clock, cache)
         for index, candidate in self.remaining:
             try:
-                time = milliseconds(case, candidate.function(case), clock, cache)
+                time = milliseconds(case, case.function(candidate), clock, cache)
             except Exception as error:
                 self.refused[index] = _failure(case, error)
                 continue
@@ -189,7 +166,7 @@ def check_operation(
     operation: str,
     problem: Problem,
     bench: Bench,
-    candidates: Callable[[str, ModelConfig, Sequence[Case]], list[Candidate]] = candidates_of,
+    candidates: Callable[[str, ModelConfig], list[Choice]] = candidates_of,
 ) -> Verdict:
     """Returns the verdict on one operation.
 
@@ -201,7 +178,7 @@ def check_operation(
     """
     ragged, large = sizes_of(problem, bench)
     cases = [make() for make in cases_of(operation, problem, ragged)]
-    examination = Examination(candidates(operation, ragged.config, cases))
+    examination = Examination(candidates(operation, ragged.config))
     examination.fit(cases, bench)
     del cases
     for seed in bench.seeds:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from model.kernel_cases import Blocks, Case, Function, MakeCase, Sizes
+from model.kernels.operations import Choice
 
 BLOCK_CHOICES: tuple[Blocks, ...] = (
     {"block": 128, "block_k": 64},
@@ -43,11 +43,17 @@ def syrk_case(sizes: Sizes, shape: tuple[int, int, int], adds: bool) -> Case:
         c = draw(count, rows, rows, scale=0.5)
         leaves["c"] = c + c.mT
 
-    def of(product: Function) -> Function:
-        def function(a: Tensor, c: Tensor | None = None) -> Tensor:
-            return product(a.new_empty(count, rows, rows), a, c, beta, alpha)
+    def function(choice: Choice) -> Function:
+        product: Any = syrk.syrk_
+        if choice.name == "triton":
+            product = syrk_triton.syrk_
+            product = partial(product, **choice.blocks)
 
-        return function
+        def of_new(a: Tensor, c: Tensor | None = None) -> Tensor:
+            out: Tensor = product(a.new_empty(count, rows, rows), a, c, beta, alpha)
+            return out
+
+        return of_new
 
     def naive(a: Tensor, c: Tensor | None = None) -> Tensor:
         square = alpha * a @ a.mT
@@ -56,13 +62,7 @@ def syrk_case(sizes: Sizes, shape: tuple[int, int, int], adds: bool) -> Case:
     return Case(
         f"{rows} x {columns}" + (" with an addend" if adds else ""),
         leaves,
-        eager=of(syrk.syrk_),
-        triton=lambda blocks: of(lambda *x: syrk_triton.syrk_(*x, **dict[str, Any](blocks))),
+        function,
         naive=naive if sizes.dense else None,
         differentiable=False,
     )
-
-
-def has_matrices(matrices: tuple[tuple[int, int], ...], dtype: torch.dtype) -> bool:
-    """Returns whether Muon updates any matrices in a dtype that the kernel takes."""
-    return bool(matrices) and dtype in (torch.bfloat16, torch.float16)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from model import ModelConfig
-from model.kernel_cases import CASES, Case
-from model.kernels.operations import OPERATIONS
+from model.kernel_cases import CASES
+from model.kernels.operations import OPERATIONS, Choice
 from tests.model.kernels.interpreter import interpreted
 from tests.model.tiny import tiny_config
 from tests.trainer.kernels.broken import broken
-from trainer.kernels.examine import Bench, Candidate, candidates_of, check_operation
+from trainer.kernels.examine import Bench, candidates_of, check_operation
 from trainer.kernels.verdict import Problem, Verdict
 
 SAMPLES = (1, 2, 37, 3, 24)
@@ -43,9 +43,9 @@ def problem_of(operation: str, **changes: Any) -> Problem:
     return replace(problem, **changes)
 
 
-def first_triton(operation: str, config: ModelConfig, cases: Sequence[Case]) -> list[Candidate]:
+def first_triton(operation: str, config: ModelConfig) -> list[Choice]:
     """Triton with its own block sizes alone."""
-    return candidates_of(operation, config, cases)[:1]
+    return candidates_of(operation, config)[:1]
 
 
 def verdict_on(operation: str, bench: Bench = BENCH, **changes: Any) -> Verdict:

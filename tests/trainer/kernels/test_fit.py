@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from model.kernel_cases import CASES, Sizes
+from model.kernels.operations import Choice
 from tests.model.kernels.interpreter import compiled
 from tests.model.tiny import tiny_config
 from tests.trainer.kernels.target import target
@@ -22,7 +23,9 @@ def variants_of(operation: str, blocks: Mapping[str, int]) -> list[Variant]:
     variants: dict[str, Variant] = {}
     for make in CASES[operation].cases(sizes):
         case = make()
-        for variant in record_variants(lambda c=case: results(c, c.triton(blocks))):
+        for variant in record_variants(
+            lambda c=case: results(c, c.function(Choice("triton", blocks)))
+        ):
             variants[variant.key] = variant
     return list(variants.values())
 

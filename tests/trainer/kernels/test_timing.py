@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from model.kernel_cases import Case
-from trainer.kernels.examine import Bench, Candidate, Examination
+from model.kernels.operations import Choice
+from trainer.kernels.examine import Bench, Examination
 from trainer.kernels.timing import milliseconds
 
 LEAVES = {"x": torch.ones(64, 32), "w": torch.ones(32)}
@@ -37,8 +38,7 @@ def case_of(weight: float = 1.0, differentiable: bool = True) -> Case:
     return Case(
         "a square",
         LEAVES,
-        square,
-        lambda blocks: square,
+        lambda choice: square,
         weight=weight,
         differentiable=differentiable,
     )
@@ -80,7 +80,7 @@ def test_backward_is_timed_with_forward(differentiable):
 
 def chosen(eager: float, *times: float) -> tuple[str, dict[str, int], str]:
     """The choice among eager and Triton with blocks of 1, 2, ... that take these times."""
-    candidates = [Candidate("triton", {"block": i + 1}) for i in range(len(times))]
+    candidates = [Choice("triton", {"block": i + 1}) for i in range(len(times))]
     examination = Examination(candidates)
     clock = Clock(*[t for time in (eager, *times) for t in [time] * 8])
     bench = Bench(torch.device("cpu"), lambda call: None, clock, 0)
@@ -108,7 +108,7 @@ def test_a_slower_kernel_is_right_and_not_chosen():
 
 
 def test_times_count_as_often_as_a_model_runs_them():
-    examination = Examination([Candidate("triton", {})])
+    examination = Examination([Choice("triton", {})])
     bench = Bench(torch.device("cpu"), lambda call: None, Clock(200.0), 0)
     for weight in (3.0, 0.0, 1.0):
         examination.compare(case_of(weight))
