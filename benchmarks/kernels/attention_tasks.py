@@ -1,4 +1,7 @@
-"""Attention, entries' probability mass, indexer, its loss and compressor: tasks for a benchmark."""
+"""Attention, entries' probability mass, indexer, its loss and compressor: tasks for a benchmark.
+
+Inputs and implementations are those of model/kernel_cases, by which a check compares the kernels.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from model import ModelConfig, SampleLayout
-from model.kernels.attention import AttentionInputs
-from model.kernels.attention.eager import eager_attention, eager_entry_probability_mass
-from model.kernels.compressor.eager import eager_pool_windows
-from model.kernels.indexer import IndexerInputs, KLTarget, indexer_objective
-from model.kernels.indexer.select_eager import eager_select_topk
+from model import ModelConfig
+from model.kernel_cases import Case, Sizes, Work
+from model.kernel_cases.attention import attention_case, mass_case
+from model.kernel_cases.indexer import loss_case, selection_case
+from model.kernel_cases.layers import compressor_case
 from model.kernels.operations import Choice
-from model.positions import Positions
 from trainer.config import load_config
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 EAGER_ROWS, COMPILED_ROWS = 65536, 4096
 """The eager version loops on the host, and the compiler unrolls the loop: neither is timed on
 longer rows."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """The minimum FLOPs and bytes of one pass."""
-
-    flops: float
-    bytes: float
+_MASS_ENTRIES = 4096
+"""The KL target is evaluated for blocks of at most so many entries."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +51,11 @@ def randn(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return torch.randn(shape, device=DEVICE, dtype=dtype)
 
 
+def sizes_of(config: ModelConfig, row: int) -> Sizes:
+    """Returns the sizes of one row that is one sample; what a deterministic run does is timed."""
+    return Sizes(config, (row,), DTYPE, torch.device(DEVICE), deterministic=True)
+
+
 def eager_versions(eager: Callable[..., Tensor], row: int) -> dict[str, Callable[..., Tensor]]:
     """Returns the eager version, plain and compiled, unless the row is too long for them."""
     versions: dict[str, Callable[..., Tensor]] = {}
@@ -67,91 +66,45 @@ def eager_versions(eager: Callable[..., Tensor], row: int) -> dict[str, Callable
     return versions
 
 
+def task_of(case: Case, name: str, row: int, **others: Callable[..., Tensor]) -> Task:
+    """Makes a task of a case; of several outputs the first is timed. ``others`` are added.
+
+    ``row`` decides whether eager versions are timed; 0 where the eager version has no loop.
+    """
+    assert case.forward is not None
+
+    def first(function: Callable[..., Any]) -> Callable[..., Tensor]:
+        def call(*x: Tensor) -> Tensor:
+            out = function(*x)
+            return out[0] if isinstance(out, tuple) else out
+
+        return call
+
+    implementations = {"triton": first(case.function(Choice("triton"))), **others}
+    implementations |= eager_versions(first(case.eager), row)
+    leaves = list(case.leaves.values())
+    return Task(name, leaves, implementations, case.forward, case.backward)
+
+
 def attention_task(config: ModelConfig, kind: Any, row: int) -> Task:
     """Makes the core attention of one layer type, on one row that is one sample."""
-    from model.kernels.attention import forward_triton
-
-    positions = Positions.of_microbatch(config, SampleLayout.from_lengths([[row]], device=DEVICE))
-    ranges, rotation = positions.ranges(kind), positions.rotation(kind)
-    heads, dim, window = config.num_attention_heads, config.head_dim, config.sliding_window
-    leaves = [randn(row, heads, dim), randn(row, dim), randn(heads, dtype=torch.float32)]
-    keys = np.minimum(np.arange(row) + 1, window).astype(float)
-    selected = None
-    if kind != "window":
-        visible = np.asarray(ranges.host_entry_end_T) - np.asarray(ranges.host_entry_start_T)
-        leaves.insert(2, randn(row // config.compress_ratio(kind), dim))
-        if kind == "csa" and visible.max() > config.index_topk:
-            selected = random_choice(ranges.entry_end_T, row, config.index_topk)
-            visible = np.minimum(visible, config.index_topk)
-        keys += visible
-
-    def inputs(q: Tensor, kv: Tensor, *rest: Tensor) -> AttentionInputs:
-        entries = rest[0] if len(rest) == 2 else None
-        where = rotation, ranges, selected
-        eps = config.rms_norm_eps
-        return AttentionInputs(q, kv, entries, rest[-1], *where, window=window, norm_eps=eps)
-
-    def triton(deterministic: bool) -> Callable[..., Tensor]:
-        return lambda *x: forward_triton.attention(inputs(*x), deterministic=deterministic)[0]
-
-    def eager(*x: Tensor) -> Tensor:
-        return eager_attention(inputs(*x))[0]
-
-    implementations: dict[str, Callable[..., Tensor]] = {"triton": triton(True)}
-    if selected is not None:
-        implementations["triton, atomics"] = triton(False)
-    implementations |= eager_versions(eager, row)
-    if selected is None:
-        implementations["flex"] = flex(config, kind, row)
-    pairs = heads * dim * float(keys.sum())
-    moved = 2.0 * leaves[0].numel() * leaves[0].element_size()
-    forward, backward = Work(4 * pairs, moved), Work(10 * pairs, 2 * moved)
-    return Task(f"attention, {kind}", leaves, implementations, forward, backward)
+    sizes, k = sizes_of(config, row), None
+    if kind == "csa" and row // config.csa_compress_ratio > config.index_topk:
+        k = config.index_topk
+    task = task_of(attention_case(sizes, kind, k), f"attention, {kind}", row)
+    if k is None:
+        task.implementations["flex"] = flex(config, kind, row)
+    else:
+        atomics = attention_case(sizes, kind, k, deterministic=False)
+        task.implementations["triton, atomics"] = atomics.function(Choice("triton"))
+    return task
 
 
 def mass_task(config: ModelConfig, row: int) -> Task:
-    """Makes the KL target over the first block of entries, at most 4096 of them."""
-    from model.kernels.attention import probability_mass_triton
-
-    positions = Positions.of_microbatch(config, SampleLayout.from_lengths([[row]], device=DEVICE))
-    ranges, rotation = positions.ranges("csa"), positions.rotation("csa")
-    heads, dim = config.num_attention_heads, config.head_dim
-    leaves = [randn(row, heads, dim), randn(row // config.csa_compress_ratio, dim)]
-    unused = randn(row, dim), randn(heads, dtype=torch.float32)  # keys and sink
-    lse2 = torch.full((row, heads), 12.0, device=DEVICE)
-    block = {"stop": min(len(leaves[1]), 4096)}
-    visible = np.asarray(ranges.host_entry_end_T) - np.asarray(ranges.host_entry_start_T)
-    pairs = heads * dim * float(np.minimum(visible, block["stop"]).sum())
-
-    def inputs(q: Tensor, entries: Tensor) -> AttentionInputs:
-        kv, sink = unused
-        sizes: Any = {"window": config.sliding_window, "norm_eps": config.rms_norm_eps}
-        return AttentionInputs(q, kv, entries, sink, rotation, ranges, **sizes)
-
-    implementations: dict[str, Callable[..., Tensor]] = {
-        "triton": lambda q, e: probability_mass_triton.entry_probability_mass(
-            inputs(q, e), lse2, **block
-        )
-    }
-    implementations |= eager_versions(
-        lambda q, e: eager_entry_probability_mass(inputs(q, e), lse2, **block), row
-    )
-    moved = leaves[0].numel() * 2.0 + row * block["stop"] * 4
-    work = Work(2 * pairs, moved)
-    return Task("entries' probability mass", leaves, implementations, work, None)
-
-
-def random_choice(end_T: Tensor | None, row: int, k: int) -> Tensor:
-    """Draws k of the entries that each query sees, or all if it sees no more, [row, k]."""
-    assert end_T is not None
-    out = torch.full((row, k), -1, dtype=torch.int32, device=DEVICE)
-    for rows in torch.arange(row, device=DEVICE).split(1024):
-        end = end_T[rows, None]
-        order = torch.rand(len(rows), max(int(end.max()), k), device=DEVICE)
-        order.masked_fill_(torch.arange(order.shape[1], device=DEVICE) >= end, -1)
-        best = order.topk(k)
-        out[rows] = best.indices.masked_fill(best.values < 0, -1).int()
-    return out
+    """Makes attention and the KL target over the first block of entries."""
+    stop = min(row // config.csa_compress_ratio, _MASS_ENTRIES)
+    case = mass_case(sizes_of(config, row), None, stop)
+    return task_of(case, "attention and entries' probability mass", row)
 
 
 def flex(config: ModelConfig, kind: Any, row: int) -> Callable[..., Tensor]:
@@ -193,25 +146,7 @@ def flex(config: ModelConfig, kind: Any, row: int) -> Callable[..., Tensor]:
 
 def indexer_task(config: ModelConfig, row: int) -> Task:
     """Makes the indexer's selection."""
-    from model.kernels.indexer import select_triton
-
-    ranges = Positions.of_microbatch(
-        config, SampleLayout.from_lengths([[row]], device=DEVICE)
-    ).ranges("csa")
-    heads, dim, k = config.index_n_heads, config.index_head_dim, config.index_topk
-    inputs = [randn(row, heads, dim), randn(row // config.csa_compress_ratio, dim)]
-    inputs.append(randn(row, heads, dtype=torch.float32))
-    visible = np.asarray(ranges.host_entry_end_T) - np.asarray(ranges.host_entry_start_T)
-    pairs = float(visible[visible > k].sum())
-    moved = inputs[0].numel() * 2.0 + inputs[2].numel() * 4 + row * k * 4
-    implementations: dict[str, Callable[..., Tensor]] = {
-        "triton": lambda *x: select_triton.select_topk(IndexerInputs(*x), ranges, k)
-    }
-    implementations |= eager_versions(
-        lambda *x: eager_select_topk(IndexerInputs(*x), ranges, k), row
-    )
-    work = Work(2 * heads * dim * pairs, moved)
-    return Task("indexer", inputs, implementations, work, None)
+    return task_of(selection_case(sizes_of(config, row), config.index_topk), "indexer", row)
 
 
 def indexer_loss_tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:
@@ -220,59 +155,14 @@ def indexer_loss_tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]
 
 
 def indexer_loss_task(config: ModelConfig, row: int, k: int | None) -> Task:
-    """Makes the indexer's objective over all entries or k of them, with a KL target of ones.
-
-    Forward computes the gradients as well, backward only scales them. The target is the separate
-    task "entries' probability mass".
-    """
-    ranges = Positions.of_microbatch(
-        config, SampleLayout.from_lengths([[row]], device=DEVICE)
-    ).ranges("csa")
-    heads, dim = config.index_n_heads, config.index_head_dim
-    leaves = [randn(row, heads, dim), randn(row // config.csa_compress_ratio, dim)]
-    leaves.append(randn(row, heads, dtype=torch.float32) * (heads * dim) ** -0.5)
-    visible = np.asarray(ranges.host_entry_end_T) - np.asarray(ranges.host_entry_start_T)
-    selected = None if k is None else random_choice(ranges.entry_end_T, row, k)
-    pairs = float(visible.sum() if k is None else np.minimum(visible, k).sum())
-
-    def mass(rows: slice, columns: slice) -> Tensor:
-        return torch.ones(rows.stop - rows.start, columns.stop - columns.start, device=DEVICE)
-
-    target, share = KLTarget(mass, ranges, selected), torch.full((row,), 1 / row, device=DEVICE)
-
-    def triton(*x: Tensor) -> Tensor:
-        return indexer_objective(IndexerInputs(*x), target, share, Choice("triton"))
-
-    def eager(*x: Tensor) -> Tensor:
-        return indexer_objective(IndexerInputs(*x), target, share)
-
-    implementations = {"triton": triton, **eager_versions(eager, row)}
-    moved = leaves[0].numel() * 2.0 + leaves[2].numel() * 4 + 4 * pairs
-    forward = Work(8 * heads * dim * pairs, 3 * moved)
-    backward = Work(0.0, 2.0 * sum(x.numel() * x.element_size() for x in leaves))
+    """Makes the indexer's objective over all entries or k of them; the target is not computed."""
     form = "dense" if k is None else "selected"
-    return Task(f"indexer loss, {form}", leaves, implementations, forward, backward)
+    return task_of(loss_case(sizes_of(config, row), k), f"indexer loss, {form}", row)
 
 
 def compressor_task(config: ModelConfig, kind: Any, row: int) -> Task:
     """Makes the pooling of one kind of compressor."""
-    from model.kernels.compressor import pool_triton
-
-    m = config.compress_ratio(kind)
-    entries = SampleLayout.from_lengths([[row]], device=DEVICE).entries(m)
-    where = (entries.first_token_C, entries.has_previous_C, kind == "csa")
-    width = config.head_dim * (2 if kind == "csa" else 1)
-    leaves = [randn(rows, width, dtype=torch.float32) for rows in (row, row, m)]
-    pooled = row / m * config.head_dim * 4
-    moved = 2.0 * row * width * 4
-    implementations: dict[str, Callable[..., Tensor]] = {
-        "triton": lambda *x: pool_triton.pool_windows(*x, *where)
-    }
-    # It has no loop, so the length of the row does not matter.
-    implementations |= eager_versions(lambda *x: eager_pool_windows(*x, *where), 0)
-    forward = Work(5.0 * row * width, moved + pooled)
-    backward = Work(10.0 * row * width, 2 * moved + pooled)
-    return Task(f"compressor, {kind}", leaves, implementations, forward, backward)
+    return task_of(compressor_case(sizes_of(config, row), kind), f"compressor, {kind}", 0)
 
 
 def tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:

@@ -13,14 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
-from benchmarks.kernels.attention_tasks import DEVICE, DTYPE, Task, Work, eager_versions, randn
+from benchmarks.kernels.attention_tasks import (
+    DEVICE,
+    DTYPE,
+    Task,
+    Work,
+    eager_versions,
+    randn,
+    sizes_of,
+    task_of,
+)
 from model import ModelConfig
-from model.dispatch import ROW_ALIGNMENT
+from model.kernel_cases import fp8 as cases
 from model.kernels.block_sizes import FP8_BLOCK
 from model.kernels.fp8 import eager
-
-_RANKS = 8
-"""The experts of one of so many expert-parallel ranks are timed, with the rows that it receives."""
 
 
 def tasks(config: ModelConfig, row: int) -> list[Callable[[], Task]]:
@@ -35,27 +41,10 @@ def _linear(config: ModelConfig, row: int) -> tuple[Tensor, Tensor]:
     return randn(row, inputs), randn(outputs, inputs) * inputs**-0.5
 
 
-def _work(x: Tensor, weight: Tensor, y_columns: int) -> tuple[Work, Work]:
-    """Returns forward's and backward's work: each tensor once in bf16, one matmul and two."""
-    x_size, y_size, weight_size = x.numel(), len(x) * y_columns, weight.numel()
-    flops = float(len(x)) * x.shape[1] * y_columns
-    return (
-        Work(flops, 2.0 * (x_size + y_size + weight_size)),
-        Work(2 * flops, 2.0 * (2 * x_size + y_size + 2 * weight_size)),
-    )
-
-
 def linear_task(config: ModelConfig, row: int) -> Task:
     """Makes a linear with the rounding of its factors."""
-    from model.kernels.fp8 import matmul_triton
-
-    x, weight = _linear(config, row)
-    implementations: dict[str, Callable[..., Tensor]] = {
-        "triton": lambda x, w: matmul_triton.batched(x[None], w[None])[0],
-        "torch in bf16": F.linear,
-    }
-    implementations |= eager_versions(lambda x, w: eager.eager_batched(x[None], w[None])[0], row)
-    return Task("FP8 linear", [x, weight], implementations, *_work(x, weight, len(weight)))
+    case = cases.linear_case(sizes_of(config, row))
+    return task_of(case, "FP8 linear", row, **{"torch in bf16": F.linear})
 
 
 def matmul_task(config: ModelConfig, row: int) -> Task:
@@ -120,19 +109,10 @@ def rounding_task(config: ModelConfig, row: int) -> Task:
 
 def experts_task(config: ModelConfig, row: int) -> Task:
     """Makes the routed experts' w1 on randomly routed rows."""
-    from model.kernels.fp8 import matmul_triton
+    sizes = sizes_of(config, row)
+    ends_E = cases.expert_ends(sizes)
 
-    experts, inner = config.n_routed_experts // _RANKS, config.moe_intermediate_size
-    count_E = torch.randint(experts, (row * config.num_experts_per_tok,)).bincount(
-        minlength=experts
-    )
-    ends = ((count_E + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT).cumsum(0)
-    x = randn(int(ends[-1]), config.hidden_size)
-    weight = randn(experts, inner, config.hidden_size) * config.hidden_size**-0.5
-    ends_E = ends.to(DEVICE, torch.int32)
-    implementations: dict[str, Callable[..., Tensor]] = {
-        "triton": lambda x, w: matmul_triton.grouped(x, w, ends_E),
-        "torch in bf16": lambda x, w: F.grouped_mm(x, w.transpose(1, 2), offs=ends_E),
-    }
-    implementations |= eager_versions(lambda x, w: eager.eager_grouped(x, w, ends_E), row)
-    return Task("FP8 experts", [x, weight], implementations, *_work(x, weight, inner))
+    def in_bf16(x: Tensor, weight: Tensor) -> Tensor:
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends_E)
+
+    return task_of(cases.experts_case(sizes), "FP8 experts", row, **{"torch in bf16": in_bf16})

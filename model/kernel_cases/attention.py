@@ -72,7 +72,7 @@ def block_choices(config: ModelConfig) -> tuple[Blocks, ...]:
     choices = [own, narrow]
     if config.head_dim >= 256:
         small = replace(own, rows=32, keys=32, dq_rows=32, dq_keys=32, dk_rows=16, dk_keys=32)
-        choices += [replace(narrow, dk_rows=16), small, replace(small, keys=16, dq_keys=16)]
+        choices += [replace(narrow, dk_rows=16), small, replace(small, dq_rows=16)]
     return tuple(asdict(blocks) for blocks in dict.fromkeys(choices))
 
 
@@ -239,6 +239,7 @@ def mass_case(sizes: Sizes, k: int | None, stop: int | None = None) -> Case:
         naive=call.naive_mass if sizes.dense else None,
         differentiable=False,
         weight=0.0,
+        forward=Work(6 * _pairs(sizes, "csa", k), 4.0 * leaves["queries"].numel()),
     )
 
 

@@ -43,6 +43,15 @@ def _ends(sizes: Sizes, experts: int, rows: int) -> Tensor:
     return count_E.cumsum(0).to(sizes.device, torch.int32)
 
 
+def expert_ends(sizes: Sizes) -> Tensor:
+    """Returns where the rows of each expert of `experts_case` end."""
+    config = sizes.config
+    if sizes.dense:
+        return _ends(sizes, 5, sizes.tokens)
+    experts = max(config.n_routed_experts // _RANKS, 1)
+    return _ends(sizes, experts, sizes.tokens * config.num_experts_per_tok)
+
+
 def rounding_case(sizes: Sizes) -> Case:
     """Makes the rounding of a gradient by rows and by columns; a number in it is infinite."""
     from model.kernels.fp8.quantise_triton import quantise, tiles_of
@@ -131,12 +140,10 @@ def linear_case(sizes: Sizes) -> Case:
 def experts_case(sizes: Sizes) -> Case:
     """Makes the routed experts' w1. Rows after the last expert's are NaN, as nothing reads them."""
     config, draw = sizes.config, sizes.draw()
-    experts = 5 if sizes.dense else max(config.n_routed_experts // _RANKS, 1)
     inner, dim = config.moe_intermediate_size, config.hidden_size
-    rows = sizes.tokens * (1 if sizes.dense else config.num_experts_per_tok)
-    ends_E = _ends(sizes, experts, rows)
+    ends_E = expert_ends(sizes)
     ends = [int(end) for end in ends_E.tolist()]
-    live = ends[-1]
+    experts, live = len(ends), ends[-1]
     leaves = {
         "rows": draw(live, dim),
         "weight": draw(experts, inner, dim, scale=dim**-0.5),

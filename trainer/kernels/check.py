@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
+from trainer.files import write_synced
 from trainer.kernels.verdict import Problem, Verdict
 from trainer.process.exit_codes import describe_signal
 
@@ -119,6 +120,13 @@ def verdict_from_json(text: str) -> Verdict:
     fields = json.loads(text)
     fields["errors"] = {name: tuple(pair) for name, pair in fields["errors"].items()}
     return Verdict(**fields)
+
+
+def write_verdict(path: Path, verdict: Verdict) -> None:
+    """The file appears whole."""
+    aside = path.with_name(path.name + ".new")
+    write_synced(aside, json.dumps(asdict(verdict)))
+    aside.replace(path)
 
 
 def main() -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 
 import torch
 
@@ -12,6 +14,7 @@ from model import ModelConfig
 from model.kernel_cases import CASES, RAGGED, Case, MakeCase, Sizes
 from model.kernels.operations import IMPLEMENTATIONS, Choice
 from trainer.kernels.compare import fault_of, reference_of, results
+from trainer.kernels.fit import Variant
 from trainer.kernels.syrk_cases import BLOCK_CHOICES, syrk_cases
 from trainer.kernels.timing import MIN_GAIN, Clock, milliseconds
 from trainer.kernels.verdict import Problem, Verdict
@@ -27,7 +30,8 @@ class Bench:
     """Where an operation is checked.
 
     Attributes:
-        misfit: (a call of the implementation) -> why one of its kernels does not fit, or None.
+        record: (call) -> the variants of kernels that it would compile, as `fit.record_variants`.
+        misfit: (variants) -> why one of them does not fit this device, or None.
         clock: measures a call.
         cache_bytes: of the device's last cache.
         samples: lengths of the ragged samples, at which the truth is float64.
@@ -35,7 +39,8 @@ class Bench:
     """
 
     device: torch.device
-    misfit: Callable[[Callable[[], object]], str | None]
+    record: Callable[[Callable[[], object]], list[Variant]]
+    misfit: Callable[[list[Variant]], str | None]
     clock: Clock
     cache_bytes: int
     samples: tuple[int, ...] = RAGGED
@@ -85,17 +90,23 @@ class Examination:
         """Those not refused yet."""
         return [(i, c) for i, c in enumerate(self.candidates) if i not in self.refused]
 
-    def fit(self, cases: Sequence[Case], bench: Bench) -> None:
-        """Refuses Triton candidates with a kernel that does not fit."""
-        for index, candidate in self.remaining:
-            if candidate.name != "triton":
-                continue
-
-            def call(candidate: Choice = candidate) -> None:
-                for case in cases:
-                    results(case, case.function(candidate))
-
-            if (reason := bench.misfit(call)) is not None:
+    def fit(self, makers: Iterable[MakeCase], bench: Bench) -> None:
+        """Refuses Triton candidates with a kernel that does not fit, or that raise an error."""
+        variants: dict[int, list[Variant]] = {
+            index: [] for index, candidate in self.remaining if candidate.name == "triton"
+        }
+        for make in makers:
+            case = make()
+            for index in variants.keys() - self.refused.keys():
+                call = partial(results, case, case.function(self.candidates[index]))
+                try:
+                    variants[index] += bench.record(call)
+                except Exception as error:  # what the kernel's function does not support
+                    self.refused[index] = _failure(case, error)
+        for index in variants.keys() - self.refused.keys():
+            # Cases share kernels.
+            unique = {variant.key: variant for variant in variants[index]}
+            if (reason := bench.misfit(list(unique.values()))) is not None:
                 self.refused[index] = reason
 
     def compare(self, case: Case) -> None:
@@ -170,17 +181,17 @@ def check_operation(
 ) -> Verdict:
     """Returns the verdict on one operation.
 
-    First every candidate is compiled and compared with the GPU's limits, then compared with the
-    truth on ragged samples and on one microbatch, then timed on the microbatch.
+    First every candidate is compiled and compared with the GPU's limits, for both sizes: whether
+    a size is a multiple of 16 decides what a kernel loads ahead. Then candidates are compared with
+    the truth on ragged samples and on one microbatch, and timed on the microbatch.
 
     Raises:
         Exception: the eager version failed, or the GPU can no longer be used.
     """
     ragged, large = sizes_of(problem, bench)
-    cases = [make() for make in cases_of(operation, problem, ragged)]
     examination = Examination(candidates(operation, ragged.config))
-    examination.fit(cases, bench)
-    del cases
+    both = [cases_of(operation, problem, sizes) for sizes in (ragged, large)]
+    examination.fit(chain(*both), bench)
     for seed in bench.seeds:
         for make in cases_of(operation, problem, replace(ragged, seed=seed)):
             if examination.remaining:
@@ -209,5 +220,8 @@ def _failure(case: Case, error: Exception) -> str:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return f"{case.name}: {type(error).__name__}: {first[:200]}"
+    return f"{case.name}: {type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0][:200]

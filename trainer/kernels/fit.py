@@ -137,9 +137,12 @@ def misfit(variants: Iterable[Variant], limits: DeviceLimits) -> str | None:
             return f"{variant.name} does not compile for it: {first[:160]}"
         return exceeded(variant.name, needs, limits)
 
-    workers = min(os.cpu_count() or 1, _COMPILERS)
-    with ThreadPoolExecutor(workers) as pool:
-        return next((reason for reason in pool.map(check, variants) if reason is not None), None)
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS))
+    try:
+        reasons = pool.map(check, variants)
+        return next((reason for reason in reasons if reason is not None), None)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def exceeded(name: str, needs: Needs, limits: DeviceLimits) -> str | None:

@@ -9,19 +9,16 @@ whole. Messages of compilers and drivers may go to both standard outputs.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from trainer.files import write_synced
-from trainer.kernels.check import problem_from_json
+from trainer.kernels.check import problem_from_json, write_verdict
 from trainer.kernels.examine import Bench, check_operation
 from trainer.kernels.fit import device_limits, misfit, record_variants
 from trainer.kernels.timing import EventClock, l2_bytes
-from trainer.kernels.verdict import Verdict
 
 
 def gpu_bench(index: int) -> Bench:
@@ -30,15 +27,12 @@ def gpu_bench(index: int) -> Bench:
     torch.cuda.set_device(device)
     limits = device_limits(index)
     return Bench(
-        device, lambda call: misfit(record_variants(call), limits), EventClock(), l2_bytes(device)
+        device,
+        record_variants,
+        partial(misfit, limits=limits),
+        EventClock(),
+        l2_bytes(device),
     )
-
-
-def write_verdict(path: Path, verdict: Verdict) -> None:
-    """The file appears whole."""
-    aside = path.with_name(path.name + ".new")
-    write_synced(aside, json.dumps(asdict(verdict)))
-    aside.replace(path)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from tests.model.kernels.interpreter import interpreted
 from tests.model.tiny import tiny_config
 from tests.trainer.kernels.broken import broken
 from trainer.kernels.examine import Bench, candidates_of, check_operation
+from trainer.kernels.fit import Variant
 from trainer.kernels.verdict import Problem, Verdict
 
 SAMPLES = (1, 2, 37, 3, 24)
@@ -28,11 +29,14 @@ def same_time(call: Callable[[], object]) -> float:
     return 1000.0
 
 
-def fits(call: Callable[[], object]) -> str | None:
-    return None
+def nothing_compiled(call: Callable[[], object]) -> list[Variant]:
+    """The interpreter compiles nothing."""
+    return []
 
 
-BENCH = Bench(torch.device("cpu"), fits, same_time, 0, SAMPLES, seeds=(0,))
+BENCH = Bench(
+    torch.device("cpu"), nothing_compiled, lambda variants: None, same_time, 0, SAMPLES, seeds=(0,)
+)
 
 
 def problem_of(operation: str, **changes: Any) -> Problem:
@@ -87,7 +91,7 @@ BROKEN = [
         "indexer",
         "model.kernels.indexer.select_triton",
         "visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])",
-        "visible = (n[None, :] >= 0) & (n[None, :] < high[:, None])",
+        "visible = (n[None, :] >= low[:, None]) & (n[None, :] < end)",
         "has entries that their query does not see",
     ),
 ]

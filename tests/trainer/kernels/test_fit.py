@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
+import pytest
 import torch
 
+from model import ModelConfig
 from model.kernel_cases import CASES, Sizes
 from model.kernels.operations import Choice
 from tests.model.kernels.interpreter import compiled
 from tests.model.tiny import tiny_config
 from tests.trainer.kernels.target import target
 from trainer.kernels.compare import results
+from trainer.kernels.examine import Bench, Examination
 from trainer.kernels.fit import DeviceLimits, Needs, Variant, exceeded, misfit, record_variants
+from trainer.kernels.syrk_cases import syrk_cases
 
 CONFIG = tiny_config(head_dim=64, qk_rope_head_dim=16)
 
 
-def variants_of(operation: str, blocks: Mapping[str, int]) -> list[Variant]:
+def variants_of(
+    operation: str, blocks: Mapping[str, int], config: ModelConfig = CONFIG
+) -> list[Variant]:
     """What the operation's cases would compile, for the target in force."""
-    sizes = Sizes(CONFIG, (1, 2, 37), torch.bfloat16, torch.device("cpu"), dense=True)
+    sizes = Sizes(config, (1, 2, 37), torch.bfloat16, torch.device("cpu"), dense=True)
     variants: dict[str, Variant] = {}
     for make in CASES[operation].cases(sizes):
         case = make()
-        for variant in record_variants(
-            lambda c=case: results(c, c.function(Choice("triton", blocks)))
-        ):
-            variants[variant.key] = variant
+        call = partial(results, case, case.function(Choice("triton", blocks)))
+        variants |= {variant.key: variant for variant in record_variants(call)}
     return list(variants.values())
 
 
@@ -61,3 +66,40 @@ def test_a_kernel_that_does_not_compile_is_a_misfit():
     assert reason is not None
     assert reason.startswith("quantise._quantise_weight does not compile for it: ")
     assert "\n" not in reason
+
+
+@compiled
+def test_a_block_size_that_does_not_fit_is_refused_and_another_remains():
+    """Of two sizes of tiles of the symmetric matmul, one is too large for consumer Blackwell."""
+    large, small = {"block": 128, "block_k": 256}, {"block": 128, "block_k": 32}
+    sizes = Sizes(CONFIG, (1,), torch.bfloat16, torch.device("cpu"))
+    remaining = {}
+    for capability in (90, 120):
+        with target(capability) as limits:
+            fits = partial(misfit, limits=limits)
+            bench = Bench(torch.device("cpu"), record_variants, fits, no_clock, 0)
+            examination = Examination([Choice("triton", large), Choice("triton", small)])
+            examination.fit(list(syrk_cases(sizes, ((128, 256),)))[:1], bench)
+        remaining[capability] = [choice.blocks for _, choice in examination.remaining]
+    assert remaining == {90: [large, small], 120: [small]}
+    assert examination.refused[0] == (
+        "syrk._syrk needs 131,072 bytes of shared memory, this GPU has 101,376"
+    )
+
+
+def no_clock(call: Callable[[], object]) -> float:
+    raise AssertionError("nothing is timed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [100, 120])
+@compiled
+def test_attention_of_v4_s_width_fits_with_some_blocks_where_its_own_are_too_large(capability):
+    config = CONFIG.model_copy(
+        update={"head_dim": 512, "qk_rope_head_dim": 64, "num_attention_heads": 64}
+    )
+    choices = CASES["attention"].block_choices(config)
+    with target(capability) as limits:
+        reasons = [misfit(variants_of("attention", blocks, config), limits) for blocks in choices]
+    assert "bytes of shared memory" in str(reasons[0])
+    assert None in reasons[1:]

@@ -12,6 +12,7 @@ from torch import Tensor
 from model.kernel_cases import Case
 from model.kernels.operations import Choice
 from trainer.kernels.examine import Bench, Examination
+from trainer.kernels.fit import Variant
 from trainer.kernels.timing import milliseconds
 
 LEAVES = {"x": torch.ones(64, 32), "w": torch.ones(32)}
@@ -78,12 +79,16 @@ def test_backward_is_timed_with_forward(differentiable):
     assert len(backwards) == (8 if differentiable else 0)
 
 
+def nothing_compiled(call: Callable[[], object]) -> list[Variant]:
+    return []
+
+
 def chosen(eager: float, *times: float) -> tuple[str, dict[str, int], str]:
     """The choice among eager and Triton with blocks of 1, 2, ... that take these times."""
     candidates = [Choice("triton", {"block": i + 1}) for i in range(len(times))]
     examination = Examination(candidates)
     clock = Clock(*[t for time in (eager, *times) for t in [time] * 8])
-    bench = Bench(torch.device("cpu"), lambda call: None, clock, 0)
+    bench = Bench(torch.device("cpu"), nothing_compiled, lambda variants: None, clock, 0)
     examination.compare(case_of())
     examination.time(case_of(), bench)
     verdict = examination.verdict("norms")
@@ -109,7 +114,7 @@ def test_a_slower_kernel_is_right_and_not_chosen():
 
 def test_times_count_as_often_as_a_model_runs_them():
     examination = Examination([Choice("triton", {})])
-    bench = Bench(torch.device("cpu"), lambda call: None, Clock(200.0), 0)
+    bench = Bench(torch.device("cpu"), nothing_compiled, lambda variants: None, Clock(200.0), 0)
     for weight in (3.0, 0.0, 1.0):
         examination.compare(case_of(weight))
         examination.time(case_of(weight), bench)

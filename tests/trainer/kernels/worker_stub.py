@@ -8,9 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.kernels.check import problem_from_json
+from trainer.kernels.check import problem_from_json, write_verdict
 from trainer.kernels.verdict import Verdict
-from trainer.kernels.worker import write_verdict
 
 
 def main() -> None:
