@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.kernels import fp8
+from model.kernels.grouped_mm import grouped_mm
 from model.kernels.operations import EAGER, Choice
 
 
@@ -39,11 +40,7 @@ def _batched(x_GTX: Tensor, weight_GYX: Tensor) -> Tensor:
     return torch.bmm(x_GTX, weight_GYX.transpose(1, 2))
 
 
-def _grouped(x_PX: Tensor, weight_EYX: Tensor, ends_E: Tensor) -> Tensor:
-    return F.grouped_mm(x_PX, weight_EYX.transpose(1, 2), offs=ends_E)
-
-
-UNQUANTISED = Matmuls(F.linear, _batched, _grouped)
+UNQUANTISED = Matmuls(F.linear, _batched, grouped_mm)
 
 
 def fp8_matmuls(choice: Choice = EAGER) -> Matmuls:

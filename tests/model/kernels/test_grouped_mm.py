@@ -1,0 +1,61 @@
+"""Grouped matmuls: MKL's one call, and torch's own, against a loop over groups in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.kernels import grouped_mm as module
+from model.kernels.grouped_mm import grouped_mm
+from tests.model.kernels.compare import assert_same, rand
+
+
+def naive(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    starts = [0, *ends.tolist()[:-1]]
+    parts = [x[a:b] @ w.T for a, b, w in zip(starts, ends.tolist(), weight, strict=True)]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("sizes", [[16, 32, 16], [0, 16, 0, 48, 0], [3, 1, 7], [0, 0], [5]])
+@pytest.mark.parametrize("mkl", [True, False])
+def test_every_group_has_its_own_matrix(sizes, mkl, monkeypatch):
+    if not mkl:
+        monkeypatch.setattr(module, "_batch_function", lambda: None)
+    elif module._batch_function() is None:
+        pytest.skip("this torch has no MKL")
+    ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    rows = int(ends[-1])
+
+    def kernel(x: Tensor, weight: Tensor) -> Tensor:
+        return grouped_mm(x, weight, ends)[:rows]
+
+    inputs = [rand(rows + 5, 24, seed=1), rand(len(sizes), 40, 24, seed=2)]
+    assert_same(
+        lambda x, w: kernel(x[:rows], w),
+        lambda x, w: naive(x[:rows], w, ends),
+        inputs,
+        rtol=1e-5,
+    )
+
+
+def test_transposed_and_sliced_inputs():
+    ends = torch.tensor([4, 9], dtype=torch.int32)
+    x, weight = rand(24, 9, seed=1), rand(24, 40, 2, seed=2)
+    assert_same(
+        lambda x, w: grouped_mm(x.t(), w.permute(2, 1, 0), ends),
+        lambda x, w: naive(x.t(), w.permute(2, 1, 0), ends),
+        [x, weight],
+        rtol=1e-5,
+    )
+
+
+def test_rows_after_the_last_end_are_not_read():
+    ends = torch.tensor([4, 9], dtype=torch.int32)
+    x, weight = rand(12, 24, seed=1), rand(2, 40, 24, seed=2)
+    x[9:] = float("nan")
+    leaf = weight.clone().requires_grad_()
+    out = grouped_mm(x, leaf, ends)
+    torch.testing.assert_close(out[:9], naive(x[:9], weight, ends).detach())
+    out[:9].sum().backward()
+    assert leaf.grad.isfinite().all()
