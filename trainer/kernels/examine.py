@@ -20,6 +20,10 @@ from trainer.kernels.timing import MIN_GAIN, Clock, milliseconds
 from trainer.kernels.verdict import Problem, Verdict
 
 SEEDS = (0, 1, 2)
+_MOST_BLOCKS = 3
+"""Block sizes that are compared and timed: of those that fit, the first. Compiling takes most of a
+check's time."""
+_NOT_TRIED = "not tried, as enough others fit"
 _LARGE_TOKENS = 8192
 _LARGE_NUMBERS = 1 << 28
 """Of the queries: in fp32, with their gradients and eager copies, about 6 GiB."""
@@ -97,17 +101,24 @@ class Examination:
         }
         for make in makers:
             case = make()
-            for index in variants.keys() - self.refused.keys():
+            for index in [index for index in variants if index not in self.refused]:
                 call = partial(results, case, case.function(self.candidates[index]))
                 try:
                     variants[index] += bench.record(call)
                 except Exception as error:  # what the kernel's function does not support
                     self.refused[index] = _failure(case, error)
-        for index in variants.keys() - self.refused.keys():
-            # Cases share kernels.
-            unique = {variant.key: variant for variant in variants[index]}
+        fitting = 0
+        for index, recorded in variants.items():
+            if index in self.refused:
+                continue
+            if fitting == _MOST_BLOCKS:
+                self.refused[index] = _NOT_TRIED
+                continue
+            unique = {variant.key: variant for variant in recorded}  # cases share kernels
             if (reason := bench.misfit(list(unique.values()))) is not None:
                 self.refused[index] = reason
+            else:
+                fitting += 1
 
     def compare(self, case: Case) -> None:
         """Refuses candidates that are wrong on a case."""
@@ -167,9 +178,9 @@ class Examination:
         return f"{second} takes {times[second] / times['eager']:.2f} times as long as eager"
 
     def _refusal(self) -> str:
-        """Why the kernel failed with its own block sizes, and with how many others."""
+        """Returns why the kernel failed with its own block sizes, and how many others did."""
         reasons = [self.refused[i] for i, c in enumerate(self.candidates) if c.name == "triton"]
-        others = len(reasons) - 1
+        others = sum(reason != _NOT_TRIED for reason in reasons[1:])
         return reasons[0] + (f"; {others} other block sizes fail as well" if others else "")
 
 
@@ -220,8 +231,9 @@ def _failure(case: Case, error: Exception) -> str:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-    return f"{case.name}: {type(error).__name__}: {_first_line(error)}"
+    return f"{case.name}: {type(error).__name__}: {first_line(error)}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message; drivers add advice after it."""
     return (str(error).strip() or "no message").splitlines()[0][:200]

@@ -9,12 +9,9 @@ a driver that only names it (tests/trainer/kernels/).
 from __future__ import annotations
 
 import os
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 TENSOR_MEMORY_COLUMNS = 512
@@ -58,11 +55,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a compiled kernel uses: bytes of shared memory, tensor memory, and stack per thread."""
+    """What a program of a compiled kernel uses."""
 
     shared_bytes: int
     tensor_memory_columns: int
-    stack_bytes: int
 
 
 def device_limits(index: int) -> DeviceLimits:
@@ -104,34 +100,33 @@ def record_variants(call: Callable[[], object]) -> list[Variant]:
     return list(variants.values())
 
 
-def needs_of(variant: Variant, limits: DeviceLimits) -> Needs:
-    """Compiles a variant for a GPU of these limits.
-
-    Raises:
-        Exception: whatever the compiler raises.
-    """
+def compiled_for(variant: Variant, limits: DeviceLimits) -> Any:
+    """Compiles a variant for a GPU of these limits; raises whatever the compiler raises."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
     target = GPUTarget("cuda", limits.capability, limits.warp_size)
-    binary = triton.compile(source, target=target, options=dict(variant.options))
+    return triton.compile(source, target=target, options=dict(variant.options))
+
+
+def needs_of(binary: Any) -> Needs:
+    """Returns what a compiled kernel uses."""
     metadata = binary.metadata
-    columns = getattr(metadata, "tmem_size", None) or 0
-    return Needs(metadata.shared, columns, _stack_bytes(binary.asm["cubin"]))
+    return Needs(metadata.shared, getattr(metadata, "tmem_size", None) or 0)
 
 
 def misfit(variants: Iterable[Variant], limits: DeviceLimits) -> str | None:
     """Returns why one of the variants cannot run on a GPU of these limits, or None.
 
-    Registers never prevent a launch: what does not fit into them goes to the stack, and only timing
-    shows whether that is slow.
+    Registers never prevent a launch: what does not fit into them goes to a thread's stack, and only
+    timing shows whether that is slow.
     """
 
     def check(variant: Variant) -> str | None:
         try:
-            needs = needs_of(variant, limits)
+            needs = needs_of(compiled_for(variant, limits))
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             return f"{variant.name} does not compile for it: {first[:160]}"
@@ -158,16 +153,3 @@ def exceeded(name: str, needs: Needs, limits: DeviceLimits) -> str | None:
             f"this GPU has {limits.tensor_memory_columns}"
         )
     return None
-
-
-def _stack_bytes(binary: bytes) -> int:
-    """Returns the bytes of stack per thread of a compiled kernel: registers that did not fit."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(usage.split("STACK:")[1].split()[0])

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from trainer.kernels.check import problem_from_json, write_verdict
-from trainer.kernels.examine import Bench, check_operation
+from trainer.kernels.examine import Bench, check_operation, first_line
 from trainer.kernels.fit import device_limits, misfit, record_variants
 from trainer.kernels.timing import EventClock, l2_bytes
+from trainer.kernels.verdict import Problem, Verdict
 
 
 def gpu_bench(index: int) -> Bench:
@@ -35,6 +36,21 @@ def gpu_bench(index: int) -> Bench:
     )
 
 
+def verdict_on_gpu(operation: str, problem: Problem, index: int) -> Verdict:
+    """Checks the operation on a GPU; an error ends its check and becomes the reason.
+
+    The GPU may be unusable after an error, and this process may even crash at its end: so the
+    verdict is all that is left to do.
+    """
+    if not torch.cuda.is_available():
+        return Verdict(operation, False, "torch can use no GPU on this host", "eager")
+    try:
+        return check_operation(operation, problem, gpu_bench(index))
+    except Exception as error:
+        reason = f"its check failed: {type(error).__name__}: {first_line(error)}"
+        return Verdict(operation, False, reason, "eager")
+
+
 def main() -> None:
     """Checks the operation on the GPU."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -43,8 +59,8 @@ def main() -> None:
     parser.add_argument("--verdict", type=Path, required=True)
     arguments = parser.parse_args()
     problem = problem_from_json(sys.stdin.read())
-    bench = gpu_bench(arguments.device)
-    write_verdict(arguments.verdict, check_operation(arguments.operation, problem, bench))
+    verdict = verdict_on_gpu(arguments.operation, problem, arguments.device)
+    write_verdict(arguments.verdict, verdict)
 
 
 if __name__ == "__main__":

@@ -37,11 +37,11 @@ def variants_of(
 
 def test_limits_are_named():
     limits = DeviceLimits(120, 101_376)
-    assert exceeded("norm._forward", Needs(101_376, 512, 9999), limits) is None
-    assert exceeded("norm._forward", Needs(101_377, 0, 0), limits) == (
+    assert exceeded("norm._forward", Needs(101_376, 512), limits) is None
+    assert exceeded("norm._forward", Needs(101_377, 0), limits) == (
         "norm._forward needs 101,377 bytes of shared memory, this GPU has 101,376"
     )
-    assert exceeded("norm._forward", Needs(0, 513, 0), limits) == (
+    assert exceeded("norm._forward", Needs(0, 513), limits) == (
         "norm._forward needs 513 columns of tensor memory, this GPU has 512"
     )
 
