@@ -13,6 +13,7 @@ from typing import TextIO
 
 REPORT_SECONDS = (3.0, 6.0, 10.0, 20.0, 40.0, 60.0)
 """When reports come after the start of the work; then after every further minute."""
+_LONGEST_SECONDS = timedelta.max.total_seconds() // 2
 
 
 def print_line(text: str, stream: TextIO | None = None) -> None:
@@ -41,6 +42,11 @@ def prepare_streams() -> None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def whole_seconds(seconds: float) -> timedelta:
+    """Returns a duration to print, such as 0:01:40; at most the longest that Python can print."""
+    return timedelta(seconds=round(min(seconds, _LONGEST_SECONDS)))
 
 
 class Activity:
@@ -86,7 +92,7 @@ class Activity:
             parts[0] += f": {self.done:,.0f} of {self.total:,.0f} {self.unit}"
         parts.append(f"{spent:.0f} s")
         if 0 < self.done < self.total:
-            left = timedelta(seconds=round(spent * (self.total / self.done - 1)))
+            left = whole_seconds(spent * (self.total / self.done - 1))
             parts.append(f"about {left} left")
         return ", ".join(parts)
 

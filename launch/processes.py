@@ -24,7 +24,12 @@ from trainer.process.exit_codes import (
 )
 
 Handler = Callable[[int, FrameType | None], None]
-STOP_SIGNALS: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS: tuple[int, ...] = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2),  # as schedulers send before a time limit
+)
+_OF_A_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables of a shell inside a job, in which one process would wait for the others."""
 _POLL_SECONDS = 0.2
 _LAST_LINE_SECONDS = 10.0
 
@@ -73,7 +78,8 @@ def run(arguments: Sequence[str]) -> int:
     with handlers({signal.SIGTERM: pass_on, signal.SIGHUP: pass_on, signal.SIGINT: ignore}):
         # Blocked until the subprocess has a handler, see trainer.process.signals.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        process = subprocess.Popen(arguments, env=environment(1))
+        alone = {name: x for name, x in environment(1).items() if name not in _OF_A_JOB}
+        process = subprocess.Popen(arguments, env=alone)
         started.append(process)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return finish(process.wait(), f"v4 {arguments[3]}")
@@ -109,18 +115,18 @@ def handlers(new: Mapping[int, Handler]) -> Iterator[None]:
 
 
 def train(arguments: Sequence[str], processes: int, restarts: int = 0) -> int:
-    """Trains to the last step, or to the checkpoint that follows SIGTERM, SIGINT or SIGHUP.
+    """Trains to the last step, or to the checkpoint that follows one of `STOP_SIGNALS`.
 
-    A second signal kills the training. After a crash it restarts from the newest checkpoint, at
-    most `restarts` times. Returns 0, 2 after one line on stderr about bad input, or the exit code
-    of the training processes, 128 + n where signal n killed one.
+    A second signal, or SIGQUIT, kills the training. After a crash it restarts from the newest
+    checkpoint, at most `restarts` times. Returns 0, 2 after one line on stderr about bad input, or
+    the exit code of the training processes, 128 + n where signal n killed one.
     """
     received: list[int] = []  # from before the start, else a signal could leave the training alone
 
     def receive(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+        received.extend([number] * (2 if number == signal.SIGQUIT else 1))
 
-    with handlers(dict.fromkeys(STOP_SIGNALS, receive)):
+    with handlers(dict.fromkeys((*STOP_SIGNALS, signal.SIGQUIT), receive)):
         return _Training(arguments, processes, restarts, received).wait()
 
 

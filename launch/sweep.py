@@ -1,10 +1,11 @@
 """`v4 sweep`: runs the trials of a sweep on this machine, several at once, without a server."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +114,7 @@ class _Runner:
         self.jobs = jobs
         self.search = Search(sweep, folder, seed)
         self.running: list[Trial] = []
-        self.stopping = False
+        self.signals = 0
         self.arguments: dict[int, Arguments] = {}
         self.histories: dict[int, list[float]] = {}
         self.display = SweepDisplay(sweep.trials)
@@ -128,15 +129,17 @@ class _Runner:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for trial in self.running:
-            trial.process.terminate()
-        for trial in self.running:
-            trial.process.wait()
+        end_trials([trial.process for trial in self.running], lambda: self.signals)
         self.display.stop()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal has asked the sweep to end."""
+        return self.signals > 0
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Ends the sweep; a handler of signals."""
-        self.stopping = True
+        self.signals += 1
 
     def run(self) -> bool:
         """Runs all trials; False after a signal."""
@@ -274,6 +277,18 @@ class _Runner:
             "trials": trials,
         }
         write_atomically(self.folder / "sweep.json", json.dumps(record, indent=1) + "\n")
+
+
+def end_trials(trials: Sequence[subprocess.Popen[bytes]], signals: Callable[[], int]) -> None:
+    """Asks the processes to save and end, and waits for it; kills them after a second signal."""
+    for process in trials:
+        process.terminate()
+    with Activity("waiting for the trials to save; a second signal kills them"):
+        for process in trials:
+            while process.poll() is None:
+                time.sleep(_POLL_SECONDS)
+                if signals() > 1:
+                    process.send_signal(signal.SIGQUIT)  # `v4 train` kills its training then
 
 
 def _short(value: Any) -> str:

@@ -6,14 +6,13 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.activity import print_line
+from data.activity import print_line, whole_seconds
 from trainer.process.exit_codes import ERROR_PREFIX, FAILURE_PREFIX, describe_signal
 
 PLAIN_SECONDS = 30.0
@@ -49,7 +48,7 @@ class TrialProgress:
             parts.append(f"loss {record['loss']:.4f}")
         if step > first:
             seconds = (now - since) / (step - first) * (self.steps - step)
-            parts.append(f"{timedelta(seconds=round(seconds))} left")
+            parts.append(f"{whole_seconds(seconds)} left")
         return ", ".join(parts)
 
 

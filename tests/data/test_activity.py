@@ -7,7 +7,7 @@ import time
 import pytest
 
 from data import activity
-from data.activity import Activity, print_line
+from data.activity import Activity, print_line, whole_seconds
 
 
 class FullDisk(io.StringIO):
@@ -54,3 +54,8 @@ def test_a_total_gives_an_estimate() -> None:
     )
     work.advance(4000)
     assert work.describe(50.0) == "v4: validation: 5,000 of 5,000 batches, 50 s"
+
+
+def test_any_duration_can_be_printed() -> None:
+    assert str(whole_seconds(99.6)) == "0:01:40"
+    assert "days" in str(whole_seconds(1e30))

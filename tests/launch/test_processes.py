@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,13 @@ def test_a_killed_command_names_the_signal(
     line = capfd.readouterr().err
     assert line.startswith(f"v4: error: v4 eval was killed by {number.name} (signal {number:d})")
     assert cause in line and line.count("\n") == 1
+
+
+def test_a_command_inside_a_job_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "2")
+    code = "import os, sys; sys.exit('WORLD_SIZE' in os.environ or 'RANK' in os.environ)"
+    assert processes.run([sys.executable, "-c", code, "eval"]) == 0
 
 
 def test_ctrl_c_is_no_error(capfd: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +96,30 @@ sys.exit(processes.train([], 2))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 128 + signal.SIGKILL
     assert "the training process was killed by SIGKILL" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("numbers", "returncode"),
+    [(["SIGUSR1"], 7), (["SIGUSR2"], 7), (["SIGQUIT"], 137), (["SIGTERM", "SIGUSR1"], 137)],
+)
+def test_every_signal_reaches_the_training(numbers: list[str], returncode: int) -> None:
+    """Which has a session of its own; none may leave it running alone."""
+    trainer = "import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(2), sys.exit(7)))"
+    trainer += "; print('ready', flush=True); time.sleep(60)"
+    code = f"""
+import sys
+from launch import processes
+processes.training_command = lambda *arguments: [sys.executable, "-c", {trainer!r}]
+sys.exit(processes.train([], 1))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        (child,) = processes.psutil.Process(process.pid).children()
+        for number in numbers:
+            process.send_signal(signal.Signals[number])
+            time.sleep(0.5)
+        assert process.wait(timeout=30) == returncode
+    assert not child.is_running()
 
 
 @pytest.mark.parametrize("is_nohup", [False, True])

@@ -16,7 +16,7 @@ import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from launch import sweep_progress
-from launch.sweep import _check_same, _stop_orphan
+from launch.sweep import _check_same, _stop_orphan, end_trials
 from launch.sweep_file import Hyperband, Sweep, load_sweep
 from launch.sweep_parameters import Parameter
 from launch.sweep_search import Search, bands, read_history, should_stop
@@ -354,6 +354,22 @@ def test_a_signal_ends_the_wait_for_an_earlier_trial(tmp_path: Path) -> None:
         _stop_orphan(tmp_path, lambda: True)
         assert process.poll() is None
         process.kill()
+
+
+def test_a_second_signal_kills_a_trial_that_does_not_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.activity.REPORT_SECONDS", (0.1, 60.0))
+    code = (
+        "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(9)"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"\n"
+        signals = [1, 1, 1, 2, 2]
+        end_trials([process], lambda: signals.pop(0))
+        assert process.returncode == -signal.SIGQUIT
+    assert "waiting for the trials to save; a second signal kills them" in capsys.readouterr().err
 
 
 def test_seeds_are_averaged_and_the_others_tuned() -> None:

@@ -4,6 +4,7 @@ The result is a plain dictionary and the origin of every key, so that an error c
 the command line, with the wrong key.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -74,7 +75,11 @@ for _tag, _pattern, _first in _SCALARS:
 def parse_yaml(text: str, origin: str) -> Any:
     """Returns the value of a YAML text. Raises ConfigError with the line of a syntax error."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
+        json.dumps(value, default=str, skipkeys=True)  # ends at an alias to what contains it
+        return value
+    except RecursionError:
+        raise ConfigError(f"{origin}: is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -206,6 +211,8 @@ def require_unicode(words: Iterable[str]) -> None:
             raise ConfigError(
                 f"{COMMAND_LINE}: {word!r} is not UTF-8; rename the file or folder"
             ) from None
+        if "\0" in word:
+            raise ConfigError(f"{COMMAND_LINE}: {word!r} has a NUL, which no path can have")
 
 
 def _chain(path: Path, children: list[Path]) -> list[tuple[Path, dict[str, Any]]]:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from data.activity import print_line
+from data.activity import print_line, whole_seconds
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -57,7 +57,7 @@ class Progress:
     def _time_left(self, step: int) -> timedelta:
         """At the pace so far; steps that were trained again count again."""
         spent = time.monotonic() - self._start
-        return timedelta(seconds=round(spent / self._updates * (self.steps - step)))
+        return whole_seconds(spent / self._updates * (self.steps - step))
 
 
 def _live_line() -> "RichProgress":

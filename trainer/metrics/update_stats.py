@@ -17,7 +17,10 @@ from trainer.step import GroupStats
 
 
 class UpdateStats:
-    """Compares weights after an update with a copy from before it, kept on the host."""
+    """Compares weights after an update with a copy from before it, kept on the host.
+
+    Weights that DeepSpeed partitions (ZeRO 3) are left out: it gathers them for a moment only.
+    """
 
     def __init__(self, local: LocalModel, grid: Grid) -> None:
         self.local, self.grid = local, grid
@@ -54,7 +57,8 @@ class UpdateStats:
         return self.local.placements[name].replicas * shared
 
     def _weights(self) -> dict[str, Tensor]:
-        return {n: p for n, p in self.local.model.named_parameters() if p.numel()}
+        named = self.local.model.named_parameters()
+        return {name: weight for name, weight in named if not hasattr(weight, "ds_id")}
 
 
 def _over_ranks(parts: list[dict[str, tuple[float, ...]]]) -> GroupStats:

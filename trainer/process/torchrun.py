@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from data.activity import print_line
+from trainer.process.errors import report_error
 from trainer.process.exit_codes import USER_ERROR, describe_signal, exit_code_of
 
 _STOPS = (-signal.SIGTERM, -signal.SIGINT)
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code_of(code)
     except SignalException as stop:
         return exit_code_of(-stop.sigval)
+    except OSError as error:  # of torchrun itself, which needs a temporary folder
+        return report_error(error)
     return 0
 
 

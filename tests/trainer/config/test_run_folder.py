@@ -124,6 +124,27 @@ def test_the_config_file_of_a_copy(original: Path, copy: Path) -> None:
     assert load_run(copy / "config.yaml", [f"run_dir={copy}"]).run_dir == copy
 
 
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("x: &a [*a]", "Circular reference"),
+        ("data: &a {sources: *a}", "Circular reference"),
+        (f"a: {'[' * 3000}", "is nested too deeply"),
+        (f"a: {'[' * 3000}{']' * 3000}", "is nested too deeply"),
+    ],
+)
+def test_a_file_without_an_end(tmp_path: Path, text: str, part: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=part) as caught:
+        load_run(tmp_path / "config.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_with_a_nul(original: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_command([str(original), "data.shards=a\0b"]) == 2
+    assert "has a NUL, which no path can have" in capsys.readouterr().err
+
+
 def test_a_name_that_is_not_utf8(
     original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -253,7 +253,7 @@ def test_plain_progress_lines(
 ) -> None:
     train(tiny, tmp_path, "steps=5", "metrics.every=2")
     lines = capsys.readouterr().out.splitlines()
-    assert lines.pop(0).startswith("kernels: attention, indexer, indexer loss, compressor")
+    assert lines.pop(0).startswith("kernels: attention, indexer, indexer_loss, compressor")
     assert re.match(r"memory: peak [\d.,]+ [MG]iB", lines.pop())
     assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
     assert re.search(
