@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from model.kernels import fp8
 from model.kernels.grouped_mm import grouped_mm
 from model.kernels.operations import EAGER, Choice
+from model.kernels.tensor_cores import tf32_matmuls
 
 
 @dataclass(frozen=True)
@@ -98,4 +99,34 @@ class _FP32Out(torch.autograd.Function):
         grad_TY = grad_TY.to(x_TX.dtype)
         grad_x = grad_TY @ weight_YX if ctx.needs_input_grad[0] else None
         grad_weight = grad_TY.t() @ x_TX if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight
+
+
+def fp32_linear(x_TX: Tensor, weight_YX: Tensor) -> Tensor:
+    """Multiplies in fp32, whatever the dtype: [T, X] and [Y, X] to fp32 [T, Y].
+
+    On a GPU, tensor cores multiply numbers of bf16, whose products and sums are the same there;
+    backward rounds the gradient of the result to TF32, four bits more than those of x and weight
+    have.
+    """
+    if not x_TX.is_cuda or x_TX.dtype == torch.float32:
+        return F.linear(x_TX.float(), weight_YX.float())
+    return _FP32Linear.apply(x_TX, weight_YX)
+
+
+class _FP32Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TX: Tensor, weight_YX: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TX, weight_YX)
+        return torch.mm(x_TX, weight_YX.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TY: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_TX, weight_YX = ctx.saved_tensors
+        grad_x = grad_weight = None
+        with tf32_matmuls(x_TX):
+            if ctx.needs_input_grad[0]:
+                grad_x = (grad_TY @ weight_YX.float()).to(x_TX.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_weight = (grad_TY.t() @ x_TX.float()).to(weight_YX.dtype)
         return grad_x, grad_weight

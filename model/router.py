@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layout import SampleLayout, on_device
+from model.linear import fp32_linear
 
 _MIN_COUNT = 0.01
 """Of the mean count, what a token counts at least in `balanced_table`."""
@@ -62,7 +63,7 @@ class Router(nn.Module):
         ``expert_indices_TA``: precomputed expert indices (anticipatory routing, report §4.2.3), of
         any integer dtype; scores and weights still come from the current gate.
         """
-        logits = F.linear(x_TD.float(), self.weight.float())
+        logits = fp32_linear(x_TD, self.weight)
         # The floor keeps the root differentiable where softplus underflows to zero.
         scores = F.softplus(logits).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
         if expert_indices_TA is not None:

@@ -2,7 +2,8 @@
 
 Each function raises UnsupportedError, with the reason, where the kernels of an operation cannot
 run. The functions of `*_triton.py` call them, and so does the check of a config, before anything is
-built. Whether a run uses a kernel is in its `Kernels` (operations.py).
+built. What depends on a GPU's limits, such as its shared memory, is found by compiling for it
+(trainer/kernels/). Whether a run uses a kernel is in its `Kernels` (operations.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 
 _HEAD_DIMS = (64, 128, 256, 512)
 _DTYPES = (torch.bfloat16, torch.float16)
-_CAPABILITY = (9, 0)
+_OLDEST = (8, 0)
+"""Compute capability of the first GPUs with tensor cores for bf16, and for TF32."""
+_OLDEST_WITH_FP8 = (8, 9)
 
 
 class UnsupportedError(ValueError):
@@ -101,7 +104,7 @@ def cross_entropy(device: torch.device, dtype: torch.dtype) -> None:
 @functools.cache
 def fp8(device: torch.device, dtype: torch.dtype) -> None:
     """Checks FP8 matmuls and their operands' quantisation."""
-    _require("fp8", device, dtype, None, (torch.bfloat16,))
+    _require("fp8", device, dtype, None, (torch.bfloat16,), _OLDEST_WITH_FP8)
 
 
 @functools.cache
@@ -116,6 +119,7 @@ def _require(
     dtype: torch.dtype,
     unsupported: str | None,
     dtypes: tuple[torch.dtype, ...] = _DTYPES,
+    oldest: tuple[int, int] = _OLDEST,
 ) -> None:
     if device.type != "cuda":
         if not _triton_takes(device):
@@ -125,8 +129,11 @@ def _require(
         return
     if dtype not in dtypes:
         unsupported = f"{dtype} is not one of {', '.join(map(str, dtypes))}"
-    elif torch.cuda.get_device_capability(device) < _CAPABILITY:
-        unsupported = "the GPU is older than Hopper"
+    elif torch.version.hip is not None:
+        unsupported = "the kernels are written for NVIDIA's GPUs, and this torch is built for AMD's"
+    elif (capability := torch.cuda.get_device_capability(device)) < oldest:
+        has, needs = (".".join(map(str, version)) for version in (capability, oldest))
+        unsupported = f"the GPU has compute capability {has}, and the kernel needs {needs}"
     elif importlib.util.find_spec("triton") is None:
         unsupported = "triton is not installed"
     if unsupported is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from model.kernels.attention.inputs import AttentionInputs
 from model.kernels.attention.ranges import AttentionRanges
+from model.kernels.tensor_cores import tf32_matmuls
 
 _CPU_PAIRS, _GPU_PAIRS = 1 << 11, 1 << 15
 """(query, head) pairs per chunk: on a CPU the logits of a chunk then stay in a core's cache; a GPU
@@ -34,17 +35,18 @@ def eager_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     entries_CK, selected_Tk = inputs.entries_CK, inputs.selected_Tk
     if entries_CK is None or entries_CK.shape[0] == 0:
         entries_CK, selected_Tk = None, None
-    return _Attention.apply(
-        inputs.q_THK.contiguous(),
-        inputs.kv_LK,
-        entries_CK,
-        inputs.sink_H,
-        inputs.rotation_Tr,
-        inputs.ranges,
-        selected_Tk,
-        inputs.window,
-        inputs.norm_eps,
-    )
+    with tf32_matmuls(inputs.q_THK):
+        return _Attention.apply(
+            inputs.q_THK.contiguous(),
+            inputs.kv_LK,
+            entries_CK,
+            inputs.sink_H,
+            inputs.rotation_Tr,
+            inputs.ranges,
+            selected_Tk,
+            inputs.window,
+            inputs.norm_eps,
+        )
 
 
 @torch.no_grad()
@@ -69,10 +71,12 @@ def eager_entry_probability_mass(
         if selected_Tk is None:
             low, high = ranges.entry_start_T[rows, None], ranges.entry_end_T[rows, None]
             bias = _bias((index >= low) & (index < high))
-            logits = torch.mm(scaled_q.flatten(0, 1), keys.t()).view(*scaled_q.shape[:2], -1)
+            with tf32_matmuls(q_THK):
+                logits = torch.mm(scaled_q.flatten(0, 1), keys.t()).view(*scaled_q.shape[:2], -1)
         else:
             part = _SelectedEntries(selected_Tk[rows], entries_CK)
-            bias, logits = part.bias, part.dot(scaled_q)
+            with tf32_matmuls(q_THK):
+                bias, logits = part.bias, part.dot(scaled_q)
         logits = logits.add_(bias[:, None]).sub_(lse2_TH[rows, :, None])
         mass[rows] = logits.exp2_().sum(1)
     return mass
@@ -315,6 +319,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out_THK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        with tf32_matmuls(grad_out_THK):
+            return _Attention._gradients(ctx, grad_out_THK)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_out_THK: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, entries, sink, rotation, selected, out_THK, lse2_TH = ctx.saved_tensors
         padded_kv = F.pad(kv.float(), (0, 0, ctx.window - 1, 0))
         grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)

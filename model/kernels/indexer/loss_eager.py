@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.kernels.indexer.inputs import IndexerInputs
 from model.kernels.indexer.kl_target import MIN_PROBABILITY_MASS, KLTarget
+from model.kernels.tensor_cores import tf32_matmuls
 
 _CPU_SCORES, _GPU_SCORES = 1 << 19, 1 << 27
 """Max per-head scores held at once: fits a core's cache (CPU), or 0.5 GiB (GPU)."""
@@ -38,7 +39,8 @@ def eager_objective(
         loss_n, lse_n = block.divergence()
         total += (loss_n * weight_T[rows]).sum()
         if gradients is not None:
-            gradients.add(block, lse_n, weight_T[rows])
+            with tf32_matmuls(q_TIJ):
+                gradients.add(block, lse_n, weight_T[rows])
     return total, () if gradients is None else gradients.of_inputs()
 
 
@@ -60,14 +62,16 @@ class _Block:
             low, high = ranges.entry_start_T[rows, None], ranges.entry_end_T[rows, None]
             self.visible = (index >= low) & (index < high)
             self.keys = keys[columns].to(compute_dtype)
-            dots = (self.q.flatten(0, 1) @ self.keys.t()).view(*self.q.shape[:2], -1)
+            with tf32_matmuls(q):  # exact: the factors are in bf16
+                dots = (self.q.flatten(0, 1) @ self.keys.t()).view(*self.q.shape[:2], -1)
         else:
             self.visible = selected[rows] >= 0
             self.index = selected[rows].clamp(min=0).flatten()
             self.keys = (
                 keys.index_select(0, self.index).to(compute_dtype).view(*self.visible.shape, -1)
             )
-            dots = torch.bmm(self.q, self.keys.transpose(1, 2))
+            with tf32_matmuls(q):
+                dots = torch.bmm(self.q, self.keys.transpose(1, 2))
         self.dots = dots.relu_()
         self.scores = torch.bmm(self.weights[:, None], self.dots)[:, 0]
         mass = kl_target.mass(rows, columns).to(compute_dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.kernels.attention import AttentionRanges
 from model.kernels.indexer.inputs import IndexerInputs
+from model.kernels.tensor_cores import tf32_matmuls
 
 _CPU_SCORES, _GPU_SCORES = 1 << 19, 1 << 27
 """Max per-head scores held at once: fits a core's cache (CPU), or 0.5 GiB (GPU)."""
@@ -48,7 +49,8 @@ def eager_select_topk(inputs: IndexerInputs, ranges: AttentionRanges, k: int) ->
 def entry_scores(q_nIJ: Tensor, keys_cJ: Tensor, weights_nI: Tensor) -> Tensor:
     """Computes Σ_h w_h · ReLU(q_h · k_s) of every pair, fp32 [n, c]."""
     n, heads, dim = q_nIJ.shape
-    dots = torch.mm(q_nIJ.reshape(n * heads, dim).float(), keys_cJ.float().t()).relu_()
+    with tf32_matmuls(q_nIJ):  # exact: the factors are in bf16
+        dots = torch.mm(q_nIJ.reshape(n * heads, dim).float(), keys_cJ.float().t()).relu_()
     return torch.bmm(weights_nI.float()[:, None], dots.view(n, heads, -1))[:, 0]
 
 

@@ -79,15 +79,29 @@ def test_fp16_underflows_in_the_indexers_objective() -> None:
     assert "torch.float16" in unsupported(torch.float16)["indexer_loss"]
 
 
-@pytest.mark.parametrize("missing", ["hopper", "triton"])
+@pytest.mark.parametrize("missing", ["bf16", "nvidia", "triton"])
 def test_a_machine_without_one_of_them_runs_none(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if missing == "hopper":
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    if missing == "bf16":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    elif missing == "nvidia":  # an MI300 has capability (9, 4)
+        monkeypatch.setattr(torch.version, "hip", "7.1")
     else:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert unsupported(torch.bfloat16).keys() == {*OPERATIONS}
+    reasons = unsupported(torch.bfloat16)
+    assert reasons.keys() == {*OPERATIONS}
+    parts = {"bf16": "capability 7.5, and the kernel needs 8.", "nvidia": "AMD's"}
+    assert all(parts.get(missing, "triton") in reason for reason in reasons.values())
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)])
+def test_every_gpu_with_bf16_may_fit_a_kernel(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    without_fp8 = {"fp8"} if capability < (8, 9) else set()
+    assert unsupported(torch.bfloat16).keys() == without_fp8
 
 
 def test_triton_on_a_cpu_without_the_interpreter_raises() -> None:
