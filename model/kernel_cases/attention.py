@@ -72,7 +72,13 @@ def block_choices(config: ModelConfig) -> tuple[Blocks, ...]:
     choices = [own, narrow]
     if config.head_dim >= 256:
         small = replace(own, rows=32, keys=32, dq_rows=32, dq_keys=32, dk_rows=16, dk_keys=32)
-        choices += [replace(narrow, dk_rows=16), small, replace(small, dq_rows=16)]
+        choices = [
+            own,
+            replace(narrow, dk_rows=16),  # data center Blackwell, whose operands lie in memory
+            replace(own, dq_rows=32, dq_keys=32),  # A100
+            small,
+            replace(small, dq_rows=16),  # consumer Blackwell and Ada
+        ]
     return tuple(asdict(blocks) for blocks in dict.fromkeys(choices))
 
 

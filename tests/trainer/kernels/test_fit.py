@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
-import pytest
 import torch
 
-from model import ModelConfig
 from model.kernel_cases import CASES, Sizes
 from model.kernels.operations import Choice
 from tests.model.kernels.interpreter import compiled
@@ -22,15 +20,13 @@ from trainer.kernels.syrk_cases import syrk_cases
 CONFIG = tiny_config(head_dim=64, qk_rope_head_dim=16)
 
 
-def variants_of(
-    operation: str, blocks: Mapping[str, int], config: ModelConfig = CONFIG
-) -> list[Variant]:
+def variants_of(operation: str) -> list[Variant]:
     """What the operation's cases would compile, for the target in force."""
-    sizes = Sizes(config, (1, 2, 37), torch.bfloat16, torch.device("cpu"), dense=True)
+    sizes = Sizes(CONFIG, (1, 2, 37), torch.bfloat16, torch.device("cpu"), dense=True)
     variants: dict[str, Variant] = {}
     for make in CASES[operation].cases(sizes):
         case = make()
-        call = partial(results, case, case.function(Choice("triton", blocks)))
+        call = partial(results, case, case.function(Choice("triton")))
         variants |= {variant.key: variant for variant in record_variants(call)}
     return list(variants.values())
 
@@ -49,7 +45,7 @@ def test_limits_are_named():
 @compiled
 def test_every_kernel_of_forward_and_backward_is_recorded():
     with target(90):
-        variants = variants_of("norms", {})
+        variants = variants_of("norms")
     names = [variant.name for variant in variants]
     assert {"norm._forward", "norm._backward"} == set(names)
     # hidden states, keys and fp32 entries; and the rotation alone
@@ -61,7 +57,7 @@ def test_every_kernel_of_forward_and_backward_is_recorded():
 def test_a_kernel_that_does_not_compile_is_a_misfit():
     """E4M3 is a type from compute capability 8.9 on."""
     with target(80) as limits:
-        variants = [v for v in variants_of("fp8", {}) if v.name == "quantise._quantise_weight"]
+        variants = [v for v in variants_of("fp8") if v.name == "quantise._quantise_weight"]
         reason = misfit(variants[:1], limits)
     assert reason is not None
     assert reason.startswith("quantise._quantise_weight does not compile for it: ")
@@ -89,17 +85,3 @@ def test_a_block_size_that_does_not_fit_is_refused_and_another_remains():
 
 def no_clock(call: Callable[[], object]) -> float:
     raise AssertionError("nothing is timed")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [100, 120])
-@compiled
-def test_attention_of_v4_s_width_fits_with_some_blocks_where_its_own_are_too_large(capability):
-    config = CONFIG.model_copy(
-        update={"head_dim": 512, "qk_rope_head_dim": 64, "num_attention_heads": 64}
-    )
-    choices = CASES["attention"].block_choices(config)
-    with target(capability) as limits:
-        reasons = [misfit(variants_of("attention", blocks, config), limits) for blocks in choices]
-    assert "bytes of shared memory" in str(reasons[0])
-    assert None in reasons[1:]
