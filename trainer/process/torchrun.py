@@ -8,7 +8,9 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
+import psutil
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
@@ -40,10 +42,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_line(f"torchrun: {type(error).__name__}: {error}", sys.stderr)
         return exit_code_of(code)
     except SignalException as stop:
+        _end_ranks(stop.sigval)
         return exit_code_of(-stop.sigval)
     except OSError as error:  # of torchrun itself, which needs a temporary folder
         return report_error(error)
     return 0
+
+
+def _end_ranks(number: int) -> None:
+    """Passes a signal to ranks that torchrun left, and waits for their end; another one kills them.
+
+    It leaves those that it was starting when its signal came.
+    """
+    ranks = psutil.Process().children()
+    try:
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+        psutil.wait_procs(ranks)
+    except SignalException:
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.kill()
 
 
 def _root_cause(error: ChildFailedError) -> tuple[int, int, int]:
