@@ -12,6 +12,12 @@ from trainer.kernels.verdict import Problem, Verdict
 OPERATIONS = ("attention", "indexer", "indexer_loss", "compressor", "norms")
 
 
+def test_without_a_gpu_the_reason_says_so():
+    problem = Problem(tiny_config().model_dump(), "bfloat16", 64, ("norms",))
+    (verdict,) = check_kernels(problem, 0, lambda operation: None)
+    assert verdict == Verdict("norms", False, "torch can use no GPU on this host", "eager")
+
+
 def test_a_hang_a_death_and_an_illegal_access_each_end_one_operation():
     problem = Problem(tiny_config().model_dump(), "bfloat16", 64, OPERATIONS, ((3, 4),))
     worker = (sys.executable, "-m", "tests.trainer.kernels.worker_stub")

@@ -106,3 +106,12 @@ def test_a_broken_kernel_is_refused(operation, module, line, instead, reason):
     assert reason in verdict.reason, verdict.reason
     assert verdict.choice == "eager" and verdict.blocks == {}
     assert "\n" not in verdict.reason
+
+
+@interpreted
+def test_widths_that_a_kernel_does_not_support_are_the_reason():
+    verdict = verdict_on("attention", model=tiny_config(head_dim=16).model_dump())
+    assert not verdict.passed and verdict.choice == "eager"
+    assert verdict.reason == (
+        "csa layers: ValueError: head_dim is 16; Triton attention supports [64, 128, 256, 512]"
+    )
