@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.kernel_cases import Case
-from trainer.kernels.compare import fault_of, reference_of
+from trainer.kernels.compare import Distance, _fault, fault_of, reference_of
 
 LEAVES = {
     "x": torch.randn(2000, 64, generator=torch.Generator().manual_seed(0)).bfloat16(),
@@ -48,6 +48,14 @@ def test_a_right_function_has_no_fault():
 
 def test_a_little_wrong_everywhere():
     assert "output has an error of" in str(fault(lambda x, w: 1.01 * product(x, w)))
+
+
+def test_the_norm_of_few_numbers_may_fluctuate():
+    """Limits of 16 numbers are twice those of many; those of one, a loss, are not wider."""
+    eager = Distance(3e-3, 0.0, 1.0, 0)
+    for numbers, limit in ((1, 6e-3), (16, 1.2e-2), (1 << 40, 6e-3)):
+        assert _fault(Distance(0.99 * limit, 0.0, 1.0, numbers), eager) is None
+        assert _fault(Distance(1.01 * limit, 0.0, 1.0, numbers), eager) is not None
 
 
 def test_a_wrong_gradient_alone():
