@@ -43,19 +43,31 @@ def _has_numbers(x: Tensor) -> bool:
 
 
 def array(x: Tensor) -> Any:
-    """Returns a tensor's numbers as a C-ordered NumPy array, in place where they are so ordered."""
-    x = x.contiguous()
-    return (x.detach() if x.requires_grad else x).numpy()
+    """Returns fp32 numbers as a C-ordered NumPy array, in place if the tensor is contiguous."""
+    return np.asarray(_Numbers(x.contiguous()))
 
 
-def over_rows(kernel: Callable[..., None], first: Tensor, *others: Any) -> None:
+class _Numbers:
+    """A tensor as NumPy's array interface describes it: two torch operators fewer than numpy()."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.tensor = x  # keeps the memory
+        shape = tuple(x.shape)
+        pointer = (x.data_ptr(), False)
+        self.__array_interface__ = {"version": 3, "typestr": "<f4", "shape": shape, "data": pointer}
+
+
+def over_rows(
+    kernel: Callable[..., None], first: Tensor, *others: Any, numbers: int | None = None
+) -> None:
     """Calls a kernel with (start, stop, arrays and numbers) so that it covers all rows.
 
-    Rows are those of the first tensor, whose size says how much work there is: it is divided among
-    torch's threads where that takes less time than waking them.
+    Rows are those of the first tensor, and ``numbers`` how many are computed, by default the first
+    tensor's. They are divided among torch's threads where that takes less time than waking them.
     """
+    numbers = first.numel() if numbers is None else numbers
     arguments = [array(x) if isinstance(x, Tensor) else x for x in (first, *others)]
-    count = max(min(torch.get_num_threads(), first.numel() // _NUMBERS_PER_THREAD), 1)
+    count = max(min(torch.get_num_threads(), numbers // _NUMBERS_PER_THREAD), 1)
     rows = len(first)
     bounds = [rows * i // count for i in range(count + 1)]
     pairs = list(itertools.pairwise(bounds))

@@ -10,24 +10,18 @@ rotation, half of the rotary dims.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.kernels import host
+from model.kernels.attention import host as fused
+from model.kernels.attention.chunks import LOG2E, Chunk, chunks_of, max_pairs_of
 from model.kernels.attention.inputs import AttentionInputs
 from model.kernels.attention.ranges import AttentionRanges
 from model.kernels.tensor_cores import tf32_matmuls
-
-_CPU_PAIRS, _GPU_PAIRS = 1 << 11, 1 << 15
-"""(query, head) pairs per chunk: on a CPU the logits of a chunk then stay in a core's cache; a GPU
-needs few, large launches, and a chunk with V4's largest selection still takes half a GiB."""
-
-_LOG2E = math.log2(math.e)
-"""The softmax works in base 2: exp2 is cheaper than exp on CPU and GPU."""
 
 
 def eager_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -64,10 +58,10 @@ def eager_entry_probability_mass(
     mass = torch.empty(tokens, width, dtype=torch.float32, device=q_THK.device)
     index = torch.arange(start, stop, device=q_THK.device)
     keys = entries_CK[start:stop].float()
-    step = max(_max_pairs(q_THK.device) // heads, 1)
+    step = max(max_pairs_of(q_THK.device) // heads, 1)
     for first in range(0, tokens, step):
         rows = slice(first, first + step)
-        scaled_q = _Queries(q_THK[rows], rotation_Tr[rows], inputs.norm_eps).scaled_q * _LOG2E
+        scaled_q = _Queries(q_THK[rows], rotation_Tr[rows], inputs.norm_eps).scaled_q * LOG2E
         if selected_Tk is None:
             low, high = ranges.entry_start_T[rows, None], ranges.entry_end_T[rows, None]
             bias = _bias((index >= low) & (index < high))
@@ -80,47 +74,6 @@ def eager_entry_probability_mass(
         logits = logits.add_(bias[:, None]).sub_(lse2_TH[rows, :, None])
         mass[rows] = logits.exp2_().sum(1)
     return mass
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Queries [start, stop), in sub-blocks (bands) of ``band`` tokens.
-
-    A band shares one slice of W - 1 + band keys. The key of query `start` has index start + shift.
-    """
-
-    start: int
-    stop: int
-    band: int
-    shift: int
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, self.stop)
-
-
-def _max_pairs(device: torch.device) -> int:
-    return _CPU_PAIRS if device.type == "cpu" else _GPU_PAIRS
-
-
-def _chunks(
-    segments: tuple[tuple[int, int, int], ...], heads: int, window: int, max_pairs: int
-) -> list[_Chunk]:
-    """Divides queries into chunks of bands.
-
-    Each query computes W - 1 + band logits, of which at most W are unmasked; wider bands mean
-    fewer, larger matmuls.
-    """
-    band = max(window // 4, 8)
-    step = max(max_pairs // (heads * band), 1) * band
-    chunks = []
-    for start, stop, shift in segments:
-        full = start + (stop - start) // band * band
-        for first in range(start, full, step):
-            chunks.append(_Chunk(first, min(first + step, full), band, shift))
-        if full < stop:
-            chunks.append(_Chunk(full, stop, stop - full, shift))
-    return chunks
 
 
 class _Queries:
@@ -164,7 +117,7 @@ def _bias(visible: Tensor) -> Tensor:
 class _WindowKeys:
     """The tokens of each band's window: overlapping slices of one array, never copied."""
 
-    def __init__(self, chunk: _Chunk, padded_kv: Tensor, window: int, start_T: Tensor) -> None:
+    def __init__(self, chunk: Chunk, padded_kv: Tensor, window: int, start_T: Tensor) -> None:
         # Row r of the padded array is key r - (W - 1).
         self.chunk, self.bands = chunk, (chunk.stop - chunk.start) // chunk.band
         self.width = window - 1 + chunk.band
@@ -205,7 +158,7 @@ class _WindowKeys:
 class _EntryRange:
     """Every entry between the first and the last that a query of the chunk sees."""
 
-    def __init__(self, chunk: _Chunk, entries: Tensor, ranges: AttentionRanges) -> None:
+    def __init__(self, chunk: Chunk, entries: Tensor, ranges: AttentionRanges) -> None:
         assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
         assert ranges.host_entry_start_T is not None and ranges.host_entry_end_T is not None
         rows = chunk.rows
@@ -253,7 +206,7 @@ _Pairs = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _keys_of(
-    chunk: _Chunk,
+    chunk: Chunk,
     padded_kv: Tensor,
     entries: Tensor | None,
     selected: Tensor | None,
@@ -275,7 +228,7 @@ def _keys_of(
 
 def _logits(part: _Keys, scaled_q_nHK: Tensor) -> Tensor:
     """Returns base-2 logits, -inf where a query does not see the key."""
-    return part.dot(scaled_q_nHK * _LOG2E).add_(part.bias[:, None])
+    return part.dot(scaled_q_nHK * LOG2E).add_(part.bias[:, None])
 
 
 class _Attention(torch.autograd.Function):
@@ -292,11 +245,18 @@ class _Attention(torch.autograd.Function):
         window: int,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        ctx.chunks = _chunks(ranges.segments, q.shape[1], window, _max_pairs(q.device))
+        ctx.chunks = chunks_of(ranges.segments, q.shape[1], window, max_pairs_of(q.device))
+        ctx.ranges, ctx.window, ctx.eps = ranges, window, eps
+        if host.runs(q, kv, entries, sink):
+            arguments = _fused_arguments(kv, entries, sink, rotation, selected, ctx)
+            out_THK, lse2_TH = fused.forward(q, arguments, ctx.chunks)
+            ctx.save_for_backward(q, kv, entries, sink, rotation, selected, out_THK, lse2_TH)
+            ctx.mark_non_differentiable(lse2_TH)
+            return out_THK, lse2_TH
         padded_kv = F.pad(kv.float(), (0, 0, window - 1, 0))
         out_THK = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse2_TH = q.new_empty(q.shape[:2], dtype=torch.float32)
-        sink_H = sink.float() * _LOG2E
+        sink_H = sink.float() * LOG2E
         for chunk in ctx.chunks:
             queries = _Queries(q[chunk.rows], rotation[chunk.rows], eps)
             parts = _keys_of(chunk, padded_kv, entries, selected, ranges, window)
@@ -312,7 +272,6 @@ class _Attention(torch.autograd.Function):
                 out += part.weighted_sum(p_nHc)
             out_THK[chunk.rows] = rotate_(out.div_(total_nH[..., None]), queries.rotation.conj())
             lse2_TH[chunk.rows] = top_nH + total_nH.log2()
-        ctx.ranges, ctx.window, ctx.eps = ranges, window, eps
         ctx.save_for_backward(q, kv, entries, sink, rotation, selected, out_THK, lse2_TH)
         ctx.mark_non_differentiable(lse2_TH)
         return out_THK, lse2_TH
@@ -325,6 +284,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, grad_out_THK: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, entries, sink, rotation, selected, out_THK, lse2_TH = ctx.saved_tensors
+        if host.runs(q, kv, entries, sink):
+            arguments = _fused_arguments(kv, entries, sink, rotation, selected, ctx)
+            results = out_THK, lse2_TH, grad_out_THK.contiguous()
+            return *fused.backward(q, arguments, ctx.chunks, *results), *[None] * 5
         padded_kv = F.pad(kv.float(), (0, 0, ctx.window - 1, 0))
         grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
         grad_kv = torch.zeros_like(padded_kv)
@@ -344,9 +307,21 @@ class _Attention(torch.autograd.Function):
                 part.accumulate(target, ((ds_nHc, queries.scaled_q), (p_nHc, grad_nHK)))
                 grad_scaled_q += part.weighted_sum(ds_nHc)
             grad_q[rows] = queries.backward(grad_scaled_q)
-        sink_probability_TH = torch.exp2(sink.float() * _LOG2E - lse2_TH)
+        sink_probability_TH = torch.exp2(sink.float() * LOG2E - lse2_TH)
         grad_sink = -(sink_probability_TH * delta_TH).sum(0).to(sink.dtype)
         grad_kv = grad_kv[ctx.window - 1 :].to(kv.dtype)
         if grad_entries is not None:
             grad_entries = grad_entries.to(entries.dtype)
         return grad_q, grad_kv, grad_entries, grad_sink, *[None] * 5
+
+
+def _fused_arguments(
+    kv: Tensor,
+    entries: Tensor | None,
+    sink: Tensor,
+    rotation: Tensor,
+    selected: Tensor | None,
+    ctx: Any,
+) -> fused.Arguments:
+    angles = torch.view_as_real(rotation.resolve_conj()).flatten(1)
+    return fused.Arguments(kv, entries, sink, angles, ctx.ranges, selected, ctx.window, ctx.eps)

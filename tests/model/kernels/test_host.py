@@ -5,14 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from model.kernels import host
+from model.kernels.attention import AttentionInputs, AttentionRanges, attention_with_lse2
+from model.kernels.attention.naive import naive_attention, naive_selection_mask
 from model.kernels.hyper_connection import read_streams, write_streams
 from model.kernels.hyper_connection.naive import naive_read_streams, naive_write_streams
+from model.kernels.norm import rms_norm, rotate
+from model.kernels.norm.naive import naive_rms_norm, naive_rotate
+from model.kernels.swiglu import clamped_swiglu
+from model.kernels.swiglu.naive import naive_clamped_swiglu
 from tests.model.kernels.compare import rand
+from tests.model.kernels.norm.test_norm_triton import turn
 
 Case = tuple[Callable[..., object], Callable[..., object], list[Tensor]]
 """Kernel, formula, inputs."""
@@ -40,7 +48,78 @@ def write_case(tokens: int = TOKENS) -> Case:
     return write_streams, naive_write_streams, inputs
 
 
-CASES = {"read": read_case, "write": write_case}
+def norm_case(tokens: int = TOKENS, rotary: int = 0) -> Case:
+    rotation = turn(tokens, rotary) if rotary else None
+    return (
+        lambda *x: rms_norm(*x, 1e-6, rotation),
+        lambda *x: naive_rms_norm(*x, 1e-6, rotation),
+        [rand(tokens, DIM, seed=1), rand(DIM, seed=2)],
+    )
+
+
+def rotation_case(tokens: int = TOKENS) -> Case:
+    rotation = turn(tokens, 6)
+    inputs = [rand(tokens, 3, DIM, seed=1)]
+    return lambda x: rotate(x, rotation), lambda x: naive_rotate(x, rotation), inputs
+
+
+def swiglu_case(tokens: int = TOKENS) -> Case:
+    inputs = [rand(tokens, DIM, seed=1, scale=2), rand(tokens, DIM, seed=2), rand(tokens, seed=3)]
+    return (
+        lambda g, u, w: clamped_swiglu(g, u, 1.5, w),
+        lambda g, u, w: naive_clamped_swiglu(g, u, 1.5, w),
+        inputs,
+    )
+
+
+def attention_case(tokens: int = TOKENS, selected: int = 0) -> Case:
+    """A window of 12 tokens, entries of 4, all visible ones or those selected."""
+    heads, dim, window, entries = 2, 16, 12, tokens // 4
+    place = np.arange(tokens)
+    start, end = np.zeros(tokens, np.int64), (place + 1) // 4
+    low = torch.tensor(np.maximum(place - window + 1, 0))
+    ranges = AttentionRanges(
+        low, ((0, tokens, 0),), torch.tensor(start), torch.tensor(end), start, end
+    )
+    index = torch.arange(selected) * 2 if selected else None
+    choice = None
+    if index is not None:
+        few = torch.tensor(end)[:, None] <= selected
+        columns = torch.where(few, torch.arange(selected), index)
+        choice = torch.where(columns < torch.tensor(end)[:, None], columns, -1).to(torch.int32)
+    rotation = turn(tokens, 6)
+    key, query = torch.arange(tokens), torch.arange(tokens)[:, None]
+    sees_token = (key >= low[:, None]) & (key <= query)
+    sees_entry = torch.arange(entries) < torch.tensor(end)[:, None]
+    if choice is not None:
+        sees_entry = naive_selection_mask(choice, entries)
+
+    def kernel(*tensors: Tensor) -> Tensor:
+        inputs = AttentionInputs(*tensors, rotation, ranges, choice, window=window, norm_eps=1e-6)
+        return attention_with_lse2(inputs)[0]
+
+    return (
+        kernel,
+        lambda *x: naive_attention(*x, rotation, sees_token, sees_entry, 1e-6),
+        [
+            rand(tokens, heads, dim, seed=1),
+            rand(tokens, dim, seed=2),
+            rand(entries, dim, seed=3),
+            rand(heads, seed=4),
+        ],
+    )
+
+
+CASES = {
+    "attention": attention_case,
+    "attention to selected entries": lambda tokens=TOKENS: attention_case(tokens, 5),
+    "read": read_case,
+    "write": write_case,
+    "norm": norm_case,
+    "norm and rotation": lambda tokens=TOKENS: norm_case(tokens, 6),
+    "rotation": rotation_case,
+    "swiglu": swiglu_case,
+}
 
 
 def results(function: Callable[..., object], inputs: list[Tensor]) -> list[Tensor]:
@@ -55,7 +134,10 @@ def results(function: Callable[..., object], inputs: list[Tensor]) -> list[Tenso
 
 @pytest.mark.parametrize("name", CASES)
 def test_errors_are_no_larger_than_those_of_plain_torch(name, monkeypatch):
-    """Root mean square errors against float64; twice is what another order of a sum may cost."""
+    """Root mean square errors against float64.
+
+    Twice is what another order of a sum may cost, and half a unit in the last place is no error.
+    """
     kernel, formula, inputs = CASES[name]()
     exact = results(formula, [x.double() for x in inputs])
     fused = results(kernel, inputs)
@@ -64,7 +146,7 @@ def test_errors_are_no_larger_than_those_of_plain_torch(name, monkeypatch):
     for number, (ours, other, right) in enumerate(zip(fused, plain, exact, strict=True)):
         errors = [float((x.double() - right).square().mean().sqrt()) for x in (ours, other)]
         largest = float(right.abs().max())
-        assert errors[0] <= 2 * errors[1] + 1e-8 * largest, f"{name}: result {number}: {errors}"
+        assert errors[0] <= 2 * errors[1] + 6e-8 * largest, f"{name}: result {number}: {errors}"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -77,11 +159,26 @@ def test_the_number_of_threads_changes_no_bit(name, monkeypatch):
         assert torch.equal(ours, other)
 
 
-@pytest.mark.parametrize("name", CASES)
+POINTWISE = [name for name in CASES if not name.startswith("attention")]
+
+
+@pytest.mark.parametrize("name", POINTWISE)
 def test_no_rows(name):
     kernel, _, inputs = CASES[name](0)
     for value in results(kernel, inputs):
         assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("name", POINTWISE)
+@pytest.mark.parametrize("number", [0, 1])
+def test_nan_stays_nan(name, number, monkeypatch):
+    """As plain torch has it: a diverging run must show."""
+    kernel, _, inputs = CASES[name]()
+    inputs[min(number, len(inputs) - 1)].flatten()[7] = float("nan")
+    fused = results(kernel, inputs)
+    monkeypatch.setattr(host, "runs", lambda *_: False)
+    for ours, other in zip(fused, results(kernel, inputs), strict=True):
+        assert torch.equal(ours.isnan(), other.isnan())
 
 
 def test_a_cpu_without_a_compiler_runs_plain_torch(monkeypatch, caplog):
