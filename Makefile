@@ -55,8 +55,6 @@ docs: $(STAMP)  ## the documentation as a site with search, in site/index.html
 bench: $(STAMP)  ## tokens per second and memory compared with transformers
 	$(BIN)/python -m benchmarks.steps.vs_transformers
 
-bench-gpu: $(STAMP)  ## a GPU: kernels compared with float64 and timed, training steps timed
-	$(BIN)/python -m pytest tests -q -m gpu
-	$(BIN)/python -m benchmarks.kernels.attention --longest --json attention.json
-	$(BIN)/python -m benchmarks.steps.step_gpu
-	$(BIN)/python -m benchmarks.steps.train_gpu --longest --json train.json
+bench-gpu: $(STAMP)  ## a GPU: kernels checked and timed, steps timed; SHORT=1 takes four minutes
+	$(BIN)/python -m benchmarks.gpu $(if $(SHORT),--short); code=$$?; \
+	  [ $$code = 2 ] || $(BIN)/python docs/write_performance.py; exit $$code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data import Batch
+from model.kernels.operations import Kernels
 from trainer.build import build_native
 from trainer.config import RunConfig, load_config
 from trainer.engine import NativeEngine
@@ -81,8 +82,12 @@ def device_of(name: str) -> torch.device | None:
     return torch.device(name)
 
 
-def config_of(name: str, device: torch.device, row: int, rows: int = 1) -> RunConfig:
+def config_of(
+    name: str, device: torch.device, row: int, rows: int = 1, more: Sequence[str] = ()
+) -> RunConfig:
     """Returns a shipped config with one microbatch of ``rows`` rows a step; fp32 on a CPU.
+
+    ``more`` are overrides.
 
     ``flash-slice`` is four layers of configs/flash.yaml, of every kind, with 32 of the 256 experts,
     as on one of eight expert-parallel ranks.
@@ -98,7 +103,7 @@ def config_of(name: str, device: torch.device, row: int, rows: int = 1) -> RunCo
         overrides += ["model.num_hidden_layers=4", "model.layer_types=[window,csa,hca,csa]"]
         overrides += ["model.n_routed_experts=32", "model.num_hash_layers=1"]
         overrides.append("model.num_nextn_predict_layers=0")
-    return load_config(ROOT / name, overrides)
+    return load_config(ROOT / name, [*overrides, *more])
 
 
 def random_batch(config: RunConfig, seed: int = 0) -> Batch:
@@ -114,10 +119,12 @@ def random_batch(config: RunConfig, seed: int = 0) -> Batch:
 class Step:
     """The trainer's step on random rows, with its engine and optimizer."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, device: torch.device, kernels: Kernels | None = None
+    ) -> None:
         self.config, self.device = config, device
         self.grid = Grid.single(device)
-        local, self.optimizer = build_native(config, self.grid)
+        local, self.optimizer = build_native(config, self.grid, kernels=kernels)
         self.model = local.model
         self.engine: NativeEngine = NativeEngine(local, self.grid, self.optimizer)
         self.batches = [random_batch(config)]

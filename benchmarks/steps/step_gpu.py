@@ -236,8 +236,12 @@ def table_of(parts: list[PartTimes], whole: float, limit: Ceilings) -> Table:
     return table
 
 
-def longest(step: Step, whole: float, count: int = 10) -> tuple[Table, str]:
-    """Returns the longest kernels of a step (operators on a CPU), and the share of all of them."""
+def profiled(step: Step, whole: float) -> tuple[list[tuple[str, int, float]], int, float]:
+    """Profiles a step that takes `whole` seconds: its kernels, or its operators on a CPU.
+
+    Returns (name, calls, milliseconds), longest first; the number of all calls; and the share of
+    the step in which they run.
+    """
     on_gpu = step.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
@@ -247,14 +251,23 @@ def longest(step: Step, whole: float, count: int = 10) -> tuple[Table, str]:
     def spent(event: Any) -> float:
         return event.self_device_time_total if on_gpu else event.self_cpu_time_total
 
-    kinds, where = ("kernels", DeviceType.CUDA) if on_gpu else ("operators", DeviceType.CPU)
+    where = DeviceType.CUDA if on_gpu else DeviceType.CPU
     ran = [event for event in events if event.device_type == where and spent(event) > 0]
-    calls, busy = sum(event.count for event in ran), sum(map(spent, ran)) / 1e6 / whole
+    ran.sort(key=spent, reverse=True)
+    times = [(event.key, event.count, spent(event) / 1e3) for event in ran]
+    return times, sum(event.count for event in ran), sum(map(spent, ran)) / 1e6 / whole
+
+
+def longest(step: Step, whole: float, count: int = 10) -> tuple[Table, str]:
+    """Returns the longest kernels of a step (operators on a CPU), and the share of all of them."""
+    on_gpu = step.device.type == "cuda"
+    kinds = "kernels" if on_gpu else "operators"
+    times, calls, busy = profiled(step, whole)
     table = Table(title=f"longest {kinds} of a step")
     for heading in ("name", "calls", "ms"):
         table.add_column(heading, justify="left" if heading == "name" else "right")
-    for event in sorted(ran, key=spent, reverse=True)[:count]:
-        table.add_row(event.key[:90], str(event.count), f"{spent(event) / 1e3:.2f}")
+    for name, number, milliseconds in times[:count]:
+        table.add_row(name[:90], str(number), f"{milliseconds:.2f}")
     summary = f"All {calls:,} {kinds} of a step take {busy:.1%} of its time"
     if on_gpu:
         summary += "; well below 100%, the GPU waits for launches"

@@ -65,7 +65,7 @@ def test_an_update_is_the_same_work_every_time(config: Path, monkeypatch) -> Non
     monkeypatch.setattr(
         optimizer,
         "orthogonal_update",
-        lambda d, c: (directions.append(d.clone()), original(d, c))[1],
+        lambda d, *more: (directions.append(d.clone()), original(d, *more))[1],
     )
     step = machine.Step(machine.config_of(str(config), CPU, 64), CPU)
     step.forward_backward()

@@ -1,0 +1,140 @@
+"""Measures a GPU and leaves one JSON: the check of its kernels, and steps of configs/nano.yaml.
+
+Every part runs in a process of its own with a time limit: one that fails is a line in the JSON, and
+the others still run. The short form ends within four minutes on an H200. The long form also runs
+the tests that need a GPU, steps in FP8 and on longer rows, times every kernel
+(benchmarks/kernels/attention.py), the parts of a step (benchmarks/steps/step_gpu.py), and steps
+compared with transformers (benchmarks/steps/train_gpu.py); what these print is in the JSON.
+
+    python -m benchmarks.gpu [--short] [--json FILE] [--device cpu --config configs/debug.yaml]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks.gpu.record import CheckRecord, GpuRecord, PartRecord, StepRecord
+from data.activity import print_line
+from data.files import write_atomically
+
+RECORDS = Path(__file__).parent / "records"
+"""Where docs/write_performance.py finds them."""
+_LOG_CHARACTERS = 20_000
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command of this project's Python, and the seconds after which it is ended."""
+
+    name: str
+    arguments: tuple[str, ...]
+    seconds: float
+
+
+def parts_of(short: bool, device: str, config: str, row: int, micro_tokens: int) -> list[Part]:
+    """Returns the parts in the order in which they run."""
+    steps = ("-m", "benchmarks.gpu.steps", f"--device={device}", f"--config={config}")
+    sizes = (f"--row={row}", f"--micro-tokens={micro_tokens}")
+    parts = [
+        Part("check", ("-m", "launch", "kernels", "check", config, "--json"), 900),
+        Part("steps", (*steps, *sizes, "--kernels=auto"), 300),
+        Part("eager steps", (*steps, *sizes, "--kernels=eager"), 300),
+    ]
+    if short:
+        return parts
+    long = (f"--row={4 * row}", f"--micro-tokens={micro_tokens}")
+    return [
+        *parts,
+        Part("steps on long rows", (*steps, *long, "--kernels=auto"), 600),
+        Part("compiled steps", (*steps, *sizes, "--kernels=compile"), 900),
+        Part("tests", ("-m", "pytest", "tests", "-q", "-m", "gpu"), 3600),
+        Part("kernels", ("-m", "benchmarks.kernels.attention", "--longest"), 7200),
+        Part("parts of a step", ("-m", "benchmarks.steps.step_gpu", f"--config={config}"), 900),
+        Part("transformers", ("-m", "benchmarks.steps.train_gpu", "--longest"), 7200),
+    ]
+
+
+def run(part: Part) -> tuple[PartRecord, str]:
+    """Runs a part; returns how it ended, and its stdout."""
+    start = time.monotonic()
+    command = [sys.executable, *part.arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=part.seconds)
+            problem = ""
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            problem = f"ended after {part.seconds:.0f} s"
+    if process.returncode and not problem:
+        lines = [*out.strip().splitlines(), *err.strip().splitlines()]
+        problem = (lines or [f"ended with {process.returncode}"])[-1]
+    spent = round(time.monotonic() - start, 1)
+    log = "" if part.arguments[1] == "benchmarks.gpu.steps" else out[-_LOG_CHARACTERS:]
+    return PartRecord(
+        name=part.name, code=process.returncode, seconds=spent, problem=problem, log=log
+    ), out
+
+
+def measured(parts: list[Part], record: GpuRecord) -> Iterator[GpuRecord]:
+    """Runs the parts; yields the record after each, so that an interrupted call keeps the rest."""
+    for part in parts:
+        print_line(f"{part.name}: running, at most {part.seconds / 60:.0f} min", sys.stderr)
+        ended, out = run(part)
+        print_line(f"{part.name}: {ended.problem or 'done'}, {ended.seconds:.0f} s", sys.stderr)
+        update: dict[str, object] = {"parts": (*record.parts, ended)}
+        objects = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        if part.name == "check":
+            update["check"] = tuple(CheckRecord.model_validate(each) for each in objects)
+        elif part.arguments[1] == "benchmarks.gpu.steps":
+            steps = [StepRecord.model_validate(each) for each in objects]
+            update["steps"] = (*record.steps, *steps)
+        record = record.model_copy(update=update)
+        yield record
+
+
+def main() -> int:
+    """Measures, writes the JSON after every part, and prints where it is; 1 if a part failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--short", action="store_true", help="within four minutes")
+    parser.add_argument("--json", type=Path, help="by default benchmarks/gpu/records/GPU-DATE.json")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--config", default="configs/nano.yaml")
+    parser.add_argument("--row", type=int, default=4096)
+    parser.add_argument("--micro-tokens", type=int, default=32_768)
+    options = parser.parse_args()
+    import torch
+
+    from benchmarks.steps.machine import device_of
+    from trainer.kernels import Platform
+
+    device = device_of(options.device)
+    if device is None:
+        return 2
+    platform = Platform.of(torch.device(device.type, 0) if device.type == "cuda" else device)
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    start = GpuRecord(date=date, short=options.short, platform=asdict(platform))
+    name = re.sub(r"[^A-Za-z0-9]+", "-", platform.name).strip("-")
+    path = options.json or RECORDS / f"{name}-{date}.json"
+    sizes = (options.config, options.row, options.micro_tokens)
+    failed: list[str] = []
+    for record in measured(parts_of(options.short, options.device, *sizes), start):
+        write_atomically(path, record.model_dump_json(indent=1) + "\n")
+        failed = [part.name for part in record.parts if part.problem]
+    print(f"wrote {path}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
