@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -21,23 +22,28 @@ _MAX_COPIES = 16
 
 
 class Clock(Protocol):
-    """Measures one call on the device."""
+    """Measures calls on the device."""
 
-    def __call__(self, call: Callable[[], object]) -> float:
-        """Runs the call to its end and returns its milliseconds."""
+    def __call__(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        """Runs the calls one after the other to their end; returns the milliseconds of each."""
 
 
 class EventClock:
-    """Measures with CUDA events, which the device records in order."""
+    """Measures with CUDA events, which the device records in order.
 
-    def __call__(self, call: Callable[[], object]) -> float:
-        """Runs the call to its end and returns its milliseconds."""
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        return float(start.elapsed_time(stop))
+    The host does not wait between calls, as in training: where it is the faster one, its time does
+    not count.
+    """
+
+    def __call__(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        """Runs the calls one after the other to their end; returns the milliseconds of each."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+        events[0].record()
+        for call, event in zip(calls, events[1:], strict=True):
+            call()
+            event.record()
+        torch.cuda.synchronize()
+        return [float(start.elapsed_time(stop)) for start, stop in pairwise(events)]
 
 
 def l2_bytes(device: torch.device) -> int:
@@ -65,13 +71,9 @@ def milliseconds(case: Case, function: Function, clock: Clock, cache_bytes: int)
             outputs = out if isinstance(out, tuple) else (out,)
             torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
 
-    for number in range(_WARM_UPS):
-        clock(partial(call, number))
-    times: list[float] = []
-    while len(times) < _MAX_CALLS and (len(times) < _MIN_CALLS or sum(times) < _BUDGET_MS):
-        number = _WARM_UPS + len(times)
-        times.append(clock(partial(call, number)))
-    return statistics.median(times)
+    *_, last = clock([partial(call, number) for number in range(_WARM_UPS)])
+    count = min(max(int(_BUDGET_MS / max(last, 1e-3)), _MIN_CALLS), _MAX_CALLS)
+    return statistics.median(clock([partial(call, _WARM_UPS + i) for i in range(count)]))
 
 
 def _copy(case: Case) -> list[Tensor]:

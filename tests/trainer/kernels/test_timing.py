@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
@@ -25,10 +25,13 @@ class Clock:
         self.times = list(times)
         self.calls = 0
 
-    def __call__(self, call: Callable[[], object]) -> float:
-        self.calls += 1
-        call()
-        return self.times.pop(0) if len(self.times) > 1 else self.times[0]
+    def __call__(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        out = []
+        for call in calls:
+            self.calls += 1
+            call()
+            out.append(self.times.pop(0) if len(self.times) > 1 else self.times[0])
+        return out
 
 
 def square(x: Tensor, w: Tensor) -> Tensor:
@@ -46,10 +49,17 @@ def case_of(weight: float = 1.0, differentiable: bool = True) -> Case:
 
 
 def test_the_median_after_warm_ups():
-    # Three warm-ups, then at least five calls until half a second has passed.
-    clock = Clock(9e9, 9e9, 9e9, 100.0, 900.0, 100.0, 100.0, 200.0)
+    # Three warm-ups; half a second has room for five calls as long as the last of them.
+    clock = Clock(9e9, 9e9, 100.0, 100.0, 900.0, 100.0, 100.0, 200.0)
     assert milliseconds(case_of(), square, clock, 0) == 100.0
     assert clock.calls == 8
+
+
+@pytest.mark.parametrize(("time", "calls"), [(0.0, 30), (50.0, 10), (4000.0, 5)])
+def test_calls_within_a_budget(time, calls):
+    clock = Clock(time)
+    milliseconds(case_of(), square, clock, 0)
+    assert clock.calls == 3 + calls
 
 
 def test_inputs_take_turns_among_copies_larger_than_the_cache():
