@@ -33,12 +33,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.activity import print_line
 from data.errors import DataError
+from data.processes import find_process
 
 LEASE_FILE = "lease.json"
 RENEW_SECONDS = 10.0
 STALE_SECONDS = 120.0
 _POLL = 0.2  # of the time between renewals
-_CLOCK_SECONDS = 2.0  # by which the recorded time of a process's creation may shift with the clock
 
 
 class LeaseError(DataError):
@@ -304,16 +304,8 @@ def _is_dead(owner: Owner | None, folder: Path) -> bool:
     """
     if owner is None:
         return False
-    try:
-        process = psutil.Process(owner.pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return True
-        if abs(process.create_time() - owner.born) > _CLOCK_SECONDS:
-            return True
-    except psutil.NoSuchProcess:
+    if find_process(owner.pid, owner.born) is None:
         return True
-    except psutil.AccessDenied:
-        pass  # of another user, and there
     try:
         return not os.path.samefile(owner.folder, folder)
     except OSError:

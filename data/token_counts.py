@@ -48,7 +48,8 @@ def write_counts(folder: Path, manifest: Manifest) -> str:
 def read_counts(shards: str | Path, manifest: Manifest) -> Mapping[str, NDArray[np.int64]] | None:
     """Inputs by source and id, [V] each; None for shards that were made without counts.
 
-    Raises DataError where the file of the counts is missing or damaged.
+    Raises DataError where the file of the counts is missing or damaged, OSError where it cannot be
+    read.
     """
     if manifest.token_counts is None:
         return None
@@ -57,6 +58,6 @@ def read_counts(shards: str | Path, manifest: Manifest) -> Mapping[str, NDArray[
         if sha256_of(path) == manifest.token_counts:
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except (FileNotFoundError, ValueError, zipfile.BadZipFile):
         pass
     raise DataError(f"{path} is missing or damaged; make it again with `v4 data prepare CONFIG`.")

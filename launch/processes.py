@@ -14,6 +14,7 @@ from typing import IO
 import psutil
 
 from data.activity import print_line
+from data.processes import is_running
 from trainer.process.exit_codes import (
     ERROR_PREFIX,
     INTERRUPTED_LINE,
@@ -182,7 +183,7 @@ class _Training:
             self.process.wait(timeout=_POLL_SECONDS)
         except subprocess.TimeoutExpired:
             return True
-        if not any(map(_runs, self.workers)):
+        if not any(map(is_running, self.workers)):
             return False
         time.sleep(_POLL_SECONDS)
         return True
@@ -199,14 +200,6 @@ class _Training:
         for worker in self.workers:
             with suppress(psutil.NoSuchProcess):
                 worker.kill()
-
-
-def _runs(process: psutil.Process) -> bool:
-    """Whether a process has not ended, reaped or not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 class _ErrorFilter:

@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from data.activity import Activity
 from data.files import write_atomically
 from data.lease import Lease
+from data.processes import find_process
 from launch import processes
 from launch.sweep_file import Arguments, Sweep, load_sweep
 from launch.sweep_progress import SweepDisplay, TrialProgress, failure_reason
@@ -308,12 +309,13 @@ def _stop_orphan(folder: Path, is_stopping: Callable[[], bool] = lambda: False) 
     known = json.loads(path.read_text(encoding="utf-8"))
     if known.get("folder", str(folder.resolve())) != str(folder.resolve()):
         return
+    process = find_process(known["pid"], known["born"])
+    if process is None:
+        return
     with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(known["pid"])
-        if process.create_time() == known["born"]:
-            process.terminate()
-            with Activity(f"waiting for the earlier process {process.pid} of {folder} to save"):
-                while not is_stopping():
-                    with suppress(psutil.TimeoutExpired):
-                        process.wait(_POLL_SECONDS)
-                        return
+        process.terminate()
+        with Activity(f"waiting for the earlier process {process.pid} of {folder} to save"):
+            while not is_stopping():
+                with suppress(psutil.TimeoutExpired):
+                    process.wait(_POLL_SECONDS)
+                    return

@@ -37,7 +37,7 @@ from trainer.kernels import (
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
 from trainer.planning import memory_parts, snapshot_memory
-from trainer.process.errors import PreflightError
+from trainer.process.errors import PreflightError, may_pass
 from trainer.run_tokenizer import run_data
 
 PACKAGES = ("data", "model", "optim", "trainer")
@@ -153,7 +153,9 @@ def _file_digest(path: Path) -> str:
     """Returns a file's digest; that it is missing on all ranks is reported where it is read."""
     try:
         return sha256_of(path)
-    except OSError:
+    except OSError as error:
+        if may_pass(error):
+            raise
         return MISSING
 
 
@@ -304,6 +306,8 @@ def _write(token: Path) -> str:
         token.parent.mkdir(parents=True, exist_ok=True)
         token.touch()
     except OSError as error:
+        if may_pass(error):
+            raise
         return error.strerror or type(error).__name__
     return ""
 

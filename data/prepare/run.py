@@ -57,6 +57,7 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
     tokenizer = Tokenizer(config.tokenizer.path)
     corpora = [Corpus(source) for source in config.sources]
     require_distinct(corpora)
+    files = _sizes_and_times(corpora)
     with Activity("hashing the sources", visible=progress):
         digest = _digest(config, tokenizer, corpora)
     root = Path(config.shards)
@@ -75,6 +76,7 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
             folder.mkdir(exist_ok=True)
             try:
                 records = _write(config, corpora, tokenizer, folder, progress)
+                _require_unchanged(files, _sizes_and_times(corpora), folder)
                 manifest = _manifest(config, digest, tokenizer, records)
                 with Activity("counting ids", visible=progress):
                     manifest = _with_counts(folder, manifest)
@@ -90,6 +92,22 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
             "the earlier shards are unchanged."
         ) from error
     return manifest
+
+
+def _sizes_and_times(corpora: list[Corpus]) -> dict[Path, tuple[int, int]]:
+    """Bytes and time of modification of every local file."""
+    stats = {file: file.stat() for corpus in corpora for file in corpus.files}
+    return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
+
+
+def _require_unchanged(
+    before: dict[Path, tuple[int, int]], after: dict[Path, tuple[int, int]], folder: Path
+) -> None:
+    """Raises DataError where a file is not the one that was hashed; its parts are removed."""
+    for file, stat in before.items():
+        if after[file] != stat:
+            shutil.rmtree(folder)
+            raise DataError(f"{file} changed while it was read; start again once it is complete.")
 
 
 def _write(

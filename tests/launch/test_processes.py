@@ -174,6 +174,7 @@ def test_a_signal_to_torchrun_waits_for_the_ranks() -> None:
     ) as process:
         assert process.stdout is not None
         assert [process.stdout.readline() for _ in range(2)] == ["started\n"] * 2
+        time.sleep(2.0)  # torchrun learns only after their start whom it has to end
         process.terminate()
         out, error = process.communicate(timeout=60)
     assert (process.returncode, sorted(out.splitlines())) == (143, ["saved 0", "saved 1"])

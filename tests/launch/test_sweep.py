@@ -153,6 +153,13 @@ def test_a_failed_trial_is_tried_again_by_the_next_call(
     assert "trial 1" not in done.stdout.split("best:")[0]  # complete
     assert states() == ["complete", "complete"]
 
+    (out / "trial-0000/metrics.jsonl").unlink()  # its history is empty now
+    done = subprocess.run(sweep, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "best: trial 1, " in done.stdout, done.stderr
+    (out / "trial-0001/metrics.jsonl").unlink()
+    done = subprocess.run(sweep, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "every trial failed" in done.stderr, done.stderr
+
 
 def test_progress_has_step_loss_and_estimate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -189,6 +196,9 @@ def test_hyperband_as_wandb_documents_it() -> None:
     stopped = [should_stop(rule, "maximize", own, histories) for own in histories]
     assert stopped == [False, False, False, True]
     assert not should_stop(rule, "minimize", [9.0], histories)
+    assert not should_stop(rule, "minimize", [], [[], []])
+    assert not should_stop(rule, "minimize", [9.0, 9.0], [[], [9.0, 9.0]])
+    assert should_stop(rule, "minimize", [9.0, 9.0], [[], [9.0, 9.0], [8.0, 8.0], [1.0, 1.0]])
 
 
 @pytest.mark.parametrize(
@@ -331,7 +341,7 @@ def test_only_the_process_that_a_killed_sweep_started_is_terminated(tmp_path: Pa
         born = psutil.Process(process.pid).create_time()
         other, same = str(tmp_path / "original"), str(tmp_path.resolve())
         for recorded, folder, is_terminated in (
-            (born - 1.0, same, False),
+            (born - 60.0, same, False),
             (born, other, False),  # this folder is a copy of that one
             (born, same, True),
         ):

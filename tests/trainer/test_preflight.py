@@ -1,5 +1,7 @@
 """What must be equal on all ranks before training, and the one sentence where it is not."""
 
+import errno
+import os
 import shutil
 import socket
 from collections.abc import Callable
@@ -226,3 +228,21 @@ def test_many_hosts_make_no_long_sentence() -> None:
     assert text.endswith("on host3 and those on 5 more hosts")
     assert where(many[:1]) == "rank 0 on host0"
     assert PreflightError in USER_ERRORS
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOENT, errno.EACCES])
+def test_a_file_server_that_is_away_is_no_difference(
+    tiny: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that does not see a file differs from the others; one whose server is away fails."""
+
+    def unreadable(path: Path) -> str:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(checks, "sha256_of", unreadable)
+    config = load_config(tiny)
+    if number in (errno.EIO, errno.ESTALE):
+        with pytest.raises(OSError, match=os.strerror(number)):
+            checks._digests(config)
+    else:
+        assert list(checks._digests(config).values()).count(checks.MISSING) == 2

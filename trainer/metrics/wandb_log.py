@@ -57,7 +57,7 @@ class WandbLog:
             self.log_line(f"wandb: waiting up to {limit:.0f} s for the server")
             self._thread.join(limit)
         if self._thread.is_alive():
-            self.log_line("warning: wandb did not finish; metrics.jsonl is complete")
+            self.log_line(f"warning: wandb did not finish{self._upload()}")
 
     def _work(self) -> None:
         """Opens the run and sends records until the run ends; the body of the thread."""

@@ -71,16 +71,18 @@ def candidates(config: RunConfig) -> list[str]:
     All give the same training, except the last one: shorter rows.
     """
     data, recompute = config.data, set(config.parallel.recompute)
-    settings = []
-    if data.micro_batch_size > 1:
-        settings.append(f"data.micro_batch_size={max(data.micro_batch_size // 2, 1)}")
+    number = config.recipe.largest.number
+    settings, rows, key = [], data.micro_batch_size, "data.micro_batch_size"
+    if config.phases and (rows_of_phase := config.phases[number].micro_batch_size) is not None:
+        rows, key = rows_of_phase, f"phases.{number}.micro_batch_size"
+    if rows > 1:
+        settings.append(f"{key}={rows // 2}")
     for parts in (["norms", "streams"], ["attention", "norms", "streams"], ["block"]):
         if "block" not in recompute and not set(parts) <= recompute:
             settings.append(f"parallel.recompute=[{','.join(parts)}]")
     if "block" in recompute and "block" not in config.parallel.offload:
         settings.append("parallel.offload=[block]")
     shorter = [f"data.seq_len={data.seq_len // 2}"] if data.seq_len >= 4 else []
-    number = config.recipe.largest.number
     if config.phases and (length := config.phases[number].seq_len) is not None:
         shorter = [f"phases.{number}.seq_len={length // 2}"]  # may conflict with earlier phases
     settings += shorter

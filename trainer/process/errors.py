@@ -113,18 +113,18 @@ def report_error(error: BaseException) -> int:
 
 
 def exit_code(error: BaseException) -> int:
-    """Returns the exit code for an error: 2 for one that is the same after every restart, else 1.
+    """Returns the exit code for an error: 2 where every restart would end the same, else 1."""
+    return FAILED if explain(error) is None or may_pass(error) else USER_ERROR
 
-    What led to an error decides as well, as the disk does where a checkpoint cannot be written.
-    """
-    if explain(error) is None:
-        return FAILED
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error, or what led to it, is one of a file server or a network that is away."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _PASSING:
-            return FAILED
+            return True
         cause = cause.__cause__ or cause.__context__
-    return USER_ERROR
+    return False
 
 
 def _flush_or_drop_stdout() -> None:

@@ -1,4 +1,4 @@
-"""Signals: SIGTERM and SIGINT ask a run to stop after the current step; Ctrl-C ends a command.
+"""Signals: SIGTERM, SIGINT and SIGHUP ask a run to stop after a step; Ctrl-C ends a command.
 
 Imports little, so that the handlers are there before what takes long to import.
 """
@@ -14,7 +14,7 @@ from types import FrameType
 from data.activity import print_line
 from trainer.process.exit_codes import INTERRUPTED, INTERRUPTED_LINE, exit_code_of
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _GRACE_SECONDS = 10.0  # for ranks that are all there, and can end together
 
 
@@ -34,9 +34,18 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Yields a StopRequest that SIGTERM and SIGINT set; restores the old handlers afterwards."""
+    """Yields a StopRequest that signals set; restores the old handlers afterwards.
+
+    torchrun sends its ranks the signal that it got itself, SIGHUP where its terminal is closed. It
+    stays ignored where nohup has it ignored.
+    """
     request = StopRequest()
-    old = {number: signal.signal(number, request.request) for number in _STOP_SIGNALS}
+    is_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    old = {
+        number: signal.signal(number, request.request)
+        for number in _STOP_SIGNALS
+        if not (is_nohup and number == signal.SIGHUP)
+    }
     try:
         yield request
     finally:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from data.config import DataConfig
 from data.errors import DataError
 from data.indexed import open_shard
 from data.manifest import Manifest
+from data.prepare import run
 from data.prepare.run import prepare
 from data.text.tokenizer import Tokenizer
 from tests.full_disk import full_disk
@@ -96,6 +98,28 @@ def test_what_is_skipped_is_counted(config: DataConfig, tmp_path: Path) -> None:
     assert Manifest.model_validate(before).skipped() == [
         "source 'b': skipped 1 empty documents, 1 bad records"
     ]
+
+
+def test_a_file_that_grows_meanwhile_is_refused(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shards would have other text than their digest stands for."""
+    source = write_source(tmp_path / "a.jsonl", ["one", "two"]) | {"split": "train"}
+    one = changed(config, sources=[source], shards=str(tmp_path / "shards"))
+    plain = run._write
+
+    def write(*arguments: Any) -> Any:
+        with (tmp_path / "a.jsonl").open("a") as file:
+            file.write('{"text": "three"}\n')
+        return plain(*arguments)
+
+    monkeypatch.setattr(run, "_write", write)
+    with pytest.raises(DataError, match=r"a\.jsonl changed while it was read; start again"):
+        prepare(one, progress=False)
+    assert not list((tmp_path / "shards").glob("*"))
+    monkeypatch.undo()
+    prepare(one, progress=False)
+    assert texts_of(one, "train") == ["one", "two", "three"]
 
 
 def test_second_run_changes_nothing_and_other_input_does(

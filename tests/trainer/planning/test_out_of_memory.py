@@ -10,7 +10,7 @@ import torch
 
 from trainer.config import load_config
 from trainer.parallel.grid import Grid
-from trainer.planning.out_of_memory import advise_on_out_of_memory, candidates, compare
+from trainer.planning.out_of_memory import advise_on_out_of_memory, candidates, compare, estimate
 from trainer.process.errors import run_or_explain
 from trainer.process.exit_codes import USER_ERROR
 
@@ -54,6 +54,20 @@ def test_a_phase_s_own_row_length_is_advised():
     phases = "phases=[{until_tokens: 1e6, attention: dense, seq_len: 1024}]"
     config = load_config(CONFIG, [phases, "steps=0", "data.micro_batch_size=1"])
     assert candidates(config)[-1] == "phases.0.seq_len=512"
+
+
+def test_a_phase_s_own_microbatch_is_advised():
+    """That of `data` does not count in the phase with the most memory."""
+    phases = (
+        "phases=[{until_tokens: 1e6, attention: dense}, {until_tokens: 2e6, attention: dense, "
+        "micro_batch_size: 4}]"
+    )
+    config = load_config(CONFIG, [phases, "steps=0", "data.micro_batch_size=2"])
+    assert candidates(config)[0] == "phases.1.micro_batch_size=2"
+    smaller = [phases.replace("4}", "2}"), "steps=0", "data.micro_batch_size=2"]
+    assert estimate(load_config(CONFIG, smaller), 1) < estimate(config, 1)
+    config = load_config(CONFIG, [phases.replace("4}", "1}"), "steps=0", "data.micro_batch_size=2"])
+    assert candidates(config)[0] == "data.micro_batch_size=1"
 
 
 def test_nothing_that_helps_is_no_empty_list(monkeypatch):

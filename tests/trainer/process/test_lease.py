@@ -38,8 +38,9 @@ def test_a_second_training_is_refused_and_touches_nothing(
         assert train_command([str(tmp_path / "run"), "steps=3"]) == 2
         assert files_in(tmp_path / "run") == before
         assert (tmp_path / "run/config.yaml").read_text() == config
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "run: `v4 train` (process " in error and " s ago" in error
+    errors = capsys.readouterr().err.splitlines()
+    (error,) = [line for line in errors if line.startswith("v4: error: ")]
+    assert "run: `v4 train` (process " in error and " s ago" in error
     assert train_command([str(tmp_path / "run"), "steps=3"]) == 0
     assert steps_in_file(tmp_path / "run") == [1, 2, 3]
     assert not (tmp_path / "run" / LEASE_FILE).exists()

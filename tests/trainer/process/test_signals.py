@@ -15,7 +15,7 @@ from tests.distributed import free_port
 from trainer import trainer
 from trainer.__main__ import main
 from trainer.process.exit_codes import exit_code_of
-from trainer.process.signals import StopRequest
+from trainer.process.signals import StopRequest, stop_on_signals
 
 LIMIT = 60.0
 
@@ -79,6 +79,21 @@ def test_a_signal_ends_the_wait_for_a_lease(tiny: Path, tmp_path: Path) -> None:
     assert (process.returncode, out) == (0, "stopped before the first step\n")
     assert "error" not in error and "Traceback" not in error
     assert seconds < 30 and [path.name for path in tmp_path.iterdir()] == [LEASE_FILE]
+
+
+@pytest.mark.parametrize(("before", "is_asked"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_closed_terminal_asks_for_a_stop_but_not_under_nohup(
+    before: signal.Handlers, is_asked: bool
+) -> None:
+    """torchrun sends its ranks the SIGHUP that it got."""
+    old = signal.signal(signal.SIGHUP, before)
+    try:
+        with stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested == is_asked
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, old)
 
 
 def test_a_stop_before_the_model_is_built(
