@@ -21,10 +21,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 tokenizer_app = typer.Typer(help="The tokenizer.", no_args_is_help=True)
 data_app = typer.Typer(help="Training data.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
+kernels_app = typer.Typer(help="The kernels of this machine's GPUs.", no_args_is_help=True)
+app.add_typer(kernels_app, name="kernels")
 
 Config = Annotated[str, typer.Argument(help="Config file, or the folder of a run.")]
 Overrides = Annotated[
@@ -80,6 +83,24 @@ def data_prepare(config: Config, overrides: Overrides = None, overwrite: Overwri
 def data_report(config: Config, overrides: Overrides = None) -> None:
     """Show the contents of the token shards, and some rows, in report.html in the same folder."""
     _command("data-report", config, overrides)
+
+
+@kernels_app.command("check")
+def kernels_check(
+    config: Annotated[
+        str,
+        typer.Argument(help="Config file or run folder, for the sizes; by default nano.yaml's."),
+    ] = str(CONFIGS / "nano.yaml"),
+    overrides: Overrides = None,
+) -> None:
+    """Check every kernel on this machine's GPUs: does it fit, is it right, is it faster."""
+    _command("kernels-check", config, overrides)
+
+
+@kernels_app.command("show")
+def kernels_show() -> None:
+    """Show the checks of this user, and what each GPU uses."""
+    _exit(processes.run(processes.command("kernels-show")))
 
 
 @app.command()

@@ -38,6 +38,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     allow_growing_segments()
     with Activity("loading torch", visible=is_first):
         from trainer.checkpoint import claim_checkpoints
+        from trainer.kernels import RankKernels, local_verdicts
         from trainer.parallel.collectives import all_gather_objects
         from trainer.parallel.grid import open_grid
         from trainer.planning import (
@@ -61,6 +62,8 @@ def train(config: RunConfig, stop: StopRequest) -> None:
         config, messages = fit_to_device(config, device)  # before there is a process group
         if is_first and (warning := host_memory_warning(config, device)):
             print_line(f"warning: {warning}")
+        verdicts = local_verdicts(config, device, lambda: stop.requested)
+        kernels = RankKernels.of(config, device, verdicts)
         with end_on_signals(stop, "connecting to the other processes"):
             timeout = config.parallel.timeout_seconds
             grid = opened.enter_context(open_grid(device, config.degrees, timeout))
@@ -69,7 +72,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
             _use_deterministic_algorithms()
         with lease_on(config.run_dir, "v4 train", grid, watch, stop=stop) as check:
             start.what = "comparing all processes"
-            warnings, agreed = preflight(config, grid)
+            warnings, agreed = preflight(config, grid, kernels)
             for warning in warnings:
                 if is_first:
                     print_line(f"warning: {warning}")

@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,22 +158,51 @@ def sweep_report(folder: str, options: argparse.Namespace) -> None:
 
 def plan(config: RunConfig, options: argparse.Namespace) -> None:
     """Show steps, phases, parallelism, traffic and memory of a config."""
-    from rich.console import Console
-
     from trainer.planning import describe_plan
 
-    # A file or a pipe has no width: tables may take 200 columns.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     with Activity("measuring" if options.measure else "planning"):
-        for part in describe_plan(
-            config, options.processes, options.dry_run, options.phase, options.parameters
-        ):
-            console.print(part)
+        _print_all(
+            describe_plan(
+                config, options.processes, options.dry_run, options.phase, options.parameters
+            )
+        )
         if options.measure:
             from trainer.planning import measure_layers
 
-            for part in measure_layers(config, options.processes):
-                console.print(part)
+            _print_all(measure_layers(config, options.processes))
+
+
+def kernels_check(config: RunConfig, options: argparse.Namespace) -> None:
+    """Check every kernel of a config on this machine's GPUs, and choose the fastest."""
+    with _loading():
+        from trainer.kernels.commands import check_command
+        from trainer.planning import fit_to_device
+        from trainer.process.errors import PreflightError
+        from trainer.process.local_device import local_device
+
+    if (device := local_device(config.device)).type != "cuda":
+        raise PreflightError(
+            f"v4 kernels check: kernels are checked on a GPU, and this run's device is the "
+            f"{device.type.upper()}, where every operation runs eagerly"
+        )
+    config, _ = fit_to_device(config, device)
+    _print_all(check_command(config))
+
+
+def kernels_show(options: argparse.Namespace) -> None:
+    """Show the kernels that were checked on GPUs, and for what."""
+    from trainer.kernels.commands import show_command
+
+    _print_all(show_command())
+
+
+def _print_all(parts: Iterable[Any]) -> None:
+    """Prints tables and lines. A file or a pipe has no width: tables may take 200 columns."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    for part in parts:
+        console.print(part)
 
 
 def gpus(config: RunConfig, options: argparse.Namespace) -> None:
@@ -218,7 +247,9 @@ VERBS = {
     "report": report,
     "plan": plan,
     "gpus": gpus,
+    "kernels-check": kernels_check,
 }
+PLAIN_VERBS = {"kernels-show": kernels_show}
 FOLDER_VERBS = {"demo-corpus": demo_corpus, "sample": sample, "sweep-report": sweep_report}
 
 
@@ -235,6 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require_unicode([os.path.abspath(getattr(options, "folder", "."))])
         if options.verb in FOLDER_VERBS:
             FOLDER_VERBS[options.verb](options.folder, options)
+        elif options.verb in PLAIN_VERBS:
+            PLAIN_VERBS[options.verb](options)
         else:
             VERBS[options.verb](_load(options), options)
 
@@ -249,7 +282,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, others = parser.parse_known_args(arguments)
     overrides = [word for word in others if not word.startswith("-")]
-    if others and (options.verb in FOLDER_VERBS or overrides != others):
+    if others and (options.verb not in VERBS or overrides != others):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if overrides:
         options.overrides += overrides
@@ -275,6 +308,8 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("folder")
         if name == "sample":
             verb.add_argument("prompt")
+    for name, plain_function in PLAIN_VERBS.items():
+        verbs.add_parser(name, help=plain_function.__doc__)
     for name, function in VERBS.items():
         verb = verbs.add_parser(name, help=function.__doc__)
         verb.add_argument("config", help="config file or run folder")

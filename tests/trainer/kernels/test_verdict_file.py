@@ -1,0 +1,239 @@
+"""Verdicts on disk: of this key and no other, whole or made again; who checks and who waits."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.config import load_config
+from trainer.kernels import first_check, verdict_file
+from trainer.kernels.check import check_kernels
+from trainer.kernels.first_check import local_verdicts
+from trainer.kernels.gpu import Platform
+from trainer.kernels.problem import problem_of
+from trainer.kernels.verdict import Problem, Verdict
+from trainer.kernels.verdict_file import Key, cache_folder, path_of, read_verdicts, write_verdicts
+
+GPU = Platform("NVIDIA H100 80GB HBM3", "9.0", 132, "580.65", "2.13.0", "13.0", "3.7.1")
+PROBLEM = Problem({"hidden_size": 64}, "bfloat16", 4096, ("attention", "norms"), ((8, 16),))
+KEY = Key(GPU, PROBLEM, "0" * 64)
+VERDICTS = (
+    Verdict("attention", False, "needs too much shared memory", "eager"),
+    Verdict(
+        *("norms", True, "1.8 times as fast as eager", "triton", {"rows": 4}),
+        {"eager": (1e-3, 2e-3), "triton": (1e-3, float("nan"))},
+        {"eager": 0.2, "triton": 0.11},
+    ),
+)
+
+
+def test_verdicts_come_back_as_they_were(tmp_path: Path) -> None:
+    write_verdicts(tmp_path, KEY, VERDICTS)
+    verdicts = read_verdicts(tmp_path, KEY)
+    assert verdicts is not None and repr(tuple(verdicts.values())) == repr(VERDICTS)  # NaN
+
+
+OTHERS = {
+    "GPU": replace(KEY, platform=replace(GPU, name="NVIDIA H200")),
+    "capability": replace(KEY, platform=replace(GPU, capability="9.1")),
+    "processors": replace(KEY, platform=replace(GPU, processors=114)),
+    "driver": replace(KEY, platform=replace(GPU, driver="580.82")),
+    "torch": replace(KEY, platform=replace(GPU, torch_version="2.14.0")),
+    "CUDA": replace(KEY, platform=replace(GPU, cuda="13.1")),
+    "triton": replace(KEY, platform=replace(GPU, triton="3.8.0")),
+    "sources": replace(KEY, sources="1" * 64),
+    "sizes": replace(KEY, problem=replace(PROBLEM, model={"hidden_size": 128})),
+    "tokens": replace(KEY, problem=replace(PROBLEM, micro_tokens=8192)),
+    "dtype": replace(KEY, problem=replace(PROBLEM, dtype="float16")),
+    "matrices": replace(KEY, problem=replace(PROBLEM, matrices=((8, 8),))),
+    "deterministic": replace(KEY, problem=replace(PROBLEM, deterministic=True)),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_verdict_of_another_key_is_not_used(tmp_path: Path, what: str) -> None:
+    other = OTHERS[what]
+    write_verdicts(tmp_path, KEY, VERDICTS)
+    assert read_verdicts(tmp_path, other) is None
+    path_of(tmp_path, KEY).rename(path_of(tmp_path, other))  # or copied from another machine
+    lines: list[str] = []
+    assert read_verdicts(tmp_path, other, lines.append) is None
+    assert lines == [
+        f"{path_of(tmp_path, other)} is about another GPU, software or model; the kernels are "
+        "checked again"
+    ]
+
+
+def test_a_change_of_a_kernels_source_is_another_key(tmp_path: Path) -> None:
+    root = tmp_path / "model" / "kernels" / "norm"
+    root.mkdir(parents=True)
+    (root / "norm_triton.py").write_text("BLOCK = 1\n")
+    before = verdict_file.source_digest(tmp_path)
+    (root / "norm_triton.py").write_text("BLOCK = 2\n")
+    assert verdict_file.source_digest(tmp_path) != before
+
+
+DAMAGES: dict[str, Callable[[str], str]] = {
+    "empty": lambda text: "",
+    "torn": lambda text: text[: len(text) // 2],
+    "other JSON": lambda text: '{"key": {}, "verdicts": 3}',
+    "no such implementation": lambda text: text.replace('"choice": "triton"', '"choice": "os"'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_none_and_has_a_line(tmp_path: Path, damage: str) -> None:
+    write_verdicts(tmp_path, KEY, VERDICTS)
+    path = path_of(tmp_path, KEY)
+    path.write_text(DAMAGES[damage](path.read_text()))
+    lines: list[str] = []
+    assert read_verdicts(tmp_path, KEY, lines.append) is None
+    assert lines == [f"{path} is damaged; the kernels are checked again"]
+
+
+def test_the_cache_is_the_users_or_the_runs_where_that_is_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder(tmp_path / "run") == tmp_path / "v4-pretrain" / "kernels"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cache_folder(tmp_path / "run") == tmp_path / "run"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder(tmp_path / "run") == tmp_path / ".cache" / "v4-pretrain" / "kernels"
+
+
+class FakeCheck:
+    """Stands for the check; counts what it was asked."""
+
+    def __init__(self) -> None:
+        self.checked: list[str] = []
+
+    def __call__(
+        self,
+        problem: Problem,
+        device_index: int,
+        report: Callable[[str], None],
+        *,
+        seconds: float,
+    ) -> tuple[Verdict, ...]:
+        time.sleep(0.01)
+        self.checked += problem.operations
+        passed = [Verdict(name, True, "fast", "triton") for name in problem.operations]
+        return tuple(passed)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> torch.device:
+    """A host with two GPUs of a kind, as far as torch's numbers go."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(Platform, "of", classmethod(lambda cls, device: GPU))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(first_check, "POLL_SECONDS", 0.01)
+    return torch.device("cuda", 0)
+
+
+def test_a_host_checks_once_and_the_next_start_not_at_all(
+    gpu: torch.device, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, check = load_config(tiny, ["precision=bf16"]), FakeCheck()
+    first = local_verdicts(config, gpu, check=check)
+    assert check.checked == [*first.verdicts] == [*problem_of(config, gpu).operations]
+    assert "syrk" in check.checked and "norms" in check.checked
+    out = capsys.readouterr().out
+    assert f"kernels: checking {len(check.checked)} operations on NVIDIA H100 80GB HBM3" in out
+    checked = len(check.checked)
+    second = local_verdicts(config, gpu, check=check)
+    assert len(check.checked) == checked and second == first
+    assert capsys.readouterr().out == ""
+
+
+def test_nothing_is_checked_that_no_setting_asks_for(gpu: torch.device, tiny: Path) -> None:
+    check = FakeCheck()
+    local_verdicts(load_config(tiny, ["precision=bf16", "kernels=eager"]), gpu, check=check)
+    local_verdicts(load_config(tiny), torch.device("cpu"), check=check)
+    assert check.checked == []
+
+
+def test_other_processes_of_the_host_wait_for_the_first(
+    gpu: torch.device, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, check = load_config(tiny, ["precision=bf16"]), FakeCheck()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    results: list[object] = []
+    other = threading.Thread(
+        target=lambda: results.append(local_verdicts(config, gpu, check=FakeCheck()))
+    )
+    other.start()
+    time.sleep(0.1)
+    assert not results
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    first = local_verdicts(config, gpu, check=check)
+    other.join(timeout=30)
+    assert results == [first]
+
+
+def test_a_damaged_file_is_made_again(
+    gpu: torch.device, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, check = load_config(tiny, ["precision=bf16"]), FakeCheck()
+    first = local_verdicts(config, gpu, check=check)
+    (path,) = cache_folder().glob("*.json")
+    whole = path.read_text()
+    path.write_text(whole[:100])
+    checked = len(check.checked)
+    assert local_verdicts(config, gpu, check=check) == first
+    assert len(check.checked) == 2 * checked and json.loads(path.read_text()) == json.loads(whole)
+    assert f"{path} is damaged; the kernels are checked again\n" in capsys.readouterr().out
+
+
+def test_a_signal_ends_the_check_and_leaves_no_file(gpu: torch.device, tiny: Path) -> None:
+    config, check = load_config(tiny, ["precision=bf16"]), FakeCheck()
+    result = local_verdicts(config, gpu, lambda: len(check.checked) >= 2, check)
+    assert len(check.checked) == 2 and result.verdicts == {}
+    assert not [*cache_folder().glob("*.json")]
+
+
+HANGS = "import time; time.sleep(600)"
+DIES = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(HANGS, "took more than 1 seconds and was ended"), (DIES, "was killed by SIGSEGV")],
+    ids=["hangs", "dies"],
+)
+def test_a_check_that_hangs_or_dies_is_ended_and_the_run_goes_on_eagerly(
+    gpu: torch.device,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    code: str,
+    reason: str,
+) -> None:
+    from trainer.kernels import RankKernels
+
+    def check(
+        problem: Problem, index: int, report: Callable[[str], None], *, seconds: float
+    ) -> tuple[Verdict, ...]:
+        worker = (sys.executable, "-c", code)
+        return check_kernels(problem, index, report, seconds=min(seconds, 1), worker=worker)
+
+    monkeypatch.setattr(first_check, "TOTAL_SECONDS", 2.5)  # the rest is not checked
+    config = load_config(tiny, ["precision=bf16"])
+    local = local_verdicts(config, gpu, check=check)
+    kernels = RankKernels.of(config, gpu, local).choices
+    assert {choice.name for choice in kernels.by_operation().values()} == {"eager"}
+    assert f"runs eagerly: its check {reason}" in capsys.readouterr().out
+    assert local_verdicts(config, gpu, check=check) == local  # from the file

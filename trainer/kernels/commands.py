@@ -1,0 +1,46 @@
+"""`v4 kernels check` and `v4 kernels show`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from data.lease import Lease
+from trainer.config import RunConfig
+from trainer.kernels.first_check import check_all, kinds_of_gpu, lease_name
+from trainer.kernels.gpu import Platform
+from trainer.kernels.problem import problem_of
+from trainer.kernels.table import describe_verdicts
+from trainer.kernels.verdict_file import Key, cache_folder, saved_verdicts, write_verdicts
+from trainer.process.errors import PreflightError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def check_command(config: RunConfig) -> Iterator[Table | str]:
+    """Checks the kernels of a config on every kind of GPU of this host; yields what to print.
+
+    The verdicts replace those that the cache has.
+    """
+    folder = cache_folder(config.run_dir / "kernels")
+    for kind in kinds_of_gpu():
+        key = Key.of(Platform.of(kind), problem_of(config, kind))
+        with Lease(folder, "v4 kernels check", name=lease_name(key)):
+            verdicts = check_all(key, kind.index)
+            write_verdicts(folder, key, verdicts)
+        yield from describe_verdicts(key.to_dict(), verdicts)
+    yield f"verdicts are kept in {folder}"
+
+
+def show_command() -> Iterator[Table | str]:
+    """Yields all verdicts of the user's cache, the newest first. Raises PreflightError if none."""
+    folder = cache_folder()
+    verdicts = list(saved_verdicts(folder))
+    if not verdicts:
+        raise PreflightError(
+            f"v4 kernels show: {folder} has no verdicts; v4 kernels check makes them, on a machine "
+            "with a GPU, and so does the first start of a run there"
+        )
+    for key, of_key in verdicts:
+        yield from describe_verdicts(key, of_key)

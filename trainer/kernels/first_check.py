@@ -1,0 +1,139 @@
+"""The check of a GPU's kernels at the first start on it: once for a host, before any process group.
+
+The first process of a host checks every kind of GPU that it sees, each operation in a process of
+its own, and writes the verdicts into the user's cache; the others wait for the file. So do hosts
+that share a home: a lease decides which of them checks.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.activity import Activity, print_line
+from data.lease import Lease, LeaseError
+from trainer.config import RunConfig
+from trainer.kernels.check import SECONDS, check_kernels
+from trainer.kernels.gpu import Platform
+from trainer.kernels.problem import needs_check, problem_of
+from trainer.kernels.verdict import CheckKernels, LocalVerdicts, Verdict
+from trainer.kernels.verdict_file import Key, cache_folder, read_verdicts, write_verdicts
+
+if TYPE_CHECKING:
+    import torch
+
+TOTAL_SECONDS = 480.0
+"""Limit of an automatic check: other hosts may already wait for this one in a process group."""
+POLL_SECONDS = 0.5
+
+
+def local_verdicts(
+    config: RunConfig,
+    device: torch.device,
+    stopped: Callable[[], bool] = lambda: False,
+    check: CheckKernels = check_kernels,
+) -> LocalVerdicts:
+    """Returns the verdicts for this process's device, checking it if nobody has done so yet.
+
+    Does nothing on a CPU, and where the config names the implementation of every operation.
+    `stopped` ends the wait for other processes; then there may be no verdicts.
+    """
+    platform = Platform.of(device)
+    if not needs_check(config, device):
+        return LocalVerdicts(platform)
+    folder = cache_folder(config.run_dir / "kernels")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for kind in kinds_of_gpu():
+            if needs_check(config, kind):
+                key = Key.of(Platform.of(kind), problem_of(config, kind))
+                _ensure(folder, key, kind.index, stopped, check)
+    key = Key.of(platform, problem_of(config, device))
+    return LocalVerdicts(platform, key.digest, _wait(folder, key, stopped))
+
+
+def check_all(
+    key: Key,
+    index: int,
+    check: CheckKernels = check_kernels,
+    limit: float | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> tuple[Verdict, ...]:
+    """Checks every operation of the key's problem on GPU `index`, reporting progress on stderr.
+
+    `limit`: of all operations together, in seconds; those beyond it stay eager. Returns fewer
+    verdicts once `stopped`.
+    """
+    problem, start = key.problem, time.monotonic()
+    count = len(problem.operations)
+    print_line(
+        f"kernels: checking {count} operations on {key.platform.name}, once for this GPU, torch "
+        "and sizes"
+    )
+    verdicts: list[Verdict] = []
+    with Activity("checking kernels") as activity:
+        for number, operation in enumerate(problem.operations, 1):
+            if stopped():
+                break
+            activity.what = f"checking kernels, {operation} ({number} of {count})"
+            left = SECONDS if limit is None else limit - (time.monotonic() - start)
+            if left <= 0:
+                reason = f"the first check took more than {limit:.0f} s; v4 kernels check goes on"
+                verdicts.append(Verdict(operation, False, reason, "eager"))
+                continue
+            one = replace(problem, operations=(operation,))
+            verdicts += check(one, index, lambda _: None, seconds=min(left, SECONDS))
+    for verdict in verdicts:
+        if not verdict.passed:
+            print_line(f"kernels: {verdict.operation} runs eagerly: {verdict.reason}")
+    return tuple(verdicts)
+
+
+def lease_name(key: Key) -> str:
+    """Returns the name of the lease on the file of a key's verdicts."""
+    return f".{key.digest[:16]}.lease"
+
+
+def kinds_of_gpu() -> list[torch.device]:
+    """Returns the first GPU of every kind that the processes of this host have."""
+    import torch
+
+    kinds: dict[Platform, torch.device] = {}
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    for index in range(min(torch.cuda.device_count(), processes)):
+        device = torch.device("cuda", index)
+        kinds.setdefault(Platform.of(device), device)
+    return list(kinds.values())
+
+
+def _ensure(
+    folder: Path, key: Key, index: int, stopped: Callable[[], bool], check: CheckKernels
+) -> None:
+    """Returns once the file has verdicts: of this process's check, or of another's."""
+    log: Callable[[str], None] = print_line
+    while read_verdicts(folder, key, log) is None and not stopped():
+        log = _ignore
+        try:
+            with Lease(folder, "v4 kernels check", name=lease_name(key), is_stopped=stopped):
+                if read_verdicts(folder, key) is None:
+                    verdicts = check_all(key, index, check, TOTAL_SECONDS, stopped)
+                    if not stopped():
+                        write_verdicts(folder, key, verdicts)
+        except LeaseError:
+            if not os.access(folder, os.W_OK):
+                raise
+            time.sleep(POLL_SECONDS)  # another process checks
+
+
+def _wait(folder: Path, key: Key, stopped: Callable[[], bool]) -> dict[str, Verdict]:
+    """Returns the verdicts as soon as the first process of this host has them."""
+    while (verdicts := read_verdicts(folder, key)) is None and not stopped():
+        time.sleep(POLL_SECONDS)
+    return verdicts or {}
+
+
+def _ignore(line: str) -> None:
+    """Logs nothing."""
