@@ -62,8 +62,9 @@ def train(config: RunConfig, stop: StopRequest) -> None:
         config, messages = fit_to_device(config, device)  # before there is a process group
         if is_first and (warning := host_memory_warning(config, device)):
             print_line(f"warning: {warning}")
-        verdicts = local_verdicts(config, device, lambda: stop.requested)
+        verdicts = local_verdicts(config, device, start, lambda: stop.requested)
         kernels = RankKernels.of(config, device, verdicts)
+        start.what = "connecting"
         with end_on_signals(stop, "connecting to the other processes"):
             timeout = config.parallel.timeout_seconds
             grid = opened.enter_context(open_grid(device, config.degrees, timeout))

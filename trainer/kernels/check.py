@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,7 @@ from trainer.process.exit_codes import describe_signal
 
 SECONDS = 300.0
 """Limit of one operation. Compiling takes most of it, on as many processors as the host has."""
+_POLL = 0.2
 _GRACE = 10.0
 """Seconds in which a killed process must end; a driver may keep it longer."""
 WORKER = (sys.executable, "-m", "trainer.kernels.worker")
@@ -39,39 +41,53 @@ def check_kernels(
     report: Callable[[str], None],
     *,
     seconds: float = SECONDS,
+    stopped: Callable[[], bool] = lambda: False,
     worker: Sequence[str] = WORKER,
 ) -> tuple[Verdict, ...]:
     """Checks each of the problem's operations; see `CheckKernels`.
 
     Args:
         seconds: limit of one operation.
+        stopped: whether to end the check at once.
         worker: the command that checks one operation (trainer/kernels/worker.py).
     """
     verdicts = []
     for operation in problem.operations:
         report(operation)
-        verdicts.append(_check(operation, problem, device_index, seconds, worker))
+        verdicts.append(_check(operation, problem, device_index, seconds, worker, stopped))
     return tuple(verdicts)
 
 
 def _check(
-    operation: str, problem: Problem, device_index: int, seconds: float, worker: Sequence[str]
+    operation: str,
+    problem: Problem,
+    device_index: int,
+    seconds: float,
+    worker: Sequence[str],
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Verdict:
     """Runs the worker and returns its verdict, or the reason why there is none."""
     with tempfile.TemporaryDirectory(prefix="v4-kernels-") as folder:
         path = Path(folder, "verdict.json")
         command = [*worker, "--operation", operation, "--device", str(device_index)]
         with Path(folder, "output").open("w+", errors="replace") as output:
-            reason = _run([*command, "--verdict", str(path)], problem, seconds, output)
+            command += ["--verdict", str(path)]
+            reason = _run(command, problem, seconds, output, stopped)
         if path.exists():
             return verdict_from_json(path.read_text())
     return Verdict(operation, False, reason, "eager")
 
 
-def _run(command: list[str], problem: Problem, seconds: float, output: IO[str]) -> str:
+def _run(
+    command: list[str],
+    problem: Problem,
+    seconds: float,
+    output: IO[str],
+    stopped: Callable[[], bool],
+) -> str:
     """Runs a command with the problem as its input; returns how it ended.
 
-    It and its children are ended after the limit, and when the caller is interrupted.
+    It and its children are ended after the limit, and when the caller is interrupted or stopped.
     """
     process = subprocess.Popen(
         command,
@@ -81,10 +97,19 @@ def _run(command: list[str], problem: Problem, seconds: float, output: IO[str]) 
         text=True,
         start_new_session=True,
     )
+    given: str | None = json.dumps(asdict(problem))
+    deadline = time.monotonic() + seconds
     try:
-        process.communicate(json.dumps(asdict(problem)), timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return f"its check took more than {seconds:.0f} seconds and was ended"
+        while True:
+            try:
+                process.communicate(given, timeout=min(_POLL, deadline - time.monotonic()))
+                break
+            except subprocess.TimeoutExpired:
+                given = None  # written in the first round
+            if stopped():
+                return "its check was stopped"
+            if time.monotonic() >= deadline:
+                return f"its check took more than {seconds:.0f} seconds and was ended"
     finally:
         _end(process)
     if process.returncode < 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from data.activity import Activity
 from data.lease import Lease
 from trainer.config import RunConfig
 from trainer.kernels.first_check import check_all, kinds_of_gpu, lease_name
@@ -27,7 +28,8 @@ def check_command(config: RunConfig) -> Iterator[Table | str]:
     for kind in kinds_of_gpu():
         key = Key.of(Platform.of(kind), problem_of(config, kind))
         with Lease(folder, "v4 kernels check", name=lease_name(key)):
-            verdicts = check_all(key, kind.index)
+            with Activity("checking kernels") as activity:
+                verdicts = check_all(key, kind.index, activity)
             write_verdicts(folder, key, verdicts)
         yield from describe_verdicts(key.to_dict(), verdicts)
     yield f"verdicts are kept in {folder}"

@@ -34,13 +34,14 @@ POLL_SECONDS = 0.5
 def local_verdicts(
     config: RunConfig,
     device: torch.device,
+    activity: Activity,
     stopped: Callable[[], bool] = lambda: False,
     check: CheckKernels = check_kernels,
 ) -> LocalVerdicts:
     """Returns the verdicts for this process's device, checking it if nobody has done so yet.
 
     Does nothing on a CPU, and where the config names the implementation of every operation.
-    `stopped` ends the wait for other processes; then there may be no verdicts.
+    `activity` reports the progress; `stopped` ends check and waits, and then there are no verdicts.
     """
     platform = Platform.of(device)
     if not needs_check(config, device):
@@ -50,7 +51,7 @@ def local_verdicts(
         for kind in kinds_of_gpu():
             if needs_check(config, kind):
                 key = Key.of(Platform.of(kind), problem_of(config, kind))
-                _ensure(folder, key, kind.index, stopped, check)
+                _ensure(folder, key, kind.index, activity, stopped, check)
     key = Key.of(platform, problem_of(config, device))
     return LocalVerdicts(platform, key.digest, _wait(folder, key, stopped))
 
@@ -58,11 +59,12 @@ def local_verdicts(
 def check_all(
     key: Key,
     index: int,
+    activity: Activity,
     check: CheckKernels = check_kernels,
     limit: float | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[Verdict, ...]:
-    """Checks every operation of the key's problem on GPU `index`, reporting progress on stderr.
+    """Checks every operation of the key's problem on GPU `index`; `activity` reports progress.
 
     `limit`: of all operations together, in seconds; those beyond it stay eager. Returns fewer
     verdicts once `stopped`.
@@ -74,18 +76,17 @@ def check_all(
         "and sizes"
     )
     verdicts: list[Verdict] = []
-    with Activity("checking kernels") as activity:
-        for number, operation in enumerate(problem.operations, 1):
-            if stopped():
-                break
-            activity.what = f"checking kernels, {operation} ({number} of {count})"
-            left = SECONDS if limit is None else limit - (time.monotonic() - start)
-            if left <= 0:
-                reason = f"the first check took more than {limit:.0f} s; v4 kernels check goes on"
-                verdicts.append(Verdict(operation, False, reason, "eager"))
-                continue
-            one = replace(problem, operations=(operation,))
-            verdicts += check(one, index, lambda _: None, seconds=min(left, SECONDS))
+    for number, operation in enumerate(problem.operations, 1):
+        if stopped():
+            break
+        activity.what = f"checking kernels: {operation} ({number} of {count})"
+        left = SECONDS if limit is None else limit - (time.monotonic() - start)
+        if left <= 0:
+            reason = f"the first check took more than {limit:.0f} s; v4 kernels check has no limit"
+            verdicts.append(Verdict(operation, False, reason, "eager"))
+            continue
+        one = replace(problem, operations=(operation,))
+        verdicts += check(one, index, _ignore, seconds=min(left, SECONDS), stopped=stopped)
     for verdict in verdicts:
         if not verdict.passed:
             print_line(f"kernels: {verdict.operation} runs eagerly: {verdict.reason}")
@@ -110,7 +111,12 @@ def kinds_of_gpu() -> list[torch.device]:
 
 
 def _ensure(
-    folder: Path, key: Key, index: int, stopped: Callable[[], bool], check: CheckKernels
+    folder: Path,
+    key: Key,
+    index: int,
+    activity: Activity,
+    stopped: Callable[[], bool],
+    check: CheckKernels,
 ) -> None:
     """Returns once the file has verdicts: of this process's check, or of another's."""
     log: Callable[[str], None] = print_line
@@ -119,7 +125,7 @@ def _ensure(
         try:
             with Lease(folder, "v4 kernels check", name=lease_name(key), is_stopped=stopped):
                 if read_verdicts(folder, key) is None:
-                    verdicts = check_all(key, index, check, TOTAL_SECONDS, stopped)
+                    verdicts = check_all(key, index, activity, check, TOTAL_SECONDS, stopped)
                     if not stopped():
                         write_verdicts(folder, key, verdicts)
         except LeaseError:

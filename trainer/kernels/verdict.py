@@ -84,6 +84,7 @@ class CheckKernels(Protocol):
         report: Callable[[str], None],
         *,
         seconds: float,
+        stopped: Callable[[], bool],
     ) -> tuple[Verdict, ...]:
         """Returns a Verdict for each of ``problem.operations``, in their order.
 
@@ -91,4 +92,5 @@ class CheckKernels(Protocol):
             device_index: the GPU, as torch numbers it in this process.
             report: called with the operation that is being checked.
             seconds: limit of each operation.
+            stopped: ends the check of an operation, which then has no meaning.
         """

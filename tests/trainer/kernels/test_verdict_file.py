@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.activity import Activity
 from trainer.config import load_config
 from trainer.kernels import first_check, verdict_file
 from trainer.kernels.check import check_kernels
@@ -25,6 +26,7 @@ from trainer.kernels.verdict_file import Key, cache_folder, path_of, read_verdic
 GPU = Platform("NVIDIA H100 80GB HBM3", "9.0", 132, "580.65", "2.13.0", "13.0", "3.7.1")
 PROBLEM = Problem({"hidden_size": 64}, "bfloat16", 4096, ("attention", "norms"), ((8, 16),))
 KEY = Key(GPU, PROBLEM, "0" * 64)
+QUIET = Activity("checking kernels", visible=False)
 VERDICTS = (
     Verdict("attention", False, "needs too much shared memory", "eager"),
     Verdict(
@@ -125,6 +127,7 @@ class FakeCheck:
         report: Callable[[str], None],
         *,
         seconds: float,
+        stopped: Callable[[], bool],
     ) -> tuple[Verdict, ...]:
         time.sleep(0.01)
         self.checked += problem.operations
@@ -148,21 +151,21 @@ def test_a_host_checks_once_and_the_next_start_not_at_all(
     gpu: torch.device, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, check = load_config(tiny, ["precision=bf16"]), FakeCheck()
-    first = local_verdicts(config, gpu, check=check)
+    first = local_verdicts(config, gpu, QUIET, check=check)
     assert check.checked == [*first.verdicts] == [*problem_of(config, gpu).operations]
     assert "syrk" in check.checked and "norms" in check.checked
     out = capsys.readouterr().out
     assert f"kernels: checking {len(check.checked)} operations on NVIDIA H100 80GB HBM3" in out
     checked = len(check.checked)
-    second = local_verdicts(config, gpu, check=check)
+    second = local_verdicts(config, gpu, QUIET, check=check)
     assert len(check.checked) == checked and second == first
     assert capsys.readouterr().out == ""
 
 
 def test_nothing_is_checked_that_no_setting_asks_for(gpu: torch.device, tiny: Path) -> None:
     check = FakeCheck()
-    local_verdicts(load_config(tiny, ["precision=bf16", "kernels=eager"]), gpu, check=check)
-    local_verdicts(load_config(tiny), torch.device("cpu"), check=check)
+    local_verdicts(load_config(tiny, ["precision=bf16", "kernels=eager"]), gpu, QUIET, check=check)
+    local_verdicts(load_config(tiny), torch.device("cpu"), QUIET, check=check)
     assert check.checked == []
 
 
@@ -173,13 +176,13 @@ def test_other_processes_of_the_host_wait_for_the_first(
     monkeypatch.setenv("LOCAL_RANK", "1")
     results: list[object] = []
     other = threading.Thread(
-        target=lambda: results.append(local_verdicts(config, gpu, check=FakeCheck()))
+        target=lambda: results.append(local_verdicts(config, gpu, QUIET, check=FakeCheck()))
     )
     other.start()
     time.sleep(0.1)
     assert not results
     monkeypatch.setenv("LOCAL_RANK", "0")
-    first = local_verdicts(config, gpu, check=check)
+    first = local_verdicts(config, gpu, QUIET, check=check)
     other.join(timeout=30)
     assert results == [first]
 
@@ -188,21 +191,29 @@ def test_a_damaged_file_is_made_again(
     gpu: torch.device, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, check = load_config(tiny, ["precision=bf16"]), FakeCheck()
-    first = local_verdicts(config, gpu, check=check)
+    first = local_verdicts(config, gpu, QUIET, check=check)
     (path,) = cache_folder().glob("*.json")
     whole = path.read_text()
     path.write_text(whole[:100])
     checked = len(check.checked)
-    assert local_verdicts(config, gpu, check=check) == first
+    assert local_verdicts(config, gpu, QUIET, check=check) == first
     assert len(check.checked) == 2 * checked and json.loads(path.read_text()) == json.loads(whole)
     assert f"{path} is damaged; the kernels are checked again\n" in capsys.readouterr().out
 
 
 def test_a_signal_ends_the_check_and_leaves_no_file(gpu: torch.device, tiny: Path) -> None:
     config, check = load_config(tiny, ["precision=bf16"]), FakeCheck()
-    result = local_verdicts(config, gpu, lambda: len(check.checked) >= 2, check)
+    result = local_verdicts(config, gpu, QUIET, lambda: len(check.checked) >= 2, check)
     assert len(check.checked) == 2 and result.verdicts == {}
     assert not [*cache_folder().glob("*.json")]
+
+
+def test_a_signal_ends_what_is_being_checked(tiny: Path) -> None:
+    start = time.monotonic()
+    worker = (sys.executable, "-c", HANGS)
+    one = replace(PROBLEM, operations=("norms",))
+    (verdict,) = check_kernels(one, 0, print, stopped=lambda: True, worker=worker)
+    assert not verdict.passed and time.monotonic() - start < 30
 
 
 HANGS = "import time; time.sleep(600)"
@@ -225,15 +236,22 @@ def test_a_check_that_hangs_or_dies_is_ended_and_the_run_goes_on_eagerly(
     from trainer.kernels import RankKernels
 
     def check(
-        problem: Problem, index: int, report: Callable[[str], None], *, seconds: float
+        problem: Problem,
+        index: int,
+        report: Callable[[str], None],
+        *,
+        seconds: float,
+        stopped: Callable[[], bool],
     ) -> tuple[Verdict, ...]:
-        worker = (sys.executable, "-c", code)
-        return check_kernels(problem, index, report, seconds=min(seconds, 1), worker=worker)
+        worker, seconds = (sys.executable, "-c", code), min(seconds, 1)
+        return check_kernels(
+            problem, index, report, seconds=seconds, stopped=stopped, worker=worker
+        )
 
     monkeypatch.setattr(first_check, "TOTAL_SECONDS", 2.5)  # the rest is not checked
     config = load_config(tiny, ["precision=bf16"])
-    local = local_verdicts(config, gpu, check=check)
+    local = local_verdicts(config, gpu, QUIET, check=check)
     kernels = RankKernels.of(config, gpu, local).choices
     assert {choice.name for choice in kernels.by_operation().values()} == {"eager"}
     assert f"runs eagerly: its check {reason}" in capsys.readouterr().out
-    assert local_verdicts(config, gpu, check=check) == local  # from the file
+    assert local_verdicts(config, gpu, QUIET, check=check) == local  # from the file
