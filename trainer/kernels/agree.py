@@ -98,8 +98,8 @@ def agree(
     for number, one in enumerate(everyone):
         if one.problem:
             raise PreflightError(f"{one.problem} ({where(number)})")
-    kinds = {one.platform.kind: one for one in reversed(everyone)}  # the first rank of each kind
-    mine = everyone[rank].platform.kind
+    kinds = {one.platform.label: one for one in reversed(everyone)}  # the first rank of each kind
+    mine = everyone[rank].platform.label
     if pinned is not None and _still_holds(pinned, config, everyone):
         return AgreedKernels(pinned.kinds[mine].kernels(), pinned)
     choices: dict[str, dict[str, Choice]] = {kind: {} for kind in kinds}
@@ -125,7 +125,7 @@ def _still_holds(pinned: PinnedKernels, config: RunConfig, everyone: Sequence[Ra
     """Whether nothing has changed by which the pinned kernels were chosen."""
     kinds = pinned.kinds
     return pinned.setting == config.kernels and all(
-        (kind := kinds.get(one.platform.kind)) is not None
+        (kind := kinds.get(one.platform.label)) is not None
         and kind.key == one.key
         and kind.choices.keys() == set(run_operations(config))
         for one in everyone

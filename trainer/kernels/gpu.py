@@ -59,6 +59,13 @@ class Platform:
             return self.name
         return f"{self.name} ({self.capability}, {self.processors} SMs)"
 
+    @property
+    def label(self) -> str:
+        """Names what block sizes depend on within a job: the GPU, its driver and Triton."""
+        if not self.capability:
+            return self.name
+        return f"{self.kind}, driver {self.driver}, triton {self.triton}"
+
 
 def _version(package: str) -> str:
     try:

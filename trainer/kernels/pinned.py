@@ -38,7 +38,7 @@ class PinnedKernels(BaseModel):
 
     Attributes:
         setting: `kernels` of the config.
-        kinds: by kind of device, such as "NVIDIA H100 80GB HBM3 (9.0, 132 SMs)".
+        kinds: by `Platform.label` of a device.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

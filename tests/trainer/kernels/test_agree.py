@@ -158,15 +158,15 @@ def test_a_run_that_moves_to_another_device_logs_it(
     assert "kernels changed" not in capsys.readouterr().out
     pinned = json.loads((run / KERNELS_FILE).read_text())
     assert pinned["kinds"]["cpu"]["choices"]["attention"]["name"] == "eager"
-    pinned["kinds"] = {H100.kind: pinned["kinds"].pop("cpu")}  # as if it came from a GPU
-    pinned["kinds"][H100.kind]["choices"]["attention"]["name"] = "triton"
+    pinned["kinds"] = {H100.label: pinned["kinds"].pop("cpu")}  # as if it came from a GPU
+    pinned["kinds"][H100.label]["choices"]["attention"]["name"] = "triton"
     (run / KERNELS_FILE).write_text(json.dumps(pinned))
     assert main([str(run), "steps=3"]) == 0
     assert (
         "kernels changed since the run's last start: attention is eager and was triton; results go "
         "on within rounding, not to the bit\n"
     ) in capsys.readouterr().out
-    pinned["kinds"][H100.kind]["choices"]["norms"]["name"] = "triton"
+    pinned["kinds"][H100.label]["choices"]["norms"]["name"] = "triton"
     (run / KERNELS_FILE).write_text(json.dumps(pinned))
     assert main([str(run), "steps=4", "deterministic=true"]) == 2
     assert "with deterministic = true a run keeps its kernels" in capsys.readouterr().err
