@@ -54,6 +54,7 @@ docs: $(STAMP)  ## the documentation as a site with search, in site/index.html
 
 bench: $(STAMP)  ## tokens per second and memory compared with transformers
 	$(BIN)/python -m benchmarks.steps.vs_transformers
+	$(BIN)/python -m benchmarks.steps.grid
 
 bench-gpu: $(STAMP)  ## a GPU: kernels checked and timed, steps timed; SHORT=1 takes four minutes
 	$(BIN)/python -m benchmarks.gpu $(if $(SHORT),--short); code=$$?; \

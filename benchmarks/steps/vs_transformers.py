@@ -84,10 +84,9 @@ def build(config: ModelConfig) -> tuple[V4Model, DeepseekV4ForCausalLM]:
 
 
 def calls(
-    ours: V4Model, theirs: DeepseekV4ForCausalLM, length: int
+    ours: V4Model, theirs: DeepseekV4ForCausalLM, length: int, rows: int
 ) -> tuple[Callable[[], None], Callable[[], None], int]:
     """Returns forward and backward of each on the same rows, and the tokens in them."""
-    rows = max(CALL_TOKENS // length, 1)
     generator = torch.Generator().manual_seed(length)
     vocab = ours.config.vocab_size
     tokens = torch.randint(3, vocab, (rows, length + 1), generator=generator)
@@ -109,7 +108,7 @@ def calls(
 
 def measure(ours: V4Model, theirs: DeepseekV4ForCausalLM, length: int) -> list[Measured]:
     """Measures both implementations at one row length."""
-    run_ours, run_theirs, tokens = calls(ours, theirs, length)
+    run_ours, run_theirs, tokens = calls(ours, theirs, length, max(CALL_TOKENS // length, 1))
     rounds = ROUNDS.get(length, 1)
     peak_ours, before = timed(run_ours, rounds + 3)
     peak_theirs, seconds_theirs = timed(run_theirs, rounds)
