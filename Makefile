@@ -56,6 +56,6 @@ bench: $(STAMP)  ## tokens per second and memory compared with transformers
 	$(BIN)/python -m benchmarks.steps.vs_transformers
 	$(BIN)/python -m benchmarks.steps.grid
 
-bench-gpu: $(STAMP)  ## a GPU: kernels checked and timed, steps timed; SHORT=1 takes four minutes
+bench-gpu: $(STAMP)  ## a GPU: kernels checked and timed, steps timed; SHORT=1 takes minutes
 	$(BIN)/python -m benchmarks.gpu $(if $(SHORT),--short); code=$$?; \
 	  [ $$code = 2 ] || $(BIN)/python docs/write_performance.py; exit $$code

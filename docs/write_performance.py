@@ -14,7 +14,7 @@ TARGET = Path(__file__).parent / "performance.md"
 RECORDS = Path(__file__).parents[1] / "benchmarks" / "gpu" / "records"
 BEGIN = "<!-- begin: written by docs/write_performance.py -->"
 END = "<!-- end: written by docs/write_performance.py -->"
-NONE = "No GPU has been measured. `make bench-gpu SHORT=1` measures one in four minutes.\n"
+NONE = "No GPU has been measured. `make bench-gpu SHORT=1` measures one, in minutes.\n"
 
 
 def section(records: Sequence[GpuRecord]) -> str:

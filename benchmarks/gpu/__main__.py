@@ -1,7 +1,7 @@
 """Measures a GPU and leaves one JSON: the check of its kernels, and steps of configs/nano.yaml.
 
 Every part runs in a process of its own with a time limit: one that fails is a line in the JSON, and
-the others still run. The short form ends within four minutes on an H200. The long form also runs
+the others still run. The short form should end within four minutes on an H200. The long form also runs
 the tests that need a GPU, steps in FP8 and on longer rows, times every kernel
 (benchmarks/kernels/attention.py), the parts of a step (benchmarks/steps/step_gpu.py), and steps
 compared with transformers (benchmarks/steps/train_gpu.py); what these print is in the JSON.
