@@ -1,15 +1,11 @@
 """Checks kernels on a GPU, each operation in a process of its own with a time limit.
 
 An illegal access of memory makes a process's GPU unusable until its end, a kernel may hang, and a
-compiler may crash: none of it reaches the caller, and the next operation gets a new process. Writes
-one verdict per operation as a JSON line.
-
-    python -m trainer.kernels.check --problem FILE [--device INDEX] [--seconds LIMIT]
+compiler may crash: none of it reaches the caller, and the next operation gets a new process.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -152,22 +148,3 @@ def write_verdict(path: Path, verdict: Verdict) -> None:
     aside = path.with_name(path.name + ".new")
     write_synced(aside, json.dumps(asdict(verdict)))
     aside.replace(path)
-
-
-def main() -> int:
-    """Prints a verdict per line, as soon as it is known; progress goes to standard error."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--problem", type=Path, required=True, help="JSON of a Problem")
-    parser.add_argument("--device", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of one operation")
-    arguments = parser.parse_args()
-    problem = problem_from_json(arguments.problem.read_text())
-    for number, operation in enumerate(problem.operations, 1):
-        print(f"{operation} ({number} of {len(problem.operations)})", file=sys.stderr, flush=True)
-        verdict = _check(operation, problem, arguments.device, arguments.seconds, WORKER)
-        print(json.dumps(asdict(verdict)), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
