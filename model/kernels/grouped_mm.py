@@ -111,19 +111,23 @@ def _multiply(
     multiply = _batch_function()
     assert multiply is not None
     count = len(c[0])
+    integers = np.empty((9, count), np.int32)
+    values = (*transposed, *sizes, a[1], b[1], c[1], 1)
+    for row, value in zip(integers, values, strict=True):
+        row[:] = value
+    factors = np.zeros((2, count), np.float32)
+    factors[0] = 1
+    flags_a, flags_b, m, n, k, row_a, row_b, row_c, group_size = _addresses(integers)
+    one, zero = _addresses(factors)
+    multiply(
+        *(_ROW_MAJOR, flags_a, flags_b, m, n, k, one),
+        *(a[0].ctypes.data, row_a, b[0].ctypes.data, row_b, zero),
+        *(c[0].ctypes.data, row_c, count, group_size),
+    )
 
-    def each(value: Any, dtype: Any = np.int32) -> Any:
-        return np.ascontiguousarray(np.broadcast_to(np.asarray(value, dtype=dtype), count))
 
-    arrays = [
-        *map(each, transposed),
-        *map(each, sizes),
-        each(1, np.float32),
-        *(a[0], each(a[1]), b[0], each(b[1])),
-        each(0, np.float32),
-        *(c[0], each(c[1])),
-    ]
-    multiply(_ROW_MAJOR, *[x.ctypes.data for x in arrays], count, each(1).ctypes.data)
+def _addresses(rows: Any) -> list[int]:
+    return [rows.ctypes.data + i * rows.strides[0] for i in range(len(rows))]
 
 
 def _by_mkl(*tensors: Tensor) -> bool:

@@ -23,8 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Array = NDArray[np.float32]
-FASTMATH = {"reassoc", "contract", "nsz"}
-"""Sums in any order and fused multiply-adds; infinities and NaN stay what they are."""
+fused_loop = njit(
+    cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}
+)
+"""Compiles a kernel. Sums may run in any order and multiply-adds be fused; infinities and NaN stay
+what they are, and a division by zero gives one instead of an exception, whose check would keep the
+loop from being vectorised."""
 
 _NUMBERS_PER_THREAD = 1 << 18
 """A kernel takes some 50 µs for as many, and a thread as long to wake."""

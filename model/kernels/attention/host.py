@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit
 from torch import Tensor
 
 from model.kernels import host
 from model.kernels.attention.chunks import LOG2E, Chunk
 from model.kernels.attention.ranges import AttentionRanges
-from model.kernels.host import FASTMATH, Array
+from model.kernels.host import Array, fused_loop
 
 _F32 = np.float32
 
@@ -195,7 +194,7 @@ class _Keys:
         _add_selected(self.visible[1], *map(host.array, (grad, grad_entries)))
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _queries(
     start: int, stop: int, out: Array, first: int, q: Array, angles: Array, eps: float
 ) -> None:
@@ -219,7 +218,7 @@ def _queries(
                 o[d + 1] = even * sin + odd * cos
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _rotated(start: int, stop: int, out: Array, first: int, x: Array, angles: Array) -> None:
     _, heads, dims = x.shape
     plain = dims - angles.shape[1]
@@ -235,7 +234,7 @@ def _rotated(start: int, stop: int, out: Array, first: int, x: Array, angles: Ar
                 o[d + 1] = g[d] * sin + g[d + 1] * cos
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _query_gradients(
     start: int,
     stop: int,
@@ -270,7 +269,7 @@ def _query_gradients(
                 o[d] = g[d] * scale - x[d] * along
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _less_maximum(
     start: int,
     stop: int,
@@ -312,7 +311,7 @@ def _less_maximum(
                 e[c] -= top
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _less_lse(
     start: int,
     stop: int,
@@ -343,7 +342,7 @@ def _less_lse(
                 e[c] = _F32(-np.inf) if hidden else e[c] - lse
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _finish(
     start: int,
     stop: int,
@@ -380,7 +379,7 @@ def _finish(
                 o[d + 1] = odd * cos - even * sin
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _logit_gradients(
     start: int,
     stop: int,
@@ -402,7 +401,7 @@ def _logit_gradients(
                 g[c] = (g[c] - d) * p[c]
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _add_bands(first: int, step: int, grad: Array, out: Array) -> None:
     for band in range(grad.shape[0]):
         for c in range(grad.shape[1]):
@@ -411,7 +410,7 @@ def _add_bands(first: int, step: int, grad: Array, out: Array) -> None:
                 o[d] += g[d]
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _add_selected(selected: Array, grad: Array, out: Array) -> None:
     for n in range(grad.shape[0]):
         for c in range(grad.shape[1]):

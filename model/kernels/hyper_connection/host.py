@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from model.kernels import host
-from model.kernels.host import FASTMATH, Array
+from model.kernels.host import Array, fused_loop
 
 _LANES = 16
 _F32 = np.float32
@@ -109,7 +108,7 @@ def _steps(iterations: int | None) -> int:
     return 2 * iterations - 1 if iterations else 0
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _logits(first: int, last: int, w: Array, base: Array, scale: Array, n: int, out: Array) -> None:
     for m in range(w.shape[1]):
         factor = scale[min(m // n, 2)]
@@ -117,14 +116,14 @@ def _logits(first: int, last: int, w: Array, base: Array, scale: Array, n: int, 
             out[m, t - first] = w[t, m] * factor + base[m]
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _sigmoid(x: Array) -> None:
     for m in range(x.shape[0]):
         for b in range(_LANES):
             x[m, b] = _F32(1) / (_F32(1) + math.exp(-x[m, b]))
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _softmax(x: Array, n: int) -> None:
     # x[i·n + j] is entry (i, j) of the matrices of 16 tokens; over j
     for i in range(n):
@@ -140,7 +139,7 @@ def _softmax(x: Array, n: int) -> None:
                 x[i * n + j, b] /= total
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _normalise(x: Array, n: int, step: int, eps: Any, out: Array, divisor: Array) -> None:
     # Even steps sum over i, odd ones over j.
     along, across = (n, 1) if step % 2 == 0 else (1, n)
@@ -156,7 +155,7 @@ def _normalise(x: Array, n: int, step: int, eps: Any, out: Array, divisor: Array
                 out[k, b] = x[k, b] / total[b]
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _normalise_backward(
     grad: Array, y: Array, n: int, step: int, divisor: Array, total: Array
 ) -> None:
@@ -173,7 +172,7 @@ def _normalise_backward(
                 grad[k, b] = (grad[k, b] - total[b]) / divisor[a, b]
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _read_rows(
     start: int,
     stop: int,
@@ -193,6 +192,7 @@ def _read_rows(
     norm_eps, hc_eps = _F32(norm_epsilon), _F32(hc_epsilon)
     logits = np.zeros((w.shape[1], _LANES), _F32)
     divisor = np.empty((n, _LANES), _F32)
+    two = np.empty((2, n * n, _LANES), _F32)
     for first in range(start, stop, _LANES):
         last = min(first + _LANES, stop)
         for t in range(first, last):
@@ -216,13 +216,14 @@ def _read_rows(
                     out[d] += pre * x[d]
         if steps == 0:
             continue
-        matrix = logits[2 * n :]
-        _softmax(matrix, n)
+        soft, matrix = logits[2 * n :], two[0]
+        _softmax(soft, n)
         for k in range(n * n):
             for b in range(_LANES):
-                matrix[k, b] += hc_eps
+                matrix[k, b] = soft[k, b] + hc_eps
         for step in range(steps):
-            _normalise(matrix, n, step, hc_eps, matrix, divisor)
+            matrix = two[(step + 1) % 2]  # never in place, which could not be vectorised
+            _normalise(two[step % 2], n, step, hc_eps, matrix, divisor)
         for t in range(first, last):
             for i in range(n):
                 post[t, i] = _F32(2) * logits[n + i, t - first]
@@ -230,7 +231,7 @@ def _read_rows(
                     comb[t, i, j] = matrix[i * n + j, t - first]
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _coefficient_gradient_rows(
     start: int,
     stop: int,
@@ -294,7 +295,7 @@ def _coefficient_gradient_rows(
                     grad_logits[t, 2 * n + k] = (grad[k, b] - total) * soft[k, b]
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _finish_coefficient_gradients(
     dims: int,
     w: Array,
@@ -327,7 +328,7 @@ def _finish_coefficient_gradients(
         grad_scale[g] = totals[g]
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _stream_gradient_rows(
     start: int, stop: int, streams: Array, grad_read: Array, pre_and_norm: Array, grad: Array
 ) -> None:
@@ -340,7 +341,7 @@ def _stream_gradient_rows(
                 out[d] += pre * g[d] - norm_term * x[d]
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _write_rows(
     start: int, stop: int, streams: Array, y: Array, post: Array, comb: Array, new: Array
 ) -> None:
@@ -356,7 +357,7 @@ def _write_rows(
                     out[d] += factor * x[d]
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _write_gradient_rows(
     start: int,
     stop: int,

@@ -9,11 +9,10 @@ import math
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from model.kernels import host
-from model.kernels.host import FASTMATH, Array
+from model.kernels.host import Array, fused_loop
 
 _BLOCK = 64
 """Rows whose contributions to the weight's gradient are added first."""
@@ -58,7 +57,7 @@ def _angles(x_nd: Tensor, rotation: Tensor | None) -> Tensor:
     return torch.view_as_real(rotation.resolve_conj()).flatten(1)
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _norm_rows(
     start: int,
     stop: int,
@@ -86,7 +85,7 @@ def _norm_rows(
             out[d + 1] = even * sin + odd * cos
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _norm_gradient_blocks(
     start: int,
     stop: int,
@@ -122,7 +121,7 @@ def _norm_gradient_blocks(
                 out[d] = (out[d] - x[d] * along) * scale
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _rotate_rows(
     start: int, stop: int, x_nmd: Array, angles: Array, direction: float, out_nmd: Array
 ) -> None:

@@ -6,11 +6,10 @@ torch computes the exponentials: its vectorised function returns the same bits i
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
 from model.kernels import host
-from model.kernels.host import FASTMATH, Array
+from model.kernels.host import Array, fused_loop
 
 _F32 = np.float32
 
@@ -42,7 +41,7 @@ def _exponentials(gate_nF: Tensor, limit: float) -> Tensor:
     return gate_nF.contiguous().clamp(max=limit).neg_().exp_()
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _activation_rows(
     start: int, stop: int, gate: Array, up: Array, weights: Array, limit: float, out: Array
 ) -> None:
@@ -57,7 +56,7 @@ def _activation_rows(
             o[f] = x / (_F32(1) + o[f]) * y * weight
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH)
+@fused_loop
 def _gradient_rows(
     start: int,
     stop: int,
