@@ -1,8 +1,8 @@
 """Measures a GPU and leaves one JSON: the check of its kernels, and steps of configs/nano.yaml.
 
 Every part runs in a process of its own with a time limit: one that fails is a line in the JSON, and
-the others still run. The short form should end within four minutes on an H200. The long form also runs
-the tests that need a GPU, steps in FP8 and on longer rows, times every kernel
+the others still run. The short form should end within four minutes on an H200. The long form also
+runs the tests that need a GPU, steps on longer rows and with torch.compile, times every kernel
 (benchmarks/kernels/attention.py), the parts of a step (benchmarks/steps/step_gpu.py), and steps
 compared with transformers (benchmarks/steps/train_gpu.py); what these print is in the JSON.
 
@@ -42,10 +42,12 @@ class Part:
 
 def parts_of(short: bool, device: str, config: str, row: int, micro_tokens: int) -> list[Part]:
     """Returns the parts in the order in which they run."""
-    steps = ("-m", "benchmarks.gpu.steps", f"--device={device}", f"--config={config}")
+    where = (f"--device={device}", f"--config={config}")
     sizes = (f"--row={row}", f"--micro-tokens={micro_tokens}")
+    steps = ("-m", "benchmarks.gpu.steps", *where)
+    seconds = ("--seconds=120",) if short else ()
     parts = [
-        Part("check", ("-m", "launch", "kernels", "check", config, "--json"), 900),
+        Part("check", ("-m", "benchmarks.gpu.check", *where, *sizes, *seconds), 900),
         Part("steps", (*steps, *sizes, "--kernels=auto"), 300),
         Part("eager steps", (*steps, *sizes, "--kernels=eager"), 300),
     ]

@@ -24,9 +24,10 @@ from benchmarks.steps.machine import (
     seconds,
 )
 from benchmarks.steps.step_gpu import profiled
+from data.activity import Activity
 from model.flops import training_flops
 from trainer.config import load_config
-from trainer.kernels import unchecked
+from trainer.kernels import RankKernels, agree, local_verdicts
 
 LONGEST = 10
 
@@ -38,7 +39,9 @@ def measure(
     config = config_of(name, device, row, max(micro_tokens // row, 1), [f"kernels={kernels}"])
     step_tokens = load_config(name, []).data.global_batch_size * load_config(name, []).data.seq_len
     limit = ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    chosen = unchecked(config, device).kernels
+    with Activity("checking kernels") as activity:
+        one = RankKernels.of(config, device, local_verdicts(config, device, activity))
+    chosen = agree(config, 0, [one], lambda rank: f"rank {rank}").kernels
     step = Step(config, device, chosen)
     restart_peak(device)
     tokens = config.data.micro_batch_size * row
