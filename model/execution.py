@@ -19,7 +19,7 @@ from model.exchange import Exchange, LocalExchange
 from model.kernels.cross_entropy import linear_cross_entropy
 from model.kernels.operations import ALL_EAGER, Kernels
 from model.layout import SampleLayout
-from model.linear import UNQUANTISED, Matmuls, fp8_matmuls
+from model.linear import UNQUANTISED, Matmuls, fp8_matmuls, unquantised_matmuls
 from model.positions import Positions
 
 BlockPart = Literal["streams", "norms", "attention", "block"]
@@ -75,7 +75,7 @@ LOCAL = Execution()
 def local_execution(kernels: Kernels = ALL_EAGER, in_fp8: bool = False) -> Execution:
     """Returns the Execution of one process with these kernels, its matmuls in FP8 or not."""
     return Execution(
-        matmuls=fp8_matmuls(kernels.fp8) if in_fp8 else UNQUANTISED,
+        matmuls=fp8_matmuls(kernels.fp8) if in_fp8 else unquantised_matmuls(kernels.grouped_mm),
         kernels=kernels,
         dispatch=LocalDispatch(kernels.permute),
         cross_entropy=partial(linear_cross_entropy, choice=kernels.cross_entropy),

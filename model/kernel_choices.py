@@ -21,8 +21,9 @@ def operations_of(config: ModelConfig, in_fp8: bool = False) -> tuple[str, ...]:
     operations = ["attention"]
     operations += ["indexer", "indexer_loss"] * ("csa" in config.layer_types)
     operations += ["compressor"] * bool({"csa", "hca"} & set(config.layer_types))
-    operations += ["norms", "hyper_connections", "swiglu", "permute", "cross_entropy"]
-    return *operations, *["fp8"] * in_fp8
+    operations += ["norms", "hyper_connections", "swiglu", "permute"]
+    operations += ["grouped_mm"] * (not in_fp8)
+    return *operations, "cross_entropy", *["fp8"] * in_fp8
 
 
 def unsupported_by_triton(
@@ -56,6 +57,7 @@ def _checks(
         "hyper_connections": [partial(backend.hyper_connection, device, dtype, config.hc_mult)],
         "swiglu": [partial(backend.swiglu, device, dtype)],
         "permute": [partial(backend.permute, device, dtype)],
+        "grouped_mm": [partial(backend.grouped_mm, device, dtype)],
         "cross_entropy": [partial(backend.cross_entropy, device, dtype)],
         "fp8": [partial(backend.fp8, device, dtype)],
         "syrk": [partial(backend.syrk, device, dtype)],

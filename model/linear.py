@@ -7,7 +7,7 @@ Y out_features.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,11 @@ def _batched(x_GTX: Tensor, weight_GYX: Tensor) -> Tensor:
 
 
 UNQUANTISED = Matmuls(F.linear, _batched, grouped_mm)
+
+
+def unquantised_matmuls(choice: Choice = EAGER) -> Matmuls:
+    """Returns matmuls in the dtype of their tensors; `choice` is that of the experts'."""
+    return replace(UNQUANTISED, grouped=partial(grouped_mm, choice=choice))
 
 
 def fp8_matmuls(choice: Choice = EAGER) -> Matmuls:

@@ -50,7 +50,8 @@ def linear_task(config: ModelConfig, row: int) -> Task:
 def matmul_task(config: ModelConfig, row: int) -> Task:
     """Makes a linear's forward matmul alone, of rounded factors."""
     from model.kernels.fp8 import matmul_triton
-    from model.kernels.fp8.quantise_triton import quantise, quantise_weight, tiles_of
+    from model.kernels.fp8.quantise_triton import quantise, quantise_weight
+    from model.kernels.row_tiles_triton import tiles_of
 
     x, weight = _linear(config, row)
     tiles = tiles_of(torch.tensor([row], dtype=torch.int32, device=DEVICE), row)
@@ -90,7 +91,8 @@ def rounding_task(config: ModelConfig, row: int) -> Task:
 
     Codes cannot be compared as numbers; `tests/model/kernels/test_gpu.py` compares their bits.
     """
-    from model.kernels.fp8.quantise_triton import quantise, tiles_of
+    from model.kernels.fp8.quantise_triton import quantise
+    from model.kernels.row_tiles_triton import tiles_of
 
     tiles = tiles_of(torch.tensor([row], dtype=torch.int32, device=DEVICE), row)
     grad = randn(row, config.hidden_size)

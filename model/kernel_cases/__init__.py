@@ -46,6 +46,10 @@ def _channels(config: ModelConfig) -> Sequence[Blocks]:
     return ({"block_x": 64}, {"block_x": 128})
 
 
+def _stages(config: ModelConfig) -> Sequence[Blocks]:
+    return ({"stages": 3}, {"stages": 4})
+
+
 @dataclass(frozen=True)
 class CasesOfOperation:
     """Attributes:
@@ -66,6 +70,7 @@ CASES = {
     "hyper_connections": CasesOfOperation(layers.hyper_connection_cases),
     "swiglu": CasesOfOperation(layers.swiglu_cases),
     "permute": CasesOfOperation(layers.permute_cases),
+    "grouped_mm": CasesOfOperation(fp8.grouped_mm_cases, _stages),
     "cross_entropy": CasesOfOperation(layers.cross_entropy_cases),
     "fp8": CasesOfOperation(fp8.fp8_cases),
 }

@@ -5,7 +5,7 @@ P rows of E experts; X and F a weight's inputs and outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,8 @@ from model.kernel_cases.case import Case, Function, MakeCase, Sizes, Work
 from model.kernels import fp8
 from model.kernels.block_sizes import FP8_BLOCK
 from model.kernels.fp8 import eager
+from model.kernels.grouped_mm import grouped_mm
+from model.kernels.grouped_mm.naive import naive_grouped_mm
 from model.kernels.operations import Choice
 
 _RANKS = 8
@@ -54,7 +56,8 @@ def expert_ends(sizes: Sizes) -> Tensor:
 
 def rounding_case(sizes: Sizes) -> Case:
     """Makes the rounding of a gradient by rows and by columns; a number in it is infinite."""
-    from model.kernels.fp8.quantise_triton import quantise, tiles_of
+    from model.kernels.fp8.quantise_triton import quantise
+    from model.kernels.row_tiles_triton import tiles_of
 
     ends_E = _ends(sizes, 4, sizes.tokens)
     rows = int(ends_E[-1])
@@ -137,13 +140,28 @@ def linear_case(sizes: Sizes) -> Case:
     )
 
 
+def grouped_mm_cases(sizes: Sizes) -> Iterator[MakeCase]:
+    """Yields the routed experts' first matmul in the dtype of the run."""
+    yield lambda: _experts_case(sizes, grouped_mm, naive_grouped_mm)
+
+
 def experts_case(sizes: Sizes) -> Case:
+    """Makes the routed experts' w1 in FP8."""
+    return _experts_case(
+        sizes, fp8.grouped, lambda x, w, ends_E: _Exact.apply(x, w, ends_E.tolist())
+    )
+
+
+def _experts_case(
+    sizes: Sizes,
+    grouped: Callable[[Tensor, Tensor, Tensor, Choice], Tensor],
+    naive: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Case:
     """Makes the routed experts' w1. Rows after the last expert's are NaN, as nothing reads them."""
     config, draw = sizes.config, sizes.draw()
     inner, dim = config.moe_intermediate_size, config.hidden_size
     ends_E = expert_ends(sizes)
-    ends = [int(end) for end in ends_E.tolist()]
-    experts, live = len(ends), ends[-1]
+    experts, live = len(ends_E), int(ends_E[-1])
     leaves = {
         "rows": draw(live, dim),
         "weight": draw(experts, inner, dim, scale=dim**-0.5),
@@ -152,7 +170,7 @@ def experts_case(sizes: Sizes) -> Case:
     def function(choice: Choice) -> Function:
         def matmul(x: Tensor, weight: Tensor) -> Tensor:
             x = torch.cat([x, x.new_full((_ALIGNMENT, dim), torch.nan)])
-            return fp8.grouped(x, weight, ends_E, choice)[:live]
+            return grouped(x, weight, ends_E, choice)[:live]
 
         return matmul
 
@@ -161,7 +179,7 @@ def experts_case(sizes: Sizes) -> Case:
         "experts",
         leaves,
         function,
-        naive=(lambda x, w: _Exact.apply(x, w, ends)) if sizes.dense else None,
+        naive=(lambda x, w: naive(x, w, ends_E)) if sizes.dense else None,
         weight=3.0 * len(config.layer_types),
         forward=Work(flops, 2.0 * (live * (inner + dim) + experts * inner * dim)),
         backward=Work(2 * flops, 2.0 * live * (2 * dim + inner)),

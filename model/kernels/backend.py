@@ -96,6 +96,12 @@ def permute(device: torch.device, dtype: torch.dtype) -> None:
 
 
 @functools.cache
+def grouped_mm(device: torch.device, dtype: torch.dtype) -> None:
+    """Checks the routed experts' matmuls."""
+    _require("grouped_mm", device, dtype, None)
+
+
+@functools.cache
 def cross_entropy(device: torch.device, dtype: torch.dtype) -> None:
     """Checks the softmax over the vocabulary, its loss and gradient."""
     _require("cross_entropy", device, dtype, None, (*_DTYPES, torch.float32))

@@ -16,14 +16,16 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "hyper_connections": ("eager", "compile", "triton"),
         "swiglu": ("eager", "compile", "triton"),
         "permute": ("eager", "triton"),
+        "grouped_mm": ("eager", "triton"),
         "cross_entropy": ("eager", "triton"),
         "fp8": ("eager", "triton"),
         "syrk": ("eager", "triton"),
     }
 )
 """The implementations of each operation, by its name in the `kernels` of a config. "attention"
-includes the entries' probability mass, "norms" the rotations, "permute" the MoE combine; "fp8" is
-matmuls and their operands' quantisation; "syrk" is the optimizer's symmetric matmul."""
+includes the entries' probability mass, "norms" the rotations, "permute" the MoE combine;
+"grouped_mm" is the routed experts' matmuls unless they are in FP8; "fp8" is matmuls and their
+operands' quantisation; "syrk" is the optimizer's symmetric matmul."""
 OPERATIONS = tuple(IMPLEMENTATIONS)
 
 
@@ -64,6 +66,7 @@ class Kernels:
     hyper_connections: Choice = EAGER
     swiglu: Choice = EAGER
     permute: Choice = EAGER
+    grouped_mm: Choice = EAGER
     cross_entropy: Choice = EAGER
     fp8: Choice = EAGER
     syrk: Choice = EAGER

@@ -37,7 +37,8 @@ from torch import Tensor
 
 from model.kernels import backend
 from model.kernels.block_sizes import FP8_BLOCK as BLOCK
-from model.kernels.fp8.quantise_triton import Codes, Tiles, quantise, quantise_weight, tiles_of
+from model.kernels.fp8.quantise_triton import Codes, quantise, quantise_weight
+from model.kernels.row_tiles_triton import Tiles, tiles_of
 
 _BAND = 8
 """Row tiles whose programs have adjacent ids, so that they share operands in L2."""

@@ -312,7 +312,8 @@ def test_cross_entropy(vocab):
 def test_matmuls_in_fp8():
     """Codes to the bit; matmuls of the same operands, which tensor cores sum with 14 bits."""
     from model.kernels.fp8 import eager, matmul_triton
-    from model.kernels.fp8.quantise_triton import quantise, quantise_weight, tiles_of
+    from model.kernels.fp8.quantise_triton import quantise, quantise_weight
+    from model.kernels.row_tiles_triton import tiles_of
     from tests.model.kernels.fp8.test_fp8_triton import (
         assert_same_bits,
         columns_of,

@@ -25,7 +25,8 @@ from tests.model.kernels.fp8.test_fp8 import Sums, spread, sums
 from tests.model.kernels.interpreter import interpreted, last_program_first
 
 if TYPE_CHECKING:
-    from model.kernels.fp8.quantise_triton import Codes, Tiles
+    from model.kernels.fp8.quantise_triton import Codes
+    from model.kernels.row_tiles_triton import Tiles
 
 ENDS = (40, 40, 190, 195)
 """A group of less than a tile, one of no rows, one of a tile and a bit, one of a few rows."""
@@ -73,7 +74,8 @@ def values(codes: Tensor, scales: Tensor) -> Tensor:
 
 def rounded_by_kernel(x: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """By rows and by columns, as [P, C]; NaN where no group's row is."""
-    from model.kernels.fp8.quantise_triton import quantise, tiles_of
+    from model.kernels.fp8.quantise_triton import quantise
+    from model.kernels.row_tiles_triton import tiles_of
 
     tiles = tiles_of(ends, len(x))
     rows, columns = quantise(x, tiles, rows=True, columns=True)
@@ -166,7 +168,7 @@ def test_weights_to_the_bit(shape, transposed):
 )
 @interpreted
 def test_tiles_are_those_of_the_eager_version(ends, rows):
-    from model.kernels.fp8.quantise_triton import tiles_of
+    from model.kernels.row_tiles_triton import tiles_of
 
     tiles = tiles_of(ends_of(*ends), rows)
     computed = [torch.arange(int(a), int(b)) for a, b in zip(tiles.first, tiles.end, strict=True)]

@@ -1,4 +1,4 @@
-"""Matmuls of consecutive groups of rows, each with a matrix of its own.
+"""Matmuls of groups of rows with torch's functions, or MKL's on a CPU.
 
 torch has one kernel for all groups on recent GPUs only; on a CPU it slices and multiplies group by
 group, some 20 operator calls each. MKL, which torch's library contains on most x86 machines, has
@@ -24,12 +24,8 @@ _ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112
 """CBLAS_LAYOUT and CBLAS_TRANSPOSE of the C interface to BLAS."""
 
 
-def grouped_mm(x_PX: Tensor, weight_EYX: Tensor, ends_E: Tensor) -> Tensor:
-    """Computes x · weightᵀ of each group, [P, Y].
-
-    Args:
-        ends_E: int32, where each group's rows end. Rows after the last end are not computed.
-    """
+def eager_grouped_mm(x_PX: Tensor, weight_EYX: Tensor, ends_E: Tensor) -> Tensor:
+    """Computes `model.kernels.grouped_mm.grouped_mm`."""
     if _by_mkl(x_PX, weight_EYX):
         return _GroupedMM.apply(x_PX, weight_EYX, ends_E)
     return F.grouped_mm(x_PX, weight_EYX.transpose(1, 2), offs=ends_E)

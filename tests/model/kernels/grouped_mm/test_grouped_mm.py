@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels import grouped_mm as module
+from model.kernels.grouped_mm import eager as module
 from model.kernels.grouped_mm import grouped_mm
 from tests.model.kernels.compare import assert_same, rand
 
