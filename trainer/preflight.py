@@ -219,7 +219,7 @@ def _check_memory(everyone: list[Facts], config: RunConfig, device: torch.device
     """
     degrees = config.degrees(len(everyone))
     needed = sum(memory_parts(config, degrees).values())
-    snapshots = snapshot_memory(config, degrees)
+    snapshots = snapshot_memory(config, degrees, page_locked=device.type == "cuda")
     what = "weights, gradients and optimizer states"
     if device.type == "cpu":
         needed += snapshots

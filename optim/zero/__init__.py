@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers, the names of _MODULES
     from optim.zero.group import ParameterGroup, Pending, Precision, RankGroup, StateSlice
     from optim.zero.hybrid_zero import CHUNK_ELEMENTS, HybridZero
-    from optim.zero.loads import Load, LoadSummary, loads_of
+    from optim.zero.loads import Load, LoadSummary, loads_of, page_locked_bytes
     from optim.zero.plan import Layout, LocalParameter, newton_schulz_flops, plan_owners
 
 _MODULES = {
@@ -27,6 +27,7 @@ _MODULES = {
     "Pending": "group",
     "loads_of": "loads",
     "newton_schulz_flops": "plan",
+    "page_locked_bytes": "loads",
     "plan_owners": "plan",
 }
 __all__ = [*_MODULES]

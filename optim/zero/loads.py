@@ -13,6 +13,18 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+PAGE_BYTES = 4096
+
+
+def page_locked_bytes(size: int) -> int:
+    """Returns the bytes of page-locked memory that a tensor of `size` bytes takes.
+
+    torch rounds them up to a power of two, so that others can use them again, and the driver to a
+    page.
+    """
+    return max(1 << (size - 1).bit_length(), PAGE_BYTES)
+
+
 @dataclass
 class Load:
     """What one rank keeps and computes.
@@ -23,6 +35,7 @@ class Load:
         adamw_slices: contiguous slices of AdamW's elements, each with a step count.
         matrices, flops: matrices, and Newton–Schulz FLOPs on them in a step.
         buffer, used: elements of its partitions of all buffers, with and without the padding.
+        locked_masters, locked_states: page-locked bytes of the host for a copy of each of them.
     """
 
     muon: int = 0
@@ -33,6 +46,8 @@ class Load:
     flops: int = 0
     buffer: int = 0
     used: int = 0
+    locked_masters: int = 0
+    locked_states: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -44,10 +59,14 @@ class Load:
 
     def add_update(self, owned: OwnedSlice, config: MuonConfig) -> None:
         """Adds the state and the update of a slice."""
+        copy = page_locked_bytes(4 * owned.state_size)
+        self.locked_masters += copy
         if owned.matrices is None:
             self.adamw += owned.size
             self.adamw_slices += 1
+            self.locked_states += 2 * copy + page_locked_bytes(4)
             return
+        self.locked_states += copy
         count, rows, columns = owned.matrices
         self.muon += owned.state_size
         self.gathered += 0 if owned.assembly_rank is None else owned.state_size

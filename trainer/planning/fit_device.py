@@ -22,7 +22,7 @@ from trainer.config import ConfigError, RunConfig
 from trainer.device import DeviceInfo
 from trainer.formatting import GIB, gib
 from trainer.planning.dry_run import count_memory
-from trainer.planning.static_memory import snapshot_memory
+from trainer.planning.static_memory import snapshot_memory, triton_workspace
 
 MEMORY_FRACTION = 0.9
 """Fraction of the memory that the count may take: it includes neither fragmentation nor uneven
@@ -123,7 +123,8 @@ class Count:
     """Counts the peak bytes of the fullest process.
 
     Arguments:
-        on_host: also count the snapshots of `stability.spikes`, which are in host memory.
+        on_host: also count the snapshots of `stability.spikes`, which are in host memory; on a GPU
+            what Triton's attention takes is counted instead.
         log: report progress on stderr.
     """
 
@@ -133,8 +134,10 @@ class Count:
 
     def __call__(self, config: RunConfig) -> int:
         size = count_memory(config, self.world).fullest.total
-        if self.on_host:
-            size += snapshot_memory(config, config.degrees(self.world))
+        degrees = config.degrees(self.world)
+        size += (
+            snapshot_memory(config, degrees) if self.on_host else triton_workspace(config, degrees)
+        )
         self.done += 1
         if (spent := time.monotonic() - self.start) > 3 and self.log:
             total = len(RECOMPUTATION) + len(micro_batch_sizes(config, self.world))

@@ -305,7 +305,7 @@ def memory_table(config: RunConfig, pipeline_ranks: Sequence[PipelineRankMemory]
         table.add_row(name, gib(size))
     table.add_section()
     table.add_row("total without activations (see --dry-run)", gib(sum(parts.values())))
-    if size := snapshot_bytes(config, pipeline_ranks):
+    if size := snapshot_bytes(config, pipeline_ranks, page_locked=config.device != "cpu"):
         table.add_row("host memory: snapshots of stability.spikes", gib(size))
     return table
 

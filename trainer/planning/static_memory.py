@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from model.config import ModelConfig
 from model.parameters import Parameter, parameter_table, split_name, tensors_of
 from optim import build_table
-from optim.zero import Load, LoadSummary
+from optim.zero import Load, LoadSummary, page_locked_bytes
 from trainer.config import RunConfig
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.placement import placements_of
@@ -32,6 +32,7 @@ class PipelineRankMemory:
         loads: for each rank of this pipeline rank, the optimizer's state and work by group.
         weights, gradients: bytes on every rank.
         unmastered: bytes of weights and buffers without an fp32 master in the optimizer.
+        unmastered_locked: page-locked bytes of the host for copies of them.
         quantised: bytes of the experts' quantised copies; None without quantised phases.
     """
 
@@ -40,6 +41,7 @@ class PipelineRankMemory:
     weights: int
     gradients: int
     unmastered: int
+    unmastered_locked: int
     quantised: int | None
 
     def parts(self, rank: int) -> dict[str, int]:
@@ -61,9 +63,15 @@ class PipelineRankMemory:
             parts["quantised experts"] = self.quantised
         return parts
 
-    def snapshot(self, rank: int) -> int:
-        """Returns the bytes of a snapshot of a rank, which holds everything that a resume needs."""
-        low = (load for (_, is_low_precision), load in self.loads[rank].items() if is_low_precision)
+    def snapshot(self, rank: int, page_locked: bool) -> int:
+        """Returns the bytes of a snapshot of a rank, which holds everything that a resume needs.
+
+        `page_locked`: of memory that a GPU can write.
+        """
+        low = [load for (_, is_low_precision), load in self.loads[rank].items() if is_low_precision]
+        if page_locked:
+            states = sum(load.locked_states for load in self.loads[rank].values())
+            return self.unmastered_locked + sum(load.locked_masters for load in low) + states
         masters = sum(4 * (load.muon + load.adamw) for load in low)
         return self.unmastered + masters + self.parts(rank)["optimizer states"]
 
@@ -72,10 +80,9 @@ class PipelineRankMemory:
         """The rank with most bytes, by its number within the pipeline rank."""
         return max(range(len(self.loads)), key=lambda rank: sum(self.parts(rank).values()))
 
-    @property
-    def max_snapshot(self) -> int:
-        """The bytes of the largest snapshot."""
-        return max(self.snapshot(rank) for rank in range(len(self.loads)))
+    def max_snapshot(self, page_locked: bool) -> int:
+        """Returns the bytes of the largest snapshot."""
+        return max(self.snapshot(rank, page_locked) for rank in range(len(self.loads)))
 
 
 def stage_tensors(model: ModelConfig, stages: StagePlan, rank: int) -> dict[str, Parameter]:
@@ -126,6 +133,7 @@ def pipeline_rank_memory(config: RunConfig, degrees: Degrees, pipeline: int) -> 
         sum(sizes_of.values()),
         4 * sum(elements[name] for name in trained),
         sum(size for name, size in sizes_of.items() if name not in low_precision),
+        sum(page_locked_bytes(sizes_of[name]) for name in sizes_of if name not in low_precision),
         quantised,
     )
 
@@ -149,20 +157,40 @@ def memory_parts(config: RunConfig, degrees: Degrees) -> dict[str, int]:
     return fullest_parts(memory_by_pipeline_rank(config, degrees))
 
 
-def snapshot_bytes(config: RunConfig, pipeline_ranks: Sequence[PipelineRankMemory]) -> int:
-    """Returns the bytes of host memory that snapshots for rollbacks take in the fullest process."""
+def snapshot_bytes(
+    config: RunConfig, pipeline_ranks: Sequence[PipelineRankMemory], page_locked: bool
+) -> int:
+    """Returns the bytes of host memory that snapshots for rollbacks take in the fullest process.
+
+    `page_locked`: as they are where the process has a GPU.
+    """
     spikes = config.stability.spikes
     if spikes is None:
         return 0
-    return spikes.snapshots * max(each.max_snapshot for each in pipeline_ranks)
+    return spikes.snapshots * max(each.max_snapshot(page_locked) for each in pipeline_ranks)
 
 
-def snapshot_memory(config: RunConfig, degrees: Degrees) -> int:
+def snapshot_memory(config: RunConfig, degrees: Degrees, page_locked: bool = False) -> int:
     """Returns `snapshot_bytes` of a run on a grid of these degrees."""
     spikes = config.stability.spikes
     if spikes is None or not spikes.snapshots:
         return 0
-    return snapshot_bytes(config, memory_by_pipeline_rank(config, degrees))
+    return snapshot_bytes(config, memory_by_pipeline_rank(config, degrees), page_locked)
+
+
+def triton_workspace(config: RunConfig, degrees: Degrees) -> int:
+    """Returns the bytes that Triton's attention takes in backward and the eager one does not.
+
+    They are a copy of the queries and of the output's gradient, side by side; 0 where the config
+    excludes the kernel.
+    """
+    is_possible = config.precision != "fp32" and config.device != "cpu"
+    if not is_possible or config.kernel_setting("attention") not in ("auto", "triton"):
+        return 0
+    rows = [phase.rows for phase in config.recipe.phases]
+    tokens = max(each.micro_batch_size * each.seq_len for each in rows) // degrees.context
+    heads = config.model.num_attention_heads // degrees.tensor
+    return 2 * 2 * tokens * heads * config.model.head_dim
 
 
 def owner_tables(pipeline_ranks: Sequence[PipelineRankMemory]) -> Iterator[Table | str]:

@@ -21,7 +21,7 @@ from trainer.planning.fit_device import (
     fit,
     micro_batch_sizes,
 )
-from trainer.planning.static_memory import snapshot_memory
+from trainer.planning.static_memory import snapshot_memory, triton_workspace
 
 CONFIG = Path(__file__).parents[3] / "configs" / "debug.yaml"
 # Of a row, by what is computed again; 10 GiB are there all the time.
@@ -177,3 +177,15 @@ def test_the_memory_of_deepspeed_is_not_known():
 )
 def test_peaks_of_data_sheets(name, peak):
     assert DeviceInfo(name, GIB).peak_tflops == peak
+
+
+def test_a_gpu_needs_room_for_tritons_attention(tiny: Path) -> None:
+    """Queries and the output's gradient side by side, in bf16, of the heads of a rank."""
+    bf16 = ["precision=bf16", "data.micro_batch_size=1"]
+    config = load_config(tiny, bf16)
+    model, tokens = config.model, config.data.seq_len
+    expected = 2 * 2 * tokens * model.num_attention_heads * model.head_dim
+    counts = [Count(1, on_host=on_host, log=False)(config) for on_host in (False, True)]
+    assert counts[0] - counts[1] == expected == triton_workspace(config, config.degrees(1))
+    for other in (["kernels={attention: eager}"], ["device=cpu"], ["precision=fp32"]):
+        assert triton_workspace(load_config(tiny, [*bf16, *other]), config.degrees(1)) == 0

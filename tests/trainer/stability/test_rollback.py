@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from model import TokenCounts
+from optim.zero import page_locked_bytes
 from tests.distributed import spawn
 from tests.trainer.tiny import assert_same_run, steps_in_file
 from trainer.config import SpikeConfig, load_config
@@ -361,6 +362,25 @@ ROOM = [
     ("stability.spikes.min_rollback_steps=3",),
     ("stability.spikes.min_rollback_steps=7", "precision=bf16"),
 ]
+
+
+def test_page_locked_memory_is_counted_as_torch_rounds_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To powers of two, and pages: up to twice the bytes of the tensors."""
+    for settings in ROOM:
+        config = load_config(tiny, [*SPIKES, *settings])
+        plain = snapshot_memory(config, Degrees(1))
+        snapshots = Trainer(config, Grid.single()).stability.snapshots
+        for step in range(1, 20):
+            snapshots.before_step(TrainState(step=step))
+        locked = [
+            sum(page_locked_bytes(tensor.nbytes) for tensor in each.tensors)
+            for each in snapshots._snapshots
+        ]
+        held = config.stability.spikes.snapshots * locked[0] if config.stability.spikes else 0
+        assert snapshot_memory(config, Degrees(1), page_locked=True) == held > plain
+    assert [page_locked_bytes(n) for n in (4, 4096, 4097, 2**30 + 1)] == [4096, 4096, 8192, 2**31]
 
 
 def test_memory_of_snapshots_is_what_is_held(tiny: Path) -> None:
