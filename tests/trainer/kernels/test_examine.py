@@ -66,7 +66,9 @@ def test_every_operation_has_cases():
 )
 @interpreted
 def test_true_kernels_pass(operation):
-    verdict = verdict_on(operation)
+    # A program of selected entries has one token: fewer of them take less time.
+    samples = (1, 2, 21, 3) if operation == "attention" else SAMPLES
+    verdict = verdict_on(operation, replace(BENCH, samples=samples))
     assert verdict.passed, verdict.reason
     assert verdict.choice == "eager"  # as fast
     assert verdict.errors["triton"][0] < 1e-2
