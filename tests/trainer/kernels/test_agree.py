@@ -124,6 +124,15 @@ def test_a_resume_with_other_kernels_logs_it_once(tiny: Path, tmp_path: Path) ->
     assert alone(tiny, tmp_path, A100_RANK)[1].lines == ()
 
 
+def test_a_run_from_before_the_file_ran_no_triton(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
+    cpu = RankKernels(Platform("cpu"))
+    assert alone(tiny, tmp_path, cpu, "deterministic=true")[1].lines == ()
+    (tmp_path / KERNELS_FILE).unlink()
+    (line,) = alone(tiny, tmp_path, H100_RANK)[1].lines
+    assert "attention is triton and was eager; syrk is triton and was eager; results go on" in line
+
+
 def test_a_deterministic_run_keeps_its_kernels_or_is_refused(tiny: Path, tmp_path: Path) -> None:
     alone(tiny, tmp_path, H100_RANK)
     before = (tmp_path / KERNELS_FILE).read_bytes()
