@@ -68,14 +68,18 @@ def block_choices(config: ModelConfig) -> tuple[Blocks, ...]:
         own = blocks_for(config.head_dim)
     except ValueError:
         return ({},)  # the kernel itself says which widths it supports
-    narrow = replace(own, keys=32, dq_keys=32)
-    choices = [own, narrow]
+    ordered = replace(own, ordered=True)
+    choices = [own, ordered, replace(own, keys=32, dq_keys=32)]
     if config.head_dim >= 256:
-        small = replace(own, rows=32, keys=32, dq_rows=32, dq_keys=32, dk_rows=16, dk_keys=32)
+        one_ahead = {"stages": 2, "dq_stages": 2, "dk_stages": 2}
+        wide = replace(own, keys=64, dq_keys=32, dk_rows=32, **one_ahead)
+        small = replace(wide, rows=32, keys=32, dq_rows=32, dk_rows=16, dk_keys=32)
         choices = [
             own,
-            replace(narrow, dk_rows=16),  # data center Blackwell, whose operands lie in memory
-            replace(own, dq_rows=32, dq_keys=32),  # A100
+            ordered,
+            wide,
+            replace(wide, keys=32, dk_rows=16),  # B200, whose operands lie in memory
+            replace(wide, dq_rows=32),  # A100
             small,
             replace(small, dq_rows=16),  # consumer Blackwell and Ada
         ]

@@ -23,15 +23,15 @@ Cost of one query token in bf16, n being the number of keys that it sees (window
     Pro, HCA of 64K rows      384     102 /  356    78 / 391     not yet timed
     Pro, CSA, k = 1024       1152     305 / 1069    78 / 391 *   not yet timed
 
-    * and 8·k·K bytes more in a deterministic backward: each (query, entry) pair's term of the
-      entries' gradient, written and read back: 626 ns (Flash), 1252 ns (Pro). With atomics those
-      are 4·k·K bytes of additions in L2.
+    * and 4·k·K bytes more if the selected entries' gradient is summed in a fixed order: each
+      (query, entry) pair's term in bf16, written and read back: 313 ns (Flash), 626 ns (Pro), less
+      where queries see at most k entries. With atomics as many bytes are added in L2.
 
 At K = 512 the fp32 accumulator [64, 512] fills half of an SM's registers, and q [64, 512] takes
-64 KiB of its shared memory, so one program of 8 warps runs per SM, and only the size of the key
-tile is left to choose. Queries and keys get their gradients from separate kernels, so that the
-keys' gradients are sums in a fixed order. As compiled for Hopper, both warp groups compute s
-redundantly, so forward issues 6·H·K·n FLOPs for the 4·H·K·n it needs.
+64 KiB of its shared memory, so one program of 8 warps runs per SM. Nothing else hides a copy there,
+so keys are copied several steps ahead: steps are short (32 keys), because four of 64 do not fit.
+Queries and keys get their gradients from separate kernels, so that the keys' gradients are sums in
+a fixed order. docs/performance.md counts the clocks of each loop.
 
 T queries; H heads; K their width (DIM); R rotary dims (ROTARY); C entries; k selected entries of a
 query.
@@ -60,7 +60,9 @@ from model.kernels.attention.parts_triton import (
     load_queries,
     range_tile,
     rows_of_program,
+    selected_stages,
     selected_tile,
+    transposed_dot,
 )
 from model.kernels.attention.query_gradient_triton import prepare_rows, query_gradients
 from model.kernels.attention.ranges import AttentionRanges
@@ -94,9 +96,20 @@ def _staged_queries(
 
 
 @triton.jit
-def _softmax_step(q, k, visible, top, total, acc, scale_log2):
+def _softmax_step(
+    q,
+    k,
+    visible,
+    any_key,
+    top,
+    total,
+    acc,
+    scale_log2,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Computes one online-softmax step over keys k, which are also the values."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+    s = transposed_dot(q, k, any_key, ROWS, BLOCK_N) * scale_log2
     s = tl.where(visible, s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - new_top[:, None])
@@ -119,6 +132,7 @@ def _softmax_over_range(
     acc,
     scale_log2,
     DIM: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Runs `_softmax_step` over all keys in each row's range [low_T, high_T)."""
@@ -126,11 +140,13 @@ def _softmax_over_range(
     for start in tl.range(first, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         k, visible = range_tile(keys, n, low, high, end, DIM)
-        top, total, acc = _softmax_step(q, k, visible, top, total, acc, scale_log2)
+        top, total, acc = _softmax_step(
+            q, k, visible, start < end, top, total, acc, scale_log2, ROWS, BLOCK_N
+        )
     return top, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _forward(
     q,
     keys,
@@ -155,6 +171,7 @@ def _forward(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MODE: tl.constexpr,
+    SELECTED_STAGES: tl.constexpr,
 ):
     ROWS: tl.constexpr = BLOCK_T * BLOCK_H
     token, head, row, in_bounds = rows_of_program(tokens, heads, BLOCK_T, BLOCK_H)
@@ -174,6 +191,7 @@ def _forward(
         acc,
         scale_log2,
         DIM,
+        ROWS,
         BLOCK_N,
     )
     if MODE == ENTRY_RANGE:
@@ -189,15 +207,26 @@ def _forward(
             acc,
             scale_log2,
             DIM,
+            ROWS,
             BLOCK_N,
         )
     if MODE == SELECTED_ENTRIES:
         one = tl.min(tl.where(in_bounds, token, tokens), 0)
-        for start in tl.range(0, tl.load(entry_end + one), BLOCK_N):
+        stop = tl.load(entry_end + one)
+        for start in tl.range(0, stop, BLOCK_N, num_stages=SELECTED_STAGES):
             column = start + tl.arange(0, BLOCK_N)
-            entry, k = selected_tile(entries, selected, one, column, num_selected, DIM)
+            _, k = selected_tile(entries, selected, one, column, stop, num_selected, DIM)
             top, total, acc = _softmax_step(
-                normed_q, k, (entry >= 0)[None, :], top, total, acc, scale_log2
+                normed_q,
+                k,
+                (column < stop)[None, :],
+                start < stop,
+                top,
+                total,
+                acc,
+                scale_log2,
+                ROWS,
+                BLOCK_N,
             )
     acc = rotate_pairs(
         acc / total[:, None], cos_sin, token, in_bounds, -1.0, ROWS, DIM, DIM, ROTARY
@@ -285,6 +314,7 @@ class _Attention(torch.autograd.Function):
                 BLOCK_H=block_h,
                 BLOCK_N=blocks.keys,
                 MODE=call.mode,
+                SELECTED_STAGES=selected_stages(blocks.stages),
                 **blocks.options,
             )
         ctx.eps, ctx.ranges, ctx.blocks, ctx.deterministic = eps, ranges, blocks, deterministic
@@ -299,7 +329,8 @@ class _Attention(torch.autograd.Function):
         rows = prepare_rows(q, out, grad_out.contiguous(), cos_sin, lse2, ctx.eps, call.blocks)
         grad_q = query_gradients(call, rows, q, kv, entries, cos_sin)
         grad_kv = range_gradients(call, rows, kv, call.key_start, call.key_end).to(kv.dtype)
-        grad_entries = entry_gradients(call, rows, entries, ctx.deterministic)
+        ordered = ctx.deterministic or call.blocks.ordered
+        grad_entries = entry_gradients(call, rows, entries, ordered)
         sink_probability_TH = torch.exp2(sink.float() * LOG2E - lse2)
         grad_sink = -(sink_probability_TH * rows.delta).sum(0).to(sink.dtype)
         return grad_q, grad_kv, grad_entries, grad_sink, *[None] * 6

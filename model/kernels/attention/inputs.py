@@ -25,8 +25,9 @@ class AttentionInputs:
         sink_H: logit of each head's sink, which takes probability and has no value.
         rotation_Tr: complex, the rotation at each query's position.
         ranges: the visible range of tokens and of entries for each query.
-        selected_Tk: the entries selected for each query (-1: none); None if a query sees its
-            whole range. A query that sees at most k entries must have all of them selected.
+        selected_Tk: the entries selected for each query, in any order, then -1; None if a query
+            sees its whole range. A query that sees at most k entries must have all of them
+            selected.
         window: W, the maximum number of tokens that a query sees.
         norm_eps: of the queries' RMS norm.
     """

@@ -15,7 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.attention.pairs_triton import add_pairs
-from model.kernels.attention.parts_triton import ENTRY_RANGE, FAR, Call, tile
+from model.kernels.attention.parts_triton import (
+    ENTRY_RANGE,
+    FAR,
+    Call,
+    selected_tile,
+    tile,
+    transposed_dot,
+)
 from model.kernels.attention.query_gradient_triton import Rows
 from model.kernels.attention.ranges import queries_of_blocks
 
@@ -25,6 +32,7 @@ def _key_gradient_step(
     q_and_grad,
     k,
     visible,
+    any_row,
     lse2,
     delta,
     acc,
@@ -38,7 +46,7 @@ def _key_gradient_step(
     ``q_and_grad`` [2·ROWS, DIM] alternates queries and output gradients: one matmul gives s and dp,
     another adds both products.
     """
-    x = tl.dot(k, tl.trans(q_and_grad), input_precision="ieee")
+    x = transposed_dot(k, q_and_grad, any_row, BLOCK_N, 2 * ROWS)
     s, dp = tl.split(tl.reshape(x, (BLOCK_N, ROWS, 2)))
     p = tl.exp2(tl.where(visible, s * scale_log2 - lse2[None, :], float("-inf")))
     ds = p * (dp - delta[None, :]) * softmax_scale
@@ -46,7 +54,7 @@ def _key_gradient_step(
     return tl.dot(weight.to(q_and_grad.dtype), q_and_grad, acc, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _grad_keys(
     q_and_grad,
     keys,
@@ -93,6 +101,7 @@ def _grad_keys(
             q_and_grad_tile,
             k,
             visible,
+            start < end,
             row_lse2,
             row_delta,
             acc,
@@ -105,11 +114,12 @@ def _grad_keys(
     tl.store(grad + at, acc, mask=(n < count)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token"])
 def _grad_selected(
     q_and_grad,
     entries,
     selected,
+    selected_end,
     lse2,
     delta,
     grad,
@@ -129,12 +139,12 @@ def _grad_selected(
     each (token, column) pair, [tokens · k, DIM], which ``add_pairs`` sums in a fixed order.
     """
     token = first_token + tl.program_id(0)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    entry = tl.load(
-        selected + token.to(tl.int64) * num_selected + n, mask=n < num_selected, other=-1
-    )
-    if tl.max(entry, 0) >= 0:
-        k = tile(entries, entry, entry >= 0, DIM)
+    column = tl.program_id(1) * BLOCK_N
+    stop = tl.load(selected_end + token)
+    if column < stop:
+        n = column + tl.arange(0, BLOCK_N)
+        valid = n < stop
+        entry, k = selected_tile(entries, selected, token, n, stop, num_selected, DIM)
         acc = tl.zeros((BLOCK_N, DIM), tl.float32)
         for start in tl.range(0, heads, ROWS):
             head = start + tl.arange(0, ROWS)
@@ -144,11 +154,12 @@ def _grad_selected(
             q_and_grad_tile = tile(q_and_grad, 2 * token * heads + pair, pair < 2 * heads, DIM)
             row_lse2 = tl.load(lse2 + row, mask=in_bounds, other=0.0)
             row_delta = tl.load(delta + row, mask=in_bounds, other=0.0)
-            visible = (entry >= 0)[:, None] & in_bounds[None, :]
+            visible = valid[:, None] & in_bounds[None, :]
             acc = _key_gradient_step(
                 q_and_grad_tile,
                 k,
                 visible,
+                start < heads,
                 row_lse2,
                 row_delta,
                 acc,
@@ -160,10 +171,11 @@ def _grad_selected(
         dim = tl.arange(0, DIM)[None, :]
         if ATOMIC:
             at = entry.to(tl.int64)[:, None] * DIM + dim
-            tl.atomic_add(grad + at, acc, mask=(entry >= 0)[:, None], sem="relaxed")
+            tl.atomic_add(grad + at, acc, mask=valid[:, None], sem="relaxed")
         else:
             pair = tl.program_id(0).to(tl.int64) * num_selected + n
-            tl.store(grad + pair[:, None] * DIM + dim, acc, mask=(entry >= 0)[:, None])
+            at = grad + pair[:, None] * DIM + dim
+            tl.store(at, acc.to(grad.dtype.element_ty), mask=valid[:, None])
 
 
 def entry_gradients(
@@ -212,27 +224,37 @@ def range_gradients(call: Call, rows: Rows, keys: Tensor, start_T: Tensor, end_T
         DIM=call.dim,
         ROWS=call.blocks.dk_rows,
         BLOCK_N=block,
-        **call.blocks.options,
+        **call.blocks.dk_options,
     )
     return grad.sum(0) if parts > 1 else grad[0]
 
 
 def _selected_gradients(call: Call, rows: Rows, entries: Tensor, deterministic: bool) -> Tensor:
-    """Returns the fp32 gradient of entries where each query attends to its selected ones."""
-    grad = torch.zeros_like(entries, dtype=torch.float32)
+    """Returns the fp32 gradient of entries where each query attends to its selected ones.
+
+    Queries that see at most k entries attend to all of them, so those need no lists: in rows of up
+    to 2·k entries they have at least a third of all pairs.
+    """
+    assert call.selected is not None
+    grad, count_T = _whole_range_gradients(call, rows, entries)
+    row_bytes = call.dim * _pair_dtype(entries.dtype).itemsize
     chunk = call.tokens
+    pairs = grad
     if deterministic:
-        chunk = max(min(chunk, call.blocks.pair_bytes // (4 * call.num_selected * call.dim)), 1)
-        pairs = grad.new_empty(chunk * call.num_selected, call.dim)
+        chunk = max(min(chunk, call.blocks.pair_bytes // (call.num_selected * row_bytes)), 1)
+        shape = (chunk * call.num_selected, call.dim)
+        pairs = grad.new_empty(shape, dtype=_pair_dtype(entries.dtype))
+        column_k = torch.arange(call.num_selected, dtype=torch.int32, device=grad.device)
     for first in range(0, call.tokens, max(chunk, 1)):
         tokens = min(chunk, call.tokens - first)
         _grad_selected[(tokens, triton.cdiv(call.num_selected, call.blocks.dk_keys))](
             rows.q_and_grad,
             entries,
             call.selected,
+            count_T,
             rows.lse2,
             rows.delta,
-            pairs if deterministic else grad,
+            pairs,
             first,
             call.heads,
             call.num_selected,
@@ -242,9 +264,31 @@ def _selected_gradients(call: Call, rows: Rows, entries: Tensor, deterministic: 
             ROWS=call.blocks.dk_rows,
             BLOCK_N=call.blocks.dk_keys,
             ATOMIC=not deterministic,
-            **call.blocks.options,
+            **call.blocks.dk_options,
         )
         if deterministic:
-            assert call.selected is not None
-            add_pairs(pairs, call.selected[first : first + tokens].flatten(), grad)
+            chosen = slice(first, first + tokens)
+            written = column_k < count_T[chosen, None]
+            add_pairs(pairs, call.selected[chosen].where(written, -1).flatten(), grad)
     return grad
+
+
+def _whole_range_gradients(call: Call, rows: Rows, entries: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the entries' fp32 gradient from queries that see at most k of them, with ranges.
+
+    And the number of selected entries of each query whose gradients are not in it, int32 [T].
+    """
+    sees_few_T = call.visible_end - call.visible_start <= call.num_selected
+    # An empty range of the other queries; the bounds do not decrease with them either, since all
+    # entries of one sample come before those of the next.
+    start_T = torch.where(sees_few_T, call.visible_start, call.visible_end)
+    grad = range_gradients(call, rows, entries, start_T, call.visible_end)
+    return grad, call.entry_end.masked_fill(sees_few_T, 0)
+
+
+def _pair_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of a (query, entry) pair's gradient, which is rounded once before the sum.
+
+    fp16 has too small an exponent for it.
+    """
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32

@@ -27,7 +27,8 @@ def _sum_pairs(pairs, order, bounds, grad, DIM: tl.constexpr, BLOCK: tl.constexp
             i = start + tl.arange(0, BLOCK)
             pair = tl.load(order + i, mask=i < last, other=0)
             at = pair.to(tl.int64)[:, None] * DIM + dim[None, :]
-            acc += tl.sum(tl.load(pairs + at, mask=(i < last)[:, None], other=0.0), 0)
+            terms = tl.load(pairs + at, mask=(i < last)[:, None], other=0.0)
+            acc += tl.sum(terms.to(tl.float32), 0)
         at = grad + entry.to(tl.int64) * DIM + dim
         tl.store(at, tl.load(at) + acc)
 
@@ -36,7 +37,7 @@ def add_pairs(pairs: Tensor, entry_P: Tensor, grad: Tensor) -> None:
     """Adds row i of ``pairs`` to row entry_P[i] of ``grad``, for each row of grad in order of i.
 
     Args:
-        pairs: fp32 [..., d] with P rows.
+        pairs: [..., d] with P rows, in any float dtype; summed in fp32.
         entry_P: the row of ``grad`` that each row of ``pairs`` is added to, -1 for none.
         grad: fp32 [C, d].
     """

@@ -38,10 +38,14 @@ class Blocks:
         dq_rows, dq_keys: the same in the kernel of the queries' gradient.
         dk_rows, dk_keys: keys' gradient: rows per step and keys per program (the program loops over
             rows).
-        warps, stages: warps of a program and stages of its software pipeline.
+        warps: warps of a program.
+        stages, dq_stages, dk_stages: stages of the software pipelines of forward and of the two
+            gradients. Copies of n keys are in flight with n + 2 stages.
         programs: with fewer blocks of keys than this, their queries are divided over several
             programs whose sums are added afterwards.
-        pair_bytes: size of the workspace of a deterministic gradient of selected entries.
+        pair_bytes: size of the workspace of an ordered gradient of selected entries.
+        ordered: sum that gradient in a fixed order even where none is required: 4·k·K bytes of a
+            token in memory in bf16, in place of as many of atomic additions in L2.
     """
 
     rows: int
@@ -52,20 +56,41 @@ class Blocks:
     dk_keys: int
     warps: int = 8
     stages: int = 2
+    dq_stages: int = 2
+    dk_stages: int = 2
     programs: int = 528
     pair_bytes: int = 1 << 30
+    ordered: bool = False
 
     @property
     def options(self) -> dict[str, int]:
-        """Compiler options that go with these sizes."""
+        """Compiler options of forward and of the probability mass."""
         return {"num_warps": self.warps, "num_stages": self.stages}
+
+    @property
+    def dq_options(self) -> dict[str, int]:
+        """Compiler options of the queries' gradient."""
+        return {"num_warps": self.warps, "num_stages": self.dq_stages}
+
+    @property
+    def dk_options(self) -> dict[str, int]:
+        """Compiler options of the gradients of keys and entries."""
+        return {"num_warps": self.warps, "num_stages": self.dk_stages}
+
+
+def selected_stages(stages: int) -> int:
+    """Returns the stages of a loop over selected entries, in which indices are copied before rows.
+
+    So many that rows are as far ahead as in a range with ``stages``.
+    """
+    return 2 * stages - 1
 
 
 _BLOCKS = {
-    64: Blocks(128, 64, 128, 64, 64, 64, warps=8, stages=3),
-    128: Blocks(128, 64, 64, 64, 64, 64, warps=8, stages=2),
-    256: Blocks(64, 64, 64, 32, 32, 64, warps=8, stages=2),
-    512: Blocks(64, 64, 64, 32, 32, 64, warps=8, stages=2),
+    64: Blocks(128, 64, 128, 64, 64, 64, stages=3, dq_stages=3, dk_stages=3),
+    128: Blocks(128, 64, 64, 64, 64, 64),
+    256: Blocks(64, 64, 64, 32, 32, 64),
+    512: Blocks(64, 32, 64, 16, 16, 64, stages=4, dq_stages=3, dk_stages=3),
 }
 
 
@@ -117,15 +142,35 @@ def range_tile(keys, n, low, high, end, DIM: tl.constexpr):
 
 
 @triton.jit
-def selected_tile(entries, selected, token, column, num_selected, DIM: tl.constexpr):
-    """Loads one token's selected entries in these columns [BLOCK_N]: indices (-1: none) and rows.
+def selected_tile(entries, selected, token, column, stop, num_selected, DIM: tl.constexpr):
+    """Loads one token's selected entries in these columns [BLOCK_N]: indices and rows.
 
-    Rows are zero where there is no entry.
+    Both are zero from column ``stop`` on. The masks depend on columns alone, so that the copies of
+    later rows can start before earlier indices are used.
     """
-    entry = tl.load(
-        selected + token.to(tl.int64) * num_selected + column, mask=column < num_selected, other=-1
-    )
-    return entry, tile(entries, entry, entry >= 0, DIM)
+    valid = column < stop
+    at = token.to(tl.int64) * num_selected + column
+    entry = tl.maximum(tl.load(selected + at, mask=valid, other=0), 0)
+    return entry, tile(entries, entry, valid, DIM)
+
+
+@triton.jit
+def transposed_dot(a, b, always, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Computes a · bᵀ [ROWS, BLOCK_N], whose result is an operand of a second matmul.
+
+    Triton divides the first of two chained matmuls over rows alone. With up to 64 rows, 16 a warp,
+    four of eight warps would compute what the other four do. It does not follow a value out of a
+    branch, so there the matmul is in one that is ``always`` taken.
+    """
+    if ROWS <= 64:
+        if always:
+            product = tl.dot(a, tl.trans(b), input_precision="ieee")
+        else:
+            # A constant would be laid out like p, and all of the softmax with it, twice.
+            product = tl.dot(a, tl.trans(b), input_precision="ieee") * 0.0
+    else:
+        product = tl.dot(a, tl.trans(b), input_precision="ieee")
+    return product
 
 
 @triton.jit
@@ -174,13 +219,13 @@ class Call:
             return
         assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
         self.entry_start, self.entry_end = ranges.entry_start_T.int(), ranges.entry_end_T.int()
+        self.visible_start, self.visible_end = self.entry_start, self.entry_end
         self.mode = ENTRY_RANGE.value
         if selected_Tk is not None:
             self.mode, self.num_selected = SELECTED_ENTRIES.value, selected_Tk.shape[1]
             self.selected = selected_Tk.int().contiguous()
-            # In this mode entry_end is the number of leading columns up to the last valid one.
-            count = torch.arange(1, self.num_selected + 1, device=q_THK.device, dtype=torch.int32)
-            self.entry_end = (count * (self.selected >= 0)).amax(1)
+            # In this mode entry_end is the number of selected entries, which come first.
+            self.entry_end = (self.selected >= 0).sum(1, dtype=torch.int32)
 
     @property
     def visible(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -31,7 +31,7 @@ from model.kernels.attention.parts_triton import (
 from model.kernels.norm.rotation_triton import cos_sin_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "begin", "width"])
 def _mass(
     q,
     entries,

@@ -25,13 +25,15 @@ from model.kernels.attention.parts_triton import (
     load_queries,
     range_tile,
     rows_of_program,
+    selected_stages,
     selected_tile,
     tile,
+    transposed_dot,
 )
 from model.kernels.norm.rotation_triton import rotate_pairs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _prepare(
     q,
     out,
@@ -116,13 +118,22 @@ def prepare_rows(
 
 @triton.jit
 def _query_gradient_step(
-    q_and_grad, k, visible, lse2, delta, acc, scale_log2, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
+    q_and_grad,
+    k,
+    visible,
+    any_key,
+    lse2,
+    delta,
+    acc,
+    scale_log2,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Adds this tile's ds · k to the gradient of the normed, rotated queries.
 
     ``q_and_grad`` [2·ROWS, DIM] alternates queries and their gradients: one matmul gives s and dp.
     """
-    x = tl.dot(q_and_grad, tl.trans(k), input_precision="ieee")
+    x = transposed_dot(q_and_grad, k, any_key, 2 * ROWS, BLOCK_N)
     s, dp = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, BLOCK_N)), (0, 2, 1)))
     p = tl.exp2(tl.where(visible, s * scale_log2 - lse2[:, None], float("-inf")))
     ds = p * (dp - delta[:, None])
@@ -151,7 +162,7 @@ def _query_gradient_over_range(
         n = start + tl.arange(0, BLOCK_N)
         k, visible = range_tile(keys, n, low, high, end, DIM)
         acc = _query_gradient_step(
-            q_and_grad, k, visible, lse2, delta, acc, scale_log2, ROWS, BLOCK_N
+            q_and_grad, k, visible, start < end, lse2, delta, acc, scale_log2, ROWS, BLOCK_N
         )
     return acc
 
@@ -170,7 +181,7 @@ def _pairs_of_program(tokens, heads, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexp
     return 2 * (token * heads + head) + index % 2, (token < tokens) & (head < heads)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _grad_queries(
     q_and_grad,
     keys,
@@ -196,9 +207,10 @@ def _grad_queries(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MODE: tl.constexpr,
+    SELECTED_STAGES: tl.constexpr,
 ):
     ROWS: tl.constexpr = BLOCK_T * BLOCK_H
-    token, _, row, in_bounds = rows_of_program(tokens, heads, BLOCK_T, BLOCK_H)
+    token, _head, row, in_bounds = rows_of_program(tokens, heads, BLOCK_T, BLOCK_H)
     pair, pair_in_bounds = _pairs_of_program(tokens, heads, BLOCK_T, BLOCK_H)
     q_and_grad_tile = tile(q_and_grad, pair, pair_in_bounds, DIM)
     row_lse2 = tl.load(lse2 + row, mask=in_bounds, other=0.0)
@@ -237,12 +249,21 @@ def _grad_queries(
         )
     if MODE == SELECTED_ENTRIES:
         one = tl.min(tl.where(in_bounds, token, tokens), 0)
-        for start in tl.range(0, tl.load(entry_end + one), BLOCK_N):
+        stop = tl.load(entry_end + one)
+        for start in tl.range(0, stop, BLOCK_N, num_stages=SELECTED_STAGES):
             column = start + tl.arange(0, BLOCK_N)
-            entry, k = selected_tile(entries, selected, one, column, num_selected, DIM)
-            visible = (entry >= 0)[None, :]
+            _, k = selected_tile(entries, selected, one, column, stop, num_selected, DIM)
             acc = _query_gradient_step(
-                q_and_grad_tile, k, visible, row_lse2, row_delta, acc, scale_log2, ROWS, BLOCK_N
+                q_and_grad_tile,
+                k,
+                (column < stop)[None, :],
+                start < stop,
+                row_lse2,
+                row_delta,
+                acc,
+                scale_log2,
+                ROWS,
+                BLOCK_N,
             )
     # Backward of rotation and norm; the normed q is reloaded to save registers.
     acc = acc * softmax_scale
@@ -283,6 +304,7 @@ def query_gradients(
             BLOCK_H=block_h,
             BLOCK_N=call.blocks.dq_keys,
             MODE=call.mode,
-            **call.blocks.options,
+            SELECTED_STAGES=selected_stages(call.blocks.dq_stages),
+            **call.blocks.dq_options,
         )
     return grad_q

@@ -48,9 +48,11 @@ def model_of(name: str) -> ModelConfig:
     return load_config(CONFIGS / f"{name}.yaml").model.model_copy(update={"vocab_size": 4097})
 
 
-def variants_of(operation: str, config: ModelConfig, choice: Choice) -> list[Variant]:
+def variants_of(
+    operation: str, config: ModelConfig, choice: Choice, samples: tuple[int, ...] = SAMPLES
+) -> list[Variant]:
     """What the operation's cases would compile, for the target in force."""
-    sizes = Sizes(config, SAMPLES, torch.bfloat16, torch.device("cpu"), dense=True)
+    sizes = Sizes(config, samples, torch.bfloat16, torch.device("cpu"), dense=True)
     variants: dict[str, Variant] = {}
     for make in CASES[operation].cases(sizes):
         case = make()
@@ -108,8 +110,22 @@ def test_fits(name, operation, capability, tmp_path):
         assert_fits(variants_of(operation, model_of(name), Choice("triton")), limits)
 
 
-FITTING = {90: 0, 100: 1, 80: 2, 120: 4}
-"""The first of the block sizes for 512-wide heads that fits, by compute capability."""
+@pytest.mark.parametrize("operation", [name for name in CASES if name not in ("fp8", "syrk")])
+@compiled
+def test_lengths_that_change_with_every_packing_compile_nothing_again(operation):
+    """Triton compiles again where an integer turns 1, or a multiple of 16, unless asked not to."""
+    config = model_of("narrow")
+    with target(90):
+        variants = [
+            {variant.key for variant in variants_of(operation, config, Choice("triton"), samples)}
+            for samples in ((1, 2, 129, 70), (63, 129), (3, 129, 72, 4), (129,))
+        ]
+    assert variants[0] and all(other <= variants[0] for other in variants)
+
+
+FITTING = {90: 0, 100: 3, 80: 4, 120: 6}
+"""Block sizes for 512-wide heads that are meant for a compute capability, by their place."""
+WIDE = 2
 PARTS = ("_forward", "_grad_queries", "_grad_keys", "_grad_selected", "_mass")
 
 
@@ -133,14 +149,16 @@ def test_attention_of_v4_s_width_fits_with_some_block_sizes(part, name, capabili
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", OTHERS)
 @compiled
-def test_its_own_block_sizes_fit_hopper_alone(capability, tmp_path):
+def test_wide_block_sizes_fit_hopper_alone(capability, tmp_path):
     """The negative control, and the reason for the others."""
     import triton
 
     triton.knobs.cache.dir = str(tmp_path)
     part = "_grad_queries" if capability == 80 else "_grad_keys"
+    config = model_of("flash")
+    wide = CASES["attention"].block_choices(config)[WIDE]
     with target(capability) as limits:
-        variants = variants_of("attention", model_of("flash"), Choice("triton"))
+        variants = variants_of("attention", config, Choice("triton", wide))
         variant = next(v for v in variants if v.name.endswith(part))
         reason = exceeded(variant.name, needs_of(compiled_for(variant, limits)), limits)
     assert "bytes of shared memory, this GPU has" in str(reason)
