@@ -71,7 +71,7 @@ def _slots(
     return at, mask, value, tl.where(present[:, None, None], gate, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _forward(
     values,
     gates,
@@ -124,7 +124,7 @@ def _write_gradients(grad_values, grad_gates, at, mask, value, weight, out, grad
     return grad_gate
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "span"])
 def _backward(
     values,
     gates,

@@ -95,7 +95,7 @@ def _scaled_comb(w, base, token, in_bounds, scale, N: tl.constexpr, OUT: tl.cons
     return at, value, value * scale + tl.load(base + n)[None, :, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _coefficients(
     part_w,
     part_square,
@@ -175,7 +175,7 @@ def _gate_backward(
     return tl.sum(grad * factor * value, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _coefficients_backward(
     w,
     base,

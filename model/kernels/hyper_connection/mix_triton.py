@@ -28,7 +28,7 @@ def _streams_tile(x, own, in_bounds, d, dim, N: tl.constexpr):
     return tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _mix(
     streams,
     pre,
@@ -50,7 +50,7 @@ def _mix(
     tl.store(read + own[:, None] * dim + d[None, :], mixed.to(read.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _write(
     streams,
     y,
@@ -80,7 +80,7 @@ def _write(
         tl.store(at, mixed.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _write_backward(
     streams,
     y,
@@ -128,7 +128,7 @@ def _write_backward(
     tl.store(grad_comb + at_comb, sum_comb, mask=in_bounds[:, None, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _mix_backward(
     streams,
     grad_read,

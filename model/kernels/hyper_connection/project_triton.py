@@ -26,7 +26,7 @@ def _split_tf32(x):
     return high, x - high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _project(
     streams,
     fn,
@@ -70,7 +70,7 @@ def _project(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _project_backward(
     streams,
     fn,

@@ -60,7 +60,7 @@ def _rows_of_program(
     return token, low, high, row, first, end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "begin", "width"])
 def forward(
     q,
     keys,
@@ -116,7 +116,7 @@ def forward(
     tl.store(total + token, sum_mass, mask=token < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "begin", "width"])
 def grad_queries(
     q,
     keys,
@@ -186,7 +186,7 @@ def grad_queries(
     tl.store(grad_weights + row, acc_weight, mask=in_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "begin", "width"])
 def grad_keys(
     q,
     keys,

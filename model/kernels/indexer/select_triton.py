@@ -59,7 +59,7 @@ def _ordered(scores, entry, visible):
     return tl.where(visible, key, _LOWEST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token", "tokens"])
 def _select(
     q,
     keys,

@@ -35,7 +35,7 @@ _PARTS = 528
 """Partial sums of the weight's gradient: four per SM."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(
     x,
     weight,
@@ -65,7 +65,7 @@ def _forward(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "span"])
 def _backward(
     x,
     weight,

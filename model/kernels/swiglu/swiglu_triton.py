@@ -44,7 +44,7 @@ def _load_clamped(gate, up, at, mask, limit):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(
     gate,
     up,
@@ -68,7 +68,7 @@ def _forward(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(
     gate,
     up,
