@@ -68,7 +68,7 @@ def block_choices(config: ModelConfig) -> tuple[Blocks, ...]:
         own = blocks_for(config.head_dim)
     except ValueError:
         return ({},)  # the kernel itself says which widths it supports
-    ordered = replace(own, ordered=True)
+    ordered = replace(own, ordered=1)
     choices = [own, ordered, replace(own, keys=32, dq_keys=32)]
     if config.head_dim >= 256:
         one_ahead = {"stages": 2, "dq_stages": 2, "dk_stages": 2}

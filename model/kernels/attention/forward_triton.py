@@ -329,7 +329,7 @@ class _Attention(torch.autograd.Function):
         rows = prepare_rows(q, out, grad_out.contiguous(), cos_sin, lse2, ctx.eps, call.blocks)
         grad_q = query_gradients(call, rows, q, kv, entries, cos_sin)
         grad_kv = range_gradients(call, rows, kv, call.key_start, call.key_end).to(kv.dtype)
-        ordered = ctx.deterministic or call.blocks.ordered
+        ordered = ctx.deterministic or call.blocks.ordered == 1
         grad_entries = entry_gradients(call, rows, entries, ordered)
         sink_probability_TH = torch.exp2(sink.float() * LOG2E - lse2)
         grad_sink = -(sink_probability_TH * rows.delta).sum(0).to(sink.dtype)

@@ -44,7 +44,7 @@ class Blocks:
         programs: with fewer blocks of keys than this, their queries are divided over several
             programs whose sums are added afterwards.
         pair_bytes: size of the workspace of an ordered gradient of selected entries.
-        ordered: sum that gradient in a fixed order even where none is required: 4·k·K bytes of a
+        ordered: 1 to sum it in a fixed order even where none is required: 4·k·K bytes of a
             token in memory in bf16, in place of as many of atomic additions in L2.
     """
 
@@ -60,7 +60,7 @@ class Blocks:
     dk_stages: int = 2
     programs: int = 528
     pair_bytes: int = 1 << 30
-    ordered: bool = False
+    ordered: int = 0
 
     @property
     def options(self) -> dict[str, int]:

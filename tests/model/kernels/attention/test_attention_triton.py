@@ -246,7 +246,7 @@ def test_ordered_block_sizes_sum_as_deterministic_calls_do():
     out, _ = forward_triton.attention(
         case.arguments(*leaves, selected=case.select(5)),
         deterministic=False,
-        blocks=replace(blocks(case), ordered=True),
+        blocks=replace(blocks(case), ordered=1),
     )
     (out * rand(*out.shape, seed=7)).sum().backward()
     expected = _gradients(case, case.select(5), deterministic=True)
