@@ -116,8 +116,8 @@ def preflight(
     if config.engine == "native":  # DeepSpeed shards weights and states by its own rules
         warnings += _check_memory(everyone, config, grid.device)
     _check_compiler(everyone)
-    if grid.world_size > 1:
-        _check_folder(everyone, config.run_dir, grid, folder_timeout)
+    _check_folder(everyone, "run_dir", config.run_dir, grid, folder_timeout)
+    _check_checkpoints(everyone, config.run_dir / "checkpoints", grid, folder_timeout)
     agreed = agree(
         config,
         grid.rank,
@@ -278,26 +278,51 @@ def _check_compiler(everyone: list[Facts]) -> None:
         )
 
 
-def _check_folder(everyone: list[Facts], folder: Path, grid: Grid, folder_timeout: float) -> None:
-    """Raises unless all ranks see a file that the first one writes into the run's folder."""
+def _check_folder(
+    everyone: list[Facts], name: str, folder: Path, grid: Grid, folder_timeout: float
+) -> None:
+    """Raises unless all ranks see a file that the first one writes into the folder.
+
+    `name` is what errors call it. What cannot be written would only fail at the first save.
+    """
     token = folder / f".preflight-{secrets.token_hex(8)}"
     write_error = _write(token) if grid.is_first else ""
     try:
-        problem, name = all_gather_objects((write_error, token.name), grid.world)[0]
+        problem, token_name = all_gather_objects((write_error, token.name), grid.world)[0]
         if problem:
             raise PreflightError(
-                f"{where([everyone[0]])} cannot write into run_dir = {folder}: {problem}"
+                f"{where([everyone[0]])} cannot write into {name} = {folder}: {problem}"
             )
-        visible = all_gather_objects(_appears(folder / name, folder_timeout), grid.world)
+        visible = all_gather_objects(_appears(folder / token_name, folder_timeout), grid.world)
         without = [facts for facts, good in zip(everyone, visible, strict=True) if not good]
         if without:
             raise PreflightError(
-                f"run_dir = {folder} is not the same folder on {where([everyone[0]])} and "
+                f"{name} = {folder} is not the same folder on {where([everyone[0]])} and "
                 f"{where(without)}; it should be on a file system that all hosts share"
             )
     finally:
         if grid.is_first and not write_error:
             token.unlink(missing_ok=True)
+
+
+def _check_checkpoints(
+    everyone: list[Facts], folder: Path, grid: Grid, folder_timeout: float
+) -> None:
+    """Raises if `folder`, of a run that resumes or on another disk, cannot be written.
+
+    Writes only through a link: a resume that is refused leaves the folder as it was.
+    """
+    if not all_gather_objects(folder.exists(), grid.world)[0]:
+        return
+    if all_gather_objects(folder.is_symlink(), grid.world)[0]:
+        _check_folder(everyone, "checkpoints", folder, grid, folder_timeout)
+        return
+    problem = "" if os.access(folder, os.W_OK | os.X_OK) else "Permission denied"
+    if not folder.is_dir():
+        problem = "it is no folder"
+    for facts, text in zip(everyone, all_gather_objects(problem, grid.world), strict=True):
+        if text:
+            raise PreflightError(f"{where([facts])} cannot write into {folder}: {text}")
 
 
 def _write(token: Path) -> str:

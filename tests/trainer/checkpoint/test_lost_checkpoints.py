@@ -89,3 +89,38 @@ def test_a_renamed_checkpoint_is_refused(run: Path, capsys: pytest.CaptureFixtur
     (run / "checkpoints/step-00000003").rename(run / "checkpoints/step-00000009")
     assert main([str(run), "steps=5"]) == 2
     assert "step-00000009: is of step 3; restore the folder's name" in capsys.readouterr().err
+
+
+def test_checkpoints_that_cannot_be_written_are_found_at_the_start(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first save would have failed after hours, and the last one lost the run."""
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file/checkpoints").write_text("")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link/checkpoints").symlink_to("/proc/self")  # read-only for root as well
+    for name in ("file", "link"):
+        run = tmp_path / name
+        assert main([str(tiny), f"run_dir={run}", "steps=1"]) == 2
+        error = capsys.readouterr().err
+        assert str(run / "checkpoints") in error and "cannot write" in error
+        assert error.count("\n") == 1
+        assert not (run / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty"])
+def test_a_complete_run_without_its_weights_is_not_complete(
+    run: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that is queued again would end as a success."""
+    last = run / "checkpoints/step-00000003"
+    for path in last.glob("shard-*" if damage == "truncated" else "*"):
+        path.write_bytes(path.read_bytes()[:100])
+        if damage == "empty":
+            path.unlink()
+    assert main([str(run)]) == 2
+    error = capsys.readouterr().err
+    assert f"{last} is damaged: " in error and error.count("\n") == 1
+    shutil.rmtree(last)
+    assert main([str(run)]) == 0
+    assert last.is_dir() and main([str(run)]) == 0
