@@ -16,8 +16,10 @@ import psutil
 from optuna.trial import TrialState
 
 from data.activity import Activity
+from data.errors import DataError
 from data.files import write_atomically
 from data.lease import Lease
+from data.manifest import Manifest
 from data.processes import find_process
 from launch import processes
 from launch.sweep_file import Arguments, Sweep, load_sweep
@@ -86,13 +88,15 @@ def _check_same(sweep: Sweep, folder: Path, seed: int) -> None:
     path = folder / "definition.json"
     file, overrides = sweep.config_arguments(next(sweep.samples()))
     config = load_config(file, overrides).to_dict()
-    ours = {"seed": seed, **sweep.model_dump(mode="json"), "config": config}
+    shards = _shards_of(load_config(file, overrides))
+    ours = {"seed": seed, **sweep.model_dump(mode="json")}
     try:
-        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ours
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else dict(ours)
         saved_config = saved.pop("config", config)  # not in those before version 0.2
+        saved_shards = saved.pop("shards", None) or shards  # likewise, or not prepared by then
     except (ValueError, AttributeError):
         raise ConfigError(f"{path}: is damaged; choose another folder with --out") from None
-    if saved != {key: value for key, value in ours.items() if key != "config"}:
+    if saved != ours:
         raise ConfigError(
             f"{folder}: holds a sweep with another definition or seed; choose another folder with "
             "--out"
@@ -103,7 +107,24 @@ def _check_same(sweep: Sweep, folder: Path, seed: int) -> None:
                 f"{file}: {key} is {new!r}, and was {old!r} in the trials of {folder}; restore it, "
                 "or choose another folder with --out"
             )
-    write_atomically(path, json.dumps({**saved, "config": saved_config}, indent=1))
+    for what, digest in saved_shards.items():
+        if shards and shards[what] != digest:
+            raise ConfigError(
+                f"{config['data']['shards']}: has another {what} ({shards[what][:16]}) than when "
+                f"the trials of {folder} began ({digest[:16]}); restore it, or choose another "
+                "folder with --out"
+            )
+    record = {**saved, "config": saved_config, "shards": saved_shards}
+    write_atomically(path, json.dumps(record, indent=1))
+
+
+def _shards_of(config: RunConfig) -> dict[str, str]:
+    """Returns what identifies the text of all trials; nothing where it is not prepared yet."""
+    try:
+        manifest = Manifest.load(config.data.shards)
+    except DataError:
+        return {}
+    return {"text": manifest.digest, "tokenizer": manifest.tokenizer_hash}
 
 
 class _Runner:
@@ -249,11 +270,7 @@ class _Runner:
 
     def best(self) -> tuple[int, float] | None:
         """Returns number and value of the best complete trial."""
-        values = {
-            number: self.histories[number][-1]
-            for number, state in self.search.states().items()
-            if state == "complete" and self.histories[number]  # whose metrics were not lost since
-        }
+        values = self.search.values()
         if not values:
             return None
         pick = min if self.sweep.metric.goal == "minimize" else max
@@ -262,12 +279,13 @@ class _Runner:
 
     def _record(self) -> None:
         """Writes `sweep.json`: the metric and every trial's folder, state and parameters."""
-        states = self.search.states()
+        states, values = self.search.states(), self.search.values()
         trials = [
             {
                 "folder": self._trial_folder(number).name,
                 "state": states[number],
                 "parameters": self.arguments[number],
+                "value": values.get(number),
             }
             for number in sorted(self.arguments)
         ]
@@ -306,10 +324,15 @@ def _stop_orphan(folder: Path, is_stopping: Callable[[], bool] = lambda: False) 
     path = folder / "process.json"
     if not path.is_file():
         return
-    known = json.loads(path.read_text(encoding="utf-8"))
-    if known.get("folder", str(folder.resolve())) != str(folder.resolve()):
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        pid, born = int(known["pid"]), float(known["born"])
+        started_in = known.get("folder", str(folder.resolve()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return  # damaged; the lease on the trial's folder is what keeps two processes apart
+    if started_in != str(folder.resolve()):
         return
-    process = find_process(known["pid"], known["born"])
+    process = find_process(pid, born)
     if process is None:
         return
     with suppress(psutil.NoSuchProcess):

@@ -91,6 +91,11 @@ class Search:
     def _reopen(self, number: int) -> optuna.Trial:
         return optuna.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
 
+    def values(self) -> dict[int, float]:
+        """Returns the metric of every complete trial."""
+        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return {trial.number: trial.value for trial in complete if trial.value is not None}
+
     def states(self) -> dict[int, str]:
         """Returns every started trial's state: running, complete, pruned or fail."""
         trials = self.study.get_trials(deepcopy=False)

@@ -153,12 +153,16 @@ def test_a_failed_trial_is_tried_again_by_the_next_call(
     assert "trial 1" not in done.stdout.split("best:")[0]  # complete
     assert states() == ["complete", "complete"]
 
-    (out / "trial-0000/metrics.jsonl").unlink()  # its history is empty now
+    other = out / "trial-0000/metrics.jsonl"
+    other.write_text(other.read_text().replace("2.5", "3.5"))
+    (out / "trial-0001/metrics.jsonl").unlink()  # its value is in the study
     done = subprocess.run(sweep, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0 and "best: trial 1, " in done.stdout, done.stderr
-    (out / "trial-0001/metrics.jsonl").unlink()
+    assert done.returncode == 0, done.stderr
+    assert "trial-0001/metrics.jsonl: is lost or damaged; validation_loss is" in done.stdout
+    assert "the best: optim.learning_rate=0.01" in done.stdout
+    other.unlink()
     done = subprocess.run(sweep, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1 and "every trial failed" in done.stderr, done.stderr
+    assert done.returncode == 0 and "best: trial 0, validation_loss 2.5000" in done.stdout
 
 
 def test_progress_has_step_loss_and_estimate(
@@ -281,6 +285,27 @@ def test_a_sweep_resumes_with_the_same_config(tiny: Path, tmp_path: Path, body: 
         _check_same(sweep, tmp_path, 0)
 
 
+def test_a_sweep_resumes_on_the_same_text(tiny: Path, tmp_path: Path) -> None:
+    """Trials on other shards, or with another validation text, cannot be compared."""
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny.parent / "shards", shards)
+    config = tmp_path / "base.yaml"
+    config.write_text(tiny.read_text().replace(str(tiny.parent / "shards"), str(shards)))
+    sweep = load_sweep(write(config, tmp_path, GRID))
+    for _ in range(2):
+        _check_same(sweep, tmp_path, 0)
+    manifest = shards / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for key, what in (("digest", "text"), ("tokenizer_hash", "tokenizer")):
+        manifest.write_text(json.dumps({**content, key: "f" * 64}))
+        with pytest.raises(ConfigError, match=f"has another {what} .f{{16}}. than when the trials"):
+            _check_same(sweep, tmp_path, 0)
+    manifest.unlink()
+    _check_same(sweep, tmp_path, 0)  # the trials end, and say why
+    manifest.write_text(json.dumps(content))
+    _check_same(sweep, tmp_path, 0)
+
+
 def test_a_definition_of_before_gets_the_config(tiny: Path, tmp_path: Path) -> None:
     sweep = load_sweep(write(tiny, tmp_path, GRID))
     path = tmp_path / "definition.json"
@@ -350,6 +375,9 @@ def test_only_the_process_that_a_killed_sweep_started_is_terminated(tmp_path: Pa
             _stop_orphan(tmp_path)
             status = process.poll()
             assert (status is not None) == is_terminated
+    for damaged in ("", "[]", '{"pid": null}'):
+        (tmp_path / "process.json").write_text(damaged)
+        _stop_orphan(tmp_path)
 
 
 def test_a_signal_ends_the_wait_for_an_earlier_trial(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ class TrialRecord(BaseModel):
     folder: InsidePath
     state: str
     parameters: dict[str, Any]
+    value: float | None = None
 
 
 class SweepRecord(BaseModel):
@@ -103,7 +104,9 @@ def _read(folder: Path, trial: TrialRecord, metric: str) -> Trial:
     path = folder / trial.folder / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() else []
     values = [record[metric] for record in records if record.get(metric) is not None]
-    last = values[-1] if values else None
+    last = values[-1] if values else trial.value
+    if not values and trial.value is not None:
+        print(f"{path}: is lost or damaged; {metric} is as the sweep recorded it, without a curve")
     return Trial(trial.folder, trial.state, trial.parameters, records, last)
 
 
