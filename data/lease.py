@@ -11,6 +11,9 @@ The age of the file is its difference from a file written now, so that both time
 file system, and no owner is taken for dead before the file has been watched for two renewals
 without a change: clocks that differ between hosts can delay a takeover, and cannot cause one.
 
+A folder that was moved or removed keeps its owner, which learns so from `check` as well: what it
+writes from then on would go into a new folder of that name.
+
 An owner that could not renew its lease in time, and lost it, learns so from `check`, which it calls
 before it writes.
 """
@@ -136,6 +139,8 @@ class Lease:
         self.owner = Owner.current(work, folder, launch)
         self._new_owner: Owner | None = None
         self._is_new_folder = False
+        self._identity: tuple[int, int] | None = None
+        self._is_gone = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
@@ -148,6 +153,7 @@ class Lease:
         try:
             self._is_new_folder = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._identity = _identity(self.folder)
             while not self._create():
                 self._outlive_owner()
         except OSError as error:
@@ -175,7 +181,17 @@ class Lease:
             self.folder.rmdir()
 
     def check(self) -> None:
-        """Raises LeaseError if another process has taken the lease over."""
+        """Raises LeaseError if another process has taken the lease over.
+
+        Logs once where the folder is not there any more.
+        """
+        if self._is_gone:
+            self._is_gone = False
+            self.log(
+                f"warning: {self.folder} has been moved or removed since the start; this process "
+                "goes on, and what it saves goes into a new folder of that name, to be moved to "
+                "the rest"
+            )
         if self._new_owner is not None:
             raise LeaseError(
                 f"{self.folder}: {_name(self._new_owner)} has taken the folder over, since this "
@@ -186,6 +202,8 @@ class Lease:
         """The body of the thread."""
         while not self._closed.wait(self.renew):
             try:
+                if self._identity is not None and _identity(self.folder) != self._identity:
+                    self._identity, self._is_gone = None, True
                 file = self._read()
                 if file is None:  # removed by hand
                     self._create()
@@ -310,6 +328,15 @@ def _is_dead(owner: Owner | None, folder: Path) -> bool:
         return not os.path.samefile(owner.folder, folder)
     except OSError:
         return False  # the folder was renamed since
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Device and inode of a folder; None where there is none."""
+    try:
+        stat = folder.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_dev, stat.st_ino
 
 
 def _name(owner: Owner | None) -> str:

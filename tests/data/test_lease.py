@@ -187,3 +187,16 @@ def test_a_folder_made_for_a_lease_goes_with_it(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LeaseError, match=r"cannot write .*file/lease.json: File exists"):
         Lease(tmp_path / "file", "v4 train").__enter__()
+
+
+def test_a_folder_that_was_moved_is_reported_once(tmp_path: Path) -> None:
+    folder, lines = tmp_path / "run", []
+    with Lease(folder, "v4 train", log=lines.append, **QUICK) as lease:
+        lease.check()
+        folder.rename(tmp_path / "moved")
+        time.sleep(4 * QUICK["renew"])
+        lease.check()
+        folder.mkdir()  # as a checkpoint does
+        time.sleep(4 * QUICK["renew"])
+        lease.check()
+    assert len(lines) == 1 and f"{folder} has been moved or removed" in lines[0]
