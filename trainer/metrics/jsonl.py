@@ -39,6 +39,9 @@ _OLD_EVENT_KEYS = {
 }
 """Keys that older runs wrote, and what they are called now."""
 
+_MAPPINGS = ("epochs", "validation_by_source", "layers", "groups")
+_EVENT_STEPS = ("restored_step", "skipped_batch", "anticipation_end")
+
 
 class MetricsFile:
     """Appends to `metrics.jsonl`, also after a resume.
@@ -75,7 +78,8 @@ class MetricsFile:
         self._last_bytes = 0  # of the line that was written last
 
     def _keep_damaged(self) -> None:
-        _, others = read_step_records(self.path)
+        records, others = read_step_records(self.path)
+        others += sum(_with_new_keys(record) is None for record in records)
         if others:
             copy = self.path.with_name(f"{self.path.name}.damaged")
             write_atomically(copy, self.path.read_bytes())
@@ -176,16 +180,48 @@ def _lines(path: Path, last_step: int | None) -> list[Record]:
     """Returns the records of a file up to `last_step`."""
     records, _ = read_step_records(path)
     return [
-        _with_new_keys(record)
+        renamed
         for record in records
-        if last_step is None or record["step"] <= last_step
+        if (last_step is None or record["step"] <= last_step)
+        and (renamed := _with_new_keys(record)) is not None
     ]
 
 
-def _with_new_keys(record: Record) -> Record:
-    """Returns a record of an older run with the keys that are written now."""
+def _with_new_keys(record: Record) -> Record | None:
+    """Returns a record, if of an older run with the keys that are written now.
+
+    None for a damaged one, with values of other types than are written.
+    """
     renamed = {_OLD_KEYS.get(key, key): value for key, value in record.items()}
     for key, old_keys in (("layers", _OLD_LAYER_KEYS), ("event", _OLD_EVENT_KEYS)):
         if key in renamed:
+            if not isinstance(renamed[key], dict):
+                return None
             renamed[key] = {old_keys.get(name, name): x for name, x in renamed[key].items()}
-    return renamed
+    is_sound = _is_event(renamed["event"]) if "event" in renamed else _is_step(renamed)
+    return renamed if is_sound else None
+
+
+def _is_step(record: Record) -> bool:
+    inner = {"layers": list, "groups": dict}
+    for key, value in record.items():
+        if key in _MAPPINGS:
+            if not isinstance(value, dict):
+                return False
+            values = value.values()
+            if not all(isinstance(x, inner.get(key, float | int | None)) for x in values):
+                return False
+        elif not isinstance(value, float | int | None):
+            return False
+    return True
+
+
+def _is_event(event: Record) -> bool:
+    if not isinstance(event.get("spike_step"), int) or not isinstance(event.get("reason"), str):
+        return False
+    ending = event.get("stop_reason", 0)
+    if not isinstance(ending, str | None):
+        return False
+    steps = [event.get(key, "") for key in _EVENT_STEPS]
+    is_restored = ending is not None or steps[0] is not None
+    return is_restored and all(isinstance(step, int | None) for step in steps)

@@ -164,7 +164,7 @@ def expected_flops_per_second(config: RunConfig, degrees: Degrees) -> tuple[floa
     """Returns FLOP/s of all processes together, and a sentence about the source of that number."""
     path = config.run_dir / "metrics.jsonl"
     records = read_metrics(path)[-100:] if path.is_file() else []
-    speeds = sorted(record["tflops_per_second"] for record in records)
+    speeds = sorted(x for r in records if (x := r.get("tflops_per_second")) is not None)
     if speeds:
         speed = speeds[len(speeds) // 2]
         return speed * 1e12, f"Times at {speed:.3g} TFLOP/s, the median of the run's last steps."

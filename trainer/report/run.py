@@ -56,6 +56,10 @@ td:last-child { text-align: right; font-variant-numeric: tabular-nums; word-brea
 """
 
 
+_REQUIRED = {"tokens", "tokens_per_second"}
+"""What the report needs of a record; one without it was not written by a training."""
+
+
 def write_report(config: RunConfig) -> Path:
     """Writes `report.html` into the run folder and returns its path.
 
@@ -63,6 +67,7 @@ def write_report(config: RunConfig) -> Path:
     """
     path = config.run_dir / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() else []
+    records = [record for record in records if record.keys() >= _REQUIRED]
     if not records:
         raise ReportError(f"{path}: there is nothing to draw; train the run first")
     target = config.run_dir / "report.html"

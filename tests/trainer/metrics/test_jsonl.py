@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from launch.sweep_search import read_history
 from trainer.metrics.jsonl import MetricsFile, read_events, read_metrics
 
@@ -75,3 +77,41 @@ def test_lines_that_are_no_records_are_dropped_and_kept_aside(tmp_path: Path) ->
     path.write_bytes(b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo')  # torn by a crash
     MetricsFile(path, 1, lines.append).close()
     assert path.read_bytes() == b'{"step": 1, "loss": 2.0}\n' and len(lines) == 1
+
+
+NEW_EVENT = {
+    "spike_step": 3,
+    "reason": "a spike",
+    "restored_step": 2,
+    "skipped_batch": None,
+    "anticipation_end": None,
+    "stop_reason": None,
+}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"loss": "2.0"},
+        {"layers": 3},
+        {"layers": {"expert_load_max": 1.0}},
+        {"groups": {"update_rms": 1.0}},
+        {"epochs": {"words": "1"}},
+        {"validation_by_source": []},
+        {"event": None},
+        {"event": {}},
+        {"event": NEW_EVENT | {"reason": None}},
+        {"event": NEW_EVENT | {"restored_step": None}},
+        {"event": NEW_EVENT | {"skipped_batch": "2"}},
+    ],
+)
+def test_values_of_other_types_are_no_records(tmp_path: Path, record: dict) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = [{"step": 1, "loss": None, "epochs": {"words": 0.5}}, {"step": 1, "event": NEW_EVENT}]
+    lines = [json.dumps(line) + "\n" for line in (*good, {"step": 2, **record})]
+    path.write_text("".join(lines))
+    assert read_metrics(path) == good[:1] and read_events(path) == [(1, NEW_EVENT)]
+    logged: list[str] = []
+    MetricsFile(path, 9, logged.append).close()
+    assert path.read_text() == "".join(lines[:2])
+    assert len(logged) == 1 and "1 lines of" in logged[0]

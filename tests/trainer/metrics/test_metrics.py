@@ -307,6 +307,22 @@ def test_a_run_without_metrics_has_no_report(tiny: Path, tmp_path: Path) -> None
         write_report(load_config(tiny, [f"run_dir={tmp_path}"]))
 
 
+def test_damaged_lines_do_not_end_the_report(run: RunConfig, tmp_path: Path) -> None:
+    copy = run.model_copy(update={"run_dir": tmp_path})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ReportError, match="nothing to draw"):
+        write_report(copy)
+    more = (
+        '{"step": 7}',
+        '{"step": 1, "event": {}}',
+        '{"step": 2, "layers": 3}',
+        '{"step": 3, "loss": ""}',
+    )
+    content = (run.run_dir / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(content + "\n".join(more) + "\n")
+    assert f"step {column(run.run_dir, 'step')[-1]} of" in write_report(copy).read_text("utf-8")
+
+
 def test_names_of_phases_do_not_overlap() -> None:
     assert lines_of([0, 35, 84, 123, 147], 177) == [0, 0, 0, 0, 0]
     assert lines_of([0, 2002, 2051, 2090], 2100) == [0, 0, 1, 2]
