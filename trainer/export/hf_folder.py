@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -174,8 +176,8 @@ def read_object(path: Path) -> dict[str, Any] | None:
 def read_hf_weights(folder: Path) -> dict[str, Tensor]:
     """Reads all tensors of a folder's safetensors files, in official or transformers' names.
 
-    FP4 and FP8 weights are dequantised. Raises ExportError for missing or damaged files, and for
-    files that hold other tensors than the index has.
+    FP4 and FP8 weights are dequantised. Raises ExportError for missing or damaged files, for
+    files that hold other tensors than the index has, and for values that are not finite.
     """
     weights: dict[str, Tensor] = {}
     listed = _weight_files(folder)
@@ -192,9 +194,18 @@ def read_hf_weights(folder: Path) -> dict[str, Tensor]:
                 raise ExportError(f"{path}: is truncated or no safetensors file: {error}") from None
             activity.advance()
     weights = dequantised(weights, str(folder))
+    for name, weight in weights.items():
+        # One pass and no copy, since NaN and infinities reach the extrema.
+        if weight.is_floating_point() and weight.numel() and not _is_finite(weight):
+            raise ExportError(f"{folder}: {name} has values that are NaN or infinite")
     if any(_SAVED_BY_TRANSFORMERS.match(name) for name in weights):
         return {_official(name): tensor for name, tensor in weights.items()}
     return weights
+
+
+def _is_finite(weight: Tensor) -> bool:
+    low, high = torch.aminmax(weight)
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def _official(name: str) -> str:

@@ -1,12 +1,14 @@
 """Export to and import from Hugging Face folders."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data import Tokenizer
 from tests.full_disk import full_disk
@@ -222,6 +224,13 @@ def test_mistakes_are_sentences(tiny: Path, run: RunConfig, exported: Path, tmp_
         file.truncate(5000)
     with pytest.raises(ExportError, match="truncated"):
         import_hf_folder(config, tmp_path / "cut")
+    shutil.copytree(exported, tmp_path / "nan")
+    for value in (math.nan, -math.inf):
+        weights = load_file(exported / "model.safetensors")
+        weights["embed.weight"][7, 3] = value
+        save_file(weights, tmp_path / "nan/model.safetensors", {"format": "pt"})
+        with pytest.raises(ExportError, match=r"nan: embed\.weight has values that are NaN or"):
+            import_hf_folder(config, tmp_path / "nan")
     assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
 
 
