@@ -1,8 +1,10 @@
 """Writes a job for a cluster: `train.sbatch` or `pytorchjob.yaml`, torchrun on every node."""
 
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
+from data.activity import print_line
 from data.files import write_atomically
 from launch import kubernetes, slurm
 from launch.job import ClusterConfig, Job
@@ -30,6 +32,8 @@ def write_job(
 ) -> Path:
     """Writes the job file for the cluster manager atomically and returns its path.
 
+    A file of another job, or one that was edited, is kept under another name.
+
     Raises ConfigError when the run does not fit the number of processes, and DataError when `out`
     cannot be written.
     """
@@ -41,5 +45,10 @@ def write_job(
         name, text = "train.sbatch", slurm.script(job)
     else:
         name, text = "pytorchjob.yaml", kubernetes.manifest(job)
-    write_atomically(out / name, text)
-    return out / name
+    path = out / name
+    if path.is_file() and (before := path.read_text(encoding="utf-8")) != text:
+        copy = next(c for i in count(1) if not (c := out / f"{name}.{i}").exists())
+        write_atomically(copy, before)
+        print_line(f"{path} was another job, or edited; it is kept as {copy}")
+    write_atomically(path, text)
+    return path

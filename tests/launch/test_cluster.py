@@ -195,6 +195,12 @@ def test_the_command(
     assert f"submit it with: sbatch {out}/train.sbatch" in output
     assert re.search(r"processes\W+6\b", output)
     assert f"arguments=({DEBUG} steps=5 device=cuda)" in (out / "train.sbatch").read_text()
+    edited = (out / "train.sbatch").read_text() + "# edited by hand\n"
+    (out / "train.sbatch").write_text(edited)
+    for copies in (1, 1):  # the same job once more keeps nothing
+        assert v4(*job, "--gpus-per-node", 3, monkeypatch=monkeypatch) == 0
+        assert (out / "train.sbatch.1").read_text() == edited
+        assert len(list(out.iterdir())) == 1 + copies
     (out / "train.sbatch").unlink()
     assert v4(*job, "--gpus-per-node", 5, monkeypatch=monkeypatch) == 2
     error = capfd.readouterr().err
