@@ -24,6 +24,9 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     is_first = os.environ.get("RANK", "0") == "0"
     if config.is_complete:
         if is_first:
+            from trainer.checkpoint import check_sizes
+
+            check_sizes(config.last_checkpoint)
             print_line(
                 f"{config.run_dir}: complete, with {config.recipe.steps} of "
                 f"{config.recipe.steps} steps; to train on, set more steps"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # for type checkers, the names of _MODULES
         is_state,
         routing_name,
     )
+    from trainer.checkpoint.manifest import check_sizes
     from trainer.checkpoint.periodic import PeriodicCheckpoints
     from trainer.checkpoint.reader import CheckpointReader
     from trainer.checkpoint.run import (
@@ -43,6 +44,7 @@ _MODULES = {
     "RunCheckpoint": "run",
     "TensorBox": "logical_tensors",
     "SavedOptimizer": "run",
+    "check_sizes": "manifest",
     "checkpoints_in": "folder",
     "claim_checkpoints": "linked_folder",
     "find_mismatch": "folder",

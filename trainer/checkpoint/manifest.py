@@ -5,11 +5,13 @@ It is written last, so a folder with a valid manifest is complete.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypedDict
 
 from data.files import check_inside, sha256_of
 from trainer.files import write_synced
+from trainer.process.errors import CheckpointError
 
 NAME = "manifest.json"
 
@@ -65,6 +67,16 @@ def read(folder: Path) -> tuple[dict[str, FileRecord], str | None]:
 
 def problem(folder: Path, files: dict[str, FileRecord], names: list[str]) -> str | None:
     """Returns what is wrong with the named files, or None; compares sizes before any hash."""
+    if wrong := size_problem(folder, files, names):
+        return wrong
+    for name in names:
+        if sha256_of(folder / name) != files[name]["sha256"]:
+            return f"{name} was altered"
+    return None
+
+
+def size_problem(folder: Path, files: dict[str, FileRecord], names: Iterable[str]) -> str | None:
+    """Returns what is wrong with the named files without reading them, or None."""
     if unknown := {path.name for path in folder.glob("*.safetensors")} - files.keys():
         return f"{min(unknown)} is not in {NAME}"
     for name in names:
@@ -73,10 +85,20 @@ def problem(folder: Path, files: dict[str, FileRecord], names: list[str]) -> str
             return f"{name} is missing"
         if (actual := path.stat().st_size) != size:
             return f"{name} has {actual} bytes instead of {size}"
-    for name in names:
-        if sha256_of(folder / name) != files[name]["sha256"]:
-            return f"{name} was altered"
     return None
+
+
+def check_sizes(checkpoint: Path) -> None:
+    """Raises CheckpointError for a checkpoint with a file missing or of another size.
+
+    Reads the manifest alone, for what has to be quick.
+    """
+    files, broken = read(checkpoint)
+    if wrong := broken or size_problem(checkpoint, files, files):
+        raise CheckpointError(
+            f"{checkpoint} is damaged: {wrong}; restore it, or remove the folder to train on from "
+            "the checkpoint before it"
+        )
 
 
 def _digest(files: dict[str, FileRecord]) -> str:

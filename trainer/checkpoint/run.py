@@ -19,7 +19,7 @@ from trainer.checkpoint.folder import (
     step_of,
 )
 from trainer.checkpoint.logical_tensors import Boxes, logical_tensors
-from trainer.config import RunConfig, changed_fields
+from trainer.config import RunConfig, changed_fields, replaced_optimizer
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Placement
 from trainer.process.errors import CheckpointError
@@ -194,7 +194,10 @@ class RunCheckpoint:
         if newest is None:
             return None
         path, saved = newest
-        self.changes = changed_fields(saved.get("config"), self.config.to_dict())
+        ours = self.config.to_dict()
+        if clause := replaced_optimizer(saved.get("config"), ours):
+            raise CheckpointError(f"{path}: {clause}")
+        self.changes = changed_fields(saved.get("config"), ours)
         if self.data is not None:
             self.changes += self.data.resume(saved.get("data"), saved["step"])
         state.restore(saved)

@@ -6,7 +6,13 @@ Imports no torch, so that a login node can check a config.
 from trainer.config.parallel import ParallelConfig
 from trainer.config.recipe import Phase, Recipe, short_length
 from trainer.config.reference import FieldReference, Reference, SectionReference
-from trainer.config.resume import Rule, changed_fields, differences, rule_of
+from trainer.config.resume import (
+    Rule,
+    changed_fields,
+    differences,
+    replaced_optimizer,
+    rule_of,
+)
 from trainer.config.run import CONFIG_FILE, RunConfig, load_as, load_config, load_run
 from trainer.config.saved import save_config
 from trainer.config.section import Section
@@ -32,6 +38,7 @@ __all__ = [
     "load_as",
     "load_config",
     "load_run",
+    "replaced_optimizer",
     "require_unicode",
     "rule_of",
     "save_config",

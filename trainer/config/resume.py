@@ -65,6 +65,7 @@ RULES: dict[str, Rule] = {
     "data.prefetch": Rule.FREE,
     "data.prepare_workers": Rule.FREE,
     "optim": Rule.FREE,
+    "optim.matrix_optimizer": Rule.SAME,
     "parallel": Rule.FREE,
     "phases": Rule.FREE,
     "phases.until_tokens": Rule.ROWS,
@@ -107,6 +108,21 @@ def changed_fields(saved: Mapping[str, Any] | None, ours: Mapping[str, Any]) -> 
         for key, old, new in differences(saved, ours)
         if key != "run_dir" and (rule_of(key) is Rule.FREE or key in free)
     ]
+
+
+def replaced_optimizer(saved: Mapping[str, Any] | None, ours: Mapping[str, Any]) -> str:
+    """Returns a clause where a checkpoint has the states of another optimizer, else nothing.
+
+    `saved` is None in checkpoints that have no config.
+    """
+    key = "matrix_optimizer"
+    before = (saved or {}).get("optim", {}).get(key, ours["optim"][key])
+    if before == ours["optim"][key]:
+        return ""
+    return (
+        f"was trained with optim.{key} = {before!r}, and this run's config has "
+        f"{ours['optim'][key]!r}"
+    )
 
 
 def _short(value: Any) -> str:

@@ -150,3 +150,14 @@ def test_the_table_in_the_docs() -> None:
     rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `")]
     written = {key.strip(" `"): rule.strip() for keys, rule in rows for key in keys.split(",")}
     assert written == {key: rule.value for key, rule in RULES.items()}
+
+
+def test_another_optimizer_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its states are not in the checkpoint."""
+    assert main([str(run), "optim.matrix_optimizer=adamw"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "was trained with optim.matrix_optimizer = 'muon', and this run's config has 'adamw'"
+        in error
+    )
+    assert error.count("\n") == 1
