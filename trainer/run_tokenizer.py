@@ -30,8 +30,15 @@ def run_data(config: RunConfig) -> DataConfig:
 
 
 def open_tokenizer(config: RunConfig) -> Tokenizer:
-    """Opens the run's tokenizer. Raises ConfigError if its ids are not those of the model."""
-    tokenizer = Tokenizer(run_data(config).tokenizer.path)
+    """Opens the run's tokenizer.
+
+    Raises ConfigError if its ids are not those of the model, DataError if it is damaged or, before
+    the run has begun, of another size than the config has.
+    """
+    data = run_data(config)
+    tokenizer = Tokenizer(data.tokenizer.path)
+    if data is config.data:  # the run has not begun
+        tokenizer.check_vocab_size(data.tokenizer.vocab_size)
     config.check_token_ids(tokenizer, f"the tokenizer in {tokenizer.path}")
     return tokenizer
 

@@ -9,6 +9,7 @@ one after another, zstd's skippable ones included; zero bytes may follow each.
 import bz2
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -32,6 +33,24 @@ _FORMATS: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
 }
 SUFFIXES = tuple(suffix for suffixes, _ in _FORMATS.values() for suffix in suffixes)
 """Suffixes of the names of compressed files."""
+
+
+_MAGIC = {
+    "gzip": re.compile(rb"\x1f\x8b\x08"),
+    "bz2": re.compile(rb"BZh[1-9]1AY&SY"),
+    "xz": re.compile(rb"\xfd7zXZ\x00"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+}
+
+
+def compression_of(content: bytes) -> str | None:
+    """The compression that made a file, by its first bytes; None for any other content."""
+    return next((form for form, magic in _MAGIC.items() if magic.match(content)), None)
+
+
+def suffix_of(form: str) -> str:
+    """The usual suffix of files of a compression."""
+    return _FORMATS[form][0][0]
 
 
 class DecompressedFile(io.RawIOBase):

@@ -98,10 +98,32 @@ class Corpus:
                 document, problem = self._read(record.value)
             if document is not None:
                 yield document
+            elif (key := self._container_key(record)) is not None:
+                raise DataError(
+                    f"{record.place} is no record: it has records in {key!r}; write each of them "
+                    "on a line of its own."
+                )
             elif self._bad is None:
                 raise DataError(f"{record.place} {problem}.")
             else:
                 self._bad.append(BadRecord(record.place, record.number, problem))
+
+    def _container_key(self, record: Record) -> str | None:
+        """The key under which the first record of a file of JSON has several records.
+
+        It is a document for none of them, and how many they are is unknown.
+        """
+        field = self.source.field
+        if self.source.format != "json" or record.number != 1:
+            return None
+        if record.value is None or field in record.value:
+            return None
+        for key, value in record.value.items():
+            inner = [value, *value.values()] if isinstance(value, dict) else value
+            is_list = isinstance(inner, list)
+            if is_list and any(isinstance(item, dict) and field in item for item in inner):
+                return key
+        return None
 
     def _records(self) -> Iterator[Record]:
         source = self.source
@@ -181,6 +203,21 @@ def no_document(
         f"source {source.name!r} holds no document: {files} files{unread}, {empty} empty documents"
         f"{filters}."
     )
+
+
+def require_few_bad(
+    source: SourceConfig, bad: int, records: int, max_fraction: float, listing: str
+) -> None:
+    """Raises DataError where more of a source's records are bad than `max_fraction`.
+
+    `listing` says where they are listed.
+    """
+    fraction = bad / max(1, records)
+    if fraction > max_fraction:
+        raise DataError(
+            f"source {source.name!r} has {bad} bad records, a fraction of {fraction:.3g}; "
+            f"`max_bad_record_fraction` is {max_fraction:g} ({listing})."
+        )
 
 
 def require_distinct(corpora: Iterable[Corpus]) -> None:

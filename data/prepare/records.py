@@ -16,10 +16,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 from data.config import SourceConfig
 from data.errors import DataError
-from data.prepare.compressed import SUFFIXES, register_formats
+from data.prepare.compressed import SUFFIXES, compression_of, register_formats, suffix_of
 
 _BOM = b"\xef\xbb\xbf"
 _PARQUET = b"PAR1"
+_ZIP = b"PK\x03\x04"
 _ROWS = 256  # of a table that are decoded together
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 _UNPACK = "is an archive; unpack it and name the folder"
@@ -68,7 +69,11 @@ class Record(NamedTuple):
 
 
 def read_json(source: SourceConfig, file: Path) -> Iterator[Record]:
-    """The objects of a file: one a line, or a list of all, or one after another."""
+    """The objects of a file: one a line, or a list of all, or one after another.
+
+    Raises DataError for what holds an unknown number of records: a file that is compressed or
+    packed under another name, and a list of objects in place of one.
+    """
     decoder = _TEXT_DECODER if source.content == "text" else _DECODER
     if _is_archive(file):
         raise DataError(f"{file} {_UNPACK}.")
@@ -80,6 +85,8 @@ def read_json(source: SourceConfig, file: Path) -> Iterator[Record]:
                 line = line.removeprefix(_BOM)
                 if line.startswith(_PARQUET):
                     raise DataError(f"{file} {_is_table(source)}.")
+                if problem := _is_packed(line):
+                    raise DataError(f"{file} {problem}.")
                 opening = line.strip()
                 if opening == b"{" or opening.startswith(b"["):
                     yield from _whole_json(file, line + stream.read(), decoder)
@@ -141,6 +148,11 @@ def _first_character(text: str, position: int) -> int:
 def _object(place: str, number: int, value: Any) -> Record:
     if isinstance(value, dict):
         return Record(place, number, value)
+    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        raise DataError(
+            f"{place} is a list of records instead of one; a file should have one object a line, or be "
+            "one list of objects."
+        )
     return Record(place, number, None, f"is {name_of(value)} instead of an object")
 
 
@@ -231,6 +243,8 @@ def read_text(source: SourceConfig, file: Path, number: int) -> Record:
         content = stream.read()
     if content.startswith(_PARQUET):
         return Record(str(file), number, None, _is_table(source))
+    if problem := _is_packed(content):
+        return Record(str(file), number, None, problem)
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -287,6 +301,14 @@ def open_file(file: Path) -> BinaryIO:
     register_formats()
     stream: BinaryIO = LocalFileSystem().open(str(file), "rb", compression="infer")
     return stream
+
+
+def _is_packed(content: bytes) -> str:
+    """What is wrong with a file that its name does not show to be compressed or an archive."""
+    if content.startswith(_ZIP):
+        return _UNPACK
+    form = compression_of(content)
+    return f"is compressed by {form}; let its name end in {suffix_of(form)}" if form else ""
 
 
 def _is_archive(file: Path) -> bool:

@@ -26,7 +26,7 @@ from data.indexed import open_shard
 from data.lease import Lease
 from data.manifest import MANIFEST_FILE, FilterStats, Manifest, Shard, preparation_settings
 from data.prepare.compressed import SUFFIXES
-from data.prepare.corpus import Corpus, no_document, require_distinct
+from data.prepare.corpus import Corpus, no_document, require_distinct, require_few_bad
 from data.prepare.filter_pass import (
     FilterSettings,
     deduplicate,
@@ -55,6 +55,7 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
     shards, the disk is full, or another process is writing; the earlier shards stay complete.
     """
     tokenizer = Tokenizer(config.tokenizer.path)
+    tokenizer.check_vocab_size(config.tokenizer.vocab_size)
     corpora = [Corpus(source) for source in config.sources]
     require_distinct(corpora)
     files = _sizes_and_times(corpora)
@@ -184,14 +185,11 @@ def _manifest(
         bad[source.name] = sum(record.bad for record in records)
         empty_files[source.name] = sum(record.empty_files for record in records)
         total = kept + empty[source.name] + bad[source.name] + _count(of_source)
-        fraction = bad[source.name] / max(1, total)
-        if fraction > config.max_bad_record_fraction:
-            raise DataError(
-                f"source {source.name!r} has {bad[source.name]} bad records, a fraction of "
-                f"{fraction:.3g}; `max_bad_record_fraction` is "
-                f"{config.max_bad_record_fraction:g} (the records are listed in "
-                f"{config.shards}/{_UNFINISHED}{digest[:16]}/*.quarantine.jsonl)."
-            )
+        listing = (
+            f"the records are listed in {config.shards}/{_UNFINISHED}{digest[:16]}/"
+            "*.quarantine.jsonl"
+        )
+        require_few_bad(source, bad[source.name], total, config.max_bad_record_fraction, listing)
         if not kept:
             files = sum(len(item.files) for item, _ in parts if item.source == source)
             counts = empty[source.name], empty_files[source.name], _count(of_source)

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.activity import Activity
+from data.activity import Activity, print_line
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
 from data.files import write_atomically
 from data.lease import Lease
-from data.prepare.corpus import Corpus, Document
+from data.prepare.corpus import BadRecord, Corpus, Document, no_document, require_few_bad
 from data.prepare.splits import document_hash, is_validation
 from data.text import (
     BOS,
@@ -64,6 +64,8 @@ def train_tokenizer(config: DataConfig, overwrite: bool = False) -> Path:
 
 def _train(config: DataConfig, folder: Path) -> Path:
     sample: list[str] = []
+    for name in config.without_weight(config.source_weights):
+        print_line(f"data.source_weights does not name {name}: it is not in the sample")
     for sources, size in _shares(config):
         names = ", ".join(source.name for source in sources)
         with Activity(f"reading a sample of {names}"):
@@ -168,9 +170,19 @@ def _with_special_tokens(serialised: bytes, vocab_size: int) -> bytes:
 
 def _training_documents(config: DataConfig, sources: Iterable[SourceConfig]) -> Iterator[Document]:
     for source in sources:
-        for document in Corpus(source):
+        corpus, count = Corpus(source), 0
+        bad: list[BadRecord] = []
+        for document in corpus.documents(bad if config.max_bad_record_fraction else None):
+            count += 1
             if not is_validation(source, document.text, config.validation_fraction):
                 yield document
+        if bad:
+            first = f"the first is {bad[0].place}, which {bad[0].reason}"
+            total = count + corpus.empty + len(bad)
+            require_few_bad(source, len(bad), total, config.max_bad_record_fraction, first)
+            print_line(f"source {source.name!r}: {len(bad)} bad records skipped; {first}")
+        if not count:
+            raise no_document(source, len(corpus.files), corpus.empty, corpus.empty_files)
 
 
 def _sample(documents: Iterable[Document], limit: int) -> list[str]:

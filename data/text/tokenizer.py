@@ -78,6 +78,18 @@ class Tokenizer:
         self.eos_id = self.special[EOS]
         self.pad_id = self.special.get(PAD, self.eos_id)
 
+    def check_vocab_size(self, expected: int) -> None:
+        """Raises DataError where a SentencePiece model has another size than `expected`.
+
+        `v4 tokenizer train` makes exactly that size; tokenizers of other origin have their own.
+        """
+        if self.path.name == MODEL_FILE and self.vocab_size != expected:
+            raise DataError(
+                f"data.tokenizer.vocab_size is {expected}, and the tokenizer in {self.path} has "
+                f"{self.vocab_size} ids; set it to {self.vocab_size}, or train another tokenizer "
+                "in another data.tokenizer.path."
+            )
+
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The ids of `text`, without bos and eos.
 

@@ -1,7 +1,9 @@
 """Reading raw text: the documents, and the error for each kind of bad input."""
 
+import bz2
 import gzip
 import json
+import lzma
 import re
 from pathlib import Path
 from typing import Any
@@ -223,6 +225,11 @@ PARQUET = "is a parquet table; set `format: parquet` of source 's'"
         ("a.parquet", b"PAR1..", "parquet", "a.parquet is a damaged parquet table: "),
         ("a.zip", b"PK", "json", "a.zip is an archive; unpack it"),
         ("a.tar.gz", gzip.compress(b"x"), "text", r"a.tar.gz is an archive; unpack it"),
+        ("a.jsonl", b"PK\x03\x04", "json", "a.jsonl is an archive; unpack it"),
+        ("a.GZ", gzip.compress(b"x"), "json", r"a.GZ is compressed by gzip; let its name end in"),
+        ("a", bz2.compress(b"x"), "text", r"a is compressed by bz2; let its name end in \.bz2"),
+        ("a.jsonl", lzma.compress(b"x"), "json", r"is compressed by xz; let its name end in \.xz"),
+        ("a", zstandard.compress(b"x"), "json", r"is compressed by zstd; let .* end in \.zst"),
         ("a.json", b'[{"text": "a"},', "json", "a.json is neither a list of objects in JSON nor"),
     ],
 )
@@ -279,3 +286,31 @@ def test_text_that_cannot_be_used_names_its_file(
 def test_one_origin(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="either `paths` or `dataset`"):
         SourceConfig.model_validate({"name": "s", **fields})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"version": 1, "data": [{"text": "a"}]}\n', "no record: it has records in 'data'"),
+        (b'{\n"data": {"1": {"text": "a"}}}\n', "record 1 of .* it has records in 'data'"),
+        (b'{"1": {"text": "a"}, "2": {"text": "b"}}', "no record: it has records in '1'"),
+        (b'[{"text": "a"}]\n[{"text": "b"}]\n', "record 1 of .* is a list of records instead"),
+        (b'{"text": "a"}\n[{"text": "b"}]\n', "line 2 of .* is a list of records instead"),
+        (gzip.compress(b"x"), "a.jsonl is compressed by gzip"),
+    ],
+)
+def test_what_holds_several_records_is_no_bad_record(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    """How many documents would be lost is unknown, so that no fraction of them is tolerated."""
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(corpus(paths=[str(tmp_path)]).documents([]))
+
+
+def test_a_record_without_text_may_have_a_nested_one(tmp_path: Path) -> None:
+    lines = ('{"text": "a"}', '{"id": 2, "comments": [{"text": "b"}]}', '{"meta": {"n": 1}}')
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    bad: list[BadRecord] = []
+    assert [document.text for document in corpus(paths=[str(tmp_path)]).documents(bad)] == ["a"]
+    assert len(bad) == 2

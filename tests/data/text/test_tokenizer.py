@@ -13,6 +13,7 @@ from data.errors import DataError
 from data.lease import Lease
 from data.prepare import tokenizer_training
 from data.prepare.corpus import Document
+from data.prepare.run import prepare
 from data.prepare.splits import is_validation
 from data.prepare.tokenizer_training import (
     _sample,
@@ -264,3 +265,35 @@ def test_one_training_at_a_time(config: DataConfig, tmp_path: Path) -> None:
         train_tokenizer(config, overwrite=True)
     train_tokenizer(config)
     assert [file.name for file in (tmp_path / "t").iterdir()] == ["tokenizer.model"]
+
+
+def test_bad_records_are_tolerated_as_in_a_preparation(
+    config: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer comes first: what `v4 data prepare` takes does not stop it."""
+    good = [json.dumps({"text": f"word{i} " * 20}) for i in range(99)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*good[:50], '{"text": null}', *good[50:]]))
+    update = {
+        "sources": [{"name": "a", "paths": [str(tmp_path / "a.jsonl")]}],
+        "tokenizer": {"path": str(tmp_path / "t"), "vocab_size": 400},
+    }
+    for fraction, message in ((0.0, "line 51 of"), (0.009, r"1 bad records, a fraction of 0\.01")):
+        update["max_bad_record_fraction"] = fraction
+        with pytest.raises(DataError, match=message):
+            train_tokenizer(DataConfig.model_validate(config.model_dump() | update))
+    assert not (tmp_path / "t/tokenizer.model").exists()
+    update["max_bad_record_fraction"] = 0.01
+    train_tokenizer(DataConfig.model_validate(config.model_dump() | update))
+    output = capsys.readouterr()
+    assert "source 'a': 1 bad records skipped; the first is line 51 of" in output.out + output.err
+
+
+def test_the_size_is_compared(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """An embedding of 5000 ids for a tokenizer of 1024 would be trained without a word."""
+    size = tokenizer.vocab_size
+    tokenizer.check_vocab_size(size)
+    settings = config.tokenizer.model_copy(update={"vocab_size": 5000})
+    with pytest.raises(
+        DataError, match=f"vocab_size is 5000, and the tokenizer in .* has {size} ids"
+    ):
+        prepare(config.model_copy(update={"tokenizer": settings}), progress=False)
