@@ -5,10 +5,12 @@ Imports only pydantic and the standard library, so that a login node can read a 
 
 import os
 import re
+from collections.abc import Mapping
 from math import gcd
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -18,6 +20,8 @@ from pydantic import (
 )
 
 Rows = Annotated[int, Field(ge=1, le=10**9)]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, in which a `~` in front is the user's home."""
 
 
 class Section(BaseModel):
@@ -36,7 +40,7 @@ class SourceConfig(Section):
         description="letters, digits, and `_.-` except in front",
     )
     """Unique name; shards, metrics and `data.source_weights` use it."""
-    paths: tuple[str, ...] = ()
+    paths: tuple[PathText, ...] = ()
     """Files, folders or glob patterns."""
     include: tuple[str, ...] = ("**/*",)
     """Glob patterns of the files that are read from a folder in `paths`."""
@@ -61,7 +65,7 @@ class SourceConfig(Section):
     effort_field: str = "reasoning_effort"
     """Field of a record with the effort of its conversation: none, high or max. Without it, high
     where a message has reasoning, otherwise none."""
-    prompts_file: str | None = None
+    prompts_file: PathText | None = None
     """Python file with the prompt texts of conversations, such as the encoder of a released folder
     (`encoding/encoding_dsv4.py`): its string constants are read and nothing is run. Null: this
     project's own texts."""
@@ -109,7 +113,7 @@ class SourceConfig(Section):
 class TokenizerConfig(Section):
     """The tokenizer's folder, and how `v4 tokenizer train` trains it."""
 
-    path: str
+    path: PathText
     """Folder with `tokenizer.model` (trained here) or `tokenizer.json` (imported)."""
     vocab_size: int = Field(default=129280, ge=384, le=129280)
     """Number of ids, special tokens included; 129280 has DeepSeek-V4's own ids of special tokens.
@@ -258,7 +262,7 @@ class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     """Where the text comes from."""
     tokenizer: TokenizerConfig
-    shards: str
+    shards: PathText
     """Folder of the token shards."""
     seq_len: int = Field(ge=2)
     """Length of a row, S, also of the validation text. [tokens]"""
@@ -319,6 +323,16 @@ class DataConfig(Section):
                 raise ValueError(f"source_weights.{name} is {weight}; it should be at least 0")
         if weights and not sum(weights.values()):
             raise ValueError("source_weights sum to 0; at least one should be larger")
+
+    def without_weight(self, weights: Mapping[str, float]) -> list[str]:
+        """Returns the sources that `weights` do not name, so that they are never trained on.
+
+        Validation sources have no weight, and without `weights` all sources are read.
+        """
+        if not weights:
+            return []
+        sources = (source for source in self.sources if source.split != "validation")
+        return [source.name for source in sources if source.name not in weights]
 
     def one_phase(self) -> DataPhase:
         """Returns the rows of a run without phases, and of the validation text."""

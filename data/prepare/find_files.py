@@ -33,7 +33,7 @@ def find_files(source: SourceConfig) -> list[Path]:
     """
     files: set[Path] = set()
     for pattern in source.paths:
-        path = Path(pattern).expanduser()
+        path = Path(pattern)
         is_named = os.path.lexists(path)
         names = [path] if is_named else map(Path, glob.glob(str(path), recursive=True))
         left_out: list[Path] = []

@@ -7,6 +7,7 @@ it is the same after any resume and at every topology.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,7 @@ class Recipe:
             start = next(phase.first for phase in self.phases if phase.decay)
             self.optim = _decaying(config.optim, start)
         self._ends = [phase.end for phase in self.phases]
-        self._model = config.model
+        self._model, self._data = config.model, config.data
         self._mtp_loss_weight_in_decay = config.mtp_loss_weight_in_decay
 
     def at(self, step: int) -> Phase:
@@ -118,7 +119,29 @@ class Recipe:
         return max(self.phases, key=size)
 
     def warnings(self) -> list[str]:
-        """Returns a warning if sparse attention in some phase would select every entry."""
+        """Returns what is allowed and rarely meant.
+
+        Sources that the weights of a phase do not name; sparse attention that selects every entry.
+        """
+        return [*self._unread_sources(), *self._full_selection()]
+
+    def _unread_sources(self) -> Iterator[str]:
+        data = self._data
+        by_weights: dict[str, Mapping[str, float]] = {}
+        for phase in self.phases:
+            weights = phase.rows.source_weights
+            if weights is None or weights == data.source_weights:
+                by_weights["data.source_weights"] = data.source_weights
+            else:
+                by_weights[f"phases.{phase.number}.source_weights"] = weights
+        for key, weights in by_weights.items():
+            if names := data.without_weight(weights):
+                yield (
+                    f"{key} does not name {', '.join(names)}: nothing of it is read; a "
+                    "weight of 0 silences this line"
+                )
+
+    def _full_selection(self) -> list[str]:
         model = self._model
         for phase in self.phases:
             entries = phase.rows.seq_len // model.csa_compress_ratio

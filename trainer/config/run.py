@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     Field,
     NonNegativeInt,
@@ -42,6 +43,11 @@ Root = TypeVar("Root", bound=BaseModel)
 CONFIG_FILE = "config.yaml"
 _OUTPUTS = ("metrics.jsonl", "checkpoints")
 """What a run folder has once the run has begun."""
+
+
+def _in_home(path: Path) -> Path:
+    """Returns a path with the user's home for a `~` in front."""
+    return Path(os.path.expanduser(path))
 
 
 class TokenIds(Protocol):
@@ -115,7 +121,7 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     """The fields at the top of a run's config file, and its sections."""
 
-    run_dir: Path
+    run_dir: Annotated[Path, AfterValidator(_in_home)]
     """Folder of the run: config.yaml, tokenizer/, metrics.jsonl, checkpoints/, wandb/. A command
     that is given a run folder works in that folder, whatever its config.yaml has here."""
     steps: Annotated[int, Field(ge=0, le=10**15)] = 0

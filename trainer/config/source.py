@@ -225,7 +225,7 @@ def _chain(path: Path, children: list[Path]) -> list[tuple[Path, dict[str, Any]]
         return [(path, values)]
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base = {base!r} should be the path of another config file")
-    of_bases = _chain(path.parent / base, [*children, path.resolve()])
+    of_bases = _chain(path.parent / os.path.expanduser(base), [*children, path.resolve()])
     return [*of_bases, (path, values)]
 
 

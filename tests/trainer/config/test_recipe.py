@@ -199,3 +199,19 @@ def test_a_topk_above_the_entries_is_warned_about_once(tiny: Path, tmp_path: Pat
         (warning,) = load_config(path, [f"model.index_topk={topk}"]).recipe.warnings()
         assert f"rows of 96 have 24 entries and model.index_topk is {topk}" in warning
     assert not load_config(path, ["model.index_topk=23"]).recipe.warnings()
+
+
+def test_a_source_without_a_weight_is_named(tiny: Path, tmp_path: Path) -> None:
+    """A source that is added later is never read where the weights do not name it."""
+    sources = "data.sources=[{name: words, paths: [a]}, {name: new, paths: [b]}, {name: held, "
+    sources += "paths: [c], split: validation}]"
+    weights = "data.source_weights={words: 1}"
+    assert not load_config(tiny, [sources]).recipe.warnings()
+    (warning,) = load_config(tiny, [sources, weights]).recipe.warnings()
+    assert warning.startswith("data.source_weights does not name new: nothing of it is read")
+    assert not load_config(
+        tiny, [sources, "data.source_weights={words: 1, new: 0}"]
+    ).recipe.warnings()
+    path = phased(tiny, tmp_path, change(1, source_weights={"words": 2}))
+    (warning,) = load_config(path, [sources]).recipe.warnings()
+    assert warning.startswith("phases.1.source_weights does not name new")

@@ -178,3 +178,23 @@ def test_a_handwritten_config_in_the_run_folder_is_kept(tiny: Path, tmp_path: Pa
     ]
     assert (tmp_path / "config.input-2.yaml").read_text().startswith("# longer\n")
     assert kept.read_text() == text and load_run(tmp_path).steps == 3
+
+
+def test_a_tilde_is_the_home_in_every_path(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is called `~` would be written, and one day removed by `rm -r ~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text(tiny.read_text())
+    (tmp_path / "config.yaml").write_text("base: ~/base.yaml\nrun_dir: ~/run\n")
+    chat = (
+        "{name: chat, paths: [~/chat, ~/more], content: conversation, prompts_file: ~/encoder.py}"
+    )
+    overrides = ["data.shards=~/shards", "data.tokenizer.path=~/tokenizer"]
+    config = load_config(tmp_path / "config.yaml", [*overrides, f"data.sources=[{chat}]"])
+    (source,) = config.data.sources
+    assert source.paths == (str(tmp_path / "chat"), str(tmp_path / "more"))
+    assert source.prompts_file == str(tmp_path / "encoder.py")
+    assert config.run_dir == tmp_path / "run" and config.data.shards == str(tmp_path / "shards")
+    assert config.data.tokenizer.path == str(tmp_path / "tokenizer")
+    assert "~" not in config.to_yaml()
