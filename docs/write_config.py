@@ -34,8 +34,9 @@ v4 config --search momentum    # the fields with a word in their name or meaning
 Sections of a file merge with those of its `base`; lists are replaced. On the command line, an item
 of a list has its number in the key, as in `data.sources.0.name=code`. An unknown key, a wrong type
 or a value that contradicts another one is refused before anything starts, in one sentence that
-names the key, the value and the remedy. A `~` at the start of a path is the home folder. The resolved config is written to `config.yaml` in the run
-folder. Scalars are those of YAML 1.2: `1e-3` is a number, `no` is text, `null` is no value.
+names the key, the value and the remedy. A `~` at the start of a path is the home folder. The
+resolved config is written to `config.yaml` in the run folder. Scalars are those of YAML 1.2: `1e-3`
+is a number, `no` is text, `null` is no value.
 
 This page is made from the code by `python docs/write_config.py`.
 """

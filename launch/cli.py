@@ -1,5 +1,6 @@
 """The `v4` command: reads the config, then starts the work as subprocesses."""
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -39,6 +40,11 @@ Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace what is there, which runs may have been made with."),
 ]
+
+
+def _path(text: str | Path) -> Path:
+    """Parses an option, in which no shell replaces `~`."""
+    return Path(os.path.expanduser(text))
 
 
 class WeightFormat(StrEnum):
@@ -186,7 +192,9 @@ def plan(
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="Processes on each node.")] = 8,
-    out: Annotated[Path, typer.Option(help="Folder for the job file.")] = Path("job"),
+    out: Annotated[
+        Path, typer.Option(parser=_path, metavar="PATH", help="Folder for the job file.")
+    ] = Path("job"),
 ) -> None:
     """Show steps, tokens, parameters, traffic and memory of a config; write a cluster's job."""
     run = _check(config, overrides)
@@ -225,7 +233,10 @@ def config_reference(
 def sweep(
     file: Annotated[str, typer.Argument(help="Sweep file in wandb's format.")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the trials; by default runs/sweep-NAME.")
+        Path | None,
+        typer.Option(
+            parser=_path, metavar="PATH", help="Folder of the trials; by default runs/sweep-NAME."
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Concurrent trials.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random trials.")] = 0,
@@ -238,7 +249,9 @@ def sweep(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(parser=_path, metavar="PATH", help="Output folder.")] = Path(
+        "runs/demo"
+    ),
     nproc_per_node: Annotated[
         int | None,
         typer.Option(min=1, help="Processes; by default 2, or 1 where there is one GPU."),

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from launch.processes import RESTART_ENVIRONMENT
-from trainer.config import RunConfig, Section
+from trainer.config import RunConfig, Section, UserPath
 
 Word = Annotated[
     str,
@@ -100,7 +100,7 @@ class ClusterConfig(Section):
 
     kind: Literal["slurm", "kubernetes"]
     """Cluster manager."""
-    folder: Path = Path(".")
+    folder: UserPath = Path(".")
     """The working directory on every node, to which paths in the run's config are relative."""
     python: Word = "python"
     """The interpreter; relative to `folder` when it has a slash."""

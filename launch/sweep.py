@@ -93,8 +93,8 @@ def _check_same(sweep: Sweep, folder: Path, seed: int) -> None:
     try:
         saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else dict(ours)
         saved_config = saved.pop("config", config)  # not in those before version 0.2
-        saved_shards = saved.pop("shards", None) or shards  # likewise, or not prepared by then
-    except (ValueError, AttributeError):
+        saved_shards = dict(saved.pop("shards", {})) or shards  # likewise, or not prepared by then
+    except (ValueError, AttributeError, TypeError):
         raise ConfigError(f"{path}: is damaged; choose another folder with --out") from None
     if saved != ours:
         raise ConfigError(
@@ -107,11 +107,11 @@ def _check_same(sweep: Sweep, folder: Path, seed: int) -> None:
                 f"{file}: {key} is {new!r}, and was {old!r} in the trials of {folder}; restore it, "
                 "or choose another folder with --out"
             )
-    for what, digest in saved_shards.items():
-        if shards and shards[what] != digest:
+    for what, now in shards.items():
+        if (then := saved_shards.get(what)) != now:
             raise ConfigError(
-                f"{config['data']['shards']}: has another {what} ({shards[what][:16]}) than when "
-                f"the trials of {folder} began ({digest[:16]}); restore it, or choose another "
+                f"{config['data']['shards']}: has another {what} ({now[:16]}…) than when the "
+                f"trials of {folder} began ({str(then)[:16]}…); restore it, or choose another "
                 "folder with --out"
             )
     record = {**saved, "config": saved_config, "shards": saved_shards}

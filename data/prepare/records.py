@@ -150,8 +150,8 @@ def _object(place: str, number: int, value: Any) -> Record:
         return Record(place, number, value)
     if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
         raise DataError(
-            f"{place} is a list of records instead of one; a file should have one object a line, or be "
-            "one list of objects."
+            f"{place} is a list of records instead of one; a file should have one object a line, "
+            "or be one list of objects."
         )
     return Record(place, number, None, f"is {name_of(value)} instead of an object")
 

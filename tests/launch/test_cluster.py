@@ -206,6 +206,9 @@ def test_the_command(
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and "data.global_batch_size = 8" in error and "10" in error
     assert not (out / "train.sbatch").exists()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert v4(*job[:-2], "--out=~/job", "--gpus-per-node=1", monkeypatch=monkeypatch) == 0
+    assert (tmp_path / "home/job/train.sbatch").is_file()
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert v4(*job[:-1], blocked, "--gpus-per-node=1", monkeypatch=monkeypatch) == 2

@@ -298,7 +298,9 @@ def test_a_sweep_resumes_on_the_same_text(tiny: Path, tmp_path: Path) -> None:
     content = json.loads(manifest.read_text())
     for key, what in (("digest", "text"), ("tokenizer_hash", "tokenizer")):
         manifest.write_text(json.dumps({**content, key: "f" * 64}))
-        with pytest.raises(ConfigError, match=f"has another {what} .f{{16}}. than when the trials"):
+        with pytest.raises(
+            ConfigError, match=f"has another {what} .f{{16}}….? than when the trials"
+        ):
             _check_same(sweep, tmp_path, 0)
     manifest.unlink()
     _check_same(sweep, tmp_path, 0)  # the trials end, and say why

@@ -15,7 +15,7 @@ from trainer.config.resume import (
 )
 from trainer.config.run import CONFIG_FILE, RunConfig, load_as, load_config, load_run
 from trainer.config.saved import save_config
-from trainer.config.section import Section
+from trainer.config.section import Section, UserPath
 from trainer.config.source import ConfigError, require_unicode
 from trainer.config.stability import AnticipatoryRoutingConfig, SpikeConfig
 
@@ -33,6 +33,7 @@ __all__ = [
     "Section",
     "SectionReference",
     "SpikeConfig",
+    "UserPath",
     "changed_fields",
     "differences",
     "load_as",

@@ -134,8 +134,8 @@ class Recipe:
                 by_weights["data.source_weights"] = data.source_weights
             else:
                 by_weights[f"phases.{phase.number}.source_weights"] = weights
-        for key, weights in by_weights.items():
-            if names := data.without_weight(weights):
+        for key in by_weights:
+            if names := data.without_weight(by_weights[key]):
                 yield (
                     f"{key} does not name {', '.join(names)}: nothing of it is read; a "
                     "weight of 0 silences this line"

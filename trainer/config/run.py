@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     Field,
     NonNegativeInt,
@@ -34,7 +33,7 @@ from trainer.config.parallel import ParallelConfig
 from trainer.config.phases import BiasSpeed, PhaseConfig, Quantisation
 from trainer.config.recipe import Recipe
 from trainer.config.renamed import drop_unset
-from trainer.config.section import Section
+from trainer.config.section import Section, UserPath
 from trainer.config.source import COMMAND_LINE, ConfigError, Defaults, dump_yaml, read_source
 from trainer.config.stability import StabilityConfig
 from trainer.parallel.degrees import Degrees
@@ -43,11 +42,6 @@ Root = TypeVar("Root", bound=BaseModel)
 CONFIG_FILE = "config.yaml"
 _OUTPUTS = ("metrics.jsonl", "checkpoints")
 """What a run folder has once the run has begun."""
-
-
-def _in_home(path: Path) -> Path:
-    """Returns a path with the user's home for a `~` in front."""
-    return Path(os.path.expanduser(path))
 
 
 class TokenIds(Protocol):
@@ -121,7 +115,7 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     """The fields at the top of a run's config file, and its sections."""
 
-    run_dir: Annotated[Path, AfterValidator(_in_home)]
+    run_dir: UserPath
     """Folder of the run: config.yaml, tokenizer/, metrics.jsonl, checkpoints/, wandb/. A command
     that is given a run folder works in that folder, whatever its config.yaml has here."""
     steps: Annotated[int, Field(ge=0, le=10**15)] = 0

@@ -1,8 +1,18 @@
 """The base of all sections of a config. Imports no torch."""
 
-from typing import Any, get_args
+import os
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+
+def _in_home(path: Path) -> Path:
+    return Path(os.path.expanduser(path))
+
+
+UserPath = Annotated[Path, AfterValidator(_in_home)]
+"""A path, in which a `~` in front is the user's home."""
 
 
 class Section(BaseModel):
