@@ -140,7 +140,7 @@ def weight_gradient_into(out_EFX: Tensor, grad: Codes, x: Codes, tiles: Tiles) -
     return out_EFX
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _matmul(
     a,
     a_scales,

@@ -105,7 +105,7 @@ def _outer(grad: Tensor, x: Tensor, ends: Tensor, stages: int) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _rows_by_matrix(
     a,
     b,
