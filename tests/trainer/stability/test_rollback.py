@@ -379,7 +379,10 @@ def test_page_locked_memory_is_counted_as_torch_rounds_it(
             for each in snapshots._snapshots
         ]
         held = config.stability.spikes.snapshots * locked[0] if config.stability.spikes else 0
-        assert snapshot_memory(config, Degrees(1), page_locked=True) == held > plain
+        counted = snapshot_memory(config, Degrees(1), page_locked=True)
+        # Tensors of less than a page may be counted together.
+        pages = len(locked) * len(snapshots._snapshots[0].tensors)
+        assert plain < counted and abs(held - counted) <= 4096 * pages, (held, counted)
     assert [page_locked_bytes(n) for n in (4, 4096, 4097, 2**30 + 1)] == [4096, 4096, 8192, 2**31]
 
 
