@@ -62,19 +62,21 @@ class LocalDispatch:
         """
         expert_L = routing.indices_TA.flatten()
         num_pairs = len(expert_L)
-        count_E = count_each(expert_L, num_experts)
-        padded_E = (count_E + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
-        ends_E = padded_E.cumsum(0)
-        shift_E = (ends_E - padded_E) - (count_E.cumsum(0) - count_E)
-        sorted_L = torch.argsort(expert_L, stable=True)
-        row_L = torch.arange(num_pairs, device=expert_L.device) + shift_E[expert_L[sorted_L]]
+        sorted_expert_L, sorted_L = expert_L.sort(stable=True)
+        index = torch.arange(max(num_pairs, num_experts + 1), device=expert_L.device)
+        bounds = torch.searchsorted(sorted_expert_L, index[: num_experts + 1], out_int32=True)
+        start_E, end_E = bounds[:-1], bounds[1:]  # of each expert's pairs
+        padding_E = (start_E - end_E) % ROW_ALIGNMENT
+        shift_E = padding_E.cumsum(0, dtype=torch.int32)  # of the rows after an expert's
+        ends_E = end_E + shift_E
+        row_L = index[:num_pairs] + (shift_E - padding_E)[sorted_expert_L]
         padded_rows = num_pairs + min(num_experts, num_pairs) * (ROW_ALIGNMENT - 1)
         pair_of_row_P = sorted_L.new_zeros(padded_rows).index_copy_(0, row_L, sorted_L)
         row_of_pair_L = torch.empty_like(sorted_L).index_copy_(0, sorted_L, row_L)
         weights_L = routing.weights_TA.flatten()
         weights_P = weights_L.new_zeros(padded_rows).index_copy(0, row_of_pair_L, weights_L)
         rows_PD = permute_rows(x_TD, pair_of_row_P, row_of_pair_L, self.choice)
-        return Dispatched(rows_PD, weights_P, ends_E.to(torch.int32), pair_of_row_P, row_of_pair_L)
+        return Dispatched(rows_PD, weights_P, ends_E, pair_of_row_P, row_of_pair_L)
 
     def combine(self, y_PD: Tensor, dispatched: Dispatched, num_tokens: int) -> Tensor:
         """Sums each token's expert outputs to [T, D]."""

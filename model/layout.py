@@ -6,18 +6,20 @@ tokens. A sample never crosses a row, so rows need no special treatment: every m
 is a range of flat token indices and a range of compressed-entry indices, and no [S, S] mask exists
 anywhere.
 
-Letters: B rows, S tokens of a row, T = B·S tokens, C compressed entries, m tokens in an entry's
-window.
+Letters: B rows, S tokens of a row, T = B·S tokens, Z samples, C compressed entries, m tokens in an
+entry's window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_ALIGNMENT = 256  # bytes, as torch's allocator aligns tensors
 
 
 def on_device(array: np.ndarray, device: torch.device | str | None) -> Tensor:
@@ -26,6 +28,24 @@ def on_device(array: np.ndarray, device: torch.device | str | None) -> Tensor:
     if device is None or torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def all_on_device(
+    arrays: Sequence[np.ndarray], device: torch.device | str | None
+) -> tuple[Tensor, ...]:
+    """Copies arrays to a device without synchronising with the GPU, in one transfer to it."""
+    if device is None or torch.device(device).type != "cuda":
+        return tuple(on_device(array, device) for array in arrays)
+    sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays]
+    packed = np.zeros(sum(sizes), np.uint8)
+    parts = np.split(packed, np.cumsum(sizes)[:-1])
+    for part, array in zip(parts, arrays, strict=True):
+        part[: array.nbytes] = np.ascontiguousarray(array).view(np.uint8)
+    copies = on_device(packed, device).split(sizes)
+    return tuple(
+        copy[: array.nbytes].view(torch.from_numpy(array).dtype)
+        for copy, array in zip(copies, arrays, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,7 @@ class SampleLayout:
     Attributes:
         rows, seq_len: B and S.
         sample_lengths: length of every sample in flat order, padding included.
+        length_Z: the same on the device.
         position_T: each token's 0-based position in its sample.
         start_T: flat index of the first token of its sample.
         sample_T: index of its sample.
@@ -82,6 +103,7 @@ class SampleLayout:
     rows: int
     seq_len: int
     sample_lengths: np.ndarray
+    length_Z: Tensor
     position_T: Tensor
     start_T: Tensor
     sample_T: Tensor
@@ -89,6 +111,28 @@ class SampleLayout:
     host_position_T: np.ndarray
     host_start_T: np.ndarray
     _entries: dict[int, Entries] = field(default_factory=dict, repr=False)
+    _derived: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
+
+    def derived(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Returns `make()`, which depends on the layout alone, computed once for all layers."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
+
+    @property
+    def valid_T(self) -> Tensor:
+        """fp32 [T]: 1, and 0 for padding."""
+        return self.derived("valid", lambda: (~self.padding_T).float())
+
+    @property
+    def has_tokens_Z(self) -> Tensor:
+        """fp32 [Z]: 1 for samples of which this layout has tokens that are no padding, else 0."""
+
+        def count() -> Tensor:
+            zeros_Z = self.valid_T.new_zeros(self.num_samples)
+            return zeros_Z.index_add_(0, self.sample_T, self.valid_T).clamp_(max=1)
+
+        return self.derived("has tokens", count)
 
     @classmethod
     def from_lengths(
@@ -143,14 +187,17 @@ class SampleLayout:
         sample_T = np.repeat(np.arange(len(sample_lengths)), sample_lengths)
         start_T = starts[sample_T]
         position_T = np.arange(rows * seq_len) - start_T
+        arrays = (sample_lengths, position_T, start_T, sample_T, padded[sample_T])
+        length_Z, position, start, sample, padding = all_on_device(arrays, device)
         return cls(
             rows=rows,
             seq_len=seq_len,
             sample_lengths=sample_lengths,
-            position_T=on_device(position_T, device),
-            start_T=on_device(start_T, device),
-            sample_T=on_device(sample_T, device),
-            padding_T=on_device(padded[sample_T], device),
+            length_Z=length_Z,
+            position_T=position,
+            start_T=start,
+            sample_T=sample,
+            padding_T=padding,
             host_position_T=position_T,
             host_start_T=start_T,
         )
@@ -168,7 +215,7 @@ class SampleLayout:
     def select(self, token_index: np.ndarray, seq_len: int) -> SampleLayout:
         """Returns the layout of the tokens at these flat indices, ``seq_len`` of them in every row.
 
-        Samples keep their indices, and `sample_lengths` stay those of whole samples.
+        Samples keep their indices, and `sample_lengths` and `length_Z` stay those of whole samples.
         """
         tokens_T = on_device(token_index, self.position_T.device)
         return replace(
@@ -181,6 +228,7 @@ class SampleLayout:
             host_position_T=self.host_position_T[token_index],
             host_start_T=self.host_start_T[token_index],
             _entries={},
+            _derived={},
         )
 
     def entries(self, ratio: int) -> Entries:
@@ -201,13 +249,11 @@ class SampleLayout:
         end_T = start_T + (self.host_position_T + 1) // ratio
         first_token_C = token_starts[sample_C] + index_C * ratio
 
+        arrays = (first_token_C, index_C * ratio, index_C > 0, start_T, end_T)
+        names = ("first_token_C", "position_C", "has_previous_C", "start_T", "end_T")
         return Entries(
             ratio=ratio,
-            first_token_C=on_device(first_token_C, device),
-            position_C=on_device(index_C * ratio, device),
-            has_previous_C=on_device(index_C > 0, device),
-            start_T=on_device(start_T, device),
-            end_T=on_device(end_T, device),
+            **dict(zip(names, all_on_device(arrays, device), strict=True)),
             host_first_token_C=first_token_C,
             host_position_C=index_C * ratio,
             host_start_T=start_T,

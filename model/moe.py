@@ -19,7 +19,7 @@ from model.kernels.mxfp4 import straight_through
 from model.kernels.swiglu import clamped_swiglu
 from model.linear import Linear
 from model.positions import Positions
-from model.router import Router, balance_loss, expert_load, top1_weight_share
+from model.router import Router, balance_loss
 
 
 class Experts(nn.Module):
@@ -90,20 +90,17 @@ class SharedExpert(nn.Module):
 
 @dataclass(frozen=True)
 class MoEStats:
-    """Statistics and loss of a layer's routing.
+    """A layer's routing and its loss.
 
     Attributes:
-        load_E: non-padding tokens routed to each expert.
-        top1_weight_share: 0-dim, summed over non-padding tokens: a token's largest routing weight
-            as a share of all its routing weights.
         balance: the balance loss; None in a hash layer.
         expert_indices_TA: indices of the experts that each token went to.
+        weights_TA: their routing weights, without a gradient.
     """
 
-    load_E: Tensor
-    top1_weight_share: Tensor
     balance: Tensor | None
     expert_indices_TA: Tensor
+    weights_TA: Tensor
 
 
 class MoE(nn.Module):
@@ -142,8 +139,5 @@ class MoE(nn.Module):
         shared_TD = exchange.reduce_scatter_queries(
             self.shared_experts(exchange.gather_queries(x_TD))
         )
-        load_E = expert_load(routing, positions.layout)
-        stats = MoEStats(
-            load_E, top1_weight_share(routing, positions.layout), balance, routing.indices_TA
-        )
+        stats = MoEStats(balance, routing.indices_TA, routing.weights_TA.detach())
         return routed_TD + shared_TD, stats

@@ -72,7 +72,8 @@ class Positions:
         )
         start_T = on_device(start, device)
         frequencies = {
-            compressed: layer_frequencies(config, compressed=compressed, device=device)
+            # On the host: a few numbers, and a dozen launches.
+            compressed: on_device(layer_frequencies(config, compressed=compressed).numpy(), device)
             for compressed in sorted({False} | {ratio > 0 for ratio in ratios.values()})
         }
         rotations = {c: rotation(layout.position_T, f) for c, f in frequencies.items()}

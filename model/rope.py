@@ -40,7 +40,9 @@ def inverse_frequencies(
     return plain / yarn.factor * ramp + plain * (1 - ramp)
 
 
-def layer_frequencies(config: ModelConfig, compressed: bool, device: torch.device) -> Tensor:
+def layer_frequencies(
+    config: ModelConfig, compressed: bool, device: torch.device | str = "cpu"
+) -> Tensor:
     """Returns the angles per position of a layer without or with a compressor, fp32 [R/2]."""
     if compressed:
         return inverse_frequencies(

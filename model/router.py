@@ -1,6 +1,7 @@
 """Which experts a token goes to, with what weight, and how evenly (report §2.1, V3 §2.1.2).
 
-Letters: T tokens, D hidden size, E experts, A experts of a token, V vocabulary, Z samples.
+Letters: L layers, T tokens, D hidden size, E experts, A experts of a token, V vocabulary,
+Z samples.
 """
 
 from __future__ import annotations
@@ -8,17 +9,21 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.layout import SampleLayout, on_device
+from model.layout import SampleLayout
 from model.linear import fp32_linear
 
 _MIN_COUNT = 0.01
 """Of the mean count, what a token counts at least in `balanced_table`."""
+
+_TINY = torch.finfo(torch.float32).tiny
+_BELOW_TINY = _TINY * (1 - 2.0**-23)
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,7 @@ class Router(nn.Module):
         any integer dtype; scores and weights still come from the current gate.
         """
         logits = fp32_linear(x_TD, self.weight)
-        # The floor keeps the root differentiable where softplus underflows to zero.
-        scores = F.softplus(logits).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+        scores = _SqrtSoftplus.apply(logits)
         if expert_indices_TA is not None:
             indices = expert_indices_TA.long()
         elif self.hashed:
@@ -73,23 +77,75 @@ class Router(nn.Module):
         else:
             indices = (scores.detach() + self.bias).topk(self.top_k, dim=-1).indices
         selected = scores.gather(1, indices)
-        weights = selected / (selected.sum(-1, keepdim=True) + 1e-20) * self.scale
+        weights = _Normalised.apply(selected, 1e-20) * self.scale
         return Routing(indices, weights, scores)
 
 
-def expert_load(routing: Routing, layout: SampleLayout) -> Tensor:
-    """Returns how many non-padding tokens went to each expert, fp32 [E]."""
-    valid = (~layout.padding_T).to(torch.float32)[:, None].expand_as(routing.indices_TA)
-    load = torch.zeros_like(routing.scores_TE[0], requires_grad=False)
-    return load.index_add_(0, routing.indices_TA.flatten(), valid.flatten())
+class _SqrtSoftplus(torch.autograd.Function):
+    """sqrt(softplus(x)), with the backward of autograd in fewer launches.
+
+    A floor keeps the root differentiable where softplus underflows to zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        softplus = F.softplus(logits)
+        scores = softplus.clamp(min=_TINY).sqrt_()
+        ctx.save_for_backward(logits, softplus, scores)
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        logits, softplus, scores = ctx.saved_tensors
+        # Zero below the floor; at the floor itself clamp has a gradient.
+        grad = torch.ops.aten.threshold_backward(grad / (2 * scores), softplus, _BELOW_TINY)
+        return torch.ops.aten.softplus_backward(grad, logits, 1, 20)
+
+
+class _Normalised(torch.autograd.Function):
+    """x / (x.sum(-1) + eps), with the backward of autograd in fewer launches."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        total = x.sum(-1, keepdim=True)
+        if eps:
+            total += eps
+        out = x / total
+        ctx.save_for_backward(out, total)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        out, total = ctx.saved_tensors
+        return grad / total - (grad * (out / total)).sum(-1, keepdim=True), None
 
 
 @torch.no_grad()
-def top1_weight_share(routing: Routing, layout: SampleLayout) -> Tensor:
-    """Returns the sum over non-padding tokens of (largest weight / sum of weights), fp32."""
-    weights_TA = routing.weights_TA.detach()
-    share_T = weights_TA.amax(-1) / weights_TA.sum(-1)
-    return share_T.masked_fill(layout.padding_T, 0.0).sum()
+def expert_loads(indices: Sequence[Tensor], layout: SampleLayout, num_experts: int) -> Tensor:
+    """Returns how many non-padding tokens went to each expert of each layer, fp32 [L, E].
+
+    `indices` are each layer's expert indices [T, A]; all layers are counted in few launches.
+    """
+    layers, top_k = len(indices), indices[0].shape[1]
+    first_L11 = torch.arange(0, layers * num_experts, num_experts, device=indices[0].device)
+    slots_LTA = torch.stack(list(indices)) + first_L11[:, None, None]
+    valid = layout.derived(
+        ("valid pairs", layers, top_k),
+        lambda: layout.valid_T.repeat_interleave(top_k).repeat(layers),
+    )
+    loads = layout.valid_T.new_zeros(layers * num_experts)
+    return loads.index_add_(0, slots_LTA.flatten(), valid).view(layers, num_experts)
+
+
+@torch.no_grad()
+def top1_weight_shares(weights: Sequence[Tensor], layout: SampleLayout) -> Tensor:
+    """Returns the sum over non-padding tokens of largest weight / sum of weights, fp32 [L].
+
+    `weights` are each layer's routing weights [T, A].
+    """
+    weights_LTA = torch.stack(list(weights))
+    share_LT = weights_LTA.amax(-1) / weights_LTA.sum(-1)
+    return share_LT.masked_fill(layout.padding_T, 0.0).sum(-1)
 
 
 def balance_loss(
@@ -108,19 +164,21 @@ def balance_loss(
     """
     num_experts, top_k = routing.scores_TE.shape[1], routing.indices_TA.shape[1]
     scores = routing.scores_TE
-    share_TE = scores / scores.sum(-1, keepdim=True)
-    share_ZE = share_TE.new_zeros(layout.num_samples, num_experts).index_add(
-        0, layout.sample_T, share_TE
+    share_TE = _Normalised.apply(scores, 0.0)
+    share_ZE = share_TE.new_zeros(layout.num_samples, num_experts)
+    share_ZE.index_add_(0, layout.sample_T, share_TE)
+    first_slot_T1 = layout.derived(
+        ("slots", num_experts), lambda: layout.sample_T[:, None] * num_experts
     )
-    slot_TA = layout.sample_T[:, None] * num_experts + routing.indices_TA
-    count_ZE = torch.zeros_like(share_ZE, requires_grad=False).flatten()
-    count_ZE.index_add_(0, slot_TA.flatten(), count_ZE.new_ones(slot_TA.numel()))
-    length_Z = on_device(layout.sample_lengths, share_ZE.device).to(share_ZE.dtype)
-    valid_T = (~layout.padding_T).to(length_Z.dtype)
-    has_tokens_Z = torch.zeros_like(length_Z).index_add_(0, layout.sample_T, valid_T).clamp_(max=1)
+    slot_TA = first_slot_T1 + routing.indices_TA
+    ones_L = layout.derived(("ones", slot_TA.numel()), lambda: share_TE.new_ones(slot_TA.numel()))
+    count_ZE = share_TE.new_zeros(share_ZE.numel()).index_add_(0, slot_TA.flatten(), ones_L)
+    length_Z = layout.derived("lengths", layout.length_Z.float)
     count_ZE = sum_counts(count_ZE.view_as(share_ZE))
     products_Z = (count_ZE * share_ZE).sum(-1)
-    return (products_Z / length_Z * has_tokens_Z).sum() * (num_experts / (top_k * denominator))
+    return (products_Z / length_Z * layout.has_tokens_Z).sum() * (
+        num_experts / (top_k * denominator)
+    )
 
 
 def balanced_table(

@@ -45,11 +45,15 @@ class TokenCounts:
 
 def next_in_sample(layout: SampleLayout, values_T: Tensor, fill: Tensor | int) -> Tensor:
     """Returns values[t + 1] where t + 1 belongs to the same sample, else ``fill``."""
-    sample_T = layout.sample_T
-    shifted = values_T.roll(-1)
-    same = sample_T.roll(-1) == sample_T
-    same[-1:] = False  # as a slice: one element is a copy from the host, which waits for the GPU
-    return shifted.where(same, fill)
+
+    def has_next() -> Tensor:
+        same = layout.sample_T.roll(-1) == layout.sample_T
+        same[-1:] = (
+            False  # as a slice: one element is a copy from the host, which waits for the GPU
+        )
+        return same
+
+    return values_T.roll(-1).where(layout.derived("has next", has_next), fill)
 
 
 def mtp_targets(layout: SampleLayout, targets_T: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from model.layout import SampleLayout
 from model.mtp import MTPBlock
 from model.norm import RMSNorm
 from model.positions import Positions
-from model.router import Router
+from model.router import Router, expert_loads
 from model.targets import IGNORE_INDEX, TokenCounts, mtp_targets, next_in_sample
 
 
@@ -190,7 +190,7 @@ class V4Model(nn.Module):
             hidden_TD = self.norm(self.hc_head(streams_TND))
             return ModelOutput(logits=self.head(hidden_TD).view(*tokens.shape, -1))
         lm_loss, mtp_loss, mtp_stats = self.losses(streams_TND, micro)
-        return self._output(lm_loss, mtp_loss, micro.mtp_loss_weight, stats + mtp_stats)
+        return self._output(lm_loss, mtp_loss, micro, stats + mtp_stats)
 
     def microbatch(
         self,
@@ -301,19 +301,23 @@ class V4Model(nn.Module):
         return sum(terms[1:], terms[0]) if terms else None
 
     def _output(
-        self, lm_loss: Tensor, mtp_loss: Tensor, mtp_weight: float, stats: list[BlockStats]
+        self, lm_loss: Tensor, mtp_loss: Tensor, micro: Microbatch, stats: list[BlockStats]
     ) -> ModelOutput:
         balance = self.weighted_balance(stats)
         balance = torch.zeros_like(lm_loss) if balance is None else balance
         indexer = self.indexer_loss(stats)
         indexer = torch.zeros_like(lm_loss) if indexer is None else indexer
         return ModelOutput(
-            loss=lm_loss + mtp_weight * mtp_loss + balance + indexer,
+            loss=lm_loss + micro.mtp_loss_weight * mtp_loss + balance + indexer,
             lm_loss=lm_loss.detach(),
             mtp_loss=mtp_loss.detach(),
             balance_loss=balance.detach(),
             indexer_loss=indexer.detach(),
-            expert_load=torch.stack([block.load_E for block in stats]),
+            expert_load=expert_loads(
+                [block.expert_indices_TA for block in stats],
+                micro.positions.layout,
+                self.config.n_routed_experts,
+            ),
         )
 
     def routers(self) -> dict[int, Router]:
@@ -339,9 +343,11 @@ class V4Model(nn.Module):
         num_blocks = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
         if len(load) != num_blocks:
             raise ValueError(f"load has {len(load)} rows but the model has {num_blocks} routers")
-        for index, gate in self.routers().items():
-            if not gate.hashed:
-                gate.bias += speed * torch.sign(load[index].mean() - load[index]).to(gate.bias)
+        learned = {index: gate for index, gate in self.routers().items() if not gate.hashed}
+        if learned:  # all at once: few launches
+            steps_LE = speed * torch.sign(load.mean(1, keepdim=True) - load).float()
+            biases = [gate.bias for gate in learned.values()]
+            torch._foreach_add_(biases, [steps_LE[index] for index in learned])
 
     def load_hf_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copies weights with ``transformers``' in-memory names or official names into the model.

@@ -26,4 +26,4 @@ def clip_(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
 
     If the norm is not finite, clipping does not make gradients finite: check it before the update.
     """
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)

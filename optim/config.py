@@ -121,7 +121,7 @@ class MuonConfig(Section):
     """Whether wq_b (attention and indexer) is one matrix or one per head; unpublished."""
     max_batch_bytes: PositiveInt | None = None
     """Maximum fp32 size of a batch of same-shape matrices in Newton–Schulz. Null: 2 MiB on CPU,
-    which fits its cache, and 256 MiB on accelerators. [bytes]"""
+    which fits its cache, and 1 GiB on accelerators. [bytes]"""
 
     @model_validator(mode="after")
     def _iterates(self) -> Self:

@@ -29,10 +29,11 @@ def momentum_at(config: MuonConfig, step: int) -> float:
     return config.momentum_start + share * (config.momentum - config.momentum_start)
 
 
-def nesterov_(out: Tensors, momenta: Tensors, gradients: Tensors, mu: float) -> None:
-    """Writes Nesterov's directions μM + G into `out`, where M includes this step's gradient."""
-    torch._foreach_copy_(out, gradients)
-    torch._foreach_add_(out, momenta, alpha=mu)
+def nesterov_(gradients: Tensors, momenta: Tensors, mu: float) -> None:
+    """Updates the momenta, and replaces the gradients by Nesterov's directions μM + G."""
+    torch._foreach_mul_(momenta, mu)
+    torch._foreach_add_(momenta, gradients)
+    torch._foreach_add_(gradients, momenta, alpha=mu)
 
 
 def orthogonal_update(direction_NRC: Tensor, config: MuonConfig, syrk: Syrk = syrk_) -> Tensor:

@@ -28,7 +28,7 @@ from optim.partition import Assignment
 from optim.syrk import Syrk, syrk_
 
 CPU_BATCH_BYTES = 2 * 2**20
-ACCELERATOR_BATCH_BYTES = 256 * 2**20
+ACCELERATOR_BATCH_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Updates every parameter at `learning_rate` from its `.grad`."""
+        """Updates every parameter at `learning_rate` from its `.grad`, which may be overwritten."""
         gradients = {
             name: parameter.grad
             for name, parameter in self.parameters.items()
@@ -130,22 +130,15 @@ class Optimizer:
     def _muon_step(self, learning_rate: float, gradients: Mapping[str, Tensor]) -> None:
         mu = momentum_at(self.config.muon, self.step_count)
         entries = [entry for entry in self._muon if entry.name in gradients]
-        gradients = {entry.name: gradients[entry.name].contiguous() for entry in entries}
-        if gradients:  # for all parameters at once: few launches on an accelerator
-            momenta = [self._momentum[name] for name in gradients]
-            torch._foreach_mul_(momenta, mu)
-            torch._foreach_add_(momenta, list(gradients.values()))
+        directions = {entry.name: gradients[entry.name].contiguous() for entry in entries}
+        if directions:  # for all parameters at once: few launches on an accelerator
+            momenta = [self._momentum[name] for name in directions]
+            nesterov_(list(directions.values()), momenta, mu)
         for batch in self._batches(entries):
-            sizes = [part.last - part.first for part in batch]
-            shape = sum(sizes), *sorted(_matrices(batch[0].entry)[1:])
-            direction_NRC = self.parameters[batch[0].entry.name].new_empty(shape)
-            nesterov_(
-                direction_NRC.split(sizes),
-                [part.wide(part.of(self._momentum[part.entry.name])) for part in batch],
-                [part.wide(part.of(gradients[part.entry.name])) for part in batch],
-                mu,
-            )
+            parts = [part.wide(part.of(directions[part.entry.name])) for part in batch]
+            direction_NRC = parts[0] if len(parts) == 1 else torch.cat(parts)
             update_NRC = orthogonal_update(direction_NRC, self.config.muon, self.syrk)
+            sizes = [part.last - part.first for part in batch]
             self._apply(batch, update_NRC.split(sizes), learning_rate)
 
     def _apply(

@@ -1,10 +1,11 @@
 """Loss on validation rows: the token mean over the split, the same at any number of ranks."""
 
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 
-from data import Loader
+from data import Loader, Prefetcher
 from data.activity import Activity
 from model import IGNORE_INDEX
 from trainer.config import RunConfig
@@ -85,10 +86,14 @@ class Validation:
     def _mean_over(self, loader: Loader, steps: int, engine: Engine) -> Evaluation:
         total = torch.zeros((), dtype=torch.float64, device=self.grid.device)
         targets = torch.zeros((), dtype=torch.float64)
-        with Activity("validation", steps, "batches", self.grid.is_first) as activity:
+        pin = self.grid.device.type == "cuda"
+        with (
+            closing(Prefetcher(loader.at, self.config.data.prefetch, steps, pin)) as rows,
+            Activity("validation", steps, "batches", self.grid.is_first) as activity,
+        ):
             for step in range(steps):
                 self._check_stop(step, steps)
-                batches = loader.at(step)
+                batches = rows.at(step)
                 total += engine.evaluate(batches)
                 targets += sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
                 activity.advance()

@@ -6,7 +6,7 @@ decides when.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -123,10 +123,12 @@ class Bucket:
         """[owners, elements] of gradients; padding and missing gradients are zeros."""
         shape = (self.layout.owners, chunk.last - chunk.first)
         buffer = torch.zeros(shape, dtype=torch.float32, device=self.device)
-        for part in chunk.parts:
-            gradient = self.group.parameters[part.owned.name].grad
-            if gradient is not None:
-                part.in_chunk(buffer, chunk).copy_(part.in_parameter(gradient.reshape(-1)))
+        gradients = ((part, self.group.parameters[part.owned.name].grad) for part in chunk.parts)
+        _copy_all(
+            (part.in_chunk(buffer, chunk), part.in_parameter(gradient.reshape(-1)))
+            for part, gradient in gradients
+            if gradient is not None
+        )
         return buffer
 
     def receive(self, chunk: Chunk, summed: Tensor) -> None:
@@ -141,8 +143,10 @@ class Bucket:
         has_one_owner = not self.chunks
         if has_one_owner and with_gradient and self.replica_count > 1:
             partition = self._new_partition(torch.float32)
-            for owned in self.layout.slices:
-                _in_partition(partition, owned).copy_(self._gradient_of(owned))
+            _copy_all(
+                (_in_partition(partition, owned), self._gradient_of(owned))
+                for owned in self.layout.slices
+            )
             self._reduced = partition
         for ranks in self.group.replica_groups:
             if self._reduced is not None:
@@ -174,19 +178,14 @@ class Bucket:
         """Writes the parameters of all ranks from their owners' masters, in their precision."""
         parameters = {n: p.detach().view(-1) for n, p in self.group.parameters.items()}
         shards = self.assembler.scatter(lambda owned: self.masters[_key(owned)])
+        masters = [(owned, self.masters[_key(owned)].flatten()) for owned in self.unsharded]
         if not self.chunks:
-            for owned, shard in shards:
-                parameters[owned.name][owned.start : owned.stop].copy_(shard)
-            if self.is_low:  # else masters are views of the parameters
-                for owned in self.unsharded:
-                    values = self.masters[_key(owned)].flatten()
-                    parameters[owned.name][owned.start : owned.stop].copy_(values)
+            # Masters of fp32 parameters are views of these.
+            values = [*shards, *(masters if self.is_low else ())]
+            _copy_all((parameters[o.name][o.start : o.stop], value) for o, value in values)
             return
         partition = self._new_partition(self.dtype)
-        for owned in self.unsharded:
-            _in_partition(partition, owned).copy_(self.masters[_key(owned)].flatten())
-        for owned, shard in shards:
-            _in_partition(partition, owned).copy_(shard)
+        _copy_all((_in_partition(partition, o), value) for o, value in [*masters, *shards])
         self._all_gather(partition, parameters)
 
     def _all_gather(self, partition: Tensor, parameters: Mapping[str, Tensor]) -> None:
@@ -202,9 +201,10 @@ class Bucket:
 
     def _unpack(self, chunk: Chunk, wait: Pending, parameters: Mapping[str, Tensor]) -> None:
         rows = wait().view(self.layout.owners, -1)
-        for part in chunk.parts:
-            values = part.in_chunk(rows, chunk)
-            part.in_parameter(parameters[part.owned.name]).copy_(values)
+        _copy_all(
+            (part.in_parameter(parameters[part.owned.name]), part.in_chunk(rows, chunk))
+            for part in chunk.parts
+        )
 
     # masters
 
@@ -262,6 +262,16 @@ def round_stochastically(tensor: Tensor, seed: int) -> Tensor:
     )
     rounded = (bits + noise).bitwise_and(-(2**16)).view(torch.float32)
     return torch.where(tensor.isfinite(), rounded, tensor).bfloat16()
+
+
+def _copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copies into the first tensor of each pair from the second, in few launches."""
+    targets, sources = [], []
+    for target, source in pairs:
+        targets.append(target)
+        sources.append(source)
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 def _in_partition(partition: Tensor, owned: OwnedSlice) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import IGNORE_INDEX, SampleLayout, TokenCounts
-from model.router import Router, Routing, balance_loss, balanced_table, expert_load
+from model.router import Router, Routing, balance_loss, balanced_table, expert_loads
 from tests.model.tiny import random_model, random_tokens, tiny_config
 
 EXPERTS, ACTIVE = 8, 2
@@ -80,8 +80,8 @@ class TestBalanceLoss:
         loss.backward()
         assert float(loss.detach()) == pytest.approx(1.0, abs=1e-6)
         assert scores.grad[12:].abs().max() == 0
-        load = expert_load(routing_of(choice), layout)
-        assert load.tolist() == [12 * ACTIVE / EXPERTS] * EXPERTS
+        loads_LE = expert_loads([choice, choice], layout, EXPERTS)
+        assert loads_LE.tolist() == [[12 * ACTIVE / EXPERTS] * EXPERTS] * 2
 
     def test_gradient_pushes_scores_of_crowded_experts_down(self):
         scores = torch.ones(6, EXPERTS, requires_grad=True)

@@ -4,7 +4,7 @@ Hooks are on the model only while stats are collected, so that training itself c
 and waits for nothing. The stats stay on the device until they are asked for.
 
 Letters: T tokens, D hidden size, N residual streams, E routed experts, P pairs of a token and an
-expert.
+expert, F their inner width.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class StatsCollector:
 
     def add_mean(self, name: str, layer: int, total: Tensor, count: Tensor | int) -> None:
         """Adds to a mean; `total` and `count` are sums, 0-dim."""
-        count = torch.as_tensor(count, device=total.device)
-        self._add((name, "mean", layer), torch.stack([total.double(), count.double()]))
+        total = total.double()
+        count = count.double() if isinstance(count, Tensor) else torch.full_like(total, count)
+        self._add((name, "mean", layer), torch.stack([total, count]))
 
     def add_max(self, name: str, layer: int, values: Tensor) -> None:
         """Adds to a maximum."""
@@ -115,11 +116,12 @@ def _collecting(block: Block, plain: CallPart, collector: StatsCollector) -> Cal
 def _recall_hook(block: Block, collector: StatsCollector) -> RemovableHandle:
     def recall(module: Attention, inputs: tuple[Any, ...]) -> None:
         x_TD, positions, exchange = inputs[:3]
-        real_T = ~positions.layout.padding_T
-        kept_T, all_T = module.selected_and_total_mass(x_TD, positions, exchange)
-        collector.add_mean(
-            "indexer_recall", block.layer_index, kept_T[real_T].sum(), all_T[real_T].sum()
+        padding_T = positions.layout.padding_T
+        kept, total = (
+            mass_T.masked_fill(padding_T, 0.0).sum()
+            for mass_T in module.selected_and_total_mass(x_TD, positions, exchange)
         )
+        collector.add_mean("indexer_recall", block.layer_index, kept, total)
 
     return block.attn.register_forward_pre_hook(recall)
 
@@ -127,21 +129,24 @@ def _recall_hook(block: Block, collector: StatsCollector) -> RemovableHandle:
 def _expert_hooks(block: Block, collector: StatsCollector) -> list[Any]:
     layer, limit = block.layer_index, block.config.swiglu_limit
 
-    def collect(gate: Tensor, up: Tensor) -> None:
+    def collect(gate: Tensor, up: Tensor, count: Tensor | int) -> None:
         gate, up = gate.float(), up.float()
         clamped = (gate > limit) | (up.abs() > limit)
-        collector.add_mean("swiglu_clamped_share", layer, clamped.sum(), clamped.numel())
+        collector.add_mean("swiglu_clamped_share", layer, clamped.sum(), count)
         collector.add_max("swiglu_max", layer, torch.cat([gate.abs(), up.abs()]))
 
     def experts(module: Experts, inputs: tuple[Dispatched]) -> None:
         (dispatched,) = inputs
         x_PD, ends_E = dispatched.rows_PD, dispatched.ends_E
-        is_real = dispatched.weights_P != 0  # rows that pad an expert's share have no weight
-        is_real &= torch.arange(len(x_PD), device=x_PD.device) < ends_E[-1]
+        is_real_P = dispatched.weights_P != 0  # rows that pad an expert's share have no weight
+        is_real_P &= torch.arange(len(x_PD), device=x_PD.device) < ends_E[-1]
+        # Zeros in the other rows, some of which no matmul has written; a mask would have to wait.
+        zero = x_PD.new_zeros(())
         w1, _, w3 = module.rounded or (module.w1, module.w2, module.w3)
         gate = F.grouped_mm(x_PD, w1.transpose(1, 2), offs=ends_E)
         up = F.grouped_mm(x_PD, w3.transpose(1, 2), offs=ends_E)
-        collect(gate[is_real], up[is_real])
+        gate, up = (x_PF.where(is_real_P[:, None], zero) for x_PF in (gate, up))
+        collect(gate, up, is_real_P.sum() * gate.shape[1])
 
     outputs: dict[str, Tensor] = {}
 
@@ -149,7 +154,7 @@ def _expert_hooks(block: Block, collector: StatsCollector) -> list[Any]:
         def hook(module: Any, inputs: Any, out: Tensor) -> None:
             outputs[name] = out
             if len(outputs) == 2:
-                collect(outputs.pop("w1"), outputs.pop("w3"))
+                collect(outputs.pop("w1"), outputs.pop("w3"), out.numel())
 
         return hook
 

@@ -74,12 +74,13 @@ def expert_load_stats(load_LE: Tensor) -> LayerStats:
     load_LE = load_LE.double()
     experts = load_LE.shape[1]
     share_LE = load_LE / load_LE.sum(1, keepdim=True).clamp(min=1.0)
-    entropy_L = -torch.xlogy(share_LE, share_LE).sum(1) / torch.log(torch.tensor(float(experts)))
-    return {
-        "expert_load_max": (share_LE.amax(1) * experts).tolist(),
-        "expert_load_entropy": entropy_L.tolist(),
-        "dead_expert_share": (load_LE == 0).double().mean(1).tolist(),
+    stats = {
+        "expert_load_max": share_LE.amax(1) * experts,
+        "expert_load_entropy": -torch.xlogy(share_LE, share_LE).sum(1) / math.log(max(experts, 2)),
+        "dead_expert_share": (load_LE == 0).double().mean(1),
     }
+    rows = torch.stack(list(stats.values())).tolist()  # one wait for the device
+    return dict(zip(stats, rows, strict=True))
 
 
 @torch.no_grad()

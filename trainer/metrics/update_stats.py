@@ -15,10 +15,14 @@ from trainer.parallel.plan import LocalModel
 from trainer.parallel.stage_plan import embedding_is_replicated
 from trainer.step import GroupStats
 
+CHUNK_ELEMENTS = 16 * 1024 * 1024
+"""Of a weight, what is compared at a time in fp64: a stack of experts would take gigabytes."""
+
 
 class UpdateStats:
     """Compares weights after an update with a copy from before it, kept on the host.
 
+    The copy is page-locked for a GPU, which then copies it there and back while the host goes on.
     Weights that DeepSpeed partitions (ZeRO 3) are left out: it gathers them for a moment only.
     """
 
@@ -28,9 +32,7 @@ class UpdateStats:
         self.embedding_is_replicated = grid.embedding.size > 1 and embedding_is_replicated(
             local.stages, mtp
         )
-        self.before = {
-            name: weight.detach().to("cpu", copy=True) for name, weight in self._weights().items()
-        }
+        self.before = {name: _on_host(weight) for name, weight in self._weights().items()}
 
     def after_update(self) -> GroupStats:
         """Returns the stats on every rank; all ranks call it.
@@ -41,14 +43,13 @@ class UpdateStats:
         """
         sums: dict[str, Tensor] = {}
         for name, weight in self._weights().items():
-            before = self.before[name].to(weight.device).double()
-            change = weight.detach().double() - before
-            size = change.new_tensor(before.numel())
-            numbers = [change.square().sum(), before.square().sum(), size]
-            group = group_of(name)
-            share = torch.stack(numbers) / self._replicas(name)
+            group, share = group_of(name), _squares(weight, self.before[name])
+            share /= self._replicas(name)
             sums[group] = sums.get(group, torch.zeros_like(share)) + share
-        local_sums = {group: tuple(numbers.tolist()) for group, numbers in sums.items()}
+        local_sums: dict[str, tuple[float, ...]] = {}
+        if sums:
+            rows = torch.stack(list(sums.values())).tolist()  # one wait for the device
+            local_sums = dict(zip(sums, map(tuple, rows), strict=True))
         return _over_ranks(all_gather_objects(local_sums, self.grid.world))
 
     def _replicas(self, name: str) -> int:
@@ -58,7 +59,28 @@ class UpdateStats:
 
     def _weights(self) -> dict[str, Tensor]:
         named = self.local.model.named_parameters()
-        return {name: weight for name, weight in named if not hasattr(weight, "ds_id")}
+        return {name: weight.detach() for name, weight in named if not hasattr(weight, "ds_id")}
+
+
+def _on_host(weight: Tensor) -> list[Tensor]:
+    """Starts a copy of a weight's chunks to the host."""
+    chunks = []
+    for chunk in weight.flatten().split(CHUNK_ELEMENTS):
+        chunks.append(torch.empty_like(chunk, device="cpu", pin_memory=weight.is_cuda))
+        chunks[-1].copy_(chunk, non_blocking=True)
+    return chunks
+
+
+def _squares(weight: Tensor, before: list[Tensor]) -> Tensor:
+    """Sums of squares of a weight's change and of the weight before it, and its elements, fp64."""
+    total = torch.zeros(3, dtype=torch.float64, device=weight.device)
+    for now, host_chunk in zip(weight.flatten().split(CHUNK_ELEMENTS), before, strict=True):
+        chunk = host_chunk.to(weight.device, non_blocking=True).double()
+        change = now.double() - chunk
+        total[0] += change.square().sum()
+        total[1] += chunk.square().sum()
+    total[2] += weight.numel()
+    return total
 
 
 def _over_ranks(parts: list[dict[str, tuple[float, ...]]]) -> GroupStats:

@@ -51,7 +51,7 @@ def shard_rows(
     ratios = compress_ratios(config)
     local, queries = _tokens_of(layout, grid.sequence), _tokens_of(layout, grid.context)
     frequencies = {
-        compressed: layer_frequencies(config, compressed, device)
+        compressed: on_device(layer_frequencies(config, compressed).numpy(), device)
         for compressed in {ratio > 0 for ratio in ratios.values()}
     }
     window_plans = {

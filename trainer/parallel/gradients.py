@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch.nn import Parameter
@@ -14,12 +14,22 @@ class Gradients:
     Backward accumulates into them in place: gradients of bf16 parameters accumulate over
     microbatches in fp32. A parameter that gets no gradient on this rank has zeros, not None, so
     all ranks reduce the same tensors. Parameters without `requires_grad` have None.
+
+    Arguments:
+        parameters: of this rank.
+        used_once: those that a microbatch uses in one place. Backward adds their bf16 gradient to
+            the fp32 one as it is; gradients of several places are rounded only once where each is
+            converted to fp32 first.
     """
 
-    def __init__(self, parameters: Iterable[Parameter]) -> None:
+    def __init__(
+        self, parameters: Iterable[Parameter], used_once: Collection[Parameter] = ()
+    ) -> None:
         self.parameters = list(parameters)
+        added_as_they_are = {id(parameter) for parameter in used_once}
         for parameter in self.parameters:
-            parameter.grad_dtype = torch.float32
+            is_used_once = id(parameter) in added_as_they_are
+            parameter.grad_dtype = None if is_used_once else torch.float32
 
     def zero_(self) -> None:
         """Sets every gradient to zero; the first call allocates them."""

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from model import V4Model
+from model.layout import SampleLayout
 from model.moe import MoEStats
+from model.router import expert_loads, top1_weight_shares
 from model.transformer import Microbatch
 from trainer.parallel.stage_plan import StagePlan
 
@@ -108,7 +110,8 @@ class Stage(nn.Module):
             layer_indices += [model.config.num_hidden_layers] * len(mtp_stats)
         balance = model.weighted_balance(stats)
         indexer = model.indexer_loss(stats)
-        _accumulate(accumulator, (lm, mtp, balance, indexer), layer_indices, stats)
+        parts = (lm, mtp, balance, indexer)
+        _accumulate(accumulator, parts, layer_indices, stats, micro.positions.layout)
         layer_losses = [loss for loss in (balance, indexer) if loss is not None]
         out = streams
         if lm is not None and mtp is not None:
@@ -145,13 +148,18 @@ def _accumulate(
     losses: Sequence[Tensor | None],
     layer_indices: Sequence[int],
     stats: Sequence[MoEStats],
+    layout: SampleLayout,
 ) -> None:
+    """Adds a microbatch's losses and routing, of all layers at once: few launches."""
     for index, loss in enumerate(losses):
         if loss is not None:
-            accumulator.losses[index] += loss.double()
-    for layer_index, block in zip(layer_indices, stats, strict=True):
-        accumulator.load[layer_index] += block.load_E
-        accumulator.top1_weight_share[layer_index] += block.top1_weight_share
+            accumulator.losses[index].add_(loss)
+    if stats:
+        load, top1 = accumulator.load, accumulator.top1_weight_share
+        loads_LE = expert_loads([s.expert_indices_TA for s in stats], layout, load.shape[1])
+        shares_L = top1_weight_shares([s.weights_TA for s in stats], layout)
+        totals = [rows[index] for rows in (load, top1) for index in layer_indices]
+        torch._foreach_add_(totals, [*loads_LE, *shares_L])
 
 
 def index_dtype(num_experts: int) -> torch.dtype:

@@ -146,7 +146,8 @@ def shard_parameters(model: nn.Module, placements: dict[str, Placement]) -> None
 
 def fp32_gradients(local: LocalModel) -> Gradients:
     """Returns fp32 gradients of all parameters, whatever the dtype of the weights."""
-    return Gradients(local.model.parameters())
+    model = local.model
+    return Gradients(model.parameters(), used_once=list(model.layers.parameters()))
 
 
 def shard_optimizer(

@@ -288,6 +288,7 @@ class _Attention(torch.autograd.Function):
         deterministic: bool,
         blocks: Blocks,
     ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         call = Call(q, entries, ranges, selected, blocks)
         out = torch.empty_like(q)
         lse2 = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -318,6 +319,7 @@ class _Attention(torch.autograd.Function):
                 **blocks.options,
             )
         ctx.eps, ctx.ranges, ctx.blocks, ctx.deterministic = eps, ranges, blocks, deterministic
+        ctx.entry_end = call.entry_end
         ctx.save_for_backward(q, kv, entries, sink, cos_sin, selected, out, lse2)
         ctx.mark_non_differentiable(lse2)
         return out, lse2
@@ -325,12 +327,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, entries, sink, cos_sin, selected, out, lse2 = ctx.saved_tensors
-        call = Call(q, entries, ctx.ranges, selected, ctx.blocks)
+        call = Call(q, entries, ctx.ranges, selected, ctx.blocks, ctx.entry_end)
         rows = prepare_rows(q, out, grad_out.contiguous(), cos_sin, lse2, ctx.eps, call.blocks)
         grad_q = query_gradients(call, rows, q, kv, entries, cos_sin)
         grad_kv = range_gradients(call, rows, kv, call.key_start, call.key_end).to(kv.dtype)
         ordered = ctx.deterministic or call.blocks.ordered == 1
         grad_entries = entry_gradients(call, rows, entries, ordered)
-        sink_probability_TH = torch.exp2(sink.float() * LOG2E - lse2)
+        sink_probability_TH = torch.exp(torch.sub(sink, lse2, alpha=1.0 / LOG2E))
         grad_sink = -(sink_probability_TH * rows.delta).sum(0).to(sink.dtype)
         return grad_q, grad_kv, grad_entries, grad_sink, *[None] * 6

@@ -202,12 +202,19 @@ def range_gradients(call: Call, rows: Rows, keys: Tensor, start_T: Tensor, end_T
     count, block = keys.shape[0], call.blocks.dk_keys
     if not count or not call.tokens:
         return torch.zeros_like(keys, dtype=torch.float32)
-    first = torch.arange(0, count, block, dtype=torch.int32, device=keys.device)
-    query_start, query_end = queries_of_blocks(first, block, start_T, end_T)
-    parts = max(call.blocks.programs // len(first), 1)
+
+    def queries() -> tuple[Tensor, Tensor]:
+        first_N = torch.arange(0, count, block, dtype=torch.int32, device=keys.device)
+        return queries_of_blocks(first_N, block, start_T, end_T)
+
+    # The bounds are tensors of the ranges, so that their identity names them.
+    key = "queries of blocks", id(start_T), id(end_T), count, block
+    query_start, query_end = call.ranges.derived(key, queries)
+    blocks = len(query_start)
+    parts = max(call.blocks.programs // blocks, 1)
     parts = min(parts, triton.cdiv(call.tokens * call.heads, call.blocks.dk_rows))
     grad = torch.empty((parts, *keys.shape), dtype=torch.float32, device=keys.device)
-    _grad_keys[(len(first), parts)](
+    _grad_keys[(blocks, parts)](
         rows.q_and_grad,
         keys,
         start_T,

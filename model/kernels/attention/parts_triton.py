@@ -197,7 +197,10 @@ def bounds(low, high, token, in_bounds):
 
 
 class Call:
-    """Arguments shared by the kernels of one call: ranges as int32, sizes, and MODE."""
+    """Arguments shared by the kernels of one call: ranges as int32, sizes, and MODE.
+
+    `entry_end` is that of the forward, which backward does not compute again.
+    """
 
     def __init__(
         self,
@@ -206,26 +209,28 @@ class Call:
         ranges: AttentionRanges,
         selected_Tk: Tensor | None,
         blocks: Blocks,
+        entry_end: Tensor | None = None,
     ) -> None:
         self.tokens, self.heads, self.dim = q_THK.shape
         self.blocks = blocks
         self.softmax_scale = self.dim**-0.5
         self.scale_log2 = self.softmax_scale * LOG2E
-        self.key_start = ranges.window_start_T.int()
-        self.key_end = _own_key(ranges.segments, self.tokens, q_THK.device) + 1
+        self.ranges = ranges
+        self.key_start, self.key_end = ranges.int32_keys
         self.selected, self.num_selected, self.mode = None, 0, NO_ENTRIES.value
         self.entry_start = self.entry_end = self.key_start
         if entries_CK is None:
             return
-        assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
-        self.entry_start, self.entry_end = ranges.entry_start_T.int(), ranges.entry_end_T.int()
+        self.entry_start, self.entry_end = ranges.int32_entries
         self.visible_start, self.visible_end = self.entry_start, self.entry_end
         self.mode = ENTRY_RANGE.value
         if selected_Tk is not None:
             self.mode, self.num_selected = SELECTED_ENTRIES.value, selected_Tk.shape[1]
             self.selected = selected_Tk.int().contiguous()
             # In this mode entry_end is the number of selected entries, which come first.
-            self.entry_end = (self.selected >= 0).sum(1, dtype=torch.int32)
+            if entry_end is None:
+                entry_end = (self.selected >= 0).sum(1, dtype=torch.int32)
+            self.entry_end = entry_end
 
     @property
     def visible(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -244,16 +249,6 @@ class Call:
 
     def grid(self, block_t: int, block_h: int) -> tuple[int]:
         return (triton.cdiv(self.tokens, block_t) * triton.cdiv(self.heads, block_h),)
-
-
-def _own_key(
-    segments: tuple[tuple[int, int, int], ...], tokens: int, device: torch.device
-) -> Tensor:
-    """Returns the index of each query's own key, int32 [T]."""
-    key_T = torch.arange(tokens, dtype=torch.int32, device=device)
-    for start, stop, shift in segments:
-        key_T[start:stop] += shift
-    return key_T
 
 
 def check(q_THK: Tensor) -> None:

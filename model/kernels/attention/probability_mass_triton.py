@@ -125,14 +125,13 @@ def entry_probability_mass(
     cos_sin = cos_sin_of(inputs.rotation_Tr)
     block_t, block_h = call.rows(blocks.rows)
     if mass.numel():
-        assert ranges.entry_end_T is not None
         _mass[(triton.cdiv(call.tokens, block_t),)](
             q_THK,
             entries_CK,
             call.selected,
             cos_sin,
             call.entry_start,
-            ranges.entry_end_T.int(),
+            ranges.int32_entries[1],
             lse2_TH,
             mass,
             call.tokens,

@@ -5,11 +5,15 @@ T queries; N blocks of keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,34 @@ class AttentionRanges:
     entry_end_T: Tensor | None = None
     host_entry_start_T: np.ndarray | None = None
     host_entry_end_T: np.ndarray | None = None
+    _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def derived(self, key: Hashable, make: Callable[[], Result]) -> Result:
+        """Returns `make()`, which depends on the ranges alone, computed once for all layers."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
+
+    @property
+    def int32_keys(self) -> tuple[Tensor, Tensor]:
+        """int32 [T]: the first key that each query sees, and the end of those that it sees."""
+        return self.derived("keys", lambda: (self.window_start_T.int(), self._own_key() + 1))
+
+    @property
+    def int32_entries(self) -> tuple[Tensor, Tensor]:
+        """int32 [T]: entry_start_T and entry_end_T."""
+        start_T, end_T = self.entry_start_T, self.entry_end_T
+        assert start_T is not None and end_T is not None
+        return self.derived("entries", lambda: (start_T.int(), end_T.int()))
+
+    def _own_key(self) -> Tensor:
+        """Returns the index of each query's own key, int32 [T]."""
+        tokens, device = len(self.window_start_T), self.window_start_T.device
+        key_T = torch.arange(tokens, dtype=torch.int32, device=device)
+        for start, stop, shift in self.segments:
+            if shift:
+                key_T[start:stop] += shift
+        return key_T
 
     def select(self, rows: slice | Tensor) -> AttentionRanges:
         """Restricts to some queries; the result has no segments and is valid for entries only."""

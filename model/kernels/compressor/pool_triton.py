@@ -230,8 +230,8 @@ def pool_windows(
         values_TX.contiguous(),
         gates_TX.contiguous(),
         ape_mX.float().contiguous(),
-        first_token_C.int(),
-        has_previous_C.to(torch.int8),
+        first_token_C,
+        has_previous_C.view(torch.int8),
         overlap,
         block_x,
     )

@@ -122,9 +122,8 @@ class _Call:
 
     def __init__(self, target: KLTarget, rows: int, block_n: int, max_pairs: int) -> None:
         ranges, selected_Tk = target.ranges, target.selected_Tk
-        assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
         self.target, self.rows, self.block_n = target, rows, block_n
-        self.low_T, self.high_T = ranges.entry_start_T.int(), ranges.entry_end_T.int()
+        self.low_T, self.high_T = ranges.int32_entries
         self.selected = None if selected_Tk is None else selected_Tk.int().contiguous()
         self.max_pairs = max_pairs
 

@@ -139,7 +139,6 @@ def select_topk(
         UnsupportedError: a GPU cannot run this device, dtype or shape.
         ValueError: the number of heads or their width is not a power of two.
     """
-    assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
     q_TIJ, keys_CJ, weights_TI = inputs.q_TIJ, inputs.keys_CJ, inputs.weights_TI
     tokens, heads, dim = q_TIJ.shape
     backend.indexer(q_TIJ.device, q_TIJ.dtype, dim, heads, k)
@@ -148,7 +147,7 @@ def select_topk(
     selected_Tk = torch.empty((tokens, k), dtype=torch.int32, device=q_TIJ.device)
     best = max(triton.next_power_of_2(k), block_n)
     block_t = max(min(rows // heads, _MAX_BEST // best), 1)
-    start_T, end_T = ranges.entry_start_T.int(), ranges.entry_end_T.int()
+    start_T, end_T = ranges.int32_entries
     chunk = triton.cdiv(min(tokens, _CHUNK_TOKENS), block_t) * block_t
     strip = torch.empty((chunk, best), dtype=torch.int64, device=q_TIJ.device)
     for first in range(0, tokens, max(chunk, 1)):
