@@ -38,10 +38,16 @@ class Trial:
     number: int
     folder: Path
     process: subprocess.Popen[bytes]
-    every: int
+    config: RunConfig
     progress: TrialProgress
     history: list[float] = field(default_factory=list)
     stopped: bool = False
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether it has saved checkpoints, and none of its last step: a signal has ended it."""
+        is_trained = any((self.folder / "checkpoints").glob("step-*"))
+        return is_trained and not self.config.is_complete
 
 
 def run_sweep(file: str, out: Path | None, jobs: int, seed: int) -> int:
@@ -217,9 +223,9 @@ class _Runner:
         born = psutil.Process(process.pid).create_time()
         record = {"pid": process.pid, "born": born, "folder": str(folder.resolve())}
         write_atomically(folder / "process.json", json.dumps(record))
-        config = self._config(arguments)
+        config = self._config(arguments).model_copy(update={"run_dir": folder})
         progress = TrialProgress(number, folder, config.recipe.steps)
-        self.running.append(Trial(number, folder, process, config.metrics.every, progress))
+        self.running.append(Trial(number, folder, process, config, progress))
         self._record()
         self.display.line(f"trial {number} starts: {self.setting(number)}")
 
@@ -227,7 +233,8 @@ class _Runner:
         """Reads a trial's new points, stops it if early termination says so, records its end."""
         ended = trial.process.poll() is not None
         name = self.sweep.metric.name
-        trial.history = read_history(trial.folder / "metrics.jsonl", name, trial.every)
+        every = trial.config.metrics.every
+        trial.history = read_history(trial.folder / "metrics.jsonl", name, every)
         self.histories[trial.number] = trial.history
         rule = self.sweep.early_terminate
         if not ended and rule is not None and not trial.stopped:
@@ -239,7 +246,8 @@ class _Runner:
             return
         self.running.remove(trial)
         state = TrialState.COMPLETE if not trial.stopped else TrialState.PRUNED
-        if trial.process.returncode != 0 or not trial.history:
+        was_stopped = not trial.stopped and trial.is_unfinished
+        if trial.process.returncode != 0 or not trial.history or was_stopped:
             state = TrialState.FAIL
         self.search.finish(trial.number, trial.history, state)
         self._record()
@@ -250,7 +258,10 @@ class _Runner:
         if state == TrialState.FAIL:
             log = trial.folder / "log.txt"
             end = "failed"
-            result = f"{failure_reason(trial.process.returncode, log, name)}; see {log}"
+            reason = "it was stopped before its last step"
+            if trial.process.returncode != 0 or not trial.is_unfinished:
+                reason = failure_reason(trial.process.returncode, log, name)
+            result = f"{reason}; see {log}"
         else:
             end = state.name.lower()
             result = f"{name} {trial.history[-1]:.4f}"

@@ -165,6 +165,26 @@ def test_a_failed_trial_is_tried_again_by_the_next_call(
     assert done.returncode == 0 and "best: trial 0, validation_loss 2.5000" in done.stdout
 
 
+def test_a_trial_that_somebody_stopped_is_not_complete(tiny: Path, tmp_path: Path) -> None:
+    """It ends with 0 after a checkpoint; its metric is that of an early step, and no result."""
+    mark = tmp_path / "mark"
+    save = f"touch {mark}; mkdir -p $folder/checkpoints/step-00000001; exit 0"
+    finish = "mkdir -p $folder/checkpoints/step-00000006; exit 0"
+    script = FAKE.replace("exit 0; fi", f"{finish}; fi") % (mark, mark, save)
+    (tmp_path / "fake.sh").write_text(script.replace("echo 'v4: error: the moon is full' >&2;", ""))
+    file, out = write(tiny, tmp_path, GRID), tmp_path / "out"
+    text = file.read_text().splitlines()
+    text[1] = f'command: [bash, {tmp_path / "fake.sh"}, {tiny}, "${{args_no_hyphens}}"]'
+    file.write_text("\n".join(text))
+    sweep = [argument for argument in command(file, out) if argument != "--jobs=2"]
+    done = subprocess.run(sweep, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "trial 0 failed: optim.learning_rate=0.001: it was stopped before its" in done.stdout
+    assert "best: trial 1, " in done.stdout
+    done = subprocess.run(sweep, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "trial 0 complete" in done.stdout, done.stderr
+
+
 def test_progress_has_step_loss_and_estimate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
