@@ -14,7 +14,7 @@ from types import FrameType
 from data.activity import print_line
 from trainer.process.exit_codes import INTERRUPTED, INTERRUPTED_LINE, exit_code_of
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _GRACE_SECONDS = 10.0  # for ranks that are all there, and can end together
 
 
@@ -43,7 +43,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     is_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     old = {
         number: signal.signal(number, request.request)
-        for number in _STOP_SIGNALS
+        for number in STOP_SIGNALS
         if not (is_nohup and number == signal.SIGHUP)
     }
     try:
@@ -72,7 +72,7 @@ def end_on_signals(stop: StopRequest, what: str) -> Iterator[None]:
             if not received:
                 return  # closed
             number = received[0]
-            if number in _STOP_SIGNALS:
+            if number in STOP_SIGNALS:
                 break
         if not is_over.wait(_GRACE_SECONDS):
             print_line(f"stopped while {what}; nothing was begun")

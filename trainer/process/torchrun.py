@@ -18,9 +18,10 @@ from torch.distributed.run import main as torchrun
 from data.activity import print_line
 from trainer.process.errors import report_error
 from trainer.process.exit_codes import USER_ERROR, describe_signal, exit_code_of
+from trainer.process.signals import STOP_SIGNALS
 
-_STOPS = (-signal.SIGTERM, -signal.SIGINT)
-"""Return codes, 128 + n too, of ranks that ended after a signal before they were connected."""
+_STOPPED = {exit_code_of(-number) for number in STOP_SIGNALS}
+"""Exit codes of ranks that ended after a signal before they were connected."""
 _CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
 """Return codes of ranks that torchrun, or a communication library, ended after another failure."""
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code < 0:
             where = f"rank {rank} on {socket.gethostname()} (pid {pid})"
             print_line(f"v4: {where} {describe_signal(code)}", sys.stderr)
-        elif code not in (USER_ERROR, *map(exit_code_of, _STOPS)):
+        elif code not in (USER_ERROR, *_STOPPED):
             print_line(f"torchrun: {type(error).__name__}: {error}", sys.stderr)
         return exit_code_of(code)
     except SignalException as stop:
