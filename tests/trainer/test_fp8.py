@@ -21,7 +21,7 @@ SIZES = [
     *("model.num_experts_per_tok=4", "model.index_topk=16"),
     # With some other seeds a gradient rounds otherwise on two ranks, and Muon, which lifts its
     # small singular values, makes 1e-3 of that.
-    "seed=5",
+    "seed=10",
 ]
 SPREAD = {
     "tensor": ["parallel.tensor=2", "parallel.expert=2"],
@@ -62,8 +62,7 @@ def test_two_ranks_follow_one(runs: Path, tiny: Path, name: str) -> None:
     """A sum that falls otherwise may round to the next FP8 number, but seldom does.
 
     With context ranks other tokens share a scale in the gradients of weights: the forward is the
-    same. After one update the losses differ by less than FP8 changes them; after the next, which
-    Muon's orthogonalisation amplifies, by less than the changes of two runs in FP8 together.
+    same, and after the first update the losses differ by less than FP8 changes them.
     """
     spawn(in_fp32, 2, tiny, runs, [(name, [*SIZES, *SPREAD[name]], 0)])
     alone, spread, plain = (column(runs / run, "lm_loss") for run in ("alone", name, "plain"))
@@ -72,7 +71,7 @@ def test_two_ranks_follow_one(runs: Path, tiny: Path, name: str) -> None:
     print(f"{name}: {gaps}, FP8 minus fp32: {changed}")
     assert gaps[0] < 1e-6
     if name == "context":
-        assert gaps[1] < max(changed) and gaps[2] < 2 * max(changed)
+        assert max(gaps) < max(changed)
     else:
         assert max(gaps) < 1e-5
 

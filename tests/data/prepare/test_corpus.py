@@ -224,9 +224,9 @@ PARQUET = "is a parquet table; set `format: parquet` of source 's'"
         ("a.jsonl", b"{}\n", "parquet", "a.jsonl is not a parquet table; set `format: json` or"),
         ("a.parquet", b"PAR1..", "parquet", "a.parquet is a damaged parquet table: "),
         ("a.zip", b"PK", "json", "a.zip is an archive; unpack it"),
-        ("a.tar.gz", gzip.compress(b"x"), "text", r"a.tar.gz is an archive; unpack it"),
+        ("a.tar.gz", gzip.compress(b"x", mtime=0), "text", r"a.tar.gz is an archive; unpack it"),
         ("a.jsonl", b"PK\x03\x04", "json", "a.jsonl is an archive; unpack it"),
-        ("a.GZ", gzip.compress(b"x"), "json", r"a.GZ is compressed by gzip; let its name end in"),
+        ("a.GZ", gzip.compress(b"x", mtime=0), "json", r"a.GZ is compressed by gzip; let its name end in"),
         ("a", bz2.compress(b"x"), "text", r"a is compressed by bz2; let its name end in \.bz2"),
         ("a.jsonl", lzma.compress(b"x"), "json", r"is compressed by xz; let its name end in \.xz"),
         ("a", zstandard.compress(b"x"), "json", r"is compressed by zstd; let .* end in \.zst"),
@@ -296,7 +296,7 @@ def test_one_origin(fields: dict[str, Any]) -> None:
         (b'{"1": {"text": "a"}, "2": {"text": "b"}}', "no record: it has records in '1'"),
         (b'[{"text": "a"}]\n[{"text": "b"}]\n', "record 1 of .* is a list of records instead"),
         (b'{"text": "a"}\n[{"text": "b"}]\n', "line 2 of .* is a list of records instead"),
-        (gzip.compress(b"x"), "a.jsonl is compressed by gzip"),
+        (gzip.compress(b"x", mtime=0), "a.jsonl is compressed by gzip"),
     ],
 )
 def test_what_holds_several_records_is_no_bad_record(
