@@ -189,7 +189,7 @@ class Lease:
             self._is_gone = False
             self.log(
                 f"warning: {self.folder} has been moved or removed since the start; this process "
-                "goes on, and what it saves goes into a new folder of that name, to be moved to "
+                "continues, and what it saves goes into a new folder of that name, to be moved to "
                 "the rest"
             )
         if self._new_owner is not None:

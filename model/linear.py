@@ -111,7 +111,7 @@ def fp32_linear(x_TX: Tensor, weight_YX: Tensor) -> Tensor:
     """Multiplies in fp32, whatever the dtype: [T, X] and [Y, X] to fp32 [T, Y].
 
     On a GPU, tensor cores multiply numbers of bf16, whose products and sums are the same there;
-    backward rounds the gradient of the result to TF32, four bits more than those of x and weight
+    backward rounds the gradient of the result to TF32, 4 bits more than those of x and weight
     have.
     """
     if not x_TX.is_cuda or x_TX.dtype == torch.float32:

@@ -234,7 +234,7 @@ def test_a_checkpoint_without_a_record(small: DataConfig) -> None:
 def test_shards_of_other_tools_are_compared_by_their_documents(
     config: DataConfig, tmp_path: Path
 ) -> None:
-    """A manifest that somebody wrote may have one digest for ever."""
+    """A manifest that somebody wrote may always have the same digest."""
     documents = [[[5] * length] for length in range(10, 40)]
     first = Loader(shards_of(config, tmp_path / "a", documents), seed=0)
     saved = DataRecord(first).save(1)
