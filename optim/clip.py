@@ -26,4 +26,6 @@ def clip_(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
 
     If the norm is not finite, clipping does not make gradients finite: check it before the update.
     """
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:  # torch.nn.utils has the same, but for some kinds of tensors one by one
+        torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))

@@ -141,7 +141,7 @@ class Step:
     def update(self) -> None:
         """Updates from the last gradients, repeatably, without waiting for the metrics."""
         for master, gradient in zip(self.optimizer.owned(), self.gradients, strict=True):
-            master.grad = gradient  # a step clears it
+            master.grad = None if gradient is None else gradient.clone()  # it is overwritten
         self.engine.step(1e-6, self.norm)
         self.model.update_router_bias(self.losses.expert_load)
 

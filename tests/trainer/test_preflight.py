@@ -195,11 +195,17 @@ def test_snapshots_are_counted_where_they_are(tiny: Path) -> None:
         checks._check_memory(facts, config, torch.device(device))
 
     check("cpu", rest + held, rest + held)
-    check("cuda", rest, held)
+    locked = snapshot_memory(config, Degrees(1), page_locked=True)
+    check("cuda", rest, locked)
     for device, memory, host_memory, what in (
         ("cpu", rest + held - 1, rest + held - 1, "with the snapshots of stability.spikes, take"),
-        ("cuda", rest - 1, held, "^weights, gradients and optimizer states take"),
-        ("cuda", rest, held - 1, "^the snapshots of stability.spikes, which are on the host, take"),
+        ("cuda", rest - 1, locked, "^weights, gradients and optimizer states take"),
+        (
+            "cuda",
+            rest,
+            locked - 1,
+            "^the snapshots of stability.spikes, which are on the host, take",
+        ),
     ):
         with pytest.raises(PreflightError, match=what):
             check(device, memory, host_memory)
@@ -236,7 +242,11 @@ def test_a_file_server_that_is_away_is_no_difference(
 ) -> None:
     """A rank that does not see a file differs from the others; one whose server is away fails."""
 
+    read = checks.sha256_of
+
     def unreadable(path: Path) -> str:
+        if path.suffix == ".py":
+            return read(path)
         raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(checks, "sha256_of", unreadable)

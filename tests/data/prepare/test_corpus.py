@@ -226,7 +226,12 @@ PARQUET = "is a parquet table; set `format: parquet` of source 's'"
         ("a.zip", b"PK", "json", "a.zip is an archive; unpack it"),
         ("a.tar.gz", gzip.compress(b"x", mtime=0), "text", r"a.tar.gz is an archive; unpack it"),
         ("a.jsonl", b"PK\x03\x04", "json", "a.jsonl is an archive; unpack it"),
-        ("a.GZ", gzip.compress(b"x", mtime=0), "json", r"a.GZ is compressed by gzip; let its name end in"),
+        (
+            "a.GZ",
+            gzip.compress(b"x", mtime=0),
+            "json",
+            r"a.GZ is compressed by gzip; let its name end in",
+        ),
         ("a", bz2.compress(b"x"), "text", r"a is compressed by bz2; let its name end in \.bz2"),
         ("a.jsonl", lzma.compress(b"x"), "json", r"is compressed by xz; let its name end in \.xz"),
         ("a", zstandard.compress(b"x"), "json", r"is compressed by zstd; let .* end in \.zst"),
