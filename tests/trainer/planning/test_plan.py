@@ -48,9 +48,7 @@ def test_flash_on_256() -> None:
     assert row(text, "33") == ["1", "0", "0", "1", "0", "1", "0"]  # who is where
     assert "│     7 │             7 │     42 │ 1 csa, heads" in text
     assert row(text, "total without activations") == ["20.49 GiB"]
-    assert row(text, "host memory: snapshots") == ["19.28 GiB"], (
-        "page-locked masters and states"
-    )
+    assert row(text, "host memory: snapshots") == ["19.28 GiB"], "page-locked masters and states"
 
 
 def test_the_phases_of_flash() -> None:
