@@ -82,7 +82,7 @@ class DeepSpeedEngine(Engine):
 
         It hands the gradient to a stream, which a CPU has not.
         """
-        size = resolved["zero_optimization"].get("reduce_bucket_size")
+        size = resolved.get("zero_optimization", {}).get("reduce_bucket_size")
         largest = max(parameter.numel() for parameter in self.parameters.values())
         is_fatal = self.stage == 3 and self.grid.device.type == "cpu"
         if is_fatal and size is not None and size < largest:

@@ -60,7 +60,9 @@ class HostOffload:
     def to_device(self, tensor: Tensor, device: torch.device) -> tuple[Tensor, Any]:
         """Starts a copy; returns it and the event at its end, for which its reader has to wait."""
         # Allocated on the current stream, whose later work reads it, and reuses its memory.
-        copy = torch.empty_like(tensor, device=device)
+        copy = torch.empty_strided(
+            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device
+        )
         return copy, self._start(copy, tensor)
 
     def _start(self, copy: Tensor, tensor: Tensor) -> Any:
