@@ -147,10 +147,10 @@ def test_attention_of_v4_s_width_fits_with_some_block_sizes(part, name, capabili
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", OTHERS)
+@pytest.mark.parametrize("capability", [80, 120])
 @compiled
-def test_wide_block_sizes_fit_hopper_alone(capability, tmp_path):
-    """The negative control, and the reason for the others."""
+def test_wide_block_sizes_do_not_fit_smaller_gpus(capability, tmp_path):
+    """The negative control, and the reason for the others; Blackwell's 10.0 has room as well."""
     import triton
 
     triton.knobs.cache.dir = str(tmp_path)
