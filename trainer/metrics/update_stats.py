@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = 16 * 1024 * 1024
 class UpdateStats:
     """Compares weights after an update with a copy from before it, kept on the host.
 
-    The copy is page-locked for a GPU, which then copies it there and back while the host goes on.
+    The copy is page-locked for a GPU, which then copies it there and back while the host continues.
     Weights that DeepSpeed partitions (ZeRO 3) are left out: it gathers them for a moment only.
     """
 
