@@ -8,13 +8,18 @@ ROOMS = ("data", "model", "optim", "trainer", "launch")
 
 TEST = [
     "accelerate>=1.0",
+    "flask>=3.0",
+    "flask-cors>=5.0",
     "hypothesis>=6.100",
     "import-linter>=2.3",
+    "moto[s3]>=5.1",
     "mypy>=1.15",
     "pytest>=8.3",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.11",
+    "s3fs>=2025.3",
+    "tensorboard>=2.19",
     "types-PyYAML>=6.0.12",
 ]
 
@@ -44,6 +49,7 @@ setup(
         "sentencepiece>=0.2.1",
         "tokenizers>=0.22",
         "safetensors>=0.6",
+        "fsspec>=2025.3",
         "wandb>=0.31",
         "optuna>=4.0",
         "matplotlib>=3.9",
@@ -55,6 +61,12 @@ setup(
         "typer>=0.15",
         "rich>=13.9",
     ],
-    extras_require={"docs": DOCS, "test": TEST},
+    extras_require={
+        "docs": DOCS,
+        "gcs": ["gcsfs>=2025.3"],
+        "s3": ["s3fs>=2025.3"],
+        "tensorboard": ["tensorboard>=2.19"],
+        "test": TEST,
+    },
     entry_points={"console_scripts": ["v4 = launch.__main__:main"]},
 )
