@@ -47,6 +47,15 @@ def _path(text: str | Path) -> Path:
     return Path(os.path.expanduser(text))
 
 
+class GpuName(StrEnum):
+    """GPUs whose data-sheet rates `v4 plan --efficiency` knows."""
+
+    A100 = "a100"
+    H100 = "h100"
+    H200 = "h200"
+    B200 = "b200"
+
+
 class WeightFormat(StrEnum):
     """How `v4 export` stores the weights."""
 
@@ -183,6 +192,20 @@ def plan(
     parameters: Annotated[
         bool, typer.Option("--parameters", help="The optimizer's table of all parameters.")
     ] = False,
+    efficiency: Annotated[
+        bool,
+        typer.Option(
+            "--efficiency",
+            help="Instead: operations and cache of a token at inference, against its context.",
+        ),
+    ] = False,
+    gpu: Annotated[
+        GpuName | None, typer.Option(help="With --efficiency: the decoding rate of this GPU.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(parser=_path, metavar="PATH", help="With --efficiency: a picture, PNG."),
+    ] = None,
     cluster: Annotated[
         str | None,
         typer.Option(
@@ -210,6 +233,8 @@ def plan(
     run.check_world(nproc)
     flags = ["--dry-run"] * dry_run + ["--measure"] * measure + ["--parameters"] * parameters
     flags += [] if phase is None else [f"--phase={phase}"]
+    flags += ["--efficiency"] * efficiency + ([] if gpu is None else [f"--gpu={gpu.value}"])
+    flags += [] if plot is None else [f"--plot={plot}"]
     command = processes.command("plan", config, *(overrides or []), f"--processes={nproc}", *flags)
     _exit(processes.run(command))
 

@@ -120,6 +120,7 @@ class Block(nn.Module):
         That is the experts' input and hc_ffn's post and comb. Last comes the indexer's objective.
         """
         x_TD, post_TN, comb_TNN = self.hc_attn.read(streams_TND)
+        exchange = exchange.of_layer(self.layer_index)
         inputs = (x_TD, positions, exchange, mode, loss_denominator)
         out_TD, indexer = self.call_part("attention", self._attend, *inputs)
         streams_TND = self.call_part(

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from model.config import LayerType, ModelConfig
-from model.exchange import Exchange
+from model.config import ModelConfig
+from model.exchange import EntryKind, Exchange, layer_type_of
 from model.kernels.compressor import pool_windows
 from model.kernels.operations import ALL_EAGER, Kernels
 from model.linear import FP32OutLinear
@@ -29,13 +29,14 @@ class Compressor(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        kind: LayerType,
+        entries: EntryKind,
         dim: int,
         dtype: torch.dtype,
         kernels: Kernels = ALL_EAGER,
     ) -> None:
         super().__init__()
-        self.kind = kind
+        kind = layer_type_of(entries)
+        self.entries, self.kind = entries, kind
         self.overlap = kind == "csa"
         width = 2 * dim if self.overlap else dim
         self.wkv = FP32OutLinear(config.hidden_size, width, dtype)
@@ -57,7 +58,7 @@ class Compressor(nn.Module):
         ``rounded`` is applied to this rank's entries before they are gathered.
         """
         windows = positions.windows(self.kind)
-        values, gates = exchange.prepend_halo(self.kind, self.wkv(x_TD), self.wgate(x_TD))
+        values, gates = exchange.prepend_halo(self.entries, self.wkv(x_TD), self.wgate(x_TD))
         pooled_CK = pool_windows(
             values,
             gates,
@@ -70,4 +71,4 @@ class Compressor(nn.Module):
         entries_CK = self.norm(pooled_CK, windows.rotation_Cr, x_TD.dtype)
         if rounded is not None:
             entries_CK = rounded(entries_CK)
-        return exchange.gather_entries(self.kind, entries_CK)
+        return exchange.gather_entries(self.entries, entries_CK)

@@ -10,12 +10,20 @@ Letters: T tokens or queries, K head dim, C compressed entries, Z samples, E exp
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from model.config import LayerType
 from model.kernels.indexer import MassFunction
+
+EntryKind = Literal["csa", "hca", "index"]
+"""What a compressor makes: entries of a CSA or HCA layer, or keys of a CSA layer's indexer."""
+
+
+def layer_type_of(entries: EntryKind) -> LayerType:
+    """Returns the type of the layers that have these entries."""
+    return "hca" if entries == "hca" else "csa"
 
 
 class Exchange(Protocol):
@@ -23,6 +31,9 @@ class Exchange(Protocol):
 
     Differentiable for floating-point tensors.
     """
+
+    def of_layer(self, layer_index: int) -> Exchange:
+        """Returns the exchange of one layer, by its index as in `Block`."""
 
     def local_of_microbatch(self, microbatch_T: Tensor) -> Tensor:
         """Returns the local tokens' elements of a vector over all tokens of the microbatch."""
@@ -43,11 +54,11 @@ class Exchange(Protocol):
         """Gathers the keys in the queries' windows, in the order that query ranges index."""
 
     def prepend_halo(
-        self, kind: LayerType, values_TX: Tensor, gates_TX: Tensor
+        self, entries: EntryKind, values_TX: Tensor, gates_TX: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Prepends the halo of a compressor's inputs: earlier tokens of its windows."""
 
-    def gather_entries(self, kind: LayerType, pooled_CK: Tensor) -> Tensor:
+    def gather_entries(self, entries: EntryKind, pooled_CK: Tensor) -> Tensor:
         """Gathers all entries of the microbatch, in the order of samples."""
 
     def sum_mass(self, kind: LayerType, mass: MassFunction, selected_only: bool) -> MassFunction:
@@ -64,6 +75,9 @@ class Exchange(Protocol):
 
 class LocalExchange:
     """The exchange of one process, which has all tokens: every method returns its argument."""
+
+    def of_layer(self, layer_index: int) -> Exchange:
+        return self
 
     def local_of_microbatch(self, microbatch_T: Tensor) -> Tensor:
         return microbatch_T
@@ -84,11 +98,11 @@ class LocalExchange:
         return local_TK
 
     def prepend_halo(
-        self, kind: LayerType, values_TX: Tensor, gates_TX: Tensor
+        self, entries: EntryKind, values_TX: Tensor, gates_TX: Tensor
     ) -> tuple[Tensor, Tensor]:
         return values_TX, gates_TX
 
-    def gather_entries(self, kind: LayerType, pooled_CK: Tensor) -> Tensor:
+    def gather_entries(self, entries: EntryKind, pooled_CK: Tensor) -> Tensor:
         return pooled_CK
 
     def sum_mass(self, kind: LayerType, mass: MassFunction, selected_only: bool) -> MassFunction:

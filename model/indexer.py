@@ -43,7 +43,7 @@ class Indexer(nn.Module):
         self.topk, self.kernels = config.index_topk, kernels
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim, dtype, matmuls)
         self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False, dtype=dtype)
-        self.compressor = Compressor(config, "csa", self.dim, dtype, kernels)
+        self.compressor = Compressor(config, "index", self.dim, dtype, kernels)
 
     def forward(
         self, x_TD: Tensor, q_TQ: Tensor, positions: Positions, exchange: Exchange
@@ -57,10 +57,12 @@ class Indexer(nn.Module):
         queries = self.wq_b(q_TQ).unflatten(-1, (self.heads, self.dim))
         queries = rotate(queries, positions.rotation("csa"), self.kernels.norms)
         weights = self.weights_proj(x_TD).float() * (self.dim * self.heads) ** -0.5
-        keys = self.compressor(x_TD, positions, exchange)
-        if self.fake_quantised:
-            queries, keys = fake_quantise(hadamard(queries)), fake_quantise(hadamard(keys))
-        return IndexerInputs(queries, keys, weights)
+        keys = self.compressor(x_TD, positions, exchange, self._rounded)
+        return IndexerInputs(self._rounded(queries), keys, weights)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        """Rounds queries or keys [..., J] if they are `fake_quantised`."""
+        return fake_quantise(hadamard(x)) if self.fake_quantised else x
 
     @torch.no_grad()
     def select(

@@ -158,8 +158,13 @@ def sweep_report(folder: str, options: argparse.Namespace) -> None:
 
 def plan(config: RunConfig, options: argparse.Namespace) -> None:
     """Show steps, phases, parallelism, traffic and memory of a config."""
-    from trainer.planning import describe_plan
+    from trainer.planning import describe_efficiency, describe_plan
 
+    if options.efficiency:
+        plot = None if options.plot is None else Path(options.plot)
+        name = Path(options.config).stem
+        _print_all(describe_efficiency(config.model, name, options.gpu, plot))
+        return
     with Activity("measuring" if options.measure else "planning"):
         _print_all(
             describe_plan(
@@ -326,6 +331,9 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--phase", type=int, help="the phase whose activations are counted")
             verb.add_argument("--parameters", action="store_true", help="the optimizer's table")
             verb.add_argument("--measure", action="store_true", help="time one layer of each kind")
+            verb.add_argument("--efficiency", action="store_true", help="costs against context")
+            verb.add_argument("--gpu", help="with --efficiency, the decoding rate of this GPU")
+            verb.add_argument("--plot", help="with --efficiency, a picture to write")
         verb.add_argument("overrides", nargs="*", metavar="key=value")
     return parser
 

@@ -14,7 +14,7 @@ METHODS = [name for name in vars(Exchange) if not name.startswith("_")]
 
 
 def test_every_exchange_has_the_methods_of_the_protocol() -> None:
-    assert len(METHODS) == 10
+    assert len(METHODS) == 11
     for kind in (LocalExchange, SequenceExchange):
         for name in METHODS:
             expected = inspect.signature(getattr(Exchange, name))
@@ -28,8 +28,10 @@ def test_local_exchange_returns_its_arguments() -> None:
         "gather_entries": ("csa", x),
         "sum_mass": ("csa", mass, True),
     }
-    for name in METHODS:
-        results = getattr(LocalExchange(), name)(*arguments.get(name, (x,)))
+    exchange = LocalExchange()
+    assert exchange.of_layer(3) is exchange
+    for name in set(METHODS) - {"of_layer"}:
+        results = getattr(exchange, name)(*arguments.get(name, (x,)))
         if name == "prepend_halo":
             assert torch.equal(results[0], x) and torch.equal(results[1], x + 1)
         else:

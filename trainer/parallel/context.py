@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import LayerType, ModelConfig
+from model.exchange import EntryKind, Exchange, layer_type_of
 from model.kernels.attention import AttentionRanges
 from model.kernels.indexer import MassFunction
 from model.layout import SampleLayout, on_device
@@ -137,6 +138,9 @@ class SequenceExchange:
         device = layout.position_T.device
         self._local_T, self._queries_T = on_device(local, device), on_device(queries, device)
 
+    def of_layer(self, layer_index: int) -> Exchange:
+        return self
+
     def local_of_microbatch(self, microbatch_T: Tensor) -> Tensor:
         return microbatch_T[self._local_T]
 
@@ -162,15 +166,15 @@ class SequenceExchange:
         return with_halo(keys_TK, self.rows, self.window - 1, self.context)
 
     def prepend_halo(
-        self, kind: LayerType, values_TX: Tensor, gates_TX: Tensor
+        self, entries: EntryKind, values_TX: Tensor, gates_TX: Tensor
     ) -> tuple[Tensor, Tensor]:
         both = torch.cat([values_TX, gates_TX], dim=-1)
-        halo = self._window_plans[kind].halo
+        halo = self._window_plans[layer_type_of(entries)].halo
         values, gates = with_halo(both, self.rows, halo, self.sequence).chunk(2, dim=-1)
         return values, gates
 
-    def gather_entries(self, kind: LayerType, pooled_CK: Tensor) -> Tensor:
-        return self._window_plans[kind].gather(pooled_CK)
+    def gather_entries(self, entries: EntryKind, pooled_CK: Tensor) -> Tensor:
+        return self._window_plans[layer_type_of(entries)].gather(pooled_CK)
 
     def sum_mass(self, kind: LayerType, mass: MassFunction, selected_only: bool) -> MassFunction:
         tensor = self.tensor

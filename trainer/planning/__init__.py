@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers, the names of _MODULES
     from trainer.planning.dry_run import count_memory
+    from trainer.planning.efficiency_report import describe_efficiency
     from trainer.planning.expected_memory import expected_memory_report, host_memory_warning
     from trainer.planning.fit_device import fit_to_device
     from trainer.planning.layer_times import measure_layers
@@ -20,6 +21,7 @@ _MODULES = {
     "Work": "traffic",
     "advise_on_out_of_memory": "out_of_memory",
     "count_memory": "dry_run",
+    "describe_efficiency": "efficiency_report",
     "describe_plan": "plan",
     "expected_memory_report": "expected_memory",
     "fit_to_device": "fit_device",

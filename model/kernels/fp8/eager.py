@@ -127,14 +127,14 @@ def quantise_blocks(x_RC: Tensor) -> tuple[Tensor, Tensor]:
     filled = F.pad(x_RC.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     tiles = filled.unflatten(-1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
     largest = tiles.abs().amax(dim=(1, 3))
-    exponents = _exponents(largest)
+    exponents = e4m3_exponents(largest)
     codes = (tiles * power_of_two(-exponents)[:, None, :, None]).to(torch.float8_e4m3fn)
     scales = power_of_two(exponents).masked_fill_(~largest.isfinite(), torch.nan)
     codes = codes.flatten(0, 1).flatten(1)[:rows, :columns].contiguous()
     return codes, scales.to(torch.float8_e8m0fnu)
 
 
-def _exponents(largest: Tensor) -> Tensor:
+def e4m3_exponents(largest: Tensor) -> Tensor:
     """Returns int32: the smallest k >= -117 with ``largest`` <= 448 · 2^k."""
     fraction, exponent = torch.frexp(largest.float())  # 448 · 2^k = 0.875 · 2^(k+9)
     exponent = torch.where(fraction <= 0.875, exponent - 9, exponent - 8)
@@ -143,7 +143,7 @@ def _exponents(largest: Tensor) -> Tensor:
 
 def round_e4m3(x: Tensor, largest: Tensor) -> Tensor:
     """Rounds to E4M3 with the scale implied by ``largest``, ties to even, and rescales."""
-    exponent = _exponents(largest)
+    exponent = e4m3_exponents(largest)
     scale = power_of_two(exponent).masked_fill(~largest.isfinite(), torch.nan)
     numbers = (x.float() * power_of_two(-exponent)).to(torch.float8_e4m3fn)
     return (numbers.float() * scale).to(x.dtype)

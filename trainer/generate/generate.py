@@ -1,0 +1,215 @@
+"""Continues token sequences with a model and its cache, several sequences at a time.
+
+B sequences; T new tokens of all of them; N streams; D hidden size; V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from model import V4Model
+from model.cache import CachedModel
+from trainer.generate.sampling import Sampling, accept_drafts, draw, probabilities
+
+PREFILL_TOKENS = 2048
+"""Prompt tokens that pass the model at a time."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to continue, and until when.
+
+    Attributes:
+        prompts: token ids of each sequence, at least one of them.
+        max_new_tokens: of each sequence.
+        stop: ids after which a sequence ends.
+        speculative: whether the MTP block drafts tokens. The tokens are distributed as without it,
+            and the same at temperature 0.
+        packed: whether the cache is packed; see model.cache.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: frozenset[int] = frozenset()
+    seed: int = 0
+    speculative: bool = False
+    packed: bool = False
+
+
+@dataclass
+class Statistics:
+    """Tokens and seconds of a generation, and what became of its drafts."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    drafts: int = 0
+    accepted_drafts: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all sequences per second of decoding."""
+        return self.new_tokens / max(self.decode_seconds, 1e-9)
+
+
+@dataclass
+class _Sequence:
+    """One sequence while it grows.
+
+    Attributes:
+        pending: the last token, which has not passed the model yet.
+        room: new tokens that it may still get.
+    """
+
+    index: int
+    pending: int
+    room: int
+    unseen: list[Tensor] = field(default_factory=list)
+    """Streams [1, N, D] of tokens that the MTP block has not seen."""
+    following: list[int] = field(default_factory=list)
+    """The tokens after these, as far as they are known."""
+
+
+class Generation:
+    """The state of a request; iterating it yields (sequence, token) as they are chosen.
+
+    Attributes:
+        statistics: counts up while it is iterated.
+    """
+
+    def __init__(self, model: V4Model, request: Request) -> None:
+        self.request, self.statistics = request, Statistics()
+        longest = max(map(len, request.prompts)) + request.max_new_tokens
+        self._model = CachedModel(model, len(request.prompts), longest + 1, request.packed)
+        self._device = model.head.weight.device
+        self._generator = torch.Generator(self._device).manual_seed(request.seed)
+        self._drafts = request.speculative and model.mtp_block is not None
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        start = time.perf_counter()
+        last_BND = self._prefill()
+        chances_BV = self._chances(self._model.logits(last_BND))
+        first = draw(chances_BV, self._generator).tolist()
+        self.statistics.prefill_seconds = time.perf_counter() - start
+        active = []
+        for index, token in enumerate(first):
+            room = self.request.max_new_tokens
+            sequence = _Sequence(index, token, room, [last_BND[index : index + 1]], [])
+            yield from self._add(sequence, [token])
+            if sequence.room:
+                active.append(sequence)
+        step = self._speculative_step if self._drafts else self._step
+        while active:
+            start = time.perf_counter()
+            results = step(active)
+            self.statistics.decode_seconds += time.perf_counter() - start
+            for sequence, tokens in zip(active, results, strict=True):
+                yield from self._add(sequence, tokens)
+            active = [sequence for sequence in active if sequence.room]
+
+    def _add(self, sequence: _Sequence, tokens: list[int]) -> Iterator[tuple[int, int]]:
+        """Appends tokens until the sequence ends."""
+        for token in tokens:
+            if not sequence.room:
+                return
+            sequence.pending, sequence.room = token, sequence.room - 1
+            sequence.following.append(token)
+            self.statistics.new_tokens += 1
+            if token in self.request.stop:
+                sequence.room = 0
+            yield sequence.index, token
+
+    def _prefill(self) -> Tensor:
+        """Runs the prompts in chunks; returns the streams of each one's last token, [B, N, D]."""
+        prompts = [list(prompt) for prompt in self.request.prompts]
+        self.statistics.prompt_tokens = sum(map(len, prompts))
+        chunk = max(PREFILL_TOKENS // len(prompts), 1)
+        last: dict[int, Tensor] = {}
+        for first in range(0, max(map(len, prompts)), chunk):
+            parts = [prompt[first : first + chunk] for prompt in prompts]
+            new = [len(part) for part in parts]
+            streams = self._model.forward(self._tensor([*chain(*parts)]), new).split(new)
+            for index, part in enumerate(streams):
+                if len(part):
+                    last[index] = part[-1]
+            if self._drafts:
+                self._prefill_mtp(prompts, first, streams)
+        return torch.stack([last[index] for index in range(len(prompts))])
+
+    def _prefill_mtp(self, prompts: list[list[int]], first: int, streams: Sequence[Tensor]) -> None:
+        """Runs the MTP block over a chunk, except for each prompt's last token."""
+        new = [
+            min(len(part), max(len(prompt) - 1 - first, 0))
+            for prompt, part in zip(prompts, streams, strict=True)
+        ]
+        following = [
+            prompt[first + 1 : first + 1 + n] for prompt, n in zip(prompts, new, strict=True)
+        ]
+        if sum(new):
+            parts = torch.cat([part[:n] for part, n in zip(streams, new, strict=True)])
+            self._model.draft_logits(parts, self._tensor([*chain(*following)]), new)
+
+    def _step(self, active: Sequence[_Sequence]) -> list[list[int]]:
+        """Runs each sequence's pending token; returns the next one of each."""
+        pending = [sequence.pending for sequence in active]
+        streams = self._model.forward(self._tensor(pending), self._counts(active, 1))
+        chances = self._chances(self._model.logits(streams))
+        return [[token] for token in draw(chances, self._generator).tolist()]
+
+    def _speculative_step(self, active: Sequence[_Sequence]) -> list[list[int]]:
+        """Drafts a token after the pending one, runs both; returns one or two tokens of each."""
+        draft_chances = self._draft(active)
+        drafts = draw(draft_chances, self._generator)
+        pending = self._tensor([sequence.pending for sequence in active])
+        tokens = torch.stack([pending, drafts], dim=1).flatten()
+        streams = self._model.forward(tokens, self._counts(active, 2))
+        logits = self._model.logits(streams).unflatten(0, (-1, 2))
+        accepted, first = accept_drafts(
+            drafts, draft_chances, self._chances(logits[:, 0]), self._generator
+        )
+        second = draw(self._chances(logits[:, 1]), self._generator).tolist()
+        refused = [0] * len(self._model.cache.lengths)
+        results = []
+        pairs = streams.unflatten(0, (-1, 2))
+        for number, (sequence, stays) in enumerate(zip(active, accepted.tolist(), strict=True)):
+            sequence.unseen = [pairs[number, : 1 + stays]]
+            sequence.following = []
+            refused[sequence.index] = 1 - stays
+            token = int(first[number])
+            results.append([token, second[number]] if stays else [token])
+        self._model.cache.take_back(refused)
+        self.statistics.drafts += len(active)
+        self.statistics.accepted_drafts += int(accepted.sum())
+        return results
+
+    def _draft(self, active: Sequence[_Sequence]) -> Tensor:
+        """Returns the MTP head's distributions of the token after the pending one, [B, V]."""
+        counts = [0] * len(self._model.cache.lengths)
+        for sequence in active:
+            counts[sequence.index] = sum(len(streams) for streams in sequence.unseen)
+        streams = torch.cat([part for sequence in active for part in sequence.unseen])
+        following = self._tensor([t for sequence in active for t in sequence.following])
+        logits = self._model.draft_logits(streams, following, counts)
+        ends = torch.tensor([counts[sequence.index] for sequence in active]).cumsum(0) - 1
+        return self._chances(logits[ends.to(self._device)])
+
+    def _chances(self, logits: Tensor) -> Tensor:
+        return probabilities(logits, self.request.sampling)
+
+    def _counts(self, active: Sequence[_Sequence], count: int) -> list[int]:
+        """New tokens of every sequence of the cache: `count` for the active ones."""
+        counts = [0] * len(self._model.cache.lengths)
+        for sequence in active:
+            counts[sequence.index] = count
+        return counts
+
+    def _tensor(self, tokens: list[int]) -> Tensor:
+        return torch.tensor(tokens, dtype=torch.int64, device=self._device)
