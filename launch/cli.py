@@ -229,7 +229,7 @@ def plan(
         path = write_job(run, arguments, load_cluster(cluster), nodes, gpus_per_node, out)
         submit = "sbatch" if path.suffix == ".sbatch" else "kubectl apply -f"
         print(f"wrote {path}; submit it with: {submit} {path}", flush=True)
-    nproc = nproc or run.parallel.min_world
+    nproc = nproc or run.min_world
     run.check_world(nproc)
     flags = ["--dry-run"] * dry_run + ["--measure"] * measure + ["--parameters"] * parameters
     flags += [] if phase is None else [f"--phase={phase}"]

@@ -10,14 +10,17 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from data.activity import Activity, prepare_streams, print_line
+from trainer.process.exit_codes import START_AGAIN
 from trainer.process.signals import StopRequest, end_on_signals, stop_on_signals
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
 
 
-def train(config: RunConfig, stop: StopRequest) -> None:
+def train(config: RunConfig, stop: StopRequest) -> bool:
     """Trains `config` on the processes that torchrun's environment describes.
+
+    Returns whether processes have to begin again, for a next step with other degrees.
 
     The first of them logs a line at once: torch and what follows take seconds to import.
     """
@@ -31,7 +34,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
                 f"{config.run_dir}: complete, with {config.recipe.steps} of "
                 f"{config.recipe.steps} steps; to train on, set more steps"
             )
-        return
+        return False
     if is_first:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         print_line(
@@ -40,10 +43,10 @@ def train(config: RunConfig, stop: StopRequest) -> None:
         )
     allow_growing_segments()
     with Activity("loading torch", visible=is_first):
-        from trainer.checkpoint import claim_checkpoints
+        from trainer.checkpoint import at_next_step, claim_checkpoints
         from trainer.kernels import RankKernels, local_verdicts
         from trainer.parallel.collectives import all_gather_objects
-        from trainer.parallel.grid import open_grid
+        from trainer.parallel.grid import connect_store, open_grid
         from trainer.planning import (
             advise_on_out_of_memory,
             expected_memory_report,
@@ -62,6 +65,10 @@ def train(config: RunConfig, stop: StopRequest) -> None:
         Activity("connecting", visible=is_first) as start,
     ):
         device = local_device(config.device)
+        timeout = config.parallel.timeout_seconds
+        with end_on_signals(stop, "connecting to the other processes"):
+            store = connect_store(timeout)
+            config = at_next_step(config, store)
         config, messages = fit_to_device(config, device)  # before there is a process group
         if is_first and (warning := host_memory_warning(config, device)):
             print_line(f"warning: {warning}")
@@ -69,8 +76,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
         kernels = RankKernels.of(config, device, verdicts)
         start.what = "connecting"
         with end_on_signals(stop, "connecting to the other processes"):
-            timeout = config.parallel.timeout_seconds
-            grid = opened.enter_context(open_grid(device, config.degrees, timeout))
+            grid = opened.enter_context(open_grid(device, config.degrees, timeout, store))
             watch.connect(grid)
         if config.deterministic:
             _use_deterministic_algorithms()
@@ -84,7 +90,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
                 if is_first:
                     print_line("stopped before the first step")
                 watch.close()
-                return
+                return False
             if is_first:
                 claim_checkpoints(config.run_dir)
             messages.append(expected_memory_report(config, grid.world_size))
@@ -92,8 +98,9 @@ def train(config: RunConfig, stop: StopRequest) -> None:
             with advise_on_out_of_memory(config, grid):
                 trainer = Trainer(config, grid, stop, messages, check, agreed)
                 start.end()
-                trainer.run()
+                state = trainer.run()
         watch.close()
+    return state.starts_again
 
 
 def _use_deterministic_algorithms() -> None:
@@ -114,7 +121,11 @@ def allow_growing_segments() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns exit code 0 at the end or after a signal, 2 after one line about bad input."""
+    """Returns exit code 0 at the end or after a signal, 2 after one line about bad input.
+
+    Several processes end with `START_AGAIN` where the next step has other degrees; one process goes
+    on by itself.
+    """
     prepare_streams()
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     parser.add_argument("config", help="config file, or the folder of a run to resume")
@@ -125,7 +136,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from trainer.config import load_run
         from trainer.process.errors import run_or_explain
 
-        return run_or_explain(lambda: train(load_run(options.config, options.overrides), stop))
+        def run() -> int:
+            while train(load_run(options.config, options.overrides), stop):
+                if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                    return START_AGAIN
+            return 0
+
+        return run_or_explain(run)
 
 
 if __name__ == "__main__":

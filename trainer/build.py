@@ -85,13 +85,14 @@ def make_local(
 
     `dispatch`: as in `build_local_model`. `kernels`: as in `build_engine`.
     """
+    parallel = config.segment.parallel
     return build_local_model(
         config.model,
         DTYPES[config.precision],
         grid,
-        config.parallel.stages(config.model, config.recipe.seq_len),
-        config.parallel.recompute,
-        config.parallel.offload,
+        parallel.stages(config.model, config.segment.seq_len),
+        parallel.recompute,
+        parallel.offload,
         fp8=config.precision == "fp8",
         kernels=kernels or unchecked_kernels(config),
         dispatch=dispatch,
@@ -102,7 +103,7 @@ def make_optimizer(
     config: RunConfig, local: LocalModel, grid: Grid, kernels: Kernels | None = None
 ) -> HybridZero:
     """Makes the optimizer of this rank's part of the model, on the device of its weights."""
-    parallel = config.parallel
+    parallel = config.segment.parallel
     return shard_optimizer(
         local,
         make_table(config, local),

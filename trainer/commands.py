@@ -56,17 +56,24 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     With the rows of `evaluation`, and the attention and the quantisation of the last step's phase.
     """
     with _loading():
-        from trainer.checkpoint import CheckpointFolder, other_shards, read_newest
+        from trainer.checkpoint import (
+            CheckpointFolder,
+            at_next_step,
+            other_shards,
+            read_newest,
+        )
         from trainer.engine import NativeEngine
         from trainer.evaluate import Validation
         from trainer.export import open_run
         from trainer.metrics import finite
-        from trainer.parallel.grid import open_grid
+        from trainer.parallel.grid import connect_store, open_grid
         from trainer.process.local_device import local_device
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         config = config.alone()  # checkpoints open at any topology
-    with open_grid(local_device(config.device), config.degrees) as grid:
+    store = connect_store()
+    config = at_next_step(config, store)
+    with open_grid(local_device(config.device), config.degrees, store=store) as grid:
         if grid.is_first:
             _warn_of_other_tokenizer(config)
         validation = Validation(config, grid)

@@ -1,5 +1,7 @@
 """Formats numbers for tables and messages."""
 
+from collections.abc import Iterable
+
 GIB = 2**30
 
 
@@ -22,3 +24,11 @@ def duration(seconds: float) -> str:
 def gib(size: int) -> str:
     """Returns bytes as GiB, or as MiB below 1 GiB."""
     return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
+
+
+def span(numbers: Iterable[int]) -> str:
+    """Formats consecutive numbers by the first and the last: `3-7`; nothing for none."""
+    numbers = list(numbers)
+    if len(numbers) < 2:
+        return "".join(map(str, numbers))
+    return f"{numbers[0]}-{numbers[-1]}"

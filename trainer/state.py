@@ -19,7 +19,7 @@ _OLD_HISTORY = {"busiest": "max_expert_share", "busiest'": "max_expert_share'"}
 
 @dataclass
 class TrainState:
-    """Progress of a run; every field but `stopping` is saved."""
+    """Progress of a run; every field but `stopping` and `starts_again` is saved."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -46,11 +46,13 @@ class TrainState:
     """Recent metrics that the next step is compared with; see stability/spikes.py."""
     stopping: bool = False
     """All ranks have agreed to stop after the current step."""
+    starts_again: bool = False
+    """These processes have ended, and others with the degrees of the next step have to begin."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a copy of the fields that a checkpoint saves."""
         values = dataclasses.asdict(self)
-        del values["stopping"]
+        del values["stopping"], values["starts_again"]
         return values
 
     def restore(self, saved: Mapping[str, Any]) -> None:

@@ -21,8 +21,9 @@ from trainer.engine import StepLosses
 from trainer.evaluate import EvaluationStopped, Validation
 from trainer.kernels import AgreedKernels, run_operations, unchecked
 from trainer.metrics import Metrics, UpdateStats, collect_stats, compute_layer_stats, describe_event
+from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
-from trainer.process.command_line import v4
+from trainer.process.command_line import resume_command, v4
 from trainer.process.errors import DivergedError
 from trainer.process.signals import StopRequest
 from trainer.run_tokenizer import keep_tokenizer, open_tokenizer, other_tokenizer, run_data
@@ -87,6 +88,7 @@ class Trainer:
             self.batches.at,
             config.stability.anticipatory_routing,
             self.recipe,
+            config.segment,
         )
         self.checkpoint = RunCheckpoint(
             config,
@@ -113,11 +115,16 @@ class Trainer:
         ]
 
     def run(self) -> TrainState:
-        """Trains from the newest checkpoint, or from the start, to the last step or a signal."""
+        """Trains from the newest checkpoint, or from the start, until these processes have to end.
+
+        They do after the last step of the run, after a signal, and where the next step has other
+        degrees: `state.starts_again`. A checkpoint is saved in each case.
+        """
         is_complete = False
         try:
             self._begin()
             self._train()
+            self._agree_on_next()
             is_complete = True
         finally:
             self.batches.close()
@@ -127,13 +134,15 @@ class Trainer:
 
     def _train(self) -> None:
         first = self.state.step
-        while self.state.step < self.recipe.steps and not self.state.stopping:
+        while self._is_in_segment() and not self.state.stopping:
             start = time.perf_counter()
             self.stability.before_step()
             is_first = self.grid.is_first and self.state.step == first
             with Activity("first step", visible=is_first):  # may compile
                 result = self.step(self.anticipation.batches(self.state.step))
             if isinstance(result, RolledBack):
+                if not self._is_in_segment():
+                    self.checkpoint.save(self.state)  # for processes with that step's degrees
                 continue  # from the step that was restored
             result.seconds = time.perf_counter() - start
             self.check()
@@ -142,6 +151,26 @@ class Trainer:
             result.epochs = self.loader.epochs_of(self.state.step)
             for hook in self.periodic:
                 hook(self.state, result)
+
+    def _is_in_segment(self) -> bool:
+        segment = self.config.segment
+        return segment.first <= self.state.step < segment.end
+
+    def _agree_on_next(self) -> None:
+        """Sets `starts_again` where the next step has other degrees; a stop meanwhile wins."""
+        state = self.state
+        if self._is_in_segment() or state.step == self.recipe.steps or state.stopping:
+            return
+        next_one = self.recipe.segment_at(state.step)
+        of_next = next_one.parallel.degrees(self.grid.world_size)
+        where = f"phase {next_one.phases[0].number} trains with other degrees, {of_next.text}"
+        state.stopping = any(all_gather_objects(self.stop.requested, self.grid.world))
+        state.starts_again = not state.stopping
+        if state.starts_again:
+            self._log(f"after step {state.step}, {where}: the processes start again")
+        else:
+            resume = resume_command(self.config.run_dir)
+            self._log(f"stopped after step {state.step}, before {where}; resume: {resume}")
 
     def step(self, batches: list[Batch]) -> StepResult | RolledBack:
         """Takes one optimizer step on this rank's microbatches of a global batch.
@@ -354,7 +383,7 @@ class Trainer:
         """Logs peak memory after the first evaluation and at the end; every rank takes part."""
         is_first = not self.has_logged_memory
         is_first &= self._is_due(self.config.evaluation.every, state.step)
-        if is_first or state.stopping or state.step == self.recipe.steps:
+        if is_first or state.stopping or state.step == self.config.segment.end:
             self.has_logged_memory = True
             self._log(peak_memory_report(self.grid))
 

@@ -74,7 +74,7 @@ def pinned_batch(config: Any) -> Any:
 
     from data import Batch
 
-    length, rows = config.recipe.seq_len, config.data.micro_batch_size
+    length, rows = config.segment.seq_len, config.data.micro_batch_size
     generator = np.random.default_rng(0)
 
     def packed() -> list[int]:

@@ -164,6 +164,20 @@ def test_torchrun_ends_as_its_first_rank(command: str, code: int, part: str) -> 
     assert ("was killed by SIGKILL (signal 9)" in done.stderr) == (code == 137)
 
 
+@pytest.mark.parametrize("ends", [2, 0])
+def test_ranks_that_start_again_are_no_failure(ends: int, tmp_path: Path) -> None:
+    """However often, without a restart left; what a failure leaves behind is as ever."""
+    rank = f"n=$(ls {tmp_path}/*.$RANK 2>/dev/null | wc -l); touch {tmp_path}/$n.$RANK"
+    rank += f"; echo attempt $n; [ $n = 3 ] && exit {ends}; sleep $RANK; exit 75"
+    torchrun = [sys.executable, "-m", "trainer.process.torchrun", "--standalone"]
+    torchrun += ["--nproc-per-node=2", "--no-python", "bash", "-c", rank]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == ends, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"attempt {n // 2}" for n in range(8)]
+    assert "75" not in done.stderr and "SIGTERM" not in done.stderr
+
+
 def test_a_signal_to_torchrun_waits_for_the_ranks() -> None:
     rank = "trap 'echo saved $RANK; exit 0' TERM; echo started; while :; do sleep 0.1; done"
     torchrun = [sys.executable, "-m", "trainer.process.torchrun", "--standalone"]

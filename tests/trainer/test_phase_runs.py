@@ -193,7 +193,7 @@ def test_the_report_and_the_plan_show_the_phases(straight: Path, path: Path) -> 
     for phase in config.recipe.phases:
         assert f">{phase.name}</text>" in html
     assert 'aria-label="Indexer loss"' in html
-    parts = list(recipe_part(config, config.degrees(1)))
+    parts = list(recipe_part(config, 1))
     assert "the median of the run's last steps" in str(parts[1])
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for type checkers, the names of _MODULES
         routing_name,
     )
     from trainer.checkpoint.manifest import check_sizes
+    from trainer.checkpoint.next_step import at_next_step
     from trainer.checkpoint.periodic import PeriodicCheckpoints
     from trainer.checkpoint.reader import CheckpointReader
     from trainer.checkpoint.run import (
@@ -44,6 +45,7 @@ _MODULES = {
     "RunCheckpoint": "run",
     "TensorBox": "logical_tensors",
     "SavedOptimizer": "run",
+    "at_next_step": "next_step",
     "check_sizes": "manifest",
     "checkpoints_in": "folder",
     "claim_checkpoints": "linked_folder",

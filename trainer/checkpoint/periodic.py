@@ -73,7 +73,8 @@ class PeriodicCheckpoints:
             self.log(f"stopped after step {state.step}, saved {self._saved}; resume: {command}")
 
     def _ends(self, state: TrainState) -> bool:
-        return state.stopping or state.step == self.config.recipe.steps
+        """Whether these processes train no further."""
+        return state.stopping or state.step == self.config.segment.end
 
     def _save(self, state: TrainState) -> None:
         try:

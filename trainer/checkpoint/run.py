@@ -102,7 +102,7 @@ def unsaved_progress(config: RunConfig) -> int:
     path, checkpoints = config.run_dir / "metrics.jsonl", config.run_dir / "checkpoints"
     records = read_step_records(path)[0] if path.is_file() else []
     last: int = max((record["step"] for record in records), default=0)
-    steps = config.recipe.steps
+    steps = config.recipe.segments[0].end
     first_save = min(config.checkpoint.every or steps, steps)
     if last > first_save or (last == first_save and not any(checkpoints.glob(".step-*"))):
         raise CheckpointError(

@@ -4,7 +4,7 @@ Imports no torch, so that a login node can check a config.
 """
 
 from trainer.config.parallel import ParallelConfig
-from trainer.config.recipe import Phase, Recipe, short_length
+from trainer.config.recipe import Phase, Recipe, Segment, short_length
 from trainer.config.reference import FieldReference, Reference, SectionReference
 from trainer.config.resume import (
     Rule,
@@ -32,6 +32,7 @@ __all__ = [
     "RunConfig",
     "Section",
     "SectionReference",
+    "Segment",
     "SpikeConfig",
     "UserPath",
     "changed_fields",

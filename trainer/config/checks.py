@@ -9,8 +9,13 @@ from data.config import DataPhase
 from optim.config import ScheduleConfig
 from trainer.config.deepspeed import deepspeed_problems
 from trainer.config.phases import PhaseConfig
-from trainer.config.quantisation import fp8_problems, quantisation_problems
-from trainer.config.recipe import Recipe
+from trainer.config.quantisation import (
+    fp8_degree_problems,
+    fp8_problems,
+    mxfp4_degree_problems,
+    quantisation_problems,
+)
+from trainer.config.recipe import Recipe, Segment
 from trainer.config.settings import RunSettings
 
 
@@ -112,13 +117,32 @@ def run_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
             f"model.vocab_size = {vocab_size} should be at least data.tokenizer.vocab_size = "
             f"{tokenizer_size}"
         )
-    yield from config.parallel.problems(config.model)
-    yield from fp8_problems(config)
     yield from deepspeed_problems(config)
     yield from quantisation_problems(config)
+    yield from fp8_problems(config)
     yield from stability_problems(config, recipe)
     for where, rows in rows_of(config, recipe):
         yield from _row_problems(config, where, rows)
+    for segment in recipe.segments:
+        for problem in _segment_problems(config, segment):
+            yield name_phase(config, segment, problem)
+
+
+def _segment_problems(config: RunSettings, segment: Segment) -> Iterator[str]:
+    """Yields what does not fit the degrees of a segment: the model, or rows that it reads."""
+    parallel = segment.parallel
+    yield from parallel.problems(config.model)
+    yield from fp8_degree_problems(config, parallel)
+    yield from mxfp4_degree_problems(config, segment)
+    for where, rows in rows_of(config, segment):
+        yield from parallel.row_problems(rows.seq_len, where)
+
+
+def name_phase(config: RunSettings, segment: Segment, problem: str) -> str:
+    """Returns the sentence about degrees with the phase whose own they are, if they are."""
+    number = segment.phases[0].number
+    has_own = bool(config.phases) and config.phases[number].parallel is not None
+    return f"phases.{number}.parallel: {problem}" if has_own else problem
 
 
 def stability_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
@@ -150,12 +174,12 @@ def stability_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
         )
 
 
-def rows_of(config: RunSettings, recipe: Recipe) -> list[tuple[str, DataPhase]]:
+def rows_of(config: RunSettings, part: Recipe | Segment) -> list[tuple[str, DataPhase]]:
     """Returns the rows of the validation text and of every phase, by the section with their sizes.
 
-    Without phases, both are those of `data`.
+    Without phases, both are those of `data`. `part` of the run has the phases.
     """
-    of_phases = [(f"phases.{phase.number}", phase.rows) for phase in recipe.phases]
+    of_phases = [(f"phases.{phase.number}", phase.rows) for phase in part.phases]
     return [("data", config.data.one_phase()), *(of_phases if config.phases else [])]
 
 
@@ -178,4 +202,3 @@ def _row_problems(config: RunSettings, where: str, rows: DataPhase) -> Iterator[
                 f"{where}.{name} = {getattr(rows, name)} should be a multiple of "
                 f"{where}.micro_batch_size = {rows.micro_batch_size}"
             )
-    yield from config.parallel.row_problems(rows.seq_len, where)

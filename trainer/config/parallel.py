@@ -17,6 +17,9 @@ from trainer.config.section import Section
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.stage_plan import V_SHAPED, ScheduleName, StagePlan, plan_stages
 
+RecomputedPart = Literal["streams", "norms", "attention", "block"]
+OffloadedPart = Literal["attention", "block"]
+
 
 class ParallelConfig(Section):
     """Degrees of parallelism; data parallelism takes the remaining factor of the processes.
@@ -42,10 +45,10 @@ class ParallelConfig(Section):
     """Stages per rank in `interleaved_1f1b`, 2 if null; other schedules determine it. [stages]"""
     pipeline_layers_per_stage: tuple[NonNegativeInt, ...] | None = None
     """Layers of each stage; null balances stages by FLOPs (`v4 plan` shows them). [layers]"""
-    recompute: tuple[Literal["streams", "norms", "attention", "block"], ...] = ()
+    recompute: tuple[RecomputedPart, ...] = ()
     """Activations that backward recomputes: residual streams inside a block, outputs of norms,
     attention, or whole blocks."""
-    offload: tuple[Literal["attention", "block"], ...] = ()
+    offload: tuple[OffloadedPart, ...] = ()
     """Parts of `recompute` whose inputs are kept in the host's memory until backward."""
     grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which gradients are sent to their owners; they are always summed in fp32."""

@@ -9,17 +9,19 @@
 
 What a phase omits is the run's: `data.seq_len`, `data.global_batch_size`,
 `data.micro_batch_size`, `data.source_weights`, `model.mtp_loss_weight` and
-`mtp_loss_weight_in_decay`, `router_bias_speed`, `quantisation`, and `optim.learning_rate` with
-`optim.schedule`. trainer/config/recipe.py resolves phases into steps.
+`mtp_loss_weight_in_decay`, `router_bias_speed`, `quantisation`, `parallel`, and
+`optim.learning_rate` with `optim.schedule`. trainer/config/recipe.py resolves phases into steps.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from data.config import Rows
 from model.config import LossWeight
+from trainer.config.parallel import OffloadedPart, ParallelConfig, RecomputedPart
 from trainer.config.section import Section
+from trainer.parallel.stage_plan import ScheduleName
 
 
 def _whole(value: Any) -> Any:
@@ -33,6 +35,44 @@ Quantisation = Literal["none", "mxfp4", "mxfp4_without_kv"]
 
 WARMUP_LEARNING_RATE = 1e-3
 """Learning rate of the indexer's warm-up (V3.2)."""
+
+
+class PhaseParallelConfig(Section):
+    """A phase's own degrees, on the processes of the run; what is null is the run's.
+
+    Where two phases in a row differ, the run saves between them and its processes start again.
+    """
+
+    tensor: PositiveInt | None = None
+    """Instead of parallel.tensor. [ranks]"""
+    expert: PositiveInt | None = None
+    """Instead of parallel.expert. [ranks]"""
+    pipeline: PositiveInt | None = None
+    """Instead of parallel.pipeline. [ranks]"""
+    context: PositiveInt | None = None
+    """Instead of parallel.context. [ranks]"""
+    expert_tensor: PositiveInt | None = None
+    """Instead of parallel.expert_tensor. [ranks]"""
+    pipeline_schedule: ScheduleName | None = None
+    """Instead of parallel.pipeline_schedule."""
+    pipeline_stages_per_rank: PositiveInt | None = None
+    """Instead of parallel.pipeline_stages_per_rank, which a phase with its own pipeline or schedule
+    does not inherit. [stages]"""
+    pipeline_layers_per_stage: tuple[NonNegativeInt, ...] | None = None
+    """Instead of parallel.pipeline_layers_per_stage, which a phase with its own pipeline or
+    schedule does not inherit. [layers]"""
+    recompute: tuple[RecomputedPart, ...] | None = None
+    """Instead of parallel.recompute."""
+    offload: tuple[OffloadedPart, ...] | None = None
+    """Instead of parallel.offload."""
+
+    def applied_to(self, run: ParallelConfig) -> ParallelConfig:
+        """Returns the run's settings with those of the phase."""
+        own = {name: value for name, value in self if value is not None}
+        if own.keys() & {"pipeline", "pipeline_schedule"}:
+            stages = {"pipeline_stages_per_rank": None, "pipeline_layers_per_stage": None}
+            own = stages | own
+        return run.model_copy(update=own)
 
 
 class PhaseConfig(Section):
@@ -63,6 +103,8 @@ class PhaseConfig(Section):
     """Approximate length of the ramp from initial_batch_size. [tokens]"""
     source_weights: dict[str, float] | None = None
     """The sources' shares of the tokens; null: data.source_weights."""
+    parallel: PhaseParallelConfig | None = None
+    """Degrees of the phase; null: the run's."""
     decay: bool = False
     """Whether the learning rate decays: its cosine begins with the first such phase and ends with
     the run."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from model.kernels.block_sizes import FP8_BLOCK, MXFP4_BLOCK
+from trainer.config.parallel import ParallelConfig
+from trainer.config.recipe import Segment
 from trainer.config.settings import RunSettings
 
 
@@ -14,8 +16,6 @@ def quantisation_problems(config: RunSettings) -> Iterator[str]:
     - `quantisation` other than none needs `engine` = native.
     - `phases.quantisation` other than none needs `engine` = native.
     - `model.hidden_size` and `model.moe_intermediate_size` are multiples of 32 with `quantisation`.
-    - `parallel.expert_tensor` splits `model.moe_intermediate_size` into multiples of 32 with
-      `quantisation`.
     - `model.index_head_dim` is a power of two, at least 32, with `quantisation` and CSA layers.
     """
     values = {"quantisation": config.quantisation}
@@ -30,18 +30,11 @@ def quantisation_problems(config: RunSettings) -> Iterator[str]:
 def _problems(config: RunSettings, what: str) -> Iterator[str]:
     if config.engine != "native":
         yield f"{what} is not supported with engine = {config.engine}; use engine = native"
-    model, parts = config.model, config.parallel.expert_tensor
+    model = config.model
     for field in ("hidden_size", "moe_intermediate_size"):
         size = getattr(model, field)
         if size % MXFP4_BLOCK:
             yield f"model.{field} = {size} should be a multiple of {MXFP4_BLOCK} for {what}"
-    inner = model.moe_intermediate_size
-    if inner % (MXFP4_BLOCK * parts):
-        yield (
-            f"parallel.expert_tensor = {parts} splits model.moe_intermediate_size = {inner} inside "
-            f"a block of {MXFP4_BLOCK}, which {what} does not allow; it should divide "
-            f"{inner // MXFP4_BLOCK}"
-        )
     index = model.index_head_dim
     if "csa" in model.layer_types and (index % MXFP4_BLOCK or index & (index - 1)):
         yield (
@@ -51,17 +44,38 @@ def _problems(config: RunSettings, what: str) -> Iterator[str]:
         )
 
 
+def mxfp4_degree_problems(config: RunSettings, segment: Segment) -> Iterator[str]:
+    """Yields degrees that are incompatible with quantisation in a segment.
+
+    - `parallel.expert_tensor` splits `model.moe_intermediate_size` into multiples of 32 with
+      `quantisation`.
+    """
+    inner, parts = config.model.moe_intermediate_size, segment.parallel.expert_tensor
+    if any(phase.quantised for phase in segment.phases) and inner % (MXFP4_BLOCK * parts):
+        yield (
+            f"parallel.expert_tensor = {parts} splits model.moe_intermediate_size = {inner} inside "
+            f"a block of {MXFP4_BLOCK}, which quantisation does not allow; it should divide "
+            f"{inner // MXFP4_BLOCK}"
+        )
+
+
 def fp8_problems(config: RunSettings) -> Iterator[str]:
-    """Yields the settings that are incompatible with `precision = fp8`.
+    """Yields an engine that is incompatible with `precision = fp8`.
 
     - `precision` = fp8 needs `engine` = native.
+    """
+    if config.precision == "fp8" and config.engine != "native":
+        yield f"precision = fp8 is not supported with engine = {config.engine}; use engine = native"
+
+
+def fp8_degree_problems(config: RunSettings, parallel: ParallelConfig) -> Iterator[str]:
+    """Yields degrees that are incompatible with `precision = fp8`.
+
     - `parallel.tensor` and `parallel.expert_tensor` split no block of 128 values with `precision` =
       fp8.
     """
     if config.precision != "fp8":
         return
-    if config.engine != "native":
-        yield f"precision = fp8 is not supported with engine = {config.engine}; use engine = native"
     model = config.model
     inner = model.moe_intermediate_size
     for axis, sizes in (
@@ -75,7 +89,7 @@ def fp8_problems(config: RunSettings) -> Iterator[str]:
         ),
         ("expert_tensor", {"model.moe_intermediate_size": inner}),
     ):
-        degree = getattr(config.parallel, axis)
+        degree = getattr(parallel, axis)
         for field, size in sizes.items():
             if degree > 1 and size % (FP8_BLOCK * degree):
                 yield (

@@ -9,12 +9,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from data.config import DataPhase
 from model.config import AttentionMode
 from optim.config import OptimConfig
 from optim.schedule import decay_start, learning_rate_at
+from trainer.config.parallel import ParallelConfig
 from trainer.config.phases import WARMUP_LEARNING_RATE, PhaseConfig, Quantisation
 from trainer.config.settings import RecipeSettings
 
@@ -33,6 +35,7 @@ class Phase:
         decay: as in the phase's config; False in a run without phases, whose schedule decides.
         learning_rate: used instead of the schedule's unless None.
         mtp_loss_weight: used instead of the run's unless None.
+        parallel: its degrees, those of the run where it has none of its own.
     """
 
     number: int
@@ -47,6 +50,7 @@ class Phase:
     mtp_loss_weight: float | None
     router_bias_speed: float
     quantisation: Quantisation
+    parallel: ParallelConfig
 
     @property
     def end(self) -> int:
@@ -59,16 +63,59 @@ class Phase:
         return self.quantisation != "none"
 
 
+@dataclass(frozen=True)
+class Segment:
+    """Phases in a row with the same `parallel`, which the same processes train."""
+
+    number: int
+    phases: tuple[Phase, ...]
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """The degrees of all its phases."""
+        return self.phases[0].parallel
+
+    @property
+    def first(self) -> int:
+        """Its first step."""
+        return self.phases[0].first
+
+    @property
+    def end(self) -> int:
+        """The first step after it."""
+        return self.phases[-1].end
+
+    @property
+    def seq_len(self) -> int:
+        """Row length of the phase with most tokens, for which pipeline stages are balanced."""
+        return max(self.phases, key=lambda phase: phase.tokens).rows.seq_len
+
+    @property
+    def largest(self) -> Phase:
+        """The phase whose microbatches take most memory."""
+        order = ("dense", "select", "warmup", "sparse")
+
+        def size(phase: Phase) -> tuple[int, int, bool, int]:
+            rows = phase.rows
+            tokens = rows.micro_batch_size * rows.seq_len
+            return tokens, rows.seq_len, phase.quantised, order.index(phase.attention)
+
+        return max(self.phases, key=size)
+
+
 class Recipe:
     """The phases of a run, and its settings at every step.
 
-    `phases` has at least one phase, `steps` is the number of steps of the whole run, and `optim`
-    has the schedule with its decay resolved. Raises ValueError, one sentence, where phases overlap,
-    a ramp does not fit its phase, or the decay begins in the warm-up.
+    `phases` has at least one phase, `segments` divides them by degrees, `steps` is the number of
+    steps of the whole run, and `optim` has the schedule with its decay resolved. Raises ValueError,
+    one sentence, where phases overlap, a ramp does not fit its phase, or the decay begins in the
+    warm-up.
     """
 
     def __init__(self, config: RecipeSettings) -> None:
         self.phases = _resolve(config) if config.phases else (_single_phase(config),)
+        by_degrees = groupby(self.phases, key=lambda phase: phase.parallel)
+        self.segments = [Segment(n, tuple(some)) for n, (_, some) in enumerate(by_degrees)]
         self.steps = self.phases[-1].end
         self.optim = config.optim
         if config.phases and any(phase.decay for phase in self.phases):
@@ -101,22 +148,10 @@ class Recipe:
             return of_phase
         return min(in_decay, of_run) if in_decay is not None and self.in_decay(step) else of_run
 
-    @property
-    def seq_len(self) -> int:
-        """Row length of the phase with most tokens, for which pipeline stages are balanced."""
-        return max(self.phases, key=lambda phase: phase.tokens).rows.seq_len
-
-    @property
-    def largest(self) -> Phase:
-        """The phase whose microbatches take most memory."""
-        order = ("dense", "select", "warmup", "sparse")
-
-        def size(phase: Phase) -> tuple[int, int, bool, int]:
-            rows = phase.rows
-            tokens = rows.micro_batch_size * rows.seq_len
-            return tokens, rows.seq_len, phase.quantised, order.index(phase.attention)
-
-        return max(self.phases, key=size)
+    def segment_at(self, step: int) -> Segment:
+        """Returns the segment of a step, counted from 0; after the run, the last one."""
+        phase = self.at(step)
+        return next(segment for segment in self.segments if phase in segment.phases)
 
     def warnings(self) -> list[str]:
         """Returns what is allowed and rarely meant.
@@ -170,6 +205,7 @@ def _single_phase(config: RecipeSettings) -> Phase:
         mtp_loss_weight=None,
         router_bias_speed=config.router_bias_speed,
         quantisation=config.quantisation,
+        parallel=config.parallel,
     )
 
 
@@ -203,6 +239,7 @@ def _phase(config: RecipeSettings, number: int, first: int, budget: int) -> Phas
     steps = _steps(rows, number, settings, budget)
     is_warmup = settings.attention == "warmup"
     learning_rate, speed = settings.learning_rate, settings.router_bias_speed
+    own = settings.parallel
     if is_warmup:
         learning_rate = WARMUP_LEARNING_RATE if learning_rate is None else learning_rate
         speed = 0.0
@@ -219,6 +256,7 @@ def _phase(config: RecipeSettings, number: int, first: int, budget: int) -> Phas
         mtp_loss_weight=settings.mtp_loss_weight,
         router_bias_speed=config.router_bias_speed if speed is None else speed,
         quantisation=settings.quantisation or config.quantisation,
+        parallel=config.parallel if own is None else own.applied_to(config.parallel),
     )
 
 

@@ -7,8 +7,9 @@ Unknown keys, wrong types and contradicting values raise ConfigError with one se
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
@@ -19,6 +20,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PrivateAttr,
     ValidationError,
     model_validator,
 )
@@ -26,12 +28,12 @@ from pydantic import (
 from data.config import DataConfig
 from model.config import LossWeight, ModelConfig
 from optim.config import OptimConfig
-from trainer.config.checks import phase_problems, rows_of, run_problems
+from trainer.config.checks import name_phase, phase_problems, rows_of, run_problems
 from trainer.config.explain import explain
 from trainer.config.kernels import AUTO, KernelSetting, setting_of
 from trainer.config.parallel import ParallelConfig
 from trainer.config.phases import BiasSpeed, PhaseConfig, Quantisation
-from trainer.config.recipe import Recipe
+from trainer.config.recipe import Recipe, Segment
 from trainer.config.renamed import drop_unset
 from trainer.config.section import Section, UserPath
 from trainer.config.source import COMMAND_LINE, ConfigError, Defaults, dump_yaml, read_source
@@ -163,11 +165,23 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    _segment: int = PrivateAttr(default=0)
 
     @cached_property
     def recipe(self) -> Recipe:
         """The settings of every step, resolved once; `recipe.steps` is the length of the run."""
         return Recipe(self)
+
+    @property
+    def segment(self) -> Segment:
+        """The phases that these processes train, with their degrees: the first ones by default."""
+        return self.recipe.segments[self._segment]
+
+    def at_step(self, step: int) -> Self:
+        """Returns the same run, whose `segment` is that of a step."""
+        copy = self.model_copy()
+        copy._segment = self.recipe.segment_at(step).number
+        return copy
 
     @property
     def last_checkpoint(self) -> Path:
@@ -204,22 +218,31 @@ class RunConfig(Section):
         Data-parallel ranks need not divide the rows: they get filler rows, which do not count. With
         a pipeline, the rows of a rank have to be whole microbatches.
         """
-        for problem in self.parallel.world_problems(world_size):
-            raise ConfigError(problem)
-        for where, rows in rows_of(self, self.recipe):
-            for problem in self.parallel.step_problems(world_size, rows, where):
-                raise ConfigError(problem)
+        for segment in self.recipe.segments:
+            for problem in self._world_problems(segment, world_size):
+                raise ConfigError(name_phase(self, segment, problem))
+
+    def _world_problems(self, segment: Segment, world_size: int) -> Iterator[str]:
+        yield from segment.parallel.world_problems(world_size)
+        for where, rows in rows_of(self, segment):
+            yield from segment.parallel.step_problems(world_size, rows, where)
+
+    @property
+    def min_world(self) -> int:
+        """The smallest number of processes that the degrees of all phases divide."""
+        return math.lcm(*(segment.parallel.min_world for segment in self.recipe.segments))
 
     def degrees(self, world_size: int) -> Degrees:
-        """Returns the degrees of all axes. Raises ConfigError as `check_world`."""
+        """Returns the degrees of `segment` on all axes. Raises ConfigError as `check_world`."""
         self.check_world(world_size)
-        return self.parallel.degrees(world_size)
+        return self.segment.parallel.degrees(world_size)
 
     def alone(self) -> Self:
         """Returns the same run on one process, without DeepSpeed, and with `kernels` = auto."""
         alone = {"parallel": ParallelConfig(), "engine": "native", "deepspeed": None}
         alone["kernels"] = AUTO
-        return self.model_copy(update=alone)
+        alone["phases"] = tuple(p.model_copy(update={"parallel": None}) for p in self.phases)
+        return self.model_copy(update=alone).at_step(0)
 
     def with_absolute_paths(self) -> Self:
         """Returns the same run with paths that mean the same from any working directory."""

@@ -42,6 +42,9 @@ class RecipeSettings(Protocol):
     @property
     def quantisation(self) -> Quantisation: ...
 
+    @property
+    def parallel(self) -> ParallelConfig: ...
+
 
 class RunSettings(RecipeSettings, Protocol):
     """What the checks across sections read."""
@@ -57,9 +60,6 @@ class RunSettings(RecipeSettings, Protocol):
 
     @property
     def fit_to_memory(self) -> bool: ...
-
-    @property
-    def parallel(self) -> ParallelConfig: ...
 
     @property
     def stability(self) -> StabilityConfig: ...

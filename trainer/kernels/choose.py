@@ -19,7 +19,7 @@ def run_operations(config: RunConfig) -> tuple[str, ...]:
     from model.kernel_choices import operations_of
 
     operations = operations_of(config.model, config.precision == "fp8")
-    if config.parallel.tensor > 1:  # the loss of a sharded vocabulary is megatron-core's
+    if config.segment.parallel.tensor > 1:  # the loss of a sharded vocabulary is megatron-core's
         operations = tuple(name for name in operations if name != "cross_entropy")
     return (*operations, "syrk") if config.engine == "native" else operations
 

@@ -21,7 +21,7 @@ def problem_of(config: RunConfig, device: torch.device) -> Problem:
     Heads are those of one tensor rank, tokens those of one rank's largest microbatch, rounded down
     to a power of two: other microbatches need no other check.
     """
-    parallel, rows = config.parallel, config.recipe.largest.rows
+    parallel, rows = config.segment.parallel, config.segment.largest.rows
     model = config.model.model_dump(mode="json")
     for name in ("num_attention_heads", "o_groups"):
         model[name] //= parallel.tensor

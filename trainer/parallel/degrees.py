@@ -44,6 +44,12 @@ class Degrees:
         """Number of ranks that hold the same experts."""
         return self.world_size // (self.expert_tensor * self.expert * self.pipeline)
 
+    @property
+    def text(self) -> str:
+        """The degrees for messages, as `tensor 2 x context 1 x data 4 x pipeline 1, expert 2`."""
+        axes = (DENSE_AXES, EXPERT_AXES[:-1])
+        return ", ".join(" x ".join(f"{n} {getattr(self, n)}" for n in names) for names in axes)
+
     def of(self, names: Sequence[str]) -> list[int]:
         """Returns the degrees of the named axes."""
         return [getattr(self, name) for name in names]

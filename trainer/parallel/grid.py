@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from trainer.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees
 
@@ -255,16 +256,30 @@ def start_process_group(device: torch.device, **settings: Any) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **settings)
 
 
+def connect_store(timeout_seconds: float | None = None) -> dist.Store | None:
+    """Connects to the store of torchrun's processes; None where there is one process.
+
+    They can agree on something there before there is a process group. Waits for the first of them;
+    the timeout is that of `open_grid`.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    limit = default_pg_timeout if timeout_seconds is None else timedelta(seconds=timeout_seconds)
+    store: dist.Store = next(iter(dist.rendezvous("env://", timeout=limit)))[0]
+    return store
+
+
 @contextmanager
 def open_grid(
     device: torch.device,
     degrees_of: Callable[[int], Degrees] = Degrees,
     timeout_seconds: float | None = None,
+    store: dist.Store | None = None,
 ) -> Iterator[Grid]:
     """Opens the grid over the processes that torchrun's RANK and WORLD_SIZE describe.
 
     `device`: this process's. `degrees_of` returns the degrees for a number of processes; without
-    torchrun there is one.
+    torchrun there is one. `store`: that of `connect_store`, by default another one.
     Initialises the default process group and destroys it at a normal end. After an error it is
     left alone until the process exits: other ranks may be waiting in a collective. A collective
     that waits longer than the timeout (torch's default: 10 minutes on GPUs, 30 elsewhere) fails.
@@ -275,6 +290,7 @@ def open_grid(
         yield Grid.build(degrees, device)
         return
     timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
-    start_process_group(device, timeout=timeout)
+    members = {} if store is None else {"rank": int(os.environ["RANK"]), "world_size": world_size}
+    start_process_group(device, timeout=timeout, store=store, **members)
     yield Grid.build(degrees, device)
     dist.destroy_process_group()

@@ -162,7 +162,7 @@ def count_memory(
         chosen = {0, stage_ranks - 1, pipeline_rank_memory(config, degrees, pipeline).fullest}
         places += [pipeline * stage_ranks + rank for rank in sorted(chosen)]
     known: _Known = {}
-    planned = config.recipe.largest if phase is None else config.recipe.phases[phase]
+    planned = config.segment.largest if phase is None else config.recipe.phases[phase]
     ranks, elements = [], {}
     for number, rank in enumerate(places):
         with as_rank(rank, degrees) as grid:
@@ -305,7 +305,7 @@ class _Rank:
                 known[key] = self._measure(piece, micro)
             activations += known[key].activations * (counts[kind] or 1)
             workspace = max(workspace, known[key].workspace)
-        if "block" in self.config.parallel.offload:
+        if "block" in self.config.segment.parallel.offload:
             # The layers' inputs are on the host, except the one from the previous stage; but one,
             # which may be the MTP block's, is on its way while the layer after it is in backward.
             moved = max(len(plan.layers_of(number)) - (number > 0), 0)

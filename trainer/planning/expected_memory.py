@@ -55,7 +55,7 @@ def host_memory_warning(config: RunConfig, device: torch.device) -> str | None:
 def rough_activations(config: RunConfig) -> int:
     """Returns bytes of a microbatch's activations, 1 to 3 times those that a dry run counts."""
     model = config.model
-    tokens = max(p.rows.micro_batch_size * p.rows.seq_len for p in config.recipe.phases)
+    tokens = max(p.rows.micro_batch_size * p.rows.seq_len for p in config.segment.phases)
     streams = model.hc_mult * model.hidden_size
     heads = model.num_attention_heads * model.head_dim
     experts = model.moe_intermediate_size * (model.num_experts_per_tok + 1)

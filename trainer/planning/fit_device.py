@@ -87,7 +87,7 @@ def micro_batch_sizes(config: RunConfig, world: int) -> Sequence[int]:
     rows; phases and ramps with other numbers of rows may get some. The number of microbatches of a
     pipeline determines its bubbles.
     """
-    if config.parallel.pipeline > 1:
+    if config.segment.parallel.pipeline > 1:
         return [config.data.micro_batch_size]
     of_rank = -(-config.data.global_batch_size // config.degrees(world).data)
     largest = max(MAX_TOKENS // config.data.seq_len, 1)
@@ -101,16 +101,19 @@ def _with(
     values = config.to_dict()
     values["data"]["micro_batch_size"] = rows
     values["parallel"] |= recomputation
+    for phase in values["phases"]:
+        if phase["parallel"] is not None:
+            phase["parallel"] |= dict.fromkeys(recomputation)
     try:
         changed = RunConfig.model_validate_json(json.dumps(values), strict=True)
         changed.check_world(world)
     except (ValidationError, ConfigError):
         return None
-    return changed
+    return changed.at_step(config.segment.first)
 
 
 def _describe(config: RunConfig, device: DeviceInfo, size: int) -> str:
-    parallel = config.parallel
+    parallel = config.segment.parallel
     return (
         f"fit_to_memory: data.micro_batch_size = {config.data.micro_batch_size}, "
         f"parallel.recompute = [{', '.join(parallel.recompute)}] and parallel.offload = "

@@ -65,7 +65,8 @@ def measure_layers(config: RunConfig, world: int) -> Iterator[Table | str]:
     config.check_world(world)
     times = take_times(config, local_device(config.device))
     yield times_table(config, times)
-    stages = config.parallel.pipeline * config.parallel.stages_per_rank
+    parallel = config.segment.parallel
+    stages = parallel.pipeline * parallel.stages_per_rank
     if stages == 1:
         yield "There is one stage: nothing to balance."
         return
@@ -75,7 +76,7 @@ def measure_layers(config: RunConfig, world: int) -> Iterator[Table | str]:
 
 def take_times(config: RunConfig, device: torch.device, repeats: int = REPEATS) -> Times:
     """Times every part; a row is cut to 256 tokens on a CPU."""
-    length = config.recipe.seq_len
+    length = config.segment.seq_len
     tokens = length if device.type != "cpu" else min(length, CPU_TOKENS)
     small = config.model.model_copy(update=_few_experts(config))
     with torch.device("meta"):
@@ -89,7 +90,7 @@ def take_times(config: RunConfig, device: torch.device, repeats: int = REPEATS) 
 
 
 def _few_experts(config: RunConfig) -> dict[str, int]:
-    model, parallel = config.model, config.parallel
+    model, parallel = config.model, config.segment.parallel
     local = model.n_routed_experts // parallel.expert
     return {"n_routed_experts": max(local, model.num_experts_per_tok), "num_hash_layers": 0}
 

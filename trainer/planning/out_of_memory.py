@@ -51,6 +51,7 @@ def advice(config: RunConfig, world: int) -> str:
         path = Path(folder) / "config.yaml"
         path.write_text(config.to_yaml())
         command = [sys.executable, "-m", "trainer.planning.out_of_memory", str(path), str(world)]
+        command.append(str(config.segment.first))
         try:
             done = subprocess.run(
                 command,
@@ -70,8 +71,10 @@ def candidates(config: RunConfig) -> list[str]:
 
     All give the same training, except the last one: shorter rows.
     """
-    data, recompute = config.data, set(config.parallel.recompute)
-    number = config.recipe.largest.number
+    data, parallel, number = config.data, config.segment.parallel, config.segment.largest.number
+    recompute, section = set(parallel.recompute), "parallel"
+    if config.phases and (own := config.phases[number].parallel) and own.recompute is not None:
+        section = f"phases.{number}.parallel"
     settings, rows, key = [], data.micro_batch_size, "data.micro_batch_size"
     if config.phases and (rows_of_phase := config.phases[number].micro_batch_size) is not None:
         rows, key = rows_of_phase, f"phases.{number}.micro_batch_size"
@@ -79,9 +82,9 @@ def candidates(config: RunConfig) -> list[str]:
         settings.append(f"{key}={rows // 2}")
     for parts in (["norms", "streams"], ["attention", "norms", "streams"], ["block"]):
         if "block" not in recompute and not set(parts) <= recompute:
-            settings.append(f"parallel.recompute=[{','.join(parts)}]")
-    if "block" in recompute and "block" not in config.parallel.offload:
-        settings.append("parallel.offload=[block]")
+            settings.append(f"{section}.recompute=[{','.join(parts)}]")
+    if "block" in recompute and "block" not in parallel.offload:
+        settings.append(f"{section}.offload=[block]")
     shorter = [f"data.seq_len={data.seq_len // 2}"] if data.seq_len >= 4 else []
     if config.phases and (length := config.phases[number].seq_len) is not None:
         shorter = [f"phases.{number}.seq_len={length // 2}"]  # may conflict with earlier phases
@@ -96,13 +99,13 @@ def estimate(config: RunConfig, world: int) -> int:
     return count_memory(config, world).fullest.total
 
 
-def compare(path: str, world: int) -> str:
-    """Returns the advice: the memory of the config, and the settings that save most."""
-    config = load_config(path)
+def compare(path: str, world: int, step: int) -> str:
+    """Returns the advice: the memory of the config at a step, and the settings that save most."""
+    config = load_config(path).at_step(step)
     sizes: dict[str, int] = {}
     for setting in candidates(config):
         try:
-            sizes[setting] = estimate(load_config(path, [setting]), world)
+            sizes[setting] = estimate(load_config(path, [setting]).at_step(step), world)
         except ConfigError:  # conflicts with the other settings
             continue
     now = estimate(config, world)
@@ -118,4 +121,4 @@ def compare(path: str, world: int) -> str:
 
 
 if __name__ == "__main__":
-    print(compare(sys.argv[1], int(sys.argv[2])))
+    print(compare(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

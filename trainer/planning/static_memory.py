@@ -102,7 +102,7 @@ def stage_tensors(model: ModelConfig, stages: StagePlan, rank: int) -> dict[str,
 
 def pipeline_rank_memory(config: RunConfig, degrees: Degrees, pipeline: int) -> PipelineRankMemory:
     """Computes the memory of the ranks of one pipeline rank."""
-    stages = config.parallel.stages(config.model, config.recipe.seq_len)
+    stages = config.segment.parallel.stages(config.model, config.segment.seq_len)
     tensors = stage_tensors(config.model, stages, pipeline)
     shapes = {name: line.shape for name, line in tensors.items()}
     placements = placements_of(shapes, degrees, pipeline * (degrees.world_size // degrees.pipeline))
@@ -122,10 +122,10 @@ def pipeline_rank_memory(config: RunConfig, degrees: Degrees, pipeline: int) -> 
         degrees,
         embedding_is_replicated(stages, config.model.num_nextn_predict_layers),
         config.optim.muon,
-        config.parallel.max_optimizer_padding,
+        config.segment.parallel.max_optimizer_padding,
     )
     quantised = None
-    if any(phase.quantised for phase in config.recipe.phases):
+    if any(phase.quantised for phase in config.segment.phases):
         quantised = sum(sizes_of[name] for name in trained if placements[name].kind == "expert")
     return PipelineRankMemory(
         groups,
@@ -187,7 +187,7 @@ def triton_workspace(config: RunConfig, degrees: Degrees) -> int:
     is_possible = config.precision != "fp32" and config.device != "cpu"
     if not is_possible or config.kernel_setting("attention") not in ("auto", "triton"):
         return 0
-    rows = [phase.rows for phase in config.recipe.phases]
+    rows = [phase.rows for phase in config.segment.phases]
     tokens = max(each.micro_batch_size * each.seq_len for each in rows) // degrees.context
     heads = config.model.num_attention_heads // degrees.tensor
     return 2 * 2 * tokens * heads * config.model.head_dim

@@ -7,6 +7,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+BORDERS = "V4_BORDERS"
+"""Variable for messages: how often ranks were started again with other degrees, which torchrun's
+number of restarts includes."""
+
 
 def v4(*arguments: str | Path) -> str:
     """Returns a command of this installation; `v4` by its path where PATH has none, or another."""
@@ -28,6 +32,7 @@ def resume_command(run_dir: Path, environment: Mapping[str, str] = os.environ) -
         return f"start the same job, or the same command on every host, for {run_dir}"
     processes = int(environment.get("WORLD_SIZE", "1"))
     restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    restarts -= int(environment.get(BORDERS, "0"))
     options = [f"--nproc-per-node={processes}"] * (processes > 1)
     options += [f"--max-restarts={restarts}"] * (restarts > 0)
     return v4("train", run_dir, *options)

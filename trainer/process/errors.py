@@ -84,14 +84,14 @@ USER_ERRORS: tuple[type[ValueError], ...] = (
 )
 
 
-def run_or_explain(action: Callable[[], None]) -> int:
-    """Runs a command and returns its exit code: 0, or that of `report_error`."""
+def run_or_explain(action: Callable[[], int | None]) -> int:
+    """Runs a command and returns its exit code: the result or 0, or that of `report_error`."""
     try:
-        action()
+        code = action()
         sys.stdout.flush()  # its disk may be full
     except BaseException as error:
         return report_error(error)
-    return 0
+    return code or 0
 
 
 def report_error(error: BaseException) -> int:

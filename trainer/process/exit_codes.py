@@ -11,6 +11,10 @@ or a network that is away for a while, after one line on stderr. Also a sweep in
 failed."""
 USER_ERROR = 2
 """Bad input, or a machine that lacks space, memory or a permission: after one line on stderr."""
+START_AGAIN = 75
+"""Of all ranks at the border of two phases with other degrees (`phases.parallel`), after the
+checkpoint: they are to be started again, and it is no failure. The number is EX_TEMPFAIL of
+sysexits.h."""
 INTERRUPTED = 128 + signal.SIGINT
 """After Ctrl-C, as shells report it."""
 INTERRUPTED_LINE = "v4: interrupted"

@@ -1,23 +1,36 @@
 """`python -m trainer.process.torchrun`: torchrun with the exit code of the rank that failed.
 
 torchrun itself always ends with 1, and a page about every rank that exited, or a traceback after a
-signal to it.
+signal to it. Ranks that end with `START_AGAIN` are started again, however often, and
+`--max-restarts` counts failures alone.
 """
 
+import logging
+import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
 import psutil
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import api as launcher
 from torch.distributed.run import main as torchrun
 
 from data.activity import print_line
+from trainer.process.command_line import BORDERS
 from trainer.process.errors import report_error
-from trainer.process.exit_codes import USER_ERROR, describe_signal, exit_code_of
+from trainer.process.exit_codes import (
+    START_AGAIN,
+    USER_ERROR,
+    describe_signal,
+    exit_code_of,
+)
 from trainer.process.signals import STOP_SIGNALS
 
 _STOPPED = {exit_code_of(-number) for number in STOP_SIGNALS}
@@ -26,12 +39,46 @@ _CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
 """Return codes of ranks that torchrun, or a communication library, ended after another failure."""
 
 
+class Agent(LocalElasticAgent):
+    """torchrun's agent of one host, for which the end of its ranks may be no failure.
+
+    Where they end with `START_AGAIN`, so do those of the other hosts, and all agents meet again as
+    after a failure.
+    """
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._wait_for_ends()
+        result = super()._monitor_workers(worker_group)
+        if any(failure.exitcode == START_AGAIN for failure in result.failures.values()):
+            # One attempt more, which has files of its own, with as many left as before.
+            worker_group.spec.max_restarts += 1
+            self._remaining_restarts += 1
+            os.environ[BORDERS] = str(int(os.environ.get(BORDERS, "0")) + 1)
+        return result
+
+    def _wait_for_ends(self) -> None:
+        """Waits for all ranks where one has ended with `START_AGAIN`: torchrun would end them."""
+        assert isinstance(self._pcontext, SubprocessContext)
+        ranks = [handler.proc for handler in self._pcontext.subprocess_handlers.values()]
+        if any(rank.poll() == START_AGAIN for rank in ranks):
+            for rank in ranks:
+                with suppress(subprocess.TimeoutExpired):
+                    rank.wait(self._shutdown_timeout)
+
+
+def _is_failure(record: logging.LogRecord) -> bool:
+    """Whether a line of torchrun is about a rank that failed, or about something else."""
+    return not (isinstance(record.args, tuple) and START_AGAIN in record.args)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 or the exit code of the first failure, 128 + n where signal n killed a rank.
 
     Also 128 + n after signal n to torchrun, which passes it to the ranks and waits for their end.
     Logs the signal, or torchrun's page; nothing after a user's error, which that rank has reported.
     """
+    launcher.LocalElasticAgent = Agent  # type: ignore[misc]  # torchrun has no option for it
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_failure)
     try:
         torchrun(arguments)
     except ChildFailedError as error:

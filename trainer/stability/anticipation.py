@@ -6,8 +6,10 @@ fetches the batch of `lag` steps later, runs forward over it once, and keeps wha
 routers select until then.
 
 If it starts at step s, nothing was selected earlier: the experts of steps s to s + lag are all
-selected with the weights of step s. Pending selections are part of a checkpoint, by step and layer
-over the global batch, so that a run resumes with the same ones at any topology.
+selected with the weights of step s. So are those of a phase with other degrees that starts at step
+s, if its rows do not divide over the processes of the phase before. Pending selections are part of
+a checkpoint, by step and layer over the global batch, so that a run resumes with the same ones at
+any topology.
 
 Letters: T local tokens of a microbatch, A experts per token.
 """
@@ -26,7 +28,7 @@ from torch import Tensor
 from data import Batch, Loader
 from data.config import fingerprint_text
 from trainer.checkpoint import Boxes, TensorBox, routing_name
-from trainer.config import AnticipatoryRoutingConfig, Recipe
+from trainer.config import AnticipatoryRoutingConfig, Recipe, Segment
 from trainer.engine import Engine
 from trainer.microbatches import SelectedExperts
 from trainer.parallel.grid import Grid
@@ -65,6 +67,7 @@ class Anticipation:
         settings: the lag, and whether routing is on throughout, never, or where the state's
             `anticipation_start` and `anticipation_end` say.
         recipe: of the whole run.
+        segment: the phases that these processes train.
     """
 
     def __init__(
@@ -75,9 +78,10 @@ class Anticipation:
         fetch: Callable[[int], list[Batch]],
         settings: AnticipatoryRoutingConfig,
         recipe: Recipe,
+        segment: Segment,
     ) -> None:
         self.engine, self.grid, self.loader, self.fetch = engine, grid, loader, fetch
-        self.lag, self.recipe = settings.lag_steps, recipe
+        self.lag, self.recipe, self.segment = settings.lag_steps, recipe, segment
         self.always, self.never = settings.when == "always", settings.when == "never"
         self._batches: dict[int, list[Batch]] = {}
         # By step and layer: [local rows, local columns, A].
@@ -96,13 +100,12 @@ class Anticipation:
         now = state.step
         if not state.anticipatory_routing_at(now):
             return None
-        ahead = [step for step in range(now + 1, now + self.lag + 1) if step < self.recipe.steps]
-        for step in ahead:
+        for step in filter(self._is_readable, range(now + 1, now + self.lag + 1)):
             if state.anticipatory_routing_at(step) and step not in self._batches:
                 self._batches[step] = self.fetch(step)
         is_first = now == state.anticipation_start
         for step, fetched in {now: batches, **self._batches}.items():
-            if is_first or step == now + self.lag:
+            if is_first or step not in self._selected:
                 self._selected[step] = self._select(step, fetched)
         return self._by_microbatch(now, self._selected.pop(now))
 
@@ -124,6 +127,20 @@ class Anticipation:
             }
             for first in range(0, local.rows, local.micro_batch_size)
         ]
+
+    def _is_readable(self, step: int) -> bool:
+        """Whether the rows of a step divide over these processes.
+
+        Those of a later phase with other degrees may not.
+        """
+        if step >= self.recipe.steps:
+            return False
+        phase, parallel = self.recipe.at(step), self.segment.parallel
+        if phase in self.segment.phases:
+            return True
+        world = self.grid.world_size
+        problems = parallel.row_problems(phase.rows.seq_len, phase.name)
+        return not any((*problems, *parallel.step_problems(world, phase.rows, phase.name)))
 
     def restart(self, state: TrainState) -> None:
         """Drops what is pending after a rollback; routing that is on starts again from here."""
@@ -181,7 +198,7 @@ class Anticipation:
         dtype, active = index_dtype(config.n_routed_experts), config.num_experts_per_tok
         routers = self.engine.model.routers().items()
         learned = [layer for layer, router in routers if not router.hashed]
-        for step in saved["steps"]:
+        for step in filter(self._is_readable, saved["steps"]):
             local = self._local_rows(step)
             shape = (local.rows, local.columns, active)
             self._selected[step] = {

@@ -35,6 +35,7 @@ ZERO = {
     "AdamWConfig": "betas weight_decay",
     "OptimConfig": "max_skipped_steps learning_rate_factors",
     "ParallelConfig": "pipeline_layers_per_stage max_optimizer_padding",
+    "PhaseParallelConfig": "pipeline_layers_per_stage",
     "PhaseConfig": "learning_rate mtp_loss_weight router_bias_speed source_weights",
     "AnticipatoryRoutingConfig": "lag_steps",
     "SpikeConfig": "snapshot_every max_rollbacks",
@@ -63,6 +64,8 @@ HUGE = {
     "MuonConfig": "momentum_warmup_steps max_batch_bytes",
     "OptimConfig": "clip_norm max_skipped_steps",
     "ParallelConfig": "tensor expert pipeline context expert_tensor max_optimizer_padding "
+    "pipeline_stages_per_rank pipeline_layers_per_stage",
+    "PhaseParallelConfig": "tensor expert pipeline context expert_tensor "
     "pipeline_stages_per_rank pipeline_layers_per_stage",
     "SlurmConfig": "cpus_per_node",
     "KubernetesConfig": "backoff_limit",

@@ -78,7 +78,7 @@ def test_everything_is_a_function_of_the_step(tiny: Path, tmp_path: Path) -> Non
         *("dense", "warmup", "warmup", "sparse")
     ]
     assert recipe.phases[1].rows.source_weights == {"words": 2}
-    assert recipe.largest.number == 4 and recipe.seq_len == 192
+    assert config.segment.largest.number == 4 and config.segment.seq_len == 192
     again = load_config(write(config.to_yaml(), tmp_path))
     assert again.steps == again.recipe.steps == 45 and again.digest() == config.digest()
 

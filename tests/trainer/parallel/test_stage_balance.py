@@ -80,7 +80,7 @@ def test_every_automatic_balance_of_a_shipped_config_is_built(
     built: set[tuple[object, ...]] = set()
     for config in balances(name, schedules):
         degrees = config.parallel.degrees(config.parallel.pipeline)
-        plan = config.parallel.stages(config.model, config.recipe.seq_len)
+        plan = config.parallel.stages(config.model, config.segment.seq_len)
         for rank in range(degrees.pipeline):
             if (parts := parts_of(config.model, plan, rank)) in built:
                 continue
@@ -100,7 +100,7 @@ def test_every_automatic_balance_of_a_shipped_config_is_built(
 def test_a_stage_with_the_head_alone_is_planned(pipeline: int) -> None:
     overrides = [f"parallel.pipeline={pipeline}", "model.num_nextn_predict_layers=0"]
     config = load_config(CONFIGS / "debug.yaml", [*overrides, "data.micro_batch_size=1"])
-    plan = config.parallel.stages(config.model, config.recipe.seq_len)
+    plan = config.parallel.stages(config.model, config.segment.seq_len)
     assert plan.layer_counts[-1] == 0
     assert count_memory(config, pipeline).ranks[-1].stages[-1].activations > 0
 
@@ -112,7 +112,7 @@ def assert_trains_alike(tiny: Path, folder: Path, steps: list[str], *runs: tuple
         name = f"{world} {schedule}"
         spread = [f"parallel.pipeline={world}", f"parallel.pipeline_schedule={schedule}"]
         config = load_config(tiny, [*steps, *spread])
-        assert config.parallel.stages(config.model, config.recipe.seq_len).layer_counts[-1] == 0
+        assert config.parallel.stages(config.model, config.segment.seq_len).layer_counts[-1] == 0
         spawn(train_jobs, world, tiny, folder, [(name, [*steps, *spread], 0)], timeout=240)
         for metric in ("loss", "grad_norm"):
             ours, theirs = (column(folder / run, metric) for run in (name, "alone"))

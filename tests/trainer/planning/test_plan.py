@@ -14,12 +14,14 @@ from rich.table import Table
 from model.flops import flops_per_layer
 from tests.trainer.parallel.topologies import MODEL
 from trainer.config import ConfigError, RunConfig, load_config
+from trainer.formatting import span
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.stage_plan import balance_layers
 from trainer.planning.layer_times import Times, measure_layers, take_times
-from trainer.planning.plan import describe_plan, span, stage_shares, traffic_of
+from trainer.planning.plan import describe_plan, stage_shares
 from trainer.planning.static_memory import memory_parts
 from trainer.planning.traffic import GradientReduction, Work, step_traffic
+from trainer.planning.traffic_tables import traffic_of
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
