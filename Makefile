@@ -41,11 +41,12 @@ test-all: $(STAMP)  ## the rest of the suite, marked slow: four ranks, two hosts
 test-large: $(STAMP)  ## tests of up to 32 processes at once
 	$(BIN)/python -m pytest tests -m large -s
 
-lint: $(STAMP)  ## ruff, mypy, the import contracts, and the links between pages
+lint: $(STAMP)  ## ruff, mypy, the import contracts, the Dockerfiles, and the links between pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile Dockerfile.cpu
 	$(BIN)/md-dead-link-check --no-color
 
 docs: $(STAMP)  ## the documentation as a site with search, in site/index.html

@@ -214,7 +214,10 @@ def plan(
         ),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Processes on each node.")] = 8,
+    gpus_per_node: Annotated[
+        int,
+        typer.Option(min=0, help="GPUs, each with a process, on a node; 0: one on its CPUs."),
+    ] = 8,
     out: Annotated[
         Path, typer.Option(parser=_path, metavar="PATH", help="Folder for the job file.")
     ] = Path("job"),
@@ -225,7 +228,7 @@ def plan(
         from launch.cluster import load_cluster, write_job
 
         arguments = [config, *(overrides or [])]
-        nproc = nodes * gpus_per_node
+        nproc = nodes * max(gpus_per_node, 1)
         path = write_job(run, arguments, load_cluster(cluster), nodes, gpus_per_node, out)
         submit = "sbatch" if path.suffix == ".sbatch" else "kubectl apply -f"
         print(f"wrote {path}; submit it with: {submit} {path}", flush=True)
@@ -265,11 +268,32 @@ def sweep(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Concurrent trials.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random trials.")] = 0,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Only write an array of --jobs jobs that share the trials: a cluster file of "
+            "kind slurm, or slurm for the one in configs/clusters."
+        ),
+    ] = None,
+    wandb_agent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID", help="With --cluster: the jobs are wandb's agents of this sweep."
+        ),
+    ] = None,
+    call: Annotated[
+        str | None,
+        typer.Option(help="Common name of processes that share the trials, as --cluster sets it."),
+    ] = None,
 ) -> None:
     """Run a sweep on this machine, or resume one that was stopped."""
     from launch.sweep import run_sweep
+    from launch.sweep_job import write_array
 
-    _exit(run_sweep(file, out, jobs, seed))
+    if cluster is None and wandb_agent is None:
+        _exit(run_sweep(file, out, jobs, seed, call))
+    path = write_array(file, out, jobs, seed, cluster or "slurm", wandb_agent)
+    print(f"wrote {path}; submit it with: sbatch {path}", flush=True)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Writes a job for a cluster: `train.sbatch` or `pytorchjob.yaml`, torchrun on every node."""
+"""Writes the file of a job, or of a sweep, for Slurm or Kubernetes."""
 
 from collections.abc import Sequence
 from itertools import count
@@ -7,8 +7,8 @@ from pathlib import Path
 from data.activity import print_line
 from data.files import write_atomically
 from launch import kubernetes, slurm
-from launch.job import ClusterConfig, Job
-from trainer.config import RunConfig, load_as
+from launch.job import ClusterConfig, Job, job_name
+from trainer.config import ConfigError, RunConfig, load_as
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "clusters"
 
@@ -34,21 +34,60 @@ def write_job(
 
     A file of another job, or one that was edited, is kept under another name.
 
-    Raises ConfigError when the run does not fit the number of processes, and DataError when `out`
-    cannot be written.
+    Arguments:
+        gpus_per_node: and processes on each node; 0 is one process on the CPUs of each.
+
+    Raises ConfigError when the run does not fit the number of processes or has no GPU for
+    `device: cuda`, and DataError when `out` cannot be written.
     """
-    run.check_world(nodes * gpus_per_node)
+    if gpus_per_node == 0:
+        cluster = cluster.model_copy(update={"gpus": False})
+    if run.device == "cuda" and not cluster.gpus:
+        raise ConfigError(
+            "device = cuda needs GPUs, and the job has none; it should be auto or cpu, or "
+            "--gpus-per-node above 0 and gpus in the cluster file true"
+        )
+    processes_per_node = max(gpus_per_node, 1)
+    run.check_world(nodes * processes_per_node)
     if run.device == "auto":  # a node without its GPUs is an error, not a rank on a CPU
         arguments = [*arguments, f"device={'cuda' if cluster.gpus else 'cpu'}"]
-    job = Job(run, tuple(arguments), cluster, nodes, gpus_per_node, out.absolute())
+    job = Job(run, tuple(arguments), cluster, nodes, processes_per_node, out.absolute())
     if cluster.kind == "slurm":
         name, text = "train.sbatch", slurm.script(job)
     else:
-        name, text = "pytorchjob.yaml", kubernetes.manifest(job)
+        assert cluster.kubernetes is not None
+        name = f"{cluster.kubernetes.job.lower()}.yaml"
+        text = kubernetes.manifest(job)
     path = out / name
+    _write_job_file(path, text)
+    return path
+
+
+def write_sweep_job(
+    cluster: ClusterConfig, command: str, arguments: Sequence[str], jobs: int, folder: Path
+) -> Path:
+    """Writes `sweep.sbatch` into a sweep's folder, as `write_job` does, and returns its path.
+
+    Arguments:
+        command: what each of the array's `jobs` runs: options of Python, shell text.
+        arguments: of that command.
+
+    Raises ConfigError for a cluster other than Slurm.
+    """
+    if cluster.kind != "slurm":
+        raise ConfigError(f"kind = {cluster.kind}: a sweep is an array of Slurm's jobs; kind slurm")
+    path = folder / "sweep.sbatch"
+    name = job_name(folder.name)
+    text = slurm.array_script(cluster, name, command, arguments, jobs, folder.absolute())
+    _write_job_file(path, text)
+    return path
+
+
+def _write_job_file(path: Path, text: str) -> None:
+    """Writes a job file; one that is there with another text is kept under another name."""
     if path.is_file() and (before := path.read_text(encoding="utf-8")) != text:
-        copy = next(c for i in count(1) if not (c := out / f"{name}.{i}").exists())
+        names = (path.with_name(f"{path.name}.{i}") for i in count(1))
+        copy = next(name for name in names if not name.exists())
         write_atomically(copy, before)
         print_line(f"{path} was another job, or edited; it is kept as {copy}")
     write_atomically(path, text)
-    return path

@@ -71,6 +71,9 @@ class SecretConfig(Section):
 class KubernetesConfig(Section):
     """Kubernetes' own settings."""
 
+    job: Literal["PyTorchJob", "TrainJob"] = "PyTorchJob"
+    """Kind of job: `PyTorchJob` of Kubeflow's training operator (v1), or `TrainJob` of Kubeflow
+    Trainer (v2)."""
     image: Word
     """Image with this project installed."""
     namespace: DnsName | None = None
@@ -151,6 +154,12 @@ class ClusterConfig(Section):
         return self
 
 
+def job_name(folder: str) -> str:
+    """Returns `v4-` and the name of a folder, in characters that both managers accept."""
+    name = re.sub(r"[^a-z0-9]+", "-", folder.lower()).strip("-")
+    return f"v4-{name}"[:40].rstrip("-")
+
+
 @dataclass(frozen=True)
 class Job:
     """A run on a cluster.
@@ -169,9 +178,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        """`v4-` and the run folder's name, in characters that both managers accept."""
-        name = re.sub(r"[^a-z0-9]+", "-", self.run.run_dir.name.lower()).strip("-")
-        return f"v4-{name}"[:40].rstrip("-")
+        """`v4-` and the run folder's name."""
+        return job_name(self.run.run_dir.name)
 
     @property
     def environment(self) -> dict[str, str]:

@@ -1,12 +1,12 @@
-"""The PyTorchJob (kubeflow.org/v1) of a job.
+"""The PyTorchJob (kubeflow.org/v1) or the TrainJob (trainer.kubeflow.org/v1alpha1) of a job.
 
-The master's pod is the first node, named `JOB-master-0` by the operator's service. A pod that is
-evicted gets SIGTERM and time for a last checkpoint. All ranks stop with it, so torchrun exits with
-0 everywhere although the run has not reached its last step: such a pod exits with 143, which the
-operator treats as an interruption and restarts. So does a pod that has lost the first node. A pod
-whose processes failed more often than `max_restarts` ends the job: the operator restarts every pod
-that ends with 128 or more, so one whose rank was killed by signal n ends with 1, and its log names
-the signal.
+The first node is the pod that hosts the rendezvous: `JOB-master-0` by the training operator's
+service, `JOB-node-0-0.JOB` by that of a TrainJob's JobSet. A pod that is evicted gets SIGTERM and
+time for a last checkpoint. All ranks stop with it, so torchrun exits with 0 everywhere although the
+run has not reached its last step: such a pod exits with 143, which counts as an interruption, and
+is started again. So does a pod that has lost the first node. A pod whose processes failed more
+often than `max_restarts` ends the job: the training operator restarts every pod that ends with 128
+or more, so one whose rank was killed by signal n ends with 1, and its log names the signal.
 """
 
 import re
@@ -16,12 +16,14 @@ from typing import Any
 import yaml
 
 from launch.job import Job, KubernetesConfig
+from trainer.process.exit_codes import FAILED, USER_ERROR, exit_code_of
 
 _SCRIPT = """\
 set -euo pipefail
 cd {folder}
 export TORCHELASTIC_ERROR_FILE="${{TMPDIR:-/tmp}}/torchrun-error.json"
 rm -f "$TORCHELASTIC_ERROR_FILE"
+is_host={is_host}
 job=
 ask_to_stop() {{ if [[ -n $job ]]; then kill -TERM "$job" 2>/dev/null || true; fi; }}
 trap ask_to_stop TERM
@@ -43,6 +45,9 @@ if (( code >= 128 )); then exit 1; fi
 exit "$code"
 """
 _TORCHRUN_LINE = " \\\n    "
+_IS_FIRST_POD = "$([[ $JOB_COMPLETION_INDEX == 0 ]] && echo true || echo false)"
+"""Shell text; the index is what Kubernetes gives a pod of an indexed Job."""
+_INTERRUPTED = exit_code_of(-15)
 SHUTDOWN_MARGIN = 60  # seconds between the deadline of the last checkpoint and SIGKILL
 
 
@@ -64,50 +69,129 @@ _Dumper.add_representer(str, _text)
 
 
 def manifest(job: Job) -> str:
-    """Returns the text of `pytorchjob.yaml`."""
+    """Returns the text of `pytorchjob.yaml` or `trainjob.yaml`, whichever the cluster file asks."""
     kubernetes = job.cluster.kubernetes
     assert kubernetes is not None
-    replicas = {"Master": _replica(job, kubernetes, 1, is_host=True)}
-    if job.nodes > 1:
-        replicas["Worker"] = _replica(job, kubernetes, job.nodes - 1, is_host=False)
+    if kubernetes.job == "TrainJob":
+        documents = [_training_runtime(job, kubernetes), _train_job(job, kubernetes)]
+    else:
+        documents = [_pytorch_job(job, kubernetes)]
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=1000)
+
+
+def _metadata(job: Job, kubernetes: KubernetesConfig) -> dict[str, str]:
     metadata = {"name": job.name}
     if kubernetes.namespace is not None:
         metadata["namespace"] = kubernetes.namespace
-    document = {
+    return metadata
+
+
+def _pytorch_job(job: Job, kubernetes: KubernetesConfig) -> dict[str, Any]:
+    replicas = {"Master": _replica(job, kubernetes, 1, is_host=True)}
+    if job.nodes > 1:
+        replicas["Worker"] = _replica(job, kubernetes, job.nodes - 1, is_host=False)
+    return {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
-        "metadata": metadata,
+        "metadata": _metadata(job, kubernetes),
         "spec": {
             "runPolicy": {"cleanPodPolicy": "Running", "backoffLimit": kubernetes.backoff_limit},
             "pytorchReplicaSpecs": replicas,
         },
     }
-    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000)
 
 
 def _replica(job: Job, kubernetes: KubernetesConfig, count: int, is_host: bool) -> dict[str, Any]:
+    script = _script(job, f"{job.name}-master-0", "true" if is_host else "false")
+    container = {
+        "name": "pytorch",  # the container name that the operator expects
+        **_container(job, kubernetes, script),
+        "ports": [{"name": "pytorchjob-port", **_port(job)}],
+    }
+    template = {"spec": _pod(job, kubernetes, container)}
+    return {"replicas": count, "restartPolicy": "ExitCode", "template": template}
+
+
+def _port(job: Job) -> dict[str, Any]:
+    return {"containerPort": job.cluster.port, "protocol": "TCP"}
+
+
+def _train_job(job: Job, kubernetes: KubernetesConfig) -> dict[str, Any]:
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": _metadata(job, kubernetes),
+        "spec": {
+            "runtimeRef": {
+                "apiGroup": "trainer.kubeflow.org",
+                "kind": "TrainingRuntime",
+                "name": job.name,
+            },
+            "trainer": {"numNodes": job.nodes},
+        },
+    }
+
+
+def _training_runtime(job: Job, kubernetes: KubernetesConfig) -> dict[str, Any]:
+    """Returns the job's own runtime: volumes and rules for failures are no part of a TrainJob."""
+    script = _script(job, f"{job.name}-node-0-0.{job.name}", _IS_FIRST_POD)
+    container = {
+        "name": "node",  # of the container and of the replicated job, for the controller
+        **_container(job, kubernetes, script),
+        "ports": [_port(job)],
+    }
+    pods = {
+        "backoffLimit": kubernetes.backoff_limit,
+        "podFailurePolicy": {
+            "rules": [
+                {
+                    "action": "Ignore",
+                    "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+                },
+                {"action": "Ignore", "onExitCodes": _exits("In", _INTERRUPTED)},
+                {"action": "FailJob", "onExitCodes": _exits("In", FAILED, USER_ERROR)},
+            ]
+        },
+        "template": {"spec": {"restartPolicy": "Never", **_pod(job, kubernetes, container)}},
+    }
+    step = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    replicated = {"name": "node", "template": {"metadata": {"labels": step}, "spec": pods}}
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainingRuntime",
+        "metadata": _metadata(job, kubernetes),
+        "spec": {
+            "mlPolicy": {"numNodes": job.nodes},
+            "template": {"spec": {"replicatedJobs": [replicated]}},
+        },
+    }
+
+
+def _exits(operator: str, *codes: int) -> dict[str, Any]:
+    return {"containerName": "node", "operator": operator, "values": list(codes)}
+
+
+def _pod(job: Job, kubernetes: KubernetesConfig, container: dict[str, Any]) -> dict[str, Any]:
     volumes = [
         {"name": "work", "persistentVolumeClaim": {"claimName": kubernetes.claim}},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": kubernetes.shared_memory}},
     ]
     spec: dict[str, Any] = {
         "terminationGracePeriodSeconds": job.cluster.save_seconds + SHUTDOWN_MARGIN,
-        "containers": [_container(job, kubernetes, is_host)],
+        "containers": [container],
         "volumes": volumes,
     }
     if kubernetes.node_selector:
         spec["nodeSelector"] = dict(kubernetes.node_selector)
-    return {"replicas": count, "restartPolicy": "ExitCode", "template": {"spec": spec}}
+    return spec
 
 
-def _container(job: Job, kubernetes: KubernetesConfig, is_host: bool) -> dict[str, Any]:
+def _container(job: Job, kubernetes: KubernetesConfig, script: str) -> dict[str, Any]:
     return {
-        "name": "pytorch",  # the container name that the operator expects
         "image": kubernetes.image,
-        "command": ["bash", "-c", _literal(_script(job, is_host)), "node"],
+        "command": ["bash", "-c", _literal(script), "node"],
         "args": [_literal(argument) for argument in job.arguments],
         "env": _environment(job, kubernetes),
-        "ports": [{"name": "pytorchjob-port", "containerPort": job.cluster.port}],
         "resources": _resources(job, kubernetes),
         "volumeMounts": [
             {"name": "work", "mountPath": str(kubernetes.mount)},
@@ -116,11 +200,17 @@ def _container(job: Job, kubernetes: KubernetesConfig, is_host: bool) -> dict[st
     }
 
 
-def _script(job: Job, is_host: bool) -> str:
-    endpoint = f"{job.name}-master-0:{job.cluster.port}"
-    torchrun = job.torchrun(endpoint, job.name, "true" if is_host else "false")
+def _script(job: Job, head: str, is_host: str) -> str:
+    """Returns what a pod runs.
+
+    Arguments:
+        head: name of the first node.
+        is_host: whether the pod is the first node, shell text.
+    """
+    torchrun = job.torchrun(f"{head}:{job.cluster.port}", job.name, "$is_host")
     return _SCRIPT.format(
         folder=shlex.quote(str(job.cluster.folder)),
+        is_host=is_host,
         torchrun=_TORCHRUN_LINE.join(torchrun),
         last=shlex.quote(str(job.run.last_checkpoint)),
     )

@@ -1,41 +1,51 @@
 """The sbatch script of a job.
 
-Slurm sends SIGTERM to the batch shell some time before the limit. The shell passes it to srun, srun
-to all torchruns, and these to their workers, which save a checkpoint together; then the job is
-requeued and resumes from there. After a node failure Slurm requeues it by itself.
+Slurm sends SIGTERM to the batch shell some time before the limit. The shell has Slurm pass it to
+the tasks of its step, which are torchruns, and these pass it to their workers, which save a
+checkpoint together; then the job is requeued and resumes from there. After a node failure Slurm
+requeues it by itself.
 """
 
 import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from launch.job import Job, SlurmConfig
+from launch.job import ClusterConfig, Job, SlurmConfig
 
-_BODY = """
+_BATCH = """
+# shellcheck disable=SC2016  # the nodes expand what is in single quotes
 set -eo pipefail
 cd {folder}
 {setup}
 set -u  # only now: scripts that `module load` runs may use unset variables
-mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export V4_HEAD="${{hosts[0]}}"
-
-# One torchrun on every node; the first node hosts the rendezvous.
-# shellcheck disable=SC2016
+{before}
 node='
-if [[ $SLURM_NODEID == 0 ]]; then is_host=true; else is_host=false; fi
-exec {torchrun} "$@"
+{node} "$@"
 '
 arguments=({arguments})
 
+job="{job}"
 stopping=
+asked=
 step=
+# srun kills its tasks when it gets SIGTERM itself, so the signal goes to the tasks; once, since
+# torchrun takes a second one for an order to end at once.
 ask_to_stop() {{
     stopping=yes
-    if [[ -n $step ]]; then kill -TERM "$step" 2>/dev/null || true; fi
+    if [[ -z $step ]]; then return; fi
+    asked=yes
+    until squeue --noheader --steps --jobs="$job" --format=%j | grep -x v4 >/dev/null; do
+        if ! kill -0 "$step" 2>/dev/null; then return; fi
+        sleep 1
+    done
+    scancel --signal=TERM "$job"
 }}
 trap ask_to_stop TERM
 
-srun --kill-on-bad-exit=1{srun} \\
+srun --job-name=v4 --kill-on-bad-exit=1{srun} \\
     bash -c "$node" node "${{arguments[@]}}" &
 step=$!
+if [[ -n $stopping && -z $asked ]]; then ask_to_stop; fi
 
 # A signal interrupts the first wait; the second one waits for the exit.
 code=0
@@ -44,59 +54,159 @@ if [[ -n $stopping ]]; then
     code=0
     wait "$step" || code=$?
 fi
-if [[ -n $stopping && ! -d {last} ]]; then
-    exec scontrol requeue "$SLURM_JOB_ID"
+if {resumes}; then
+    exec scontrol requeue "$job"
 fi
 exit "$code"
 """
 
+_HEAD = """\
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+# A node's name need not be one that its network knows; its address is.
+V4_HEAD="$(scontrol show node "${nodes[0]}" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')"
+export V4_HEAD
+
+# One torchrun on every node; the first node hosts the rendezvous."""
+_IS_HOST = "if [[ $SLURM_NODEID == 0 ]]; then is_host=true; else is_host=false; fi"
+_ARRAY_JOB = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+"""A job of an array; SLURM_JOB_ID of one of them is the name of all."""
+
 
 def script(job: Job) -> str:
     """Returns the text of `train.sbatch`."""
-    slurm = job.cluster.slurm
-    assert slurm is not None
-    torchrun = job.torchrun(f"$V4_HEAD:{job.cluster.port}", "$SLURM_JOB_ID", "$is_host")
-    setup = [f"export {name}={shlex.quote(value)}" for name, value in job.environment.items()]
-    body = _BODY.format(
-        folder=shlex.quote(str(job.cluster.folder.absolute())),
-        setup="\n".join([*setup, *slurm.setup]),
-        torchrun=" \\\n    ".join(torchrun),
-        arguments=shlex.join(job.arguments),
-        srun=_container(job, slurm),
-        last=shlex.quote(str(job.run.last_checkpoint)),
-    )
-    head = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(job, slurm))]
-    return "\n".join(head) + "\n" + body
-
-
-def _options(job: Job, slurm: SlurmConfig) -> list[str]:
-    options = [
-        f"--job-name={job.name}",
-        f"--nodes={job.nodes}",
-        "--ntasks-per-node=1",
-        f"--time={slurm.time}",
-        f"--signal=B:TERM@{job.cluster.save_seconds + 60}",
-        "--requeue",
-        "--open-mode=append",
-        f"--output={shlex.quote(str(job.out / '%x-%j.log'))}",
-    ]
-    if job.cluster.gpus:
+    cluster = job.cluster
+    torchrun = job.torchrun(f"$V4_HEAD:{cluster.port}", "$SLURM_JOB_ID", "$is_host")
+    slurm = _settings(cluster)
+    options = [f"--nodes={job.nodes}", "--ntasks-per-node=1"]
+    if cluster.gpus:
         options.append(f"--gpus-per-node={job.processes_per_node}")
-    for name in ("partition", "account", "qos"):
-        if (value := getattr(slurm, name)) is not None:
-            options.append(f"--{name}={value}")
     if slurm.cpus_per_node is not None:
         options.append(f"--cpus-per-task={slurm.cpus_per_node}")
     if slurm.exclusive:
         options.append("--exclusive")
-    return [*options, *slurm.options]
+    return _batch(
+        cluster,
+        name=job.name,
+        options=options,
+        log=job.out / "%x-%j.log",
+        environment=job.environment,
+        before=_HEAD,
+        node=f"{_IS_HOST}\nexec " + " \\\n    ".join(torchrun),
+        arguments=job.arguments,
+        cores=slurm.cpus_per_node,
+        job="$SLURM_JOB_ID",
+        resumes=f"[[ -n $stopping && ! -d {shlex.quote(str(job.run.last_checkpoint))} ]]",
+    )
 
 
-def _container(job: Job, slurm: SlurmConfig) -> str:
-    if slurm.container is None:
+def array_script(
+    cluster: ClusterConfig,
+    name: str,
+    command: str,
+    arguments: Sequence[str],
+    size: int,
+    folder: Path,
+) -> str:
+    """Returns the text of `sweep.sbatch`: an array of jobs that run one command.
+
+    Each has one task, with a GPU where the cluster has them, and shares its node with others.
+
+    Arguments:
+        command: options of Python, shell text.
+        arguments: of that command.
+        folder: for the logs.
+    """
+    options = [f"--array=0-{size - 1}", "--nodes=1", "--ntasks=1"]
+    if cluster.gpus:
+        options.append("--gpus-per-node=1")
+    return _batch(
+        cluster,
+        name=name,
+        options=options,
+        log=folder / "%x-%A-%a.log",
+        environment=cluster.environment,
+        before=_python_first(cluster),
+        node=f"exec {cluster.python} {command}",
+        arguments=arguments,
+        cores=None,
+        job=_ARRAY_JOB,
+        resumes="[[ -n $stopping ]]",
+    )
+
+
+def _python_first(cluster: ClusterConfig) -> str:
+    """Returns the line with which `python` is the cluster's, as wandb's agent starts trials."""
+    if "/" not in cluster.python:
         return ""
-    options = [f"--container-image={slurm.container}"]
-    options.append(f"--container-workdir={job.cluster.folder.absolute()}")
-    if slurm.container_mounts:
-        options.append(f"--container-mounts={','.join(slurm.container_mounts)}")
-    return "".join(f" \\\n    {shlex.quote(word)}" for word in options)
+    folder = cluster.folder.absolute() / cluster.python
+    return f'export PATH={shlex.quote(str(folder.parent))}:"$PATH"'
+
+
+def _settings(cluster: ClusterConfig) -> SlurmConfig:
+    assert cluster.slurm is not None
+    return cluster.slurm
+
+
+def _batch(
+    cluster: ClusterConfig,
+    name: str,
+    options: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str],
+    before: str,
+    node: str,
+    arguments: Sequence[str],
+    cores: int | None,
+    job: str,
+    resumes: str,
+) -> str:
+    """Returns a batch script.
+
+    Arguments:
+        environment: variables of all tasks.
+        before: shell lines of the first node.
+        node: shell lines of every task, up to the arguments of its last command.
+        cores: of a task, as `options` has them.
+        job: the job's number, shell text.
+        resumes: shell condition on which the job is requeued.
+    """
+    slurm = _settings(cluster)
+    head = [
+        f"--job-name={name}",
+        *options,
+        f"--time={slurm.time}",
+        f"--signal=B:TERM@{cluster.save_seconds + 60}",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={shlex.quote(str(log))}",
+    ]
+    for option in ("partition", "account", "qos"):
+        if (value := getattr(slurm, option)) is not None:
+            head.append(f"--{option}={value}")
+    head += slurm.options
+    setup = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
+    srun = _step_options(cluster, slurm, cores)
+    body = _BATCH.format(
+        folder=shlex.quote(str(cluster.folder.absolute())),
+        setup="\n".join([*setup, *slurm.setup]),
+        before=before,
+        node=node,
+        arguments=shlex.join(arguments),
+        srun="".join(f" \\\n    {shlex.quote(word)}" for word in srun),
+        job=job,
+        resumes=resumes,
+    )
+    return "\n".join(["#!/bin/bash", *(f"#SBATCH {option}" for option in head)]) + "\n" + body
+
+
+def _step_options(cluster: ClusterConfig, slurm: SlurmConfig, cores: int | None) -> list[str]:
+    """Returns options of srun, which does not take the cores per task from the job's."""
+    options = []
+    if cores is not None:
+        options.append(f"--cpus-per-task={cores}")
+    if slurm.container is not None:
+        options.append(f"--container-image={slurm.container}")
+        options.append(f"--container-workdir={cluster.folder.absolute()}")
+        if slurm.container_mounts:
+            options.append(f"--container-mounts={','.join(slurm.container_mounts)}")
+    return options

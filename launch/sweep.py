@@ -1,146 +1,93 @@
 """`v4 sweep`: runs the trials of a sweep on this machine, several at once, without a server."""
 
 import json
-import signal
-import subprocess
+import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-import psutil
 from optuna.trial import TrialState
 
-from data.activity import Activity
-from data.errors import DataError
 from data.files import write_atomically
-from data.lease import Lease
-from data.manifest import Manifest
-from data.processes import find_process
+from data.lease import Lease, LeaseError, LeaseStopped
 from launch import processes
+from launch.sweep_definition import prepare_folder
 from launch.sweep_file import Arguments, Sweep, load_sweep
 from launch.sweep_progress import SweepDisplay, TrialProgress, failure_reason
-from launch.sweep_search import Search, read_history, should_stop, storage_errors
-from trainer.config import ConfigError, RunConfig, differences, load_config
+from launch.sweep_search import Search, read_history, should_stop
+from launch.sweep_trial import (
+    POLL_SECONDS,
+    Trial,
+    end_trials,
+    start_process,
+    stop_orphan,
+    trial_lease,
+)
+from trainer.config import RunConfig, load_config
 from trainer.process.exit_codes import FAILED, error_line
 
-_POLL_SECONDS = 0.3
+
+def sweep_folder(file: str, out: Path | None) -> Path:
+    """Returns the folder of a sweep's trials."""
+    return out or Path("runs", f"sweep-{Path(file).stem}")
 
 
-@dataclass
-class Trial:
-    """A running trial."""
-
-    number: int
-    folder: Path
-    process: subprocess.Popen[bytes]
-    config: RunConfig
-    progress: TrialProgress
-    history: list[float] = field(default_factory=list)
-    stopped: bool = False
-
-    @property
-    def is_unfinished(self) -> bool:
-        """Whether it has saved checkpoints, and none of its last step: a signal has ended it."""
-        is_trained = any((self.folder / "checkpoints").glob("step-*"))
-        return is_trained and not self.config.is_complete
-
-
-def run_sweep(file: str, out: Path | None, jobs: int, seed: int) -> int:
+def run_sweep(file: str, out: Path | None, jobs: int, seed: int, call: str | None = None) -> int:
     """Runs, or resumes, every trial of a sweep file; returns the exit code.
+
+    Other processes, on any host that shares the folder, may run trials of the same sweep.
+
+    Arguments:
+        call: name that all processes of one call share: none of them tries a trial again that
+            failed in another one; by default a name of this process.
 
     Raises ConfigError before any training for a file that cannot be used.
     """
     sweep = load_sweep(file)
-    folder = out or Path("runs", f"sweep-{Path(file).stem}")
-    with Lease(folder, "v4 sweep"):
-        _check_same(sweep, folder, seed)
-        with storage_errors(folder):
-            runner = _Runner(sweep, folder, jobs, seed)
-            stop = dict.fromkeys(processes.STOP_SIGNALS, runner.on_signal)
-            with processes.handlers(stop), runner:
-                finished = runner.run()
-            failed = runner.search.failed
+    folder = sweep_folder(file, out)
+    prepare_folder(sweep, folder, seed)
+    runner = _Runner(sweep, folder, jobs, Search(sweep, folder, seed, call or secrets.token_hex(8)))
+    stop = dict.fromkeys(processes.STOP_SIGNALS, runner.on_signal)
+    with processes.handlers(stop), runner:
+        finished = runner.run()
     if not finished:
         print(f"stopped; the same command resumes {folder}", flush=True)
         return 0
-    if failed:
-        numbers = ", ".join(map(str, sorted(failed)))
+    if failed := runner.search.failed():
+        numbers = ", ".join(map(str, failed))
         print(f"failed: trials {numbers}; the same command tries them again", flush=True)
+    if others := runner.search.unfinished():
+        numbers = ", ".join(map(str, others))
+        print(f"other processes run trials {numbers}; the last one makes the report", flush=True)
+        return 0
+    return _report(runner)
+
+
+def _report(runner: "_Runner") -> int:
+    """Draws the report of a sweep without unfinished trials; returns the exit code."""
     best = runner.best()
     if best is None:
-        message = f"{folder}: every trial failed; see log.txt in their folders"
+        message = f"{runner.folder}: every trial failed; see log.txt in their folders"
         print(error_line(message), file=sys.stderr)
         return FAILED
-    code = processes.run(processes.command("sweep-report", str(folder)))
+    code = processes.run(processes.command("sweep-report", str(runner.folder)))
     number, value = best
-    print(
-        f"best: trial {number}, {sweep.metric.name} {value:.4f}: {runner.setting(number)}",
-        flush=True,
-    )
+    name, setting = runner.sweep.metric.name, runner.setting(number)
+    print(f"best: trial {number}, {name} {value:.4f}: {setting}", flush=True)
     return code
-
-
-def _check_same(sweep: Sweep, folder: Path, seed: int) -> None:
-    """Writes the definition into the folder, or checks that it equals the one written before.
-
-    The config of the first trial stands for the config file, whose other values all trials share.
-    Raises ConfigError.
-    """
-    path = folder / "definition.json"
-    file, overrides = sweep.config_arguments(next(sweep.samples()))
-    config = load_config(file, overrides).to_dict()
-    shards = _shards_of(load_config(file, overrides))
-    ours = {"seed": seed, **sweep.model_dump(mode="json")}
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else dict(ours)
-        saved_config = saved.pop("config", config)  # not in those before version 0.2
-        saved_shards = dict(saved.pop("shards", {})) or shards  # likewise, or not prepared by then
-    except (ValueError, AttributeError, TypeError):
-        raise ConfigError(f"{path}: is damaged; choose another folder with --out") from None
-    if saved != ours:
-        raise ConfigError(
-            f"{folder}: holds a sweep with another definition or seed; choose another folder with "
-            "--out"
-        )
-    for key, old, new in differences(saved_config, config):
-        if key != "run_dir" and not key.startswith("metrics.wandb."):
-            raise ConfigError(
-                f"{file}: {key} is {new!r}, and was {old!r} in the trials of {folder}; restore it, "
-                "or choose another folder with --out"
-            )
-    for what, now in shards.items():
-        if (then := saved_shards.get(what)) != now:
-            raise ConfigError(
-                f"{config['data']['shards']}: has another {what} ({now[:16]}…) than when the "
-                f"trials of {folder} began ({str(then)[:16]}…); restore it, or choose another "
-                "folder with --out"
-            )
-    record = {**saved, "config": saved_config, "shards": saved_shards}
-    write_atomically(path, json.dumps(record, indent=1))
-
-
-def _shards_of(config: RunConfig) -> dict[str, str]:
-    """Returns what identifies the text of all trials; nothing where it is not prepared yet."""
-    try:
-        manifest = Manifest.load(config.data.shards)
-    except DataError:
-        return {}
-    return {"text": manifest.digest, "tokenizer": manifest.tokenizer_hash}
 
 
 class _Runner:
     """Keeps up to `jobs` trials running and writes `sweep.json`, which the report reads."""
 
-    def __init__(self, sweep: Sweep, folder: Path, jobs: int, seed: int) -> None:
+    def __init__(self, sweep: Sweep, folder: Path, jobs: int, search: Search) -> None:
         self.sweep = sweep
         self.folder = folder
         self.jobs = jobs
-        self.search = Search(sweep, folder, seed)
+        self.search = search
+        self.earlier = search.unfinished()
         self.running: list[Trial] = []
         self.signals = 0
         self.arguments: dict[int, Arguments] = {}
@@ -158,6 +105,8 @@ class _Runner:
         trace: TracebackType | None,
     ) -> None:
         end_trials([trial.process for trial in self.running], lambda: self.signals)
+        for trial in self.running:
+            trial.lease.release()
         self.display.stop()
 
     @property
@@ -170,33 +119,71 @@ class _Runner:
         self.signals += 1
 
     def run(self) -> bool:
-        """Runs all trials; False after a signal."""
-        self._load()
-        waiting = self.search.unfinished()
-        for number in waiting:
-            _stop_orphan(self._trial_folder(number), lambda: self.stopping)
+        """Runs all trials that no other process has; False after a signal."""
+        self._read_trials()
+        self._record()
         while not self.stopping:
-            while len(self.running) < self.jobs:
-                following = waiting.pop(0) if waiting else self.search.next()
-                if following is None:
-                    break
-                self._start(following)
-            if not self.running:
-                return True
-            time.sleep(_POLL_SECONDS)
+            while len(self.running) < self.jobs and self._start_next():
+                pass
+            if not self.running and not self._start_abandoned():
+                return not self.stopping
+            time.sleep(POLL_SECONDS)
             for trial in list(self.running):
                 self._poll(trial)
             self._show()
         return False
 
-    def _load(self) -> None:
-        """Loads the trials of earlier calls."""
+    def _start_next(self) -> bool:
+        """Starts a trial that an earlier call has left unfinished, or the next one of the study."""
+        while self.earlier and not self.stopping:
+            number = self.earlier.pop(0)
+            # A lease that a process on another host may still renew is looked at in the end.
+            if (lease := self._take(number, patient=False)) is not None:
+                self._start(number, lease)
+                return True
+        while not self.stopping and (waiting := self.search.next()) is not None:
+            if (lease := self._take(waiting, patient=True)) is not None:
+                self._start(waiting, lease)
+                return True
+        return False
+
+    def _start_abandoned(self) -> bool:
+        """Starts an unfinished trial whose process has died; waits until that is certain."""
+        for number in self.search.unfinished():
+            if (lease := self._take(number, patient=True)) is not None:
+                self._start(number, lease)
+                return True
+        return False
+
+    def _take(self, number: int, patient: bool) -> Lease | None:
+        """Takes the lease of a trial that is unfinished; None where another process has it.
+
+        Raises LeaseError where the trial's folder cannot be written.
+        """
+        lease = trial_lease(self._trial_folder(number), lambda: self.stopping or not patient)
+        try:
+            lease.__enter__()
+        except LeaseStopped:
+            return None
+        except LeaseError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            return None
+        if number in self.search.unfinished():
+            return lease
+        lease.release()  # its process has ended it meanwhile
+        return None
+
+    def _read_trials(self) -> None:
+        """Reads arguments and metrics of the trials that others have run, or are running."""
+        own = {trial.number for trial in self.running}
         for number in self.search.states():
-            self.arguments[number] = self.search.arguments(number)
-            every = self._config(self.arguments[number]).metrics.every
+            if number in own or (arguments := self.search.arguments(number)) is None:
+                continue
+            self.arguments[number] = arguments
+            every = self._config(arguments).metrics.every
             path = self._trial_folder(number) / "metrics.jsonl"
             self.histories[number] = read_history(path, self.sweep.metric.name, every)
-        self._record()
 
     def _config(self, arguments: Arguments) -> RunConfig:
         return load_config(*self.sweep.config_arguments(arguments))
@@ -204,28 +191,17 @@ class _Runner:
     def _trial_folder(self, number: int) -> Path:
         return self.folder / f"trial-{number:04d}"
 
-    def _start(self, number: int) -> None:
-        arguments = self.arguments[number] = self.search.arguments(number)
+    def _start(self, number: int, lease: Lease) -> None:
         folder = self._trial_folder(number)
-        folder.mkdir(exist_ok=True)
+        stop_orphan(folder, lambda: self.stopping)
+        arguments = self.arguments[number] = self.search.begin(number)
         command = [*self.sweep.trial_command(arguments), f"run_dir={json.dumps(str(folder))}"]
         if "metrics.wandb.mode" not in arguments:
             command.append("metrics.wandb.mode=disabled")
-        with open(folder / "log.txt", "ab") as log:
-            process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=processes.environment(self.jobs),
-                start_new_session=True,
-            )
-        born = psutil.Process(process.pid).create_time()
-        record = {"pid": process.pid, "born": born, "folder": str(folder.resolve())}
-        write_atomically(folder / "process.json", json.dumps(record))
+        process = start_process(command, folder, self.jobs)
         config = self._config(arguments).model_copy(update={"run_dir": folder})
         progress = TrialProgress(number, folder, config.recipe.steps)
-        self.running.append(Trial(number, folder, process, config, progress))
+        self.running.append(Trial(number, folder, process, config, lease, progress))
         self._record()
         self.display.line(f"trial {number} starts: {self.setting(number)}")
 
@@ -234,10 +210,12 @@ class _Runner:
         ended = trial.process.poll() is not None
         name = self.sweep.metric.name
         every = trial.config.metrics.every
+        points = len(trial.history)
         trial.history = read_history(trial.folder / "metrics.jsonl", name, every)
         self.histories[trial.number] = trial.history
         rule = self.sweep.early_terminate
-        if not ended and rule is not None and not trial.stopped:
+        if not ended and rule is not None and not trial.stopped and len(trial.history) > points:
+            self._read_trials()
             goal, others = self.sweep.metric.goal, self.histories.values()
             if should_stop(rule, goal, trial.history, others):
                 trial.process.terminate()
@@ -250,10 +228,11 @@ class _Runner:
         if trial.process.returncode != 0 or not trial.history or was_stopped:
             state = TrialState.FAIL
         self.search.finish(trial.number, trial.history, state)
+        trial.lease.release()
         self._record()
-        self._report(trial, state)
+        self._log_end(trial, state)
 
-    def _report(self, trial: Trial, state: TrialState) -> None:
+    def _log_end(self, trial: Trial, state: TrialState) -> None:
         name = self.sweep.metric.name
         if state == TrialState.FAIL:
             log = trial.folder / "log.txt"
@@ -289,67 +268,33 @@ class _Runner:
         return number, values[number]
 
     def _record(self) -> None:
-        """Writes `sweep.json`: the metric and every trial's folder, state and parameters."""
-        states, values = self.search.states(), self.search.values()
-        trials = [
-            {
-                "folder": self._trial_folder(number).name,
-                "state": states[number],
-                "parameters": self.arguments[number],
-                "value": values.get(number),
+        """Writes `sweep.json`: the metric and every trial's folder, state and parameters.
+
+        Again where another process has changed a trial meanwhile: it may have written before this.
+        """
+        states = None
+        while states != (states := self.search.states()):
+            for number in states.keys() - self.arguments.keys():
+                if (arguments := self.search.arguments(number)) is not None:
+                    self.arguments[number] = arguments
+            values = self.search.values()
+            trials = [
+                {
+                    "folder": self._trial_folder(number).name,
+                    "state": states[number],
+                    "parameters": self.arguments[number],
+                    "value": values.get(number),
+                }
+                for number in sorted(states.keys() & self.arguments.keys())
+            ]
+            record: dict[str, Any] = {
+                "metric": self.sweep.metric.name,
+                "goal": self.sweep.metric.goal,
+                "planned": self.sweep.trials,
+                "trials": trials,
             }
-            for number in sorted(self.arguments)
-        ]
-        record: dict[str, Any] = {
-            "metric": self.sweep.metric.name,
-            "goal": self.sweep.metric.goal,
-            "planned": self.sweep.trials,
-            "trials": trials,
-        }
-        write_atomically(self.folder / "sweep.json", json.dumps(record, indent=1) + "\n")
-
-
-def end_trials(trials: Sequence[subprocess.Popen[bytes]], signals: Callable[[], int]) -> None:
-    """Asks the processes to save and end, and waits for it; kills them after a second signal."""
-    for process in trials:
-        process.terminate()
-    with Activity("waiting for the trials to save; a second signal kills them"):
-        for process in trials:
-            while process.poll() is None:
-                time.sleep(_POLL_SECONDS)
-                if signals() > 1:
-                    process.send_signal(signal.SIGQUIT)  # `v4 train` kills its training then
+            write_atomically(self.folder / "sweep.json", json.dumps(record, indent=1) + "\n")
 
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _stop_orphan(folder: Path, is_stopping: Callable[[], bool] = lambda: False) -> None:
-    """Terminates the trial that a killed sweep left running; it saves a checkpoint first.
-
-    `is_stopping` ends the wait for it.
-
-    In the copy of a sweep's folder, the process is the original's and goes on.
-    """
-    path = folder / "process.json"
-    if not path.is_file():
-        return
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        pid, born = int(known["pid"]), float(known["born"])
-        started_in = known.get("folder", str(folder.resolve()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return  # damaged; the lease on the trial's folder is what keeps two processes apart
-    if started_in != str(folder.resolve()):
-        return
-    process = find_process(pid, born)
-    if process is None:
-        return
-    with suppress(psutil.NoSuchProcess):
-        process.terminate()
-        with Activity(f"waiting for the earlier process {process.pid} of {folder} to save"):
-            while not is_stopping():
-                with suppress(psutil.TimeoutExpired):
-                    process.wait(_POLL_SECONDS)
-                    return

@@ -1,95 +1,111 @@
 """Chooses the next trial (optuna) and which ones stop early (wandb's Hyperband)."""
 
-import json
-import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 import optuna
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.trial import TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from optuna.trial import FrozenTrial, TrialState
 
 from data.files import read_step_records
 from launch.sweep_file import Arguments, Hyperband, Sweep
-from trainer.config import ConfigError
+from launch.sweep_study import open_study
+
+_ARGUMENTS, _FAILED = "arguments", "failed_in"
+"""Attributes of a trial in the study: its overrides, and the call in which it failed."""
 
 
 class Search:
-    """The sweep's trials, stored in `study.sqlite3`, from which a killed sweep resumes.
+    """The sweep's trials in the study of its folder, which several processes may share.
 
     Trial n depends on the seed, n, and the trials finished before it, and on nothing in memory. A
     trial that failed stays unfinished in the study, so that the next call tries it again.
 
-    Attributes:
-        failed: numbers of the trials that failed since the study was opened.
+    Arguments:
+        call: name that all processes of one call share.
     """
 
-    def __init__(self, sweep: Sweep, folder: Path, seed: int) -> None:
-        optuna.logging.set_verbosity(logging.WARNING)
+    def __init__(self, sweep: Sweep, folder: Path, seed: int, call: str) -> None:
         self.sweep = sweep
         self.seed = seed
-        self.failed: set[int] = set()
+        self.call = call
         self.points = list(islice(sweep.points(), sweep.trials)) if sweep.method == "grid" else []
-        self.study = optuna.create_study(
-            storage=f"sqlite:///{folder / 'study.sqlite3'}",
-            study_name="sweep",
-            direction=sweep.metric.goal,
-            load_if_exists=True,
-        )
+        self.study, self.storage = open_study(folder)
 
     def unfinished(self) -> list[int]:
-        """Returns the trials that failed, or were running when the sweep was stopped."""
-        return [number for number, state in self.states().items() if state == "running"]
+        """Returns the trials that are running, were interrupted, or failed in an earlier call."""
+        return [
+            trial.number
+            for trial in self._trials()
+            if trial.state == TrialState.RUNNING and trial.user_attrs.get(_FAILED) != self.call
+        ]
+
+    def failed(self) -> list[int]:
+        """Returns the trials that failed in this call."""
+        trials = self._trials()
+        return [trial.number for trial in trials if trial.user_attrs.get(_FAILED) == self.call]
 
     def next(self) -> int | None:
-        """Starts one more trial and returns its number; None once all have been started."""
-        started = self.study.get_trials(deepcopy=False)
-        waiting = [trial for trial in started if trial.state == TrialState.WAITING]
-        number = len(started) - len(waiting)
-        if number >= self.sweep.trials:
-            return None
-        if self.points and not waiting:
-            point = {name: json.dumps(value) for name, value in self.points[number].items()}
-            self.study.enqueue_trial(point)
-        self.study.sampler = self._sampler(number)
-        trial = self.study.ask()
-        for name, parameter in self.sweep.flat().items():
-            parameter.suggest(trial, name)
-        return trial.number
+        """Starts the first waiting trial and returns its number; None once all were started."""
+        for trial in self._trials():
+            if trial.state == TrialState.WAITING:
+                with suppress(UpdateFinishedTrialError):  # another process was faster
+                    if self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                        return trial.number
+        return None
 
-    def _sampler(self, number: int) -> BaseSampler:
-        if self.sweep.method == "bayes":
-            return TPESampler(seed=self.seed + number)
-        return RandomSampler(seed=self.seed + number)
+    def begin(self, number: int) -> Arguments:
+        """Returns the overrides of a trial that this process runs, and stores them for the others.
 
-    def arguments(self, number: int) -> Arguments:
-        """Returns a trial's overrides; parameters that a kill left undecided are suggested now."""
+        Parameters are suggested now, unless an earlier start has done it.
+        """
+        identity = self._trials()[number]._trial_id
+        arguments = self.arguments(number)
+        if arguments is None:
+            if self.sweep.method == "bayes":
+                sampler: BaseSampler = TPESampler(seed=self.seed + number)
+            else:
+                sampler = RandomSampler(seed=self.seed + number)
+            self.study.sampler = sampler
+            trial = optuna.Trial(self.study, identity)
+            flat = self.sweep.flat()
+            arguments = {name: parameter.suggest(trial, name) for name, parameter in flat.items()}
+        if self._trials()[number].user_attrs.get(_ARGUMENTS) != arguments:
+            self.storage.set_trial_user_attr(identity, _ARGUMENTS, arguments)
+        self.storage.set_trial_user_attr(identity, _FAILED, None)
+        return arguments
+
+    def arguments(self, number: int) -> Arguments | None:
+        """Returns a started trial's overrides; None while another process chooses them."""
         if self.points:
             return self.points[number]
-        self.study.sampler = self._sampler(number)
-        trial = self._reopen(number)
-        return {
-            name: parameter.suggest(trial, name) for name, parameter in self.sweep.flat().items()
-        }
+        frozen = self._trials()[number]
+        if _ARGUMENTS in frozen.user_attrs:
+            return dict(frozen.user_attrs[_ARGUMENTS])
+        flat = self.sweep.flat()
+        if frozen.params.keys() < flat.keys():
+            return None
+        trial = optuna.Trial(self.study, frozen._trial_id)  # of before version 0.2
+        return {name: parameter.suggest(trial, name) for name, parameter in flat.items()}
 
     def finish(self, number: int, history: Sequence[float], state: TrialState) -> None:
         """Ends a trial as complete, pruned (stopped early) or failed; its last point counts."""
+        identity = self._trials()[number]._trial_id
         if state == TrialState.FAIL:
-            self.failed.add(number)
+            self.storage.set_trial_user_attr(identity, _FAILED, self.call)
             return
         if state == TrialState.PRUNED:
-            trial = self._reopen(number)
+            trial = optuna.Trial(self.study, identity)
             for step, value in enumerate(history):
                 trial.report(value, step)
         last = history[-1] if state == TrialState.COMPLETE else None
         self.study.tell(number, last, state=state)
 
-    def _reopen(self, number: int) -> optuna.Trial:
-        return optuna.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
+    def _trials(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
 
     def values(self) -> dict[int, float]:
         """Returns the metric of every complete trial."""
@@ -98,23 +114,16 @@ class Search:
 
     def states(self) -> dict[int, str]:
         """Returns every started trial's state: running, complete, pruned or fail."""
-        trials = self.study.get_trials(deepcopy=False)
         return {
-            trial.number: "fail" if trial.number in self.failed else trial.state.name.lower()
-            for trial in trials
+            trial.number: "fail" if trial.user_attrs.get(_FAILED) else trial.state.name.lower()
+            for trial in self._trials()
             if trial.state != TrialState.WAITING
         }
 
-
-@contextmanager
-def storage_errors(folder: Path) -> Iterator[None]:
-    """Turns errors of the database into one sentence. Raises ConfigError."""
-    try:
-        yield
-    except (StorageInternalError, SQLAlchemyError) as error:
-        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-        reason = str(getattr(cause, "orig", None) or cause)
-        raise ConfigError(f"{folder / 'study.sqlite3'}: {reason}") from None
+    @property
+    def is_over(self) -> bool:
+        """Whether no trial is left to run in this call."""
+        return len(self.states()) == self.sweep.trials and not self.unfinished()
 
 
 def bands(rule: Hyperband, longest: int) -> list[int]:

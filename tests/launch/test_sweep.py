@@ -16,30 +16,17 @@ import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from launch import sweep_progress
-from launch.sweep import _check_same, _stop_orphan, end_trials
-from launch.sweep_file import Hyperband, Sweep, load_sweep
+from launch.sweep_definition import check_same
+from launch.sweep_file import Hyperband, load_sweep
 from launch.sweep_parameters import Parameter
-from launch.sweep_search import Search, bands, read_history, should_stop
+from launch.sweep_search import bands, read_history, should_stop
+from launch.sweep_trial import end_trials, stop_orphan
+from tests.launch.sweeps import GRID, command, write
 from trainer.config import ConfigError, load_config
 from trainer.metrics.jsonl import read_metrics
 from trainer.report.sweep import Trial, groups, sentences
 
 SWEEPS = sorted(p for p in Path("configs/sweeps").glob("*.yaml") if p.name != "base.yaml")
-HEAD = """program: launch.trial
-command: ["${{env}}", "${{interpreter}}", "-m", "${{program}}", {config}, "${{args_no_hyphens}}"]
-metric: {{name: validation_loss}}
-"""
-GRID = "method: grid\nparameters:\n  optim.learning_rate: {values: [1e-3, 1e-2]}\n"
-
-
-def write(tiny: Path, folder: Path, body: str) -> Path:
-    path = folder / "sweep.yaml"
-    path.write_text(HEAD.format(config=tiny) + body)
-    return path
-
-
-def command(file: Path, out: Path) -> list[str]:
-    return [sys.executable, "-m", "launch", "sweep", str(file), f"--out={out}", "--jobs=2"]
 
 
 def test_history_has_the_points_that_wandb_gets(tmp_path: Path) -> None:
@@ -88,33 +75,6 @@ def test_arguments_are_those_of_wandb_agent(tiny: Path, tmp_path: Path) -> None:
     arguments = {"a.b": 1e-5, "c": True, "d": "muon", "e": 3}
     theirs = create_sweep_command_args({"args": {k: {"value": v} for k, v in arguments.items()}})
     assert sweep.trial_command(arguments)[5:] == theirs["args_no_hyphens"]
-
-
-def draw(sweep: Sweep, folder: Path, reopen: bool) -> list[dict]:
-    """All trials' settings; a trial's loss is its number's remainder, told at once."""
-    folder.mkdir()
-    search, settings = Search(sweep, folder, seed=7), []
-    while (number := search.next()) is not None:
-        settings.append(search.arguments(number))
-        search.finish(number, [float(number % 3)], optuna.trial.TrialState.COMPLETE)
-        if reopen:
-            search = Search(sweep, folder, seed=7)
-    return settings
-
-
-def test_a_grid_is_complete_and_random_trials_survive_reopening(tiny: Path, tmp_path: Path) -> None:
-    grid = load_sweep(write(tiny, tmp_path, GRID + "  seed: {min: 1, max: 3}\n"))
-    drawn = draw(grid, tmp_path / "grid", reopen=True)
-    assert drawn == [
-        {"optim.learning_rate": rate, "seed": seed} for rate in (1e-3, 1e-2) for seed in (1, 2, 3)
-    ]
-    for method in ("random", "bayes"):
-        body = f"method: {method}\nrun_cap: 12\nparameters:\n"
-        body += "  optim.learning_rate: {distribution: log_uniform_values, min: 1e-4, max: 1e-1}\n"
-        sweep = load_sweep(write(tiny, tmp_path, body))
-        once = draw(sweep, tmp_path / method, reopen=False)
-        assert once == draw(sweep, tmp_path / f"{method}-again", reopen=True)
-        assert len({trial["optim.learning_rate"] for trial in once}) == 12
 
 
 FAKE = """
@@ -201,15 +161,6 @@ def test_progress_has_step_loss_and_estimate(
     assert resumed.describe() == "trial 3: resuming after step 20"
 
 
-def test_a_damaged_study_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
-    file, out = write(tiny, tmp_path, GRID), tmp_path / "out"
-    out.mkdir()
-    (out / "study.sqlite3").write_bytes(b"no database" * 1000)
-    done = subprocess.run(command(file, out), capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr == f"v4: error: {out / 'study.sqlite3'}: file is not a database\n"
-
-
 def test_hyperband_as_wandb_documents_it() -> None:
     assert bands(Hyperband(type="hyperband", min_iter=3), 100) == [3, 9, 27, 81]
     assert bands(Hyperband(type="hyperband", max_iter=27, s=2), 100) == [3, 9]
@@ -284,25 +235,25 @@ def test_a_sweep_resumes_with_the_same_config(tiny: Path, tmp_path: Path, body: 
     config = tmp_path / "base.yaml"
     config.write_text(tiny.read_text())
     sweep = load_sweep(write(config, tmp_path, body))
-    _check_same(sweep, tmp_path, 0)
+    check_same(sweep, tmp_path, 0)
     definition = (tmp_path / "definition.json").read_text()
     for change in ("", "\nmetrics: {wandb: {mode: offline}}\n", "\nrun_dir: elsewhere\n"):
         text = tiny.read_text()
         key = change.strip().partition(":")[0]
         lines = [line for line in text.splitlines() if not (key and line.startswith(f"{key}:"))]
         config.write_text("\n".join(lines) + change)
-        _check_same(sweep, tmp_path, 0)
+        check_same(sweep, tmp_path, 0)
     config.write_text(tiny.read_text().replace("global_batch_size: 4", "global_batch_size: 8"))
     with pytest.raises(
         ConfigError, match=r"base\.yaml: data.global_batch_size is 8, and was 4 in the trials of"
     ):
-        _check_same(sweep, tmp_path, 0)
+        check_same(sweep, tmp_path, 0)
     with pytest.raises(ConfigError, match="another definition or seed"):
-        _check_same(sweep, tmp_path, 1)
+        check_same(sweep, tmp_path, 1)
     assert (tmp_path / "definition.json").read_text() == definition
     (tmp_path / "definition.json").write_text("{")
     with pytest.raises(ConfigError, match=r"definition\.json: is damaged"):
-        _check_same(sweep, tmp_path, 0)
+        check_same(sweep, tmp_path, 0)
 
 
 def test_a_sweep_resumes_on_the_same_text(tiny: Path, tmp_path: Path) -> None:
@@ -313,7 +264,7 @@ def test_a_sweep_resumes_on_the_same_text(tiny: Path, tmp_path: Path) -> None:
     config.write_text(tiny.read_text().replace(str(tiny.parent / "shards"), str(shards)))
     sweep = load_sweep(write(config, tmp_path, GRID))
     for _ in range(2):
-        _check_same(sweep, tmp_path, 0)
+        check_same(sweep, tmp_path, 0)
     manifest = shards / "manifest.json"
     content = json.loads(manifest.read_text())
     for key, what in (("digest", "text"), ("tokenizer_hash", "tokenizer")):
@@ -321,18 +272,18 @@ def test_a_sweep_resumes_on_the_same_text(tiny: Path, tmp_path: Path) -> None:
         with pytest.raises(
             ConfigError, match=f"has another {what} .f{{16}}….? than when the trials"
         ):
-            _check_same(sweep, tmp_path, 0)
+            check_same(sweep, tmp_path, 0)
     manifest.unlink()
-    _check_same(sweep, tmp_path, 0)  # the trials end, and say why
+    check_same(sweep, tmp_path, 0)  # the trials end, and say why
     manifest.write_text(json.dumps(content))
-    _check_same(sweep, tmp_path, 0)
+    check_same(sweep, tmp_path, 0)
 
 
 def test_a_definition_of_before_gets_the_config(tiny: Path, tmp_path: Path) -> None:
     sweep = load_sweep(write(tiny, tmp_path, GRID))
     path = tmp_path / "definition.json"
     path.write_text(json.dumps({"seed": 0, **sweep.model_dump(mode="json")}))
-    _check_same(sweep, tmp_path, 0)
+    check_same(sweep, tmp_path, 0)
     assert json.loads(path.read_text())["config"]["seed"] == 3
 
 
@@ -383,7 +334,7 @@ def test_a_killed_sweep_resumes(tiny: Path, tmp_path: Path) -> None:
 
 def test_only_the_process_that_a_killed_sweep_started_is_terminated(tmp_path: Path) -> None:
     """A process id may belong to another program by now; the time of its creation tells."""
-    _stop_orphan(tmp_path)  # a trial that was not started
+    stop_orphan(tmp_path)  # a trial that was not started
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
         born = psutil.Process(process.pid).create_time()
         other, same = str(tmp_path / "original"), str(tmp_path.resolve())
@@ -394,12 +345,12 @@ def test_only_the_process_that_a_killed_sweep_started_is_terminated(tmp_path: Pa
         ):
             record = {"pid": process.pid, "born": recorded, "folder": folder}
             (tmp_path / "process.json").write_text(json.dumps(record))
-            _stop_orphan(tmp_path)
+            stop_orphan(tmp_path)
             status = process.poll()
             assert (status is not None) == is_terminated
     for damaged in ("", "[]", '{"pid": null}'):
         (tmp_path / "process.json").write_text(damaged)
-        _stop_orphan(tmp_path)
+        stop_orphan(tmp_path)
 
 
 def test_a_signal_ends_the_wait_for_an_earlier_trial(tmp_path: Path) -> None:
@@ -411,7 +362,7 @@ def test_a_signal_ends_the_wait_for_an_earlier_trial(tmp_path: Path) -> None:
         assert process.stdout is not None and process.stdout.readline() == b"\n"
         record = {"pid": process.pid, "born": psutil.Process(process.pid).create_time()}
         (tmp_path / "process.json").write_text(json.dumps(record))
-        _stop_orphan(tmp_path, lambda: True)
+        stop_orphan(tmp_path, lambda: True)
         assert process.poll() is None
         process.kill()
 

@@ -1,0 +1,205 @@
+"""Jobs on a real Slurm: time limits, nodes that die, GPUs, two jobs for one run folder."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from launch.cluster import load_cluster, write_job
+from launch.sweep_job import write_array
+from tests.distributed import free_port, spawn
+from tests.launch.jobs import check_script
+from tests.launch.slurm_cluster import SlurmCluster, hostlist, missing_program
+from tests.launch.sweeps import write
+from tests.trainer.tiny import assert_same_run, steps_in_file, train_jobs
+from trainer.config import load_config
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+STEPS = 150  # enough that a job is not over before a command of Slurm has arrived
+RUN = [f"steps={STEPS}", "checkpoint.every=10", "checkpoint.keep=0"]
+LIMIT = 200.0  # seconds that one job may take
+SAVE_SECONDS = 10
+SIGNAL_SECONDS = SAVE_SECONDS + 60  # before the time limit; Slurm looks every half minute
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+
+
+def without(why: str) -> NoReturn:
+    """Skips where Slurm is not installed; fails where .ci/run should have installed it."""
+    if os.environ.get("CI"):
+        pytest.fail(f"a Slurm cluster is needed here, and {why}")
+    pytest.skip(f"needs a Slurm cluster, and {why}: apt-get install slurm-wlm munge")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """Four nodes on this machine; nothing of them is left afterwards."""
+    if (missing := missing_program()) is not None:
+        without(f"there is no `{missing}`")
+    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def job_file(
+    config: Path, out: Path, *overrides: str, nodes: int = 2, gpus: int = 0, more: str = ""
+) -> Path:
+    """What `v4 plan --cluster` writes for a run, by default in `out`/run."""
+    out.mkdir(exist_ok=True)
+    settings = f"kind: slurm\nfolder: {ROOT}\npython: {sys.executable}\nport: {free_port()}\n"
+    more = more if "slurm:" in more else f"{more}\nslurm: {{}}"
+    (out / "cluster.yaml").write_text(f"{settings}save_seconds: {SAVE_SECONDS}\n{more}\n")
+    arguments = [f"run_dir={out / 'run'}", *overrides]
+    run = load_config(config, arguments)
+    return write_job(
+        run, [str(config), *arguments], load_cluster(str(out / "cluster.yaml")), nodes, gpus, out
+    )
+
+
+def wait_until(
+    cluster: SlurmCluster, number: int | str, is_true: Callable[[dict[str, str]], bool]
+) -> dict[str, str]:
+    """Waits for a job's fields to fulfil a condition, and returns them."""
+    deadline = time.monotonic() + LIMIT
+    while not is_true(job := cluster.job(number)):
+        if time.monotonic() > deadline:
+            out = Path(job["StdOut"])
+            log = out.read_text() if out.is_file() else ""
+            pytest.fail(f"{job}\n{log}\n{cluster.logs()}")
+        time.sleep(0.2)
+    return job
+
+
+def end_of(cluster: SlurmCluster, number: int | str) -> tuple[dict[str, str], str]:
+    """Waits for the end of a job; returns its fields and its log."""
+    job = wait_until(cluster, number, lambda job: job["JobState"] in ENDED)
+    return job, Path(job["StdOut"]).read_text()
+
+
+def seconds_of(time: str) -> int:
+    """Parses Slurm's HH:MM:SS."""
+    hours, minutes, seconds = map(int, time.split(":"))
+    return (60 * hours + minutes) * 60 + seconds
+
+
+def last_step(run_dir: Path) -> int:
+    if not (run_dir / "metrics.jsonl").is_file():
+        return 0
+    return max(steps_in_file(run_dir), default=0)
+
+
+@pytest.fixture(scope="module")
+def endless(
+    cluster: SlurmCluster, tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Path]:
+    """A job of two nodes that does not end by itself, and its run folder."""
+    out = tmp_path_factory.mktemp("endless")
+    config = out / "run.yaml"
+    config.write_text(f"base: {tiny}\nsteps: 1000000\n")
+    job = job_file(config, out)
+    number = cluster.submit(job, hostlist("n1", "n2"))
+    wait_until(cluster, number, lambda _: last_step(out / "run") > 2)
+    return number, out / "run"
+
+
+def test_a_second_job_in_the_run_folder_is_refused(
+    cluster: SlurmCluster, endless: tuple[int, Path], tiny: Path, tmp_path: Path
+) -> None:
+    number, run_dir = endless
+    job = job_file(
+        tiny, tmp_path, f"run_dir={run_dir}", "steps=1000000", nodes=1, more="max_restarts: 0"
+    )
+    state, log = end_of(cluster, cluster.submit(job, hostlist("n3")))
+    assert (state["JobState"], state["ExitCode"]) == ("FAILED", "2:0"), log
+    sentences = [line for line in log.splitlines() if line.startswith("v4: error: ")]
+    assert len(sentences) == 1 and f"{run_dir}: `v4 train` (process" in sentences[0], log
+    assert cluster.job(number)["JobState"] == "RUNNING"
+
+
+def test_gpus_are_a_resource_of_the_job(cluster: SlurmCluster, tiny: Path, tmp_path: Path) -> None:
+    """The devices are files; what the tasks get from Slurm is what a node with GPUs gives them."""
+    show = "srun bash -c 'echo $SLURMD_NODENAME has $CUDA_VISIBLE_DEVICES'"
+    training = ["device=cpu", "steps=2", "data.global_batch_size=8"]
+    job = job_file(
+        tiny, tmp_path, *training, gpus=2, more=f"slurm: {{setup: [{json.dumps(show)}]}}"
+    )
+    state, log = end_of(cluster, cluster.submit(job, hostlist("n3", "n4")))
+    assert (state["JobState"], state["TresPerNode"]) == ("COMPLETED", "gres:gpu:2"), log
+    assert "n3 has 0,1\n" in log and "n4 has 0,1\n" in log, log
+    assert steps_in_file(tmp_path / "run") == [1, 2]
+    many = job_file(tiny, tmp_path / "many", "data.global_batch_size=6", gpus=3)
+    refused = cluster.run("sbatch", many)
+    assert refused.returncode and "Requested node configuration is not available" in refused.stderr
+
+
+def test_a_job_saves_before_its_time_limit_and_is_requeued_until_it_ends(
+    cluster: SlurmCluster, endless: tuple[int, Path], tiny: Path
+) -> None:
+    number, run_dir = endless
+    minutes = (seconds_of(cluster.job(number)["RunTime"]) + SIGNAL_SECONDS) // 60 + 1
+    cluster.run("scontrol", "update", f"jobid={number}", f"timelimit={minutes}")
+    job = wait_until(cluster, number, lambda job: any(run_dir.glob("checkpoints/step-*")))
+    (run_dir.parent / "run.yaml").write_text(f"base: {tiny}\nsteps: {last_step(run_dir) + 3}\n")
+    job = wait_until(cluster, number, lambda job: job["JobState"] == "PENDING")
+    last = last_step(run_dir)
+    assert (run_dir / f"checkpoints/step-{last:08d}").is_dir()
+    job, log = end_of(cluster, number)
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log
+    assert job["Restarts"] != "0"
+    assert steps_in_file(run_dir) == list(range(1, last + 4)), log
+    assert "resumed from" in log and "exiting via 9" not in log, log
+
+
+def test_a_sweep_is_an_array_whose_jobs_share_the_trials(
+    cluster: SlurmCluster, tiny: Path, tmp_path: Path
+) -> None:
+    """A trial that fails is not tried by the array's other job, but by the next array."""
+    shards, out = tmp_path / "shards", tmp_path / "out"
+    body = "method: grid\nparameters:\n  steps: {value: 2}\n  data.shards:\n"
+    body += f"    values: ['{tiny.parent}/shards', '{shards}']\n"
+    settings = f"kind: slurm\ngpus: false\nfolder: {ROOT}\npython: {sys.executable}\nslurm: {{}}\n"
+    (tmp_path / "cluster.yaml").write_text(settings)
+    file = str(write(tiny, tmp_path, body))
+    job = write_array(file, out, 2, 0, str(tmp_path / "cluster.yaml"), None)
+    check_script(job.read_text())
+    for starts, states in ((2, ["complete", "fail"]), (1, ["complete", "complete"])):
+        number = cluster.submit(job)
+        logs = "".join(end_of(cluster, f"{number}_{index}")[1] for index in range(2))
+        trials = json.loads((out / "sweep.json").read_text())["trials"]
+        assert [trial["state"] for trial in trials] == states, logs
+        assert logs.count(" starts: ") == starts, logs
+        if not shards.exists():
+            shards.symlink_to(tiny.parent / "shards")
+    assert logs.count("best: trial") == 2, logs
+
+
+def test_a_job_outlives_a_node(cluster: SlurmCluster, tiny: Path, tmp_path: Path) -> None:
+    """Its node is drained, which changes nothing for the job, and then loses its power.
+
+    Slurm starts the job again, on another node instead, with the losses of an undisturbed run.
+    """
+    spawn(train_jobs, 2, tiny, tmp_path, [("undisturbed", RUN, 0)])
+    run_dir = tmp_path / "run"
+    number = cluster.submit(job_file(tiny, tmp_path, *RUN), "--exclude=n3,n4")
+    cluster.run("scontrol", "update", f"jobid={number}", "excnodelist=")
+    wait_until(cluster, number, lambda _: last_step(run_dir) > 3)
+    cluster.run("scontrol", "update", "nodename=n2", "state=drain", "reason=test")
+    assert "DRAIN" in cluster.node_state("n2")
+    wait_until(cluster, number, lambda _: last_step(run_dir) > 25)
+    cluster.kill_node("n2")
+    job, log = end_of(cluster, number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+    assert job["NodeList"] != "n[1-2]" and "resumed from" in log
+    assert steps_in_file(run_dir) == list(range(1, STEPS + 1))
+    assert_same_run(tmp_path / "undisturbed", run_dir, STEPS)
+    cluster.start_node("n2")
+    cluster.run("scontrol", "update", "nodename=n2", "state=resume")
