@@ -1,6 +1,6 @@
 """Settings of the data pipeline: sources, tokenizer, shards, rows.
 
-Imports only pydantic and the standard library, so that a login node can read a config.
+Imports pydantic and nothing large, so that a login node can read a config.
 """
 
 import os
@@ -19,9 +19,13 @@ from pydantic import (
     model_validator,
 )
 
+from data.storage import check_url
+
 Rows = Annotated[int, Field(ge=1, le=10**9)]
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path, in which a `~` in front is the user's home."""
+PlaceText = Annotated[str, AfterValidator(check_url)]
+"""A path, or the URL of a folder in object storage."""
 
 
 class Section(BaseModel):
@@ -110,11 +114,20 @@ class SourceConfig(Section):
         return self.messages_field if self.content == "conversation" else self.text_field
 
 
+class CacheConfig(Section):
+    """Where shards in object storage are kept on the local disk of every host."""
+
+    folder: PathText | None = None
+    """Folder that the processes of a host share; null: `v4-pretrain/shards` in the user's cache."""
+    max_bytes: int = Field(default=100 * 10**9, ge=1 << 24, le=10**18)
+    """Maximum size, beyond which the oldest blocks are removed. [bytes]"""
+
+
 class TokenizerConfig(Section):
     """The tokenizer's folder, and how `v4 tokenizer train` trains it."""
 
-    path: PathText
-    """Folder with `tokenizer.model` (trained here) or `tokenizer.json` (imported)."""
+    path: PlaceText
+    """Folder with `tokenizer.model` (trained here) or `tokenizer.json` (imported); may be a URL."""
     vocab_size: int = Field(default=129280, ge=384, le=129280)
     """Number of ids, special tokens included; 129280 has DeepSeek-V4's own ids of special tokens.
     [tokens]"""
@@ -262,8 +275,8 @@ class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     """Where the text comes from."""
     tokenizer: TokenizerConfig
-    shards: PathText
-    """Folder of the token shards."""
+    shards: PlaceText
+    """Folder of the token shards; may be a URL, as s3://bucket/shards (docs/storage.md)."""
     seq_len: int = Field(ge=2)
     """Length of a row, S, also of the validation text. [tokens]"""
     global_batch_size: Rows
@@ -289,6 +302,7 @@ class DataConfig(Section):
     after the packing window in progress; null: none (docs/resume.md). [steps]"""
     prefetch: int = Field(default=2, ge=0, le=1000)
     """How many steps are prepared ahead, in a thread. [steps]"""
+    cache: CacheConfig = CacheConfig()
     prepare_workers: int | None = Field(default=None, ge=1, le=4096)
     """Processes of `v4 data prepare`; null: one per core. [processes]"""
     max_bad_record_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)

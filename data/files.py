@@ -10,10 +10,16 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from data.errors import DataError
+from data.storage import AnyPath, StoragePath
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: AnyPath) -> str:
     """Hex sha256 of a file's bytes."""
+    if isinstance(path, StoragePath):
+        digest = hashlib.sha256()
+        for block in path.blocks():
+            digest.update(block)
+        return digest.hexdigest()
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -65,7 +71,7 @@ def fsync_file(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: AnyPath, content: str | bytes) -> None:
     """Writes `path` so that a reader sees the old file or the whole new one.
 
     Text is written as UTF-8, without translating line ends. Missing parent folders are created.
@@ -73,6 +79,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     if isinstance(content, str):
         content = content.encode()
+    if isinstance(path, StoragePath):
+        try:
+            path.write(content)
+        except OSError as error:
+            raise DataError(f"cannot write {path}: {error.strerror}.") from error
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

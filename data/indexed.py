@@ -11,12 +11,14 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.block_cache import BlockCache
 from data.errors import DataError
+from data.storage import AnyPath, as_path
 
 # magic, version, code of the token type, number of sequences, number of document boundaries
 _HEADER = struct.Struct("<9sQBQQ")
@@ -40,6 +42,37 @@ def indexed_module() -> Any:
     return indexed_dataset
 
 
+class ShardFile(Protocol):
+    """A file of a shard, on a file system or in object storage; `size` in bytes."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, start: int, size: int) -> bytes:
+        """Returns `size` bytes from `start`, fewer at the end of the file."""
+
+    def array(self, start: int, dtype: Any, count: int) -> NDArray[Any]:
+        """Returns `count` numbers from the byte `start` on."""
+
+
+class LocalFile:
+    """A file on a file system, which is opened for every read."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.size = os.path.getsize(path)
+
+    def read(self, start: int, size: int) -> bytes:
+        """Returns `size` bytes from `start`, fewer at the end of the file."""
+        with open(self.path, "rb") as stream:
+            stream.seek(start)
+            return stream.read(size)
+
+    def array(self, start: int, dtype: Any, count: int) -> NDArray[Any]:
+        """Returns `count` numbers from the byte `start` on."""
+        return np.fromfile(self.path, dtype, count, offset=start)
+
+
 @dataclass(frozen=True)
 class IndexedShard:
     """One `.bin/.idx` pair, opened.
@@ -49,6 +82,8 @@ class IndexedShard:
 
     Attributes:
         prefix: its path without `.bin` and `.idx`.
+        tokens: the `.bin`.
+        tables: the local path, without an ending, of what is computed from the shard.
         dtype: of the ids in the file.
         lengths [documents]: tokens of each document.
         anchors: index of the first token of every `_ANCHOR`-th document.
@@ -56,7 +91,9 @@ class IndexedShard:
         ends: bos and eos, if every document has them.
     """
 
-    prefix: Path
+    prefix: AnyPath
+    tokens: ShardFile
+    tables: Path
     dtype: np.dtype[Any]
     lengths: NDArray[np.int64] | NDArray[np.int32]
     anchors: NDArray[np.int64]
@@ -106,9 +143,8 @@ class IndexedShard:
         size = (end - start) * itemsize
         path = f"{self.prefix}.bin"
         try:
-            with open(path, "rb") as stream:
-                stream.seek((int(self.anchors[anchor] + before) + start) * itemsize)
-                content = stream.read(size)
+            first = int(self.anchors[anchor] + before) + start
+            content = self.tokens.read(first * itemsize, size)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
         if len(content) < size:
@@ -126,44 +162,42 @@ class IndexedShard:
 
 
 def open_shard(
-    prefix: Path,
+    prefix: AnyPath,
     documents: int,
     tokens: int,
     vocab_size: int | None = None,
     ends: tuple[int, int] | None = None,
+    cache: BlockCache | None = None,
 ) -> IndexedShard:
     """Opens the shard at `prefix`, of `documents` documents and `tokens` tokens in all.
 
     A document may consist of several sequences, as Megatron's tools make them from sentences: they
     are read as one. With `ends`, the first and the last document are compared with it now, the
-    others when they are read. Raises DataError where a file is missing, cannot be read, or does not
-    have the size and the contents of such an index.
+    others when they are read. `cache` is for shards in object storage. Raises DataError where a
+    file is missing, cannot be read, or does not have the size and the contents of such an index.
     """
     path = f"{prefix}.idx"
     try:
-        with open(path, "rb") as stream:
-            header = stream.read(_HEADER.size)
-            if len(header) < _HEADER.size:
-                raise _damaged(f"{path} has {len(header)} bytes, less than a header")
-            magic, version, code, sequences, boundaries = _HEADER.unpack(header)
-            if (magic, version, boundaries) != (_MAGIC, _VERSION, documents + 1) or (
-                code not in _DTYPES
-            ):
-                raise _damaged(f"{path} does not begin like the index of {documents} documents")
-            index_bytes = os.path.getsize(path)
-            expected = _HEADER.size + sequences * _BYTES_PER_SEQUENCE
-            expected += boundaries * _BYTES_PER_BOUNDARY
-            if index_bytes != expected:
-                raise _damaged(f"{path} has {index_bytes} bytes instead of {expected}")
-            lengths = np.fromfile(stream, "<i4", sequences)
-            pointers = np.fromfile(stream, "<i8", sequences)
-            bounds = np.fromfile(stream, "<i8", boundaries)
-        token_bytes = os.path.getsize(f"{prefix}.bin")
+        index, tokens_file = (_open_file(f"{prefix}{ending}", cache) for ending in (".idx", ".bin"))
+        header = index.read(0, _HEADER.size)
+        if len(header) < _HEADER.size:
+            raise _damaged(f"{path} has {len(header)} bytes, less than a header")
+        magic, version, code, sequences, boundaries = _HEADER.unpack(header)
+        if (magic, version, boundaries) != (_MAGIC, _VERSION, documents + 1) or code not in _DTYPES:
+            raise _damaged(f"{path} does not begin like the index of {documents} documents")
+        expected = _HEADER.size + sequences * _BYTES_PER_SEQUENCE
+        expected += boundaries * _BYTES_PER_BOUNDARY
+        if index.size != expected:
+            raise _damaged(f"{path} has {index.size} bytes instead of {expected}")
+        at = _HEADER.size
+        lengths = index.array(at, "<i4", sequences)
+        pointers = index.array(at + 4 * sequences, "<i8", sequences)
+        bounds = index.array(at + _BYTES_PER_SEQUENCE * sequences, "<i8", boundaries)
     except OSError as error:
         raise _damaged(f"{error.filename} cannot be read ({error.strerror})") from error
     dtype = np.dtype(_DTYPES[code])
-    if token_bytes != tokens * dtype.itemsize:
-        raise _damaged(f"{prefix}.bin has {token_bytes} bytes instead of {tokens * dtype.itemsize}")
+    if (size := tokens_file.size) != tokens * dtype.itemsize:
+        raise _damaged(f"{prefix}.bin has {size} bytes instead of {tokens * dtype.itemsize}")
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     if starts[-1] != tokens or (sequences and lengths.min() < 0):
         raise _damaged(f"{path} does not add up to {tokens} tokens")
@@ -175,11 +209,28 @@ def open_shard(
     if not (steps == 1).all():
         starts = starts[bounds]
         lengths = np.diff(starts)
-    shard = IndexedShard(prefix, dtype, lengths, starts[:-1:_ANCHOR].copy(), vocab_size, ends)
+    anchors = starts[:-1:_ANCHOR].copy()
+    tables = _tables_of(prefix, cache)
+    shard = IndexedShard(prefix, tokens_file, tables, dtype, lengths, anchors, vocab_size, ends)
     if documents and ends is not None:
         shard.read(0, 0, 1)
         shard.read(documents - 1, max(int(lengths[-1]) - 1, 0))
     return shard
+
+
+def _open_file(path: str, cache: BlockCache | None) -> ShardFile:
+    place = as_path(path)
+    if isinstance(place, Path):
+        return LocalFile(path)
+    assert cache is not None, f"{path} is read through a cache"
+    return cache.open(place)
+
+
+def _tables_of(prefix: AnyPath, cache: BlockCache | None) -> Path:
+    if isinstance(prefix, Path):
+        return prefix
+    assert cache is not None
+    return cache.tables(prefix.parent) / prefix.name
 
 
 def _damaged(what: str) -> DataError:

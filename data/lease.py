@@ -21,11 +21,9 @@ before it writes.
 import os
 import secrets
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +34,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.activity import print_line
 from data.errors import DataError
+from data.lease_file import open_lease_file
 from data.processes import find_process
+from data.storage import AnyPath, StoragePath
 
 LEASE_FILE = "lease.json"
 RENEW_SECONDS = 10.0
@@ -78,7 +78,7 @@ class Owner(BaseModel):
     token: str = Field(pattern="^[0-9a-f]+$")
 
     @classmethod
-    def current(cls, work: str, folder: Path, launch: str) -> "Owner":
+    def current(cls, work: str, folder: AnyPath, launch: str) -> "Owner":
         """This process."""
         return cls(
             work=work,
@@ -87,7 +87,7 @@ class Owner(BaseModel):
             pid=os.getpid(),
             born=psutil.Process().create_time(),
             launch=launch,
-            folder=str(folder.resolve()),
+            folder=str(folder.resolve() if isinstance(folder, Path) else folder),
             started=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
             token=secrets.token_hex(8),
         )
@@ -124,7 +124,7 @@ class Lease:
 
     def __init__(
         self,
-        folder: Path,
+        folder: AnyPath,
         work: str,
         launch: str = "",
         name: str = LEASE_FILE,
@@ -134,11 +134,11 @@ class Lease:
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self.folder, self.path = folder, folder / name
+        self._file = open_lease_file(self.path)
         self.renew, self.stale, self.log = renew, stale, log
         self.is_stopped = is_stopped
         self.owner = Owner.current(work, folder, launch)
         self._new_owner: Owner | None = None
-        self._is_new_folder = False
         self._identity: tuple[int, int] | None = None
         self._is_gone = False
         self._closed = threading.Event()
@@ -151,9 +151,8 @@ class Lease:
         Raises LeaseStopped where `is_stopped` ends the wait.
         """
         try:
-            self._is_new_folder = not self.folder.exists()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._identity = _identity(self.folder)
+            self._file.open_folder()
+            self._identity = self._file.folder_id()
             while not self._create():
                 self._outlive_owner()
         except OSError as error:
@@ -170,15 +169,22 @@ class Lease:
         self.release()
 
     def release(self) -> None:
-        """Ends the lease; a folder that was made for it and is empty is removed."""
+        """Ends the lease; a folder that was made for it and is empty is removed.
+
+        A storage that is away ends nothing: the lease then ends by its age.
+        """
         self._closed.set()
         self._thread.join(timeout=1.0)  # it would write the file again
-        file = self._read()
-        if file is None or file.owner != self.owner:
-            return
-        self.path.unlink(missing_ok=True)
-        if self._is_new_folder and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        try:
+            file = self._read()
+            if file is None or file.owner != self.owner:
+                return
+            self._file.remove()
+            self._file.close_folder()
+        except OSError as error:
+            if isinstance(self.path, Path):
+                raise
+            self.log(f"warning: {self.path} could not be removed: {error.strerror}")
 
     def check(self) -> None:
         """Raises LeaseError if another process has taken the lease over.
@@ -202,13 +208,13 @@ class Lease:
         """The body of the thread."""
         while not self._closed.wait(self.renew):
             try:
-                if self._identity is not None and _identity(self.folder) != self._identity:
+                if self._identity is not None and self._file.folder_id() != self._identity:
                     self._identity, self._is_gone = None, True
                 file = self._read()
                 if file is None:  # removed by hand
                     self._create()
                 elif file.owner == self.owner:
-                    os.utime(self.path)
+                    self._file.renew()
                 elif file.owner is not None:
                     self._new_owner = file.owner
                     return
@@ -216,25 +222,12 @@ class Lease:
                 continue  # a file system that fails for a while; who takes over is seen later
 
     def _read(self) -> _File | None:
-        try:
-            with self.path.open(encoding="utf-8", errors="replace") as stream:
-                return _File(Owner.parse(stream.read()), os.fstat(stream.fileno()).st_mtime)
-        except FileNotFoundError:
-            return None
+        file = self._file.read()
+        return None if file is None else _File(Owner.parse(file[0]), file[1])
 
     def _create(self) -> bool:
         """Writes the file unless there is one; whether this process owns it."""
-        try:
-            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(self._text())
-        except OSError:
-            self.path.unlink(missing_ok=True)
-            raise
-        return True
+        return self._file.create(self._text())
 
     def _text(self) -> str:
         return self.owner.model_dump_json(indent=1) + "\n"
@@ -287,9 +280,8 @@ class Lease:
         )
 
     def _age(self, mtime: float) -> float:
-        """Seconds since a time of modification, by the clock of the file system."""
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f".{self.path.name}.") as probe:
-            return os.fstat(probe.fileno()).st_mtime - mtime
+        """Seconds since a sign of life, by the clock of the file system."""
+        return self._file.age(mtime)
 
     def _remove(self, dead: _File) -> None:
         """Removes the file of a dead owner; of several processes that do, one at a time.
@@ -297,25 +289,22 @@ class Lease:
         Only who has created the marker of this owner may remove its file, and looks again before:
         the file of an owner that has replaced it stays.
         """
-        token = "unreadable" if dead.owner is None else dead.owner.token
-        marker = self.path.with_name(f".{self.path.name}.{token}")
-        try:
-            os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
+        marker = "unreadable" if dead.owner is None else dead.owner.token
+        if not self._file.mark(marker):
             time.sleep(min(_POLL * self.renew, 1.0))
-            with suppress(FileNotFoundError):
-                if self._age(marker.stat().st_mtime) > 2 * self.renew:
-                    marker.unlink()  # of a process that died in between
+            marked = self._file.marked_at(marker)
+            if marked is not None and self._age(marked) > 2 * self.renew:
+                self._file.unmark(marker)  # of a process that died in between
             return
         try:
             file = self._read()
             if file is not None and file.owner == dead.owner:
-                self.path.unlink(missing_ok=True)
+                self._file.remove()
         finally:
-            marker.unlink(missing_ok=True)
+            self._file.unmark(marker)
 
 
-def _is_dead(owner: Owner | None, folder: Path) -> bool:
+def _is_dead(owner: Owner | None, folder: AnyPath) -> bool:
     """Whether an owner on this machine does not work in `folder`: its process has ended.
 
     Or its lease was taken in another folder, which was then copied.
@@ -324,19 +313,12 @@ def _is_dead(owner: Owner | None, folder: Path) -> bool:
         return False
     if find_process(owner.pid, owner.born) is None:
         return True
+    if isinstance(folder, StoragePath):
+        return owner.folder != str(folder)
     try:
         return not os.path.samefile(owner.folder, folder)
     except OSError:
         return False  # the folder was renamed since
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """Device and inode of a folder; None where there is none."""
-    try:
-        stat = folder.stat()
-    except FileNotFoundError:
-        return None
-    return stat.st_dev, stat.st_ino
 
 
 def _name(owner: Owner | None) -> str:

@@ -13,6 +13,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from data.config import DataConfig
 from data.errors import DataError, first_problem
 from data.files import InsidePath, write_atomically
+from data.storage import AnyPath, as_path
 
 MANIFEST_FILE = "manifest.json"
 MAX_EXAMPLES = 3
@@ -159,20 +160,24 @@ class Manifest(BaseModel):
         """Tokens in one split, bos and eos of every document included."""
         return sum(shard.tokens for shard in self.of_split(split))
 
-    def save(self, shards: Path) -> None:
+    def save(self, shards: AnyPath) -> None:
         """Publishes the manifest in the folder `shards`."""
         write_atomically(shards / MANIFEST_FILE, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, shards: str | Path) -> "Manifest":
         """Reads the manifest of a folder; DataError where it is missing or damaged."""
-        path = Path(shards) / MANIFEST_FILE
+        path = as_path(shards) / MANIFEST_FILE
         try:
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             raise DataError(
                 f"no {MANIFEST_FILE} in {shards}; make it with `v4 data prepare CONFIG`."
             ) from None
+        except PermissionError as error:
+            if isinstance(path, Path):
+                raise
+            raise DataError(f"data.shards = {shards}: {error.strerror}.") from None
         except ValidationError as error:
             raise DataError(
                 f"{path} is damaged ({first_problem(error)}); restore it, or make shards in "

@@ -18,6 +18,7 @@ from data.errors import DataError
 from data.files import sha256_of, write_atomically
 from data.indexed import open_shard
 from data.manifest import Manifest
+from data.storage import as_path
 
 COUNTS_FILE = "token_counts.npz"
 
@@ -53,10 +54,10 @@ def read_counts(shards: str | Path, manifest: Manifest) -> Mapping[str, NDArray[
     """
     if manifest.token_counts is None:
         return None
-    path = Path(shards) / manifest.folder / COUNTS_FILE
+    path = as_path(shards) / manifest.folder / COUNTS_FILE
     try:
         if sha256_of(path) == manifest.token_counts:
-            with np.load(path, allow_pickle=False) as arrays:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
                 return dict(arrays)
     except (FileNotFoundError, ValueError, zipfile.BadZipFile):
         pass

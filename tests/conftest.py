@@ -5,12 +5,19 @@ and a rank on a CPU is compared with it to the bit. Tests marked `gpu` run where
 with `-m gpu` as in `make bench-gpu`; then those are skipped whose `capability` the GPU lacks.
 """
 
+from __future__ import annotations
+
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.s3 import S3Server
 
 torch.set_num_threads(1)
 
@@ -24,6 +31,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.trainer.tiny import make_tiny
 
     return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3Server]:
+    """An S3 server on loopback, to which the environment leads."""
+    from tests.s3 import start_server
+
+    with start_server() as server:
+        yield server
 
 
 def pytest_configure(config: pytest.Config) -> None:

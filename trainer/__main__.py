@@ -55,7 +55,7 @@ def train(config: RunConfig, stop: StopRequest) -> bool:
         )
         from trainer.preflight import preflight
         from trainer.process.failures import report_failures
-        from trainer.process.lease import lease_on
+        from trainer.process.lease import leases_on
         from trainer.process.local_device import local_device
         from trainer.trainer import Trainer
 
@@ -80,7 +80,7 @@ def train(config: RunConfig, stop: StopRequest) -> bool:
             watch.connect(grid)
         if config.deterministic:
             _use_deterministic_algorithms()
-        with lease_on(config.run_dir, "v4 train", grid, watch, stop=stop) as check:
+        with leases_on(config.written_folders, "v4 train", grid, watch, stop) as check:
             start.what = "comparing all processes"
             warnings, agreed = preflight(config, grid, kernels)
             for warning in warnings:
@@ -92,7 +92,7 @@ def train(config: RunConfig, stop: StopRequest) -> bool:
                 watch.close()
                 return False
             if is_first:
-                claim_checkpoints(config.run_dir)
+                claim_checkpoints(config)
             messages.append(expected_memory_report(config, grid.world_size))
             start.what = "opening the shards and building the model"
             with advise_on_out_of_memory(config, grid):

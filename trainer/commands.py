@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
         if grid.is_first:
             _warn_of_other_tokenizer(config)
         validation = Validation(config, grid)
-        checkpoints = CheckpointFolder(config.run_dir / "checkpoints", grid)
+        checkpoints = CheckpointFolder(config.checkpoints, grid)
         (local, state), notice = read_newest(
             checkpoints, lambda: (open_run(config, grid), other_shards(config, validation.loader))
         )
@@ -141,7 +142,9 @@ def import_(config: RunConfig, options: argparse.Namespace) -> None:
         from data.lease import Lease
         from trainer.export import import_hf_folder
 
-    with Lease(config.run_dir, "v4 import"):
+    with ExitStack() as leases:
+        for folder in config.written_folders:
+            leases.enter_context(Lease(folder, "v4 import"))
         print(import_hf_folder(config, Path(options.folder)))
 
 

@@ -6,11 +6,8 @@ other indefinitely. Digests are gathered once, and every rank comes to the same 
 
 import hashlib
 import importlib.util
-import os
-import secrets
 import socket
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,9 @@ import torch
 from data.errors import DataError
 from data.files import sha256_of
 from data.manifest import MANIFEST_FILE
+from data.storage import AnyPath, as_path
 from data.text import tokenizer_file
+from trainer.check_folders import FOLDER_TIMEOUT, check_folders, where
 from trainer.config import RunConfig
 from trainer.device import DeviceInfo, available_memory
 from trainer.formatting import GIB
@@ -42,8 +41,6 @@ from trainer.run_tokenizer import run_data
 
 PACKAGES = ("data", "model", "optim", "trainer")
 MISSING = "missing"
-SHOWN_HOSTS = 4
-FOLDER_TIMEOUT = 15.0  # seconds that a network file system may take to show a new file
 DEGREES = ("parallel.tensor", "parallel.expert", "parallel.pipeline")
 
 CODE = f"the code ({', '.join(PACKAGES)})"
@@ -105,7 +102,7 @@ def preflight(
         host_memory,
         available,
         kernels,
-        read_pinned(config.run_dir),
+        read_pinned(config),
         missing,
     )
     everyone = all_gather_objects(facts, grid.world)
@@ -116,8 +113,7 @@ def preflight(
     if config.engine == "native":  # DeepSpeed shards weights and states by its own rules
         warnings += _check_memory(everyone, config, grid.device)
     _check_compiler(everyone)
-    _check_folder(everyone, "run_dir", config.run_dir, grid, folder_timeout)
-    _check_checkpoints(everyone, config.run_dir / "checkpoints", grid, folder_timeout)
+    check_folders(everyone, config, grid, folder_timeout)
     agreed = agree(
         config,
         grid.rank,
@@ -139,7 +135,7 @@ def code_digest(root: Path) -> str:
 
 def _digests(config: RunConfig) -> dict[str, str]:
     path = run_data(config).tokenizer.path
-    manifest = Path(config.data.shards) / MANIFEST_FILE
+    manifest = as_path(config.data.shards) / MANIFEST_FILE
     return {
         CODE: code_digest(Path(__file__).resolve().parents[1]),
         TORCH: str(torch.__version__),
@@ -149,7 +145,7 @@ def _digests(config: RunConfig) -> dict[str, str]:
     }
 
 
-def _file_digest(path: Path) -> str:
+def _file_digest(path: AnyPath) -> str:
     """Returns a file's digest; that it is missing on all ranks is reported where it is read."""
     try:
         return sha256_of(path)
@@ -276,96 +272,3 @@ def _check_compiler(everyone: list[Facts]) -> None:
             f"kernels = compile needs {without[0].missing}, and there is none for "
             f"{where(without)}; install it, or set kernels to auto or eager"
         )
-
-
-def _check_folder(
-    everyone: list[Facts], name: str, folder: Path, grid: Grid, folder_timeout: float
-) -> None:
-    """Raises unless all ranks see a file that the first one writes into the folder.
-
-    `name` is what errors call it. What cannot be written would only fail at the first save.
-    """
-    token = folder / f".preflight-{secrets.token_hex(8)}"
-    write_error = _write(token) if grid.is_first else ""
-    try:
-        problem, token_name = all_gather_objects((write_error, token.name), grid.world)[0]
-        if problem:
-            raise PreflightError(
-                f"{where([everyone[0]])} cannot write into {name} = {folder}: {problem}"
-            )
-        visible = all_gather_objects(_appears(folder / token_name, folder_timeout), grid.world)
-        without = [facts for facts, good in zip(everyone, visible, strict=True) if not good]
-        if without:
-            raise PreflightError(
-                f"{name} = {folder} is not the same folder on {where([everyone[0]])} and "
-                f"{where(without)}; it should be on a file system that all hosts share"
-            )
-    finally:
-        if grid.is_first and not write_error:
-            token.unlink(missing_ok=True)
-
-
-def _check_checkpoints(
-    everyone: list[Facts], folder: Path, grid: Grid, folder_timeout: float
-) -> None:
-    """Raises if `folder`, of a run that resumes or on another disk, cannot be written.
-
-    Writes only through a link: a resume that is refused leaves the folder as it was.
-    """
-    if not all_gather_objects(folder.exists(), grid.world)[0]:
-        return
-    if all_gather_objects(folder.is_symlink(), grid.world)[0]:
-        _check_folder(everyone, "checkpoints", folder, grid, folder_timeout)
-        return
-    problem = "" if os.access(folder, os.W_OK | os.X_OK) else "Permission denied"
-    if not folder.is_dir():
-        problem = "it is no folder"
-    for facts, text in zip(everyone, all_gather_objects(problem, grid.world), strict=True):
-        if text:
-            raise PreflightError(f"{where([facts])} cannot write into {folder}: {text}")
-
-
-def _write(token: Path) -> str:
-    """Writes the file; returns the reason if that is not possible, else an empty text."""
-    try:
-        token.parent.mkdir(parents=True, exist_ok=True)
-        token.touch()
-    except OSError as error:
-        if may_pass(error):
-            raise
-        return error.strerror or type(error).__name__
-    return ""
-
-
-def _appears(path: Path, seconds: float) -> bool:
-    """Whether the file exists, or appears within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            # Listing the folder makes a network file system update its cache.
-            if path.name in os.listdir(path.parent):
-                return True
-        except OSError:
-            pass
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.2)
-
-
-def where(ranks: Iterable[Facts]) -> str:
-    """Returns `ranks 2, 3 on host-b and rank 4 on host-c`, shortened after a few hosts."""
-    hosts: dict[str, list[int]] = {}
-    for facts in ranks:
-        hosts.setdefault(facts.host, []).append(facts.rank)
-    named = [
-        f"rank{'s' if len(numbers) > 1 else ''} {_few(numbers)} on {host}"
-        for host, numbers in list(hosts.items())[:SHOWN_HOSTS]
-    ]
-    if (more := len(hosts) - len(named)) > 0:
-        named.append(f"those on {more} more host{'s' if more > 1 else ''}")
-    return named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
-
-
-def _few(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8]))
-    return shown if len(numbers) <= 8 else f"{shown}, …"

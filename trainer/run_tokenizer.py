@@ -10,6 +10,7 @@ from data import Tokenizer
 from data.config import DataConfig
 from data.errors import DataError
 from data.files import sha256_of
+from data.storage import AnyPath, as_path
 from data.text import tokenizer_file
 from trainer.config import ConfigError, RunConfig
 
@@ -22,8 +23,7 @@ def run_data(config: RunConfig) -> DataConfig:
     Runs of earlier versions have no copy until they are resumed.
     """
     copy = config.run_dir / FOLDER
-    has_begun = any((config.run_dir / "checkpoints").glob("step-*"))
-    if not has_begun or _file_in(copy) is None:
+    if _file_in(copy) is None or not config.has_begun:
         return config.data
     tokenizer = config.data.tokenizer.model_copy(update={"path": str(copy)})
     return config.data.model_copy(update={"tokenizer": tokenizer})
@@ -72,14 +72,14 @@ def check_replaceable(folder: Path) -> None:
 
 def other_tokenizer(config: RunConfig) -> str:
     """Returns a sentence where `data.tokenizer.path` and the run's copy differ, else nothing."""
-    used = Path(run_data(config).tokenizer.path)
-    named = _file_in(Path(config.data.tokenizer.path))
+    used = as_path(run_data(config).tokenizer.path)
+    named = _file_in(as_path(config.data.tokenizer.path))
     if named is None or sha256_of(named) == sha256_of(tokenizer_file(used)):
         return ""
     return f"{named} is not the tokenizer that the run was started with; its copy in {used} is used"
 
 
-def _file_in(folder: Path) -> Path | None:
+def _file_in(folder: AnyPath) -> AnyPath | None:
     try:
         return tokenizer_file(folder)
     except DataError:

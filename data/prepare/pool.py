@@ -8,18 +8,18 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from data.activity import Activity
 from data.errors import DataError
 from data.prepare.work_item import WorkItem
+from data.storage import AnyPath
 from data.text import Tokenizer
 
 R = TypeVar("R")
 _BYTES_PER_PROCESS = 16 << 20  # opening a tokenizer takes as long as a few megabytes of work
 
-_tokenizers: dict[Path, Tokenizer] = {}  # cache of a worker process
+_tokenizers: dict[AnyPath, Tokenizer] = {}  # cache of a worker process
 
 
 def run_items(
@@ -78,7 +78,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(work: Callable[..., R], item: WorkItem, path: Path) -> R:
+def _work(work: Callable[..., R], item: WorkItem, path: AnyPath) -> R:
     if path not in _tokenizers:
         _tokenizers[path] = Tokenizer(path)
     return work(item, _tokenizers[path], advance=lambda _size: None)

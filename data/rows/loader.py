@@ -14,7 +14,6 @@ Letters: B rows of a microbatch, S row length (`seq_len`), V vocabulary.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -28,7 +27,7 @@ from data.errors import DataError
 from data.manifest import Split
 from data.rows.mixture import Schedule, plan_windows, shares
 from data.rows.permutation import key_of
-from data.rows.shards import content_digest, matching_manifest, open_split
+from data.rows.shards import content_digest, matching_manifest, open_split, tables_folder
 from data.rows.stream import SourceStream
 from data.rows.transforms import FIM_EXTRA, cached_tables, fim_ids, splittable_counts, transform
 from data.rows.window import Window, build_window
@@ -256,7 +255,7 @@ class Loader:
         fim = transforms.fim_rate > 0 and domains & set(transforms.fim_domains)
         if not fim and not transforms.punctuation_split_rate:
             return
-        root = Path(self.config.shards) / self.manifest.folder
+        root = tables_folder(self.config, self.manifest)
         path, size = self.config.tokenizer.path, self.manifest.vocab_size
         ids, table = cached_tables(root, path, size, self._cache_key)
         if fim and not len(ids):

@@ -3,11 +3,13 @@
 import hashlib
 from pathlib import Path
 
+from data.block_cache import BlockCache, default_folder
 from data.config import DataConfig
 from data.errors import DataError
 from data.files import sha256_of
 from data.indexed import IndexedShard, open_shard
 from data.manifest import Manifest, Split
+from data.storage import StoragePath, as_path
 from data.text import tokenizer_file
 
 
@@ -41,9 +43,21 @@ def content_digest(config: DataConfig, manifest: Manifest) -> str:
     """
     if manifest.document_ends is not None:
         return manifest.digest
-    root = Path(config.shards) / manifest.folder
+    root = as_path(config.shards) / manifest.folder
     parts = [manifest.digest, *(sha256_of(root / f"{s.name}.idx") for s in manifest.shards)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def open_cache(config: DataConfig) -> BlockCache:
+    """Returns the cache for shards in object storage."""
+    folder = config.cache.folder
+    return BlockCache(default_folder() if folder is None else Path(folder), config.cache.max_bytes)
+
+
+def tables_folder(config: DataConfig, manifest: Manifest) -> Path:
+    """Returns the local folder for what is computed from the shards: theirs, or in the cache."""
+    root = as_path(config.shards) / manifest.folder
+    return open_cache(config).tables(root) if isinstance(root, StoragePath) else root
 
 
 def open_split(
@@ -53,13 +67,18 @@ def open_split(
 
     Raises DataError where a shard is missing or damaged, or there is none.
     """
-    root = Path(config.shards) / manifest.folder
+    root, cache = as_path(config.shards) / manifest.folder, open_cache(config)
     sources: dict[str, tuple[str, list[IndexedShard]]] = {}
     for shard in manifest.of_split(split):
         if source in (None, shard.source):
             prefix = root / shard.name
             opened = open_shard(
-                prefix, shard.documents, shard.tokens, manifest.vocab_size, manifest.document_ends
+                prefix,
+                shard.documents,
+                shard.tokens,
+                manifest.vocab_size,
+                manifest.document_ends,
+                cache,
             )
             sources.setdefault(shard.source, (shard.domain, []))[1].append(opened)
     if not sources:

@@ -82,7 +82,7 @@ def splittable_counts(shard: IndexedShard, table: Ints, key: str) -> Ints:
         ]
         return {"counts": np.concatenate([np.zeros(0, dtype=np.int64), *parts])}
 
-    return _cached(Path(f"{shard.prefix}.splittable.npz"), key, compute)["counts"]
+    return _cached(Path(f"{shard.tables}.splittable.npz"), key, compute)["counts"]
 
 
 def _cached(file: Path, key: str, compute: Callable[[], dict[str, Ints]]) -> dict[str, Ints]:

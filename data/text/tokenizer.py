@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.files import sha256_of, write_atomically
+from data.storage import AnyPath, as_path
 from data.text.cuts import Cuts
 from data.text.hf_tokenizer import SPACE, tokenizer_config, tokenizer_json
 from data.text.special_tokens import BOS, EOS, PAD, special_ids
@@ -31,17 +31,20 @@ _BATCH_CHARACTERS = 1 << 20  # encoded at once, on all cores
 _COMBINED = re.compile(r"([^\S\r\n]*(?:[^\w\s\ufffd]|_)+)([\r\n]+)")
 
 
-def tokenizer_file(path: str | Path) -> Path:
+def tokenizer_file(path: str | AnyPath) -> AnyPath:
     """The file that defines the tokenizer at `path`, a folder or the file itself.
 
     Raises DataError where there is none.
     """
-    path = Path(path)
-    if path.is_file():
-        return path
-    for name in (MODEL_FILE, HF_FILE):
-        if (path / name).is_file():
-            return path / name
+    path = as_path(path)
+    try:
+        if path.is_file():
+            return path
+        for name in (MODEL_FILE, HF_FILE):
+            if (path / name).is_file():
+                return path / name
+    except (FileNotFoundError, PermissionError) as error:  # of a bucket
+        raise DataError(f"the tokenizer at {path}: {error.strerror}.") from error
     raise DataError(
         f"no tokenizer at {path}: expected {MODEL_FILE} or {HF_FILE} there; "
         "train one with `v4 tokenizer train CONFIG`."
@@ -60,7 +63,7 @@ class Tokenizer:
     Raises DataError where the file is missing, damaged, or not a tokenizer.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | AnyPath) -> None:
         self.path = tokenizer_file(path)
         self.hash = sha256_of(self.path)
         self._json = _read_hf(self.path) if self.path.suffix == ".json" else _read_model(self.path)
@@ -158,12 +161,12 @@ class Tokenizer:
                 table[i] = (left[0], right[0])
         return table
 
-    def copy_to(self, folder: str | Path) -> None:
+    def copy_to(self, folder: str | AnyPath) -> None:
         """Writes the defining file, and the config beside a tokenizer.json: an equal tokenizer.
 
         Raises DataError where the file has changed since it was opened, or cannot be written.
         """
-        folder, content = Path(folder), self.path.read_bytes()
+        folder, content = as_path(folder), self.path.read_bytes()
         if hashlib.sha256(content).hexdigest() != self.hash:
             raise DataError(f"{self.path} has changed since it was opened; run the command again.")
         is_hf = self.path.suffix == ".json"
@@ -192,13 +195,13 @@ class Tokenizer:
                 return f"the part `{part}` of their tokenizer.json differs"
         return None
 
-    def export_hf(self, folder: str | Path, max_length: int) -> None:
+    def export_hf(self, folder: str | AnyPath, max_length: int) -> None:
         """Writes the files of `transformers.AutoTokenizer` and the SentencePiece model.
 
         `max_length`: maximum of tokens that the model reads. The files of an imported tokenizer are
         copied as they are.
         """
-        folder = Path(folder)
+        folder = as_path(folder)
         if self.path.suffix == ".json":
             companion = self.path.with_name(HF_CONFIG_FILE)
             config = companion.read_bytes() if companion.is_file() else None
@@ -242,7 +245,7 @@ def _surrogate_error(texts: Sequence[str]) -> DataError:
     return DataError("the text cannot be encoded.")
 
 
-def _engine(spec: dict[str, Any], path: Path) -> Any:
+def _engine(spec: dict[str, Any], path: AnyPath) -> Any:
     import tokenizers
 
     try:
@@ -251,7 +254,7 @@ def _engine(spec: dict[str, Any], path: Path) -> Any:
         raise DataError(f"{path} is not a tokenizer that can be loaded: {error}.") from error
 
 
-def _read_hf(path: Path) -> dict[str, Any]:
+def _read_hf(path: AnyPath) -> dict[str, Any]:
     try:
         spec = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -266,7 +269,7 @@ def sentencepiece_schema() -> Any:
     return import_module("sentencepiece.sentencepiece_model_pb2")
 
 
-def _read_model(path: Path) -> dict[str, Any]:
+def _read_model(path: AnyPath) -> dict[str, Any]:
     """The tokenizer.json of a SentencePiece model made by `train_tokenizer`.
 
     Raises DataError for any other file.

@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from data.activity import print_line
+from data.storage import AnyPath
 from trainer.checkpoint.folder import CheckpointFolder, checkpoints_in
+from trainer.config.published import is_published
 from trainer.parallel.collectives import all_gather_objects
 from trainer.process.errors import CheckpointError
 
@@ -27,7 +28,7 @@ def read_newest(folder: CheckpointFolder, read: Callable[[], Item]) -> Item:
         try:
             return read()
         except Exception as error:
-            is_there = path is None or path.is_dir()
+            is_there = path is None or is_published(path)
             if all(all_gather_objects(is_there, folder.grid.world)):
                 raise
             gone, path = path, _newest(folder)
@@ -40,8 +41,8 @@ def read_newest(folder: CheckpointFolder, read: Callable[[], Item]) -> Item:
     return read()
 
 
-def _newest(folder: CheckpointFolder) -> Path | None:
+def _newest(folder: CheckpointFolder) -> AnyPath | None:
     """Returns the newest checkpoint as the first rank sees it."""
     paths = checkpoints_in(folder.folder) if folder.grid.is_first else []
-    newest: Path | None = all_gather_objects(paths[-1] if paths else None, folder.grid.world)[0]
+    newest: AnyPath | None = all_gather_objects(paths[-1] if paths else None, folder.grid.world)[0]
     return newest

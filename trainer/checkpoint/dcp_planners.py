@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch  # noqa: F401 - before the first save, which should not fail of an import
@@ -39,32 +38,48 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from data.storage import AnyPath, StoragePath
 from trainer.checkpoint.logical_tensors import Boxes, TensorBox
+from trainer.checkpoint.manifest import FileRecord
+from trainer.checkpoint.uploads import Uploads
 
 FILE_BYTES = 1 << 30
 
 
-def save_boxes(folder: Path, boxes: Boxes, group: dist.ProcessGroup | None) -> None:
+def save_boxes(
+    folder: AnyPath, boxes: Boxes, group: dist.ProcessGroup | None
+) -> dict[str, FileRecord]:
     """Writes the boxes of all ranks of `group` into safetensors files in `folder`.
 
-    Every rank calls it. Raises OSError on all ranks where one of them cannot write.
+    Every rank calls it. Returns the records of the files that this rank sent to object storage; {}
+    on a file system. Raises OSError on all ranks where one of them cannot write.
     """
     writer = BoxWriter(str(folder), save_distributed=True)
+    uploads = None
+    if isinstance(folder, StoragePath):
+        uploads = Uploads(folder)
+        writer.fs, writer.sync_files = uploads, False
     try:
         with _quiet():
             dcp.save(boxes, storage_writer=writer, planner=BoxSavePlanner(), process_group=group)
     except dcp.CheckpointException as error:
         raise _os_error_in(error) from None
+    return {} if uploads is None else uploads.records
 
 
-def load_boxes(folder: Path, boxes: Boxes, group: dist.ProcessGroup | None) -> None:
-    """Copies from the files in `folder` into this rank's boxes; every rank of `group` calls it.
+def load_boxes(
+    reader: HuggingFaceStorageReader, boxes: Boxes, group: dist.ProcessGroup | None
+) -> None:
+    """Copies from the files of `reader` into this rank's boxes; every rank of `group` calls it.
 
-    A rank reads only what overlaps with its boxes. Every name must be in the files.
+    A rank reads only what overlaps with its boxes. Every name must be in the files. Raises OSError
+    on all ranks where one of them cannot read.
     """
-    reader = HuggingFaceStorageReader(str(folder))
-    with _quiet():
-        dcp.load(boxes, storage_reader=reader, planner=BoxLoadPlanner(), process_group=group)
+    try:
+        with _quiet():
+            dcp.load(boxes, storage_reader=reader, planner=BoxLoadPlanner(), process_group=group)
+    except dcp.CheckpointException as error:
+        raise _os_error_in(error) from None
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Checkpoints: logical tensors in safetensors, published atomically.
+"""Checkpoints: logical tensors in safetensors, published atomically on any storage.
 
     checkpoints/step-00000020/
         shard-00001-model-00001-of-00001.safetensors   what rank 0 wrote: files of at most 1 GiB,
@@ -9,63 +9,51 @@
 torch.distributed.checkpoint plans which rank writes what and opens the result at any topology: a
 sharded tensor is in the files of several ranks, with the offset of each shard in the file's header.
 The metadata is built from the safetensors headers, so nothing from the disk is ever unpickled. All
-ranks need to see the same folder.
+ranks need to see the same folder, or the same place in object storage (store.py).
 """
 
+import errno
 import hashlib
 import json
 import os
-import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from data.activity import Activity
-from data.files import fsync_folder
+from data.storage import AnyPath
 from trainer.checkpoint import manifest
 from trainer.checkpoint.all_ranks import on_all_ranks
 from trainer.checkpoint.dcp_planners import load_boxes, save_boxes
 from trainer.checkpoint.logical_tensors import Boxes, TensorBox, is_routing
-from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.object_reader import read_entries
+from trainer.checkpoint.reader import CheckpointReader, open_reader, weight_files
+from trainer.checkpoint.store import STATE_FILE, open_store
 from trainer.config import Rule, rule_of
-from trainer.files import remove_folder, write_synced
+from trainer.config.published import folder_name, is_published, published, step_of
 from trainer.parallel.collectives import all_gather_objects, all_reduce_
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Shape
 from trainer.process.errors import CheckpointError, SaveError
 
 FORMAT = 1
-_NAME = re.compile(r"^step-(\d{8,})$")
 
 
-def folder_name(step: int) -> str:
-    """Returns the name of the folder: `step-%08d`."""
-    return f"step-{step:08d}"
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
+def checkpoints_in(folder: AnyPath) -> list[AnyPath]:
     """Returns the published checkpoints, oldest first, without temporary folders.
 
     Raises CheckpointError for a link to nothing, as one to a disk that is not mounted.
     """
-    if not folder.is_dir():
-        if folder.is_symlink():
-            raise CheckpointError(
-                f"{folder} is a link to {os.readlink(folder)}, where there is no folder; make it, "
-                "or mount its disk"
-            )
-        return []
-    steps = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.match(p.name))]
-    return [path for _, path in sorted(steps)]
-
-
-def step_of(checkpoint: Path) -> int:
-    """Returns the step in the name of a published checkpoint."""
-    return int(checkpoint.name.removeprefix("step-"))
+    if isinstance(folder, Path) and folder.is_symlink() and not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is a link to {os.readlink(folder)}, where there is no folder; make it, or "
+            "mount its disk"
+        )
+    return published(folder)
 
 
 def model_digest(model: dict[str, Any]) -> str:
@@ -79,8 +67,9 @@ class CheckpointFolder:
     `keep` is how many checkpoints are kept; 0 keeps all.
     """
 
-    def __init__(self, folder: Path, grid: Grid, keep: int = 0) -> None:
+    def __init__(self, folder: AnyPath, grid: Grid, keep: int = 0) -> None:
         self.folder = folder
+        self.store = open_store(folder)
         self.grid = grid
         self.keep = keep
         self._may_prune = True
@@ -91,7 +80,7 @@ class CheckpointFolder:
         tensors: Mapping[str, list[TensorBox] | Tensor],
         state: dict[str, Any],
         reuse: bool = False,
-    ) -> Path:
+    ) -> AnyPath:
         """Writes one checkpoint and returns its folder; every rank calls it.
 
         Checkpoints of later steps, which were undone, are removed once it is published; older ones
@@ -105,25 +94,22 @@ class CheckpointFolder:
             reuse: keeps a checkpoint of this step that exists, instead of replacing it.
         """
         target = self.folder / folder_name(step)
-        temporary = target.with_name(f".{target.name}.tmp")
         boxes, world = _as_boxes(tensors), self.grid.world
         document = {"format": FORMAT, **state}
         self._may_prune = True
         try:
-            if not (reuse and all(on_all_ranks(target.is_dir, world))):
+            if not (reuse and all(on_all_ranks(lambda: is_published(target), world))):
                 with Activity(f"saving {target}", visible=self.grid.is_first):
-                    on_all_ranks(lambda: self._prepare(temporary), world)
-                    on_all_ranks(lambda: self._write_shards(temporary, boxes), world)
-                    files = on_all_ranks(lambda: self._hash_files(temporary), world)
-                    on_all_ranks(lambda: self._publish(temporary, target, files, document), world)
+                    files = self._write_files(self._begin(step), boxes)
+                    on_all_ranks(lambda: self._publish(step, files, document), world)
             on_all_ranks(lambda: self._remove_later(step), world)
         except OSError as error:
-            if self.grid.is_first:
-                shutil.rmtree(temporary, ignore_errors=True)
             reason = error.strerror or type(error).__name__
-            raise SaveError(
-                f"{target}: the checkpoint could not be written: {reason}{self._newest_as_clause()}"
-            ) from None
+            if error.errno != errno.EREMOTEIO:  # else there is no storage to ask now
+                if self.grid.is_first:
+                    self.store.abandon(step)
+                reason += self._newest_as_clause()
+            raise SaveError(f"{target}: the checkpoint could not be written: {reason}") from None
         return target
 
     def prune(self) -> str | None:
@@ -135,21 +121,23 @@ class CheckpointFolder:
         if not (self._may_prune and self.grid.is_first and self.keep):
             return None
         self._may_prune = False
+        old = self.folder
         try:
             for old in checkpoints_in(self.folder)[: -self.keep]:
-                remove_folder(old)
+                self.store.remove(old)
         except OSError as error:
             return f"{old}: could not be removed: {error.strerror or type(error).__name__}"
         return None
 
-    def remove(self, checkpoint: Path) -> str | None:
+    def remove(self, checkpoint: AnyPath) -> str | None:
         """Removes a checkpoint that is not sound; returns the reason where that is not possible.
 
         Every rank calls it, and none returns before it is gone.
         """
         try:
             on_all_ranks(
-                lambda: remove_folder(checkpoint) if self.grid.is_first else None, self.grid.world
+                lambda: self.store.remove(checkpoint) if self.grid.is_first else None,
+                self.grid.world,
             )
         except OSError as error:
             return f"{checkpoint}: could not be removed: {error.strerror or type(error).__name__}"
@@ -159,47 +147,41 @@ class CheckpointFolder:
         if self.grid.is_first:
             for path in checkpoints_in(self.folder):
                 if step_of(path) > step:
-                    remove_folder(path)
+                    self.store.remove(path)
 
-    def _prepare(self, temporary: Path) -> None:
-        if self.grid.is_first:
-            for left in self.folder.glob(".step-*"):  # by a save or a removal that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            temporary.mkdir(parents=True)
-
-    def _write_shards(self, temporary: Path, boxes: Boxes) -> None:
-        save_boxes(temporary, boxes, self.grid.world.group)
-
-    def _hash_files(self, temporary: Path) -> dict[str, manifest.FileRecord]:
-        names = [path.name for path in temporary.glob("*.safetensors")]
-        return manifest.record(
-            temporary, manifest.share_of(names, self.grid.rank, self.grid.world_size)
+    def _begin(self, step: int) -> AnyPath:
+        """Returns where all ranks write the files of a step."""
+        folders = on_all_ranks(
+            lambda: self.store.begin(step) if self.grid.is_first else None, self.grid.world
         )
+        assert folders[0] is not None
+        return folders[0]
+
+    def _write_files(self, folder: AnyPath, boxes: Boxes) -> dict[str, manifest.FileRecord]:
+        """Writes the boxes of all ranks; returns the records of all files.
+
+        On a file system they are read again for it, in equal shares. In object storage a hash is of
+        what was sent, and the storage checks what arrives.
+        """
+        world = self.grid.world
+        written = on_all_ranks(lambda: save_boxes(folder, boxes, world.group), world)
+        if isinstance(folder, Path):
+            names = [path.name for path in folder.glob("*.safetensors")]
+            share = manifest.share_of(names, world.rank, world.size)
+            written = on_all_ranks(lambda: manifest.record(folder, share), world)
+        return {name: record for of_rank in written for name, record in of_rank.items()}
 
     def _publish(
-        self,
-        temporary: Path,
-        target: Path,
-        shards: list[dict[str, manifest.FileRecord]],
-        state: dict[str, Any],
+        self, step: int, files: dict[str, manifest.FileRecord], state: dict[str, Any]
     ) -> None:
-        if not self.grid.is_first:
-            return
-        write_synced(temporary / "state.json", json.dumps(state, indent=1) + "\n")
-        files = manifest.record(temporary, ["state.json"])
-        for of_rank in shards:
-            files |= of_rank
-        manifest.write(temporary, files)
-        fsync_folder(temporary)
-        remove_folder(target)  # of a step that was undone, and is trained again
-        temporary.rename(target)
-        fsync_folder(target.parent)
+        if self.grid.is_first:
+            self.store.publish(step, files, state)
 
     def _newest_as_clause(self) -> str:
         paths = checkpoints_in(self.folder)
         return f"; the newest complete one is {paths[-1]}" if paths else "; there is none before it"
 
-    def newest(self, before: int | None = None) -> Path | None:
+    def newest(self, before: int | None = None) -> AnyPath | None:
         """Returns the newest checkpoint, verified by all ranks together, or None without any.
 
         With `before`, the newest of those with a lower step. Raises CheckpointError when it is
@@ -220,7 +202,7 @@ class CheckpointFolder:
             f"{paths[-1]} is damaged: {problems[0]}; {self._previous(paths[:-1])}"
         )
 
-    def _previous(self, older: Iterable[Path]) -> str:
+    def _previous(self, older: Iterable[AnyPath]) -> str:
         for path in reversed(list(older)):
             if self._problem(path, 0, 1) is None:
                 return (
@@ -230,26 +212,36 @@ class CheckpointFolder:
         return "there is no complete checkpoint before it"
 
     @staticmethod
-    def _problem(path: Path, rank: int, world_size: int) -> str | None:
+    def _problem(path: AnyPath, rank: int, world_size: int) -> str | None:
         files, broken = manifest.read(path)
         if broken:
             return broken
         return manifest.problem(path, files, manifest.share_of(list(files), rank, world_size))
 
-    def load(self, path: Path, tensors: Mapping[str, list[TensorBox] | Tensor]) -> None:
+    def load(self, path: AnyPath, tensors: Mapping[str, list[TensorBox] | Tensor]) -> None:
         """Copies a verified checkpoint into live tensors, at any topology; every rank calls it.
 
         `tensors` are the boxes of this rank by name; it reads only these. Raises CheckpointError on
         all ranks, naming the first tensor that is missing, of another shape, or on no rank.
         """
         boxes = _as_boxes(tensors)
-        shapes = CheckpointReader(path).shapes
+        reader = self._reader(path)
+        shapes = CheckpointReader(path, reader).shapes
         problems = all_gather_objects(find_mismatch(shapes, boxes), self.grid.world)
         problem = next(filter(None, problems), None) or self._unknown_tensor(shapes, boxes)
         if problem:
             raise CheckpointError(f"{path}: {problem}")
         with Activity(f"loading {path}", visible=self.grid.is_first):
-            load_boxes(path, boxes, self.grid.world.group)
+            load_boxes(reader, boxes, self.grid.world.group)
+
+    def _reader(self, path: AnyPath) -> HuggingFaceStorageReader:
+        """Returns torch's reader; in object storage, each rank reads a share of the headers."""
+        if isinstance(path, Path):
+            return open_reader(path)
+        world = self.grid.world
+        share = weight_files(path)[world.rank :: world.size]
+        entries = on_all_ranks(lambda: read_entries(path, share), world)
+        return open_reader(path, [entry for some in entries for entry in some])
 
     def _unknown_tensor(self, shapes: Mapping[str, Shape], boxes: Boxes) -> str | None:
         """Returns a clause about a tensor of the checkpoint that no rank has, or None."""
@@ -277,9 +269,9 @@ def find_mismatch(shapes: Mapping[str, Shape], boxes: Boxes) -> str | None:
     return None
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: AnyPath) -> dict[str, Any]:
     """Reads `state.json` of a complete checkpoint. Raises CheckpointError for another format."""
-    state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    state: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: has checkpoint format {state.get('format')!r}, this version reads {FORMAT}"
@@ -287,7 +279,7 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_model(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+def check_model(path: AnyPath, saved: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raises CheckpointError naming the first field in which the two model configs differ."""
     for field in ours:
         if field not in saved or rule_of(f"model.{field}") is not Rule.SAME:

@@ -6,14 +6,13 @@ It is written last, so a folder with a valid manifest is complete.
 import hashlib
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TypedDict
 
 from data.files import check_inside, sha256_of
+from data.storage import AnyPath, StoragePath, size_of
+from trainer.config.published import MANIFEST_FILE as NAME
 from trainer.files import write_synced
 from trainer.process.errors import CheckpointError
-
-NAME = "manifest.json"
 
 
 class FileRecord(TypedDict):
@@ -29,21 +28,24 @@ def share_of(names: list[str], rank: int, world_size: int) -> list[str]:
     return sorted(names)[rank::world_size]
 
 
-def record(folder: Path, names: list[str]) -> dict[str, FileRecord]:
+def record(folder: AnyPath, names: list[str]) -> dict[str, FileRecord]:
     """Returns sizes and hashes of the named files as they are now."""
     return {
-        name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-        for name in names
+        name: {"size": size_of(folder / name), "sha256": sha256_of(folder / name)} for name in names
     }
 
 
-def write(folder: Path, files: dict[str, FileRecord]) -> None:
+def write(folder: AnyPath, files: dict[str, FileRecord]) -> None:
     """Writes the manifest, with a hash of itself."""
     document = {"files": files, "sha256": _digest(files)}
-    write_synced(folder / NAME, json.dumps(document, indent=1, sort_keys=True) + "\n")
+    text = json.dumps(document, indent=1, sort_keys=True) + "\n"
+    if isinstance(folder, StoragePath):
+        (folder / NAME).write(text)
+    else:
+        write_synced(folder / NAME, text)
 
 
-def read(folder: Path) -> tuple[dict[str, FileRecord], str | None]:
+def read(folder: AnyPath) -> tuple[dict[str, FileRecord], str | None]:
     """Returns the manifest's files, and what is wrong with the manifest, or None.
 
     Raises OSError where it is there and cannot be read.
@@ -65,7 +67,7 @@ def read(folder: Path) -> tuple[dict[str, FileRecord], str | None]:
     return files, None
 
 
-def problem(folder: Path, files: dict[str, FileRecord], names: list[str]) -> str | None:
+def problem(folder: AnyPath, files: dict[str, FileRecord], names: list[str]) -> str | None:
     """Returns what is wrong with the named files, or None; compares sizes before any hash."""
     if wrong := size_problem(folder, files, names):
         return wrong
@@ -75,20 +77,22 @@ def problem(folder: Path, files: dict[str, FileRecord], names: list[str]) -> str
     return None
 
 
-def size_problem(folder: Path, files: dict[str, FileRecord], names: Iterable[str]) -> str | None:
+def size_problem(folder: AnyPath, files: dict[str, FileRecord], names: Iterable[str]) -> str | None:
     """Returns what is wrong with the named files without reading them, or None."""
-    if unknown := {path.name for path in folder.glob("*.safetensors")} - files.keys():
+    listed = folder.sizes() if isinstance(folder, StoragePath) else {}
+    present = listed or {path.name for path in folder.glob("*.safetensors")}
+    if unknown := {name for name in present if name.endswith(".safetensors")} - files.keys():
         return f"{min(unknown)} is not in {NAME}"
     for name in names:
         path, size = folder / name, files[name]["size"]
-        if not path.is_file():
+        if name not in listed and not path.is_file():  # a storage's list may lag behind
             return f"{name} is missing"
-        if (actual := path.stat().st_size) != size:
+        if (actual := listed.get(name) or size_of(path)) != size:
             return f"{name} has {actual} bytes instead of {size}"
     return None
 
 
-def check_sizes(checkpoint: Path) -> None:
+def check_sizes(checkpoint: AnyPath) -> None:
     """Raises CheckpointError for a checkpoint with a file missing or of another size.
 
     Reads the manifest alone, for what has to be quick.

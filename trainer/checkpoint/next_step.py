@@ -29,4 +29,4 @@ def at_next_step(config: RunConfig, store: dist.Store | None) -> RunConfig:
 
 
 def _steps_done(config: RunConfig) -> int:
-    return max(map(step_of, checkpoints_in(config.run_dir / "checkpoints")), default=0)
+    return max(map(step_of, checkpoints_in(config.checkpoints)), default=0)

@@ -11,8 +11,8 @@ needs more memory than training, loses no step.
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
+from data.storage import AnyPath
 from trainer.checkpoint.run import RunCheckpoint
 from trainer.config import RunConfig
 from trainer.process.command_line import resume_command
@@ -31,7 +31,7 @@ class PeriodicCheckpoints:
         self, config: RunConfig, checkpoint: RunCheckpoint, log: Callable[[str], None]
     ) -> None:
         self.config, self.checkpoint, self.log = config, checkpoint, log
-        self._saved: Path | None = None  # after the current step
+        self._saved: AnyPath | None = None  # after the current step
 
     def before_evaluation(self, state: TrainState, result: StepResult) -> None:
         """Saves where it is due. A full disk ends only a run that would end anyway.

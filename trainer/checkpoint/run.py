@@ -1,13 +1,13 @@
 """Saves a run in checkpoints and resumes it from one."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from data import Loader
 from data.files import read_step_records
+from data.storage import AnyPath, StoragePath
 from model import V4Model
 from optim import StateSlice
 from trainer.checkpoint.folder import (
@@ -20,6 +20,7 @@ from trainer.checkpoint.folder import (
 )
 from trainer.checkpoint.logical_tensors import Boxes, logical_tensors
 from trainer.config import RunConfig, changed_fields, replaced_optimizer
+from trainer.config.published import mentioned
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Placement
 from trainer.process.errors import CheckpointError
@@ -64,7 +65,7 @@ class SavedData(Protocol):
 
 def newest_of(
     config: RunConfig, folder: CheckpointFolder, tokenizer_hash: str, before: int | None = None
-) -> tuple[Path, dict[str, Any]] | None:
+) -> tuple[AnyPath, dict[str, Any]] | None:
     """Returns the newest checkpoint, verified, and its `state.json`; None where there is none.
 
     With `before`, the newest of those with a lower step.
@@ -99,12 +100,12 @@ def unsaved_progress(config: RunConfig) -> int:
     Raises CheckpointError where a checkpoint was saved by then: it is gone, and the run would
     silently start again. (A save that was killed leaves its temporary folder.)
     """
-    path, checkpoints = config.run_dir / "metrics.jsonl", config.run_dir / "checkpoints"
+    path, checkpoints = config.run_dir / "metrics.jsonl", config.checkpoints
     records = read_step_records(path)[0] if path.is_file() else []
     last: int = max((record["step"] for record in records), default=0)
     steps = config.recipe.segments[0].end
     first_save = min(config.checkpoint.every or steps, steps)
-    if last > first_save or (last == first_save and not any(checkpoints.glob(".step-*"))):
+    if last > first_save or (last == first_save and not _has_unfinished(checkpoints)):
         raise CheckpointError(
             f"{path} has steps up to {last}, and there is no checkpoint in {checkpoints}: restore "
             "them (is their disk mounted?), name another run_dir, or move metrics.jsonl away to "
@@ -113,12 +114,19 @@ def unsaved_progress(config: RunConfig) -> int:
     return last
 
 
+def _has_unfinished(checkpoints: AnyPath) -> bool:
+    """Whether a save that was killed has left files."""
+    if isinstance(checkpoints, StoragePath):
+        return bool(mentioned(checkpoints))
+    return any(checkpoints.glob(".step-*"))
+
+
 def other_shards(config: RunConfig, loader: Loader) -> str:
     """Returns a sentence where the newest checkpoint was trained on other shards, else nothing.
 
     `loader` has those in use. Checkpoints before version 0.2 do not record theirs.
     """
-    newest = checkpoints_in(config.run_dir / "checkpoints")[-1]
+    newest = checkpoints_in(config.checkpoints)[-1]
     trained_on = read_state(newest).get("data", {}).get("shards", loader.digest)
     if loader.has_shards(trained_on):
         return ""
@@ -157,9 +165,9 @@ class RunCheckpoint:
         self.anticipation = anticipation
         self.data = data
         self.changes: list[str] = []
-        self.folder = CheckpointFolder(config.run_dir / "checkpoints", grid, config.checkpoint.keep)
+        self.folder = CheckpointFolder(config.checkpoints, grid, config.checkpoint.keep)
 
-    def save(self, state: TrainState, reuse: bool = False) -> Path:
+    def save(self, state: TrainState, reuse: bool = False) -> AnyPath:
         """Publishes a checkpoint of the current state. Raises SaveError.
 
         Checkpoints of later steps, which were undone, are removed; older ones stay until `prune`.
@@ -174,7 +182,7 @@ class RunCheckpoint:
         """Removes old checkpoints once the newest is known to be sound; returns any problem."""
         return self.folder.prune()
 
-    def remove(self, checkpoint: Path) -> str | None:
+    def remove(self, checkpoint: AnyPath) -> str | None:
         """Removes a checkpoint that is not sound, on all ranks; returns any problem."""
         return self.folder.remove(checkpoint)
 
@@ -182,7 +190,7 @@ class RunCheckpoint:
         """Returns all tensors of model and optimizer on this rank, always in the same order."""
         return [box.tensor for boxes in self._tensors().values() for box in boxes]
 
-    def load(self, state: TrainState, before: int | None = None) -> Path | None:
+    def load(self, state: TrainState, before: int | None = None) -> AnyPath | None:
         """Restores model, optimizer and `state` from the newest checkpoint, if there is one.
 
         With `before`, from the newest of those with a lower step.

@@ -63,6 +63,7 @@ RULES: dict[str, Rule] = {
     "data.micro_batch_size": Rule.FREE,
     "data.accept_change_at": Rule.FREE,
     "data.prefetch": Rule.FREE,
+    "data.cache": Rule.FREE,
     "data.prepare_workers": Rule.FREE,
     "optim": Rule.FREE,
     "optim.matrix_optimizer": Rule.SAME,

@@ -8,7 +8,6 @@ Unknown keys, wrong types and contradicting values raise ConfigError with one se
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +24,8 @@ from pydantic import (
     model_validator,
 )
 
-from data.config import DataConfig
+from data.config import DataConfig, PlaceText
+from data.storage import AnyPath, absolute, as_path
 from model.config import LossWeight, ModelConfig
 from optim.config import OptimConfig
 from trainer.config.checks import name_phase, phase_problems, rows_of, run_problems
@@ -33,6 +33,7 @@ from trainer.config.explain import explain
 from trainer.config.kernels import AUTO, KernelSetting, setting_of
 from trainer.config.parallel import ParallelConfig
 from trainer.config.phases import BiasSpeed, PhaseConfig, Quantisation
+from trainer.config.published import folder_name, published
 from trainer.config.recipe import Recipe, Segment
 from trainer.config.renamed import drop_unset
 from trainer.config.section import Section, UserPath
@@ -67,6 +68,9 @@ class CheckpointConfig(Section):
     keep: NonNegativeInt = 3
     """How many of the newest are kept, and one more until a finite loss shows that the newest is
     sound; 0 keeps all. [checkpoints]"""
+    folder: PlaceText | None = None
+    """Where they are: a folder on a larger disk, or a URL such as s3://bucket/run, of this run
+    alone (docs/storage.md); null: `checkpoints/` in the run folder."""
 
 
 class WandbConfig(Section):
@@ -184,15 +188,46 @@ class RunConfig(Section):
         return copy
 
     @property
-    def last_checkpoint(self) -> Path:
+    def checkpoints(self) -> AnyPath:
+        """Where the run's checkpoints are."""
+        folder = self.checkpoint.folder
+        return self.run_dir / "checkpoints" if folder is None else as_path(folder)
+
+    @property
+    def written_folders(self) -> list[AnyPath]:
+        """The folders that only one process may write into: the run's, that of checkpoints."""
+        return [self.run_dir] + ([] if self.checkpoint.folder is None else [self.checkpoints])
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a checkpoint. Raises as `is_complete`."""
+        return bool(self._published())
+
+    @property
+    def last_checkpoint(self) -> AnyPath:
         """The checkpoint of the last step, which exists only once the run is complete."""
-        return self.run_dir / "checkpoints" / f"step-{self.recipe.steps:08d}"
+        return self.checkpoints / folder_name(self.recipe.steps)
 
     @property
     def is_complete(self) -> bool:
-        """Whether the newest checkpoint is that of the last step."""
-        saved = sorted(self.last_checkpoint.parent.glob("step-*"))
+        """Whether the newest checkpoint is that of the last step.
+
+        Raises ConfigError where there is no such bucket or no access to it, OSError where the
+        storage is away.
+        """
+        saved = self._published()
         return bool(saved) and saved[-1] == self.last_checkpoint
+
+    def _published(self) -> list[AnyPath]:
+        try:
+            return published(self.checkpoints)
+        except (FileNotFoundError, PermissionError) as error:
+            if isinstance(self.checkpoints, Path):
+                raise
+            raise ConfigError(
+                f"checkpoint.folder = {self.checkpoints}: {error.strerror}; create it, correct the "
+                "name, or give this user access"
+            ) from None
 
     def kernel_setting(self, operation: str) -> str:
         """Returns what `kernels` asks for an operation: "auto" or an implementation."""
@@ -248,12 +283,21 @@ class RunConfig(Section):
         """Returns the same run with paths that mean the same from any working directory."""
         data = self.data
         sources = tuple(source.with_absolute_paths() for source in data.sources)
-        path = os.path.abspath(data.tokenizer.path)
+        path = absolute(data.tokenizer.path)
         tokenizer = data.tokenizer.model_copy(update={"path": path})
-        shards = os.path.abspath(data.shards)
+        shards = absolute(data.shards)
+        checkpoint = self.checkpoint
+        if checkpoint.folder is not None:
+            checkpoint = checkpoint.model_copy(update={"folder": absolute(checkpoint.folder)})
         update = {"sources": sources, "tokenizer": tokenizer, "shards": shards}
         run_dir = self.run_dir.absolute()
-        return self.model_copy(update={"run_dir": run_dir, "data": data.model_copy(update=update)})
+        return self.model_copy(
+            update={
+                "run_dir": run_dir,
+                "data": data.model_copy(update=update),
+                "checkpoint": checkpoint,
+            }
+        )
 
     def check_token_ids(self, tokens: TokenIds, place: str) -> None:
         """Raises ConfigError if the model lacks an embedding, or has other special ids.

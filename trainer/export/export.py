@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.storage import AnyPath
 from model import V4Model
 from model.hf import named_tensors, to_official
 from trainer.build import DTYPES
@@ -54,7 +55,7 @@ def export_run(
     grid = grid or Grid.single()
     require_empty(out, grid.world)
     require_blocks(config.model, weights)
-    folder = CheckpointFolder(config.run_dir / "checkpoints", grid)
+    folder = CheckpointFolder(config.checkpoints, grid)
     return read_newest(folder, lambda: _export(config, out, folder, shard_bytes, weights))
 
 
@@ -115,7 +116,7 @@ def _outline(config: RunConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     return dict(to_official(named_tensors(model).items()))
 
 
-def _check(path: Path, stored: CheckpointReader, weights: Mapping[str, Tensor]) -> None:
+def _check(path: AnyPath, stored: CheckpointReader, weights: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError unless the checkpoint has these weights and no others."""
     problem = find_mismatch(
         stored.shapes, {n: [TensorBox.unsharded(tensor)] for n, tensor in weights.items()}

@@ -60,8 +60,7 @@ def import_hf_folder(config: RunConfig, source: Path) -> str:
     folder contradicts the config or itself; CheckpointError when the run has lost its checkpoints;
     ModelConfigError when weights are missing or do not fit.
     """
-    checkpoints = config.run_dir / "checkpoints"
-    if existing := checkpoints_in(checkpoints):
+    if existing := checkpoints_in(config.checkpoints):
         raise ExportError(
             f"{config.run_dir}: already holds {existing[-1].name}; name a new run_dir"
         )

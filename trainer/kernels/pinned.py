@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data.files import write_atomically
 from model.kernels.operations import IMPLEMENTATIONS, Choice, Kernels
+from trainer.config import RunConfig
 
 KERNELS_FILE = "kernels.json"
 
@@ -60,26 +61,26 @@ class PinnedKernels(BaseModel):
         }
 
 
-def read_pinned(run_dir: Path) -> tuple[PinnedKernels | None, str]:
+def read_pinned(config: RunConfig) -> tuple[PinnedKernels | None, str]:
     """Returns what the file has, None for a new run, and a line about a damaged file."""
-    path = run_dir / KERNELS_FILE
+    path = config.run_dir / KERNELS_FILE
     try:
         pinned = PinnedKernels.model_validate_json(path.read_bytes())
         for kind in pinned.kinds.values():
             kind.kernels()
     except FileNotFoundError:
-        return _before_this_file(run_dir), ""
+        return _before_this_file(config), ""
     except (ValidationError, ValueError, TypeError, OSError):
         return None, f"{path} is damaged: kernels are chosen again, as for a new run"
     return pinned, ""
 
 
-def _before_this_file(run_dir: Path) -> PinnedKernels | None:
+def _before_this_file(config: RunConfig) -> PinnedKernels | None:
     """Returns what a run of a version without this file used: no Triton. None for a new run.
 
     What such a run compiled is not known.
     """
-    if not any((run_dir / "checkpoints").glob("step-*")):
+    if not config.has_begun:
         return None
     eager = {name: Choice() for name, names in IMPLEMENTATIONS.items() if "compile" not in names}
     return PinnedKernels(setting="", kinds={"": OfKind(key="", choices=eager)})

@@ -1,19 +1,36 @@
 """The lease on a folder that several ranks write into together."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 
 from data.lease import LEASE_FILE, Lease, LeaseStopped
+from data.storage import AnyPath
 from trainer.parallel.grid import Grid
 from trainer.process.failures import FailureWatch
 from trainer.process.signals import StopRequest
 
 
 @contextmanager
+def leases_on(
+    folders: Iterable[AnyPath], work: str, grid: Grid, watch: FailureWatch, stop: StopRequest
+) -> Iterator[Callable[[], None]]:
+    """Holds the leases on several folders as `lease_on`; yields a check of all of them."""
+    with ExitStack() as stack:
+        checks = [
+            stack.enter_context(lease_on(one, work, grid, watch, stop=stop)) for one in folders
+        ]
+
+        def check() -> None:
+            for one in checks:
+                one()
+
+        yield check
+
+
+@contextmanager
 def lease_on(
-    folder: Path,
+    folder: AnyPath,
     work: str,
     grid: Grid,
     watch: FailureWatch,

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +9,7 @@ from data import Manifest
 from data.config import DataConfig
 from data.files import sha256_of, write_atomically
 from data.rows import Batch, Loader
+from data.storage import AnyPath, as_path
 from data.text import Tokenizer, tokenizer_file
 from trainer.config import RunConfig
 from trainer.formatting import short
@@ -46,7 +46,7 @@ pre.row i { color: var(--soft); opacity: .75; }
 """
 
 
-def write_data_report(config: RunConfig) -> Path:
+def write_data_report(config: RunConfig) -> AnyPath:
     """Writes `report.html` on the run's first phase into the shards' folder; returns its path.
 
     Raises DataError where the shards or the tokenizer are missing or damaged.
@@ -56,7 +56,7 @@ def write_data_report(config: RunConfig) -> Path:
     rows = [phase.rows for phase in config.recipe.phases]
     facts = collect(data, rows[0].seq_len, tokenizer.vocab_size)
     loader = Loader(data, config.seed, phases=rows)
-    target = Path(config.data.shards) / "report.html"
+    target = as_path(config.data.shards) / "report.html"
     write_atomically(target, render(loader, tokenizer, facts))
     return target
 

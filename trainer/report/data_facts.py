@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +10,8 @@ from numpy.typing import NDArray
 from data.config import DataConfig
 from data.indexed import open_shard
 from data.manifest import FilterStats, Manifest
-from data.rows import Loader, MixtureAudit, audit_mixture, pack_windows, shuffled
+from data.rows import Loader, MixtureAudit, audit_mixture, open_cache, pack_windows, shuffled
+from data.storage import as_path
 from data.text import Tokenizer
 
 _COUNTED = 2_000_000  # tokens of a source whose values are counted
@@ -113,9 +113,11 @@ def _source(config: DataConfig, manifest: Manifest, name: str, vocab_size: int) 
     for shard in shards:
         if shard.split != "train":
             continue
-        path = Path(config.shards) / manifest.folder / shard.name
+        path = as_path(config.shards) / manifest.folder / shard.name
         size = min(manifest.vocab_size, vocab_size)
-        opened = open_shard(path, shard.documents, shard.tokens, size, manifest.document_ends)
+        opened = open_shard(
+            path, shard.documents, shard.tokens, size, manifest.document_ends, open_cache(config)
+        )
         lengths.append(opened.lengths.astype(np.int64))
         for document in range(len(opened)):
             if left <= 0:

@@ -1,0 +1,164 @@
+"""Checkpoints in object storage: published by their manifest, whatever the server does."""
+
+import json
+
+import pytest
+import torch
+
+from data.storage import StoragePath, retries
+from tests.distributed import spawn
+from tests.s3 import S3Server
+from trainer.checkpoint.folder import CheckpointFolder, checkpoints_in
+from trainer.checkpoint.logical_tensors import TensorBox
+from trainer.config.published import STEPS_FILE
+from trainer.parallel.grid import Degrees, Grid
+from trainer.process.errors import CheckpointError, SaveError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits between attempts are short."""
+    monkeypatch.setattr(retries, "DELAYS", (0.02,) * 4)
+
+
+@pytest.fixture
+def folder(s3: S3Server, request: pytest.FixtureRequest) -> StoragePath:
+    """A place in a new bucket."""
+    s3.set_faults()
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name)[:60].strip("-")
+    return StoragePath(f"{s3.make_bucket(name.lower())}/runs/one")
+
+
+def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"a": torch.full((3, 5), value), "b": torch.arange(7), "c": torch.zeros(2, 0)}
+
+
+def saved_steps(folder: StoragePath) -> list[str]:
+    return [path.name for path in checkpoints_in(folder)]
+
+
+def test_save_load_prune_and_remove(folder: StoragePath) -> None:
+    checkpoints = CheckpointFolder(folder, Grid.single(CPU), keep=2)
+    assert checkpoints.newest() is None
+    for step in (1, 2, 3):
+        checkpoints.save(step, tensors(float(step)), {"step": step})
+        assert checkpoints.prune() is None
+    assert saved_steps(folder) == ["step-00000002", "step-00000003"]
+    newest = checkpoints.newest()
+    assert newest is not None and newest.name == "step-00000003"
+    loaded = {name: torch.zeros_like(one) for name, one in tensors().items()}
+    checkpoints.load(newest, loaded)
+    assert all(torch.equal(loaded[name], one) for name, one in tensors(3.0).items())
+    assert checkpoints.remove(newest) is None
+    assert saved_steps(folder) == ["step-00000002"] == (folder).names()[:1]
+    checkpoints.save(1, tensors(), {"step": 1})  # undoes step 2
+    assert saved_steps(folder) == ["step-00000001"]
+    assert json.loads((folder / STEPS_FILE).read_text()) == {"steps": [1]}
+
+
+def test_a_part_of_a_tensor_is_read_by_ranges(folder: StoragePath, s3: S3Server) -> None:
+    whole = torch.arange(4096 * 512, dtype=torch.float32).view(4096, 512)
+    checkpoints = CheckpointFolder(folder, Grid.single(CPU))
+    path = checkpoints.save(1, {"w": whole}, {"step": 1})
+    before = len(s3.requests())
+    part = TensorBox(torch.zeros(8, 100), (4096, 512), (64, 12))
+    checkpoints.load(path, {"w": [part]})
+    assert torch.equal(part.tensor, whole[64:72, 12:112])
+    gets = [one for one in s3.requests()[before:] if "safetensors" in one]
+    assert len(gets) == 2, "the header, and the rows"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"method": "PUT", "path": "safetensors", "status": 503, "times": 3},
+        {"method": "PUT", "path": "safetensors", "cut": 200, "times": 2},
+        {"method": "PUT", "path": "manifest", "status": 500, "times": 3},
+        {"method": "GET", "path": "list-type", "status": 503, "times": 3},
+        {"path": "safetensors", "slow": 0.3, "times": 1},
+    ],
+)
+def test_a_fault_that_passes(folder: StoragePath, s3: S3Server, fault: dict) -> None:
+    s3.set_faults(fault)
+    checkpoints = CheckpointFolder(folder, Grid.single(CPU))
+    path = checkpoints.save(1, tensors(), {"step": 1})
+    assert s3.applied() == [fault["times"]]
+    s3.set_faults({"method": "GET", "path": "safetensors", "status": 503, "times": 3})
+    assert checkpoints.newest() == path
+    loaded = {name: torch.zeros_like(one) for name, one in tensors().items()}
+    checkpoints.load(path, loaded)
+    assert all(torch.equal(loaded[name], one) for name, one in tensors().items())
+
+
+def test_a_fault_that_stays_loses_nothing(folder: StoragePath, s3: S3Server) -> None:
+    checkpoints = CheckpointFolder(folder, Grid.single(CPU))
+    checkpoints.save(1, tensors(), {"step": 1})
+    s3.set_faults({"method": "PUT", "path": "manifest", "status": 503, "times": 10**6})
+    with pytest.raises(SaveError, match=r"step-00000002: the checkpoint could not be written"):
+        checkpoints.save(2, tensors(), {"step": 2})
+    assert saved_steps(folder) == ["step-00000001"]
+    assert "step-00000002" in folder.names(), "its files are there, and do not count"
+    s3.set_faults()
+    checkpoints.save(3, tensors(), {"step": 3})
+    assert saved_steps(folder) == ["step-00000001", "step-00000003"]
+    assert "step-00000002" not in folder.names()
+
+
+def test_a_list_that_lags_behind(folder: StoragePath, s3: S3Server) -> None:
+    checkpoints = CheckpointFolder(folder, Grid.single(CPU), keep=2)
+    checkpoints.save(1, tensors(), {"step": 1})
+    s3.set_faults({"method": "GET", "path": "list-type", "frozen": True, "times": 10**6})
+    assert saved_steps(folder) == ["step-00000001"]
+    for step in (2, 3, 4):
+        checkpoints.save(step, tensors(), {"step": step})
+        checkpoints.prune()
+    assert saved_steps(folder) == ["step-00000003", "step-00000004"]
+    newest = checkpoints.newest()
+    assert newest is not None and newest.name == "step-00000004"
+
+
+def test_one_byte(folder: StoragePath) -> None:
+    checkpoints = CheckpointFolder(folder, Grid.single(CPU))
+    checkpoints.save(1, tensors(), {"step": 1})
+    path = checkpoints.save(2, tensors(), {"step": 2})
+    (name,) = [name for name in path.names() if name.endswith("safetensors")]
+    content = bytearray((path / name).read_bytes())
+    content[-9] ^= 1
+    (path / name).write(bytes(content))
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.newest()
+    text = f"{path} is damaged: {name} was altered; the previous complete checkpoint is {folder}"
+    assert str(caught.value).startswith(f"{text}/step-00000001")
+    (path / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name} is missing"):
+        checkpoints.newest()
+
+
+def save_in_halves(rank: int, world_size: int, url: str) -> list[float]:
+    grid = Grid.build(Degrees(world_size), CPU)
+    checkpoints = CheckpointFolder(StoragePath(url), grid)
+    half = TensorBox(torch.full((4, 3), float(rank)), (8, 3), (4 * rank, 0))
+    path = checkpoints.save(5, {"w": [half], "common": torch.ones(9)}, {"step": 5})
+    assert checkpoints.newest() == path
+    across = TensorBox(torch.zeros(8, 1), (8, 3), (0, rank))
+    checkpoints.load(path, {"w": [across], "common": torch.zeros(9)})
+    return across.tensor.flatten().tolist()
+
+
+def test_two_ranks(folder: StoragePath) -> None:
+    assert spawn(save_in_halves, 2, str(folder)) == [[0.0] * 4 + [1.0] * 4] * 2
+
+
+def test_in_memory() -> None:
+    """Any storage of fsspec will do."""
+    folder = StoragePath("memory://bucket/run")
+    checkpoints = CheckpointFolder(folder, Grid.single(CPU), keep=1)
+    for step in (1, 2):
+        checkpoints.save(step, tensors(), {"step": step})
+        checkpoints.prune()
+    assert saved_steps(folder) == ["step-00000002"]
+    loaded = {name: torch.zeros_like(one) for name, one in tensors().items()}
+    checkpoints.load(folder / "step-00000002", loaded)
+    assert torch.equal(loaded["b"], torch.arange(7))

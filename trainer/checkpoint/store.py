@@ -1,0 +1,138 @@
+"""Where checkpoints are written and published: a file system, or object storage.
+
+One rank at a time calls a store. Between `begin` and `publish` all ranks write their files into the
+folder that `begin` returned; a kill at any moment leaves the published checkpoints as they are.
+
+    file system     .step-00000020.tmp/     renamed to step-00000020/ once it is complete
+    object storage  step-00000020/          complete once it has a manifest.json, written last
+"""
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from data.files import fsync_folder
+from data.storage import AnyPath, StoragePath
+from trainer.checkpoint import manifest
+from trainer.config.published import (
+    folder_name,
+    is_published,
+    mentioned,
+    read_steps,
+    step_of,
+    write_steps,
+)
+from trainer.files import remove_folder, write_synced
+
+STATE_FILE = "state.json"
+
+
+class Store(Protocol):
+    """What both kinds of storage do; all raise OSError."""
+
+    def begin(self, step: int) -> AnyPath:
+        """Removes what killed saves left, and returns the folder for a step's files."""
+
+    def publish(
+        self, step: int, files: dict[str, manifest.FileRecord], state: dict[str, Any]
+    ) -> None:
+        """Completes what was begun: `files` by all ranks, and `state.json`."""
+
+    def abandon(self, step: int) -> None:
+        """Removes what was begun and cannot be completed."""
+
+    def remove(self, checkpoint: AnyPath) -> None:
+        """Removes a checkpoint, of which no reader finds a part."""
+
+
+def open_store(folder: AnyPath) -> Store:
+    """Returns the store for a folder of checkpoints."""
+    return ObjectStore(folder) if isinstance(folder, StoragePath) else LocalStore(folder)
+
+
+class LocalStore:
+    """A folder on a file system that all ranks see."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def begin(self, step: int) -> Path:
+        """Makes a temporary folder."""
+        for left in self.folder.glob(".step-*"):  # by a save or a removal that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        temporary = self._temporary(step)
+        temporary.mkdir(parents=True)
+        return temporary
+
+    def publish(
+        self, step: int, files: dict[str, manifest.FileRecord], state: dict[str, Any]
+    ) -> None:
+        """Renames the temporary folder, after its contents are on the disk."""
+        temporary, target = self._temporary(step), self.folder / folder_name(step)
+        write_synced(temporary / STATE_FILE, _text(state))
+        manifest.write(temporary, files | manifest.record(temporary, [STATE_FILE]))
+        fsync_folder(temporary)
+        remove_folder(target)  # of a step that was undone, and is trained again
+        temporary.rename(target)
+        fsync_folder(target.parent)
+
+    def abandon(self, step: int) -> None:
+        """Removes the temporary folder."""
+        shutil.rmtree(self._temporary(step), ignore_errors=True)
+
+    def remove(self, checkpoint: AnyPath) -> None:
+        """Renames the folder, then removes it."""
+        assert isinstance(checkpoint, Path)
+        remove_folder(checkpoint)
+
+    def _temporary(self, step: int) -> Path:
+        return self.folder / f".{folder_name(step)}.tmp"
+
+
+class ObjectStore:
+    """A folder in object storage.
+
+    A checkpoint of a step that was undone, and is trained again, is removed before the new one is
+    written: its files have the same names.
+    """
+
+    def __init__(self, folder: StoragePath) -> None:
+        self.folder = folder
+
+    def begin(self, step: int) -> StoragePath:
+        """Removes files without a manifest, and the step's own checkpoint."""
+        target = self.folder / folder_name(step)
+        for path in mentioned(self.folder):
+            if path == target or not is_published(path):
+                self.remove(path)
+        return target
+
+    def publish(
+        self, step: int, files: dict[str, manifest.FileRecord], state: dict[str, Any]
+    ) -> None:
+        """Writes `state.json`, the step into `steps.json`, and at last the manifest."""
+        target = self.folder / folder_name(step)
+        (target / STATE_FILE).write(_text(state))
+        files = files | manifest.record(target, [STATE_FILE])
+        write_steps(self.folder, {*read_steps(self.folder), step})
+        manifest.write(target, files)
+
+    def abandon(self, step: int) -> None:
+        """Removes the step's files, unless the storage cannot be reached; `begin` does it then."""
+        with suppress(OSError):
+            self.remove(self.folder / folder_name(step))
+
+    def remove(self, checkpoint: AnyPath) -> None:
+        """Removes the manifest, then the files."""
+        assert isinstance(checkpoint, StoragePath)
+        (checkpoint / manifest.NAME).unlink(missing_ok=True)
+        checkpoint.remove_tree()
+        steps = read_steps(self.folder)
+        if step_of(checkpoint) in steps:
+            write_steps(self.folder, {*steps} - {step_of(checkpoint)})
+
+
+def _text(state: dict[str, Any]) -> str:
+    return json.dumps(state, indent=1) + "\n"
