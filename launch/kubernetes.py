@@ -35,9 +35,10 @@ code=0
 wait "$job" || code=$?
 if kill -0 "$job" 2>/dev/null; then
     stopped=yes
-    wait "$job" || true
+    code=0
+    wait "$job" || code=$?
 fi
-if [[ -d {last} ]]; then exit 0; fi
+if [[ $code != {user_error} ]] && {python} -m launch.is_complete "$@"; then exit 0; fi
 if [[ -n $stopped || $code == 0 ]]; then exit 143; fi
 # The node that hosts the rendezvous is gone, which is not this node's failure.
 if grep -qs '"message": "Rendezvous' "$TORCHELASTIC_ERROR_FILE"; then exit 143; fi
@@ -212,7 +213,8 @@ def _script(job: Job, head: str, is_host: str) -> str:
         folder=shlex.quote(str(job.cluster.folder)),
         is_host=is_host,
         torchrun=_TORCHRUN_LINE.join(torchrun),
-        last=shlex.quote(str(job.run.last_checkpoint)),
+        python=job.cluster.python,
+        user_error=USER_ERROR,
     )
 
 

@@ -10,7 +10,10 @@ import pytest
 from launch.cli import main
 from launch.cluster import CONFIGS, load_cluster, write_job
 from launch.job import ClusterConfig
+from launch.sweep_job import write_array
 from tests.launch.jobs import DEBUG, HARD, check_script, torchrun_options, write
+from tests.launch.sweeps import GRID
+from tests.launch.sweeps import write as write_sweep
 from trainer.config import ConfigError, load_config
 
 SLURM = "kind: slurm\nslurm: {}\n"
@@ -105,6 +108,30 @@ def test_a_job_for_cpus(tmp_path: Path) -> None:
     assert torchrun_options(text)["--nproc-per-node"] == "1"
     with pytest.raises(ConfigError, match="device = cuda needs GPUs, and the job has none"):
         write(tmp_path, SLURM, 3, 0, "device=cuda")
+
+
+@pytest.mark.parametrize("agent", [None, "me/mine/abc12345"])
+def test_the_jobs_of_a_sweep(tiny: Path, tmp_path: Path, agent: str | None) -> None:
+    """An array of jobs with a GPU each, which run `v4 sweep`, or wandb's agents."""
+    settings = tmp_path / "cluster.yaml"
+    settings.write_text(f"kind: slurm\nfolder: {tmp_path}\npython: bin/python\nslurm: {{}}\n")
+    file, out = str(write_sweep(tiny, tmp_path, GRID)), tmp_path / "out"
+    path = write_array(file, out, 4, 7, str(settings), agent)
+    text = path.read_text()
+    check_script(text)
+    asked = directives(text)
+    assert (asked["array"], asked["gpus-per-node"]) == ("0-3", "1") and "exclusive" not in asked
+    command = '-m wandb agent --forward-signals --term-timeout 300 "$@"'
+    arguments = f"arguments=({agent})"
+    if agent is None:
+        command = '-m launch sweep --call "$SLURM_ARRAY_JOB_ID" "$@"'
+        arguments = f"arguments=({file} --out={out} --seed=7)"
+        assert (out / "study.journal").is_file()  # so that no job has to make it
+    assert f"exec bin/python {command}\n" in text and arguments in text
+    assert f'export PATH={tmp_path}/bin:"$PATH"\n' in text  # wandb's agent starts `python`
+    settings.write_text("kind: kubernetes\nkubernetes: {image: x, claim: w, mount: /w}\n")
+    with pytest.raises(ConfigError, match="kind = kubernetes: a sweep is an array of Slurm's jobs"):
+        write_array(file, out, 4, 7, str(settings), agent)
 
 
 def v4(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -132,7 +132,7 @@ def test_the_first_pod_of_a_trainjob_hosts_the_rendezvous(
     tmp_path: Path, index: str, is_host: str
 ) -> None:
     stub = tmp_path / "python"
-    stub.write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/words\n')
+    stub.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/words\n')
     stub.chmod(0o755)
     text = f"python: {stub}\n" + TRAIN_JOB.replace("folder: /work", f"folder: {tmp_path}")
     _, container = pods_of(write(tmp_path, text))

@@ -164,6 +164,13 @@ def test_torchrun_ends_as_its_first_rank(command: str, code: int, part: str) -> 
     assert ("was killed by SIGKILL (signal 9)" in done.stderr) == (code == 137)
 
 
+def test_a_users_error_is_not_tried_again() -> None:
+    torchrun = [sys.executable, "-m", "trainer.process.torchrun", "--standalone"]
+    torchrun += ["--max-restarts=3", "--no-python", "bash", "-c", "echo attempt; exit 2"]
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (2, "attempt\n"), done.stderr
+
+
 @pytest.mark.parametrize("ends", [2, 0])
 def test_ranks_that_start_again_are_no_failure(ends: int, tmp_path: Path) -> None:
     """However often, without a restart left; what a failure leaves behind is as ever."""

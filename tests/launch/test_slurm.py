@@ -16,6 +16,7 @@ from tests.distributed import free_port, spawn
 from tests.launch.jobs import check_script
 from tests.launch.slurm_cluster import SlurmCluster, hostlist, missing_program
 from tests.launch.sweeps import write
+from tests.trainer.config.test_recipe import phased
 from tests.trainer.tiny import assert_same_run, steps_in_file, train_jobs
 from trainer.config import load_config
 
@@ -126,16 +127,23 @@ def test_a_second_job_in_the_run_folder_is_refused(
 
 
 def test_gpus_are_a_resource_of_the_job(cluster: SlurmCluster, tiny: Path, tmp_path: Path) -> None:
-    """The devices are files; what the tasks get from Slurm is what a node with GPUs gives them."""
+    """The devices are files; what the tasks get from Slurm is what a node with GPUs gives them.
+
+    Between two phases with other degrees the processes start again, which is no restart.
+    """
     show = "srun bash -c 'echo $SLURMD_NODENAME has $CUDA_VISIBLE_DEVICES'"
-    training = ["device=cpu", "steps=2", "data.global_batch_size=8"]
-    job = job_file(
-        tiny, tmp_path, *training, gpus=2, more=f"slurm: {{setup: [{json.dumps(show)}]}}"
-    )
+    more = f"max_restarts: 0\nslurm: {{setup: [{json.dumps(show)}]}}"
+    phases = [
+        {"until_tokens": 180, "attention": "dense"},
+        {"until_tokens": 500, "attention": "dense", "parallel": {"tensor": 2}},
+    ]
+    config = phased(tiny, tmp_path, phases)
+    job = job_file(config, tmp_path, "device=cpu", gpus=1, more=more)
     state, log = end_of(cluster, cluster.submit(job, hostlist("n3", "n4")))
-    assert (state["JobState"], state["TresPerNode"]) == ("COMPLETED", "gres:gpu:2"), log
-    assert "n3 has 0,1\n" in log and "n4 has 0,1\n" in log, log
-    assert steps_in_file(tmp_path / "run") == [1, 2]
+    assert (state["JobState"], state["TresPerNode"]) == ("COMPLETED", "gres:gpu:1"), log
+    assert (state["Restarts"], log.count("on 2 processes; loading torch")) == ("0", 2), log
+    assert "n3 has 0\n" in log and "n4 has 0\n" in log, log
+    assert steps_in_file(tmp_path / "run") == [1, 2, 3]
     many = job_file(tiny, tmp_path / "many", "data.global_batch_size=6", gpus=3)
     refused = cluster.run("sbatch", many)
     assert refused.returncode and "Requested node configuration is not available" in refused.stderr

@@ -2,7 +2,8 @@
 
 torchrun itself always ends with 1, and a page about every rank that exited, or a traceback after a
 signal to it. Ranks that end with `START_AGAIN` are started again, however often, and
-`--max-restarts` counts failures alone.
+`--max-restarts` counts failures alone; after a user's error there is no restart, which would end
+with the same.
 """
 
 import logging
@@ -54,6 +55,8 @@ class Agent(LocalElasticAgent):
             worker_group.spec.max_restarts += 1
             self._remaining_restarts += 1
             os.environ[BORDERS] = str(int(os.environ.get(BORDERS, "0")) + 1)
+        elif any(failure.exitcode == USER_ERROR for failure in result.failures.values()):
+            self._remaining_restarts = 0
         return result
 
     def _wait_for_ends(self) -> None:
