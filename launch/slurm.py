@@ -1,8 +1,8 @@
 """The sbatch script of a job.
 
-Slurm sends SIGTERM to the batch shell some time before the limit. The shell has Slurm pass it to
-the tasks of its step, which are torchruns, and these pass it to their workers, which save a
-checkpoint together; then the job is requeued and resumes from there. After a node failure Slurm
+Slurm sends SIGTERM to the batch shell some time before the limit. The shell has Slurm signal the
+shells on all nodes. These send SIGTERM to their torchruns, and torchrun to its workers, which save
+a checkpoint together; then the job is requeued and resumes from there. After a node failure Slurm
 requeues it by itself.
 """
 
@@ -20,7 +20,15 @@ cd {folder}
 set -u  # only now: scripts that `module load` runs may use unset variables
 {before}
 node='
-{node} "$@"
+{node} "$@" &
+task=$!
+# Slurm sends a signal to all processes of a step. Of SIGURG, only this shell takes notice.
+trap "kill -TERM $task" URG
+trap : TERM
+code=0
+wait "$task" || code=$?
+while kill -0 "$task" 2>/dev/null; do code=0; wait "$task" || code=$?; done
+exit "$code"
 '
 arguments=({arguments})
 
@@ -28,7 +36,7 @@ job="{job}"
 stopping=
 asked=
 step=
-# srun kills its tasks when it gets SIGTERM itself, so the signal goes to the tasks; once, since
+# srun kills its tasks when it gets SIGTERM itself, so the signal goes to the nodes; once, since
 # torchrun takes a second one for an order to end at once.
 ask_to_stop() {{
     stopping=yes
@@ -38,7 +46,7 @@ ask_to_stop() {{
         if ! kill -0 "$step" 2>/dev/null; then return; fi
         sleep 1
     done
-    scancel --signal=TERM "$job"
+    scancel --signal=URG "$job"
 }}
 trap ask_to_stop TERM
 
@@ -75,6 +83,10 @@ _ARRAY_JOB = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
 def script(job: Job) -> str:
     """Returns the text of `train.sbatch`."""
     cluster = job.cluster
+    last = job.run.last_checkpoint
+    resumes = "[[ -n $stopping ]]"  # in object storage: a complete run ends at once
+    if isinstance(last, Path):
+        resumes = f"[[ -n $stopping && ! -d {shlex.quote(str(last))} ]]"
     torchrun = job.torchrun(f"$V4_HEAD:{cluster.port}", "$SLURM_JOB_ID", "$is_host")
     slurm = _settings(cluster)
     options = [f"--nodes={job.nodes}", "--ntasks-per-node=1"]
@@ -91,11 +103,11 @@ def script(job: Job) -> str:
         log=job.out / "%x-%j.log",
         environment=job.environment,
         before=_HEAD,
-        node=f"{_IS_HOST}\nexec " + " \\\n    ".join(torchrun),
+        node=f"{_IS_HOST}\n" + " \\\n    ".join(torchrun),
         arguments=job.arguments,
         cores=slurm.cpus_per_node,
         job="$SLURM_JOB_ID",
-        resumes=f"[[ -n $stopping && ! -d {shlex.quote(str(job.run.last_checkpoint))} ]]",
+        resumes=resumes,
     )
 
 
@@ -126,7 +138,7 @@ def array_script(
         log=folder / "%x-%A-%a.log",
         environment=cluster.environment,
         before=_python_first(cluster),
-        node=f"exec {cluster.python} {command}",
+        node=f"{cluster.python} {command}",
         arguments=arguments,
         cores=None,
         job=_ARRAY_JOB,

@@ -11,7 +11,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from data.files import write_atomically
-from data.lease import Lease, LeaseError, LeaseStopped
+from data.lease import Lease
 from launch import processes
 from launch.sweep_definition import prepare_folder
 from launch.sweep_file import Arguments, Sweep, load_sweep
@@ -23,7 +23,7 @@ from launch.sweep_trial import (
     end_trials,
     start_process,
     stop_orphan,
-    trial_lease,
+    take_lease,
 )
 from trainer.config import RunConfig, load_config
 from trainer.process.exit_codes import FAILED, error_line
@@ -156,18 +156,9 @@ class _Runner:
         return False
 
     def _take(self, number: int, patient: bool) -> Lease | None:
-        """Takes the lease of a trial that is unfinished; None where another process has it.
-
-        Raises LeaseError where the trial's folder cannot be written.
-        """
-        lease = trial_lease(self._trial_folder(number), lambda: self.stopping or not patient)
-        try:
-            lease.__enter__()
-        except LeaseStopped:
-            return None
-        except LeaseError as error:
-            if isinstance(error.__cause__, OSError):
-                raise
+        """Takes the lease of a trial that is unfinished; None where another process has it."""
+        lease = take_lease(self._trial_folder(number), patient, lambda: self.stopping)
+        if lease is None:
             return None
         if number in self.search.unfinished():
             return lease

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 
-from data.activity import Activity
+from data.activity import Activity, print_line
 from data.files import write_atomically
-from data.lease import Lease
+from data.lease import Lease, LeaseError, LeaseStopped
 from data.processes import find_process
 from launch import processes
 from launch.sweep_progress import TrialProgress
@@ -43,9 +43,29 @@ class Trial:
         return is_trained and not self.config.is_complete
 
 
-def trial_lease(folder: Path, is_stopped: Callable[[], bool]) -> Lease:
-    """Returns the lease that the `v4 sweep` takes which runs the trial of a folder."""
-    return Lease(folder, "v4 sweep", name=_WORKER_FILE, is_stopped=is_stopped)
+def take_lease(folder: Path, patient: bool, is_stopping: Callable[[], bool]) -> Lease | None:
+    """Takes the lease of the `v4 sweep` that runs a trial; None where another process has it.
+
+    Arguments:
+        patient: whether to wait until it is certain that an owner on another host has died.
+
+    Raises LeaseError where the trial's folder cannot be written.
+    """
+    lease = Lease(
+        folder,
+        "v4 sweep",
+        name=_WORKER_FILE,
+        log=print_line if patient else lambda line: None,
+        is_stopped=lambda: is_stopping() or not patient,
+    )
+    try:
+        return lease.__enter__()
+    except LeaseStopped:
+        return None
+    except LeaseError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        return None
 
 
 def start_process(command: Sequence[str], folder: Path, jobs: int) -> subprocess.Popen[bytes]:

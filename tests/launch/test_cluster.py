@@ -127,7 +127,7 @@ def test_the_jobs_of_a_sweep(tiny: Path, tmp_path: Path, agent: str | None) -> N
         command = '-m launch sweep --call "$SLURM_ARRAY_JOB_ID" "$@"'
         arguments = f"arguments=({file} --out={out} --seed=7)"
         assert (out / "study.journal").is_file()  # so that no job has to make it
-    assert f"exec bin/python {command}\n" in text and arguments in text
+    assert f"\nbin/python {command} &\n" in text and arguments in text
     assert f'export PATH={tmp_path}/bin:"$PATH"\n' in text  # wandb's agent starts `python`
     settings.write_text("kind: kubernetes\nkubernetes: {image: x, claim: w, mount: /w}\n")
     with pytest.raises(ConfigError, match="kind = kubernetes: a sweep is an array of Slurm's jobs"):

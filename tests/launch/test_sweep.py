@@ -145,6 +145,32 @@ def test_a_trial_that_somebody_stopped_is_not_complete(tiny: Path, tmp_path: Pat
     assert done.returncode == 0 and "trial 0 complete" in done.stdout, done.stderr
 
 
+def test_a_trial_whose_sweep_was_killed_is_taken_up_by_another(tiny: Path, tmp_path: Path) -> None:
+    """Two calls share the trials; the one that is left runs both."""
+    file, out, go = write(tiny, tmp_path, GRID), tmp_path / "out", tmp_path / "go"
+    wait = f"while [ ! -e {go} ]; do sleep 0.1; done\n"
+    (tmp_path / "fake.sh").write_text(FAKE.replace("echo '{", wait + "echo '{") % ("/", "/", ""))
+    text = file.read_text().splitlines()
+    text[1] = f'command: [bash, {tmp_path / "fake.sh"}, {tiny}, "${{args_no_hyphens}}"]'
+    file.write_text("\n".join(text))
+    sweep = [argument for argument in command(file, out) if argument != "--jobs=2"]
+    running = []
+    for number in range(2):
+        running.append(subprocess.Popen(sweep, stdout=subprocess.PIPE, text=True))
+        limit = time.monotonic() + 100
+        while not (out / f"trial-000{number}/process.json").is_file():
+            assert running[-1].poll() is None and time.monotonic() < limit
+            time.sleep(0.05)
+    first, second = running
+    first.kill()
+    first.communicate()
+    go.touch()
+    output, _ = second.communicate(timeout=100)
+    assert second.returncode == 0 and "trial 0 complete" in output and "best: trial" in output
+    trials = json.loads((out / "sweep.json").read_text())["trials"]
+    assert [trial["state"] for trial in trials] == ["complete", "complete"]
+
+
 def test_progress_has_step_loss_and_estimate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
