@@ -25,19 +25,25 @@ export TORCHELASTIC_ERROR_FILE="${{TMPDIR:-/tmp}}/torchrun-error.json"
 rm -f "$TORCHELASTIC_ERROR_FILE"
 is_host={is_host}
 job=
-ask_to_stop() {{ if [[ -n $job ]]; then kill -TERM "$job" 2>/dev/null || true; fi; }}
+stopped=
+asked=
+ask_to_stop() {{
+    stopped=yes
+    interrupted=yes
+    if [[ -z $job ]]; then return; fi
+    asked=yes
+    kill -TERM "$job" 2>/dev/null || true
+}}
 trap ask_to_stop TERM
 {torchrun} "$@" &
 job=$!
-# A signal interrupts the first wait; the second one waits for the exit.
-stopped=
-code=0
-wait "$job" || code=$?
-if kill -0 "$job" 2>/dev/null; then
-    stopped=yes
+if [[ -n $stopped && -z $asked ]]; then ask_to_stop; fi
+interrupted=yes
+while [[ -n $interrupted ]]; do  # a signal ends the wait
+    interrupted=
     code=0
     wait "$job" || code=$?
-fi
+done
 if [[ $code != {user_error} ]] && {python} -m launch.is_complete "$@"; then exit 0; fi
 if [[ -n $stopped || $code == 0 ]]; then exit 143; fi
 # The node that hosts the rendezvous is gone, which is not this node's failure.

@@ -23,11 +23,14 @@ node='
 {node} "$@" &
 task=$!
 # Slurm sends a signal to all processes of a step. Of SIGURG, only this shell takes notice.
-trap "kill -TERM $task" URG
-trap : TERM
-code=0
-wait "$task" || code=$?
-while kill -0 "$task" 2>/dev/null; do code=0; wait "$task" || code=$?; done
+trap "interrupted=yes; kill -TERM $task" URG
+trap "interrupted=yes" TERM
+interrupted=yes
+while [[ -n $interrupted ]]; do  # a signal ends the wait
+    interrupted=
+    code=0
+    wait "$task" || code=$?
+done
 exit "$code"
 '
 arguments=({arguments})
@@ -40,6 +43,7 @@ step=
 # torchrun takes a second one for an order to end at once.
 ask_to_stop() {{
     stopping=yes
+    interrupted=yes
     if [[ -z $step ]]; then return; fi
     asked=yes
     until squeue --noheader --steps --jobs="$job" --format=%j | grep -x v4 >/dev/null; do
@@ -55,13 +59,12 @@ srun --job-name=v4 --kill-on-bad-exit=1{srun} \\
 step=$!
 if [[ -n $stopping && -z $asked ]]; then ask_to_stop; fi
 
-# A signal interrupts the first wait; the second one waits for the exit.
-code=0
-wait "$step" || code=$?
-if [[ -n $stopping ]]; then
+interrupted=yes
+while [[ -n $interrupted ]]; do
+    interrupted=
     code=0
     wait "$step" || code=$?
-fi
+done
 if {resumes}; then
     exec scontrol requeue "$job"
 fi

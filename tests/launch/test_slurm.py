@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import pytest
 
-from launch.cluster import load_cluster, write_job
+from launch.cluster import load_cluster, write_job, write_sweep_job
 from launch.sweep_job import write_array
 from tests.distributed import free_port, spawn
 from tests.launch.jobs import check_script
@@ -73,17 +73,20 @@ def wait_until(
     deadline = time.monotonic() + LIMIT
     while not is_true(job := cluster.job(number)):
         if time.monotonic() > deadline:
-            out = Path(job["StdOut"])
-            log = out.read_text() if out.is_file() else ""
-            pytest.fail(f"{job}\n{log}\n{cluster.logs()}")
+            pytest.fail(f"{job}\n{log_of(job)}\n{cluster.logs()}")
         time.sleep(0.2)
     return job
+
+
+def log_of(job: dict[str, str]) -> str:
+    path = Path(job["StdOut"])
+    return path.read_text() if path.is_file() else ""
 
 
 def end_of(cluster: SlurmCluster, number: int | str) -> tuple[dict[str, str], str]:
     """Waits for the end of a job; returns its fields and its log."""
     job = wait_until(cluster, number, lambda job: job["JobState"] in ENDED)
-    return job, Path(job["StdOut"]).read_text()
+    return job, log_of(job)
 
 
 def seconds_of(time: str) -> int:
@@ -165,6 +168,28 @@ def test_a_job_saves_before_its_time_limit_and_is_requeued_until_it_ends(
     assert job["Restarts"] != "0"
     assert steps_in_file(run_dir) == list(range(1, last + 4)), log
     assert "resumed from" in log and "exiting via 9" not in log, log
+
+
+def test_a_job_of_an_array_is_requeued_alone(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """Although the number of one of them is that of the array; all others go on."""
+    task = tmp_path / "python"
+    task.write_text("#!/bin/bash\ntrap 'kill $!; exit 0' TERM\necho begins\nsleep 300 & wait\n")
+    task.chmod(0o755)
+    text = f"kind: slurm\ngpus: false\nfolder: {tmp_path}\npython: {task}\nslurm: {{}}\n"
+    (tmp_path / "cluster.yaml").write_text(text)
+    settings = load_cluster(str(tmp_path / "cluster.yaml"))
+    array = cluster.submit(write_sweep_job(settings, "-m x", [], 2, tmp_path))
+    jobs = [f"{array}_{index}" for index in range(2)]
+    for job in jobs:
+        wait_until(cluster, job, lambda job: "begins" in log_of(job))
+    number = next(job for job in jobs if cluster.job(job)["JobId"] == str(array))
+    cluster.run("scancel", "--batch", "--signal=TERM", number)
+    wait_until(cluster, number, lambda job: job["Restarts"] == "1")
+    (other,) = set(jobs) - {number}
+    assert cluster.job(other)["JobState"] == "RUNNING" and cluster.job(other)["Restarts"] == "0"
+    cluster.run("scancel", "--signal=URG", other)
+    assert end_of(cluster, other)[0]["JobState"] == "COMPLETED"
+    cluster.run("scancel", str(array))
 
 
 def test_a_sweep_is_an_array_whose_jobs_share_the_trials(
