@@ -15,7 +15,8 @@ import pytest
 
 from launch.processes import RESTART_ENVIRONMENT
 from tests.distributed import spawn
-from tests.trainer.tiny import assert_same_run, steps_in_file, train_jobs
+from tests.trainer.parallel.topologies import MODEL
+from tests.trainer.tiny import assert_same_run, column, steps_in_file, train_jobs
 
 pytestmark = pytest.mark.slow
 
@@ -41,27 +42,29 @@ class Host:
         self.address = f"10.77.0.{number}"
         self.torchrun: subprocess.Popen[str] | None = None
 
-    def command(self, *training: str, restarts: int) -> list[str]:
-        """torchrun as a person would start it on this host."""
+    def command(self, *training: str, restarts: int, hosts: str) -> list[str]:
+        """torchrun as a person would start it on this host; ours where the hosts may change."""
+        torchrun = "torch.distributed.run" if hosts == "2" else "trainer.process.torchrun"
+        waits = "is_host={head},keep_alive_interval=1,last_call_timeout=2"
         head = "true" if self.address == HEAD else "false"
         named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name]
         return [
             *("ip", "netns", "exec", self.space, *named),
-            *(sys.executable, "-m", "torch.distributed.run"),
-            *("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
+            *(sys.executable, "-m", torchrun),
+            *("--nnodes", hosts, "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
             *("--rdzv-endpoint", f"{HEAD}:{PORT}", "--rdzv-id", "two"),
             *("--max-restarts", str(restarts)),
-            *("--rdzv-conf", f"is_host={head},keep_alive_interval=1", "--local-addr", self.address),
+            *("--rdzv-conf", waits.format(head=head), "--local-addr", self.address),
             *("-m", *training),
         ]
 
-    def start(self, log: Path, *training: str, restarts: int = 3) -> None:
+    def start(self, log: Path, *training: str, restarts: int = 3, hosts: str = "2") -> None:
         """Starts this host's share of the job; its output is appended to `log`."""
         environment = os.environ | RESTART_ENVIRONMENT
         environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.link}
         with log.open("a") as file:
             self.torchrun = subprocess.Popen(
-                self.command(*training, restarts=restarts),
+                self.command(*training, restarts=restarts, hosts=hosts),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -169,6 +172,39 @@ def test_a_death_costs_no_more_than_the_steps_since_the_checkpoint(
     assert "resumed from" in (logs[0].read_text() + logs[1].read_text())
     assert steps_in_file(run_dir) == list(range(1, STEPS + 1))
     assert_same_run(undisturbed, run_dir, STEPS)
+
+
+def test_a_run_goes_on_with_the_hosts_that_are_there(
+    tiny: Path, hosts: list[Host], tmp_path: Path
+) -> None:
+    """One of two dies, the other one goes on alone, and takes it in when it is back.
+
+    The death costs the only restart there is; the return costs none, and no step.
+    """
+    run_dir, overrides = tmp_path / "run", [*MODEL, f"steps={STEPS}", *RUN[1:]]
+    logs = [tmp_path / "log1", tmp_path / "log2"]
+    training = ["tests.launch.slowed", "2", str(tiny), *overrides, f"run_dir={run_dir}"]
+    for host, log in zip(hosts, logs, strict=True):
+        host.start(log, *training, restarts=1, hosts="1:2")
+    try:
+        wait_for_step(run_dir, 5, hosts)
+        hosts[1].kill()
+        deadline = time.monotonic() + LIMIT
+        while f"step 4/{STEPS}" not in logs[0].read_text().rpartition("on 1 process;")[2]:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        hosts[1].start(logs[1], *training, restarts=1, hosts="1:2")
+        assert ends(hosts) == [0, 0]
+    except BaseException:
+        print(*(log.read_text() for log in logs), sep="\n")
+        raise
+    log = logs[0].read_text() + logs[1].read_text()
+    assert log.count("on 2 processes;") == 2 and log.count("on 1 process;") == 1
+    assert log.count("resumed from") == 2 and "stopped after step" in log
+    assert steps_in_file(run_dir) == list(range(1, STEPS + 1))
+    spawn(train_jobs, 2, tiny, tmp_path, [("undisturbed", overrides, 0)])
+    undisturbed = column(tmp_path / "undisturbed", "loss")
+    assert column(run_dir, "loss") == pytest.approx(undisturbed, rel=1e-5)
 
 
 def test_the_first_host_reports_who_failed_on_the_other(

@@ -91,7 +91,7 @@ def segment_part(
 ) -> Iterator[Table | str]:
     """Yields what depends on the degrees of the config's segment; arguments as `describe_plan`."""
     degrees = config.degrees(world_size)
-    if world_size > 1:
+    if world_size > 1 and (phase is not None or len(config.recipe.segments) == 1):
         yield rank_table(degrees)
     if degrees.pipeline > 1:
         yield stage_table(config)

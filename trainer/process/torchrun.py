@@ -6,6 +6,7 @@ signal to it. Ranks that end with `START_AGAIN` are started again, however often
 with the same.
 """
 
+import argparse
 import logging
 import os
 import signal
@@ -16,14 +17,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import psutil
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api as launcher
+from torch.distributed.run import determine_local_world_size, parse_args, parse_min_max_nnodes
 from torch.distributed.run import main as torchrun
 
 from data.activity import print_line
+from trainer.config import ConfigError, load_run
 from trainer.process.command_line import BORDERS
 from trainer.process.errors import report_error
 from trainer.process.exit_codes import (
@@ -41,10 +44,11 @@ _CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
 
 
 class Agent(LocalElasticAgent):
-    """torchrun's agent of one host, for which the end of its ranks may be no failure.
+    """torchrun's agent of one host, for which the end of its ranks may not be that of the job.
 
     Where they end with `START_AGAIN`, so do those of the other hosts, and all agents meet again as
-    after a failure.
+    after a failure. Where a host joins (`--nnodes MIN:MAX`), the first agent to see it stops its
+    ranks; all ranks save together and end with 0, and all agents meet with the new host.
     """
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -57,6 +61,8 @@ class Agent(LocalElasticAgent):
             os.environ[BORDERS] = str(int(os.environ.get(BORDERS, "0")) + 1)
         elif any(failure.exitcode == USER_ERROR for failure in result.failures.values()):
             self._remaining_restarts = 0
+        elif result.state == WorkerState.SUCCEEDED and _is_joined(worker_group):
+            return RunResult(WorkerState.HEALTHY)  # torchrun then begins with the new host
         return result
 
     def _wait_for_ends(self) -> None:
@@ -67,6 +73,29 @@ class Agent(LocalElasticAgent):
             for rank in ranks:
                 with suppress(subprocess.TimeoutExpired):
                     rank.wait(self._shutdown_timeout)
+
+
+def _is_joined(worker_group: WorkerGroup) -> bool:
+    """Whether another host waits for the ranks of this one to stop."""
+    return worker_group.spec.rdzv_handler.num_nodes_waiting() > 0
+
+
+def check_sizes(arguments: Sequence[str] | None) -> None:
+    """Raises ConfigError where a training does not fit one of the numbers of hosts it may get."""
+    options = parse_args(arguments)
+    low, high = parse_min_max_nnodes(options.nnodes)
+    if low == high or options.training_script != "trainer":
+        return
+    words = argparse.ArgumentParser()
+    words.add_argument("config")
+    words.add_argument("overrides", nargs="*")
+    training = words.parse_args(options.training_script_args)
+    config = load_run(training.config, training.overrides)
+    for nodes in range(low, high + 1):
+        try:
+            config.check_world(nodes * determine_local_world_size(options.nproc_per_node))
+        except ConfigError as error:
+            raise ConfigError(f"{nodes} of --nnodes {options.nnodes}: {error}") from None
 
 
 def _is_failure(record: logging.LogRecord) -> bool:
@@ -83,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launcher.LocalElasticAgent = Agent  # type: ignore[misc]  # torchrun has no option for it
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_failure)
     try:
+        check_sizes(arguments)
         torchrun(arguments)
     except ChildFailedError as error:
         rank, code, pid = _root_cause(error)
@@ -95,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SignalException as stop:
         _end_ranks(stop.sigval)
         return exit_code_of(-stop.sigval)
-    except OSError as error:  # of torchrun itself, which needs a temporary folder
+    except (ConfigError, OSError) as error:  # torchrun itself needs a temporary folder
         return report_error(error)
     return 0
 
