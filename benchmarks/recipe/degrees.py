@@ -6,7 +6,7 @@ Runs `v4 train configs/recipe-demo.yaml` on four processes, twice: on two tensor
 throughout, and with degrees of its own in every phase. The second run is killed (SIGKILL, all its
 processes) three times at every border: once the step before it is in metrics.jsonl, once its save
 has begun, and once its checkpoint is there. Prints the largest relative difference of any loss of
-any step; the exit code is 1 where it exceeds 1e-5. A third run, on four data ranks throughout,
+any step; the exit code is 1 where it exceeds 1e-5. A third run, with two context ranks throughout,
 shows how far apart two sets of degrees are without a border. `v4 demo` prepares the text.
 `--share 0.2` gives every phase a fifth of its tokens.
 """
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Run(options.folder, name, [*common, *settings], PROCESSES)
         for name, settings in (
             ("one_set", [phases, "parallel.tensor=2"]),
-            ("other_set", [phases]),
+            ("other_set", [phases, "parallel.context=2"]),
             ("own_degrees", [own_phases]),
         )
     )
