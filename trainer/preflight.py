@@ -111,7 +111,8 @@ def preflight(
     warnings = [damage] if damage else []
     warnings += _platform_warnings(everyone)
     if config.engine == "native":  # DeepSpeed shards weights and states by its own rules
-        warnings += _check_memory(everyone, config, grid.device)
+        for segment in config.recipe.segments[config.segment.number :]:
+            warnings += _check_memory(everyone, config.at_step(segment.first), grid.device)
     _check_compiler(everyone)
     check_folders(everyone, config, grid, folder_timeout)
     agreed = agree(
@@ -209,7 +210,7 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "
 
 
 def _check_memory(everyone: list[Facts], config: RunConfig, device: torch.device) -> list[str]:
-    """Raises if what a process holds throughout the run does not fit into its memory.
+    """Raises if what a process holds throughout a segment does not fit into its memory.
 
     Returns a warning if it does not fit into what is available now.
     """
@@ -217,6 +218,8 @@ def _check_memory(everyone: list[Facts], config: RunConfig, device: torch.device
     needed = sum(memory_parts(config, degrees).values())
     snapshots = snapshot_memory(config, degrees, page_locked=device.type == "cuda")
     what = "weights, gradients and optimizer states"
+    if len(config.recipe.segments) > 1:
+        what += f" at the degrees of phase {config.segment.phases[0].number}"
     if device.type == "cpu":
         needed += snapshots
         what += ", with the snapshots of stability.spikes," if snapshots else ""
