@@ -112,7 +112,8 @@ def agree(
     new = pin(config.kernels, {kind: (kinds[kind].key, choices[kind]) for kind in kinds})
     if pinned is not None and (changes := _changes(pinned, new)):
         line = f"kernels changed since the run's last start: {'; '.join(changes)}"
-        if config.deterministic:
+        # Other degrees have matrices of other sizes: one run's phases may need other kernels.
+        if config.deterministic and len(config.recipe.segments) == 1:
             raise PreflightError(
                 f"{line}; with deterministic = true a run keeps its kernels: set kernels to those "
                 "that it had, or deterministic to false"
