@@ -157,6 +157,46 @@ def export(
     _command("export", config, overrides, str(out), f"--weights={weights.value}")
 
 
+@app.command()
+def generate(
+    folder: Annotated[str, typer.Argument(help="Run folder, or Hugging Face folder.")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PROMPT]...", help="By default standard input is the prompt."),
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option(help="File with a prompt on each line; - is standard input.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=1e-6, max=1, help="Draw from the fewest tokens that make up this.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A token that ends a text, as eos does.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    speculation: Annotated[
+        bool, typer.Option(help="Draft with the MTP block; the texts are distributed as without.")
+    ] = True,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Cache in FP8 and MXFP4, for models trained with it.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object for each prompt.")
+    ] = False,
+) -> None:
+    """Continue prompts with the newest checkpoint of a run, or a Hugging Face folder."""
+    numbers = {"max-new-tokens": max_new_tokens, "temperature": temperature, "top-p": top_p}
+    options = [f"--{name}={value}" for name, value in {**numbers, "seed": seed}.items()]
+    options += [f"--stop={token}" for token in stop or []]
+    options += [] if file is None else [f"--file={file}"]
+    options += ["--no-speculation"] * (not speculation) + ["--packed"] * packed
+    options += ["--json"] * as_json
+    options += [f"--prompt={prompt}" for prompt in prompts or []]
+    _exit(processes.run(processes.command("generate", folder, *options)))
+
+
 @app.command("import")
 def import_(source: Path, config: Config, overrides: Overrides = None) -> None:
     """Start a run from a Hugging Face folder; CONFIG gives all but the model's sizes."""

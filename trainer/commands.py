@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.activity import Activity, prepare_streams, print_line
+from trainer.generate.arguments import add_generate_arguments
 from trainer.process.signals import raise_on_interrupt
 
 if TYPE_CHECKING:
@@ -166,6 +167,14 @@ def sweep_report(folder: str, options: argparse.Namespace) -> None:
     print(f"wrote {path}")
 
 
+def generate(folder: str, options: argparse.Namespace) -> None:
+    """Continue prompts with the newest checkpoint of a run, or a Hugging Face folder."""
+    with _loading():
+        from trainer.generate.command import generate_command
+
+    generate_command(folder, options)
+
+
 def plan(config: RunConfig, options: argparse.Namespace) -> None:
     """Show steps, phases, parallelism, traffic and memory of a config."""
     from trainer.planning import describe_efficiency, describe_plan
@@ -265,7 +274,12 @@ VERBS = {
     "kernels-check": kernels_check,
 }
 PLAIN_VERBS = {"kernels-show": kernels_show}
-FOLDER_VERBS = {"demo-corpus": demo_corpus, "sample": sample, "sweep-report": sweep_report}
+FOLDER_VERBS = {
+    "demo-corpus": demo_corpus,
+    "generate": generate,
+    "sample": sample,
+    "sweep-report": sweep_report,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -323,6 +337,8 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("folder")
         if name == "sample":
             verb.add_argument("prompt")
+        if name == "generate":
+            add_generate_arguments(verb)
     for name, plain_function in PLAIN_VERBS.items():
         verbs.add_parser(name, help=plain_function.__doc__)
     for name, function in VERBS.items():

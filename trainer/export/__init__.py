@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers, the names of _MODULES
-    from trainer.export.export import export_run
-    from trainer.export.hf_folder import read_hf_weights
+    from trainer.export.export import export_run, read_run_weights
+    from trainer.export.hf_folder import read_hf_config, read_hf_weights, read_object
     from trainer.export.import_run import import_hf_folder, imported_sizes, open_run
     from trainer.export.sample import sample_text
 
@@ -17,7 +17,10 @@ _MODULES = {
     "import_hf_folder": "import_run",
     "imported_sizes": "import_run",
     "open_run": "import_run",
+    "read_hf_config": "hf_folder",
     "read_hf_weights": "hf_folder",
+    "read_object": "hf_folder",
+    "read_run_weights": "export",
     "sample_text": "sample",
 }
 __all__ = [*_MODULES]

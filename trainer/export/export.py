@@ -7,10 +7,12 @@ memory. The shards are divided among the processes.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from data import Tokenizer
 from data.storage import AnyPath
 from model import V4Model
 from model.hf import named_tensors, to_official
@@ -63,10 +65,7 @@ def _export(
     config: RunConfig, out: Path, folder: CheckpointFolder, shard_bytes: int, weights: WeightFormat
 ) -> str:
     tokenizer = open_tokenizer(config)
-    newest = newest_of(config, folder, tokenizer.hash)
-    if newest is None:
-        raise CheckpointError(f"{config.run_dir}: holds no checkpoint yet; train the run first")
-    path, saved = newest
+    path, saved = _newest(config, folder, tokenizer)
     outline = _outline(config, DTYPES[config.precision])
     stored = CheckpointReader(path)
     _check(path, stored, outline)
@@ -93,6 +92,25 @@ def _export(
     return "; ".join([f"wrote step {state.step} of {config.run_dir} to {out}", *notes])
 
 
+def read_run_weights(config: RunConfig) -> tuple[int, dict[str, Tensor]]:
+    """Returns the step of a run's newest checkpoint and its weights under official names.
+
+    Raises CheckpointError when there is no checkpoint or none that fits the config.
+    """
+    folder = CheckpointFolder(config.checkpoints, Grid.single())
+
+    def read() -> tuple[int, dict[str, Tensor]]:
+        path, saved = _newest(config, folder, open_tokenizer(config))
+        outline = _outline(config, DTYPES[config.precision])
+        stored = CheckpointReader(path)
+        _check(path, stored, outline)
+        state = TrainState()
+        state.restore(saved)
+        return state.step, stored.read({name: x.dtype for name, x in outline.items()})
+
+    return read_newest(folder, read)
+
+
 def untrained_indexers(config: RunConfig, step: int) -> str:
     """Returns a clause where transformers will select entries with untrained indexers, or ""."""
     phases = config.recipe.phases
@@ -107,6 +125,15 @@ def untrained_indexers(config: RunConfig, step: int) -> str:
         else "its last phase has attention = dense, and transformers selects entries with the "
         "indexers of an earlier one"
     )
+
+
+def _newest(
+    config: RunConfig, folder: CheckpointFolder, tokenizer: Tokenizer
+) -> tuple[AnyPath, dict[str, Any]]:
+    newest = newest_of(config, folder, tokenizer.hash)
+    if newest is None:
+        raise CheckpointError(f"{config.run_dir}: holds no checkpoint yet; train the run first")
+    return newest
 
 
 def _outline(config: RunConfig, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,0 +1,99 @@
+"""`v4 generate` on a run and on its export: the same text, and one sentence about wrong input."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from data import Tokenizer
+from tests.trainer.tiny import train
+from trainer.commands import main
+from trainer.config import load_config
+from trainer.export import export_run
+from trainer.generate.command import INCOMPLETE, Decoder
+
+
+@pytest.fixture(scope="module")
+def folders(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of two steps, and its export."""
+    folder = tmp_path_factory.mktemp("generate")
+    config = train(tiny, folder / "run", "steps=2")
+    export_run(config, folder / "export")
+    return {"run": config.run_dir, "export": folder / "export"}
+
+
+def generate(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    """Returns what the command prints on stdout and stderr."""
+    assert main(["generate", *map(str, arguments)]) == 0
+    return capsys.readouterr()
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main(["generate", *map(str, arguments)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("v4: error: ")
+    return line
+
+
+def test_run_and_export_continue_alike(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--prompt=the cat", "--prompt=a", "--max-new-tokens=9", "--temperature=0", "--json"]
+    texts = [generate(capsys, folder, *options)[0] for folder in folders.values()]
+    assert texts[0] == texts[1]
+    first, second = map(json.loads, texts[0].splitlines())
+    assert (first["prompt"], second["prompt"]) == ("the cat", "a")
+    assert first["tokens"] == 9 and first["finish"] == "length" and first["text"]
+
+
+def test_a_streamed_text_is_that_of_json(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--max-new-tokens=30", "--seed=3"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("the\ncat"))
+    streamed, report = generate(capsys, folders["run"], *options)
+    result = json.loads(
+        generate(capsys, folders["run"], *options, "--prompt=the\ncat", "--json")[0]
+    )
+    assert streamed == f"the\ncat{result['text']}\n"
+    assert "30 tokens, " in report and "MTP drafts accepted" in report
+
+
+def test_no_part_of_a_character_is_printed(tiny: Path) -> None:
+    """Characters of several tokens each, then one that is cut off."""
+    tokenizer = Tokenizer(load_config(tiny).data.tokenizer.path)
+    text = "naïve 漢字 😀 end"
+    decoder = Decoder(tokenizer)
+    parts = [decoder.add(token) for token in tokenizer.encode(text)]
+    assert "".join(parts) == text and "" in parts
+    ids = tokenizer.encode("x😀")
+    assert [decoder.add(token) for token in ids[:-1]][1:] == [""] * (len(ids) - 2)
+    assert decoder.end() == INCOMPLETE * (len(ids) - 2)
+
+
+def test_prompts_of_a_file(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("the\ncat\n")
+    text, _ = generate(capsys, folders["run"], f"--file={file}", "--max-new-tokens=1")
+    assert text.startswith("--- 1 of 2\nthe") and "--- 2 of 2\ncat" in text
+
+
+def test_wrong_input(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = folders["run"]
+    assert "prompt 2 of 2 is empty" in error_of(capsys, run, "--prompt=a", "--prompt=")
+    assert "is neither a run folder" in error_of(capsys, tmp_path, "--prompt=a")
+    long = error_of(capsys, run, "--prompt=a", "--max-new-tokens=100000")
+    assert "exceeds model.max_position_embeddings" in long
+    assert "should be one token" in error_of(capsys, run, "--prompt=a", "--stop=two words")
+    assert "was not" in error_of(capsys, run, "--prompt=a", "--packed")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert "has no line" in error_of(capsys, run, f"--file={empty}")
+    assert "No such file" in error_of(capsys, run, f"--file={tmp_path / 'none'}")

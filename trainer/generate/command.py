@@ -1,0 +1,156 @@
+"""`v4 generate`: continues prompts on the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from data import Tokenizer
+from data.activity import Activity, print_line
+from trainer.config import ConfigError
+from trainer.generate.generate import Generation, Request, Statistics
+from trainer.generate.load import OpenedModel, open_model
+from trainer.generate.sampling import Sampling
+
+INCOMPLETE = "�"
+"""How the end of a text is decoded while tokens of its last character are missing."""
+
+
+def generate_command(folder: str, options: argparse.Namespace) -> None:
+    """Continue prompts with the newest checkpoint of a run, or a Hugging Face folder."""
+    prompts = _prompts(options)
+    with Activity("loading the model"):
+        opened = open_model(Path(folder))
+    request = _request(opened, prompts, options)
+    with opened.rounding():
+        generation = Generation(opened.model, request)
+        if options.json:
+            _print_json(opened.tokenizer, prompts, generation)
+        elif len(prompts) == 1:
+            _stream(opened.tokenizer, prompts[0], generation)
+        else:
+            _print_texts(opened.tokenizer, prompts, generation)
+    print_line(summary(generation.statistics), sys.stderr)
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    """Returns the prompts of the command line, a file's lines, or standard input as one prompt."""
+    prompts: list[str] = list(options.prompt)
+    if options.file is not None:
+        text = sys.stdin.read() if options.file == "-" else Path(options.file).read_text("utf-8")
+        prompts += text.splitlines()
+    elif not prompts:
+        if sys.stdin.isatty():
+            raise ConfigError("v4 generate: no prompt; name one, --file, or write it to stdin")
+        prompts = [sys.stdin.read()]
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise ConfigError(f"v4 generate: prompt {number} of {len(prompts)} is empty")
+    if not prompts:
+        raise ConfigError(f"v4 generate: {options.file} has no line")
+    return prompts
+
+
+def _request(opened: OpenedModel, prompts: Sequence[str], options: argparse.Namespace) -> Request:
+    tokenizer, longest = opened.tokenizer, opened.model.config.max_position_embeddings
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt, allow_special=True)] for prompt in prompts]
+    for number, tokens in enumerate(ids, start=1):
+        if len(tokens) + options.max_new_tokens > longest:
+            raise ConfigError(
+                f"v4 generate: prompt {number} has {len(tokens):,} tokens, and with "
+                f"{options.max_new_tokens:,} new ones exceeds model.max_position_embeddings = "
+                f"{longest:,}"
+            )
+    if options.packed and not opened.quantised:
+        raise ConfigError(
+            "v4 generate --packed: the cache's formats are those of a model that was trained with "
+            "quantisation = mxfp4, and this one was not"
+        )
+    return Request(
+        ids,
+        options.max_new_tokens,
+        Sampling(options.temperature, options.top_p),
+        frozenset({tokenizer.eos_id, *(_stop_id(tokenizer, text) for text in options.stop)}),
+        options.seed,
+        not options.no_speculation,
+        options.packed,
+    )
+
+
+def _stop_id(tokenizer: Tokenizer, text: str) -> int:
+    ids = tokenizer.encode(text, allow_special=True)
+    if len(ids) != 1:
+        raise ConfigError(f"--stop {text!r}: should be one token, and is {len(ids)}")
+    return ids[0]
+
+
+class Decoder:
+    """Decodes tokens one after another, holding those of an incomplete character back."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+
+    def add(self, token: int) -> str:
+        """Returns the text that the token completes, if any."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith(INCOMPLETE):
+            return ""
+        self._ids = []
+        return text
+
+    def end(self) -> str:
+        """Returns what is left."""
+        return self._tokenizer.decode(self._ids)
+
+
+def _stream(tokenizer: Tokenizer, prompt: str, generation: Generation) -> None:
+    """Prints prompt and continuation, each part of a text as soon as it is known."""
+    decoder = Decoder(tokenizer)
+    print(prompt, end="", flush=True)
+    for _, token in generation:
+        if token not in generation.request.stop:
+            print(decoder.add(token), end="", flush=True)
+    print(decoder.end(), flush=True)
+
+
+def _texts(
+    tokenizer: Tokenizer, prompts: Sequence[str], generation: Generation
+) -> Iterator[dict[str, Any]]:
+    """Yields each prompt's result when all are complete."""
+    ids: list[list[int]] = [[] for _ in prompts]
+    for index, token in generation:
+        ids[index].append(token)
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        stopped = bool(tokens) and tokens[-1] in generation.request.stop
+        decoder = Decoder(tokenizer)
+        text = "".join(map(decoder.add, tokens[: len(tokens) - stopped])) + decoder.end()
+        finish = "stop" if stopped else "length"
+        yield {"prompt": prompt, "text": text, "tokens": len(tokens), "finish": finish}
+
+
+def _print_texts(tokenizer: Tokenizer, prompts: Sequence[str], generation: Generation) -> None:
+    for number, result in enumerate(_texts(tokenizer, prompts, generation), start=1):
+        print(f"--- {number} of {len(prompts)}")
+        print(result["prompt"] + result["text"], flush=True)
+
+
+def _print_json(tokenizer: Tokenizer, prompts: Sequence[str], generation: Generation) -> None:
+    for result in _texts(tokenizer, prompts, generation):
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+def summary(statistics: Statistics) -> str:
+    """Returns a line about the speed, and the share of drafts that were accepted."""
+    speed = f"{statistics.new_tokens:,} tokens, {statistics.tokens_per_second:,.1f} tokens/s"
+    prompt = f"{statistics.prompt_tokens:,} tokens in {statistics.prefill_seconds:.2f} s"
+    text = f"{speed}; prompt of {prompt}"
+    if statistics.drafts:
+        share = statistics.accepted_drafts / statistics.drafts
+        text += f"; {share:.0%} of {statistics.drafts:,} MTP drafts accepted"
+    return text
