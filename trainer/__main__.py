@@ -57,6 +57,7 @@ def train(config: RunConfig, stop: StopRequest) -> bool:
         from trainer.process.failures import report_failures
         from trainer.process.lease import leases_on
         from trainer.process.local_device import local_device
+        from trainer.save_mode import choose_save_mode
         from trainer.trainer import Trainer
 
     with (
@@ -93,10 +94,12 @@ def train(config: RunConfig, stop: StopRequest) -> bool:
                 return False
             if is_first:
                 claim_checkpoints(config)
-            messages.append(expected_memory_report(config, grid.world_size))
+            saves = choose_save_mode(config, grid)
+            messages += [expected_memory_report(config, grid.world_size), saves.message]
             start.what = "opening the shards and building the model"
             with advise_on_out_of_memory(config, grid):
-                trainer = Trainer(config, grid, stop, messages, check, agreed)
+                trainer = Trainer(config, grid, stop, messages, check, agreed, saves.is_async)
+                watch.at_end.insert(0, trainer.checkpoint.wait_at_end)  # before the lease ends
                 start.end()
                 state = trainer.run()
         watch.close()

@@ -36,6 +36,8 @@ class TrainState:
     any."""
     anticipation_end: int | None = None
     """First step after it, counted from 0; None where it lasts to the end of the run."""
+    failed_saves: int = 0
+    """Checkpoints that could not be written, as the first rank knows."""
     rollbacks: int = 0
     """How often the run has rolled back."""
     spike_steps: list[int] = field(default_factory=list)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data import Batch, DataRecord, Loader, Prefetcher
 from data.activity import Activity
+from data.lease import LeaseError
 from data.rows import matching_manifest, token_frequencies
 from model.kernel_choices import describe
 from trainer.build import build_engine
@@ -24,7 +25,7 @@ from trainer.metrics import Metrics, UpdateStats, collect_stats, compute_layer_s
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
 from trainer.process.command_line import resume_command, v4
-from trainer.process.errors import DivergedError
+from trainer.process.errors import CheckpointError, DivergedError
 from trainer.process.signals import StopRequest
 from trainer.run_tokenizer import keep_tokenizer, open_tokenizer, other_tokenizer, run_data
 from trainer.stability import Anticipation, Stability
@@ -39,7 +40,8 @@ class Trainer:
 
     `check` is called after every step, before anything is written; what it raises ends the run.
     `kernels` are what all ranks agreed on; by default, those that the config names without
-    a check of the GPU.
+    a check of the GPU. `async_saves`: whether checkpoints are written beside training; by default
+    as the config wants, without a check of the host's memory.
 
     Raises the errors of trainer.process.errors.USER_ERRORS for input that cannot be trained on.
     """
@@ -52,6 +54,7 @@ class Trainer:
         messages: Sequence[str] = (),
         check: Callable[[], None] = lambda: None,
         kernels: AgreedKernels | None = None,
+        async_saves: bool | None = None,
     ) -> None:
         config.check_world(grid.world_size)
         data = run_data(config)
@@ -103,7 +106,8 @@ class Trainer:
         self.stability = Stability(config, self.state, self.checkpoint, self.anticipation)
         self.metrics: Metrics | None = None  # on the first rank, once the run has begun
         self.phase: Phase | None = None
-        self.has_logged_memory = False
+        self.has_logged_memory = self.has_evaluated = False
+        self.async_saves = config.may_save_async if async_saves is None else async_saves
         checkpoints = PeriodicCheckpoints(config, self.checkpoint, self._log)
         self.periodic: list[Hook] = [
             self._write_metrics,
@@ -126,8 +130,14 @@ class Trainer:
             self._train()
             self._agree_on_next()
             is_complete = True
+        except LeaseError:
+            raise  # another run writes into the folder by now
+        except Exception:
+            self.checkpoint.wait_at_end()
+            raise
         finally:
             self.batches.close()
+            self.checkpoint.close()
             if self.metrics is not None:
                 self.metrics.close(0 if is_complete else 1)
         return self.state
@@ -312,6 +322,7 @@ class Trainer:
         """Resumes, then opens the run folder's files on the first rank."""
         resumed = self.checkpoint.load(self.state)
         self.anticipation.configure(self.state)
+        saves = self._save_beside_training()
         if not self.grid.is_first:
             return
         unsaved_steps = 0 if resumed else unsaved_progress(self.config)
@@ -351,16 +362,39 @@ class Trainer:
                 f"kernels: the first step compiles {', '.join(compiled)}, or loads them from "
                 "torch's cache"
             )
-        for message in (*self.messages, *self.recipe.warnings()):
+        for message in filter(None, (*self.messages, *saves, *self.recipe.warnings())):
             self._log(message)
         if self.validation is None:
             self._log(f"{self.config.data.shards} has no validation text: nothing is evaluated")
+
+    def _save_beside_training(self) -> list[str]:
+        """Prepares for checkpoints beside training; returns a line where that is not possible.
+
+        Nothing is needed where only the last checkpoint is saved. Raises CheckpointError where the
+        config demands it.
+        """
+        every, end = self.config.checkpoint.every, self.config.segment.end
+        if not (self.async_saves and every and (self.state.step // every + 1) * every < end):
+            return []
+        try:
+            self.checkpoint.save_beside_training()
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            problem = f"the memory for saving beside training could not be allocated: {reason}"
+            if self.config.checkpoint.mode == "async":
+                raise CheckpointError(f"checkpoint.mode = async: {problem}") from None
+            return [f"{problem}; steps stop while a checkpoint is written"]
+        return []
 
     def _evaluate(self, state: TrainState, result: StepResult) -> None:
         """Adds the validation loss to the result where it is due; every rank takes part."""
         due = self._is_due(self.config.evaluation.every, state.step)
         if not due or self.validation is None:
             return
+        if not self.has_evaluated:
+            # It may need more memory than training, and the kernel would kill it at every restart.
+            self.checkpoint.finish()
+            self.has_evaluated = True
         try:
             result.validation_loss = self.validation.evaluate(self.engine).loss
             result.validation_by_source = self.validation.by_source(self.engine)

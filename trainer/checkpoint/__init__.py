@@ -1,6 +1,7 @@
 """Checkpoints: logical tensors in safetensors, saved and loaded at any topology.
 
-`run` saves and restores a run, `periodic` decides when, `folder` publishes a checkpoint atomically.
+`run` saves and restores a run, `periodic` decides when, `folder` is what all ranks do together,
+`store` publishes, `layout` plans who writes what, `background` writes beside training.
 Names are loaded on first use: torch.distributed.checkpoint takes a second to import.
 """
 

@@ -2,21 +2,22 @@
 
     checkpoints/step-00000020/
         shard-00001-model-00001-of-00001.safetensors   what rank 0 wrote: files of at most 1 GiB,
-        shard-00001-model-00002-of-00001.safetensors   or one tensor (DCP always writes -of-00001)
+        shard-00001-model-00002-of-00001.safetensors   or one tensor
         state.json      step, tokens, seed, digests, the model's config
         manifest.json   size and SHA-256 of every other file
 
-torch.distributed.checkpoint plans which rank writes what and opens the result at any topology: a
-sharded tensor is in the files of several ranks, with the offset of each shard in the file's header.
-The metadata is built from the safetensors headers, so nothing from the disk is ever unpickled. All
-ranks need to see the same folder, or the same place in object storage (store.py).
+A sharded tensor is in the files of several ranks, with the offset of each shard in the file's
+header (layout.py): torch.distributed.checkpoint opens the result at any topology. Its metadata is
+built from the safetensors headers, so nothing from the disk is ever unpickled. All ranks need to
+see the same folder, or the same place in object storage (store.py).
 """
 
 import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from data.activity import Activity
 from data.storage import AnyPath
 from trainer.checkpoint import manifest
 from trainer.checkpoint.all_ranks import on_all_ranks
-from trainer.checkpoint.dcp_planners import load_boxes, save_boxes
+from trainer.checkpoint.dcp_planners import load_boxes
+from trainer.checkpoint.layout import LocalTensors, WritePlanner
 from trainer.checkpoint.logical_tensors import Boxes, TensorBox, is_routing
 from trainer.checkpoint.object_reader import read_entries
+from trainer.checkpoint.rank_files import NewCheckpoint, remove_later, write_file
 from trainer.checkpoint.reader import CheckpointReader, open_reader, weight_files
 from trainer.checkpoint.store import STATE_FILE, open_store
 from trainer.config import Rule, rule_of
@@ -72,6 +75,7 @@ class CheckpointFolder:
         self.store = open_store(folder)
         self.grid = grid
         self.keep = keep
+        self.planner = WritePlanner(grid.world)
         self._may_prune = True
 
     def save(
@@ -93,24 +97,74 @@ class CheckpointFolder:
             state: the contents of `state.json`.
             reuse: keeps a checkpoint of this step that exists, instead of replacing it.
         """
-        target = self.folder / folder_name(step)
-        boxes, world = _as_boxes(tensors), self.grid.world
-        document = {"format": FORMAT, **state}
-        self._may_prune = True
+        target, boxes, world = self.path_of(step), as_boxes(tensors), self.grid.world
         try:
             if not (reuse and all(on_all_ranks(lambda: is_published(target), world))):
                 with Activity(f"saving {target}", visible=self.grid.is_first):
-                    files = self._write_files(self._begin(step), boxes)
-                    on_all_ranks(lambda: self._publish(step, files, document), world)
+                    self._save(step, boxes, as_document(state))
             on_all_ranks(lambda: self._remove_later(step), world)
         except OSError as error:
-            reason = error.strerror or type(error).__name__
-            if error.errno != errno.EREMOTEIO:  # else there is no storage to ask now
-                if self.grid.is_first:
-                    self.store.abandon(step)
-                reason += self._newest_as_clause()
-            raise SaveError(f"{target}: the checkpoint could not be written: {reason}") from None
+            raise SaveError(self.save_problem(target, error)) from None
         return target
+
+    def _save(self, step: int, boxes: Boxes, document: dict[str, Any]) -> None:
+        """Writes and publishes while all ranks wait. Raises OSError on all ranks."""
+        files, tensors, world = self.planner.plan(boxes), LocalTensors(boxes), self.grid.world
+        new = self.begin(step)
+
+        def write() -> dict[str, manifest.FileRecord]:
+            return {
+                f.name: write_file(new.folder / f.name, f.header, tensors.data(f)) for f in files
+            }
+
+        try:
+            written = on_all_ranks(write, world)
+            records = {name: record for of_rank in written for name, record in of_rank.items()}
+            on_all_ranks(lambda: self._publish(step, records, document), world)
+        except OSError as error:
+            self.abandon(step, error)
+            raise
+
+    def path_of(self, step: int) -> AnyPath:
+        """Returns the folder of the checkpoint of a step, whether it exists or not."""
+        return self.folder / folder_name(step)
+
+    def begin(self, step: int, action: Callable[[], None] = lambda: None) -> NewCheckpoint:
+        """Returns where all ranks write the files of a step; every rank calls it.
+
+        Each rank's `action` is done as well. Raises OSError on all ranks if one of them fails.
+        """
+        self._may_prune = True
+
+        def begin() -> NewCheckpoint | None:
+            new = None
+            if self.grid.is_first:
+                new = NewCheckpoint(step, self.store.begin(step), secrets.token_hex(4))
+            action()
+            return new
+
+        try:
+            new = on_all_ranks(begin, self.grid.world)[0]
+        except OSError as error:
+            self.abandon(step, error)
+            raise
+        assert new is not None
+        return new
+
+    def abandon(self, step: int, error: OSError) -> None:
+        """Removes what was written for a step, unless there is no storage to ask now."""
+        if self.grid.is_first and error.errno != errno.EREMOTEIO:
+            self.store.abandon(step)
+
+    def save_problem(self, target: AnyPath, error: OSError) -> str:
+        """Returns a sentence about a checkpoint that could not be written."""
+        problem = f"{target}: the checkpoint could not be written: "
+        problem += error.strerror or str(error) or type(error).__name__
+        if error.errno == errno.EREMOTEIO:
+            return problem
+        paths = checkpoints_in(self.folder)
+        newest = f"the newest complete one is {paths[-1]}" if paths else "there is none before it"
+        return f"{problem}; {newest}"
 
     def prune(self) -> str | None:
         """Removes all but the newest `keep`; returns the reason where that is not possible.
@@ -145,41 +199,13 @@ class CheckpointFolder:
 
     def _remove_later(self, step: int) -> None:
         if self.grid.is_first:
-            for path in checkpoints_in(self.folder):
-                if step_of(path) > step:
-                    self.store.remove(path)
-
-    def _begin(self, step: int) -> AnyPath:
-        """Returns where all ranks write the files of a step."""
-        folders = on_all_ranks(
-            lambda: self.store.begin(step) if self.grid.is_first else None, self.grid.world
-        )
-        assert folders[0] is not None
-        return folders[0]
-
-    def _write_files(self, folder: AnyPath, boxes: Boxes) -> dict[str, manifest.FileRecord]:
-        """Writes the boxes of all ranks; returns the records of all files.
-
-        On a file system they are read again for it, in equal shares. In object storage a hash is of
-        what was sent, and the storage checks what arrives.
-        """
-        world = self.grid.world
-        written = on_all_ranks(lambda: save_boxes(folder, boxes, world.group), world)
-        if isinstance(folder, Path):
-            names = [path.name for path in folder.glob("*.safetensors")]
-            share = manifest.share_of(names, world.rank, world.size)
-            written = on_all_ranks(lambda: manifest.record(folder, share), world)
-        return {name: record for of_rank in written for name, record in of_rank.items()}
+            remove_later(self.folder, self.store, step)
 
     def _publish(
         self, step: int, files: dict[str, manifest.FileRecord], state: dict[str, Any]
     ) -> None:
         if self.grid.is_first:
             self.store.publish(step, files, state)
-
-    def _newest_as_clause(self) -> str:
-        paths = checkpoints_in(self.folder)
-        return f"; the newest complete one is {paths[-1]}" if paths else "; there is none before it"
 
     def newest(self, before: int | None = None) -> AnyPath | None:
         """Returns the newest checkpoint, verified by all ranks together, or None without any.
@@ -224,7 +250,7 @@ class CheckpointFolder:
         `tensors` are the boxes of this rank by name; it reads only these. Raises CheckpointError on
         all ranks, naming the first tensor that is missing, of another shape, or on no rank.
         """
-        boxes = _as_boxes(tensors)
+        boxes = as_boxes(tensors)
         reader = self._reader(path)
         shapes = CheckpointReader(path, reader).shapes
         problems = all_gather_objects(find_mismatch(shapes, boxes), self.grid.world)
@@ -252,8 +278,14 @@ class CheckpointFolder:
         return f"holds {unknown[0]}, which this run's model does not have" if unknown else None
 
 
-def _as_boxes(tensors: Mapping[str, list[TensorBox] | Tensor]) -> Boxes:
+def as_boxes(tensors: Mapping[str, list[TensorBox] | Tensor]) -> Boxes:
+    """Returns a rank's boxes; a plain tensor is not sharded."""
     return {n: [TensorBox.unsharded(t)] if isinstance(t, Tensor) else t for n, t in tensors.items()}
+
+
+def as_document(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the contents of `state.json`."""
+    return {"format": FORMAT, **state}
 
 
 def find_mismatch(shapes: Mapping[str, Shape], boxes: Boxes) -> str | None:

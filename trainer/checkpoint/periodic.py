@@ -20,6 +20,9 @@ from trainer.process.errors import DivergedError, SaveError
 from trainer.state import TrainState
 from trainer.step import StepResult
 
+LOGGED_SECONDS = 1.0
+"""A wait for the checkpoint before that is longer is logged."""
+
 
 class PeriodicCheckpoints:
     """Saves every `checkpoint.every` steps, at the end and on a stop.
@@ -38,6 +41,7 @@ class PeriodicCheckpoints:
 
         Raises SaveError then.
         """
+        self._report(state)
         if result.is_finite:
             self._prune()  # the step began with the weights of the newest checkpoint or later ones
         self._saved = None
@@ -59,8 +63,11 @@ class PeriodicCheckpoints:
         if loss is not None and not math.isfinite(loss):
             self._remove(state, loss)
             return
+        if self._ends(state) and not self.checkpoint.finish():
+            self._saved = None  # begun before the evaluation in which the stop came
         if self._saved is None and state.stopping:
             self._save(state)
+        self._report(state)
         if self._saved is None:
             return
         if loss is not None:
@@ -77,12 +84,32 @@ class PeriodicCheckpoints:
         return state.stopping or state.step == self.config.segment.end
 
     def _save(self, state: TrainState) -> None:
+        """Saves; beside training, unless the run ends. Raises SaveError where it ends."""
+        ends, saves = self._ends(state), self.checkpoint.background
         try:
-            self._saved = self.checkpoint.save(state)
+            self._saved = (self.checkpoint.save if ends else self.checkpoint.begin_save)(state)
         except SaveError as error:
-            if self._ends(state):
+            if ends:
                 raise
+            state.failed_saves += 1
             self.log(f"warning: {error}; training continues")
+        if saves is not None and not ends and saves.waited > LOGGED_SECONDS:
+            self.log(
+                f"step {state.step}: waited {saves.waited:.1f} s for the checkpoint before, which "
+                "was still being written; a higher checkpoint.every avoids that"
+            )
+
+    def _report(self, state: TrainState) -> None:
+        """Logs what has become of saves beside training, and counts those that failed."""
+        for report in self.checkpoint.reports():
+            if report.problem is not None:
+                state.failed_saves += 1
+                self.log(f"warning: {report.problem}; training continues")
+                continue
+            self.log(
+                f"saved {report.path}: training stopped for {report.pause:.2f} s, and it was "
+                f"written within {report.seconds:.1f} s"
+            )
 
     def _remove(self, state: TrainState, loss: float) -> None:
         """Removes the checkpoint of a step whose validation loss is not finite."""

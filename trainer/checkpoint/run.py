@@ -10,6 +10,7 @@ from data.files import read_step_records
 from data.storage import AnyPath, StoragePath
 from model import V4Model
 from optim import StateSlice
+from trainer.checkpoint.background import BackgroundSaves, SaveReport
 from trainer.checkpoint.folder import (
     CheckpointFolder,
     check_model,
@@ -98,14 +99,16 @@ def unsaved_progress(config: RunConfig) -> int:
     """Returns the last step in metrics.jsonl of a run without checkpoints, 0 for a new run.
 
     Raises CheckpointError where a checkpoint was saved by then: it is gone, and the run would
-    silently start again. (A save that was killed leaves its temporary folder.)
+    silently start again. Those that failed are counted in metrics.jsonl, and the one that was being
+    written when the run was killed has left its temporary folder.
     """
     path, checkpoints = config.run_dir / "metrics.jsonl", config.checkpoints
     records = read_step_records(path)[0] if path.is_file() else []
     last: int = max((record["step"] for record in records), default=0)
     steps = config.recipe.segments[0].end
     first_save = min(config.checkpoint.every or steps, steps)
-    if last > first_save or (last == first_save and not _has_unfinished(checkpoints)):
+    failed = max((record.get("failed_saves", 0) for record in records), default=0)
+    if last // first_save > failed + _has_unfinished(checkpoints):
         raise CheckpointError(
             f"{path} has steps up to {last}, and there is no checkpoint in {checkpoints}: restore "
             "them (is their disk mounted?), name another run_dir, or move metrics.jsonl away to "
@@ -144,6 +147,7 @@ class RunCheckpoint:
     `data`, what it records about the data is.
 
     `changes` has lines about what a checkpoint that was loaded has otherwise than this run.
+    `background` has the saves beside training, once `save_beside_training` was called.
     """
 
     def __init__(
@@ -165,25 +169,61 @@ class RunCheckpoint:
         self.anticipation = anticipation
         self.data = data
         self.changes: list[str] = []
+        self.background: BackgroundSaves | None = None
         self.folder = CheckpointFolder(config.checkpoints, grid, config.checkpoint.keep)
 
     def save(self, state: TrainState, reuse: bool = False) -> AnyPath:
-        """Publishes a checkpoint of the current state. Raises SaveError.
+        """Publishes a checkpoint of the current state before it returns. Raises SaveError.
 
         Checkpoints of later steps, which were undone, are removed; older ones stay until `prune`.
         With `reuse`, one of this step that exists is kept.
         """
-        tensors = self._tensors()
-        if self.anticipation is not None:
-            tensors |= self.anticipation.boxes()
-        return self.folder.save(state.step, tensors, self._document(state), reuse)
+        self.finish()
+        return self.folder.save(state.step, self._all_boxes(), self._document(state), reuse)
+
+    def save_beside_training(self) -> None:
+        """Lets `begin_save` write beside training. Raises OSError where memory is lacking."""
+        self.background = BackgroundSaves(self.folder, self._all_boxes())
+
+    def begin_save(self, state: TrainState) -> AnyPath:
+        """Copies the current state for a checkpoint that is published some time later.
+
+        Without `save_beside_training`, the same as `save`. Raises SaveError.
+        """
+        if self.background is None:
+            return self.save(state)
+        return self.background.begin(state.step, self._all_boxes(), self._document(state))
+
+    def finish(self) -> bool:
+        """Waits for a save in flight; every rank calls it. False where it has failed."""
+        return self.background is None or self.background.finish()
+
+    def reports(self) -> list[SaveReport]:
+        """Returns, once, what became of saves in the background; on the first rank alone."""
+        return [] if self.background is None else self.background.reports()
+
+    def wait_at_end(self) -> None:
+        """Gives a save in flight some seconds after an error. Not a collective call."""
+        if self.background is not None:
+            self.background.wait_at_end()
+
+    def close(self) -> None:
+        """Ends the saves in the background. Not a collective call."""
+        if self.background is not None:
+            self.background.close()
 
     def prune(self) -> str | None:
-        """Removes old checkpoints once the newest is known to be sound; returns any problem."""
+        """Removes old checkpoints once the newest is known to be sound; returns any problem.
+
+        None while one is being written, which may fail.
+        """
+        if self.background is not None and self.background.is_writing:
+            return None
         return self.folder.prune()
 
     def remove(self, checkpoint: AnyPath) -> str | None:
         """Removes a checkpoint that is not sound, on all ranks; returns any problem."""
+        self.finish()
         return self.folder.remove(checkpoint)
 
     def live_tensors(self) -> list[Tensor]:
@@ -198,6 +238,7 @@ class RunCheckpoint:
         Raises CheckpointError for a damaged checkpoint and for one of another model, seed or
         tokenizer, DataError for other rows, naming the field.
         """
+        self.finish()
         newest = newest_of(self.config, self.folder, self.tokenizer_hash, before)
         if newest is None:
             return None
@@ -226,8 +267,10 @@ class RunCheckpoint:
         """Returns a clause that names the newest checkpoint from before a step with a failure.
 
         `step` is counted from 1. Where that checkpoint has the very weights with which the step
-        failed, the one before it is named as well, and in any case those to remove.
+        failed, the one before it is named as well, and in any case those to remove. Every rank
+        calls it.
         """
+        self.finish()
         paths = checkpoints_in(self.folder.folder)
         earlier = [path for path in paths if step_of(path) < step]
         if not paths:
@@ -241,6 +284,10 @@ class RunCheckpoint:
         if later := [path.name for path in paths if step_of(path) >= step]:
             text += f"; to resume from there, remove {', '.join(later)}"
         return text
+
+    def _all_boxes(self) -> Boxes:
+        pending = {} if self.anticipation is None else self.anticipation.boxes()
+        return self._tensors() | pending
 
     def _tensors(self) -> Boxes:
         return logical_tensors(self.model, self.optimizer.states(), self.placements)

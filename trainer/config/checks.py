@@ -118,6 +118,7 @@ def run_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
             f"{tokenizer_size}"
         )
     yield from deepspeed_problems(config)
+    yield from save_problems(config)
     yield from quantisation_problems(config)
     yield from fp8_problems(config)
     yield from stability_problems(config, recipe)
@@ -143,6 +144,18 @@ def name_phase(config: RunSettings, segment: Segment, problem: str) -> str:
     number = segment.phases[0].number
     has_own = bool(config.phases) and config.phases[number].parallel is not None
     return f"phases.{number}.parallel: {problem}" if has_own else problem
+
+
+def save_problems(config: RunSettings) -> Iterator[str]:
+    """Yields what keeps checkpoints from being written beside training.
+
+    - `checkpoint.mode` = async needs `engine` = native.
+    """
+    if config.checkpoint.mode == "async" and config.engine != "native":
+        yield (
+            f"checkpoint.mode = async is not supported with engine = {config.engine}, whose states "
+            "are gathered for every checkpoint; use auto or sync"
+        )
 
 
 def stability_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:

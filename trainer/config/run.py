@@ -71,6 +71,10 @@ class CheckpointConfig(Section):
     folder: PlaceText | None = None
     """Where they are: a folder on a larger disk, or a URL such as s3://bucket/run, of this run
     alone (docs/storage.md); null: `checkpoints/` in the run folder."""
+    mode: Literal["auto", "async", "sync"] = "auto"
+    """`async` copies what is saved to host memory and writes it beside training; `sync` stops steps
+    until it is written, as every mode does for the last checkpoint and at a signal. `auto` is async
+    where the engine is native and the host has the memory (docs/resume.md)."""
 
 
 class WandbConfig(Section):
@@ -207,6 +211,11 @@ class RunConfig(Section):
     def last_checkpoint(self) -> AnyPath:
         """The checkpoint of the last step, which exists only once the run is complete."""
         return self.checkpoints / folder_name(self.recipe.steps)
+
+    @property
+    def may_save_async(self) -> bool:
+        """Whether checkpoints are written beside training where the host has the memory."""
+        return self.engine == "native" and self.checkpoint.mode != "sync"
 
     @property
     def is_complete(self) -> bool:

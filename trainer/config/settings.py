@@ -46,6 +46,13 @@ class RecipeSettings(Protocol):
     def parallel(self) -> ParallelConfig: ...
 
 
+class SaveSettings(Protocol):
+    """How checkpoints are written."""
+
+    @property
+    def mode(self) -> str: ...
+
+
 class RunSettings(RecipeSettings, Protocol):
     """What the checks across sections read."""
 
@@ -63,3 +70,6 @@ class RunSettings(RecipeSettings, Protocol):
 
     @property
     def stability(self) -> StabilityConfig: ...
+
+    @property
+    def checkpoint(self) -> SaveSettings: ...

@@ -90,6 +90,7 @@ class Metrics:
             if (value := getattr(result, name)) is not None:
                 record[name] = value
         record["skipped_steps"] = state.skipped_steps
+        record["failed_saves"] = state.failed_saves
         record["rollbacks"] = state.rollbacks
         record["anticipatory_routing"] = state.anticipatory_routing_at(state.step - 1)
         return record

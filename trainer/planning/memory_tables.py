@@ -11,7 +11,12 @@ from rich.table import Table
 
 from trainer.config import RunConfig
 from trainer.formatting import GIB, gib, span
-from trainer.planning.static_memory import PipelineRankMemory, fullest_parts, snapshot_bytes
+from trainer.planning.static_memory import (
+    PipelineRankMemory,
+    checkpoint_copy_bytes,
+    fullest_parts,
+    snapshot_bytes,
+)
 
 if TYPE_CHECKING:
     from trainer.planning.dry_run import DryRun, RankMemory
@@ -29,6 +34,8 @@ def memory_table(config: RunConfig, pipeline_ranks: Sequence[PipelineRankMemory]
     table.add_row("total without activations (see --dry-run)", gib(sum(parts.values())))
     if size := snapshot_bytes(config, pipeline_ranks, page_locked=config.device != "cpu"):
         table.add_row("host memory: snapshots of stability.spikes", gib(size))
+    if size := checkpoint_copy_bytes(config, pipeline_ranks):
+        table.add_row("host memory: a checkpoint while it is written, at most", gib(size))
     return table
 
 

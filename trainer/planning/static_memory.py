@@ -178,6 +178,23 @@ def snapshot_memory(config: RunConfig, degrees: Degrees, page_locked: bool = Fal
     return snapshot_bytes(config, memory_by_pipeline_rank(config, degrees), page_locked)
 
 
+def checkpoint_copy_bytes(config: RunConfig, pipeline_ranks: Sequence[PipelineRankMemory]) -> int:
+    """Returns the host memory of the fullest process for a checkpoint that is being written.
+
+    At most: what several ranks hold one of them writes, but each is counted as if it wrote it. 0
+    where steps stop instead, or only the last checkpoint is saved.
+    """
+    every = config.checkpoint.every
+    if not config.may_save_async or not 0 < every < config.recipe.steps:
+        return 0
+    return max(each.max_snapshot(page_locked=False) for each in pipeline_ranks)
+
+
+def checkpoint_copy_memory(config: RunConfig, degrees: Degrees) -> int:
+    """Returns `checkpoint_copy_bytes` of a run on a grid of these degrees."""
+    return checkpoint_copy_bytes(config, memory_by_pipeline_rank(config, degrees))
+
+
 def triton_workspace(config: RunConfig, degrees: Degrees) -> int:
     """Returns the bytes that Triton's attention takes in backward and the eager one does not.
 

@@ -28,7 +28,7 @@ from trainer.stability.spikes import SpikeDetector
 from trainer.state import TrainState
 from trainer.step import StepResult
 
-_KEPT_FIELDS = ("rollbacks", "spike_steps", "skipped_batches")
+_KEPT_FIELDS = ("failed_saves", "rollbacks", "spike_steps", "skipped_batches")
 """Fields of the state that a rollback does not restore."""
 
 
@@ -154,6 +154,7 @@ class Stability:
         settings, state = self.settings, self.state
         assert settings is not None
         spike, is_spent = state.step, state.rollbacks >= settings.max_rollbacks
+        self.checkpoint.finish()
         is_restored, stop_reason, save_problem = self._restore(), None, None
         if not is_restored:
             stop_reason = (

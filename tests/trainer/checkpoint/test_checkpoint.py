@@ -12,7 +12,7 @@ import torch
 from tests.distributed import spawn
 from tests.full_disk import full_disk
 from tests.trainer.tiny import assert_same_run, column, saved_tensors, steps_in_file, train
-from trainer.checkpoint import dcp_planners as planners
+from trainer.checkpoint import layout
 from trainer.checkpoint.folder import CheckpointFolder, checkpoints_in
 from trainer.checkpoint.logical_tensors import TensorBox
 from trainer.parallel.grid import Degrees, Grid
@@ -143,7 +143,7 @@ def test_a_loss_weight_may_change(tiny: Path, copy: Path) -> None:
 def test_a_save_takes_memory_for_a_file_and_not_for_all(tmp_path: Path, monkeypatch) -> None:
     """Of 72 MiB in 16 parts, one larger than a file, no more than twice the largest file."""
     mib = 2**20
-    monkeypatch.setattr(planners, "FILE_BYTES", 8 * mib)
+    monkeypatch.setattr(layout, "FILE_BYTES", 8 * mib)
     halves = [TensorBox(torch.rand(mib), (2 * mib,), (start,)) for start in (0, mib)]
     tensors = {f"t{n}": torch.rand(mib) for n in range(13)}
     tensors |= {"split": halves, "large": torch.rand(3 * mib)}

@@ -1,0 +1,261 @@
+"""Saving beside training: what is saved, who waits, what a killed process leaves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from data.processes import is_running
+from tests.distributed import spawn
+from tests.trainer.tiny import assert_same_run, column, train
+from trainer import save_mode
+from trainer.checkpoint import background
+from trainer.checkpoint.background import BackgroundSaves
+from trainer.checkpoint.folder import CheckpointFolder, as_boxes, checkpoints_in
+from trainer.checkpoint.logical_tensors import Boxes
+from trainer.config import ConfigError, load_config
+from trainer.parallel.grid import Degrees, Grid
+from trainer.process.errors import CheckpointError, PreflightError
+from trainer.save_mode import choose_save_mode
+from trainer.trainer import Trainer
+
+Tensors = dict[str, torch.Tensor]
+Single = tuple[CheckpointFolder, Boxes, BackgroundSaves]
+
+
+def tensors_of(value: float, size: int = 1000) -> Tensors:
+    return {f"t{i}": torch.full((size,), value + i) for i in range(8)}
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Iterator[Single]:
+    """A folder, eight tensors, and the saves of one process."""
+    tensors = tensors_of(1.0)
+    checkpoints = CheckpointFolder(tmp_path, Grid.single())
+    saves = BackgroundSaves(checkpoints, as_boxes(tensors))
+    yield checkpoints, as_boxes(tensors), saves
+    saves.close()
+
+
+def writer_of(saves: BackgroundSaves) -> psutil.Process:
+    assert saves._writer is not None
+    return psutil.Process(saves._writer.pid)
+
+
+def test_a_run_saves_the_same_bytes_in_both_modes(tiny: Path, tmp_path: Path) -> None:
+    """Also the losses, whatever is written meanwhile."""
+    hashes = []
+    for mode in ("async", "sync"):
+        train(tiny, tmp_path / mode, "checkpoint={every: 2, keep: 0}", f"checkpoint.mode={mode}")
+        folders = checkpoints_in(tmp_path / mode / "checkpoints")
+        assert [path.name[-1] for path in folders] == ["2", "4", "6"]
+        files = [json.loads((path / "manifest.json").read_text())["files"] for path in folders]
+        hashes.append([{n: r for n, r in f.items() if n != "state.json"} for f in files])
+        assert {path.name for path in folders[0].iterdir()} == {*files[0], "manifest.json"}
+    assert hashes[0] == hashes[1]
+    assert_same_run(tmp_path / "sync", tmp_path / "async", 6)
+    train(tiny, tmp_path / "async", "steps=7")
+    assert len(column(tmp_path / "async", "loss")) == 7
+
+
+def test_steps_go_on_while_the_copy_is_written(single: Single) -> None:
+    checkpoints, boxes, saves = single
+    writer = writer_of(saves)
+    writer.suspend()
+    start = time.monotonic()
+    path = saves.begin(1, boxes, {"step": 1})
+    assert time.monotonic() - start < 5.0
+    for some in boxes.values():
+        some[0].tensor.zero_()  # the next update
+    assert saves.is_writing and checkpoints_in(checkpoints.folder) == []
+    assert saves.reports() == []
+    writer.resume()
+    assert saves.finish() and not saves.is_writing
+    (report,) = saves.reports()
+    assert (report.path, report.problem) == (path, None)
+    loaded = tensors_of(0.0)
+    checkpoints.load(path, loaded)
+    assert [float(t[-1]) for t in loaded.values()] == [1.0 + i for i in range(8)]
+
+
+def test_the_next_save_waits_for_the_one_before(single: Single) -> None:
+    checkpoints, boxes, saves = single
+    writer = writer_of(saves)
+    writer.suspend()
+    saves.begin(1, boxes, {"step": 1})
+    threading.Timer(1.0, writer.resume).start()
+    saves.begin(2, boxes, {"step": 2})
+    assert saves.waited > 0.5
+    assert [path.name[-1] for path in checkpoints_in(checkpoints.folder)][:1] == ["1"]
+    assert saves.finish()
+    assert len(checkpoints_in(checkpoints.folder)) == 2
+
+
+def test_a_killed_writer_is_a_failed_save(single: Single) -> None:
+    """The checkpoint before stays; the next save has a process again."""
+    checkpoints, boxes, saves = single
+    saves.begin(1, boxes, {"step": 1})
+    assert saves.finish()
+    writer = writer_of(saves)
+    writer.suspend()
+    saves.begin(2, boxes, {"step": 2})
+    writer.kill()
+    assert not saves.finish()
+    problems = [report.problem for report in saves.reports()]
+    assert problems[0] is None and "step-00000002: the checkpoint could not be" in problems[1]
+    assert "the process that writes checkpoints has ended" in problems[1]
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000001"]
+    saves.begin(3, boxes, {"step": 3})
+    assert saves.finish() and len(checkpoints_in(checkpoints.folder)) == 2
+
+
+KILLED = """
+import sys, time, torch
+from pathlib import Path
+from trainer.checkpoint import background
+from trainer.checkpoint.background import BackgroundSaves
+from trainer.checkpoint.folder import CheckpointFolder, as_boxes, checkpoints_in
+from trainer.parallel.grid import Grid
+
+folder = CheckpointFolder(Path(sys.argv[1]), Grid.single())
+boxes = as_boxes({"t": torch.ones(1000)})
+saves = BackgroundSaves(folder, boxes)
+saves.begin(1, boxes, {"step": 1})
+assert saves.finish()
+import psutil
+psutil.Process(saves._writer.pid).suspend()
+saves.begin(2, boxes, {"step": 2})
+print(saves._writer.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_the_writer_ends_with_its_rank(tmp_path: Path) -> None:
+    """Killed in the middle of a save, where it cannot notice the end of its input."""
+    rank = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path], stdout=subprocess.PIPE)
+    assert rank.stdout is not None
+    writer = psutil.Process(int(rank.stdout.readline()))
+    rank.kill()
+    rank.wait()
+    deadline = time.monotonic() + 10
+    while is_running(writer) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(writer)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000001"]
+
+
+def test_the_writer_ignores_the_signals_of_a_job(single: Single) -> None:
+    _, boxes, saves = single
+    saves.begin(1, boxes, {"step": 1})
+    assert saves.finish(), "it has started"
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        os.kill(writer_of(saves).pid, number)
+    saves.begin(2, boxes, {"step": 2})
+    assert saves.finish()
+
+
+def save_where_one_rank_has_no_room(rank: int, world_size: int, folder: Path) -> list[str | None]:
+    grid = Grid.build(Degrees(world_size), torch.device("cpu"))
+    checkpoints, boxes = CheckpointFolder(folder, grid), as_boxes(tensors_of(1.0))
+    saves = BackgroundSaves(checkpoints, boxes)
+    done = []
+    for step in (1, 2, 3):
+        room = 2_000 if (step, rank) == (2, 1) else psutil.RLIM_INFINITY
+        writer_of(saves).rlimit(psutil.RLIMIT_FSIZE, (room, psutil.RLIM_INFINITY))
+        saves.begin(step, boxes, {"step": step})
+        done.append(saves.finish())
+    assert done == [True, False, True]
+    saves.close()
+    loaded = tensors_of(0.0)
+    checkpoints.load(folder / "step-00000003", loaded)
+    assert [int(tensor[-1]) for tensor in loaded.values()] == list(range(1, 9))
+    return [report.problem for report in saves.reports()]
+
+
+def test_one_rank_without_room_fails_the_save_of_all(tmp_path: Path) -> None:
+    problems = spawn(save_where_one_rank_has_no_room, 2, tmp_path)[0]
+    assert problems[0] is None
+    assert "step-00000002" in problems[1] and "rank 1: File too large" in problems[1]
+    assert f"the newest complete one is {tmp_path / 'step-00000001'}" in problems[1]
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000001", "step-00000003"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_failed_save_is_counted_and_the_run_goes_on(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is removed for a checkpoint that does not exist."""
+    settings = [f"run_dir={tmp_path}", "steps=5", "checkpoint={every: 1, keep: 1, mode: async}"]
+    trainer = Trainer(load_config(tiny, settings), Grid.single())
+
+    def kill(state: object, result: object) -> None:
+        saves = trainer.checkpoint.background
+        assert saves is not None
+        if trainer.state.step == 2:
+            saves.finish()
+            writer_of(saves).suspend()
+        if trainer.state.step == 3:
+            writer_of(saves).kill()
+
+    trainer.periodic.insert(0, kill)
+    trainer.run()
+    output = capsys.readouterr().out
+    assert "warning: " in output and "training continues" in output
+    assert column(tmp_path, "failed_saves") == [0, 0, 0, 1, 1]
+    assert [path.name for path in checkpoints_in(tmp_path / "checkpoints")] == ["step-00000005"]
+
+
+def test_a_first_save_in_flight_does_not_count_as_lost(tiny: Path, tmp_path: Path) -> None:
+    """Killed long after it was due, before it was published."""
+    train(tiny, tmp_path, "steps=5", "checkpoint.every=3", stop_at=5)
+    for path in checkpoints_in(tmp_path / "checkpoints"):
+        path.rename(path.with_name(f".{path.name}.tmp"))
+    train(tiny, tmp_path, "steps=6", "checkpoint.every=3")
+    assert len(column(tmp_path, "loss")) == 6
+
+
+def test_memory_decides_the_mode(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(tiny, ["checkpoint.every=2"])
+    mode = choose_save_mode(config, Grid.single())
+    assert mode.is_async and "written beside training, for which a process takes at" in mode.message
+    monkeypatch.setattr(save_mode, "available_memory", lambda device: 2**20)
+    mode = choose_save_mode(config, Grid.single())
+    assert not mode.is_async and mode.message.startswith("steps stop while a checkpoint is written")
+    demanding = load_config(tiny, ["checkpoint={every: 2, mode: async}"])
+    with pytest.raises(PreflightError, match=r"mode = async: .* set checkpoint\.mode=sync"):
+        choose_save_mode(demanding, Grid.single())
+    assert choose_save_mode(load_config(tiny, []), Grid.single()).is_async, "no copy is needed"
+
+
+def test_deepspeed_saves_while_steps_stop(tiny: Path) -> None:
+    block = "deepspeed={optimizer: {type: AdamW}}"
+    with pytest.raises(ConfigError, match=r"checkpoint\.mode = async is not supported with engine"):
+        load_config(tiny, ["engine=deepspeed", block, "checkpoint.mode=async"])
+
+
+def test_memory_that_is_not_there(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was there when the run was planned."""
+
+    def fail(nbytes: int, device: torch.device) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(background, "SharedMemory", fail)
+    train(tiny, tmp_path, "steps=3", "checkpoint.every=2")
+    assert "beside training could not be allocated: Cannot allocate" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"checkpoint\.mode = async: the memory for saving"):
+        train(tiny, tmp_path, "steps=9", "checkpoint={every: 2, mode: async}")

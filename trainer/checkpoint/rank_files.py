@@ -1,0 +1,118 @@
+"""The files that one rank writes of a checkpoint, and how ranks learn that all have written theirs.
+
+Where a process beside each rank writes, none has a connection to the others: each leaves an outcome
+next to its files, which the first rank's process looks for. The names of outcomes differ between
+attempts: a storage's list may still have those of a killed one. Imports no torch.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from data.files import fsync_folder
+from data.storage import AnyPath, StoragePath
+from trainer.checkpoint.manifest import FileRecord
+from trainer.checkpoint.store import Store
+from trainer.config.published import published, step_of
+from trainer.files import write_synced
+
+Buffers = Iterable[bytes | memoryview]
+_WRITE_BYTES = 16 << 20
+"""Written and hashed at a time."""
+
+
+@dataclass(frozen=True)
+class NewCheckpoint:
+    """A checkpoint that is being written: its step, where, and a name for this attempt."""
+
+    step: int
+    folder: AnyPath
+    token: str
+
+    def outcome_path(self, rank: int) -> AnyPath:
+        """Returns where a rank leaves its outcome."""
+        return self.folder / f"written-{self.token}-{rank:05d}.json"
+
+
+class Outcome(TypedDict, total=False):
+    """What a rank leaves: its files, or why there are none."""
+
+    files: dict[str, FileRecord]
+    errno: int | None
+    reason: str
+
+
+def write_file(path: AnyPath, header: str, data: Buffers) -> FileRecord:
+    """Writes a safetensors file, durably, and returns its size and SHA-256.
+
+    Args:
+        path: of the file. For object storage it is put together in memory.
+        header: its JSON text.
+        data: the bytes of its tensors.
+    """
+    digest, size = hashlib.sha256(), 0
+    if isinstance(path, StoragePath):
+        content = b"".join(_parts_of_file(header, data))
+        path.write(content)
+        return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    with path.open("wb") as stream:
+        for part in _parts_of_file(header, data):
+            digest.update(part)
+            size += stream.write(part)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _parts_of_file(header: str, data: Buffers) -> Iterator[bytes | memoryview]:
+    """Yields the bytes of a safetensors file: the header's length, the header, and the tensors."""
+    encoded = header.encode()
+    yield struct.pack("<Q", len(encoded))
+    yield encoded
+    for buffer in data:
+        view = memoryview(buffer)
+        for start in range(0, len(view), _WRITE_BYTES):
+            yield view[start : start + _WRITE_BYTES]
+
+
+def write_outcome(new: NewCheckpoint, rank: int, outcome: Outcome) -> None:
+    """Writes a rank's outcome, which appears whole."""
+    path, text = new.outcome_path(rank), json.dumps(outcome)
+    if isinstance(path, StoragePath):
+        path.write(text)
+        return
+    part = path.with_name(f".{path.name}")
+    write_synced(part, text)
+    part.rename(path)
+    fsync_folder(path.parent)
+
+
+def read_outcomes(new: NewCheckpoint, ranks: Iterable[int]) -> dict[int, Outcome]:
+    """Returns the outcomes of those ranks that have left one, by rank."""
+    # Listing makes a network file system update its cache.
+    folder = new.folder
+    names = set(os.listdir(folder) if isinstance(folder, Path) else folder.names())
+    paths = {rank: new.outcome_path(rank) for rank in ranks}
+    return {
+        rank: json.loads(path.read_text(encoding="utf-8"))
+        for rank, path in paths.items()
+        if path.name in names
+    }
+
+
+def remove_outcomes(new: NewCheckpoint, ranks: Iterable[int]) -> None:
+    """Removes the outcomes, which are no part of a checkpoint."""
+    for rank in ranks:
+        new.outcome_path(rank).unlink(missing_ok=True)
+
+
+def remove_later(folder: AnyPath, store: Store, step: int) -> None:
+    """Removes the checkpoints after a step, which were undone."""
+    for path in published(folder):
+        if step_of(path) > step:
+            store.remove(path)
