@@ -6,9 +6,9 @@ Trains the same run again and again, each time from the beginning: with checkpoi
 in object storage (an S3 server on loopback) in turn. Every few steps one of the faults of faults.py
 comes: ranks, writers or everything are killed or stopped for a while, the disk is full, a folder
 read-only, a connection to the storage cut, the clock jumps, a gradient is NaN, the newest
-checkpoint is truncated. Every record that any of these runs ever writes must equal that of a run without
-faults, to the bit, with its count of tokens; ranks that start again do so from the last published
-checkpoint or a later one; and every tensor of the last checkpoint is the same.
+checkpoint is truncated. Every record that any of these runs ever writes must equal that of a run
+without faults, to the bit, with its count of tokens; ranks that start again do so from the last
+published checkpoint or a later one; and every tensor of the last checkpoint is the same.
 
 Memory and open files of all processes are sampled every two seconds. The soak can be continued: the
 same command adds to the same record, with other faults. `table.txt` and `plot.svg` in FOLDER are of
