@@ -34,7 +34,7 @@ from trainer.config.published import is_published
 from trainer.parallel.collectives import all_gather_objects
 from trainer.process.errors import SaveError
 
-END_SECONDS = 20.0
+END_SECONDS = 10.0
 """For a save in flight when an error ends the run."""
 _LAST = {"published", "failed"}
 
