@@ -105,8 +105,9 @@ class Comparison:
                 for name in COMPARED
                 if record.get(name) != theirs.get(name)
             ]
+            if step != self.last or "validation_loss" not in record:  # else written once more
+                steps.append(step)
             self.last, self.highest = step, max(self.highest, step)
-            steps.append(step)
         return steps
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import psutil
 
@@ -140,8 +140,9 @@ class MetricsReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: Any = None
+        self._file: BinaryIO | None = None
         self._inode = 0
+        self._start, self._last = 0, b""  # where the last line begins, and the line
 
     def new_records(self) -> Iterator[Record]:
         """Yields the records of steps since the last call; all of a file that was replaced."""
@@ -153,15 +154,24 @@ class MetricsReader:
                 return
             if inode == self._inode:
                 return
+            if self._file is not None:
+                self._file.close()
             self._file, self._inode = self.path.open("rb"), inode
+            self._start, self._last = 0, b""
 
     def _rest(self) -> Iterator[Record]:
-        while self._file is not None:
+        """Yields what follows the last line, and that line as well where it was replaced."""
+        if self._file is None:
+            return
+        self._file.seek(self._start)
+        if self._file.readline() != self._last:
+            self._file.seek(self._start)
+        while True:
             position = self._file.tell()
             line = self._file.readline()
             if not line.endswith(b"\n"):
-                self._file.seek(position)
                 return
+            self._start, self._last = position, line
             record = json.loads(line)
             if "event" not in record:
                 yield record

@@ -39,6 +39,23 @@ def test_every_line_is_compared_also_those_that_a_resume_drops(tmp_path: Path) -
     assert (comparison.last, comparison.highest, comparison.compared) == (3, 4, 5)
 
 
+def test_a_line_that_an_evaluation_replaces_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    comparison = Comparison(REFERENCE, path)
+    write(path, range(1, 4))
+    assert comparison.new_steps() == [1, 2, 3]
+    content = path.read_bytes().splitlines(keepends=True)
+    with path.open("r+b") as stream:
+        stream.truncate(sum(map(len, content[:2])))
+        stream.seek(0, os.SEEK_END)
+        record = {**REFERENCE[3], "time": 5.0, "validation_loss": 2.0}
+        stream.write((json.dumps(record) + "\n").encode())
+    assert comparison.new_steps() == [] and comparison.compared == 4
+    with path.open("a") as stream:
+        stream.write(json.dumps({**REFERENCE[4], "time": 6.0}) + "\n")
+    assert comparison.new_steps() == [4]
+
+
 def test_a_leak_has_a_slope() -> None:
     samples = [
         {"role": "rank", "pid": pid, "age": 30.0 + t, "time": 60.0 * t, "rss": pid + 2.0 * t}
