@@ -93,16 +93,21 @@ def write_outcome(new: NewCheckpoint, rank: int, outcome: Outcome) -> None:
 
 
 def read_outcomes(new: NewCheckpoint, ranks: Iterable[int]) -> dict[int, Outcome]:
-    """Returns the outcomes of those ranks that have left one, by rank."""
-    # Listing makes a network file system update its cache.
-    folder = new.folder
-    names = set(os.listdir(folder) if isinstance(folder, Path) else folder.names())
-    paths = {rank: new.outcome_path(rank) for rank in ranks}
-    return {
-        rank: json.loads(path.read_text(encoding="utf-8"))
-        for rank, path in paths.items()
-        if path.name in names
-    }
+    """Returns the outcomes of ranks, in their order up to the first one that has left none.
+
+    They are asked for by name: a storage's list may lag behind. Raises OSError where the folder on
+    a file system is gone.
+    """
+    if isinstance(new.folder, Path):
+        os.listdir(new.folder)  # makes a network file system update its cache
+    outcomes = {}
+    for rank in sorted(ranks):
+        try:
+            text = new.outcome_path(rank).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            break
+        outcomes[rank] = json.loads(text)
+    return outcomes
 
 
 def remove_outcomes(new: NewCheckpoint, ranks: Iterable[int]) -> None:

@@ -87,7 +87,8 @@ def test_a_checkpoint_of_the_ruined_weights_replaces_none(tiny: Path, tmp_path: 
 
 def test_old_checkpoints_go_once_the_newest_is_sound(tiny: Path, tmp_path: Path) -> None:
     folders: list[list[int]] = []
-    settings = [f"run_dir={tmp_path}", "steps=5", "checkpoint={every: 2, keep: 1}", *CALM]
+    checkpoint = "checkpoint={every: 2, keep: 1, mode: sync}"
+    settings = [f"run_dir={tmp_path}", "steps=5", checkpoint, *CALM]
     trainer = Trainer(load_config(tiny, settings), Grid.single())
     trainer.periodic.append(lambda state, result: folders.append(saved(tmp_path)))
     trainer.run()
