@@ -67,6 +67,7 @@ def run_sweep(file: str, out: Path | None, jobs: int, seed: int, call: str | Non
 
 def _report(runner: "_Runner") -> int:
     """Draws the report of a sweep without unfinished trials; returns the exit code."""
+    runner.record()  # another process may have run the last trial, and the best one
     best = runner.best()
     if best is None:
         message = f"{runner.folder}: every trial failed; see log.txt in their folders"
@@ -121,7 +122,7 @@ class _Runner:
     def run(self) -> bool:
         """Runs all trials that no other process has; False after a signal."""
         self._read_trials()
-        self._record()
+        self.record()
         while not self.stopping:
             while len(self.running) < self.jobs and self._start_next():
                 pass
@@ -193,7 +194,7 @@ class _Runner:
         config = self._config(arguments).model_copy(update={"run_dir": folder})
         progress = TrialProgress(number, folder, config.recipe.steps)
         self.running.append(Trial(number, folder, process, config, lease, progress))
-        self._record()
+        self.record()
         self.display.line(f"trial {number} starts: {self.setting(number)}")
 
     def _poll(self, trial: Trial) -> None:
@@ -220,7 +221,7 @@ class _Runner:
             state = TrialState.FAIL
         self.search.finish(trial.number, trial.history, state)
         trial.lease.release()
-        self._record()
+        self.record()
         self._log_end(trial, state)
 
     def _log_end(self, trial: Trial, state: TrialState) -> None:
@@ -258,7 +259,7 @@ class _Runner:
         number = pick(values, key=values.__getitem__)
         return number, values[number]
 
-    def _record(self) -> None:
+    def record(self) -> None:
         """Writes `sweep.json`: the metric and every trial's folder, state and parameters.
 
         Again where another process has changed a trial meanwhile: it may have written before this.

@@ -1,7 +1,7 @@
 """A real Slurm cluster on this machine: munged, slurmctld and several slurmds in one folder."""
 
-import getpass
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -83,7 +83,7 @@ class SlurmCluster:
         (self.folder / "munge.key").write_bytes(os.urandom(128))
         (self.folder / "munge.key").chmod(0o400)
         text = _CONFIG.format(
-            folder=self.folder, user=getpass.getuser(), controller_port=free_port()
+            folder=self.folder, user=pwd.getpwuid(os.geteuid()).pw_name, controller_port=free_port()
         )
         for name in NODES:
             text += _NODE.format(name=name, port=free_port(), gpus=len(DEVICES))
