@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.recipe.kills import CONFIG, Run, kill, shortened
-from trainer.checkpoint import folder_name
+from trainer.checkpoint import checkpoints_in, folder_name, step_of
 from trainer.config import RunConfig, load_config
 
 PROCESSES = 4
@@ -65,6 +65,8 @@ def killed_at_borders(run: Run, config: RunConfig) -> None:
     saved = run.folder / "checkpoints"
     for segment in config.recipe.segments[:-1]:
         name = folder_name(segment.end)
+        if any(step_of(path) >= segment.end for path in checkpoints_in(saved)):
+            continue  # this benchmark was interrupted
         for what, arguments in (
             ("before the save", (None, segment.end - 1)),
             ("in the save", (saved / f".{name}.tmp", 0)),
