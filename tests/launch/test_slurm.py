@@ -20,13 +20,13 @@ from tests.trainer.config.test_recipe import phased
 from tests.trainer.tiny import assert_same_run, steps_in_file, train_jobs
 from trainer.config import load_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 150  # enough that a job is not over before a command of Slurm has arrived
 RUN = [f"steps={STEPS}", "checkpoint.every=10", "checkpoint.keep=0"]
-LIMIT = 200.0  # seconds that one job may take
-SAVE_SECONDS = 10
+LIMIT = 280.0  # seconds that one job may take
+SAVE_SECONDS = 60
 SIGNAL_SECONDS = SAVE_SECONDS + 60  # before the time limit; Slurm looks every half minute
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
