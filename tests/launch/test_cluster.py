@@ -10,7 +10,6 @@ import pytest
 from launch.cli import main
 from launch.cluster import CONFIGS, load_cluster, write_job
 from launch.job import ClusterConfig
-from launch.sweep_job import write_array
 from tests.launch.jobs import DEBUG, HARD, check_script, torchrun_options, write
 from tests.launch.sweeps import GRID
 from tests.launch.sweeps import write as write_sweep
@@ -110,14 +109,30 @@ def test_a_job_for_cpus(tmp_path: Path) -> None:
         write(tmp_path, SLURM, 3, 0, "device=cuda")
 
 
+def v4(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["v4", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
 @pytest.mark.parametrize("agent", [None, "me/mine/abc12345"])
-def test_the_jobs_of_a_sweep(tiny: Path, tmp_path: Path, agent: str | None) -> None:
+def test_the_jobs_of_a_sweep(
+    tiny: Path,
+    tmp_path: Path,
+    agent: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """An array of jobs with a GPU each, which run `v4 sweep`, or wandb's agents."""
     settings = tmp_path / "cluster.yaml"
     settings.write_text(f"kind: slurm\nfolder: {tmp_path}\npython: bin/python\nslurm: {{}}\n")
     file, out = str(write_sweep(tiny, tmp_path, GRID)), tmp_path / "out"
-    path = write_array(file, out, 4, 7, str(settings), agent)
-    text = path.read_text()
+    sweep = ["sweep", file, "--out", out, "--jobs=4", "--seed=7", "--cluster", settings]
+    sweep += [] if agent is None else ["--wandb-agent", agent]
+    assert v4(*sweep, monkeypatch=monkeypatch) == 0
+    assert f"submit it with: sbatch {out}/sweep.sbatch" in capfd.readouterr().out
+    text = (out / "sweep.sbatch").read_text()
     check_script(text)
     asked = directives(text)
     assert (asked["array"], asked["gpus-per-node"]) == ("0-3", "1") and "exclusive" not in asked
@@ -130,15 +145,9 @@ def test_the_jobs_of_a_sweep(tiny: Path, tmp_path: Path, agent: str | None) -> N
     assert f"\nbin/python {command} &\n" in text and arguments in text
     assert f'export PATH={tmp_path}/bin:"$PATH"\n' in text  # wandb's agent starts `python`
     settings.write_text("kind: kubernetes\nkubernetes: {image: x, claim: w, mount: /w}\n")
-    with pytest.raises(ConfigError, match="kind = kubernetes: a sweep is an array of Slurm's jobs"):
-        write_array(file, out, 4, 7, str(settings), agent)
-
-
-def v4(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["v4", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return int(caught.value.code or 0)
+    assert v4(*sweep, monkeypatch=monkeypatch) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "kind = kubernetes: a sweep is an array of Slurm's" in error
 
 
 def test_the_command(
