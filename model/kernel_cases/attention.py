@@ -79,6 +79,7 @@ def block_choices(config: ModelConfig) -> tuple[Blocks, ...]:
             ordered,
             wide,
             replace(wide, keys=32, dk_rows=16),  # B200, whose operands lie in memory
+            replace(own, dq_rows=32, dq_keys=32, stages=3),  # A100, two steps ahead
             replace(wide, dq_rows=32),  # A100
             small,
             replace(small, dq_rows=16),  # consumer Blackwell and Ada

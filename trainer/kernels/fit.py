@@ -8,6 +8,7 @@ a driver that only names it (tests/trainer/kernels/).
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from typing import Any
 
 TENSOR_MEMORY_COLUMNS = 512
 """Of a multiprocessor that has tensor memory (compute capability 10.x)."""
+_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+"""Compiler options that a launch may set."""
 _COMPILERS = 16
 """Variants compiled at once, on a host with as many processors."""
 
@@ -82,14 +85,14 @@ def record_variants(call: Callable[[], object]) -> list[Variant]:
     variants: dict[str, Variant] = {}
 
     def hook(*, key: str, fn: Any, compile: Mapping[str, Any], **_: Any) -> bool:
-        kernel, options = fn.jit_function, ("num_warps", "num_stages", "num_ctas")
+        kernel, options = fn.jit_function, json.loads(compile["specialization_data"])["options"]
         key = f"{kernel.fn.__module__}.{kernel.fn.__name__} {key}"
         variants[key] = Variant(
             kernel,
             compile["signature"],
             compile["constants"],
             compile["configs"][0],
-            {name: compile[name] for name in options},
+            {name: options[name] for name in _OPTIONS if options[name] is not None},
             key,
         )
         return True

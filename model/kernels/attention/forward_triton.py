@@ -96,20 +96,9 @@ def _staged_queries(
 
 
 @triton.jit
-def _softmax_step(
-    q,
-    k,
-    visible,
-    any_key,
-    top,
-    total,
-    acc,
-    scale_log2,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def _softmax_step(q, k, visible, any_key, top, total, acc, scale_log2):
     """Computes one online-softmax step over keys k, which are also the values."""
-    s = transposed_dot(q, k, any_key, ROWS, BLOCK_N) * scale_log2
+    s = transposed_dot(q, k, any_key) * scale_log2
     s = tl.where(visible, s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - new_top[:, None])
@@ -121,28 +110,38 @@ def _softmax_step(
 
 @triton.jit
 def _softmax_over_range(
-    q,
-    keys,
-    low_T,
-    high_T,
-    token,
-    in_bounds,
-    top,
-    total,
-    acc,
-    scale_log2,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q, keys, low_T, high_T, token, in_bounds, top, total, acc, scale_log2, BLOCK_N: tl.constexpr
 ):
     """Runs `_softmax_step` over all keys in each row's range [low_T, high_T)."""
     low, high, first, end = bounds(low_T, high_T, token, in_bounds)
     for start in tl.range(first, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        k, visible = range_tile(keys, n, low, high, end, DIM)
-        top, total, acc = _softmax_step(
-            q, k, visible, start < end, top, total, acc, scale_log2, ROWS, BLOCK_N
-        )
+        k, visible = range_tile(keys, n, low, high, end, q.shape[1])
+        top, total, acc = _softmax_step(q, k, visible, start < end, top, total, acc, scale_log2)
+    return top, total, acc
+
+
+@triton.jit
+def _softmax_over_list(
+    q,
+    entries,
+    selected,
+    num_selected,
+    token,
+    stop,
+    top,
+    total,
+    acc,
+    scale_log2,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Runs `_softmax_step` over the first ``stop`` selected entries of one token."""
+    for start in tl.range(0, stop, BLOCK_N, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK_N)
+        _, k = selected_tile(entries, selected, token, column, stop, num_selected, q.shape[1])
+        visible = (column < stop)[None, :]
+        top, total, acc = _softmax_step(q, k, visible, start < stop, top, total, acc, scale_log2)
     return top, total, acc
 
 
@@ -175,59 +174,35 @@ def _forward(
 ):
     ROWS: tl.constexpr = BLOCK_T * BLOCK_H
     token, head, row, in_bounds = rows_of_program(tokens, heads, BLOCK_T, BLOCK_H)
-    normed_q = _staged_queries(q, out, cos_sin, row, token, in_bounds, eps, ROWS, DIM, ROTARY)
+    x = _staged_queries(q, out, cos_sin, row, token, in_bounds, eps, ROWS, DIM, ROTARY)
     top = tl.load(sink + head, mask=in_bounds, other=0.0).to(tl.float32) * 1.4426950408889634
     total = tl.full((ROWS,), 1.0, tl.float32)
     acc = tl.zeros((ROWS, DIM), tl.float32)
     top, total, acc = _softmax_over_range(
-        normed_q,
-        keys,
-        key_start,
-        key_end,
-        token,
-        in_bounds,
-        top,
-        total,
-        acc,
-        scale_log2,
-        DIM,
-        ROWS,
-        BLOCK_N,
+        x, keys, key_start, key_end, token, in_bounds, top, total, acc, scale_log2, BLOCK_N
     )
     if MODE == ENTRY_RANGE:
+        low, high = entry_start, entry_end
         top, total, acc = _softmax_over_range(
-            normed_q,
-            entries,
-            entry_start,
-            entry_end,
-            token,
-            in_bounds,
-            top,
-            total,
-            acc,
-            scale_log2,
-            DIM,
-            ROWS,
-            BLOCK_N,
+            x, entries, low, high, token, in_bounds, top, total, acc, scale_log2, BLOCK_N
         )
     if MODE == SELECTED_ENTRIES:
         one = tl.min(tl.where(in_bounds, token, tokens), 0)
         stop = tl.load(entry_end + one)
-        for start in tl.range(0, stop, BLOCK_N, num_stages=SELECTED_STAGES):
-            column = start + tl.arange(0, BLOCK_N)
-            _, k = selected_tile(entries, selected, one, column, stop, num_selected, DIM)
-            top, total, acc = _softmax_step(
-                normed_q,
-                k,
-                (column < stop)[None, :],
-                start < stop,
-                top,
-                total,
-                acc,
-                scale_log2,
-                ROWS,
-                BLOCK_N,
-            )
+        top, total, acc = _softmax_over_list(
+            x,
+            entries,
+            selected,
+            num_selected,
+            one,
+            stop,
+            top,
+            total,
+            acc,
+            scale_log2,
+            BLOCK_N,
+            SELECTED_STAGES,
+        )
     acc = rotate_pairs(
         acc / total[:, None], cos_sin, token, in_bounds, -1.0, ROWS, DIM, DIM, ROTARY
     )

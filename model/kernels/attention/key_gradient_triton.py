@@ -38,15 +38,15 @@ def _key_gradient_step(
     acc,
     scale_log2,
     softmax_scale,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
     """Adds dsᵀ · q + pᵀ · grad of this tile of queries to the gradient of keys k.
 
     ``q_and_grad`` [2·ROWS, DIM] alternates queries and output gradients: one matmul gives s and dp,
     another adds both products.
     """
-    x = transposed_dot(k, q_and_grad, any_row, BLOCK_N, 2 * ROWS)
+    BLOCK_N: tl.constexpr = k.shape[0]
+    ROWS: tl.constexpr = q_and_grad.shape[0] // 2
+    x = transposed_dot(k, q_and_grad, any_row)
     s, dp = tl.split(tl.reshape(x, (BLOCK_N, ROWS, 2)))
     p = tl.exp2(tl.where(visible, s * scale_log2 - lse2[None, :], float("-inf")))
     ds = p * (dp - delta[None, :]) * softmax_scale
@@ -107,8 +107,6 @@ def _grad_keys(
             acc,
             scale_log2,
             softmax_scale,
-            ROWS,
-            BLOCK_N,
         )
     at = (part.to(tl.int64) * count + n)[:, None] * DIM + tl.arange(0, DIM)[None, :]
     tl.store(grad + at, acc, mask=(n < count)[:, None])
@@ -165,8 +163,6 @@ def _grad_selected(
                 acc,
                 scale_log2,
                 softmax_scale,
-                ROWS,
-                BLOCK_N,
             )
         dim = tl.arange(0, DIM)[None, :]
         if ATOMIC:

@@ -155,14 +155,14 @@ def selected_tile(entries, selected, token, column, stop, num_selected, DIM: tl.
 
 
 @triton.jit
-def transposed_dot(a, b, always, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Computes a · bᵀ [ROWS, BLOCK_N], whose result is an operand of a second matmul.
+def transposed_dot(a, b, always):
+    """Computes a · bᵀ, whose result is an operand of a second matmul.
 
     Triton divides the first of two chained matmuls over rows alone. With up to 64 rows, 16 a warp,
     four of eight warps would compute what the other four do. It does not follow a value out of a
     branch, so there the matmul is in one that is ``always`` taken.
     """
-    if ROWS <= 64:
+    if a.shape[0] <= 64:
         if always:
             product = tl.dot(a, tl.trans(b), input_precision="ieee")
         else:

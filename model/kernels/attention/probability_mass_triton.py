@@ -26,9 +26,34 @@ from model.kernels.attention.parts_triton import (
     blocks_for,
     check,
     load_queries,
-    tile,
+    range_tile,
+    selected_stages,
+    selected_tile,
 )
 from model.kernels.norm.rotation_triton import cos_sin_of
+
+
+@triton.jit
+def _add_to_mass(q, k, visible, lse2, mass, token, in_bounds, column, width, again, scale_log2):
+    """Stores a tile's probabilities, summed over heads, or adds them to what is there ``again``."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+    p = tl.exp2(tl.where(visible, s - lse2[:, None], float("-inf")))
+    heads: tl.constexpr = q.shape[0] // token.shape[0]
+    sums = tl.sum(tl.reshape(p, (token.shape[0], heads, k.shape[0])), 1)
+    at = mass + token.to(tl.int64)[:, None] * width + column[None, :]
+    mask = in_bounds[:, None] & (column < width)[None, :]
+    if again:
+        sums += tl.load(at, mask=mask, other=0.0)
+    tl.store(at, sums, mask=mask)
+
+
+@triton.jit
+def _zero_mass(mass, token, in_bounds, start, stop, width, BLOCK_N: tl.constexpr):
+    """Stores zeros in the columns [start, stop)."""
+    for first in tl.range(start, stop, BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
+        at = mass + token.to(tl.int64)[:, None] * width + column[None, :]
+        tl.store(at, 0.0, mask=in_bounds[:, None] & (column < stop)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "begin", "width"])
@@ -53,47 +78,52 @@ def _mass(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MODE: tl.constexpr,
+    SELECTED_STAGES: tl.constexpr,
 ):
-    """Sums probabilities over heads, [BLOCK_T, width], one block of heads after the other."""
+    """Sums probabilities over heads, [BLOCK_T, width], one block of heads after the other.
+
+    The loops have no branch around a copy, so that copies start before earlier ones are used.
+    """
     ROWS: tl.constexpr = BLOCK_T * BLOCK_H
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     index = tl.arange(0, ROWS)
-    token_of_block = program * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_T = program * BLOCK_T + tl.arange(0, BLOCK_T)
+    exists_T = token_T < tokens
     token = program * BLOCK_T + index // BLOCK_H
-    low = tl.load(entry_start + token, mask=token < tokens, other=FAR)
     high = tl.load(entry_end + token, mask=token < tokens, other=0)
-    first, end = tl.min(low, 0), tl.max(high, 0)
+    first, last = 0, tl.max(high, 0)
+    if MODE == ENTRY_RANGE:
+        low = tl.load(entry_start + token, mask=token < tokens, other=FAR)
+        # Columns [first, last) hold all entries that any of the tokens sees.
+        first = tl.maximum(tl.minimum(tl.min(low, 0) - begin, width), 0) // BLOCK_N * BLOCK_N
+        last = tl.minimum(last - begin, width)
+        _zero_mass(mass, token_T, exists_T, 0, first, width, BLOCK_N)
+    end = tl.maximum(first + tl.cdiv(tl.maximum(last - first, 0), BLOCK_N) * BLOCK_N, first)
+    _zero_mass(mass, token_T, exists_T, end, width, width, BLOCK_N)
     for head_start in tl.range(0, heads, BLOCK_H):
         head = head_start + index % BLOCK_H
         in_bounds = (token < tokens) & (head < heads)
         row = token * heads + head
-        normed_q, _ = load_queries(q, cos_sin, row, token, in_bounds, eps, ROWS, DIM, ROTARY)
-        normed_q = normed_q.to(q.dtype.element_ty)
-        row_lse2 = tl.load(lse2 + row, mask=in_bounds, other=0.0)
-        for start in tl.range(0, width, BLOCK_N):
-            column = start + tl.arange(0, BLOCK_N)
-            if MODE == ENTRY_RANGE:
-                n = begin + column
-                any_visible = (begin + start < end) & (begin + start + BLOCK_N > first)
-                visible = (
-                    (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None]) & in_bounds[:, None]
+        x, _ = load_queries(q, cos_sin, row, token, in_bounds, eps, ROWS, DIM, ROTARY)
+        x = x.to(q.dtype.element_ty)
+        lse2_R = tl.load(lse2 + row, mask=in_bounds, other=0.0)
+        again = head_start > 0
+        if MODE == ENTRY_RANGE:
+            for start in tl.range(first, end, BLOCK_N):
+                column = start + tl.arange(0, BLOCK_N)
+                k, visible = range_tile(entries, begin + column, low, high, begin + last, DIM)
+                visible &= in_bounds[:, None]
+                _add_to_mass(
+                    x, k, visible, lse2_R, mass, token_T, exists_T, column, width, again, scale_log2
                 )
-            else:
-                at = (program * BLOCK_T).to(tl.int64) * width
-                n = tl.load(selected + at + column, mask=column < width, other=-1)
-                any_visible = tl.max(n, 0) >= 0
-                visible = (n >= 0)[None, :] & in_bounds[:, None]
-            mass_tile = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-            if any_visible:
-                k = tile(entries, n, (n >= 0) & (column < width) & (n < end), DIM)
-                s = tl.dot(normed_q, tl.trans(k), input_precision="ieee") * scale_log2
-                p = tl.exp2(tl.where(visible, s - row_lse2[:, None], float("-inf")))
-                mass_tile = tl.sum(tl.reshape(p, (BLOCK_T, BLOCK_H, BLOCK_N)), 1)
-            at = mass + token_of_block.to(tl.int64)[:, None] * width + column[None, :]
-            in_output = (token_of_block < tokens)[:, None] & (column < width)[None, :]
-            if head_start > 0:
-                mass_tile += tl.load(at, mask=in_output, other=0.0)
-            tl.store(at, mass_tile, mask=in_output)
+        else:
+            for start in tl.range(0, last, BLOCK_N, num_stages=SELECTED_STAGES):
+                column = start + tl.arange(0, BLOCK_N)
+                _entry, k = selected_tile(entries, selected, program, column, last, width, DIM)
+                visible = (column < last)[None, :] & in_bounds[:, None]
+                _add_to_mass(
+                    x, k, visible, lse2_R, mass, token_T, exists_T, column, width, again, scale_log2
+                )
         tl.debug_barrier()
 
 
@@ -131,7 +161,7 @@ def entry_probability_mass(
             call.selected,
             cos_sin,
             call.entry_start,
-            ranges.int32_entries[1],
+            call.entry_end,
             lse2_TH,
             mass,
             call.tokens,
@@ -146,6 +176,7 @@ def entry_probability_mass(
             BLOCK_H=block_h,
             BLOCK_N=blocks.keys,
             MODE=call.mode,
+            SELECTED_STAGES=selected_stages(blocks.stages),
             **blocks.options,
         )
     return mass

@@ -117,24 +117,14 @@ def prepare_rows(
 
 
 @triton.jit
-def _query_gradient_step(
-    q_and_grad,
-    k,
-    visible,
-    any_key,
-    lse2,
-    delta,
-    acc,
-    scale_log2,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def _query_gradient_step(q_and_grad, k, visible, any_key, lse2, delta, acc, scale_log2):
     """Adds this tile's ds · k to the gradient of the normed, rotated queries.
 
     ``q_and_grad`` [2·ROWS, DIM] alternates queries and their gradients: one matmul gives s and dp.
     """
-    x = transposed_dot(q_and_grad, k, any_key, 2 * ROWS, BLOCK_N)
-    s, dp = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, BLOCK_N)), (0, 2, 1)))
+    x = transposed_dot(q_and_grad, k, any_key)
+    x = tl.reshape(x, (acc.shape[0], 2, k.shape[0]))
+    s, dp = tl.split(tl.permute(x, (0, 2, 1)))
     p = tl.exp2(tl.where(visible, s * scale_log2 - lse2[:, None], float("-inf")))
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
@@ -142,28 +132,41 @@ def _query_gradient_step(
 
 @triton.jit
 def _query_gradient_over_range(
-    q_and_grad,
-    keys,
-    low_T,
-    high_T,
+    x, keys, low_T, high_T, token, in_bounds, lse2, delta, acc, scale_log2, BLOCK_N: tl.constexpr
+):
+    """Runs `_query_gradient_step` over all keys in each row's range [low_T, high_T).
+
+    x are its ``q_and_grad``.
+    """
+    low, high, first, end = bounds(low_T, high_T, token, in_bounds)
+    for start in tl.range(first, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        k, visible = range_tile(keys, n, low, high, end, x.shape[1])
+        acc = _query_gradient_step(x, k, visible, start < end, lse2, delta, acc, scale_log2)
+    return acc
+
+
+@triton.jit
+def _query_gradient_over_list(
+    x,
+    entries,
+    selected,
+    num_selected,
     token,
-    in_bounds,
+    stop,
     lse2,
     delta,
     acc,
     scale_log2,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Runs `_query_gradient_step` over all keys in each row's range [low_T, high_T)."""
-    low, high, first, end = bounds(low_T, high_T, token, in_bounds)
-    for start in tl.range(first, end, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        k, visible = range_tile(keys, n, low, high, end, DIM)
-        acc = _query_gradient_step(
-            q_and_grad, k, visible, start < end, lse2, delta, acc, scale_log2, ROWS, BLOCK_N
-        )
+    """Runs `_query_gradient_step` over the first ``stop`` selected entries of one token."""
+    for start in tl.range(0, stop, BLOCK_N, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK_N)
+        _, k = selected_tile(entries, selected, token, column, stop, num_selected, x.shape[1])
+        visible = (column < stop)[None, :]
+        acc = _query_gradient_step(x, k, visible, start < stop, lse2, delta, acc, scale_log2)
     return acc
 
 
@@ -212,59 +215,36 @@ def _grad_queries(
     ROWS: tl.constexpr = BLOCK_T * BLOCK_H
     token, _head, row, in_bounds = rows_of_program(tokens, heads, BLOCK_T, BLOCK_H)
     pair, pair_in_bounds = _pairs_of_program(tokens, heads, BLOCK_T, BLOCK_H)
-    q_and_grad_tile = tile(q_and_grad, pair, pair_in_bounds, DIM)
-    row_lse2 = tl.load(lse2 + row, mask=in_bounds, other=0.0)
-    row_delta = tl.load(delta + row, mask=in_bounds, other=0.0)
+    x = tile(q_and_grad, pair, pair_in_bounds, DIM)
+    lse2_R = tl.load(lse2 + row, mask=in_bounds, other=0.0)
+    delta_R = tl.load(delta + row, mask=in_bounds, other=0.0)
     acc = tl.zeros((ROWS, DIM), tl.float32)
+    low, high = key_start, key_end
     acc = _query_gradient_over_range(
-        q_and_grad_tile,
-        keys,
-        key_start,
-        key_end,
-        token,
-        in_bounds,
-        row_lse2,
-        row_delta,
-        acc,
-        scale_log2,
-        DIM,
-        ROWS,
-        BLOCK_N,
+        x, keys, low, high, token, in_bounds, lse2_R, delta_R, acc, scale_log2, BLOCK_N
     )
     if MODE == ENTRY_RANGE:
+        low, high = entry_start, entry_end
         acc = _query_gradient_over_range(
-            q_and_grad_tile,
-            entries,
-            entry_start,
-            entry_end,
-            token,
-            in_bounds,
-            row_lse2,
-            row_delta,
-            acc,
-            scale_log2,
-            DIM,
-            ROWS,
-            BLOCK_N,
+            x, entries, low, high, token, in_bounds, lse2_R, delta_R, acc, scale_log2, BLOCK_N
         )
     if MODE == SELECTED_ENTRIES:
         one = tl.min(tl.where(in_bounds, token, tokens), 0)
         stop = tl.load(entry_end + one)
-        for start in tl.range(0, stop, BLOCK_N, num_stages=SELECTED_STAGES):
-            column = start + tl.arange(0, BLOCK_N)
-            _, k = selected_tile(entries, selected, one, column, stop, num_selected, DIM)
-            acc = _query_gradient_step(
-                q_and_grad_tile,
-                k,
-                (column < stop)[None, :],
-                start < stop,
-                row_lse2,
-                row_delta,
-                acc,
-                scale_log2,
-                ROWS,
-                BLOCK_N,
-            )
+        acc = _query_gradient_over_list(
+            x,
+            entries,
+            selected,
+            num_selected,
+            one,
+            stop,
+            lse2_R,
+            delta_R,
+            acc,
+            scale_log2,
+            BLOCK_N,
+            SELECTED_STAGES,
+        )
     # Backward of rotation and norm; the normed q is reloaded to save registers.
     acc = acc * softmax_scale
     q = tile(q_and_grad, 2 * row, in_bounds, DIM).to(tl.float32)

@@ -14,18 +14,43 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK_T = 4
-"""Tokens per program."""
-_BLOCK_D = 512
+"""Tokens per program, one a warp: sums over columns stay within it."""
+_BLOCK_D = 256
 """Columns of D processed at once."""
 
 
 @triton.jit
-def _streams_tile(x, own, in_bounds, d, dim, N: tl.constexpr):
-    """Loads a tile [BLOCK_T, N, BLOCK_D] of an array [T, N, dim] as fp32."""
-    row = own[:, None] * N + tl.arange(0, N)[None, :]
-    mask = in_bounds[:, None, None] & (d < dim)[None, None, :]
-    at = row[:, :, None] * dim + d[None, None, :]
-    return tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+def _tile(x, row, d, dim, in_bounds):
+    """Loads columns d of rows of an array [rows, dim] as fp32 [BLOCK_T, BLOCK_D]."""
+    mask = in_bounds[:, None] & (d < dim)[None, :]
+    return tl.load(x + row[:, None] * dim + d[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(x, value, row, d, dim, in_bounds):
+    """Stores what `_tile` would load."""
+    mask = in_bounds[:, None] & (d < dim)[None, :]
+    tl.store(x + row[:, None] * dim + d[None, :], value.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _stream_tiles(x, own, d, dim, in_bounds, N: tl.constexpr):
+    """Loads the N tiles of an array [T, N, dim]: one for each stream, so that sums over streams
+    need no exchange between threads.
+    """
+    tiles = ()
+    for j in tl.static_range(N):
+        tiles += (_tile(x, own * N + j, d, dim, in_bounds),)
+    return tiles
+
+
+@triton.jit
+def _numbers(x, first, in_bounds, COUNT: tl.constexpr):
+    """Loads COUNT numbers of each token, from index ``first`` [BLOCK_T], each as [BLOCK_T]."""
+    numbers = ()
+    for i in tl.static_range(COUNT):
+        numbers += (tl.load(x + first + i, mask=in_bounds, other=0.0),)
+    return numbers
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -43,11 +68,12 @@ def _mix(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_bounds = token < tokens
     own = token.to(tl.int64)
-    n = tl.arange(0, N)[None, :]
-    weight = tl.load(pre + own[:, None] * N + n, mask=in_bounds[:, None], other=0.0)
-    mixed = tl.sum(weight[:, :, None] * _streams_tile(streams, own, in_bounds, d, dim, N), 1)
-    mask = in_bounds[:, None] & (d < dim)[None, :]
-    tl.store(read + own[:, None] * dim + d[None, :], mixed.to(read.dtype.element_ty), mask=mask)
+    weights = _numbers(pre, own * N, in_bounds, N)
+    x = _stream_tiles(streams, own, d, dim, in_bounds, N)
+    mixed = weights[0][:, None] * x[0]
+    for j in tl.static_range(1, N):
+        mixed += weights[j][:, None] * x[j]
+    _store(read, mixed, own, d, dim, in_bounds)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -66,18 +92,16 @@ def _write(
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_bounds = token < tokens
-    mask = in_bounds[:, None] & (d < dim)[None, :]
     own = token.to(tl.int64)
-    n = tl.arange(0, N)[None, :]
-    y_tile = tl.load(y + own[:, None] * dim + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    x = _streams_tile(streams, own, in_bounds, d, dim, N)
+    post_N = _numbers(post, own * N, in_bounds, N)
+    comb_NN = _numbers(comb, own * N * N, in_bounds, N * N)
+    y_tile = _tile(y, own, d, dim, in_bounds)
+    x = _stream_tiles(streams, own, d, dim, in_bounds, N)
     for k in tl.static_range(N):
-        at = comb + (own[:, None] * N + n) * N + k
-        weight = tl.load(at, mask=in_bounds[:, None], other=0.0)
-        post_weight = tl.load(post + own * N + k, mask=in_bounds, other=0.0)
-        mixed = tl.sum(weight[:, :, None] * x, 1) + post_weight[:, None] * y_tile
-        at = out + (own * N + k)[:, None] * dim + d[None, :]
-        tl.store(at, mixed.to(out.dtype.element_ty), mask=mask)
+        mixed = post_N[k][:, None] * y_tile
+        for j in tl.static_range(N):
+            mixed += comb_NN[j * N + k][:, None] * x[j]
+        _store(out, mixed, own * N + k, d, dim, in_bounds)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -100,32 +124,33 @@ def _write_backward(
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_bounds = token < tokens
     own = token.to(tl.int64)
-    n = tl.arange(0, N)
-    at_post = own[:, None] * N + n[None, :]
-    post_weight = tl.load(post + at_post, mask=in_bounds[:, None], other=0.0)
+    post_N = _numbers(post, own * N, in_bounds, N)
+    comb_NN = _numbers(comb, own * N * N, in_bounds, N * N)
+    n = tl.arange(0, N)[None, :]
+    nn = tl.arange(0, N * N)[None, :]
     sum_post = tl.zeros((BLOCK_T, N), tl.float32)
-    sum_comb = tl.zeros((BLOCK_T, N, N), tl.float32)
+    sum_comb = tl.zeros((BLOCK_T, N * N), tl.float32)
     for start in tl.range(0, dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        mask = in_bounds[:, None] & (d < dim)[None, :]
-        at = own[:, None] * dim + d[None, :]
-        y_tile = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
-        grad = _streams_tile(grad_out, own, in_bounds, d, dim, N)
-        grad_y_tile = tl.sum(post_weight[:, :, None] * grad, 1)
-        tl.store(grad_y + at, grad_y_tile.to(grad_y.dtype.element_ty), mask=mask)
-        sum_post += tl.sum(grad * y_tile[:, None, :], 2)
+        y_tile = _tile(y, own, d, dim, in_bounds)
+        grad = _stream_tiles(grad_out, own, d, dim, in_bounds, N)
+        grad_y_tile = post_N[0][:, None] * grad[0]
+        for k in tl.static_range(N):
+            if k > 0:
+                grad_y_tile += post_N[k][:, None] * grad[k]
+            sum_post += tl.where(n == k, tl.sum(grad[k] * y_tile, 1)[:, None], 0.0)
+        _store(grad_y, grad_y_tile, own, d, dim, in_bounds)
         for j in tl.static_range(N):
-            wide = (own * N + j)[:, None] * dim + d[None, :]
-            x = tl.load(streams + wide, mask=mask, other=0.0).to(tl.float32)
-            at_row = comb + (own * N + j)[:, None] * N + n[None, :]
-            weight = tl.load(at_row, mask=in_bounds[:, None], other=0.0)
-            grad_x = tl.sum(weight[:, :, None] * grad, 1)
-            tl.store(grad_streams + wide, grad_x.to(grad_streams.dtype.element_ty), mask=mask)
-            dots = tl.sum(grad * x[:, None, :], 2)
-            sum_comb += tl.where((n == j)[None, :, None], dots[:, None, :], 0.0)
-    tl.store(grad_post + at_post, sum_post, mask=in_bounds[:, None])
-    at_comb = (own[:, None, None] * N + n[None, :, None]) * N + n[None, None, :]
-    tl.store(grad_comb + at_comb, sum_comb, mask=in_bounds[:, None, None])
+            x = _tile(streams, own * N + j, d, dim, in_bounds)
+            grad_x = comb_NN[j * N][:, None] * grad[0]
+            for k in tl.static_range(N):
+                if k > 0:
+                    grad_x += comb_NN[j * N + k][:, None] * grad[k]
+                dots = tl.sum(grad[k] * x, 1)
+                sum_comb += tl.where(nn == j * N + k, dots[:, None], 0.0)
+            _store(grad_streams, grad_x, own * N + j, d, dim, in_bounds)
+    tl.store(grad_post + own[:, None] * N + n, sum_post, mask=in_bounds[:, None])
+    tl.store(grad_comb + own[:, None] * (N * N) + nn, sum_comb, mask=in_bounds[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -142,15 +167,15 @@ def _mix_backward(
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_bounds = token < tokens
     own = token.to(tl.int64)
+    n = tl.arange(0, N)[None, :]
     acc = tl.zeros((BLOCK_T, N), tl.float32)
     for start in tl.range(0, dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        mask = in_bounds[:, None] & (d < dim)[None, :]
-        grad = tl.load(grad_read + own[:, None] * dim + d[None, :], mask=mask, other=0.0)
-        x = _streams_tile(streams, own, in_bounds, d, dim, N)
-        acc += tl.sum(x * grad.to(tl.float32)[:, None, :], 2)
-    at = own[:, None] * N + tl.arange(0, N)[None, :]
-    tl.store(grad_pre + at, acc, mask=in_bounds[:, None])
+        grad = _tile(grad_read, own, d, dim, in_bounds)
+        x = _stream_tiles(streams, own, d, dim, in_bounds, N)
+        for j in tl.static_range(N):
+            acc += tl.where(n == j, tl.sum(x[j] * grad, 1)[:, None], 0.0)
+    tl.store(grad_pre + own[:, None] * N + n, acc, mask=in_bounds[:, None])
 
 
 def mix(streams: Tensor, pre: Tensor) -> Tensor:

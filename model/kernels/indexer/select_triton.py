@@ -33,10 +33,14 @@ from model.kernels.indexer.inputs import IndexerInputs
 
 _ROWS = 128
 """(token, head) pairs per program."""
+_THREADS = 256
 _MAX_BEST = 2048
 """Max best entries of all tokens of a program, which stay in registers."""
-_CHUNK_TOKENS = 1 << 14
-"""Tokens per launch; bounds the scratch buffer, of 8 bytes for each of their k best."""
+_TWO_PROGRAMS = 1024
+"""With at most so many, a thread may have 128 registers, so that one program of an SM multiplies
+while another one sorts."""
+_CHUNK_TOKENS = 1 << 13
+"""Tokens per launch; bounds the scratch buffer, of 16 bytes for each of their k best."""
 _LOWEST = tl.constexpr(-(2**63))
 FAR = tl.constexpr(2**31 - 1)
 
@@ -57,6 +61,23 @@ def _ordered(scores, entry, visible):
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = (bits.to(tl.int64) << 32) | (0x7FFFFFFF - entry).to(tl.int64)
     return tl.where(visible, key, _LOWEST)
+
+
+@triton.jit
+def _merged(best, strip, count):
+    """Merges the last candidates of a strip [T, 2 · BEST], up to BEST a token, into the best.
+
+    Returns the best in descending order, the last of them, which other candidates have to exceed,
+    and how many candidates are left, both [T, 1].
+    """
+    BEST: tl.constexpr = best.shape[1]
+    left = tl.maximum(count - BEST, 0)
+    at = left + tl.arange(0, BEST)[None, :]
+    tl.debug_barrier()  # other threads wrote the strip, and will write it again
+    new = tl.load(strip + at, mask=at < count, other=-(2**63))
+    tl.debug_barrier()
+    best = tl.bitonic_merge(tl.maximum(best, tl.sort(new)), descending=True)
+    return best, tl.min(best, 1, keep_dims=True), left
 
 
 @triton.jit(do_not_specialize=["first_token", "tokens"])
@@ -91,30 +112,35 @@ def _select(
     dim = tl.arange(0, DIM)[None, :]
     q_tile = tl.load(q + row.to(tl.int64)[:, None] * DIM + dim, mask=in_rows[:, None], other=0.0)
     weight = tl.load(weights + row, mask=in_rows, other=0.0).to(tl.float32)
-    lane = tl.arange(0, BEST)
+    lane = tl.arange(0, BEST)[None, :]
     # int64, because the scratch buffer of many programs is large
-    own = (program * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None] * BEST
+    own = strip + (program * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None] * (2 * BEST)
     best = tl.full((BLOCK_T, BEST), -(2**63), tl.int64)
+    least = tl.full((BLOCK_T, 1), -(2**63), tl.int64)
+    count = tl.zeros((BLOCK_T, 1), tl.int32)
     for base in tl.range(first, end, BEST):
+        # Without a branch or barrier, so that keys are copied ahead.
         for step in tl.range(0, BEST, BLOCK_N):
             n = base + step + tl.arange(0, BLOCK_N)
             at = n.to(tl.int64)[:, None] * DIM + dim
             tile = tl.load(keys + at, mask=(n < end)[:, None], other=0.0)
             _, scores = scored(q_tile, tile, weight, BLOCK_T, HEADS, BLOCK_N)
             visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
-            column = (step + tl.arange(0, BLOCK_N))[None, :]
-            tl.store(strip + own + column, _ordered(scores, n[None, :], visible))
-        tl.debug_barrier()
-        new = tl.sort(tl.load(strip + own + lane[None, :]))
-        best = tl.bitonic_merge(tl.maximum(best, new), descending=True)
-        tl.debug_barrier()
+            candidate = _ordered(scores, n[None, :], visible)
+            better = (candidate > least).to(tl.int32)
+            place = count + tl.cumsum(better, 1) - 1
+            tl.store(own + place, candidate, mask=better == 1)
+            count += tl.sum(better, 1, keep_dims=True)
+        if tl.max(count) >= BEST:
+            best, least, count = _merged(best, own, count)
+    best, _, _ = _merged(best, own, count)
     entry = 0x7FFFFFFF - (best & 0xFFFFFFFF)
     entry = tl.where(best == _LOWEST, -1, entry).to(tl.int32)
-    every = low[:, None] + lane[None, :]
+    every = low[:, None] + lane
     every = tl.where(every < high[:, None], every, -1)
     entry = tl.where((high - low)[:, None] <= k, every, entry)
-    out = selected + token.to(tl.int64)[:, None] * k + lane[None, :]
-    tl.store(out, entry, mask=in_bounds[:, None] & (lane < k)[None, :])
+    out = selected + token.to(tl.int64)[:, None] * k + lane
+    tl.store(out, entry, mask=in_bounds[:, None] & (lane < k))
 
 
 @torch.no_grad()
@@ -147,9 +173,10 @@ def select_topk(
     selected_Tk = torch.empty((tokens, k), dtype=torch.int32, device=q_TIJ.device)
     best = max(triton.next_power_of_2(k), block_n)
     block_t = max(min(rows // heads, _MAX_BEST // best), 1)
+    best = max(best, _THREADS // block_t)  # Triton 3.7 cannot reduce what it sorted with fewer
     start_T, end_T = ranges.int32_entries
     chunk = triton.cdiv(min(tokens, _CHUNK_TOKENS), block_t) * block_t
-    strip = torch.empty((chunk, best), dtype=torch.int64, device=q_TIJ.device)
+    strip = torch.empty((chunk, 2 * best), dtype=torch.int64, device=q_TIJ.device)
     for first in range(0, tokens, max(chunk, 1)):
         _select[(triton.cdiv(min(chunk, tokens - first), block_t),)](
             q_TIJ.contiguous(),
@@ -167,7 +194,8 @@ def select_topk(
             BLOCK_T=block_t,
             BLOCK_N=block_n,
             BEST=best,
-            num_warps=8,
+            num_warps=_THREADS // 32,
             num_stages=3,
+            maxnreg=128 if block_t * best <= _TWO_PROGRAMS else None,
         )
     return selected_Tk
