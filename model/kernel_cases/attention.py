@@ -37,7 +37,7 @@ from model.kernels.attention.naive import (
     naive_probabilities,
     naive_selection_mask,
 )
-from model.kernels.operations import Choice
+from model.kernels.operations import BLOCKS_OF_TRITON, Choice
 
 _NAIVE_HEADS = 8
 """Heads whose dense probabilities are in memory at once."""
@@ -197,16 +197,17 @@ def attention_case(
 
     Gradients of selected entries are the same at every run only if ``deterministic``.
     """
-    from model.kernels.attention import forward_triton, parts_triton
+    from model.kernels.attention import flash_mla_triton, forward_triton, parts_triton
 
     leaves, selected = _inputs(sizes, kind, k)
     call = _Call(sizes, kind, selected)
 
     def function(choice: Choice) -> Function:
-        if choice.name != "triton":
+        if choice.name not in BLOCKS_OF_TRITON:
             return lambda *x: attention_with_lse2(call.inputs(*x), choice)[0]
         blocks = parts_triton.Blocks(**choice.blocks) if choice.blocks else None
-        return lambda *x: forward_triton.attention(
+        module = forward_triton if choice.name == "triton" else flash_mla_triton
+        return lambda *x: module.attention(
             call.inputs(*x), deterministic=deterministic, blocks=blocks
         )[0]
 

@@ -119,6 +119,12 @@ def syrk(device: torch.device, dtype: torch.dtype) -> None:
     _require("syrk", device, dtype, None)
 
 
+def library(name: str) -> None:
+    """Checks that an optional package is installed, without importing it."""
+    if importlib.util.find_spec(name) is None:
+        raise UnsupportedError(f"{name} is not installed")
+
+
 def _require(
     operation: str,
     device: torch.device,

@@ -8,18 +8,18 @@ from types import MappingProxyType
 
 IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "attention": ("eager", "triton"),
+        "attention": ("eager", "triton", "flash_mla"),
         "indexer": ("eager", "triton"),
         "indexer_loss": ("eager", "triton"),
         "compressor": ("eager", "triton"),
         "norms": ("eager", "compile", "triton"),
-        "hyper_connections": ("eager", "compile", "triton"),
+        "hyper_connections": ("eager", "compile", "triton", "tile_kernels"),
         "swiglu": ("eager", "compile", "triton"),
         "permute": ("eager", "triton"),
         "grouped_mm": ("eager", "triton"),
         "cross_entropy": ("eager", "triton"),
         "fp8": ("eager", "triton"),
-        "syrk": ("eager", "triton"),
+        "syrk": ("eager", "triton", "quack"),
     }
 )
 """The implementations of each operation, by its name in the `kernels` of a config. "attention"
@@ -27,6 +27,13 @@ includes the entries' probability mass, "norms" the rotations, "permute" the MoE
 "grouped_mm" is the routed experts' matmuls unless they are in FP8; "fp8" is matmuls and their
 operands' quantisation; "syrk" is the optimizer's symmetric matmul."""
 OPERATIONS = tuple(IMPLEMENTATIONS)
+LIBRARIES: Mapping[str, str] = MappingProxyType(
+    {"flash_mla": "flash_mla", "tile_kernels": "tile_kernels", "quack": "quack-kernels"}
+)
+"""Implementations that are optional packages, by the name of their module, which is also the
+implementation's: the name of the distribution."""
+BLOCKS_OF_TRITON = ("triton", "flash_mla")
+"""Implementations that take the block sizes of Triton kernels; FlashMLA's backward is Triton's."""
 
 
 @dataclass(frozen=True)

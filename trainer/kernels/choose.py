@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from model.kernels.operations import Choice, Kernels
+from model.kernels.operations import BLOCKS_OF_TRITON, LIBRARIES, Choice, Kernels
 from trainer.config import RunConfig
 from trainer.kernels.verdict import Verdict
 from trainer.process.errors import PreflightError
@@ -38,7 +39,7 @@ def choose_kernels(
     "auto" takes what was fastest of all that passed; on a CPU, and for operations without a
     verdict, the eager version.
 
-    Raises PreflightError if the config demands a Triton kernel that cannot run or did not pass.
+    Raises PreflightError if the config demands a kernel that cannot run or did not pass.
     """
     unsupported = unsupported_operations(config, device)
     choices = {}
@@ -48,15 +49,13 @@ def choose_kernels(
         if setting == "auto":
             choices[operation] = _automatic(device, problem, verdict)
             continue
-        if setting != "triton":
+        if setting in ("eager", "compile"):
             choices[operation] = Choice(setting, why="as configured")
             continue
-        if problem is None and verdict is not None and not verdict.passed:
-            problem = verdict.reason
+        problem = _refusal(setting, device, verdict) or problem
         if problem is not None:
-            raise PreflightError(_demand(config, operation, problem))
-        blocks = {} if verdict is None else verdict.blocks
-        choices[operation] = Choice("triton", blocks, "as configured")
+            raise PreflightError(_demand(config, operation, setting, problem))
+        choices[operation] = Choice(setting, _blocks(setting, verdict), "as configured")
     return Kernels(**choices)
 
 
@@ -84,12 +83,29 @@ def _automatic(device: torch.device, problem: str | None, verdict: Verdict | Non
         return Choice(why=problem)
     if verdict is None:
         return Choice(why="its kernel was not checked on this GPU")
-    blocks = verdict.blocks if verdict.choice == "triton" else {}
-    return Choice(verdict.choice, blocks, verdict.reason)
+    return Choice(verdict.choice, _blocks(verdict.choice, verdict), verdict.reason)
 
 
-def _demand(config: RunConfig, operation: str, problem: str) -> str:
+def _refusal(name: str, device: torch.device, verdict: Verdict | None) -> str | None:
+    """Returns why Triton or a library cannot be used, as far as is known."""
+    if name in LIBRARIES:
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed"
+        if device.type != "cuda":
+            return f"{name} runs on a GPU, not on {device.type}"
+    if verdict is None:
+        return None
+    if name == "triton":
+        return None if verdict.passed else verdict.reason
+    return None if name in verdict.milliseconds else verdict.refused.get(name, verdict.reason)
+
+
+def _blocks(name: str, verdict: Verdict | None) -> Mapping[str, int]:
+    return verdict.blocks if verdict is not None and name in BLOCKS_OF_TRITON else {}
+
+
+def _demand(config: RunConfig, operation: str, setting: str, problem: str) -> str:
     """Returns the sentence about a kernel that is demanded and cannot run."""
     where = "kernels" if isinstance(config.kernels, str) else f"kernels.{operation}"
     what = f": {operation}: " if where == "kernels" else ": "
-    return f"{where} = triton{what}{problem}; set kernels.{operation} to auto or eager"
+    return f"{where} = {setting}{what}{problem}; set kernels.{operation} to auto or eager"

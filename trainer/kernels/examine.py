@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -12,7 +13,12 @@ import torch
 
 from model import ModelConfig
 from model.kernel_cases import CASES, RAGGED, Case, MakeCase, Sizes
-from model.kernels.operations import IMPLEMENTATIONS, Choice
+from model.kernels.operations import (
+    BLOCKS_OF_TRITON,
+    IMPLEMENTATIONS,
+    LIBRARIES,
+    Choice,
+)
 from trainer.kernels.compare import fault_of, reference_of, results
 from trainer.kernels.fit import Variant
 from trainer.kernels.syrk_cases import BLOCK_CHOICES, syrk_cases
@@ -61,8 +67,13 @@ def cases_of(operation: str, problem: Problem, sizes: Sizes) -> Iterator[MakeCas
 def candidates_of(operation: str, config: ModelConfig) -> list[Choice]:
     """Returns what may replace the eager version: Triton with its block sizes, and others."""
     blocks = BLOCK_CHOICES if operation == "syrk" else CASES[operation].block_choices(config)
-    others = [name for name in IMPLEMENTATIONS[operation] if name not in ("eager", "triton")]
-    return [*(Choice("triton", some) for some in blocks), *(Choice(name) for name in others)]
+    candidates = [Choice("triton", some) for some in blocks]
+    for name in IMPLEMENTATIONS[operation]:
+        if name in BLOCKS_OF_TRITON[1:]:
+            candidates += [Choice(name, some) for some in blocks]
+        elif name not in ("eager", "triton"):
+            candidates.append(Choice(name))
+    return candidates
 
 
 def sizes_of(problem: Problem, bench: Bench) -> tuple[Sizes, Sizes]:
@@ -95,9 +106,16 @@ class Examination:
         return [(i, c) for i, c in enumerate(self.candidates) if i not in self.refused]
 
     def fit(self, makers: Iterable[MakeCase], bench: Bench) -> None:
-        """Refuses Triton candidates with a kernel that does not fit, or that raise an error."""
+        """Refuses libraries that are not installed, and Triton kernels that do not fit.
+
+        Or that raise an error.
+        """
+        for index, candidate in self.remaining:
+            name = candidate.name
+            if name in LIBRARIES and importlib.util.find_spec(name) is None:
+                self.refused[index] = "it is not installed"
         variants: dict[int, list[Variant]] = {
-            index: [] for index, candidate in self.remaining if candidate.name == "triton"
+            index: [] for index, candidate in self.remaining if candidate.name in BLOCKS_OF_TRITON
         }
         for make in makers:
             case = make()
@@ -107,18 +125,19 @@ class Examination:
                     variants[index] += bench.record(call)
                 except Exception as error:  # what the kernel's function does not support
                     self.refused[index] = _failure(case, error)
-        fitting = 0
+        fitting = dict.fromkeys(BLOCKS_OF_TRITON, 0)
         for index, recorded in variants.items():
             if index in self.refused:
                 continue
-            if fitting == _MOST_BLOCKS:
+            name = self.candidates[index].name
+            if fitting[name] == _MOST_BLOCKS:
                 self.refused[index] = _NOT_TRIED
                 continue
             unique = {variant.key: variant for variant in recorded}  # cases share kernels
             if (reason := bench.misfit(list(unique.values()))) is not None:
                 self.refused[index] = reason
             else:
-                fitting += 1
+                fitting[name] += 1
 
     def compare(self, case: Case) -> None:
         """Refuses candidates that are wrong on a case."""
@@ -155,6 +174,14 @@ class Examination:
             name: min((i for i, c in remaining if c.name == name), key=self.times.__getitem__)
             for name in dict.fromkeys(c.name for _, c in remaining)
         }
+        refused = self._refused_others(best)
+        blocks = self.candidates[best["triton"]].blocks if "triton" in best else {}
+        for name in BLOCKS_OF_TRITON[1:]:  # with Triton's block sizes, or not at all
+            same = [i for i, c in remaining if c.name == name and c.blocks == blocks]
+            if name in best and "triton" in best and same:
+                best[name] = same[0]
+            elif best.pop(name, None) is not None:
+                refused[name] = "fails with the block sizes of the Triton kernels, its backward"
         times = {"eager": self.eager_time} | {name: self.times[i] for name, i in best.items()}
         errors = {"eager": self.eager_errors} | {name: self.errors[i] for name, i in best.items()}
         choice = min(times, key=times.__getitem__)
@@ -166,10 +193,19 @@ class Examination:
             passed,
             self._reason(choice, times) if passed else self._refusal(),
             choice,
-            dict(self.candidates[best["triton"]].blocks) if passed else {},
+            dict(blocks),
             errors,
             times,
+            refused,
         )
+
+    def _refused_others(self, passed: Container[str]) -> dict[str, str]:
+        """Returns the first reason for each implementation but Triton's that did not pass."""
+        refused: dict[str, str] = {}
+        for index, candidate in enumerate(self.candidates):
+            if candidate.name != "triton" and candidate.name not in passed:
+                refused.setdefault(candidate.name, self.refused[index])
+        return refused
 
     def _reason(self, choice: str, times: dict[str, float]) -> str:
         if choice != "eager":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
+
+from model.kernels.operations import LIBRARIES
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +24,7 @@ class Platform:
         capability: such as "9.0"; "" on a CPU.
         processors: streaming multiprocessors; 0 on a CPU.
         driver, torch_version, cuda, triton: versions, "none" where there is none.
+        libraries: names and versions of the optional packages with kernels, "" on a CPU.
     """
 
     name: str
@@ -30,6 +34,7 @@ class Platform:
     torch_version: str = NONE
     cuda: str = NONE
     triton: str = NONE
+    libraries: str = ""
 
     @classmethod
     def of(cls, device: torch.device) -> Platform:
@@ -50,6 +55,7 @@ class Platform:
             torch_version,
             torch.version.cuda or torch.version.hip or NONE,
             triton,
+            ", ".join(installed_libraries()),
         )
 
     @property
@@ -61,10 +67,17 @@ class Platform:
 
     @property
     def label(self) -> str:
-        """Names what block sizes depend on within a job: the GPU, its driver and Triton."""
+        """Names what kernels depend on within a job: the GPU, its driver, Triton and libraries."""
         if not self.capability:
             return self.name
-        return f"{self.kind}, driver {self.driver}, triton {self.triton}"
+        libraries = f", {self.libraries}" if self.libraries else ""
+        return f"{self.kind}, driver {self.driver}, triton {self.triton}{libraries}"
+
+
+def installed_libraries() -> list[str]:
+    """Returns name and version of each optional package that can be imported; imports none."""
+    names = [name for name in LIBRARIES if importlib.util.find_spec(name) is not None]
+    return [f"{name} {_version(LIBRARIES[name])}" for name in names]
 
 
 def _version(package: str) -> str:

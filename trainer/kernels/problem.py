@@ -45,7 +45,7 @@ def needs_check(config: RunConfig, device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     operations = set(run_operations(config)) - unsupported_operations(config, device).keys()
-    return any(config.kernel_setting(name) in ("auto", "triton") for name in operations)
+    return any(config.kernel_setting(name) not in ("eager", "compile") for name in operations)
 
 
 def _matrices(config: RunConfig) -> tuple[tuple[int, int], ...]:

@@ -34,7 +34,7 @@ def syrk_cases(sizes: Sizes, matrices: tuple[tuple[int, int], ...]) -> Iterator[
 
 def syrk_case(sizes: Sizes, shape: tuple[int, int, int], adds: bool) -> Case:
     """Makes A·Aᵀ, or βC + αA·Aᵀ with a symmetric C."""
-    from optim import syrk, syrk_triton
+    from optim import syrk, syrk_quack, syrk_triton
 
     draw, (count, rows, columns) = sizes.draw(), shape
     leaves = {"a": draw(*shape, scale=columns**-0.5)}
@@ -48,6 +48,8 @@ def syrk_case(sizes: Sizes, shape: tuple[int, int, int], adds: bool) -> Case:
         if choice.name == "triton":
             product = syrk_triton.syrk_
             product = partial(product, **choice.blocks)
+        elif choice.name == "quack":
+            product = syrk_quack.syrk_
 
         def of_new(a: Tensor, c: Tensor | None = None) -> Tensor:
             out: Tensor = product(a.new_empty(count, rows, rows), a, c, beta, alpha)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from model.kernels.operations import BLOCKS_OF_TRITON
 from trainer.kernels.verdict import Verdict
 
 
@@ -44,6 +45,8 @@ def describe_verdicts(key: Mapping[str, Any], verdicts: Sequence[Verdict]) -> It
     for one in verdicts:
         if not one.passed:
             yield f"{one.operation}: its Triton kernel is not used on this GPU: {one.reason}"
+        for name, reason in one.refused.items():
+            yield f"{one.operation}: {name} is not used on this GPU: {reason}"
 
 
 def _error(pair: Sequence[float] | None) -> str:
@@ -57,6 +60,6 @@ def _time(milliseconds: float | None) -> str:
 
 
 def _blocks(verdict: Verdict) -> str:
-    if verdict.choice != "triton" or not verdict.blocks:
+    if verdict.choice not in BLOCKS_OF_TRITON or not verdict.blocks:
         return ""
     return f" ({', '.join(f'{name} {size}' for name, size in verdict.blocks.items())})"

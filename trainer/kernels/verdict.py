@@ -44,6 +44,7 @@ class Verdict:
         errors: largest relative error by implementation, of outputs and of gradients (NaN where
             there are none). "eager" is the yardstick in the run's dtype.
         milliseconds: of forward and backward together, by implementation.
+        refused: why others than eager and Triton were refused, by implementation.
     """
 
     operation: str
@@ -53,6 +54,7 @@ class Verdict:
     blocks: Mapping[str, int] = field(default_factory=dict)
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     milliseconds: Mapping[str, float] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

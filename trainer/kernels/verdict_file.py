@@ -17,7 +17,13 @@ from model.kernels.operations import IMPLEMENTATIONS
 from trainer.kernels.gpu import Platform
 from trainer.kernels.verdict import Problem, Verdict
 
-SOURCES = ("model/kernels", "model/kernel_cases", "trainer/kernels", "optim/syrk_triton.py")
+SOURCES = (
+    "model/kernels",
+    "model/kernel_cases",
+    "trainer/kernels",
+    "optim/syrk_triton.py",
+    "optim/syrk_quack.py",
+)
 """What decides a verdict: the kernels, and how they are checked."""
 
 

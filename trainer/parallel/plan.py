@@ -168,6 +168,10 @@ def shard_optimizer(
 
         kernel: Callable[..., Tensor] = syrk_triton.syrk_
         syrk = partial(kernel, **kernels.syrk.blocks)
+    elif kernels.syrk.name == "quack":
+        from optim import syrk_quack
+
+        syrk = syrk_quack.syrk_
     return build_hybrid_zero(
         dict(local.model.named_parameters()),
         local.placements,

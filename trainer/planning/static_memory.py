@@ -202,7 +202,7 @@ def triton_workspace(config: RunConfig, degrees: Degrees) -> int:
     excludes the kernel.
     """
     is_possible = config.precision != "fp32" and config.device != "cpu"
-    if not is_possible or config.kernel_setting("attention") not in ("auto", "triton"):
+    if not is_possible or config.kernel_setting("attention") not in ("auto", "triton", "flash_mla"):
         return 0
     rows = [phase.rows for phase in config.segment.phases]
     tokens = max(each.micro_batch_size * each.seq_len for each in rows) // degrees.context

@@ -47,6 +47,13 @@ def attention_with_lse2(inputs: AttentionInputs, choice: Choice = EAGER) -> tupl
 
         deterministic = torch.are_deterministic_algorithms_enabled()
         return forward_triton.attention(inputs, deterministic=deterministic, blocks=_blocks(choice))
+    if choice.name == "flash_mla":
+        from model.kernels.attention import flash_mla_triton
+
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return flash_mla_triton.attention(
+            inputs, deterministic=deterministic, blocks=_blocks(choice)
+        )
     return eager_attention(inputs)
 
 
@@ -71,7 +78,7 @@ def entry_probability_mass(
     Returns:
         fp32 [T, k], or [T, stop - start] with zeros where a query does not see an entry.
     """
-    if choice.name == "triton":
+    if choice.name in ("triton", "flash_mla"):
         from model.kernels.attention import probability_mass_triton
 
         return probability_mass_triton.entry_probability_mass(

@@ -39,6 +39,7 @@ query.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -211,8 +212,54 @@ def _forward(
     tl.store(lse2 + row, top + tl.log2(total), mask=in_bounds)
 
 
+def launch(
+    call: Call,
+    q: Tensor,
+    kv: Tensor,
+    entries: Tensor | None,
+    sink: Tensor,
+    cos_sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns out and lse2 as `attention` does; q, kv and entries are contiguous."""
+    out = torch.empty_like(q)
+    lse2 = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    blocks = call.blocks
+    block_t, block_h = call.rows(blocks.rows)
+    if q.numel():
+        _forward[call.grid(block_t, block_h)](
+            q,
+            kv,
+            entries,
+            call.selected,
+            sink.contiguous(),
+            cos_sin,
+            *call.visible,
+            out,
+            lse2,
+            call.tokens,
+            call.heads,
+            call.num_selected,
+            eps,
+            call.scale_log2,
+            DIM=call.dim,
+            ROTARY=cos_sin.shape[1],
+            BLOCK_T=block_t,
+            BLOCK_H=block_h,
+            BLOCK_N=blocks.keys,
+            MODE=call.mode,
+            SELECTED_STAGES=selected_stages(blocks.stages),
+            **blocks.options,
+        )
+    return out, lse2
+
+
 def attention(
-    inputs: AttentionInputs, *, deterministic: bool = True, blocks: Blocks | None = None
+    inputs: AttentionInputs,
+    *,
+    deterministic: bool = True,
+    blocks: Blocks | None = None,
+    forward: Callable[..., tuple[Tensor, Tensor]] = launch,
 ) -> tuple[Tensor, Tensor]:
     """Computes ``model.kernels.attention.attention_with_lse2`` in Triton.
 
@@ -220,6 +267,7 @@ def attention(
         deterministic: the gradient of selected entries is summed in a fixed order through a
             workspace instead of by atomics. All other gradients are deterministic anyway.
         blocks: block sizes of the launches; by default those for K.
+        forward: a function with the arguments and results of `launch`.
 
     Returns:
         [T, H, K] in q's dtype, and lse2 fp32 [T, H]: log2 of the softmax's denominator, sink
@@ -245,6 +293,7 @@ def attention(
         inputs.norm_eps,
         deterministic,
         blocks,
+        forward,
     )
 
 
@@ -262,37 +311,11 @@ class _Attention(torch.autograd.Function):
         eps: float,
         deterministic: bool,
         blocks: Blocks,
+        compute: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         call = Call(q, entries, ranges, selected, blocks)
-        out = torch.empty_like(q)
-        lse2 = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        block_t, block_h = call.rows(blocks.rows)
-        if q.numel():
-            _forward[call.grid(block_t, block_h)](
-                q,
-                kv,
-                entries,
-                call.selected,
-                sink.contiguous(),
-                cos_sin,
-                *call.visible,
-                out,
-                lse2,
-                call.tokens,
-                call.heads,
-                call.num_selected,
-                eps,
-                call.scale_log2,
-                DIM=call.dim,
-                ROTARY=cos_sin.shape[1],
-                BLOCK_T=block_t,
-                BLOCK_H=block_h,
-                BLOCK_N=blocks.keys,
-                MODE=call.mode,
-                SELECTED_STAGES=selected_stages(blocks.stages),
-                **blocks.options,
-            )
+        out, lse2 = compute(call, q, kv, entries, sink, cos_sin, eps)
         ctx.eps, ctx.ranges, ctx.blocks, ctx.deterministic = eps, ranges, blocks, deterministic
         ctx.entry_end = call.entry_end
         ctx.save_for_backward(q, kv, entries, sink, cos_sin, selected, out, lse2)
@@ -310,4 +333,4 @@ class _Attention(torch.autograd.Function):
         grad_entries = entry_gradients(call, rows, entries, ordered)
         sink_probability_TH = torch.exp(torch.sub(sink, lse2, alpha=1.0 / LOG2E))
         grad_sink = -(sink_probability_TH * rows.delta).sum(0).to(sink.dtype)
-        return grad_q, grad_kv, grad_entries, grad_sink, *[None] * 6
+        return grad_q, grad_kv, grad_entries, grad_sink, *[None] * 7

@@ -75,6 +75,10 @@ def write_streams(
         from model.kernels.hyper_connection import compiled  # imports torch's compiler
 
         return compiled.write_streams(streams_TND, y_TD, post_TN, comb_TNN)
+    if choice.name == "tile_kernels":
+        from model.kernels.hyper_connection import tile_kernels_library
+
+        return tile_kernels_library.write_streams(streams_TND, y_TD, post_TN, comb_TNN)
     return eager_write_streams(streams_TND, y_TD, post_TN, comb_TNN)
 
 
@@ -109,9 +113,13 @@ def collapse_streams(
 
 
 def _read(choice: Choice) -> Callable[..., Any]:
-    """Returns the function with which PyTorch reads the streams, compiled or not."""
+    """Returns the function that reads the streams, of an implementation other than Triton."""
     if choice.name == "compile":
         from model.kernels.hyper_connection import compiled  # imports torch's compiler
 
         return compiled.read_streams
+    if choice.name == "tile_kernels":
+        from model.kernels.hyper_connection import tile_kernels_library
+
+        return tile_kernels_library.read_streams
     return eager_read_streams

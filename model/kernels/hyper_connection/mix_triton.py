@@ -1,7 +1,8 @@
 """Reading from and writing to the residual streams in Triton, forward and backward.
 
 ``streams_triton.py`` has the plan. Forward divides the columns over programs; in backward a program
-has all columns of a few tokens, because its sums run over D.
+has all columns of a few tokens, because its sums run over D. Streams are tiles of their own: as a
+dimension of a tile, Triton would divide them among warps, and sums pass through shared memory.
 
 T tokens; N streams; D their width; M = (2+N)·N coefficients, or N of them in the head.
 """
@@ -40,7 +41,7 @@ def _stream_tiles(x, own, d, dim, in_bounds, N: tl.constexpr):
     """
     tiles = ()
     for j in tl.static_range(N):
-        tiles += (_tile(x, own * N + j, d, dim, in_bounds),)
+        tiles += (_tile(x, own * N + j, d, dim, in_bounds),)  # type: ignore[assignment]
     return tiles
 
 
@@ -49,7 +50,8 @@ def _numbers(x, first, in_bounds, COUNT: tl.constexpr):
     """Loads COUNT numbers of each token, from index ``first`` [BLOCK_T], each as [BLOCK_T]."""
     numbers = ()
     for i in tl.static_range(COUNT):
-        numbers += (tl.load(x + first + i, mask=in_bounds, other=0.0),)
+        number = tl.load(x + first + i, mask=in_bounds, other=0.0)
+        numbers += (number,)  # type: ignore[assignment]
     return numbers
 
 

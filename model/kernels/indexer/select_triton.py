@@ -3,12 +3,13 @@
 A program scores BLOCK_T tokens, all heads at once, against one block of visible entries after the
 other: [BLOCK_T · I, J] times [J, BLOCK_N], ReLU, weighted sum over heads. A score and its entry
 become one int64 whose order is (score, lower entry first), as in the eager version, so that ties
-are broken alike. The k best so far stay in registers, sorted. A strip of k new candidates goes
-through a small scratch buffer (which stays in cache), is sorted ascending, and the elementwise
-maximum with the k best, bitonic-merged, gives the new k best. No [T, C] matrix exists.
+are broken alike. The k best so far stay in registers, sorted. What is above the last of them is
+appended to a small scratch buffer (which stays in cache). Once that has k candidates, they are
+sorted ascending, and the elementwise maximum with the k best, bitonic-merged, gives the new k best:
+of n entries in random order, k · (1 + ln(n / k)) get there. No [T, C] matrix exists.
 
 Per query and visible entry 2·I·J FLOPs in tensor cores (16.4 thousand at I = 64, J = 128, so 17 ps
-at an H100's 989 TFLOP/s) and 3·I in the vector units, plus about 60 compare steps of the sort; a
+at an H100's 989 TFLOP/s) and 3·I in the vector units, plus the compare steps of few sorts; a
 query reads 2·I·(J + 2) bytes of memory once and writes 4·k, while keys come from L2. Flash and Pro
 differ only in k.
 
@@ -39,7 +40,7 @@ _MAX_BEST = 2048
 _TWO_PROGRAMS = 1024
 """With at most so many, a thread may have 128 registers, so that one program of an SM multiplies
 while another one sorts."""
-_CHUNK_TOKENS = 1 << 13
+_CHUNK_TOKENS = 1 << 14
 """Tokens per launch; bounds the scratch buffer, of 16 bytes for each of their k best."""
 _LOWEST = tl.constexpr(-(2**63))
 FAR = tl.constexpr(2**31 - 1)

@@ -1,0 +1,1 @@
+"""QuACK's package."""
