@@ -47,6 +47,14 @@ def _path(text: str | Path) -> Path:
     return Path(os.path.expanduser(text))
 
 
+class Effort(StrEnum):
+    """How much a model reasons before it answers."""
+
+    NONE = "none"
+    HIGH = "high"
+    MAX = "max"
+
+
 class GpuName(StrEnum):
     """GPUs whose data-sheet rates `v4 plan --efficiency` knows."""
 
@@ -195,6 +203,32 @@ def generate(
     options += ["--json"] * as_json
     options += [f"--prompt={prompt}" for prompt in prompts or []]
     _exit(processes.run(processes.command("generate", folder, *options)))
+
+
+@app.command()
+def chat(
+    folder: Annotated[str, typer.Argument(help="Run folder, or Hugging Face folder.")],
+    think: Annotated[Effort, typer.Option(help="How much the model reasons first.")] = Effort.NONE,
+    system: Annotated[str | None, typer.Option(help="Text of the system message.")] = None,
+    tools: Annotated[
+        str | None, typer.Option(help="JSON file with a list of tools that may be called.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Encoder of a released folder, whose prompt texts are then used."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=1e-6, max=1, help="Draw from the fewest tokens that make up this.")
+    ] = 1.0,
+) -> None:
+    """Talk to a model: each line is a turn. An empty line, or the end of the input, ends it."""
+    numbers = {"max-new-tokens": max_new_tokens, "temperature": temperature, "top-p": top_p}
+    texts = {"system": system, "tools": tools, "prompts": prompts}
+    options = [f"--{name}={value}" for name, value in {**numbers, "think": think.value}.items()]
+    options += [f"--{name}={text}" for name, text in texts.items() if text is not None]
+    _exit(processes.run(processes.command("chat", folder, *options)))
 
 
 @app.command("import")

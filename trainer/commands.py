@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.activity import Activity, prepare_streams, print_line
-from trainer.generate.arguments import add_generate_arguments
+from trainer.generate.arguments import add_chat_arguments, add_generate_arguments
 from trainer.process.signals import raise_on_interrupt
 
 if TYPE_CHECKING:
@@ -175,6 +175,14 @@ def generate(folder: str, options: argparse.Namespace) -> None:
     generate_command(folder, options)
 
 
+def chat(folder: str, options: argparse.Namespace) -> None:
+    """Talk to the newest checkpoint of a run, or a Hugging Face folder."""
+    with _loading():
+        from trainer.generate.chat import chat_command
+
+    chat_command(folder, options)
+
+
 def plan(config: RunConfig, options: argparse.Namespace) -> None:
     """Show steps, phases, parallelism, traffic and memory of a config."""
     from trainer.planning import describe_efficiency, describe_plan
@@ -275,6 +283,7 @@ VERBS = {
 }
 PLAIN_VERBS = {"kernels-show": kernels_show}
 FOLDER_VERBS = {
+    "chat": chat,
     "demo-corpus": demo_corpus,
     "generate": generate,
     "sample": sample,
@@ -339,6 +348,8 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("prompt")
         if name == "generate":
             add_generate_arguments(verb)
+        if name == "chat":
+            add_chat_arguments(verb)
     for name, plain_function in PLAIN_VERBS.items():
         verbs.add_parser(name, help=plain_function.__doc__)
     for name, function in VERBS.items():

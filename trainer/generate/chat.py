@@ -1,0 +1,190 @@
+"""`v4 chat`: a conversation with a model on the terminal, in the released written form.
+
+Each turn is rendered and run whole: which reasoning stays in the text depends on later turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data import DataError, Tokenizer
+from data.activity import Activity, print_line
+from data.text import OWN_PROMPTS, Prompts, decode, encode, read_messages, read_prompts
+from data.text.messages import Assistant, Call, Effort
+from trainer.config import ConfigError
+from trainer.generate.command import Decoder, summary
+from trainer.generate.generate import Generation, Request
+from trainer.generate.load import OpenedModel, open_model
+from trainer.generate.sampling import Sampling
+
+OPENING = "\n\n<"
+"""What precedes the first special token of tool calls."""
+DIM, PLAIN = "\033[2m", "\033[0m"
+
+
+class Chat:
+    """A conversation: its messages, and how the model answers.
+
+    Attributes:
+        messages: in the form that `read_messages` reads.
+    """
+
+    def __init__(
+        self,
+        opened: OpenedModel,
+        effort: Effort,
+        sampling: Sampling,
+        max_new_tokens: int,
+        prompts: Prompts = OWN_PROMPTS,
+        system: str | None = None,
+        tools: list[Any] | None = None,
+    ) -> None:
+        self._opened, self._effort, self._prompts = opened, effort, prompts
+        self._sampling, self._max_new_tokens = sampling, max_new_tokens
+        self.messages: list[dict[str, Any]] = []
+        if system is not None or tools:
+            self.messages.append({"role": "system", "content": system or "", "tools": tools or []})
+        self.generation: Generation | None = None
+
+    def say(self, content: str) -> Iterator[tuple[str, bool]]:
+        """Adds a user's turn; yields the answer's text in parts, each with whether it is reasoning.
+
+        Tool calls are not among the parts: they are in the last of `messages`, if they can be read.
+        """
+        self.messages.append({"role": "user", "content": content})
+        yield from self._answer()
+
+    def give_results(self, results: list[str]) -> Iterator[tuple[str, bool]]:
+        """Adds the results of the last answer's tool calls; yields as `say`."""
+        self.messages += [{"role": "tool", "content": result} for result in results]
+        yield from self._answer()
+
+    @property
+    def calls(self) -> list[Call]:
+        """The tool calls of the last answer."""
+        return [Call.model_validate(call) for call in self.messages[-1].get("tool_calls") or []]
+
+    def _answer(self) -> Iterator[tuple[str, bool]]:
+        tokenizer = self._opened.tokenizer
+        question = encode(read_messages(self.messages, self._effort), tokenizer, self._prompts)
+        request = self._request([tokenizer.bos_id, *question])
+        self.generation = Generation(self._opened.model, request)
+        answer: list[int] = []
+        with self._opened.rounding():
+            yield from _parts(tokenizer, self._generate(answer), self._effort != "none")
+        self.messages.append(self._message(question, answer))
+
+    def _generate(self, answer: list[int]) -> Iterator[int]:
+        assert self.generation is not None
+        for _, token in self.generation:
+            answer.append(token)
+            yield token
+
+    def _request(self, ids: list[int]) -> Request:
+        longest = self._opened.model.config.max_position_embeddings
+        room = min(self._max_new_tokens, longest - len(ids))
+        if room < 1:
+            raise ConfigError(
+                f"v4 chat: the conversation has {len(ids):,} tokens, and the model's "
+                f"max_position_embeddings is {longest:,}"
+            )
+        stop = frozenset({self._opened.tokenizer.eos_id})
+        seed = len(self.messages)
+        return Request([ids], room, self._sampling, stop, seed, speculative=True)
+
+    def _message(self, question: list[int], answer: list[int]) -> dict[str, Any]:
+        """Returns the answer as a message; where it does not follow the form, as plain text."""
+        tokenizer = self._opened.tokenizer
+        end = [] if answer[-1:] == [tokenizer.eos_id] else [tokenizer.eos_id]
+        try:
+            message = decode([*question, *answer, *end], tokenizer, self._prompts).messages[-1]
+            assert isinstance(message, Assistant)
+            fields = message.model_dump(exclude={"task"})
+            read_messages([*self.messages, fields], self._effort)
+        except DataError as error:
+            print_line(f"v4: warning: the answer is kept as text: {error}", sys.stderr)
+            text = tokenizer.decode([t for t in answer if t not in tokenizer.special.values()])
+            fields = {"role": "assistant", "content": text}
+        return fields
+
+
+def _parts(tokenizer: Tokenizer, tokens: Iterator[int], thinks: bool) -> Iterator[tuple[str, bool]]:
+    """Yields the text of an answer up to its tool calls, in parts, with whether it is reasoning."""
+    decoder, held = Decoder(tokenizer), ""
+    end_think, dsml = tokenizer.special.get("</think>"), tokenizer.special.get("｜DSML｜")
+    for token in tokens:
+        if token == end_think:
+            yield held + decoder.end(), thinks
+            decoder, held, thinks = Decoder(tokenizer), "", False
+        elif token == dsml:
+            for _ in tokens:  # the calls, which are shown when they are complete
+                pass
+            return
+        elif token != tokenizer.eos_id:
+            text, held = _without_opening(held + decoder.add(token))
+            yield text, thinks
+    yield held + decoder.end(), thinks
+
+
+def _without_opening(text: str) -> tuple[str, str]:
+    """Splits off an end that may be the beginning of tool calls."""
+    size = max(n for n in range(len(OPENING) + 1) if text.endswith(OPENING[:n]))
+    return text[: len(text) - size], text[len(text) - size :]
+
+
+def chat_command(folder: str, options: argparse.Namespace) -> None:
+    """Talk to a model: a line of standard input is a turn, an empty one or its end ends it."""
+    prompts = OWN_PROMPTS if options.prompts is None else read_prompts(Path(options.prompts))
+    tools = None if options.tools is None else _read_tools(Path(options.tools))
+    with Activity("loading the model"):
+        opened = open_model(Path(folder))
+    sampling = Sampling(options.temperature, options.top_p)
+    chat = Chat(
+        opened, options.think, sampling, options.max_new_tokens, prompts, options.system, tools
+    )
+    while (turn := _ask("> ")) is not None:
+        _show(chat, chat.say(turn))
+        while chat.calls:
+            results = [_ask(f"result of {call.name}: ") for call in chat.calls]
+            if None in results:
+                return
+            _show(chat, chat.give_results([result for result in results if result is not None]))
+
+
+def _ask(prompt: str) -> str | None:
+    """Reads a line; None for an empty one and at the end of the input."""
+    if sys.stdin.isatty():
+        print(prompt, end="", flush=True)
+    return sys.stdin.readline().rstrip("\n") or None
+
+
+def _show(chat: Chat, parts: Iterator[tuple[str, bool]]) -> None:
+    """Prints an answer as it grows, reasoning dimmed, then its tool calls and the speed."""
+    has_colour = sys.stdout.isatty()
+    was_reasoning = False
+    for text, is_reasoning in parts:
+        if was_reasoning and not is_reasoning:
+            print("\n", flush=True)
+        was_reasoning = is_reasoning
+        print(f"{DIM}{text}{PLAIN}" if has_colour and is_reasoning else text, end="", flush=True)
+    print(flush=True)
+    for call in chat.calls:
+        print(f"calls {call.name}({json.dumps(call.arguments, ensure_ascii=False)})", flush=True)
+    assert chat.generation is not None
+    print_line(summary(chat.generation.statistics), sys.stderr)
+
+
+def _read_tools(path: Path) -> list[Any]:
+    """Reads a JSON list of tool definitions. Raises ConfigError for other files."""
+    try:
+        tools = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(tools, list):
+        raise ConfigError(f"{path}: should hold a list of tools, not a {type(tools).__name__}")
+    return tools
