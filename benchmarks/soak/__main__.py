@@ -10,7 +10,7 @@ checkpoint is truncated. Every record that any of these runs ever writes must eq
 without faults, to the bit, with its count of tokens; ranks that start again do so from the last
 published checkpoint or a later one; and every tensor of the last checkpoint is the same.
 
-Memory and open files of all processes are sampled every two seconds. The soak can be continued: the
+Memory and open files of all processes are sampled every second. The soak can be continued: the
 same command adds to the same record, with other faults. `table.txt` and `plot.svg` in FOLDER are of
 all pieces; they are written after every run of the model, too. The exit code is 1 if anything
 differs or a training had to be killed because it stood still.
@@ -77,7 +77,8 @@ SETTINGS = (
 STILL_SECONDS = 240.0
 """Without a step, after which a training is counted as standing still."""
 NEXT = (2, 10)
-"""Steps between two faults."""
+"""Steps between two faults; in one of six cases between the limits of `CALM`."""
+CALM = (40, 100)
 
 
 class Soak:
@@ -111,6 +112,10 @@ class Soak:
         self.summarise(is_over=True)
         return 1 if any(map(_is_bad, self.events.read())) else 0
 
+    def stop(self) -> None:
+        """Ends the piece early: the training saves and stops, table and plot are written."""
+        self.end = 0.0
+
     def _undisturbed(self) -> dict[int, Record]:
         """Trains once without faults, in the first piece; returns its records by step."""
         training = Training(self.folder, "undisturbed", self.arguments, self.ranks)
@@ -119,10 +124,12 @@ class Soak:
             self.sampler.training = training
             with _ended(training):
                 training.start()
-                assert training.child is not None
-                code = training.child.wait()
-            if code != 0:
-                raise SystemExit(f"the undisturbed run ended with {code}; see {training.log}")
+                while training.code() is None:
+                    time.sleep(0.5)
+                    path = training.folder / "metrics.jsonl"
+                    self.sampler.steps = len(read_metrics(path)) if path.is_file() else 0
+            if training.code() != 0:
+                raise SystemExit(f"the undisturbed run did not end well; see {training.log}")
         records = read_metrics(training.folder / "metrics.jsonl")
         return {record["step"]: record for record in records}
 
@@ -138,8 +145,10 @@ class Soak:
         with _ended(training):
             while time.monotonic() < self.end and not self._is_complete(training):
                 if training.code() is not None or training.child is None:
+                    self.sampler.steps = 0
                     training.start()
-                if self._advance(training, comparison, self.chance.randint(*NEXT)):
+                limits = CALM if self.chance.random() < 1 / 6 else NEXT
+                if self._advance(training, comparison, self.chance.randint(*limits)):
                     self._fault(training, comparison)
             if not self._is_complete(training):
                 training.terminate()
@@ -172,6 +181,7 @@ class Soak:
             time.sleep(0.1)
             if new := comparison.new_steps():
                 steps -= len(new)
+                self.sampler.steps += len(new)
                 deadline = time.monotonic() + STILL_SECONDS
             if training.code() is not None:
                 return False
@@ -188,6 +198,8 @@ class Soak:
         name = self.chance.choices(names, weights)[0]
         time.sleep(self.chance.uniform(0.0, 1.0))
         newest, start = training.newest_step(), time.monotonic()
+        if name in KILLS:
+            self.sampler.steps = 0
         try:
             what = FAULTS[name][0](training, self.chance)
         except psutil.NoSuchProcess:
@@ -285,10 +297,11 @@ def main() -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(start_server()).make_bucket("soak")
-        return Soak(options).run()
+        soak = Soak(options)
+        signal.signal(signal.SIGTERM, lambda *_: soak.stop())
+        return soak.run()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training ends as well
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.exit(main())

@@ -21,9 +21,10 @@ from trainer.metrics import Record
 
 Line = dict[str, Any]
 COMPARED = ("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "tokens", "learning_rate")
-SAMPLE_SECONDS = 2.0
-WARM_SECONDS = 25.0
-"""Age after which a process's memory counts for a line: imports and first steps are over."""
+SAMPLE_SECONDS = 1.0
+WARM_STEPS = 10
+"""Steps of its ranks after which a process's memory counts for a line: the first ones compile, and
+the first save is over."""
 
 
 class Lines:
@@ -50,11 +51,16 @@ class Lines:
 
 
 class Sampler:
-    """Writes memory and open files of a training's processes every two seconds, in a thread."""
+    """Writes memory and open files of a training's processes every second, in a thread.
+
+    Attributes:
+        steps: that the ranks have taken since they started.
+    """
 
     def __init__(self, samples: Lines) -> None:
         self.samples = samples
         self.training: Training | None = None
+        self.steps = 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -68,7 +74,7 @@ class Sampler:
                         role=member.role,
                         rank=member.rank,
                         pid=member.process.pid,
-                        age=time.time() - member.process.create_time(),
+                        steps=self.steps,
                         rss=member.process.memory_info().rss,
                         files=member.process.num_fds(),
                     )
@@ -133,7 +139,7 @@ def fit(samples: Iterable[Line], role: str, key: str) -> FittedLine | None:
     """Fits a line to a quantity of the processes of a role within their lives."""
     series: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for sample in samples:
-        if sample["role"] == role and sample["age"] > WARM_SECONDS:
+        if sample["role"] == role and sample.get("steps", 0) >= WARM_STEPS:
             series[sample["pid"]].append((sample["time"] / 3600, sample[key]))
     long = [np.array(points) for points in series.values() if len(points) >= 3]
     if not long:

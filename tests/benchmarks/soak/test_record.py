@@ -58,7 +58,7 @@ def test_a_line_that_an_evaluation_replaces_is_read_again(tmp_path: Path) -> Non
 
 def test_a_leak_has_a_slope() -> None:
     samples = [
-        {"role": "rank", "pid": pid, "age": 30.0 + t, "time": 60.0 * t, "rss": pid + 2.0 * t}
+        {"role": "rank", "pid": pid, "steps": 10 + t, "time": 60.0 * t, "rss": pid + 2.0 * t}
         for pid in (100, 5000)
         for t in range(10)
     ]
@@ -78,7 +78,7 @@ def test_table_and_plot_are_of_all_pieces(tmp_path: Path) -> None:
     for number, event in enumerate(events):
         event |= {"time": 1000.0 + 300 * number, "different_tensors": 0}
     samples = [
-        {"role": "rank", "pid": 1, "age": 30.0 + t, "time": 1000.0 + t, "rss": 2**20, "files": 7}
+        {"role": "rank", "pid": 1, "steps": 10 + t, "time": 1000.0 + t, "rss": 2**20, "files": 7}
         for t in range(5)
     ]
     text = "\n".join(sentences(events, samples))

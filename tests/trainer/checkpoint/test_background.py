@@ -24,9 +24,11 @@ from trainer import save_mode
 from trainer.checkpoint import background
 from trainer.checkpoint.background import BackgroundSaves
 from trainer.checkpoint.folder import CheckpointFolder, as_boxes, checkpoints_in
+from trainer.checkpoint.layout import ALIGNMENT
 from trainer.checkpoint.logical_tensors import Boxes
 from trainer.config import ConfigError, load_config
 from trainer.parallel.grid import Degrees, Grid
+from trainer.planning import checkpoint_copy_memory
 from trainer.process.errors import CheckpointError, PreflightError
 from trainer.save_mode import choose_save_mode
 from trainer.trainer import Trainer
@@ -238,6 +240,20 @@ def test_memory_decides_the_mode(tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(PreflightError, match=r"mode = async: .* set checkpoint\.mode=sync"):
         choose_save_mode(demanding, Grid.single())
     assert choose_save_mode(load_config(tiny, []), Grid.single()).is_async, "no copy is needed"
+
+
+def test_the_copy_takes_what_was_planned(tiny: Path, tmp_path: Path) -> None:
+    """On one process, which writes everything that it holds."""
+    for precision in ("fp32", "bf16"):
+        settings = ["checkpoint={every: 2, mode: async}", f"precision={precision}"]
+        config = load_config(tiny, [f"run_dir={tmp_path / precision}", *settings])
+        trainer = Trainer(config, Grid.single())
+        trainer.checkpoint.save_beside_training()
+        assert trainer.checkpoint.background is not None
+        planned = checkpoint_copy_memory(config, config.degrees(1))
+        assert planned <= trainer.checkpoint.background.nbytes < planned + ALIGNMENT
+        trainer.checkpoint.close()
+        trainer.batches.close()
 
 
 def test_deepspeed_saves_while_steps_stop(tiny: Path) -> None:
