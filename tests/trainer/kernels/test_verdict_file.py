@@ -51,6 +51,7 @@ OTHERS = {
     "torch": replace(KEY, platform=replace(GPU, torch_version="2.14.0")),
     "CUDA": replace(KEY, platform=replace(GPU, cuda="13.1")),
     "triton": replace(KEY, platform=replace(GPU, triton="3.8.0")),
+    "libraries": replace(KEY, platform=replace(GPU, libraries="quack 0.6.4")),
     "sources": replace(KEY, sources="1" * 64),
     "sizes": replace(KEY, problem=replace(PROBLEM, model={"hidden_size": 128})),
     "tokens": replace(KEY, problem=replace(PROBLEM, micro_tokens=8192)),
