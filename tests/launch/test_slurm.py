@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 150  # enough that a job is not over before a command of Slurm has arrived
 RUN = [f"steps={STEPS}", "checkpoint.every=10", "checkpoint.keep=0"]
 LIMIT = 280.0  # seconds that one job may take
-SAVE_SECONDS = 60
+SAVE_SECONDS = 90
 SIGNAL_SECONDS = SAVE_SECONDS + 60  # before the time limit; Slurm looks every half minute
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
@@ -156,7 +156,7 @@ def test_a_job_saves_before_its_time_limit_and_is_requeued_until_it_ends(
     cluster: SlurmCluster, endless: tuple[int, Path], tiny: Path
 ) -> None:
     number, run_dir = endless
-    minutes = (seconds_of(cluster.job(number)["RunTime"]) + SIGNAL_SECONDS) // 60 + 1
+    minutes = (seconds_of(cluster.job(number)["RunTime"]) + SIGNAL_SECONDS) // 60
     cluster.run("scontrol", "update", f"jobid={number}", f"timelimit={minutes}")
     job = wait_until(cluster, number, lambda job: any(run_dir.glob("checkpoints/step-*")))
     (run_dir.parent / "run.yaml").write_text(f"base: {tiny}\nsteps: {last_step(run_dir) + 3}\n")
