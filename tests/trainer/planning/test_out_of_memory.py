@@ -72,7 +72,7 @@ def test_a_phase_s_own_microbatch_is_advised():
 
 def test_nothing_that_helps_is_no_empty_list(monkeypatch):
     monkeypatch.setattr("trainer.planning.out_of_memory.estimate", lambda *_: 2**30)
-    assert compare(str(CONFIG), 1).endswith("takes less; use more processes")
+    assert compare(str(CONFIG), 1, 0).endswith("takes less; use more processes")
 
 
 def test_other_errors_pass():
