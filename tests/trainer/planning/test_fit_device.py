@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.trainer.config.test_recipe import phased
+from tests.trainer.test_phase_runs import STAGES
 from tests.trainer.tiny import column
 from trainer.__main__ import main
 from trainer.config import ConfigError, RunConfig, load_config
@@ -68,6 +70,19 @@ def test_least_recomputation_then_the_longest_microbatch(memory, expected):
 
 def test_what_is_written_does_not_matter():
     assert settings(58, "parallel.recompute=[block]", "data.micro_batch_size=12") == (6, (), False)
+
+
+def test_the_degrees_of_a_phase_stay(tiny: Path, tmp_path: Path) -> None:
+    """What was chosen for a segment is that of the run, and no phase asks for something else."""
+    stages = [stage | {"attention": "dense"} for stage in STAGES[:2]]
+    stages[1] |= {"parallel": {"context": 2, "recompute": ["block"], "offload": ["block"]}}
+    config = load_config(phased(tiny, tmp_path, stages))
+    config = config.at_step(config.recipe.steps - 1)
+    chosen, message = fit(config, 2, DeviceInfo("a device", 100 * GIB), lambda config: GIB)
+    assert chosen.segment.phases[0].number == 1 and chosen.segment.parallel.context == 2
+    assert chosen.segment.parallel.recompute == chosen.segment.parallel.offload == ()
+    assert "parallel.recompute = []" in message
+    assert chosen.phases[1].parallel is not None and chosen.phases[1].parallel.recompute is None
 
 
 def test_nothing_fits():

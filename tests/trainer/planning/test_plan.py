@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from model.flops import flops_per_layer
+from tests.trainer.config.test_recipe import phased
 from tests.trainer.parallel.topologies import MODEL
 from trainer.config import ConfigError, RunConfig, load_config
-from trainer.formatting import span
+from trainer.formatting import gib, span
 from trainer.parallel.degrees import Degrees
 from trainer.parallel.stage_plan import balance_layers
 from trainer.planning.layer_times import Times, measure_layers, take_times
-from trainer.planning.plan import describe_plan, stage_shares
+from trainer.planning.plan import degrees_table, describe_plan, stage_shares
 from trainer.planning.static_memory import memory_parts
 from trainer.planning.traffic import GradientReduction, Work, step_traffic
 from trainer.planning.traffic_tables import traffic_of
@@ -42,10 +43,17 @@ def row(text: str, name: str) -> list[str]:
 
 
 def test_flash_on_256() -> None:
-    text = printed(describe_plan(load_config(CONFIGS / "flash.yaml"), 256))
-    assert row(text, "tensor x context x data x pipeline") == ["2 x 8 x 2 x 8"]
-    assert row(text, "expert_tensor x expert x expert_data") == ["1 x 32 x 1 x 8"]
-    assert row(text, "microbatches per step") == ["36"], "of the phase with the longest rows"
+    config = load_config(CONFIGS / "flash.yaml")
+    at = printed([degrees_table(config, 256)])
+    assert row(at, "3")[:5] == ["sparse 64K", "2 x 8 x 2 x 8", "1 x 32 x 1 x 8", "block", "576"]
+    assert row(at, "5")[:5] == [
+        "sparse 1M, decay",
+        "2 x 64 x 1 x 2",
+        "1 x 128 x 1 x 2",
+        "block",
+        "72",
+    ]
+    text = printed(describe_plan(config, 256, phase=3))
     assert row(text, "parameters") == ["290,942,278,866"]
     assert row(text, "33") == ["1", "0", "0", "1", "0", "1", "0"]  # who is where
     assert "│     7 │             7 │     42 │ 1 csa, heads" in text
@@ -65,6 +73,30 @@ def test_the_phases_of_flash() -> None:
     assert float(time.removesuffix(" days")) == pytest.approx(seconds / 86400, rel=0.15)
     assert "Times at 40% of metrics.peak_tflops = 1000 on 256 processes" in text
     assert row(text, "phase 2")[5] == "0.001" and row(text, "phase 0")[4].startswith("4,608 to")
+
+
+def test_every_phase_is_planned_at_its_degrees(tiny: Path, tmp_path: Path) -> None:
+    dense = {"attention": "dense", "micro_batch_size": 1, "global_batch_size": 8}
+    phases = [
+        dense | {"until_tokens": 4000},
+        dense | {"until_tokens": 8000, "parallel": {"tensor": 2, "recompute": ["block"]}},
+        dense | {"until_tokens": 12000, "seq_len": 96, "parallel": {"pipeline": 2}},
+    ]
+    config = load_config(phased(tiny, tmp_path, phases))
+    text, table = printed(describe_plan(config, 4)), printed([degrees_table(config, 4)])
+    for number, degrees in enumerate(("1 x 1 x 4 x 1", "2 x 1 x 2 x 1", "1 x 1 x 2 x 2")):
+        name, dense_axes, _, recomputed, microbatches, memory, sent = row(table, str(number))
+        assert (dense_axes, recomputed) == (degrees, "block" * (number == 1))
+        at = config.at_step(config.recipe.phases[number].first)
+        assert microbatches == str(8 // at.degrees(4).data)
+        parts = memory_parts(at, at.degrees(4))
+        assert memory == gib(sum(parts.values())) and name in text
+        assert float(sent.removesuffix(" MiB")) > 0
+    assert text.count("memory of the fullest process") == 3 and text.count("stages\n") <= 1
+    only = printed(describe_plan(config, 4, phase=1))
+    assert only.count("memory of the fullest process") == 1 and "phase 2," not in only
+    with pytest.raises(ConfigError, match=r"phases\.1\.parallel: .* does not divide the 3 pro"):
+        list(describe_plan(config, 3))
 
 
 def test_traffic_is_that_of_the_rank_that_sends_most(tiny: Path) -> None:
