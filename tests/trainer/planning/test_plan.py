@@ -82,7 +82,7 @@ def test_every_phase_is_planned_at_its_degrees(tiny: Path, tmp_path: Path) -> No
         dense | {"until_tokens": 8000, "parallel": {"tensor": 2, "recompute": ["block"]}},
         dense | {"until_tokens": 12000, "seq_len": 96, "parallel": {"pipeline": 2}},
     ]
-    config = load_config(phased(tiny, tmp_path, phases))
+    config = load_config(phased(tiny, tmp_path, phases), ["data.micro_batch_size=1"])
     text, table = printed(describe_plan(config, 4)), printed([degrees_table(config, 4)])
     for number, degrees in enumerate(("1 x 1 x 4 x 1", "2 x 1 x 2 x 1", "1 x 1 x 2 x 2")):
         name, dense_axes, _, recomputed, microbatches, memory, sent = row(table, str(number))
