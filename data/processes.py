@@ -1,5 +1,8 @@
 """Other processes of this machine, which may have ended meanwhile."""
 
+from contextlib import suppress
+from pathlib import Path
+
 import psutil
 
 _CLOCK_SECONDS = 2.0  # by which the recorded time of a process's creation may shift with the clock
@@ -26,3 +29,12 @@ def is_running(process: psutil.Process) -> bool:
         return False
     except psutil.AccessDenied:
         return True
+
+
+def send_if_handled(process: psutil.Process, number: int) -> None:
+    """Sends a signal to a process that has a handler for it; others would be killed by it."""
+    with suppress(OSError, psutil.Error):
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+        if int(caught.split()[1], 16) >> (number - 1) & 1:
+            process.send_signal(number)

@@ -14,7 +14,7 @@ from typing import IO
 import psutil
 
 from data.activity import print_line
-from data.processes import is_running
+from data.processes import is_running, send_if_handled
 from trainer.process.exit_codes import (
     ERROR_PREFIX,
     INTERRUPTED_LINE,
@@ -23,11 +23,12 @@ from trainer.process.exit_codes import (
     error_line,
     exit_code_of,
 )
+from trainer.process.signals import PROFILE_SIGNAL
 
 Handler = Callable[[int, FrameType | None], None]
 STOP_SIGNALS: tuple[int, ...] = (
     *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
-    *(signal.SIGUSR1, signal.SIGUSR2),  # as schedulers send before a time limit
+    signal.SIGUSR2,  # as schedulers send before a time limit
 )
 _OF_A_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables of a shell inside a job, in which one process would wait for the others."""
@@ -118,17 +119,24 @@ def handlers(new: Mapping[int, Handler]) -> Iterator[None]:
 def train(arguments: Sequence[str], processes: int, restarts: int = 0) -> int:
     """Trains to the last step, or to the checkpoint that follows one of `STOP_SIGNALS`.
 
-    A second signal, or SIGQUIT, kills the training. After a crash it restarts from the newest
-    checkpoint, at most `restarts` times. Returns 0, 2 after one line on stderr about bad input, or
-    the exit code of the training processes, 128 + n where signal n killed one.
+    A second signal, or SIGQUIT, kills the training; PROFILE_SIGNAL goes to its processes. After a
+    crash it restarts from the newest checkpoint, at most `restarts` times. Returns 0, 2 after one
+    line on stderr about bad input, or the exit code of the training processes, 128 + n where signal
+    n killed one.
     """
     received: list[int] = []  # from before the start, else a signal could leave the training alone
 
     def receive(number: int, frame: FrameType | None) -> None:
         received.extend([number] * (2 if number == signal.SIGQUIT else 1))
 
-    with handlers(dict.fromkeys((*STOP_SIGNALS, signal.SIGQUIT), receive)):
-        return _Training(arguments, processes, restarts, received).wait()
+    profiles: list[int] = []
+
+    def receive_profile(number: int, frame: FrameType | None) -> None:
+        profiles.append(number)
+
+    new = dict.fromkeys((*STOP_SIGNALS, signal.SIGQUIT), receive)
+    with handlers({**new, PROFILE_SIGNAL: receive_profile}):
+        return _Training(arguments, processes, restarts, received, profiles).wait()
 
 
 class _Training:
@@ -139,16 +147,22 @@ class _Training:
 
     Arguments:
         received: signals so far; the first one stops the training, the second one kills it.
+        profiles: signals that ask for a profile, until they have been passed on.
     """
 
     def __init__(
-        self, arguments: Sequence[str], processes: int, restarts: int, received: Sequence[int]
+        self,
+        arguments: Sequence[str],
+        processes: int,
+        restarts: int,
+        received: Sequence[int],
+        profiles: list[int],
     ) -> None:
         self.with_torchrun = _needs_torchrun(processes, restarts)
         if self.with_torchrun:  # it takes seconds before a process has its first line
             print_line(f"v4: starting {processes} processes", sys.stderr)
         self.may_restart = restarts > 0
-        self.received = received
+        self.received, self.profiles = received, profiles
         self.terminated: set[psutil.Process] = set()
         self.workers: set[psutil.Process] = set()
         self.process = subprocess.Popen(
@@ -168,6 +182,10 @@ class _Training:
                 self._kill()  # a user's error is the same after every restart
             elif self.received or self.process.poll() is not None:  # workers without torchrun
                 self._terminate()
+            while self.profiles:
+                self.profiles.pop()
+                for worker in self.workers:
+                    send_if_handled(worker, PROFILE_SIGNAL)
         self.errors.join()
         if self.errors.has_error:
             return USER_ERROR

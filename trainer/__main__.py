@@ -11,13 +11,19 @@ from typing import TYPE_CHECKING
 
 from data.activity import Activity, prepare_streams, print_line
 from trainer.process.exit_codes import START_AGAIN
-from trainer.process.signals import StopRequest, end_on_signals, stop_on_signals
+from trainer.process.signals import (
+    ProfileRequest,
+    StopRequest,
+    end_on_signals,
+    profile_on_signal,
+    stop_on_signals,
+)
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
 
 
-def train(config: RunConfig, stop: StopRequest) -> bool:
+def train(config: RunConfig, stop: StopRequest, profile: ProfileRequest) -> bool:
     """Trains `config` on the processes that torchrun's environment describes.
 
     Returns whether processes have to begin again, for a next step with other degrees.
@@ -55,8 +61,10 @@ def train(config: RunConfig, stop: StopRequest) -> bool:
         )
         from trainer.preflight import preflight
         from trainer.process.failures import report_failures
+        from trainer.process.heartbeat import Heartbeat
         from trainer.process.lease import leases_on
         from trainer.process.local_device import local_device
+        from trainer.process.watchdog import Watchdog
         from trainer.save_mode import choose_save_mode
         from trainer.trainer import Trainer
 
@@ -79,6 +87,9 @@ def train(config: RunConfig, stop: StopRequest) -> bool:
         with end_on_signals(stop, "connecting to the other processes"):
             grid = opened.enter_context(open_grid(device, config.degrees, timeout, store))
             watch.connect(grid)
+        heartbeat = Heartbeat()
+        heartbeat.follow(grid.traffic.waits, config.parallel.timeout_on(device.type))
+        opened.enter_context(Watchdog(config.watchdog, heartbeat, config.run_dir, watch))
         if config.deterministic:
             _use_deterministic_algorithms()
         with leases_on(config.written_folders, "v4 train", grid, watch, stop) as check:
@@ -98,7 +109,17 @@ def train(config: RunConfig, stop: StopRequest) -> bool:
             messages += [expected_memory_report(config, grid.world_size), saves.message]
             start.what = "opening the shards and building the model"
             with advise_on_out_of_memory(config, grid):
-                trainer = Trainer(config, grid, stop, messages, check, agreed, saves.is_async)
+                trainer = Trainer(
+                    config,
+                    grid,
+                    stop,
+                    messages,
+                    check,
+                    agreed,
+                    saves.is_async,
+                    heartbeat,
+                    profile,
+                )
                 watch.at_end.insert(0, trainer.checkpoint.wait_at_end)  # before the lease ends
                 start.end()
                 state = trainer.run()
@@ -135,12 +156,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
     # Before anything is imported that takes long, so that no signal is lost.
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, profile_on_signal() as profile:
         from trainer.config import load_run
         from trainer.process.errors import run_or_explain
 
         def run() -> int:
-            while train(load_run(options.config, options.overrides), stop):
+            while train(load_run(options.config, options.overrides), stop, profile):
                 if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                     return START_AGAIN
             return 0

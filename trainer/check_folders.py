@@ -7,31 +7,21 @@ save into it.
 import os
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from data.storage import AnyPath, StoragePath
 from trainer.config import RunConfig
+from trainer.formatting import OnHost, where
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
 from trainer.process.errors import PreflightError, may_pass
 
-SHOWN_HOSTS = 4
 FOLDER_TIMEOUT = 15.0  # seconds that a network file system may take to show a new file
 
 
-class Place(Protocol):
-    """Where a rank runs."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def host(self) -> str: ...
-
-
 def check_folders(
-    everyone: Sequence[Place], config: RunConfig, grid: Grid, folder_timeout: float
+    everyone: Sequence[OnHost], config: RunConfig, grid: Grid, folder_timeout: float
 ) -> None:
     """Raises PreflightError, on all ranks, unless the run's folders can be used.
 
@@ -50,7 +40,7 @@ def check_folders(
 
 
 def _check_folder(
-    everyone: Sequence[Place], name: str, folder: Path, grid: Grid, folder_timeout: float
+    everyone: Sequence[OnHost], name: str, folder: Path, grid: Grid, folder_timeout: float
 ) -> None:
     """Raises unless all ranks see a file that the first one writes into the folder.
 
@@ -76,7 +66,7 @@ def _check_folder(
             token.unlink(missing_ok=True)
 
 
-def _check_own_folder(everyone: Sequence[Place], folder: Path, grid: Grid) -> None:
+def _check_own_folder(everyone: Sequence[OnHost], folder: Path, grid: Grid) -> None:
     """Raises unless the first rank, which alone writes into the run's folder, can."""
     token = folder / f".preflight-{secrets.token_hex(8)}"
     write_error = _write(token) if grid.is_first else ""
@@ -88,7 +78,7 @@ def _check_own_folder(everyone: Sequence[Place], folder: Path, grid: Grid) -> No
         token.unlink(missing_ok=True)
 
 
-def _check_storage(everyone: Sequence[Place], folder: StoragePath, grid: Grid) -> None:
+def _check_storage(everyone: Sequence[OnHost], folder: StoragePath, grid: Grid) -> None:
     """Raises unless all ranks see an object that the first one writes into the folder."""
     token = folder / f".preflight-{secrets.token_hex(8)}"
     write_error = _write(token) if grid.is_first else ""
@@ -121,7 +111,7 @@ def _why_unseen(token: StoragePath) -> str:
 
 
 def _check_checkpoints(
-    everyone: Sequence[Place], folder: Path, grid: Grid, folder_timeout: float
+    everyone: Sequence[OnHost], folder: Path, grid: Grid, folder_timeout: float
 ) -> None:
     """Raises if `folder`, of a run that resumes or on another disk, cannot be written.
 
@@ -168,22 +158,3 @@ def _appears(path: Path, seconds: float) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)
-
-
-def where(ranks: Iterable[Place]) -> str:
-    """Returns `ranks 2, 3 on host-b and rank 4 on host-c`, shortened after a few hosts."""
-    hosts: dict[str, list[int]] = {}
-    for facts in ranks:
-        hosts.setdefault(facts.host, []).append(facts.rank)
-    named = [
-        f"rank{'s' if len(numbers) > 1 else ''} {_few(numbers)} on {host}"
-        for host, numbers in list(hosts.items())[:SHOWN_HOSTS]
-    ]
-    if (more := len(hosts) - len(named)) > 0:
-        named.append(f"those on {more} more host{'s' if more > 1 else ''}")
-    return named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
-
-
-def _few(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8]))
-    return shown if len(numbers) <= 8 else f"{shown}, …"

@@ -98,7 +98,9 @@ def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
             "step": state.step,
             "tokens": state.tokens,
             "validation_loss": evaluation.loss,
+            "validation_bits_per_byte": evaluation.bits_per_byte,
             "validation_tokens": evaluation.tokens,
+            "validation_bytes": evaluation.bytes,
             "unigram_entropy": validation.unigram_entropy(),
         }
         if by_source is not None:

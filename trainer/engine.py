@@ -40,6 +40,27 @@ _WITHOUT_OBJECTIVE: dict[AttentionMode, AttentionMode] = {
 
 
 @dataclass(frozen=True)
+class RankMessage:
+    """What a rank reports to all others, with the token counts of a step."""
+
+    stop: bool = False
+    """It was asked to stop."""
+    profile: bool = False
+    """It was asked for a profile."""
+    work_seconds: float = 0.0
+    """How long it worked in the step before, waits for other ranks not included."""
+
+
+@dataclass(frozen=True)
+class Messages:
+    """The messages of all ranks, the same on every rank: whether any was asked, and all seconds."""
+
+    stop: bool = False
+    profile: bool = False
+    work_seconds: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class StepLosses:
     """Losses and statistics of a global batch, the same on every rank."""
 
@@ -58,8 +79,10 @@ class StepLosses:
     """Token counts, the denominators of the losses; on the host."""
     flops: float
     """FLOPs of forward and backward over all ranks, each sample at its own length."""
-    stop: bool
-    """Whether any rank was asked to stop."""
+    messages: Messages
+
+
+_NOTHING = RankMessage()
 
 
 def learns(name: str, attention: AttentionMode) -> bool:
@@ -151,26 +174,28 @@ class Engine(ABC):
         self,
         batches: Sequence[Batch],
         mtp_loss_weight: float | None = None,
-        stop: bool = False,
+        message: RankMessage = _NOTHING,
         experts: Sequence[SelectedExperts] | None = None,
     ) -> StepLosses:
         """Computes the gradient of the global token mean, for the optimizer to apply.
 
-        `batches` are this rank's microbatches of the step. `stop` is reduced over ranks together
-        with the token counts. `experts` were selected for them by `select_experts`, perhaps with
+        `batches` are this rank's microbatches of the step. `message` travels with the token counts.
+        `experts` were selected for them by `select_experts`, perhaps with
         earlier weights.
         """
         weight = self.model.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
         accumulator = StepAccumulator.zeros(self.model, self.grid.device)
         with self.copies.rows(batches) as rows:
-            counts, flops, stop = self._agree(rows, self._count_flops(batches), stop)
+            counts, flops, messages = self._agree(rows, self._count_flops(batches), message)
             microbatches = Microbatches(self.model, rows, counts, weight, self.attention, experts)
             self.run(microbatches, accumulator, backward=True)
         total = self._sum_over_ranks(accumulator)
         lm, mtp, balance, indexer = total.losses.unbind(0)
         loss = lm + weight * mtp + balance + indexer
         top1 = total.top1_weight_share / max(counts.routed, 1)
-        return StepLosses(loss, lm, mtp, balance, indexer, total.load, top1, counts, flops, stop)
+        return StepLosses(
+            loss, lm, mtp, balance, indexer, total.load, top1, counts, flops, messages
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
@@ -220,20 +245,25 @@ class Engine(ABC):
             for sample in row
         )
 
-    def _agree(self, rows: list[Rows], flops: float, stop: bool) -> tuple[TokenCounts, float, bool]:
-        """Global token counts and FLOPs, and whether any rank was asked to stop.
+    def _agree(
+        self, rows: list[Rows], flops: float, message: RankMessage
+    ) -> tuple[TokenCounts, float, Messages]:
+        """Global token counts and FLOPs, and the messages of all ranks.
 
         One small all-reduce on the host; fp64 holds the counts exactly. Of the ranks that read the
         same rows one counts them.
         """
         local = sum((micro.counts for micro in rows[1:]), rows[0].counts)
-        numbers = torch.tensor(
-            [local.lm, local.mtp, local.routed, flops, stop], dtype=torch.float64
-        )
+        sums = [local.lm, local.mtp, local.routed, flops, message.stop, message.profile]
+        numbers = torch.zeros(len(sums) + self.grid.world_size, dtype=torch.float64)
+        numbers[: len(sums)] = torch.tensor(sums, dtype=torch.float64)
+        numbers[len(sums) + self.grid.rank] = message.work_seconds
         if not (self.grid.sequence.is_first and self.grid.pipeline.is_first):
             numbers[:4] = 0.0
-        lm, mtp, routed, flops, stops = all_reduce_(numbers, self.grid.world).tolist()
-        return TokenCounts(lm=int(lm), mtp=int(mtp), routed=int(routed)), flops, stops > 0
+        totals = all_reduce_(numbers, self.grid.world).tolist()
+        lm, mtp, routed, flops, stops, profiles, *seconds = totals
+        messages = Messages(stops > 0, profiles > 0, tuple(seconds))
+        return TokenCounts(lm=int(lm), mtp=int(mtp), routed=int(routed)), flops, messages
 
 
 class NativeEngine(Engine):

@@ -1,17 +1,20 @@
 """Loss on validation rows: the token mean over the split, the same at any number of ranks."""
 
+import math
 from contextlib import closing
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from data import Loader, Prefetcher
+from data import Loader, Prefetcher, Tokenizer
 from data.activity import Activity
 from model import IGNORE_INDEX
 from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.parallel.collectives import all_reduce_
 from trainer.parallel.grid import Grid
+from trainer.process.heartbeat import Heartbeat
 from trainer.process.signals import StopRequest
 from trainer.run_tokenizer import run_data
 
@@ -28,18 +31,36 @@ class Evaluation:
     """Language-model loss, nats per target token."""
     tokens: int
     """Target tokens."""
+    bytes: int | None = None
+    """Bytes of text that they stand for; None where the tokenizer's ids have no definite bytes."""
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The loss of all targets, those that end documents included, over the bytes of text."""
+        return self.loss * self.tokens / (math.log(2) * self.bytes) if self.bytes else None
 
 
 class Validation:
     """The validation split, read in the same order at every evaluation.
 
     At most `evaluation.max_rows` are read, rounded up to full batches. Where `stop` is requested on
-    a rank, all of them end the evaluation before the next batch. Raises DataError where the shards
-    hold no validation document.
+    a rank, all of them end the evaluation before the next batch. `heartbeat` gets every batch.
+    `tokenizer` is the run's, by default opened here. Raises DataError where the shards hold no
+    validation document.
     """
 
-    def __init__(self, config: RunConfig, grid: Grid, stop: StopRequest | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        grid: Grid,
+        stop: StopRequest | None = None,
+        heartbeat: Heartbeat | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         self.config, self.grid, self.stop = config, grid, stop or StopRequest()
+        self.heartbeat = heartbeat or Heartbeat()
+        lengths = (tokenizer or Tokenizer(run_data(config).tokenizer.path)).byte_lengths()
+        self.byte_lengths = None if lengths is None else torch.from_numpy(lengths)
         self.rows = rows = config.evaluation.max_rows
         self.loader = self._loader(None)
         self.steps = self._steps(self.loader, rows)
@@ -85,20 +106,29 @@ class Validation:
 
     def _mean_over(self, loader: Loader, steps: int, engine: Engine) -> Evaluation:
         total = torch.zeros((), dtype=torch.float64, device=self.grid.device)
-        targets = torch.zeros((), dtype=torch.float64)
+        counts = torch.zeros(2, dtype=torch.float64)  # targets, and their bytes
         pin = self.grid.device.type == "cuda"
         with (
             closing(Prefetcher(loader.at, self.config.data.prefetch, steps, pin)) as rows,
             Activity("validation", steps, "batches", self.grid.is_first) as activity,
         ):
             for step in range(steps):
-                self._check_stop(step, steps)
+                self.heartbeat.enter("reading data")
                 batches = rows.at(step)
+                self.heartbeat.enter("evaluation")
+                self._check_stop(step, steps)
                 total += engine.evaluate(batches)
-                targets += sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
+                for batch in batches:
+                    counts += self._count(batch.targets[batch.targets != IGNORE_INDEX])
                 activity.advance()
-        tokens = int(all_reduce_(targets, self.grid.data))
-        return Evaluation(float(total) / tokens, tokens)
+        tokens, size = map(int, all_reduce_(counts, self.grid.data).tolist())
+        return Evaluation(float(total) / tokens, tokens, size or None)
+
+    def _count(self, targets: Tensor) -> Tensor:
+        """Returns the number of targets and that of their bytes, 0 where these are not known."""
+        lengths = self.byte_lengths
+        size = 0 if lengths is None else int(lengths[targets].sum())
+        return torch.tensor([len(targets), size], dtype=torch.float64)
 
     def _check_stop(self, step: int, steps: int) -> None:
         """Raises EvaluationStopped on all ranks where one of them was asked to stop."""

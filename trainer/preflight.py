@@ -19,10 +19,10 @@ from data.files import sha256_of
 from data.manifest import MANIFEST_FILE
 from data.storage import AnyPath, as_path
 from data.text import tokenizer_file
-from trainer.check_folders import FOLDER_TIMEOUT, check_folders, where
+from trainer.check_folders import FOLDER_TIMEOUT, check_folders
 from trainer.config import RunConfig
 from trainer.device import DeviceInfo, available_memory
-from trainer.formatting import GIB
+from trainer.formatting import GIB, where
 from trainer.kernels import (
     AgreedKernels,
     LocalVerdicts,
@@ -33,6 +33,7 @@ from trainer.kernels import (
     read_pinned,
     unchecked_kernels,
 )
+from trainer.metrics import tensorboard_is_installed
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
 from trainer.planning import memory_parts, snapshot_memory
@@ -87,6 +88,11 @@ def preflight(
     `folder_timeout` is in seconds: a new file in the run's folder has to be seen by all ranks
     within it.
     """
+    if config.metrics.tensorboard and not tensorboard_is_installed():
+        raise PreflightError(
+            "metrics.tensorboard = true needs the package tensorboard, which is not installed; "
+            "pip install 'v4-pretrain[tensorboard]', or set it to false"
+        )
     devices = (grid.device, torch.device("cpu"))
     memory, host_memory = (DeviceInfo.of(device).memory for device in devices)
     missing = missing_compiler(grid.device) if is_compiled(config) else ""

@@ -49,8 +49,13 @@ class StepResult:
     seconds: float = 0.0
     """Wall time on the host from before the step's batch is fetched until the step returns, layer
     stats included; the device may still be updating."""
+    work_seconds: tuple[float, ...] = ()
+    """By rank, how long it worked in the step before, waits for other ranks not included; empty in
+    a step whose batch was skipped."""
     validation_loss: float | None = None
     """Set where an evaluation was due after this step."""
+    validation_bits_per_byte: float | None = None
+    """Set with it where the tokenizer's ids have definite bytes."""
     validation_by_source: dict[str, float] | None = None
     """Set with it where the validation text has several sources."""
     layers: LayerStats | None = None

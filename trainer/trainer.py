@@ -3,10 +3,10 @@
 Letters: L layers (+ MTP), E routed experts.
 """
 
+import socket
 import time
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from data import Batch, DataRecord, Loader, Prefetcher
@@ -18,19 +18,23 @@ from trainer.build import build_engine
 from trainer.checkpoint import PeriodicCheckpoints, RunCheckpoint, unsaved_progress
 from trainer.config import Phase, RunConfig, save_config
 from trainer.device import peak_memory_report
-from trainer.engine import StepLosses
+from trainer.engine import RankMessage, StepLosses
 from trainer.evaluate import EvaluationStopped, Validation
+from trainer.garbage import collection_by_steps
 from trainer.kernels import AgreedKernels, run_operations, unchecked
 from trainer.metrics import Metrics, UpdateStats, collect_stats, compute_layer_stats, describe_event
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
 from trainer.process.command_line import resume_command, v4
 from trainer.process.errors import CheckpointError, DivergedError
-from trainer.process.signals import StopRequest
+from trainer.process.heartbeat import Heartbeat, Task
+from trainer.process.signals import ProfileRequest, StopRequest
+from trainer.profiling import Profiler
 from trainer.run_tokenizer import keep_tokenizer, open_tokenizer, other_tokenizer, run_data
 from trainer.stability import Anticipation, Stability
 from trainer.state import TrainState
 from trainer.step import RolledBack, StepResult
+from trainer.to_host import to_host
 
 Hook = Callable[[TrainState, StepResult], None]
 
@@ -41,7 +45,8 @@ class Trainer:
     `check` is called after every step, before anything is written; what it raises ends the run.
     `kernels` are what all ranks agreed on; by default, those that the config names without
     a check of the GPU. `async_saves`: whether checkpoints are written beside training; by default
-    as the config wants, without a check of the host's memory.
+    as the config wants, without a check of the host's memory. `heartbeat` gets what the loop does,
+    for a watchdog; `profile` asks for profiles.
 
     Raises the errors of trainer.process.errors.USER_ERRORS for input that cannot be trained on.
     """
@@ -55,6 +60,8 @@ class Trainer:
         check: Callable[[], None] = lambda: None,
         kernels: AgreedKernels | None = None,
         async_saves: bool | None = None,
+        heartbeat: Heartbeat | None = None,
+        profile: ProfileRequest | None = None,
     ) -> None:
         config.check_world(grid.world_size)
         data = run_data(config)
@@ -64,6 +71,10 @@ class Trainer:
         self.stop = stop or StopRequest()
         self.messages = messages
         self.check = check
+        self.heartbeat = heartbeat or Heartbeat()
+        self.profile = profile or ProfileRequest()
+        self.profiler = Profiler(config, grid, self.profile, self._log)
+        self.work_seconds = 0.0  # of this rank in the last step
         self.state = TrainState()
         self.recipe = config.recipe
         self.kernels = kernels or unchecked(config, grid.device)
@@ -74,7 +85,7 @@ class Trainer:
         self.batches = Prefetcher(self.loader.at, config.data.prefetch, self.recipe.steps, pin)
         self.validation: Validation | None = None
         if self.loader.manifest.of_split("validation"):
-            self.validation = Validation(config, grid, self.stop)
+            self.validation = Validation(config, grid, self.stop, self.heartbeat, self.tokenizer)
         frequencies = token_frequencies(self.loader) if config.model.num_hash_layers else None
         self.are_ids_counted = frequencies is not None
         self.local, self.engine, self.optimizer = build_engine(
@@ -111,11 +122,11 @@ class Trainer:
         checkpoints = PeriodicCheckpoints(config, self.checkpoint, self._log)
         self.periodic: list[Hook] = [
             self._write_metrics,
-            checkpoints.before_evaluation,
-            self._evaluate,
-            self._publish_metrics,
+            self._during("saving", checkpoints.before_evaluation),
+            self._during("evaluation", self._evaluate),
+            self._during("metrics", self._publish_metrics),
             self._log_memory,
-            checkpoints.after_evaluation,
+            self._during("saving", checkpoints.after_evaluation),
         ]
 
     def run(self) -> TrainState:
@@ -127,7 +138,9 @@ class Trainer:
         is_complete = False
         try:
             self._begin()
-            self._train()
+            self.profiler.begin(self.state.step + 1)
+            with collection_by_steps() as collect_garbage:
+                self._train(collect_garbage)
             self._agree_on_next()
             is_complete = True
         except LeaseError:
@@ -137,16 +150,20 @@ class Trainer:
             raise
         finally:
             self.batches.close()
+            self.profiler.close()
             self.checkpoint.close()
             if self.metrics is not None:
                 self.metrics.close(0 if is_complete else 1)
         return self.state
 
-    def _train(self) -> None:
-        first = self.state.step
+    def _train(self, collect_garbage: Callable[[int], None]) -> None:
+        first, waits = self.state.step, self.grid.traffic.waits
         while self._is_in_segment() and not self.state.stopping:
             start = time.perf_counter()
+            waits.is_step = True
+            self.heartbeat.enter("reading data", self.state.step + 1)
             self.stability.before_step()
+            self.profiler.before_step(self.state.step + 1)
             is_first = self.grid.is_first and self.state.step == first
             with Activity("first step", visible=is_first):  # may compile
                 result = self.step(self.anticipation.batches(self.state.step))
@@ -155,12 +172,17 @@ class Trainer:
                     self.checkpoint.save(self.state)  # for processes with that step's degrees
                 continue  # from the step that was restored
             result.seconds = time.perf_counter() - start
+            waits.is_step = False
+            self.work_seconds = max(result.seconds - waits.take_seconds(), 0.0)
+            self.heartbeat.step_ended(result.seconds)
             self.check()
             self.state.step += 1
             self.state.tokens += result.tokens
+            self.profiler.after_step(self.state.step)
             result.epochs = self.loader.epochs_of(self.state.step)
             for hook in self.periodic:
                 hook(self.state, result)
+            collect_garbage(self.state.step)
 
     def _is_in_segment(self) -> bool:
         segment = self.config.segment
@@ -189,17 +211,21 @@ class Trainer:
         is a spike, the run rolls back.
         """
         phase = self._enter_phase()
+        self.heartbeat.enter("forward and backward")
         experts = self.anticipation.select(self.state, batches)
         if self.state.step in self.state.skipped_batches:
             return self._skip_batch(phase)
         mtp_loss_weight = self.recipe.mtp_loss_weight(self.state.step)
-        losses = self.engine.forward_backward(
-            batches, mtp_loss_weight, self.stop.requested, experts
-        )
-        self.state.stopping = losses.stop
+        asked = self.profile.requested
+        message = RankMessage(self.stop.requested, asked, self.work_seconds)
+        losses = self.engine.forward_backward(batches, mtp_loss_weight, message, experts)
+        self.state.stopping = losses.messages.stop
+        if losses.messages.profile:
+            self.profiler.agreed(self.state.step + 1)
         norm = self.engine.gradient_norm()
         # Waits for the device; so does dispatch over expert ranks, for its counts.
-        result = self._to_host(phase, losses, norm)
+        learning_rate = self.recipe.learning_rate(self.state.step)
+        result = to_host(self.config.model, losses, norm, learning_rate, phase.number)
         if result.is_finite:
             problem = self.stability.problem(result)
         else:
@@ -207,9 +233,11 @@ class Trainer:
         if problem is not None:
             return self._roll_back(problem)
         with_stats = self._is_due(self.config.metrics.layer_stats_every, self.state.step + 1)
+        self.heartbeat.enter("update")
         if result.is_finite:
             self._update(result, losses, norm, phase, with_stats)
         if with_stats:
+            self.heartbeat.enter("layer stats")
             with collect_stats(self.model) as collector:
                 self.engine.evaluate(batches[:1])
             hook_stats = collector.to_host()
@@ -225,6 +253,7 @@ class Trainer:
             self.state.history.clear()  # the jump at the start of a phase is no spike
         if self.phase is not phase:
             self.phase = phase
+            self.heartbeat.new_phase()
             self.engine.set_attention(phase.attention)
             self.engine.quantisation = phase.quantisation
             if phase.name:
@@ -269,6 +298,7 @@ class Trainer:
 
     def _roll_back(self, problem: str) -> RolledBack:
         """Undoes the last steps. Raises DivergedError where that ends the run."""
+        self.heartbeat.enter("rolling back")
         self.engine.skip()
         event = self.stability.roll_back(problem)
         if self.metrics is not None:
@@ -290,45 +320,18 @@ class Trainer:
         """Whether `step` is a multiple of `every` (0: never) or the last step."""
         return step == self.recipe.steps or (every > 0 and step % every == 0)
 
-    def _to_host(self, phase: Phase, losses: StepLosses, norm: Tensor) -> StepResult:
-        """Copies the step's metrics to the host, finite or not, in one transfer."""
-        model = self.config.model
-        load_LE = losses.expert_load / losses.expert_load.mean(dim=1, keepdim=True).clamp(min=1.0)
-        learned_LE = load_LE[model.num_hash_layers :]
-        max_learned = learned_LE.max() if len(learned_LE) else load_LE.new_zeros(())
-        scalars = (losses.loss, losses.lm, losses.mtp, losses.balance, losses.indexer, norm)
-        loads = (load_LE.max(), max_learned, load_LE.min())
-        packed = torch.stack([x.double() for x in (*scalars, *loads, *losses.top1_weight_share)])
-        loss, lm, mtp, balance, indexer, grad_norm, *rest = packed.tolist()
-        load_max, learned_max, load_min, *top1_weight_share = rest
-        return StepResult(
-            learning_rate=self.recipe.learning_rate(self.state.step),
-            phase=phase.number,
-            loss=loss,
-            lm_loss=lm,
-            mtp_loss=mtp,
-            balance_loss=balance,
-            indexer_loss=indexer,
-            grad_norm=grad_norm,
-            expert_load_max=load_max,
-            expert_load_min=load_min,
-            max_expert_share=learned_max * model.num_experts_per_tok / model.n_routed_experts,
-            top1_weight_share=top1_weight_share[model.num_hash_layers :],
-            tokens=losses.counts.routed,
-            flops=losses.flops,
-        )
-
     def _begin(self) -> None:
         """Resumes, then opens the run folder's files on the first rank."""
         resumed = self.checkpoint.load(self.state)
         self.anticipation.configure(self.state)
+        hosts = all_gather_objects(socket.gethostname(), self.grid.world)
         saves = self._save_beside_training()
         if not self.grid.is_first:
             return
         unsaved_steps = 0 if resumed else unsaved_progress(self.config)
         keep_tokenizer(self.config, self.tokenizer)
         handwritten = save_config(self.config)
-        self.metrics = Metrics(self.config, self.state, self.grid)
+        self.metrics = Metrics(self.config, self.state, self.grid, hosts)
         if handwritten is not None:
             self._log(f"config.yaml is now the resolved config; as it was, it is {handwritten}")
         self.kernels.pinned.write(self.config.run_dir)
@@ -396,7 +399,9 @@ class Trainer:
             self.checkpoint.finish()
             self.has_evaluated = True
         try:
-            result.validation_loss = self.validation.evaluate(self.engine).loss
+            evaluation = self.validation.evaluate(self.engine)
+            result.validation_loss = evaluation.loss
+            result.validation_bits_per_byte = evaluation.bits_per_byte
             result.validation_by_source = self.validation.by_source(self.engine)
         except EvaluationStopped as stopped:
             state.stopping = True
@@ -420,6 +425,15 @@ class Trainer:
         if is_first or state.stopping or state.step == self.config.segment.end:
             self.has_logged_memory = True
             self._log(peak_memory_report(self.grid))
+
+    def _during(self, task: Task, hook: Hook) -> Hook:
+        """Returns a hook that reports its task first."""
+
+        def run(state: TrainState, result: StepResult) -> None:
+            self.heartbeat.enter(task)
+            hook(state, result)
+
+        return run
 
     def _log(self, message: str) -> None:
         if self.metrics is not None:

@@ -27,6 +27,9 @@ MODEL_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
 HF_CONFIG_FILE = "tokenizer_config.json"
 _BATCH_CHARACTERS = 1 << 20  # encoded at once, on all cores
+_PARTS = ("normalizer", "pre_tokenizer", "decoder")
+_ADD_SPACES = {"Metaspace", "Prepend", "Replace"}  # whose pieces have other bytes than the text
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # Punctuation or symbols, optionally after whitespace, then line breaks.
 _COMBINED = re.compile(r"([^\S\r\n]*(?:[^\w\s\ufffd]|_)+)([\r\n]+)")
 
@@ -161,6 +164,26 @@ class Tokenizer:
                 table[i] = (left[0], right[0])
         return table
 
+    def byte_lengths(self) -> NDArray[np.int64] | None:
+        """Bytes of text [V] that each id stands for, 0 for special tokens; V vocabulary.
+
+        None for an imported tokenizer whose ids do not add up to the bytes of a text.
+        """
+        spec = self._json
+        kinds = {part["type"] for name in _PARTS for part in _parts_of(spec.get(name))}
+        is_byte_level = "ByteLevel" in kinds
+        has_bytes = is_byte_level or spec["model"].get("byte_fallback", False)
+        if not has_bytes or kinds & _ADD_SPACES:
+            return None
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for piece, number in spec["model"]["vocab"].items():
+            if is_byte_level:  # a character for each byte
+                lengths[number] = len(piece)
+            else:
+                lengths[number] = 1 if _BYTE.fullmatch(piece) else len(piece.encode())
+        lengths[list(self.special.values())] = 0
+        return lengths
+
     def copy_to(self, folder: str | AnyPath) -> None:
         """Writes the defining file, and the config beside a tokenizer.json: an equal tokenizer.
 
@@ -212,6 +235,16 @@ class Tokenizer:
             write_atomically(folder / HF_FILE, _dump(self._json))
         config = config or _dump(tokenizer_config(max_length))
         write_atomically(folder / HF_CONFIG_FILE, config)
+
+
+def _parts_of(part: Any) -> list[dict[str, Any]]:
+    """The members of a part of a tokenizer.json, which may be a sequence or missing."""
+    if part is None:
+        return []
+    members = next(
+        (part[n] for n in ("normalizers", "pretokenizers", "decoders") if n in part), None
+    )
+    return [part] if members is None else [inner for one in members for inner in _parts_of(one)]
 
 
 def _batches(parts: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:

@@ -51,6 +51,10 @@ class _Event:
         """Whether it has happened."""
         return True
 
+    def elapsed_time(self, end: Any) -> float:
+        """Milliseconds to a later event."""
+        return 0.0
+
 
 def _waiting(gpu: FakeGpu, name: str) -> Callable[..., None]:
     def wait(*args: Any, **kwargs: Any) -> None:

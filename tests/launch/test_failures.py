@@ -109,7 +109,7 @@ def test_only_the_first_rank_repeats_what_failed_on_another_host(
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr(failures, "POLL_SECONDS", 0.0)
     watch = failures.FailureWatch()
-    watch._store = SimpleNamespace(
+    watch.store = SimpleNamespace(
         check=lambda keys: True, get=lambda key: f"2 {host} v4: error: a sentence.".encode()
     )
     monkeypatch.setattr(watch, "_end", sys.exit)
@@ -124,7 +124,7 @@ import sys
 from types import SimpleNamespace
 from trainer.process.failures import FailureWatch
 watch = FailureWatch()
-watch._store = SimpleNamespace(add=lambda key, n: 1, set=lambda key, text: print(text, flush=True))
+watch.store = SimpleNamespace(add=lambda key, n: 1, set=lambda key, text: print(text, flush=True))
 watch.report(RuntimeError("out of luck"))
 """
     reader, writer = os.pipe()

@@ -100,7 +100,7 @@ sys.exit(processes.train([], 2))
 
 @pytest.mark.parametrize(
     ("numbers", "returncode"),
-    [(["SIGUSR1"], 7), (["SIGUSR2"], 7), (["SIGQUIT"], 137), (["SIGTERM", "SIGUSR1"], 137)],
+    [(["SIGUSR1", "SIGUSR2"], 7), (["SIGQUIT"], 137), (["SIGTERM", "SIGUSR2"], 137)],
 )
 def test_every_signal_reaches_the_training(numbers: list[str], returncode: int) -> None:
     """Which has a session of its own; none may leave it running alone."""
@@ -120,6 +120,32 @@ sys.exit(processes.train([], 1))
             time.sleep(0.5)
         assert process.wait(timeout=30) == returncode
     assert not child.is_running()
+
+
+@pytest.mark.parametrize("start", ["processes.train([], 2)", "torchrun.main(arguments)"])
+def test_the_profile_signal_goes_to_the_ranks_that_handle_it(start: str) -> None:
+    """The others would be killed by it, and so would torchrun."""
+    rank = "trap 'echo profile $RANK; exit 0' USR1; [ $RANK = 1 ] && trap - USR1; echo started; "
+    rank += "for i in {1..60}; do sleep 0.1; done"
+    code = f"""
+import sys
+from launch import processes
+from trainer.process import torchrun
+arguments = ["--standalone", "--nproc-per-node=2", "--no-python", "bash", "-c", {rank!r}]
+command = [sys.executable, "-m", "trainer.process.torchrun", *arguments]
+processes.training_command = lambda *_: command
+sys.exit({start})
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["started\n"] * 2
+        time.sleep(0.5)
+        process.send_signal(signal.SIGUSR1)
+        out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "profile 0\n")
 
 
 @pytest.mark.parametrize("is_nohup", [False, True])

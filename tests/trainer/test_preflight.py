@@ -14,10 +14,11 @@ import torch.distributed as dist
 from tests.distributed import spawn
 from trainer import preflight as checks
 from trainer.config import load_config
+from trainer.formatting import where
 from trainer.kernels import Platform, RankKernels
 from trainer.parallel.grid import Degrees, Grid
 from trainer.planning.static_memory import memory_parts, snapshot_memory
-from trainer.preflight import Facts, code_digest, preflight, where
+from trainer.preflight import Facts, code_digest, preflight
 from trainer.process.errors import USER_ERRORS, PreflightError
 from trainer.process.host_memory import HostMemory
 

@@ -3,6 +3,7 @@
 Imports no torch, so that a login node can check a config.
 """
 
+from trainer.config.operation import ProfileConfig, WatchdogConfig
 from trainer.config.parallel import ParallelConfig
 from trainer.config.recipe import Phase, Recipe, Segment, short_length
 from trainer.config.reference import FieldReference, Reference, SectionReference
@@ -26,6 +27,7 @@ __all__ = [
     "FieldReference",
     "ParallelConfig",
     "Phase",
+    "ProfileConfig",
     "Recipe",
     "Reference",
     "Rule",
@@ -35,6 +37,7 @@ __all__ = [
     "Segment",
     "SpikeConfig",
     "UserPath",
+    "WatchdogConfig",
     "changed_fields",
     "differences",
     "load_as",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from data.config import DataPhase
 from optim.config import ScheduleConfig
 from trainer.config.deepspeed import deepspeed_problems
+from trainer.config.operation import profile_problems
 from trainer.config.phases import PhaseConfig
 from trainer.config.quantisation import (
     fp8_degree_problems,
@@ -122,6 +123,7 @@ def run_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
     yield from quantisation_problems(config)
     yield from fp8_problems(config)
     yield from stability_problems(config, recipe)
+    yield from profile_problems(config.profile, recipe.steps)
     for where, rows in rows_of(config, recipe):
         yield from _row_problems(config, where, rows)
     for segment in recipe.segments:

@@ -60,6 +60,12 @@ class ParallelConfig(Section):
     timeout_seconds: Annotated[float, Field(gt=0, le=1e7)] | None = None
     """Timeout of collectives; null is torch's default. [seconds]"""
 
+    def timeout_on(self, device: str) -> float:
+        """Returns the timeout of collectives on this type of device, in seconds."""
+        if self.timeout_seconds is not None:
+            return self.timeout_seconds
+        return 600.0 if device == "cuda" else 1800.0  # torch's
+
     @property
     def stages_per_rank(self) -> int:
         """Pipeline stages of each rank."""

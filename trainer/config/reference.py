@@ -29,7 +29,7 @@ from pydantic.fields import FieldInfo
 from trainer.config.section import section_in
 from trainer.config.source import ConfigError
 
-CHECKING_MODULES = ("checks", "deepspeed", "parallel", "quantisation", "recipe")
+CHECKING_MODULES = ("checks", "deepspeed", "operation", "parallel", "quantisation", "recipe")
 """Modules of trainer.config whose docstrings list checks across sections."""
 TOP = "run"
 """Name of the section at the top of a run's config."""

@@ -79,6 +79,8 @@ RULES: dict[str, Rule] = {
     "checkpoint": Rule.FREE,
     "metrics": Rule.FREE,
     "evaluation": Rule.FREE,
+    "watchdog": Rule.FREE,
+    "profile": Rule.FREE,
 }
 """By the dotted key of a field, or of a section for all its fields without a rule of their own."""
 

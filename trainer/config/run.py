@@ -31,6 +31,7 @@ from optim.config import OptimConfig
 from trainer.config.checks import name_phase, phase_problems, rows_of, run_problems
 from trainer.config.explain import explain
 from trainer.config.kernels import AUTO, KernelSetting, setting_of
+from trainer.config.operation import ProfileConfig, WatchdogConfig
 from trainer.config.parallel import ParallelConfig
 from trainer.config.phases import BiasSpeed, PhaseConfig, Quantisation
 from trainer.config.published import folder_name, published
@@ -106,6 +107,9 @@ class MetricsConfig(Section):
     peak_tflops: PositiveFloat | None = None
     """Peak of one device, for `mfu`; null is the data sheet's for bf16 where precision is bf16 or
     fp8 and the GPU is a known one. [TFLOP/s]"""
+    tensorboard: bool = False
+    """Also write TensorBoard's events into `tensorboard` of the run folder; needs the package
+    tensorboard."""
     wandb: WandbConfig = WandbConfig()
 
 
@@ -173,6 +177,8 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    profile: ProfileConfig = ProfileConfig()
     _segment: int = PrivateAttr(default=0)
 
     @cached_property
@@ -262,6 +268,11 @@ class RunConfig(Section):
         Data-parallel ranks need not divide the rows: they get filler rows, which do not count. With
         a pipeline, the rows of a rank have to be whole microbatches.
         """
+        if absent := [rank for rank in self.profile.ranks if rank >= world_size]:
+            raise ConfigError(
+                f"profile.ranks has {absent[0]}, and the last rank of {world_size} processes is "
+                f"{world_size - 1}"
+            )
         for segment in self.recipe.segments:
             for problem in self._world_problems(segment, world_size):
                 raise ConfigError(name_phase(self, segment, problem))
@@ -284,7 +295,7 @@ class RunConfig(Section):
     def alone(self) -> Self:
         """Returns the same run on one process, without DeepSpeed, and with `kernels` = auto."""
         alone = {"parallel": ParallelConfig(), "engine": "native", "deepspeed": None}
-        alone["kernels"] = AUTO
+        alone |= {"kernels": AUTO, "profile": ProfileConfig()}
         alone["phases"] = tuple(p.model_copy(update={"parallel": None}) for p in self.phases)
         return self.model_copy(update=alone).at_step(0)
 

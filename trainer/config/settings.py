@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from data.config import DataConfig
 from model.config import ModelConfig
 from optim.config import OptimConfig
+from trainer.config.operation import ProfileConfig
 from trainer.config.parallel import ParallelConfig
 from trainer.config.phases import PhaseConfig, Quantisation
 from trainer.config.stability import StabilityConfig
@@ -73,3 +74,6 @@ class RunSettings(RecipeSettings, Protocol):
 
     @property
     def checkpoint(self) -> SaveSettings: ...
+
+    @property
+    def profile(self) -> ProfileConfig: ...

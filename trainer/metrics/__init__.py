@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # for type checkers, the names of _MODULES
     from trainer.metrics.layer_hooks import collect_stats
     from trainer.metrics.layer_stats import compute_layer_stats
     from trainer.metrics.metrics import Metrics, describe_event
+    from trainer.metrics.tensorboard_log import tensorboard_is_installed
     from trainer.metrics.update_stats import UpdateStats
 
 _MODULES = {
@@ -24,6 +25,7 @@ _MODULES = {
     "finite": "jsonl",
     "read_events": "jsonl",
     "read_metrics": "jsonl",
+    "tensorboard_is_installed": "tensorboard_log",
 }
 __all__ = [*_MODULES]
 

@@ -1,15 +1,24 @@
-"""The metrics of a run: `metrics.jsonl`, wandb, and a progress line, on the first rank."""
+"""The metrics of a run: `metrics.jsonl`, wandb, TensorBoard, a progress line; on rank 0."""
 
 import time
+from collections.abc import Sequence
 
 from trainer.config import RunConfig
 from trainer.device import DeviceInfo
 from trainer.metrics.jsonl import Event, MetricsFile, Record
 from trainer.metrics.progress import Progress
+from trainer.metrics.rank_times import RankTimes
+from trainer.metrics.tensorboard_log import TensorBoardLog
 from trainer.metrics.wandb_log import WandbLog
 from trainer.parallel.grid import Grid
 from trainer.state import TrainState
 from trainer.step import StepResult
+
+_WHERE_DUE = (
+    *("validation_loss", "validation_bits_per_byte", "validation_by_source"),
+    *("layers", "groups"),
+)
+"""Fields of a result that few steps have."""
 
 
 def describe_event(event: Event) -> str:
@@ -29,7 +38,10 @@ def describe_event(event: Event) -> str:
 class Metrics:
     """Writes a record for every step. Lives on the first rank only."""
 
-    def __init__(self, config: RunConfig, state: TrainState, grid: Grid) -> None:
+    def __init__(
+        self, config: RunConfig, state: TrainState, grid: Grid, hosts: Sequence[str] = ("",)
+    ) -> None:
+        """Opens the file and the services; `hosts` are those of all ranks."""
         self.config = config
         self.world_size = grid.world_size
         self.peak_tflops = config.metrics.peak_tflops
@@ -38,9 +50,16 @@ class Metrics:
         self.progress = Progress(config.recipe.steps, state.step, config.metrics.every)
         self.file = MetricsFile(config.run_dir / "metrics.jsonl", state.step, self.log)
         self.wandb = WandbLog(config, self.log)
+        self.tensorboard: TensorBoardLog | None = None
+        if config.metrics.tensorboard:
+            self.tensorboard = TensorBoardLog(config.run_dir, state.step, self.log)
+        self.rank_times = RankTimes(hosts, grid.pipeline.size, self.log)
+        self._of_ranks: Record = {}
 
     def write(self, state: TrainState, result: StepResult) -> None:
         """Writes a step's record into the file, before an evaluation that may fail."""
+        self.rank_times.add(state.step, result.work_seconds)
+        self._of_ranks = self.rank_times.take() if self._is_due(state.step) else {}
         self.file.write(self.record(state, result))
 
     def publish(self, state: TrainState, result: StepResult) -> None:
@@ -48,10 +67,14 @@ class Metrics:
         record = self.record(state, result)
         if result.validation_loss is not None:
             self.file.write(record, replaces_last=True)
-        due = state.step % self.config.metrics.every == 0
-        if due or "validation_loss" in record or "layers" in record:
+        if self._is_due(state.step) or "validation_loss" in record or "layers" in record:
             self.wandb.log(record)
+            if self.tensorboard is not None:
+                self.tensorboard.log(record)
         self.progress.update(record)
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.config.metrics.every == 0
 
     def log(self, message: str) -> None:
         """Prints a line."""
@@ -86,9 +109,10 @@ class Metrics:
         if self.config.phases:
             record["phase"] = result.phase
             record["indexer_loss"] = result.indexer_loss
-        for name in ("validation_loss", "validation_by_source", "layers", "groups"):
+        for name in _WHERE_DUE:
             if (value := getattr(result, name)) is not None:
                 record[name] = value
+        record |= self._of_ranks
         record["skipped_steps"] = state.skipped_steps
         record["failed_saves"] = state.failed_saves
         record["rollbacks"] = state.rollbacks
@@ -99,4 +123,6 @@ class Metrics:
         """Flushes the file and ends the progress line and the wandb run."""
         self.progress.close()
         self.file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
         self.wandb.close(exit_code)

@@ -18,8 +18,7 @@ from typing import Any, Literal
 
 from data.files import write_atomically
 from trainer.config import RunConfig
-from trainer.metrics.layer_stats import flatten_layers
-from trainer.metrics.update_stats import flatten_groups
+from trainer.metrics.flatten import flatten
 
 START_SECONDS = 20.0  # until a server that does not answer is given up
 FINISH_SECONDS = 20.0  # for what is still to be uploaded after the last step
@@ -72,7 +71,7 @@ class WandbLog:
             atexit.register(_close_session)  # runs before wandb's own
         try:
             while isinstance(record := self._records.get(), dict):
-                run.log(_flat(record))
+                run.log(flatten(record))
             run.finish(exit_code=record)
         except Exception as error:
             self.log_line(
@@ -180,13 +179,3 @@ def _reason(error: Exception) -> str:
     """Returns what went wrong in one line, without anything that may be a key."""
     text = " ".join(str(error).split()) or type(error).__name__
     return _KEY.sub("…", text)
-
-
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    """Returns a record as wandb wants it, one number for every name."""
-    plain = {n: v for n, v in record.items() if not isinstance(v, dict) and v is not None}
-    losses = record.get("validation_by_source", {})
-    by_source = {f"validation_loss/{name}": loss for name, loss in losses.items()}
-    by_source |= {f"epochs/{name}": read for name, read in record.get("epochs", {}).items()}
-    layers = flatten_layers(record.get("layers", {}))
-    return plain | by_source | layers | flatten_groups(record.get("groups", {}))

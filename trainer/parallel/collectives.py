@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trainer.parallel.grid import Axis
 from trainer.parallel.ring import all_gather_bytes, all_reduce_bytes, reduce_scatter_bytes
+from trainer.parallel.waits import Collective
 
 Item = TypeVar("Item")
 Pending = Callable[[], Tensor]
@@ -31,7 +32,17 @@ def all_reduce_(tensor: Tensor, axis: Axis) -> Tensor:
     """Sums `tensor` over the axis, in place, and returns it."""
     if axis.group is not None:
         _count(axis, "all_reduce", all_reduce_bytes(axis.size, tensor.nbytes))
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=axis.group)
+        with axis.waiting("all_reduce"):
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=axis.group)
+    return tensor
+
+
+def all_reduce_max_(tensor: Tensor, axis: Axis) -> Tensor:
+    """Takes the largest of each element over the axis, in place, and returns it."""
+    if axis.group is not None:
+        _count(axis, "all_reduce", all_reduce_bytes(axis.size, tensor.nbytes))
+        with axis.waiting("all_reduce"):
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=axis.group)
     return tensor
 
 
@@ -42,7 +53,9 @@ def begin_all_gather(tensor: Tensor, axis: Axis) -> Pending:
     tensor = tensor.contiguous()
     _count(axis, "all_gather", all_gather_bytes(axis.size, tensor.nbytes))
     out = tensor.new_empty(axis.size * tensor.shape[0], *tensor.shape[1:])
-    return _wait(_all_gather(out, tensor, group=axis.group, async_op=True), out, tensor)
+    call = axis.call("all_gather")
+    work = _all_gather(out, tensor, group=axis.group, async_op=True)
+    return _wait(work, out, tensor, axis, call)
 
 
 def begin_reduce_scatter(tensor: Tensor, axis: Axis) -> Pending:
@@ -52,7 +65,9 @@ def begin_reduce_scatter(tensor: Tensor, axis: Axis) -> Pending:
     tensor = tensor.contiguous()
     _count(axis, "reduce_scatter", reduce_scatter_bytes(axis.size, tensor.nbytes))
     out = tensor.new_empty(tensor.shape[0] // axis.size, *tensor.shape[1:])
-    return _wait(_reduce_scatter(out, tensor, group=axis.group, async_op=True), out, tensor)
+    call = axis.call("reduce_scatter")
+    work = _reduce_scatter(out, tensor, group=axis.group, async_op=True)
+    return _wait(work, out, tensor, axis, call)
 
 
 def begin_all_to_all(
@@ -66,16 +81,18 @@ def begin_all_to_all(
     _count(axis, "all_to_all", (sum(send) - send[axis.rank]) * row)
     out = tensor.new_empty(sum(receive), *tensor.shape[1:])
     sizes = list(receive), list(send)
+    call = axis.call("all_to_all")
     work = dist.all_to_all_single(out, tensor, *sizes, group=axis.group, async_op=True)
-    return _wait(work, out, tensor)
+    return _wait(work, out, tensor, axis, call)
 
 
-def _wait(work: Any, out: Tensor, sent: Tensor) -> Pending:
+def _wait(work: Any, out: Tensor, sent: Tensor, axis: Axis, call: Collective) -> Pending:
     """Returns the function that waits; it keeps the sent tensor alive until the collective ends."""
 
     def wait() -> Tensor:
         nonlocal sent
-        work.wait()
+        with axis.waiting(call):
+            work.wait()
         sent = out
         return out
 
@@ -168,14 +185,16 @@ def all_gather_objects(item: Item, axis: Axis) -> list[Item]:
     if axis.group is None:
         return [item]
     items: list[Item] = [item] * axis.size
-    dist.all_gather_object(items, item, group=axis.group)
+    with axis.waiting("all_gather_object"):
+        dist.all_gather_object(items, item, group=axis.group)
     return items
 
 
 def barrier(axis: Axis) -> None:
     """Waits until every rank of the axis has called it."""
     if axis.group is not None:
-        dist.barrier(group=axis.group)
+        with axis.waiting("barrier"):
+            dist.barrier(group=axis.group)
 
 
 def _count(axis: Axis, collective: str, size: float) -> None:

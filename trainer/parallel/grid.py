@@ -17,7 +17,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from trainer.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees
+from trainer.parallel.waits import Collective, Waits
 
 _SHORT = {
     "tensor": "tp",
@@ -40,14 +41,15 @@ _SHORT = {
 
 
 class Traffic:
-    """Bytes that this rank has sent, by (axis, collective), and how often.
+    """Bytes that this rank has sent, by (axis, collective), how often, and its waits meanwhile.
 
     Counted as ring algorithms send them: an all-gather (n-1) times its part, a reduce-scatter
     (n-1)/n of its input, an all-reduce both, an all-to-all everything that is not for this rank
     itself. trainer/planning/traffic.py computes what a step should send.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.waits = Waits(device)
         self.bytes: Counter[tuple[str, str]] = Counter()
         self.calls: Counter[tuple[str, str]] = Counter()
 
@@ -79,6 +81,16 @@ class Axis:
     def size(self) -> int:
         """The number of ranks."""
         return len(self.ranks)
+
+    def call(self, collective: str) -> Collective:
+        """Returns this process's next call of a collective on the axis."""
+        return self.traffic.waits.number(collective, self.name, self.ranks)
+
+    def waiting(self, collective: str | Collective) -> AbstractContextManager[None]:
+        """Returns a context that measures a collective, or the wait for one that has started."""
+        if isinstance(collective, str):
+            collective = self.call(collective)
+        return self.traffic.waits.during(collective)
 
     @property
     def is_first(self) -> bool:
@@ -147,7 +159,7 @@ class Grid:
         It must be initialised unless the world size is 1.
         """
         rank = dist.get_rank() if degrees.world_size > 1 else 0
-        traffic = Traffic()
+        traffic = Traffic(device)
         dense = _Mesh(DENSE_AXES, degrees, rank, traffic)
         expert = _Mesh(EXPERT_AXES, degrees, rank, traffic)
         return cls(
@@ -196,7 +208,8 @@ class Grid:
         # On the meta device there are no other ranks (trainer.planning.dry_run).
         if self.world.group is not None and self.device.type != "meta":
             of_ranks = [set()] * self.world_size
-            dist.all_gather_object(of_ranks, wanted, group=self.world.group)
+            with self.world.waiting("all_gather_object"):
+                dist.all_gather_object(of_ranks, wanted, group=self.world.group)
         return {ranks: dist.new_group(list(ranks)) for ranks in sorted(set().union(*of_ranks))}
 
 

@@ -55,6 +55,7 @@ class Pipeline:
                     input_args=(index if stage_id == 0 else streams,),
                     output_args=(loss if self.plan.is_last(stage_id) else streams,),
                     group=self.axis.group,
+                    waits=self.axis.traffic.waits,
                 )
                 for stage_id, module in zip(
                     self.plan.stages_of(self.axis.rank), self.stage_modules, strict=True
@@ -108,7 +109,8 @@ class Pipeline:
         schedule = self.schedule(microbatches, tokens)
         index = torch.arange(microbatches)
         arguments = (index,) if any(stage.is_first for stage in self.stages(tokens)) else ()
-        schedule.step(*arguments, index=index, target=index, return_outputs=False)
+        with self.axis.waiting("send and receive"):  # but for the work of the stages
+            schedule.step(*arguments, index=index, target=index, return_outputs=False)
 
     def _run_forward(self, microbatches: int, tokens: int) -> None:
         """Stage after stage, each over all microbatches.
@@ -128,13 +130,15 @@ class Pipeline:
                     streams = local[index] if local else torch.empty(0)
                 else:
                     streams = self._streams_buffer(tokens, self._device)
-                    dist.recv(streams, group=self.axis.group, group_src=source)
+                    with self.axis.waiting("receive"):
+                        dist.recv(streams, group=self.axis.group, group_src=source)
                 out.append(module(streams, index))
                 if target is not None and target != self.axis.rank:
                     works.append(dist.isend(out[-1], group=self.axis.group, group_dst=target))
             local = out if target == self.axis.rank else []
-        for work in works:
-            work.wait()
+        with self.axis.waiting("send"):
+            for work in works:
+                work.wait()
 
     def _count_traffic(self, microbatches: int, tokens: int, backward: bool) -> None:
         """Counts the activations sent forward and the activation gradients sent backward."""

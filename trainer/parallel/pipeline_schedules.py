@@ -19,6 +19,8 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 
+from trainer.parallel.waits import Waits
+
 _MULTI_STAGE_SCHEDULES = {
     "interleaved_1f1b": ScheduleInterleaved1F1B,
     "zero_bubble_v": ScheduleZBVZeroBubble,
@@ -45,7 +47,13 @@ class TransientBufferStage(PipelineStage):
 
     torch allocates receive buffers for all microbatches up front and never frees them, which does
     not fit in memory where a step has hundreds of microbatches.
+
+    `waits` takes a schedule for a wait of which only the stage's forward and backward are work.
     """
+
+    def __init__(self, *args: Any, waits: Waits, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.waits = waits
 
     def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
         with self._on_meta_device():
@@ -76,14 +84,21 @@ class TransientBufferStage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Runs forward of a microbatch; autograd keeps its input from here on."""
-        out = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        with self.waits.working():
+            out = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         self._free(self.args_recv_info[fwd_chunk_id])
         return out
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         """Runs backward of a microbatch."""
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        with self.waits.working():
+            super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         self._free(self.grad_recv_info[bwd_chunk_id])
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        """Runs the gradients of the weights, where a schedule computes them separately."""
+        with self.waits.working():
+            super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
 
     def _allocate(self, infos: Sequence[Any]) -> None:
         for info in infos:

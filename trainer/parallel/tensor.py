@@ -14,11 +14,10 @@ import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.kernels.cross_entropy import chunk_tokens
-from trainer.parallel.collectives import all_reduce_
+from trainer.parallel.collectives import all_reduce_, all_reduce_max_
 from trainer.parallel.grid import Axis
 from trainer.parallel.ring import all_reduce_bytes
 
@@ -52,7 +51,8 @@ class ShardedEmbedding(VocabParallelEmbedding):
             )
 
     def forward(self, tokens_T: Tensor) -> Tensor:
-        embedded_TD = super().forward(tokens_T)
+        with self.axis.waiting("all_reduce"):  # and the lookup, which takes no time
+            embedded_TD = super().forward(tokens_T)
         size = all_reduce_bytes(self.axis.size, embedded_TD.nbytes)
         self.axis.traffic.add(self.axis.name, "all_reduce", size)
         return embedded_TD
@@ -110,7 +110,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + step)
             scale_n = valid_T[rows] / denominator
             logits_nv, max_n = mcore.calculate_logits_max(torch.mm(hidden[rows], weight.t()))
-            _all_reduce_max_(max_n, axis)
+            all_reduce_max_(max_n, axis)
             mask_n, index_n, picked_n, sum_n, exp_nv = mcore.calculate_predicted_logits(
                 logits_nv, target_T[rows], max_n, first, first + weight.shape[0]
             )
@@ -134,8 +134,3 @@ class _VocabCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
         return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight, *[None] * 5
-
-
-def _all_reduce_max_(tensor: Tensor, axis: Axis) -> None:
-    axis.traffic.add(axis.name, "all_reduce", all_reduce_bytes(axis.size, tensor.nbytes))
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=axis.group)

@@ -316,10 +316,12 @@ class _Sent:
                 self.bytes["pipeline", "send"] += size
 
     def world(self) -> None:
-        """Counts sums once per step: five fp64 counts, four fp64 losses, expert loads, the norm."""
+        """Counts sums once per step: of fp64 numbers, six and one of each rank for the counts and
+        messages, four losses and the norm; of fp32 numbers, the loads of experts."""
         routers = self.config.num_hidden_layers + self.mtp
         loads = routers * (self.config.n_routed_experts + 1) * 4
-        self._all_reduce("world", 5 * 8 + 4 * 8 + loads + 8)
+        messages = (6 + self.degrees.world_size) * 8
+        self._all_reduce("world", messages + 4 * 8 + loads + 8)
 
     def update(self, shapes: Shapes, optim: OptimConfig, how: GradientReduction) -> None:
         """Gradients to their owners and parameters back, for each group of parameters."""

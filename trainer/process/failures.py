@@ -37,8 +37,10 @@ class FailureWatch:
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        self._store: dist.TCPStore | None = None
-        self._key = ""
+        self.store: dist.Store | None = None
+        """The job's store, once there are several ranks and they are connected."""
+        self.key = ""
+        """The prefix of the keys of this attempt."""
         self._closed = threading.Event()
         self.at_end: list[Callable[[], None]] = []
         """Called before this process is ended because of a failure."""
@@ -48,8 +50,8 @@ class FailureWatch:
         if self.world_size == 1:
             return
         # torchrun may use one store for all attempts: every attempt has a different key.
-        self._key = "v4/" + all_gather_objects(secrets.token_hex(8), grid.world)[0]
-        self._store = dist.TCPStore(
+        self.key = "v4/" + all_gather_objects(secrets.token_hex(8), grid.world)[0]
+        self.store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
@@ -85,32 +87,41 @@ class FailureWatch:
             self._write_notice(code, message)
         self._end(code)
 
+    def end_all(self, code: int, message: str) -> None:
+        """Prints a message and ends all ranks, unless one that failed before is doing so."""
+        self._closed.set()
+        if self._claim():
+            print_line(message, sys.stderr)
+            ErrorHandler().record_exception(RuntimeError(message))
+            self._write_notice(code, message)
+        self._end(code)
+
     def _claim(self) -> bool:
         """Whether this rank is the first to fail; True where the store does not answer."""
-        if self._store is None:
+        if self.store is None:
             return True
         try:
-            return self._store.add(f"{self._key}/claims", 1) == 1
+            return self.store.add(f"{self.key}/claims", 1) == 1
         except RuntimeError:
             return True
 
     def _write_notice(self, code: int, message: str) -> None:
-        if self._store is None:
+        if self.store is None:
             return
         try:
-            self._store.set(f"{self._key}/notice", f"{code} {socket.gethostname()} {message}")
+            self.store.set(f"{self.key}/notice", f"{code} {socket.gethostname()} {message}")
         except RuntimeError:
             return  # the store is gone, which ends the others as well
 
     def _poll(self) -> None:
         """Ends the process when another rank has failed; the body of the thread."""
-        assert self._store is not None
-        notice = f"{self._key}/notice"
+        assert self.store is not None
+        notice = f"{self.key}/notice"
         while not self._closed.wait(POLL_SECONDS):
             try:
-                if not self._store.check([notice]):
+                if not self.store.check([notice]):
                     continue
-                code, host, message = self._store.get(notice).decode().split(" ", 2)
+                code, host, message = self.store.get(notice).decode().split(" ", 2)
             except RuntimeError:
                 if not self._closed.wait(GRACE_SECONDS):
                     print_line(
@@ -129,7 +140,7 @@ class FailureWatch:
 
     def _end(self, code: int) -> None:
         """Ends the process without waiting for threads, process groups or exit handlers."""
-        if self.rank == 0 and self._store is not None:
+        if self.rank == 0 and self.store is not None:
             time.sleep(2 * POLL_SECONDS)  # the store may live in this process
         for action in self.at_end:
             with suppress(OSError):

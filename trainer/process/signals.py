@@ -1,4 +1,5 @@
-"""Signals: SIGTERM, SIGINT and SIGHUP ask a run to stop after a step; Ctrl-C ends a command.
+"""Signals: SIGTERM, SIGINT and SIGHUP ask a run to stop after a step, SIGUSR1 for a profile of
+the next ones; Ctrl-C ends a command.
 
 Imports little, so that the handlers are there before what takes long to import.
 """
@@ -15,6 +16,7 @@ from data.activity import print_line
 from trainer.process.exit_codes import INTERRUPTED, INTERRUPTED_LINE, exit_code_of
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PROFILE_SIGNAL = signal.SIGUSR1
 _GRACE_SECONDS = 10.0  # for ranks that are all there, and can end together
 
 
@@ -30,6 +32,28 @@ class StopRequest:
         Another call changes nothing: torchrun and a terminal may both deliver the same signal.
         """
         self.requested = True
+
+
+class ProfileRequest:
+    """Whether this process was asked for a profile; see trainer/profiling.py."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def request(self, signum: int = 0, frame: FrameType | None = None) -> None:
+        """Requests a profile; a signal handler."""
+        self.requested = True
+
+
+@contextmanager
+def profile_on_signal() -> Iterator[ProfileRequest]:
+    """Yields a ProfileRequest that SIGUSR1 sets; restores the old handler afterwards."""
+    request = ProfileRequest()
+    old = signal.signal(PROFILE_SIGNAL, request.request)
+    try:
+        yield request
+    finally:
+        signal.signal(PROFILE_SIGNAL, old)
 
 
 @contextmanager

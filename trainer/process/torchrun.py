@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from types import FrameType
 
 import psutil
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
@@ -26,6 +27,7 @@ from torch.distributed.run import determine_local_world_size, parse_args, parse_
 from torch.distributed.run import main as torchrun
 
 from data.activity import print_line
+from data.processes import send_if_handled
 from trainer.config import ConfigError, load_run
 from trainer.process.command_line import BORDERS
 from trainer.process.errors import report_error
@@ -35,7 +37,7 @@ from trainer.process.exit_codes import (
     describe_signal,
     exit_code_of,
 )
-from trainer.process.signals import STOP_SIGNALS
+from trainer.process.signals import PROFILE_SIGNAL, STOP_SIGNALS
 
 _STOPPED = {exit_code_of(-number) for number in STOP_SIGNALS}
 """Exit codes of ranks that ended after a signal before they were connected."""
@@ -108,9 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Also 128 + n after signal n to torchrun, which passes it to the ranks and waits for their end.
     Logs the signal, or torchrun's page; nothing after a user's error, which that rank has reported.
+    PROFILE_SIGNAL goes to the ranks.
     """
     launcher.LocalElasticAgent = Agent  # type: ignore[misc]  # torchrun has no option for it
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_failure)
+    signal.signal(PROFILE_SIGNAL, _pass_to_ranks)
     try:
         check_sizes(arguments)
         torchrun(arguments)
@@ -128,6 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as error:  # torchrun itself needs a temporary folder
         return report_error(error)
     return 0
+
+
+def _pass_to_ranks(number: int, frame: FrameType | None) -> None:
+    for rank in psutil.Process().children():
+        send_if_handled(rank, number)
 
 
 def _end_ranks(number: int) -> None:

@@ -70,6 +70,11 @@ CHARTS = (
         ),
         wide=True,
     ),
+    Chart(
+        "Validation text",
+        "bits per byte",
+        (Curve("validation_bits_per_byte", "", "#e07b39", style="dots"),),
+    ),
     Chart("MTP loss", "nats per token", (Curve("mtp_loss", "", "#3b82c4"),)),
     Chart("Balance loss", "weighted, all layers", (Curve("balance_loss", "", "#3b82c4"),)),
     Chart(
@@ -201,20 +206,30 @@ def lines_of(starts: Sequence[int], last: int) -> list[int]:
 
 def draw_layers(records: Sequence[dict[str, Any]], key: str, title: str, unit: str) -> str:
     """Returns a heat map of a number of every layer over the steps, as an `<svg>` element."""
-    sampled = [record for record in records if "layers" in record]
-    sampled = sampled[:: -(-len(sampled) // MAX_POINTS)]
-    rows = len(sampled[0]["layers"][key])
-    values = [[record["layers"][key][row] for record in sampled] for row in range(rows)]
+    sampled = [(record["step"], record["layers"][key]) for record in records if "layers" in record]
+    return heat_map(sampled, title, "layer", unit)
+
+
+def heat_map(
+    columns: Sequence[tuple[int, Sequence[float]]], title: str, rows: str, unit: str
+) -> str:
+    """Returns a heat map over the steps, as an `<svg>` element.
+
+    `columns` are the values of all rows at a step; `rows` is what a row stands for.
+    """
+    columns = columns[:: -(-len(columns) // MAX_POINTS)]
+    height = len(columns[0][1])
+    values = np.array([column for _, column in columns], float).T
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(10.4, 1.2 + min(0.16 * rows + 0.5, 6.0)), layout="constrained")
+        figure = Figure(figsize=(10.4, 1.2 + min(0.16 * height + 0.5, 6.0)), layout="constrained")
         axes = figure.subplots()
-        edges = [row - 0.5 for row in range(rows + 1)]
-        steps = [0, *(record["step"] for record in sampled)]
-        colours = axes.pcolormesh(steps, edges, np.array(values, float), cmap="viridis")
+        edges = [row - 0.5 for row in range(height + 1)]
+        steps = [0, *(step for step, _ in columns)]
+        colours = axes.pcolormesh(steps, edges, values, cmap="viridis")
         axes.invert_yaxis()
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("step")
-        axes.set_ylabel("layer")
+        axes.set_ylabel(rows)
         bar = figure.colorbar(colours, ax=axes, label=unit)
         bar.outline.set_visible(False)
         return to_svg(figure, title)

@@ -12,6 +12,7 @@ from trainer.metrics import Event, read_events, read_metrics
 from trainer.process.errors import ReportError
 from trainer.report.layers import events_section, groups_section, layers_section
 from trainer.report.plots import CHARTS, Mark, draw, source_charts, value_of
+from trainer.report.ranks import ranks_section
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #667085; --page: #f7f8fa;
@@ -99,7 +100,8 @@ def render(config: RunConfig, records: list[dict[str, Any]], events: list[Event]
         f"DeepSeek-V4 pre-training, step {last['step']:,} of {config.recipe.steps:,}",
         f"<div class=tiles>{tiles}</div><div class=charts>{charts}</div>"
         f"{events_section(config, records, events)}"
-        f"{layers_section(config, records)}{groups_section(records)}<div class=facts>{facts}</div>",
+        f"{ranks_section(records)}{layers_section(config, records)}{groups_section(records)}"
+        f"<div class=facts>{facts}</div>",
     )
 
 
@@ -203,6 +205,7 @@ _FINAL = (
     "loss",
     "lm_loss",
     "validation_loss",
+    "validation_bits_per_byte",
     "mtp_loss",
     "balance_loss",
     "learning_rate",

@@ -22,6 +22,7 @@ from data.prepare.tokenizer_training import (
     train_model,
     train_tokenizer,
 )
+from data.text.special_tokens import BOS, EOS
 from data.text.tokenizer import Tokenizer
 
 NASTY = [
@@ -67,6 +68,41 @@ def test_round_trip_of_every_character(tokenizer: Tokenizer) -> None:
     everything = [c for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF]
     texts = ["".join(map(chr, everything[i : i + 4096])) for i in range(0, len(everything), 4096)]
     assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts)] == texts
+
+
+def test_the_bytes_of_ids_add_up_to_those_of_any_text(tokenizer: Tokenizer, any_text) -> None:
+    lengths = tokenizer.byte_lengths()
+    assert lengths is not None and not lengths[list(tokenizer.special.values())].any()
+    rng = random.Random(2)
+    for text in [*NASTY, *(any_text(rng) for _ in range(500))]:
+        assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", ["byte level", "Llama", "words"])
+def test_the_bytes_of_ids_of_imported_tokenizers(kind: str, tmp_path: Path) -> None:
+    """Of GPT's kind, as the released V4 has; others put spaces in front, or have no bytes."""
+    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Library
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: number for number, letter in enumerate(letters)} | {"th": len(letters)}
+    model = models.BPE(vocab, [("t", "h")], byte_fallback=kind == "Llama")
+    library = Library(models.WordLevel(vocab, unk_token="a") if kind == "words" else model)
+    if kind == "byte level":
+        library.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        library.decoder = decoders.ByteLevel()
+    elif kind == "Llama":
+        library.normalizer = normalizers.Sequence([normalizers.Prepend("▁")])
+    library.add_special_tokens([AddedToken(name) for name in (BOS, EOS)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    lengths = tokenizer.byte_lengths()
+    assert (lengths is None) == (kind != "byte level")
+    if lengths is not None:
+        for text in NASTY:
+            assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
 
 
 def test_special_spellings_are_text_unless_allowed(tokenizer: Tokenizer) -> None:

@@ -1,6 +1,7 @@
 """metrics.jsonl, wandb, the progress line, the evaluation and the report."""
 
 import json
+import math
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -104,6 +105,13 @@ def test_validation_loss_is_the_mean_over_all_targets(run: RunConfig) -> None:
     assert result.loss == pytest.approx(
         read_metrics(run.run_dir / "metrics.jsonl")[-1]["validation_loss"], rel=1e-6
     )
+    manifest = validation.loader.manifest
+    text = sum(shard.bytes for shard in manifest.shards if shard.split == "validation")
+    assert result.bytes == text, "no first token of a document is text"
+    bits = result.loss * count / text / math.log(2)
+    assert result.bits_per_byte == pytest.approx(bits)
+    last = read_metrics(run.run_dir / "metrics.jsonl")[-1]
+    assert last["validation_bits_per_byte"] == pytest.approx(bits, rel=1e-6)
     one_row = run.evaluation.model_copy(update={"max_rows": 1})
     less = run.model_copy(update={"evaluation": one_row})
     assert Validation(less, Grid.single()).evaluate(engine).tokens < count

@@ -18,7 +18,7 @@ from optim.zero import page_locked_bytes
 from tests.distributed import spawn
 from tests.trainer.tiny import assert_same_run, steps_in_file
 from trainer.config import SpikeConfig, load_config
-from trainer.engine import StepLosses
+from trainer.engine import Messages, StepLosses
 from trainer.metrics.jsonl import read_events, read_metrics
 from trainer.metrics.wandb_log import WandbLog
 from trainer.parallel.degrees import Degrees
@@ -216,7 +216,7 @@ def test_what_routers_are_judged_by(tiny: Path, tmp_path: Path) -> None:
     assert all(0.5 <= history[f"router {layer}"][-1] < 0.7 for layer in (1, 2, 3)), "of two"
     load = torch.tensor([[16.0, 0, 0, 0], [6, 4, 4, 2], [4, 4, 4, 4], [4, 4, 4, 4]])
     sums, none = torch.zeros(5).double().unbind(0), TokenCounts(1, 1, 1)
-    losses = StepLosses(*sums, load, torch.zeros(4), none, 0.0, False)
+    losses = StepLosses(*sums, load, torch.zeros(4), none, 0.0, Messages())
     metrics = trainer._to_host(trainer.recipe.at(0), losses, torch.ones(()))
     assert metrics.max_expert_share == 6 / 8, "not the hash layer's"
 

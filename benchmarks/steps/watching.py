@@ -1,0 +1,180 @@
+"""What heartbeats and the times of ranks cost: steps with them beside steps without, in one run.
+
+    python -m benchmarks.steps.watching [--pairs 300] [--folder FOLDER] [key=value ...]
+
+Two processes of one thread train the model of configs/debug.yaml on part of Python's library. Of
+every two steps one has heartbeats and the measured collectives, and the other has neither, first
+one and then the other first. The watchdog's thread runs throughout; what it costs is measured alone
+and added. The table has the median step of both kinds, the mean difference of the pairs with its
+standard error, and the time of the measured calls themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from benchmarks.data.corpus import texts
+from data.prepare import prepare, train_tokenizer
+from trainer.config import load_config
+from trainer.parallel.grid import Grid, open_grid
+from trainer.parallel.waits import Waits
+from trainer.process.failures import FailureWatch
+from trainer.process.heartbeat import Heartbeat
+from trainer.process.watchdog import POLL_SECONDS, Watchdog
+from trainer.trainer import Trainer
+
+CONFIG = "configs/debug.yaml"
+WARMUP = 20
+TEXT_BYTES = 1_000_000
+SETTINGS = (
+    *("data.seq_len=256", "data.global_batch_size=4", "data.micro_batch_size=1"),
+    *("checkpoint.every=0", "evaluation.every=0", "metrics.layer_stats_every=0"),
+    *("metrics.wandb.mode=disabled", "metrics.every=1000000"),
+)
+
+
+def turn_off(waits: Waits, heartbeat: Heartbeat) -> None:
+    """Replaces what a step calls by calls that do nothing."""
+    waits.__dict__.update(number=lambda *_: None, during=lambda _: nullcontext())
+    heartbeat.__dict__.update(enter=lambda *_: None, step_ended=lambda _: None)
+
+
+def turn_on(waits: Waits, heartbeat: Heartbeat) -> None:
+    """Undoes `turn_off`."""
+    for name in ("number", "during"):
+        waits.__dict__.pop(name, None)
+    for name in ("enter", "step_ended"):
+        heartbeat.__dict__.pop(name, None)
+
+
+def is_watched(step: int) -> bool:
+    """Whether a step, from 0, is one with heartbeats: on, off, off, on, and so forth."""
+    return step % 4 in (0, 3)
+
+
+def train(rank: int, folder: Path, overrides: list[str], results: Any) -> None:
+    """One process; the first puts the seconds of its steps and their counts into `results`."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    config = load_config(CONFIG, overrides)
+    seconds: list[float] = []
+    with open_grid(torch.device("cpu"), config.degrees) as grid:
+        failures, heartbeat = FailureWatch(), Heartbeat()
+        failures.connect(grid)
+        heartbeat.follow(grid.traffic.waits, 1800.0)
+        with Watchdog(config.watchdog, heartbeat, folder / "run", failures) as watchdog:
+            trainer = Trainer(config, grid, heartbeat=heartbeat)
+            waits = grid.traffic.waits
+
+            def switch(state: Any, result: Any) -> None:
+                seconds.append(result.seconds)
+                (turn_on if is_watched(state.step) else turn_off)(waits, heartbeat)
+
+            trainer.periodic.append(switch)
+            beats, calls = heartbeat.progress
+            trainer.run()
+            beats, calls = (b - a for a, b in zip((beats, calls), heartbeat.progress, strict=True))
+            turn_on(waits, heartbeat)
+            watched = sum(map(is_watched, range(len(seconds))))
+            if rank == 0:
+                poll = time_of(lambda: watchdog._beat(0.0, 60.0), 200)
+                results.put((seconds, beats / watched, calls / 2 / watched, poll, each_of(grid)))
+        failures.close()
+
+
+def time_of(call: Any, times: int) -> float:
+    """Returns the mean seconds of a call."""
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - start) / times
+
+
+def each_of(grid: Grid) -> tuple[float, float]:
+    """Returns the seconds of a heartbeat and of a measured collective that does nothing."""
+
+    def collective() -> None:
+        with grid.world.waiting("all_reduce"):
+            pass
+
+    heartbeat = Heartbeat()
+    return time_of(lambda: heartbeat.enter("update"), 100_000), time_of(collective, 100_000)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=300)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        overrides = prepared(folder, [f"steps={WARMUP + 2 * options.pairs}", *options.overrides])
+        os.environ.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29617")
+        results = mp.get_context("spawn").SimpleQueue()
+        mp.spawn(train, (folder, overrides, results), nprocs=2)
+        report(*results.get())
+    return 0
+
+
+def prepared(folder: Path, overrides: Sequence[str]) -> list[str]:
+    """Makes text, tokenizer and shards where they are missing; returns all overrides."""
+    source = folder / "text.jsonl"
+    if not source.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        library = Path(sysconfig.get_path("stdlib"))
+        size, lines = 0, []
+        for text in texts([library], {".py"}):
+            lines.append(json.dumps({"text": text}) + "\n")
+            size += len(text)
+            if size > TEXT_BYTES:
+                break
+        source.write_text("".join(lines))
+    sources = json.dumps([{"name": "code", "paths": [str(source)], "domain": "code"}])
+    paths = [f"data.sources={sources}", f"data.shards={folder / 'shards'}"]
+    paths += [f"data.tokenizer.path={folder / 'tokenizer'}", f"run_dir={folder / 'run'}"]
+    config = load_config(CONFIG, [*SETTINGS, *paths, *overrides])
+    if not (folder / "shards").exists():
+        train_tokenizer(config.data)
+        prepare(config.data, progress=False)
+    return [*SETTINGS, *paths, *overrides]
+
+
+def report(
+    seconds: list[float], beats: float, calls: float, beat: float, each: tuple[float, float]
+) -> None:
+    """Prints the table."""
+    steps = list(enumerate(seconds))[WARMUP:]
+    on = [each for step, each in steps if is_watched(step)]
+    off = [each for step, each in steps if not is_watched(step)]
+    shares = [a / b - 1.0 for a, b in zip(on, off, strict=True)]
+    error = statistics.stdev(shares) / len(shares) ** 0.5
+    step = statistics.median(off)
+    direct = (beats * each[0] + calls * each[1]) / step
+    print(f"median step, watched           {1e3 * statistics.median(on):9.2f} ms")
+    print(f"median step, not watched       {1e3 * step:9.2f} ms")
+    print(f"median difference of the pairs {statistics.median(shares):9.2%}")
+    print(f"mean difference of the pairs   {statistics.fmean(shares):9.2%} +- {error:.2%}")
+    print(f"a heartbeat                    {1e6 * each[0]:9.2f} us, {beats:.1f} in a step")
+    print(f"a measured collective          {1e6 * each[1]:9.2f} us, {calls:.1f} in a step")
+    print(f"both, of a step                {direct:9.3%}")
+    print(f"the watchdog's longest poll    {beat / POLL_SECONDS:9.3%} of the time")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
