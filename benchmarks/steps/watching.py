@@ -1,6 +1,6 @@
 """What heartbeats and the times of ranks cost: steps with them beside steps without, in one run.
 
-    python -m benchmarks.steps.watching [--pairs 300] [--folder FOLDER] [key=value ...]
+    python -m benchmarks.steps.watching [--pairs 150] [--folder FOLDER] [key=value ...]
 
 Two processes of one thread train the model of configs/debug.yaml on part of Python's library. Of
 every two steps one has heartbeats and the measured collectives, and the other has neither, first
@@ -41,7 +41,7 @@ CONFIG = "configs/debug.yaml"
 WARMUP = 20
 TEXT_BYTES = 1_000_000
 SETTINGS = (
-    *("data.seq_len=256", "data.global_batch_size=4", "data.micro_batch_size=1"),
+    *("data.seq_len=256", "data.global_batch_size=2", "data.micro_batch_size=1"),
     *("checkpoint.every=0", "evaluation.every=0", "metrics.layer_stats_every=0"),
     *("metrics.wandb.mode=disabled", "metrics.every=1000000"),
 )
@@ -118,7 +118,7 @@ def each_of(grid: Grid) -> tuple[float, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=300)
+    parser.add_argument("--pairs", type=int, default=150)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)

@@ -137,9 +137,9 @@ def by_function(waits: Counter[str]) -> dict[str, int]:
 COUNTS = "trainer/parallel/expert.py (all_to_all_counts)"
 VOTE = "trainer/parallel/pipeline.py (_run_schedule)"
 ALLOWED: dict[str, dict[str, int]] = {
-    "step": {"trainer/trainer.py (_to_host)": 1},
+    "step": {"trainer/to_host.py (to_host)": 1},
     "step with stats": {
-        "trainer/trainer.py (_to_host)": 1,
+        "trainer/to_host.py (to_host)": 1,
         "trainer/metrics/layer_hooks.py (to_host)": 1,
         "trainer/metrics/layer_stats.py (_local_ranges)": 1,
         "trainer/metrics/layer_stats.py (expert_load_stats)": 1,

@@ -1,8 +1,9 @@
 """Settings of what observes a run: the watchdog and profiles. Imports no torch."""
 
 from collections.abc import Iterator
+from typing import Annotated
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from trainer.config.section import Section
 
@@ -11,11 +12,11 @@ class WatchdogConfig(Section):
     """Ends a run in which a rank makes no progress, and reports which rank the others wait for
     (docs/operations.md)."""
 
-    seconds: NonNegativeFloat | None = None
+    seconds: Annotated[float, Field(ge=0, le=1e7)] | None = None
     """How long the computation of a step or of an evaluation's batch may go on without a sign of
     progress; null is 10 times the median of the last steps, at least 60; 0 turns the watchdog off.
     [seconds]"""
-    slow_seconds: PositiveFloat = 1800.0
+    slow_seconds: Annotated[float, Field(gt=0, le=1e7)] = 1800.0
     """The same for what may take long: loading, building the model, the first three steps of a
     start or of a phase (which may compile), and files: reading data, metrics, saving. [seconds]"""
 

@@ -29,6 +29,7 @@ from trainer.report import write_report
 from trainer.report.plots import CHARTS
 from trainer.stability.spikes import History, SpikeDetector, severity, z_score
 from trainer.state import TrainState
+from trainer.to_host import to_host
 from trainer.trainer import Trainer
 
 EASY = "median_window: 2, min_history: 2, threshold: 20"
@@ -217,7 +218,7 @@ def test_what_routers_are_judged_by(tiny: Path, tmp_path: Path) -> None:
     load = torch.tensor([[16.0, 0, 0, 0], [6, 4, 4, 2], [4, 4, 4, 4], [4, 4, 4, 4]])
     sums, none = torch.zeros(5).double().unbind(0), TokenCounts(1, 1, 1)
     losses = StepLosses(*sums, load, torch.zeros(4), none, 0.0, Messages())
-    metrics = trainer._to_host(trainer.recipe.at(0), losses, torch.ones(()))
+    metrics = to_host(trainer.config.model, losses, torch.ones(()), 1e-3, 0)
     assert metrics.max_expert_share == 6 / 8, "not the hash layer's"
 
 
