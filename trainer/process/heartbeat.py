@@ -104,6 +104,10 @@ class Stopwatch:
         self._value: object = None
         self._seconds, self._last = 0.0, time.monotonic()
 
+    def restart(self) -> None:
+        """Counts from now on."""
+        self._seconds = 0.0
+
     def seconds(self, value: object) -> float:
         """Returns for how long `value` has been the same; to be called often."""
         now = time.monotonic()

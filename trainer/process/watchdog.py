@@ -4,14 +4,18 @@ A thread in every rank watches that rank's heartbeat. The first to see that noth
 too long calls all ranks through the job's store. Each answers with what it does, and writes the
 Python stacks of its threads and torch's flight record into `hangs` of the run folder; the caller
 prints one paragraph, and the ranks end as after any failure. So it works in the same way under
-`v4 train`, torchrun, Slurm and Kubernetes. A rank that cannot even run its thread, since foreign
-code holds Python's interpreter, is ended by faulthandler, whose timer needs no interpreter.
+`v4 train`, torchrun, Slurm and Kubernetes.
+
+A rank whose thread cannot run, since foreign code holds Python's interpreter, does not answer. The
+caller aborts those on its own host, which makes faulthandler print their stacks on stderr. A timer
+of faulthandler, which needs no interpreter, ends a rank that nobody else misses.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -36,7 +40,7 @@ POLL_SECONDS = 1.0
 BEAT_SECONDS = 10.0  # between signs of life in the store
 ANSWER_SECONDS = 10.0  # until a rank that does not answer is silent
 WRITE_SECONDS = 5.0  # for the files, whose file system may be what hangs
-_INTERPRETER_SECONDS = 30.0  # that faulthandler waits beyond the patience, for the other ranks
+_INTERPRETER_SECONDS = 60.0  # that faulthandler waits beyond all patience
 _STDERR = 2  # the number of its file
 _ROOT = Path(__file__).resolve().parents[2]
 _WAITING_FILES = ("collectives.py", "waits.py")
@@ -83,11 +87,14 @@ class Watchdog:
                     self._call(seconds)
                 elif folder := self._called():
                     self._answer(folder, seconds)
+                else:
+                    continue
+                stopwatch.restart()  # no other call before another wait
 
     def _beat(self, seconds: float, patience: float) -> None:
         """Leaves a sign of life for the other ranks, and sets the timer for this one."""
         if not self._closed.is_set():
-            limit = patience + BEAT_SECONDS + _INTERPRETER_SECONDS
+            limit = max(patience, self.config.slow_seconds) + _INTERPRETER_SECONDS
             faulthandler.dump_traceback_later(limit, exit=True, file=_STDERR)
         if (store := self._store) is not None:
             store.set(self._key(f"beat/{self._rank}"), self._report(seconds).to_json())
@@ -138,6 +145,10 @@ class Watchdog:
         if self.heartbeat.progress != before:
             print_line(f"{text}; rank {self._rank} has gone on since, and so does the run")
             return
+        for last in silent.values():
+            if last is not None and last.host == socket.gethostname():
+                with suppress(ProcessLookupError):
+                    os.kill(last.pid, signal.SIGABRT)
         self.failures.end_all(
             FAILED, f"{text}; all ranks end, and restart from the newest checkpoint if they may"
         )

@@ -51,6 +51,7 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     monkeypatch.setattr(watchdog, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(watchdog, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(watchdog, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(watchdog.os, "kill", lambda *_: None)  # all ranks are this process
     monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_, **__: None)
     with ExitStack() as stack:
 
