@@ -30,8 +30,9 @@ from trainer.process.errors import CheckpointError, DivergedError
 from trainer.process.heartbeat import Heartbeat, Task
 from trainer.process.signals import ProfileRequest, StopRequest
 from trainer.profiling import Profiler
-from trainer.run_tokenizer import keep_tokenizer, open_tokenizer, other_tokenizer, run_data
+from trainer.run_tokenizer import keep_tokenizer, open_tokenizer, run_data
 from trainer.stability import Anticipation, Stability
+from trainer.start_log import start_notices
 from trainer.state import TrainState
 from trainer.step import RolledBack, StepResult
 from trainer.to_host import to_host
@@ -347,25 +348,9 @@ class Trainer:
                 f"no checkpoint was saved in {unsaved_steps} steps before: training starts from "
                 "step 0, and metrics.jsonl as well"
             )
-        if not resumed and self.config.model.num_hash_layers and not self.are_ids_counted:
-            self._log(
-                f"{self.config.data.shards} has no counts of ids (v4 data prepare counts them): "
-                "hash-routed layers take all ids for equally frequent"
-            )
-        if notice := other_tokenizer(self.config):
-            self._log(f"warning: {notice}")
-        if self.config.precision == "fp8" and self.kernels.kernels.fp8.name == "eager":
-            self._log(
-                "precision = fp8: no FP8 kernel is used; operands are rounded to FP8 and "
-                "multiplied in bf16, with no gain in speed"
-            )
-        choices = self.kernels.kernels.by_operation()
-        if compiled := [name for name, choice in choices.items() if choice.name == "compile"]:
-            self._log(
-                f"kernels: the first step compiles {', '.join(compiled)}, or loads them from "
-                "torch's cache"
-            )
-        for message in filter(None, (*self.messages, *saves, *self.recipe.warnings())):
+        needs_counts = bool(self.config.model.num_hash_layers) and not self.are_ids_counted
+        notices = start_notices(self.config, self.kernels, needs_counts and not resumed)
+        for message in filter(None, (*notices, *self.messages, *saves, *self.recipe.warnings())):
             self._log(message)
         if self.validation is None:
             self._log(f"{self.config.data.shards} has no validation text: nothing is evaluated")
