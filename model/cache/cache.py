@@ -54,6 +54,7 @@ class Cache:
         dtype: torch.dtype,
         device: torch.device,
         packed: bool = False,
+        base: Exchange | None = None,
     ) -> None:
         """Allocates the whole cache.
 
@@ -62,10 +63,12 @@ class Cache:
             sequences: B.
             packed: whether keys and entries are in FP8 and index keys in MXFP4, as the report
                 stores them. Lossless only inside `model.qat.fake_quantised`.
+            base: the exchange between ranks that each hold all new tokens; by default of one rank.
         """
         self.config, self.max_tokens = config, max_tokens
         self.lengths = np.zeros(sequences, dtype=np.int64)
         self._device, self._dtype, self._packed = device, dtype, packed
+        self._base = LocalExchange() if base is None else base
         self._rows = {index: self._allocate(kind) for index, kind in layers.items()}
 
     def _allocate(self, kind: LayerType) -> _LayerRows:
@@ -115,7 +118,7 @@ class Cache:
                 f"{self.max_tokens:,}"
             )
         placement = place(self.config, self.lengths, new, self.max_tokens, self._device)
-        return placement, CacheExchange(self._rows, placement)
+        return placement, CacheExchange(self._rows, placement, self._base)
 
     def advance(self, new: Sequence[int]) -> None:
         """Counts tokens that have passed all layers."""
@@ -144,23 +147,37 @@ class Cache:
         return sizes
 
 
-class CacheExchange(LocalExchange):
+class _ReplicatedTokens(LocalExchange):
+    """An exchange of ranks that hold all tokens: only partial results are summed, by `base`."""
+
+    def __init__(self, base: Exchange) -> None:
+        self._base = base
+
+    def reduce_scatter_queries(self, partial_TX: Tensor) -> Tensor:
+        return self._base.reduce_scatter_queries(partial_TX)
+
+
+class CacheExchange(_ReplicatedTokens):
     """The exchange of a cached step, for all layers; `of_layer` gives that of one of them."""
 
-    def __init__(self, rows: Mapping[int, _LayerRows], placement: Placement) -> None:
+    def __init__(
+        self, rows: Mapping[int, _LayerRows], placement: Placement, base: Exchange
+    ) -> None:
+        super().__init__(base)
         self._rows, self._placement = rows, placement
 
     def of_layer(self, layer_index: int) -> Exchange:
-        return LayerCacheExchange(self._rows[layer_index], self._placement)
+        return LayerCacheExchange(self._rows[layer_index], self._placement, self._base)
 
 
-class LayerCacheExchange(LocalExchange):
+class LayerCacheExchange(_ReplicatedTokens):
     """The exchange of one layer: earlier keys, entries and inputs come from its cache.
 
     New ones are written into the cache on the way.
     """
 
-    def __init__(self, rows: _LayerRows, placement: Placement) -> None:
+    def __init__(self, rows: _LayerRows, placement: Placement, base: Exchange) -> None:
+        super().__init__(base)
         self._rows, self._placement = rows, placement
 
     def gather_keys(self, local_TK: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ B sequences; T new tokens of all of them; N streams; D hidden size; V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from model.cache.cache import Cache
 from model.config import LayerType
+from model.exchange import Exchange
 from model.transformer import Microbatch, V4Model
 
 
@@ -24,14 +25,24 @@ class CachedModel:
     """
 
     def __init__(
-        self, model: V4Model, sequences: int, max_tokens: int, packed: bool = False
+        self,
+        model: V4Model,
+        sequences: int,
+        max_tokens: int,
+        packed: bool = False,
+        base: Exchange | None = None,
+        gather_logits: Callable[[Tensor], Tensor] = lambda logits: logits,
     ) -> None:
+        """Allocates the caches; `packed` and `base` as in Cache.
+
+        `gather_logits` maps this rank's logits [T, v] to those of the whole vocabulary [T, V].
+        """
         config, device = model.config, model.head.weight.device
-        self.model = model
+        self.model, self._gather_logits = model, gather_logits
 
         def cache_of(first: int, kinds: Sequence[LayerType]) -> Cache:
             layers = dict(enumerate(kinds, first))
-            return Cache(config, layers, sequences, max_tokens, model.dtype, device, packed)
+            return Cache(config, layers, sequences, max_tokens, model.dtype, device, packed, base)
 
         self.cache = cache_of(0, config.layer_types)
         self.mtp_cache = None
@@ -51,7 +62,7 @@ class CachedModel:
     def logits(self, streams_TND: Tensor) -> Tensor:
         """Returns the main head's logits [T, V]."""
         model = self.model
-        return model.head(model.norm(model.hc_head(streams_TND)))
+        return self._gather_logits(model.head(model.norm(model.hc_head(streams_TND))))
 
     @torch.no_grad()
     def draft_logits(self, streams_TND: Tensor, next_T: Tensor, new: Sequence[int]) -> Tensor:
@@ -74,7 +85,7 @@ class CachedModel:
             micro.num_routed_tokens,
         )
         self.mtp_cache.advance(new)
-        return model.head(hidden_TD)
+        return self._gather_logits(model.head(hidden_TD))
 
     def _microbatch(self, cache: Cache, tokens_T: Tensor, new: Sequence[int]) -> Microbatch:
         placement, exchange = cache.place(new)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model import V4Model
 from model.cache import CachedModel
+from trainer.generate.ranks import ALONE, Ranks
 from trainer.generate.sampling import Sampling, accept_drafts, draw, probabilities
 
 PREFILL_TOKENS = 2048
@@ -85,10 +86,18 @@ class Generation:
         statistics: counts up while it is iterated.
     """
 
-    def __init__(self, model: V4Model, request: Request) -> None:
-        self.request, self.statistics = request, Statistics()
+    def __init__(self, model: V4Model, request: Request, ranks: Ranks = ALONE) -> None:
+        """`ranks` share the model; each of them calls this, and iterates, with the same request."""
+        self.request, self.statistics, self._ranks = request, Statistics(), ranks
         longest = max(map(len, request.prompts)) + request.max_new_tokens
-        self._model = CachedModel(model, len(request.prompts), longest + 1, request.packed)
+        self._model = CachedModel(
+            model,
+            len(request.prompts),
+            longest + 1,
+            request.packed,
+            ranks.exchange,
+            ranks.gather_logits,
+        )
         self._device = model.head.weight.device
         self._generator = torch.Generator(self._device).manual_seed(request.seed)
         self._drafts = request.speculative and model.mtp_block is not None
@@ -97,7 +106,7 @@ class Generation:
         start = time.perf_counter()
         last_BND = self._prefill()
         chances_BV = self._chances(self._model.logits(last_BND))
-        first = draw(chances_BV, self._generator).tolist()
+        first = self._draw(chances_BV).tolist()
         self.statistics.prefill_seconds = time.perf_counter() - start
         active = []
         for index, token in enumerate(first):
@@ -162,12 +171,12 @@ class Generation:
         pending = [sequence.pending for sequence in active]
         streams = self._model.forward(self._tensor(pending), self._counts(active, 1))
         chances = self._chances(self._model.logits(streams))
-        return [[token] for token in draw(chances, self._generator).tolist()]
+        return [[token] for token in self._draw(chances).tolist()]
 
     def _speculative_step(self, active: Sequence[_Sequence]) -> list[list[int]]:
         """Drafts a token after the pending one, runs both; returns one or two tokens of each."""
         draft_chances = self._draft(active)
-        drafts = draw(draft_chances, self._generator)
+        drafts = self._draw(draft_chances)
         pending = self._tensor([sequence.pending for sequence in active])
         tokens = torch.stack([pending, drafts], dim=1).flatten()
         streams = self._model.forward(tokens, self._counts(active, 2))
@@ -175,7 +184,10 @@ class Generation:
         accepted, first = accept_drafts(
             drafts, draft_chances, self._chances(logits[:, 0]), self._generator
         )
-        second = draw(self._chances(logits[:, 1]), self._generator).tolist()
+        second = draw(self._chances(logits[:, 1]), self._generator)
+        accepted, first, second = self._ranks.agree(
+            torch.stack([accepted.long(), first, second])
+        ).unbind()
         refused = [0] * len(self._model.cache.lengths)
         results = []
         pairs = streams.unflatten(0, (-1, 2))
@@ -183,8 +195,8 @@ class Generation:
             sequence.unseen = [pairs[number, : 1 + stays]]
             sequence.following = []
             refused[sequence.index] = 1 - stays
-            token = int(first[number])
-            results.append([token, second[number]] if stays else [token])
+            tokens_of_sequence = [int(first[number]), int(second[number])]
+            results.append(tokens_of_sequence[: 1 + stays])
         self._model.cache.take_back(refused)
         self.statistics.drafts += len(active)
         self.statistics.accepted_drafts += int(accepted.sum())
@@ -200,6 +212,10 @@ class Generation:
         logits = self._model.draft_logits(streams, following, counts)
         ends = torch.tensor([counts[sequence.index] for sequence in active]).cumsum(0) - 1
         return self._chances(logits[ends.to(self._device)])
+
+    def _draw(self, chances_BV: Tensor) -> Tensor:
+        """Returns the tokens that the first rank draws, int64 [B]."""
+        return self._ranks.agree(draw(chances_BV, self._generator))
 
     def _chances(self, logits: Tensor) -> Tensor:
         return probabilities(logits, self.request.sampling)
