@@ -395,7 +395,3 @@ def main() -> None:
         from trainer.process.errors import report_error
 
         sys.exit(report_error(error))
-
-
-if __name__ == "__main__":
-    main()

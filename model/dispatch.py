@@ -6,6 +6,7 @@ rows, D hidden size, E experts on this rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +46,10 @@ class Dispatched:
     row_of_pair_L: Tensor
 
 
+PendingRows = Callable[[], Dispatched]
+"""A dispatch that has begun: call it once, on every rank, for its rows."""
+
+
 @dataclass(frozen=True)
 class LocalDispatch:
     """Sorts rows by expert; all experts are on this rank.
@@ -54,6 +59,11 @@ class LocalDispatch:
     """
 
     choice: Choice = EAGER
+
+    def begin(self, x_TD: Tensor, routing: Routing, num_experts: int) -> PendingRows:
+        """Does all of `dispatch`: nothing has to be waited for."""
+        dispatched = self.dispatch(x_TD, routing, num_experts)
+        return lambda: dispatched
 
     def dispatch(self, x_TD: Tensor, routing: Routing, num_experts: int) -> Dispatched:
         """Copies each token's hidden state once per selected expert, sorted by expert.
@@ -97,8 +107,11 @@ def count_each(index_L: Tensor, size: int) -> Tensor:
 class Dispatch(Protocol):
     """Sends tokens to their experts and combines the results; see LocalDispatch."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, num_experts: int) -> Dispatched:
-        """Returns the rows of this rank's experts, sorted by expert."""
+    def begin(self, x_TD: Tensor, routing: Routing, num_experts: int) -> PendingRows:
+        """Begins to send tokens; the result returns the rows of this rank's experts, by expert.
+
+        The host may wait in that call: a device needs work from between the two calls.
+        """
 
     def combine(self, y_PD: Tensor, dispatched: Dispatched, num_tokens: int) -> Tensor:
         """Sums each token's expert outputs to [T, D]."""

@@ -131,13 +131,15 @@ class MoE(nn.Module):
         routing, trainer/stability/anticipation.py).
         """
         routing = self.gate(x_TD, tokens_T, expert_indices_TA)
-        dispatched = self.dispatch.dispatch(x_TD, routing, self.gate.num_experts)
+        pending_rows = self.dispatch.begin(x_TD, routing, self.gate.num_experts)
+        # Over expert ranks the host now waits for numbers of rows, and the device has this to do.
+        shared_TD = exchange.reduce_scatter_queries(
+            self.shared_experts(exchange.gather_queries(x_TD))
+        )
+        dispatched = pending_rows()
         routed_TD = self.dispatch.combine(self.experts(dispatched), dispatched, x_TD.shape[0])
         balance = None
         if not self.gate.hashed:
             balance = balance_loss(routing, positions.layout, loss_denominator, exchange.sum_counts)
-        shared_TD = exchange.reduce_scatter_queries(
-            self.shared_experts(exchange.gather_queries(x_TD))
-        )
         stats = MoEStats(balance, routing.indices_TA, routing.weights_TA.detach())
         return routed_TD + shared_TD, stats

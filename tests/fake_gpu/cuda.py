@@ -56,6 +56,24 @@ class _Event:
         return 0.0
 
 
+def _event_of(gpu: FakeGpu) -> type[_Event]:
+    """Events that know what was launched after them, for the report of a wait for them."""
+
+    class Event(_Event):
+        launched = 0
+
+        def record(self, stream: Any = None) -> None:
+            self.launched = gpu.report.num_launches
+
+        def synchronize(self) -> None:
+            report, where = gpu.report, f"Event.synchronize {place()}"
+            report.waits[where] += 1
+            since = report.num_launches - self.launched
+            report.queued[where] = min(since, report.queued.get(where, since))
+
+    return Event
+
+
 def _waiting(gpu: FakeGpu, name: str) -> Callable[..., None]:
     def wait(*args: Any, **kwargs: Any) -> None:
         gpu.report.waits[f"{name} {place()}"] += 1
@@ -75,7 +93,7 @@ def cuda_of(gpu: FakeGpu, capability: tuple[int, int]) -> Iterator[None]:
         shared_memory_per_block_optin=232448,
     )
     stream_type = type("Stream", (_Stream,), {"synchronize": _waiting(gpu, "Stream.synchronize")})
-    event_type = type("Event", (_Event,), {"synchronize": _waiting(gpu, "Event.synchronize")})
+    event_type = _event_of(gpu)
     stream = stream_type()
     answers: dict[str, Any] = {
         "_lazy_init": lambda: None,

@@ -18,6 +18,8 @@ class Report:
     Attributes:
         waits: the host waited for the device: a number read, a blocking copy to the host, an
             operation whose result has as many elements as its input's values say.
+        queued: the least work that the device was given between an event and the host's wait for
+            it, in launches.
         blocking_copies: to the device, from pageable memory or without `non_blocking`.
         mixed: tensors of host and device in one operation.
         refused: what NCCL or the launch of a kernel refuses.
@@ -30,6 +32,7 @@ class Report:
     """
 
     waits: Counter[str] = field(default_factory=Counter)
+    queued: dict[str, int] = field(default_factory=dict)
     blocking_copies: Counter[str] = field(default_factory=Counter)
     mixed: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model import IGNORE_INDEX
-from model.dispatch import Dispatched
+from model.dispatch import Dispatched, PendingRows
 from model.execution import LOCAL, Execution, local_execution
 from model.kernel_choices import operations_of
 from model.kernels.backend import UnsupportedError
@@ -36,9 +36,9 @@ class CountedDispatch:
     def __init__(self, calls: Counter[str]) -> None:
         self.calls = calls
 
-    def dispatch(self, x_TD: torch.Tensor, routing: Routing, num_experts: int) -> Dispatched:
+    def begin(self, x_TD: torch.Tensor, routing: Routing, num_experts: int) -> PendingRows:
         self.calls["dispatch"] += 1
-        return LOCAL.dispatch.dispatch(x_TD, routing, num_experts)
+        return LOCAL.dispatch.begin(x_TD, routing, num_experts)
 
     def combine(self, y_PD: torch.Tensor, dispatched: Dispatched, num_tokens: int) -> torch.Tensor:
         self.calls["combine"] += 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,6 +37,17 @@ SIZES = (
 )
 
 
+def phases(tokens: int) -> tuple[str, ...]:
+    """Three phases of a step each, of as many tokens."""
+    modes = enumerate(("dense", "warmup", "sparse"), 1)
+    each = [f"{{until_tokens: {tokens * n}, attention: {mode}}}" for n, mode in modes]
+    return "steps=0", f"phases=[{', '.join(each)}]", "optim.schedule.decay_fraction=0.3"
+
+
+ANTICIPATION = ("stability.anticipatory_routing={when: always, lag_steps: 1}",)
+OFFLOAD = ("parallel.recompute=[block]", "parallel.offload=[block]")
+
+
 @dataclass
 class Parts:
     """Reports of the parts of a run.
@@ -50,6 +63,22 @@ class Parts:
     evaluation: Report = field(default_factory=Report)
     save: Report = field(default_factory=Report)
     rest: Report = field(default_factory=Report)
+
+
+def checkpoint_of_one_rank() -> ExitStack:
+    """This rank writes everything that it holds; what other ranks hold does not exist."""
+    from torch.distributed.checkpoint import default_planner
+
+    from trainer.checkpoint import dcp_planners
+
+    def write_own(plans: list[Any]) -> list[Any]:
+        return [plans[0], *(replace(plan, items=[]) for plan in plans[1:])]
+
+    stack = ExitStack()
+    stack.enter_context(patch.object(dcp_planners, "divide_writes", write_own))
+    is_complete = patch.object(default_planner, "_validate_global_plan", lambda *_: [])
+    stack.enter_context(is_complete)
+    return stack
 
 
 def train(gpu: Any, path: Path, run_dir: Path, overrides: Sequence[str], saves: bool) -> Parts:
@@ -91,9 +120,44 @@ def train(gpu: Any, path: Path, run_dir: Path, overrides: Sequence[str], saves: 
         ),
         patch.object(trainer.checkpoint, "save", reported(save, lambda: parts.save)),
         even_counts(),
+        checkpoint_of_one_rank(),
     ):
         trainer.run()
     return parts
+
+
+def variants(gpu: Any, path: Path, packings: int, overrides: Sequence[str]) -> list[int]:
+    """How many variants of Triton kernels there are after each of as many random packings."""
+    import torch
+
+    from trainer.build import build_native
+    from trainer.config import load_config
+    from trainer.engine import NativeEngine
+    from trainer.parallel.grid import Grid
+
+    config = load_config(path, [*SIZES, *overrides])
+    grid = Grid.single(torch.device("cuda", 0))
+    engine = NativeEngine(build_native(config, grid)[0], grid)
+    counts = []
+    with gpu.reporting(Report()) as report:
+        for seed in range(packings):
+            engine.forward_backward([random_packing(config, seed)])
+            counts.append(report.num_variants)
+    return counts
+
+
+def random_packing(config: Any, seed: int) -> Any:
+    """One row of samples whose lengths are spread over all orders of magnitude."""
+    import torch
+
+    from data import Batch
+
+    chance, length = random.Random(seed), config.data.seq_len
+    lengths: list[int] = []
+    while (left := length - sum(lengths)) > 0:
+        lengths.append(min(left, round(length ** chance.random())))
+    row = torch.ones(1, length, dtype=torch.int64).pin_memory()
+    return Batch(row, row, [lengths])
 
 
 def even_counts() -> Any:
@@ -101,14 +165,14 @@ def even_counts() -> Any:
     from trainer.parallel.expert import ExpertDispatch
     from trainer.planning.dry_run import EvenDispatch
 
-    exchange = ExpertDispatch.all_to_all_counts
+    begin_counts = ExpertDispatch.begin_counts
 
-    def counts(self: ExpertDispatch, *args: Any) -> Any:
-        received, _, _ = exchange(self, *args)
-        _, send, receive = EvenDispatch.all_to_all_counts(self, *args)  # type: ignore[arg-type]
-        return received, send, receive
+    def begin_even_counts(self: ExpertDispatch, *args: Any) -> Callable[[], Any]:
+        pending = begin_counts(self, *args)
+        even = EvenDispatch.begin_counts(self, *args)  # type: ignore[arg-type]
+        return lambda: (pending()[0], *even()[1:])
 
-    return patch.object(ExpertDispatch, "all_to_all_counts", counts)
+    return patch.object(ExpertDispatch, "begin_counts", begin_even_counts)
 
 
 def train_on_fake_gpu(
@@ -134,7 +198,7 @@ def by_function(waits: Counter[str]) -> dict[str, int]:
     return dict(counts)
 
 
-COUNTS = "trainer/parallel/expert.py (all_to_all_counts)"
+COUNTS = "trainer/parallel/expert.py (wait)"
 VOTE = "trainer/parallel/pipeline.py (_run_schedule)"
 ALLOWED: dict[str, dict[str, int]] = {
     "step": {"trainer/to_host.py (to_host)": 1},

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import pytest
 
-from tests.trainer.fake_gpu_run import faults, needs_compiler, train_on_fake_gpu
+from tests.fake_gpu import run
+from tests.trainer.fake_gpu_run import (
+    ANTICIPATION,
+    OFFLOAD,
+    faults,
+    needs_compiler,
+    phases,
+    train_on_fake_gpu,
+    variants,
+)
 
 pytestmark = needs_compiler
-PHASES = (
-    "steps=0",
-    "phases=[{until_tokens: 96, attention: dense}, {until_tokens: 192, attention: warmup}, "
-    "{until_tokens: 384, attention: sparse}]",
-    "optim.schedule.decay_fraction=0.3",
-)
 
 
 def test_eager(tiny, tmp_path):
@@ -33,11 +36,11 @@ def test_with_all_kernels(tiny, tmp_path):
 
 
 MODES = {
-    "dense, warm-up and sparse phases": PHASES,
+    "dense, warm-up and sparse phases": phases(96),
     "FP8": ("precision=fp8",),
     "MXFP4": ("quantisation=mxfp4", "model.hidden_size=32", "model.index_head_dim=32"),
-    "anticipation": ("stability.anticipatory_routing={when: always, lag_steps: 1}",),
-    "offload": ("parallel.recompute=[block]", "parallel.offload=[block]"),
+    "anticipation": ANTICIPATION,
+    "offload": OFFLOAD,
     "recomputed parts": ("parallel.recompute=[streams, norms, attention]",),
 }
 
@@ -48,3 +51,11 @@ MODES = {
 def test_modes(mode, tiny, tmp_path):
     parts = train_on_fake_gpu(tiny, tmp_path, *MODES[mode], saves=mode == "anticipation")
     assert faults(parts) == {}
+
+
+@pytest.mark.slow
+def test_a_hundred_packings_compile_what_few_do(tiny):
+    """Kernels are compiled by sizes of the model, not by lengths and numbers of samples."""
+    overrides = ("data.seq_len=96", "model.num_nextn_predict_layers=0")
+    counts = run(variants, tiny, 100, overrides)
+    assert counts[-1] == counts[9] > 20, counts

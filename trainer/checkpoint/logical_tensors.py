@@ -25,6 +25,7 @@ from trainer.parallel.grid import Degrees
 from trainer.parallel.placement import Placement, Shape, placement_of
 
 MASTER = "master"
+WEIGHT = ""
 STEP = "step"
 """The optimizer's state that is one number for a parameter, however it is sharded."""
 _STATES = "optim."
@@ -63,30 +64,38 @@ def logical_tensors(
             are not sharded. Experts are numbered as in the whole model.
     """
     logical: Boxes = {}
-    local = model.state_dict()
-    trained = {name for name, _ in model.named_parameters()}
     placements = dict(placements or {})
-    for name, tensor in local.items():
+    for name, tensor in model.state_dict().items():
         if name not in placements:
             placements[name] = placement_of(name, tuple(tensor.shape), Degrees(1), 0)
+    for state in live_slices(model, states):
+        prefix = "" if state.kind in (MASTER, WEIGHT) else f"{_STATES}{state.kind}."
+        if state.kind == STEP:
+            logical[f"{prefix}{official_name(state.name)}"] = [TensorBox.unsharded(state.tensor)]
+            continue
+        placement = placements[state.name]
+        is_whole = tuple(state.tensor.shape) == placement.local_shape
+        assert is_whole or state.kind != WEIGHT, f"{state.name} does not match its placement"
+        for name, box in boxes_of(state, placement):
+            logical.setdefault(f"{prefix}{name}", []).append(box)
+    return logical
+
+
+def live_slices(model: nn.Module, states: Iterable[StateSlice]) -> Iterator[StateSlice]:
+    """Yields every tensor that a resume needs, once: `states`, then weights without a master.
+
+    The latter, with the buffers, are of the kind `WEIGHT`.
+    """
     with_master = set()
     for state in states:
         if state.kind == MASTER:
             with_master.add(state.name)
-        prefix = "" if state.kind == MASTER else f"{_STATES}{state.kind}."
-        if state.kind == STEP:
-            logical[f"{prefix}{official_name(state.name)}"] = [TensorBox.unsharded(state.tensor)]
-            continue
-        for name, box in boxes_of(state, placements[state.name]):
-            logical.setdefault(f"{prefix}{name}", []).append(box)
-    for name, tensor in local.items():
+        yield state
+    trained = {name for name, _ in model.named_parameters()}
+    for name, tensor in model.state_dict().items():
         if name in with_master or (name in trained and has_master(tensor)):
             continue  # masters are among the states, of this rank or of others
-        placement = placements[name]
-        assert tuple(tensor.shape) == placement.local_shape, f"{name} does not match its placement"
-        for entry, box in boxes_of(StateSlice("", name, tensor.detach()), placement):
-            logical.setdefault(entry, []).append(box)
-    return logical
+        yield StateSlice(WEIGHT, name, tensor.detach())
 
 
 def has_master(tensor: Tensor) -> bool:

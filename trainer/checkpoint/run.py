@@ -19,7 +19,7 @@ from trainer.checkpoint.folder import (
     read_state,
     step_of,
 )
-from trainer.checkpoint.logical_tensors import Boxes, logical_tensors
+from trainer.checkpoint.logical_tensors import Boxes, live_slices, logical_tensors
 from trainer.config import RunConfig, changed_fields, replaced_optimizer
 from trainer.config.published import mentioned
 from trainer.parallel.grid import Grid
@@ -227,8 +227,11 @@ class RunCheckpoint:
         return self.folder.remove(checkpoint)
 
     def live_tensors(self) -> list[Tensor]:
-        """Returns all tensors of model and optimizer on this rank, always in the same order."""
-        return [box.tensor for boxes in self._tensors().values() for box in boxes]
+        """Returns all tensors of model and optimizer on this rank, always in the same order.
+
+        Whole ones: a stack of experts is one tensor here, unlike in a checkpoint.
+        """
+        return [live.tensor for live in live_slices(self.model, self.optimizer.states())]
 
     def load(self, state: TrainState, before: int | None = None) -> AnyPath | None:
         """Restores model, optimizer and `state` from the newest checkpoint, if there is one.

@@ -26,8 +26,9 @@ from trainer.kernels.verdict_file import Key, cache_folder, read_verdicts, write
 if TYPE_CHECKING:
     import torch
 
-TOTAL_SECONDS = 480.0
-"""Limit of an automatic check: other hosts may already wait for this one in a process group."""
+TOTAL_SECONDS, TIMEOUT_SHARE = 480.0, 0.8
+"""Limits of a host's automatic check, the second as a share of `parallel.timeout_seconds`: other
+hosts may already wait for this one in a process group, for as long as a collective may take."""
 POLL_SECONDS = 0.5
 
 
@@ -48,12 +49,19 @@ def local_verdicts(
         return LocalVerdicts(platform)
     folder = cache_folder(config.run_dir / "kernels")
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        for kind in kinds_of_gpu():
+        deadline = time.monotonic() + seconds_of_host(config)
+        for kind in kinds_of_gpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
             if needs_check(config, kind):
                 key = Key.of(Platform.of(kind), problem_of(config, kind))
-                _ensure(folder, key, kind.index, activity, stopped, check)
+                _ensure(folder, key, kind.index, activity, stopped, check, deadline)
     key = Key.of(platform, problem_of(config, device))
     return LocalVerdicts(platform, key.digest, _wait(folder, key, stopped))
+
+
+def seconds_of_host(config: RunConfig) -> float:
+    """Returns the limit of the automatic check of all kinds of GPU that a host has."""
+    timeout = config.parallel.timeout_seconds
+    return TOTAL_SECONDS if timeout is None else min(TOTAL_SECONDS, TIMEOUT_SHARE * timeout)
 
 
 def check_all(
@@ -61,15 +69,15 @@ def check_all(
     index: int,
     activity: Activity,
     check: CheckKernels = check_kernels,
-    limit: float | None = None,
+    deadline: float | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[Verdict, ...]:
     """Checks every operation of the key's problem on GPU `index`; `activity` reports progress.
 
-    `limit`: of all operations together, in seconds; those beyond it stay eager. Returns fewer
-    verdicts once `stopped`.
+    `deadline`: the end, by `time.monotonic`; operations that are not checked by then stay eager.
+    Returns fewer verdicts once `stopped`.
     """
-    problem, start = key.problem, time.monotonic()
+    problem = key.problem
     count = len(problem.operations)
     print_line(
         f"kernels: checking {count} operations on {key.platform.name}, once for this GPU, torch "
@@ -80,9 +88,9 @@ def check_all(
         if stopped():
             break
         activity.what = f"checking kernels: {operation} ({number} of {count})"
-        left = SECONDS if limit is None else limit - (time.monotonic() - start)
+        left = SECONDS if deadline is None else deadline - time.monotonic()
         if left <= 0:
-            reason = f"the first check took more than {limit:.0f} s; v4 kernels check has no limit"
+            reason = "the first check had no time left for it; v4 kernels check has no limit"
             verdicts.append(Verdict(operation, False, reason, "eager"))
             continue
         one = replace(problem, operations=(operation,))
@@ -98,13 +106,13 @@ def lease_name(key: Key) -> str:
     return f".{key.digest[:16]}.lease"
 
 
-def kinds_of_gpu() -> list[torch.device]:
-    """Returns the first GPU of every kind that the processes of this host have."""
+def kinds_of_gpu(processes: int | None = None) -> list[torch.device]:
+    """Returns the first GPU of every kind on this host, or of those that its processes have."""
     import torch
 
     kinds: dict[Platform, torch.device] = {}
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    for index in range(min(torch.cuda.device_count(), processes)):
+    count = torch.cuda.device_count()
+    for index in range(count if processes is None else min(count, processes)):
         device = torch.device("cuda", index)
         kinds.setdefault(Platform.of(device), device)
     return list(kinds.values())
@@ -117,6 +125,7 @@ def _ensure(
     activity: Activity,
     stopped: Callable[[], bool],
     check: CheckKernels,
+    deadline: float,
 ) -> None:
     """Returns once the file has verdicts: of this process's check, or of another's."""
     log: Callable[[str], None] = print_line
@@ -125,7 +134,7 @@ def _ensure(
         try:
             with Lease(folder, "v4 kernels check", name=lease_name(key), is_stopped=stopped):
                 if read_verdicts(folder, key) is None:
-                    verdicts = check_all(key, index, activity, check, TOTAL_SECONDS, stopped)
+                    verdicts = check_all(key, index, activity, check, deadline, stopped)
                     if not stopped():
                         write_verdicts(folder, key, verdicts)
         except LeaseError:

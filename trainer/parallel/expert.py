@@ -1,7 +1,8 @@
 """Dispatches tokens to the ranks of their experts and combines the results: dropless, unpadded.
 
 One all-to-all sends the numbers of rows, one the rows, one their weights, and one sends the results
-back. Only rows that a rank's experts need are sent.
+back. Only rows that a rank's experts need are sent. NCCL takes the sizes from the host, which waits
+for the numbers; what `begin` has launched by then, and the caller after it, keeps the device busy.
 
 Letters: T tokens, A experts of a token, L sent rows = T·A·(expert-tensor degree), M received rows,
 P rows of `LocalDispatch`, padded, D hidden size, R ranks of the expert all-to-all, E experts of the
@@ -10,18 +11,23 @@ model, e experts of one rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.dispatch import Dispatched, LocalDispatch, count_each
+from model.dispatch import Dispatched, LocalDispatch, PendingRows, count_each
 from model.kernels.operations import EAGER, Choice
 from model.kernels.permute import permute_rows, unpermute_rows
 from model.router import Routing
 from trainer.parallel.collectives import all_to_all, all_to_all_tokens
 from trainer.parallel.grid import Grid
+
+Counts = tuple[Tensor, list[int], list[int]]
+"""Rows received by rank and expert [R, e], and the numbers of rows to send and to receive by rank.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,10 @@ class ExpertDispatch:
         self.expert_tensor_size = grid.expert_tensor.size
         self.local = LocalDispatch(choice)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, num_experts: int) -> _DispatchState:
-        """Copies each token's row to the ranks of its experts, which sort them by expert.
+    def begin(self, x_TD: Tensor, routing: Routing, num_experts: int) -> PendingRows:
+        """Begins to copy each token's row to the ranks of its experts, which sort them by expert.
 
-        The host reads the row counts once they have been exchanged: the only device sync in a
-        layer.
+        In the returned call the host waits for the exchanged row counts, the only wait in a layer.
         """
         local_experts = num_experts * self.expert_tensor_size // self.axis.size
         destination_L = self._destinations(routing.indices_TA, local_experts).flatten()
@@ -69,39 +74,44 @@ class ExpertDispatch:
         copy_of_sent_L = torch.argsort(destination_L, stable=True)
         sent_of_copy_L = torch.empty_like(copy_of_sent_L)
         sent_of_copy_L[copy_of_sent_L] = torch.arange(len(copy_of_sent_L), device=x_TD.device)
-        received_Re, send, receive = self.all_to_all_counts(destination_L, local_experts)
+        pending_counts = self.begin_counts(destination_L, local_experts)
         rows_LD = permute_rows(x_TD, copy_of_sent_L, sent_of_copy_L, self.local.choice)
-        rows_MD = all_to_all_tokens(rows_LD, send, receive, self.axis)
-        weights_M = all_to_all_tokens(weights_L[copy_of_sent_L], send, receive, self.axis)
-        expert_R_e = torch.arange(local_experts, device=x_TD.device).repeat(self.axis.size)
-        expert_M = expert_R_e.repeat_interleave(received_Re.flatten(), output_size=sum(receive))
-        # A dummy row of weight 0 is appended, so that a rank without rows runs the same matmuls.
-        rows_MD, weights_M = F.pad(rows_MD, (0, 0, 0, 1)), F.pad(weights_M, (0, 1))
-        expert_M = F.pad(expert_M, (0, 1))
-        received = Routing(expert_M[:, None], weights_M[:, None], routing.scores_TE)
-        local = self.local.dispatch(rows_MD, received, local_experts)
-        return _DispatchState(
-            **vars(local),
-            send=send,
-            receive=receive,
-            copy_of_sent_L=copy_of_sent_L,
-            sent_of_copy_L=sent_of_copy_L,
-            num_received_rows=len(rows_MD),
-        )
 
-    def all_to_all_counts(
-        self, destination_L: Tensor, local_experts: int
-    ) -> tuple[Tensor, list[int], list[int]]:
-        """Sends every rank the numbers of rows that its experts will receive.
+        def exchange_rows() -> _DispatchState:
+            received_Re, send, receive = pending_counts()
+            rows_MD = all_to_all_tokens(rows_LD, send, receive, self.axis)
+            weights_M = all_to_all_tokens(weights_L[copy_of_sent_L], send, receive, self.axis)
+            expert_R_e = torch.arange(local_experts, device=x_TD.device).repeat(self.axis.size)
+            expert_M = expert_R_e.repeat_interleave(received_Re.flatten(), output_size=sum(receive))
+            # A dummy row of weight 0, so that a rank without rows runs the same matmuls.
+            rows_MD, weights_M = F.pad(rows_MD, (0, 0, 0, 1)), F.pad(weights_M, (0, 1))
+            expert_M = F.pad(expert_M, (0, 1))
+            received = Routing(expert_M[:, None], weights_M[:, None], routing.scores_TE)
+            local = self.local.dispatch(rows_MD, received, local_experts)
+            return _DispatchState(
+                **vars(local),
+                send=send,
+                receive=receive,
+                copy_of_sent_L=copy_of_sent_L,
+                sent_of_copy_L=sent_of_copy_L,
+                num_received_rows=len(rows_MD),
+            )
 
-        Returns the received counts [R, e], and the numbers of rows to send and to receive by rank.
-        """
+        return exchange_rows
+
+    def begin_counts(self, destination_L: Tensor, local_experts: int) -> Callable[[], Counts]:
+        """Sends every rank the numbers of rows that its experts will receive."""
         num_destinations = self.axis.size * local_experts
         count_Re = count_each(destination_L, num_destinations).view(-1, local_experts)
         ones = [1] * self.axis.size
         received_Re = all_to_all(count_Re, ones, ones, self.axis)
-        send, receive = torch.stack([count_Re.sum(1), received_Re.sum(1)]).tolist()
-        return received_Re, send, receive
+        pending_sizes = _to_host(torch.stack([count_Re.sum(1), received_Re.sum(1)]))
+
+        def counts() -> Counts:
+            send, receive = pending_sizes()
+            return received_Re, send, receive
+
+        return counts
 
     def combine(self, y_PD: Tensor, dispatched: Dispatched, num_tokens: int) -> Tensor:
         """Sends the experts' outputs back to their tokens' ranks and sums each token's, [T, D]."""
@@ -122,3 +132,23 @@ class ExpertDispatch:
         shard = torch.arange(self.expert_tensor_size, device=indices_TA.device)
         rank = owner_TA[..., None] * self.expert_tensor_size + shard
         return (rank * local_experts + expert_TA[..., None]).flatten(1)
+
+
+def _to_host(numbers: Tensor) -> Callable[[], list[list[int]]]:
+    """Starts a copy to the host; the result waits for it, and for nothing that was launched later.
+
+    On a CPU the numbers are read at once.
+    """
+    if not numbers.is_cuda:
+        read = numbers.tolist()
+        return lambda: read
+    copy = torch.empty_like(numbers, device="cpu", pin_memory=True)
+    copy.copy_(numbers, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> list[list[int]]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return wait

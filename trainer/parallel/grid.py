@@ -295,7 +295,7 @@ def open_grid(
     torchrun there is one. `store`: that of `connect_store`, by default another one.
     Initialises the default process group and destroys it at a normal end. After an error it is
     left alone until the process exits: other ranks may be waiting in a collective. A collective
-    that waits longer than the timeout (torch's default: 10 minutes on GPUs, 30 elsewhere) fails.
+    that waits longer than the timeout (torch's default: 30 minutes) fails.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     degrees = degrees_of(world_size)

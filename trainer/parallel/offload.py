@@ -14,15 +14,21 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from optim.zero import page_locked_bytes
+
 
 class HostOffload:
     """Moves what the parts of a model save, call by call.
 
     The device holds the tensors of two parts at most: the one that computes, and in forward the one
     before, in backward the one that comes next.
+
+    Attributes:
+        meta_bytes: page-locked bytes that all meta tensors so far would take (`saving`).
     """
 
     def __init__(self) -> None:
+        self.meta_bytes = 0
         self._module: Any = None
         self._stream: Any = None
         self._leaving: list[tuple[Tensor, Any]] = []
@@ -36,7 +42,7 @@ class HostOffload:
         """
         if device.type == "meta":
             return saved_tensors_hooks(
-                lambda saved: (saved.shape, saved.dtype),
+                self._count,
                 lambda packed: torch.empty(packed[0], dtype=packed[1], device=device),
             )
         if self._stream is None:
@@ -50,6 +56,11 @@ class HostOffload:
         part = _SavedPart(self, microbatch, before)
         self._last = weakref.ref(part)
         return saved_tensors_hooks(part.pack, part.unpack)
+
+    def _count(self, saved: Tensor) -> tuple[torch.Size, torch.dtype]:
+        if saved.is_floating_point():
+            self.meta_bytes += page_locked_bytes(saved.nbytes)
+        return saved.shape, saved.dtype
 
     def to_host(self, tensor: Tensor) -> Tensor:
         """Starts a copy to page-locked memory. The device's tensor is held until `release`."""

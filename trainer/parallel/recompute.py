@@ -35,7 +35,7 @@ class ActivationCheckpointing:
 
     def __init__(self, parts: Collection[BlockPart], offload: Collection[BlockPart] = ()) -> None:
         self.parts, self.offload = frozenset(parts), frozenset(offload)
-        self._host = HostOffload()
+        self.host = HostOffload()
         self._dropped: dict[tuple[Any, ...], _Dropped] | None = None
 
     def __call__(self, part: BlockPart, function: Callable[..., Any], *inputs: Any) -> Any:
@@ -49,8 +49,7 @@ class ActivationCheckpointing:
             return function(*inputs)
         if part == "attention":
             return self._checkpoint(part, function, *inputs)
-        # A norm also saves an fp32 copy of its input; checkpointing drops it.
-        out = _checkpoint(function, *inputs) if part == "norms" else function(*inputs)
+        out = function(*inputs)
         if self._dropped is not None:
             self._dropped[_key(out)] = _Dropped(out, function, inputs)
         return out
@@ -59,7 +58,7 @@ class ActivationCheckpointing:
         if part not in self.offload:
             return _checkpoint(function, *inputs)
         microbatch = next((x for x in inputs if not isinstance(x, Tensor)), None)  # its positions
-        with self._host.saving(inputs[0].device, microbatch):
+        with self.host.saving(inputs[0].device, microbatch):
             return _checkpoint(function, *inputs)
 
     def _block(self, function: Callable[..., Any], *inputs: Any) -> Any:

@@ -30,9 +30,10 @@ from trainer.build import DTYPES, make_local, make_optimizer
 from trainer.config import Phase, RunConfig
 from trainer.engine import NativeEngine
 from trainer.parallel.degrees import Degrees
-from trainer.parallel.expert import ExpertDispatch
+from trainer.parallel.expert import Counts, ExpertDispatch
 from trainer.parallel.grid import Grid
 from trainer.parallel.plan import LocalModel
+from trainer.parallel.recompute import ActivationCheckpointing
 from trainer.planning.activations import (
     Addresses,
     GroupedShapes,
@@ -41,7 +42,7 @@ from trainer.planning.activations import (
     peak_in_flight,
     tensors_in,
 )
-from trainer.planning.static_memory import pipeline_rank_memory
+from trainer.planning.static_memory import pipeline_rank_memory, triton_workspace
 
 META = torch.device("meta")
 QUANTISED = "quantised experts"
@@ -57,6 +58,7 @@ class StageMemory:
         activations: of one microbatch from its forward to its backward.
         in_flight: microbatches in flight when the rank's activations peak.
         workspace: the additional peak within a microbatch's forward and backward.
+        offloaded: page-locked memory of the host for what is offloaded of one microbatch.
     """
 
     number: int
@@ -64,6 +66,7 @@ class StageMemory:
     activations: int
     in_flight: int
     workspace: int
+    offloaded: int
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,11 @@ class RankMemory:
         return sum(stage.activations * stage.in_flight for stage in self.stages)
 
     @property
+    def offloaded(self) -> int:
+        """Page-locked bytes of the host for activations of all microbatches in flight."""
+        return sum(stage.offloaded * stage.in_flight for stage in self.stages)
+
+    @property
     def workspace(self) -> int:
         """The largest workspace of its stages."""
         return max(stage.workspace for stage in self.stages)
@@ -120,6 +128,7 @@ class DryRun:
         parameters: elements over all ranks, each logical one counted once.
         microbatches: number per rank and step.
         phase: the phase of these microbatches.
+        triton: bytes that Triton's attention adds to every rank's peak where it is used.
     """
 
     degrees: Degrees
@@ -127,6 +136,7 @@ class DryRun:
     parameters: int
     microbatches: int
     phase: Phase
+    triton: int
 
     @property
     def fullest(self) -> RankMemory:
@@ -137,13 +147,12 @@ class DryRun:
 class EvenDispatch(ExpertDispatch):
     """Dispatch with even routing: tensors without values have no counts."""
 
-    def all_to_all_counts(
-        self, slot_L: Tensor, local_experts: int
-    ) -> tuple[Tensor, list[int], list[int]]:
+    def begin_counts(self, destination_L: Tensor, local_experts: int) -> Callable[[], Counts]:
         """Returns counts as if all ranks had selected each expert equally often."""
-        rows, size = len(slot_L), self.axis.size
+        rows, size = len(destination_L), self.axis.size
         send = [rows // size + (rank < rows % size) for rank in range(size)]
-        return slot_L.new_empty(size, local_experts), send, [send[self.axis.rank]] * size
+        received_Re = destination_L.new_empty(size, local_experts)
+        return lambda: (received_Re, send, [send[self.axis.rank]] * size)
 
 
 def count_memory(
@@ -172,7 +181,14 @@ def count_memory(
         if progress is not None:
             progress(number + 1, len(places))
     parameters = sum(elements.values())
-    return DryRun(degrees, ranks, parameters, microbatches_of(planned, degrees), planned)
+    return DryRun(
+        degrees,
+        ranks,
+        parameters,
+        microbatches_of(planned, degrees),
+        planned,
+        triton_workspace(config, degrees),
+    )
 
 
 @contextmanager
@@ -201,10 +217,14 @@ def microbatches_of(phase: Phase, degrees: Degrees) -> int:
 
 @dataclass(frozen=True)
 class _PieceMemory:
-    """Activations of a microbatch from its forward to its backward, and the additional peak."""
+    """Activations of a microbatch from its forward to its backward, and the additional peak.
+
+    `offloaded` activations are on the host.
+    """
 
     activations: int
     workspace: int
+    offloaded: int
 
 
 _Piece = Callable[[Tensor], list[Tensor]]
@@ -250,6 +270,7 @@ class _Rank:
                 need.activations,
                 in_flight[number],
                 need.workspace,
+                need.offloaded,
             )
             for number, need in needs.items()
         ]
@@ -298,12 +319,13 @@ class _Rank:
         if plan.is_last(number):
             pieces["heads"] = partial(self._heads, micro)
         activations = 0 if number == 0 else self._streams(micro).nbytes
-        workspace = 0
+        workspace = offloaded = 0
         for kind, piece in pieces.items():
             key = (kind, axis.is_first, axis.is_last)
             if key not in known:
                 known[key] = self._measure(piece, micro)
             activations += known[key].activations * (counts[kind] or 1)
+            offloaded += known[key].offloaded * (counts[kind] or 1)
             workspace = max(workspace, known[key].workspace)
         if "block" in self.config.segment.parallel.offload:
             # The layers' inputs are on the host, except the one from the previous stage; but one,
@@ -311,7 +333,7 @@ class _Rank:
             moved = max(len(plan.layers_of(number)) - (number > 0), 0)
             has_mtp = plan.is_last(number) and model.num_nextn_predict_layers > 0
             activations -= (moved - (moved > 0 or has_mtp)) * self._streams(micro).nbytes
-        return _PieceMemory(activations, workspace)
+        return _PieceMemory(activations, workspace, offloaded)
 
     def _layer(self, index: int, micro: Microbatch, streams: Tensor) -> list[Tensor]:
         model = self.local.model
@@ -332,11 +354,17 @@ class _Rank:
         streams = self._streams(micro)
         lasting = [*model.parameters(), *model.buffers(), *rounded_weights(model), *grads]
         lasting += [*tensors_in(micro), streams]
+        before = self._host_bytes()
         with Live(Storages(lasting)) as live, GroupedShapes(), Addresses():
             out = piece(streams)
             activations = live.now
             torch.autograd.backward(out, [torch.empty_like(tensor) for tensor in out])
-        return _PieceMemory(activations, live.peak - activations)
+        return _PieceMemory(activations, live.peak - activations, self._host_bytes() - before)
+
+    def _host_bytes(self) -> int:
+        """Returns what all parts of the model have moved to the host so far."""
+        call_part = self.local.model.execution.call_part
+        return call_part.host.meta_bytes if isinstance(call_part, ActivationCheckpointing) else 0
 
     def _streams(self, micro: Microbatch) -> Tensor:
         """Makes the residual streams between two layers."""

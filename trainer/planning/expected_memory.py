@@ -41,7 +41,8 @@ def host_memory_warning(config: RunConfig, device: torch.device) -> str | None:
     lasting = sum(memory_parts(config, degrees).values()) + snapshot_memory(config, degrees)
     if lasting + 2 * rough_activations(config) < available:
         return None
-    needed = count_memory(config, world).fullest.total + snapshot_memory(config, degrees)
+    fullest = count_memory(config, world).fullest
+    needed = fullest.total + fullest.offloaded + snapshot_memory(config, degrees)
     if needed < available:
         return None
     return (

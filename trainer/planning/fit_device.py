@@ -22,7 +22,7 @@ from trainer.config import ConfigError, RunConfig
 from trainer.device import DeviceInfo
 from trainer.formatting import GIB, gib
 from trainer.planning.dry_run import count_memory
-from trainer.planning.static_memory import snapshot_memory, triton_workspace
+from trainer.planning.static_memory import snapshot_memory
 
 MEMORY_FRACTION = 0.9
 """Fraction of the memory that the count may take: it includes neither fragmentation nor uneven
@@ -126,8 +126,8 @@ class Count:
     """Counts the peak bytes of the fullest process.
 
     Arguments:
-        on_host: also count the snapshots of `stability.spikes`, which are in host memory; on a GPU
-            what Triton's attention takes is counted instead.
+        on_host: also count the snapshots of `stability.spikes` and offloaded activations, which
+            are in host memory; on a GPU what Triton's attention takes is counted instead.
         log: report progress on stderr.
     """
 
@@ -136,11 +136,12 @@ class Count:
         self.start, self.done = time.monotonic(), 0
 
     def __call__(self, config: RunConfig) -> int:
-        size = count_memory(config, self.world).fullest.total
-        degrees = config.degrees(self.world)
-        size += (
-            snapshot_memory(config, degrees) if self.on_host else triton_workspace(config, degrees)
-        )
+        counted, degrees = count_memory(config, self.world), config.degrees(self.world)
+        size = counted.fullest.total
+        if self.on_host:
+            size += counted.fullest.offloaded + snapshot_memory(config, degrees)
+        else:
+            size += counted.triton
         self.done += 1
         if (spent := time.monotonic() - self.start) > 3 and self.log:
             total = len(RECOMPUTATION) + len(micro_batch_sizes(config, self.world))

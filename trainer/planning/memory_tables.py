@@ -60,16 +60,21 @@ def dry_run_table(result: DryRun) -> Table:
 
 
 def dry_run_summary(result: DryRun) -> str:
-    """Returns a sentence about the sum of all parameters and the fullest rank."""
+    """Returns sentences about all parameters, the fullest rank, and what the table leaves out."""
     full = result.fullest
     update = ""
     if full.update > full.passes:
         update = " during the optimizer's step"
-    return (
+    summary = (
         f"All processes together hold {result.parameters:,} parameters, each counted once. The "
         f"fullest is rank {full.rank} on pipeline rank {full.pipeline}: peak {gib(full.total)}"
         f"{update}, of which {gib(sum(full.resident.values()))} throughout the run."
     )
+    if result.triton:
+        summary += f" Where Triton's attention runs, its backward takes {gib(result.triton)} more."
+    if offloaded := max(rank.offloaded for rank in result.ranks):
+        summary += f" Offloaded activations take {gib(offloaded)} of page-locked host memory."
+    return summary
 
 
 def similar_ranks(result: DryRun) -> Iterator[list[RankMemory]]:

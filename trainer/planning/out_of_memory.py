@@ -96,7 +96,8 @@ def estimate(config: RunConfig, world: int) -> int:
     """Returns the peak bytes of the fullest process."""
     from trainer.planning.dry_run import count_memory
 
-    return count_memory(config, world).fullest.total
+    counted = count_memory(config, world)
+    return counted.fullest.total + counted.triton
 
 
 def compare(path: str, world: int, step: int) -> str:

@@ -90,10 +90,6 @@ class Snapshots:
         state.restore(snapshot.state.to_dict())
         return True
 
-    def nbytes(self) -> int:
-        """Returns the bytes of all snapshots on this rank."""
-        return sum(tensor.nbytes for each in self._snapshots for tensor in each.tensors)
-
     def limit(self, state: TrainState) -> int:
         """Returns the newest step that a run in this state may roll back to."""
         limit = state.step - self.min_age

@@ -58,6 +58,20 @@ def test_the_norm_of_few_numbers_may_fluctuate():
         assert _fault(Distance(1.01 * limit, 0.0, 1.0, numbers), eager) is not None
 
 
+def test_chance_refuses_no_result_of_few_numbers():
+    """Of pairs that are equally good, none is refused; with the limits of many, some would be."""
+    draws = torch.randn(2, 20_000, 16, generator=torch.Generator().manual_seed(0))
+    ours, eager = (1e-2 * draws.square().mean(-1).sqrt()).tolist()
+    faults = [
+        sum(
+            _fault(Distance(a, 0.0, 1.0, numbers), Distance(b, 0.0, 1.0, numbers)) is not None
+            for a, b in zip(ours, eager, strict=True)
+        )
+        for numbers in (16, 1 << 40)
+    ]
+    assert faults[0] == 0 and 40 < faults[1] < 140  # 0.43% by the F distribution
+
+
 def test_a_wrong_gradient_alone():
     def wrong(x: Tensor, w: Tensor) -> Tensor:
         out = product(x, w)

@@ -15,7 +15,7 @@ import torch
 
 from data.activity import Activity
 from trainer.config import load_config
-from trainer.kernels import first_check, verdict_file
+from trainer.kernels import commands, first_check, verdict_file
 from trainer.kernels.check import check_kernels
 from trainer.kernels.first_check import local_verdicts
 from trainer.kernels.gpu import Platform
@@ -186,6 +186,52 @@ def test_other_processes_of_the_host_wait_for_the_first(
     first = local_verdicts(config, gpu, QUIET, check=check)
     other.join(timeout=30)
     assert results == [first]
+
+
+def test_all_kinds_of_gpu_of_a_host_share_the_time_of_its_first_check(
+    gpu: torch.device, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may wait in the process group: as long as its timeout, and the check ends before."""
+    kinds = [replace(GPU, name=f"kind {index}") for index in range(2)]
+    monkeypatch.setattr(Platform, "of", classmethod(lambda cls, device: kinds[device.index or 0]))
+    monkeypatch.setattr(first_check, "TOTAL_SECONDS", 0.025)
+    config, check = load_config(tiny, ["precision=bf16"]), FakeCheck()
+    verdicts = [
+        local_verdicts(config, torch.device("cuda", index), QUIET, check=check).verdicts
+        for index in range(2)
+    ]
+    assert 1 <= len(check.checked) <= 3
+    assert [sum(v.passed for v in each.values()) for each in verdicts] == [len(check.checked), 0]
+    assert "had no time left for it" in verdicts[1]["norms"].reason
+
+
+def test_the_command_checks_every_kind_of_gpu_of_the_host(
+    gpu: torch.device, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three GPUs, the two kinds; it is one process, and no rank of a job."""
+    names = ["A100", "A100", "H100"]
+    kinds = [replace(GPU, name=name) for name in names]
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(Platform, "of", classmethod(lambda cls, device: kinds[device.index]))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(kinds))
+    checked: list[tuple[str, int]] = []
+
+    def check_all(key: Key, index: int, activity: Activity) -> tuple[Verdict, ...]:
+        checked.append((key.platform.name, index))
+        return VERDICTS
+
+    monkeypatch.setattr(commands, "check_all", check_all)
+    *_, place = commands.check_command(load_config(tiny, ["precision=bf16"]))
+    assert checked == [("A100", 0), ("H100", 2)]
+    assert str(place).endswith(str(cache_folder())) and len([*cache_folder().glob("*.json")]) == 2
+
+
+def test_a_first_check_is_shorter_than_the_timeout_of_a_collective(tiny: Path) -> None:
+    limits = [
+        first_check.seconds_of_host(load_config(tiny, settings))
+        for settings in ([], ["parallel.timeout_seconds=60"], ["parallel.timeout_seconds=7200"])
+    ]
+    assert limits == [480, 48, 480]
 
 
 def test_a_damaged_file_is_made_again(

@@ -32,7 +32,7 @@ def run(
 ) -> tuple[Tensor, ...]:
     """Expert e multiplies its rows with factor e; outputs, and gradients of x and factors."""
     factors_E = factors_E.clone().requires_grad_()
-    sent = dispatch.dispatch(x_TD, routing, EXPERTS)
+    sent = dispatch.begin(x_TD, routing, EXPERTS)()
     ends_E = sent.ends_E.tolist()
     bounds = list(zip([0, *ends_E[:-1]], ends_E, strict=True))
     rows = [sent.rows_PD[a:b] * factors_E[e] for e, (a, b) in enumerate(bounds)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -180,16 +181,19 @@ def test_the_dry_run_counts_what_was_moved(tiny: Path) -> None:
     for stages in (1, 2):
         words = [f"parallel.pipeline={stages}", "parallel.recompute=[block]"]
         words += ["parallel.pipeline_layers_per_stage=[2, 1]"] if stages > 1 else []
-        held = []
+        held, on_host = [], []
         for more in ([], ["parallel.offload=[block]"]):
             config = load_config(tiny, [*words, *more])
             ranks = count_memory(config, stages).ranks
             held.append([rank.stages[0].activations for rank in ranks])
+            on_host.append([rank.offloaded / rank.stages[0].in_flight for rank in ranks])
         model, data = config.model, config.data
         tokens = data.micro_batch_size * data.seq_len
         streams = 4 * tokens * model.hc_mult * model.hidden_size
         moved = [(a - b) / streams for a, b in zip(*held, strict=True)]
         assert moved == ([model.num_hidden_layers] if stages == 1 else [1, 0])
+        locked = 2 ** math.ceil(math.log2(streams))
+        assert on_host == [[0] * stages, [locked * n for n in ([4] if stages == 1 else [2, 2])]]
 
 
 class Device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from model.parameters import parameter_shapes
 from tests.distributed import spawn
 from tests.trainer.parallel.topologies import MODEL, Topology, topology
 from trainer.build import build_native
+from trainer.checkpoint.logical_tensors import live_slices
 from trainer.config import ConfigError, load_config
 from trainer.engine import NativeEngine
 from trainer.parallel.degrees import Degrees
@@ -45,7 +47,7 @@ MORE = [
 
 
 def hold(rank: int, world: int, path: Path, words: tuple[str, ...]) -> Any:
-    """Worker: what a rank holds: parameters, bytes by part, most bytes of passes.
+    """Worker: what a rank holds: parameters, bytes by part, of snapshots, and most of passes.
 
     Passes run plain torch, as the dry run does; a CPU's fused loops hold no more.
     """
@@ -70,6 +72,8 @@ def hold(rank: int, world: int, path: Path, words: tuple[str, ...]) -> Any:
         "optimizer states": [p.tensor for p in optimizer.states() if p.kind != "master"],
     }
     resident = {name: sum(t.nbytes for t in tensors) for name, tensors in parts.items()}
+    sizes = [each.tensor.nbytes for each in live_slices(model, optimizer.states())]
+    snapshots = sum(sizes), sum(max(4096, 2 ** math.ceil(math.log2(size))) for size in sizes)
     gc.collect()
     known = Storages([*lasting, *grads])
     with Live(known) as fused:
@@ -78,7 +82,7 @@ def hold(rank: int, world: int, path: Path, words: tuple[str, ...]) -> Any:
         patch.setattr(host, "runs", lambda *_: False)
         engine.forward_backward(batches)
     assert fused.peak <= live.peak
-    return sum(p.numel() for p in model.parameters()), resident, live.peak
+    return sum(p.numel() for p in model.parameters()), resident, snapshots, live.peak
 
 
 @pytest.mark.parametrize(
@@ -96,11 +100,14 @@ def test_counts_what_ranks_really_hold(tiny: Path, spread: Topology) -> None:
     config = load_config(tiny, words)
     found = count_memory(config, 2)
     assert [rank.rank for rank in found.ranks] == [0, 1]
-    for rank, (parameters, parts, peak) in zip(found.ranks, really, strict=True):
+    for rank, (parameters, parts, snapshots, peak) in zip(found.ranks, really, strict=True):
         assert rank.parameters == parameters
         assert rank.resident == parts
         closed_form = pipeline_rank_memory(config, found.degrees, rank.pipeline)
-        assert closed_form.parts(rank.rank - rank.pipeline * len(closed_form.loads)) == parts
+        of_stage = rank.rank - rank.pipeline * len(closed_form.loads)
+        assert closed_form.parts(of_stage) == parts
+        locked = [closed_form.snapshot(of_stage, page_locked) for page_locked in (False, True)]
+        assert (*locked,) == snapshots
         passes = rank.microbatches + rank.activations + rank.workspace
         print(f"{spread.name} rank {rank.rank}: {peak:,} B really, {passes:,} B by the dry run")
         # Schedules with two stages on a rank keep what they send to the step's end (torch waits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,17 @@ def test_the_whole_command(tiny: Path) -> None:
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("v4: error: ")
+
+
+def test_a_dry_run_reports_what_the_table_leaves_out(tiny: Path) -> None:
+    parts = [*MODEL, "precision=bf16", "data.seq_len=4096", "parallel.recompute=[block]"]
+    text, offloaded = (
+        " ".join(printed(describe_plan(load_config(tiny, words), 1, dry=True)).split())
+        for words in (parts, [*parts, "parallel.offload=[block]"])
+    )
+    assert re.search(r"Where Triton's attention runs, its backward takes [1-9]\S+ MiB more", text)
+    assert "page-locked" not in text
+    assert re.search(r"Offloaded activations take [1-9]\S+ MiB of page-locked host", offloaded)
 
 
 def test_measured_times_balance_the_stages(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

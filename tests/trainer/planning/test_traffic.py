@@ -174,17 +174,17 @@ def one_step(degrees: Degrees, world: int, rank: int) -> Outcome:
     engine.set_attention(attention)
     batches = batches_of(grid.data.rank, ROWS // MICRO_ROWS // grid.data.size)
     away = [0, 0]
-    all_to_all_counts = ExpertDispatch.all_to_all_counts
+    begin_counts = ExpertDispatch.begin_counts
 
     def spy(self: ExpertDispatch, *args: Any) -> Any:
-        answer = all_to_all_counts(self, *args)
-        for place, rows in enumerate(answer[1:]):
+        pending = begin_counts(self, *args)
+        for place, rows in enumerate(pending()[1:]):
             away[place] += sum(rows) - rows[self.axis.rank]
-        return answer
+        return pending
 
     grid.traffic.clear()
     with pytest.MonkeyPatch.context() as patch, Wire() as wire:
-        patch.setattr(ExpertDispatch, "all_to_all_counts", spy)
+        patch.setattr(ExpertDispatch, "begin_counts", spy)
         engine.forward_backward(batches)
         engine.step(1e-3, engine.gradient_norm())
     runs = 1 + ("block" in config.parallel.recompute)

@@ -95,7 +95,7 @@ def test_training_stops_before_it_takes_the_cpu_for_a_gpu(tiny: Path, tmp_path: 
     (tmp_path / "nvidia-smi").chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
-    run = [sys.executable, "-m", "launch.cli", "train", str(tiny), f"run_dir={tmp_path / 'run'}"]
+    run = [sys.executable, "-m", "launch", "train", str(tiny), f"run_dir={tmp_path / 'run'}"]
     done = subprocess.run(run, env=environment, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     (line,) = (text for text in done.stderr.splitlines() if text.startswith("v4: error:"))
