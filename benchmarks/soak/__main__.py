@@ -186,11 +186,17 @@ class Soak:
             if training.code() is not None:
                 return False
         if time.monotonic() >= deadline:
-            text = training.output_since(max(training.log_size() - 2000, 0))
-            self.events.add(event="problem", text=f"{training.folder} stands still: {text}")
-            training.kill()
+            self._stands_still(training)
             return False
         return steps <= 0
+
+    def _stands_still(self, training: Training) -> None:
+        """Records where the processes are, and kills them."""
+        position = training.log_size()
+        training.dump_stacks()
+        text = training.output_since(position)
+        self.events.add(event="problem", text=f"{training.folder} stands still: {text}")
+        training.kill()
 
     def _fault(self, training: Training, comparison: Comparison) -> None:
         """Draws a fault, and records what it cost until the next step."""

@@ -59,6 +59,7 @@ class Training:
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "SOAK_FOLDER": str(soak),
             "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",
         }
 
     def start(self) -> None:
@@ -96,6 +97,14 @@ class Training:
         deadline = time.monotonic() + 30
         while any(map(is_running, processes)) and time.monotonic() < deadline:
             time.sleep(0.05)
+
+    def dump_stacks(self) -> None:
+        """Ends ranks and writers so that each writes its threads' stacks into the log."""
+        for member in self.members():
+            if member.role in ("rank", "writer"):
+                with suppress(psutil.NoSuchProcess):
+                    member.process.send_signal(signal.SIGABRT)
+        time.sleep(3.0)
 
     def terminate(self) -> None:
         """Asks the launcher to stop the training after a checkpoint."""
