@@ -289,8 +289,8 @@ def main() -> None:
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     requests = _Requests()
-    with mmap.mmap(handle, size, access=mmap.ACCESS_READ) as memory:
-        serve(memoryview(memory), iter(requests), requests.is_aborted)
+    memory = mmap.mmap(handle, size, access=mmap.ACCESS_READ)
+    serve(memoryview(memory), iter(requests), requests.is_aborted)
 
 
 if __name__ == "__main__":
