@@ -13,14 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from model.kernels.grouped_mm import row_alignment
 from model.kernels.operations import EAGER, Choice
-from model.kernels.permute import permute_rows, unpermute_rows
+from model.kernels.permute import permute_rows, sort_pairs, unpermute_rows
 from model.router import Routing
-
-ROW_ALIGNMENT = 16
-"""Every expert's rows are padded to a multiple of this. Grouped matmuls need aligned groups, and
-matmuls of a handful of rows take other code paths, which round differently: with padding, a token's
-output does not depend on which experts other tokens chose."""
 
 
 @dataclass(frozen=True)
@@ -68,23 +64,14 @@ class LocalDispatch:
     def dispatch(self, x_TD: Tensor, routing: Routing, num_experts: int) -> Dispatched:
         """Copies each token's hidden state once per selected expert, sorted by expert.
 
-        P is an upper bound computed from shapes alone, so there is no host-device sync.
+        There is no host-device sync: on an accelerator P is an upper bound from shapes alone.
         """
         expert_L = routing.indices_TA.flatten()
-        num_pairs = len(expert_L)
-        sorted_expert_L, sorted_L = expert_L.sort(stable=True)
-        index = torch.arange(max(num_pairs, num_experts + 1), device=expert_L.device)
-        bounds = torch.searchsorted(sorted_expert_L, index[: num_experts + 1], out_int32=True)
-        start_E, end_E = bounds[:-1], bounds[1:]  # of each expert's pairs
-        padding_E = (start_E - end_E) % ROW_ALIGNMENT
-        shift_E = padding_E.cumsum(0, dtype=torch.int32)  # of the rows after an expert's
-        ends_E = end_E + shift_E
-        row_L = index[:num_pairs] + (shift_E - padding_E)[sorted_expert_L]
-        padded_rows = num_pairs + min(num_experts, num_pairs) * (ROW_ALIGNMENT - 1)
-        pair_of_row_P = sorted_L.new_zeros(padded_rows).index_copy_(0, row_L, sorted_L)
-        row_of_pair_L = torch.empty_like(sorted_L).index_copy_(0, sorted_L, row_L)
+        # Padded, so that a token's output does not depend on which experts other tokens chose.
+        alignment = row_alignment(x_TD)
+        pair_of_row_P, row_of_pair_L, ends_E = sort_pairs(expert_L, num_experts, alignment)
         weights_L = routing.weights_TA.flatten()
-        weights_P = weights_L.new_zeros(padded_rows).index_copy(0, row_of_pair_L, weights_L)
+        weights_P = weights_L.new_zeros(len(pair_of_row_P)).index_copy(0, row_of_pair_L, weights_L)
         rows_PD = permute_rows(x_TD, pair_of_row_P, row_of_pair_L, self.choice)
         return Dispatched(rows_PD, weights_P, ends_E, pair_of_row_P, row_of_pair_L)
 

@@ -16,37 +16,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.kernels import fp8
-from model.kernels.grouped_mm import grouped_mm
+from model.kernels.grouped_mm import grouped_mm, grouped_mm_pair
 from model.kernels.operations import EAGER, Choice
 from model.kernels.tensor_cores import tf32_matmuls
 
 
 @dataclass(frozen=True)
 class Matmuls:
-    """Three kinds of matmuls with weights [.., Y, X].
+    """The matmuls with weights [.., Y, X].
 
     Attributes:
         linear: x [.., X] and weight [Y, X] to [.., Y].
         batched: x [G, T, X] and weights [G, Y, X] to [G, T, Y], each group by itself.
         grouped: x [P, X] sorted by expert, weights [E, Y, X], and int32 [E], where each expert's
             rows end; returns [P, Y]. Rows after the last end are not computed.
+        grouped_pair: the same rows with the weights of two grouped matmuls; returns both results.
     """
 
     linear: Callable[[Tensor, Tensor], Tensor]
     batched: Callable[[Tensor, Tensor], Tensor]
     grouped: Callable[[Tensor, Tensor, Tensor], Tensor]
+    grouped_pair: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _batched(x_GTX: Tensor, weight_GYX: Tensor) -> Tensor:
     return torch.bmm(x_GTX, weight_GYX.transpose(1, 2))
 
 
-UNQUANTISED = Matmuls(F.linear, _batched, grouped_mm)
+UNQUANTISED = Matmuls(F.linear, _batched, grouped_mm, grouped_mm_pair)
 
 
 def unquantised_matmuls(choice: Choice = EAGER) -> Matmuls:
     """Returns matmuls in the dtype of their tensors; `choice` is that of the experts'."""
-    return replace(UNQUANTISED, grouped=partial(grouped_mm, choice=choice))
+    grouped, pair = partial(grouped_mm, choice=choice), partial(grouped_mm_pair, choice=choice)
+    return replace(UNQUANTISED, grouped=grouped, grouped_pair=pair)
 
 
 def fp8_matmuls(choice: Choice = EAGER) -> Matmuls:
@@ -56,8 +59,12 @@ def fp8_matmuls(choice: Choice = EAGER) -> Matmuls:
     head, the indexer's head weights and hyper-connections multiply in the precision of their
     weights.
     """
-    functions = fp8.linear, fp8.batched, fp8.grouped
-    return Matmuls(*[partial(function, choice=choice) for function in functions])
+    return Matmuls(
+        partial(fp8.linear, choice=choice),
+        partial(fp8.batched, choice=choice),
+        partial(fp8.grouped, choice=choice),
+        partial(fp8.grouped_pair, choice=choice),
+    )
 
 
 class Linear(nn.Linear):

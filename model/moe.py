@@ -47,15 +47,10 @@ class Experts(nn.Module):
         """Returns weight · w2(silu(min(w1 x, limit)) · clamp(w3 x, ±limit)) of each row, [P, D]."""
         x, ends = dispatched.rows_PD, dispatched.ends_E
         w1, w2, w3 = self._matrices()
-        grouped_mm = self.execution.matmuls.grouped
-        inner = clamped_swiglu(
-            grouped_mm(x, w1, ends),
-            grouped_mm(x, w3, ends),
-            self.limit,
-            dispatched.weights_P,
-            self.execution.kernels.swiglu,
-        )
-        return grouped_mm(inner, w2, ends)
+        matmuls, choice = self.execution.matmuls, self.execution.kernels.swiglu
+        gate, up = matmuls.grouped_pair(x, w1, w3, ends)
+        inner = clamped_swiglu(gate, up, self.limit, dispatched.weights_P, choice)
+        return matmuls.grouped(inner, w2, ends)
 
     def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the matrices to multiply with; their gradients go to w1, w2 and w3."""
@@ -93,7 +88,7 @@ class MoEStats:
     """A layer's routing and its loss.
 
     Attributes:
-        balance: the balance loss; None in a hash layer.
+        balance: the balance loss; None in a hash layer, or where its weight is 0.
         expert_indices_TA: indices of the experts that each token went to.
         weights_TA: their routing weights, without a gradient.
     """
@@ -111,6 +106,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.gate = Router(config, hashed, dtype)
+        self.has_balance_loss = not hashed and config.balance_loss_weight > 0
         self.experts = Experts(config, dtype, execution)
         self.shared_experts = SharedExpert(config, dtype, execution)
         self.dispatch = execution.dispatch
@@ -139,7 +135,7 @@ class MoE(nn.Module):
         dispatched = pending_rows()
         routed_TD = self.dispatch.combine(self.experts(dispatched), dispatched, x_TD.shape[0])
         balance = None
-        if not self.gate.hashed:
+        if self.has_balance_loss:
             balance = balance_loss(routing, positions.layout, loss_denominator, exchange.sum_counts)
         stats = MoEStats(balance, routing.indices_TA, routing.weights_TA.detach())
         return routed_TD + shared_TD, stats

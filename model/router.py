@@ -9,21 +9,17 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.kernels.router import route, sample_sums
 from model.layout import SampleLayout
 from model.linear import fp32_linear
 
 _MIN_COUNT = 0.01
 """Of the mean count, what a token counts at least in `balanced_table`."""
-
-_TINY = torch.finfo(torch.float32).tiny
-_BELOW_TINY = _TINY * (1 - 2.0**-23)
 
 
 @dataclass(frozen=True)
@@ -69,55 +65,12 @@ class Router(nn.Module):
         any integer dtype; scores and weights still come from the current gate.
         """
         logits = fp32_linear(x_TD, self.weight)
-        scores = _SqrtSoftplus.apply(logits)
-        if expert_indices_TA is not None:
-            indices = expert_indices_TA.long()
-        elif self.hashed:
+        indices = None if expert_indices_TA is None else expert_indices_TA.long()
+        if indices is None and self.hashed:
             indices = self.tid2eid[tokens_T]
-        else:
-            indices = (scores.detach() + self.bias).topk(self.top_k, dim=-1).indices
-        selected = scores.gather(1, indices)
-        weights = _Normalised.apply(selected, 1e-20) * self.scale
+        bias = None if self.hashed else self.bias
+        scores, indices, weights = route(logits, bias, indices, self.top_k, self.scale)
         return Routing(indices, weights, scores)
-
-
-class _SqrtSoftplus(torch.autograd.Function):
-    """sqrt(softplus(x)), with the backward of autograd in fewer launches.
-
-    A floor keeps the root differentiable where softplus underflows to zero.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        softplus = F.softplus(logits)
-        scores = softplus.clamp(min=_TINY).sqrt_()
-        ctx.save_for_backward(logits, softplus, scores)
-        return scores
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        logits, softplus, scores = ctx.saved_tensors
-        # Zero below the floor; at the floor itself clamp has a gradient.
-        grad = torch.ops.aten.threshold_backward(grad / (2 * scores), softplus, _BELOW_TINY)
-        return torch.ops.aten.softplus_backward(grad, logits, 1, 20)
-
-
-class _Normalised(torch.autograd.Function):
-    """x / (x.sum(-1) + eps), with the backward of autograd in fewer launches."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        total = x.sum(-1, keepdim=True)
-        if eps:
-            total += eps
-        out = x / total
-        ctx.save_for_backward(out, total)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out, total = ctx.saved_tensors
-        return grad / total - (grad * (out / total)).sum(-1, keepdim=True), None
 
 
 @torch.no_grad()
@@ -163,18 +116,17 @@ def balance_loss(
     counts, and the ranks' results add up to the loss.
     """
     num_experts, top_k = routing.scores_TE.shape[1], routing.indices_TA.shape[1]
-    scores = routing.scores_TE
-    share_TE = _Normalised.apply(scores, 0.0)
-    share_ZE = share_TE.new_zeros(layout.num_samples, num_experts)
-    share_ZE.index_add_(0, layout.sample_T, share_TE)
     first_slot_T1 = layout.derived(
         ("slots", num_experts), lambda: layout.sample_T[:, None] * num_experts
     )
-    slot_TA = first_slot_T1 + routing.indices_TA
-    ones_L = layout.derived(("ones", slot_TA.numel()), lambda: share_TE.new_ones(slot_TA.numel()))
-    count_ZE = share_TE.new_zeros(share_ZE.numel()).index_add_(0, slot_TA.flatten(), ones_L)
+    pairs = routing.indices_TA.numel()
+    ones_L = layout.derived(("ones", pairs), lambda: routing.scores_TE.new_ones(pairs))
+    share_ZE, count_ZE = sample_sums(
+        *(routing.scores_TE, routing.indices_TA, layout.sample_T, layout.num_samples),
+        *(first_slot_T1, ones_L),
+    )
     length_Z = layout.derived("lengths", layout.length_Z.float)
-    count_ZE = sum_counts(count_ZE.view_as(share_ZE))
+    count_ZE = sum_counts(count_ZE)
     products_Z = (count_ZE * share_ZE).sum(-1)
     return (products_Z / length_Z * layout.has_tokens_Z).sum() * (
         num_experts / (top_k * denominator)

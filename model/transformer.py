@@ -290,7 +290,7 @@ class V4Model(nn.Module):
         return cross_entropy(hidden_TD, self.head.weight, targets_T, max(count, 1), IGNORE_INDEX)
 
     def weighted_balance(self, stats: Iterable[BlockStats]) -> Tensor | None:
-        """Returns several layers' balance loss with its weight; None where all are hash layers."""
+        """Returns several layers' balance loss with its weight; None where no layer has one."""
         terms = [block.balance for block in stats if block.balance is not None]
         return sum(terms[1:], terms[0]) * self.config.balance_loss_weight if terms else None
 

@@ -14,6 +14,7 @@ from data.activity import Activity
 from data.lease import LeaseError
 from data.rows import matching_manifest, token_frequencies
 from model.kernel_choices import describe
+from model.kernels import host
 from trainer.build import build_engine
 from trainer.checkpoint import PeriodicCheckpoints, RunCheckpoint, unsaved_progress
 from trainer.config import Phase, RunConfig, save_config
@@ -168,6 +169,8 @@ class Trainer:
             is_first = self.grid.is_first and self.state.step == first
             with Activity("first step", visible=is_first):  # may compile
                 result = self.step(self.anticipation.batches(self.state.step))
+            if is_first and (report := host.compilation.report()):
+                self._log(f"kernels: the first step {report}")
             if isinstance(result, RolledBack):
                 if not self._is_in_segment():
                     self.checkpoint.save(self.state)  # for processes with that step's degrees

@@ -12,6 +12,7 @@ import functools
 import itertools
 import logging
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,35 +20,114 @@ from typing import Any
 import numpy as np
 import torch
 from numba import njit
+from numba.core import event
+from numba.core.caching import FunctionCache
 from numpy.typing import NDArray
 from torch import Tensor
 
 Array = NDArray[np.float32]
-fused_loop = njit(
-    cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}
-)
-"""Compiles a kernel. Sums may run in any order and multiply-adds be fused; infinities and NaN stay
-what they are, and a division by zero gives one instead of an exception, whose check would keep the
-loop from being vectorised."""
 
 _NUMBERS_PER_THREAD = 1 << 18
 """A kernel takes some 50 µs for as many, and a thread as long to wake."""
+_TYPES = {torch.float32: "<f4", torch.int64: "<i8", torch.int32: "<i4"}
 
 log = logging.getLogger(__name__)
 
 
-def runs(*tensors: Tensor | None) -> bool:
-    """Reports whether the fused loops take these tensors: fp32 on a CPU, not shapes alone."""
-    return all(x is None or _has_numbers(x) for x in tensors) and _builds()
+class Compilation(event.Listener):
+    """What numba compiled of the fused loops in this process.
+
+    Attributes:
+        count, seconds: loops compiled, not loaded from a cache, and the time that took.
+        is_kept: whether they are kept on disk for later processes.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.seconds, self.is_kept = 0, 0.0, True
+        self._kernels: set[Any] = set()
+        self._starts: list[float] = []
+        event.register("numba:compile", self)
+
+    def add(self, kernel: Any) -> None:
+        """Counts this kernel's compilations."""
+        self._kernels.add(kernel)
+
+    def on_start(self, event: event.Event) -> None:
+        self._starts.append(time.perf_counter())
+
+    def on_end(self, event: event.Event) -> None:
+        seconds = time.perf_counter() - self._starts.pop()
+        if event.data["dispatcher"] in self._kernels:
+            self.count += 1
+            self.seconds += 0.0 if self._starts else seconds  # the caller's time includes it
+
+    def report(self) -> str | None:
+        """Returns a sentence about what was compiled; None if nothing was."""
+        if not self.count:
+            return None
+        fate = "kept on disk for the next start" if self.is_kept else "not kept"
+        return f"compiled {self.count} fused loops for this CPU in {self.seconds:.0f} s ({fate})"
+
+    def warn_uncached(self, reason: Exception) -> None:
+        """Logs once that machine code cannot be read from disk or kept there."""
+        if self.is_kept:
+            log.warning(
+                "the CPU's fused loops cannot be kept on disk, so every start compiles them, in "
+                "some 20 s; NUMBA_CACHE_DIR may name a folder for them (%s: %s)",
+                *(type(reason).__name__, reason),
+            )
+        self.is_kept = False
 
 
-def _has_numbers(x: Tensor) -> bool:
+compilation = Compilation()
+
+
+def fused_loop(function: Callable[..., None]) -> Callable[..., None]:
+    """Compiles a kernel at its first call, or loads what an earlier process compiled.
+
+    Sums may run in any order and multiply-adds be fused; infinities and NaN stay what they are, and
+    a division by zero gives one instead of an exception, whose check would keep the loop from being
+    vectorised.
+    """
+    fastmath = {"reassoc", "contract", "nsz"}
+    kernel: Any = njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
+    compilation.add(kernel)
+    try:
+        kernel._cache = _Cache(function)
+    except RuntimeError as error:  # neither the source's folder nor the user's cache is writable
+        compilation.warn_uncached(error)
+    return kernel
+
+
+class _Cache(FunctionCache):
+    """Numba's cache on disk; a kernel that it cannot read or keep is compiled again."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # whatever unpickling a damaged file raises
+            compilation.warn_uncached(error)
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except Exception as error:
+            compilation.warn_uncached(error)
+
+
+def runs(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
+    """Reports whether the fused loops take these tensors: on a CPU, not shapes alone."""
+    return all(x is None or _has_numbers(x, dtype) for x in tensors) and _builds()
+
+
+def _has_numbers(x: Tensor, dtype: torch.dtype) -> bool:
     plain = type(x) in (Tensor, torch.nn.Parameter)  # subclasses may have no storage
-    return plain and x.device.type == "cpu" and x.dtype == torch.float32
+    return plain and x.device.type == "cpu" and x.dtype == dtype
 
 
 def array(x: Tensor) -> Any:
-    """Returns fp32 numbers as a C-ordered NumPy array, in place if the tensor is contiguous."""
+    """Returns a tensor as a C-ordered NumPy array, in place if it is contiguous."""
     return np.asarray(_Numbers(x.contiguous()))
 
 
@@ -58,7 +138,8 @@ class _Numbers:
         self.tensor = x  # keeps the memory
         shape = tuple(x.shape)
         pointer = (x.data_ptr(), False)
-        self.__array_interface__ = {"version": 3, "typestr": "<f4", "shape": shape, "data": pointer}
+        kind = _TYPES[x.dtype]
+        self.__array_interface__ = {"version": 3, "typestr": kind, "shape": shape, "data": pointer}
 
 
 def over_rows(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.dispatch import ROW_ALIGNMENT, LocalDispatch
+from model.dispatch import LocalDispatch
+from model.kernels.grouped_mm import row_alignment
 from model.router import Routing
 from tests.model.kernels.compare import rand
 
@@ -21,13 +22,13 @@ def test_dispatch_gives_every_expert_its_rows_and_combine_brings_them_back(token
     indices = torch.rand(tokens, experts, generator=generator).topk(active).indices
     routing = routing_of(indices, experts)
     x = rand(tokens, 4)
-    sent = LocalDispatch().dispatch(x, routing, experts)
-    assert (sent.ends_E % ROW_ALIGNMENT == 0).all() and int(sent.ends_E[-1]) <= len(sent.rows_PD)
+    sent, alignment = LocalDispatch().dispatch(x, routing, experts), row_alignment(x)
+    assert (sent.ends_E % alignment == 0).all() and int(sent.ends_E[-1]) <= len(sent.rows_PD)
     start = 0
     for e, end in enumerate(sent.ends_E.tolist()):
         pairs = [(t, a) for t in range(tokens) for a in range(active) if indices[t, a] == e]
         real = len(pairs)
-        assert end - start == -(-real // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        assert end - start == -(-real // alignment) * alignment
         for place, (t, a) in enumerate(pairs, start):
             assert torch.equal(sent.rows_PD[place], x[t])
             assert sent.weights_P[place] == routing.weights_TA[t, a]

@@ -84,7 +84,8 @@ def test_every_part_of_an_execution_is_used_where_it_should_be() -> None:
         # the indexer's wq_b.
         "linear": 7 * BLOCKS + 2 + CONFIG.layer_types.count("csa"),
         "batched": BLOCKS,  # wo_a, by output group
-        "grouped": 3 * BLOCKS,
+        "grouped": BLOCKS,
+        "grouped_pair": BLOCKS,
     }
 
 

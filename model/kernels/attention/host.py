@@ -24,6 +24,7 @@ from model.kernels.attention.ranges import AttentionRanges
 from model.kernels.host import Array, fused_loop
 
 _F32 = np.float32
+_LANES = 16
 
 
 class Arguments(NamedTuple):
@@ -270,6 +271,24 @@ def _query_gradients(
 
 
 @fused_loop
+def _maximum(x: Array, tops: Array) -> Any:
+    """Returns the largest number, or -inf; 16 running maxima are one vector instruction."""
+    top = _F32(-np.inf)
+    if len(x) < _LANES:
+        for c in range(len(x)):
+            top = max(top, x[c])
+        return top
+    for b in range(_LANES):
+        tops[b] = x[len(x) - _LANES + b]
+    for first in range(0, len(x) - _LANES, _LANES):
+        for b in range(_LANES):
+            tops[b] = x[first + b] if x[first + b] > tops[b] else tops[b]
+    for b in range(_LANES):
+        top = max(top, tops[b])
+    return top
+
+
+@fused_loop
 def _less_maximum(
     start: int,
     stop: int,
@@ -283,6 +302,7 @@ def _less_maximum(
 ) -> None:
     """Subtracts each row's maximum, the sink's logit included."""
     heads, width, count = window.shape[1], window.shape[2], entries.shape[2]
+    tops = np.empty(_LANES, _F32)
     for n in range(start, stop):
         low, high, first_entry, last_entry = visible[n]
         for h in range(heads):
@@ -299,11 +319,7 @@ def _less_maximum(
                     e[c] = -np.inf
                 for c in range(last_entry, count):
                     e[c] = -np.inf
-            top = sink[h] * _F32(LOG2E)
-            for c in range(low, high):
-                top = max(top, w[c])
-            for c in range(count):
-                top = max(top, e[c])
+            top = max(sink[h] * _F32(LOG2E), _maximum(w, tops), _maximum(e, tops))
             top_nH[n, h] = top
             for c in range(low, high):
                 w[c] -= top

@@ -72,7 +72,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        make_weight = torch.empty_like if len(hidden) else torch.zeros_like
+        grad_weight = make_weight(weight, dtype=torch.float32) if needs_grad else None
         step = chunk_tokens(weight.shape[0], hidden.device)
         for start in range(0, hidden.shape[0], step):
             rows = slice(start, start + step)
@@ -83,7 +84,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += loss_n.sum()
             if grad is not None and grad_hidden is not None and grad_weight is not None:
                 torch.mm(grad, weight, out=grad_hidden[rows])
-                grad_weight += torch.mm(grad.t(), hidden[rows])
+                _accumulate(grad_weight, grad, hidden[rows], is_first=start == 0)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total / denominator
@@ -91,8 +92,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
-        return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight, *[None] * 5
+        if grad_total.device.type != "cpu" or grad_total != 1:
+            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+            grad_weight = grad_weight * grad_total
+        return grad_hidden, grad_weight.to(ctx.weight_dtype), *[None] * 5
+
+
+def _accumulate(grad_weight: Tensor, grad: Tensor, hidden: Tensor, is_first: bool) -> None:
+    """Adds gradᵀ · hidden of one chunk, or writes it over what the first chunk finds."""
+    if grad.dtype == grad_weight.dtype:
+        grad_weight.addmm_(grad.t(), hidden, beta=0 if is_first else 1)
+    elif is_first:
+        grad_weight.copy_(torch.mm(grad.t(), hidden))
+    else:
+        grad_weight += torch.mm(grad.t(), hidden)
 
 
 def _implementation(choice: Choice) -> SoftmaxLoss:

@@ -1,4 +1,4 @@
-"""Softmax and loss of a chunk of logits with torch's functions, on any device.
+"""Softmax and loss of a chunk of logits: fused loops on a CPU, torch's functions elsewhere.
 
 n tokens of a chunk; V the vocabulary.
 """
@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
+
+from model.kernels import host
+from model.kernels.cross_entropy import host as fused
 
 _LOG2E = math.log2(math.e)
 
@@ -27,6 +31,8 @@ def eager_softmax_loss(
         fp32 [n], and [n, V] in the logits' dtype, or None unless ``needs_grad``. The logits may be
         overwritten.
     """
+    if host.runs(logits_nV) and host.runs(target_n, dtype=torch.int64):
+        return fused.softmax_loss(logits_nV, target_n, denominator, ignore_index, needs_grad)
     valid_n = target_n != ignore_index
     index_n1 = target_n.masked_fill(~valid_n, 0)[:, None]
     # Logits in base 2, less their maximum: exp2 is cheaper than exp.

@@ -52,3 +52,10 @@ def grouped(x_PX: Tensor, weight_EFX: Tensor, ends_E: Tensor, choice: Choice = E
 
         return matmul_triton.grouped(x_PX, weight_EFX, ends_E, **choice.blocks)
     return eager_grouped(x_PX, weight_EFX, ends_E)
+
+
+def grouped_pair(
+    x_PX: Tensor, first_EFX: Tensor, second_EFX: Tensor, ends_E: Tensor, choice: Choice = EAGER
+) -> tuple[Tensor, Tensor]:
+    """Computes `grouped` of the same rows with two stacks of matrices."""
+    return grouped(x_PX, first_EFX, ends_E, choice), grouped(x_PX, second_EFX, ends_E, choice)

@@ -11,8 +11,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from model.kernels.grouped_mm.eager import eager_grouped_mm
+from model.kernels.grouped_mm.eager import (
+    eager_grouped_mm,
+    eager_grouped_mm_pair,
+    row_alignment,
+)
 from model.kernels.operations import EAGER, Choice
+
+__all__ = ["grouped_mm", "grouped_mm_pair", "row_alignment"]
 
 
 def grouped_mm(x_PX: Tensor, weight_EYX: Tensor, ends_E: Tensor, choice: Choice = EAGER) -> Tensor:
@@ -26,3 +32,17 @@ def grouped_mm(x_PX: Tensor, weight_EYX: Tensor, ends_E: Tensor, choice: Choice 
 
         return matmul_triton.grouped_mm(x_PX, weight_EYX, ends_E, **choice.blocks)
     return eager_grouped_mm(x_PX, weight_EYX, ends_E)
+
+
+def grouped_mm_pair(
+    x_PX: Tensor,
+    first_EYX: Tensor,
+    second_EYX: Tensor,
+    ends_E: Tensor,
+    choice: Choice = EAGER,
+) -> tuple[Tensor, Tensor]:
+    """Computes `grouped_mm` of the same rows with two stacks of matrices."""
+    if choice.name == "triton":
+        first = grouped_mm(x_PX, first_EYX, ends_E, choice)
+        return first, grouped_mm(x_PX, second_EYX, ends_E, choice)
+    return eager_grouped_mm_pair(x_PX, first_EYX, second_EYX, ends_E)

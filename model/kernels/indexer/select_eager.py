@@ -1,4 +1,4 @@
-"""Scores and the selection of entries with torch's functions, on any device.
+"""Scores and the selection of entries: fused loops on a CPU, torch's functions elsewhere.
 
 T queries, n of a block; I index heads; J their width; C entries, c of a block; k selected entries.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model.kernels import host
 from model.kernels.attention import AttentionRanges
+from model.kernels.indexer import host as fused
 from model.kernels.indexer.inputs import IndexerInputs
 from model.kernels.tensor_cores import tf32_matmuls
 
@@ -36,7 +38,12 @@ def eager_select_topk(inputs: IndexerInputs, ranges: AttentionRanges, k: int) ->
         if (host_end[rows] - host_start[rows]).max() <= k:
             continue
         first, last = int(host_start[rows][0]), int(host_end[rows].max())
-        scores = entry_scores(q_TIJ[rows], keys_CJ[first:last], weights_TI[rows])
+        dots = _dots(q_TIJ[rows], keys_CJ[first:last])
+        if host.runs(dots) and host.runs(selected_Tk, dtype=torch.int32):
+            bounds = host_start[rows], host_end[rows]
+            fused.select(dots, weights_TI[rows].float(), first, *bounds, selected_Tk[rows])
+            continue
+        scores = _scores(dots, weights_TI[rows])
         index = torch.arange(first, last, device=scores.device)
         masked = (index < start_T[rows, None]) | (index >= end_T[rows, None])
         scores.masked_fill_(masked, float("-inf"))
@@ -48,10 +55,18 @@ def eager_select_topk(inputs: IndexerInputs, ranges: AttentionRanges, k: int) ->
 
 def entry_scores(q_nIJ: Tensor, keys_cJ: Tensor, weights_nI: Tensor) -> Tensor:
     """Computes Σ_h w_h · ReLU(q_h · k_s) of every pair, fp32 [n, c]."""
+    return _scores(_dots(q_nIJ, keys_cJ), weights_nI)
+
+
+def _dots(q_nIJ: Tensor, keys_cJ: Tensor) -> Tensor:
     n, heads, dim = q_nIJ.shape
     with tf32_matmuls(q_nIJ):  # exact: the factors are in bf16
-        dots = torch.mm(q_nIJ.reshape(n * heads, dim).float(), keys_cJ.float().t()).relu_()
-    return torch.bmm(weights_nI.float()[:, None], dots.view(n, heads, -1))[:, 0]
+        dots = torch.mm(q_nIJ.reshape(n * heads, dim).float(), keys_cJ.float().t())
+    return dots.view(n, heads, -1)
+
+
+def _scores(dots_nIc: Tensor, weights_nI: Tensor) -> Tensor:
+    return torch.bmm(weights_nI.float()[:, None], dots_nIc.relu_())[:, 0]
 
 
 def _ordered(scores_nc: Tensor) -> Tensor:

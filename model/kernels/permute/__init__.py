@@ -1,7 +1,7 @@
 """MoE permute and unpermute, each the adjoint of the other, without atomics.
 
 T tokens; A experts of a token; L = T·A (token, choice) pairs; P rows in the order of experts,
-padding included; D the hidden width.
+padding included; E experts; D the hidden width.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from model.kernels.operations import EAGER, Choice
-from model.kernels.permute.eager import eager_unpermute
+from model.kernels.permute.eager import eager_unpermute, sort_pairs
+
+__all__ = ["permute_rows", "sort_pairs", "unpermute_rows"]
 
 
 def permute_rows(

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from torch import Tensor
 
 from model.kernels import host
 from model.kernels.attention import AttentionInputs, AttentionRanges, attention_with_lse2
 from model.kernels.attention.naive import naive_attention, naive_selection_mask
+from model.kernels.cross_entropy import linear_cross_entropy
 from model.kernels.hyper_connection import read_streams, write_streams
 from model.kernels.hyper_connection.naive import naive_read_streams, naive_write_streams
 from model.kernels.norm import rms_norm, rotate
 from model.kernels.norm.naive import naive_rms_norm, naive_rotate
+from model.kernels.permute import unpermute_rows
+from model.kernels.router import route, sample_sums
 from model.kernels.swiglu import clamped_swiglu
 from model.kernels.swiglu.naive import naive_clamped_swiglu
 from tests.model.kernels.compare import rand
@@ -110,6 +115,55 @@ def attention_case(tokens: int = TOKENS, selected: int = 0) -> Case:
     )
 
 
+def route_case(tokens: int = TOKENS) -> Case:
+    """Scores and weights of three of seven experts."""
+    bias = rand(7, seed=2, scale=0.1)
+
+    def formula(logits: Tensor) -> tuple[Tensor, Tensor]:
+        scores = torch.nn.functional.softplus(logits).sqrt()
+        selected = scores.gather(1, (scores + bias).topk(3).indices)
+        return scores, selected / selected.sum(1, keepdim=True) * 1.5
+
+    def kernel(logits: Tensor) -> tuple[Tensor, Tensor]:
+        scores, _, weights = route(logits, bias, None, 3, 1.5)
+        return scores, weights
+
+    return kernel, formula, [rand(tokens, 7, seed=1, scale=3)]
+
+
+def sample_case(tokens: int = TOKENS) -> Case:
+    """Shares of experts in three samples."""
+    sample = torch.arange(tokens) * 3 // max(tokens, 1)
+    indices, slots = torch.zeros(tokens, 2, dtype=torch.int64), sample[:, None] * 7
+    return (
+        lambda x: sample_sums(x.exp(), indices, sample, 3, slots, torch.ones(2 * tokens))[0],
+        lambda x: x.new_zeros(3, 7).index_add(0, sample, x.exp() / x.exp().sum(1, keepdim=True)),
+        [rand(tokens, 7, seed=1)],
+    )
+
+
+def unpermute_case(tokens: int = TOKENS) -> Case:
+    order = torch.randperm(3 * tokens, generator=torch.Generator().manual_seed(1))
+    return (
+        lambda y: unpermute_rows(y, order.argsort(), order, tokens),
+        lambda y: y[order].view(tokens, 3, -1).sum(1),
+        [rand(3 * tokens, DIM, seed=2)],
+    )
+
+
+def cross_entropy_case(tokens: int = TOKENS) -> Case:
+    """A vocabulary that 16 does not divide, and some tokens without a target."""
+    target = torch.arange(tokens) * 7 % 37
+    target[::5] = -100
+    kernel = partial(linear_cross_entropy, target_T=target, denominator=50, ignore_index=-100)
+
+    def formula(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = hidden @ weight.T
+        return torch.nn.functional.cross_entropy(logits, target, reduction="sum") / 50
+
+    return kernel, formula, [rand(tokens, DIM, seed=1), rand(37, DIM, seed=2)]
+
+
 CASES = {
     "attention": attention_case,
     "attention to selected entries": lambda tokens=TOKENS: attention_case(tokens, 5),
@@ -119,6 +173,10 @@ CASES = {
     "norm and rotation": lambda tokens=TOKENS: norm_case(tokens, 6),
     "rotation": rotation_case,
     "swiglu": swiglu_case,
+    "route": route_case,
+    "sample sums": sample_case,
+    "unpermute": unpermute_case,
+    "cross-entropy": cross_entropy_case,
 }
 
 
@@ -141,7 +199,7 @@ def test_errors_are_no_larger_than_those_of_plain_torch(name, monkeypatch):
     kernel, formula, inputs = CASES[name]()
     exact = results(formula, [x.double() for x in inputs])
     fused = results(kernel, inputs)
-    monkeypatch.setattr(host, "runs", lambda *_: False)
+    monkeypatch.setattr(host, "runs", lambda *_, **__: False)
     plain = results(kernel, inputs)
     for number, (ours, other, right) in enumerate(zip(fused, plain, exact, strict=True)):
         errors = [float((x.double() - right).square().mean().sqrt()) for x in (ours, other)]
@@ -162,7 +220,7 @@ def test_the_number_of_threads_changes_no_bit(name, monkeypatch):
 POINTWISE = [name for name in CASES if not name.startswith("attention")]
 
 
-@pytest.mark.parametrize("name", POINTWISE)
+@pytest.mark.parametrize("name", [name for name in POINTWISE if name != "unpermute"])
 def test_no_rows(name):
     kernel, _, inputs = CASES[name](0)
     for value in results(kernel, inputs):
@@ -176,7 +234,7 @@ def test_nan_stays_nan(name, number, monkeypatch):
     kernel, _, inputs = CASES[name]()
     inputs[min(number, len(inputs) - 1)].flatten()[7] = float("nan")
     fused = results(kernel, inputs)
-    monkeypatch.setattr(host, "runs", lambda *_: False)
+    monkeypatch.setattr(host, "runs", lambda *_, **__: False)
     for ours, other in zip(fused, results(kernel, inputs), strict=True):
         assert torch.equal(ours.isnan(), other.isnan())
 
@@ -203,3 +261,36 @@ def test_only_fp32_numbers_on_a_cpu():
     assert host.runs(torch.ones(2), None)
     for other in (torch.ones(2).double(), torch.ones(2).bfloat16(), torch.ones(2, device="meta")):
         assert not host.runs(torch.ones(2), other)
+
+
+def test_kernels_compile_where_nothing_can_be_kept_on_disk(monkeypatch, caplog):
+    """One warning: neither the source's folder nor the user's can be written."""
+    monkeypatch.setattr(CompileResultCacheImpl, "_locator_classes", [])
+    monkeypatch.setattr(host, "compilation", host.Compilation())
+    with caplog.at_level(logging.WARNING):
+        first, second = host.fused_loop(add_one), host.fused_loop(add_one)
+        x = np.zeros(2, np.float32)
+        first(0, 2, x)
+        second(0, 1, x)
+    assert x.tolist() == [2, 1]
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1 and "NUMBA_CACHE_DIR" in lines[0]
+    assert host.compilation.count == 2 and host.compilation.seconds > 0
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), EOFError()])
+def test_a_cache_that_fails_costs_time_alone(error, monkeypatch, caplog):
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(FunctionCache, "load_overload", fails)
+    monkeypatch.setattr(FunctionCache, "save_overload", fails)
+    monkeypatch.setattr(host, "compilation", host.Compilation())
+    x = np.zeros(2, np.float32)
+    host.fused_loop(add_one)(0, 2, x)
+    assert x.tolist() == [1, 1] and len(caplog.records) == 1
+
+
+def add_one(start: int, stop: int, x: host.Array) -> None:
+    for i in range(start, stop):
+        x[i] += 1

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.grouped_mm import eager as module
-from model.kernels.grouped_mm import grouped_mm
+from model.kernels.grouped_mm import grouped_mm, grouped_mm_pair, row_alignment
 from tests.model.kernels.compare import assert_same, rand
 
 
@@ -27,16 +27,32 @@ def test_every_group_has_its_own_matrix(sizes, mkl, monkeypatch):
     ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
     rows = int(ends[-1])
 
-    def kernel(x: Tensor, weight: Tensor) -> Tensor:
-        return grouped_mm(x, weight, ends)[:rows]
-
-    inputs = [rand(rows + 5, 24, seed=1), rand(len(sizes), 40, 24, seed=2)]
+    inputs = [rand(rows + 5, 24, seed=1), *(rand(len(sizes), 40, 24, seed=s) for s in (2, 3))]
     assert_same(
-        lambda x, w: kernel(x[:rows], w),
-        lambda x, w: naive(x[:rows], w, ends),
+        lambda x, w, _: grouped_mm(x[:rows], w, ends)[:rows],
+        lambda x, w, _: naive(x[:rows], w, ends),
         inputs,
         rtol=1e-5,
     )
+    assert_same(
+        lambda x, v, w: grouped_mm_pair(x[:rows], v, w, ends),
+        lambda x, v, w: (naive(x[:rows], v, ends), naive(x[:rows], w, ends)),
+        inputs,
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(("columns", "width"), [(64, 512), (512, 64), (40, 24)])
+def test_a_row_does_not_depend_on_its_group_s_size(columns, width):
+    """To the bit, at every size that dispatching pads groups to."""
+    x, weight = rand(64, width, seed=1), rand(3, columns, width, seed=2)
+    step = row_alignment(x)
+    whole = [x @ w.T for w in weight]
+    for size in range(step, 64 - step, step):
+        ends = torch.tensor([size, size, 64], dtype=torch.int32)  # the second group is empty
+        out = grouped_mm(x, weight, ends)
+        assert torch.equal(out[:size], whole[0][:size])
+        assert torch.equal(out[size:], whole[2][size:])
 
 
 def test_transposed_and_sliced_inputs():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model.kernels import host
 from model.kernels.attention import AttentionRanges
 from model.kernels.indexer import IndexerInputs, select_topk
 from model.kernels.indexer.naive import naive_scores
@@ -42,6 +43,16 @@ def inputs(lengths: list[int], heads: int, dim: int) -> list[torch.Tensor]:
         rand(entries, dim, seed=2),
         rand(tokens, heads, seed=3),
     ]
+
+
+@pytest.mark.parametrize("k", [1, 5, 16])
+def test_fused_loops_select_as_plain_torch_does(k, monkeypatch):
+    """To the index and in the same order, with many equal scores: all are small integers."""
+    lengths = [90, 3, 40]
+    q, keys, weights = (x.sign() for x in inputs(lengths, 3, 4))
+    fused = select(q, keys, weights, lengths, k)
+    monkeypatch.setattr(host, "runs", lambda *_, **__: False)
+    assert torch.equal(fused, select(q, keys, weights, lengths, k))
 
 
 def test_scores_by_hand():
