@@ -173,42 +173,6 @@ def _normalise_backward(
 
 
 @fused_loop
-def _sum_of_rows(rows: Array, weights: Array, out: Array) -> None:
-    # V4's four streams in one pass, and any other number in as many
-    if len(rows) == 4:
-        a, b, c, d = rows[0], rows[1], rows[2], rows[3]
-        w, x, y, z = weights[0], weights[1], weights[2], weights[3]
-        for i in range(len(out)):
-            out[i] = w * a[i] + x * b[i] + (y * c[i] + z * d[i])
-        return
-    for i in range(len(out)):
-        out[i] = 0
-    for j in range(len(rows)):
-        a, w = rows[j], weights[j]
-        for i in range(len(out)):
-            out[i] += w * a[i]
-
-
-@fused_loop
-def _dots(rows: Array, x: Array, out: Array) -> None:
-    if len(rows) == 4:
-        a, b, c, d = rows[0], rows[1], rows[2], rows[3]
-        e, f, g, h = _F32(0), _F32(0), _F32(0), _F32(0)
-        for i in range(len(x)):
-            e += a[i] * x[i]
-            f += b[i] * x[i]
-            g += c[i] * x[i]
-            h += d[i] * x[i]
-        out[0], out[1], out[2], out[3] = e, f, g, h
-        return
-    for j in range(len(rows)):
-        a, e = rows[j], _F32(0)
-        for i in range(len(x)):
-            e += a[i] * x[i]
-        out[j] = e
-
-
-@fused_loop
 def _read_rows(
     start: int,
     stop: int,
@@ -229,7 +193,6 @@ def _read_rows(
     logits = np.zeros((w.shape[1], _LANES), _F32)
     divisor = np.empty((n, _LANES), _F32)
     two = np.empty((2, n * n, _LANES), _F32)
-    pre = np.empty(n, _F32)
     for first in range(start, stop, _LANES):
         last = min(first + _LANES, stop)
         for t in range(first, last):
@@ -244,9 +207,13 @@ def _read_rows(
         _logits(first, last, w, base, scale, n, logits)
         _sigmoid(logits[: 2 * n])
         for t in range(first, last):
-            for j in range(n):
-                pre[j] = logits[j, t - first] + hc_eps
-            _sum_of_rows(streams[t], pre, read[t])
+            out, x, pre = read[t], streams[t, 0], logits[0, t - first] + hc_eps
+            for d in range(dim):
+                out[d] = pre * x[d]
+            for j in range(1, n):
+                x, pre = streams[t, j], logits[j, t - first] + hc_eps
+                for d in range(dim):
+                    out[d] += pre * x[d]
         if steps == 0:
             continue
         soft, matrix = logits[2 * n :], two[0]
@@ -280,23 +247,27 @@ def _coefficient_gradient_rows(
     grad_logits: Array,
     pre: Array,
 ) -> None:
-    n = streams.shape[1]
+    _, n, dim = streams.shape
     hc_eps = _F32(eps)
     logits = np.zeros((w.shape[1], _LANES), _F32)
     normalised = np.empty((steps + 1, n * n, _LANES), _F32)
     divisors = np.empty((steps, n, _LANES), _F32)
     grad = np.zeros((n * n, _LANES), _F32)
-    total_L, totals = np.empty(_LANES, _F32), np.empty(n, _F32)
+    total_L = np.empty(_LANES, _F32)
     for first in range(start, stop, _LANES):
         last = min(first + _LANES, stop)
         _logits(first, last, w, base, scale, n, logits)
         _sigmoid(logits[: 2 * n])
         for t in range(first, last):
-            _dots(streams[t], grad_read[t], totals)
+            g = grad_read[t]
             for j in range(n):
+                x = streams[t, j]
+                total = _F32(0)
+                for d in range(dim):
+                    total += x[d] * g[d]
                 s = logits[j, t - first]
                 pre[t, j] = s + hc_eps
-                grad_logits[t, j] = totals[j] * s * (_F32(1) - s)
+                grad_logits[t, j] = total * s * (_F32(1) - s)
         if steps == 0:
             continue
         soft = logits[2 * n :]
@@ -375,15 +346,15 @@ def _write_rows(
     start: int, stop: int, streams: Array, y: Array, post: Array, comb: Array, new: Array
 ) -> None:
     _, n, dim = streams.shape
-    weights = np.empty(n, _F32)
     for t in range(start, stop):
         for k in range(n):
-            for j in range(n):
-                weights[j] = comb[t, j, k]
-            _sum_of_rows(streams[t], weights, new[t, k])
             out, x, factor = new[t, k], y[t], post[t, k]
             for d in range(dim):
-                out[d] += factor * x[d]
+                out[d] = factor * x[d]
+            for j in range(n):
+                x, factor = streams[t, j], comb[t, j, k]
+                for d in range(dim):
+                    out[d] += factor * x[d]
 
 
 @fused_loop
@@ -400,10 +371,25 @@ def _write_gradient_rows(
     grad_post: Array,
     grad_comb: Array,
 ) -> None:
+    _, n, dim = streams.shape
     for t in range(start, stop):
-        grad = grad_new[t]
-        _sum_of_rows(grad, post[t], grad_y[t])
-        _dots(grad, y[t], grad_post[t])
-        for j in range(streams.shape[1]):
-            _sum_of_rows(grad, comb[t, j], grad_streams[t, j])
-            _dots(grad, streams[t, j], grad_comb[t, j])
+        for k in range(n):
+            g, x, out, factor = grad_new[t, k], y[t], grad_y[t], post[t, k]
+            total = _F32(0)
+            if k == 0:
+                for d in range(dim):
+                    out[d] = 0
+            for d in range(dim):
+                out[d] += factor * g[d]
+                total += x[d] * g[d]
+            grad_post[t, k] = total
+            for j in range(n):
+                x, out, factor = streams[t, j], grad_streams[t, j], comb[t, j, k]
+                total = _F32(0)
+                if k == 0:
+                    for d in range(dim):
+                        out[d] = 0
+                for d in range(dim):
+                    out[d] += factor * g[d]
+                    total += x[d] * g[d]
+                grad_comb[t, j, k] = total
