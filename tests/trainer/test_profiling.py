@@ -111,6 +111,6 @@ def test_steps_beyond_the_run_are_refused(tiny: Path, override: str, sentence: s
 
 
 def test_ranks_beyond_the_processes_are_refused(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match=r"profile.ranks has 2, and the last rank of 2"):
+    with pytest.raises(ConfigError, match=r"profile.ranks has 2, and the last rank is 1"):
         load_config(tiny, ["profile.ranks=[0, 2]"]).check_world(2)
     load_config(tiny, ["profile.ranks=[0, 2]"]).alone().check_world(1)

@@ -270,8 +270,7 @@ class RunConfig(Section):
         """
         if absent := [rank for rank in self.profile.ranks if rank >= world_size]:
             raise ConfigError(
-                f"profile.ranks has {absent[0]}, and the last rank of {world_size} processes is "
-                f"{world_size - 1}"
+                f"profile.ranks has {absent[0]}, and the last rank is {world_size - 1}"
             )
         for segment in self.recipe.segments:
             for problem in self._world_problems(segment, world_size):
