@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from data.block_cache import BlockCache
+from data.block_cache import BlockCache, default_folder
+from data.config import DataConfig
 from data.errors import DataError
 from data.storage import AnyPath, as_path
 
@@ -159,6 +160,12 @@ class IndexedShard:
                     f"the vocabulary of {self.vocab_size}."
                 )
         return ids
+
+
+def open_cache(config: DataConfig) -> BlockCache:
+    """Returns the cache for shards in object storage."""
+    folder = config.cache.folder
+    return BlockCache(default_folder() if folder is None else Path(folder), config.cache.max_bytes)
 
 
 def open_shard(

@@ -14,6 +14,8 @@ without a change: clocks that differ between hosts can delay a takeover, and can
 A folder that was moved or removed keeps its owner, which learns so from `check` as well: what it
 writes from then on would go into a new folder of that name.
 
+In object storage (lease_file.py) the same holds, with an object's time instead of a file's.
+
 An owner that could not renew its lease in time, and lost it, learns so from `check`, which it calls
 before it writes.
 """

@@ -165,7 +165,7 @@ class Manifest(BaseModel):
         write_atomically(shards / MANIFEST_FILE, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
-    def load(cls, shards: str | Path) -> "Manifest":
+    def load(cls, shards: str | AnyPath) -> "Manifest":
         """Reads the manifest of a folder; DataError where it is missing or damaged."""
         path = as_path(shards) / MANIFEST_FILE
         try:

@@ -18,7 +18,7 @@ from data.errors import DataError
 from data.files import sha256_of, write_atomically
 from data.indexed import open_shard
 from data.manifest import Manifest
-from data.storage import as_path
+from data.storage import AnyPath, as_path
 
 COUNTS_FILE = "token_counts.npz"
 
@@ -46,7 +46,9 @@ def write_counts(folder: Path, manifest: Manifest) -> str:
     return sha256_of(folder / COUNTS_FILE)
 
 
-def read_counts(shards: str | Path, manifest: Manifest) -> Mapping[str, NDArray[np.int64]] | None:
+def read_counts(
+    shards: str | AnyPath, manifest: Manifest
+) -> Mapping[str, NDArray[np.int64]] | None:
     """Inputs by source and id, [V] each; None for shards that were made without counts.
 
     Raises DataError where the file of the counts is missing or damaged, OSError where it cannot be

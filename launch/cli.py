@@ -151,7 +151,7 @@ def evaluate(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def export(
     config: Config,
-    out: Path,
+    out: Annotated[str, typer.Argument(help="New folder, or a URL such as s3://bucket/model.")],
     overrides: Overrides = None,
     weights: Annotated[
         WeightFormat,
@@ -162,7 +162,7 @@ def export(
     ] = WeightFormat.AS_TRAINED,
 ) -> None:
     """Write the newest checkpoint as a Hugging Face folder."""
-    _command("export", config, overrides, str(out), f"--weights={weights.value}")
+    _command("export", config, overrides, out, f"--weights={weights.value}")
 
 
 @app.command()
@@ -232,9 +232,9 @@ def chat(
 
 
 @app.command("import")
-def import_(source: Path, config: Config, overrides: Overrides = None) -> None:
+def import_(source: str, config: Config, overrides: Overrides = None) -> None:
     """Start a run from a Hugging Face folder; CONFIG gives all but the model's sizes."""
-    _exit(processes.run(processes.command("import", config, str(source), *(overrides or []))))
+    _exit(processes.run(processes.command("import", config, source, *(overrides or []))))
 
 
 @app.command()

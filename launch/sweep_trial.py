@@ -39,8 +39,7 @@ class Trial:
     @property
     def is_unfinished(self) -> bool:
         """Whether it has saved checkpoints, and none of its last step: a signal has ended it."""
-        is_trained = any((self.folder / "checkpoints").glob("step-*"))
-        return is_trained and not self.config.is_complete
+        return self.config.has_begun and not self.config.is_complete
 
 
 def take_lease(folder: Path, patient: bool, is_stopping: Callable[[], bool]) -> Lease | None:

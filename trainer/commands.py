@@ -20,6 +20,7 @@ from trainer.generate.arguments import add_chat_arguments, add_generate_argument
 from trainer.process.signals import raise_on_interrupt
 
 if TYPE_CHECKING:
+    from data.storage import AnyPath
     from trainer.config import RunConfig
 
 
@@ -28,7 +29,8 @@ def tokenizer_train(config: RunConfig, options: argparse.Namespace) -> None:
     from data.prepare import train_tokenizer
     from trainer.run_tokenizer import check_replaceable
 
-    check_replaceable(Path(config.data.tokenizer.path))
+    if isinstance(path := _place(config.data.tokenizer.path), Path):
+        check_replaceable(path)
     print(f"wrote {train_tokenizer(config.data, options.overwrite)}")
 
 
@@ -123,13 +125,26 @@ def export(config: RunConfig, options: argparse.Namespace) -> None:
         watch.connect(grid)
         if grid.is_first:
             _warn_of_other_tokenizer(config)
-        out = Path(options.folder).resolve()  # of a link, or the working directory
+        out = _place(options.folder)
+        if isinstance(out, Path):
+            out = out.resolve()  # of a link, or the working directory
         lease_file = f".{out.name}.{LEASE_FILE}"  # the folder itself appears whole
         with lease_on(out.parent, "v4 export", grid, watch, lease_file):
             text = export_run(config, out, grid, weights=options.weights)
         if grid.is_first:
             print(text)
         watch.close()
+
+
+def _place(text: str) -> AnyPath:
+    """Returns a folder of the command line. Raises ConfigError for a URL that is none of files."""
+    from data.storage import as_path
+    from trainer.config import ConfigError
+
+    try:
+        return as_path(text)
+    except ValueError as error:
+        raise ConfigError(f"command line: the folder {error}") from None
 
 
 def _warn_of_other_tokenizer(config: RunConfig) -> None:
@@ -148,7 +163,7 @@ def import_(config: RunConfig, options: argparse.Namespace) -> None:
     with ExitStack() as leases:
         for folder in config.written_folders:
             leases.enter_context(Lease(folder, "v4 import"))
-        print(import_hf_folder(config, Path(options.folder)))
+        print(import_hf_folder(config, _place(options.folder)))
 
 
 def report(config: RunConfig, options: argparse.Namespace) -> None:
@@ -337,7 +352,7 @@ def _load(options: argparse.Namespace) -> RunConfig:
         return load_run(options.config, options.overrides)
     from trainer.export import imported_sizes
 
-    return load_run(options.config, options.overrides, imported_sizes(Path(options.folder)))
+    return load_run(options.config, options.overrides, imported_sizes(_place(options.folder)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ import torch
 from data.errors import DataError
 from data.files import sha256_of
 from data.manifest import MANIFEST_FILE
-from data.storage import AnyPath, as_path
+from data.storage import AnyPath, StoragePath, as_path
 from data.text import tokenizer_file
 from trainer.check_folders import FOLDER_TIMEOUT, check_folders
 from trainer.config import RunConfig
@@ -141,14 +141,16 @@ def code_digest(root: Path) -> str:
 
 
 def _digests(config: RunConfig) -> dict[str, str]:
-    path = run_data(config).tokenizer.path
+    path = label = run_data(config).tokenizer.path
+    if isinstance(config.checkpoints, StoragePath):  # the first host alone has the run's copy
+        label = config.data.tokenizer.path
     manifest = as_path(config.data.shards) / MANIFEST_FILE
     return {
         CODE: code_digest(Path(__file__).resolve().parents[1]),
         TORCH: str(torch.__version__),
         CONFIG: config.digest(),
         f"the shards in data.shards = {config.data.shards}": _file_digest(manifest),
-        f"the tokenizer at data.tokenizer.path = {path}": _tokenizer(path),
+        f"the tokenizer at data.tokenizer.path = {label}": _tokenizer(path),
     }
 
 

@@ -1,9 +1,10 @@
 """Sources to `.bin/.idx` shards, published atomically.
 
-The shards are written into a new folder next to the earlier one; then the manifest is replaced, and
-only then the earlier folder is removed. A run that dies leaves the earlier shards and its completed
-parts: the next run of the same input resumes with the others. A document is [bos] + text + [eos].
-What is written does not depend on the number of processes.
+The shards are written into a new folder next to the earlier one, or on the local disk if they are
+for object storage; then the manifest is replaced, and only then the earlier folder is removed. A
+run that dies leaves the earlier shards and its completed parts: the next run of the same input
+resumes with the others. A document is [bos] + text + [eos]. What is written does not depend on the
+number of processes.
 
 With filters the input is read twice: first every document is judged and signed (filter_pass.py),
 and when all are deduplicated, those that remain are tokenised.
@@ -21,10 +22,10 @@ from pathlib import Path
 from data.activity import Activity, print_line
 from data.config import DataConfig, FiltersConfig, fingerprint_source, fingerprint_text
 from data.errors import DataError
-from data.files import fsync_folder, sha256_of
-from data.indexed import open_shard
+from data.files import sha256_of
+from data.indexed import open_cache
 from data.lease import Lease
-from data.manifest import MANIFEST_FILE, FilterStats, Manifest, Shard, preparation_settings
+from data.manifest import FilterStats, Manifest, Shard, preparation_settings
 from data.prepare.compressed import SUFFIXES
 from data.prepare.corpus import Corpus, no_document, require_distinct, require_few_bad
 from data.prepare.filter_pass import (
@@ -35,12 +36,13 @@ from data.prepare.filter_pass import (
     remove_filter_files,
 )
 from data.prepare.pool import Progress, run_items
+from data.prepare.publish import UNFINISHED, existing_shards, publish
 from data.prepare.work_item import WorkItem, work_items
 from data.prepare.write_part import PartRecord, finished_part, write_part
+from data.storage import StoragePath, as_path
 from data.text import Tokenizer
-from data.token_counts import read_counts, write_counts
+from data.token_counts import write_counts
 
-_UNFINISHED = ".unfinished-"
 _FORMAT = 2  # raise when equal inputs would give other shards
 _CONVERSATIONS = 2  # raise when equal conversations would
 
@@ -61,20 +63,22 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
     files = _sizes_and_times(corpora)
     with Activity("hashing the sources", visible=progress):
         digest = _digest(config, tokenizer, corpora)
-    root = Path(config.shards)
-    existing = _existing(root, digest, overwrite)
+    root, cache = as_path(config.shards), open_cache(config)
+    existing = existing_shards(root, digest, overwrite, cache)
     if existing is not None and _is_current(existing, config):
         return existing
-    folder = root / f"{_UNFINISHED}{digest[:16]}"
+    local = cache.tables(root) if isinstance(root, StoragePath) else root
+    folder = local / f"{UNFINISHED}{digest[:16]}"
     try:
         with Lease(root, "v4 data prepare"):
-            if (existing := _existing(root, digest, overwrite)) is not None:
+            if (existing := existing_shards(root, digest, overwrite, cache)) is not None:
                 # Made in the meantime, from files with other names, or by an earlier version.
                 manifest = existing.model_copy(update={"settings": preparation_settings(config)})
-                manifest = _with_counts(root / existing.folder, manifest)
+                if isinstance(root, Path):
+                    manifest = _with_counts(root / existing.folder, manifest)
                 manifest.save(root)
                 return manifest
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             try:
                 records = _write(config, corpora, tokenizer, folder, progress)
                 _require_unchanged(files, _sizes_and_times(corpora), folder)
@@ -82,7 +86,7 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
                 with Activity("counting ids", visible=progress):
                     manifest = _with_counts(folder, manifest)
                 remove_filter_files(folder)
-                _publish(folder, root, manifest)
+                publish(folder, root, manifest)
             except BaseException:
                 if folder.exists() and not any(folder.iterdir()):
                     folder.rmdir()
@@ -186,7 +190,7 @@ def _manifest(
         empty_files[source.name] = sum(record.empty_files for record in records)
         total = kept + empty[source.name] + bad[source.name] + _count(of_source)
         listing = (
-            f"the records are listed in {config.shards}/{_UNFINISHED}{digest[:16]}/"
+            f"the records are listed in {config.shards}/{UNFINISHED}{digest[:16]}/"
             "*.quarantine.jsonl"
         )
         require_few_bad(source, bad[source.name], total, config.max_bad_record_fraction, listing)
@@ -269,42 +273,6 @@ def _warn_of_copies(source: str, files: list[Path], contents: list[str]) -> None
         )
 
 
-def _existing(root: Path, digest: str, overwrite: bool) -> Manifest | None:
-    """The manifest in `root` if it has this digest and its shards are complete, otherwise None.
-
-    Raises DataError, unless `overwrite`, for one with another digest and for one that is damaged.
-    """
-    if not (root / MANIFEST_FILE).exists():
-        complete = [path for path in _folders(root) if not path.name.startswith(_UNFINISHED)]
-        if complete and not overwrite:
-            raise DataError(
-                f"{root} holds shards in {complete[0].name} and no {MANIFEST_FILE}, and runs may "
-                "need them; restore it, set another data.shards, or replace them with --overwrite."
-            )
-        return None
-    try:
-        manifest = Manifest.load(root)
-    except DataError:
-        if overwrite:
-            return None
-        raise
-    if manifest.digest != digest:
-        if overwrite:
-            return None
-        raise DataError(
-            f"{root} holds shards of other text, settings or another tokenizer, and runs that were "
-            "trained on them need them; set another data.shards, or replace them with --overwrite."
-        )
-    try:
-        for shard in manifest.shards:
-            prefix, ends = root / manifest.folder / shard.name, manifest.document_ends
-            open_shard(prefix, shard.documents, shard.tokens, ends=ends)
-        read_counts(root, manifest)
-    except DataError:
-        return None  # missing or damaged: made again
-    return manifest
-
-
 def _is_current(manifest: Manifest, config: DataConfig) -> bool:
     """True unless the manifest lacks what this version records, or has other names of files."""
     is_complete = bool(manifest.settings) and manifest.token_counts is not None
@@ -313,27 +281,3 @@ def _is_current(manifest: Manifest, config: DataConfig) -> bool:
 
 def _with_counts(folder: Path, manifest: Manifest) -> Manifest:
     return manifest.model_copy(update={"token_counts": write_counts(folder, manifest)})
-
-
-def _publish(folder: Path, root: Path, manifest: Manifest) -> None:
-    """Renames the finished folder, replaces the manifest, and removes the earlier folders."""
-    fsync_folder(folder)
-    target = root / manifest.folder
-    if target.exists():  # of the same digest, but damaged
-        shutil.rmtree(target)
-    folder.rename(target)
-    fsync_folder(root)
-    manifest.save(root)
-    for old in _folders(root):
-        if old != target:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _folders(root: Path) -> list[Path]:
-    """The folders made by `prepare`: named by a digest, or left by a run that died."""
-
-    def is_ours(name: str) -> bool:
-        hexadecimal = len(name) == 16 and set(name) <= set("0123456789abcdef")
-        return name.startswith(_UNFINISHED) or hexadecimal
-
-    return [path for path in root.glob("*") if path.is_dir() and is_ours(path.name)]

@@ -13,7 +13,6 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from data.activity import Activity, print_line
 from data.config import DataConfig, SourceConfig, TokenizerConfig
@@ -22,6 +21,7 @@ from data.files import write_atomically
 from data.lease import Lease
 from data.prepare.corpus import BadRecord, Corpus, Document, no_document, require_few_bad
 from data.prepare.splits import document_hash, is_validation
+from data.storage import AnyPath, as_path
 from data.text import (
     BOS,
     EDGES,
@@ -41,7 +41,7 @@ _CHUNK_CHARACTERS = 2048  # SentencePiece is fed lines joined up to this length
 _MAX_LINE = 1 << 16  # characters; a longer line is cut
 
 
-def train_tokenizer(config: DataConfig, overwrite: bool = False) -> Path:
+def train_tokenizer(config: DataConfig, overwrite: bool = False) -> AnyPath:
     """Trains on the train split of `config.sources`; returns the model file.
 
     A tokenizer that is there is replaced only with `overwrite`: shards and models are of no use
@@ -53,7 +53,7 @@ def train_tokenizer(config: DataConfig, overwrite: bool = False) -> Path:
     or cannot be read, the vocabulary is too small for the characters of the sample, there is a
     tokenizer, the folder cannot be written, or another process is working in it.
     """
-    folder = Path(config.tokenizer.path)
+    folder = as_path(config.tokenizer.path)
     if not overwrite:
         _check_is_new(folder)
     with Lease(folder, "v4 tokenizer train"):
@@ -62,7 +62,7 @@ def train_tokenizer(config: DataConfig, overwrite: bool = False) -> Path:
         return _train(config, folder)
 
 
-def _train(config: DataConfig, folder: Path) -> Path:
+def _train(config: DataConfig, folder: AnyPath) -> AnyPath:
     sample: list[str] = []
     for name in config.without_weight(config.source_weights):
         print_line(f"data.source_weights does not name {name}: it is not in the sample")
@@ -81,7 +81,7 @@ def _train(config: DataConfig, folder: Path) -> Path:
     return path
 
 
-def _check_is_new(folder: Path) -> None:
+def _check_is_new(folder: AnyPath) -> None:
     files = (folder, folder / MODEL_FILE, folder / HF_FILE)
     existing = [file for file in files if file.is_file()]
     if existing:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from data.rows.permutation import shuffled
     from data.rows.prefetch import Prefetcher
     from data.rows.resume import DataRecord
-    from data.rows.shards import matching_manifest, open_cache
+    from data.rows.shards import matching_manifest
 
 _MODULES = {
     "IGNORE_INDEX": "loader",
@@ -26,7 +26,6 @@ _MODULES = {
     "MixtureAudit": "audit",
     "audit_mixture": "audit",
     "matching_manifest": "shards",
-    "open_cache": "shards",
     "pack_windows": "packing",
     "shuffled": "permutation",
     "token_frequencies": "frequencies",

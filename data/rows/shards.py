@@ -3,11 +3,10 @@
 import hashlib
 from pathlib import Path
 
-from data.block_cache import BlockCache, default_folder
 from data.config import DataConfig
 from data.errors import DataError
 from data.files import sha256_of
-from data.indexed import IndexedShard, open_shard
+from data.indexed import IndexedShard, open_cache, open_shard
 from data.manifest import Manifest, Split
 from data.storage import StoragePath, as_path
 from data.text import tokenizer_file
@@ -46,12 +45,6 @@ def content_digest(config: DataConfig, manifest: Manifest) -> str:
     root = as_path(config.shards) / manifest.folder
     parts = [manifest.digest, *(sha256_of(root / f"{s.name}.idx") for s in manifest.shards)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def open_cache(config: DataConfig) -> BlockCache:
-    """Returns the cache for shards in object storage."""
-    folder = config.cache.folder
-    return BlockCache(default_folder() if folder is None else Path(folder), config.cache.max_bytes)
 
 
 def tables_folder(config: DataConfig, manifest: Manifest) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -224,15 +223,16 @@ class StoragePath:
                 raise
 
     def remove_tree(self) -> None:
-        """Removes all objects below this folder."""
+        """Removes all objects below this folder, many of them in one request."""
+
+        def remove(driver: Any) -> None:
+            if paths := driver.find(self.url):
+                driver.rm(paths)
+
         try:
-            paths = self._try(lambda driver: driver.find(self.url))
-        except FileNotFoundError:
-            return
-        protocol = self.url.split("://", 1)[0]
-        objects = [StoragePath(f"{protocol}://{_plain(path)}") for path in paths]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(lambda one: one.unlink(missing_ok=True), objects))
+            self._try(remove)
+        except FileNotFoundError as error:
+            self._require_bucket(error)
 
 
 AnyPath = Path | StoragePath

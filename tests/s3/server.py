@@ -16,6 +16,7 @@ GET /requests has the requests so far, and /faults how often each fault applied.
 import json
 import re
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -54,8 +55,10 @@ class Faults:
             time.sleep(fault["slow"])
         if "cut" in fault:
             environ["wsgi.input"].read(fault["cut"])
-            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
-            return []
+            connection = environ["werkzeug.socket"]
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.shutdown(socket.SHUT_RDWR)
+            raise ConnectionAbortedError
         if "status" in fault:
             respond(f"{fault['status']} Fault", [("Content-Type", "application/xml")])
             return [b"<Error><Code>%d</Code><Message>a fault</Message></Error>" % fault["status"]]

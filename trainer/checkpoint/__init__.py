@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers, the names of _MODULES
-    from trainer.checkpoint.all_ranks import new_folder, on_all_ranks
+    from trainer.checkpoint.all_ranks import UNFINISHED, new_folder, on_all_ranks
     from trainer.checkpoint.concurrent import read_newest
     from trainer.checkpoint.folder import (
         CheckpointFolder,
@@ -45,6 +45,7 @@ _MODULES = {
     "PeriodicCheckpoints": "periodic",
     "RunCheckpoint": "run",
     "TensorBox": "logical_tensors",
+    "UNFINISHED": "all_ranks",
     "SavedOptimizer": "run",
     "at_next_step": "next_step",
     "check_sizes": "manifest",

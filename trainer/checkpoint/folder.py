@@ -214,7 +214,9 @@ class CheckpointFolder:
         damaged, naming the previous complete one.
         """
         # Of the first rank: a training may publish or remove one between two ranks' looks.
-        paths = all_gather_objects(checkpoints_in(self.folder), self.grid.world)[0]
+        looks = self.grid.is_first or isinstance(self.folder, Path)
+        world = self.grid.world
+        paths = on_all_ranks(lambda: checkpoints_in(self.folder) if looks else [], world)[0]
         if before is not None:
             paths = [path for path in paths if step_of(path) < before]
         if not paths:

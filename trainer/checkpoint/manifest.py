@@ -14,6 +14,8 @@ from trainer.config.published import MANIFEST_FILE as NAME
 from trainer.files import write_synced
 from trainer.process.errors import CheckpointError
 
+_LISTED_FROM = 16
+
 
 class FileRecord(TypedDict):
     """The manifest's entry of one file."""
@@ -39,10 +41,7 @@ def write(folder: AnyPath, files: dict[str, FileRecord]) -> None:
     """Writes the manifest, with a hash of itself."""
     document = {"files": files, "sha256": _digest(files)}
     text = json.dumps(document, indent=1, sort_keys=True) + "\n"
-    if isinstance(folder, StoragePath):
-        (folder / NAME).write(text)
-    else:
-        write_synced(folder / NAME, text)
+    write_synced(folder / NAME, text)
 
 
 def read(folder: AnyPath) -> tuple[dict[str, FileRecord], str | None]:
@@ -79,16 +78,35 @@ def problem(folder: AnyPath, files: dict[str, FileRecord], names: list[str]) -> 
 
 def size_problem(folder: AnyPath, files: dict[str, FileRecord], names: Iterable[str]) -> str | None:
     """Returns what is wrong with the named files without reading them, or None."""
-    listed = folder.sizes() if isinstance(folder, StoragePath) else {}
-    present = listed or {path.name for path in folder.glob("*.safetensors")}
-    if unknown := {name for name in present if name.endswith(".safetensors")} - files.keys():
+    if isinstance(folder, StoragePath):
+        return _object_size_problem(folder, files, list(names))
+    if unknown := {path.name for path in folder.glob("*.safetensors")} - files.keys():
         return f"{min(unknown)} is not in {NAME}"
     for name in names:
         path, size = folder / name, files[name]["size"]
-        if name not in listed and not path.is_file():  # a storage's list may lag behind
+        if not path.is_file():
             return f"{name} is missing"
-        if (actual := listed.get(name) or size_of(path)) != size:
+        if (actual := path.stat().st_size) != size:
             return f"{name} has {actual} bytes instead of {size}"
+    return None
+
+
+def _object_size_problem(
+    folder: StoragePath, files: dict[str, FileRecord], names: list[str]
+) -> str | None:
+    """Returns what is wrong with objects; others beside them do not count.
+
+    Few are asked for by name. The list of a folder, which may lag behind, is read for many.
+    """
+    listed = folder.sizes() if len(names) > _LISTED_FROM else {}
+    for name in names:
+        actual = listed.get(name)
+        if actual is None and (facts := (folder / name).info()) is not None:
+            actual = facts["size"]
+        if actual is None:
+            return f"{name} is missing"
+        if actual != files[name]["size"]:
+            return f"{name} has {actual} bytes instead of {files[name]['size']}"
     return None
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -58,8 +59,10 @@ def write_file(path: AnyPath, header: str, data: Buffers) -> FileRecord:
     digest, size = hashlib.sha256(), 0
     if isinstance(path, StoragePath):
         content = b"".join(_parts_of_file(header, data))
-        path.write(content)
-        return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        with ThreadPoolExecutor(1) as pool:
+            whole = pool.submit(hashlib.sha256, content)  # beside the network
+            path.write(content)
+        return {"size": len(content), "sha256": whole.result().hexdigest()}
     with path.open("wb") as stream:
         for part in _parts_of_file(header, data):
             digest.update(part)

@@ -114,7 +114,7 @@ class ObjectStore:
     ) -> None:
         """Writes `state.json`, the step into `steps.json`, and at last the manifest."""
         target = self.folder / folder_name(step)
-        (target / STATE_FILE).write(_text(state))
+        write_synced(target / STATE_FILE, _text(state))
         files = files | manifest.record(target, [STATE_FILE])
         write_steps(self.folder, {*read_steps(self.folder), step})
         manifest.write(target, files)

@@ -4,15 +4,26 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+
+from data.storage import is_url
 
 
 def _in_home(path: Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-UserPath = Annotated[Path, AfterValidator(_in_home)]
-"""A path, in which a `~` in front is the user's home."""
+def _no_url(value: Any) -> Any:
+    if isinstance(value, str) and is_url(value):
+        raise ValueError(
+            "should be a folder on a file system, where files can grow; checkpoint.folder may be a "
+            "URL (docs/storage.md)"
+        )
+    return value
+
+
+UserPath = Annotated[Path, BeforeValidator(_no_url), AfterValidator(_in_home)]
+"""A path, in which a `~` in front is the user's home; no URL."""
 
 
 class Section(BaseModel):

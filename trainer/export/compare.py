@@ -4,10 +4,10 @@ Ids of special tokens, sizes and the vocabulary may be in several files. If two 
 each other, a run would train on ids or sizes that the folder's weights do not have.
 """
 
-from pathlib import Path
 from typing import Any
 
 from data import Tokenizer
+from data.storage import AnyPath
 from data.text import BOS, EOS, HF_FILE, MODEL_FILE
 from model import ModelConfig
 from trainer.export.hf_folder import CONFIG_JSON, read_object
@@ -17,7 +17,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _LONGEST_LIST = 5
 
 
-def check_sizes(config: ModelConfig, imported: ModelConfig, source: Path) -> None:
+def check_sizes(config: ModelConfig, imported: ModelConfig, source: AnyPath) -> None:
     """Raises ExportError if fields of the run's model have another value in the folder."""
     wrong = [
         f"model.{name} = {_short(getattr(config, name))} should be "
@@ -34,7 +34,7 @@ def check_sizes(config: ModelConfig, imported: ModelConfig, source: Path) -> Non
         )
 
 
-def check_generation(config: ModelConfig, source: Path) -> None:
+def check_generation(config: ModelConfig, source: AnyPath) -> None:
     """Raises ExportError if generation_config.json has other ids than config.json, or unknown ones.
 
     A list of ids that end a text may have more than config.json's.
@@ -57,7 +57,7 @@ def check_generation(config: ModelConfig, source: Path) -> None:
             )
 
 
-def check_tokenizer(tokenizer: Tokenizer, source: Path) -> None:
+def check_tokenizer(tokenizer: Tokenizer, source: AnyPath) -> None:
     """Raises ExportError if a tokenizer file of the folder is not that of the run.
 
     Others read tokenizer.json where there is a tokenizer.model as well, and the special tokens of

@@ -6,7 +6,6 @@ memory. The shards are divided among the processes.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ from trainer.state import TrainState
 
 def export_run(
     config: RunConfig,
-    out: Path,
+    out: AnyPath,
     grid: Grid | None = None,
     shard_bytes: int = SHARD_BYTES,
     weights: WeightFormat = "as_trained",
@@ -62,7 +61,11 @@ def export_run(
 
 
 def _export(
-    config: RunConfig, out: Path, folder: CheckpointFolder, shard_bytes: int, weights: WeightFormat
+    config: RunConfig,
+    out: AnyPath,
+    folder: CheckpointFolder,
+    shard_bytes: int,
+    weights: WeightFormat,
 ) -> str:
     tokenizer = open_tokenizer(config)
     path, saved = _newest(config, folder, tokenizer)

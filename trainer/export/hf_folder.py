@@ -18,10 +18,11 @@ from torch import Tensor
 from data import Tokenizer
 from data.activity import Activity
 from data.files import check_inside, fsync_file
+from data.storage import AnyPath, StoragePath
 from model import ModelConfig
-from trainer.checkpoint import new_folder, on_all_ranks
+from trainer.checkpoint import UNFINISHED, new_folder, on_all_ranks
 from trainer.export.packed_weights import dequantised
-from trainer.files import write_synced
+from trainer.files import local_copy, local_original, write_synced
 from trainer.parallel.grid import Axis, Grid
 from trainer.process.errors import ExportError
 
@@ -35,7 +36,7 @@ _SAVED_BY_TRANSFORMERS = re.compile(r"^model\.layers\.\d+\.(attn|ffn)\.")
 
 
 def write_hf_folder(
-    folder: Path,
+    folder: AnyPath,
     config: ModelConfig,
     weights: Mapping[str, Tensor],
     tokenizer: Tokenizer,
@@ -65,23 +66,28 @@ def write_hf_folder(
         "top_p": 1.0,
     }
 
-    def write(aside: Path) -> None:
+    def write(aside: AnyPath) -> None:
         shards.write(aside, read or _storable, world)
         if world.is_first:
-            keys = {**config.to_hf(), "torch_dtype": dtype, **(more or {})}
-            _write_json(aside / CONFIG_JSON, keys)
             _write_json(aside / "generation_config.json", generation)
             tokenizer.export_hf(aside, config.max_position_embeddings)
             shards.write_index(aside)
 
+    def complete(aside: AnyPath) -> None:
+        """Writes what every reader opens first."""
+        if world.is_first:
+            keys = {**config.to_hf(), "torch_dtype": dtype, **(more or {})}
+            _write_json(aside / CONFIG_JSON, keys)
+
     try:
         with new_folder(folder, world) as aside:
             on_all_ranks(lambda: write(aside), world)
+            on_all_ranks(lambda: complete(aside), world)
     except OSError as error:
         raise ExportError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
-def require_empty(folder: Path, world: Axis) -> None:
+def require_empty(folder: AnyPath, world: Axis) -> None:
     """Raises ExportError, on all ranks, unless `folder` is new or an empty folder."""
     try:
         full = on_all_ranks(lambda: _is_full(folder), world)
@@ -91,7 +97,10 @@ def require_empty(folder: Path, world: Axis) -> None:
         raise ExportError(f"{folder}: already exists; name a folder that is new or empty")
 
 
-def _is_full(folder: Path) -> bool:
+def _is_full(folder: AnyPath) -> bool:
+    if isinstance(folder, StoragePath):
+        names = folder.names()
+        return bool(names) and UNFINISHED not in names
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
@@ -117,21 +126,23 @@ class _Shards:
         names = (f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n, _ in enumerate(shards, 1))
         return cls(dict(zip(names, shards, strict=True)))
 
-    def write(self, folder: Path, read: Read, world: Axis) -> None:
+    def write(self, folder: AnyPath, read: Read, world: Axis) -> None:
         """Writes this rank's share of the files, one after another. Raises OSError."""
         share = list(self.files)[world.rank :: world.size]
         with Activity("writing weights", len(share), "files", world.is_first) as activity:
             for file in share:
-                try:
-                    save_file(read(self.files[file]), folder / file, metadata={"format": "pt"})
-                except SafetensorError as error:
-                    raise OSError(0, str(error)) from None
-                # safetensors writes files that only their owner can read.
-                (folder / file).chmod(folder.stat().st_mode & 0o666)
-                fsync_file(folder / file)
+                with local_original(folder / file) as path:
+                    try:
+                        save_file(read(self.files[file]), path, metadata={"format": "pt"})
+                    except SafetensorError as error:
+                        raise OSError(0, str(error)) from None
+                    if isinstance(folder, Path):
+                        # safetensors writes files that only their owner can read.
+                        path.chmod(folder.stat().st_mode & 0o666)
+                        fsync_file(path)
                 activity.advance()
 
-    def write_index(self, folder: Path) -> None:
+    def write_index(self, folder: AnyPath) -> None:
         """Writes the index of the tensors' files, if there are several files."""
         if len(self.files) == 1:
             return
@@ -145,11 +156,11 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write_json(path: AnyPath, value: dict[str, Any]) -> None:
     write_synced(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_hf_config(folder: Path, **training: Any) -> ModelConfig:
+def read_hf_config(folder: AnyPath, **training: Any) -> ModelConfig:
     """Reads the model config of a Hugging Face folder; `training` sets fields that it lacks.
 
     Raises ExportError without a readable config.json, ModelConfigError for another architecture.
@@ -160,7 +171,7 @@ def read_hf_config(folder: Path, **training: Any) -> ModelConfig:
     return ModelConfig.from_hf(values, **training)
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
+def read_object(path: AnyPath) -> dict[str, Any] | None:
     """Reads a JSON file with an object; None: there is no file. Raises ExportError for others."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -173,7 +184,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def read_hf_weights(folder: Path) -> dict[str, Tensor]:
+def read_hf_weights(folder: AnyPath) -> dict[str, Tensor]:
     """Reads all tensors of a folder's safetensors files, in official or transformers' names.
 
     FP4 and FP8 weights are dequantised. Raises ExportError for missing or damaged files, for
@@ -184,7 +195,7 @@ def read_hf_weights(folder: Path) -> dict[str, Tensor]:
     with Activity("reading weights", len(listed), "files") as activity:
         for path, names in listed.items():
             try:
-                with safe_open(path, framework="pt") as file:
+                with local_copy(path) as copy, safe_open(copy, framework="pt") as file:
                     _compare_names(path, {*file.keys()}, names)
                     for name in file.keys():  # noqa: SIM118 - not a dictionary
                         weights[name] = file.get_tensor(name)
@@ -219,7 +230,7 @@ def _official(name: str) -> str:
     return re.sub(r"^(layers\.\d+\.attn)\.norm\.", r"\1.kv_norm.", name)
 
 
-def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+def _weight_files(folder: AnyPath) -> dict[AnyPath, set[str] | None]:
     """Returns the folder's files, each with the names that the index has; None: without index."""
     index = read_object(folder / INDEX)
     has_single = (folder / SINGLE).is_file()
@@ -235,7 +246,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
             check_inside(file)
     except ValueError as error:
         raise ExportError(f"{folder / INDEX}: weight_map: {error}") from None
-    files: dict[Path, set[str] | None] = {
+    files: dict[AnyPath, set[str] | None] = {
         folder / file: {name for name, place in weight_map.items() if place == file}
         for file in sorted({*weight_map.values()})
     }
@@ -246,7 +257,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def _compare_names(path: Path, names: set[str], listed: set[str] | None) -> None:
+def _compare_names(path: AnyPath, names: set[str], listed: set[str] | None) -> None:
     """Raises ExportError unless a file has exactly the tensors that are listed for it."""
     if listed is None or names == listed:
         return

@@ -1,8 +1,8 @@
 """`v4 import`: starts a run from a Hugging Face folder. `open_run`: loads the newest checkpoint."""
 
-from pathlib import Path
 from typing import Any
 
+from data.storage import AnyPath
 from trainer.build import build_native
 from trainer.checkpoint import RunCheckpoint, checkpoints_in, unsaved_progress
 from trainer.config import RunConfig, save_config
@@ -43,7 +43,7 @@ def open_run(config: RunConfig, grid: Grid) -> tuple[LocalModel, TrainState]:
     return local, state
 
 
-def imported_sizes(source: Path) -> dict[str, dict[str, Any]]:
+def imported_sizes(source: AnyPath) -> dict[str, dict[str, Any]]:
     """Returns what a folder's config.json determines of a run's config, by its origin.
 
     Raises ExportError and ModelConfigError as `read_hf_config`.
@@ -52,7 +52,7 @@ def imported_sizes(source: Path) -> dict[str, dict[str, Any]]:
     return {str(source / CONFIG_JSON): {"model": sizes}}
 
 
-def import_hf_folder(config: RunConfig, source: Path) -> str:
+def import_hf_folder(config: RunConfig, source: AnyPath) -> str:
     """Makes a run that starts from a Hugging Face folder and returns a sentence about it.
 
     The run folder gets a checkpoint of step 0 and `config`, whose model has the folder's sizes (see

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.config import DataConfig
-from data.indexed import open_shard
+from data.indexed import open_cache, open_shard
 from data.manifest import FilterStats, Manifest
-from data.rows import Loader, MixtureAudit, audit_mixture, open_cache, pack_windows, shuffled
+from data.rows import Loader, MixtureAudit, audit_mixture, pack_windows, shuffled
 from data.storage import as_path
 from data.text import Tokenizer
 

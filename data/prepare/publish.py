@@ -1,0 +1,97 @@
+"""The folders of shards: which are there, and how new ones replace them."""
+
+import shutil
+from pathlib import Path
+
+from data.activity import Activity
+from data.block_cache import BlockCache
+from data.errors import DataError
+from data.files import fsync_folder
+from data.indexed import open_shard
+from data.manifest import MANIFEST_FILE, Manifest
+from data.storage import AnyPath, StoragePath
+from data.token_counts import read_counts
+
+UNFINISHED = ".unfinished-"
+
+
+def existing_shards(
+    root: AnyPath, digest: str, overwrite: bool, cache: BlockCache
+) -> Manifest | None:
+    """The manifest in `root` if it has this digest and its shards are complete, otherwise None.
+
+    Raises DataError, unless `overwrite`, for one with another digest and for one that is damaged.
+    """
+    if not (root / MANIFEST_FILE).exists():
+        complete = [path for path in _folders(root) if not path.name.startswith(UNFINISHED)]
+        if complete and not overwrite:
+            raise DataError(
+                f"{root} holds shards in {complete[0].name} and no {MANIFEST_FILE}, and runs may "
+                "need them; restore it, set another data.shards, or replace them with --overwrite."
+            )
+        return None
+    try:
+        manifest = Manifest.load(root)
+    except DataError:
+        if overwrite:
+            return None
+        raise
+    if manifest.digest != digest:
+        if overwrite:
+            return None
+        raise DataError(
+            f"{root} holds shards of other text, settings or another tokenizer, and runs that were "
+            "trained on them need them; set another data.shards, or replace them with --overwrite."
+        )
+    try:
+        for shard in manifest.shards:
+            prefix, ends = root / manifest.folder / shard.name, manifest.document_ends
+            open_shard(prefix, shard.documents, shard.tokens, ends=ends, cache=cache)
+        read_counts(root, manifest)
+    except DataError:
+        return None  # missing or damaged: made again
+    return manifest
+
+
+def publish(folder: Path, root: AnyPath, manifest: Manifest) -> None:
+    """Gives the finished folder its place, replaces the manifest, and removes earlier folders."""
+    target = root / manifest.folder
+    if isinstance(target, StoragePath):
+        _send(folder, target)
+    else:
+        fsync_folder(folder)
+        if target.exists():  # of the same digest, but damaged
+            shutil.rmtree(target)
+        folder.rename(target)
+        fsync_folder(target.parent)
+    manifest.save(root)
+    for old in _folders(root):
+        if old != target:
+            _remove(old)
+
+
+def _send(folder: Path, target: StoragePath) -> None:
+    """Moves a folder to object storage."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    with Activity(f"sending shards to {target}", len(files), "files") as activity:
+        for file in files:
+            (target / file.relative_to(folder).as_posix()).upload(file)
+            activity.advance()
+    shutil.rmtree(folder)
+
+
+def _remove(folder: AnyPath) -> None:
+    if isinstance(folder, StoragePath):
+        folder.remove_tree()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folders(root: AnyPath) -> list[AnyPath]:
+    """The folders made by `prepare`: named by a digest, or left by a run that died."""
+
+    def is_ours(name: str) -> bool:
+        hexadecimal = len(name) == 16 and set(name) <= set("0123456789abcdef")
+        return name.startswith(UNFINISHED) or hexadecimal
+
+    return [path for path in root.glob("*") if path.is_dir() and is_ours(path.name)]
