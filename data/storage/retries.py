@@ -1,11 +1,13 @@
 """What a storage's errors mean, and repeating what may succeed a moment later."""
 
 import errno
+import os
 import random
 import re
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from data.activity import print_line
@@ -96,12 +98,19 @@ def _clause(error: Exception) -> str:
 def open_driver(protocol: str) -> Any:
     """Returns fsspec's file system for a protocol, without a cache of listings.
 
+    A process has one, with its connections, for all of its threads.
+
     Raises DataError for an unknown protocol, and for one whose driver is not installed.
     """
+    return _driver(protocol, os.getpid())
+
+
+@lru_cache
+def _driver(protocol: str, process: int) -> Any:
     import fsspec
 
     try:
-        return fsspec.filesystem(protocol, use_listings_cache=False)
+        return fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True)
     except ImportError as error:
         extra = _INSTALL.get(protocol)
         if extra is None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.storage import retries
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -67,10 +69,12 @@ def start_server() -> Iterator[S3Server]:
     server = S3Server(int(process.stdout.readline()))
     before = dict(os.environ)
     os.environ.update(server.environment)
+    retries._driver.cache_clear()  # it may be connected to another server
     try:
         yield server
     finally:
         os.environ.clear()
         os.environ.update(before)
+        retries._driver.cache_clear()
         process.kill()
         process.wait()

@@ -308,7 +308,10 @@ class RunConfig(Section):
         checkpoint = self.checkpoint
         if checkpoint.folder is not None:
             checkpoint = checkpoint.model_copy(update={"folder": absolute(checkpoint.folder)})
-        update = {"sources": sources, "tokenizer": tokenizer, "shards": shards}
+        update: dict[str, Any] = {"sources": sources, "tokenizer": tokenizer, "shards": shards}
+        if data.cache.folder is not None:
+            folder = absolute(data.cache.folder)
+            update["cache"] = data.cache.model_copy(update={"folder": folder})
         run_dir = self.run_dir.absolute()
         return self.model_copy(
             update={
