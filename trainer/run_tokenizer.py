@@ -63,7 +63,9 @@ def check_replaceable(folder: Path) -> None:
     """Raises ConfigError for a tokenizer that is the copy of a run which has checkpoints."""
     run_dir = folder.resolve().parent
     is_copy = folder.resolve().name == FOLDER and _file_in(folder) is not None
-    if is_copy and any((run_dir / "checkpoints").glob("step-*")):
+    checkpoints = run_dir / "checkpoints"  # or elsewhere, by checkpoint.folder
+    has_begun = any(checkpoints.glob("step-*")) or (run_dir / "metrics.jsonl").is_file()
+    if is_copy and has_begun:
         raise ConfigError(
             f"{folder} is the tokenizer of the run in {run_dir}, whose checkpoints are of no use "
             "without it; set another data.tokenizer.path"
