@@ -145,7 +145,7 @@ class CachedObject:
     def _read(self, number: int, start: int, size: int) -> bytes:
         """Returns bytes of a block."""
         file = self.cache.block(self._key, number)
-        with suppress(FileNotFoundError), file.open("rb") as stream:
+        with suppress(OSError), file.open("rb") as stream:
             stream.seek(start)
             content = stream.read(size)
             if len(content) == size:

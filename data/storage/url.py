@@ -3,7 +3,7 @@
 import os
 import re
 
-_URL = re.compile(r"^([a-z][a-z0-9+.-]*)://(.*)$", re.DOTALL | re.IGNORECASE)
+_URL = re.compile(r"^([a-z][a-z0-9+.:-]*)://(.*)$", re.DOTALL | re.IGNORECASE)
 
 
 def is_url(text: str | os.PathLike[str]) -> bool:
