@@ -1,7 +1,7 @@
 """Reads safetensors files in object storage by ranges of bytes.
 
-A rank fetches the headers, then what overlaps with its boxes: no file has to fit on a disk, and of
-all that is read `BATCH_BYTES`, or one box that is larger, is in memory at a time, twice. Ranges that
+A rank fetches the headers, then what overlaps with its boxes: no file has to fit on a disk. Of all
+that is read, `BATCH_BYTES`, or one box that is larger, is in memory at a time, twice. Ranges that
 are close together are read in one request, others concurrently. Takes a second to import.
 """
 
