@@ -21,6 +21,10 @@ READ_BYTES = 16 << 20
 """Size of a request where a whole object is read. [bytes]"""
 AT_ONCE = 4
 """Requests in flight where a whole object is read."""
+WRITE_SECONDS = 60.0
+SLOWEST_BYTES = 1 << 20
+"""An upload may take `WRITE_SECONDS`, and a second for every so many bytes, before it is given up
+and repeated: drivers wait indefinitely for a peer that no longer takes anything."""
 
 
 class StoragePath:
@@ -201,7 +205,7 @@ class StoragePath:
         """
         content = content.encode() if isinstance(content, str) else content
         mode = "create" if exclusive else "overwrite"
-        self._try(lambda driver: driver.pipe_file(self.url, content, mode=mode))
+        self._try(lambda driver: _send(driver, self.url, content, mode))
 
     def upload(self, file: Path) -> None:
         """Writes the contents of a local file."""
@@ -233,6 +237,20 @@ class StoragePath:
             self._try(remove)
         except FileNotFoundError as error:
             self._require_bucket(error)
+
+
+def _send(driver: Any, url: str, content: bytes, mode: str) -> None:
+    """Writes an object. Raises TimeoutError where that takes too long."""
+    if not driver.async_impl:
+        driver.pipe_file(url, content, mode=mode)
+        return
+    from fsspec.asyn import FSTimeoutError, sync
+
+    limit = WRITE_SECONDS + len(content) / SLOWEST_BYTES
+    try:
+        sync(driver.loop, driver._pipe_file, url, content, mode=mode, timeout=limit)
+    except FSTimeoutError:
+        raise TimeoutError(errno.ETIMEDOUT, f"the upload took longer than {limit:.0f} s") from None
 
 
 AnyPath = Path | StoragePath

@@ -1,11 +1,13 @@
 """Checkpoints in object storage: published by their manifest, whatever the server does."""
 
 import json
+import time
 
 import pytest
 import torch
 
 from data.storage import StoragePath, retries
+from data.storage import path as storage_path
 from tests.distributed import spawn
 from tests.s3 import S3Server
 from trainer.checkpoint.folder import CheckpointFolder, checkpoints_in
@@ -93,6 +95,18 @@ def test_a_fault_that_passes(folder: StoragePath, s3: S3Server, fault: dict) -> 
     loaded = {name: torch.zeros_like(one) for name, one in tensors().items()}
     checkpoints.load(path, loaded)
     assert all(torch.equal(loaded[name], one) for name, one in tensors().items())
+
+
+def test_an_upload_that_stands_still_is_repeated(
+    folder: StoragePath, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drivers have no limit for it: they would wait for hours, and the next save with them."""
+    monkeypatch.setattr(storage_path, "WRITE_SECONDS", 1.0)
+    s3.set_faults({"method": "PUT", "path": "object", "slow": 10.0, "times": 1})
+    start = time.monotonic()
+    (folder / "object").write(b"content")
+    assert time.monotonic() - start < 9.0
+    assert (folder / "object").read_bytes() == b"content"
 
 
 def test_a_fault_that_stays_loses_nothing(folder: StoragePath, s3: S3Server) -> None:
