@@ -54,7 +54,7 @@ def test_save_load_prune_and_remove(folder: StoragePath) -> None:
     checkpoints.load(newest, loaded)
     assert all(torch.equal(loaded[name], one) for name, one in tensors(3.0).items())
     assert checkpoints.remove(newest) is None
-    assert saved_steps(folder) == ["step-00000002"] == (folder).names()[:1]
+    assert saved_steps(folder) == ["step-00000002"] == folder.names()[:1]
     checkpoints.save(1, tensors(), {"step": 1})  # undoes step 2
     assert saved_steps(folder) == ["step-00000001"]
     assert json.loads((folder / STEPS_FILE).read_text()) == {"steps": [1]}
@@ -121,6 +121,21 @@ def test_a_fault_that_stays_loses_nothing(folder: StoragePath, s3: S3Server) -> 
     checkpoints.save(3, tensors(), {"step": 3})
     assert saved_steps(folder) == ["step-00000001", "step-00000003"]
     assert "step-00000002" not in folder.names()
+
+
+def test_a_removal_that_fails_midway_leaves_no_checkpoint(
+    folder: StoragePath, s3: S3Server
+) -> None:
+    checkpoints = CheckpointFolder(folder, Grid.single(CPU))
+    checkpoints.save(1, tensors(), {"step": 1})
+    path = checkpoints.save(2, tensors(), {"step": 2})
+    s3.set_faults({"method": "POST", "path": "delete", "status": 503, "times": 10**6})
+    problem = checkpoints.remove(path)
+    assert problem is not None and problem.startswith(f"{path}: could not be removed: ")
+    assert path.names() and saved_steps(folder) == ["step-00000001"]
+    s3.set_faults()
+    checkpoints.save(3, tensors(), {"step": 3})
+    assert saved_steps(folder) == ["step-00000001", "step-00000003"] and not path.names()
 
 
 def test_a_list_that_lags_behind(folder: StoragePath, s3: S3Server) -> None:
