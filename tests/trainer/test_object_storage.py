@@ -1,14 +1,15 @@
 """Whole runs whose checkpoints, shards, tokenizer and exports are in object storage."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -90,7 +91,7 @@ def test_a_run_in_object_storage(
     while not any("step-00000004/state.json" in one for one in s3.requests()):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.1)
-    killpg(process)
+    kill_all(process)
     assert [path.name for path in checkpoints_in(folder)] == ["step-00000002"]
     s3.set_faults()
 
@@ -129,17 +130,14 @@ def test_a_run_in_object_storage(
     assert f"step-00000006 is damaged: {name} was altered" in capfd.readouterr().err
 
 
-def killpg(process: subprocess.Popen[str]) -> None:
+def kill_all(process: subprocess.Popen[str]) -> None:
     """Kills the launcher, torchrun and the ranks."""
-    children = subprocess.run(
-        ["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True
-    ).stdout
-    run = next(word for word in process.args if word.startswith("run_dir="))
-    for line in children.splitlines():
-        pid, _, command = line.strip().partition(" ")
-        if run in command and int(pid) != os.getpid():
-            os.kill(int(pid), signal.SIGKILL)
+    launcher = psutil.Process(process.pid)
+    for one in [launcher, *launcher.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
     process.wait()
+    assert process.returncode == -signal.SIGKILL
 
 
 def flip_a_byte(checkpoint: StoragePath) -> str:
