@@ -38,6 +38,8 @@ from trainer.checkpoint.rank_files import (
 )
 from trainer.checkpoint.store import open_store
 
+PIPE_BYTES = 1 << 20
+"""Of a request that a rank can send while its process is busy; the system's usual limit."""
 POLL_SECONDS = 0.1
 STORAGE_POLL_SECONDS = 1.0
 """Between two looks for the other ranks' files, in object storage."""
@@ -114,6 +116,7 @@ class WriterProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=(handle,),
+            pipesize=PIPE_BYTES,
         )
         self._buffer = b""
 
