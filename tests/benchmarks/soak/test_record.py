@@ -16,7 +16,7 @@ REFERENCE = {step: {"step": step, "loss": 1.0 / step, "tokens": 100 * step} for 
 
 
 def write(path: Path, steps: range, **changes: Any) -> None:
-    """Writes a metrics file anew, as a resume does."""
+    """Replaces a metrics file, as a resume does."""
     lines = [json.dumps({**REFERENCE[s], "time": float(s), **changes}) + "\n" for s in steps]
     path.with_suffix(".new").write_text("".join(lines))
     os.replace(path.with_suffix(".new"), path)
