@@ -257,7 +257,7 @@ def test_the_copy_takes_what_was_planned(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_deepspeed_saves_while_steps_stop(tiny: Path) -> None:
-    block = "deepspeed={optimizer: {type: AdamW}}"
+    block = "deepspeed={optimizer: {type: Muon}}"
     with pytest.raises(ConfigError, match=r"checkpoint\.mode = async is not supported with engine"):
         load_config(tiny, ["engine=deepspeed", block, "checkpoint.mode=async"])
 
