@@ -39,7 +39,7 @@ from trainer.process.watchdog import POLL_SECONDS, Watchdog
 from trainer.trainer import Trainer
 
 CONFIG = "configs/debug.yaml"
-WARMUP = 20
+WARMUP = 10
 TEXT_BYTES = 1_000_000
 SETTINGS = (
     *("data.seq_len=256", "data.global_batch_size=2", "data.micro_batch_size=1"),

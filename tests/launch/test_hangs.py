@@ -33,7 +33,7 @@ def hang(
         command += [f"--max-restarts={restarts}", "-m"]
     command += ["benchmarks.steps.planted", how, str(rank), str(tiny), f"run_dir={run_dir}"]
     command += ["checkpoint.every=2", f"watchdog={{seconds: {PATIENCE}, slow_seconds: 60}}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=150)
+    return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
 
 def paragraph(done: subprocess.CompletedProcess[str]) -> str:
@@ -42,6 +42,7 @@ def paragraph(done: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_a_skipped_collective_is_explained_and_the_run_restarts(tiny: Path, tmp_path: Path) -> None:
     done = hang("skip", tiny, tmp_path / "run", restarts=1)
     assert done.returncode == 0, done.stderr
@@ -61,15 +62,6 @@ def test_a_skipped_collective_is_explained_and_the_run_restarts(tiny: Path, tmp_
     assert column(tmp_path / "run", "loss") == pytest.approx(
         column(tmp_path / "undisturbed", "loss"), abs=1e-5
     )
-
-
-@pytest.mark.slow
-def test_a_rank_that_never_comes_is_named_with_its_place(tiny: Path, tmp_path: Path) -> None:
-    done = hang("sleep", tiny, tmp_path / "run")
-    assert done.returncode == 1
-    cause = f"rank 1 on {HOST} is in no collective but in step 5, forward and backward: "
-    cause += "benchmarks/steps/planted.py, line"
-    assert f" for rank 1; {cause}" in paragraph(done)
 
 
 @pytest.mark.slow
