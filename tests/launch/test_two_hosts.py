@@ -190,7 +190,7 @@ def test_a_run_goes_on_with_the_hosts_that_are_there(
         wait_for_step(run_dir, 5, hosts)
         hosts[1].kill()
         deadline = time.monotonic() + LIMIT
-        while f"step 4/{STEPS}" not in logs[0].read_text().rpartition("on 1 process;")[2]:
+        while f"step 4/{STEPS}" not in logs[0].read_text().partition("on 1 process;")[2]:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         hosts[1].start(logs[1], *training, restarts=1, hosts="1:2")
