@@ -58,6 +58,8 @@ class StepResult:
     """Set with it where the tokenizer's ids have definite bytes."""
     validation_by_source: dict[str, float] | None = None
     """Set with it where the validation text has several sources."""
+    samples: dict[str, str] | None = None
+    """Set with it where the config has prompts: by prompt, its continuation."""
     layers: LayerStats | None = None
     """Set where layer stats were due after this step."""
     groups: GroupStats | None = None

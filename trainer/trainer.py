@@ -22,6 +22,7 @@ from trainer.device import peak_memory_report
 from trainer.engine import RankMessage, StepLosses
 from trainer.evaluate import EvaluationStopped, Validation
 from trainer.garbage import collection_by_steps
+from trainer.generate.samples import continue_prompts
 from trainer.kernels import AgreedKernels, run_operations, unchecked
 from trainer.metrics import Metrics, UpdateStats, collect_stats, compute_layer_stats, describe_event
 from trainer.parallel.collectives import all_gather_objects
@@ -391,12 +392,22 @@ class Trainer:
             result.validation_loss = evaluation.loss
             result.validation_bits_per_byte = evaluation.bits_per_byte
             result.validation_by_source = self.validation.by_source(self.engine)
+            result.samples = self._continue_prompts()
         except EvaluationStopped as stopped:
             state.stopping = True
             self._log(
                 f"the evaluation after step {state.step} was stopped {stopped}; "
                 f"{v4('eval', self.config.run_dir)} repeats it once a checkpoint is saved"
             )
+
+    def _continue_prompts(self) -> dict[str, str] | None:
+        """Returns what the model makes of the prompts of `evaluation`; None without any."""
+        prompts, phase = self.config.evaluation.prompts, self.phase
+        if not prompts or phase is None:
+            return None
+        length = self.config.evaluation.prompt_tokens
+        with self.engine.computing():
+            return continue_prompts(prompts, length, self.model, phase, self.tokenizer, self.grid)
 
     def _write_metrics(self, state: TrainState, result: StepResult) -> None:
         if self.metrics is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.cache.cache import Cache
-from model.config import LayerType
+from model.config import AttentionMode, LayerType
 from model.exchange import Exchange
 from model.transformer import Microbatch, V4Model
 
@@ -32,13 +32,16 @@ class CachedModel:
         packed: bool = False,
         base: Exchange | None = None,
         gather_logits: Callable[[Tensor], Tensor] = lambda logits: logits,
+        attention: AttentionMode = "select",
     ) -> None:
         """Allocates the caches; `packed` and `base` as in Cache.
 
         `gather_logits` maps this rank's logits [T, v] to those of the whole vocabulary [T, V].
+        `attention` is that of CSA layers, select or dense.
         """
         config, device = model.config, model.head.weight.device
         self.model, self._gather_logits = model, gather_logits
+        self._attention = attention
 
         def cache_of(first: int, kinds: Sequence[LayerType]) -> Cache:
             layers = dict(enumerate(kinds, first))
@@ -98,5 +101,5 @@ class CachedModel:
             None,
             0.0,
             {},
-            "select",
+            self._attention,
         )

@@ -118,6 +118,7 @@ def run_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
             f"model.vocab_size = {vocab_size} should be at least data.tokenizer.vocab_size = "
             f"{tokenizer_size}"
         )
+    yield from prompt_problems(config, recipe)
     yield from deepspeed_problems(config)
     yield from save_problems(config)
     yield from quantisation_problems(config)
@@ -157,6 +158,24 @@ def save_problems(config: RunSettings) -> Iterator[str]:
         yield (
             f"checkpoint.mode = async is not supported with engine = {config.engine}, whose states "
             "are gathered for every checkpoint; use auto or sync"
+        )
+
+
+def prompt_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
+    """Yields what keeps `evaluation.prompts` from being continued.
+
+    - `evaluation.prompts` need `engine` = native.
+    - `evaluation.prompts` need `parallel.pipeline` = 1.
+    """
+    if not config.evaluation.prompts:
+        return
+    if config.engine != "native":
+        yield f"evaluation.prompts are not supported with engine = {config.engine}; remove them"
+    stages = max(segment.parallel.pipeline for segment in recipe.segments)
+    if stages > 1:
+        yield (
+            f"evaluation.prompts need parallel.pipeline = 1, and it is {stages}: no process has "
+            "all layers"
         )
 
 

@@ -124,6 +124,11 @@ class EvaluationConfig(Section):
     per_source: bool = True
     """Also log the loss of each source where there are several; `max_rows` is divided among
     them."""
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that the model continues at every evaluation, with the most likely tokens; they are in
+    metrics.jsonl, on wandb and in the report."""
+    prompt_tokens: PositiveInt = 64
+    """Maximum number of tokens of a continuation. [tokens]"""
 
 
 class RunConfig(Section):

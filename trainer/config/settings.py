@@ -54,6 +54,13 @@ class SaveSettings(Protocol):
     def mode(self) -> str: ...
 
 
+class SampleSettings(Protocol):
+    """What is continued at evaluations."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]: ...
+
+
 class RunSettings(RecipeSettings, Protocol):
     """What the checks across sections read."""
 
@@ -74,6 +81,9 @@ class RunSettings(RecipeSettings, Protocol):
 
     @property
     def checkpoint(self) -> SaveSettings: ...
+
+    @property
+    def evaluation(self) -> SampleSettings: ...
 
     @property
     def profile(self) -> ProfileConfig: ...

@@ -73,7 +73,7 @@ class Chat:
         tokenizer = self._opened.tokenizer
         question = encode(read_messages(self.messages, self._effort), tokenizer, self._prompts)
         request = self._request([tokenizer.bos_id, *question])
-        self.generation = Generation(self._opened.model, request)
+        self.generation = Generation(self._opened.model, request, attention=self._opened.attention)
         answer: list[int] = []
         with self._opened.rounding():
             yield from _parts(tokenizer, self._generate(answer), self._effort != "none")

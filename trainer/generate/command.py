@@ -27,7 +27,7 @@ def generate_command(folder: str, options: argparse.Namespace) -> None:
         opened = open_model(Path(folder))
     request = _request(opened, prompts, options)
     with opened.rounding():
-        generation = Generation(opened.model, request)
+        generation = Generation(opened.model, request, attention=opened.attention)
         if options.json:
             _print_json(opened.tokenizer, prompts, generation)
         elif len(prompts) == 1:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from model import V4Model
 from model.cache import CachedModel
+from model.config import AttentionMode
+from trainer.config import Phase
 from trainer.generate.ranks import ALONE, Ranks
 from trainer.generate.sampling import Sampling, accept_drafts, draw, probabilities
 
@@ -42,6 +44,11 @@ class Request:
     seed: int = 0
     speculative: bool = False
     packed: bool = False
+
+
+def attention_of(phase: Phase) -> AttentionMode:
+    """Returns how CSA layers attend in text by a model of this phase."""
+    return "dense" if phase.attention in ("dense", "warmup") else "select"
 
 
 @dataclass
@@ -86,8 +93,18 @@ class Generation:
         statistics: counts up while it is iterated.
     """
 
-    def __init__(self, model: V4Model, request: Request, ranks: Ranks = ALONE) -> None:
-        """`ranks` share the model; each of them calls this, and iterates, with the same request."""
+    def __init__(
+        self,
+        model: V4Model,
+        request: Request,
+        ranks: Ranks = ALONE,
+        attention: AttentionMode = "select",
+    ) -> None:
+        """Allocates the cache.
+
+        `ranks` share the model; each of them calls this, and iterates, with the same request.
+        `attention` is that of CSA layers, by which they were trained; see `attention_of`.
+        """
         self.request, self.statistics, self._ranks = request, Statistics(), ranks
         longest = max(map(len, request.prompts)) + request.max_new_tokens
         self._model = CachedModel(
@@ -97,6 +114,7 @@ class Generation:
             request.packed,
             ranks.exchange,
             ranks.gather_logits,
+            attention,
         )
         self._device = model.head.weight.device
         self._generator = torch.Generator(self._device).manual_seed(request.seed)

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from data import Tokenizer
 from model import ModelConfig, V4Model
+from model.config import AttentionMode
 from model.execution import local_execution
 from model.kernels.operations import ALL_EAGER, Kernels
 from model.qat import fake_quantised
 from trainer.build import DTYPES
 from trainer.config import CONFIG_FILE, load_run
 from trainer.export import read_hf_config, read_hf_weights, read_object, read_run_weights
+from trainer.generate.generate import attention_of
 from trainer.kernels import unchecked_kernels
 from trainer.process.errors import ExportError
 from trainer.process.local_device import local_device
@@ -31,12 +33,14 @@ class OpenedModel:
     Attributes:
         step: of the run's checkpoint; None for a Hugging Face folder.
         quantised: whether it was trained to round as inference does.
+        attention: of CSA layers.
     """
 
     model: V4Model
     tokenizer: Tokenizer
     step: int | None
     quantised: bool
+    attention: AttentionMode = "select"
 
     @contextmanager
     def rounding(self) -> Iterator[None]:
@@ -72,7 +76,7 @@ def _open_run(folder: Path) -> OpenedModel:
     device = local_device(config.device)
     dtype, kernels = DTYPES[config.precision], unchecked_kernels(config)
     model = _make(config.model, weights, dtype, device, kernels, config.precision == "fp8")
-    return OpenedModel(model, tokenizer, step, quantised)
+    return OpenedModel(model, tokenizer, step, quantised, attention_of(phase))
 
 
 def _open_hf(folder: Path) -> OpenedModel:

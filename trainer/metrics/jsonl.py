@@ -39,7 +39,7 @@ _OLD_EVENT_KEYS = {
 }
 """Keys that older runs wrote, and what they are called now."""
 
-_MAPPINGS = ("epochs", "validation_by_source", "layers", "groups", "slowest")
+_MAPPINGS = ("epochs", "validation_by_source", "layers", "groups", "slowest", "samples")
 _EVENT_STEPS = ("restored_step", "skipped_batch", "anticipation_end")
 
 
@@ -203,7 +203,12 @@ def _with_new_keys(record: Record) -> Record | None:
 
 
 def _is_step(record: Record) -> bool:
-    inner: dict[str, Any] = {"layers": list, "groups": dict, "slowest": float | int | str}
+    inner: dict[str, Any] = {
+        "layers": list,
+        "groups": dict,
+        "slowest": float | int | str,
+        "samples": str,
+    }
     for key, value in record.items():
         if key == "work_seconds":
             if not isinstance(value, list) or not all(isinstance(x, float | int) for x in value):

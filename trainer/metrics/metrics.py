@@ -15,7 +15,7 @@ from trainer.state import TrainState
 from trainer.step import StepResult
 
 _WHERE_DUE = (
-    *("validation_loss", "validation_bits_per_byte", "validation_by_source"),
+    *("validation_loss", "validation_bits_per_byte", "validation_by_source", "samples"),
     *("layers", "groups"),
 )
 """Fields of a result that few steps have."""

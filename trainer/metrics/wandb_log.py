@@ -71,7 +71,7 @@ class WandbLog:
             atexit.register(_close_session)  # runs before wandb's own
         try:
             while isinstance(record := self._records.get(), dict):
-                run.log(flatten(record))
+                run.log(flatten(record) | _table_of_samples(record))
             run.finish(exit_code=record)
         except Exception as error:
             self.log_line(
@@ -179,3 +179,12 @@ def _reason(error: Exception) -> str:
     """Returns what went wrong in one line, without anything that may be a key."""
     text = " ".join(str(error).split()) or type(error).__name__
     return _KEY.sub("…", text)
+
+
+def _table_of_samples(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns a step's continued prompts as a table, if it has some."""
+    if not (samples := record.get("samples")):
+        return {}
+    import wandb
+
+    return {"samples": wandb.Table(columns=["prompt", "text"], data=[*map(list, samples.items())])}

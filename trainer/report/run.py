@@ -13,6 +13,7 @@ from trainer.process.errors import ReportError
 from trainer.report.layers import events_section, groups_section, layers_section
 from trainer.report.plots import CHARTS, Mark, draw, source_charts, value_of
 from trainer.report.ranks import ranks_section
+from trainer.report.samples import samples_section
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #667085; --page: #f7f8fa;
@@ -53,7 +54,9 @@ th:first-child { text-align: left; padding-left: 0; }
 figure p { color: var(--soft); font-size: 13px; margin: 10px 0 4px; }
 .events td { padding-right: 16px; }
 .events th, .events td, .events td:last-child { text-align: left; }
-td:last-child { text-align: right; font-variant-numeric: tabular-nums; word-break: break-word; }
+td.sample { white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: 12px; }
+td:last-child:not(.sample) { text-align: right; font-variant-numeric: tabular-nums;
+  word-break: break-word; }
 """
 
 
@@ -100,7 +103,8 @@ def render(config: RunConfig, records: list[dict[str, Any]], events: list[Event]
         f"DeepSeek-V4 pre-training, step {last['step']:,} of {config.recipe.steps:,}",
         f"<div class=tiles>{tiles}</div><div class=charts>{charts}</div>"
         f"{events_section(config, records, events)}"
-        f"{ranks_section(records)}{layers_section(config, records)}{groups_section(records)}"
+        f"{samples_section(records)}{ranks_section(records)}"
+        f"{layers_section(config, records)}{groups_section(records)}"
         f"<div class=facts>{facts}</div>",
     )
 

@@ -40,7 +40,7 @@ def script(monkeypatch: pytest.MonkeyPatch, answers: list[list[int]]) -> list[li
     rest = iter(answers)
 
     class Scripted:
-        def __init__(self, model: Any, request: Request) -> None:
+        def __init__(self, model: Any, request: Request, attention: str) -> None:
             asked.append(list(request.prompts[0]))
             self.request, self.statistics = request, Statistics()
 
