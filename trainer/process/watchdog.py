@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +146,9 @@ class Watchdog:
         if self.heartbeat.progress != before:
             print_line(f"{text}; rank {self._rank} has gone on since, and so does the run")
             return
-        for last in silent.values():
+        for last in silent.values():  # once the report is out, of which their end is no part
             if last is not None and last.host == socket.gethostname():
-                with suppress(ProcessLookupError):
-                    os.kill(last.pid, signal.SIGABRT)
+                self.failures.at_end.append(partial(os.kill, last.pid, signal.SIGABRT))
         self.failures.end_all(
             FAILED, f"{text}; all ranks end, and restart from the newest checkpoint if they may"
         )
