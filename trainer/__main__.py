@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from data.activity import Activity, prepare_streams, print_line
@@ -14,7 +13,6 @@ from trainer.process.exit_codes import START_AGAIN
 from trainer.process.signals import (
     ProfileRequest,
     StopRequest,
-    end_on_signals,
     profile_on_signal,
     stop_on_signals,
 )
@@ -49,89 +47,9 @@ def train(config: RunConfig, stop: StopRequest, profile: ProfileRequest) -> bool
         )
     allow_growing_segments()
     with Activity("loading torch", visible=is_first):
-        from trainer.checkpoint import at_next_step, claim_checkpoints
-        from trainer.kernels import RankKernels, local_verdicts
-        from trainer.parallel.collectives import all_gather_objects
-        from trainer.parallel.grid import connect_store, open_grid
-        from trainer.planning import (
-            advise_on_out_of_memory,
-            expected_memory_report,
-            fit_to_device,
-            host_memory_warning,
-        )
-        from trainer.preflight import preflight
-        from trainer.process.failures import report_failures
-        from trainer.process.heartbeat import Heartbeat
-        from trainer.process.lease import leases_on
-        from trainer.process.local_device import local_device
-        from trainer.process.watchdog import Watchdog
-        from trainer.save_mode import choose_save_mode
-        from trainer.trainer import Trainer
+        from trainer.session import train_together
 
-    with (
-        report_failures() as watch,
-        ExitStack() as opened,
-        Activity("connecting", visible=is_first) as start,
-    ):
-        device = local_device(config.device)
-        timeout = config.parallel.timeout_seconds
-        with end_on_signals(stop, "connecting to the other processes"):
-            store = connect_store(timeout)
-            config = at_next_step(config, store)
-        config, messages = fit_to_device(config, device)  # before there is a process group
-        if is_first and (warning := host_memory_warning(config, device)):
-            print_line(f"warning: {warning}")
-        verdicts = local_verdicts(config, device, start, lambda: stop.requested)
-        kernels = RankKernels.of(config, device, verdicts)
-        start.what = "connecting"
-        with end_on_signals(stop, "connecting to the other processes"):
-            grid = opened.enter_context(open_grid(device, config.degrees, timeout, store))
-            watch.connect(grid)
-        heartbeat = Heartbeat()
-        heartbeat.follow(grid.traffic.waits, config.parallel.timeout_on(device.type))
-        opened.enter_context(Watchdog(config.watchdog, heartbeat, config.run_dir, watch))
-        if config.deterministic:
-            _use_deterministic_algorithms()
-        with leases_on(config.written_folders, "v4 train", grid, watch, stop) as check:
-            start.what = "comparing all processes"
-            warnings, agreed = preflight(config, grid, kernels)
-            for warning in warnings:
-                if is_first:
-                    print_line(f"warning: {warning}")
-            if any(all_gather_objects(stop.requested, grid.world)):
-                if is_first:
-                    print_line("stopped before the first step")
-                watch.close()
-                return False
-            if is_first:
-                claim_checkpoints(config)
-            saves = choose_save_mode(config, grid)
-            messages += [expected_memory_report(config, grid.world_size), saves.message]
-            start.what = "opening the shards and building the model"
-            with advise_on_out_of_memory(config, grid):
-                trainer = Trainer(
-                    config,
-                    grid,
-                    stop,
-                    messages,
-                    check,
-                    agreed,
-                    saves.is_async,
-                    heartbeat,
-                    profile,
-                )
-                watch.at_end.insert(0, trainer.checkpoint.wait_at_end)  # before the lease ends
-                start.end()
-                state = trainer.run()
-        watch.close()
-    return state.starts_again
-
-
-def _use_deterministic_algorithms() -> None:
-    import torch
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # only GPUs read it
-    torch.use_deterministic_algorithms(True)
+    return train_together(config, stop, profile)
 
 
 def allow_growing_segments() -> None:
