@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.full_disk import full_disk
 from tests.trainer.tiny import assert_same_run, steps_in_file, train
-from trainer.checkpoint import folder as checkpoint_folder
+from trainer.checkpoint import store as checkpoint_store
 from trainer.commands import main
 from trainer.config import load_config
 from trainer.export import export_run
@@ -167,7 +167,7 @@ def test_a_stop_while_steps_are_skipped_loses_nothing(
     exported = export_run(load_config(tmp_path / "config.yaml"), tmp_path / "hf")
     assert f"{tmp_path / 'hf'}; {doubt}" in exported
 
-    checkpoint_folder.remove_folder(bad)
+    checkpoint_store.remove_folder(bad)
     train(tiny, tmp_path, *CALM, *settings, "steps=6")
     assert saved(tmp_path) == [6]
 
@@ -225,14 +225,14 @@ def test_a_checkpoint_that_cannot_be_removed_is_a_warning(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    plain = checkpoint_folder.remove_folder
+    plain = checkpoint_store.remove_folder
 
     def remove_folder(folder: Path) -> None:
         if folder.exists():
             raise OSError(16, "Device or resource busy")
         plain(folder)
 
-    monkeypatch.setattr(checkpoint_folder, "remove_folder", remove_folder)
+    monkeypatch.setattr(checkpoint_store, "remove_folder", remove_folder)
     train(tiny, tmp_path, "steps=3", "checkpoint={every: 1, keep: 1}")
     assert saved(tmp_path) == [1, 2, 3]
     assert "step-00000001: could not be removed: Device or resource busy" in capsys.readouterr().out
