@@ -1,6 +1,7 @@
 """Checkpoints in object storage: published by their manifest, whatever the server does."""
 
 import json
+import os
 import time
 
 import pytest
@@ -168,7 +169,10 @@ def test_one_byte(folder: StoragePath) -> None:
         checkpoints.newest()
 
 
-def save_in_halves(rank: int, world_size: int, url: str) -> list[float]:
+def save_in_halves(
+    rank: int, world_size: int, url: str, environment: dict[str, str]
+) -> list[float]:
+    os.environ.update(environment)  # the server of processes may be older than that of S3
     grid = Grid.build(Degrees(world_size), CPU)
     checkpoints = CheckpointFolder(StoragePath(url), grid)
     half = TensorBox(torch.full((4, 3), float(rank)), (8, 3), (4 * rank, 0))
@@ -179,8 +183,9 @@ def save_in_halves(rank: int, world_size: int, url: str) -> list[float]:
     return across.tensor.flatten().tolist()
 
 
-def test_two_ranks(folder: StoragePath) -> None:
-    assert spawn(save_in_halves, 2, str(folder)) == [[0.0] * 4 + [1.0] * 4] * 2
+def test_two_ranks(folder: StoragePath, s3: S3Server) -> None:
+    results = spawn(save_in_halves, 2, str(folder), s3.environment)
+    assert results == [[0.0] * 4 + [1.0] * 4] * 2
 
 
 def test_in_memory() -> None:

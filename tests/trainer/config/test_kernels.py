@@ -25,7 +25,10 @@ DEBUG = Path(__file__).parents[3] / "configs" / "debug.yaml"
             "kernels=tritn",
             "kernels: 'tritn' should be auto, eager, compile or triton, or a section",
         ),
-        ("kernels.attention=compile", "attention = 'compile' should be auto, eager or triton"),
+        (
+            "kernels.attention=compile",
+            "attention = 'compile' should be auto, eager, triton or flash_mla",
+        ),
         ("kernels.norms=true", "norms = True should be auto, eager, compile or triton"),
         ("kernels=3", "kernels: 3 should be auto, eager, compile or triton"),
         ("compile=true", "the key 'compile' is now 'kernels'"),

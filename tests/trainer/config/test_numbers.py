@@ -78,7 +78,7 @@ HUGE = {
     "max_rollbacks min_history",
     "CheckpointConfig": "every keep",
     "MetricsConfig": "every layer_stats_every peak_tflops",
-    "EvaluationConfig": "every max_rows",
+    "EvaluationConfig": "every max_rows prompt_tokens",
     "ProfileConfig": "steps steps_on_signal ranks",
     "Parameter": "min max mu sigma q",
     "Hyperband": "min_iter max_iter s eta",
