@@ -119,10 +119,10 @@ def run_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
             f"{tokenizer_size}"
         )
     yield from prompt_problems(config, recipe)
-    yield from deepspeed_problems(config)
     yield from save_problems(config)
     yield from quantisation_problems(config)
     yield from fp8_problems(config)
+    yield from deepspeed_problems(config)  # its block matters only if the engine can do the rest
     yield from stability_problems(config, recipe)
     yield from profile_problems(config.profile, recipe.steps)
     for where, rows in rows_of(config, recipe):
