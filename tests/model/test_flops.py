@@ -115,13 +115,18 @@ def test_torch_counts_about_the_same(monkeypatch):
             return 2 * a[0] * a[1] * b[2]
         return 2 * a[0] * a[1] * b[1]
 
+    def add_matmul(total, a, b, out_val=None, out_shape=None, **kwargs):
+        return 2 * a[0] * a[1] * b[1]
+
     # MKL's matmuls of all groups are no operator that torch could count.
     monkeypatch.setattr("model.kernels.grouped_mm.eager._by_mkl", lambda *tensors: False)
     grouped_mm = torch.ops.aten._grouped_mm.default
-    counter = FlopCounterMode(display=False, custom_mapping={grouped_mm.overloadpacket: grouped})
+    # torch counts addmm, but not in place, as the gradient of the head's weight is computed.
+    formulas = {grouped_mm.overloadpacket: grouped, torch.ops.aten.addmm_: add_matmul}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with counter:
         model(tokens, targets=tokens.roll(-1, 1)).loss.backward()
-    assert grouped_mm.overloadpacket in counter.get_flop_counts()["Global"]
+    assert formulas.keys() <= counter.get_flop_counts()["Global"].keys()
     ratio = counter.get_total_flops() / training_flops(config, [256, 256])
     assert 0.95 < ratio < 1.2, ratio
 
