@@ -12,7 +12,7 @@ compared with transformers (benchmarks/steps/train_gpu.py); what these print is 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import re
 import subprocess
 import sys
@@ -21,14 +21,21 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
+
+import psutil
+from pydantic import BaseModel, ValidationError
 
 from benchmarks.gpu.record import CheckRecord, GpuRecord, PartRecord, StepRecord
 from data.activity import print_line
+from data.errors import first_problem
 from data.files import write_atomically
+from trainer.kernels.first_check import TOTAL_SECONDS
 
 RECORDS = Path(__file__).parent / "records"
 """Where docs/write_performance.py finds them."""
 _LOG_CHARACTERS = 20_000
+R = TypeVar("R", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -46,9 +53,10 @@ def parts_of(short: bool, device: str, config: str, row: int, micro_tokens: int)
     sizes = (f"--row={row}", f"--micro-tokens={micro_tokens}")
     steps = ("-m", "benchmarks.gpu.steps", *where)
     seconds = ("--seconds=120",) if short else ()
+    # Where there are no verdicts for a part's sizes, it checks the kernels itself.
     parts = [
         Part("check", ("-m", "benchmarks.gpu.check", *where, *sizes, *seconds), 900),
-        Part("steps", (*steps, *sizes, "--kernels=auto"), 300),
+        Part("steps", (*steps, *sizes, "--kernels=auto"), 300 + TOTAL_SECONDS),
         Part("eager steps", (*steps, *sizes, "--kernels=eager"), 300),
     ]
     if short:
@@ -56,12 +64,16 @@ def parts_of(short: bool, device: str, config: str, row: int, micro_tokens: int)
     long = (f"--row={4 * row}", f"--micro-tokens={micro_tokens}")
     return [
         *parts,
-        Part("steps on long rows", (*steps, *long, "--kernels=auto"), 600),
+        Part("steps on long rows", (*steps, *long, "--kernels=auto"), 600 + TOTAL_SECONDS),
         Part("compiled steps", (*steps, *sizes, "--kernels=compile"), 900),
         Part("tests", ("-m", "pytest", "tests", "-q", "-m", "gpu"), 3600),
         Part("kernels", ("-m", "benchmarks.kernels.attention", "--longest"), 7200),
-        Part("parts of a step", ("-m", "benchmarks.steps.step_gpu", f"--config={config}"), 900),
-        Part("transformers", ("-m", "benchmarks.steps.train_gpu", "--longest"), 7200),
+        Part(
+            "parts of a step",
+            ("-m", "benchmarks.steps.step_gpu", f"--config={config}"),
+            900 + TOTAL_SECONDS,
+        ),
+        Part("transformers", ("-m", "benchmarks.steps.train_gpu", "--longest"), 6 * 3600),
     ]
 
 
@@ -76,7 +88,7 @@ def run(part: Part) -> tuple[PartRecord, str]:
             out, err = process.communicate(timeout=part.seconds)
             problem = ""
         except subprocess.TimeoutExpired:
-            process.kill()
+            _end(process.pid)
             out, err = process.communicate()
             problem = f"ended after {part.seconds:.0f} s"
     if process.returncode and not problem:
@@ -89,21 +101,38 @@ def run(part: Part) -> tuple[PartRecord, str]:
     ), out
 
 
+def _end(pid: int) -> None:
+    """Kills a process and all that it started, also what has a session of its own."""
+    process = psutil.Process(pid)
+    for each in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
 def measured(parts: list[Part], record: GpuRecord) -> Iterator[GpuRecord]:
     """Runs the parts; yields the record after each, so that an interrupted call keeps the rest."""
     for part in parts:
         print_line(f"{part.name}: running, at most {part.seconds / 60:.0f} min", sys.stderr)
         ended, out = run(part)
+        update: dict[str, object] = {}
+        try:
+            if part.name == "check":
+                update["check"] = _lines(CheckRecord, out)
+            elif part.arguments[1] == "benchmarks.gpu.steps":
+                update["steps"] = (*record.steps, *_lines(StepRecord, out))
+        except ValidationError as error:
+            problem = ended.problem or f"printed no {error.title}: {first_problem(error)}"
+            ended = ended.model_copy(update={"problem": problem})
         print_line(f"{part.name}: {ended.problem or 'done'}, {ended.seconds:.0f} s", sys.stderr)
-        update: dict[str, object] = {"parts": (*record.parts, ended)}
-        objects = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-        if part.name == "check":
-            update["check"] = tuple(CheckRecord.model_validate(each) for each in objects)
-        elif part.arguments[1] == "benchmarks.gpu.steps":
-            steps = [StepRecord.model_validate(each) for each in objects]
-            update["steps"] = (*record.steps, *steps)
+        update["parts"] = (*record.parts, ended)
         record = record.model_copy(update=update)
         yield record
+
+
+def _lines(kind: type[R], out: str) -> tuple[R, ...]:
+    """Returns the records that a part printed, one a line. Raises ValidationError."""
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    return tuple(kind.model_validate_json(line) for line in lines)
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from dataclasses import asdict
 
 from benchmarks.steps.machine import config_of, device_of
@@ -35,8 +36,9 @@ def main() -> int:
         return 2
     config = config_of(options.config, device, options.row, options.micro_tokens // options.row)
     key = Key.of(Platform.of(device), problem_of(config, device))
+    deadline = None if options.seconds is None else time.monotonic() + options.seconds
     with Activity("checking kernels") as activity:
-        verdicts = check_all(key, device.index or 0, activity, limit=options.seconds)
+        verdicts = check_all(key, device.index or 0, activity, deadline=deadline)
     write_verdicts(cache_folder(config.run_dir / "kernels"), key, verdicts)
     for verdict in verdicts:
         print(json.dumps(asdict(verdict)))

@@ -62,6 +62,7 @@ class CheckRecord(_Record):
     blocks: dict[str, int] = {}
     errors: dict[str, tuple[float | None, float | None]] = {}
     milliseconds: dict[str, float] = {}
+    refused: dict[str, str] = {}
 
 
 class PartRecord(_Record):

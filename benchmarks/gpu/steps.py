@@ -17,6 +17,7 @@ from benchmarks.gpu.record import KernelTime, StepRecord
 from benchmarks.steps.machine import (
     Step,
     ceilings,
+    checked_kernels,
     config_of,
     device_of,
     peak_gib,
@@ -24,10 +25,8 @@ from benchmarks.steps.machine import (
     seconds,
 )
 from benchmarks.steps.step_gpu import profiled
-from data.activity import Activity
 from model.flops import training_flops
 from trainer.config import load_config
-from trainer.kernels import RankKernels, agree, local_verdicts
 
 LONGEST = 10
 
@@ -39,9 +38,7 @@ def measure(
     config = config_of(name, device, row, max(micro_tokens // row, 1), [f"kernels={kernels}"])
     step_tokens = load_config(name, []).data.global_batch_size * load_config(name, []).data.seq_len
     limit = ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    with Activity("checking kernels") as activity:
-        one = RankKernels.of(config, device, local_verdicts(config, device, activity))
-    chosen = agree(config, 0, [one], lambda rank: f"rank {rank}").kernels
+    chosen = checked_kernels(config, device)
     step = Step(config, device, chosen)
     restart_peak(device)
     tokens = config.data.micro_batch_size * row

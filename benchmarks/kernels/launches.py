@@ -27,9 +27,16 @@ ROOT = Path(__file__).parents[2]
 def counted(path: Path, overrides: list[str]) -> tuple[Report, Report]:
     """Returns the reports of one microbatch, forward and backward, and of an update."""
     load()  # before torch
+    from tests.fake_gpu.setup import fake_gpu
+
+    with fake_gpu() as gpu:
+        return counted_on(gpu, path, overrides)
+
+
+def counted_on(gpu: Any, path: Path, overrides: list[str]) -> tuple[Report, Report]:
+    """Returns the same in a process that has its fake GPU already."""
     import torch
 
-    from tests.fake_gpu.setup import fake_gpu
     from trainer.build import build_native
     from trainer.config import load_config
     from trainer.engine import NativeEngine
@@ -37,20 +44,19 @@ def counted(path: Path, overrides: list[str]) -> tuple[Report, Report]:
 
     config = load_config(path, overrides)
     one, two, update = Report(), Report(), Report()
-    with fake_gpu() as gpu:
-        grid = Grid.single(torch.device("cuda", 0))
-        without_values()
-        local, optimizer = build_native(config, grid)
-        engine = NativeEngine(local, grid, optimizer)
-        batch = pinned_batch(config)
-        engine.forward_backward([batch])  # makes the gradients
-        with gpu.reporting(one):
-            losses = engine.forward_backward([batch])
-        with gpu.reporting(two):
-            engine.forward_backward([batch, batch])
-        with gpu.reporting(update):
-            engine.step(1e-6, engine.gradient_norm())
-            local.model.update_router_bias(losses.expert_load)
+    grid = Grid.single(torch.device("cuda", 0))
+    without_values()
+    local, optimizer = build_native(config, grid)
+    engine = NativeEngine(local, grid, optimizer)
+    batch = pinned_batch(config)
+    engine.forward_backward([batch])  # makes the gradients
+    with gpu.reporting(one):
+        losses = engine.forward_backward([batch])
+    with gpu.reporting(two):
+        engine.forward_backward([batch, batch])
+    with gpu.reporting(update):
+        engine.step(1e-6, engine.gradient_norm())
+        local.model.update_router_bias(losses.expert_load)
     microbatch = Report(
         operations=two.operations - one.operations,
         launches=two.launches - one.launches,

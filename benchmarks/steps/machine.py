@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from data import Batch
+from data.activity import Activity
 from model.kernels.operations import Kernels
 from trainer.build import build_native
 from trainer.config import RunConfig, load_config
 from trainer.engine import NativeEngine
+from trainer.kernels import RankKernels, agree, local_verdicts
 from trainer.parallel.grid import Grid
 
 ROOT = Path(__file__).parents[2]
@@ -116,12 +118,17 @@ def random_batch(config: RunConfig, seed: int = 0) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), lengths)
 
 
+def checked_kernels(config: RunConfig, device: torch.device) -> Kernels:
+    """Returns the kernels that a run of this config would use; checks them if nobody has yet."""
+    with Activity("checking kernels") as activity:
+        one = RankKernels.of(config, device, local_verdicts(config, device, activity))
+    return agree(config, 0, [one], lambda rank: f"rank {rank}").kernels
+
+
 class Step:
     """The trainer's step on random rows, with its engine and optimizer."""
 
-    def __init__(
-        self, config: RunConfig, device: torch.device, kernels: Kernels | None = None
-    ) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, kernels: Kernels) -> None:
         self.config, self.device = config, device
         self.grid = Grid.single(device)
         local, self.optimizer = build_native(config, self.grid, kernels=kernels)

@@ -25,7 +25,15 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.steps.machine import Ceilings, Step, ceilings, config_of, device_of, seconds
+from benchmarks.steps.machine import (
+    Ceilings,
+    Step,
+    ceilings,
+    checked_kernels,
+    config_of,
+    device_of,
+    seconds,
+)
 from model.block import Block
 from model.flops import flops_per_layer
 from model.kernels.hyper_connection import write_streams
@@ -286,7 +294,8 @@ def main() -> int:
     if device is None:
         return 2
     limit = ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    step = Step(config_of(arguments.config, device, arguments.row, arguments.rows), device)
+    config = config_of(arguments.config, device, arguments.row, arguments.rows)
+    step = Step(config, device, checked_kernels(config, device))
     whole = seconds(step, device)
     parts = Parts(step).all()
     console = Console(width=140)

@@ -33,6 +33,7 @@ from benchmarks.steps.machine import (
     Ceilings,
     Step,
     ceilings,
+    checked_kernels,
     config_of,
     device_of,
     formatted,
@@ -43,7 +44,9 @@ from benchmarks.steps.machine import (
 )
 from data.files import write_atomically
 from model import V4Model
+from model.execution import local_execution
 from model.flops import training_flops
+from model.kernels.operations import Kernels
 from trainer.build import DTYPES
 from trainer.config import RunConfig
 
@@ -89,7 +92,7 @@ def measured(
 
 def step_time(config: RunConfig, device: torch.device) -> float:
     """Returns the seconds of one row of a step, with its share of the update."""
-    step = Step(config, device)
+    step = Step(config, device, checked_kernels(config, device))
     passes = seconds(step.forward_backward, device)
     update = seconds(step.update, device)
     return passes / config.data.micro_batch_size + update * config.data.seq_len / STEP_TOKENS
@@ -103,7 +106,7 @@ def plain(config: RunConfig) -> RunConfig:
 
 def our_calls(config: RunConfig, device: torch.device) -> Callable[[], object]:
     """Returns forward and backward of our model."""
-    model = _model(config, device)
+    model = _model(config, device, checked_kernels(config, device))
     batch = random_batch(config)
     tokens, targets = batch.tokens.to(device), batch.targets.to(device)
 
@@ -118,7 +121,7 @@ def our_calls(config: RunConfig, device: torch.device) -> Callable[[], object]:
 
 def their_calls(config: RunConfig, device: torch.device, experts: str) -> Callable[[], object]:
     """Returns forward and backward of transformers' model with the same weights."""
-    ours = _model(config, device)
+    ours = _model(config, device, Kernels())
     sizes = DeepseekV4Config(**config.model.to_hf())
     sizes._attn_implementation, sizes._experts_implementation = "eager", experts
     with device:
@@ -136,9 +139,9 @@ def their_calls(config: RunConfig, device: torch.device, experts: str) -> Callab
     return call
 
 
-def _model(config: RunConfig, device: torch.device) -> V4Model:
+def _model(config: RunConfig, device: torch.device, kernels: Kernels) -> V4Model:
     with torch.device("meta"):
-        model = V4Model(config.model, DTYPES[config.precision])
+        model = V4Model(config.model, DTYPES[config.precision], local_execution(kernels))
     model.to_empty(device=device)
     model.init_weights(seed=1)
     return model

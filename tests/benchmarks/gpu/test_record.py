@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from benchmarks.gpu.__main__ import Part, measured
+from benchmarks.gpu.__main__ import Part, measured, parts_of
 from benchmarks.gpu.record import CheckRecord, GpuRecord
 from benchmarks.gpu.steps import measure
 from data.errors import DataError
+from data.processes import is_running
 from docs import write_performance
 from tests.trainer.tiny import TINY
+from trainer.kernels.verdict_file import cache_folder
 
 PLATFORM = {
     "name": "NVIDIA H200",
@@ -50,6 +54,49 @@ def test_a_part_that_fails_or_hangs_ends_no_other() -> None:
     assert (tests.code, tests.problem) == (1, "2 failed")
     assert kernels.code != 0 and kernels.problem == "ended after 1 s"
     assert (last.problem, last.log) == ("", "a table\n")
+
+
+def test_the_check_of_a_gpu_and_its_verdicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    part = parts_of(True, "cuda", "configs/nano.yaml", 4096, 32_768)[0]
+    assert part.arguments[:2] == ("-m", "benchmarks.gpu.check")
+    stub = ("-m", "tests.benchmarks.gpu.check_on_fake_gpu", *part.arguments[2:])
+    (record,) = measured([replace(part, arguments=stub)], START)
+    assert record.parts[0].problem == ""
+    assert len(record.check) == 11 and all(line.passed for line in record.check)
+    assert record.check[0].refused == {"compile": "its check failed"}
+    assert len([*cache_folder().glob("*.json")]) == 1
+    (tmp_path / "record.json").write_text(record.model_dump_json())
+    errors = GpuRecord.read(tmp_path / "record.json").check[0].errors
+    assert errors == {"eager": (1e-3, 2e-3), "triton": (1e-3, None)}
+
+
+def test_what_a_part_started_ends_with_it() -> None:
+    """As the check's workers, which have sessions of their own."""
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'],"
+        " start_new_session=True)\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    (record,) = measured([Part("check", ("-c", code), 5)], START)
+    assert record.parts[0].problem == "ended after 5 s"
+    child = int(record.parts[0].log)
+    assert not psutil.pid_exists(child) or not is_running(psutil.Process(child))
+
+
+def test_a_part_that_prints_no_record_is_a_line() -> None:
+    lines = [
+        Part("check", ("-c", "print('{\"operation\": 3}')"), 60),
+        Part("tests", ("-c", "print('{not JSON}')"), 60),
+    ]
+    *_, record = measured(lines, START)
+    check, tests = record.parts
+    assert check.problem.startswith("printed no CheckRecord: operation: ")
+    assert tests.problem == "" and record.check == ()
 
 
 def test_a_step_and_its_row(tmp_path: Path) -> None:

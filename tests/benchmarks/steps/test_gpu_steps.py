@@ -9,11 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.steps import machine, step_gpu, train_gpu
+from model.execution import Execution
+from model.kernels.operations import Choice, Kernels
 from tests.trainer.tiny import TINY
 
 ROOT = Path(__file__).parents[3]
@@ -57,6 +60,37 @@ def test_a_step_part_by_part(config: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "rows to the device" in output and "operators of a step take" in output
 
 
+@pytest.mark.parametrize("what", ["parts of a step", "ours, step", "ours"])
+def test_they_time_the_kernels_that_a_run_would_use(
+    what: str, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU the choice is eager, for a reason that only a run's own choice has."""
+    built: list[Kernels] = []
+
+    class Built(Exception):
+        """Ends the benchmark where it has its kernels."""
+
+    def build_native(*args: Any, kernels: Kernels) -> None:
+        built.append(kernels)
+        raise Built
+
+    def model(config: Any, dtype: torch.dtype, execution: Execution) -> None:
+        build_native(kernels=execution.kernels)
+
+    monkeypatch.setattr(machine, "build_native", build_native)
+    monkeypatch.setattr(train_gpu, "V4Model", model)
+    monkeypatch.setattr(sys, "argv", ["step_gpu", "--device=cpu", f"--config={config}"])
+    run = machine.config_of(str(config), CPU, 64)
+    calls = {
+        "parts of a step": step_gpu.main,
+        "ours, step": lambda: train_gpu.step_time(run, CPU),
+        "ours": lambda: train_gpu.our_calls(run, CPU),
+    }
+    with pytest.raises(Built):
+        calls[what]()
+    assert built[0].norms == Choice(why="on cpu")
+
+
 def test_an_update_is_the_same_work_every_time(config: Path, monkeypatch) -> None:
     from optim import optimizer
 
@@ -67,7 +101,7 @@ def test_an_update_is_the_same_work_every_time(config: Path, monkeypatch) -> Non
         "orthogonal_update",
         lambda d, *more: (directions.append(d.clone()), original(d, *more))[1],
     )
-    step = machine.Step(machine.config_of(str(config), CPU, 64), CPU)
+    step = machine.Step(machine.config_of(str(config), CPU, 64), CPU, Kernels())
     step.forward_backward()
     gradients = [gradient.clone() for gradient in step.gradients]
     step.update()
