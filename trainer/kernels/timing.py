@@ -18,7 +18,6 @@ MIN_GAIN = 0.03
 other users move times by as much."""
 _WARM_UPS, _MAX_CALLS, _MIN_CALLS = 3, 30, 5
 _BUDGET_MS = 500.0
-_MAX_COPIES = 16
 
 
 class Clock(Protocol):
@@ -56,12 +55,14 @@ def l2_bytes(device: torch.device) -> int:
 def milliseconds(case: Case, function: Function, clock: Clock, cache_bytes: int) -> float:
     """Returns the median time of forward, and of backward where the case has one.
 
-    Calls take turns among copies of the inputs that are together larger than twice the cache.
+    Calls take turns among copies of the inputs that are together larger than twice the cache; of
+    small inputs every call has a copy of its own. The cache is overwritten before the first call.
     """
     size = sum(x.numel() * x.element_size() for x in case.leaves.values())
-    copies = min(2 * cache_bytes // max(size, 1) + 1, _MAX_COPIES)
+    copies = min(2 * cache_bytes // max(size, 1) + 1, _WARM_UPS + _MAX_CALLS)
     inputs = [_copy(case) for _ in range(copies)]
     grads = _output_gradients(case, function, inputs[0])
+    overwrite_cache(inputs[0][0].device, cache_bytes)
 
     def call(number: int) -> None:
         leaves = inputs[number % copies]
@@ -74,6 +75,11 @@ def milliseconds(case: Case, function: Function, clock: Clock, cache_bytes: int)
     *_, last = clock([partial(call, number) for number in range(_WARM_UPS)])
     count = min(max(int(_BUDGET_MS / max(last, 1e-3)), _MIN_CALLS), _MAX_CALLS)
     return statistics.median(clock([partial(call, _WARM_UPS + i) for i in range(count)]))
+
+
+def overwrite_cache(device: torch.device, cache_bytes: int) -> None:
+    """Writes twice as many bytes as the cache holds, so that it holds nothing else."""
+    torch.empty(2 * cache_bytes, dtype=torch.uint8, device=device).zero_()
 
 
 def _copy(case: Case) -> list[Tensor]:

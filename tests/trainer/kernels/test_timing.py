@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.kernel_cases import Case
 from model.kernels.operations import Choice
+from trainer.kernels import timing
 from trainer.kernels.examine import Bench, Examination
 from trainer.kernels.fit import Variant
 from trainer.kernels.timing import milliseconds
@@ -73,6 +74,26 @@ def test_inputs_take_turns_among_copies_larger_than_the_cache():
     milliseconds(case_of(), seen, Clock(50.0), 3 * size)
     assert len(set(places)) == 7
     assert all(a != b for a, b in pairwise(places[1:]))
+
+
+@pytest.mark.parametrize("time", [0.0, 50.0])
+def test_of_small_inputs_every_call_has_a_copy_that_the_cache_does_not_hold(time, monkeypatch):
+    places: list[int] = []
+    overwrite = timing.overwrite_cache
+
+    def overwritten(device: torch.device, cache_bytes: int) -> None:
+        places.clear()
+        overwrite(device, cache_bytes)
+
+    def seen(x: Tensor, w: Tensor) -> Tensor:
+        places.append(x.data_ptr())
+        return square(x, w)
+
+    monkeypatch.setattr(timing, "overwrite_cache", overwritten)
+    size = sum(x.numel() * 4 for x in LEAVES.values())
+    clock = Clock(time)
+    milliseconds(case_of(), seen, clock, 100 * size)
+    assert len(places) == len(set(places)) == clock.calls
 
 
 @pytest.mark.parametrize("differentiable", [True, False])
