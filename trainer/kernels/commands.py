@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from data.activity import Activity
 from data.lease import Lease
 from trainer.config import RunConfig
+from trainer.kernels.choose import unsupported_operations
 from trainer.kernels.first_check import check_all, kinds_of_gpu, lease_name
 from trainer.kernels.gpu import Platform
 from trainer.kernels.problem import problem_of
@@ -22,16 +23,28 @@ if TYPE_CHECKING:
 def check_command(config: RunConfig) -> Iterator[Table | str]:
     """Checks the kernels of a config on every kind of GPU of this host; yields what to print.
 
-    The verdicts replace those that the cache has.
+    The verdicts replace those that the cache has. A kind of GPU on which Triton can run nothing is
+    a line; raises PreflightError where the host has no other.
     """
     folder = cache_folder(config.run_dir / "kernels")
-    for kind in kinds_of_gpu():
-        key = Key.of(Platform.of(kind), problem_of(config, kind))
+    problems = [(kind, problem_of(config, kind)) for kind in kinds_of_gpu()]
+    for kind, problem in problems:
+        platform, reasons = Platform.of(kind), unsupported_operations(config, kind)
+        if not problem.operations:
+            why = "; ".join(dict.fromkeys(reasons.values()))
+            line = f"every operation runs eagerly on {platform.name}: {why}"
+            if not any(other.operations for _, other in problems):
+                raise PreflightError(f"v4 kernels check: {line}")
+            yield line
+            continue
+        key = Key.of(platform, problem)
         with Lease(folder, "v4 kernels check", name=lease_name(key)):
             with Activity("checking kernels") as activity:
                 verdicts = check_all(key, kind.index, activity)
             write_verdicts(folder, key, verdicts)
         yield from describe_verdicts(key.to_dict(), verdicts)
+        for operation, reason in reasons.items():
+            yield f"{operation}: its Triton kernel is not used on this GPU: {reason}"
     yield f"verdicts are kept in {folder}"
 
 

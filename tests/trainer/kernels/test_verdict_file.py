@@ -18,11 +18,13 @@ from data.activity import Activity
 from trainer.config import load_config
 from trainer.kernels import commands, first_check, verdict_file
 from trainer.kernels.check import check_kernels
+from trainer.kernels.choose import unsupported_operations
 from trainer.kernels.first_check import local_verdicts
 from trainer.kernels.gpu import Platform
 from trainer.kernels.problem import problem_of
 from trainer.kernels.verdict import Problem, Verdict
 from trainer.kernels.verdict_file import Key, cache_folder, path_of, read_verdicts, write_verdicts
+from trainer.process.errors import PreflightError
 
 GPU = Platform("NVIDIA H100 80GB HBM3", "9.0", 132, "580.65", "2.13.0", "13.0", "3.7.1")
 PROBLEM = Problem({"hidden_size": 64}, "bfloat16", 4096, ("attention", "norms"), ((8, 16),))
@@ -227,6 +229,43 @@ def test_the_command_checks_every_kind_of_gpu_of_the_host(
     *_, place = commands.check_command(load_config(tiny, ["precision=bf16"]))
     assert checked == [("A100", 0), ("H100", 2)]
     assert str(place).endswith(str(cache_folder())) and len([*cache_folder().glob("*.json")]) == 2
+
+
+def test_the_command_reports_a_gpu_on_which_triton_runs_nothing(
+    gpu: torch.device, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a V100 and an H100 one is checked; a host with nothing to check is one sentence."""
+    old, new = torch.device("cuda", 6), torch.device("cuda", 7)
+    kinds = {old: replace(GPU, name="V100"), new: replace(GPU, name="H100")}
+    capabilities = {old: (7, 0), new: (9, 0)}
+    monkeypatch.setattr(commands, "kinds_of_gpu", lambda: [old, new])
+    monkeypatch.setattr(Platform, "of", classmethod(lambda cls, device: kinds[device]))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    monkeypatch.setattr(first_check.check_all, "__defaults__", (FakeCheck(), None, lambda: False))
+    config = load_config(tiny, ["precision=bf16"])
+    line = (
+        "every operation runs eagerly on V100: Triton cannot run this, the GPU has compute "
+        "capability 7.0, and the kernel needs 8.0"
+    )
+    first, *_, place = map(str, commands.check_command(config))
+    assert first == line and place.startswith("verdicts are kept in")
+    assert len([*cache_folder().glob("*.json")]) == 1
+    monkeypatch.setattr(commands, "kinds_of_gpu", lambda: [old])
+    with pytest.raises(PreflightError, match=f"^v4 kernels check: {line}$"):
+        list(commands.check_command(config))
+
+
+def test_the_command_names_what_triton_cannot_run(
+    gpu: torch.device, tiny: Path, monkeypatch
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(first_check.check_all, "__defaults__", (FakeCheck(), None, lambda: False))
+    config = load_config(tiny, ["precision=bf16"])
+    reasons = unsupported_operations(config, gpu)
+    assert reasons  # the tiny model's widths are too narrow for some kernels
+    lines = [*map(str, commands.check_command(config))]
+    for operation, reason in reasons.items():
+        assert f"{operation}: its Triton kernel is not used on this GPU: {reason}" in lines
 
 
 def test_a_first_check_is_shorter_than_the_timeout_of_a_collective(tiny: Path) -> None:
