@@ -1,8 +1,8 @@
 """The check of a GPU's kernels at the first start on it: once for a host, before any process group.
 
-The first process of a host checks every kind of GPU that it sees, each operation in a process of
-its own, and writes the verdicts into the user's cache; the others wait for the file. So do hosts
-that share a home: a lease decides which of them checks.
+One of the processes with the same GPU, software and sizes checks its GPU, each operation in a process
+of its own, and writes the verdicts into the user's cache; the others wait for the file. A lease
+decides which of them checks, among the processes of a host and among hosts that share a home.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 TOTAL_SECONDS, TIMEOUT_SHARE = 480.0, 0.8
-"""Limits of a host's automatic check, the second as a share of `parallel.timeout_seconds`: other
-hosts may already wait for this one in a process group, for as long as a collective may take."""
+"""Limits of an automatic check, the second as a share of `parallel.timeout_seconds`: other
+processes may already wait for this one in a process group, for as long as a collective may take."""
 POLL_SECONDS = 0.5
 
 
@@ -48,18 +48,15 @@ def local_verdicts(
     if not needs_check(config, device):
         return LocalVerdicts(platform)
     folder = cache_folder(config.run_dir / "kernels")
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        deadline = time.monotonic() + seconds_of_host(config)
-        for kind in kinds_of_gpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
-            if needs_check(config, kind):
-                key = Key.of(Platform.of(kind), problem_of(config, kind))
-                _ensure(folder, key, kind.index, activity, stopped, check, deadline)
     key = Key.of(platform, problem_of(config, device))
-    return LocalVerdicts(platform, key.digest, _wait(folder, key, stopped))
+    deadline = time.monotonic() + seconds_of_check(config)
+    index = device.index or 0
+    verdicts = _verdicts(folder, key, index, activity, stopped, check, deadline)
+    return LocalVerdicts(platform, key.digest, verdicts)
 
 
-def seconds_of_host(config: RunConfig) -> float:
-    """Returns the limit of the automatic check of all kinds of GPU that a host has."""
+def seconds_of_check(config: RunConfig) -> float:
+    """Returns the limit of the automatic check of a GPU."""
     timeout = config.parallel.timeout_seconds
     return TOTAL_SECONDS if timeout is None else min(TOTAL_SECONDS, TIMEOUT_SHARE * timeout)
 
@@ -106,19 +103,18 @@ def lease_name(key: Key) -> str:
     return f".{key.digest[:16]}.lease"
 
 
-def kinds_of_gpu(processes: int | None = None) -> list[torch.device]:
-    """Returns the first GPU of every kind on this host, or of those that its processes have."""
+def kinds_of_gpu() -> list[torch.device]:
+    """Returns the first GPU of every kind on this host."""
     import torch
 
     kinds: dict[Platform, torch.device] = {}
-    count = torch.cuda.device_count()
-    for index in range(count if processes is None else min(count, processes)):
+    for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         kinds.setdefault(Platform.of(device), device)
     return list(kinds.values())
 
 
-def _ensure(
+def _verdicts(
     folder: Path,
     key: Key,
     index: int,
@@ -126,28 +122,25 @@ def _ensure(
     stopped: Callable[[], bool],
     check: CheckKernels,
     deadline: float,
-) -> None:
-    """Returns once the file has verdicts: of this process's check, or of another's."""
+) -> dict[str, Verdict]:
+    """Returns the verdicts of this process's check, or of another's; none once `stopped`."""
     log: Callable[[str], None] = print_line
-    while read_verdicts(folder, key, log) is None and not stopped():
+    while not stopped():
+        if (verdicts := read_verdicts(folder, key, log)) is not None:
+            return verdicts
         log = _ignore
         try:
             with Lease(folder, "v4 kernels check", name=lease_name(key), is_stopped=stopped):
                 if read_verdicts(folder, key) is None:
-                    verdicts = check_all(key, index, activity, check, deadline, stopped)
+                    checked = check_all(key, index, activity, check, deadline, stopped)
                     if not stopped():
-                        write_verdicts(folder, key, verdicts)
+                        write_verdicts(folder, key, checked)
         except LeaseError:
             if not os.access(folder, os.W_OK):
                 raise
-            time.sleep(POLL_SECONDS)  # another process checks
-
-
-def _wait(folder: Path, key: Key, stopped: Callable[[], bool]) -> dict[str, Verdict]:
-    """Returns the verdicts as soon as the first process of this host has them."""
-    while (verdicts := read_verdicts(folder, key)) is None and not stopped():
-        time.sleep(POLL_SECONDS)
-    return verdicts or {}
+            activity.what = "waiting for another process that checks the kernels"
+            time.sleep(POLL_SECONDS)
+    return {}
 
 
 def _ignore(line: str) -> None:
