@@ -1,8 +1,8 @@
 """The check of a GPU's kernels at the first start on it: once for a host, before any process group.
 
-One of the processes with the same GPU, software and sizes checks its GPU, each operation in a process
-of its own, and writes the verdicts into the user's cache; the others wait for the file. A lease
-decides which of them checks, among the processes of a host and among hosts that share a home.
+One of the processes with the same GPU, software and sizes checks its GPU, each operation in a
+process of its own, and writes the verdicts into the user's cache; the others wait for the file. A
+lease decides which of them checks, on a host and among hosts that share a home.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.activity import Activity, print_line
-from data.lease import Lease, LeaseError
+from data.lease import Lease, LeaseError, LeaseStopped
 from trainer.config import RunConfig
 from trainer.kernels.check import SECONDS, check_kernels
 from trainer.kernels.gpu import Platform
@@ -125,20 +125,23 @@ def _verdicts(
 ) -> dict[str, Verdict]:
     """Returns the verdicts of this process's check, or of another's; none once `stopped`."""
     log: Callable[[str], None] = print_line
+    name = lease_name(key)
     while not stopped():
         if (verdicts := read_verdicts(folder, key, log)) is not None:
             return verdicts
         log = _ignore
+        activity.what = "waiting for another process that checks the kernels"
         try:
-            with Lease(folder, "v4 kernels check", name=lease_name(key), is_stopped=stopped):
+            with Lease(folder, "v4 kernels check", name=name, log=_ignore, is_stopped=stopped):
                 if read_verdicts(folder, key) is None:
                     checked = check_all(key, index, activity, check, deadline, stopped)
                     if not stopped():
                         write_verdicts(folder, key, checked)
+        except LeaseStopped:
+            break
         except LeaseError:
             if not os.access(folder, os.W_OK):
                 raise
-            activity.what = "waiting for another process that checks the kernels"
             time.sleep(POLL_SECONDS)
     return {}
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from data.activity import Activity
+from data.lease import Owner
 from trainer.config import load_config
 from trainer.kernels import commands, first_check, verdict_file
 from trainer.kernels.check import check_kernels
@@ -260,6 +261,21 @@ def test_a_signal_ends_the_check_and_leaves_no_file(gpu: torch.device, tiny: Pat
     result = local_verdicts(config, gpu, QUIET, lambda: len(check.checked) >= 2, check)
     assert len(check.checked) == 2 and result.verdicts == {}
     assert not [*cache_folder().glob("*.json")]
+
+
+def test_a_signal_ends_the_wait_for_another_hosts_check(
+    gpu: torch.device, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(tiny, ["precision=bf16"])
+    key = Key.of(GPU, problem_of(config, gpu))
+    folder = cache_folder()
+    other = Owner.current("v4 kernels check", folder, "").model_copy(update={"machine": "another"})
+    folder.mkdir(parents=True)
+    (folder / first_check.lease_name(key)).write_text(other.model_dump_json())
+    start, check = time.monotonic(), FakeCheck()
+    local = local_verdicts(config, gpu, QUIET, lambda: time.monotonic() - start > 1, check)
+    assert local.verdicts == {} and check.checked == []
+    assert "waiting for up to" not in capsys.readouterr().out
 
 
 def test_a_signal_ends_what_is_being_checked(tiny: Path) -> None:
