@@ -12,6 +12,7 @@ from trainer.kernels.first_check import check_all, kinds_of_gpu, lease_name
 from trainer.kernels.gpu import Platform
 from trainer.kernels.problem import problem_of
 from trainer.kernels.table import describe_verdicts
+from trainer.kernels.temporary import use_writable_triton_cache
 from trainer.kernels.verdict_file import Key, cache_folder, saved_verdicts, write_verdicts
 from trainer.process.errors import PreflightError
 
@@ -25,6 +26,7 @@ def check_command(config: RunConfig) -> Iterator[Table | str]:
     The verdicts replace those that the cache has.
     """
     folder = cache_folder(config.run_dir / "kernels")
+    use_writable_triton_cache(folder / "triton")
     for kind in kinds_of_gpu():
         key = Key.of(Platform.of(kind), problem_of(config, kind))
         with Lease(folder, "v4 kernels check", name=lease_name(key)):

@@ -14,14 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from data.activity import Activity, print_line
 from data.lease import Lease, LeaseError, LeaseStopped
 from trainer.config import RunConfig
 from trainer.kernels.check import SECONDS, check_kernels
 from trainer.kernels.gpu import Platform
 from trainer.kernels.problem import needs_check, problem_of
+from trainer.kernels.temporary import use_writable_triton_cache
 from trainer.kernels.verdict import CheckKernels, LocalVerdicts, Verdict
-from trainer.kernels.verdict_file import Key, cache_folder, read_verdicts, write_verdicts
+from trainer.kernels.verdict_file import Key, cache_folder, to_check, write_verdicts
 
 if TYPE_CHECKING:
     import torch
@@ -38,20 +41,25 @@ def local_verdicts(
     activity: Activity,
     stopped: Callable[[], bool] = lambda: False,
     check: CheckKernels = check_kernels,
+    started: float | None = None,
 ) -> LocalVerdicts:
     """Returns the verdicts for this process's device, checking it if nobody has done so yet.
 
     Does nothing on a CPU, and where the config names the implementation of every operation.
     `activity` reports the progress; `stopped` ends check and waits, and then there are no verdicts.
+    `started`: when this process was created, in seconds since 1970; temporary failures from before
+    are checked again.
     """
     platform = Platform.of(device)
     if not needs_check(config, device):
         return LocalVerdicts(platform)
     folder = cache_folder(config.run_dir / "kernels")
+    use_writable_triton_cache(folder / "triton")
     key = Key.of(platform, problem_of(config, device))
+    started = psutil.Process().create_time() if started is None else started
     deadline = time.monotonic() + seconds_of_check(config)
     index = device.index or 0
-    verdicts = _verdicts(folder, key, index, activity, stopped, check, deadline)
+    verdicts = _verdicts(folder, key, index, activity, stopped, check, deadline, started)
     return LocalVerdicts(platform, key.digest, verdicts)
 
 
@@ -68,27 +76,33 @@ def check_all(
     check: CheckKernels = check_kernels,
     deadline: float | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    operations: tuple[str, ...] | None = None,
 ) -> tuple[Verdict, ...]:
-    """Checks every operation of the key's problem on GPU `index`; `activity` reports progress.
+    """Checks `operations`, by default all of the key's problem, on GPU `index`.
 
-    `deadline`: the end, by `time.monotonic`; operations that are not checked by then stay eager.
-    Returns fewer verdicts once `stopped`.
+    `activity` reports progress. `deadline`: the end, by `time.monotonic`; operations that are not
+    checked by then stay eager. Returns fewer verdicts once `stopped`.
     """
     problem = key.problem
-    count = len(problem.operations)
+    operations = problem.operations if operations is None else operations
+    count = len(operations)
+    if not count:
+        return ()
     print_line(
         f"kernels: checking {count} operations on {key.platform.name}, once for this GPU, torch "
         "and sizes"
     )
     verdicts: list[Verdict] = []
-    for number, operation in enumerate(problem.operations, 1):
+    for number, operation in enumerate(operations, 1):
         if stopped():
             break
         activity.what = f"checking kernels: {operation} ({number} of {count})"
         left = SECONDS if deadline is None else deadline - time.monotonic()
         if left <= 0:
-            reason = "the first check had no time left for it; v4 kernels check has no limit"
-            verdicts.append(Verdict(operation, False, reason, "eager"))
+            reason = (
+                "the first check had no time left for it; v4 kernels check or the next start has it"
+            )
+            verdicts.append(Verdict(operation, False, reason, "eager", is_temporary=True))
             continue
         one = replace(problem, operations=(operation,))
         verdicts += check(one, index, _ignore, seconds=min(left, SECONDS), stopped=stopped)
@@ -122,21 +136,26 @@ def _verdicts(
     stopped: Callable[[], bool],
     check: CheckKernels,
     deadline: float,
+    started: float,
 ) -> dict[str, Verdict]:
     """Returns the verdicts of this process's check, or of another's; none once `stopped`."""
     log: Callable[[str], None] = print_line
     name = lease_name(key)
     while not stopped():
-        if (verdicts := read_verdicts(folder, key, log)) is not None:
+        verdicts, operations = to_check(folder, key, started, log)
+        if not operations:
             return verdicts
         log = _ignore
         activity.what = "waiting for another process that checks the kernels"
         try:
             with Lease(folder, "v4 kernels check", name=name, log=_ignore, is_stopped=stopped):
-                if read_verdicts(folder, key) is None:
-                    checked = check_all(key, index, activity, check, deadline, stopped)
-                    if not stopped():
-                        write_verdicts(folder, key, checked)
+                verdicts, operations = to_check(folder, key, started)
+                checked = check_all(key, index, activity, check, deadline, stopped, operations)
+                verdicts |= {verdict.operation: verdict for verdict in checked}
+                if not stopped():
+                    if checked:
+                        write_verdicts(folder, key, [*verdicts.values()])
+                    return verdicts
         except LeaseStopped:
             break
         except LeaseError:

@@ -45,6 +45,8 @@ class Verdict:
             there are none). "eager" is the yardstick in the run's dtype.
         milliseconds: of forward and backward together, by implementation.
         refused: why others than eager and Triton were refused, by implementation.
+        is_temporary: whether the kernel failed for a cause outside of it and of the verdicts' key,
+            such as a missing compiler: the next start checks it again.
     """
 
     operation: str
@@ -55,6 +57,7 @@ class Verdict:
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     milliseconds: Mapping[str, float] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    is_temporary: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from trainer.kernels.check import problem_from_json, write_verdict
-from trainer.kernels.examine import Bench, check_operation, first_line
+from trainer.kernels.examine import Bench, check_operation, describe_error
 from trainer.kernels.fit import device_limits, misfit, record_variants
+from trainer.kernels.temporary import advice_on
 from trainer.kernels.timing import EventClock, l2_bytes
 from trainer.kernels.verdict import Problem, Verdict
 
@@ -47,8 +48,9 @@ def verdict_on_gpu(operation: str, problem: Problem, index: int) -> Verdict:
     try:
         return check_operation(operation, problem, gpu_bench(index))
     except Exception as error:
-        reason = f"its check failed: {type(error).__name__}: {first_line(error)}"
-        return Verdict(operation, False, reason, "eager")
+        reason = f"its check failed: {describe_error(error)}"
+        temporary = advice_on(error) is not None
+        return Verdict(operation, False, reason, "eager", is_temporary=temporary)
 
 
 def main() -> None:

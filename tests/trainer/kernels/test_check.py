@@ -28,6 +28,7 @@ def test_a_hang_a_death_and_an_illegal_access_each_end_one_operation():
     assert tuple(reported) == OPERATIONS
     hang, death, illegal, silent, fine = verdicts
     assert hang.reason == "its check took more than 8 seconds and was ended"
+    assert hang.is_temporary and not death.is_temporary  # its limit was shorter than usual
     assert death.reason == "its check was killed by SIGSEGV (signal 11)"
     assert illegal.reason == (
         "its check failed: RuntimeError: CUDA error: an illegal memory access was encountered"

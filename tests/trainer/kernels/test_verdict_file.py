@@ -211,7 +211,27 @@ def test_an_operation_that_the_limit_left_out_has_that_reason(
     monkeypatch.setattr(first_check, "time", clock)  # a check takes ten seconds
     verdicts = [*local_verdicts(config, gpu, QUIET, check=check).verdicts.values()]
     assert [verdict.passed for verdict in verdicts] == [True] * 3 + [False] * (len(verdicts) - 3)
-    assert "had no time left for it" in verdicts[3].reason
+    assert "had no time left for it" in verdicts[3].reason and verdicts[3].is_temporary
+
+
+def test_a_temporary_failure_is_checked_again_at_the_next_start(
+    gpu: torch.device, tiny: Path
+) -> None:
+    config, check = load_config(tiny, ["precision=bf16"]), FakeCheck()
+    local_verdicts(config, gpu, QUIET, check=check)
+    key = Key.of(GPU, problem_of(config, gpu))
+    verdicts = read_verdicts(cache_folder(), key)
+    assert verdicts is not None
+    for name, is_temporary in (("norms", True), ("swiglu", False)):
+        failed = Verdict(name, False, "no compiler", "eager", is_temporary=is_temporary)
+        verdicts[name] = failed
+    write_verdicts(cache_folder(), key, [*verdicts.values()])
+    check.checked.clear()
+    local = local_verdicts(config, gpu, QUIET, check=check)  # another process of this start
+    assert check.checked == [] and not local.verdicts["norms"].passed
+    local = local_verdicts(config, gpu, QUIET, check=check, started=time.time() + 60)
+    assert check.checked == ["norms"]
+    assert local.verdicts["norms"].passed and not local.verdicts["swiglu"].passed
 
 
 def test_the_command_checks_every_kind_of_gpu_of_the_host(
