@@ -93,11 +93,7 @@ def _refusal(name: str, device: torch.device, verdict: Verdict | None) -> str | 
             return f"{name} is not installed"
         if device.type != "cuda":
             return f"{name} runs on a GPU, not on {device.type}"
-    if verdict is None:
-        return None
-    if name == "triton":
-        return None if verdict.passed else verdict.reason
-    return None if name in verdict.milliseconds else verdict.refused.get(name, verdict.reason)
+    return None if verdict is None else verdict.refusal(name)
 
 
 def _blocks(name: str, verdict: Verdict | None) -> Mapping[str, int]:

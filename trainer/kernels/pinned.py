@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ class OfKind(BaseModel):
     Attributes:
         key: digest of the verdicts that they were chosen by; "" where none were needed.
         choices: name and block sizes by operation.
+        failed: operations whose Triton kernel had not passed; a resume uses it once it has.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     key: str
     choices: dict[str, Choice]
+    failed: tuple[str, ...] = ()
 
     def kernels(self) -> Kernels:
         """Returns the choices. Raises ValueError for an implementation that there is not."""
@@ -87,11 +89,16 @@ def _before_this_file(config: RunConfig) -> PinnedKernels | None:
 
 
 def pin(
-    setting: str | dict[str, str], kinds: Mapping[str, tuple[str, dict[str, Choice]]]
+    setting: str | dict[str, str],
+    kinds: Mapping[str, tuple[str, Mapping[str, Choice], Iterable[str]]],
 ) -> PinnedKernels:
-    """Returns what to write; `kinds` has the verdicts' digest and the choices of each kind."""
+    """Returns what to write; `kinds` has digest, choices and failed operations of each kind."""
     values: dict[str, Any] = {
-        name: {"key": key, "choices": {op: asdict(choice) for op, choice in choices.items()}}
-        for name, (key, choices) in kinds.items()
+        name: {
+            "key": key,
+            "choices": {operation: asdict(choice) for operation, choice in choices.items()},
+            "failed": tuple(failed),
+        }
+        for name, (key, choices, failed) in kinds.items()
     }
     return PinnedKernels.model_validate({"setting": setting, "kinds": values})

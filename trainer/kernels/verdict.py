@@ -59,6 +59,12 @@ class Verdict:
     refused: Mapping[str, str] = field(default_factory=dict)
     is_temporary: bool = False
 
+    def refusal(self, name: str) -> str | None:
+        """Returns why an implementation other than eager was refused; None if it passed."""
+        if name == "triton":
+            return None if self.passed else self.reason
+        return None if name in self.milliseconds else self.refused.get(name, self.reason)
+
 
 @dataclass(frozen=True)
 class LocalVerdicts:
