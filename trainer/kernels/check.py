@@ -67,7 +67,7 @@ def _check(
         path = Path(folder, "verdict.json")
         command = [*worker, "--operation", operation, "--device", str(device_index)]
         with Path(folder, "output").open("w+", errors="replace") as output:
-            command += ["--verdict", str(path)]
+            command += ["--verdict", str(path), "--parent", str(os.getpid())]
             start = time.monotonic()
             reason = _run(command, problem, seconds, output, stopped)
             spent = time.monotonic() - start
