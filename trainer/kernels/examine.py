@@ -252,12 +252,35 @@ def check_operation(
         for make in cases_of(operation, problem, replace(ragged, seed=seed)):
             if examination.remaining:
                 examination.compare(make())
-    for make in cases_of(operation, problem, large):
-        if examination.remaining:
-            case = make()
-            examination.compare(case)
-            examination.time(case, bench)
+    while not _passes_microbatch(examination, operation, problem, large, bench):
+        problem = replace(problem, micro_tokens=sum(large.samples) // 2)
+        _, large = sizes_of(problem, bench)
     return examination.verdict(operation)
+
+
+def _passes_microbatch(
+    examination: Examination, operation: str, problem: Problem, large: Sizes, bench: Bench
+) -> bool:
+    """Compares and times the candidates on a microbatch; whether its truth fits in memory.
+
+    Raises OutOfMemoryError where that of a single token does not.
+    """
+    examination.times = dict.fromkeys(examination.times, 0.0)
+    examination.eager_time = 0.0
+    try:
+        for make in cases_of(operation, problem, large):
+            if examination.remaining:
+                case = make()
+                examination.compare(case)
+                examination.time(case, bench)
+    except torch.OutOfMemoryError:
+        if sum(large.samples) == 1:
+            raise
+    else:
+        return True
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return False
 
 
 def _largest(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
