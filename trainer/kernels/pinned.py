@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data.files import write_atomically
 from model.kernels.operations import IMPLEMENTATIONS, Choice, Kernels
 from trainer.config import RunConfig
+from trainer.kernels.choose import unchecked_kernels
+from trainer.kernels.gpu import Platform
+
+if TYPE_CHECKING:
+    import torch
 
 KERNELS_FILE = "kernels.json"
 
@@ -102,3 +107,19 @@ def pin(
         for name, (key, choices, failed) in kinds.items()
     }
     return PinnedKernels.model_validate({"setting": setting, "kinds": values})
+
+
+def kernels_without_check(config: RunConfig, device: torch.device) -> Kernels:
+    """Returns the kernels of a process that checks no device, such as that of `v4 generate`.
+
+    They are those that the config names: Triton's and libraries' only where the run has used them
+    on such a device, with its block sizes; eager otherwise, and for "auto".
+    """
+    pinned, _ = read_pinned(config)
+    kind = None if pinned is None else pinned.kinds.get(Platform.of(device).label)
+    choices = unchecked_kernels(config).by_operation()
+    for operation, choice in choices.items():
+        if choice.name not in ("eager", "compile"):
+            used = Choice() if kind is None else kind.choices.get(operation, Choice())
+            choices[operation] = used if used.name == choice.name else Choice()
+    return Kernels(**choices)
