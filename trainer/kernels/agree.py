@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from model.kernels.operations import EAGER, IMPLEMENTATIONS, Choice, Kernels
 from trainer.config import RunConfig
-from trainer.kernels.choose import choose_kernels, run_operations
+from trainer.kernels.choose import choose_kernels, run_operations, settings_without_effect
 from trainer.kernels.gpu import Platform
 from trainer.kernels.pinned import PinnedKernels, pin
 from trainer.kernels.verdict import LocalVerdicts
@@ -116,10 +116,11 @@ def agree(
     gains = _gains(pinned, everyone) if pinned is not None and keeps else set()
     if config.deterministic:
         gains = set()
+    without_effect = tuple(settings_without_effect(config))
     if pinned is not None and keeps and not failures and not gains:
-        return AgreedKernels(pinned.kinds[mine].kernels(), pinned)
+        return AgreedKernels(pinned.kinds[mine].kernels(), pinned, without_effect)
     choices: dict[str, dict[str, Choice]] = {kind: {} for kind in kinds}
-    lines = [*failures.values()]
+    lines = [*without_effect, *failures.values()]
     for operation in run_operations(config):
         if pinned is not None and keeps and operation not in {*failures, *gains}:
             for kind in kinds:
@@ -197,9 +198,11 @@ def _common(
         if not missing and name != "eager":
             return name, ""
         without = missing[0] if missing else without
+    reasons = everyone[without].refused.get(operation, {})
+    why = next((reasons[name] for name in names if name in reasons), wanted[without].why)
     return "eager", (
         f"kernels: {operation} runs eagerly on all ranks: on {everyone[without].platform.name} "
-        f"({where(without)}), {wanted[without].why}"
+        f"({where(without)}), {why}"
     )
 
 

@@ -108,7 +108,7 @@ def check_all(
         verdicts += check(one, index, _ignore, seconds=min(left, SECONDS), stopped=stopped)
     for verdict in verdicts:
         if not verdict.passed:
-            print_line(f"kernels: {verdict.operation} runs eagerly: {verdict.reason}")
+            print_line(f"kernels: {verdict.notice}")
     return tuple(verdicts)
 
 

@@ -59,6 +59,26 @@ class Verdict:
     refused: Mapping[str, str] = field(default_factory=dict)
     is_temporary: bool = False
 
+    @property
+    def why(self) -> str:
+        """The reason of the choice."""
+        if self.passed or self.choice == "eager":
+            return self.reason
+        gain = self.milliseconds["eager"] / self.milliseconds[self.choice]
+        return (
+            f"{self.choice} is {gain:.2f} times as fast as eager; triton is refused: {self.reason}"
+        )
+
+    @property
+    def notice(self) -> str:
+        """A line about a Triton kernel that did not pass, and what runs instead."""
+        if self.choice == "eager":
+            return f"{self.operation} runs eagerly: {self.reason}"
+        return (
+            f"{self.operation} runs with {self.choice}, as its Triton kernel is refused: "
+            f"{self.reason}"
+        )
+
     def refusal(self, name: str) -> str | None:
         """Returns why an implementation other than eager was refused; None if it passed."""
         if name == "triton":
