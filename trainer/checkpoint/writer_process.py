@@ -12,7 +12,6 @@ publishes once all are there.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import mmap
 import os
@@ -37,6 +36,7 @@ from trainer.checkpoint.rank_files import (
     write_outcome,
 )
 from trainer.checkpoint.store import open_store
+from trainer.process.parent import end_with
 
 PIPE_BYTES = 1 << 20
 """Of a request that a rank can send while its process is busy; the system's usual limit."""
@@ -44,7 +44,6 @@ POLL_SECONDS = 0.1
 STORAGE_POLL_SECONDS = 1.0
 """Between two looks for the other ranks' files, in object storage."""
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -277,18 +276,10 @@ class _Requests:
         return bool(received)
 
 
-def _end_with(parent: int) -> None:
-    """Asks the kernel to kill this process when its parent ends."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
-
-
 def main() -> None:
     """Serves until the end of stdin."""
     handle, size, parent = map(int, sys.argv[1:])
-    _end_with(parent)
+    end_with(parent)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     requests = _Requests()

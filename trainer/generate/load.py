@@ -20,7 +20,7 @@ from trainer.build import DTYPES
 from trainer.config import CONFIG_FILE, load_run
 from trainer.export import read_hf_config, read_hf_weights, read_object, read_run_weights
 from trainer.generate.generate import attention_of
-from trainer.kernels import unchecked_kernels
+from trainer.kernels import kernels_without_check
 from trainer.process.errors import ExportError
 from trainer.process.local_device import local_device
 from trainer.run_tokenizer import open_tokenizer
@@ -74,7 +74,7 @@ def _open_run(folder: Path) -> OpenedModel:
     phase = config.recipe.at(max(step - 1, 0))
     quantised = phase.quantisation == "mxfp4"
     device = local_device(config.device)
-    dtype, kernels = DTYPES[config.precision], unchecked_kernels(config)
+    dtype, kernels = DTYPES[config.precision], kernels_without_check(config, device)
     model = _make(config.model, weights, dtype, device, kernels, config.precision == "fp8")
     return OpenedModel(model, tokenizer, step, quantised, attention_of(phase))
 

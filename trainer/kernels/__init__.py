@@ -12,7 +12,7 @@ from trainer.kernels.agree import AgreedKernels, RankKernels, agree, unchecked
 from trainer.kernels.choose import run_operations, unchecked_kernels
 from trainer.kernels.first_check import local_verdicts
 from trainer.kernels.gpu import Platform
-from trainer.kernels.pinned import KERNELS_FILE, PinnedKernels, read_pinned
+from trainer.kernels.pinned import KERNELS_FILE, PinnedKernels, kernels_without_check, read_pinned
 from trainer.kernels.verdict import CheckKernels, LocalVerdicts, Problem, Verdict
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "RankKernels",
     "Verdict",
     "agree",
+    "kernels_without_check",
     "local_verdicts",
     "read_pinned",
     "run_operations",

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from model.kernels.operations import EAGER, Choice, Kernels
+from model.kernels.operations import EAGER, IMPLEMENTATIONS, Choice, Kernels
 from trainer.config import RunConfig
-from trainer.kernels.choose import choose_kernels, run_operations
+from trainer.kernels.choose import choose_kernels, run_operations, settings_without_effect
 from trainer.kernels.gpu import Platform
 from trainer.kernels.pinned import PinnedKernels, pin
 from trainer.kernels.verdict import LocalVerdicts
@@ -31,6 +31,7 @@ class RankKernels:
         key: digest of its verdicts' key; "" where none were needed.
         choices: what it would use on its own.
         passed: blocks of the Triton kernels that passed its check, by operation.
+        refused: why implementations did not pass its check, by operation and name.
         problem: why it cannot run what the config demands; else "".
     """
 
@@ -38,6 +39,7 @@ class RankKernels:
     key: str = ""
     choices: Kernels = field(default_factory=Kernels)
     passed: dict[str, dict[str, int]] = field(default_factory=dict)
+    refused: dict[str, dict[str, str]] = field(default_factory=dict)
     problem: str = ""
 
     @classmethod
@@ -49,7 +51,15 @@ class RankKernels:
             return cls(local.platform, local.digest, problem=str(error))
         verdicts = local.verdicts.values()
         passed = {one.operation: dict(one.blocks) for one in verdicts if one.passed}
-        return cls(local.platform, local.digest, choices, passed)
+        refused = {
+            one.operation: {
+                name: reason
+                for name in IMPLEMENTATIONS[one.operation]
+                if name != "eager" and (reason := one.refusal(name)) is not None
+            }
+            for one in verdicts
+        }
+        return cls(local.platform, local.digest, choices, passed, refused)
 
     def candidate(self, operation: str, name: str) -> Choice | None:
         """Returns the implementation with this name, None if this rank cannot use it."""
@@ -87,7 +97,8 @@ def agree(
 ) -> AgreedKernels:
     """Returns the kernels of `rank`, the same names on all ranks.
 
-    A run whose setting, GPUs and verdicts are those of its `pinned` kernels keeps these.
+    A run whose setting, GPUs and software are those of its `pinned` kernels keeps these, except
+    where one of them fails the check, or where a Triton kernel passes that had failed.
 
     Args:
         where: names a rank, as "rank 3 on host-b".
@@ -100,30 +111,43 @@ def agree(
             raise PreflightError(f"{one.problem} ({where(number)})")
     kinds = {one.platform.label: one for one in reversed(everyone)}  # the first rank of each kind
     mine = everyone[rank].platform.label
-    if pinned is not None and _still_holds(pinned, config, everyone):
-        return AgreedKernels(pinned.kinds[mine].kernels(), pinned)
+    keeps = pinned is not None and _is_of(pinned, config, everyone)
+    failures = _failures(pinned, everyone, where) if pinned is not None and keeps else {}
+    gains = _gains(pinned, everyone) if pinned is not None and keeps else set()
+    if config.deterministic:
+        gains = set()
+    without_effect = tuple(settings_without_effect(config))
+    if pinned is not None and keeps and not failures and not gains:
+        return AgreedKernels(pinned.kinds[mine].kernels(), pinned, without_effect)
     choices: dict[str, dict[str, Choice]] = {kind: {} for kind in kinds}
-    lines = []
+    lines = [*without_effect, *failures.values()]
     for operation in run_operations(config):
+        if pinned is not None and keeps and operation not in {*failures, *gains}:
+            for kind in kinds:
+                choices[kind][operation] = pinned.kinds[kind].choices[operation]
+            continue
         name, line = _common(operation, everyone, where)
         lines += [line] if line else []
         for kind, one in kinds.items():
             choices[kind][operation] = one.candidate(operation, name) or EAGER
-    new = pin(config.kernels, {kind: (kinds[kind].key, choices[kind]) for kind in kinds})
+    new = pin(
+        config.kernels,
+        {kind: (one.key, choices[kind], _failed(one)) for kind, one in kinds.items()},
+    )
     if pinned is not None and (changes := _changes(pinned, new)):
         line = f"kernels changed since the run's last start: {'; '.join(changes)}"
         # Other degrees have matrices of other sizes: one run's phases may need other kernels.
-        if config.deterministic and len(config.recipe.segments) == 1:
+        if config.deterministic and (keeps or len(config.recipe.segments) == 1):
             raise PreflightError(
-                f"{line}; with deterministic = true a run keeps its kernels: set kernels to those "
-                "that it had, or deterministic to false"
+                f"{'; '.join([*failures.values(), line])}; with deterministic = true a run keeps "
+                "its kernels: set kernels to those that it had, or deterministic to false"
             )
         lines.append(f"{line}; results go on within rounding, not to the bit")
     return AgreedKernels(Kernels(**choices[mine]), new, tuple(lines))
 
 
-def _still_holds(pinned: PinnedKernels, config: RunConfig, everyone: Sequence[RankKernels]) -> bool:
-    """Whether nothing has changed by which the pinned kernels were chosen."""
+def _is_of(pinned: PinnedKernels, config: RunConfig, everyone: Sequence[RankKernels]) -> bool:
+    """Whether the kernels were pinned for this setting, and for these GPUs and their software."""
     kinds = pinned.kinds
     return pinned.setting == config.kernels and all(
         (kind := kinds.get(one.platform.label)) is not None
@@ -131,6 +155,33 @@ def _still_holds(pinned: PinnedKernels, config: RunConfig, everyone: Sequence[Ra
         and kind.choices.keys() == set(run_operations(config))
         for one in everyone
     )
+
+
+def _failures(
+    pinned: PinnedKernels, everyone: Sequence[RankKernels], where: Callable[[int], str]
+) -> dict[str, str]:
+    """Returns a line for each operation whose pinned kernel fails the check of a rank."""
+    lines: dict[str, str] = {}
+    for rank, one in enumerate(everyone):
+        for operation, choice in pinned.kinds[one.platform.label].choices.items():
+            reason = one.refused.get(operation, {}).get(choice.name)
+            if reason is not None:
+                line = (
+                    f"kernels: {choice.name}, which the run had for {operation}, fails the check "
+                    f"on {one.platform.name} ({where(rank)}): {reason}"
+                )
+                lines.setdefault(operation, line)
+    return lines
+
+
+def _gains(pinned: PinnedKernels, everyone: Sequence[RankKernels]) -> set[str]:
+    """Returns the operations whose Triton kernel had failed and now passes on all ranks."""
+    failed = {operation for kind in pinned.kinds.values() for operation in kind.failed}
+    return {operation for operation in failed if all(operation in one.passed for one in everyone)}
+
+
+def _failed(one: RankKernels) -> list[str]:
+    return [operation for operation, refused in one.refused.items() if "triton" in refused]
 
 
 def _common(
@@ -147,9 +198,11 @@ def _common(
         if not missing and name != "eager":
             return name, ""
         without = missing[0] if missing else without
+    reasons = everyone[without].refused.get(operation, {})
+    why = next((reasons[name] for name in names if name in reasons), wanted[without].why)
     return "eager", (
         f"kernels: {operation} runs eagerly on all ranks: on {everyone[without].platform.name} "
-        f"({where(without)}), {wanted[without].why}"
+        f"({where(without)}), {why}"
     )
 
 

@@ -67,11 +67,15 @@ def _check(
         path = Path(folder, "verdict.json")
         command = [*worker, "--operation", operation, "--device", str(device_index)]
         with Path(folder, "output").open("w+", errors="replace") as output:
-            command += ["--verdict", str(path)]
+            command += ["--verdict", str(path), "--parent", str(os.getpid())]
+            start = time.monotonic()
             reason = _run(command, problem, seconds, output, stopped)
+            spent = time.monotonic() - start
         if path.exists():
             return verdict_from_json(path.read_text())
-    return Verdict(operation, False, reason, "eager")
+    # A kernel that hangs would do so at every start; one with less time than that may pass.
+    is_temporary = seconds < SECONDS and spent >= seconds
+    return Verdict(operation, False, reason, "eager", is_temporary=is_temporary)
 
 
 def _run(

@@ -25,6 +25,25 @@ def run_operations(config: RunConfig) -> tuple[str, ...]:
     return (*operations, "syrk") if config.engine == "native" else operations
 
 
+def settings_without_effect(config: RunConfig) -> list[str]:
+    """Returns a line for each kernel that the config names for an operation not of this run."""
+    if isinstance(config.kernels, str):
+        return []
+    reasons = {
+        "cross_entropy": "parallel.tensor > 1 takes megatron-core's loss",
+        "fp8": f"precision is {config.precision}",
+        "grouped_mm": f"precision is {config.precision}",
+        "syrk": f"engine is {config.engine}",
+    }
+    operations = run_operations(config)
+    return [
+        f"kernels.{name} = {setting} has no effect: this run does not have the operation, as "
+        f"{reasons.get(name, 'no layer of the model has it')}"
+        for name, setting in config.kernels.items()
+        if setting not in ("auto", "eager") and name not in operations
+    ]
+
+
 def unchecked_kernels(config: RunConfig) -> Kernels:
     """Returns the implementations that the config names; eager where it has "auto"."""
     named = {name: config.kernel_setting(name) for name in run_operations(config)}
@@ -83,7 +102,7 @@ def _automatic(device: torch.device, problem: str | None, verdict: Verdict | Non
         return Choice(why=problem)
     if verdict is None:
         return Choice(why="its kernel was not checked on this GPU")
-    return Choice(verdict.choice, _blocks(verdict.choice, verdict), verdict.reason)
+    return Choice(verdict.choice, _blocks(verdict.choice, verdict), verdict.why)
 
 
 def _refusal(name: str, device: torch.device, verdict: Verdict | None) -> str | None:
@@ -93,11 +112,7 @@ def _refusal(name: str, device: torch.device, verdict: Verdict | None) -> str | 
             return f"{name} is not installed"
         if device.type != "cuda":
             return f"{name} runs on a GPU, not on {device.type}"
-    if verdict is None:
-        return None
-    if name == "triton":
-        return None if verdict.passed else verdict.reason
-    return None if name in verdict.milliseconds else verdict.refused.get(name, verdict.reason)
+    return None if verdict is None else verdict.refusal(name)
 
 
 def _blocks(name: str, verdict: Verdict | None) -> Mapping[str, int]:

@@ -13,6 +13,7 @@ from trainer.kernels.first_check import check_all, kinds_of_gpu, lease_name
 from trainer.kernels.gpu import Platform
 from trainer.kernels.problem import problem_of
 from trainer.kernels.table import describe_verdicts
+from trainer.kernels.temporary import use_writable_triton_cache
 from trainer.kernels.verdict_file import Key, cache_folder, saved_verdicts, write_verdicts
 from trainer.process.errors import PreflightError
 
@@ -27,6 +28,7 @@ def check_command(config: RunConfig) -> Iterator[Table | str]:
     a line; raises PreflightError where the host has no other.
     """
     folder = cache_folder(config.run_dir / "kernels")
+    use_writable_triton_cache(folder / "triton")
     problems = [(kind, problem_of(config, kind)) for kind in kinds_of_gpu()]
     for kind, problem in problems:
         platform, reasons = Platform.of(kind), unsupported_operations(config, kind)

@@ -22,6 +22,7 @@ from model.kernels.operations import (
 from trainer.kernels.compare import fault_of, reference_of, results
 from trainer.kernels.fit import Variant
 from trainer.kernels.syrk_cases import BLOCK_CHOICES, syrk_cases
+from trainer.kernels.temporary import advice_on
 from trainer.kernels.timing import MIN_GAIN, Clock, milliseconds
 from trainer.kernels.verdict import Problem, Verdict
 
@@ -94,6 +95,7 @@ class Examination:
 
     def __init__(self, candidates: Sequence[Choice]) -> None:
         self.refused: dict[int, str] = {}
+        self.temporary: set[int] = set()
         self.candidates = candidates
         self.errors: dict[int, tuple[float, float]] = {}
         self.times: dict[int, float] = dict.fromkeys(range(len(candidates)), 0.0)
@@ -124,7 +126,7 @@ class Examination:
                 try:
                     variants[index] += bench.record(call)
                 except Exception as error:  # what the kernel's function does not support
-                    self.refused[index] = _failure(case, error)
+                    self._refuse(index, case, error)
         fitting = dict.fromkeys(BLOCKS_OF_TRITON, 0)
         for index, recorded in variants.items():
             if index in self.refused:
@@ -139,6 +141,12 @@ class Examination:
             else:
                 fitting[name] += 1
 
+    def _refuse(self, index: int, case: Case, error: Exception) -> None:
+        """Refuses a candidate; raises the error if the device can no longer be used."""
+        self.refused[index] = _failure(case, error)
+        if advice_on(error) is not None:
+            self.temporary.add(index)
+
     def compare(self, case: Case) -> None:
         """Refuses candidates that are wrong on a case."""
         reference = reference_of(case)
@@ -147,7 +155,7 @@ class Examination:
             try:
                 fault, errors = fault_of(case, case.function(candidate), reference)
             except Exception as error:
-                self.refused[index] = _failure(case, error)
+                self._refuse(index, case, error)
                 continue
             self.errors[index] = _largest(self.errors.get(index, (math.nan, math.nan)), errors)
             if fault is not None:
@@ -163,7 +171,7 @@ class Examination:
             try:
                 time = milliseconds(case, case.function(candidate), clock, cache)
             except Exception as error:
-                self.refused[index] = _failure(case, error)
+                self._refuse(index, case, error)
                 continue
             self.times[index] += case.weight * time
 
@@ -197,6 +205,7 @@ class Examination:
             errors,
             times,
             refused,
+            not passed and any(self.candidates[index].name == "triton" for index in self.temporary),
         )
 
     def _refused_others(self, passed: Container[str]) -> dict[str, str]:
@@ -243,12 +252,35 @@ def check_operation(
         for make in cases_of(operation, problem, replace(ragged, seed=seed)):
             if examination.remaining:
                 examination.compare(make())
-    for make in cases_of(operation, problem, large):
-        if examination.remaining:
-            case = make()
-            examination.compare(case)
-            examination.time(case, bench)
+    while not _passes_microbatch(examination, operation, problem, large, bench):
+        problem = replace(problem, micro_tokens=sum(large.samples) // 2)
+        _, large = sizes_of(problem, bench)
     return examination.verdict(operation)
+
+
+def _passes_microbatch(
+    examination: Examination, operation: str, problem: Problem, large: Sizes, bench: Bench
+) -> bool:
+    """Compares and times the candidates on a microbatch; whether its truth fits in memory.
+
+    Raises OutOfMemoryError where that of a single token does not.
+    """
+    examination.times = dict.fromkeys(examination.times, 0.0)
+    examination.eager_time = 0.0
+    try:
+        for make in cases_of(operation, problem, large):
+            if examination.remaining:
+                case = make()
+                examination.compare(case)
+                examination.time(case, bench)
+    except torch.OutOfMemoryError:
+        if sum(large.samples) == 1:
+            raise
+    else:
+        return True
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return False
 
 
 def _largest(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
@@ -262,14 +294,16 @@ def _max(errors: tuple[float, ...]) -> float:
 
 
 def _failure(case: Case, error: Exception) -> str:
-    """Describes an exception; raises it if the device can no longer be used."""
+    """Describes an exception; raises an error if the device can no longer be used."""
     device = next(iter(case.leaves.values())).device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-    return f"{case.name}: {type(error).__name__}: {first_line(error)}"
+    return f"{case.name}: {describe_error(error)}"
 
 
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message; drivers add advice after it."""
-    return (str(error).strip() or "no message").splitlines()[0][:200]
+def describe_error(error: Exception) -> str:
+    """Returns the first line of an error's message, with advice where its cause is temporary."""
+    line = (str(error).strip() or "no message").splitlines()[0][:200]
+    advice = advice_on(error)
+    return f"{type(error).__name__}: {line}" + (f" ({advice})" if advice else "")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data.files import write_atomically
 from model.kernels.operations import IMPLEMENTATIONS, Choice, Kernels
 from trainer.config import RunConfig
+from trainer.kernels.choose import unchecked_kernels
+from trainer.kernels.gpu import Platform
+
+if TYPE_CHECKING:
+    import torch
 
 KERNELS_FILE = "kernels.json"
 
@@ -22,12 +27,14 @@ class OfKind(BaseModel):
     Attributes:
         key: digest of the verdicts that they were chosen by; "" where none were needed.
         choices: name and block sizes by operation.
+        failed: operations whose Triton kernel had not passed; a resume uses it once it has.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     key: str
     choices: dict[str, Choice]
+    failed: tuple[str, ...] = ()
 
     def kernels(self) -> Kernels:
         """Returns the choices. Raises ValueError for an implementation that there is not."""
@@ -87,11 +94,32 @@ def _before_this_file(config: RunConfig) -> PinnedKernels | None:
 
 
 def pin(
-    setting: str | dict[str, str], kinds: Mapping[str, tuple[str, dict[str, Choice]]]
+    setting: str | dict[str, str],
+    kinds: Mapping[str, tuple[str, Mapping[str, Choice], Iterable[str]]],
 ) -> PinnedKernels:
-    """Returns what to write; `kinds` has the verdicts' digest and the choices of each kind."""
+    """Returns what to write; `kinds` has digest, choices and failed operations of each kind."""
     values: dict[str, Any] = {
-        name: {"key": key, "choices": {op: asdict(choice) for op, choice in choices.items()}}
-        for name, (key, choices) in kinds.items()
+        name: {
+            "key": key,
+            "choices": {operation: asdict(choice) for operation, choice in choices.items()},
+            "failed": tuple(failed),
+        }
+        for name, (key, choices, failed) in kinds.items()
     }
     return PinnedKernels.model_validate({"setting": setting, "kinds": values})
+
+
+def kernels_without_check(config: RunConfig, device: torch.device) -> Kernels:
+    """Returns the kernels of a process that checks no device, such as that of `v4 generate`.
+
+    They are those that the config names: Triton's and libraries' only where the run has used them
+    on such a device, with its block sizes; eager otherwise, and for "auto".
+    """
+    pinned, _ = read_pinned(config)
+    kind = None if pinned is None else pinned.kinds.get(Platform.of(device).label)
+    choices = unchecked_kernels(config).by_operation()
+    for operation, choice in choices.items():
+        if choice.name not in ("eager", "compile"):
+            used = Choice() if kind is None else kind.choices.get(operation, Choice())
+            choices[operation] = used if used.name == choice.name else Choice()
+    return Kernels(**choices)

@@ -45,6 +45,8 @@ class Verdict:
             there are none). "eager" is the yardstick in the run's dtype.
         milliseconds: of forward and backward together, by implementation.
         refused: why others than eager and Triton were refused, by implementation.
+        is_temporary: whether the kernel failed for a cause outside of it and of the verdicts' key,
+            such as a missing compiler: the next start checks it again.
     """
 
     operation: str
@@ -55,6 +57,33 @@ class Verdict:
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     milliseconds: Mapping[str, float] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    is_temporary: bool = False
+
+    @property
+    def why(self) -> str:
+        """The reason of the choice."""
+        if self.passed or self.choice == "eager":
+            return self.reason
+        gain = self.milliseconds["eager"] / self.milliseconds[self.choice]
+        return (
+            f"{self.choice} is {gain:.2f} times as fast as eager; triton is refused: {self.reason}"
+        )
+
+    @property
+    def notice(self) -> str:
+        """A line about a Triton kernel that did not pass, and what runs instead."""
+        if self.choice == "eager":
+            return f"{self.operation} runs eagerly: {self.reason}"
+        return (
+            f"{self.operation} runs with {self.choice}, as its Triton kernel is refused: "
+            f"{self.reason}"
+        )
+
+    def refusal(self, name: str) -> str | None:
+        """Returns why an implementation other than eager was refused; None if it passed."""
+        if name == "triton":
+            return None if self.passed else self.reason
+        return None if name in self.milliseconds else self.refused.get(name, self.reason)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,23 @@ def read_verdicts(
         log(f"{path} is about another GPU, software or model; the kernels are checked again")
         return None
     return verdicts
+
+
+def to_check(
+    folder: Path, key: Key, started: float, log: Callable[[str], None] = lambda line: None
+) -> tuple[dict[str, Verdict], tuple[str, ...]]:
+    """Returns the verdicts of the file, and the operations to check in this start of a job.
+
+    Those of a file that is missing or damaged, and those whose kernel failed for a temporary cause
+    before `started`, in seconds since 1970.
+    """
+    verdicts = read_verdicts(folder, key, log)
+    if verdicts is None:
+        return {}, key.problem.operations
+    with suppress(FileNotFoundError):
+        if path_of(folder, key).stat().st_mtime >= started:
+            return verdicts, ()
+    return verdicts, tuple(name for name, verdict in verdicts.items() if verdict.is_temporary)
 
 
 def saved_verdicts(folder: Path) -> Iterator[tuple[dict[str, Any], tuple[Verdict, ...]]]:

@@ -3,7 +3,9 @@
 The problem comes as JSON on standard input; the verdict goes as JSON into a file, which appears
 whole. Messages of compilers and drivers may go to both standard outputs.
 
-    python -m trainer.kernels.worker --operation NAME --device INDEX --verdict FILE
+    python -m trainer.kernels.worker --operation NAME --device INDEX --verdict FILE --parent PID
+
+It ends with its parent, even if that is killed: a kernel that hangs would keep the GPU busy.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from pathlib import Path
 import torch
 
 from trainer.kernels.check import problem_from_json, write_verdict
-from trainer.kernels.examine import Bench, check_operation, first_line
+from trainer.kernels.examine import Bench, check_operation, describe_error
 from trainer.kernels.fit import device_limits, misfit, record_variants
+from trainer.kernels.temporary import advice_on
 from trainer.kernels.timing import EventClock, l2_bytes
 from trainer.kernels.verdict import Problem, Verdict
+from trainer.process.parent import end_with
 
 
 def gpu_bench(index: int) -> Bench:
@@ -47,8 +51,9 @@ def verdict_on_gpu(operation: str, problem: Problem, index: int) -> Verdict:
     try:
         return check_operation(operation, problem, gpu_bench(index))
     except Exception as error:
-        reason = f"its check failed: {type(error).__name__}: {first_line(error)}"
-        return Verdict(operation, False, reason, "eager")
+        reason = f"its check failed: {describe_error(error)}"
+        temporary = advice_on(error) is not None
+        return Verdict(operation, False, reason, "eager", is_temporary=temporary)
 
 
 def main() -> None:
@@ -57,7 +62,9 @@ def main() -> None:
     parser.add_argument("--operation", required=True)
     parser.add_argument("--device", type=int, required=True)
     parser.add_argument("--verdict", type=Path, required=True)
+    parser.add_argument("--parent", type=int, required=True, help="process id")
     arguments = parser.parse_args()
+    end_with(arguments.parent)
     problem = problem_from_json(sys.stdin.read())
     verdict = verdict_on_gpu(arguments.operation, problem, arguments.device)
     write_verdict(arguments.verdict, verdict)

@@ -16,7 +16,7 @@ from model.kernels.operations import Choice, Kernels
 from tests.distributed import spawn
 from trainer.__main__ import main
 from trainer.config import load_config
-from trainer.kernels import KERNELS_FILE, Platform, RankKernels
+from trainer.kernels import KERNELS_FILE, LocalVerdicts, Platform, RankKernels, Verdict
 from trainer.parallel.grid import Degrees, Grid
 from trainer.preflight import preflight
 from trainer.process.errors import PreflightError
@@ -111,6 +111,50 @@ def test_a_resume_keeps_its_kernels_while_its_gpu_and_software_stay(
     _, second = alone(tiny, tmp_path, again, "deterministic=true")
     assert second.kernels == first.kernels and second.kernels.attention == TRITON
     assert second.lines == ()
+
+
+BROKEN_RANK = replace(
+    H100_RANK,
+    choices=replace(H100_RANK.choices, attention=Choice("eager", {}, "no compiler")),
+    passed={name: blocks for name, blocks in H100_RANK.passed.items() if name != "attention"},
+    refused={"attention": {"triton": "no compiler"}},
+)
+"""The H100, on a host where the attention's kernel fails."""
+
+
+def test_a_resume_drops_a_kernel_that_fails_the_check(tiny: Path, tmp_path: Path) -> None:
+    alone(tiny, tmp_path, H100_RANK)
+    with pytest.raises(PreflightError, match=r"no compiler; .*with deterministic = true"):
+        alone(tiny, tmp_path, BROKEN_RANK, "deterministic=true")
+    _, second = alone(tiny, tmp_path, BROKEN_RANK)
+    assert second.kernels == replace(H100_RANK.choices, attention=Choice())
+    failure, change = second.lines
+    assert failure.startswith(
+        "kernels: triton, which the run had for attention, fails the check on NVIDIA H100 80GB HBM3"
+    )
+    assert failure.endswith(": no compiler")
+    assert "last start: attention is eager and was triton; results go on within" in change
+    assert alone(tiny, tmp_path, BROKEN_RANK)[1].lines == ()
+
+
+def test_a_resume_takes_up_a_kernel_that_passes_now(tiny: Path, tmp_path: Path) -> None:
+    alone(tiny, tmp_path, BROKEN_RANK)
+    assert alone(tiny, tmp_path, H100_RANK, "deterministic=true")[1].lines == ()
+    _, second = alone(tiny, tmp_path, H100_RANK)
+    assert second.kernels == H100_RANK.choices
+    (line,) = second.lines
+    assert "last start: attention is triton and was eager; results go on within rounding" in line
+    assert alone(tiny, tmp_path, H100_RANK)[1].lines == ()
+
+
+def test_verdicts_have_the_reasons_of_what_they_refused(tiny: Path) -> None:
+    verdicts = {
+        "norms": Verdict("norms", False, "wrong", "compile", milliseconds={"compile": 1.0}),
+        "syrk": Verdict("syrk", True, "fast", "triton", refused={"quack": "not installed"}),
+    }
+    local = LocalVerdicts(H100, "a" * 64, verdicts)
+    one = RankKernels.of(load_config(tiny), torch.device("cpu"), local)
+    assert one.refused == {"norms": {"triton": "wrong"}, "syrk": {"quack": "not installed"}}
 
 
 def test_a_resume_with_other_kernels_logs_it_once(tiny: Path, tmp_path: Path) -> None:

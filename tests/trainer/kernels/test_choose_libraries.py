@@ -14,7 +14,8 @@ from tests.stand_ins import importable
 from tests.trainer.kernels.test_agree import H100
 from tests.trainer.kernels.test_examine import BENCH
 from trainer.config import load_config
-from trainer.kernels.choose import choose_kernels
+from trainer.kernels import unchecked
+from trainer.kernels.choose import choose_kernels, settings_without_effect
 from trainer.kernels.examine import Examination, candidates_of
 from trainer.kernels.gpu import installed_libraries
 from trainer.kernels.table import describe_verdicts
@@ -93,3 +94,29 @@ def test_hosts_with_other_libraries_are_another_kind():
         assert installed_libraries() == ["flash_mla none", "tile_kernels none", "quack none"]
     assert H100.label.endswith("triton 3.7.1")
     assert replace(H100, libraries="quack 0.6.4").label == f"{H100.label}, quack 0.6.4"
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["kernels={cross_entropy: triton}", "parallel.tensor=2"], "megatron-core's loss"),
+        (["kernels={fp8: triton}", "precision=bf16"], "as precision is bf16"),
+    ],
+)
+def test_a_setting_without_effect_has_a_line(tiny: Path, settings: list[str], line: str):
+    (notice,) = settings_without_effect(load_config(tiny, settings))
+    assert notice.startswith("kernels.") and "has no effect" in notice and line in notice
+    config = load_config(tiny, settings)
+    cpu = torch.device("cpu")
+    assert unchecked(config, cpu).lines == (notice,)
+    assert settings_without_effect(load_config(tiny, ["kernels=compile"])) == []
+
+
+def test_what_replaces_a_failed_kernel_has_its_own_reason(tiny: Path):
+    verdict = Verdict(
+        "norms", False, "wrong", "compile", milliseconds={"eager": 3.0, "compile": 2.0}
+    )
+    assert verdict.why == "compile is 1.50 times as fast as eager; triton is refused: wrong"
+    assert replace(verdict, choice="eager").why == "wrong"
+    assert verdict.notice == "norms runs with compile, as its Triton kernel is refused: wrong"
+    assert replace(verdict, choice="eager").notice == "norms runs eagerly: wrong"

@@ -15,6 +15,7 @@ from model.kernels.operations import OPERATIONS, Choice
 from tests.model.kernels.interpreter import interpreted
 from tests.model.tiny import tiny_config
 from tests.trainer.kernels.broken import broken
+from trainer.kernels import compare, examine
 from trainer.kernels.examine import Bench, candidates_of, check_operation
 from trainer.kernels.fit import Variant
 from trainer.kernels.verdict import Problem, Verdict
@@ -117,3 +118,19 @@ def test_widths_that_a_kernel_does_not_support_are_the_reason():
     assert verdict.reason == (
         "csa layers: ValueError: head_dim is 16; Triton attention supports [64, 128, 256, 512]"
     )
+
+
+@interpreted
+def test_a_microbatch_whose_truth_does_not_fit_is_halved(monkeypatch):
+    tokens: list[int] = []
+
+    def reference_of(case):
+        tokens.append(next(iter(case.leaves.values())).shape[0])
+        if tokens[-1] == 40:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compare.reference_of(case)
+
+    monkeypatch.setattr(examine, "reference_of", reference_of)
+    verdict = verdict_on("swiglu")
+    assert verdict.passed and not verdict.is_temporary, verdict.reason
+    assert 40 in tokens and 20 in tokens, tokens

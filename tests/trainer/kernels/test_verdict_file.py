@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from data.activity import Activity
+from data.lease import Owner
 from trainer.config import load_config
 from trainer.kernels import commands, first_check, verdict_file
 from trainer.kernels.check import check_kernels
@@ -143,7 +144,6 @@ class FakeCheck:
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> torch.device:
     """A host with two GPUs of a kind, as far as torch's numbers go."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(Platform, "of", classmethod(lambda cls, device: GPU))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -173,41 +173,67 @@ def test_nothing_is_checked_that_no_setting_asks_for(gpu: torch.device, tiny: Pa
     assert check.checked == []
 
 
-def test_other_processes_of_the_host_wait_for_the_first(
+def test_of_processes_with_the_same_gpu_one_checks(gpu: torch.device, tiny: Path) -> None:
+    config, check = load_config(tiny, ["precision=bf16"]), FakeCheck()
+    results: list[object] = []
+    ranks = [
+        threading.Thread(
+            target=lambda index=index: results.append(
+                local_verdicts(config, torch.device("cuda", index), QUIET, check=check)
+            )
+        )
+        for index in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(timeout=60)
+    assert len(results) == 2 and results[0] == results[1]
+    assert check.checked == [*problem_of(config, gpu).operations]
+
+
+def test_a_rank_whose_sizes_are_its_own_waits_for_no_other(
     gpu: torch.device, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, check = load_config(tiny, ["precision=bf16"]), FakeCheck()
+    """fit_to_memory may choose other microbatches on another GPU of the host."""
     monkeypatch.setenv("LOCAL_RANK", "1")
-    results: list[object] = []
-    other = threading.Thread(
-        target=lambda: results.append(local_verdicts(config, gpu, QUIET, check=FakeCheck()))
-    )
-    other.start()
-    time.sleep(0.1)
-    assert not results
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    first = local_verdicts(config, gpu, QUIET, check=check)
-    other.join(timeout=30)
-    assert results == [first]
+    config, check = load_config(tiny, ["precision=bf16", "data.micro_batch_size=2"]), FakeCheck()
+    start = time.monotonic()
+    local = local_verdicts(config, gpu, QUIET, lambda: time.monotonic() - start > 20, check)
+    assert [*local.verdicts] == [*problem_of(config, gpu).operations]
 
 
-def test_all_kinds_of_gpu_of_a_host_share_the_time_of_its_first_check(
+def test_an_operation_that_the_limit_left_out_has_that_reason(
     gpu: torch.device, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others may wait in the process group: as long as its timeout, and the check ends before."""
-    kinds = [replace(GPU, name=f"kind {index}") for index in range(2)]
-    monkeypatch.setattr(Platform, "of", classmethod(lambda cls, device: kinds[device.index or 0]))
     monkeypatch.setattr(first_check, "TOTAL_SECONDS", 25.0)
     config, check = load_config(tiny, ["precision=bf16"]), FakeCheck()
     clock = SimpleNamespace(monotonic=lambda: 10.0 * len(check.checked), sleep=time.sleep)
     monkeypatch.setattr(first_check, "time", clock)  # a check takes ten seconds
-    verdicts = [
-        local_verdicts(config, torch.device("cuda", index), QUIET, check=check).verdicts
-        for index in range(2)
-    ]
-    assert len(check.checked) == 3
-    assert [sum(v.passed for v in each.values()) for each in verdicts] == [3, 0]
-    assert "had no time left for it" in verdicts[1]["norms"].reason
+    verdicts = [*local_verdicts(config, gpu, QUIET, check=check).verdicts.values()]
+    assert [verdict.passed for verdict in verdicts] == [True] * 3 + [False] * (len(verdicts) - 3)
+    assert "had no time left for it" in verdicts[3].reason and verdicts[3].is_temporary
+
+
+def test_a_temporary_failure_is_checked_again_at_the_next_start(
+    gpu: torch.device, tiny: Path
+) -> None:
+    config, check = load_config(tiny, ["precision=bf16"]), FakeCheck()
+    local_verdicts(config, gpu, QUIET, check=check)
+    key = Key.of(GPU, problem_of(config, gpu))
+    verdicts = read_verdicts(cache_folder(), key)
+    assert verdicts is not None
+    for name, is_temporary in (("norms", True), ("swiglu", False)):
+        failed = Verdict(name, False, "no compiler", "eager", is_temporary=is_temporary)
+        verdicts[name] = failed
+    write_verdicts(cache_folder(), key, [*verdicts.values()])
+    check.checked.clear()
+    local = local_verdicts(config, gpu, QUIET, check=check)  # another process of this start
+    assert check.checked == [] and not local.verdicts["norms"].passed
+    local = local_verdicts(config, gpu, QUIET, check=check, started=time.time() + 60)
+    assert check.checked == ["norms"]
+    assert local.verdicts["norms"].passed and not local.verdicts["swiglu"].passed
 
 
 def test_the_command_checks_every_kind_of_gpu_of_the_host(
@@ -216,7 +242,6 @@ def test_the_command_checks_every_kind_of_gpu_of_the_host(
     """Of three GPUs, the two kinds; it is one process, and no rank of a job."""
     names = ["A100", "A100", "H100"]
     kinds = [replace(GPU, name=name) for name in names]
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setattr(Platform, "of", classmethod(lambda cls, device: kinds[device.index]))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(kinds))
     checked: list[tuple[str, int]] = []
@@ -270,7 +295,7 @@ def test_the_command_names_what_triton_cannot_run(
 
 def test_a_first_check_is_shorter_than_the_timeout_of_a_collective(tiny: Path) -> None:
     limits = [
-        first_check.seconds_of_host(load_config(tiny, settings))
+        first_check.seconds_of_check(load_config(tiny, settings))
         for settings in ([], ["parallel.timeout_seconds=60"], ["parallel.timeout_seconds=7200"])
     ]
     assert limits == [480, 48, 480]
@@ -295,6 +320,21 @@ def test_a_signal_ends_the_check_and_leaves_no_file(gpu: torch.device, tiny: Pat
     result = local_verdicts(config, gpu, QUIET, lambda: len(check.checked) >= 2, check)
     assert len(check.checked) == 2 and result.verdicts == {}
     assert not [*cache_folder().glob("*.json")]
+
+
+def test_a_signal_ends_the_wait_for_another_hosts_check(
+    gpu: torch.device, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(tiny, ["precision=bf16"])
+    key = Key.of(GPU, problem_of(config, gpu))
+    folder = cache_folder()
+    other = Owner.current("v4 kernels check", folder, "").model_copy(update={"machine": "another"})
+    folder.mkdir(parents=True)
+    (folder / first_check.lease_name(key)).write_text(other.model_dump_json())
+    start, check = time.monotonic(), FakeCheck()
+    local = local_verdicts(config, gpu, QUIET, lambda: time.monotonic() - start > 1, check)
+    assert local.verdicts == {} and check.checked == []
+    assert "waiting for up to" not in capsys.readouterr().out
 
 
 def test_a_signal_ends_what_is_being_checked(tiny: Path) -> None:
