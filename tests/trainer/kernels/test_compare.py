@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernel_cases import Case
-from trainer.kernels.compare import Distance, _fault, fault_of, reference_of
+from model.kernel_cases import Case, Selection
+from trainer.kernels.compare import Distance, Reference, _fault, fault_of, reference_of
 
 LEAVES = {
     "x": torch.randn(2000, 64, generator=torch.Generator().manual_seed(0)).bfloat16(),
@@ -142,3 +142,47 @@ def test_bits_where_they_are_promised():
     changes = {"exact": True, "differentiable": False, "naive": None}
     assert fault(codes, **changes) is None
     assert fault(other, **changes) == "output differs"
+
+
+def selection_case() -> Case:
+    """Two of four entries, of which the first query sees one; entry 0 scores highest."""
+    scores = torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 3)
+    leaves = {"queries": torch.ones(3, 1), "keys": torch.ones(4, 1)}
+    ends = torch.tensor([1, 2, 4])
+    selection = Selection(lambda x, rows: scores[rows].double(), torch.zeros_like(ends), ends)
+    changes = {"outputs": ("selection",), "differentiable": False, "selection": selection}
+    return Case("a selection", leaves, lambda choice: lambda q, keys: None, **changes)
+
+
+def selection_fault(*answers: list[list[int]]) -> str | None:
+    """Checks a function whose calls give these answers, the last one from then on."""
+    case, remaining = selection_case(), list(answers)
+
+    def select(q: Tensor, keys: Tensor) -> Tensor:
+        return torch.tensor(remaining.pop(0) if len(remaining) > 1 else remaining[0])
+
+    return fault_of(case, select, Reference(["selection"], [], []))[0]
+
+
+def test_a_selection_has_its_entries_first():
+    """Attention reads as many of the first columns as there are entries."""
+    assert selection_fault([[0, -1], [0, 1], [1, 0]]) is None
+    assert selection_fault([[-1, 0], [0, 1], [0, 1]]) == (
+        "has an entry after a -1, where all -1 come last"
+    )
+
+
+def test_other_bits_of_a_selection_at_a_second_run():
+    first, second = [[0, -1], [0, 1], [0, 1]], [[0, -1], [0, 1], [1, 0]]
+    assert selection_fault(first, second) == "selection has other bits at a second run"
+
+
+def test_other_bits_of_exact_results_at_a_second_run():
+    calls: list[int] = []
+
+    def codes(x: Tensor, w: Tensor) -> Tensor:
+        calls.append(0)
+        return product(x, w) * (1 if len(calls) == 1 else -1)
+
+    case = case_of(codes, exact=True, differentiable=False, naive=None)
+    assert fault_of(case, codes, reference_of(case))[0] == "output has other bits at a second run"
