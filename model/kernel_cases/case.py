@@ -131,6 +131,8 @@ class Case:
         differentiable: whether every floating-point output has a gradient in every leaf.
         repeatable: whether Triton promises the same bits at every run.
         exact: whether outputs equal those of the eager version to the bit.
+        rounds_within: whether numbers in between are rounded to the leaves' coarsest dtype, e.g. as
+            operands of tensor cores, so that fp32 results are not as exact as fp32 sums.
         selection: set where the output is a selection of entries.
         weight: how often a pass of the model runs it, e.g. the number of layers; 0 if it is
             compared but not timed.
@@ -145,6 +147,7 @@ class Case:
     differentiable: bool = True
     repeatable: bool = True
     exact: bool = False
+    rounds_within: bool = False
     selection: Selection | None = None
     weight: float = 1.0
     forward: Work | None = None

@@ -324,5 +324,6 @@ def head_case(sizes: Sizes) -> Case:
         {"hidden": draw(tokens, dim), "weight": draw(vocab, dim, scale=2 * dim**-0.5)},
         function,
         naive=naive if sizes.dense else None,
+        rounds_within=True,  # the logits
         forward=Work(6.0 * tokens * dim * vocab, 2.0 * (2 * tokens * dim + 3 * vocab * dim)),
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from model.kernel_cases import Case, Selection
+from model.kernel_cases import Case, Selection, Sizes
+from model.kernel_cases.layers import compressor_case
+from tests.model.tiny import tiny_config
 from trainer.kernels.compare import Distance, Reference, _fault, fault_of, reference_of
 
 LEAVES = {
@@ -54,8 +57,8 @@ def test_the_norm_of_few_numbers_may_fluctuate():
     """Limits of 16 numbers are twice those of many; those of one, a loss, are not wider."""
     eager = Distance(3e-3, 0.0, 1.0, 0)
     for numbers, limit in ((1, 6e-3), (16, 1.2e-2), (1 << 40, 6e-3)):
-        assert _fault(Distance(0.99 * limit, 0.0, 1.0, numbers), eager) is None
-        assert _fault(Distance(1.01 * limit, 0.0, 1.0, numbers), eager) is not None
+        assert _fault(Distance(0.99 * limit, 0.0, 1.0, numbers), eager, 4e-3) is None
+        assert _fault(Distance(1.01 * limit, 0.0, 1.0, numbers), eager, 4e-3) is not None
 
 
 def test_chance_refuses_no_result_of_few_numbers():
@@ -64,7 +67,7 @@ def test_chance_refuses_no_result_of_few_numbers():
     ours, eager = (1e-2 * draws.square().mean(-1).sqrt()).tolist()
     faults = [
         sum(
-            _fault(Distance(a, 0.0, 1.0, numbers), Distance(b, 0.0, 1.0, numbers)) is not None
+            _fault(Distance(a, 0.0, 1.0, numbers), Distance(b, 0.0, 1.0, numbers), 4e-3) is not None
             for a, b in zip(ours, eager, strict=True)
         )
         for numbers in (16, 1 << 40)
@@ -186,3 +189,34 @@ def test_other_bits_of_exact_results_at_a_second_run():
 
     case = case_of(codes, exact=True, differentiable=False, naive=None)
     assert fault_of(case, codes, reference_of(case))[0] == "output has other bits at a second run"
+
+
+def test_fp32_results_are_as_exact_as_fp32_sums():
+    """A compressor's kernel, in fp32 in every run, whose results are bf16 numbers."""
+    sizes = Sizes(tiny_config(), (37, 3), torch.bfloat16, torch.device("cpu"), dense=True)
+    case = compressor_case(sizes, "csa")
+
+    def rounded(*x: Tensor) -> Tensor:
+        return case.eager(*x).bfloat16().float()
+
+    reference = reference_of(case)
+    assert "output has an error of" in str(fault_of(case, rounded, reference)[0])
+    assert fault_of(case, case.eager, reference)[0] is None
+
+
+def test_fp32_results_of_operands_rounded_within():
+    leaves = {"x": LEAVES["x"], "y": LEAVES["x"].flip(0).clone()}
+    case = Case(
+        "dots",
+        leaves,
+        lambda choice: lambda x, y: (x.float() * y.float()).sum(1),
+        naive=lambda x, y: (x * y).sum(1),
+        differentiable=False,
+    )
+
+    def rounded(x: Tensor, y: Tensor) -> Tensor:
+        return (x * y).float().sum(1)
+
+    reference = reference_of(case)
+    assert "output has an error of" in str(fault_of(case, rounded, reference)[0])
+    assert fault_of(replace(case, rounds_within=True), rounded, reference)[0] is None
