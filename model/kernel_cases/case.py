@@ -45,6 +45,8 @@ class Sizes:
         deterministic: whether the run demands deterministic algorithms.
         dense: whether naive implementations, which take memory quadratic in the number of tokens
             or loop over rows, run at this size.
+        tensor, expert_tensor: ranks that share the shared expert's and a routed expert's inner
+            width.
     """
 
     config: ModelConfig
@@ -54,6 +56,18 @@ class Sizes:
     seed: int = 0
     deterministic: bool = False
     dense: bool = False
+    tensor: int = 1
+    expert_tensor: int = 1
+
+    @property
+    def shared_inner(self) -> int:
+        """F of the shared expert on one rank."""
+        return self.config.moe_intermediate_size // self.tensor
+
+    @property
+    def routed_inner(self) -> int:
+        """F of a routed expert on one rank."""
+        return self.config.moe_intermediate_size // self.expert_tensor
 
     @property
     def tokens(self) -> int:
