@@ -42,9 +42,14 @@ def _linear(config: ModelConfig, row: int) -> tuple[Tensor, Tensor]:
 
 
 def linear_task(config: ModelConfig, row: int) -> Task:
-    """Makes a linear with the rounding of its factors."""
-    case = cases.linear_case(sizes_of(config, row))
-    return task_of(case, "FP8 linear", row, **{"torch in bf16": F.linear})
+    """Makes attention's wo_b with the rounding of its factors."""
+    shape = (1, config.o_groups * config.o_lora_rank, config.hidden_size)
+    case = cases.linear_case(sizes_of(config, row), shape, 1.0)
+
+    def in_bf16(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.bmm(x, weight.transpose(1, 2))
+
+    return task_of(case, "FP8 linear", row, **{"torch in bf16": in_bf16})
 
 
 def matmul_task(config: ModelConfig, row: int) -> Task:

@@ -222,6 +222,7 @@ def attention_case(
         function,
         naive=call.naive if sizes.dense else None,
         repeatable=selected is None or deterministic,
+        rounds_within=True,  # probabilities and the rotated keys
         weight=layers_of(sizes.config, kind),
         forward=Work(4 * pairs, moved),
         backward=Work(10 * pairs, 2 * moved),
@@ -250,6 +251,7 @@ def mass_case(sizes: Sizes, k: int | None, stop: int | None = None) -> Case:
         function,
         naive=call.naive_mass if sizes.dense else None,
         differentiable=False,
+        rounds_within=True,  # the rotated keys
         weight=0.0,
         forward=Work(6 * _pairs(sizes, "csa", k), 4.0 * leaves["queries"].numel()),
     )

@@ -45,6 +45,8 @@ class Sizes:
         deterministic: whether the run demands deterministic algorithms.
         dense: whether naive implementations, which take memory quadratic in the number of tokens
             or loop over rows, run at this size.
+        tensor, expert_tensor: ranks that share the shared expert's and a routed expert's inner
+            width.
     """
 
     config: ModelConfig
@@ -54,6 +56,18 @@ class Sizes:
     seed: int = 0
     deterministic: bool = False
     dense: bool = False
+    tensor: int = 1
+    expert_tensor: int = 1
+
+    @property
+    def shared_inner(self) -> int:
+        """F of the shared expert on one rank."""
+        return self.config.moe_intermediate_size // self.tensor
+
+    @property
+    def routed_inner(self) -> int:
+        """F of a routed expert on one rank."""
+        return self.config.moe_intermediate_size // self.expert_tensor
 
     @property
     def tokens(self) -> int:
@@ -131,6 +145,8 @@ class Case:
         differentiable: whether every floating-point output has a gradient in every leaf.
         repeatable: whether Triton promises the same bits at every run.
         exact: whether outputs equal those of the eager version to the bit.
+        rounds_within: whether numbers in between are rounded to the leaves' coarsest dtype, e.g. as
+            operands of tensor cores, so that fp32 results are not as exact as fp32 sums.
         selection: set where the output is a selection of entries.
         weight: how often a pass of the model runs it, e.g. the number of layers; 0 if it is
             compared but not timed.
@@ -145,6 +161,7 @@ class Case:
     differentiable: bool = True
     repeatable: bool = True
     exact: bool = False
+    rounds_within: bool = False
     selection: Selection | None = None
     weight: float = 1.0
     forward: Work | None = None

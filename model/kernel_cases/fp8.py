@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernel_cases.case import Case, Function, MakeCase, Sizes, Work
+from model.kernel_cases.case import Case, Function, MakeCase, Sizes, Work, layers_of
 from model.kernels import fp8
 from model.kernels.block_sizes import FP8_BLOCK
 from model.kernels.fp8 import eager
@@ -28,13 +28,15 @@ _ALIGNMENT = 16
 
 
 def fp8_cases(sizes: Sizes) -> Iterator[MakeCase]:
-    """Yields rounding, a linear, and the routed experts' first matmul."""
+    """Yields rounding, every linear, and the routed experts' matmuls."""
     if sizes.dense:
         yield lambda: rounding_case(sizes)
         for transposed in (False, True):
             yield partial(weight_rounding_case, sizes, transposed)
-    yield lambda: linear_case(sizes)
-    yield lambda: experts_case(sizes)
+    for shape, weight in linears_of(sizes).items():
+        yield partial(linear_case, sizes, shape, weight)
+    for second in (False, True):
+        yield partial(experts_case, sizes, second)
 
 
 def _ends(sizes: Sizes, experts: int, rows: int) -> Tensor:
@@ -94,7 +96,7 @@ def weight_rounding_case(sizes: Sizes, transposed: bool) -> Case:
     """Makes the rounding of two experts' weights."""
     from model.kernels.fp8.quantise_triton import quantise_weight
 
-    shape = (2, sizes.config.moe_intermediate_size, sizes.config.hidden_size)
+    shape = (2, sizes.routed_inner, sizes.config.hidden_size)
 
     def reference(weight: Tensor) -> Tensor:
         return eager.quantise_dequantise(weight, FP8_BLOCK, FP8_BLOCK).float()
@@ -117,38 +119,67 @@ def weight_rounding_case(sizes: Sizes, transposed: bool) -> Case:
     )
 
 
-def linear_case(sizes: Sizes) -> Case:
-    """Makes attention's wo_b, a layer's largest linear."""
-    config, draw = sizes.config, sizes.draw()
-    inputs, outputs = config.o_groups * config.o_lora_rank, config.hidden_size
+def linears_of(sizes: Sizes) -> dict[tuple[int, int, int], float]:
+    """Returns (groups, inputs, outputs) of a model's distinct linears, and how many it has."""
+    config = sizes.config
+    hidden, rank, inner = config.hidden_size, config.q_lora_rank, sizes.shared_inner
+    queries, groups = config.num_attention_heads * config.head_dim, config.o_groups
+    layers, predictors = layers_of(config, "window", "csa", "hca"), config.num_nextn_predict_layers
+    indexer = (1, rank, config.index_n_heads * config.index_head_dim)
+    counts = [
+        ((1, hidden, rank), layers),
+        ((1, rank, queries), layers),
+        ((1, hidden, config.head_dim), layers),
+        ((groups, queries // groups, config.o_lora_rank), layers),
+        ((1, groups * config.o_lora_rank, hidden), layers),
+        ((1, hidden, inner), 2 * layers),
+        ((1, inner, hidden), layers),
+        (indexer, layers_of(config, "csa")),
+        ((1, hidden, hidden), 2 * predictors),
+    ]
+    linears: dict[tuple[int, int, int], float] = {}
+    for shape, count in counts:
+        if count:
+            linears[shape] = linears.get(shape, 0.0) + count
+    return linears
+
+
+def linear_case(sizes: Sizes, shape: tuple[int, int, int], weight: float) -> Case:
+    """Makes a linear of (groups, inputs, outputs), or each group's own: attention's wo_a."""
+    draw, (groups, inputs, outputs) = sizes.draw(), shape
     leaves = {
-        "rows": draw(sizes.tokens, inputs),
-        "weight": draw(outputs, inputs, scale=inputs**-0.5),
+        "rows": draw(groups, sizes.tokens, inputs),
+        "weight": draw(groups, outputs, inputs, scale=inputs**-0.5),
     }
     ends = [sizes.tokens]
 
-    flops = float(sizes.tokens) * inputs * outputs
+    def naive(x: Tensor, w: Tensor) -> Tensor:
+        return torch.stack([_Exact.apply(x[g], w[g, None], ends) for g in range(groups)])
+
+    flops = float(groups * sizes.tokens) * inputs * outputs
+    moved = groups * sizes.tokens
     return Case(
-        "linear",
+        f"linear of {inputs} to {outputs}" + (f" in {groups} groups" if groups > 1 else ""),
         leaves,
-        lambda choice: lambda x, w: fp8.linear(x, w, choice),
-        naive=(lambda x, w: _Exact.apply(x, w[None], ends)) if sizes.dense else None,
-        weight=5.0 * len(config.layer_types),
+        lambda choice: lambda x, w: fp8.batched(x, w, choice),
+        naive=naive if sizes.dense else None,
+        weight=weight,
         # The tensor cores multiply FP8 at twice the rate of bf16: one FLOP counts as half.
-        forward=Work(flops, 2.0 * (sizes.tokens * (inputs + outputs) + inputs * outputs)),
-        backward=Work(2 * flops, 2.0 * sizes.tokens * (2 * inputs + outputs)),
+        forward=Work(flops, 2.0 * (moved * (inputs + outputs) + groups * inputs * outputs)),
+        backward=Work(2 * flops, 2.0 * moved * (2 * inputs + outputs)),
     )
 
 
 def grouped_mm_cases(sizes: Sizes) -> Iterator[MakeCase]:
-    """Yields the routed experts' first matmul in the dtype of the run."""
-    yield lambda: _experts_case(sizes, grouped_mm, naive_grouped_mm)
+    """Yields the routed experts' matmuls in the dtype of the run."""
+    for second in (False, True):
+        yield partial(_experts_case, sizes, grouped_mm, naive_grouped_mm, second)
 
 
-def experts_case(sizes: Sizes) -> Case:
-    """Makes the routed experts' w1 in FP8."""
+def experts_case(sizes: Sizes, second: bool = False) -> Case:
+    """Makes the routed experts' w1, or w2, in FP8."""
     return _experts_case(
-        sizes, fp8.grouped, lambda x, w, ends_E: _Exact.apply(x, w, ends_E.tolist())
+        sizes, fp8.grouped, lambda x, w, ends_E: _Exact.apply(x, w, ends_E.tolist()), second
     )
 
 
@@ -156,10 +187,16 @@ def _experts_case(
     sizes: Sizes,
     grouped: Callable[[Tensor, Tensor, Tensor, Choice], Tensor],
     naive: Callable[[Tensor, Tensor, Tensor], Tensor],
+    second: bool,
 ) -> Case:
-    """Makes the routed experts' w1. Rows after the last expert's are NaN, as nothing reads them."""
+    """Makes the routed experts' w1, of which w3 has the shape, or their ``second`` matmul, w2.
+
+    Rows after the last expert's are NaN, as nothing reads them.
+    """
     config, draw = sizes.config, sizes.draw()
-    inner, dim = config.moe_intermediate_size, config.hidden_size
+    inner, dim = sizes.routed_inner, config.hidden_size
+    if second:
+        inner, dim = dim, inner
     ends_E = expert_ends(sizes)
     experts, live = len(ends_E), int(ends_E[-1])
     leaves = {
@@ -176,11 +213,11 @@ def _experts_case(
 
     flops = float(live) * inner * dim
     return Case(
-        "experts",
+        "experts, w2" if second else "experts, w1",
         leaves,
         function,
         naive=(lambda x, w: naive(x, w, ends_E)) if sizes.dense else None,
-        weight=3.0 * len(config.layer_types),
+        weight=(1.0 if second else 2.0) * len(config.layer_types),
         forward=Work(flops, 2.0 * (live * (inner + dim) + experts * inner * dim)),
         backward=Work(2 * flops, 2.0 * live * (2 * dim + inner)),
     )

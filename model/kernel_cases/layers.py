@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.exchange import EntryKind, layer_type_of
 from model.kernel_cases.case import Case, Function, MakeCase, Sizes, Work, layers_of
 from model.kernels.compressor import pool_windows
 from model.kernels.compressor.naive import naive_pool_windows
@@ -41,29 +42,33 @@ def _rows(sizes: Sizes) -> int:
     return min(sizes.tokens, _NAIVE_ROWS) if sizes.dense else sizes.tokens
 
 
+_ENTRIES: tuple[EntryKind, ...] = ("csa", "hca", "index")
+
+
 def compressor_cases(sizes: Sizes) -> Iterator[MakeCase]:
-    """Yields the pooling of each kind of compressor that the model has."""
-    kinds: tuple[Literal["csa", "hca"], ...] = ("csa", "hca")
-    for kind in kinds:
-        if kind in sizes.config.layer_types:
-            yield partial(compressor_case, sizes, kind)
+    """Yields the pooling of each compressor that the model has, the indexer's included."""
+    for entries in _ENTRIES:
+        if layer_type_of(entries) in sizes.config.layer_types:
+            yield partial(compressor_case, sizes, entries)
 
 
-def compressor_case(sizes: Sizes, kind: Literal["csa", "hca"]) -> Case:
-    """Makes the pooling of windows of one kind of layer."""
+def compressor_case(sizes: Sizes, kind_of_entries: EntryKind) -> Case:
+    """Makes the pooling of windows to one kind of entries."""
 
+    kind = layer_type_of(kind_of_entries)
     config, draw, m = sizes.config, sizes.draw(), sizes.config.compress_ratio(kind)
     entries, tokens = sizes.layout.entries(m), sizes.tokens
     where: Any = (entries.first_token_C, entries.has_previous_C, kind == "csa")
-    width = config.head_dim * (2 if kind == "csa" else 1)
+    dim = config.index_head_dim if kind_of_entries == "index" else config.head_dim
+    width = dim * (2 if kind == "csa" else 1)
     leaves = {
         name: draw(rows, width, dtype=torch.float32)
         for name, rows in (("values", tokens), ("gates", tokens), ("bias", m))
     }
-    pooled, moved = tokens / m * config.head_dim * 4, 2.0 * tokens * width * 4
+    pooled, moved = tokens / m * dim * 4, 2.0 * tokens * width * 4
 
     return Case(
-        f"{kind} layers",
+        "indexer" if kind_of_entries == "index" else f"{kind} layers",
         leaves,
         lambda choice: lambda *x: partial(pool_windows, choice=choice)(*x, *where),
         naive=(lambda *x: naive_pool_windows(*x, *where)) if sizes.dense else None,
@@ -74,13 +79,19 @@ def compressor_case(sizes: Sizes, kind: Literal["csa", "hca"]) -> Case:
 
 
 def norm_cases(sizes: Sizes) -> Iterator[MakeCase]:
-    """Yields norms of hidden states, of keys and entries with their rotation, and a rotation."""
+    """Yields norms of hidden states, low-rank queries, keys and entries, and a rotation.
+
+    Keys and entries are rotated as well.
+    """
     config = sizes.config
     rotary = config.qk_rope_head_dim
-    yield lambda: norm_case(sizes, config.hidden_size, 0, sizes.dtype)
+    for width in dict.fromkeys((config.hidden_size, config.q_lora_rank)):
+        yield partial(norm_case, sizes, width, 0, sizes.dtype)
     yield lambda: norm_case(sizes, config.head_dim, rotary, sizes.dtype)
-    if {"csa", "hca"} & set(config.layer_types):
-        yield lambda: norm_case(sizes, config.head_dim, rotary, torch.float32)
+    widths = [config.head_dim] * bool({"csa", "hca"} & set(config.layer_types))
+    widths += [config.index_head_dim] * ("csa" in config.layer_types)
+    for width in dict.fromkeys(widths):
+        yield partial(norm_case, sizes, width, rotary, torch.float32)
     if "csa" in config.layer_types:
         yield lambda: rotation_case(sizes)
 
@@ -204,7 +215,7 @@ def swiglu_case(sizes: Sizes, weighted: bool) -> Case:
     """Makes the experts' activation; some of gate and up are beyond the limit."""
 
     config, draw, limit = sizes.config, sizes.draw(), sizes.config.swiglu_limit
-    rows, inner = _rows(sizes), config.moe_intermediate_size
+    rows, inner = _rows(sizes), sizes.routed_inner if weighted else sizes.shared_inner
     rows *= config.num_experts_per_tok if weighted and not sizes.dense else 1
     leaves = {name: draw(rows, inner, scale=limit / 2) for name in ("gate", "up")}
     if weighted:
@@ -324,5 +335,6 @@ def head_case(sizes: Sizes) -> Case:
         {"hidden": draw(tokens, dim), "weight": draw(vocab, dim, scale=2 * dim**-0.5)},
         function,
         naive=naive if sizes.dense else None,
+        rounds_within=True,  # the logits
         forward=Work(6.0 * tokens * dim * vocab, 2.0 * (2 * tokens * dim + 3 * vocab * dim)),
     )

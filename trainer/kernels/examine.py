@@ -61,7 +61,8 @@ class Bench:
 def cases_of(operation: str, problem: Problem, sizes: Sizes) -> Iterator[MakeCase]:
     """Yields what makes the operation's cases at these sizes."""
     if operation == "syrk":
-        return syrk_cases(sizes, problem.matrices)
+        dtype = getattr(torch, problem.matrix_dtype)
+        return syrk_cases(replace(sizes, dtype=dtype), problem.matrices)
     return CASES[operation].cases(sizes)
 
 
@@ -81,7 +82,16 @@ def sizes_of(problem: Problem, bench: Bench) -> tuple[Sizes, Sizes]:
     """Returns the ragged samples, and a microbatch, cut so that its fp32 truth fits in memory."""
     config = ModelConfig(**problem.model)
     dtype = getattr(torch, problem.dtype)
-    ragged = Sizes(config, bench.samples, dtype, bench.device, 0, problem.deterministic, dense=True)
+    ragged = Sizes(
+        config,
+        bench.samples,
+        dtype,
+        bench.device,
+        deterministic=problem.deterministic,
+        dense=True,
+        tensor=problem.tensor,
+        expert_tensor=problem.expert_tensor,
+    )
     most = _LARGE_NUMBERS // (config.num_attention_heads * config.head_dim)
     tokens = max(min(problem.micro_tokens, _LARGE_TOKENS, most), 1)
     full, rest = divmod(tokens, min(config.max_position_embeddings, tokens))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from trainer.config import RunConfig
 from trainer.kernels.choose import run_operations, unsupported_operations
@@ -18,8 +18,8 @@ MAX_TOKENS = 8192
 def problem_of(config: RunConfig, device: torch.device) -> Problem:
     """Returns what to check on `device` for this run: all operations that Triton can run there.
 
-    Heads are those of one tensor rank, tokens those of one rank's largest microbatch, rounded down
-    to a power of two: other microbatches need no other check.
+    Heads and inner widths of experts are those of one rank, tokens those of one rank's largest
+    microbatch, rounded down to a power of two: other microbatches need no other check.
     """
     parallel, rows = config.segment.parallel, config.segment.largest.rows
     model = config.model.model_dump(mode="json")
@@ -30,13 +30,17 @@ def problem_of(config: RunConfig, device: torch.device) -> Problem:
     tokens = min(rows.micro_batch_size * rows.seq_len // parallel.context, MAX_TOKENS)
     unsupported = unsupported_operations(config, device)
     operations = [name for name in run_operations(config) if name not in unsupported]
+    has_syrk = "syrk" in operations
     return Problem(
         model=model,
         dtype="float32" if config.precision == "fp32" else "bfloat16",
         micro_tokens=1 << (tokens.bit_length() - 1),
         operations=tuple(operations),
-        matrices=_matrices(config) if "syrk" in operations else (),
+        matrices=_matrices(config) if has_syrk else (),
+        matrix_dtype=_matrix_dtype(config, device) if has_syrk else "bfloat16",
         deterministic=config.deterministic,
+        tensor=parallel.tensor,
+        expert_tensor=parallel.expert_tensor,
     )
 
 
@@ -46,6 +50,18 @@ def needs_check(config: RunConfig, device: torch.device) -> bool:
         return False
     operations = set(run_operations(config)) - unsupported_operations(config, device).keys()
     return any(config.kernel_setting(name) not in ("eager", "compile") for name in operations)
+
+
+def _matrix_dtype(
+    config: RunConfig, device: torch.device
+) -> Literal["bfloat16", "float16", "float32"]:
+    """Returns the dtype in which the optimizer multiplies matrices on `device`."""
+    import torch
+
+    from optim.muon import newton_schulz_dtype
+
+    dtype = newton_schulz_dtype(config.optim.muon, device)
+    return "float32" if dtype == torch.float32 else "bfloat16"
 
 
 def _matrices(config: RunConfig) -> tuple[tuple[int, int], ...]:

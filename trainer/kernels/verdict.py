@@ -19,7 +19,10 @@ class Problem:
         micro_tokens: tokens of a microbatch on one rank, sequence parts of other ranks excluded.
         operations: what to check, out of model.kernels.operations.OPERATIONS.
         matrices: distinct (rows, columns) of the matrices that Muon updates, for "syrk".
+        matrix_dtype: in which Muon multiplies them.
         deterministic: whether the run demands deterministic algorithms.
+        tensor, expert_tensor: ranks that share the shared expert's and a routed expert's inner
+            width; `model` has the unsharded one.
     """
 
     model: Mapping[str, Any]
@@ -27,7 +30,10 @@ class Problem:
     micro_tokens: int
     operations: tuple[str, ...]
     matrices: tuple[tuple[int, int], ...] = ()
+    matrix_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     deterministic: bool = False
+    tensor: int = 1
+    expert_tensor: int = 1
 
 
 @dataclass(frozen=True)

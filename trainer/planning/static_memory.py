@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from model.config import ModelConfig
+from model.kernels.workspaces import attention_bytes, selection_bytes
 from model.parameters import Parameter, parameter_table, split_name, tensors_of
 from optim import build_table
 from optim.zero import Load, LoadSummary, page_locked_bytes
@@ -196,18 +197,25 @@ def checkpoint_copy_memory(config: RunConfig, degrees: Degrees) -> int:
 
 
 def triton_workspace(config: RunConfig, degrees: Degrees) -> int:
-    """Returns the bytes that Triton's attention takes in backward and the eager one does not.
+    """Returns the most bytes that a Triton kernel takes and the eager version does not.
 
-    They are a copy of the queries and of the output's gradient, side by side; 0 where the config
-    excludes the kernel.
+    That is attention's backward or the indexer's selection, which do not run at the same time; 0
+    where the config excludes the kernels.
     """
-    is_possible = config.precision != "fp32" and config.device != "cpu"
-    if not is_possible or config.kernel_setting("attention") not in ("auto", "triton", "flash_mla"):
+    if config.precision == "fp32" or config.device == "cpu":
         return 0
-    rows = [phase.rows for phase in config.segment.phases]
+    model, rows = config.model, [phase.rows for phase in config.segment.phases]
     tokens = max(each.micro_batch_size * each.seq_len for each in rows) // degrees.context
-    heads = config.model.num_attention_heads // degrees.tensor
-    return 2 * 2 * tokens * heads * config.model.head_dim
+    longest = max(each.seq_len for each in rows)
+    selects = "csa" in model.layer_types and longest // model.csa_compress_ratio > model.index_topk
+    selected = model.index_topk if selects else 0
+    sizes = [0]
+    if config.kernel_setting("attention") in ("auto", "triton", "flash_mla"):
+        heads = model.num_attention_heads // degrees.tensor
+        sizes.append(attention_bytes(tokens, heads, model.head_dim, selected))
+    if selects and config.kernel_setting("indexer") in ("auto", "triton"):
+        sizes.append(selection_bytes(tokens, selected))
+    return max(sizes)
 
 
 def owner_tables(pipeline_ranks: Sequence[PipelineRankMemory]) -> Iterator[Table | str]:

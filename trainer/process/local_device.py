@@ -30,13 +30,16 @@ def local_device(setting: DeviceSetting) -> torch.device:
     """Returns the GPU numbered LOCAL_RANK, or the CPU: with `auto` where the host has no GPU.
 
     Raises PreflightError where there is a GPU that torch cannot use, unless CUDA_VISIBLE_DEVICES
-    hides it, and where this host runs more processes than it has GPUs.
+    hides it, or for whose architecture torch was not built, and where this host runs more processes
+    than it has GPUs.
     """
     if setting == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
         _check_count()
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        _check_architecture(device)
+        return device
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     driver = None if hidden else Driver.of_host()
     if driver is not None:
@@ -64,6 +67,32 @@ def _check_count() -> None:
     raise PreflightError(
         f"{processes} processes on this host, and torch finds {gpus} GPU{'s' * (gpus > 1)}"
         f"{allowed}: every process needs one; use --nproc-per-node {gpus}, or {TO_CPU}"
+    )
+
+
+def _check_architecture(device: torch.device) -> None:
+    """Checks that torch has machine code for this GPU, or code that the driver can compile for it.
+
+    Machine code, sm_XY, runs on GPUs of the same first number and the same or a higher second one,
+    and PTX, compute_XY, on all later ones.
+    """
+    if torch.version.cuda is None:  # ROCm's architectures have other names
+        return
+    own = torch.cuda.get_device_capability(device)
+    names = torch.cuda.get_arch_list()
+    matches = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name) for name in names]
+    for match in filter(None, matches):
+        built = int(match[2]), int(match[3])
+        is_family = built[0] == own[0] and built[1] <= own[1]
+        is_portable = match[1] == "compute" and not match[4] and built <= own
+        if is_portable or (is_family and match[4] != "a") or built == own:
+            return
+    capability = "{}.{}".format(*own)
+    remedy = f"{TO_CUDA_12}, or " if own < (7, 5) else ""
+    raise PreflightError(
+        f"{torch.cuda.get_device_name(device)} has compute capability {capability}, and torch "
+        f"{torch.__version__} is built for {', '.join(names) or 'no GPU'}; install "
+        f"{remedy}a build that has sm_{own[0]}{own[1]}, or {TO_CPU}"
     )
 
 

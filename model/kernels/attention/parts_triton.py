@@ -18,6 +18,7 @@ from torch import Tensor
 from model.kernels import backend
 from model.kernels.attention.ranges import AttentionRanges
 from model.kernels.norm.rotation_triton import rotate_pairs
+from model.kernels.workspaces import PAIR_BYTES, PROGRAMS
 
 LOG2E = math.log2(math.e)
 NO_ENTRIES, ENTRY_RANGE, SELECTED_ENTRIES = (tl.constexpr(mode) for mode in range(3))
@@ -58,8 +59,8 @@ class Blocks:
     stages: int = 2
     dq_stages: int = 2
     dk_stages: int = 2
-    programs: int = 528
-    pair_bytes: int = 1 << 30
+    programs: int = PROGRAMS
+    pair_bytes: int = PAIR_BYTES
     ordered: int = 0
 
     @property

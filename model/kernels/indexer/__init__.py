@@ -41,7 +41,7 @@ def select_topk(
     device. Only the entry ranges of ``ranges`` are used.
 
     Returns:
-        int32 [T, k]: entry indices, -1 where a query sees fewer than k.
+        int32 [T, k]: entry indices, then -1 where a query sees fewer than k.
     """
     if choice.name == "triton":
         from model.kernels.indexer import select_triton

@@ -31,6 +31,7 @@ from torch import Tensor
 from model.kernels import backend
 from model.kernels.attention import AttentionRanges
 from model.kernels.indexer.inputs import IndexerInputs
+from model.kernels.workspaces import SELECTED_TOKENS
 
 _ROWS = 128
 """(token, head) pairs per program."""
@@ -40,8 +41,6 @@ _MAX_BEST = 2048
 _TWO_PROGRAMS = 1024
 """With at most so many, a thread may have 128 registers, so that one program of an SM multiplies
 while another one sorts."""
-_CHUNK_TOKENS = 1 << 14
-"""Tokens per launch; bounds the scratch buffer, of 16 bytes for each of their k best."""
 _LOWEST = tl.constexpr(-(2**63))
 FAR = tl.constexpr(2**31 - 1)
 
@@ -176,7 +175,7 @@ def select_topk(
     block_t = max(min(rows // heads, _MAX_BEST // best), 1)
     best = max(best, _THREADS // block_t)  # Triton 3.7 cannot reduce what it sorted with fewer
     start_T, end_T = ranges.int32_entries
-    chunk = triton.cdiv(min(tokens, _CHUNK_TOKENS), block_t) * block_t
+    chunk = triton.cdiv(min(tokens, SELECTED_TOKENS), block_t) * block_t
     strip = torch.empty((chunk, 2 * best), dtype=torch.int64, device=q_TIJ.device)
     for first in range(0, tokens, max(chunk, 1)):
         _select[(triton.cdiv(min(chunk, tokens - first), block_t),)](

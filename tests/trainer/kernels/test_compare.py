@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from model.kernel_cases import Case
-from trainer.kernels.compare import Distance, _fault, fault_of, reference_of
+from model.kernel_cases import Case, Selection, Sizes
+from model.kernel_cases.layers import compressor_case
+from tests.model.tiny import tiny_config
+from trainer.kernels.compare import Distance, Reference, _fault, fault_of, reference_of
 
 LEAVES = {
     "x": torch.randn(2000, 64, generator=torch.Generator().manual_seed(0)).bfloat16(),
@@ -54,8 +57,8 @@ def test_the_norm_of_few_numbers_may_fluctuate():
     """Limits of 16 numbers are twice those of many; those of one, a loss, are not wider."""
     eager = Distance(3e-3, 0.0, 1.0, 0)
     for numbers, limit in ((1, 6e-3), (16, 1.2e-2), (1 << 40, 6e-3)):
-        assert _fault(Distance(0.99 * limit, 0.0, 1.0, numbers), eager) is None
-        assert _fault(Distance(1.01 * limit, 0.0, 1.0, numbers), eager) is not None
+        assert _fault(Distance(0.99 * limit, 0.0, 1.0, numbers), eager, 4e-3) is None
+        assert _fault(Distance(1.01 * limit, 0.0, 1.0, numbers), eager, 4e-3) is not None
 
 
 def test_chance_refuses_no_result_of_few_numbers():
@@ -64,7 +67,7 @@ def test_chance_refuses_no_result_of_few_numbers():
     ours, eager = (1e-2 * draws.square().mean(-1).sqrt()).tolist()
     faults = [
         sum(
-            _fault(Distance(a, 0.0, 1.0, numbers), Distance(b, 0.0, 1.0, numbers)) is not None
+            _fault(Distance(a, 0.0, 1.0, numbers), Distance(b, 0.0, 1.0, numbers), 4e-3) is not None
             for a, b in zip(ours, eager, strict=True)
         )
         for numbers in (16, 1 << 40)
@@ -142,3 +145,78 @@ def test_bits_where_they_are_promised():
     changes = {"exact": True, "differentiable": False, "naive": None}
     assert fault(codes, **changes) is None
     assert fault(other, **changes) == "output differs"
+
+
+def selection_case() -> Case:
+    """Two of four entries, of which the first query sees one; entry 0 scores highest."""
+    scores = torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 3)
+    leaves = {"queries": torch.ones(3, 1), "keys": torch.ones(4, 1)}
+    ends = torch.tensor([1, 2, 4])
+    selection = Selection(lambda x, rows: scores[rows].double(), torch.zeros_like(ends), ends)
+    changes = {"outputs": ("selection",), "differentiable": False, "selection": selection}
+    return Case("a selection", leaves, lambda choice: lambda q, keys: None, **changes)
+
+
+def selection_fault(*answers: list[list[int]]) -> str | None:
+    """Checks a function whose calls give these answers, the last one from then on."""
+    case, remaining = selection_case(), list(answers)
+
+    def select(q: Tensor, keys: Tensor) -> Tensor:
+        return torch.tensor(remaining.pop(0) if len(remaining) > 1 else remaining[0])
+
+    return fault_of(case, select, Reference(["selection"], [], []))[0]
+
+
+def test_a_selection_has_its_entries_first():
+    """Attention reads as many of the first columns as there are entries."""
+    assert selection_fault([[0, -1], [0, 1], [1, 0]]) is None
+    assert selection_fault([[-1, 0], [0, 1], [0, 1]]) == (
+        "has an entry after a -1, where all -1 come last"
+    )
+
+
+def test_other_bits_of_a_selection_at_a_second_run():
+    first, second = [[0, -1], [0, 1], [0, 1]], [[0, -1], [0, 1], [1, 0]]
+    assert selection_fault(first, second) == "selection has other bits at a second run"
+
+
+def test_other_bits_of_exact_results_at_a_second_run():
+    calls: list[int] = []
+
+    def codes(x: Tensor, w: Tensor) -> Tensor:
+        calls.append(0)
+        return product(x, w) * (1 if len(calls) == 1 else -1)
+
+    case = case_of(codes, exact=True, differentiable=False, naive=None)
+    assert fault_of(case, codes, reference_of(case))[0] == "output has other bits at a second run"
+
+
+def test_fp32_results_are_as_exact_as_fp32_sums():
+    """A compressor's kernel, in fp32 in every run, whose results are bf16 numbers."""
+    sizes = Sizes(tiny_config(), (37, 3), torch.bfloat16, torch.device("cpu"), dense=True)
+    case = compressor_case(sizes, "csa")
+
+    def rounded(*x: Tensor) -> Tensor:
+        return case.eager(*x).bfloat16().float()
+
+    reference = reference_of(case)
+    assert "output has an error of" in str(fault_of(case, rounded, reference)[0])
+    assert fault_of(case, case.eager, reference)[0] is None
+
+
+def test_fp32_results_of_operands_rounded_within():
+    leaves = {"x": LEAVES["x"], "y": LEAVES["x"].flip(0).clone()}
+    case = Case(
+        "dots",
+        leaves,
+        lambda choice: lambda x, y: (x.float() * y.float()).sum(1),
+        naive=lambda x, y: (x * y).sum(1),
+        differentiable=False,
+    )
+
+    def rounded(x: Tensor, y: Tensor) -> Tensor:
+        return (x * y).float().sum(1)
+
+    reference = reference_of(case)
+    assert "output has an error of" in str(fault_of(case, rounded, reference)[0])
+    assert fault_of(replace(case, rounds_within=True), rounded, reference)[0] is None

@@ -44,7 +44,7 @@ def problem_of(operation: str, **changes: Any) -> Problem:
     """A tiny model. The interpreter truncates numbers to bf16, fp16 it rounds; FP8 takes fp32."""
     config = tiny_config(head_dim=64, qk_rope_head_dim=16, hc_sinkhorn_iters=3)
     dtype = "float32" if operation == "fp8" else "float16"
-    problem = Problem(config.model_dump(), dtype, 40, (operation,), MATRICES)
+    problem = Problem(config.model_dump(), dtype, 40, (operation,), MATRICES, "float16")
     return replace(problem, **changes)
 
 

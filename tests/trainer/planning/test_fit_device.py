@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.kernels.workspaces import attention_bytes
 from tests.trainer.config.test_recipe import phased
 from tests.trainer.test_phase_runs import STAGES
 from tests.trainer.tiny import column
@@ -195,12 +196,32 @@ def test_peaks_of_data_sheets(name, peak):
 
 
 def test_a_gpu_needs_room_for_tritons_attention(tiny: Path) -> None:
-    """Queries and the output's gradient side by side, in bf16, of the heads of a rank."""
+    """Queries and the output's gradient side by side, of a rank's heads; and their keys' sums."""
     bf16 = ["precision=bf16", "data.micro_batch_size=1"]
     config = load_config(tiny, bf16)
     model, tokens = config.model, config.data.seq_len
-    expected = 2 * 2 * tokens * model.num_attention_heads * model.head_dim
+    heads, selected = model.num_attention_heads, model.index_topk
+    expected = attention_bytes(tokens, heads, model.head_dim, selected)
+    assert expected > 2 * 2 * tokens * heads * model.head_dim
     counts = [Count(1, on_host=on_host, log=False)(config) for on_host in (False, True)]
     assert counts[0] - counts[1] == expected == triton_workspace(config, config.degrees(1))
-    for other in (["kernels={attention: eager}"], ["device=cpu"], ["precision=fp32"]):
+    for other in (
+        ["kernels={attention: eager, indexer: eager}"],
+        ["device=cpu"],
+        ["precision=fp32"],
+    ):
         assert triton_workspace(load_config(tiny, [*bf16, *other]), config.degrees(1)) == 0
+
+
+def test_workspaces_of_selected_entries_are_counted(tiny: Path) -> None:
+    """Ordered pairs of (query, entry), and the candidates of a selection of 512."""
+    sizes = {"index_topk": 512, "head_dim": 512, "max_position_embeddings": 16384}
+    more = [f"model.{name}={value}" for name, value in sizes.items()]
+    more += ["precision=bf16", "data.micro_batch_size=1", "data.seq_len=16384"]
+    config = load_config(tiny, more)
+    rows = 2 * 2 * 16384 * config.model.num_attention_heads * 512
+    assert triton_workspace(config, config.degrees(1)) == rows + 2**30
+    config = load_config(tiny, [*more, "kernels={attention: eager}"])
+    assert triton_workspace(config, config.degrees(1)) == 16384 * 2 * 512 * 8  # 134 MB
+    config = load_config(tiny, [*more, "kernels={attention: eager, indexer: eager}"])
+    assert triton_workspace(config, config.degrees(1)) == 0

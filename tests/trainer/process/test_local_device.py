@@ -25,9 +25,19 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
+def with_architecture(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], built: list[str]
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+
+
 def with_gpus(monkeypatch: pytest.MonkeyPatch, number: int, processes: int, rank: int = 0) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+    with_architecture(monkeypatch, (9, 0), ["sm_80", "sm_90"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setenv("LOCAL_RANK", str(rank))
@@ -129,3 +139,43 @@ def test_the_config_has_three_devices(tiny: Path) -> None:
     assert load_config(tiny).device == "auto"
     with pytest.raises(ValueError, match="device"):
         load_config(tiny, ["device=gpu"])
+
+
+@pytest.mark.parametrize(
+    ("capability", "built"),
+    [
+        ((7, 0), ["sm_75", "sm_80"]),
+        ((12, 0), ["sm_90", "sm_100"]),
+        ((9, 0), []),
+        ((10, 3), ["sm_100a"]),
+        ((8, 0), ["compute_90"]),
+    ],
+)
+def test_a_gpu_that_torch_was_not_built_for(monkeypatch, capability, built) -> None:
+    with_gpus(monkeypatch, number=1, processes=1)
+    with_architecture(monkeypatch, capability, built)
+    with pytest.raises(PreflightError) as caught:
+        local_device("auto")
+    message = str(caught.value)
+    name = "sm_{}{}".format(*capability)
+    assert message.startswith("Tesla V100 has compute capability {}.{}, and".format(*capability))
+    assert f"is built for {', '.join(built) or 'no GPU'}; install" in message
+    assert message.endswith(f"a build that has {name}, or set device=cpu to compute on the CPU")
+    assert ("CUDA 12" in message) == (capability == (7, 0)) and "\n" not in message
+    assert local_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("capability", "built"),
+    [
+        ((9, 0), ["sm_90"]),
+        ((8, 9), ["sm_80"]),
+        ((12, 0), ["sm_90", "compute_90"]),
+        ((10, 3), ["sm_100f"]),
+        ((10, 0), ["sm_100a"]),
+    ],
+)
+def test_a_gpu_that_torch_was_built_for(monkeypatch, capability, built) -> None:
+    with_gpus(monkeypatch, number=1, processes=1)
+    with_architecture(monkeypatch, capability, built)
+    assert local_device("cuda") == torch.device("cuda", 0)

@@ -34,7 +34,7 @@ def select(q: Tensor, keys: Tensor, weights: Tensor, lengths: list[int], k: int)
 
     many = sum(lengths) > 1000
     size = {"rows": 128 * HEADS, "block_n": 32} if many else {"rows": 16 * HEADS, "block_n": 8}
-    with patch.object(select_triton, "_CHUNK_TOKENS", 512 if many else 32):
+    with patch.object(select_triton, "SELECTED_TOKENS", 512 if many else 32):
         inputs = IndexerInputs(q, keys, weights)
         return select_triton.select_topk(inputs, ranges_of(lengths), k, **size)
 

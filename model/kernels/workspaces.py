@@ -1,0 +1,37 @@
+"""Memory that Triton's kernels take and the eager versions do not. Imports no torch and no triton.
+
+T queries; H heads; K their width; k selected entries of a query.
+"""
+
+from __future__ import annotations
+
+PROGRAMS = 528
+"""With fewer blocks of keys than this, their queries are divided over several programs."""
+PAIR_BYTES = 1 << 30
+"""Size of the workspace of an ordered gradient of selected entries, unless one token needs more."""
+SELECTED_TOKENS = 1 << 14
+"""Tokens per launch of the selection, which bounds its scratch buffer."""
+_MAX_KEYS = 64
+"""Keys per program of the keys' gradient, at most."""
+
+
+def attention_bytes(tokens: int, heads: int, dim: int, selected: int = 0) -> int:
+    """Returns the bytes that attention's backward takes, at most.
+
+    These are a copy of the queries and of the output's gradient, side by side; and then the partial
+    sums of the keys' gradient, or the rows of pairs from which an ordered gradient is summed.
+
+    Args:
+        selected: k, 0 where queries see all entries.
+    """
+    rows = 2 * 2 * tokens * heads * dim
+    parts = 4 * min(PROGRAMS * _MAX_KEYS, PROGRAMS * tokens) * dim
+    of_token = 2 * selected * dim
+    pairs = max(of_token, min(PAIR_BYTES, tokens * of_token))
+    return rows + max(parts, pairs)
+
+
+def selection_bytes(tokens: int, selected: int) -> int:
+    """Returns the bytes of candidates and their scores: twice k, rounded up, for each token."""
+    best = 1 << (selected - 1).bit_length()
+    return 8 * min(tokens, SELECTED_TOKENS) * 2 * best
