@@ -180,6 +180,7 @@ class Trainer:
             waits.is_step = False
             self.work_seconds = max(result.seconds - waits.take_seconds(), 0.0)
             self.heartbeat.step_ended(result.seconds)
+            self.heartbeat.enter("metrics")  # and profiles, which may take minutes to write
             self.check()
             self.state.step += 1
             self.state.tokens += result.tokens

@@ -86,6 +86,24 @@ def test_a_profile_that_cannot_be_written_ends_nothing(
     assert "v4: warning: no profile of rank 0: No space left" in capsys.readouterr().err
 
 
+def test_what_is_written_after_a_step_has_the_patience_of_a_file(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """A large trace takes minutes, and a file server may be away as long."""
+    settings = [f"run_dir={tmp_path / 'run'}", "steps=4", "profile.steps=[2, 3]"]
+    trainer, tasks = Trainer(load_config(tiny, settings), Grid.single()), []
+
+    def record(*_: Any) -> None:
+        tasks.append(trainer.heartbeat.task)
+
+    with (
+        patch("trainer.profiling.write_whole", record),
+        patch("trainer.metrics.Metrics.write", record),
+    ):
+        trainer.run()
+    assert tasks == ["metrics"] * 5, "four lines of metrics and a trace"
+
+
 def test_a_resume_behind_the_steps_is_logged(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
