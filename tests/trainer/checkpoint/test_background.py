@@ -26,6 +26,7 @@ from trainer.checkpoint.background import BackgroundSaves
 from trainer.checkpoint.folder import CheckpointFolder, as_boxes, checkpoints_in
 from trainer.checkpoint.layout import ALIGNMENT
 from trainer.checkpoint.logical_tensors import Boxes
+from trainer.checkpoint.writer_process import is_readable
 from trainer.config import ConfigError, load_config
 from trainer.parallel.grid import Degrees, Grid
 from trainer.planning import checkpoint_copy_memory
@@ -157,6 +158,22 @@ def test_the_writer_ends_with_its_rank(tmp_path: Path) -> None:
         time.sleep(0.05)
     assert not is_running(writer)
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000001"]
+
+
+def test_pipes_may_have_any_number() -> None:
+    """A process with many connections and shards has none below 1024 left."""
+    process, limits = psutil.Process(), psutil.Process().rlimit(psutil.RLIMIT_NOFILE)
+    process.rlimit(psutil.RLIMIT_NOFILE, (min(4096, limits[1]), limits[1]))
+    read, write = os.pipe()
+    os.dup2(read, 2000)
+    try:
+        assert not is_readable(2000, 0.01)
+        os.write(write, b"x")
+        assert is_readable(2000, None)
+    finally:
+        for handle in (read, write, 2000):
+            os.close(handle)
+        process.rlimit(psutil.RLIMIT_NOFILE, limits)
 
 
 def test_the_writer_ignores_the_signals_of_a_job(single: Single) -> None:
