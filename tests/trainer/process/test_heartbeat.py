@@ -5,8 +5,9 @@ import time
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
-from trainer.config import WatchdogConfig
+from trainer.config import ParallelConfig, WatchdogConfig
 from trainer.parallel.waits import Waits
 from trainer.process.heartbeat import Heartbeat, Stopwatch
 
@@ -50,6 +51,13 @@ def test_the_report_comes_before_the_timeout_of_a_collective() -> None:
     with waits.during(waits.number("barrier", "world", (0, 1))):
         assert heartbeat.patience(WatchdogConfig()) == pytest.approx(90.0)
         assert heartbeat.collective is not None
+
+
+def test_the_default_timeout_is_that_of_the_process_group() -> None:
+    backend = distributed_c10d.Backend("cpu:gloo,cuda:nccl")
+    default = distributed_c10d._get_default_timeout(backend).total_seconds()
+    assert ParallelConfig().collective_timeout == default
+    assert ParallelConfig(timeout_seconds=70).collective_timeout == 70.0
 
 
 def test_beats_and_collectives_are_progress() -> None:
