@@ -26,6 +26,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from data.activity import print_line
 from data.storage import StoragePath, as_path
 from trainer.checkpoint.manifest import FileRecord
 from trainer.checkpoint.rank_files import (
@@ -247,7 +248,12 @@ def _publish(
     checkpoints = as_path(request.checkpoints)
     store = open_store(checkpoints)
     store.publish(request.step, files, request.state)
-    remove_later(checkpoints, store, request.step)
+    try:
+        remove_later(checkpoints, store, request.step)
+    except OSError as error:  # the next save tries again
+        reason = error.strerror or type(error).__name__
+        problem = f"checkpoints after step {request.step} could not be removed: {reason}"
+        print_line(f"v4: warning: {checkpoints}: {problem}", sys.stderr)
     return None
 
 

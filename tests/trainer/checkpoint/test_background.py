@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,12 +22,14 @@ from data.processes import is_running
 from tests.distributed import spawn
 from tests.trainer.tiny import assert_same_run, column, train
 from trainer import save_mode
-from trainer.checkpoint import background
+from trainer.checkpoint import background, writer_process
 from trainer.checkpoint.background import BackgroundSaves
 from trainer.checkpoint.folder import CheckpointFolder, as_boxes, checkpoints_in
 from trainer.checkpoint.layout import ALIGNMENT
 from trainer.checkpoint.logical_tensors import Boxes
-from trainer.checkpoint.writer_process import is_readable
+from trainer.checkpoint.rank_files import NewCheckpoint, write_outcome
+from trainer.checkpoint.store import open_store
+from trainer.checkpoint.writer_process import Request, is_readable
 from trainer.config import ConfigError, load_config
 from trainer.parallel.grid import Degrees, Grid
 from trainer.planning import checkpoint_copy_memory
@@ -244,6 +247,24 @@ def test_a_first_save_in_flight_does_not_count_as_lost(tiny: Path, tmp_path: Pat
         path.rename(path.with_name(f".{path.name}.tmp"))
     train(tiny, tmp_path, "steps=6", "checkpoint.every=3")
     assert len(column(tmp_path, "loss")) == 6
+
+
+def test_a_later_checkpoint_that_stays_is_no_failed_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of steps that were undone are removed after the new one is published."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(writer_process, "remove_later", fail)
+    new = NewCheckpoint(1, open_store(tmp_path).begin(1), "0a")
+    write_outcome(new, 0, {"files": {}})
+    request = Request(str(tmp_path), 1, str(new.folder), "0a", [], 0, 1, {"step": 1})
+    assert writer_process._publish(new, request, lambda seconds: True) is None
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000001"]
+    warning = "warning: .*: checkpoints after step 1 could not be removed: Directory not empty"
+    assert re.search(warning, capsys.readouterr().err)
 
 
 def test_memory_decides_the_mode(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
