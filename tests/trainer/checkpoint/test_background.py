@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -28,6 +29,7 @@ from trainer.checkpoint.folder import CheckpointFolder, as_boxes, checkpoints_in
 from trainer.checkpoint.layout import ALIGNMENT
 from trainer.checkpoint.logical_tensors import Boxes
 from trainer.checkpoint.rank_files import NewCheckpoint, write_outcome
+from trainer.checkpoint.shared_memory import SharedMemory
 from trainer.checkpoint.store import open_store
 from trainer.checkpoint.writer_process import Request, is_readable
 from trainer.config import ConfigError, load_config
@@ -298,6 +300,27 @@ def test_deepspeed_saves_while_steps_stop(tiny: Path) -> None:
     block = ("deepspeed={optimizer: {type: AdamW}}", "optim.matrix_optimizer=adamw")
     with pytest.raises(ConfigError, match=r"checkpoint\.mode = async is not supported with engine"):
         load_config(tiny, ["engine=deepspeed", *block, "checkpoint.mode=async"])
+
+
+def test_memory_that_cannot_be_page_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is as missing memory, and nothing of it is left."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RefusedError
+
+    class RefusedError(torch.cuda.CudaError):
+        def __init__(self) -> None:
+            RuntimeError.__init__(self, "out of memory (2)")
+
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", fail)
+    monkeypatch.setattr(torch, "ones", fail)
+    before = psutil.Process().num_fds()
+    with pytest.raises(OSError, match="page-locking failed: out of memory") as error:
+        SharedMemory(1000, torch.device("cuda"))
+    assert error.value.errno == errno.ENOMEM
+    assert psutil.Process().num_fds() == before
 
 
 def test_memory_that_is_not_there(
