@@ -74,9 +74,13 @@ class LocalStore:
         write_synced(temporary / STATE_FILE, _text(state))
         manifest.write(temporary, files | manifest.record(temporary, [STATE_FILE]))
         fsync_folder(temporary)
-        remove_folder(target)  # of a step that was undone, and is trained again
+        replaced = target.with_name(f".{target.name}.removed")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():  # of a step that was undone, and is trained again
+            target.rename(replaced)
         temporary.rename(target)
         fsync_folder(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def abandon(self, step: int) -> None:
         """Removes the temporary folder."""

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from trainer.checkpoint.shared_memory import SharedMemory
 from trainer.checkpoint.store import open_store
 from trainer.checkpoint.writer_process import Request, is_readable
 from trainer.config import ConfigError, load_config
+from trainer.config.published import is_published
 from trainer.parallel.grid import Degrees, Grid
 from trainer.planning import checkpoint_copy_memory
 from trainer.process.errors import CheckpointError, PreflightError
@@ -96,6 +98,24 @@ def test_steps_go_on_while_the_copy_is_written(single: Single) -> None:
     loaded = tensors_of(0.0)
     checkpoints.load(path, loaded)
     assert [float(t[-1]) for t in loaded.values()] == [1.0 + i for i in range(8)]
+
+
+def test_a_step_that_is_saved_again_is_replaced_at_once(
+    single: Single, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever takes long to remove: a kill meanwhile leaves the old one or the new one."""
+    checkpoints, boxes, _ = single
+    target, plain = checkpoints.save(1, boxes, {"step": 1}), shutil.rmtree
+    published = []
+
+    def remove(path: Path, ignore_errors: bool = False) -> None:
+        published.append(is_published(target))
+        plain(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    assert checkpoints.save(1, boxes, {"step": 1}) == target
+    assert published and all(published)
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000001"]
 
 
 def test_the_next_save_waits_for_the_one_before(single: Single) -> None:
