@@ -247,7 +247,7 @@ def _publish(
     assert request.state is not None
     checkpoints = as_path(request.checkpoints)
     store = open_store(checkpoints)
-    store.publish(request.step, files, request.state)
+    store.publish(request.step, request.token, files, request.state)
     try:
         remove_later(checkpoints, store, request.step)
     except OSError as error:  # the next save tries again

@@ -118,6 +118,18 @@ def test_a_step_that_is_saved_again_is_replaced_at_once(
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000001"]
 
 
+def test_a_writer_that_was_stopped_leaves_another_ones_files_alone(single: Single) -> None:
+    """Another process has taken the run over, and is at the same step."""
+    checkpoints, boxes, saves = single
+    writer = writer_of(saves)
+    writer.suspend()
+    saves.begin(1, boxes, {"step": 1})
+    other = CheckpointFolder(checkpoints.folder, Grid.single()).begin(1)
+    writer.resume()
+    assert not saves.finish()
+    assert isinstance(other.folder, Path) and list(other.folder.iterdir()) == []
+
+
 def test_the_next_save_waits_for_the_one_before(single: Single) -> None:
     checkpoints, boxes, saves = single
     writer = writer_of(saves)
@@ -280,7 +292,7 @@ def test_a_later_checkpoint_that_stays_is_no_failed_save(
         raise OSError(errno.ENOTEMPTY, "Directory not empty")
 
     monkeypatch.setattr(writer_process, "remove_later", fail)
-    new = NewCheckpoint(1, open_store(tmp_path).begin(1), "0a")
+    new = NewCheckpoint(1, open_store(tmp_path).begin(1, "0a"), "0a")
     write_outcome(new, 0, {"files": {}})
     request = Request(str(tmp_path), 1, str(new.folder), "0a", [], 0, 1, {"step": 1})
     assert writer_process._publish(new, request, lambda seconds: True) is None
