@@ -407,6 +407,7 @@ class Trainer:
         if not prompts or phase is None:
             return None
         length = self.config.evaluation.prompt_tokens
+        self.heartbeat.enter("continuing prompts")
         with self.engine.computing():
             return continue_prompts(prompts, length, self.model, phase, self.tokenizer, self.grid)
 

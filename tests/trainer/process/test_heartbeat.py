@@ -9,7 +9,7 @@ from torch.distributed import distributed_c10d
 
 from trainer.config import ParallelConfig, WatchdogConfig
 from trainer.parallel.waits import Waits
-from trainer.process.heartbeat import Heartbeat, Stopwatch
+from trainer.process.heartbeat import Heartbeat, Stopwatch, Task
 
 SLOW = WatchdogConfig().slow_seconds
 
@@ -36,7 +36,11 @@ def test_the_default_follows_the_median_of_the_steps(seconds: list[float], expec
 
 def test_what_takes_long_has_its_own_limit() -> None:
     heartbeat, config = beat_after(1.0, 1.0, 1.0), WatchdogConfig(seconds=5.0, slow_seconds=40.0)
-    for task in ("saving", "rolling back", "layer stats", "starting", "reading data", "metrics"):
+    tasks: tuple[Task, ...] = (
+        *("saving", "rolling back", "layer stats", "starting", "reading data", "metrics"),
+        *("first evaluation", "continuing prompts"),
+    )
+    for task in tasks:
         heartbeat.enter(task)
         assert heartbeat.patience(config) == 40.0, task
     heartbeat.enter("evaluation")
