@@ -2,14 +2,17 @@
 
 import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed import distributed_c10d
 
-from trainer.config import ParallelConfig, WatchdogConfig
+from trainer.config import ParallelConfig, WatchdogConfig, load_config
+from trainer.parallel.grid import Grid
 from trainer.parallel.waits import Waits
 from trainer.process.heartbeat import Heartbeat, Stopwatch, Task
+from trainer.trainer import Trainer
 
 SLOW = WatchdogConfig().slow_seconds
 
@@ -84,3 +87,18 @@ def test_time_in_which_the_watcher_itself_stood_still_does_not_count(
     stopwatch = Stopwatch(max_gap=2.0)
     assert [stopwatch.seconds("same") for _ in range(4)] == [0.0, 1.0, 2.0, 4.0]
     assert stopwatch.seconds("other") == 0.0
+
+
+def test_a_first_evaluation_and_prompts_are_reported(tiny: Path, tmp_path: Path) -> None:
+    tasks: list[Task] = []
+
+    class Recorded(Heartbeat):
+        def enter(self, task: Task, step: int | None = None) -> None:
+            tasks.append(task)
+            super().enter(task, step)
+
+    evaluation = "evaluation={every: 1, max_rows: 8, prompts: [ab], prompt_tokens: 2}"
+    config = load_config(tiny, [f"run_dir={tmp_path}", "steps=2", evaluation])
+    Trainer(config, Grid.single(), heartbeat=Recorded()).run()
+    assert tasks.count("first evaluation") == 1 and tasks.count("continuing prompts") == 2
+    assert tasks.count("evaluation") > 2
