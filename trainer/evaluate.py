@@ -59,6 +59,7 @@ class Validation:
     ) -> None:
         self.config, self.grid, self.stop = config, grid, stop or StopRequest()
         self.heartbeat = heartbeat or Heartbeat()
+        self._has_compiled = False
         lengths = (tokenizer or Tokenizer(run_data(config).tokenizer.path)).byte_lengths()
         self.byte_lengths = None if lengths is None else torch.from_numpy(lengths)
         self.rows = rows = config.evaluation.max_rows
@@ -115,9 +116,10 @@ class Validation:
             for step in range(steps):
                 self.heartbeat.enter("reading data")
                 batches = rows.at(step)
-                self.heartbeat.enter("evaluation")
+                self.heartbeat.enter("evaluation" if self._has_compiled else "first evaluation")
                 self._check_stop(step, steps)
                 total += engine.evaluate(batches)
+                self._has_compiled = True
                 for batch in batches:
                     counts += self._count(batch.targets[batch.targets != IGNORE_INDEX])
                 activity.advance()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from data.activity import print_line
+from data.errors import DataError
 from data.files import write_atomically
 from trainer.config import RunConfig
 from trainer.parallel.grid import Grid
@@ -74,10 +75,13 @@ class Profiler:
         profile.stop()
         try:
             self._write(profile)
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
+        except (OSError, DataError) as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             print_line(f"v4: warning: no profile of rank {self.grid.rank}: {reason}", sys.stderr)
             return
+        finally:
+            if self.grid.device.type == "cuda":
+                torch.cuda.memory._record_memory_history(enabled=None)
         text = f"profile: {self.folder / self._name}"
         if self.grid.device.type != "cuda":
             text += "; without a memory snapshot, since torch records the allocations of GPUs only"
@@ -108,7 +112,6 @@ class Profiler:
         )
         if on_gpu:
             write_whole(folder / f"{stem}.memory.pickle", torch.cuda.memory._dump_snapshot)
-            torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def write_whole(path: Path, write: Callable[[str], Any]) -> None:

@@ -59,7 +59,7 @@ def train_together(config: RunConfig, stop: StopRequest, profile: ProfileRequest
             grid = opened.enter_context(open_grid(device, config.degrees, timeout, store))
             watch.connect(grid)
         heartbeat = Heartbeat()
-        heartbeat.follow(grid.traffic.waits, config.parallel.timeout_on(device.type))
+        heartbeat.follow(grid.traffic.waits, config.parallel.collective_timeout)
         opened.enter_context(Watchdog(config.watchdog, heartbeat, config.run_dir, watch))
         if config.deterministic:
             _use_deterministic_algorithms()

@@ -180,6 +180,7 @@ class Trainer:
             waits.is_step = False
             self.work_seconds = max(result.seconds - waits.take_seconds(), 0.0)
             self.heartbeat.step_ended(result.seconds)
+            self.heartbeat.enter("metrics")  # and profiles, which may take minutes to write
             self.check()
             self.state.step += 1
             self.state.tokens += result.tokens
@@ -406,6 +407,7 @@ class Trainer:
         if not prompts or phase is None:
             return None
         length = self.config.evaluation.prompt_tokens
+        self.heartbeat.enter("continuing prompts")
         with self.engine.computing():
             return continue_prompts(prompts, length, self.model, phase, self.tokenizer, self.grid)
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +16,8 @@ from tests.distributed import spawn
 from tests.trainer.tiny import assert_same_run, train
 from trainer.config import ConfigError, load_config
 from trainer.parallel.grid import Grid
-from trainer.process.signals import profile_on_signal
+from trainer.process.signals import ProfileRequest, profile_on_signal
+from trainer.profiling import Profiler
 from trainer.trainer import Trainer
 
 
@@ -84,6 +86,38 @@ def test_a_profile_that_cannot_be_written_ends_nothing(
     with patch("trainer.profiling.write_whole", full):
         train(tiny, tmp_path / "run", "profile.steps=[3, 4]")
     assert "v4: warning: no profile of rank 0: No space left" in capsys.readouterr().err
+
+
+def test_the_recording_of_memory_ends_with_a_table_that_cannot_be_written(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(tiny, [f"run_dir={tmp_path}", "profile.steps=[1, 1]"])
+    (tmp_path / "profiles/steps-00000001-00000001/rank-00000.operations.txt").mkdir(parents=True)
+    profiler = Profiler(config, Grid.single(), ProfileRequest(), print)
+    with patch("torch.cuda.memory._record_memory_history") as record:
+        profiler.before_step(1)
+        profiler.grid = replace(Grid.single(), device=torch.device("cuda"))
+        profiler.after_step(1)
+    record.assert_called_once_with(enabled=None)
+    assert "warning: no profile of rank 0: cannot write" in capsys.readouterr().err
+
+
+def test_what_is_written_after_a_step_has_the_patience_of_a_file(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """A large trace takes minutes, and a file server may be away as long."""
+    settings = [f"run_dir={tmp_path / 'run'}", "steps=4", "profile.steps=[2, 3]"]
+    trainer, tasks = Trainer(load_config(tiny, settings), Grid.single()), []
+
+    def record(*_: Any) -> None:
+        tasks.append(trainer.heartbeat.task)
+
+    with (
+        patch("trainer.profiling.write_whole", record),
+        patch("trainer.metrics.Metrics.write", record),
+    ):
+        trainer.run()
+    assert tasks == ["metrics"] * 5, "four lines of metrics and a trace"
 
 
 def test_a_resume_behind_the_steps_is_logged(

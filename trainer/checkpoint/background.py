@@ -203,7 +203,7 @@ class BackgroundSaves:
         events = [answer.event for answer in self._answers]
         is_published = all_gather_objects("published" in events, self.grid.world)[0]
         if not is_published:
-            self.folder.abandon(self._new.step, self._failure or OSError())
+            self.folder.abandon(self._new.step, self._new.token, self._failure or OSError())
         self._new = None
         return is_published
 

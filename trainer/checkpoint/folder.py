@@ -120,9 +120,9 @@ class CheckpointFolder:
         try:
             written = on_all_ranks(write, world)
             records = {name: record for of_rank in written for name, record in of_rank.items()}
-            on_all_ranks(lambda: self._publish(step, records, document), world)
+            on_all_ranks(lambda: self._publish(new, records, document), world)
         except OSError as error:
-            self.abandon(step, error)
+            self.abandon(step, new.token, error)
             raise
 
     def path_of(self, step: int) -> AnyPath:
@@ -135,26 +135,27 @@ class CheckpointFolder:
         Each rank's `action` is done as well. Raises OSError on all ranks if one of them fails.
         """
         self._may_prune = True
+        token = secrets.token_hex(4)
 
         def begin() -> NewCheckpoint | None:
             new = None
             if self.grid.is_first:
-                new = NewCheckpoint(step, self.store.begin(step), secrets.token_hex(4))
+                new = NewCheckpoint(step, self.store.begin(step, token), token)
             action()
             return new
 
         try:
             new = on_all_ranks(begin, self.grid.world)[0]
         except OSError as error:
-            self.abandon(step, error)
+            self.abandon(step, token, error)
             raise
         assert new is not None
         return new
 
-    def abandon(self, step: int, error: OSError) -> None:
+    def abandon(self, step: int, token: str, error: OSError) -> None:
         """Removes what was written for a step, unless there is no storage to ask now."""
         if self.grid.is_first and error.errno != errno.EREMOTEIO:
-            self.store.abandon(step)
+            self.store.abandon(step, token)
 
     def save_problem(self, target: AnyPath, error: OSError) -> str:
         """Returns a sentence about a checkpoint that could not be written."""
@@ -202,10 +203,10 @@ class CheckpointFolder:
             remove_later(self.folder, self.store, step)
 
     def _publish(
-        self, step: int, files: dict[str, manifest.FileRecord], state: dict[str, Any]
+        self, new: NewCheckpoint, files: dict[str, manifest.FileRecord], state: dict[str, Any]
     ) -> None:
         if self.grid.is_first:
-            self.store.publish(step, files, state)
+            self.store.publish(new.step, new.token, files, state)
 
     def newest(self, before: int | None = None) -> AnyPath | None:
         """Returns the newest checkpoint, verified by all ranks together, or None without any.

@@ -6,9 +6,11 @@ It is anonymous (memfd): no name that a killed run leaves, and no limit of /dev/
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -35,7 +37,11 @@ class SharedMemory:
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._device = device
         if device.type == "cuda":
-            _page_lock(self._bytes)
+            try:
+                _page_lock(self._bytes, device)
+            except OSError:
+                self._free()
+                raise
 
     def fill(self, files: Iterable[PlannedFile], tensors: LocalTensors) -> None:
         """Copies the data of the files to `places`; waits for the copies from a GPU."""
@@ -52,6 +58,9 @@ class SharedMemory:
         """Frees the memory once the other process has closed it, too."""
         if self._device.type == "cuda":
             torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
+        self._free()
+
+    def _free(self) -> None:
         del self._bytes
         self._map.close()
         os.close(self.handle)
@@ -70,8 +79,16 @@ def needed_bytes(files: Iterable[PlannedFile]) -> int:
     return sum(file.nbytes + -file.nbytes % ALIGNMENT for file in files)
 
 
-def _page_lock(memory: Tensor) -> None:
-    """Page-locks memory, so that a GPU writes it without the CPU."""
+def _page_lock(memory: Tensor, device: torch.device) -> None:
+    """Page-locks memory, so that a GPU writes it without the CPU.
+
+    Raises OSError where the host, or a limit of this process, does not allow it.
+    """
     portable = 1  # for every CUDA context of this process
     error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, portable)
-    torch.cuda.check_error(int(error))
+    try:
+        torch.cuda.check_error(int(error))
+    except torch.cuda.CudaError as failure:
+        with suppress(RuntimeError):
+            torch.ones(1, device=device)  # CUDA reports the error once more, to the next kernel
+        raise OSError(errno.ENOMEM, f"page-locking failed: {failure}") from None

@@ -3,8 +3,11 @@
 One rank at a time calls a store. Between `begin` and `publish` all ranks write their files into the
 folder that `begin` returned; a kill at any moment leaves the published checkpoints as they are.
 
-    file system     .step-00000020.tmp/     renamed to step-00000020/ once it is complete
-    object storage  step-00000020/          complete once it has a manifest.json, written last
+    file system     .step-00000020.TOKEN.tmp/  renamed to step-00000020/ once it is complete
+    object storage  step-00000020/             complete once it has a manifest.json, written last
+
+TOKEN differs between attempts: a process that was stopped for so long that another one has taken
+over the run does not write into that one's folder.
 """
 
 import json
@@ -32,15 +35,15 @@ STATE_FILE = "state.json"
 class Store(Protocol):
     """What both kinds of storage do; all raise OSError."""
 
-    def begin(self, step: int) -> AnyPath:
+    def begin(self, step: int, token: str) -> AnyPath:
         """Removes what killed saves left, and returns the folder for a step's files."""
 
     def publish(
-        self, step: int, files: dict[str, manifest.FileRecord], state: dict[str, Any]
+        self, step: int, token: str, files: dict[str, manifest.FileRecord], state: dict[str, Any]
     ) -> None:
         """Completes what was begun: `files` by all ranks, and `state.json`."""
 
-    def abandon(self, step: int) -> None:
+    def abandon(self, step: int, token: str) -> None:
         """Removes what was begun and cannot be completed."""
 
     def remove(self, checkpoint: AnyPath) -> None:
@@ -58,37 +61,41 @@ class LocalStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def begin(self, step: int) -> Path:
+    def begin(self, step: int, token: str) -> Path:
         """Makes a temporary folder."""
         for left in self.folder.glob(".step-*"):  # by a save or a removal that was killed
             shutil.rmtree(left, ignore_errors=True)
-        temporary = self._temporary(step)
+        temporary = self._temporary(step, token)
         temporary.mkdir(parents=True)
         return temporary
 
     def publish(
-        self, step: int, files: dict[str, manifest.FileRecord], state: dict[str, Any]
+        self, step: int, token: str, files: dict[str, manifest.FileRecord], state: dict[str, Any]
     ) -> None:
         """Renames the temporary folder, after its contents are on the disk."""
-        temporary, target = self._temporary(step), self.folder / folder_name(step)
+        temporary, target = self._temporary(step, token), self.folder / folder_name(step)
         write_synced(temporary / STATE_FILE, _text(state))
         manifest.write(temporary, files | manifest.record(temporary, [STATE_FILE]))
         fsync_folder(temporary)
-        remove_folder(target)  # of a step that was undone, and is trained again
+        replaced = target.with_name(f".{target.name}.removed")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():  # of a step that was undone, and is trained again
+            target.rename(replaced)
         temporary.rename(target)
         fsync_folder(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
 
-    def abandon(self, step: int) -> None:
+    def abandon(self, step: int, token: str) -> None:
         """Removes the temporary folder."""
-        shutil.rmtree(self._temporary(step), ignore_errors=True)
+        shutil.rmtree(self._temporary(step, token), ignore_errors=True)
 
     def remove(self, checkpoint: AnyPath) -> None:
         """Renames the folder, then removes it."""
         assert isinstance(checkpoint, Path)
         remove_folder(checkpoint)
 
-    def _temporary(self, step: int) -> Path:
-        return self.folder / f".{folder_name(step)}.tmp"
+    def _temporary(self, step: int, token: str) -> Path:
+        return self.folder / f".{folder_name(step)}.{token}.tmp"
 
 
 class ObjectStore:
@@ -101,7 +108,7 @@ class ObjectStore:
     def __init__(self, folder: StoragePath) -> None:
         self.folder = folder
 
-    def begin(self, step: int) -> StoragePath:
+    def begin(self, step: int, token: str) -> StoragePath:
         """Removes files without a manifest, and the step's own checkpoint."""
         target = self.folder / folder_name(step)
         for path in mentioned(self.folder):
@@ -110,7 +117,7 @@ class ObjectStore:
         return target
 
     def publish(
-        self, step: int, files: dict[str, manifest.FileRecord], state: dict[str, Any]
+        self, step: int, token: str, files: dict[str, manifest.FileRecord], state: dict[str, Any]
     ) -> None:
         """Writes `state.json`, the step into `steps.json`, and at last the manifest."""
         target = self.folder / folder_name(step)
@@ -119,7 +126,7 @@ class ObjectStore:
         write_steps(self.folder, {*read_steps(self.folder), step})
         manifest.write(target, files)
 
-    def abandon(self, step: int) -> None:
+    def abandon(self, step: int, token: str) -> None:
         """Removes the step's files, unless the storage cannot be reached; `begin` does it then."""
         with suppress(OSError):
             self.remove(self.folder / folder_name(step))

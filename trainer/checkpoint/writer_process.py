@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from data.activity import print_line
 from data.storage import StoragePath, as_path
 from trainer.checkpoint.manifest import FileRecord
 from trainer.checkpoint.rank_files import (
@@ -147,7 +148,7 @@ class WriterProcess:
         deadline = None if timeout is None else time.monotonic() + timeout
         while b"\n" not in self._buffer:
             left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-            if not select.select([handle], [], [], left)[0]:
+            if not is_readable(handle, left):
                 return None
             received = os.read(handle, 1 << 16)
             if not received:
@@ -245,8 +246,13 @@ def _publish(
     assert request.state is not None
     checkpoints = as_path(request.checkpoints)
     store = open_store(checkpoints)
-    store.publish(request.step, files, request.state)
-    remove_later(checkpoints, store, request.step)
+    store.publish(request.step, request.token, files, request.state)
+    try:
+        remove_later(checkpoints, store, request.step)
+    except OSError as error:  # the next save tries again
+        reason = error.strerror or type(error).__name__
+        problem = f"checkpoints after step {request.step} could not be removed: {reason}"
+        print_line(f"v4: warning: {checkpoints}: {problem}", sys.stderr)
     return None
 
 
@@ -266,7 +272,7 @@ class _Requests:
 
     def is_aborted(self, seconds: float) -> bool:
         """Waits some seconds; whether the rank has sent something, or has ended."""
-        if b"\n" in self._buffer or select.select([0], [], [], seconds)[0]:
+        if b"\n" in self._buffer or is_readable(0, seconds):
             return b"\n" in self._buffer or not self._read() or b"\n" in self._buffer
         return False
 
@@ -274,6 +280,13 @@ class _Requests:
         received = os.read(0, 1 << 20)
         self._buffer += received
         return bool(received)
+
+
+def is_readable(handle: int, seconds: float | None) -> bool:
+    """Waits for bytes, or the end, of a pipe; `select` fails for descriptors from 1024."""
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else 1000 * seconds))
 
 
 def main() -> None:

@@ -60,11 +60,13 @@ class ParallelConfig(Section):
     timeout_seconds: Annotated[float, Field(gt=0, le=1e7)] | None = None
     """Timeout of collectives; null is torch's default. [seconds]"""
 
-    def timeout_on(self, device: str) -> float:
-        """Returns the timeout of collectives on this type of device, in seconds."""
-        if self.timeout_seconds is not None:
-            return self.timeout_seconds
-        return 600.0 if device == "cuda" else 1800.0  # torch's
+    @property
+    def collective_timeout(self) -> float:
+        """The timeout of collectives, in seconds.
+
+        torch's default of 600 s is that of NCCL alone, and not where gloo is there as well.
+        """
+        return 1800.0 if self.timeout_seconds is None else self.timeout_seconds
 
     @property
     def stages_per_rank(self) -> int:

@@ -30,6 +30,7 @@ from torch._C import _distributed_c10d
 from torch.distributed import Store
 
 from data.activity import print_line
+from data.errors import DataError
 from data.files import write_atomically
 from trainer.config import WatchdogConfig
 from trainer.process.exit_codes import FAILED
@@ -221,7 +222,7 @@ def _write(folder: Path, report: RankReport) -> None:
         faulthandler.dump_traceback(file)
         file.seek(0)
         stacks = file.read()
-    with suppress(OSError):
+    with suppress(OSError, DataError):
         head = f"rank {report.rank} on {report.host}, pid {report.pid}: {report.during}\n\n"
         write_atomically(folder / f"rank-{report.rank:05d}.txt", head.encode() + stacks)
         for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # by the build of torch

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -21,12 +24,17 @@ from data.processes import is_running
 from tests.distributed import spawn
 from tests.trainer.tiny import assert_same_run, column, train
 from trainer import save_mode
-from trainer.checkpoint import background
+from trainer.checkpoint import background, writer_process
 from trainer.checkpoint.background import BackgroundSaves
 from trainer.checkpoint.folder import CheckpointFolder, as_boxes, checkpoints_in
 from trainer.checkpoint.layout import ALIGNMENT
 from trainer.checkpoint.logical_tensors import Boxes
+from trainer.checkpoint.rank_files import NewCheckpoint, write_outcome
+from trainer.checkpoint.shared_memory import SharedMemory
+from trainer.checkpoint.store import open_store
+from trainer.checkpoint.writer_process import Request, is_readable
 from trainer.config import ConfigError, load_config
+from trainer.config.published import is_published
 from trainer.parallel.grid import Degrees, Grid
 from trainer.planning import checkpoint_copy_memory
 from trainer.process.errors import CheckpointError, PreflightError
@@ -90,6 +98,36 @@ def test_steps_go_on_while_the_copy_is_written(single: Single) -> None:
     loaded = tensors_of(0.0)
     checkpoints.load(path, loaded)
     assert [float(t[-1]) for t in loaded.values()] == [1.0 + i for i in range(8)]
+
+
+def test_a_step_that_is_saved_again_is_replaced_at_once(
+    single: Single, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever takes long to remove: a kill meanwhile leaves the old one or the new one."""
+    checkpoints, boxes, _ = single
+    target, plain = checkpoints.save(1, boxes, {"step": 1}), shutil.rmtree
+    published = []
+
+    def remove(path: Path, ignore_errors: bool = False) -> None:
+        published.append(is_published(target))
+        plain(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    assert checkpoints.save(1, boxes, {"step": 1}) == target
+    assert published and all(published)
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000001"]
+
+
+def test_a_writer_that_was_stopped_leaves_another_ones_files_alone(single: Single) -> None:
+    """Another process has taken the run over, and is at the same step."""
+    checkpoints, boxes, saves = single
+    writer = writer_of(saves)
+    writer.suspend()
+    saves.begin(1, boxes, {"step": 1})
+    other = CheckpointFolder(checkpoints.folder, Grid.single()).begin(1)
+    writer.resume()
+    assert not saves.finish()
+    assert isinstance(other.folder, Path) and list(other.folder.iterdir()) == []
 
 
 def test_the_next_save_waits_for_the_one_before(single: Single) -> None:
@@ -157,6 +195,22 @@ def test_the_writer_ends_with_its_rank(tmp_path: Path) -> None:
         time.sleep(0.05)
     assert not is_running(writer)
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000001"]
+
+
+def test_pipes_may_have_any_number() -> None:
+    """A process with many connections and shards has none below 1024 left."""
+    process, limits = psutil.Process(), psutil.Process().rlimit(psutil.RLIMIT_NOFILE)
+    process.rlimit(psutil.RLIMIT_NOFILE, (min(4096, limits[1]), limits[1]))
+    read, write = os.pipe()
+    os.dup2(read, 2000)
+    try:
+        assert not is_readable(2000, 0.01)
+        os.write(write, b"x")
+        assert is_readable(2000, None)
+    finally:
+        for handle in (read, write, 2000):
+            os.close(handle)
+        process.rlimit(psutil.RLIMIT_NOFILE, limits)
 
 
 def test_the_writer_ignores_the_signals_of_a_job(single: Single) -> None:
@@ -229,6 +283,24 @@ def test_a_first_save_in_flight_does_not_count_as_lost(tiny: Path, tmp_path: Pat
     assert len(column(tmp_path, "loss")) == 6
 
 
+def test_a_later_checkpoint_that_stays_is_no_failed_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of steps that were undone are removed after the new one is published."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(writer_process, "remove_later", fail)
+    new = NewCheckpoint(1, open_store(tmp_path).begin(1, "0a"), "0a")
+    write_outcome(new, 0, {"files": {}})
+    request = Request(str(tmp_path), 1, str(new.folder), "0a", [], 0, 1, {"step": 1})
+    assert writer_process._publish(new, request, lambda seconds: True) is None
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000001"]
+    warning = "warning: .*: checkpoints after step 1 could not be removed: Directory not empty"
+    assert re.search(warning, capsys.readouterr().err)
+
+
 def test_memory_decides_the_mode(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(tiny, ["checkpoint.every=2"])
     mode = choose_save_mode(config, Grid.single())
@@ -260,6 +332,27 @@ def test_deepspeed_saves_while_steps_stop(tiny: Path) -> None:
     block = ("deepspeed={optimizer: {type: AdamW}}", "optim.matrix_optimizer=adamw")
     with pytest.raises(ConfigError, match=r"checkpoint\.mode = async is not supported with engine"):
         load_config(tiny, ["engine=deepspeed", *block, "checkpoint.mode=async"])
+
+
+def test_memory_that_cannot_be_page_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is as missing memory, and nothing of it is left."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RefusedError
+
+    class RefusedError(torch.cuda.CudaError):
+        def __init__(self) -> None:
+            RuntimeError.__init__(self, "out of memory (2)")
+
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", fail)
+    monkeypatch.setattr(torch, "ones", fail)
+    before = psutil.Process().num_fds()
+    with pytest.raises(OSError, match="page-locking failed: out of memory") as error:
+        SharedMemory(1000, torch.device("cuda"))
+    assert error.value.errno == errno.ENOMEM
+    assert psutil.Process().num_fds() == before
 
 
 def test_memory_that_is_not_there(

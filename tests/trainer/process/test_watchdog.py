@@ -89,6 +89,15 @@ def test_all_ranks_are_named_and_leave_their_stacks(
     assert len(list(folder.glob("*.fr.json"))) == RANKS
 
 
+def test_stacks_that_cannot_be_written_are_left_out(
+    ranks: Callable[..., list[Rank]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hangs").write_text("a file")
+    errors: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    assert ends_of(ranks(1)) and not errors
+
+
 def test_a_rank_without_a_thread_is_silent(ranks: Callable[..., list[Rank]]) -> None:
     first, _, third = made = ranks(silent=(1,))
     with first.waiting(), third.waiting():
