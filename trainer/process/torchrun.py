@@ -67,6 +67,10 @@ class Agent(LocalElasticAgent):
             return RunResult(WorkerState.HEALTHY)  # torchrun then begins with the new host
         return result
 
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        """Gives ranks that end for another host the time of `--shutdown-timeout`, not torch's."""
+        self._shutdown(timeout=self._shutdown_timeout)
+
     def _wait_for_ends(self) -> None:
         """Waits for all ranks where one has ended with `START_AGAIN`: torchrun would end them."""
         assert isinstance(self._pcontext, SubprocessContext)
