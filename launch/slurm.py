@@ -24,7 +24,7 @@ node='
 task=$!
 # Slurm sends a signal to all processes of a step. Of SIGURG, only this shell takes notice.
 trap "interrupted=yes; kill -TERM $task" URG
-trap "interrupted=yes" TERM
+trap "interrupted=yes" TERM USR1
 interrupted=yes
 while [[ -n $interrupted ]]; do  # a signal ends the wait
     interrupted=

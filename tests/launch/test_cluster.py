@@ -1,7 +1,10 @@
 """Cluster files, and what `v4 plan --cluster` and `v4 sweep --cluster` write for Slurm."""
 
+import os
 import re
 import shlex
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,6 +53,33 @@ def test_the_sbatch_script(tmp_path: Path) -> None:
     line = next(line for line in text.splitlines() if line.startswith("arguments="))
     assert shlex.split(line.removeprefix("arguments=(")[:-1]) == [str(DEBUG), *HARD, "device=cuda"]
     assert not list(tmp_path.glob(".train*"))
+
+
+def node_shell(tmp_path: Path, python: str) -> subprocess.Popen[str]:
+    """Starts what a node runs, in a session as the processes of a step, with this `python`."""
+    stub = tmp_path / "python"
+    stub.write_text(f"#!/bin/bash\n{python}\n")
+    stub.chmod(0o755)
+    text = write(tmp_path, f"python: {stub}\n{SLURM}", 2, 0).read_text()
+    node = text.split("node='\n", 1)[1].split("\n'\n", 1)[0]
+    return subprocess.Popen(
+        ["bash", "-c", node, "node"],
+        env={**os.environ, "SLURM_NODEID": "0", "SLURM_JOB_ID": "1", "V4_HEAD": "localhost"},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+
+
+def test_a_node_goes_on_after_the_signal_for_a_profile(tmp_path: Path) -> None:
+    """Slurm sends it to all processes of the step."""
+    python = "trap 'echo profile; done=yes' USR1; echo begins"
+    python += "; while [[ -z $done ]]; do sleep 0.1; done; sleep 1; exit 7"
+    with node_shell(tmp_path, python) as node:
+        assert node.stdout is not None and node.stdout.readline() == "begins\n"
+        os.killpg(node.pid, signal.SIGUSR1)
+        assert node.stdout.readline() == "profile\n"
+        assert node.wait(60) == 7
 
 
 def test_slurm_settings(tmp_path: Path) -> None:
