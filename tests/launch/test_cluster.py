@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,31 @@ def test_a_node_goes_on_after_the_signal_for_a_profile(tmp_path: Path) -> None:
         os.killpg(node.pid, signal.SIGUSR1)
         assert node.stdout.readline() == "profile\n"
         assert node.wait(60) == 7
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_job_that_saves_is_requeued_unless_the_disk_is_full(tmp_path: Path, code: int) -> None:
+    """The batch shell, with programs in place of Slurm's and of the nodes."""
+    programs = {
+        "scontrol": 'echo "scontrol $*" | tee -a calls',
+        "squeue": "echo v4",
+        "scancel": "touch asked",
+        "srun": f"touch begins; until [[ -f asked ]]; do sleep 0.1; done; sleep 1; exit {code}",
+    }
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    path = write(tmp_path, f"folder: {tmp_path}\n{SLURM}", 2, 0, f"run_dir={tmp_path}/run")
+    search = f"{tmp_path}:{os.environ['PATH']}"
+    slurm = {"PATH": search, "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n[1-2]"}
+    with subprocess.Popen(["bash", path], env={**os.environ, **slurm}) as batch:
+        while not (tmp_path / "begins").exists():
+            assert batch.poll() is None
+            time.sleep(0.05)
+        batch.terminate()
+        assert batch.wait(60) == code
+    was_requeued = "scontrol requeue 5\n" in (tmp_path / "calls").read_text()
+    assert was_requeued == (code == 0)
 
 
 def test_slurm_settings(tmp_path: Path) -> None:

@@ -211,8 +211,10 @@ def test_ranks_that_start_again_are_no_failure(ends: int, tmp_path: Path) -> Non
     assert "75" not in done.stderr and "SIGTERM" not in done.stderr
 
 
-def test_a_signal_to_torchrun_waits_for_the_ranks() -> None:
-    rank = "trap 'echo saved $RANK; exit 0' TERM; echo started; while :; do sleep 0.1; done"
+@pytest.mark.parametrize(("code", "ends"), [(0, 143), (2, 2)])
+def test_a_signal_to_torchrun_waits_for_the_ranks(code: int, ends: int) -> None:
+    """A user's error is the same after another start, which 143 would be a reason for."""
+    rank = f"trap 'echo saved $RANK; exit {code}' TERM; echo started; while :; do sleep 0.1; done"
     torchrun = [sys.executable, "-m", "trainer.process.torchrun", "--standalone"]
     torchrun += ["--nproc-per-node=2", "--no-python", "bash", "-c", rank]
     pipe, environment = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -224,5 +226,5 @@ def test_a_signal_to_torchrun_waits_for_the_ranks() -> None:
         time.sleep(2.0)  # torchrun learns only after their start whom it has to end
         process.terminate()
         out, error = process.communicate(timeout=60)
-    assert (process.returncode, sorted(out.splitlines())) == (143, ["saved 0", "saved 1"])
+    assert (process.returncode, sorted(out.splitlines())) == (ends, ["saved 0", "saved 1"])
     assert "Traceback" not in error
