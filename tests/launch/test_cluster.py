@@ -26,7 +26,7 @@ def refused(tmp_path: Path, text: str, *parts: str) -> None:
     with pytest.raises(ConfigError) as caught:
         write(tmp_path, text)
     message = str(caught.value)
-    assert "\n" not in message
+    assert "\n" not in message and "abc" not in message
     for part in parts:
         assert part in message
 
@@ -137,6 +137,7 @@ def test_slurm_settings(tmp_path: Path) -> None:
         ("kind: slurm\nslurm: {time: soon}\n", ("slurm.time = 'soon'",)),
         ('kind: slurm\nslurm: {partition: "x\\n#SBATCH"}\n', ("slurm.partition",)),
         (SLURM + "environment: {WANDB_API_KEY: abc}\n", ("WANDB_API_KEY", "secret")),
+        (SLURM + "environment: {https_proxy: 'http://me:abc@proxy'}\n", ("https_proxy", "an @")),
         (SLURM + "environment: {NVIDIA_TF32_OVERRIDE: '1'}\n", ("NVIDIA_TF32_OVERRIDE",)),
         (SLURM + "port: 80\n", ("port = 80", "1024")),
     ],
