@@ -122,6 +122,24 @@ sys.exit(processes.train([], 1))
     assert not child.is_running()
 
 
+@pytest.mark.parametrize(("seconds", "out"), [(30.0, "saved\n"), (0.5, "")])
+def test_a_save_may_end_after_a_users_error(seconds: float, out: str) -> None:
+    """The training is killed later, where it may be restarted, if it has not ended by then."""
+    trainer = "import sys, time; print('v4: error: full', file=sys.stderr, flush=True)"
+    trainer += "; time.sleep(2); print('saved', flush=True); sys.exit(2)"
+    code = f"""
+import sys
+from launch import processes
+processes._END_SECONDS = {seconds}
+processes.training_command = lambda *arguments: [sys.executable, "-c", {trainer!r}]
+sys.exit(processes.train([], 1, restarts=3))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, out)
+    assert done.stderr.splitlines()[-1] == "v4: error: full"
+
+
 @pytest.mark.parametrize("start", ["processes.train([], 2)", "torchrun.main(arguments)"])
 def test_the_profile_signal_goes_to_the_ranks_that_handle_it(start: str) -> None:
     """The others would be killed by it, and so would torchrun."""
