@@ -31,13 +31,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.activity import print_line
 from data.errors import DataError
 from data.lease_file import open_lease_file
-from data.processes import find_process
+from data.processes import birth, find_process
 from data.storage import AnyPath, StoragePath
 
 LEASE_FILE = "lease.json"
@@ -60,7 +59,7 @@ class Owner(BaseModel):
     Attributes:
         work: the command.
         machine: differs between boots and between containers with their own process ids.
-        born: when the process was created, in seconds since 1970.
+        born: when the process was created, in seconds since the boot, or since 1970 in older files.
         launch: the job of a process that a launcher may restart on another host; else empty.
         folder: where the lease was taken; the copy of a folder has the original's.
         started: in UTC.
@@ -87,7 +86,7 @@ class Owner(BaseModel):
             host=socket.gethostname(),
             machine=_machine(),
             pid=os.getpid(),
-            born=psutil.Process().create_time(),
+            born=birth(os.getpid()),
             launch=launch,
             folder=str(folder.resolve() if isinstance(folder, Path) else folder),
             started=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),

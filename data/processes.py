@@ -1,22 +1,41 @@
 """Other processes of this machine, which may have ended meanwhile."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
-_CLOCK_SECONDS = 2.0  # by which the recorded time of a process's creation may shift with the clock
+_CLOCK_SECONDS = 2.0  # by which a time since 1970 may shift with the clock
+_FIRST_DATE = 1e9  # seconds since 1970: a longer time than any since a boot
+
+
+def birth(pid: int) -> float:
+    """Returns when a process was created, in seconds since the boot, which no clock can shift.
+
+    Raises psutil.NoSuchProcess.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
+    return int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def find_process(pid: int, born: float) -> psutil.Process | None:
-    """The process with this id that was created then (seconds since 1970); None if it has ended."""
+    """The process with this id that was created then; None if it has ended.
+
+    Arguments:
+        born: as `birth` returns it, or in seconds since 1970, as in older files.
+    """
     try:
         process = psutil.Process(pid)
-        if abs(process.create_time() - born) > _CLOCK_SECONDS:
+        created = process.create_time() if born > _FIRST_DATE else birth(pid)
+        if abs(created - born) > (_CLOCK_SECONDS if born > _FIRST_DATE else 0.0):
             return None  # another one has the id by now
     except psutil.NoSuchProcess:
         return None
-    except psutil.AccessDenied:
+    except (psutil.AccessDenied, PermissionError):
         return process  # of another user, and there
     return process if is_running(process) else None
 

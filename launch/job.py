@@ -28,6 +28,7 @@ DnsName = Annotated[
 ALLOWED_VARIABLE = re.compile(
     r"^(NCCL|TORCH_NCCL|GLOO|UCX|FI|HF|WANDB|XDG|TRITON_CACHE|https?_proxy|no_proxy)(_[A-Z0-9_]+)?$"
 )
+PASSWORD_IN_URL = re.compile(r"(//|:)[^/?#]*@")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL")
 
 
@@ -129,11 +130,16 @@ class ClusterConfig(Section):
     @classmethod
     def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
         """`environment` has variables of networks, caches or proxies, and no secrets."""
-        for name in value:
+        for name, text in value.items():
             if SECRET.search(name):
                 raise ValueError(
                     f"{name} looks like a secret, which no file should contain; set it where the "
                     "job is submitted, or name a secret in kubernetes.wandb_secret"
+                )
+            if PASSWORD_IN_URL.search(text):
+                raise ValueError(
+                    f"{name} has a user or a password before an @, which no file should contain; "
+                    "set it where the job is submitted"
                 )
             if not ALLOWED_VARIABLE.match(name):
                 raise ValueError(

@@ -44,7 +44,8 @@ while [[ -n $interrupted ]]; do  # a signal ends the wait
     code=0
     wait "$job" || code=$?
 done
-if [[ $code != {user_error} ]] && {python} -m launch.is_complete "$@"; then exit 0; fi
+if [[ $code == {user_error} ]]; then exit "$code"; fi
+if {python} -m launch.is_complete "$@"; then exit 0; fi
 if [[ -n $stopped || $code == 0 ]]; then exit 143; fi
 # The node that hosts the rendezvous is gone, which is not this node's failure.
 if grep -qs '"message": "Rendezvous' "$TORCHELASTIC_ERROR_FILE"; then exit 143; fi

@@ -34,6 +34,7 @@ _OF_A_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 """Variables of a shell inside a job, in which one process would wait for the others."""
 _POLL_SECONDS = 0.2
 _LAST_LINE_SECONDS = 10.0
+_END_SECONDS = 15.0
 
 # For torchrun wherever it may restart. Without it, torch 2.13's agents share one store between all
 # attempts: workers read the addresses of dead workers from it, and a replaced host waits for an
@@ -162,6 +163,7 @@ class _Training:
         if self.with_torchrun:  # it takes seconds before a process has its first line
             print_line(f"v4: starting {processes} processes", sys.stderr)
         self.may_restart = restarts > 0
+        self.deadline: float | None = None  # for the end after a user's error
         self.received, self.profiles = received, profiles
         self.terminated: set[psutil.Process] = set()
         self.workers: set[psutil.Process] = set()
@@ -178,8 +180,8 @@ class _Training:
     def wait(self) -> int:
         """Waits for the training and returns its exit code."""
         while self._is_running():
-            if len(self.received) > 1 or (self.may_restart and self.errors.has_error):
-                self._kill()  # a user's error is the same after every restart
+            if len(self.received) > 1 or self._restarts_after_error():
+                self._kill()
             elif self.received or self.process.poll() is not None:  # workers without torchrun
                 self._terminate()
             while self.profiles:
@@ -191,6 +193,16 @@ class _Training:
             return USER_ERROR
         code, was_killed = self.process.wait(), len(self.received) > 1
         return exit_code_of(code) if was_killed else finish(code, "the training process")
+
+    def _restarts_after_error(self) -> bool:
+        """Whether the training has outlived a user's error, which is the same after every restart.
+
+        It has time to end, and to finish a save that has begun.
+        """
+        if not (self.may_restart and self.errors.has_error):
+            return False
+        self.deadline = self.deadline or time.monotonic() + _END_SECONDS
+        return time.monotonic() > self.deadline
 
     def _is_running(self) -> bool:
         """Waits a moment; whether the process, or a worker that a killed torchrun left, runs."""

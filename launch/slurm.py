@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.job import ClusterConfig, Job, SlurmConfig
+from trainer.process.exit_codes import USER_ERROR
 
 _BATCH = """
 # shellcheck disable=SC2016  # the nodes expand what is in single quotes
@@ -24,13 +25,15 @@ node='
 task=$!
 # Slurm sends a signal to all processes of a step. Of SIGURG, only this shell takes notice.
 trap "interrupted=yes; kill -TERM $task" URG
-trap "interrupted=yes" TERM
+trap "interrupted=yes" TERM USR1
 interrupted=yes
 while [[ -n $interrupted ]]; do  # a signal ends the wait
     interrupted=
     code=0
     wait "$task" || code=$?
 done
+# The other nodes end with the same, unless srun ends them before.
+if [[ $code == {user_error} ]]; then sleep {end_seconds}; fi
 exit "$code"
 '
 arguments=({arguments})
@@ -79,6 +82,7 @@ export V4_HEAD
 
 # One torchrun on every node; the first node hosts the rendezvous."""
 _IS_HOST = "if [[ $SLURM_NODEID == 0 ]]; then is_host=true; else is_host=false; fi"
+_END_SECONDS = 10  # in which all nodes learn of a user's error on one of them
 _ARRAY_JOB = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
 """A job of an array; SLURM_JOB_ID of one of them is the name of all."""
 
@@ -87,9 +91,10 @@ def script(job: Job) -> str:
     """Returns the text of `train.sbatch`."""
     cluster = job.cluster
     last = job.run.last_checkpoint
-    resumes = "[[ -n $stopping ]]"  # in object storage: a complete run ends at once
-    if isinstance(last, Path):
-        resumes = f"[[ -n $stopping && ! -d {shlex.quote(str(last))} ]]"
+    # After bad input or on a full disk, the next start would end with the same.
+    resumes = f"-n $stopping && $code != {USER_ERROR}"
+    if isinstance(last, Path):  # in object storage, a complete run ends at once
+        resumes += f" && ! -d {shlex.quote(str(last))}"
     torchrun = job.torchrun(f"$V4_HEAD:{cluster.port}", "$SLURM_JOB_ID", "$is_host")
     slurm = _settings(cluster)
     options = [f"--nodes={job.nodes}", "--ntasks-per-node=1"]
@@ -110,7 +115,7 @@ def script(job: Job) -> str:
         arguments=job.arguments,
         cores=slurm.cpus_per_node,
         job="$SLURM_JOB_ID",
-        resumes=resumes,
+        resumes=f"[[ {resumes} ]]",
     )
 
 
@@ -210,6 +215,8 @@ def _batch(
         srun="".join(f" \\\n    {shlex.quote(word)}" for word in srun),
         job=job,
         resumes=resumes,
+        user_error=USER_ERROR,
+        end_seconds=_END_SECONDS,
     )
     return "\n".join(["#!/bin/bash", *(f"#SBATCH {option}" for option in head)]) + "\n" + body
 

@@ -14,7 +14,7 @@ import psutil
 from data.activity import Activity, print_line
 from data.files import write_atomically
 from data.lease import Lease, LeaseError, LeaseStopped
-from data.processes import find_process
+from data.processes import birth, find_process
 from launch import processes
 from launch.sweep_progress import TrialProgress
 from trainer.config import RunConfig
@@ -78,8 +78,7 @@ def start_process(command: Sequence[str], folder: Path, jobs: int) -> subprocess
             env=processes.environment(jobs),
             start_new_session=True,
         )
-    born = psutil.Process(process.pid).create_time()
-    record = {"pid": process.pid, "born": born, "folder": str(folder.resolve())}
+    record = {"pid": process.pid, "born": birth(process.pid), "folder": str(folder.resolve())}
     write_atomically(folder / "process.json", json.dumps(record))
     return process
 

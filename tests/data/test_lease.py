@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data.lease import LEASE_FILE, Lease, LeaseError, LeaseStopped, Owner
@@ -86,6 +87,26 @@ def test_a_process_id_that_another_program_has_by_now(tmp_path: Path) -> None:
     )
     with Lease(tmp_path, "v4 train"):
         pass
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_an_owner_whose_host_sets_its_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_old: bool
+) -> None:
+    """Its lease stays; one of an earlier version has a time that moves with the clock."""
+    with hold(tmp_path) as process:
+        try:
+            if is_old:
+                path = tmp_path / LEASE_FILE
+                owner = Owner.model_validate_json(path.read_text())
+                born = psutil.Process(process.pid).create_time()
+                path.write_text(owner.model_copy(update={"born": born}).model_dump_json())
+            else:
+                monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 1.0)
+            with pytest.raises(LeaseError, match="stop it"), Lease(tmp_path, "v4 train"):
+                pass
+        finally:
+            process.kill()
 
 
 def test_the_copy_of_a_folder_in_use_is_free(tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
 """Cluster files, and what `v4 plan --cluster` and `v4 sweep --cluster` write for Slurm."""
 
+import os
 import re
 import shlex
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +26,7 @@ def refused(tmp_path: Path, text: str, *parts: str) -> None:
     with pytest.raises(ConfigError) as caught:
         write(tmp_path, text)
     message = str(caught.value)
-    assert "\n" not in message
+    assert "\n" not in message and "abc" not in message
     for part in parts:
         assert part in message
 
@@ -50,6 +54,58 @@ def test_the_sbatch_script(tmp_path: Path) -> None:
     line = next(line for line in text.splitlines() if line.startswith("arguments="))
     assert shlex.split(line.removeprefix("arguments=(")[:-1]) == [str(DEBUG), *HARD, "device=cuda"]
     assert not list(tmp_path.glob(".train*"))
+
+
+def node_shell(tmp_path: Path, python: str) -> subprocess.Popen[str]:
+    """Starts what a node runs, in a session as the processes of a step, with this `python`."""
+    stub = tmp_path / "python"
+    stub.write_text(f"#!/bin/bash\n{python}\n")
+    stub.chmod(0o755)
+    text = write(tmp_path, f"python: {stub}\n{SLURM}", 2, 0).read_text()
+    node = text.split("node='\n", 1)[1].split("\n'\n", 1)[0]
+    return subprocess.Popen(
+        ["bash", "-c", node, "node"],
+        env={**os.environ, "SLURM_NODEID": "0", "SLURM_JOB_ID": "1", "V4_HEAD": "localhost"},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+
+
+def test_a_node_goes_on_after_the_signal_for_a_profile(tmp_path: Path) -> None:
+    """Slurm sends it to all processes of the step."""
+    python = "trap 'echo profile; done=yes' USR1; echo begins"
+    python += "; while [[ -z $done ]]; do sleep 0.1; done; sleep 1; exit 7"
+    with node_shell(tmp_path, python) as node:
+        assert node.stdout is not None and node.stdout.readline() == "begins\n"
+        os.killpg(node.pid, signal.SIGUSR1)
+        assert node.stdout.readline() == "profile\n"
+        assert node.wait(60) == 7
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_job_that_saves_is_requeued_unless_the_disk_is_full(tmp_path: Path, code: int) -> None:
+    """The batch shell, with programs in place of Slurm's and of the nodes."""
+    programs = {
+        "scontrol": 'echo "scontrol $*" | tee -a calls',
+        "squeue": "echo v4",
+        "scancel": "touch asked",
+        "srun": f"touch begins; until [[ -f asked ]]; do sleep 0.1; done; sleep 1; exit {code}",
+    }
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    path = write(tmp_path, f"folder: {tmp_path}\n{SLURM}", 2, 0, f"run_dir={tmp_path}/run")
+    search = f"{tmp_path}:{os.environ['PATH']}"
+    slurm = {"PATH": search, "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n[1-2]"}
+    with subprocess.Popen(["bash", path], env={**os.environ, **slurm}) as batch:
+        while not (tmp_path / "begins").exists():
+            assert batch.poll() is None
+            time.sleep(0.05)
+        batch.terminate()
+        assert batch.wait(60) == code
+    was_requeued = "scontrol requeue 5\n" in (tmp_path / "calls").read_text()
+    assert was_requeued == (code == 0)
 
 
 def test_slurm_settings(tmp_path: Path) -> None:
@@ -81,6 +137,7 @@ def test_slurm_settings(tmp_path: Path) -> None:
         ("kind: slurm\nslurm: {time: soon}\n", ("slurm.time = 'soon'",)),
         ('kind: slurm\nslurm: {partition: "x\\n#SBATCH"}\n', ("slurm.partition",)),
         (SLURM + "environment: {WANDB_API_KEY: abc}\n", ("WANDB_API_KEY", "secret")),
+        (SLURM + "environment: {https_proxy: 'http://me:abc@proxy'}\n", ("https_proxy", "an @")),
         (SLURM + "environment: {NVIDIA_TF32_OVERRIDE: '1'}\n", ("NVIDIA_TF32_OVERRIDE",)),
         (SLURM + "port: 80\n", ("port = 80", "1024")),
     ],

@@ -22,6 +22,7 @@ from kubeflow_trainer_api.models.trainer_v1alpha1_training_runtime import (
     TrainerV1alpha1TrainingRuntime as TrainingRuntime,
 )
 
+from launch import is_complete
 from launch.cluster import load_cluster, write_job
 from tests.distributed import free_port
 from tests.launch.jobs import DEBUG, HARD, check_script, torchrun_options, write
@@ -210,6 +211,17 @@ def test_a_pod_that_is_taken_away_saves_and_counts_as_interrupted(
     mistake = [word.replace(f"run_dir={tmp_path}/run", "data.shards=nowhere") for word in command]
     (tmp_path / f"run/checkpoints/step-{last + 2:08d}").rename(tmp_path / "elsewhere")
     assert subprocess.run(mistake, env=environment).returncode == 2
+
+
+def test_a_run_folder_is_complete_or_not(tiny: Path, tmp_path: Path) -> None:
+    """As in `v4 plan RUN_FOLDER --cluster kubernetes`, whose pods get the folder."""
+    run = load_config(tiny, [f"run_dir={tmp_path}/run"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(tiny.read_text())
+    assert is_complete.main([str(tmp_path / "run")]) == 1
+    assert isinstance(run.last_checkpoint, Path)
+    run.last_checkpoint.mkdir(parents=True)
+    assert is_complete.main([str(tmp_path / "run")]) == 0
 
 
 @pytest.mark.slow

@@ -122,6 +122,24 @@ sys.exit(processes.train([], 1))
     assert not child.is_running()
 
 
+@pytest.mark.parametrize(("seconds", "out"), [(30.0, "saved\n"), (0.5, "")])
+def test_a_save_may_end_after_a_users_error(seconds: float, out: str) -> None:
+    """The training is killed later, where it may be restarted, if it has not ended by then."""
+    trainer = "import sys, time; print('v4: error: full', file=sys.stderr, flush=True)"
+    trainer += "; time.sleep(2); print('saved', flush=True); sys.exit(2)"
+    code = f"""
+import sys
+from launch import processes
+processes._END_SECONDS = {seconds}
+processes.training_command = lambda *arguments: [sys.executable, "-c", {trainer!r}]
+sys.exit(processes.train([], 1, restarts=3))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, out)
+    assert done.stderr.splitlines()[-1] == "v4: error: full"
+
+
 @pytest.mark.parametrize("start", ["processes.train([], 2)", "torchrun.main(arguments)"])
 def test_the_profile_signal_goes_to_the_ranks_that_handle_it(start: str) -> None:
     """The others would be killed by it, and so would torchrun."""
@@ -211,8 +229,10 @@ def test_ranks_that_start_again_are_no_failure(ends: int, tmp_path: Path) -> Non
     assert "75" not in done.stderr and "SIGTERM" not in done.stderr
 
 
-def test_a_signal_to_torchrun_waits_for_the_ranks() -> None:
-    rank = "trap 'echo saved $RANK; exit 0' TERM; echo started; while :; do sleep 0.1; done"
+@pytest.mark.parametrize(("code", "ends"), [(0, 143), (2, 2)])
+def test_a_signal_to_torchrun_waits_for_the_ranks(code: int, ends: int) -> None:
+    """A user's error is the same after another start, which 143 would be a reason for."""
+    rank = f"trap 'echo saved $RANK; exit {code}' TERM; echo started; while :; do sleep 0.1; done"
     torchrun = [sys.executable, "-m", "trainer.process.torchrun", "--standalone"]
     torchrun += ["--nproc-per-node=2", "--no-python", "bash", "-c", rank]
     pipe, environment = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -224,5 +244,5 @@ def test_a_signal_to_torchrun_waits_for_the_ranks() -> None:
         time.sleep(2.0)  # torchrun learns only after their start whom it has to end
         process.terminate()
         out, error = process.communicate(timeout=60)
-    assert (process.returncode, sorted(out.splitlines())) == (143, ["saved 0", "saved 1"])
+    assert (process.returncode, sorted(out.splitlines())) == (ends, ["saved 0", "saved 1"])
     assert "Traceback" not in error

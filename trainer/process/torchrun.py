@@ -18,7 +18,12 @@ from contextlib import suppress
 from types import FrameType
 
 import psutil
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.api import (
+    DEFAULT_ROLE,
+    RunResult,
+    WorkerGroup,
+    WorkerState,
+)
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -67,10 +72,28 @@ class Agent(LocalElasticAgent):
             return RunResult(WorkerState.HEALTHY)  # torchrun then begins with the new host
         return result
 
+    def run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        """Raises SystemExit if a rank ended with a user's error after a signal to torchrun."""
+        try:
+            return super().run(role)
+        except SignalException:
+            if any(rank.poll() == USER_ERROR for rank in self._ranks()):
+                raise SystemExit(USER_ERROR) from None
+            raise
+
+    def _ranks(self) -> list[subprocess.Popen[bytes]]:
+        if self._pcontext is None:
+            return []
+        assert isinstance(self._pcontext, SubprocessContext)
+        return [handler.proc for handler in self._pcontext.subprocess_handlers.values()]
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        """Gives ranks that end for another host the time of `--shutdown-timeout`, not torch's."""
+        self._shutdown(timeout=self._shutdown_timeout)
+
     def _wait_for_ends(self) -> None:
         """Waits for all ranks where one has ended with `START_AGAIN`: torchrun would end them."""
-        assert isinstance(self._pcontext, SubprocessContext)
-        ranks = [handler.proc for handler in self._pcontext.subprocess_handlers.values()]
+        ranks = self._ranks()
         if any(rank.poll() == START_AGAIN for rank in ranks):
             for rank in ranks:
                 with suppress(subprocess.TimeoutExpired):
@@ -108,7 +131,8 @@ def _is_failure(record: logging.LogRecord) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 or the exit code of the first failure, 128 + n where signal n killed a rank.
 
-    Also 128 + n after signal n to torchrun, which passes it to the ranks and waits for their end.
+    Also 128 + n after signal n to torchrun, which passes it to the ranks and waits for their end;
+    USER_ERROR if that is how one ends, as where the disk is full for the last checkpoint.
     Logs the signal, or torchrun's page; nothing after a user's error, which that rank has reported.
     PROFILE_SIGNAL goes to the ranks.
     """

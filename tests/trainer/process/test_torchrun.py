@@ -1,8 +1,9 @@
 """Our torchrun: numbers of hosts that do not fit, and ranks whose end is not that of the job."""
 
+import signal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
@@ -67,3 +68,13 @@ def test_what_an_agent_makes_of_its_ranks(
     monkeypatch.setenv(torchrun.BORDERS, "0")
     assert agent._monitor_workers(group).state == state
     assert (group.spec.max_restarts, agent._remaining_restarts) == restarts
+
+
+def test_ranks_that_stop_for_a_new_host_have_the_time_of_a_save() -> None:
+    closed: list[Any] = []
+    agent = torchrun.Agent.__new__(torchrun.Agent)
+    agent._shutdown_timeout = 300
+    agent._worker_watchdog = agent._health_check_server = None
+    agent._pcontext = cast(Any, SimpleNamespace(close=lambda *words: closed.append(words)))
+    agent._stop_workers(cast(Any, None))
+    assert closed == [(signal.SIGTERM, 300)]
