@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -266,7 +267,7 @@ def test_the_command_reports_a_gpu_on_which_triton_runs_nothing(
     monkeypatch.setattr(commands, "kinds_of_gpu", lambda: [old, new])
     monkeypatch.setattr(Platform, "of", classmethod(lambda cls, device: kinds[device]))
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
-    monkeypatch.setattr(first_check.check_all, "__defaults__", (FakeCheck(), None, lambda: False))
+    monkeypatch.setattr(commands, "check_all", partial(first_check.check_all, check=FakeCheck()))
     config = load_config(tiny, ["precision=bf16"])
     line = (
         "every operation runs eagerly on V100: Triton cannot run this, the GPU has compute "
@@ -283,8 +284,8 @@ def test_the_command_reports_a_gpu_on_which_triton_runs_nothing(
 def test_the_command_names_what_triton_cannot_run(
     gpu: torch.device, tiny: Path, monkeypatch
 ) -> None:
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    monkeypatch.setattr(first_check.check_all, "__defaults__", (FakeCheck(), None, lambda: False))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(commands, "check_all", partial(first_check.check_all, check=FakeCheck()))
     config = load_config(tiny, ["precision=bf16"])
     reasons = unsupported_operations(config, gpu)
     assert reasons  # the tiny model's widths are too narrow for some kernels
