@@ -63,6 +63,7 @@ class CheckRecord(_Record):
     errors: dict[str, tuple[float | None, float | None]] = {}
     milliseconds: dict[str, float] = {}
     refused: dict[str, str] = {}
+    is_temporary: bool = False
 
 
 class PartRecord(_Record):
