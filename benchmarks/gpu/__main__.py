@@ -35,6 +35,8 @@ from trainer.kernels.first_check import TOTAL_SECONDS
 RECORDS = Path(__file__).parent / "records"
 """Where docs/write_performance.py finds them."""
 _LOG_CHARACTERS = 20_000
+_END_SECONDS = 10.0
+"""For processes that were killed, to end."""
 R = TypeVar("R", bound=BaseModel)
 
 
@@ -102,11 +104,16 @@ def run(part: Part) -> tuple[PartRecord, str]:
 
 
 def _end(pid: int) -> None:
-    """Kills a process and all that it started, also what has a session of its own."""
+    """Kills a process and all that it started, also what has a session of its own.
+
+    Waits until they have ended, since they may hold the GPU's memory until then.
+    """
     process = psutil.Process(pid)
-    for each in [process, *process.children(recursive=True)]:
+    processes = [process, *process.children(recursive=True)]
+    for each in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
+    psutil.wait_procs(processes[1:], timeout=_END_SECONDS)  # Popen waits for the first
 
 
 def measured(parts: list[Part], record: GpuRecord) -> Iterator[GpuRecord]:
