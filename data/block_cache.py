@@ -60,7 +60,7 @@ class BlockCache:
     def keep(self, file: Path, content: bytes) -> None:
         """Writes a block, and removes others where there are too many.
 
-        A disk that is full or cannot be written is reported once; reading goes on without it.
+        A disk that is full or cannot be written is reported once; reading continues without it.
         """
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -280,7 +280,7 @@ def _is_bad(event: dict[str, object]) -> bool:
 
 @contextmanager
 def _ended(training: Training) -> Iterator[None]:
-    """Leaves no process of a training behind, whatever happens."""
+    """Ends every process of a training, whatever happens."""
     try:
         yield
     finally:

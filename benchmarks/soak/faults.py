@@ -1,4 +1,4 @@
-"""What a soak does to a training. Each fault is one function; it leaves nothing broken behind it.
+"""What a soak does to a training. Each fault is one function; it repairs what it broke.
 
 A fault returns a word about what it did, or None where it is not possible at this moment.
 """
@@ -44,7 +44,7 @@ def kill_all(training: Training, chance: random.Random) -> str | None:
 
 
 def kill_writer(training: Training, chance: random.Random) -> str | None:
-    """SIGKILL of the process that writes a rank's checkpoints: a save fails, the run goes on."""
+    """SIGKILL of the process that writes a rank's checkpoints: a save fails, the run continues."""
     writers = [member for member in training.members() if member.role == "writer"]
     if not writers:
         return None

@@ -108,7 +108,7 @@ class StoragePath:
         return self.is_file() or self.is_dir()
 
     def names(self) -> list[str]:
-        """Returns the names of objects and folders in this folder, which may lag behind changes.
+        """Returns the names of objects and folders in this folder, which may be out of date.
 
         Raises FileNotFoundError where the bucket is not there.
         """

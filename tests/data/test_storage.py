@@ -17,7 +17,7 @@ from tests.s3 import S3Server
     [
         ("s3://bucket/a/b/", "s3://bucket/a/b"),
         ("S3://Bucket/A", "s3://Bucket/A"),
-        ("file:///tmp/x", "/tmp/x"),
+        ("file:///data/x", "/data/x"),
         ("runs/one", "runs/one"),
         ("/runs/a@b?c", "/runs/a@b?c"),
     ],
