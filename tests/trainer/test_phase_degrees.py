@@ -17,6 +17,7 @@ from tests.trainer.test_phase_runs import COMMON, STAGES, STEPS
 from tests.trainer.tiny import assert_same_run, column, crash, steps_in_file, train
 from trainer.__main__ import main
 from trainer.checkpoint import checkpoints_in, step_of
+from trainer.checkpoint.rank_files import NewCheckpoint
 from trainer.config import load_config
 from trainer.parallel.grid import Grid
 from trainer.process.signals import StopRequest
@@ -98,11 +99,11 @@ def end_at(trainer: Trainer, stop: StopRequest, how: str, step: int) -> None:
     folder = trainer.checkpoint.folder
     publish: Callable[..., None] = folder._publish
 
-    def publish_or_end(temporary: Path, target: Path, *others: Any) -> None:
-        crash(how == "in" and step_of(target) == step)
-        if how == "late" and trainer.grid.is_first and step_of(target) == step:
+    def publish_or_end(new: NewCheckpoint, *others: Any) -> None:
+        crash(how == "in" and new.step == step)
+        if how == "late" and trainer.grid.is_first and new.step == step:
             stop.request()
-        publish(temporary, target, *others)
+        publish(new, *others)
 
     folder._publish = publish_or_end  # type: ignore[method-assign]
 
