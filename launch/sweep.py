@@ -25,6 +25,7 @@ from launch.sweep_trial import (
     stop_orphan,
     take_lease,
 )
+from launch.trial import own_folders
 from trainer.config import RunConfig, load_config
 from trainer.process.exit_codes import FAILED, error_line
 
@@ -47,8 +48,9 @@ def run_sweep(file: str, out: Path | None, jobs: int, seed: int, call: str | Non
     """
     sweep = load_sweep(file)
     folder = sweep_folder(file, out)
-    prepare_folder(sweep, folder, seed)
-    runner = _Runner(sweep, folder, jobs, Search(sweep, folder, seed, call or secrets.token_hex(8)))
+    checkpoints = prepare_folder(sweep, folder, seed)
+    search = Search(sweep, folder, seed, call or secrets.token_hex(8))
+    runner = _Runner(sweep, folder, jobs, search, checkpoints)
     stop = dict.fromkeys(processes.STOP_SIGNALS, runner.on_signal)
     with processes.handlers(stop), runner:
         finished = runner.run()
@@ -81,10 +83,17 @@ def _report(runner: "_Runner") -> int:
 
 
 class _Runner:
-    """Keeps up to `jobs` trials running and writes `sweep.json`, which the report reads."""
+    """Keeps up to `jobs` trials running and writes `sweep.json`, which the report reads.
 
-    def __init__(self, sweep: Sweep, folder: Path, jobs: int, search: Search) -> None:
+    Arguments:
+        checkpoints: name of the sweep's folder below `checkpoint.folder`, where the config has one.
+    """
+
+    def __init__(
+        self, sweep: Sweep, folder: Path, jobs: int, search: Search, checkpoints: str
+    ) -> None:
         self.sweep = sweep
+        self.checkpoints = checkpoints
         self.folder = folder
         self.jobs = jobs
         self.search = search
@@ -177,8 +186,9 @@ class _Runner:
             path = self._trial_folder(number) / "metrics.jsonl"
             self.histories[number] = read_history(path, self.sweep.metric.name, every)
 
-    def _config(self, arguments: Arguments) -> RunConfig:
-        return load_config(*self.sweep.config_arguments(arguments))
+    def _config(self, arguments: Arguments, *overrides: str) -> RunConfig:
+        file, of_trial = self.sweep.config_arguments(arguments)
+        return load_config(file, [*of_trial, *overrides])
 
     def _trial_folder(self, number: int) -> Path:
         return self.folder / f"trial-{number:04d}"
@@ -187,11 +197,12 @@ class _Runner:
         folder = self._trial_folder(number)
         stop_orphan(folder, lambda: self.stopping)
         arguments = self.arguments[number] = self.search.begin(number)
-        command = [*self.sweep.trial_command(arguments), f"run_dir={json.dumps(str(folder))}"]
+        own = own_folders(self._config(arguments), folder, self.checkpoints, folder.name)
+        command = [*self.sweep.trial_command(arguments), *own]
         if "metrics.wandb.mode" not in arguments:
             command.append("metrics.wandb.mode=disabled")
         process = start_process(command, folder, self.jobs)
-        config = self._config(arguments).model_copy(update={"run_dir": folder})
+        config = self._config(arguments, *own)
         progress = TrialProgress(number, folder, config.recipe.steps)
         self.running.append(Trial(number, folder, process, config, lease, progress))
         self.record()

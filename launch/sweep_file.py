@@ -147,12 +147,7 @@ def load_sweep(path: str | Path) -> Sweep:
         raise ConfigError(f"{path}: command: {program!r} is not a program on this machine")
     for arguments in sweep.samples():
         try:
-            config = load_config(*sweep.config_arguments(arguments))
-            if config.checkpoint.folder is not None:
-                raise ConfigError(
-                    f"checkpoint.folder = {config.checkpoint.folder} would be that of every trial; "
-                    "omit it: each has its checkpoints in its run folder"
-                )
+            load_config(*sweep.config_arguments(arguments))
         except ConfigError as error:
             message = str(error).replace("command line", f"{path}: parameters", 1)
             raise ConfigError(message if str(path) in message else f"{path}: {message}") from None

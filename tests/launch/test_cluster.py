@@ -166,6 +166,15 @@ def test_a_job_for_cpus(tmp_path: Path) -> None:
         write(tmp_path, SLURM, 3, 0, "device=cuda")
 
 
+def test_a_job_whose_folders_are_in_object_storage(tmp_path: Path) -> None:
+    """The script looks for no such folder on the node."""
+    overrides = ["checkpoint.folder=s3://bucket/run", "data.shards=s3://bucket/shards"]
+    text = write(tmp_path, SLURM, 2, 2, *overrides).read_text()
+    assert "[[ -n $stopping && $code != 2 ]]" in text and " -d " not in text
+    assert " -d " in write(tmp_path, SLURM, 2, 2).read_text()
+    check_script(text)
+
+
 def v4(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["v4", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:

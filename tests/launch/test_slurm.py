@@ -15,9 +15,10 @@ from launch.sweep_job import write_array
 from tests.distributed import free_port, spawn
 from tests.launch.jobs import check_script
 from tests.launch.slurm_cluster import SlurmCluster, hostlist, missing_program
-from tests.launch.sweeps import write
+from tests.launch.sweeps import GRID, write
 from tests.trainer.config.test_recipe import phased
 from tests.trainer.tiny import assert_same_run, steps_in_file, train_jobs
+from tests.wandb_server import ServedSweep, wandb_server
 from trainer.config import load_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -213,6 +214,48 @@ def test_a_sweep_is_an_array_whose_jobs_share_the_trials(
         if not shards.exists():
             shards.symlink_to(tiny.parent / "shards")
     assert "best: trial" in logs and (out / "report.html").is_file(), logs
+
+
+def test_the_agents_of_a_wandb_sweep_are_an_array(
+    cluster: SlurmCluster, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """wandb's own agents, and a server that stands in for wandb's.
+
+    Each trial has a folder of its own. A job that is to end lets its trial save, and is requeued;
+    the key comes from the environment of sbatch.
+    """
+    file = write(tiny, tmp_path, GRID)
+    trials = {"endless": {"steps": 1_000_000}, "short": {"steps": 2, "metrics.wandb.mode": "auto"}}
+    for name, value in (("WANDB_API_KEY", "0123456789" * 4), ("PYTHONPATH", str(ROOT))):
+        monkeypatch.setitem(cluster.environment, name, value)
+    with wandb_server("ok", ServedSweep(file.read_text(), dict(trials))) as server:
+        settings = f"kind: slurm\ngpus: false\nfolder: {tmp_path}\npython: {sys.executable}\n"
+        settings += (
+            f"save_seconds: 60\nslurm: {{}}\nenvironment: {{WANDB_BASE_URL: {server.url}}}\n"
+        )
+        (tmp_path / "cluster.yaml").write_text(settings)
+        out, sweep = tmp_path / "out", "me/mine/abc12345"
+        job = write_array(str(file), out, 2, 0, str(tmp_path / "cluster.yaml"), sweep)
+        check_script(job.read_text())
+        assert cluster.run("sbatch", "--test-only", job).returncode == 0
+        array = cluster.submit(job)
+        jobs = [f"{array}_{index}" for index in range(2)]
+        folder = tmp_path / "runs/sweeps/abc12345"
+        wait_until(cluster, jobs[0], lambda _: last_step(folder / "endless") > 2)
+        (busy,) = [job for job in jobs if "1000000" in log_of(cluster.job(job))]
+        (other,) = set(jobs) - {busy}
+        state, log = end_of(cluster, other)
+        assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "0"), log
+        cluster.run("scancel", "--batch", "--signal=TERM", busy)
+        state, log = end_of(cluster, busy)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), log
+    last = last_step(folder / "endless")
+    assert (folder / f"endless/checkpoints/step-{last:08d}").is_dir(), log
+    assert steps_in_file(folder / "short") == [1, 2]
+    body = next(body for _, body in server.requests if b"mutation UpsertBucket" in body)
+    opened = json.loads(body)["variables"]
+    assert (opened["name"], opened["sweep"], opened["project"]) == ("short", "abc12345", "mine")
+    assert len(server.history()) == 2
 
 
 def test_a_job_outlives_a_node(cluster: SlurmCluster, tiny: Path, tmp_path: Path) -> None:

@@ -15,13 +15,16 @@ import psutil
 import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
+from data.storage import as_path
 from launch import sweep_progress
-from launch.sweep_definition import check_same
+from launch.sweep_definition import check_same, prepare_folder
 from launch.sweep_file import Hyperband, load_sweep
 from launch.sweep_parameters import Parameter
 from launch.sweep_search import bands, read_history, should_stop
 from launch.sweep_trial import end_trials, stop_orphan
+from launch.trial import main as run_trial
 from tests.launch.sweeps import GRID, command, write
+from tests.s3 import S3Server
 from trainer.config import ConfigError, load_config
 from trainer.metrics.jsonl import read_metrics
 from trainer.report.sweep import Trial, groups, sentences
@@ -311,6 +314,50 @@ def test_a_definition_of_before_gets_the_config(tiny: Path, tmp_path: Path) -> N
     path.write_text(json.dumps({"seed": 0, **sweep.model_dump(mode="json")}))
     check_same(sweep, tmp_path, 0)
     assert json.loads(path.read_text())["config"]["seed"] == 3
+
+
+def test_trials_of_wandb_agent_share_no_folder(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, words: started.append(words))
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    for run_id in ("one", "two"):
+        monkeypatch.setenv("WANDB_RUN_ID", run_id)
+        run_trial([str(tiny), "checkpoint.folder=s3://bucket/runs"])
+        words = started[-1]
+        config = load_config(tiny, words[words.index(str(tiny)) + 1 :])
+        assert config.run_dir == Path("runs/sweeps/abc", run_id)
+        assert config.checkpoint.folder == f"s3://bucket/runs/abc/{run_id}"
+    assert run_trial([str(tiny), "steps=many"]) == 2 and len(started) == 2
+    assert capfd.readouterr().err.startswith("v4: error: command line: steps")
+
+
+@pytest.mark.slow
+def test_every_trial_has_its_own_checkpoints_in_object_storage(
+    tiny: Path, tmp_path: Path, s3: S3Server
+) -> None:
+    """Below one `checkpoint.folder`, where another sweep has another name, as nothing resumes."""
+    folder = as_path(f"{s3.make_bucket('sweeps')}/runs")
+    config = tmp_path / "base.yaml"
+    config.write_text(tiny.read_text().replace("{every: 0}", f"{{every: 0, folder: {folder}}}"))
+    file = write(config, tmp_path, GRID)
+    sweep = load_sweep(file)
+    names = {prepare_folder(sweep, tmp_path / place / "out", 0) for place in ("a", "b", "a")}
+    assert len(names) == 2
+    done = subprocess.run(
+        command(file, tmp_path / "a/out"), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0 and "best: trial" in done.stdout, done.stdout + done.stderr
+    (name,) = folder.names()
+    assert name == prepare_folder(sweep, tmp_path / "a/out", 0)
+    for number in range(2):
+        trial_folder = f"trial-{number:04d}"
+        assert "step-00000006" in (folder / name / trial_folder).names()
+        of_trial = load_config(tmp_path / "a/out" / trial_folder / "config.yaml")
+        assert (
+            of_trial.is_complete and of_trial.checkpoint.folder == f"{folder}/{name}/{trial_folder}"
+        )
 
 
 def test_a_sweep_of_a_copied_run_trains_in_its_own_folder(tiny: Path, tmp_path: Path) -> None:
