@@ -160,9 +160,16 @@ def export(
             "FP8 and the rest in bf16, as the official release."
         ),
     ] = WeightFormat.AS_TRAINED,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="Encoder of a released folder, whose prompt texts the chat template then has."
+        ),
+    ] = None,
 ) -> None:
     """Write the newest checkpoint as a Hugging Face folder."""
-    _command("export", config, overrides, out, f"--weights={weights.value}")
+    more = [f"--weights={weights.value}", *([] if prompts is None else [f"--prompts={prompts}"])]
+    _command("export", config, overrides, out, *more)
 
 
 @app.command()

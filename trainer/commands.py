@@ -116,6 +116,7 @@ def export(config: RunConfig, options: argparse.Namespace) -> None:
         import torch
 
         from data.lease import LEASE_FILE
+        from data.text import OWN_PROMPTS, read_prompts
         from trainer.export import export_run
         from trainer.parallel.grid import open_grid
         from trainer.process.failures import report_failures
@@ -125,12 +126,13 @@ def export(config: RunConfig, options: argparse.Namespace) -> None:
         watch.connect(grid)
         if grid.is_first:
             _warn_of_other_tokenizer(config)
+        prompts = OWN_PROMPTS if options.prompts is None else read_prompts(options.prompts)
         out = _place(options.folder)
         if isinstance(out, Path):
             out = out.resolve()  # of a link, or the working directory
         lease_file = f".{out.name}.{LEASE_FILE}"  # the folder itself appears whole
         with lease_on(out.parent, "v4 export", grid, watch, lease_file):
-            text = export_run(config, out, grid, weights=options.weights)
+            text = export_run(config, out, grid, weights=options.weights, prompts=prompts)
         if grid.is_first:
             print(text)
         watch.close()
@@ -379,6 +381,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "export":
             formats = ["as_trained", "mxfp4_experts", "released"]
             verb.add_argument("--weights", choices=formats, default="as_trained")
+            verb.add_argument("--prompts", help="the encoder of a released folder, for its prompts")
         if name == "plan":
             verb.add_argument("--processes", type=int, default=1)
             verb.add_argument("--dry-run", action="store_true", help="memory with activations")

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data.text.chat_template import export_chat_template
     from data.text.conversation import Conversation, read_messages
     from data.text.dsml import decode, encode, parse, render
     from data.text.hf_tokenizer import SPACE
@@ -39,6 +40,7 @@ _MODULES = {
     "decode": "dsml",
     "encode": "dsml",
     "encode_segments": "segments",
+    "export_chat_template": "chat_template",
     "parse": "dsml",
     "read_messages": "conversation",
     "read_prompts": "prompts",

@@ -71,6 +71,7 @@ RUN = ["run", "steps=3", "seed=1"]
     [
         (["export", "run", "out", *RUN[1:]], {"weights": "as_trained"}),
         (["export", "--weights=released", "run", "out", *RUN[1:]], {"weights": "released"}),
+        (["export", "--prompts=a.py", "run", "out", *RUN[1:]], {"prompts": "a.py"}),
         (["data", "prepare", *RUN, "--overwrite"], {"overwrite": True}),
         (["data", "prepare", *RUN], {"overwrite": False}),
         (["data", "report", *RUN], {}),

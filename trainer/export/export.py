@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data import Tokenizer
 from data.storage import AnyPath
+from data.text import OWN_PROMPTS, Prompts
 from model import V4Model
 from model.hf import named_tensors, to_official
 from trainer.build import DTYPES
@@ -46,18 +47,20 @@ def export_run(
     grid: Grid | None = None,
     shard_bytes: int = SHARD_BYTES,
     weights: WeightFormat = "as_trained",
+    prompts: Prompts = OWN_PROMPTS,
 ) -> str:
     """Writes the newest checkpoint as a Hugging Face folder and returns a sentence about it.
 
-    All ranks of `grid` call it together. Raises, on all of them, CheckpointError when there is no
-    checkpoint or none that fits the config, and ExportError when `out` cannot be written or the
-    model's sizes do not fit the blocks of the format.
+    All ranks of `grid` call it together. `prompts` are those of the chat template. Raises, on all
+    of them, CheckpointError when there is no checkpoint or none that fits the config, and
+    ExportError when `out` cannot be written or the model's sizes do not fit the blocks of the
+    format.
     """
     grid = grid or Grid.single()
     require_empty(out, grid.world)
     require_blocks(config.model, weights)
     folder = CheckpointFolder(config.checkpoints, grid)
-    return read_newest(folder, lambda: _export(config, out, folder, shard_bytes, weights))
+    return read_newest(folder, lambda: _export(config, out, folder, shard_bytes, weights, prompts))
 
 
 def _export(
@@ -66,6 +69,7 @@ def _export(
     folder: CheckpointFolder,
     shard_bytes: int,
     weights: WeightFormat,
+    prompts: Prompts,
 ) -> str:
     tokenizer = open_tokenizer(config)
     path, saved = _newest(config, folder, tokenizer)
@@ -87,6 +91,7 @@ def _export(
         packed_read(read, outline, weights),
         folder.grid,
         config_keys(config.model, weights),
+        prompts,
     )
     state = TrainState()
     state.restore(saved)

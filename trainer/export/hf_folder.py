@@ -19,6 +19,7 @@ from data import Tokenizer
 from data.activity import Activity
 from data.files import check_inside, fsync_file
 from data.storage import AnyPath, StoragePath
+from data.text import OWN_PROMPTS, Prompts, export_chat_template
 from model import ModelConfig
 from trainer.checkpoint import UNFINISHED, new_folder, on_all_ranks
 from trainer.export.packed_weights import dequantised
@@ -45,14 +46,16 @@ def write_hf_folder(
     read: Read | None = None,
     grid: Grid | None = None,
     more: Mapping[str, Any] | None = None,
+    prompts: Prompts = OWN_PROMPTS,
 ) -> None:
     """Writes a folder for vLLM, SGLang and transformers atomically.
 
     `weights` carry official names. They may be on the meta device: `read` then returns the tensors
     of a shard, on the host, just before it is written; they are freed afterwards. The shards are
     divided among the ranks of `grid`. `more` is added to config.json: `expert_dtype` and
-    `quantization_config` of quantised weights, nothing for weights as trained. Raises ExportError
-    on all ranks when `folder` exists and is not empty, or when it cannot be written.
+    `quantization_config` of quantised weights, nothing for weights as trained. `prompts` are the
+    prompt texts of the chat template. Raises ExportError on all ranks when `folder` exists and is
+    not empty, or when it cannot be written.
     """
     world = (grid or Grid.single()).world
     require_empty(folder, world)
@@ -71,6 +74,7 @@ def write_hf_folder(
         if world.is_first:
             _write_json(aside / "generation_config.json", generation)
             tokenizer.export_hf(aside, config.max_position_embeddings)
+            export_chat_template(tokenizer, aside, prompts)
             shards.write_index(aside)
 
     def complete(aside: AnyPath) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 import trainer.export.hf_folder
 from data import Tokenizer
+from data.text import read_prompts
+from data.text.chat_template import chat_template
 from model import V4Model
 from model.hf import to_official
 from tests.distributed import spawn
@@ -76,6 +78,22 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_who_reads_the_folder_reads_its_files(folder: Path) -> None:
     modes = {path.name: path.stat().st_mode for path in (folder / "one").iterdir()}
     assert set(modes.values()) == {modes["config.json"]}, modes
+
+
+def test_prompt_texts_of_the_chat_template(folder: Path, tiny: Path, tmp_path: Path) -> None:
+    template = (folder / "one/chat_template.jinja").read_text()
+    assert template == chat_template()
+    encoder = tmp_path / "encoder.py"
+    encoder.write_text(
+        'TOOLS_TEMPLATE = "{dsml_token}{tool_schemas}"\n'
+        'response_format_template = "As {schema}"\nREASONING_EFFORT_MAX = "Think."\n'
+    )
+    arguments = ["export", str(tiny), str(tmp_path / "out"), f"run_dir={folder / 'run'}"]
+    arguments += ["precision=bf16"]
+    assert main([*arguments, f"--prompts={encoder}"]) == 0
+    expected = chat_template(read_prompts(encoder))
+    assert (tmp_path / "out/chat_template.jinja").read_text() == expected != template
+    assert main([*arguments, f"--prompts={tmp_path / 'none.py'}"]) == 2
 
 
 def test_two_processes_write_what_one_writes(folder: Path) -> None:
