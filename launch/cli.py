@@ -294,7 +294,12 @@ def plan(
             "configs/clusters."
         ),
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
+    nodes: Annotated[
+        str,
+        typer.Option(
+            metavar="N", help="Nodes of the job; MIN:MAX runs on as many of them as there are."
+        ),
+    ] = "1",
     gpus_per_node: Annotated[
         int,
         typer.Option(min=0, help="GPUs, each with a process, on a node; 0: one on its CPUs."),
@@ -307,10 +312,12 @@ def plan(
     run = _check(config, overrides)
     if cluster is not None:
         from launch.cluster import load_cluster, write_job
+        from launch.job import Nodes
 
         arguments = [config, *(overrides or [])]
-        nproc = nodes * max(gpus_per_node, 1)
-        path = write_job(run, arguments, load_cluster(cluster), nodes, gpus_per_node, out)
+        of_job = Nodes.parse(nodes)
+        nproc = of_job.low * max(gpus_per_node, 1)  # on which a process needs most memory
+        path = write_job(run, arguments, load_cluster(cluster), of_job, gpus_per_node, out)
         submit = "sbatch" if path.suffix == ".sbatch" else "kubectl apply -f"
         print(f"wrote {path}; submit it with: {submit} {path}", flush=True)
     nproc = nproc or run.min_world

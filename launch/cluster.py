@@ -7,7 +7,7 @@ from pathlib import Path
 from data.activity import print_line
 from data.files import write_atomically
 from launch import kubernetes, slurm
-from launch.job import ClusterConfig, Job, job_name
+from launch.job import ClusterConfig, Job, Nodes, job_name
 from trainer.config import ConfigError, RunConfig, load_as
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "clusters"
@@ -26,7 +26,7 @@ def write_job(
     run: RunConfig,
     arguments: Sequence[str],
     cluster: ClusterConfig,
-    nodes: int,
+    nodes: Nodes,
     gpus_per_node: int,
     out: Path,
 ) -> Path:
@@ -37,7 +37,7 @@ def write_job(
     Arguments:
         gpus_per_node: and processes on each node; 0 is one process on the CPUs of each.
 
-    Raises ConfigError when the run does not fit the number of processes or has no GPU for
+    Raises ConfigError when the run does not fit one of the numbers of processes or has no GPU for
     `device: cuda`, and DataError when `out` cannot be written.
     """
     if gpus_per_node == 0:
@@ -48,7 +48,12 @@ def write_job(
             "--gpus-per-node above 0 and gpus in the cluster file true"
         )
     processes_per_node = max(gpus_per_node, 1)
-    run.check_world(nodes * processes_per_node)
+    for number in range(nodes.low, nodes.high + 1):
+        try:
+            run.check_world(number * processes_per_node)
+        except ConfigError as error:
+            where = f"{number} of --nodes {nodes}: " if nodes.is_range else ""
+            raise ConfigError(f"{where}{error}") from None
     if run.device == "auto":  # a node without its GPUs is an error, not a rank on a CPU
         arguments = [*arguments, f"device={'cuda' if cluster.gpus else 'cpu'}"]
     job = Job(run, tuple(arguments), cluster, nodes, processes_per_node, out.absolute())

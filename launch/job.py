@@ -3,12 +3,12 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from launch.processes import RESTART_ENVIRONMENT
-from trainer.config import RunConfig, Section, UserPath
+from trainer.config import ConfigError, RunConfig, Section, UserPath
 
 Word = Annotated[
     str,
@@ -160,6 +160,36 @@ class ClusterConfig(Section):
         return self
 
 
+class Nodes(NamedTuple):
+    """Numbers of nodes on which a job may run: one, or all from `low` to `high`."""
+
+    low: int
+    high: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Nodes":
+        """Reads `N` or `MIN:MAX`, as torchrun's `--nnodes`. Raises ConfigError."""
+        match = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", text)
+        if match is None or (nodes := cls(int(match[1]), int(match[2] or match[1]))).is_empty:
+            raise ConfigError(
+                f"--nodes = {text} should be a number of nodes, or MIN:MAX with MIN <= MAX"
+            )
+        return nodes
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no such number."""
+        return self.low > self.high
+
+    @property
+    def is_range(self) -> bool:
+        """Whether there are several such numbers."""
+        return self.low < self.high
+
+    def __str__(self) -> str:
+        return f"{self.low}:{self.high}" if self.is_range else str(self.low)
+
+
 def job_name(folder: str) -> str:
     """Returns `v4-` and the name of a folder, in characters that both managers accept."""
     name = re.sub(r"[^a-z0-9]+", "-", folder.lower()).strip("-")
@@ -178,7 +208,7 @@ class Job:
     run: RunConfig
     arguments: tuple[str, ...]
     cluster: ClusterConfig
-    nodes: int
+    nodes: Nodes
     processes_per_node: int
     out: Path
 
@@ -192,7 +222,7 @@ class Job:
         """Variables of every process."""
         return RESTART_ENVIRONMENT | self.cluster.environment
 
-    def torchrun(self, endpoint: str, job_id: str, is_host: str) -> list[str]:
+    def torchrun(self, nodes: str, endpoint: str, job_id: str, is_host: str) -> list[str]:
         """Returns the command without training's arguments; the parameters are shell text.
 
         Ours ends with the exit code of the rank that failed, torch's own with 1.
@@ -200,7 +230,7 @@ class Job:
         cluster = self.cluster
         return [
             f"{cluster.python} -m trainer.process.torchrun",
-            f"--nnodes {self.nodes} --nproc-per-node {self.processes_per_node}",
+            f"--nnodes {nodes} --nproc-per-node {self.processes_per_node}",
             f"--rdzv-backend c10d --rdzv-endpoint {endpoint} --rdzv-id {job_id}",
             f"--rdzv-conf is_host={is_host},join_timeout={cluster.join_seconds}",
             f"--max-restarts {cluster.max_restarts} --shutdown-timeout {cluster.save_seconds}",

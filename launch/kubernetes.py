@@ -7,6 +7,9 @@ run has not reached its last step: such a pod exits with 143, which counts as an
 is started again. So does a pod that has lost the first node. A pod whose processes failed more
 often than `max_restarts` ends the job: the training operator restarts every pod that ends with 128
 or more, so one whose rank was killed by signal n ends with 1, and its log names the signal.
+
+A job of MIN to MAX nodes has MAX pods, of which torchrun needs MIN: those that find no node wait as
+pending, and join the others later. It is complete with its first pod, also where others still wait.
 """
 
 import re
@@ -96,14 +99,20 @@ def _metadata(job: Job, kubernetes: KubernetesConfig) -> dict[str, str]:
 
 def _pytorch_job(job: Job, kubernetes: KubernetesConfig) -> dict[str, Any]:
     replicas = {"Master": _replica(job, kubernetes, 1, is_host=True)}
-    if job.nodes > 1:
-        replicas["Worker"] = _replica(job, kubernetes, job.nodes - 1, is_host=False)
+    if job.nodes.high > 1:
+        replicas["Worker"] = _replica(job, kubernetes, job.nodes.high - 1, is_host=False)
+    policy: dict[str, Any] = {
+        "cleanPodPolicy": "Running",
+        "backoffLimit": kubernetes.backoff_limit,
+    }
+    if job.nodes.is_range:  # for a scheduler that would wait until there is room for all pods
+        policy["schedulingPolicy"] = {"minAvailable": job.nodes.low}
     return {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
         "metadata": _metadata(job, kubernetes),
         "spec": {
-            "runPolicy": {"cleanPodPolicy": "Running", "backoffLimit": kubernetes.backoff_limit},
+            "runPolicy": policy,
             "pytorchReplicaSpecs": replicas,
         },
     }
@@ -135,7 +144,7 @@ def _train_job(job: Job, kubernetes: KubernetesConfig) -> dict[str, Any]:
                 "kind": "TrainingRuntime",
                 "name": job.name,
             },
-            "trainer": {"numNodes": job.nodes},
+            "trainer": {"numNodes": job.nodes.high},
         },
     }
 
@@ -148,7 +157,7 @@ def _training_runtime(job: Job, kubernetes: KubernetesConfig) -> dict[str, Any]:
         **_container(job, kubernetes, script),
         "ports": [_port(job)],
     }
-    pods = {
+    pods: dict[str, Any] = {
         "backoffLimit": kubernetes.backoff_limit,
         "podFailurePolicy": {
             "rules": [
@@ -162,6 +171,8 @@ def _training_runtime(job: Job, kubernetes: KubernetesConfig) -> dict[str, Any]:
         },
         "template": {"spec": {"restartPolicy": "Never", **_pod(job, kubernetes, container)}},
     }
+    if job.nodes.is_range:
+        pods["successPolicy"] = {"rules": [{"succeededIndexes": "0"}]}
     step = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
     replicated = {"name": "node", "template": {"metadata": {"labels": step}, "spec": pods}}
     return {
@@ -169,7 +180,7 @@ def _training_runtime(job: Job, kubernetes: KubernetesConfig) -> dict[str, Any]:
         "kind": "TrainingRuntime",
         "metadata": _metadata(job, kubernetes),
         "spec": {
-            "mlPolicy": {"numNodes": job.nodes},
+            "mlPolicy": {"numNodes": job.nodes.high},
             "template": {"spec": {"replicatedJobs": [replicated]}},
         },
     }
@@ -215,7 +226,7 @@ def _script(job: Job, head: str, is_host: str) -> str:
         head: name of the first node.
         is_host: whether the pod is the first node, shell text.
     """
-    torchrun = job.torchrun(f"{head}:{job.cluster.port}", job.name, "$is_host")
+    torchrun = job.torchrun(str(job.nodes), f"{head}:{job.cluster.port}", job.name, "$is_host")
     return _SCRIPT.format(
         folder=shlex.quote(str(job.cluster.folder)),
         is_host=is_host,

@@ -81,6 +81,7 @@ V4_HEAD="$(scontrol show node "${nodes[0]}" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*
 export V4_HEAD
 
 # One torchrun on every node; the first node hosts the rendezvous."""
+_ONE_TASK = "--ntasks-per-node=1"
 _IS_HOST = "if [[ $SLURM_NODEID == 0 ]]; then is_host=true; else is_host=false; fi"
 _END_SECONDS = 10  # in which all nodes learn of a user's error on one of them
 _ARRAY_JOB = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
@@ -95,9 +96,14 @@ def script(job: Job) -> str:
     resumes = f"-n $stopping && $code != {USER_ERROR}"
     if isinstance(last, Path):  # in object storage, a complete run ends at once
         resumes += f" && ! -d {shlex.quote(str(last))}"
-    torchrun = job.torchrun(f"$V4_HEAD:{cluster.port}", "$SLURM_JOB_ID", "$is_host")
+    # Of a range, Slurm chooses the number at every start, and none changes while the job runs.
+    nodes = "$SLURM_JOB_NUM_NODES" if job.nodes.is_range else str(job.nodes)
+    torchrun = job.torchrun(nodes, f"$V4_HEAD:{cluster.port}", "$SLURM_JOB_ID", "$is_host")
     slurm = _settings(cluster)
-    options = [f"--nodes={job.nodes}", "--ntasks-per-node=1"]
+    options = [f"--nodes={str(job.nodes).replace(':', '-')}"]
+    # With a number of tasks a job gets the fewest nodes of a range: there, only srun is given it.
+    if not job.nodes.is_range:
+        options.append(_ONE_TASK)
     if cluster.gpus:
         options.append(f"--gpus-per-node={job.processes_per_node}")
     if slurm.cpus_per_node is not None:
@@ -113,6 +119,7 @@ def script(job: Job) -> str:
         before=_HEAD,
         node=f"{_IS_HOST}\n" + " \\\n    ".join(torchrun),
         arguments=job.arguments,
+        of_step=[_ONE_TASK] if job.nodes.is_range else [],
         cores=slurm.cpus_per_node,
         job="$SLURM_JOB_ID",
         resumes=f"[[ {resumes} ]]",
@@ -148,6 +155,7 @@ def array_script(
         before=_python_first(cluster),
         node=f"{cluster.python} {command}",
         arguments=arguments,
+        of_step=[],
         cores=None,
         job=_ARRAY_JOB,
         resumes="[[ -n $stopping ]]",
@@ -176,6 +184,7 @@ def _batch(
     before: str,
     node: str,
     arguments: Sequence[str],
+    of_step: Sequence[str],
     cores: int | None,
     job: str,
     resumes: str,
@@ -186,6 +195,7 @@ def _batch(
         environment: variables of all tasks.
         before: shell lines of the first node.
         node: shell lines of every task, up to the arguments of its last command.
+        of_step: options of srun.
         cores: of a task, as `options` has them.
         job: the job's number, shell text.
         resumes: shell condition on which the job is requeued.
@@ -205,7 +215,7 @@ def _batch(
             head.append(f"--{option}={value}")
     head += slurm.options
     setup = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
-    srun = _step_options(cluster, slurm, cores)
+    srun = [*of_step, *_step_options(cluster, slurm, cores)]
     body = _BATCH.format(
         folder=shlex.quote(str(cluster.folder.absolute())),
         setup="\n".join([*setup, *slurm.setup]),

@@ -4,8 +4,9 @@
 
 Trains a model of 200 million parameters with Muon in fp32, whose weights and states are 1.7 GB, on
 one process; the rows are short, since what is measured is the save. Every `--every` steps a
-checkpoint is saved, in turn with checkpoint.mode async and sync. A pause is what the step with the
-save takes longer than the median of the steps without one. The floor is the time that this host
+checkpoint is saved, in turn with checkpoint.mode async and sync. A pause is the time for which the
+call that saves holds up the loop; beside it stands what the whole step takes longer than the median
+of the steps without a save, which other programs disturb more. The floor is the time that this host
 takes to copy as many bytes once, measured with the same number of threads. Needs 6 GB of memory and
 10 GB of disk; the checkpoints are removed.
 """
@@ -60,6 +61,8 @@ MODES = ("async", "sync")
 class Measured:
     """Seconds of steps with a save, by its mode, and of those without one, by what was going on."""
 
+    pauses: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in MODES})
+    """Seconds of the calls that save, by the mode."""
     saves: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in MODES})
     steps: dict[str, list[float]] = field(default_factory=lambda: {"quiet": [], "beside": []})
     written: list[float] = field(default_factory=list)
@@ -82,8 +85,10 @@ class Saves:
             mode = MODES[state.step // self.every % 2 - 1]
             start = time.perf_counter()
             checkpoint.finish()  # the save before is no part of this one
-            waited = time.perf_counter() - start
+            begun = time.perf_counter()
+            waited = begun - start
             (checkpoint.begin_save if mode == "async" else checkpoint.save)(state)
+            self.measured.pauses[mode].append(time.perf_counter() - begun)
         checkpoint.prune()
         now = time.perf_counter()
         self.measured.written += [report.seconds for report in checkpoint.reports()]
@@ -113,16 +118,21 @@ def table_of(measured: Measured, nbytes: int, rate: float) -> Table:
         f"{quiet:.2f} s (median of {len(measured.steps['quiet'])})",
         title_justify="left",
     )
-    for name in ("checkpoint.mode", "saves", "median pause, s", "longest pause, s", "x the floor"):
+    for name in (
+        *("checkpoint.mode", "saves", "median pause, s", "longest pause, s", "x the floor"),
+        "a step with one longer by, s",
+    ):
         table.add_column(name, justify="left" if name == "checkpoint.mode" else "right")
     floor = nbytes / rate
     for mode in MODES:
-        pauses = [seconds - quiet for seconds in measured.saves[mode]]
+        pauses = measured.pauses[mode]
         values = statistics.median(pauses), max(pauses)
         cells = [f"{value:.2f}" for value in values]
-        table.add_row(mode, str(len(pauses)), *cells, f"{values[1] / floor:.1f}")
+        longer = statistics.median(measured.saves[mode]) - quiet
+        row = [mode, str(len(pauses)), *cells, f"{values[1] / floor:.1f}", f"{longer:.1f}"]
+        table.add_row(*row)
     table.add_section()
-    table.add_row(f"floor: one copy at {rate / 1e9:.1f} GB/s", "", "", f"{floor:.2f}", "1.0")
+    table.add_row(f"floor: one copy at {rate / 1e9:.1f} GB/s", "", "", f"{floor:.2f}", "1.0", "")
     return table
 
 

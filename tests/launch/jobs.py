@@ -7,18 +7,20 @@ import sys
 from pathlib import Path
 
 from launch.cluster import load_cluster, write_job
+from launch.job import Nodes
 from trainer.config import load_config
 
 DEBUG = Path(__file__).parents[2] / "configs/debug.yaml"
 HARD = ["metrics.wandb.tags=['a b', \"it's\", '$(HOME)']", "steps=7"]
 
 
-def write(tmp_path: Path, text: str, nodes: int = 2, gpus: int = 2, *overrides: str) -> Path:
+def write(tmp_path: Path, text: str, nodes: int | str = 2, gpus: int = 2, *overrides: str) -> Path:
     """Writes the job for a cluster file with this text."""
     (tmp_path / "cluster.yaml").write_text(text)
     cluster = load_cluster(str(tmp_path / "cluster.yaml"))
     run = load_config(DEBUG, list(overrides))
-    return write_job(run, [str(DEBUG), *overrides], cluster, nodes, gpus, tmp_path)
+    of_job = Nodes.parse(str(nodes))
+    return write_job(run, [str(DEBUG), *overrides], cluster, of_job, gpus, tmp_path)
 
 
 def check_script(text: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from launch.cli import main
 from launch.cluster import CONFIGS, load_cluster, write_job
-from launch.job import ClusterConfig
+from launch.job import ClusterConfig, Nodes
 from tests.launch.jobs import DEBUG, HARD, check_script, torchrun_options, write
 from tests.launch.sweeps import GRID
 from tests.launch.sweeps import write as write_sweep
@@ -54,6 +54,21 @@ def test_the_sbatch_script(tmp_path: Path) -> None:
     line = next(line for line in text.splitlines() if line.startswith("arguments="))
     assert shlex.split(line.removeprefix("arguments=(")[:-1]) == [str(DEBUG), *HARD, "device=cuda"]
     assert not list(tmp_path.glob(".train*"))
+
+
+def test_a_job_of_as_many_nodes_as_there_are(tmp_path: Path) -> None:
+    """Slurm chooses the number at every start; the run fits each of them."""
+    text = write(tmp_path, SLURM, "2:4").read_text()
+    check_script(text)
+    asked = directives(text)
+    assert asked["nodes"] == "2-4" and "ntasks-per-node" not in asked  # else Slurm gives 2
+    assert re.search(r"\nsrun .*\\\n    --ntasks-per-node=1 \\\n", text)
+    assert torchrun_options(text)["--nnodes"] == "$SLURM_JOB_NUM_NODES"
+    with pytest.raises(ConfigError, match=r"^3 of --nodes 2:4: .* 3 processes"):
+        write(tmp_path, SLURM, "2:4", 1, "parallel.tensor=2")
+    for wrong in ("4:2", "0", "2:"):
+        with pytest.raises(ConfigError, match=f"^--nodes = {wrong} should be a number of"):
+            write(tmp_path, SLURM, wrong)
 
 
 def node_shell(tmp_path: Path, python: str) -> subprocess.Popen[str]:
@@ -154,7 +169,7 @@ def test_the_shipped_files_are_read(tmp_path: Path) -> None:
     for path in files:
         cluster = load_cluster(path.stem)
         assert isinstance(cluster, ClusterConfig) and cluster.kind == path.stem
-        assert write_job(run, [str(DEBUG)], cluster, 2, 1, tmp_path / path.stem).is_file()
+        assert write_job(run, [str(DEBUG)], cluster, Nodes(2, 2), 1, tmp_path / path.stem).is_file()
 
 
 def test_a_job_for_cpus(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from kubeflow_trainer_api.models.trainer_v1alpha1_training_runtime import (
 
 from launch import is_complete
 from launch.cluster import load_cluster, write_job
+from launch.job import Nodes
 from tests.distributed import free_port
 from tests.launch.jobs import DEBUG, HARD, check_script, torchrun_options, write
 from tests.trainer.tiny import steps_in_file
@@ -117,6 +118,27 @@ def test_the_trainjob_and_its_runtime(tmp_path: Path) -> None:
     check_container(container, "v4-debug-node-0-0.v4-debug:29500")
 
 
+def test_a_job_of_as_many_nodes_as_there_are(tmp_path: Path) -> None:
+    """There are pods for all; torchrun, and a scheduler that waits for a group, need the fewest."""
+    job = yaml.safe_load(write(tmp_path, KUBERNETES, "2:4").read_text())
+    conforms(job["spec"]["runPolicy"], RUN_POLICY)
+    assert job["spec"]["runPolicy"]["schedulingPolicy"] == {"minAvailable": 2}
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert [replicas[kind]["replicas"] for kind in ("Master", "Worker")] == [1, 3]
+    templates = [replica["template"] for replica in replicas.values()]
+    runtime, train = yaml.safe_load_all(write(tmp_path, TRAIN_JOB, "2:4").read_text())
+    accepts(TrainingRuntime, runtime)
+    accepts(TrainJob, train)
+    assert train["spec"]["trainer"]["numNodes"] == 4
+    (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    pods = replicated["template"]["spec"]
+    assert pods["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
+    for template in (*templates, pods["template"]):
+        script = template["spec"]["containers"][0]["command"][2].replace("$$(", "$(")
+        check_script(script)
+        assert torchrun_options(script)["--nnodes"] == "2:4"
+
+
 def test_a_schema_refuses_a_field_that_it_does_not_have(tmp_path: Path) -> None:
     runtime, job = yaml.safe_load_all(write(tmp_path, TRAIN_JOB).read_text())
     job["spec"]["trainer"]["nodes"] = 3
@@ -183,7 +205,7 @@ def local_job(tiny: Path, tmp_path: Path, text: str, steps: int) -> list[str]:
     cluster = load_cluster(str(tmp_path / "cluster.yaml"))
     arguments = [str(tiny), f"steps={steps}", f"run_dir={tmp_path / 'run'}"]
     run = load_config(tiny, arguments[1:])
-    _, container = pods_of(write_job(run, arguments, cluster, 1, 0, tmp_path))
+    _, container = pods_of(write_job(run, arguments, cluster, Nodes(1, 1), 0, tmp_path))
     return command_of(container)
 
 

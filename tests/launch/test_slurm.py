@@ -11,6 +11,7 @@ from typing import NoReturn
 import pytest
 
 from launch.cluster import load_cluster, write_job, write_sweep_job
+from launch.job import Nodes
 from launch.sweep_job import write_array
 from tests.distributed import free_port, spawn
 from tests.launch.jobs import check_script
@@ -53,7 +54,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 
 def job_file(
-    config: Path, out: Path, *overrides: str, nodes: int = 2, gpus: int = 0, more: str = ""
+    config: Path, out: Path, *overrides: str, nodes: str = "2", gpus: int = 0, more: str = ""
 ) -> Path:
     """What `v4 plan --cluster` writes for a run, by default in `out`/run."""
     out.mkdir(exist_ok=True)
@@ -62,9 +63,8 @@ def job_file(
     (out / "cluster.yaml").write_text(f"{settings}save_seconds: {SAVE_SECONDS}\n{more}\n")
     arguments = [f"run_dir={out / 'run'}", *overrides]
     run = load_config(config, arguments)
-    return write_job(
-        run, [str(config), *arguments], load_cluster(str(out / "cluster.yaml")), nodes, gpus, out
-    )
+    cluster, of_job = load_cluster(str(out / "cluster.yaml")), Nodes.parse(nodes)
+    return write_job(run, [str(config), *arguments], cluster, of_job, gpus, out)
 
 
 def wait_until(
@@ -121,7 +121,7 @@ def test_a_second_job_in_the_run_folder_is_refused(
 ) -> None:
     number, run_dir = endless
     job = job_file(
-        tiny, tmp_path, f"run_dir={run_dir}", "steps=1000000", nodes=1, more="max_restarts: 0"
+        tiny, tmp_path, f"run_dir={run_dir}", "steps=1000000", nodes="1", more="max_restarts: 0"
     )
     state, log = end_of(cluster, cluster.submit(job, hostlist("n3")))
     assert (state["JobState"], state["ExitCode"]) == ("FAILED", "2:0"), log
@@ -256,6 +256,24 @@ def test_the_agents_of_a_wandb_sweep_are_an_array(
     opened = json.loads(body)["variables"]
     assert (opened["name"], opened["sweep"], opened["project"]) == ("short", "abc12345", "mine")
     assert len(server.history()) == 2
+
+
+def test_a_job_takes_in_a_node_that_comes_back(
+    cluster: SlurmCluster, tiny: Path, tmp_path: Path
+) -> None:
+    """`--nodes 1:2`: its first start has one node, and the next one, after a signal, has both."""
+    cluster.run("scontrol", "update", "nodename=n4", "state=drain", "reason=test")
+    job = job_file(tiny, tmp_path, *RUN, nodes="1:2")
+    number = cluster.submit(job, "--exclude=n1,n2")
+    wait_until(cluster, number, lambda _: last_step(tmp_path / "run") > 2)
+    assert cluster.job(number)["NodeList"] == "n3"
+    cluster.run("scontrol", "update", "nodename=n4", "state=resume")
+    wait_until(cluster, number, lambda _: cluster.node_state("n4") == "IDLE")
+    cluster.run("scancel", "--batch", "--signal=TERM", str(number))
+    state, log = end_of(cluster, number)
+    assert (state["JobState"], state["NodeList"], state["Restarts"]) == ("COMPLETED", "n[3-4]", "1")
+    assert "on 1 process; loading torch" in log and "on 2 processes; loading torch" in log, log
+    assert steps_in_file(tmp_path / "run") == list(range(1, STEPS + 1))
 
 
 def test_a_job_outlives_a_node(cluster: SlurmCluster, tiny: Path, tmp_path: Path) -> None:
