@@ -38,7 +38,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    package_data={"data.text": ["*.jinja"]},
+    package_data={"data.text": ["*.jinja"], "trainer.export": ["servers/*.json"]},
     packages=find_packages(include=[name for room in ROOMS for name in (room, f"{room}.*")]),
     install_requires=[
         "torch>=2.11",

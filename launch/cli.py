@@ -150,8 +150,12 @@ def evaluate(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def export(
-    config: Config,
-    out: Annotated[str, typer.Argument(help="New folder, or a URL such as s3://bucket/model.")],
+    config: Annotated[
+        str, typer.Argument(help="Config file or run folder; with --check an exported folder.")
+    ],
+    out: Annotated[
+        str | None, typer.Argument(help="New folder, or a URL such as s3://bucket/model.")
+    ] = None,
     overrides: Overrides = None,
     weights: Annotated[
         WeightFormat,
@@ -166,8 +170,18 @@ def export(
             help="Encoder of a released folder, whose prompt texts the chat template then has."
         ),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Instead: whether vLLM and SGLang find all that they read."),
+    ] = False,
 ) -> None:
-    """Write the newest checkpoint as a Hugging Face folder."""
+    """Write the newest checkpoint as a Hugging Face folder, or check such a folder."""
+    if check:
+        if out is not None:
+            raise typer.BadParameter("it takes one folder", param_hint="--check")
+        _exit(processes.run(processes.command("check-export", config)))
+    if out is None:
+        raise typer.BadParameter("name the new folder", param_hint="OUT")
     more = [f"--weights={weights.value}", *([] if prompts is None else [f"--prompts={prompts}"])]
     _command("export", config, overrides, out, *more)
 

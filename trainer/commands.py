@@ -138,6 +138,14 @@ def export(config: RunConfig, options: argparse.Namespace) -> None:
         watch.close()
 
 
+def check_export(folder: str, options: argparse.Namespace) -> None:
+    """Check that vLLM and SGLang find in a Hugging Face folder what they read of it."""
+    with _loading():
+        from trainer.export import check_command
+
+    check_command(_place(folder))
+
+
 def _place(text: str) -> AnyPath:
     """Returns a folder of the command line. Raises ConfigError for a URL that is none of files."""
     from data.storage import as_path
@@ -303,6 +311,7 @@ VERBS = {
 PLAIN_VERBS = {"kernels-show": kernels_show}
 FOLDER_VERBS = {
     "chat": chat,
+    "check-export": check_export,
     "demo-corpus": demo_corpus,
     "generate": generate,
     "sample": sample,

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 
 from launch import cli, demo, processes
 from tests.distributed import spawn
@@ -95,6 +96,16 @@ def test_every_command_takes_overrides_and_options(
     assert (options.config, options.overrides) == ("run", ["steps=3", "seed=1"])
     assert {name: getattr(options, name) for name in flags} == flags
     assert getattr(options, "folder", "out") == "out"
+
+
+def test_export_checks_a_folder_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(processes, "run", lambda command: commands.append(command) or 0)
+    cli.app(["export", "--check", "folder"], standalone_mode=False)
+    assert parse(commands[0][3:]).folder == "folder"
+    for arguments in (["export", "run"], ["export", "--check", "folder", "out"]):
+        with pytest.raises(typer.BadParameter):
+            cli.app(arguments, standalone_mode=False)
 
 
 def test_what_no_option_is_stays_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,12 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers, the names of _MODULES
+    from trainer.export.check import check_command
     from trainer.export.export import export_run, read_run_weights
     from trainer.export.hf_folder import read_hf_config, read_hf_weights, read_object
     from trainer.export.import_run import import_hf_folder, imported_sizes, open_run
     from trainer.export.sample import sample_text
 
 _MODULES = {
+    "check_command": "check",
     "export_run": "export",
     "import_hf_folder": "import_run",
     "imported_sizes": "import_run",

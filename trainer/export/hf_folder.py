@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,15 +199,9 @@ def read_hf_weights(folder: AnyPath) -> dict[str, Tensor]:
     listed = _weight_files(folder)
     with Activity("reading weights", len(listed), "files") as activity:
         for path, names in listed.items():
-            try:
-                with local_copy(path) as copy, safe_open(copy, framework="pt") as file:
-                    _compare_names(path, {*file.keys()}, names)
-                    for name in file.keys():  # noqa: SIM118 - not a dictionary
-                        weights[name] = file.get_tensor(name)
-            except FileNotFoundError:
-                raise ExportError(f"{path}: is missing, though {INDEX} names it") from None
-            except SafetensorError as error:
-                raise ExportError(f"{path}: is truncated or no safetensors file: {error}") from None
+            with _opened(path, names) as file:
+                for name in file.keys():  # noqa: SIM118 - not a dictionary
+                    weights[name] = file.get_tensor(name)
             activity.advance()
     weights = dequantised(weights, str(folder))
     for name, weight in weights.items():
@@ -216,6 +211,38 @@ def read_hf_weights(folder: AnyPath) -> dict[str, Tensor]:
     if any(_SAVED_BY_TRANSFORMERS.match(name) for name in weights):
         return {_official(name): tensor for name, tensor in weights.items()}
     return weights
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """A tensor's dtype, in the words of safetensors, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_headers(folder: AnyPath) -> dict[str, TensorHeader]:
+    """Returns dtype and shape of all tensors of a folder. Raises as `read_hf_weights`."""
+    headers: dict[str, TensorHeader] = {}
+    for path, names in _weight_files(folder).items():
+        with _opened(path, names) as file:
+            for name in file.keys():  # noqa: SIM118 - not a dictionary
+                tensor = file.get_slice(name)
+                headers[name] = TensorHeader(tensor.get_dtype(), tuple(tensor.get_shape()))
+    return headers
+
+
+@contextmanager
+def _opened(path: AnyPath, names: set[str] | None) -> Iterator[Any]:
+    """Opens a file of weights that should have these tensors. Raises ExportError."""
+    try:
+        with local_copy(path) as copy, safe_open(copy, framework="pt") as file:
+            _compare_names(path, {*file.keys()}, names)
+            yield file
+    except FileNotFoundError:
+        raise ExportError(f"{path}: is missing, though {INDEX} names it") from None
+    except SafetensorError as error:
+        raise ExportError(f"{path}: is truncated or no safetensors file: {error}") from None
 
 
 def _is_finite(weight: Tensor) -> bool:

@@ -9,7 +9,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from model.kernels.mxfp4 import dequantise, quantise
-from tests import servers
 from tests.model.tiny import tiny_config
 from tests.trainer.tiny import saved_tensors, train
 from trainer.config import RunConfig, load_config
@@ -123,20 +122,6 @@ def test_fp8_weights_are_read_as_transformers_reads_them() -> None:
 
 
 RELEASED_RATIOS = {"csa_compress_ratio": 4, "hca_compress_ratio": 128}
-
-
-@pytest.mark.parametrize("server", ["vllm", "sglang"])
-def test_servers_leave_the_linears_of_packed_experts_alone(server: str) -> None:
-    """And only those: the routed experts, and all linears of the released layout, are converted."""
-    config = tiny_config(**RELEASED_RATIOS)
-    keys = config.to_hf() | config_keys(config, "mxfp4_experts")
-    listed = keys["quantization_config"]["modules_to_not_convert"]
-    modules = [*servers.linear_modules(keys, server)]
-    assert len(modules) > 20
-    assert [module for module in modules if not servers.skips(module, listed, server)] == []
-    ffn = {"vllm": "ffn", "sglang": "mlp"}[server]
-    assert not servers.skips(f"model.layers.1.{ffn}.experts", listed, server)
-    assert "modules_to_not_convert" not in config_keys(config, "released")["quantization_config"]
 
 
 def test_transformers_leaves_the_linears_of_packed_experts_alone() -> None:
