@@ -31,14 +31,14 @@ class Dispatched:
         rows_PD: hidden states, sorted by expert.
         weights_P: routing weight of each row.
         ends_E: int32, where each expert's rows end.
-        pair_of_row_P: index of the (token, expert) pair in each row; 0 in padding rows.
+        token_of_row_P: index of the token in each row; 0 in padding rows.
         row_of_pair_L: index of each pair's row.
     """
 
     rows_PD: Tensor
     weights_P: Tensor
     ends_E: Tensor
-    pair_of_row_P: Tensor
+    token_of_row_P: Tensor
     row_of_pair_L: Tensor
 
 
@@ -72,14 +72,15 @@ class LocalDispatch:
         pair_of_row_P, row_of_pair_L, ends_E = sort_pairs(expert_L, num_experts, alignment)
         weights_L = routing.weights_TA.flatten()
         weights_P = weights_L.new_zeros(len(pair_of_row_P)).index_copy(0, row_of_pair_L, weights_L)
-        rows_PD = permute_rows(x_TD, pair_of_row_P, row_of_pair_L, self.choice)
-        return Dispatched(rows_PD, weights_P, ends_E, pair_of_row_P, row_of_pair_L)
+        token_of_row_P = pair_of_row_P // routing.indices_TA.shape[1]
+        rows_PD = permute_rows(x_TD, token_of_row_P, row_of_pair_L, self.choice)
+        return Dispatched(rows_PD, weights_P, ends_E, token_of_row_P, row_of_pair_L)
 
     def combine(self, y_PD: Tensor, dispatched: Dispatched, num_tokens: int) -> Tensor:
         """Sums each token's expert outputs to [T, D]."""
         return unpermute_rows(
             y_PD,
-            dispatched.pair_of_row_P,
+            dispatched.token_of_row_P,
             dispatched.row_of_pair_L,
             num_tokens,
             self.choice,

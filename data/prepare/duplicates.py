@@ -12,10 +12,10 @@ Letters: D documents of all work items, K slots of a signature.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from data.compiled import compiled
 from data.config import FiltersConfig
 from data.prepare.filters import EXACT, KEPT, NEAR, TEMPLATE
 from data.prepare.signatures import NEAR_ROWS, NEAR_SLOTS, TEMPLATE_ROWS, TEMPLATE_SLOTS
@@ -118,7 +118,7 @@ def _keys(values: NDArray[Any], columns: slice | None) -> NDArray[np.uint64]:
     return key
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _roots(parent: Ints, documents: Ints) -> Ints:
     roots = np.empty_like(documents)
     for i, d in enumerate(documents):
@@ -129,7 +129,7 @@ def _roots(parent: Ints, documents: Ints) -> Ints:
     return roots
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _connect(parent: Ints, first: Ints, second: Ints) -> None:
     """Merges the groups of pairs; the earlier root stays the root."""
     for i in range(len(first)):

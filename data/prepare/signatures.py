@@ -7,10 +7,10 @@ Words are runs of letters and digits, ASCII in lower case; a character of a scri
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from data.compiled import compiled
 from data.prepare.splits import document_hash
 
 NEAR_SLOTS, NEAR_ROWS = 128, 8  # bands of 8: finds similarity above about (1/16)^(1/8) = 0.71
@@ -54,14 +54,14 @@ def _minhash(
     return np.array(digests.to_rows(), dtype=np.uint32)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _mix(value: Any) -> Any:
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _shingles(
     content: NDArray[np.uint8], bounds: NDArray[np.int64], size: int, mask: bool
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
@@ -112,12 +112,12 @@ _SINGLE = 227  # lead byte of U+3000; from there on every character is a word
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _is_letter(byte: Any) -> Any:
     return 48 <= byte <= 57 or 65 <= byte <= 90 or 97 <= byte <= 122 or byte == 95 or byte >= 128
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _gram(words: NDArray[np.uint64], first: int, size: int) -> Any:
     gram = np.uint64(size)
     for j in range(size):

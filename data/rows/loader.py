@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.compiled import compiled
 from data.config import DataConfig, DataPhase
 from data.errors import DataError
 from data.manifest import Split
@@ -368,7 +368,7 @@ class Loader:
         return lengths
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _copy(
     ids: np.ndarray, start: int, length: int, tokens_S: np.ndarray, targets_S: np.ndarray, at: int
 ) -> None:

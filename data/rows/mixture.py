@@ -12,10 +12,10 @@ Letters: R rows of a window, N sources.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from data.compiled import compiled
 from data.config import DataConfig, DataPhase
 from data.errors import DataError
 from data.rows.permutation import hashes
@@ -170,7 +170,7 @@ def balanced_order(tokens_RN: Ints, key: int, group: int, first: int = 0) -> Int
     return np.concatenate([rows, np.flatnonzero(filled == 0)])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _balance(
     deviation_RN: NDArray[np.float64], kind: Ints, group: int, first_place: int, size: int
 ) -> Ints:

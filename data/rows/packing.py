@@ -10,9 +10,10 @@ Letters: P pieces, R rows.
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from data.compiled import compiled
 
 Ints = NDArray[np.int64]
 
@@ -74,7 +75,7 @@ def pack_windows(lengths: Ints, seq_len: int, order: Ints, window: int) -> Packe
     )
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _best_fit(lengths: Ints, seq_len: int) -> tuple[Ints, int]:
     """(row of each piece [P], number of rows).
 
@@ -179,7 +180,7 @@ def _by_row(document: Ints, start: Ints, length: Ints, row_of: Ints, rows: int) 
     return PackedRows(offsets, document[order], start[order], length[order])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _squeeze(start: Ints, length: Ints, row_of: Ints, room: Ints) -> tuple[Ints, Ints, Ints, Ints]:
     """Moves the pieces of rows ≥ len(room), cut where needed, into the rows with most room first.
 

@@ -19,10 +19,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from data.compiled import compiled
 from data.errors import DataError
 from data.files import write_atomically
 from data.indexed import IndexedShard
@@ -99,7 +99,7 @@ def _cached(file: Path, key: str, compute: Callable[[], dict[str, Ints]]) -> dic
     return arrays
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _count(tokens: NDArray[Any], bounds: Ints, table: Ints) -> Ints:
     counts = np.zeros(len(bounds) - 1, dtype=np.int64)
     for d in range(len(counts)):
@@ -108,7 +108,7 @@ def _count(tokens: NDArray[Any], bounds: Ints, table: Ints) -> Ints:
     return counts
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _mix(value: Any) -> Any:
     mixed = np.uint64(value) + np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -116,7 +116,7 @@ def _mix(value: Any) -> Any:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def transform(
     raw: NDArray[Any], table: Ints, splits: int, fim: int, fim_tokens: Ints, key: Any
 ) -> Ints:

@@ -249,8 +249,8 @@ def combine_case(sizes: Sizes) -> Case:
     # Some rows are padding, as between experts.
     y = draw(tokens * active + 15, dim)
     place = draw.permutation(len(y))[: tokens * active]
-    pair_of_row = torch.zeros(len(y), dtype=torch.int64, device=sizes.device)
-    pair_of_row[place] = torch.arange(len(place), device=sizes.device)
+    token_of_row = torch.zeros(len(y), dtype=torch.int64, device=sizes.device)
+    token_of_row[place] = torch.arange(len(place), device=sizes.device) // active
 
     def naive(y: Tensor) -> Tensor:
         return naive_unpermute_rows(y, place, tokens)
@@ -258,7 +258,7 @@ def combine_case(sizes: Sizes) -> Case:
     return Case(
         "combine",
         {"rows": y},
-        lambda choice: lambda y: unpermute_rows(y, pair_of_row, place, tokens, choice),
+        lambda choice: lambda y: unpermute_rows(y, token_of_row, place, tokens, choice),
         naive=naive if sizes.dense else None,
         differentiable=False,
         # The forward of the combine, and the backward of the dispatch.

@@ -2,13 +2,14 @@
 
 A kernel is a function of a range of rows and of NumPy arrays, called once by each thread. A row is
 computed alike in any range, so no result depends on the number of threads. Numba keeps the machine
-code next to the source file (or in the user's cache) and knows by that file's time when it is out
-of date: a kernel therefore calls no compiled function of another file.
+code next to the source file (or in the user's cache) and knows by that file's contents when it is
+out of date: a kernel therefore calls no compiled function of another file.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import logging
 import os
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from numba import njit
 from numba.core import event
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -100,14 +101,27 @@ def fused_loop(function: Callable[..., None]) -> Callable[..., None]:
 
 
 class _Cache(FunctionCache):
-    """Numba's cache on disk; a kernel that it cannot read or keep is compiled again."""
+    """Numba's cache on disk; a kernel that it cannot read or keep is compiled again.
+
+    Numba writes its index before the code that the index names, under numbers that it gives out
+    again. Of several ranks that start after a change, one could so read the code of the old source,
+    or of other types: the names of files have a digest of the source, and types are compared.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        super().__init__(function)
+        locator = self._impl.locator
+        stamp = locator.get_source_stamp()
+        name = f"{self._impl.filename_base}-{hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]}"
+        self._cache_file = IndexDataCacheFile(locator.get_cache_path(), name, stamp)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            code = super().load_overload(sig, target_context)
         except Exception as error:  # whatever unpickling a damaged file raises
             compilation.warn_uncached(error)
             return None
+        return code if code is not None and tuple(code.signature.args) == tuple(sig) else None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:

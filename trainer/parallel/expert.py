@@ -38,15 +38,15 @@ class _DispatchState(Dispatched):
 
     Attributes:
         send, receive: numbers of rows sent to and received from each rank.
-        copy_of_sent_L: the copy in each sent row. Copies are (token, expert, shard of the expert)
+        token_of_sent_L: the token in each sent row.
+        sent_of_copy_L: the sent row of each copy. Copies are (token, expert, shard of the expert)
             triples in this order.
-        sent_of_copy_L: the sent row of each copy.
         num_received_rows: received rows, with the dummy row.
     """
 
     send: list[int]
     receive: list[int]
-    copy_of_sent_L: Tensor
+    token_of_sent_L: Tensor
     sent_of_copy_L: Tensor
     num_received_rows: int
 
@@ -75,7 +75,8 @@ class ExpertDispatch:
         sent_of_copy_L = torch.empty_like(copy_of_sent_L)
         sent_of_copy_L[copy_of_sent_L] = torch.arange(len(copy_of_sent_L), device=x_TD.device)
         pending_counts = self.begin_counts(destination_L, local_experts)
-        rows_LD = permute_rows(x_TD, copy_of_sent_L, sent_of_copy_L, self.local.choice)
+        token_of_sent_L = copy_of_sent_L // (routing.indices_TA.shape[1] * self.expert_tensor_size)
+        rows_LD = permute_rows(x_TD, token_of_sent_L, sent_of_copy_L, self.local.choice)
 
         def exchange_rows() -> _DispatchState:
             received_Re, send, receive = pending_counts()
@@ -92,7 +93,7 @@ class ExpertDispatch:
                 **vars(local),
                 send=send,
                 receive=receive,
-                copy_of_sent_L=copy_of_sent_L,
+                token_of_sent_L=token_of_sent_L,
                 sent_of_copy_L=sent_of_copy_L,
                 num_received_rows=len(rows_MD),
             )
@@ -120,7 +121,7 @@ class ExpertDispatch:
         back_LD = all_to_all_tokens(rows_MD, dispatched.receive, dispatched.send, self.axis)
         return unpermute_rows(
             back_LD,
-            dispatched.copy_of_sent_L,
+            dispatched.token_of_sent_L,
             dispatched.sent_of_copy_L,
             num_tokens,
             self.local.choice,

@@ -51,7 +51,6 @@ from model.kernels.attention.inputs import AttentionInputs
 from model.kernels.attention.key_gradient_triton import entry_gradients, range_gradients
 from model.kernels.attention.parts_triton import (
     ENTRY_RANGE,
-    LOG2E,
     SELECTED_ENTRIES,
     Blocks,
     Call,
@@ -326,11 +325,11 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, entries, sink, cos_sin, selected, out, lse2 = ctx.saved_tensors
         call = Call(q, entries, ctx.ranges, selected, ctx.blocks, ctx.entry_end)
-        rows = prepare_rows(q, out, grad_out.contiguous(), cos_sin, lse2, ctx.eps, call.blocks)
+        grad_out = grad_out.contiguous()
+        rows = prepare_rows(q, out, grad_out, sink, cos_sin, lse2, ctx.eps, call.blocks)
         grad_q = query_gradients(call, rows, q, kv, entries, cos_sin)
         grad_kv = range_gradients(call, rows, kv, call.key_start, call.key_end).to(kv.dtype)
         ordered = ctx.deterministic or call.blocks.ordered == 1
         grad_entries = entry_gradients(call, rows, entries, ordered)
-        sink_probability_TH = torch.exp(torch.sub(sink, lse2, alpha=1.0 / LOG2E))
-        grad_sink = -(sink_probability_TH * rows.delta).sum(0).to(sink.dtype)
+        grad_sink = rows.grad_sink.sum(0).to(sink.dtype)
         return grad_q, grad_kv, grad_entries, grad_sink, *[None] * 7

@@ -281,10 +281,14 @@ def _whole_range_gradients(call: Call, rows: Rows, entries: Tensor) -> tuple[Ten
 
     And the number of selected entries of each query whose gradients are not in it, int32 [T].
     """
-    sees_few_T = call.visible_end - call.visible_start <= call.num_selected
-    # An empty range of the other queries; the bounds do not decrease with them either, since all
-    # entries of one sample come before those of the next.
-    start_T = torch.where(sees_few_T, call.visible_start, call.visible_end)
+
+    def few() -> tuple[Tensor, Tensor]:
+        sees_few_T = call.visible_end - call.visible_start <= call.num_selected
+        # An empty range of the other queries; the bounds do not decrease with them either, since
+        # all entries of one sample come before those of the next.
+        return sees_few_T, torch.where(sees_few_T, call.visible_start, call.visible_end)
+
+    sees_few_T, start_T = call.ranges.derived(("sees few", call.num_selected), few)
     grad = range_gradients(call, rows, entries, start_T, call.visible_end)
     return grad, call.entry_end.masked_fill(sees_few_T, 0)
 

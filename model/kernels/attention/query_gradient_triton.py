@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model.kernels.attention.parts_triton import (
     ENTRY_RANGE,
+    LOG2E,
     SELECTED_ENTRIES,
     Blocks,
     Call,
@@ -32,16 +33,21 @@ from model.kernels.attention.parts_triton import (
 )
 from model.kernels.norm.rotation_triton import rotate_pairs
 
+_LOG2E = tl.constexpr(LOG2E)
+
 
 @triton.jit(do_not_specialize=["rows"])
 def _prepare(
     q,
     out,
     grad_out,
+    sink,
+    lse2,
     cos_sin,
     q_and_grad,
     rstd,
     delta,
+    grad_sink,
     rows,
     heads,
     eps,
@@ -51,8 +57,9 @@ def _prepare(
 ):
     """Prepares every row for backward.
 
-    Writes the normed and rotated query, the rotated output gradient, 1 / rms, and
-    delta = Σ grad_out · out.
+    Writes the normed and rotated query, the rotated output gradient, 1 / rms,
+    delta = Σ grad_out · out, and the row's term of the sink's gradient, -p · delta with the sink's
+    probability p.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_bounds = row < rows
@@ -64,7 +71,11 @@ def _prepare(
     tl.store(rstd + row, r, mask=in_bounds)
     grad = tl.load(grad_out + at, mask=in_bounds[:, None], other=0.0).to(tl.float32)
     o = tl.load(out + at, mask=in_bounds[:, None], other=0.0).to(tl.float32)
-    tl.store(delta + row, tl.sum(grad * o, 1), mask=in_bounds)
+    sums = tl.sum(grad * o, 1)
+    tl.store(delta + row, sums, mask=in_bounds)
+    sink_logit = tl.load(sink + row % heads, mask=in_bounds, other=0.0).to(tl.float32) * _LOG2E
+    row_lse2 = tl.load(lse2 + row, mask=in_bounds, other=0.0)
+    tl.store(grad_sink + row, -tl.exp2(sink_logit - row_lse2) * sums, mask=in_bounds)
     grad = rotate_pairs(grad, cos_sin, token, in_bounds, 1.0, ROWS, DIM, DIM, ROTARY)
     tl.store(q_and_grad + pair + DIM, grad.to(q_and_grad.dtype.element_ty), mask=in_bounds[:, None])
 
@@ -77,34 +88,43 @@ class Rows:
         q_and_grad: [T, H, 2, K], each normed, rotated query and the gradient of its output, rotated
             by the same angle.
         rstd, lse2, delta: [T, H]; delta is Σ grad_out · out.
+        grad_sink: fp32 [T, H], each row's term of the sink's gradient.
     """
 
     q_and_grad: Tensor
     rstd: Tensor
     lse2: Tensor
     delta: Tensor
+    grad_sink: Tensor
 
 
 def prepare_rows(
-    q: Tensor, out: Tensor, grad: Tensor, cos_sin: Tensor, lse2: Tensor, eps: float, blocks: Blocks
+    q: Tensor,
+    out: Tensor,
+    grad: Tensor,
+    sink: Tensor,
+    cos_sin: Tensor,
+    lse2: Tensor,
+    eps: float,
+    blocks: Blocks,
 ) -> Rows:
-    """Prepares what both gradients read from q [T, H, K], out and grad_out, all contiguous."""
-    rows = Rows(
-        q.new_empty(*q.shape[:2], 2, q.shape[2]),
-        torch.empty_like(lse2),
-        lse2,
-        torch.empty_like(lse2),
-    )
+    """Prepares what all gradients read from q [T, H, K], out and grad_out, all contiguous."""
+    pairs = q.new_empty(*q.shape[:2], 2, q.shape[2])
+    rstd, delta, grad_sink = (torch.empty_like(lse2) for _ in range(3))
+    rows = Rows(pairs, rstd, lse2, delta, grad_sink)
     count, block = lse2.numel(), min(16, blocks.rows)
     if count:
         _prepare[(triton.cdiv(count, block),)](
             q,
             out,
             grad,
+            sink.contiguous(),
+            lse2,
             cos_sin,
             rows.q_and_grad,
             rows.rstd,
             rows.delta,
+            rows.grad_sink,
             count,
             q.shape[1],
             eps,

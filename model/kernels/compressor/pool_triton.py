@@ -276,7 +276,7 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_pooled: Tensor) -> tuple[Tensor | None, ...]:
         values, gates, ape, first_token, has_previous = ctx.saved_tensors
-        grad_values, grad_gates = torch.zeros_like(values), torch.zeros_like(gates)
+        grad_values, grad_gates = values.new_zeros(2, *values.shape)
         count = len(first_token)
         blocks = triton.cdiv(count, ctx.block_c)
         span = max(triton.cdiv(blocks, _PARTS), 1) * ctx.block_c

@@ -155,23 +155,21 @@ def _gate_backward(
     token,
     in_bounds,
     grad_w,
-    grad_base,
-    grad_scale,
+    own_sums,
     NUMBER: tl.constexpr,
     N: tl.constexpr,
     OUT: tl.constexpr,
 ):
     """Backward of the scaling of pre (NUMBER 0) or post (1).
 
-    Given the gradient [T, N] at the sigmoid's input, stores those of w, base and scale. Returns its
-    part of ``norm_term`` [T].
+    Given the gradient [T, N] at the sigmoid's input, stores that of w, and those of base and scale
+    among the program's ``own_sums``. Returns its part of ``norm_term`` [T].
     """
     n = NUMBER * N + tl.arange(0, N)
     at = grad_w + token.to(tl.int64)[:, None] * OUT + n[None, :]
     tl.store(at, grad * factor * r[:, None], mask=in_bounds[:, None])
-    program = tl.program_id(0)
-    tl.store(grad_base + program * OUT + n, tl.sum(grad, 0))
-    tl.store(grad_scale + program * 4 + NUMBER, tl.sum(tl.sum(grad * value, 1), 0))
+    tl.store(own_sums + n, tl.sum(grad, 0))
+    tl.store(own_sums + OUT + NUMBER, tl.sum(tl.sum(grad * value, 1), 0))
     return tl.sum(grad * factor * value, 1)
 
 
@@ -187,8 +185,7 @@ def _coefficients_backward(
     divisors,
     grad_w,
     norm_term,
-    grad_base,
-    grad_scale,
+    sums,
     tokens,
     width,
     hc_eps,
@@ -200,10 +197,11 @@ def _coefficients_backward(
 ):
     """Computes the gradients of the projections (times rstd) and of base and scale.
 
-    Those of base [parts, OUT] and scale [parts, 4] are partial sums per program. X's gradient gets
-    -``norm_term`` · X from the norm.
+    Those of base [OUT] and scale, in this order, are partial ``sums`` of each program, [parts,
+    OUT + 3]. X's gradient gets -``norm_term`` · X from the norm.
     """
     program = tl.program_id(0)
+    own_sums = sums + program * (OUT + 3)
     token = program * BLOCK_T + tl.arange(0, BLOCK_T)
     in_bounds = token < tokens
     own = token.to(tl.int64)[:, None]
@@ -216,7 +214,7 @@ def _coefficients_backward(
         tl.load(grad_pre + own * N + n[None, :], mask=in_bounds[:, None], other=0.0) * s * (1.0 - s)
     )
     sum_norm_term = _gate_backward(
-        grad, value, factor, r, token, in_bounds, grad_w, grad_base, grad_scale, 0, N, OUT
+        grad, value, factor, r, token, in_bounds, grad_w, own_sums, 0, N, OUT
     )
     if not HEAD:
         factor = tl.load(scale + 1)
@@ -225,7 +223,7 @@ def _coefficients_backward(
         grad = tl.load(grad_post + own * N + n[None, :], mask=in_bounds[:, None], other=0.0)
         grad *= 2.0 * s * (1.0 - s)
         sum_norm_term += _gate_backward(
-            grad, value, factor, r, token, in_bounds, grad_w, grad_base, grad_scale, 1, N, OUT
+            grad, value, factor, r, token, in_bounds, grad_w, own_sums, 1, N, OUT
         )
         factor = tl.load(scale + 2)
         offsets, value, x = _scaled_comb(w, base, token, in_bounds, factor, N, OUT)
@@ -243,10 +241,9 @@ def _coefficients_backward(
         grad = (grad - tl.sum(grad * soft, 2)[:, :, None]) * soft
         sum_norm_term += tl.sum(tl.sum(grad * factor * value, 2), 1)
         tl.store(grad_w + offsets, grad * factor * r[:, None, None], mask=in_bounds[:, None, None])
-        at = program * OUT + 2 * N + n[:, None] * N + n[None, :]
-        tl.store(grad_base + at, tl.sum(grad, 0))
+        tl.store(own_sums + 2 * N + n[:, None] * N + n[None, :], tl.sum(grad, 0))
         total = tl.sum(tl.sum(tl.sum(grad * value, 2), 1), 0)
-        tl.store(grad_scale + program * 4 + 2, total)
+        tl.store(own_sums + OUT + 2, total)
     tl.store(norm_term + token, sum_norm_term * r * r / width, mask=in_bounds)
 
 
@@ -322,7 +319,7 @@ def coefficients_backward(
     tokens, streams = grad_pre.shape
     out, programs = w.shape[1], triton.cdiv(tokens, _TOKENS)
     grad_w, norm_term = torch.empty_like(w), torch.empty_like(rstd)
-    grad_base, grad_scale = w.new_empty(programs, out), w.new_empty(programs, 4)
+    sums = w.new_empty(programs, out + 3)
     divisors = w.new_empty(2 * (steps or 0) + 1, tokens, streams)
     if tokens:
         _coefficients_backward[(programs,)](
@@ -336,8 +333,7 @@ def coefficients_backward(
             divisors,
             grad_w,
             norm_term,
-            grad_base,
-            grad_scale,
+            sums,
             tokens,
             width,
             hc_eps,
@@ -348,4 +344,5 @@ def coefficients_backward(
             HEAD=steps is None,
             num_warps=2,
         )
-    return grad_w, norm_term, grad_base.sum(0), grad_scale.sum(0)[: len(scale)]
+    total = sums.sum(0)
+    return grad_w, norm_term, total[:out], total[out : out + len(scale)]

@@ -18,35 +18,32 @@ __all__ = ["permute_rows", "sort_pairs", "unpermute_rows"]
 
 
 def permute_rows(
-    x_TD: Tensor, pair_of_row_P: Tensor, row_of_pair_L: Tensor, choice: Choice = EAGER
+    x_TD: Tensor, token_of_row_P: Tensor, row_of_pair_L: Tensor, choice: Choice = EAGER
 ) -> Tensor:
-    """Copies each token's row to the rows of its A pairs: out[p] = x[pair_of_row[p] // A], [P, D].
+    """Copies each token's row to the rows of its A pairs: out[p] = x[token_of_row[p]], [P, D].
 
     Args:
-        pair_of_row_P: index of the (token, choice) pair in each row, token · A + choice. Padding
-            rows hold a copy of some token's row; see ``row_of_pair_L``.
+        token_of_row_P: the token of each row. Padding rows hold a copy of some token's row; see
+            ``row_of_pair_L``.
         row_of_pair_L: index of each pair's row, all distinct; only these rows propagate gradients.
+            Pair token · A + choice is a token's choice.
     """
-    return _Permute.apply(x_TD, pair_of_row_P, row_of_pair_L, choice)
+    return _Permute.apply(x_TD, token_of_row_P, row_of_pair_L, choice)
 
 
 def unpermute_rows(
     y_PD: Tensor,
-    pair_of_row_P: Tensor,
+    token_of_row_P: Tensor,
     row_of_pair_L: Tensor,
     tokens: int,
     choice: Choice = EAGER,
 ) -> Tensor:
     """Sums each token's A rows in the order of its choices, [T, D].
 
-    Padding rows get a nonzero gradient (that of the pair whose index they carry), so their contents
-    must not depend on any parameter (a weight of 0 ensures it).
+    Padding rows get a nonzero gradient (that of the token whose index they carry), so what they
+    contain must not depend on any parameter (a weight of 0 ensures it).
     """
-    return _Unpermute.apply(y_PD, pair_of_row_P, row_of_pair_L, tokens, choice)
-
-
-def _permute(x_TD: Tensor, pair_of_row_P: Tensor, choices: int) -> Tensor:
-    return x_TD.index_select(0, pair_of_row_P // choices)
+    return _Unpermute.apply(y_PD, token_of_row_P, row_of_pair_L, tokens, choice)
 
 
 def _unpermute(y_PD: Tensor, row_of_pair_L: Tensor, tokens: int, choice: Choice) -> Tensor:
@@ -60,11 +57,11 @@ def _unpermute(y_PD: Tensor, row_of_pair_L: Tensor, tokens: int, choice: Choice)
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, pair_of_row: Tensor, row_of_pair: Tensor, choice: Choice
+        ctx: Any, x: Tensor, token_of_row: Tensor, row_of_pair: Tensor, choice: Choice
     ) -> Tensor:
         ctx.save_for_backward(row_of_pair)
         ctx.tokens, ctx.choice = x.shape[0], choice
-        return _permute(x, pair_of_row, row_of_pair.shape[0] // x.shape[0])
+        return x.index_select(0, token_of_row)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -77,16 +74,15 @@ class _Unpermute(torch.autograd.Function):
     def forward(
         ctx: Any,
         y: Tensor,
-        pair_of_row: Tensor,
+        token_of_row: Tensor,
         row_of_pair: Tensor,
         tokens: int,
         choice: Choice,
     ) -> Tensor:
-        ctx.save_for_backward(pair_of_row)
-        ctx.choices = row_of_pair.shape[0] // tokens
+        ctx.save_for_backward(token_of_row)
         return _unpermute(y, row_of_pair, tokens, choice)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (pair_of_row,) = ctx.saved_tensors
-        return _permute(grad, pair_of_row, ctx.choices), None, None, None, None
+        (token_of_row,) = ctx.saved_tensors
+        return grad.index_select(0, token_of_row), None, None, None, None

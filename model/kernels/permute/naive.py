@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 
-def naive_permute_rows(x_TD: Tensor, pair_of_row_P: Tensor, row_of_pair_L: Tensor) -> Tensor:
-    """Copies to each row that of its pair's token, [P, D].
+def naive_permute_rows(x_TD: Tensor, token_of_row_P: Tensor, row_of_pair_L: Tensor) -> Tensor:
+    """Copies to each row that of its token, [P, D].
 
     Padding rows hold copies as well, but propagate no gradient.
     """
-    choices = len(row_of_pair_L) // len(x_TD)
-    copies_PD = torch.stack([x_TD[pair // choices] for pair in pair_of_row_P.tolist()])
-    used_P1 = torch.zeros(len(pair_of_row_P), 1, dtype=x_TD.dtype, device=x_TD.device)
+    copies_PD = torch.stack([x_TD[token] for token in token_of_row_P.tolist()])
+    used_P1 = torch.zeros(len(token_of_row_P), 1, dtype=x_TD.dtype, device=x_TD.device)
     used_P1[row_of_pair_L] = 1
     return copies_PD * used_P1 + (copies_PD * (1 - used_P1)).detach()
 

@@ -14,5 +14,5 @@ from tests.trainer.fake_gpu_run import needs_compiler
 def test_launches_of_a_microbatch_and_of_an_update() -> None:
     config = ROOT / "configs" / "nano.yaml"
     microbatch, update = run(counted_on, config, ["kernels=triton"])
-    assert 700 < microbatch.launches.total() < microbatch.num_launches <= 3110
+    assert 700 < microbatch.launches.total() < microbatch.num_launches <= 3000
     assert 200 < update.launches.total() < update.num_launches <= 1000

@@ -145,7 +145,7 @@ def sample_case(tokens: int = TOKENS) -> Case:
 def unpermute_case(tokens: int = TOKENS) -> Case:
     order = torch.randperm(3 * tokens, generator=torch.Generator().manual_seed(1))
     return (
-        lambda y: unpermute_rows(y, order.argsort(), order, tokens),
+        lambda y: unpermute_rows(y, order.argsort() // 3, order, tokens),
         lambda y: y[order].view(tokens, 3, -1).sum(1),
         [rand(3 * tokens, DIM, seed=2)],
     )
