@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from data.activity import Activity
@@ -14,7 +15,7 @@ from trainer.kernels.gpu import Platform
 from trainer.kernels.problem import problem_of
 from trainer.kernels.table import describe_verdicts
 from trainer.kernels.temporary import use_writable_triton_cache
-from trainer.kernels.verdict_file import Key, cache_folder, saved_verdicts, write_verdicts
+from trainer.kernels.verdict_file import Key, cache_folder, replace_verdict, saved_verdicts
 from trainer.process.errors import PreflightError
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 def check_command(config: RunConfig) -> Iterator[Table | str]:
     """Checks the kernels of a config on every kind of GPU of this host; yields what to print.
 
-    The verdicts replace those that the cache has. A kind of GPU on which Triton can run nothing is
-    a line; raises PreflightError where the host has no other.
+    Each verdict replaces the one that the cache has, as soon as it is there. A kind of GPU on which
+    Triton can run nothing is a line; raises PreflightError where the host has no other.
     """
     folder = cache_folder(config.run_dir / "kernels")
     use_writable_triton_cache(folder / "triton")
@@ -40,10 +41,12 @@ def check_command(config: RunConfig) -> Iterator[Table | str]:
             yield line
             continue
         key = Key.of(platform, problem)
-        with Lease(folder, "v4 kernels check", name=lease_name(key)):
-            with Activity("checking kernels") as activity:
-                verdicts = check_all(key, kind.index, activity)
-            write_verdicts(folder, key, verdicts)
+        with (
+            Lease(folder, "v4 kernels check", name=lease_name(key)),
+            Activity("checking kernels") as activity,
+        ):
+            keep = partial(replace_verdict, folder, key)
+            verdicts = check_all(key, kind.index, activity, keep=keep)
         yield from describe_verdicts(key.to_dict(), verdicts)
         for operation, reason in reasons.items():
             yield f"{operation}: its Triton kernel is not used on this GPU: {reason}"

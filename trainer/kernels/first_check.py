@@ -7,9 +7,8 @@ lease decides which of them checks, on a host and among hosts that share a home.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from data.activity import Activity, print_line
+from data.errors import DataError
 from data.lease import Lease, LeaseError, LeaseStopped
 from trainer.config import RunConfig
 from trainer.kernels.check import SECONDS, check_kernels
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 TOTAL_SECONDS, TIMEOUT_SHARE = 480.0, 0.8
 """Limits of an automatic check, the second as a share of `parallel.timeout_seconds`: other
 processes may already wait for this one in a process group, for as long as a collective may take."""
+WAIT_SHARE = 0.1
+"""How much longer than its own check may take a process waits for that of another: they may have
+started at different times."""
 POLL_SECONDS = 0.5
 
 
@@ -53,14 +56,20 @@ def local_verdicts(
     platform = Platform.of(device)
     if not needs_check(config, device):
         return LocalVerdicts(platform)
-    folder = cache_folder(config.run_dir / "kernels")
+    fallback = config.run_dir / "kernels"
+    folder = cache_folder(fallback)
     use_writable_triton_cache(folder / "triton")
-    key = Key.of(platform, problem_of(config, device))
-    started = psutil.Process().create_time() if started is None else started
-    deadline = time.monotonic() + seconds_of_check(config)
-    index = device.index or 0
-    verdicts = _verdicts(folder, key, index, activity, stopped, check, deadline, started)
-    return LocalVerdicts(platform, key.digest, verdicts)
+    first_check = _FirstCheck(
+        Key.of(platform, problem_of(config, device)),
+        device.index or 0,
+        activity,
+        check,
+        stopped,
+        psutil.Process().create_time() if started is None else started,
+        seconds_of_check(config),
+    )
+    verdicts = first_check.verdicts([*dict.fromkeys([folder, fallback])])
+    return LocalVerdicts(platform, first_check.key.digest, verdicts)
 
 
 def seconds_of_check(config: RunConfig) -> float:
@@ -77,11 +86,13 @@ def check_all(
     deadline: float | None = None,
     stopped: Callable[[], bool] = lambda: False,
     operations: tuple[str, ...] | None = None,
+    keep: Callable[[Verdict], None] = lambda verdict: None,
 ) -> tuple[Verdict, ...]:
     """Checks `operations`, by default all of the key's problem, on GPU `index`.
 
     `activity` reports progress. `deadline`: the end, by `time.monotonic`; operations that are not
-    checked by then stay eager. Returns fewer verdicts once `stopped`.
+    checked by then stay eager. `keep` is called with each verdict as soon as it is there. Returns
+    fewer verdicts once `stopped`.
     """
     problem = key.problem
     operations = problem.operations if operations is None else operations
@@ -99,17 +110,23 @@ def check_all(
         activity.what = f"checking kernels: {operation} ({number} of {count})"
         left = SECONDS if deadline is None else deadline - time.monotonic()
         if left <= 0:
-            reason = (
-                "the first check had no time left for it; v4 kernels check or the next start has it"
-            )
-            verdicts.append(Verdict(operation, False, reason, "eager", is_temporary=True))
-            continue
-        one = replace(problem, operations=(operation,))
-        verdicts += check(one, index, _ignore, seconds=min(left, SECONDS), stopped=stopped)
+            verdict = _late(operation)
+        else:
+            one = replace(problem, operations=(operation,))
+            (verdict,) = check(one, index, _ignore, seconds=min(left, SECONDS), stopped=stopped)
+            if stopped():
+                break  # the signal may have ended this check
+        verdicts.append(verdict)
+        keep(verdict)
     for verdict in verdicts:
         if not verdict.passed:
             print_line(f"kernels: {verdict.notice}")
     return tuple(verdicts)
+
+
+def _late(operation: str) -> Verdict:
+    reason = "the first check had no time left for it; v4 kernels check or the next start has it"
+    return Verdict(operation, False, reason, "eager", is_temporary=True)
 
 
 def lease_name(key: Key) -> str:
@@ -128,41 +145,102 @@ def kinds_of_gpu() -> list[torch.device]:
     return list(kinds.values())
 
 
-def _verdicts(
-    folder: Path,
-    key: Key,
-    index: int,
-    activity: Activity,
-    stopped: Callable[[], bool],
-    check: CheckKernels,
-    deadline: float,
-    started: float,
-) -> dict[str, Verdict]:
-    """Returns the verdicts of this process's check, or of another's; none once `stopped`."""
-    log: Callable[[str], None] = print_line
-    name = lease_name(key)
-    while not stopped():
-        verdicts, operations = to_check(folder, key, started, log)
-        if not operations:
-            return verdicts
-        log = _ignore
-        activity.what = "waiting for another process that checks the kernels"
-        try:
-            with Lease(folder, "v4 kernels check", name=name, log=_ignore, is_stopped=stopped):
-                verdicts, operations = to_check(folder, key, started)
-                checked = check_all(key, index, activity, check, deadline, stopped, operations)
-                verdicts |= {verdict.operation: verdict for verdict in checked}
-                if not stopped():
-                    if checked:
-                        write_verdicts(folder, key, [*verdicts.values()])
-                    return verdicts
-        except LeaseStopped:
-            break
-        except LeaseError:
-            if not os.access(folder, os.W_OK):
-                raise
-            time.sleep(POLL_SECONDS)
-    return {}
+class _FirstCheck:
+    """The check of a key's kernels by this process, or its wait for that of another."""
+
+    def __init__(
+        self,
+        key: Key,
+        index: int,
+        activity: Activity,
+        check: CheckKernels,
+        stopped: Callable[[], bool],
+        started: float,
+        seconds: float,
+    ) -> None:
+        self.key, self.index, self.activity = key, index, activity
+        self.check, self.stopped, self.started = check, stopped, started
+        self.deadline = time.monotonic() + seconds
+        self._end_of_wait = self.deadline + WAIT_SHARE * seconds
+        self._can_write = True
+
+    def verdicts(self, folders: Sequence[Path]) -> dict[str, Verdict]:
+        """Returns the verdicts of this process's check, or of another's; none once stopped.
+
+        They are in the first of the folders that can be written. Raises LeaseError if none can.
+        """
+        log: Callable[[str], None] = print_line
+        while not self.stopped():
+            verdicts, operations = to_check(folders[0], self.key, self.started, log)
+            if not operations:
+                return verdicts
+            if self._is_late():
+                print_line(
+                    "kernels: another process is still checking them; what it has not checked yet "
+                    "runs eagerly here"
+                )
+                return verdicts | {name: _late(name) for name in operations}
+            log = _ignore
+            self.activity.what = "waiting for another process that checks the kernels"
+            try:
+                with Lease(
+                    folders[0],
+                    "v4 kernels check",
+                    name=lease_name(self.key),
+                    log=_ignore,
+                    is_stopped=lambda: self.stopped() or self._is_late(),
+                ):
+                    return self._checked(folders)
+            except LeaseStopped:
+                continue
+            except LeaseError as error:
+                if not isinstance(error.__cause__, OSError):  # its owner is alive
+                    time.sleep(POLL_SECONDS)
+                    continue
+                if len(folders) == 1:
+                    raise
+                print_line(f"kernels: {error} Their verdicts go into {folders[1]}")
+                folders = folders[1:]
+        return {}
+
+    def _is_late(self) -> bool:
+        return time.monotonic() >= self._end_of_wait
+
+    def _checked(self, folders: Sequence[Path]) -> dict[str, Verdict]:
+        """Checks what the file lacks; writes the file after every operation."""
+        verdicts, operations = to_check(folders[0], self.key, self.started)
+        for operation in operations:
+            verdicts.pop(operation, None)
+
+        def keep(verdict: Verdict) -> None:
+            verdicts[verdict.operation] = verdict
+            self._write(folders, verdicts)
+
+        check_all(
+            self.key,
+            self.index,
+            self.activity,
+            self.check,
+            self.deadline,
+            self.stopped,
+            operations,
+            keep,
+        )
+        return {} if self.stopped() else verdicts
+
+    def _write(self, folders: Sequence[Path], verdicts: Mapping[str, Verdict]) -> None:
+        """Writes into the first folder that has room; logs once where none has."""
+        problem = ""
+        for folder in folders:
+            try:
+                write_verdicts(folder, self.key, verdicts.values())
+            except DataError as error:
+                problem = problem or str(error)
+            else:
+                return
+        if self._can_write:
+            print_line(f"kernels: {problem} This start uses the verdicts, the next checks again")
+        self._can_write = False
 
 
 def _ignore(line: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,10 +92,16 @@ def path_of(folder: Path, key: Key) -> Path:
     return folder / f"{key.digest}.json"
 
 
-def write_verdicts(folder: Path, key: Key, verdicts: Sequence[Verdict]) -> None:
+def write_verdicts(folder: Path, key: Key, verdicts: Iterable[Verdict]) -> None:
     """Writes the file, whole. Raises DataError where that is not possible."""
     content = {"key": key.to_dict(), "verdicts": [asdict(verdict) for verdict in verdicts]}
     write_atomically(path_of(folder, key), json.dumps(content, indent=1) + "\n")
+
+
+def replace_verdict(folder: Path, key: Key, verdict: Verdict) -> None:
+    """Puts one verdict into the file. Raises DataError where that is not possible."""
+    verdicts = read_verdicts(folder, key) or {}
+    write_verdicts(folder, key, (verdicts | {verdict.operation: verdict}).values())
 
 
 def read_verdicts(
@@ -103,8 +109,8 @@ def read_verdicts(
 ) -> dict[str, Verdict] | None:
     """Returns the verdicts by operation; None where there are none for this key.
 
-    A file that is damaged, or that is another key's under this one's name, counts as none, and
-    `log` gets a line about it.
+    A check that was ended leaves fewer than the key's operations. A file that is damaged, or that
+    is another key's under this one's name, counts as none, and `log` gets a line about it.
     """
     path = path_of(folder, key)
     try:
@@ -120,7 +126,7 @@ def read_verdicts(
     ):
         log(f"{path} is damaged; the kernels are checked again")
         return None
-    if saved.key != key.to_dict() or verdicts.keys() != {*key.problem.operations}:
+    if saved.key != key.to_dict() or verdicts.keys() - {*key.problem.operations}:
         log(f"{path} is about another GPU, software or model; the kernels are checked again")
         return None
     return verdicts
@@ -131,16 +137,16 @@ def to_check(
 ) -> tuple[dict[str, Verdict], tuple[str, ...]]:
     """Returns the verdicts of the file, and the operations to check in this start of a job.
 
-    Those of a file that is missing or damaged, and those whose kernel failed for a temporary cause
-    before `started`, in seconds since 1970.
+    Those without a verdict, and those whose kernel failed for a temporary cause before `started`,
+    in seconds since 1970.
     """
-    verdicts = read_verdicts(folder, key, log)
-    if verdicts is None:
-        return {}, key.problem.operations
+    verdicts = read_verdicts(folder, key, log) or {}
+    again = {name for name, verdict in verdicts.items() if verdict.is_temporary}
     with suppress(FileNotFoundError):
         if path_of(folder, key).stat().st_mtime >= started:
-            return verdicts, ()
-    return verdicts, tuple(name for name, verdict in verdicts.items() if verdict.is_temporary)
+            again = set()
+    names = key.problem.operations
+    return verdicts, tuple(name for name in names if name not in verdicts or name in again)
 
 
 def saved_verdicts(folder: Path) -> Iterator[tuple[dict[str, Any], tuple[Verdict, ...]]]:
