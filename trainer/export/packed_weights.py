@@ -179,7 +179,8 @@ def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
 def dequantised(weights: dict[str, Tensor], place: str) -> dict[str, Tensor]:
     """Dequantises a folder's weights to bf16, or to fp32 where bf16 cannot represent them.
 
-    Raises ExportError for a quantised weight without its scale, or with one that does not fit.
+    A scale in uint8 is the exponent of float8_e8m0fnu. Raises ExportError for a quantised weight
+    without its scale, or with one of another shape or dtype.
     """
     result: dict[str, Tensor] = {}
     for name, tensor in weights.items():
@@ -201,6 +202,13 @@ def _is_quantised(tensor: Tensor | None) -> bool:
 
 def _dequantised(tensor: Tensor, scales: Tensor, what: str) -> Tensor:
     rows, columns = tensor.shape
+    if scales.dtype == torch.uint8:  # the exponents as some converters store them
+        scales = scales.view(torch.float8_e8m0fnu)
+    dtypes = [torch.float8_e8m0fnu, *([] if tensor.dtype == torch.int8 else [torch.float32])]
+    if scales.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        found = str(scales.dtype).removeprefix("torch.")
+        raise ExportError(f"{what} has a scale in {found}; it should be {names}")
     if tensor.dtype == torch.int8:
         expected = (rows, 2 * columns // MXFP4_BLOCK)
     else:

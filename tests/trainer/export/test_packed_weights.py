@@ -111,6 +111,23 @@ def test_bad_sizes_and_missing_scales_are_named(
         dequantised(tensors, "here")
 
 
+def test_scales_in_bytes_are_exponents_and_other_dtypes_are_refused(packed: Path) -> None:
+    tensors = on_disk(packed)
+    weight, scale = (f"layers.0.ffn.experts.0.w1.{leaf}" for leaf in ("weight", "scale"))
+    pair = {weight: tensors[weight], scale: tensors[scale]}
+    expected = dequantised(pair, "here")[weight]
+    in_bytes = dequantised({**pair, scale: pair[scale].view(torch.uint8)}, "here")[weight]
+    assert torch.equal(in_bytes, expected) and expected.abs().max() < 1
+    for dtype in (torch.int32, torch.float32):
+        wrong = {**pair, scale: pair[scale].float().to(dtype)}
+        with pytest.raises(ExportError, match=r"scale in \w+; it should be float8_e8m0fnu$"):
+            dequantised(wrong, "here")
+    numbers = {"a.weight": torch.randn(128, 128).to(torch.float8_e4m3fn)}
+    exponents = torch.full((1, 1), 125, dtype=torch.uint8)
+    quarter = dequantised({**numbers, "a.scale": exponents}, "here")["a.weight"]
+    assert torch.equal(quarter, numbers["a.weight"].bfloat16() / 4)
+
+
 def test_fp8_weights_are_read_as_transformers_reads_them() -> None:
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
