@@ -158,10 +158,14 @@ class Attention(nn.Module):
 
         The function gives the probability mass of each entry; None in window layers.
         """
+        entries_CK = inputs.entries_CK
+        if self.compressor is not None and entries_CK is not None:
+            kind = self.compressor.entries
+            entries_CK = exchange.attended_entries(entries_CK, kind, selected_Tk)
         attention = AttentionInputs(
             inputs.q_THK,
             exchange.gather_keys(inputs.kv_TK),
-            inputs.entries_CK,
+            entries_CK,
             self.attn_sink,
             positions.query_rotation(self.kind),
             positions.query_ranges(self.kind),
@@ -170,7 +174,7 @@ class Attention(nn.Module):
             norm_eps=self.eps,
         )
         o_THK, lse2_TH = attention_with_lse2(attention, self.kernels.attention)
-        if inputs.entries_CK is None:
+        if entries_CK is None:
             return o_THK, None
         return o_THK, attention_probability_mass(attention, lse2_TH, self.kernels.attention)
 

@@ -61,6 +61,15 @@ class Exchange(Protocol):
     def gather_entries(self, entries: EntryKind, pooled_CK: Tensor) -> Tensor:
         """Gathers all entries of the microbatch, in the order of samples."""
 
+    def attended_entries(
+        self, gathered_CK: Tensor, entries: EntryKind, selected_Tk: Tensor | None
+    ) -> Tensor:
+        """Returns entries for attention; `gathered_CK` is what `gather_entries` returned.
+
+        `selected_Tk` are those that the queries select, None: all that they see. Others need have
+        no values.
+        """
+
     def sum_mass(self, kind: LayerType, mass: MassFunction, selected_only: bool) -> MassFunction:
         """Returns a mass function of the local tokens and the heads of all tensor ranks.
 
@@ -104,6 +113,11 @@ class LocalExchange:
 
     def gather_entries(self, entries: EntryKind, pooled_CK: Tensor) -> Tensor:
         return pooled_CK
+
+    def attended_entries(
+        self, gathered_CK: Tensor, entries: EntryKind, selected_Tk: Tensor | None
+    ) -> Tensor:
+        return gathered_CK
 
     def sum_mass(self, kind: LayerType, mass: MassFunction, selected_only: bool) -> MassFunction:
         return mass

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from model.attention import Attention
@@ -27,11 +28,6 @@ def fake_quantised(model: nn.Module, kv: bool = True) -> Iterator[None]:
     inside. Backward belongs inside, since recomputation runs forward again.
     """
     stacks = [module for module in model.modules() if isinstance(module, Experts)]
-    layers: list[Attention | Indexer] = [
-        module
-        for module in model.modules()
-        if isinstance(module, Indexer) or (kv and isinstance(module, Attention))
-    ]
     try:
         for experts in stacks:
             experts.rounded = (
@@ -39,14 +35,37 @@ def fake_quantised(model: nn.Module, kv: bool = True) -> Iterator[None]:
                 quantise_dequantise(experts.w2),
                 quantise_dequantise(experts.w3),
             )
+        with fake_quantised_layers(model, kv):
+            yield
+    finally:
+        for experts in stacks:
+            experts.rounded = None
+
+
+@contextmanager
+def fake_quantised_layers(model: nn.Module, kv: bool = True) -> Iterator[None]:
+    """Context of ``fake_quantised`` for a model whose experts' weights are rounded already."""
+    layers: list[Attention | Indexer] = [
+        module
+        for module in model.modules()
+        if isinstance(module, Indexer) or (kv and isinstance(module, Attention))
+    ]
+    try:
         for layer in layers:
             layer.fake_quantised = True
         yield
     finally:
-        for experts in stacks:
-            experts.rounded = None
         for layer in layers:
             layer.fake_quantised = False
+
+
+@torch.no_grad()
+def round_experts_(model: nn.Module) -> None:
+    """Rounds the experts' weights to MXFP4 in place, in a model that is not trained."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            for weight in (module.w1, module.w2, module.w3):
+                weight.copy_(quantise_dequantise(weight))
 
 
 def rounded_weights(model: nn.Module) -> list[Tensor]:

@@ -203,7 +203,19 @@ class LayerCacheExchange(_ReplicatedTokens):
         plan, rows = self._plan(entries), self._rows.entries[entries]
         if plan.any_complete:
             rows.write(plan.slots_C, pooled_CK.index_select(0, plan.new_C))
-        return rows.read()
+        if entries == "index":
+            return rows.table(plan.visible_slots)
+        return pooled_CK  # `attended_entries` reads the others
+
+    def attended_entries(
+        self, gathered_CK: Tensor, entries: EntryKind, selected_Tk: Tensor | None
+    ) -> Tensor:
+        rows = self._rows.entries[entries]
+        if selected_Tk is None:
+            return rows.table(self._plan(entries).visible_slots)
+        selected = selected_Tk
+        # Attention reads entry 0 in place of -1.
+        return rows.table(lambda: selected.clamp(min=0).unique().long())
 
     def _plan(self, entries: EntryKind) -> EntryPlan:
         return self._placement.entries[layer_type_of(entries)]

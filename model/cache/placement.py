@@ -55,6 +55,8 @@ class EntryPlan:
         any_complete: whether a new entry is made.
         new_C: pooled windows that are new entries; the others serve the overlap.
         slots_C: the entries' rows in the cache.
+        visible_B: entries of each sequence that new tokens may see, on the host.
+        capacity: rows of a sequence.
     """
 
     tail: RingPlan
@@ -62,6 +64,13 @@ class EntryPlan:
     any_complete: bool
     new_C: Tensor
     slots_C: Tensor
+    visible_B: np.ndarray
+    capacity: int
+
+    def visible_slots(self) -> Tensor:
+        """Returns the rows of all entries that new tokens may see."""
+        sequence, index = _within(self.visible_B)
+        return on_device(sequence * self.capacity + index, self.slots_C.device)
 
 
 @dataclass(frozen=True)
@@ -143,15 +152,10 @@ def _ring_plan(
     both_B = old_B + new_B
     start_B = np.cumsum(both_B) - both_B
 
-    def within(count_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns sequence and index of `count_B` consecutive things of each sequence."""
-        sequence = np.repeat(np.arange(len(count_B)), count_B)
-        return sequence, np.arange(count_B.sum()) - (np.cumsum(count_B) - count_B)[sequence]
-
-    sequence, index = within(old_B)
+    sequence, index = _within(old_B)
     old_slots = sequence * size + ((lengths - old_B)[sequence] + index) % size
     old_rows = start_B[sequence] + index
-    sequence, index = within(new_B)
+    sequence, index = _within(new_B)
     new_rows = (start_B + old_B)[sequence] + index
     kept = np.flatnonzero(index >= new_B[sequence] - size)
     kept_slots = sequence[kept] * size + (lengths[sequence[kept]] + index[kept]) % size
@@ -179,8 +183,7 @@ def _entry_plan(
     assembled_B = np.cumsum(old_B + new_B) - (old_B + new_B)
 
     pooled_B = has_B - had_B + helper_B
-    sequence = np.repeat(np.arange(len(new_B)), pooled_B)
-    index = np.arange(pooled_B.sum()) - (np.cumsum(pooled_B) - pooled_B)[sequence]
+    sequence, index = _within(pooled_B)
     is_helper = (index == 0) & (helper_B[sequence] > 0)
     entry = (had_B - helper_B)[sequence] + index
     first = assembled_B[sequence] + entry * ratio - (lengths - old_B)[sequence]
@@ -191,4 +194,18 @@ def _entry_plan(
     )
     new = np.flatnonzero(~is_helper)
     slots = (sequence * capacity + entry)[new]
-    return EntryPlan(tail, windows, len(new) > 0, on_device(new, device), on_device(slots, device))
+    return EntryPlan(
+        tail,
+        windows,
+        len(new) > 0,
+        on_device(new, device),
+        on_device(slots, device),
+        np.where(new_B > 0, has_B, 0),
+        capacity,
+    )
+
+
+def _within(count_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns sequence and index of `count_B` consecutive things of each sequence."""
+    sequence = np.repeat(np.arange(len(count_B)), count_B)
+    return sequence, np.arange(count_B.sum()) - (np.cumsum(count_B) - count_B)[sequence]

@@ -1,10 +1,11 @@
 """Rows of a cache in memory: as they are computed, or packed as inference stores them.
 
-N rows; K their width; R rotary dims; J width of an index key.
+N rows; K their width; R rotary dims; J width of an index key; X any width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -15,6 +16,8 @@ from model.kernels import mxfp4
 from model.kernels.block_sizes import KV_BLOCK, MXFP4_BLOCK
 from model.kernels.fp8.kv import quantise_kv
 
+_UNPACKED_AT_ONCE = 4096
+
 
 class Rows(Protocol):
     """A table of rows that is written and read by index."""
@@ -22,8 +25,11 @@ class Rows(Protocol):
     def write(self, index: Tensor, rows: Tensor) -> None:
         """Replaces the rows at these indices."""
 
-    def read(self, index: Tensor | None = None) -> Tensor:
-        """Returns the rows at these indices, by default all of them."""
+    def read(self, index: Tensor) -> Tensor:
+        """Returns the rows at these indices."""
+
+    def table(self, needed: Callable[[], Tensor]) -> Tensor:
+        """Returns a table of all rows, of which those at the indices `needed()` have values."""
 
     @property
     def num_bytes(self) -> int:
@@ -39,8 +45,11 @@ class PlainRows:
     def write(self, index: Tensor, rows: Tensor) -> None:
         self._values.index_copy_(0, index, rows)
 
-    def read(self, index: Tensor | None = None) -> Tensor:
-        return self._values if index is None else self._values.index_select(0, index)
+    def read(self, index: Tensor) -> Tensor:
+        return self._values.index_select(0, index)
+
+    def table(self, needed: Callable[[], Tensor]) -> Tensor:
+        return self._values
 
     @property
     def num_bytes(self) -> int:
@@ -69,15 +78,18 @@ class PackedKV:
         self._scales.index_copy_(0, index, scales.view(torch.uint8))
         self._rotary.index_copy_(0, index, rows[:, plain:])
 
-    def read(self, index: Tensor | None = None) -> Tensor:
-        numbers, scales, rotary = self._numbers, self._scales, self._rotary
-        if index is not None:
-            numbers, scales, rotary = (x.index_select(0, index) for x in (numbers, scales, rotary))
+    def read(self, index: Tensor) -> Tensor:
+        stored = (self._numbers, self._scales, self._rotary)
+        numbers, scales, rotary = (x.index_select(0, index) for x in stored)
         values = numbers.view(torch.float8_e4m3fn).float()
         padded = F.pad(values, (0, -values.shape[1] % KV_BLOCK)).unflatten(1, (-1, KV_BLOCK))
         padded = padded * scales.view(torch.float8_e8m0fnu).float()[..., None]
         plain = padded.flatten(1)[:, : values.shape[1]].to(self._dtype)
         return torch.cat([plain, rotary], dim=1)
+
+    def table(self, needed: Callable[[], Tensor]) -> Tensor:
+        width = self._numbers.shape[1] + self._rotary.shape[1]
+        return _unpack(self, self._rotary.new_empty(len(self._numbers), width), needed())
 
     @property
     def num_bytes(self) -> int:
@@ -100,13 +112,22 @@ class PackedIndexKeys:
         self._codes.index_copy_(0, index, packed.codes)
         self._scales.index_copy_(0, index, packed.scales.view(torch.uint8))
 
-    def read(self, index: Tensor | None = None) -> Tensor:
-        codes, scales = self._codes, self._scales
-        if index is not None:
-            codes, scales = codes.index_select(0, index), scales.index_select(0, index)
+    def read(self, index: Tensor) -> Tensor:
+        codes, scales = (x.index_select(0, index) for x in (self._codes, self._scales))
         packed = mxfp4.Packed(codes, scales.view(torch.float8_e8m0fnu))
         return mxfp4.dequantise(packed, self._dtype)
+
+    def table(self, needed: Callable[[], Tensor]) -> Tensor:
+        count, width = len(self._codes), 2 * self._codes.shape[1]
+        return _unpack(self, self._codes.new_empty(count, width, dtype=self._dtype), needed())
 
     @property
     def num_bytes(self) -> int:
         return self._codes.nbytes + self._scales.nbytes
+
+
+def _unpack(rows: Rows, table_NX: Tensor, needed: Tensor) -> Tensor:
+    """Fills rows of a table, in parts, so that intermediate tensors are small."""
+    for index in needed.split(_UNPACKED_AT_ONCE):
+        table_NX.index_copy_(0, index, rows.read(index))
+    return table_NX

@@ -68,8 +68,8 @@ class CachedModel:
         return self._gather_logits(model.head(model.norm(model.hc_head(streams_TND))))
 
     @torch.no_grad()
-    def draft_logits(self, streams_TND: Tensor, next_T: Tensor, new: Sequence[int]) -> Tensor:
-        """Returns the MTP head's logits [T, V], which predict the token after `next_T`.
+    def draft_hidden(self, streams_TND: Tensor, next_T: Tensor, new: Sequence[int]) -> Tensor:
+        """Runs the MTP block; returns hidden states [T, D], for `draft_logits`.
 
         Args:
             streams_TND: the main model's streams of tokens that the MTP block has not seen.
@@ -88,7 +88,12 @@ class CachedModel:
             micro.num_routed_tokens,
         )
         self.mtp_cache.advance(new)
-        return self._gather_logits(model.head(hidden_TD))
+        return hidden_TD
+
+    @torch.no_grad()
+    def draft_logits(self, hidden_TD: Tensor) -> Tensor:
+        """Returns the MTP head's logits [T, V], which predict the token after `next_T`."""
+        return self._gather_logits(self.model.head(hidden_TD))
 
     def _microbatch(self, cache: Cache, tokens_T: Tensor, new: Sequence[int]) -> Microbatch:
         placement, exchange = cache.place(new)

@@ -61,10 +61,11 @@ def quantise(x: Tensor) -> Packed:
 
 def dequantise(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """Returns the numbers of a quantised tensor, [..., C] in `dtype`, fp32 or bf16."""
-    code = packed.codes.view(torch.uint8)
-    code = torch.stack([code & 15, code >> 4], dim=-1).flatten(-2).long()
     signed = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
-    values = torch.tensor(signed, device=code.device)[code]
+    pairs = torch.tensor([(low, high) for high in signed for low in signed])
+    codes = packed.codes.view(torch.uint8)
+    values = pairs.to(codes.device).index_select(0, codes.flatten().int())
+    values = values.view(*codes.shape[:-1], -1)
     scales = packed.scales.float()[..., None]
     return (_blocks(values) * scales).flatten(-2).to(dtype)
 

@@ -14,7 +14,7 @@ METHODS = [name for name in vars(Exchange) if not name.startswith("_")]
 
 
 def test_every_exchange_has_the_methods_of_the_protocol() -> None:
-    assert len(METHODS) == 11
+    assert len(METHODS) == 12
     for kind in (LocalExchange, SequenceExchange):
         for name in METHODS:
             expected = inspect.signature(getattr(Exchange, name))
@@ -26,6 +26,7 @@ def test_local_exchange_returns_its_arguments() -> None:
     arguments: dict[str, tuple[Any, ...]] = {
         "prepend_halo": ("csa", x, x + 1),
         "gather_entries": ("csa", x),
+        "attended_entries": (x, "csa", None),
         "sum_mass": ("csa", mass, True),
     }
     exchange = LocalExchange()

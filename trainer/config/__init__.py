@@ -5,6 +5,7 @@ Imports no torch, so that a login node can check a config.
 
 from trainer.config.operation import ProfileConfig, WatchdogConfig
 from trainer.config.parallel import ParallelConfig
+from trainer.config.phases import Quantisation
 from trainer.config.recipe import Phase, Recipe, Segment, short_length
 from trainer.config.reference import FieldReference, Reference, SectionReference
 from trainer.config.resume import (
@@ -28,6 +29,7 @@ __all__ = [
     "ParallelConfig",
     "Phase",
     "ProfileConfig",
+    "Quantisation",
     "Recipe",
     "Reference",
     "Rule",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # for type checkers, the names of _MODULES
     from trainer.export.hf_folder import read_hf_config, read_hf_weights, read_object
     from trainer.export.import_run import import_hf_folder, imported_sizes, open_run
     from trainer.export.sample import sample_text
+    from trainer.export.trained_with import read_trained_with
 
 _MODULES = {
     "check_command": "check",
@@ -23,6 +24,7 @@ _MODULES = {
     "read_hf_weights": "hf_folder",
     "read_object": "hf_folder",
     "read_run_weights": "export",
+    "read_trained_with": "trained_with",
     "sample_text": "sample",
 }
 __all__ = [*_MODULES]

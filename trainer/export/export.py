@@ -35,6 +35,7 @@ from trainer.export.packed_weights import (
     packed_read,
     require_blocks,
 )
+from trainer.export.trained_with import trained_with
 from trainer.parallel.grid import Grid
 from trainer.process.errors import CheckpointError
 from trainer.run_tokenizer import open_tokenizer
@@ -80,6 +81,9 @@ def _export(
     def read(shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return stored.read({name: tensor.dtype for name, tensor in shard.items()})
 
+    state = TrainState()
+    state.restore(saved)
+    phase = config.recipe.at(max(state.step - 1, 0))
     dtype = torch.bfloat16 if weights == "released" else DTYPES[config.precision]
     write_hf_folder(
         out,
@@ -90,11 +94,9 @@ def _export(
         shard_bytes,
         packed_read(read, outline, weights),
         folder.grid,
-        config_keys(config.model, weights),
+        config_keys(config.model, weights) | trained_with(phase),
         prompts,
     )
-    state = TrainState()
-    state.restore(saved)
     doubt = state.doubt()
     notes = [note for note in (doubt, untrained_indexers(config, state.step)) if note]
     return "; ".join([f"wrote step {state.step} of {config.run_dir} to {out}", *notes])

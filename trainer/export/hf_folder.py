@@ -53,8 +53,8 @@ def write_hf_folder(
 
     `weights` carry official names. They may be on the meta device: `read` then returns the tensors
     of a shard, on the host, just before it is written; they are freed afterwards. The shards are
-    divided among the ranks of `grid`. `more` is added to config.json: `expert_dtype` and
-    `quantization_config` of quantised weights, nothing for weights as trained. `prompts` are the
+    divided among the ranks of `grid`. `more` is added to config.json: `trained_with`, and of
+    quantised weights `expert_dtype` and `quantization_config`. `prompts` are the
     prompt texts of the chat template. Raises ExportError on all ranks when `folder` exists and is
     not empty, or when it cannot be written.
     """

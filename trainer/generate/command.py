@@ -65,7 +65,7 @@ def _request(opened: OpenedModel, prompts: Sequence[str], options: argparse.Name
                 f"{options.max_new_tokens:,} new ones exceeds model.max_position_embeddings = "
                 f"{longest:,}"
             )
-    if options.packed and not opened.quantised:
+    if options.packed and opened.quantisation != "mxfp4":
         raise ConfigError(
             "v4 generate --packed: the cache's formats are those of a model that was trained with "
             "quantisation = mxfp4, and this one was not"
@@ -147,9 +147,11 @@ def _print_json(tokenizer: Tokenizer, prompts: Sequence[str], generation: Genera
 
 def summary(statistics: Statistics) -> str:
     """Returns a line about the speed, and the share of drafts that were accepted."""
-    speed = f"{statistics.new_tokens:,} tokens, {statistics.tokens_per_second:,.1f} tokens/s"
+    text = f"{statistics.new_tokens:,} tokens"
+    if statistics.decoded_tokens:
+        text += f", {statistics.tokens_per_second:,.1f} tokens/s"
     prompt = f"{statistics.prompt_tokens:,} tokens in {statistics.prefill_seconds:.2f} s"
-    text = f"{speed}; prompt of {prompt}"
+    text += f"; prompt of {prompt}"
     if statistics.drafts:
         share = statistics.accepted_drafts / statistics.drafts
         text += f"; {share:.0%} of {statistics.drafts:,} MTP drafts accepted"

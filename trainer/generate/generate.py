@@ -15,13 +15,17 @@ from torch import Tensor
 
 from model import V4Model
 from model.cache import CachedModel
+from model.cache.sizes import cache_bytes
 from model.config import AttentionMode
-from trainer.config import Phase
 from trainer.generate.ranks import ALONE, Ranks
 from trainer.generate.sampling import Sampling, accept_drafts, draw, probabilities
 
 PREFILL_TOKENS = 2048
 """Prompt tokens that pass the model at a time."""
+MAX_SEQUENCES = 64
+"""Prompts that are continued together; the others wait for them."""
+MAX_CACHE_BYTES = 4 << 30
+"""Memory of the cache of prompts that are continued together, unless one alone needs more."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,9 @@ class Request:
     packed: bool = False
 
 
-def attention_of(phase: Phase) -> AttentionMode:
-    """Returns how CSA layers attend in text by a model of this phase."""
-    return "dense" if phase.attention in ("dense", "warmup") else "select"
+def attention_of(trained: AttentionMode) -> AttentionMode:
+    """Returns how CSA layers attend in text by a model that was trained with this attention."""
+    return "dense" if trained in ("dense", "warmup") else "select"
 
 
 @dataclass
@@ -57,6 +61,8 @@ class Statistics:
 
     prompt_tokens: int = 0
     new_tokens: int = 0
+    decoded_tokens: int = 0
+    """New tokens but the first of each sequence, which is prefill's."""
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     drafts: int = 0
@@ -64,8 +70,8 @@ class Statistics:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of all sequences per second of decoding."""
-        return self.new_tokens / max(self.decode_seconds, 1e-9)
+        """Decoded tokens of all sequences per second of decoding; 0 where nothing was decoded."""
+        return self.decoded_tokens / self.decode_seconds if self.decoded_tokens else 0.0
 
 
 @dataclass
@@ -100,37 +106,44 @@ class Generation:
         ranks: Ranks = ALONE,
         attention: AttentionMode = "select",
     ) -> None:
-        """Allocates the cache.
+        """Plans which prompts are continued together.
 
         `ranks` share the model; each of them calls this, and iterates, with the same request.
         `attention` is that of CSA layers, by which they were trained; see `attention_of`.
         """
         self.request, self.statistics, self._ranks = request, Statistics(), ranks
-        longest = max(map(len, request.prompts)) + request.max_new_tokens
-        self._model = CachedModel(
-            model,
-            len(request.prompts),
-            longest + 1,
-            request.packed,
-            ranks.exchange,
-            ranks.gather_logits,
-            attention,
-        )
+        self._whole, self._attention = model, attention
         self._device = model.head.weight.device
         self._generator = torch.Generator(self._device).manual_seed(request.seed)
         self._drafts = request.speculative and model.mtp_block is not None
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        for indices in _together(self.request, self._whole):
+            yield from self._continue(indices)
+
+    def _continue(self, indices: range) -> Iterator[tuple[int, int]]:
+        """Continues some of the prompts with a cache of their own."""
+        prompts = [list(self.request.prompts[index]) for index in indices]
+        self._model = CachedModel(
+            self._whole,
+            len(prompts),
+            _capacity(prompts, self.request),
+            self.request.packed,
+            self._ranks.exchange,
+            self._ranks.gather_logits,
+            self._attention,
+        )
         start = time.perf_counter()
-        last_BND = self._prefill()
+        last_BND = self._prefill(prompts)
         chances_BV = self._chances(self._model.logits(last_BND))
         first = self._draw(chances_BV).tolist()
-        self.statistics.prefill_seconds = time.perf_counter() - start
+        self.statistics.prefill_seconds += time.perf_counter() - start
         active = []
         for index, token in enumerate(first):
             room = self.request.max_new_tokens
             sequence = _Sequence(index, token, room, [last_BND[index : index + 1]], [])
-            yield from self._add(sequence, [token])
+            for chosen in self._add(sequence, [token]):
+                yield indices[index], chosen
             if sequence.room:
                 active.append(sequence)
         step = self._speculative_step if self._drafts else self._step
@@ -139,11 +152,14 @@ class Generation:
             results = step(active)
             self.statistics.decode_seconds += time.perf_counter() - start
             for sequence, tokens in zip(active, results, strict=True):
-                yield from self._add(sequence, tokens)
+                for chosen in self._add(sequence, tokens):
+                    self.statistics.decoded_tokens += 1
+                    yield indices[sequence.index], chosen
             active = [sequence for sequence in active if sequence.room]
+        del self._model  # before the next prompts get a cache
 
-    def _add(self, sequence: _Sequence, tokens: list[int]) -> Iterator[tuple[int, int]]:
-        """Appends tokens until the sequence ends."""
+    def _add(self, sequence: _Sequence, tokens: list[int]) -> Iterator[int]:
+        """Appends tokens until the sequence ends; yields them."""
         for token in tokens:
             if not sequence.room:
                 return
@@ -152,37 +168,38 @@ class Generation:
             self.statistics.new_tokens += 1
             if token in self.request.stop:
                 sequence.room = 0
-            yield sequence.index, token
+            yield token
 
-    def _prefill(self) -> Tensor:
+    def _prefill(self, prompts: list[list[int]]) -> Tensor:
         """Runs the prompts in chunks; returns the streams of each one's last token, [B, N, D]."""
-        prompts = [list(prompt) for prompt in self.request.prompts]
-        self.statistics.prompt_tokens = sum(map(len, prompts))
-        chunk = max(PREFILL_TOKENS // len(prompts), 1)
+        self.statistics.prompt_tokens += sum(map(len, prompts))
         last: dict[int, Tensor] = {}
-        for first in range(0, max(map(len, prompts)), chunk):
-            parts = [prompt[first : first + chunk] for prompt in prompts]
-            new = [len(part) for part in parts]
+        first = [0] * len(prompts)
+        while any(left := [len(p) - n for p, n in zip(prompts, first, strict=True)]):
+            chunk = max(PREFILL_TOKENS // sum(n > 0 for n in left), 1)
+            new = [min(n, chunk) for n in left]
+            parts = [p[n : n + chunk] for p, n in zip(prompts, first, strict=True)]
             streams = self._model.forward(self._tensor([*chain(*parts)]), new).split(new)
             for index, part in enumerate(streams):
                 if len(part):
                     last[index] = part[-1]
             if self._drafts:
                 self._prefill_mtp(prompts, first, streams)
+            first = [a + b for a, b in zip(first, new, strict=True)]
         return torch.stack([last[index] for index in range(len(prompts))])
 
-    def _prefill_mtp(self, prompts: list[list[int]], first: int, streams: Sequence[Tensor]) -> None:
+    def _prefill_mtp(
+        self, prompts: list[list[int]], first: list[int], streams: Sequence[Tensor]
+    ) -> None:
         """Runs the MTP block over a chunk, except for each prompt's last token."""
-        new = [
-            min(len(part), max(len(prompt) - 1 - first, 0))
-            for prompt, part in zip(prompts, streams, strict=True)
-        ]
         following = [
-            prompt[first + 1 : first + 1 + n] for prompt, n in zip(prompts, new, strict=True)
+            prompt[start + 1 : start + 1 + len(part)]
+            for prompt, start, part in zip(prompts, first, streams, strict=True)
         ]
+        new = [len(part) for part in following]
         if sum(new):
             parts = torch.cat([part[:n] for part, n in zip(streams, new, strict=True)])
-            self._model.draft_logits(parts, self._tensor([*chain(*following)]), new)
+            self._model.draft_hidden(parts, self._tensor([*chain(*following)]), new)
 
     def _step(self, active: Sequence[_Sequence]) -> list[list[int]]:
         """Runs each sequence's pending token; returns the next one of each."""
@@ -227,9 +244,9 @@ class Generation:
             counts[sequence.index] = sum(len(streams) for streams in sequence.unseen)
         streams = torch.cat([part for sequence in active for part in sequence.unseen])
         following = self._tensor([t for sequence in active for t in sequence.following])
-        logits = self._model.draft_logits(streams, following, counts)
+        hidden_TD = self._model.draft_hidden(streams, following, counts)
         ends = torch.tensor([counts[sequence.index] for sequence in active]).cumsum(0) - 1
-        return self._chances(logits[ends.to(self._device)])
+        return self._chances(self._model.draft_logits(hidden_TD[ends.to(self._device)]))
 
     def _draw(self, chances_BV: Tensor) -> Tensor:
         """Returns the tokens that the first rank draws, int64 [B]."""
@@ -247,3 +264,21 @@ class Generation:
 
     def _tensor(self, tokens: list[int]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int64, device=self._device)
+
+
+def _together(request: Request, model: V4Model) -> Iterator[range]:
+    """Yields the prompts that are continued together, in order: as many as the limits allow."""
+    first = 0
+    for stop in range(1, len(request.prompts) + 1):
+        following = request.prompts[first : stop + 1]
+        tokens = _capacity(following, request)
+        size = sum(cache_bytes(model.config, tokens, model.dtype.itemsize, request.packed).values())
+        is_last = stop == len(request.prompts)
+        if is_last or len(following) > MAX_SEQUENCES or len(following) * size > MAX_CACHE_BYTES:
+            yield range(first, stop)
+            first = stop
+
+
+def _capacity(prompts: Sequence[Sequence[int]], request: Request) -> int:
+    """Returns the tokens that a cache of these prompts can hold for each."""
+    return max(map(len, prompts)) + request.max_new_tokens + 1

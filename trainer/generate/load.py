@@ -15,10 +15,10 @@ from model import ModelConfig, V4Model
 from model.config import AttentionMode
 from model.execution import local_execution
 from model.kernels.operations import ALL_EAGER, Kernels
-from model.qat import fake_quantised
+from model.qat import fake_quantised_layers, round_experts_
 from trainer.build import DTYPES
-from trainer.config import CONFIG_FILE, load_run
-from trainer.export import read_hf_config, read_hf_weights, read_object, read_run_weights
+from trainer.config import CONFIG_FILE, Quantisation, load_run
+from trainer.export import read_hf_config, read_hf_weights, read_run_weights, read_trained_with
 from trainer.generate.generate import attention_of
 from trainer.kernels import kernels_without_check
 from trainer.process.errors import ExportError
@@ -32,23 +32,23 @@ class OpenedModel:
 
     Attributes:
         step: of the run's checkpoint; None for a Hugging Face folder.
-        quantised: whether it was trained to round as inference does.
+        quantisation: with which it was trained; its experts' weights are rounded accordingly.
         attention: of CSA layers.
     """
 
     model: V4Model
     tokenizer: Tokenizer
     step: int | None
-    quantised: bool
+    quantisation: Quantisation
     attention: AttentionMode = "select"
 
     @contextmanager
     def rounding(self) -> Iterator[None]:
-        """Context in which a quantised model rounds weights, keys and entries to their formats."""
-        if not self.quantised:
+        """Context in which a quantised model rounds keys and entries as in its training."""
+        if self.quantisation == "none":
             yield
             return
-        with fake_quantised(self.model):
+        with fake_quantised_layers(self.model, kv=self.quantisation == "mxfp4"):
             yield
 
 
@@ -72,11 +72,12 @@ def _open_run(folder: Path) -> OpenedModel:
     tokenizer = open_tokenizer(config)
     step, weights = read_run_weights(config)
     phase = config.recipe.at(max(step - 1, 0))
-    quantised = phase.quantisation == "mxfp4"
     device = local_device(config.device)
     dtype, kernels = DTYPES[config.precision], kernels_without_check(config, device)
     model = _make(config.model, weights, dtype, device, kernels, config.precision == "fp8")
-    return OpenedModel(model, tokenizer, step, quantised, attention_of(phase))
+    if phase.quantised:
+        round_experts_(model)
+    return OpenedModel(model, tokenizer, step, phase.quantisation, attention_of(phase.attention))
 
 
 def _open_hf(folder: Path) -> OpenedModel:
@@ -89,13 +90,14 @@ def _open_hf(folder: Path) -> OpenedModel:
     weights = read_hf_weights(folder)
     if not any(name.startswith("mtp.") for name in weights):
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
-    values = read_object(folder / "config.json") or {}
-    # Experts in FP4 come from training that rounded keys and entries as well (report §3.4).
-    quantised = values.get("expert_dtype") == "fp4"
+    trained_with, experts_in_fp4 = read_trained_with(folder)
     dtypes = {weight.dtype for name, weight in weights.items() if name.endswith("embed.weight")}
     dtype = torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
     model = _make(config, weights, dtype, local_device("auto"), ALL_EAGER, False)
-    return OpenedModel(model, tokenizer, None, quantised)
+    if trained_with.quantisation != "none" and not experts_in_fp4:
+        round_experts_(model)
+    attention = attention_of(trained_with.attention)
+    return OpenedModel(model, tokenizer, None, trained_with.quantisation, attention)
 
 
 def _make(

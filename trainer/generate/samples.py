@@ -34,7 +34,7 @@ def continue_prompts(
         speculative=True,
     )
     tokens: list[list[int]] = [[] for _ in ids]
-    for index, token in Generation(model, request, Ranks(grid), attention_of(phase)):
+    for index, token in Generation(model, request, Ranks(grid), attention_of(phase.attention)):
         tokens[index].append(token)
     return {
         prompt: tokenizer.decode([t for t in some if t != tokenizer.eos_id])

@@ -176,6 +176,11 @@ class SequenceExchange:
     def gather_entries(self, entries: EntryKind, pooled_CK: Tensor) -> Tensor:
         return self._window_plans[layer_type_of(entries)].gather(pooled_CK)
 
+    def attended_entries(
+        self, gathered_CK: Tensor, entries: EntryKind, selected_Tk: Tensor | None
+    ) -> Tensor:
+        return gathered_CK
+
     def sum_mass(self, kind: LayerType, mass: MassFunction, selected_only: bool) -> MassFunction:
         tensor = self.tensor
         if tensor.size == 1:

@@ -5,6 +5,9 @@ T queries, n of a block; I index heads; J their width; C entries, c of a block; 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +19,9 @@ from model.kernels.tensor_cores import tf32_matmuls
 
 _CPU_SCORES, _GPU_SCORES = 1 << 19, 1 << 27
 """Max per-head scores held at once: fits a core's cache (CPU), or 0.5 GiB (GPU)."""
+_GPU_JOINED = 1 << 23
+"""Max scores of a block with other entries between those of its rows: computing them takes a GPU no
+longer than starting another block."""
 
 
 @torch.no_grad()
@@ -29,11 +35,7 @@ def eager_select_topk(inputs: IndexerInputs, ranges: AttentionRanges, k: int) ->
     selected_Tk = torch.where(all_Tk < end_T[:, None], all_Tk, -1).to(torch.int32)
     heads = q_TIJ.shape[1]
     host_start, host_end = ranges.host_entry_start_T, ranges.host_entry_end_T
-    widest = int((host_end - host_start).max(initial=0))
-    max_scores = _CPU_SCORES if q_TIJ.device.type == "cpu" else _GPU_SCORES
-    step = max(max_scores // (heads * max(widest, 1)), 1)
-    for block in range(0, len(host_start), step):
-        rows = slice(block, block + step)
+    for rows in _blocks(host_start, host_end, heads, q_TIJ.device):
         # Where no query sees more than k entries there is nothing to select.
         if (host_end[rows] - host_start[rows]).max() <= k:
             continue
@@ -51,6 +53,30 @@ def eager_select_topk(inputs: IndexerInputs, ranges: AttentionRanges, k: int) ->
         best = best.masked_fill(masked.gather(1, best), -1 - first) + first
         selected_Tk[rows] = best.to(torch.int32)
     return selected_Tk
+
+
+def _blocks(
+    start_T: np.ndarray, end_T: np.ndarray, heads: int, device: torch.device
+) -> Iterator[slice]:
+    """Yields blocks of rows, whose scores of all entries from the first to the last are computed.
+
+    A block ends where others' entries, or a cache's empty rows, follow those of its rows.
+    """
+    on_cpu = device.type == "cpu"
+    max_scores, max_joined = (_CPU_SCORES, 0) if on_cpu else (_GPU_SCORES, _GPU_JOINED)
+    gaps = np.flatnonzero(start_T[1:] > end_T[:-1]) + 1
+    stops = [*gaps.tolist(), len(start_T)]
+    first = 0
+    for stop, next_stop in zip(stops, [*stops[1:], None], strict=True):
+        if next_stop is not None:
+            span = int(end_T[first:next_stop].max() - start_T[first])
+            if heads * (next_stop - first) * span <= max_joined:
+                continue
+        widest = int((end_T - start_T)[first:stop].max(initial=0))
+        step = max(max_scores // (heads * max(widest, 1)), 1)
+        for row in range(first, stop, step):
+            yield slice(row, min(row + step, stop))
+        first = stop
 
 
 def entry_scores(q_nIJ: Tensor, keys_cJ: Tensor, weights_nI: Tensor) -> Tensor:

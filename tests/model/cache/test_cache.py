@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from model import V4Model
 from model.cache import CachedModel
+from model.cache import rows as cache_rows
+from model.cache.rows import PackedIndexKeys, PackedKV, Rows
 from model.cache.sizes import cache_bytes
 from model.qat import fake_quantised
 from tests.model.tiny import random_model, random_tokens, relative_error, tiny_config
@@ -116,7 +119,8 @@ def test_drafts_of_the_mtp_block(model: V4Model, tokens: Tensor) -> None:
     parts = []
     for first in range(0, 99, 9):
         streams = cached.forward(tokens[first : first + 9], [9])
-        parts.append(cached.draft_logits(streams, tokens[first + 1 : first + 10], [9]))
+        hidden = cached.draft_hidden(streams, tokens[first + 1 : first + 10], [9])
+        parts.append(cached.draft_logits(hidden))
     assert_same(torch.cat(parts), expected[:99])
 
 
@@ -133,6 +137,33 @@ def test_packed_rows_hold_what_quantised_training_rounds(model: V4Model, tokens:
     assert torch.equal(*results)
     assert whole is not None
     assert_same(results[0], whole[0])
+
+
+def test_only_rows_that_are_attended_to_are_unpacked(
+    model: V4Model, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[tuple[type, int]] = []
+
+    def counted(rows: Rows, table_NX: Tensor, needed: Tensor) -> Tensor:
+        counts.append((type(rows), len(needed)))
+        return unpack(rows, table_NX.fill_(math.nan), needed)
+
+    unpack = cache_rows._unpack
+    monkeypatch.setattr(cache_rows, "_unpack", counted)
+    results = []
+    with fake_quantised(model):
+        for packed in (False, True):
+            cached = CachedModel(model, 3, LENGTH, packed=packed)
+            cached.forward(tokens[:230], [120, 100, 10])
+            counts.clear()
+            results.append(cached.logits(cached.forward(tokens[230:232], [1, 1, 0])))
+    assert torch.equal(*results)
+    config = model.config
+    ratios = config.csa_compress_ratio, config.hca_compress_ratio
+    csa, hca = (121 // ratio + 101 // ratio for ratio in ratios)
+    assert 2 * config.index_topk < hca < csa
+    assert max(count for kind, count in counts if kind is PackedKV) == hca
+    assert {count for kind, count in counts if kind is PackedIndexKeys} == {csa}
 
 
 @pytest.mark.parametrize("packed", (False, True))

@@ -31,7 +31,7 @@ CALL = {"name": "weather", "arguments": {"city": "Ulm", "days": 2}}
 def opened(tiny: Path) -> OpenedModel:
     tokenizer = Tokenizer(load_config(tiny).data.tokenizer.path)
     model = random_model(tiny_config(vocab_size=tokenizer.vocab_size))
-    return OpenedModel(model, tokenizer, None, False)
+    return OpenedModel(model, tokenizer, None, "none")
 
 
 def script(monkeypatch: pytest.MonkeyPatch, answers: list[list[int]]) -> list[list[int]]:
@@ -128,6 +128,6 @@ def test_the_command_reads_turns(
 
 def test_a_conversation_that_is_too_long(opened: OpenedModel) -> None:
     model = SimpleNamespace(config=tiny_config(max_position_embeddings=8))
-    chat = Chat(OpenedModel(model, opened.tokenizer, None, False), "none", Sampling(), 5)  # type: ignore[arg-type]
+    chat = Chat(OpenedModel(model, opened.tokenizer, None, "none"), "none", Sampling(), 5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_position_embeddings is 8"):
         list(chat.say("a conversation of many tokens"))

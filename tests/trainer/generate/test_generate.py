@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 
+import trainer.generate.generate as module
 from model import V4Model
+from model.cache import CachedModel
 from tests.model.tiny import random_model, tiny_config, transformers_twin
 from trainer.generate import Generation, Request, Sampling
 from trainer.generate.sampling import accept_drafts, draw, probabilities
@@ -75,6 +78,64 @@ def test_a_text_ends_at_a_stop_token(model: V4Model) -> None:
         for text, full in zip(texts(model, request), whole, strict=True):
             length = full.index(stop) + 1 if stop in full else 30
             assert text == full[:length]
+
+
+@pytest.mark.parametrize(("sequences", "memory"), [(3, 1 << 30), (64, 1)])
+def test_prompts_beyond_the_limits_wait(
+    model: V4Model, monkeypatch: pytest.MonkeyPatch, sequences: int, memory: int
+) -> None:
+    """Groups of at most 3, and of one each: the same text in the same order."""
+    whole = texts(model, Request(PROMPTS, 12, GREEDY, speculative=True))
+    monkeypatch.setattr(module, "MAX_SEQUENCES", sequences)
+    monkeypatch.setattr(module, "MAX_CACHE_BYTES", memory)
+    made: list[tuple[int, int]] = []
+
+    def made_for(model: V4Model, count: int, tokens: int, *others: Any) -> CachedModel:
+        made.append((count, tokens))
+        return CachedModel(model, count, tokens, *others)
+
+    monkeypatch.setattr(module, "CachedModel", made_for)
+    generation = Generation(model, Request(PROMPTS, 12, GREEDY, speculative=True))
+    results: list[list[int]] = [[] for _ in PROMPTS]
+    for index, token in generation:
+        results[index].append(token)
+    assert results == whole
+    assert generation.statistics.prompt_tokens == sum(map(len, PROMPTS))
+    assert made == ([(3, 70), (1, 15)] if memory > 1 else [(1, len(p) + 13) for p in PROMPTS])
+
+
+def test_prompts_with_tokens_left_share_a_pass(
+    model: V4Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the output head sees the last token of a prompt alone, with drafts as well."""
+    monkeypatch.setattr(module, "PREFILL_TOKENS", 16)
+    passes: list[list[int]] = []
+    heads: list[int] = []
+    forward, head = CachedModel.forward, model.head.forward
+
+    def forward_of(self: CachedModel, tokens: torch.Tensor, new: list[int]) -> torch.Tensor:
+        passes.append(new)
+        return forward(self, tokens, new)
+
+    def head_of(x: torch.Tensor) -> torch.Tensor:
+        heads.append(len(x))
+        return head(x)
+
+    monkeypatch.setattr(CachedModel, "forward", forward_of)
+    monkeypatch.setattr(model.head, "forward", head_of)
+    generation = Generation(model, Request(PROMPTS, 1, GREEDY, speculative=True))
+    assert len(list(generation)) == 4
+    assert passes == [[4, 1, 4, 2], [0, 0, 16, 0], [0, 0, 16, 0], [0, 0, 16, 0], [0, 0, 5, 0]]
+    assert heads == [4]
+    assert generation.statistics.tokens_per_second == 0  # nothing was decoded
+
+
+def test_the_speed_is_that_of_decoding(model: V4Model) -> None:
+    generation = Generation(model, Request(PROMPTS, 5, GREEDY))
+    assert len(list(generation)) == 20
+    statistics = generation.statistics
+    assert statistics.decoded_tokens == 16 and statistics.new_tokens == 20
+    assert statistics.tokens_per_second == 16 / statistics.decode_seconds
 
 
 def test_the_seed_decides_the_text(model: V4Model) -> None:

@@ -35,7 +35,8 @@ def logits(model: V4Model, ranks: Ranks) -> torch.Tensor:
     for chunk, following in ((tokens[:50], tokens[1:51]), (tokens[50:], tokens[51:])):
         streams = cached.forward(chunk, [len(chunk)])
         parts.append(cached.logits(streams))
-        parts.append(cached.draft_logits(streams[: len(following)], following, [len(following)]))
+        hidden = cached.draft_hidden(streams[: len(following)], following, [len(following)])
+        parts.append(cached.draft_logits(hidden))
     return torch.cat(parts)
 
 

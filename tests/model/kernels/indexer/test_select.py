@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from model.kernels import host
 from model.kernels.attention import AttentionRanges
-from model.kernels.indexer import IndexerInputs, select_topk
+from model.kernels.indexer import IndexerInputs, select_eager, select_topk
 from model.kernels.indexer.naive import naive_scores
 from model.kernels.indexer.select_eager import entry_scores
 from model.layout import SampleLayout
@@ -152,3 +153,44 @@ def test_bf16_queries_and_keys():
     selected = select(q.bfloat16(), keys.bfloat16(), weights, [61], 4)
     rounded = select(q.bfloat16().float(), keys.bfloat16().float(), weights, [61], 4)
     assert torch.equal(selected, rounded)
+
+
+def apart(visible: list[int], capacity: int) -> AttentionRanges:
+    """Ranges of sequences whose entries are `capacity` rows apart; two queries of each."""
+    start = np.repeat(np.arange(len(visible)) * capacity, 2)
+    end = start + np.repeat(visible, 2)
+    window = torch.zeros(len(start), dtype=torch.int64)
+    return AttentionRanges(window, (), torch.tensor(start), torch.tensor(end), start, end)
+
+
+def test_scores_of_empty_rows_between_sequences_are_not_computed(monkeypatch):
+    visible, capacity = [40, 7, 60], 500
+    q, keys, weights = rand(6, 2, 8, seed=1), rand(1500, 8, seed=2), rand(6, 2, seed=3)
+    pairs = []
+
+    def counted(q_nIJ: torch.Tensor, keys_cJ: torch.Tensor) -> torch.Tensor:
+        pairs.append(len(q_nIJ) * len(keys_cJ))
+        return dots(q_nIJ, keys_cJ)
+
+    dots = select_eager._dots
+    monkeypatch.setattr(select_eager, "_dots", counted)
+    selected = select_topk(IndexerInputs(q, keys, weights), apart(visible, capacity), 5)
+    assert sum(pairs) == 2 * sum(visible)
+    for sequence, count in enumerate(visible):
+        rows = slice(2 * sequence, 2 * sequence + 2)
+        own = keys[sequence * capacity : sequence * capacity + count]
+        alone = IndexerInputs(q[rows], own, weights[rows])
+        expected = select_topk(alone, apart([count], capacity), 5) + sequence * capacity
+        assert torch.equal(selected[rows], expected)
+
+
+def test_a_gpu_computes_few_scores_of_several_sequences_together():
+    def blocks(sequences: int, heads: int) -> list[slice]:
+        ranges = apart([100] * sequences, 1000)
+        start, end = ranges.host_entry_start_T, ranges.host_entry_end_T
+        return [*select_eager._blocks(start, end, heads, torch.device("cuda"))]
+
+    assert blocks(16, 8) == [slice(0, 32)]
+    joined = blocks(64, 64)
+    assert [block.start for block in joined[1:]] == [block.stop for block in joined[:-1]]
+    assert 1 < len(joined) < 32 and joined[-1].stop == 128
