@@ -2,7 +2,7 @@
 
     python -m benchmarks.steps.watching [--pairs 150] [--folder FOLDER] [key=value ...]
 
-Two processes of one thread train the model of configs/debug.yaml on part of Python's library. Of
+Two processes of one thread train a small model on part of Python's library. Of
 every two steps one has heartbeats and the measured collectives, and the other has neither, first
 one and then the other first. The watchdog's thread runs throughout, and its polls are measured
 alone. The table has the median step of both kinds and the median difference of the pairs, once by
@@ -10,9 +10,9 @@ the clock and once in CPU time, which other programs disturb less; and the time 
 calls themselves. The interval of a median is that of 95%, from the order of the differences alone,
 whatever their distribution.
 
-What watching takes is the same for few tokens as for many, and so is what disturbs a measurement in
-proportion to the step: `data.seq_len=64 data.global_batch_size=2` finds the time with the smallest
-error, of which the share in any longer step follows.
+Watching takes a time for each call, whatever the sizes of the model, while other programs disturb a
+measurement in proportion to the step. So the steps are short, and the share in any other one
+follows from the time and its number of calls.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ CONFIG = "configs/debug.yaml"
 WARMUP = 10
 TEXT_BYTES = 1_000_000
 SETTINGS = (
-    *("data.seq_len=256", "data.global_batch_size=2", "data.micro_batch_size=1"),
+    *("model.hidden_size=64", "model.num_hidden_layers=2", "model.layer_types=[window,csa]"),
+    *("model.num_attention_heads=4", "model.num_hash_layers=1", "model.n_routed_experts=4"),
+    *("model.num_nextn_predict_layers=0", "model.hc_mult=2"),
+    *("data.seq_len=64", "data.global_batch_size=2", "data.micro_batch_size=1"),
     *("checkpoint.every=0", "evaluation.every=0", "metrics.layer_stats_every=0"),
     *("metrics.wandb.mode=disabled", "metrics.every=1000000"),
 )
