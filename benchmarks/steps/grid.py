@@ -5,9 +5,9 @@ length and rows vary. Ours runs before and after transformers and its best call 
 machine's speed drifts. transformers runs rows of 8192 one after another: its logits of four would
 take some 60 GB.
 
-    python -m benchmarks.steps.grid [--size small] [--threads 2]
+    python -m benchmarks.steps.grid [--size small] [--lengths 512 2048] [--threads 2]
 
-`--size small` measures the corners of the grid up to 2048 tokens.
+`--size small` measures the corners of the grid up to 2048 tokens; `--lengths` only these rows.
 """
 
 from __future__ import annotations
@@ -163,12 +163,14 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=("small", "full"), default="full")
+    parser.add_argument("--lengths", type=int, nargs="+", choices=LENGTHS, help="rows to measure")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console(width=120)
     full = (HIDDEN, EXPERTS, LENGTHS, ROWS)
     hidden_sizes, experts, lengths, rows = full if arguments.size == "full" else SMALL
+    lengths = arguments.lengths or lengths
     base = load_config("configs/debug.yaml").model
     rates, cells = [matmul_rate()], []
     for hidden, count in itertools.product(hidden_sizes, experts):

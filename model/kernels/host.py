@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import logging
-import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,10 +23,12 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.kernels.host_calls import call, max_threads
+
 Array = NDArray[np.float32]
 
-_NUMBERS_PER_THREAD = 1 << 18
-"""A kernel takes some 50 µs for as many, and a thread as long to wake."""
+_NUMBERS_PER_THREAD = 1 << 14
+"""A kernel takes some 5 µs for as many, and a parallel region as long to begin and end."""
 _TYPES = {torch.float32: "<f4", torch.int64: "<i8", torch.int32: "<i4"}
 
 log = logging.getLogger(__name__)
@@ -162,39 +161,25 @@ def over_rows(
     """Calls a kernel with (start, stop, arrays and numbers) so that it covers all rows.
 
     Rows are those of the first tensor, and ``numbers`` how many are computed, by default the first
-    tensor's. They are divided among torch's threads where that takes less time than waking them.
+    tensor's. They are divided among torch's threads where that takes less time than calling them.
     """
     numbers = first.numel() if numbers is None else numbers
-    arguments = [array(x) if isinstance(x, Tensor) else x for x in (first, *others)]
-    count = max(min(torch.get_num_threads(), numbers // _NUMBERS_PER_THREAD), 1)
-    rows = len(first)
-    bounds = [rows * i // count for i in range(count + 1)]
-    pairs = list(itertools.pairwise(bounds))
-    futures = [_threads().submit(kernel, *pair, *arguments) for pair in pairs[1:]]
-    kernel(*pairs[0], *arguments)
-    for future in futures:
-        future.result()
-
-
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="host-kernels")
-
-
-os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survive a fork
+    threads = max(min(max_threads(), numbers // _NUMBERS_PER_THREAD), 1)
+    arguments = [x.contiguous() if isinstance(x, Tensor) else x for x in (first, *others)]
+    call(kernel, len(first), threads, arguments)
 
 
 @njit(nogil=True)
-def _double(x: Array) -> None:
-    for i in range(len(x)):
+def _double(start: int, stop: int, x: Array) -> None:
+    for i in range(start, stop):
         x[i] *= 2
 
 
 @functools.cache
 def _builds() -> bool:
     try:
-        x = np.ones(2, dtype=np.float32)
-        _double(x)
+        x = torch.ones(2)
+        over_rows(_double, x)
         return bool((x == 2).all())
     except Exception as error:  # whatever numba and LLVM raise where they have no back end
         log.warning("the CPU's fused loops cannot be built, plain torch runs instead: %s", error)

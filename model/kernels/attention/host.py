@@ -100,7 +100,7 @@ def backward(
 
 
 def _over_queries(
-    kernel: Callable[..., None], chunk: Chunk, first: Tensor, *others: Tensor | Array | float
+    kernel: Callable[..., None], chunk: Chunk, first: Tensor, *others: Tensor | float
 ) -> None:
     """Calls a kernel with (start, stop, first array, first query of the chunk, other arrays)."""
     host.over_rows(kernel, first, chunk.start, *others)
@@ -125,7 +125,8 @@ class _Keys:
         count = chunk.stop - chunk.start
         place = np.arange(count)
         first = place // chunk.band * chunk.band + self.first_key + 1 - window
-        visible: Any = np.zeros((count, 4), np.int32)
+        visible_n4 = torch.zeros(count, 4, dtype=torch.int32)
+        visible = visible_n4.numpy()
         visible[:, 0] = np.maximum(ranges.window_start_T[rows].numpy() - first, 0)
         visible[:, 1] = place % chunk.band + window
         self.entries = self.selected = None
@@ -143,10 +144,8 @@ class _Keys:
                 self.entries = arguments.entries_CK[self.range]
                 visible[:, 2] = low[rows] - self.range.start
                 visible[:, 3] = high[rows] - self.range.start
-        selected: Any = np.zeros((count, 0), np.int32)
-        if self.selected is not None:
-            selected = self.selected.numpy()
-        self.visible = (visible, selected)
+        selected_nk = visible_n4[:, :0] if self.selected is None else self.selected
+        self.visible = (visible_n4, selected_nk)
 
     def _banded(self, x: Tensor) -> Tensor:
         return x.view(self.bands, -1, x.shape[-1])
@@ -192,7 +191,7 @@ class _Keys:
             part.addmm_(c[1].flatten(0, 1).t(), d.flatten(0, 1))
             return
         grad = torch.bmm(a[1].transpose(1, 2), b).baddbmm_(c[1].transpose(1, 2), d)
-        _add_selected(self.visible[1], *map(host.array, (grad, grad_entries)))
+        _add_selected(*map(host.array, (self.visible[1], grad, grad_entries)))
 
 
 @fused_loop

@@ -31,9 +31,9 @@ def softmax_loss(
     if (((target < 0) | (target >= vocab)) & (target != ignore_index)).any():
         raise IndexError(f"targets should be from 0 to {vocab - 1}, or {ignore_index}")
     loss_n = logits_nV.new_empty(len(logits_nV))
-    host.over_rows(_less_maximum, logits_nV, target, ignore_index, loss_n)
+    host.over_rows(_less_maximum, logits_nV, target_n, ignore_index, loss_n)
     logits_nV.exp2_()
-    host.over_rows(_finish, logits_nV, target, ignore_index, denominator, needs_grad, loss_n)
+    host.over_rows(_finish, logits_nV, target_n, ignore_index, denominator, needs_grad, loss_n)
     return loss_n, logits_nV if needs_grad else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from model.kernels import host
@@ -25,7 +26,8 @@ def select(
         dots_nIc: q · k of the entries from ``first`` on.
         low_n, high_n: NumPy arrays, the range of entries that each query sees.
     """
-    host.over_rows(_select_rows, dots_nIc, weights_nI, first, low_n, high_n, selected_nk)
+    low, high = torch.from_numpy(low_n), torch.from_numpy(high_n)
+    host.over_rows(_select_rows, dots_nIc, weights_nI, first, low, high, selected_nk)
 
 
 @fused_loop

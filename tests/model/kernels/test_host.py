@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -217,6 +218,27 @@ def test_the_number_of_threads_changes_no_bit(name, monkeypatch):
         assert torch.equal(ours, other)
 
 
+def test_loops_run_on_the_threads_that_torch_has_already(monkeypatch):
+    """A second pool would compete for the cores with torch's, which spin after their work."""
+    monkeypatch.setattr(host, "_NUMBERS_PER_THREAD", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.ones(1 << 20).exp_()
+        threads = os.listdir("/proc/self/task")
+        numbers = torch.zeros(4, dtype=torch.int64)
+        host.over_rows(host.fused_loop(write_thread), numbers)
+        assert sorted(os.listdir("/proc/self/task")) == sorted(threads)
+        assert numbers.tolist() == [2, 2, 4, 4]  # each where its thread's rows end
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_thread_without_memory_is_an_error(monkeypatch):
+    with pytest.raises(MemoryError, match="allocate"):
+        host.over_rows(host.fused_loop(allocate), torch.ones(2))
+
+
 POINTWISE = [name for name in CASES if not name.startswith("attention")]
 
 
@@ -240,11 +262,11 @@ def test_nan_stays_nan(name, number, monkeypatch):
 
 
 def test_a_cpu_without_a_compiler_runs_plain_torch(monkeypatch, caplog):
-    def broken(x: object) -> None:
+    def broken(*_: object) -> None:
         raise RuntimeError("no back end for this CPU")
 
     host._builds.cache_clear()
-    monkeypatch.setattr(host, "_double", broken)
+    monkeypatch.setattr(host, "call", broken)
     try:
         with caplog.at_level(logging.WARNING):
             assert not host.runs(torch.ones(2)) and not host.runs(torch.ones(2))
@@ -294,3 +316,13 @@ def test_a_cache_that_fails_costs_time_alone(error, monkeypatch, caplog):
 def add_one(start: int, stop: int, x: host.Array) -> None:
     for i in range(start, stop):
         x[i] += 1
+
+
+def write_thread(start: int, stop: int, x: host.Array) -> None:
+    for i in range(start, stop):
+        x[i] = stop
+
+
+def allocate(start: int, stop: int, x: host.Array) -> None:
+    scratch = np.empty(1 << 60, np.float32)
+    x[start] = scratch[stop]
