@@ -17,7 +17,7 @@ writes from then on would go into a new folder of that name.
 In object storage (lease_file.py) the same holds, with an object's time instead of a file's.
 
 An owner that could not renew its lease in time, and lost it, learns so from `check`, which it calls
-before it writes.
+before it writes; whatever is published asks the file itself (held_lease.py).
 """
 
 import os
@@ -139,9 +139,10 @@ class Lease:
         self.renew, self.stale, self.log = renew, stale, log
         self.is_stopped = is_stopped
         self.owner = Owner.current(work, folder, launch)
-        self._new_owner: Owner | None = None
+        self._loss: LeaseError | None = None
         self._identity: tuple[int, int] | None = None
-        self._is_gone = False
+        self._is_gone = self._has_moved = False
+        self._renewed = time.monotonic()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
@@ -199,28 +200,34 @@ class Lease:
                 "continues, and what it saves goes into a new folder of that name, to be moved to "
                 "the rest"
             )
-        if self._new_owner is not None:
-            raise LeaseError(
-                f"{self.folder}: {_name(self._new_owner)} has taken the folder over, since this "
-                f"process did not renew {self.path.name} for {self.stale:.0f} s; this one ends."
-            )
+        if self._loss is not None:
+            raise self._loss
 
     def _renew(self) -> None:
         """The body of the thread."""
         while not self._closed.wait(self.renew):
             try:
                 if self._identity is not None and self._file.folder_id() != self._identity:
-                    self._identity, self._is_gone = None, True
+                    self._identity, self._is_gone, self._has_moved = None, True, True
                 file = self._read()
-                if file is None:  # removed by hand
+                if file is None and self._may_have_ended_for_another:
+                    self._loss = taken_over(self.path, None)
+                elif file is None:  # removed by hand
                     self._create()
                 elif file.owner == self.owner:
                     self._file.renew()
                 elif file.owner is not None:
-                    self._new_owner = file.owner
+                    self._loss = taken_over(self.path, file.owner)
+                if self._loss is not None:
                     return
+                self._renewed = time.monotonic()
             except OSError:
                 continue  # a file system that fails for a while; who takes over is seen later
+
+    @property
+    def _may_have_ended_for_another(self) -> bool:
+        """Whether another process can have taken a lease that is not there, and ended since."""
+        return not self._has_moved and time.monotonic() - self._renewed > 2 * self.renew
 
     def _read(self) -> _File | None:
         file = self._file.read()
@@ -320,6 +327,18 @@ def _is_dead(owner: Owner | None, folder: AnyPath) -> bool:
         return not os.path.samefile(owner.folder, folder)
     except OSError:
         return False  # the folder was renamed since
+
+
+def taken_over(path: AnyPath, owner: Owner | None) -> LeaseError:
+    """Returns the error of a process whose lease, a file at `path`, is another's by now.
+
+    `owner` is None where that one has ended.
+    """
+    who = "another process" if owner is None else _name(owner)
+    return LeaseError(
+        f"{path.parent}: {who} has taken the folder over, since this process did not renew "
+        f"{path.name} in time; this one ends."
+    )
 
 
 def _name(owner: Owner | None) -> str:

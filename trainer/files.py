@@ -50,11 +50,9 @@ def remove_folder(folder: Path) -> None:
     """Removes a folder, after renaming it, so that no reader finds a half-removed one."""
     if not folder.exists():
         return
-    renamed = folder
-    if not folder.name.startswith("."):
-        renamed = folder.with_name(f".{folder.name}.removed")
-        shutil.rmtree(renamed, ignore_errors=True)
-        folder.rename(renamed)
+    renamed = folder.with_name(f".{folder.name.lstrip('.')}.removed")
+    shutil.rmtree(renamed, ignore_errors=True)
+    folder.rename(renamed)
     shutil.rmtree(renamed)
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from data.activity import Activity, print_line
-from trainer.checkpoint import at_next_step, claim_checkpoints
+from trainer.checkpoint import at_next_step, claim_checkpoints, put_back
 from trainer.config import RunConfig
 from trainer.kernels import RankKernels, local_verdicts
 from trainer.parallel.collectives import all_gather_objects
@@ -63,7 +63,7 @@ def train_together(config: RunConfig, stop: StopRequest, profile: ProfileRequest
         opened.enter_context(Watchdog(config.watchdog, heartbeat, config.run_dir, watch))
         if config.deterministic:
             _use_deterministic_algorithms()
-        with leases_on(config.written_folders, "v4 train", grid, watch, stop) as check:
+        with leases_on(config.written_folders, "v4 train", grid, watch, stop) as leases:
             start.what = "comparing all processes"
             warnings, agreed = preflight(config, grid, kernels)
             for warning in warnings:
@@ -79,7 +79,7 @@ def train_together(config: RunConfig, stop: StopRequest, profile: ProfileRequest
                 config,
                 grid,
                 stop,
-                check=check,
+                leases=leases,
                 kernels=agreed,
                 heartbeat=heartbeat,
                 profile=profile,
@@ -103,6 +103,7 @@ def _run(
     """
     if grid.is_first:
         claim_checkpoints(config)
+        put_back(config.checkpoints)
     saves = choose_save_mode(config, grid)
     messages = [*messages, expected_memory_report(config, grid.world_size), saves.message]
     start.what = "opening the shards and building the model"

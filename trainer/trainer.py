@@ -6,6 +6,7 @@ Letters: L layers (+ MTP), E routed experts.
 import socket
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from trainer.parallel.grid import Grid
 from trainer.process.command_line import resume_command, v4
 from trainer.process.errors import CheckpointError, DivergedError
 from trainer.process.heartbeat import Heartbeat, Task
+from trainer.process.lease import RunLeases
 from trainer.process.signals import ProfileRequest, StopRequest
 from trainer.profiling import Profiler
 from trainer.run_tokenizer import keep_tokenizer, open_tokenizer, run_data
@@ -45,7 +47,8 @@ Hook = Callable[[TrainState, StepResult], None]
 class Trainer:
     """Trains `config` on the processes of `grid`; the first logs `messages` at the start.
 
-    `check` is called after every step, before anything is written; what it raises ends the run.
+    `leases` are checked after every step, before anything is written, and before a checkpoint is
+    published; one that is lost ends the run.
     `kernels` are what all ranks agreed on; by default, those that the config names without
     a check of the GPU. `async_saves`: whether checkpoints are written beside training; by default
     as the config wants, without a check of the host's memory. `heartbeat` gets what the loop does,
@@ -60,7 +63,7 @@ class Trainer:
         grid: Grid,
         stop: StopRequest | None = None,
         messages: Sequence[str] = (),
-        check: Callable[[], None] = lambda: None,
+        leases: RunLeases | None = None,
         kernels: AgreedKernels | None = None,
         async_saves: bool | None = None,
         heartbeat: Heartbeat | None = None,
@@ -73,7 +76,7 @@ class Trainer:
         self.grid = grid
         self.stop = stop or StopRequest()
         self.messages = messages
-        self.check = check
+        self.leases = leases or RunLeases()
         self.heartbeat = heartbeat or Heartbeat()
         self.profile = profile or ProfileRequest()
         self.profiler = Profiler(config, grid, self.profile, self._log)
@@ -116,6 +119,7 @@ class Trainer:
             self.local.placements,
             self.anticipation,
             DataRecord(self.loader),
+            self.leases.held,
         )
         self.stability = Stability(config, self.state, self.checkpoint, self.anticipation)
         self.metrics: Metrics | None = None  # on the first rank, once the run has begun
@@ -181,7 +185,7 @@ class Trainer:
             self.work_seconds = max(result.seconds - waits.take_seconds(), 0.0)
             self.heartbeat.step_ended(result.seconds)
             self.heartbeat.enter("metrics")  # and profiles, which may take minutes to write
-            self.check()
+            self.leases.check()
             self.state.step += 1
             self.state.tokens += result.tokens
             self.profiler.after_step(self.state.step)
@@ -335,6 +339,7 @@ class Trainer:
         if not self.grid.is_first:
             return
         unsaved_steps = 0 if resumed else unsaved_progress(self.config)
+        self.checkpoint.record_newest(resumed)
         keep_tokenizer(self.config, self.tokenizer)
         handwritten = save_config(self.config)
         self.metrics = Metrics(self.config, self.state, self.grid, hosts)
@@ -407,9 +412,12 @@ class Trainer:
         if not prompts or phase is None:
             return None
         length = self.config.evaluation.prompt_tokens
-        self.heartbeat.enter("continuing prompts")
+        beat = partial(self.heartbeat.enter, "continuing prompts")
+        beat()
         with self.engine.computing():
-            return continue_prompts(prompts, length, self.model, phase, self.tokenizer, self.grid)
+            return continue_prompts(
+                prompts, length, self.model, phase, self.tokenizer, self.grid, beat
+            )
 
     def _write_metrics(self, state: TrainState, result: StepResult) -> None:
         if self.metrics is not None:

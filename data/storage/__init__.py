@@ -4,12 +4,14 @@
 work, s3fs and gcsfs are its drivers; they are imported with the first URL.
 """
 
+from data.storage.parts import Parts
 from data.storage.path import READ_BYTES, AnyPath, StoragePath, as_path, size_of
 from data.storage.url import absolute, check_url, is_url
 
 __all__ = [
     "READ_BYTES",
     "AnyPath",
+    "Parts",
     "StoragePath",
     "absolute",
     "as_path",

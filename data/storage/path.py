@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data.storage.parts import Parts
 from data.storage.retries import open_driver, with_retries
 from data.storage.url import check_url, is_url
 
@@ -21,6 +22,8 @@ READ_BYTES = 16 << 20
 """Size of a request where a whole object is read. [bytes]"""
 AT_ONCE = 4
 """Requests in flight where a whole object is read."""
+PART_BYTES = 16 << 20
+"""Of an object that is uploaded in parts, of which drivers have ten in flight."""
 WRITE_SECONDS = 60.0
 SLOWEST_BYTES = 1 << 20
 """An upload may take `WRITE_SECONDS`, and a second for every so many bytes, before it is given up
@@ -198,9 +201,10 @@ class StoragePath:
             starts = range(first, min(first + READ_BYTES * AT_ONCE, size), READ_BYTES)
             yield from self.read_ranges([(at, min(at + READ_BYTES, size)) for at in starts])
 
-    def write(self, content: bytes | str, exclusive: bool = False) -> None:
+    def write(self, content: bytes | str | Parts, exclusive: bool = False) -> None:
         """Writes the object whole. With `exclusive`, raises FileExistsError where there is one.
 
+        Of `Parts` that are large, `PART_BYTES` are in memory for each request in flight.
         Not every storage keeps `exclusive`: `data.lease` checks that it did.
         """
         content = content.encode() if isinstance(content, str) else content
@@ -226,11 +230,12 @@ class StoragePath:
             if not missing_ok:
                 raise
 
-    def remove_tree(self) -> None:
-        """Removes all objects below this folder, many of them in one request."""
+    def remove_tree(self, which: Callable[[str], bool] = lambda name: True) -> None:
+        """Removes the objects below whose names `which` accepts, many in one request."""
 
         def remove(driver: Any) -> None:
-            if paths := driver.find(self.url):
+            found = driver.find(self.url)
+            if paths := [path for path in found if which(path.rsplit("/", 1)[-1])]:
                 driver.rm(paths)
 
         try:
@@ -239,16 +244,19 @@ class StoragePath:
             self._require_bucket(error)
 
 
-def _send(driver: Any, url: str, content: bytes, mode: str) -> None:
+def _send(driver: Any, url: str, content: bytes | Parts, mode: str) -> None:
     """Writes an object. Raises TimeoutError where that takes too long."""
     if not driver.async_impl:
-        driver.pipe_file(url, content, mode=mode)
+        driver.pipe_file(url, bytes(content), mode=mode)
         return
     from fsspec.asyn import FSTimeoutError, sync
 
     limit = WRITE_SECONDS + len(content) / SLOWEST_BYTES
+    options = {"mode": mode, "chunksize": PART_BYTES, "timeout": limit}
+    if len(content) < 2 * PART_BYTES:  # which drivers send whole
+        content = bytes(content)
     try:
-        sync(driver.loop, driver._pipe_file, url, content, mode=mode, timeout=limit)
+        sync(driver.loop, driver._pipe_file, url, content, **options)
     except FSTimeoutError:
         raise TimeoutError(errno.ETIMEDOUT, f"the upload took longer than {limit:.0f} s") from None
 

@@ -86,7 +86,7 @@ def test_an_owner_that_was_away_learns_that_it_lost_the_lease(folder: StoragePat
             thread = threading.Thread(target=lambda: Lease._renew(late), daemon=True)
             thread.start()
             deadline = time.monotonic() + 10
-            while late._new_owner is None and time.monotonic() < deadline:
+            while late._loss is None and time.monotonic() < deadline:
                 time.sleep(0.05)
             with pytest.raises(LeaseError, match="has taken the folder over"):
                 late.check()

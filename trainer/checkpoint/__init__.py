@@ -35,8 +35,9 @@ if TYPE_CHECKING:  # for type checkers, the names of _MODULES
         SavedOptimizer,
         newest_of,
         other_shards,
-        unsaved_progress,
     )
+    from trainer.checkpoint.store import put_back
+    from trainer.checkpoint.unsaved import unsaved_progress
 
 _MODULES = {
     "Boxes": "logical_tensors",
@@ -59,10 +60,11 @@ _MODULES = {
     "newest_of": "run",
     "on_all_ranks": "all_ranks",
     "other_shards": "run",
+    "put_back": "store",
     "read_newest": "concurrent",
     "routing_name": "logical_tensors",
     "step_of": "folder",
-    "unsaved_progress": "run",
+    "unsaved_progress": "unsaved",
 }
 __all__ = [*_MODULES]
 

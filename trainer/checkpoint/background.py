@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.activity import Activity
+from data.lease import LeaseError
 from data.storage import AnyPath
 from trainer.checkpoint.all_ranks import on_all_ranks
 from trainer.checkpoint.folder import CheckpointFolder, as_document
@@ -36,7 +37,7 @@ from trainer.process.errors import SaveError
 
 END_SECONDS = 10.0
 """For a save in flight when an error ends the run."""
-_LAST = {"published", "failed"}
+_LAST = {"published", "failed", "lost"}
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class BackgroundSaves:
             self.grid.rank,
             self.grid.world_size,
             state if self.grid.is_first else None,
+            list(self.folder.leases),
         )
         try:
             self._writer.send(request)
@@ -149,7 +151,10 @@ class BackgroundSaves:
         return any(answer.event in last for answer in self._answers)
 
     def _receive(self, timeout: float | None) -> None:
-        """Takes an answer of this rank's process, for which it waits at most `timeout` seconds."""
+        """Takes an answer of this rank's process, for which it waits at most `timeout` seconds.
+
+        Raises LeaseError where another process has taken over the run.
+        """
         if self._new is None or self._is_over or self._writer is None:
             return
         try:
@@ -159,6 +164,8 @@ class BackgroundSaves:
             return
         if answer is not None:
             self._answers.append(answer)
+            if answer.event == "lost":
+                raise LeaseError(answer.reason)
             if self.grid.is_first and answer.event in _LAST:
                 self._report(answer)
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from data.activity import Activity
+from data.held_lease import HeldLease, require_leases
 from data.storage import AnyPath
 from trainer.checkpoint import manifest
 from trainer.checkpoint.all_ranks import on_all_ranks
@@ -33,7 +34,7 @@ from trainer.checkpoint.dcp_planners import load_boxes
 from trainer.checkpoint.layout import LocalTensors, WritePlanner
 from trainer.checkpoint.logical_tensors import Boxes, TensorBox, is_routing
 from trainer.checkpoint.object_reader import read_entries
-from trainer.checkpoint.rank_files import NewCheckpoint, remove_later, write_file
+from trainer.checkpoint.rank_files import NewCheckpoint, publish, remove_later, write_file
 from trainer.checkpoint.reader import CheckpointReader, open_reader, weight_files
 from trainer.checkpoint.store import STATE_FILE, open_store
 from trainer.config import Rule, rule_of
@@ -67,14 +68,18 @@ def model_digest(model: dict[str, Any]) -> str:
 class CheckpointFolder:
     """The `checkpoints/` folder of a run, which all ranks of a grid see.
 
-    `keep` is how many checkpoints are kept; 0 keeps all.
+    `keep` is how many checkpoints are kept; 0 keeps all. Methods that publish or remove raise
+    LeaseError on the first rank where another process has taken over one of its `leases`.
     """
 
-    def __init__(self, folder: AnyPath, grid: Grid, keep: int = 0) -> None:
+    def __init__(
+        self, folder: AnyPath, grid: Grid, keep: int = 0, leases: Sequence[HeldLease] = ()
+    ) -> None:
         self.folder = folder
         self.store = open_store(folder)
         self.grid = grid
         self.keep = keep
+        self.leases = leases
         self.planner = WritePlanner(grid.world)
         self._may_prune = True
 
@@ -114,7 +119,8 @@ class CheckpointFolder:
 
         def write() -> dict[str, manifest.FileRecord]:
             return {
-                f.name: write_file(new.folder / f.name, f.header, tensors.data(f)) for f in files
+                (path := new.path(f.name)).name: write_file(path, f.header, tensors.data(f))
+                for f in files
             }
 
         try:
@@ -140,6 +146,7 @@ class CheckpointFolder:
         def begin() -> NewCheckpoint | None:
             new = None
             if self.grid.is_first:
+                require_leases(self.leases)  # before it removes what seems to be left
                 new = NewCheckpoint(step, self.store.begin(step, token), token)
             action()
             return new
@@ -178,6 +185,7 @@ class CheckpointFolder:
         self._may_prune = False
         old = self.folder
         try:
+            require_leases(self.leases)
             for old in checkpoints_in(self.folder)[: -self.keep]:
                 self.store.remove(old)
         except OSError as error:
@@ -189,24 +197,27 @@ class CheckpointFolder:
 
         Every rank calls it, and none returns before it is gone.
         """
+
+        def remove() -> None:
+            if self.grid.is_first:
+                require_leases(self.leases)
+                self.store.remove(checkpoint)
+
         try:
-            on_all_ranks(
-                lambda: self.store.remove(checkpoint) if self.grid.is_first else None,
-                self.grid.world,
-            )
+            on_all_ranks(remove, self.grid.world)
         except OSError as error:
             return f"{checkpoint}: could not be removed: {error.strerror or type(error).__name__}"
         return None
 
     def _remove_later(self, step: int) -> None:
         if self.grid.is_first:
-            remove_later(self.folder, self.store, step)
+            remove_later(self.folder, self.store, self.leases, step)
 
     def _publish(
         self, new: NewCheckpoint, files: dict[str, manifest.FileRecord], state: dict[str, Any]
     ) -> None:
         if self.grid.is_first:
-            self.store.publish(new.step, new.token, files, state)
+            publish(new, self.store, self.leases, files, state)
 
     def newest(self, before: int | None = None) -> AnyPath | None:
         """Returns the newest checkpoint, verified by all ranks together, or None without any.
@@ -305,8 +316,13 @@ def find_mismatch(shapes: Mapping[str, Shape], boxes: Boxes) -> str | None:
 
 
 def read_state(path: AnyPath) -> dict[str, Any]:
-    """Reads `state.json` of a complete checkpoint. Raises CheckpointError for another format."""
-    state: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    """Reads `state.json` of a complete checkpoint, whose name may begin with an attempt's token.
+
+    Raises CheckpointError for another format.
+    """
+    names = manifest.read(path)[0]
+    name = next((name for name in names if name.endswith(STATE_FILE)), STATE_FILE)
+    state: dict[str, Any] = json.loads((path / name).read_text(encoding="utf-8"))
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: has checkpoint format {state.get('format')!r}, this version reads {FORMAT}"

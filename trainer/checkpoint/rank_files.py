@@ -1,8 +1,7 @@
 """The files that one rank writes of a checkpoint, and how ranks learn that all have written theirs.
 
 Where a process beside each rank writes, none has a connection to the others: each leaves an outcome
-next to its files, which the first rank's process looks for. The names of outcomes differ between
-attempts: a storage's list may still have those of a killed one. Imports no torch.
+next to its files, which the first rank's process looks for. Imports no torch.
 """
 
 import hashlib
@@ -13,12 +12,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from data.files import fsync_folder
-from data.storage import AnyPath, StoragePath
+from data.held_lease import HeldLease, require_leases
+from data.lease import LeaseError
+from data.storage import AnyPath, Parts, StoragePath
 from trainer.checkpoint.manifest import FileRecord
-from trainer.checkpoint.store import Store
+from trainer.checkpoint.store import Store, object_name
 from trainer.config.published import published, step_of
 from trainer.files import write_synced
 
@@ -35,9 +36,18 @@ class NewCheckpoint:
     folder: AnyPath
     token: str
 
+    def path(self, name: str) -> AnyPath:
+        """Returns where a file of the checkpoint is written.
+
+        In object storage the folder may have files of another attempt, which are not replaced: the
+        token is part of each name. On a file system every attempt has a folder of its own.
+        """
+        is_object = isinstance(self.folder, StoragePath)
+        return self.folder / (object_name(self.token, name) if is_object else name)
+
     def outcome_path(self, rank: int) -> AnyPath:
         """Returns where a rank leaves its outcome."""
-        return self.folder / f"written-{self.token}-{rank:05d}.json"
+        return self.path(f"written-{rank:05d}.json")
 
 
 class Outcome(TypedDict, total=False):
@@ -52,17 +62,23 @@ def write_file(path: AnyPath, header: str, data: Buffers) -> FileRecord:
     """Writes a safetensors file, durably, and returns its size and SHA-256.
 
     Args:
-        path: of the file. For object storage it is put together in memory.
+        path: of the file.
         header: its JSON text.
         data: the bytes of its tensors.
     """
     digest, size = hashlib.sha256(), 0
     if isinstance(path, StoragePath):
-        content = b"".join(_parts_of_file(header, data))
+        content = Parts(_parts_of_file(header, data))
+
+        def hash_all() -> None:
+            for part in content:
+                digest.update(part)
+
         with ThreadPoolExecutor(1) as pool:
-            whole = pool.submit(hashlib.sha256, content)  # beside the network
+            hashing = pool.submit(hash_all)  # beside the network
             path.write(content)
-        return {"size": len(content), "sha256": whole.result().hexdigest()}
+        hashing.result()
+        return {"size": len(content), "sha256": digest.hexdigest()}
     with path.open("wb") as stream:
         for part in _parts_of_file(header, data):
             digest.update(part)
@@ -119,8 +135,29 @@ def remove_outcomes(new: NewCheckpoint, ranks: Iterable[int]) -> None:
         new.outcome_path(rank).unlink(missing_ok=True)
 
 
-def remove_later(folder: AnyPath, store: Store, step: int) -> None:
-    """Removes the checkpoints after a step, which were undone."""
-    for path in published(folder):
-        if step_of(path) > step:
-            store.remove(path)
+def publish(
+    new: NewCheckpoint,
+    store: Store,
+    leases: Iterable[HeldLease],
+    files: dict[str, FileRecord],
+    state: dict[str, Any],
+) -> None:
+    """Publishes what all ranks have written.
+
+    Removes it instead, and raises LeaseError, where another process has taken over the run.
+    """
+    try:
+        require_leases(leases)
+    except LeaseError:
+        store.abandon(new.step, new.token)
+        raise
+    store.publish(new.step, new.token, files, state)
+
+
+def remove_later(folder: AnyPath, store: Store, leases: Iterable[HeldLease], step: int) -> None:
+    """Removes the checkpoints after a step, which were undone. Raises LeaseError as `publish`."""
+    later = [path for path in published(folder) if step_of(path) > step]
+    if later:
+        require_leases(leases)
+    for path in later:
+        store.remove(path)

@@ -1,13 +1,13 @@
 """Saves a run in checkpoints and resumes it from one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from data import Loader
-from data.files import read_step_records
-from data.storage import AnyPath, StoragePath
+from data.held_lease import HeldLease
+from data.storage import AnyPath
 from model import V4Model
 from optim import StateSlice
 from trainer.checkpoint.background import BackgroundSaves, SaveReport
@@ -20,8 +20,8 @@ from trainer.checkpoint.folder import (
     step_of,
 )
 from trainer.checkpoint.logical_tensors import Boxes, live_slices, logical_tensors
+from trainer.checkpoint.unsaved import record_newest
 from trainer.config import RunConfig, changed_fields, replaced_optimizer
-from trainer.config.published import mentioned
 from trainer.parallel.grid import Grid
 from trainer.parallel.placement import Placement
 from trainer.process.errors import CheckpointError
@@ -95,35 +95,6 @@ def newest_of(
     return path, saved
 
 
-def unsaved_progress(config: RunConfig) -> int:
-    """Returns the last step in metrics.jsonl of a run without checkpoints, 0 for a new run.
-
-    Raises CheckpointError where a checkpoint was saved by then: it is gone, and the run would
-    silently start again. Those that failed are counted in metrics.jsonl, and the one that was being
-    written when the run was killed has left its temporary folder.
-    """
-    path, checkpoints = config.run_dir / "metrics.jsonl", config.checkpoints
-    records = read_step_records(path)[0] if path.is_file() else []
-    last: int = max((record["step"] for record in records), default=0)
-    steps = config.recipe.segments[0].end
-    first_save = min(config.checkpoint.every or steps, steps)
-    failed = max((record.get("failed_saves", 0) for record in records), default=0)
-    if last // first_save > failed + _has_unfinished(checkpoints):
-        raise CheckpointError(
-            f"{path} has steps up to {last}, and there is no checkpoint in {checkpoints}: restore "
-            "them (is their disk mounted?), name another run_dir, or move metrics.jsonl away to "
-            "start from step 0"
-        )
-    return last
-
-
-def _has_unfinished(checkpoints: AnyPath) -> bool:
-    """Whether a save that was killed has left files."""
-    if isinstance(checkpoints, StoragePath):
-        return bool(mentioned(checkpoints))
-    return any(checkpoints.glob(".step-*"))
-
-
 def other_shards(config: RunConfig, loader: Loader) -> str:
     """Returns a sentence where the newest checkpoint was trained on other shards, else nothing.
 
@@ -146,6 +117,8 @@ class RunCheckpoint:
     is sharded. Without `anticipation`, pending selections in a checkpoint are ignored; without
     `data`, what it records about the data is.
 
+    `leases` are asked for before anything is published or removed.
+
     `changes` has lines about what a checkpoint that was loaded has otherwise than this run.
     `background` has the saves beside training, once `save_beside_training` was called.
     """
@@ -160,6 +133,7 @@ class RunCheckpoint:
         placements: Mapping[str, Placement] | None = None,
         anticipation: PendingSelections | None = None,
         data: SavedData | None = None,
+        leases: Sequence[HeldLease] = (),
     ) -> None:
         self.config = config
         self.model = model
@@ -170,7 +144,9 @@ class RunCheckpoint:
         self.data = data
         self.changes: list[str] = []
         self.background: BackgroundSaves | None = None
-        self.folder = CheckpointFolder(config.checkpoints, grid, config.checkpoint.keep)
+        self._in_flight: AnyPath | None = None
+        """A checkpoint that is being written and not yet recorded as the newest."""
+        self.folder = CheckpointFolder(config.checkpoints, grid, config.checkpoint.keep, leases)
 
     def save(self, state: TrainState, reuse: bool = False) -> AnyPath:
         """Publishes a checkpoint of the current state before it returns. Raises SaveError.
@@ -179,7 +155,9 @@ class RunCheckpoint:
         With `reuse`, one of this step that exists is kept.
         """
         self.finish()
-        return self.folder.save(state.step, self._all_boxes(), self._document(state), reuse)
+        path = self.folder.save(state.step, self._all_boxes(), self._document(state), reuse)
+        self.record_newest(path)
+        return path
 
     def save_beside_training(self) -> None:
         """Lets `begin_save` write beside training. Raises OSError where memory is lacking."""
@@ -192,15 +170,26 @@ class RunCheckpoint:
         """
         if self.background is None:
             return self.save(state)
-        return self.background.begin(state.step, self._all_boxes(), self._document(state))
+        path = self.background.begin(state.step, self._all_boxes(), self._document(state))
+        self._in_flight = path
+        return path
 
     def finish(self) -> bool:
         """Waits for a save in flight; every rank calls it. False where it has failed."""
-        return self.background is None or self.background.finish()
+        is_published = self.background is None or self.background.finish()
+        if is_published and self._in_flight is not None:
+            self.record_newest(self._in_flight)
+        self._in_flight = None
+        return is_published
 
     def reports(self) -> list[SaveReport]:
         """Returns, once, what became of saves in the background; on the first rank alone."""
-        return [] if self.background is None else self.background.reports()
+        reports = [] if self.background is None else self.background.reports()
+        for report in reports:
+            if report.problem is None and report.path == self._in_flight:
+                self.record_newest(report.path)
+                self._in_flight = None
+        return reports
 
     def wait_at_end(self) -> None:
         """Gives a save in flight some seconds after an error. Not a collective call."""
@@ -224,7 +213,16 @@ class RunCheckpoint:
     def remove(self, checkpoint: AnyPath) -> str | None:
         """Removes a checkpoint that is not sound, on all ranks; returns any problem."""
         self.finish()
-        return self.folder.remove(checkpoint)
+        problem = self.folder.remove(checkpoint)
+        if problem is None and self.folder.grid.is_first:
+            left = checkpoints_in(self.folder.folder)
+            self.record_newest(left[-1] if left else None)
+        return problem
+
+    def record_newest(self, checkpoint: AnyPath | None) -> None:
+        """Writes into the run folder which checkpoint is the newest; see unsaved.py."""
+        if self.folder.grid.is_first:
+            record_newest(self.config, checkpoint)
 
     def live_tensors(self) -> list[Tensor]:
         """Returns all tensors of model and optimizer on this rank, always in the same order.

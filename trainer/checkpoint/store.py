@@ -3,11 +3,14 @@
 One rank at a time calls a store. Between `begin` and `publish` all ranks write their files into the
 folder that `begin` returned; a kill at any moment leaves the published checkpoints as they are.
 
-    file system     .step-00000020.TOKEN.tmp/  renamed to step-00000020/ once it is complete
-    object storage  step-00000020/             complete once it has a manifest.json, written last
+    file system     .step-00000020.TOKEN.tmp/    renamed to step-00000020/ once it is complete
+    object storage  step-00000020/TOKEN-NAME     complete once manifest.json, written last, has them
 
 TOKEN differs between attempts: a process that was stopped for so long that another one has taken
-over the run does not write into that one's folder.
+over the run does not write over that one's files. A checkpoint of a step that was undone, and is
+trained again, stays until the new one is complete: in object storage the manifest names the files
+of the one or of the other, on a file system the old folder counts under another name until the new
+one has its own.
 """
 
 import json
@@ -23,7 +26,9 @@ from trainer.config.published import (
     folder_name,
     is_published,
     mentioned,
+    published,
     read_steps,
+    replaced_name,
     step_of,
     write_steps,
 )
@@ -63,6 +68,7 @@ class LocalStore:
 
     def begin(self, step: int, token: str) -> Path:
         """Makes a temporary folder."""
+        put_back(self.folder)
         for left in self.folder.glob(".step-*"):  # by a save or a removal that was killed
             shutil.rmtree(left, ignore_errors=True)
         temporary = self._temporary(step, token)
@@ -77,13 +83,13 @@ class LocalStore:
         write_synced(temporary / STATE_FILE, _text(state))
         manifest.write(temporary, files | manifest.record(temporary, [STATE_FILE]))
         fsync_folder(temporary)
-        replaced = target.with_name(f".{target.name}.removed")
-        shutil.rmtree(replaced, ignore_errors=True)
+        replaced = self.folder / replaced_name(step)
         if target.exists():  # of a step that was undone, and is trained again
             target.rename(replaced)
         temporary.rename(target)
         fsync_folder(target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with suppress(OSError):
+            remove_folder(replaced)
 
     def abandon(self, step: int, token: str) -> None:
         """Removes the temporary folder."""
@@ -98,38 +104,53 @@ class LocalStore:
         return self.folder / f".{folder_name(step)}.{token}.tmp"
 
 
-class ObjectStore:
-    """A folder in object storage.
+def put_back(folder: AnyPath) -> None:
+    """Renames a checkpoint that was being replaced when the run was killed, for the run's owner."""
+    for path in [] if isinstance(folder, StoragePath) else published(folder):
+        if path.name == replaced_name(step_of(path)):
+            assert isinstance(path, Path)
+            path.rename(path.with_name(folder_name(step_of(path))))
 
-    A checkpoint of a step that was undone, and is trained again, is removed before the new one is
-    written: its files have the same names.
-    """
+
+def object_name(token: str, name: str) -> str:
+    """Returns the name of a file of one attempt in object storage."""
+    return f"{token}-{name}"
+
+
+class ObjectStore:
+    """A folder in object storage."""
 
     def __init__(self, folder: StoragePath) -> None:
         self.folder = folder
 
     def begin(self, step: int, token: str) -> StoragePath:
-        """Removes files without a manifest, and the step's own checkpoint."""
-        target = self.folder / folder_name(step)
+        """Removes files without a manifest."""
         for path in mentioned(self.folder):
-            if path == target or not is_published(path):
+            if not is_published(path):
                 self.remove(path)
-        return target
+        return self.folder / folder_name(step)
 
     def publish(
         self, step: int, token: str, files: dict[str, manifest.FileRecord], state: dict[str, Any]
     ) -> None:
-        """Writes `state.json`, the step into `steps.json`, and at last the manifest."""
-        target = self.folder / folder_name(step)
-        write_synced(target / STATE_FILE, _text(state))
-        files = files | manifest.record(target, [STATE_FILE])
+        """Writes the state, the step into `steps.json`, and at last the manifest.
+
+        Then removes the files of other attempts, which no manifest names any more.
+        """
+        target, own = self.folder / folder_name(step), object_name(token, "")
+        name = object_name(token, STATE_FILE)
+        write_synced(target / name, _text(state))
+        files = files | manifest.record(target, [name])
         write_steps(self.folder, {*read_steps(self.folder), step})
         manifest.write(target, files)
+        with suppress(OSError):
+            target.remove_tree(lambda other: other != manifest.NAME and not other.startswith(own))
 
     def abandon(self, step: int, token: str) -> None:
-        """Removes the step's files, unless the storage cannot be reached; `begin` does it then."""
+        """Removes this attempt's files, unless the storage is away; `begin` does it then."""
+        own = object_name(token, "")
         with suppress(OSError):
-            self.remove(self.folder / folder_name(step))
+            (self.folder / folder_name(step)).remove_tree(lambda name: name.startswith(own))
 
     def remove(self, checkpoint: AnyPath) -> None:
         """Removes the manifest, then the files."""

@@ -22,14 +22,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from data.activity import print_line
+from data.held_lease import HeldLease
+from data.lease import LeaseError
 from data.storage import StoragePath, as_path
 from trainer.checkpoint.manifest import FileRecord
 from trainer.checkpoint.rank_files import (
     NewCheckpoint,
+    publish,
     read_outcomes,
     remove_later,
     remove_outcomes,
@@ -67,6 +70,7 @@ class Request:
         files: those of this rank.
         rank, world_size: of the training.
         state: the contents of state.json for the first rank, which publishes.
+        leases: which it has to hold then.
     """
 
     checkpoints: str
@@ -77,6 +81,7 @@ class Request:
     rank: int
     world_size: int
     state: dict[str, Any] | None
+    leases: list[HeldLease] = field(default_factory=list)
 
     @property
     def new(self) -> NewCheckpoint:
@@ -89,7 +94,8 @@ class Answer:
     """What has become of a request.
 
     Attributes:
-        event: `written` where all files of this rank are on the disk, `published`, or `failed`.
+        event: `written` where all files of this rank are on the disk, `published`, `failed`, or
+            `lost` where another process has taken over the run.
         seconds: since the request.
         errno, reason: of a failure.
         rank: whose failure it is.
@@ -176,7 +182,8 @@ def serve(
         if not fields:
             continue  # an abort that came after the answer
         files = [FileInMemory(**file) for file in fields.pop("files")]
-        request = Request(**fields, files=files)
+        leases = [HeldLease(**lease) for lease in fields.pop("leases")]
+        request = Request(**fields, files=files, leases=leases)
         start = time.monotonic()
 
         def answer(event: Answer, start: float = start) -> None:
@@ -196,8 +203,8 @@ def _write(
     new = request.new
     try:
         records = {
-            file.name: write_file(
-                new.folder / file.name, file.header, [memory[file.start : file.stop]]
+            (path := new.path(file.name)).name: write_file(
+                path, file.header, [memory[file.start : file.stop]]
             )
             for file in request.files
         }
@@ -214,6 +221,8 @@ def _write(
         return
     try:
         failure = _publish(new, request, is_aborted)
+    except LeaseError as error:
+        failure = Answer("lost", 0.0, None, str(error), request.rank)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         failure = Answer("failed", 0.0, error.errno, reason, request.rank)
@@ -224,7 +233,7 @@ def _give_up(new: NewCheckpoint, request: Request) -> None:
     """Removes this rank's files, which may leave room for its answer."""
     for file in request.files:
         with suppress(OSError):
-            (new.folder / file.name).unlink(missing_ok=True)
+            new.path(file.name).unlink(missing_ok=True)
 
 
 def _publish(
@@ -246,9 +255,9 @@ def _publish(
     assert request.state is not None
     checkpoints = as_path(request.checkpoints)
     store = open_store(checkpoints)
-    store.publish(request.step, request.token, files, request.state)
+    publish(new, store, request.leases, files, request.state)
     try:
-        remove_later(checkpoints, store, request.step)
+        remove_later(checkpoints, store, request.leases, request.step)
     except OSError as error:  # the next save tries again
         reason = error.strerror or type(error).__name__
         problem = f"checkpoints after step {request.step} could not be removed: {reason}"

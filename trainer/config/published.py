@@ -1,6 +1,7 @@
 """Which checkpoints of a folder are published: on a file system, or in object storage. No torch.
 
-A file system has a folder of that name only once it is complete, since it gets the name last. In
+A file system has a folder of that name only once it is complete, since it gets the name last. One
+that is published again is renamed before the new one gets its name, and counts until then. In
 object storage nothing can be renamed: there the manifest, written last, is the publication.
 """
 
@@ -15,6 +16,7 @@ STEPS_FILE = "steps.json"
 """In a folder in object storage: the steps that may be there. The storage's own list may lag behind
 what was written a moment ago, which asking for an object by its name does not."""
 _NAME = re.compile(r"^step-(\d{8,})$")
+_REPLACED = re.compile(r"^\.step-(\d{8,})\.replaced$")
 
 
 def folder_name(step: int) -> str:
@@ -24,7 +26,12 @@ def folder_name(step: int) -> str:
 
 def step_of(checkpoint: AnyPath) -> int:
     """Returns the step in the name of a published checkpoint."""
-    return int(checkpoint.name.removeprefix("step-"))
+    return int(checkpoint.name.removesuffix(".replaced").rpartition("-")[2])
+
+
+def replaced_name(step: int) -> str:
+    """Returns the name of a checkpoint's folder while another one takes its place."""
+    return f".{folder_name(step)}.replaced"
 
 
 def published(folder: AnyPath) -> list[AnyPath]:
@@ -39,8 +46,11 @@ def published(folder: AnyPath) -> list[AnyPath]:
         return [path for path, good in zip(paths, complete, strict=True) if good]
     if not folder.is_dir():
         return []
-    steps = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.match(p.name))]
-    return [path for _, path in sorted(steps)]
+    paths = list(folder.iterdir())
+    steps: dict[int, AnyPath] = {}
+    for pattern in (_REPLACED, _NAME):  # the latter count where there are both
+        steps |= {int(m[1]): path for path in paths if (m := pattern.match(path.name))}
+    return [steps[step] for step in sorted(steps)]
 
 
 def is_published(checkpoint: AnyPath) -> bool:

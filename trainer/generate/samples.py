@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from data import Tokenizer
 from model import V4Model
@@ -20,8 +20,9 @@ def continue_prompts(
     phase: Phase,
     tokenizer: Tokenizer,
     grid: Grid,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, str]:
-    """Returns the most likely continuation of each prompt.
+    """Returns the most likely continuation of each prompt; calls `beat` after every token.
 
     Every rank calls it, inside the context with the weights that its forward uses.
     """
@@ -36,6 +37,7 @@ def continue_prompts(
     tokens: list[list[int]] = [[] for _ in ids]
     for index, token in Generation(model, request, Ranks(grid), attention_of(phase.attention)):
         tokens[index].append(token)
+        beat()
     return {
         prompt: tokenizer.decode([t for t in some if t != tokenizer.eos_id])
         for prompt, some in zip(prompts, tokens, strict=True)

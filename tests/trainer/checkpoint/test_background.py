@@ -24,14 +24,16 @@ from data.processes import is_running
 from tests.distributed import spawn
 from tests.trainer.tiny import assert_same_run, column, train
 from trainer import save_mode
+from trainer.__main__ import main
 from trainer.checkpoint import background, writer_process
 from trainer.checkpoint.background import BackgroundSaves
-from trainer.checkpoint.folder import CheckpointFolder, as_boxes, checkpoints_in
+from trainer.checkpoint.folder import CheckpointFolder, as_boxes, checkpoints_in, step_of
 from trainer.checkpoint.layout import ALIGNMENT
 from trainer.checkpoint.logical_tensors import Boxes
 from trainer.checkpoint.rank_files import NewCheckpoint, write_outcome
 from trainer.checkpoint.shared_memory import SharedMemory
 from trainer.checkpoint.store import open_store
+from trainer.checkpoint.unsaved import NEWEST_FILE
 from trainer.checkpoint.writer_process import Request, is_readable
 from trainer.config import ConfigError, load_config
 from trainer.config.published import is_published
@@ -116,6 +118,20 @@ def test_a_step_that_is_saved_again_is_replaced_at_once(
     assert checkpoints.save(1, boxes, {"step": 1}) == target
     assert published and all(published)
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000001"]
+
+
+def test_a_kill_between_two_renames_loses_nothing(tiny: Path, tmp_path: Path) -> None:
+    """Of a step that is saved again; what was put aside is the newest until the run goes on."""
+    train(tiny, tmp_path, "steps=4", "checkpoint={every: 2, keep: 0}")
+    older, newest = checkpoints_in(tmp_path / "checkpoints")
+    aside = newest.rename(newest.with_name(f".{newest.name}.replaced"))
+    assert checkpoints_in(tmp_path / "checkpoints") == [older, aside] and step_of(aside) == 4
+    assert main([str(tmp_path)]) == 0, "no step is left"
+    assert checkpoints_in(tmp_path / "checkpoints") == [older, newest]
+    newest.rename(aside)
+    train(tiny, tmp_path, "steps=6", "checkpoint={every: 5, keep: 0}")
+    steps = [step_of(path) for path in checkpoints_in(tmp_path / "checkpoints")]
+    assert steps == [2, 4, 5, 6] and len(column(tmp_path, "loss")) == 6
 
 
 def test_a_writer_that_was_stopped_leaves_another_ones_files_alone(single: Single) -> None:
@@ -277,6 +293,7 @@ def test_a_failed_save_is_counted_and_the_run_goes_on(
 def test_a_first_save_in_flight_does_not_count_as_lost(tiny: Path, tmp_path: Path) -> None:
     """Killed long after it was due, before it was published."""
     train(tiny, tmp_path, "steps=5", "checkpoint.every=3", stop_at=5)
+    (tmp_path / NEWEST_FILE).write_text("")
     for path in checkpoints_in(tmp_path / "checkpoints"):
         path.rename(path.with_name(f".{path.name}.tmp"))
     train(tiny, tmp_path, "steps=6", "checkpoint.every=3")

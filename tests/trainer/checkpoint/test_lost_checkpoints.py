@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.tiny import steps_in_file, train
+from tests.trainer.checkpoint.test_periodic import ruined
+from tests.trainer.tiny import crash, steps_in_file, train
 from trainer.__main__ import main
+from trainer.checkpoint.unsaved import NEWEST_FILE
 
 
 @pytest.fixture
@@ -60,8 +62,34 @@ def test_a_first_save_that_was_killed_is_repeated(run: Path) -> None:
     for checkpoint in (run / "checkpoints").iterdir():
         shutil.rmtree(checkpoint)
     (run / "checkpoints/.step-00000003.tmp").mkdir()
+    (run / NEWEST_FILE).unlink()  # of a run of an earlier version
     assert main([str(run), "checkpoint.every=0"]) == 0
     assert (run / "checkpoints/step-00000003").is_dir()
+
+
+def test_a_first_save_that_was_skipped_or_removed_was_not_lost(tiny: Path, tmp_path: Path) -> None:
+    """A crash before the next one: the run starts again."""
+    for name, at in (("skipped", 1), ("removed", 2)):
+        run = tmp_path / name
+        settings = ("steps=5", "checkpoint.every=2", "evaluation.every=1")
+        trainer = ruined(tiny, run, at, *settings)
+        trainer.periodic.append(lambda state, _: crash(state.step == 3))
+        with pytest.raises(RuntimeError, match="crash"):
+            trainer.run()
+        assert not list((run / "checkpoints").glob("step-*"))
+        train(tiny, run, *settings)
+        assert steps_in_file(run) == [1, 2, 3, 4, 5]
+
+
+def test_what_a_stop_has_saved_is_missed(run: Path, tiny: Path, tmp_path: Path) -> None:
+    """Before a regular save was due."""
+    train(tiny, tmp_path / "stopped", "steps=5", "checkpoint.every=4", stop_at=2)
+    (newest,) = (tmp_path / "stopped/checkpoints").iterdir()
+    assert (tmp_path / "stopped" / NEWEST_FILE).read_text() == f"{newest}\n"
+    shutil.rmtree(newest)
+    assert main([str(tmp_path / "stopped")]) == 2
+    newest = run / "checkpoints/step-00000003"
+    assert (run / NEWEST_FILE).read_text() == f"{newest}\n"
 
 
 def test_a_copied_link_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,15 +3,17 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from data.storage import StoragePath, retries
+from data.storage import Parts, StoragePath, retries
 from data.storage import path as storage_path
 from tests.distributed import spawn
 from tests.s3 import S3Server
-from trainer.checkpoint.folder import CheckpointFolder, checkpoints_in
+from trainer.checkpoint import manifest
+from trainer.checkpoint.folder import CheckpointFolder, checkpoints_in, read_state
 from trainer.checkpoint.logical_tensors import TensorBox
 from trainer.config.published import STEPS_FILE
 from trainer.parallel.grid import Degrees, Grid
@@ -122,6 +124,72 @@ def test_a_fault_that_stays_loses_nothing(folder: StoragePath, s3: S3Server) -> 
     checkpoints.save(3, tensors(), {"step": 3})
     assert saved_steps(folder) == ["step-00000001", "step-00000003"]
     assert "step-00000002" not in folder.names()
+
+
+def test_a_step_that_is_saved_again_is_replaced_by_the_manifest(
+    folder: StoragePath, s3: S3Server, tmp_path: Path
+) -> None:
+    checkpoints = CheckpointFolder(folder, Grid.single(CPU))
+    path = checkpoints.save(1, tensors(1.0), {"step": 1, "of": "old"})
+    s3.set_faults({"method": "PUT", "path": "manifest", "status": 503, "times": 10**6})
+    with pytest.raises(SaveError):
+        checkpoints.save(1, tensors(2.0), {"step": 1, "of": "new"})
+    s3.set_faults()
+    for value, name in ((1.0, "old"), (2.0, "new")):
+        assert checkpoints.newest() == path and read_state(path)["of"] == name
+        loaded = tensors(0.0)
+        checkpoints.load(path, loaded)
+        assert float(loaded["a"][0, 0]) == value
+        checkpoints.save(1, tensors(2.0), {"step": 1, "of": "new"})
+    assert {*path.names()} == {*manifest.read(path)[0], manifest.NAME}, "the old files are gone"
+    copy = tmp_path / path.name
+    copy.mkdir()
+    for one in path.iterdir():
+        one.download(copy / one.name)
+    loaded = tensors(0.0)
+    local = CheckpointFolder(tmp_path, Grid.single(CPU))
+    assert local.newest() == copy and read_state(copy)["of"] == "new"
+    local.load(copy, loaded)
+    assert float(loaded["a"][0, 0]) == 2.0
+
+
+def test_a_checkpoint_of_an_earlier_version(folder: StoragePath, tmp_path: Path) -> None:
+    """Its files have the same names in every attempt."""
+    plain = CheckpointFolder(tmp_path, Grid.single(CPU)).save(1, tensors(1.0), {"step": 1})
+    path = folder / plain.name
+    for one in plain.iterdir():
+        (path / one.name).upload(one)
+    checkpoints = CheckpointFolder(folder, Grid.single(CPU))
+    assert checkpoints.newest() == path and read_state(path)["step"] == 1
+    checkpoints.save(1, tensors(2.0), {"step": 1})
+    assert {*path.names()} == {*manifest.read(path)[0], manifest.NAME}
+
+
+def test_a_large_file_is_sent_in_parts(
+    folder: StoragePath, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one fails, the whole is sent again; no more than the parts in flight is copied."""
+    monkeypatch.setattr(storage_path, "PART_BYTES", 5 << 20)  # the smallest that S3 takes
+    whole = torch.randint(256, (12 << 20,), dtype=torch.uint8)
+    checkpoints = CheckpointFolder(folder, Grid.single(CPU))
+    s3.set_faults({"method": "PUT", "path": "partNumber=2", "status": 503, "times": 1})
+    before = len(s3.requests())
+    path = checkpoints.save(1, {"w": whole, "a": torch.ones(3)}, {"step": 1})
+    assert s3.applied() == [1]
+    sent = [one for one in s3.requests()[before:] if "partNumber" in one]
+    assert any("partNumber=3" in one for one in sent)
+    assert checkpoints.newest() == path
+    loaded = {"w": torch.zeros_like(whole), "a": torch.zeros(3)}
+    checkpoints.load(path, loaded)
+    assert torch.equal(loaded["w"], whole)
+
+
+def test_parts_are_sliced_as_what_they_form() -> None:
+    parts, text = Parts([b"abc", memoryview(b""), memoryview(b"defg"), b"h"]), b"abcdefgh"
+    assert len(parts) == len(text) and bytes(parts) == text
+    for start in range(9):
+        for stop in range(start, 12):
+            assert parts[start:stop] == text[start:stop]
 
 
 def test_a_removal_that_fails_midway_leaves_no_checkpoint(
