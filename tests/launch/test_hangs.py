@@ -4,6 +4,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,19 @@ def test_a_rank_that_cannot_answer_is_named(how: str, tiny: Path, tmp_path: Path
     text = paragraph(done)
     assert re.search(rf" for rank 1; rank 1 on {HOST} \(pid \d+\) does not answer", text)
     assert ("planted.py" in done.stderr) == (how == "hold"), "its stacks"
+
+
+@pytest.mark.slow
+def test_a_stopped_first_rank_is_named(tiny: Path, tmp_path: Path) -> None:
+    """It has the store that the ranks would report to each other through."""
+    start = time.monotonic()
+    done = hang("stop", tiny, tmp_path / "run", rank=0)
+    assert done.returncode == 1 and time.monotonic() - start < 200
+    text = paragraph(done)
+    assert ": rank 0, whose process on " in text and "has not answered for 3" in text
+    assert re.search(rf"; rank 1 on {HOST} waits in all_reduce number \d+ over the axis ", text)
+    (folder,) = (tmp_path / "run/hangs").iterdir()
+    assert sorted(path.name[:10] for path in folder.glob("*.txt")) == ["rank-00001", "rank-00002"]
 
 
 @pytest.mark.slow

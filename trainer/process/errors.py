@@ -11,7 +11,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from data.activity import print_line
 from data.errors import DataError
@@ -26,6 +25,7 @@ from trainer.process.exit_codes import (
     error_line,
     exit_code_of,
 )
+from trainer.process.source import own_file
 
 
 class CheckpointError(ValueError):
@@ -171,7 +171,6 @@ def failed_allocation(error: BaseException) -> str | None:
 
 def _line_of_ours(error: BaseException) -> str:
     """Returns the line of our code that an error came from."""
-    root = Path(__file__).resolve().parents[2]
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(root)]
-    return f"{Path(ours[-1].filename).relative_to(root)}, line {ours[-1].lineno}"
+    ours = [(file, frame.lineno) for frame in frames if (file := own_file(frame.filename))]
+    return f"{ours[-1][0]}, line {ours[-1][1]}"

@@ -8,12 +8,13 @@ notice, on which the other ranks exit as well.
 
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -42,6 +43,8 @@ class FailureWatch:
         self.key = ""
         """The prefix of the keys of this attempt."""
         self._closed = threading.Event()
+        self.is_ending = False
+        """Whether this process is about to end because of a failure."""
         self.at_end: list[Callable[[], None]] = []
         """Called before this process is ended because of a failure."""
 
@@ -87,13 +90,34 @@ class FailureWatch:
             self._write_notice(code, message)
         self._end(code)
 
-    def end_all(self, code: int, message: str) -> None:
-        """Prints a message and ends all ranks, unless one that failed before is doing so."""
+    def end_all(self, code: int, message: str, abort: Iterable[int] = ()) -> None:
+        """Prints a message and ends all ranks, unless one that failed before is doing so.
+
+        Processes in `abort`, which cannot read the notice, get SIGABRT: once the message is out,
+        which their end would replace, and before the launcher ends them without their stacks.
+        """
         self._closed.set()
         if self._claim():
             print_line(message, sys.stderr)
             ErrorHandler().record_exception(RuntimeError(message))
             self._write_notice(code, message)
+        for pid in abort:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGABRT)
+        self._end(code)
+
+    def end_without_store(self, code: int, message: str) -> None:
+        """Ends this rank where the store does not answer, as every other rank does.
+
+        The first rank of each host but rank 0 prints the message, before the others end.
+        """
+        self._closed.set()
+        of_first_host = int(os.environ.get("GROUP_RANK", "0")) == 0
+        if int(os.environ.get("LOCAL_RANK", "0")) == int(of_first_host):
+            print_line(message, sys.stderr)
+            ErrorHandler().record_exception(RuntimeError(message))
+        else:
+            time.sleep(GRACE_SECONDS)
         self._end(code)
 
     def _claim(self) -> bool:
@@ -140,6 +164,7 @@ class FailureWatch:
 
     def _end(self, code: int) -> None:
         """Ends the process without waiting for threads, process groups or exit handlers."""
+        self.is_ending = True
         if self.rank == 0 and self.store is not None:
             time.sleep(2 * POLL_SECONDS)  # the store may live in this process
         for action in self.at_end:

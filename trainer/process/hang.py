@@ -91,19 +91,27 @@ def _of_waiting(
     order = sorted(waiting, key=lambda c: (not causes & set(missing[c]), -len(waiting[c])))
     clauses = []
     for collective in order[:_SHOWN]:
-        ranks, absent = waiting[collective], missing[collective]
-        first = reports[ranks[0]]
-        many = len(ranks) > 1
-        text = (
-            f"{where([reports[rank] for rank in ranks])} wait{'' if many else 's'} in "
-            f"{collective.name} number {collective.number} over the axis {collective.axis} "
-            f"({first.during}"
-        )
-        text += f", {first.place})" if first.place else ")"
+        absent = missing[collective]
+        text = _of_wait(collective, [reports[rank] for rank in waiting[collective]])
         clauses.append(text + (f" for {rank_list(absent)}" if absent else " together"))
     if more := sum(len(waiting[collective]) for collective in order[_SHOWN:]):
         clauses.append(f"{more} more ranks wait in {len(order) - _SHOWN} other collectives")
     return clauses
+
+
+def _of_wait(collective: Collective, reports: Sequence[RankReport]) -> str:
+    text = (
+        f"{where(reports)} wait{'' if len(reports) > 1 else 's'} in {collective.name} number "
+        f"{collective.number} over the axis {collective.axis} ({reports[0].during}"
+    )
+    return text + (f", {reports[0].place})" if reports[0].place else ")")
+
+
+def describe_rank(report: RankReport) -> str:
+    """Returns a clause about where one rank is."""
+    if report.collective is None:
+        return _of_cause(report)
+    return _of_wait(report.collective, [report])
 
 
 def _of_cause(report: RankReport) -> str:

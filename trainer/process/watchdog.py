@@ -9,20 +9,21 @@ prints one paragraph, and the ranks end as after any failure. So it works in the
 A rank whose thread cannot run, since foreign code holds Python's interpreter, does not answer. The
 caller aborts those on its own host, which makes faulthandler print their stacks on stderr. A timer
 of faulthandler, which needs no interpreter, ends a rank that nobody else misses.
+
+The store is in the process of rank 0. Where that is stopped, or its host away, a call of the store
+lasts: another thread of every rank then ends it, and one rank of each host prints a paragraph.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import os
-import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,17 @@ from data.files import write_atomically
 from trainer.config import WatchdogConfig
 from trainer.process.exit_codes import FAILED
 from trainer.process.failures import FailureWatch
-from trainer.process.hang import RankReport, describe_hang
+from trainer.process.hang import RankReport, describe_hang, describe_rank
 from trainer.process.heartbeat import Heartbeat, Stopwatch
+from trainer.process.source import own_file
 
 POLL_SECONDS = 1.0
 BEAT_SECONDS = 10.0  # between signs of life in the store
 ANSWER_SECONDS = 10.0  # until a rank that does not answer is silent
 WRITE_SECONDS = 5.0  # for the files, whose file system may be what hangs
+STORE_SECONDS = 30.0  # that one round of the thread may take; an answer and its files take 15 s
 _INTERPRETER_SECONDS = 60.0  # that faulthandler waits beyond all patience
 _STDERR = 2  # the number of its file
-_ROOT = Path(__file__).resolve().parents[2]
 _WAITING_FILES = ("collectives.py", "waits.py")
 
 
@@ -61,13 +63,15 @@ class Watchdog:
         self.folder = run_dir / "hangs"
         self._rank = failures.rank
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._calls = 0  # earlier ones, after which the run went on
+        self._rounds = 0  # of the thread, each of which asks the store
 
     def __enter__(self) -> Watchdog:
         """Starts the thread, unless the config turns it off."""
         if self.config.seconds != 0:
-            self._thread.start()
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            if self._store is not None:
+                threading.Thread(target=self._guard, name="store guard", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,6 +82,7 @@ class Watchdog:
         """The body of the thread. A store that is gone ends the rank elsewhere (failures.py)."""
         stopwatch, next_beat = Stopwatch(2 * POLL_SECONDS), 0.0
         while not self._closed.wait(POLL_SECONDS):
+            self._rounds += 1
             seconds = stopwatch.seconds(self.heartbeat.progress)
             patience = self.heartbeat.patience(self.config)
             with suppress(RuntimeError):
@@ -92,6 +97,30 @@ class Watchdog:
                 else:
                     continue
                 stopwatch.restart()  # no other call before another wait
+
+    def _guard(self) -> None:
+        """The body of the thread that ends this rank where the store does not answer."""
+        silence, stopwatch = Stopwatch(2 * POLL_SECONDS), Stopwatch(2 * POLL_SECONDS)
+        while not self._closed.wait(POLL_SECONDS) and not self.failures.is_ending:
+            silent = silence.seconds(self._rounds)
+            seconds = stopwatch.seconds(self.heartbeat.progress)
+            if silent > STORE_SECONDS and seconds > self.heartbeat.patience(self.config):
+                self._end_without_store(silent, seconds)
+                return
+
+    def _end_without_store(self, silent: float, seconds: float) -> None:
+        """Writes the stacks and ends this rank; prints why where it is the first of its host."""
+        folder = self.folder / f"{time.strftime('%Y%m%d')}-step-{self.heartbeat.step}-without-store"
+        report = self._report(seconds)
+        self._write_stacks(folder, report)
+        text = (
+            f"v4: no progress for {seconds:.0f} s: rank 0, whose process on "
+            f"{os.environ.get('MASTER_ADDR')} has the store of all ranks, has not answered for "
+            f"{silent:.0f} s, as a process that is stopped, or a host that is away; "
+            f"{describe_rank(report)}; the stacks of this host's ranks are in {folder}; they end, "
+            "and restart from the newest checkpoint if they may"
+        )
+        self.failures.end_without_store(FAILED, text)
 
     def _beat(self, seconds: float, patience: float) -> None:
         """Leaves a sign of life for the other ranks, and sets the timer for this one."""
@@ -147,21 +176,24 @@ class Watchdog:
         if self.heartbeat.progress != before:
             print_line(f"{text}; rank {self._rank} has gone on since, and so does the run")
             return
-        for last in silent.values():  # once the report is out, of which their end is no part
-            if last is not None and last.host == socket.gethostname():
-                self.failures.at_end.append(partial(os.kill, last.pid, signal.SIGABRT))
+        host = socket.gethostname()
         self.failures.end_all(
-            FAILED, f"{text}; all ranks end, and restart from the newest checkpoint if they may"
+            FAILED,
+            f"{text}; all ranks end, and restart from the newest checkpoint if they may",
+            abort=[last.pid for last in silent.values() if last is not None and last.host == host],
         )
 
     def _answer(self, folder: str, seconds: float) -> None:
         report = self._report(seconds)
-        writer = threading.Thread(target=_write, args=(self.folder / folder, report), daemon=True)
-        writer.start()
-        writer.join(WRITE_SECONDS)
+        self._write_stacks(self.folder / folder, report)
         if (store := self._store) is not None:
             store.set(self._key(f"{self._calls}/report/{self._rank}"), report.to_json())
         self._calls += 1
+
+    def _write_stacks(self, folder: Path, report: RankReport) -> None:
+        writer = threading.Thread(target=_write, args=(folder, report), daemon=True)
+        writer.start()
+        writer.join(WRITE_SECONDS)
 
     def _answers(
         self, number: int, seconds: float
@@ -208,10 +240,9 @@ def place() -> str:
     """
     frame: Any = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
-        file = Path(frame.f_code.co_filename)
-        if file.is_relative_to(_ROOT) and file.name not in _WAITING_FILES:
-            name = frame.f_code.co_name
-            return f"{file.relative_to(_ROOT)}, line {frame.f_lineno}, in {name}"
+        file = own_file(frame.f_code.co_filename)
+        if file is not None and file.name not in _WAITING_FILES:
+            return f"{file}, line {frame.f_lineno}, in {frame.f_code.co_name}"
         frame = frame.f_back
     return ""
 

@@ -17,6 +17,7 @@ from trainer.process import watchdog
 from trainer.process.exit_codes import FAILED
 from trainer.process.failures import FailureWatch
 from trainer.process.heartbeat import Heartbeat, Task
+from trainer.process.source import own_file
 from trainer.process.watchdog import Watchdog
 
 RANKS = 3
@@ -32,7 +33,8 @@ class Rank:
         self.heartbeat.follow(self.waits, math.inf)
         failures = FailureWatch()
         failures.rank, failures.world_size, failures.store = rank, ranks, store
-        failures.end_all = lambda code, text: self.ends.append((code, text))  # type: ignore[method-assign]
+        failures.end_without_store = lambda code, text: self.ends.append((code, text))  # type: ignore[method-assign]
+        failures.end_all = lambda code, text, abort: self.ends.append((code, text))  # type: ignore[method-assign]
         self.watchdog = Watchdog(CONFIG, self.heartbeat, folder, failures)
         for step in range(1, 4):
             self.heartbeat.enter("forward and backward", step)
@@ -51,7 +53,6 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     monkeypatch.setattr(watchdog, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(watchdog, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(watchdog, "ANSWER_SECONDS", 1.0)
-    monkeypatch.setattr(watchdog.os, "kill", lambda *_: None)  # all ranks are this process
     monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_, **__: None)
     with ExitStack() as stack:
 
@@ -130,6 +131,50 @@ def test_a_run_that_goes_on_is_not_ended(
         time.sleep(0.05)
     assert ends_of(made, seconds=0.1) == []
     assert "has gone on since, and so does the run" in capsys.readouterr().out
+
+
+class StuckStore:
+    """The store of a process that is stopped: calls last until the test ends."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def call(*_: object) -> None:
+            self.closed.wait(60.0)
+            raise RuntimeError("the store is gone")
+
+        return call
+
+
+def test_a_store_that_does_not_answer(
+    ranks: Callable[..., list[Rank]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends ranks that wait, with their stacks, and no rank that goes on."""
+    monkeypatch.setattr(watchdog, "STORE_SECONDS", 0.5)
+    store = StuckStore()
+    waits, goes_on = (Rank(rank, store, tmp_path, RANKS) for rank in (1, 2))  # type: ignore[arg-type]
+    with waits.watchdog, goes_on.watchdog, waits.waiting():
+        for _ in range(20):
+            goes_on.heartbeat.enter("update")
+            time.sleep(0.1)
+        store.closed.set()
+    ((code, text),) = waits.ends
+    assert code == FAILED and not goes_on.ends
+    assert ": rank 0, whose process on " in text and "has not answered for " in text
+    assert "; rank 1 on " in text and " waits in all_reduce number 7 over the axis world" in text
+    (folder,) = (tmp_path / "hangs").iterdir()
+    assert folder.name.endswith("-step-3-without-store")
+    assert "test_watchdog.py" in (folder / "rank-00001.txt").read_text()
+
+
+def test_an_environment_inside_the_project_is_not_ours() -> None:
+    root = Path(watchdog.__file__).parents[2]
+    torch_file = "lib/python3.11/site-packages/torch/distributed/distributed_c10d.py"
+    assert own_file(str(root / "trainer/engine.py")) == Path("trainer/engine.py")
+    assert own_file(str(root / ".venv" / torch_file)) is None
+    assert own_file(str(root / "torch/distributed/distributed_c10d.py")) is None
+    assert own_file("/usr/lib/python3.11/threading.py") is None
 
 
 def test_a_process_alone_is_watched_and_can_turn_it_off(
