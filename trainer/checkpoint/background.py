@@ -12,6 +12,7 @@ torch's own `async_save` is not used; layout.py says why.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,7 +229,10 @@ class BackgroundSaves:
 
     def close(self) -> None:
         """Ends the process, in the middle of a save if need be, and frees the memory."""
-        self._close(kill=self.is_writing)
+        is_writing = False
+        with suppress(LeaseError):  # the run is ending
+            is_writing = self.is_writing
+        self._close(kill=is_writing)
 
     def _close(self, kill: bool) -> None:
         if self._writer is not None:
