@@ -60,7 +60,11 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._wait_for_ends()
+        ended = {rank.pid for rank in self._ranks() if rank.poll()}
         result = super()._monitor_workers(worker_group)
+        for number, failure in [*result.failures.items()]:
+            if ended and failure.exitcode == -signal.SIGKILL and failure.pid not in ended:
+                del result.failures[number]  # torchrun has killed it, since another one had failed
         if any(failure.exitcode == START_AGAIN for failure in result.failures.values()):
             # One attempt more, which has files of its own, with as many left as before.
             worker_group.spec.max_restarts += 1

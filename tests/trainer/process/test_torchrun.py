@@ -1,6 +1,7 @@
 """Our torchrun: numbers of hosts that do not fit, and ranks whose end is not that of the job."""
 
 import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -62,7 +63,7 @@ def test_what_an_agent_makes_of_its_ranks(
     monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda self, group: result)
     monkeypatch.setattr(torchrun.Agent, "_wait_for_ends", lambda self: None)
     agent = torchrun.Agent.__new__(torchrun.Agent)
-    agent._remaining_restarts = 1
+    agent._remaining_restarts, agent._pcontext = 1, None
     handler = SimpleNamespace(num_nodes_waiting=lambda: waiting)
     group: Any = SimpleNamespace(spec=SimpleNamespace(max_restarts=3, rdzv_handler=handler))
     monkeypatch.setenv(torchrun.BORDERS, "0")
@@ -78,3 +79,20 @@ def test_ranks_that_stop_for_a_new_host_have_the_time_of_a_save() -> None:
     agent._pcontext = cast(Any, SimpleNamespace(close=lambda *words: closed.append(words)))
     agent._stop_workers(cast(Any, None))
     assert closed == [(signal.SIGTERM, 300)]
+
+
+@pytest.mark.parametrize(("code_before", "causes"), [(None, [1]), (-9, [0, 1])])
+def test_a_rank_that_torchrun_has_killed_is_no_cause(
+    monkeypatch: pytest.MonkeyPatch, code_before: int | None, causes: list[int]
+) -> None:
+    """As one that is stopped, and does not end at SIGTERM."""
+    codes = {0: -9, 1: 1}
+    failures: dict[int, Any] = {n: SimpleNamespace(exitcode=x, pid=n) for n, x in codes.items()}
+    result = RunResult(WorkerState.FAILED, {}, failures)
+    monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda self, group: result)
+    monkeypatch.setattr(torchrun.Agent, "_wait_for_ends", lambda self: None)
+    polled = {0: code_before, 1: 1}
+    ranks = [SimpleNamespace(pid=n, poll=partial(polled.get, n)) for n in codes]
+    monkeypatch.setattr(torchrun.Agent, "_ranks", lambda self: ranks)
+    agent = torchrun.Agent.__new__(torchrun.Agent)
+    assert list(agent._monitor_workers(cast(Any, None)).failures) == causes
