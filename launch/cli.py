@@ -41,6 +41,10 @@ Overwrite = Annotated[
     typer.Option("--overwrite", help="Replace what is there, which runs may have been made with."),
 ]
 
+Processes = Annotated[
+    int, typer.Option(min=1, help="Processes that share the model, each with some of its weights.")
+]
+
 
 def _path(text: str | Path) -> Path:
     """Parses an option, in which no shell replaces `~`."""
@@ -214,6 +218,7 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object for each prompt.")
     ] = False,
+    nproc: Processes = 1,
 ) -> None:
     """Continue prompts with the newest checkpoint of a run, or a Hugging Face folder."""
     numbers = {"max-new-tokens": max_new_tokens, "temperature": temperature, "top-p": top_p}
@@ -223,7 +228,7 @@ def generate(
     options += ["--no-speculation"] * (not speculation) + ["--packed"] * packed
     options += ["--json"] * as_json
     options += [f"--prompt={prompt}" for prompt in prompts or []]
-    _exit(processes.run(processes.command("generate", folder, *options)))
+    _exit(processes.run_together(nproc, "generate", folder, *options))
 
 
 @app.command()
@@ -243,13 +248,14 @@ def chat(
     top_p: Annotated[
         float, typer.Option(min=1e-6, max=1, help="Draw from the fewest tokens that make up this.")
     ] = 1.0,
+    nproc: Processes = 1,
 ) -> None:
     """Talk to a model: each line is a turn. An empty line, or the end of the input, ends it."""
     numbers = {"max-new-tokens": max_new_tokens, "temperature": temperature, "top-p": top_p}
     texts = {"system": system, "tools": tools, "prompts": prompts}
     options = [f"--{name}={value}" for name, value in {**numbers, "think": think.value}.items()]
     options += [f"--{name}={text}" for name, text in texts.items() if text is not None]
-    _exit(processes.run(processes.command("chat", folder, *options)))
+    _exit(processes.run_together(nproc, "chat", folder, *options))
 
 
 @app.command("import")

@@ -52,12 +52,16 @@ def training_command(arguments: Sequence[str], processes: int, restarts: int = 0
 
     After a crash torchrun restarts all processes, at most `restarts` times.
     """
-    python = [sys.executable, "-m"]
     if not _needs_torchrun(processes, restarts):
-        return [*python, "trainer", *arguments]
+        return [sys.executable, "-m", "trainer", *arguments]
+    return _torchrun(["trainer", *arguments], processes, restarts)
+
+
+def _torchrun(module: Sequence[str], processes: int, restarts: int = 0) -> list[str]:
+    """Returns the command line that runs a module, with its arguments, as several processes."""
     torchrun = ["trainer.process.torchrun", "--standalone", "--nproc-per-node", str(processes)]
     torchrun += ["--max-restarts", str(restarts)]
-    return [*python, *torchrun, "-m", "trainer", *arguments]
+    return [sys.executable, "-m", *torchrun, "-m", *module]
 
 
 def _needs_torchrun(processes: int, restarts: int) -> bool:
@@ -86,6 +90,29 @@ def run(arguments: Sequence[str]) -> int:
         started.append(process)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return finish(process.wait(), f"v4 {arguments[3]}")
+
+
+def run_together(processes: int, verb: str, *arguments: str) -> int:
+    """Runs a verb as several processes that share a model, and returns the exit code.
+
+    Any signal ends all of them at once: they have nothing to save.
+    """
+    if processes == 1:
+        return run(command(verb, *arguments))
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.extend([number] * 2)
+
+    line = _torchrun(["trainer.commands", verb, *arguments], processes)
+    with handlers(dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), receive)):
+        code = _Training(line, processes, 0, received, []).wait()
+    if not received:
+        return code
+    if received[0] == signal.SIGINT:
+        print(flush=True)  # the end of a line that has begun
+        print_line(INTERRUPTED_LINE, sys.stderr)
+    return exit_code_of(-received[0])
 
 
 def finish(returncode: int, what: str) -> int:
@@ -137,7 +164,8 @@ def train(arguments: Sequence[str], processes: int, restarts: int = 0) -> int:
 
     new = dict.fromkeys((*STOP_SIGNALS, signal.SIGQUIT), receive)
     with handlers({**new, PROFILE_SIGNAL: receive_profile}):
-        return _Training(arguments, processes, restarts, received, profiles).wait()
+        line = training_command(arguments, processes, restarts)
+        return _Training(line, processes, restarts, received, profiles).wait()
 
 
 class _Training:
@@ -147,13 +175,14 @@ class _Training:
     the workers. torchrun itself gets no signal: it would give them 30 seconds and then fail.
 
     Arguments:
+        command: its command line.
         received: signals so far; the first one stops the training, the second one kills it.
         profiles: signals that ask for a profile, until they have been passed on.
     """
 
     def __init__(
         self,
-        arguments: Sequence[str],
+        command: Sequence[str],
         processes: int,
         restarts: int,
         received: Sequence[int],
@@ -168,7 +197,7 @@ class _Training:
         self.terminated: set[psutil.Process] = set()
         self.workers: set[psutil.Process] = set()
         self.process = subprocess.Popen(
-            training_command(arguments, processes, restarts),
+            command,
             env=environment(processes),
             start_new_session=True,
             stderr=subprocess.PIPE if self.with_torchrun else None,

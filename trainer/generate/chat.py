@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,9 @@ from data.activity import Activity, print_line
 from data.text import OWN_PROMPTS, Prompts, decode, encode, read_messages, read_prompts
 from data.text.messages import Assistant, Call, Effort
 from trainer.config import ConfigError
-from trainer.generate.command import Decoder, summary
+from trainer.generate.command import Decoder, line_ends, summary
 from trainer.generate.generate import Generation, Request
-from trainer.generate.load import OpenedModel, open_model
+from trainer.generate.load import OpenedModel, open_shared
 from trainer.generate.sampling import Sampling
 
 OPENING = "\n\n<"
@@ -70,12 +73,12 @@ class Chat:
         return [Call.model_validate(call) for call in self.messages[-1].get("tool_calls") or []]
 
     def _answer(self) -> Iterator[tuple[str, bool]]:
-        tokenizer = self._opened.tokenizer
+        opened, tokenizer = self._opened, self._opened.tokenizer
         question = encode(read_messages(self.messages, self._effort), tokenizer, self._prompts)
         request = self._request([tokenizer.bos_id, *question])
-        self.generation = Generation(self._opened.model, request, attention=self._opened.attention)
+        self.generation = Generation(opened.model, request, opened.ranks, opened.attention)
         answer: list[int] = []
-        with self._opened.rounding():
+        with opened.rounding():
             yield from _parts(tokenizer, self._generate(answer), self._effort != "none")
         self.messages.append(self._message(question, answer))
 
@@ -107,7 +110,8 @@ class Chat:
             fields = message.model_dump(exclude={"task"})
             read_messages([*self.messages, fields], self._effort)
         except DataError as error:
-            print_line(f"v4: warning: the answer is kept as text: {error}", sys.stderr)
+            if self._opened.is_first:
+                print_line(f"v4: warning: the answer is kept as text: {error}", sys.stderr)
             text = tokenizer.decode([t for t in answer if t not in tokenizer.special.values()])
             fields = {"role": "assistant", "content": text}
         return fields
@@ -141,19 +145,35 @@ def chat_command(folder: str, options: argparse.Namespace) -> None:
     """Talk to a model: a line of standard input is a turn, an empty one or its end ends it."""
     prompts = OWN_PROMPTS if options.prompts is None else read_prompts(Path(options.prompts))
     tools = None if options.tools is None else _read_tools(Path(options.tools))
-    with Activity("loading the model"):
-        opened = open_model(Path(folder))
-    sampling = Sampling(options.temperature, options.top_p)
-    chat = Chat(
-        opened, options.think, sampling, options.max_new_tokens, prompts, options.system, tools
-    )
-    while (turn := _ask("> ")) is not None:
-        _show(chat, chat.say(turn))
+    with ExitStack() as stack:
+        with Activity("loading the model", visible=os.environ.get("RANK", "0") == "0"):
+            opened = stack.enter_context(open_shared(Path(folder)))
+        sampling = Sampling(options.temperature, options.top_p)
+        chat = Chat(
+            opened, options.think, sampling, options.max_new_tokens, prompts, options.system, tools
+        )
+        _converse(chat, opened)
+
+
+def _converse(chat: Chat, opened: OpenedModel) -> None:
+    """Answers turns until there is none. The first process reads and prints, for all of them."""
+
+    def ask(prompt: str) -> str | None:
+        return opened.ranks.from_first(lambda: _ask(prompt))
+
+    def show(parts: Iterator[tuple[str, bool]]) -> None:
+        if opened.is_first:
+            _show(chat, parts)
+        else:
+            deque(parts, maxlen=0)
+
+    while (turn := ask("> ")) is not None:
+        show(chat.say(turn))
         while chat.calls:
-            results = [_ask(f"result of {call.name}: ") for call in chat.calls]
+            results = [ask(f"result of {call.name}: ") for call in chat.calls]
             if None in results:
                 return
-            _show(chat, chat.give_results([result for result in results if result is not None]))
+            show(chat.give_results([result for result in results if result is not None]))
 
 
 def _ask(prompt: str) -> str | None:
@@ -167,11 +187,13 @@ def _show(chat: Chat, parts: Iterator[tuple[str, bool]]) -> None:
     """Prints an answer as it grows, reasoning dimmed, then its tool calls and the speed."""
     has_colour = sys.stdout.isatty()
     was_reasoning = False
-    for text, is_reasoning in parts:
-        if was_reasoning and not is_reasoning:
-            print("\n", flush=True)
-        was_reasoning = is_reasoning
-        print(f"{DIM}{text}{PLAIN}" if has_colour and is_reasoning else text, end="", flush=True)
+    with line_ends():
+        for text, is_reasoning in parts:
+            if was_reasoning and not is_reasoning:
+                print("\n", flush=True)
+            was_reasoning = is_reasoning
+            dimmed = has_colour and is_reasoning
+            print(f"{DIM}{text}{PLAIN}" if dimmed else text, end="", flush=True)
     print(flush=True)
     for call in chat.calls:
         print(f"calls {call.name}({json.dumps(call.arguments, ensure_ascii=False)})", flush=True)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from data import Tokenizer
 from data.activity import Activity, print_line
 from trainer.config import ConfigError
 from trainer.generate.generate import Generation, Request, Statistics
-from trainer.generate.load import OpenedModel, open_model
+from trainer.generate.load import OpenedModel, open_shared
 from trainer.generate.sampling import Sampling
 
 INCOMPLETE = "�"
@@ -22,19 +25,25 @@ INCOMPLETE = "�"
 
 def generate_command(folder: str, options: argparse.Namespace) -> None:
     """Continue prompts with the newest checkpoint of a run, or a Hugging Face folder."""
-    prompts = _prompts(options)
-    with Activity("loading the model"):
-        opened = open_model(Path(folder))
-    request = _request(opened, prompts, options)
-    with opened.rounding():
-        generation = Generation(opened.model, request, attention=opened.attention)
+    is_first = os.environ.get("RANK", "0") == "0"
+    own = _prompts(options) if is_first else []
+    with ExitStack() as stack:
+        with Activity("loading the model", visible=is_first):
+            opened = stack.enter_context(open_shared(Path(folder)))
+        prompts = opened.ranks.from_first(lambda: own)
+        request = _request(opened, prompts, options)
+        stack.enter_context(opened.rounding())
+        generation = Generation(opened.model, request, opened.ranks, opened.attention)
+        if not opened.is_first:
+            deque(generation, maxlen=0)
+            return
         if options.json:
             _print_json(opened.tokenizer, prompts, generation)
         elif len(prompts) == 1:
             _stream(opened.tokenizer, prompts[0], generation)
         else:
             _print_texts(opened.tokenizer, prompts, generation)
-    print_line(summary(generation.statistics), sys.stderr)
+        print_line(summary(generation.statistics), sys.stderr)
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -113,10 +122,21 @@ def _stream(tokenizer: Tokenizer, prompt: str, generation: Generation) -> None:
     """Prints prompt and continuation, each part of a text as soon as it is known."""
     decoder = Decoder(tokenizer)
     print(prompt, end="", flush=True)
-    for _, token in generation:
-        if token not in generation.request.stop:
-            print(decoder.add(token), end="", flush=True)
+    with line_ends():
+        for _, token in generation:
+            if token not in generation.request.stop:
+                print(decoder.add(token), end="", flush=True)
     print(decoder.end(), flush=True)
+
+
+@contextmanager
+def line_ends() -> Iterator[None]:
+    """Ends the line of a stream that Ctrl-C interrupts."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(flush=True)
+        raise
 
 
 def _texts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +14,18 @@ from torch import Tensor
 from data import Tokenizer
 from model import ModelConfig, V4Model
 from model.config import AttentionMode
-from model.execution import local_execution
 from model.kernels.operations import ALL_EAGER, Kernels
+from model.parameters import memory_name
 from model.qat import fake_quantised_layers, round_experts_
 from trainer.build import DTYPES
 from trainer.config import CONFIG_FILE, Quantisation, load_run
 from trainer.export import read_hf_config, read_hf_weights, read_run_weights, read_trained_with
 from trainer.generate.generate import attention_of
+from trainer.generate.ranks import ALONE, Ranks, shared_degrees
 from trainer.kernels import kernels_without_check
+from trainer.parallel.grid import Grid, open_grid
+from trainer.parallel.plan import build_local_model
+from trainer.parallel.stage_plan import StagePlan
 from trainer.process.errors import ExportError
 from trainer.process.local_device import local_device
 from trainer.run_tokenizer import open_tokenizer
@@ -41,6 +46,12 @@ class OpenedModel:
     step: int | None
     quantisation: Quantisation
     attention: AttentionMode = "select"
+    ranks: Ranks = ALONE
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that reads the user's input and prints."""
+        return self.ranks.grid is None or self.ranks.grid.is_first
 
     @contextmanager
     def rounding(self) -> Iterator[None]:
@@ -52,35 +63,62 @@ class OpenedModel:
             yield
 
 
-def open_model(folder: Path) -> OpenedModel:
+def open_model(folder: Path, ranks: Ranks = ALONE) -> OpenedModel:
     """Opens a run folder's newest checkpoint, or a Hugging Face folder.
+
+    Each of `ranks` keeps its part of the model, and for a moment has all weights on its host.
 
     Raises ExportError for a folder that is neither; the errors of reading it otherwise.
     """
     if (folder / CONFIG_FILE).is_file():
-        return _open_run(folder)
-    if (folder / "config.json").is_file():
-        return _open_hf(folder)
-    raise ExportError(
-        f"{folder}: is neither a run folder, with {CONFIG_FILE}, nor a Hugging Face folder, with "
-        "config.json"
-    )
+        return _open_run(folder, ranks)
+    _require_hf(folder)
+    return _open_hf(folder, ranks)
 
 
-def _open_run(folder: Path) -> OpenedModel:
+@contextmanager
+def open_shared(folder: Path) -> Iterator[OpenedModel]:
+    """Opens a model on all processes that torchrun's environment describes; see `open_model`.
+
+    Raises ConfigError where the model does not divide among them.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield open_model(folder)
+        return
+    if (folder / CONFIG_FILE).is_file():
+        run = load_run(folder)
+        config, device = run.model, local_device(run.device)
+    else:
+        _require_hf(folder)
+        config, device = read_hf_config(folder), local_device("auto")
+    with open_grid(device, lambda world: shared_degrees(config, world)) as grid:
+        yield open_model(folder, Ranks(grid))
+
+
+def _require_hf(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ExportError(
+            f"{folder}: is neither a run folder, with {CONFIG_FILE}, nor a Hugging Face folder, "
+            "with config.json"
+        )
+
+
+def _open_run(folder: Path, ranks: Ranks) -> OpenedModel:
     config = load_run(folder)
     tokenizer = open_tokenizer(config)
     step, weights = read_run_weights(config)
     phase = config.recipe.at(max(step - 1, 0))
     device = local_device(config.device)
     dtype, kernels = DTYPES[config.precision], kernels_without_check(config, device)
-    model = _make(config.model, weights, dtype, device, kernels, config.precision == "fp8")
+    fp8 = config.precision == "fp8"
+    model = _make(config.model, weights, dtype, device, kernels, fp8, ranks)
     if phase.quantised:
         round_experts_(model)
-    return OpenedModel(model, tokenizer, step, phase.quantisation, attention_of(phase.attention))
+    attention = attention_of(phase.attention)
+    return OpenedModel(model, tokenizer, step, phase.quantisation, attention, ranks)
 
 
-def _open_hf(folder: Path) -> OpenedModel:
+def _open_hf(folder: Path, ranks: Ranks) -> OpenedModel:
     config = read_hf_config(folder)
     tokenizer = Tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
@@ -93,11 +131,11 @@ def _open_hf(folder: Path) -> OpenedModel:
     trained_with, experts_in_fp4 = read_trained_with(folder)
     dtypes = {weight.dtype for name, weight in weights.items() if name.endswith("embed.weight")}
     dtype = torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
-    model = _make(config, weights, dtype, local_device("auto"), ALL_EAGER, False)
+    model = _make(config, weights, dtype, local_device("auto"), ALL_EAGER, False, ranks)
     if trained_with.quantisation != "none" and not experts_in_fp4:
         round_experts_(model)
     attention = attention_of(trained_with.attention)
-    return OpenedModel(model, tokenizer, None, trained_with.quantisation, attention)
+    return OpenedModel(model, tokenizer, None, trained_with.quantisation, attention, ranks)
 
 
 def _make(
@@ -107,9 +145,28 @@ def _make(
     device: torch.device,
     kernels: Kernels,
     fp8: bool,
+    ranks: Ranks,
 ) -> V4Model:
+    """Builds this rank's part of the model, and copies its shards of the weights.
+
+    Raises ModelConfigError unless these are the weights of the whole model.
+    """
     with torch.device("meta"):
-        model = V4Model(config, dtype, local_execution(kernels, fp8))
-    model.to_empty(device=device)
-    model.load_hf_state_dict(weights)
-    return model.eval()
+        whole = V4Model(config, dtype)
+    whole.load_hf_state_dict({name: tensor.to("meta") for name, tensor in weights.items()})
+    stages = StagePlan("1f1b", (config.num_hidden_layers,), 1)
+    grid = ranks.grid or Grid.single(device)
+    local = build_local_model(config, dtype, grid, stages, fp8=fp8, kernels=kernels)
+    local.model.to_empty(device=device)
+    state = local.model.state_dict()
+    with torch.no_grad():
+        for official, tensor in weights.items():
+            name, expert = memory_name(official)
+            if name not in state:
+                continue  # an MTP block that config.json does not have
+            placement = local.placements[name]
+            if expert is None:
+                state[name].copy_(placement.shard(tensor))
+            elif 0 <= (index := expert - placement.global_offset[0]) < placement.local_shape[0]:
+                state[name][index].copy_(placement.matrix_shard(tensor))
+    return local.model.eval()

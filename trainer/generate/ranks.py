@@ -8,14 +8,20 @@ Letters: T tokens, v vocabulary of a rank, V vocabulary, X any width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 from torch import Tensor
 
+from model import ModelConfig
 from model.exchange import Exchange, LocalExchange
-from trainer.parallel.collectives import all_gather, all_reduce_
-from trainer.parallel.grid import Grid
+from trainer.config import ConfigError, ParallelConfig
+from trainer.parallel.collectives import all_gather, all_gather_objects, all_reduce_
+from trainer.parallel.grid import Degrees, Grid
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,14 @@ class Ranks:
             return logits_Tv
         return all_gather(logits_Tv.t(), self.grid.tensor).t()
 
+    def from_first(self, read: Callable[[], Item]) -> Item:
+        """Returns what `read` returns on the first rank, the only one that calls it."""
+        if self.grid is None:
+            return read()
+        item = read() if self.grid.is_first else None
+        result = all_gather_objects(item, self.grid.world)[0]
+        return cast(Item, result)
+
     def agree(self, tokens: Tensor) -> Tensor:
         """Returns the first rank's tokens: rounding may differ between ranks."""
         if self.grid is not None and self.grid.world.group is not None:
@@ -42,6 +56,23 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def shared_degrees(config: ModelConfig, processes: int) -> Degrees:
+    """Returns degrees with which processes share a model.
+
+    All of them divide the routed experts, and as many as can be the rest.
+
+    Raises:
+        ConfigError: the experts do not divide.
+    """
+    for tensor in range(processes, 0, -1):
+        if processes % tensor == 0:
+            parallel = ParallelConfig(tensor=tensor, expert=processes)
+            problems = [*parallel.problems(config)]
+            if not problems:
+                return parallel.degrees(processes)
+    raise ConfigError(f"--nproc {processes}: {problems[0]}")
 
 
 class ReplicatedExchange(LocalExchange):

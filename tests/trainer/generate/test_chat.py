@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +41,7 @@ def script(monkeypatch: pytest.MonkeyPatch, answers: list[list[int]]) -> list[li
     rest = iter(answers)
 
     class Scripted:
-        def __init__(self, model: Any, request: Request, attention: str) -> None:
+        def __init__(self, model: Any, request: Request, ranks: Any, attention: str) -> None:
             asked.append(list(request.prompts[0]))
             self.request, self.statistics = request, Statistics()
 
@@ -114,7 +115,7 @@ def test_the_command_reads_turns(
     ]
     final = [*tokenizer.encode("none"), tokenizer.eos_id]
     script(monkeypatch, [answer_of(tokenizer, messages, "none"), final])
-    monkeypatch.setattr(trainer.generate.chat, "open_model", lambda folder: opened)
+    monkeypatch.setattr(trainer.generate.chat, "open_shared", lambda folder: nullcontext(opened))
     monkeypatch.setattr("sys.stdin", io.StringIO("rain?\ndry\n\nnot read\n"))
     tools = tmp_path / "tools.json"
     tools.write_text(json.dumps([TOOL]))

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from data import Tokenizer
 from tests.trainer.tiny import train
@@ -81,6 +82,58 @@ def test_prompts_of_a_file(
     file.write_text("the\ncat\n")
     text, _ = generate(capsys, folders["run"], f"--file={file}", "--max-new-tokens=1")
     assert text.startswith("--- 1 of 2\nthe") and "--- 2 of 2\ncat" in text
+
+
+def test_a_prompt_that_is_too_long(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tiny's max_position_embeddings is 4,096."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("a b " * 4096))
+    for folder in folders.values():
+        message = error_of(capsys, folder, f"--prompt={'a b ' * 4096}", "--max-new-tokens=1")
+        assert "prompt 1 has " in message and "exceeds model.max_position_embeddings" in message
+    assert "max_position_embeddings = 4,096" in error_of(capsys, folders["run"])
+
+
+def test_an_empty_standard_input(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "prompt 1 of 1 is empty" in error_of(capsys, folders["run"])
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_folders_that_are_no_model(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("text")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    for folder, sentence in (
+        (tmp_path, "is neither a run folder"),
+        (tmp_path / "file", "is neither a run folder"),
+        (tmp_path / "none", "is neither a run folder"),
+        (broken, "config.json: is not valid JSON"),
+    ):
+        monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+        assert main([verb, str(folder)]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("v4: error: ") and sentence in line
+
+
+def test_a_quantised_folder_without_a_scale(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["model.hidden_size=32", "model.moe_intermediate_size=64"]
+    config = train(tiny, tmp_path / "run", "steps=1", *sizes)
+    export_run(config, tmp_path / "out", weights="mxfp4_experts")
+    path = tmp_path / "out/model.safetensors"
+    tensors = load_file(path)
+    del tensors["layers.0.ffn.experts.2.w3.scale"]
+    save_file(tensors, path)
+    message = error_of(capsys, tmp_path / "out", "--prompt=a")
+    assert "w3.weight is quantised, but layers.0.ffn.experts.2.w3.scale is missing" in message
 
 
 def test_wrong_input(
