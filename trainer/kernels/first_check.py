@@ -22,7 +22,7 @@ from trainer.config import RunConfig
 from trainer.kernels.check import SECONDS, check_kernels
 from trainer.kernels.gpu import Platform
 from trainer.kernels.problem import needs_check, problem_of
-from trainer.kernels.temporary import use_writable_triton_cache
+from trainer.kernels.temporary import missing_compiler, use_writable_triton_cache
 from trainer.kernels.verdict import CheckKernels, LocalVerdicts, Verdict
 from trainer.kernels.verdict_file import Key, cache_folder, to_check, write_verdicts
 
@@ -49,6 +49,8 @@ def local_verdicts(
     """Returns the verdicts for this process's device, checking it if nobody has done so yet.
 
     Does nothing on a CPU, and where the config names the implementation of every operation.
+    A host without a C compiler uses no Triton kernel and writes no verdicts, whatever those of
+    other hosts that share its home are.
     `activity` reports the progress; `stopped` ends check and waits, and then there are no verdicts.
     `started`: when this process was created, in seconds since 1970; temporary failures from before
     are checked again.
@@ -59,8 +61,11 @@ def local_verdicts(
     fallback = config.run_dir / "kernels"
     folder = cache_folder(fallback)
     use_writable_triton_cache(folder / "triton")
+    key = Key.of(platform, problem_of(config, device))
+    if (missing := missing_compiler()) is not None:
+        return LocalVerdicts(platform, key.digest, _all_refused(key, missing))
     first_check = _FirstCheck(
-        Key.of(platform, problem_of(config, device)),
+        key,
         device.index or 0,
         activity,
         check,
@@ -69,7 +74,7 @@ def local_verdicts(
         seconds_of_check(config),
     )
     verdicts = first_check.verdicts([*dict.fromkeys([folder, fallback])])
-    return LocalVerdicts(platform, first_check.key.digest, verdicts)
+    return LocalVerdicts(platform, key.digest, verdicts)
 
 
 def seconds_of_check(config: RunConfig) -> float:
@@ -241,6 +246,13 @@ class _FirstCheck:
         if self._can_write:
             print_line(f"kernels: {problem} This start uses the verdicts, the next checks again")
         self._can_write = False
+
+
+def _all_refused(key: Key, reason: str) -> dict[str, Verdict]:
+    return {
+        name: Verdict(name, False, reason, "eager", is_temporary=True)
+        for name in key.problem.operations
+    }
 
 
 def _ignore(line: str) -> None:

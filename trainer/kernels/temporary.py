@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 _NO_COMPILER = "Failed to find C compiler"
@@ -26,6 +28,28 @@ def advice_on(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         name = f" {error.filename}" if error.filename else ""
         return f"make{name or ' the folder'} writable, with room on its disk"
+    return None
+
+
+def missing_compiler() -> str | None:
+    """Returns what this host lacks to launch any Triton kernel, and what to install; else None.
+
+    Triton builds a small C module for the host. Hosts that share a home share the verdicts of those
+    on which that worked.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return "this host has no C compiler: install gcc, which Triton needs"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    include = sysconfig.get_paths(scheme=scheme)["include"]
+    command = [compiler, "-fsyntax-only", f"-I{include}", "-x", "c", "-"]
+    try:
+        subprocess.run(command, input=b"#include <Python.h>\n", capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return (
+            f"{compiler} does not compile with Python's headers on this host: install gcc and "
+            "python3-dev, which Triton needs"
+        )
     return None
 
 

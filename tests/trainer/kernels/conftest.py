@@ -20,4 +20,5 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> torch.device:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(first_check, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(first_check, "missing_compiler", lambda: None)
     return torch.device("cuda", 0)

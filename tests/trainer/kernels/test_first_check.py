@@ -101,6 +101,21 @@ def test_an_operation_that_the_limit_left_out_has_that_reason(
     assert "had no time left for it" in verdicts[3].reason and verdicts[3].is_temporary
 
 
+def test_a_host_without_a_compiler_uses_no_verdict_of_a_host_with_one(
+    gpu: torch.device, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share a home, and so the file, which stays as it is."""
+    config, check = load_config(tiny, ["precision=bf16"]), FakeCheck()
+    passed = local_verdicts(config, gpu, QUIET, check=check)
+    check.checked.clear()
+    monkeypatch.setattr(first_check, "missing_compiler", lambda: "install gcc")
+    without = local_verdicts(config, gpu, QUIET, check=check, started=time.time() + 60)
+    assert {(v.passed, v.reason) for v in without.verdicts.values()} == {(False, "install gcc")}
+    assert check.checked == [] and without.verdicts.keys() == passed.verdicts.keys()
+    monkeypatch.setattr(first_check, "missing_compiler", lambda: None)
+    assert local_verdicts(config, gpu, QUIET, check=check) == passed
+
+
 def test_a_temporary_failure_is_checked_again_at_the_next_start(
     gpu: torch.device, tiny: Path
 ) -> None:

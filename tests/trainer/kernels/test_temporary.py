@@ -14,7 +14,7 @@ from tests.model.tiny import tiny_config
 from tests.trainer.kernels.test_examine import BENCH, first_triton, problem_of
 from trainer.kernels.examine import check_operation
 from trainer.kernels.fit import Variant
-from trainer.kernels.temporary import advice_on, use_writable_triton_cache
+from trainer.kernels.temporary import advice_on, missing_compiler, use_writable_triton_cache
 from trainer.kernels.verdict import Problem, Verdict
 from trainer.kernels.worker import verdict_on_gpu
 
@@ -51,6 +51,21 @@ def test_a_cause_outside_the_kernel_is_temporary_and_has_advice(
 def test_an_error_of_the_kernel_is_not() -> None:
     assert advice_on(ValueError("head_dim is 16")) is None
     assert advice_on(RuntimeError("CUDA error: an illegal memory access")) is None
+
+
+def test_what_triton_needs_of_a_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler, which the PATH or CC names, and Python's headers."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no C compiler" in str(missing_compiler())
+    for name, code in (("works", 0), ("fails", 1)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("CC", str(tmp_path / "works"))
+    assert missing_compiler() is None
+    for name in ("fails", "is not there"):
+        monkeypatch.setenv("CC", str(tmp_path / name))
+        assert f"{tmp_path / name} does not compile" in str(missing_compiler())
 
 
 def test_triton_gets_a_folder_that_can_be_written(
