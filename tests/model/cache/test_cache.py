@@ -15,7 +15,13 @@ from model.cache import rows as cache_rows
 from model.cache.rows import PackedIndexKeys, PackedKV, Rows
 from model.cache.sizes import cache_bytes
 from model.qat import fake_quantised
-from tests.model.tiny import random_model, random_tokens, relative_error, tiny_config
+from tests.model.tiny import (
+    random_model,
+    random_tokens,
+    relative_error,
+    tiny_config,
+    transformers_twin,
+)
 
 LENGTH = 340
 RTOL = 1e-5
@@ -184,3 +190,20 @@ def test_too_many_tokens(model: V4Model, tokens: Tensor) -> None:
         cached.forward(tokens[:1], [1, 0])
     with pytest.raises(ValueError, match="0 or more"):
         cached.forward(tokens[:0], [0, 0])
+
+
+@pytest.mark.parametrize("length", [1, 7, 40, 131])
+def test_logits_are_those_of_transformers_cache(
+    model: V4Model, tokens: Tensor, length: int
+) -> None:
+    """Of a prompt's last token and of those after it, one by one, over the borders of windows."""
+    twin = transformers_twin(model).eval()
+    cached = CachedModel(model, 1, length + 40)
+    past = None
+    for start, end in [(0, length), *((n, n + 1) for n in range(length, length + 36))]:
+        part = tokens[start:end]
+        ours = cached.logits(cached.forward(part, [len(part)]))
+        with torch.no_grad():
+            output = twin(part[None], past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        assert_same(ours[-1], output.logits[0, -1])
