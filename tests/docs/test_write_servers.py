@@ -51,6 +51,7 @@ def test_parameters_keys_and_renamings(tmp_path: Path) -> None:
     assert lists["parameters"][f"{place}.attn_sink"] == [False, "all"]
     assert lists["parameters"][f"{place}.wqkv_a.weight"] == [True, "all"]
     assert lists["parameters"][f"{place}.plain.weight"] == [False, "all"]
+    assert lists["parameters"][f"{place}.kv_norm.weight"] == [False, "all"]
     assert f"{place}.wq_a.weight" not in lists["parameters"]  # the loader joins it
     assert lists["config_keys"] == ["head_dim", "hidden_size", "num_attention_heads"]
     assert [r"\.attn\.", ".self_attn."] in lists["renames"]
