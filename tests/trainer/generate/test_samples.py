@@ -13,7 +13,6 @@ from tests.trainer.tiny import train
 from trainer.commands import main
 from trainer.config import ConfigError, RunConfig, load_config
 from trainer.metrics import read_metrics
-from trainer.process.heartbeat import Heartbeat, Task
 from trainer.report import write_report
 
 PROMPTS = [
@@ -53,22 +52,6 @@ def test_prompts_are_continued_after_each_evaluation(
 def test_they_change_nothing_of_the_training(run: RunConfig, tiny: Path, tmp_path: Path) -> None:
     without = train(tiny, tmp_path / "run", *STEPS, "evaluation.every=1")
     assert losses_of(without) == losses_of(run)
-
-
-def test_every_token_is_a_sign_of_life(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A watchdog waits for the next one, however long all of them take."""
-    tasks: list[str] = []
-    plain = Heartbeat.enter
-
-    def enter(self: Heartbeat, task: Task, step: int | None = None) -> None:
-        tasks.append(task)
-        plain(self, task, step)
-
-    monkeypatch.setattr(Heartbeat, "enter", enter)
-    train(tiny, tmp_path / "run", "steps=1", "checkpoint.every=0", *PROMPTS)
-    assert tasks.count("continuing prompts") > 6
 
 
 def test_the_report_has_them_over_time(run: RunConfig) -> None:

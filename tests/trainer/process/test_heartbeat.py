@@ -100,5 +100,6 @@ def test_a_first_evaluation_and_prompts_are_reported(tiny: Path, tmp_path: Path)
     evaluation = "evaluation={every: 1, max_rows: 8, prompts: [ab], prompt_tokens: 2}"
     config = load_config(tiny, [f"run_dir={tmp_path}", "steps=2", evaluation])
     Trainer(config, Grid.single(), heartbeat=Recorded()).run()
-    assert tasks.count("first evaluation") == 1 and tasks.count("continuing prompts") == 2
+    assert tasks.count("first evaluation") == 1
+    assert tasks.count("continuing prompts") == 2 * (1 + 2), "each time, and at every token"
     assert tasks.count("evaluation") > 2
