@@ -14,6 +14,7 @@ TEST = [
     "hypothesis>=6.100",
     "import-linter>=2.3",
     "kubeflow-trainer-api>=2.3",
+    "lm_eval>=0.4.13",
     "moto[s3]>=5.1",
     "mypy>=1.15",
     "pytest>=8.3",
@@ -67,6 +68,7 @@ setup(
     ],
     extras_require={
         "docs": DOCS,
+        "eval": ["lm_eval>=0.4.13"],
         "gcs": ["gcsfs>=2025.3"],
         "s3": ["s3fs>=2025.3"],
         "tensorboard": ["tensorboard>=2.19"],

@@ -2,13 +2,13 @@
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from launch import processes
+from launch.choices import Effort, GpuName, WeightFormat
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -49,31 +49,6 @@ Processes = Annotated[
 def _path(text: str | Path) -> Path:
     """Parses an option, in which no shell replaces `~`."""
     return Path(os.path.expanduser(text))
-
-
-class Effort(StrEnum):
-    """How much a model reasons before it answers."""
-
-    NONE = "none"
-    HIGH = "high"
-    MAX = "max"
-
-
-class GpuName(StrEnum):
-    """GPUs whose data-sheet rates `v4 plan --efficiency` knows."""
-
-    A100 = "a100"
-    H100 = "h100"
-    H200 = "h200"
-    B200 = "b200"
-
-
-class WeightFormat(StrEnum):
-    """How `v4 export` stores the weights."""
-
-    AS_TRAINED = "as_trained"
-    MXFP4_EXPERTS = "mxfp4_experts"
-    RELEASED = "released"
 
 
 def _exit(code: int) -> NoReturn:
@@ -147,9 +122,43 @@ def train(
 
 
 @app.command("eval")
-def evaluate(config: Config, overrides: Overrides = None) -> None:
-    """Loss of the newest checkpoint on the validation text."""
-    _command("eval", config, overrides)
+def evaluate(
+    config: Annotated[
+        str, typer.Argument(help="Run folder, config file, or a Hugging Face folder for --tasks.")
+    ],
+    overrides: Overrides = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B", help="Instead of the loss: tasks of lm-eval, by name or .yaml file."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions of each task, the first ones.")
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Solved examples before each question.")
+    ] = None,
+    bos: Annotated[
+        bool, typer.Option("--bos", help="Begin every text of a task with bos.")
+    ] = False,
+    task_code: Annotated[
+        bool, typer.Option("--task-code", help="Let task files run Python of yours.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+) -> None:
+    """Loss of the newest checkpoint on the validation text, or scores in tasks of lm-eval."""
+    from trainer.config import ConfigError, is_hf_folder
+
+    numbers = {"limit": limit, "fewshot": fewshot}
+    options = [f"--{name}={value}" for name, value in numbers.items() if value is not None]
+    options += ["--bos"] * bos + ["--task-code"] * task_code
+    if tasks is None and options:
+        raise ConfigError(f"v4 eval: {options[0].partition('=')[0]} is of tasks; name --tasks")
+    options += ["--json"] * as_json + ([] if tasks is None else [f"--tasks={tasks}"])
+    if is_hf_folder(config):
+        _exit(processes.run(processes.command("eval", config, *options, *(overrides or []))))
+    _command("eval", config, overrides, *options)
 
 
 @app.command()

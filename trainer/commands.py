@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.activity import Activity, prepare_streams, print_line
+from trainer.evaluation.arguments import add_eval_arguments
 from trainer.generate.arguments import add_chat_arguments, add_generate_arguments
 from trainer.process.signals import raise_on_interrupt
 
@@ -55,59 +56,19 @@ def data_report(config: RunConfig, options: argparse.Namespace) -> None:
 
 
 def evaluate(config: RunConfig, options: argparse.Namespace) -> None:
-    """Print the loss of the newest checkpoint on the validation text, and its unigram entropy.
-
-    With the rows of `evaluation`, and the attention and the quantisation of the last step's phase.
-    """
+    """Print the loss of the newest checkpoint on the validation text, or its scores in tasks."""
     with _loading():
-        from trainer.checkpoint import (
-            CheckpointFolder,
-            at_next_step,
-            other_shards,
-            read_newest,
-        )
-        from trainer.engine import NativeEngine
-        from trainer.evaluate import Validation
-        from trainer.export import open_run
-        from trainer.metrics import finite
-        from trainer.parallel.grid import connect_store, open_grid
-        from trainer.process.local_device import local_device
+        from trainer.evaluation.command import evaluate_run
 
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        config = config.alone()  # checkpoints open at any topology
-    store = connect_store()
-    config = at_next_step(config, store)
-    with open_grid(local_device(config.device), config.degrees, store=store) as grid:
-        if grid.is_first:
-            _warn_of_other_tokenizer(config)
-        validation = Validation(config, grid)
-        checkpoints = CheckpointFolder(config.checkpoints, grid)
-        (local, state), notice = read_newest(
-            checkpoints, lambda: (open_run(config, grid), other_shards(config, validation.loader))
-        )
-        if grid.is_first and (doubt := state.doubt()):
-            print_line(f"warning: {doubt}", sys.stderr)
-        if grid.is_first and notice:
-            print_line(f"v4: warning: {notice}", sys.stderr)
-        engine = NativeEngine(local, grid)
-        phase = config.recipe.at(max(state.step - 1, 0))
-        engine.set_attention(phase.attention)
-        engine.quantisation = phase.quantisation
-        evaluation, by_source = validation.evaluate(engine), validation.by_source(engine)
-        if not grid.is_first:
-            return
-        result: dict[str, Any] = {
-            "step": state.step,
-            "tokens": state.tokens,
-            "validation_loss": evaluation.loss,
-            "validation_bits_per_byte": evaluation.bits_per_byte,
-            "validation_tokens": evaluation.tokens,
-            "validation_bytes": evaluation.bytes,
-            "unigram_entropy": validation.unigram_entropy(),
-        }
-        if by_source is not None:
-            result["validation_by_source"] = by_source
-        print(json.dumps(finite(result)))
+    evaluate_run(config, options)
+
+
+def evaluate_folder(options: argparse.Namespace) -> None:
+    """Print the scores of a Hugging Face folder in tasks."""
+    with _loading():
+        from trainer.evaluation.command import evaluate_folder
+
+    evaluate_folder(options)
 
 
 def export(config: RunConfig, options: argparse.Namespace) -> None:
@@ -327,13 +288,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         raise_on_interrupt()  # one that came before is delivered here
-        from trainer.config import require_unicode
+        from trainer.config import is_hf_folder, require_unicode
 
         require_unicode([os.path.abspath(getattr(options, "folder", "."))])
         if options.verb in FOLDER_VERBS:
             FOLDER_VERBS[options.verb](options.folder, options)
         elif options.verb in PLAIN_VERBS:
             PLAIN_VERBS[options.verb](options)
+        elif options.verb == "eval" and is_hf_folder(options.config):
+            evaluate_folder(options)
         else:
             VERBS[options.verb](_load(options), options)
 
@@ -387,6 +350,8 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("folder", help="Hugging Face folder")
         if name in ("tokenizer-train", "prepare"):
             verb.add_argument("--overwrite", action="store_true", help="replace what is there")
+        if name == "eval":
+            add_eval_arguments(verb)
         if name == "export":
             formats = ["as_trained", "mxfp4_experts", "released"]
             verb.add_argument("--weights", choices=formats, default="as_trained")

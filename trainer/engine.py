@@ -27,7 +27,7 @@ from trainer.config.phases import Quantisation
 from trainer.microbatches import Microbatches, RowCopies, Rows, SelectedExperts
 from trainer.parallel.collectives import all_gather_objects, all_reduce_
 from trainer.parallel.grid import Grid
-from trainer.parallel.pipeline_stage import StepAccumulator
+from trainer.parallel.pipeline_stage import Reader, StepAccumulator
 from trainer.parallel.plan import LocalModel, fp32_gradients, make_pipeline
 
 _SUMS = TokenCounts(lm=1, mtp=1, routed=1)  # denominators of 1: losses are plain sums
@@ -218,6 +218,16 @@ class Engine(ABC):
         accumulator.experts = experts
         self._forward(batches, accumulator, attention or self.attention)
         return list(experts)
+
+    @torch.no_grad()
+    def read_streams(self, batches: Sequence[Batch], reader: Reader) -> None:
+        """Runs forward of some microbatches without heads and losses; every rank calls it.
+
+        `reader` gets what the last layer returns, on the ranks of the last pipeline stage.
+        """
+        accumulator = StepAccumulator.zeros(self.model, self.grid.device)
+        accumulator.reader = reader
+        self._forward(batches, accumulator, self.attention)
 
     def _forward(
         self, batches: Sequence[Batch], accumulator: StepAccumulator, attention: AttentionMode

@@ -21,7 +21,7 @@ from trainer.checkpoint import PeriodicCheckpoints, RunCheckpoint, unsaved_progr
 from trainer.config import Phase, RunConfig, save_config
 from trainer.device import peak_memory_report
 from trainer.engine import RankMessage, StepLosses
-from trainer.evaluate import EvaluationStopped, Validation
+from trainer.evaluation import EvaluationStopped, Validation
 from trainer.garbage import collection_by_steps
 from trainer.generate.samples import continue_prompts
 from trainer.kernels import AgreedKernels, run_operations, unchecked

@@ -44,7 +44,7 @@ from trainer.build import build_native
 from trainer.checkpoint import CheckpointReader, checkpoints_in, step_of
 from trainer.config import RunConfig, load_run
 from trainer.engine import NativeEngine
-from trainer.evaluate import Validation
+from trainer.evaluation import Validation
 from trainer.parallel.grid import Grid
 
 MIN_ENTRIES = 8

@@ -26,7 +26,7 @@ from trainer.checkpoint import checkpoints_in
 from trainer.config import RunConfig, load_config
 from trainer.config.phases import Quantisation
 from trainer.engine import NativeEngine
-from trainer.evaluate import Validation
+from trainer.evaluation import Validation
 from trainer.export import export_run, import_hf_folder, open_run
 from trainer.parallel.grid import Grid
 from trainer.process.local_device import local_device

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from data.rows.audit import MixtureAudit, audit_mixture
     from data.rows.frequencies import token_frequencies
     from data.rows.loader import IGNORE_INDEX, Batch, Loader, Place, unigram_entropy
-    from data.rows.packing import pack_windows
+    from data.rows.packing import pack, pack_windows
     from data.rows.permutation import shuffled
     from data.rows.prefetch import Prefetcher
     from data.rows.resume import DataRecord
@@ -26,6 +26,7 @@ _MODULES = {
     "MixtureAudit": "audit",
     "audit_mixture": "audit",
     "matching_manifest": "shards",
+    "pack": "packing",
     "pack_windows": "packing",
     "shuffled": "permutation",
     "token_frequencies": "frequencies",

@@ -138,9 +138,12 @@ class Tokenizer:
                 part = following
             yield part, True
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens included; an incomplete character becomes U+FFFD."""
-        return self._full.decode(list(ids), skip_special_tokens=False)
+    def decode(self, ids: Sequence[int], hide_special: bool = False) -> str:
+        """The text of `ids`; an incomplete character becomes U+FFFD.
+
+        With special tokens, or, if `hide_special`, without those that transformers hides.
+        """
+        return self._full.decode(list(ids), skip_special_tokens=hide_special)
 
     def splittable(self) -> dict[int, tuple[int, int]]:
         """The tokens that join punctuation and line breaks, each with the two ids it splits into.

@@ -13,7 +13,7 @@ from tests.trainer.tiny import assert_same_run, column, train
 from trainer.commands import main
 from trainer.config import ConfigError, RunConfig, load_config
 from trainer.engine import NativeEngine
-from trainer.evaluate import Validation
+from trainer.evaluation import Validation
 from trainer.export.export import export_run
 from trainer.export.import_run import import_hf_folder, open_run
 from trainer.metrics.jsonl import read_metrics

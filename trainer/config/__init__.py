@@ -3,6 +3,7 @@
 Imports no torch, so that a login node can check a config.
 """
 
+from trainer.config.evaluation import EvaluationConfig, is_task_file
 from trainer.config.operation import ProfileConfig, WatchdogConfig
 from trainer.config.parallel import ParallelConfig
 from trainer.config.phases import Quantisation
@@ -15,7 +16,7 @@ from trainer.config.resume import (
     replaced_optimizer,
     rule_of,
 )
-from trainer.config.run import CONFIG_FILE, RunConfig, load_as, load_config, load_run
+from trainer.config.run import CONFIG_FILE, RunConfig, is_hf_folder, load_as, load_config, load_run
 from trainer.config.saved import save_config
 from trainer.config.section import Section, UserPath
 from trainer.config.source import ConfigError, require_unicode
@@ -25,6 +26,7 @@ __all__ = [
     "CONFIG_FILE",
     "AnticipatoryRoutingConfig",
     "ConfigError",
+    "EvaluationConfig",
     "FieldReference",
     "ParallelConfig",
     "Phase",
@@ -42,6 +44,8 @@ __all__ = [
     "WatchdogConfig",
     "changed_fields",
     "differences",
+    "is_hf_folder",
+    "is_task_file",
     "load_as",
     "load_config",
     "load_run",

@@ -119,6 +119,7 @@ def run_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
             f"{tokenizer_size}"
         )
     yield from prompt_problems(config, recipe)
+    yield from task_problems(config)
     yield from save_problems(config)
     yield from quantisation_problems(config)
     yield from fp8_problems(config)
@@ -177,6 +178,15 @@ def prompt_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
             f"evaluation.prompts need parallel.pipeline = 1, and it is {stages}: no process has "
             "all layers"
         )
+
+
+def task_problems(config: RunSettings) -> Iterator[str]:
+    """Yields what keeps `evaluation.tasks` from being evaluated.
+
+    - `evaluation.tasks` need `engine` = native.
+    """
+    if config.evaluation.tasks and config.engine != "native":
+        yield f"evaluation.tasks are not supported with engine = {config.engine}; remove them"
 
 
 def stability_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:

@@ -29,6 +29,7 @@ from data.storage import AnyPath, absolute, as_path
 from model.config import LossWeight, ModelConfig
 from optim.config import OptimConfig
 from trainer.config.checks import name_phase, phase_problems, rows_of, run_problems
+from trainer.config.evaluation import EvaluationConfig
 from trainer.config.explain import explain
 from trainer.config.kernels import AUTO, KernelSetting, setting_of
 from trainer.config.operation import ProfileConfig, WatchdogConfig
@@ -111,24 +112,6 @@ class MetricsConfig(Section):
     """Also write TensorBoard's events into `tensorboard` of the run folder; needs the package
     tensorboard."""
     wandb: WandbConfig = WandbConfig()
-
-
-class EvaluationConfig(Section):
-    """Loss on the validation split during training."""
-
-    every: NonNegativeInt = 1000
-    """Interval of evaluations; 0 evaluates only after the last step. [steps]"""
-    max_rows: PositiveInt | None = 1024
-    """Maximum number of validation rows, in training and in `v4 eval`; null reads all of them.
-    [rows]"""
-    per_source: bool = True
-    """Also log the loss of each source where there are several; `max_rows` is divided among
-    them."""
-    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Texts that the model continues at every evaluation, with the most likely tokens; they are in
-    metrics.jsonl, on wandb and in the report."""
-    prompt_tokens: PositiveInt = 64
-    """Maximum number of tokens of a continuation. [tokens]"""
 
 
 class RunConfig(Section):
@@ -323,6 +306,7 @@ class RunConfig(Section):
                 "run_dir": run_dir,
                 "data": data.model_copy(update=update),
                 "checkpoint": checkpoint,
+                "evaluation": self.evaluation.with_absolute_paths(),
             }
         )
 
@@ -420,6 +404,11 @@ def load_run(
             f"{path}; omit it, or name {path / CONFIG_FILE} to start another run with this config"
         )
     return config.model_copy(update={"run_dir": path})
+
+
+def is_hf_folder(path: str | Path) -> bool:
+    """Whether a path is a Hugging Face folder, and no run folder."""
+    return (Path(path) / "config.json").is_file() and not (Path(path) / CONFIG_FILE).is_file()
 
 
 def _is_same_folder(one: Path, other: Path) -> bool:

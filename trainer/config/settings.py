@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from data.config import DataConfig
 from model.config import ModelConfig
 from optim.config import OptimConfig
+from trainer.config.evaluation import EvaluationConfig
 from trainer.config.operation import ProfileConfig
 from trainer.config.parallel import ParallelConfig
 from trainer.config.phases import PhaseConfig, Quantisation
@@ -54,13 +55,6 @@ class SaveSettings(Protocol):
     def mode(self) -> str: ...
 
 
-class SampleSettings(Protocol):
-    """What is continued at evaluations."""
-
-    @property
-    def prompts(self) -> tuple[str, ...]: ...
-
-
 class RunSettings(RecipeSettings, Protocol):
     """What the checks across sections read."""
 
@@ -83,7 +77,7 @@ class RunSettings(RecipeSettings, Protocol):
     def checkpoint(self) -> SaveSettings: ...
 
     @property
-    def evaluation(self) -> SampleSettings: ...
+    def evaluation(self) -> EvaluationConfig: ...
 
     @property
     def profile(self) -> ProfileConfig: ...

@@ -116,6 +116,11 @@ class Generation:
         self._device = model.head.weight.device
         self._generator = torch.Generator(self._device).manual_seed(request.seed)
         self._drafts = request.speculative and model.mtp_block is not None
+        self._ended: set[int] = set()
+
+    def end(self, index: int) -> None:
+        """Ends a sequence with the token that was yielded last; on all ranks alike."""
+        self._ended.add(index)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for indices in _together(self.request, self._whole):
@@ -142,8 +147,7 @@ class Generation:
         for index, token in enumerate(first):
             room = self.request.max_new_tokens
             sequence = _Sequence(index, token, room, [last_BND[index : index + 1]], [])
-            for chosen in self._add(sequence, [token]):
-                yield indices[index], chosen
+            yield from self._yielded(indices[index], sequence, [token])
             if sequence.room:
                 active.append(sequence)
         step = self._speculative_step if self._drafts else self._step
@@ -152,11 +156,20 @@ class Generation:
             results = step(active)
             self.statistics.decode_seconds += time.perf_counter() - start
             for sequence, tokens in zip(active, results, strict=True):
-                for chosen in self._add(sequence, tokens):
+                for pair in self._yielded(indices[sequence.index], sequence, tokens):
                     self.statistics.decoded_tokens += 1
-                    yield indices[sequence.index], chosen
+                    yield pair
             active = [sequence for sequence in active if sequence.room]
         del self._model  # before the next prompts get a cache
+
+    def _yielded(
+        self, index: int, sequence: _Sequence, tokens: list[int]
+    ) -> Iterator[tuple[int, int]]:
+        """Appends tokens and yields them with the request's index, until the sequence ends."""
+        for token in self._add(sequence, tokens):
+            yield index, token
+            if index in self._ended:
+                sequence.room = 0
 
     def _add(self, sequence: _Sequence, tokens: list[int]) -> Iterator[int]:
         """Appends tokens until the sequence ends; yields them."""

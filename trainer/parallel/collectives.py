@@ -190,6 +190,16 @@ def all_gather_objects(item: Item, axis: Axis) -> list[Item]:
     return items
 
 
+def broadcast_object(item: Any, axis: Axis) -> Any:
+    """Returns the first rank's `item`. Uses pickle: only outside a step."""
+    if axis.group is None:
+        return item
+    items = [item]
+    with axis.waiting("broadcast_object"):
+        dist.broadcast_object_list(items, src=axis.ranks[0], group=axis.group)
+    return items[0]
+
+
 def barrier(axis: Axis) -> None:
     """Waits until every rank of the axis has called it."""
     if axis.group is not None:

@@ -11,7 +11,7 @@ Letters: T tokens of this rank, A experts of a token, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ from model.moe import MoEStats
 from model.router import expert_loads, top1_weight_shares
 from model.transformer import Microbatch
 from trainer.parallel.stage_plan import StagePlan
+
+Reader = Callable[[Tensor, Microbatch, int], None]
+"""Takes a microbatch's streams [T, N, D] after the last layer, the microbatch, and its index."""
 
 
 @dataclass
@@ -38,12 +41,15 @@ class StepAccumulator:
         experts: if a list, the step is routing-only: it records, per microbatch and layer, the
             experts [T, A] that learned routers select, in the smallest integer dtype; losses and
             loads are not updated.
+        reader: if given, it is called in the last stage in place of the heads; losses and loads are
+            not updated.
     """
 
     losses: Tensor
     load: Tensor
     top1_weight_share: Tensor
     experts: list[dict[int, Tensor]] | None = None
+    reader: Reader | None = None
 
     @classmethod
     def zeros(cls, model: V4Model, device: torch.device) -> StepAccumulator:
@@ -102,6 +108,10 @@ class Stage(nn.Module):
         layer_indices = list(self.layer_indices)
         if accumulator.experts is not None:
             accumulator.experts[int(index)].update(self._selected_experts(streams, micro, stats))
+            return streams
+        if accumulator.reader is not None:
+            if self.last:
+                accumulator.reader(streams, micro, int(index))
             return streams
         lm = mtp = None
         if self.last:

@@ -52,6 +52,10 @@ class OutOfMemoryError(ValueError):
     """A device that is full; the message says which settings would help most."""
 
 
+class TaskError(ValueError):
+    """A task of lm-eval that cannot be opened or evaluated."""
+
+
 class ReportError(ValueError):
     """A run whose metrics cannot be drawn."""
 
@@ -81,6 +85,7 @@ USER_ERRORS: tuple[type[ValueError], ...] = (
     PreflightError,
     OutOfMemoryError,
     ReportError,
+    TaskError,
 )
 
 

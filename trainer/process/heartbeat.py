@@ -18,17 +18,18 @@ Task = Literal[
     "first evaluation",
     "evaluation",
     "continuing prompts",
+    "evaluating tasks",
     "saving",
     "rolling back",
     "metrics",
 ]
 _SLOW: tuple[Task, ...] = (
     *("starting", "reading data", "layer stats", "first evaluation", "continuing prompts"),
-    *("saving", "rolling back", "metrics"),
+    *("evaluating tasks", "saving", "rolling back", "metrics"),
 )
 """What takes as long as it takes, however long a step is: a file server may be away for minutes.
 
-The first batch of an evaluation may compile, and prompts have no fixed length."""
+The first batch of an evaluation may compile, and prompts and tasks have no fixed length."""
 _MEDIAN_FACTOR = 10.0
 _MIN_SECONDS = 60.0
 _TIMEOUT_SHARE = 0.9  # of a collective's own limit, so that the report comes before its failure

@@ -20,7 +20,7 @@ from tests.trainer.tiny import saved_tensors, train
 from trainer.build import build_native
 from trainer.config import load_config
 from trainer.engine import NativeEngine
-from trainer.evaluate import Validation
+from trainer.evaluation import Validation
 from trainer.metrics.jsonl import read_metrics
 from trainer.metrics.layer_hooks import collect_stats
 from trainer.parallel.grid import Grid

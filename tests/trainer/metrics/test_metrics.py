@@ -15,7 +15,7 @@ from tests.full_disk import full_disk
 from tests.trainer.tiny import column, steps_in_file, train
 from trainer.config import RunConfig, load_config
 from trainer.engine import NativeEngine
-from trainer.evaluate import Validation
+from trainer.evaluation import Validation
 from trainer.export.import_run import open_run
 from trainer.metrics.jsonl import MetricsFile, read_metrics
 from trainer.metrics.progress import Progress, describe

@@ -23,6 +23,16 @@ class EvaluationStopped(Exception):
     """An evaluation that ended early on all ranks, since one of them was asked to stop."""
 
 
+def check_stop(stop: StopRequest, grid: Grid, progress: str) -> None:
+    """Raises EvaluationStopped on all ranks where one of them was asked to stop.
+
+    `progress` is what the message has of the work that is done.
+    """
+    requests = torch.tensor(float(stop.requested))
+    if all_reduce_(requests, grid.world) > 0:
+        raise EvaluationStopped(progress)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The result on validation text."""
@@ -117,7 +127,7 @@ class Validation:
                 self.heartbeat.enter("reading data")
                 batches = rows.at(step)
                 self.heartbeat.enter("evaluation" if self._has_compiled else "first evaluation")
-                self._check_stop(step, steps)
+                check_stop(self.stop, self.grid, f"after {step} of {steps} batches")
                 total += engine.evaluate(batches)
                 self._has_compiled = True
                 for batch in batches:
@@ -131,9 +141,3 @@ class Validation:
         lengths = self.byte_lengths
         size = 0 if lengths is None else int(lengths[targets].sum())
         return torch.tensor([len(targets), size], dtype=torch.float64)
-
-    def _check_stop(self, step: int, steps: int) -> None:
-        """Raises EvaluationStopped on all ranks where one of them was asked to stop."""
-        requests = torch.tensor(float(self.stop.requested))
-        if all_reduce_(requests, self.grid.world) > 0:
-            raise EvaluationStopped(f"after {step} of {steps} batches")

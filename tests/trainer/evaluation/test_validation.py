@@ -11,8 +11,8 @@ from tests.distributed import spawn
 from tests.trainer.tiny import make_tiny, train
 from trainer.commands import main
 from trainer.config import load_config
-from trainer.config.run import EvaluationConfig
-from trainer.evaluate import Validation
+from trainer.config.evaluation import EvaluationConfig
+from trainer.evaluation import Validation
 from trainer.metrics.jsonl import read_metrics
 from trainer.parallel.grid import Grid
 from trainer.trainer import Trainer
