@@ -26,20 +26,25 @@ def print_line(text: str, stream: TextIO | None = None) -> None:
 
 
 def prepare_streams() -> None:
-    """Lets nothing that is printed fail for the sake of stdout and stderr.
+    """Lets nothing that is printed or read fail for the sake of stdin, stdout and stderr.
 
-    What stdout's encoding lacks becomes `?`, as it becomes an escape on stderr. A stream that is
-    closed (`>&-`) leads nowhere; its number goes to no file that is opened later.
+    What stdout's encoding lacks becomes `?`, as it becomes an escape on stderr. Stdin is read as
+    UTF-8, other bytes become surrogates, as in arguments. A stream that is closed (`>&-`) leads
+    nowhere and has no text; its number goes to no file that is opened later.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    if sys.stdin is None:
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     if sys.stdout is None:
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 

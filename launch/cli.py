@@ -258,10 +258,13 @@ def chat(
         float, typer.Option(min=1e-6, max=1, help="Draw from the fewest tokens that make up this.")
     ] = 1.0,
     nproc: Processes = 1,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the draws; by default another every time.")
+    ] = None,
 ) -> None:
     """Talk to a model: each line is a turn. An empty line, or the end of the input, ends it."""
     numbers = {"max-new-tokens": max_new_tokens, "temperature": temperature, "top-p": top_p}
-    texts = {"system": system, "tools": tools, "prompts": prompts}
+    texts = {"system": system, "tools": tools, "prompts": prompts, "seed": seed}
     options = [f"--{name}={value}" for name, value in {**numbers, "think": think.value}.items()]
     options += [f"--{name}={text}" for name, text in texts.items() if text is not None]
     _exit(processes.run_together(nproc, "chat", folder, *options))

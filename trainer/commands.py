@@ -173,8 +173,15 @@ def chat(folder: str, options: argparse.Namespace) -> None:
 
 def plan(config: RunConfig, options: argparse.Namespace) -> None:
     """Show steps, phases, parallelism, traffic and memory of a config."""
+    from trainer.config import ConfigError
     from trainer.planning import describe_efficiency, describe_plan
 
+    of_efficiency, of_training = ("gpu", "plot"), ("dry_run", "phase", "measure", "parameters")
+    for name in of_training if options.efficiency else of_efficiency:
+        if getattr(options, name) not in (None, False):
+            option = f"--{name.replace('_', '-')}"
+            relation = "has no meaning with" if options.efficiency else "needs"
+            raise ConfigError(f"v4 plan: {option} {relation} --efficiency")
     if options.efficiency:
         plot = None if options.plot is None else Path(options.plot)
         name = Path(options.config).stem

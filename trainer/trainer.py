@@ -21,9 +21,9 @@ from trainer.checkpoint import PeriodicCheckpoints, RunCheckpoint, unsaved_progr
 from trainer.config import Phase, RunConfig, save_config
 from trainer.device import peak_memory_report
 from trainer.engine import RankMessage, StepLosses
-from trainer.evaluation import EvaluationStopped, Validation
+from trainer.evaluation import EvaluationStopped, Validation, check_stop
 from trainer.garbage import collection_by_steps
-from trainer.generate.samples import continue_prompts
+from trainer.generate.samples import continue_prompts, encode_prompts
 from trainer.kernels import AgreedKernels, run_operations, unchecked
 from trainer.metrics import Metrics, UpdateStats, collect_stats, compute_layer_stats, describe_event
 from trainer.parallel.collectives import all_gather_objects
@@ -72,6 +72,7 @@ class Trainer:
         config.check_world(grid.world_size)
         data = run_data(config)
         self.tokenizer = open_tokenizer(config)
+        encode_prompts(config, self.tokenizer)
         self.config = config
         self.grid = grid
         self.stop = stop or StopRequest()
@@ -408,15 +409,14 @@ class Trainer:
 
     def _continue_prompts(self) -> dict[str, str] | None:
         """Returns what the model makes of the prompts of `evaluation`; None without any."""
-        prompts, phase = self.config.evaluation.prompts, self.phase
-        if not prompts or phase is None:
+        if not self.config.evaluation.prompts or self.phase is None:
             return None
-        length = self.config.evaluation.prompt_tokens
         beat = partial(self.heartbeat.enter, "continuing prompts")
         beat()
+        may_stop = partial(check_stop, self.stop, self.grid, "while it continued prompts")
         with self.engine.computing():
             return continue_prompts(
-                prompts, length, self.model, phase, self.tokenizer, self.grid, beat
+                self.config, self.model, self.phase, self.tokenizer, self.grid, may_stop, beat
             )
 
     def _write_metrics(self, state: TrainState, result: StepResult) -> None:

@@ -29,6 +29,7 @@ from data.text.messages import (
     Text,
     Tool,
     User,
+    parse_json,
 )
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -67,7 +68,7 @@ def read_messages(content: Any, effort: Any = None) -> Conversation:
     Raises DataError for what is not a conversation; the error names the message.
     """
     try:
-        messages = json.loads(content) if isinstance(content, str) else content
+        messages = parse_json(content) if isinstance(content, str) else content
         record = _Record.model_validate({"messages": messages})
     except ValidationError as error:
         raise DataError(f"is not a conversation: {_first_error(error)}") from error

@@ -22,6 +22,7 @@ from data.text.messages import (
     System,
     Text,
     User,
+    parse_json,
 )
 from data.text.prompts import OWN_PROMPTS, Prompts
 from data.text.segments import (
@@ -172,7 +173,7 @@ class _Parser:
         text, found, schema = (rest or content).rpartition(JOIN + before)
         if found and schema.endswith(after) and (text == "" or not rest):
             try:
-                fields["response_format"] = json.loads(schema.removesuffix(after))
+                fields["response_format"] = parse_json(schema.removesuffix(after))
             except ValueError:
                 pass  # the text only looks like a response format
             else:
@@ -245,7 +246,7 @@ class _Parser:
     def from_json(self, text: str) -> JsonValue:
         """The value of JSON text."""
         try:
-            value: JsonValue = json.loads(text)
+            value: JsonValue = parse_json(text)
         except ValueError as error:
             raise self.error("a JSON value") from error
         return value

@@ -13,6 +13,14 @@ JOIN = "\n\n"  # between the parts of a turn
 END_OF_NAME = re.compile(r'" string="(true|false)">')
 
 
+def parse_json(text: str) -> Any:
+    """Returns the value of JSON text. Raises ValueError, also where Python cannot nest as deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 class Checked(BaseModel):
     """An object of a record: other fields and other types are refused."""
 
@@ -48,7 +56,7 @@ class Call(Checked):
     @field_validator("arguments", mode="before")
     @classmethod
     def _from_json(cls, value: Any) -> Any:
-        return json.loads(value) if isinstance(value, str) else value
+        return parse_json(value) if isinstance(value, str) else value
 
     @field_validator("arguments")
     @classmethod

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers, the names of _MODULES
     from trainer.evaluation.shared_model import SharedModel
     from trainer.evaluation.tasks import Tasks
-    from trainer.evaluation.validation import Evaluation, EvaluationStopped, Validation
+    from trainer.evaluation.validation import Evaluation, EvaluationStopped, Validation, check_stop
 
 _MODULES = {
     "Evaluation": "validation",
@@ -17,6 +17,7 @@ _MODULES = {
     "SharedModel": "shared_model",
     "Tasks": "tasks",
     "Validation": "validation",
+    "check_stop": "validation",
 }
 __all__ = [*_MODULES]
 

@@ -27,7 +27,7 @@ from trainer.checkpoint import (
     read_newest,
 )
 from trainer.config import RunConfig
-from trainer.export.hf_folder import SHARD_BYTES, require_empty, write_hf_folder
+from trainer.export.hf_folder import SHARD_BYTES, require_empty, require_finite, write_hf_folder
 from trainer.export.packed_weights import (
     WeightFormat,
     config_keys,
@@ -105,7 +105,8 @@ def _export(
 def read_run_weights(config: RunConfig) -> tuple[int, dict[str, Tensor]]:
     """Returns the step of a run's newest checkpoint and its weights under official names.
 
-    Raises CheckpointError when there is no checkpoint or none that fits the config.
+    Raises CheckpointError when there is no checkpoint or none that fits the config, and ExportError
+    for weights that are not finite.
     """
     folder = CheckpointFolder(config.checkpoints, Grid.single())
 
@@ -116,7 +117,9 @@ def read_run_weights(config: RunConfig) -> tuple[int, dict[str, Tensor]]:
         _check(path, stored, outline)
         state = TrainState()
         state.restore(saved)
-        return state.step, stored.read({name: x.dtype for name, x in outline.items()})
+        weights = stored.read({name: x.dtype for name, x in outline.items()})
+        require_finite(weights, path)
+        return state.step, weights
 
     return read_newest(folder, read)
 

@@ -204,10 +204,7 @@ def read_hf_weights(folder: AnyPath) -> dict[str, Tensor]:
                     weights[name] = file.get_tensor(name)
             activity.advance()
     weights = dequantised(weights, str(folder))
-    for name, weight in weights.items():
-        # One pass and no copy, since NaN and infinities reach the extrema.
-        if weight.is_floating_point() and weight.numel() and not _is_finite(weight):
-            raise ExportError(f"{folder}: {name} has values that are NaN or infinite")
+    require_finite(weights, folder)
     if any(_SAVED_BY_TRANSFORMERS.match(name) for name in weights):
         return {_official(name): tensor for name, tensor in weights.items()}
     return weights
@@ -243,6 +240,14 @@ def _opened(path: AnyPath, names: set[str] | None) -> Iterator[Any]:
         raise ExportError(f"{path}: is missing, though {INDEX} names it") from None
     except SafetensorError as error:
         raise ExportError(f"{path}: is truncated or no safetensors file: {error}") from None
+
+
+def require_finite(weights: Mapping[str, Tensor], place: AnyPath) -> None:
+    """Raises ExportError where a weight is not finite."""
+    for name, weight in weights.items():
+        # One pass and no copy, since NaN and infinities reach the extrema.
+        if weight.is_floating_point() and weight.numel() and not _is_finite(weight):
+            raise ExportError(f"{place}: {name} has values that are NaN or infinite")
 
 
 def _is_finite(weight: Tensor) -> bool:

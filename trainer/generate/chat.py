@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from data.activity import Activity, print_line
 from data.text import OWN_PROMPTS, Prompts, decode, encode, read_messages, read_prompts
 from data.text.messages import Assistant, Call, Effort
 from trainer.config import ConfigError
-from trainer.generate.command import Decoder, line_ends, summary
+from trainer.generate.command import Decoder, line_ends, require_utf8, summary
 from trainer.generate.generate import Generation, Request
 from trainer.generate.load import OpenedModel, open_shared
 from trainer.generate.sampling import Sampling
@@ -43,12 +44,13 @@ class Chat:
         effort: Effort,
         sampling: Sampling,
         max_new_tokens: int,
+        seed: int = 0,
         prompts: Prompts = OWN_PROMPTS,
         system: str | None = None,
         tools: list[Any] | None = None,
     ) -> None:
         self._opened, self._effort, self._prompts = opened, effort, prompts
-        self._sampling, self._max_new_tokens = sampling, max_new_tokens
+        self._sampling, self._max_new_tokens, self._seed = sampling, max_new_tokens, seed
         self.messages: list[dict[str, Any]] = []
         if system is not None or tools:
             self.messages.append({"role": "system", "content": system or "", "tools": tools or []})
@@ -97,24 +99,36 @@ class Chat:
                 f"max_position_embeddings is {longest:,}"
             )
         stop = frozenset({self._opened.tokenizer.eos_id})
-        seed = len(self.messages)
+        seed = self._seed + len(self.messages)
         return Request([ids], room, self._sampling, stop, seed, speculative=True)
 
     def _message(self, question: list[int], answer: list[int]) -> dict[str, Any]:
-        """Returns the answer as a message; where it does not follow the form, as plain text."""
+        """Returns the answer as a message; where it does not follow the form, as plain text.
+
+        Reasoning without an end stays reasoning, which later turns do not see.
+        """
         tokenizer = self._opened.tokenizer
         end = [] if answer[-1:] == [tokenizer.eos_id] else [tokenizer.eos_id]
+        if end:
+            self._warn(f"the answer ended at its limit of {len(answer):,} tokens")
+        plain = [token for token in answer if token not in tokenizer.special.values()]
+        if self._effort != "none" and tokenizer.special.get("</think>") not in answer:
+            self._warn("its reasoning has no end, and is not an answer for the next turn")
+            reasoning = tokenizer.decode(plain)
+            return {"role": "assistant", "content": "", "reasoning_content": reasoning}
         try:
             message = decode([*question, *answer, *end], tokenizer, self._prompts).messages[-1]
             assert isinstance(message, Assistant)
             fields = message.model_dump(exclude={"task"})
             read_messages([*self.messages, fields], self._effort)
         except DataError as error:
-            if self._opened.is_first:
-                print_line(f"v4: warning: the answer is kept as text: {error}", sys.stderr)
-            text = tokenizer.decode([t for t in answer if t not in tokenizer.special.values()])
-            fields = {"role": "assistant", "content": text}
+            self._warn(f"the answer is kept as text: {error}")
+            fields = {"role": "assistant", "content": tokenizer.decode(plain)}
         return fields
+
+    def _warn(self, text: str) -> None:
+        if self._opened.is_first:
+            print_line(f"v4: warning: {text}", sys.stderr)
 
 
 def _parts(tokenizer: Tokenizer, tokens: Iterator[int], thinks: bool) -> Iterator[tuple[str, bool]]:
@@ -147,11 +161,12 @@ def chat_command(folder: str, options: argparse.Namespace) -> None:
     tools = None if options.tools is None else _read_tools(Path(options.tools))
     with ExitStack() as stack:
         with Activity("loading the model", visible=os.environ.get("RANK", "0") == "0"):
-            opened = stack.enter_context(open_shared(Path(folder)))
+            opened = stack.enter_context(open_shared(folder))
         sampling = Sampling(options.temperature, options.top_p)
-        chat = Chat(
-            opened, options.think, sampling, options.max_new_tokens, prompts, options.system, tools
-        )
+        seed = random.SystemRandom().randrange(1 << 31) if options.seed is None else options.seed
+        seed = opened.ranks.from_first(lambda: seed)
+        length, system = options.max_new_tokens, options.system
+        chat = Chat(opened, options.think, sampling, length, seed, prompts, system, tools)
         _converse(chat, opened)
 
 
@@ -167,7 +182,7 @@ def _converse(chat: Chat, opened: OpenedModel) -> None:
         else:
             deque(parts, maxlen=0)
 
-    while (turn := ask("> ")) is not None:
+    while turn := ask("> "):
         show(chat.say(turn))
         while chat.calls:
             results = [ask(f"result of {call.name}: ") for call in chat.calls]
@@ -177,10 +192,12 @@ def _converse(chat: Chat, opened: OpenedModel) -> None:
 
 
 def _ask(prompt: str) -> str | None:
-    """Reads a line; None for an empty one and at the end of the input."""
+    """Reads a line; None at the end of the input."""
     if sys.stdin.isatty():
         print(prompt, end="", flush=True)
-    return sys.stdin.readline().rstrip("\n") or None
+    line = sys.stdin.readline()
+    require_utf8(line, "v4 chat: a line")
+    return line.removesuffix("\n") if line else None
 
 
 def _show(chat: Chat, parts: Iterator[tuple[str, bool]]) -> None:

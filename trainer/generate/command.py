@@ -15,7 +15,7 @@ from typing import Any
 from data import Tokenizer
 from data.activity import Activity, print_line
 from trainer.config import ConfigError
-from trainer.generate.generate import Generation, Request, Statistics
+from trainer.generate.generate import Generation, Request, Statistics, prompt_ids
 from trainer.generate.load import OpenedModel, open_shared
 from trainer.generate.sampling import Sampling
 
@@ -29,7 +29,7 @@ def generate_command(folder: str, options: argparse.Namespace) -> None:
     own = _prompts(options) if is_first else []
     with ExitStack() as stack:
         with Activity("loading the model", visible=is_first):
-            opened = stack.enter_context(open_shared(Path(folder)))
+            opened = stack.enter_context(open_shared(folder))
         prompts = opened.ranks.from_first(lambda: own)
         request = _request(opened, prompts, options)
         stack.enter_context(opened.rounding())
@@ -47,26 +47,45 @@ def generate_command(folder: str, options: argparse.Namespace) -> None:
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
-    """Returns the prompts of the command line, a file's lines, or standard input as one prompt."""
+    """Returns the prompts of the command line, a file's lines, or standard input as one prompt.
+
+    A line ends with a line feed, perhaps after a carriage return. The one that ends standard input
+    is not part of the prompt.
+    """
     prompts: list[str] = list(options.prompt)
     if options.file is not None:
-        text = sys.stdin.read() if options.file == "-" else Path(options.file).read_text("utf-8")
-        prompts += text.splitlines()
+        text = sys.stdin.read() if options.file == "-" else _read(Path(options.file))
+        prompts += [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n") if text]
     elif not prompts:
         if sys.stdin.isatty():
             raise ConfigError("v4 generate: no prompt; name one, --file, or write it to stdin")
-        prompts = [sys.stdin.read()]
+        prompts = [sys.stdin.read().removesuffix("\n")]
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
             raise ConfigError(f"v4 generate: prompt {number} of {len(prompts)} is empty")
+        require_utf8(prompt, f"v4 generate: prompt {number} of {len(prompts)}")
     if not prompts:
         raise ConfigError(f"v4 generate: {options.file} has no line")
     return prompts
 
 
+def _read(path: Path) -> str:
+    """Reads a text; bytes that are not UTF-8 become surrogates, as in arguments and stdin."""
+    return path.read_bytes().decode(errors="surrogateescape")
+
+
+def require_utf8(text: str, place: str) -> None:
+    """Raises ConfigError where bytes of a text were not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF
+        raise ConfigError(f"{place} is not UTF-8: its byte {byte:#x} stands for nothing") from None
+
+
 def _request(opened: OpenedModel, prompts: Sequence[str], options: argparse.Namespace) -> Request:
     tokenizer, longest = opened.tokenizer, opened.model.config.max_position_embeddings
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt, allow_special=True)] for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     for number, tokens in enumerate(ids, start=1):
         if len(tokens) + options.max_new_tokens > longest:
             raise ConfigError(
@@ -142,16 +161,25 @@ def line_ends() -> Iterator[None]:
 def _texts(
     tokenizer: Tokenizer, prompts: Sequence[str], generation: Generation
 ) -> Iterator[dict[str, Any]]:
-    """Yields each prompt's result when all are complete."""
+    """Yields each prompt's result, in order, as soon as it and those before it are complete."""
+    request, number = generation.request, 0
     ids: list[list[int]] = [[] for _ in prompts]
     for index, token in generation:
         ids[index].append(token)
-    for prompt, tokens in zip(prompts, ids, strict=True):
-        stopped = bool(tokens) and tokens[-1] in generation.request.stop
-        decoder = Decoder(tokenizer)
-        text = "".join(map(decoder.add, tokens[: len(tokens) - stopped])) + decoder.end()
-        finish = "stop" if stopped else "length"
-        yield {"prompt": prompt, "text": text, "tokens": len(tokens), "finish": finish}
+        while number < len(ids) and (tokens := ids[number]):
+            stopped = tokens[-1] in request.stop
+            if not stopped and len(tokens) < request.max_new_tokens:
+                break
+            decoder = Decoder(tokenizer)
+            text = "".join(map(decoder.add, tokens[: len(tokens) - stopped])) + decoder.end()
+            finish = "stop" if stopped else "length"
+            yield {
+                "prompt": prompts[number],
+                "text": text,
+                "tokens": len(tokens),
+                "finish": finish,
+            }
+            number += 1
 
 
 def _print_texts(tokenizer: Tokenizer, prompts: Sequence[str], generation: Generation) -> None:

@@ -13,6 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from data import Tokenizer
 from model import V4Model
 from model.cache import CachedModel
 from model.cache.sizes import cache_bytes
@@ -53,6 +54,15 @@ class Request:
 def attention_of(trained: AttentionMode) -> AttentionMode:
     """Returns how CSA layers attend in text by a model that was trained with this attention."""
     return "dense" if trained in ("dense", "warmup") else "select"
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Returns bos and the ids of a prompt, in which spelled special tokens are tokens.
+
+    A prompt that spells bos, as the released form of a conversation does, gets no second one.
+    """
+    ids = tokenizer.encode(prompt, allow_special=True)
+    return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
 @dataclass

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data import Tokenizer
+from data.storage import AnyPath, as_path
 from model import ModelConfig, V4Model
 from model.config import AttentionMode
 from model.kernels.operations import ALL_EAGER, Kernels
@@ -63,21 +64,22 @@ class OpenedModel:
             yield
 
 
-def open_model(folder: Path, ranks: Ranks = ALONE) -> OpenedModel:
-    """Opens a run folder's newest checkpoint, or a Hugging Face folder.
+def open_model(folder: str | Path, ranks: Ranks = ALONE) -> OpenedModel:
+    """Opens a run folder's newest checkpoint, or a Hugging Face folder, which may be a URL.
 
     Each of `ranks` keeps its part of the model, and for a moment has all weights on its host.
 
     Raises ExportError for a folder that is neither; the errors of reading it otherwise.
     """
-    if (folder / CONFIG_FILE).is_file():
-        return _open_run(folder, ranks)
-    _require_hf(folder)
-    return _open_hf(folder, ranks)
+    place = _place(folder)
+    if isinstance(place, Path) and (place / CONFIG_FILE).is_file():
+        return _open_run(place, ranks)
+    _require_hf(place)
+    return _open_hf(place, ranks)
 
 
 @contextmanager
-def open_shared(folder: Path) -> Iterator[OpenedModel]:
+def open_shared(folder: str | Path) -> Iterator[OpenedModel]:
     """Opens a model on all processes that torchrun's environment describes; see `open_model`.
 
     Raises ConfigError where the model does not divide among them.
@@ -85,17 +87,25 @@ def open_shared(folder: Path) -> Iterator[OpenedModel]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield open_model(folder)
         return
-    if (folder / CONFIG_FILE).is_file():
-        run = load_run(folder)
+    place = _place(folder)
+    if isinstance(place, Path) and (place / CONFIG_FILE).is_file():
+        run = load_run(place)
         config, device = run.model, local_device(run.device)
     else:
-        _require_hf(folder)
-        config, device = read_hf_config(folder), local_device("auto")
+        _require_hf(place)
+        config, device = read_hf_config(place), local_device("auto")
     with open_grid(device, lambda world: shared_degrees(config, world)) as grid:
         yield open_model(folder, Ranks(grid))
 
 
-def _require_hf(folder: Path) -> None:
+def _place(folder: str | Path) -> AnyPath:
+    try:
+        return as_path(folder)
+    except ValueError as error:
+        raise ExportError(f"the folder {error}") from None
+
+
+def _require_hf(folder: AnyPath) -> None:
     if not (folder / "config.json").is_file():
         raise ExportError(
             f"{folder}: is neither a run folder, with {CONFIG_FILE}, nor a Hugging Face folder, "
@@ -118,7 +128,7 @@ def _open_run(folder: Path, ranks: Ranks) -> OpenedModel:
     return OpenedModel(model, tokenizer, step, phase.quantisation, attention, ranks)
 
 
-def _open_hf(folder: Path, ranks: Ranks) -> OpenedModel:
+def _open_hf(folder: AnyPath, ranks: Ranks) -> OpenedModel:
     config = read_hf_config(folder)
     tokenizer = Tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:

@@ -5,10 +5,14 @@ B sequences; V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from trainer.config import ConfigError
+from trainer.process.errors import ExportError
 
 
 @dataclass(frozen=True)
@@ -23,17 +27,29 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature is {self.temperature}; it should be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; it should be above 0 and at most 1")
+
 
 def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """Returns the distributions from which tokens are drawn, fp32 [B, V].
 
-    At temperature 0 the most likely token (the first of equal ones) has probability 1.
+    At temperature 0 the most likely token (the first of equal ones) has probability 1. Raises
+    ExportError at other temperatures where logits are not finite.
     """
     logits_BV = logits_BV.float()
     if sampling.temperature == 0:
         best_B1 = logits_BV.argmax(-1, keepdim=True)
         return torch.zeros_like(logits_BV).scatter_(1, best_B1, 1.0)
-    chances_BV = (logits_BV / sampling.temperature).softmax(-1)
+    # The smallest number that a division does not make infinite.
+    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
+    highest_B1 = logits_BV.amax(-1, keepdim=True)
+    if not highest_B1.isfinite().all():
+        raise ExportError("the model's logits are NaN or infinite, so no token can be drawn")
+    chances_BV = ((logits_BV - highest_B1) / temperature).softmax(-1)
     if sampling.top_p >= 1:
         return chances_BV
     sorted_BV, order_BV = chances_BV.sort(dim=-1, descending=True)

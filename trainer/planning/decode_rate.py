@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from model.cache.sizes import index_row_bytes, kv_row_bytes
 from model.config import ModelConfig
 from model.parameters import parameter_counts
-from trainer.planning.efficiency import v4_cache_bytes, v4_operations, visible_entries
+from trainer.planning.efficiency import (
+    EQUIVALENT_FP8,
+    PLAIN,
+    v4_cache_bytes,
+    v4_operations,
+    visible_entries,
+)
 
 USABLE = 0.9
 """Share of a GPU's memory for weights and caches."""
@@ -27,16 +33,18 @@ class Gpu:
     Attributes:
         memory: [GB].
         bandwidth: of the memory. [TB/s]
-        fp8: dense FP8 matmuls, or bf16 where it has no FP8. [TFLOP/s]
+        matmuls: dense, in FP8, or in bf16 where it has no FP8. [TFLOP/s]
+        has_fp8: whether FP8 matmuls are faster than those in bf16.
     """
 
     memory: float
     bandwidth: float
-    fp8: float
+    matmuls: float
+    has_fp8: bool = True
 
 
 GPUS = {
-    "a100": Gpu(80, 2.04, 312),
+    "a100": Gpu(80, 2.04, 312, has_fp8=False),
     "h100": Gpu(80, 3.35, 1979),
     "h200": Gpu(141, 4.8, 1979),
     "b200": Gpu(180, 7.7, 4500),
@@ -62,21 +70,24 @@ class DecodeRate:
 
 
 def decode_rate(config: ModelConfig, gpu: Gpu, context: int) -> DecodeRate:
-    """Returns the bound for sequences of `context` tokens each."""
+    """Returns the bound for sequences of `context` tokens each, without MTP."""
     counts = parameter_counts(config)
     experts = 3 * config.hidden_size * config.moe_intermediate_size * config.n_routed_experts
     expert_bytes = config.num_hidden_layers * experts * MXFP4_BYTES
-    other_bytes = counts.total - config.num_hidden_layers * experts  # in FP8
+    other_bytes = counts.main - config.num_hidden_layers * experts  # in FP8
     usable, cache = USABLE * gpu.memory * 1e9, v4_cache_bytes(config, context)
     gpus = 1
     while gpus * usable < expert_bytes + other_bytes + cache:
         gpus *= 2
     sequences = int((gpus * usable - expert_bytes - other_bytes) // cache)
     idle = (1 - config.num_experts_per_tok / config.n_routed_experts) ** sequences
-    read = other_bytes + expert_bytes * (1 - idle) + sequences * cache_bytes_read(config, context)
+    # Of the embedding a step reads one row for each sequence.
+    read = other_bytes - config.vocab_size * config.hidden_size + expert_bytes * (1 - idle)
+    read += sequences * cache_bytes_read(config, context)
     reading = read / (gpus * gpu.bandwidth * 1e12)
-    operations = sequences * v4_operations(config, context).total()
-    computing = operations / (gpus * gpu.fp8 * 1e12)
+    weights = EQUIVALENT_FP8 if gpu.has_fp8 else PLAIN
+    operations = sequences * v4_operations(config, context).total(weights)
+    computing = operations / (gpus * gpu.matmuls * 1e12)
     rate = sequences / max(reading, computing) / gpus
     return DecodeRate(gpus, sequences, rate, "memory" if reading > computing else "compute")
 

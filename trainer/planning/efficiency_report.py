@@ -53,7 +53,8 @@ def describe_efficiency(
     config: ModelConfig, name: str, gpu: str | None = None, plot: Path | None = None
 ) -> Iterator[Table | str]:
     """Yields the tables; with `plot` also writes a picture there."""
-    contexts = [n for n in CONTEXTS if n <= config.max_position_embeddings]
+    longest = config.max_position_embeddings
+    contexts = [n for n in CONTEXTS if n <= longest] or [longest]
     models = architectures(config, name)
     table = Table(title="one token at inference, by tokens of context", title_justify="left")
     table.add_column("context", justify="right")

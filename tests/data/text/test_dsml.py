@@ -157,6 +157,26 @@ def test_other_segments_are_one_sentence(segments: list[str]) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_values_beyond_python_s_nesting_are_no_json() -> None:
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": [1]}}]},
+    ]
+    deep = "[" * 100_000
+    segments = [
+        part.replace("[1]", deep) if "[1]" in part else part
+        for part in render(read_messages(messages))
+    ]
+    assert deep in "".join(map(str, segments))
+    with pytest.raises(DataError, match=r"expected a JSON value"):
+        parse(segments)
+    with pytest.raises(DataError, match=r"not JSON \(it is nested too deeply\)"):
+        read_messages(deep)
+    call = {"function": {"name": "f", "arguments": deep}}
+    with pytest.raises(DataError, match="it is nested too deeply"):
+        read_messages([messages[0], {"role": "assistant", "tool_calls": [call]}])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_json_lacks_are_refused(value: float) -> None:
     calls = [{"name": "f", "arguments": {"x": value}}]

@@ -88,17 +88,58 @@ def test_reasoning_calls_and_results(opened: OpenedModel, monkeypatch: pytest.Mo
 def test_an_answer_that_does_not_follow_the_form_is_kept_as_text(
     opened: OpenedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Reasoning without an end, and a tool call without one."""
+    """A tool call without an end, and an argument that no JSON parser can nest."""
     tokenizer = opened.tokenizer
-    call = [tokenizer.special["｜DSML｜"], *tokenizer.encode("tool_calls>")]
-    answers = [tokenizer.encode("never ends"), [*call, tokenizer.eos_id]]
-    script(monkeypatch, answers)
-    for effort in ("high", "none"):
-        chat = Chat(opened, effort, Sampling(), 50)  # type: ignore[arg-type]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"a": 7}}]},
+    ]
+    whole = answer_of(tokenizer, messages, "none")
+    at = next(n for n, token in enumerate(whole) if tokenizer.decode([token]).strip(">") == "7")
+    nested = [*whole[:at], *tokenizer.encode(">" + "[" * 2000), *whole[at + 1 :]]
+    call = [tokenizer.special["｜DSML｜"], *tokenizer.encode("tool_calls>"), tokenizer.eos_id]
+    script(monkeypatch, [nested, call])
+    for _ in range(2):
+        chat = Chat(opened, "none", Sampling(), 50)
         list(chat.say("hello"))
         assert chat.messages[-1]["role"] == "assistant" and chat.calls == []
         assert "the answer is kept as text" in capsys.readouterr().err
     assert chat.messages[-1]["content"] == "tool_calls>"
+
+
+def test_reasoning_that_is_cut_off_is_no_answer(
+    opened: OpenedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = opened.tokenizer
+    asked = script(monkeypatch, [tokenizer.encode("never ends"), [tokenizer.eos_id]])
+    chat = Chat(opened, "high", Sampling(), 50)
+    assert all(reasons for text, reasons in chat.say("hello") if text)
+    assert chat.messages[-1]["reasoning_content"] == "never ends"
+    report = capsys.readouterr().err
+    assert "ended at its limit of" in report and "its reasoning has no end" in report
+    list(chat.say("again"))
+    assert "never ends" not in tokenizer.decode(asked[1])
+
+
+def test_conversations_differ_in_their_seed(
+    opened: OpenedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seeds: list[int] = []
+
+    class Seeded:
+        def __init__(self, model: Any, request: Request, ranks: Any, attention: str) -> None:
+            seeds.append(request.seed)
+            self.request, self.statistics = request, Statistics()
+
+        def __iter__(self) -> Iterator[tuple[int, int]]:
+            return iter([(0, opened.tokenizer.eos_id)])
+
+    monkeypatch.setattr(trainer.generate.chat, "Generation", Seeded)
+    monkeypatch.setattr(trainer.generate.chat, "open_shared", lambda folder: nullcontext(opened))
+    for options in ([], [], ["--seed=5"], ["--seed=5"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("x\ny\n"))
+        assert main(["chat", str(tmp_path), *options]) == 0
+    assert seeds[0] != seeds[2] and seeds[4:6] == seeds[6:8] and seeds[4] != seeds[5]
 
 
 def test_the_command_reads_turns(
@@ -108,20 +149,21 @@ def test_the_command_reads_turns(
     tmp_path: Path,
 ) -> None:
     tokenizer = opened.tokenizer
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": "", "tools": [TOOL]},
         {"role": "user", "content": "rain?"},
         {"role": "assistant", "content": "", "tool_calls": [CALL]},
     ]
     final = [*tokenizer.encode("none"), tokenizer.eos_id]
-    script(monkeypatch, [answer_of(tokenizer, messages, "none"), final])
+    asked = script(monkeypatch, [answer_of(tokenizer, messages, "none"), final])
     monkeypatch.setattr(trainer.generate.chat, "open_shared", lambda folder: nullcontext(opened))
-    monkeypatch.setattr("sys.stdin", io.StringIO("rain?\ndry\n\nnot read\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("rain?\n\n\nnot read\n"))
     tools = tmp_path / "tools.json"
     tools.write_text(json.dumps([TOOL]))
     assert main(["chat", str(tmp_path), f"--tools={tools}"]) == 0
     out = capsys.readouterr().out
     assert 'calls weather({"city": "Ulm", "days": 2})' in out and out.endswith("none\n")
+    assert "<tool_result></tool_result>" in tokenizer.decode(asked[1])  # an empty line is one
     tools.write_text("{}")
     assert main(["chat", str(tmp_path), f"--tools={tools}"]) == 2
     assert "should hold a list of tools, not a dict" in capsys.readouterr().err

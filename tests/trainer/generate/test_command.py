@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+import trainer.generate.generate
 from data import Tokenizer
+from data.storage import StoragePath
+from model.cache import CachedModel
 from tests.trainer.tiny import train
+from trainer.checkpoint import CheckpointReader
 from trainer.commands import main
-from trainer.config import load_config
+from trainer.config import ConfigError, load_config, load_run
 from trainer.export import export_run
-from trainer.generate.command import INCOMPLETE, Decoder
+from trainer.generate.command import INCOMPLETE, Decoder, _prompts
+from trainer.generate.generate import prompt_ids
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +52,9 @@ def test_run_and_export_continue_alike(
 ) -> None:
     options = ["--prompt=the cat", "--prompt=a", "--max-new-tokens=9", "--temperature=0", "--json"]
     texts = [generate(capsys, folder, *options)[0] for folder in folders.values()]
-    assert texts[0] == texts[1]
+    export_run(load_run(folders["run"]), StoragePath("memory://generate/hf"))
+    texts.append(generate(capsys, "memory://generate/hf", *options)[0])
+    assert texts[0] == texts[1] == texts[2]
     first, second = map(json.loads, texts[0].splitlines())
     assert (first["prompt"], second["prompt"]) == ("the cat", "a")
     assert first["tokens"] == 9 and first["finish"] == "length" and first["text"]
@@ -136,6 +146,59 @@ def test_a_quantised_folder_without_a_scale(
     assert "w3.weight is quantised, but layers.0.ffn.experts.2.w3.scale is missing" in message
 
 
+def test_lines_end_with_a_line_feed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with nothing else that Python splits at; the one that ends stdin is no part of it."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("a\x0cb\r\nc\u2028d\x85\n".encode())
+    options = argparse.Namespace(prompt=["e"], file=str(file))
+    assert _prompts(options) == ["e", "a\x0cb", "c\u2028d\x85"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert _prompts(argparse.Namespace(prompt=[], file=None)) == ["one\ntwo"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    with pytest.raises(ConfigError, match="prompt 1 of 1 is empty"):
+        _prompts(argparse.Namespace(prompt=[], file=None))
+
+
+def test_a_prompt_gets_one_bos(tiny: Path) -> None:
+    tokenizer = Tokenizer(load_config(tiny).data.tokenizer.path)
+    spelled = tokenizer.decode([tokenizer.bos_id])
+    ids = prompt_ids(tokenizer, "the")
+    assert ids[0] == tokenizer.bos_id and prompt_ids(tokenizer, spelled + "the") == ids
+
+
+def test_complete_texts_are_printed_at_once(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the second prompt is continued does not take the first one's text."""
+    made: list[CachedModel] = []
+
+    def interrupted(*arguments: Any) -> CachedModel:
+        if made:
+            raise KeyboardInterrupt
+        made.append(CachedModel(*arguments))
+        return made[0]
+
+    monkeypatch.setattr(trainer.generate.generate, "MAX_SEQUENCES", 1)
+    monkeypatch.setattr(trainer.generate.generate, "CachedModel", interrupted)
+    options = ["--prompt=the", "--prompt=a", "--json", "--max-new-tokens=2"]
+    assert main(["generate", str(folders["run"]), *options]) == 130
+    assert json.loads(capsys.readouterr().out)["prompt"] == "the"
+
+
+def test_weights_that_are_not_finite(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_nan(self: CheckpointReader, dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
+        tensors = read(self, dtypes)
+        tensors["norm.weight"][0] = torch.nan
+        return tensors
+
+    read = CheckpointReader.read
+    monkeypatch.setattr(CheckpointReader, "read", with_nan)
+    error = error_of(capsys, folders["run"], "--prompt=a")
+    assert "norm.weight has values that are NaN or infinite" in error
+
+
 def test_wrong_input(
     folders: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -149,4 +212,10 @@ def test_wrong_input(
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     assert "has no line" in error_of(capsys, run, f"--file={empty}")
+    empty.write_bytes(b"caf\xe9\n")
+    assert "prompt 1 of 1 is not UTF-8: its byte 0xe9" in error_of(capsys, run, f"--file={empty}")
+    assert "is not UTF-8" in error_of(capsys, run, "--prompt=caf\udce9")
+    assert "temperature is nan" in error_of(capsys, run, "--prompt=a", "--temperature=nan")
+    assert "memory://none/x: is neither" in error_of(capsys, "memory://none/x", "--prompt=a")
+    assert "should name a bucket" in error_of(capsys, "s3://", "--prompt=a")
     assert "No such file" in error_of(capsys, run, f"--file={tmp_path / 'none'}")

@@ -13,8 +13,10 @@ import trainer.generate.generate as module
 from model import V4Model
 from model.cache import CachedModel
 from tests.model.tiny import random_model, tiny_config, transformers_twin
+from trainer.config import ConfigError
 from trainer.generate import Generation, Request, Sampling
 from trainer.generate.sampling import accept_drafts, draw, probabilities
+from trainer.process.errors import ExportError
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[5, 9, 20, 31], [7], list(range(3, 60)), [44, 8]]
@@ -154,6 +156,19 @@ def test_top_p_keeps_the_fewest_tokens() -> None:
     )
     cold = probabilities(logits, Sampling(temperature=0.5))
     assert torch.allclose(cold, (2 * logits).softmax(-1))
+
+
+def test_temperatures_near_zero_and_logits_that_are_not_finite() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    for temperature in (1e-6, 1e-38, 1e-40, 1e-300):
+        chances = probabilities(logits, Sampling(temperature))
+        assert torch.equal(chances, torch.tensor([[0.0, 1.0, 0.0]]))
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ExportError, match="logits are NaN or infinite"):
+            probabilities(logits.index_fill(1, torch.tensor([0]), bad), Sampling())
+    for temperature, top_p in ((math.nan, 1.0), (math.inf, 1.0), (-1.0, 1.0), (1.0, math.nan)):
+        with pytest.raises(ConfigError, match="it should be"):
+            Sampling(temperature, top_p)
 
 
 def test_accepted_drafts_have_the_distribution_of_the_model() -> None:

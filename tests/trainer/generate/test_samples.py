@@ -12,8 +12,11 @@ from tests.distributed import spawn
 from tests.trainer.tiny import train
 from trainer.commands import main
 from trainer.config import ConfigError, RunConfig, load_config
+from trainer.generate import Generation
 from trainer.metrics import read_metrics
+from trainer.parallel.grid import Grid
 from trainer.report import write_report
+from trainer.trainer import Trainer
 
 PROMPTS = [
     "evaluation.every=1",
@@ -58,6 +61,40 @@ def test_the_report_has_them_over_time(run: RunConfig) -> None:
     page = write_report(run).read_text()
     assert "Continuations of <code>a &lt;b&gt;</code>" in page
     assert page.count("class=sample") == 4
+
+
+def test_a_stop_is_answered_between_tokens(
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A checkpoint of the step is saved, as where a stop ends the validation."""
+    config = load_config(tiny, [f"run_dir={tmp_path / 'run'}", "steps=2", *PROMPTS])
+    trainer = Trainer(config, Grid.single())
+
+    step, rounds = Generation._speculative_step, 0
+
+    def stopped_in_the_second_round(generation: Generation, active: Any) -> Any:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 2:
+            trainer.stop.request()
+        return step(generation, active)
+
+    monkeypatch.setattr(Generation, "_speculative_step", stopped_in_the_second_round)
+    assert trainer.run().step == 1 and rounds == 2
+    output = capsys.readouterr()
+    text = output.out + output.err
+    assert (
+        "was stopped while it continued prompts" in text and "stopped after step 1, saved" in text
+    )
+
+
+def test_prompts_that_do_not_fit_the_model_stop_the_start(tiny: Path, tmp_path: Path) -> None:
+    long = ["evaluation.prompts=[a, b]", "evaluation.prompt_tokens=4095"]
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts\.0 has 2 tokens, and with"):
+        train(tiny, tmp_path / "run", *long)
 
 
 def train_on_rank(rank: int, world_size: int, path: Path, folder: Path) -> None:

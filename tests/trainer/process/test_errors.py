@@ -148,6 +148,7 @@ def test_closed_streams_lead_nowhere(tmp_path: Path) -> None:
     code = "from data.activity import prepare_streams, print_line\nprepare_streams()\n"
     code += f"file = os.open({str(tmp_path / 'file')!r}, os.O_CREAT | os.O_WRONLY)\n"
     code += "print('out')\nprint_line('err', sys.stderr)\nos.write(file, b'written')\n"
+    code += "assert sys.stdin.read() == ''\n"
     code += "sys.exit(run_or_explain(lambda: print(file)))"
     head = "import os, sys\nfrom trainer.process.errors import run_or_explain\n"
     shell = ["bash", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, head + code]
