@@ -16,7 +16,7 @@ from trainer.parallel.grid import Grid
 def encode_prompts(config: RunConfig, tokenizer: Tokenizer) -> list[list[int]]:
     """Returns the ids of `evaluation.prompts`.
 
-    Raises ConfigError for a prompt that `prompt_tokens` would make longer than the model's contexts.
+    Raises ConfigError for a prompt that is too long for the model with `prompt_tokens` more.
     """
     longest, new = config.model.max_position_embeddings, config.evaluation.prompt_tokens
     ids = [prompt_ids(tokenizer, text) for text in config.evaluation.prompts]
