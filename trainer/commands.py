@@ -178,7 +178,7 @@ def plan(config: RunConfig, options: argparse.Namespace) -> None:
 
     of_efficiency, of_training = ("gpu", "plot"), ("dry_run", "phase", "measure", "parameters")
     for name in of_training if options.efficiency else of_efficiency:
-        if getattr(options, name) not in (None, False):
+        if (value := getattr(options, name)) is not None and value is not False:
             option = f"--{name.replace('_', '-')}"
             relation = "has no meaning with" if options.efficiency else "needs"
             raise ConfigError(f"v4 plan: {option} {relation} --efficiency")
