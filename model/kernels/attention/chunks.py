@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 _CPU_PAIRS, _GPU_PAIRS = 1 << 12, 1 << 15
-"""(query, head) pairs per chunk: on a CPU the logits of a chunk then stay in the cores' caches; a GPU
-needs few, large launches, and a chunk with V4's largest selection still takes half a GiB."""
+"""(query, head) pairs per chunk: on a CPU the logits of a chunk then stay in the cores' caches; a
+GPU needs few, large launches, and a chunk with V4's largest selection still takes half a GiB."""
 
 LOG2E = math.log2(math.e)
 """The softmax works in base 2: exp2 is cheaper than exp on CPU and GPU."""
