@@ -69,6 +69,7 @@ class ServerLists:
 
     @property
     def label(self) -> str:
+        """Name and version."""
         return f"{self.server} {self.version}"
 
     def missing_keys(self, values: Mapping[str, Any]) -> list[str]:
@@ -115,18 +116,18 @@ def check_folder(folder: AnyPath) -> dict[str, list[str]]:
     files = [name for name in _TOKENIZER_FILES if not (folder / name).is_file()]
     problems: dict[str, list[str]] = {}
     for lists in server_lists():
-        found = problems[lists.label] = [f"lacks {name}" for name in files]
+        clauses = problems[lists.label] = [f"lacks {name}" for name in files]
         keys = lists.missing_keys(values)
         if keys:
-            found.append(f"{CONFIG_JSON} lacks {len(keys)} of its keys: {', '.join(keys)}")
+            clauses.append(f"{CONFIG_JSON} lacks {len(keys)} of its keys: {', '.join(keys)}")
         try:
             config = ModelConfig.from_hf(values)
         except ModelConfigError:
             if not keys:
                 raise
             continue  # without them it is not known which tensors there should be
-        found += _limits(lists, config)
-        found += _Comparison(lists, config, values, headers).problems()
+        clauses += _limits(lists, config)
+        clauses += _Comparison(lists, config, values, headers).problems()
     return problems
 
 
@@ -150,10 +151,12 @@ class _Comparison:
         places = {name: self._place(name) for name in self.headers}
         weights = {name: p for name, p in places.items() if not name.endswith(".scale")}
         missing = wanted - {*weights.values()}
-        yield from _count("lacks", "tensors of", (f"{n} ({p})" if p else n for n, p in missing))
+        yield from _count(
+            "lacks", "tensor", "that it needs", (f"{n} ({p})" if p else n for n, p in missing)
+        )
         unknown = {name for name, place in weights.items() if place not in wanted}
         stray = [n for n in self.headers if n.endswith(".scale") and not self._has_weight(n)]
-        yield from _count("has", "tensors that it does not know,", [*unknown, *stray])
+        yield from _count("has", "tensor", "that it does not know", [*unknown, *stray])
         known = {name: place for name, (place, _) in weights.items() if name not in unknown}
         yield from self._wrong_formats(known)
 
@@ -244,10 +247,10 @@ class _Comparison:
                 scales.append(name)
             elif problem := _scale_problem(scale, shape, dtype):
                 wrong_scales.append(f"{name} ({problem})")
-        yield from _count("has", "tensors of another dtype than it expects,", dtypes)
-        yield from _count("has", "tensors of another shape than config.json describes,", sizes)
-        yield from _count("has", "quantised tensors without their scale,", scales)
-        yield from _count("has", "scales of another format,", wrong_scales)
+        yield from _count("has", "tensor", "of another dtype than it expects", dtypes)
+        yield from _count("has", "tensor", "of another shape than config.json describes", sizes)
+        yield from _count("has", "quantised tensor", "without a scale", scales)
+        yield from _count("has", "scale", "of another format", wrong_scales)
 
     def _dtype(self, name: str, is_quantised: bool) -> str:
         """Returns the dtype of a quantised tensor; "" for those that are not."""
@@ -269,10 +272,11 @@ def _scale_problem(scale: TensorHeader, shape: tuple[int, ...], dtype: str) -> s
     return "" if scale.dtype in ("F8_E8M0", "F32") else f"{scale.dtype} instead of F8_E8M0"
 
 
-def _count(verb: str, what: str, names: Iterable[str]) -> Iterator[str]:
+def _count(verb: str, noun: str, rest: str, names: Iterable[str]) -> Iterator[str]:
     """Yields one clause with the number of names and the first of them, if there are any."""
     if ordered := sorted(names):
-        yield f"{verb} {len(ordered):,} {what} the first is {ordered[0]}"
+        nouns = noun + "s" * (len(ordered) > 1)
+        yield f"{verb} {len(ordered):,} {nouns} {rest}, the first is {ordered[0]}"
 
 
 def check_command(folder: AnyPath) -> None:

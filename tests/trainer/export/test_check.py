@@ -89,35 +89,35 @@ def scale_of(tensors: dict[str, Tensor], rows: int) -> None:
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (
         with_tensors(lambda t: [t.pop(f"{FIRST}.weight"), t.pop(f"{FIRST}.scale")]),
-        "lacks 1 tensors of the first is model.layers.0.",
+        "lacks 1 tensor that it needs, the first is model.layers.0.",
     ),
     "all of mtp": (
         with_tensors(lambda t: [t.pop(name) for name in [*t] if name.startswith("mtp.")]),
-        "tensors of the first is mtp.0.",
+        "tensors that it needs, the first is mtp.0.",
     ),
     "unexpected": (
         with_tensors(lambda t: t.update({"layers.0.attn.wk.weight": torch.zeros(2)})),
-        "has 1 tensors that it does not know, the first is layers.0.attn.wk.weight",
+        "has 1 tensor that it does not know, the first is layers.0.attn.wk.weight",
     ),
     "scale": (
         with_tensors(lambda t: [t.pop(f"{FIRST}.scale"), t.pop("layers.0.ffn.experts.0.w1.scale")]),
-        f"has 2 quantised tensors without their scale, the first is {FIRST}.weight",
+        f"has 2 quantised tensors without a scale, the first is {FIRST}.weight",
     ),
     "stray scale": (
         with_tensors(lambda t: t.update({"embed.scale": torch.zeros(2)})),
-        "has 1 tensors that it does not know, the first is embed.scale",
+        "has 1 tensor that it does not know, the first is embed.scale",
     ),
     "scale's shape": (
         with_tensors(lambda t: scale_of(t, 3)),
-        "has 1 scales of another format, the first is layers.0.ffn.experts.0.w1.weight ([3, 4] i",
+        "has 1 scale of another format, the first is layers.0.ffn.experts.0.w1.weight ([3, 4] i",
     ),
     "dtype": (
         with_tensors(lambda t: t.update({f"{FIRST}.weight": torch.zeros(128, 128)})),
-        f"has 1 tensors of another dtype than it expects, the first is {FIRST}.weight (F32 instea",
+        f"has 1 tensor of another dtype than it expects, the first is {FIRST}.weight (F32 instea",
     ),
     "shape": (
         with_tensors(lambda t: t.update({"norm.weight": torch.zeros(5)})),
-        "has 1 tensors of another shape than config.json describes, the first is norm.weight ([5]",
+        "has 1 tensor of another shape than config.json describes, the first is norm.weight ([5]",
     ),
     "linears that are not FP8": (
         with_keys(lambda k: k["quantization_config"].update(modules_to_not_convert=["wq_b"])),
