@@ -58,8 +58,12 @@ class StepResult:
     """Set with it where the tokenizer's ids have definite bytes."""
     validation_by_source: dict[str, float] | None = None
     """Set with it where the validation text has several sources."""
+    validation_bits_per_byte_by_source: dict[str, float] | None = None
+    """Set with it where the tokenizer's ids have definite bytes."""
     samples: dict[str, str] | None = None
     """Set with it where the config has prompts: by prompt, its continuation."""
+    tasks: dict[str, float] | None = None
+    """Set on the first rank where tasks were due after this step: scores by task/metric."""
     layers: LayerStats | None = None
     """Set where layer stats were due after this step."""
     groups: GroupStats | None = None

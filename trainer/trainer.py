@@ -6,7 +6,6 @@ Letters: L layers (+ MTP), E routed experts.
 import socket
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from torch import Tensor
 
@@ -21,9 +20,8 @@ from trainer.checkpoint import PeriodicCheckpoints, RunCheckpoint, unsaved_progr
 from trainer.config import Phase, RunConfig, save_config
 from trainer.device import peak_memory_report
 from trainer.engine import RankMessage, StepLosses
-from trainer.evaluation import EvaluationStopped, Validation, check_stop
+from trainer.evaluation import Evaluations, EvaluationStopped
 from trainer.garbage import collection_by_steps
-from trainer.generate.samples import continue_prompts, encode_prompts
 from trainer.kernels import AgreedKernels, run_operations, unchecked
 from trainer.metrics import Metrics, UpdateStats, collect_stats, compute_layer_stats, describe_event
 from trainer.parallel.collectives import all_gather_objects
@@ -72,7 +70,6 @@ class Trainer:
         config.check_world(grid.world_size)
         data = run_data(config)
         self.tokenizer = open_tokenizer(config)
-        encode_prompts(config, self.tokenizer)
         self.config = config
         self.grid = grid
         self.stop = stop or StopRequest()
@@ -90,9 +87,10 @@ class Trainer:
         self.loader = Loader(data, config.seed, grid.data.rank, grid.data.size, phases=phases)
         pin = grid.device.type == "cuda"
         self.batches = Prefetcher(self.loader.at, config.data.prefetch, self.recipe.steps, pin)
-        self.validation: Validation | None = None
-        if self.loader.manifest.of_split("validation"):
-            self.validation = Validation(config, grid, self.stop, self.heartbeat, self.tokenizer)
+        has_text = bool(self.loader.manifest.of_split("validation"))
+        self.evaluations = Evaluations(
+            config, grid, self.tokenizer, self.stop, self.heartbeat, has_text, self._log
+        )
         frequencies = token_frequencies(self.loader) if config.model.num_hash_layers else None
         self.are_ids_counted = frequencies is not None
         self.local, self.engine, self.optimizer = build_engine(
@@ -363,8 +361,8 @@ class Trainer:
         notices = start_notices(self.config, self.kernels, needs_counts and not resumed)
         for message in filter(None, (*notices, *self.messages, *saves, *self.recipe.warnings())):
             self._log(message)
-        if self.validation is None:
-            self._log(f"{self.config.data.shards} has no validation text: nothing is evaluated")
+        if self.evaluations.validation is None:
+            self._log(f"{self.config.data.shards} has no validation text: there is no such loss")
 
     def _save_beside_training(self) -> list[str]:
         """Prepares for checkpoints beside training; returns a line where that is not possible.
@@ -386,37 +384,21 @@ class Trainer:
         return []
 
     def _evaluate(self, state: TrainState, result: StepResult) -> None:
-        """Adds the validation loss to the result where it is due; every rank takes part."""
-        due = self._is_due(self.config.evaluation.every, state.step)
-        if not due or self.validation is None:
+        """Adds what is due after this step to the result; every rank takes part."""
+        if not self.evaluations.are_due(state.step):
             return
         if not self.has_evaluated:
             # It may need more memory than training, and the kernel would kill it at every restart.
             self.checkpoint.finish()
             self.has_evaluated = True
+        assert self.phase is not None  # of the step that was trained
         try:
-            evaluation = self.validation.evaluate(self.engine)
-            result.validation_loss = evaluation.loss
-            result.validation_bits_per_byte = evaluation.bits_per_byte
-            result.validation_by_source = self.validation.by_source(self.engine)
-            result.samples = self._continue_prompts()
+            self.evaluations.run(self.engine, self.phase, state.step, result)
         except EvaluationStopped as stopped:
             state.stopping = True
             self._log(
                 f"the evaluation after step {state.step} was stopped {stopped}; "
                 f"{v4('eval', self.config.run_dir)} repeats it once a checkpoint is saved"
-            )
-
-    def _continue_prompts(self) -> dict[str, str] | None:
-        """Returns what the model makes of the prompts of `evaluation`; None without any."""
-        if not self.config.evaluation.prompts or self.phase is None:
-            return None
-        beat = partial(self.heartbeat.enter, "continuing prompts")
-        beat()
-        may_stop = partial(check_stop, self.stop, self.grid, "while it continued prompts")
-        with self.engine.computing():
-            return continue_prompts(
-                self.config, self.model, self.phase, self.tokenizer, self.grid, may_stop, beat
             )
 
     def _write_metrics(self, state: TrainState, result: StepResult) -> None:

@@ -101,15 +101,15 @@ def train(gpu: Any, path: Path, run_dir: Path, overrides: Sequence[str], saves: 
         parts.steps.append(Report())
         return parts.steps[-1]
 
-    assert trainer.validation is not None
+    assert trainer.evaluations.validation is not None
     save = trainer.checkpoint.save if saves else lambda state: run_dir
     with (
         gpu.reporting(parts.rest),
         patch.object(trainer, "step", reported(trainer.step, new_step)),
         patch.object(
-            trainer.validation,
+            trainer.evaluations.validation,
             "evaluate",
-            reported(trainer.validation.evaluate, lambda: parts.evaluation),
+            reported(trainer.evaluations.validation.evaluate, lambda: parts.evaluation),
         ),
         patch.object(trainer.checkpoint, "save", reported(save, lambda: parts.save)),
         even_counts(),

@@ -68,7 +68,7 @@ def test_stats_of_ruined_weights_are_null(tiny: Path, tmp_path: Path) -> None:
     """The step is skipped, and its stats of layers are what they are."""
     settings = [f"run_dir={tmp_path}", "steps=2", "metrics.layer_stats_every=1"]
     trainer = Trainer(load_config(tiny, [*settings, "optim.max_skipped_steps=9"]), Grid.single())
-    trainer.validation = None
+    trainer.evaluations.validation = None
     for weight in trainer.model.parameters():
         weight.detach().fill_(float("nan"))
     trainer.run()

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers, the names of _MODULES
+    from trainer.evaluation.during_training import Evaluations
     from trainer.evaluation.shared_model import SharedModel
     from trainer.evaluation.tasks import Tasks
     from trainer.evaluation.validation import Evaluation, EvaluationStopped, Validation, check_stop
@@ -14,6 +15,7 @@ if TYPE_CHECKING:  # for type checkers, the names of _MODULES
 _MODULES = {
     "Evaluation": "validation",
     "EvaluationStopped": "validation",
+    "Evaluations": "during_training",
     "SharedModel": "shared_model",
     "Tasks": "tasks",
     "Validation": "validation",

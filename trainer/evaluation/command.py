@@ -75,7 +75,8 @@ def _evaluate_loss(config: RunConfig, grid: Grid) -> None:
         "unigram_entropy": validation.unigram_entropy(),
     }
     if by_source is not None:
-        result["validation_by_source"] = by_source
+        result["validation_by_source"] = by_source.losses
+        result["validation_bits_per_byte_by_source"] = by_source.bits_per_byte
     print(json.dumps(finite(result)))
 
 

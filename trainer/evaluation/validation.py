@@ -50,6 +50,24 @@ class Evaluation:
         return self.loss * self.tokens / (math.log(2) * self.bytes) if self.bytes else None
 
 
+@dataclass(frozen=True)
+class BySource:
+    """The results on the text of each source, by its name."""
+
+    evaluations: dict[str, Evaluation]
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Losses in nats per target token."""
+        return {name: evaluation.loss for name, evaluation in self.evaluations.items()}
+
+    @property
+    def bits_per_byte(self) -> dict[str, float] | None:
+        """Bits per byte of text; None where the tokenizer's ids have no definite bytes."""
+        pairs = [(n, e.bits_per_byte) for n, e in self.evaluations.items()]
+        return {name: bits for name, bits in pairs if bits is not None} or None
+
+
 class Validation:
     """The validation split, read in the same order at every evaluation.
 
@@ -101,8 +119,8 @@ class Validation:
         """
         return self._mean_over(self.loader, self.steps, engine)
 
-    def by_source(self, engine: Engine) -> dict[str, float] | None:
-        """Returns the loss on the rows of each source, by its name; all ranks call it.
+    def by_source(self, engine: Engine) -> BySource | None:
+        """Returns what is measured on the rows of each source; all ranks call it.
 
         `evaluation.max_rows` is divided among the sources. None where there is one source, or
         `evaluation.per_source` is false. Raises EvaluationStopped on all ranks.
@@ -110,10 +128,12 @@ class Validation:
         if not self.sources:
             return None
         rows = None if self.rows is None else -(-self.rows // len(self.sources))
-        return {
-            name: self._mean_over(loader, self._steps(loader, rows), engine).loss
-            for name, loader in self.sources.items()
-        }
+        return BySource(
+            {
+                name: self._mean_over(loader, self._steps(loader, rows), engine)
+                for name, loader in self.sources.items()
+            }
+        )
 
     def _mean_over(self, loader: Loader, steps: int, engine: Engine) -> Evaluation:
         total = torch.zeros((), dtype=torch.float64, device=self.grid.device)

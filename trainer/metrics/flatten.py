@@ -12,6 +12,9 @@ def flatten(record: dict[str, Any]) -> dict[str, Any]:
     plain = {n: v for n, v in record.items() if not isinstance(v, dict | list) and v is not None}
     losses = record.get("validation_by_source", {})
     plain |= {f"validation_loss/{name}": loss for name, loss in losses.items()}
+    bits = record.get("validation_bits_per_byte_by_source", {})
+    plain |= {f"validation_bits_per_byte/{name}": value for name, value in bits.items()}
+    plain |= {f"tasks/{name}": score for name, score in record.get("tasks", {}).items()}
     plain |= {f"epochs/{name}": read for name, read in record.get("epochs", {}).items()}
     if work := record.get("work_seconds"):
         plain |= {"work_seconds/median": statistics.median(work), "work_seconds/max": max(work)}

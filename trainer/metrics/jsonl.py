@@ -39,7 +39,10 @@ _OLD_EVENT_KEYS = {
 }
 """Keys that older runs wrote, and what they are called now."""
 
-_MAPPINGS = ("epochs", "validation_by_source", "layers", "groups", "slowest", "samples")
+_MAPPINGS = (
+    *("epochs", "validation_by_source", "validation_bits_per_byte_by_source", "layers", "groups"),
+    *("slowest", "samples", "tasks"),
+)
 _EVENT_STEPS = ("restored_step", "skipped_batch", "anticipation_end")
 
 

@@ -15,8 +15,8 @@ from trainer.state import TrainState
 from trainer.step import StepResult
 
 _WHERE_DUE = (
-    *("validation_loss", "validation_bits_per_byte", "validation_by_source", "samples"),
-    *("layers", "groups"),
+    *("validation_loss", "validation_bits_per_byte", "validation_by_source"),
+    *("validation_bits_per_byte_by_source", "samples", "tasks", "layers", "groups"),
 )
 """Fields of a result that few steps have."""
 
@@ -63,11 +63,11 @@ class Metrics:
         self.file.write(self.record(state, result))
 
     def publish(self, state: TrainState, result: StepResult) -> None:
-        """Adds the losses of an evaluation to the record; sends it to wandb, and shows it."""
+        """Adds the results of an evaluation to the record; sends it to wandb, and shows it."""
         record = self.record(state, result)
-        if result.validation_loss is not None:
+        if is_evaluated := result.validation_loss is not None or result.tasks is not None:
             self.file.write(record, replaces_last=True)
-        if self._is_due(state.step) or "validation_loss" in record or "layers" in record:
+        if self._is_due(state.step) or is_evaluated or "layers" in record:
             self.wandb.log(record)
             if self.tensorboard is not None:
                 self.tensorboard.log(record)

@@ -126,16 +126,34 @@ def smooth(values: Sequence[float], reach: int) -> list[float]:
     return means
 
 
+_BY_SOURCE = (
+    ("validation_by_source", "Validation loss by source", "nats per token"),
+    ("validation_bits_per_byte_by_source", "Validation text by source", "bits per byte"),
+)
+
+
 def source_charts(records: Sequence[dict[str, Any]]) -> list[Chart]:
-    """Returns a chart of the validation loss by source, or none without such records."""
-    names = dict.fromkeys(n for record in records for n in record.get("validation_by_source", {}))
-    if not names:
-        return []
-    curves = tuple(
-        Curve(f"validation_by_source.{name}", name, color, style="dots")
-        for name, color in zip(names, cycle(SERIES_COLORS), strict=False)
-    )
-    return [Chart("Validation loss by source", "nats per token", curves)]
+    """Returns a chart of each number of the validation text by source that records have."""
+    charts = []
+    for key, title, unit in _BY_SOURCE:
+        if names := dict.fromkeys(n for record in records for n in record.get(key, {})):
+            charts.append(Chart(title, unit, _dots(key, list(names))))
+    return charts
+
+
+def task_charts(records: Sequence[dict[str, Any]]) -> list[Chart]:
+    """Returns a chart of each metric of the tasks, with a curve for each task."""
+    names = dict.fromkeys(name for record in records for name in record.get("tasks", {}))
+    metrics: dict[str, list[str]] = {}
+    for name in names:
+        if not name.endswith("_stderr"):
+            metrics.setdefault(name.rpartition("/")[2], []).append(name)
+    return [Chart("Tasks", metric, _dots("tasks", some)) for metric, some in metrics.items()]
+
+
+def _dots(key: str, names: Sequence[str]) -> tuple[Curve, ...]:
+    colours = cycle(SERIES_COLORS)
+    return tuple(Curve(f"{key}.{name}", name, next(colours), style="dots") for name in names)
 
 
 def draw(

@@ -11,9 +11,10 @@ from trainer.formatting import short
 from trainer.metrics import Event, read_events, read_metrics
 from trainer.process.errors import ReportError
 from trainer.report.layers import events_section, groups_section, layers_section
-from trainer.report.plots import CHARTS, Mark, draw, source_charts, value_of
+from trainer.report.plots import CHARTS, Mark, draw, source_charts, task_charts, value_of
 from trainer.report.ranks import ranks_section
 from trainer.report.samples import samples_section
+from trainer.report.tasks import tasks_section
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #667085; --page: #f7f8fa;
@@ -87,7 +88,7 @@ def render(config: RunConfig, records: list[dict[str, Any]], events: list[Event]
     charts = "".join(
         f"<figure{' class=wide' if chart.wide else ''}><h2>{escape(chart.title)}</h2>"
         f"{draw(chart, records, marks, spikes)}</figure>"
-        for chart in (*CHARTS, *source_charts(records))
+        for chart in (*CHARTS, *source_charts(records), *task_charts(records))
         if any(value_of(r, curve.key) is not None for curve in chart.curves for r in records)
     )
     tiles = "".join(
@@ -103,7 +104,7 @@ def render(config: RunConfig, records: list[dict[str, Any]], events: list[Event]
         f"DeepSeek-V4 pre-training, step {last['step']:,} of {config.recipe.steps:,}",
         f"<div class=tiles>{tiles}</div><div class=charts>{charts}</div>"
         f"{events_section(config, records, events)}"
-        f"{samples_section(records)}{ranks_section(records)}"
+        f"{tasks_section(records)}{samples_section(records)}{ranks_section(records)}"
         f"{layers_section(config, records)}{groups_section(records)}"
         f"<div class=facts>{facts}</div>",
     )

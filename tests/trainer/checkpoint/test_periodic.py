@@ -120,8 +120,8 @@ def test_an_evaluation_that_fails_loses_no_step(tiny: Path, tmp_path: Path, step
     def evaluate(engine: object) -> None:
         raise OSError(5, "Input/output error", "validation.bin")
 
-    assert trainer.validation is not None
-    trainer.validation.evaluate = evaluate  # type: ignore[method-assign, assignment]
+    assert trainer.evaluations.validation is not None
+    trainer.evaluations.validation.evaluate = evaluate  # type: ignore[method-assign, assignment]
     with pytest.raises(OSError, match="Input/output error"):
         trainer.run()
     assert saved(tmp_path / "run") == [3]

@@ -39,7 +39,8 @@ def stopped_in_an_evaluation(
         grid = Grid.build(config.degrees(world_size), torch.device("cpu"))
     trainer = Trainer(config, grid)
     plain, count = trainer.engine.evaluate, 0
-    assert trainer.validation is not None and trainer.validation.steps > 4
+    assert trainer.evaluations.validation is not None
+    assert trainer.evaluations.validation.steps > 4
 
     def evaluate(batches: list[object]) -> Tensor:
         nonlocal count

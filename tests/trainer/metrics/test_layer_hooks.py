@@ -21,6 +21,7 @@ from trainer.build import build_native
 from trainer.config import load_config
 from trainer.engine import NativeEngine
 from trainer.evaluation import Validation
+from trainer.metrics.flatten import flatten
 from trainer.metrics.jsonl import read_metrics
 from trainer.metrics.layer_hooks import collect_stats
 from trainer.parallel.grid import Grid
@@ -201,11 +202,15 @@ def test_sources_apart_are_the_sources_together(tiny: Path, tmp_path: Path) -> N
     engine = NativeEngine(local, Grid.single())
     validation = Validation(config, Grid.single())
     whole, parts = validation.evaluate(engine), validation.by_source(engine)
-    assert parts is not None and parts.keys() == {"few", "many"}
+    assert parts is not None and parts.losses.keys() == {"few", "many"}
     tokens_of = {name: loader.num_targets for name, loader in validation.sources.items()}
     assert sum(tokens_of.values()) == whole.tokens
-    mean = sum(parts[name] * count for name, count in tokens_of.items()) / whole.tokens
+    mean = sum(parts.losses[name] * count for name, count in tokens_of.items()) / whole.tokens
     assert mean == pytest.approx(whole.loss, rel=1e-6)
+    assert parts.bits_per_byte is not None and whole.bytes is not None
+    bytes_of = {name: part.bytes or 0 for name, part in parts.evaluations.items()}
+    bits = sum(parts.bits_per_byte[name] * size for name, size in bytes_of.items()) / whole.bytes
+    assert bits == pytest.approx(whole.bits_per_byte, rel=1e-6)
     train(
         tiny,
         tmp_path / "run",
@@ -216,7 +221,10 @@ def test_sources_apart_are_the_sources_together(tiny: Path, tmp_path: Path) -> N
     )
     (record,) = read_metrics(tmp_path / "run/metrics.jsonl")
     assert record["validation_by_source"].keys() == {"few", "many"}
+    assert record["validation_bits_per_byte_by_source"].keys() == {"few", "many"}
+    assert flatten(record)["validation_bits_per_byte/many"] > 0
     page = write_report(load_config(tiny, settings)).read_text(encoding="utf-8")
+    assert 'aria-label="Validation text by source"' in page
     assert 'aria-label="Validation loss by source"' in page and ">many</text>" in page
     assert "Update sizes in step 1<" in page and "<td>hyper connections</td>" in page
     assert "<b>indexer recall</b>" in page
