@@ -234,8 +234,8 @@ class StoragePath:
         """Removes the objects below whose names `which` accepts, many in one request."""
 
         def remove(driver: Any) -> None:
-            found = driver.find(self.url)
-            if paths := [path for path in found if which(path.rsplit("/", 1)[-1])]:
+            listed = driver.find(self.url)
+            if paths := [path for path in listed if which(path.rsplit("/", 1)[-1])]:
                 driver.rm(paths)
 
         try:

@@ -13,6 +13,7 @@ from data.storage import path as storage_path
 from tests.distributed import spawn
 from tests.s3 import S3Server
 from trainer.checkpoint import manifest
+from trainer.checkpoint.concurrent import read_newest
 from trainer.checkpoint.folder import CheckpointFolder, checkpoints_in, read_state
 from trainer.checkpoint.logical_tensors import TensorBox
 from trainer.config.published import STEPS_FILE
@@ -151,6 +152,22 @@ def test_a_step_that_is_saved_again_is_replaced_by_the_manifest(
     assert local.newest() == copy and read_state(copy)["of"] == "new"
     local.load(copy, loaded)
     assert float(loaded["a"][0, 0]) == 2.0
+
+
+def test_a_reader_begins_again_where_a_step_is_saved_again(folder: StoragePath) -> None:
+    checkpoints = CheckpointFolder(folder, Grid.single(CPU))
+    path = checkpoints.save(1, tensors(1.0), {"step": 1})
+    files = sorted(manifest.read(path)[0])[:1]
+
+    def read() -> float:
+        if files:  # which the first call has read of the manifest
+            checkpoints.save(1, tensors(2.0), {"step": 1})
+            (path / files.pop()).read_bytes()
+        loaded = tensors(0.0)
+        checkpoints.load(path, loaded)
+        return float(loaded["a"][0, 0])
+
+    assert read_newest(checkpoints, read) == 2.0
 
 
 def test_a_checkpoint_of_an_earlier_version(folder: StoragePath, tmp_path: Path) -> None:
