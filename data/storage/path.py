@@ -22,7 +22,7 @@ READ_BYTES = 16 << 20
 """Size of a request where a whole object is read. [bytes]"""
 AT_ONCE = 4
 """Requests in flight where a whole object is read."""
-PART_BYTES = 16 << 20
+PART_BYTES = 8 << 20
 """Of an object that is uploaded in parts, of which drivers have ten in flight."""
 WRITE_SECONDS = 60.0
 SLOWEST_BYTES = 1 << 20
