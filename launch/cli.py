@@ -94,9 +94,16 @@ def kernels_check(
         typer.Argument(help="Config file or run folder, for the sizes; by default nano.yaml's."),
     ] = str(CONFIGS / "nano.yaml"),
     overrides: Overrides = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes of the run, for fit_to_memory; by default the minimum."
+        ),
+    ] = None,
 ) -> None:
     """Check every kernel on this machine's GPUs: does it fit, is it right, is it faster."""
-    _command("kernels-check", config, overrides)
+    more = [] if nproc is None else [f"--processes={nproc}"]
+    _command("kernels-check", config, overrides, *more)
 
 
 @kernels_app.command("show")

@@ -212,8 +212,8 @@ def kernels_check(config: RunConfig, options: argparse.Namespace) -> None:
             f"v4 kernels check: kernels are checked on a GPU, and this run's device is the "
             f"{device.type.upper()}, where every operation runs eagerly"
         )
-    config, _ = fit_to_device(config, device)
-    _print_all(check_command(config))
+    config, lines = fit_to_device(config, device, options.processes or config.min_world)
+    _print_all([*lines, *check_command(config)])
 
 
 def kernels_show(options: argparse.Namespace) -> None:
@@ -363,6 +363,8 @@ def _parser() -> argparse.ArgumentParser:
             formats = ["as_trained", "mxfp4_experts", "released"]
             verb.add_argument("--weights", choices=formats, default="as_trained")
             verb.add_argument("--prompts", help="the encoder of a released folder, for its prompts")
+        if name == "kernels-check":
+            verb.add_argument("--processes", type=int)
         if name == "plan":
             verb.add_argument("--processes", type=int, default=1)
             verb.add_argument("--dry-run", action="store_true", help="memory with activations")

@@ -117,3 +117,5 @@ def _run(
 def _use_deterministic_algorithms() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # only GPUs read it
     torch.use_deterministic_algorithms(True)
+    # It would fill every new tensor, by a launch each on a GPU and by the host where page-locked.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

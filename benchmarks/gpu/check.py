@@ -12,13 +12,16 @@ import json
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 
 from benchmarks.steps.machine import config_of, device_of
 from data.activity import Activity
+from data.lease import Lease
 from trainer.kernels import Platform
-from trainer.kernels.first_check import check_all
+from trainer.kernels.first_check import check_all, lease_name
 from trainer.kernels.problem import problem_of
-from trainer.kernels.verdict_file import Key, cache_folder, write_verdicts
+from trainer.kernels.temporary import use_writable_triton_cache
+from trainer.kernels.verdict_file import Key, cache_folder, replace_verdict
 
 
 def main() -> int:
@@ -37,9 +40,14 @@ def main() -> int:
     config = config_of(options.config, device, options.row, options.micro_tokens // options.row)
     key = Key.of(Platform.of(device), problem_of(config, device))
     deadline = None if options.seconds is None else time.monotonic() + options.seconds
-    with Activity("checking kernels") as activity:
-        verdicts = check_all(key, device.index or 0, activity, deadline=deadline)
-    write_verdicts(cache_folder(config.run_dir / "kernels"), key, verdicts)
+    folder = cache_folder(config.run_dir / "kernels")
+    use_writable_triton_cache(folder / "triton")
+    with (
+        Lease(folder, "v4 kernels check", name=lease_name(key)),
+        Activity("checking kernels") as activity,
+    ):
+        keep = partial(replace_verdict, folder, key)
+        verdicts = check_all(key, device.index or 0, activity, deadline=deadline, keep=keep)
     for verdict in verdicts:
         print(json.dumps(asdict(verdict)))
     return 0

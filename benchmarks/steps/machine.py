@@ -118,10 +118,17 @@ def random_batch(config: RunConfig, seed: int = 0) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), lengths)
 
 
-def checked_kernels(config: RunConfig, device: torch.device) -> Kernels:
-    """Returns the kernels that a run of this config would use; checks them if nobody has yet."""
+def checked_kernels(
+    config: RunConfig, device: torch.device, started: float | None = None
+) -> Kernels:
+    """Returns the kernels that a run of this config would use; checks them if nobody has yet.
+
+    Temporary failures from before `started` are checked again: by default, all that are in the file
+    when this process starts, and with 0 none.
+    """
     with Activity("checking kernels") as activity:
-        one = RankKernels.of(config, device, local_verdicts(config, device, activity))
+        verdicts = local_verdicts(config, device, activity, started=started)
+        one = RankKernels.of(config, device, verdicts)
     return agree(config, 0, [one], lambda rank: f"rank {rank}").kernels
 
 

@@ -102,12 +102,12 @@ def _inputs(
     sizes: Sizes, kind: LayerType, k: int | None
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Returns the leaves, and the selected entries if k is given."""
-    config, draw, positions = sizes.config, sizes.draw(), sizes.positions
-    heads, dim, ranges = config.num_attention_heads, config.head_dim, positions.ranges(kind)
+    config, draw, ranges = sizes.config, sizes.draw(), sizes.ranges(kind)
+    heads, dim = config.num_attention_heads, config.head_dim
     leaves = {"queries": draw(sizes.tokens, heads, dim), "keys": draw(sizes.tokens, dim)}
     selected = None
     if kind != "window":
-        leaves["entries"] = draw(sizes.layout.entries(config.compress_ratio(kind)).count, dim)
+        leaves["entries"] = draw(sizes.entries(kind), dim)
         if k is not None:
             assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
             selected = random_selection(draw, ranges.entry_start_T, ranges.entry_end_T, k)
@@ -120,8 +120,7 @@ class _Call:
 
     def __init__(self, sizes: Sizes, kind: LayerType, selected_Tk: Tensor | None) -> None:
         self.config, self.selected_Tk = sizes.config, selected_Tk
-        positions = sizes.positions
-        self.ranges, self.rotation_Tr = positions.ranges(kind), positions.rotation(kind)
+        self.ranges, self.rotation_Tr = sizes.ranges(kind), sizes.rotation(kind)
 
     def inputs(self, q: Tensor, kv: Tensor, *rest: Tensor) -> AttentionInputs:
         """Leaves are queries, keys, entries if any, and the sink."""

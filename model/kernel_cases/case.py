@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import LayerType, ModelConfig
+from model.kernels.attention import AttentionRanges
 from model.kernels.operations import EAGER, Choice
 from model.layout import SampleLayout
 from model.positions import Positions
@@ -38,7 +39,7 @@ class Sizes:
 
     Attributes:
         config: the model's widths.
-        samples: lengths of the samples of one packed row.
+        samples: lengths of the samples of one packed row: its tokens on one rank.
         dtype: of activations and weights.
         device: where the inputs are made.
         seed: of the inputs' random numbers.
@@ -47,6 +48,8 @@ class Sizes:
             or loop over rows, run at this size.
         tensor, expert_tensor: ranks that share the shared expert's and a routed expert's inner
             width.
+        earlier: tokens of the only sample that come before those in `samples`, as on the last of
+            several context-parallel ranks: their entries are seen.
     """
 
     config: ModelConfig
@@ -58,6 +61,7 @@ class Sizes:
     dense: bool = False
     tensor: int = 1
     expert_tensor: int = 1
+    earlier: int = 0
 
     @property
     def shared_inner(self) -> int:
@@ -80,9 +84,35 @@ class Sizes:
         return SampleLayout.from_lengths([self.samples], device=self.device)
 
     @property
-    def positions(self) -> Positions:
-        """Rotations and visible ranges of the tokens."""
-        return Positions.of_microbatch(self.config, self.layout)
+    def row_layout(self) -> SampleLayout:
+        """The layout of the samples and of the earlier tokens."""
+        if not self.earlier:
+            return self.layout
+        return SampleLayout.from_lengths([[self.earlier + self.tokens]], device=self.device)
+
+    def entries(self, kind: LayerType) -> int:
+        """Returns the number of entries that a layer of this type has."""
+        return self.row_layout.entries(self.config.compress_ratio(kind)).count
+
+    def ranges(self, kind: LayerType) -> AttentionRanges:
+        """Returns what the tokens see: keys of their own, entries of the earlier ones as well."""
+        ranges = Positions.of_microbatch(self.config, self.layout).ranges(kind)
+        if not self.earlier or kind == "window":
+            return ranges
+        entries = self.row_layout.entries(self.config.compress_ratio(kind))
+        first = self.earlier
+        return AttentionRanges(
+            ranges.window_start_T,
+            ranges.segments,
+            entries.start_T[first:],
+            entries.end_T[first:],
+            entries.host_start_T[first:],
+            entries.host_end_T[first:],
+        )
+
+    def rotation(self, kind: LayerType) -> Tensor:
+        """Returns the rotation of the tokens in a layer of this type, complex [T, r]."""
+        return Positions.of_microbatch(self.config, self.row_layout).rotation(kind)[self.earlier :]
 
     def draw(self) -> Draw:
         """Returns a new source of random tensors, which starts from the seed."""
@@ -185,7 +215,7 @@ def layers_of(config: ModelConfig, *kinds: LayerType) -> int:
 
 def visible_entries(sizes: Sizes, kind: LayerType) -> np.ndarray:
     """Returns how many entries each token sees in a layer of this type, int [T]."""
-    ranges = sizes.positions.ranges(kind)
+    ranges = sizes.ranges(kind)
     return np.asarray(ranges.host_entry_end_T) - np.asarray(ranges.host_entry_start_T)
 
 

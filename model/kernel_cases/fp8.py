@@ -145,23 +145,29 @@ def linears_of(sizes: Sizes) -> dict[tuple[int, int, int], float]:
 
 
 def linear_case(sizes: Sizes, shape: tuple[int, int, int], weight: float) -> Case:
-    """Makes a linear of (groups, inputs, outputs), or each group's own: attention's wo_a."""
+    """Makes a linear of (groups, inputs, outputs), or each group's own: attention's wo_a.
+
+    Rows, and the output's gradient, are views of tensors [T, groups, ...], as attention has them.
+    """
     draw, (groups, inputs, outputs) = sizes.draw(), shape
     leaves = {
-        "rows": draw(groups, sizes.tokens, inputs),
+        "rows": draw(sizes.tokens, groups, inputs),
         "weight": draw(groups, outputs, inputs, scale=inputs**-0.5),
     }
     ends = [sizes.tokens]
 
     def naive(x: Tensor, w: Tensor) -> Tensor:
-        return torch.stack([_Exact.apply(x[g], w[g, None], ends) for g in range(groups)])
+        return torch.stack([_Exact.apply(x[:, g], w[g, None], ends) for g in range(groups)], 1)
+
+    def function(choice: Choice) -> Function:
+        return lambda x, w: fp8.batched(x.transpose(0, 1), w, choice).transpose(0, 1)
 
     flops = float(groups * sizes.tokens) * inputs * outputs
     moved = groups * sizes.tokens
     return Case(
         f"linear of {inputs} to {outputs}" + (f" in {groups} groups" if groups > 1 else ""),
         leaves,
-        lambda choice: lambda x, w: fp8.batched(x, w, choice),
+        function,
         naive=naive if sizes.dense else None,
         weight=weight,
         # The tensor cores multiply FP8 at twice the rate of bf16: one FLOP counts as half.

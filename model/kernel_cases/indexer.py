@@ -53,17 +53,16 @@ def block_choices(config: ModelConfig) -> tuple[Blocks, ...]:
 def _leaves(sizes: Sizes) -> dict[str, Tensor]:
     config, draw = sizes.config, sizes.draw()
     heads, dim = config.index_n_heads, config.index_head_dim
-    entries = sizes.layout.entries(config.csa_compress_ratio).count
     return {
         "queries": draw(sizes.tokens, heads, dim),
-        "keys": draw(entries, dim),
+        "keys": draw(sizes.entries("csa"), dim),
         "weights": draw(sizes.tokens, heads, dtype=torch.float32, scale=(heads * dim) ** -0.5),
     }
 
 
 def selection_case(sizes: Sizes, k: int) -> Case:
     """Makes the selection of the k best entries of every query."""
-    leaves, ranges = _leaves(sizes), sizes.positions.ranges("csa")
+    leaves, ranges = _leaves(sizes), sizes.ranges("csa")
     assert ranges.entry_start_T is not None and ranges.entry_end_T is not None
 
     def scores(x: Sequence[Tensor], rows: slice) -> Tensor:
@@ -89,7 +88,7 @@ def loss_case(sizes: Sizes, k: int | None) -> Case:
 
     Forward computes the gradients as well, backward only scales them.
     """
-    leaves, ranges, draw = _leaves(sizes), sizes.positions.ranges("csa"), sizes.draw()
+    leaves, ranges, draw = _leaves(sizes), sizes.ranges("csa"), sizes.draw()
     start_T, end_T = ranges.entry_start_T, ranges.entry_end_T
     assert start_T is not None and end_T is not None
     index_C = torch.arange(len(leaves["keys"]), device=sizes.device)

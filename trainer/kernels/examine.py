@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
+from types import MappingProxyType
 
 import torch
 
@@ -22,7 +24,7 @@ from model.kernels.operations import (
 from trainer.kernels.compare import fault_of, reference_of, results
 from trainer.kernels.fit import Variant
 from trainer.kernels.syrk_cases import BLOCK_CHOICES, syrk_cases
-from trainer.kernels.temporary import advice_on
+from trainer.kernels.temporary import advice_on, describe_error, is_out_of_memory
 from trainer.kernels.timing import MIN_GAIN, Clock, milliseconds
 from trainer.kernels.verdict import Problem, Verdict
 
@@ -47,6 +49,9 @@ class Bench:
         cache_bytes: of the device's last cache.
         samples: lengths of the ragged samples, at which the truth is float64.
         seeds: of the inputs there.
+        note: called with the number of a candidate before it is compiled ("compiles") or runs
+            ("runs"), and with None once it has come to an end.
+        refused: reasons why candidates are not to be tried, by their number.
     """
 
     device: torch.device
@@ -56,6 +61,15 @@ class Bench:
     cache_bytes: int
     samples: tuple[int, ...] = RAGGED
     seeds: tuple[int, ...] = SEEDS
+    note: Callable[[int | None, str], None] = lambda index, what: None
+    refused: Mapping[int, str] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def trying(self, index: int, what: str = "runs") -> Iterator[None]:
+        """Notes a candidate until its end; the note stays where an error leaves this context."""
+        self.note(index, what)
+        yield
+        self.note(None, "")
 
 
 def cases_of(operation: str, problem: Problem, sizes: Sizes) -> Iterator[MakeCase]:
@@ -79,7 +93,10 @@ def candidates_of(operation: str, config: ModelConfig) -> list[Choice]:
 
 
 def sizes_of(problem: Problem, bench: Bench) -> tuple[Sizes, Sizes]:
-    """Returns the ragged samples, and a microbatch, cut so that its fp32 truth fits in memory."""
+    """Returns the ragged samples, and a microbatch, cut so that its fp32 truth fits in memory.
+
+    Of a row that is longer, the microbatch has the last tokens, which see the most entries.
+    """
     config = ModelConfig(**problem.model)
     dtype = getattr(torch, problem.dtype)
     ragged = Sizes(
@@ -94,17 +111,20 @@ def sizes_of(problem: Problem, bench: Bench) -> tuple[Sizes, Sizes]:
     )
     most = _LARGE_NUMBERS // (config.num_attention_heads * config.head_dim)
     tokens = max(min(problem.micro_tokens, _LARGE_TOKENS, most), 1)
-    full, rest = divmod(tokens, min(config.max_position_embeddings, tokens))
-    samples = (config.max_position_embeddings,) * full if full > 1 else (tokens - rest,)
+    row = config.max_position_embeddings
+    full, rest = divmod(tokens, min(row, tokens))
+    samples = (row,) * full if full > 1 else (tokens - rest,)
     samples += (rest,) * (rest > 0)
-    return ragged, replace(ragged, samples=samples, dense=False)
+    return ragged, replace(ragged, samples=samples, dense=False, earlier=max(row - tokens, 0))
 
 
 class Examination:
     """The candidates of an operation: why each was refused, and errors and times of the others."""
 
-    def __init__(self, candidates: Sequence[Choice]) -> None:
-        self.refused: dict[int, str] = {}
+    def __init__(
+        self, candidates: Sequence[Choice], refused: Mapping[int, str] = MappingProxyType({})
+    ) -> None:
+        self.refused = {**refused}
         self.temporary: set[int] = set()
         self.candidates = candidates
         self.errors: dict[int, tuple[float, float]] = {}
@@ -133,10 +153,11 @@ class Examination:
             case = make()
             for index in [index for index in variants if index not in self.refused]:
                 call = partial(results, case, case.function(self.candidates[index]))
-                try:
-                    variants[index] += bench.record(call)
-                except Exception as error:  # what the kernel's function does not support
-                    self._refuse(index, case, error)
+                with bench.trying(index):
+                    try:
+                        variants[index] += bench.record(call)
+                    except Exception as error:  # what the kernel's function does not support
+                        self._refuse(index, case, error)
         fitting = dict.fromkeys(BLOCKS_OF_TRITON, 0)
         for index, recorded in variants.items():
             if index in self.refused:
@@ -146,7 +167,9 @@ class Examination:
                 self.refused[index] = _NOT_TRIED
                 continue
             unique = {variant.key: variant for variant in recorded}  # cases share kernels
-            if (reason := bench.misfit(list(unique.values()))) is not None:
+            with bench.trying(index, "compiles"):
+                reason = bench.misfit(list(unique.values()))
+            if reason is not None:
                 self.refused[index] = reason
             else:
                 fitting[name] += 1
@@ -157,16 +180,17 @@ class Examination:
         if advice_on(error) is not None:
             self.temporary.add(index)
 
-    def compare(self, case: Case) -> None:
+    def compare(self, case: Case, bench: Bench) -> None:
         """Refuses candidates that are wrong on a case."""
         reference = reference_of(case)
         self.eager_errors = _largest(self.eager_errors, reference.errors)
         for index, candidate in self.remaining:
-            try:
-                fault, errors = fault_of(case, case.function(candidate), reference)
-            except Exception as error:
-                self._refuse(index, case, error)
-                continue
+            with bench.trying(index):
+                try:
+                    fault, errors = fault_of(case, case.function(candidate), reference)
+                except Exception as error:
+                    self._refuse(index, case, error)
+                    continue
             self.errors[index] = _largest(self.errors.get(index, (math.nan, math.nan)), errors)
             if fault is not None:
                 self.refused[index] = f"{case.name}: {fault}"
@@ -178,11 +202,12 @@ class Examination:
         clock, cache = bench.clock, bench.cache_bytes
         self.eager_time += case.weight * milliseconds(case, case.eager, clock, cache)
         for index, candidate in self.remaining:
-            try:
-                time = milliseconds(case, case.function(candidate), clock, cache)
-            except Exception as error:
-                self._refuse(index, case, error)
-                continue
+            with bench.trying(index):
+                try:
+                    time = milliseconds(case, case.function(candidate), clock, cache)
+                except Exception as error:
+                    self._refuse(index, case, error)
+                    continue
             self.times[index] += case.weight * time
 
     def verdict(self, operation: str) -> Verdict:
@@ -255,13 +280,13 @@ def check_operation(
         Exception: the eager version failed, or the GPU can no longer be used.
     """
     ragged, large = sizes_of(problem, bench)
-    examination = Examination(candidates(operation, ragged.config))
+    examination = Examination(candidates(operation, ragged.config), bench.refused)
     both = [cases_of(operation, problem, sizes) for sizes in (ragged, large)]
     examination.fit(chain(*both), bench)
     for seed in bench.seeds:
         for make in cases_of(operation, problem, replace(ragged, seed=seed)):
             if examination.remaining:
-                examination.compare(make())
+                examination.compare(make(), bench)
     while not _passes_microbatch(examination, operation, problem, large, bench):
         problem = replace(problem, micro_tokens=sum(large.samples) // 2)
         _, large = sizes_of(problem, bench)
@@ -281,10 +306,10 @@ def _passes_microbatch(
         for make in cases_of(operation, problem, large):
             if examination.remaining:
                 case = make()
-                examination.compare(case)
+                examination.compare(case, bench)
                 examination.time(case, bench)
-    except torch.OutOfMemoryError:
-        if sum(large.samples) == 1:
+    except Exception as error:
+        if not is_out_of_memory(error) or sum(large.samples) == 1:
             raise
     else:
         return True
@@ -310,10 +335,3 @@ def _failure(case: Case, error: Exception) -> str:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
     return f"{case.name}: {describe_error(error)}"
-
-
-def describe_error(error: Exception) -> str:
-    """Returns the first line of an error's message, with advice where its cause is temporary."""
-    line = (str(error).strip() or "no message").splitlines()[0][:200]
-    advice = advice_on(error)
-    return f"{type(error).__name__}: {line}" + (f" ({advice})" if advice else "")

@@ -15,12 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.kernels.temporary import advice_on
+from trainer.process.host_memory import HostMemory
+
 TENSOR_MEMORY_COLUMNS = 512
 """Of a multiprocessor that has tensor memory (compute capability 10.x)."""
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 """Compiler options that a launch may set."""
 _COMPILERS = 16
 """Variants compiled at once, on a host with as many processors."""
+_COMPILER_BYTES = 2 << 30
+"""Memory of the host for each of them: an estimate, and more than a kernel was seen to take."""
 
 
 @dataclass(frozen=True)
@@ -124,23 +129,30 @@ def misfit(variants: Iterable[Variant], limits: DeviceLimits) -> str | None:
     """Returns why one of the variants cannot run on a GPU of these limits, or None.
 
     Registers never prevent a launch: what does not fit into them goes to a thread's stack, and only
-    timing shows whether that is slow.
+    timing shows whether that is slow. Raises an error whose cause is temporary.
     """
 
     def check(variant: Variant) -> str | None:
         try:
             needs = needs_of(compiled_for(variant, limits))
         except Exception as error:
+            if advice_on(error) is not None:
+                raise
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             return f"{variant.name} does not compile for it: {first[:160]}"
         return exceeded(variant.name, needs, limits)
 
-    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS))
+    pool = ThreadPoolExecutor(_compilers(HostMemory.read().available))
     try:
         reasons = pool.map(check, variants)
         return next((reason for reason in reasons if reason is not None), None)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _compilers(available: int) -> int:
+    """Returns how many variants are compiled at once with this much memory of the host."""
+    return max(min(os.cpu_count() or 1, _COMPILERS, available // _COMPILER_BYTES), 1)
 
 
 def exceeded(name: str, needs: Needs, limits: DeviceLimits) -> str | None:

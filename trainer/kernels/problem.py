@@ -26,7 +26,7 @@ def problem_of(config: RunConfig, device: torch.device) -> Problem:
     model = config.model.model_dump(mode="json")
     for name in ("num_attention_heads", "o_groups"):
         model[name] //= parallel.tensor
-    # Samples of the checked microbatch are as long as the run's rows.
+    # Samples of the checked microbatch are as long as the run's rows, also on several ranks.
     model["max_position_embeddings"] = min(model["max_position_embeddings"], rows.seq_len)
     tokens = min(rows.micro_batch_size * rows.seq_len // parallel.context, MAX_TOKENS)
     unsupported = unsupported_operations(config, device)

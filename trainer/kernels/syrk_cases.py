@@ -23,21 +23,28 @@ _COUNT = 4
 
 
 def syrk_cases(sizes: Sizes, matrices: tuple[tuple[int, int], ...]) -> Iterator[MakeCase]:
-    """Yields matrices of odd sizes, or those of the model, each with and without an addend."""
+    """Yields matrices of odd sizes, or those of the model, each with and without an addend.
+
+    And as views of higher ones, which the optimizer transposes: the experts' w2.
+    """
     shapes = [_ODD]
     if not sizes.dense:
         shapes = [(_COUNT, min(matrix), max(matrix)) for matrix in matrices]
     for shape in dict.fromkeys(shapes):
         for adds in (False, True):
             yield partial(syrk_case, sizes, shape, adds)
+        yield partial(syrk_case, sizes, shape, False, transposed=True)
 
 
-def syrk_case(sizes: Sizes, shape: tuple[int, int, int], adds: bool) -> Case:
-    """Makes A·Aᵀ, or βC + αA·Aᵀ with a symmetric C."""
+def syrk_case(
+    sizes: Sizes, shape: tuple[int, int, int], adds: bool, transposed: bool = False
+) -> Case:
+    """Makes A·Aᵀ, or βC + αA·Aᵀ with a symmetric C; A may lie transposed in memory."""
     from optim import syrk, syrk_quack, syrk_triton
 
     draw, (count, rows, columns) = sizes.draw(), shape
-    leaves = {"a": draw(*shape, scale=columns**-0.5)}
+    in_memory = (count, columns, rows) if transposed else shape
+    leaves = {"a": draw(*in_memory, scale=columns**-0.5)}
     alpha, beta = (2.0315, -4.775) if adds else (1.0, 0.0)
     if adds:
         c = draw(count, rows, rows, scale=0.5)
@@ -52,17 +59,19 @@ def syrk_case(sizes: Sizes, shape: tuple[int, int, int], adds: bool) -> Case:
             product = syrk_quack.syrk_
 
         def of_new(a: Tensor, c: Tensor | None = None) -> Tensor:
+            a = a.mT if transposed else a
             out: Tensor = product(a.new_empty(count, rows, rows), a, c, beta, alpha)
             return out
 
         return of_new
 
     def naive(a: Tensor, c: Tensor | None = None) -> Tensor:
+        a = a.mT if transposed else a
         square = alpha * a @ a.mT
         return square if c is None else beta * c + square
 
     return Case(
-        f"{rows} x {columns}" + (" with an addend" if adds else ""),
+        f"{rows} x {columns}" + " with an addend" * adds + ", transposed" * transposed,
         leaves,
         function,
         naive=naive if sizes.dense else None,

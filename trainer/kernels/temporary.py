@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -11,14 +12,29 @@ from pathlib import Path
 _NO_COMPILER = "Failed to find C compiler"
 _NO_CACHE = "Could not create or locate cache dir"
 """How Triton's messages begin."""
+_KILLED_COMPILER = f"failed with error code {-signal.SIGKILL}"
+_NO_MEMORY = (
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""Of a GPU, in messages of libraries and drivers; torch's allocator has a class of error."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU had no memory left, whoever had asked for it."""
+    import torch
+
+    message = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(text in message for text in _NO_MEMORY)
 
 
 def advice_on(error: BaseException) -> str | None:
     """Returns what would make a temporary failure pass; None for a failure of the kernel."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return "free the GPU's memory"
+    if isinstance(error, MemoryError) or _KILLED_COMPILER in str(error):
+        return "free memory of the host, or raise the limit of its job or pod"
     if _NO_COMPILER in str(error):
         return "install gcc, which Triton needs"
     if isinstance(error, subprocess.CalledProcessError):
@@ -66,3 +82,10 @@ def use_writable_triton_cache(fallback: Path) -> None:
         existing = existing.parent
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         os.environ["TRITON_CACHE_DIR"] = str(fallback)
+
+
+def describe_error(error: Exception) -> str:
+    """Returns the first line of an error's message, with advice where its cause is temporary."""
+    line = (str(error).strip() or "no message").splitlines()[0][:200]
+    advice = advice_on(error)
+    return f"{type(error).__name__}: {line}" + (f" ({advice})" if advice else "")

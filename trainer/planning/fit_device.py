@@ -39,14 +39,17 @@ RECOMPUTATION: tuple[dict[str, tuple[str, ...]], ...] = (
 """Settings of recomputation, from none to all."""
 
 
-def fit_to_device(config: RunConfig, device: torch.device) -> tuple[RunConfig, list[str]]:
+def fit_to_device(
+    config: RunConfig, device: torch.device, processes: int | None = None
+) -> tuple[RunConfig, list[str]]:
     """Applies `fit` for this process's `device` if the config asks for it; also returns log lines.
 
-    Called before there is a process group.
+    Called before there is a process group. `processes` of the run are by default this job's.
     """
     if not config.fit_to_memory:
         return config, []
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    world = processes or world
     count = Count(world, on_host=device.type == "cpu", log=rank == 0)
     config, line = fit(config, world, DeviceInfo.of(device), count)
     return config, [line]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from model.config import ModelConfig
-from model.kernels.workspaces import attention_bytes, selection_bytes
+from model.kernels.workspaces import attention_bytes, objective_bytes, selection_bytes
 from model.parameters import Parameter, parameter_table, split_name, tensors_of
 from optim import build_table
 from optim.zero import Load, LoadSummary, page_locked_bytes
@@ -199,8 +199,8 @@ def checkpoint_copy_memory(config: RunConfig, degrees: Degrees) -> int:
 def triton_workspace(config: RunConfig, degrees: Degrees) -> int:
     """Returns the most bytes that a Triton kernel takes and the eager version does not.
 
-    That is attention's backward or the indexer's selection, which do not run at the same time; 0
-    where the config excludes the kernels.
+    That is attention's backward, or the indexer's selection or objective, of which no two run at
+    the same time; 0 where the config excludes the kernels.
     """
     if config.precision == "fp32" or config.device == "cpu":
         return 0
@@ -215,6 +215,12 @@ def triton_workspace(config: RunConfig, degrees: Degrees) -> int:
         sizes.append(attention_bytes(tokens, heads, model.head_dim, selected))
     if selects and config.kernel_setting("indexer") in ("auto", "triton"):
         sizes.append(selection_bytes(tokens, selected))
+    if "csa" in model.layer_types and config.kernel_setting("indexer_loss") in ("auto", "triton"):
+        entries = tokens * degrees.context // model.csa_compress_ratio
+        modes = {phase.attention for phase in config.segment.phases}
+        counts = {0} if "warmup" in modes else set()
+        counts |= {selected} if "sparse" in modes else set()
+        sizes += [objective_bytes(tokens, entries, model.index_head_dim, k) for k in counts]
     return max(sizes)
 
 

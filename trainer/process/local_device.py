@@ -10,6 +10,7 @@ import ctypes
 import os
 import re
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,8 @@ DeviceSetting = Literal["auto", "cuda", "cpu"]
 DRIVER_OF_CUDA = {12: 525, 13: 580}
 """Oldest driver for builds of torch, by the first number of their CUDA version (NVIDIA's table of
 minor version compatibility)."""
+_LIST_SECONDS = 30.0
+"""For nvidia-smi, which takes seconds on a host with many GPUs."""
 TO_CPU = "set device=cpu to compute on the CPU"
 TO_CUDA_12 = "a torch built for CUDA 12 (--index-url https://download.pytorch.org/whl/cu126)"
 
@@ -112,9 +115,8 @@ class Driver:
 
     @classmethod
     def of_host(cls) -> Driver | None:
-        """Returns the driver; None where neither a device file nor nvidia-smi is there."""
-        nodes = sorted(Path("/dev").glob("nvidia[0-9]*"))
-        evidence = str(nodes[0]) if nodes else shutil.which("nvidia-smi")
+        """Returns the driver; None where nothing shows a GPU."""
+        evidence = _evidence_of_gpu(Path("/"))
         return None if evidence is None else cls(evidence, driver_version(), _driver_cuda())
 
     def problem(self) -> str:
@@ -135,6 +137,29 @@ class Driver:
         remedies += [TO_CUDA_12] if self.cuda[0] == 12 else []
         remedy = ", or ".join([*remedies, TO_CPU])
         return f"{start}it is built for CUDA {torch.version.cuda}; {remedy}"
+
+
+def _evidence_of_gpu(root: Path) -> str | None:
+    """Returns what shows that there is an NVIDIA GPU: a file of the driver, or nvidia-smi.
+
+    nvidia-smi has to list one: it is installed on hosts without a GPU as well, where images or the
+    nodes of a cluster are all alike. In Windows' Linux, /dev/dxg may be any vendor's GPU.
+    """
+    files = [*root.glob("dev/nvidia[0-9]*"), *root.glob("proc/driver/nvidia/gpus/*")]
+    if files:
+        return str(min(files))
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    if (root / "dev/dxg").exists():
+        return program
+    try:
+        listed = subprocess.run(
+            [program, "-L"], capture_output=True, text=True, timeout=_LIST_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return program if listed.stdout.startswith("GPU ") else None
 
 
 def driver_version() -> str | None:

@@ -328,7 +328,7 @@ class _Attention(torch.autograd.Function):
         grad_out = grad_out.contiguous()
         rows = prepare_rows(q, out, grad_out, sink, cos_sin, lse2, ctx.eps, call.blocks)
         grad_q = query_gradients(call, rows, q, kv, entries, cos_sin)
-        grad_kv = range_gradients(call, rows, kv, call.key_start, call.key_end).to(kv.dtype)
+        grad_kv = range_gradients(call, rows, kv, call.key_start, call.key_end, "keys").to(kv.dtype)
         ordered = ctx.deterministic or call.blocks.ordered == 1
         grad_entries = entry_gradients(call, rows, entries, ordered)
         grad_sink = rows.grad_sink.sum(0).to(sink.dtype)

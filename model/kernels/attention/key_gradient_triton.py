@@ -9,6 +9,8 @@ T queries; H heads; K their width (DIM); C entries; k selected entries of a quer
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
@@ -184,16 +186,18 @@ def entry_gradients(
     if entries is None:
         return None
     if call.mode == ENTRY_RANGE.value:
-        sums = range_gradients(call, rows, entries, call.entry_start, call.entry_end)
+        sums = range_gradients(call, rows, entries, call.entry_start, call.entry_end, "entries")
     else:
         sums = _selected_gradients(call, rows, entries, deterministic)
     return sums.to(entries.dtype)
 
 
-def range_gradients(call: Call, rows: Rows, keys: Tensor, start_T: Tensor, end_T: Tensor) -> Tensor:
+def range_gradients(
+    call: Call, rows: Rows, keys: Tensor, start_T: Tensor, end_T: Tensor, name: Hashable
+) -> Tensor:
     """Returns the fp32 gradient of keys, of which query t sees [start_T[t], end_T[t]).
 
-    Neither bound decreases with t.
+    Neither bound decreases with t. `name` stands for the bounds among those of the call's ranges.
     """
     count, block = keys.shape[0], call.blocks.dk_keys
     if not count or not call.tokens:
@@ -203,8 +207,7 @@ def range_gradients(call: Call, rows: Rows, keys: Tensor, start_T: Tensor, end_T
         first_N = torch.arange(0, count, block, dtype=torch.int32, device=keys.device)
         return queries_of_blocks(first_N, block, start_T, end_T)
 
-    # The bounds are tensors of the ranges, so that their identity names them.
-    key = "queries of blocks", id(start_T), id(end_T), count, block
+    key = "queries of blocks", name, count, block
     query_start, query_end = call.ranges.derived(key, queries)
     blocks = len(query_start)
     parts = max(call.blocks.programs // blocks, 1)
@@ -289,7 +292,9 @@ def _whole_range_gradients(call: Call, rows: Rows, entries: Tensor) -> tuple[Ten
         return sees_few_T, torch.where(sees_few_T, call.visible_start, call.visible_end)
 
     sees_few_T, start_T = call.ranges.derived(("sees few", call.num_selected), few)
-    grad = range_gradients(call, rows, entries, start_T, call.visible_end)
+    grad = range_gradients(
+        call, rows, entries, start_T, call.visible_end, ("few entries", call.num_selected)
+    )
     return grad, call.entry_end.masked_fill(sees_few_T, 0)
 
 

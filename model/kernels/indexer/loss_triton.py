@@ -42,16 +42,11 @@ from model.kernels.attention.ranges import queries_of_blocks
 from model.kernels.indexer.inputs import IndexerInputs
 from model.kernels.indexer.kl_target import KLTarget
 from model.kernels.indexer.loss_kernels_triton import forward, grad_keys, grad_queries
+from model.kernels.workspaces import LOSS_KEY_PROGRAMS, LOSS_PAIR_BYTES, RANGE_PAIRS
 
 _ROWS = 128
 """(token, head) pairs per program."""
 _BLOCK_N = 64
-_RANGE_PAIRS = 1 << 26
-"""(query, entry) pairs per block, with 4 bytes of mass and 4 of a gradient each."""
-_PAIR_BYTES = 1 << 28
-"""Bytes of per-pair key gradients in memory at once."""
-_KEY_PROGRAMS = 264
-"""Two per SM; with fewer blocks of keys than that, their queries are divided as well."""
 
 
 def objective(
@@ -73,8 +68,8 @@ def query_divergences(
     *,
     rows: int = _ROWS,
     block_n: int = _BLOCK_N,
-    range_pairs: int = _RANGE_PAIRS,
-    pair_bytes: int = _PAIR_BYTES,
+    range_pairs: int = RANGE_PAIRS,
+    pair_bytes: int = LOSS_PAIR_BYTES,
 ) -> Tensor:
     """Computes KL(p_t ‖ softmax(s_t)) of every query t, fp32 [T]. Backward evaluates p again.
 
@@ -210,7 +205,7 @@ def _range_gradients(b: _Block, q: Tensor, keys: Tensor, weights: Tensor, scores
     block_n = b.sizes["BLOCK_N"]
     first = torch.arange(b.columns.start, b.columns.stop, block_n, device=q.device).int()
     query_start, query_end = queries_of_blocks(first, block_n, b.low, b.high)
-    parts = min(max(_KEY_PROGRAMS // len(first), 1), triton.cdiv(b.tokens, b.block_t))
+    parts = min(max(LOSS_KEY_PROGRAMS // len(first), 1), triton.cdiv(b.tokens, b.block_t))
     grad = torch.empty((parts, b.width, q.shape[2]), dtype=torch.float32, device=q.device)
     grad_keys[(len(first), parts)](
         q[b.rows],

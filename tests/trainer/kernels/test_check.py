@@ -46,6 +46,20 @@ def test_a_hang_a_death_and_an_illegal_access_each_end_one_operation():
     assert fine == Verdict("norms", True, "fine", "triton", {"block": 64}, {"eager": (0.1, 0.2)})
 
 
+def test_a_candidate_that_crashes_or_hangs_leaves_the_others():
+    problem = Problem(tiny_config().model_dump(), "bfloat16", 64, ("swiglu", "permute"))
+    worker = (sys.executable, "-m", "tests.trainer.kernels.worker_stub")
+    swiglu, permute = check_kernels(problem, 3, print, stall_seconds=1.0, worker=worker)
+    assert swiglu.passed and swiglu.refused == {
+        "1": "its check was killed by SIGSEGV (signal 11)",
+        "2": "it took more than 1 seconds and was ended",
+    }
+    # Nothing but the host's memory, or a person, ends a process by SIGKILL.
+    assert permute.is_temporary and not permute.passed
+    advice = "; free memory of the host, or raise the limit of its job or pod"
+    assert permute.reason == "its check was killed by SIGKILL" + advice
+
+
 HANGS = """
 import os, time
 from pathlib import Path

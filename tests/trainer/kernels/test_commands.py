@@ -13,9 +13,11 @@ from model.kernels.operations import Choice, Kernels
 from tests.trainer.kernels.test_verdict_file import KEY, VERDICTS
 from trainer.build import build_native
 from trainer.commands import main
-from trainer.config import load_config
+from trainer.config import RunConfig, load_config
+from trainer.device import DeviceInfo
 from trainer.kernels.verdict_file import cache_folder, write_verdicts
 from trainer.parallel.grid import Grid
+from trainer.planning.fit_device import Count
 
 
 def test_a_check_without_a_gpu_is_one_sentence(
@@ -27,6 +29,29 @@ def test_a_check_without_a_gpu_is_one_sentence(
         "kernels are checked on a GPU, and this run's device is the CPU, where every operation "
         "runs eagerly\n"
     )
+
+
+@pytest.mark.parametrize(("options", "processes"), [([], 2), (["--processes=64"], 64)])
+def test_a_check_is_of_the_sizes_that_fit_the_runs_processes(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], processes: int
+) -> None:
+    """With fit_to_memory, microbatches depend on how many processes there are."""
+    asked: list[int] = []
+
+    def fit(
+        config: RunConfig, world: int, device: DeviceInfo, count: Count
+    ) -> tuple[RunConfig, str]:
+        asked.extend([world, count.world])
+        return config, "fit_to_memory: as it is"
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr("trainer.process.local_device.local_device", lambda setting: gpu)
+    monkeypatch.setattr(DeviceInfo, "of", classmethod(lambda cls, device: cls("GPU", 1)))
+    monkeypatch.setattr("trainer.planning.fit_device.fit", fit)
+    monkeypatch.setattr("trainer.kernels.commands.check_command", lambda config: iter(()))
+    settings = ["parallel.tensor=2", "fit_to_memory=true"]
+    assert main(["kernels-check", str(tiny), *settings, *options]) == 0
+    assert asked == [processes, processes]
 
 
 def test_show_prints_all_verdicts_of_the_cache_and_why_a_kernel_failed(

@@ -42,7 +42,9 @@ BENCH = Bench(
 
 def problem_of(operation: str, **changes: Any) -> Problem:
     """A tiny model. The interpreter truncates numbers to bf16, fp16 it rounds; FP8 takes fp32."""
-    config = tiny_config(head_dim=64, qk_rope_head_dim=16, hc_sinkhorn_iters=3)
+    config = tiny_config(
+        head_dim=64, qk_rope_head_dim=16, hc_sinkhorn_iters=3, max_position_embeddings=40
+    )
     dtype = "float32" if operation == "fp8" else "float16"
     problem = Problem(config.model_dump(), dtype, 40, (operation,), MATRICES, "float16")
     return replace(problem, **changes)
@@ -73,6 +75,16 @@ def test_true_kernels_pass(operation):
     assert verdict.passed, verdict.reason
     assert verdict.choice == "eager"  # as fast
     assert verdict.errors["triton"][0] < 1e-2
+
+
+@pytest.mark.parametrize("operation", ["attention", "indexer", "indexer_loss"])
+@interpreted
+def test_true_kernels_pass_on_the_end_of_a_longer_row(operation):
+    """Queries see entries that lie before their own tokens: 25 of them instead of 4."""
+    config = tiny_config(head_dim=64, qk_rope_head_dim=16, max_position_embeddings=100)
+    bench = replace(BENCH, samples=(1, 21, 3))
+    verdict = verdict_on(operation, bench, model=config.model_dump(), micro_tokens=16)
+    assert verdict.passed, verdict.reason
 
 
 BROKEN = [
@@ -118,6 +130,32 @@ def test_widths_that_a_kernel_does_not_support_are_the_reason():
     assert verdict.reason == (
         "csa layers: ValueError: head_dim is 16; Triton attention supports [64, 128, 256, 512]"
     )
+
+
+@interpreted
+def test_a_candidate_is_noted_while_it_is_tried_and_refused_where_it_crashed():
+    """Of two block sizes, the first has crashed an earlier process."""
+    notes: list[tuple[int | None, str]] = []
+    bench = replace(
+        BENCH,
+        samples=(3,),
+        note=lambda index, what: notes.append((index, what)),
+        refused={0: "it crashed"},
+    )
+    verdict = check_operation("compressor", problem_of("compressor"), bench, two_triton)
+    assert verdict.passed and verdict.blocks == candidates("compressor")[1].blocks
+    assert {(1, "runs"), (1, "compiles"), (None, "")} == set(notes) and notes[-1] == (None, "")
+    with pytest.raises(KeyboardInterrupt), bench.trying(1):
+        raise KeyboardInterrupt
+    assert notes[-1] == (1, "runs")
+
+
+def candidates(operation: str) -> list[Choice]:
+    return candidates_of(operation, ModelConfig(**problem_of(operation).model))
+
+
+def two_triton(operation: str, config: ModelConfig) -> list[Choice]:
+    return candidates_of(operation, config)[:2]
 
 
 @interpreted

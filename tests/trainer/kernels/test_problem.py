@@ -10,8 +10,11 @@ from torch import Tensor
 
 from model import V4Model
 from model.kernel_cases import Sizes
+from model.kernel_cases.attention import attention_cases
+from model.kernel_cases.case import visible_entries
 from model.kernel_cases.fp8 import linears_of
 from model.linear import Linear
+from model.rope import layer_frequencies, rotation
 from tests.model.tiny import tiny_config
 from trainer.config import load_config
 from trainer.kernels import problem
@@ -29,6 +32,31 @@ def test_samples_of_the_checked_microbatch_are_as_long_as_rows():
     ragged, large = sizes_of(problem_of(load_config(CONFIGS / "nano.yaml"), CPU), BENCH)
     assert ragged.samples == (3, 2) and ragged.dense
     assert large.samples == (4096, 4096) and not large.dense
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"), [([], 8192), (["parallel.context=16"], 4096)], ids=["one", "context"]
+)
+def test_queries_of_a_long_row_see_its_entries_wherever_the_row_is_cut(settings, tokens):
+    """Rows of 64K: a rank's tokens, or the most that are checked, are the row's last."""
+    rows = ["data.seq_len=65536", "data.micro_batch_size=1", "precision=bf16"]
+    checked = problem_of(load_config(CONFIGS / "nano.yaml", [*rows, *settings]), CPU)
+    _, large = sizes_of(checked, BENCH)
+    ratio, kinds = large.config.csa_compress_ratio, set(large.config.layer_types)
+    assert large.samples == (tokens,) and large.earlier == 65536 - tokens
+    assert large.entries("csa") == 65536 // ratio > large.config.index_topk
+    visible = visible_entries(large, "csa")
+    assert visible[0] == (65536 - tokens + 1) // ratio and visible[-1] == 65536 // ratio
+    assert {make.args[1] for make in attention_cases(large)} == kinds | {"window"}
+    selected = [make.args[2] for make in attention_cases(large) if make.args[1] == "csa"]
+    assert selected == [large.config.index_topk]
+    assert torch.equal(large.rotation("csa")[-1:], last_rotation(large))
+
+
+def last_rotation(sizes: Sizes) -> Tensor:
+    """The rotation of the row's last token."""
+    position_T = torch.tensor([65535])
+    return rotation(position_T, layer_frequencies(sizes.config, compressed=True))
 
 
 def leaves_of(operation: str, checked: Problem) -> dict[str, list[Tensor]]:

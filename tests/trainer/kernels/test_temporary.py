@@ -6,12 +6,14 @@ import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.model.tiny import tiny_config
 from tests.trainer.kernels.test_examine import BENCH, first_triton, problem_of
+from trainer.kernels import fit
 from trainer.kernels.examine import check_operation
 from trainer.kernels.fit import Variant
 from trainer.kernels.temporary import advice_on, missing_compiler, use_writable_triton_cache
@@ -22,6 +24,10 @@ TEMPORARY = [
     (RuntimeError("Failed to find C compiler. Please specify via CC"), "install gcc"),
     (subprocess.CalledProcessError(1, ["gcc"]), "python3-dev"),
     (torch.OutOfMemoryError("CUDA out of memory."), "free the GPU's memory"),
+    (RuntimeError("CUDA error: out of memory\nCompile with"), "free the GPU's memory"),
+    (RuntimeError("Triton Error [CUDA]: out of memory"), "free the GPU's memory"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "free the GPU's memory"),
+    (RuntimeError("`ptxas` failed with error code -9"), "free memory of the host"),
     (RuntimeError("Could not create or locate cache dir"), "TRITON_CACHE_DIR"),
     (PermissionError(13, "Permission denied", "/home/x/.triton"), "make /home/x/.triton writable"),
 ]
@@ -29,7 +35,7 @@ TEMPORARY = [
 
 @pytest.mark.parametrize(("error", "advice"), TEMPORARY)
 def test_a_cause_outside_the_kernel_is_temporary_and_has_advice(
-    error: Exception, advice: str, monkeypatch: pytest.MonkeyPatch
+    error: Exception, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def record(call: object) -> list[Variant]:
         raise error
@@ -44,8 +50,39 @@ def test_a_cause_outside_the_kernel_is_temporary_and_has_advice(
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("trainer.kernels.worker.gpu_bench", fail)
     problem = Problem(tiny_config().model_dump(), "bfloat16", 64, ("norms",))
-    verdict = verdict_on_gpu("norms", problem, 0)
+    verdict = verdict_on_gpu("norms", problem, 0, tmp_path / "note", {})
     assert verdict.is_temporary and advice in verdict.reason
+
+
+def test_a_folder_without_room_is_no_fault_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilers write files: the error is raised, which ends the operation's check for now."""
+
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", "/home/x/.triton")
+
+    monkeypatch.setattr(fit, "compiled_for", fail)
+    kernel = SimpleNamespace(fn=test_an_error_of_the_kernel_is_not)
+    with pytest.raises(OSError, match="No space left"):
+        fit.misfit([Variant(kernel, {}, {}, {}, {})], fit.DeviceLimits(90, 1))
+    monkeypatch.setattr(fit.os, "cpu_count", lambda: 64)
+    assert [fit._compilers(gib << 30) for gib in (1, 9, 100)] == [1, 4, 16]
+
+
+def test_an_error_of_a_candidate_reaches_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU can no longer be used: the others need another process, which gets the reason."""
+    note = tmp_path / "note"
+
+    def die(*arguments: object) -> Verdict:
+        note.write_text("0 runs")
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("trainer.kernels.worker.gpu_bench", die)
+    problem = Problem(tiny_config().model_dump(), "bfloat16", 64, ("norms",))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        verdict_on_gpu("norms", problem, 0, note, {})
 
 
 def test_an_error_of_the_kernel_is_not() -> None:

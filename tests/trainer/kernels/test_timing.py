@@ -120,7 +120,7 @@ def chosen(eager: float, *times: float) -> tuple[str, dict[str, int], str]:
     examination = Examination(candidates)
     clock = Clock(*[t for time in (eager, *times) for t in [time] * 8])
     bench = Bench(torch.device("cpu"), nothing_compiled, lambda variants: None, clock, 0)
-    examination.compare(case_of())
+    examination.compare(case_of(), bench)
     examination.time(case_of(), bench)
     verdict = examination.verdict("norms")
     return verdict.choice, dict(verdict.blocks), verdict.reason
@@ -147,6 +147,6 @@ def test_times_count_as_often_as_a_model_runs_them():
     examination = Examination([Choice("triton", {})])
     bench = Bench(torch.device("cpu"), nothing_compiled, lambda variants: None, Clock(200.0), 0)
     for weight in (3.0, 0.0, 1.0):
-        examination.compare(case_of(weight))
+        examination.compare(case_of(weight), bench)
         examination.time(case_of(weight), bench)
     assert examination.verdict("norms").milliseconds == {"eager": 800.0, "triton": 800.0}

@@ -206,7 +206,7 @@ def test_a_gpu_needs_room_for_tritons_attention(tiny: Path) -> None:
     counts = [Count(1, on_host=on_host, log=False)(config) for on_host in (False, True)]
     assert counts[0] - counts[1] == expected == triton_workspace(config, config.degrees(1))
     for other in (
-        ["kernels={attention: eager, indexer: eager}"],
+        ["kernels={attention: eager, indexer: eager, indexer_loss: eager}"],
         ["device=cpu"],
         ["precision=fp32"],
     ):
@@ -221,7 +221,25 @@ def test_workspaces_of_selected_entries_are_counted(tiny: Path) -> None:
     config = load_config(tiny, more)
     rows = 2 * 2 * 16384 * config.model.num_attention_heads * 512
     assert triton_workspace(config, config.degrees(1)) == rows + 2**30
-    config = load_config(tiny, [*more, "kernels={attention: eager}"])
+    config = load_config(tiny, [*more, "kernels={attention: eager, indexer_loss: eager}"])
     assert triton_workspace(config, config.degrees(1)) == 16384 * 2 * 512 * 8  # 134 MB
-    config = load_config(tiny, [*more, "kernels={attention: eager, indexer: eager}"])
+    eager = "kernels={attention: eager, indexer: eager, indexer_loss: eager}"
+    config = load_config(tiny, [*more, eager])
     assert triton_workspace(config, config.degrees(1)) == 0
+
+
+def test_workspaces_of_the_indexers_objective_are_counted(tiny: Path) -> None:
+    """Of a block: a gradient of the key of every selected pair, or a number for each pair."""
+    more = ["precision=bf16", "data.micro_batch_size=1", "data.seq_len=16384"]
+    more += ["model.index_topk=512", "model.max_position_embeddings=16384"]
+    more.append("kernels={attention: eager, indexer: eager}")
+    width, entries = load_config(tiny, more).model.index_head_dim, 16384 // 4
+    expected = {
+        "dense": 0,
+        "sparse": 2**28 + 2**28 // width,
+        "warmup": 8 * 16384 * entries + 4 * width * (entries + 264 * 64),
+    }
+    for attention, size in expected.items():
+        phase = f"phases=[{{until_tokens: 1048576, attention: {attention}}}]"
+        config = load_config(tiny, [*more, "steps=0", phase])
+        assert triton_workspace(config, config.degrees(1)) == size, attention

@@ -12,7 +12,7 @@ import torch
 from trainer.config import load_config
 from trainer.parallel import grid
 from trainer.process.errors import PreflightError
-from trainer.process.local_device import Driver, local_device, usable_gpus
+from trainer.process.local_device import Driver, _evidence_of_gpu, local_device, usable_gpus
 
 OLD = Driver("/dev/nvidia0", "535.104.05", (12, 2))
 
@@ -100,8 +100,8 @@ def test_the_sentence_has_both_versions_and_the_remedy(
 
 
 def test_training_stops_before_it_takes_the_cpu_for_a_gpu(tiny: Path, tmp_path: Path) -> None:
-    """`nvidia-smi` alone shows that the host should have a GPU."""
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    """`nvidia-smi` alone shows that the host has a GPU."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA A100 (UUID: GPU-1)'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
@@ -113,6 +113,34 @@ def test_training_stops_before_it_takes_the_cpu_for_a_gpu(tiny: Path, tmp_path: 
     assert not (tmp_path / "run").exists()
     done = subprocess.run([*run, "device=cpu", "steps=1"], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "file", "has_gpu"),
+    [
+        (None, None, False),
+        (None, "dev/nvidia0", True),
+        (None, "proc/driver/nvidia/gpus/0000:01:00.0", True),
+        (None, "dev/dxg", False),
+        ("echo No devices found.", None, False),
+        ("echo NVIDIA-SMI has failed; exit 9", None, False),
+        ("echo 'GPU 0: NVIDIA A100 (UUID: GPU-1)'", None, True),
+        ("exit 9", "dev/dxg", True),
+    ],
+)
+def test_a_tool_without_a_gpu_is_no_gpu(
+    program: str | None, file: str | None, has_gpu: bool, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Images with NVIDIA's tools run on hosts that have no GPU as well."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin")
+    (tmp_path / "bin").mkdir()
+    if program is not None:
+        (tmp_path / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+    if file is not None:
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    assert (_evidence_of_gpu(tmp_path) is not None) == has_gpu
 
 
 def test_nccl_knows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,24 @@ def test_selection_equals_whole_masks(name, deterministic, seed):
 
 
 @interpreted
+def test_what_is_computed_once_for_all_layers_has_names(monkeypatch):
+    """An address would be that of another tensor as soon as its own is freed."""
+    case, keys = Case([[2, 75]], 8, 4, 2, 8), []
+    derived = AttentionRanges.derived
+
+    def record(ranges, key, make):
+        keys.append(key)
+        return derived(ranges, key, make)
+
+    monkeypatch.setattr(AttentionRanges, "derived", record)
+    leaves = [x.requires_grad_() for x in inputs(case, 0)]
+    run(case, *leaves, selected=case.select(12)).sum().backward()
+    queries = [key for key in keys if key[0] == "queries of blocks"]
+    assert len(set(queries)) == 2
+    assert all(part < 4096 for key in queries for part in key if isinstance(part, int))
+
+
+@interpreted
 def test_selection_in_a_longer_sample():
     case = Case([[2, 75]], 8, 4, 2, 8)
     selected = case.select(12)
