@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.kernels.workspaces import attention_bytes
+from model.kernels.workspaces import attention_bytes, objective_bytes
 from tests.trainer.config.test_recipe import phased
 from tests.trainer.test_phase_runs import STAGES
 from tests.trainer.tiny import column
@@ -234,11 +234,8 @@ def test_workspaces_of_the_indexers_objective_are_counted(tiny: Path) -> None:
     more += ["model.index_topk=512", "model.max_position_embeddings=16384"]
     more.append("kernels={attention: eager, indexer: eager}")
     width, entries = load_config(tiny, more).model.index_head_dim, 16384 // 4
-    expected = {
-        "dense": 0,
-        "sparse": 2**28 + 2**28 // width,
-        "warmup": 8 * 16384 * entries + 4 * width * (entries + 264 * 64),
-    }
+    assert objective_bytes(16384, entries, width, 512) == 2**28 + 2**28 // width
+    expected = {"dense": 0, "warmup": 8 * 16384 * entries + 4 * width * (entries + 264 * 64)}
     for attention, size in expected.items():
         phase = f"phases=[{{until_tokens: 1048576, attention: {attention}}}]"
         config = load_config(tiny, [*more, "steps=0", phase])
