@@ -132,7 +132,7 @@ def test_a_step_that_is_saved_again_is_replaced_by_the_manifest(
 ) -> None:
     checkpoints = CheckpointFolder(folder, Grid.single(CPU))
     path = checkpoints.save(1, tensors(1.0), {"step": 1, "of": "old"})
-    s3.set_faults({"method": "PUT", "path": "manifest", "status": 503, "times": 10**6})
+    s3.set_faults({"method": "PUT", "path": "manifest.json", "status": 503, "times": 10**6})
     with pytest.raises(SaveError):
         checkpoints.save(1, tensors(2.0), {"step": 1, "of": "new"})
     s3.set_faults()
