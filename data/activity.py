@@ -26,11 +26,11 @@ def print_line(text: str, stream: TextIO | None = None) -> None:
 
 
 def prepare_streams() -> None:
-    """Lets nothing that is printed or read fail for the sake of stdin, stdout and stderr.
+    """Makes stdin, stdout and stderr safe to use with any encoding, and if closed.
 
-    What stdout's encoding lacks becomes `?`, as it becomes an escape on stderr. Stdin is read as
-    UTF-8, other bytes become surrogates, as in arguments. A stream that is closed (`>&-`) leads
-    nowhere and has no text; its number goes to no file that is opened later.
+    A character that stdout's encoding lacks becomes `?`; on stderr, an escape. Stdin is read as
+    UTF-8; other bytes become surrogates, as in arguments. A closed stream (`>&-`) reads as empty
+    and discards output; no file that is opened later gets its number.
     """
     for number in range(3):
         try:

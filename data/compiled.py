@@ -1,8 +1,8 @@
 """Loops over tokens and samples, compiled by numba, which this package requires.
 
-Their machine code is kept on disk for the next start, next to the source or in the user's cache.
-Where it can be neither read nor kept, each start compiles again, for some seconds, and nothing else
-changes.
+Their machine code is cached on disk for the next start, next to the source or in the user's cache.
+Where it can be neither read nor written, each start compiles again, which takes some seconds and
+changes nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 def compiled(function: Callable[..., Any]) -> Any:
     """Compiles a loop at its first call, or loads what an earlier process compiled.
 
-    A function that it calls is in the same file: the cache is that of a file's contents.
+    Functions that it calls are in the same file, since the cache depends on that file's contents.
     """
     loop: Any = njit(nogil=True)(function)
     with suppress(RuntimeError):  # neither the source's folder nor the user's cache is writable
@@ -30,8 +30,9 @@ def compiled(function: Callable[..., Any]) -> Any:
 class _Cache(FunctionCache):
     """Numba's cache on disk, for several processes that compile at the same time.
 
-    Numba writes its index before the code that the index names, under numbers that it gives out
-    again: another process may then read the code of an earlier source, or of other types.
+    Numba writes its index before the code files that it names, and reuses their numbers: another
+    process could then load the code of an earlier source, or of other types. So the names of files
+    contain a digest of the source, and types are compared.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:

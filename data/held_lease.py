@@ -1,4 +1,4 @@
-"""What a process needs to know of a lease that it, or the process that started it, holds."""
+"""A check of a lease that this process, or the process that started it, holds."""
 
 import errno
 import time
@@ -17,7 +17,7 @@ _POLL_SECONDS = 0.5
 class HeldLease:
     """A lease by the place of its file and the token of its owner.
 
-    A process that was stopped for longer than its lease lasts asks the file itself before it
+    A process that was stopped for longer than its lease lasts reads the file itself before it
     publishes or removes anything: the thread that renews the lease may not have run yet.
     """
 
@@ -27,7 +27,7 @@ class HeldLease:
     def require(self) -> None:
         """Raises LeaseError where another process has taken the lease over.
 
-        Raises OSError where its file is not there, and nobody writes it within some seconds.
+        Raises OSError where its file is missing and is not written within `MISSING_SECONDS`.
         """
         path, deadline = as_path(self.path), time.monotonic() + MISSING_SECONDS
         while (owner := _owner(self.path)) is None:
@@ -45,7 +45,7 @@ def require_leases(leases: Iterable[HeldLease]) -> None:
 
 
 def _owner(path: str) -> Owner | None:
-    """Returns whom a lease file names; None without a file, or for one that is being written."""
+    """Returns the owner in a lease file; None without a file, or for one that is being written."""
     try:
         return Owner.parse(as_path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Derives what vLLM and SGLang read of a Hugging Face folder: trainer/export/servers/*.json.
+"""Derives what vLLM and SGLang read from a Hugging Face folder: trainer/export/servers/*.json.
 
     pip download --no-deps --dest wheels vllm sglang
     python docs/write_servers.py wheels/*.whl
@@ -39,13 +39,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Server:
-    """Where a server's wheel has what.
+    """The places in a server's wheel of what it reads.
 
     Attributes:
-        name: as people write it.
+        name: as written in messages.
         parts: classes with parameters.
-        more: parameters that no class of `parts` makes by itself, with the layers that have them.
-        joined: parameters of several tensors that the loader's code joins, beside those of a table.
+        more: parameters that no class of `parts` creates itself, with the layers that have them.
+        joined: parameters of several tensors that the loader's code joins, next to its table.
         experts: names of an expert's three matrices.
         scales: ends of the names of scales, of linears and of experts.
         loader: file and function with the loader, which has the texts `spelled`.
@@ -152,7 +152,7 @@ class Wheel:
 
 
 def _assigned(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
-    """Yields what a class assigns to attributes of `self`, and to attributes of these."""
+    """Yields assignments of a class to attributes of `self`, and to attributes of these."""
     for child in ast.walk(node):
         if isinstance(child, ast.Assign):
             targets, value = child.targets, child.value

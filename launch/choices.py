@@ -1,4 +1,4 @@
-"""What options of the `v4` command choose from."""
+"""Choices of the `v4` command's options."""
 
 from enum import StrEnum
 

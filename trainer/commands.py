@@ -100,7 +100,7 @@ def export(config: RunConfig, options: argparse.Namespace) -> None:
 
 
 def check_export(folder: str, options: argparse.Namespace) -> None:
-    """Check that vLLM and SGLang find in a Hugging Face folder what they read of it."""
+    """Check that vLLM and SGLang find in a Hugging Face folder what they read from it."""
     with _loading():
         from trainer.export import check_command
 

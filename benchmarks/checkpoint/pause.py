@@ -5,8 +5,8 @@
 Trains a model of 200 million parameters with Muon in fp32, whose weights and states are 1.7 GB, on
 one process; the rows are short, since what is measured is the save. Every `--every` steps a
 checkpoint is saved, in turn with checkpoint.mode async and sync. A pause is the time for which the
-call that saves holds up the loop; beside it stands what the whole step takes longer than the median
-of the steps without a save, which other programs disturb more. The floor is the time that this host
+call that saves holds up the loop; the excess of the whole step over the median of steps without a
+save is reported as well, but other programs disturb it more. The floor is the time that this host
 takes to copy as many bytes once, measured with the same number of threads. Needs 6 GB of memory and
 10 GB of disk; the checkpoints are removed.
 """

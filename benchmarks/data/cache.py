@@ -4,8 +4,8 @@
 
 FOLDER gets 27M random tokens (108 MB), which moto's server has on loopback. For each limit a new
 cache is filled by two steps of 262,144 tokens, documents in random order; then `--steps` more are
-timed, on one thread of one process. Beside the rate stands the largest size of the cache's folder
-over its limit, looked at every 20 ms: the oldest blocks are removed once it is exceeded.
+timed, on one thread of one process. The rate is reported with the largest excess of the cache's
+folder over its limit, sampled every 20 ms: the oldest blocks are removed once it is exceeded.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Decoding beside transformers' own cache: tokens/s, the indexer's share and bytes, by context.
+"""Decoding, ours and with transformers' cache: tokens/s, the indexer's share and bytes, by context.
 
 Both models have the same weights and decode one sequence token by token, in turns of a few tokens,
 since a machine's speed drifts. A token's time is the median of all. Prompts are random;

@@ -121,7 +121,7 @@ def random_batch(config: RunConfig, seed: int = 0) -> Batch:
 def checked_kernels(
     config: RunConfig, device: torch.device, started: float | None = None
 ) -> Kernels:
-    """Returns the kernels that a run of this config would use; checks them if nobody has yet.
+    """Returns the kernels that a run of this config would use, after checking unchecked ones.
 
     Temporary failures from before `started` are checked again: by default, all that are in the file
     when this process starts, and with 0 none.

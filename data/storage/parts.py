@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 
 
 class Parts:
-    """Several buffers, one after another; a slice is copied when it is asked for.
+    """Several buffers, one after another; a slice is copied only when it is taken.
 
-    What drivers upload in parts, they slice: no more than those in flight are in memory twice.
+    Drivers slice what they upload in parts, so that only the parts in flight are in memory twice.
     """
 
     def __init__(self, buffers: Iterable[bytes | memoryview]) -> None:

@@ -206,6 +206,6 @@ def _entry_plan(
 
 
 def _within(count_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns sequence and index of `count_B` consecutive things of each sequence."""
+    """Returns sequence and index of `count_B` consecutive items of each sequence."""
     sequence = np.repeat(np.arange(len(count_B)), count_B)
     return sequence, np.arange(count_B.sum()) - (np.cumsum(count_B) - count_B)[sequence]

@@ -29,7 +29,7 @@ class Rows(Protocol):
         """Returns the rows at these indices."""
 
     def table(self, needed: Callable[[], Tensor]) -> Tensor:
-        """Returns a table of all rows, of which those at the indices `needed()` have values."""
+        """Returns a table of all rows, of which only those at the indices `needed()` are valid."""
 
     @property
     def num_bytes(self) -> int:

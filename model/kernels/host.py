@@ -28,7 +28,7 @@ from model.kernels.host_calls import call, max_threads
 Array = NDArray[np.float32]
 
 _NUMBERS_PER_THREAD = 1 << 14
-"""A kernel takes some 5 µs for as many, and a parallel region as long to begin and end."""
+"""A kernel takes some 5 µs for this many, and a parallel region as long to begin and end."""
 _TYPES = {torch.float32: "<f4", torch.int64: "<i8", torch.int32: "<i4"}
 
 log = logging.getLogger(__name__)
@@ -102,9 +102,9 @@ def fused_loop(function: Callable[..., None]) -> Callable[..., None]:
 class _Cache(FunctionCache):
     """Numba's cache on disk; a kernel that it cannot read or keep is compiled again.
 
-    Numba writes its index before the code that the index names, under numbers that it gives out
-    again. Of several ranks that start after a change, one could so read the code of the old source,
-    or of other types: the names of files have a digest of the source, and types are compared.
+    Numba writes its index before the code files that it names, and reuses their numbers: of several
+    ranks that start after a change, one could then load the code of the old source, or of other
+    types. So the names of files contain a digest of the source, and types are compared.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:

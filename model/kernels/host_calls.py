@@ -3,7 +3,7 @@
 Threads of another pool would compete for the cores with torch's, which spin for milliseconds after
 a parallel region in case that another follows. A call writes one table of 64-bit words for all
 threads: the numbers of rows and of threads, a place for an error, and the kernel's arguments as
-numba lays them out. A function compiled for the kernel and the types of its arguments reads the
+numba represents them. A function compiled for the kernel and the types of its arguments reads the
 table and calls the kernel for the rows of its thread.
 """
 
@@ -38,7 +38,9 @@ class _OpenMP(NamedTuple):
 
 
 class CompiledCall(NamedTuple):
-    """A function that reads its kernel's arguments from a table, the table's layout, its code."""
+    """A function that reads its kernel's arguments from a table, the layout of the table, and its
+    machine code.
+    """
 
     function: Callable[[Any], None]
     layout: struct.Struct
@@ -49,7 +51,7 @@ def call(kernel: Any, rows: int, threads: int, arguments: Sequence[Any]) -> None
     """Calls a kernel with (start, stop, arguments) so that it covers all rows.
 
     Args:
-        threads: how many share the rows; others of torch's pool have none.
+        threads: how many share the rows; other threads of torch's pool get none.
         arguments: contiguous tensors, and numbers.
 
     Raises:
@@ -156,7 +158,7 @@ def _function_at(builder: Any, address: int, function_type: Any) -> Any:
 
 @functools.cache
 def _openmp() -> _OpenMP | None:
-    """Returns functions of the OpenMP library that torch uses; None if it has other names."""
+    """Returns functions of torch's OpenMP library; None if they have other names there."""
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         run, number = library.GOMP_parallel, library.omp_get_thread_num

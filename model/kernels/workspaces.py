@@ -12,8 +12,8 @@ PAIR_BYTES = 1 << 30
 SELECTED_TOKENS = 1 << 14
 """Tokens per launch of the selection, which bounds its scratch buffer."""
 RANGE_PAIRS = 1 << 26
-"""(query, entry) pairs per block of the indexer's objective, with 4 bytes of mass and 4 of a
-gradient each, where queries see all entries."""
+"""(query, entry) pairs per block of the indexer's objective, with 4 bytes of probability mass and
+4 of a gradient each, where queries see all entries."""
 LOSS_PAIR_BYTES = 1 << 28
 """Bytes of per-pair key gradients of such a block in memory at once, where entries are selected."""
 LOSS_KEY_PROGRAMS = 264
@@ -39,10 +39,10 @@ def attention_bytes(tokens: int, heads: int, dim: int, selected: int = 0) -> int
 
 
 def objective_bytes(tokens: int, entries: int, dim: int, selected: int = 0) -> int:
-    """Returns the bytes of a block of the indexer's objective, at most.
+    """Returns the maximum bytes of a block of the indexer's objective.
 
-    These are mass and gradient of every pair, and then the keys' gradient: of every pair where
-    entries are selected, else partial sums of several programs.
+    These are probability mass and gradient of every pair, and then the keys' gradient: of
+    every pair where entries are selected, else partial sums of several programs.
 
     Args:
         entries: C.

@@ -117,7 +117,7 @@ class RunCheckpoint:
     is sharded. Without `anticipation`, pending selections in a checkpoint are ignored; without
     `data`, what it records about the data is.
 
-    `leases` are asked for before anything is published or removed.
+    `leases` are checked before anything is published or removed.
 
     `changes` has lines about what a checkpoint that was loaded has otherwise than this run.
     `background` has the saves beside training, once `save_beside_training` was called.
@@ -220,7 +220,7 @@ class RunCheckpoint:
         return problem
 
     def record_newest(self, checkpoint: AnyPath | None) -> None:
-        """Writes into the run folder which checkpoint is the newest; see unsaved.py."""
+        """Records the newest checkpoint in the run folder; see unsaved.py."""
         if self.folder.grid.is_first:
             record_newest(self.config, checkpoint)
 

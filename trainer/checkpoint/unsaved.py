@@ -1,4 +1,4 @@
-"""What a run knows of checkpoints that are not there: it never had any, or they are gone.
+"""Distinguishes a run that never had a checkpoint from one whose checkpoints are gone.
 
 `newest_checkpoint.txt` in the run folder names the newest one that was published and not removed
 since; it is empty before the first one.
@@ -18,7 +18,7 @@ NEWEST_FILE = "newest_checkpoint.txt"
 
 
 def record_newest(config: RunConfig, checkpoint: AnyPath | None) -> None:
-    """Writes which checkpoint is the newest, None for none yet; a full disk keeps what it was."""
+    """Records the newest checkpoint, None for none yet; on a full disk the old record stays."""
     text = "" if checkpoint is None else f"{checkpoint}\n"
     with suppress(OSError, DataError):
         write_atomically(config.run_dir / NEWEST_FILE, text)
@@ -61,7 +61,7 @@ def _has_saved(config: RunConfig, last: int, records: list[dict[str, Any]]) -> b
 
 
 def _has_unfinished(checkpoints: AnyPath) -> bool:
-    """Whether a save that was killed has left files."""
+    """Whether a killed save left files."""
     if isinstance(checkpoints, StoragePath):
         return bool(mentioned(checkpoints))
     return any(checkpoints.glob(".step-*"))

@@ -1,4 +1,4 @@
-"""Settings of what is measured during a training, beside its losses. Imports no torch."""
+"""Settings of evaluations during training. Imports no torch."""
 
 from typing import Annotated, Self
 
@@ -8,7 +8,7 @@ from data.storage import absolute
 from trainer.config.section import Section
 
 TASK_FILES = (".yaml", ".yml")
-"""How the path of a task file ends; every other text is the name of a task."""
+"""Endings of paths of task files; every other text is the name of a task."""
 
 
 def is_task_file(task: str) -> bool:
@@ -43,10 +43,10 @@ class EvaluationConfig(Section):
     task_limit: PositiveInt | None = None
     """Maximum number of questions of each task, its first ones; null: all of them. [questions]"""
     task_bos: bool = False
-    """Begin every text of a task with bos, as documents of the training data do; lm-eval's own
-    backend of transformers does not for this tokenizer."""
+    """Begin every text of a task with bos, as documents of the training data do; lm-eval's `hf`
+    backend does not, for this tokenizer."""
     task_code: bool = False
-    """Let task files run Python of yours, which their `!function` names."""
+    """Let task files run your own Python code, which their `!function` names."""
 
     @property
     def task_interval(self) -> int:

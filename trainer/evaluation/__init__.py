@@ -1,4 +1,4 @@
-"""What is measured of a model: the loss on validation text, continued prompts, tasks of lm-eval.
+"""Evaluations of a model: the loss on validation text, continued prompts, tasks of lm-eval.
 
 Names are loaded on first use; lm-eval itself only where tasks are opened.
 """

@@ -97,7 +97,7 @@ def _evaluate_tasks(config: RunConfig, grid: Grid, options: argparse.Namespace) 
 
 
 def _engine_of(config: RunConfig, local: LocalModel, state: TrainState, grid: Grid) -> NativeEngine:
-    """Returns an engine in the state of the last step; warns of weights that are in doubt."""
+    """Returns an engine in the phase of the last step; warns where the weights are in doubt."""
     if grid.is_first and (doubt := state.doubt()):
         print_line(f"warning: {doubt}", sys.stderr)
     engine = NativeEngine(local, grid)

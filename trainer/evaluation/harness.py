@@ -1,4 +1,4 @@
-"""lm-eval with our models: its LM class, its tasks, and the numbers that it returns.
+"""An adapter of our models to lm-eval: its LM class, its tasks, and the scores that it returns.
 
 Imports lm-eval, which is an extra; see `trainer.evaluation.tasks`.
 """
@@ -38,25 +38,25 @@ from trainer.generate.sampling import Sampling
 from trainer.process.errors import TaskError
 
 FEWSHOT_SEED = 1234  # lm-eval's own
-MAX_NEW_TOKENS = 256  # of a task that names no number; lm-eval's own
+MAX_NEW_TOKENS = 256  # of a task that sets none; lm-eval's own
 _SAMPLING = {"do_sample", "temperature", "top_p", "until", "max_gen_toks"}
 _NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "top_k": None}
 """Settings of generation that change nothing at these values."""
 
 Samples = dict[str, list[dict[str, Any]]]
-"""By task, what lm-eval logs of each question."""
+"""What lm-eval logs about each question, by task."""
 
 
 class HarnessModel(TemplateLM):
     """A model for lm-eval; `call` scores continuations and continues texts.
 
-    Texts become tokens as with lm-eval's backend of transformers and an exported folder.
+    Texts are encoded as by lm-eval's `hf` backend with an exported folder.
     """
 
     def __init__(
         self, call: Callable[[Any], Any], tokenizer: Tokenizer, max_length: int, bos: bool
     ) -> None:
-        """`bos`: whether every text begins with it."""
+        """Wraps the model that `call` runs; with `bos`, every text begins with that token."""
         super().__init__()
         self._call, self._ids, self._bos = call, tokenizer, bos
         self.max_length = max_length
@@ -72,7 +72,7 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Encodes a text, in which the spelling of a special token is that token."""
+        """Encodes a text; a special token that is spelled out becomes that token."""
         ids = self._ids.encode(string, allow_special=True)
         with_bos = self._bos if add_special_tokens is None else add_special_tokens
         return [self._ids.bos_id, *ids] if with_bos and ids[:1] != [self._ids.bos_id] else ids
@@ -80,7 +80,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        """Returns log-probability and greediness of each (context, continuation)."""
+        """Returns each continuation's log-probability, and whether it is the greedy one."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
@@ -90,7 +90,7 @@ class HarnessModel(TemplateLM):
         return [(score.log_likelihood, score.is_greedy) for score in scores]
 
     def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
-        """Scores tokens after their context, of which the last ones count where it is too long."""
+        """Scores tokens after their context, which loses its beginning if too long."""
         for _, rest in pairs:
             if not 0 < len(rest) <= self.max_length:
                 raise TaskError(
@@ -104,7 +104,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[float]:
-        """Returns the log-probability of each whole text, in windows of the model's length."""
+        """Returns the log-probability of each whole text, in windows of `max_length`."""
         windows: list[tuple[list[int], list[int]]] = []
         ends = []
         for request in requests:
@@ -120,7 +120,7 @@ class HarnessModel(TemplateLM):
         return [sum(scores[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Continues each context until one of its strings, its number of tokens, or eos."""
+        """Continues each context up to one of its stop strings, its maximum length, or eos."""
         results: dict[int, str] = {}
         settings = [repr(sorted(request.args[1].items())) for request in requests]
         order = sorted(range(len(requests)), key=lambda index: settings[index])
@@ -132,7 +132,7 @@ class HarnessModel(TemplateLM):
         return [results[index] for index in range(len(requests))]
 
     def _texts(self, contexts: Sequence[str], settings: dict[str, Any]) -> Texts:
-        """Returns the prompts, of whose tokens the last ones count where they are too many."""
+        """Returns prompts and settings; a prompt that is too long loses its beginning."""
         values = normalize_gen_kwargs(settings, MAX_NEW_TOKENS)
         for name, value in values.items():
             if name not in _SAMPLING and (name not in _NEUTRAL or value != _NEUTRAL[name]):
@@ -160,7 +160,7 @@ class HarnessModel(TemplateLM):
 def open_tasks(settings: EvaluationConfig) -> dict[str, Any]:
     """Opens tasks and their data, as lm-eval's `evaluate` takes them.
 
-    Raises TaskError: one sentence about a task that is not there or cannot be opened.
+    Raises TaskError for a task that does not exist or cannot be opened.
     """
     _prepare()
     names = [task for task in settings.tasks if not is_task_file(task)]
@@ -237,9 +237,9 @@ def _task_of_file(path: str, may_run_code: bool) -> dict[str, Any]:
 def run_tasks(
     model: HarnessModel, opened: Mapping[str, Any], limit: int | None
 ) -> tuple[dict[str, float], Samples]:
-    """Evaluates tasks; returns scores by task/metric, and what lm-eval logs of each question.
+    """Evaluates tasks; returns scores by task/metric, and what lm-eval logs about each question.
 
-    A mean has its standard error beside it, task/metric_stderr.
+    The standard error of a mean is under task/metric_stderr.
     """
     for task in opened["tasks"].values():
         task.set_fewshot_seed(FEWSHOT_SEED)  # the same examples at every evaluation

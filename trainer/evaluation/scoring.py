@@ -65,8 +65,8 @@ def score(
 ) -> list[Score]:
     """Returns the score of each continuation, the same on every rank; all ranks call it.
 
-    Data ranks divide the rows. `before_batch` is called with the number of batches that are done
-    and that of all.
+    Data ranks divide the rows. `before_batch` is called with the number of finished batches and
+    the total.
     """
     grid, model = engine.grid, engine.model
     sums_R2 = torch.zeros(len(continuations), 2, dtype=torch.float64, device=grid.device)
@@ -105,7 +105,7 @@ def _batches(
 ) -> Iterator[list[_Packed]]:
     """Yields a microbatch for every data rank, until each continuation is in one of them.
 
-    The longest come first, so that memory that does not suffice shows at once.
+    The longest come first, so that a lack of memory shows at once.
     """
     length_R = np.array([len(item.tokens) - 1 for item in continuations])
     row_R = -(-length_R // sizes.seq_len)
@@ -124,7 +124,7 @@ def _batches(
 def _batch(
     continuations: Sequence[Continuation], rows: list[list[int]], shape: tuple[int, int], pad: int
 ) -> _Packed:
-    """Fills a microbatch; rows that are missing are without samples."""
+    """Fills a microbatch; missing rows have no samples."""
     tokens_BS = np.full(shape, pad, dtype=np.int64)
     targets_BS = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     owner_BS = np.zeros(shape, dtype=np.int64)

@@ -1,7 +1,7 @@
 """A model as lm-eval uses it: scores and continuations of tokens, on all ranks together.
 
-lm-eval runs on the first rank alone, which reads the tasks' data and computes the metrics. What it
-asks of the model is sent to the other ranks, and all of them compute it as they train and generate.
+lm-eval runs on the first rank alone, which reads the tasks' data and computes the metrics. Its
+requests to the model are broadcast, and all ranks compute them as in training and generation.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class SharedModel:
     """The model of all ranks; every method is called on each of them with the same arguments.
 
     Attributes:
-        max_length: tokens that the model reads.
-        has_all_layers: whether it can continue texts; with a pipeline no process can.
+        max_length: maximum number of tokens that the model reads.
+        has_all_layers: whether a process has them, as continuing texts needs; not with a pipeline.
     """
 
     def __init__(
@@ -59,7 +59,10 @@ class SharedModel:
         stop: StopRequest | None = None,
         heartbeat: Heartbeat | None = None,
     ) -> None:
-        """`attention` is that of CSA layers in continued texts; `sizes` of packed rows."""
+        """Wraps an engine's model.
+
+        `attention` is that of CSA layers in continued texts; `sizes` is that of packed rows.
+        """
         self.tokenizer, self.max_length = tokenizer, engine.model.config.max_position_embeddings
         self.has_all_layers = engine.grid.pipeline.size == 1
         self._engine, self._attention, self._sizes = engine, attention, sizes
@@ -94,7 +97,7 @@ class SharedModel:
             speculative=True,
         )
         tokens: list[list[int]] = [[] for _ in group]
-        # A token is at least a byte of text, so that no more of the last ones can hold a string.
+        # A token is at least a byte of text, so this many tokens contain any stop string.
         reach = max((len(text.encode()) for text in texts.until), default=0)
         with engine.computing():
             generation = Generation(engine.model, request, Ranks(engine.grid), self._attention)
@@ -121,7 +124,7 @@ def _before(text: str, until: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _End:
-    """The last thing that the first rank sends."""
+    """The last message of the first rank."""
 
     problem: str | None = None
 
@@ -129,10 +132,10 @@ class _End:
 def lead(
     grid: Grid, work: Callable[[Any], Any], body: Callable[[Callable[[Any], Any]], Item]
 ) -> Item | None:
-    """Runs `body` on the first rank, and `work` of what it calls on all ranks together.
+    """Runs `body` on the first rank, and each `work` that it requests on all ranks together.
 
-    `body` gets the function to call, which returns the first rank's result of `work`. Returns the
-    result of `body` on the first rank, None on the others.
+    `body` gets a function that broadcasts an item and returns the first rank's result of `work` on
+    it. Returns the result of `body` on the first rank, None on the others.
 
     Raises TaskError on all ranks where `body` fails by itself.
     """

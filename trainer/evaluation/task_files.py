@@ -1,4 +1,4 @@
-"""Task files of one's own, in lm-eval's format: YAML that names local data, and runs no code."""
+"""Users' task files in lm-eval's format: YAML that names local data and runs no code."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _PICKLED = ("pandas",)
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads plain values; a tag such as !function is a problem."""
+    """Reads plain values; a tag such as !function is an error."""
 
 
 def read_task_file(path: Path) -> dict[str, Any]:
     """Returns the task of a file and of those that it includes, its data files as absolute paths.
 
-    Relative paths in a file are relative to its folder. Raises TaskError where the file is not
-    there, is no task, would run code, or names data that is not there.
+    Relative paths in a file are relative to its folder. Raises TaskError where the file
+    does not exist, is not a task, would run code, or names missing data.
     """
     task = _read(path, ())
     if not isinstance(task.get("task"), str | list) and not isinstance(task.get("group"), str):

@@ -18,10 +18,10 @@ class Tasks:
     """The tasks of `settings`, opened on the first rank; all ranks make one together.
 
     Attributes:
-        samples: what lm-eval logs of each question of the last evaluation, on the first rank.
+        samples: what lm-eval logs about each question in the last evaluation, on the first rank.
 
-    Raises TaskError on all ranks where a task is not there, its data is not, or a pipeline of
-    `stages` cannot evaluate it.
+    Raises TaskError on all ranks where a task or its data is missing, or a pipeline of `stages`
+    cannot evaluate it.
     """
 
     def __init__(self, settings: EvaluationConfig, grid: Grid, stages: int = 1) -> None:
@@ -32,8 +32,8 @@ class Tasks:
     def evaluate(self, model: SharedModel) -> dict[str, float]:
         """Returns the scores by task/metric, on the first rank; nothing on the others.
 
-        Raises TaskError on all ranks where lm-eval fails, EvaluationStopped where one was asked to
-        stop.
+        Raises TaskError on all ranks where lm-eval fails, EvaluationStopped where a rank has
+        received a stop signal.
         """
 
         def work(asked: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`v4 export --check`: whether vLLM and SGLang find in a folder what they read of it.
+"""`v4 export --check`: whether vLLM and SGLang find in a folder what they read from it.
 
 What they read is in servers/*.json, which docs/write_servers.py derives from their wheels. Neither
 is imported, and of the weights only the files' headers are read. A name that a server does not find
@@ -84,10 +84,10 @@ class ServerLists:
         return name
 
     def skipped_modules(self, listed: Sequence[str]) -> Callable[[str], bool]:
-        """Returns whether a linear's name is among `modules_to_not_convert`.
+        """Returns a predicate: a linear's name is among `modules_to_not_convert`.
 
-        SGLang looks for an entry among the module's path segments. vLLM renames the entries as it
-        renames tensors, and wants the whole name; for a shared expert a longer entry will do.
+        SGLang searches for an entry among the module's path segments. vLLM renames the entries as
+        it renames tensors, and compares whole names; for a shared expert a longer entry suffices.
         """
         if self.server == "SGLang":
             parts = [f".{one.removeprefix('model.')}." for one in listed]
@@ -104,10 +104,10 @@ def server_lists() -> list[ServerLists]:
 
 
 def check_folder(folder: AnyPath) -> dict[str, list[str]]:
-    """Returns what each server does not find as it expects it: clauses by server and version.
+    """Returns the problems that each server would have: clauses by server and version.
 
-    Raises ExportError for a folder that is none of Hugging Face, ModelConfigError for a config.json
-    of another architecture.
+    Raises ExportError for a folder that is not a Hugging Face folder, ModelConfigError for a
+    config.json of another architecture.
     """
     values = read_object(folder / CONFIG_JSON)
     if values is None:
@@ -139,7 +139,7 @@ def _limits(lists: ServerLists, config: ModelConfig) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """A folder's tensors beside the parameters that a server builds from its config.json."""
+    """Compares a folder's tensors with the parameters that a server builds from its config.json."""
 
     lists: ServerLists
     config: ModelConfig
@@ -216,7 +216,7 @@ class _Comparison:
         return [(name, "")]
 
     def _place(self, official: str) -> tuple[str, str]:
-        """Returns the parameter that a tensor is loaded into, and which of its parts it is."""
+        """Returns the parameter that a tensor is loaded into, and which of its parts it becomes."""
         name = self.lists.rename(official)
         for joined, parts in self.lists.joined.items():
             for part in parts if ".experts." not in name else []:

@@ -1,4 +1,4 @@
-"""How the last phase trained a model: what config.json of an export has for `v4 generate`."""
+"""The attention and quantisation of a model's last phase, which an export's config.json records."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def trained_with(phase: Phase) -> dict[str, dict[str, str]]:
 def read_trained_with(folder: AnyPath) -> tuple[TrainedWith, bool]:
     """Returns how a folder's model was trained, and whether its experts are stored in FP4.
 
-    A folder without the key is taken for a release: its indexers are trained, and experts in FP4
+    A folder without the key is treated as a release: its indexers are trained, and experts in FP4
     come from training that rounded keys and entries as well (report §3.4). Raises ExportError for
-    values that are unknown.
+    unknown values.
     """
     values = read_object(folder / CONFIG_JSON) or {}
     in_fp4 = values.get("expert_dtype") == "fp4"

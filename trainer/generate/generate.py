@@ -26,7 +26,7 @@ PREFILL_TOKENS = 2048
 MAX_SEQUENCES = 64
 """Prompts that are continued together; the others wait for them."""
 MAX_CACHE_BYTES = 4 << 30
-"""Memory of the cache of prompts that are continued together, unless one alone needs more."""
+"""Maximum memory of the cache of prompts that are continued together, unless one needs more."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def attention_of(trained: AttentionMode) -> AttentionMode:
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Returns bos and the ids of a prompt, in which spelled special tokens are tokens.
+    """Returns bos and the ids of a prompt; special tokens that are spelled out become tokens.
 
-    A prompt that spells bos, as the released form of a conversation does, gets no second one.
+    A prompt that begins with bos, as a rendered conversation does, gets no second one.
     """
     ids = tokenizer.encode(prompt, allow_special=True)
     return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
@@ -137,7 +137,7 @@ class Generation:
             yield from self._continue(indices)
 
     def _continue(self, indices: range) -> Iterator[tuple[int, int]]:
-        """Continues some of the prompts with a cache of their own."""
+        """Continues some of the prompts with their own cache."""
         prompts = [list(self.request.prompts[index]) for index in indices]
         self._model = CachedModel(
             self._whole,
@@ -303,5 +303,5 @@ def _together(request: Request, model: V4Model) -> Iterator[range]:
 
 
 def _capacity(prompts: Sequence[Sequence[int]], request: Request) -> int:
-    """Returns the tokens that a cache of these prompts can hold for each."""
+    """Returns the number of tokens that the cache of these prompts holds for each."""
     return max(map(len, prompts)) + request.max_new_tokens + 1

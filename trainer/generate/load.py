@@ -67,7 +67,7 @@ class OpenedModel:
 def open_model(folder: str | Path, ranks: Ranks = ALONE) -> OpenedModel:
     """Opens a run folder's newest checkpoint, or a Hugging Face folder, which may be a URL.
 
-    Each of `ranks` keeps its part of the model, and for a moment has all weights on its host.
+    Each of `ranks` keeps its part of the model, and temporarily has all weights on its host.
 
     Raises ExportError for a folder that is neither; the errors of reading it otherwise.
     """

@@ -59,12 +59,12 @@ ALONE = Ranks()
 
 
 def shared_degrees(config: ModelConfig, processes: int) -> Degrees:
-    """Returns degrees with which processes share a model.
+    """Returns the degrees at which processes share a model.
 
-    All of them divide the routed experts, and as many as can be the rest.
+    All of them divide the routed experts; as many of them as possible divide the rest.
 
     Raises:
-        ConfigError: the experts do not divide.
+        ConfigError: the experts do not divide among them.
     """
     for tensor in range(processes, 0, -1):
         if processes % tensor == 0:

@@ -33,8 +33,8 @@ TOTAL_SECONDS, TIMEOUT_SHARE = 480.0, 0.8
 """Limits of an automatic check, the second as a share of `parallel.timeout_seconds`: other
 processes may already wait for this one in a process group, for as long as a collective may take."""
 WAIT_SHARE = 0.1
-"""How much longer than its own check may take a process waits for that of another: they may have
-started at different times."""
+"""How much longer than the limit of its own check a process waits for that of another, since they
+may have started at different times."""
 POLL_SECONDS = 0.5
 
 
@@ -49,8 +49,8 @@ def local_verdicts(
     """Returns the verdicts for this process's device, checking it if nobody has done so yet.
 
     Does nothing on a CPU, and where the config names the implementation of every operation.
-    A host without a C compiler uses no Triton kernel and writes no verdicts, whatever those of
-    other hosts that share its home are.
+    A host without a C compiler uses no Triton kernel and writes no verdicts, even if hosts
+    that share its home have some.
     `activity` reports the progress; `stopped` ends check and waits, and then there are no verdicts.
     `started`: when this process was created, in seconds since 1970; temporary failures from before
     are checked again.

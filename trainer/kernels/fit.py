@@ -25,7 +25,7 @@ _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 _COMPILERS = 16
 """Variants compiled at once, on a host with as many processors."""
 _COMPILER_BYTES = 2 << 30
-"""Memory of the host for each of them: an estimate, and more than a kernel was seen to take."""
+"""Host memory for each of them: an estimate, above the largest that was observed for a kernel."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def misfit(variants: Iterable[Variant], limits: DeviceLimits) -> str | None:
 
 
 def _compilers(available: int) -> int:
-    """Returns how many variants are compiled at once with this much memory of the host."""
+    """Returns how many variants are compiled at once with this much host memory."""
     return max(min(os.cpu_count() or 1, _COMPILERS, available // _COMPILER_BYTES), 1)
 
 

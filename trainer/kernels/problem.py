@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import torch
 
 MAX_TOKENS = 8192
-"""Maximum of a check: with more, its time grows, and addresses, which are tested at a million
-tokens without a GPU (tests/model/kernels/test_addresses.py)."""
+"""Maximum of a check: more tokens add only time and larger addresses, which are tested at a
+million tokens without a GPU (tests/model/kernels/test_addresses.py)."""
 
 
 def problem_of(config: RunConfig, device: torch.device) -> Problem:

@@ -22,7 +22,7 @@ _NO_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU had no memory left, whoever had asked for it."""
+    """Whether a GPU had no memory left, whichever library requested it."""
     import torch
 
     message = str(error)

@@ -26,7 +26,7 @@ class RunLeases:
 
     @property
     def held(self) -> tuple[HeldLease, ...]:
-        """What a process that publishes for the run needs to know of them."""
+        """The leases as a process that publishes for the run checks them."""
         return tuple(HeldLease(str(one.path), one.owner.token) for one in self.leases)
 
 

@@ -9,7 +9,7 @@ _PACKAGES = {"benchmarks", "data", "launch", "model", "optim", "tests", "trainer
 def own_file(name: str) -> Path | None:
     """Returns the path of a file of ours within the project; None for another's.
 
-    Installed, the project has torch beside it; in a checkout, torch may be in `.venv` below it.
+    Installed, the project is next to torch; in a checkout, torch may be in `.venv` below it.
     """
     file = Path(name)
     if not file.is_relative_to(_ROOT):
