@@ -84,6 +84,8 @@ export V4_HEAD
 _ONE_TASK = "--ntasks-per-node=1"
 _IS_HOST = "if [[ $SLURM_NODEID == 0 ]]; then is_host=true; else is_host=false; fi"
 _END_SECONDS = 10  # in which all nodes learn of a user's error on one of them
+_RESUMES = f"-n $stopping && $code != {USER_ERROR}"
+"""After bad input or on a full disk, the next start would end with the same."""
 _ARRAY_JOB = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
 """A job of an array; SLURM_JOB_ID of one of them is the name of all."""
 
@@ -92,8 +94,7 @@ def script(job: Job) -> str:
     """Returns the text of `train.sbatch`."""
     cluster = job.cluster
     last = job.run.last_checkpoint
-    # After bad input or on a full disk, the next start would end with the same.
-    resumes = f"-n $stopping && $code != {USER_ERROR}"
+    resumes = _RESUMES
     if isinstance(last, Path):  # in object storage, a complete run ends at once
         resumes += f" && ! -d {shlex.quote(str(last))}"
     # Of a range, Slurm chooses the number at every start, and none changes while the job runs.
@@ -158,7 +159,7 @@ def array_script(
         of_step=[],
         cores=None,
         job=_ARRAY_JOB,
-        resumes="[[ -n $stopping ]]",
+        resumes=f"[[ {_RESUMES} ]]",
     )
 
 

@@ -32,7 +32,6 @@ from trainer.checkpoint.writer_process import (
     Request,
     WriterProcess,
 )
-from trainer.config.published import is_published
 from trainer.parallel.collectives import all_gather_objects
 from trainer.process.errors import SaveError
 
@@ -171,14 +170,25 @@ class BackgroundSaves:
                 self._report(answer)
 
     def _lose_writer(self, error: OSError) -> None:
-        """Counts a process that was killed as a failed save; the next save starts another one."""
+        """Counts the save of a process that was killed as failed, unless it had published it.
+
+        The next save starts another process.
+        """
         assert self._writer is not None
         self._writer.close(kill=True)
         self._writer = None
-        answer = Answer("failed", 0.0, error.errno, str(error), self.grid.rank)
+        event = "published" if self.grid.is_first and self._has_published() else "failed"
+        answer = Answer(event, 0.0, error.errno, str(error), self.grid.rank)
         self._answers.append(answer)
         if self.grid.is_first:
             self._report(answer)
+
+    def _has_published(self) -> bool:
+        """Whether the save in flight is published; False where the storage is away."""
+        assert self._new is not None
+        with suppress(OSError):
+            return self.folder.store.has_published(self._new.step, self._new.token)
+        return False
 
     def _report(self, answer: Answer) -> None:
         """Keeps what became of the save, for `reports`."""
@@ -222,8 +232,9 @@ class BackgroundSaves:
         """
         new, deadline = self._new, time.monotonic() + seconds
         while new is not None and time.monotonic() < deadline:
-            is_over = is_published(self.folder.path_of(new.step))
-            if is_over or (not self.grid.is_first and new.outcome_path(self.grid.rank).is_file()):
+            if self._has_published() or (
+                not self.grid.is_first and new.outcome_path(self.grid.rank).is_file()
+            ):
                 return
             time.sleep(POLL_SECONDS)
 

@@ -48,8 +48,11 @@ class Store(Protocol):
     ) -> None:
         """Completes what was begun: `files` by all ranks, and `state.json`."""
 
+    def has_published(self, step: int, token: str) -> bool:
+        """Whether the step's checkpoint is the one that this attempt wrote."""
+
     def abandon(self, step: int, token: str) -> None:
-        """Removes what was begun and cannot be completed."""
+        """Removes what was begun and cannot be completed; never what was published."""
 
     def remove(self, checkpoint: AnyPath) -> None:
         """Removes a checkpoint, of which no reader finds a part."""
@@ -91,13 +94,20 @@ class LocalStore:
         with suppress(OSError):
             remove_folder(replaced)
 
+    def has_published(self, step: int, token: str) -> bool:
+        """Whether the temporary folder, which was there, has got the checkpoint's name."""
+        return (
+            not self._temporary(step, token).exists() and (self.folder / folder_name(step)).is_dir()
+        )
+
     def abandon(self, step: int, token: str) -> None:
         """Removes the temporary folder."""
         shutil.rmtree(self._temporary(step, token), ignore_errors=True)
 
     def remove(self, checkpoint: AnyPath) -> None:
-        """Renames the folder, then removes it."""
+        """Renames the folder, then removes it; first the one that it may have replaced."""
         assert isinstance(checkpoint, Path)
+        remove_folder(self.folder / replaced_name(step_of(checkpoint)))
         remove_folder(checkpoint)
 
     def _temporary(self, step: int, token: str) -> Path:
@@ -146,11 +156,20 @@ class ObjectStore:
         with suppress(OSError):
             target.remove_tree(lambda other: other != manifest.NAME and not other.startswith(own))
 
+    def has_published(self, step: int, token: str) -> bool:
+        """Whether the manifest names this attempt's files."""
+        files, _ = manifest.read(self.folder / folder_name(step))
+        return object_name(token, STATE_FILE) in files
+
     def abandon(self, step: int, token: str) -> None:
-        """Removes this attempt's files, unless the storage is away; `begin` does it then."""
+        """Removes this attempt's files, unless the storage is away; `begin` does it then.
+
+        An attempt whose manifest was written, whatever happened afterwards, is published.
+        """
         own = object_name(token, "")
         with suppress(OSError):
-            (self.folder / folder_name(step)).remove_tree(lambda name: name.startswith(own))
+            if not self.has_published(step, token):
+                (self.folder / folder_name(step)).remove_tree(lambda name: name.startswith(own))
 
     def remove(self, checkpoint: AnyPath) -> None:
         """Removes the manifest, then the files."""

@@ -134,6 +134,32 @@ def test_a_kill_between_two_renames_loses_nothing(tiny: Path, tmp_path: Path) ->
     assert steps == [2, 4, 5, 6] and len(column(tmp_path, "loss")) == 6
 
 
+def test_a_removed_checkpoint_stays_removed(tmp_path: Path) -> None:
+    """A kill has left the one that it replaced."""
+    checkpoints = CheckpointFolder(tmp_path, Grid.single())
+    path = checkpoints.save(1, tensors_of(1.0), {"step": 1})
+    shutil.copytree(path, path.with_name(f".{path.name}.replaced"))
+    assert checkpoints.remove(path) is None
+    assert checkpoints_in(tmp_path) == []
+
+
+def test_a_writer_that_was_killed_after_it_published(
+    single: Single, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, boxes, saves = single
+    saves.begin(1, boxes, {"step": 1})
+
+    def receive(timeout: float | None) -> None:
+        while not is_published(checkpoints.path_of(1)):
+            time.sleep(0.01)
+        raise OSError("it has ended")
+
+    monkeypatch.setattr(saves._writer, "receive", receive)
+    assert saves.finish()
+    (report,) = saves.reports()
+    assert report.problem is None and checkpoints.newest() == report.path
+
+
 def test_a_writer_that_was_stopped_leaves_another_ones_files_alone(single: Single) -> None:
     """Another process has taken the run over, and is at the same step."""
     checkpoints, boxes, saves = single

@@ -154,6 +154,17 @@ def test_a_step_that_is_saved_again_is_replaced_by_the_manifest(
     assert float(loaded["a"][0, 0]) == 2.0
 
 
+def test_what_was_published_is_not_abandoned(folder: StoragePath) -> None:
+    """As after the end of a writer between the manifest and its answer."""
+    checkpoints = CheckpointFolder(folder, Grid.single(CPU))
+    path = checkpoints.save(1, tensors(), {"step": 1})
+    token = next(name for name in path.names() if name != manifest.NAME).partition("-")[0]
+    assert checkpoints.store.has_published(1, token)
+    assert not checkpoints.store.has_published(1, "another")
+    checkpoints.abandon(1, token, OSError())
+    assert checkpoints.newest() == path
+
+
 def test_a_reader_begins_again_where_a_step_is_saved_again(folder: StoragePath) -> None:
     checkpoints = CheckpointFolder(folder, Grid.single(CPU))
     path = checkpoints.save(1, tensors(1.0), {"step": 1})
