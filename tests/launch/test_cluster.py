@@ -214,6 +214,7 @@ def test_the_jobs_of_a_sweep(
     assert v4(*sweep, monkeypatch=monkeypatch) == 0
     assert f"submit it with: sbatch {out}/sweep.sbatch" in capfd.readouterr().out
     text = (out / "sweep.sbatch").read_text()
+    assert "[[ -n $stopping && $code != 2 ]]" in text, "a full disk is not tried again"
     check_script(text)
     asked = directives(text)
     assert (asked["array"], asked["gpus-per-node"]) == ("0-3", "1") and "exclusive" not in asked
