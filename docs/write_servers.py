@@ -181,11 +181,11 @@ def _parameters(wheel: Wheel, part: Part) -> Iterator[tuple[str, bool, str]]:
         where = WHERE.get(attribute.rpartition(".")[2], part.where)
         for called, call in _calls(value):
             if called.endswith(LINEARS):
-                given = {k.arg: k.value for k in call.keywords}.get("quant_config")
+                settings = {k.arg: k.value for k in call.keywords}.get("quant_config")
                 # An embedding, a head and the projections of a compressor are quantised in formats
                 # of others alone.
-                plain = given is None or isinstance(given, ast.Constant)
-                plain |= "expert_pack" in ast.unparse(given) if given is not None else False
+                plain = settings is None or isinstance(settings, ast.Constant)
+                plain |= "expert_pack" in ast.unparse(settings) if settings is not None else False
                 plain |= not called.endswith("Linear") or attribute == "weights_proj"
                 plain |= "compressor." in str(part.prefix)
                 yield f"{part.prefix}{attribute}.weight", not plain, where

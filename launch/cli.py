@@ -141,7 +141,7 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Questions of each task, the first ones.")
+        int | None, typer.Option(min=1, help="Only the first questions of each task.")
     ] = None,
     fewshot: Annotated[
         int | None, typer.Option(min=0, help="Solved examples before each question.")
@@ -150,7 +150,7 @@ def evaluate(
         bool, typer.Option("--bos", help="Begin every text of a task with bos.")
     ] = False,
     task_code: Annotated[
-        bool, typer.Option("--task-code", help="Let task files run Python of yours.")
+        bool, typer.Option("--task-code", help="Let task files run your own Python code.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
@@ -186,13 +186,11 @@ def export(
     ] = WeightFormat.AS_TRAINED,
     prompts: Annotated[
         str | None,
-        typer.Option(
-            help="Encoder of a released folder, whose prompt texts the chat template then has."
-        ),
+        typer.Option(help="Encoder of a released folder; the chat template gets its prompt texts."),
     ] = None,
     check: Annotated[
         bool,
-        typer.Option("--check", help="Instead: whether vLLM and SGLang find all that they read."),
+        typer.Option("--check", help="Check instead that vLLM and SGLang find all that they read."),
     ] = False,
 ) -> None:
     """Write the newest checkpoint as a Hugging Face folder, or check such a folder."""
@@ -266,7 +264,7 @@ def chat(
     ] = 1.0,
     nproc: Processes = 1,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the draws; by default another every time.")
+        int | None, typer.Option(min=0, help="Seed of sampling; by default a random one.")
     ] = None,
 ) -> None:
     """Talk to a model: each line is a turn. An empty line, or the end of the input, ends it."""
@@ -355,7 +353,7 @@ def plan(
 
         arguments = [config, *(overrides or [])]
         of_job = Nodes.parse(nodes)
-        nproc = of_job.low * max(gpus_per_node, 1)  # on which a process needs most memory
+        nproc = of_job.low * max(gpus_per_node, 1)  # where a process needs the most memory
         path = write_job(run, arguments, load_cluster(cluster), of_job, gpus_per_node, out)
         submit = "sbatch" if path.suffix == ".sbatch" else "kubectl apply -f"
         print(f"wrote {path}; submit it with: {submit} {path}", flush=True)

@@ -161,7 +161,7 @@ class ClusterConfig(Section):
 
 
 class Nodes(NamedTuple):
-    """Numbers of nodes on which a job may run: one, or all from `low` to `high`."""
+    """Node counts at which a job may run: one, or all from `low` to `high`."""
 
     low: int
     high: int
@@ -178,12 +178,12 @@ class Nodes(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no such number."""
+        """Whether there is no such count."""
         return self.low > self.high
 
     @property
     def is_range(self) -> bool:
-        """Whether there are several such numbers."""
+        """Whether there are several such counts."""
         return self.low < self.high
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ is started again. So does a pod that has lost the first node. A pod whose proces
 often than `max_restarts` ends the job: the training operator restarts every pod that ends with 128
 or more, so one whose rank was killed by signal n ends with 1, and its log names the signal.
 
-A job of MIN to MAX nodes has MAX pods, of which torchrun needs MIN: those that find no node wait as
+A job of MIN to MAX nodes has MAX pods, of which torchrun needs MIN: pods without a node stay
 pending, and join the others later. It is complete with its first pod, also where others still wait.
 """
 

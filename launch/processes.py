@@ -95,7 +95,7 @@ def run(arguments: Sequence[str]) -> int:
 def run_together(processes: int, verb: str, *arguments: str) -> int:
     """Runs a verb as several processes that share a model, and returns the exit code.
 
-    Any signal ends all of them at once: they have nothing to save.
+    Any signal ends all of them at once, as they have nothing to save.
     """
     if processes == 1:
         return run(command(verb, *arguments))

@@ -97,12 +97,12 @@ def script(job: Job) -> str:
     resumes = _RESUMES
     if isinstance(last, Path):  # in object storage, a complete run ends at once
         resumes += f" && ! -d {shlex.quote(str(last))}"
-    # Of a range, Slurm chooses the number at every start, and none changes while the job runs.
+    # From a range, Slurm chooses the number at every start; it is fixed while the job runs.
     nodes = "$SLURM_JOB_NUM_NODES" if job.nodes.is_range else str(job.nodes)
     torchrun = job.torchrun(nodes, f"$V4_HEAD:{cluster.port}", "$SLURM_JOB_ID", "$is_host")
     slurm = _settings(cluster)
     options = [f"--nodes={str(job.nodes).replace(':', '-')}"]
-    # With a number of tasks a job gets the fewest nodes of a range: there, only srun is given it.
+    # A job that sets the number of tasks gets the fewest nodes of a range, so only srun sets it.
     if not job.nodes.is_range:
         options.append(_ONE_TASK)
     if cluster.gpus:
@@ -120,7 +120,7 @@ def script(job: Job) -> str:
         before=_HEAD,
         node=f"{_IS_HOST}\n" + " \\\n    ".join(torchrun),
         arguments=job.arguments,
-        of_step=[_ONE_TASK] if job.nodes.is_range else [],
+        extra_options=[_ONE_TASK] if job.nodes.is_range else [],
         cores=slurm.cpus_per_node,
         job="$SLURM_JOB_ID",
         resumes=f"[[ {resumes} ]]",
@@ -156,7 +156,7 @@ def array_script(
         before=_python_first(cluster),
         node=f"{cluster.python} {command}",
         arguments=arguments,
-        of_step=[],
+        extra_options=[],
         cores=None,
         job=_ARRAY_JOB,
         resumes=f"[[ {_RESUMES} ]]",
@@ -185,7 +185,7 @@ def _batch(
     before: str,
     node: str,
     arguments: Sequence[str],
-    of_step: Sequence[str],
+    extra_options: Sequence[str],
     cores: int | None,
     job: str,
     resumes: str,
@@ -196,7 +196,7 @@ def _batch(
         environment: variables of all tasks.
         before: shell lines of the first node.
         node: shell lines of every task, up to the arguments of its last command.
-        of_step: options of srun.
+        extra_options: further options of srun.
         cores: of a task, as `options` has them.
         job: the job's number, shell text.
         resumes: shell condition on which the job is requeued.
@@ -216,7 +216,7 @@ def _batch(
             head.append(f"--{option}={value}")
     head += slurm.options
     setup = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
-    srun = [*of_step, *_step_options(cluster, slurm, cores)]
+    srun = [*extra_options, *_step_options(cluster, slurm, cores)]
     body = _BATCH.format(
         folder=shlex.quote(str(cluster.folder.absolute())),
         setup="\n".join([*setup, *slurm.setup]),

@@ -15,7 +15,7 @@ from trainer.process.exit_codes import USER_ERROR, error_line
 
 
 def own_folders(config: RunConfig, run_dir: Path, *names: str) -> list[str]:
-    """Returns the overrides by which a trial writes into no folder of another one.
+    """Returns the overrides that give a trial its own folders.
 
     Arguments:
         names: of the trial's folder below `checkpoint.folder`, where the config sets that.

@@ -201,14 +201,14 @@ def main() -> None:
     ):
         table.add_column(column, justify="right")
     for context, (ours, theirs) in results.items():
-        mine = ours.times
+        times = ours.times
         table.add_row(
             f"{context:,}",
-            f"{1 / mine.token:.1f}",
+            f"{1 / times.token:.1f}",
             f"{1 / theirs.times.token:.1f}",
-            f"{mine.token * 1e3:.1f}",
-            f"{mine.indexer * 1e3:.2f}",
-            f"{(mine.token - mine.indexer) * 1e3:.1f}",
+            f"{times.token * 1e3:.1f}",
+            f"{times.indexer * 1e3:.2f}",
+            f"{(times.token - times.indexer) * 1e3:.1f}",
             f"{ours.num_bytes / 1e3:,.0f}",
         )
     Console(width=120).print(table)

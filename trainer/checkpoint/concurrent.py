@@ -20,8 +20,8 @@ _REPEATS = 4
 def read_newest(folder: CheckpointFolder, read: Callable[[], Item]) -> Item:
     """Returns `read()`, which reads the newest checkpoint of `folder`; every rank calls it.
 
-    Where that checkpoint was removed meanwhile, or another one of its step has taken its place, it
-    is called again for the one that is newest then, a few times. `read` raises on all ranks or on
+    If that checkpoint was removed or replaced meanwhile, it is called again for the newest one, a
+    few times. `read` raises on all ranks or on
     none.
 
     Raises CheckpointError where there is no other.
@@ -55,7 +55,7 @@ def _newest(folder: CheckpointFolder) -> Version | None:
 
 
 def _as_it_is(checkpoint: AnyPath) -> Version:
-    """Returns a checkpoint with the contents of its manifest, which are empty where it is gone."""
+    """Returns a checkpoint with the contents of its manifest, empty if it was removed."""
     try:
         return checkpoint, (checkpoint / manifest.NAME).read_bytes()
     except FileNotFoundError:

@@ -146,7 +146,7 @@ class CheckpointFolder:
         def begin() -> NewCheckpoint | None:
             new = None
             if self.grid.is_first:
-                require_leases(self.leases)  # before it removes what seems to be left
+                require_leases(self.leases)  # before it removes what looks like leftovers
                 new = NewCheckpoint(step, self.store.begin(step, token), token)
             action()
             return new

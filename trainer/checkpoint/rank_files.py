@@ -40,7 +40,7 @@ class NewCheckpoint:
         """Returns where a file of the checkpoint is written.
 
         In object storage the folder may have files of another attempt, which are not replaced: the
-        token is part of each name. On a file system every attempt has a folder of its own.
+        token is part of each name. On a file system every attempt has its own folder.
         """
         is_object = isinstance(self.folder, StoragePath)
         return self.folder / (object_name(self.token, name) if is_object else name)
@@ -75,7 +75,7 @@ def write_file(path: AnyPath, header: str, data: Buffers) -> FileRecord:
                 digest.update(part)
 
         with ThreadPoolExecutor(1) as pool:
-            hashing = pool.submit(hash_all)  # beside the network
+            hashing = pool.submit(hash_all)  # while the network is busy
             path.write(content)
         hashing.result()
         return {"size": len(content), "sha256": digest.hexdigest()}

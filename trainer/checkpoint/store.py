@@ -4,11 +4,11 @@ One rank at a time calls a store. Between `begin` and `publish` all ranks write 
 folder that `begin` returned; a kill at any moment leaves the published checkpoints as they are.
 
     file system     .step-00000020.TOKEN.tmp/    renamed to step-00000020/ once it is complete
-    object storage  step-00000020/TOKEN-NAME     complete once manifest.json, written last, has them
+    object storage  step-00000020/TOKEN-NAME     complete once manifest.json, the last, names them
 
 TOKEN differs between attempts: a process that was stopped for so long that another one has taken
-over the run does not write over that one's files. A checkpoint of a step that was undone, and is
-trained again, stays until the new one is complete: in object storage the manifest names the files
+over the run does not write over that one's files. The checkpoint of a step that was undone and is
+trained again stays until the new one is complete: in object storage the manifest names the files
 of the one or of the other, on a file system the old folder counts under another name until the new
 one has its own.
 """
@@ -162,7 +162,7 @@ class ObjectStore:
         return object_name(token, STATE_FILE) in files
 
     def abandon(self, step: int, token: str) -> None:
-        """Removes this attempt's files, unless the storage is away; `begin` does it then.
+        """Removes this attempt's files, unless the storage is unreachable; `begin` does it then.
 
         An attempt whose manifest was written, whatever happened afterwards, is published.
         """

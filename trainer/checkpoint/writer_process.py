@@ -70,7 +70,7 @@ class Request:
         files: those of this rank.
         rank, world_size: of the training.
         state: the contents of state.json for the first rank, which publishes.
-        leases: which it has to hold then.
+        leases: which the run has to hold then.
     """
 
     checkpoints: str

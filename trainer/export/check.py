@@ -147,14 +147,14 @@ class _Comparison:
     headers: Mapping[str, TensorHeader]
 
     def problems(self) -> Iterator[str]:
-        wanted = {parts for name in self._expected for parts in self._parts(name)}
+        expected_parts = {parts for name in self._expected for parts in self._parts(name)}
         places = {name: self._place(name) for name in self.headers}
         weights = {name: p for name, p in places.items() if not name.endswith(".scale")}
-        missing = wanted - {*weights.values()}
+        missing = expected_parts - {*weights.values()}
         yield from _count(
             "lacks", "tensor", "that it needs", (f"{n} ({p})" if p else n for n, p in missing)
         )
-        unknown = {name for name, place in weights.items() if place not in wanted}
+        unknown = {name for name, place in weights.items() if place not in expected_parts}
         stray = [n for n in self.headers if n.endswith(".scale") and not self._has_weight(n)]
         yield from _count("has", "tensor", "that it does not know", [*unknown, *stray])
         known = {name: place for name, (place, _) in weights.items() if name not in unknown}

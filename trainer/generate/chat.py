@@ -32,7 +32,7 @@ DIM, PLAIN = "\033[2m", "\033[0m"
 
 
 class Chat:
-    """A conversation: its messages, and how the model answers.
+    """A conversation: its messages, and the settings of the model's answers.
 
     Attributes:
         messages: in the form that `read_messages` reads.
@@ -56,16 +56,16 @@ class Chat:
             self.messages.append({"role": "system", "content": system or "", "tools": tools or []})
         self.generation: Generation | None = None
 
-    def say(self, content: str) -> Iterator[tuple[str, bool]]:
+    def send(self, content: str) -> Iterator[tuple[str, bool]]:
         """Adds a user's turn; yields the answer's text in parts, each with whether it is reasoning.
 
-        Tool calls are not among the parts: they are in the last of `messages`, if they can be read.
+        Tool calls are not among the parts: they are in the last of `messages`, if they parse.
         """
         self.messages.append({"role": "user", "content": content})
         yield from self._answer()
 
     def give_results(self, results: list[str]) -> Iterator[tuple[str, bool]]:
-        """Adds the results of the last answer's tool calls; yields as `say`."""
+        """Adds the results of the last answer's tool calls; yields as `send`."""
         self.messages += [{"role": "tool", "content": result} for result in results]
         yield from self._answer()
 
@@ -103,7 +103,7 @@ class Chat:
         return Request([ids], room, self._sampling, stop, seed, speculative=True)
 
     def _message(self, question: list[int], answer: list[int]) -> dict[str, Any]:
-        """Returns the answer as a message; where it does not follow the form, as plain text.
+        """Returns the answer as a message; as plain text where it does not follow the form.
 
         Reasoning without an end stays reasoning, which later turns do not see.
         """
@@ -133,20 +133,20 @@ class Chat:
 
 def _parts(tokenizer: Tokenizer, tokens: Iterator[int], thinks: bool) -> Iterator[tuple[str, bool]]:
     """Yields the text of an answer up to its tool calls, in parts, with whether it is reasoning."""
-    decoder, held = Decoder(tokenizer), ""
+    decoder, pending = Decoder(tokenizer), ""
     end_think, dsml = tokenizer.special.get("</think>"), tokenizer.special.get("｜DSML｜")
     for token in tokens:
         if token == end_think:
-            yield held + decoder.end(), thinks
-            decoder, held, thinks = Decoder(tokenizer), "", False
+            yield pending + decoder.end(), thinks
+            decoder, pending, thinks = Decoder(tokenizer), "", False
         elif token == dsml:
             for _ in tokens:  # the calls, which are shown when they are complete
                 pass
             return
         elif token != tokenizer.eos_id:
-            text, held = _without_opening(held + decoder.add(token))
+            text, pending = _without_opening(pending + decoder.add(token))
             yield text, thinks
-    yield held + decoder.end(), thinks
+    yield pending + decoder.end(), thinks
 
 
 def _without_opening(text: str) -> tuple[str, str]:
@@ -183,7 +183,7 @@ def _converse(chat: Chat, opened: OpenedModel) -> None:
             deque(parts, maxlen=0)
 
     while turn := ask("> "):
-        show(chat.say(turn))
+        show(chat.send(turn))
         while chat.calls:
             results = [ask(f"result of {call.name}: ") for call in chat.calls]
             if None in results:

@@ -1,8 +1,8 @@
-"""Checks kernels on a GPU, each operation in a process of its own with a time limit.
+"""Checks kernels on a GPU, each operation in its own process with a time limit.
 
 An illegal access of memory makes a process's GPU unusable until its end, a kernel may hang, and a
-compiler may crash: none of it reaches the caller, and the next operation gets a new process. So do
-an operation's other candidates: other block sizes, and libraries.
+compiler may crash: none of this reaches the caller, and the next operation gets a new process. So do,
+after a failure, the operation's other candidates: other block sizes, and libraries.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _POLL = 0.2
 _GRACE = 10.0
 """Seconds in which a killed process must end; a driver may keep it longer."""
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-"""Signals that no kernel causes. SIGKILL is mostly that of the system where memory ran out."""
+"""Signals that no kernel causes. SIGKILL mostly comes from the system when memory runs out."""
 WORKER = (sys.executable, "-m", "trainer.kernels.worker")
 
 
@@ -49,7 +49,7 @@ def check_kernels(
 
     Args:
         seconds: limit of one operation.
-        stall_seconds: of one candidate's run on one case: it hangs, and the others are checked.
+        stall_seconds: limit of one candidate's run on one case; beyond it, the candidate hangs.
         stopped: whether to end the check at once.
         worker: the command that checks one operation (trainer/kernels/worker.py).
     """

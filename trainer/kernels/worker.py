@@ -6,8 +6,8 @@ whole. Messages of compilers and drivers may go to both standard outputs.
     python -m trainer.kernels.worker --operation NAME --device INDEX --verdict FILE --parent PID \\
         --note FILE [--refused JSON]
 
-The file of the note has the number of the candidate that is being tried: where this process dies or
-hangs, its caller starts another one that refuses this candidate.
+The note file has the number of the candidate that is being tried: if this process dies or hangs,
+its caller starts another one that refuses this candidate.
 It ends with its parent, even if that is killed: a kernel that hangs would keep the GPU busy.
 """
 

@@ -91,10 +91,10 @@ class FailureWatch:
         self._end(code)
 
     def end_all(self, code: int, message: str, abort: Iterable[int] = ()) -> None:
-        """Prints a message and ends all ranks, unless one that failed before is doing so.
+        """Prints a message and ends all ranks, unless a rank that failed earlier is doing so.
 
-        Processes in `abort`, which cannot read the notice, get SIGABRT: once the message is out,
-        which their end would replace, and before the launcher ends them without their stacks.
+        Processes in `abort`, which cannot read the notice, get SIGABRT: after the message, which
+        their end would replace, and before the launcher ends them without their stacks.
         """
         self._closed.set()
         if self._claim():

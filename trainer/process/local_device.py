@@ -24,7 +24,7 @@ DRIVER_OF_CUDA = {12: 525, 13: 580}
 """Oldest driver for builds of torch, by the first number of their CUDA version (NVIDIA's table of
 minor version compatibility)."""
 _LIST_SECONDS = 30.0
-"""For nvidia-smi, which takes seconds on a host with many GPUs."""
+"""Limit of nvidia-smi, which takes seconds on a host with many GPUs."""
 TO_CPU = "set device=cpu to compute on the CPU"
 TO_CUDA_12 = "a torch built for CUDA 12 (--index-url https://download.pytorch.org/whl/cu126)"
 
@@ -142,8 +142,8 @@ class Driver:
 def _evidence_of_gpu(root: Path) -> str | None:
     """Returns what shows that there is an NVIDIA GPU: a file of the driver, or nvidia-smi.
 
-    nvidia-smi has to list one: it is installed on hosts without a GPU as well, where images or the
-    nodes of a cluster are all alike. In Windows' Linux, /dev/dxg may be any vendor's GPU.
+    nvidia-smi has to list one: it is installed on hosts without a GPU as well, where all images or
+    nodes of a cluster are alike. In WSL, /dev/dxg may be any vendor's GPU.
     """
     files = [*root.glob("dev/nvidia[0-9]*"), *root.glob("proc/driver/nvidia/gpus/*")]
     if files:

@@ -1,4 +1,4 @@
-"""Which source files are this project's: the environment's may be in the same folder."""
+"""A test for source files of this project; the environment's may be in the same folder."""
 
 from pathlib import Path
 

@@ -10,8 +10,8 @@ A rank whose thread cannot run, since foreign code holds Python's interpreter, d
 caller aborts those on its own host, which makes faulthandler print their stacks on stderr. A timer
 of faulthandler, which needs no interpreter, ends a rank that nobody else misses.
 
-The store is in the process of rank 0. Where that is stopped, or its host away, a call of the store
-lasts: another thread of every rank then ends it, and one rank of each host prints a paragraph.
+The store is in the process of rank 0. Where that is stopped, or its host unreachable, calls of the
+store block: another thread of each rank then ends it, and one rank of each host prints a paragraph.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Watchdog:
                 stopwatch.restart()  # no other call before another wait
 
     def _guard(self) -> None:
-        """The body of the thread that ends this rank where the store does not answer."""
+        """Ends this rank where the store does not answer; runs in its own thread."""
         silence, stopwatch = Stopwatch(2 * POLL_SECONDS), Stopwatch(2 * POLL_SECONDS)
         while not self._closed.wait(POLL_SECONDS) and not self.failures.is_ending:
             silent = silence.seconds(self._rounds)

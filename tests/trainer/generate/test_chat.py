@@ -72,7 +72,7 @@ def test_reasoning_calls_and_results(opened: OpenedModel, monkeypatch: pytest.Mo
     answers = [answer_of(tokenizer, messages[:end], "high") for end in (3, 5)]
     asked = script(monkeypatch, answers)
     chat = Chat(opened, "high", Sampling(), 50, system="Short answers.", tools=[TOOL])
-    first = list(chat.say("rain?"))
+    first = list(chat.send("rain?"))
     assert "".join(text for text, reasons in first if reasons) == "look"
     assert "".join(text for text, reasons in first if not reasons) == ""
     assert [(call.name, call.arguments) for call in chat.calls] == [
@@ -101,7 +101,7 @@ def test_an_answer_that_does_not_follow_the_form_is_kept_as_text(
     script(monkeypatch, [nested, call])
     for _ in range(2):
         chat = Chat(opened, "none", Sampling(), 50)
-        list(chat.say("hello"))
+        list(chat.send("hello"))
         assert chat.messages[-1]["role"] == "assistant" and chat.calls == []
         assert "the answer is kept as text" in capsys.readouterr().err
     assert chat.messages[-1]["content"] == "tool_calls>"
@@ -113,11 +113,11 @@ def test_reasoning_that_is_cut_off_is_no_answer(
     tokenizer = opened.tokenizer
     asked = script(monkeypatch, [tokenizer.encode("never ends"), [tokenizer.eos_id]])
     chat = Chat(opened, "high", Sampling(), 50)
-    assert all(reasons for text, reasons in chat.say("hello") if text)
+    assert all(reasons for text, reasons in chat.send("hello") if text)
     assert chat.messages[-1]["reasoning_content"] == "never ends"
     report = capsys.readouterr().err
     assert "ended at its limit of" in report and "its reasoning has no end" in report
-    list(chat.say("again"))
+    list(chat.send("again"))
     assert "never ends" not in tokenizer.decode(asked[1])
 
 
@@ -173,4 +173,4 @@ def test_a_conversation_that_is_too_long(opened: OpenedModel) -> None:
     model = SimpleNamespace(config=tiny_config(max_position_embeddings=8))
     chat = Chat(OpenedModel(model, opened.tokenizer, None, "none"), "none", Sampling(), 5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_position_embeddings is 8"):
-        list(chat.say("a conversation of many tokens"))
+        list(chat.send("a conversation of many tokens"))
