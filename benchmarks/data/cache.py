@@ -26,7 +26,7 @@ from tests.s3 import start_server
 DOCUMENTS = 30_000
 FILLING_STEPS = 2
 SHARES = (2.0, 0.5, 0.25, 0.16)
-"""Of the shards' bytes that the cache may hold."""
+"""Limits of the cache, as shares of the shards' bytes."""
 
 
 def size_of(folder: Path) -> int:
@@ -41,7 +41,7 @@ def size_of(folder: Path) -> int:
 
 
 class LargestSize:
-    """Watches a folder from a thread; `value` is the largest size so far. [bytes]"""
+    """Samples a folder's size in a thread; `value` is the largest so far. [bytes]"""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.value = folder, 0

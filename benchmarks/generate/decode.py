@@ -1,14 +1,14 @@
 """Decoding, ours and with transformers' cache: tokens/s, the indexer's share and bytes, by context.
 
 Both models have the same weights and decode one sequence token by token, in turns of a few tokens,
-since a machine's speed drifts. A token's time is the median of all. Prompts are random;
-transformers reads them in chunks.
+since a machine's speed drifts. The time per token is the median. Prompts are random; transformers
+reads them in chunks.
 
     python -m benchmarks.generate.decode [RUN] [--contexts 512 4096 32768] [--tokens 24]
 
-`--threads` is 2 by default. `--cpu-time` counts the time of the process, in one thread: for a
-machine with other work. Without a run, the weights are those of the demo's config at its start. Its
-positions are raised where a context needs more.
+`--threads` is 2 by default. `--cpu-time` counts the CPU time of the process, in one thread, for
+machines that run other programs as well. Without a run, the weights are those of the demo's config
+at its start. Its positions are raised where a context needs more.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Ours:
 
 
 class Theirs:
-    """transformers' cache after a prompt; calling it decodes one token."""
+    """Cache of transformers after a prompt; calling it decodes one token."""
 
     def __init__(self, twin: DeepseekV4ForCausalLM, prompt: Tensor, clock: Clock) -> None:
         self.times, self._clock, self._twin, self._cache = Times(), clock, twin, None
@@ -167,7 +167,7 @@ def measure(
 
 
 def bytes_per_token(config: ModelConfig) -> float:
-    """Returns the slope of the report's formula: bytes of cache of a token in a long context."""
+    """Returns the slope of the report's formula: cache bytes per token in a long context."""
     itemsize, many = 4, 128 * 1024
     first, second = (
         sum(cache_bytes(config, n, itemsize, False).values()) for n in (many, 2 * many)

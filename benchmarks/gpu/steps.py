@@ -38,7 +38,7 @@ def measure(
     config = config_of(name, device, row, max(micro_tokens // row, 1), [f"kernels={kernels}"])
     step_tokens = load_config(name, []).data.global_batch_size * load_config(name, []).data.seq_len
     limit = ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    # What the check had no time for stays eager: the JSON's table has no later verdicts.
+    # What the check did not reach stays eager, as the JSON's table has no later verdicts.
     chosen = checked_kernels(config, device, started=0.0)
     step = Step(config, device, chosen)
     restart_peak(device)

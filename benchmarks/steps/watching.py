@@ -10,8 +10,8 @@ the clock and once in CPU time, which other programs disturb less; and the time 
 calls themselves. The interval of a median is that of 95%, from the order of the differences alone,
 whatever their distribution.
 
-Watching takes a time for each call, whatever the sizes of the model, while other programs disturb a
-measurement in proportion to the step. So the steps are short, and the share in any other one
+The cost of watching is a fixed time per call, whatever the model's sizes, while the disturbance by
+other programs is proportional to the step. So the steps are short, and the share in a longer step
 follows from the time and its number of calls.
 """
 

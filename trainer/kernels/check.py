@@ -1,8 +1,8 @@
 """Checks kernels on a GPU, each operation in its own process with a time limit.
 
 An illegal access of memory makes a process's GPU unusable until its end, a kernel may hang, and a
-compiler may crash: none of this reaches the caller, and the next operation gets a new process. So do,
-after a failure, the operation's other candidates: other block sizes, and libraries.
+compiler may crash: none of this reaches the caller, and the next operation gets a new process. So
+do, after a failure, the operation's other candidates: block sizes, and libraries.
 """
 
 from __future__ import annotations
