@@ -1,5 +1,6 @@
 """`v4 demo`: the whole pipeline, from text on this machine to a model that transformers loads."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 import webbrowser
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,11 @@ from trainer.process.exit_codes import INTERRUPTED
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "debug.yaml"
 PROCESSES = 2
 PROMPT = "def main(argv):\n"
+PROMPTS = (PROMPT, "The function returns")
+"""What the model continues at every evaluation of the training."""
+NEW_TOKENS = 48
+CHANCE = 1 / 4
+"""Accuracy in the task of a model that guesses; data.prepare.demo_cloze makes four choices."""
 
 
 class DemoFailed(Exception):
@@ -53,8 +60,10 @@ def _run_steps(out: Path, nproc: int | None, overrides: list[str]) -> int:
         f"data.sources.1.paths=[{json.dumps(str(out / 'corpus' / 'prose.jsonl'))}]",
         f"data.tokenizer.path={json.dumps(str(out / 'tokenizer'))}",
         f"data.shards={json.dumps(str(out / 'shards'))}",
-        *overrides,
     ]
+    cloze = out / "cloze" / "cloze.yaml" if importlib.util.find_spec("lm_eval") else None
+    arguments += [*_evaluated(load_config(str(CONFIG), [*arguments[1:], *overrides]), cloze)]
+    arguments += overrides
     config = load_config(arguments[0], arguments[1:])
     run_dir = config.run_dir
     hugging_face = _unused_name(out / "hf")
@@ -67,17 +76,7 @@ def _run_steps(out: Path, nproc: int | None, overrides: list[str]) -> int:
             gpus = int(_run("gpus", *arguments, captured=True))
             nproc = min(gpus, PROCESSES) or PROCESSES
         config.check_world(nproc)
-        # What an earlier demo made stays: its tokenizer, shards and run depend on it.
-        if all((out / "corpus" / name).is_file() for name in ("code.jsonl", "prose.jsonl")):
-            heading("1  text: that of an earlier demo in this folder")
-        else:
-            heading("1  text: the standard library, its documentation, the packages' documentation")
-            _run("demo-corpus", str(out / "corpus"))
-        if (Path(config.data.tokenizer.path) / "tokenizer.model").is_file():
-            heading("2  tokenizer: that of an earlier demo in this folder")
-        else:
-            heading("2  tokenizer")
-            _run("tokenizer-train", *arguments)
+        _make_text(out, config, arguments, cloze, heading)
         heading("3  token shards")
         _run("prepare", *arguments)
         heading(f"4  training on {nproc} process{'es' * (nproc > 1)}, stopped by SIGTERM half-way")
@@ -95,11 +94,65 @@ def _run_steps(out: Path, nproc: int | None, overrides: list[str]) -> int:
         heading("8  report")
         _run("report", str(run_dir))
         _open(run_dir / "report.html", console)
+        scores = _show_model(run_dir, cloze, heading)
     except DemoFailed as failed:
         return failed.code
     seconds = time.monotonic() - started
-    console.print(_table(config, result, sample, hugging_face, seconds))
+    console.print(_table(config, result, sample, scores, hugging_face, seconds))
     return 0
+
+
+def _make_text(
+    out: Path,
+    config: RunConfig,
+    arguments: list[str],
+    cloze: Path | None,
+    heading: Callable[[str], None],
+) -> None:
+    """Makes corpus, cloze and tokenizer, except for what an earlier demo made.
+
+    That stays: its tokenizer, shards and run depend on it.
+    """
+    if all((out / "corpus" / name).is_file() for name in ("code.jsonl", "prose.jsonl")):
+        heading("1  text: that of an earlier demo in this folder")
+    else:
+        heading("1  text: the standard library, its documentation, the packages' documentation")
+        _run("demo-corpus", str(out / "corpus"))
+    if cloze is None:
+        print("without a task, which needs lm-eval: pip install 'v4-pretrain[eval]'", flush=True)
+    elif not cloze.is_file():
+        _run("demo-cloze", arguments[0], str(cloze.parent), *arguments[1:])
+    if (Path(config.data.tokenizer.path) / "tokenizer.model").is_file():
+        heading("2  tokenizer: that of an earlier demo in this folder")
+    else:
+        heading("2  tokenizer")
+        _run("tokenizer-train", *arguments)
+
+
+def _evaluated(config: RunConfig, cloze: Path | None) -> Iterator[str]:
+    """Yields overrides for what else the run evaluates, as far as its engine and degrees can."""
+    if config.engine != "native":
+        return
+    if max(segment.parallel.pipeline for segment in config.recipe.segments) == 1:
+        yield f"evaluation.prompts={json.dumps(PROMPTS)}"
+        yield f"evaluation.prompt_tokens={NEW_TOKENS}"
+    if cloze is not None:
+        yield f"evaluation.tasks=[{json.dumps(str(cloze))}]"
+
+
+def _show_model(
+    run_dir: Path, cloze: Path | None, heading: Callable[[str], None]
+) -> dict[str, float]:
+    """Shows what the model writes, and returns its scores in the cloze."""
+    heading("9  v4 generate, with the compressed cache and the MTP block's drafts")
+    options = ["--temperature", "0", "--max-new-tokens", str(NEW_TOKENS)]
+    _run("generate", str(run_dir), "--prompt", PROMPT, *options)
+    if cloze is None:
+        return {}
+    heading("10  v4 eval --tasks, a cloze over validation text")
+    result = _run("eval", str(run_dir), "--tasks", str(cloze), "--json", captured=True)
+    scores: dict[str, float] = json.loads(result)["tasks"]
+    return scores
 
 
 def _open(report: Path, console: Console) -> None:
@@ -159,6 +212,7 @@ def _table(
     config: RunConfig,
     result: dict[str, Any],
     sample: dict[str, Any],
+    scores: dict[str, float],
     hugging_face: Path,
     seconds: float,
 ) -> Table:
@@ -172,6 +226,11 @@ def _table(
         ("tokens trained on", f"{result['tokens']:,}"),
         ("validation loss, nats per token", f"{result['validation_loss']:.3f}"),
         ("unigram entropy of the validation text", f"{result['unigram_entropy']:.3f}"),
+        *(
+            (f"{name}, chance {CHANCE}", f"{score:.3f} ± {scores[name + '_stderr']:.3f}")
+            for name, score in scores.items()
+            if not name.endswith("_stderr")
+        ),
         ("tokens per second, median", f"{speeds[len(speeds) // 2]:,.0f}"),
         ("time of the demo", f"{seconds / 60:.1f} min"),
         ("report", str(config.run_dir / "report.html")),

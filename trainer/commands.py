@@ -250,6 +250,15 @@ def demo_corpus(folder: str, options: argparse.Namespace) -> None:
         print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
+def demo_cloze(config: RunConfig, options: argparse.Namespace) -> None:
+    """Make a task of lm-eval of the prose in the validation split."""
+    from data.prepare import write_demo_cloze
+
+    with Activity("making the task"):
+        questions = write_demo_cloze(config.data, Path(options.folder))
+    print(f"wrote {Path(options.folder, 'cloze.yaml')}: {questions} questions")
+
+
 def sample(folder: str, options: argparse.Namespace) -> None:
     """Load an exported folder with transformers and continue a prompt."""
     from trainer.export import sample_text
@@ -272,6 +281,7 @@ VERBS = {
     "export": export,
     "import": import_,
     "report": report,
+    "demo-cloze": demo_cloze,
     "plan": plan,
     "gpus": gpus,
     "kernels-check": kernels_check,
@@ -355,6 +365,8 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("config", help="config file or run folder")
         if name in ("export", "import"):
             verb.add_argument("folder", help="Hugging Face folder")
+        if name == "demo-cloze":
+            verb.add_argument("folder", help="folder of the task")
         if name in ("tokenizer-train", "prepare"):
             verb.add_argument("--overwrite", action="store_true", help="replace what is there")
         if name == "eval":

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data.prepare.demo_cloze import write_demo_cloze
     from data.prepare.demo_corpus import build_demo_corpus
     from data.prepare.run import prepare
     from data.prepare.tokenizer_training import train_tokenizer
@@ -16,6 +17,7 @@ _MODULES = {
     "build_demo_corpus": "demo_corpus",
     "prepare": "run",
     "train_tokenizer": "tokenizer_training",
+    "write_demo_cloze": "demo_cloze",
 }
 __all__ = list(_MODULES)
 

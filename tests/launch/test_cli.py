@@ -305,13 +305,38 @@ def test_a_demo_goes_on_with_what_an_earlier_one_made(
 
     monkeypatch.setattr(demo, "_run", run)
     assert demo.run_demo(tmp_path, 2, []) == 3
-    assert verbs == ["demo-corpus", "tokenizer-train", "prepare"]
-    for name in ("corpus/code.jsonl", "corpus/prose.jsonl", "tokenizer/tokenizer.model"):
+    assert verbs == ["demo-corpus", "demo-cloze", "tokenizer-train", "prepare"]
+    corpus = ("corpus/code.jsonl", "corpus/prose.jsonl")
+    for name in (*corpus, "cloze/cloze.yaml", "tokenizer/tokenizer.model"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     verbs.clear()
     assert demo.run_demo(tmp_path, 2, []) == 3
     assert verbs == ["prepare"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "evaluated"),
+    [
+        ([], {"prompts", "prompt_tokens", "tasks"}),
+        (["parallel.pipeline=2"], {"tasks"}),
+        (
+            [
+                "engine=deepspeed",
+                "optim.matrix_optimizer=adamw",
+                'deepspeed={"optimizer": {"type": "AdamW"}}',
+            ],
+            set(),
+        ),
+    ],
+)
+def test_a_demo_evaluates_what_its_engine_and_degrees_can(
+    overrides: list[str], evaluated: set[str]
+) -> None:
+    config = load_config(demo.CONFIG, overrides)
+    added = [*demo._evaluated(config, Path("cloze.yaml"))]
+    assert {text.split("=")[0] for text in added} == {f"evaluation.{name}" for name in evaluated}
+    load_config(demo.CONFIG, [*overrides, *added])  # accepts them
 
 
 @pytest.mark.parametrize(("gpus", "processes"), [("0", 2), ("1", 1), ("2", 2), ("8", 2)])
