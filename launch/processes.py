@@ -105,7 +105,7 @@ def run_together(processes: int, verb: str, *arguments: str) -> int:
         received.extend([number] * 2)
 
     line = _torchrun(["trainer.commands", verb, *arguments], processes)
-    with handlers(dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), receive)):
+    with handlers(dict.fromkeys((*STOP_SIGNALS, signal.SIGQUIT), receive)):
         code = _Training(line, processes, 0, received, []).wait()
     if not received:
         return code

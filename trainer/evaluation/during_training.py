@@ -57,19 +57,23 @@ class Evaluations:
 
     def run(self, engine: Engine, phase: Phase, step: int, result: StepResult) -> None:
         """Adds to the result what is due after a step. Raises EvaluationStopped on all ranks."""
-        if self.validation is not None and self._losses_are_due(step):
+        is_due = self._losses_are_due(step)
+        if self.validation is not None and is_due:
             evaluation = self.validation.evaluate(engine)
             result.validation_loss = evaluation.loss
             result.validation_bits_per_byte = evaluation.bits_per_byte
             if (by_source := self.validation.by_source(engine)) is not None:
                 result.validation_by_source = by_source.losses
                 result.validation_bits_per_byte_by_source = by_source.bits_per_byte
+        if is_due:
             result.samples = self._continue_prompts(engine, phase)
         if self._tasks is not None and self._tasks_are_due(step):
             result.tasks = self._evaluate_tasks(self._tasks, engine, phase)
 
     def _losses_are_due(self, step: int) -> bool:
-        return self.validation is not None and self._is_due(self._config.evaluation.every, step)
+        settings = self._config.evaluation
+        has_any = self.validation is not None or bool(settings.prompts)
+        return has_any and self._is_due(settings.every, step)
 
     def _tasks_are_due(self, step: int) -> bool:
         return self._tasks is not None and self._is_due(self._config.evaluation.task_interval, step)

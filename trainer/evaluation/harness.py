@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -97,9 +98,16 @@ class HarnessModel(TemplateLM):
                     f"an answer has {len(rest):,} tokens; it should have between 1 and the "
                     f"{self.max_length:,} that the model reads"
                 )
-        texts = [(context + rest)[-(self.max_length + 1) :] for context, rest in pairs]
+        # A context of spaces alone is empty: lm-eval moves them into the answer.
+        texts = [
+            ((context or [self.prefix_token_id]) + rest)[-(self.max_length + 1) :]
+            for context, rest in pairs
+        ]
         items = [Continuation(t, len(rest)) for t, (_, rest) in zip(texts, pairs, strict=True)]
-        return list(self._call(items)) if items else []
+        scores = list(self._call(items)) if items else []
+        if not all(math.isfinite(score.log_likelihood) for score in scores):
+            raise TaskError("the model's logits are not finite")
+        return scores
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
@@ -151,7 +159,7 @@ class HarnessModel(TemplateLM):
             self.tok_encode(context)[new - self.max_length :] or [self.prefix_token_id]
             for context in contexts
         ]
-        temperature = values.get("temperature", 0.0) if values.get("do_sample") else 0.0
+        temperature = values.get("temperature", 1.0) if values.get("do_sample") else 0.0
         sampling = Sampling(temperature, values.get("top_p", 1.0))
         until = [text for text in handle_stop_sequences(values.get("until"), eos) if text]
         return Texts(prompts, new, until, sampling)
@@ -169,6 +177,10 @@ def open_tasks(settings: EvaluationConfig) -> dict[str, Any]:
         _task_of_file(task, settings.task_code) if is_task_file(task) else _known(task, manager)
         for task in settings.tasks
     ]
+    own = [spec["task"] for spec in specs if isinstance(spec, dict) and "task" in spec]
+    for name in own:
+        if own.count(name) > 1 or name in names:
+            raise TaskError(f"task: {name} names two tasks; their scores need names of their own")
     try:
         opened: dict[str, Any] = dict(manager.load(specs))
     except Exception as error:

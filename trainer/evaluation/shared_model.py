@@ -82,18 +82,21 @@ class SharedModel:
             self._before_batch(done, len(order))
             longest = len(texts.prompts[order[done]]) + texts.max_new_tokens
             group = order[done : done + max(budget // longest, 1)]
-            for index, text in zip(group, self._continue(texts, group), strict=True):
+            for index, text in zip(group, self._continue(texts, group, done), strict=True):
                 results[index] = text
             done += len(group)
         return results
 
-    def _continue(self, texts: Texts, group: Sequence[int]) -> list[str]:
-        engine, eos = self._engine, self.tokenizer.eos_id
+    def _continue(self, texts: Texts, group: Sequence[int], seed: int) -> list[str]:
+        engine, special = self._engine, self.tokenizer.special
+        # Special tokens are hidden in the text, where strings are looked for.
+        stop = {self.tokenizer.eos_id, *(special[end] for end in texts.until if end in special)}
         request = Request(
             [texts.prompts[index] for index in group],
             texts.max_new_tokens,
             texts.sampling,
-            frozenset({eos}),
+            frozenset(stop),
+            seed=seed,
             speculative=True,
         )
         tokens: list[list[int]] = [[] for _ in group]

@@ -30,6 +30,9 @@ def read_task_file(path: Path) -> dict[str, Any]:
     task = _read(path, ())
     if not isinstance(task.get("task"), str | list) and not isinstance(task.get("group"), str):
         raise TaskError(f"{path}: has no key 'task' with a name; it should be a task of lm-eval")
+    members = task.get("task")
+    if isinstance(members, list) and not all(isinstance(name, str) for name in members):
+        raise TaskError(f"{path}: task has a task in itself; name its file in evaluation.tasks")
     for key in _RUN_CODE:
         if task.get(key):
             raise TaskError(f"{path}: {key} would run code; {_ALLOW}")

@@ -157,7 +157,7 @@ class _Comparison:
         unknown = {name for name, place in weights.items() if place not in expected_parts}
         stray = [n for n in self.headers if n.endswith(".scale") and not self._has_weight(n)]
         yield from _count("has", "tensor", "that it does not know", [*unknown, *stray])
-        known = {name: place for name, (place, _) in weights.items() if name not in unknown}
+        known = {name: place for name, place in weights.items() if name not in unknown}
         yield from self._wrong_formats(known)
 
     def _has_weight(self, scale: str) -> bool:
@@ -225,18 +225,22 @@ class _Comparison:
                     return candidate, part
         return name, ""
 
-    def _wrong_formats(self, places: Mapping[str, str]) -> Iterator[str]:
-        """Yields what is wrong with dtypes, shapes and scales; `places`: parameters by tensor."""
+    def _wrong_formats(self, places: Mapping[str, tuple[str, str]]) -> Iterator[str]:
+        """Yields what is wrong with dtypes, shapes and scales.
+
+        `places`: the parameter and its part, by tensor. A server loads several names into one.
+        """
         with torch.device("meta"):
             model = V4Model(self.config)
-        shapes = {n: tuple(t.shape) for n, t in to_official(named_tensors(model).items())}
+        official = to_official(named_tensors(model).items())
+        shapes = {self._place(name): tuple(tensor.shape) for name, tensor in official}
         dtypes, sizes, scales, wrong_scales = [], [], [], []
         for name, place in places.items():
-            header, dtype = self.headers[name], self._dtype(name, self._expected[place])
+            header, dtype = self.headers[name], self._dtype(name, self._expected[place[0]])
             if (header.dtype if header.dtype in _QUANTISED else "") != dtype:
                 dtypes.append(f"{name} ({header.dtype} instead of {dtype or 'BF16 or F32'})")
                 continue
-            shape = shapes[name]
+            shape = shapes[place]
             stored = (*shape[:-1], shape[-1] // 2) if dtype == "I8" else shape
             if header.shape != stored:
                 sizes.append(f"{name} ({list(header.shape)} instead of {list(stored)})")
