@@ -47,7 +47,7 @@ def linear_task(config: ModelConfig, row: int) -> Task:
     case = cases.linear_case(sizes_of(config, row), shape, 1.0)
 
     def in_bf16(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.bmm(x, weight.transpose(1, 2))
+        return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
 
     return task_of(case, "FP8 linear", row, **{"torch in bf16": in_bf16})
 

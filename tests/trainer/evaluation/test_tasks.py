@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
+from data import Tokenizer
 from tests.trainer.evaluation.tasks import write_tasks
 from tests.trainer.tiny import train
 from trainer.commands import main
 from trainer.config import ConfigError, EvaluationConfig, load_config
 from trainer.evaluation import Tasks
+from trainer.evaluation.harness import HarnessModel
+from trainer.evaluation.scoring import Continuation, Score
 from trainer.evaluation.task_files import read_task_file
 from trainer.parallel.grid import Grid
 from trainer.process.errors import TaskError
@@ -55,6 +58,7 @@ def test_data_files_are_beside_the_task_file(choice: Path) -> None:
         ([], "task:", "has no key 'task'"),
         (["include: variant.yaml"], "\0", "includes itself"),
         (["a: [b"], "\0", "is no YAML"),
+        (["group: g", "task: [{task: a, use_prompt: x}]"], "task:", "has a task in itself"),
     ],
 )
 def test_task_files_that_are_refused(
@@ -69,6 +73,31 @@ def test_task_files_that_are_refused(
 def test_a_task_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"none\.yaml: this task file is not there"):
         Tasks(EvaluationConfig(tasks=(str(tmp_path / "none.yaml"),)), Grid.single())
+
+
+def test_two_tasks_of_one_name(choice: Path) -> None:
+    paths = (str(choice), str(variant(choice)))
+    with pytest.raises(TaskError, match="task: choice names two tasks"):
+        Tasks(EvaluationConfig(tasks=paths), Grid.single())
+
+
+@pytest.mark.parametrize("score", [0.0, float("nan")])
+def test_a_context_of_spaces_begins_with_bos(tiny: Path, score: float) -> None:
+    """It is empty for lm-eval. A score that is no number is no score."""
+    items: list[Continuation] = []
+
+    def call(more: list[Continuation]) -> list[Score]:
+        items.extend(more)
+        return [Score(score, True)]
+
+    tokenizer = Tokenizer(load_config(tiny).data.tokenizer.path)
+    model = HarnessModel(call, tokenizer, max_length=8, bos=False)
+    if score != score:
+        with pytest.raises(TaskError, match="logits are not finite"):
+            model._scores([([], [5])])
+        return
+    assert model._scores([([], [5])]) == [Score(score, True)]
+    assert items == [Continuation([tokenizer.bos_id, 5], 1)]
 
 
 def test_a_metric_that_would_run_code_of_the_hub(choice: Path) -> None:

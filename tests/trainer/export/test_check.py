@@ -150,6 +150,17 @@ def test_each_fault_is_a_clause_with_its_count(
     assert err.splitlines()[-1].startswith(f"v4: error: {folder}: ")
 
 
+def test_names_of_save_pretrained(exports: Path, tmp_path: Path) -> None:
+    """Both servers take names with and without `model.`."""
+    folder = tmp_path / "folder"
+    shutil.copytree(exports / "released", folder)
+    rename = lambda t: [  # noqa: E731
+        t.update({f"model.{name}": t.pop(name)}) for name in [*t] if name.startswith("layers.")
+    ]
+    with_tensors(rename)(folder)
+    assert main(["check-export", str(folder)]) == 0
+
+
 def test_sizes_without_kernels(tiny: Path, tmp_path: Path) -> None:
     config = train(tiny, tmp_path / "run", "steps=1")
     export_run(config, tmp_path / "out")
