@@ -95,7 +95,14 @@ def end_at(trainer: Trainer, stop: StopRequest, how: str, step: int) -> None:
     if how == "before":
         trainer.periodic.insert(1, lambda state, _: crash(state.step == step))
     if how == "stop" and trainer.grid.is_first:
-        trainer.periodic.append(lambda state, _: state.step == step - 1 and stop.request())
+        before_step: Callable[[], None] = trainer.stability.before_step
+
+        def stop_and_begin() -> None:  # also where this step is the first one after a resume
+            if trainer.state.step == step - 1:
+                stop.request()
+            before_step()
+
+        trainer.stability.before_step = stop_and_begin  # type: ignore[method-assign]
     folder = trainer.checkpoint.folder
     publish: Callable[..., None] = folder._publish
 
