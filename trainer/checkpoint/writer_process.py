@@ -242,15 +242,17 @@ def _publish(
     """Publishes once all ranks have written; returns the failure of one of them, or None."""
     poll = STORAGE_POLL_SECONDS if isinstance(new.folder, StoragePath) else POLL_SECONDS
     ranks, files = range(request.world_size), dict[str, FileRecord]()
-    missing = set(ranks)
+    missing, is_over = set(ranks), False
     while missing:
         for rank, outcome in read_outcomes(new, missing).items():
             if "files" not in outcome:
                 return Answer("failed", 0.0, outcome["errno"], outcome["reason"], rank)
             files |= outcome["files"]
             missing.remove(rank)
-        if missing and is_aborted(poll):
+        if missing and is_over:
             return Answer("failed", 0.0, None, "another rank could not write", min(missing))
+        # Then one more look: the rank that failed had left its reason before it said so.
+        is_over = bool(missing) and is_aborted(poll)
     remove_outcomes(new, ranks)
     assert request.state is not None
     checkpoints = as_path(request.checkpoints)

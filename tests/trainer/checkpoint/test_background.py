@@ -344,6 +344,20 @@ def test_a_later_checkpoint_that_stays_is_no_failed_save(
     assert re.search(warning, capsys.readouterr().err)
 
 
+def test_a_reason_left_between_the_last_look_and_the_abort_is_given(tmp_path: Path) -> None:
+    """The other rank leaves it before it says that it has failed; the abort may be seen first."""
+    new = NewCheckpoint(1, open_store(tmp_path).begin(1, "0a"), "0a")
+    write_outcome(new, 0, {"files": {}})
+    request = Request(str(tmp_path), 1, str(new.folder), "0a", [], 0, 2, {"step": 1})
+
+    def is_aborted(seconds: float) -> bool:
+        write_outcome(new, 1, {"errno": errno.EFBIG, "reason": "File too large"})
+        return True
+
+    failure = writer_process._publish(new, request, is_aborted)
+    assert failure is not None and (failure.rank, failure.reason) == (1, "File too large")
+
+
 def test_memory_decides_the_mode(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(tiny, ["checkpoint.every=2"])
     mode = choose_save_mode(config, Grid.single())
