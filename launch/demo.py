@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -188,18 +187,14 @@ def _check_exit(code: int) -> None:
 
 
 def _train_half(config: RunConfig, arguments: list[str], nproc: int) -> None:
-    """Trains with `v4 train` and sends SIGTERM once half of the steps are in metrics.jsonl."""
+    """Trains as `v4 train` does, and sends SIGTERM once half of the steps are in metrics.jsonl."""
     half = config.recipe.steps // 2
     metrics = config.run_dir / "metrics.jsonl"
     if _steps_in(metrics) >= half:
         return  # an earlier demo in the same folder got this far
-    command = [sys.executable, "-m", "launch", "train", *arguments]
-    with subprocess.Popen([*command, f"--nproc-per-node={nproc}"]) as process:
-        while process.poll() is None and _steps_in(metrics) < half:
-            time.sleep(0.2)
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        _check_exit(processes.finish(process.wait(), "v4 train"))
+    _check_exit(processes.train(arguments, nproc, is_enough=lambda: _steps_in(metrics) >= half))
+    if _steps_in(metrics) < half:
+        raise DemoFailed(INTERRUPTED)  # a signal stopped the training
 
 
 def _steps_in(metrics: Path) -> int:

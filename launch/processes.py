@@ -144,13 +144,18 @@ def handlers(new: Mapping[int, Handler]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def train(arguments: Sequence[str], processes: int, restarts: int = 0) -> int:
+def train(
+    arguments: Sequence[str],
+    processes: int,
+    restarts: int = 0,
+    is_enough: Callable[[], bool] = lambda: False,
+) -> int:
     """Trains to the last step, or to the checkpoint that follows one of `STOP_SIGNALS`.
 
-    A second signal, or SIGQUIT, kills the training; PROFILE_SIGNAL goes to its processes. After a
-    crash it restarts from the newest checkpoint, at most `restarts` times. Returns 0, 2 after one
-    line on stderr about bad input, or the exit code of the training processes, 128 + n where signal
-    n killed one.
+    Once `is_enough()`, it stops as after SIGTERM. A second signal, or SIGQUIT, kills the training;
+    PROFILE_SIGNAL goes to its processes. After a crash it restarts from the newest checkpoint, at
+    most `restarts` times. Returns 0, 2 after one line on stderr about bad input, or the exit code
+    of the training processes, 128 + n where signal n killed one.
     """
     received: list[int] = []  # from before the start, else a signal could leave the training alone
 
@@ -165,7 +170,7 @@ def train(arguments: Sequence[str], processes: int, restarts: int = 0) -> int:
     new = dict.fromkeys((*STOP_SIGNALS, signal.SIGQUIT), receive)
     with handlers({**new, PROFILE_SIGNAL: receive_profile}):
         line = training_command(arguments, processes, restarts)
-        return _Training(line, processes, restarts, received, profiles).wait()
+        return _Training(line, processes, restarts, received, profiles).wait(is_enough)
 
 
 class _Training:
@@ -206,12 +211,16 @@ class _Training:
         )
         self.errors = _ErrorFilter(self.process.stderr)
 
-    def wait(self) -> int:
-        """Waits for the training and returns its exit code."""
+    def wait(self, is_enough: Callable[[], bool] = lambda: False) -> int:
+        """Waits for the training and returns its exit code; ends it once `is_enough()`."""
         while self._is_running():
             if len(self.received) > 1 or self._restarts_after_error():
                 self._kill()
-            elif self.received or self.process.poll() is not None:  # workers without torchrun
+            elif (
+                self.received
+                or self.process.poll() is not None  # workers without torchrun
+                or is_enough()
+            ):
                 self._terminate()
             while self.profiles:
                 self.profiles.pop()

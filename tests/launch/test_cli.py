@@ -19,6 +19,7 @@ from tests.distributed import spawn
 from tests.trainer.tiny import assert_same_run, steps_in_file, train, train_jobs
 from trainer.commands import parse
 from trainer.config import load_config
+from trainer.process.exit_codes import INTERRUPTED
 
 V4 = [sys.executable, "-m", "launch"]
 
@@ -213,41 +214,29 @@ def test_eval_export_import_and_plan(tiny: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and "parameters" in done.stdout, done.stderr
 
 
-def test_the_demo_stops_its_training_after_half_of_the_steps(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = load_config(tiny, [f"run_dir={tmp_path}"])
-    metrics, signals = tmp_path / "metrics.jsonl", []
+def test_the_demo_stops_its_training_after_half_of_the_steps(tiny: Path, tmp_path: Path) -> None:
+    arguments = [str(tiny), f"run_dir={tmp_path}", "steps=24"]
+    demo._train_half(load_config(tiny, arguments[1:]), arguments, 1)
+    assert 12 <= steps_in_file(tmp_path)[-1] < 24
+    stopped = (tmp_path / "metrics.jsonl").read_bytes()
+    demo._train_half(load_config(tiny, arguments[1:]), arguments, 1)  # nothing to train
+    assert (tmp_path / "metrics.jsonl").read_bytes() == stopped
 
-    class Training:
-        """A process that makes a step whenever it is looked at, until it gets a signal."""
 
-        def __init__(self, command: list[str]) -> None:
-            metrics.write_text("")
-
-        def __enter__(self) -> "Training":
-            return self
-
-        def __exit__(self, *exception: object) -> None:
-            pass
-
-        def poll(self) -> int | None:
-            with open(metrics, "a") as file:
-                file.write("{}\n")
-            return 0 if len(metrics.read_text().split()) > config.recipe.steps else None
-
-        def send_signal(self, number: int) -> None:
-            signals.append((number, len(metrics.read_text().split()) - 1))
-
-        def wait(self) -> int:
-            return 0
-
-    monkeypatch.setattr(demo.subprocess, "Popen", Training)
-    monkeypatch.setattr(demo.time, "sleep", lambda seconds: None)
-    demo._train_half(config, [], 1)
-    assert signals == [(signal.SIGTERM, config.recipe.steps // 2)]
-    demo._train_half(config, [], 1)  # the same folder again: nothing to train
-    assert len(signals) == 1
+@pytest.mark.slow
+def test_a_signal_for_the_demo_alone_ends_its_training(tiny: Path, tmp_path: Path) -> None:
+    arguments = [str(tiny), f"run_dir={tmp_path}", "steps=100000"]
+    code = "import sys; from pathlib import Path; from trainer.config import load_config\n"
+    code += "from launch import demo; config = load_config(sys.argv[1], sys.argv[2:])\n"
+    code += "try: demo._train_half(config, sys.argv[1:], 1)\n"
+    code += "except demo.DemoFailed as failed: sys.exit(failed.code)\n"
+    with subprocess.Popen([sys.executable, "-c", code, *arguments]) as process:
+        wait_for_step(tmp_path, 1, process)
+        (training,) = processes.psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == INTERRUPTED
+    assert not processes.psutil.pid_exists(training.pid)
+    assert list((tmp_path / "checkpoints").glob("step-*")), "saved"
 
 
 def test_help_loads_only_typer_and_a_config_no_torch(tiny: Path) -> None:
