@@ -305,6 +305,8 @@ class DataConfig(Section):
     cache: CacheConfig = CacheConfig()
     prepare_workers: int | None = Field(default=None, ge=1, le=4096)
     """Processes of `v4 data prepare`; null: one per core. [processes]"""
+    task_attempts: int = Field(default=3, ge=1, le=1000)
+    """How often a unit of work is attempted whose process dies or cannot write. [attempts]"""
     max_bad_record_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Maximum share of a source's records that may be bad; they are listed in
     `*.quarantine.jsonl`."""

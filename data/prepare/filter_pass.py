@@ -8,11 +8,12 @@ the pass are removed when the shards are complete.
 """
 
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,8 @@ from data.prepare.corpus import BadRecord, Corpus, Document
 from data.prepare.duplicates import SignatureTable, find_duplicates
 from data.prepare.filters import KEPT, REASONS, Rules
 from data.prepare.signatures import SIGNATURE, signatures
+from data.prepare.task import Preparation, Task
 from data.prepare.work_item import WorkItem, batches
-from data.text import Tokenizer
 
 VERDICT = np.dtype([("reason", "u1"), ("item", "<i4"), ("document", "<i8")])
 _SUFFIXES = ("filter.bin", "filter.json", "verdicts.npy")
@@ -42,20 +43,33 @@ class _FilterRecord(BaseModel):
     documents: int
 
 
-def is_filtered(item: WorkItem, folder: Path) -> bool:
-    """True where the signatures of a work item are complete."""
-    try:
-        content = (folder / f"{item.name}.filter.json").read_bytes()
-        record = _FilterRecord.model_validate_json(content)
-        size = (folder / f"{item.name}.filter.bin").stat().st_size
-    except (OSError, ValidationError):
-        return False
-    return size == record.documents * SIGNATURE.itemsize
+class FilterTask(Task):
+    """Judges and signs the documents of one work item, whose name it has."""
+
+    kind: Literal["filter"] = "filter"
+    item: int
+
+    def is_done(self, folder: Path) -> bool:
+        """Whether the signatures are complete."""
+        try:
+            content = (folder / f"{self.name}.filter.json").read_bytes()
+            record = _FilterRecord.model_validate_json(content)
+            size = (folder / f"{self.name}.filter.bin").stat().st_size
+        except (OSError, ValidationError):
+            return False
+        return size == record.documents * SIGNATURE.itemsize
+
+    def run(self, preparation: Preparation, advance: Callable[[int], None]) -> None:
+        """Leaves the signatures in the folder."""
+        config = preparation.config
+        assert config.filters is not None
+        tolerant = config.max_bad_record_fraction > 0
+        item = preparation.items[self.item]
+        filter_item(item, preparation.folder, config.filters, tolerant, advance)
 
 
 def filter_item(
     item: WorkItem,
-    _tokenizer: Tokenizer,
     folder: Path,
     filters: FiltersConfig,
     tolerant: bool,
@@ -66,7 +80,7 @@ def filter_item(
     `advance` is called with the UTF-8 bytes of the documents processed.
     """
     rules = Rules(filters, item.source)
-    partial = folder / f".{item.name}.filter.{os.getpid()}"
+    partial = folder / f".{item.name}.filter.{secrets.token_hex(8)}"
     bad: list[BadRecord] | None = [] if tolerant else None
     count = 0
     try:

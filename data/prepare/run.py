@@ -14,13 +14,12 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 from data.activity import Activity, print_line
-from data.config import DataConfig, FiltersConfig, fingerprint_source, fingerprint_text
+from data.config import DataConfig, fingerprint_source, fingerprint_text
 from data.errors import DataError
 from data.files import sha256_of
 from data.indexed import open_cache
@@ -28,17 +27,12 @@ from data.lease import Lease
 from data.manifest import FilterStats, Manifest, Shard, preparation_settings
 from data.prepare.compressed import SUFFIXES
 from data.prepare.corpus import Corpus, no_document, require_distinct, require_few_bad
-from data.prepare.filter_pass import (
-    FilterSettings,
-    deduplicate,
-    filter_item,
-    is_filtered,
-    remove_filter_files,
-)
-from data.prepare.pool import Progress, run_items
+from data.prepare.engines import open_engine
+from data.prepare.filter_pass import FilterTask, deduplicate, remove_filter_files
 from data.prepare.publish import UNFINISHED, existing_shards, publish
+from data.prepare.task import Preparation, Task
 from data.prepare.work_item import WorkItem, work_items
-from data.prepare.write_part import PartRecord, finished_part, write_part
+from data.prepare.write_part import PartRecord, WritePartTask, finished_part
 from data.storage import StoragePath, as_path
 from data.text import Tokenizer
 from data.token_counts import write_counts
@@ -119,55 +113,32 @@ def _write(
     config: DataConfig, corpora: list[Corpus], tokenizer: Tokenizer, folder: Path, progress: bool
 ) -> list[tuple[WorkItem, PartRecord]]:
     """Writes the parts that are not in `folder` yet; returns all work items with their records."""
-    items = [item for corpus in corpora for item in work_items(corpus)]
+    items = tuple(item for corpus in corpora for item in work_items(corpus))
     for partial_file in folder.glob(".*"):
         partial_file.unlink()  # of a run that died while writing
-    records = {
-        item: record for item in items if (record := finished_part(item, folder)) is not None
-    }
-    remaining = [item for item in items if item not in records]
-    tolerant = config.max_bad_record_fraction > 0
-    workers = config.prepare_workers or os.cpu_count() or 1
-    filter_settings = None
-    if config.filters is not None and remaining:
-        _filter(config.filters, items, tokenizer, folder, tolerant, workers, progress)
-        filter_settings = FilterSettings(config.filters, tuple(item.name for item in items))
-    work = partial(
-        write_part,
-        folder=folder,
-        validation_fraction=config.validation_fraction,
-        tolerant=tolerant,
-        filter_settings=filter_settings,
-    )
-    with Progress(items, "tokenise", progress) as bar:
-        for item in records:
-            bar.advance(item, item.size)
-        records.update(run_items(remaining, tokenizer, workers, work, bar.advance))
-    return [(item, records[item]) for item in items]
+    engine = open_engine(Preparation(config, folder, items, lambda: tokenizer), progress)
+    parts = _tasks(WritePartTask, items)
+    if config.filters is not None and not all(part.is_done(folder) for part in parts):
+        engine.run(_tasks(FilterTask, items), "filter")
+        with Activity("deduplicating", visible=progress):
+            deduplicate(items, folder, config.filters)
+    engine.run(parts, "tokenise")
+    return [(item, _record(item, folder)) for item in items]
 
 
-def _filter(
-    filters: FiltersConfig,
-    items: list[WorkItem],
-    tokenizer: Tokenizer,
-    folder: Path,
-    tolerant: bool,
-    workers: int,
-    progress: bool,
-) -> None:
-    """Leaves verdicts on all documents in `folder`."""
-    work = partial(filter_item, folder=folder, filters=filters, tolerant=tolerant)
-    with Progress(items, "filter", progress) as bar:
-        remaining = []
-        for item in items:
-            if is_filtered(item, folder):
-                bar.advance(item, item.size)
-            else:
-                remaining.append(item)
-        for _ in run_items(remaining, tokenizer, workers, work, bar.advance):
-            pass
-    with Activity("deduplicating", visible=progress):
-        deduplicate(items, folder, filters)
+def _tasks(kind: type[FilterTask | WritePartTask], items: Sequence[WorkItem]) -> list[Task]:
+    """One task of a kind for each work item."""
+    return [
+        kind(name=item.name, size=item.size, group=item.source.name, item=number)
+        for number, item in enumerate(items)
+    ]
+
+
+def _record(item: WorkItem, folder: Path) -> PartRecord:
+    record = finished_part(item.name, folder)
+    if record is None:
+        raise DataError(f"{folder}/{item.name}.json was removed meanwhile; run the command again.")
+    return record
 
 
 def _manifest(

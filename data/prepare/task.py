@@ -21,24 +21,31 @@ class Preparation:
     Attributes:
         config: of the data.
         folder: where results are until the shards are published.
-        items: all work items, in order.
-        tokenizer: opened once in each process.
+        items: all work items, in order; tasks refer to them by number.
+        open_tokenizer: returns the tokenizer, the same one in each call.
     """
 
     config: DataConfig
     folder: Path
     items: tuple[WorkItem, ...]
-    tokenizer: Tokenizer
+    open_tokenizer: Callable[[], Tokenizer]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Opened where a task first needs it, which takes seconds."""
+        return self.open_tokenizer()
 
 
 class Task(Section):
     """A unit of work; its name is unique in its stage and names its log.
 
-    `size` is the bytes that it processes, for the progress.
+    `size` is the bytes that it processes, for the progress; `group` names the bar of the progress
+    that it counts in: a source, or nothing.
     """
 
     name: str
     size: int
+    group: str = ""
 
     @abstractmethod
     def is_done(self, folder: Path) -> bool:

@@ -6,9 +6,11 @@ record `*.json` is written last: an item with a record is done, any other is pro
 
 import json
 import os
+import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,7 @@ from data.manifest import FilterStats, Shard, Split
 from data.prepare.corpus import BadRecord, Corpus
 from data.prepare.filter_pass import FilterSettings, VerdictFilter
 from data.prepare.splits import is_validation
+from data.prepare.task import Preparation, Task
 from data.prepare.work_item import WorkItem, batches
 from data.text import Tokenizer, encode_segments
 
@@ -45,10 +48,37 @@ class PartRecord(BaseModel):
     )
 
 
-def finished_part(item: WorkItem, folder: Path) -> PartRecord | None:
+class WritePartTask(Task):
+    """Tokenises one work item, whose name it has."""
+
+    kind: Literal["write_part"] = "write_part"
+    item: int
+
+    def is_done(self, folder: Path) -> bool:
+        """Whether the shards are complete."""
+        return finished_part(self.name, folder) is not None
+
+    def run(self, preparation: Preparation, advance: Callable[[int], None]) -> None:
+        """Leaves the shards in the folder."""
+        config, items = preparation.config, preparation.items
+        filter_settings = None
+        if config.filters is not None:
+            filter_settings = FilterSettings(config.filters, tuple(item.name for item in items))
+        write_part(
+            items[self.item],
+            preparation.tokenizer,
+            preparation.folder,
+            config.validation_fraction,
+            config.max_bad_record_fraction > 0,
+            advance,
+            filter_settings,
+        )
+
+
+def finished_part(name: str, folder: Path) -> PartRecord | None:
     """The record of a work item whose shards are all complete, otherwise None."""
     try:
-        record = PartRecord.model_validate_json((folder / f"{item.name}.json").read_bytes())
+        record = PartRecord.model_validate_json((folder / f"{name}.json").read_bytes())
         for shard in record.shards:
             open_shard(folder / shard.name, shard.documents, shard.tokens)
     except (OSError, ValidationError, DataError):
@@ -119,7 +149,7 @@ class _Writer:
         module = indexed_module()
         self.source, self.split = item.source, split
         self.prefix = folder / f"{item.source.name}-{split}-{item.number:05d}"
-        self.partial = folder / f".{self.prefix.name}.{os.getpid()}"
+        self.partial = folder / f".{self.prefix.name}.{secrets.token_hex(8)}"
         self.tokenizer = tokenizer
         dtype = module.DType.optimal_dtype(tokenizer.vocab_size)
         self.builder = module.IndexedDatasetBuilder(f"{self.partial}.bin", dtype=dtype)

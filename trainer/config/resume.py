@@ -65,6 +65,7 @@ RULES: dict[str, Rule] = {
     "data.prefetch": Rule.FREE,
     "data.cache": Rule.FREE,
     "data.prepare_workers": Rule.FREE,
+    "data.task_attempts": Rule.FREE,
     "optim": Rule.FREE,
     "optim.matrix_optimizer": Rule.SAME,
     "parallel": Rule.FREE,

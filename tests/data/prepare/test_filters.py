@@ -20,7 +20,7 @@ from data.indexed import open_shard
 from data.manifest import Manifest
 from data.prepare.corpus import Corpus, Document
 from data.prepare.duplicates import SignatureTable, find_duplicates
-from data.prepare.filter_pass import deduplicate, filter_item, is_filtered
+from data.prepare.filter_pass import FilterTask, deduplicate, filter_item
 from data.prepare.filters import REASONS, Rules, language
 from data.prepare.run import prepare
 from data.prepare.signatures import _shingles, signatures
@@ -266,7 +266,7 @@ def test_processes_and_kills_change_nothing(
     prepare(filtered, progress=False)
     several = elsewhere(filtered, "several", prepare_workers=2)
     server()
-    monkeypatch.setattr("data.prepare.pool._BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr("data.prepare.engines.local._BYTES_PER_PROCESS", 1)
     prepare(several, progress=False)
     assert contents(several) == contents(filtered)
     monkeypatch.undo()
@@ -311,12 +311,12 @@ def test_input_that_changes_between_the_readings(
 
 def test_truncated_signatures_are_computed_again(filtered: DataConfig, tmp_path: Path) -> None:
     item = work_items(Corpus(filtered.sources[1]))[0]
-    tokenizer = Tokenizer(filtered.tokenizer.path)
-    filter_item(item, tokenizer, tmp_path, FiltersConfig(), False, lambda _: None)
-    assert is_filtered(item, tmp_path)
+    filter_item(item, tmp_path, FiltersConfig(), False, lambda _: None)
+    task = FilterTask(name=item.name, size=item.size, item=0)
+    assert task.is_done(tmp_path)
     file = tmp_path / f"{item.name}.filter.bin"
     file.write_bytes(file.read_bytes()[:-1])
-    assert not is_filtered(item, tmp_path)
+    assert not task.is_done(tmp_path)
 
 
 def test_dropping_everything_is_an_error(filtered: DataConfig) -> None:

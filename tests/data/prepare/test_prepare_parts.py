@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import random
-import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,13 +14,9 @@ from data.errors import DataError
 from data.indexed import indexed_module
 from data.lease import Lease
 from data.manifest import Manifest
-from data.prepare import pool as prepare_pool
-from data.prepare.corpus import Corpus
-from data.prepare.pool import run_items
 from data.prepare.run import prepare
-from data.prepare.work_item import WorkItem, work_items
 from data.text.tokenizer import Tokenizer
-from tests.data.kills import kill_after, until
+from tests.data.kills import kill_after
 from tests.distributed import server
 
 TEXTS = [f"Number {i} of many, " * (i % 9 + 1) + "▁<｜User｜> é\n" for i in range(200)]
@@ -77,55 +71,10 @@ def test_megatron_reads_every_token_once_and_in_order(parts: DataConfig) -> None
 
 def test_processes_change_nothing(parts: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     server()
-    monkeypatch.setattr("data.prepare.pool._BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr("data.prepare.engines.local._BYTES_PER_PROCESS", 1)
     several = elsewhere(parts, "several", prepare_workers=2)
     assert prepare(parts, progress=False) == prepare(several, progress=False)
     assert contents(parts) == contents(several)
-
-
-def _die(item: WorkItem, _tokenizer: Tokenizer, advance: object) -> None:
-    os._exit(1)
-
-
-def test_a_process_that_dies(parts: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    server()
-    monkeypatch.setattr("data.prepare.pool._BYTES_PER_PROCESS", 1)
-    items = work_items(Corpus(parts.sources[0]))
-    with pytest.raises(DataError, match="a process that made shards was killed"):
-        list(run_items(items, Tokenizer(parts.tokenizer.path), 2, _die, lambda *_: None))
-
-
-def _wait(item: WorkItem, _tokenizer: Tokenizer, advance: object, folder: Path) -> None:
-    (folder / f"{os.getpid()}.pid").touch()
-    time.sleep(600)
-
-
-def _two_that_wait(items: list[WorkItem], tokenizer: Path, folder: Path) -> None:
-    """Like the command, but with forked processes, which need no second server."""
-    prepare_pool._BYTES_PER_PROCESS = 1
-    forked = multiprocessing.get_context("fork")
-    prepare_pool.multiprocessing.get_context = lambda _: forked  # type: ignore[attr-defined]
-    work = partial(_wait, folder=folder)
-    list(run_items(items, Tokenizer(tokenizer), 2, work, lambda *_: None))
-
-
-def test_no_process_outlives_the_command(parts: DataConfig, tmp_path: Path) -> None:
-    arguments = (work_items(Corpus(parts.sources[0])), Path(parts.tokenizer.path), tmp_path)
-    command = server().Process(target=_two_that_wait, args=arguments)
-    command.start()
-    try:
-        until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
-    finally:
-        command.kill()
-        command.join()
-    until(lambda: not any(runs(int(file.stem)) for file in tmp_path.glob("*.pid")))
-
-
-def runs(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_killed_ten_times(parts: DataConfig) -> None:
