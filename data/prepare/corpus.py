@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from data.config import SourceConfig
 from data.errors import DataError
 from data.prepare.find_files import find_files, identity
+from data.prepare.pieces import Piece
 from data.prepare.records import (
     Record,
     is_empty,
@@ -52,10 +53,10 @@ class Corpus:
 
     Arguments:
         source: its configuration.
-        files: read these files of the source only; by default, all that its paths match.
+        pieces: read these pieces of its files only; by default, all files that its paths match.
 
     Attributes:
-        files: the local files, sorted; empty for a hub dataset.
+        pieces: what is read of its files, sorted; empty for a hub dataset.
         prompts: the prompt texts of conversations.
         empty: documents skipped by the last iteration because they have no visible character.
         empty_files: files in which it read no record.
@@ -65,13 +66,20 @@ class Corpus:
     any document.
     """
 
-    def __init__(self, source: SourceConfig, files: Sequence[Path] | None = None) -> None:
+    def __init__(self, source: SourceConfig, pieces: Sequence[Piece] | None = None) -> None:
         self.source = source
-        self.files = list(files) if files is not None else find_files(source)
+        if pieces is None:
+            pieces = [Piece(path=file, size=file.stat().st_size) for file in find_files(source)]
+        self.pieces = tuple(pieces)
         file = source.prompts_file
         self.prompts = OWN_PROMPTS if file is None else read_prompts(file)
         self.empty = self.empty_files = 0
         self._bad: list[BadRecord] | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that the pieces are of, in order."""
+        return list(dict.fromkeys(piece.path for piece in self.pieces))
 
     def __iter__(self) -> Iterator[Document]:
         count = 0
@@ -129,7 +137,7 @@ class Corpus:
         source = self.source
         if not source.paths:
             yield from read_hub(source)
-        for number, file in enumerate(self.files):
+        for number, file in enumerate(piece.path for piece in self.pieces):
             is_empty_file = True
             try:
                 for record in self._records_in(file, number):

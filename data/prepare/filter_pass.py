@@ -85,7 +85,7 @@ def filter_item(
     count = 0
     try:
         with partial.open("wb") as stream:
-            for batch in batches(Corpus(item.source, item.files).documents(bad)):
+            for batch in batches(Corpus(item.source, item.pieces).documents(bad)):
                 reasons = np.array([rules.judge(document)[0] for document in batch], dtype=np.uint8)
                 records = np.zeros(len(batch), dtype=SIGNATURE)
                 passed = np.flatnonzero(reasons == KEPT)

@@ -166,9 +166,9 @@ def _manifest(
         )
         require_few_bad(source, bad[source.name], total, config.max_bad_record_fraction, listing)
         if not kept:
-            files = sum(len(item.files) for item, _ in parts if item.source == source)
+            pieces = (piece for item, _ in parts if item.source == source for piece in item.pieces)
             counts = empty[source.name], empty_files[source.name], _count(of_source)
-            raise no_document(source, files, *counts)
+            raise no_document(source, len({piece.path for piece in pieces}), *counts)
         for split in ("train", "validation"):
             shards += [s for record in records for s in record.shards if s.split == split]
     return Manifest(

@@ -1,23 +1,21 @@
 """The work items of `prepare`: some files of one source, which become one part of its shards."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
-from data.config import SourceConfig
+from data.config import Section, SourceConfig
 from data.prepare.corpus import Corpus, Document
+from data.prepare.pieces import Piece
 
 _BATCH_CHARACTERS = 4_000_000
 _ITEM_BYTES = 64 << 20  # decides which documents share a part: part of the shards' format
 
 
-@dataclass(frozen=True)
-class WorkItem:
-    """Files of one source that become one part; no files for a dataset of the hub."""
+class WorkItem(Section):
+    """Pieces of the files of one source that become one part; none for a dataset of the hub."""
 
     source: SourceConfig
     number: int
-    files: tuple[Path, ...]
+    pieces: tuple[Piece, ...]
 
     @property
     def name(self) -> str:
@@ -26,23 +24,24 @@ class WorkItem:
 
     @property
     def size(self) -> int:
-        """Bytes of the files."""
-        return sum(file.stat().st_size for file in self.files)
+        """Bytes of the pieces."""
+        return sum(piece.size for piece in self.pieces)
 
 
 def work_items(corpus: Corpus) -> list[WorkItem]:
     """The files of a source in order, grouped into work items of about `_ITEM_BYTES`."""
-    if not corpus.files:
-        return [WorkItem(corpus.source, 0, ())]
-    groups: list[list[Path]] = [[]]
+    groups: list[list[Piece]] = [[]]
     size = 0
-    for file in corpus.files:
+    for piece in corpus.pieces:
         if size >= _ITEM_BYTES:
             groups.append([])
             size = 0
-        groups[-1].append(file)
-        size += file.stat().st_size
-    return [WorkItem(corpus.source, i, tuple(files)) for i, files in enumerate(groups)]
+        groups[-1].append(piece)
+        size += piece.size
+    return [
+        WorkItem(source=corpus.source, number=i, pieces=tuple(pieces))
+        for i, pieces in enumerate(groups)
+    ]
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -104,7 +104,7 @@ def write_part(
 
     Raises DataError for what cannot be read and OSError for what cannot be written.
     """
-    corpus = Corpus(item.source, item.files)
+    corpus = Corpus(item.source, item.pieces)
     writers = {split: _Writer(item, split, folder, tokenizer) for split in _SPLITS}
     bad: list[BadRecord] = []
     verdicts = None if filter_settings is None else VerdictFilter(filter_settings, item, folder)
