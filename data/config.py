@@ -10,30 +10,17 @@ from math import gcd
 from typing import Annotated, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveInt,
     model_validator,
 )
 
-from data.storage import check_url
+from data.engine_config import PrepareRayConfig, PrepareSlurmConfig
+from data.section import PathText, PlaceText, Section
+from data.storage import is_url
 
 Rows = Annotated[int, Field(ge=1, le=10**9)]
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path, in which a `~` in front is the user's home."""
-PlaceText = Annotated[str, AfterValidator(check_url)]
-"""A path, or the URL of a folder in object storage."""
-
-
-class Section(BaseModel):
-    """A part of a config: unknown keys, NaN and infinity are refused, and values never change."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
 
 
 class SourceConfig(Section):
@@ -293,7 +280,7 @@ class DataConfig(Section):
     packing_fill: float = Field(default=0.9995, gt=0.0, le=1.0)
     """Minimum share of row positions with a token: documents no longer than a row are cut only
     where best fit cannot reach it."""
-    source_weights: dict[str, float] = {}
+    source_weights: dict[str, float] = Field(default={})
     """The sources' shares of the tokens; empty: in proportion to their sizes, so that every
     source is read once per epoch."""
     transforms: TransformsConfig = TransformsConfig()
@@ -304,9 +291,21 @@ class DataConfig(Section):
     """How many steps are prepared ahead, in a thread. [steps]"""
     cache: CacheConfig = CacheConfig()
     prepare_workers: int | None = Field(default=None, ge=1, le=4096)
-    """Processes of `v4 data prepare`; null: one per core. [processes]"""
+    """Processes of `v4 data prepare`; null: one per core, of Slurm as many as it gives.
+    [processes]"""
+    engine: Literal["local", "slurm", "ray"] = "local"
+    """What runs `v4 data prepare`: processes of this machine, jobs of Slurm or tasks of Ray, on
+    hosts that share the folders in `sources` and `shards` (docs/data.md)."""
+    slurm: PrepareSlurmConfig = PrepareSlurmConfig()
+    ray: PrepareRayConfig = PrepareRayConfig()
     task_attempts: int = Field(default=3, ge=1, le=1000)
     """How often a unit of work is attempted whose process dies or cannot write. [attempts]"""
+    failed_tasks: Literal["stop", "quarantine"] = "stop"
+    """What follows when all attempts failed: `stop` ends the work; `quarantine` publishes the
+    shards without that unit, which the manifest names."""
+    work_folder: PathText | None = None
+    """Folder of unfinished shards, where `shards` is a URL: a folder that all hosts share if
+    `engine` is slurm or ray; null: in `cache.folder`."""
     max_bad_record_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Maximum share of a source's records that may be bad; they are listed in
     `*.quarantine.jsonl`."""
@@ -325,6 +324,18 @@ class DataConfig(Section):
     def _has_possible_weights(self) -> "DataConfig":
         """`source_weights` name sources, are at least 0 and do not sum to 0."""
         self.check_weights(self.source_weights)
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_shared_folder(self) -> "DataConfig":
+        """`work_folder` needs `shards` to be a URL, and `engine` = slurm or ray needs it then."""
+        if self.work_folder is not None and not is_url(self.shards):
+            raise ValueError("work_folder is for shards at a URL; others are written in place")
+        if self.engine != "local" and is_url(self.shards) and self.work_folder is None:
+            raise ValueError(
+                f"engine = {self.engine} needs `work_folder`, a folder that all hosts share, where "
+                "`shards` is a URL"
+            )
         return self
 
     def check_weights(self, weights: dict[str, float]) -> None:

@@ -80,6 +80,9 @@ class Manifest(BaseModel):
         empty_files: how many files had no record, by source; {} before version 0.2.
         dropped: what the filters dropped, by source and filter.
         settings: those that the shards were made with, by dotted key; empty before version 0.2.
+        complete_digest: of the shards that these would be with the work items in `left_out`; None
+            for complete shards.
+        left_out: why each work item that is missing failed, by its name.
         token_counts: SHA-256 of the file with the counts of ids (data/token_counts.py); None in
             manifests before version 0.2 and of other tools.
     """
@@ -101,6 +104,8 @@ class Manifest(BaseModel):
         default={}, validation_alias=AliasChoices("dropped", "losses")
     )
     settings: dict[str, Any] = {}
+    complete_digest: str | None = None
+    left_out: dict[str, str] = {}
     shards: tuple[Shard, ...]
     token_counts: str | None = None
 
@@ -135,6 +140,10 @@ class Manifest(BaseModel):
             parts = [f"{count:,} {what}" for what, count in counts.items() if count]
             if parts:
                 lines.append(f"source {name!r}: skipped {', '.join(parts)}")
+        for name, reason in self.left_out.items():
+            lines.append(
+                f"{name} is left out: {reason} (`v4 data prepare --overwrite` tries it again)"
+            )
         return lines
 
     def stale_setting(self, config: DataConfig) -> tuple[str, Any, Any] | None:

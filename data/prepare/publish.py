@@ -39,6 +39,12 @@ def existing_shards(
     if manifest.digest != digest:
         if overwrite:
             return None
+        if manifest.complete_digest == digest:
+            raise DataError(
+                f"{root} holds shards without {', '.join(manifest.left_out)}, which failed when "
+                "they were made; make them complete with --overwrite, which replaces the shards "
+                "that runs were trained on."
+            )
         raise DataError(
             f"{root} holds shards of other text, settings or another tokenizer, and runs that were "
             "trained on them need them; set another data.shards, or replace them with --overwrite."
@@ -53,8 +59,12 @@ def existing_shards(
     return manifest
 
 
-def publish(folder: Path, root: AnyPath, manifest: Manifest) -> None:
-    """Gives the finished folder its place, replaces the manifest, and removes earlier folders."""
+def publish(folder: Path, root: AnyPath, manifest: Manifest, keep: Path | None = None) -> None:
+    """Gives the finished folder its place, replaces the manifest, and removes earlier folders.
+
+    Arguments:
+        keep: not removed.
+    """
     target = root / manifest.folder
     if isinstance(target, StoragePath):
         _send(folder, target)
@@ -66,7 +76,7 @@ def publish(folder: Path, root: AnyPath, manifest: Manifest) -> None:
         fsync_folder(target.parent)
     manifest.save(root)
     for old in _folders(root):
-        if old != target:
+        if old not in (target, keep):
             _remove(old)
 
 

@@ -16,9 +16,11 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from data.activity import Activity, print_line
+from data.block_cache import BlockCache
 from data.config import DataConfig, fingerprint_source, fingerprint_text
 from data.errors import DataError
 from data.files import sha256_of
@@ -28,12 +30,14 @@ from data.manifest import FilterStats, Manifest, Shard, preparation_settings
 from data.prepare.compressed import SUFFIXES
 from data.prepare.corpus import Corpus, no_document, require_distinct, require_few_bad
 from data.prepare.engines import open_engine
-from data.prepare.filter_pass import FilterTask, deduplicate, remove_filter_files
+from data.prepare.filter_pass import FilterTask, deduplicate
+from data.prepare.left_out import incomplete_copy, remove_parts, without_items
 from data.prepare.publish import UNFINISHED, existing_shards, publish
+from data.prepare.remove import remove_partial_files, remove_work_files
 from data.prepare.task import Preparation, Task
 from data.prepare.work_item import WorkItem, work_items
 from data.prepare.write_part import PartRecord, WritePartTask, finished_part
-from data.storage import StoragePath, as_path
+from data.storage import AnyPath, as_path
 from data.text import Tokenizer
 from data.token_counts import write_counts
 
@@ -61,7 +65,7 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
     existing = existing_shards(root, digest, overwrite, cache)
     if existing is not None and _is_current(existing, config):
         return existing
-    local = cache.tables(root) if isinstance(root, StoragePath) else root
+    local = _local_folder(config, root, cache)
     folder = local / f"{UNFINISHED}{digest[:16]}"
     try:
         with Lease(root, "v4 data prepare"):
@@ -74,13 +78,19 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
                 return manifest
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                records = _write(config, corpora, tokenizer, folder, progress)
+                records, left_out = _write(config, corpora, tokenizer, folder, progress)
                 _require_unchanged(files, _sizes_and_times(corpora), folder)
                 manifest = _manifest(config, digest, tokenizer, records)
                 with Activity("counting ids", visible=progress):
                     manifest = _with_counts(folder, manifest)
-                remove_filter_files(folder)
-                publish(folder, root, manifest)
+                if left_out:
+                    manifest = without_items(manifest, left_out)
+                    publish(incomplete_copy(folder, manifest), root, manifest, keep=folder)
+                    if config.filters is not None:
+                        remove_parts(folder)  # what is a duplicate depends on the other items
+                else:
+                    remove_work_files(folder)
+                    publish(folder, root, manifest)
             except BaseException:
                 if folder.exists() and not any(folder.iterdir()):
                     folder.rmdir()
@@ -91,6 +101,14 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
             "the earlier shards are unchanged."
         ) from error
     return manifest
+
+
+def _local_folder(config: DataConfig, root: AnyPath, cache: BlockCache) -> Path:
+    """The folder in which shards are made."""
+    if isinstance(root, Path):
+        return root
+    tables = cache.tables(root)
+    return tables if config.work_folder is None else Path(config.work_folder) / tables.name
 
 
 def _sizes_and_times(corpora: list[Corpus]) -> dict[Path, tuple[int, int]]:
@@ -111,19 +129,27 @@ def _require_unchanged(
 
 def _write(
     config: DataConfig, corpora: list[Corpus], tokenizer: Tokenizer, folder: Path, progress: bool
-) -> list[tuple[WorkItem, PartRecord]]:
-    """Writes the parts that are not in `folder` yet; returns all work items with their records."""
+) -> tuple[list[tuple[WorkItem, PartRecord]], dict[str, str]]:
+    """Writes the parts that are not in `folder` yet.
+
+    Returns the work items with their records, and the reason for each that was left out.
+    """
     items = tuple(item for corpus in corpora for item in work_items(corpus))
-    for partial_file in folder.glob(".*"):
-        partial_file.unlink()  # of a run that died while writing
-    engine = open_engine(Preparation(config, folder, items, lambda: tokenizer), progress)
-    parts = _tasks(WritePartTask, items)
-    if config.filters is not None and not all(part.is_done(folder) for part in parts):
-        engine.run(_tasks(FilterTask, items), "filter")
+    remove_partial_files(folder)
+    left_out: dict[str, str] = {}
+    opened = partial(Preparation, config, folder, open_tokenizer=lambda: tokenizer)
+    is_complete = all(part.is_done(folder) for part in _tasks(WritePartTask, items))
+    if config.filters is not None and not is_complete:
+        with open_engine(opened(items), progress) as engine:
+            left_out = engine.run(_tasks(FilterTask, items), "filter")
+        items = tuple(item for item in items if item.name not in left_out)
         with Activity("deduplicating", visible=progress):
             deduplicate(items, folder, config.filters)
-    engine.run(parts, "tokenise")
-    return [(item, _record(item, folder)) for item in items]
+    with open_engine(opened(items), progress) as engine:
+        left_out |= engine.run(_tasks(WritePartTask, items), "tokenise")
+    remove_partial_files(folder)  # of processes that died
+    complete = [item for item in items if item.name not in left_out]
+    return [(item, _record(item, folder)) for item in complete], left_out
 
 
 def _tasks(kind: type[FilterTask | WritePartTask], items: Sequence[WorkItem]) -> list[Task]:

@@ -15,8 +15,8 @@ from launch.job import Nodes
 from launch.sweep_job import write_array
 from tests.distributed import free_port, spawn
 from tests.launch.jobs import check_script
-from tests.launch.slurm_cluster import SlurmCluster, hostlist, missing_program
 from tests.launch.sweeps import GRID, write
+from tests.slurm_cluster import SlurmCluster, hostlist, missing_program
 from tests.trainer.config.test_recipe import phased
 from tests.trainer.tiny import assert_same_run, steps_in_file, train_jobs
 from tests.wandb_server import ServedSweep, wandb_server

@@ -12,12 +12,18 @@ from functools import cache, partial
 from pathlib import Path
 
 from data.config import DataConfig
-from data.prepare.engines.engine import Advance, Attempts, Engine, WorkerDiedError
+from data.prepare.engines.attempts import Attempts, WorkerDiedError
+from data.prepare.engines.engine import Advance, Engine
+from data.prepare.engines.worker import task_log
 from data.prepare.task import Preparation, Task
 from data.prepare.work_item import WorkItem
 from data.text import Tokenizer
 
 _BYTES_PER_PROCESS = 16 << 20  # opening a tokenizer takes as long as a few megabytes of work
+_KILLED = (
+    "a process that made shards was killed, perhaps out of memory (set fewer "
+    "`data.prepare_workers`)"
+)
 
 _preparation: Preparation  # of a worker process
 
@@ -42,9 +48,9 @@ class LocalEngine(Engine):
             task = waiting.popleft()
             try:
                 task.run(self.preparation, partial(advance, task))
-            except OSError as error:
-                attempts.record_failure(task, error)
-                waiting.append(task)
+            except Exception as error:
+                if attempts.record_failure(task, error):
+                    waiting.append(task)
 
     def _run_in(
         self, idle: list["_Worker"], waiting: deque[Task], attempts: Attempts, advance: Advance
@@ -65,10 +71,10 @@ class LocalEngine(Engine):
                     continue
                 if isinstance(error, BrokenProcessPool):
                     worker.restart()
-                    error = WorkerDiedError()
+                    error = WorkerDiedError(_KILLED)
                 assert isinstance(error, Exception)
-                attempts.record_failure(task, error)
-                waiting.append(task)
+                if attempts.record_failure(task, error):
+                    waiting.append(task)
 
 
 @contextmanager
@@ -119,4 +125,5 @@ def _end_with_parent() -> None:
 
 
 def _work(task: Task) -> None:
-    task.run(_preparation, lambda _size: None)
+    with task_log(task, _preparation.folder, redirect=False):
+        task.run(_preparation, lambda _size: None)

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -54,8 +54,8 @@ GresTypes=gpu
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 _NODE = (
-    "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=1000 "
-    "Gres=gpu:{gpus}\n"
+    "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus} "
+    "RealMemory=8000 Gres=gpu:{gpus}\n"
 )
 
 
@@ -65,10 +65,15 @@ def missing_program() -> str | None:
 
 
 class SlurmCluster:
-    """Daemons that end with this process; nothing of them is outside `folder`."""
+    """Daemons that end with this process; nothing of them is outside `folder`.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Arguments:
+        nodes: their names.
+        cpus: of each node.
+    """
+
+    def __init__(self, folder: Path, nodes: Sequence[str] = NODES, cpus: int = 4) -> None:
+        self.folder, self.nodes, self.cpus = folder, nodes, cpus
         self.environment = {
             **os.environ,
             "PATH": _PATH,
@@ -85,10 +90,10 @@ class SlurmCluster:
         text = _CONFIG.format(
             folder=self.folder, user=pwd.getpwuid(os.geteuid()).pw_name, controller_port=free_port()
         )
-        for name in NODES:
-            text += _NODE.format(name=name, port=free_port(), gpus=len(DEVICES))
+        for name in self.nodes:
+            text += _NODE.format(name=name, port=free_port(), cpus=self.cpus, gpus=len(DEVICES))
         (self.folder / "slurm.conf").write_text(text)
-        gpus = f"NodeName={','.join(NODES)} Name=gpu File={','.join(DEVICES)}\n"
+        gpus = f"NodeName={','.join(self.nodes)} Name=gpu File={','.join(DEVICES)}\n"
         (self.folder / "gres.conf").write_text(gpus)
         files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log"}
         options = [f"--{option}={self.folder}/munge.{end}" for option, end in files.items()]
@@ -96,9 +101,9 @@ class SlurmCluster:
         self._start("munged", "munged", "--force", "--foreground", seed, *options)
         self._wait((self.folder / "munge.socket").exists)
         self._start("slurmctld", "slurmctld", "-D", "-c")
-        for name in NODES:
+        for name in self.nodes:
             self.start_node(name)
-        self._wait(lambda: all(self.node_state(name) == "IDLE" for name in NODES))
+        self._wait(lambda: all(self.node_state(name) == "IDLE" for name in self.nodes))
 
     def _start(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as log:
