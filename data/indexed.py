@@ -1,4 +1,4 @@
-"""megatron-core's `.bin/.idx` files: reading, and the import of what writes them.
+"""megatron-core's `.bin/.idx` files: reading them, and the bytes of an index.
 
 The index has a header, the length [int32] and byte offset [int64] of every sequence, and the
 sequence [int64] at which each document begins, and one past the last. A document of ours is one
@@ -7,8 +7,7 @@ sequence of tokens, [bos] + text + [eos].
 
 import os
 import struct
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,15 +31,29 @@ _ANCHOR = 64  # documents
 _BLOCK = 1 << 22  # tokens
 
 
-def indexed_module() -> Any:
-    """megatron.core.datasets.indexed_dataset, without the warnings about GPU packages.
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The type of the ids in a `.bin`, as megatron-core chooses it."""
+    return np.dtype("<u2" if vocab_size < 65500 else "<i4")
 
-    The import takes seconds.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets import indexed_dataset
-    return indexed_dataset
+
+def index_bytes(lengths: Sequence[int], dtype: np.dtype[Any]) -> bytes:
+    """The `.idx` of documents of so many tokens, each of them one sequence."""
+    code = next(code for code, name in _DTYPES.items() if np.dtype(name) == dtype)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    pointers = (ends - lengths) * dtype.itemsize
+    header = _HEADER.pack(_MAGIC, _VERSION, code, len(lengths), len(lengths) + 1)
+    arrays = (
+        np.array(lengths, "<i4"),
+        pointers.astype("<i8"),
+        np.arange(len(lengths) + 1, dtype="<i8"),
+    )
+    return header + b"".join(array.tobytes() for array in arrays)
+
+
+def file_sizes(name: str, documents: int, tokens: int, vocab_size: int) -> list[tuple[str, int]]:
+    """Names and bytes of the files of a shard in which each document is one sequence."""
+    index = _HEADER.size + documents * _BYTES_PER_SEQUENCE + (documents + 1) * _BYTES_PER_BOUNDARY
+    return [(f"{name}.bin", tokens * token_dtype(vocab_size).itemsize), (f"{name}.idx", index)]
 
 
 class ShardFile(Protocol):

@@ -36,6 +36,8 @@ class Shard(BaseModel):
     documents: int
     tokens: int
     bytes: int
+    bin_sha256: str | None = None
+    idx_sha256: str | None = None
 
     @field_validator("split", mode="before")
     @classmethod

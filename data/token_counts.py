@@ -6,10 +6,10 @@ of a document, its eos, is never an input.
 Letters: V vocabulary.
 """
 
+import hashlib
 import io
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from data.storage import AnyPath, as_path
 COUNTS_FILE = "token_counts.npz"
 
 
-def write_counts(folder: Path, manifest: Manifest) -> str:
+def write_counts(folder: AnyPath, manifest: Manifest) -> str:
     """Counts the inputs in the train split of the shards in `folder`; returns the file's SHA-256.
 
     The file has an array [V] int64 for each source. Raises DataError for an id beyond the
@@ -37,13 +37,19 @@ def write_counts(folder: Path, manifest: Manifest) -> str:
         for _, _, ids in opened.blocks():
             total += np.bincount(ids, minlength=len(total))
         total[manifest.eos_id] -= shard.documents
+    return save_counts(folder, counts)
+
+
+def save_counts(folder: AnyPath, counts: Mapping[str, NDArray[np.int64]]) -> str:
+    """Writes the counts of each source [V] into `folder`; returns the file's SHA-256."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:  # np.savez takes not every name
         for source, count in counts.items():
             with archive.open(f"{source}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, count, allow_pickle=False)
-    write_atomically(folder / COUNTS_FILE, stream.getvalue())
-    return sha256_of(folder / COUNTS_FILE)
+    content = stream.getvalue()
+    write_atomically(folder / COUNTS_FILE, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_counts(

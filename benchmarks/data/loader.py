@@ -13,10 +13,10 @@ import numpy as np
 from benchmarks.data.prepare import run
 from data.config import DataConfig
 from data.files import sha256_of
-from data.indexed import indexed_module
 from data.manifest import Manifest, Shard
 from data.rows.loader import Loader
 from data.rows.packing import concatenate, pack, pack_into, pieces_of
+from tests.megatron_shards import indexed_module
 
 _STEPS = 60
 WEIGHTS = {"code": 0.4, "docs": 0.35, "data": 0.25}

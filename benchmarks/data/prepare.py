@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from data.config import DataConfig, FiltersConfig
-from data.indexed import indexed_module
 from data.prepare import prepare
 from data.prepare.corpus import Corpus, Document
 from data.prepare.filters import REASONS, Rules
 from data.prepare.signatures import signatures
 from data.text import Tokenizer
+from tests.megatron_shards import indexed_module
 
 _MEGABYTES = 24  # of text for each way of preparing
 _FILES = 4

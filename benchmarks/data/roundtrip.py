@@ -7,13 +7,13 @@ import numpy as np
 
 from benchmarks.data.loader import WEIGHTS
 from data.config import DataConfig
-from data.indexed import indexed_module
 from data.manifest import Manifest, Split
 from data.prepare.corpus import Corpus
 from data.rows.audit import audit_mixture, pieces
 from data.rows.loader import Loader
 from data.rows.transforms import fim_ids, split_table
 from data.text import Tokenizer
+from tests.megatron_shards import indexed_module
 
 RECIPE = {"fim_rate": 0.1, "fim_domains": ("code",), "punctuation_split_rate": 0.1}
 

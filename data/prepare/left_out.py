@@ -1,8 +1,9 @@
 """Shards without the work items that failed in every attempt (`data.failed_tasks: quarantine`).
 
 They have a digest of their own, since they hold other text than the complete ones. What was done
-for those stays in their unfinished folder, by hard links at no cost, and the next run that may
-replace the shards makes them complete from there.
+for those stays in their unfinished folder, by hard links at no cost (in object storage, by copies
+that the storage makes), and the next run that may replace the shards makes them complete from
+there.
 """
 
 import hashlib
@@ -11,8 +12,8 @@ import shutil
 from pathlib import Path
 
 from data.manifest import Manifest
-from data.prepare.publish import UNFINISHED
 from data.prepare.remove import remove_work_files
+from data.prepare.sending import UNFINISHED
 
 
 def without_items(manifest: Manifest, left_out: dict[str, str]) -> Manifest:

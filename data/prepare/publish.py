@@ -3,16 +3,14 @@
 import shutil
 from pathlib import Path
 
-from data.activity import Activity
 from data.block_cache import BlockCache
 from data.errors import DataError
 from data.files import fsync_folder
 from data.indexed import open_shard
 from data.manifest import MANIFEST_FILE, Manifest
+from data.prepare.sending import COUNTS, UNFINISHED, send_rest, target_of
 from data.storage import AnyPath, StoragePath
 from data.token_counts import read_counts
-
-UNFINISHED = ".unfinished-"
 
 
 def existing_shards(
@@ -23,10 +21,13 @@ def existing_shards(
     Raises DataError, unless `overwrite`, for one with another digest and for one that is damaged.
     """
     if not (root / MANIFEST_FILE).exists():
-        complete = [path for path in _folders(root) if not path.name.startswith(UNFINISHED)]
+        names = {path.name for path in _folders(root)}
+        complete = sorted(
+            name for name in names if name[0] != "." and f"{UNFINISHED}{name}" not in names
+        )
         if complete and not overwrite:
             raise DataError(
-                f"{root} holds shards in {complete[0].name} and no {MANIFEST_FILE}, and runs may "
+                f"{root} holds shards in {complete[0]} and no {MANIFEST_FILE}, and runs may "
                 "need them; restore it, set another data.shards, or replace them with --overwrite."
             )
         return None
@@ -63,31 +64,27 @@ def publish(folder: Path, root: AnyPath, manifest: Manifest, keep: Path | None =
     """Gives the finished folder its place, replaces the manifest, and removes earlier folders.
 
     Arguments:
-        keep: not removed.
+        keep: not removed, nor what was sent of it.
     """
     target = root / manifest.folder
     if isinstance(target, StoragePath):
-        _send(folder, target)
+        send_rest(target, folder)
     else:
+        for counts in folder.glob(f"*{COUNTS}"):
+            counts.unlink()
         fsync_folder(folder)
         if target.exists():  # of the same digest, but damaged
             shutil.rmtree(target)
         folder.rename(target)
         fsync_folder(target.parent)
     manifest.save(root)
+    kept = {target.name, *(() if keep is None else (keep.name,))}
+    if keep is not None and isinstance(root, StoragePath):
+        kept.add(target_of(root, keep).name)
     for old in _folders(root):
-        if old not in (target, keep):
+        if old.name not in kept:
             _remove(old)
-
-
-def _send(folder: Path, target: StoragePath) -> None:
-    """Moves a folder to object storage."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    with Activity(f"sending shards to {target}", len(files), "files") as activity:
-        for file in files:
-            (target / file.relative_to(folder).as_posix()).upload(file)
-            activity.advance()
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # of shards in object storage
 
 
 def _remove(folder: AnyPath) -> None:

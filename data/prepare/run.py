@@ -1,7 +1,8 @@
 """Sources to `.bin/.idx` shards, published atomically.
 
-The shards are written into a new folder next to the earlier one, or on the local disk if they are
-for object storage; then the manifest is replaced, and only then the earlier folder is removed. A
+The shards are written into a new folder next to the earlier one, or part by part on the local disk
+and sent to object storage (sending.py); then the manifest is replaced, and only then the earlier
+folder is removed. A
 run that dies leaves the earlier shards and its completed parts: the next run of the same input
 resumes with the others. A document is [bos] + text + [eos]. What is written does not depend on the
 number of processes.
@@ -19,6 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data.activity import Activity, print_line
 from data.block_cache import BlockCache
 from data.config import DataConfig, fingerprint_source, fingerprint_text
@@ -32,14 +36,21 @@ from data.prepare.corpus import Corpus, no_document, require_distinct, require_f
 from data.prepare.engines import open_engine
 from data.prepare.filter_pass import FilterTask, deduplicate
 from data.prepare.left_out import incomplete_copy, remove_parts, without_items
-from data.prepare.publish import UNFINISHED, existing_shards, publish
+from data.prepare.publish import existing_shards, publish
 from data.prepare.remove import remove_partial_files, remove_work_files
+from data.prepare.sending import (
+    UNFINISHED,
+    SentFiles,
+    copy_parts,
+    discard,
+    restore_records,
+)
 from data.prepare.task import Preparation, Task
 from data.prepare.work_item import WorkItem, work_items
-from data.prepare.write_part import PartRecord, WritePartTask, finished_part
-from data.storage import AnyPath, as_path
+from data.prepare.write_part import PartRecord, WritePartTask, counts_of, finished_part
+from data.storage import AnyPath, StoragePath, as_path
 from data.text import Tokenizer
-from data.token_counts import write_counts
+from data.token_counts import save_counts, write_counts
 
 _FORMAT = 2  # raise when equal inputs would give other shards
 _CONVERSATIONS = 2  # raise when equal conversations would
@@ -79,18 +90,14 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 records, left_out = _write(config, corpora, tokenizer, folder, progress)
-                _require_unchanged(files, _sizes_and_times(corpora), folder)
+                _require_unchanged(files, _sizes_and_times(corpora), folder, root)
                 manifest = _manifest(config, digest, tokenizer, records)
-                with Activity("counting ids", visible=progress):
-                    manifest = _with_counts(folder, manifest)
-                if left_out:
-                    manifest = without_items(manifest, left_out)
-                    publish(incomplete_copy(folder, manifest), root, manifest, keep=folder)
-                    if config.filters is not None:
-                        remove_parts(folder)  # what is a duplicate depends on the other items
-                else:
-                    remove_work_files(folder)
-                    publish(folder, root, manifest)
+                with Activity("adding up the counts of ids", visible=progress):
+                    counts = save_counts(folder, _counts(records, folder))
+                    manifest = manifest.model_copy(update={"token_counts": counts})
+                if isinstance(root, StoragePath):
+                    SentFiles(root, folder).require(manifest.shards, manifest.vocab_size)
+                manifest = _publish(config, root, folder, manifest, left_out)
             except BaseException:
                 if folder.exists() and not any(folder.iterdir()):
                     folder.rmdir()
@@ -118,12 +125,17 @@ def _sizes_and_times(corpora: list[Corpus]) -> dict[Path, tuple[int, int]]:
 
 
 def _require_unchanged(
-    before: dict[Path, tuple[int, int]], after: dict[Path, tuple[int, int]], folder: Path
+    before: dict[Path, tuple[int, int]],
+    after: dict[Path, tuple[int, int]],
+    folder: Path,
+    root: AnyPath,
 ) -> None:
     """Raises DataError where a file is not the one that was hashed; its parts are removed."""
     for file, stat in before.items():
         if after[file] != stat:
             shutil.rmtree(folder)
+            if isinstance(root, StoragePath):
+                discard(root, folder)
             raise DataError(f"{file} changed while it was read; start again once it is complete.")
 
 
@@ -136,6 +148,9 @@ def _write(
     """
     items = tuple(item for corpus in corpora for item in work_items(corpus))
     remove_partial_files(folder)
+    if isinstance(root := as_path(config.shards), StoragePath):
+        restore_records(root, folder, [item.name for item in items])
+        _forget_missing(root, folder, items, tokenizer.vocab_size)
     left_out: dict[str, str] = {}
     opened = partial(Preparation, config, folder, open_tokenizer=lambda: tokenizer)
     is_complete = all(part.is_done(folder) for part in _tasks(WritePartTask, items))
@@ -165,6 +180,47 @@ def _record(item: WorkItem, folder: Path) -> PartRecord:
     if record is None:
         raise DataError(f"{folder}/{item.name}.json was removed meanwhile; run the command again.")
     return record
+
+
+def _publish(
+    config: DataConfig, root: AnyPath, folder: Path, manifest: Manifest, left_out: dict[str, str]
+) -> Manifest:
+    """Publishes the parts in `folder`, or those that there are; returns the manifest."""
+    if not left_out:
+        remove_work_files(folder)
+        publish(folder, root, manifest)
+        return manifest
+    manifest = without_items(manifest, left_out)
+    if isinstance(root, StoragePath):
+        copy_parts(root, folder, manifest)
+    publish(incomplete_copy(folder, manifest), root, manifest, keep=folder)
+    if config.filters is not None:  # what is a duplicate depends on the other items
+        remove_parts(folder)
+        if isinstance(root, StoragePath):
+            discard(root, folder)
+    return manifest
+
+
+def _forget_missing(
+    root: StoragePath, folder: Path, items: Sequence[WorkItem], vocab_size: int
+) -> None:
+    """Removes the records of parts whose files are not in object storage: they are made again."""
+    sent = SentFiles(root, folder)
+    for item in items:
+        record = finished_part(item.name, folder)
+        if record is not None and sent.missing(record.shards, vocab_size) is not None:
+            (folder / f"{item.name}.json").unlink()
+
+
+def _counts(parts: list[tuple[WorkItem, PartRecord]], folder: Path) -> dict[str, NDArray[np.int64]]:
+    """How often each id is an input in the train split, by source [V]."""
+    counts: dict[str, NDArray[np.int64]] = {}
+    for item, record in parts:
+        if any(shard.split == "train" for shard in record.shards):
+            of_part = counts_of(item.name, folder)
+            name = item.source.name
+            counts[name] = counts[name] + of_part if name in counts else of_part
+    return counts
 
 
 def _manifest(

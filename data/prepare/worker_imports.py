@@ -1,6 +1,3 @@
 """Imports everything that the processes of `prepare` need, once for all of them."""
 
-from data.indexed import indexed_module
 from data.prepare import filter_pass, write_part  # noqa: F401
-
-indexed_module()

@@ -4,11 +4,9 @@
 record `*.json` is written last: an item with a record is done, any other is processed again.
 """
 
+import io
 import json
-import os
-import secrets
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -17,14 +15,17 @@ from numpy.typing import NDArray
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from data.errors import DataError
-from data.files import fsync_file, write_atomically
-from data.indexed import indexed_module, open_shard
+from data.files import write_atomically
+from data.indexed import open_shard
 from data.manifest import FilterStats, Shard, Split
 from data.prepare.corpus import BadRecord, Corpus
 from data.prepare.filter_pass import FilterSettings, VerdictFilter
+from data.prepare.sending import COUNTS, send_part
+from data.prepare.shard_writer import ShardWriter
 from data.prepare.splits import is_validation
 from data.prepare.task import Preparation, Task
 from data.prepare.work_item import WorkItem, batches
+from data.storage import AnyPath, StoragePath, as_path
 from data.text import Tokenizer, encode_segments
 
 _SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -33,7 +34,8 @@ _SPLITS: tuple[Split, ...] = ("train", "validation")
 class PartRecord(BaseModel):
     """What a finished part holds; `bad` counts the records in the file `*.quarantine.jsonl`.
 
-    `empty` counts documents, `empty_files` files without a record.
+    `empty` counts documents, `empty_files` files without a record. The shards are in the folder of
+    the preparation, or sent to object storage.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +45,7 @@ class PartRecord(BaseModel):
     empty: int
     bad: int
     empty_files: int = 0
+    is_sent: bool = False
     dropped: dict[str, FilterStats] = Field(
         default={}, validation_alias=AliasChoices("dropped", "losses")
     )
@@ -72,6 +75,7 @@ class WritePartTask(Task):
             config.max_bad_record_fraction > 0,
             advance,
             filter_settings,
+            as_path(config.shards),
         )
 
 
@@ -79,7 +83,9 @@ def finished_part(name: str, folder: Path) -> PartRecord | None:
     """The record of a work item whose shards are all complete, otherwise None."""
     try:
         record = PartRecord.model_validate_json((folder / f"{name}.json").read_bytes())
-        for shard in record.shards:
+        if not (folder / f"{name}{COUNTS}").exists():
+            return None  # made by an earlier version
+        for shard in () if record.is_sent else record.shards:
             open_shard(folder / shard.name, shard.documents, shard.tokens)
     except (OSError, ValidationError, DataError):
         return None
@@ -94,6 +100,7 @@ def write_part(
     tolerant: bool,
     advance: Callable[[int], None],
     filter_settings: FilterSettings | None = None,
+    root: AnyPath | None = None,
 ) -> PartRecord:
     """Writes the shards of a work item into `folder`; a split without documents gets none.
 
@@ -101,11 +108,12 @@ def write_part(
         tolerant: bad records are written to the quarantine file; otherwise the first is an error.
         advance: called with the UTF-8 bytes of the documents processed.
         filter_settings: drop documents by their verdicts, where given.
+        root: where the shards will be published; they are sent there if it is in object storage.
 
     Raises DataError for what cannot be read and OSError for what cannot be written.
     """
     corpus = Corpus(item.source, item.pieces)
-    writers = {split: _Writer(item, split, folder, tokenizer) for split in _SPLITS}
+    writers = {split: ShardWriter(item, split, folder, tokenizer) for split in _SPLITS}
     bad: list[BadRecord] = []
     verdicts = None if filter_settings is None else VerdictFilter(filter_settings, item, folder)
     try:
@@ -130,71 +138,27 @@ def write_part(
         # A lone surrogate, of a field's name or a file name that is not UTF-8, becomes an escape.
         content = "".join(lines).encode(errors="backslashreplace")
         write_atomically(folder / f"{item.name}.quarantine.jsonl", content)
+    with io.BytesIO() as stream:
+        np.savez_compressed(stream, counts=writers["train"].counts)
+        write_atomically(folder / f"{item.name}{COUNTS}", stream.getvalue())
     record = PartRecord(
         shards=tuple(shards),
         documents=sum(shard.documents for shard in shards),
         empty=corpus.empty,
         bad=len(bad),
         empty_files=corpus.empty_files,
+        is_sent=isinstance(root, StoragePath),
         dropped=dropped,
     )
-    write_atomically(folder / f"{item.name}.json", record.model_dump_json())
+    text = record.model_dump_json()
+    if isinstance(root, StoragePath):
+        send_part(root, folder, item.name, shards, text)
+    write_atomically(folder / f"{item.name}.json", text)
     return record
 
 
-class _Writer:
-    """Writes one `.bin/.idx` pair, under temporary names until it is complete."""
-
-    def __init__(self, item: WorkItem, split: Split, folder: Path, tokenizer: Tokenizer):
-        module = indexed_module()
-        self.source, self.split = item.source, split
-        self.prefix = folder / f"{item.source.name}-{split}-{item.number:05d}"
-        self.partial = folder / f".{self.prefix.name}.{secrets.token_hex(8)}"
-        self.tokenizer = tokenizer
-        dtype = module.DType.optimal_dtype(tokenizer.vocab_size)
-        self.builder = module.IndexedDatasetBuilder(f"{self.partial}.bin", dtype=dtype)
-        self.dtype = dtype
-        self.documents = self.tokens = self.bytes = 0
-
-    def add(self, ids: list[NDArray[np.int32]], size: int) -> None:
-        """Appends one document of `size` UTF-8 bytes."""
-        eos = self.tokenizer.eos_id
-        ends = bool(ids) and ids[-1][-1:].tolist() == [eos]  # as conversations do
-        end = [] if ends else [[eos]]
-        document = np.concatenate(
-            [[self.tokenizer.bos_id], *ids, *end], dtype=self.dtype, casting="unsafe"
-        )
-        self.builder.add_document(document, [len(document)])
-        self.documents += 1
-        self.tokens += len(document)
-        self.bytes += size
-
-    def close(self) -> None:
-        """Flushes the tokens."""
-        self.builder.data_file.close()
-
-    def discard(self) -> None:
-        """Removes the incomplete files; safe to call when writing has failed."""
-        with suppress(OSError):  # the disk is full; the file is removed anyway
-            self.builder.data_file.close()
-        for suffix in (".bin", ".idx"):
-            Path(f"{self.partial}{suffix}").unlink(missing_ok=True)
-
-    def finish(self) -> Shard | None:
-        """Writes the index, makes both files durable and renames them; None without documents."""
-        if not self.documents:
-            self.discard()
-            return None
-        self.builder.finalize(f"{self.partial}.idx")
-        for suffix in (".bin", ".idx"):
-            fsync_file(Path(f"{self.partial}{suffix}"))
-            os.replace(f"{self.partial}{suffix}", f"{self.prefix}{suffix}")
-        return Shard(
-            source=self.source.name,
-            domain=self.source.domain,
-            split=self.split,
-            name=self.prefix.name,
-            documents=self.documents,
-            tokens=self.tokens,
-            bytes=self.bytes,
-        )
+def counts_of(name: str, folder: Path) -> NDArray[np.int64]:
+    """How often each id is an input in the train split of a finished part [V]."""
+    with np.load(folder / f"{name}{COUNTS}", allow_pickle=False) as arrays:
+        counts: NDArray[np.int64] = arrays["counts"]
+    return counts

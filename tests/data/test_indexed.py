@@ -12,9 +12,10 @@ import pytest
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.indexed import indexed_module, open_shard
+from data.indexed import open_shard
 from data.manifest import Manifest, Shard
 from data.rows import Loader
+from tests.megatron_shards import indexed_module
 
 Document = Sequence[Sequence[int]]
 """The sequences of a document."""

@@ -11,13 +11,13 @@ import pytest
 import data.prepare.work_item
 from data.config import DataConfig
 from data.errors import DataError
-from data.indexed import indexed_module
 from data.lease import Lease
 from data.manifest import Manifest
 from data.prepare.run import prepare
 from data.text.tokenizer import Tokenizer
 from tests.data.kills import kill_after
 from tests.distributed import server
+from tests.megatron_shards import indexed_module
 
 TEXTS = [f"Number {i} of many, " * (i % 9 + 1) + "▁<｜User｜> é\n" for i in range(200)]
 FILES = 6

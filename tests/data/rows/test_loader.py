@@ -14,13 +14,14 @@ import torch
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.indexed import indexed_module, open_shard
+from data.indexed import open_shard
 from data.manifest import Manifest, Shard, Split
 from data.prepare.run import prepare
 from data.prepare.tokenizer_training import train_tokenizer
 from data.rows.loader import Batch, Loader, unigram_entropy
 from data.rows.prefetch import Prefetcher
 from tests.data.kills import kill_after
+from tests.megatron_shards import indexed_module
 
 Row = tuple[list[int], list[int], list[int]]
 
