@@ -27,5 +27,9 @@ class PrepareSlurmConfig(Section):
 class PrepareRayConfig(Section):
     """The cluster of `v4 data prepare` where `data.engine` is ray."""
 
-    address: str | None = None
+    address: str | None = Field(
+        default=None,
+        pattern=r"^([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$",
+        description="HOST:PORT",
+    )
     """Address of its head, as HOST:PORT; null: the cluster that this host belongs to."""

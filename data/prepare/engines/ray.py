@@ -15,6 +15,7 @@ from data.prepare.engines.remote import Job, RemoteEngine, open_preparation, run
 from data.prepare.task import Preparation, Task
 
 _POLL_SECONDS = 1.0
+_CONNECT_SECONDS = 10.0
 
 
 class RayEngine(RemoteEngine):
@@ -92,13 +93,17 @@ def _connect(address: str | None) -> Any:
             "`pip install 'v4-pretrain[ray]'`."
         ) from None
     try:
+        if address is not None:
+            host, port = address.rsplit(":", 1)
+            # Ray itself waits for minutes, and logs them.
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
         ray.init(
             address=address or "auto",
             log_to_driver=False,
             logging_level=logging.ERROR,
             runtime_env={"env_vars": {"RAYON_NUM_THREADS": "1"}},
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise DataError(
             f"data.engine is ray, and no cluster answers at {address or 'the default address'}: "
             f"{' '.join(str(error).split())}"
