@@ -6,7 +6,7 @@ Execution of a training run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -27,6 +27,27 @@ CrossEntropy = Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
 """(hidden states, head weight, targets, denominator, ignore_index) -> loss."""
 PlaceTokens = Callable[[ModelConfig, SampleLayout], tuple[Positions, Exchange]]
 """(config, layout of the microbatch) -> this rank's Positions and Exchange."""
+
+
+class Objective(Protocol):
+    """The main head's loss in place of cross-entropy, such as that of training on own samples."""
+
+    def __call__(
+        self,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        targets_T: Tensor,
+        signals: Mapping[str, Tensor],
+        denominator: float,
+    ) -> Tensor:
+        """Returns the sum over the queries with a target, divided by `denominator`, fp32.
+
+        Args:
+            weight_VD: this rank's rows of the head. The gradient of the hidden states is that of
+                these rows alone, as with `cross_entropy`.
+            targets_T: token ids, or ``IGNORE_INDEX``.
+            signals: further values of the queries by name, [T] or [T, X].
+        """
 
 
 class CallPart(Protocol):

@@ -18,7 +18,7 @@ from model.attention import Attention
 from model.block import Block, BlockStats
 from model.config import AttentionMode, ModelConfig
 from model.exchange import Exchange
-from model.execution import LOCAL, Execution
+from model.execution import LOCAL, Execution, Objective
 from model.hyper_connection import HyperConnectionHead
 from model.init import Shard, initialise
 from model.layout import SampleLayout
@@ -62,6 +62,7 @@ class Microbatch:
         experts: precomputed expert indices [T, A] by layer index (anticipatory routing); other
             layers route normally.
         attention: mode of CSA layers, see AttentionMode.
+        objective: the main head's loss; None is cross-entropy.
     """
 
     def __init__(
@@ -75,6 +76,8 @@ class Microbatch:
         mtp_loss_weight: float,
         experts: Mapping[int, Tensor],
         attention: AttentionMode,
+        signals_BS: Mapping[str, Tensor] | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self.positions, self.exchange = positions, exchange
         self.layout, self.experts = layout, experts
@@ -83,6 +86,7 @@ class Microbatch:
         self._tokens_T = tokens_BS.flatten()
         self._next_T = next_in_sample(layout, self._tokens_T, self._tokens_T)
         self._targets_T = None if targets_BS is None else targets_BS.flatten()
+        self._signals_BS, self.objective = signals_BS or {}, objective
         self.tokens_T = exchange.local_of_microbatch(self._tokens_T)
         self.next_T = exchange.local_of_microbatch(self._next_T)
 
@@ -109,6 +113,12 @@ class Microbatch:
         """Targets of the main head for this rank's queries."""
         assert self._targets_T is not None
         return self.exchange.queries_of_microbatch(self._targets_T)
+
+    @property
+    def query_signals(self) -> dict[str, Tensor]:
+        """The objective's further values of this rank's queries by name, [T] or [T, X]."""
+        pick = self.exchange.queries_of_microbatch
+        return {name: pick(values.flatten(0, 1)) for name, values in self._signals_BS.items()}
 
     @property
     def query_mtp_targets_T(self) -> Tensor:
@@ -201,10 +211,13 @@ class V4Model(nn.Module):
         mtp_loss_weight: float | None = None,
         experts: Mapping[int, Tensor] | None = None,
         attention: AttentionMode = "select",
+        signals: Mapping[str, Tensor] | None = None,
+        objective: Objective | None = None,
     ) -> Microbatch:
         """Checks the arguments of ``forward`` and places them for the model's parts.
 
-        ``experts`` and ``attention`` as in Microbatch.
+        ``experts``, ``attention`` and ``objective`` as in Microbatch; ``signals`` are what the
+        objective needs to know of every position, [B, S] or [B, S, X] by name.
         """
         layout = SampleLayout.whole_rows(tokens) if layout is None else layout
         _check_shapes(tokens, layout, targets)
@@ -213,7 +226,17 @@ class V4Model(nn.Module):
         weight = self.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
         positions, exchange = self.execution.place_tokens(self.config, layout)
         return Microbatch(
-            positions, exchange, layout, tokens, targets, counts, weight, experts or {}, attention
+            positions,
+            exchange,
+            layout,
+            tokens,
+            targets,
+            counts,
+            weight,
+            experts or {},
+            attention,
+            signals,
+            objective,
         )
 
     def embed_streams(self, micro: Microbatch) -> Tensor:
@@ -246,7 +269,16 @@ class V4Model(nn.Module):
         """Returns the main head's loss, the MTP head's (unweighted), and the MTP block's stats."""
         assert micro.counts is not None
         hidden_TD = self.norm(self.hc_head(streams_TND))
-        lm_loss = self._cross_entropy(micro, hidden_TD, micro.query_targets_T, micro.counts.lm)
+        if micro.objective is None:
+            lm_loss = self._cross_entropy(micro, hidden_TD, micro.query_targets_T, micro.counts.lm)
+        else:
+            lm_loss = micro.objective(
+                micro.exchange.gather_queries(hidden_TD),
+                self.head.weight,
+                micro.query_targets_T,
+                micro.query_signals,
+                max(micro.counts.lm, 1),
+            )
         block = self.mtp_block
         if block is None:
             return lm_loss, torch.zeros_like(lm_loss), []

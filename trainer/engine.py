@@ -20,6 +20,7 @@ from torch import Tensor
 from data import Batch
 from model import TokenCounts
 from model.config import AttentionMode
+from model.execution import Objective
 from model.flops import training_flops
 from model.qat import fake_quantised
 from optim import HybridZero, clip_
@@ -176,18 +177,21 @@ class Engine(ABC):
         mtp_loss_weight: float | None = None,
         message: RankMessage = _NOTHING,
         experts: Sequence[SelectedExperts] | None = None,
+        objective: Objective | None = None,
     ) -> StepLosses:
         """Computes the gradient of the global token mean, for the optimizer to apply.
 
         `batches` are this rank's microbatches of the step. `message` travels with the token counts.
         `experts` were selected for them by `select_experts`, perhaps with
-        earlier weights.
+        earlier weights. `objective`: the main head's loss, by default cross-entropy.
         """
         weight = self.model.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
         accumulator = StepAccumulator.zeros(self.model, self.grid.device)
         with self.copies.rows(batches) as rows:
             counts, flops, messages = self._agree(rows, self._count_flops(batches), message)
-            microbatches = Microbatches(self.model, rows, counts, weight, self.attention, experts)
+            microbatches = Microbatches(
+                self.model, rows, counts, weight, self.attention, experts, objective
+            )
             self.run(microbatches, accumulator, backward=True)
         total = self._sum_over_ranks(accumulator)
         lm, mtp, balance, indexer = total.losses.unbind(0)

@@ -19,6 +19,7 @@ from torch import Tensor
 from data import Batch
 from model import SampleLayout, TokenCounts, V4Model
 from model.config import AttentionMode
+from model.execution import Objective
 from model.transformer import Microbatch
 
 SelectedExperts = Mapping[int, Tensor]
@@ -31,12 +32,14 @@ class Rows:
 
     Attributes:
         tokens_BS, targets_BS, layout: valid after `wait_for_copies`.
+        signals: those of the batch, by name; valid then as well.
         counts: of these rows.
         copied: an event, recorded after the copies.
     """
 
     tokens_BS: Tensor
     targets_BS: Tensor
+    signals: Mapping[str, Tensor]
     layout: SampleLayout
     counts: TokenCounts
     copied: Any
@@ -80,10 +83,14 @@ class RowCopies:
             layout.entries(ratio)
         tokens_BS = batch.tokens.to(self.device, non_blocking=True)
         targets_BS = batch.targets.to(self.device, non_blocking=True)
+        signals = {
+            name: values.to(self.device, non_blocking=True)
+            for name, values in batch.signals.items()
+        }
         copied = self._module.Event()
         copied.record()
         counts = TokenCounts.of(host_layout, batch.targets)  # on the host: no wait for the device
-        return Rows(tokens_BS, targets_BS, layout, counts, copied)
+        return Rows(tokens_BS, targets_BS, signals, layout, counts, copied)
 
 
 class Microbatches(Sequence[Microbatch]):
@@ -97,7 +104,9 @@ class Microbatches(Sequence[Microbatch]):
         mtp_loss_weight: float,
         attention: AttentionMode,
         experts: Sequence[SelectedExperts] | None = None,
+        objective: Objective | None = None,
     ) -> None:
+        self.objective = objective
         self.model, self.rows, self.attention = model, rows, attention
         self.counts, self.mtp_loss_weight = counts, mtp_loss_weight
         self.experts = experts or [{}] * len(rows)
@@ -121,4 +130,6 @@ class Microbatches(Sequence[Microbatch]):
             self.mtp_loss_weight,
             self.experts[index],
             self.attention,
+            rows.signals,
+            self.objective,
         )

@@ -11,8 +11,8 @@ most recently used windows stay in memory.
 Letters: B rows of a microbatch, S row length (`seq_len`), V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -48,11 +48,14 @@ class Batch:
         targets [B, S] int64: the next token of the same document; IGNORE_INDEX where there is none.
         lengths: per row the lengths of its samples, in order; they sum to at most S. A row without
             samples is padding, for a step whose rows do not divide evenly among the ranks.
+        signals: what an objective other than cross-entropy needs to know of every position, by
+            name, [B, S] or [B, S, X]; the loader has none.
     """
 
     tokens: Tensor
     targets: Tensor
     lengths: list[list[int]]
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
