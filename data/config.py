@@ -18,7 +18,7 @@ from pydantic import (
 
 from data.engine_config import PrepareRayConfig, PrepareSlurmConfig
 from data.section import PathText, PlaceText, Section
-from data.storage import is_url
+from data.storage import absolute, is_url
 
 Rows = Annotated[int, Field(ge=1, le=10**9)]
 
@@ -31,13 +31,15 @@ class SourceConfig(Section):
         description="letters, digits, and `_.-` except in front",
     )
     """Unique name; shards, metrics and `data.source_weights` use it."""
-    paths: tuple[PathText, ...] = ()
-    """Files, folders or glob patterns."""
+    paths: tuple[PlaceText, ...] = ()
+    """Files, folders or glob patterns; may be URLs: s3://, gs:// and hf:// as paths, https:// for
+    single files."""
     include: tuple[str, ...] = ("**/*",)
     """Glob patterns of the files that are read from a folder in `paths`."""
-    format: Literal["json", "parquet", "text"] = "json"
+    format: Literal["json", "lines", "parquet", "text"] = "json"
     """Format of the files: `json` reads .jsonl and .json, `parquet` reads tables, `text` reads each
-    file as a document. `json` and `text` may be compressed: .gz, .bz2, .xz, .zst."""
+    file as a document and `lines` each line. All but tables may be compressed: .gz, .bz2, .xz,
+    .zst."""
     dataset: str | None = None
     """Name of a dataset on the Hugging Face hub, instead of `paths`."""
     dataset_subset: str | None = None
@@ -78,7 +80,7 @@ class SourceConfig(Section):
     @model_validator(mode="after")
     def _can_hold_conversations(self) -> "SourceConfig":
         """`content` = conversation needs `format` = json or parquet; `prompts_file` needs it."""
-        if self.content == "conversation" and self.format == "text":
+        if self.content == "conversation" and self.format not in ("json", "parquet"):
             raise ValueError(
                 f"source {self.name!r}: conversations are read from `format: json` or `parquet`"
             )
@@ -90,7 +92,7 @@ class SourceConfig(Section):
         """The same source with paths that mean the same from any working directory."""
         prompts = self.prompts_file
         update = {
-            "paths": tuple(map(os.path.abspath, self.paths)),
+            "paths": tuple(map(absolute, self.paths)),
             "prompts_file": None if prompts is None else os.path.abspath(prompts),
         }
         return self.model_copy(update=update)

@@ -1,22 +1,18 @@
 """The documents of a source, with errors that name the file and the line."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.config import SourceConfig
 from data.errors import DataError
 from data.prepare.find_files import find_files, identity
 from data.prepare.pieces import Piece
-from data.prepare.records import (
+from data.prepare.readers import (
     Record,
-    is_empty,
     name_of,
     no_field,
-    read_hub,
-    read_json,
-    read_parquet,
-    read_text,
+    read_dataset,
+    read_records,
     repeated_key,
 )
 from data.text import OWN_PROMPTS, Special, read_messages, read_prompts, render
@@ -56,7 +52,8 @@ class Corpus:
         pieces: read these pieces of its files only; by default, all files that its paths match.
 
     Attributes:
-        pieces: what is read of its files, sorted; empty for a hub dataset.
+        files: all that its paths match, sorted; none of a hub dataset or where pieces are given.
+        pieces: what is read of its files, in order.
         prompts: the prompt texts of conversations.
         empty: documents skipped by the last iteration because they have no visible character.
         empty_files: files in which it read no record.
@@ -68,18 +65,14 @@ class Corpus:
 
     def __init__(self, source: SourceConfig, pieces: Sequence[Piece] | None = None) -> None:
         self.source = source
+        self.files = find_files(source) if pieces is None else []
         if pieces is None:
-            pieces = [Piece(path=file, size=file.stat().st_size) for file in find_files(source)]
+            pieces = [Piece(path=file.path, size=file.size) for file in self.files]
         self.pieces = tuple(pieces)
         file = source.prompts_file
         self.prompts = OWN_PROMPTS if file is None else read_prompts(file)
         self.empty = self.empty_files = 0
         self._bad: list[BadRecord] | None = None
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that the pieces are of, in order."""
-        return list(dict.fromkeys(piece.path for piece in self.pieces))
 
     def __iter__(self) -> Iterator[Document]:
         count = 0
@@ -87,7 +80,7 @@ class Corpus:
             count += 1
             yield document
         if not count:
-            raise no_document(self.source, len(self.files), self.empty, self.empty_files)
+            raise no_document(self.source, len(self.pieces), self.empty, self.empty_files)
 
     def documents(self, bad: list[BadRecord] | None = None) -> Iterator[Document]:
         """Yields the documents, if any; bad records are appended to `bad`, or raise without it."""
@@ -106,57 +99,24 @@ class Corpus:
                 document, problem = self._read(record.value)
             if document is not None:
                 yield document
-            elif (key := self._container_key(record)) is not None:
-                raise DataError(
-                    f"{record.place} is no record: it has records in {key!r}; write each of them "
-                    "on a line of its own."
-                )
             elif self._bad is None:
                 raise DataError(f"{record.place} {problem}.")
             else:
                 self._bad.append(BadRecord(record.place, record.number, problem))
 
-    def _container_key(self, record: Record) -> str | None:
-        """The key under which the first record of a file of JSON has several records.
-
-        It is a document for none of them, and how many they are is unknown.
-        """
-        field = self.source.field
-        if self.source.format != "json" or record.number != 1:
-            return None
-        if record.value is None or field in record.value:
-            return None
-        for key, value in record.value.items():
-            inner = [value, *value.values()] if isinstance(value, dict) else value
-            is_list = isinstance(inner, list)
-            if is_list and any(isinstance(item, dict) and field in item for item in inner):
-                return key
-        return None
-
     def _records(self) -> Iterator[Record]:
         source = self.source
         if not source.paths:
-            yield from read_hub(source)
-        for number, file in enumerate(piece.path for piece in self.pieces):
-            is_empty_file = True
+            yield from read_dataset(source)
+        for number, piece in enumerate(self.pieces):
+            is_empty_file = piece.is_whole
             try:
-                for record in self._records_in(file, number):
+                for record in read_records(source, piece, number):
                     is_empty_file = False
                     yield record
             except OSError as error:
-                raise DataError(f"cannot read {file}: {error.strerror or error}.") from error
+                raise DataError(f"cannot read {piece.path}: {error.strerror or error}.") from error
             self.empty_files += is_empty_file
-
-    def _records_in(self, file: Path, number: int) -> Iterator[Record]:
-        source = self.source
-        if source.format == "parquet":
-            yield from read_parquet(source, file)
-        elif source.format == "text" and is_empty(file):
-            yield Record(str(file), number, {source.field: ""})
-        elif source.format == "text":
-            yield read_text(source, file, number)
-        elif not is_empty(file):
-            yield from read_json(source, file)
 
     def _read(self, record: dict[str, Any]) -> tuple[Document | None, str]:
         """(document, "") of a good record, or (None, what is wrong with it)."""
@@ -233,7 +193,7 @@ def require_distinct(corpora: Iterable[Corpus]) -> None:
     readers: dict[tuple[object, ...], str] = {}
     for corpus in corpora:
         source = corpus.source
-        origins: dict[object, object] = {identity(file): file for file in corpus.files}
+        origins: dict[object, object] = {identity(file.path): file.path for file in corpus.files}
         if source.dataset is not None:
             subset = (source.dataset_subset, source.dataset_split, source.dataset_revision)
             origins = {(source.dataset, *subset): source.dataset}

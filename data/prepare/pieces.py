@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, NonNegativeInt, PlainSerializer
 
-from data.config import Section
+from data.section import Section
 from data.storage import AnyPath, as_path
 
 _BYTES = "bytes:"  # begins the JSON text of a path that is not UTF-8, in hexadecimal digits

@@ -11,28 +11,24 @@ With filters the input is read twice: first every document is judged and signed 
 and when all are deduplicated, those that remain are tokenised.
 """
 
-import hashlib
-import os
 import shutil
-import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.activity import Activity, print_line
+from data.activity import Activity
 from data.block_cache import BlockCache
-from data.config import DataConfig, fingerprint_source, fingerprint_text
+from data.config import DataConfig
 from data.errors import DataError
-from data.files import sha256_of
 from data.indexed import open_cache
 from data.lease import Lease
 from data.manifest import FilterStats, Manifest, Shard, preparation_settings
-from data.prepare.compressed import SUFFIXES
 from data.prepare.corpus import Corpus, no_document, require_distinct, require_few_bad
+from data.prepare.digest import changed_file, digest_of
 from data.prepare.engines import open_engine
 from data.prepare.filter_pass import FilterTask, deduplicate
 from data.prepare.left_out import incomplete_copy, remove_parts, without_items
@@ -52,9 +48,6 @@ from data.storage import AnyPath, StoragePath, as_path
 from data.text import Tokenizer
 from data.token_counts import save_counts, write_counts
 
-_FORMAT = 2  # raise when equal inputs would give other shards
-_CONVERSATIONS = 2  # raise when equal conversations would
-
 
 def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) -> Manifest:
     """Tokenises every source into `config.shards`; returns the manifest.
@@ -69,9 +62,9 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
     tokenizer.check_vocab_size(config.tokenizer.vocab_size)
     corpora = [Corpus(source) for source in config.sources]
     require_distinct(corpora)
-    files = _sizes_and_times(corpora)
+    items = [work_items(corpus) for corpus in corpora]
     with Activity("hashing the sources", visible=progress):
-        digest = _digest(config, tokenizer, corpora)
+        digest = digest_of(config, tokenizer, corpora, items)
     root, cache = as_path(config.shards), open_cache(config)
     existing = existing_shards(root, digest, overwrite, cache)
     if existing is not None and _is_current(existing, config):
@@ -89,8 +82,9 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
                 return manifest
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                records, left_out = _write(config, corpora, tokenizer, folder, progress)
-                _require_unchanged(files, _sizes_and_times(corpora), folder, root)
+                of_all = tuple(chain.from_iterable(items))
+                records, left_out = _write(config, of_all, tokenizer, folder, progress)
+                _require_unchanged(corpora, folder, root)
                 manifest = _manifest(config, digest, tokenizer, records)
                 with Activity("adding up the counts of ids", visible=progress):
                     counts = save_counts(folder, _counts(records, folder))
@@ -118,35 +112,27 @@ def _local_folder(config: DataConfig, root: AnyPath, cache: BlockCache) -> Path:
     return tables if config.work_folder is None else Path(config.work_folder) / tables.name
 
 
-def _sizes_and_times(corpora: list[Corpus]) -> dict[Path, tuple[int, int]]:
-    """Bytes and time of modification of every local file."""
-    stats = {file: file.stat() for corpus in corpora for file in corpus.files}
-    return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
-
-
-def _require_unchanged(
-    before: dict[Path, tuple[int, int]],
-    after: dict[Path, tuple[int, int]],
-    folder: Path,
-    root: AnyPath,
-) -> None:
-    """Raises DataError where a file is not the one that was hashed; its parts are removed."""
-    for file, stat in before.items():
-        if after[file] != stat:
-            shutil.rmtree(folder)
-            if isinstance(root, StoragePath):
-                discard(root, folder)
-            raise DataError(f"{file} changed while it was read; start again once it is complete.")
+def _require_unchanged(corpora: Sequence[Corpus], folder: Path, root: AnyPath) -> None:
+    """Raises DataError where a file is not the one that was found; its parts are removed."""
+    if (file := changed_file(corpora)) is None:
+        return
+    shutil.rmtree(folder)
+    if isinstance(root, StoragePath):
+        discard(root, folder)
+    raise DataError(f"{file} changed while it was read; start again once it is complete.")
 
 
 def _write(
-    config: DataConfig, corpora: list[Corpus], tokenizer: Tokenizer, folder: Path, progress: bool
+    config: DataConfig,
+    items: tuple[WorkItem, ...],
+    tokenizer: Tokenizer,
+    folder: Path,
+    progress: bool,
 ) -> tuple[list[tuple[WorkItem, PartRecord]], dict[str, str]]:
     """Writes the parts that are not in `folder` yet.
 
     Returns the work items with their records, and the reason for each that was left out.
     """
-    items = tuple(item for corpus in corpora for item in work_items(corpus))
     remove_partial_files(folder)
     if isinstance(root := as_path(config.shards), StoragePath):
         restore_records(root, folder, [item.name for item in items])
@@ -281,49 +267,6 @@ def _merge(by_part: Iterable[dict[str, FilterStats]]) -> dict[str, FilterStats]:
 
 def _count(dropped: dict[str, FilterStats]) -> int:
     return sum(stats.documents for stats in dropped.values())
-
-
-def _digest(config: DataConfig, tokenizer: Tokenizer, corpora: list[Corpus]) -> str:
-    """Hex sha256 of everything the shards depend on, the content of local files included."""
-    tolerant = config.max_bad_record_fraction > 0
-    basis = f"{_FORMAT} {tokenizer.hash} {config.validation_fraction} {tolerant}\n"
-    if config.filters is not None:
-        basis += f"{fingerprint_text(config.filters.model_dump_json())}\n"
-    digest = hashlib.sha256(basis.encode())
-    for corpus in corpora:
-        digest.update(f"{fingerprint_source(corpus.source)}\n".encode())
-        if corpus.source.content == "conversation":
-            form = f"{_CONVERSATIONS} {corpus.source.effort_field} {corpus.prompts}\n"
-            digest.update(form.encode())
-        files = corpus.files
-        if corpus.source.dataset is not None:  # a copy of one on this machine, or none
-            files = sorted(p for p in Path(corpus.source.dataset).glob("**/*") if p.is_file())
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            contents = list(pool.map(sha256_of, files))
-        for content in contents:
-            digest.update(f"{content}\n".encode())
-        _warn_of_copies(corpus.source.name, files, contents)
-    return digest.hexdigest()
-
-
-def _warn_of_copies(source: str, files: list[Path], contents: list[str]) -> None:
-    """Logs files whose text is probably there twice: of equal content, or a compressed copy."""
-    first: dict[str, Path] = {}
-    copies: list[tuple[Path, Path]] = []
-    names = set(files)
-    for file, content in zip(files, contents, strict=True):
-        if (other := first.setdefault(content, file)) != file:
-            copies.append((file, other))
-        elif file.suffix in SUFFIXES and (plain := file.with_suffix("")) in names:
-            copies.append((file, plain))
-    if copies:
-        file, other = copies[0]
-        more = f" (and {len(copies) - 1} more)" if len(copies) > 1 else ""
-        print_line(
-            f"v4: warning: source {source!r}: {file} seems to be a copy of {other}"
-            f"{more}; if it is, its documents are there twice",
-            sys.stderr,
-        )
 
 
 def _is_current(manifest: Manifest, config: DataConfig) -> bool:

@@ -81,20 +81,22 @@ class StoragePath:
     def _driver(self) -> Any:
         return open_driver(self.url.split("://", 1)[0])
 
-    def _try(self, action: Callable[[Any], Item]) -> Item:
+    def attempt(self, action: Callable[[Any], Item]) -> Item:
+        """Returns `action(driver)`, repeated where its failure may pass."""
         driver = self._driver
         return with_retries(lambda: action(driver), self.url)
 
     def info(self) -> dict[str, Any] | None:
         """Returns the driver's facts about an object; None where there is none."""
         try:
-            facts: dict[str, Any] = self._try(lambda driver: driver.info(self.url))
+            facts: dict[str, Any] = self.attempt(lambda driver: driver.info(self.url))
         except FileNotFoundError as error:
-            self._require_bucket(error)
+            self.require_bucket(error)
             return None
         return facts if facts["type"] == "file" else None
 
-    def _require_bucket(self, error: FileNotFoundError) -> None:
+    def require_bucket(self, error: FileNotFoundError) -> None:
+        """Raises the error where it is the bucket that is not there."""
         if (error.strerror or "").startswith("the bucket"):
             raise error
 
@@ -116,23 +118,23 @@ class StoragePath:
         Raises FileNotFoundError where the bucket is not there.
         """
         try:
-            paths = self._try(lambda driver: driver.ls(self.url, detail=False, refresh=True))
+            paths = self.attempt(lambda driver: driver.ls(self.url, detail=False, refresh=True))
         except FileNotFoundError as error:
-            self._require_bucket(error)
-            self._check_bucket()
+            self.require_bucket(error)
+            self.check_bucket()
             return []
         names = {path.rstrip("/").rsplit("/", 1)[-1] for path in paths}
-        own = {self.name} if self.url.split("://", 1)[1] in map(_plain, paths) else set()
+        own = {self.name} if self.url.split("://", 1)[1] in map(plain_name, paths) else set()
         return sorted(names - own - {""})
 
-    def _check_bucket(self) -> None:
+    def check_bucket(self) -> None:
         """Raises FileNotFoundError where the bucket is not there; drivers do not name the cause."""
         protocol, place = self.url.split("://", 1)
         if protocol not in ("s3", "s3a", "gs", "gcs"):
             return
         bucket = StoragePath(f"{protocol}://{place.split('/', 1)[0]}")
         try:
-            bucket._try(lambda driver: driver.ls(bucket.url, detail=False, refresh=True))
+            bucket.attempt(lambda driver: driver.ls(bucket.url, detail=False, refresh=True))
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, "the bucket does not exist", bucket.url) from None
         except PermissionError:
@@ -149,9 +151,9 @@ class StoragePath:
     def sizes(self) -> dict[str, int]:
         """Returns the size of every object in this folder by name, as the storage lists them."""
         try:
-            facts = self._try(lambda driver: driver.ls(self.url, detail=True, refresh=True))
+            facts = self.attempt(lambda driver: driver.ls(self.url, detail=True, refresh=True))
         except FileNotFoundError as error:
-            self._require_bucket(error)
+            self.require_bucket(error)
             return {}
         return {
             one["name"].rsplit("/", 1)[-1]: one["size"] for one in facts if one["type"] == "file"
@@ -167,14 +169,14 @@ class StoragePath:
     def modified(self) -> float | None:
         """Returns when the object was written, by the storage's clock; None without an object."""
         try:
-            return float(self._try(lambda driver: driver.modified(self.url)).timestamp())
+            return float(self.attempt(lambda driver: driver.modified(self.url)).timestamp())
         except FileNotFoundError as error:
-            self._require_bucket(error)
+            self.require_bucket(error)
             return None
 
     def read_bytes(self) -> bytes:
         """Returns the whole object, which has to fit into memory."""
-        return bytes(self._try(lambda driver: driver.cat_file(self.url)))
+        return bytes(self.attempt(lambda driver: driver.cat_file(self.url)))
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """Returns the text of the object."""
@@ -192,7 +194,7 @@ class StoragePath:
             blocks: list[bytes] = driver.cat_ranges(urls, starts, ends, on_error="raise")
             return blocks
 
-        return self._try(read)
+        return self.attempt(read)
 
     def blocks(self) -> Iterator[bytes]:
         """Yields the object's bytes in order, `READ_BYTES` at a time."""
@@ -209,15 +211,15 @@ class StoragePath:
         """
         content = content.encode() if isinstance(content, str) else content
         mode = "create" if exclusive else "overwrite"
-        self._try(lambda driver: _send(driver, self.url, content, mode))
+        self.attempt(lambda driver: _send(driver, self.url, content, mode))
 
     def upload(self, file: Path) -> None:
         """Writes the contents of a local file."""
-        self._try(lambda driver: driver.put_file(str(file), self.url))
+        self.attempt(lambda driver: driver.put_file(str(file), self.url))
 
     def copy_to(self, other: StoragePath) -> None:
         """Copies the object within its storage, which moves no bytes through this machine."""
-        self._try(lambda driver: driver.cp_file(self.url, other.url))
+        self.attempt(lambda driver: driver.cp_file(self.url, other.url))
 
     def download(self, file: Path) -> None:
         """Writes the object into a local file."""
@@ -228,9 +230,9 @@ class StoragePath:
     def unlink(self, missing_ok: bool = False) -> None:
         """Removes the object."""
         try:
-            self._try(lambda driver: driver.rm_file(self.url))
+            self.attempt(lambda driver: driver.rm_file(self.url))
         except FileNotFoundError as error:
-            self._require_bucket(error)
+            self.require_bucket(error)
             if not missing_ok:
                 raise
 
@@ -243,9 +245,9 @@ class StoragePath:
                 driver.rm(paths)
 
         try:
-            self._try(remove)
+            self.attempt(remove)
         except FileNotFoundError as error:
-            self._require_bucket(error)
+            self.require_bucket(error)
 
 
 def _send(driver: Any, url: str, content: bytes | Parts, mode: str) -> None:
@@ -284,6 +286,6 @@ def size_of(path: AnyPath) -> int:
     return path.size() if isinstance(path, StoragePath) else path.stat().st_size
 
 
-def _plain(path: str) -> str:
+def plain_name(path: str) -> str:
     """Returns a driver's path as it stands in a URL: memory's begins with a slash."""
     return path.strip("/")

@@ -32,10 +32,13 @@ _FINAL = (
 )
 """An attempt that ended with one of these ends so again."""
 _FINAL_CODES = (errno.EINVAL, errno.ENOSYS, errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG)
+_FINAL_STATUS = (400, 401, 403, 404, 405, 410, 451)
 _CREDENTIALS = re.compile("Credential|ProfileNotFound|TokenRetrieval|RefreshError")
 """Names of the drivers' exceptions about credentials, which are no PermissionError."""
 _USER = re.compile(r"//[^/\s@]+@")
 _INSTALL = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_WEB = {"client_kwargs": {"trust_env": True}}  # proxies, and the credentials in ~/.netrc
+_OPTIONS: dict[str, dict[str, Any]] = {"http": _WEB, "https": _WEB}
 _random = random.Random()  # not the generator that others may have seeded
 
 
@@ -65,7 +68,7 @@ def is_final(error: BaseException) -> bool:
     if _CREDENTIALS.search(type(error).__name__):
         return True
     code = error.errno if isinstance(error, OSError) else None
-    return isinstance(error, _FINAL) or code in _FINAL_CODES
+    return isinstance(error, _FINAL) or code in _FINAL_CODES or _status(error) in _FINAL_STATUS
 
 
 def storage_error(error: Exception, url: str) -> OSError:
@@ -73,11 +76,11 @@ def storage_error(error: Exception, url: str) -> OSError:
     text = _clause(error)
     if _CREDENTIALS.search(type(error).__name__):
         return PermissionError(errno.EACCES, f"no credentials: {text} (docs/storage.md)", url)
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) or _status(error) in (404, 410):
         is_bucket = "bucket does not exist" in text.lower()
         text = "the bucket does not exist" if is_bucket else "does not exist"
         return FileNotFoundError(errno.ENOENT, text, url)
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or _status(error) in (401, 403):
         return PermissionError(errno.EACCES, f"access was refused: {text}", url)
     if isinstance(error, FileExistsError):
         return FileExistsError(errno.EEXIST, "exists", url)
@@ -85,6 +88,14 @@ def storage_error(error: Exception, url: str) -> OSError:
     if code in _FINAL_CODES:
         return OSError(code, text, url)
     return OSError(errno.EREMOTEIO, text, url)
+
+
+def _status(error: BaseException) -> int | None:
+    """Returns the status of a web server's answer that is an error, as drivers raise it."""
+    status = getattr(error, "status", None) or getattr(
+        getattr(error, "response", None), "status_code", None
+    )
+    return status if isinstance(status, int) else None
 
 
 def _clause(error: Exception) -> str:
@@ -110,7 +121,10 @@ def _driver(protocol: str, process: int) -> Any:
     import fsspec
 
     try:
-        return fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True)
+        options = _OPTIONS.get(protocol, {})
+        return fsspec.filesystem(
+            protocol, use_listings_cache=False, skip_instance_cache=True, **options
+        )
     except ImportError as error:
         extra = _INSTALL.get(protocol)
         if extra is None:

@@ -263,35 +263,30 @@ def test_prepare_counts_what_it_drops(filtered: DataConfig, tmp_path: Path) -> N
 def test_processes_and_kills_change_nothing(
     filtered: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare(filtered, progress=False)
+    manifest = prepare(filtered, progress=False)
     several = elsewhere(filtered, "several", prepare_workers=2)
     server()
-    monkeypatch.setattr("data.prepare.engines.local._BYTES_PER_PROCESS", 1)
-    prepare(several, progress=False)
+    with monkeypatch.context() as patched:
+        patched.setattr("data.prepare.engines.local._BYTES_PER_PROCESS", 1)
+        prepare(several, progress=False)
     assert contents(several) == contents(filtered)
-    monkeypatch.undo()
     rng = random.Random(7)
     context = multiprocessing.get_context("fork")
     phases = Counter()
+    parts = len({shard.name.replace("validation", "train") for shard in manifest.shards})
+    step = 6 * parts // 4  # of two files of the filter pass, the verdicts and the parts
     for trial in range(4):
         killed = elsewhere(filtered, f"killed{trial}")
-        child = context.Process(target=_small_items, args=(killed,))
+        child = context.Process(target=prepare, args=(killed, False))
         child.start()
-        done = rng.randrange(
-            10 * trial, 10 * trial + 10
-        )  # of 12 files of the filter pass and others
+        done = rng.randrange(step * trial, step * (trial + 1))
         kill_after(child, Path(killed.shards), ".unfinished-*/[!.]*", done, rng, within=0.01)
         left = [path.name for path in Path(killed.shards).glob(".unfinished-*/*")]
         phases["filtering"] += any(name.endswith("filter.json") for name in left)
         phases["tokenising"] += any(name.endswith(".idx") for name in left)
-        _small_items(killed)
+        prepare(killed, progress=False)
         assert contents(killed) == contents(filtered), trial
     assert phases["filtering"] and phases["tokenising"]
-
-
-def _small_items(config: DataConfig) -> None:
-    data.prepare.work_item._ITEM_BYTES, data.prepare.work_item._BATCH_CHARACTERS = 1000, 9000
-    prepare(config, progress=False)
 
 
 @pytest.mark.parametrize("change", [lambda lines: lines[:-1], lambda lines: [*lines, lines[0]]])
@@ -305,7 +300,7 @@ def test_input_that_changes_between_the_readings(
         file.write_text("".join(change(file.read_text().splitlines(keepends=True))))
 
     monkeypatch.setattr("data.prepare.run.deduplicate", deduplicate_then_change)
-    with pytest.raises(DataError, match="code-00002 holds other documents than when it was filt"):
+    with pytest.raises(DataError, match=r"code-000\d\d holds other documents than when it"):
         prepare(elsewhere(filtered, "one", filters={"quality_rules": []}), progress=False)
 
 

@@ -123,7 +123,10 @@ def test_complete_parts_are_kept_and_partial_ones_are_not(parts: DataConfig) -> 
     assert cut.read_bytes() == content  # a record alone does not make a part complete
 
 
-def test_bad_records_are_quarantined_up_to_a_share(parts: DataConfig, tmp_path: Path) -> None:
+def test_bad_records_are_quarantined_up_to_a_share(
+    parts: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data.prepare.work_item, "_ITEM_BYTES", 1 << 20)
     lines = [json.dumps({"text": text}) + "\n" for text in TEXTS[:98]]
     (tmp_path / "bad.jsonl").write_text("".join([lines[0], '{"text": null}\n', *lines[1:], "{}\n"]))
     sources = [{"name": "b", "paths": [str(tmp_path / "bad.jsonl")]}]

@@ -17,13 +17,14 @@ from typing import Any, BinaryIO
 import zstandard
 
 from data.errors import DataError
+from data.storage import AnyPath
 
 _READ_BYTES = 1 << 16
 _MAX_WINDOW = 1 << 31  # bytes; zstd's own limit, which `--ultra --long=31` needs
 
 # Suffixes of files, and what makes the decompressor of a frame.
 _FORMATS: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
-    "gzip": ((".gz", ".gzip"), lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)),
+    "gzip": ((".gz", ".gzip", ".bgz"), lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)),
     "bz2": ((".bz2",), bz2.BZ2Decompressor),
     "xz": ((".xz",), lzma.LZMADecompressor),
     "zstd": (
@@ -31,9 +32,9 @@ _FORMATS: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
         lambda: zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj(),
     ),
 }
-SUFFIXES = tuple(suffix for suffixes, _ in _FORMATS.values() for suffix in suffixes)
+_FORM_OF = {suffix: form for form, (suffixes, _) in _FORMATS.items() for suffix in suffixes}
+SUFFIXES = tuple(_FORM_OF)
 """Suffixes of the names of compressed files."""
-
 
 _MAGIC = {
     "gzip": re.compile(rb"\x1f\x8b\x08"),
@@ -48,24 +49,38 @@ def compression_of(content: bytes) -> str | None:
     return next((form for form, magic in _MAGIC.items() if magic.match(content)), None)
 
 
+def form_of(file: AnyPath) -> str | None:
+    """The compression that a file's name ends in."""
+    return _FORM_OF.get(file.suffix)
+
+
 def suffix_of(form: str) -> str:
     """The usual suffix of files of a compression."""
     return _FORMATS[form][0][0]
 
 
 class DecompressedFile(io.RawIOBase):
-    """The content of a compressed file.
+    """The content of a compressed file, or of its frames from one on.
 
     Arguments:
         file: the open compressed file, closed with this one.
         form: gzip, bz2, xz or zstd.
+        start: where the file stands, at the beginning of a frame. [compressed bytes]
+        stop: where another frame begins. [compressed bytes]
+
+    Attributes:
+        end: where the content of that frame begins, counted from `start`; None before it has been
+            reached.
 
     Reading raises DataError where the file ends inside a frame, a frame is damaged, or what
     follows a frame is no frame.
     """
 
-    def __init__(self, file: BinaryIO, form: str) -> None:
+    def __init__(self, file: BinaryIO, form: str, start: int = 0, stop: int | None = None) -> None:
         self._file, self._form = file, form
+        self._start, self._stop = start, stop
+        self._compressed, self._decompressed = start, 0  # bytes taken and made so far
+        self.end: int | None = None
         self._new_frame = _FORMATS[form][1]
         self._frame: Any = None
         self._frames = 0
@@ -79,11 +94,15 @@ class DecompressedFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fills `buffer` with the next bytes; returns their number, 0 at the end."""
         while not len(self._output):
-            if not self._input and not (block := self._file.read(_READ_BYTES)):
+            block = self._input
+            if not block:
+                block = self._file.read(_READ_BYTES)
+                self._compressed += len(block)
+            if not block:
                 if self._frame is not None or not self._frames:
                     raise self._error("is cut off: it ends inside a compressed frame")
                 return 0
-            self._decompress(self._input or block)
+            self._decompress(block)
         size = min(len(buffer), len(self._output))
         buffer[:size] = self._output[:size]
         self._output = self._output[size:]
@@ -96,14 +115,24 @@ class DecompressedFile(io.RawIOBase):
             block = block.lstrip(b"\0") if self._frames else block
             if not block:
                 return
-            self._frame = self._new_frame()
-            self._frames += 1
+            self._begin_frame(self._compressed - len(block))
         try:
             self._output = memoryview(self._frame.decompress(block))
         except (zlib.error, OSError, ValueError, lzma.LZMAError, zstandard.ZstdError) as error:
-            raise self._error(f"is damaged in frame {self._frames}: {error}") from error
+            after = f" after byte {self._start:,}" if self._start else ""
+            raise self._error(f"is damaged in frame {self._frames}{after}: {error}") from error
+        self._decompressed += len(self._output)
         if self._frame.eof:
             self._input, self._frame = self._frame.unused_data, None
+
+    def _begin_frame(self, place: int) -> None:
+        """Begins the frame at a place in the compressed file."""
+        if self._stop is not None and self.end is None and place >= self._stop:
+            if place > self._stop:
+                raise self._error(f"is damaged: no frame begins at byte {self._stop:,}")
+            self.end = self._decompressed
+        self._frame = self._new_frame()
+        self._frames += 1
 
     def close(self) -> None:
         """Closes both files."""
