@@ -295,6 +295,9 @@ class DataConfig(Section):
     prepare_workers: int | None = Field(default=None, ge=1, le=4096)
     """Processes of `v4 data prepare`; null: one per core, of Slurm as many as it gives.
     [processes]"""
+    dedup_memory: int = Field(default=2 << 30, ge=1 << 26, le=1 << 42)
+    """Memory of each process of `v4 data prepare` that deduplicates, beyond what Python and its
+    libraries take. [bytes]"""
     engine: Literal["local", "slurm", "ray"] = "local"
     """What runs `v4 data prepare`: processes of this machine, jobs of Slurm or tasks of Ray, on
     hosts that share the folders in `sources` and `shards` (docs/data.md)."""

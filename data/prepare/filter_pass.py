@@ -1,17 +1,16 @@
 """The filter pass of `prepare`: every document is judged, then all are deduplicated together.
 
 The pass reads each work item once, before it is tokenised, and writes `NAME.filter.bin` (one
-SIGNATURE per document) and last `NAME.filter.json`. When all items have one, `deduplicate` compares
-them and writes `NAME.verdicts.npy`: a function of the sources and the filters, not of the
+SIGNATURE per document) and last `NAME.filter.json`. When all items have one, the deduplication
+compares them and writes `NAME.verdicts.npy`: a function of the sources and the filters, not of the
 processes. While the documents are tokenised, a `VerdictFilter` drops and counts them. All files of
 the pass are removed when the shards are complete.
 """
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +23,12 @@ from data.errors import DataError
 from data.files import fsync_file, write_atomically
 from data.manifest import MAX_EXAMPLES, Example, FilterStats
 from data.prepare.corpus import BadRecord, Corpus, Document
-from data.prepare.duplicates import SignatureTable, find_duplicates
+from data.prepare.dedup import remove_dedup_files, signature_file, verdict_file
 from data.prepare.filters import KEPT, REASONS, Rules
 from data.prepare.signatures import SIGNATURE, signatures
 from data.prepare.task import Preparation, Task
 from data.prepare.work_item import WorkItem, batches
 
-VERDICT = np.dtype([("reason", "u1"), ("item", "<i4"), ("document", "<i8")])
 _SUFFIXES = ("filter.bin", "filter.json", "verdicts.npy")
 _EXAMPLE_CHARACTERS = 300
 
@@ -54,7 +52,7 @@ class FilterTask(Task):
         try:
             content = (folder / f"{self.name}.filter.json").read_bytes()
             record = _FilterRecord.model_validate_json(content)
-            size = (folder / f"{self.name}.filter.bin").stat().st_size
+            size = signature_file(self.name, folder).stat().st_size
         except (OSError, ValidationError):
             return False
         return size == record.documents * SIGNATURE.itemsize
@@ -95,7 +93,7 @@ def filter_item(
                 count += len(batch)
                 advance(sum(len(document.text.encode()) for document in batch))
         fsync_file(partial)
-        os.replace(partial, folder / f"{item.name}.filter.bin")
+        os.replace(partial, signature_file(item.name, folder))
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -103,33 +101,9 @@ def filter_item(
     write_atomically(folder / f"{item.name}.filter.json", record.model_dump_json())
 
 
-def deduplicate(items: Sequence[WorkItem], folder: Path, filters: FiltersConfig) -> None:
-    """Writes the verdicts on every work item, from the signatures of all."""
-    table = SignatureTable([_signatures_of(item, folder) for item in items])
-    find_duplicates(table, filters)
-    for number, item in enumerate(items):
-        documents = slice(table.first[number], table.first[number + 1])
-        verdicts = np.zeros(documents.stop - documents.start, dtype=VERDICT)
-        verdicts["reason"] = table.reason[documents]
-        original = table.original[documents]
-        verdicts["item"] = np.searchsorted(table.first, original, side="right") - 1
-        first = np.where(original < 0, 0, table.first[verdicts["item"]])
-        verdicts["document"] = original - first
-        stream = BytesIO()
-        np.save(stream, verdicts, allow_pickle=False)
-        write_atomically(folder / f"{item.name}.verdicts.npy", stream.getvalue())
-
-
-def _signatures_of(item: WorkItem, folder: Path) -> NDArray[Any]:
-    file = folder / f"{item.name}.filter.bin"
-    if not file.stat().st_size:  # an empty file cannot be mapped
-        return np.zeros(0, dtype=SIGNATURE)
-    return np.memmap(file, dtype=SIGNATURE, mode="r")
-
-
 def _verdicts_of(item: WorkItem, folder: Path) -> NDArray[Any]:
     """The VERDICT of each document; DataError where they cannot be read."""
-    file = folder / f"{item.name}.verdicts.npy"
+    file = verdict_file(item.name, folder)
     try:
         return np.load(file, allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -141,6 +115,7 @@ def remove_filter_files(folder: Path) -> None:
     for suffix in _SUFFIXES:
         for file in folder.glob(f"*.{suffix}"):
             file.unlink()
+    remove_dedup_files(folder)
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ from data.indexed import open_cache
 from data.lease import Lease
 from data.manifest import FilterStats, Manifest, Shard, preparation_settings
 from data.prepare.corpus import Corpus, no_document, require_distinct, require_few_bad
+from data.prepare.dedup import stages
 from data.prepare.digest import changed_file, digest_of
-from data.prepare.engines import open_engine
-from data.prepare.filter_pass import FilterTask, deduplicate
+from data.prepare.engines import Engine, open_engine
+from data.prepare.filter_pass import FilterTask
 from data.prepare.left_out import incomplete_copy, remove_parts, without_items
 from data.prepare.publish import existing_shards, publish
 from data.prepare.remove import remove_partial_files, remove_work_files
@@ -144,13 +145,26 @@ def _write(
         with open_engine(opened(items), progress) as engine:
             left_out = engine.run(_tasks(FilterTask, items), "filter")
         items = tuple(item for item in items if item.name not in left_out)
-        with Activity("deduplicating", visible=progress):
-            deduplicate(items, folder, config.filters)
     with open_engine(opened(items), progress) as engine:
+        if config.filters is not None and not is_complete:
+            _deduplicate(engine, config, items, folder)
         left_out |= engine.run(_tasks(WritePartTask, items), "tokenise")
     remove_partial_files(folder)  # of processes that died
     complete = [item for item in items if item.name not in left_out]
     return [(item, _record(item, folder)) for item in complete], left_out
+
+
+def _deduplicate(
+    engine: Engine, config: DataConfig, items: tuple[WorkItem, ...], folder: Path
+) -> None:
+    """Leaves verdicts on the documents of all work items."""
+    assert config.filters is not None
+    for tasks in stages(items, folder, config.filters, config.dedup_memory):
+        for name, reason in engine.run(tasks, "deduplicate").items():
+            raise DataError(
+                f"the deduplication needs each of its tasks, and {name} failed ({reason}); run the "
+                "command again, it resumes where it stopped."
+            )
 
 
 def _tasks(kind: type[FilterTask | WritePartTask], items: Sequence[WorkItem]) -> list[Task]:

@@ -65,6 +65,7 @@ RULES: dict[str, Rule] = {
     "data.prefetch": Rule.FREE,
     "data.cache": Rule.FREE,
     "data.prepare_workers": Rule.FREE,
+    "data.dedup_memory": Rule.FREE,
     "data.engine": Rule.FREE,
     "data.slurm": Rule.FREE,
     "data.ray": Rule.FREE,

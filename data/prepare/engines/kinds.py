@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from data.config import DataConfig
 from data.errors import DataError, first_problem
 from data.files import write_atomically
+from data.prepare.dedup import AnyDedupTask
 from data.prepare.filter_pass import FilterTask
 from data.prepare.task import Preparation, Task
 from data.prepare.work_item import WorkItem
@@ -21,7 +22,7 @@ from data.prepare.write_part import WritePartTask
 from data.text import Tokenizer
 
 _TASKS: TypeAdapter[list[Any]] = TypeAdapter(
-    list[Annotated[FilterTask | WritePartTask, Field(discriminator="kind")]]
+    list[Annotated[FilterTask | WritePartTask | AnyDedupTask, Field(discriminator="kind")]]
 )
 _ITEMS = TypeAdapter(tuple[WorkItem, ...])
 _PREPARATION = "preparation.json"

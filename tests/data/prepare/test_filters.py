@@ -11,22 +11,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-import data.prepare.duplicates
 import data.prepare.work_item
 from data.config import DataConfig, FiltersConfig, SourceConfig
 from data.errors import DataError
 from data.indexed import open_shard
 from data.manifest import Manifest
 from data.prepare.corpus import Corpus, Document
-from data.prepare.duplicates import SignatureTable, find_duplicates
-from data.prepare.filter_pass import FilterTask, deduplicate, filter_item
+from data.prepare.dedup import remove_dedup_files
+from data.prepare.filter_pass import FilterTask, filter_item
 from data.prepare.filters import REASONS, Rules, language
-from data.prepare.run import prepare
+from data.prepare.run import _deduplicate, prepare
 from data.prepare.signatures import _shingles, signatures
 from data.prepare.work_item import work_items
 from data.text.tokenizer import Tokenizer
 from tests.data.kills import kill_after
+from tests.data.prepare.dedup.made import run_stages, write_items
 from tests.distributed import server
 
 PROSE = (
@@ -156,7 +157,17 @@ def test_signatures_estimate_jaccard() -> None:
         assert abs((estimate - exact).mean()) < 2 / np.sqrt(slots * len(pairs))
 
 
-def test_the_first_of_each_group_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def deduplicated(
+    folder: Path, records: NDArray[Any], cuts: list[int], filters: FiltersConfig
+) -> NDArray[Any]:
+    """The verdicts on all documents."""
+    items = write_items(folder, records, cuts)
+    run_stages(folder, items, filters, 50_000, np.random.default_rng(1))
+    remove_dedup_files(folder)
+    return np.concatenate([np.load(folder / f"{item.name}.verdicts.npy") for item in items])
+
+
+def test_the_first_of_each_group_is_kept(tmp_path: Path) -> None:
     rng = random.Random(2)
     bases = [words(rng, 300) for _ in range(30)]
     texts = [*bases, bases[3], *[changed_words(text, rng, 1) for text in bases[:10]]]
@@ -165,29 +176,24 @@ def test_the_first_of_each_group_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     order = list(range(len(texts)))
     rng.shuffle(order)
     records = signatures([texts[i] for i in order])
-    for items in ([records], [records[:20], records[:0], records[20:]]):
-        for size in (1 << 24, 11):
-            monkeypatch.setattr(data.prepare.duplicates, "_PASS", size)
-            table = SignatureTable(items)
-            find_duplicates(table, FiltersConfig())
-            reasons = {order[i]: REASONS[r] for i, r in enumerate(table.reason)}
-            counts = Counter(reasons.values())
-            assert counts == {"kept": 41, "exact": 1, "near": 10, "template": 24}
-            for i, original in enumerate(table.original):
-                assert (original >= 0) == (table.reason[i] > 0) and original < i
-                if original >= 0:
-                    assert (
-                        reasons[order[original]] == "kept"
-                        or table.reason[original] > table.reason[i]
-                    )
-                    size_, mask = (3, True) if table.reason[i] == 7 else (5, False)
-                    assert jaccard(texts[order[i]], texts[order[original]], size_, mask) > 0.5
-    table = SignatureTable([records])
+    cuts = [20, 20]
+    verdicts = deduplicated(tmp_path, records, cuts, FiltersConfig())
+    reasons = {order[i]: REASONS[r] for i, r in enumerate(verdicts["reason"])}
+    counts = Counter(reasons.values())
+    assert counts == {"kept": 41, "exact": 1, "near": 10, "template": 24}
+    begins = np.array([0, *cuts])
+    for i, verdict in enumerate(verdicts):
+        assert (verdict["item"] >= 0) == (verdict["document"] >= 0) == (verdict["reason"] > 0)
+        if verdict["reason"]:
+            original = begins[verdict["item"]] + verdict["document"]
+            earlier = verdicts["reason"][original]
+            assert original < i and (not earlier or earlier > verdict["reason"])
+            size, mask = (3, True) if verdict["reason"] == 7 else (5, False)
+            assert jaccard(texts[order[i]], texts[order[original]], size, mask) > 0.5
     filters = FiltersConfig(
         exact_duplicates=False, near_duplicate_similarity=None, template_min_documents=26
     )
-    find_duplicates(table, filters)
-    assert not table.reason.any()
+    assert not deduplicated(tmp_path, records, [], filters)["reason"].any()
 
 
 @pytest.fixture
@@ -296,10 +302,10 @@ def test_input_that_changes_between_the_readings(
     file = Path(filtered.sources[1].paths[0].replace("*", "2"))
 
     def deduplicate_then_change(*arguments: Any) -> None:
-        deduplicate(*arguments)
+        _deduplicate(*arguments)
         file.write_text("".join(change(file.read_text().splitlines(keepends=True))))
 
-    monkeypatch.setattr("data.prepare.run.deduplicate", deduplicate_then_change)
+    monkeypatch.setattr("data.prepare.run._deduplicate", deduplicate_then_change)
     with pytest.raises(DataError, match=r"code-000\d\d holds other documents than when it"):
         prepare(elsewhere(filtered, "one", filters={"quality_rules": []}), progress=False)
 
