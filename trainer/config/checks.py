@@ -125,6 +125,7 @@ def run_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
     yield from fp8_problems(config)
     yield from deepspeed_problems(config)  # its block matters only if the engine can do the rest
     yield from stability_problems(config, recipe)
+    yield from post_problems(config, recipe)
     yield from profile_problems(config.profile, recipe.steps)
     for where, rows in rows_of(config, recipe):
         yield from _row_problems(config, where, rows)
@@ -215,6 +216,32 @@ def stability_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
         yield (
             f"stability.spikes.min_history = {spikes.min_history} should be at most "
             f"stability.spikes.deviation_window = {spikes.deviation_window}"
+        )
+
+
+def post_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
+    """Yields what keeps a run from training on its own samples.
+
+    - `post` needs `engine` = native, and `stability.spikes` = null.
+    - `post` needs `stability.anticipatory_routing.when` other than always.
+    - `post.max_new_tokens` is less than the `seq_len` of every phase.
+    """
+    if config.post is None:
+        return
+    if config.engine != "native":
+        yield f"post is not supported with engine = {config.engine}; use engine = native"
+    if config.stability.spikes is not None:
+        yield "stability.spikes is not supported with post, whose loss is no measure; use null"
+    if config.stability.anticipatory_routing.when == "always":
+        yield (
+            "stability.anticipatory_routing.when = always needs the batches of later steps, and "
+            "with post these depend on the weights; use never"
+        )
+    length = min(phase.rows.seq_len for phase in recipe.phases)
+    if config.post.max_new_tokens >= length:
+        yield (
+            f"post.max_new_tokens = {config.post.max_new_tokens:,} should be less than the row "
+            f"length, {length:,}, in which prompt and answer have to fit"
         )
 
 

@@ -82,6 +82,7 @@ RULES: dict[str, Rule] = {
     "phases.initial_batch_size": Rule.ROWS,
     "phases.rampup_tokens": Rule.ROWS,
     "phases.source_weights": Rule.ROWS,
+    "post": Rule.FREE,
     "stability": Rule.FREE,
     "checkpoint": Rule.FREE,
     "metrics": Rule.FREE,

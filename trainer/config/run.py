@@ -35,6 +35,7 @@ from trainer.config.kernels import AUTO, KernelSetting, setting_of
 from trainer.config.operation import ProfileConfig, WatchdogConfig
 from trainer.config.parallel import ParallelConfig
 from trainer.config.phases import BiasSpeed, PhaseConfig, Quantisation
+from trainer.config.post import PostConfig
 from trainer.config.published import folder_name, published
 from trainer.config.recipe import Recipe, Segment
 from trainer.config.renamed import drop_unset
@@ -161,6 +162,9 @@ class RunConfig(Section):
     phases: tuple[PhaseConfig, ...] = ()
     """Parts of the run with their own rows, attention and rates (docs/recipe.md). Without phases,
     the indexers are not trained: they keep their initial values."""
+    post: PostConfig | None = None
+    """Training on the model's own answers to prompts, in place of the rows of `data.shards`, whose
+    validation text is still evaluated; null trains on the shards."""
     stability: StabilityConfig = StabilityConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
@@ -301,11 +305,13 @@ class RunConfig(Section):
             folder = absolute(data.cache.folder)
             update["cache"] = data.cache.model_copy(update={"folder": folder})
         run_dir = self.run_dir.absolute()
+        post = None if self.post is None else self.post.with_absolute_paths()
         return self.model_copy(
             update={
                 "run_dir": run_dir,
                 "data": data.model_copy(update=update),
                 "checkpoint": checkpoint,
+                "post": post,
                 "evaluation": self.evaluation.with_absolute_paths(),
             }
         )

@@ -13,6 +13,7 @@ from trainer.config.evaluation import EvaluationConfig
 from trainer.config.operation import ProfileConfig
 from trainer.config.parallel import ParallelConfig
 from trainer.config.phases import PhaseConfig, Quantisation
+from trainer.config.post import PostConfig
 from trainer.config.stability import StabilityConfig
 
 
@@ -69,6 +70,9 @@ class RunSettings(RecipeSettings, Protocol):
 
     @property
     def fit_to_memory(self) -> bool: ...
+
+    @property
+    def post(self) -> PostConfig | None: ...
 
     @property
     def stability(self) -> StabilityConfig: ...

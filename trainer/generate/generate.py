@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from model.cache import CachedModel
 from model.cache.sizes import cache_bytes
 from model.config import AttentionMode
 from trainer.generate.ranks import ALONE, Ranks
-from trainer.generate.sampling import Sampling, accept_drafts, draw, probabilities
+from trainer.generate.sampling import Sampling, accept_drafts, draw, draw_at, probabilities
 
 PREFILL_TOKENS = 2048
 """Prompt tokens that pass the model at a time."""
@@ -40,6 +41,8 @@ class Request:
         speculative: whether the MTP block drafts tokens. The tokens are distributed as without it,
             and the same at temperature 0.
         packed: whether the cache is packed; see model.cache.
+        uniforms: fp64 [prompts, max_new_tokens] in [0, 1), by which tokens are drawn in place of
+            `seed`, each sequence by its own, whatever is continued with it. Not with drafts.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -49,6 +52,7 @@ class Request:
     seed: int = 0
     speculative: bool = False
     packed: bool = False
+    uniforms: Tensor | None = None
 
 
 def attention_of(trained: AttentionMode) -> AttentionMode:
@@ -107,6 +111,8 @@ class Generation:
 
     Attributes:
         statistics: counts up while it is iterated.
+        log_probabilities: with `uniforms`, those of each sequence's tokens in the distributions
+            that they were drawn from, in nats.
     """
 
     def __init__(
@@ -127,6 +133,8 @@ class Generation:
         self._generator = torch.Generator(self._device).manual_seed(request.seed)
         self._drafts = request.speculative and model.mtp_block is not None
         self._ended: set[int] = set()
+        assert request.uniforms is None or not request.speculative
+        self.log_probabilities: list[list[float]] = [[] for _ in request.prompts]
 
     def end(self, index: int) -> None:
         """Ends a sequence with the token that was yielded last; on all ranks alike."""
@@ -139,6 +147,7 @@ class Generation:
     def _continue(self, indices: range) -> Iterator[tuple[int, int]]:
         """Continues some of the prompts with their own cache."""
         prompts = [list(self.request.prompts[index]) for index in indices]
+        self._first = indices.start
         self._model = CachedModel(
             self._whole,
             len(prompts),
@@ -151,7 +160,7 @@ class Generation:
         start = time.perf_counter()
         last_BND = self._prefill(prompts)
         chances_BV = self._chances(self._model.logits(last_BND))
-        first = self._draw(chances_BV).tolist()
+        first = self._draw_for([*indices], chances_BV)
         self.statistics.prefill_seconds += time.perf_counter() - start
         active = []
         for index, token in enumerate(first):
@@ -229,7 +238,8 @@ class Generation:
         pending = [sequence.pending for sequence in active]
         streams = self._model.forward(self._tensor(pending), self._counts(active, 1))
         chances = self._chances(self._model.logits(streams))
-        return [[token] for token in self._draw(chances).tolist()]
+        tokens = self._draw_for([self._first + sequence.index for sequence in active], chances)
+        return [[token] for token in tokens]
 
     def _speculative_step(self, active: Sequence[_Sequence]) -> list[list[int]]:
         """Drafts a token after the pending one, runs both; returns one or two tokens of each."""
@@ -270,6 +280,18 @@ class Generation:
         hidden_TD = self._model.draft_hidden(streams, following, counts)
         ends = torch.tensor([counts[sequence.index] for sequence in active]).cumsum(0) - 1
         return self._chances(self._model.draft_logits(hidden_TD[ends.to(self._device)]))
+
+    def _draw_for(self, indices: list[int], chances_BV: Tensor) -> list[int]:
+        """Returns the next token of the sequences with these indices in the request."""
+        if self.request.uniforms is None:
+            return cast(list[int], self._draw(chances_BV).tolist())
+        places = [len(self.log_probabilities[index]) for index in indices]
+        uniform_B = self.request.uniforms[indices, places].to(self._device)
+        tokens_B = self._ranks.agree(draw_at(chances_BV, uniform_B))
+        chosen_B = chances_BV.gather(1, tokens_B[:, None])[:, 0].log()
+        for index, value in zip(indices, chosen_B.tolist(), strict=True):
+            self.log_probabilities[index].append(value)
+        return cast(list[int], tokens_B.tolist())
 
     def _draw(self, chances_BV: Tensor) -> Tensor:
         """Returns the tokens that the first rank draws, int64 [B]."""

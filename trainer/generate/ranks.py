@@ -26,9 +26,15 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Ranks:
-    """How ranks compute the same tokens; without a grid it is one rank."""
+    """How ranks compute the same tokens; without a grid it is one rank.
+
+    Attributes:
+        divides_data: whether each data rank has sequences of its own, which `may_divide_data`
+            allows; by default all ranks have the same.
+    """
 
     grid: Grid | None = None
+    divides_data: bool = False
 
     @property
     def exchange(self) -> Exchange:
@@ -50,12 +56,19 @@ class Ranks:
 
     def agree(self, tokens: Tensor) -> Tensor:
         """Returns the first rank's tokens: rounding may differ between ranks."""
-        if self.grid is not None and self.grid.world.group is not None:
-            dist.broadcast(tokens, src=0, group=self.grid.world.group)
+        if self.grid is not None:
+            axis = self.grid.sequence if self.divides_data else self.grid.world
+            if axis.group is not None:
+                dist.broadcast(tokens, src=axis.ranks[0], group=axis.group)
         return tokens
 
 
 ALONE = Ranks()
+
+
+def may_divide_data(grid: Grid) -> bool:
+    """Whether data ranks can generate on their own: their experts are not on other data ranks."""
+    return {*grid.expert_all_to_all.ranks} <= {*grid.sequence.ranks}
 
 
 def shared_degrees(config: ModelConfig, processes: int) -> Degrees:

@@ -64,6 +64,17 @@ def draw(chances_BV: Tensor, generator: torch.Generator) -> Tensor:
     return torch.multinomial(chances_BV, 1, generator=generator)[:, 0]
 
 
+def draw_at(chances_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Returns the tokens at which the cumulated distributions pass numbers in [0, 1), int64 [B].
+
+    Uniform numbers give tokens of these distributions, each a function of its own number alone.
+    """
+    cumulated_BV = chances_BV.double().cumsum(-1)
+    aim_B1 = (uniform_B * cumulated_BV[:, -1])[:, None]
+    token_B = torch.searchsorted(cumulated_BV, aim_B1, right=True)[:, 0]
+    return token_B.clamp_(max=chances_BV.shape[1] - 1)
+
+
 def accept_drafts(
     drafts_B: Tensor, draft_chances_BV: Tensor, chances_BV: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,9 @@ from trainer.parallel.waits import Collective, Waits
 Task = Literal[
     "starting",
     "reading data",
+    "sampling",
+    "checking answers",
+    "scoring",
     "forward and backward",
     "update",
     "layer stats",
@@ -24,7 +27,16 @@ Task = Literal[
     "metrics",
 ]
 _SLOW: tuple[Task, ...] = (
-    *("starting", "reading data", "layer stats", "first evaluation", "continuing prompts"),
+    *(
+        "starting",
+        "reading data",
+        "sampling",
+        "checking answers",
+        "scoring",
+        "layer stats",
+        "first evaluation",
+        "continuing prompts",
+    ),
     *("evaluating tasks", "saving", "rolling back", "metrics"),
 )
 """What takes as long as it takes, however long a step is: a file server may be away for minutes.
