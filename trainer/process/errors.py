@@ -56,6 +56,10 @@ class TaskError(ValueError):
     """A task of lm-eval that cannot be opened or evaluated."""
 
 
+class PostTrainingError(ValueError):
+    """A teacher, checker, sandbox or set of prompts that post-training cannot use."""
+
+
 class ReportError(ValueError):
     """A run whose metrics cannot be drawn."""
 
@@ -84,6 +88,7 @@ USER_ERRORS: tuple[type[ValueError], ...] = (
     ExportError,
     PreflightError,
     OutOfMemoryError,
+    PostTrainingError,
     ReportError,
     TaskError,
 )
