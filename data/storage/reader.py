@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from data.storage.path import StoragePath
+from data.storage.search import describe
 
 _RANGE_BYTES = 4 << 20  # of a request
 _FIRST_BYTES = 256 << 10  # that are read ahead at a new place
@@ -23,7 +24,7 @@ class RangeReader(io.RawIOBase):
 
     def __init__(self, path: StoragePath) -> None:
         self._path = path
-        self._size = path.size()
+        self._size = describe(path).size
         self._position = 0
         self._window, self._window_start = b"", 0
         self._ahead = 0

@@ -6,6 +6,7 @@ its query, fits the pattern `path`, `times` times after the first `skip` of them
     status     answers with this number
     slow       waits for this many seconds first
     cut        closes the connection after this many bytes of the request's body
+    torn       closes the connection after this many bytes of the answer's body
     frozen     answers what was answered to the same request when the fault was set: a list of
                objects that lags behind
     ignore_conditions    drops If-None-Match
@@ -64,6 +65,8 @@ class Faults:
             return [b"<Error><Code>%d</Code><Message>a fault</Message></Error>" % fault["status"]]
         if "ignore_conditions" in fault:
             environ.pop("HTTP_IF_NONE_MATCH", None)
+        if "torn" in fault:
+            return self._torn(environ, respond, fault["torn"])
         if "frozen" in fault:
             return self._frozen(environ, respond, request)
         return self.application(environ, respond)
@@ -92,6 +95,10 @@ class Faults:
             self.applied[number] += 1
             return fault
         return None
+
+    def _torn(self, environ: Environ, respond: Respond, size: int) -> Iterable[bytes]:
+        yield b"".join(self.application(environ, respond))[:size]
+        environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
 
     def _frozen(self, environ: Environ, respond: Respond, request: str) -> Iterable[bytes]:
         if request not in self.answers:
