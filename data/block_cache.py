@@ -47,7 +47,16 @@ class BlockCache:
 
     def open(self, path: StoragePath) -> "CachedObject":
         """Opens an object. Raises OSError where there is none."""
-        return CachedObject(self, path)
+        facts = path.info()
+        if facts is None:
+            raise FileNotFoundError(2, "does not exist", str(path))
+        size = int(facts["size"])
+        version = next((facts[name] for name in ("ETag", "etag", "mtime") if name in facts), "")
+        return CachedObject(self, path, size, _digest(f"{path} {size} {version}"))
+
+    def open_known(self, path: StoragePath, size: int, sha256: str) -> "CachedObject":
+        """Opens an object of known size and content, without a request."""
+        return CachedObject(self, path, size, _digest(f"{size} {sha256}"))
 
     def tables(self, path: StoragePath) -> Path:
         """Returns the local folder for what is computed from the objects in a folder."""
@@ -117,14 +126,8 @@ class BlockCache:
 class CachedObject:
     """An object that is read through the cache; `size` in bytes."""
 
-    def __init__(self, cache: BlockCache, path: StoragePath) -> None:
-        self.cache, self.path = cache, path
-        facts = path.info()
-        if facts is None:
-            raise FileNotFoundError(2, "does not exist", str(path))
-        self.size = int(facts["size"])
-        version = next((facts[name] for name in ("ETag", "etag", "mtime") if name in facts), "")
-        self._key = _digest(f"{path} {self.size} {version}")
+    def __init__(self, cache: BlockCache, path: StoragePath, size: int, key: str) -> None:
+        self.cache, self.path, self.size, self._key = cache, path, size, key
 
     def read(self, start: int, size: int) -> bytes:
         """Returns `size` bytes from `start`, fewer at the object's end. Raises OSError."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from data.block_cache import BlockCache, default_folder
 from data.config import DataConfig
 from data.errors import DataError
-from data.storage import AnyPath, as_path
+from data.storage import AnyPath, StoragePath, as_path
 
 # magic, version, code of the token type, number of sequences, number of document boundaries
 _HEADER = struct.Struct("<9sQBQQ")
@@ -52,8 +52,13 @@ def index_bytes(lengths: Sequence[int], dtype: np.dtype[Any]) -> bytes:
 
 def file_sizes(name: str, documents: int, tokens: int, vocab_size: int) -> list[tuple[str, int]]:
     """Names and bytes of the files of a shard in which each document is one sequence."""
-    index = _HEADER.size + documents * _BYTES_PER_SEQUENCE + (documents + 1) * _BYTES_PER_BOUNDARY
-    return [(f"{name}.bin", tokens * token_dtype(vocab_size).itemsize), (f"{name}.idx", index)]
+    size = tokens * token_dtype(vocab_size).itemsize
+    return [(f"{name}.bin", size), (f"{name}.idx", index_size(documents))]
+
+
+def index_size(documents: int) -> int:
+    """Bytes of the index of documents of one sequence each."""
+    return _HEADER.size + documents * _BYTES_PER_SEQUENCE + (documents + 1) * _BYTES_PER_BOUNDARY
 
 
 class ShardFile(Protocol):
@@ -88,31 +93,89 @@ class LocalFile:
 
 
 @dataclass(frozen=True)
-class IndexedShard:
-    """One `.bin/.idx` pair, opened.
+class TokenFile:
+    """The `.bin` of a shard, opened.
 
     The ids are read from the file whenever they are asked for. A mapping would be faster, and would
     kill the process (SIGBUS) where the file is truncated while a run reads it.
 
     Attributes:
-        prefix: its path without `.bin` and `.idx`.
-        tokens: the `.bin`.
-        tables: the local path, without an ending, of what is computed from the shard.
+        file: what is read.
+        path: its name.
         dtype: of the ids in the file.
-        lengths [documents]: tokens of each document.
-        anchors: index of the first token of every `_ANCHOR`-th document.
         vocab_size: ids have to be below it, if given.
         ends: bos and eos, if every document has them.
     """
 
-    prefix: AnyPath
-    tokens: ShardFile
-    tables: Path
+    file: ShardFile
+    path: str
     dtype: np.dtype[Any]
-    lengths: NDArray[np.int64] | NDArray[np.int32]
-    anchors: NDArray[np.int64]
     vocab_size: int | None
     ends: tuple[int, int] | None
+
+    def read(
+        self, document: int, first: int, length: int, start: int = 0, end: int | None = None
+    ) -> NDArray[Any]:
+        """The ids of a document, bos and eos included, or those from `start` until before `end`.
+
+        Arguments:
+            document: its number, for errors.
+            first: tokens before it.
+            length: its tokens.
+
+        Raises DataError where the file has been truncated, an id is not in the vocabulary, or the
+        document lacks its bos or eos: a file of the right size may hold zeros after a crash.
+        """
+        end = length if end is None else min(end, length)
+        ids = self.read_ids(document, first + start, max(start, end) - start)
+        if self.ends is not None and len(ids):
+            bos, eos = self.ends
+            if (start == 0 and ids[0] != bos) or (end == length and ids[-1] != eos):
+                raise _damaged(
+                    f"{self.path} has been altered: document {document} does not begin with "
+                    f"the id {bos} and end with {eos}"
+                )
+        return ids
+
+    def read_ids(self, document: int, first: int, count: int) -> NDArray[Any]:
+        """The `count` ids from number `first` on, which belong to `document` and later ones."""
+        itemsize = self.dtype.itemsize
+        size = count * itemsize
+        try:
+            content = self.file.read(first * itemsize, size)
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+        if len(content) < size:
+            raise _damaged(
+                f"{self.path} has been truncated: it ends before document {document} does"
+            )
+        ids = np.frombuffer(content, self.dtype)
+        if self.vocab_size is not None and size:
+            largest = int(ids.view(f"u{itemsize}").max())  # negative ones are large there
+            if largest >= self.vocab_size:
+                value = ids.min() if self.dtype.kind == "i" and ids.min() < 0 else largest
+                raise DataError(
+                    f"{self.path} has the id {value} in or after document {document}, which is not "
+                    f"in the vocabulary of {self.vocab_size}."
+                )
+        return ids
+
+
+@dataclass(frozen=True)
+class IndexedShard:
+    """One `.bin/.idx` pair, opened.
+
+    Attributes:
+        tokens: the `.bin`.
+        tables: the local path, without an ending, of what is computed from the shard.
+        lengths [documents]: tokens of each document.
+        anchors: index of the first token of every `_ANCHOR`-th document.
+    """
+
+    tokens: TokenFile
+    tables: Path
+    lengths: NDArray[np.int64] | NDArray[np.int32]
+    anchors: NDArray[np.int64]
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -122,23 +185,15 @@ class IndexedShard:
         """Yields the ids of each document."""
         return (self.read(document) for document in range(len(self)))
 
-    def read(self, document: int, start: int = 0, end: int | None = None) -> NDArray[Any]:
-        """The ids of a document, bos and eos included, or those from `start` until before `end`.
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the ids in the file."""
+        return self.tokens.dtype
 
-        Raises DataError where the file has been truncated, an id is not in the vocabulary, or the
-        document lacks its bos or eos: a file of the right size may hold zeros after a crash.
-        """
+    def read(self, document: int, start: int = 0, end: int | None = None) -> NDArray[Any]:
+        """The ids of a document, as `TokenFile.read`."""
         length = int(self.lengths[document])
-        end = length if end is None else min(end, length)
-        ids = self._read(document, start, max(start, end))
-        if self.ends is not None and len(ids):
-            bos, eos = self.ends
-            if (start == 0 and ids[0] != bos) or (end == length and ids[-1] != eos):
-                raise _damaged(
-                    f"{self.prefix}.bin has been altered: document {document} does not begin with "
-                    f"the id {bos} and end with {eos}"
-                )
-        return ids
+        return self.tokens.read(document, self._first(document), length, start, end)
 
     def blocks(self, tokens: int = _BLOCK) -> Iterator[tuple[int, int, NDArray[Any]]]:
         """Yields (first document, next one, ids of those between), about `tokens` at a time."""
@@ -147,32 +202,13 @@ class IndexedShard:
         while first < len(self):
             begin = int(ends[first]) - int(self.lengths[first])
             end = max(first + 1, int(np.searchsorted(ends, begin + tokens, side="right")))
-            yield first, end, self._read(first, 0, int(ends[end - 1]) - begin)
+            yield first, end, self.tokens.read_ids(first, begin, int(ends[end - 1]) - begin)
             first = end
 
-    def _read(self, document: int, start: int, end: int) -> NDArray[Any]:
-        """The ids from `start` until before `end`, counted from the beginning of a document."""
-        anchor, itemsize = document // _ANCHOR, self.dtype.itemsize
+    def _first(self, document: int) -> int:
+        anchor = document // _ANCHOR
         before = self.lengths[anchor * _ANCHOR : document].sum(dtype=np.int64)
-        size = (end - start) * itemsize
-        path = f"{self.prefix}.bin"
-        try:
-            first = int(self.anchors[anchor] + before) + start
-            content = self.tokens.read(first * itemsize, size)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-        if len(content) < size:
-            raise _damaged(f"{path} has been truncated: it ends before document {document} does")
-        ids = np.frombuffer(content, self.dtype)
-        if self.vocab_size is not None and size:
-            largest = int(ids.view(f"u{itemsize}").max())  # negative ones are large there
-            if largest >= self.vocab_size:
-                value = ids.min() if self.dtype.kind == "i" and ids.min() < 0 else largest
-                raise DataError(
-                    f"{path} has the id {value} in or after document {document}, which is not in "
-                    f"the vocabulary of {self.vocab_size}."
-                )
-        return ids
+        return int(self.anchors[anchor] + before)
 
 
 def open_cache(config: DataConfig) -> BlockCache:
@@ -230,12 +266,40 @@ def open_shard(
         starts = starts[bounds]
         lengths = np.diff(starts)
     anchors = starts[:-1:_ANCHOR].copy()
-    tables = _tables_of(prefix, cache)
-    shard = IndexedShard(prefix, tokens_file, tables, dtype, lengths, anchors, vocab_size, ends)
+    token_file = TokenFile(tokens_file, f"{prefix}.bin", dtype, vocab_size, ends)
+    shard = IndexedShard(token_file, _tables_of(prefix, cache), lengths, anchors)
     if documents and ends is not None:
         shard.read(0, 0, 1)
         shard.read(documents - 1, max(int(lengths[-1]) - 1, 0))
     return shard
+
+
+def open_tokens(
+    prefix: AnyPath,
+    tokens: int,
+    dtype: np.dtype[Any],
+    vocab_size: int,
+    ends: tuple[int, int] | None,
+    cache: BlockCache,
+    sha256: str | None,
+) -> TokenFile:
+    """Opens the `.bin` of a shard whose index has been read before.
+
+    With its `sha256`, which names its blocks in the cache, no request is made for an object in
+    storage. Raises DataError where the file is missing, or has not the size of so many tokens.
+    """
+    path, size = f"{prefix}.bin", tokens * dtype.itemsize
+    try:
+        place = as_path(path)
+        if isinstance(place, StoragePath) and sha256 is not None:
+            file: ShardFile = cache.open_known(place, size, sha256)
+        else:
+            file = _open_file(path, cache)
+    except OSError as error:
+        raise _damaged(f"{path} cannot be read ({error.strerror})") from error
+    if file.size != size:
+        raise _damaged(f"{path} has {file.size} bytes instead of {size}")
+    return TokenFile(file, path, dtype, vocab_size, ends)
 
 
 def _open_file(path: str, cache: BlockCache | None) -> ShardFile:

@@ -29,8 +29,8 @@ def lengths_of(documents: int) -> np.ndarray:
 
 def packing(config: DataConfig) -> None:
     """Prints fill, cut documents and documents/s for the lengths of the shards."""
-    lengths = np.concatenate([source.lengths for source in Loader(config, 0).sources]) - 1
-    lengths = lengths.astype(np.int64)
+    sources = Loader(config, 0).sources
+    lengths = np.concatenate([s.lengths_of(np.arange(s.documents)) for s in sources]) - 1
     pack(lengths[:100], 64)  # compiles
     print(f"{len(lengths):,} documents, {lengths.sum():,} tokens")
     for seq_len in (2048, 4096):

@@ -27,7 +27,13 @@ from data.errors import DataError
 from data.manifest import Split
 from data.rows.mixture import Schedule, plan_windows, shares
 from data.rows.permutation import key_of
-from data.rows.shards import content_digest, matching_manifest, open_split, tables_folder
+from data.rows.shards import (
+    check_presence,
+    content_digest,
+    matching_manifest,
+    open_split,
+    tables_folder,
+)
 from data.rows.stream import SourceStream
 from data.rows.transforms import FIM_EXTRA, cached_tables, fim_ids, splittable_counts, transform
 from data.rows.window import Window, build_window
@@ -120,12 +126,10 @@ class Loader:
         self.seed = seed if split == "train" else 0
         self.rank, self.world = rank, world
         self.manifest = matching_manifest(config)
-        opened = open_split(config, self.manifest, split, source)
         self.digest = content_digest(config, self.manifest)
-        self.sources = [
-            SourceStream(name, domain, shards, self.seed)
-            for name, (domain, shards) in opened.items()
-        ]
+        opened = open_split(config, self.manifest, self.digest, split, source)
+        self._presence = check_presence(config, self.manifest, opened.values())
+        self.sources = [SourceStream(name, opened[name], self.seed) for name in opened]
         train = split == "train"
         self.transforms = config.transforms if train else None
         self._prepare_transforms()
@@ -199,6 +203,7 @@ class Loader:
         [r·n/world, (r+1)·n/world). Where `world` does not divide n, n is rounded up with rows
         without samples: every rank has the same number of batches of the same shapes.
         """
+        self._presence.raise_problem()
         index, numbers = self.schedule.rows_of(step)
         phase = self.schedule.phases[index]
         per_rank = -(-len(numbers) // self.world)
@@ -271,7 +276,10 @@ class Loader:
 
     def _source_counts(self, source: SourceStream) -> NDArray[np.int64]:
         return np.concatenate(
-            [splittable_counts(shard, self.split_table, self._cache_key) for shard in source.shards]
+            [
+                splittable_counts(shard, self.split_table, self._cache_key)
+                for shard in source.source.shards()
+            ]
         )
 
     @property

@@ -1,15 +1,34 @@
 """The token shards of a split, opened for reading."""
 
 import hashlib
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from data.block_cache import BlockCache
 from data.config import DataConfig
 from data.errors import DataError
 from data.files import sha256_of
-from data.indexed import IndexedShard, open_cache, open_shard
-from data.manifest import Manifest, Split
-from data.storage import StoragePath, as_path
+from data.indexed import (
+    IndexedShard,
+    TokenFile,
+    index_size,
+    open_cache,
+    open_shard,
+    open_tokens,
+)
+from data.manifest import Manifest, Shard, Split
+from data.rows.documents import DocumentTable, open_tables
+from data.rows.presence import ExpectedFile, PresenceCheck
+from data.storage import AnyPath, StoragePath, as_path
 from data.text import tokenizer_file
+
+_FEW = 1000  # shards that are checked before a loader begins
 
 
 def matching_manifest(config: DataConfig) -> Manifest:
@@ -53,30 +72,136 @@ def tables_folder(config: DataConfig, manifest: Manifest) -> Path:
     return open_cache(config).tables(root) if isinstance(root, StoragePath) else root
 
 
+class SourceDocuments:
+    """The documents of a source in one split, over all its shards, which are opened when read.
+
+    Attributes:
+        domain: of the source.
+        count: number of documents, which are numbered through the shards.
+        table: their lengths.
+    """
+
+    def __init__(
+        self, config: DataConfig, manifest: Manifest, shards: list[Shard], table: DocumentTable
+    ) -> None:
+        self.domain, self.table, self._shards = shards[0].domain, table, shards
+        self._root, self._cache = as_path(config.shards) / manifest.folder, open_cache(config)
+        self._manifest = manifest
+        documents = [shard.documents for shard in shards]
+        self._first_of_shard = np.cumsum([0, *documents])
+        self._tokens_before = np.cumsum([0, *(shard.tokens for shard in shards)])
+        self._opened: dict[int, TokenFile] = {}
+        self.count = int(self._first_of_shard[-1])
+
+    def read(self, document: int, start: int = 0, end: int | None = None) -> NDArray[Any]:
+        """The ids of a document, as `TokenFile.read`."""
+        index, first, length = self.locate(document)
+        local = document - int(self._first_of_shard[index])
+        return self.tokens(index).read(local, first, length, start, end)
+
+    def locate(self, document: int) -> tuple[int, int, int]:
+        """(index of its shard, tokens of the shard before it, its own tokens) of a document."""
+        index = int(np.searchsorted(self._first_of_shard, document, side="right")) - 1
+        first = self.table.first_token(document) - int(self._tokens_before[index])
+        return index, first, int(self.table.lengths.take(np.array([document]))[0])
+
+    def tokens(self, index: int) -> TokenFile:
+        """The `.bin` of a shard."""
+        opened = self._opened.get(index)
+        if opened is None:
+            shard, manifest = self._shards[index], self._manifest
+            opened = self._opened[index] = open_tokens(
+                self._root / shard.name,
+                shard.tokens,
+                np.dtype(self.table.dtypes[index]),
+                manifest.vocab_size,
+                manifest.document_ends,
+                self._cache,
+                shard.bin_sha256,
+            )
+        return opened
+
+    def files(self) -> Iterator[ExpectedFile]:
+        """Yields what has to be there."""
+        ours = self._manifest.document_ends is not None
+        for shard, dtype in zip(self._shards, self.table.dtypes, strict=True):
+            yield ExpectedFile(f"{shard.name}.bin", shard.tokens * np.dtype(dtype).itemsize)
+            index = index_size(shard.documents) if ours else None  # others may divide documents
+            yield ExpectedFile(f"{shard.name}.idx", index)
+
+    def read_ends(self) -> None:
+        """Reads the first and the last document of every shard, which checks them."""
+        for first, end in pairwise(self._first_of_shard.tolist()):
+            if first < end:
+                self.read(first, 0, 1)
+                self.read(end - 1, 0)
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return len(self._shards)
+
+    def shards(self) -> Iterator[IndexedShard]:
+        """Opens each shard with its index."""
+        return (_open(self._root, self._cache, self._manifest, shard) for shard in self._shards)
+
+
 def open_split(
-    config: DataConfig, manifest: Manifest, split: Split, source: str | None
-) -> dict[str, tuple[str, list[IndexedShard]]]:
-    """The domain and the shards of each source of a split, or of one `source` only.
+    config: DataConfig, manifest: Manifest, digest: str, split: Split, source: str | None
+) -> dict[str, SourceDocuments]:
+    """The documents of each source of a split, or of one `source` only.
+
+    Arguments:
+        digest: identifies the documents of the shards.
 
     Raises DataError where a shard is missing or damaged, or there is none.
     """
     root, cache = as_path(config.shards) / manifest.folder, open_cache(config)
-    sources: dict[str, tuple[str, list[IndexedShard]]] = {}
+    shards: dict[str, list[Shard]] = {}
     for shard in manifest.of_split(split):
-        if source in (None, shard.source):
-            prefix = root / shard.name
-            opened = open_shard(
-                prefix,
-                shard.documents,
-                shard.tokens,
-                manifest.vocab_size,
-                manifest.document_ends,
-                cache,
-            )
-            sources.setdefault(shard.source, (shard.domain, []))[1].append(opened)
-    if not sources:
+        shards.setdefault(shard.source, []).append(shard)
+    if not shards or source not in (None, *shards):
         raise DataError(
             f"the shards in {config.shards} hold no document of the {split} split; "
             "see `validation_fraction` and the sources' `split`."
         )
-    return sources
+    tables = open_tables(
+        tables_folder(config, manifest) / f"documents-{split}.npy",
+        f"1 {digest}",
+        shards,
+        partial(_open, root, cache, manifest),
+    )
+    return {
+        name: SourceDocuments(config, manifest, of_source, tables[name])
+        for name, of_source in shards.items()
+        if source in (None, name)
+    }
+
+
+def check_presence(
+    config: DataConfig, manifest: Manifest, sources: Iterable[SourceDocuments]
+) -> PresenceCheck:
+    """Begins to look for the files of shards, and waits for the result where they are few.
+
+    Of few local ones the first and the last document are read, too: a crash of the host may leave
+    files of zeros, which objects in storage never are.
+    """
+    of_all = list(sources)
+    root = as_path(config.shards) / manifest.folder
+    check = PresenceCheck(root, lambda: [file for source in of_all for file in source.files()])
+    if sum(source.num_shards for source in of_all) <= _FEW:
+        check.wait()
+        for source in of_all if isinstance(root, Path) else ():
+            source.read_ends()
+    return check
+
+
+def _open(root: AnyPath, cache: BlockCache, manifest: Manifest, shard: Shard) -> IndexedShard:
+    return open_shard(
+        root / shard.name,
+        shard.documents,
+        shard.tokens,
+        manifest.vocab_size,
+        manifest.document_ends,
+        cache,
+    )

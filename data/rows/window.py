@@ -65,7 +65,7 @@ def build_window(
     for index, stream, spans in intervals:
         fim, splits, key = _choose_transforms(stream, spans, counts[index], transforms)
         source = np.full(len(fim), index)
-        has_end = spans.end == stream.lengths[spans.document] - 1
+        has_end = spans.end == spans.positions
         columns.append(
             (source, spans.epoch, spans.document, fim, splits, key, spans.first, spans.end, has_end)
         )

@@ -1,7 +1,6 @@
 """The mixture over made-up lengths, and the recipe as measured over the produced stream."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from data.rows.loader import Loader
 from data.rows.mixture import balanced_order, plan_windows
 from data.rows.stream import SourceStream
 from data.rows.window import build_window
+from tests.data.rows.made_up import documents_of
 
 
 def rows_by_source(
@@ -32,8 +32,7 @@ def rows_by_source(
     sources = []
     for name, mean in zip(names, means, strict=True):
         lengths = np.maximum(2, rng.lognormal(np.log(mean), 1.0, documents)).astype(np.int32)
-        part = SimpleNamespace(lengths=lengths)
-        sources.append(SourceStream(name, "prose", [part], seed))
+        sources.append(SourceStream(name, documents_of(lengths, "prose"), seed))
     config = DataConfig.model_validate(
         {
             "sources": [{"name": name, "paths": ["-"]} for name in names],

@@ -5,7 +5,6 @@ import math
 import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from data.rows.permutation import hashes
 from data.rows.stream import SourceStream
 from data.rows.transforms import NONE, fim_ids, split_table, transform
 from data.text.tokenizer import Tokenizer
+from tests.data.rows.made_up import documents_of
 
 
 @pytest.fixture(scope="module")
@@ -375,12 +375,12 @@ def test_a_padded_vocabulary_is_never_split(mixed: DataConfig) -> None:
 def test_a_line_is_its_documents_and_windows_end_between_pieces(
     blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.rows.stream._MAX_BLOCKS", blocks)
+    monkeypatch.setattr("data.rows.documents.MAX_BLOCKS", blocks)
     lengths = np.random.default_rng(0).integers(2, 40, 50)
-    source = SourceStream("a", "code", [SimpleNamespace(lengths=lengths)], 5)
+    source = SourceStream("a", documents_of(lengths, "code"), 5)
     line = [  # every position of the first two epochs
         (e, d, p)
-        for e, d, first, last in zip(
+        for e, d, first, last, _ in zip(
             *vars(source.between(0, 2 * source.positions)).values(), strict=True
         )
         for p in range(first, last)
