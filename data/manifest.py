@@ -18,6 +18,7 @@ from data.storage import AnyPath, as_path
 MANIFEST_FILE = "manifest.json"
 MAX_EXAMPLES = 3
 Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
 class Shard(BaseModel):

@@ -17,16 +17,13 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from data.activity import Activity
 from data.block_cache import BlockCache
 from data.config import DataConfig
 from data.errors import DataError
 from data.indexed import open_cache
 from data.lease import Lease
-from data.manifest import FilterStats, Manifest, Shard, preparation_settings
+from data.manifest import SPLITS, FilterStats, Manifest, Shard, preparation_settings
 from data.prepare.corpus import Corpus, no_document, require_distinct, require_few_bad
 from data.prepare.dedup import stages
 from data.prepare.digest import changed_file, digest_of
@@ -42,12 +39,13 @@ from data.prepare.sending import (
     discard,
     restore_records,
 )
+from data.prepare.tables import add_counts, write_tables
 from data.prepare.task import Preparation, Task
 from data.prepare.work_item import WorkItem, work_items
-from data.prepare.write_part import PartRecord, WritePartTask, counts_of, finished_part
+from data.prepare.write_part import PartRecord, WritePartTask, finished_part
 from data.storage import AnyPath, StoragePath, as_path
 from data.text import Tokenizer
-from data.token_counts import save_counts, write_counts
+from data.token_counts import write_counts
 
 
 def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) -> Manifest:
@@ -88,8 +86,10 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
                 _require_unchanged(corpora, folder, root)
                 manifest = _manifest(config, digest, tokenizer, records)
                 with Activity("adding up the counts of ids", visible=progress):
-                    counts = save_counts(folder, _counts(records, folder))
+                    counts = add_counts(records, folder)
                     manifest = manifest.model_copy(update={"token_counts": counts})
+                    if not left_out:  # other documents than those of the digest
+                        write_tables(records, folder, manifest)
                 if isinstance(root, StoragePath):
                     SentFiles(root, folder).require(manifest.shards, manifest.vocab_size)
                 manifest = _publish(config, root, folder, manifest, left_out)
@@ -212,17 +212,6 @@ def _forget_missing(
             (folder / f"{item.name}.json").unlink()
 
 
-def _counts(parts: list[tuple[WorkItem, PartRecord]], folder: Path) -> dict[str, NDArray[np.int64]]:
-    """How often each id is an input in the train split, by source [V]."""
-    counts: dict[str, NDArray[np.int64]] = {}
-    for item, record in parts:
-        if any(shard.split == "train" for shard in record.shards):
-            of_part = counts_of(item.name, folder)
-            name = item.source.name
-            counts[name] = counts[name] + of_part if name in counts else of_part
-    return counts
-
-
 def _manifest(
     config: DataConfig, digest: str, tokenizer: Tokenizer, parts: list[tuple[WorkItem, PartRecord]]
 ) -> Manifest:
@@ -251,7 +240,7 @@ def _manifest(
             pieces = (piece for item, _ in parts if item.source == source for piece in item.pieces)
             counts = empty[source.name], empty_files[source.name], _count(of_source)
             raise no_document(source, len({piece.path for piece in pieces}), *counts)
-        for split in ("train", "validation"):
+        for split in SPLITS:
             shards += [s for record in records for s in record.shards if s.split == split]
     return Manifest(
         digest=digest,

@@ -23,6 +23,7 @@ class ShardWriter:
 
     Attributes:
         counts [V] int64: how often each id is an input: the eos of a document never is.
+        lengths: tokens of each document.
     """
 
     def __init__(self, item: WorkItem, split: Split, folder: Path, tokenizer: Tokenizer) -> None:
@@ -35,7 +36,7 @@ class ShardWriter:
         self._hash = hashlib.sha256()
         self._buffer: list[NDArray[np.int32]] = []
         self._buffered = self._bytes = 0
-        self._lengths: list[int] = []
+        self.lengths: list[int] = []
         self.counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
 
     def add(self, ids: list[NDArray[np.int32]], size: int) -> None:
@@ -44,9 +45,9 @@ class ShardWriter:
         end = [] if ends else [np.array([self._eos], dtype=np.int32)]
         document = [np.array([self._bos], dtype=np.int32), *ids, *end]
         self._buffer += document
-        self._lengths.append(sum(map(len, document)))
+        self.lengths.append(sum(map(len, document)))
         self._bytes += size
-        self._buffered += self._lengths[-1]
+        self._buffered += self.lengths[-1]
         if self._buffered >= _BUFFERED:
             self._flush()
 
@@ -65,7 +66,7 @@ class ShardWriter:
         """Writes the last tokens."""
         self._flush()
         self._file.close()
-        self.counts[self._eos] -= len(self._lengths)
+        self.counts[self._eos] -= len(self.lengths)
 
     def discard(self) -> None:
         """Removes the incomplete files; safe to call when writing has failed."""
@@ -76,10 +77,10 @@ class ShardWriter:
 
     def finish(self) -> Shard | None:
         """Writes the index, makes both files durable and renames them; None without documents."""
-        if not self._lengths:
+        if not self.lengths:
             self.discard()
             return None
-        index = index_bytes(self._lengths, self._dtype)
+        index = index_bytes(self.lengths, self._dtype)
         Path(f"{self._partial}.idx").write_bytes(index)
         for suffix in (".bin", ".idx"):
             fsync_file(Path(f"{self._partial}{suffix}"))
@@ -89,8 +90,8 @@ class ShardWriter:
             domain=self.source.domain,
             split=self.split,
             name=self.prefix.name,
-            documents=len(self._lengths),
-            tokens=sum(self._lengths),
+            documents=len(self.lengths),
+            tokens=sum(self.lengths),
             bytes=self._bytes,
             bin_sha256=self._hash.hexdigest(),
             idx_sha256=hashlib.sha256(index).hexdigest(),

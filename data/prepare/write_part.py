@@ -17,7 +17,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from data.errors import DataError
 from data.files import write_atomically
 from data.indexed import open_shard
-from data.manifest import FilterStats, Shard, Split
+from data.manifest import SPLITS, FilterStats, Shard, Split
 from data.prepare.corpus import BadRecord, Corpus
 from data.prepare.filter_pass import FilterSettings, VerdictFilter
 from data.prepare.sending import COUNTS, send_part
@@ -27,8 +27,6 @@ from data.prepare.task import Preparation, Task
 from data.prepare.work_item import WorkItem, batches
 from data.storage import AnyPath, StoragePath, as_path
 from data.text import Tokenizer, encode_segments
-
-_SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
 class PartRecord(BaseModel):
@@ -113,7 +111,7 @@ def write_part(
     Raises DataError for what cannot be read and OSError for what cannot be written.
     """
     corpus = Corpus(item.source, item.pieces)
-    writers = {split: ShardWriter(item, split, folder, tokenizer) for split in _SPLITS}
+    writers = {split: ShardWriter(item, split, folder, tokenizer) for split in SPLITS}
     bad: list[BadRecord] = []
     verdicts = None if filter_settings is None else VerdictFilter(filter_settings, item, folder)
     try:
@@ -139,7 +137,12 @@ def write_part(
         content = "".join(lines).encode(errors="backslashreplace")
         write_atomically(folder / f"{item.name}.quarantine.jsonl", content)
     with io.BytesIO() as stream:
-        np.savez_compressed(stream, counts=writers["train"].counts)
+        np.savez_compressed(
+            stream,
+            counts=writers["train"].counts,
+            train=np.array(writers["train"].lengths, dtype=np.int64),
+            validation=np.array(writers["validation"].lengths, dtype=np.int64),
+        )
         write_atomically(folder / f"{item.name}{COUNTS}", stream.getvalue())
     record = PartRecord(
         shards=tuple(shards),
@@ -157,8 +160,12 @@ def write_part(
     return record
 
 
-def counts_of(name: str, folder: Path) -> NDArray[np.int64]:
-    """How often each id is an input in the train split of a finished part [V]."""
+def counts_of(name: str, folder: Path, what: Literal["counts"] | Split) -> NDArray[np.int64]:
+    """What a finished part leaves until the shards are published.
+
+    `counts`: how often each id is an input in the train split [V]. A split: the tokens of each of
+    its documents.
+    """
     with np.load(folder / f"{name}{COUNTS}", allow_pickle=False) as arrays:
-        counts: NDArray[np.int64] = arrays["counts"]
-    return counts
+        array: NDArray[np.int64] = arrays[what]
+    return array

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from functools import partial
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from data.block_cache import BlockCache
 from data.config import DataConfig
+from data.documents import DocumentTable, by_source, open_tables, table_file
 from data.errors import DataError
-from data.files import sha256_of
+from data.files import sha256_of, write_atomically
 from data.indexed import (
     IndexedShard,
     TokenFile,
@@ -23,7 +24,6 @@ from data.indexed import (
     open_tokens,
 )
 from data.manifest import Manifest, Shard, Split
-from data.rows.documents import DocumentTable, open_tables
 from data.rows.presence import ExpectedFile, PresenceCheck
 from data.storage import AnyPath, StoragePath, as_path
 from data.text import tokenizer_file
@@ -143,7 +143,8 @@ class SourceDocuments:
 
     def shards(self) -> Iterator[IndexedShard]:
         """Opens each shard with its index."""
-        return (_open(self._root, self._cache, self._manifest, shard) for shard in self._shards)
+        manifest, ends = self._manifest, self._manifest.document_ends
+        return (_open(self._root, self._cache, manifest, shard, ends) for shard in self._shards)
 
 
 def open_split(
@@ -157,20 +158,23 @@ def open_split(
     Raises DataError where a shard is missing or damaged, or there is none.
     """
     root, cache = as_path(config.shards) / manifest.folder, open_cache(config)
-    shards: dict[str, list[Shard]] = {}
-    for shard in manifest.of_split(split):
-        shards.setdefault(shard.source, []).append(shard)
+    shards = by_source(manifest.of_split(split))
     if not shards or source not in (None, *shards):
         raise DataError(
             f"the shards in {config.shards} hold no document of the {split} split; "
             "see `validation_fraction` and the sources' `split`."
         )
-    tables = open_tables(
-        tables_folder(config, manifest) / f"documents-{split}.npy",
-        f"1 {digest}",
-        shards,
-        partial(_open, root, cache, manifest),
-    )
+    file = table_file(tables_folder(config, manifest), split)
+    if isinstance(root, StoragePath) and not file.exists():
+        _fetch(root / file.name, file)
+
+    def read_lengths(shard: Shard) -> tuple[np.dtype[Any], NDArray[Any]]:
+        # Objects appear whole, so that their ends need no check before they are read.
+        ends = manifest.document_ends if isinstance(root, Path) else None
+        opened = _open(root, cache, manifest, shard, ends)
+        return opened.dtype, opened.lengths
+
+    tables = open_tables(file, digest, shards, read_lengths)
     return {
         name: SourceDocuments(config, manifest, of_source, tables[name])
         for name, of_source in shards.items()
@@ -196,12 +200,18 @@ def check_presence(
     return check
 
 
-def _open(root: AnyPath, cache: BlockCache, manifest: Manifest, shard: Shard) -> IndexedShard:
-    return open_shard(
-        root / shard.name,
-        shard.documents,
-        shard.tokens,
-        manifest.vocab_size,
-        manifest.document_ends,
-        cache,
-    )
+def _fetch(table: StoragePath, file: Path) -> None:
+    """Copies a table from object storage, if it is there and can be written here."""
+    with suppress(DataError, FileNotFoundError):
+        write_atomically(file, table.read_bytes())
+
+
+def _open(
+    root: AnyPath,
+    cache: BlockCache,
+    manifest: Manifest,
+    shard: Shard,
+    ends: tuple[int, int] | None,
+) -> IndexedShard:
+    prefix, vocab_size = root / shard.name, manifest.vocab_size
+    return open_shard(prefix, shard.documents, shard.tokens, vocab_size, ends, cache)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.documents import block_size
 from data.errors import DataError
-from data.rows.documents import block_size
 from data.rows.permutation import key_of, shuffled
 from data.rows.shards import SourceDocuments
 

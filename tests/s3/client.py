@@ -59,9 +59,9 @@ class S3Server:
 
 
 @contextmanager
-def start_server() -> Iterator[S3Server]:
+def start_server(module: str = "tests.s3.server", *arguments: str) -> Iterator[S3Server]:
     """Yields a server; this process and those it starts are led to it meanwhile."""
-    command = [sys.executable, "-m", "tests.s3.server"]
+    command = [sys.executable, "-m", module, *arguments]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

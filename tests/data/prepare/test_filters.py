@@ -263,7 +263,7 @@ def test_prepare_counts_what_it_drops(filtered: DataConfig, tmp_path: Path) -> N
     assert Manifest.model_validate_json(older) == manifest
     assert re.fullmatch(r"like document \d+ of prose-0000\d", template.examples[0].detail)
     names = {Path(name).name.split(".", 1)[-1] for name in contents(filtered)}
-    assert names == {"bin", "idx", "json", "npz"}  # the files of the filter pass are removed
+    assert names == {"bin", "idx", "json", "npy", "npz"}  # the files of the filter pass are removed
 
 
 def test_processes_and_kills_change_nothing(

@@ -139,7 +139,7 @@ def test_second_run_changes_nothing_and_other_input_does(
     assert files_below(one.shards) == before
     assert prepare(one, progress=False, overwrite=True).digest != first.digest
     assert texts_of(one, "train") == ["one", "two!"]
-    assert len(files_below(one.shards)) == 5  # the replaced shards are removed
+    assert len(files_below(one.shards)) == 6  # the replaced shards are removed
     assert (Path(one.shards) / "notes").is_dir()  # not made by prepare, so it is kept
 
 

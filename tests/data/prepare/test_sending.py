@@ -82,7 +82,7 @@ def test_a_part_that_was_removed_is_made_again(
         raise DataError("the machine dies")
 
     with monkeypatch.context() as context, pytest.raises(DataError, match="dies"):
-        context.setattr("data.prepare.run._counts", fail)
+        context.setattr("data.prepare.run.add_counts", fail)
         prepare(remote, progress=False)
     (folder,) = (path for path in root.iterdir() if path.name[0] != ".")
     (folder / "text-train-00001.bin").write(b"cut")

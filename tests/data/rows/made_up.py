@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from data.documents import open_tables
 from data.manifest import Shard
-from data.rows.documents import open_tables
 
 
 def documents_of(lengths: np.ndarray, domain: str, file: Path = Path("/proc/none")) -> Any:
@@ -16,6 +16,5 @@ def documents_of(lengths: np.ndarray, domain: str, file: Path = Path("/proc/none
         source="a", domain=domain, split="train", name="a", documents=len(lengths),
         tokens=int(lengths.sum()), bytes=0,
     )  # fmt: skip
-    opened: Any = SimpleNamespace(dtype=np.dtype("<u2"), lengths=lengths)
-    table = open_tables(file, "key", {"a": [shard]}, lambda shard: opened)["a"]
+    table = open_tables(file, "key", {"a": [shard]}, lambda _: (np.dtype("<u2"), lengths))["a"]
     return SimpleNamespace(domain=domain, count=len(lengths), table=table)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig
+from data.documents import PagedArray, open_tables
 from data.errors import DataError
 from data.manifest import Manifest
-from data.rows.documents import PagedArray, open_tables
 from data.rows.loader import Loader
 from tests.data.rows.made_up import documents_of
 from tests.data.rows.test_loader import changed, rows_of

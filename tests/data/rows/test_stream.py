@@ -375,7 +375,7 @@ def test_a_padded_vocabulary_is_never_split(mixed: DataConfig) -> None:
 def test_a_line_is_its_documents_and_windows_end_between_pieces(
     blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.rows.documents.MAX_BLOCKS", blocks)
+    monkeypatch.setattr("data.documents.MAX_BLOCKS", blocks)
     lengths = np.random.default_rng(0).integers(2, 40, 50)
     source = SourceStream("a", documents_of(lengths, "code"), 5)
     line = [  # every position of the first two epochs

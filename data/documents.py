@@ -2,8 +2,9 @@
 
 A run of 10^5 shards then opens one file at its start and a shard when it first reads a document of
 it. Of a large source, pages of lengths are in memory where windows need them, and the sums of at
-most half a million blocks. The file is in the folder of the tables (`tables_folder`); where that
-cannot be written, in an unnamed one on the local disk.
+most half a million blocks. `v4 data prepare` makes the file with the shards. Where it is
+missing, a loader reads all indexes and writes it into the folder of the tables
+(`data.rows.shards.tables_folder`), or an unnamed one on the local disk if that cannot be written.
 
 Of each source the file has numpy arrays, one after another: the type of the ids in each shard, the
 longest document, the positions in each block of documents, the tokens before every 64th document,
@@ -12,7 +13,7 @@ and the tokens of each document.
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,15 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
-from data.indexed import IndexedShard
-from data.manifest import Shard
+from data.manifest import Shard, Split
 
 Ints = NDArray[np.int64]
+ReadLengths = Callable[[Shard], tuple[np.dtype[Any], NDArray[Any]]]
 MAX_BLOCKS = 1 << 19
+_FORMAT = 1  # of the file
 _ANCHOR = 64  # documents
 _PAGE = 1 << 13  # numbers that are read together
 _MAX_PAGES = 1 << 11  # of an array in memory
-_THREADS = 16
+_THREADS = 32
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,19 @@ class DocumentTable:
         anchor = document // _ANCHOR
         between = np.arange(anchor * _ANCHOR, document)
         return int(self.anchors.take(np.array([anchor]))[0] + self.lengths.take(between).sum())
+
+
+def table_file(folder: Path, split: Split) -> Path:
+    """Where the table of a split is."""
+    return folder / f"documents-{split}.npy"
+
+
+def by_source(shards: Iterable[Shard]) -> dict[str, list[Shard]]:
+    """The shards of each source, in order."""
+    of_source: dict[str, list[Shard]] = {}
+    for shard in shards:
+        of_source.setdefault(shard.source, []).append(shard)
+    return of_source
 
 
 def block_size(documents: int) -> int:
@@ -113,16 +128,19 @@ class PagedArray:
 
 def open_tables(
     file: Path,
-    key: str,
+    digest: str,
     shards: dict[str, list[Shard]],
-    open_shard: Callable[[Shard], IndexedShard],
+    read_lengths: ReadLengths,
 ) -> dict[str, DocumentTable]:
-    """The table of each source, from a file that was written with the same key, or new.
+    """The table of each source, from a file that was written with the same digest, or new.
 
     Arguments:
+        digest: identifies the documents of the shards.
         shards: of each source, in order.
-        open_shard: reads and checks a shard's index, where a new table is made.
+        read_lengths: returns the type of a shard's ids and the tokens of each document, where a
+            new table is made.
     """
+    key = f"{_FORMAT} {digest}"
     with suppress(OSError, ValueError, EOFError):
         stream = file.open("rb")
         if str(np.load(stream, allow_pickle=False)) == key:
@@ -131,7 +149,7 @@ def open_tables(
     try:
         np.save(stream, np.array(key), allow_pickle=False)
         for of_source in shards.values():
-            _write(stream, of_source, open_shard)
+            _write(stream, of_source, read_lengths)
         stream.flush()
         os.fsync(stream.fileno())
         if isinstance(stream.name, str):
@@ -158,14 +176,12 @@ def _new_file(file: Path) -> Any:
     return open(name, "w+b")
 
 
-def _write(
-    stream: BinaryIO, shards: Sequence[Shard], open_shard: Callable[[Shard], IndexedShard]
-) -> None:
+def _write(stream: BinaryIO, shards: Sequence[Shard], read_lengths: ReadLengths) -> None:
     """Writes the arrays of a source."""
     dtypes, parts = [], []
-    for opened in _opened(shards, open_shard):
-        dtypes.append(opened.dtype.str)
-        parts.append(opened.lengths)
+    for dtype, lengths_of_shard in _read_all(shards, read_lengths):
+        dtypes.append(dtype.str)
+        parts.append(lengths_of_shard)
     lengths: NDArray[Any] = np.concatenate(parts)
     longest = int(lengths.max()) if len(lengths) else 0
     ends = np.cumsum(lengths, dtype=np.int64)
@@ -180,14 +196,14 @@ def _write(
         np.save(stream, array, allow_pickle=False)
 
 
-def _opened(
-    shards: Sequence[Shard], open_shard: Callable[[Shard], IndexedShard]
-) -> Iterator[IndexedShard]:
-    """Yields the shards in order, some of them opened ahead."""
+def _read_all(
+    shards: Sequence[Shard], read_lengths: ReadLengths
+) -> Iterator[tuple[np.dtype[Any], NDArray[Any]]]:
+    """Yields what is read of each shard in order, some of them ahead."""
     size = 16 * _THREADS
     with ThreadPoolExecutor(_THREADS) as pool:
         for first in range(0, len(shards), size):
-            yield from pool.map(open_shard, shards[first : first + size])
+            yield from pool.map(read_lengths, shards[first : first + size])
 
 
 def _read(stream: BinaryIO, shards: int) -> DocumentTable:
