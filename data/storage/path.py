@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,10 +88,14 @@ class StoragePath:
         driver = self._driver
         return with_retries(lambda: action(driver), self.url)
 
-    def info(self) -> dict[str, Any] | None:
-        """Returns the driver's facts about an object; None where there is none."""
+    def info(self, **options: Any) -> dict[str, Any] | None:
+        """Returns the driver's facts about an object; None where there is none.
+
+        Arguments:
+            options: of the driver.
+        """
         try:
-            facts: dict[str, Any] = self.attempt(lambda driver: driver.info(self.url))
+            facts: dict[str, Any] = self.attempt(lambda driver: driver.info(self.url, **options))
         except FileNotFoundError as error:
             self.require_bucket(error)
             return None
@@ -189,7 +195,13 @@ class StoragePath:
         """
         starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
 
+        def read_range(driver: Any, start: int, end: int) -> bytes:
+            return bytes(driver.cat_file(self.url, start=start, end=end, cache_type="none"))
+
         def read(driver: Any) -> list[bytes]:
+            if not driver.async_impl:
+                with ThreadPoolExecutor(AT_ONCE) as pool:
+                    return list(pool.map(partial(read_range, driver), starts, ends))
             urls = [self.url] * len(ranges)
             blocks: list[bytes] = driver.cat_ranges(urls, starts, ends, on_error="raise")
             return blocks

@@ -33,7 +33,8 @@ def describe(path: StoragePath) -> StoredObject:
     if _is_on_web(path):
         facts = path.attempt(lambda driver: ranged_facts(driver, path.url))
     else:
-        facts = path.info()
+        is_on_hub = path.url.startswith("hf://")  # whose driver has a cache, without hashes
+        facts = path.info(**({"refresh": True, "expand_info": True} if is_on_hub else {}))
     if facts is None:
         raise FileNotFoundError(errno.ENOENT, "does not exist", path.url)
     return StoredObject(path, int(facts["size"]), _version(facts))
@@ -44,6 +45,7 @@ def match(pattern: StoragePath) -> list[StoredObject | StoragePath]:
 
     They are `*`, `**` and `[ab]`. Web servers have no list of names: there the URL is an object's.
     """
+    pattern.attempt(lambda driver: driver.invalidate_cache())
     if _is_on_web(pattern) or pattern.info() is not None:
         return [describe(pattern)]
     if "*" not in pattern.url and "[" not in pattern.url:

@@ -8,6 +8,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -17,11 +18,13 @@ import data.prepare.work_item
 from data.config import DataConfig, SourceConfig
 from data.errors import DataError
 from data.prepare.corpus import Corpus, require_distinct
+from data.prepare.find_files import stored_now
 from data.prepare.run import prepare
 from data.prepare.work_item import work_items
 from data.storage import RangeReader, StoragePath
 from tests.data.prepare.test_corpus import corpus, jsonl, texts_of
 from tests.data.prepare.test_pieces import bgzip
+from tests.hub_server import start_hub
 from tests.s3 import S3Server
 
 TEXTS = [f"Document {i} " + "of many " * (i % 30) for i in range(3000)]
@@ -216,6 +219,32 @@ def test_a_web_server_that_sends_whole_files_only(web: str, tmp_path: Path) -> N
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
     with pytest.raises(DataError, match=r"a\.jsonl: its server does not read parts of files; down"):
         corpus(paths=[f"{web}/a.jsonl"])
+
+
+def test_files_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {name: jsonl([name]) for name in ("a.jsonl", "sub/b.jsonl", "README.md")}
+    files["sub/c.jsonl"] = content = jsonl(TEXTS)
+    with start_hub(files) as endpoint:
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": endpoint})
+        hub = "hf://datasets/me/data"
+        for path, texts in {
+            "": ["a.jsonl", "sub/b.jsonl", *TEXTS],
+            "/sub/b*": ["sub/b.jsonl"],
+            "@main/**/c.jsonl": TEXTS,
+            "@main/a.jsonl": ["a.jsonl"],
+        }.items():
+            assert texts_of(corpus(paths=[f"{hub}{path}"])) == texts, path
+        source = corpus(paths=[f"{hub}/*/c.jsonl"])
+        monkeypatch.setattr(data.prepare.work_item, "_ITEM_BYTES", len(content) // 3)
+        pieces = [piece for item in work_items(source) for piece in item.pieces]
+        assert len(pieces) == 3 and texts_of(Corpus(source.source, pieces)) == TEXTS
+        (file,) = source.files
+        assert stored_now(file.path) == file
+        files["sub/c.jsonl"] = content.replace(b"many", b"MANY")
+        assert stored_now(file.path).size == file.size and stored_now(file.path) != file
+        for path in ("hf://datasets/me/other/a.jsonl", f"{hub}/nothing/*"):
+            with pytest.raises(DataError, match="nothing to read at hf://datasets/me"):
+                corpus(paths=[path])
 
 
 def test_an_object_that_shrinks_is_refused(bucket: StoragePath) -> None:
