@@ -16,6 +16,8 @@ from data.prepare.engines.kinds import read_preparation, read_tasks, write_prepa
 from data.prepare.engines.worker import LOGS, Report, read_report, run_tasks
 from data.prepare.task import Preparation, Task
 
+NOBODYS_FAULT = ""
+"""How a job ended whose tasks lose no attempt by it."""
 _FILES = "engine"
 
 
@@ -102,7 +104,7 @@ class RemoteEngine(Engine):
         again = []
         failures = {} if report is None else {f.position: f.error() for f in report.failures}
         position = 0 if report is None else report.position
-        blames = True
+        blames = end != NOBODYS_FAULT
         for number, task in enumerate(job.tasks):
             if task.is_done(self.preparation.folder):
                 advance(task, task.size - job.shown[number])

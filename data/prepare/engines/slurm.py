@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from data.activity import print_line
 from data.errors import DataError
-from data.prepare.engines.remote import Job, RemoteEngine
+from data.prepare.engines.remote import NOBODYS_FAULT, Job, RemoteEngine
 from data.prepare.engines.worker import LOGS
 from data.prepare.task import Preparation, Task
 
@@ -93,7 +93,7 @@ class SlurmEngine(RemoteEngine):
             job_name=self.name,
             qos=slurm.qos,
             env_command=slurm.setup,
-            sbatch_args=slurm.options,
+            sbatch_args={"no-requeue": "", **slurm.options},  # what is left is submitted here
             logging_dir=str(self.files),
             slurm_logs_folder=str(self.preparation.folder.absolute() / LOGS),
             requeue=False,
@@ -126,6 +126,8 @@ class SlurmEngine(RemoteEngine):
         return ended
 
     def _describe(self, name: str, state: str, node: str) -> str:
+        if state == "PREEMPTED":
+            return NOBODYS_FAULT
         job = f"job {self.ids[name]} of Slurm"
         if self._report(name).exists():
             return f"{job} ended: {state}"
