@@ -64,6 +64,8 @@ class StepResult:
     """Set with it where the config has prompts: by prompt, its continuation."""
     tasks: dict[str, float] | None = None
     """Set on the first rank where tasks were due after this step: scores by task/metric."""
+    post: dict[str, float] | None = None
+    """Set where the run trains on its own samples: what is measured about them and their loss."""
     layers: LayerStats | None = None
     """Set where layer stats were due after this step."""
     groups: GroupStats | None = None

@@ -26,6 +26,7 @@ from trainer.kernels import AgreedKernels, run_operations, unchecked
 from trainer.metrics import Metrics, UpdateStats, collect_stats, compute_layer_stats, describe_event
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
+from trainer.post import OwnSamples
 from trainer.process.command_line import resume_command, v4
 from trainer.process.errors import CheckpointError, DivergedError
 from trainer.process.heartbeat import Heartbeat, Task
@@ -100,6 +101,9 @@ class Trainer:
             self.kernels.kernels,
         )
         self.model = self.local.model
+        self.own: OwnSamples | None = None  # in place of the shards' rows
+        if config.post is not None:
+            self.own = OwnSamples(config, grid, self.tokenizer, self.heartbeat)
         self.anticipation = Anticipation(
             self.engine,
             grid,
@@ -170,9 +174,10 @@ class Trainer:
             self.heartbeat.enter("reading data", self.state.step + 1)
             self.stability.before_step()
             self.profiler.before_step(self.state.step + 1)
+            self._enter_phase()
             is_first = self.grid.is_first and self.state.step == first
             with Activity("first step", visible=is_first):  # may compile
-                result = self.step(self.anticipation.batches(self.state.step))
+                result = self.step(self._batches(self.state.step))
             if is_first and (report := host.compilation.report()):
                 self._log(f"kernels: the first step {report}")
             if isinstance(result, RolledBack):
@@ -188,7 +193,10 @@ class Trainer:
             self.state.step += 1
             self.state.tokens += result.tokens
             self.profiler.after_step(self.state.step)
-            result.epochs = self.loader.epochs_of(self.state.step)
+            data = self.own or self.loader
+            result.epochs = data.epochs_of(self.state.step)
+            if self.own is not None:
+                result.post = self.own.measures(result.seconds)
             for hook in self.periodic:
                 hook(self.state, result)
             collect_garbage(self.state.step)
@@ -213,6 +221,13 @@ class Trainer:
             resume = resume_command(self.config.run_dir)
             self._log(f"stopped after step {state.step}, before {where}; resume: {resume}")
 
+    def _batches(self, step: int) -> list[Batch]:
+        """Returns this rank's microbatches of the step that trains now."""
+        if self.own is not None:
+            assert self.phase is not None
+            return self.own.at(step, self.engine, self.phase)
+        return self.anticipation.batches(step)
+
     def step(self, batches: list[Batch]) -> StepResult | RolledBack:
         """Takes one optimizer step on this rank's microbatches of a global batch.
 
@@ -227,7 +242,8 @@ class Trainer:
         mtp_loss_weight = self.recipe.mtp_loss_weight(self.state.step)
         asked = self.profile.requested
         message = RankMessage(self.stop.requested, asked, self.work_seconds)
-        losses = self.engine.forward_backward(batches, mtp_loss_weight, message, experts)
+        objective = None if self.own is None else self.own.objective
+        losses = self.engine.forward_backward(batches, mtp_loss_weight, message, experts, objective)
         self.state.stopping = losses.messages.stop
         if losses.messages.profile:
             self.profiler.agreed(self.state.step + 1)

@@ -224,7 +224,7 @@ def post_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
 
     - `post` needs `engine` = native, and `stability.spikes` = null.
     - `post` needs `stability.anticipatory_routing.when` other than always.
-    - `post.max_new_tokens` is less than the `seq_len` of every phase.
+    - `post.max_new_tokens` is less than `data.seq_len` and `phases.seq_len`.
     """
     if config.post is None:
         return

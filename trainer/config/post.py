@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from data.section import PathText
 from data.storage import absolute
 from data.text.messages import Effort
+from model.config import LossWeight
 from trainer.config.section import Section
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -58,6 +59,7 @@ class LengthRule(Section):
 
     @model_validator(mode="after")
     def _is_range(self) -> Self:
+        """`limit` is above `free`."""
         if self.limit <= self.free:
             raise ValueError(f"limit = {self.limit} should be above free = {self.free}")
         return self
@@ -80,6 +82,7 @@ class LengthPenaltyConfig(Section):
 
     @model_validator(mode="after")
     def _is_weaker_with_effort(self) -> Self:
+        """`high` loses no more than `none`, and `max` no more than `high`."""
         for less, more in (("none", "high"), ("high", "max")):
             strict, lenient = getattr(self, less), getattr(self, more)
             if (
@@ -131,6 +134,9 @@ class PostConfig(Section):
     steps_per_rollout: Count = 1
     """Updates on one set of samples. [steps]"""
     policy: PolicyConfig = PolicyConfig()
+    mtp_loss_weight: LossWeight = 0.0
+    """Weight of the MTP head's cross-entropy on the answers, in place of the run's; its gradient
+    also reaches the layers before the head."""
     reference: str | None = None
     """Run folder or Hugging Face folder of the model that `policy.kl_weight` stays close
     to."""
@@ -154,7 +160,7 @@ class PostConfig(Section):
 
     @model_validator(mode="after")
     def _compares_something(self) -> Self:
-        """`reinforce` has at least two samples of a prompt; weights do not sum to 0."""
+        """`samples_per_prompt` is at least 2 with reinforce; weights do not sum to 0."""
         if self.method == "reinforce" and self.samples_per_prompt < 2:
             raise ValueError(
                 "samples_per_prompt = 1 leaves nothing to compare an answer with; it should be at "

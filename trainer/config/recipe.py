@@ -124,6 +124,7 @@ class Recipe:
         self._ends = [phase.end for phase in self.phases]
         self._model, self._data = config.model, config.data
         self._mtp_loss_weight_in_decay = config.mtp_loss_weight_in_decay
+        self._post = config.post
 
     def at(self, step: int) -> Phase:
         """Returns the phase of a step, counted from 0; after the run, the last one."""
@@ -142,6 +143,8 @@ class Recipe:
 
     def mtp_loss_weight(self, step: int) -> float:
         """Returns the weight of the MTP loss, lower in the learning rate's decay (report §4.2)."""
+        if self._post is not None:
+            return self._post.mtp_loss_weight
         of_phase, of_run = self.at(step).mtp_loss_weight, self._model.mtp_loss_weight
         in_decay = self._mtp_loss_weight_in_decay
         if of_phase is not None:

@@ -48,6 +48,9 @@ class RecipeSettings(Protocol):
     @property
     def parallel(self) -> ParallelConfig: ...
 
+    @property
+    def post(self) -> PostConfig | None: ...
+
 
 class SaveSettings(Protocol):
     """How checkpoints are written."""
@@ -70,9 +73,6 @@ class RunSettings(RecipeSettings, Protocol):
 
     @property
     def fit_to_memory(self) -> bool: ...
-
-    @property
-    def post(self) -> PostConfig | None: ...
 
     @property
     def stability(self) -> StabilityConfig: ...

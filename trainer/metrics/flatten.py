@@ -15,6 +15,7 @@ def flatten(record: dict[str, Any]) -> dict[str, Any]:
     bits = record.get("validation_bits_per_byte_by_source", {})
     plain |= {f"validation_bits_per_byte/{name}": value for name, value in bits.items()}
     plain |= {f"tasks/{name}": score for name, score in record.get("tasks", {}).items()}
+    plain |= {f"post/{name}": value for name, value in record.get("post", {}).items()}
     plain |= {f"epochs/{name}": read for name, read in record.get("epochs", {}).items()}
     if work := record.get("work_seconds"):
         plain |= {"work_seconds/median": statistics.median(work), "work_seconds/max": max(work)}

@@ -41,7 +41,7 @@ _OLD_EVENT_KEYS = {
 
 _MAPPINGS = (
     *("epochs", "validation_by_source", "validation_bits_per_byte_by_source", "layers", "groups"),
-    *("slowest", "samples", "tasks"),
+    *("slowest", "samples", "tasks", "post"),
 )
 _EVENT_STEPS = ("restored_step", "skipped_batch", "anticipation_end")
 

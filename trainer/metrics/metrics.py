@@ -16,7 +16,7 @@ from trainer.step import StepResult
 
 _WHERE_DUE = (
     *("validation_loss", "validation_bits_per_byte", "validation_by_source"),
-    *("validation_bits_per_byte_by_source", "samples", "tasks", "layers", "groups"),
+    *("validation_bits_per_byte_by_source", "samples", "tasks", "post", "layers", "groups"),
 )
 """Fields of a result that few steps have."""
 

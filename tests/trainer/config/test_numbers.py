@@ -40,6 +40,7 @@ ZERO = {
     "LengthRule": "free weight",
     "PolicyConfig": "kl_weight",
     "DomainConfig": "weight",
+    "PostConfig": "mtp_loss_weight",
     "AnticipatoryRoutingConfig": "lag_steps",
     "SpikeConfig": "snapshot_every max_rollbacks",
     "CheckpointConfig": "every keep",

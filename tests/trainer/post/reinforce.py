@@ -1,0 +1,28 @@
+"""A run of a second that trains on its own samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+PROMPTS = ["ab cd", "ef", "gh ab", "hh a", "b"]
+
+
+def reinforcement(folder: Path, checker: str = "count_a", **more: object) -> list[str]:
+    """The overrides of the tiny run with `post`; `more` are further fields of it."""
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    domain = {
+        "name": "words",
+        "prompts": str(path),
+        "checker": f"tests.trainer.post.own_checkers:{checker}",
+    }
+    post = {
+        "method": "reinforce",
+        "domains": [domain],
+        "prompts_per_step": 2,
+        "samples_per_prompt": 4,
+        "max_new_tokens": 6,
+        **more,
+    }
+    return [f"post={json.dumps(post)}", "evaluation.every=0", "metrics.layer_stats_every=0"]
