@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from data.compiled import compiled
 
 Ints = NDArray[np.int64]
-_FIRST_SLOTS = 1 << 16
+_CHUNK = 1 << 14
 
 
 @compiled
@@ -34,11 +34,14 @@ class FirstDocuments:
 
     A hash table with linear probing, at most half full: 64 bytes for each different key, and half
     as many again while it grows.
+
+    Arguments:
+        expected: number of different keys.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, expected: int) -> None:
         self.count = 0
-        self._allocate(_FIRST_SLOTS)
+        self._allocate(1 << (2 * (expected + _CHUNK)).bit_length())
 
     def _allocate(self, slots: int) -> None:
         self.keys = np.empty(slots, dtype=np.int64)
@@ -50,8 +53,8 @@ class FirstDocuments:
         Returns (documents, the first document with the same key) of those that have an earlier one.
         """
         results = []
-        for start in range(0, len(rows), _FIRST_SLOTS // 4):
-            chunk = rows[start : start + _FIRST_SLOTS // 4]
+        for start in range(0, len(rows), _CHUNK):
+            chunk = rows[start : start + _CHUNK]
             if 2 * (self.count + len(chunk)) > len(self.keys):
                 keys, documents = self.keys, self.documents
                 self._allocate(2 * len(keys))
@@ -92,6 +95,14 @@ def _match(rows: Ints, keys: Ints, documents: Ints) -> Ints:
             pairs[count, 0], pairs[count, 1] = rows[i, 1], documents[slot]
             count += 1
     return pairs[:count].copy()
+
+
+@compiled
+def place_rows(rows: Any, parts: NDArray[np.int32], place: Ints, output: Any) -> None:
+    """Copies rows [N, W] to where the next row of their part belongs, and advances `place`."""
+    for i in range(len(rows)):
+        output[place[parts[i]]] = rows[i]
+        place[parts[i]] += 1
 
 
 @compiled

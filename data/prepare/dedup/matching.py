@@ -68,7 +68,7 @@ class MatchTask(DedupTask):
         parts = ranges * (1 + has_signature)
         with ScatterWriter(self.output(preparation.folder), parts, plan.memory) as writer:
             for part in range(self.start, self.stop):
-                table = FirstDocuments()
+                table = FirstDocuments(plan.documents // plan.key_parts)
                 for rows in read_part(preparation.folder, [self.keys], part, 2):
                     documents, first = table.repeats(rows)
                     of_document = plan.range_of(documents)

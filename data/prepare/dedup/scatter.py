@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from data.config import Section
 from data.files import fsync_file
+from data.prepare.dedup.kernels import Ints, place_rows
 
-Ints = NDArray[np.int64]
 _WORD = 8  # bytes of a number of the index
 
 
@@ -47,8 +47,8 @@ class ScatterWriter:
 
     def add(self, parts: NDArray[Any], rows: NDArray[Any]) -> None:
         """Adds rows [N, W], each to its part [N]; W and the type are the same in each call."""
-        self._parts.append(parts.astype(np.uint16 if self.parts <= 1 << 16 else np.int64))
-        self._rows.append(rows)
+        self._parts.append(parts.astype(np.int32))
+        self._rows.append(np.ascontiguousarray(rows))
         self._size += rows.nbytes
         if self._size >= self.limit:
             self._flush()
@@ -56,15 +56,16 @@ class ScatterWriter:
     def _flush(self) -> None:
         if not self._size:
             return
-        part, rows = np.concatenate(self._parts), np.concatenate(self._rows)
+        counts = sum(np.bincount(part, minlength=self.parts) for part in self._parts)
+        begins = np.concatenate([[0], np.cumsum(counts)])
+        output = np.empty((begins[-1], self._rows[0].shape[1]), dtype=self._rows[0].dtype)
+        place = begins[:-1].copy()
+        for part, rows in zip(self._parts, self._rows, strict=True):
+            place_rows(rows, part, place, output)
         self._parts, self._rows, self._size = [], [], 0
-        order = np.argsort(part, kind="stable")
-        begins = np.searchsorted(part, np.arange(self.parts + 1), sorter=order)
         self._index.append(begins + self._written)
-        self._written += len(rows)
-        step = max(1, (1 << 24) // rows[:1].nbytes)
-        for start in range(0, len(rows), step):
-            self._stream.write(np.take(rows, order[start : start + step], axis=0).tobytes())
+        self._written += len(output)
+        self._stream.write(output.data)
 
     def __exit__(
         self,
