@@ -113,6 +113,27 @@ class PolicyConfig(Section):
     """Penalty for long samples."""
 
 
+class SandboxConfig(Section):
+    """Limits of code that a checker runs; docs/post-training.md says what isolates it."""
+
+    cpu_seconds: Count = 5
+    """CPU time of a program. [s]"""
+    wall_seconds: Annotated[float, Field(gt=0, le=10**6)] = 10.0
+    """Time until a program is killed. [s]"""
+    memory: Annotated[int, Field(ge=2**26, le=2**50)] = 2**29
+    """Address space of a program. [bytes]"""
+    files: Annotated[int, Field(ge=0, le=2**50)] = 2**24
+    """Size of the files in a program's own folder, together. [bytes]"""
+    output: Annotated[int, Field(ge=0, le=2**30)] = 2**16
+    """What a program may print; more ends it. [bytes]"""
+    readable: tuple[PathText, ...] = ()
+    """Folders that programs may read, such as a site-packages folder, beyond Python's standard
+    library."""
+    unisolated: bool = False
+    """Run programs without isolation, with limits and a time limit alone, where the kernel cannot
+    confine them: they then can read, write and send what this user can."""
+
+
 class PostConfig(Section):
     """Training on own samples instead of shards (docs/post-training.md)."""
 
@@ -133,6 +154,12 @@ class PostConfig(Section):
     """Share of the prompts that are asked in each mode of thinking; plain text has none."""
     steps_per_rollout: Count = 1
     """Updates on one set of samples. [steps]"""
+    sandbox: SandboxConfig = SandboxConfig()
+    checker_workers: Count | None = None
+    """Answers that a process scores at a time; null: one for each CPU core that it may use.
+    [processes]"""
+    checker_seconds: Annotated[float, Field(gt=0, le=10**6)] = 60.0
+    """Time until a checker that does not return is killed; the answer then gets reward 0. [s]"""
     policy: PolicyConfig = PolicyConfig()
     mtp_loss_weight: LossWeight = 0.0
     """Weight of the MTP head's cross-entropy on the answers, in place of the run's; its gradient
