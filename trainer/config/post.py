@@ -122,9 +122,9 @@ class SandboxConfig(Section):
     """Time until a program is killed. [s]"""
     memory: Annotated[int, Field(ge=2**26, le=2**50)] = 2**29
     """Address space of a program. [bytes]"""
-    files: Annotated[int, Field(ge=0, le=2**50)] = 2**24
+    files: Annotated[int, Field(ge=2**12, le=2**50)] = 2**24
     """Size of the files in a program's own folder, together. [bytes]"""
-    output: Annotated[int, Field(ge=0, le=2**30)] = 2**16
+    output: Annotated[int, Field(ge=2**10, le=2**30)] = 2**16
     """What a program may print; more ends it. [bytes]"""
     readable: tuple[PathText, ...] = ()
     """Folders that programs may read, such as a site-packages folder, beyond Python's standard
