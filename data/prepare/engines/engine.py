@@ -1,7 +1,9 @@
 """What all engines share: which tasks are left, and the progress."""
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -10,6 +12,7 @@ from data.prepare.engines.progress import Progress
 from data.prepare.engines.worker import LOGS
 from data.prepare.task import Preparation, Task
 
+_BYTES_PER_PROCESS = 16 << 20  # starting a process takes as long as some megabytes of work
 Advance = Callable[[Task, int], None]
 
 
@@ -66,3 +69,21 @@ class Engine(ABC):
         Arguments:
             advance: called with the bytes that a task has processed.
         """
+
+
+def worthwhile_processes(tasks: Sequence[Task]) -> int:
+    """How many processes are worth their start; one is this process."""
+    return 1 + sum(task.size or _BYTES_PER_PROCESS for task in tasks) // _BYTES_PER_PROCESS
+
+
+def run_here(
+    preparation: Preparation, waiting: deque[Task], attempts: Attempts, advance: Advance
+) -> None:
+    """Runs tasks in this process, one after the other."""
+    while waiting:
+        task = waiting.popleft()
+        try:
+            task.run(preparation, partial(advance, task))
+        except Exception as error:
+            if attempts.record_failure(task, error):
+                waiting.append(task)

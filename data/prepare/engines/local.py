@@ -13,13 +13,12 @@ from pathlib import Path
 
 from data.config import DataConfig
 from data.prepare.engines.attempts import Attempts, WorkerDiedError
-from data.prepare.engines.engine import Advance, Engine
+from data.prepare.engines.engine import Advance, Engine, run_here, worthwhile_processes
 from data.prepare.engines.worker import task_log
 from data.prepare.task import Preparation, Task
 from data.prepare.work_item import WorkItem
 from data.text import Tokenizer
 
-_BYTES_PER_PROCESS = 16 << 20  # opening a tokenizer takes as long as a few megabytes of work
 _KILLED = (
     "a process that made shards was killed, perhaps out of memory (set fewer "
     "`data.prepare_workers`)"
@@ -32,25 +31,15 @@ class LocalEngine(Engine):
     """One process of this machine for each of `data.prepare_workers`, by default for each core."""
 
     def _run(self, tasks: list[Task], attempts: Attempts, advance: Advance) -> None:
-        size = sum(task.size or _BYTES_PER_PROCESS for task in tasks)
         workers = self.preparation.config.prepare_workers or os.cpu_count() or 1
-        workers = min(workers, len(tasks), 1 + size // _BYTES_PER_PROCESS)
-        if workers <= 1:
-            self._run_here(deque(tasks), attempts, advance)
+        workers = min(workers, len(tasks), worthwhile_processes(tasks))
+        if workers == 1:
+            run_here(self.preparation, deque(tasks), attempts, advance)
             return
         threads = max(1, (os.cpu_count() or 1) // workers)
         with ExitStack() as stack:
             idle = [stack.enter_context(_worker(self.preparation, threads)) for _ in range(workers)]
             self._run_in(idle, deque(tasks), attempts, advance)
-
-    def _run_here(self, waiting: deque[Task], attempts: Attempts, advance: Advance) -> None:
-        while waiting:
-            task = waiting.popleft()
-            try:
-                task.run(self.preparation, partial(advance, task))
-            except Exception as error:
-                if attempts.record_failure(task, error):
-                    waiting.append(task)
 
     def _run_in(
         self, idle: list["_Worker"], waiting: deque[Task], attempts: Attempts, advance: Advance

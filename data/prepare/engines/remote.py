@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.prepare.engines.attempts import Attempts, WorkerDiedError
-from data.prepare.engines.engine import Advance, Engine
+from data.prepare.engines.engine import Advance, Engine, run_here, worthwhile_processes
 from data.prepare.engines.kinds import read_preparation, read_tasks, write_preparation, write_tasks
 from data.prepare.engines.worker import LOGS, Report, read_report, run_tasks
 from data.prepare.task import Preparation, Task
@@ -51,6 +51,8 @@ class RemoteEngine(Engine):
 
     def _run(self, tasks: list[Task], attempts: Attempts, advance: Advance) -> None:
         waiting = deque(tasks)
+        if worthwhile_processes(tasks) == 1:
+            run_here(self.preparation, waiting, attempts, advance)
         running: dict[str, Job] = {}
         while waiting or running:
             for job in self._submit(waiting, len(running)):

@@ -41,7 +41,7 @@ class SlurmEngine(RemoteEngine):
         place = hashlib.sha256(os.fsencode(preparation.folder.absolute())).hexdigest()
         self.name = f"v4-prepare-{place[:12]}"  # by which later runs find what this one left
         self.ids: dict[str, str] = {}
-        self.begin = time.monotonic()
+        self.submitted = 0.0
         self.handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -70,6 +70,7 @@ class SlurmEngine(RemoteEngine):
         script = self.files / f"{jobs[0].name}.sbatch"
         script.write_text(self._script(jobs))
         number = _run("sbatch", "--parsable", str(script)).split(";")[0].strip()
+        self.submitted = time.monotonic()
         for index, job in enumerate(jobs):
             self.ids[job.name] = f"{number}_{index}"
         return jobs
@@ -111,7 +112,7 @@ class SlurmEngine(RemoteEngine):
         )
 
     def _wait(self, running: dict[str, Job]) -> dict[str, str]:
-        spent = time.monotonic() - self.begin
+        spent = time.monotonic() - self.submitted
         time.sleep(min(_MAX_POLL_SECONDS, 0.5 + spent / 20))
         try:
             states = self._states()

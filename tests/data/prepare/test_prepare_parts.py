@@ -71,7 +71,7 @@ def test_megatron_reads_every_token_once_and_in_order(parts: DataConfig) -> None
 
 def test_processes_change_nothing(parts: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     server()
-    monkeypatch.setattr("data.prepare.engines.local._BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr("data.prepare.engines.engine._BYTES_PER_PROCESS", 1)
     several = elsewhere(parts, "several", prepare_workers=2)
     assert prepare(parts, progress=False) == prepare(several, progress=False)
     assert contents(parts) == contents(several)

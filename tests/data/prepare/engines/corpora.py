@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import data.prepare.engines.engine
 import data.prepare.work_item
 from data.config import DataConfig
 from tests.data.prepare.test_filters import GOOD
+
+PROCESS_BYTES = 100_000  # worth processes: the stages of documents, and not those of signatures
 
 
 def some_parts(config: DataConfig, folder: Path, patch: pytest.MonkeyPatch) -> DataConfig:
@@ -25,6 +28,7 @@ def some_parts(config: DataConfig, folder: Path, patch: pytest.MonkeyPatch) -> D
     for i in range(6):
         (folder / f"{i}.jsonl").write_text(lines(texts[i::6] + texts[:2] + [GOOD]))
     patch.setattr(data.prepare.work_item, "_ITEM_BYTES", 1)
+    patch.setattr(data.prepare.engines.engine, "_BYTES_PER_PROCESS", PROCESS_BYTES)
     sources = [{"name": "code", "paths": [str(folder / "*.jsonl")], "domain": "code"}]
     fields = {"sources": sources, "shards": str(folder / "shards"), "prepare_workers": 1}
     return DataConfig.model_validate(config.model_dump() | fields | {"filters": {}})

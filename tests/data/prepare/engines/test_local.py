@@ -10,7 +10,7 @@ import pytest
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.prepare.engines import local, open_engine
+from data.prepare.engines import engine, local, open_engine
 from data.prepare.task import Preparation, Task
 from data.text import Tokenizer
 from tests.data.kills import until
@@ -66,7 +66,7 @@ def attempts(folder: Path) -> dict[str, int]:
 @pytest.fixture
 def several(monkeypatch: pytest.MonkeyPatch) -> None:
     server()
-    monkeypatch.setattr(local, "_BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr(engine, "_BYTES_PER_PROCESS", 1)
 
 
 @pytest.mark.usefixtures("several")
@@ -103,7 +103,7 @@ def test_failures(config: DataConfig, tmp_path: Path, workers: int) -> None:
 
 def _two_that_wait(config: DataConfig, folder: Path) -> None:
     """Like the command, but with forked processes, which need no second server."""
-    local._BYTES_PER_PROCESS = 1
+    engine._BYTES_PER_PROCESS = 1
     forked = multiprocessing.get_context("fork")
     local.multiprocessing.get_context = lambda _: forked  # type: ignore[attr-defined]
     run(config, folder, [Wait(name=f"w{i}", size=1) for i in range(2)], 2)

@@ -6,11 +6,18 @@ from pathlib import Path
 
 import pytest
 
+import data.prepare.engines.engine
 import data.prepare.work_item
 from data.config import DataConfig
 from data.errors import DataError
 from data.prepare.run import prepare
-from tests.data.prepare.engines.corpora import contents, elsewhere, killer, some_parts
+from tests.data.prepare.engines.corpora import (
+    PROCESS_BYTES,
+    contents,
+    elsewhere,
+    killer,
+    some_parts,
+)
 from tests.distributed import free_port, server
 
 
@@ -32,6 +39,7 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def _prepare(config: DataConfig, output: Path) -> None:
     """The command, in a process of its own, which connects to the cluster."""
     data.prepare.work_item._ITEM_BYTES = 1
+    data.prepare.engines.engine._BYTES_PER_PROCESS = PROCESS_BYTES
     with output.open("w") as sys.stderr:
         prepare(config)
 
