@@ -21,12 +21,13 @@ from trainer.engine import Engine
 from trainer.parallel.collectives import all_gather_objects, broadcast_object
 from trainer.parallel.grid import Grid
 from trainer.post.advantages import group_advantages, length_penalty
+from trainer.post.answer import Answer, SamplingSettings
 from trainer.post.checks import Check, Checkers
 from trainer.post.objective import PolicyObjective
 from trainer.post.prompts import Prompt, Prompts
 from trainer.post.rollout import RolloutFiles, Sample
 from trainer.post.rows import batches_of
-from trainer.post.sampling import Answer, SamplingSettings, sample_answers
+from trainer.post.sampling import sample_answers
 from trainer.process.heartbeat import Heartbeat
 
 
@@ -98,10 +99,7 @@ class OwnSamples:
         def beat() -> None:
             self._heartbeat.enter("sampling")
 
-        with engine.computing():
-            answers = sample_answers(
-                engine.model, self._prompts, step, settings, phase, self._grid, beat
-            )
+        answers = sample_answers(engine, self._prompts, step, settings, phase, self._grid, beat)
         self._seconds["sample"] = time.perf_counter() - start
         start = time.perf_counter()
         checks = self._check(prompts, answers)

@@ -8,41 +8,25 @@ are the same, up to rounding, whatever else is sampled with it and on however ma
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from model import V4Model
 from trainer.config import Phase
+from trainer.engine import Engine
 from trainer.generate.generate import Generation, Request, attention_of
 from trainer.generate.ranks import Ranks, may_divide_data
 from trainer.generate.sampling import Sampling
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
+from trainer.post.answer import Answer, SamplingSettings
 from trainer.post.prompts import Prompt, Prompts
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The tokens of an answer, and their log-probabilities when they were drawn, in nats."""
-
-    ids: tuple[int, ...]
-    log_probabilities: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How answers are sampled: how many to a prompt, how long, at which temperature, until what."""
-
-    samples_per_prompt: int
-    max_new_tokens: int
-    temperature: float
-    stop: frozenset[int]
+from trainer.post.sampling_in_rows import sample_in_rows
 
 
 def sample_answers(
-    model: V4Model,
+    engine: Engine,
     prompts: Prompts,
     step: int,
     settings: SamplingSettings,
@@ -52,17 +36,19 @@ def sample_answers(
 ) -> list[list[Answer]]:
     """Returns the answers to each prompt of the rollout that begins at `step`, on every rank.
 
-    Every rank calls it, inside the context with the weights that its forward uses. `beat` is called
-    after every token.
+    Every rank calls it. `beat` is called after every token.
     """
     chosen = prompts.of_rollout(step)
     numbers = [(p, k) for p in range(len(chosen)) for k in range(settings.samples_per_prompt)]
     divides = may_divide_data(grid)
     local = numbers[grid.data.rank :: grid.data.size] if divides else numbers
     uniforms = np.array([prompts.uniforms(step, p, k) for p, k in local])
-    answers = _generate(
-        model, [chosen[p] for p, _ in local], uniforms, settings, phase, Ranks(grid, divides), beat
-    )
+    questions, ranks = [chosen[p] for p, _ in local], Ranks(grid, divides)
+    if grid.pipeline.size > 1:
+        answers = sample_in_rows(engine, questions, uniforms, settings, phase, ranks, beat)
+    else:
+        with engine.computing():
+            answers = _generate(engine.model, questions, uniforms, settings, phase, ranks, beat)
     by_rank = all_gather_objects(answers, grid.data) if divides else [answers]
     of_number: list[list[Answer]] = [[] for _ in chosen]
     for place, (p, _) in enumerate(numbers):
