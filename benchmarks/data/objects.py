@@ -34,7 +34,7 @@ def load(folder: Path, bucket: str) -> None:
     backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
     backend.create_bucket(bucket, REGION)
     for path in folder.rglob("*"):
-        if path.is_file() and path.suffix != ".npy":  # tables, which are made locally
+        if path.is_file():
             name = f"{folder.name}/{path.relative_to(folder)}"
             backend.put_object(bucket, name, path.read_bytes())
 

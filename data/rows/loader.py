@@ -209,10 +209,12 @@ class Loader:
         per_rank = -(-len(numbers) // self.world)
         places = range(self.rank * per_rank, (self.rank + 1) * per_rank)
         rows = [self.packed_row(step, i) if i < len(numbers) else None for i in places]
-        return [
+        batches = [
             self._batch(phase, rows[first : first + phase.micro_batch_size])
             for first in range(0, per_rank, phase.micro_batch_size)
         ]
+        self._presence.begin()  # of many shards, not before the first batch
+        return batches
 
     def packed_row(self, step: int, place: int) -> tuple[Window, int] | None:
         """The window and the index of its packed row at `place` of a step; None for padding."""

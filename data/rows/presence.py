@@ -7,15 +7,15 @@ weeks.
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import PurePath
+from typing import NamedTuple
 
 from data.errors import DataError
 from data.storage import AnyPath, StoragePath
 
+_AGAIN = "make the shards again with `v4 data prepare CONFIG`."
 
-@dataclass(frozen=True)
-class ExpectedFile:
+
+class ExpectedFile(NamedTuple):
     """A file by its name below the folder of the shards; `size` in bytes, None where unknown."""
 
     name: str
@@ -23,16 +23,21 @@ class ExpectedFile:
 
 
 class PresenceCheck:
-    """Lists the folders of `files()` below `root` in a thread."""
+    """Lists the folders of `files()` below `root` in a thread, from `begin` on."""
 
     def __init__(self, root: AnyPath, files: Callable[[], Sequence[ExpectedFile]]) -> None:
         self._root, self._files = root, files
         self._problem: str | None = None
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
-        self._thread.start()
+
+    def begin(self) -> None:
+        """Starts the thread, if it has not been started."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def wait(self) -> None:
         """Waits for the result. Raises DataError as `raise_problem`."""
+        self.begin()
         self._thread.join()
         self.raise_problem()
 
@@ -52,15 +57,14 @@ def first_problem(root: AnyPath, files: Sequence[ExpectedFile]) -> str | None:
     """A sentence about the first file that is missing or has another size; None without one."""
     sizes: dict[str, dict[str, int]] = {}
     for file in files:
-        parent, name = str(PurePath(file.name).parent), PurePath(file.name).name
+        parent, _, name = file.name.rpartition("/")
         if parent not in sizes:
-            sizes[parent] = sizes_in(root if parent == "." else root / parent)
+            sizes[parent] = sizes_in(root / parent if parent else root)
         size = sizes[parent].get(name)
-        again = "make the shards again with `v4 data prepare CONFIG`."
         if size is None:
-            return f"{root / file.name} does not exist; {again}"
+            return f"{root / file.name} does not exist; {_AGAIN}"
         if file.size is not None and size != file.size:
-            return f"{root / file.name} has {size} bytes instead of {file.size}; {again}"
+            return f"{root / file.name} has {size} bytes instead of {file.size}; {_AGAIN}"
     return None
 
 

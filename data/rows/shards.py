@@ -124,8 +124,9 @@ class SourceDocuments:
     def files(self) -> Iterator[ExpectedFile]:
         """Yields what has to be there."""
         ours = self._manifest.document_ends is not None
+        itemsize = {dtype: np.dtype(dtype).itemsize for dtype in set(self.table.dtypes)}
         for shard, dtype in zip(self._shards, self.table.dtypes, strict=True):
-            yield ExpectedFile(f"{shard.name}.bin", shard.tokens * np.dtype(dtype).itemsize)
+            yield ExpectedFile(f"{shard.name}.bin", shard.tokens * itemsize[dtype])
             index = index_size(shard.documents) if ours else None  # others may divide documents
             yield ExpectedFile(f"{shard.name}.idx", index)
 
@@ -185,7 +186,7 @@ def open_split(
 def check_presence(
     config: DataConfig, manifest: Manifest, sources: Iterable[SourceDocuments]
 ) -> PresenceCheck:
-    """Begins to look for the files of shards, and waits for the result where they are few.
+    """Returns a check of the files of shards, whose result it waits for where they are few.
 
     Of few local ones the first and the last document are read, too: a crash of the host may leave
     files of zeros, which objects in storage never are.

@@ -70,6 +70,7 @@ def test_many_shards_are_looked_for_in_a_thread(
     (tmp_path / "shards" / manifest.folder / "text-train-00000.bin").unlink()
     monkeypatch.setattr("data.rows.shards._FEW", 0)
     loader = Loader(made, 3)
+    loader._presence.begin()
     loader._presence._thread.join()
     with pytest.raises(DataError, match=r"text-train-00000\.bin does not exist; .*data prepare"):
         loader.at(0)
