@@ -10,7 +10,8 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ def default_folder() -> Path:
 class BlockCache:
     """A folder of blocks that the processes of a host share.
 
-    Every process looks at the size after it has written a 64th of `max_bytes`, so that n of them
-    may exceed it by n/64.
+    Every process looks at the size after it has written a 64th of `max_bytes`, and leaves an eighth
+    free, so that up to eight processes stay within it.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -44,6 +45,7 @@ class BlockCache:
         self.max_bytes = max_bytes
         self._unchecked = max_bytes  # bytes written since the last look
         self._has_warned = False
+        self._lock = threading.Lock()
 
     def open(self, path: StoragePath) -> "CachedObject":
         """Opens an object. Raises OSError where there is none."""
@@ -85,10 +87,11 @@ class BlockCache:
         except OSError as error:
             self._warn(error)
             return
-        self._unchecked += len(content)
-        if self._unchecked > self.max_bytes // 64:
-            self._unchecked = 0
-            self._evict()
+        with self._lock:
+            self._unchecked += len(content)
+            if self._unchecked > self.max_bytes // 64:
+                self._unchecked = 0
+                self._evict()
 
     def _warn(self, error: OSError) -> None:
         if self._has_warned:
@@ -101,13 +104,13 @@ class BlockCache:
         )
 
     def _evict(self) -> None:
-        """Removes the oldest blocks until a tenth of `max_bytes` is free."""
+        """Removes the oldest blocks until a quarter of `max_bytes` is free, if no eighth is."""
         files = sorted(self._files())
         total = sum(size for _, size, _ in files)
-        if total <= self.max_bytes:
+        if total <= self.max_bytes * 7 // 8:
             return
         for _, size, path in files:
-            if total <= self.max_bytes * 9 // 10:
+            if total <= self.max_bytes * 3 // 4:
                 return
             with suppress(OSError):  # another process has removed it
                 os.unlink(path)
@@ -124,14 +127,20 @@ class BlockCache:
 
 
 class CachedObject:
-    """An object that is read through the cache; `size` in bytes."""
+    """An object that is read through the cache; `size` in bytes.
+
+    `staged` has ranges in memory, by their start and end, which are read before the cache.
+    """
 
     def __init__(self, cache: BlockCache, path: StoragePath, size: int, key: str) -> None:
         self.cache, self.path, self.size, self._key = cache, path, size, key
+        self.staged: dict[tuple[int, int], bytes] = {}
 
     def read(self, start: int, size: int) -> bytes:
         """Returns `size` bytes from `start`, fewer at the object's end. Raises OSError."""
         end = min(start + size, self.size)
+        if (staged := self.staged.get((start, end))) is not None:
+            return staged
         parts = []
         while start < end:
             number = start // BLOCK_BYTES
@@ -145,21 +154,38 @@ class CachedObject:
         content = bytearray(self.read(start, count * np.dtype(dtype).itemsize))
         return np.frombuffer(content, dtype)
 
+    def stage(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Fetches ranges, and what is between them, in one request into `staged`."""
+        begin, end = min(start for start, _ in ranges), max(end for _, end in ranges)
+        content = self._fetch(begin, end)
+        for start, stop in ranges:
+            self.staged[start, stop] = content[start - begin : stop - begin]
+
+    def has_block(self, number: int) -> bool:
+        """Whether a block is in the cache."""
+        return self.cache.block(self._key, number).exists()
+
+    def fetch_block(self, number: int) -> bytes:
+        """Fetches a block into the cache."""
+        begin = number * BLOCK_BYTES
+        block = self._fetch(begin, min(begin + BLOCK_BYTES, self.size))
+        self.cache.keep(self.cache.block(self._key, number), block)
+        return block
+
     def _read(self, number: int, start: int, size: int) -> bytes:
         """Returns bytes of a block."""
-        file = self.cache.block(self._key, number)
-        with suppress(OSError), file.open("rb") as stream:
+        with suppress(OSError), self.cache.block(self._key, number).open("rb") as stream:
             stream.seek(start)
             content = stream.read(size)
             if len(content) == size:
                 return content
-        begin = number * BLOCK_BYTES
-        end = min(begin + BLOCK_BYTES, self.size)
-        (block,) = self.path.read_ranges([(begin, end)])
-        if len(block) != end - begin:
-            raise OSError(0, f"has ended at byte {begin + len(block)}", str(self.path))
-        self.cache.keep(file, block)
-        return block[start : start + size]
+        return self.fetch_block(number)[start : start + size]
+
+    def _fetch(self, begin: int, end: int) -> bytes:
+        (content,) = self.path.read_ranges([(begin, end)])
+        if len(content) != end - begin:
+            raise OSError(0, f"has ended at byte {begin + len(content)}", str(self.path))
+        return content
 
 
 def _digest(text: str) -> str:

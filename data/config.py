@@ -110,6 +110,9 @@ class CacheConfig(Section):
     """Folder that the processes of a host share; null: `v4-pretrain/shards` in the user's cache."""
     max_bytes: int = Field(default=100 * 10**9, ge=1 << 24, le=10**18)
     """Maximum size, beyond which the oldest blocks are removed. [bytes]"""
+    ahead_bytes: int = Field(default=1 << 26, ge=1 << 20, le=1 << 34)
+    """Documents of coming steps that a process holds in memory, where the cache has no room for all
+    shards. [bytes]"""
 
 
 class TokenizerConfig(Section):

@@ -1,11 +1,13 @@
 """Tokens per second of shards in object storage, by the size of the cache of their blocks.
 
-    python -m benchmarks.data.cache FOLDER [--steps 10]
+    python -m benchmarks.data.cache FOLDER [--steps 10] [--delay 0.02] [--step-seconds 0.5]
 
-FOLDER gets 27M random tokens (108 MB), which moto's server has on loopback. For each limit a new
-cache is filled by two steps of 262,144 tokens, documents in random order; then `--steps` more are
-timed, on one thread of one process. The rate is reported with the largest excess of the cache's
-folder over its limit, sampled every 20 ms: the oldest blocks are removed once it is exceeded.
+FOLDER gets 27M random tokens (108 MB), which moto's server has on loopback, where it answers each
+request `--delay` seconds late. For each limit a new cache is filled by two steps of 262,144 tokens,
+documents in random order; then `--steps` more are timed, on one thread of one process. The rate is
+reported with the largest size of the cache's folder, sampled every 20 ms. Then a run is imitated
+that takes `--step-seconds` for each step and reads ahead (`data.prefetch: 2`): for how long each
+step after the first waits for its rows, without faults and with 503s and cut connections.
 """
 
 import argparse
@@ -18,10 +20,10 @@ import time
 from pathlib import Path
 
 from benchmarks.data.loader import lengths_of, shards
+from benchmarks.data.objects import started_with
 from data.config import DataConfig
 from data.rows.loader import Loader
-from data.storage import as_path
-from tests.s3 import start_server
+from data.rows.prefetch import Prefetcher
 
 DOCUMENTS = 30_000
 FILLING_STEPS = 2
@@ -72,6 +74,20 @@ def read(config: DataConfig, steps: int) -> float:
     return tokens / (time.perf_counter() - start)
 
 
+def longest_wait(config: DataConfig, steps: int, seconds: float) -> tuple[float, float]:
+    """Returns the wait for the first step and the longest of the others, of paced steps."""
+    loader = Loader(config, 0)
+    prefetcher = Prefetcher(loader.at, 2, steps)
+    waits = []
+    for step in range(steps):
+        start = time.perf_counter()
+        prefetcher.at(step)
+        waits.append(time.perf_counter() - start)
+        time.sleep(seconds)
+    prefetcher.close()
+    return waits[0], max(waits[1:])
+
+
 def config_with(fields: dict[str, object]) -> DataConfig:
     """Returns the settings of rows of 4,096 tokens, 64 of them in a step."""
     rows = {"seq_len": 4096, "global_batch_size": 64, "transforms": {"fim_rate": 0.0}}
@@ -83,6 +99,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--delay", type=float, default=0.02)
+    parser.add_argument("--step-seconds", type=float, default=0.5)
     options = parser.parse_args()
     local: Path = options.folder / "shards"
     if not (local / "manifest.json").exists():
@@ -94,27 +112,38 @@ def main() -> int:
     nbytes = size_of(local)
     rate = read(config_with(fields), options.steps)
     print(f"local files, {nbytes / 1e6:.0f} MB: {rate:,.0f} tokens/s", flush=True)
+    late = {"path": "/", "slow": options.delay, "times": 10**9}
+    faults = [
+        {"path": r"\.bin", "status": 503, "times": 5, "skip": 3},
+        {"path": r"\.bin", "cut": 0, "times": 5, "skip": 5},
+    ]
     too_large = 0
-    with start_server() as server, tempfile.TemporaryDirectory() as temporary:
-        remote = as_path(f"{server.make_bucket('shards')}/shards")
-        for path in (path for path in local.rglob("*") if path.is_file()):
-            as_path(f"{remote}/{path.relative_to(local)}").write(path.read_bytes())
+    with started_with(local, "shards") as server, tempfile.TemporaryDirectory() as temporary:
+        server.set_faults(late)
         for share in SHARES:
             folder = Path(temporary, f"cache-{share}")
-            limit = int(share * nbytes)
-            cache = {"folder": str(folder), "max_bytes": limit}
+            limit = max(int(share * nbytes), 1 << 24)
+            remote = {**fields, "shards": f"s3://shards/{local.name}"}
+            config = config_with({**remote, "cache": {"folder": str(folder), "max_bytes": limit}})
             with LargestSize(folder) as largest:
-                rate = read(
-                    config_with({**fields, "shards": str(remote), "cache": cache}), options.steps
-                )
+                rate = read(config, options.steps)
             over = largest.value / limit
-            too_large += over > 1 + 1 / 64 + 2e6 / limit
+            too_large += over > 1
             print(
                 f"a cache of {share:.0%} of the shards, {limit / 1e6:.0f} MB: {rate:,.0f} "
                 f"tokens/s; its folder took {largest.value / 1e6:.1f} MB at most, "
                 f"{over:.1%} of the limit",
                 flush=True,
             )
+            for label, some in (("", []), (", with 503s and cut connections", faults)):
+                server.set_faults(*some, late)
+                shutil.rmtree(folder)
+                first, longest = longest_wait(config, options.steps, options.step_seconds)
+                print(
+                    f"  steps of {options.step_seconds} s{label}: the first waits {first:.2f} s, "
+                    f"the others {longest:.3f} s at most; {server.applied()[:-1]} faults",
+                    flush=True,
+                )
     return int(too_large > 0)
 
 

@@ -25,12 +25,14 @@ from data.compiled import compiled
 from data.config import DataConfig, DataPhase
 from data.errors import DataError
 from data.manifest import Split
+from data.rows.fetch import ByteRange
 from data.rows.mixture import Schedule, plan_windows, shares
 from data.rows.permutation import key_of
 from data.rows.shards import (
     check_presence,
     content_digest,
     matching_manifest,
+    open_fetcher,
     open_split,
     tables_folder,
 )
@@ -129,6 +131,7 @@ class Loader:
         self.digest = content_digest(config, self.manifest)
         opened = open_split(config, self.manifest, self.digest, split, source)
         self._presence = check_presence(config, self.manifest, opened.values())
+        self._fetcher = open_fetcher(config, opened.values(), self._ranges_of)
         self.sources = [SourceStream(name, opened[name], self.seed) for name in opened]
         train = split == "train"
         self.transforms = config.transforms if train else None
@@ -204,17 +207,51 @@ class Loader:
         without samples: every rank has the same number of batches of the same shapes.
         """
         self._presence.raise_problem()
-        index, numbers = self.schedule.rows_of(step)
-        phase = self.schedule.phases[index]
-        per_rank = -(-len(numbers) // self.world)
-        places = range(self.rank * per_rank, (self.rank + 1) * per_rank)
-        rows = [self.packed_row(step, i) if i < len(numbers) else None for i in places]
+        if self._fetcher is not None:
+            self._fetcher.prepare(step)
+        phase = self.schedule.phases[self.schedule.phase_of(step)]
+        rows = self._own_rows(step)
         batches = [
             self._batch(phase, rows[first : first + phase.micro_batch_size])
-            for first in range(0, per_rank, phase.micro_batch_size)
+            for first in range(0, len(rows), phase.micro_batch_size)
         ]
         self._presence.begin()  # of many shards, not before the first batch
         return batches
+
+    def _own_rows(self, step: int) -> list[tuple[Window, int] | None]:
+        _, numbers = self.schedule.rows_of(step)
+        per_rank = -(-len(numbers) // self.world)
+        places = range(self.rank * per_rank, (self.rank + 1) * per_rank)
+        return [self.packed_row(step, i) if i < len(numbers) else None for i in places]
+
+    def _ranges_of(self, step: int, now: int) -> list[ByteRange] | None:
+        """What this rank reads of objects in a step; None where its window is not to be made yet.
+
+        That is after the window that follows the one of step `now`: only two are held.
+        """
+        (phase, first), (index, numbers) = map(self.schedule.rows_of, (now, step))
+        size = self.plans[phase].rows
+        last_window = first.start // size + _CACHED_WINDOWS - 1
+        if index != phase or (step > now and (numbers.stop - 1) // size > last_window):
+            return None
+        ranges = []
+        for window, row in filter(None, self._own_rows(step)):
+            for document, start, length in window.packed.row(row):
+                source, number, begin, end = self._read_of(window, document, start, length)
+                found = source.source.byte_range(number, begin, end)
+                if found is not None and found.end > found.start:
+                    ranges.append(found)
+        return ranges
+
+    def _read_of(
+        self, window: Window, document: int, start: int, length: int
+    ) -> tuple[SourceStream, int, int, int | None]:
+        """(source, document in it, first and last token) that a piece of a window reads."""
+        source = self.sources[window.source[document]]
+        number = int(window.document[document])
+        if window.splits[document] or window.fim[document]:
+            return source, number, 0, None
+        return source, number, start, start + length + 1
 
     def packed_row(self, step: int, place: int) -> tuple[Window, int] | None:
         """The window and the index of its packed row at `place` of a step; None for padding."""
@@ -366,15 +403,13 @@ class Loader:
         position = 0
         lengths = []
         for document, start, length in window.packed.row(row):
-            source = self.sources[window.source[document]]
-            number = int(window.document[document])
+            source, number, first, end = self._read_of(window, document, start, length)
+            ids = source.tokens_of(number, first, end)
             splits, fim = int(window.splits[document]), int(window.fim[document])
             if splits or fim:
-                ids, key = source.tokens_of(number), window.key[document]
+                key = window.key[document]
                 ids = transform(ids, self.split_table, splits, fim, self.fim_ids, key)
-            else:
-                ids = source.tokens_of(number, start, start + length + 1)
-                start = 0
+            start -= first
             _copy(ids, start, length, tokens_S, targets_S, position)
             position += length
             lengths.append(length)

@@ -1,7 +1,7 @@
 """The token shards of a split, opened for reading."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.block_cache import BlockCache
+from data.block_cache import BlockCache, CachedObject
 from data.config import DataConfig
 from data.documents import DocumentTable, by_source, open_tables, table_file
 from data.errors import DataError
@@ -24,6 +24,7 @@ from data.indexed import (
     open_tokens,
 )
 from data.manifest import Manifest, Shard, Split
+from data.rows.fetch import ByteRange, Fetcher
 from data.rows.presence import ExpectedFile, PresenceCheck
 from data.storage import AnyPath, StoragePath, as_path
 from data.text import tokenizer_file
@@ -82,10 +83,15 @@ class SourceDocuments:
     """
 
     def __init__(
-        self, config: DataConfig, manifest: Manifest, shards: list[Shard], table: DocumentTable
+        self,
+        config: DataConfig,
+        manifest: Manifest,
+        shards: list[Shard],
+        table: DocumentTable,
+        cache: BlockCache,
     ) -> None:
         self.domain, self.table, self._shards = shards[0].domain, table, shards
-        self._root, self._cache = as_path(config.shards) / manifest.folder, open_cache(config)
+        self._root, self._cache = as_path(config.shards) / manifest.folder, cache
         self._manifest = manifest
         documents = [shard.documents for shard in shards]
         self._first_of_shard = np.cumsum([0, *documents])
@@ -98,6 +104,23 @@ class SourceDocuments:
         index, first, length = self.locate(document)
         local = document - int(self._first_of_shard[index])
         return self.tokens(index).read(local, first, length, start, end)
+
+    def byte_range(self, document: int, start: int, end: int | None) -> ByteRange | None:
+        """What `read` reads of an object; None of a local file."""
+        index, first, length = self.locate(document)
+        tokens = self.tokens(index)
+        if not isinstance(tokens.file, CachedObject):
+            return None
+        itemsize, end = tokens.dtype.itemsize, length if end is None else min(end, length)
+        begin = (first + start) * itemsize
+        return ByteRange(tokens.file, begin, max(begin, (first + end) * itemsize))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all `.bin` files."""
+        sizes = {dtype: np.dtype(dtype).itemsize for dtype in set(self.table.dtypes)}
+        pairs = zip(self._shards, self.table.dtypes, strict=True)
+        return sum(shard.tokens * sizes[dtype] for shard, dtype in pairs)
 
     def locate(self, document: int) -> tuple[int, int, int]:
         """(index of its shard, tokens of the shard before it, its own tokens) of a document."""
@@ -177,10 +200,23 @@ def open_split(
 
     tables = open_tables(file, digest, shards, read_lengths)
     return {
-        name: SourceDocuments(config, manifest, of_source, tables[name])
+        name: SourceDocuments(config, manifest, of_source, tables[name], cache)
         for name, of_source in shards.items()
         if source in (None, name)
     }
+
+
+def open_fetcher(
+    config: DataConfig,
+    sources: Iterable[SourceDocuments],
+    ranges_of: Callable[[int, int], list[ByteRange] | None],
+) -> Fetcher | None:
+    """What fetches ahead where shards are in object storage; None for local ones."""
+    if not isinstance(as_path(config.shards), StoragePath):
+        return None
+    # Of a cache an eighth is left free.
+    fits = sum(source.num_bytes for source in sources) <= config.cache.max_bytes * 3 // 4
+    return Fetcher(ranges_of, fits, config.cache.ahead_bytes)
 
 
 def check_presence(
