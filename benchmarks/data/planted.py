@@ -99,7 +99,7 @@ def write_planted(
         for text in stream:
             chosen.append(json.dumps({"text": text}, ensure_ascii=False))
             planted.kept.append(number_of(text))
-            if len(text.split()) > 400 and rng.random() < 0.2:
+            if len(text.split(" ")) > 400 and rng.random() < 0.2:
                 long.append(text)
             size += len(chosen[-1].encode()) + 1
             if size >= megabytes * 1e6:
