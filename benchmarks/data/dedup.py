@@ -5,9 +5,9 @@
 Signatures are made directly, 793 bytes each. Of the documents, 15% repeat an earlier text, 10% are
 near copies and 5% pages of templates; early documents have more copies, as popular ones do. For
 each size, the tasks run one after another in one process, and the files are removed after it.
-Prints seconds, peak memory and written bytes of each stage, how many of the planted duplicates were
-found and how many other documents were dropped, and a fit over the sizes. Needs about 1.2 kB of
-disk a document.
+Prints seconds, peak memory (beyond that before the first stage) and written bytes of each stage,
+how many of the planted duplicates were found and how many other documents were dropped, and a fit
+over the sizes. Needs about 1.2 kB of disk a document.
 """
 
 import argparse
@@ -36,7 +36,7 @@ _ITEM = 20_000  # documents of a work item
 _EXACT, _NEAR, _PAGES = 0.15, 0.10, 0.05  # shares of the documents
 _PER_TEMPLATE = 400  # documents of all kinds for each template: 20 pages
 _NOISE = 0.1  # share of the values of a copy that differ
-_STAGES = "seconds", "peak MiB", "written MB"
+_STAGES = "seconds", "CPU s", "peak MiB", "written MB"
 
 
 @compiled
@@ -159,21 +159,21 @@ def deduplicate(folder: Path, items: tuple[WorkItem, ...], memory: int) -> dict[
         raise AssertionError
 
     preparation = Preparation(config, folder, items, no_tokenizer)
-    measured: dict[str, tuple[float, float, float]] = {}
+    measured: dict[str, tuple[float, ...]] = {}
+    base = _status("VmRSS")
     peak_disk, tasks_done = 0.0, 0
     for tasks in stages(items, folder, FiltersConfig(), memory):
-        before = _status("VmRSS")
         _reset_peak()
-        begin = time.monotonic()
+        begin, cpu = time.monotonic(), time.process_time()
         for task in tasks:
             task.run(preparation, lambda _size: None)
-        seconds = time.monotonic() - begin
+        seconds = time.monotonic() - begin, time.process_time() - cpu
         tasks_done += len(tasks)
         files = [path for path in (folder / "dedup").iterdir() if path.suffix == ".bin"]
         sizes = {path: path.stat().st_size / 1e6 for path in files}
         stage = tasks[0].group
         written = sum(size for path, size in sizes.items() if path.name.startswith(f"{stage}-0"))
-        measured[stage] = seconds, _status("VmHWM") - before, written
+        measured[stage] = *seconds, _status("VmHWM") - base, written
         peak_disk = max(peak_disk, sum(sizes.values()))
     remove_dedup_files(folder)
     return {"stages": measured, "peak_disk": peak_disk, "tasks": tasks_done}
@@ -186,7 +186,7 @@ def report(result: dict[str, Any]) -> None:
     print(f"{'stage':<20}" + "".join(f"{name:>12}" for name in _STAGES))
     for stage, values in result["stages"].items():
         print(f"{stage:<20}" + "".join(f"{value:12.1f}" for value in values))
-    total = totals[:, 0].sum(), totals[:, 1].max(), totals[:, 2].sum()
+    total = *totals[:, :2].sum(axis=0), totals[:, 2].max(), totals[:, 3].sum()
     print(f"{'all':<20}" + "".join(f"{value:12.1f}" for value in total))
     planted = ", ".join(f"{name} {b:,} of {a:,}" for name, (a, b) in result["dropped"].items())
     print(f"found: {planted}; dropped of the others: {result['wrong']:,}")
@@ -217,10 +217,11 @@ def main() -> None:
         results.append(json.loads(done.stdout))
         report(results[-1])
     if len(results) > 1:
-        seconds = [sum(values[0] for values in r["stages"].values()) for r in results]
-        sizes = [r["documents"] for r in results]
-        slope, offset = np.polyfit(np.log(sizes), np.log(seconds), 1)
-        print(f"\nfit: {math.exp(offset) * 1e6:.3f} us x documents ^ {slope:.3f}")
+        sizes = np.log([result["documents"] for result in results])
+        for column, name in enumerate(_STAGES[:2]):
+            spent = [sum(stage[column] for stage in r["stages"].values()) for r in results]
+            slope, offset = np.polyfit(sizes, np.log(spent), 1)
+            print(f"fit, {name}: {math.exp(offset) * 1e6:.3f} us x documents ^ {slope:.3f}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from data.config import FiltersConfig, SourceConfig
 from data.prepare.dedup import VERDICT, stages
+from data.prepare.engines.kinds import read_tasks, write_tasks
 from data.prepare.filters import EXACT, KEPT, LENGTH, NEAR, TEMPLATE
 from data.prepare.signatures import (
     NEAR_ROWS,
@@ -60,12 +61,16 @@ def run_stages(
 ) -> list[list[Task]]:
     """Runs all tasks in any order, some of them twice, as they arrive at another host."""
     done = []
+    file = folder / "tasks.json"
     for tasks in stages(items, folder, filters, memory):
         done.append(tasks)
+        write_tasks(file, tasks)
+        read = read_tasks(file)
+        assert read == tasks
         for i in [*rng.permutation(len(tasks)), *rng.integers(0, len(tasks), 2)]:
-            task = type(tasks[i]).model_validate_json(tasks[i].model_dump_json())
-            task.run(preparation(folder, items), lambda _size: None)
-            assert task.is_done(folder)
+            read[i].run(preparation(folder, items), lambda _size: None)
+            assert read[i].is_done(folder)
+    file.unlink(missing_ok=True)
     return done
 
 

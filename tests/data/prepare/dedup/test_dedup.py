@@ -1,14 +1,24 @@
 """The same documents are kept under any limit of memory, order of tasks, and number of kills."""
 
+import tracemalloc
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from data.config import FiltersConfig
-from data.prepare.dedup import remove_dedup_files
-from tests.data.prepare.dedup.made import expected, made_signatures, run_stages, write_items
+from data.prepare.dedup import remove_dedup_files, stages, verdict_file
+from data.prepare.signatures import SIGNATURE
+from data.prepare.work_item import WorkItem
+from tests.data.prepare.dedup.made import (
+    expected,
+    made_signatures,
+    preparation,
+    run_stages,
+    write_items,
+)
 
 
 def random_filters(rng: np.random.Generator) -> FiltersConfig:
@@ -20,7 +30,17 @@ def random_filters(rng: np.random.Generator) -> FiltersConfig:
     )
 
 
-@pytest.mark.parametrize("seed", range(6))
+def check(folder: Path, items: tuple[WorkItem, ...], verdicts: list[Any]) -> None:
+    """The files are the expected ones to the byte; removes them."""
+    for item, verdict in zip(items, verdicts, strict=True):
+        stream = BytesIO()
+        np.save(stream, verdict, allow_pickle=False)
+        file = verdict_file(item.name, folder)
+        assert file.read_bytes() == stream.getvalue()
+        file.unlink()
+
+
+@pytest.mark.parametrize("seed", range(4))
 def test_any_settings_give_the_reference(tmp_path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, 150))
@@ -29,16 +49,9 @@ def test_any_settings_give_the_reference(tmp_path: Path, seed: int) -> None:
     items = write_items(tmp_path, records, cuts)
     filters = random_filters(rng)
     verdicts = expected(records, cuts, filters)
-    kinds = set()
     for memory in (64 * count, 400 * count, 1 << 30):
-        stages = run_stages(tmp_path, items, filters, memory, rng)
-        kinds |= {type(tasks[0]).__name__ for tasks in stages}
-        for item, verdict in zip(items, verdicts, strict=True):
-            stream = BytesIO()
-            np.save(stream, verdict, allow_pickle=False)
-            file = tmp_path / f"{item.name}.verdicts.npy"
-            assert file.read_bytes() == stream.getvalue(), memory
-            file.unlink()
+        run_stages(tmp_path, items, filters, memory, rng)
+        check(tmp_path, items, verdicts)
         assert {path.name for path in (tmp_path / "dedup").iterdir()} == {
             "first.npy",
             "progress.json",
@@ -47,3 +60,77 @@ def test_any_settings_give_the_reference(tmp_path: Path, seed: int) -> None:
         assert {path.name for path in tmp_path.iterdir()} == {
             f"{item.name}.filter.bin" for item in items
         }
+
+
+def test_an_interrupted_deduplication_continues(tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    records = made_signatures(rng, 120, 30)
+    cuts = [50, 90]
+    items = write_items(tmp_path, records, cuts)
+    filters = FiltersConfig(template_min_documents=3)
+    memory = 64 * 120
+    folder = tmp_path / "dedup"
+    runs, most_files, alive = 0, 0, True
+    while alive:
+        runs += 1
+        left = 25  # tasks until the process dies
+        alive = False
+        for tasks in stages(items, tmp_path, filters, memory):
+            for task in tasks:
+                if task.is_done(tmp_path):
+                    continue
+                if not left:
+                    alive = True
+                    break
+                task.run(preparation(tmp_path, items), lambda _size: None)
+                left -= 1
+            most_files = max(most_files, sum(1 for _ in folder.iterdir()))
+            if alive:
+                (folder / ".near-00000.bin.0123").write_bytes(b"torn")
+                break
+    assert runs > 4
+    check(tmp_path, items, expected(records, cuts, filters))
+    assert not list(stages(items, tmp_path, filters, memory))  # done, whatever the memory
+    assert not list(stages(items, tmp_path, filters, 1 << 30))
+    assert {path.name for path in folder.iterdir()} == {"first.npy", "progress.json"}
+
+
+def test_other_work_items_or_memory_begin_again(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    records = made_signatures(rng, 100, 30)
+    items = write_items(tmp_path, records, [50, 90])
+    filters = FiltersConfig()
+    first = next(iter(stages(items, tmp_path, filters, 64 * 100)))
+    first[0].run(preparation(tmp_path, items), lambda _size: None)
+    tasks = next(iter(stages(items, tmp_path, filters, 640 * 100)))
+    assert len(tasks) < len(first) and not any(task.is_done(tmp_path) for task in tasks)
+    run_stages(tmp_path, items, filters, 1 << 30, rng)
+    # One work item is left out: the numbers of the others in the verdicts change.
+    run_stages(tmp_path, items[1:], filters, 1 << 30, rng)
+    check(tmp_path, items[1:], expected(records[50:], [40], filters))
+
+
+def test_memory_is_bounded_however_the_keys_are_distributed(tmp_path: Path) -> None:
+    """Every document has a key of the first one, and all templates are one group."""
+    rng = np.random.default_rng(9)
+    records = np.zeros(100_000, dtype=SIGNATURE)
+    records["exact"] = np.arange(len(records))
+    for field in ("near", "template"):
+        records[field] = rng.integers(0, 1 << 32, records[field].shape, dtype=np.uint32)
+    records["near"][:, 8:16] = 1
+    records["template"][:, 20:] = 2
+    items = write_items(tmp_path, records, [])
+    del records
+    peaks = []
+    for memory in (1 << 26, 1 << 30):
+        peaks.append(0)
+        for tasks in stages(items, tmp_path, FiltersConfig(), memory):
+            for task in tasks:
+                tracemalloc.start()
+                task.run(preparation(tmp_path, items), lambda _size: None)
+                peaks[-1] = max(peaks[-1], tracemalloc.get_traced_memory()[1])
+                tracemalloc.stop()
+        reasons = np.load(verdict_file(items[0].name, tmp_path))["reason"]
+        assert not reasons[0] and (reasons[1:] == 7).all()
+        remove_dedup_files(tmp_path)
+    assert peaks[0] < 1 << 26 < peaks[1], peaks
